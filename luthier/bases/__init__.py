@@ -1,0 +1,1 @@
+"""The catalogue of base models: what they are, where they come from, their digests. Never torch."""

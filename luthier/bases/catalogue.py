@@ -1,0 +1,116 @@
+"""models.toml: which base models there are, where each comes from, and which names are mapped to them."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from luthier.core.errors import LuthierError, ModelNotAvailableError
+from luthier.core.specs import BaseFacts
+
+FACTS_NAME = "base.json"
+
+_SOURCE = re.compile(
+    r"(?P<hf>hf:[\w.-]+/[\w.-]+@[\w.-]+)|(?P<path>path:.+)|(?P<pypi>pypi:[\w.-]+==[\w.]+#.+)"
+)
+
+
+class CatalogueEntry(BaseModel):
+    """One base of models.toml.
+
+    `source` is `hf:org/name@revision`, `path:/folder` or `pypi:package==version#file/in/wheel` (the
+    last needs `sha256`, of the wheel). `memory_gib` is what training LoRA on it takes, roughly.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    source: str
+    sha256: str | None = None
+    licence: str
+    context_length: int = Field(ge=16)
+    memory_gib: float = Field(gt=0)
+    note: str = ""
+
+    @property
+    def source_kind(self) -> Literal["hf", "path", "pypi"]:
+        """Which of the three kinds of source this is."""
+        match = _SOURCE.fullmatch(self.source)
+        if match is None:
+            raise LuthierError(
+                f"models.toml: {self.id}: source {self.source!r} is none of hf:org/name@revision, "
+                "path:/folder, pypi:package==version#file."
+            )
+        return match.lastgroup  # type: ignore[return-value]
+
+
+class Catalogue(BaseModel):
+    """The bases by id, and other names (such as OpenAI's) by which clients may ask for them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bases: dict[str, CatalogueEntry]
+    aliases: dict[str, str]
+
+    def resolve(self, name: str) -> CatalogueEntry:
+        """Find the base that a client's `model` names.
+
+        Args:
+            name: a base's id, or a mapped name such as `gpt-4o-mini-2024-07-18`.
+
+        Returns:
+            The catalogue's entry.
+
+        Raises:
+            ModelNotAvailableError: when no base has that name; the message lists those there are.
+        """
+        entry = self.bases.get(self.aliases.get(name, name))
+        if entry is None:
+            known = ", ".join(sorted(self.bases))
+            raise ModelNotAvailableError(
+                f"The base model {name[:80]!r} is unknown. Known bases: {known}. An operator adds bases "
+                "and names for them in models.toml.",
+                param="model",
+            )
+        return entry
+
+
+def load_catalogue(path: Path) -> Catalogue:
+    """Read models.toml.
+
+    Args:
+        path: the file: a table `[bases.ID]` per base and a table `[aliases]`.
+
+    Returns:
+        The catalogue, with every alias pointing at a base that is there.
+
+    Raises:
+        LuthierError: when the file is missing or breaks a rule; names the entry.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+        bases = {id_: CatalogueEntry(id=id_, **table) for id_, table in content.get("bases", {}).items()}
+        catalogue = Catalogue(bases=bases, aliases=content.get("aliases", {}))
+    except (OSError, tomllib.TOMLDecodeError, ValidationError, TypeError) as error:
+        raise LuthierError(f"{path}: can't be read as a catalogue of bases: {error}") from error
+    for entry in bases.values():
+        _ = entry.source_kind
+    for alias, target in catalogue.aliases.items():
+        if target not in bases:
+            raise LuthierError(f"{path}: the name {alias!r} is mapped to {target!r}, which is no base here.")
+    return catalogue
+
+
+def base_folder(bases_dir: Path, base_id: str) -> Path:
+    """Return the folder in which a fetched base lies, with config.json, weights, tokenizer and base.json."""
+    return bases_dir / base_id
+
+
+def find_base_facts(bases_dir: Path, base_id: str) -> BaseFacts | None:
+    """Return what is known of a base that has been fetched, or None when it has not."""
+    path = base_folder(bases_dir, base_id) / FACTS_NAME
+    if not path.is_file():
+        return None
+    return BaseFacts.model_validate_json(path.read_bytes())

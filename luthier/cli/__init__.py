@@ -1,0 +1,1 @@
+"""The command `luthier`. It starts the other processes by command line and never imports them."""

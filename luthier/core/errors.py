@@ -1,0 +1,212 @@
+"""Every failure that a user may see. Raised anywhere; turned into HTTP only by api/errors.py,
+into a failed job only by the worker. Messages say what is wrong and what to do, and hold no text of
+datasets, prompts or answers beyond 40 escaped characters.
+"""
+
+from typing import ClassVar
+
+
+class LuthierError(Exception):
+    """A failure with a stable code.
+
+    Args:
+        message: one or two sentences for the user: what is wrong, what to do.
+        param: the field, dotted for nested ones, that the failure is about.
+    """
+
+    code: ClassVar[str | None] = "server_error"
+    http_status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    # Whether the same request may succeed later without a change by the caller.
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(LuthierError):
+    """A request that breaks a rule of the wire."""
+
+    code = "invalid_request"
+    http_status = 400
+    type = "invalid_request_error"
+
+
+class MissingParameterError(InvalidRequestError):
+    """A required field is absent."""
+
+    code = "missing_required_parameter"
+
+
+class UnknownParameterError(InvalidRequestError):
+    """A field that no part of the service knows."""
+
+    code = "unknown_parameter"
+
+
+class InvalidTypeError(InvalidRequestError):
+    """A field holds a value of another type."""
+
+    code = "invalid_type"
+
+
+class InvalidValueError(InvalidRequestError):
+    """A field is out of its range or outside its list of values."""
+
+    code = "invalid_value"
+
+
+class UnsupportedValueError(InvalidRequestError):
+    """A value that OpenAI's API knows and this service does not offer (yet)."""
+
+    code = "unsupported_value"
+
+
+class InvalidFileFormatError(InvalidRequestError):
+    """An uploaded file whose lines break the format; nothing of it is kept."""
+
+    code = "invalid_file_format"
+
+
+class InvalidFilePurposeError(InvalidRequestError):
+    """A file used for something other than its purpose."""
+
+    code = "invalid_file_purpose"
+
+
+class TooFewRowsError(InvalidRequestError):
+    """A training file with fewer rows than a job needs."""
+
+    code = "invalid_n_examples"
+
+
+class FileInUseError(InvalidRequestError):
+    """A file that an unfinished job reads can't be deleted."""
+
+    code = "file_in_use"
+
+
+class ModelNotAvailableError(InvalidRequestError):
+    """A base that no job can be started on: unknown, or not fetchable."""
+
+    code = "model_not_available"
+
+
+class ContextLengthExceededError(InvalidRequestError):
+    """A prompt, or prompt and answer together, longer than the base's context."""
+
+    code = "context_length_exceeded"
+
+
+class InvalidTransitionError(InvalidRequestError):
+    """An act that the job's status does not allow."""
+
+    code = "invalid_job_state"
+
+
+class IdempotencyKeyReusedError(InvalidRequestError):
+    """An idempotency key that came before with another body."""
+
+    code = "idempotency_key_reused"
+
+
+class UnauthenticatedError(LuthierError):
+    """No key, or one that is unknown or revoked."""
+
+    code = "invalid_api_key"
+    http_status = 401
+    type = "invalid_request_error"
+
+
+class PermissionDeniedError(LuthierError):
+    """A key without the right that the act needs."""
+
+    code = "missing_scope"
+    http_status = 403
+    type = "insufficient_permissions"
+
+
+class NotFoundError(LuthierError):
+    """No such thing, or none in the caller's project; the two are never told apart."""
+
+    code = "not_found"
+    http_status = 404
+    type = "invalid_request_error"
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that name in the caller's project; never answered by the base instead."""
+
+    code = "model_not_found"
+
+
+class TooLargeError(LuthierError):
+    """A body over the limit; nothing of it is kept."""
+
+    code = "file_too_large"
+    http_status = 413
+    type = "invalid_request_error"
+
+
+class UnavailableError(LuthierError):
+    """A part of the service can't be reached right now."""
+
+    code = "service_unavailable"
+    http_status = 503
+    retryable = True
+
+
+class JobError(LuthierError):
+    """A failure that ends a job; its code becomes `job.error.code`."""
+
+
+class InvalidTrainingFileError(JobError):
+    """Rows of the training file that can't be trained on."""
+
+    code = "invalid_training_file"
+
+
+class InvalidValidationFileError(JobError):
+    """Rows of the validation file that can't be scored."""
+
+    code = "invalid_validation_file"
+
+
+class BaseUnavailableError(JobError):
+    """A base that could not be fetched, read or verified."""
+
+    code = "base_unavailable"
+
+
+class NonFiniteLossError(JobError):
+    """Loss or gradient became infinite or not a number."""
+
+    code = "non_finite_loss"
+
+
+class OutOfMemoryError(JobError):
+    """The device has too little memory for the job."""
+
+    code = "out_of_memory"
+
+
+class WorkerCrashedError(JobError):
+    """The training process ended without a word in every attempt."""
+
+    code = "worker_crashed"
+
+
+class ArtifactCorruptError(JobError):
+    """Stored bytes that do not match their manifest."""
+
+    code = "artifact_corrupt"
+    http_status = 503
+    retryable = True
+
+
+class SelfCheckError(JobError):
+    """A step that could not prove itself, such as an adapter that leaves the logits unchanged."""
+
+    code = "self_check_failed"

@@ -1,0 +1,25 @@
+"""Tying one process's life to another's (Linux prctl(2), PR_SET_PDEATHSIG)."""
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+# Loaded at import: between fork and exec only async-signal-safe work is wise, and dlopen is not.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to signal this process when its parent ends. Call it in the child, after any setuid.
+
+    Args:
+        parent_pid: the parent's pid as the parent knew it, to catch a parent that is gone already.
+        signal_number: what the kernel sends.
+
+    Raises:
+        OSError: when the kernel refuses.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal_number)

@@ -1,0 +1,83 @@
+"""Settings, read once by each shell (prefix LUTHIER_, or a .env file), then passed down as values."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+def _default_bases_dir() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "luthier" / "bases"
+
+
+def _default_models_file() -> Path:
+    local = Path("models.toml")
+    return local if local.exists() else Path(__file__).resolve().parents[2] / "models.toml"
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set. Sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="LUTHIER_", env_file=".env", extra="ignore")
+
+    home: Path = Field(Path(".luthier"), description="Where the embedded default keeps its state.")
+    database_url: SecretStr = Field(
+        SecretStr("postgresql+psycopg://luthier@127.0.0.1/luthier"), description="PostgreSQL 15 or newer."
+    )
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey, for the bells only."
+    )
+    storage_url: str = Field(
+        "file://.luthier/objects", description="Where bytes are kept: file:///folder or s3://bucket/prefix."
+    )
+    bases_dir: Path = Field(
+        default_factory=_default_bases_dir, description="Folder of fetched base models, shared by all homes."
+    )
+    models_file: Path = Field(
+        default_factory=_default_models_file, description="The catalogue of base models (models.toml)."
+    )
+    runs_dir: Path = Field(Path(".luthier/runs"), description="A worker's scratch: run directories.")
+    cache_dir: Path = Field(Path(".luthier/cache"), description="The inference server's copies of artifacts.")
+
+    inference_url: str = Field(
+        "unix://.luthier/run/inference.sock", description="unix:///path.sock or http://host:port."
+    )
+    internal_token: SecretStr = Field(
+        SecretStr(""), description="Shared by API and inference server; required when inference_url is http."
+    )
+    inference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train and serve.")
+    num_threads: int = Field(0, ge=0, description="CPU threads of training and serving; 0: all cores.")
+    preload_base: str = Field(
+        "smollm2-135m-instruct", description="Base that the inference server loads at start; empty: none."
+    )
+    max_batch_rows: int = Field(16, ge=1, description="Requests of one model that are decoded together.")
+    max_waiting_requests: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
+
+    max_upload_bytes: int = Field(512 * MIB, ge=1, description="Largest body of POST /v1/files.")
+    max_line_bytes: int = Field(8 * MIB, ge=1024, description="Longest line of an uploaded file.")
+    max_tokens_default: int = Field(
+        1024, ge=1, description="Answer length in tokens when a chat request names none."
+    )
+
+    training_slots: int = Field(1, ge=1, description="Jobs that one worker trains at the same time.")
+    lease_seconds: float = Field(30.0, gt=0, description="How long a claim holds without a heartbeat.")
+    heartbeat_seconds: float = Field(5.0, gt=0, description="Seconds between heartbeats of a running job.")
+    sweep_seconds: float = Field(5.0, gt=0, description="Seconds between a worker's looks into Postgres.")
+    control_seconds: float = Field(
+        1.0, gt=0, description="Seconds between looks at whether a running job was cancelled."
+    )
+    max_attempts: int = Field(3, ge=1, description="Crashes after which a job is failed.")
+
+    organization: str = Field("personal", description="Slug of the first organization, part of model names.")
+    bootstrap_api_key: SecretStr = Field(
+        SecretStr(""), description="First admin key, registered at start when it is not known yet."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info")

@@ -1,0 +1,102 @@
+"""The TrainingSpec says what a job must do: api writes it, prepare resolves it, worker and child read it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SPEC_VERSION = 1
+
+Auto = Literal["auto"]
+Precision = Literal["auto", "float32", "bfloat16"]
+TooLong = Literal["error", "truncate", "drop"]
+
+
+class Frozen(BaseModel):
+    """An immutable record that refuses unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseFacts(Frozen):
+    """What is known of a base model once it is fetched; written beside its weights as base.json.
+
+    `digest` covers weights, configuration and tokenizer; `tokenizer_digest` the tokenizer and the chat
+    template alone. Digests are `sha256:` and 64 hex digits. Lengths are in tokens.
+    """
+
+    id: str
+    source: str
+    licence: str
+    digest: str
+    tokenizer_digest: str
+    context_length: int
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+
+
+class Hyperparameters(Frozen):
+    """OpenAI's three knobs. `learning_rate_multiplier` scales the method's own base rate."""
+
+    n_epochs: int | Auto = Field("auto")
+    batch_size: int | Auto = Field("auto")
+    learning_rate_multiplier: float | Auto = Field("auto")
+
+
+class TrainingOptions(Frozen):
+    """The optional `training` object of a job request; every default is a working one."""
+
+    max_length: int | None = Field(
+        None, ge=16, description="Longest row in tokens; the base's context length when unset."
+    )
+    too_long: TooLong = Field("error", description="What to do with a longer row.")
+    validation_split: float = Field(
+        0.0, ge=0.0, le=0.5, description="Share of rows held back for validation, chosen by content hash."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0.0, le=1.0, description="Peak rate; when set, learning_rate_multiplier is ignored."
+    )
+    warmup_ratio: float = Field(0.05, ge=0.0, le=0.5, description="Share of all steps with a rising rate.")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+    max_grad_norm: float = Field(1.0, gt=0.0, le=1000.0)
+    precision: Precision = Field("auto", description="Type of the frozen weights and the products.")
+    save_every_steps: int | None = Field(
+        None, ge=1, description="Steps between save points; every 30 seconds when unset."
+    )
+
+
+class TrainingSpec(Frozen):
+    """All that decides a job's result. Stored as JSON in the job row.
+
+    Before prepare, values may be "auto" and the facts of the rows are absent; `is_resolved` tells.
+    `tuning` is the method's own parameters with its `type`, checked by luthier.methods.
+    """
+
+    spec_version: Literal[1] = SPEC_VERSION
+    base: BaseFacts | None = None
+    base_id: str
+    tuning: dict[str, Any]
+    hyperparameters: Hyperparameters = Hyperparameters()
+    training: TrainingOptions = TrainingOptions()
+    seed: int
+    # Threads decide the order of floating-point sums, so they are part of the spec and fixed across attempts.
+    num_threads: int | None = None
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether prepare has replaced every "auto" by a number and recorded the base."""
+        values = [*self.tuning.values(), *self.hyperparameters.model_dump().values()]
+        return self.base is not None and self.num_threads is not None and "auto" not in values
+
+
+class RunInputs(Frozen):
+    """The run directory's inputs.json: where the child finds what it reads. Paths are absolute.
+
+    A run directory holds spec.json (TrainingSpec), inputs.json (this), train.safetensors and maybe
+    validation.safetensors (luthier.data.prepared); the child adds save_points/, checkpoints/ and artifact/.
+    """
+
+    job_id: str
+    model_name: str
+    base_path: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"

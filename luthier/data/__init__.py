@@ -1,0 +1,1 @@
+"""Text only: formats, rendering, tokens, checks and splits. Never torch."""

@@ -1,0 +1,1 @@
+"""The inference server: scheduler, adapters, runner, sampler, and the HTTP clients of it."""

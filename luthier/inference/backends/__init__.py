@@ -1,0 +1,1 @@
+"""Drop-in folder: one HTTP client per kind of inference server."""

@@ -1,0 +1,1 @@
+"""torch: loading and converting a base. Shared by training and inference."""

@@ -1,0 +1,1 @@
+"""Bytes: files and artifacts over obstore, manifests and digests."""

@@ -1,0 +1,141 @@
+"""Folders that prove themselves: every file's sha256 in a manifest that is written last.
+
+A folder without a manifest that verifies does not exist: that is how save points, checkpoints, artifacts
+and bases survive a crash at any moment. Only the local file system here; storage/store.py moves bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from luthier.core.errors import ArtifactCorruptError
+
+MANIFEST_NAME = "manifest.json"
+_CHUNK_BYTES = 1024 * 1024
+
+
+class FileEntry(BaseModel):
+    """One file of a folder; `sha256` is 64 hex digits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    sha256: str
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """The list of a folder's files and the digest that names its content.
+
+    `digest` covers the files named in `digested` and `base_digest`; the others (card, log, report) are
+    verified too but may differ between two folders of the same digest.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    digest: str
+    base_digest: str | None
+    digested: list[str]
+    files: dict[str, FileEntry]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file as 64 hex digits, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replace a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    fsync_path(path.parent)
+
+
+def compute_digest(files: dict[str, FileEntry], digested: Iterable[str], base_digest: str | None) -> str:
+    """Return `sha256:…` over the named files' hashes and the base's digest, in canonical JSON."""
+    content = {"base": base_digest, "files": {name: files[name].sha256 for name in sorted(digested)}}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return "sha256:" + hashlib.sha256(canonical).hexdigest()
+
+
+def seal_folder(
+    building: Path, final: Path, *, digested: Iterable[str] | None = None, base_digest: str | None = None
+) -> Manifest:
+    """Make a finished folder durable: fsync its files, write the manifest last, rename into place.
+
+    Args:
+        building: the folder as it was written, a sibling of `final` on the same file system.
+        final: the name under which it exists from now on; an older folder of that name is replaced.
+        digested: names of the files that the digest covers; all when None.
+        base_digest: the base's digest, for folders whose meaning depends on one.
+
+    Returns:
+        The manifest, which is also in the folder as manifest.json.
+    """
+    files: dict[str, FileEntry] = {}
+    for path in sorted(building.rglob("*")):
+        if path.is_file() and path.name != MANIFEST_NAME:
+            fsync_path(path)
+            name = path.relative_to(building).as_posix()
+            files[name] = FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
+    names = sorted(files) if digested is None else sorted(digested)
+    manifest = Manifest(
+        digest=compute_digest(files, names, base_digest),
+        base_digest=base_digest,
+        digested=names,
+        files=files,
+    )
+    write_file_atomically(building / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+    if final.exists():
+        shutil.rmtree(final)
+    building.rename(final)
+    fsync_path(final.parent)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a folder's manifest without checking the files.
+
+    Raises:
+        ArtifactCorruptError: when there is none or it can't be read.
+    """
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactCorruptError(f"{folder.name} has no manifest that can be read.") from error
+
+
+def verify_folder(folder: Path) -> Manifest:
+    """Read a folder's manifest and check every file's size and sha256, and the digest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ArtifactCorruptError: when the manifest is absent, or a file is missing, changed or unlisted in size.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
+            raise ArtifactCorruptError(f"{folder.name}/{name} does not match its manifest.")
+    if compute_digest(manifest.files, manifest.digested, manifest.base_digest) != manifest.digest:
+        raise ArtifactCorruptError(f"The digest in the manifest of {folder.name} does not match its files.")
+    return manifest

@@ -1,0 +1,1 @@
+"""The Celery shell: takes jobs from Postgres and supervises the training child."""

@@ -1,0 +1,1 @@
+"""The two tasks of a worker: prepare and train."""
