@@ -1,0 +1,38 @@
+"""What the API and the inference server say to each other beside OpenAI's protocol: headers."""
+
+from pydantic import BaseModel, ConfigDict
+
+HEADER_TOKEN = "x-luthier-token"  # noqa: S105 - a header's name
+HEADER_BASE = "x-luthier-base"
+HEADER_ARTIFACT = "x-luthier-artifact"
+HEADER_DIGEST = "x-luthier-digest"
+HEADER_MODEL = "x-luthier-model"
+HEADER_PROJECT = "x-luthier-project"
+
+
+class ModelTarget(BaseModel):
+    """What a public model name resolved to, once per request.
+
+    `artifact` is the storage prefix of the artifact folder and `digest` its manifest's digest; both are
+    None for a bare base. `model` is the public name, which answers repeat.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    base_id: str
+    project_id: str
+    artifact: str | None = None
+    digest: str | None = None
+
+    def to_headers(self) -> dict[str, str]:
+        """Return the headers that carry this target to the inference server."""
+        headers = {
+            HEADER_MODEL: self.model,
+            HEADER_BASE: self.base_id,
+            HEADER_PROJECT: self.project_id,
+        }
+        if self.artifact is not None and self.digest is not None:
+            headers[HEADER_ARTIFACT] = self.artifact
+            headers[HEADER_DIGEST] = self.digest
+        return headers
