@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-HEADER_TOKEN = "x-luthier-token"  # noqa: S105 - a header's name
+HEADER_TOKEN = "x-luthier-token"
 HEADER_BASE = "x-luthier-base"
 HEADER_ARTIFACT = "x-luthier-artifact"
 HEADER_DIGEST = "x-luthier-digest"
