@@ -1,0 +1,226 @@
+"""Where bytes live: files and artifact folders over obstore, on a local folder or an S3-compatible service.
+
+A folder is published files first, manifest last; what has no manifest that verifies does not exist.
+Nothing here knows a row or a request.
+"""
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, NotFoundError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from luthier.core.errors import ArtifactCorruptError, LuthierError
+from luthier.storage.manifests import (
+    MANIFEST_NAME,
+    Manifest,
+    file_sha256,
+    fsync_path,
+    read_manifest,
+    verify_folder,
+)
+
+_CHUNK_BYTES = 1024 * 1024
+# obstore raises its own error from S3 and the built-in one from a local folder.
+_MISSING = (NotFoundError, FileNotFoundError)
+# The writer keeps this much before it starts a multipart upload (S3 asks for at least 5 MiB a part).
+_WRITER_BUFFER_BYTES = 8 * 1024 * 1024
+
+
+class Sink:
+    """An object being written; it exists under its key only after `close`."""
+
+    def __init__(self, storage: "Storage", key: str) -> None:
+        self._storage = storage
+        self.key = key
+        self._writer = obstore.open_writer_async(
+            storage.objects, key, buffer_size=_WRITER_BUFFER_BYTES, max_concurrency=2
+        )
+
+    async def write(self, chunk: bytes) -> None:
+        """Append bytes."""
+        await self._writer.write(chunk)
+
+    async def close(self) -> None:
+        """Make the object exist, durably where the storage is a local folder."""
+        await self._writer.close()
+        self._storage.settle(self.key)
+
+    async def abort(self) -> None:
+        """Leave nothing behind."""
+        # The writer has no way to drop what it holds, so what was written is finished and then deleted.
+        if not await self._writer.closed():
+            await self._writer.close()
+        await obstore.delete_async(self._storage.objects, self.key)
+
+
+class Storage:
+    """One root of objects. Keys are relative, `/`-separated, and made by this service only.
+
+    Args:
+        objects: the obstore store, already at the root's prefix.
+        local_root: the root folder when objects are local files, else None.
+    """
+
+    def __init__(self, objects: ObjectStore, local_root: Path | None) -> None:
+        self.objects = objects
+        self.local_root = local_root
+
+    @classmethod
+    def open(cls, url: str) -> "Storage":
+        """Open the storage that a setting names.
+
+        Args:
+            url: `file:///folder` (made when absent; a relative `file://folder` is taken from the working
+                folder) or `s3://bucket/prefix` with credentials in the usual AWS_* variables.
+
+        Returns:
+            The storage.
+
+        Raises:
+            LuthierError: when the scheme is unknown.
+        """
+        parts = urlsplit(url)
+        if parts.scheme == "file":
+            root = Path(unquote(parts.netloc + parts.path)).absolute()
+            root.mkdir(parents=True, exist_ok=True)
+            return cls(LocalStore(root), root)
+        if parts.scheme == "s3":
+            return cls(from_url(url), None)
+        raise LuthierError(f"LUTHIER_STORAGE_URL: {parts.scheme!r} is neither file:// nor s3://.")
+
+    def settle(self, key: str) -> None:
+        """Force a local object to disk; obstore's local store leaves that to its caller."""
+        if self.local_root is None:
+            return
+        path = self.local_root / key
+        fsync_path(path)
+        fsync_path(path.parent)
+
+    def open_sink(self, key: str) -> Sink:
+        """Begin an object that is written piece by piece."""
+        return Sink(self, key)
+
+    def put_bytes(self, key: str, content: bytes) -> None:
+        """Write a small object whole."""
+        obstore.put(self.objects, key, content)
+        self.settle(key)
+
+    async def stream(self, key: str, *, start: int, end: int) -> AsyncIterator[bytes]:
+        """Yield the bytes `start` to `end` (exclusive) of an object, in chunks of about 1 MiB.
+
+        Raises:
+            ArtifactCorruptError: when the object is not there.
+        """
+        position = start
+        while position < end:
+            stop = min(position + _CHUNK_BYTES, end)
+            try:
+                chunk = await obstore.get_range_async(self.objects, key, start=position, end=stop)
+            except _MISSING as error:
+                raise ArtifactCorruptError("Stored bytes are missing; ask the operator to check.") from error
+            yield bytes(chunk)
+            position = stop
+
+    def fetch_file(self, key: str, destination: Path) -> None:
+        """Copy an object to a local file, which exists only when it is whole.
+
+        Raises:
+            ArtifactCorruptError: when the object is not there.
+        """
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = destination.with_name(f".{destination.name}.part")
+        try:
+            with temporary.open("wb") as target:
+                for chunk in obstore.get(self.objects, key).stream(min_chunk_size=_CHUNK_BYTES):
+                    target.write(chunk)
+        except _MISSING as error:
+            temporary.unlink(missing_ok=True)
+            raise ArtifactCorruptError(f"The stored object {key} is missing.") from error
+        temporary.replace(destination)
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        try:
+            obstore.delete(self.objects, key)
+        except _MISSING:
+            return
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete every object under a prefix, the manifest first so that no half folder can pass for one."""
+        self.delete(f"{prefix}/{MANIFEST_NAME}")
+        for batch in obstore.list(self.objects, prefix + "/"):
+            for meta in batch:
+                self.delete(meta["path"])
+        if self.local_root is not None:
+            shutil.rmtree(self.local_root / prefix, ignore_errors=True)
+
+    def put_folder(self, folder: Path, prefix: str) -> Manifest:
+        """Publish a sealed folder under a prefix: its files, then its manifest.
+
+        Args:
+            folder: a folder sealed by `seal_folder`; it is verified first.
+            prefix: where it goes; a folder of the same digest that is there already is left alone.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ArtifactCorruptError: when the folder does not match its manifest, or another one is there.
+        """
+        manifest = verify_folder(folder)
+        for name in manifest.files:
+            key = f"{prefix}/{name}"
+            obstore.put(self.objects, key, folder / name)
+            self.settle(key)
+            if obstore.head(self.objects, key)["size"] != manifest.files[name].bytes:
+                raise ArtifactCorruptError(f"{name} was cut while it was published.")
+        try:
+            # If-None-Match: of two publishers of one prefix only the first commits.
+            obstore.put(self.objects, f"{prefix}/{MANIFEST_NAME}", folder / MANIFEST_NAME, mode="create")
+        except AlreadyExistsError as error:
+            if self.read_manifest(prefix).digest != manifest.digest:
+                raise ArtifactCorruptError(f"Another folder is published under {prefix}.") from error
+        self.settle(f"{prefix}/{MANIFEST_NAME}")
+        return manifest
+
+    def read_manifest(self, prefix: str) -> Manifest:
+        """Read the manifest of a published folder.
+
+        Raises:
+            ArtifactCorruptError: when there is none, or it can't be read.
+        """
+        try:
+            content = obstore.get(self.objects, f"{prefix}/{MANIFEST_NAME}").bytes()
+            return Manifest.model_validate_json(bytes(content))
+        except (*_MISSING, ValueError) as error:
+            raise ArtifactCorruptError(f"No artifact is published under {prefix}.") from error
+
+    def fetch_folder(self, prefix: str, destination: Path) -> Manifest:
+        """Copy a published folder to a local one, verified, in place of whatever is there.
+
+        Args:
+            prefix: where it was published.
+            destination: the local folder, which exists only when it is whole.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ArtifactCorruptError: when a file is missing or does not match.
+        """
+        manifest = self.read_manifest(prefix)
+        building = destination.with_name(f".{destination.name}.part")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        for name, entry in manifest.files.items():
+            self.fetch_file(f"{prefix}/{name}", building / name)
+            if file_sha256(building / name) != entry.sha256:
+                raise ArtifactCorruptError(f"{name} of {prefix} does not match its manifest.")
+        (building / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1))
+        shutil.rmtree(destination, ignore_errors=True)
+        building.rename(destination)
+        return read_manifest(destination)
