@@ -1,0 +1,157 @@
+"""A random base model that every test can build in well under a second, with a real tokenizer.
+
+Two Llama layers with grouped-query attention and a tied head, a byte-level BPE tokenizer with ChatML
+marks, and all the files of a fetched base. Its answers mean nothing; its shapes and rules are real.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from luthier.bases.catalogue import FACTS_NAME
+from luthier.core.specs import BaseFacts
+from luthier.storage.manifests import seal_folder
+
+BASE_ID = "tiny-llama"
+CONTEXT_LENGTH = 256
+HIDDEN_SIZE = 64
+NUM_LAYERS = 2
+VOCAB_SIZE = 300
+
+_NUM_HEADS = 4
+_NUM_KV_HEADS = 2
+_HEAD_SIZE = HIDDEN_SIZE // _NUM_HEADS
+_FEED_FORWARD_SIZE = 128
+_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_CORPUS = [
+    "system\nBe brief.\n",
+    "user\nwhat is the colour of the sky on a clear day in the summer?\n",
+    "assistant\nthe answer is that the sky is blue and the sea is the same.\n",
+    '{"colour": "red", "number": 12, "note": "an answer with the same keys"}',
+]
+
+
+def _write_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        min_frequency=1,
+        show_progress=False,
+        special_tokens=_SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONTEXT_LENGTH,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def _write_config(folder: Path) -> None:
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": "float32",
+        "head_dim": _HEAD_SIZE,
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN_SIZE,
+        "initializer_range": 0.02,
+        "intermediate_size": _FEED_FORWARD_SIZE,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": _NUM_HEADS,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_key_value_heads": _NUM_KV_HEADS,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": VOCAB_SIZE,
+        **tokens,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps(tokens, indent=2))
+
+
+def _write_weights(folder: Path, seed: int) -> int:
+    generator = np.random.default_rng(seed)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return (generator.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+
+    kv_size = _NUM_KV_HEADS * _HEAD_SIZE
+    weights = {"model.embed_tokens.weight": matrix(VOCAB_SIZE, HIDDEN_SIZE)}
+    for layer in range(NUM_LAYERS):
+        shapes = {
+            "self_attn.q_proj": (HIDDEN_SIZE, HIDDEN_SIZE),
+            "self_attn.k_proj": (kv_size, HIDDEN_SIZE),
+            "self_attn.v_proj": (kv_size, HIDDEN_SIZE),
+            "self_attn.o_proj": (HIDDEN_SIZE, HIDDEN_SIZE),
+            "mlp.gate_proj": (_FEED_FORWARD_SIZE, HIDDEN_SIZE),
+            "mlp.up_proj": (_FEED_FORWARD_SIZE, HIDDEN_SIZE),
+            "mlp.down_proj": (HIDDEN_SIZE, _FEED_FORWARD_SIZE),
+        }
+        for name, (rows, columns) in shapes.items():
+            weights[f"model.layers.{layer}.{name}.weight"] = matrix(rows, columns)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{name}.weight"] = np.ones(HIDDEN_SIZE, np.float32)
+    weights["model.norm.weight"] = np.ones(HIDDEN_SIZE, np.float32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return sum(weight.size for weight in weights.values())
+
+
+def build_tiny_base(folder: Path, *, seed: int = 0) -> Path:
+    """Write the random base as a sealed folder with the layout of a fetched one.
+
+    Args:
+        folder: where it shall lie; its parent is made, an older folder there is replaced.
+        seed: decides every weight.
+
+    Returns:
+        `folder`, with config.json, generation_config.json, model.safetensors (fp32), tokenizer.json,
+        tokenizer_config.json, chat_template.jinja, base.json and manifest.json.
+    """
+    building = folder.with_name(f".{folder.name}.building")
+    building.mkdir(parents=True)
+    _write_tokenizer(building)
+    _write_config(building)
+    facts = BaseFacts(
+        id=BASE_ID,
+        source="path:/none",
+        licence="apache-2.0",
+        digest="sha256:" + f"{seed:064x}",
+        tokenizer_digest="sha256:" + "a" * 64,
+        context_length=CONTEXT_LENGTH,
+        num_parameters=_write_weights(building, seed),
+        num_layers=NUM_LAYERS,
+        hidden_size=HIDDEN_SIZE,
+    )
+    (building / FACTS_NAME).write_text(facts.model_dump_json(indent=1))
+    seal_folder(building, folder)
+    return folder
