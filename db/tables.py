@@ -1,0 +1,261 @@
+"""The tables. Postgres is the only truth of the service: specs, rows and states are here, bytes are not."""
+
+from datetime import datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import BigInteger, DateTime, ForeignKey, Index, MetaData, Text, UniqueConstraint, func, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Table(DeclarativeBase):
+    """Base of all tables: text for strings, jsonb for objects, timestamps with zone."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        str: Text(),
+        int: BigInteger(),
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB(none_as_null=True),
+        dict[str, str]: JSONB(none_as_null=True),
+    }
+
+
+class Owned:
+    """Columns of every row that belongs to a project. A deleted row keeps its id for ever."""
+
+    organization_id: Mapped[str] = mapped_column(ForeignKey("organizations.id"))
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    created_by_key_id: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    deleted_at: Mapped[datetime | None]
+
+
+class Organization(Table):
+    """Owner of projects; its slug is part of every tuned model's name."""
+
+    __tablename__ = "organizations"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    slug: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    deleted_at: Mapped[datetime | None]
+
+
+class Project(Table):
+    """The tenant: a key sees the rows of one project and no others."""
+
+    __tablename__ = "projects"
+    __table_args__ = (UniqueConstraint("organization_id", "name"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    organization_id: Mapped[str] = mapped_column(ForeignKey("organizations.id"))
+    name: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    deleted_at: Mapped[datetime | None]
+
+
+class ApiKey(Owned, Table):
+    """A key: its hash and the prefix by which it is shown. The key itself is nowhere."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    prefix: Mapped[str]
+    key_hash: Mapped[str] = mapped_column(unique=True)
+    is_admin: Mapped[bool]
+    last_used_at: Mapped[datetime | None]
+
+
+class File(Owned, Table):
+    """An uploaded file; its bytes are under `storage_key`."""
+
+    __tablename__ = "files"
+    __table_args__ = (
+        Index("ix_files_page", "project_id", "created_at", "id", postgresql_where=text("deleted_at IS NULL")),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    num_bytes: Mapped[int]
+    num_rows: Mapped[int]
+    sha256: Mapped[str]
+    storage_key: Mapped[str]
+
+
+class Base(Table):
+    """A base model that has been fetched somewhere; `facts` is its base.json."""
+
+    __tablename__ = "bases"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str]
+    tokenizer_digest: Mapped[str]
+    context_length: Mapped[int]
+    facts: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Job(Owned, Table):
+    """A fine-tuning job. The queued row itself is the outbox; the lease says who works on it.
+
+    `lease_epoch` grows with every claim; all writes of an attempt name it, so that a worker that was
+    paused and wakes up changes nothing.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_page", "project_id", "created_at", "id", postgresql_where=text("deleted_at IS NULL")),
+        Index(
+            "ix_jobs_unfinished",
+            "status",
+            "created_at",
+            postgresql_where=text("status IN ('validating_files', 'queued', 'running', 'pausing')"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    model: Mapped[str]
+    base_id: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    training_file_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    validation_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    suffix: Mapped[str | None]
+    seed: Mapped[int]
+    # `metadata` is taken by SQLAlchemy.
+    user_metadata: Mapped[dict[str, str] | None] = mapped_column("metadata")
+    # Storage prefix of the tokenised rows, once prepare has written them.
+    prepared_key: Mapped[str | None]
+    # The newest save points, oldest first: {"key": storage prefix, "step": number}.
+    save_points: Mapped[list[Any]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
+    report: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    fine_tuned_model: Mapped[str | None]
+    trained_tokens: Mapped[int | None]
+    step: Mapped[int] = mapped_column(server_default="0")
+    total_steps: Mapped[int | None]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    estimated_finish_at: Mapped[datetime | None]
+    lease_owner: Mapped[str | None]
+    lease_epoch: Mapped[int] = mapped_column(server_default="0")
+    lease_expires_at: Mapped[datetime | None]
+    num_crashes: Mapped[int] = mapped_column(server_default="0")
+    last_event_seq: Mapped[int] = mapped_column(server_default="0")
+
+
+class Attempt(Owned, Table):
+    """One claim of a job by a worker: from which step, and how it ended."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (UniqueConstraint("job_id", "lease_epoch"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    lease_epoch: Mapped[int]
+    worker_id: Mapped[str]
+    start_step: Mapped[int | None]
+    end_step: Mapped[int | None]
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[str | None]
+
+
+class JobEvent(Owned, Table):
+    """What happened to a job; `seq` is gap-free per job from 1."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (UniqueConstraint("job_id", "seq"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    seq: Mapped[int]
+    level: Mapped[str]
+    type: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any] | None]
+
+
+class Model(Owned, Table):
+    """A name that can be called: a base and an artifact. `kind` is `tuned` or `checkpoint`."""
+
+    __tablename__ = "models"
+    __table_args__ = (
+        Index("uq_models_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
+        Index("ix_models_project", "project_id", "created_at", postgresql_where=text("deleted_at IS NULL")),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    kind: Mapped[str]
+    base_id: Mapped[str]
+    base_digest: Mapped[str]
+    parent_model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    method: Mapped[str]
+    step: Mapped[int]
+    artifact_key: Mapped[str]
+    artifact_digest: Mapped[str]
+
+
+class Checkpoint(Owned, Table):
+    """A checkpoint of a job, callable under its model's name."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("job_id", "step_number"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    step_number: Mapped[int]
+    metrics: Mapped[dict[str, Any]]
+
+
+class IdempotencyKey(Owned, Table):
+    """A create that was answered, so that the same one sent again makes nothing new.
+
+    `key` is the caller's Idempotency-Key, or None: the OpenAI SDK sends none, and its silent retry is
+    then recognised by key id, route, body and its retry count.
+    """
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        Index(
+            "uq_idempotency_keys_key",
+            "project_id",
+            "route",
+            "key",
+            unique=True,
+            postgresql_where=text("key IS NOT NULL"),
+        ),
+        Index("ix_idempotency_keys_body", "created_by_key_id", "route", "body_sha256", "created_at"),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    route: Mapped[str]
+    key: Mapped[str | None]
+    body_sha256: Mapped[str]
+    resource_id: Mapped[str]
+
+
+class Worker(Table):
+    """A worker process that is or was alive, with what it has."""
+
+    __tablename__ = "workers"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    hostname: Mapped[str]
+    num_slots: Mapped[int]
+    facts: Mapped[dict[str, Any]]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class UsageEvent(Owned, Table):
+    """What was used, for accounts; append-only."""
+
+    __tablename__ = "usage_events"
+    __table_args__ = (Index("ix_usage_events_project", "project_id", "created_at"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    quantity: Mapped[int]
+    unit: Mapped[str]
+    job_id: Mapped[str | None]
+    model: Mapped[str | None]
