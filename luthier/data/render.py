@@ -1,0 +1,209 @@
+"""Messages to text, by the base's own chat template in jinja2's sandbox. The only renderer there is:
+the API, prepare, the training child and the engine all go through it. Never a tokenizer here.
+
+A template comes with a base, so an operator chose it, yet it is somebody else's program: it can reach no
+attribute outside the sandbox, and its output is limited in size and time.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from luthier.core.errors import BaseUnavailableError, InvalidValueError
+
+MAX_RENDERED_CHARS = 32 * 1024 * 1024
+MAX_RENDER_SECONDS = 20.0
+
+# What a template raises on messages that it was not written for: its own refusals, the sandbox's, and
+# Python's on missing or mistyped values.
+_TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes for HTML, which would put \u003c where templates expect "<".
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Accept `{% generation %}…{% endgeneration %}`, by which some templates mark what is trained."""
+
+    tags = {"generation"}  # noqa: RUF012 - the attribute is jinja2's
+
+    def parse(self, parser: Any) -> Any:
+        """Put the block's content in its place; the mask is found without it."""
+        line_number = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line_number)
+
+
+def content_text(content: Any) -> str:
+    """Join a message's content to one text.
+
+    Args:
+        content: a string, or a list of `{"type": "text", "text": …}` parts; None counts as empty.
+
+    Returns:
+        The text.
+
+    Raises:
+        InvalidValueError: for a part that is not text.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence) and all(
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise InvalidValueError("Only text is supported as a message's content.", param="messages")
+
+
+def _plain_message(message: Mapping[str, Any]) -> dict[str, str]:
+    # Bases know no `developer`; it is OpenAI's newer word for `system`.
+    role = message["role"]
+    plain = {"role": "system" if role == "developer" else role, "content": content_text(message["content"])}
+    if isinstance(message.get("name"), str):
+        plain["name"] = message["name"]
+    return plain
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens: dict[str, str] = {}
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            tokens[key] = text
+    return tokens
+
+
+def _template_source(base_folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = base_folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+class ChatTemplate:
+    """A base's chat template, compiled.
+
+    Args:
+        source: the template's text.
+        special_tokens: names such as `bos_token` and their texts, which templates refer to.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        self._special_tokens = dict(special_tokens or {})
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise BaseUnavailableError(
+                f"The base's chat template has a syntax error in line {error.lineno}: {error.message}"
+            ) from error
+
+    @classmethod
+    def load(cls, base_folder: Path) -> "ChatTemplate":
+        """Read the template of a fetched base.
+
+        Args:
+            base_folder: holds chat_template.jinja, or tokenizer_config.json with `chat_template`.
+
+        Returns:
+            The compiled template.
+
+        Raises:
+            BaseUnavailableError: when the base has no template, or one that can't be compiled.
+        """
+        config = _read_json(base_folder / "tokenizer_config.json")
+        source = _template_source(base_folder, config)
+        if source is None:
+            raise BaseUnavailableError(
+                f"The base {base_folder.name} has no chat template. Choose its chat (instruct) version, or "
+                "put a chat_template.jinja into the base's folder and name that folder in models.toml."
+            )
+        return cls(source, _special_tokens(config))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """Render a conversation to the text that the base was trained on.
+
+        Args:
+            messages: OpenAI's messages, of which `role`, `content` and `name` are used; `developer` counts
+                as `system`.
+            add_generation_prompt: whether to open an assistant's turn at the end.
+
+        Returns:
+            The text, special tokens spelled out.
+
+        Raises:
+            InvalidValueError: when the template refuses the messages or writes too much (param `messages`).
+        """
+        plain = [_plain_message(message) for message in messages]
+        pieces: list[str] = []
+        num_chars = 0
+        deadline = time.monotonic() + MAX_RENDER_SECONDS
+        try:
+            for piece in self._template.generate(
+                messages=plain,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            ):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > MAX_RENDERED_CHARS or time.monotonic() > deadline:
+                    raise InvalidValueError(
+                        "The conversation is too large for the base's chat template.", param="messages"
+                    )
+        except _TEMPLATE_FAILURES as error:
+            # A refusal is the template's own sentence; other failures may quote values: only their kind is told.
+            reason = str(error)[:160] if type(error) is jinja2.TemplateError else type(error).__name__
+            raise InvalidValueError(
+                f"The base's chat template refuses these messages: {reason}", param="messages"
+            ) from error
+        return "".join(pieces)

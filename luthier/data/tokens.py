@@ -1,0 +1,233 @@
+"""Text to tokens and back, exact to the byte, over the `tokenizers` library. The only tokenizer there is:
+the API, prepare, the training child and the engine all go through it. Never torch, never transformers.
+"""
+
+import codecs
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from luthier.core.errors import BaseUnavailableError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_METASPACE = "\u2581"
+
+
+class Encoding(NamedTuple):
+    """A text's tokens and the characters each covers: `spans[i] = (start, end)`, end not included."""
+
+    ids: npt.NDArray[np.int32]
+    spans: npt.NDArray[np.int64]
+
+
+@functools.cache
+def _byte_of_char() -> dict[str, int]:
+    """Return the map from the printable characters of byte-level BPE back to bytes.
+
+    The convention of GPT-2's encoder: printable Latin-1 bytes stand for themselves, the other bytes take
+    the characters from U+0100 on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
+    return table
+
+
+def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
+    return [decoder]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _as_ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+
+
+class Tokenizer:
+    """A base's tokenizer, read from its tokenizer.json.
+
+    Args:
+        inner: the pipeline of the `tokenizers` library.
+        stop_token_ids: ids that end an assistant's turn.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, stop_token_ids: Iterable[int] = ()) -> None:
+        # A tokenizer.json may carry truncation or padding that was left in it; both would alter rows silently.
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
+        self._added = inner.get_added_tokens_decoder()
+        steps = _decoder_steps(json.loads(inner.to_str())["decoder"])
+        kinds = {step["type"] for step in steps}
+        unknown = kinds - {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
+        if unknown:
+            raise BaseUnavailableError(
+                f"The base's tokenizer decodes with {', '.join(sorted(unknown))}, which is not supported; "
+                "choose a base with a byte-level or byte-fallback tokenizer."
+            )
+        self._is_byte_level = "ByteLevel" in kinds
+        # Such decoders drop the one space that their normaliser put before the first word.
+        self._strips_first_space = any(
+            (step["type"] == "Strip" and step["content"] == " " and step["start"] == 1)
+            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in steps
+        )
+
+    @classmethod
+    def load(cls, base_folder: Path) -> "Tokenizer":
+        """Read the tokenizer of a fetched base.
+
+        Args:
+            base_folder: holds tokenizer.json, and the ids that end a turn in generation_config.json,
+                config.json and tokenizer_config.json.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            BaseUnavailableError: when there is no tokenizer.json, or none that can be read.
+        """
+        path = base_folder / "tokenizer.json"
+        if not path.is_file():
+            raise BaseUnavailableError(f"The base {base_folder.name} has no tokenizer.json.")
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise BaseUnavailableError(
+                f"The tokenizer.json of {base_folder.name} can't be read: {str(error)[:160]}"
+            ) from error
+        config = _read_json(base_folder / "config.json")
+        text_config = config.get("text_config") or {}
+        generation = _read_json(base_folder / "generation_config.json")
+        stops = {
+            token_id
+            for source in (config, text_config, generation)
+            for token_id in _as_ids(source.get("eos_token_id"))
+        }
+        eos = _read_json(base_folder / "tokenizer_config.json").get("eos_token")
+        eos_id = inner.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
+        return cls(inner, stops if eos_id is None else stops | {eos_id})
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's token ids. Special tokens spelled out in the text are recognised; none is added."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encode many texts at once, on all cores.
+
+        Args:
+            texts: the texts.
+
+        Returns:
+            For each the ids, int32 [T], and the spans of characters, int64 [T, 2].
+        """
+        encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Encoding(
+                np.asarray(encoding.ids, dtype=np.int32),
+                np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2),
+            )
+            for encoding in encodings
+        ]
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is a mark such as an end of turn, which readers of an answer never see."""
+        added = self._added.get(token_id)
+        return added is not None and bool(added.special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the exact bytes of one token, which may be a part of a character; a mark's are its spelling.
+
+        Args:
+            token_id: an id; one outside the vocabulary (padding of the model's matrix) has no bytes.
+
+        Returns:
+            The bytes.
+        """
+        added = self._added.get(token_id)
+        if added is not None:
+            return str(added.content).encode()
+        token = self._inner.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            table = _byte_of_char()
+            known = [table.get(char) for char in token]
+            # The library keeps a token with any other character as it is spelled.
+            return (
+                bytes([byte for byte in known if byte is not None]) if None not in known else token.encode()
+            )
+        match = _BYTE_TOKEN.fullmatch(token)
+        if match:
+            return bytes([int(match.group(1), 16)])
+        return str(token).replace(_METASPACE, " ").encode()
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token as text; bytes that are no whole character become U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Return the text of tokens as a reader of an answer sees it.
+
+        Args:
+            ids: token ids.
+            skip_special: whether to leave out marks such as an end of turn.
+
+        Returns:
+            The text; bytes that are no UTF-8 become U+FFFD.
+        """
+        decoder = StreamDecoder(self, skip_special=skip_special)
+        return "".join([decoder.push(token_id) for token_id in ids]) + decoder.flush()
+
+    @property
+    def strips_first_space(self) -> bool:
+        """Whether a space before the first word is the tokenizer's own and no part of the text."""
+        return self._strips_first_space
+
+
+class StreamDecoder:
+    """Tokens to text one at a time: what is pushed and flushed, joined, equals the decoding of all.
+
+    Args:
+        tokenizer: the tokenizer.
+        skip_special: whether to leave out marks such as an end of turn.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_at_start = tokenizer.strips_first_space
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that is certain now; empty within a character."""
+        if self._skip_special and self._tokenizer.is_special(token_id):
+            return ""
+        content = self._tokenizer.token_bytes(token_id)
+        if self._is_at_start and content:
+            self._is_at_start = False
+            content = content.removeprefix(b" ")
+        return self._utf8.decode(content)
+
+    def flush(self) -> str:
+        """Return what is left at the end: U+FFFD for a character that was never completed, or nothing."""
+        return self._utf8.decode(b"", final=True)
