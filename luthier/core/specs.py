@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SPEC_VERSION = 1
+SPEC_VERSION: Literal[1] = 1
 
 Auto = Literal["auto"]
 Precision = Literal["auto", "float32", "bfloat16"]

@@ -1,0 +1,67 @@
+"""Reads that more than one verb needs. Every read of a tenant's rows names the project."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Select, and_, or_, select, text
+from sqlalchemy.orm import Session
+
+from db.tables import ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent
+
+OwnedRow = TypeVar("OwnedRow", ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent)
+
+
+def find_owned(
+    session: Session, table: type[OwnedRow], project_id: str, row_id: str, *, for_update: bool = False
+) -> OwnedRow | None:
+    """Return a project's row by id, or None when it is not there, deleted, or another project's."""
+    statement = select(table).where(
+        table.id == row_id, table.project_id == project_id, table.deleted_at.is_(None)
+    )
+    if for_update:
+        statement = statement.with_for_update()
+    return session.scalar(statement)
+
+
+def page(
+    session: Session,
+    statement: Select[Any],
+    table: type[OwnedRow],
+    *,
+    after: OwnedRow | None,
+    limit: int,
+    is_ascending: bool = False,
+) -> tuple[Sequence[Any], bool]:
+    """Read one page by keyset over (created_at, id), which stays right while rows are inserted.
+
+    Args:
+        session: the session.
+        statement: the rows to page through, not yet ordered.
+        table: the table whose columns order them.
+        after: the row that ended the page before, or None.
+        limit: rows of the page; 0 gives an empty page.
+        is_ascending: oldest first instead of newest first.
+
+    Returns:
+        The rows, and whether more follow.
+    """
+    columns = (table.created_at, table.id)
+    if after is not None:
+        created_at, row_id = columns
+        if is_ascending:
+            beyond = or_(
+                created_at > after.created_at, and_(created_at == after.created_at, row_id > after.id)
+            )
+        else:
+            beyond = or_(
+                created_at < after.created_at, and_(created_at == after.created_at, row_id < after.id)
+            )
+        statement = statement.where(beyond)
+    order = [column.asc() if is_ascending else column.desc() for column in columns]
+    rows = session.scalars(statement.order_by(*order).limit(limit + 1)).all()
+    return rows[:limit], len(rows) > limit
+
+
+def lock_key(session: Session, key: str) -> None:
+    """Hold a named lock until the transaction ends; twins of one request pass one after the other."""
+    session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"), {"key": key})

@@ -1,0 +1,79 @@
+"""The bell: a Celery message that holds a job id and nothing else.
+
+It only wakes a worker. Lost, doubled, late or forged bells do no harm, since the worker looks into
+Postgres for what there is to do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from celery import Celery
+from kombu.exceptions import OperationalError
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+TASK_NAME = "luthier.wake"
+QUEUE = "luthier"
+
+Ring = Callable[[str], None]
+_log = structlog.get_logger()
+
+
+def make_celery(redis_url: str) -> Celery:
+    """Return the Celery application of both ends of the bell.
+
+    Args:
+        redis_url: `redis://…`, or `redis+socket:///path` for a Unix socket.
+
+    Returns:
+        The application; why each value: docs/operations.md.
+    """
+    app = Celery("luthier", broker=redis_url)
+    app.conf.update(
+        task_default_queue=QUEUE,
+        task_ignore_result=True,
+        # The lease in Postgres gives at-least-once; an early ack keeps Redis from running a job twice.
+        task_acks_late=False,
+        task_reject_on_worker_lost=False,
+        worker_prefetch_multiplier=1,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        accept_content=["json"],
+        task_protocol=2,
+        worker_hijack_root_logger=False,
+        broker_transport_options={
+            "visibility_timeout": 300,
+            "health_check_interval": 5,
+            "socket_timeout": 10,
+            "socket_connect_timeout": 1,
+            "socket_keepalive": True,
+            # The bell is rung within a request: give up fast, the sweep finds the row.
+            "max_retries": 0,
+        },
+    )
+    return app
+
+
+class Bell:
+    """Rings for jobs; a bell that can't be rung is logged and forgotten."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+
+    def ring(self, job_id: str) -> None:
+        """Wake a worker now."""
+        try:
+            self._app.send_task(TASK_NAME, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
+        except (OperationalError, OSError) as error:
+            # Answered: the row is committed, and idle workers look for it at every sweep.
+            _log.warning("bell not rung", job_id=job_id, error=type(error).__name__)
+
+
+def ring_after_commit(session: Session, ring: Ring, job_id: str) -> None:
+    """Wake a worker once the session's transaction is committed, and not at all if it never is."""
+
+    def _ring(_session: Any) -> None:
+        ring(job_id)
+
+    event.listen(session, "after_commit", _ring, once=True)

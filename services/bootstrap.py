@@ -1,0 +1,68 @@
+"""`python -m services.bootstrap`: the first rows of an installation. Running it again changes nothing."""
+
+import structlog
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from db.session import Database
+from db.tables import ApiKey, Organization
+from luthier.bases.catalogue import find_base_facts, load_catalogue
+from luthier.core.errors import LuthierError
+from luthier.core.ids import new_id
+from luthier.core.keys import hash_api_key, is_well_formed
+from luthier.core.settings import Settings
+from services import keys, models
+
+_FIRST_PROJECT = "personal"
+
+
+def ensure_first_rows(session: Session, settings: Settings) -> None:
+    """Make the first organization, its project, the first admin key, and rows for bases fetched here.
+
+    Args:
+        session: the session.
+        settings: `bootstrap_api_key` is stored as a hash when it is not known yet; when it is empty no
+            key is made.
+
+    Raises:
+        LuthierError: when the key does not have a key's shape.
+    """
+    organization = session.scalar(select(Organization).where(Organization.slug == settings.organization))
+    if organization is None:
+        organization = Organization(id=new_id("organization"), slug=settings.organization)
+        session.add(organization)
+        session.flush()
+    project = keys.ensure_project(session, organization.id, _FIRST_PROJECT)
+    key = settings.bootstrap_api_key.get_secret_value()
+    if key:
+        if not is_well_formed(key):
+            raise LuthierError("LUTHIER_BOOTSTRAP_API_KEY is no key of the form lt_…; leave it unset.")
+        known = session.scalar(select(ApiKey.id).where(ApiKey.key_hash == hash_api_key(key)))
+        if known is None:
+            keys.insert_key(
+                session,
+                key,
+                organization_id=organization.id,
+                project_id=project.id,
+                name="first key",
+                is_admin=True,
+                created_by_key_id=None,
+            )
+    for base_id in load_catalogue(settings.models_file).bases:
+        facts = find_base_facts(settings.bases_dir, base_id)
+        if facts is not None:
+            models.record_base(session, facts)
+
+
+def main() -> None:
+    """Bootstrap the database that the settings name."""
+    settings = Settings()
+    database = Database(settings.database_url.get_secret_value(), pool_size=1)
+    with database.transaction() as session:
+        ensure_first_rows(session, settings)
+        bases = [base.id for base in models.list_bases(session)]
+    structlog.get_logger().info("bootstrapped", organization=settings.organization, bases=bases)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Events of a job: gap-free, in order, announced to whoever listens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import select, text, update
+from sqlalchemy.orm import Session
+
+from db.tables import Job, JobEvent
+from luthier.core.ids import new_id
+
+CHANNEL = "luthier_job_events"
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    """An event not yet stored; `data` of a metrics event holds full-precision numbers."""
+
+    message: str
+    type: Literal["message", "metrics"] = "message"
+    level: Literal["info", "warn", "error"] = "info"
+    data: dict[str, Any] | None = None
+
+
+def append(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
+    """Store events under the next numbers of their job and tell the listeners at commit.
+
+    The update of the job's counter holds its row until the transaction ends, so numbers have no gap
+    and no twin whoever writes.
+    """
+    if not events:
+        return
+    owner = session.execute(
+        update(Job)
+        .where(Job.id == job_id)
+        .values(last_event_seq=Job.last_event_seq + len(events))
+        .returning(Job.last_event_seq, Job.organization_id, Job.project_id)
+        # The ORM's copies of the row are refreshed by whoever needs the counter; nobody does.
+        .execution_options(synchronize_session=False)
+    ).one()
+    first = owner.last_event_seq - len(events) + 1
+    session.add_all(
+        JobEvent(
+            id=new_id("event"),
+            organization_id=owner.organization_id,
+            project_id=owner.project_id,
+            job_id=job_id,
+            seq=first + offset,
+            level=event.level,
+            type=event.type,
+            message=event.message,
+            data=event.data,
+        )
+        for offset, event in enumerate(events)
+    )
+    session.execute(text("SELECT pg_notify(:channel, :job)"), {"channel": CHANNEL, "job": job_id})
+
+
+def list_after(session: Session, job_id: str, *, seq: int, limit: int) -> Sequence[JobEvent]:
+    """Return a job's events with numbers above `seq`, oldest first."""
+    return session.scalars(
+        select(JobEvent)
+        .where(JobEvent.job_id == job_id, JobEvent.seq > seq)
+        .order_by(JobEvent.seq)
+        .limit(limit)
+    ).all()

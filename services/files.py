@@ -1,0 +1,100 @@
+"""Files: rows about bytes that are already durable in storage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from db.queries import find_owned, page
+from db.tables import File, Job
+from luthier.core.errors import FileInUseError, InvalidValueError, NotFoundError
+from luthier.core.states import TERMINAL_STATUSES
+from services.scope import Scope
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Bytes that are durable under `storage_key`, checked line by line; sizes in bytes."""
+
+    id: str
+    filename: str
+    purpose: str
+    num_bytes: int
+    num_rows: int
+    sha256: str
+    storage_key: str
+
+
+def record(session: Session, scope: Scope, stored: StoredFile) -> File:
+    """Make a file exist for its project."""
+    row = File(**scope.columns(), **vars(stored))
+    session.add(row)
+    session.flush()
+    session.refresh(row)
+    return row
+
+
+def get(session: Session, scope: Scope, file_id: str, *, param: str = "id") -> File:
+    """Return a file of the project.
+
+    Raises:
+        NotFoundError: when there is none of that id.
+    """
+    row = find_owned(session, File, scope.project_id, file_id)
+    if row is None:
+        raise NotFoundError(f"No such File object: {file_id[:64]}", param=param)
+    return row
+
+
+def list_(
+    session: Session,
+    scope: Scope,
+    *,
+    after: str | None,
+    limit: int,
+    is_ascending: bool,
+    purpose: str | None,
+) -> tuple[Sequence[File], bool]:
+    """Return a page of the project's files, and whether more follow.
+
+    Raises:
+        InvalidValueError: when `after` is no file of the project.
+    """
+    statement = select(File).where(File.project_id == scope.project_id, File.deleted_at.is_(None))
+    if purpose is not None:
+        statement = statement.where(File.purpose == purpose)
+    cursor = None
+    if after is not None:
+        cursor = session.scalar(select(File).where(File.project_id == scope.project_id, File.id == after))
+        if cursor is None:
+            raise InvalidValueError(f"after: no such file: {after[:64]}", param="after")
+    return page(session, statement, File, after=cursor, limit=limit, is_ascending=is_ascending)
+
+
+def delete(session: Session, scope: Scope, file_id: str) -> File:
+    """Make a file unknown; the caller deletes its bytes after the commit.
+
+    Raises:
+        NotFoundError: when there is none of that id.
+        FileInUseError: when an unfinished job reads it.
+    """
+    row = find_owned(session, File, scope.project_id, file_id, for_update=True)
+    if row is None:
+        raise NotFoundError(f"No such File object: {file_id[:64]}", param="id")
+    jobs = session.scalars(
+        select(Job.id)
+        .where(
+            or_(Job.training_file_id == file_id, Job.validation_file_id == file_id),
+            Job.status.not_in(TERMINAL_STATUSES),
+        )
+        .limit(5)
+    ).all()
+    if jobs:
+        raise FileInUseError(
+            f"{file_id} is read by {', '.join(jobs)}; cancel it or wait for its end, then delete.",
+            param="id",
+        )
+    row.deleted_at = func.now()
+    session.flush()
+    return row

@@ -1,0 +1,259 @@
+"""Jobs as a client sees them: create, read, cancel. What a worker does to a job is in services/leases.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from db.queries import find_owned, page
+from db.tables import Checkpoint, File, Job, JobEvent, Model
+from luthier.bases.catalogue import Catalogue
+from luthier.core.errors import (
+    InvalidFilePurposeError,
+    InvalidTransitionError,
+    InvalidValueError,
+    ModelNotAvailableError,
+    NotFoundError,
+    TooFewRowsError,
+)
+from luthier.core.ids import new_id
+from luthier.core.specs import Hyperparameters, TrainingOptions, TrainingSpec
+from luthier.core.states import JobStatus, check_transition
+from luthier.methods import check_tuning
+from services import events, files
+from services.bell import Ring, ring_after_commit
+from services.events import NewEvent
+from services.scope import Scope
+
+MIN_TRAINING_ROWS = 10
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What a client asks for, already of the right types; `tuning` is not yet checked by its method."""
+
+    model: str
+    training_file_id: str
+    seed: int
+    validation_file_id: str | None = None
+    suffix: str | None = None
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    tuning: dict[str, Any] = field(default_factory=lambda: {"type": "lora"})
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    metadata: dict[str, str] | None = None
+
+
+def _get_input_file(session: Session, scope: Scope, file_id: str, param: str) -> File:
+    try:
+        row = files.get(session, scope, file_id, param=param)
+    except NotFoundError as error:
+        # OpenAI answers 400 for a file named in a body; 404 is for what the path names.
+        raise InvalidValueError(f"{param}: {error.message}", param=param) from error
+    if row.purpose != "fine-tune":
+        raise InvalidFilePurposeError(
+            f"{param}: {file_id} has purpose {row.purpose!r}; upload it with purpose 'fine-tune'.",
+            param=param,
+        )
+    return row
+
+
+def _resolve_base(session: Session, scope: Scope, catalogue: Catalogue, model: str) -> str:
+    tuned = session.scalar(
+        select(Model.id).where(
+            Model.name == model, Model.project_id == scope.project_id, Model.deleted_at.is_(None)
+        )
+    )
+    if tuned is not None:
+        raise ModelNotAvailableError(
+            "Going on from a tuned model is not offered yet; name the base it was tuned from.", param="model"
+        )
+    return catalogue.resolve(model).id
+
+
+def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, request: NewJob) -> Job:
+    """Make a job, to be prepared by a worker.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        ring: how a worker is woken once this is committed.
+        request: what is asked for.
+
+    Returns:
+        The job, in `validating_files`.
+
+    Raises:
+        ModelNotAvailableError: when the base is unknown.
+        InvalidRequestError: when a file is unknown, has another purpose or too few rows, or when a
+            parameter of the method is wrong; names the field.
+    """
+    base_id = _resolve_base(session, scope, catalogue, request.model)
+    tuning = check_tuning(request.tuning)
+    training_file = _get_input_file(session, scope, request.training_file_id, "training_file")
+    if training_file.num_rows < MIN_TRAINING_ROWS:
+        raise TooFewRowsError(
+            f"training_file: {training_file.id} has {training_file.num_rows} rows, and a job needs at least "
+            f"{MIN_TRAINING_ROWS}; 50 to 100 well-made ones are a good start.",
+            param="training_file",
+        )
+    if request.validation_file_id is not None:
+        _get_input_file(session, scope, request.validation_file_id, "validation_file")
+        if request.training.validation_split > 0:
+            raise InvalidValueError(
+                "training.validation_split: leave it out when validation_file is given.",
+                param="training.validation_split",
+            )
+    spec = TrainingSpec(
+        base_id=base_id,
+        tuning=tuning,
+        hyperparameters=request.hyperparameters,
+        training=request.training,
+        seed=request.seed,
+    )
+    job = Job(
+        id=new_id("job"),
+        **scope.columns(),
+        status=JobStatus.VALIDATING_FILES.value,
+        model=request.model,
+        base_id=base_id,
+        spec=spec.model_dump(mode="json"),
+        training_file_id=training_file.id,
+        validation_file_id=request.validation_file_id,
+        suffix=request.suffix,
+        seed=request.seed,
+        user_metadata=request.metadata,
+    )
+    session.add(job)
+    session.flush()
+    validating = f"Validating training file: {training_file.id}"
+    if request.validation_file_id is not None:
+        validating += f" and validation file: {request.validation_file_id}"
+    events.append(
+        session,
+        job.id,
+        [NewEvent(f"Created fine-tuning job: {job.id}", data={}), NewEvent(validating, data={})],
+    )
+    ring_after_commit(session, ring, job.id)
+    session.refresh(job)
+    return job
+
+
+def get(session: Session, scope: Scope, job_id: str, *, for_update: bool = False) -> Job:
+    """Return a job of the project.
+
+    Raises:
+        NotFoundError: when there is none of that id.
+    """
+    job = find_owned(session, Job, scope.project_id, job_id, for_update=for_update)
+    if job is None:
+        raise NotFoundError(f"Could not find fine tune: {job_id[:64]}", param="fine_tuning_job_id")
+    return job
+
+
+def list_(
+    session: Session,
+    scope: Scope,
+    *,
+    after: str | None,
+    limit: int,
+    metadata: dict[str, str] | None,
+    has_no_metadata: bool = False,
+) -> tuple[Sequence[Job], bool]:
+    """Return a page of the project's jobs, newest first, and whether more follow.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        after: id of the job that ended the page before.
+        limit: jobs of the page.
+        metadata: pairs that all must be in a job's metadata.
+        has_no_metadata: only jobs without any.
+
+    Returns:
+        The jobs, and whether more follow.
+
+    Raises:
+        InvalidValueError: when `after` is no job of the project.
+    """
+    statement = select(Job).where(Job.project_id == scope.project_id, Job.deleted_at.is_(None))
+    if metadata:
+        statement = statement.where(Job.user_metadata.contains(metadata))
+    if has_no_metadata:
+        statement = statement.where(Job.user_metadata.is_(None))
+    cursor = _find_cursor(session, Job, scope, after)
+    return page(session, statement, Job, after=cursor, limit=limit)
+
+
+def _find_cursor(session: Session, table: Any, scope: Scope, after: str | None) -> Any:
+    if after is None:
+        return None
+    row = find_owned(session, table, scope.project_id, after)
+    if row is None:
+        raise InvalidValueError(f"after: no such object: {after[:64]}", param="after")
+    return row
+
+
+def list_events(
+    session: Session, scope: Scope, job_id: str, *, after: str | None, limit: int
+) -> tuple[Sequence[JobEvent], bool]:
+    """Return a page of a job's events, newest first, and whether more follow.
+
+    Raises:
+        NotFoundError: when the project has no such job.
+        InvalidValueError: when `after` is no event of it.
+    """
+    job = get(session, scope, job_id)
+    statement: Select[Any] = select(JobEvent).where(JobEvent.job_id == job.id)
+    cursor = _find_cursor(session, JobEvent, scope, after)
+    if cursor is not None:
+        statement = statement.where(JobEvent.seq < cursor.seq)
+    rows = session.scalars(statement.order_by(JobEvent.seq.desc()).limit(limit + 1)).all()
+    return rows[:limit], len(rows) > limit
+
+
+def list_checkpoints(
+    session: Session, scope: Scope, job_id: str, *, after: str | None, limit: int
+) -> tuple[Sequence[tuple[Checkpoint, str]], bool]:
+    """Return a page of a job's checkpoints with their models' names, highest step first.
+
+    Raises:
+        NotFoundError: when the project has no such job.
+        InvalidValueError: when `after` is no checkpoint of it.
+    """
+    job = get(session, scope, job_id)
+    statement = (
+        select(Checkpoint, Model.name)
+        .join(Model, Model.id == Checkpoint.model_id)
+        .where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None))
+    )
+    cursor = _find_cursor(session, Checkpoint, scope, after)
+    if cursor is not None:
+        statement = statement.where(Checkpoint.step_number < cursor.step_number)
+    rows = session.execute(statement.order_by(Checkpoint.step_number.desc()).limit(limit + 1)).all()
+    return [(row[0], row[1]) for row in rows[:limit]], len(rows) > limit
+
+
+def cancel(session: Session, scope: Scope, job_id: str) -> Job:
+    """End a job at once; its worker sees it within a second and kills the training process.
+
+    Raises:
+        NotFoundError: when the project has no such job.
+        InvalidTransitionError: when it has ended already.
+    """
+    job = get(session, scope, job_id, for_update=True)
+    try:
+        check_transition(JobStatus(job.status), JobStatus.CANCELLED)
+    except InvalidTransitionError as error:
+        raise InvalidTransitionError(
+            f"Job {job.id} has already ended with status {job.status}, so it can't be cancelled."
+        ) from error
+    job.status = JobStatus.CANCELLED.value
+    job.finished_at = func.now()
+    job.estimated_finish_at = None
+    session.flush()
+    events.append(session, job.id, [NewEvent("The job was cancelled", data={})])
+    session.refresh(job)
+    return job

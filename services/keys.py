@@ -1,0 +1,173 @@
+"""API keys: made once, stored as a hash, looked up by it, revoked at once."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from db.tables import ApiKey, Organization, Project
+from luthier.core.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from luthier.core.ids import new_id
+from luthier.core.keys import hash_api_key, is_well_formed, key_prefix, new_api_key
+from services.scope import Scope
+
+_LAST_USED_RESOLUTION = timedelta(minutes=1)
+
+
+def authenticate(session: Session, key: str) -> Scope:
+    """Find the project that a key opens.
+
+    Args:
+        session: the session.
+        key: the key in plain text, as it came in the request.
+
+    Returns:
+        The scope of the request.
+
+    Raises:
+        UnauthenticatedError: when the key is malformed, unknown or revoked.
+    """
+    unknown = UnauthenticatedError("Incorrect API key provided. Make one with `luthier keys create`.")
+    if not is_well_formed(key):
+        raise unknown
+    row = session.execute(
+        select(ApiKey, Organization.slug)
+        .join(Organization, Organization.id == ApiKey.organization_id)
+        .where(ApiKey.key_hash == hash_api_key(key), ApiKey.deleted_at.is_(None))
+    ).one_or_none()
+    if row is None:
+        raise unknown
+    api_key, slug = row
+    # Once a minute is enough to say when a key was last used, and spares a write per request.
+    session.execute(
+        update(ApiKey)
+        .where(
+            ApiKey.id == api_key.id,
+            or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - _LAST_USED_RESOLUTION),
+        )
+        .values(last_used_at=func.now())
+    )
+    return Scope(api_key.organization_id, slug, api_key.project_id, api_key.id, api_key.is_admin)
+
+
+def _require_admin(scope: Scope) -> None:
+    if not scope.is_admin:
+        raise PermissionDeniedError("This key can't manage keys; use the admin key of the installation.")
+
+
+def create(
+    session: Session, scope: Scope, *, name: str, project_name: str | None, is_admin: bool = False
+) -> tuple[ApiKey, str]:
+    """Make a key, and its project when no project of that name is there yet.
+
+    Args:
+        session: the session.
+        scope: the caller, who must hold an admin key.
+        name: what the key is for.
+        project_name: the project that the key opens; the caller's own when None.
+        is_admin: whether the key may manage keys.
+
+    Returns:
+        The row, and the key in plain text, which is shown this once.
+
+    Raises:
+        PermissionDeniedError: when the caller is no admin.
+    """
+    _require_admin(scope)
+    project_id = scope.project_id
+    if project_name is not None:
+        project_id = ensure_project(session, scope.organization_id, project_name).id
+    key = new_api_key()
+    row = insert_key(
+        session,
+        key,
+        organization_id=scope.organization_id,
+        project_id=project_id,
+        name=name,
+        is_admin=is_admin,
+        created_by_key_id=scope.key_id,
+    )
+    return row, key
+
+
+def insert_key(
+    session: Session,
+    key: str,
+    *,
+    organization_id: str,
+    project_id: str,
+    name: str,
+    is_admin: bool,
+    created_by_key_id: str | None,
+) -> ApiKey:
+    """Store the hash of a key."""
+    row = ApiKey(
+        id=new_id("api_key"),
+        organization_id=organization_id,
+        project_id=project_id,
+        created_by_key_id=created_by_key_id,
+        name=name,
+        prefix=key_prefix(key),
+        key_hash=hash_api_key(key),
+        is_admin=is_admin,
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def ensure_project(session: Session, organization_id: str, name: str) -> Project:
+    """Return the organization's project of that name, made now when there is none."""
+    project = session.scalar(
+        select(Project).where(Project.organization_id == organization_id, Project.name == name)
+    )
+    if project is None:
+        project = Project(id=new_id("project"), organization_id=organization_id, name=name)
+        session.add(project)
+        session.flush()
+    return project
+
+
+def list_(session: Session, scope: Scope) -> Sequence[ApiKey]:
+    """Return the organization's keys, newest first.
+
+    Raises:
+        PermissionDeniedError: when the caller is no admin.
+    """
+    _require_admin(scope)
+    return session.scalars(
+        select(ApiKey)
+        .where(ApiKey.organization_id == scope.organization_id, ApiKey.deleted_at.is_(None))
+        .order_by(ApiKey.created_at.desc())
+    ).all()
+
+
+def revoke(session: Session, scope: Scope, key_id: str) -> None:
+    """Make a key useless from the next request on.
+
+    Raises:
+        PermissionDeniedError: when the caller is no admin.
+        NotFoundError: when the organization has no such key.
+        InvalidRequestError: when it is the key that asks.
+    """
+    _require_admin(scope)
+    if key_id == scope.key_id:
+        raise InvalidRequestError("A key can't revoke itself; use another admin key.", param="id")
+    revoked = session.execute(
+        update(ApiKey)
+        .where(
+            ApiKey.id == key_id,
+            ApiKey.organization_id == scope.organization_id,
+            ApiKey.deleted_at.is_(None),
+        )
+        .values(deleted_at=func.now())
+        .returning(ApiKey.id)
+    ).one_or_none()
+    if revoked is None:
+        raise NotFoundError(f"No such API key: {key_id[:64]}", param="id")

@@ -1,0 +1,201 @@
+"""Models: names that can be called. A name resolves to a base and an artifact, or to nothing; never to the
+base instead."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from db.tables import Base, Checkpoint, Job, Model
+from luthier.bases.catalogue import Catalogue
+from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, PermissionDeniedError
+from luthier.core.ids import new_id, new_model_suffix
+from luthier.core.inference import ModelTarget
+from luthier.core.specs import BaseFacts, TrainingSpec
+from services.scope import Scope
+
+
+def unknown_model(name: str) -> ModelNotFoundError:
+    """Return the error for a name that nothing in the caller's project bears."""
+    return ModelNotFoundError(
+        f"The model `{name[:120]}` does not exist or you do not have access to it.", param="model"
+    )
+
+
+def record_base(session: Session, facts: BaseFacts) -> None:
+    """Note that a base has been fetched; the newest facts win."""
+    session.merge(
+        Base(
+            id=facts.id,
+            digest=facts.digest,
+            tokenizer_digest=facts.tokenizer_digest,
+            context_length=facts.context_length,
+            facts=facts.model_dump(mode="json"),
+        )
+    )
+
+
+def list_bases(session: Session) -> Sequence[Base]:
+    """Return the bases that have been fetched."""
+    return session.scalars(select(Base).order_by(Base.id)).all()
+
+
+def make_name(base_id: str, organization_slug: str, suffix: str | None) -> str:
+    """Return a fresh name of OpenAI's form, `ft:BASE:ORG:SUFFIX:ID8`; the suffix may be empty."""
+    return f"ft:{base_id}:{organization_slug}:{suffix or ''}:{new_model_suffix()}"
+
+
+def find(session: Session, scope: Scope, name: str) -> Model | None:
+    """Return the project's tuned model or checkpoint of that name, or None."""
+    return session.scalar(
+        select(Model).where(
+            Model.name == name, Model.project_id == scope.project_id, Model.deleted_at.is_(None)
+        )
+    )
+
+
+def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
+    """Return the fetched base that a name or a mapped name stands for, or None."""
+    try:
+        entry = catalogue.resolve(name)
+    except ModelNotAvailableError:
+        return None
+    return session.get(Base, entry.id)
+
+
+def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> ModelTarget:
+    """Turn a public name into what the inference server runs; done once per request.
+
+    Raises:
+        ModelNotFoundError: when the project has no such model; the base never answers instead.
+    """
+    model = find(session, scope, name)
+    if model is not None:
+        return ModelTarget(
+            model=name,
+            base_id=model.base_id,
+            project_id=scope.project_id,
+            artifact=model.artifact_key,
+            digest=model.artifact_digest,
+        )
+    base = find_base(session, catalogue, name)
+    if base is None:
+        raise unknown_model(name)
+    return ModelTarget(model=name, base_id=base.id, project_id=scope.project_id)
+
+
+def list_(session: Session, scope: Scope) -> Sequence[Model]:
+    """Return the project's tuned models and checkpoints, newest first."""
+    return session.scalars(
+        select(Model)
+        .where(Model.project_id == scope.project_id, Model.deleted_at.is_(None))
+        .order_by(Model.created_at.desc(), Model.id.desc())
+    ).all()
+
+
+def register(
+    session: Session,
+    job: Job,
+    spec: TrainingSpec,
+    *,
+    name: str,
+    kind: str,
+    step: int,
+    artifact_key: str,
+    artifact_digest: str,
+    metrics: dict[str, Any],
+) -> Checkpoint:
+    """Make a published artifact callable under a name, and note it as a checkpoint of its job.
+
+    The caller holds the job's lease in the same transaction. A step that was registered by an earlier
+    attempt keeps its name and takes the newer artifact, so that a replayed epoch makes no second model.
+
+    Returns:
+        The checkpoint.
+    """
+    if spec.base is None:
+        raise ValueError("a job that trains has a resolved spec")
+    existing = session.execute(
+        select(Checkpoint, Model)
+        .join(Model, Model.id == Checkpoint.model_id)
+        .where(Checkpoint.job_id == job.id, Checkpoint.step_number == step)
+    ).one_or_none()
+    if existing is not None:
+        checkpoint, model = existing
+        model.artifact_key, model.artifact_digest = artifact_key, artifact_digest
+        if kind == "tuned":
+            model.kind, model.name = kind, name
+        checkpoint.metrics = metrics
+        session.flush()
+        return checkpoint
+    owner = {
+        "organization_id": job.organization_id,
+        "project_id": job.project_id,
+        "created_by_key_id": job.created_by_key_id,
+    }
+    model = Model(
+        id=new_id("model"),
+        **owner,
+        name=name,
+        kind=kind,
+        base_id=job.base_id,
+        base_digest=spec.base.digest,
+        job_id=job.id,
+        method=spec.tuning["type"],
+        step=step,
+        artifact_key=artifact_key,
+        artifact_digest=artifact_digest,
+    )
+    session.add(model)
+    session.flush()
+    checkpoint = Checkpoint(
+        id=new_id("checkpoint"), **owner, job_id=job.id, model_id=model.id, step_number=step, metrics=metrics
+    )
+    session.add(checkpoint)
+    session.flush()
+    return checkpoint
+
+
+def retire_checkpoints(session: Session, job_id: str, *, keep: int) -> list[str]:
+    """Make all but the newest checkpoints of a job unknown.
+
+    Returns:
+        Storage prefixes of their artifacts, for the caller to delete after the commit.
+    """
+    rows = session.execute(
+        select(Checkpoint, Model)
+        .join(Model, Model.id == Checkpoint.model_id)
+        .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+        .order_by(Checkpoint.step_number.desc())
+        .offset(keep)
+    ).all()
+    prefixes = []
+    for checkpoint, model in rows:
+        checkpoint.deleted_at = func.now()
+        model.deleted_at = func.now()
+        prefixes.append(model.artifact_key)
+    session.flush()
+    return prefixes
+
+
+def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
+    """Make a tuned model unknown; the caller deletes its bytes after the commit.
+
+    Raises:
+        ModelNotFoundError: when the project has no such model.
+        PermissionDeniedError: when the name is a base's.
+    """
+    model = find(session, scope, name)
+    if model is None:
+        if find_base(session, catalogue, name) is not None:
+            raise PermissionDeniedError(f"{name} is a base model; bases can't be deleted.", param="model")
+        raise unknown_model(name)
+    model.deleted_at = func.now()
+    checkpoint = session.scalar(
+        select(Checkpoint).where(Checkpoint.model_id == model.id, Checkpoint.deleted_at.is_(None))
+    )
+    if checkpoint is not None:
+        checkpoint.deleted_at = func.now()
+    session.flush()
+    return model

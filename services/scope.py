@@ -1,0 +1,22 @@
+"""Who asks: the key of a request and the project it opens."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The project a caller may see; None as `key_id` is the service itself."""
+
+    organization_id: str
+    organization_slug: str
+    project_id: str
+    key_id: str | None
+    is_admin: bool = False
+
+    def columns(self) -> dict[str, str | None]:
+        """Return the owner's columns of a new row."""
+        return {
+            "organization_id": self.organization_id,
+            "project_id": self.project_id,
+            "created_by_key_id": self.key_id,
+        }
