@@ -201,7 +201,7 @@ class ChatTemplate:
                         "The conversation is too large for the base's chat template.", param="messages"
                     )
         except _TEMPLATE_FAILURES as error:
-            # A refusal is the template's own sentence; other failures may quote values: only their kind is told.
+            # A refusal is the template's own sentence; others may quote values: only their kind is told.
             reason = str(error)[:160] if type(error) is jinja2.TemplateError else type(error).__name__
             raise InvalidValueError(
                 f"The base's chat template refuses these messages: {reason}", param="messages"

@@ -68,7 +68,7 @@ class Tokenizer:
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, stop_token_ids: Iterable[int] = ()) -> None:
-        # A tokenizer.json may carry truncation or padding that was left in it; both would alter rows silently.
+        # A tokenizer.json may carry truncation or padding left over from training; both alter rows silently.
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
