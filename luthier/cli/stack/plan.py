@@ -1,0 +1,153 @@
+"""Which processes a home's service is made of, and the environment each one gets. Data; starts nothing."""
+
+import http.client
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from luthier.cli.stack.home import Secrets
+from luthier.cli.stack.processes import ProcessSpec
+from luthier.core.settings import Settings
+
+# Only the parts that speak to database and broker get their passwords; the inference server does not.
+_NOT_FOR_INFERENCE = ("LUTHIER_DATABASE_URL", "LUTHIER_REDIS_URL", "LUTHIER_BOOTSTRAP_API_KEY")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that runs to its end before the service starts."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `luthier up` runs: `early` beside the steps, `late` after them."""
+
+    early: tuple[ProcessSpec, ...]
+    steps: tuple[Step, ...]
+    late: tuple[ProcessSpec, ...]
+
+
+def service_environment(
+    settings: Settings, *, home: Path, run: Path, secrets: Secrets, database_url: str, redis_url: str
+) -> dict[str, str]:
+    """Return the environment of the service's processes: ours, and what the operator has not set.
+
+    Args:
+        settings: what the operator has set, by environment or .env.
+        home: the absolute home.
+        run: the short folder for sockets.
+        secrets: the home's own.
+        database_url: the database, embedded or the operator's.
+        redis_url: the broker, embedded or the operator's.
+
+    Returns:
+        Names and values, all paths absolute.
+    """
+    computed = {
+        "storage_url": (home / "objects").as_uri(),
+        "runs_dir": str(home / "runs"),
+        "cache_dir": str(home / "cache"),
+        "inference_url": f"unix://{run / 'inference.sock'}",
+        "bootstrap_api_key": secrets.api_key,
+    }
+    environment = dict(os.environ)
+    for name, value in computed.items():
+        if name not in settings.model_fields_set:
+            environment[f"LUTHIER_{name.upper()}"] = value
+    environment["LUTHIER_HOME"] = str(home)
+    environment["LUTHIER_DATABASE_URL"] = database_url
+    environment["LUTHIER_REDIS_URL"] = redis_url
+    environment["LUTHIER_LOG_LEVEL"] = settings.log_level
+    # Logs are files here: lines must not wait in a buffer.
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
+    """Return the steps and processes of the service itself, without database and broker.
+
+    Args:
+        environment: from `service_environment`.
+        host: address that the API binds.
+        port: its port.
+
+    Returns:
+        The plan.
+    """
+    python = sys.executable
+    inference_environment = {k: v for k, v in environment.items() if k not in _NOT_FOR_INFERENCE}
+    # Only the bootstrap step needs the first key in plain text.
+    running_environment = {k: v for k, v in environment.items() if k != "LUTHIER_BOOTSTRAP_API_KEY"}
+    inference_url = environment["LUTHIER_INFERENCE_URL"]
+    return Plan(
+        early=(
+            ProcessSpec(
+                name="inference",
+                command=(python, "-m", "luthier.inference.server"),
+                environment=inference_environment,
+                is_ready=partial(answers, inference_url, "/healthz", b'"ready": true', b'"ready":true'),
+                stop_stage=1,
+                stop_seconds=1.0,
+            ),
+        ),
+        steps=(
+            Step("migrate", (python, "-m", "db.migrate"), running_environment),
+            Step("bootstrap", (python, "-m", "services.bootstrap"), environment),
+        ),
+        late=(
+            ProcessSpec(
+                name="api",
+                command=(python, "-m", "api", "--host", host, "--port", str(port)),
+                environment=running_environment,
+                is_ready=partial(answers, f"http://{reachable_host(host)}:{port}", "/readyz"),
+                stop_stage=0,
+                stop_seconds=6.0,
+            ),
+            ProcessSpec(
+                name="worker",
+                command=(python, "-m", "worker"),
+                environment=running_environment,
+                stop_stage=0,
+                stop_seconds=6.0,
+            ),
+        ),
+    )
+
+
+def reachable_host(host: str) -> str:
+    """Return the address by which a client on this machine reaches a bound one."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+
+
+def answers(url: str, path: str, *contents: bytes) -> bool:
+    """Whether a GET answers 200 within a second, and holds one of `contents` when any is named.
+
+    Args:
+        url: `http://host:port` or `unix:///path.sock`.
+        path: the path to ask for.
+        contents: bytes of which one must be in the body.
+    """
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "localhost", parts.port, timeout=1.0)
+    try:
+        if parts.scheme == "unix":
+            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.sock.settimeout(1.0)
+            connection.sock.connect(parts.path)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read(64 * 1024)
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+    return response.status == 200 and (not contents or any(content in body for content in contents))

