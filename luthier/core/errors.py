@@ -150,6 +150,15 @@ class TooLargeError(LuthierError):
     type = "invalid_request_error"
 
 
+class TooManyRequestsError(LuthierError):
+    """More requests than may wait; the same one succeeds a little later."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+    type = "requests"
+    retryable = True
+
+
 class UnavailableError(LuthierError):
     """A part of the service can't be reached right now."""
 

@@ -1,0 +1,191 @@
+"""One thread owns the weights and makes the answers; the rest of the process talks to it by a queue.
+
+`EngineCore` is the plain loop body, callable without a thread; `Engine` runs it and blocks when idle.
+"""
+
+import logging
+import queue
+import threading
+from typing import Any, Protocol
+
+import torch
+
+from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
+from luthier.inference import sampler
+from luthier.inference.scheduler import Group, Prefill, Scheduler
+from luthier.inference.sequence import Sequence
+
+_LOG = logging.getLogger(__name__)
+
+# Prompts of one prefill together: about what a small model on two cores does in a second or two.
+MAX_PREFILL_TOKENS = 8192
+# Full batches that may be live at once; the caches of their rows are what takes memory.
+MAX_LIVE_BATCHES = 8
+
+
+class RunnerLike(Protocol):
+    """What the engine asks of luthier.inference.runner.Runner."""
+
+    def prefill(self, sequences: list[Sequence], in_use: set[str]) -> tuple[Any, torch.Tensor]:
+        """Run prompts; return the rows' state and logits_BV."""
+
+    def step(self, batch: Any, token_ids: list[int]) -> torch.Tensor:
+        """Run a token a row; return logits_BV."""
+
+    def keep(self, batch: Any, rows: list[int]) -> None:
+        """Drop the other rows."""
+
+    def merge(self, batch: Any, other: Any) -> None:
+        """Append another batch's rows."""
+
+
+class EngineCore:
+    """Scheduler, runner and sampler put together, one piece of work at a time.
+
+    Args:
+        runner: what runs the model.
+        max_batch_rows: rows of one group.
+    """
+
+    def __init__(self, runner: RunnerLike, *, max_batch_rows: int) -> None:
+        self._runner = runner
+        self.scheduler = Scheduler(
+            max_batch_rows=max_batch_rows,
+            max_live_rows=MAX_LIVE_BATCHES * max_batch_rows,
+            max_prefill_tokens=MAX_PREFILL_TOKENS,
+        )
+
+    def step(self) -> bool:
+        """Do the next piece of work.
+
+        A fault in one group ends that group's answers with an error and nobody else's.
+
+        Returns:
+            Whether there was any.
+        """
+        work = self.scheduler.next_work()
+        if work is None:
+            return False
+        try:
+            if isinstance(work, Prefill):
+                self._prefill(work.sequences)
+            else:
+                self._decode(work)
+        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one group
+            self._fail(work, error)
+        return True
+
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        in_use = {digest for _, digest in self.scheduler.live_keys() if digest is not None}
+        batch, logits_BV = self._runner.prefill(sequences, in_use)
+        self._accept(sequences, logits_BV)
+        group = Group(sequences[0].key, sequences, batch)
+        if not self._drop_done(group):
+            return
+        host = self.scheduler.find_group(group.key, len(group.sequences))
+        if host is None:
+            self.scheduler.start(group)
+            return
+        self._runner.merge(host.batch, group.batch)
+        host.sequences.extend(group.sequences)
+
+    def _decode(self, group: Group) -> None:
+        if not self._drop_done(group):
+            self.scheduler.end(group)
+            return
+        logits_BV = self._runner.step(group.batch, [sequence.last_token_id for sequence in group.sequences])
+        self._accept(group.sequences, logits_BV)
+        if not self._drop_done(group):
+            self.scheduler.end(group)
+
+    def _accept(self, sequences: list[Sequence], logits_BV: torch.Tensor) -> None:
+        for sequence, choice in zip(sequences, sampler.choose(logits_BV, sequences), strict=True):
+            sequence.accept(choice)
+
+    def _drop_done(self, group: Group) -> bool:
+        rows = [row for row, sequence in enumerate(group.sequences) if not sequence.is_done]
+        if rows and len(rows) < len(group.sequences):
+            self._runner.keep(group.batch, rows)
+        group.sequences = [group.sequences[row] for row in rows]
+        return bool(rows)
+
+    def _fail(self, work: Prefill | Group, error: Exception) -> None:
+        if not isinstance(error, LuthierError):
+            _LOG.exception("A step failed; its answers end with an error.")
+            error = LuthierError("The model server failed on this request; the operator's log says why.")
+        for sequence in work.sequences:
+            sequence.fail(error)
+        if isinstance(work, Group):
+            self.scheduler.end(work)
+
+
+class Engine:
+    """The engine's thread.
+
+    Args:
+        core: the work.
+        max_waiting: sequences that may wait for a row; more are refused.
+    """
+
+    def __init__(self, core: EngineCore, *, max_waiting: int) -> None:
+        self._core = core
+        self._max_waiting = max_waiting
+        self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs and takes requests."""
+        return self._thread.is_alive() and not self._is_closed
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have no row yet."""
+        return self._inbox.qsize() + self._core.scheduler.num_waiting
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Hand over the sequences of one request, all or none.
+
+        Raises:
+            TooManyRequestsError: when too many wait already.
+            UnavailableError: when the engine is closed.
+        """
+        if not self.is_alive:
+            raise UnavailableError("The model server is shutting down; try again.")
+        num_waiting = self.num_waiting
+        if num_waiting > 0 and num_waiting + len(sequences) > self._max_waiting:
+            raise TooManyRequestsError(f"{num_waiting} requests are waiting for the model server; try again.")
+        for sequence in sequences:
+            self._inbox.put(sequence)
+
+    def close(self) -> None:
+        """Take no more requests and let the thread end after its current step."""
+        self._is_closed = True
+        self._inbox.put(None)
+
+    def join(self, timeout_seconds: float) -> None:
+        """Wait for the thread's end."""
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            self._take_inbox()
+            self._core.step()
+        for sequence in self._core.scheduler.drain():
+            sequence.fail(UnavailableError("The model server was stopped; try again."))
+
+    def _take_inbox(self) -> None:
+        """Move what came in to the scheduler; sleep in the queue while there is nothing to do."""
+        try:
+            while True:
+                sequence = self._inbox.get(block=not self._core.scheduler.has_work)
+                if sequence is None:
+                    return
+                self._core.scheduler.add(sequence)
+        except queue.Empty:
+            return

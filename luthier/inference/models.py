@@ -1,0 +1,119 @@
+"""From the target that the API names to weights that can answer: bases and artifacts, each loaded once.
+
+Runs on the event loop; whatever takes long goes to a thread, so that nobody else's answer is held up.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from luthier.core.errors import InvalidRequestError
+from luthier.core.inference import (
+    HEADER_ARTIFACT,
+    HEADER_BASE,
+    HEADER_DIGEST,
+    HEADER_MODEL,
+    HEADER_PROJECT,
+    ModelTarget,
+)
+from luthier.core.settings import Settings
+from luthier.inference import bases
+from luthier.inference.adapters import fetch_artifact
+from luthier.inference.bases import LoadedBase, ServedModel
+from luthier.storage.store import Storage
+
+
+def read_target(headers: Mapping[str, str]) -> ModelTarget:
+    """Read the target from a request's headers.
+
+    Args:
+        headers: the request's, by lower-case name.
+
+    Returns:
+        What the API resolved the public model name to.
+
+    Raises:
+        InvalidRequestError: when a header is missing; only the API talks to this server.
+    """
+    try:
+        target = ModelTarget(
+            model=headers[HEADER_MODEL],
+            base_id=headers[HEADER_BASE],
+            project_id=headers[HEADER_PROJECT],
+            artifact=headers.get(HEADER_ARTIFACT),
+            digest=headers.get(HEADER_DIGEST),
+        )
+    except KeyError as error:
+        raise InvalidRequestError(f"The header {error.args[0]} is missing.") from error
+    if (target.artifact is None) != (target.digest is None):
+        raise InvalidRequestError(f"{HEADER_ARTIFACT} and {HEADER_DIGEST} come together or not at all.")
+    return target
+
+
+class Models:
+    """What this process has loaded or fetched.
+
+    Args:
+        settings: says where bases and artifacts lie.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._storage: Storage | None = None
+        self._bases: dict[str, LoadedBase] = {}
+        self._served: dict[tuple[str, str], ServedModel] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    def is_loaded(self, base_id: str) -> bool:
+        """Whether a base is in memory."""
+        return base_id in self._bases
+
+    async def get_base(self, base_id: str) -> LoadedBase:
+        """Return a base, loaded on its first use.
+
+        Args:
+            base_id: the base's id.
+
+        Returns:
+            The base, ready to answer.
+
+        Raises:
+            ModelNotFoundError: when it has not been fetched.
+        """
+        # Before a lock is made for it: unknown names must not pile up.
+        await asyncio.to_thread(bases.get_base_facts, self._settings, base_id)
+        async with self._locks.setdefault(base_id, asyncio.Lock()):
+            if base_id not in self._bases:
+                self._bases[base_id] = await asyncio.to_thread(bases.load, self._settings, base_id)
+            return self._bases[base_id]
+
+    async def get(self, target: ModelTarget) -> ServedModel:
+        """Return the model that a target names, its base loaded and its artifact in the local cache.
+
+        Args:
+            target: base, artifact and digest.
+
+        Returns:
+            The model; the engine loads its adapter when it first runs.
+
+        Raises:
+            ModelNotFoundError: when the base has not been fetched.
+            ArtifactCorruptError: when the artifact is missing or damaged.
+        """
+        base = self._bases.get(target.base_id) or await self.get_base(target.base_id)
+        if target.artifact is None or target.digest is None:
+            return ServedModel(base)
+        key = (target.base_id, target.digest)
+        if key in self._served:
+            return self._served[key]
+        async with self._locks.setdefault(target.digest, asyncio.Lock()):
+            if key not in self._served:
+                folder = await asyncio.to_thread(self._fetch, target.artifact, target.digest)
+                self._served[key] = ServedModel(base, target.digest, folder)
+        self._locks.pop(target.digest, None)
+        return self._served[key]
+
+    def _fetch(self, artifact: str, digest: str) -> Path:
+        if self._storage is None:
+            self._storage = Storage.open(self._settings.storage_url)
+        return fetch_artifact(self._storage, artifact, digest, self._settings.cache_dir / "artifacts")

@@ -1,0 +1,129 @@
+"""Which rows run next. Holds no tensors and never calls a model.
+
+Waiting sequences are grouped by model; a new arrival never waits for a running group to end: its prompt
+is run at the next turn, and live groups then take one decode step each, in turn.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.inference.sequence import ModelKey, Sequence
+
+
+@dataclass(eq=False)
+class Group:
+    """Rows of one model that are decoded together. `batch` is the runner's own state of these rows."""
+
+    key: ModelKey
+    sequences: list[Sequence]
+    batch: Any
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Sequences of one model whose prompts are to be run now."""
+
+    sequences: list[Sequence]
+
+
+class Scheduler:
+    """Order of work over waiting sequences and live groups.
+
+    Args:
+        max_batch_rows: rows of one group.
+        max_live_rows: rows of all groups together; it bounds the memory of caches.
+        max_prefill_tokens: rows times the longest prompt of one prefill (one row always fits); it bounds
+            how long a prefill holds up the running groups.
+    """
+
+    def __init__(self, *, max_batch_rows: int, max_live_rows: int, max_prefill_tokens: int) -> None:
+        self._max_batch_rows = max_batch_rows
+        self._max_live_rows = max(max_live_rows, max_batch_rows)
+        self._max_prefill_tokens = max_prefill_tokens
+        self._waiting: deque[Sequence] = deque()
+        self._groups: deque[Group] = deque()
+        # Groups that still have a step to take before the next prefill may hold them up.
+        self._num_turns_left = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its prefill."""
+        self._waiting.append(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._waiting or self._groups)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def num_live_rows(self) -> int:
+        """Rows of all groups."""
+        return sum(len(group.sequences) for group in self._groups)
+
+    def live_keys(self) -> set[ModelKey]:
+        """Return the models that running rows need."""
+        return {group.key for group in self._groups}
+
+    def next_work(self) -> Prefill | Group | None:
+        """Return what to run now: prompts, one group's step, or None when nothing is to be done."""
+        self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_done)
+        if self._waiting and (self._num_turns_left <= 0 or not self._groups):
+            sequences = self._take_waiting()
+            if sequences:
+                self._num_turns_left = len(self._groups)
+                return Prefill(sequences)
+        if not self._groups:
+            return None
+        self._num_turns_left -= 1
+        group = self._groups[0]
+        self._groups.rotate(-1)
+        return group
+
+    def find_group(self, key: ModelKey, num_rows: int) -> Group | None:
+        """Return a live group of a model that has room for more rows, if there is one."""
+        for group in self._groups:
+            if group.key == key and len(group.sequences) + num_rows <= self._max_batch_rows:
+                return group
+        return None
+
+    def start(self, group: Group) -> None:
+        """Let a group take its turns."""
+        self._groups.append(group)
+
+    def end(self, group: Group) -> None:
+        """Forget a group whose rows are all gone."""
+        self._groups.remove(group)
+
+    def drain(self) -> list[Sequence]:
+        """Forget everything and return the sequences that waited or ran."""
+        sequences = list(self._waiting)
+        for group in self._groups:
+            sequences.extend(group.sequences)
+        self._waiting.clear()
+        self._groups.clear()
+        return sequences
+
+    def _take_waiting(self) -> list[Sequence]:
+        room = min(self._max_batch_rows, self._max_live_rows - self.num_live_rows)
+        if room <= 0:
+            return []
+        key = self._waiting[0].key
+        taken: list[Sequence] = []
+        longest = 0
+        for sequence in self._waiting:
+            if sequence.key != key:
+                continue
+            longest = max(longest, len(sequence.prompt_ids))
+            if taken and (len(taken) + 1) * longest > self._max_prefill_tokens:
+                break
+            taken.append(sequence)
+            if len(taken) == room:
+                break
+        chosen = set(map(id, taken))
+        self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in chosen)
+        return taken

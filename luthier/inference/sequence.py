@@ -1,0 +1,168 @@
+"""One answer in the making: its prompt, its options, its text so far. No tensors, no HTTP."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from luthier.core.errors import LuthierError
+from luthier.inference.stops import StopMatcher
+
+FinishReason = Literal["stop", "length"]
+# Which weights answer: a base's id and an artifact's digest, None for the bare base.
+ModelKey = tuple[str, str | None]
+
+
+class TextDecoder(Protocol):
+    """What luthier.data.tokens.StreamDecoder promises."""
+
+    def push(self, token_id: int) -> str:
+        """Add a token and return the text that is complete."""
+
+    def flush(self) -> str:
+        """Return what is left."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen and when to end.
+
+    `num_logprobs` is the number of alternatives to report per token, 0 for the chosen token's own
+    log-probability alone, None for none at all.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    num_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token; log-probabilities (nats) are those of the model before temperature and top_p."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class ChoiceAt:
+    """A choice and the character of the answer at which its text begins."""
+
+    choice: Choice
+    start: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of the answer, and the choices that were made for it when they were asked for."""
+
+    text: str
+    choices: tuple[ChoiceAt, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The answer is whole."""
+
+    reason: FinishReason
+    num_completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """There will be no more of this answer."""
+
+    error: LuthierError
+
+
+SequenceEvent = Piece | Finish | Failure
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request's answer while it is made.
+
+    Args:
+        key: which weights answer; sequences of one key may share a batch.
+        served: what the runner needs to find those weights.
+        prompt_ids: the prompt's tokens, at least one.
+        options: how to sample and when to end.
+        decoder: turns tokens into text without cutting characters.
+        stop_token_ids: tokens that end an answer and have no text.
+        emit: takes each event; called on the engine's thread.
+    """
+
+    key: ModelKey
+    served: Any
+    prompt_ids: list[int]
+    options: SamplingOptions
+    decoder: TextDecoder
+    stop_token_ids: frozenset[int]
+    emit: Callable[[SequenceEvent], None]
+    num_completion_tokens: int = 0
+    last_token_id: int = -1
+    is_finished: bool = False
+    is_cancelled: bool = False
+    # The sampler's private generator, made at the first token.
+    generator: Any = None
+    _num_decoded: int = 0
+    _held_choices: list[ChoiceAt] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stops = StopMatcher(self.options.stop)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no further token is wanted."""
+        return self.is_finished or self.is_cancelled
+
+    def cancel(self) -> None:
+        """Ask for no more tokens; safe from any thread, honoured at the next step."""
+        self.is_cancelled = True
+
+    def fail(self, error: LuthierError) -> None:
+        """End without an answer, or in the middle of one."""
+        if not self.is_finished:
+            self.is_finished = True
+            self.emit(Failure(error))
+
+    def accept(self, choice: Choice) -> None:
+        """Add a token to the answer and emit what became certain by it."""
+        self.num_completion_tokens += 1
+        self.last_token_id = choice.token_id
+        if choice.token_id in self.stop_token_ids:
+            self._finish("stop", self._push_text(self.decoder.flush()))
+            return
+        if self.options.num_logprobs is not None:
+            self._held_choices.append(ChoiceAt(choice, self._num_decoded))
+        text = self._push_text(self.decoder.push(choice.token_id))
+        if self._stops.is_hit:
+            self._finish("stop", text)
+        elif self.num_completion_tokens >= self.options.max_tokens:
+            text += self._push_text(self.decoder.flush())
+            self._finish("stop" if self._stops.is_hit else "length", text)
+        elif text:
+            self._emit_piece(text)
+
+    def _push_text(self, text: str) -> str:
+        self._num_decoded += len(text)
+        return self._stops.push(text)
+
+    def _emit_piece(self, text: str) -> None:
+        choices = tuple(self._held_choices)
+        self._held_choices.clear()
+        self.emit(Piece(text, choices))
+
+    def _finish(self, reason: FinishReason, text: str) -> None:
+        text += self._stops.flush()
+        if self._stops.is_hit:
+            # Tokens that lie wholly in the stop text are no part of the answer.
+            end = self._stops.num_released
+            self._held_choices = [held for held in self._held_choices if held.start < end]
+        if text or self._held_choices:
+            self._emit_piece(text)
+        self.is_finished = True
+        self.emit(Finish(reason, self.num_completion_tokens))

@@ -1,0 +1,163 @@
+"""`python -m luthier.inference.server`: the inference server's process: socket, signals, log.
+
+On a Unix socket its mode (0600) is the guard, on TCP the internal token is.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+# Set before transformers is imported: everything this process reads is on the local disk.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import uvicorn
+
+from luthier.core.errors import LuthierError
+from luthier.core.settings import Settings
+from luthier.inference.app import Service, build_app
+from luthier.inference.engine import Engine, EngineCore
+from luthier.inference.runner import Runner
+
+_LOG = logging.getLogger(__name__)
+_BACKLOG = 1024
+_STOP_SECONDS = 2
+
+
+def open_socket(url: str) -> socket.socket:
+    """Bind the socket that a setting names.
+
+    Args:
+        url: `unix:///path.sock` or `http://host:port`.
+
+    Returns:
+        The bound socket; a Unix socket has mode 0600 from its first moment.
+
+    Raises:
+        LuthierError: when the URL is of another kind, or the path is in use by another server or no socket.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return _open_unix_socket(Path(parts.netloc + parts.path))
+    if parts.scheme == "http" and parts.hostname and parts.port is not None:
+        family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
+        return socket.create_server((parts.hostname, parts.port), family=family, backlog=_BACKLOG)
+    raise LuthierError("LUTHIER_INFERENCE_URL must be unix:///path.sock or http://host:port.")
+
+
+def _open_unix_socket(path: Path) -> socket.socket:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise LuthierError(f"The socket {path} can't be made: {error}.") from error
+    finally:
+        os.umask(previous)
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise LuthierError(f"{path} exists and is no socket; LUTHIER_INFERENCE_URL must name another path.")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT):
+            raise LuthierError(f"Another inference server listens on {path}.")
+    path.unlink(missing_ok=True)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but a signal also ends open answers, and the exit status after TERM is 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on TERM and INT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        yield
+
+    def _on_signal(self) -> None:
+        self._service.interrupt()
+        self.should_exit = True
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until TERM or INT.
+
+    Args:
+        settings: the server's.
+
+    Raises:
+        LuthierError: when the settings can't be served: no token for TCP, or a socket in use.
+    """
+    is_tcp = settings.inference_url.startswith("http://")
+    token = settings.internal_token.get_secret_value() if is_tcp else None
+    if token == "":
+        raise LuthierError("LUTHIER_INTERNAL_TOKEN must be set when LUTHIER_INFERENCE_URL is http.")
+    torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
+    listener = open_socket(settings.inference_url)
+    engine = Engine(
+        EngineCore(Runner(), max_batch_rows=settings.max_batch_rows),
+        max_waiting=settings.max_waiting_requests,
+    )
+    service = Service(settings, engine)
+    engine.start()
+    config = uvicorn.Config(
+        build_app(service, settings, token=token),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+    )
+    _LOG.info("Serving on %s.", settings.inference_url)
+    await _Server(config, service).serve(sockets=[listener])
+    engine.close()
+    engine.join(timeout_seconds=0.5)
+    if not is_tcp:
+        with contextlib.suppress(FileNotFoundError):
+            Path(listener.getsockname()).unlink()
+
+
+def main() -> None:
+    """Run the inference server."""
+    settings = Settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        asyncio.run(_serve_and_exit(settings))
+    except LuthierError as error:
+        raise SystemExit(error.message) from error
+
+
+async def _serve_and_exit(settings: Settings) -> None:
+    await serve(settings)
+    logging.shutdown()
+    # A step or a load in another thread may be deep in native code; waiting for it would break the
+    # promise to stop at once, and nothing is left that needs an orderly end.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
