@@ -1,1 +1,27 @@
-"""Drop-in folder: one way to tune a model per file. Files that begin with `_`, and base.py, are skipped."""
+"""Drop-in folder: one way to tune a model per file. Files that begin with `_`, and base.py, are skipped.
+
+The API imports this, so no file here imports torch, transformers or peft at its top.
+"""
+
+from luthier.methods._discover import discover, parameter_schemas
+from luthier.methods._resolve import (
+    MAX_BATCH_SIZE,
+    MAX_EPOCHS,
+    check_tuning,
+    parse_tuning,
+    resolve_spec,
+)
+from luthier.methods.base import Attached, Method, MethodParams
+
+__all__ = [
+    "MAX_BATCH_SIZE",
+    "MAX_EPOCHS",
+    "Attached",
+    "Method",
+    "MethodParams",
+    "check_tuning",
+    "discover",
+    "parameter_schemas",
+    "parse_tuning",
+    "resolve_spec",
+]

@@ -1,0 +1,27 @@
+"""Finding the methods by folder: every file here that holds a `METHOD`."""
+
+import importlib
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from luthier.methods.base import Method
+
+
+@cache
+def discover() -> dict[str, Method]:
+    """Return every method by its name, in the order of the names. A new file is a new method."""
+    package = __name__.rpartition(".")[0]
+    found: dict[str, Method] = {}
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if info.name.startswith("_") or info.name == "base":
+            continue
+        method = importlib.import_module(f"{package}.{info.name}").METHOD
+        found[method.name] = method
+    return dict(sorted(found.items()))
+
+
+def parameter_schemas() -> dict[str, dict[str, Any]]:
+    """Return the JSON schema of every method's `tuning` object by the method's name."""
+    return {name: method.Params.model_json_schema() for name, method in discover().items()}

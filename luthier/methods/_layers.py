@@ -1,0 +1,107 @@
+"""Finding the linear layers of a base by group, by name or by pattern."""
+
+import re
+from typing import TYPE_CHECKING
+
+from luthier.core.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PARAM = "tuning.target_modules"
+
+# Parts of module paths that mark a block's two halves, over the architectures that transformers has.
+_ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|mixer)([._]|$)")
+_FEED_FORWARD = re.compile(
+    r"(^|[._])(mlp|ffn|feed_forward|experts?|block_sparse_moe|fc1|fc2|fc_in|fc_out)([._]|$)"
+)
+
+
+def linear_shapes(causal_lm: "PreTrainedModel") -> dict[str, tuple[int, int]]:
+    """List the base's linear layers, the output layer left out.
+
+    Args:
+        causal_lm: the base, with nothing attached.
+
+    Returns:
+        Module path to (inputs, outputs), in the model's order. GPT-2's Conv1D counts as linear.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = causal_lm.get_output_embeddings()
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in causal_lm.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            shapes[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.nx, module.nf)
+    return shapes
+
+
+def choose_layers(
+    shapes: dict[str, tuple[int, int]], target_modules: str | list[str]
+) -> dict[str, tuple[int, int]]:
+    """Pick the layers that `target_modules` names.
+
+    Args:
+        shapes: what `linear_shapes` returned.
+        target_modules: "all-linear", "attention", "mlp", a list of names (the path's end), or a regular
+            expression for the whole path.
+
+    Returns:
+        The chosen part of `shapes`; never empty.
+
+    Raises:
+        InvalidValueError: when a name or pattern matches no linear layer; lists the names there are.
+    """
+    if isinstance(target_modules, list):
+        for wanted in target_modules:
+            if not any(_ends_with(path, wanted) for path in shapes):
+                raise _nothing_matches(wanted, shapes)
+        return {
+            path: shape
+            for path, shape in shapes.items()
+            if any(_ends_with(path, wanted) for wanted in target_modules)
+        }
+    if target_modules == "all-linear":
+        chosen = dict(shapes)
+    elif target_modules in {"attention", "mlp"}:
+        pattern = _ATTENTION if target_modules == "attention" else _FEED_FORWARD
+        chosen = {path: shape for path, shape in shapes.items() if pattern.search(path)}
+    else:
+        compiled = re.compile(target_modules)
+        chosen = {path: shape for path, shape in shapes.items() if compiled.fullmatch(path)}
+    if not chosen:
+        raise _nothing_matches(target_modules, shapes)
+    return chosen
+
+
+def shortest_names(chosen: dict[str, tuple[int, int]], shapes: dict[str, tuple[int, int]]) -> list[str]:
+    """Return the shortest endings of paths that pick exactly the chosen layers, sorted.
+
+    One component (`q_proj`) where that is enough, which is what other tools expect; more (`attn.c_proj`)
+    where one would pick layers that were not chosen.
+    """
+    longest = max(path.count(".") for path in chosen) + 1
+    for num_parts in range(1, longest):
+        names = {".".join(path.split(".")[-num_parts:]) for path in chosen}
+        picked = {path for path in shapes if any(_ends_with(path, name) for name in names)}
+        if picked == set(chosen):
+            return sorted(names)
+    return sorted(chosen)
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _nothing_matches(wanted: str, shapes: dict[str, tuple[int, int]]) -> InvalidValueError:
+    known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in shapes}))
+    return InvalidValueError(
+        f"{wanted[:80]!r} matches no linear layer of this base. Its linear layers are: {known}. "
+        "Or use 'all-linear', 'attention' or 'mlp'.",
+        param=PARAM,
+    )

@@ -1,0 +1,161 @@
+"""Checking a request's `tuning` object, and replacing every "auto" of a spec by a number."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from luthier.core.errors import (
+    InvalidRequestError,
+    InvalidTypeError,
+    InvalidValueError,
+    MissingParameterError,
+    UnknownParameterError,
+    UnsupportedValueError,
+)
+from luthier.core.specs import BaseFacts, Hyperparameters, TrainingSpec
+from luthier.methods._discover import discover
+from luthier.methods.base import Method, MethodParams
+
+MAX_EPOCHS = 50
+MAX_BATCH_SIZE = 256
+
+
+def check_tuning(tuning: dict[str, Any]) -> dict[str, Any]:
+    """Check the `tuning` object of a request against the method that it names.
+
+    Args:
+        tuning: the object as it came; `{}` is LoRA with its defaults.
+
+    Returns:
+        The same with every default filled in and "auto" kept.
+
+    Raises:
+        InvalidRequestError: names the first offending field as `tuning.<field>`.
+    """
+    method = _method_of(tuning)
+    return _parse(method, tuning).model_dump(mode="json")
+
+
+def resolve_spec(
+    spec: TrainingSpec, *, base: BaseFacts, num_rows: int, num_tokens: int, num_threads: int
+) -> TrainingSpec:
+    """Replace every "auto" by a number and record the base and the threads.
+
+    Args:
+        spec: the spec as the request made it.
+        base: the fetched base.
+        num_rows: training rows.
+        num_tokens: tokens of those rows, one epoch.
+        num_threads: CPU threads of every attempt.
+
+    Returns:
+        A spec whose `is_resolved` is true and whose `training.learning_rate` is the peak rate.
+
+    Raises:
+        InvalidRequestError: when a value is out of range.
+    """
+    method = _method_of(spec.tuning)
+    params = method.resolve(_parse(method, spec.tuning), base=base, num_rows=num_rows)
+    asked = spec.hyperparameters
+    epochs = _auto_epochs(num_rows, num_tokens) if asked.n_epochs == "auto" else asked.n_epochs
+    batch_size = _auto_batch_size(num_rows) if asked.batch_size == "auto" else asked.batch_size
+    multiplier = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
+    _check_range("n_epochs", epochs, MAX_EPOCHS)
+    _check_range("batch_size", batch_size, MAX_BATCH_SIZE)
+    if not 0 < multiplier < float("inf"):
+        raise InvalidValueError(
+            "learning_rate_multiplier must be above 0.", param="hyperparameters.learning_rate_multiplier"
+        )
+    rate = spec.training.learning_rate
+    if rate is None:
+        rate = min(1.0, method.base_learning_rate(params, base=base) * multiplier)
+    max_length = min(spec.training.max_length or base.context_length, base.context_length)
+    return spec.model_copy(
+        update={
+            "base": base,
+            "tuning": params.model_dump(mode="json"),
+            "hyperparameters": Hyperparameters(
+                n_epochs=epochs, batch_size=batch_size, learning_rate_multiplier=multiplier
+            ),
+            "training": spec.training.model_copy(update={"learning_rate": rate, "max_length": max_length}),
+            "num_threads": num_threads,
+        }
+    )
+
+
+def parse_tuning(tuning: dict[str, Any]) -> tuple[Method, MethodParams]:
+    """Return the method that a checked `tuning` object names, and its parameters."""
+    method = _method_of(tuning)
+    return method, _parse(method, tuning)
+
+
+def _auto_epochs(num_rows: int, num_tokens: int) -> int:
+    """Three passes over a few hundred rows, more over fewer, fewer over very many."""
+    if num_rows < 60:
+        return 6
+    if num_rows < 150:
+        return 4
+    if num_rows < 5_000 and num_tokens < 5_000_000:
+        return 3
+    return 2 if num_rows < 20_000 else 1
+
+
+def _auto_batch_size(num_rows: int) -> int:
+    """Small enough for a few dozen steps an epoch, large enough to fill the matrix products."""
+    size = 4
+    while size < 64 and num_rows >= size * 50:
+        size *= 2
+    return size
+
+
+def _method_of(tuning: dict[str, Any]) -> Method:
+    methods = discover()
+    name = tuning.get("type", "lora")
+    if not isinstance(name, str) or name not in methods:
+        known = ", ".join(methods)
+        raise InvalidValueError(
+            f"tuning.type must be one of: {known}; got {str(name)[:40]!r}.", param="tuning.type"
+        )
+    return methods[name]
+
+
+def _parse(method: Method, tuning: dict[str, Any]) -> MethodParams:
+    try:
+        return method.Params.model_validate({"type": method.name, **tuning})
+    except ValidationError as error:
+        raise _first_fault(error, tuning) from error
+
+
+def _first_fault(error: ValidationError, tuning: dict[str, Any]) -> InvalidRequestError:
+    fault = error.errors()[0]
+    name = str(fault["loc"][0]) if fault["loc"] else ""
+    param = f"tuning.{name}" if name else "tuning"
+    kind = fault["type"]
+    if kind == "extra_forbidden":
+        return UnknownParameterError(f"Unknown parameter: '{param[:80]}'.", param=param[:80])
+    if kind == "missing":
+        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
+    if param == "tuning.quantization":
+        return UnsupportedValueError(
+            "tuning.quantization: quantised bases are not offered here yet. Leave it out or use null.",
+            param=param,
+        )
+    shown = repr(tuning.get(name))[:40]
+    rules = sorted(
+        {f["msg"].removeprefix("Value error, ") for f in error.errors() if f["loc"][:1] == (name,)}
+    )
+    message = f"Invalid value for '{param}': {shown}. {'; or: '.join(rules)}."
+    # A number out of its range breaks a bound; the other branch of the union ("auto") is then no type fault.
+    if any(not f["type"].endswith(("_type", "_parsing", "literal_error")) for f in error.errors()):
+        return InvalidValueError(message, param=param)
+    if isinstance(tuning.get(name), str):
+        return InvalidValueError(message, param=param)
+    return InvalidTypeError(message, param=param)
+
+
+def _check_range(name: str, value: int, largest: int) -> None:
+    if not 1 <= value <= largest:
+        raise InvalidValueError(
+            f"{name} must be a whole number from 1 to {largest}; got {value}.",
+            param=f"hyperparameters.{name}",
+        )

@@ -1,0 +1,169 @@
+"""LoRA: `W + scale * B A` at chosen linear layers, base frozen (Hu et al. 2021, arXiv 2106.09685).
+
+`A` starts random and `B` at zero, so the start equals the base. `scale` is alpha/r, or alpha/sqrt(r)
+with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). DoRA (Liu et al. 2024, arXiv 2402.09353) trains a
+magnitude per output beside the direction. PEFT holds the layers, so what is saved loads in PEFT.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, StringConstraints, field_validator
+
+from luthier.core.errors import InvalidValueError
+from luthier.core.specs import Auto, BaseFacts
+from luthier.methods._layers import PARAM, choose_layers, linear_shapes, shortest_names
+from luthier.methods.base import Attached, Method, MethodParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+# Found on SmolLM2-135M: see base_learning_rate.
+_AUTO_RANK = 16
+
+
+class LoraParams(MethodParams):
+    """The `tuning` object of a LoRA job."""
+
+    type: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1, le=256)] | Auto = Field("auto", description="Width of A and B.")
+    alpha: Annotated[float, Field(gt=0, le=1024)] | Auto = Field(
+        "auto", description="Scale of the update, divided by the rank; twice the rank by default."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="Share of A's inputs dropped in training."
+    )
+    target_modules: _Name | Annotated[list[_Name], Field(min_length=1, max_length=64)] = Field(
+        "all-linear",
+        description='"all-linear", "attention", "mlp", a list of layer names, or a regular expression.',
+    )
+    use_rslora: bool = Field(False, description="Divide alpha by the square root of the rank.")
+    use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
+    quantization: None = Field(None, description="Quantised bases are not offered yet.")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _pattern_compiles(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no valid regular expression: {error}") from error
+        return value
+
+
+class Lora(Method):
+    """Low-rank updates of linear layers, held by PEFT."""
+
+    name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA: low-rank updates of linear layers"
+    Params: ClassVar[type[MethodParams]] = LoraParams
+
+    def resolve(self, params: LoraParams, *, base: BaseFacts, num_rows: int) -> LoraParams:  # noqa: ARG002
+        """Replace every "auto": rank 16, alpha twice the rank, no dropout."""
+        rank = _AUTO_RANK if params.rank == "auto" else params.rank
+        alpha = 2.0 * rank if params.alpha == "auto" else params.alpha
+        dropout = 0.0 if params.dropout == "auto" else params.dropout
+        return params.model_copy(update={"rank": rank, "alpha": alpha, "dropout": dropout})
+
+    def base_learning_rate(self, params: LoraParams, *, base: BaseFacts) -> float:  # noqa: ARG002
+        """Return the peak rate: about ten times that of full tuning, lower for wider models."""
+        if base.hidden_size <= 1024:
+            return 1e-3
+        return 4e-4 if base.hidden_size <= 2048 else 2e-4
+
+    def count_parameters(self, causal_lm: "PreTrainedModel", params: LoraParams) -> int:
+        """Return the sum of rank * (inputs + outputs) over the chosen layers; DoRA adds the outputs."""
+        chosen = choose_layers(linear_shapes(causal_lm), params.target_modules)
+        rank = _number(params.rank)
+        low_rank = sum(rank * (inputs + outputs) for inputs, outputs in chosen.values())
+        return low_rank + (sum(outputs for _, outputs in chosen.values()) if params.use_dora else 0)
+
+    def attach(
+        self, causal_lm: "PreTrainedModel", params: LoraParams, *, seed: int, base_id: str
+    ) -> Attached:
+        """Replace the chosen layers by PEFT's, with A drawn from `seed` and B zero."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        shapes = linear_shapes(causal_lm)
+        chosen = choose_layers(shapes, params.target_modules)
+        rank = int(_number(params.rank))
+        _check_rank(rank, chosen)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_id,
+            r=rank,
+            lora_alpha=_number(params.alpha),
+            lora_dropout=_number(params.dropout),
+            target_modules=shortest_names(chosen, shapes),
+            use_rslora=params.use_rslora,
+            use_dora=params.use_dora,
+            bias="none",
+        )
+        torch.manual_seed(seed)
+        model = get_peft_model(causal_lm, config)
+        # get_peft_model puts the base's path here; an artifact names its base by id.
+        model.peft_config["default"].base_model_name_or_path = base_id
+        return Attached(model=model, causal_lm=causal_lm)
+
+    def save(self, attached: Attached, folder: Path) -> list[str]:
+        """Write PEFT's two files; equal weights give equal bytes."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        weights = get_peft_model_state_dict(attached.model, adapter_name="default")
+        weights = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
+        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        config = attached.model.peft_config["default"].to_dict()
+        config["inference_mode"] = True
+        text = json.dumps(_sorted_sets(config), indent=2, sort_keys=True)
+        (folder / CONFIG_NAME).write_text(text + "\n")
+        return [WEIGHTS_NAME, CONFIG_NAME]
+
+    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
+        """Put a saved adapter on its base by PEFT itself."""
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
+        return Attached(model=model.eval(), causal_lm=causal_lm)
+
+
+def _number(value: Any) -> Any:
+    if value == "auto":
+        raise InvalidValueError('"auto" must be resolved before a method is attached.', param="tuning")
+    return value
+
+
+def _check_rank(rank: int, chosen: dict[str, tuple[int, int]]) -> None:
+    limit = min(min(shape) for shape in chosen.values())
+    if rank <= limit:
+        return
+    name = next(path for path, shape in chosen.items() if min(shape) == limit)
+    raise InvalidValueError(
+        f"Rank {rank} is above what the layer {name} can hold: a rank beyond {limit} adds parameters and no "
+        f"freedom. Use {limit} or less, or leave that layer out of target_modules.",
+        param="tuning.rank",
+    )
+
+
+def _sorted_sets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _sorted_sets(inner) for key, inner in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [_sorted_sets(inner) for inner in value]
+    return value
+
+
+METHOD = Lora()
+
+__all__ = ["METHOD", "PARAM", "Lora", "LoraParams"]
