@@ -108,10 +108,10 @@ class Lora(Method):
             use_dora=params.use_dora,
             bias="none",
         )
+        # PEFT records the model's own name as the base; an artifact names its base by id, never by a path.
+        causal_lm.name_or_path = base_id
         torch.manual_seed(seed)
         model = get_peft_model(causal_lm, config)
-        # get_peft_model puts the base's path here; an artifact names its base by id.
-        model.peft_config["default"].base_model_name_or_path = base_id
         return Attached(model=model, causal_lm=causal_lm)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:
@@ -119,7 +119,9 @@ class Lora(Method):
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        weights = get_peft_model_state_dict(attached.model, adapter_name="default")
+        weights = get_peft_model_state_dict(
+            attached.model, adapter_name="default", save_embedding_layers=False
+        )
         weights = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         config = attached.model.peft_config["default"].to_dict()

@@ -1,0 +1,63 @@
+"""`python -P -m luthier.training RUN_DIR [RUN_DIR …]`, or `--warm`: imports done, directories on stdin.
+
+Exit code 0: every run finished or was stopped; 1: one failed, after its `failed` event.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from luthier.training.emit import take_stdout
+from luthier.training.signals import StopRequest
+
+
+def main() -> int:
+    """Run the directories that were named; return the exit code."""
+    parser = argparse.ArgumentParser(prog="luthier.training", description=__doc__)
+    parser.add_argument("run_directories", nargs="*", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--warm", action="store_true", help="import, then read directories from stdin")
+    arguments = parser.parse_args()
+    # Before anything slow: from here TERM is heard, and stray prints can't break the event lines.
+    stop = StopRequest().install()
+    events = take_stdout()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    from luthier.training.run import run
+
+    if arguments.warm:
+        _import_all()
+    has_failed = False
+    for folder in _wait_for_directories(stop) if arguments.warm else arguments.run_directories:
+        if stop.is_set:
+            break
+        has_failed |= not run(folder, events, stop)
+    return int(has_failed)
+
+
+def _wait_for_directories(stop: StopRequest) -> Iterator[Path]:
+    while True:
+        stop.leave_at_once = True
+        if stop.is_set:
+            return
+        line = sys.stdin.readline()
+        stop.leave_at_once = False
+        if not line:
+            return
+        yield Path(line.rstrip("\n"))
+
+
+def _import_all() -> None:
+    """Import what a run needs, and touch no device."""
+    import peft
+    import transformers
+
+    _ = (peft.get_peft_model, peft.LoraConfig, transformers.AutoModelForCausalLM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

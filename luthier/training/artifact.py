@@ -1,0 +1,121 @@
+"""The result: a sealed folder that PEFT loads unchanged, with a card and the log beside the weights."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.core.events import Metrics
+from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
+from luthier.storage.manifests import Manifest, seal_folder
+from luthier.training.trainee import Trainee
+
+LOG_NAME = "training_log.jsonl"
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an artifact comes from: the job, its spec and its base."""
+
+    inputs: RunInputs
+    spec: TrainingSpec
+    base: BaseFacts
+
+
+def write_artifact(
+    folder: Path, trainee: Trainee, origin: Origin, *, step: int, metrics: Metrics, log: Path
+) -> Manifest:
+    """Write and seal an artifact folder.
+
+    Args:
+        folder: its final place; an older one there is replaced.
+        trainee: the model as it is now.
+        origin: what the card and the digest name.
+        step: steps done.
+        metrics: scores at this step, for the card.
+        log: the run's log so far, one JSON object a line.
+
+    Returns:
+        The manifest; its digest covers weights, configuration and base digest.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.with_name(f".{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    digested = trainee.method.save(trainee.attached, building)
+    (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
+    shutil.copyfile(log, building / LOG_NAME)
+    return seal_folder(building, folder, digested=digested, base_digest=origin.base.digest)
+
+
+def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
+    """Return a model card: a YAML header that hubs read, then what a person wants to know."""
+    spec, base = origin.spec, origin.base
+    header: dict[str, Any] = {
+        "base_model": base.id,
+        "library_name": "peft",
+        "license": base.licence,
+        "pipeline_tag": "text-generation",
+        "tags": ["luthier", trainee.method.name],
+    }
+    # JSON is YAML: quoted like this no value can break out of its line.
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
+    lines += [f"# {_code(origin.inputs.model_name)}", ""]
+    lines += [
+        f"{trainee.method.title}, tuned from {_code(base.id)} by job {_code(origin.inputs.job_id)}.",
+        "",
+    ]
+    facts: dict[str, Any] = {
+        "base digest": base.digest,
+        "steps": step,
+        "trained parameters": trainee.attached.num_trained_parameters,
+        **{f"tuning.{key}": value for key, value in spec.tuning.items() if key != "type"},
+        **spec.hyperparameters.model_dump(),
+        **spec.training.model_dump(),
+        "seed": spec.seed,
+        **metrics.model_dump(exclude_none=True),
+    }
+    lines += ["| what | value |", "|---|---|"]
+    lines += [f"| {key} | {_code(value)} |" for key, value in facts.items()]
+    lines += ["", "Load it with `peft.PeftModel.from_pretrained(base, folder)`.", ""]
+    return "\n".join(lines)
+
+
+def _code(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    cleaned = "".join(c if c.isprintable() and c not in "`|" else " " for c in text)
+    return f"`{cleaned}`"
+
+
+class TrainingLog:
+    """The run's history, one JSON object a line, which survives a resume.
+
+    Args:
+        path: the file in the run directory.
+        last_step: lines of later steps are dropped, for those steps are about to be done again.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        kept = [line for line in _read_lines(path) if line.get("step", 0) <= last_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, **facts: Any) -> None:
+        """Add one line."""
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(facts) + "\n")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            # A process that was killed may have left half a line; it is the last one.
+            break
+    return lines

@@ -1,0 +1,257 @@
+"""The loop: from the first step that is not done to the last, with save points and checkpoints."""
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from luthier.core.errors import NonFiniteLossError
+from luthier.core.events import BaseScoredEvent, CheckpointEvent, Metrics, SavePointEvent, StepEvent
+from luthier.storage.manifests import Manifest
+from luthier.training.artifact import TrainingLog, write_artifact
+from luthier.training.batches import collate, count_supervised, row_lengths, split_micro
+from luthier.training.device import peak_memory_bytes
+from luthier.training.emit import EventWriter
+from luthier.training.evaluate import Scores, StoppedError, evaluate
+from luthier.training.job import Job
+from luthier.training.optimizer import learning_rate_at
+from luthier.training.progress import Pace
+from luthier.training.savepoints import SavePoints
+from luthier.training.signals import StopRequest
+from luthier.training.step import StepScores, apply_gradients, compute_gradients
+from luthier.training.trainee import Trainee
+
+SAVE_POINT_SECONDS = 30.0
+_NUM_CHECKPOINTS_KEPT = 3
+_NUM_LINES_NAMED = 20
+
+
+class Loop:
+    """Everything that the steps of one run share.
+
+    Args:
+        job: what to train.
+        trainee: the model, restored when a save point was there.
+        optimizer: over its parameters, restored too.
+        save_points: where to write them.
+        writer: where events go.
+        stop: asked between steps.
+        start_step: steps that are done already.
+        max_tokens: bound on a part of a batch with its padding.
+        pad_id: token on the right of shorter rows.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        trainee: Trainee,
+        *,
+        optimizer: torch.optim.Optimizer,
+        save_points: SavePoints,
+        writer: EventWriter,
+        stop: StopRequest,
+        start_step: int,
+        max_tokens: int,
+        pad_id: int,
+    ) -> None:
+        self.job = job
+        self.step = start_step
+        self.last_metrics = Metrics()
+        self.trainee = trainee
+        self._optimizer = optimizer
+        self._save_points = save_points
+        self._writer = writer
+        self._stop = stop
+        self._max_tokens = max_tokens
+        self.pad_id = pad_id
+        self._lengths = row_lengths(job.rows)
+        self._num_supervised = count_supervised(job.rows)
+        self._saved_at = time.monotonic()
+        self._log = TrainingLog(job.folder / "training_log.jsonl", start_step)
+
+    def run(self) -> None:
+        """Do every step that is left.
+
+        Raises:
+            StoppedError: when TERM came; a save point of the last step is written.
+            NonFiniteLossError: when a step's loss or gradient is no number; that step is not applied.
+        """
+        plan = self.job.plan
+        if self.step == 0:
+            self._score_base()
+        elif plan.ends_epoch(self.step) and not self.checkpoint_folder(self.step).exists():
+            # Killed between the save point of an epoch's last step and its checkpoint.
+            self._checkpoint()
+        left = sum(int(self._lengths[rows].sum()) for rows in plan.steps[self.step :])
+        pace = Pace(time.monotonic, left)
+        self.trainee.attached.model.train()
+        while self.step < plan.num_steps:
+            self._stop_if_asked()
+            self._one_step(pace)
+            if plan.ends_epoch(self.step):
+                self._checkpoint()
+            if self._is_save_due():
+                self._save()
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """Return where the checkpoint of a step lies."""
+        return self.job.folder / "checkpoints" / f"step-{step:06d}"
+
+    def write_result(self, folder: Path) -> Manifest:
+        """Write the model as it is now as an artifact folder."""
+        return write_artifact(
+            folder,
+            self.trainee,
+            self.job.origin,
+            step=self.step,
+            metrics=self.last_metrics,
+            log=self._log.path,
+        )
+
+    def _one_step(self, pace: Pace) -> None:
+        step, plan, options = self.step + 1, self.job.plan, self.job.spec.training
+        rows = plan.steps[step - 1]
+        parts = split_micro(rows, self._lengths, self._max_tokens)
+        scores = compute_gradients(
+            self.trainee,
+            (collate(self.job.rows, part, self.pad_id) for part in parts),
+            num_supervised=int(self._num_supervised[rows].sum()),
+        )
+        if not scores.is_finite:
+            raise self._non_finite(step)
+        rate = learning_rate_at(
+            step,
+            num_steps=plan.num_steps,
+            peak=self.job.peak_learning_rate,
+            warmup_ratio=options.warmup_ratio,
+        )
+        apply_gradients(
+            self.trainee,
+            self._optimizer,
+            scores,
+            learning_rate=rate,
+            max_grad_norm=options.max_grad_norm,
+        )
+        self.step = step
+        pace.step_done(scores.num_tokens)
+        self._tell_step(scores, rate, pace)
+
+    def _tell_step(self, scores: StepScores, rate: float, pace: Pace) -> None:
+        metrics = Metrics(train_loss=scores.loss, train_mean_token_accuracy=scores.accuracy)
+        self.last_metrics = metrics
+        event = StepEvent(
+            job_id=self._writer.job_id,
+            step=self.step,
+            total_steps=self.job.plan.num_steps,
+            epoch=self.job.plan.epoch_of(self.step),
+            metrics=metrics,
+            learning_rate=rate,
+            grad_norm=scores.grad_norm,
+            num_tokens=scores.num_tokens,
+            num_supervised_tokens=scores.num_supervised,
+            tokens_per_second=pace.tokens_per_second,
+            seconds_left=pace.seconds_left,
+            peak_memory_bytes=peak_memory_bytes(self.trainee.device),
+        )
+        self._log.append(
+            step=event.step,
+            epoch=event.epoch,
+            learning_rate=rate,
+            grad_norm=scores.grad_norm,
+            **metrics.model_dump(exclude_none=True),
+        )
+        self._writer.emit(event)
+
+    def _score_base(self) -> None:
+        scores = self._score_validation()
+        if scores is None:
+            return
+        self._log.append(step=0, base_valid_loss=scores.loss, base_valid_mean_token_accuracy=scores.accuracy)
+        self._writer.emit(
+            BaseScoredEvent(
+                job_id=self._writer.job_id,
+                valid_loss=scores.loss,
+                valid_mean_token_accuracy=scores.accuracy,
+            )
+        )
+
+    def _score_validation(self) -> Scores | None:
+        if self.job.validation is None:
+            return None
+        return evaluate(
+            self.trainee,
+            self.job.validation,
+            max_tokens=self._max_tokens,
+            pad_id=self.pad_id,
+            should_stop=lambda: self._stop.is_set,
+        )
+
+    def _checkpoint(self) -> None:
+        """Score the validation rows and publish the model as it is under its step."""
+        try:
+            scores = self._score_validation()
+        except StoppedError:
+            # The step is done and kept; after the resume its checkpoint is made first.
+            self._save()
+            raise
+        if scores is not None:
+            self.last_metrics = self.last_metrics.model_copy(
+                update={
+                    "full_valid_loss": scores.loss,
+                    "full_valid_mean_token_accuracy": scores.accuracy,
+                }
+            )
+            self._log.append(
+                step=self.step,
+                full_valid_loss=scores.loss,
+                full_valid_mean_token_accuracy=scores.accuracy,
+            )
+        folder = self.checkpoint_folder(self.step)
+        manifest = self.write_result(folder)
+        for old in sorted(folder.parent.glob("step-*"), reverse=True)[_NUM_CHECKPOINTS_KEPT:]:
+            shutil.rmtree(old)
+        self._writer.emit(
+            CheckpointEvent(
+                job_id=self._writer.job_id,
+                step=self.step,
+                path=folder.relative_to(self.job.folder).as_posix(),
+                digest=manifest.digest,
+                metrics=self.last_metrics,
+            )
+        )
+
+    def _is_save_due(self) -> bool:
+        every = self.job.spec.training.save_every_steps
+        if every is not None:
+            return self.step % every == 0
+        return time.monotonic() - self._saved_at >= SAVE_POINT_SECONDS
+
+    def _stop_if_asked(self) -> None:
+        if not self._stop.is_set:
+            return
+        if self.step > 0:
+            self._save()
+        raise StoppedError
+
+    def _save(self) -> None:
+        folder = self._save_points.write(self.step, self.trainee, self._optimizer)
+        self._saved_at = time.monotonic()
+        self._writer.emit(
+            SavePointEvent(
+                job_id=self._writer.job_id,
+                step=self.step,
+                path=folder.relative_to(self.job.folder).as_posix(),
+            )
+        )
+
+    def _non_finite(self, step: int) -> NonFiniteLossError:
+        lines = self.job.lines_of(step)
+        named = ", ".join(map(str, lines[:_NUM_LINES_NAMED])) + (
+            " …" if len(lines) > _NUM_LINES_NAMED else ""
+        )
+        return NonFiniteLossError(
+            f"Loss or gradient of step {step} is not finite; it trained on lines {named} of the training "
+            "file. The step was not applied and nothing is published. Use a lower learning rate, or look at "
+            "these lines."
+        )

@@ -1,0 +1,98 @@
+"""The loss: negative log-likelihood of supervised tokens only, in float32, without a full set of logits.
+
+Hidden states of the positions that predict a supervised token are gathered first, so the output layer
+runs on those alone, in chunks whose logits are dropped at once. The gradient with respect to the hidden
+states is made in the forward pass, from the logits while they are there. Legend: B rows, T tokens,
+N supervised tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from luthier.training.batches import Batch
+
+# float32 logits held at a time, in numbers: 32 Mi of them are 128 MiB.
+_MAX_CHUNK_LOGITS = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over a batch's supervised tokens; `nll_sum` is differentiable."""
+
+    nll_sum: torch.Tensor
+    num_right: int
+    num_supervised: int
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Sum of -log p(target) under softmax(hidden @ weight.T), with the output weight frozen."""
+
+    @staticmethod
+    def forward(
+        context: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nll_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        num_right = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+        gradient_ND = torch.empty_like(hidden_ND) if context.needs_input_grad[0] else None
+        chunk = max(1, _MAX_CHUNK_LOGITS // weight_VD.shape[0])
+        for start in range(0, hidden_ND.shape[0], chunk):
+            part = slice(start, start + chunk)
+            targets = targets_N[part, None]
+            logits_NV = torch.mm(hidden_ND[part], weight_VD.t()).float()
+            num_right += (logits_NV.argmax(dim=-1) == targets[:, 0]).sum()
+            normaliser_N1 = torch.logsumexp(logits_NV, dim=-1, keepdim=True)
+            nll_sum += (normaliser_N1 - logits_NV.gather(1, targets)).sum()
+            if gradient_ND is not None:
+                probabilities_NV = logits_NV.sub_(normaliser_N1).exp_()
+                probabilities_NV.scatter_add_(1, targets, torch.full_like(normaliser_N1, -1.0))
+                torch.mm(probabilities_NV.to(weight_VD.dtype), weight_VD, out=gradient_ND[part])
+        if gradient_ND is not None:
+            context.save_for_backward(gradient_ND)
+        context.mark_non_differentiable(num_right)
+        return nll_sum, num_right
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient_ND,) = context.saved_tensors
+        return gradient_ND * gradients[0].to(gradient_ND.dtype), None, None
+
+
+def gather_supervised(hidden_BTD: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick the hidden states that predict a supervised token.
+
+    Args:
+        hidden_BTD: the model's output before its output layer.
+        batch: the rows.
+
+    Returns:
+        hidden_ND and targets_N: position t predicts token t + 1.
+    """
+    is_target_BT = batch.supervised_BT[:, 1:]
+    return hidden_BTD[:, :-1][is_target_BT], batch.token_ids_BT[:, 1:][is_target_BT]
+
+
+def frozen_head_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> Loss:
+    """Score hidden states against their targets through a frozen, bias-free output layer.
+
+    Args:
+        hidden_ND: hidden states of supervised positions.
+        weight_VD: the output layer's weight, which gets no gradient.
+        targets_N: int64, the tokens to be predicted.
+
+    Returns:
+        The sums, float32.
+    """
+    nll_sum, num_right = _FrozenHeadLoss.apply(hidden_ND, weight_VD, targets_N)
+    return Loss(nll_sum, int(num_right), targets_N.shape[0])
+
+
+def full_logits_loss(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> Loss:
+    """Score logits as a model with an unusual output layer gives them (softcap, bias, scale)."""
+    nll_sum = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+    return Loss(nll_sum, int((logits_NV.argmax(dim=-1) == targets_N).sum()), targets_N.shape[0])
+
+
+LossFunction = Callable[[Batch], Loss]

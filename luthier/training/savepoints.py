@@ -1,0 +1,149 @@
+"""Save points: private resume state in sealed folders. safetensors and JSON only, never a pickle.
+
+A save point at step k means that step k's update is done and nothing of step k + 1 has begun.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from luthier.core.errors import ArtifactCorruptError
+from luthier.storage.manifests import seal_folder, verify_folder
+from luthier.training.trainee import Trainee
+
+_NUM_KEPT = 2
+_WEIGHTS = "weights.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_RNG = "rng.safetensors"
+_STATE = "state.json"
+
+
+class SavePoints:
+    """The save points of one run.
+
+    Args:
+        folder: `save_points` in the run directory; made when missing.
+        fingerprint: names what is trained on what; a save point of another is never resumed.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self._fingerprint = fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, trainee: Trainee, optimizer: torch.optim.Optimizer) -> Path:
+        """Make the state after a step durable and drop all but the newest two.
+
+        Args:
+            step: the last step that is done.
+            trainee: the model, between steps.
+            optimizer: over the trainee's parameters.
+
+        Returns:
+            The sealed folder.
+        """
+        building = self._folder / f".step-{step:06d}.building"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        names = trainee.attached.named_trained_parameters()
+        save_file({name: value.detach().cpu().contiguous() for name, value in names}, building / _WEIGHTS)
+        save_file(_optimizer_tensors(names, optimizer), building / _OPTIMIZER)
+        save_file(_rng_tensors(trainee.device), building / _RNG)
+        state = {"step": step, "fingerprint": self._fingerprint, **_rng_numbers()}
+        (building / _STATE).write_text(json.dumps(state))
+        final = self._folder / f"step-{step:06d}"
+        seal_folder(building, final)
+        for old in self._newest_first()[_NUM_KEPT:]:
+            shutil.rmtree(old)
+        return final
+
+    def restore(self, trainee: Trainee, optimizer: torch.optim.Optimizer, warn: Callable[[str], None]) -> int:
+        """Put back the newest save point that verifies.
+
+        Args:
+            trainee: the freshly attached model.
+            optimizer: fresh, over the trainee's parameters.
+            warn: told about every save point that was skipped.
+
+        Returns:
+            The step that is done, 0 when nothing was restored.
+        """
+        for folder in self._newest_first():
+            try:
+                verify_folder(folder)
+                state = json.loads((folder / _STATE).read_text())
+            except (ArtifactCorruptError, OSError, ValueError):
+                warn(f"The save point {folder.name} is damaged and was skipped for the one before.")
+                continue
+            if state["fingerprint"] != self._fingerprint:
+                warn(f"The save point {folder.name} belongs to other settings or data and was skipped.")
+                continue
+            _restore_tensors(folder, trainee, optimizer)
+            _restore_rng(folder, state, trainee.device)
+            return int(state["step"])
+        return 0
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"), reverse=True)
+
+
+def _optimizer_tensors(
+    names: list[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}|{key}": value.detach().cpu().contiguous()
+        for name, parameter in names
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_tensors(folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
+    names = trainee.attached.named_trained_parameters()
+    weights = load_file(folder / _WEIGHTS)
+    if set(weights) != {name for name, _ in names}:
+        raise ArtifactCorruptError(f"The save point {folder.name} holds other parameters than the model.")
+    with torch.no_grad():
+        for name, parameter in names:
+            parameter.copy_(weights[name])
+    states: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _ in names}
+    for key, value in load_file(folder / _OPTIMIZER).items():
+        name, _, kind = key.rpartition("|")
+        states[name][kind] = value
+    for name, parameter in names:
+        # On a device the fused and foreach updates want even the count of steps there.
+        optimizer.state[parameter] = {
+            kind: value.to(parameter.device, copy=True) for kind, value in states[name].items()
+        }
+
+
+def _rng_tensors(device: str) -> dict[str, torch.Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    if device.startswith("cuda"):
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _rng_numbers() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python_rng": random.getstate(),
+        "numpy_rng": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+    }
+
+
+def _restore_rng(folder: Path, state: dict[str, Any], device: str) -> None:
+    tensors = load_file(folder / _RNG)
+    torch.set_rng_state(tensors["torch"])
+    if device.startswith("cuda") and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, numbers, gauss = state["python_rng"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy_rng"]
+    np.random.set_state((kind, np.asarray(keys, np.uint32), position, has_gauss, cached))

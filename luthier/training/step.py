@@ -1,0 +1,88 @@
+"""One optimizer step: gradients over all parts of the effective batch, then the update."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from luthier.training.batches import Batch
+from luthier.training.trainee import Trainee
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Means over the step's supervised tokens, and the gradient's norm before clipping."""
+
+    loss: float
+    accuracy: float
+    grad_norm: float
+    num_tokens: int
+    num_supervised: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are numbers that an update can use."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def compute_gradients(trainee: Trainee, parts: Iterable[Batch], *, num_supervised: int) -> StepScores:
+    """Fill the gradients of the mean loss over the whole effective batch.
+
+    Every part's sum is divided by the supervised tokens of all parts, so that cutting a batch into
+    parts changes nothing. Stops at the first part whose loss is not finite.
+
+    Args:
+        trainee: the model, with gradients cleared.
+        parts: the step's rows.
+        num_supervised: supervised tokens in all parts together.
+
+    Returns:
+        The scores; not finite ones must not be applied.
+    """
+    nll_sum, num_right, num_tokens = 0.0, 0, 0
+    divisor = max(1, num_supervised)
+    for part in parts:
+        loss = trainee.loss(part)
+        value = loss.nll_sum.item()
+        nll_sum += value
+        num_right += loss.num_right
+        num_tokens += part.num_tokens
+        if not math.isfinite(value):
+            break
+        if loss.num_supervised:
+            (loss.nll_sum / divisor).backward()
+    gradients = [parameter.grad for parameter in trainee.parameters if parameter.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+    return StepScores(
+        loss=nll_sum / divisor,
+        accuracy=num_right / divisor,
+        grad_norm=grad_norm,
+        num_tokens=num_tokens,
+        num_supervised=num_supervised,
+    )
+
+
+def apply_gradients(
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    scores: StepScores,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> None:
+    """Clip the gradients to a norm, update the parameters and clear the gradients.
+
+    Args:
+        trainee: the model with gradients filled.
+        optimizer: over the trainee's parameters.
+        scores: what `compute_gradients` returned, finite.
+        learning_rate: the rate of this step.
+        max_grad_norm: the norm that gradients are scaled down to.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    total_norm = torch.tensor(scores.grad_norm, device=trainee.device)
+    torch.nn.utils.clip_grads_with_norm_(trainee.parameters, max_grad_norm, total_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
