@@ -1,0 +1,92 @@
+"""A line to a JSON value with everything refused that JSON leaves open; the slow path that finds faults."""
+
+import json
+from typing import Any, NoReturn
+
+from luthier.data.formats.base import Fault, escape_text
+
+_ARRAY_HINT = "The file looks like one JSON array: write each of its objects on a line of its own."
+
+
+class _RefusedError(ValueError):
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _RefusedError("json.constant", f"{name} is not JSON; write a number or null.")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in content if keys.count(key) > 1)
+        raise _RefusedError(
+            "json.duplicate_key", f'The key "{escape_text(twice)}" appears twice in one object; remove one.'
+        )
+    return content
+
+
+def _syntax_fault(text: str, number: int, error: json.JSONDecodeError) -> Fault:
+    message = f"This is not valid JSON ({error.msg})."
+    stripped = text.strip()
+    if number == 1 and stripped.startswith("["):
+        message += f" {_ARRAY_HINT}"
+    elif number == 1 and stripped == "{":
+        message += " The file looks like indented JSON: each object must be on one line of its own."
+    else:
+        message += " Each line must be one JSON object."
+    return Fault(number, error.pos + 1, None, "json.syntax", message)
+
+
+def _decode(line: bytes, number: int) -> str | Fault:
+    if (place := line.find(b"\0")) >= 0:
+        message = "The line holds a NUL byte; save the file as plain UTF-8 text, not UTF-16 or binary."
+        return Fault(number, place + 1, None, "text.nul", message)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"Byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8."
+        return Fault(number, error.start + 1, None, "text.utf8", message)
+
+
+def _load(text: str, number: int) -> Any | Fault:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        # Python's reader lets lone surrogates through, which no tokenizer can take.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        return _syntax_fault(text, number, error)
+    except _RefusedError as error:
+        rule, message = error.rule, str(error)
+    except UnicodeEncodeError:
+        rule, message = "json.surrogate", "An escape of half a character stands alone; write the whole pair."
+    except RecursionError:
+        rule, message = "json.depth", "The line is nested too deeply; flatten it."
+    except ValueError:
+        rule, message = "json.number", "A number has too many digits; shorten it."
+    else:
+        return value
+    return Fault(number, None, None, rule, message)
+
+
+def parse_line(line: bytes, number: int) -> dict[str, Any] | Fault:
+    """Parse one line strictly.
+
+    Args:
+        line: without its line end.
+        number: of the line, from 1.
+
+    Returns:
+        The object, or the fault that keeps the line from being one.
+    """
+    text = _decode(line, number)
+    value = text if isinstance(text, Fault) else _load(text, number)
+    if isinstance(value, Fault | dict):
+        return value
+    message = 'Each line must be a JSON object such as {"messages": [...]}.'
+    if isinstance(value, list) and number == 1:
+        message += f" {_ARRAY_HINT}"
+    return Fault(number, None, None, "row.type", message)

@@ -1,0 +1,196 @@
+"""From a checked file to tokens and mask, with every fault that needs a template or a tokenizer to be seen."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from luthier.core.errors import (
+    InvalidTrainingFileError,
+    InvalidValidationFileError,
+    InvalidValueError,
+    JobError,
+)
+from luthier.core.specs import TooLong
+from luthier.data.formats import discover
+from luthier.data.formats.base import Fault, RowFormat, tell_faults
+from luthier.data.mask import RenderedRow, mask_tokens, render_row
+from luthier.data.prepared import PreparedRows, join_rows
+from luthier.data.readers import iterate_lines
+from luthier.data.render import ChatTemplate
+from luthier.data.tokens import Encoding, Tokenizer
+
+Purpose = Literal["training", "validation"]
+
+_BATCH_ROWS = 256
+_MAX_FAULTS = 20
+_MAX_LINES_TOLD = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedReport:
+    """What became of a file's rows. Lengths are in tokens, after truncation; lines are the first 20."""
+
+    num_rows: int
+    num_tokens: int
+    num_supervised_tokens: int
+    num_truncated: int
+    num_dropped: int
+    longest_tokens: int
+    truncated_lines: tuple[int, ...]
+    dropped_lines: tuple[int, ...]
+
+
+def prepare_rows(
+    path: Path, base_folder: Path, *, max_length: int, too_long: TooLong, purpose: Purpose
+) -> tuple[PreparedRows, PreparedReport]:
+    """Render, tokenise and mask every row of a file.
+
+    Args:
+        path: the file, checked at upload.
+        base_folder: a fetched base, for its template and tokenizer.
+        max_length: longest row in tokens.
+        too_long: what to do with a longer row: fail, keep its beginning, or leave it out.
+        purpose: which of a job's files it is; decides the error.
+
+    Returns:
+        The rows, in the file's order, and the report.
+
+    Raises:
+        InvalidTrainingFileError: for faults in a training file (param `training_file`): the first with
+            their lines, and their number.
+        InvalidValidationFileError: the same for a validation file (param `validation_file`).
+        BaseUnavailableError: when the base has no template or tokenizer that can be read.
+    """
+    preparation = _Preparation(
+        template=ChatTemplate.load(base_folder),
+        tokenizer=Tokenizer.load(base_folder),
+        max_length=max_length,
+        too_long=too_long,
+    )
+    lines = iterate_lines(path)
+    while batch := list(itertools.islice(lines, _BATCH_ROWS)):
+        preparation.add_batch(batch)
+    if preparation.num_faults:
+        raise _file_error(purpose, preparation.num_faults, preparation.faults)
+    if not preparation.lines:
+        what = (
+            f"all {preparation.num_dropped} rows are longer"
+            if preparation.num_dropped
+            else "no row is shorter"
+        )
+        raise _empty_error(purpose, f"{what} than max_length ({max_length} tokens)")
+    return preparation.result()
+
+
+@dataclass
+class _Preparation:
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    max_length: int
+    too_long: TooLong
+    row_format: RowFormat = field(default_factory=lambda: discover()["chat"])
+    tokens: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    supervised: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    num_faults: int = 0
+    num_truncated: int = 0
+    num_dropped: int = 0
+    truncated_lines: list[int] = field(default_factory=list)
+    dropped_lines: list[int] = field(default_factory=list)
+
+    def add_batch(self, batch: list[tuple[int, bytes]]) -> None:
+        rendered = list(self._render(batch))
+        encodings = self.tokenizer.encode_batch([row.text for _, row in rendered])
+        for (number, row), encoding in zip(rendered, encodings, strict=True):
+            try:
+                mask = mask_tokens(encoding, row.spans, self.tokenizer.stop_token_ids)
+            except InvalidValueError as error:
+                self._add_fault(number, error.param, "row.mask", error.message)
+                continue
+            self._add_row(number, encoding, mask)
+
+    def _render(self, batch: list[tuple[int, bytes]]) -> Iterator[tuple[int, RenderedRow]]:
+        for number, line in batch:
+            turns = self.row_format.read(line)
+            if turns is None:
+                for fault in self.row_format.explain(line, number):
+                    self._add_fault(number, fault.field, fault.rule, fault.message)
+                continue
+            try:
+                yield number, render_row(self.template, turns)
+            except InvalidValueError as error:
+                self._add_fault(number, error.param, "row.template", error.message)
+
+    def _add_row(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> None:
+        num_tokens = len(encoding.ids)
+        if not mask.any():
+            message = "No token of the row is trained: leave out weight 0 on at least one assistant message."
+            self._add_fault(number, "messages", "row.nothing_supervised", message)
+            return
+        if num_tokens > self.max_length and self.too_long == "error":
+            self._add_fault(number, None, "row.too_long", self._too_long_message(num_tokens))
+            return
+        if num_tokens > self.max_length and self.too_long == "drop":
+            self.num_dropped += 1
+            self.dropped_lines.append(number)
+            return
+        if not mask[: self.max_length].any():
+            message = (
+                f"Cut to {self.max_length} tokens, nothing of the row is trained: its first trained token "
+                f'is number {int(mask.argmax()) + 1}. Shorten it, or set training.too_long to "drop".'
+            )
+            self._add_fault(number, None, "row.nothing_supervised", message)
+            return
+        if num_tokens > self.max_length:
+            self.num_truncated += 1
+            self.truncated_lines.append(number)
+        # Copies, so that a cut row does not keep the whole one alive.
+        self.tokens.append(encoding.ids[: self.max_length].copy())
+        self.supervised.append(mask[: self.max_length].copy())
+        self.lines.append(number)
+
+    def _too_long_message(self, num_tokens: int) -> str:
+        return (
+            f"The row has {num_tokens} tokens, more than the {self.max_length} allowed. Shorten it, raise "
+            'training.max_length if the base allows more, or set training.too_long to "truncate" or "drop".'
+        )
+
+    def _add_fault(self, number: int, place: str | None, rule: str, message: str) -> None:
+        self.num_faults += 1
+        if len(self.faults) < _MAX_FAULTS:
+            self.faults.append(Fault(number, None, place, rule, message))
+
+    def result(self) -> tuple[PreparedRows, PreparedReport]:
+        rows = join_rows(self.tokens, self.supervised, self.lines)
+        report = PreparedReport(
+            num_rows=rows.num_rows,
+            num_tokens=rows.num_tokens,
+            num_supervised_tokens=rows.num_supervised_tokens,
+            num_truncated=self.num_truncated,
+            num_dropped=self.num_dropped,
+            longest_tokens=int(rows.lengths.max()),
+            truncated_lines=tuple(self.truncated_lines[:_MAX_LINES_TOLD]),
+            dropped_lines=tuple(self.dropped_lines[:_MAX_LINES_TOLD]),
+        )
+        return rows, report
+
+
+def _error_for(purpose: Purpose, message: str) -> JobError:
+    if purpose == "training":
+        return InvalidTrainingFileError(message, param="training_file")
+    return InvalidValidationFileError(message, param="validation_file")
+
+
+def _file_error(purpose: Purpose, num_faults: int, faults: list[Fault]) -> JobError:
+    count = "1 fault" if num_faults == 1 else f"{num_faults} faults"
+    return _error_for(purpose, f"The {purpose} file has {count}. {tell_faults(faults)}")
+
+
+def _empty_error(purpose: Purpose, reason: str) -> JobError:
+    return _error_for(purpose, f"The {purpose} file has no row left: {reason}.")
