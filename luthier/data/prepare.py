@@ -1,4 +1,4 @@
-"""From a checked file to tokens and mask, with every fault that needs a template or a tokenizer to be seen."""
+"""From a checked file to tokens and mask, with every fault that only a template or a tokenizer shows."""
 
 import itertools
 from collections.abc import Iterator
@@ -78,12 +78,7 @@ def prepare_rows(
     if preparation.num_faults:
         raise _file_error(purpose, preparation.num_faults, preparation.faults)
     if not preparation.lines:
-        what = (
-            f"all {preparation.num_dropped} rows are longer"
-            if preparation.num_dropped
-            else "no row is shorter"
-        )
-        raise _empty_error(purpose, f"{what} than max_length ({max_length} tokens)")
+        raise _empty_error(purpose, preparation.num_dropped, max_length)
     return preparation.result()
 
 
@@ -192,5 +187,11 @@ def _file_error(purpose: Purpose, num_faults: int, faults: list[Fault]) -> JobEr
     return _error_for(purpose, f"The {purpose} file has {count}. {tell_faults(faults)}")
 
 
-def _empty_error(purpose: Purpose, reason: str) -> JobError:
-    return _error_for(purpose, f"The {purpose} file has no row left: {reason}.")
+def _empty_error(purpose: Purpose, num_dropped: int, max_length: int) -> JobError:
+    if num_dropped == 0:
+        return _error_for(purpose, f"The {purpose} file is empty.")
+    return _error_for(
+        purpose,
+        f"The {purpose} file has no row left: all {num_dropped} are longer than training.max_length "
+        f"({max_length} tokens) and were dropped.",
+    )
