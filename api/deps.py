@@ -1,0 +1,88 @@
+"""What routes are given: the process's parts, a session, and the caller's scope."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from api.event_hub import EventHub
+from db.session import Database
+from luthier.bases.catalogue import Catalogue
+from luthier.core.errors import UnauthenticatedError
+from luthier.core.settings import Settings
+from luthier.inference.backends.base import Backend
+from luthier.storage.store import Storage
+from services import keys
+from services.bell import Ring
+from services.scope import Scope
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one API process is made of; made once at start and passed to every route."""
+
+    settings: Settings
+    database: Database
+    storage: Storage
+    catalogue: Catalogue
+    backend: Backend
+    hub: EventHub
+    ring: Ring
+
+
+def get_parts(request: Request) -> Parts:
+    """Return the process's parts."""
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+PartsDep = Annotated[Parts, Depends(get_parts)]
+
+
+def get_session(parts: PartsDep) -> Iterator[Session]:
+    """Open the request's one transaction."""
+    with parts.database.transaction() as session:
+        yield session
+
+
+# scope="function": the commit comes before the answer, so that a failed one is never answered 200.
+SessionDep = Annotated[Session, Depends(get_session, scope="function")]
+
+
+def bearer_key(request: Request) -> str:
+    """Return the key of a request.
+
+    Raises:
+        UnauthenticatedError: when there is none in the Authorization header.
+    """
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise UnauthenticatedError(
+            "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer KEY'."
+        )
+    return key.strip()
+
+
+def get_scope(request: Request, session: SessionDep) -> Scope:
+    """Return the caller's scope, read in the request's own transaction."""
+    return keys.authenticate(session, bearer_key(request))
+
+
+ScopeDep = Annotated[Scope, Depends(get_scope)]
+
+
+async def get_scope_apart(request: Request, parts: PartsDep) -> Scope:
+    """Return the caller's scope from a short transaction of its own: for routes that then move bytes."""
+    key = bearer_key(request)
+
+    def read() -> Scope:
+        with parts.database.transaction() as session:
+            return keys.authenticate(session, key)
+
+    return await run_in_threadpool(read)
+
+
+ScopeApartDep = Annotated[Scope, Depends(get_scope_apart)]

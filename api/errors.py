@@ -1,0 +1,97 @@
+"""Failures as OpenAI's error body: the only place that turns an error into HTTP."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from luthier.core.errors import (
+    InvalidRequestError,
+    InvalidTypeError,
+    InvalidValueError,
+    LuthierError,
+    MissingParameterError,
+    UnknownParameterError,
+)
+
+_log = structlog.get_logger()
+_RETRY_AFTER_SECONDS = 1
+_LOCATIONS = {"body", "query", "path", "header"}
+
+
+def error_body(message: str, type_: str, code: str | None, param: str | None) -> dict[str, Any]:
+    """Return the one shape of every error; all four members are always there."""
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def to_response(error: LuthierError) -> JSONResponse:
+    """Return the answer for a failure."""
+    headers = {}
+    if error.retryable:
+        headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
+    elif error.http_status in (408, 409, 429) or error.http_status >= 500:
+        # The SDKs repeat these by themselves; a permanent refusal says that it is one.
+        headers["x-should-retry"] = "false"
+    return JSONResponse(
+        error_body(error.message, error.type, error.code, error.param), error.http_status, headers
+    )
+
+
+def from_validation(errors: Sequence[Any]) -> LuthierError:
+    """Turn pydantic's findings into the first one's error, with the field's dotted path."""
+    first = errors[0]
+    path = [str(part) for part in first["loc"] if part not in _LOCATIONS]
+    # Branches of a union put type names into the path; a client knows only its own fields.
+    param = ".".join(part for part in path if not part.startswith(("literal[", "constrained-"))) or None
+    kind: str = first["type"]
+    if kind == "json_invalid":
+        return InvalidRequestError("The body is no valid JSON; send a JSON object.")
+    if kind == "missing":
+        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
+    if kind == "extra_forbidden":
+        return UnknownParameterError(f"Unknown parameter: '{param}'. Leave it out.", param=param)
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    text = f"Invalid value for '{param}': {reason}" if param else reason
+    if kind.endswith("_type") or kind.endswith("_parsing"):
+        return InvalidTypeError(text, param=param)
+    return InvalidValueError(text, param=param)
+
+
+async def _on_luthier_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, LuthierError)
+    return to_response(error)
+
+
+async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return to_response(from_validation(error.errors()))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message, code = f"Unknown request URL: {request.method} {request.url.path[:120]}.", "unknown_url"
+    elif error.status_code == 405:
+        message, code = f"{request.method} is not allowed for this URL.", "method_not_supported"
+    else:
+        message, code = str(error.detail), None
+    body = error_body(message, "invalid_request_error", code, None)
+    return JSONResponse(body, error.status_code, dict(error.headers or {}))
+
+
+async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
+    _log.error("unexpected error", path=request.url.path, exc_info=error)
+    message = "The server had an error while processing your request. Its log has the request's id."
+    return JSONResponse(error_body(message, "server_error", "server_error", None), 500)
+
+
+def install(app: FastAPI) -> None:
+    """Give an application the one error shape."""
+    app.add_exception_handler(LuthierError, _on_luthier_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unexpected)

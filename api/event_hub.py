@@ -1,0 +1,83 @@
+"""One LISTEN connection per API process, fanned out to the open event streams."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import structlog
+
+from services.events import CHANNEL
+
+_RECONNECT_SECONDS = 1.0
+_log = structlog.get_logger()
+
+
+class EventHub:
+    """Wakes the streams of a job when Postgres says that it has new events.
+
+    A stream that was never woken still finds its events, since it also looks from time to time: a
+    notification only makes it quick.
+
+    Args:
+        database_url: as SQLAlchemy writes it.
+    """
+
+    def __init__(self, database_url: str) -> None:
+        self._url = database_url.replace("postgresql+psycopg://", "postgresql://", 1)
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.closing = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self._task = asyncio.create_task(self._listen())
+
+    async def stop(self) -> None:
+        """End every stream and the connection."""
+        self.close_streams()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def close_streams(self) -> None:
+        """Tell the open streams to end, so that the server can stop."""
+        self.closing.set()
+        self._wake_all()
+
+    @contextmanager
+    def subscribe(self, job_id: str) -> Iterator[asyncio.Event]:
+        """Give an event that is set whenever the job has news.
+
+        Yields:
+            The event; the subscriber clears it before it looks.
+        """
+        woken = asyncio.Event()
+        self._waiting.setdefault(job_id, set()).add(woken)
+        try:
+            yield woken
+        finally:
+            subscribers = self._waiting[job_id]
+            subscribers.discard(woken)
+            if not subscribers:
+                del self._waiting[job_id]
+
+    def _wake_all(self) -> None:
+        for subscribers in self._waiting.values():
+            for woken in subscribers:
+                woken.set()
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
+                async with connection:
+                    await connection.execute(f"LISTEN {CHANNEL}".encode())
+                    # What was said while nobody listened is found by looking.
+                    self._wake_all()
+                    async for notification in connection.notifies():
+                        for woken in self._waiting.get(notification.payload, ()):
+                            woken.set()
+            except psycopg.Error as error:
+                _log.warning("event listener lost its connection", error=type(error).__name__)
+            await asyncio.sleep(_RECONNECT_SECONDS)

@@ -1,0 +1,89 @@
+"""The live stream of a job's events: server-sent events whose ids are the events' numbers."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import Parts
+from api.schemas.jobs import event_object
+from db.tables import Job
+from luthier.core.errors import InvalidValueError
+from luthier.core.states import JobStatus
+from services import events, jobs
+from services.scope import Scope
+
+# How often a stream looks by itself, which is also how often an idle one shows that it lives.
+_LOOK_SECONDS = 5.0
+_BATCH = 200
+
+
+async def read_job(parts: Parts, scope: Scope, job_id: str) -> Job:
+    """Read a job in a short transaction of its own.
+
+    Raises:
+        NotFoundError: when the project has no such job.
+    """
+
+    def read() -> Job:
+        with parts.database.transaction() as session:
+            return jobs.get(session, scope, job_id)
+
+    return await run_in_threadpool(read)
+
+
+def _read_news(parts: Parts, job_id: str, seq: int) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
+    with parts.database.transaction() as session:
+        # The status is read first: a job seen as ended has no event after those read next.
+        job = session.get(Job, job_id)
+        is_over = job is None or JobStatus(job.status).is_terminal
+        rows = events.list_after(session, job_id, seq=seq, limit=_BATCH)
+        return [(row.seq, event_object(row)) for row in rows], is_over
+
+
+async def _stream(parts: Parts, job_id: str, last_seq: int) -> AsyncIterator[bytes]:
+    with parts.hub.subscribe(job_id) as woken:
+        while True:
+            woken.clear()
+            news, is_over = await run_in_threadpool(_read_news, parts, job_id, last_seq)
+            for number, event in news:
+                yield f"id: {number}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
+                last_seq = number
+            if len(news) == _BATCH:
+                continue
+            if is_over:
+                yield b"data: [DONE]\n\n"
+                return
+            if parts.hub.closing.is_set():
+                yield b"retry: 1000\n: the server is stopping, reconnect\n\n"
+                return
+            try:
+                await asyncio.wait_for(woken.wait(), _LOOK_SECONDS)
+            except TimeoutError:
+                yield b": still here\n\n"
+
+
+def event_stream_response(parts: Parts, job_id: str, last_event_id: str | None) -> StreamingResponse:
+    """Answer with a job's events from the one after `last_event_id` on, until the job has ended.
+
+    Args:
+        parts: the process's parts.
+        job_id: a job that the caller may see.
+        last_event_id: the Last-Event-ID header of a client that comes back.
+
+    Returns:
+        The stream; `data: [DONE]` follows a terminal event.
+
+    Raises:
+        InvalidValueError: when `last_event_id` is no number.
+    """
+    seq = 0
+    if last_event_id:
+        if not last_event_id.isdecimal() or len(last_event_id) > 18:
+            raise InvalidValueError("Last-Event-ID: send the id of the last event as it came.")
+        seq = int(last_event_id)
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_stream(parts, job_id, seq), headers=headers, media_type="text/event-stream")

@@ -1,0 +1,68 @@
+"""The API application, and what one process of it is made of."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import anyio.to_thread
+from fastapi import FastAPI
+
+from api import errors
+from api.deps import Parts
+from api.event_hub import EventHub
+from api.requests import RequestIdMiddleware
+from api.routes import chat, files, health, jobs, keys, models
+from db.session import Database
+from luthier.bases.catalogue import load_catalogue
+from luthier.core.settings import Settings
+from luthier.inference.backends.engine import EngineBackend
+from luthier.storage.store import Storage
+from services.bell import Bell, make_celery
+
+_POOL_SIZE = 16
+# A few threads beyond the pool: those that move bytes hold no connection.
+_NUM_THREADS = _POOL_SIZE + 8
+
+
+def make_parts(settings: Settings) -> Parts:
+    """Make the parts of one API process; nothing is connected yet."""
+    database_url = settings.database_url.get_secret_value()
+    return Parts(
+        settings=settings,
+        database=Database(database_url, pool_size=_POOL_SIZE),
+        storage=Storage.open(settings.storage_url),
+        catalogue=load_catalogue(settings.models_file),
+        backend=EngineBackend(settings.inference_url, settings.internal_token.get_secret_value()),
+        hub=EventHub(database_url),
+        ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
+    )
+
+
+def _lifespan(parts: Parts) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def run(_app: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = _NUM_THREADS
+        parts.hub.start()
+        yield
+        await parts.hub.stop()
+        await parts.backend.close()
+        parts.database.close()
+
+    return run
+
+
+def create_app(parts: Parts) -> FastAPI:
+    """Return the application over the given parts."""
+    app = FastAPI(
+        title="Luthier",
+        description="Fine-tuning jobs as an API, in OpenAI's shapes.",
+        version="0.1.0",
+        lifespan=_lifespan(parts),
+        # A redirect would turn a POST into a GET in some clients.
+        redirect_slashes=False,
+    )
+    app.state.parts = parts
+    errors.install(app)
+    app.add_middleware(RequestIdMiddleware)
+    for module in (health, files, jobs, models, chat, keys):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,149 @@
+"""A multipart form read as it arrives: fields in any order, the file's bytes handed on piece by piece."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartCallbacks, MultipartParser, parse_options_header
+
+from luthier.core.errors import InvalidRequestError
+
+_MAX_FIELD_BYTES = 64 * 1024
+_MAX_PARTS = 32
+
+
+@dataclass(frozen=True)
+class FieldPart:
+    """A small form field, whole."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class FileBegin:
+    """The start of a part that carries a file."""
+
+    name: str
+    filename: str
+
+
+@dataclass(frozen=True)
+class FileBytes:
+    """A piece of the file that began last."""
+
+    content: bytes
+
+
+@dataclass(frozen=True)
+class FileEnd:
+    """The end of the file that began last."""
+
+
+Part = FieldPart | FileBegin | FileBytes | FileEnd
+
+
+class _Collector:
+    """Turns the parser's callbacks into parts, which `take` hands over after every chunk."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.is_complete = False
+        self._num_parts = 0
+        self._header_field = b""
+        self._header_value = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._name = ""
+        self._is_file = False
+        self._value = b""
+
+    def callbacks(self) -> MultipartCallbacks:
+        """Return the functions that the parser calls."""
+        return {
+            "on_part_begin": self.on_part_begin,
+            "on_part_data": self.on_part_data,
+            "on_part_end": self.on_part_end,
+            "on_header_field": self.on_header_field,
+            "on_header_value": self.on_header_value,
+            "on_header_end": self.on_header_end,
+            "on_headers_finished": self.on_headers_finished,
+            "on_end": self.on_end,
+        }
+
+    def on_part_begin(self) -> None:
+        self._num_parts += 1
+        if self._num_parts > _MAX_PARTS:
+            raise InvalidRequestError(f"The form has more than {_MAX_PARTS} parts.")
+        self._headers = {}
+        self._value = b""
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_field += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def on_header_end(self) -> None:
+        self._headers[self._header_field.lower()] = self._header_value
+        self._header_field = self._header_value = b""
+
+    def on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        filename = options.get(b"filename")
+        self._is_file = filename is not None
+        if filename is not None:
+            self.parts.append(FileBegin(self._name, filename.decode("utf-8", "replace")))
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._is_file:
+            self.parts.append(FileBytes(data[start:end]))
+            return
+        self._value += data[start:end]
+        if len(self._value) > _MAX_FIELD_BYTES:
+            raise InvalidRequestError(f"The field {self._name[:40]!r} is too long.", param=self._name[:40])
+
+    def on_part_end(self) -> None:
+        if self._is_file:
+            self.parts.append(FileEnd())
+        else:
+            self.parts.append(FieldPart(self._name, self._value.decode("utf-8", "replace")))
+
+    def on_end(self) -> None:
+        self.is_complete = True
+
+    def take(self) -> list[Part]:
+        taken, self.parts = self.parts, []
+        return taken
+
+
+async def read_form(content_type: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[Part]:
+    """Parse a form while it arrives; memory stays at about one chunk.
+
+    Args:
+        content_type: the request's Content-Type.
+        chunks: its body.
+
+    Yields:
+        The form's parts in the order of the body.
+
+    Raises:
+        InvalidRequestError: when the body is no well-formed multipart form, or ends too early.
+    """
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise InvalidRequestError(
+            "Send the file as multipart/form-data, with the fields 'purpose' and 'file'."
+        )
+    collector = _Collector()
+    try:
+        parser = MultipartParser(boundary, collector.callbacks())
+        async for chunk in chunks:
+            parser.write(chunk)
+            for part in collector.take():
+                yield part
+    except FormParserError as error:
+        raise InvalidRequestError("The body is no well-formed multipart form.") from error
+    if not collector.is_complete:
+        raise InvalidRequestError("The form ends before its closing boundary; nothing was stored.")

@@ -1,0 +1,93 @@
+"""Files: upload, list, retrieve, content, delete."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.schemas.files import file_object
+from api.schemas.pages import list_object
+from api.streaming import stored_bytes
+from api.upload import receive_file
+from db.tables import File
+from luthier.core.ids import new_id
+from services import files
+from services.scope import Scope
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+
+@router.post("")
+async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+    """Upload a file (multipart: `purpose` and `file`); a line that breaks the format is refused by number."""
+    file_id = new_id("file")
+    storage_key = f"projects/{scope.project_id}/files/{file_id}"
+    stored = await receive_file(
+        request, parts.storage, parts.settings, file_id=file_id, storage_key=storage_key
+    )
+
+    def record() -> dict[str, Any]:
+        with parts.database.transaction() as session:
+            return file_object(files.record(session, scope, stored))
+
+    try:
+        return await run_in_threadpool(record)
+    except Exception:
+        await run_in_threadpool(parts.storage.delete, storage_key)
+        raise
+
+
+@router.get("")
+def list_files(
+    session: SessionDep,
+    scope: ScopeDep,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=0, le=10000)] = 10000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> dict[str, Any]:
+    """List the project's files, newest first unless asked otherwise."""
+    rows, has_more = files.list_(
+        session, scope, after=after, limit=limit, is_ascending=order == "asc", purpose=purpose
+    )
+    return list_object([file_object(row) for row in rows], has_more=has_more, with_ids=True)
+
+
+@router.get("/{file_id}")
+def retrieve_file(file_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Describe one file."""
+    return file_object(files.get(session, scope, file_id))
+
+
+def _get(parts: Parts, scope: Scope, file_id: str) -> File:
+    with parts.database.transaction() as session:
+        return files.get(session, scope, file_id)
+
+
+@router.get("/{file_id}/content")
+async def file_content(file_id: str, request: Request, parts: PartsDep, scope: ScopeApartDep) -> Response:
+    """Send a file's bytes as they were uploaded, whole or a range of them."""
+    row = await run_in_threadpool(_get, parts, scope, file_id)
+    return stored_bytes(
+        request,
+        parts.storage,
+        row.storage_key,
+        size_bytes=row.num_bytes,
+        sha256=row.sha256,
+        filename=row.filename,
+    )
+
+
+def _delete(parts: Parts, scope: Scope, file_id: str) -> str:
+    with parts.database.transaction() as session:
+        return files.delete(session, scope, file_id).storage_key
+
+
+@router.delete("/{file_id}")
+async def delete_file(file_id: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+    """Delete a file, its bytes included, unless an unfinished job reads it."""
+    storage_key = await run_in_threadpool(_delete, parts, scope, file_id)
+    await run_in_threadpool(parts.storage.delete, storage_key)
+    return {"id": file_id, "object": "file", "deleted": True}

@@ -1,0 +1,140 @@
+"""Fine-tuning jobs: create, read, cancel, events, checkpoints."""
+
+import hashlib
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.event_stream import event_stream_response, read_job
+from api.schemas.jobs import CreateJobBody, checkpoint_object, event_object, job_object
+from api.schemas.pages import list_object
+from luthier.core.errors import InvalidValueError
+from services import idempotency, jobs
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine_tuning"])
+
+_CREATE_ROUTE = "POST /v1/fine_tuning/jobs"
+Limit = Annotated[int, Query(ge=0, le=1000)]
+
+
+async def _body_sha256(request: Request) -> str:
+    return hashlib.sha256(await request.body()).hexdigest()
+
+
+def _num_retries(request: Request) -> int:
+    count = request.headers.get("x-stainless-retry-count", "0")
+    return int(count) if count.isdecimal() else 0
+
+
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= 255:
+        raise InvalidValueError("Idempotency-Key: use 1 to 255 characters.", param="Idempotency-Key")
+    return key
+
+
+@router.post("")
+def create_job(
+    body: CreateJobBody,
+    request: Request,
+    body_sha256: Annotated[str, Depends(_body_sha256)],
+    session: SessionDep,
+    scope: ScopeDep,
+    parts: PartsDep,
+) -> dict[str, Any]:
+    """Create a job; the same create sent again, because its answer was lost, makes no second one."""
+    key = _idempotency_key(request)
+    earlier = idempotency.find_earlier(
+        session,
+        scope,
+        route=_CREATE_ROUTE,
+        key=key,
+        body_sha256=body_sha256,
+        num_retries=_num_retries(request),
+    )
+    if earlier is not None:
+        return job_object(jobs.get(session, scope, earlier))
+    job = jobs.create(session, scope, parts.catalogue, parts.ring, body.to_new_job())
+    idempotency.remember(
+        session, scope, route=_CREATE_ROUTE, key=key, body_sha256=body_sha256, resource_id=job.id
+    )
+    return job_object(job)
+
+
+def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
+    """Read `metadata[k]=v` (all must match) and `metadata=null` (jobs without any) from the query."""
+    pairs = {
+        name[len("metadata[") : -1]: value
+        for name, value in request.query_params.multi_items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    plain = request.query_params.get("metadata")
+    if plain is not None and (plain != "null" or pairs):
+        raise InvalidValueError(
+            "metadata: use metadata[key]=value, or metadata=null alone.", param="metadata"
+        )
+    return pairs, plain == "null"
+
+
+@router.get("")
+def list_jobs(
+    request: Request, session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """List the project's jobs, newest first."""
+    metadata, has_no_metadata = _metadata_filter(request)
+    rows, has_more = jobs.list_(
+        session, scope, after=after, limit=limit, metadata=metadata, has_no_metadata=has_no_metadata
+    )
+    return list_object([job_object(row) for row in rows], has_more=has_more)
+
+
+@router.get("/{fine_tuning_job_id}")
+def retrieve_job(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Describe one job."""
+    return job_object(jobs.get(session, scope, fine_tuning_job_id))
+
+
+@router.post("/{fine_tuning_job_id}/cancel")
+def cancel_job(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Cancel a job that has not ended; published checkpoints stay callable."""
+    return job_object(jobs.cancel(session, scope, fine_tuning_job_id))
+
+
+@router.get("/{fine_tuning_job_id}/checkpoints")
+def list_checkpoints(
+    fine_tuning_job_id: str,
+    session: SessionDep,
+    scope: ScopeDep,
+    after: str | None = None,
+    limit: Limit = 10,
+) -> dict[str, Any]:
+    """List a job's checkpoints, highest step first."""
+    rows, has_more = jobs.list_checkpoints(session, scope, fine_tuning_job_id, after=after, limit=limit)
+    data = [checkpoint_object(checkpoint, name) for checkpoint, name in rows]
+    return list_object(data, has_more=has_more, with_ids=True)
+
+
+@router.get("/{fine_tuning_job_id}/events")
+async def list_events(
+    fine_tuning_job_id: str,
+    request: Request,
+    parts: PartsDep,
+    scope: ScopeApartDep,
+    after: str | None = None,
+    limit: Limit = 20,
+    stream: bool = False,
+) -> Response:
+    """List a job's events, newest first; with stream=true, send them as they happen, oldest first."""
+    if stream:
+        await read_job(parts, scope, fine_tuning_job_id)
+        return event_stream_response(parts, fine_tuning_job_id, request.headers.get("last-event-id"))
+
+    def read() -> dict[str, Any]:
+        with parts.database.transaction() as session:
+            rows, has_more = jobs.list_events(session, scope, fine_tuning_job_id, after=after, limit=limit)
+            return list_object([event_object(row) for row in rows], has_more=has_more)
+
+    return JSONResponse(await run_in_threadpool(read))

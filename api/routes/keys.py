@@ -1,0 +1,32 @@
+"""API keys; ours, not OpenAI's. All of it asks for an admin key."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from api.deps import ScopeDep, SessionDep
+from api.schemas.keys import CreateKeyBody, key_object
+from services import keys
+
+router = APIRouter(prefix="/v1/keys", tags=["keys"])
+
+
+@router.post("")
+def create_key(body: CreateKeyBody, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Make a key; its plain text is in this answer and nowhere else."""
+    row, key = keys.create(session, scope, name=body.name, project_name=body.project, is_admin=body.is_admin)
+    return key_object(row, key)
+
+
+@router.get("")
+def list_keys(session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """List the organization's keys."""
+    rows = keys.list_(session, scope)
+    return {"object": "list", "data": [key_object(row) for row in rows], "has_more": False}
+
+
+@router.delete("/{key_id}")
+def revoke_key(key_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Revoke a key; it opens nothing from the next request on."""
+    keys.revoke(session, scope, key_id)
+    return {"id": key_id, "object": "api_key", "deleted": True}

@@ -1,0 +1,93 @@
+"""Models: bases, tuned models and checkpoints, and the files of a tuned one."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.schemas.models import base_model_object, model_files_object, tuned_model_object
+from api.streaming import stored_bytes
+from luthier.core.errors import NotFoundError
+from services import models
+from services.scope import Scope
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("")
+def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
+    """List every name that can be called: bases, names mapped to them, tuned models, checkpoints."""
+    bases = {base.id: base for base in models.list_bases(session)}
+    data = [tuned_model_object(model, scope.organization_slug) for model in models.list_(session, scope)]
+    data += [base_model_object(base) for base in bases.values() if base.id in parts.catalogue.bases]
+    data += [
+        {**base_model_object(bases[target]), "id": alias, "base_model": target}
+        for alias, target in parts.catalogue.aliases.items()
+        if target in bases
+    ]
+    return {"object": "list", "data": data, "has_more": False}
+
+
+@router.get("/{model}")
+def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
+    """Describe one model."""
+    row = models.find(session, scope, model)
+    if row is not None:
+        return tuned_model_object(row, scope.organization_slug)
+    base = models.find_base(session, parts.catalogue, model)
+    if base is None:
+        raise models.unknown_model(model)
+    described = base_model_object(base)
+    if model != base.id:
+        described |= {"id": model, "base_model": base.id}
+    return described
+
+
+def _delete(parts: Parts, scope: Scope, name: str) -> str:
+    with parts.database.transaction() as session:
+        return models.delete(session, scope, parts.catalogue, name).artifact_key
+
+
+@router.delete("/{model}")
+async def delete_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+    """Delete a tuned model or checkpoint, its bytes included."""
+    artifact_key = await run_in_threadpool(_delete, parts, scope, model)
+    await run_in_threadpool(parts.storage.delete_prefix, artifact_key)
+    return {"id": model, "object": "model", "deleted": True}
+
+
+def _artifact_key(parts: Parts, scope: Scope, name: str) -> str:
+    with parts.database.transaction() as session:
+        row = models.find(session, scope, name)
+        if row is None:
+            raise models.unknown_model(name)
+        return row.artifact_key
+
+
+@router.get("/{model}/files")
+async def list_model_files(model: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+    """List the files of a tuned model with their sizes and hashes."""
+    key = await run_in_threadpool(_artifact_key, parts, scope, model)
+    return model_files_object(await run_in_threadpool(parts.storage.read_manifest, key))
+
+
+@router.get("/{model}/files/{name:path}")
+async def download_model_file(
+    model: str, name: str, request: Request, parts: PartsDep, scope: ScopeApartDep
+) -> Response:
+    """Download one file of a tuned model, whole or a range of it."""
+    key = await run_in_threadpool(_artifact_key, parts, scope, model)
+    manifest = await run_in_threadpool(parts.storage.read_manifest, key)
+    entry = manifest.files.get(name)
+    if entry is None:
+        raise NotFoundError(f"{model} has no file {name[:80]!r}; GET /v1/models/{model}/files lists them.")
+    return stored_bytes(
+        request,
+        parts.storage,
+        f"{key}/{name}",
+        size_bytes=entry.bytes,
+        sha256=entry.sha256,
+        filename=name,
+    )

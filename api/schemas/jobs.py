@@ -1,0 +1,189 @@
+"""What clients say of jobs and hear of them: OpenAI's shapes, and our `tuning` and `training` beside them."""
+
+import secrets
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from db.tables import Checkpoint, Job, JobEvent
+from luthier.core.errors import InvalidValueError, UnsupportedValueError
+from luthier.core.specs import Auto, Hyperparameters, TrainingOptions, TrainingSpec
+from services.jobs import NewJob
+
+_MAX_SEED = 2**31 - 1
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class HyperparametersBody(_Body):
+    """OpenAI's three knobs, each a number or "auto"; null means unset."""
+
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto | None = None
+    batch_size: Annotated[int, Field(ge=1, le=256)] | Auto | None = None
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | Auto | None = None
+
+    def to_hyperparameters(self) -> Hyperparameters:
+        """Return them with "auto" for what is unset."""
+        return Hyperparameters(**{k: v for k, v in self.model_dump().items() if v is not None})
+
+
+class SupervisedBody(_Body):
+    """Configuration of supervised training."""
+
+    hyperparameters: HyperparametersBody | None = None
+
+
+class MethodBody(_Body):
+    """OpenAI's `method`; clients may send all three configurations, and the one named by `type` counts."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: SupervisedBody | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class CreateJobBody(_Body):
+    """Body of POST /v1/fine_tuning/jobs. An explicit null means unset."""
+
+    model: str = Field(min_length=1, max_length=256)
+    training_file: str = Field(min_length=1, max_length=128)
+    validation_file: str | None = Field(None, max_length=128)
+    suffix: str | None = Field(None, min_length=1, max_length=64)
+    seed: int | None = Field(None, ge=0, le=_MAX_SEED, strict=True)
+    method: MethodBody | None = None
+    hyperparameters: HyperparametersBody | None = None
+    metadata: dict[str, str] | None = None
+    integrations: list[dict[str, Any]] | None = None
+    tuning: dict[str, Any] | None = None
+    training: TrainingOptions | None = None
+
+    @field_validator("suffix")
+    @classmethod
+    def _check_suffix(cls, suffix: str | None) -> str | None:
+        if suffix is not None and not all(c.isascii() and (c.isalnum() or c in "-_.") for c in suffix):
+            raise ValueError("use ASCII letters, digits, '-', '_' and '.' only; it becomes part of a name.")
+        return suffix
+
+    @field_validator("metadata")
+    @classmethod
+    def _check_metadata(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:
+        if metadata is None:
+            return None
+        if len(metadata) > 16:
+            raise ValueError("at most 16 pairs are allowed.")
+        if any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
+            raise ValueError("keys have at most 64 characters, values at most 512.")
+        if any("\x00" in key + value for key, value in metadata.items()):
+            raise ValueError("the NUL character can't be stored.")
+        return metadata or None
+
+    def to_new_job(self) -> NewJob:
+        """Return the request for services.jobs.
+
+        Raises:
+            UnsupportedValueError: for what OpenAI's API has and this service does not (yet).
+            InvalidValueError: when two places say different things of the hyperparameters.
+        """
+        if self.method is not None and self.method.type != "supervised":
+            raise UnsupportedValueError(
+                f"method.type: '{self.method.type}' is not offered yet; use 'supervised'.",
+                param="method.type",
+            )
+        if self.integrations:
+            raise UnsupportedValueError(
+                "integrations: none is offered yet; leave it out.", param="integrations"
+            )
+        return NewJob(
+            model=self.model,
+            training_file_id=self.training_file,
+            validation_file_id=self.validation_file,
+            suffix=self.suffix,
+            seed=secrets.randbelow(_MAX_SEED) if self.seed is None else self.seed,
+            hyperparameters=self._merged_hyperparameters(),
+            tuning=self.tuning or {"type": "lora"},
+            training=self.training or TrainingOptions(),
+            metadata=self.metadata,
+        )
+
+    def _merged_hyperparameters(self) -> Hyperparameters:
+        inner = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
+        outer = self.hyperparameters
+        if inner is None or outer is None:
+            return (inner or outer or HyperparametersBody()).to_hyperparameters()
+        merged = inner.model_dump()
+        for name, value in outer.model_dump().items():
+            if value is not None and merged[name] is not None and merged[name] != value:
+                raise InvalidValueError(
+                    f"hyperparameters.{name}: {value!r} contradicts "
+                    f"method.supervised.hyperparameters.{name}; send one of the two.",
+                    param=f"hyperparameters.{name}",
+                )
+            merged[name] = value if merged[name] is None else merged[name]
+        return HyperparametersBody(**merged).to_hyperparameters()
+
+
+def _seconds(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
+
+
+def job_object(job: Job) -> dict[str, Any]:
+    """Return a job as clients see it.
+
+    `tuning` and `training` are ours; the rest is OpenAI's. "auto" stands where prepare has
+    not yet put a number.
+    """
+    spec = TrainingSpec.model_validate(job.spec)
+    hyperparameters = spec.hyperparameters.model_dump(mode="json")
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": _seconds(job.created_at),
+        "finished_at": _seconds(job.finished_at),
+        "estimated_finish": _seconds(job.estimated_finish_at),
+        "model": job.base_id,
+        "fine_tuned_model": job.fine_tuned_model,
+        "organization_id": job.organization_id,
+        "status": job.status,
+        "trained_tokens": job.trained_tokens,
+        "training_file": job.training_file_id,
+        "validation_file": job.validation_file_id,
+        "result_files": [],
+        "error": job.error,
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "seed": job.seed,
+        "integrations": [],
+        "metadata": job.user_metadata,
+        "user_provided_suffix": job.suffix,
+        "tuning": spec.tuning,
+        "training": spec.training.model_dump(mode="json"),
+    }
+
+
+def event_object(event: JobEvent) -> dict[str, Any]:
+    """Return an event as clients see it."""
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": _seconds(event.created_at),
+        "level": event.level,
+        "message": event.message,
+        "type": event.type,
+        "data": event.data,
+    }
+
+
+def checkpoint_object(checkpoint: Checkpoint, model_name: str) -> dict[str, Any]:
+    """Return a checkpoint as clients see it; metrics that were not measured are absent."""
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": _seconds(checkpoint.created_at),
+        "fine_tuned_model_checkpoint": model_name,
+        "fine_tuning_job_id": checkpoint.job_id,
+        "step_number": checkpoint.step_number,
+        "metrics": checkpoint.metrics,
+    }

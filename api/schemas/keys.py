@@ -1,0 +1,33 @@
+"""What clients say of API keys and hear of them."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from db.tables import ApiKey
+
+
+class CreateKeyBody(BaseModel):
+    """Body of POST /v1/keys; `project` is the name of the project that the key opens, made when new."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(min_length=1, max_length=64)
+    project: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    is_admin: bool = False
+
+
+def key_object(key: ApiKey, plain_text: str | None = None) -> dict[str, Any]:
+    """Return a key as clients see it; `key` itself is there only in the answer that made it."""
+    body: dict[str, Any] = {
+        "id": key.id,
+        "object": "api_key",
+        "name": key.name,
+        "prefix": key.prefix,
+        "project_id": key.project_id,
+        "is_admin": key.is_admin,
+        "created_at": int(key.created_at.timestamp()),
+        "last_used_at": None if key.last_used_at is None else int(key.last_used_at.timestamp()),
+    }
+    if plain_text is not None:
+        body["key"] = plain_text
+    return body

@@ -1,0 +1,45 @@
+"""The model object."""
+
+from typing import Any
+
+from db.tables import Base, Model
+from luthier.storage.manifests import Manifest
+
+
+def tuned_model_object(model: Model, organization_slug: str) -> dict[str, Any]:
+    """Return a tuned model or checkpoint as clients see it; `base_model`, `job` and `digest` are ours."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(model.created_at.timestamp()),
+        "owned_by": organization_slug,
+        "base_model": model.base_id,
+        "job": model.job_id,
+        "digest": model.artifact_digest,
+    }
+
+
+def base_model_object(base: Base) -> dict[str, Any]:
+    """Return a base model as clients see it."""
+    return {
+        "id": base.id,
+        "object": "model",
+        "created": int(base.created_at.timestamp()),
+        "owned_by": "luthier",
+        "base_model": None,
+        "context_length": base.context_length,
+        "digest": base.digest,
+    }
+
+
+def model_files_object(manifest: Manifest) -> dict[str, Any]:
+    """Return the list of an artifact's files, the manifest itself left out."""
+    return {
+        "object": "list",
+        "digest": manifest.digest,
+        "data": [
+            {"name": name, "object": "model.file", "bytes": entry.bytes, "sha256": entry.sha256}
+            for name, entry in sorted(manifest.files.items())
+        ],
+        "has_more": False,
+    }
