@@ -199,3 +199,8 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
         checkpoint.deleted_at = func.now()
     session.flush()
     return model
+
+
+def get_name(session: Session, model_id: str) -> str:
+    """Return a model's public name."""
+    return session.get_one(Model, model_id).name

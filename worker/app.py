@@ -1,0 +1,162 @@
+"""The Celery application of a worker: bells in, jobs out, a sweep for what no bell announced.
+
+A bell only says "look". Whichever bell wakes a process, it prepares the job that the bell names if that
+still waits, and then trains queued jobs until there is none or no slot is free.
+"""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import structlog
+from celery import Celery
+from celery.signals import worker_process_init, worker_ready, worker_shutting_down
+
+from luthier.core.errors import LuthierError
+from luthier.core.logs import configure_logs
+from luthier.core.process import die_with_parent
+from luthier.core.settings import Settings
+from services import leases
+from services.bell import TASK_NAME, make_celery
+from worker.context import WorkerContext, make_context
+from worker.tasks.prepare import prepare
+from worker.tasks.train import train_next
+
+_log = structlog.get_logger()
+
+
+def work(context: WorkerContext, job_id: str | None) -> None:
+    """Do what there is to do: prepare the job that was announced, then train while jobs are queued."""
+    if job_id is not None:
+        prepare(context, job_id)
+    while not context.stopping.is_set() and train_next(context):
+        pass
+
+
+def sweep(context: WorkerContext) -> list[str]:
+    """Say that the worker lives, take jobs from dead ones, and find what waits.
+
+    Returns:
+        Ids of waiting jobs, at most as many as this worker could take now.
+    """
+    settings = context.settings
+    with context.database.transaction() as session:
+        leases.beat(
+            session,
+            context.worker_id,
+            hostname=context.hostname,
+            num_slots=settings.training_slots,
+            facts=context.facts,
+        )
+    with context.database.transaction() as session:
+        lost = leases.sweep(session, max_attempts=settings.max_attempts)
+    if lost:
+        _log.warning("jobs taken from workers that stopped answering", job_ids=lost)
+    with context.database.transaction() as session:
+        return list(leases.list_waiting(session, limit=settings.training_slots + 1))
+
+
+def _sweep_for_ever(context: WorkerContext) -> None:
+    """Ring for waiting jobs at every sweep; runs in a thread of the main process."""
+    while not context.stopping.wait(context.settings.sweep_seconds):
+        try:
+            for job_id in sweep(context):
+                context.ring(job_id)
+        except LuthierError as error:
+            _log.warning("sweep put off", reason=error.message)
+
+
+def _tell_processes_to_stop(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGUSR1)
+        except ProcessLookupError:
+            continue
+
+
+def _child_pids() -> list[int]:
+    children = Path(f"/proc/{os.getpid()}/task")
+    return [int(pid) for thread in children.iterdir() for pid in (thread / "children").read_text().split()]
+
+
+def make_worker(settings: Settings) -> Celery:
+    """Return the Celery application of a worker process.
+
+    Its pool has a process per training slot and one more, so that files are checked while jobs train.
+    """
+    context = make_context(settings)
+    app = make_celery(settings.redis_url.get_secret_value())
+    app.conf.update(worker_concurrency=settings.training_slots + 1)
+    main_pid = os.getpid()
+
+    @app.task(name=TASK_NAME, ignore_result=True)
+    def wake(job_id: str) -> None:
+        work(context, job_id)
+
+    def start_process(**_: object) -> None:
+        # A pool process must not outlive the main one: a training process hangs on its life.
+        die_with_parent(main_pid)
+        # The parent's sockets are not ours to use.
+        context.database.forget_connections()
+        signal.signal(signal.SIGUSR1, lambda *_: context.stopping.set())
+
+    def start_sweeping(**_: object) -> None:
+        _log.info("worker ready", worker_id=context.worker_id)
+        threading.Thread(target=_sweep_for_ever, args=(context,), daemon=True).start()
+
+    def stop(**_: object) -> None:
+        # Celery now waits for running tasks; a training one ends once it knows that it should.
+        context.stopping.set()
+        _tell_processes_to_stop(_child_pids())
+
+    worker_process_init.connect(start_process, weak=False)
+    worker_ready.connect(start_sweeping, weak=False)
+    worker_shutting_down.connect(stop, weak=False)
+    return app
+
+
+def run_without_broker(settings: Settings) -> None:
+    """Work by looking into Postgres alone: no Celery, no Redis, one job at a time."""
+    context = make_context(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: context.stopping.set())
+    _log.info("worker ready, without a broker", worker_id=context.worker_id)
+    while not context.stopping.is_set():
+        waiting: list[str] = []
+        try:
+            waiting = sweep(context)
+            work(context, waiting[0] if waiting else None)
+        except LuthierError as error:
+            _log.warning("sweep put off", reason=error.message)
+        if not waiting:
+            context.stopping.wait(context.settings.sweep_seconds)
+
+
+def run(settings: Settings) -> None:
+    """Work until TERM: bells from the broker, and a sweep."""
+    started_at = time.monotonic()
+    app = make_worker(settings)
+    app.worker_main(
+        [
+            "worker",
+            "--loglevel=WARNING",
+            "--pool=prefork",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+            f"--hostname=luthier-{os.getpid()}@%h",
+        ]
+    )
+    _log.info("worker stopped", seconds=round(time.monotonic() - started_at))
+
+
+def main(arguments: list[str]) -> None:
+    """Run a worker; `--no-broker` looks into Postgres only."""
+    settings = Settings()
+    configure_logs(settings.log_level)
+    if "--no-broker" in arguments:
+        run_without_broker(settings)
+    else:
+        run(settings)

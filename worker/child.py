@@ -1,0 +1,145 @@
+"""The training process: started with no secret, in a group of its own, and dead when its parent is.
+
+The parent never imports torch. It reads the child's event lines and signals it: TERM asks for a save
+point and a clean end, KILL ends it at once.
+"""
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+from luthier.core.errors import SelfCheckError
+from luthier.core.events import TrainingEvent, parse_event
+from luthier.core.process import die_with_parent
+
+# All that a training process may know of its surroundings: no database, broker, storage or API secret.
+_ALLOWED_VARIABLES = frozenset(
+    "PATH HOME LANG LC_ALL TZ TMPDIR USER LD_LIBRARY_PATH VIRTUAL_ENV XDG_CACHE_HOME CUDA_VISIBLE_DEVICES "
+    "NVIDIA_VISIBLE_DEVICES OPENBLAS_CORETYPE OPENBLAS_L2_SIZE LUTHIER_FAILPOINTS".split(" ")
+)
+_LOG_NAME = "child.log"
+_MAX_LINE_BYTES = 1024 * 1024
+
+
+def child_environment(num_threads: int) -> dict[str, str]:
+    """Return the environment of a training process.
+
+    Args:
+        num_threads: CPU threads it may use.
+    """
+    allowed = {name: value for name, value in os.environ.items() if name in _ALLOWED_VARIABLES}
+    return allowed | {
+        "OMP_NUM_THREADS": str(num_threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class TrainingChild:
+    """A running training process over one run directory.
+
+    Args:
+        process: started by `start_child`.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stdout is not None
+        self._process = process
+        self._stdout: IO[bytes] = process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._stdout, selectors.EVENT_READ)
+        self._buffer = b""
+        self._is_open = True
+
+    @property
+    def pid(self) -> int:
+        """The process's id, which is also its group's."""
+        return self._process.pid
+
+    def poll_events(self, timeout_seconds: float) -> list[TrainingEvent]:
+        """Wait for event lines, at most so long.
+
+        Returns:
+            The events that came, maybe none.
+
+        Raises:
+            SelfCheckError: when a line is no event.
+        """
+        if not self._is_open:
+            return []
+        if not self._selector.select(timeout_seconds):
+            return []
+        chunk = self._stdout.read() or b""
+        if chunk == b"":
+            self._is_open = False
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        if len(self._buffer) > _MAX_LINE_BYTES:
+            raise SelfCheckError("The training process wrote a line that is no event.")
+        try:
+            return [parse_event(line) for line in lines if line]
+        except ValidationError as error:
+            raise SelfCheckError("The training process wrote a line that is no event.") from error
+
+    def exit_code(self) -> int | None:
+        """Return the exit code once the process has ended and all its lines were read, else None."""
+        if self._is_open:
+            return None
+        return self._process.wait()
+
+    def ask_to_stop(self) -> None:
+        """Ask for the step to be finished, a save point and a clean end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the process and all it started, now."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._selector.close()
+        self._stdout.close()
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return
+
+
+@contextmanager
+def start_child(run_dir: Path, num_threads: int) -> Iterator[TrainingChild]:
+    """Start a training process over a run directory; it is gone when the block ends.
+
+    Must be called from the main thread: the kernel ties the child's life to the thread that made it.
+
+    Args:
+        run_dir: the run directory, complete.
+        num_threads: CPU threads it may use.
+
+    Yields:
+        The running process.
+    """
+    parent_pid = os.getpid()
+    with (run_dir / _LOG_NAME).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "luthier.training", str(run_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=child_environment(num_threads),
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(parent_pid),  # noqa: PLW1509 - no thread runs here but ours
+        )
+    child = TrainingChild(process)
+    try:
+        yield child
+    finally:
+        child.kill()

@@ -1,0 +1,58 @@
+"""What one worker process is made of; passed to the tasks as a value."""
+
+import os
+import secrets
+import socket
+import threading
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from db.session import Database
+from luthier.bases.catalogue import Catalogue, load_catalogue
+from luthier.core.settings import Settings
+from luthier.storage.store import Storage
+from services.bell import Bell, Ring, make_celery
+
+# One for the task, one for its heartbeat while it prepares.
+_POOL_SIZE = 3
+
+
+def _facts() -> dict[str, Any]:
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = {name: metadata.version(name) for name in ("luthier", "celery", "sqlalchemy")}
+    return {"num_cores": os.cpu_count(), "memory_bytes": memory_bytes, "versions": versions}
+
+
+@dataclass
+class WorkerContext:
+    """The parts of a worker, and whether it has been asked to stop."""
+
+    settings: Settings
+    worker_id: str
+    hostname: str
+    database: Database
+    storage: Storage
+    catalogue: Catalogue
+    ring: Ring
+    facts: dict[str, Any] = field(default_factory=_facts)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of one training run."""
+        return self.settings.num_threads or os.cpu_count() or 1
+
+
+def make_context(settings: Settings) -> WorkerContext:
+    """Make the parts of a worker; nothing is connected yet."""
+    hostname = socket.gethostname()
+    return WorkerContext(
+        settings=settings,
+        worker_id=f"{hostname}-{os.getpid()}-{secrets.token_hex(4)}",
+        hostname=hostname,
+        database=Database(settings.database_url.get_secret_value(), pool_size=_POOL_SIZE),
+        storage=Storage.open(settings.storage_url),
+        catalogue=load_catalogue(settings.models_file),
+        ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
+    )

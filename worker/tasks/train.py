@@ -1,0 +1,143 @@
+"""Train: claim a queued job, run the training process over a run directory, publish what it makes.
+
+Load, run, apply: a claim in one short transaction, a run with no session open, and every result written
+under the claim's fence. A job that is given back goes on from its newest save point.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from db.tables import Organization
+from luthier.bases.catalogue import base_folder
+from luthier.bases.fetch import ensure_base
+from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError, LuthierError, UnavailableError
+from luthier.core.specs import RunInputs, TrainingSpec
+from services import leases, models
+from services.leases import Lease, LeaseLostError
+from worker.child import start_child
+from worker.context import WorkerContext
+from worker.run import Ending, TrainingRun
+from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A job under this attempt's lease, and what its run needs."""
+
+    lease: Lease
+    project_id: str
+    spec: TrainingSpec
+    model_name: str
+    prepared_key: str
+    save_points: list[dict[str, object]]
+
+    @property
+    def prefix(self) -> str:
+        """Where this attempt's objects go: the epoch keeps a woken zombie's bytes apart."""
+        return f"projects/{self.project_id}/jobs/{self.lease.job_id}/e{self.lease.epoch}"
+
+
+def train_next(context: WorkerContext) -> bool:
+    """Claim the oldest queued job and run it to an end.
+
+    Returns:
+        Whether a job was claimed; False when none waits or no slot is free.
+    """
+    claimed = _load(context)
+    if claimed is None:
+        return False
+    log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.epoch)
+    run_dir = context.settings.runs_dir.absolute() / claimed.lease.job_id / f"e{claimed.lease.epoch}"
+    try:
+        try:
+            ending = _run(context, claimed, run_dir)
+            log.info("attempt ended", ending=ending.value)
+        except (LeaseLostError, UnavailableError):
+            raise
+        except LuthierError as error:
+            log.info("attempt failed", code=error.code)
+            with context.database.transaction() as session:
+                leases.fail(session, claimed.lease, error)
+    except LeaseLostError:
+        log.info("the job is no longer ours")
+    except UnavailableError:
+        # The lease runs out, and the job goes on from its save point wherever the database is reached.
+        log.warning("attempt given up, the database is away")
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return True
+
+
+def _load(context: WorkerContext) -> Claimed | None:
+    settings = context.settings
+    with context.database.transaction() as session:
+        taken = leases.claim_for_training(
+            session, context.worker_id, settings.training_slots, settings.lease_seconds
+        )
+        if taken is None:
+            return None
+        lease, job = taken
+        organization = session.get_one(Organization, job.organization_id)
+        assert job.prepared_key is not None, "a queued job has been prepared"
+        return Claimed(
+            lease=lease,
+            project_id=job.project_id,
+            spec=TrainingSpec.model_validate(job.spec),
+            model_name=models.make_name(job.base_id, organization.slug, job.suffix),
+            prepared_key=job.prepared_key,
+            save_points=list(job.save_points),
+        )
+
+
+def _run(context: WorkerContext, claimed: Claimed, run_dir: Path) -> Ending:
+    _fill_run_directory(context, claimed, run_dir)
+    assert claimed.spec.num_threads is not None
+    with start_child(run_dir, claimed.spec.num_threads) as child:
+        run = TrainingRun(context, claimed.lease, claimed.spec, claimed.model_name, claimed.prefix, run_dir)
+        return run.supervise(child)
+
+
+def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path) -> None:
+    """Lay out what the training process reads: spec, inputs, rows, and the newest whole save point."""
+    base = claimed.spec.base
+    assert base is not None, "a queued job has a resolved spec"
+    entry = context.catalogue.bases.get(base.id)
+    if entry is None:
+        raise BaseUnavailableError(f"The base {base.id} is not in this worker's models.toml.")
+    here = ensure_base(entry, context.settings.bases_dir, log=lambda line: _log.info("base", stage=line))
+    if here.digest != base.digest:
+        raise BaseUnavailableError(
+            f"This worker's copy of {base.id} is {here.digest}, the job was prepared for {base.digest}."
+        )
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True)
+    inputs = RunInputs(
+        job_id=claimed.lease.job_id,
+        model_name=claimed.model_name,
+        base_path=str(base_folder(context.settings.bases_dir.absolute(), base.id)),
+        device=context.settings.device,
+    )
+    (run_dir / "spec.json").write_text(claimed.spec.model_dump_json())
+    (run_dir / "inputs.json").write_text(inputs.model_dump_json())
+    prepared = context.storage.fetch_folder(claimed.prepared_key, run_dir / "prepared")
+    for name in (TRAIN_FILE, VALIDATION_FILE):
+        if name in prepared.files:
+            (run_dir / "prepared" / name).rename(run_dir / name)
+    _fetch_save_point(context, claimed, run_dir)
+
+
+def _fetch_save_point(context: WorkerContext, claimed: Claimed, run_dir: Path) -> None:
+    for save_point in reversed(claimed.save_points):
+        key, step = str(save_point["key"]), int(str(save_point["step"]))
+        destination = run_dir / "save_points" / f"step-{step:06d}"
+        destination.parent.mkdir(exist_ok=True)
+        try:
+            context.storage.fetch_folder(key, destination)
+            return
+        except ArtifactCorruptError as error:
+            _log.warning("save point skipped", key=key, error=error.message)
