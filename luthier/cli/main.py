@@ -2,9 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from luthier.core.errors import LuthierError
+
+if TYPE_CHECKING:
+    from luthier.client import LuthierClient
 
 app = typer.Typer(
     name="luthier",
@@ -13,6 +18,29 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+keys_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+bases_app = typer.Typer(help="List and fetch base models.", no_args_is_help=True)
+jobs_app = typer.Typer(help="List and follow fine-tuning jobs.", no_args_is_help=True)
+models_app = typer.Typer(help="List and download models.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+app.add_typer(bases_app, name="bases")
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(models_app, name="models")
+
+Home = Annotated[Path | None, typer.Option(help="Home of the service; else $LUTHIER_HOME, else ./.luthier.")]
+BaseUrl = Annotated[
+    str | None, typer.Option(help="Service to speak to; else $LUTHIER_BASE_URL, else the home's.")
+]
+ApiKey = Annotated[str | None, typer.Option(help="Key to use; else $LUTHIER_API_KEY, else the home's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _open_client(base_url: str | None, api_key: str | None, home: Path | None) -> "LuthierClient":
+    from luthier.cli.connection import find_connection
+    from luthier.client import LuthierClient
+
+    connection = find_connection(base_url, api_key, home)
+    return LuthierClient(connection.base_url, connection.api_key)
 
 
 @app.command()
@@ -25,7 +53,7 @@ def version() -> None:
 
 @app.command()
 def up(
-    home: Annotated[Path | None, typer.Option(help="Folder of all state; else $LUTHIER_HOME.")] = None,
+    home: Home = None,
     port: Annotated[int, typer.Option(help="Port of the API.", min=1, max=65535)] = 8000,
     host: Annotated[str, typer.Option(help="Address that the API binds.")] = "127.0.0.1",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "",
@@ -38,10 +66,169 @@ def up(
     run_up(resolve_home(home), host=host, port=port, settings=read_settings(log_level))
 
 
+@app.command()
+def doctor(
+    home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None, as_json: Json = False
+) -> None:
+    """Check this machine and the service, and say what to do about each fault."""
+    from luthier.cli.doctor.report import run_doctor
+    from luthier.cli.stack.home import resolve_home
+
+    raise typer.Exit(run_doctor(resolve_home(home), base_url=base_url, api_key=api_key, as_json=as_json))
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="Training file, one JSON object a line.")]) -> None:
+    """Check a training file's format on this machine, before any upload."""
+    from luthier.cli.check import check_file
+
+    check_file(file)
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Option(help="What the key is for.")],
+    project: Annotated[str | None, typer.Option(help="Project that it opens, made when new.")] = None,
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Make a key. It is shown this once."""
+    from luthier.cli.output import print_json
+
+    with _open_client(base_url, api_key, home) as client:
+        made = client.create_key(name, project=project)
+    if as_json:
+        print_json(made)
+        return
+    print(f"{made['key']}\nThis key is shown this once; its id is {made['id']}.")
+
+
+@keys_app.command("list")
+def list_keys(
+    home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None, as_json: Json = False
+) -> None:
+    """List keys, without their secret part."""
+    from luthier.cli.output import local_time, print_json, print_table
+
+    with _open_client(base_url, api_key, home) as client:
+        keys = client.list_keys()
+    if as_json:
+        print_json(keys)
+        return
+    rows = [
+        (key["id"], key["name"], key["prefix"] + "…", key["project_id"], local_time(key["created_at"]))
+        for key in keys
+    ]
+    print_table(("ID", "NAME", "KEY", "PROJECT", "CREATED"), rows, empty="There are no keys.")
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(metavar="ID")],
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Make a key useless from now on."""
+    with _open_client(base_url, api_key, home) as client:
+        client.revoke_key(key_id)
+    print(f"Revoked {key_id}")
+
+
+@bases_app.command("list")
+def list_bases(as_json: Json = False) -> None:
+    """List the base models of models.toml and whether each is fetched."""
+    from luthier.cli.bases import print_bases
+
+    print_bases(as_json=as_json)
+
+
+@bases_app.command("fetch")
+def fetch_base(base_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """Fetch a base model, and convert and seal it where that is needed."""
+    from luthier.cli.bases import fetch
+
+    fetch(base_id)
+
+
+@jobs_app.command("list")
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """List the newest jobs."""
+    from luthier.cli.output import local_time, print_json, print_table
+
+    with _open_client(base_url, api_key, home) as client:
+        jobs = client.list_jobs(limit=limit)
+    if as_json:
+        print_json(jobs)
+        return
+    rows = [
+        (
+            job["id"],
+            job["status"],
+            job["model"],
+            job.get("fine_tuned_model") or "-",
+            local_time(job["created_at"]),
+        )
+        for job in jobs
+    ]
+    print_table(("ID", "STATUS", "BASE", "MODEL", "CREATED"), rows, empty="There are no jobs.")
+
+
+@jobs_app.command("follow")
+def follow_job(
+    job_id: Annotated[str, typer.Argument(metavar="ID")],
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show a job's progress until it ends; exit code 0 when it succeeded. Ctrl-C leaves the job running."""
+    from luthier.cli.follow import follow
+
+    with _open_client(base_url, api_key, home) as client:
+        raise typer.Exit(follow(client, job_id, as_json=as_json))
+
+
+@models_app.command("list")
+def list_models(
+    home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None, as_json: Json = False
+) -> None:
+    """List the models that can be called."""
+    from luthier.cli.output import local_time, print_json, print_table
+
+    with _open_client(base_url, api_key, home) as client:
+        models = client.list_models()
+    if as_json:
+        print_json(models)
+        return
+    rows = [(model["id"], model["owned_by"], local_time(model["created"])) for model in models]
+    print_table(("NAME", "OWNER", "CREATED"), rows, empty="There are no models.")
+
+
+@models_app.command("download")
+def download_model(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where its files go.")],
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Download a tuned model's files, verified by sha256; a broken download goes on where it stopped."""
+    with _open_client(base_url, api_key, home) as client:
+        for path in client.download_model(name, folder):
+            print(path)
+
+
 def main() -> None:
     """Run the command line; a failure that a user can mend is one line on standard error and exit code 1."""
-    from luthier.core.errors import LuthierError
-
     try:
         app()
     except LuthierError as error:

@@ -20,6 +20,8 @@ from luthier.core.keys import new_api_key
 from luthier.storage.manifests import write_file_atomically
 
 CONNECTION_NAME = "connection.json"
+# A link in the home to the run folder, by which other commands find the sockets.
+RUN_LINK_NAME = "run"
 _RUN_PREFIX = "luthier-"
 _HOME_MARKER = "home"
 # A socket's path has 107 bytes at most; the longest name below a run folder is pg/.s.PGSQL.5432.
@@ -169,9 +171,13 @@ def run_folder(home: Path) -> Iterator[Path]:
         if os.geteuid() == 0:
             folder.chmod(0o711)  # the database's user passes through it to a folder of its own
         (folder / _HOME_MARKER).write_bytes(_home_mark(home))
+        link = home / RUN_LINK_NAME
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
         yield folder
     finally:
         os.close(descriptor)
+        (home / RUN_LINK_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 

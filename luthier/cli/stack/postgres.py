@@ -25,6 +25,7 @@ from luthier.cli.stack.processes import ProcessSpec, UnixUser
 from luthier.core.process import die_with_parent
 from luthier.storage.manifests import fsync_path
 
+_SOCKET_FOLDER = "pg"
 _OWNER = "postgres"
 _ROLE = "luthier"
 _DATABASE = "luthier"
@@ -44,10 +45,9 @@ class Postgres:
     user: UnixUser | None
     secrets: Secrets
 
-    def url(self, *, scheme: str = "postgresql+psycopg", role: str = _ROLE, database: str = _DATABASE) -> str:
-        """Return the URL by which the service's role, or another, connects."""
-        password = self.secrets.postgres_password if role == _OWNER else self.secrets.database_password
-        return f"{scheme}://{role}:{password}@/{database}?host={quote(str(self.socket_folder), safe='')}"
+    def url(self) -> str:
+        """Return the URL by which the service connects."""
+        return database_url(self.socket_folder.parent, self.secrets)
 
     def spec(self) -> ProcessSpec:
         """Return the server as a process of the stack."""
@@ -82,7 +82,10 @@ class Postgres:
 
         try:
             owner = psycopg.connect(
-                self.url(scheme="postgresql", role=_OWNER, database="postgres"),
+                host=str(self.socket_folder),
+                user=_OWNER,
+                password=self.secrets.postgres_password,
+                dbname="postgres",
                 autocommit=True,
                 connect_timeout=2,
             )
@@ -97,6 +100,12 @@ class Postgres:
         with owner:
             _ensure_role_and_database(owner.execute, self.secrets.database_password)
         return True
+
+
+def database_url(run: Path, secrets: Secrets) -> str:
+    """Return the URL of the embedded database whose socket lies in a run folder."""
+    host = quote(str(run / _SOCKET_FOLDER), safe="")
+    return f"postgresql+psycopg://{_ROLE}:{secrets.database_password}@/{_DATABASE}?host={host}"
 
 
 def _ensure_role_and_database(execute: Callable[[str], object], password: str) -> None:
@@ -129,7 +138,7 @@ def open_postgres(home: Path, run: Path, secrets: Secrets, *, say: Callable[[str
     data = state / "postgres"
     user = _find_user(data) if is_root else None
     programs = _find_programs(user)
-    server = Postgres(programs, data, run / "pg", user, secrets)
+    server = Postgres(programs, data, run / _SOCKET_FOLDER, user, secrets)
     _make_owned_folder(server.socket_folder, user)
     if data.exists():
         _check_version(data, programs)

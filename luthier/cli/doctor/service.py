@@ -1,0 +1,143 @@
+"""Checks of the service: home, database, broker, storage, base models, API, key."""
+
+import uuid
+from pathlib import Path
+
+from luthier.bases.catalogue import base_folder, find_base_facts, load_catalogue
+from luthier.cli.connection import find_connection
+from luthier.cli.doctor.finding import START_ADVICE, Finding, not_running
+from luthier.cli.stack.home import RUN_LINK_NAME, find_lock_holder, load_secrets
+from luthier.cli.stack.postgres import database_url
+from luthier.cli.stack.valkey import SOCKET_NAME, answers_ping
+from luthier.client import ApiError, LuthierClient, NotRunningError
+from luthier.core.errors import LuthierError
+from luthier.core.settings import Settings
+from luthier.storage.manifests import verify_folder
+from luthier.storage.store import Storage
+
+
+def check_home(home: Path) -> Finding:
+    """Whether a service runs on the home."""
+    holder = find_lock_holder(home)
+    if holder is None:
+        return Finding("service", "warn", f"not running on {home}", START_ADVICE)
+    return Finding("service", "ok", f"running on {home} (process {holder})")
+
+
+def check_database(home: Path, settings: Settings) -> Finding:
+    """The database answers and holds the schema."""
+    import psycopg
+
+    is_embedded = "database_url" not in settings.model_fields_set
+    if is_embedded and find_lock_holder(home) is None:
+        return not_running("database")
+    url = settings.database_url.get_secret_value()
+    if is_embedded:
+        url = database_url((home / RUN_LINK_NAME).resolve(), load_secrets(home))
+    try:
+        with psycopg.connect(url.replace("+psycopg", "", 1), connect_timeout=3) as connection:
+            version = connection.info.server_version // 10000
+            found = connection.execute("SELECT to_regclass('alembic_version')").fetchone()
+            if found is None or found[0] is None:
+                return Finding("database", "fail", "no schema", "run `python -m db.migrate`")
+            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except psycopg.Error as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        return Finding("database", "fail", reason, "see HOME/logs/postgres.log, or LUTHIER_DATABASE_URL")
+    return Finding("database", "ok", f"PostgreSQL {version}, schema {row[0] if row else 'empty'}")
+
+
+def check_broker(home: Path, settings: Settings) -> Finding:
+    """The broker answers PING."""
+    advice = "jobs still start, a little later: workers also look into the database; see HOME/logs/valkey.log"
+    if "redis_url" not in settings.model_fields_set:
+        if find_lock_holder(home) is None:
+            return not_running("broker")
+        if answers_ping((home / RUN_LINK_NAME).resolve() / SOCKET_NAME):
+            return Finding("broker", "ok", "Valkey (embedded) answers")
+        return Finding("broker", "warn", "Valkey (embedded) does not answer", advice)
+    import redis
+
+    url = settings.redis_url.get_secret_value().replace("redis+socket://", "unix://", 1)
+    try:
+        redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3).ping()
+    except (redis.RedisError, ValueError) as error:
+        return Finding("broker", "warn", f"no answer ({type(error).__name__})", advice)
+    return Finding("broker", "ok", "answers")
+
+
+def check_storage(home: Path, settings: Settings) -> Finding:
+    """An object can be written, read back and deleted."""
+    url = settings.storage_url
+    if "storage_url" not in settings.model_fields_set:
+        if not home.exists():
+            return Finding("storage", "ok", f"will be made under {home} at the first start")
+        url = (home / "objects").as_uri()
+    key = f"doctor/{uuid.uuid4().hex}"
+    probe = b"probe"
+    # obstore raises many kinds, all of which mean the same here.
+    try:
+        storage = Storage.open(url)
+        storage.put_bytes(key, probe)
+        is_same = storage.objects.get(key).bytes() == probe
+        storage.delete_prefix("doctor")
+    except Exception as error:  # noqa: BLE001
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return Finding("storage", "fail", reason, "check LUTHIER_STORAGE_URL, its credentials and its rights")
+    if not is_same:
+        return Finding(
+            "storage", "fail", f"{url} gives back other bytes than were written", "check the store"
+        )
+    return Finding("storage", "ok", f"{url}: written, read and deleted")
+
+
+def check_bases(settings: Settings) -> list[Finding]:
+    """The catalogue can be read, and every fetched base matches its digest."""
+    try:
+        catalogue = load_catalogue(settings.models_file)
+    except LuthierError as error:
+        return [
+            Finding("catalogue", "fail", error.message, "correct models.toml, or set LUTHIER_MODELS_FILE")
+        ]
+    findings = [Finding("catalogue", "ok", f"{len(catalogue.bases)} bases in {settings.models_file}")]
+    num_fetched = 0
+    for base_id in catalogue.bases:
+        if find_base_facts(settings.bases_dir, base_id) is None:
+            continue
+        num_fetched += 1
+        try:
+            manifest = verify_folder(base_folder(settings.bases_dir, base_id))
+        except LuthierError as error:
+            advice = (
+                f"remove {base_folder(settings.bases_dir, base_id)} and run `luthier bases fetch {base_id}`"
+            )
+            findings.append(Finding(f"base {base_id}", "fail", error.message, advice))
+            continue
+        findings.append(Finding(f"base {base_id}", "ok", f"verified, {manifest.digest[:19]}…"))
+    if num_fetched == 0:
+        advice = f"run `luthier bases fetch {settings.preload_base or next(iter(catalogue.bases), 'ID')}`"
+        findings.append(Finding("bases", "warn", f"none is fetched into {settings.bases_dir}", advice))
+    return findings
+
+
+def check_api(home: Path, base_url: str | None, api_key: str | None) -> list[Finding]:
+    """The API answers and takes the key."""
+    try:
+        connection = find_connection(base_url, api_key, home if base_url is None else None)
+        with LuthierClient(connection.base_url, connection.api_key) as client:
+            models = client.list_models()
+    except NotRunningError as error:
+        if base_url is None and find_lock_holder(home) is None:
+            return [not_running("api")]
+        return [Finding("api", "fail", error.message, "see HOME/logs/api.log")]
+    except ApiError as error:
+        if error.status in {401, 403}:
+            advice = "make a key with `luthier keys create`, or remove LUTHIER_API_KEY to use the home's"
+            return [Finding("api", "ok", "answers"), Finding("key", "fail", error.message, advice)]
+        return [Finding("api", "fail", f"answers {error.status}: {error.message}", "see HOME/logs/api.log")]
+    except LuthierError:
+        return [not_running("api")]
+    return [
+        Finding("api", "ok", f"{connection.base_url} answers"),
+        Finding("key", "ok", f"is valid and sees {len(models)} models"),
+    ]

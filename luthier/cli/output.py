@@ -1,0 +1,41 @@
+"""How commands print: tables for people, JSON for programs. A terminal sees users' text escaped only."""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def printable(text: object) -> str:
+    """Return text with control characters (ANSI sequences, line breaks) made visible."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
+def local_time(seconds: int | None) -> str:
+    """Return a Unix time as local date and time, or a dash."""
+    return "-" if seconds is None else datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
+    """Print rows under titles, in columns that are never cut, so that ids can be copied.
+
+    Args:
+        titles: the columns' titles.
+        rows: the cells, turned into text.
+        empty: the sentence that is printed when there is no row.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if not cells:
+        print(empty)
+        return
+    widths = [max(len(row[i]) for row in [list(titles), *cells]) for i in range(len(titles))]
+    for row in [list(titles), *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

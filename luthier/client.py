@@ -1,0 +1,279 @@
+"""What the OpenAI SDK lacks, over HTTP: keys, live events, model files. Nothing that the SDK already has,
+but for the few reads that the command line needs without it.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+
+from luthier.core.errors import ArtifactCorruptError, LuthierError
+
+_CHUNK_BYTES = 256 * 1024
+_TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 5.0
+_MAX_LOSSES_IN_A_ROW = 20
+
+# Bytes done and bytes in all, of one file.
+OnProgress = Callable[[str, int, int], None]
+
+
+class ApiError(LuthierError):
+    """An answer of the service that is an error; message, code and param are the service's own."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.status = status
+        self.error_code = code
+
+
+class NotRunningError(LuthierError):
+    """Nothing answers at the base URL."""
+
+    code = "not_running"
+
+
+class LuthierClient:
+    """A connection to one service.
+
+    Args:
+        base_url: as printed by `luthier up`, ending in /v1.
+        api_key: the key.
+        transport: another way to send requests, for tests.
+        sleep: waits between attempts to reconnect, in seconds.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        *,
+        transport: httpx2.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._sleep = sleep
+        self._http = httpx2.Client(
+            headers={"Authorization": f"Bearer {api_key}"}, timeout=_TIMEOUT, transport=transport
+        )
+
+    def __enter__(self) -> "LuthierClient":
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    # ---- keys
+
+    def create_key(self, name: str, *, project: str | None = None) -> dict[str, Any]:
+        """Make a key; the answer's `key` is shown this once.
+
+        Args:
+            name: what the key is for.
+            project: the project it opens, made when there is none of that name; the caller's when None.
+        """
+        body = {"name": name} if project is None else {"name": name, "project": project}
+        return self._ask("POST", "/keys", body=body)
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """Return all keys of the installation, without the secret part."""
+        return self._data("/keys")
+
+    def revoke_key(self, key_id: str) -> None:
+        """Make a key useless."""
+        self._ask("DELETE", f"/keys/{quote(key_id, safe='')}")
+
+    # ---- jobs and models
+
+    def list_jobs(self, *, limit: int = 20) -> list[dict[str, Any]]:
+        """Return the newest jobs."""
+        return self._data("/fine_tuning/jobs", {"limit": str(limit)})
+
+    def get_job(self, job_id: str) -> dict[str, Any]:
+        """Return one job."""
+        return self._ask("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}")
+
+    def list_models(self) -> list[dict[str, Any]]:
+        """Return all models that the key may call."""
+        return self._data("/models")
+
+    # ---- live events
+
+    def follow_events(self, job_id: str, *, last_event_id: str = "") -> Iterator[dict[str, Any]]:
+        """Yield a job's events, old ones first, then live ones until the job ends.
+
+        A lost connection is made again from the event after the last one seen, so none is missed or doubled.
+
+        Args:
+            job_id: the job.
+            last_event_id: the stream's id of the last event that is known already.
+
+        Yields:
+            Event objects as of GET …/events.
+
+        Raises:
+            ApiError: when the service refuses.
+            NotRunningError: when nothing has answered for about a minute and a half.
+        """
+        path = f"{self.base_url}/fine_tuning/jobs/{quote(job_id, safe='')}/events"
+        num_losses = 0
+        while True:
+            headers = {"Accept": "text/event-stream"}
+            if last_event_id:
+                headers["Last-Event-ID"] = last_event_id
+            try:
+                with self._http.stream("GET", path, params={"stream": "true"}, headers=headers) as response:
+                    _check(response)
+                    for item in httpx2.EventSource(response):
+                        num_losses = 0
+                        if item.data == "[DONE]":
+                            return
+                        last_event_id = item.id or last_event_id
+                        if item.data:
+                            yield json.loads(item.data)
+            except httpx2.TransportError as error:
+                num_losses = self._after_loss(num_losses, error)
+            except ApiError as error:
+                # A service that starts again answers 503 for a moment.
+                if error.status < 500:
+                    raise
+                num_losses = self._after_loss(num_losses, error)
+            else:
+                # The service closed the stream without a word: it is stopping.
+                num_losses = self._after_loss(num_losses, None)
+
+    def _after_loss(self, num_losses: int, error: Exception | None) -> int:
+        if num_losses >= _MAX_LOSSES_IN_A_ROW:
+            raise NotRunningError(f"{self.base_url} does not answer any more.") from error
+        self._sleep(min(_FIRST_PAUSE_SECONDS * 2**num_losses, _LONGEST_PAUSE_SECONDS))
+        return num_losses + 1
+
+    # ---- model files
+
+    def list_model_files(self, model: str) -> list[dict[str, Any]]:
+        """Return name, bytes and sha256 of each file of a tuned model."""
+        return self._data(f"/models/{quote(model, safe='')}/files")
+
+    def download_model(
+        self, model: str, folder: Path, *, on_progress: OnProgress | None = None
+    ) -> list[Path]:
+        """Download every file of a tuned model, verified; what is there already is not fetched again.
+
+        Args:
+            model: the model's name.
+            folder: where the files go; made when absent.
+            on_progress: is told a file's name, bytes done and bytes in all.
+
+        Returns:
+            The files' paths.
+
+        Raises:
+            ApiError: when the service refuses.
+            ArtifactCorruptError: when a file does not match its sha256 even when fetched anew.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for entry in self.list_model_files(model):
+            path = (folder / entry["name"]).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise ArtifactCorruptError(
+                    f"The service names a file outside the folder: {entry['name'][:40]!r}"
+                )
+            url = f"{self.base_url}/models/{quote(model, safe='')}/files/{quote(entry['name'])}"
+            self._download(url, path, entry, on_progress)
+            paths.append(path)
+        return paths
+
+    def _download(self, url: str, path: Path, entry: dict[str, Any], on_progress: OnProgress | None) -> None:
+        if path.is_file() and _sha256(path) == entry["sha256"]:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        for _ in range(2):
+            self._fetch_rest(url, part, entry, on_progress)
+            if _sha256(part) == entry["sha256"]:
+                part.replace(path)
+                return
+            # What an earlier try left may be of another version: the second try begins at nothing.
+            part.unlink()
+        raise ArtifactCorruptError(f"{entry['name']} does not match its sha256; download it again later.")
+
+    def _fetch_rest(
+        self, url: str, part: Path, entry: dict[str, Any], on_progress: OnProgress | None
+    ) -> None:
+        num_done = part.stat().st_size if part.exists() else 0
+        if num_done >= entry["bytes"] > 0:
+            num_done = 0
+        headers = {"Range": f"bytes={num_done}-"} if num_done else {}
+        try:
+            with self._http.stream("GET", url, headers=headers) as response:
+                _check(response)
+                is_rest = response.status_code == 206
+                num_done = num_done if is_rest else 0
+                with part.open("ab" if is_rest else "wb") as target:
+                    for chunk in response.iter_bytes(_CHUNK_BYTES):
+                        target.write(chunk)
+                        num_done += len(chunk)
+                        if on_progress is not None:
+                            on_progress(entry["name"], num_done, entry["bytes"])
+        except httpx2.TransportError as error:
+            raise NotRunningError(
+                f"The connection was lost in {entry['name']}; the same command goes on from there."
+            ) from error
+
+    # ---- plumbing
+
+    def _data(self, path: str, params: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        data: list[dict[str, Any]] = self._ask("GET", path, params=params)["data"]
+        return data
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: dict[str, str] | None = None,
+        body: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, self.base_url + path, params=params, json=body)
+        except httpx2.TransportError as error:
+            raise NotRunningError(
+                f"Nothing answers at {self.base_url} ({type(error).__name__}). Start it with `luthier up`, "
+                "or name another service by --base-url."
+            ) from error
+        _check(response)
+        answer: dict[str, Any] = response.json() if response.content else {}
+        return answer
+
+
+def _check(response: httpx2.Response) -> None:
+    if response.status_code < 400:
+        return
+    response.read()
+    try:
+        error = response.json()["error"]
+        message, code, param = str(error["message"]), error.get("code"), error.get("param")
+    except (ValueError, KeyError, TypeError):
+        message, code, param = f"The service answered {response.status_code}.", None, None
+    raise ApiError(response.status_code, message, code=code, param=param)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
