@@ -22,8 +22,9 @@ from luthier.core.process import die_with_parent
 
 # All that a training process may know of its surroundings: no database, broker, storage or API secret.
 _ALLOWED_VARIABLES = frozenset(
-    "PATH HOME LANG LC_ALL TZ TMPDIR USER LD_LIBRARY_PATH VIRTUAL_ENV XDG_CACHE_HOME CUDA_VISIBLE_DEVICES "
-    "NVIDIA_VISIBLE_DEVICES OPENBLAS_CORETYPE OPENBLAS_L2_SIZE LUTHIER_FAILPOINTS".split(" ")
+    {"PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
+    | {"XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
+    | {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}
 )
 _LOG_NAME = "child.log"
 _MAX_LINE_BYTES = 1024 * 1024

@@ -25,8 +25,8 @@ from luthier.storage.manifests import seal_folder
 from services import events, leases, models
 from services.bell import ring_after_commit
 from services.events import NewEvent
-from services.leases import Lease, LeaseLostError
 from services.jobs import MIN_TRAINING_ROWS
+from services.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()
