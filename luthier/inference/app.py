@@ -123,9 +123,7 @@ class Service:
             first = await _while_connected(request, anext(events))
             is_handed_over = True
             stream = self._stream(shape, generation, first, events)
-            return StreamingResponse(
-                stream, media_type="text/event-stream", headers=_STREAM_HEADERS | headers
-            )
+            return _EventStream(stream, _STREAM_HEADERS | headers, lambda: self._close(generation))
         finally:
             if not is_handed_over:
                 self._close(generation)
@@ -148,8 +146,23 @@ class Service:
             yield answers.DONE_EVENT
         except LuthierError as error:
             yield answers.encode_event(answers.error_body(error))
+
+
+class _EventStream(StreamingResponse):
+    """A stream that gives its rows back however it ends, even when the client left before it began."""
+
+    def __init__(
+        self, events: AsyncIterator[bytes], headers: dict[str, str], close: Callable[[], None]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            self._close(generation)
+            self._close()
 
 
 def _to_chunk(shape: Shape, event: IndexedEvent) -> dict[str, Any]:

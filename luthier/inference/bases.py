@@ -29,6 +29,8 @@ class LoadedBase:
     device: torch.device
     takes_positions: bool
     takes_logits_to_keep: bool
+    # transformers renamed it in 5.2x; the old name is still there in older ones.
+    cache_argument: str
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
         device=torch.device(device),
         takes_positions=_takes(model, "position_ids"),
         takes_logits_to_keep=_takes(model, "logits_to_keep"),
+        cache_argument="cache" if _takes(model, "cache") else "past_key_values",
     )
 
 

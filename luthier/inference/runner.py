@@ -130,8 +130,8 @@ def _forward(batch: Batch, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> 
     arguments: dict[str, Any] = {
         "input_ids": ids_BT,
         "attention_mask": batch.mask_BT,
-        "past_key_values": batch.cache,
         "use_cache": True,
+        base.cache_argument: batch.cache,
     }
     if base.takes_positions:
         arguments["position_ids"] = positions_BT

@@ -1,0 +1,59 @@
+"""What a backend is: a client of some inference server that speaks OpenAI's protocol. Never torch."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from luthier.core.inference import ModelTarget
+
+
+class Body(Protocol):
+    """An asynchronous iterator of bytes that can be closed at any moment."""
+
+    def __aiter__(self) -> "Body":
+        """Return itself."""
+
+    async def __anext__(self) -> bytes:
+        """Return the next piece."""
+
+    async def aclose(self) -> None:
+        """Stop reading; harmless at the end, and when nothing was read."""
+
+
+class Reply(NamedTuple):
+    """An upstream's answer as it comes: status, the headers worth passing on, and the body in pieces.
+
+    Whoever takes it runs `body` to its end or calls its `aclose`, which tells the upstream to stop.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: Body
+
+
+class Backend(Protocol):
+    """A client of an inference server. A backend's file also has `open_backend(url, token)`."""
+
+    async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
+        """Send a request and return as soon as the answer's headers are there.
+
+        Args:
+            path: `/v1/chat/completions` or `/v1/completions`.
+            body: JSON as the client sent it.
+            target: what the public model name resolved to.
+
+        Returns:
+            The answer, its body still to be read.
+
+        Raises:
+            UnavailableError: when the server can't be reached, or left before its first byte.
+        """
+
+    async def health(self) -> Mapping[str, object]:
+        """Return what the server says of itself.
+
+        Raises:
+            UnavailableError: when it can't be reached.
+        """
+
+    async def aclose(self) -> None:
+        """Close all connections."""
