@@ -86,6 +86,9 @@ class LuthierClient:
         Args:
             name: what the key is for.
             project: the project it opens, made when there is none of that name; the caller's when None.
+
+        Returns:
+            The key's object, with `key` in plain text.
         """
         body = {"name": name} if project is None else {"name": name, "project": project}
         return self._ask("POST", "/keys", body=body)

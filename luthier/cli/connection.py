@@ -31,6 +31,9 @@ def find_connection(base_url: str | None, api_key: str | None, home: Path | None
         api_key: the option, if it was given.
         home: the option, if it was given; it is looked at only for what is still missing.
 
+    Returns:
+        The base URL and the key.
+
     Raises:
         ConnectionUnknownError: when something is still missing; says where it was looked for.
     """

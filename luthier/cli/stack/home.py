@@ -57,6 +57,12 @@ class Secrets:
 def load_secrets(home: Path) -> Secrets:
     """Read HOME/secrets.json (mode 0600), made at the first call.
 
+    Args:
+        home: the home, whose lock is held.
+
+    Returns:
+        The secrets.
+
     Raises:
         StackError: when the file is there and can't be read.
     """
@@ -81,6 +87,12 @@ def load_secrets(home: Path) -> Secrets:
 @contextlib.contextmanager
 def locked_home(home: Path) -> Iterator[None]:
     """Make the home (mode 0700) and hold its lock, which the kernel drops when this process ends.
+
+    Args:
+        home: the absolute home.
+
+    Yields:
+        Nothing; the lock is held meanwhile.
 
     Raises:
         StackError: when another live process holds the lock, or the folder can't be made.
@@ -151,6 +163,12 @@ def _remove_stale_run_folders(home: Path, parents: list[Path]) -> None:
 @contextlib.contextmanager
 def run_folder(home: Path) -> Iterator[Path]:
     """Hold a fresh short folder that is ours for sockets, removed at the end.
+
+    Args:
+        home: the home, whose lock is held; a link in it leads to the folder.
+
+    Yields:
+        The folder.
 
     Raises:
         StackError: when no writable place has a short enough path.

@@ -134,7 +134,10 @@ def answers(url: str, path: str, *contents: bytes) -> bool:
     Args:
         url: `http://host:port` or `unix:///path.sock`.
         path: the path to ask for.
-        contents: bytes of which one must be in the body.
+        *contents: bytes of which one must be in the body.
+
+    Returns:
+        False also when nothing answers.
     """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "localhost", parts.port, timeout=1.0)

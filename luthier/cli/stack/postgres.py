@@ -288,6 +288,9 @@ def end_leftover(data: Path) -> None:
     The file is not removed, for it also guards against orphans of the old server; it is made to name us,
     the new server's parent, which PostgreSQL takes for stale.
 
+    Args:
+        data: the data folder.
+
     Raises:
         StackError: when the old server can't be ended.
     """

@@ -110,6 +110,11 @@ class Supervisor:
     def run_step(self, name: str, command: tuple[str, ...], environment: Mapping[str, str]) -> None:
         """Run a command to its end while keeping the others alive.
 
+        Args:
+            name: its name, which is its log's too.
+            command: program and arguments.
+            environment: the whole environment.
+
         Raises:
             StackError: when it fails; holds the end of its log.
             Stopped: when a stop was asked for meanwhile.
@@ -132,6 +137,9 @@ class Supervisor:
 
     def wait_ready(self, names: Sequence[str] | None = None) -> None:
         """Wait until the named processes, or all, were ready once.
+
+        Args:
+            names: the processes' names; all when None.
 
         Raises:
             StackError: when one dies three times before it is ready; holds the end of its log.

@@ -173,6 +173,9 @@ def read_settings(log_level: str = "") -> Settings:
     Args:
         log_level: replaces LUTHIER_LOG_LEVEL unless empty.
 
+    Returns:
+        The settings; `model_fields_set` names those that the operator has set.
+
     Raises:
         StackError: when a value is out of its range; names the variable.
     """
