@@ -75,7 +75,9 @@ class Tokenizer:
         self.stop_token_ids = frozenset(stop_token_ids)
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         self._added = inner.get_added_tokens_decoder()
-        steps = _decoder_steps(json.loads(inner.to_str())["decoder"])
+        # The state of the decoder alone: writing out a whole tokenizer takes a while.
+        decoder = inner.decoder
+        steps = _decoder_steps(None if decoder is None else json.loads(decoder.__getstate__()))
         kinds = {step["type"] for step in steps}
         unknown = kinds - {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
         if unknown:

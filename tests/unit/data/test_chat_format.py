@@ -1,0 +1,117 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.data.formats.base import Turn
+from luthier.data.formats.chat import FORMAT
+
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+
+
+def read(row):
+    return FORMAT.read(json.dumps(row).encode())
+
+
+def explain(row):
+    return FORMAT.explain(json.dumps(row).encode(), 7)
+
+
+def test_turns_keep_role_text_name_and_whether_they_are_trained():
+    system = {"role": "developer", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}
+    context_only = {**ASSISTANT, "weight": 0}
+    named = {**USER, "name": "bob"}
+    trained = {**ASSISTANT, "weight": 1}
+    assert read({"messages": [system, context_only, named, trained]}) == [
+        Turn("developer", "xy", None, False),
+        Turn("assistant", "a", None, False),
+        Turn("user", "q", "bob", False),
+        Turn("assistant", "a", None, True),
+    ]
+
+
+def test_a_text_that_spells_a_key_is_no_duplicate_key():
+    words = ["role", "content", "weight", "name", "messages", '"role"']
+    rows = [{"messages": [{"role": "user", "content": word}, ASSISTANT]} for word in words]
+    assert all(read(row) is not None for row in rows)
+
+
+def message_row(**fields):
+    return {"messages": [USER, {**ASSISTANT, **fields}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "rule"),
+    [
+        ({}, "messages", "messages.type"),
+        ({"messages": []}, "messages", "messages.type"),
+        ({"messages": {}}, "messages", "messages.type"),
+        ({"messages": [USER, ASSISTANT], "extra": 1}, "extra", "row.unknown_key"),
+        ({"messages": [USER, ASSISTANT], "tools": []}, "tools", "row.unsupported"),
+        ({"messages": [USER, ASSISTANT], "functions": []}, "functions", "row.unsupported"),
+        ({"messages": ["hi"]}, "messages[0]", "message.type"),
+        ({"messages": [USER]}, "messages[0].role", "messages.no_assistant"),
+        ({"messages": [ASSISTANT, USER]}, "messages[1].role", "messages.last"),
+        ({"messages": [{"content": "x"}, ASSISTANT]}, "messages[0].role", "message.role"),
+        (message_row(role="bot"), "messages[1].role", "message.role"),
+        (message_row(role="tool"), "messages[1].role", "message.unsupported"),
+        (message_row(role=["assistant"]), "messages[1].role", "message.role"),
+        (message_row(tool_calls=[]), "messages[1].tool_calls", "message.unsupported"),
+        (message_row(function_call={}), "messages[1].function_call", "message.unsupported"),
+        (message_row(wieght=1), "messages[1].wieght", "message.unknown_key"),
+        (message_row(content=None), "messages[1].content", "message.content"),
+        (message_row(content=[]), "messages[1].content", "message.content"),
+        (message_row(content=["x"]), "messages[1].content[0]", "content.part"),
+        (
+            message_row(content=[{"type": "image_url", "image_url": {}}]),
+            "messages[1].content[0].type",
+            "content.unsupported",
+        ),
+        (message_row(name=1), "messages[1].name", "message.name"),
+        (message_row(weight=True), "messages[1].weight", "message.weight"),
+        (message_row(weight=0.5), "messages[1].weight", "message.weight"),
+        (message_row(weight=1.0), "messages[1].weight", "message.weight"),
+        (message_row(weight=2), "messages[1].weight", "message.weight"),
+        (message_row(weight=None), "messages[1].weight", "message.weight"),
+        ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "messages[0].weight", "message.weight"),
+    ],
+)
+def test_a_broken_rule_is_told_with_its_line_field_and_rule(row, field, rule):
+    assert read(row) is None
+    faults = explain(row)
+    assert [(fault.line, fault.field, fault.rule) for fault in faults] == [(7, field, rule)]
+
+
+def test_all_faults_of_a_line_are_told_at_once():
+    row = {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a", "weight": 3}]}
+    assert [fault.field for fault in explain(row)] == ["messages[0].content", "messages[1].weight"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "weight", "name", "type", "text", "x"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+MESSAGES = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "tool"]) | VALUES,
+        "content": st.text(max_size=5) | VALUES,
+    },
+    optional={"weight": st.sampled_from([0, 1, 0.5, True]), "name": VALUES},
+)
+
+
+@given(st.fixed_dictionaries({"messages": st.lists(MESSAGES, max_size=4) | VALUES}) | VALUES)
+def test_the_fast_reader_and_the_slow_one_agree_on_every_row(row):
+    line = json.dumps(row).encode()
+    faults = FORMAT.explain(line, 1)
+    is_unexplained = [fault.rule for fault in faults] == ["row.unreadable"]
+    # A line that the slow path finds nothing wrong with must be one that the fast path reads.
+    assert (FORMAT.read(line) is not None) == is_unexplained

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from luthier.core.errors import InvalidTrainingFileError
+from luthier.data.prepared import join_rows, read_prepared, write_prepared
+from luthier.data.split import split_rows
+
+
+def rows_of(*contents):
+    tokens = [np.asarray(content, dtype=np.int32) for content in contents]
+    masks = [np.arange(len(content)) % 2 == 1 for content in contents]
+    return join_rows(tokens, masks, list(range(1, len(contents) + 1)))
+
+
+def test_rows_come_back_from_disk_as_they_were(tmp_path):
+    rows = rows_of([1, 2, 3], [4, 5], [6, 7, 8, 9])
+    write_prepared(rows, tmp_path / "train.safetensors")
+    back = read_prepared(tmp_path / "train.safetensors")
+    for name, dtype in (
+        ("tokens", "int32"),
+        ("supervised", "bool"),
+        ("offsets", "int64"),
+        ("lines", "int32"),
+    ):
+        assert getattr(back, name).dtype == dtype
+        np.testing.assert_array_equal(getattr(back, name), getattr(rows, name))
+    assert [path.name for path in tmp_path.iterdir()] == ["train.safetensors"]
+
+
+def test_arrays_that_do_not_fit_together_are_refused(tmp_path):
+    path = tmp_path / "train.safetensors"
+    save_file(
+        {
+            "tokens": np.zeros(3, np.int32),
+            "supervised": np.zeros(3, np.bool_),
+            "offsets": np.asarray([0, 4], np.int64),
+            "lines": np.ones(1, np.int32),
+        },
+        path,
+    )
+    with pytest.raises(ValueError, match="do not fit together"):
+        read_prepared(path)
+
+
+def test_selected_rows_keep_tokens_mask_and_line():
+    chosen = rows_of([1, 2, 3], [4, 5], [6, 7, 8, 9]).select([2, 0])
+    assert chosen.row(0)[0].tolist() == [6, 7, 8, 9]
+    assert chosen.row(1)[1].tolist() == [False, True, False]
+    assert chosen.lines.tolist() == [3, 1]
+    assert chosen.lengths.tolist() == [4, 3]
+
+
+def test_a_split_gives_every_row_to_one_side_and_the_share_to_validation():
+    rows = rows_of(*[[n, n + 1] for n in range(50)])
+    training, validation = split_rows(rows, 0.2)
+    assert validation.num_rows == 10
+    assert sorted([*training.lines, *validation.lines]) == list(range(1, 51))
+
+
+def test_a_split_depends_on_the_content_and_not_on_the_order():
+    contents = [[n, n + 1] for n in range(50)]
+    _, once = split_rows(rows_of(*contents), 0.1)
+    _, again = split_rows(rows_of(*reversed(contents)), 0.1)
+    assert {tuple(once.row(i)[0]) for i in range(5)} == {tuple(again.row(i)[0]) for i in range(5)}
+
+
+def test_equal_rows_stay_on_one_side():
+    rows = rows_of(*[[n % 5, 1] for n in range(40)])
+    training, validation = split_rows(rows, 0.2)
+    sides = [{tuple(side.row(i)[0]) for i in range(side.num_rows)} for side in (training, validation)]
+    assert not sides[0] & sides[1]
+
+
+def test_the_smallest_share_holds_back_one_row():
+    _, validation = split_rows(rows_of(*[[n, 1] for n in range(12)]), 0.001)
+    assert validation.num_rows == 1
+
+
+def test_rows_that_are_all_equal_can_not_be_split():
+    with pytest.raises(InvalidTrainingFileError, match="too few different rows"):
+        split_rows(rows_of(*[[1, 2]] * 20), 0.1)

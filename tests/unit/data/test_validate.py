@@ -1,0 +1,159 @@
+import gzip
+import hashlib
+import itertools
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.core.errors import InvalidFileFormatError
+from luthier.data.validate import MAX_FAULTS, FileChecker, FileFacts
+
+ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
+
+def check(content: bytes, *, chunk_bytes: int = 1 << 20, max_line_bytes: int = 4096) -> FileFacts:
+    checker = FileChecker(max_line_bytes=max_line_bytes)
+    for start in range(0, len(content), chunk_bytes):
+        checker.feed(content[start : start + chunk_bytes])
+    return checker.finish()
+
+
+def outcome(content: bytes, cuts: list[int], max_line_bytes: int = 200) -> FileFacts | str:
+    checker = FileChecker(max_line_bytes=max_line_bytes)
+    places = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
+    try:
+        for start, end in itertools.pairwise(places):
+            checker.feed(content[start:end])
+        return checker.finish()
+    except InvalidFileFormatError as error:
+        return error.message
+
+
+def test_facts_are_the_rows_the_bytes_and_the_hash_of_the_whole_file():
+    content = ROW + b"\n" + ROW + b"\n"
+    assert check(content) == FileFacts(2, len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ROW,
+        ROW + b"\n",
+        ROW + b"\r\n" + ROW + b"\r\n",
+        b"\xef\xbb\xbf" + ROW + b"\n",
+        ROW + b"\n\n",
+        ROW + b"\n \r\n\n",
+    ],
+    ids=["no final newline", "newline", "crlf", "byte order mark", "blank last line", "blank last lines"],
+)
+def test_harmless_differences_between_editors_are_accepted(content):
+    assert check(content).num_rows == content.count(b"messages")
+
+
+PIECES = st.sampled_from(
+    [
+        ROW,
+        b"\n",
+        b"\r\n",
+        b" ",
+        b"{",
+        b"\xff",
+        b"\0",
+        b"x" * 300,
+        b"\xef\xbb\xbf",
+        b"\x1f\x8b",
+        '{"messages": "é"}'.encode(),
+    ]
+)
+
+
+@given(st.lists(PIECES, max_size=30).map(b"".join), st.lists(st.integers(0, 3000), max_size=12))
+def test_the_result_does_not_depend_on_where_the_chunks_are_cut(content, cuts):
+    assert outcome(content, cuts) == outcome(content, [])
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_give_facts_or_the_one_error(content):
+    outcome(content, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"messages": [}', "Line 2, column 15"),
+        (b'{"messages": "\xff"}', "Line 2, column 15: Byte 15 of the line is not UTF-8"),
+        (b"\0" + ROW, "Line 2, column 1: The line holds a NUL byte"),
+        (b"[1]", "Line 2: Each line must be a JSON object"),
+        (b'{"messages": NaN}', "Line 2: NaN is not JSON"),
+        (b'{"messages": [' + b"[" * 100_000, "Line 2: The line is nested too deeply"),
+        (b"{" + b'"n":' + b"1" * 5000 + b"}", "Line 2: A number has too many digits"),
+        (ROW[:-1] + b', "messages": []}', 'Line 2: The key "messages" appears twice'),
+        (
+            b'{"messages": [{"role": "assistant", "role": "assistant", "content": "a"}]}',
+            'Line 2: The key "role" appears twice',
+        ),
+        (b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "Line 2: An escape of half"),
+        (b"", "Line 2: The line is blank"),
+        (b"y" * 1_000_000, "Line 2: The line is longer than 500000 bytes"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_a_broken_line_is_told_with_its_number_and_what_to_do(line, told):
+    with pytest.raises(InvalidFileFormatError) as caught:
+        check(b"\n".join([ROW, line, ROW]), max_line_bytes=500_000)
+    assert caught.value.message.startswith(told)
+    assert caught.value.param == "file"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (gzip.compress(ROW), "gzip"),
+        (b"PK\x03\x04rest", "zip"),
+        (b"PAR1rest", "Parquet"),
+        (ROW.decode().encode("utf-16"), "UTF-16"),
+        (ROW.decode().encode("utf-16-le"), "NUL byte"),
+        (b"[\n" + ROW + b"\n]", "one JSON array"),
+        (b"[" + ROW + b"]", "one JSON array"),
+        (json.dumps(json.loads(ROW), indent=1).encode(), "indented JSON"),
+        (b"", "empty"),
+        (b"\n\n", "empty"),
+        (b"\xef\xbb\xbf", "empty"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_as_such(content, told):
+    with pytest.raises(InvalidFileFormatError, match=told):
+        check(content)
+
+
+def test_checking_stops_at_twenty_faults_and_lists_the_first_few():
+    checker = FileChecker()
+    with pytest.raises(InvalidFileFormatError) as caught:
+        checker.feed(b"{}\n" * 1000)
+    message = caught.value.message
+    assert message.startswith(f"The file breaks the format in {MAX_FAULTS} or more places. Line 1, messages:")
+    assert "Line 5," in message
+    assert "Line 6," not in message
+
+
+def test_no_more_than_forty_characters_of_a_row_are_told():
+    secret = "s" * 500
+    with pytest.raises(InvalidFileFormatError) as caught:
+        check(json.dumps({secret: secret, "messages": [{"role": secret, "content": 1}]}).encode())
+    assert "s" * 41 not in caught.value.message
+
+
+def test_memory_stays_constant_over_an_endless_line():
+    checker = FileChecker(max_line_bytes=64 * 1024)
+    chunk = b"z" * (256 * 1024)
+    tracemalloc.start()
+    for _ in range(200):
+        checker.feed(chunk)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    with pytest.raises(InvalidFileFormatError, match="longer than 65536 bytes"):
+        checker.finish()
+    assert peak_bytes < 2 * 1024 * 1024
