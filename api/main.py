@@ -44,7 +44,7 @@ def _lifespan(parts: Parts) -> Callable[[FastAPI], AbstractAsyncContextManager[N
         parts.hub.start()
         yield
         await parts.hub.stop()
-        await parts.backend.close()
+        await parts.backend.aclose()
         parts.database.close()
 
     return run

@@ -2,19 +2,39 @@
 
 import json
 
+import anyio
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from api.deps import Parts, PartsDep, bearer_key
 from luthier.core.errors import InvalidRequestError, InvalidTypeError, MissingParameterError, TooLargeError
 from luthier.core.inference import ModelTarget
+from luthier.inference.backends.base import Reply
 from services import keys, models
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 
 _MAX_BODY_BYTES = 8 * 1024 * 1024
 _PASSED_ON = {"content-type", "retry-after", "x-luthier-digest", "x-should-retry", "cache-control"}
+
+
+class _PassedOn(StreamingResponse):
+    """An upstream's answer on its way to the client; the upstream is told when the client has left."""
+
+    def __init__(self, reply: Reply) -> None:
+        headers = {name: value for name, value in reply.headers.items() if name.lower() in _PASSED_ON}
+        super().__init__(reply.body, reply.status, headers)
+        self._body = reply.body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer, and close the upstream's whatever happens."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._body.aclose()
 
 
 async def _read_body(request: Request) -> bytes:
@@ -51,9 +71,7 @@ async def _answer(request: Request, parts: Parts, path: str) -> Response:
             return models.resolve(session, scope, parts.catalogue, _model_name(body))
 
     target = await run_in_threadpool(resolve)
-    status, headers, content = await parts.backend.complete(path, body, target)
-    passed_on = {name: value for name, value in headers.items() if name.lower() in _PASSED_ON}
-    return StreamingResponse(content, status, passed_on)
+    return _PassedOn(await parts.backend.complete(path, body, target))
 
 
 @router.post("/chat/completions")

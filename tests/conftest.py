@@ -1,0 +1,203 @@
+"""Real parts for tests: an embedded PostgreSQL with a fresh database per test, a catalogue with a tiny base,
+an API served over HTTP. What a test starts, it stops."""
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
+import pytest
+import uvicorn
+
+# Before anything imports a hub client or a maths library.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in [name for name in os.environ if name.startswith("LUTHIER_")]:
+    del os.environ[_name]
+
+from api.deps import Parts  # noqa: E402
+from api.event_hub import EventHub  # noqa: E402
+from api.main import create_app  # noqa: E402
+from db.migrate import upgrade  # noqa: E402
+from db.session import Database  # noqa: E402
+from luthier.bases.catalogue import load_catalogue  # noqa: E402
+from luthier.cli.stack.home import load_secrets  # noqa: E402
+from luthier.cli.stack.postgres import open_postgres  # noqa: E402
+from luthier.cli.stack.processes import spawn  # noqa: E402
+from luthier.core.keys import new_api_key  # noqa: E402
+from luthier.core.settings import Settings  # noqa: E402
+from luthier.storage.store import Storage  # noqa: E402
+from services.bootstrap import ensure_first_rows  # noqa: E402
+from tests.fakes import FakeBackend  # noqa: E402
+from tests.tiny import BASE_ID, build_tiny_base  # noqa: E402
+
+TINY_BASE = BASE_ID
+_START_SECONDS = 60.0
+
+
+def wait_until(condition: object, *, seconds: float = _START_SECONDS, what: str = "condition") -> None:
+    """Poll until a condition holds, and fail the test when it does not in time."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class Server:
+    """The test session's PostgreSQL."""
+
+    owner_url: str
+
+    def url(self, name: str) -> str:
+        """Return SQLAlchemy's URL of one of its databases."""
+        return self.owner_url.replace("postgresql://", "postgresql+psycopg://").replace(
+            "/postgres?", f"/{name}?"
+        )
+
+    def execute(self, statement: str) -> None:
+        """Run a statement as the server's owner."""
+        with psycopg.connect(self.owner_url, autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A real PostgreSQL with a migrated template database, stopped at the end."""
+    # Not pytest's own folder: its path is too long for a socket, and another user can't enter it.
+    folder = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
+    folder.chmod(0o755)
+    before = os.environ.get("STATE_DIRECTORY")
+    os.environ["STATE_DIRECTORY"] = str(folder / "state")
+    secrets = load_secrets(folder)
+    server = open_postgres(folder, folder, secrets, say=lambda _line: None)
+    spec = server.spec()
+    server.prepare()
+    process = spawn(
+        spec.command,
+        environment=spec.environment,
+        log_path=folder / "postgres.log",
+        user=spec.user,
+        folder=spec.folder,
+        death_signal=spec.death_signal,
+    )
+    try:
+        wait_until(spec.is_ready, what="PostgreSQL answers")
+        found = Server(
+            f"postgresql://postgres:{secrets.postgres_password}@/postgres?host={server.socket_folder}"
+        )
+        found.execute("CREATE DATABASE template_luthier")
+        database = Database(found.url("template_luthier"), pool_size=1)
+        upgrade(database)
+        database.close()
+        yield found
+    finally:
+        process.send_signal(spec.stop_signal)
+        process.wait(timeout=30)
+        shutil.rmtree(folder)
+        if before is None:
+            del os.environ["STATE_DIRECTORY"]
+        else:
+            os.environ["STATE_DIRECTORY"] = before
+
+
+@pytest.fixture
+def database(postgres: Server) -> Iterator[Database]:
+    """A fresh, migrated database."""
+    name = f"t{time.monotonic_ns()}"
+    postgres.execute(f"CREATE DATABASE {name} TEMPLATE template_luthier")
+    opened = Database(postgres.url(name), pool_size=10)
+    try:
+        yield opened
+    finally:
+        opened.close()
+        postgres.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bases folder that holds the tiny base under its id."""
+    folder = tmp_path_factory.mktemp("bases")
+    build_tiny_base(folder / TINY_BASE)
+    return folder
+
+
+@pytest.fixture
+def settings(database: Database, tiny_base: Path, tmp_path: Path) -> Settings:
+    """Settings over the fresh database, with a catalogue whose only base is the tiny one."""
+    models_file = tmp_path / "models.toml"
+    models_file.write_text(
+        f'[bases.{TINY_BASE}]\nsource = "path:{tiny_base / TINY_BASE}"\nlicence = "Apache-2.0"\n'
+        f'context_length = 256\nmemory_gib = 0.1\n[aliases]\n"gpt-4o-mini-2024-07-18" = "{TINY_BASE}"\n'
+    )
+    return Settings(
+        _env_file=None,
+        database_url=database.engine.url.render_as_string(hide_password=False),
+        storage_url=f"file://{tmp_path}/objects",
+        bases_dir=tiny_base,
+        models_file=models_file,
+        runs_dir=tmp_path / "runs",
+        cache_dir=tmp_path / "cache",
+        device="cpu",
+        num_threads=1,
+        bootstrap_api_key=new_api_key(),
+        lease_seconds=3,
+        heartbeat_seconds=0.5,
+        control_seconds=0.2,
+        sweep_seconds=0.5,
+    )
+
+
+@dataclass
+class Api:
+    """A served API and what is behind it."""
+
+    base_url: str
+    key: str
+    parts: Parts
+    backend: FakeBackend
+    bells: list[str] = field(default_factory=list)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the headers of an authorised request."""
+        return {"Authorization": f"Bearer {self.key}"}
+
+
+@pytest.fixture
+def api(settings: Settings, database: Database) -> Iterator[Api]:
+    """The API over HTTP with real PostgreSQL and storage; the inference server is a fake, bells are noted."""
+    with database.transaction() as session:
+        ensure_first_rows(session, settings)
+    bells: list[str] = []
+    backend = FakeBackend()
+    url = settings.database_url.get_secret_value()
+    parts = Parts(
+        settings=settings,
+        database=database,
+        storage=Storage.open(settings.storage_url),
+        catalogue=load_catalogue(settings.models_file),
+        backend=backend,
+        hub=EventHub(url),
+        ring=bells.append,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(parts), port=0, log_config=None, timeout_graceful_shutdown=2)
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started, what="the API serves")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        key = settings.bootstrap_api_key.get_secret_value()
+        yield Api(f"http://127.0.0.1:{port}", key, parts, backend, bells)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=15)
+    assert not thread.is_alive(), "the API did not stop"

@@ -1,0 +1,32 @@
+"""Stand-ins where a unit of the service is tested without its neighbour."""
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+
+from luthier.core.inference import ModelTarget
+from luthier.inference.backends.base import Reply
+
+
+@dataclass
+class FakeBackend:
+    """An inference server that remembers what it was asked and answers the same every time."""
+
+    asked: list[tuple[str, bytes, ModelTarget]] = field(default_factory=list)
+    answer: bytes = json.dumps({"object": "chat.completion", "choices": []}).encode()
+
+    async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
+        """Remember the request and answer."""
+        self.asked.append((path, body, target))
+
+        async def content() -> AsyncGenerator[bytes]:
+            yield self.answer
+
+        return Reply(200, {"content-type": "application/json"}, content())
+
+    async def health(self) -> Mapping[str, object]:
+        """Return that all is well."""
+        return {"status": "ok", "ready": True}
+
+    async def aclose(self) -> None:
+        """Do nothing; there is no connection."""

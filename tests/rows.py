@@ -1,0 +1,27 @@
+"""Rows for tests, made here so that every test sees what it sends."""
+
+import json
+from typing import Any
+
+
+def chat_row(user: str, assistant: str, **extra: Any) -> dict[str, Any]:
+    """Return one chat row; `extra` goes into the assistant's message."""
+    return {
+        "messages": [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": assistant, **extra},
+        ]
+    }
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    """Return rows as a JSONL file."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def colour_rows(num_rows: int = 12) -> list[dict[str, Any]]:
+    """Return rows that teach a small, strict answer."""
+    return [
+        chat_row(f"what is the colour of number {number}?", f'{{"colour": "red", "number": {number}}}')
+        for number in range(num_rows)
+    ]
