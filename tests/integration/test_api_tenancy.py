@@ -21,7 +21,7 @@ def test_a_request_without_a_good_key_is_401(api: Api) -> None:
         {"Authorization": "Bearer"},
         {"Authorization": "Bearer lt_nope"},
         {"Authorization": f"Basic {api.key}"},
-        {"Authorization": f"Bearer {api.key[:-1]}x"},
+        {"Authorization": f"Bearer {api.key[:-1]}{chr(97 + (api.key[-1] == chr(97)))}"},
     ):
         for method, path in (
             ("GET", "/v1/models"),

@@ -1,0 +1,114 @@
+"""The home of an embedded service: lock, secrets, run folder, connection file."""
+
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from luthier.cli.stack.home import (
+    RUN_LINK_NAME,
+    StackError,
+    find_lock_holder,
+    load_secrets,
+    locked_home,
+    resolve_home,
+    run_folder,
+    write_connection,
+)
+from luthier.core.keys import is_well_formed
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_secrets_are_made_once_and_readable_by_the_owner_only(tmp_path: Path) -> None:
+    first = load_secrets(tmp_path)
+    assert load_secrets(tmp_path) == first
+    assert is_well_formed(first.api_key)
+    assert _mode(tmp_path / "secrets.json") == 0o600
+
+
+def test_secrets_are_not_shown_by_repr(tmp_path: Path) -> None:
+    secrets = load_secrets(tmp_path)
+    for value in (secrets.api_key, secrets.postgres_password, secrets.database_password):
+        assert value not in repr(secrets)
+
+
+def test_damaged_secrets_are_refused_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "secrets.json").write_text("{")
+    with pytest.raises(StackError, match=r"secrets\.json"):
+        load_secrets(tmp_path)
+    assert (tmp_path / "secrets.json").read_text() == "{"
+
+
+def test_a_second_holder_of_the_lock_is_refused_and_the_first_is_named(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with locked_home(home):
+        assert _mode(home) == 0o700
+        assert find_lock_holder(home) == os.getpid()
+        with pytest.raises(StackError, match=f"process {os.getpid()}"), locked_home(home):
+            pass
+    assert find_lock_holder(home) is None
+    with locked_home(home):
+        pass
+
+
+def test_a_home_that_was_never_used_has_no_holder(tmp_path: Path) -> None:
+    assert find_lock_holder(tmp_path / "absent") is None
+
+
+def test_a_home_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StackError, match="--home"), locked_home(tmp_path / "file" / "home"):
+        pass
+
+
+def test_the_run_folder_is_private_linked_and_removed_at_the_end(tmp_path: Path) -> None:
+    with run_folder(tmp_path) as run:
+        assert (tmp_path / RUN_LINK_NAME).resolve() == run.resolve()
+        assert not _mode(run) & 0o066
+    assert not run.exists()
+    assert not (tmp_path / RUN_LINK_NAME).is_symlink()
+
+
+def test_a_run_folder_that_a_killed_run_left_is_removed_and_those_of_other_homes_stay(tmp_path: Path) -> None:
+    other_home = tmp_path / "other"
+    other_home.mkdir()
+    with run_folder(other_home) as others, run_folder(tmp_path) as killed:
+        (killed / "valkey.sock").write_text("")
+        with run_folder(tmp_path) as fresh:
+            assert not killed.exists()
+            assert fresh.exists()
+            assert others.exists()
+
+
+def test_a_temporary_folder_with_a_long_path_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with run_folder(tmp_path) as run:
+        assert run.parent == Path("/tmp")
+
+
+def test_the_connection_file_is_private(tmp_path: Path) -> None:
+    write_connection(tmp_path, base_url="http://127.0.0.1:1/v1", api_key="lt_x")
+    path = tmp_path / "connection.json"
+    assert json.loads(path.read_text()) == {"base_url": "http://127.0.0.1:1/v1", "api_key": "lt_x"}
+    assert _mode(path) == 0o600
+
+
+def test_the_home_is_the_option_else_the_setting_else_a_folder_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_home(None) == tmp_path / ".luthier"
+    monkeypatch.setenv("LUTHIER_HOME", "/srv/luthier")
+    assert resolve_home(None) == Path("/srv/luthier")
+    assert resolve_home(Path("here")) == tmp_path / "here"

@@ -1,0 +1,95 @@
+"""What the processes of the stack are given."""
+
+from pathlib import Path
+
+import pytest
+
+from luthier.cli.stack.home import Secrets
+from luthier.cli.stack.plan import Plan, reachable_host, service_environment, service_plan
+from luthier.core.settings import Settings
+
+_SECRETS = Secrets("id", "lt_first_key", "owner-password", "role-password")
+_HOME = Path("/srv/home")
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    return service_environment(
+        settings,
+        home=_HOME,
+        run=Path("/tmp/luthier-x"),
+        secrets=_SECRETS,
+        database_url="postgresql+psycopg://luthier:role-password@/luthier",
+        redis_url="redis+socket:///tmp/luthier-x/valkey.sock",
+    )
+
+
+def _plan() -> Plan:
+    return service_plan(_environment(Settings()), host="127.0.0.1", port=8000)
+
+
+def test_state_lies_under_the_home_by_absolute_paths() -> None:
+    environment = _environment(Settings())
+    assert environment["LUTHIER_HOME"] == "/srv/home"
+    assert environment["LUTHIER_STORAGE_URL"] == "file:///srv/home/objects"
+    assert environment["LUTHIER_RUNS_DIR"] == "/srv/home/runs"
+    assert environment["LUTHIER_CACHE_DIR"] == "/srv/home/cache"
+    assert environment["LUTHIER_INFERENCE_URL"] == "unix:///tmp/luthier-x/inference.sock"
+
+
+def test_what_the_operator_has_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_STORAGE_URL", "s3://bucket/prefix")
+    monkeypatch.setenv("LUTHIER_RUNS_DIR", "/scratch")
+    environment = _environment(Settings())
+    assert environment["LUTHIER_STORAGE_URL"] == "s3://bucket/prefix"
+    assert environment["LUTHIER_RUNS_DIR"] == "/scratch"
+
+
+def test_the_inference_server_gets_no_password_and_no_key() -> None:
+    (inference,) = _plan().early
+    values = "\n".join(inference.environment.values())
+    assert "role-password" not in values
+    assert "lt_first_key" not in values
+    assert "valkey.sock" not in values
+
+
+def test_only_the_bootstrap_step_gets_the_first_key() -> None:
+    plan = _plan()
+    holders = [
+        item.name
+        for item in (*plan.early, *plan.steps, *plan.late)
+        if "lt_first_key" in item.environment.values()
+    ]
+    assert holders == ["bootstrap"]
+
+
+def test_the_owners_password_reaches_no_process() -> None:
+    plan = _plan()
+    for item in (*plan.early, *plan.steps, *plan.late):
+        assert "owner-password" not in "\n".join(item.environment.values())
+
+
+def test_api_and_worker_are_stopped_before_what_they_use() -> None:
+    plan = _plan()
+    stages = {spec.name: spec.stop_stage for spec in (*plan.early, *plan.late)}
+    assert max(stages["api"], stages["worker"]) < stages["inference"]
+
+
+def test_all_stages_together_fit_into_ten_seconds() -> None:
+    from luthier.cli.stack.postgres import Postgres
+    from luthier.cli.stack.valkey import Valkey
+
+    folder = Path("/nowhere")
+    servers = [Postgres(folder, folder, folder, None, _SECRETS).spec(), Valkey(folder, folder).spec()]
+    plan = _plan()
+    limits: dict[int, float] = {}
+    for spec in (*plan.early, *plan.late, *servers):
+        limits[spec.stop_stage] = max(limits.get(spec.stop_stage, 0.0), spec.stop_seconds)
+    assert sum(limits.values()) < 10.0
+
+
+@pytest.mark.parametrize(
+    ("bound", "reached"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("fd00::1", "[fd00::1]")],
+)
+def test_a_client_here_reaches_what_was_bound(bound: str, reached: str) -> None:
+    assert reachable_host(bound) == reached

@@ -1,0 +1,168 @@
+"""What clients may ask: accepted shapes, and the error that each fault gets."""
+
+import json
+from typing import Any
+
+import pytest
+
+from luthier.core.errors import InvalidRequestError
+from luthier.inference.protocol import IGNORED_FIELDS, parse_chat, parse_completion
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**fields: Any) -> Any:
+    return parse_chat(json.dumps({"model": "m", "messages": HELLO} | fields).encode())
+
+
+def completion(**fields: Any) -> Any:
+    return parse_completion(json.dumps({"model": "m", "prompt": "Hello"} | fields).encode())
+
+
+def test_a_minimal_chat_has_openais_defaults() -> None:
+    request = chat()
+    assert (request.temperature, request.top_p, request.max_tokens) == (1.0, 1.0, None)
+    assert not request.stream and not request.logprobs and request.stop == ()
+
+
+def test_null_means_unset_for_every_field() -> None:
+    names = ["max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stop", "seed", "tools"]
+    names += ["logprobs", "top_logprobs", "response_format", "stream", "stream_options", "logit_bias"]
+    assert chat(**dict.fromkeys(names)) == chat()
+
+
+def test_what_real_clients_send_and_we_have_no_use_for_is_ignored() -> None:
+    assert chat(**dict.fromkeys(IGNORED_FIELDS, "x")) == chat()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 1},
+        {"frequency_penalty": 0, "presence_penalty": 0.0},
+        {"tools": [], "tool_choice": "none"},
+        {"response_format": {"type": "text"}},
+        {"logit_bias": {}},
+        {"modalities": ["text"]},
+    ],
+)
+def test_values_that_mean_not_used_are_accepted(fields: dict[str, Any]) -> None:
+    assert chat(**fields) == chat()
+
+
+def test_content_parts_and_the_developer_role_become_plain_messages() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    request = chat(
+        messages=[
+            {"role": "developer", "content": "Be kind."},
+            {"role": "user", "content": parts, "name": "Ann"},
+            {"role": "assistant", "content": None, "refusal": None, "annotations": [], "tool_calls": None},
+            {"role": "user", "content": "?"},
+        ]
+    )
+    assert [(message.role, message.content) for message in request.messages] == [
+        ("system", "Be kind."),
+        ("user", "Hello"),
+        ("assistant", ""),
+        ("user", "?"),
+    ]
+
+
+def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
+    assert chat(max_completion_tokens=5).max_tokens == 5
+    assert chat(max_completion_tokens=5, max_tokens=5).max_tokens == 5
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(max_completion_tokens=5, max_tokens=6)
+    assert caught.value.param == "max_completion_tokens"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": "Hello"}, "messages", "invalid_type"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "unsupported_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.type",
+            "unsupported_value",
+        ),
+        ({"temperature": 2.1}, "temperature", "invalid_value"),
+        ({"temperature": "hot"}, "temperature", "invalid_type"),
+        ({"temperature": True}, "temperature", "invalid_type"),
+        ({"top_p": -0.1}, "top_p", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 1.5}, "max_tokens", "invalid_type"),
+        ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
+        ({"stop": 7}, "stop", "invalid_type"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"n": 2}, "n", "unsupported_value"),
+        ({"n": True}, "n", "unsupported_value"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_value"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
+        ({"wizardry": 1}, "wizardry", "unknown_parameter"),
+    ],
+)
+def test_a_fault_names_its_field_and_its_kind(fields: dict[str, Any], param: str, code: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**fields)
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert caught.value.http_status == 400
+
+
+def test_a_fault_never_repeats_what_the_client_wrote() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(messages=[{"role": "user", "content": {"secret": "my password is swordfish"}}])
+    assert "swordfish" not in caught.value.message
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_chat(body)
+
+
+def test_infinity_is_no_temperature() -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_chat(b'{"model": "m", "messages": [{"role": "user", "content": ""}], "temperature": NaN}')
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("Hi", ["Hi"]), (["Hi", "Ho"], ["Hi", "Ho"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_a_completion_takes_all_four_shapes_of_prompts(prompt: Any, expected: Any) -> None:
+    assert completion(prompt=prompt).prompt == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"prompt": []}, "prompt", "invalid_value"),
+        ({"prompt": None}, "prompt", "missing_required_parameter"),
+        ({"echo": True}, "echo", "unsupported_value"),
+        ({"logprobs": 6}, "logprobs", "invalid_value"),
+        ({"logprobs": True}, "logprobs", "invalid_type"),
+        ({"best_of": 2}, "best_of", "unsupported_value"),
+    ],
+)
+def test_a_completions_fault_names_its_field(fields: dict[str, Any], param: str, code: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(**fields)
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+def test_a_prompt_of_the_wrong_type_names_its_position() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(prompt=["Hi", {"a": 1}])
+    assert caught.value.param == "prompt.1"
+
+
+def test_completions_default_to_sixteen_tokens() -> None:
+    assert completion().max_tokens == 16
