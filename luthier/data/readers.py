@@ -7,12 +7,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def clean_line(line: bytes, number: int) -> bytes:
-    """Return a line without its carriage return and, on line 1, without a byte order mark.
-
-    Args:
-        line: without its newline.
-        number: from 1.
-    """
+    """Return a line without its carriage return and, on line 1 (`number`), without a byte order mark."""
     if number == 1:
         line = line.removeprefix(_BOM)
     return line.removesuffix(b"\r")

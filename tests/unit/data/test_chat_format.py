@@ -60,7 +60,7 @@ def message_row(**fields):
         (message_row(role=["assistant"]), "messages[1].role", "message.role"),
         (message_row(tool_calls=[]), "messages[1].tool_calls", "message.unsupported"),
         (message_row(function_call={}), "messages[1].function_call", "message.unsupported"),
-        (message_row(wieght=1), "messages[1].wieght", "message.unknown_key"),
+        (message_row(wait=1), "messages[1].wait", "message.unknown_key"),
         (message_row(content=None), "messages[1].content", "message.content"),
         (message_row(content=[]), "messages[1].content", "message.content"),
         (message_row(content=["x"]), "messages[1].content[0]", "content.part"),
@@ -76,6 +76,11 @@ def message_row(**fields):
         (message_row(weight=2), "messages[1].weight", "message.weight"),
         (message_row(weight=None), "messages[1].weight", "message.weight"),
         ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "messages[0].weight", "message.weight"),
+        (
+            {"messages": [{"role": "system", "content": "x", "weight": 0}, ASSISTANT]},
+            "messages[0].weight",
+            "message.weight",
+        ),
     ],
 )
 def test_a_broken_rule_is_told_with_its_line_field_and_rule(row, field, rule):

@@ -139,6 +139,12 @@ def test_checking_stops_at_twenty_faults_and_lists_the_first_few():
     assert "Line 6," not in message
 
 
+def test_blank_lines_in_the_middle_are_one_fault_at_the_first_of_them():
+    with pytest.raises(InvalidFileFormatError) as caught:
+        check(b"\n".join([ROW, b"", b" ", b"", ROW, ROW]))
+    assert caught.value.message == "Line 2: The line is blank; remove it."
+
+
 def test_no_more_than_forty_characters_of_a_row_are_told():
     secret = "s" * 500
     with pytest.raises(InvalidFileFormatError) as caught:
