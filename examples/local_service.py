@@ -1,0 +1,112 @@
+"""Runs `luthier up` for the length of a block. It must never outlive the program that started it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier.core.process import die_with_parent
+
+READY_SECONDS = 180.0
+STOP_SECONDS = 20.0
+
+
+class ServiceFailedError(Exception):
+    """The service did not start; the message says where its logs are."""
+
+
+@dataclass(frozen=True)
+class RunningService:
+    """A service that answers at `base_url`; it took `start_seconds` to be ready."""
+
+    base_url: str
+    api_key: str
+    start_seconds: float
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def running_service(home: Path, port: int) -> Iterator[RunningService]:
+    """Start the service, wait until it is ready, and stop it at the end of the block, whatever happens.
+
+    Args:
+        home: the service's home.
+        port: its port on 127.0.0.1.
+
+    Yields:
+        The running service.
+
+    Raises:
+        ServiceFailedError: when it ends, or takes longer than READY_SECONDS, before it is ready.
+    """
+    started = time.monotonic()
+    process = _start(home, port)
+    try:
+        _wait_until_ready(process, home)
+        connection = json.loads((home / "connection.json").read_bytes())
+        yield RunningService(connection["base_url"], connection["api_key"], time.monotonic() - started)
+    finally:
+        _stop(process)
+
+
+def _start(home: Path, port: int) -> "subprocess.Popen[str]":
+    parent = os.getpid()
+    command = [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Ctrl-C must reach us alone: we then stop the service in order.
+        start_new_session=True,
+        # Only async-signal-safe work happens between fork and exec: one system call.
+        preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),  # noqa: PLW1509
+    )
+
+
+def _wait_until_ready(process: "subprocess.Popen[str]", home: Path) -> None:
+    is_ready = threading.Event()
+    has_ended = threading.Event()
+
+    def read_lines() -> None:
+        assert process.stdout is not None
+        # Read on after the service is ready, or a full pipe would hold it up.
+        for line in process.stdout:
+            if line.startswith("Ready:"):
+                is_ready.set()
+            elif not is_ready.is_set() or " died " in line:
+                print(f"  {line.rstrip()}", flush=True)
+        has_ended.set()
+        is_ready.set()
+
+    threading.Thread(target=read_lines, name="service-output", daemon=True).start()
+    if not is_ready.wait(READY_SECONDS):
+        raise ServiceFailedError(f"The service was not ready in {READY_SECONDS:.0f} s; see {home / 'logs'}.")
+    if has_ended.is_set():
+        raise ServiceFailedError(f"The service ended before it was ready; see {home / 'logs'}.")
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        # Its own processes are tied to it and end with it.
+        process.kill()
+        process.wait()

@@ -1,0 +1,1 @@
+"""The bundled data set: support messages of an invented house, and how answers to them are scored."""
