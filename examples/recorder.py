@@ -1,7 +1,7 @@
 """Keeps what a job's live events say while somebody else shows them. Measures on the client's clock."""
 
-import time
 from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 from luthier.client import LuthierClient
@@ -23,7 +23,7 @@ class EventRecorder(LuthierClient):
     def follow_events(self, job_id: str, *, last_event_id: str = "") -> Iterator[dict[str, Any]]:
         """Yield a job's events as LuthierClient does, and remember them."""
         for event in super().follow_events(job_id, last_event_id=last_event_id):
-            self._remember(event, time.monotonic())
+            self._remember(event, monotonic())
             yield event
 
     @property
