@@ -3,14 +3,14 @@
 import time
 
 from luthier.cli.output import print_json, print_table
-from luthier.core.settings import Settings
+from luthier.cli.settings import read_settings
 
 
 def print_bases(*, as_json: bool) -> None:
     """Print every base of the catalogue."""
     from luthier.bases.catalogue import find_base_facts, load_catalogue
 
-    settings = Settings()
+    settings = read_settings()
     bases = []
     for entry in load_catalogue(settings.models_file).bases.values():
         facts = find_base_facts(settings.bases_dir, entry.id)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from luthier.cli.settings import read_settings
 from luthier.core.errors import InvalidValueError
-from luthier.core.settings import Settings
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -20,7 +20,7 @@ def check_file(path: Path) -> None:
     """
     from luthier.data.validate import FileChecker
 
-    checker = FileChecker(max_line_bytes=Settings().max_line_bytes)
+    checker = FileChecker(max_line_bytes=read_settings().max_line_bytes)
     try:
         with path.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):

@@ -59,8 +59,8 @@ def up(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "",
 ) -> None:
     """Run the whole service in the foreground until Ctrl-C."""
+    from luthier.cli.settings import read_settings
     from luthier.cli.stack.home import resolve_home
-    from luthier.cli.stack.up import read_settings
     from luthier.cli.stack.up import up as run_up
 
     run_up(resolve_home(home), host=host, port=port, settings=read_settings(log_level))

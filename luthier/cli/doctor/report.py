@@ -8,8 +8,8 @@ from pathlib import Path
 from luthier.cli.doctor import machine, service
 from luthier.cli.doctor.finding import Finding
 from luthier.cli.output import print_json, printable
+from luthier.cli.settings import SettingsError, read_settings
 from luthier.cli.stack.home import StackError
-from luthier.cli.stack.up import read_settings
 
 _MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
@@ -46,7 +46,7 @@ def _findings(home: Path, base_url: str | None, api_key: str | None) -> Iterator
     yield machine.check_disk(home)
     try:
         settings = read_settings()
-    except StackError as error:
+    except SettingsError as error:
         yield Finding("settings", "fail", error.message, "correct the environment or .env")
         return
     yield service.check_home(home)

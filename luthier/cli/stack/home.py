@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dotenv import dotenv_values
+
 from luthier.core.errors import LuthierError
 from luthier.core.keys import new_api_key
 from luthier.storage.manifests import write_file_atomically
@@ -36,8 +38,10 @@ class StackError(LuthierError):
 
 
 def resolve_home(home: Path | None) -> Path:
-    """Return the absolute home: the one given, else $LUTHIER_HOME, else ./.luthier."""
-    return (home or Path(os.environ.get("LUTHIER_HOME") or ".luthier")).expanduser().absolute()
+    """Return the absolute home: the one given, else LUTHIER_HOME (environment or .env), else ./.luthier."""
+    if home is None:
+        home = Path(os.environ.get("LUTHIER_HOME") or dotenv_values(".env").get("LUTHIER_HOME") or ".luthier")
+    return home.expanduser().absolute()
 
 
 @dataclass(frozen=True)

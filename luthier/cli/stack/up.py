@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from luthier.cli.stack.home import (
     CONNECTION_NAME,
     StackError,
@@ -165,24 +163,3 @@ def _announce(home: Path, *, host: str, port: int, api_key: str, seconds: float)
         f'  curl -H "Authorization: Bearer $({read_key})" {base_url}/models',
     ]
     print("\n".join(lines), flush=True)
-
-
-def read_settings(log_level: str = "") -> Settings:
-    """Read what the operator has set, by environment or .env.
-
-    Args:
-        log_level: replaces LUTHIER_LOG_LEVEL unless empty.
-
-    Returns:
-        The settings; `model_fields_set` names those that the operator has set.
-
-    Raises:
-        StackError: when a value is out of its range; names the variable.
-    """
-    try:
-        return Settings(log_level=log_level) if log_level else Settings()
-    except ValidationError as error:
-        faults = "; ".join(
-            f"LUTHIER_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors()
-        )
-        raise StackError(f"A setting can't be used: {faults}") from error

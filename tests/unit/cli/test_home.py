@@ -109,6 +109,8 @@ def test_the_home_is_the_option_else_the_setting_else_a_folder_here(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_home(None) == tmp_path / ".luthier"
+    (tmp_path / ".env").write_text("LUTHIER_HOME=/srv/from-file\n")
+    assert resolve_home(None) == Path("/srv/from-file")
     monkeypatch.setenv("LUTHIER_HOME", "/srv/luthier")
     assert resolve_home(None) == Path("/srv/luthier")
     assert resolve_home(Path("here")) == tmp_path / "here"

@@ -48,13 +48,17 @@ def test_a_server_that_still_runs_is_ended_by_immediate_shutdown(
 ) -> None:
     monkeypatch.setattr(postgres, "_LEFTOVER_SECONDS", 0.2)
     # Stands in for a server: its arguments name the data folder, and it ends on SIGQUIT.
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "-D", str(tmp_path)])
+    code = "import time; print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, "-D", str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
     _write_pid(tmp_path, process.pid)
     try:
         end_leftover(tmp_path)
         assert process.wait(timeout=10) == -3
     finally:
         process.kill()
+        process.stdout.close()
 
 
 def test_data_of_another_version_is_refused_with_what_to_do(tmp_path: Path) -> None:

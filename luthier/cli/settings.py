@@ -1,0 +1,33 @@
+"""The operator's settings as a command reads them, with faults told in words."""
+
+from pydantic import ValidationError
+
+from luthier.core.errors import LuthierError
+from luthier.core.settings import Settings
+
+
+class SettingsError(LuthierError):
+    """A setting that is out of its range or of another type."""
+
+    code = "invalid_setting"
+
+
+def read_settings(log_level: str = "") -> Settings:
+    """Read what the operator has set, by environment or .env.
+
+    Args:
+        log_level: replaces LUTHIER_LOG_LEVEL unless empty.
+
+    Returns:
+        The settings; `model_fields_set` names those that the operator has set.
+
+    Raises:
+        SettingsError: when a value is out of its range; names the variable.
+    """
+    try:
+        return Settings(log_level=log_level) if log_level else Settings()
+    except ValidationError as error:
+        faults = "; ".join(
+            f"LUTHIER_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors()
+        )
+        raise SettingsError(f"A setting can't be used: {faults}") from error

@@ -1,0 +1,127 @@
+"""The command line: its exits, its words, and what it does not load."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+from typer.testing import CliRunner
+
+import luthier.cli.main as main_module
+from luthier.cli.doctor import report
+from luthier.cli.doctor.finding import Finding
+from luthier.cli.main import app, main
+from luthier.client import LuthierClient
+
+_ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    monkeypatch.chdir(tmp_path)
+    return CliRunner()
+
+
+def _serve(monkeypatch: pytest.MonkeyPatch, body: object) -> list[httpx2.Request]:
+    """Let every client command meet a service that always answers `body`."""
+    requests: list[httpx2.Request] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        requests.append(request)
+        return httpx2.Response(200, json=body)
+
+    client = LuthierClient("http://service/v1", "lt_key", transport=httpx2.MockTransport(answer))
+    monkeypatch.setattr(main_module, "_open_client", lambda *_: client)
+    return requests
+
+
+def test_starting_the_command_line_loads_no_service_and_no_torch() -> None:
+    code = (
+        "import sys, luthier.cli.main, luthier.cli.stack.up, luthier.cli.doctor.report\n"
+        "heavy = {'torch', 'transformers', 'peft', 'sqlalchemy', 'celery', 'fastapi', 'services', 'api'}\n"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_failure_is_one_line_without_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["luthier", "jobs", "list"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("luthier: No service is known")
+    assert error.count("\n") == 1
+
+
+def test_a_good_file_is_checked_offline(runner: CliRunner, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(_ROW) + "\n" + json.dumps(_ROW) + "\n")
+    result = runner.invoke(app, ["check", str(file)])
+    assert result.exit_code == 0
+    assert "2 rows" in result.output
+
+
+def test_a_broken_file_is_refused_with_its_line(runner: CliRunner, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(_ROW) + "\n{\n")
+    result = runner.invoke(app, ["check", str(file)])
+    assert result.exit_code == 1
+    assert "line 2" in str(result.exception).lower()
+
+
+def test_a_file_that_is_not_there_is_refused(runner: CliRunner) -> None:
+    result = runner.invoke(app, ["check", "absent.jsonl"])
+    assert result.exit_code == 1
+    assert "absent.jsonl" in str(result.exception)
+
+
+def test_a_new_key_is_shown_and_its_project_is_sent(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = _serve(monkeypatch, {"id": "key_1", "key": "lt_secret"})
+    result = runner.invoke(app, ["keys", "create", "--name", "ci", "--project", "team"])
+    assert result.output.splitlines()[0] == "lt_secret"
+    assert json.loads(requests[0].content) == {"name": "ci", "project": "team"}
+
+
+def test_lists_are_tables_or_json(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [{"id": "ftjob-1", "status": "failed", "model": "m", "fine_tuned_model": None, "created_at": 0}]
+    _serve(monkeypatch, {"data": jobs})
+    assert "ftjob-1  failed  m" in runner.invoke(app, ["jobs", "list"]).output
+    _serve(monkeypatch, {"data": jobs})
+    assert json.loads(runner.invoke(app, ["jobs", "list", "--json"]).output) == jobs
+
+
+def test_doctor_without_a_service_says_how_to_start_it_and_does_not_fail(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report.machine, "check_device", lambda: Finding("device", "ok", "CPU"))
+    result = runner.invoke(app, ["doctor", "--json"])
+    findings = {finding["name"]: finding for finding in json.loads(result.output)}
+    for name in ("service", "database", "broker", "api"):
+        assert findings[name]["status"] == "warn"
+        assert "luthier up" in findings[name]["advice"]
+    assert {"python", "packages", "memory", "disk", "storage", "catalogue"} <= set(findings)
+
+
+def test_doctor_fails_when_a_check_fails(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_DATABASE_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
+    monkeypatch.setattr(report.machine, "check_device", lambda: Finding("device", "ok", "CPU"))
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "FAIL  database" in result.output
+
+
+def test_doctor_names_a_setting_out_of_range(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_TRAINING_SLOTS", "0")
+    monkeypatch.setattr(report.machine, "check_device", lambda: Finding("device", "ok", "CPU"))
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "LUTHIER_TRAINING_SLOTS" in result.output
