@@ -45,7 +45,7 @@ def fetch(base_id: str) -> None:
     from luthier.bases.fetch import ensure_base
 
     started_at = time.monotonic()
-    settings = Settings()
+    settings = read_settings()
     entry = load_catalogue(settings.models_file).resolve(base_id)
     facts = ensure_base(entry, settings.bases_dir, log=lambda line: print(line, flush=True))
     seconds = time.monotonic() - started_at
