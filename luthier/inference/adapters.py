@@ -157,7 +157,7 @@ class AdapterSlots:
             self._peft_module().eval()
             # Attaching leaves PEFT's switches as it likes; set them anew.
             self._switch(digest)
-            self._check_keys(name, folder)
+            self._check_weights(name, folder)
             self._check_probe(digest, base_logits_V)
         except (ArtifactCorruptError, SelfCheckError):
             self._detach(name)
@@ -182,12 +182,15 @@ class AdapterSlots:
             self._peft.delete_adapter(name)
         self._switch(None)
 
-    def _check_keys(self, name: str, folder: Path) -> None:
+    def _check_weights(self, name: str, folder: Path) -> None:
         # The embedding question would make PEFT look for the base on a hub.
         state = get_peft_model_state_dict(self._peft_module(), adapter_name=name, save_embedding_layers=False)
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as stored:
             if set(stored.keys()) != set(state):
                 raise ArtifactCorruptError("The artifact's weights do not match the modules of its base.")
+        # Not left to the probe: the attention kernel can turn a NaN query into finite output.
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+            raise SelfCheckError("The model's weights are not finite; it is not served.")
 
     def _check_probe(self, digest: str, base_logits_V: torch.Tensor) -> None:
         logits_V = self._probe(digest)

@@ -5,10 +5,13 @@ Legend: `B` rows, `V` vocabulary.
 
 import torch
 
+from luthier.core.errors import SelfCheckError
 from luthier.inference.sequence import Choice, Sequence
 
 # JSON knows no infinity; OpenAI's API says -9999.0 for a token that can't come.
 MIN_LOGPROB = -9999.0
+# Below it only the likeliest token can come; float32 would take a much smaller one for 0.
+_MIN_TEMPERATURE = 1e-5
 
 
 @torch.inference_mode()
@@ -24,8 +27,15 @@ def choose(logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
 
     Returns:
         B choices, with log-probabilities where a sequence asks for them.
+
+    Raises:
+        SelfCheckError: when a row's logits are not finite.
     """
-    best_B = logits_BV.argmax(dim=-1).tolist()
+    largest_B, ids_B = logits_BV.max(dim=-1)
+    # A NaN anywhere in a row is its maximum; the greedy choice alone would hide it.
+    if not bool(torch.isfinite(largest_B).all()):
+        raise SelfCheckError("The model's logits are not finite; the answer was stopped.")
+    best_B = ids_B.tolist()
     choices = []
     for row, sequence in enumerate(sequences):
         logits_V = logits_BV[row]
@@ -43,7 +53,7 @@ def _draw(logits_V: torch.Tensor, sequence: Sequence) -> int:
         else:
             sequence.generator.manual_seed(options.seed)
     # The largest becomes 0 before the division, so that a tiny temperature can't overflow.
-    probs_V = torch.softmax((logits_V - logits_V.max()) / options.temperature, dim=-1)
+    probs_V = torch.softmax((logits_V - logits_V.max()) / max(options.temperature, _MIN_TEMPERATURE), dim=-1)
     if options.top_p < 1.0:
         probs_V = _nucleus(probs_V, options.top_p)
     return int(torch.multinomial(probs_V, 1, generator=sequence.generator))
