@@ -5,23 +5,21 @@ Only the API talks to it. Errors leave in OpenAI's shape; after the first byte a
 
 import asyncio
 import contextlib
-import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from luthier.core.clock import now_seconds
-from luthier.core.errors import LuthierError, NotFoundError, TooLargeError, UnauthenticatedError
+from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
-from luthier.core.inference import HEADER_DIGEST, HEADER_TOKEN
-from luthier.core.settings import MIB, Settings
+from luthier.core.inference import HEADER_DIGEST
+from luthier.core.settings import Settings
 from luthier.inference import answers
 from luthier.inference.answers import ChatShape, CompletionShape, Shape
 from luthier.inference.engine import Engine
@@ -29,13 +27,16 @@ from luthier.inference.generation import Generation, IndexedEvent, plan_chat, pl
 from luthier.inference.models import Models, read_target
 from luthier.inference.protocol import parse_chat, parse_completion
 from luthier.inference.sequence import ChoiceAt, Finish, FinishReason, Piece
+from luthier.inference.wire import (
+    EXCEPTION_HANDLERS,
+    EventStream,
+    TokenGate,
+    json_response,
+    read_body,
+    while_connected,
+)
 
 _LOG = logging.getLogger(__name__)
-MAX_BODY_BYTES = 16 * MIB
-_RETRY_AFTER_SECONDS = 1
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-
-ResultT = TypeVar("ResultT")
 
 
 class Service:
@@ -56,12 +57,12 @@ class Service:
         """Say that the process answers, and whether its preloaded base does."""
         base = self._settings.preload_base
         is_ready = self._engine.is_alive and (not base or self.models.is_loaded(base))
-        return _json({"status": "ok", "base": base, "ready": is_ready})
+        return json_response({"status": "ok", "base": base, "ready": is_ready})
 
     async def chat(self, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
         target = read_target(request.headers)
-        asked = parse_chat(await _read_body(request))
+        asked = parse_chat(await read_body(request))
         served = await self.models.get(target)
         default = self._settings.max_tokens_default
         prompts, options = await asyncio.to_thread(plan_chat, asked, served, max_tokens_default=default)
@@ -81,7 +82,7 @@ class Service:
     async def completion(self, request: Request) -> Response:
         """Answer POST /v1/completions."""
         target = read_target(request.headers)
-        asked = parse_completion(await _read_body(request))
+        asked = parse_completion(await read_body(request))
         served = await self.models.get(target)
         prompts, options = await asyncio.to_thread(plan_completion, asked, served)
         shape = CompletionShape(
@@ -117,13 +118,15 @@ class Service:
         is_handed_over = False
         try:
             if not is_stream:
-                return _json(await _while_connected(request, _collect(shape, generation)), headers=headers)
+                return json_response(
+                    await while_connected(request, _collect(shape, generation)), headers=headers
+                )
             events = generation.events()
             # A failure before the first event is an ordinary HTTP error, not a stream that begins with one.
-            first = await _while_connected(request, anext(events))
+            first = await while_connected(request, anext(events))
             is_handed_over = True
             stream = self._stream(shape, generation, first, events)
-            return _EventStream(stream, _STREAM_HEADERS | headers, lambda: self._close(generation))
+            return EventStream(stream, headers, lambda: self._close(generation))
         finally:
             if not is_handed_over:
                 self._close(generation)
@@ -146,23 +149,6 @@ class Service:
             yield answers.DONE_EVENT
         except LuthierError as error:
             yield answers.encode_event(answers.error_body(error))
-
-
-class _EventStream(StreamingResponse):
-    """A stream that gives its rows back however it ends, even when the client left before it began."""
-
-    def __init__(
-        self, events: AsyncIterator[bytes], headers: dict[str, str], close: Callable[[], None]
-    ) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._close()
 
 
 def _to_chunk(shape: Shape, event: IndexedEvent) -> dict[str, Any]:
@@ -192,86 +178,6 @@ async def _collect(shape: Shape, generation: Generation) -> dict[str, Any]:
     return shape.whole(parts, _usage(generation))
 
 
-async def _while_connected(request: Request, work: Awaitable[ResultT]) -> ResultT:
-    """Await work; cancel it and raise ClientDisconnect when the client leaves first."""
-    task = asyncio.ensure_future(_as_coroutine(work))
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _as_coroutine(work: Awaitable[ResultT]) -> ResultT:
-    return await work
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise TooLargeError(f"The request is larger than {MAX_BODY_BYTES // MIB} MiB.", param="messages")
-    return bytes(body)
-
-
-def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(answers.encode_json(value), status, headers, media_type="application/json")
-
-
-def _error_response(error: LuthierError) -> Response:
-    headers = {"retry-after": str(_RETRY_AFTER_SECONDS)} if error.retryable else None
-    return _json(answers.error_body(error), status=error.http_status, headers=headers)
-
-
-async def _on_luthier_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, LuthierError)
-    return _error_response(error)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    body = NotFoundError(f"{request.method} {request.url.path[:80]} is not offered by the model server.")
-    return _json(answers.error_body(body), status=error.status_code)
-
-
-async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    # Nobody reads it; 499 is the customary status for the access log.
-    return Response(status_code=499)
-
-
-class TokenGate:
-    """Let only requests pass that bear the internal token.
-
-    Args:
-        app: the app behind it.
-        token: the token, not empty.
-    """
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._token = token.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 401."""
-        if scope["type"] == "http" and scope["path"] != "/healthz":
-            given = dict(scope["headers"]).get(HEADER_TOKEN.encode(), b"")
-            if not hmac.compare_digest(given, self._token):
-                error = UnauthenticatedError(f"The header {HEADER_TOKEN} is missing or wrong.")
-                await _error_response(error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
 def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:
     """Put the endpoints together.
 
@@ -297,11 +203,7 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
     ]
     app = Starlette(
         routes=[Route(path, endpoint, methods=[method]) for path, endpoint, method in routes],
-        exception_handlers={
-            LuthierError: _on_luthier_error,
-            HTTPException: _on_http_error,
-            ClientDisconnect: _on_disconnect,
-        },
+        exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
     return app if token is None else TokenGate(app, token)

@@ -29,7 +29,7 @@ class LoadedBase:
     device: torch.device
     takes_positions: bool
     takes_logits_to_keep: bool
-    # transformers renamed it in 5.2x; the old name is still there in older ones.
+    # transformers renamed it; older versions know the old name only.
     cache_argument: str
 
 
@@ -53,7 +53,14 @@ class ServedModel:
 
 
 def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
-    """Return what is known of a fetched base.
+    """Look a fetched base up.
+
+    Args:
+        settings: says where bases lie.
+        base_id: the base's id.
+
+    Returns:
+        What is known of it.
 
     Raises:
         ModelNotFoundError: when it has not been fetched; says how to.

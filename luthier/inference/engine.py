@@ -151,6 +151,9 @@ class Engine:
     def submit(self, sequences: list[Sequence]) -> None:
         """Hand over the sequences of one request, all or none.
 
+        Args:
+            sequences: however many, they are taken when nothing else waits.
+
         Raises:
             TooManyRequestsError: when too many wait already.
             UnavailableError: when the engine is closed.

@@ -136,6 +136,9 @@ class Generation:
     def submit(self, engine: Engine) -> None:
         """Hand the sequences to the engine.
 
+        Args:
+            engine: the engine's thread.
+
         Raises:
             TooManyRequestsError: when too many wait already.
             UnavailableError: when the engine is closed.
@@ -158,7 +161,10 @@ class Generation:
         self._events.put_nowait((0, Failure(error)))
 
     async def events(self) -> AsyncIterator[IndexedEvent]:
-        """Yield each event with its prompt's position, until every answer is whole.
+        """Follow the answers until every one is whole.
+
+        Yields:
+            Each event with its prompt's position.
 
         Raises:
             LuthierError: what the engine failed with.

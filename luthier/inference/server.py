@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import stat
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -145,6 +146,8 @@ async def serve(settings: Settings) -> None:
 def main() -> None:
     """Run the inference server."""
     settings = Settings()
+    # Deprecations inside transformers and PEFT are no news for an operator.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -212,7 +212,7 @@ def test_requests_that_join_a_running_answer_change_nothing_about_it(
             served.runner.gate.clear()
             before = served.runner.num_prefills
             asked.append(pool.submit(served.chat, text, max_tokens=100))
-            wait_until(lambda: len(served.service._open) == len(asked), "the request")  # noqa: B023
+            wait_until(lambda: len(served.service._open) == len(asked), "the request")
             served.runner.gate.set()
             wait_until(lambda: served.runner.num_prefills > before, "its prefill")  # noqa: B023
         answers = [future.result() for future in asked]

@@ -49,7 +49,10 @@ class Backend(Protocol):
         """
 
     async def health(self) -> Mapping[str, object]:
-        """Return what the server says of itself.
+        """Ask the server how it is.
+
+        Returns:
+            What it says of itself: `status`, `base` and `ready` at least.
 
         Raises:
             UnavailableError: when it can't be reached.

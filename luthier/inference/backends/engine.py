@@ -64,7 +64,10 @@ class EngineBackend:
         return Reply(response.status_code, passed, _Body(response))
 
     async def health(self) -> Mapping[str, Any]:
-        """Return what the server says of itself.
+        """Ask the server how it is.
+
+        Returns:
+            What it says of itself: `status`, `base` and `ready`.
 
         Raises:
             UnavailableError: when it can't be reached.

@@ -51,7 +51,7 @@ def test_values_that_mean_not_used_are_accepted(fields: dict[str, Any]) -> None:
 
 
 def test_content_parts_and_the_developer_role_become_plain_messages() -> None:
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
     request = chat(
         messages=[
             {"role": "developer", "content": "Be kind."},
@@ -62,7 +62,7 @@ def test_content_parts_and_the_developer_role_become_plain_messages() -> None:
     )
     assert [(message.role, message.content) for message in request.messages] == [
         ("system", "Be kind."),
-        ("user", "Hello"),
+        ("user", "Good day"),
         ("assistant", ""),
         ("user", "?"),
     ]

@@ -1,5 +1,7 @@
 """Stop texts across any borders, against a plain search in the whole text."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +27,7 @@ def test_the_answer_ends_where_the_first_stop_text_begins(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     borders = sorted({0, len(text), *[cut for cut in cuts if cut < len(text)]})
-    pieces = [text[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(borders)]
     released, is_hit = run(pieces, stops)
     # The stop text that is complete first ends the answer; one piece may complete several.
     expected = None

@@ -1,0 +1,152 @@
+"""HTTP's own business: bodies, errors, streams, clients that leave, the internal token.
+
+Knows nothing of models or answers.
+"""
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
+
+from luthier.core.errors import LuthierError, NotFoundError, TooLargeError, UnauthenticatedError
+from luthier.core.inference import HEADER_TOKEN
+from luthier.core.settings import MIB
+from luthier.inference import answers
+
+MAX_BODY_BYTES = 16 * MIB
+_RETRY_AFTER_SECONDS = 1
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+ResultT = TypeVar("ResultT")
+
+
+class EventStream(StreamingResponse):
+    """A stream that gives its rows back however it ends, even when the client left before it began."""
+
+    def __init__(
+        self, events: AsyncIterator[bytes], headers: dict[str, str], close: Callable[[], None]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS | headers)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+
+async def while_connected(request: Request, work: Awaitable[ResultT]) -> ResultT:
+    """Await work unless the client leaves first.
+
+    Args:
+        request: the client's, its body read.
+        work: what to await; cancelled when the client leaves.
+
+    Returns:
+        The work's result.
+
+    Raises:
+        ClientDisconnect: when the client left.
+    """
+    task = asyncio.ensure_future(_as_coroutine(work))
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _as_coroutine(work: Awaitable[ResultT]) -> ResultT:
+    return await work
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(request: Request) -> bytes:
+    """Read a request's body.
+
+    Args:
+        request: the client's.
+
+    Returns:
+        The body.
+
+    Raises:
+        TooLargeError: when it is longer than MAX_BODY_BYTES.
+    """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise TooLargeError(f"The request is larger than {MAX_BODY_BYTES // MIB} MiB.", param="messages")
+    return bytes(body)
+
+
+def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response with a value as JSON."""
+    return Response(answers.encode_json(value), status, headers, media_type="application/json")
+
+
+def _error_response(error: LuthierError) -> Response:
+    headers = {"retry-after": str(_RETRY_AFTER_SECONDS)} if error.retryable else None
+    return json_response(answers.error_body(error), status=error.http_status, headers=headers)
+
+
+async def _on_luthier_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, LuthierError)
+    return _error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = NotFoundError(f"{request.method} {request.url.path[:80]} is not offered by the model server.")
+    return json_response(answers.error_body(body), status=error.status_code)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    # Nobody reads it; 499 is the customary status for the access log.
+    return Response(status_code=499)
+
+
+class TokenGate:
+    """Let only requests pass that bear the internal token.
+
+    Args:
+        app: the app behind it.
+        token: the token, not empty.
+    """
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401."""
+        if scope["type"] == "http" and scope["path"] != "/healthz":
+            given = dict(scope["headers"]).get(HEADER_TOKEN.encode(), b"")
+            if not hmac.compare_digest(given, self._token):
+                error = UnauthenticatedError(f"The header {HEADER_TOKEN} is missing or wrong.")
+                await _error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+EXCEPTION_HANDLERS: dict[type[Exception], ExceptionHandler] = {
+    LuthierError: _on_luthier_error,
+    HTTPException: _on_http_error,
+    ClientDisconnect: _on_disconnect,
+}
