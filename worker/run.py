@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import Job, UsageEvent
 from luthier.core import errors
-from luthier.core.errors import JobError, UnavailableError
+from luthier.core.errors import ArtifactCorruptError, JobError, UnavailableError
 from luthier.core.events import (
     BaseScoredEvent,
     CheckpointEvent,
@@ -199,7 +199,13 @@ class TrainingRun:
     def _save(self, event: SavePointEvent) -> None:
         """Keep a save point where another worker finds it, and drop the ones before the last two."""
         key = f"{self.prefix}/save_points/step-{event.step:06d}"
-        self.context.storage.put_folder(self.run_dir / event.path, key)
+        try:
+            self.context.storage.put_folder(self.run_dir / event.path, key)
+        except (ArtifactCorruptError, FileNotFoundError):
+            # The process drops old save points on its own, and has dropped this one while it was copied: a
+            # newer one is on its way, and the one before still stands.
+            self.context.storage.delete_prefix(key)
+            return
         with self.context.database.transaction() as session:
             job = session.get_one(Job, self.lease.job_id, with_for_update=True)
             save_points = [*job.save_points, {"key": key, "step": event.step}]
