@@ -6,8 +6,9 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from luthier.core.errors import (
     InvalidRequestError,
@@ -83,6 +84,11 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
 
+async def _on_client_gone(_request: Request, _error: Exception) -> Response:
+    # Nobody reads it; 499 is what proxies log for a client that closed the request.
+    return Response(status_code=499)
+
+
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
     _log.error("unexpected error", path=request.url.path, exc_info=error)
     message = "The server had an error while processing your request. Its log has the request's id."
@@ -94,4 +100,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(LuthierError, _on_luthier_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_client_gone)
     app.add_exception_handler(Exception, _on_unexpected)

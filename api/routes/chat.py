@@ -1,15 +1,25 @@
 """Chat and completions: the name is resolved here, the answer is the inference server's."""
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 
 import anyio
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from api.deps import Parts, PartsDep, bearer_key
-from luthier.core.errors import InvalidRequestError, InvalidTypeError, MissingParameterError, TooLargeError
+from api.errors import error_body
+from luthier.core.errors import (
+    InvalidRequestError,
+    InvalidTypeError,
+    MissingParameterError,
+    TooLargeError,
+    UnavailableError,
+)
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends.base import Reply
 from services import keys, models
@@ -20,12 +30,24 @@ _MAX_BODY_BYTES = 8 * 1024 * 1024
 _PASSED_ON = {"content-type", "retry-after", "x-luthier-digest", "x-should-retry", "cache-control"}
 
 
+async def _told(reply: Reply) -> AsyncIterator[bytes]:
+    """Pass an answer's pieces on; one that breaks off in a stream ends with an error that clients read."""
+    try:
+        async for piece in reply.body:
+            yield piece
+    except UnavailableError as error:
+        if not reply.headers.get("content-type", "").startswith("text/event-stream"):
+            raise
+        body = error_body(error.message, error.type, error.code, error.param)
+        yield f"data: {json.dumps(body)}\n\n".encode()
+
+
 class _PassedOn(StreamingResponse):
     """An upstream's answer on its way to the client; the upstream is told when the client has left."""
 
     def __init__(self, reply: Reply) -> None:
         headers = {name: value for name, value in reply.headers.items() if name.lower() in _PASSED_ON}
-        super().__init__(reply.body, reply.status, headers)
+        super().__init__(_told(reply), reply.status, headers)
         self._body = reply.body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,6 +83,31 @@ def _model_name(body: bytes) -> str:
     return model
 
 
+async def _has_left(request: Request) -> None:
+    """Return once the client has gone; the request's body has been read, so nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _ask(request: Request, parts: Parts, path: str, body: bytes, target: ModelTarget) -> Reply:
+    """Ask the inference server, which hears at once when the client no longer waits for the answer.
+
+    Raises:
+        ClientDisconnect: when the client left first.
+    """
+    asking = asyncio.ensure_future(parts.backend.complete(path, body, target))
+    leaving = asyncio.ensure_future(_has_left(request))
+    try:
+        await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not asking.done():
+            raise ClientDisconnect
+        return asking.result()
+    finally:
+        leaving.cancel()
+        asking.cancel()
+        await asyncio.gather(leaving, asking, return_exceptions=True)
+
+
 async def _answer(request: Request, parts: Parts, path: str) -> Response:
     key = bearer_key(request)
     body = await _read_body(request)
@@ -71,7 +118,7 @@ async def _answer(request: Request, parts: Parts, path: str) -> Response:
             return models.resolve(session, scope, parts.catalogue, _model_name(body))
 
     target = await run_in_threadpool(resolve)
-    return _PassedOn(await parts.backend.complete(path, body, target))
+    return _PassedOn(await _ask(request, parts, path, body, target))
 
 
 @router.post("/chat/completions")

@@ -1,12 +1,16 @@
 """The jobs resource over HTTP before any worker has touched a job."""
 
+import asyncio
 import threading
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx2
 import openai
 import pytest
 
+from luthier.core.errors import UnavailableError
+from luthier.inference.backends.base import Reply
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 
@@ -207,3 +211,45 @@ def test_chat_resolves_a_mapped_name_to_its_base(api: Api, client: openai.OpenAI
     assert names == {"tiny-llama", "gpt-4o-mini-2024-07-18"}
     with pytest.raises(openai.PermissionDeniedError):
         client.models.delete("tiny-llama")
+
+
+def test_a_client_that_leaves_stops_the_answer(api: Api) -> None:
+    entered, cancelled = threading.Event(), threading.Event()
+
+    async def never(path: str, body: bytes, target: object) -> object:
+        entered.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    api.backend.complete = never  # type: ignore[method-assign, assignment]
+    body = {"model": "tiny-llama", "messages": []}
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(
+            f"{api.base_url}/v1/chat/completions",
+            headers=api.headers,
+            json=body,
+            timeout=httpx2.Timeout(10, read=0.5),
+        )
+    assert entered.is_set()
+    assert cancelled.wait(timeout=5), "the inference server was not told"
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_that_the_sdk_raises(
+    api: Api, client: openai.OpenAI
+) -> None:
+    async def broken() -> AsyncGenerator[bytes]:
+        yield b'data: {"id":"x","object":"chat.completion.chunk","created":1,"model":"m","choices":[]}\n\n'
+        raise UnavailableError("The inference server left.")
+
+    async def complete(path: str, body: bytes, target: object) -> Reply:
+        return Reply(200, {"content-type": "text/event-stream"}, broken())
+
+    api.backend.complete = complete  # type: ignore[method-assign, assignment]
+    stream = client.chat.completions.create(
+        model="tiny-llama", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    with pytest.raises(openai.APIError, match="left"):
+        list(stream)
