@@ -126,7 +126,7 @@ class Lora(Method):
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         config = attached.model.peft_config["default"].to_dict()
         config["inference_mode"] = True
-        text = json.dumps(_sorted_sets(config), indent=2, sort_keys=True)
+        text = json.dumps(_plain(config), indent=2, sort_keys=True)
         (folder / CONFIG_NAME).write_text(text + "\n")
         return [WEIGHTS_NAME, CONFIG_NAME]
 
@@ -156,13 +156,14 @@ def _check_rank(rank: int, chosen: dict[str, tuple[int, int]]) -> None:
     )
 
 
-def _sorted_sets(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Return sets as sorted lists and leave unset members out, so that equal settings give equal bytes."""
     if isinstance(value, dict):
-        return {str(key): _sorted_sets(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, set | frozenset):
         return sorted(value)
     if isinstance(value, list | tuple):
-        return [_sorted_sets(inner) for inner in value]
+        return [_plain(inner) for inner in value]
     return value
 
 

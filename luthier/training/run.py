@@ -97,6 +97,8 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
             load_seconds=time.monotonic() - started_at,
         )
     )
+    if trainee.path == "fused":
+        writer.say("The fast path for this architecture runs; it was compared with the plain one.")
     return Loop(
         job,
         trainee,

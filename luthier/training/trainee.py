@@ -6,11 +6,12 @@ Legend: B rows, T tokens, D hidden size, V vocabulary.
 import torch
 
 from luthier.methods import Attached, Method
+from luthier.modeling.fused_llama import FusedLlama, fuse
 from luthier.training.batches import Batch
 from luthier.training.loss import Loss, frozen_head_loss, full_logits_loss, gather_supervised
 
-# Logits by way of the bare output layer must match the model's own this well to be used.
-_HEAD_TOLERANCE = 1e-3
+# What replaces a part of the model must give its results this well, relative to their largest, to be used.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 class Trainee:
@@ -20,7 +21,7 @@ class Trainee:
         method: how it is tuned.
         attached: the base with the method's parameters.
         device: where it lies.
-        sample: a short batch on which the output layer is tried out.
+        sample: a short batch on which shortcuts are tried out.
     """
 
     def __init__(self, method: Method, attached: Attached, device: str, sample: Batch) -> None:
@@ -28,7 +29,13 @@ class Trainee:
         self.attached = attached
         self.device = device
         self.parameters = [parameter for _, parameter in attached.named_trained_parameters()]
-        self._head_weight_VD = self._find_plain_head(sample)
+        self._fused = self._find_fused(sample.to(device))
+        self._head_weight_VD = self._find_plain_head(sample.to(device))
+
+    @property
+    def path(self) -> str:
+        """Which code runs the layers: `fused` or `plain`."""
+        return "plain" if self._fused is None else "fused"
 
     def loss(self, batch: Batch) -> Loss:
         """Score a batch's supervised tokens.
@@ -42,13 +49,27 @@ class Trainee:
         batch = batch.to(self.device)
         if self._head_weight_VD is None:
             return full_logits_loss(*gather_supervised(self.logits(batch), batch))
-        hidden_BTD = self.method.hidden_states(self.attached, batch.token_ids_BT)
+        hidden_BTD = self._hidden_states(batch.token_ids_BT)
         hidden_ND, targets_N = gather_supervised(hidden_BTD, batch)
         return frozen_head_loss(hidden_ND, self._head_weight_VD, targets_N)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits_BTV as the whole model gives them."""
         return self.attached.model(input_ids=batch.token_ids_BT.to(self.device), use_cache=False).logits
+
+    def _hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
+        if self._fused is not None:
+            return self._fused.hidden_states(token_ids_BT)
+        return self.method.hidden_states(self.attached, token_ids_BT)
+
+    @torch.no_grad()
+    def _find_fused(self, sample: Batch) -> FusedLlama | None:
+        """Return the fast path when there is one, it holds all that is trained, and it agrees on a row."""
+        expected_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
+        fused = fuse(self.attached.causal_lm)
+        if fused is None or {id(p) for p in fused.parameters} != {id(p) for p in self.parameters}:
+            return None
+        return fused if _agree(fused.hidden_states(sample.token_ids_BT), expected_BTD) else None
 
     @torch.no_grad()
     def _find_plain_head(self, sample: Batch) -> torch.Tensor | None:
@@ -59,9 +80,10 @@ class Trainee:
         head = self.attached.causal_lm.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
             return None
-        sample = sample.to(self.device)
-        hidden_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
-        expected_BTV = self.logits(sample).float()
-        found_BTV = head(hidden_BTD).float()
-        gap = (found_BTV - expected_BTV).abs().max()
-        return head.weight if gap <= _HEAD_TOLERANCE * expected_BTV.abs().max() else None
+        found_BTV = head(self.method.hidden_states(self.attached, sample.token_ids_BT))
+        return head.weight if _agree(found_BTV, self.logits(sample)) else None
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    gap = (found.float() - expected.float()).abs().max()
+    return bool(gap <= _TOLERANCES.get(expected.dtype, 3e-2) * expected.float().abs().max())
