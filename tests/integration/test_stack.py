@@ -2,121 +2,27 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-_ROOT = Path(__file__).parents[2]
-_WAIT_SECONDS = 60.0
+from tests.stack import ROOT, WAIT_SECONDS, Stack, descendants, free_port, is_alive, stack_folder, wait_until
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _descendants(pid: int) -> set[int]:
-    """Return the pids of every process below one."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(folder.name))
-    found: set[int] = set()
-    todo = [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found.update(below)
-        todo.extend(below)
-    return found
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.02)
-
-
-class Stack:
-    """One `up` over stand-ins: its process, output and home."""
-
-    def __init__(self, folder: Path) -> None:
-        self.home = folder / "home"
-        self.port = _free_port()
-        self.environment = {**os.environ, "STATE_DIRECTORY": str(folder / "state"), "PYTHONUNBUFFERED": "1"}
-        self.output_path = folder / "output"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, **environment: str) -> "Stack":
-        with self.output_path.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.integration.stand_in_stack", str(self.home), str(self.port)],
-                cwd=_ROOT,
-                env={**self.environment, **environment},
-                stdout=output,
-                stderr=output,
-            )
-        return self
-
-    def until_ready(self) -> "Stack":
-        self.until_output("Ready: ")
-        return self
-
-    def until_output(self, text: str) -> None:
-        _wait_until(lambda: text in self.output() or self.running.poll() is not None, text)
-        assert text in self.output(), self.output()
-
-    @property
-    def running(self) -> "subprocess.Popen[bytes]":
-        assert self.process is not None
-        return self.process
-
-    def output(self) -> str:
-        return self.output_path.read_text()
-
-    def log(self, name: str) -> str:
-        return (self.home / "logs" / f"{name}.log").read_text()
-
-    def pid_of(self, part: str) -> int:
-        for pid in _descendants(self.running.pid):
-            if part.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return pid
-        raise AssertionError(f"no process {part}")
+_MODULE = "tests.integration.stand_in_stack"
 
 
 @pytest.fixture
 def stack() -> Iterator[Stack]:
-    # Not pytest's own folder: the database's user must be able to pass through it.
-    folder = Path(tempfile.mkdtemp(prefix="stack-", dir="/tmp"))
-    folder.chmod(0o755)
-    made = Stack(folder)
-    try:
-        yield made
-    finally:
-        if made.process is not None and made.process.poll() is None:
-            made.process.send_signal(signal.SIGTERM)
-            made.process.wait(timeout=30)
-        shutil.rmtree(folder)
+    with stack_folder() as folder:
+        made = Stack(folder, lambda home, port: [sys.executable, "-m", _MODULE, str(home), str(port)])
+        try:
+            yield made
+        finally:
+            made.stop()
 
 
 def test_state_and_key_survive_a_restart_and_a_stop_leaves_no_process(stack: Stack) -> None:
@@ -125,12 +31,12 @@ def test_state_and_key_survive_a_restart_and_a_stop_leaves_no_process(stack: Sta
     assert connection["base_url"] == f"http://127.0.0.1:{stack.port}/v1"
     assert stat.S_IMODE((stack.home / "connection.json").stat().st_mode) == 0o600
     assert connection["api_key"] not in stack.output()
-    below = _descendants(stack.running.pid)
+    below = descendants(stack.running.pid)
     assert len(below) >= 5
 
     stack.running.send_signal(signal.SIGTERM)
     assert stack.running.wait(timeout=10) == 0
-    assert not [pid for pid in below if _is_alive(pid)]
+    assert not [pid for pid in below if is_alive(pid)]
     assert not (stack.home / "run").is_symlink()
     # PostgreSQL wrote everything out: nothing has to be recovered at the next start.
     assert "database system is shut down" in stack.log("postgres")
@@ -143,13 +49,13 @@ def test_state_and_key_survive_a_restart_and_a_stop_leaves_no_process(stack: Sta
 def test_no_process_outlives_a_killed_supervisor_and_the_next_start_works(stack: Stack) -> None:
     stack.start().until_ready()
     run = (stack.home / "run").resolve()
-    below = _descendants(stack.running.pid)
+    below = descendants(stack.running.pid)
     # What a killed worker's own children do is the worker's business: its stand-in's `sleep` has no tie.
     sleeper = stack.pid_of("sleep\x001000")
     stack.running.kill()
     stack.running.wait()
     os.kill(sleeper, signal.SIGKILL)
-    _wait_until(lambda: not [pid for pid in below if _is_alive(pid)], "all processes end")
+    wait_until(lambda: not [pid for pid in below if is_alive(pid)], "all processes end")
     stack.start().until_ready()
     assert not run.exists()
     assert "start 2" in stack.log("migrate")
@@ -167,27 +73,27 @@ def test_the_children_of_a_process_that_died_are_ended(stack: Stack) -> None:
     stack.start().until_ready()
     sleeper = stack.pid_of("sleep\x001000")
     os.kill(stack.pid_of("STUBBORN"), signal.SIGKILL)
-    _wait_until(lambda: not _is_alive(sleeper), "the child ends")
+    wait_until(lambda: not is_alive(sleeper), "the child ends")
 
 
 def test_a_process_that_ignores_term_is_killed_and_the_rest_is_stopped_cleanly(stack: Stack) -> None:
     stack.start(STUBBORN="1").until_ready()
-    below = _descendants(stack.running.pid)
+    below = descendants(stack.running.pid)
     stack.running.send_signal(signal.SIGINT)
     assert stack.running.wait(timeout=10) == 0
     assert "worker did not stop in time and is killed" in stack.output()
     assert "postgres did not stop" not in stack.output()
-    assert not [pid for pid in below if _is_alive(pid)]
+    assert not [pid for pid in below if is_alive(pid)]
 
 
 def test_a_second_interrupt_kills_at_once(stack: Stack) -> None:
     stack.start(STUBBORN="1").until_ready()
-    below = _descendants(stack.running.pid)
+    below = descendants(stack.running.pid)
     stack.running.send_signal(signal.SIGINT)
     stack.until_output("Stopping")
     stack.running.send_signal(signal.SIGINT)
     assert stack.running.wait(timeout=2) == 0
-    _wait_until(lambda: not [pid for pid in below if _is_alive(pid)], "all processes end")
+    wait_until(lambda: not [pid for pid in below if is_alive(pid)], "all processes end")
 
 
 def test_an_interrupt_during_the_start_stops_everything(stack: Stack) -> None:
@@ -200,7 +106,7 @@ def test_an_interrupt_during_the_start_stops_everything(stack: Stack) -> None:
 
 def test_a_failing_migration_ends_the_start_with_its_last_words(stack: Stack) -> None:
     stack.start(BROKEN="1")
-    assert stack.running.wait(timeout=_WAIT_SECONDS) == 1
+    assert stack.running.wait(timeout=WAIT_SECONDS) == 1
     assert "migrate failed (exit code 1)" in stack.output()
     assert "no such table: cheese" in stack.output()
     assert "Ready:" not in stack.output()
@@ -209,14 +115,13 @@ def test_a_failing_migration_ends_the_start_with_its_last_words(stack: Stack) ->
 
 def test_a_second_service_on_the_home_or_the_port_is_refused_in_words(stack: Stack) -> None:
     stack.start().until_ready()
-    command = [sys.executable, "-m", "tests.integration.stand_in_stack"]
     for home, port, words in (
-        (stack.home, _free_port(), f"already (process {stack.running.pid})"),
+        (stack.home, free_port(), f"already (process {stack.running.pid})"),
         (stack.home.with_name("other"), stack.port, "--port"),
     ):
         second = subprocess.run(
-            [*command, str(home), str(port)],
-            cwd=_ROOT,
+            [sys.executable, "-m", _MODULE, str(home), str(port)],
+            cwd=ROOT,
             env=stack.environment,
             capture_output=True,
             text=True,
@@ -249,7 +154,7 @@ def test_secrets_of_another_home_are_refused_and_the_data_is_kept(stack: Stack) 
     secrets = json.loads(path.read_text())
     path.write_text(json.dumps({**secrets, "postgres_password": "0" * 48}))
     stack.start()
-    assert stack.running.wait(timeout=_WAIT_SECONDS) == 1
+    assert stack.running.wait(timeout=WAIT_SECONDS) == 1
     assert "another password" in stack.output()
     path.write_text(json.dumps(secrets))
     stack.start().until_ready()
@@ -261,7 +166,7 @@ def test_the_operators_own_database_and_broker_replace_the_embedded_ones(stack: 
         LUTHIER_DATABASE_URL="postgresql+psycopg://nobody@127.0.0.1:1/none",
         LUTHIER_REDIS_URL="redis://127.0.0.1:1/0",
     )
-    assert stack.running.wait(timeout=_WAIT_SECONDS) == 1
+    assert stack.running.wait(timeout=WAIT_SECONDS) == 1
     assert "migrate failed" in stack.output()
     assert not (stack.home / "logs" / "postgres.log").exists()
     assert not (stack.home / "logs" / "valkey.log").exists()

@@ -1,0 +1,87 @@
+"""`luthier up` with the whole real service over the tiny base: its parts are killed, then it is."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.stack import Stack, descendants, is_alive, stack_folder, wait_until
+from tests.tiny import BASE_ID, CONTEXT_LENGTH, build_tiny_base
+
+_PARTS = {
+    "postgres": "bin/postgres",
+    "valkey": "valkey-server",
+    "inference": "luthier.inference.server",
+    "api": "-m\0api",
+    "worker": "-m\0worker",
+}
+
+
+def _command(home: Path, port: int) -> list[str]:
+    return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with stack_folder() as folder:
+        build_tiny_base(folder / "bases" / BASE_ID)
+        models_file = folder / "models.toml"
+        models_file.write_text(
+            f'[bases.{BASE_ID}]\nsource = "path:{folder / "bases" / BASE_ID}"\nlicence = "Apache-2.0"\n'
+            f"context_length = {CONTEXT_LENGTH}\nmemory_gib = 0.1\n"
+        )
+        made = Stack(folder, _command)
+        made.environment |= {
+            "LUTHIER_BASES_DIR": str(folder / "bases"),
+            "LUTHIER_MODELS_FILE": str(models_file),
+            "LUTHIER_PRELOAD_BASE": BASE_ID,
+            "LUTHIER_NUM_THREADS": "1",
+        }
+        try:
+            yield made.start().until_ready()
+        finally:
+            made.stop()
+
+
+def _chat(stack: Stack) -> int:
+    """Return the status of a short chat: it goes through API, database and inference server."""
+    connection = json.loads((stack.home / "connection.json").read_text())
+    body = {"model": BASE_ID, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    headers = {"Authorization": f"Bearer {connection['api_key']}"}
+    try:
+        answer = httpx2.post(
+            f"{connection['base_url']}/chat/completions", json=body, headers=headers, timeout=30.0
+        )
+    except httpx2.TransportError:
+        return 0
+    return answer.status_code
+
+
+@pytest.mark.parametrize("name", list(_PARTS))
+def test_a_killed_part_comes_back_and_the_service_answers_again(stack: Stack, name: str) -> None:
+    assert _chat(stack) == 200
+    pid = stack.pid_of(_PARTS[name])
+    os.kill(pid, signal.SIGKILL)
+    stack.until_output(f"{name} died (killed by SIGKILL)")
+    stack.until_output(f"{name} is back")
+    assert stack.pid_of(_PARTS[name]) != pid
+    wait_until(lambda: _chat(stack) == 200, f"a chat answers after {name} was killed")
+
+
+def test_no_process_outlives_the_supervisor_however_it_ends(stack: Stack) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        below = descendants(stack.running.pid)
+        assert len(below) >= len(_PARTS)
+        stack.running.send_signal(number)
+        stack.running.wait(timeout=10)
+        wait_until(
+            lambda below=below: not [pid for pid in below if is_alive(pid)],
+            f"all processes end after {number.name}",
+        )
+        stack.start().until_ready()
+        assert _chat(stack) == 200

@@ -1,0 +1,122 @@
+"""A supervised stack as a process of its own, for tests that signal and kill its parts."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WAIT_SECONDS = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the pids of every process below one, the nearest first."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(folder.name))
+    found: list[int] = []
+    generation = [pid]
+    while generation:
+        generation = [child for parent in generation for child in children.get(parent, [])]
+        found += generation
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.02)
+
+
+class Stack:
+    """One `luthier up`, or a stand-in for it: its process, output and home.
+
+    Args:
+        folder: a short one that every user may enter.
+        command: what is started, given home and port.
+    """
+
+    def __init__(self, folder: Path, command: Callable[[Path, int], list[str]]) -> None:
+        self.home = folder / "home"
+        self.port = free_port()
+        self.command = command(self.home, self.port)
+        self.environment = {**os.environ, "STATE_DIRECTORY": str(folder / "state"), "PYTHONUNBUFFERED": "1"}
+        self.output_path = folder / "output"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, **environment: str) -> "Stack":
+        with self.output_path.open("wb") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env={**self.environment, **environment},
+                stdout=output,
+                stderr=output,
+            )
+        return self
+
+    def until_ready(self) -> "Stack":
+        self.until_output("Ready: ")
+        return self
+
+    def until_output(self, text: str) -> None:
+        wait_until(lambda: text in self.output() or self.running.poll() is not None, text)
+        assert text in self.output(), self.output()
+
+    @property
+    def running(self) -> "subprocess.Popen[bytes]":
+        assert self.process is not None
+        return self.process
+
+    def output(self) -> str:
+        return self.output_path.read_text()
+
+    def log(self, name: str) -> str:
+        return (self.home / "logs" / f"{name}.log").read_text()
+
+    def pid_of(self, part: str) -> int:
+        for pid in descendants(self.running.pid):
+            if part.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        raise AssertionError(f"no process {part}")
+
+    def stop(self) -> None:
+        """Stop it when it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def stack_folder() -> Iterator[Path]:
+    """Hold a folder for a stack. It is not pytest's own: the database's user must pass through it."""
+    folder = Path(tempfile.mkdtemp(prefix="stack-", dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
