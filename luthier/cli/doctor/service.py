@@ -1,5 +1,6 @@
 """Checks of the service: home, database, broker, storage, base models, API, key."""
 
+import os
 import uuid
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from luthier.bases.catalogue import base_folder, find_base_facts, load_catalogue
 from luthier.cli.connection import find_connection
 from luthier.cli.doctor.finding import START_ADVICE, Finding, not_running
 from luthier.cli.stack.home import RUN_LINK_NAME, find_lock_holder, load_secrets
-from luthier.cli.stack.postgres import database_url
+from luthier.cli.stack.postgres import database_url, state_root
 from luthier.cli.stack.valkey import SOCKET_NAME, answers_ping
 from luthier.client import ApiError, LuthierClient, NotRunningError
 from luthier.core.errors import LuthierError
@@ -22,6 +23,19 @@ def check_home(home: Path) -> Finding:
     if holder is None:
         return Finding("service", "warn", f"not running on {home}", START_ADVICE)
     return Finding("service", "ok", f"running on {home} (process {holder})")
+
+
+def check_left_databases() -> list[Finding]:
+    """Databases that root keeps outside the homes belong to homes that are still there."""
+    left = [
+        path.parent
+        for path in sorted(state_root().glob("*/home"))
+        if os.access(path, os.R_OK) and not Path(path.read_text().strip()).exists()
+    ]
+    if not left:
+        return []
+    advice = "when they are not needed any more: rm -r " + " ".join(map(str, left))
+    return [Finding("old databases", "warn", f"{len(left)} belong to homes that are gone", advice)]
 
 
 def check_database(home: Path, settings: Settings) -> Finding:

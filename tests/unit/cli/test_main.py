@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import luthier.cli.main as main_module
-from luthier.cli.doctor import report
+from luthier.cli.doctor import report, service
 from luthier.cli.doctor.finding import Finding
 from luthier.cli.main import app, main
 from luthier.client import LuthierClient
@@ -117,6 +117,17 @@ def test_doctor_fails_when_a_check_fails(runner: CliRunner, monkeypatch: pytest.
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "FAIL  database" in result.output
+
+
+def test_doctor_names_databases_whose_home_is_gone(
+    runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    for name, home in (("one", tmp_path), ("two", tmp_path / "gone")):
+        (tmp_path / "state" / name).mkdir(parents=True)
+        (tmp_path / "state" / name / "home").write_text(f"{home}\n")
+    (finding,) = service.check_left_databases()
+    assert finding.advice.endswith(f"rm -r {tmp_path / 'state' / 'two'}")
 
 
 def test_doctor_names_a_setting_out_of_range(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
