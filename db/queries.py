@@ -12,14 +12,24 @@ OwnedRow = TypeVar("OwnedRow", ApiKey, Checkpoint, File, IdempotencyKey, Job, Jo
 
 
 def find_owned(
-    session: Session, table: type[OwnedRow], project_id: str, row_id: str, *, for_update: bool = False
+    session: Session,
+    table: type[OwnedRow],
+    project_id: str,
+    row_id: str,
+    *,
+    for_update: bool = False,
+    for_share: bool = False,
 ) -> OwnedRow | None:
-    """Return a project's row by id, or None when it is not there, deleted, or another project's."""
+    """Return a project's row by id, or None when it is not there, deleted, or another project's.
+
+    The row is locked until the transaction ends when it is asked for: `for_update` against every other
+    lock, `for_share` against `for_update` only.
+    """
     statement = select(table).where(
         table.id == row_id, table.project_id == project_id, table.deleted_at.is_(None)
     )
-    if for_update:
-        statement = statement.with_for_update()
+    if for_update or for_share:
+        statement = statement.with_for_update(read=for_share)
     return session.scalar(statement)
 
 

@@ -145,6 +145,8 @@ class Job(Owned, Table):
     lease_epoch: Mapped[int] = mapped_column(server_default="0")
     lease_expires_at: Mapped[datetime | None]
     num_crashes: Mapped[int] = mapped_column(server_default="0")
+    # When what an ended job no longer needs was deleted from storage.
+    tidied_at: Mapped[datetime | None]
     last_event_seq: Mapped[int] = mapped_column(server_default="0")
 
 

@@ -35,13 +35,13 @@ def record(session: Session, scope: Scope, stored: StoredFile) -> File:
     return row
 
 
-def get(session: Session, scope: Scope, file_id: str, *, param: str = "id") -> File:
-    """Return a file of the project.
+def get(session: Session, scope: Scope, file_id: str, *, param: str = "id", for_share: bool = False) -> File:
+    """Return a file of the project; with `for_share` it can't be deleted until the transaction ends.
 
     Raises:
         NotFoundError: when there is none of that id.
     """
-    row = find_owned(session, File, scope.project_id, file_id)
+    row = find_owned(session, File, scope.project_id, file_id, for_share=for_share)
     if row is None:
         raise NotFoundError(f"No such File object: {file_id[:64]}", param=param)
     return row

@@ -47,7 +47,7 @@ class NewJob:
 
 def _get_input_file(session: Session, scope: Scope, file_id: str, param: str) -> File:
     try:
-        row = files.get(session, scope, file_id, param=param)
+        row = files.get(session, scope, file_id, param=param, for_share=True)
     except NotFoundError as error:
         # OpenAI answers 400 for a file named in a body; 404 is for what the path names.
         raise InvalidValueError(f"{param}: {error.message}", param=param) from error

@@ -25,6 +25,7 @@ from worker.tasks.prepare import prepare
 from worker.tasks.train import train_next
 
 _log = structlog.get_logger()
+_TIDIED_AT_ONCE = 10
 
 
 def work(context: WorkerContext, job_id: str | None) -> None:
@@ -58,12 +59,24 @@ def sweep(context: WorkerContext) -> list[str]:
         return list(leases.list_waiting(session, limit=settings.training_slots + 1))
 
 
+def tidy(context: WorkerContext) -> None:
+    """Delete from storage what ended jobs no longer need: tokenised rows, save points, what no row names."""
+    with context.database.transaction() as session:
+        ended = leases.list_untidied(session, limit=_TIDIED_AT_ONCE)
+    for job in ended:
+        prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
+        context.storage.delete_all_but(prefix, job.kept_prefixes)
+        with context.database.transaction() as session:
+            leases.mark_tidied(session, job.job_id)
+
+
 def _sweep_for_ever(context: WorkerContext) -> None:
     """Ring for waiting jobs at every sweep; runs in a thread of the main process."""
     while not context.stopping.wait(context.settings.sweep_seconds):
         try:
             for job_id in sweep(context):
                 context.ring(job_id)
+            tidy(context)
         except LuthierError as error:
             _log.warning("sweep put off", reason=error.message)
 
@@ -128,6 +141,7 @@ def run_without_broker(settings: Settings) -> None:
         try:
             waiting = sweep(context)
             work(context, waiting[0] if waiting else None)
+            tidy(context)
         except LuthierError as error:
             _log.warning("sweep put off", reason=error.message)
         if not waiting:

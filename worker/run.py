@@ -284,7 +284,6 @@ class TrainingRun:
                     NewEvent(f"New fine-tuned model created: {self.model_name}", data={}),
                 ],
             )
-            save_points = job.save_points
             leases.leave(
                 session,
                 self.lease,
@@ -293,11 +292,10 @@ class TrainingRun:
                 event=NewEvent("The job has successfully completed", data={}),
                 fine_tuned_model=self.model_name,
                 trained_tokens=event.trained_tokens,
-                save_points=[],
             )
         self._forget()
         self._ending = Ending.SUCCEEDED
-        for prefix in [*retired, *(str(save_point["key"]) for save_point in save_points)]:
+        for prefix in retired:
             self.context.storage.delete_prefix(prefix)
 
     def _stopped(self, event: StoppedEvent) -> None:

@@ -5,7 +5,7 @@ Nothing here knows a row or a request.
 """
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -157,6 +157,14 @@ class Storage:
                 self.delete(meta["path"])
         if self.local_root is not None:
             shutil.rmtree(self.local_root / prefix, ignore_errors=True)
+
+    def delete_all_but(self, prefix: str, kept_prefixes: Collection[str]) -> None:
+        """Delete the objects under a prefix that are under none of the kept ones."""
+        for batch in obstore.list(self.objects, prefix + "/"):
+            for meta in batch:
+                path = meta["path"]
+                if not any(path.startswith(kept + "/") for kept in kept_prefixes):
+                    self.delete(path)
 
     def put_folder(self, folder: Path, prefix: str) -> Manifest:
         """Publish a sealed folder under a prefix: its files, then its manifest.

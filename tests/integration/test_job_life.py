@@ -18,7 +18,7 @@ from services import leases
 from services.leases import LeaseLostError
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
-from worker.app import sweep, work
+from worker.app import sweep, tidy, work
 from worker.context import WorkerContext, make_context
 from worker.tasks.prepare import prepare
 from worker.tasks.train import train_next
@@ -94,6 +94,12 @@ def test_a_job_becomes_a_model_that_peft_loads(
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny-llama"
     _assert_peft_loads(context.settings.bases_dir / "tiny-llama", folder)
+
+    root = context.storage.local_root
+    assert root is not None
+    tidy(context)
+    kept = {path.parent.name for path in (root / "projects").rglob("*") if path.is_file()} - {"files"}
+    assert kept == {"artifact", f"step-{checkpoints[1].step_number:06d}"}
 
     client.models.delete(job.fine_tuned_model)
     assert httpx2.get(url, headers=api.headers).status_code == 404

@@ -206,6 +206,7 @@ def upgrade() -> None:
         sa.Column("lease_epoch", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("lease_expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("num_crashes", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("tidied_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("last_event_seq", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("organization_id", sa.Text(), nullable=False),
         sa.Column("project_id", sa.Text(), nullable=False),
