@@ -6,13 +6,16 @@ marks, and all the files of a fetched base. Its answers mean nothing; its shapes
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from luthier.bases.catalogue import FACTS_NAME
-from luthier.core.specs import BaseFacts
+from luthier.core.specs import BaseFacts, Hyperparameters, RunInputs, TrainingOptions, TrainingSpec
+from luthier.data.prepared import PreparedRows, join_rows, write_prepared
+from luthier.methods import check_tuning, resolve_spec
 from luthier.storage.manifests import seal_folder
 
 BASE_ID = "tiny-llama"
@@ -154,4 +157,70 @@ def build_tiny_base(folder: Path, *, seed: int = 0) -> Path:
     )
     (building / FACTS_NAME).write_text(facts.model_dump_json(indent=1))
     seal_folder(building, folder)
+    return folder
+
+
+def build_tiny_rows(num_rows: int, *, seed: int = 0) -> PreparedRows:
+    """Make rows that a tiny model can learn from: a random prompt, then an answer that repeats its start.
+
+    Args:
+        num_rows: rows; they have 12 to 47 tokens each, the last 5 to 8 of them supervised.
+        seed: decides every token.
+
+    Returns:
+        The rows, on lines 1, 2, and so on.
+    """
+    generator = np.random.default_rng(seed)
+    tokens, supervised = [], []
+    for _ in range(num_rows):
+        prompt = generator.integers(3, 40, generator.integers(7, 40)).astype(np.int32)
+        answer = np.resize(prompt[:2], generator.integers(5, 9)).astype(np.int32)
+        tokens.append(np.concatenate([prompt, answer]))
+        supervised.append(np.arange(len(prompt) + len(answer)) >= len(prompt))
+    return join_rows(tokens, supervised, list(range(1, num_rows + 1)))
+
+
+def build_tiny_run(
+    folder: Path,
+    base: Path,
+    *,
+    num_rows: int = 24,
+    num_validation_rows: int = 6,
+    tuning: dict[str, Any] | None = None,
+    hyperparameters: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> Path:
+    """Write a run directory that `python -m luthier.training` accepts: float32, one thread, on a CPU.
+
+    Args:
+        folder: the run directory, to be made.
+        base: a folder that `build_tiny_base` wrote.
+        num_rows: training rows.
+        num_validation_rows: validation rows; none when 0.
+        tuning: the request's `tuning` object.
+        hyperparameters: OpenAI's three knobs.
+        training: the request's `training` object.
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir(parents=True)
+    rows = build_tiny_rows(num_rows)
+    write_prepared(rows, folder / "train.safetensors")
+    if num_validation_rows:
+        write_prepared(build_tiny_rows(num_validation_rows, seed=1), folder / "validation.safetensors")
+    facts = BaseFacts.model_validate_json((base / FACTS_NAME).read_bytes())
+    spec = TrainingSpec(
+        base_id=facts.id,
+        tuning=check_tuning({"rank": 4, **(tuning or {})}),
+        hyperparameters=Hyperparameters(**(hyperparameters or {})),
+        training=TrainingOptions(**{"precision": "float32", **(training or {})}),
+        seed=11,
+    )
+    spec = resolve_spec(spec, base=facts, num_rows=num_rows, num_tokens=rows.num_tokens, num_threads=1)
+    (folder / "spec.json").write_text(spec.model_dump_json())
+    inputs = RunInputs(
+        job_id="ftjob-tiny", model_name="ft:tiny-llama:org::abcdefgh", base_path=str(base), device="cpu"
+    )
+    (folder / "inputs.json").write_text(inputs.model_dump_json())
     return folder

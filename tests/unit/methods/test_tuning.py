@@ -1,0 +1,137 @@
+"""The `tuning` object of a request: what is accepted, what is refused, what "auto" becomes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from luthier.core.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    LuthierError,
+    UnknownParameterError,
+    UnsupportedValueError,
+)
+from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
+from luthier.methods import check_tuning, discover, parameter_schemas, resolve_spec
+
+BASE = BaseFacts(
+    id="b",
+    source="path:/b",
+    licence="mit",
+    digest="sha256:1",
+    tokenizer_digest="sha256:2",
+    context_length=512,
+    num_parameters=1,
+    num_layers=2,
+    hidden_size=64,
+)
+
+
+def spec(**changes: object) -> TrainingSpec:
+    return TrainingSpec.model_validate({"base_id": "b", "tuning": check_tuning({}), "seed": 1, **changes})
+
+
+def resolve(given: TrainingSpec, num_rows: int = 240) -> TrainingSpec:
+    return resolve_spec(given, base=BASE, num_rows=num_rows, num_tokens=num_rows * 90, num_threads=2)
+
+
+def test_an_empty_object_is_lora_with_auto_kept() -> None:
+    tuning = check_tuning({})
+    assert tuning["type"] == "lora"
+    assert tuning["rank"] == tuning["alpha"] == tuning["dropout"] == "auto"
+    assert tuning["target_modules"] == "all-linear"
+
+
+def test_a_checked_object_checks_to_itself() -> None:
+    tuning = check_tuning({"type": "lora", "rank": 4, "target_modules": ["q_proj"]})
+    assert check_tuning(tuning) == tuning
+
+
+@pytest.mark.parametrize(
+    ("tuning", "error", "param"),
+    [
+        ({"colour": 1}, UnknownParameterError, "tuning.colour"),
+        ({"type": "magic"}, InvalidValueError, "tuning.type"),
+        ({"type": 3}, InvalidValueError, "tuning.type"),
+        ({"rank": 0}, InvalidValueError, "tuning.rank"),
+        ({"rank": 257}, InvalidValueError, "tuning.rank"),
+        ({"rank": "many"}, InvalidValueError, "tuning.rank"),
+        ({"rank": [8]}, InvalidTypeError, "tuning.rank"),
+        ({"rank": True}, InvalidTypeError, "tuning.rank"),
+        ({"alpha": float("nan")}, InvalidValueError, "tuning.alpha"),
+        ({"alpha": float("inf")}, InvalidValueError, "tuning.alpha"),
+        ({"dropout": 1.0}, InvalidValueError, "tuning.dropout"),
+        ({"target_modules": "("}, InvalidValueError, "tuning.target_modules"),
+        ({"target_modules": []}, InvalidValueError, "tuning.target_modules"),
+        ({"quantization": "nf4"}, UnsupportedValueError, "tuning.quantization"),
+    ],
+)
+def test_a_bad_parameter_is_refused_by_its_name(
+    tuning: dict[str, object], error: type[LuthierError], param: str
+) -> None:
+    with pytest.raises(error) as caught:
+        check_tuning(tuning)
+    assert caught.value.param == param
+
+
+def test_resolving_leaves_no_auto() -> None:
+    resolved = resolve(spec())
+    assert resolved.is_resolved
+    assert resolved.base == BASE
+    assert resolved.num_threads == 2
+    assert resolved.training.max_length == 512
+    assert resolved.training.learning_rate is not None
+
+
+def test_a_multiplier_scales_the_methods_rate_and_a_given_rate_wins() -> None:
+    single = resolve(spec()).training.learning_rate
+    double = resolve(spec(hyperparameters=Hyperparameters(learning_rate_multiplier=2.0)))
+    assert single is not None
+    assert double.training.learning_rate == pytest.approx(2 * single)
+    given = resolve(spec(training=TrainingOptions(learning_rate=0.25)))
+    assert given.training.learning_rate == 0.25
+
+
+def test_given_numbers_stay() -> None:
+    asked = spec(
+        tuning=check_tuning({"rank": 5, "alpha": 3, "dropout": 0.25}),
+        hyperparameters=Hyperparameters(n_epochs=7, batch_size=3),
+    )
+    resolved = resolve(asked)
+    assert (resolved.tuning["rank"], resolved.tuning["alpha"], resolved.tuning["dropout"]) == (5, 3, 0.25)
+    assert (resolved.hyperparameters.n_epochs, resolved.hyperparameters.batch_size) == (7, 3)
+
+
+@pytest.mark.parametrize("field", ["n_epochs", "batch_size", "learning_rate_multiplier"])
+def test_hyperparameters_out_of_range_are_refused(field: str) -> None:
+    values = {"n_epochs": (0, 51), "batch_size": (0, 257), "learning_rate_multiplier": (0, -1.0)}
+    for value in values[field]:
+        with pytest.raises(InvalidValueError) as caught:
+            resolve(spec(hyperparameters=Hyperparameters(**{field: value})))
+        assert caught.value.param == f"hyperparameters.{field}"
+
+
+def test_more_rows_mean_fewer_epochs_and_larger_batches() -> None:
+    resolved = [resolve(spec(), num_rows=n).hyperparameters for n in (10, 240, 3_000, 100_000)]
+    epochs = [h.n_epochs for h in resolved]
+    sizes = [h.batch_size for h in resolved]
+    assert epochs == sorted(epochs, reverse=True)
+    assert sizes == sorted(sizes)
+    assert epochs[0] > epochs[-1]
+    assert sizes[0] < sizes[-1]
+
+
+def test_every_method_has_a_schema_that_names_its_type() -> None:
+    for name, schema in parameter_schemas().items():
+        assert schema["properties"]["type"]["const"] == name
+        assert schema["additionalProperties"] is False
+    assert "lora" in discover()
+
+
+def test_methods_are_known_without_torch() -> None:
+    code = (
+        "import sys, luthier.methods as m; m.check_tuning({}); m.parameter_schemas();"
+        "sys.exit(int(any(n in sys.modules for n in ('torch', 'transformers', 'peft'))))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
