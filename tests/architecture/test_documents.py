@@ -1,0 +1,97 @@
+"""The documents say what the code does: codes, quickstart, links, names of files and functions."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from luthier.core import errors
+from luthier.core.errors import JobError, LuthierError
+from tests.architecture.sources import ROOMS, ROOT, python_files, tracked_files, tree_of
+
+_DOCUMENTS = [name for name in tracked_files() if name.endswith(".md") and "/support/" not in name]
+
+
+def _codes_of(name: str) -> set[str]:
+    """Return the codes that a file defines: class attributes named `code`, and pairs `message, code = …`."""
+    found: set[str] = set()
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.ClassDef):
+            for statement in node.body:
+                target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+                target = statement.target if isinstance(statement, ast.AnnAssign) else target
+                value = getattr(statement, "value", None)
+                if isinstance(target, ast.Name) and target.id == "code" and isinstance(value, ast.Constant):
+                    found.add(value.value)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            names = [getattr(element, "id", "") for element in node.targets[0].elts]
+            if "code" in names and isinstance(node.value, ast.Tuple):
+                value = node.value.elts[names.index("code")]
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    found.add(value.value)
+    return found
+
+
+def _documented() -> dict[str, str]:
+    """Return the codes of docs/errors.md with the cell that follows each."""
+    text = (ROOT / "docs/errors.md").read_text()
+    return dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, flags=re.MULTILINE))
+
+
+def test_every_error_code_is_documented_and_no_other() -> None:
+    defined = set().union(*(_codes_of(name) for name in python_files(*ROOMS)))
+    assert set(_documented()) == defined
+
+
+def test_the_documented_http_status_is_the_codes_own() -> None:
+    classes = [
+        cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, LuthierError)
+    ]
+    documented = _documented()
+    for cls in classes:
+        if cls.code is not None and not issubclass(cls, JobError):
+            assert documented[cls.code].strip() == str(cls.http_status), cls
+
+
+def test_the_readmes_quickstart_is_the_example() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks == [(ROOT / "examples/quickstart.py").read_text()]
+
+
+@pytest.mark.parametrize("name", _DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\(([^)#]*)[^)]*\)", (ROOT / name).read_text()):
+        if target and "://" not in target:
+            assert (folder / target).exists(), target
+
+
+def _defines(path: Path, name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return any(
+        getattr(node, "name", None) == last
+        for node in ast.walk(tree_of(str(path)))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    )
+
+
+@pytest.mark.parametrize("name", _DOCUMENTS)
+def test_files_and_functions_that_documents_name_exist(name: str) -> None:
+    for file, function in re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", (ROOT / name).read_text()):
+        paths = [known for known in tracked_files() if f"/{known}".endswith(f"/{file}")]
+        assert paths, file
+        assert not function or any(_defines(Path(path), function) for path in paths), f"{file}: {function}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_make_targets_that_documents_name_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / name).read_text(), re.MULTILINE))
+    assert named
+    assert named <= targets
+
+
+def test_decisions_are_numbered_without_gaps() -> None:
+    numbers = sorted(int(path.name[:4]) for path in (ROOT / "docs/decisions").glob("*.md"))
+    assert numbers == list(range(1, len(numbers) + 1))

@@ -1,0 +1,75 @@
+"""Imports run down only, and torch stays in the two processes that compute."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.sources import ROOT, python_files, tree_of
+
+_HEAVY = ("torch", "transformers", "peft")
+# Imports every module below the packages but those that run when imported, then says what got in.
+_PROBE = """
+import importlib, pkgutil, sys
+for name in sys.argv[1:]:
+    package = importlib.import_module(name)
+    for found in pkgutil.walk_packages(getattr(package, "__path__", []), name + "."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+print([name for name in ("torch", "transformers", "peft") if name in sys.modules])
+"""
+
+
+def test_the_import_contracts_hold() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "packages",
+    [
+        ("api", "luthier.inference.backends"),
+        ("worker", "services", "db.migrate"),
+        ("luthier.cli", "luthier.client"),
+    ],
+    ids=["api", "worker", "cli"],
+)
+def test_a_process_of_the_service_never_loads_torch(packages: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE, *packages], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def _imported_at_the_top(name: str) -> set[str]:
+    found: set[str] = set()
+    for statement in tree_of(name).body:
+        if isinstance(statement, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            found.add((statement.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", python_files("luthier/methods"))
+def test_a_methods_file_imports_no_torch_at_its_top(name: str) -> None:
+    assert not _imported_at_the_top(name) & set(_HEAVY)
+
+
+@pytest.mark.parametrize("name", python_files("services"))
+def test_services_move_no_bytes(name: str) -> None:
+    modules = {node.module or "" for node in ast.walk(tree_of(name)) if isinstance(node, ast.ImportFrom)} | {
+        alias.name for node in ast.walk(tree_of(name)) if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert not [m for m in modules if m.startswith(("luthier.storage", "obstore", "httpx2", "shutil"))]

@@ -1,0 +1,48 @@
+"""Length of files, and what no file may name."""
+
+import re
+
+import pytest
+
+from tests.architecture.sources import ROOMS, ROOT, python_files, tracked_files
+
+_MAX_LINES = 400
+# Longer than they should be; they may shrink, and must not grow.
+_LONG = {"luthier/modeling/fused_llama.py": 410, "tests/integration/test_inference_server.py": 600}
+_REGISTRY_HOSTS = [
+    ".".join(parts)
+    for parts in (
+        ("pypi", "org"),
+        ("pythonhosted", "org"),
+        ("download.pytorch", "org"),
+        ("huggingface", "co"),
+        ("npmjs", "org"),
+        ("docker", "io"),
+        ("ghcr", "io"),
+        ("quay", "io"),
+    )
+]
+# Folders of some machine on which the project was written.
+_FOREIGN_PATHS = re.compile(r"(?<![\w.-])/(work/|tmp/w\b)")
+
+
+@pytest.mark.parametrize("name", python_files(*ROOMS, "tests", "examples", "benchmarks", "deploy"))
+def test_a_file_is_one_subject(name: str) -> None:
+    num_lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+    assert num_lines <= _LONG.get(name, _MAX_LINES)
+
+
+def test_no_file_has_a_vague_name() -> None:
+    vague = {"utils", "util", "common", "manager", "helper", "helpers", "handle", "misc"}
+    assert not [name for name in tracked_files() if vague & set(re.split(r"[/._]", name))]
+
+
+def test_no_file_names_a_registry_or_a_folder_of_another_machine() -> None:
+    for name in tracked_files():
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        assert not [host for host in _REGISTRY_HOSTS if host in text], name
+        found = _FOREIGN_PATHS.search(text)
+        assert found is None, f"{name}: {found}"
