@@ -8,13 +8,16 @@ import torch
 def build_optimizer(
     parameters: list[torch.nn.Parameter], *, learning_rate: float, weight_decay: float, device: str
 ) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters with betas 0.9 and 0.999.
+    """Build AdamW over the trained parameters with betas 0.9 and 0.999.
 
     Args:
         parameters: float32 parameters, in a stable order.
         learning_rate: the peak rate; every step sets its own.
         weight_decay: decoupled decay per unit of rate.
         device: where the parameters lie.
+
+    Returns:
+        The optimizer, fused on a CPU.
     """
     return torch.optim.AdamW(
         parameters,
@@ -28,13 +31,16 @@ def build_optimizer(
 
 
 def learning_rate_at(step: int, *, num_steps: int, peak: float, warmup_ratio: float) -> float:
-    """Return the rate of a step: a linear rise, then half a cosine down to a tenth of the peak.
+    """Compute the rate of a step: a linear rise, then half a cosine down to a tenth of the peak.
 
     Args:
         step: 1 for the first step.
         num_steps: steps of the whole run.
         peak: the highest rate.
         warmup_ratio: share of steps that rise.
+
+    Returns:
+        The rate, above 0.
     """
     num_warmup = math.ceil(num_steps * warmup_ratio)
     if step <= num_warmup:

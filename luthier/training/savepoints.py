@@ -117,9 +117,10 @@ def _restore_tensors(folder: Path, trainee: Trainee, optimizer: torch.optim.Opti
         name, _, kind = key.rpartition("|")
         states[name][kind] = value
     for name, parameter in names:
-        # On a device the fused and foreach updates want even the count of steps there.
+        # AdamW counts its steps on the CPU, wherever the parameters are.
         optimizer.state[parameter] = {
-            kind: value.to(parameter.device, copy=True) for kind, value in states[name].items()
+            kind: value if kind == "step" else value.to(parameter.device)
+            for kind, value in states[name].items()
         }
 
 
