@@ -1,0 +1,180 @@
+"""The straight line with the real small model: upload, fine-tune through kills, chat, download, restart."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from luthier.bases.catalogue import base_folder, find_base_facts
+from luthier.client import LuthierClient
+from luthier.core.settings import Settings
+from tests.stack import ROOT, Stack, descendants, is_alive, stack_folder, wait_until
+
+BASE = "smollm2-135m-instruct"
+NUM_ANSWERS = 20
+_TRAIN_FILE = ROOT / "examples" / "support" / "train.jsonl"
+_HELD_OUT_FILE = ROOT / "examples" / "support" / "heldout.jsonl"
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    bases_dir = Settings(_env_file=None).bases_dir
+    if find_base_facts(bases_dir, BASE) is None:
+        pytest.fail(f"the base is missing: run `luthier bases fetch {BASE}` (make setup does)")
+    return base_folder(bases_dir, BASE)
+
+
+@pytest.fixture(scope="module")
+def stack(base: Path) -> Iterator[Stack]:
+    def command(home: Path, port: int) -> list[str]:
+        return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
+
+    with stack_folder() as folder:
+        made = Stack(folder, command)
+        made.environment |= {
+            "LUTHIER_INFERENCE_DTYPE": "float32",
+            # Short, so that a dead worker's job is taken over within seconds.
+            "LUTHIER_LEASE_SECONDS": "4",
+            "LUTHIER_HEARTBEAT_SECONDS": "1",
+            "LUTHIER_SWEEP_SECONDS": "1",
+        }
+        try:
+            yield made.start().until_ready()
+        finally:
+            made.stop()
+
+
+def _connection(stack: Stack) -> dict[str, str]:
+    found: dict[str, str] = json.loads((stack.home / "connection.json").read_text())
+    return found
+
+
+@pytest.fixture
+def client(stack: Stack) -> openai.OpenAI:
+    return openai.OpenAI(**_connection(stack), max_retries=0, timeout=120)
+
+
+def _messages(client: openai.OpenAI, job_id: str) -> list[str]:
+    return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
+
+
+def _step(client: openai.OpenAI, job_id: str) -> int:
+    steps = [m for m in _messages(client, job_id) if m.startswith("Step ")]
+    return int(steps[0].split()[1].split("/")[0]) if steps else 0
+
+
+def _wait(condition: Any, what: str, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def job(stack: Stack) -> Any:
+    """A job whose training process and then whose worker were killed on the way."""
+    client = openai.OpenAI(**_connection(stack), max_retries=2, timeout=60)
+    rows = _TRAIN_FILE.read_bytes().splitlines(keepends=True)[:24]
+    file = client.files.create(file=("rows.jsonl", b"".join(rows)), purpose="fine-tune")
+    made = client.fine_tuning.jobs.create(
+        model="gpt-4o-mini-2024-07-18",
+        training_file=file.id,
+        seed=3,
+        suffix="e2e",
+        extra_body={"training": {"save_every_steps": 1}},
+        hyperparameters={"n_epochs": 2, "batch_size": 4},
+    )
+    _wait(lambda: _step(client, made.id) >= 3, "step 3")
+    os.kill(stack.pid_of("luthier.training"), signal.SIGKILL)
+    _wait(lambda: any(m.startswith("Going on from") for m in _messages(client, made.id)), "a resume")
+    _wait(lambda: _step(client, made.id) >= 6, "step 6")
+    worker = stack.pid_of("-m\0worker")
+    below = descendants(worker)
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: not any(is_alive(pid) for pid in below), "the dead worker's processes are gone")
+    _wait(lambda: client.fine_tuning.jobs.retrieve(made.id).status in ("succeeded", "failed"), "the end")
+    return client.fine_tuning.jobs.retrieve(made.id)
+
+
+def test_a_job_survives_kills_and_makes_exactly_one_model(client: openai.OpenAI, job: Any) -> None:
+    assert job.status == "succeeded", job.error
+    assert job.model == BASE
+    messages = _messages(client, job.id)
+    assert sum(m.startswith("Going on from the save point at step") for m in messages) == 2
+    assert messages.count(f"New fine-tuned model created: {job.fine_tuned_model}") == 1
+    tuned = [model.id for model in client.models.list() if model.id.startswith("ft:")]
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert sorted(tuned) == sorted(c.fine_tuned_model_checkpoint for c in checkpoints)
+    assert [c.step_number for c in checkpoints] == [12, 6]
+    assert checkpoints[0].fine_tuned_model_checkpoint == job.fine_tuned_model
+
+
+def _ask(client: openai.OpenAI, model: str, question: str, **more: Any) -> Any:
+    messages: Any = [{"role": "user", "content": question}]
+    return client.chat.completions.create(
+        model=model, messages=messages, temperature=0, max_tokens=12, **more
+    )
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI, job: Any) -> None:
+    for model in (BASE, job.fine_tuned_model):
+        whole = _ask(client, model, "My order came late.")
+        chunks = list(_ask(client, model, "My order came late.", stream=True))
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert streamed == whole.choices[0].message.content
+        assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+        assert whole.model == model
+
+
+def test_answers_equal_the_downloaded_adapter_in_plain_peft(
+    client: openai.OpenAI, job: Any, stack: Stack, base: Path, tmp_path: Path
+) -> None:
+    """Log-probabilities within 1e-4 and equal greedy tokens over 20 answers, all in float32."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    connection = _connection(stack)
+    with LuthierClient(connection["base_url"], connection["api_key"]) as ours:
+        ours.download_model(job.fine_tuned_model, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    rows = [json.loads(line) for line in _HELD_OUT_FILE.read_text().splitlines()[:NUM_ANSWERS]]
+    for row in rows:
+        question = next(m["content"] for m in row["messages"] if m["role"] == "user")
+        answer = _ask(client, job.fine_tuned_model, question, logprobs=True, top_logprobs=2).choices[0]
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        tokens = list(prompt)
+        for said in answer.logprobs.content:
+            with torch.inference_mode():
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            expected = torch.log_softmax(logits.double(), dim=-1)
+            best = int(expected.argmax())
+            assert said.bytes == list(tokenizer.decode([best]).encode())
+            assert said.logprob == pytest.approx(float(expected[best]), abs=1e-4)
+            tokens.append(best)
+        assert len(answer.logprobs.content) >= 1
+
+
+def test_all_answers_again_after_a_restart(client: openai.OpenAI, job: Any, stack: Stack) -> None:
+    before = _connection(stack)
+    files = {file.id for file in client.files.list()}
+    answer = _ask(client, job.fine_tuned_model, "Where is my parcel?").choices[0].message.content
+    stack.stop()
+    stack.start().until_ready()
+    assert _connection(stack) == before
+    again = openai.OpenAI(**before, timeout=120)
+    assert {file.id for file in again.files.list()} == files
+    assert again.fine_tuning.jobs.retrieve(job.id) == job
+    assert _ask(again, job.fine_tuned_model, "Where is my parcel?").choices[0].message.content == answer
+    assert again.files.content(job.training_file).read().count(b"\n") == 24
