@@ -22,11 +22,7 @@ _BATCH = 200
 
 
 async def read_job(parts: Parts, scope: Scope, job_id: str) -> Job:
-    """Read a job in a short transaction of its own.
-
-    Raises:
-        NotFoundError: when the project has no such job.
-    """
+    """Read a job in a short transaction of its own; one that is not the project's is NotFoundError."""
 
     def read() -> Job:
         with parts.database.transaction() as session:

@@ -38,6 +38,16 @@ def record(session: Session, scope: Scope, stored: StoredFile) -> File:
 def get(session: Session, scope: Scope, file_id: str, *, param: str = "id", for_share: bool = False) -> File:
     """Return a file of the project; with `for_share` it can't be deleted until the transaction ends.
 
+    Args:
+        session: the session.
+        scope: the caller.
+        file_id: the file's id.
+        param: the field that an error names.
+        for_share: keep it from being deleted until the transaction ends.
+
+    Returns:
+        The row.
+
     Raises:
         NotFoundError: when there is none of that id.
     """
@@ -58,6 +68,17 @@ def list_(
 ) -> tuple[Sequence[File], bool]:
     """Return a page of the project's files, and whether more follow.
 
+    Args:
+        session: the session.
+        scope: the caller.
+        after: id of the object that ended the page before.
+        limit: objects of the page.
+        is_ascending: oldest first instead of newest first.
+        purpose: only files of this purpose.
+
+    Returns:
+        The rows, and whether more follow.
+
     Raises:
         InvalidValueError: when `after` is no file of the project.
     """
@@ -74,6 +95,14 @@ def list_(
 
 def delete(session: Session, scope: Scope, file_id: str) -> File:
     """Make a file unknown; the caller deletes its bytes after the commit.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        file_id: the file's id.
+
+    Returns:
+        The row.
 
     Raises:
         NotFoundError: when there is none of that id.

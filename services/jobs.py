@@ -144,6 +144,15 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
 def get(session: Session, scope: Scope, job_id: str, *, for_update: bool = False) -> Job:
     """Return a job of the project.
 
+    Args:
+        session: the session.
+        scope: the caller.
+        job_id: the job's id.
+        for_update: lock it until the transaction ends.
+
+    Returns:
+        The row.
+
     Raises:
         NotFoundError: when there is none of that id.
     """
@@ -201,6 +210,16 @@ def list_events(
 ) -> tuple[Sequence[JobEvent], bool]:
     """Return a page of a job's events, newest first, and whether more follow.
 
+    Args:
+        session: the session.
+        scope: the caller.
+        job_id: the job's id.
+        after: id of the object that ended the page before.
+        limit: objects of the page.
+
+    Returns:
+        The rows, and whether more follow.
+
     Raises:
         NotFoundError: when the project has no such job.
         InvalidValueError: when `after` is no event of it.
@@ -218,6 +237,16 @@ def list_checkpoints(
     session: Session, scope: Scope, job_id: str, *, after: str | None, limit: int
 ) -> tuple[Sequence[tuple[Checkpoint, str]], bool]:
     """Return a page of a job's checkpoints with their models' names, highest step first.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        job_id: the job's id.
+        after: id of the object that ended the page before.
+        limit: objects of the page.
+
+    Returns:
+        Each row with its model's name, and whether more follow.
 
     Raises:
         NotFoundError: when the project has no such job.
@@ -238,6 +267,14 @@ def list_checkpoints(
 
 def cancel(session: Session, scope: Scope, job_id: str) -> Job:
     """End a job at once; its worker sees it within a second and kills the training process.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        job_id: the job's id.
+
+    Returns:
+        The row, cancelled.
 
     Raises:
         NotFoundError: when the project has no such job.

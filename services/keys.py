@@ -135,7 +135,14 @@ def ensure_project(session: Session, organization_id: str, name: str) -> Project
 
 
 def list_(session: Session, scope: Scope) -> Sequence[ApiKey]:
-    """Return the organization's keys, newest first.
+    """List the organization's keys, newest first.
+
+    Args:
+        session: the session.
+        scope: the caller.
+
+    Returns:
+        The rows.
 
     Raises:
         PermissionDeniedError: when the caller is no admin.
@@ -150,6 +157,11 @@ def list_(session: Session, scope: Scope) -> Sequence[ApiKey]:
 
 def revoke(session: Session, scope: Scope, key_id: str) -> None:
     """Make a key useless from the next request on.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        key_id: the key's id.
 
     Raises:
         PermissionDeniedError: when the caller is no admin.

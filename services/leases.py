@@ -144,6 +144,11 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
 def renew(session: Session, lease: Lease, lease_seconds: float) -> None:
     """Keep a lease.
 
+    Args:
+        session: the session.
+        lease: the claim.
+        lease_seconds: how long the claim holds from now on.
+
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
     """
@@ -152,6 +157,11 @@ def renew(session: Session, lease: Lease, lease_seconds: float) -> None:
 
 def update_job(session: Session, lease: Lease, **values: Any) -> None:
     """Write columns of a job under the fence.
+
+    Args:
+        session: the session.
+        lease: the claim.
+        **values: columns of the job.
 
     Raises:
         LeaseLostError: when the job is not this attempt's any more; nothing is written.
@@ -189,7 +199,7 @@ def leave(
         status: what the job becomes.
         outcome: a word for the attempt's row, such as `succeeded`, `stopped`, `crashed`.
         event: what users are told.
-        values: further columns of the job.
+        **values: further columns of the job.
 
     Raises:
         LeaseLostError: when the job is not this attempt's any more; nothing is written.
@@ -204,6 +214,11 @@ def leave(
 
 def fail(session: Session, lease: Lease, error: LuthierError) -> None:
     """End a job with a reason.
+
+    Args:
+        session: the session.
+        lease: the claim.
+        error: why.
 
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
@@ -220,6 +235,12 @@ def fail(session: Session, lease: Lease, error: LuthierError) -> None:
 
 def retry_or_fail(session: Session, lease: Lease, reason: str, *, max_attempts: int) -> JobStatus:
     """After an attempt that ended without a word: another one, or the end when it was the last.
+
+    Args:
+        session: the session.
+        lease: the claim.
+        reason: what happened, as users are told.
+        max_attempts: crashes after which a job is failed.
 
     Returns:
         The job's new status.
@@ -268,6 +289,11 @@ def _end_attempt(session: Session, job_id: str, epoch: int, outcome: str) -> Non
 
 def sweep(session: Session, *, max_attempts: int, limit: int = 100) -> Sequence[str]:
     """Take jobs away from workers whose lease has run out.
+
+    Args:
+        session: the session.
+        max_attempts: crashes after which a job is failed.
+        limit: jobs taken at once.
 
     Returns:
         Ids of the jobs that were taken; two sweepers never take the same one.

@@ -67,6 +67,15 @@ def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
 def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> ModelTarget:
     """Turn a public name into what the inference server runs; done once per request.
 
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        name: the public name.
+
+    Returns:
+        What the inference server runs.
+
     Raises:
         ModelNotFoundError: when the project has no such model; the base never answers instead.
     """
@@ -110,6 +119,17 @@ def register(
 
     The caller holds the job's lease in the same transaction. A step that was registered by an earlier
     attempt keeps its name and takes the newer artifact, so that a replayed epoch makes no second model.
+
+    Args:
+        session: the session.
+        job: the job.
+        spec: its resolved spec.
+        name: the public name.
+        kind: `tuned` or `checkpoint`.
+        step: the step it was made at.
+        artifact_key: storage prefix of the artifact.
+        artifact_digest: its manifest's digest.
+        metrics: its scores.
 
     Returns:
         The checkpoint.
@@ -160,6 +180,11 @@ def register(
 def retire_checkpoints(session: Session, job_id: str, *, keep: int) -> list[str]:
     """Make all but the newest checkpoints of a job unknown.
 
+    Args:
+        session: the session.
+        job_id: the job's id.
+        keep: how many stay.
+
     Returns:
         Storage prefixes of their artifacts, for the caller to delete after the commit.
     """
@@ -181,6 +206,15 @@ def retire_checkpoints(session: Session, job_id: str, *, keep: int) -> list[str]
 
 def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
     """Make a tuned model unknown; the caller deletes its bytes after the commit.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        name: the public name.
+
+    Returns:
+        The row.
 
     Raises:
         ModelNotFoundError: when the project has no such model.

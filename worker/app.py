@@ -39,6 +39,9 @@ def work(context: WorkerContext, job_id: str | None) -> None:
 def sweep(context: WorkerContext) -> list[str]:
     """Say that the worker lives, take jobs from dead ones, and find what waits.
 
+    Args:
+        context: the worker's parts.
+
     Returns:
         Ids of waiting jobs, at most as many as this worker could take now.
     """

@@ -35,6 +35,9 @@ def child_environment(num_threads: int) -> dict[str, str]:
 
     Args:
         num_threads: CPU threads it may use.
+
+    Returns:
+        The whole environment.
     """
     allowed = {name: value for name, value in os.environ.items() if name in _ALLOWED_VARIABLES}
     return allowed | {
@@ -68,7 +71,10 @@ class TrainingChild:
         return self._process.pid
 
     def poll_events(self, timeout_seconds: float) -> list[TrainingEvent]:
-        """Wait for event lines, at most so long.
+        """Wait for event lines.
+
+        Args:
+            timeout_seconds: how long at most.
 
         Returns:
             The events that came, maybe none.

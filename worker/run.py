@@ -86,6 +86,9 @@ class TrainingRun:
     def supervise(self, child: TrainingChild) -> Ending:
         """Follow a training process until it has ended and what it made is published.
 
+        Args:
+            child: the running process.
+
         Returns:
             How the attempt ended; the job's row already says so.
 

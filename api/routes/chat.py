@@ -90,11 +90,7 @@ async def _has_left(request: Request) -> None:
 
 
 async def _ask(request: Request, parts: Parts, path: str, body: bytes, target: ModelTarget) -> Reply:
-    """Ask the inference server, which hears at once when the client no longer waits for the answer.
-
-    Raises:
-        ClientDisconnect: when the client left first.
-    """
+    """Ask the inference server, which hears at once when the client no longer waits for the answer."""
     asking = asyncio.ensure_future(parts.backend.complete(path, body, target))
     leaving = asyncio.ensure_future(_has_left(request))
     try:

@@ -81,7 +81,10 @@ class CreateJobBody(_Body):
         return metadata or None
 
     def to_new_job(self) -> NewJob:
-        """Return the request for services.jobs.
+        """Translate the body.
+
+        Returns:
+            The request for services.jobs, its method's parameters still to be checked.
 
         Raises:
             UnsupportedValueError: for what OpenAI's API has and this service does not (yet).

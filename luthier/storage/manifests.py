@@ -113,6 +113,12 @@ def seal_folder(
 def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest without checking the files.
 
+    Args:
+        folder: a sealed folder.
+
+    Returns:
+        The manifest.
+
     Raises:
         ArtifactCorruptError: when there is none or it can't be read.
     """
@@ -124,6 +130,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def verify_folder(folder: Path) -> Manifest:
     """Read a folder's manifest and check every file's size and sha256, and the digest.
+
+    Args:
+        folder: a sealed folder.
 
     Returns:
         The manifest.

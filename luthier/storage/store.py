@@ -112,6 +112,14 @@ class Storage:
     async def stream(self, key: str, *, start: int, end: int) -> AsyncIterator[bytes]:
         """Yield the bytes `start` to `end` (exclusive) of an object, in chunks of about 1 MiB.
 
+        Args:
+            key: the object's key.
+            start: first byte.
+            end: byte after the last.
+
+        Yields:
+            Chunks of about 1 MiB.
+
         Raises:
             ArtifactCorruptError: when the object is not there.
         """
@@ -127,6 +135,10 @@ class Storage:
 
     def fetch_file(self, key: str, destination: Path) -> None:
         """Copy an object to a local file, which exists only when it is whole.
+
+        Args:
+            key: the object's key.
+            destination: the local file.
 
         Raises:
             ArtifactCorruptError: when the object is not there.
@@ -197,6 +209,12 @@ class Storage:
 
     def read_manifest(self, prefix: str) -> Manifest:
         """Read the manifest of a published folder.
+
+        Args:
+            prefix: where it was published.
+
+        Returns:
+            The manifest.
 
         Raises:
             ArtifactCorruptError: when there is none, or it can't be read.

@@ -45,6 +45,9 @@ class Claimed:
 def train_next(context: WorkerContext) -> bool:
     """Claim the oldest queued job and run it to an end.
 
+    Args:
+        context: the worker's parts.
+
     Returns:
         Whether a job was claimed; False when none waits or no slot is free.
     """
