@@ -6,6 +6,7 @@ the result beats the base by the margin below. It must not reach into the servic
 """
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "support"
 BASE = "smollm2-135m-instruct"
 SEED = 7
-NUM_EPOCHS = 3
+NUM_EPOCHS = 2
 BATCH_SIZE = 8
 NUM_SHOWN = 3
 
@@ -45,7 +46,6 @@ class Training:
     first_token_seconds: float
     tokens_per_second: float
     base_valid_loss: float | None
-    tuned_valid_loss: float | None
 
 
 def say(line: str) -> None:
@@ -78,7 +78,12 @@ def main() -> int:
 
 def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--home", type=Path, default=Path(".luthier/demo"), help="home of the demo's service")
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=Path(".luthier/demo"),
+        help="home of the demo's service; an earlier demo's is removed",
+    )
     parser.add_argument("--port", type=int, default=0, help="port of the service; a free one by default")
     parser.add_argument("--keep", action="store_true", help="serve on after the demo until Ctrl-C")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -86,9 +91,11 @@ def _parse_options() -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace, home: Path) -> int:
-    from examples.local_service import free_port, running_service
+    from examples.local_service import free_port, make_fresh_home, running_service
 
     begun = time.monotonic()
+    # What an earlier demo left, such as an unfinished job, would train beside this one.
+    make_fresh_home(home)
     say(f"\n1. Starting the service in {home}")
     with running_service(home, options.port or free_port()) as service:
         from openai import OpenAI
@@ -102,7 +109,8 @@ def _run(options: argparse.Namespace, home: Path) -> int:
             options.json.write_text(json.dumps(figures, indent=2) + "\n")
         if options.keep:
             say(f"\nServing at {service.base_url} until Ctrl-C; the key is in {home / 'connection.json'}.")
-            signal.pause()
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
     say(f"\nThe service is stopped. `luthier up --home {options.home}` brings it and the new model back.")
     return 0 if is_good else 1
 
@@ -111,7 +119,6 @@ def _straight_line(client: "OpenAI") -> dict[str, Any]:
     """Upload, tune, chat and score. Returns the figures."""
     from examples.asking import score
 
-    _cancel_leftovers(client)
     say("\n2. Uploading the data set")
     upload_begun = time.monotonic()
     file_ids = {name: _upload(client, name) for name in ("train", "validation")}
@@ -122,7 +129,8 @@ def _straight_line(client: "OpenAI") -> dict[str, Any]:
     tuned = training.job.fine_tuned_model
     assert tuned is not None, "a job that succeeded names its model"
     say(f"   {tuned}")
-    for checkpoint in client.fine_tuning.jobs.checkpoints.list(training.job.id):
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(training.job.id))
+    for checkpoint in checkpoints:
         say(f"   checkpoint at step {checkpoint.step_number}: {checkpoint.fine_tuned_model_checkpoint}")
 
     rows = read_rows("heldout")
@@ -135,7 +143,7 @@ def _straight_line(client: "OpenAI") -> dict[str, Any]:
     scoring_seconds = time.monotonic() - scoring_begun
     return {
         "base": {**vars(scores["base"]), "valid_loss": training.base_valid_loss},
-        "tuned": {**vars(scores["tuned"]), "valid_loss": training.tuned_valid_loss},
+        "tuned": {**vars(scores["tuned"]), "valid_loss": checkpoints[0].metrics.full_valid_loss},
         "model": tuned,
         "trained_tokens": training.job.trained_tokens,
         "training_tokens_per_second": training.tokens_per_second,
@@ -147,13 +155,6 @@ def _straight_line(client: "OpenAI") -> dict[str, Any]:
             "scoring": scoring_seconds,
         },
     }
-
-
-def _cancel_leftovers(client: "OpenAI") -> None:
-    """Cancel what an interrupted demo in the same home left, or it would train beside this one."""
-    for job in client.fine_tuning.jobs.list():
-        if job.status not in {"succeeded", "failed", "cancelled"}:
-            client.fine_tuning.jobs.cancel(job.id)
 
 
 def _upload(client: "OpenAI", name: str) -> str:
@@ -197,7 +198,6 @@ def _tune(client: "OpenAI", file_ids: dict[str, str]) -> Training:
         first_token_seconds=first_token - recorder.ended_at,
         tokens_per_second=recorder.tokens_per_second,
         base_valid_loss=recorder.base_valid_loss,
-        tuned_valid_loss=recorder.tuned_valid_loss,
     )
 
 

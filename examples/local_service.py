@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,10 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from luthier.cli.stack.home import find_lock_holder
+from luthier.cli.stack.postgres_programs import state_root
 from luthier.core.process import die_with_parent
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 20.0
+# Tells a home that may be thrown away from one that holds somebody's models.
+_MARKER = "made-by-demo"
 
 
 class ServiceFailedError(Exception):
@@ -38,6 +43,32 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def make_fresh_home(home: Path) -> None:
+    """Make an empty home; one that this function made before is removed first, with its database.
+
+    Raises:
+        ServiceFailedError: when something else is there, or a service runs on it.
+    """
+    if home.exists():
+        _remove_home(home)
+    home.mkdir(parents=True, mode=0o700)
+    (home / _MARKER).touch()
+
+
+def _remove_home(home: Path) -> None:
+    if not (home / _MARKER).exists():
+        raise ServiceFailedError(
+            f"{home} was not made by the demo and is left alone; name another by --home."
+        )
+    if find_lock_holder(home) is not None:
+        raise ServiceFailedError(f"A service runs on {home}; stop it first.")
+    secrets = home / "secrets.json"
+    if secrets.exists():
+        # As root the database is kept below the system's state folder.
+        shutil.rmtree(state_root() / json.loads(secrets.read_bytes())["home_id"], ignore_errors=True)
+    shutil.rmtree(home)
 
 
 @contextlib.contextmanager

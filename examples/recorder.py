@@ -16,7 +16,6 @@ class EventRecorder(LuthierClient):
     first_step_at: float = 0.0
     ended_at: float = 0.0
     base_valid_loss: float | None = None
-    tuned_valid_loss: float | None = None
     _last_step_at: float = 0.0
     _num_tokens: int = 0
 
@@ -47,4 +46,3 @@ class EventRecorder(LuthierClient):
         else:
             self.first_step_at = now
         self._last_step_at = now
-        self.tuned_valid_loss = data.get("full_valid_loss", data.get("valid_loss", self.tuned_valid_loss))
