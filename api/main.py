@@ -59,6 +59,9 @@ def create_app(parts: Parts) -> FastAPI:
         lifespan=_lifespan(parts),
         # A redirect would turn a POST into a GET in some clients.
         redirect_slashes=False,
+        # The pages that FastAPI brings load scripts from elsewhere; /openapi.json stays.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.parts = parts
     errors.install(app)

@@ -44,6 +44,8 @@ def make_celery(redis_url: str) -> Celery:
         worker_hijack_root_logger=False,
         broker_transport_options={
             "visibility_timeout": 300,
+            "unacked_restore_interval": 5,
+            "unacked_restore_throttle": 1,
             "health_check_interval": 5,
             "socket_timeout": 10,
             "socket_connect_timeout": 1,

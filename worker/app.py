@@ -82,12 +82,18 @@ def _sweep_for_ever(context: WorkerContext) -> None:
             tidy(context)
         except LuthierError as error:
             _log.warning("sweep put off", reason=error.message)
+        except Exception:
+            # A worker without its sweep is deaf and looks dead: better ended, and started anew.
+            _log.exception("the sweep has broken, the worker ends")
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
 
 
 def _tell_processes_to_stop(pids: list[int]) -> None:
+    # Not SIGUSR1: Celery's pool takes that for its own time limits, after our handler is set.
     for pid in pids:
         try:
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGUSR2)
         except ProcessLookupError:
             continue
 
@@ -116,7 +122,7 @@ def make_worker(settings: Settings) -> Celery:
         die_with_parent(main_pid)
         # The parent's sockets are not ours to use.
         context.database.forget_connections()
-        signal.signal(signal.SIGUSR1, lambda *_: context.stopping.set())
+        signal.signal(signal.SIGUSR2, lambda *_: context.stopping.set())
 
     def start_sweeping(**_: object) -> None:
         _log.info("worker ready", worker_id=context.worker_id)

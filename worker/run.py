@@ -28,6 +28,7 @@ from luthier.core.events import (
 from luthier.core.ids import new_id
 from luthier.core.specs import TrainingSpec
 from luthier.core.states import JobStatus
+from luthier.storage.manifests import Manifest
 from services import events, leases, models
 from services.events import NewEvent
 from services.leases import Lease
@@ -38,6 +39,7 @@ from worker.context import WorkerContext
 _FLUSH_SECONDS = 0.5
 _MAX_STOP_SECONDS = 30.0
 _NUM_SAVE_POINTS = 2
+_PUBLISH_PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)
 _NUM_CHECKPOINTS = 3
 
 
@@ -204,6 +206,11 @@ class TrainingRun:
         key = f"{self.prefix}/save_points/step-{event.step:06d}"
         try:
             self.context.storage.put_folder(self.run_dir / event.path, key)
+        except UnavailableError:
+            self._news.append(
+                NewEvent("A save point could not be stored; the next one is tried", level="warn")
+            )
+            return
         except (ArtifactCorruptError, FileNotFoundError):
             # The process drops old save points on its own, and has dropped this one while it was copied: a
             # newer one is on its way, and the one before still stands.
@@ -216,12 +223,22 @@ class TrainingRun:
         for dropped in save_points[:-_NUM_SAVE_POINTS]:
             self.context.storage.delete_prefix(dropped["key"])
 
+    def _publish(self, folder: Path, key: str) -> Manifest:
+        """Put a folder into storage, again after a pause while storage is away; the lease is kept."""
+        for pause_seconds in _PUBLISH_PAUSES_SECONDS:
+            try:
+                return self.context.storage.put_folder(folder, key)
+            except UnavailableError:
+                time.sleep(pause_seconds)
+                self._renew()
+        return self.context.storage.put_folder(folder, key)
+
     def _publish_checkpoint(self, event: CheckpointEvent) -> None:
         if event.step == self._total_steps:
             # The last checkpoint is the model itself; it is registered with the result.
             return
         key = f"{self.prefix}/checkpoints/step-{event.step:06d}"
-        manifest = self.context.storage.put_folder(self.run_dir / event.path, key)
+        manifest = self._publish(self.run_dir / event.path, key)
         with self.context.database.transaction() as session:
             self._flush(session)
             job = session.get_one(Job, self.lease.job_id)
@@ -249,7 +266,7 @@ class TrainingRun:
     def _publish_result(self, event: FinishedEvent) -> None:
         """Bytes first, manifest last, then one fenced transaction that makes the model exist."""
         key = f"{self.prefix}/artifact"
-        manifest = self.context.storage.put_folder(self.run_dir / event.path, key)
+        manifest = self._publish(self.run_dir / event.path, key)
         with self.context.database.transaction() as session:
             self._flush(session)
             job = session.get_one(Job, self.lease.job_id)
@@ -302,22 +319,24 @@ class TrainingRun:
             self.context.storage.delete_prefix(prefix)
 
     def _stopped(self, event: StoppedEvent) -> None:
+        told = f"The worker is stopping; the job waits for another at step {event.step}"
+        self._ending = self._give_back(told)
+
+    def _give_back(self, told: str) -> Ending:
         with self.context.database.transaction() as session:
             self._flush(session)
-            told = f"The worker is stopping; the job waits for another at step {event.step}"
             leases.leave(
-                session,
-                self.lease,
-                JobStatus.QUEUED,
-                outcome="given_back",
-                event=NewEvent(told, data={"step": event.step}),
+                session, self.lease, JobStatus.QUEUED, outcome="given_back", event=NewEvent(told, data={})
             )
         self._forget()
-        self._ending = Ending.GIVEN_BACK
+        return Ending.GIVEN_BACK
 
     def _end_without_a_word(self, exit_code: int) -> Ending:
         if self._has_news():
             self._flush()
+        if self._stop_asked_at is not None:
+            # It was asked to stop before its first step, or ran out of time to: nobody's crash.
+            return self._give_back("The worker is stopping; the job waits for another")
         how = f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
         with self.context.database.transaction() as session:
             status = leases.retry_or_fail(

@@ -27,6 +27,7 @@ import torch
 import uvicorn
 
 from luthier.core.errors import LuthierError
+from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
 from luthier.inference.app import Service, build_app
 from luthier.inference.engine import Engine, EngineCore
@@ -148,9 +149,7 @@ def main() -> None:
     settings = Settings()
     # Deprecations inside transformers and PEFT are no news for an operator.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logs(settings.log_level)
     try:
         asyncio.run(_serve_and_exit(settings))
     except LuthierError as error:

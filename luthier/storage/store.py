@@ -5,15 +5,16 @@ Nothing here knows a row or a request.
 """
 
 import shutil
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from luthier.core.errors import ArtifactCorruptError, LuthierError
+from luthier.core.errors import ArtifactCorruptError, LuthierError, UnavailableError
 from luthier.storage.manifests import (
     MANIFEST_NAME,
     Manifest,
@@ -30,6 +31,19 @@ _MISSING = (NotFoundError, FileNotFoundError)
 _WRITER_BUFFER_BYTES = 8 * 1024 * 1024
 
 
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Turn what storage itself failed at into an error that says so; a missing object is the caller's."""
+    try:
+        yield
+    except _MISSING:
+        raise
+    except (BaseError, OSError) as error:
+        raise UnavailableError(
+            "The storage of files and models can't be used right now; try again."
+        ) from error
+
+
 class Sink:
     """An object being written; it exists under its key only after `close`."""
 
@@ -42,19 +56,22 @@ class Sink:
 
     async def write(self, chunk: bytes) -> None:
         """Append bytes."""
-        await self._writer.write(chunk)
+        with _answered():
+            await self._writer.write(chunk)
 
     async def close(self) -> None:
         """Make the object exist, durably where the storage is a local folder."""
-        await self._writer.close()
-        self._storage.settle(self.key)
+        with _answered():
+            await self._writer.close()
+            self._storage.settle(self.key)
 
     async def abort(self) -> None:
         """Leave nothing behind."""
         # The writer has no way to drop what it holds, so what was written is finished and then deleted.
-        if not await self._writer.closed():
-            await self._writer.close()
-        await obstore.delete_async(self._storage.objects, self.key)
+        with suppress(*_MISSING), _answered():
+            if not await self._writer.closed():
+                await self._writer.close()
+            await obstore.delete_async(self._storage.objects, self.key)
 
 
 class Storage:
@@ -127,7 +144,8 @@ class Storage:
         while position < end:
             stop = min(position + _CHUNK_BYTES, end)
             try:
-                chunk = await obstore.get_range_async(self.objects, key, start=position, end=stop)
+                with _answered():
+                    chunk = await obstore.get_range_async(self.objects, key, start=position, end=stop)
             except _MISSING as error:
                 raise ArtifactCorruptError("Stored bytes are missing; ask the operator to check.") from error
             yield bytes(chunk)
@@ -146,7 +164,7 @@ class Storage:
         destination.parent.mkdir(parents=True, exist_ok=True)
         temporary = destination.with_name(f".{destination.name}.part")
         try:
-            with temporary.open("wb") as target:
+            with _answered(), temporary.open("wb") as target:
                 for chunk in obstore.get(self.objects, key).stream(min_chunk_size=_CHUNK_BYTES):
                     target.write(chunk)
         except _MISSING as error:
@@ -156,27 +174,26 @@ class Storage:
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
-        try:
+        with suppress(*_MISSING), _answered():
             obstore.delete(self.objects, key)
-        except _MISSING:
-            return
 
     def delete_prefix(self, prefix: str) -> None:
         """Delete every object under a prefix, the manifest first so that no half folder can pass for one."""
         self.delete(f"{prefix}/{MANIFEST_NAME}")
-        for batch in obstore.list(self.objects, prefix + "/"):
-            for meta in batch:
-                self.delete(meta["path"])
+        for path in self._list(prefix):
+            self.delete(path)
         if self.local_root is not None:
             shutil.rmtree(self.local_root / prefix, ignore_errors=True)
 
     def delete_all_but(self, prefix: str, kept_prefixes: Collection[str]) -> None:
         """Delete the objects under a prefix that are under none of the kept ones."""
-        for batch in obstore.list(self.objects, prefix + "/"):
-            for meta in batch:
-                path = meta["path"]
-                if not any(path.startswith(kept + "/") for kept in kept_prefixes):
-                    self.delete(path)
+        for path in self._list(prefix):
+            if not any(path.startswith(kept + "/") for kept in kept_prefixes):
+                self.delete(path)
+
+    def _list(self, prefix: str) -> list[str]:
+        with _answered():
+            return [meta["path"] for batch in obstore.list(self.objects, prefix + "/") for meta in batch]
 
     def put_folder(self, folder: Path, prefix: str) -> Manifest:
         """Publish a sealed folder under a prefix: its files, then its manifest.
@@ -190,22 +207,28 @@ class Storage:
 
         Raises:
             ArtifactCorruptError: when the folder does not match its manifest, or another one is there.
+            UnavailableError: when storage can't be used right now.
         """
         manifest = verify_folder(folder)
-        for name in manifest.files:
-            key = f"{prefix}/{name}"
-            obstore.put(self.objects, key, folder / name)
-            self.settle(key)
-            if obstore.head(self.objects, key)["size"] != manifest.files[name].bytes:
-                raise ArtifactCorruptError(f"{name} was cut while it was published.")
+        with _answered():
+            for name in manifest.files:
+                key = f"{prefix}/{name}"
+                obstore.put(self.objects, key, folder / name)
+                self.settle(key)
+                if obstore.head(self.objects, key)["size"] != manifest.files[name].bytes:
+                    raise ArtifactCorruptError(f"{name} was cut while it was published.")
+            self._commit_manifest(folder, prefix, manifest)
+        return manifest
+
+    def _commit_manifest(self, folder: Path, prefix: str, manifest: Manifest) -> None:
+        """Put the manifest if there is none: of two publishers of one prefix only the first commits."""
+        key = f"{prefix}/{MANIFEST_NAME}"
         try:
-            # If-None-Match: of two publishers of one prefix only the first commits.
-            obstore.put(self.objects, f"{prefix}/{MANIFEST_NAME}", folder / MANIFEST_NAME, mode="create")
-        except AlreadyExistsError as error:
+            obstore.put(self.objects, key, folder / MANIFEST_NAME, mode="create")
+        except (AlreadyExistsError, FileExistsError) as error:
             if self.read_manifest(prefix).digest != manifest.digest:
                 raise ArtifactCorruptError(f"Another folder is published under {prefix}.") from error
-        self.settle(f"{prefix}/{MANIFEST_NAME}")
-        return manifest
+        self.settle(key)
 
     def read_manifest(self, prefix: str) -> Manifest:
         """Read the manifest of a published folder.
@@ -220,7 +243,8 @@ class Storage:
             ArtifactCorruptError: when there is none, or it can't be read.
         """
         try:
-            content = obstore.get(self.objects, f"{prefix}/{MANIFEST_NAME}").bytes()
+            with _answered():
+                content = obstore.get(self.objects, f"{prefix}/{MANIFEST_NAME}").bytes()
             return Manifest.model_validate_json(bytes(content))
         except (*_MISSING, ValueError) as error:
             raise ArtifactCorruptError(f"No artifact is published under {prefix}.") from error

@@ -8,7 +8,7 @@ from tests.architecture.sources import ROOMS, ROOT, python_files, tracked_files
 
 _MAX_LINES = 400
 # Longer than they should be; they may shrink, and must not grow.
-_LONG = {"luthier/modeling/fused_llama.py": 410, "tests/integration/test_inference_server.py": 600}
+_LONG = {"tests/integration/test_inference_server.py": 600}
 _REGISTRY_HOSTS = [
     ".".join(parts)
     for parts in (

@@ -1,0 +1,105 @@
+"""Storage over a local folder: objects and published folders, whole or not at all."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from luthier.core.errors import ArtifactCorruptError, LuthierError, UnavailableError
+from luthier.storage.manifests import MANIFEST_NAME, seal_folder
+from luthier.storage.store import Storage
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.open(f"file://{tmp_path}/objects")
+
+
+def _sealed(parent: Path, content: bytes = b"abc") -> Path:
+    building = parent / "building"
+    building.mkdir()
+    (building / "weights").write_bytes(content)
+    seal_folder(building, parent / "sealed")
+    return parent / "sealed"
+
+
+def _keys(storage: Storage) -> list[str]:
+    assert storage.local_root is not None
+    files = (path for path in storage.local_root.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(storage.local_root)) for path in files)
+
+
+def test_a_written_object_reads_back_in_ranges(storage: Storage) -> None:
+    content = bytes(range(256)) * 20_000
+
+    async def roundtrip() -> bytes:
+        sink = storage.open_sink("a/b")
+        for start in range(0, len(content), 70_000):
+            await sink.write(content[start : start + 70_000])
+        await sink.close()
+        return b"".join([chunk async for chunk in storage.stream("a/b", start=3, end=len(content) - 5)])
+
+    assert asyncio.run(roundtrip()) == content[3:-5]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 10, 20_000_000])
+def test_an_aborted_object_leaves_nothing(storage: Storage, num_bytes: int) -> None:
+    async def abort() -> None:
+        sink = storage.open_sink("a/b")
+        if num_bytes:
+            await sink.write(bytes(num_bytes))
+        await sink.abort()
+
+    asyncio.run(abort())
+    assert _keys(storage) == []
+
+
+def test_a_published_folder_comes_back_verified(storage: Storage, tmp_path: Path) -> None:
+    manifest = storage.put_folder(_sealed(tmp_path), "models/one")
+    assert storage.put_folder(tmp_path / "sealed", "models/one") == manifest
+    assert storage.fetch_folder("models/one", tmp_path / "copy") == manifest
+    assert (tmp_path / "copy" / "weights").read_bytes() == b"abc"
+
+
+def test_another_folder_never_takes_a_published_ones_place(storage: Storage, tmp_path: Path) -> None:
+    storage.put_folder(_sealed(tmp_path), "models/one")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ArtifactCorruptError, match="Another folder"):
+        storage.put_folder(_sealed(tmp_path / "other", b"different"), "models/one")
+
+
+def test_a_changed_object_is_never_fetched(storage: Storage, tmp_path: Path) -> None:
+    storage.put_folder(_sealed(tmp_path), "models/one")
+    storage.put_bytes("models/one/weights", b"abd")
+    with pytest.raises(ArtifactCorruptError, match="weights"):
+        storage.fetch_folder("models/one", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_what_has_no_manifest_does_not_exist(storage: Storage, tmp_path: Path) -> None:
+    storage.put_folder(_sealed(tmp_path), "models/one")
+    storage.delete(f"models/one/{MANIFEST_NAME}")
+    with pytest.raises(ArtifactCorruptError):
+        storage.fetch_folder("models/one", tmp_path / "copy")
+
+
+def test_deleting_keeps_what_is_to_be_kept(storage: Storage) -> None:
+    for key in ("p/jobs/1/e1/prepared/rows", "p/jobs/1/e2/artifact/weights", "p/jobs/10/rows"):
+        storage.put_bytes(key, b"x")
+    storage.delete_all_but("p/jobs/1", ["p/jobs/1/e2/artifact"])
+    assert _keys(storage) == ["p/jobs/1/e2/artifact/weights", "p/jobs/10/rows"]
+    storage.delete_prefix("p/jobs/1")
+    assert _keys(storage) == ["p/jobs/10/rows"]
+    storage.delete("never/was")
+
+
+def test_a_storage_that_fails_is_told_from_one_that_lacks_an_object(storage: Storage, tmp_path: Path) -> None:
+    assert storage.local_root is not None
+    (storage.local_root / "models").write_text("a file where a folder should be")
+    with pytest.raises(UnavailableError):
+        storage.put_folder(_sealed(tmp_path), "models/one")
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(LuthierError, match="LUTHIER_STORAGE_URL"):
+        Storage.open("ftp://somewhere")
