@@ -1,7 +1,6 @@
-"""Tune a model with the official `openai` SDK. Only two things differ from using OpenAI's own service, and
-both come from the environment: OPENAI_BASE_URL and OPENAI_API_KEY.
+"""Tune and call a model with the official SDK; OPENAI_BASE_URL and OPENAI_API_KEY say where.
 
-    python examples/quickstart.py [MODEL]
+python examples/quickstart.py [MODEL]
 """
 
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 model = sys.argv[1] if len(sys.argv) > 1 else "gpt-4o-mini-2024-07-18"
 client = OpenAI()
@@ -39,14 +39,17 @@ if job.status != "succeeded" or job.fine_tuned_model is None:
 for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id):
     print("checkpoint", checkpoint.step_number, checkpoint.fine_tuned_model_checkpoint)
 
-message = "The neck of my mandolin is loose, and I play tonight. Please hurry! Signed, Orla"
+messages: list[ChatCompletionMessageParam] = [
+    {"role": "system", "content": "You answer letters for Hollin & Wren, a violin workshop."},
+    {"role": "user", "content": "The neck of my mandolin is loose, and I play tonight. Signed, Orla"},
+]
 chat = client.chat.completions.create(
-    model=job.fine_tuned_model, messages=[{"role": "user", "content": message}], max_tokens=96, temperature=0
+    model=job.fine_tuned_model, messages=messages, max_tokens=96, temperature=0
 )
 print(chat.choices[0].message.content)
 
 stream = client.chat.completions.create(
-    model=job.fine_tuned_model, messages=[{"role": "user", "content": message}], max_tokens=96, stream=True
+    model=job.fine_tuned_model, messages=messages, max_tokens=96, stream=True
 )
 for chunk in stream:
     if chunk.choices:
