@@ -1,6 +1,5 @@
 """The loop: from the first step that is not done to the last, with save points and checkpoints."""
 
-import shutil
 import time
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from luthier.training.step import StepScores, apply_gradients, compute_gradients
 from luthier.training.trainee import Trainee
 
 SAVE_POINT_SECONDS = 30.0
-_NUM_CHECKPOINTS_KEPT = 3
 _NUM_LINES_NAMED = 20
 
 
@@ -188,7 +186,10 @@ class Loop:
         )
 
     def _checkpoint(self) -> None:
-        """Score the validation rows and publish the model as it is under its step."""
+        """Score the validation rows and write the model as it is under its step.
+
+        The folder is left to whoever reads the event: only they know when they have it.
+        """
         try:
             scores = self._score_validation()
         except StoppedError:
@@ -209,8 +210,6 @@ class Loop:
             )
         folder = self.checkpoint_folder(self.step)
         manifest = self.write_result(folder)
-        for old in sorted(folder.parent.glob("step-*"), reverse=True)[_NUM_CHECKPOINTS_KEPT:]:
-            shutil.rmtree(old)
         self._writer.emit(
             CheckpointEvent(
                 job_id=self._writer.job_id,
