@@ -101,9 +101,9 @@ def _auto_epochs(num_rows: int, num_tokens: int) -> int:
 
 
 def _auto_batch_size(num_rows: int) -> int:
-    """Small enough for a few dozen steps an epoch, large enough to fill the matrix products."""
+    """A few hundred steps in all where there are few rows: steps teach, passes over the same rows less."""
     size = 4
-    while size < 64 and num_rows >= size * 50:
+    while size < 64 and num_rows >= size * 250:
         size *= 2
     return size
 
