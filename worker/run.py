@@ -1,5 +1,6 @@
 """Supervising one training process: its events into the job, its folders into storage, signals back to it."""
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -260,6 +261,7 @@ class TrainingRun:
             events.append(session, self.lease.job_id, [NewEvent(told, data={})])
             retired = models.retire_checkpoints(session, self.lease.job_id, keep=_NUM_CHECKPOINTS)
         self._forget()
+        shutil.rmtree(self.run_dir / event.path)
         for prefix in retired:
             self.context.storage.delete_prefix(prefix)
 

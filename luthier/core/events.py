@@ -74,7 +74,7 @@ class SavePointEvent(_Event):
 
 
 class CheckpointEvent(_Event):
-    """An artifact folder is complete under `path`, relative to the run directory."""
+    """An artifact folder is complete under `path`, relative to the run directory; its reader takes it."""
 
     type: Literal["checkpoint"] = "checkpoint"
     step: int
