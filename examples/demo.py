@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "support"
 BASE = "smollm2-135m-instruct"
 SEED = 7
-# At twice the method's own rate two passes over the rows are enough.
-HYPERPARAMETERS: "Hyperparameters" = {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": 2.0}
+# Found on the data set: twice the method's own rate; a third pass takes labels from 90 % to above 95 %.
+HYPERPARAMETERS: "Hyperparameters" = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 2.0}
 NUM_SHOWN = 3
 
 # What the demo must show, as shares.

@@ -21,7 +21,7 @@ from examples.support.training_phrases import TRAINING
 FOLDER = Path(__file__).parent
 SYSTEM = "You answer letters for Hollin & Wren, a violin workshop."
 SEED = 1742
-NUM_ROWS = {"train": 270, "validation": 30, "heldout": 64}
+NUM_ROWS = {"train": 240, "validation": 30, "heldout": 64}
 NUM_VALIDATION_NAMES = 8
 
 _GREETING = {
