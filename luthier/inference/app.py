@@ -30,6 +30,7 @@ from luthier.inference.sequence import ChoiceAt, Finish, FinishReason, Piece
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
+    FaultGate,
     TokenGate,
     json_response,
     read_body,
@@ -201,11 +202,12 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
         ("/v1/chat/completions", service.chat, "POST"),
         ("/v1/completions", service.completion, "POST"),
     ]
-    app = Starlette(
+    app: ASGIApp = Starlette(
         routes=[Route(path, endpoint, methods=[method]) for path, endpoint, method in routes],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
+    app = FaultGate(app)
     return app if token is None else TokenGate(app, token)
 
 

@@ -180,6 +180,7 @@ def _read_fields(body: bytes, neutral: dict[str, tuple[Any, ...]]) -> dict[str, 
     fields = {name: value for name, value in content.items() if value is not None}
     for name in IGNORED_FIELDS & fields.keys():
         del fields[name]
+    _refuse_unreadable_text(fields)
     _drop_neutral(fields, neutral)
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
@@ -189,6 +190,37 @@ def _read_fields(body: bytes, neutral: dict[str, tuple[Any, ...]]) -> dict[str, 
     if "stream_options" in fields and fields.get("stream") is not True:
         raise InvalidValueError("stream_options is allowed only with stream: true.", param="stream_options")
     return fields
+
+
+def _refuse_unreadable_text(fields: dict[str, Any]) -> None:
+    """Refuse texts that JSON can spell and no tokenizer can take, as training does with its rows.
+
+    It walks with a list of its own: JSON as deep as the parser allows must not exhaust Python's stack.
+    """
+    remaining: list[tuple[str, Any]] = [("", fields)]
+    while remaining:
+        param, value = remaining.pop()
+        if isinstance(value, str):
+            _refuse_unreadable(value, param)
+        elif isinstance(value, list):
+            remaining.extend((f"{param}.{i}", item) for i, item in enumerate(value))
+        elif isinstance(value, dict):
+            for name in value:
+                # An unreadable name can't be told either; its place is the object that holds it.
+                _refuse_unreadable(name, param or None)
+            remaining.extend((f"{param}.{name}" if param else name, item) for name, item in value.items())
+
+
+def _refuse_unreadable(text: str, param: str | None) -> None:
+    if "\x00" in text:
+        raise InvalidValueError("The text holds a NUL character; remove it.", param=param)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidValueError(
+            "The text holds an escape of half a character (a lone surrogate); write the whole pair.",
+            param=param,
+        ) from None
 
 
 def _drop_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], prefix: str = "") -> None:

@@ -4,7 +4,10 @@ Knows nothing of models or answers.
 """
 
 import asyncio
+import contextlib
 import hmac
+import logging
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -17,6 +20,8 @@ from luthier.core.errors import LuthierError, NotFoundError, TooLargeError, Unau
 from luthier.core.inference import HEADER_TOKEN
 from luthier.core.settings import MIB
 from luthier.inference import answers
+
+_LOG = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * MIB
 _RETRY_AFTER_SECONDS = 1
@@ -122,6 +127,36 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)
 
 
+async def _on_fault(_request: Request, error: Exception) -> Response:
+    # Where it happened and what kind it is; an exception's own text may quote a prompt.
+    places = "".join(traceback.format_tb(error.__traceback__))
+    _LOG.error("A request failed with %s:\n%s", type(error).__name__, places)
+    return _error_response(
+        LuthierError("The model server failed on this request; the operator's log says why.")
+    )
+
+
+class FaultGate:
+    """Keep a fault that was answered and logged from the web server, which would log its text too.
+
+    Args:
+        app: the app behind it, with EXCEPTION_HANDLERS.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # Starlette raises it again after `_on_fault`. A response that had begun stays incomplete, and
+        # the web server closes its connection.
+        with contextlib.suppress(Exception):
+            await self._app(scope, receive, send)
+
+
 class TokenGate:
     """Let only requests pass that bear the internal token.
 
@@ -149,4 +184,5 @@ EXCEPTION_HANDLERS: dict[type[Exception], ExceptionHandler] = {
     LuthierError: _on_luthier_error,
     HTTPException: _on_http_error,
     ClientDisconnect: _on_disconnect,
+    Exception: _on_fault,
 }

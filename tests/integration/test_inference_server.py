@@ -425,6 +425,28 @@ def test_unknown_routes_and_methods_answer_in_openais_shape(served: Served) -> N
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_lone_surrogate_is_refused_and_names_its_field(served: Served) -> None:
+    content = b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    response = served.client.post(CHAT, content=content, headers=BARE.to_headers())
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "invalid_value")
+    assert error["param"] == "messages.0.content"
+
+
+def test_a_fault_of_our_own_answers_in_openais_shape_and_its_text_is_not_logged(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(asked: Any, *_: Any, **__: Any) -> None:
+        raise RuntimeError(asked.messages[0].content)
+
+    monkeypatch.setattr("luthier.inference.app.plan_chat", fail)
+    response = served.post(CHAT, messages=[{"role": "user", "content": "my password is swordfish"}])
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "server_error"
+    assert "swordfish" not in response.text
+    assert "RuntimeError" in caplog.text and "swordfish" not in caplog.text
+
+
 def test_more_requests_than_may_wait_get_429_and_when_to_come_again(served: Served) -> None:
     served.runner.gate.clear()
     before = served.runner.num_prefills

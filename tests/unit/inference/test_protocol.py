@@ -122,6 +122,47 @@ def test_a_fault_never_repeats_what_the_client_wrote() -> None:
     assert "swordfish" not in caught.value.message
 
 
+@pytest.mark.parametrize("text", ["a\ud800", "\udc00a", "\ude00\ud83d", "a\x00b"])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (lambda text: {"messages": [{"role": "user", "content": text}]}, "messages.0.content"),
+        (
+            lambda text: {
+                "messages": [*HELLO, {"role": "user", "content": [{"type": "text", "text": text}]}]
+            },
+            "messages.1.content.0.text",
+        ),
+        (lambda text: {"messages": [*HELLO, {"role": text, "content": "a"}]}, "messages.1.role"),
+        (lambda text: {"messages": [{"role": "user", "content": "a", text: 1}]}, "messages.0"),
+        (lambda text: {"stop": text}, "stop"),
+        (lambda text: {"stop": ["a", text]}, "stop.1"),
+        (lambda text: {"model": text}, "model"),
+        (lambda text: {text: 1}, None),
+    ],
+)
+def test_text_that_no_tokenizer_takes_is_refused_by_the_name_of_its_field(
+    fields: Any, param: str | None, text: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**fields(text))
+    assert (caught.value.param, caught.value.code) == (param, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"), [("\ud800", "prompt"), ("a\x00", "prompt"), (["a", "\udfff"], "prompt.1")]
+)
+def test_a_prompt_that_no_tokenizer_takes_is_refused(prompt: Any, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(prompt=prompt)
+    assert (caught.value.param, caught.value.code) == (param, "invalid_value")
+
+
+def test_a_whole_pair_of_surrogates_is_one_character() -> None:
+    request = parse_chat(b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d\\ude00"}]}')
+    assert request.messages[0].content == "\N{GRINNING FACE}"
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000])
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequestError):
