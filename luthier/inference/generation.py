@@ -35,7 +35,7 @@ def plan_chat(
         ContextLengthExceededError: when prompt and answer don't fit the base's context.
         InvalidValueError: when the template refuses the messages.
     """
-    messages = [message.model_dump() for message in request.messages]
+    messages = [message.to_message() for message in request.messages]
     prompt = served.base.tokenizer.encode(served.base.template.render(messages, add_generation_prompt=True))
     max_tokens = _fit(served, [prompt], request.max_tokens, max_tokens_default, param="messages")
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None

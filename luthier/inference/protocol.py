@@ -37,7 +37,7 @@ IGNORED_FIELDS = frozenset(
     }
 )
 # Parts of an earlier answer that clients send back as they got them.
-IGNORED_MESSAGE_FIELDS = frozenset({"name", "refusal", "annotations", "audio", "reasoning_content"})
+IGNORED_MESSAGE_FIELDS = frozenset({"refusal", "annotations", "audio", "reasoning_content"})
 
 # Fields of OpenAI's API that are accepted only with the values that mean "not used".
 _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -100,6 +100,12 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "user", "assistant"]
     content: str
+    name: str | None = None
+
+    def to_message(self) -> dict[str, str]:
+        """Return the message for a chat template, as training's Turn.to_message does."""
+        message = {"role": self.role, "content": self.content}
+        return message if self.name is None else message | {"name": self.name}
 
 
 class ChatRequest(_Request):

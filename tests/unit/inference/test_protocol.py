@@ -60,11 +60,11 @@ def test_content_parts_and_the_developer_role_become_plain_messages() -> None:
             {"role": "user", "content": "?"},
         ]
     )
-    assert [(message.role, message.content) for message in request.messages] == [
-        ("system", "Be kind."),
-        ("user", "Good day"),
-        ("assistant", ""),
-        ("user", "?"),
+    assert [message.to_message() for message in request.messages] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Good day", "name": "Ann"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "?"},
     ]
 
 
@@ -83,6 +83,7 @@ def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
         ({"messages": "Hello"}, "messages", "invalid_type"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "name": 7}]}, "messages.0.name", "invalid_type"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "unsupported_value"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
