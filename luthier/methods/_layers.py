@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 from luthier.core.errors import InvalidValueError
+from luthier.methods._patterns import MATCH_SECONDS, match_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,8 @@ def choose_layers(
         The chosen part of `shapes`; never empty.
 
     Raises:
-        InvalidValueError: when a name or pattern matches no linear layer; lists the names there are.
+        InvalidValueError: when a name or pattern matches no linear layer (lists the names there are), or
+            when matching the pattern takes too long.
     """
     if isinstance(target_modules, list):
         for wanted in target_modules:
@@ -72,8 +74,7 @@ def choose_layers(
         pattern = _ATTENTION if target_modules == "attention" else _FEED_FORWARD
         chosen = {path: shape for path, shape in shapes.items() if pattern.search(path)}
     else:
-        compiled = re.compile(target_modules)
-        chosen = {path: shape for path, shape in shapes.items() if compiled.fullmatch(path)}
+        chosen = {path: shapes[path] for path in _match(target_modules, shapes)}
     if not chosen:
         raise _nothing_matches(target_modules, shapes)
     return chosen
@@ -92,6 +93,17 @@ def shortest_names(chosen: dict[str, tuple[int, int]], shapes: dict[str, tuple[i
         if picked == set(chosen):
             return sorted(names)
     return sorted(chosen)
+
+
+def _match(pattern: str, shapes: dict[str, tuple[int, int]]) -> list[str]:
+    try:
+        return match_paths(pattern, list(shapes))
+    except TimeoutError as error:
+        raise InvalidValueError(
+            f"Matching {pattern[:40]!r} against this base's layers takes more than {MATCH_SECONDS:g} s. Use "
+            "a simpler pattern or a list of names.",
+            param=PARAM,
+        ) from error
 
 
 def _ends_with(path: str, name: str) -> bool:

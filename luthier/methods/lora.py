@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints, field_validator
 from luthier.core.errors import InvalidValueError
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._layers import PARAM, choose_layers, linear_shapes, shortest_names
+from luthier.methods._patterns import nests_quantifiers
 from luthier.methods.base import Attached, Method, MethodParams
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class LoraParams(MethodParams):
                 re.compile(value)
             except re.error as error:
                 raise ValueError(f"is no valid regular expression: {error}") from error
+            if nests_quantifiers(value):
+                raise ValueError("repeats a group that holds a repetition; use a simpler pattern")
         return value
 
 
