@@ -1,7 +1,8 @@
 """What routes are given: the process's parts, a session, and the caller's scope."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -11,13 +12,17 @@ from starlette.concurrency import run_in_threadpool
 from api.event_hub import EventHub
 from db.session import Database
 from luthier.bases.catalogue import Catalogue
-from luthier.core.errors import UnauthenticatedError
+from luthier.core.errors import UnauthenticatedError, UnavailableError
 from luthier.core.settings import Settings
 from luthier.inference.backends.base import Backend
 from luthier.storage.store import Storage
 from services import keys
 from services.bell import Ring
 from services.scope import Scope
+
+# Requests that hold a connection at the same time.
+NUM_TURNS = 16
+_TURN_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Parts:
     backend: Backend
     hub: EventHub
     ring: Ring
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
 
 
 def get_parts(request: Request) -> Parts:
@@ -42,7 +48,26 @@ def get_parts(request: Request) -> Parts:
 PartsDep = Annotated[Parts, Depends(get_parts)]
 
 
-def get_session(parts: PartsDep) -> Iterator[Session]:
+async def take_turn(parts: PartsDep) -> AsyncIterator[None]:
+    """Let in only as many requests as there are connections for.
+
+    A request takes its connection in one thread and runs in another. Were more let in, those that wait for
+    a connection would hold every thread, and those that have one would wait for a thread.
+    """
+    try:
+        async with asyncio.timeout(_TURN_SECONDS):
+            await parts.turns.acquire()
+    except TimeoutError as error:
+        raise UnavailableError("The service is busy right now; try again.") from error
+    try:
+        yield
+    finally:
+        parts.turns.release()
+
+
+def get_session(
+    parts: PartsDep, _turn: Annotated[None, Depends(take_turn, scope="function")]
+) -> Iterator[Session]:
     """Open the request's one transaction."""
     with parts.database.transaction() as session:
         yield session

@@ -7,6 +7,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -89,6 +90,14 @@ async def _on_client_gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)
 
 
+async def _on_unstorable_text(_request: Request, _error: Exception) -> JSONResponse:
+    return to_response(
+        InvalidValueError(
+            "The request holds a character that can't be stored: NUL, or half of a surrogate pair."
+        )
+    )
+
+
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
     _log.error("unexpected error", path=request.url.path, exc_info=error)
     message = "The server had an error while processing your request. Its log has the request's id."
@@ -100,5 +109,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(LuthierError, _on_luthier_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(DataError, _on_unstorable_text)
+    app.add_exception_handler(UnicodeEncodeError, _on_unstorable_text)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
     app.add_exception_handler(Exception, _on_unexpected)

@@ -7,9 +7,9 @@ import anyio.to_thread
 from fastapi import FastAPI
 
 from api import errors
-from api.deps import Parts
+from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
-from api.requests import RequestIdMiddleware
+from api.requests import BodyLimitMiddleware, RequestIdMiddleware
 from api.routes import chat, files, health, jobs, keys, models
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
@@ -18,9 +18,10 @@ from luthier.inference.backends.engine import EngineBackend
 from luthier.storage.store import Storage
 from services.bell import Bell, make_celery
 
-_POOL_SIZE = 16
+# Beside the requests that hold a connection all along, those that take one for a moment in one thread.
+_POOL_SIZE = NUM_TURNS + 8
 # A few threads beyond the pool: those that move bytes hold no connection.
-_NUM_THREADS = _POOL_SIZE + 8
+_NUM_THREADS = _POOL_SIZE + 16
 
 
 def make_parts(settings: Settings) -> Parts:
@@ -65,6 +66,7 @@ def create_app(parts: Parts) -> FastAPI:
     )
     app.state.parts = parts
     errors.install(app)
+    app.add_middleware(BodyLimitMiddleware)
     app.add_middleware(RequestIdMiddleware)
     for module in (health, files, jobs, models, chat, keys):
         app.include_router(module.router)

@@ -1,9 +1,52 @@
-"""A request's id on every answer, as pure ASGI: a BaseHTTPMiddleware would hide a client that leaves."""
+"""What every request passes through: its id, and a limit on its body.
+
+Pure ASGI: a BaseHTTPMiddleware would hide a client that leaves.
+"""
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.errors import to_response
+from luthier.core.errors import TooLargeError
 from luthier.core.ids import new_id
+
+# Routes that take more bound it themselves, while they read.
+_UNLIMITED_PATHS = ("/v1/files", "/v1/chat/completions", "/v1/completions")
+_MAX_BODY_BYTES = 1024 * 1024
+
+
+class BodyLimitMiddleware:
+    """Refuses a large JSON body before anything is parsed or anybody's key is looked at."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http" or scope["path"] in _UNLIMITED_PATHS:
+            await self._app(scope, receive, send)
+            return
+        body, is_complete = bytearray(), False
+        while not is_complete:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            is_complete = not message.get("more_body", False)
+            if len(body) > _MAX_BODY_BYTES:
+                error = TooLargeError(f"The body is larger than the limit of {_MAX_BODY_BYTES} bytes.")
+                await to_response(error)(scope, receive, send)
+                return
+        is_given = False
+
+        async def receive_whole() -> Message:
+            nonlocal is_given
+            if is_given:
+                return await receive()
+            is_given = True
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        await self._app(scope, receive_whole, send)
 
 
 class RequestIdMiddleware:

@@ -8,7 +8,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from luthier.storage.store import Storage
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
 
 
 def _parse_range(header: str, size_bytes: int) -> tuple[int, int] | None:

@@ -27,6 +27,8 @@ class Database:
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=_POOL_TIMEOUT_SECONDS,
+            # A log of errors must hold no rows of users and no hashes of keys.
+            hide_parameters=True,
             # A database that came back is used again at once, without a failed request per old connection.
             pool_pre_ping=True,
             connect_args={"connect_timeout": _POOL_TIMEOUT_SECONDS},

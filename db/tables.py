@@ -86,6 +86,7 @@ class File(Owned, Table):
     num_rows: Mapped[int]
     sha256: Mapped[str]
     storage_key: Mapped[str]
+    bytes_deleted_at: Mapped[datetime | None]
 
 
 class Base(Table):
@@ -198,6 +199,7 @@ class Model(Owned, Table):
     step: Mapped[int]
     artifact_key: Mapped[str]
     artifact_digest: Mapped[str]
+    bytes_deleted_at: Mapped[datetime | None]
 
 
 class Checkpoint(Owned, Table):

@@ -4,6 +4,9 @@ It only wakes a worker. Lost, doubled, late or forged bells do no harm, since th
 Postgres for what there is to do.
 """
 
+import os
+import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +20,7 @@ TASK_NAME = "luthier.wake"
 QUEUE = "luthier"
 
 Ring = Callable[[str], None]
+_MAX_WAITING = 100
 _log = structlog.get_logger()
 
 
@@ -58,18 +62,38 @@ def make_celery(redis_url: str) -> Celery:
 
 
 class Bell:
-    """Rings for jobs; a bell that can't be rung is logged and forgotten."""
+    """Rings for jobs from a thread of its own, so that a broker that hangs holds up nobody.
+
+    A bell that can't be rung is logged and forgotten, and so are those that pile up behind it.
+
+    Args:
+        app: the Celery application.
+    """
 
     def __init__(self, app: Celery) -> None:
         self._app = app
+        self._waiting: queue.Queue[str] = queue.Queue(_MAX_WAITING)
+        self._pid = 0
 
     def ring(self, job_id: str) -> None:
-        """Wake a worker now."""
+        """Have a worker woken soon; returns at once."""
+        if self._pid != os.getpid():
+            # The first ring of this process: a thread does not survive a fork.
+            self._pid, self._waiting = os.getpid(), queue.Queue(_MAX_WAITING)
+            threading.Thread(target=self._ring_for_ever, args=(self._waiting,), daemon=True).start()
         try:
-            self._app.send_task(TASK_NAME, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
-        except (OperationalError, OSError) as error:
-            # Answered: the row is committed, and idle workers look for it at every sweep.
-            _log.warning("bell not rung", job_id=job_id, error=type(error).__name__)
+            self._waiting.put_nowait(job_id)
+        except queue.Full:
+            _log.warning("bell not rung, too many wait", job_id=job_id)
+
+    def _ring_for_ever(self, waiting: "queue.Queue[str]") -> None:
+        while True:
+            job_id = waiting.get()
+            try:
+                self._app.send_task(TASK_NAME, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
+            except (OperationalError, OSError) as error:
+                # Answered: the row is committed, and idle workers look for it at every sweep.
+                _log.warning("bell not rung", job_id=job_id, error=type(error).__name__)
 
 
 def ring_after_commit(session: Session, ring: Ring, job_id: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db.queries import find_owned, page
@@ -127,3 +127,19 @@ def delete(session: Session, scope: Scope, file_id: str) -> File:
     row.deleted_at = func.now()
     session.flush()
     return row
+
+
+def list_undeleted_bytes(session: Session, *, limit: int) -> list[tuple[str, str]]:
+    """Return id and storage place of deleted files whose bytes may still be there."""
+    rows = session.execute(
+        select(File.id, File.storage_key)
+        .where(File.deleted_at.is_not(None), File.bytes_deleted_at.is_(None))
+        .order_by(File.deleted_at)
+        .limit(limit)
+    ).all()
+    return [(row[0], row[1]) for row in rows]
+
+
+def mark_bytes_deleted(session: Session, row_id: str) -> None:
+    """Note that the bytes of one of the deleted files are gone."""
+    session.execute(update(File).where(File.id == row_id).values(bytes_deleted_at=func.now()))

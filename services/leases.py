@@ -27,6 +27,10 @@ class LeaseLostError(LuthierError):
     code = "lease_lost"
 
 
+# Outcome of an attempt that was asked to stop and has not ended yet.
+_STOPPING = "stopping"
+
+
 @dataclass(frozen=True)
 class Lease:
     """A claim on a job: the fence of every later write."""
@@ -47,7 +51,7 @@ def beat(session: Session, worker_id: str, *, hostname: str, num_slots: int, fac
 
 
 def list_waiting(session: Session, *, limit: int) -> Sequence[str]:
-    """Return ids of jobs that a worker could take now, oldest first."""
+    """Return ids of jobs that a worker could take now: those to prepare, then the queue; oldest first."""
     return session.scalars(
         select(Job.id)
         .where(
@@ -57,7 +61,8 @@ def list_waiting(session: Session, *, limit: int) -> Sequence[str]:
                 & or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()),
             )
         )
-        .order_by(Job.created_at)
+        # Files are checked before anything is trained: a long queue must not hide a broken file.
+        .order_by(Job.status == JobStatus.QUEUED, Job.created_at)
         .limit(limit)
     ).all()
 
@@ -92,6 +97,12 @@ def claim_for_training(
     Returns:
         The lease and the job, now `running`; None when there is no job or no slot.
     """
+    # The row is there before the first heartbeat too: it is the lock of the worker's slots.
+    session.execute(
+        insert(Worker)
+        .values(id=worker_id, hostname="", num_slots=num_slots, facts={})
+        .on_conflict_do_nothing(index_elements=[Worker.id])
+    )
     session.execute(select(Worker.id).where(Worker.id == worker_id).with_for_update())
     num_running = session.scalar(
         select(func.count())
@@ -257,8 +268,12 @@ def retry_or_fail(session: Session, lease: Lease, reason: str, *, max_attempts: 
 
 
 def _crashed(session: Session, job: Job, reason: str, max_attempts: int) -> JobStatus:
-    job.num_crashes += 1
-    _end_attempt(session, job.id, job.lease_epoch, "crashed")
+    outcome = session.scalar(
+        select(Attempt.outcome).where(Attempt.job_id == job.id, Attempt.lease_epoch == job.lease_epoch)
+    )
+    if outcome != _STOPPING:
+        job.num_crashes += 1
+    _end_attempt(session, job.id, job.lease_epoch, "crashed" if outcome != _STOPPING else "stopped")
     job.lease_owner = None
     job.lease_expires_at = None
     if job.num_crashes >= max_attempts:
@@ -278,11 +293,32 @@ def _crashed(session: Session, job: Job, reason: str, max_attempts: int) -> JobS
     return JobStatus(job.status)
 
 
+def note_start(session: Session, lease: Lease, step: int) -> None:
+    """Note the step from which an attempt goes on."""
+    _update_attempt(session, lease.job_id, lease.epoch, start_step=step)
+
+
+def note_stopping(session: Session, lease: Lease) -> None:
+    """Note that an attempt was asked to stop: if it does not end in time, that is nobody's crash."""
+    _update_attempt(session, lease.job_id, lease.epoch, outcome=_STOPPING)
+
+
+def end_attempt_of(session: Session, job: Job, outcome: str) -> None:
+    """End the attempt that holds a job, if one does: for a job that is ended from outside."""
+    if job.lease_owner is not None:
+        _end_attempt(session, job.id, job.lease_epoch, outcome)
+
+
 def _end_attempt(session: Session, job_id: str, epoch: int, outcome: str) -> None:
+    step = select(Job.step).where(Job.id == job_id).scalar_subquery()
+    _update_attempt(session, job_id, epoch, ended_at=func.now(), outcome=outcome, end_step=step)
+
+
+def _update_attempt(session: Session, job_id: str, epoch: int, **values: Any) -> None:
     session.execute(
         update(Attempt)
         .where(Attempt.job_id == job_id, Attempt.lease_epoch == epoch)
-        .values(ended_at=func.now(), outcome=outcome)
+        .values(**values)
         .execution_options(synchronize_session=False)
     )
 
@@ -322,11 +358,24 @@ class EndedJob:
     kept_prefixes: tuple[str, ...]
 
 
-def list_untidied(session: Session, *, limit: int) -> list[EndedJob]:
-    """Return ended jobs whose working copies (tokenised rows, save points) are still in storage."""
+def list_untidied(session: Session, *, grace_seconds: float, limit: int) -> list[EndedJob]:
+    """Return ended jobs whose working copies (tokenised rows, save points) are still in storage.
+
+    Args:
+        session: the session.
+        grace_seconds: how long ago they ended: a worker that has not heard of it may still write.
+        limit: jobs at once.
+
+    Returns:
+        The jobs, those that ended first before others.
+    """
     rows = session.execute(
         select(Job.id, Job.project_id)
-        .where(Job.status.in_(TERMINAL_STATUSES), Job.tidied_at.is_(None))
+        .where(
+            Job.status.in_(TERMINAL_STATUSES),
+            Job.tidied_at.is_(None),
+            Job.finished_at < func.now() - timedelta(seconds=grace_seconds),
+        )
         .order_by(Job.finished_at)
         .limit(limit)
     ).all()

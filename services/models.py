@@ -4,7 +4,7 @@ base instead."""
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from db.tables import Base, Checkpoint, Job, Model
@@ -238,3 +238,19 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
 def get_name(session: Session, model_id: str) -> str:
     """Return a model's public name."""
     return session.get_one(Model, model_id).name
+
+
+def list_undeleted_bytes(session: Session, *, limit: int) -> list[tuple[str, str]]:
+    """Return id and storage place of deleted models whose bytes may still be there."""
+    rows = session.execute(
+        select(Model.id, Model.artifact_key)
+        .where(Model.deleted_at.is_not(None), Model.bytes_deleted_at.is_(None))
+        .order_by(Model.deleted_at)
+        .limit(limit)
+    ).all()
+    return [(row[0], row[1]) for row in rows]
+
+
+def mark_bytes_deleted(session: Session, row_id: str) -> None:
+    """Note that the bytes of one of the deleted models are gone."""
+    session.execute(update(Model).where(Model.id == row_id).values(bytes_deleted_at=func.now()))

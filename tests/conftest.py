@@ -113,7 +113,7 @@ def database(postgres: Server) -> Iterator[Database]:
     """A fresh, migrated database."""
     name = f"t{time.monotonic_ns()}"
     postgres.execute(f"CREATE DATABASE {name} TEMPLATE template_luthier")
-    opened = Database(postgres.url(name), pool_size=10)
+    opened = Database(postgres.url(name), pool_size=24)
     try:
         yield opened
     finally:

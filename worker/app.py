@@ -18,7 +18,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.logs import configure_logs
 from luthier.core.process import die_with_parent
 from luthier.core.settings import Settings
-from services import leases
+from services import files, leases, models
 from services.bell import TASK_NAME, make_celery
 from worker.context import WorkerContext, make_context
 from worker.tasks.prepare import prepare
@@ -62,10 +62,28 @@ def sweep(context: WorkerContext) -> list[str]:
         return list(leases.list_waiting(session, limit=settings.training_slots + 1))
 
 
-def tidy(context: WorkerContext) -> None:
-    """Delete from storage what ended jobs no longer need: tokenised rows, save points, what no row names."""
+def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
+    """Delete from storage what no row needs any more, however often that was tried before.
+
+    That is what ended jobs worked with (tokenised rows, save points, what no row names), and the bytes of
+    deleted files and models.
+
+    Args:
+        context: the worker's parts.
+        grace_seconds: how long ago a job must have ended.
+    """
     with context.database.transaction() as session:
-        ended = leases.list_untidied(session, limit=_TIDIED_AT_ONCE)
+        ended = leases.list_untidied(session, grace_seconds=grace_seconds, limit=_TIDIED_AT_ONCE)
+        files_gone = files.list_undeleted_bytes(session, limit=_TIDIED_AT_ONCE)
+        models_gone = models.list_undeleted_bytes(session, limit=_TIDIED_AT_ONCE)
+    for file_id, key in files_gone:
+        context.storage.delete(key)
+        with context.database.transaction() as session:
+            files.mark_bytes_deleted(session, file_id)
+    for model_id, prefix in models_gone:
+        context.storage.delete_prefix(prefix)
+        with context.database.transaction() as session:
+            models.mark_bytes_deleted(session, model_id)
     for job in ended:
         prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
         context.storage.delete_all_but(prefix, job.kept_prefixes)
@@ -79,7 +97,7 @@ def _sweep_for_ever(context: WorkerContext) -> None:
         try:
             for job_id in sweep(context):
                 context.ring(job_id)
-            tidy(context)
+            tidy(context, grace_seconds=2 * context.settings.lease_seconds)
         except LuthierError as error:
             _log.warning("sweep put off", reason=error.message)
         except Exception:
@@ -144,15 +162,18 @@ def run_without_broker(settings: Settings) -> None:
     context = make_context(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: context.stopping.set())
+    # The sweep's bells ring nobody: this thread looks by itself.
+    context.ring = lambda _job_id: None
+    threading.Thread(target=_sweep_for_ever, args=(context,), daemon=True).start()
     _log.info("worker ready, without a broker", worker_id=context.worker_id)
     while not context.stopping.is_set():
         waiting: list[str] = []
         try:
-            waiting = sweep(context)
+            with context.database.transaction() as session:
+                waiting = list(leases.list_waiting(session, limit=1))
             work(context, waiting[0] if waiting else None)
-            tidy(context)
         except LuthierError as error:
-            _log.warning("sweep put off", reason=error.message)
+            _log.warning("look put off", reason=error.message)
         if not waiting:
             context.stopping.wait(context.settings.sweep_seconds)
 

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from luthier.core.errors import SelfCheckError
 from luthier.core.events import TrainingEvent, parse_event
-from luthier.core.process import die_with_parent
 
 # All that a training process may know of its surroundings: no database, broker, storage or API secret.
 _ALLOWED_VARIABLES = frozenset(
@@ -112,10 +111,14 @@ class TrainingChild:
 
     def kill(self) -> None:
         """End the process and all it started, now."""
-        self._signal(signal.SIGKILL)
+        self.kill_group()
         self._process.wait()
         self._selector.close()
         self._stdout.close()
+
+    def kill_group(self) -> None:
+        """Send the end to the process and all it started, without waiting; safe from any thread."""
+        self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
         try:
@@ -137,16 +140,15 @@ def start_child(run_dir: Path, num_threads: int) -> Iterator[TrainingChild]:
     Yields:
         The running process.
     """
-    parent_pid = os.getpid()
+    command = [sys.executable, "-P", "-m", "luthier.training", str(run_dir)]
     with (run_dir / _LOG_NAME).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "luthier.training", str(run_dir)],
+            [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
             env=child_environment(num_threads),
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(parent_pid),  # noqa: PLW1509 - no thread runs here but ours
         )
     child = TrainingChild(process)
     try:

@@ -1,12 +1,14 @@
 """Supervising one training process: its events into the job, its folders into storage, signals back to it."""
 
+import contextlib
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import func
 from sqlalchemy.orm import Session
@@ -35,12 +37,16 @@ from services.events import NewEvent
 from services.leases import Lease
 from worker.child import TrainingChild
 from worker.context import WorkerContext
+from worker.keeper import LeaseKeeper
+
+T = TypeVar("T")
 
 # Metrics are written in batches, at most two a second.
 _FLUSH_SECONDS = 0.5
 _MAX_STOP_SECONDS = 30.0
 _NUM_SAVE_POINTS = 2
-_PUBLISH_PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)
+# Two minutes in all: a run of hours is not given up for a restart of storage or database.
+_PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, *[15.0] * 7)
 _NUM_CHECKPOINTS = 3
 
 
@@ -71,6 +77,7 @@ class TrainingRun:
         model_name: the name that the result will bear.
         prefix: storage prefix of this attempt's objects.
         run_dir: the run directory.
+        keeper: keeps the lease meanwhile, and knows when it is lost.
     """
 
     context: WorkerContext
@@ -79,6 +86,7 @@ class TrainingRun:
     model_name: str
     prefix: str
     run_dir: Path
+    keeper: LeaseKeeper
     _news: list[NewEvent] = field(default_factory=list)
     _columns: dict[str, Any] = field(default_factory=dict)
     _step: int = 0
@@ -99,7 +107,7 @@ class TrainingRun:
             LeaseLostError: when the job was cancelled or taken away; the child is then to be killed.
             LuthierError: when the job must fail.
         """
-        flushed_at = renewed_at = 0.0
+        flushed_at = 0.0
         while (exit_code := child.exit_code()) is None:
             for event in child.poll_events(_FLUSH_SECONDS):
                 self._take(event)
@@ -107,27 +115,15 @@ class TrainingRun:
             if now - flushed_at >= _FLUSH_SECONDS and self._has_news():
                 self._flush()
                 flushed_at = now
-            if now - renewed_at >= min(self.context.settings.control_seconds, self._heartbeat_seconds()):
-                self._renew()
-                renewed_at = now
+            self.keeper.check()
             self._pass_on_stop(child, now)
         if self._ending is not None:
             return self._ending
+        self.keeper.check()
         return self._end_without_a_word(exit_code)
-
-    def _heartbeat_seconds(self) -> float:
-        return self.context.settings.heartbeat_seconds
 
     def _has_news(self) -> bool:
         return bool(self._news or self._columns)
-
-    def _renew(self) -> None:
-        try:
-            with self.context.database.transaction() as session:
-                leases.renew(session, self.lease, self.context.settings.lease_seconds)
-        except UnavailableError:
-            # Training goes on while the database is away; the lease's own end decides whose job it is.
-            return
 
     def _pass_on_stop(self, child: TrainingChild, now: float) -> None:
         if not self.context.stopping.is_set():
@@ -135,6 +131,7 @@ class TrainingRun:
         if self._stop_asked_at is None:
             self._stop_asked_at = now
             child.ask_to_stop()
+            self._write(lambda session: leases.note_stopping(session, self.lease))
         elif now - self._stop_asked_at > _MAX_STOP_SECONDS:
             child.kill()
 
@@ -182,6 +179,7 @@ class TrainingRun:
 
     def _started(self, event: StartedEvent) -> None:
         self._step, self._total_steps = event.start_step, event.total_steps
+        self._write(lambda session: leases.note_start(session, self.lease, event.start_step))
         self._columns |= {"total_steps": event.total_steps, "step": event.start_step}
         if event.start_step > 0:
             message = f"Going on from the save point at step {event.start_step} of {event.total_steps}"
@@ -207,31 +205,50 @@ class TrainingRun:
         key = f"{self.prefix}/save_points/step-{event.step:06d}"
         try:
             self.context.storage.put_folder(self.run_dir / event.path, key)
-        except UnavailableError:
-            self._news.append(
-                NewEvent("A save point could not be stored; the next one is tried", level="warn")
-            )
-            return
+            dropped = self._record_save_point(key, event.step)
+        except UnavailableError as error:
+            told = f"The save point at step {event.step} was not kept: {error.message}"
+            self._news.append(NewEvent(told, level="warn", data={}))
         except (ArtifactCorruptError, FileNotFoundError):
             # The process drops old save points on its own, and has dropped this one while it was copied: a
             # newer one is on its way, and the one before still stands.
-            self.context.storage.delete_prefix(key)
-            return
+            self._drop([key])
+        else:
+            self._drop(dropped)
+
+    def _record_save_point(self, key: str, step: int) -> list[str]:
         with self.context.database.transaction() as session:
             job = session.get_one(Job, self.lease.job_id, with_for_update=True)
-            save_points = [*job.save_points, {"key": key, "step": event.step}]
+            save_points = [*job.save_points, {"key": key, "step": step}]
             leases.update_job(session, self.lease, save_points=save_points[-_NUM_SAVE_POINTS:])
-        for dropped in save_points[:-_NUM_SAVE_POINTS]:
-            self.context.storage.delete_prefix(dropped["key"])
+        return [str(dropped["key"]) for dropped in save_points[:-_NUM_SAVE_POINTS]]
+
+    def _drop(self, prefixes: list[str]) -> None:
+        """Delete what is no longer needed; what stays because storage is away is tidied after the job."""
+        with contextlib.suppress(UnavailableError):
+            for prefix in prefixes:
+                self.context.storage.delete_prefix(prefix)
+
+    def _write(self, write: Callable[[Session], T]) -> T:
+        """Run a transaction, again after a pause while the database is away, as long as the lease holds."""
+        for pause_seconds in _PAUSES_SECONDS:
+            try:
+                with self.context.database.transaction() as session:
+                    return write(session)
+            except UnavailableError:
+                time.sleep(pause_seconds)
+                self.keeper.check()
+        with self.context.database.transaction() as session:
+            return write(session)
 
     def _publish(self, folder: Path, key: str) -> Manifest:
         """Put a folder into storage, again after a pause while storage is away; the lease is kept."""
-        for pause_seconds in _PUBLISH_PAUSES_SECONDS:
+        for pause_seconds in _PAUSES_SECONDS:
             try:
                 return self.context.storage.put_folder(folder, key)
             except UnavailableError:
                 time.sleep(pause_seconds)
-                self._renew()
+                self.keeper.check()
         return self.context.storage.put_folder(folder, key)
 
     def _publish_checkpoint(self, event: CheckpointEvent) -> None:
@@ -240,96 +257,95 @@ class TrainingRun:
             return
         key = f"{self.prefix}/checkpoints/step-{event.step:06d}"
         manifest = self._publish(self.run_dir / event.path, key)
-        with self.context.database.transaction() as session:
-            self._flush(session)
-            job = session.get_one(Job, self.lease.job_id)
-            name = models.make_name(job.base_id, self.model_name.split(":")[2], job.suffix)
-            name = f"{name}:ckpt-step-{event.step}"
-            checkpoint = models.register(
-                session,
-                job,
-                self.spec,
-                name=name,
-                kind="checkpoint",
-                step=event.step,
-                artifact_key=key,
-                artifact_digest=manifest.digest,
-                metrics={"step": event.step} | event.metrics.model_dump(exclude_none=True),
-            )
-            name = models.get_name(session, checkpoint.model_id)
-            told = f"Checkpoint created at step {event.step} with Snapshot ID: {name}"
-            events.append(session, self.lease.job_id, [NewEvent(told, data={})])
-            retired = models.retire_checkpoints(session, self.lease.job_id, keep=_NUM_CHECKPOINTS)
+        retired = self._write(lambda session: self._register_checkpoint(session, event, key, manifest.digest))
         self._forget()
         shutil.rmtree(self.run_dir / event.path)
-        for prefix in retired:
-            self.context.storage.delete_prefix(prefix)
+        self._drop(retired)
+
+    def _register_checkpoint(
+        self, session: Session, event: CheckpointEvent, key: str, digest: str
+    ) -> list[str]:
+        self._flush(session)
+        job = session.get_one(Job, self.lease.job_id)
+        fresh = models.make_name(job.base_id, self.model_name.split(":")[2], job.suffix)
+        checkpoint = models.register(
+            session,
+            job,
+            self.spec,
+            name=f"{fresh}:ckpt-step-{event.step}",
+            kind="checkpoint",
+            step=event.step,
+            artifact_key=key,
+            artifact_digest=digest,
+            metrics={"step": event.step} | event.metrics.model_dump(exclude_none=True),
+        )
+        name = models.get_name(session, checkpoint.model_id)
+        told = f"Checkpoint created at step {event.step} with Snapshot ID: {name}"
+        events.append(session, self.lease.job_id, [NewEvent(told, data={})])
+        return models.retire_checkpoints(session, self.lease.job_id, keep=_NUM_CHECKPOINTS)
 
     def _publish_result(self, event: FinishedEvent) -> None:
         """Bytes first, manifest last, then one fenced transaction that makes the model exist."""
         key = f"{self.prefix}/artifact"
         manifest = self._publish(self.run_dir / event.path, key)
-        with self.context.database.transaction() as session:
-            self._flush(session)
-            job = session.get_one(Job, self.lease.job_id)
-            models.register(
-                session,
-                job,
-                self.spec,
-                name=self.model_name,
-                kind="tuned",
-                step=event.step,
-                artifact_key=key,
-                artifact_digest=manifest.digest,
-                metrics={"step": event.step} | event.metrics.model_dump(exclude_none=True),
-            )
-            retired = models.retire_checkpoints(session, self.lease.job_id, keep=_NUM_CHECKPOINTS)
-            session.add(
-                UsageEvent(
-                    id=new_id("event"),
-                    organization_id=job.organization_id,
-                    project_id=job.project_id,
-                    created_by_key_id=job.created_by_key_id,
-                    kind="training",
-                    quantity=event.trained_tokens,
-                    unit="tokens",
-                    job_id=job.id,
-                    model=self.model_name,
-                )
-            )
-            snapshot = f"Checkpoint created at step {event.step} with Snapshot ID: {self.model_name}"
-            events.append(
-                session,
-                self.lease.job_id,
-                [
-                    NewEvent(snapshot, data={}),
-                    NewEvent(f"New fine-tuned model created: {self.model_name}", data={}),
-                ],
-            )
-            leases.leave(
-                session,
-                self.lease,
-                JobStatus.SUCCEEDED,
-                outcome="succeeded",
-                event=NewEvent("The job has successfully completed", data={}),
-                fine_tuned_model=self.model_name,
-                trained_tokens=event.trained_tokens,
-            )
+        retired = self._write(lambda session: self._register_result(session, event, key, manifest.digest))
         self._forget()
         self._ending = Ending.SUCCEEDED
-        for prefix in retired:
-            self.context.storage.delete_prefix(prefix)
+        self._drop(retired)
+
+    def _register_result(self, session: Session, event: FinishedEvent, key: str, digest: str) -> list[str]:
+        self._flush(session)
+        job = session.get_one(Job, self.lease.job_id)
+        models.register(
+            session,
+            job,
+            self.spec,
+            name=self.model_name,
+            kind="tuned",
+            step=event.step,
+            artifact_key=key,
+            artifact_digest=digest,
+            metrics={"step": event.step} | event.metrics.model_dump(exclude_none=True),
+        )
+        retired = models.retire_checkpoints(session, self.lease.job_id, keep=_NUM_CHECKPOINTS)
+        session.add(
+            UsageEvent(
+                id=new_id("event"),
+                organization_id=job.organization_id,
+                project_id=job.project_id,
+                created_by_key_id=job.created_by_key_id,
+                kind="training",
+                quantity=event.trained_tokens,
+                unit="tokens",
+                job_id=job.id,
+                model=self.model_name,
+            )
+        )
+        snapshot = f"Checkpoint created at step {event.step} with Snapshot ID: {self.model_name}"
+        created = f"New fine-tuned model created: {self.model_name}"
+        events.append(session, self.lease.job_id, [NewEvent(snapshot, data={}), NewEvent(created, data={})])
+        leases.leave(
+            session,
+            self.lease,
+            JobStatus.SUCCEEDED,
+            outcome="succeeded",
+            event=NewEvent("The job has successfully completed", data={}),
+            fine_tuned_model=self.model_name,
+            trained_tokens=event.trained_tokens,
+        )
+        return retired
 
     def _stopped(self, event: StoppedEvent) -> None:
         told = f"The worker is stopping; the job waits for another at step {event.step}"
         self._ending = self._give_back(told)
 
     def _give_back(self, told: str) -> Ending:
-        with self.context.database.transaction() as session:
+        def write(session: Session) -> None:
             self._flush(session)
-            leases.leave(
-                session, self.lease, JobStatus.QUEUED, outcome="given_back", event=NewEvent(told, data={})
-            )
+            event = NewEvent(told, data={})
+            leases.leave(session, self.lease, JobStatus.QUEUED, outcome="given_back", event=event)
+
+        self._write(write)
         self._forget()
         return Ending.GIVEN_BACK
 
@@ -340,11 +356,9 @@ class TrainingRun:
             # It was asked to stop before its first step, or ran out of time to: nobody's crash.
             return self._give_back("The worker is stopping; the job waits for another")
         how = f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
-        with self.context.database.transaction() as session:
-            status = leases.retry_or_fail(
-                session,
-                self.lease,
-                f"The training process ended {how} after step {self._step}.",
-                max_attempts=self.context.settings.max_attempts,
-            )
+        reason = f"The training process ended {how} after step {self._step}."
+        max_attempts = self.context.settings.max_attempts
+        status = self._write(
+            lambda session: leases.retry_or_fail(session, self.lease, reason, max_attempts=max_attempts)
+        )
         return Ending.FAILED if status is JobStatus.FAILED else Ending.CRASHED

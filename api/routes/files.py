@@ -1,5 +1,6 @@
 """Files: upload, list, retrieve, content, delete."""
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -12,6 +13,7 @@ from api.schemas.pages import list_object
 from api.streaming import stored_bytes
 from api.upload import receive_file
 from db.tables import File
+from luthier.core.errors import UnavailableError
 from luthier.core.ids import new_id
 from services import files
 from services.scope import Scope
@@ -32,10 +34,17 @@ async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -
         with parts.database.transaction() as session:
             return file_object(files.record(session, scope, stored))
 
+    def drop_unrecorded() -> None:
+        # A commit whose answer was lost may have happened: only bytes without a row are deleted.
+        with parts.database.transaction() as session:
+            if session.get(File, file_id) is None:
+                parts.storage.delete(storage_key)
+
     try:
         return await run_in_threadpool(record)
     except Exception:
-        await run_in_threadpool(parts.storage.delete, storage_key)
+        with suppress(UnavailableError):
+            await run_in_threadpool(drop_unrecorded)
         raise
 
 
@@ -89,5 +98,7 @@ def _delete(parts: Parts, scope: Scope, file_id: str) -> str:
 async def delete_file(file_id: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
     """Delete a file, its bytes included, unless an unfinished job reads it."""
     storage_key = await run_in_threadpool(_delete, parts, scope, file_id)
-    await run_in_threadpool(parts.storage.delete, storage_key)
+    # What storage can't delete now, a worker does later: the row says that the bytes may still be there.
+    with suppress(UnavailableError):
+        await run_in_threadpool(parts.storage.delete, storage_key)
     return {"id": file_id, "object": "file", "deleted": True}

@@ -3,6 +3,7 @@
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import PartsDep
@@ -30,6 +31,9 @@ async def readyz(parts: PartsDep) -> JSONResponse:
 
     try:
         revision = await run_in_threadpool(read)
+    except ProgrammingError:
+        reason = "The database has no schema yet: run `python -m db.migrate`."
+        return JSONResponse({"status": "unready", "reason": reason}, 503)
     except UnavailableError as error:
         return JSONResponse({"status": "unready", "reason": error.message}, 503)
     expected = newest_revision()

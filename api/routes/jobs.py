@@ -26,7 +26,7 @@ async def _body_sha256(request: Request) -> str:
 
 def _num_retries(request: Request) -> int:
     count = request.headers.get("x-stainless-retry-count", "0")
-    return int(count) if count.isdecimal() else 0
+    return int(count) if count.isdecimal() and len(count) <= 4 else 0
 
 
 def _idempotency_key(request: Request) -> str | None:

@@ -1,5 +1,6 @@
 """Models: bases, tuned models and checkpoints, and the files of a tuned one."""
 
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -9,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
 from api.schemas.models import base_model_object, model_files_object, tuned_model_object
 from api.streaming import stored_bytes
-from luthier.core.errors import NotFoundError
+from luthier.core.errors import NotFoundError, UnavailableError
 from services import models
 from services.scope import Scope
 
@@ -54,7 +55,9 @@ def _delete(parts: Parts, scope: Scope, name: str) -> str:
 async def delete_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
     """Delete a tuned model or checkpoint, its bytes included."""
     artifact_key = await run_in_threadpool(_delete, parts, scope, model)
-    await run_in_threadpool(parts.storage.delete_prefix, artifact_key)
+    # What storage can't delete now, a worker does later.
+    with suppress(UnavailableError):
+        await run_in_threadpool(parts.storage.delete_prefix, artifact_key)
     return {"id": model, "object": "model", "deleted": True}
 
 

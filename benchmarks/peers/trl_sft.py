@@ -60,7 +60,7 @@ def main() -> None:
             per_device_train_batch_size=SPEC["batch_size"],
             num_train_epochs=1,
             learning_rate=SPEC["learning_rate"],
-            warmup_ratio=0.05,
+            warmup_steps=1,
             lr_scheduler_type="cosine",
             optim="adamw_torch_fused",
             max_length=1024,

@@ -201,6 +201,14 @@ class OutOfMemoryError(JobError):
     code = "out_of_memory"
 
 
+class StorageFullError(JobError):
+    """A disk that has no room left; the operator must make some."""
+
+    code = "storage_full"
+    http_status = 503
+    retryable = True
+
+
 class WorkerCrashedError(JobError):
     """The training process ended without a word in every attempt."""
 

@@ -1,8 +1,13 @@
-"""Tying one process's life to another's (Linux prctl(2), PR_SET_PDEATHSIG)."""
+"""Tying one process's life to another's (Linux prctl(2), PR_SET_PDEATHSIG).
+
+`python -m luthier.core.process PARENT_PID COMMAND…` does it for a process that has threads: between fork
+and exec such a one may run no Python.
+"""
 
 import ctypes
 import os
 import signal
+import sys
 
 _PR_SET_PDEATHSIG = 1
 # Loaded at import: between fork and exec only async-signal-safe work is wise, and dlopen is not.
@@ -23,3 +28,17 @@ def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> Non
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal_number)
+
+
+def main(arguments: list[str]) -> None:
+    """Tie this process to its parent, then become the command.
+
+    Args:
+        arguments: the parent's pid, then the program's path and its arguments.
+    """
+    die_with_parent(int(arguments[0]))
+    os.execv(arguments[1], arguments[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

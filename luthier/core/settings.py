@@ -59,6 +59,11 @@ class Settings(BaseSettings):
         "smollm2-135m-instruct", description="Base that the inference server loads at start; empty: none."
     )
     max_batch_rows: int = Field(16, ge=1, description="Requests of one model that are decoded together.")
+    max_cache_tokens: int = Field(
+        65536,
+        ge=1,
+        description="Tokens, of prompts and answers, whose keys and values the inference server may hold.",
+    )
     max_waiting_requests: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
 
     max_upload_bytes: int = Field(512 * MIB, ge=1, description="Largest body of POST /v1/files.")

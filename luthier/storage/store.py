@@ -4,6 +4,7 @@ A folder is published files first, manifest last; what has no manifest that veri
 Nothing here knows a row or a request.
 """
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -63,7 +64,8 @@ class Sink:
         """Make the object exist, durably where the storage is a local folder."""
         with _answered():
             await self._writer.close()
-            self._storage.settle(self.key)
+            # A flush of half a gigabyte must not hold up the event loop.
+            await asyncio.to_thread(self._storage.settle, self.key)
 
     async def abort(self) -> None:
         """Leave nothing behind."""
@@ -151,16 +153,26 @@ class Storage:
             yield bytes(chunk)
             position = stop
 
-    def fetch_file(self, key: str, destination: Path) -> None:
+    def fetch_file(self, key: str, destination: Path, *, sha256: str | None = None) -> None:
         """Copy an object to a local file, which exists only when it is whole.
 
         Args:
             key: the object's key.
             destination: the local file.
+            sha256: what its bytes must hash to, 64 hex digits; a mismatch is fetched once more.
 
         Raises:
-            ArtifactCorruptError: when the object is not there.
+            ArtifactCorruptError: when the object is not there or does not match.
         """
+        self._copy(key, destination)
+        if sha256 is None or file_sha256(destination) == sha256:
+            return
+        self._copy(key, destination)
+        if file_sha256(destination) != sha256:
+            destination.unlink()
+            raise ArtifactCorruptError(f"The stored object {key} does not match its hash.")
+
+    def _copy(self, key: str, destination: Path) -> None:
         destination.parent.mkdir(parents=True, exist_ok=True)
         temporary = destination.with_name(f".{destination.name}.part")
         try:
@@ -267,9 +279,7 @@ class Storage:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         for name, entry in manifest.files.items():
-            self.fetch_file(f"{prefix}/{name}", building / name)
-            if file_sha256(building / name) != entry.sha256:
-                raise ArtifactCorruptError(f"{name} of {prefix} does not match its manifest.")
+            self.fetch_file(f"{prefix}/{name}", building / name, sha256=entry.sha256)
         (building / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1))
         shutil.rmtree(destination, ignore_errors=True)
         building.rename(destination)

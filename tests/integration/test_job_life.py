@@ -97,7 +97,7 @@ def test_a_job_becomes_a_model_that_peft_loads(
 
     root = context.storage.local_root
     assert root is not None
-    tidy(context)
+    tidy(context, grace_seconds=0)
     kept = {path.parent.name for path in (root / "projects").rglob("*") if path.is_file()} - {"files"}
     assert kept == {"artifact", f"step-{checkpoints[1].step_number:06d}"}
 

@@ -2,9 +2,6 @@
 
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,8 @@ from services.events import NewEvent
 from services.jobs import MIN_TRAINING_ROWS
 from services.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
+from worker.giving_back import give_back
+from worker.keeper import kept_lease
 
 _log = structlog.get_logger()
 
@@ -37,11 +36,13 @@ VALIDATION_FILE = "validation.safetensors"
 
 @dataclass(frozen=True)
 class _Claimed:
+    """A job to prepare; its files as storage key and sha256."""
+
     lease: Lease
     project_id: str
     spec: TrainingSpec
-    training_key: str
-    validation_key: str | None
+    training: tuple[str, str]
+    validation: tuple[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def prepare(context: WorkerContext, job_id: str) -> None:
         return
     try:
         try:
-            with _kept_lease(context, claimed.lease):
+            with kept_lease(context, claimed.lease):
                 prepared = _run(context, claimed)
         except (LeaseLostError, UnavailableError):
             raise
@@ -70,9 +71,8 @@ def prepare(context: WorkerContext, job_id: str) -> None:
         _apply(context, claimed.lease, prepared)
     except LeaseLostError:
         _log.info("prepared for nothing, the job is no longer ours", job_id=job_id)
-    except UnavailableError:
-        # The lease runs out and the sweep gives the job to whoever reaches the database.
-        _log.warning("prepared for nothing, the database is away", job_id=job_id)
+    except UnavailableError as error:
+        give_back(context, claimed.lease, JobStatus.VALIDATING_FILES, error)
 
 
 def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
@@ -81,37 +81,15 @@ def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
         if lease is None:
             return None
         job = session.get_one(Job, job_id)
+        training = session.get_one(File, job.training_file_id)
         validation = None if job.validation_file_id is None else session.get_one(File, job.validation_file_id)
         return _Claimed(
             lease=lease,
             project_id=job.project_id,
             spec=TrainingSpec.model_validate(job.spec),
-            training_key=session.get_one(File, job.training_file_id).storage_key,
-            validation_key=None if validation is None else validation.storage_key,
+            training=(training.storage_key, training.sha256),
+            validation=None if validation is None else (validation.storage_key, validation.sha256),
         )
-
-
-@contextmanager
-def _kept_lease(context: WorkerContext, lease: Lease) -> Iterator[None]:
-    """Renew a lease in the background: a base may take minutes to fetch."""
-    done = threading.Event()
-
-    def keep() -> None:
-        while not done.wait(context.settings.heartbeat_seconds):
-            try:
-                with context.database.transaction() as session:
-                    leases.renew(session, lease, context.settings.lease_seconds)
-            except LuthierError as error:
-                # Answered when the result is applied: a lost lease refuses that write.
-                _log.warning("lease not renewed", job_id=lease.job_id, error=error.code)
-
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
-    try:
-        yield
-    finally:
-        done.set()
-        keeper.join()
 
 
 def _run(context: WorkerContext, claimed: _Claimed) -> _Prepared:
@@ -128,19 +106,20 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
     max_length = min(options.max_length or base.context_length, base.context_length)
     location = base_folder(context.settings.bases_dir, base.id)
 
-    def read(key: str, purpose: Any) -> tuple[PreparedRows, dict[str, Any]]:
+    def read(file: tuple[str, str], purpose: Any) -> tuple[PreparedRows, dict[str, Any]]:
         source = folder / f"{purpose}.jsonl"
-        context.storage.fetch_file(key, source)
+        key, sha256 = file
+        context.storage.fetch_file(key, source, sha256=sha256)
         rows, found = prepare_rows(
             source, location, max_length=max_length, too_long=options.too_long, purpose=purpose
         )
         return rows, asdict(found)
 
-    train, train_report = read(claimed.training_key, "training")
+    train, train_report = read(claimed.training, "training")
     report: dict[str, Any] = {"training": train_report}
     validation: PreparedRows | None = None
-    if claimed.validation_key is not None:
-        validation, report["validation"] = read(claimed.validation_key, "validation")
+    if claimed.validation is not None:
+        validation, report["validation"] = read(claimed.validation, "validation")
     elif options.validation_split > 0:
         train, validation = split_rows(train, options.validation_split)
     if train.num_rows < MIN_TRAINING_ROWS:

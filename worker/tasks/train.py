@@ -4,6 +4,7 @@ Load, run, apply: a claim in one short transaction, a run with no session open, 
 under the claim's fence. A job that is given back goes on from its newest save point.
 """
 
+import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,21 @@ import structlog
 from db.tables import Organization
 from luthier.bases.catalogue import base_folder
 from luthier.bases.fetch import ensure_base
-from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError, LuthierError, UnavailableError
+from luthier.core.errors import (
+    ArtifactCorruptError,
+    BaseUnavailableError,
+    LuthierError,
+    StorageFullError,
+    UnavailableError,
+)
 from luthier.core.specs import RunInputs, TrainingSpec
+from luthier.core.states import JobStatus
 from services import leases, models
 from services.leases import Lease, LeaseLostError
 from worker.child import start_child
 from worker.context import WorkerContext
+from worker.giving_back import give_back
+from worker.keeper import LeaseKeeper, kept_lease
 from worker.run import Ending, TrainingRun
 from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
 
@@ -58,7 +68,8 @@ def train_next(context: WorkerContext) -> bool:
     run_dir = context.settings.runs_dir.absolute() / claimed.lease.job_id / f"e{claimed.lease.epoch}"
     try:
         try:
-            ending = _run(context, claimed, run_dir)
+            with kept_lease(context, claimed.lease) as keeper:
+                ending = _run(context, claimed, run_dir, keeper)
             log.info("attempt ended", ending=ending.value)
         except (LeaseLostError, UnavailableError):
             raise
@@ -68,9 +79,13 @@ def train_next(context: WorkerContext) -> bool:
                 leases.fail(session, claimed.lease, error)
     except LeaseLostError:
         log.info("the job is no longer ours")
-    except UnavailableError:
-        # The lease runs out, and the job goes on from its save point wherever the database is reached.
-        log.warning("attempt given up, the database is away")
+    except UnavailableError as error:
+        give_back(context, claimed.lease, JobStatus.QUEUED, error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = StorageFullError("The worker's disk is full; the operator must make room.")
+        give_back(context, claimed.lease, JobStatus.QUEUED, full)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
     return True
@@ -97,11 +112,16 @@ def _load(context: WorkerContext) -> Claimed | None:
         )
 
 
-def _run(context: WorkerContext, claimed: Claimed, run_dir: Path) -> Ending:
+def _run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseKeeper) -> Ending:
     _fill_run_directory(context, claimed, run_dir)
+    keeper.check()
     assert claimed.spec.num_threads is not None
     with start_child(run_dir, claimed.spec.num_threads) as child:
-        run = TrainingRun(context, claimed.lease, claimed.spec, claimed.model_name, claimed.prefix, run_dir)
+        # Bytes may be on their way into storage when a job is cancelled: its process ends all the same.
+        keeper.on_lost = child.kill_group
+        run = TrainingRun(
+            context, claimed.lease, claimed.spec, claimed.model_name, claimed.prefix, run_dir, keeper
+        )
         return run.supervise(child)
 
 

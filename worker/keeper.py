@@ -1,0 +1,80 @@
+"""Keeping a lease while work goes on: renewed from a thread of its own, whatever the work waits for."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from luthier.core.errors import UnavailableError
+from services import leases
+from services.leases import Lease, LeaseLostError
+from worker.context import WorkerContext
+
+_log = structlog.get_logger()
+
+
+class LeaseKeeper:
+    """Renews one lease and notices when it is lost: cancelled, taken, ended.
+
+    Args:
+        context: the worker's parts.
+        lease: the claim.
+    """
+
+    def __init__(self, context: WorkerContext, lease: Lease) -> None:
+        self._context = context
+        self._lease = lease
+        self._is_lost = threading.Event()
+        self._is_done = threading.Event()
+        self.on_lost: Callable[[], None] = lambda: None
+
+    def check(self) -> None:
+        """Go on only while the lease holds.
+
+        Raises:
+            LeaseLostError: when it is lost.
+        """
+        if self._is_lost.is_set():
+            raise LeaseLostError(f"Attempt {self._lease.epoch} no longer holds {self._lease.job_id}.")
+
+    def run(self) -> None:
+        """Renew until the work is done or the lease is lost."""
+        settings = self._context.settings
+        pause_seconds = min(settings.control_seconds, settings.heartbeat_seconds)
+        while not self._is_done.wait(pause_seconds):
+            try:
+                with self._context.database.transaction() as session:
+                    leases.renew(session, self._lease, settings.lease_seconds)
+            except UnavailableError as error:
+                # The work goes on while the database is away; the lease's own end decides whose job it is.
+                _log.warning("lease not renewed", job_id=self._lease.job_id, reason=error.message)
+            except LeaseLostError:
+                self._is_lost.set()
+                self.on_lost()
+                return
+
+    def stop(self) -> None:
+        """End the renewing."""
+        self._is_done.set()
+
+
+@contextmanager
+def kept_lease(context: WorkerContext, lease: Lease) -> Iterator[LeaseKeeper]:
+    """Keep a lease for as long as a block runs.
+
+    Args:
+        context: the worker's parts.
+        lease: the claim.
+
+    Yields:
+        The keeper, whose `check` tells whether the lease still holds.
+    """
+    keeper = LeaseKeeper(context, lease)
+    thread = threading.Thread(target=keeper.run, daemon=True)
+    thread.start()
+    try:
+        yield keeper
+    finally:
+        keeper.stop()
+        thread.join()
