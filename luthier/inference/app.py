@@ -65,8 +65,13 @@ class Service:
         target = read_target(request.headers)
         asked = parse_chat(await read_body(request))
         served = await self.models.get(target)
-        default = self._settings.max_tokens_default
-        prompts, options = await asyncio.to_thread(plan_chat, asked, served, max_tokens_default=default)
+        prompts, options = await asyncio.to_thread(
+            plan_chat,
+            asked,
+            served,
+            max_tokens_default=self._settings.max_tokens_default,
+            max_cache_tokens=self._settings.max_cache_tokens,
+        )
         shape = ChatShape(
             id=new_id("chat_completion"),
             created=now_seconds(),
@@ -85,7 +90,9 @@ class Service:
         target = read_target(request.headers)
         asked = parse_completion(await read_body(request))
         served = await self.models.get(target)
-        prompts, options = await asyncio.to_thread(plan_completion, asked, served)
+        prompts, options = await asyncio.to_thread(
+            plan_completion, asked, served, max_cache_tokens=self._settings.max_cache_tokens
+        )
         shape = CompletionShape(
             id=new_id("completion"),
             created=now_seconds(),

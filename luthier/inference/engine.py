@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 # Prompts of one prefill together: about what a small model on two cores does in a second or two.
 MAX_PREFILL_TOKENS = 8192
-# Full batches that may be live at once; the caches of their rows are what takes memory.
+# Full batches that may be live at once.
 MAX_LIVE_BATCHES = 8
 
 
@@ -45,13 +45,15 @@ class EngineCore:
     Args:
         runner: what runs the model.
         max_batch_rows: rows of one group.
+        max_cache_tokens: tokens that the caches of all groups together may come to hold.
     """
 
-    def __init__(self, runner: RunnerLike, *, max_batch_rows: int) -> None:
+    def __init__(self, runner: RunnerLike, *, max_batch_rows: int, max_cache_tokens: int) -> None:
         self._runner = runner
         self.scheduler = Scheduler(
             max_batch_rows=max_batch_rows,
             max_live_rows=MAX_LIVE_BATCHES * max_batch_rows,
+            max_cache_tokens=max_cache_tokens,
             max_prefill_tokens=MAX_PREFILL_TOKENS,
         )
 
@@ -82,7 +84,7 @@ class EngineCore:
         group = Group(sequences[0].key, sequences, batch)
         if not self._drop_done(group):
             return
-        host = self.scheduler.find_group(group.key, len(group.sequences))
+        host = self.scheduler.find_group(group.key, group.sequences)
         if host is None:
             self.scheduler.start(group)
             return

@@ -19,7 +19,7 @@ IndexedEvent = tuple[int, SequenceEvent]
 
 
 def plan_chat(
-    request: ChatRequest, served: ServedModel, *, max_tokens_default: int
+    request: ChatRequest, served: ServedModel, *, max_tokens_default: int, max_cache_tokens: int
 ) -> tuple[list[list[int]], SamplingOptions]:
     """Turn a chat request into a prompt and options. Blocks for long texts; call it in a thread.
 
@@ -27,35 +27,44 @@ def plan_chat(
         request: the checked request.
         served: the model that shall answer.
         max_tokens_default: answer length in tokens when the request names none.
+        max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
 
     Returns:
         One prompt's token ids, and how to sample.
 
     Raises:
-        ContextLengthExceededError: when prompt and answer don't fit the base's context.
+        ContextLengthExceededError: when prompt and answer don't fit the base's context, or the server.
         InvalidValueError: when the template refuses the messages.
     """
     messages = [message.to_message() for message in request.messages]
     prompt = served.base.tokenizer.encode(served.base.template.render(messages, add_generation_prompt=True))
-    max_tokens = _fit(served, [prompt], request.max_tokens, max_tokens_default, param="messages")
+    max_tokens = _fit(
+        served,
+        [prompt],
+        request.max_tokens,
+        max_tokens_default,
+        max_cache_tokens=max_cache_tokens,
+        param="messages",
+    )
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return [prompt], _options(request, max_tokens, num_logprobs)
 
 
 def plan_completion(
-    request: CompletionRequest, served: ServedModel
+    request: CompletionRequest, served: ServedModel, *, max_cache_tokens: int
 ) -> tuple[list[list[int]], SamplingOptions]:
     """Turn a completion request into prompts and options. Blocks for long texts; call it in a thread.
 
     Args:
         request: the checked request.
         served: the model that shall answer.
+        max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
 
     Returns:
         The prompts' token ids, and how to sample.
 
     Raises:
-        ContextLengthExceededError: when a prompt and its answer don't fit the base's context.
+        ContextLengthExceededError: when a prompt and its answer don't fit the base's context, or the server.
         InvalidValueError: when a prompt is empty or names a token that the base does not have.
     """
     tokenizer = served.base.tokenizer
@@ -67,24 +76,39 @@ def plan_completion(
             raise InvalidValueError(
                 f"Token ids must be from 0 to {tokenizer.vocab_size - 1}.", param=f"prompt.{i}"
             )
-    _fit(served, prompts, request.max_tokens, request.max_tokens, param="prompt")
+    _fit(
+        served,
+        prompts,
+        request.max_tokens,
+        request.max_tokens,
+        max_cache_tokens=max_cache_tokens,
+        param="prompt",
+    )
     return prompts, _options(request, request.max_tokens, request.logprobs)
 
 
 def _fit(
-    served: ServedModel, prompts: list[list[int]], max_tokens: int | None, default: int, *, param: str
+    served: ServedModel,
+    prompts: list[list[int]],
+    max_tokens: int | None,
+    default: int,
+    *,
+    max_cache_tokens: int,
+    param: str,
 ) -> int:
     context = served.base.facts.context_length
+    limit = min(context, max_cache_tokens)
     length = max(map(len, prompts))
     # An answer of unnamed length needs room for a single token only.
     wanted = 1 if max_tokens is None else max_tokens
-    if length + wanted > context:
+    if length + wanted > limit:
+        whose = "This model's context is" if limit == context else "This server's memory for one answer is"
         raise ContextLengthExceededError(
-            f"This model's context is {context} tokens; the prompt has {length} and the answer was given "
-            f"{wanted}. Shorten the prompt or lower max_tokens.",
+            f"{whose} {limit} tokens; the prompt has {length} and the answer was given {wanted}. "
+            "Shorten the prompt or lower max_tokens.",
             param=param,
         )
-    return min(default, context - length) if max_tokens is None else max_tokens
+    return min(default, limit - length) if max_tokens is None else max_tokens
 
 
 def _options(

@@ -19,6 +19,11 @@ class Group:
     sequences: list[Sequence]
     batch: Any
 
+    @property
+    def num_reserved_tokens(self) -> int:
+        """Tokens that the group's cache may come to hold."""
+        return _count_reserved(self.sequences)
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -32,14 +37,19 @@ class Scheduler:
 
     Args:
         max_batch_rows: rows of one group.
-        max_live_rows: rows of all groups together; it bounds the memory of caches.
+        max_live_rows: rows of all groups together.
+        max_cache_tokens: tokens that the caches of all groups together may come to hold, padding counted;
+            it bounds their memory. A sequence that exceeds it alone runs alone.
         max_prefill_tokens: rows times the longest prompt of one prefill (one row always fits); it bounds
             how long a prefill holds up the running groups.
     """
 
-    def __init__(self, *, max_batch_rows: int, max_live_rows: int, max_prefill_tokens: int) -> None:
+    def __init__(
+        self, *, max_batch_rows: int, max_live_rows: int, max_cache_tokens: int, max_prefill_tokens: int
+    ) -> None:
         self._max_batch_rows = max_batch_rows
         self._max_live_rows = max(max_live_rows, max_batch_rows)
+        self._max_cache_tokens = max_cache_tokens
         self._max_prefill_tokens = max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
         self._groups: deque[Group] = deque()
@@ -65,6 +75,11 @@ class Scheduler:
         """Rows of all groups."""
         return sum(len(group.sequences) for group in self._groups)
 
+    @property
+    def num_reserved_tokens(self) -> int:
+        """Tokens that the caches of all groups may come to hold."""
+        return sum(group.num_reserved_tokens for group in self._groups)
+
     def live_keys(self) -> set[ModelKey]:
         """Return the models that running rows need."""
         return {group.key for group in self._groups}
@@ -84,10 +99,17 @@ class Scheduler:
         self._groups.rotate(-1)
         return group
 
-    def find_group(self, key: ModelKey, num_rows: int) -> Group | None:
-        """Return a live group of a model that has room for more rows, if there is one."""
+    def find_group(self, key: ModelKey, sequences: list[Sequence]) -> Group | None:
+        """Return a live group of a model that can take these rows in, if there is one.
+
+        Rows of unlike lengths pad each other; where that would break the budget they stay apart.
+        """
+        reserved = self.num_reserved_tokens
         for group in self._groups:
-            if group.key == key and len(group.sequences) + num_rows <= self._max_batch_rows:
+            merged = group.sequences + sequences
+            if group.key != key or len(merged) > self._max_batch_rows:
+                continue
+            if reserved - group.num_reserved_tokens + _count_reserved(merged) <= self._max_cache_tokens:
                 return group
         return None
 
@@ -113,6 +135,7 @@ class Scheduler:
         if room <= 0:
             return []
         key = self._waiting[0].key
+        num_free_tokens = self._max_cache_tokens - self.num_reserved_tokens
         taken: list[Sequence] = []
         longest = 0
         for sequence in self._waiting:
@@ -121,9 +144,18 @@ class Scheduler:
             longest = max(longest, len(sequence.prompt_ids))
             if taken and (len(taken) + 1) * longest > self._max_prefill_tokens:
                 break
+            is_first_of_all = not taken and not self._groups
+            if not is_first_of_all and _count_reserved([*taken, sequence]) > num_free_tokens:
+                # Nobody overtakes it, or a long request would wait for as long as short ones come.
+                break
             taken.append(sequence)
             if len(taken) == room:
                 break
         chosen = set(map(id, taken))
         self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in chosen)
         return taken
+
+
+def _count_reserved(sequences: list[Sequence]) -> int:
+    # Every row of a batch is as wide as its widest.
+    return len(sequences) * max((sequence.max_num_tokens for sequence in sequences), default=0)

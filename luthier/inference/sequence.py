@@ -115,6 +115,11 @@ class Sequence:
         self._stops = StopMatcher(self.options.stop)
 
     @property
+    def max_num_tokens(self) -> int:
+        """Tokens of the prompt and of the longest answer: what its row may come to hold."""
+        return len(self.prompt_ids) + self.options.max_tokens
+
+    @property
     def is_done(self) -> bool:
         """Whether no further token is wanted."""
         return self.is_finished or self.is_cancelled

@@ -124,7 +124,9 @@ async def serve(settings: Settings) -> None:
     listener = open_socket(settings.inference_url)
     socket_path = None if is_tcp else Path(listener.getsockname())
     engine = Engine(
-        EngineCore(Runner(), max_batch_rows=settings.max_batch_rows),
+        EngineCore(
+            Runner(), max_batch_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens
+        ),
         max_waiting=settings.max_waiting_requests,
     )
     service = Service(settings, engine)

@@ -146,7 +146,9 @@ def served(folder: Path, base_folder: Path) -> Iterator[Served]:
     torch.set_num_threads(1)
     settings = make_settings(folder)
     runner = GatedRunner()
-    core = EngineCore(runner, max_batch_rows=settings.max_batch_rows)
+    core = EngineCore(
+        runner, max_batch_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens
+    )
     engine = Engine(core, max_waiting=settings.max_waiting_requests)
     service = Service(settings, engine)
     listener = open_socket(settings.inference_url)

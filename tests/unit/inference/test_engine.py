@@ -22,6 +22,9 @@ from luthier.inference.sequence import (
 
 VOCAB = 50
 MAX_ROWS = 3
+# Less than the rows below could take together, more than any takes alone.
+MAX_CACHE_TOKENS = 40
+PLENTY = 10**9
 KEYS: list[ModelKey] = [("base", None), ("base", "d1"), ("base", "d2")]
 
 
@@ -75,6 +78,10 @@ class FakeRunner:
     def merge(self, batch: Any, other: Any) -> None:
         batch.extend(other)
 
+    def num_cells(self, batch: Any) -> int:
+        """Return the tokens that a real cache of these rows would hold, padding included."""
+        return len(batch) * max(len(history) for _, history in batch)
+
     def _logits(self, batch: Any) -> torch.Tensor:
         return torch.nn.functional.one_hot(
             torch.tensor([next_token(key, history) for key, history in batch]), VOCAB
@@ -122,7 +129,7 @@ REQUESTS = st.lists(
 @given(requests=REQUESTS)
 def test_every_answer_is_its_own_whatever_comes_leaves_or_runs_beside_it(requests: list[Any]) -> None:
     runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS)
+    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=MAX_CACHE_TOKENS)
     asked = [ask(key, prompt, max_tokens) for key, prompt, max_tokens, _, _ in requests]
     tokens_when_cancelled: dict[int, int] = {}
     turn = 0
@@ -135,6 +142,8 @@ def test_every_answer_is_its_own_whatever_comes_leaves_or_runs_beside_it(request
                 tokens_when_cancelled[i] = asked[i].sequence.num_completion_tokens
         core.step()
         assert core.scheduler.num_live_rows <= MAX_LIVE_BATCHES * MAX_ROWS
+        assert core.scheduler.num_reserved_tokens <= MAX_CACHE_TOKENS
+        assert sum(runner.num_cells(group.batch) for group in core.scheduler._groups) <= MAX_CACHE_TOKENS
         turn += 1
         assert turn < 1000, "the engine never comes to rest"
     assert all(rows <= MAX_ROWS for _, _, rows in runner.calls)
@@ -149,7 +158,7 @@ def test_every_answer_is_its_own_whatever_comes_leaves_or_runs_beside_it(request
 
 
 def test_a_new_arrival_is_answered_while_another_models_long_answer_runs() -> None:
-    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS)
+    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
     long, short = ask(KEYS[0], [1], 1000), ask(KEYS[1], [2], 2)
     core.scheduler.add(long.sequence)
     for _ in range(10):
@@ -163,7 +172,7 @@ def test_a_new_arrival_is_answered_while_another_models_long_answer_runs() -> No
 
 def test_live_groups_take_steps_in_turn() -> None:
     runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS)
+    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
     for key in KEYS:
         core.scheduler.add(ask(key, [1], 50).sequence)
     for _ in range(30):
@@ -176,7 +185,7 @@ def test_live_groups_take_steps_in_turn() -> None:
 
 def test_running_groups_step_between_the_prefills_of_a_queue() -> None:
     runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=1)
+    core = EngineCore(runner, max_batch_rows=1, max_cache_tokens=PLENTY)
     for i in range(5):
         core.scheduler.add(ask(KEYS[i % 3], [i], 50).sequence)
     for _ in range(11):
@@ -187,7 +196,7 @@ def test_running_groups_step_between_the_prefills_of_a_queue() -> None:
 
 def test_rows_of_one_model_join_its_running_group() -> None:
     runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS)
+    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
     first, second = ask(KEYS[0], [1], 50), ask(KEYS[0], [2, 3], 50)
     core.scheduler.add(first.sequence)
     core.step()
@@ -197,9 +206,40 @@ def test_rows_of_one_model_join_its_running_group() -> None:
     assert runner.calls[-1] == ("step", KEYS[0], 2)
 
 
+def test_a_request_waits_until_the_caches_have_room_for_its_whole_answer_and_none_overtakes_it() -> None:
+    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=20)
+    first, long, short = ask(KEYS[0], [1], 5), ask(KEYS[1], [2] * 6, 12), ask(KEYS[0], [3], 1)
+    core.scheduler.add(first.sequence)
+    core.step()
+    core.scheduler.add(long.sequence)
+    core.scheduler.add(short.sequence)
+    while not first.sequence.is_finished:
+        assert core.step()
+        assert long.events == [] and short.events == []
+    core.step()
+    assert core.scheduler.live_keys() == {KEYS[1]}
+    while core.step():
+        pass
+    assert long.tokens == expected_answer(KEYS[1], [2] * 6, 12)
+    assert short.sequence.is_finished
+
+
+def test_rows_that_would_pad_each_other_beyond_the_budget_stay_apart() -> None:
+    runner = FakeRunner()
+    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=30)
+    long, short = ask(KEYS[0], [1], 19), ask(KEYS[0], [2], 4)
+    core.scheduler.add(long.sequence)
+    core.step()
+    core.scheduler.add(short.sequence)
+    core.step()
+    core.step()
+    assert core.scheduler.num_live_rows == 2
+    assert core.scheduler.num_reserved_tokens == 25
+
+
 def test_a_fault_ends_the_answers_of_its_group_alone() -> None:
     runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS)
+    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
     healthy, broken, refused = ask(KEYS[0], [1], 8), ask(KEYS[1], [2], 8), ask(KEYS[2], [3], 8)
     runner.broken.add(KEYS[2])
     for asked in (healthy, broken, refused):
@@ -218,7 +258,7 @@ def test_a_fault_ends_the_answers_of_its_group_alone() -> None:
 
 def test_a_cancelled_request_that_waits_is_never_run() -> None:
     runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS)
+    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
     asked = ask(KEYS[0], [1], 8)
     core.scheduler.add(asked.sequence)
     asked.sequence.cancel()
@@ -227,7 +267,7 @@ def test_a_cancelled_request_that_waits_is_never_run() -> None:
 
 
 def test_more_requests_than_may_wait_are_refused_and_can_come_again() -> None:
-    engine = Engine(EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS), max_waiting=2)
+    engine = Engine(EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY), max_waiting=2)
     engine._thread.is_alive = lambda: True  # type: ignore[method-assign]  # nobody takes from the queue
     engine.submit([ask(KEYS[0], [1], 2).sequence])
     engine.submit([ask(KEYS[0], [1], 2).sequence])
@@ -237,7 +277,7 @@ def test_more_requests_than_may_wait_are_refused_and_can_come_again() -> None:
 
 
 def test_a_closed_engine_fails_what_runs_and_refuses_the_rest() -> None:
-    engine = Engine(EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS), max_waiting=2)
+    engine = Engine(EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY), max_waiting=2)
     endless = ask(KEYS[0], [1], 10**9)
     engine.start()
     engine.submit([endless.sequence])

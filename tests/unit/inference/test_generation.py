@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from luthier.core.errors import ContextLengthExceededError
 from luthier.data.formats.chat import ChatFormat
 from luthier.data.render import ChatTemplate
-from luthier.inference.generation import plan_chat
-from luthier.inference.protocol import ChatRequest, parse_chat
+from luthier.inference.generation import plan_chat, plan_completion
+from luthier.inference.protocol import ChatRequest, parse_chat, parse_completion
 
 TEMPLATE = ChatTemplate(
     "{% for m in messages %}{{ m.role }}{% if 'name' in m %}({{ m.name }}){% endif %}"
@@ -37,5 +38,24 @@ def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -
     turns = ChatFormat().read(json.dumps({"messages": messages}).encode())
     assert turns is not None
     trained = TEMPLATE.render([turn.to_message() for turn in turns], add_generation_prompt=True)
-    [prompt], _ = plan_chat(chat(messages), make_served(), max_tokens_default=10)
+    [prompt], _ = plan_chat(chat(messages), make_served(), max_tokens_default=10, max_cache_tokens=1000)
     assert "".join(map(chr, prompt)) == trained
+
+
+def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    served = make_served(context_length=100)
+    with pytest.raises(ContextLengthExceededError, match="memory for one answer is 20 tokens") as caught:
+        plan_chat(chat(messages, max_tokens=13), served, max_tokens_default=10, max_cache_tokens=20)
+    assert (caught.value.http_status, caught.value.param) == (400, "messages")
+    asked = parse_completion(b'{"model": "m", "prompt": ["a", "abcdef"], "max_tokens": 15}')
+    with pytest.raises(ContextLengthExceededError) as caught:
+        plan_completion(asked, served, max_cache_tokens=20)
+    assert caught.value.param == "prompt"
+    assert plan_completion(asked, served, max_cache_tokens=21)[1].max_tokens == 15
+
+
+def test_an_answer_of_unnamed_length_takes_no_more_than_the_server_can_hold() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    [prompt], options = plan_chat(chat(messages), make_served(), max_tokens_default=50, max_cache_tokens=20)
+    assert len(prompt) + options.max_tokens == 20
