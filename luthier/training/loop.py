@@ -9,7 +9,7 @@ from luthier.core.errors import NonFiniteLossError
 from luthier.core.events import BaseScoredEvent, CheckpointEvent, Metrics, SavePointEvent, StepEvent
 from luthier.storage.manifests import Manifest
 from luthier.training.artifact import TrainingLog, write_artifact
-from luthier.training.batches import collate, count_supervised, row_lengths, split_micro
+from luthier.training.batches import Batch, collate, count_supervised, row_lengths, split_micro
 from luthier.training.device import peak_memory_bytes
 from luthier.training.emit import EventWriter
 from luthier.training.evaluate import Scores, StoppedError, evaluate
@@ -38,6 +38,7 @@ class Loop:
         start_step: steps that are done already.
         max_tokens: bound on a part of a batch with its padding.
         pad_id: token on the right of shorter rows.
+        samples: rows on which the trainee's shortcuts are proved before anything is published.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Loop:
         start_step: int,
         max_tokens: int,
         pad_id: int,
+        samples: list[Batch],
     ) -> None:
         self.job = job
         self.step = start_step
@@ -62,7 +64,8 @@ class Loop:
         self._writer = writer
         self._stop = stop
         self._max_tokens = max_tokens
-        self.pad_id = pad_id
+        self.samples = samples
+        self._pad_id = pad_id
         self._lengths = row_lengths(job.rows)
         self._num_supervised = count_supervised(job.rows)
         self._saved_at = time.monotonic()
@@ -97,7 +100,18 @@ class Loop:
         return self.job.folder / "checkpoints" / f"step-{step:06d}"
 
     def write_result(self, folder: Path) -> Manifest:
-        """Write the model as it is now as an artifact folder."""
+        """Write the model as it is now as an artifact folder, once its shortcuts are proved.
+
+        Args:
+            folder: the artifact's final place.
+
+        Returns:
+            Its manifest.
+
+        Raises:
+            SelfCheckError: when the model that was trained is not the one that would be published.
+        """
+        self.trainee.prove_shortcuts(self.samples)
         return write_artifact(
             folder,
             self.trainee,
@@ -113,7 +127,7 @@ class Loop:
         parts = split_micro(rows, self._lengths, self._max_tokens)
         scores = compute_gradients(
             self.trainee,
-            (collate(self.job.rows, part, self.pad_id) for part in parts),
+            (collate(self.job.rows, part, self._pad_id) for part in parts),
             num_supervised=int(self._num_supervised[rows].sum()),
         )
         if not scores.is_finite:
@@ -181,7 +195,7 @@ class Loop:
             self.trainee,
             self.job.validation,
             max_tokens=self._max_tokens,
-            pad_id=self.pad_id,
+            pad_id=self._pad_id,
             should_stop=lambda: self._stop.is_set,
         )
 

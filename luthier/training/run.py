@@ -28,6 +28,8 @@ from luthier.training.trainee import Trainee
 _ACTIVATION_BYTES = {"cpu": 1536 * 1024**2, "cuda": 16 * 1024**3}
 _BYTES_PER_TOKEN_LAYER_HIDDEN = 60
 _NUM_SAMPLE_TOKENS = 32
+# The longest row's part in a proof: beyond the length at which the fast path attends in another way.
+_NUM_LONG_SAMPLE_TOKENS = 512
 
 
 def run(folder: Path, events: int, stop: StopRequest) -> bool:
@@ -77,7 +79,8 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
     method, params = parse_tuning(spec.tuning)
     attached = method.attach(causal_lm, params, seed=spec.seed, base_id=spec.base_id)
     pad_id = _pad_id(causal_lm.config)
-    trainee = Trainee(method, attached, machine.device, _sample(job, pad_id))
+    samples = _samples(job, pad_id)
+    trainee = Trainee(method, attached, machine.device, samples[0])
     optimizer = build_optimizer(
         trainee.parameters,
         learning_rate=job.peak_learning_rate,
@@ -86,6 +89,8 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
     )
     save_points = SavePoints(job.folder / "save_points", job.fingerprint)
     start_step = save_points.restore(trainee, optimizer, lambda text: writer.say(text, "warn"))
+    if start_step > 0:
+        trainee.prove_shortcuts(samples)
     writer.emit(
         StartedEvent(
             job_id=inputs.job_id,
@@ -109,6 +114,7 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
         start_step=start_step,
         max_tokens=_max_tokens(job.origin.base, machine),
         pad_id=pad_id,
+        samples=samples,
     )
 
 
@@ -116,7 +122,7 @@ def _finish(loop: Loop, writer: EventWriter, started_at: float) -> None:
     """Write the artifact, prove it, and only then say that the run is done."""
     job, folder = loop.job, loop.job.folder / "artifact"
     manifest = loop.write_result(folder)
-    check_artifact(loop.trainee, folder, _sample(job, loop.pad_id))
+    check_artifact(loop.trainee, folder, loop.samples[0])
     writer.emit(
         FinishedEvent(
             job_id=writer.job_id,
@@ -156,11 +162,16 @@ def _max_tokens(base: BaseFacts, machine: Machine) -> int:
     return max(256, min(16384, _ACTIVATION_BYTES[machine.device] // per_token))
 
 
-def _sample(job: Job, pad_id: int) -> Batch:
-    """Return the shortest row, cut to a few tokens: enough to compare logits on."""
-    shortest = int(np.argmin(row_lengths(job.rows)))
-    batch = collate(job.rows, np.array([shortest]), pad_id)
-    return Batch(batch.token_ids_BT[:, :_NUM_SAMPLE_TOKENS], batch.supervised_BT[:, :_NUM_SAMPLE_TOKENS], 0)
+def _samples(job: Job, pad_id: int) -> list[Batch]:
+    """Return the shortest row, cut to a few tokens, and the longest: enough to compare results on."""
+    lengths = row_lengths(job.rows)
+    shortest = _cut(job, int(np.argmin(lengths)), _NUM_SAMPLE_TOKENS, pad_id)
+    return [shortest, _cut(job, int(np.argmax(lengths)), _NUM_LONG_SAMPLE_TOKENS, pad_id)]
+
+
+def _cut(job: Job, row: int, num_tokens: int, pad_id: int) -> Batch:
+    batch = collate(job.rows, np.array([row]), pad_id)
+    return Batch(batch.token_ids_BT[:, :num_tokens], batch.supervised_BT[:, :num_tokens], 0)
 
 
 def _pad_id(config: object) -> int:

@@ -23,9 +23,11 @@ def check_artifact(trainee: Trainee, folder: Path, sample: Batch) -> None:
         sample: rows to compare on.
 
     Raises:
-        SelfCheckError: when logits are not finite, when the adapter leaves the base's logits as they
-            were, or when the reloaded adapter gives others than the trained one.
+        SelfCheckError: when weights or logits are not finite, when the adapter leaves the base's logits as
+            they were, or when the reloaded adapter gives others than the trained one.
     """
+    if not all(torch.isfinite(parameter).all() for parameter in trainee.parameters):
+        raise SelfCheckError("The adapter's weights are not all finite. Use a lower learning rate.")
     model = trainee.attached.model
     was_training = model.training
     model.eval()

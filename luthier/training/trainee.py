@@ -3,8 +3,11 @@
 Legend: B rows, T tokens, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from luthier.core.errors import SelfCheckError
 from luthier.methods import Attached, Method
 from luthier.modeling.fused_llama import FusedLlama, fuse
 from luthier.training.batches import Batch
@@ -57,6 +60,46 @@ class Trainee:
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits_BTV as the whole model gives them."""
         return self.attached.model(input_ids=batch.token_ids_BT.to(self.device), use_cache=False).logits
+
+    @torch.no_grad()
+    def prove_shortcuts(self, samples: Sequence[Batch]) -> None:
+        """Compare every shortcut in use with the whole model, with the parameters as they are now.
+
+        At the start an update may be zero, and then a shortcut that gets it wrong agrees too.
+
+        Args:
+            samples: rows to compare on.
+
+        Raises:
+            SelfCheckError: when a shortcut gives other results than the model, or the model none.
+        """
+        model = self.attached.model
+        was_training = model.training
+        model.eval()
+        try:
+            for sample in samples:
+                self._prove_on(sample.to(self.device))
+        finally:
+            model.train(was_training)
+
+    def _prove_on(self, sample: Batch) -> None:
+        expected_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
+        if not torch.isfinite(expected_BTD).all():
+            raise SelfCheckError("The tuned model's results are not finite. Use a lower learning rate.")
+        if self._fused is not None and not _agree(
+            self._fused.hidden_states(sample.token_ids_BT), expected_BTD
+        ):
+            raise SelfCheckError(
+                "The fast path for this architecture gives other results than the plain one. Nothing is "
+                "published; please report it."
+            )
+        if self._head_weight_VD is None:
+            return
+        if not _agree(expected_BTD @ self._head_weight_VD.T, self.logits(sample)):
+            raise SelfCheckError(
+                "The model's output layer gives other logits than the loss was computed from. Nothing is "
+                "published; please report it."
+            )
 
     def _hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         if self._fused is not None:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from luthier.core.errors import InvalidValueError
+from luthier.core.errors import InvalidValueError, SelfCheckError
 from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, MethodParams, check_tuning, discover, parse_tuning
 from luthier.modeling.load import load_base
@@ -173,6 +173,41 @@ def test_what_is_saved_loads_again_by_the_method_itself(base: Path, tmp_path: Pa
     with torch.no_grad():
         expected = attached.model(input_ids=tokens).logits
         assert torch.allclose(again.model(input_ids=tokens).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", LORA_VARIANTS)
+def test_what_was_trained_by_shortcuts_is_proved_against_the_whole_model(
+    base: Path, variant: dict[str, Any]
+) -> None:
+    method, attached = attach(base, variant)
+    trainee = Trainee(method, attached, "cpu", batch(0))
+    train(trainee, 3)
+    trainee.prove_shortcuts([batch(0), batch(*range(8))])
+
+
+def test_a_fast_path_with_a_wrong_scale_is_found_though_it_agreed_at_the_start(base: Path) -> None:
+    method, attached = attach(base, {})
+    # The fast path takes its scale when it is made; the plain one reads PEFT's.
+    trainee = Trainee(method, attached, "cpu", batch(0))
+    assert trainee.path == "fused"
+    attached.causal_lm.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    trainee.prove_shortcuts([batch(0)])
+    train(trainee, 3)
+    with pytest.raises(SelfCheckError, match="fast path"):
+        trainee.prove_shortcuts([batch(0)])
+
+
+def test_weights_that_are_no_numbers_are_refused_even_where_no_sample_meets_them(
+    base: Path, tmp_path: Path
+) -> None:
+    method, attached = attach(base, {})
+    trainee = Trainee(method, attached, "cpu", batch(0))
+    train(trainee, 1)
+    method.save(attached, tmp_path)
+    with torch.no_grad():
+        trainee.parameters[0][0, 0] = float("inf")
+    with pytest.raises(SelfCheckError, match="weights are not all finite"):
+        check_artifact(trainee, tmp_path, batch(1))
 
 
 @pytest.mark.parametrize("name", METHODS)
