@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -178,3 +179,22 @@ def test_all_answers_again_after_a_restart(client: openai.OpenAI, job: Any, stac
     assert again.fine_tuning.jobs.retrieve(job.id) == job
     assert _ask(again, job.fine_tuned_model, "Where is my parcel?").choices[0].message.content == answer
     assert again.files.content(job.training_file).read().count(b"\n") == 24
+
+
+@pytest.mark.full
+def test_the_quickstart_of_the_readme_runs_as_printed(stack: Stack) -> None:
+    connection = _connection(stack)
+    environment = os.environ | {
+        "OPENAI_BASE_URL": connection["base_url"],
+        "OPENAI_API_KEY": connection["api_key"],
+    }
+    result = subprocess.run(
+        [sys.executable, ROOT / "examples" / "quickstart.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("deleted: True") == 2

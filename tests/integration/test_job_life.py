@@ -101,8 +101,28 @@ def test_a_job_becomes_a_model_that_peft_loads(
     kept = {path.parent.name for path in (root / "projects").rglob("*") if path.is_file()} - {"files"}
     assert kept == {"artifact", f"step-{checkpoints[1].step_number:06d}"}
 
+    _assert_hidden_from_another_project(api, job.fine_tuned_model)
     client.models.delete(job.fine_tuned_model)
     assert httpx2.get(url, headers=api.headers).status_code == 404
+
+
+def _assert_hidden_from_another_project(api: Api, model: str) -> None:
+    body = {"name": "other", "project": "other"}
+    key = httpx2.post(f"{api.base_url}/v1/keys", headers=api.headers, json=body).json()["key"]
+    headers = {"Authorization": f"Bearer {key}"}
+    chat = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+    for method, path, content in (
+        ("GET", f"/v1/models/{model}", None),
+        ("DELETE", f"/v1/models/{model}", None),
+        ("GET", f"/v1/models/{model}/files", None),
+        ("GET", f"/v1/models/{model}/files/adapter_config.json", None),
+        ("POST", "/v1/chat/completions", chat),
+        ("POST", "/v1/completions", {"model": model, "prompt": "hi"}),
+    ):
+        answer = httpx2.request(method, api.base_url + path, headers=headers, json=content)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), path
+    assert model not in httpx2.get(f"{api.base_url}/v1/models", headers=headers).text
+    assert api.backend.asked == []
 
 
 def _assert_peft_loads(base: Path, folder: Path) -> None:
