@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     )
     runs_dir: Path = Field(Path(".luthier/runs"), description="A worker's scratch: run directories.")
     cache_dir: Path = Field(Path(".luthier/cache"), description="The inference server's copies of artifacts.")
+    max_cached_artifacts: int = Field(
+        64, ge=1, description="Copies of artifacts that are kept; the one unused for longest leaves first."
+    )
 
     inference_url: str = Field(
         "unix://.luthier/run/inference.sock", description="unix:///path.sock or http://host:port."

@@ -1,10 +1,8 @@
-"""Artifacts: fetched once to a local folder, loaded as named PEFT adapters on their base, probed first.
+"""Artifacts loaded as named PEFT adapters on their base, probed first.
 
 Whatever PEFT can load is served by the same lines; nothing here asks which method an artifact is.
 """
 
-import re
-import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
@@ -16,13 +14,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
-from luthier.storage.manifests import Manifest, verify_folder
-from luthier.storage.store import Storage
+from luthier.storage.manifests import verify_folder
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_LOADED_ADAPTERS = 16
-
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Artifact(Protocol):
@@ -35,44 +30,6 @@ class Artifact(Protocol):
     @property
     def folder(self) -> Path | None:
         """The verified local folder; None for the bare base."""
-
-
-def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Path:
-    """Make sure that an artifact lies in the cache, verified. Blocks; never call it on the engine's thread.
-
-    Args:
-        storage: where artifacts are published.
-        prefix: the artifact's folder there.
-        digest: the digest that its manifest must have.
-        cache_dir: the server's own copies, one folder per digest.
-
-    Returns:
-        The local folder.
-
-    Raises:
-        ArtifactCorruptError: when the stored bytes are missing, damaged or of another digest.
-    """
-    if not _DIGEST.fullmatch(digest):
-        raise ArtifactCorruptError("The artifact's digest is malformed.")
-    folder = cache_dir / digest.removeprefix("sha256:")
-    manifest = _verify_cached(folder)
-    if manifest is None or manifest.digest != digest:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        manifest = storage.fetch_folder(prefix, folder)
-    if manifest.digest != digest:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ArtifactCorruptError("The stored artifact is not the one that the model was published with.")
-    return folder
-
-
-def _verify_cached(folder: Path) -> Manifest | None:
-    if not folder.is_dir():
-        return None
-    try:
-        return verify_folder(folder)
-    except ArtifactCorruptError:
-        # A damaged copy is no loss: the published one is fetched again.
-        return None
 
 
 class AdapterSlots:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,17 +17,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from luthier.core.clock import now_seconds
-from luthier.core.errors import LuthierError
+from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
-from luthier.core.inference import HEADER_DIGEST
+from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
 from luthier.inference import answers
 from luthier.inference.answers import ChatShape, CompletionShape, Shape
+from luthier.inference.bases import ServedModel
 from luthier.inference.engine import Engine
 from luthier.inference.generation import Generation, IndexedEvent, plan_chat, plan_completion
 from luthier.inference.models import Models, read_target
 from luthier.inference.protocol import parse_chat, parse_completion
-from luthier.inference.sequence import ChoiceAt, Finish, FinishReason, Piece
+from luthier.inference.sequence import ChoiceAt, Finish, FinishReason, Piece, SamplingOptions
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
@@ -38,6 +40,18 @@ from luthier.inference.wire import (
 )
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A checked request and what its answer is made from, whichever copy of the model makes it."""
+
+    request: Request
+    target: ModelTarget
+    shape: Shape
+    prompts: list[list[int]]
+    options: SamplingOptions
+    is_stream: bool
 
 
 class Service:
@@ -81,9 +95,8 @@ class Service:
             with_logprobs=asked.logprobs,
             with_usage=asked.stream_options.include_usage,
         )
-        generation = Generation(served, prompts, options)
-        headers = {HEADER_DIGEST: target.digest or served.base.facts.digest}
-        return await self._answer(request, shape, generation, headers, is_stream=asked.stream)
+        asking = _Asking(request, target, shape, prompts, options, is_stream=asked.stream)
+        return await self._answer(asking, served)
 
     async def completion(self, request: Request) -> Response:
         """Answer POST /v1/completions."""
@@ -102,9 +115,8 @@ class Service:
             with_logprobs=asked.logprobs is not None,
             with_usage=asked.stream_options.include_usage,
         )
-        generation = Generation(served, prompts, options)
-        headers = {HEADER_DIGEST: target.digest or served.base.facts.digest}
-        return await self._answer(request, shape, generation, headers, is_stream=asked.stream)
+        asking = _Asking(request, target, shape, prompts, options, is_stream=asked.stream)
+        return await self._answer(asking, served)
 
     def interrupt(self) -> None:
         """End every open answer with an error; the process is going to stop."""
@@ -112,20 +124,25 @@ class Service:
         for generation in list(self._open):
             generation.interrupt()
 
-    async def _answer(
-        self,
-        request: Request,
-        shape: Shape,
-        generation: Generation,
-        headers: dict[str, str],
-        *,
-        is_stream: bool,
-    ) -> Response:
+    async def _answer(self, asking: _Asking, served: ServedModel) -> Response:
+        try:
+            return await self._try_answer(asking, served)
+        except ArtifactCorruptError:
+            # Nothing was sent yet. The copy on this disk may be at fault, which a new one heals.
+            restored = await self.models.restore(asking.target, served)
+            if restored is None:
+                raise
+        return await self._try_answer(asking, restored)
+
+    async def _try_answer(self, asking: _Asking, served: ServedModel) -> Response:
+        request, shape = asking.request, asking.shape
+        generation = Generation(served, asking.prompts, asking.options)
+        headers = {HEADER_DIGEST: served.digest or served.base.facts.digest}
         generation.submit(self._engine)
         self._open.add(generation)
         is_handed_over = False
         try:
-            if not is_stream:
+            if not asking.is_stream:
                 return json_response(
                     await while_connected(request, _collect(shape, generation)), headers=headers
                 )

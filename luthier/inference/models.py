@@ -18,8 +18,8 @@ from luthier.core.inference import (
 )
 from luthier.core.settings import Settings
 from luthier.inference import bases
-from luthier.inference.adapters import fetch_artifact
 from luthier.inference.bases import LoadedBase, ServedModel
+from luthier.inference.copies import drop_unused, fetch_artifact, mark_used, verify_copy
 from luthier.storage.store import Storage
 
 
@@ -103,17 +103,53 @@ class Models:
         base = self._bases.get(target.base_id) or await self.get_base(target.base_id)
         if target.artifact is None or target.digest is None:
             return ServedModel(base)
-        key = (target.base_id, target.digest)
-        if key in self._served:
-            return self._served[key]
-        async with self._locks.setdefault(target.digest, asyncio.Lock()):
-            if key not in self._served:
-                folder = await asyncio.to_thread(self._fetch, target.artifact, target.digest)
-                self._served[key] = ServedModel(base, target.digest, folder)
-        self._locks.pop(target.digest, None)
-        return self._served[key]
+        served = self._served.get((target.base_id, target.digest))
+        if served is not None and served.folder is not None:
+            mark_used(served.folder)
+            return served
+        return await self._place(base, target.artifact, target.digest, failed=None)
+
+    async def restore(self, target: ModelTarget, failed: ServedModel) -> ServedModel | None:
+        """Fetch the artifact of a model anew if its local copy is why it could not be loaded.
+
+        Args:
+            target: what `failed` was got for.
+            failed: the model whose adapter could not be loaded.
+
+        Returns:
+            The model to try once more; None when the copy is whole, so that another would be no better.
+
+        Raises:
+            ArtifactCorruptError: when the published artifact is missing or damaged too.
+        """
+        if target.artifact is None or target.digest is None or failed.folder is None:
+            return None
+        is_same = self._served.get((target.base_id, target.digest)) is failed
+        if is_same and await asyncio.to_thread(verify_copy, failed.folder) is not None:
+            return None
+        return await self._place(failed.base, target.artifact, target.digest, failed=failed)
+
+    async def _place(
+        self, base: LoadedBase, artifact: str, digest: str, *, failed: ServedModel | None
+    ) -> ServedModel:
+        """Return the served model, fetched unless somebody else did so since it was missed or failed."""
+        key = (base.facts.id, digest)
+        async with self._locks.setdefault(digest, asyncio.Lock()):
+            served = self._served.get(key)
+            if served is None or served is failed:
+                self._served.pop(key, None)
+                folder = await asyncio.to_thread(self._fetch, artifact, digest)
+                served = self._served[key] = ServedModel(base, digest, folder)
+        self._locks.pop(digest, None)
+        return served
 
     def _fetch(self, artifact: str, digest: str) -> Path:
         if self._storage is None:
             self._storage = Storage.open(self._settings.storage_url)
-        return fetch_artifact(self._storage, artifact, digest, self._settings.cache_dir / "artifacts")
+        cache_dir = self._settings.cache_dir / "artifacts"
+        folder = fetch_artifact(self._storage, artifact, digest, cache_dir)
+        mark_used(folder)
+        loaded = {name for base in list(self._bases.values()) for name in base.slots.loaded}
+        # A copy that a waiting request still wants is younger than most, and is fetched again if it leaves.
+        drop_unused(cache_dir, max_kept=self._settings.max_cached_artifacts, in_use=loaded | {digest})
+        return folder

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -27,9 +28,11 @@ from luthier.core.inference import HEADER_DIGEST, HEADER_TOKEN, ModelTarget
 from luthier.core.settings import Settings
 from luthier.data.render import ChatTemplate
 from luthier.data.tokens import Tokenizer
+from luthier.inference.adapters import WEIGHTS_NAME
 from luthier.inference.app import Service, build_app
 from luthier.inference.backends import open_backend
 from luthier.inference.engine import Engine, EngineCore
+from luthier.inference.models import Models
 from luthier.inference.runner import Runner
 from luthier.inference.sequence import Sequence
 from luthier.inference.server import open_socket
@@ -409,6 +412,51 @@ def test_an_artifact_of_another_base_is_refused_and_nobody_else_notices(
         assert response.json()["error"]["code"] == "artifact_corrupt"
         assert response.status_code == 503
     assert served.chat("a", max_tokens=1)["choices"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
+    served: Served, folder: Path, base_folder: Path, tmp_path: Path, damage: str, is_stream: bool
+) -> None:
+    seed = 20 + 2 * (damage == "gone") + is_stream
+    manifest = build_artifact(tmp_path / "a", base_folder, seed=seed)
+    prefix = f"projects/p/copy{seed}"
+    storage = Storage.open(f"file://{folder}/objects")
+    storage.put_folder(tmp_path / "a", prefix)
+    target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
+    # Known to the server, not loaded yet.
+    copied = asyncio.run(served.service.models.get(target)).folder
+    assert copied is not None
+
+    def harm() -> None:
+        if damage == "gone":
+            shutil.rmtree(copied)
+        else:
+            (copied / WEIGHTS_NAME).write_bytes(b"torn")
+
+    messages = [{"role": "user", "content": "a"}]
+    body = {"messages": messages, "max_tokens": 2, "stream": is_stream}
+    harm()
+    storage.delete_prefix(prefix)
+    response = served.post(CHAT, target, **body)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
+    storage.put_folder(tmp_path / "a", prefix)
+    asyncio.run(served.service.models.get(target))
+    harm()
+    response = served.post(CHAT, target, **body)
+    assert response.status_code == 200, response.text
+    assert (copied / WEIGHTS_NAME).read_bytes() == (tmp_path / "a" / WEIGHTS_NAME).read_bytes()
+
+
+def test_no_more_copies_are_kept_than_the_settings_allow(
+    folder: Path, base_folder: Path, artifacts: list[tuple[ModelTarget, Path]], tmp_path: Path
+) -> None:
+    settings = make_settings(folder, cache_dir=tmp_path / "cache", max_cached_artifacts=1)
+    models = Models(settings)
+    for target, _ in artifacts:
+        served_model = asyncio.run(models.get(target))
+        assert list((tmp_path / "cache" / "artifacts").iterdir()) == [served_model.folder]
 
 
 def test_an_artifact_that_is_not_there_is_refused(served: Served) -> None:

@@ -1,5 +1,6 @@
 """Adapters on the tiny base: loaded beside each other, proved first, refused alone, dropped when unused."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
-from luthier.inference.adapters import WEIGHTS_NAME, AdapterSlots, fetch_artifact
+from luthier.inference.adapters import WEIGHTS_NAME, AdapterSlots
+from luthier.inference.copies import drop_unused, fetch_artifact, mark_used
 from luthier.storage.manifests import Manifest, seal_folder
 from luthier.storage.store import Storage
 from tests.tiny import BASE_ID, build_tiny_base
@@ -166,3 +168,16 @@ def test_another_artifact_under_the_same_key_is_never_taken_for_it(
         fetch_artifact(storage, "projects/p/a", artifacts[0].digest, tmp_path / "cache")
     with pytest.raises(ArtifactCorruptError):
         fetch_artifact(storage, "projects/p/a", "../../etc", tmp_path / "cache")
+
+
+def test_the_copies_unused_for_longest_leave_and_those_in_use_never(tmp_path: Path) -> None:
+    names = [f"{i:064x}" for i in range(5)]
+    for i, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").touch()
+        os.utime(tmp_path / name, (1000 + i, 1000 + i))
+    mark_used(tmp_path / names[1])
+    drop_unused(tmp_path, max_kept=3, in_use={f"sha256:{names[0]}"})
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[1], names[4]}
+    drop_unused(tmp_path, max_kept=1, in_use={f"sha256:{name}" for name in names})
+    assert len(list(tmp_path.iterdir())) == 3
