@@ -1,0 +1,122 @@
+"""The inference server as an operator starts it: its socket's guard, its token, its end on a signal."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from luthier.core.inference import HEADER_TOKEN, ModelTarget
+from tests.tiny import BASE_ID, build_tiny_base
+
+COMPLETIONS = "/v1/completions"
+BARE = ModelTarget(model="my-base", base_id=BASE_ID, project_id="proj_1")
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, f"not within 30 s: {what}"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    # A socket's path has 107 bytes at most; pytest's own folders may be longer.
+    with tempfile.TemporaryDirectory(prefix="lt-") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def base_folder(folder: Path) -> Path:
+    return build_tiny_base(folder / "bases" / BASE_ID)
+
+
+def start_process(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
+    values = {
+        "LUTHIER_BASES_DIR": str(folder / "bases"),
+        "LUTHIER_STORAGE_URL": f"file://{folder}/objects",
+        "LUTHIER_CACHE_DIR": str(folder / "cache"),
+        "LUTHIER_PRELOAD_BASE": BASE_ID,
+        "LUTHIER_NUM_THREADS": "1",
+    } | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", "luthier.inference.server"], env=os.environ | values, stderr=subprocess.PIPE
+    )
+
+
+def test_the_process_guards_its_socket_and_stops_at_once_with_an_error_event(
+    folder: Path, base_folder: Path
+) -> None:
+    path = folder / "p.sock"
+    # What a killed server leaves behind.
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    process = start_process(folder, LUTHIER_INFERENCE_URL=f"unix://{path}")
+    try:
+        transport = httpx2.HTTPTransport(uds=str(path), retries=0)
+        with httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client:
+
+            def is_ready() -> bool:
+                assert process.poll() is None
+                try:
+                    return bool(client.get("/healthz").json()["ready"])
+                except httpx2.TransportError:
+                    return False
+
+            wait_until(is_ready, "the process")
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            # Enough work for seconds, so that the signal comes in the middle of it.
+            body = {"model": "m", "prompt": ["a"] * 128, "max_tokens": 250, "stream": True}
+            with client.stream("POST", COMPLETIONS, json=body, headers=BARE.to_headers()) as response:
+                lines = response.iter_lines()
+                assert next(lines).startswith("data: ")
+                process.send_signal(signal.SIGTERM)
+                events = [line for line in lines if line]
+            error = json.loads(events[-1].removeprefix("data: "))["error"]
+            assert error["code"] == "service_unavailable"
+        assert process.wait(10) == 0
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_tcp_needs_the_token_in_settings_and_in_every_request(folder: Path, base_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = start_process(folder, LUTHIER_INFERENCE_URL=url)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode != 0 and b"LUTHIER_INTERNAL_TOKEN" in log
+    process = start_process(folder, LUTHIER_INFERENCE_URL=url, LUTHIER_INTERNAL_TOKEN="right")
+    try:
+        with httpx2.Client(base_url=url, timeout=60) as client:
+
+            def answers() -> bool:
+                assert process.poll() is None
+                try:
+                    return client.get("/healthz").status_code == 200
+                except httpx2.TransportError:
+                    return False
+
+            wait_until(answers, "the process")
+            body = {"model": "m", "prompt": [5], "max_tokens": 1}
+            headers = BARE.to_headers()
+            assert client.post(COMPLETIONS, json=body, headers=headers).status_code == 401
+            wrong = headers | {HEADER_TOKEN: "wrong"}
+            assert client.post(COMPLETIONS, json=body, headers=wrong).status_code == 401
+            right = headers | {HEADER_TOKEN: "right"}
+            assert client.post(COMPLETIONS, json=body, headers=right).status_code == 200
+    finally:
+        process.kill()
+        process.communicate()
