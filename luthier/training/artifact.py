@@ -90,32 +90,22 @@ def _code(value: Any) -> str:
 
 
 class TrainingLog:
-    """The run's history, one JSON object a line, which survives a resume.
+    """The run's history, one JSON object a line.
 
     Args:
-        path: the file in the run directory.
-        last_step: lines of later steps are dropped, for those steps are about to be done again.
+        path: the file in the run directory; replaced.
+        text: the history so far, as a save point holds it.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, text: str) -> None:
         self.path = path
-        kept = [line for line in _read_lines(path) if line.get("step", 0) <= last_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        path.write_text(text)
 
     def append(self, **facts: Any) -> None:
         """Add one line."""
         with self.path.open("a") as stream:
             stream.write(json.dumps(facts) + "\n")
 
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            # A process that was killed may have left half a line; it is the last one.
-            break
-    return lines
+    def read(self) -> str:
+        """Return the history as text."""
+        return self.path.read_text()

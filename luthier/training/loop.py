@@ -8,7 +8,7 @@ import torch
 from luthier.core.errors import NonFiniteLossError
 from luthier.core.events import BaseScoredEvent, CheckpointEvent, Metrics, SavePointEvent, StepEvent
 from luthier.storage.manifests import Manifest
-from luthier.training.artifact import TrainingLog, write_artifact
+from luthier.training.artifact import LOG_NAME, TrainingLog, write_artifact
 from luthier.training.batches import Batch, collate, count_supervised, row_lengths, split_micro
 from luthier.training.device import peak_memory_bytes
 from luthier.training.emit import EventWriter
@@ -16,7 +16,7 @@ from luthier.training.evaluate import Scores, StoppedError, evaluate
 from luthier.training.job import Job
 from luthier.training.optimizer import learning_rate_at
 from luthier.training.progress import Pace
-from luthier.training.savepoints import SavePoints
+from luthier.training.savepoints import Progress, SavePoints
 from luthier.training.signals import StopRequest
 from luthier.training.step import StepScores, apply_gradients, compute_gradients
 from luthier.training.trainee import Trainee
@@ -35,7 +35,7 @@ class Loop:
         save_points: where to write them.
         writer: where events go.
         stop: asked between steps.
-        start_step: steps that are done already.
+        progress: what is done already.
         max_tokens: bound on a part of a batch with its padding.
         pad_id: token on the right of shorter rows.
         samples: rows on which the trainee's shortcuts are proved before anything is published.
@@ -50,14 +50,14 @@ class Loop:
         save_points: SavePoints,
         writer: EventWriter,
         stop: StopRequest,
-        start_step: int,
+        progress: Progress,
         max_tokens: int,
         pad_id: int,
         samples: list[Batch],
     ) -> None:
         self.job = job
-        self.step = start_step
-        self.last_metrics = Metrics()
+        self.step = progress.step
+        self.last_metrics = progress.metrics
         self.trainee = trainee
         self._optimizer = optimizer
         self._save_points = save_points
@@ -69,7 +69,7 @@ class Loop:
         self._lengths = row_lengths(job.rows)
         self._num_supervised = count_supervised(job.rows)
         self._saved_at = time.monotonic()
-        self._log = TrainingLog(job.folder / "training_log.jsonl", start_step)
+        self._log = TrainingLog(job.folder / LOG_NAME, progress.log)
 
     def run(self) -> None:
         """Do every step that is left.
@@ -204,8 +204,9 @@ class Loop:
 
         The folder is left to whoever reads the event: only they know when they have it.
         """
+        is_scored = self.last_metrics.full_valid_loss is not None
         try:
-            scores = self._score_validation()
+            scores = None if is_scored else self._score_validation()
         except StoppedError:
             # The step is done and kept; after the resume its checkpoint is made first.
             self._save()
@@ -248,7 +249,8 @@ class Loop:
         raise StoppedError
 
     def _save(self) -> None:
-        folder = self._save_points.write(self.step, self.trainee, self._optimizer)
+        progress = Progress(step=self.step, metrics=self.last_metrics, log=self._log.read())
+        folder = self._save_points.write(progress, self.trainee, self._optimizer)
         self._saved_at = time.monotonic()
         self._writer.emit(
             SavePointEvent(

@@ -18,7 +18,7 @@ from luthier.training.evaluate import StoppedError
 from luthier.training.job import Job, read_inputs, read_job
 from luthier.training.loop import Loop
 from luthier.training.optimizer import build_optimizer
-from luthier.training.savepoints import SavePoints
+from luthier.training.savepoints import Progress, SavePoints
 from luthier.training.selfcheck import check_artifact
 from luthier.training.signals import StopRequest
 from luthier.training.trainee import Trainee
@@ -74,6 +74,9 @@ def run(folder: Path, events: int, stop: StopRequest) -> bool:
 def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float) -> Loop:
     """Load the base, attach the method, put back a save point."""
     spec, inputs = job.spec, job.origin.inputs
+    save_points = SavePoints(job.folder / "save_points", job.fingerprint)
+    found = save_points.find(lambda text: writer.say(text, "warn"))
+    progress = Progress() if found is None else found.progress
     machine = choose_machine(inputs.device, spec.training.precision, spec.num_threads or 1)
     causal_lm = load_base(Path(inputs.base_path), dtype=machine.dtype, device=machine.device)
     method, params = parse_tuning(spec.tuning)
@@ -87,16 +90,15 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
         weight_decay=spec.training.weight_decay,
         device=machine.device,
     )
-    save_points = SavePoints(job.folder / "save_points", job.fingerprint)
-    start_step = save_points.restore(trainee, optimizer, lambda text: writer.say(text, "warn"))
-    if start_step > 0:
+    if found is not None:
+        save_points.restore(found, trainee, optimizer)
         trainee.prove_shortcuts(samples)
     writer.emit(
         StartedEvent(
             job_id=inputs.job_id,
             device=machine.device,
             precision=machine.precision,
-            start_step=start_step,
+            start_step=progress.step,
             total_steps=job.plan.num_steps,
             num_trained_parameters=attached.num_trained_parameters,
             load_seconds=time.monotonic() - started_at,
@@ -111,7 +113,7 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
         save_points=save_points,
         writer=writer,
         stop=stop,
-        start_step=start_step,
+        progress=progress,
         max_tokens=_max_tokens(job.origin.base, machine),
         pad_id=pad_id,
         samples=samples,

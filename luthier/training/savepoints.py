@@ -7,14 +7,17 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
+from luthier.core.events import Metrics
 from luthier.storage.manifests import seal_folder, verify_folder
 from luthier.training.trainee import Trainee
 
@@ -23,6 +26,30 @@ _WEIGHTS = "weights.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng.safetensors"
 _STATE = "state.json"
+_LOG = "training_log.jsonl"
+
+
+class Progress(BaseModel):
+    """How far a run is, beside its tensors.
+
+    `step` is the last step that is done, `metrics` its scores, `log` the history up to it as JSON lines:
+    the next attempt may start in a folder that knows nothing of this one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int = 0
+    metrics: Metrics = Metrics()
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class SavePoint:
+    """A folder that verified, and what it says."""
+
+    folder: Path
+    progress: Progress
+    state: dict[str, Any]
 
 
 class SavePoints:
@@ -38,57 +65,75 @@ class SavePoints:
         self._fingerprint = fingerprint
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, step: int, trainee: Trainee, optimizer: torch.optim.Optimizer) -> Path:
+    def write(self, progress: Progress, trainee: Trainee, optimizer: torch.optim.Optimizer) -> Path:
         """Make the state after a step durable and drop all but the newest two.
 
         Args:
-            step: the last step that is done.
+            progress: what is done.
             trainee: the model, between steps.
             optimizer: over the trainee's parameters.
 
         Returns:
             The sealed folder.
         """
-        building = self._folder / f".step-{step:06d}.building"
+        building = self._folder / f".step-{progress.step:06d}.building"
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         names = trainee.attached.named_trained_parameters()
         save_file({name: value.detach().cpu().contiguous() for name, value in names}, building / _WEIGHTS)
         save_file(_optimizer_tensors(names, optimizer), building / _OPTIMIZER)
         save_file(_rng_tensors(trainee.device), building / _RNG)
-        state = {"step": step, "fingerprint": self._fingerprint, **_rng_numbers()}
+        state = {
+            "fingerprint": self._fingerprint,
+            "progress": progress.model_dump(mode="json", exclude={"log"}),
+            **_rng_numbers(),
+        }
         (building / _STATE).write_text(json.dumps(state))
-        final = self._folder / f"step-{step:06d}"
+        (building / _LOG).write_text(progress.log)
+        final = self._folder / f"step-{progress.step:06d}"
         seal_folder(building, final)
         for old in self._newest_first()[_NUM_KEPT:]:
             shutil.rmtree(old)
         return final
 
-    def restore(self, trainee: Trainee, optimizer: torch.optim.Optimizer, warn: Callable[[str], None]) -> int:
-        """Put back the newest save point that verifies.
+    def find(self, warn: Callable[[str], None]) -> SavePoint | None:
+        """Return the newest save point that verifies and belongs to this run.
 
         Args:
-            trainee: the freshly attached model.
-            optimizer: fresh, over the trainee's parameters.
             warn: told about every save point that was skipped.
 
         Returns:
-            The step that is done, 0 when nothing was restored.
+            The save point, None when there is none.
         """
         for folder in self._newest_first():
             try:
                 verify_folder(folder)
                 state = json.loads((folder / _STATE).read_text())
-            except (ArtifactCorruptError, OSError, ValueError):
+                log = (folder / _LOG).read_text()
+                progress = Progress.model_validate({**state["progress"], "log": log})
+            except (ArtifactCorruptError, OSError, ValueError, KeyError):
                 warn(f"The save point {folder.name} is damaged and was skipped for the one before.")
                 continue
             if state["fingerprint"] != self._fingerprint:
                 warn(f"The save point {folder.name} belongs to other settings or data and was skipped.")
                 continue
-            _restore_tensors(folder, trainee, optimizer)
-            _restore_rng(folder, state, trainee.device)
-            return int(state["step"])
-        return 0
+            return SavePoint(folder, progress, state)
+        return None
+
+    @staticmethod
+    def restore(save_point: SavePoint, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
+        """Put back a save point's tensors and random states.
+
+        Args:
+            save_point: what `find` returned.
+            trainee: the freshly attached model.
+            optimizer: fresh, over the trainee's parameters.
+
+        Raises:
+            ArtifactCorruptError: when it holds other parameters than the model.
+        """
+        _restore_tensors(save_point.folder, trainee, optimizer)
+        _restore_rng(save_point.folder, save_point.state, trainee.device)
 
     def _newest_first(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"), reverse=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,21 @@ def test_term_saves_the_last_step_and_the_next_attempt_repeats_none(
     events = Child(str(folder)).end()
     assert started(events).start_step == stopped.step
     assert finished(events).digest == finished(undisturbed[kind][1]).digest
+
+
+def test_another_run_directory_goes_on_with_the_history_of_the_first(
+    base: Path, tmp_path: Path, undisturbed: dict[str, tuple[Path, list[TrainingEvent]]]
+) -> None:
+    expected, told = undisturbed["fused"]
+    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)
+    last = "save_points/step-000072"
+    shutil.copytree(expected / last, folder / last)
+    events = Child(str(folder)).end()
+    assert not any(event.type == "step" for event in events)
+    assert finished(events).metrics == finished(told).metrics
+    assert finished(events).digest == finished(told).digest
+    log = (folder / "artifact" / "training_log.jsonl").read_bytes()
+    assert log == (expected / "artifact" / "training_log.jsonl").read_bytes()
 
 
 def test_a_damaged_save_point_is_skipped_for_the_one_before_and_said_so(
