@@ -18,7 +18,7 @@ from luthier.training.optimizer import learning_rate_at
 from luthier.training.progress import Pace
 from luthier.training.savepoints import Progress, SavePoints
 from luthier.training.signals import StopRequest
-from luthier.training.step import StepScores, apply_gradients, compute_gradients
+from luthier.training.step import apply_gradients, compute_gradients
 from luthier.training.trainee import Trainee
 
 SAVE_POINT_SECONDS = 30.0
@@ -58,6 +58,7 @@ class Loop:
         self.job = job
         self.step = progress.step
         self.last_metrics = progress.metrics
+        self._untold = progress.untold
         self.trainee = trainee
         self._optimizer = optimizer
         self._save_points = save_points
@@ -81,17 +82,21 @@ class Loop:
         plan = self.job.plan
         if self.step == 0:
             self._score_base()
+        elif self._untold is not None:
+            self._end_epoch(self._untold)
         elif plan.ends_epoch(self.step) and not self.checkpoint_folder(self.step).exists():
-            # Killed between the save point of an epoch's last step and its checkpoint.
+            # The attempt before had it, but perhaps nobody took it in time.
             self._checkpoint()
         left = sum(int(self._lengths[rows].sum()) for rows in plan.steps[self.step :])
         pace = Pace(time.monotonic, left)
         self.trainee.attached.model.train()
         while self.step < plan.num_steps:
             self._stop_if_asked()
-            self._one_step(pace)
+            event = self._one_step(pace)
             if plan.ends_epoch(self.step):
-                self._checkpoint()
+                self._end_epoch(event)
+            else:
+                self._tell(event)
             if self._is_save_due():
                 self._save()
 
@@ -121,7 +126,8 @@ class Loop:
             log=self._log.path,
         )
 
-    def _one_step(self, pace: Pace) -> None:
+    def _one_step(self, pace: Pace) -> StepEvent:
+        """Do the next step; return what is to be told of it."""
         step, plan, options = self.step + 1, self.job.plan, self.job.spec.training
         rows = plan.steps[step - 1]
         parts = split_micro(rows, self._lengths, self._max_tokens)
@@ -147,17 +153,12 @@ class Loop:
         )
         self.step = step
         pace.step_done(scores.num_tokens)
-        self._tell_step(scores, rate, pace)
-
-    def _tell_step(self, scores: StepScores, rate: float, pace: Pace) -> None:
-        metrics = Metrics(train_loss=scores.loss, train_mean_token_accuracy=scores.accuracy)
-        self.last_metrics = metrics
-        event = StepEvent(
+        return StepEvent(
             job_id=self._writer.job_id,
-            step=self.step,
-            total_steps=self.job.plan.num_steps,
-            epoch=self.job.plan.epoch_of(self.step),
-            metrics=metrics,
+            step=step,
+            total_steps=plan.num_steps,
+            epoch=plan.epoch_of(step),
+            metrics=Metrics(train_loss=scores.loss, train_mean_token_accuracy=scores.accuracy),
             learning_rate=rate,
             grad_norm=scores.grad_norm,
             num_tokens=scores.num_tokens,
@@ -166,14 +167,38 @@ class Loop:
             seconds_left=pace.seconds_left,
             peak_memory_bytes=peak_memory_bytes(self.trainee.device),
         )
+
+    def _tell(self, event: StepEvent) -> None:
+        self.last_metrics = event.metrics
         self._log.append(
             step=event.step,
             epoch=event.epoch,
-            learning_rate=rate,
-            grad_norm=scores.grad_norm,
-            **metrics.model_dump(exclude_none=True),
+            learning_rate=event.learning_rate,
+            grad_norm=event.grad_norm,
+            **event.metrics.model_dump(exclude_none=True),
         )
         self._writer.emit(event)
+
+    def _end_epoch(self, event: StepEvent) -> None:
+        """Score the validation rows, tell the epoch's last step with these scores, make its checkpoint."""
+        try:
+            scores = self._score_validation()
+        except StoppedError:
+            # The step is done and kept. The next attempt scores it, tells it and makes its checkpoint first.
+            self._untold = event
+            self._save()
+            raise
+        self._untold = None
+        if scores is not None:
+            metrics = event.metrics.model_copy(
+                update={
+                    "full_valid_loss": scores.loss,
+                    "full_valid_mean_token_accuracy": scores.accuracy,
+                }
+            )
+            event = event.model_copy(update={"metrics": metrics})
+        self._tell(event)
+        self._checkpoint()
 
     def _score_base(self) -> None:
         scores = self._score_validation()
@@ -200,29 +225,10 @@ class Loop:
         )
 
     def _checkpoint(self) -> None:
-        """Score the validation rows and write the model as it is under its step.
+        """Write the model as it is under its step.
 
         The folder is left to whoever reads the event: only they know when they have it.
         """
-        is_scored = self.last_metrics.full_valid_loss is not None
-        try:
-            scores = None if is_scored else self._score_validation()
-        except StoppedError:
-            # The step is done and kept; after the resume its checkpoint is made first.
-            self._save()
-            raise
-        if scores is not None:
-            self.last_metrics = self.last_metrics.model_copy(
-                update={
-                    "full_valid_loss": scores.loss,
-                    "full_valid_mean_token_accuracy": scores.accuracy,
-                }
-            )
-            self._log.append(
-                step=self.step,
-                full_valid_loss=scores.loss,
-                full_valid_mean_token_accuracy=scores.accuracy,
-            )
         folder = self.checkpoint_folder(self.step)
         manifest = self.write_result(folder)
         self._writer.emit(
@@ -249,7 +255,9 @@ class Loop:
         raise StoppedError
 
     def _save(self) -> None:
-        progress = Progress(step=self.step, metrics=self.last_metrics, log=self._log.read())
+        progress = Progress(
+            step=self.step, metrics=self.last_metrics, untold=self._untold, log=self._log.read()
+        )
         folder = self._save_points.write(progress, self.trainee, self._optimizer)
         self._saved_at = time.monotonic()
         self._writer.emit(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.core.events import Metrics
+from luthier.core.events import Metrics, StepEvent
 from luthier.storage.manifests import seal_folder, verify_folder
 from luthier.training.trainee import Trainee
 
@@ -32,14 +32,16 @@ _LOG = "training_log.jsonl"
 class Progress(BaseModel):
     """How far a run is, beside its tensors.
 
-    `step` is the last step that is done, `metrics` its scores, `log` the history up to it as JSON lines:
-    the next attempt may start in a folder that knows nothing of this one.
+    `step` is the last step that is done, `metrics` the scores that were told last, `log` the history up to
+    them as JSON lines: the next attempt may start in a folder that knows nothing of this one. `untold` is
+    the event of an epoch's last step whose validation was cut short.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int = 0
     metrics: Metrics = Metrics()
+    untold: StepEvent | None = None
     log: str = ""
 
 

@@ -128,6 +128,10 @@ def test_every_epoch_ends_in_a_checkpoint_and_the_last_one_is_the_artifact(
     checkpoints = [event for event in events if event.type == "checkpoint"]
     assert [event.step for event in checkpoints] == list(range(6, 73, 6))
     assert all(event.metrics.full_valid_loss is not None for event in checkpoints)
+    # An epoch's last step is told with the scores of its checkpoint, no other step is.
+    steps = {event.step: event.metrics for event in events if event.type == "step"}
+    scored = {step: metrics for step, metrics in steps.items() if metrics.full_valid_loss is not None}
+    assert scored == {event.step: event.metrics for event in checkpoints}
     # Whoever reads the events takes them away.
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
         f"step-{step:06d}" for step in range(6, 73, 6)

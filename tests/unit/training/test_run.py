@@ -1,13 +1,17 @@
-"""How a run that can't go on says so."""
+"""How a run that can't go on says so, and how one that was stopped goes on."""
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from luthier.core.events import FailedEvent, parse_event
+from luthier.core.events import FailedEvent, StoppedEvent, TrainingEvent, parse_event
+from luthier.training import loop as loop_module
 from luthier.training import run as run_module
+from luthier.training.evaluate import StoppedError, evaluate
 from luthier.training.run import run
 from luthier.training.signals import StopRequest
 from tests.tiny import build_tiny_base, build_tiny_run
@@ -16,6 +20,44 @@ from tests.tiny import build_tiny_base, build_tiny_run
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return build_tiny_run(tmp_path / "run", build_tiny_base(tmp_path / "bases" / "tiny-llama"))
+
+
+def run_whole(folder: Path) -> list[TrainingEvent]:
+    """Run a directory in this process; return its events."""
+    path = folder / "events.jsonl"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        run(folder, descriptor, StopRequest())
+    finally:
+        os.close(descriptor)
+    return [parse_event(line) for line in path.read_bytes().splitlines()]
+
+
+def test_a_validation_that_was_cut_short_is_made_up_for_and_the_step_told_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(folder, undisturbed)
+    expected = run_whole(undisturbed)
+    num_scored = 0
+
+    def evaluate_once(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_scored
+        num_scored += 1
+        # The base is scored first; TERM comes in the first epoch's validation.
+        if num_scored == 2:
+            raise StoppedError
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(loop_module, "evaluate", evaluate_once)
+    first = run_whole(folder)
+    assert isinstance(first[-1], StoppedEvent)
+    second = run_whole(folder)
+    for kind in ("step", "checkpoint"):
+        told = [(e.step, e.metrics) for e in first + second if e.type == kind]
+        assert told == [(e.step, e.metrics) for e in expected if e.type == kind]
+    log = (folder / "artifact" / "training_log.jsonl").read_bytes()
+    assert log == (undisturbed / "artifact" / "training_log.jsonl").read_bytes()
 
 
 def run_failing(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> FailedEvent:
