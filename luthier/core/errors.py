@@ -209,6 +209,14 @@ class StorageFullError(JobError):
     retryable = True
 
 
+class UnsuitableMachineError(JobError):
+    """A machine that can't go on with a job as it was begun; another one may."""
+
+    code = "unsuitable_machine"
+    http_status = 503
+    retryable = True
+
+
 class WorkerCrashedError(JobError):
     """The training process ended without a word in every attempt."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from luthier.core.errors import InvalidRequestError
+from luthier.core.errors import InvalidRequestError, UnsuitableMachineError
 from luthier.core.specs import Precision
 
 # CPUs that multiply bf16 in hardware: elsewhere bf16 is emulated and slower than float32.
@@ -26,19 +26,23 @@ class Machine:
         return str(self.dtype).removeprefix("torch.")
 
 
-def choose_machine(device: str, precision: Precision, num_threads: int) -> Machine:
+def choose_machine(
+    device: str, precision: Precision, num_threads: int, *, begun_in: str | None = None
+) -> Machine:
     """Settle device, precision and threads; on a CPU every operation is repeatable.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
         precision: `auto` takes bfloat16 where the hardware multiplies it.
         num_threads: CPU threads; they decide the order of sums.
+        begun_in: the type that an earlier attempt took; `auto` follows it.
 
     Returns:
         The machine.
 
     Raises:
         InvalidRequestError: when CUDA is asked for and there is none.
+        UnsuitableMachineError: when `auto` must follow a type that this machine would have to emulate.
     """
     torch.set_num_threads(num_threads)
     if device == "cuda" and not torch.cuda.is_available():
@@ -55,7 +59,12 @@ def choose_machine(device: str, precision: Precision, num_threads: int) -> Machi
         dtype = torch.bfloat16
     else:
         gains = torch.cuda.is_bf16_supported() if on_cuda else _cpu_multiplies_bf16()
-        dtype = torch.bfloat16 if gains else torch.float32
+        if begun_in == "bfloat16" and not gains:
+            raise UnsuitableMachineError(
+                "The job was begun in bfloat16, which this worker's hardware does not multiply. It goes on "
+                "where the hardware does. For jobs that go on anywhere, set training.precision to float32."
+            )
+        dtype = torch.bfloat16 if gains and begun_in != "float32" else torch.float32
     return Machine(device="cuda" if on_cuda else "cpu", dtype=dtype)
 
 

@@ -36,6 +36,7 @@ class Loop:
         writer: where events go.
         stop: asked between steps.
         progress: what is done already.
+        precision: type of the frozen weights, kept for the next attempt.
         max_tokens: bound on a part of a batch with its padding.
         pad_id: token on the right of shorter rows.
         samples: rows on which the trainee's shortcuts are proved before anything is published.
@@ -51,6 +52,7 @@ class Loop:
         writer: EventWriter,
         stop: StopRequest,
         progress: Progress,
+        precision: str,
         max_tokens: int,
         pad_id: int,
         samples: list[Batch],
@@ -59,6 +61,7 @@ class Loop:
         self.step = progress.step
         self.last_metrics = progress.metrics
         self._untold = progress.untold
+        self._precision = precision
         self.trainee = trainee
         self._optimizer = optimizer
         self._save_points = save_points
@@ -256,7 +259,11 @@ class Loop:
 
     def _save(self) -> None:
         progress = Progress(
-            step=self.step, metrics=self.last_metrics, untold=self._untold, log=self._log.read()
+            step=self.step,
+            metrics=self.last_metrics,
+            untold=self._untold,
+            precision=self._precision,
+            log=self._log.read(),
         )
         folder = self._save_points.write(progress, self.trainee, self._optimizer)
         self._saved_at = time.monotonic()

@@ -77,7 +77,9 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
     save_points = SavePoints(job.folder / "save_points", job.fingerprint)
     found = save_points.find(lambda text: writer.say(text, "warn"))
     progress = Progress() if found is None else found.progress
-    machine = choose_machine(inputs.device, spec.training.precision, spec.num_threads or 1)
+    machine = choose_machine(
+        inputs.device, spec.training.precision, spec.num_threads or 1, begun_in=progress.precision
+    )
     causal_lm = load_base(Path(inputs.base_path), dtype=machine.dtype, device=machine.device)
     method, params = parse_tuning(spec.tuning)
     attached = method.attach(causal_lm, params, seed=spec.seed, base_id=spec.base_id)
@@ -114,6 +116,7 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
         writer=writer,
         stop=stop,
         progress=progress,
+        precision=machine.precision,
         max_tokens=_max_tokens(job.origin.base, machine),
         pad_id=pad_id,
         samples=samples,

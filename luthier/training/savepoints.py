@@ -34,7 +34,8 @@ class Progress(BaseModel):
 
     `step` is the last step that is done, `metrics` the scores that were told last, `log` the history up to
     them as JSON lines: the next attempt may start in a folder that knows nothing of this one. `untold` is
-    the event of an epoch's last step whose validation was cut short.
+    the event of an epoch's last step whose validation was cut short. `precision` is the type of the frozen
+    weights, which "auto" leaves to the machine of the first attempt.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +43,7 @@ class Progress(BaseModel):
     step: int = 0
     metrics: Metrics = Metrics()
     untold: StepEvent | None = None
+    precision: str | None = None
     log: str = ""
 
 

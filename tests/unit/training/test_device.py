@@ -1,0 +1,44 @@
+"""Which type "auto" takes, and that a resume keeps it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from luthier.core.errors import UnsuitableMachineError
+from luthier.training import device as device_module
+from luthier.training.device import choose_machine
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_torch() -> Iterator[None]:
+    threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(is_deterministic)
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, *, gains: bool, begun_in: str | None, asked: str = "auto") -> str:
+    monkeypatch.setattr(device_module, "_cpu_multiplies_bf16", lambda: gains)
+    return choose_machine("cpu", asked, 1, begun_in=begun_in).precision  # type: ignore[arg-type]
+
+
+def test_auto_takes_bfloat16_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, gains=True, begun_in=None) == "bfloat16"
+    assert choose(monkeypatch, gains=False, begun_in=None) == "float32"
+
+
+def test_a_resume_keeps_the_type_that_the_job_was_begun_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, gains=True, begun_in="float32") == "float32"
+    assert choose(monkeypatch, gains=True, begun_in="bfloat16") == "bfloat16"
+    assert choose(monkeypatch, gains=False, begun_in="float32") == "float32"
+
+
+def test_a_machine_that_cannot_keep_it_says_so_and_leaves_the_job_to_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(UnsuitableMachineError, match=r"training\.precision") as caught:
+        choose(monkeypatch, gains=False, begun_in="bfloat16")
+    assert caught.value.retryable
+    # Whoever asked for the type gets it, however slow.
+    assert choose(monkeypatch, gains=False, begun_in="bfloat16", asked="bfloat16") == "bfloat16"
