@@ -1,12 +1,14 @@
 """One run, told from start to end: read, load, attach, resume, train, prove, publish."""
 
+import errno
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from luthier.core.errors import LuthierError, OutOfMemoryError
+from luthier.core.errors import LuthierError, OutOfMemoryError, StorageFullError
 from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StoppedEvent
 from luthier.core.specs import BaseFacts
 from luthier.methods import parse_tuning
@@ -30,6 +32,8 @@ _BYTES_PER_TOKEN_LAYER_HIDDEN = 60
 _NUM_SAMPLE_TOKENS = 32
 # The longest row's part in a proof: beyond the length at which the fast path attends in another way.
 _NUM_LONG_SAMPLE_TOKENS = 512
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(folder: Path, events: int, stop: StopRequest) -> bool:
@@ -56,6 +60,17 @@ def run(folder: Path, events: int, stop: StopRequest) -> bool:
         writer.emit(StoppedEvent(job_id=inputs.job_id, step=loop.step if loop else 0))
     except LuthierError as error:
         _fail(writer, error)
+        return False
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        _fail(
+            writer,
+            StorageFullError(
+                "The worker's disk is full, or its quota is used up. The job goes on from its last save "
+                "point once there is room."
+            ),
+        )
         return False
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -159,6 +174,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that nothing more can be written; safetensors only says so in its text."""
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
 
 
 def _max_tokens(base: BaseFacts, machine: Machine) -> int:

@@ -1,5 +1,6 @@
 """How a run that can't go on says so, and how one that was stopped goes on."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from luthier.core.events import FailedEvent, StoppedEvent, TrainingEvent, parse_event
 from luthier.training import loop as loop_module
@@ -90,6 +92,26 @@ def test_memory_that_ran_out_ends_the_job_with_advice(
     event = run_failing(folder, error, monkeypatch)
     assert (event.code, event.is_retryable) == ("out_of_memory", False)
     assert "batch_size" in event.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_says_so_and_the_job_is_tried_again(
+    folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = run_failing(folder, error, monkeypatch)
+    assert (event.code, event.is_retryable) == ("storage_full", True)
+
+
+def test_another_fault_of_the_disk_is_not_called_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="Input/output"):
+        run_failing(folder, OSError(errno.EIO, "Input/output error"), monkeypatch)
 
 
 def test_an_error_of_our_own_making_is_not_dressed_up_as_the_users(
