@@ -40,7 +40,7 @@ def test_the_digest_covers_named_files_and_the_base_alone(tmp_path: Path) -> Non
 
     first = digest(1, b"one", b"abc", "x")
     assert digest(2, b"another", b"abc", "x") == first
-    assert digest(3, b"one", b"abd", "x") != first
+    assert digest(3, b"one", b"abx", "x") != first
     assert digest(4, b"one", b"abc", "y") != first
 
 

@@ -70,7 +70,7 @@ def test_another_folder_never_takes_a_published_ones_place(storage: Storage, tmp
 
 def test_a_changed_object_is_never_fetched(storage: Storage, tmp_path: Path) -> None:
     storage.put_folder(_sealed(tmp_path), "models/one")
-    storage.put_bytes("models/one/weights", b"abd")
+    storage.put_bytes("models/one/weights", b"abx")
     with pytest.raises(ArtifactCorruptError, match="weights"):
         storage.fetch_folder("models/one", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
