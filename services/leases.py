@@ -244,13 +244,13 @@ def fail(session: Session, lease: Lease, error: LuthierError) -> None:
     )
 
 
-def retry_or_fail(session: Session, lease: Lease, reason: str, *, max_attempts: int) -> JobStatus:
-    """After an attempt that ended without a word: another one, or the end when it was the last.
+def retry_or_fail(session: Session, lease: Lease, error: LuthierError, *, max_attempts: int) -> JobStatus:
+    """After an attempt that broke off: another one, or the end when it was the last.
 
     Args:
         session: the session.
         lease: the claim.
-        reason: what happened, as users are told.
+        error: what happened; the job's error if it was the last attempt.
         max_attempts: crashes after which a job is failed.
 
     Returns:
@@ -264,10 +264,10 @@ def retry_or_fail(session: Session, lease: Lease, reason: str, *, max_attempts: 
     )
     if job is None or job.lease_epoch != lease.epoch or job.status in TERMINAL_STATUSES:
         raise LeaseLostError(f"Attempt {lease.epoch} no longer holds {lease.job_id}.")
-    return _crashed(session, job, reason, max_attempts)
+    return _crashed(session, job, error, max_attempts)
 
 
-def _crashed(session: Session, job: Job, reason: str, max_attempts: int) -> JobStatus:
+def _crashed(session: Session, job: Job, error: LuthierError, max_attempts: int) -> JobStatus:
     outcome = session.scalar(
         select(Attempt.outcome).where(Attempt.job_id == job.id, Attempt.lease_epoch == job.lease_epoch)
     )
@@ -277,17 +277,19 @@ def _crashed(session: Session, job: Job, reason: str, max_attempts: int) -> JobS
     job.lease_owner = None
     job.lease_expires_at = None
     if job.num_crashes >= max_attempts:
-        message = f"{reason} This was attempt {job.num_crashes} of {max_attempts}, so the job has failed."
+        message = (
+            f"{error.message} This was attempt {job.num_crashes} of {max_attempts}, so the job has failed."
+        )
         job.status = JobStatus.FAILED.value
         job.finished_at = func.now()
         job.estimated_finish_at = None
-        job.error = {"code": WorkerCrashedError.code, "message": message, "param": None}
-        told = NewEvent(message, level="error", data={"code": WorkerCrashedError.code})
+        job.error = {"code": error.code, "message": message, "param": error.param}
+        told = NewEvent(message, level="error", data={"code": error.code})
     else:
         goes_on = {JobStatus.RUNNING: JobStatus.QUEUED, JobStatus.PAUSING: JobStatus.PAUSED}
         status = JobStatus(job.status)
         job.status = goes_on.get(status, status).value
-        told = NewEvent(f"{reason} The job goes on from its last save point.", level="warn", data={})
+        told = NewEvent(f"{error.message} The job goes on from its last save point.", level="warn", data={})
     session.flush()
     events.append(session, job.id, [told])
     return JobStatus(job.status)
@@ -345,7 +347,7 @@ def sweep(session: Session, *, max_attempts: int, limit: int = 100) -> Sequence[
         .with_for_update(skip_locked=True)
     ).all()
     for job in lost:
-        _crashed(session, job, "The worker stopped answering.", max_attempts)
+        _crashed(session, job, WorkerCrashedError("The worker stopped answering."), max_attempts)
     return [job.id for job in lost]
 
 

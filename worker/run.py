@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import Job, UsageEvent
 from luthier.core import errors
-from luthier.core.errors import ArtifactCorruptError, JobError, UnavailableError
+from luthier.core.errors import ArtifactCorruptError, JobError, UnavailableError, WorkerCrashedError
 from luthier.core.events import (
     BaseScoredEvent,
     CheckpointEvent,
@@ -93,6 +93,7 @@ class TrainingRun:
     _total_steps: int = 0
     _ending: Ending | None = None
     _stop_asked_at: float | None = None
+    _failure: JobError | None = None
 
     def supervise(self, child: TrainingChild) -> Ending:
         """Follow a training process until it has ended and what it made is published.
@@ -176,6 +177,7 @@ class TrainingRun:
                 self._flush()
                 if not event.is_retryable:
                     raise _job_error(event)
+                self._failure = _job_error(event)
 
     def _started(self, event: StartedEvent) -> None:
         self._step, self._total_steps = event.start_step, event.total_steps
@@ -356,9 +358,11 @@ class TrainingRun:
             # It was asked to stop before its first step, or ran out of time to: nobody's crash.
             return self._give_back("The worker is stopping; the job waits for another")
         how = f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
-        reason = f"The training process ended {how} after step {self._step}."
+        error = self._failure or WorkerCrashedError(
+            f"The training process ended {how} after step {self._step}."
+        )
         max_attempts = self.context.settings.max_attempts
         status = self._write(
-            lambda session: leases.retry_or_fail(session, self.lease, reason, max_attempts=max_attempts)
+            lambda session: leases.retry_or_fail(session, self.lease, error, max_attempts=max_attempts)
         )
         return Ending.FAILED if status is JobStatus.FAILED else Ending.CRASHED

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from db.tables import Attempt, Job, JobEvent, Model
+from luthier.core.errors import WorkerCrashedError
 from luthier.core.settings import Settings
 from services import leases
 from services.leases import LeaseLostError
@@ -324,7 +325,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(client: openai.OpenAI, cont
     for write in (
         lambda session: leases.renew(session, zombie, 30),
         lambda session: leases.update_job(session, zombie, step=99),
-        lambda session: leases.retry_or_fail(session, zombie, "x", max_attempts=3),
+        lambda session: leases.retry_or_fail(session, zombie, WorkerCrashedError("x"), max_attempts=3),
         lambda session: leases.leave(session, zombie, leases.JobStatus.SUCCEEDED, outcome="x"),
     ):
         with pytest.raises(LeaseLostError), context.database.transaction() as session:
