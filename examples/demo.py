@@ -140,7 +140,7 @@ def _straight_line(client: "OpenAI") -> dict[str, Any]:
     say(f"\n4. Chatting with both, on {NUM_SHOWN} messages that are in no training row")
     _chat_side_by_side(client, tuned, rows[:NUM_SHOWN])
 
-    say(f"\n5. Scoring both on {len(rows)} held-out rows")
+    say(f"\n5. Scoring both on {len(rows)} held-out rows (a minute or two)")
     scoring_begun = time.monotonic()
     scores = {"base": score(client, BASE, rows), "tuned": score(client, tuned, rows)}
     scoring_seconds = time.monotonic() - scoring_begun

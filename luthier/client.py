@@ -111,6 +111,10 @@ class LuthierClient:
         """Return one job."""
         return self._ask("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}")
 
+    def cancel_job(self, job_id: str) -> dict[str, Any]:
+        """Cancel a job and return it."""
+        return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/cancel")
+
     def list_models(self) -> list[dict[str, Any]]:
         """Return all models that the key may call."""
         return self._data("/models")

@@ -158,7 +158,9 @@ def get(session: Session, scope: Scope, job_id: str, *, for_update: bool = False
     """
     job = find_owned(session, Job, scope.project_id, job_id, for_update=for_update)
     if job is None:
-        raise NotFoundError(f"Could not find fine tune: {job_id[:64]}", param="fine_tuning_job_id")
+        raise NotFoundError(
+            f"Could not find fine tune: {job_id[:64]} in the project of this key", param="fine_tuning_job_id"
+        )
     return job
 
 

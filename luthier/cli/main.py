@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 bases_app = typer.Typer(help="List and fetch base models.", no_args_is_help=True)
-jobs_app = typer.Typer(help="List and follow fine-tuning jobs.", no_args_is_help=True)
+jobs_app = typer.Typer(help="List, follow and cancel fine-tuning jobs.", no_args_is_help=True)
 models_app = typer.Typer(help="List and download models.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(bases_app, name="bases")
@@ -195,6 +195,25 @@ def follow_job(
 
     with _open_client(base_url, api_key, home) as client:
         raise typer.Exit(follow(client, job_id, as_json=as_json))
+
+
+@jobs_app.command("cancel")
+def cancel_job(
+    job_id: Annotated[str, typer.Argument(metavar="ID")],
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Cancel a job that has not ended; checkpoints it has published stay callable."""
+    from luthier.cli.output import print_json
+
+    with _open_client(base_url, api_key, home) as client:
+        job = client.cancel_job(job_id)
+    if as_json:
+        print_json(job)
+        return
+    print(f"{job['id']} is {job['status']}.")
 
 
 @models_app.command("list")

@@ -4,6 +4,7 @@ Load, run, apply: a claim in one short transaction, a run with no session open, 
 under the claim's fence. A job that is given back goes on from its newest save point.
 """
 
+import contextlib
 import errno
 import shutil
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ def train_next(context: WorkerContext) -> bool:
         give_back(context, claimed.lease, JobStatus.QUEUED, full)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            run_dir.parent.rmdir()  # unless another attempt of this job is at work in it
     return True
 
 

@@ -82,5 +82,7 @@ def escape_text(text: str) -> str:
 
 
 def tell_faults(faults: Sequence[Fault]) -> str:
-    """Return the first few faults as sentences, one after the other."""
-    return " ".join(str(fault) for fault in faults[:_NUM_TOLD])
+    """Return the first few faults as sentences, a line each, and how many more there are."""
+    told = [str(fault) for fault in faults[:_NUM_TOLD]]
+    num_more = len(faults) - len(told)
+    return "\n".join([*told, f"And {num_more} more."] if num_more else told)
