@@ -27,7 +27,6 @@ from services import keys, models
 router = APIRouter(prefix="/v1", tags=["inference"])
 
 _MAX_BODY_BYTES = 8 * 1024 * 1024
-_PASSED_ON = {"content-type", "retry-after", "x-luthier-digest", "x-should-retry", "cache-control"}
 
 
 async def _told(reply: Reply) -> AsyncIterator[bytes]:
@@ -46,8 +45,7 @@ class _PassedOn(StreamingResponse):
     """An upstream's answer on its way to the client; the upstream is told when the client has left."""
 
     def __init__(self, reply: Reply) -> None:
-        headers = {name: value for name, value in reply.headers.items() if name.lower() in _PASSED_ON}
-        super().__init__(_told(reply), reply.status, headers)
+        super().__init__(_told(reply), reply.status, dict(reply.headers))
         self._body = reply.body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,6 +4,7 @@ Shapes: OpenAI's API reference, "Chat completions" and "Completions (legacy)".
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(ABC):
     """What all parts of one answer share, and how a choice looks in it; see ChatShape, CompletionShape."""
 
     id: str
@@ -80,23 +81,23 @@ class Shape:
         """Return the last chunk of a stream that was asked for its usage."""
         return self._frame(self.chunk_object_name, []) | {"usage": usage_object}
 
+    @abstractmethod
     def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
         """Return the chunks that come before any text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece_chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return the chunk of a piece of text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish_chunk(self, index: int, reason: FinishReason) -> dict[str, Any]:
         """Return the chunk that ends a choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(
         self, index: int, text: str, choices: Sequence[ChoiceAt], reason: FinishReason
     ) -> dict[str, Any]:
         """Return a choice of a whole answer."""
-        raise NotImplementedError
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         frame = self._frame(self.chunk_object_name, [choice])
