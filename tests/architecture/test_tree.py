@@ -8,7 +8,6 @@ from tests.architecture.sources import ROOMS, ROOT, python_files, tracked_files
 
 _MAX_LINES = 400
 # Longer than they should be; they may shrink, and must not grow.
-_LONG = {"tests/integration/test_inference_server.py": 600}
 _REGISTRY_HOSTS = [
     ".".join(parts)
     for parts in (
@@ -29,7 +28,7 @@ _FOREIGN_PATHS = re.compile(r"(?<![\w.-])/(work/|tmp/w\b)")
 @pytest.mark.parametrize("name", python_files(*ROOMS, "tests", "examples", "benchmarks", "deploy"))
 def test_a_file_is_one_subject(name: str) -> None:
     num_lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-    assert num_lines <= _LONG.get(name, _MAX_LINES)
+    assert num_lines <= _MAX_LINES
 
 
 def test_no_file_has_a_vague_name() -> None:

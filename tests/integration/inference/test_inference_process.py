@@ -7,38 +7,13 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
-import pytest
 
-from luthier.core.inference import HEADER_TOKEN, ModelTarget
-from tests.tiny import BASE_ID, build_tiny_base
-
-COMPLETIONS = "/v1/completions"
-BARE = ModelTarget(model="my-base", base_id=BASE_ID, project_id="proj_1")
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, f"not within 30 s: {what}"
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    # A socket's path has 107 bytes at most; pytest's own folders may be longer.
-    with tempfile.TemporaryDirectory(prefix="lt-") as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def base_folder(folder: Path) -> Path:
-    return build_tiny_base(folder / "bases" / BASE_ID)
+from luthier.core.inference import HEADER_TOKEN
+from tests.inference_server import BARE, COMPLETIONS, wait_until
+from tests.tiny import BASE_ID
 
 
 def start_process(folder: Path, **environment: str) -> subprocess.Popen[bytes]:

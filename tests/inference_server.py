@@ -1,0 +1,105 @@
+"""The inference server in a thread, over a real socket, for tests that look behind it."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+
+from luthier.core.inference import ModelTarget
+from luthier.core.settings import Settings
+from luthier.data.render import ChatTemplate
+from luthier.data.tokens import Tokenizer
+from luthier.inference.app import Service
+from luthier.inference.engine import Engine, EngineCore
+from luthier.inference.runner import Runner
+from luthier.inference.sequence import Sequence
+from tests.tiny import BASE_ID
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+BARE = ModelTarget(model="my-base", base_id=BASE_ID, project_id="proj_1")
+
+
+class GatedRunner(Runner):
+    """The real runner, which stands still while the gate is shut."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.num_prefills = 0
+        self.num_steps = 0
+
+    def prefill(self, sequences: list[Sequence], in_use: set[str]) -> Any:
+        self.num_prefills += 1
+        assert self.gate.wait(30)
+        return super().prefill(sequences, in_use)
+
+    def step(self, batch: Any, token_ids: list[int]) -> torch.Tensor:
+        self.num_steps += 1
+        assert self.gate.wait(30)
+        return super().step(batch, token_ids)
+
+
+@dataclass
+class Served:
+    """A running server and what the tests look at behind it."""
+
+    client: httpx2.Client
+    url: str
+    service: Service
+    core: EngineCore
+    engine: Engine
+    runner: GatedRunner
+
+    def post(self, path: str, target: ModelTarget = BARE, **body: Any) -> httpx2.Response:
+        return self.client.post(path, json={"model": "m"} | body, headers=target.to_headers())
+
+    def chat(self, text: str, target: ModelTarget = BARE, **body: Any) -> dict[str, Any]:
+        messages = [{"role": "user", "content": text}]
+        response = self.post(CHAT, target, messages=messages, **({"temperature": 0} | body))
+        assert response.status_code == 200, response.text
+        content: dict[str, Any] = response.json()
+        return content
+
+    def stream(self, path: str, target: ModelTarget = BARE, **body: Any) -> list[dict[str, Any]]:
+        response = self.post(path, target, stream=True, **({"temperature": 0} | body))
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+        assert lines[-1] == "[DONE]"
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, f"not within 30 s: {what}"
+        time.sleep(0.005)
+
+
+def make_settings(folder: Path, **changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "bases_dir": folder / "bases",
+        "storage_url": f"file://{folder}/objects",
+        "cache_dir": folder / "cache",
+        "inference_url": f"unix://{folder}/s.sock",
+        "inference_dtype": "float32",
+        "device": "cpu",
+        "num_threads": 1,
+        "preload_base": BASE_ID,
+        "max_waiting_requests": 64,
+    }
+    return Settings(_env_file=None, **(values | changes))
+
+
+def prompt_ids(base_folder: Path, text: str) -> list[int]:
+    rendered = ChatTemplate.load(base_folder).render(
+        [{"role": "user", "content": text}], add_generation_prompt=True
+    )
+    return Tokenizer.load(base_folder).encode(rendered)

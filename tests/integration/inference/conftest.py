@@ -1,0 +1,81 @@
+"""The tiny base, random artifacts, and a served inference server; one of each per module."""
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+import torch
+import uvicorn
+
+from luthier.core.inference import ModelTarget
+from luthier.inference.app import Service, build_app
+from luthier.inference.engine import Engine, EngineCore
+from luthier.inference.server import open_socket
+from luthier.storage.store import Storage
+from tests.inference_server import (
+    BARE,
+    GatedRunner,
+    Served,
+    make_settings,
+    wait_until,
+)
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.unit.inference.artifacts import build_artifact
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    # A socket's path has 107 bytes at most; pytest's own folders may be longer.
+    with tempfile.TemporaryDirectory(prefix="lt-") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def base_folder(folder: Path) -> Path:
+    return build_tiny_base(folder / "bases" / BASE_ID)
+
+
+@pytest.fixture(scope="module")
+def artifacts(folder: Path, base_folder: Path) -> list[tuple[ModelTarget, Path]]:
+    storage = Storage.open(f"file://{folder}/objects")
+    made = []
+    for seed in range(3):
+        manifest = build_artifact(folder / f"artifact{seed}", base_folder, seed=seed)
+        prefix = f"projects/p/jobs/{seed}/e1/artifact"
+        storage.put_folder(folder / f"artifact{seed}", prefix)
+        target = BARE.model_copy(
+            update={"model": f"ft:tiny:{seed}", "artifact": prefix, "digest": manifest.digest}
+        )
+        made.append((target, folder / f"artifact{seed}"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, base_folder: Path) -> Iterator[Served]:
+    torch.set_num_threads(1)
+    settings = make_settings(folder)
+    runner = GatedRunner()
+    core = EngineCore(
+        runner, max_batch_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens
+    )
+    engine = Engine(core, max_waiting=settings.max_waiting_requests)
+    service = Service(settings, engine)
+    listener = open_socket(settings.inference_url)
+    server = uvicorn.Server(uvicorn.Config(build_app(service, settings, token=None), log_config=None))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    engine.start()
+    thread.start()
+    transport = httpx2.HTTPTransport(uds=str(folder / "s.sock"))
+    with httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client:
+        wait_until(lambda: server.started, "the server's start")
+        wait_until(lambda: client.get("/healthz").json()["ready"], "the base's load")
+        yield Served(client, settings.inference_url, service, core, engine, runner)
+    runner.gate.set()
+    server.should_exit = True
+    thread.join(10)
+    engine.close()
+    engine.join(10)

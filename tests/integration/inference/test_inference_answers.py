@@ -1,0 +1,228 @@
+"""Answers of the inference server, beside generate and PEFT themselves."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.core.inference import HEADER_DIGEST, ModelTarget
+from luthier.data.tokens import Tokenizer
+from tests.inference_server import BARE, CHAT, COMPLETIONS, Served, prompt_ids, wait_until
+from tests.tiny import CONTEXT_LENGTH
+from tests.unit.inference.artifacts import greedy, load_plain, load_reference
+
+
+def test_models_that_run_at_the_same_time_answer_as_generate_does_for_each_alone(
+    served: Served, base_folder: Path, artifacts: list[tuple[ModelTarget, Path]]
+) -> None:
+    models = [(BARE, load_plain(base_folder))]
+    models += [(target, load_reference(base_folder, path)) for target, path in artifacts]
+    texts = ["the sky", "what is the colour of the sea on a clear day?", "a"]
+    cases = [(target, model, text) for text in texts for target, model in models]
+    served.runner.gate.clear()
+    with ThreadPoolExecutor(len(cases)) as pool:
+        asked = [pool.submit(served.chat, text, target, max_tokens=40) for target, _, text in cases]
+        # All are there before any runs: one group per model, of rows of different lengths.
+        wait_until(lambda: len(served.service._open) == len(cases), "all requests")
+        served.runner.gate.set()
+        answers = [future.result() for future in asked]
+    tokenizer = Tokenizer.load(base_folder)
+    texts_by_model: dict[str, set[str]] = {}
+    for (target, model, text), answer in zip(cases, answers, strict=True):
+        ids = greedy(model, prompt_ids(base_folder, text), 40)
+        expected = tokenizer.decode([token for token in ids if token not in tokenizer.stop_token_ids])
+        assert answer["choices"][0]["message"]["content"] == expected
+        assert answer["usage"]["completion_tokens"] == len(ids)
+        assert answer["usage"]["prompt_tokens"] == len(prompt_ids(base_folder, text))
+        assert answer["model"] == target.model
+        texts_by_model.setdefault(target.model, set()).add(expected)
+    # The models differ at all, or the equality above says nothing.
+    assert len({frozenset(texts) for texts in texts_by_model.values()}) == len(models)
+
+
+def test_requests_that_join_a_running_answer_change_nothing_about_it(
+    served: Served, base_folder: Path
+) -> None:
+    texts = ["the sky is blue", "b", "what is the colour of the sky on a clear day in the summer?"]
+    model, tokenizer = load_plain(base_folder), Tokenizer.load(base_folder)
+    with ThreadPoolExecutor(3) as pool:
+        asked = []
+        for text in texts:
+            served.runner.gate.clear()
+            before = served.runner.num_prefills
+            asked.append(pool.submit(served.chat, text, max_tokens=100))
+            wait_until(lambda: len(served.service._open) == len(asked), "the request")
+            served.runner.gate.set()
+            wait_until(lambda: served.runner.num_prefills > before, "its prefill")  # noqa: B023
+        answers = [future.result() for future in asked]
+    for text, answer in zip(texts, answers, strict=True):
+        ids = greedy(model, prompt_ids(base_folder, text), 100)
+        expected = tokenizer.decode([token for token in ids if token not in tokenizer.stop_token_ids])
+        assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_an_answer_says_which_digest_made_it(
+    served: Served, artifacts: list[tuple[ModelTarget, Path]]
+) -> None:
+    target = artifacts[0][0]
+    assert target.digest is not None
+    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], max_tokens=1)
+    assert response.headers[HEADER_DIGEST] == target.digest
+    assert response.json()["system_fingerprint"] == target.digest.removeprefix("sha256:")[:12]
+
+
+def test_a_whole_chat_has_openais_shape(served: Served) -> None:
+    answer = served.chat("a", max_tokens=3)
+    assert answer["id"].startswith("chatcmpl-") and answer["object"] == "chat.completion"
+    assert isinstance(answer["created"], int)
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "length" and choice["logprobs"] is None and choice["index"] == 0
+    assert choice["message"]["role"] == "assistant" and choice["message"]["refusal"] is None
+    usage = answer["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+@pytest.mark.parametrize("with_usage", [False, True])
+def test_a_stream_joined_is_the_whole_answer_in_the_contracts_order(served: Served, with_usage: bool) -> None:
+    messages = [{"role": "user", "content": "the sky"}]
+    whole = served.chat("the sky", max_tokens=30)
+    options = {"stream_options": {"include_usage": True}} if with_usage else {}
+    chunks = served.stream(CHAT, messages=messages, max_tokens=30, **options)
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    assert chunks[0]["object"] == "chat.completion.chunk"
+    if with_usage:
+        last = chunks.pop()
+        assert last["choices"] == [] and last["usage"] == whole["usage"]
+        assert all(chunk["usage"] is None for chunk in chunks)
+    else:
+        assert all("usage" not in chunk for chunk in chunks)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    assert choices[-1]["delta"] == {} and choices[-1]["finish_reason"] == "length"
+    assert all(choice["finish_reason"] is None for choice in choices[:-1])
+    text = "".join(choice["delta"]["content"] for choice in choices[:-1])
+    assert text == whole["choices"][0]["message"]["content"]
+
+
+def test_a_stop_text_across_token_borders_ends_the_answer_and_is_not_in_it(served: Served) -> None:
+    text = served.chat("the sky", max_tokens=40)["choices"][0]["message"]["content"]
+    stop = text[11:17]
+    assert len(stop) == 6
+    answer = served.chat("the sky", max_tokens=40, stop=[stop, "never there"])
+    assert answer["choices"][0]["message"]["content"] == text[: text.index(stop)]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    chunks = served.stream(CHAT, messages=[{"role": "user", "content": "the sky"}], max_tokens=40, stop=stop)
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces) == text[: text.index(stop)]
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(served: Served) -> None:
+    options = {"temperature": 1.0, "seed": 11, "max_tokens": 40}
+    alone = served.chat("the sky", **options)["choices"][0]["message"]["content"]
+    served.runner.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(served.chat, "a b c", **(options | {"seed": i})) for i in range(3)]
+        again = pool.submit(served.chat, "the sky", **options)
+        wait_until(lambda: len(served.service._open) == 4, "all requests")
+        served.runner.gate.set()
+        assert again.result()["choices"][0]["message"]["content"] == alone
+        assert len({future.result()["choices"][0]["message"]["content"] for future in others}) == 3
+
+
+def test_logprobs_equal_those_of_the_model_for_the_whole_text(served: Served, base_folder: Path) -> None:
+    answer = served.chat("the sky", max_tokens=12, logprobs=True, top_logprobs=5)
+    content = answer["choices"][0]["logprobs"]["content"]
+    ids = prompt_ids(base_folder, "the sky")
+    model = load_plain(base_folder)
+    answer_ids = greedy(model, ids, 12)
+    with torch.inference_mode():
+        logprobs_TV = torch.log_softmax(model(torch.tensor([ids + answer_ids])).logits[0], dim=-1)
+    tokenizer = Tokenizer.load(base_folder)
+    assert len(content) == len(answer_ids)
+    for i, (item, token_id) in enumerate(zip(content, answer_ids, strict=True)):
+        row_V = logprobs_TV[len(ids) - 1 + i]
+        assert bytes(item["bytes"]) == tokenizer.token_bytes(token_id)
+        assert item["logprob"] == pytest.approx(float(row_V[token_id]), abs=1e-4)
+        expected = row_V.topk(5).values.tolist()
+        assert [top["logprob"] for top in item["top_logprobs"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_streams_logprobs_are_those_of_the_whole_answer(served: Served) -> None:
+    whole = served.chat("the sky", max_tokens=12, logprobs=True)
+    chunks = served.stream(
+        CHAT, messages=[{"role": "user", "content": "the sky"}], max_tokens=12, logprobs=True
+    )
+    streamed = [
+        item
+        for chunk in chunks
+        if chunk["choices"][0]["logprobs"]
+        for item in chunk["choices"][0]["logprobs"]["content"]
+    ]
+    expected = whole["choices"][0]["logprobs"]["content"]
+    assert [item["token"] for item in streamed] == [item["token"] for item in expected]
+    assert all(item["top_logprobs"] == [] for item in streamed)
+
+
+def test_a_completion_answers_every_prompt_at_its_index(served: Served, base_folder: Path) -> None:
+    tokenizer, model = Tokenizer.load(base_folder), load_plain(base_folder)
+    prompts = ["the sky", "what is the colour"]
+    answer = served.post(COMPLETIONS, prompt=prompts, temperature=0, logprobs=2).json()
+    assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-")
+    total = 0
+    for index, (prompt, choice) in enumerate(zip(prompts, answer["choices"], strict=True)):
+        ids = greedy(model, tokenizer.encode(prompt), 16)
+        total += len(ids)
+        assert choice["index"] == index
+        kept = [token for token in ids if token not in tokenizer.stop_token_ids]
+        assert choice["text"] == tokenizer.decode(kept)
+        logprobs = choice["logprobs"]
+        lengths = {len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs")}
+        assert lengths == {len(kept)}
+        assert logprobs["text_offset"][0] == 0
+    assert answer["usage"]["completion_tokens"] == total
+    chunks = served.stream(COMPLETIONS, prompt=prompts)
+    for index in range(2):
+        parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in parts) == answer["choices"][index]["text"]
+        assert parts[-1]["finish_reason"] == answer["choices"][index]["finish_reason"]
+
+
+def test_a_completion_of_no_tokens_is_empty(served: Served) -> None:
+    answer = served.post(COMPLETIONS, prompt=[5, 6], max_tokens=0).json()
+    assert answer["choices"][0]["text"] == "" and answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_numbers(served: Served) -> None:
+    response = served.post(CHAT, messages=[{"role": "user", "content": "z" * 300}])
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert str(CONTEXT_LENGTH) in error["message"]
+    response = served.post(CHAT, messages=[{"role": "user", "content": "a"}], max_tokens=CONTEXT_LENGTH)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_an_answer_of_unnamed_length_ends_at_the_context(served: Served, base_folder: Path) -> None:
+    answer = served.chat("the sky")
+    if answer["choices"][0]["finish_reason"] == "length":
+        assert answer["usage"]["total_tokens"] == CONTEXT_LENGTH
+    else:
+        assert answer["usage"]["total_tokens"] < CONTEXT_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ""}, "prompt.0"),
+        ({"prompt": [[1], [10**6]]}, "prompt.1"),
+        ({"prompt": [-1]}, "prompt.0"),
+    ],
+)
+def test_a_prompt_without_tokens_or_with_unknown_ones_is_refused(
+    served: Served, body: dict[str, Any], param: str
+) -> None:
+    response = served.post(COMPLETIONS, **body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param

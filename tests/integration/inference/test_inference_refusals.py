@@ -1,0 +1,221 @@
+"""What the inference server refuses, heals and survives."""
+
+import asyncio
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.core.errors import UnavailableError
+from luthier.core.inference import ModelTarget
+from luthier.inference.adapters import WEIGHTS_NAME
+from luthier.inference.backends import open_backend
+from luthier.inference.models import Models
+from luthier.storage.store import Storage
+from tests.inference_server import (
+    BARE,
+    CHAT,
+    COMPLETIONS,
+    Served,
+    make_settings,
+    wait_until,
+)
+from tests.tiny import build_tiny_base
+from tests.unit.inference.artifacts import build_artifact
+
+
+def test_a_base_that_is_not_fetched_is_not_found_and_says_how_to_fetch_it(served: Served) -> None:
+    target = BARE.model_copy(update={"base_id": "other-base"})
+    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}])
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (404, "model_not_found")
+    assert "luthier bases fetch other-base" in error["message"]
+
+
+def test_an_artifact_of_another_base_is_refused_and_nobody_else_notices(
+    served: Served, folder: Path, tmp_path: Path
+) -> None:
+    other = build_tiny_base(tmp_path / "other", seed=5)
+    manifest = build_artifact(tmp_path / "a", other, seed=0)
+    Storage.open(f"file://{folder}/objects").put_folder(tmp_path / "a", "projects/p/other")
+    target = BARE.model_copy(update={"artifact": "projects/p/other", "digest": manifest.digest})
+    for is_stream in (False, True):
+        response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], stream=is_stream)
+        assert response.json()["error"]["code"] == "artifact_corrupt"
+        assert response.status_code == 503
+    assert served.chat("a", max_tokens=1)["choices"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
+    served: Served, folder: Path, base_folder: Path, tmp_path: Path, damage: str, is_stream: bool
+) -> None:
+    seed = 20 + 2 * (damage == "gone") + is_stream
+    manifest = build_artifact(tmp_path / "a", base_folder, seed=seed)
+    prefix = f"projects/p/copy{seed}"
+    storage = Storage.open(f"file://{folder}/objects")
+    storage.put_folder(tmp_path / "a", prefix)
+    target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
+    # Known to the server, not loaded yet.
+    copied = asyncio.run(served.service.models.get(target)).folder
+    assert copied is not None
+
+    def harm() -> None:
+        if damage == "gone":
+            shutil.rmtree(copied)
+        else:
+            (copied / WEIGHTS_NAME).write_bytes(b"torn")
+
+    messages = [{"role": "user", "content": "a"}]
+    body = {"messages": messages, "max_tokens": 2, "stream": is_stream}
+    harm()
+    storage.delete_prefix(prefix)
+    response = served.post(CHAT, target, **body)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
+    storage.put_folder(tmp_path / "a", prefix)
+    asyncio.run(served.service.models.get(target))
+    harm()
+    response = served.post(CHAT, target, **body)
+    assert response.status_code == 200, response.text
+    assert (copied / WEIGHTS_NAME).read_bytes() == (tmp_path / "a" / WEIGHTS_NAME).read_bytes()
+
+
+def test_no_more_copies_are_kept_than_the_settings_allow(
+    folder: Path, base_folder: Path, artifacts: list[tuple[ModelTarget, Path]], tmp_path: Path
+) -> None:
+    settings = make_settings(folder, cache_dir=tmp_path / "cache", max_cached_artifacts=1)
+    models = Models(settings)
+    for target, _ in artifacts:
+        served_model = asyncio.run(models.get(target))
+        assert list((tmp_path / "cache" / "artifacts").iterdir()) == [served_model.folder]
+
+
+def test_an_artifact_that_is_not_there_is_refused(served: Served) -> None:
+    target = BARE.model_copy(update={"artifact": "projects/p/none", "digest": "sha256:" + "e" * 64})
+    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}])
+    assert response.json()["error"]["code"] == "artifact_corrupt"
+
+
+def test_unknown_routes_and_methods_answer_in_openais_shape(served: Served) -> None:
+    for response, status in (
+        (served.client.get("/v1/embeddings"), 404),
+        (served.client.get(CHAT), 405),
+        (served.client.post(CHAT, content=b"{}"), 400),
+    ):
+        assert response.status_code == status
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_lone_surrogate_is_refused_and_names_its_field(served: Served) -> None:
+    content = b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    response = served.client.post(CHAT, content=content, headers=BARE.to_headers())
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "invalid_value")
+    assert error["param"] == "messages.0.content"
+
+
+def test_a_fault_of_our_own_answers_in_openais_shape_and_its_text_is_not_logged(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(asked: Any, *_: Any, **__: Any) -> None:
+        raise RuntimeError(asked.messages[0].content)
+
+    monkeypatch.setattr("luthier.inference.app.plan_chat", fail)
+    response = served.post(CHAT, messages=[{"role": "user", "content": "my password is swordfish"}])
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "server_error"
+    assert "swordfish" not in response.text
+    assert "RuntimeError" in caplog.text and "swordfish" not in caplog.text
+
+
+def test_more_requests_than_may_wait_get_429_and_when_to_come_again(served: Served) -> None:
+    served.runner.gate.clear()
+    before = served.runner.num_prefills
+    with ThreadPoolExecutor(65) as pool:
+        running = pool.submit(served.chat, "a", max_tokens=1)
+        wait_until(lambda: served.runner.num_prefills > before, "the first prefill")
+        prompts = ["a"] * 32
+        waiting = [pool.submit(served.post, COMPLETIONS, prompt=prompts, max_tokens=1) for _ in range(2)]
+        wait_until(lambda: served.engine.num_waiting == 64, "a full queue")
+        refused = served.post(CHAT, messages=[{"role": "user", "content": "a"}])
+        served.runner.gate.set()
+        assert running.result()["choices"]
+        assert [len(future.result().json()["choices"]) for future in waiting] == [32, 32]
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert served.chat("a", max_tokens=1)["choices"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_leaves_frees_its_row(served: Served, is_stream: bool) -> None:
+    async def leave() -> None:
+        backend = open_backend("engine", served.url, "")
+        body = {"messages": [{"role": "user", "content": "a"}], "model": "m", "stream": is_stream}
+        asked = asyncio.create_task(
+            backend.complete(CHAT, json.dumps(body | {"max_tokens": 200, "temperature": 0}).encode(), BARE)
+        )
+        if is_stream:
+            reply = await asked
+            async for chunk in reply.body:
+                assert chunk.startswith(b"data: ")
+                break
+            served.runner.gate.clear()
+            await reply.body.aclose()
+        else:
+            while served.core.scheduler.num_live_rows == 0:
+                await asyncio.sleep(0.001)
+            served.runner.gate.clear()
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+        await backend.aclose()
+
+    wait_until(lambda: not served.core.scheduler.has_work, "an idle engine")
+    asyncio.run(leave())
+    wait_until(lambda: not served.service._open, "the server's notice")
+    steps = served.runner.num_steps
+    served.runner.gate.set()
+    wait_until(lambda: not served.core.scheduler.has_work, "the row's end")
+    assert served.runner.num_steps <= steps + 2
+
+
+def test_a_stream_whose_reader_is_cancelled_frees_its_row(served: Served) -> None:
+    async def leave() -> None:
+        backend = open_backend("engine", served.url, "")
+        body = {"messages": [{"role": "user", "content": "a"}], "model": "m", "stream": True}
+        reply = await backend.complete(CHAT, json.dumps(body | {"max_tokens": 200}).encode(), BARE)
+        served.runner.gate.clear()
+
+        async def read() -> None:
+            async for _ in reply.body:
+                pass
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        # The client lives on, as the API's does.
+        while served.service._open:
+            await asyncio.sleep(0.005)
+        await backend.aclose()
+
+    asyncio.run(asyncio.wait_for(leave(), 30))
+    served.runner.gate.set()
+    wait_until(lambda: not served.core.scheduler.has_work, "the row's end")
+
+
+def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
+    async def ask() -> None:
+        backend = open_backend("engine", f"unix://{tmp_path}/none.sock", "")
+        with pytest.raises(UnavailableError) as caught:
+            await backend.complete(CHAT, b"{}", BARE)
+        assert caught.value.http_status == 503
+        with pytest.raises(UnavailableError):
+            await backend.health()
+        await backend.aclose()
+
+    asyncio.run(ask())
