@@ -18,16 +18,12 @@ from luthier.core.errors import (
     LuthierError,
     MissingParameterError,
     UnknownParameterError,
+    error_body,
 )
 
 _log = structlog.get_logger()
 _RETRY_AFTER_SECONDS = 1
 _LOCATIONS = {"body", "query", "path", "header"}
-
-
-def error_body(message: str, type_: str, code: str | None, param: str | None) -> dict[str, Any]:
-    """Return the one shape of every error; all four members are always there."""
-    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
 def to_response(error: LuthierError) -> JSONResponse:
@@ -38,9 +34,7 @@ def to_response(error: LuthierError) -> JSONResponse:
     elif error.http_status in (408, 409, 429) or error.http_status >= 500:
         # The SDKs repeat these by themselves; a permanent refusal says that it is one.
         headers["x-should-retry"] = "false"
-    return JSONResponse(
-        error_body(error.message, error.type, error.code, error.param), error.http_status, headers
-    )
+    return JSONResponse(error.to_body(), error.http_status, headers)
 
 
 def from_validation(errors: Sequence[Any]) -> LuthierError:

@@ -12,7 +12,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from api.deps import Parts, PartsDep, bearer_key
-from api.errors import error_body
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
@@ -37,8 +36,7 @@ async def _told(reply: Reply) -> AsyncIterator[bytes]:
     except UnavailableError as error:
         if not reply.headers.get("content-type", "").startswith("text/event-stream"):
             raise
-        body = error_body(error.message, error.type, error.code, error.param)
-        yield f"data: {json.dumps(body)}\n\n".encode()
+        yield f"data: {json.dumps(error.to_body())}\n\n".encode()
 
 
 class _PassedOn(StreamingResponse):

@@ -3,7 +3,12 @@ into a failed job only by the worker. Messages say what is wrong and what to do,
 datasets, prompts or answers beyond 40 escaped characters.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+
+def error_body(message: str, type_: str, code: str | None, param: str | None) -> dict[str, Any]:
+    """Return OpenAI's error object, the one shape of every error; all four members are always there."""
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
 class LuthierError(Exception):
@@ -24,6 +29,10 @@ class LuthierError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+    def to_body(self) -> dict[str, Any]:
+        """Return the failure as OpenAI's error object."""
+        return error_body(self.message, self.type, self.code, self.param)
 
 
 class InvalidRequestError(LuthierError):

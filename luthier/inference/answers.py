@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from luthier.core.errors import LuthierError
 from luthier.data.tokens import Tokenizer
 from luthier.inference.sampler import MIN_LOGPROB
 from luthier.inference.sequence import ChoiceAt, FinishReason, Piece
@@ -27,18 +26,6 @@ def encode_json(value: Any) -> bytes:
 def encode_event(value: Any) -> bytes:
     """Return a server-sent event that carries a value as JSON."""
     return b"data: " + encode_json(value) + b"\n\n"
-
-
-def error_body(error: LuthierError) -> dict[str, Any]:
-    """Return the error object with its four members."""
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
 
 
 def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:

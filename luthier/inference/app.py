@@ -173,7 +173,7 @@ class Service:
                 yield answers.encode_event(shape.usage_chunk(_usage(generation)))
             yield answers.DONE_EVENT
         except LuthierError as error:
-            yield answers.encode_event(answers.error_body(error))
+            yield answers.encode_event(error.to_body())
 
 
 def _to_chunk(shape: Shape, event: IndexedEvent) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | No
 
 def _error_response(error: LuthierError) -> Response:
     headers = {"retry-after": str(_RETRY_AFTER_SECONDS)} if error.retryable else None
-    return json_response(answers.error_body(error), status=error.http_status, headers=headers)
+    return json_response(error.to_body(), status=error.http_status, headers=headers)
 
 
 async def _on_luthier_error(_request: Request, error: Exception) -> Response:
@@ -119,7 +119,7 @@ async def _on_luthier_error(_request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     body = NotFoundError(f"{request.method} {request.url.path[:80]} is not offered by the model server.")
-    return json_response(answers.error_body(body), status=error.status_code)
+    return json_response(body.to_body(), status=error.status_code)
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
