@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from luthier.core.reports import Evaluation, RunReport
+
 
 class _Event(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -40,14 +42,6 @@ class StartedEvent(_Event):
     load_seconds: float
 
 
-class BaseScoredEvent(_Event):
-    """The base's own score on the validation rows, taken before the first step."""
-
-    type: Literal["base_scored"] = "base_scored"
-    valid_loss: float
-    valid_mean_token_accuracy: float
-
-
 class StepEvent(_Event):
     """One optimizer step is done. `num_tokens` counts the step's real tokens, padding not included."""
 
@@ -63,6 +57,14 @@ class StepEvent(_Event):
     tokens_per_second: float
     seconds_left: float
     peak_memory_bytes: int
+
+
+class EvaluatedEvent(_Event):
+    """The model was scored after a step, step 0 being the base; `report` is the whole so far."""
+
+    type: Literal["evaluated"] = "evaluated"
+    evaluation: Evaluation
+    report: RunReport
 
 
 class SavePointEvent(_Event):
@@ -84,7 +86,7 @@ class CheckpointEvent(_Event):
 
 
 class FinishedEvent(_Event):
-    """All steps are done and the last checkpoint is the result, complete under `path`."""
+    """Training is over and the checkpoint of `step` is the result, complete under `path`."""
 
     type: Literal["finished"] = "finished"
     step: int
@@ -94,6 +96,7 @@ class FinishedEvent(_Event):
     trained_tokens: int
     num_trained_parameters: int
     seconds: float
+    report: RunReport
 
 
 class StoppedEvent(_Event):
@@ -124,8 +127,8 @@ class FailedEvent(_Event):
 
 TrainingEvent = Annotated[
     StartedEvent
-    | BaseScoredEvent
     | StepEvent
+    | EvaluatedEvent
     | SavePointEvent
     | CheckpointEvent
     | FinishedEvent

@@ -1,14 +1,15 @@
 """The TrainingSpec says what a job must do: api writes it, prepare resolves it, worker and child read it."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 SPEC_VERSION: Literal[1] = 1
 
 Auto = Literal["auto"]
 Precision = Literal["auto", "float32", "bfloat16"]
 TooLong = Literal["error", "truncate", "drop"]
+SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
 
 
 class Frozen(BaseModel):
@@ -62,6 +63,24 @@ class TrainingOptions(Frozen):
     precision: Precision = Field("auto", description="Type of the frozen weights and the products.")
     save_every_steps: int | None = Field(
         None, ge=1, description="Steps between save points; every 30 seconds when unset."
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        le=50,
+        description="Evaluations in a row without a better validation loss after which training stops.",
+    )
+    keep_best: bool = Field(
+        False, description="Publish the checkpoint with the lowest validation loss in place of the last."
+    )
+    max_forgetting: float | None = Field(
+        None,
+        gt=0.0,
+        description="Rise of the loss on general text, in nats per token, at which training stops; the last "
+        "checkpoint below it is published.",
+    )
+    sample_prompts: list[SamplePrompt] = Field(
+        [], max_length=5, description="User messages that every checkpoint answers, shown in the report."
     )
 
 

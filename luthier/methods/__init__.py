@@ -3,7 +3,7 @@
 The API imports this, so no file here imports torch, transformers or peft at its top.
 """
 
-from luthier.methods._discover import discover, parameter_schemas
+from luthier.methods._discover import discover, method_of_artifact, parameter_schemas
 from luthier.methods._resolve import (
     MAX_BATCH_SIZE,
     MAX_EPOCHS,
@@ -11,16 +11,20 @@ from luthier.methods._resolve import (
     parse_tuning,
     resolve_spec,
 )
-from luthier.methods.base import Attached, Method, MethodParams
+from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
 
 __all__ = [
     "MAX_BATCH_SIZE",
     "MAX_EPOCHS",
     "Attached",
+    "Installed",
     "Method",
     "MethodParams",
+    "Start",
+    "Workload",
     "check_tuning",
     "discover",
+    "method_of_artifact",
     "parameter_schemas",
     "parse_tuning",
     "resolve_spec",

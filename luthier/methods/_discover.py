@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from luthier.core.errors import ArtifactCorruptError
 from luthier.methods.base import Method
 
 
@@ -25,3 +26,21 @@ def discover() -> dict[str, Method]:
 def parameter_schemas() -> dict[str, dict[str, Any]]:
     """Return the JSON schema of every method's `tuning` object by the method's name."""
     return {name: method.Params.model_json_schema() for name, method in discover().items()}
+
+
+def method_of_artifact(folder: Path) -> Method:
+    """Return the method that made an artifact.
+
+    Args:
+        folder: an artifact's folder.
+
+    Returns:
+        The one method that recognises it.
+
+    Raises:
+        ArtifactCorruptError: when none does.
+    """
+    for method in discover().values():
+        if method.recognises(folder):
+            return method
+    raise ArtifactCorruptError("The artifact's configuration names no known method.")

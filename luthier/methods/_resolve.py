@@ -14,7 +14,7 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import BaseFacts, Hyperparameters, TrainingSpec
 from luthier.methods._discover import discover
-from luthier.methods.base import Method, MethodParams
+from luthier.methods.base import Method, MethodParams, Workload
 
 MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
@@ -37,7 +37,13 @@ def check_tuning(tuning: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_spec(
-    spec: TrainingSpec, *, base: BaseFacts, num_rows: int, num_tokens: int, num_threads: int
+    spec: TrainingSpec,
+    *,
+    base: BaseFacts,
+    num_rows: int,
+    num_tokens: int,
+    num_threads: int,
+    memory_bytes: int | None = None,
 ) -> TrainingSpec:
     """Replace every "auto" by a number and record the base and the threads.
 
@@ -47,6 +53,7 @@ def resolve_spec(
         num_rows: training rows.
         num_tokens: tokens of those rows, one epoch.
         num_threads: CPU threads of every attempt.
+        memory_bytes: memory of the training device, where it is known.
 
     Returns:
         A spec whose `is_resolved` is true and whose `training.learning_rate` is the peak rate.
@@ -55,7 +62,8 @@ def resolve_spec(
         InvalidRequestError: when a value is out of range.
     """
     method = _method_of(spec.tuning)
-    params = method.resolve(_parse(method, spec.tuning), base=base, num_rows=num_rows)
+    workload = Workload(base, num_rows, num_tokens, memory_bytes)
+    params = method.resolve(_parse(method, spec.tuning), workload)
     asked = spec.hyperparameters
     epochs = _auto_epochs(num_rows, num_tokens) if asked.n_epochs == "auto" else asked.n_epochs
     batch_size = _auto_batch_size(num_rows) if asked.batch_size == "auto" else asked.batch_size

@@ -5,6 +5,7 @@ import torch, transformers or peft at its top: the API reads the parameters with
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +28,58 @@ class MethodParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     type: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an "auto" may depend on: the base, the training rows, and the memory of the training device."""
+
+    base: BaseFacts
+    num_rows: int
+    num_tokens: int
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the first values of a method's parameters may depend on.
+
+    `seed` decides everything random; `base_id` is recorded in what is saved; `tokenize` turns text into
+    the base's token ids, nothing added; `examples` are the token ids of some training rows, in file order.
+    """
+
+    seed: int
+    base_id: str
+    tokenize: Callable[[str], list[int]]
+    examples: Sequence[Sequence[int]] = ()
+
+
+class Installed(ABC):
+    """An artifact that lies on a base in memory beside others, switched off until it is wanted.
+
+    At most one is on at a time. While all are off the base gives its own results, bit for bit.
+    """
+
+    @abstractmethod
+    def switch_on(self) -> None:
+        """Let the base's next forward passes be those of this artifact."""
+
+    @abstractmethod
+    def switch_off(self) -> None:
+        """Let the base be itself again."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Take everything off the base and free its memory; the artifact is off."""
+
+    def prefix(self) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+        """Return what lies before every sequence of this artifact.
+
+        Returns:
+            Keys and values of every layer, each [key/value heads, virtual tokens, head size], in the
+            base's type and positions 0 and up; empty where the method has no virtual tokens.
+        """
+        return []
 
 
 @dataclass(frozen=True)
@@ -53,22 +106,23 @@ class Attached:
 class Method(ABC):
     """One way to tune a model.
 
-    `starts_as_base` says whether a freshly attached model gives the base's own logits.
+    `starts_as_base` says whether a freshly attached model gives the base's own logits;
+    `is_whole_model` whether an artifact replaces the base's weights instead of lying on top of them.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     Params: ClassVar[type[MethodParams]]
     starts_as_base: ClassVar[bool] = True
+    is_whole_model: ClassVar[bool] = False
 
     @abstractmethod
-    def resolve(self, params: Any, *, base: BaseFacts, num_rows: int) -> MethodParams:
+    def resolve(self, params: Any, workload: Workload) -> MethodParams:
         """Replace every "auto" by a number.
 
         Args:
             params: an instance of this method's `Params`.
-            base: the base to be tuned.
-            num_rows: training rows of the job.
+            workload: what is to be trained on what.
 
         Returns:
             The same parameters without "auto".
@@ -79,14 +133,13 @@ class Method(ABC):
         """Return the peak learning rate that a multiplier of 1 stands for."""
 
     @abstractmethod
-    def attach(self, causal_lm: "PreTrainedModel", params: Any, *, seed: int, base_id: str) -> Attached:
+    def attach(self, causal_lm: "PreTrainedModel", params: Any, start: Start) -> Attached:
         """Put this method's parameters on a base and freeze everything else.
 
         Args:
             causal_lm: the base; its layers may be replaced in place, its weights are never changed.
             params: resolved parameters.
-            seed: decides the initial values.
-            base_id: the base's id, recorded in what is saved.
+            start: what the first values depend on.
 
         Returns:
             The attached model.
@@ -112,6 +165,10 @@ class Method(ABC):
         """
 
     @abstractmethod
+    def recognises(self, folder: Path) -> bool:
+        """Whether a folder holds an artifact of this method; true for exactly one method."""
+
+    @abstractmethod
     def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
         """Put a saved artifact on a base, frozen, ready to answer.
 
@@ -123,6 +180,22 @@ class Method(ABC):
             The attached model in evaluation mode.
         """
 
+    def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:
+        """Lay a saved artifact on a base beside others, switched off; never called for whole models.
+
+        Args:
+            causal_lm: the base, which may bear other artifacts of any method, all switched off.
+            folder: an artifact's folder.
+            name: tells it from the others.
+
+        Returns:
+            The artifact in memory.
+
+        Raises:
+            ArtifactCorruptError: when its tensors don't fit the base; the base is then as it was.
+        """
+        raise NotImplementedError(f"{self.name} artifacts are not installed on a base.")
+
     def hidden_states(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
         """Run the tuned model up to its output layer.
 
@@ -131,7 +204,38 @@ class Method(ABC):
             token_ids_BT: int64, padded on the right; causal, so real positions never see the padding.
 
         Returns:
-            hidden_BTD in the model's type.
+            hidden_BTD in the model's type, without virtual tokens.
         """
         body = attached.causal_lm.base_model
         return body(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+
+    def logits(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
+        """Run the whole tuned model.
+
+        Args:
+            attached: the model.
+            token_ids_BT: int64, padded on the right.
+
+        Returns:
+            logits_BTV in the model's type, without virtual tokens.
+        """
+        return attached.model(input_ids=token_ids_BT, use_cache=False).logits
+
+    def virtual_embeddings(self, attached: Attached) -> "torch.Tensor | None":  # noqa: ARG002
+        """Return what is put before the embedded sequence, [virtual tokens, hidden size], or None.
+
+        Differentiable with respect to the trained parameters, for paths that run the layers themselves.
+        """
+        return None
+
+    def virtual_key_values(
+        self,
+        attached: Attached,  # noqa: ARG002
+    ) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
+        """Return what is put before every layer's own keys and values, or None.
+
+        Returns:
+            A pair a layer, each [key/value heads, virtual tokens, head size], differentiable with respect
+            to the trained parameters. The keys bear no rotary positions but those they were trained with.
+        """
+        return None

@@ -5,7 +5,6 @@ with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). DoRA (Liu et al. 2024, arXiv
 magnitude per output beside the direction. PEFT holds the layers, so what is saved loads in PEFT.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -16,13 +15,11 @@ from luthier.core.errors import InvalidValueError
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._layers import PARAM, choose_layers, linear_shapes, shortest_names
 from luthier.methods._patterns import nests_quantifiers
-from luthier.methods.base import Attached, Method, MethodParams
+from luthier.methods._peft import peft_type, write_adapter
+from luthier.methods.base import Attached, Method, MethodParams, Start, Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
@@ -69,7 +66,7 @@ class Lora(Method):
     title: ClassVar[str] = "LoRA: low-rank updates of linear layers"
     Params: ClassVar[type[MethodParams]] = LoraParams
 
-    def resolve(self, params: LoraParams, *, base: BaseFacts, num_rows: int) -> LoraParams:  # noqa: ARG002
+    def resolve(self, params: LoraParams, workload: Workload) -> LoraParams:  # noqa: ARG002
         """Replace every "auto": rank 16, alpha twice the rank, no dropout."""
         rank = _AUTO_RANK if params.rank == "auto" else params.rank
         alpha = 2.0 * rank if params.alpha == "auto" else params.alpha
@@ -89,10 +86,8 @@ class Lora(Method):
         low_rank = sum(rank * (inputs + outputs) for inputs, outputs in chosen.values())
         return low_rank + (sum(outputs for _, outputs in chosen.values()) if params.use_dora else 0)
 
-    def attach(
-        self, causal_lm: "PreTrainedModel", params: LoraParams, *, seed: int, base_id: str
-    ) -> Attached:
-        """Replace the chosen layers by PEFT's, with A drawn from `seed` and B zero."""
+    def attach(self, causal_lm: "PreTrainedModel", params: LoraParams, start: Start) -> Attached:
+        """Replace the chosen layers by PEFT's, with A drawn from the seed and B zero."""
         import torch
         from peft import LoraConfig, get_peft_model
 
@@ -102,7 +97,7 @@ class Lora(Method):
         _check_rank(rank, chosen)
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            base_model_name_or_path=base_id,
+            base_model_name_or_path=start.base_id,
             r=rank,
             lora_alpha=_number(params.alpha),
             lora_dropout=_number(params.dropout),
@@ -112,26 +107,23 @@ class Lora(Method):
             bias="none",
         )
         # PEFT records the model's own name as the base; an artifact names its base by id, never by a path.
-        causal_lm.name_or_path = base_id
-        torch.manual_seed(seed)
+        causal_lm.name_or_path = start.base_id
+        torch.manual_seed(start.seed)
         model = get_peft_model(causal_lm, config)
         return Attached(model=model, causal_lm=causal_lm)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:
         """Write PEFT's two files; equal weights give equal bytes."""
         from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
         weights = get_peft_model_state_dict(
             attached.model, adapter_name="default", save_embedding_layers=False
         )
-        weights = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
-        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        config = attached.model.peft_config["default"].to_dict()
-        config["inference_mode"] = True
-        text = json.dumps(_plain(config), indent=2, sort_keys=True)
-        (folder / CONFIG_NAME).write_text(text + "\n")
-        return [WEIGHTS_NAME, CONFIG_NAME]
+        return write_adapter(folder, weights, attached.model.peft_config["default"].to_dict())
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether PEFT's configuration there names LoRA."""
+        return peft_type(folder) == "LORA"
 
     def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
         """Put a saved adapter on its base by PEFT itself."""
@@ -157,17 +149,6 @@ def _check_rank(rank: int, chosen: dict[str, tuple[int, int]]) -> None:
         f"freedom. Use {limit} or less, or leave that layer out of target_modules.",
         param="tuning.rank",
     )
-
-
-def _plain(value: Any) -> Any:
-    """Return sets as sorted lists and leave unset members out, so that equal settings give equal bytes."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value
 
 
 METHOD = Lora()
