@@ -4,6 +4,8 @@ The training child builds it, the worker keeps it in the job row, `GET …/jobs/
 Losses are nats per token, accuracies shares, sizes bytes, times seconds.
 """
 
+from pydantic import Field
+
 from luthier.core.specs import Frozen, TrainingSpec
 
 
@@ -27,7 +29,7 @@ class Evaluation(Frozen):
     valid_mean_token_accuracy: float | None = None
     general_loss: float | None = None
     forgetting: float | None = None
-    answers: list[SampleAnswer] = []
+    answers: list[SampleAnswer] = Field([])
 
 
 class PhaseSeconds(Frozen):
@@ -57,7 +59,7 @@ class RunReport(Frozen):
     num_base_parameters: int
     artifact_bytes: int | None = None
     full_copy_bytes: int
-    evaluations: list[Evaluation] = []
+    evaluations: list[Evaluation] = Field([])
     steps_done: int = 0
     steps_planned: int
     result_step: int | None = None
@@ -72,6 +74,6 @@ class RunReport(Frozen):
     data_sha256: str
     validation_sha256: str | None = None
     artifact_digest: str | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field({})
     seed: int
     spec: TrainingSpec
