@@ -212,7 +212,7 @@ def build_tiny_run(
     facts = BaseFacts.model_validate_json((base / FACTS_NAME).read_bytes())
     spec = TrainingSpec(
         base_id=facts.id,
-        tuning=check_tuning({"rank": 4, **(tuning or {})}),
+        tuning=check_tuning(tuning if tuning and "type" in tuning else {"rank": 4, **(tuning or {})}),
         hyperparameters=Hyperparameters(**(hyperparameters or {})),
         training=TrainingOptions(**{"precision": "float32", **(training or {})}),
         seed=11,

@@ -14,7 +14,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier.core.errors import InvalidValueError, SelfCheckError
 from luthier.core.specs import BaseFacts
-from luthier.methods import Attached, Method, MethodParams, check_tuning, discover, parse_tuning
+from luthier.methods import (
+    Attached,
+    Method,
+    MethodParams,
+    Start,
+    Workload,
+    check_tuning,
+    discover,
+    parse_tuning,
+)
 from luthier.modeling.load import load_base
 from luthier.training.batches import Batch, collate
 from luthier.training.optimizer import build_optimizer
@@ -49,7 +58,7 @@ def _one_thread() -> Iterator[None]:
 def resolve(base: Path, tuning: dict[str, Any]) -> tuple[Method, MethodParams]:
     method, params = parse_tuning(check_tuning(tuning))
     facts = BaseFacts.model_validate_json((base / "base.json").read_bytes())
-    return method, method.resolve(params, base=facts, num_rows=100)
+    return method, method.resolve(params, Workload(facts, num_rows=100, num_tokens=4000))
 
 
 def load(base: Path) -> PreTrainedModel:
@@ -58,7 +67,7 @@ def load(base: Path) -> PreTrainedModel:
 
 def attach(base: Path, tuning: dict[str, Any]) -> tuple[Method, Attached]:
     method, params = resolve(base, tuning)
-    return method, method.attach(load(base), params, seed=5, base_id=BASE_ID)
+    return method, method.attach(load(base), params, Start(5, BASE_ID, tokenize=lambda _text: [7]))
 
 
 def batch(*rows: int) -> Batch:
@@ -96,7 +105,7 @@ def test_the_start_depends_on_the_seed_alone(base: Path, name: str) -> None:
     starts = []
     for seed in (1, 1, 2):
         torch.manual_seed(len(starts))
-        attached = method.attach(load(base), params, seed=seed, base_id=BASE_ID)
+        attached = method.attach(load(base), params, Start(seed, BASE_ID, tokenize=lambda _text: [7]))
         starts.append(torch.cat([p.detach().flatten() for _, p in attached.named_trained_parameters()]))
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
@@ -121,7 +130,7 @@ def test_the_number_of_parameters_equals_the_formula(base: Path, name: str) -> N
     for variant in variants:
         method, params = resolve(base, {"type": name, **variant})
         expected = method.count_parameters(load(base), params)
-        attached = method.attach(load(base), params, seed=1, base_id=BASE_ID)
+        attached = method.attach(load(base), params, Start(1, BASE_ID, tokenize=lambda _text: [7]))
         assert attached.num_trained_parameters == expected
 
 
