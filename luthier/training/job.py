@@ -21,7 +21,8 @@ VALIDATION_NAME = "validation.safetensors"
 class Job:
     """A run directory's content and the plan that follows from it.
 
-    `fingerprint` names spec and rows: two attempts with the same one do the same work.
+    `fingerprint` names spec and rows: two attempts with the same one do the same work. The hashes are of
+    the prepared rows, 64 hex digits.
     """
 
     folder: Path
@@ -30,6 +31,8 @@ class Job:
     validation: PreparedRows | None
     plan: Plan
     fingerprint: str
+    data_sha256: str
+    validation_sha256: str | None
 
     @property
     def spec(self) -> TrainingSpec:
@@ -84,7 +87,10 @@ def read_job(folder: Path, inputs: RunInputs) -> Job:
     validation = read_prepared(validation_path) if validation_path.exists() else None
     if validation is not None and (validation.num_rows == 0 or count_supervised(validation).sum() == 0):
         validation = None
-    names = spec.model_dump_json().encode() + file_sha256(folder / TRAIN_NAME).encode()
+    data_sha256 = file_sha256(folder / TRAIN_NAME)
+    validation_sha256 = None if validation is None else file_sha256(validation_path)
+    # Validation decides when to stop and what is published, so its rows are part of what is trained.
+    names = f"{spec.model_dump_json()}{data_sha256}{validation_sha256}".encode()
     return Job(
         folder=folder,
         origin=Origin(inputs=inputs, spec=spec, base=spec.base),
@@ -92,4 +98,6 @@ def read_job(folder: Path, inputs: RunInputs) -> Job:
         validation=validation,
         plan=make_plan(row_lengths(rows), batch_size=batch_size, num_epochs=epochs, seed=spec.seed),
         fingerprint=hashlib.sha256(names).hexdigest(),
+        data_sha256=data_sha256,
+        validation_sha256=validation_sha256,
     )

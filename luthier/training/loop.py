@@ -6,17 +6,19 @@ from pathlib import Path
 import torch
 
 from luthier.core.errors import NonFiniteLossError
-from luthier.core.events import BaseScoredEvent, CheckpointEvent, Metrics, SavePointEvent, StepEvent
+from luthier.core.events import CheckpointEvent, EvaluatedEvent, Metrics, SavePointEvent, StepEvent
+from luthier.core.reports import Evaluation, RunReport
 from luthier.storage.manifests import Manifest
 from luthier.training.artifact import LOG_NAME, TrainingLog, write_artifact
 from luthier.training.batches import Batch, collate, count_supervised, row_lengths, split_micro
-from luthier.training.device import peak_memory_bytes
+from luthier.training.device import Machine, peak_memory_bytes
 from luthier.training.emit import EventWriter
 from luthier.training.evaluate import Scores, StoppedError, evaluate
 from luthier.training.job import Job
 from luthier.training.optimizer import learning_rate_at
-from luthier.training.progress import Pace
-from luthier.training.savepoints import Progress, SavePoints
+from luthier.training.progress import Pace, Progress
+from luthier.training.report import Ledger, build_report
+from luthier.training.savepoints import SavePoints
 from luthier.training.signals import StopRequest
 from luthier.training.step import apply_gradients, compute_gradients
 from luthier.training.trainee import Trainee
@@ -36,7 +38,8 @@ class Loop:
         writer: where events go.
         stop: asked between steps.
         progress: what is done already.
-        precision: type of the frozen weights, kept for the next attempt.
+        machine: where it runs; the type of its weights is kept for the next attempt.
+        ledger: sums over all attempts.
         max_tokens: bound on a part of a batch with its padding.
         pad_id: token on the right of shorter rows.
         samples: rows on which the trainee's shortcuts are proved before anything is published.
@@ -52,7 +55,8 @@ class Loop:
         writer: EventWriter,
         stop: StopRequest,
         progress: Progress,
-        precision: str,
+        machine: Machine,
+        ledger: Ledger,
         max_tokens: int,
         pad_id: int,
         samples: list[Batch],
@@ -61,7 +65,8 @@ class Loop:
         self.step = progress.step
         self.last_metrics = progress.metrics
         self._untold = progress.untold
-        self._precision = precision
+        self._machine = machine
+        self._ledger = ledger
         self.trainee = trainee
         self._optimizer = optimizer
         self._save_points = save_points
@@ -95,7 +100,8 @@ class Loop:
         self.trainee.attached.model.train()
         while self.step < plan.num_steps:
             self._stop_if_asked()
-            event = self._one_step(pace)
+            with self._ledger.phase("train"):
+                event = self._one_step(pace)
             if plan.ends_epoch(self.step):
                 self._end_epoch(event)
             else:
@@ -156,6 +162,7 @@ class Loop:
         )
         self.step = step
         pace.step_done(scores.num_tokens)
+        self._ledger.step_done(scores.num_tokens, scores.num_supervised)
         return StepEvent(
             job_id=self._writer.job_id,
             step=step,
@@ -202,19 +209,42 @@ class Loop:
             event = event.model_copy(update={"metrics": metrics})
         self._tell(event)
         self._checkpoint()
+        self._tell_evaluation(scores)
+
+    def report(self, manifest: Manifest | None = None) -> RunReport:
+        """Return the report as it stands, with a result's digest and size once there is one."""
+        return build_report(
+            self.job,
+            self.trainee,
+            self._machine,
+            self._ledger,
+            step=self.step,
+            result_step=None if manifest is None else self.step,
+            artifact_digest=None if manifest is None else manifest.digest,
+            artifact_bytes=None
+            if manifest is None
+            else sum(manifest.files[name].bytes for name in manifest.digested),
+        )
+
+    def _tell_evaluation(self, scores: Scores | None) -> None:
+        evaluation = Evaluation(
+            step=self.step,
+            epoch=self.job.plan.epoch_of(self.step),
+            valid_loss=None if scores is None else scores.loss,
+            valid_mean_token_accuracy=None if scores is None else scores.accuracy,
+        )
+        self._ledger.evaluations.append(evaluation)
+        self._writer.emit(
+            EvaluatedEvent(job_id=self._writer.job_id, evaluation=evaluation, report=self.report())
+        )
 
     def _score_base(self) -> None:
         scores = self._score_validation()
-        if scores is None:
-            return
-        self._log.append(step=0, base_valid_loss=scores.loss, base_valid_mean_token_accuracy=scores.accuracy)
-        self._writer.emit(
-            BaseScoredEvent(
-                job_id=self._writer.job_id,
-                valid_loss=scores.loss,
-                valid_mean_token_accuracy=scores.accuracy,
+        if scores is not None:
+            self._log.append(
+                step=0, base_valid_loss=scores.loss, base_valid_mean_token_accuracy=scores.accuracy
             )
-        )
+        self._tell_evaluation(scores)
 
     def _score_validation(self) -> Scores | None:
         if self.job.validation is None:
@@ -262,8 +292,14 @@ class Loop:
             step=self.step,
             metrics=self.last_metrics,
             untold=self._untold,
-            precision=self._precision,
+            precision=self._machine.precision,
             log=self._log.read(),
+            evaluations=self._ledger.evaluations,
+            micro_batch_halvings=self._ledger.micro_batch_halvings,
+            seconds=self._ledger.seconds,
+            tokens_seen=self._ledger.tokens_seen,
+            supervised_tokens_seen=self._ledger.supervised_tokens_seen,
+            peak_memory_bytes=self._ledger.peak_memory_bytes,
         )
         folder = self._save_points.write(progress, self.trainee, self._optimizer)
         self._saved_at = time.monotonic()

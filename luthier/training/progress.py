@@ -1,9 +1,39 @@
-"""How fast a run goes and how long it will still take."""
+"""How far a run is, how fast it goes and how long it will still take."""
 
 from collections import deque
 from collections.abc import Callable
 
+from pydantic import BaseModel, ConfigDict
+
+from luthier.core.events import Metrics, StepEvent
+from luthier.core.reports import Evaluation, PhaseSeconds
+
 _WINDOW_STEPS = 20
+
+
+class Progress(BaseModel):
+    """How far a run is, beside its tensors; all of it outlives the attempt.
+
+    `step` is the last step that is done, `metrics` the scores that were told last, `log` the history up to
+    them as JSON lines: the next attempt may start in a folder that knows nothing of this one. `untold` is
+    the event of an epoch's last step whose validation was cut short. `precision` is the type of the frozen
+    weights, which "auto" leaves to the machine of the first attempt. `evaluations` decide when to stop and
+    which checkpoint is the result, so they are part of it; `micro_batch_halvings` decides the order of sums.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int = 0
+    metrics: Metrics = Metrics()
+    untold: StepEvent | None = None
+    precision: str | None = None
+    log: str = ""
+    evaluations: list[Evaluation] = []
+    micro_batch_halvings: int = 0
+    seconds: PhaseSeconds = PhaseSeconds()
+    tokens_seen: int = 0
+    supervised_tokens_seen: int = 0
+    peak_memory_bytes: int = 0
 
 
 class Pace:

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from luthier.core.errors import LuthierError, OutOfMemoryError, StorageFullError
 from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StoppedEvent
 from luthier.core.specs import BaseFacts
-from luthier.methods import parse_tuning
+from luthier.data.tokens import Tokenizer
+from luthier.methods import Start, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training.batches import Batch, collate, row_lengths
 from luthier.training.device import Machine, choose_machine
@@ -20,7 +21,9 @@ from luthier.training.evaluate import StoppedError
 from luthier.training.job import Job, read_inputs, read_job
 from luthier.training.loop import Loop
 from luthier.training.optimizer import build_optimizer
-from luthier.training.savepoints import Progress, SavePoints
+from luthier.training.progress import Progress
+from luthier.training.report import Ledger
+from luthier.training.savepoints import SavePoints
 from luthier.training.selfcheck import check_artifact
 from luthier.training.signals import StopRequest
 from luthier.training.trainee import Trainee
@@ -30,6 +33,8 @@ from luthier.training.trainee import Trainee
 _ACTIVATION_BYTES = {"cpu": 1536 * 1024**2, "cuda": 16 * 1024**3}
 _BYTES_PER_TOKEN_LAYER_HIDDEN = 60
 _NUM_SAMPLE_TOKENS = 32
+# Rows that a method may take its first values from.
+_NUM_EXAMPLES = 64
 # The longest row's part in a proof: beyond the length at which the fast path attends in another way.
 _NUM_LONG_SAMPLE_TOKENS = 512
 
@@ -97,7 +102,7 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
     )
     causal_lm = load_base(Path(inputs.base_path), dtype=machine.dtype, device=machine.device)
     method, params = parse_tuning(spec.tuning)
-    attached = method.attach(causal_lm, params, seed=spec.seed, base_id=spec.base_id)
+    attached = method.attach(causal_lm, params, _start(job, Tokenizer.load(Path(inputs.base_path))))
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
     trainee = Trainee(method, attached, machine.device, samples[0])
@@ -123,6 +128,7 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
     )
     if trainee.path == "fused":
         writer.say("The fast path for this architecture runs; it was compared with the plain one.")
+    ledger = Ledger(progress, machine.device)
     return Loop(
         job,
         trainee,
@@ -131,7 +137,8 @@ def _prepare(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
         writer=writer,
         stop=stop,
         progress=progress,
-        precision=machine.precision,
+        machine=machine,
+        ledger=ledger,
         max_tokens=_max_tokens(job.origin.base, machine),
         pad_id=pad_id,
         samples=samples,
@@ -153,7 +160,19 @@ def _finish(loop: Loop, writer: EventWriter, started_at: float) -> None:
             trained_tokens=int(row_lengths(job.rows).sum()) * job.plan.num_epochs,
             num_trained_parameters=loop.trainee.attached.num_trained_parameters,
             seconds=time.monotonic() - started_at,
+            report=loop.report(manifest),
         )
+    )
+
+
+def _start(job: Job, tokenizer: Tokenizer) -> Start:
+    """Return what a method's first values may depend on."""
+    num_examples = min(job.rows.num_rows, _NUM_EXAMPLES)
+    return Start(
+        seed=job.spec.seed,
+        base_id=job.spec.base_id,
+        tokenize=tokenizer.encode,
+        examples=[job.rows.row(index)[0].tolist() for index in range(num_examples)],
     )
 
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.core.events import Metrics, StepEvent
 from luthier.storage.manifests import seal_folder, verify_folder
+from luthier.training.progress import Progress
 from luthier.training.trainee import Trainee
 
 _NUM_KEPT = 2
@@ -27,24 +26,6 @@ _OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng.safetensors"
 _STATE = "state.json"
 _LOG = "training_log.jsonl"
-
-
-class Progress(BaseModel):
-    """How far a run is, beside its tensors.
-
-    `step` is the last step that is done, `metrics` the scores that were told last, `log` the history up to
-    them as JSON lines: the next attempt may start in a folder that knows nothing of this one. `untold` is
-    the event of an epoch's last step whose validation was cut short. `precision` is the type of the frozen
-    weights, which "auto" leaves to the machine of the first attempt.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    step: int = 0
-    metrics: Metrics = Metrics()
-    untold: StepEvent | None = None
-    precision: str | None = None
-    log: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +64,7 @@ class SavePoints:
         building = self._folder / f".step-{progress.step:06d}.building"
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        names = trainee.attached.named_trained_parameters()
+        names = trainee.named_parameters
         save_file({name: value.detach().cpu().contiguous() for name, value in names}, building / _WEIGHTS)
         save_file(_optimizer_tensors(names, optimizer), building / _OPTIMIZER)
         save_file(_rng_tensors(trainee.device), building / _RNG)
@@ -154,13 +135,14 @@ def _optimizer_tensors(
 
 
 def _restore_tensors(folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
-    names = trainee.attached.named_trained_parameters()
+    names = trainee.named_parameters
     weights = load_file(folder / _WEIGHTS)
     if set(weights) != {name for name, _ in names}:
         raise ArtifactCorruptError(f"The save point {folder.name} holds other parameters than the model.")
     with torch.no_grad():
         for name, parameter in names:
             parameter.copy_(weights[name])
+    trainee.refresh()
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _ in names}
     for key, value in load_file(folder / _OPTIMIZER).items():
         name, _, kind = key.rpartition("|")

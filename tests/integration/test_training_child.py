@@ -103,9 +103,8 @@ def test_a_run_tells_its_story_in_order_and_the_loss_falls(
     undisturbed: dict[str, tuple[Path, list[TrainingEvent]]],
 ) -> None:
     folder, events = undisturbed["fused"]
-    assert [event.type for event in events if event.type in {"started", "base_scored", "finished"}] == [
+    assert [event.type for event in events if event.type in {"started", "finished"}] == [
         "started",
-        "base_scored",
         "finished",
     ]
     steps = [event for event in events if event.type == "step"]
@@ -113,7 +112,7 @@ def test_a_run_tells_its_story_in_order_and_the_loss_falls(
     assert {event.total_steps for event in steps} == {72}
     losses = [event.metrics.train_loss for event in steps]
     assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
-    base_scored = next(event for event in events if event.type == "base_scored")
+    base_scored = next(event for event in events if event.type == "evaluated").evaluation
     metrics = finished(events).metrics
     assert metrics.full_valid_loss is not None
     assert metrics.full_valid_loss < base_scored.valid_loss
@@ -162,7 +161,7 @@ def test_kill_9_and_resume_give_the_undisturbed_digest(
     assert started(events).start_step % 3 == 0
     _, expected = undisturbed[kind]
     assert finished(events).digest == finished(expected).digest
-    assert not any(event.type == "base_scored" for event in events)
+    assert not any(event.type == "evaluated" and event.evaluation.step == 0 for event in events)
     # The log has every step once, though some were done twice.
     log = (folder / "artifact" / "training_log.jsonl").read_bytes()
     assert log == (undisturbed[kind][0] / "artifact" / "training_log.jsonl").read_bytes()
