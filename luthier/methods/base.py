@@ -108,6 +108,7 @@ class Method(ABC):
 
     `starts_as_base` says whether a freshly attached model gives the base's own logits;
     `is_whole_model` whether an artifact replaces the base's weights instead of lying on top of them.
+    `library_name` is the library that hubs shall name, `loading` tells in Markdown how to load an artifact.
     """
 
     name: ClassVar[str]
@@ -115,6 +116,8 @@ class Method(ABC):
     Params: ClassVar[type[MethodParams]]
     starts_as_base: ClassVar[bool] = True
     is_whole_model: ClassVar[bool] = False
+    library_name: ClassVar[str | None] = "peft"
+    loading: ClassVar[str] = "Load it with `peft.PeftModel.from_pretrained(base, folder)`."
 
     @abstractmethod
     def resolve(self, params: Any, workload: Workload) -> MethodParams:

@@ -1,4 +1,4 @@
-"""The result: a sealed folder that PEFT loads unchanged, with a card and the log beside the weights."""
+"""The result: a sealed folder that its library loads as it is, with a card and the log beside the weights."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
     spec, base = origin.spec, origin.base
     header: dict[str, Any] = {
         "base_model": base.id,
-        "library_name": "peft",
+        **({"library_name": trainee.method.library_name} if trainee.method.library_name else {}),
         "license": base.licence,
         "pipeline_tag": "text-generation",
         "tags": ["luthier", trainee.method.name],
@@ -79,7 +79,7 @@ def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
     }
     lines += ["| what | value |", "|---|---|"]
     lines += [f"| {key} | {_code(value)} |" for key, value in facts.items()]
-    lines += ["", "Load it with `peft.PeftModel.from_pretrained(base, folder)`.", ""]
+    lines += ["", "## Loading", "", trainee.method.loading, ""]
     return "\n".join(lines)
 
 

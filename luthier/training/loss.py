@@ -1,9 +1,9 @@
 """The loss: negative log-likelihood of supervised tokens only, in float32, without a full set of logits.
 
 Hidden states of the positions that predict a supervised token are gathered first, so the output layer
-runs on those alone, in chunks whose logits are dropped at once. The gradient with respect to the hidden
-states is made in the forward pass, from the logits while they are there. Legend: B rows, T tokens,
-N supervised tokens, D hidden size, V vocabulary.
+runs on those alone, in chunks whose logits are dropped at once. The gradients with respect to the hidden
+states and, where it is trained, to the output weight are made in the forward pass, from the logits while
+they are there. Legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ class Loss:
     num_supervised: int
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
-    """Sum of -log p(target) under softmax(hidden @ weight.T), with the output weight frozen."""
+class _HeadLoss(torch.autograd.Function):
+    """Sum of -log p(target) under softmax(hidden @ weight.T)."""
 
     @staticmethod
     def forward(
@@ -36,7 +36,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         nll_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         num_right = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-        gradient_ND = torch.empty_like(hidden_ND) if context.needs_input_grad[0] else None
+        for_hidden, for_weight, _ = context.needs_input_grad
+        gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
+        gradient_VD = torch.zeros_like(weight_VD) if for_weight else None
         chunk = max(1, _MAX_CHUNK_LOGITS // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], chunk):
             part = slice(start, start + chunk)
@@ -45,19 +47,29 @@ class _FrozenHeadLoss(torch.autograd.Function):
             num_right += (logits_NV.argmax(dim=-1) == targets[:, 0]).sum()
             normaliser_N1 = torch.logsumexp(logits_NV, dim=-1, keepdim=True)
             nll_sum += (normaliser_N1 - logits_NV.gather(1, targets)).sum()
+            if gradient_ND is None and gradient_VD is None:
+                continue
+            probabilities_NV = logits_NV.sub_(normaliser_N1).exp_()
+            probabilities_NV.scatter_add_(1, targets, torch.full_like(normaliser_N1, -1.0))
+            gradient_NV = probabilities_NV.to(weight_VD.dtype)
             if gradient_ND is not None:
-                probabilities_NV = logits_NV.sub_(normaliser_N1).exp_()
-                probabilities_NV.scatter_add_(1, targets, torch.full_like(normaliser_N1, -1.0))
-                torch.mm(probabilities_NV.to(weight_VD.dtype), weight_VD, out=gradient_ND[part])
-        if gradient_ND is not None:
-            context.save_for_backward(gradient_ND)
+                torch.mm(gradient_NV, weight_VD, out=gradient_ND[part])
+            if gradient_VD is not None:
+                gradient_VD.addmm_(gradient_NV.t(), hidden_ND[part])
+        # Kept by hand, for they are scaled in place: the weight's is as large as the weight.
+        context.gradients = (gradient_ND, gradient_VD)
         context.mark_non_differentiable(num_right)
         return nll_sum, num_right
 
     @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient_ND,) = context.saved_tensors
-        return gradient_ND * gradients[0].to(gradient_ND.dtype), None, None
+    def backward(
+        context: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        made, context.gradients = context.gradients, None
+        if made is None:
+            raise RuntimeError("The gradients of this loss were already taken.")
+        hidden, weight = [None if one is None else one.mul_(gradients[0].to(one.dtype)) for one in made]
+        return hidden, weight, None
 
 
 def gather_supervised(hidden_BTD: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,18 +86,18 @@ def gather_supervised(hidden_BTD: torch.Tensor, batch: Batch) -> tuple[torch.Ten
     return hidden_BTD[:, :-1][is_target_BT], batch.token_ids_BT[:, 1:][is_target_BT]
 
 
-def frozen_head_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> Loss:
-    """Score hidden states against their targets through a frozen, bias-free output layer.
+def head_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> Loss:
+    """Score hidden states against their targets through a bias-free output layer.
 
     Args:
         hidden_ND: hidden states of supervised positions.
-        weight_VD: the output layer's weight, which gets no gradient.
+        weight_VD: the output layer's weight; it gets a gradient if it requires one, in its own type.
         targets_N: int64, the tokens to be predicted.
 
     Returns:
-        The sums, float32.
+        The sums, float32; one backward pass through them is possible.
     """
-    nll_sum, num_right = _FrozenHeadLoss.apply(hidden_ND, weight_VD, targets_N)
+    nll_sum, num_right = _HeadLoss.apply(hidden_ND, weight_VD, targets_N)
     return Loss(nll_sum, int(num_right), targets_N.shape[0])
 
 

@@ -1,8 +1,13 @@
-"""Proofs that a result is one: it changes the logits, and what was saved gives the same logits."""
+"""Proofs that a result is one: it changes the logits, and what was saved gives the same logits.
+
+Beside the trained model only one more may come into memory: for a whole model the saved one, which has to
+be read in any case; for all other methods a second skeleton over the frozen weights of the first.
+"""
 
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from luthier.core.errors import SelfCheckError
 from luthier.training.batches import Batch
@@ -10,12 +15,11 @@ from luthier.training.trainee import Trainee
 
 # Reloaded weights are the same bytes, so only the order of sums could differ.
 _TOLERANCE = 1e-4
-_PROBE = "probe"
 
 
 @torch.no_grad()
 def check_artifact(trainee: Trainee, folder: Path, sample: Batch) -> None:
-    """Reload a saved adapter beside the trained one and compare logits on a few rows.
+    """Load a saved artifact as its users will and compare its logits with the trained model's.
 
     Args:
         trainee: the model at the end of training; unchanged afterwards.
@@ -23,30 +27,67 @@ def check_artifact(trainee: Trainee, folder: Path, sample: Batch) -> None:
         sample: rows to compare on.
 
     Raises:
-        SelfCheckError: when weights or logits are not finite, when the adapter leaves the base's logits as
-            they were, or when the reloaded adapter gives others than the trained one.
+        SelfCheckError: when weights or logits are not finite, when the artifact gives the base's logits, or
+            when it gives others than the trained model.
     """
     if not all(torch.isfinite(parameter).all() for parameter in trainee.parameters):
-        raise SelfCheckError("The adapter's weights are not all finite. Use a lower learning rate.")
-    model = trainee.attached.model
+        raise SelfCheckError("The trained weights are not all finite. Use a lower learning rate.")
+    method, model = trainee.method, trainee.attached.model
     was_training = model.training
     model.eval()
     try:
-        tuned = trainee.logits(sample).float()
-        with model.disable_adapter():
-            base = trainee.logits(sample).float()
-        model.load_adapter(str(folder), _PROBE, is_trainable=False, local_files_only=True)
-        model.set_adapter(_PROBE)
-        reloaded = trainee.logits(sample).float()
+        if trainee.start_logits_BTV is None:
+            bare = bare_base(trainee)
+            token_ids_BT = sample.token_ids_BT.to(trainee.device)
+            base = bare(input_ids=token_ids_BT, use_cache=False).logits
+            loaded = method.load(bare, folder)
+        else:
+            # What the model was before it was overwritten is known for this sample alone.
+            sample, base = trainee.sample, trainee.start_logits_BTV
+            token_ids_BT = sample.token_ids_BT
+            loaded = method.load(trainee.attached.causal_lm, folder)
+        tuned = trainee.logits(sample)
     finally:
-        model.set_adapter("default")
-        if _PROBE in model.peft_config:
-            model.delete_adapter(_PROBE)
         model.train(was_training)
+    _compare(tuned, base, method.logits(loaded, token_ids_BT))
+
+
+def bare_base(trainee: Trainee) -> PreTrainedModel:
+    """Build the base that a trainee's model lies on, without the method and without a copy of a weight.
+
+    Args:
+        trainee: a model whose base is frozen.
+
+    Returns:
+        The base in evaluation mode; its parameters are the trainee's own, so they must not be changed.
+    """
+    causal_lm = trainee.attached.causal_lm
+    with torch.device("meta"):
+        bare: PreTrainedModel = type(causal_lm)(causal_lm.config)
+    tensors = {
+        # PEFT keeps a layer that it wraps under this name.
+        name.replace(".base_layer.", "."): tensor
+        for source in (
+            causal_lm.named_parameters(remove_duplicate=False),
+            causal_lm.named_buffers(remove_duplicate=False),
+        )
+        for name, tensor in source
+    }
+    for name, _ in list(bare.named_parameters(remove_duplicate=False)):
+        owner, _, attribute = name.rpartition(".")
+        weight = torch.nn.Parameter(tensors[name].detach(), requires_grad=False)
+        setattr(bare.get_submodule(owner), attribute, weight)
+    for name, _ in list(bare.named_buffers(remove_duplicate=False)):
+        owner, _, attribute = name.rpartition(".")
+        bare.get_submodule(owner)._buffers[attribute] = tensors[name]
+    return bare.eval()
+
+
+def _compare(tuned: torch.Tensor, base: torch.Tensor, reloaded: torch.Tensor) -> None:
     if not torch.isfinite(tuned).all():
         raise SelfCheckError("The tuned model's logits are not finite. Use a lower learning rate.")
     if torch.equal(tuned, base):
-        raise SelfCheckError("The adapter leaves the base's logits unchanged: nothing was learned.")
-    gap = (tuned - reloaded).abs().max().item()
-    if gap > _TOLERANCE * max(1.0, tuned.abs().max().item()):
-        raise SelfCheckError(f"The saved adapter gives other logits than the trained one (by {gap:.3g}).")
+        raise SelfCheckError("The result gives the base's own logits: nothing was learned.")
+    gap = (tuned.float() - reloaded.float()).abs().max().item()
+    if not gap <= _TOLERANCE * max(1.0, tuned.abs().max().item()):
+        raise SelfCheckError(f"The saved result gives other logits than the trained model (by {gap:.3g}).")

@@ -33,7 +33,7 @@ def compute_gradients(trainee: Trainee, parts: Iterable[Batch], *, num_supervise
     parts changes nothing. Stops at the first part whose loss is not finite.
 
     Args:
-        trainee: the model, with gradients cleared.
+        trainee: the model; gradients that it had are forgotten.
         parts: the step's rows.
         num_supervised: supervised tokens in all parts together.
 
@@ -42,6 +42,7 @@ def compute_gradients(trainee: Trainee, parts: Iterable[Batch], *, num_supervise
     """
     nll_sum, num_right, num_tokens = 0.0, 0, 0
     divisor = max(1, num_supervised)
+    trainee.clear_gradients()
     for part in parts:
         loss = trainee.loss(part)
         value = loss.nll_sum.item()
@@ -51,13 +52,11 @@ def compute_gradients(trainee: Trainee, parts: Iterable[Batch], *, num_supervise
         if not math.isfinite(value):
             break
         if loss.num_supervised:
-            (loss.nll_sum / divisor).backward()
-    gradients = [parameter.grad for parameter in trainee.parameters if parameter.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+            trainee.add_gradients(loss.nll_sum / divisor)
     return StepScores(
         loss=nll_sum / divisor,
         accuracy=num_right / divisor,
-        grad_norm=grad_norm,
+        grad_norm=_norm(trainee.gradients),
         num_tokens=num_tokens,
         num_supervised=num_supervised,
     )
@@ -71,7 +70,7 @@ def apply_gradients(
     learning_rate: float,
     max_grad_norm: float,
 ) -> None:
-    """Clip the gradients to a norm, update the parameters and clear the gradients.
+    """Clip the gradients to a norm, update the parameters and drop the gradients.
 
     Args:
         trainee: the model with gradients filled.
@@ -83,6 +82,15 @@ def apply_gradients(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     total_norm = torch.tensor(scores.grad_norm, device=trainee.device)
-    torch.nn.utils.clip_grads_with_norm_(trainee.parameters, max_grad_norm, total_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for parameters in trainee.updates():
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total_norm)
+        # It leaves alone what has no gradient, such as the other groups.
+        optimizer.step()
+
+
+def _norm(gradients: list[torch.Tensor]) -> float:
+    """Return the norm over all gradients, summed in float32 whatever their type."""
+    if not gradients:
+        return 0.0
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)).item()

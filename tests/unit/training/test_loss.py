@@ -6,7 +6,7 @@ import torch
 
 from luthier.training import loss as loss_module
 from luthier.training.batches import Batch, collate
-from luthier.training.loss import frozen_head_loss, full_logits_loss, gather_supervised
+from luthier.training.loss import head_loss, full_logits_loss, gather_supervised
 from tests.tiny import build_tiny_rows
 
 
@@ -25,7 +25,7 @@ def test_value_accuracy_and_gradient_equal_cross_entropy_over_all_positions(batc
     (expected_gradient,) = torch.autograd.grad(expected, hidden_BTD)
 
     hidden_ND, targets_N = gather_supervised(hidden_BTD, batch)
-    found = frozen_head_loss(hidden_ND, weight_VD, targets_N)
+    found = head_loss(hidden_ND, weight_VD, targets_N)
     (gradient,) = torch.autograd.grad(found.nll_sum, hidden_BTD)
     assert found.nll_sum.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.allclose(gradient, expected_gradient, atol=1e-5)
@@ -38,10 +38,10 @@ def test_chunks_change_nothing(batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     hidden_ND, weight_VD = torch.randn(40, 16), torch.randn(50, 16)
     targets_N = torch.randint(50, (40,))
-    whole = frozen_head_loss(hidden_ND.requires_grad_(), weight_VD, targets_N)
+    whole = head_loss(hidden_ND.requires_grad_(), weight_VD, targets_N)
     (expected,) = torch.autograd.grad(whole.nll_sum, hidden_ND)
     monkeypatch.setattr(loss_module, "_MAX_CHUNK_LOGITS", 7 * 50)
-    cut = frozen_head_loss(hidden_ND, weight_VD, targets_N)
+    cut = head_loss(hidden_ND, weight_VD, targets_N)
     (found,) = torch.autograd.grad(cut.nll_sum, hidden_ND)
     assert cut.nll_sum.item() == pytest.approx(whole.nll_sum.item(), rel=1e-6)
     assert cut.num_right == whole.num_right
@@ -50,14 +50,14 @@ def test_chunks_change_nothing(batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_gradient_is_made_where_none_is_asked_for() -> None:
     with torch.no_grad():
-        loss = frozen_head_loss(torch.randn(4, 8), torch.randn(9, 8), torch.arange(4))
+        loss = head_loss(torch.randn(4, 8), torch.randn(9, 8), torch.arange(4))
     assert not loss.nll_sum.requires_grad
 
 
 def test_logits_of_an_unusual_head_give_the_same_sums() -> None:
     torch.manual_seed(0)
     hidden_ND, weight_VD, targets_N = torch.randn(9, 8), torch.randn(20, 8), torch.randint(20, (9,))
-    direct = frozen_head_loss(hidden_ND, weight_VD, targets_N)
+    direct = head_loss(hidden_ND, weight_VD, targets_N)
     full = full_logits_loss(hidden_ND @ weight_VD.t(), targets_N)
     assert full.nll_sum.item() == pytest.approx(direct.nll_sum.item(), rel=1e-6)
     assert full.num_right == direct.num_right
