@@ -1,0 +1,244 @@
+"""What prefix and prompt tuning do with torch. Imported lazily, inside their functions alone.
+
+Legend: N virtual tokens, L layers, H key/value heads, C head size, D hidden size, F = 2·L·H·C, the key
+and value of every layer of one virtual token: layer by layer, the key before the value, as PEFT stores them.
+"""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.prefix_tuning import PrefixEncoder
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from luthier.core.errors import ArtifactCorruptError, InvalidValueError
+from luthier.methods._peft import WEIGHTS_NAME, write_adapter
+from luthier.methods._virtual import check_room
+from luthier.methods.base import Attached, Installed, Start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
+
+# PEFT's names for the tensor of a saved adapter and for an adapter that was given none.
+SAVED_NAME = "prompt_embeddings"
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class KeyValueShape:
+    """How a base keeps keys and values: the same number of heads and head size in every layer."""
+
+    num_layers: int
+    num_heads: int
+    head_size: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of one token's key in one layer; its value has as many."""
+        return self.num_heads * self.head_size
+
+    @classmethod
+    def of(cls, causal_lm: "PreTrainedModel") -> "KeyValueShape":
+        """Read the shape off the base's configuration."""
+        config = causal_lm.config.get_text_config()
+        num_query_heads = config.num_attention_heads
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_heads=getattr(config, "num_key_value_heads", None) or num_query_heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // num_query_heads,
+        )
+
+
+class ProjectedPrefix(PrefixEncoder):
+    """A prefix that is trained through a two-layer network (Li & Liang 2021, section 4.3).
+
+    The network's result is added to `start_NF`, so that a projected prefix may begin at real keys and values.
+
+    Args:
+        config: PEFT's configuration with `prefix_projection` set.
+        start_NF: what the prefix begins at; None leaves it to the network as PEFT draws it.
+    """
+
+    def __init__(self, config: Any, start_NF: torch.Tensor | None) -> None:
+        super().__init__(config)
+        last = self.transform[-1]
+        if start_NF is None:
+            start_NF = torch.zeros(config.num_virtual_tokens, last.out_features)
+        else:
+            torch.nn.init.zeros_(last.weight)
+            torch.nn.init.zeros_(last.bias)
+        self.register_buffer("start_NF", start_NF, persistent=False)
+
+    def forward(self, prefix: torch.Tensor) -> torch.Tensor:
+        """Return the prefix for a batch; it is the same for every row, so it is computed once."""
+        prefix_1NF = super().forward(prefix[:1]) + self.start_NF
+        return prefix_1NF.expand(prefix.shape[0], -1, -1)
+
+
+class InstalledVirtualTokens(Installed):
+    """Keys and values that lie before a sequence; the base itself is the same whether they are on or off.
+
+    Args:
+        key_values: of every layer, [H, N, C], in the base's type.
+    """
+
+    def __init__(self, key_values: KeyValues) -> None:
+        self._key_values = key_values
+
+    def switch_on(self) -> None:
+        """Do nothing: whoever runs the base puts `prefix()` before the sequence."""
+
+    def switch_off(self) -> None:
+        """Do nothing: the base bears no part of the artifact."""
+
+    def remove(self) -> None:
+        """Let go of the keys and values."""
+        self._key_values = []
+
+    def prefix(self) -> KeyValues:
+        """Return the keys and values of every layer, each [H, N, C]."""
+        return list(self._key_values)
+
+
+def check_positions(causal_lm: "PreTrainedModel", num_virtual_tokens: int) -> None:
+    """Refuse more virtual tokens than leave a position of this base for one real token."""
+    limit = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None:
+        check_room(num_virtual_tokens, limit)
+
+
+def text_token_ids(start: Start, text: str, num_tokens: int) -> list[int]:
+    """Return the token ids of a text, repeated or cut to a number of tokens."""
+    token_ids = start.tokenize(text)
+    if not token_ids:
+        raise InvalidValueError(
+            "init_text holds no token of this base. Write a few words.", param="tuning.init_text"
+        )
+    return _fit(token_ids, num_tokens)
+
+
+def example_token_ids(start: Start, num_tokens: int) -> list[int]:
+    """Return the first token ids of the training rows, one row after the other, repeated where too few."""
+    token_ids: list[int] = []
+    for example in start.examples:
+        token_ids.extend(int(token) for token in example)
+        if len(token_ids) >= num_tokens:
+            break
+    if not token_ids:
+        raise InvalidValueError(
+            'init "examples" needs training rows to begin from. Use "text" or "zeros".', param="tuning.init"
+        )
+    return _fit(token_ids, num_tokens)
+
+
+def _fit(token_ids: list[int], num_tokens: int) -> list[int]:
+    num_repeats = -(-num_tokens // len(token_ids))
+    return (list(token_ids) * num_repeats)[:num_tokens]
+
+
+def cache_argument(body: torch.nn.Module) -> str:
+    """Return how a model calls the keys and values that it is given: transformers changed the name."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+
+
+@torch.no_grad()
+def run_for_key_values(causal_lm: "PreTrainedModel", **inputs: torch.Tensor) -> KeyValues:
+    """Run the base over one sequence and return the keys and values that it keeps.
+
+    Args:
+        causal_lm: the base, nothing switched on.
+        **inputs: `input_ids` [1, N] or `inputs_embeds` [1, N, D].
+
+    Returns:
+        A pair a layer, each [H, N, C] in the base's type, positions 0 to N - 1.
+
+    Raises:
+        InvalidValueError: when the layers don't all keep keys and values of the one shape that the
+            base's configuration names: such a base can have no prefix.
+    """
+    from transformers import DynamicCache
+
+    body = causal_lm.base_model
+    cache = DynamicCache()
+    was_training = body.training
+    body.eval()
+    try:
+        body(**inputs, use_cache=True, **{cache_argument(body): cache})
+    finally:
+        body.train(was_training)
+    found = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    shape = KeyValueShape.of(causal_lm)
+    num_tokens = next(iter(inputs.values())).shape[1]
+    expected = (shape.num_heads, num_tokens, shape.head_size)
+    if len(found) != shape.num_layers or any(part.shape != expected for pair in found for part in pair):
+        raise InvalidValueError(
+            "The layers of this base keep keys and values of different shapes, or none: no prefix fits "
+            "it. Use lora or adapter.",
+            param="tuning.type",
+        )
+    return found
+
+
+def pack(key_values: KeyValues) -> torch.Tensor:
+    """Return keys and values as PEFT stores them: float32 [N, F]."""
+    parts = [part.transpose(0, 1) for pair in key_values for part in pair]
+    return torch.stack(parts, dim=1).flatten(1).float()
+
+
+def unpack(flat_NF: torch.Tensor, shape: KeyValueShape) -> KeyValues:
+    """Return what PEFT stores as a pair a layer, each [H, N, C]; differentiable."""
+    parts = flat_NF.unflatten(1, (2 * shape.num_layers, shape.num_heads, shape.head_size))
+    layers = parts.permute(1, 2, 0, 3)
+    return [(layers[2 * i], layers[2 * i + 1]) for i in range(shape.num_layers)]
+
+
+def encoded(attached: Attached) -> torch.Tensor:
+    """Return what PEFT's encoder gives, float32 [N, F] for a prefix and [N, D] for a prompt."""
+    encoder = attached.model.prompt_encoder[ADAPTER]
+    tokens = attached.model.prompt_tokens[ADAPTER].to(encoder.embedding.weight.device)
+    return encoder(tokens[None])[0]
+
+
+def save_encoded(attached: Attached, folder: Path, **changes: Any) -> list[str]:
+    """Write the vectors and PEFT's configuration, some of its members changed."""
+    with torch.no_grad():
+        weights = {SAVED_NAME: encoded(attached).clone()}
+    config = attached.model.peft_config[ADAPTER].to_dict()
+    return write_adapter(folder, weights, config | changes)
+
+
+def load_by_peft(causal_lm: "PreTrainedModel", folder: Path) -> Attached:
+    """Put a saved adapter on its base by PEFT itself, frozen."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
+    return Attached(model=model.requires_grad_(False).eval(), causal_lm=causal_lm)
+
+
+def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.Tensor:
+    """Read the vectors of an artifact onto the base's device, in the base's type.
+
+    Args:
+        folder: an artifact's folder.
+        causal_lm: the base that they are meant for.
+        width: numbers that each virtual token must have.
+
+    Returns:
+        [N, width].
+
+    Raises:
+        ArtifactCorruptError: when the file can't be read or holds anything else.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactCorruptError("The artifact's weights can't be read.") from error
+    vectors = tensors.pop(SAVED_NAME, None)
+    if tensors or vectors is None or vectors.ndim != 2 or vectors.shape[1] != width or not len(vectors):
+        raise ArtifactCorruptError("The artifact's virtual tokens don't fit this base.")
+    return vectors.to(device=causal_lm.device, dtype=causal_lm.dtype)

@@ -1,0 +1,181 @@
+"""Prompt tuning: trained input vectors before the embedded sequence (Lester et al. 2021, arXiv 2104.08691).
+
+The vectors are what the first layer reads, after any scaling that the base does to its own embeddings.
+The least parameters of all methods, and slow to learn from a random start: vectors of real tokens begin
+where the base can read. PEFT holds them: what is saved loads in PEFT. They do not depend on the request, so
+an artifact becomes keys and values once, and serves as the cached start of a sequence.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from luthier.core.specs import BaseFacts
+from luthier.methods._peft import peft_type
+from luthier.methods._virtual import (
+    InitText,
+    NumVirtualTokens,
+    check_init_text,
+    resolve_num_tokens,
+    resolved,
+)
+from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class PromptParams(MethodParams):
+    """The `tuning` object of a prompt-tuning job."""
+
+    type: Literal["prompt"] = "prompt"
+    num_virtual_tokens: NumVirtualTokens = Field("auto", description="Input vectors put before the sequence.")
+    init: Literal["vocabulary", "text", "random"] = Field(
+        "vocabulary",
+        description="What they start as: the vectors of tokens drawn from those that the training rows use "
+        '("vocabulary"), those of `init_text` ("text"), or random numbers.',
+    )
+    init_text: InitText = Field(
+        None, description='The text of init "text", repeated or cut to length.', validate_default=True
+    )
+
+    _init_text_fits = field_validator("init_text")(check_init_text)
+
+
+class Prompt(Method):
+    """Trained input vectors before the embedded sequence, held by PEFT."""
+
+    name: ClassVar[str] = "prompt"
+    title: ClassVar[str] = "Prompt tuning: trained input vectors before the sequence"
+    Params: ClassVar[type[MethodParams]] = PromptParams
+    starts_as_base: ClassVar[bool] = False
+
+    def resolve(self, params: PromptParams, workload: Workload) -> PromptParams:
+        """Replace "auto".
+
+        Every virtual token costs as much as a real one in each row, and beyond 20 the paper finds little
+        gain: 10 tokens for few rows, 20 for most, 50 for very many, at most an eighth of the context.
+
+        Args:
+            params: the parameters as asked for.
+            workload: what is to be trained on what.
+
+        Returns:
+            The parameters as numbers.
+
+        Raises:
+            InvalidValueError: when the virtual tokens fill the whole context.
+        """
+        num_tokens = resolve_num_tokens(params, workload, (10, 20, 50))
+        return params.model_copy(update={"num_virtual_tokens": num_tokens})
+
+    def base_learning_rate(self, params: PromptParams, *, base: BaseFacts) -> float:  # noqa: ARG002
+        """Return the peak rate: far above LoRA's, for the few vectors must move a long way."""
+        return 2e-2 if base.hidden_size <= 1024 else 1e-2
+
+    def count_parameters(self, causal_lm: "PreTrainedModel", params: PromptParams) -> int:
+        """Return virtual tokens times the size of an input vector."""
+        return resolved(params.num_virtual_tokens) * causal_lm.get_input_embeddings().embedding_dim
+
+    def attach(self, causal_lm: "PreTrainedModel", params: PromptParams, start: Start) -> Attached:
+        """Put PEFT's encoder beside the base, with its first values as `init` says."""
+        import torch
+        from peft import PromptTuningConfig, get_peft_model
+
+        from luthier.methods._virtual_tensors import ADAPTER, check_positions
+
+        num_tokens = resolved(params.num_virtual_tokens)
+        check_positions(causal_lm, num_tokens)
+        config = PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=start.base_id,
+            num_virtual_tokens=num_tokens,
+            token_dim=causal_lm.get_input_embeddings().embedding_dim,
+        )
+        # PEFT records the model's own name as the base; an artifact names its base by id, never by a path.
+        causal_lm.name_or_path = start.base_id
+        model = get_peft_model(causal_lm, config)
+        with torch.no_grad():
+            first_ND = _first_values(causal_lm, params, start)
+            model.prompt_encoder[ADAPTER].embedding.weight.copy_(first_ND)
+        return Attached(model=model, causal_lm=causal_lm)
+
+    def save(self, attached: Attached, folder: Path) -> list[str]:
+        """Write the vectors in PEFT's two files."""
+        from luthier.methods._virtual_tensors import save_encoded
+
+        return save_encoded(attached, folder)
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether PEFT's configuration there names prompt tuning."""
+        return peft_type(folder) == "PROMPT_TUNING"
+
+    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
+        """Put saved vectors on their base by PEFT itself."""
+        from luthier.methods._virtual_tensors import load_by_peft
+
+        return load_by_peft(causal_lm, folder)
+
+    def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
+        """Run the vectors through the base once and keep their keys and values; nothing is laid on it."""
+        from luthier.methods._virtual_tensors import InstalledVirtualTokens, read_saved, run_for_key_values
+
+        saved_ND = read_saved(folder, causal_lm, causal_lm.get_input_embeddings().embedding_dim)
+        return InstalledVirtualTokens(run_for_key_values(causal_lm, inputs_embeds=saved_ND[None]))
+
+    def hidden_states(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
+        """Run the layers over vectors and sequence, and leave out the vectors' own results."""
+        import torch
+
+        causal_lm = attached.causal_lm
+        virtual_ND = self.virtual_embeddings(attached)
+        embedded_BTD = causal_lm.get_input_embeddings()(token_ids_BT)
+        virtual_BND = virtual_ND.to(embedded_BTD.dtype).expand(len(embedded_BTD), -1, -1)
+        joined_BTD = torch.cat([virtual_BND, embedded_BTD], dim=1)
+        body = causal_lm.base_model
+        return body(inputs_embeds=joined_BTD, use_cache=False).last_hidden_state[:, len(virtual_ND) :]
+
+    def logits(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
+        """Run PEFT's model, and leave out the vectors' own results."""
+        logits_BTV = attached.model(input_ids=token_ids_BT, use_cache=False).logits
+        return logits_BTV[:, -token_ids_BT.shape[1] :]
+
+    def virtual_embeddings(self, attached: Attached) -> "torch.Tensor":
+        """Return the vectors, [n, hidden size] in the base's type."""
+        from luthier.methods._virtual_tensors import encoded
+
+        return encoded(attached).to(attached.causal_lm.dtype)
+
+
+def _first_values(causal_lm: "PreTrainedModel", params: PromptParams, start: Start) -> "torch.Tensor":
+    """Return [virtual tokens, hidden size] on the base's device."""
+    import torch
+
+    from luthier.methods._virtual_tensors import text_token_ids
+
+    num_tokens = resolved(params.num_virtual_tokens)
+    embed = causal_lm.get_input_embeddings()
+    # Drawn on the CPU, so that the device does not decide the numbers.
+    generator = torch.Generator().manual_seed(start.seed)
+    if params.init == "text":
+        token_ids = text_token_ids(start, params.init_text or "", num_tokens)
+    else:
+        known = sorted({int(token) for example in start.examples for token in example})
+        if not known or params.init == "random":
+            known = list(range(embed.num_embeddings))
+        num_rounds = -(-num_tokens // len(known))
+        drawn = [torch.randperm(len(known), generator=generator) for _ in range(num_rounds)]
+        token_ids = [known[i] for i in torch.cat(drawn)[:num_tokens].tolist()]
+    real_ND = embed(torch.tensor(token_ids, device=causal_lm.device)).float()
+    if params.init == "random":
+        # As large as real ones, in random directions.
+        noise_ND = torch.randn(real_ND.shape, generator=generator)
+        return noise_ND.to(real_ND.device) * real_ND.std()
+    return real_ND
+
+
+METHOD = Prompt()
+
+__all__ = ["METHOD", "Prompt", "PromptParams"]
