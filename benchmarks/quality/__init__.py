@@ -1,0 +1,1 @@
+"""What the methods are worth: each trains on three tasks and answers questions that it never saw."""
