@@ -1,0 +1,291 @@
+"""Bottleneck layers in a base: where they go, how they act, and how they are written and read.
+
+Imported lazily, for it needs torch. Which bottlenecks there are, and on which module each acts, stands in
+the artifact's configuration, so that a loader needs no knowledge of architectures.
+
+Legend: ... any leading axes, D hidden size, M bottleneck width.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from luthier.core.errors import ArtifactCorruptError, InvalidValueError
+from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
+from luthier.methods.adapter import ADAPTER_TYPE
+from luthier.methods.base import Installed
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+Placement = Literal["houlsby", "pfeiffer", "parallel"]
+
+FORMAT_VERSION = 1
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+# What blocks call their two halves, over the architectures that transformers has.
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_FEED_FORWARD = ("mlp", "feed_forward", "ffn")
+# Norms on a half's result, before it joins the stream (Gemma 2 and 3, OLMo 2, GLM-4): by pairs, because
+# `post_attention_layernorm` alone is the norm before the feed-forward half in Llama.
+_POST_NORMS = (
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
+_PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
+
+
+class Bottleneck(nn.Module):
+    """`x + up(act(down(x)))`; or, in parallel, a module's result plus `up(act(down(its input)))`.
+
+    Args:
+        size: D.
+        width: M.
+        activation: a key of `ACTIVATIONS`.
+        placement: where it stands; "parallel" reads its module's input, the others its result.
+        dropout: share of the update's numbers dropped in training.
+    """
+
+    def __init__(
+        self, size: int, width: int, *, activation: str, placement: str, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(size, width)
+        self.up = nn.Linear(width, size)
+        self.activation = activation
+        self.placement = placement
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        # As LoRA's A starts: small against a normed input, no direction preferred.
+        bound = 1.0 / math.sqrt(size)
+        with torch.no_grad():
+            self.down.weight.uniform_(-bound, bound)
+            for tensor in (self.down.bias, self.up.weight, self.up.bias):
+                tensor.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the update of x[..., D] alone, in the bottleneck's own type."""
+        middle = ACTIVATIONS[self.activation](self.down(x.to(self.down.weight.dtype)))
+        return self.dropout(self.up(middle))
+
+    def act_on(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Change a module's result; a forward hook, and a method so that copies of a model keep their own."""
+        is_tuple = isinstance(output, tuple)
+        result = output[0] if is_tuple else output
+        x = result
+        if self.placement == "parallel":
+            x = args[0] if args else kwargs["hidden_states"]
+        changed = (result + self(x)).to(result.dtype)
+        return (changed, *output[1:]) if is_tuple else changed
+
+    def hook_on(self, module: nn.Module) -> "RemovableHandle":
+        """Act on a module from now on, until the returned hook is removed."""
+        return module.register_forward_hook(self.act_on, with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One bottleneck's place: its own name in the model, and the path of the module that it acts on."""
+
+    name: str
+    module: str
+
+
+def find_sites(causal_lm: "PreTrainedModel", placement: str) -> list[Site]:
+    """List where the bottlenecks of a placement go, block by block.
+
+    Args:
+        causal_lm: the base.
+        placement: houlsby, pfeiffer or parallel.
+
+    Returns:
+        The sites. After the attention and the feed-forward half (houlsby) or the latter (pfeiffer), on
+        the half's result as it joins the stream; around the feed-forward module (parallel).
+
+    Raises:
+        InvalidValueError: when the base's blocks have no halves that are known by name.
+    """
+    path, blocks = _blocks(causal_lm)
+    sites: list[Site] = []
+    for number, block in enumerate(blocks):
+        prefix = f"{path}.{number}"
+        attention, feed_forward = _child(block, _ATTENTION), _child(block, _FEED_FORWARD)
+        if feed_forward is None or (attention is None and placement == "houlsby"):
+            raise _unknown_blocks(prefix, block)
+        if placement != "parallel":
+            attention, feed_forward = _ends_of_halves(block, attention, feed_forward)
+        if placement == "houlsby":
+            sites.append(Site(f"{prefix}.attention_bottleneck", f"{prefix}.{attention}"))
+        sites.append(Site(f"{prefix}.feed_forward_bottleneck", f"{prefix}.{feed_forward}"))
+    return sites
+
+
+def put_on(causal_lm: "PreTrainedModel", sites: list[Site], bottlenecks: list[Bottleneck]) -> None:
+    """Make bottlenecks part of a base: submodules of their blocks that act on their modules."""
+    for site, bottleneck in zip(sites, bottlenecks, strict=True):
+        owner, _, name = site.name.rpartition(".")
+        causal_lm.get_submodule(owner).add_module(name, bottleneck)
+        bottleneck.hook_on(causal_lm.get_submodule(site.module))
+
+
+def write_bottlenecks(
+    causal_lm: "PreTrainedModel", folder: Path, sites: list[Site], *, base_id: str
+) -> list[str]:
+    """Write the bottlenecks that lie on a base, in the format of docs/adapter-format.md.
+
+    Args:
+        causal_lm: the base with its bottlenecks.
+        folder: an existing folder.
+        sites: where they are.
+        base_id: names the base.
+
+    Returns:
+        Names of the two files.
+    """
+    modules = [causal_lm.get_submodule(site.name) for site in sites]
+    weights = {
+        f"{site.name}.{part}": module.get_parameter(part).detach().cpu().contiguous()
+        for site, module in zip(sites, modules, strict=True)
+        for part in _PARTS
+    }
+    first = modules[0]
+    config = {
+        "adapter_type": ADAPTER_TYPE,
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": base_id,
+        "activation": first.activation,
+        "placement": first.placement,
+        "bottleneck_dim": first.down.out_features,
+        "hidden_size": first.down.in_features,
+        "bottlenecks": [{"name": site.name, "module": site.module} for site in sites],
+    }
+    save_file(dict(sorted(weights.items())), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return [WEIGHTS_NAME, CONFIG_NAME]
+
+
+def read_bottlenecks(
+    causal_lm: "PreTrainedModel", folder: Path
+) -> tuple[list[Site], list[Bottleneck], dict[str, Any]]:
+    """Read an artifact's bottlenecks, frozen, on the base's device; the base is not touched.
+
+    Args:
+        causal_lm: the base that they are for.
+        folder: the artifact.
+
+    Returns:
+        Their sites, they themselves in evaluation mode, and the configuration.
+
+    Raises:
+        ArtifactCorruptError: when files are missing or don't fit the base.
+    """
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        weights = load_file(folder / WEIGHTS_NAME)
+        sites = [Site(str(one["name"]), str(one["module"])) for one in config["bottlenecks"]]
+        known = find_sites(causal_lm, config["placement"])
+        shape = config["hidden_size"], config["bottleneck_dim"]
+        is_ours = (config["adapter_type"], config["format_version"]) == (ADAPTER_TYPE, FORMAT_VERSION)
+        if not is_ours or sites != known or config["activation"] not in ACTIVATIONS:
+            raise ArtifactCorruptError("The adapter's configuration does not fit this base.")
+        bottlenecks = [_filled(site.name, shape, config, weights) for site in sites]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, InvalidValueError) as error:
+        raise ArtifactCorruptError("The adapter's files can't be read for this base.") from error
+    if weights or shape[0] != causal_lm.config.get_text_config().hidden_size:
+        raise ArtifactCorruptError("The adapter holds other tensors than this base has places for.")
+    return sites, [one.to(causal_lm.device).requires_grad_(False).eval() for one in bottlenecks], config
+
+
+class InstalledBottlenecks(Installed):
+    """An artifact's bottlenecks beside a base; their hooks are there only while it is on.
+
+    Args:
+        causal_lm: the base.
+        folder: the artifact.
+    """
+
+    def __init__(self, causal_lm: "PreTrainedModel", folder: Path) -> None:
+        sites, bottlenecks, _ = read_bottlenecks(causal_lm, folder)
+        self._places = [
+            (bottleneck, causal_lm.get_submodule(site.module))
+            for site, bottleneck in zip(sites, bottlenecks, strict=True)
+        ]
+        self._hooks: list[RemovableHandle] = []
+
+    def switch_on(self) -> None:
+        """Let the bottlenecks act."""
+        if not self._hooks:
+            self._hooks = [bottleneck.hook_on(module) for bottleneck, module in self._places]
+
+    def switch_off(self) -> None:
+        """Take the hooks away, so that the base is untouched."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def remove(self) -> None:
+        """Switch off and let go of the weights."""
+        self.switch_off()
+        self._places = []
+
+
+def _filled(
+    name: str, shape: tuple[int, int], config: dict[str, Any], weights: dict[str, torch.Tensor]
+) -> Bottleneck:
+    """Build one bottleneck from an artifact's tensors, which are taken out of `weights`."""
+    with torch.device("meta"):
+        bottleneck = Bottleneck(*shape, activation=config["activation"], placement=config["placement"])
+    for part in _PARTS:
+        tensor, expected = weights.pop(f"{name}.{part}"), bottleneck.get_parameter(part)
+        if tensor.shape != expected.shape or tensor.dtype != torch.float32:
+            raise ArtifactCorruptError(f"The adapter's tensor {name}.{part} has another shape or type.")
+        owner, _, attribute = part.partition(".")
+        setattr(bottleneck.get_submodule(owner), attribute, nn.Parameter(tensor))
+    return bottleneck
+
+
+def _blocks(causal_lm: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
+    """Return the list of the base's blocks and its path."""
+    number = causal_lm.config.get_text_config().num_hidden_layers
+    for path, module in causal_lm.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return path, module
+    raise InvalidValueError(
+        f"Adapters need a list of blocks in the base, and {type(causal_lm).__name__} has none. Use lora.",
+        param="tuning.type",
+    )
+
+
+def _child(block: nn.Module, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if isinstance(getattr(block, name, None), nn.Module)), None)
+
+
+def _ends_of_halves(block: nn.Module, attention: str | None, feed_forward: str) -> tuple[str | None, str]:
+    """Return what gives each half's result as it joins the stream: the half, or the norm after it."""
+    for after_attention, after_feed_forward in _POST_NORMS:
+        if hasattr(block, after_attention) and hasattr(block, after_feed_forward):
+            return after_attention, after_feed_forward
+    return attention, feed_forward
+
+
+def _unknown_blocks(path: str, block: nn.Module) -> InvalidValueError:
+    found = ", ".join(name for name, _ in block.named_children())
+    return InvalidValueError(
+        f"Adapters need an attention and a feed-forward module in every block, called "
+        f"{' or '.join(_ATTENTION)} and {' or '.join(_FEED_FORWARD)}. {path} of this base has: {found}. "
+        "Use lora.",
+        param="tuning.type",
+    )
