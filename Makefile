@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check up bench-train
+.PHONY: help setup demo test test-full check up bench-train bench-gpu
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
 	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
@@ -54,5 +54,8 @@ check: setup ## Check format, lint, types, imports, docstrings, spelling, Docker
 up: setup ## Run the service on this machine until Ctrl-C.
 	@exec $(BIN)/luthier up
 
-bench-train: setup ## Measure training speed, beside TRL's where it is installed.
-	$(BIN)/python -m benchmarks.train
+bench-train: setup ## Measure training beside TRL, LLaMA-Factory, Trainer+PEFT and adapters (hours; ARGS=--help).
+	$(BIN)/python -m benchmarks.train $(ARGS)
+
+bench-gpu: setup ## Measure training on CUDA beside Unsloth, TRL and Trainer (10 minutes at most).
+	$(BIN)/python -m benchmarks.gpu $(ARGS)

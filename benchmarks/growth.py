@@ -1,0 +1,149 @@
+"""How our own time and memory grow: ten times the rows, four times the length.
+
+Seconds a token must not depend on the number of rows, and a row of T tokens must take a T + b T^2 seconds:
+the products grow with T, attention with its square. a and b are fitted on three lengths and must foretell a
+fourth.
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ours import run_ours
+from benchmarks.results_file import ResultsFile, code_digest, fingerprint_of
+from benchmarks.rows import GROWTH, LORA
+from benchmarks.workload import Workload, make_spec
+from luthier.data.prepared import PreparedRows, join_rows
+
+LENGTHS = (128, 256, 384, 512)
+_STEPS_A_LENGTH = 4
+_MAX_GAP = 0.10
+# Memory that the rows themselves may take: 10 bytes a token and allocation noise, far below one more copy.
+_MAX_MEMORY_GROWTH = 0.02
+
+
+def measure_growth(
+    workload: Workload,
+    results: ResultsFile,
+    scratch: Path,
+    remake: Callable[[PreparedRows, str], Workload],
+    *,
+    num_rounds: int,
+) -> dict[str, Any]:
+    """Measure the row, going on where an earlier try stopped.
+
+    Args:
+        workload: the rows that are multiplied; their tokens fill the rows of fixed lengths.
+        results: where every run is stored at once.
+        scratch: an empty folder.
+        remake: makes a workload of other rows; the text is a name of its own.
+        num_rounds: how often each size is run; every other round in the opposite order.
+
+    Returns:
+        The row's results with its `summary`.
+    """
+    print(f"\nGrowth of ours alone ({GROWTH})", flush=True)
+    base = workload.rows
+    sizes = {"rows x1": workload, "rows x10": remake(repeat(base, 10), "rows-10")}
+    for length in LENGTHS:
+        cut = cut_to_length(base, length, workload.batch_size * _STEPS_A_LENGTH)
+        sizes[f"length {length}"] = remake(cut, f"length-{length}")
+    found = results.row(GROWTH, fingerprint_of(LORA, workload.digest, LENGTHS, code_digest()))
+    rounds: list[dict[str, Any]] = found.setdefault("rounds", [])
+    while len(rounds) < num_rounds:
+        names = list(sizes) if len(rounds) % 2 == 0 else list(reversed(sizes))
+        measured: dict[str, Any] = {}
+        for name in names:
+            size = sizes[name]
+            told = run_ours(scratch / f"{len(rounds)}-{name.replace(' ', '-')}", size, make_spec(size, LORA))
+            measured[name] = {
+                "seconds": told["seconds"],
+                "num_tokens": told["num_tokens"],
+                "num_rows": size.rows.num_rows,
+                "memory_bytes": told["memory_bytes"],
+            }
+            speed = told["num_tokens"] / told["seconds"]
+            print(f"  round {len(rounds) + 1}: {name:12} {speed:6.0f} tokens/s", flush=True)
+        rounds.append(measured)
+        found["summary"] = summarise(rounds)
+        results.save()
+    return found
+
+
+def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how time and memory grow, from the medians of all rounds.
+
+    Args:
+        rounds: each with every size's seconds, tokens, rows and memory.
+
+    Returns:
+        Ratios, the fitted curve, and whether they are within the bars.
+    """
+
+    def median(name: str, value: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.median(value(measured[name]) for measured in rounds)
+
+    def second_per_token(run: dict[str, Any]) -> float:
+        return float(run["seconds"] / run["num_tokens"])
+
+    by_rows = statistics.median(
+        second_per_token(r["rows x10"]) / second_per_token(r["rows x1"]) for r in rounds
+    )
+    memory = statistics.median(r["rows x10"]["memory_bytes"] / r["rows x1"]["memory_bytes"] for r in rounds)
+    times = {
+        length: median(f"length {length}", lambda run: run["seconds"] / run["num_rows"]) for length in LENGTHS
+    }
+    a, b = fit(times, LENGTHS[:3])
+    foretold = a * LENGTHS[3] + b * LENGTHS[3] ** 2
+    gap = times[LENGTHS[3]] / foretold - 1
+    return {
+        "rows_x10_seconds_per_token_ratio": by_rows,
+        "rows_x10_memory_ratio": memory,
+        "seconds_per_row": {str(length): seconds for length, seconds in times.items()},
+        "fit": {"a": a, "b": b, "lengths": LENGTHS[:3]},
+        "length_x4_gap": gap,
+        "is_within_bars": abs(by_rows - 1) <= _MAX_GAP
+        and abs(gap) <= _MAX_GAP
+        and memory - 1 <= _MAX_MEMORY_GROWTH,
+    }
+
+
+def fit(seconds: dict[int, float], lengths: tuple[int, ...]) -> tuple[float, float]:
+    """Fit a T + b T^2 by least squares on the relative gaps.
+
+    Args:
+        seconds: of a row, by its length.
+        lengths: which of them to fit on.
+
+    Returns:
+        a and b.
+    """
+    times = np.array([seconds[length] for length in lengths])
+    terms = np.array([[length, length**2] for length in lengths]) / times[:, None]
+    (a, b), *_ = np.linalg.lstsq(terms, np.ones(len(lengths)), rcond=None)
+    return float(a), float(b)
+
+
+def repeat(rows: PreparedRows, times: int) -> PreparedRows:
+    """Return the rows one after the other, several times."""
+    return rows.select(list(range(rows.num_rows)) * times)
+
+
+def cut_to_length(rows: PreparedRows, length: int, num_rows: int) -> PreparedRows:
+    """Lay all tokens end to end, as often as needed, and cut rows of one length from them.
+
+    Args:
+        rows: where tokens and mask come from.
+        length: tokens of every row.
+        num_rows: how many.
+
+    Returns:
+        The rows, each with supervised tokens as the source has them.
+    """
+    needed = length * num_rows
+    tokens = np.resize(rows.tokens, needed).reshape(num_rows, length)
+    supervised = np.resize(rows.supervised, needed).reshape(num_rows, length)
+    return join_rows(list(tokens), list(supervised), list(range(1, num_rows + 1)))

@@ -1,0 +1,140 @@
+"""One run of our training process, measured from outside: events, seconds, memory."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.contestants import quiet_environment
+from benchmarks.workload import Workload
+from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StepEvent, parse_event
+from luthier.core.specs import RunInputs, TrainingSpec
+from luthier.data.prepared import write_prepared
+
+_IMPORT_SECONDS = 180.0
+
+
+class OursFailedError(Exception):
+    """Our own run failed; the message holds the end of its log."""
+
+
+def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, Any]:
+    """Train by a warm training process, the way the worker keeps one.
+
+    Args:
+        folder: the run directory, made here.
+        workload: the rows.
+        spec: resolved.
+
+    Returns:
+        `seconds` that the steps took (evaluations, checkpoints and proofs not counted, as peers make none),
+        `wall_seconds` from the start to the last step's event, all in between counted, losses, tokens, memory
+        above the process after its imports, and `path`: fused or plain.
+
+    Raises:
+        OursFailedError: when the run does not finish.
+    """
+    _write_run_directory(folder, workload, spec)
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "luthier.training", "--warm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=quiet_environment(workload.num_threads),
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            _wait_for_imports(process)
+            imports_bytes = _status_bytes(process.pid, "VmRSS")
+            process.stdin.write(f"{folder}\n".encode())
+            process.stdin.flush()
+            told = _follow(process, process.stdout)
+            # It waits for the next run now, so its peak is that of this one.
+            peak_bytes = _status_bytes(process.pid, "VmHWM")
+            process.stdin.close()
+            process.wait(60)
+        except BaseException:
+            process.kill()
+            raise
+    on_cuda = workload.device == "cuda"
+    memory = told.pop("device_bytes") if on_cuda else peak_bytes - imports_bytes
+    return told | {
+        "memory_bytes": memory,
+        "load_bytes": max(0, told["load_bytes"] - imports_bytes),
+        "imports_bytes": imports_bytes,
+    }
+
+
+def _write_run_directory(folder: Path, workload: Workload, spec: TrainingSpec) -> None:
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(spec.model_dump_json())
+    inputs = RunInputs(
+        job_id="bench",
+        model_name="bench",
+        base_path=str(workload.base_folder),
+        device="cuda" if workload.device == "cuda" else "cpu",
+    )
+    (folder / "inputs.json").write_text(inputs.model_dump_json())
+    write_prepared(workload.rows, folder / "train.safetensors")
+
+
+def _follow(process: "subprocess.Popen[bytes]", lines: IO[bytes]) -> dict[str, Any]:
+    """Read events until the run has ended."""
+    begin = end = 0.0
+    load_bytes = 0
+    steps: list[StepEvent] = []
+    for event in map(parse_event, lines):
+        if isinstance(event, StartedEvent):
+            begin = time.perf_counter()
+            load_bytes = _status_bytes(process.pid, "VmHWM")
+        elif isinstance(event, StepEvent):
+            end = time.perf_counter()
+            steps.append(event)
+        elif isinstance(event, FailedEvent):
+            raise OursFailedError(f"{event.code}: {event.message}")
+        elif isinstance(event, FinishedEvent):
+            return {
+                "seconds": event.report.seconds.train,
+                "wall_seconds": end - begin,
+                "phase_seconds": event.report.seconds.model_dump(),
+                "losses": [step.metrics.train_loss for step in steps],
+                "num_tokens": sum(step.num_tokens for step in steps),
+                "num_supervised_tokens": sum(step.num_supervised_tokens for step in steps),
+                "path": event.report.path,
+                "precision": event.report.precision,
+                "num_trained_parameters": event.num_trained_parameters,
+                "versions": event.report.versions,
+                "load_bytes": load_bytes,
+                "device_bytes": event.report.peak_memory_bytes,
+            }
+    raise OursFailedError(f"the training process ended early, exit code {process.wait(60)}")
+
+
+def _wait_for_imports(process: "subprocess.Popen[bytes]") -> None:
+    """Wait until the warm process reads its standard input: then its imports are done."""
+    end = time.monotonic() + _IMPORT_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise OursFailedError(f"the training process ended at once, exit code {process.returncode}")
+        if _reads_stdin(process.pid):
+            return
+        time.sleep(0.05)
+    raise OursFailedError(f"the training process did not wait for a run within {_IMPORT_SECONDS:.0f} s")
+
+
+def _reads_stdin(pid: int) -> bool:
+    """Whether the process is in read(0, …): proc(5), /proc/PID/syscall; call 0 on x86-64, 63 on Arm."""
+    words = Path(f"/proc/{pid}/syscall").read_text().split()
+    return len(words) > 1 and words[0] in ("0", "63") and int(words[1], 16) == 0
+
+
+def _status_bytes(pid: int, field: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OursFailedError(f"/proc/{pid}/status has no {field}")

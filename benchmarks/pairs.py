@@ -1,0 +1,225 @@
+"""One row of the table: try the peer's variants, then run alternating pairs beside the fastest."""
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contestants import Order, PeerFailedError, run_peer
+from benchmarks.machine import StolenTime, gemm_peaks, read_shape
+from benchmarks.ours import run_ours
+from benchmarks.results_file import ResultsFile, code_digest, fingerprint_of
+from benchmarks.roofline import step_flops
+from benchmarks.rows import Row, Variant
+from benchmarks.workload import Workload, learning_rates, make_spec, write_start
+
+# A pair during which the host took more than this share of the time is run again.
+MAX_STOLEN = 0.02
+# A number of tries that stands for a host that is never quiet.
+_MAX_TRIES_A_PAIR = 2
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and the 95 % bootstrap interval around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Return the median of some ratios and its percentile bootstrap interval (Efron 1979), always the same.
+
+    Args:
+        values: at least one.
+
+    Returns:
+        Median, 2.5th and 97.5th percentile of the medians of 10,000 samples with replacement.
+    """
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(10_000))
+    return Interval(statistics.median(values), medians[249], medians[9749])
+
+
+def measure_row(
+    row: Row, workload: Workload, results: ResultsFile, scratch: Path, *, num_pairs: int
+) -> dict[str, Any]:
+    """Measure a row, going on where an earlier try of the same stopped.
+
+    Args:
+        row: what to measure beside whom.
+        workload: the rows of tokens.
+        results: where every run is stored at once.
+        scratch: an empty folder of this row.
+        num_pairs: pairs to have in the end.
+
+    Returns:
+        The row's results with its `summary`; with `failed` instead when the peer can't run.
+    """
+    print(f"\n{row.title} ({row.name})", flush=True)
+    found = results.row(row.name, fingerprint_of(asdict(row), workload.digest, code_digest()))
+    found["workload"] = workload.describe()
+    spec = make_spec(workload, row.tuning)
+    start = write_start(workload, spec, scratch / "start")
+
+    def order(variant: Variant) -> Order:
+        return Order(
+            environment=row.environment,
+            script=row.script,
+            options=variant.options,
+            tuning=spec.tuning,
+            workload=workload,
+            start=start,
+            learning_rates=learning_rates(workload, spec),
+            device=workload.device,
+        )
+
+    best = choose_variant(row, found, results, lambda variant: run_peer(order(variant), scratch))
+    if best is None:
+        return found
+    shape = read_shape(workload.base_folder)
+    pairs: list[dict[str, Any]] = found.setdefault("pairs", [])
+    tries = 0
+    while len(_kept(pairs)) < num_pairs and tries < num_pairs * _MAX_TRIES_A_PAIR:
+        tries += 1
+        pair: dict[str, Any] = {
+            "gemm_gflops": gemm_peaks(shape, _step_tokens(workload), workload.num_threads, workload.device)
+        }
+        stolen = StolenTime()
+        # A B B A: whatever drifts, drifts for both.
+        for who in ("ours", "peer") if len(pairs) % 2 == 0 else ("peer", "ours"):
+            if who == "ours":
+                pair[who] = run_ours(_new_folder(scratch), workload, spec)
+            else:
+                pair[who] = run_peer(order(best), scratch)
+        pair["stolen_share"] = stolen.share()
+        pair["ratio"] = pair["peer"]["seconds"] / pair["ours"]["seconds"]
+        pairs.append(pair)
+        found["summary"] = summarise(row, best, found, workload, spec.tuning)
+        results.save()
+        _tell_pair(len(pairs), pair, workload)
+    return found
+
+
+def choose_variant(
+    row: Row, found: dict[str, Any], results: ResultsFile, run: Callable[[Variant], dict[str, Any]]
+) -> Variant | None:
+    """Run every variant once, and return the fastest that optimises the same loss; None when none runs."""
+    tried: dict[str, dict[str, Any]] = found.setdefault("variants", {})
+    for variant in row.variants:
+        if variant.name not in tried:
+            try:
+                tried[variant.name] = run(variant)
+            except PeerFailedError as error:
+                tried[variant.name] = {"failed": str(error)}
+            results.save()
+        told = tried[variant.name]
+        if "failed" in told:
+            print(f"  {variant.name:28} fails: {told['failed']}", flush=True)
+        else:
+            speed = told["num_tokens"] / told["seconds"]
+            print(f"  {variant.name:28} {speed:7.0f} tokens/s", flush=True)
+    eligible = [v for v in row.variants if v.has_our_loss and "failed" not in tried[v.name]]
+    if not eligible:
+        found["failed"] = next(iter(tried.values()))["failed"]
+        results.save()
+        return None
+    found.pop("failed", None)
+    best = min(eligible, key=lambda v: tried[v.name]["seconds"] / tried[v.name]["num_tokens"])
+    found["best_variant"] = best.name
+    return best
+
+
+def summarise(
+    row: Row, best: Variant, found: dict[str, Any], workload: Workload, tuning: dict[str, Any]
+) -> dict[str, Any]:
+    """Return medians over the pairs that count, and whether both sides did the same work."""
+    pairs = _kept(found["pairs"]) or found["pairs"]
+    ratio = median_interval([pair["ratio"] for pair in pairs])
+    memory = median_interval([pair["ours"]["memory_bytes"] / pair["peer"]["memory_bytes"] for pair in pairs])
+    flops = step_flops(
+        read_shape(workload.base_folder),
+        tuning,
+        num_tokens=workload.rows.num_tokens,
+        num_supervised=workload.num_supervised_tokens,
+        num_rows=workload.rows.num_rows,
+    )
+
+    def speed(who: str) -> float:
+        return statistics.median(workload.rows.num_tokens / pair[who]["seconds"] for pair in pairs)
+
+    def share(who: str) -> float:
+        return statistics.median(
+            flops / pair[who]["seconds"] / 1e9 / pair["gemm_gflops"]["bfloat16"] for pair in pairs
+        )
+
+    counts = {
+        (pair[who]["num_tokens"], pair[who]["num_supervised_tokens"])
+        for pair in pairs
+        for who in ("ours", "peer")
+    }
+    return {
+        "num_pairs": len(pairs),
+        "peer_variant": best.name,
+        "tokens_per_second": {"ours": speed("ours"), "peer": speed("peer")},
+        "ratio": asdict(ratio),
+        "bar": row.bar,
+        "is_above_bar": ratio.low >= row.bar,
+        "memory_bytes": {
+            who: statistics.median(pair[who]["memory_bytes"] for pair in pairs) for who in ("ours", "peer")
+        },
+        "memory_ratio": asdict(memory),
+        "memory_bar": row.memory_bar,
+        "gemm_roofline_share": {"ours": share("ours"), "peer": share("peer")},
+        "gemm_gflops": {
+            name: statistics.median(pair["gemm_gflops"][name] for pair in pairs)
+            for name in ("bfloat16", "float32")
+        },
+        "has_equal_tokens": len(counts) == 1,
+        "losses": compare_losses(pairs, by_step=best.has_our_order),
+        "stolen_share": statistics.median(pair["stolen_share"] for pair in pairs),
+    }
+
+
+def compare_losses(pairs: list[dict[str, Any]], *, by_step: bool) -> dict[str, Any]:
+    """Say how far apart the two sides' losses are, in nats per supervised token.
+
+    Args:
+        pairs: with both sides' losses.
+        by_step: whether a step of the one saw the rows of the same step of the other.
+
+    Returns:
+        The means of both curves and, step by step, the largest and the mean gap of the last pair.
+    """
+    ours, peer = pairs[-1]["ours"]["losses"], pairs[-1]["peer"]["losses"]
+    told: dict[str, Any] = {"ours_mean": statistics.fmean(ours), "peer_mean": statistics.fmean(peer)}
+    if by_step and len(ours) == len(peer):
+        gaps = [abs(a - b) for a, b in zip(ours, peer, strict=True)]
+        told |= {"first_gap": gaps[0], "mean_gap": statistics.fmean(gaps), "largest_gap": max(gaps)}
+    return told
+
+
+def _kept(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [pair for pair in pairs if pair["stolen_share"] <= MAX_STOLEN]
+
+
+def _step_tokens(workload: Workload) -> int:
+    return round(workload.rows.num_tokens / workload.num_steps)
+
+
+def _new_folder(scratch: Path) -> Path:
+    return scratch / f"run-{sum(1 for _ in scratch.glob('run-*'))}"
+
+
+def _tell_pair(number: int, pair: dict[str, Any], workload: Workload) -> None:
+    speeds = {who: workload.rows.num_tokens / pair[who]["seconds"] for who in ("ours", "peer")}
+    megabytes = {who: pair[who]["memory_bytes"] / 1e6 for who in ("ours", "peer")}
+    print(
+        f"  pair {number}: ours {speeds['ours']:.0f}, peer {speeds['peer']:.0f} tokens/s: "
+        f"{pair['ratio']:.2f} times; memory {megabytes['ours']:.0f} and {megabytes['peer']:.0f} MB; path {pair['ours']['path']}; "
+        f"bf16 GEMM {pair['gemm_gflops']['bfloat16']:.0f} GFLOP/s; stolen {100 * pair['stolen_share']:.1f} %",
+        flush=True,
+    )

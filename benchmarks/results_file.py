@@ -1,0 +1,65 @@
+"""benchmarks/results/*.json: all that is measured, written after every run: a stop loses nothing."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a measurement depends on beside its rows: other code means another measurement.
+_CODE = ("luthier/methods", "luthier/modeling", "luthier/training", "benchmarks/peers")
+
+
+class ResultsFile:
+    """A JSON file of rows, each with the fingerprint of what it measured.
+
+    Args:
+        path: the file; read if it is there.
+        machine: what describe_machine returned; results of another machine are not gone on with.
+        fresh: forget what was measured before.
+    """
+
+    def __init__(self, path: Path, machine: dict[str, Any], *, fresh: bool) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"machine": machine, "rows": {}}
+        if not fresh and path.exists():
+            found = json.loads(path.read_text())
+            if found.get("machine") == machine:
+                self.content = found
+
+    def row(self, name: str, fingerprint: str) -> dict[str, Any]:
+        """Return what is stored of a row, to be filled; empty when it was measured on something else.
+
+        Args:
+            name: the row's.
+            fingerprint: names rows, settings and code.
+
+        Returns:
+            A dictionary in the file's content.
+        """
+        rows: dict[str, dict[str, Any]] = self.content["rows"]
+        if rows.get(name, {}).get("fingerprint") != fingerprint:
+            rows[name] = {"fingerprint": fingerprint}
+        return rows[name]
+
+    def save(self) -> None:
+        """Write the file whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def code_digest() -> str:
+    """Name the code that decides a measurement."""
+    found = hashlib.sha256()
+    for folder in _CODE:
+        for path in sorted((ROOT / folder).glob("*.py")):
+            found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """Name settings."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

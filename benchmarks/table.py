@@ -1,0 +1,107 @@
+"""The table that a person reads, in Markdown."""
+
+from typing import Any
+
+from benchmarks.rows import GROWTH, ROWS, SHORT_JOB
+
+_HEADER = (
+    "| row | ours, tokens/s | peer, tokens/s | peer's best settings | times faster (95 %) | bar "
+    "| memory ours / peer, MB | times (bar) | share of bf16 GEMM peak, ours / peer "
+    "| loss gap, mean / largest | stolen |"
+)
+
+
+def make_table(content: dict[str, Any]) -> str:
+    """Return what a results file holds as Markdown.
+
+    Args:
+        content: of the file.
+
+    Returns:
+        The machine, a line a row, what the other measurements found, and how each peer's settings did.
+    """
+    machine, rows = content["machine"], content["rows"]
+    lines = [
+        f"Measured on {machine['device']}: {machine['processor']}, {machine['num_cores']} cores, "
+        f"{machine['memory_gib']} GiB, torch {machine['torch']}.",
+        "",
+        _HEADER,
+        "|" + "---|" * (_HEADER.count("|") - 1),
+    ]
+    lines += [_row_line(name, rows[name]) for name in ROWS if name in rows]
+    if SHORT_JOB in rows:
+        lines += ["", *_short_job_lines(rows[SHORT_JOB])]
+    if GROWTH in rows and "summary" in rows[GROWTH]:
+        lines += ["", *_growth_lines(rows[GROWTH]["summary"])]
+    lines += ["", "Every setting of every peer, one run each:", ""]
+    lines += [
+        line for name in [*ROWS, SHORT_JOB] if name in rows for line in _variant_lines(name, rows[name])
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row_line(name: str, found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return f"| {name} | | | | does not run here: {found['failed']} " + "| " * 7 + "|"
+    if "summary" not in found:
+        return f"| {name} | not finished " + "| " * 9 + "|"
+    summary = found["summary"]
+    speed, ratio = summary["tokens_per_second"], summary["ratio"]
+    memory, share = summary["memory_bytes"], summary["gemm_roofline_share"]
+    losses = summary["losses"]
+    gap = (
+        f"{losses['mean_gap']:.3f} / {losses['largest_gap']:.3f}"
+        if "mean_gap" in losses
+        else f"means {losses['ours_mean']:.2f} / {losses['peer_mean']:.2f}"
+    )
+    bar = "" if summary["memory_bar"] is None else f" ({summary['memory_bar']})"
+    cells = [
+        name,
+        f"{speed['ours']:.0f}",
+        f"{speed['peer']:.0f}" + ("" if summary["has_equal_tokens"] else " (unequal tokens!)"),
+        summary["peer_variant"],
+        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        f"{summary['bar']:g} {'met' if summary['is_above_bar'] else 'missed'}",
+        f"{memory['ours'] / 1e6:.0f} / {memory['peer'] / 1e6:.0f}",
+        f"{summary['memory_ratio']['median']:.2f}{bar}",
+        f"{100 * share['ours']:.0f} % / {100 * share['peer']:.0f} % of "
+        f"{summary['gemm_gflops']['bfloat16']:.0f} GFLOP/s",
+        gap,
+        f"{100 * summary['stolen_share']:.1f} %",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _short_job_lines(found: dict[str, Any]) -> list[str]:
+    if "summary" not in found:
+        return [f"Short job: {found.get('failed', 'not finished')}."]
+    summary = found["summary"]
+    seconds, ratio = summary["total_seconds"], summary["ratio"]
+    return [
+        f"Short job of {found['workload']['rows']} rows, upload to first token: {seconds['ours']:.1f} s; "
+        f"TRL's script ({summary['peer_variant']}), start to saved adapter: {seconds['peer']:.1f} s; "
+        f"{ratio['median']:.2f} times ({ratio['low']:.2f} to {ratio['high']:.2f}), bar {summary['bar']:g}."
+    ]
+
+
+def _growth_lines(summary: dict[str, Any]) -> list[str]:
+    return [
+        f"Growth: ten times the rows takes {summary['rows_x10_seconds_per_token_ratio']:.3f} times the "
+        f"seconds a token and {summary['rows_x10_memory_ratio']:.3f} times the memory; rows of four times "
+        f"the length take {100 * summary['length_x4_gap']:+.1f} % beside a T + b T^2 fitted on three lengths "
+        f"(a {summary['fit']['a']:.3g}, b {summary['fit']['b']:.3g}): "
+        f"{'within the bars' if summary['is_within_bars'] else 'outside the bars'}."
+    ]
+
+
+def _variant_lines(name: str, found: dict[str, Any]) -> list[str]:
+    lines = []
+    for variant, told in found.get("variants", {}).items():
+        if "failed" in told:
+            lines.append(f"- {name}, {variant}: fails: {told['failed']}")
+            continue
+        lines.append(
+            f"- {name}, {variant}: {told['num_tokens'] / told['seconds']:.0f} tokens/s, "
+            f"{told['memory_bytes'] / 1e6:.0f} MB"
+        )
+    return lines
