@@ -204,6 +204,12 @@ class NonFiniteLossError(JobError):
     code = "non_finite_loss"
 
 
+class TooMuchForgettingError(JobError):
+    """Every checkpoint raised the loss on general text by more than the job allows."""
+
+    code = "too_much_forgetting"
+
+
 class OutOfMemoryError(JobError):
     """The device has too little memory for the job."""
 

@@ -1,18 +1,19 @@
-"""Scoring rows without training on them."""
+"""Scoring a model without training it: validation rows, the general text, answers to sample prompts."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from luthier.core.errors import NonFiniteLossError
+from luthier.core.reports import Evaluation
 from luthier.data.prepared import PreparedRows
 from luthier.training.batches import collate, row_lengths, split_micro
+from luthier.training.samples import SamplePrompts
+from luthier.training.stopping import StoppedError
 from luthier.training.trainee import Trainee
-
-
-class StoppedError(Exception):
-    """TERM came in the middle of something that can be done again after a resume."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ def evaluate(
     """Score all rows.
 
     Args:
-        trainee: the model; in evaluation mode meanwhile.
-        rows: validation rows, with at least one supervised token in all.
+        trainee: the model, in evaluation mode.
+        rows: rows with at least one supervised token in all.
         max_tokens: bound on a part with its padding.
         pad_id: token on the right of shorter rows.
         should_stop: asked between parts.
@@ -47,18 +48,78 @@ def evaluate(
     Raises:
         StoppedError: when `should_stop` said so.
     """
-    model = trainee.attached.model
-    was_training = model.training
-    model.eval()
     nll_sum, num_right, num_supervised = 0.0, 0, 0
-    try:
-        for part in split_micro(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
-            if should_stop():
-                raise StoppedError
-            loss = trainee.loss(collate(rows, part, pad_id))
-            nll_sum += loss.nll_sum.item()
-            num_right += loss.num_right
-            num_supervised += loss.num_supervised
-    finally:
-        model.train(was_training)
+    for part in split_micro(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
+        if should_stop():
+            raise StoppedError
+        loss = trainee.loss(collate(rows, part, pad_id))
+        nll_sum += loss.nll_sum.item()
+        num_right += loss.num_right
+        num_supervised += loss.num_supervised
     return Scores(loss=nll_sum / max(1, num_supervised), accuracy=num_right / max(1, num_supervised))
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Everything that a model is scored on, the same at every evaluation of a run.
+
+    `validation` may be absent, `general` is the bundled text. `max_tokens` bounds a part with its padding,
+    `pad_id` fills the right of shorter rows, `should_stop` is asked often.
+    """
+
+    validation: PreparedRows | None
+    general: PreparedRows
+    prompts: SamplePrompts
+    max_tokens: int
+    pad_id: int
+    should_stop: Callable[[], bool]
+
+    def examine(
+        self, trainee: Trainee, *, step: int, epoch: float, base_general_loss: float | None
+    ) -> Evaluation:
+        """Score a model and let it answer the sample prompts.
+
+        Args:
+            trainee: the model; in evaluation mode meanwhile.
+            step: steps done; 0 for the base.
+            epoch: epochs done.
+            base_general_loss: the base's loss on the general text; None when this is the base.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            StoppedError: when TERM came; nothing is kept of it.
+            NonFiniteLossError: when a loss is no number.
+        """
+        model = trainee.attached.model
+        was_training = model.training
+        model.eval()
+        try:
+            valid = None if self.validation is None else self._score(trainee, self.validation, step)
+            general = self._score(trainee, self.general, step).loss
+            answers = self.prompts.answer(trainee.method, trainee.attached, self.should_stop)
+        finally:
+            model.train(was_training)
+        return Evaluation(
+            step=step,
+            epoch=epoch,
+            valid_loss=None if valid is None else valid.loss,
+            valid_mean_token_accuracy=None if valid is None else valid.accuracy,
+            general_loss=general,
+            forgetting=None if base_general_loss is None else general - base_general_loss,
+            answers=answers,
+        )
+
+    def _score(self, trainee: Trainee, rows: PreparedRows, step: int) -> Scores:
+        scores = evaluate(
+            trainee, rows, max_tokens=self.max_tokens, pad_id=self.pad_id, should_stop=self.should_stop
+        )
+        if not math.isfinite(scores.loss):
+            whose = "The base's loss" if step == 0 else f"The loss after step {step}"
+            rows_name = "general text" if rows is self.general else "validation rows"
+            raise NonFiniteLossError(
+                f"{whose} on the {rows_name} is not finite. Nothing more is published. "
+                + ("Fetch the base again." if step == 0 else "Use a lower learning rate.")
+            )
+        return scores

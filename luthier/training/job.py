@@ -4,8 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from luthier.core.errors import InvalidTrainingFileError, LuthierError
-from luthier.core.specs import RunInputs, TrainingSpec
+from luthier.core.errors import InvalidTrainingFileError, InvalidValueError, LuthierError
+from luthier.core.specs import RunInputs, TrainingOptions, TrainingSpec
 from luthier.data.prepared import PreparedRows, read_prepared
 from luthier.storage.manifests import file_sha256
 from luthier.training.artifact import Origin
@@ -70,6 +70,7 @@ def read_job(folder: Path, inputs: RunInputs) -> Job:
     Raises:
         LuthierError: when the spec is not resolved.
         InvalidTrainingFileError: when no token is supervised.
+        InvalidValueError: when an option needs validation rows and there are none.
     """
     spec_text = (folder / SPEC_NAME).read_bytes()
     spec = TrainingSpec.model_validate_json(spec_text)
@@ -87,6 +88,7 @@ def read_job(folder: Path, inputs: RunInputs) -> Job:
     validation = read_prepared(validation_path) if validation_path.exists() else None
     if validation is not None and (validation.num_rows == 0 or count_supervised(validation).sum() == 0):
         validation = None
+    _check_options(spec.training, has_validation=validation is not None)
     data_sha256 = file_sha256(folder / TRAIN_NAME)
     validation_sha256 = None if validation is None else file_sha256(validation_path)
     # Validation decides when to stop and what is published, so its rows are part of what is trained.
@@ -101,3 +103,14 @@ def read_job(folder: Path, inputs: RunInputs) -> Job:
         data_sha256=data_sha256,
         validation_sha256=validation_sha256,
     )
+
+
+def _check_options(options: TrainingOptions, *, has_validation: bool) -> None:
+    """Refuse what is decided by a validation loss where there will be none."""
+    for name, is_asked in (("patience", options.patience is not None), ("keep_best", options.keep_best)):
+        if is_asked and not has_validation:
+            raise InvalidValueError(
+                f"training.{name} needs validation rows with supervised tokens. Send a validation_file, or "
+                "set training.validation_split.",
+                param=f"training.{name}",
+            )

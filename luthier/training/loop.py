@@ -1,30 +1,37 @@
 """The loop: from the first step that is not done to the last, with save points and checkpoints."""
 
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
-from luthier.core.errors import NonFiniteLossError
-from luthier.core.events import CheckpointEvent, EvaluatedEvent, Metrics, SavePointEvent, StepEvent
+from luthier.core.errors import NonFiniteLossError, TooMuchForgettingError
+from luthier.core.events import EvaluatedEvent, Metrics, SavePointEvent, StepEvent
 from luthier.core.reports import Evaluation, RunReport
 from luthier.storage.manifests import Manifest
-from luthier.training.artifact import LOG_NAME, TrainingLog, write_artifact
-from luthier.training.batches import Batch, collate, count_supervised, row_lengths, split_micro
+from luthier.training.artifact import TrainingLog
+from luthier.training.batches import row_lengths
+from luthier.training.choosing import Verdict, judge
 from luthier.training.device import Machine, peak_memory_bytes
 from luthier.training.emit import EventWriter
-from luthier.training.evaluate import Scores, StoppedError, evaluate
+from luthier.training.evaluate import Examiner
+from luthier.training.halving import MicroBatches
 from luthier.training.job import Job
 from luthier.training.optimizer import learning_rate_at
 from luthier.training.progress import Pace, Progress
+from luthier.training.publish import Publisher
 from luthier.training.report import Ledger, build_report
 from luthier.training.savepoints import SavePoints
 from luthier.training.signals import StopRequest
-from luthier.training.step import apply_gradients, compute_gradients
+from luthier.training.step import apply_gradients
+from luthier.training.stopping import StoppedError
 from luthier.training.trainee import Trainee
 
 SAVE_POINT_SECONDS = 30.0
+# A save point may cost a twentieth of the time at most, however large the model.
+_SAVE_COST_FACTOR = 20.0
 _NUM_LINES_NAMED = 20
+RESULT_NAME = "artifact"
 
 
 class Loop:
@@ -35,14 +42,16 @@ class Loop:
         trainee: the model, restored when a save point was there.
         optimizer: over its parameters, restored too.
         save_points: where to write them.
+        publisher: writes checkpoints and the result.
+        micro_batches: computes gradients.
+        examiner: scores the model.
         writer: where events go.
         stop: asked between steps.
         progress: what is done already.
         machine: where it runs; the type of its weights is kept for the next attempt.
         ledger: sums over all attempts.
-        max_tokens: bound on a part of a batch with its padding.
-        pad_id: token on the right of shorter rows.
-        samples: rows on which the trainee's shortcuts are proved before anything is published.
+        log: the run's history.
+        clock: seconds from any start, never going back.
     """
 
     def __init__(
@@ -52,55 +61,63 @@ class Loop:
         *,
         optimizer: torch.optim.Optimizer,
         save_points: SavePoints,
+        publisher: Publisher,
+        micro_batches: MicroBatches,
+        examiner: Examiner,
         writer: EventWriter,
         stop: StopRequest,
         progress: Progress,
         machine: Machine,
         ledger: Ledger,
-        max_tokens: int,
-        pad_id: int,
-        samples: list[Batch],
+        log: TrainingLog,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job = job
+        self.trainee = trainee
+        self.machine = machine
         self.step = progress.step
         self.last_metrics = progress.metrics
+        self._chosen_metrics = progress.chosen_metrics
         self._untold = progress.untold
-        self._machine = machine
-        self._ledger = ledger
-        self.trainee = trainee
         self._optimizer = optimizer
         self._save_points = save_points
+        self._publisher = publisher
+        self._micro_batches = micro_batches
+        self._examiner = examiner
         self._writer = writer
         self._stop = stop
-        self._max_tokens = max_tokens
-        self.samples = samples
-        self._pad_id = pad_id
-        self._lengths = row_lengths(job.rows)
-        self._num_supervised = count_supervised(job.rows)
-        self._saved_at = time.monotonic()
-        self._log = TrainingLog(job.folder / LOG_NAME, progress.log)
+        self.ledger = ledger
+        self._log = log
+        self._clock = clock
+        self._last_manifest: Manifest | None = None
+        self._next_save_at = clock() + SAVE_POINT_SECONDS
 
-    def run(self) -> None:
+    def run(self, base_evaluation: Evaluation | None) -> None:
         """Do every step that is left.
+
+        Args:
+            base_evaluation: the base's scores, where they can't be told from the untrained model's.
 
         Raises:
             StoppedError: when TERM came; a save point of the last step is written.
             NonFiniteLossError: when a step's loss or gradient is no number; that step is not applied.
+            OutOfMemoryError: when a step does not fit, however small its parts.
+            TooMuchForgettingError: when no checkpoint is below `max_forgetting`.
         """
         plan = self.job.plan
         if self.step == 0:
-            self._score_base()
+            self._tell_evaluation(base_evaluation or self._examine())
         elif self._untold is not None:
             self._end_epoch(self._untold)
-        elif plan.ends_epoch(self.step) and not self.checkpoint_folder(self.step).exists():
+        elif plan.ends_epoch(self.step) and not self._publisher.checkpoint_folder(self.step).exists():
             # The attempt before had it, but perhaps nobody took it in time.
             self._checkpoint()
-        left = sum(int(self._lengths[rows].sum()) for rows in plan.steps[self.step :])
-        pace = Pace(time.monotonic, left)
+        left = sum(int(row_lengths(self.job.rows)[rows].sum()) for rows in plan.steps[self.step :])
+        pace = Pace(self._clock, left)
         self.trainee.attached.model.train()
-        while self.step < plan.num_steps:
+        while self.step < plan.num_steps and self._verdict.reason is None:
             self._stop_if_asked()
-            with self._ledger.phase("train"):
+            with self.ledger.phase("train"):
                 event = self._one_step(pace)
             if plan.ends_epoch(self.step):
                 self._end_epoch(event)
@@ -108,43 +125,58 @@ class Loop:
                 self._tell(event)
             if self._is_save_due():
                 self._save()
+        if self._verdict.result_step is None:
+            raise TooMuchForgettingError(
+                f"{self._verdict.reason} There is no checkpoint below it, so nothing is published. Use a "
+                "lower learning rate, fewer epochs, or a higher training.max_forgetting.",
+                param="training.max_forgetting",
+            )
 
-    def checkpoint_folder(self, step: int) -> Path:
-        """Return where the checkpoint of a step lies."""
-        return self.job.folder / "checkpoints" / f"step-{step:06d}"
-
-    def write_result(self, folder: Path) -> Manifest:
-        """Write the model as it is now as an artifact folder, once its shortcuts are proved.
-
-        Args:
-            folder: the artifact's final place.
+    def write_result(self) -> tuple[int, Metrics, Manifest]:
+        """Make the chosen checkpoint the result, in the run directory's `artifact`.
 
         Returns:
-            Its manifest.
+            Its step, its scores and its manifest.
 
         Raises:
-            SelfCheckError: when the model that was trained is not the one that would be published.
+            SelfCheckError: when what was saved is not what was trained.
         """
-        self.trainee.prove_shortcuts(self.samples)
-        return write_artifact(
-            folder,
+        folder, step = self.job.folder / RESULT_NAME, self._verdict.result_step
+        assert step is not None, "a run without a result has failed before"
+        with self.ledger.phase("save"):
+            if step == self.step:
+                manifest = self._publisher.write_result(folder, step, self.last_metrics)
+            else:
+                manifest = self._publisher.take_chosen(folder)
+        self._last_manifest = manifest
+        return step, self.last_metrics if step == self.step else self._chosen_metrics, manifest
+
+    def report(self, *, is_finished: bool = False) -> RunReport:
+        """Return the report as it stands."""
+        manifest, verdict = self._last_manifest, self._verdict
+        is_early = self.step < self.job.plan.num_steps or verdict.forgot_too_much
+        return build_report(
+            self.job,
             self.trainee,
-            self.job.origin,
+            self.machine,
+            self.ledger,
             step=self.step,
-            metrics=self.last_metrics,
-            log=self._log.path,
+            result_step=verdict.result_step if is_finished else None,
+            stopped_early=verdict.reason if is_early else None,
+            num_halvings=self._micro_batches.num_halvings,
+            artifact_bytes=_size(manifest),
+            artifact_digest=manifest.digest if is_finished and manifest is not None else None,
         )
+
+    @property
+    def _verdict(self) -> Verdict:
+        """What the evaluations so far ask for."""
+        return judge(self.job.spec.training, self.ledger.evaluations)
 
     def _one_step(self, pace: Pace) -> StepEvent:
         """Do the next step; return what is to be told of it."""
         step, plan, options = self.step + 1, self.job.plan, self.job.spec.training
-        rows = plan.steps[step - 1]
-        parts = split_micro(rows, self._lengths, self._max_tokens)
-        scores = compute_gradients(
-            self.trainee,
-            (collate(self.job.rows, part, self._pad_id) for part in parts),
-            num_supervised=int(self._num_supervised[rows].sum()),
-        )
+        scores = self._micro_batches.compute(step)
         if not scores.is_finite:
             raise self._non_finite(step)
         rate = learning_rate_at(
@@ -162,7 +194,7 @@ class Loop:
         )
         self.step = step
         pace.step_done(scores.num_tokens)
-        self._ledger.step_done(scores.num_tokens, scores.num_supervised)
+        self.ledger.step_done(scores.num_tokens, scores.num_supervised)
         return StepEvent(
             job_id=self._writer.job_id,
             step=step,
@@ -190,95 +222,68 @@ class Loop:
         self._writer.emit(event)
 
     def _end_epoch(self, event: StepEvent) -> None:
-        """Score the validation rows, tell the epoch's last step with these scores, make its checkpoint."""
+        """Score the model, tell the epoch's last step with these scores, make its checkpoint."""
         try:
-            scores = self._score_validation()
+            evaluation = self._examine()
         except StoppedError:
             # The step is done and kept. The next attempt scores it, tells it and makes its checkpoint first.
             self._untold = event
             self._save()
             raise
         self._untold = None
-        if scores is not None:
+        if evaluation.valid_loss is not None:
             metrics = event.metrics.model_copy(
                 update={
-                    "full_valid_loss": scores.loss,
-                    "full_valid_mean_token_accuracy": scores.accuracy,
+                    "full_valid_loss": evaluation.valid_loss,
+                    "full_valid_mean_token_accuracy": evaluation.valid_mean_token_accuracy,
                 }
             )
             event = event.model_copy(update={"metrics": metrics})
         self._tell(event)
+        self.ledger.evaluations.append(evaluation)
         self._checkpoint()
-        self._tell_evaluation(scores)
+        self._emit_evaluated(evaluation)
 
-    def report(self, manifest: Manifest | None = None) -> RunReport:
-        """Return the report as it stands, with a result's digest and size once there is one."""
-        return build_report(
-            self.job,
-            self.trainee,
-            self._machine,
-            self._ledger,
-            step=self.step,
-            result_step=None if manifest is None else self.step,
-            artifact_digest=None if manifest is None else manifest.digest,
-            artifact_bytes=None
-            if manifest is None
-            else sum(manifest.files[name].bytes for name in manifest.digested),
-        )
+    def _examine(self) -> Evaluation:
+        base = self.ledger.evaluations[0].general_loss if self.ledger.evaluations else None
+        with self.ledger.phase("evaluate"):
+            return self._examiner.examine(
+                self.trainee, step=self.step, epoch=self.job.plan.epoch_of(self.step), base_general_loss=base
+            )
 
-    def _tell_evaluation(self, scores: Scores | None) -> None:
-        evaluation = Evaluation(
-            step=self.step,
-            epoch=self.job.plan.epoch_of(self.step),
-            valid_loss=None if scores is None else scores.loss,
-            valid_mean_token_accuracy=None if scores is None else scores.accuracy,
+    def _tell_evaluation(self, evaluation: Evaluation) -> None:
+        """Keep and tell the base's scores."""
+        scores = evaluation.model_dump(
+            include={"valid_loss", "valid_mean_token_accuracy", "general_loss"}, exclude_none=True
         )
-        self._ledger.evaluations.append(evaluation)
+        self._log.append(step=0, **{f"base_{name}": value for name, value in scores.items()})
+        self.ledger.evaluations.append(evaluation)
+        self._emit_evaluated(evaluation)
+
+    def _emit_evaluated(self, evaluation: Evaluation) -> None:
         self._writer.emit(
             EvaluatedEvent(job_id=self._writer.job_id, evaluation=evaluation, report=self.report())
         )
-
-    def _score_base(self) -> None:
-        scores = self._score_validation()
-        if scores is not None:
-            self._log.append(
-                step=0, base_valid_loss=scores.loss, base_valid_mean_token_accuracy=scores.accuracy
-            )
-        self._tell_evaluation(scores)
-
-    def _score_validation(self) -> Scores | None:
-        if self.job.validation is None:
-            return None
-        return evaluate(
-            self.trainee,
-            self.job.validation,
-            max_tokens=self._max_tokens,
-            pad_id=self._pad_id,
-            should_stop=lambda: self._stop.is_set,
-        )
+        reason = self.report().stopped_early
+        if reason is not None:
+            self._writer.say(reason)
 
     def _checkpoint(self) -> None:
-        """Write the model as it is under its step.
-
-        The folder is left to whoever reads the event: only they know when they have it.
-        """
-        folder = self.checkpoint_folder(self.step)
-        manifest = self.write_result(folder)
-        self._writer.emit(
-            CheckpointEvent(
-                job_id=self._writer.job_id,
-                step=self.step,
-                path=folder.relative_to(self.job.folder).as_posix(),
-                digest=manifest.digest,
-                metrics=self.last_metrics,
+        """Publish the model as it is under its step, unless it has forgotten too much."""
+        verdict = self._verdict
+        if verdict.forgot_too_much:
+            return
+        is_chosen = verdict.result_step == self.step
+        with self.ledger.phase("save"):
+            self._last_manifest = self._publisher.write_checkpoint(
+                self.step, self.last_metrics, is_chosen=is_chosen
             )
-        )
+        if is_chosen:
+            self._chosen_metrics = self.last_metrics
 
     def _is_save_due(self) -> bool:
         every = self.job.spec.training.save_every_steps
-        if every is not None:
-            return self.step % every == 0
-        return time.monotonic() - self._saved_at >= SAVE_POINT_SECONDS
+        return self.step % every == 0 if every is not None else self._clock() >= self._next_save_at
 
     def _stop_if_asked(self) -> None:
         if not self._stop.is_set:
@@ -288,27 +293,37 @@ class Loop:
         raise StoppedError
 
     def _save(self) -> None:
-        progress = Progress(
-            step=self.step,
-            metrics=self.last_metrics,
-            untold=self._untold,
-            precision=self._machine.precision,
-            log=self._log.read(),
-            evaluations=self._ledger.evaluations,
-            micro_batch_halvings=self._ledger.micro_batch_halvings,
-            seconds=self._ledger.seconds,
-            tokens_seen=self._ledger.tokens_seen,
-            supervised_tokens_seen=self._ledger.supervised_tokens_seen,
-            peak_memory_bytes=self._ledger.peak_memory_bytes,
-        )
-        folder = self._save_points.write(progress, self.trainee, self._optimizer)
-        self._saved_at = time.monotonic()
+        began = self._clock()
+        with self.ledger.phase("save"):
+            folder = self._save_points.write(
+                self._progress(), self.trainee, self._optimizer, self._publisher.chosen_folder
+            )
+        ended = self._clock()
+        self._next_save_at = ended + max(SAVE_POINT_SECONDS, _SAVE_COST_FACTOR * (ended - began))
         self._writer.emit(
             SavePointEvent(
                 job_id=self._writer.job_id,
                 step=self.step,
                 path=folder.relative_to(self.job.folder).as_posix(),
             )
+        )
+
+    def _progress(self) -> Progress:
+        parts, ledger = self._micro_batches, self.ledger
+        return Progress(
+            step=self.step,
+            metrics=self.last_metrics,
+            untold=self._untold,
+            precision=self.machine.precision,
+            log=self._log.read(),
+            evaluations=ledger.evaluations,
+            chosen_metrics=self._chosen_metrics,
+            micro_batch_halvings=parts.num_halvings,
+            max_part_tokens=parts.max_tokens if parts.num_halvings else None,
+            seconds=ledger.seconds,
+            tokens_seen=ledger.tokens_seen,
+            supervised_tokens_seen=ledger.supervised_tokens_seen,
+            peak_memory_bytes=ledger.peak_memory_bytes,
         )
 
     def _non_finite(self, step: int) -> NonFiniteLossError:
@@ -321,3 +336,8 @@ class Loop:
             "file. The step was not applied and nothing is published. Use a lower learning rate, or look at "
             "these lines."
         )
+
+
+def _size(manifest: Manifest | None) -> int | None:
+    """Return the bytes of what an artifact is, its card and log left out."""
+    return None if manifest is None else sum(manifest.files[name].bytes for name in manifest.digested)

@@ -18,7 +18,8 @@ class Progress(BaseModel):
     them as JSON lines: the next attempt may start in a folder that knows nothing of this one. `untold` is
     the event of an epoch's last step whose validation was cut short. `precision` is the type of the frozen
     weights, which "auto" leaves to the machine of the first attempt. `evaluations` decide when to stop and
-    which checkpoint is the result, so they are part of it; `micro_batch_halvings` decides the order of sums.
+    which checkpoint is the result, so they are part of it; `chosen_metrics` are that checkpoint's.
+    `max_part_tokens`, set once memory ran out, decides the order of sums.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,7 +30,9 @@ class Progress(BaseModel):
     precision: str | None = None
     log: str = ""
     evaluations: list[Evaluation] = []
+    chosen_metrics: Metrics = Metrics()
     micro_batch_halvings: int = 0
+    max_part_tokens: int | None = None
     seconds: PhaseSeconds = PhaseSeconds()
     tokens_seen: int = 0
     supervised_tokens_seen: int = 0

@@ -32,7 +32,6 @@ class Ledger:
         self, progress: Progress, device: str, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.evaluations = list(progress.evaluations)
-        self.micro_batch_halvings = progress.micro_batch_halvings
         self.tokens_seen = progress.tokens_seen
         self.supervised_tokens_seen = progress.supervised_tokens_seen
         self._peak_memory_bytes = progress.peak_memory_bytes
@@ -48,6 +47,10 @@ class Ledger:
             yield
         finally:
             self._seconds[name] += self._clock() - began
+
+    def add_seconds(self, name: Phase, seconds: float) -> None:
+        """Count time that was taken elsewhere to a phase."""
+        self._seconds[name] += seconds
 
     def step_done(self, num_tokens: int, num_supervised: int) -> None:
         """Count one step's tokens; a step that is repeated after a crash is counted once."""
@@ -84,6 +87,7 @@ def build_report(
     ledger: Ledger,
     *,
     step: int,
+    num_halvings: int,
     result_step: int | None = None,
     stopped_early: str | None = None,
     artifact_bytes: int | None = None,
@@ -97,6 +101,7 @@ def build_report(
         machine: where it is trained.
         ledger: sums over all attempts.
         step: steps done.
+        num_halvings: how often parts of batches were halved.
         result_step: the step whose weights became the model, once that is settled.
         stopped_early: why training ended before its last step.
         artifact_bytes: size of the newest artifact's weights and configuration.
@@ -121,7 +126,7 @@ def build_report(
         steps_planned=job.plan.num_steps,
         result_step=result_step,
         stopped_early=stopped_early,
-        micro_batch_halvings=ledger.micro_batch_halvings,
+        micro_batch_halvings=num_halvings,
         seconds=ledger.seconds,
         tokens_seen=ledger.tokens_seen,
         supervised_tokens_seen=ledger.supervised_tokens_seen,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.storage.manifests import seal_folder, verify_folder
+from luthier.training.linking import pack_folder
 from luthier.training.progress import Progress
 from luthier.training.trainee import Trainee
 
@@ -26,6 +27,7 @@ _OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng.safetensors"
 _STATE = "state.json"
 _LOG = "training_log.jsonl"
+_CHOSEN = "chosen"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class SavePoint:
     folder: Path
     progress: Progress
     state: dict[str, Any]
+
+    @property
+    def chosen(self) -> Path:
+        """Where it keeps the chosen checkpoint, if it does; `unpack_folder` takes it out."""
+        return self.folder / _CHOSEN
 
 
 class SavePoints:
@@ -50,13 +57,20 @@ class SavePoints:
         self._fingerprint = fingerprint
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, progress: Progress, trainee: Trainee, optimizer: torch.optim.Optimizer) -> Path:
+    def write(
+        self,
+        progress: Progress,
+        trainee: Trainee,
+        optimizer: torch.optim.Optimizer,
+        chosen: Path | None = None,
+    ) -> Path:
         """Make the state after a step durable and drop all but the newest two.
 
         Args:
             progress: what is done.
             trainee: the model, between steps.
             optimizer: over the trainee's parameters.
+            chosen: folder of the checkpoint that may become the result though training went on.
 
         Returns:
             The sealed folder.
@@ -75,6 +89,8 @@ class SavePoints:
         }
         (building / _STATE).write_text(json.dumps(state))
         (building / _LOG).write_text(progress.log)
+        if chosen is not None:
+            pack_folder(chosen, building / _CHOSEN)
         final = self._folder / f"step-{progress.step:06d}"
         seal_folder(building, final)
         for old in self._newest_first()[_NUM_KEPT:]:

@@ -41,7 +41,8 @@ class Trainee:
         self.attached = attached
         self.device = device
         self.sample = sample.to(device)
-        self._names, self._weights = zip(*attached.named_trained_parameters(), strict=True)
+        named = attached.named_trained_parameters()
+        self._names, self._weights = [name for name, _ in named], [weight for _, weight in named]
         self.parameters = [_master_of(weight) for weight in self._weights]
         self._has_masters = any(p is not w for p, w in zip(self.parameters, self._weights, strict=True))
         # Sums in float32 over the parts of a step; None until the step has a second part.

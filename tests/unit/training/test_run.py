@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 
 from luthier.core.events import FailedEvent, StoppedEvent, TrainingEvent, parse_event
-from luthier.training import loop as loop_module
+from luthier.training import evaluate as evaluate_module
 from luthier.training import run as run_module
-from luthier.training.evaluate import StoppedError, evaluate
+from luthier.training.evaluate import evaluate
 from luthier.training.run import run
 from luthier.training.signals import StopRequest
+from luthier.training.stopping import StoppedError
 from tests.tiny import build_tiny_base, build_tiny_run
 
 
@@ -46,12 +47,12 @@ def test_a_validation_that_was_cut_short_is_made_up_for_and_the_step_told_once(
     def evaluate_once(*arguments: Any, **options: Any) -> Any:
         nonlocal num_scored
         num_scored += 1
-        # The base is scored first; TERM comes in the first epoch's validation.
-        if num_scored == 2:
+        # The base is scored first, on two sets of rows; TERM comes in the first epoch's validation.
+        if num_scored == 3:
             raise StoppedError
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(loop_module, "evaluate", evaluate_once)
+    monkeypatch.setattr(evaluate_module, "evaluate", evaluate_once)
     first = run_whole(folder)
     assert isinstance(first[-1], StoppedEvent)
     second = run_whole(folder)
@@ -66,7 +67,7 @@ def run_failing(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(run_module, "_prepare", fail)
+    monkeypatch.setattr(run_module, "assemble", fail)
     reader, writer = os.pipe()
     try:
         assert not run(folder, writer, StopRequest())
@@ -91,7 +92,7 @@ def test_memory_that_ran_out_ends_the_job_with_advice(
 ) -> None:
     event = run_failing(folder, error, monkeypatch)
     assert (event.code, event.is_retryable) == ("out_of_memory", False)
-    assert "batch_size" in event.message
+    assert "smaller base" in event.message
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,180 @@
+"""From a run directory to a loop that is ready: base, method, optimizer, and the state of a save point."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luthier.core.events import StartedEvent
+from luthier.core.reports import Evaluation
+from luthier.data.tokens import Tokenizer
+from luthier.methods import Attached, Start, parse_tuning
+from luthier.modeling.load import load_base
+from luthier.training.artifact import LOG_NAME, TrainingLog
+from luthier.training.batches import Batch, collate, row_lengths
+from luthier.training.device import Machine, choose_machine
+from luthier.training.emit import EventWriter
+from luthier.training.evaluate import Examiner
+from luthier.training.general_text import general_rows
+from luthier.training.halving import MicroBatches
+from luthier.training.job import Job
+from luthier.training.loop import Loop
+from luthier.training.memory import max_part_tokens
+from luthier.training.optimizer import build_optimizer
+from luthier.training.progress import Progress
+from luthier.training.publish import Publisher
+from luthier.training.report import Ledger
+from luthier.training.samples import SamplePrompts
+from luthier.training.savepoints import SavePoints
+from luthier.training.signals import StopRequest
+from luthier.training.trainee import Trainee
+from luthier.training.untuned import Untuned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NUM_SAMPLE_TOKENS = 32
+# The longest row's part in a proof: beyond the length at which the fast path attends in another way.
+_NUM_LONG_SAMPLE_TOKENS = 512
+# Rows that a method may take its first values from.
+_NUM_EXAMPLES = 64
+
+
+def assemble(
+    job: Job, writer: EventWriter, stop: StopRequest, started_at: float
+) -> tuple[Loop, Evaluation | None]:
+    """Load the base, attach the method, put back a save point.
+
+    Args:
+        job: what is to be trained.
+        writer: where events go.
+        stop: asked between steps.
+        started_at: when the run began, on the monotonic clock.
+
+    Returns:
+        The loop; and the base's scores where the method does not start as the base and no step is done.
+    """
+    spec, inputs = job.spec, job.origin.inputs
+    save_points = SavePoints(job.folder / "save_points", job.fingerprint)
+    found = save_points.find(lambda text: writer.say(text, "warn"))
+    progress = Progress() if found is None else found.progress
+    machine = choose_machine(
+        inputs.device, spec.training.precision, spec.num_threads or 1, begun_in=progress.precision
+    )
+    ledger = Ledger(progress, machine.device)
+    tokenizer = Tokenizer.load(Path(inputs.base_path))
+    causal_lm = load_base(Path(inputs.base_path), dtype=machine.dtype, device=machine.device)
+    pad_id = _pad_id(causal_lm.config)
+    samples = _samples(job, pad_id)
+    examiner = _examiner(job, machine, tokenizer, pad_id, stop)
+    ledger.add_seconds("load", time.monotonic() - started_at)
+    method, params = parse_tuning(spec.tuning)
+    base_evaluation = None
+    if progress.step == 0 and not method.starts_as_base:
+        with ledger.phase("evaluate"):
+            base_evaluation = _examine_base(causal_lm, examiner, machine, samples[0])
+    attach_began = time.monotonic()
+    attached = method.attach(causal_lm, params, _start(job, tokenizer))
+    trainee = Trainee(method, attached, machine.device, samples[0])
+    optimizer = build_optimizer(
+        trainee.parameters,
+        learning_rate=job.peak_learning_rate,
+        weight_decay=spec.training.weight_decay,
+        device=machine.device,
+    )
+    log = TrainingLog(job.folder / LOG_NAME, progress.log)
+    publisher = Publisher(job, trainee, writer, samples=samples, log=log.path)
+    publisher.restore_chosen(None if found is None else found.chosen)
+    if found is not None:
+        save_points.restore(found, trainee, optimizer)
+        trainee.prove_shortcuts(samples)
+    ledger.add_seconds("load", time.monotonic() - attach_began)
+    writer.emit(
+        StartedEvent(
+            job_id=inputs.job_id,
+            device=machine.device,
+            precision=machine.precision,
+            start_step=progress.step,
+            total_steps=job.plan.num_steps,
+            num_trained_parameters=attached.num_trained_parameters,
+            load_seconds=time.monotonic() - started_at,
+        )
+    )
+    if trainee.path == "fused":
+        writer.say("The fast path for this architecture runs; it was compared with the plain one.")
+    loop = Loop(
+        job,
+        trainee,
+        optimizer=optimizer,
+        save_points=save_points,
+        publisher=publisher,
+        micro_batches=MicroBatches(
+            job,
+            trainee,
+            machine,
+            writer,
+            pad_id=pad_id,
+            max_tokens=progress.max_part_tokens or max_part_tokens(job.origin.base, machine),
+            num_halvings=progress.micro_batch_halvings,
+        ),
+        examiner=examiner,
+        writer=writer,
+        stop=stop,
+        progress=progress,
+        machine=machine,
+        ledger=ledger,
+        log=log,
+    )
+    return loop, base_evaluation
+
+
+def _start(job: Job, tokenizer: Tokenizer) -> Start:
+    """Return what a method's first values may depend on."""
+    num_examples = min(job.rows.num_rows, _NUM_EXAMPLES)
+    return Start(
+        seed=job.spec.seed,
+        base_id=job.spec.base_id,
+        tokenize=tokenizer.encode,
+        examples=[job.rows.row(index)[0].tolist() for index in range(num_examples)],
+    )
+
+
+def _examiner(job: Job, machine: Machine, tokenizer: Tokenizer, pad_id: int, stop: StopRequest) -> Examiner:
+    base = job.origin.base
+    prompts = SamplePrompts(
+        job.spec.training.sample_prompts, Path(job.origin.inputs.base_path), tokenizer, base.context_length
+    )
+    return Examiner(
+        validation=job.validation,
+        general=general_rows(tokenizer, base.context_length),
+        prompts=prompts,
+        max_tokens=max_part_tokens(base, machine),
+        pad_id=pad_id,
+        should_stop=lambda: stop.is_set,
+    )
+
+
+def _examine_base(
+    causal_lm: "PreTrainedModel", examiner: Examiner, machine: Machine, sample: Batch
+) -> Evaluation:
+    """Score the base before a method that changes it at once lies on it."""
+    untuned = Trainee(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), machine.device, sample)
+    return examiner.examine(untuned, step=0, epoch=0.0, base_general_loss=None)
+
+
+def _samples(job: Job, pad_id: int) -> list[Batch]:
+    """Return the shortest row, cut to a few tokens, and the longest: enough to compare results on."""
+    lengths = row_lengths(job.rows)
+    shortest = _cut(job, int(np.argmin(lengths)), _NUM_SAMPLE_TOKENS, pad_id)
+    return [shortest, _cut(job, int(np.argmax(lengths)), _NUM_LONG_SAMPLE_TOKENS, pad_id)]
+
+
+def _cut(job: Job, row: int, num_tokens: int, pad_id: int) -> Batch:
+    batch = collate(job.rows, np.array([row]), pad_id)
+    return Batch(batch.token_ids_BT[:, :num_tokens], batch.supervised_BT[:, :num_tokens], 0)
+
+
+def _pad_id(config: object) -> int:
+    pad = getattr(config, "pad_token_id", None)
+    return pad if isinstance(pad, int) else 0

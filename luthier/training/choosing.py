@@ -1,0 +1,80 @@
+"""When training ends before its last step, and which checkpoint is the result.
+
+A function of the evaluations alone, which every save point holds: whoever resumes decides the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luthier.core.reports import Evaluation
+from luthier.core.specs import TrainingOptions
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from the evaluations so far.
+
+    `result_step` is the step whose checkpoint would be the result if training ended now, None without any.
+    `reason` says why training ends now, None when it goes on. `forgot_too_much` says that the last
+    evaluation is of a model that must not be published.
+    """
+
+    result_step: int | None = None
+    reason: str | None = None
+    forgot_too_much: bool = False
+
+
+def judge(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Verdict:
+    """Decide from all evaluations so far.
+
+    Args:
+        options: `patience`, `keep_best` and `max_forgetting` of them.
+        evaluations: in order; the base's, at step 0, is no candidate.
+
+    Returns:
+        The verdict.
+    """
+    best: Evaluation | None = None
+    last: Evaluation | None = None
+    num_without_gain = 0
+    for evaluation in evaluations:
+        if evaluation.step == 0:
+            continue
+        if _forgot_too_much(options, evaluation):
+            return Verdict(_result(options, best, last), _forgetting_reason(options, evaluation), True)
+        last = evaluation
+        if best is None or _is_better(evaluation, best):
+            best, num_without_gain = evaluation, 0
+            continue
+        num_without_gain += 1
+        if options.patience is not None and num_without_gain >= options.patience:
+            reason = (
+                f"Training ends after step {evaluation.step}: the validation loss was not better than "
+                f"{best.valid_loss:.4f}, that of step {best.step}, in {num_without_gain} evaluations."
+            )
+            return Verdict(_result(options, best, last), reason)
+    return Verdict(_result(options, best, last))
+
+
+def _result(options: TrainingOptions, best: Evaluation | None, last: Evaluation | None) -> int | None:
+    chosen = best if options.keep_best else last
+    return None if chosen is None else chosen.step
+
+
+def _is_better(evaluation: Evaluation, best: Evaluation) -> bool:
+    if evaluation.valid_loss is None or best.valid_loss is None:
+        return False
+    return evaluation.valid_loss < best.valid_loss
+
+
+def _forgot_too_much(options: TrainingOptions, evaluation: Evaluation) -> bool:
+    limit, forgetting = options.max_forgetting, evaluation.forgetting
+    return limit is not None and forgetting is not None and forgetting > limit
+
+
+def _forgetting_reason(options: TrainingOptions, evaluation: Evaluation) -> str:
+    return (
+        f"Training ends after step {evaluation.step}: the loss on general text has risen by "
+        f"{evaluation.forgetting:.4f} nats per token, above training.max_forgetting "
+        f"({options.max_forgetting:g})."
+    )

@@ -1,0 +1,43 @@
+"""The bundled general text, on which forgetting is measured: prose of several registers, written for this.
+
+A blank line ends a passage. The text is part of what reported numbers mean: changing it changes them.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from luthier.data.prepared import PreparedRows, join_rows
+from luthier.data.tokens import Tokenizer
+
+_PATH = Path(__file__).with_name("general_text.txt")
+# Enough for any passage; a base with a shorter context reads them in pieces.
+_MAX_ROW_TOKENS = 128
+
+
+@cache
+def general_passages() -> list[str]:
+    """Return the passages, in file order."""
+    return _PATH.read_text(encoding="utf-8").strip().split("\n\n")
+
+
+def general_rows(tokenizer: Tokenizer, context_length: int) -> PreparedRows:
+    """Turn the passages into rows of which every token but the first is predicted.
+
+    Args:
+        tokenizer: the base's.
+        context_length: the base's, in tokens; longer passages are cut into several rows.
+
+    Returns:
+        The rows; their lines are the passages' numbers, from 1.
+    """
+    limit = max(2, min(_MAX_ROW_TOKENS, context_length // 2))
+    tokens, lines = [], []
+    for number, encoding in enumerate(tokenizer.encode_batch(general_passages()), start=1):
+        for start in range(0, len(encoding.ids), limit):
+            piece = encoding.ids[start : start + limit]
+            if len(piece) > 1:
+                tokens.append(piece)
+                lines.append(number)
+    return join_rows(tokens, [np.arange(len(row)) > 0 for row in tokens], lines)

@@ -1,0 +1,131 @@
+"""The gradients of one step in parts that fit into memory; in smaller ones once it has run out."""
+
+import gc
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from luthier.training.batches import Batch, collate, count_supervised, row_lengths, split_micro
+from luthier.training.device import Machine
+from luthier.training.emit import EventWriter
+from luthier.training.job import Job
+from luthier.training.memory import is_out_of_memory, out_of_memory
+from luthier.training.step import StepScores, compute_gradients
+from luthier.training.trainee import Trainee
+
+MAX_HALVINGS = 3
+
+
+class MicroBatches:
+    """Cuts steps into parts and computes their gradients, whose sum does not depend on the cut.
+
+    Args:
+        job: what is trained.
+        trainee: the model.
+        machine: where it runs.
+        writer: told when parts become smaller.
+        pad_id: token on the right of shorter rows.
+        max_tokens: bound on a part with its padding.
+        num_halvings: how often it was halved already, in all attempts.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        trainee: Trainee,
+        machine: Machine,
+        writer: EventWriter,
+        *,
+        pad_id: int,
+        max_tokens: int,
+        num_halvings: int,
+    ) -> None:
+        self.max_tokens = max_tokens
+        self.num_halvings = num_halvings
+        self._job = job
+        self._trainee = trainee
+        self._machine = machine
+        self._writer = writer
+        self._pad_id = pad_id
+        self._lengths = row_lengths(job.rows)
+        self._num_supervised = count_supervised(job.rows)
+        # The part that is computed at the moment.
+        self._rows: NDArray[np.int64] = np.zeros(0, np.int64)
+
+    def compute(self, step: int) -> StepScores:
+        """Fill the gradients of a step; halve its parts and begin it again when memory runs out.
+
+        Args:
+            step: 1 for the first.
+
+        Returns:
+            The scores of the whole step.
+
+        Raises:
+            OutOfMemoryError: when one row alone does not fit, or the parts were halved three times before.
+        """
+        rows = self._job.plan.steps[step - 1]
+        random = _random_states(self._trainee.device)
+        while True:
+            try:
+                return compute_gradients(
+                    self._trainee,
+                    self._parts(rows),
+                    num_supervised=int(self._num_supervised[rows].sum()),
+                )
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(self._rows) == 1 or self.num_halvings == MAX_HALVINGS:
+                    raise self._give_up(step) from error
+            # Outside the handler: the error's traceback holds the tensors of the part that failed.
+            self._halve(step)
+            _restore_random_states(random, self._trainee.device)
+
+    def _parts(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        for part in split_micro(rows, self._lengths, self.max_tokens):
+            self._rows = part
+            yield collate(self._job.rows, part, self._pad_id)
+
+    @property
+    def _num_tokens(self) -> int:
+        """Padded tokens of the part that is computed."""
+        return len(self._rows) * int(self._lengths[self._rows].max())
+
+    def _halve(self, step: int) -> None:
+        size = self._num_tokens
+        self.max_tokens = size // 2
+        self.num_halvings += 1
+        self._trainee.clear_gradients()
+        gc.collect()
+        if self._machine.device == "cuda":
+            torch.cuda.empty_cache()
+        self._writer.say(
+            f"Memory ran out in step {step} with {len(self._rows)} rows ({size} tokens) at a time. From here "
+            f"on at most {self.max_tokens} tokens are computed at a time, and batches stay as large as they "
+            f"were: halving {self.num_halvings} of at most {MAX_HALVINGS}.",
+            "warn",
+        )
+
+    def _give_up(self, step: int) -> Exception:
+        rows = "one row" if len(self._rows) == 1 else f"{len(self._rows)} rows"
+        return out_of_memory(
+            self._job.origin.base,
+            self._machine,
+            num_trained=self._trainee.attached.num_trained_parameters,
+            num_tokens=self._num_tokens,
+            what=f"Step {step}, with {rows} of {self._num_tokens} tokens at a time,",
+        )
+
+
+def _random_states(device: str) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if device.startswith("cuda") else states
+
+
+def _restore_random_states(states: list[torch.Tensor], device: str) -> None:
+    torch.set_rng_state(states[0])
+    if device.startswith("cuda"):
+        torch.cuda.set_rng_state(states[1])

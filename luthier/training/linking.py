@@ -1,0 +1,50 @@
+"""Sealed folders in a second place without a second copy: their files are never changed again."""
+
+import os
+import shutil
+from pathlib import Path
+
+from luthier.storage.manifests import MANIFEST_NAME
+
+# The manifest of the folder around it leaves out whatever bears a manifest's name.
+_SEAL_NAME = "seal.json"
+
+
+def link_folder(source: Path, destination: Path) -> None:
+    """Give the files of a folder, which nobody changes any more, a second place.
+
+    Args:
+        source: the folder.
+        destination: made here, on the same file system.
+    """
+    shutil.copytree(source, destination, copy_function=_link)
+
+
+def pack_folder(source: Path, destination: Path) -> None:
+    """Put a sealed folder into another one that is yet to be sealed.
+
+    Args:
+        source: the sealed folder.
+        destination: made here; its manifest bears another name.
+    """
+    link_folder(source, destination)
+    (destination / MANIFEST_NAME).rename(destination / _SEAL_NAME)
+
+
+def unpack_folder(source: Path, destination: Path) -> None:
+    """Take out what `pack_folder` put in.
+
+    Args:
+        source: its `destination`.
+        destination: made here, a sealed folder again.
+    """
+    link_folder(source, destination)
+    (destination / _SEAL_NAME).rename(destination / MANIFEST_NAME)
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:
+        # Some file systems know no second names; a full one fails again here.
+        shutil.copyfile(source, destination)

@@ -1,0 +1,136 @@
+"""From the model in memory to folders: checkpoints, which whoever reads the events takes, and the result."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from luthier.core.events import CheckpointEvent, Metrics
+from luthier.storage.manifests import Manifest, verify_folder
+from luthier.training.artifact import write_artifact
+from luthier.training.batches import Batch
+from luthier.training.emit import EventWriter
+from luthier.training.job import Job
+from luthier.training.linking import link_folder, unpack_folder
+from luthier.training.selfcheck import check_artifact
+from luthier.training.trainee import Trainee
+
+
+class Publisher:
+    """Writes artifact folders of one run.
+
+    A checkpoint's folder belongs to its reader, who removes it. Where a checkpoint other than the last may
+    become the result, the chosen one is kept beside, and in every save point: its weights are gone from
+    memory by then.
+
+    Args:
+        job: what is trained.
+        trainee: the model.
+        writer: where events go.
+        samples: rows on which results are proved before anything is published.
+        log: the run's log file.
+    """
+
+    def __init__(
+        self, job: Job, trainee: Trainee, writer: EventWriter, *, samples: list[Batch], log: Path
+    ) -> None:
+        self._job = job
+        self._trainee = trainee
+        self._writer = writer
+        self._samples = samples
+        self._log = log
+        options = job.spec.training
+        self._may_choose_earlier = options.keep_best or options.max_forgetting is not None
+        self._chosen = job.folder / "chosen"
+
+    @property
+    def chosen_folder(self) -> Path | None:
+        """The chosen checkpoint's folder, where the run keeps one and has chosen."""
+        return self._chosen if self._chosen.exists() else None
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """Return where the checkpoint of a step lies."""
+        return self._job.folder / "checkpoints" / f"step-{step:06d}"
+
+    def write_checkpoint(self, step: int, metrics: Metrics, *, is_chosen: bool) -> Manifest:
+        """Write the model as it is under its step, and say so.
+
+        Args:
+            step: steps done.
+            metrics: scores at this step.
+            is_chosen: whether it would be the result if training ended now.
+
+        Returns:
+            Its manifest.
+
+        Raises:
+            SelfCheckError: when the model that was trained is not the one that would be published.
+        """
+        folder = self.checkpoint_folder(step)
+        manifest = self._write(folder, step, metrics)
+        if is_chosen and self._may_choose_earlier:
+            self._check(folder)
+            shutil.rmtree(self._chosen, ignore_errors=True)
+            link_folder(folder, self._chosen)
+        self._writer.emit(
+            CheckpointEvent(
+                job_id=self._writer.job_id,
+                step=step,
+                path=folder.relative_to(self._job.folder).as_posix(),
+                digest=manifest.digest,
+                metrics=metrics,
+            )
+        )
+        return manifest
+
+    def write_result(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
+        """Make the model as it is now the result, once it is proved.
+
+        Args:
+            folder: the result's place.
+            step: steps done.
+            metrics: scores at this step.
+
+        Returns:
+            Its manifest.
+
+        Raises:
+            SelfCheckError: when what was saved is not what was trained.
+        """
+        manifest = self._write(folder, step, metrics)
+        self._check(folder)
+        return manifest
+
+    def take_chosen(self, folder: Path) -> Manifest:
+        """Make the chosen checkpoint, proved when it was chosen, the result.
+
+        Args:
+            folder: the result's place.
+
+        Returns:
+            Its manifest.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        self._chosen.rename(folder)
+        return verify_folder(folder)
+
+    def restore_chosen(self, kept: Path | None) -> None:
+        """Put back the chosen checkpoint as a save point holds it, or none.
+
+        Args:
+            kept: its folder in the save point.
+        """
+        shutil.rmtree(self._chosen, ignore_errors=True)
+        if kept is not None and kept.exists():
+            unpack_folder(kept, self._chosen)
+
+    def _write(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
+        self._trainee.prove_shortcuts(self._samples)
+        return write_artifact(
+            folder, self._trainee, self._job.origin, step=step, metrics=metrics, log=self._log
+        )
+
+    def _check(self, folder: Path) -> None:
+        # Loading may draw random numbers; the steps after it must draw theirs as if it had not happened.
+        with torch.random.fork_rng():
+            check_artifact(self._trainee, folder, self._samples[0])
