@@ -73,10 +73,11 @@ def bare_base(trainee: Trainee) -> PreTrainedModel:
         )
         for name, tensor in source
     }
+    # Weights of two names are one parameter here as there.
+    weights = {id(one): torch.nn.Parameter(one.detach(), requires_grad=False) for one in tensors.values()}
     for name, _ in list(bare.named_parameters(remove_duplicate=False)):
         owner, _, attribute = name.rpartition(".")
-        weight = torch.nn.Parameter(tensors[name].detach(), requires_grad=False)
-        setattr(bare.get_submodule(owner), attribute, weight)
+        setattr(bare.get_submodule(owner), attribute, weights[id(tensors[name])])
     for name, _ in list(bare.named_buffers(remove_duplicate=False)):
         owner, _, attribute = name.rpartition(".")
         bare.get_submodule(owner)._buffers[attribute] = tensors[name]

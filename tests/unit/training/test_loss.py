@@ -6,7 +6,7 @@ import torch
 
 from luthier.training import loss as loss_module
 from luthier.training.batches import Batch, collate
-from luthier.training.loss import head_loss, full_logits_loss, gather_supervised
+from luthier.training.loss import full_logits_loss, gather_supervised, head_loss
 from tests.tiny import build_tiny_rows
 
 
@@ -61,3 +61,50 @@ def test_logits_of_an_unusual_head_give_the_same_sums() -> None:
     full = full_logits_loss(hidden_ND @ weight_VD.t(), targets_N)
     assert full.nll_sum.item() == pytest.approx(direct.nll_sum.item(), rel=1e-6)
     assert full.num_right == direct.num_right
+
+
+@pytest.mark.parametrize("chunk_logits", [10_000, 7 * 50])
+def test_a_trained_head_gets_the_gradient_of_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, chunk_logits: int
+) -> None:
+    monkeypatch.setattr(loss_module, "_MAX_CHUNK_LOGITS", chunk_logits)
+    torch.manual_seed(0)
+    hidden_ND, weight_VD = torch.randn(40, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
+    targets_N = torch.randint(50, (40,))
+    expected = torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.t(), targets_N, reduction="sum") / 3
+    wanted = torch.autograd.grad(expected, (hidden_ND, weight_VD))
+    found = torch.autograd.grad(
+        head_loss(hidden_ND, weight_VD, targets_N).nll_sum / 3, (hidden_ND, weight_VD)
+    )
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_tied_head_adds_its_gradient_to_that_of_the_embedding() -> None:
+    torch.manual_seed(0)
+    weight_VD, targets_N = torch.randn(50, 16).requires_grad_(), torch.randint(50, (12,))
+
+    def embed() -> torch.Tensor:
+        return torch.tanh(torch.nn.functional.embedding(targets_N.flip(0), weight_VD))
+
+    expected = torch.nn.functional.cross_entropy(embed() @ weight_VD.t(), targets_N, reduction="sum")
+    (wanted,) = torch.autograd.grad(expected, weight_VD)
+    head_loss(embed(), weight_VD, targets_N).nll_sum.backward()
+    assert weight_VD.grad is not None
+    assert torch.allclose(weight_VD.grad, wanted, atol=1e-5)
+
+
+def test_gradients_are_in_the_type_of_what_they_are_for() -> None:
+    hidden_ND = torch.randn(6, 8, dtype=torch.bfloat16).requires_grad_()
+    weight_VD = torch.randn(20, 8, dtype=torch.bfloat16).requires_grad_()
+    loss = head_loss(hidden_ND, weight_VD, torch.arange(6))
+    assert loss.nll_sum.dtype == torch.float32
+    found = torch.autograd.grad(loss.nll_sum, (hidden_ND, weight_VD))
+    assert {gradient.dtype for gradient in found} == {torch.bfloat16}
+
+
+def test_a_second_backward_pass_is_refused_for_gradients_are_scaled_in_place() -> None:
+    hidden_ND = torch.randn(4, 8).requires_grad_()
+    loss = head_loss(hidden_ND, torch.randn(9, 8), torch.arange(4)).nll_sum
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already taken"):
+        loss.backward()

@@ -1,0 +1,314 @@
+"""What full tuning promises beyond what every method does: whole models, masters, frozen parts."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, InvalidValueError, SelfCheckError
+from luthier.methods import Attached, Start, check_tuning
+from luthier.methods.full import METHOD, FullParams
+from luthier.modeling.load import load_base
+from luthier.storage.manifests import verify_folder
+from luthier.training import loss as loss_module
+from luthier.training.batches import Batch, collate
+from luthier.training.optimizer import build_optimizer
+from luthier.training.selfcheck import check_artifact
+from luthier.training.step import StepScores, apply_gradients, compute_gradients
+from luthier.training.trainee import Trainee
+from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows
+from tests.tiny_shapes import SHAPES, build_shape
+
+ROWS = build_tiny_rows(8)
+ALL = range(8)
+FIRST_MLP = {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+INPUT_NORMS = {f"model.layers.{number}.input_layernorm.weight" for number in range(2)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return load_base(folder, dtype=dtype, device="cpu")
+
+
+def attach(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Attached:
+    start = Start(5, BASE_ID, tokenize=lambda _text: [])
+    return METHOD.attach(load(folder, dtype), FullParams(**fields), start)
+
+
+def batch(*rows: int) -> Batch:
+    return collate(ROWS, np.array(rows), pad_id=2)
+
+
+def make(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Trainee:
+    return Trainee(METHOD, attach(folder, dtype, **fields), "cpu", batch(0))
+
+
+def step(
+    trainee: Trainee, optimizer: torch.optim.Optimizer, parts: list[Batch], rate: float = 1e-3
+) -> StepScores:
+    num_supervised = sum(int(part.supervised_BT.sum()) for part in parts)
+    scores = compute_gradients(trainee, parts, num_supervised=num_supervised)
+    apply_gradients(trainee, optimizer, scores, learning_rate=rate, max_grad_norm=1.0)
+    return scores
+
+
+def train(trainee: Trainee, num_steps: int, rate: float = 1e-3) -> list[float]:
+    optimizer = build_optimizer(trainee.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
+    trainee.attached.model.train()
+    losses = [step(trainee, optimizer, [batch(*ALL)], rate).loss for _ in range(num_steps)]
+    trainee.attached.model.eval()
+    return losses
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=batch(2, 3).token_ids_BT, use_cache=False).logits
+
+
+def test_the_small_base_has_as_many_parameters_as_the_table_of_methods_says() -> None:
+    """From the shapes of SmolLM2-135M, whose head is tied."""
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert METHOD.count_parameters(model, FullParams()) == 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("freeze", "expected"),
+    [
+        (["embed_tokens"], {"model.embed_tokens.weight"}),
+        (["lm_head"], {"model.embed_tokens.weight"}),
+        ("model.embed_tokens", {"model.embed_tokens.weight"}),
+        (["layers.0.mlp", "norm"], {"model.norm.weight", *FIRST_MLP}),
+        (r".*layers\.\d+\.input_layernorm\.weight", INPUT_NORMS),
+    ],
+)
+def test_what_freeze_names_stays_and_all_else_is_trained(
+    base: Path, freeze: str | list[str], expected: set[str]
+) -> None:
+    trainee = make(base, freeze=freeze)
+    model = trainee.attached.causal_lm
+    assert {name for name, value in model.named_parameters() if not value.requires_grad} == expected
+    assert trainee.attached.num_trained_parameters == METHOD.count_parameters(
+        load(base), FullParams(freeze=freeze)
+    )
+    train(trainee, 2)
+    before = dict(load(base).named_parameters())
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) == (name in expected), name
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (["nope"], "embed_tokens"),
+        ("nope", "embed_tokens"),
+        (".*", "nothing to train"),
+        (["model"], "nothing"),
+    ],
+)
+def test_a_freeze_that_names_nothing_or_everything_is_refused(
+    base: Path, freeze: str | list[str], message: str
+) -> None:
+    with pytest.raises(InvalidValueError, match=message) as caught:
+        attach(base, freeze=freeze)
+    assert caught.value.param == "tuning.freeze"
+
+
+@pytest.mark.parametrize("freeze", ["(a", "(a+)+", "", [], 3])
+def test_a_freeze_that_can_not_be_meant_is_refused_with_the_request(freeze: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_tuning({"type": "full", "freeze": freeze})
+    assert caught.value.param == "tuning.freeze"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_result_is_a_folder_that_transformers_loads_by_itself(shape: str, tmp_path: Path) -> None:
+    base = build_shape(tmp_path / "base", shape)
+    trainee = make(base)
+    losses = train(trainee, 4)
+    assert losses[-1] < losses[0]
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    names = METHOD.save(trainee.attached, folder)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
+    assert names == sorted(path.name for path in folder.iterdir())
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    expected = logits(trainee.attached.model)
+    assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits(METHOD.load(load(base), folder).model), expected)
+    assert not torch.allclose(logits(load(base)), expected, atol=1e-2)
+    check_artifact(trainee, folder, batch(1))
+    is_tied = SHAPES[shape].tie_word_embeddings
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == is_tied
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != is_tied
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("the sky")["input_ids"] == AutoTokenizer.from_pretrained(base)("the sky")["input_ids"]
+
+
+def test_a_result_takes_over_what_chat_needs_and_no_path(base: Path, tmp_path: Path) -> None:
+    trainee = make(base)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        names = METHOD.save(trainee.attached, folder)
+    assert all((folders[0] / n).read_bytes() == (folders[1] / n).read_bytes() for n in names)
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
+        assert (folders[0] / name).read_bytes() == (base / name).read_bytes()
+    assert str(base) not in (folders[0] / "config.json").read_text()
+    assert METHOD.recognises(folders[0])
+    (folders[0] / "adapter_config.json").write_text("{}")
+    assert not METHOD.recognises(folders[0])
+
+
+def test_generation_settings_that_the_library_would_not_save_do_no_harm(base: Path, tmp_path: Path) -> None:
+    attached = attach(base)
+    odd = attached.causal_lm.generation_config
+    odd.temperature, odd.do_sample = 0.5, False
+    METHOD.save(attached, tmp_path)
+    assert attached.causal_lm.generation_config is odd
+    assert (tmp_path / "generation_config.json").read_bytes() == (
+        base / "generation_config.json"
+    ).read_bytes()
+
+
+def test_the_files_of_the_base_are_untouched(base: Path) -> None:
+    train(make(base), 2)
+    verify_folder(base)
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama-untied", "gpt2", "gemma3"])
+def test_one_step_equals_plain_torch(shape: str, tmp_path: Path) -> None:
+    base = build_shape(tmp_path / "base", shape)
+    reference = load(base).requires_grad_(True).train()
+    rows = batch(*ALL)
+    labels = rows.token_ids_BT.masked_fill(~rows.supervised_BT, -100)[:, 1:]
+    found = reference(input_ids=rows.token_ids_BT).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(found.reshape(-1, found.shape[-1]), labels.reshape(-1))
+    loss.backward()
+    parameters = list(reference.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    expected = [parameter.grad.clone() for parameter in parameters]
+    torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1, foreach=False).step()
+
+    trainee = make(base)
+    trainee.attached.model.train()
+    optimizer = build_optimizer(trainee.parameters, learning_rate=1e-3, weight_decay=0.1, device="cpu")
+    gradients: list[torch.Tensor] = []
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(parameter.grad.clone() for parameter in trainee.parameters)
+    )
+    # In three parts: cutting the batch must not show.
+    scores = step(trainee, optimizer, [batch(0, 1, 2), batch(3, 4, 5), batch(6, 7)])
+    assert scores.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert scores.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    # Adam's first step is rate * sign, and the gradients of GPT-2's key biases are zero but for rounding.
+    updated, wanted = (
+        torch.cat([one.flatten() for one in many]) for many in (trainee.parameters, parameters)
+    )
+    assert (updated - wanted).abs().mean() < 1e-6
+
+
+def test_the_head_gets_its_gradient_without_all_logits_where_it_is_a_plain_product(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "full_logits_loss", None)
+    trainee = make(base)
+    monkeypatch.setattr("luthier.training.trainee.full_logits_loss", None)
+    assert train(trainee, 1)
+
+
+def test_masters_take_up_updates_that_bf16_would_lose(base: Path) -> None:
+    trainee = make(base, torch.bfloat16)
+    weights = [value for _, value in trainee.attached.named_trained_parameters()]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainee.parameters} == {torch.float32}
+    norm = dict(trainee.named_parameters)["model.norm.weight"]
+    # A weight of 1 has neighbours 2^-7 apart in bf16; steps of 2^-12 need 16 of them to get half way.
+    losses = train(trainee, 40, rate=2**-12)
+    assert losses[-1] < losses[0]
+    assert not torch.equal(norm, norm.bfloat16().float())
+    assert (norm - 1).abs().max() > 2**-8
+    for parameter, weight in zip(trainee.parameters, weights, strict=True):
+        assert torch.equal(parameter.bfloat16(), weight)
+    assert all(tensor.grad is None for tensor in (*weights, *trainee.parameters))
+
+
+def test_in_bf16_cutting_a_batch_into_parts_changes_no_more_than_rounding_does(base: Path) -> None:
+    trainee = make(base, torch.bfloat16)
+    num_supervised = int(batch(*ALL).supervised_BT.sum())
+    found = []
+    for parts in ([batch(*ALL)], [batch(i) for i in ALL]):
+        compute_gradients(trainee, parts, num_supervised=num_supervised)
+        found.append(torch.cat([gradient.float().flatten() for gradient in trainee.gradients]))
+    assert {gradient.dtype for gradient in trainee.gradients} == {torch.float32}
+    assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
+
+
+def test_in_bf16_the_result_is_bf16_and_proves_itself(base: Path, tmp_path: Path) -> None:
+    trainee = make(base, torch.bfloat16)
+    train(trainee, 3)
+    METHOD.save(trainee.attached, tmp_path)
+    assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    check_artifact(trainee, tmp_path, batch(1))
+
+
+def test_a_result_that_learned_nothing_or_differs_from_what_was_trained_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    trainee = make(base)
+    METHOD.save(trainee.attached, tmp_path)
+    with pytest.raises(SelfCheckError, match="nothing was learned"):
+        check_artifact(trainee, tmp_path, batch(1))
+    train(trainee, 2)
+    with pytest.raises(SelfCheckError, match="other logits"):
+        check_artifact(trainee, tmp_path, batch(1))
+    METHOD.save(trainee.attached, tmp_path)
+    check_artifact(trainee, tmp_path, batch(1))
+
+
+def test_weights_that_are_missing_are_not_made_up(base: Path, tmp_path: Path) -> None:
+    METHOD.save(attach(base), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactCorruptError, match="lacks"):
+        METHOD.load(load(base), tmp_path)
+
+
+def test_a_copy_trains_on_its_own(base: Path) -> None:
+    attached = attach(base)
+    other = copy.deepcopy(attached)
+    before = logits(other.model)
+    train(Trainee(METHOD, attached, "cpu", batch(0)), 1)
+    assert torch.equal(logits(other.model), before)

@@ -1,0 +1,138 @@
+"""Save points: what is resumed goes on exactly where it stopped, for every kind of trained weight."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.core.errors import ArtifactCorruptError
+from luthier.core.specs import BaseFacts
+from luthier.methods import Start, Workload, check_tuning, parse_tuning
+from luthier.modeling.load import load_base
+from luthier.training.batches import Batch, collate
+from luthier.training.optimizer import build_optimizer
+from luthier.training.progress import Progress
+from luthier.training.savepoints import SavePoints
+from luthier.training.step import apply_gradients, compute_gradients
+from luthier.training.trainee import Trainee
+from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows
+
+ROWS = build_tiny_rows(12)
+KINDS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "full": ({"type": "full"}, torch.float32),
+    "full with masters": ({"type": "full"}, torch.bfloat16),
+    "full with a frozen part": ({"type": "full", "freeze": ["embed_tokens"]}, torch.bfloat16),
+    "adapter with dropout": ({"type": "adapter", "dropout": 0.3}, torch.float32),
+    "lora": ({"type": "lora"}, torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch(*rows: int) -> Batch:
+    return collate(ROWS, np.array(rows), pad_id=2)
+
+
+def begin(base: Path, kind: str) -> tuple[Trainee, torch.optim.AdamW]:
+    tuning, dtype = KINDS[kind]
+    method, params = parse_tuning(check_tuning(tuning))
+    facts = BaseFacts.model_validate_json((base / "base.json").read_bytes())
+    resolved = method.resolve(params, Workload(facts, num_rows=8, num_tokens=200))
+    start = Start(5, BASE_ID, tokenize=lambda _text: [7])
+    attached = method.attach(load_base(base, dtype=dtype, device="cpu"), resolved, start)
+    trainee = Trainee(method, attached, "cpu", batch(0))
+    attached.model.train()
+    optimizer = build_optimizer(trainee.parameters, learning_rate=1e-3, weight_decay=0.1, device="cpu")
+    return trainee, optimizer
+
+
+def step(trainee: Trainee, optimizer: torch.optim.Optimizer, number: int) -> None:
+    first = 2 * number % 12
+    parts = [batch(first), batch(first + 1)]
+    num_supervised = sum(int(part.supervised_BT.sum()) for part in parts)
+    scores = compute_gradients(trainee, parts, num_supervised=num_supervised)
+    apply_gradients(trainee, optimizer, scores, learning_rate=1e-3, max_grad_norm=1.0)
+
+
+def refuse(text: str) -> None:
+    pytest.fail(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_the_saved_bytes_are_those_of_a_run_that_was_never_stopped(
+    base: Path, tmp_path: Path, kind: str, stop_after: int
+) -> None:
+    num_steps = 6
+    trainee, optimizer = begin(base, kind)
+    save_points = SavePoints(tmp_path / "save_points", "x")
+    for number in range(num_steps):
+        step(trainee, optimizer, number)
+        if number + 1 == stop_after:
+            save_points.write(Progress(step=stop_after), trainee, optimizer)
+    (tmp_path / "expected").mkdir()
+    names = trainee.method.save(trainee.attached, tmp_path / "expected")
+
+    again, other = begin(base, kind)
+    torch.manual_seed(999)
+    found = save_points.find(refuse)
+    assert found is not None
+    save_points.restore(found, again, other)
+    for number in range(found.progress.step, num_steps):
+        step(again, other, number)
+    (tmp_path / "found").mkdir()
+    again.method.save(again.attached, tmp_path / "found")
+    for name in names:
+        assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+
+
+def test_masters_are_saved_not_their_rounded_copies(base: Path, tmp_path: Path) -> None:
+    trainee, optimizer = begin(base, "full with masters")
+    step(trainee, optimizer, 0)
+    save_points = SavePoints(tmp_path, "x")
+    save_points.write(Progress(step=1), trainee, optimizer)
+    again, other = begin(base, "full with masters")
+    found = save_points.find(refuse)
+    assert found is not None
+    save_points.restore(found, again, other)
+    pairs = list(zip(again.named_parameters, trainee.named_parameters, strict=True))
+    assert all(torch.equal(one, two) and one.dtype == torch.float32 for (_, one), (_, two) in pairs)
+    assert any(not torch.equal(one, one.bfloat16().float()) for (_, one), _ in pairs)
+    weights = again.attached.named_trained_parameters()
+    assert all(
+        torch.equal(w, p.bfloat16()) for (_, w), (_, p) in zip(weights, again.named_parameters, strict=True)
+    )
+
+
+def test_a_save_point_of_other_parameters_is_refused(base: Path, tmp_path: Path) -> None:
+    trainee, optimizer = begin(base, "lora")
+    step(trainee, optimizer, 0)
+    save_points = SavePoints(tmp_path, "x")
+    save_points.write(Progress(step=1), trainee, optimizer)
+    found = save_points.find(refuse)
+    assert found is not None
+    with pytest.raises(ArtifactCorruptError, match="other parameters"):
+        save_points.restore(found, *begin(base, "full"))
+
+
+def test_the_newest_two_are_kept(base: Path, tmp_path: Path) -> None:
+    trainee, optimizer = begin(base, "lora")
+    step(trainee, optimizer, 0)
+    save_points = SavePoints(tmp_path, "x")
+    for number in (1, 2, 3):
+        save_points.write(Progress(step=number), trainee, optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
