@@ -35,10 +35,10 @@ class GatedRunner(Runner):
         self.num_prefills = 0
         self.num_steps = 0
 
-    def prefill(self, sequences: list[Sequence], in_use: set[str]) -> Any:
+    def prefill(self, sequences: list[Sequence]) -> Any:
         self.num_prefills += 1
         assert self.gate.wait(30)
-        return super().prefill(sequences, in_use)
+        return super().prefill(sequences)
 
     def step(self, batch: Any, token_ids: list[int]) -> torch.Tensor:
         self.num_steps += 1

@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     inference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU."
     )
+    inference_max_whole_models_bytes: int = Field(
+        0, ge=0, description="Memory for the weights of fully tuned models; 0: a quarter of the device's."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train and serve.")
     num_threads: int = Field(0, ge=0, description="CPU threads of training and serving; 0: all cores.")
     preload_base: str = Field(

@@ -17,13 +17,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from luthier.core.clock import now_seconds
-from luthier.core.errors import ArtifactCorruptError, LuthierError
+from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
 from luthier.inference import answers
 from luthier.inference.answers import ChatShape, CompletionShape, Shape
-from luthier.inference.bases import ServedModel
+from luthier.inference.bases import ReadyModel
 from luthier.inference.engine import Engine
 from luthier.inference.generation import Generation, IndexedEvent, plan_chat, plan_completion
 from luthier.inference.models import Models, read_target
@@ -44,10 +44,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Asking:
-    """A checked request and what its answer is made from, whichever copy of the model makes it."""
+    """A checked request and what its answer is made from."""
 
     request: Request
-    target: ModelTarget
+    ready: ReadyModel
     shape: Shape
     prompts: list[list[int]]
     options: SamplingOptions
@@ -66,7 +66,7 @@ class Service:
         self._settings = settings
         self._engine = engine
         self._open: set[Generation] = set()
-        self.models = Models(settings)
+        self.models = Models(settings, engine)
 
     async def health(self, _request: Request) -> Response:
         """Say that the process answers, and whether its preloaded base does."""
@@ -78,45 +78,47 @@ class Service:
         """Answer POST /v1/chat/completions."""
         target = read_target(request.headers)
         asked = parse_chat(await read_body(request))
-        served = await self.models.get(target)
-        prompts, options = await asyncio.to_thread(
-            plan_chat,
-            asked,
-            served,
-            max_tokens_default=self._settings.max_tokens_default,
-            max_cache_tokens=self._settings.max_cache_tokens,
-        )
-        shape = ChatShape(
-            id=new_id("chat_completion"),
-            created=now_seconds(),
-            model=target.model,
-            fingerprint=served.fingerprint,
-            tokenizer=served.base.tokenizer,
-            with_logprobs=asked.logprobs,
-            with_usage=asked.stream_options.include_usage,
-        )
-        asking = _Asking(request, target, shape, prompts, options, is_stream=asked.stream)
-        return await self._answer(asking, served)
+        with contextlib.ExitStack() as stack:
+            ready = await self._hold(request, target, stack)
+            prompts, options = await asyncio.to_thread(
+                plan_chat,
+                asked,
+                ready,
+                max_tokens_default=self._settings.max_tokens_default,
+                max_cache_tokens=self._settings.max_cache_tokens,
+            )
+            shape = ChatShape(
+                id=new_id("chat_completion"),
+                created=now_seconds(),
+                model=target.model,
+                fingerprint=ready.served.fingerprint,
+                tokenizer=ready.base.tokenizer,
+                with_logprobs=asked.logprobs,
+                with_usage=asked.stream_options.include_usage,
+            )
+            asking = _Asking(request, ready, shape, prompts, options, is_stream=asked.stream)
+            return await self._answer(asking, stack)
 
     async def completion(self, request: Request) -> Response:
         """Answer POST /v1/completions."""
         target = read_target(request.headers)
         asked = parse_completion(await read_body(request))
-        served = await self.models.get(target)
-        prompts, options = await asyncio.to_thread(
-            plan_completion, asked, served, max_cache_tokens=self._settings.max_cache_tokens
-        )
-        shape = CompletionShape(
-            id=new_id("completion"),
-            created=now_seconds(),
-            model=target.model,
-            fingerprint=served.fingerprint,
-            tokenizer=served.base.tokenizer,
-            with_logprobs=asked.logprobs is not None,
-            with_usage=asked.stream_options.include_usage,
-        )
-        asking = _Asking(request, target, shape, prompts, options, is_stream=asked.stream)
-        return await self._answer(asking, served)
+        with contextlib.ExitStack() as stack:
+            ready = await self._hold(request, target, stack)
+            prompts, options = await asyncio.to_thread(
+                plan_completion, asked, ready, max_cache_tokens=self._settings.max_cache_tokens
+            )
+            shape = CompletionShape(
+                id=new_id("completion"),
+                created=now_seconds(),
+                model=target.model,
+                fingerprint=ready.served.fingerprint,
+                tokenizer=ready.base.tokenizer,
+                with_logprobs=asked.logprobs is not None,
+                with_usage=asked.stream_options.include_usage,
+            )
+            asking = _Asking(request, ready, shape, prompts, options, is_stream=asked.stream)
+            return await self._answer(asking, stack)
 
     def interrupt(self) -> None:
         """End every open answer with an error; the process is going to stop."""
@@ -124,41 +126,28 @@ class Service:
         for generation in list(self._open):
             generation.interrupt()
 
-    async def _answer(self, asking: _Asking, served: ServedModel) -> Response:
-        try:
-            return await self._try_answer(asking, served)
-        except ArtifactCorruptError:
-            # Nothing was sent yet. The copy on this disk may be at fault, which a new one heals.
-            restored = await self.models.restore(asking.target, served)
-            if restored is None:
-                raise
-        return await self._try_answer(asking, restored)
+    async def _hold(self, request: Request, target: ModelTarget, stack: contextlib.ExitStack) -> ReadyModel:
+        """Return the target's model, which stays in memory until the stack is closed."""
+        ready = await while_connected(request, self.models.hold(target))
+        stack.callback(self.models.release, ready)
+        return ready
 
-    async def _try_answer(self, asking: _Asking, served: ServedModel) -> Response:
+    async def _answer(self, asking: _Asking, stack: contextlib.ExitStack) -> Response:
+        """Answer, with all that has to be given back on the stack, which a stream takes over."""
         request, shape = asking.request, asking.shape
-        generation = Generation(served, asking.prompts, asking.options)
-        headers = {HEADER_DIGEST: served.digest or served.base.facts.digest}
+        generation = Generation(asking.ready, asking.prompts, asking.options)
+        headers = {HEADER_DIGEST: asking.ready.served.full_digest}
         generation.submit(self._engine)
         self._open.add(generation)
-        is_handed_over = False
-        try:
-            if not asking.is_stream:
-                return json_response(
-                    await while_connected(request, _collect(shape, generation)), headers=headers
-                )
-            events = generation.events()
-            # A failure before the first event is an ordinary HTTP error, not a stream that begins with one.
-            first = await while_connected(request, anext(events))
-            is_handed_over = True
-            stream = self._stream(shape, generation, first, events)
-            return EventStream(stream, headers, lambda: self._close(generation))
-        finally:
-            if not is_handed_over:
-                self._close(generation)
-
-    def _close(self, generation: Generation) -> None:
-        generation.cancel()
-        self._open.discard(generation)
+        stack.callback(self._open.discard, generation)
+        stack.callback(generation.cancel)
+        if not asking.is_stream:
+            return json_response(await while_connected(request, _collect(shape, generation)), headers=headers)
+        events = generation.events()
+        # A failure before the first event is an ordinary HTTP error, not a stream that begins with one.
+        first = await while_connected(request, anext(events))
+        stream = self._stream(shape, generation, first, events)
+        return EventStream(stream, headers, stack.pop_all().close)
 
     async def _stream(
         self, shape: Shape, generation: Generation, first: IndexedEvent, events: AsyncIterator[IndexedEvent]

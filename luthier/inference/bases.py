@@ -1,8 +1,7 @@
 """Bases in memory: weights, tokenizer and template of each, loaded once and shared by all its models."""
 
-import inspect
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -13,8 +12,10 @@ from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
 from luthier.data.render import ChatTemplate
 from luthier.data.tokens import Tokenizer
-from luthier.inference.adapters import AdapterSlots
+from luthier.inference.copies import Copy
+from luthier.inference.forward import Prefix, count_virtual_tokens
 from luthier.inference.sequence import ModelKey
+from luthier.inference.slots import ArtifactSlots
 from luthier.modeling.load import load_base
 
 
@@ -25,21 +26,19 @@ class LoadedBase:
     facts: BaseFacts
     tokenizer: Tokenizer
     template: ChatTemplate
-    slots: AdapterSlots
+    slots: ArtifactSlots
     device: torch.device
-    takes_positions: bool
-    takes_logits_to_keep: bool
-    # transformers renamed it; older versions know the old name only.
-    cache_argument: str
+    dtype: torch.dtype
+    probe_ids: list[int]
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A base, and maybe an artifact on it: its digest and the local folder that was verified."""
+    """A base, and maybe an artifact of it: its digest and the verified copy on the local disk."""
 
     base: LoadedBase
     digest: str | None = None
-    folder: Path | None = None
+    copy: Copy | None = None
 
     @property
     def key(self) -> ModelKey:
@@ -47,9 +46,42 @@ class ServedModel:
         return self.base.facts.id, self.digest
 
     @property
+    def full_digest(self) -> str:
+        """The digest of what answers, the base's own where there is no artifact."""
+        return self.digest or self.base.facts.digest
+
+    @property
     def fingerprint(self) -> str:
         """The first 12 hex digits of the digest that answers."""
-        return (self.digest or self.base.facts.digest).removeprefix("sha256:")[:12]
+        return self.full_digest.removeprefix("sha256:")[:12]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyModel:
+    """A served model in memory.
+
+    `prefix` lies before every sequence; `whole` are weights of its own, in place of its base's.
+    """
+
+    served: ServedModel
+    prefix: Prefix = ()
+    whole: PreTrainedModel | None = None
+
+    @property
+    def base(self) -> LoadedBase:
+        """The base that it was made from, whose tokenizer and template it uses."""
+        return self.served.base
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that the prefix takes from the context and from the cache of every row."""
+        return count_virtual_tokens(self.prefix)
+
+    def activate(self) -> PreTrainedModel:
+        """Return the module whose next forward passes are this model's; for the engine's thread only."""
+        if self.whole is not None:
+            return self.whole
+        return self.base.slots.activate(self.served.digest)
 
 
 def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
@@ -90,20 +122,37 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
     """
     facts = get_base_facts(settings, base_id)
     folder = base_folder(settings.bases_dir, base_id)
-    device = _choose_device(settings)
-    model = load_base(folder, dtype=_choose_dtype(settings, device), device=device).eval()
+    device, dtype = _choose_device(settings), _choose_dtype(settings)
+    model = load_base(folder, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(folder)
     probe_ids = tokenizer.encode("Hello, who is there?")
     return LoadedBase(
         facts=facts,
         tokenizer=tokenizer,
         template=ChatTemplate.load(folder),
-        slots=AdapterSlots(model, base_digest=facts.digest, probe_ids=probe_ids),
+        slots=ArtifactSlots(model, base_digest=facts.digest, probe_ids=probe_ids),
         device=torch.device(device),
-        takes_positions=_takes(model, "position_ids"),
-        takes_logits_to_keep=_takes(model, "logits_to_keep"),
-        cache_argument="cache" if _takes(model, "cache") else "past_key_values",
+        dtype=dtype,
+        probe_ids=probe_ids,
     )
+
+
+def max_whole_bytes(settings: Settings) -> int:
+    """Return how much memory whole models may take.
+
+    Args:
+        settings: the operator's number, or 0, and the device.
+
+    Returns:
+        Bytes; a quarter of the device's memory where the operator named none.
+    """
+    if settings.inference_max_whole_models_bytes:
+        return settings.inference_max_whole_models_bytes
+    if _choose_device(settings) == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        total = torch.cuda.get_device_properties(_choose_device(settings)).total_memory
+    return int(total) // 4
 
 
 def _choose_device(settings: Settings) -> str:
@@ -112,11 +161,7 @@ def _choose_device(settings: Settings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _choose_dtype(settings: Settings, device: str) -> torch.dtype:
+def _choose_dtype(settings: Settings) -> torch.dtype:
     if settings.inference_dtype == "auto":
-        return torch.float32 if device == "cpu" else torch.bfloat16
+        return torch.float32 if _choose_device(settings) == "cpu" else torch.bfloat16
     return torch.bfloat16 if settings.inference_dtype == "bfloat16" else torch.float32
-
-
-def _takes(model: PreTrainedModel, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters

@@ -7,16 +7,43 @@ import contextlib
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.storage.manifests import Manifest, verify_folder
+from luthier.storage.manifests import MANIFEST_NAME, Manifest, read_manifest, verify_folder
 from luthier.storage.store import Storage
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
-def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Path:
+# A file's name, size, times of change (of content and of the rest) in ns, and place on the disk.
+_Stamp = tuple[str, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy that was verified, and what its files looked like right before."""
+
+    folder: Path
+    digest: str
+    stamps: tuple[_Stamp, ...]
+
+    def check(self) -> None:
+        """Make sure that the copy is still what was verified; only files that were touched cost a reading.
+
+        Raises:
+            ArtifactCorruptError: when it is not.
+        """
+        try:
+            is_untouched = _stamp(self.folder, [name for name, *_ in self.stamps]) == self.stamps
+        except OSError:
+            is_untouched = False
+        if not is_untouched and verify_folder(self.folder).digest != self.digest:
+            raise ArtifactCorruptError("The artifact's local copy was replaced by another.")
+
+
+def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy:
     """Make sure that an artifact lies in the cache, verified. Blocks; never call it on the engine's thread.
 
     Args:
@@ -26,7 +53,7 @@ def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) 
         cache_dir: the server's own copies, one folder per digest.
 
     Returns:
-        The local folder.
+        The verified copy.
 
     Raises:
         ArtifactCorruptError: when the stored bytes are missing, damaged or of another digest.
@@ -34,25 +61,39 @@ def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) 
     if not _DIGEST.fullmatch(digest):
         raise ArtifactCorruptError("The artifact's digest is malformed.")
     folder = cache_dir / digest.removeprefix("sha256:")
-    manifest = verify_copy(folder)
-    if manifest is None or manifest.digest != digest:
+    copy = verify_copy(folder)
+    if copy is None or copy.digest != digest:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        manifest = storage.fetch_folder(prefix, folder)
-    if manifest.digest != digest:
+        copy = _stamp_copy(folder, storage.fetch_folder(prefix, folder))
+    if copy.digest != digest:
         shutil.rmtree(folder, ignore_errors=True)
         raise ArtifactCorruptError("The stored artifact is not the one that the model was published with.")
-    return folder
+    return copy
 
 
-def verify_copy(folder: Path) -> Manifest | None:
-    """Return the manifest of a copy whose files are all as published, None for any other folder."""
+def verify_copy(folder: Path) -> Copy | None:
+    """Return the copy in a folder whose files are all as published, None for any other folder."""
     if not folder.is_dir():
         return None
     try:
-        return verify_folder(folder)
+        # Before the files are read: a change meanwhile must not go unseen.
+        copy = _stamp_copy(folder, read_manifest(folder))
+        return copy if verify_folder(folder).digest == copy.digest else None
     except ArtifactCorruptError:
         # A damaged copy is no loss: the published one is fetched again.
         return None
+
+
+def _stamp_copy(folder: Path, manifest: Manifest) -> Copy:
+    try:
+        return Copy(folder, manifest.digest, _stamp(folder, [*sorted(manifest.files), MANIFEST_NAME]))
+    except OSError as error:
+        raise ArtifactCorruptError("The artifact's local copy vanished.") from error
+
+
+def _stamp(folder: Path, names: list[str]) -> tuple[_Stamp, ...]:
+    facts = [(name, (folder / name).stat()) for name in names]
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in facts)
 
 
 def mark_used(folder: Path) -> None:

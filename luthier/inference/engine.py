@@ -6,12 +6,16 @@
 import logging
 import queue
 import threading
-from typing import Any, Protocol
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
 from luthier.inference import sampler
+from luthier.inference.faults import log_fault
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
 
@@ -22,11 +26,13 @@ MAX_PREFILL_TOKENS = 8192
 # Full batches that may be live at once.
 MAX_LIVE_BATCHES = 8
 
+ResultT = TypeVar("ResultT")
+
 
 class RunnerLike(Protocol):
     """What the engine asks of luthier.inference.runner.Runner."""
 
-    def prefill(self, sequences: list[Sequence], in_use: set[str]) -> tuple[Any, torch.Tensor]:
+    def prefill(self, sequences: list[Sequence]) -> tuple[Any, torch.Tensor]:
         """Run prompts; return the rows' state and logits_BV."""
 
     def step(self, batch: Any, token_ids: list[int]) -> torch.Tensor:
@@ -77,9 +83,14 @@ class EngineCore:
             self._fail(work, error)
         return True
 
+    def sweep(self) -> None:
+        """Let go of the groups none of whose answers is wanted any more, and of the weights they hold."""
+        for group in self.scheduler.groups:
+            if all(sequence.is_done for sequence in group.sequences):
+                self.scheduler.end(group)
+
     def _prefill(self, sequences: list[Sequence]) -> None:
-        in_use = {digest for _, digest in self.scheduler.live_keys() if digest is not None}
-        batch, logits_BV = self._runner.prefill(sequences, in_use)
+        batch, logits_BV = self._runner.prefill(sequences)
         self._accept(sequences, logits_BV)
         group = Group(sequences[0].key, sequences, batch)
         if not self._drop_done(group):
@@ -113,12 +124,33 @@ class EngineCore:
 
     def _fail(self, work: Prefill | Group, error: Exception) -> None:
         if not isinstance(error, LuthierError):
-            _LOG.exception("A step failed; its answers end with an error.")
+            log_fault(_LOG, "A step, whose answers end with an error,", error)
             error = LuthierError("The model server failed on this request; the operator's log says why.")
         for sequence in work.sequences:
             sequence.fail(error)
         if isinstance(work, Group):
             self.scheduler.end(work)
+
+
+@dataclass(frozen=True)
+class _Call(Generic[ResultT]):
+    """Work for the engine's thread between two steps."""
+
+    work: Callable[[], ResultT]
+    future: Future[ResultT] = field(default_factory=Future)
+
+    def run(self) -> None:
+        """Do the work and tell whoever waits for it."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.work()
+        except Exception as error:  # noqa: BLE001 - the thread must outlive it; whoever waits gets it
+            if not isinstance(error, LuthierError):
+                log_fault(_LOG, "Work between steps", error)
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
 
 
 class Engine:
@@ -132,7 +164,7 @@ class Engine:
     def __init__(self, core: EngineCore, *, max_waiting: int) -> None:
         self._core = core
         self._max_waiting = max_waiting
-        self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence | _Call[Any] | None] = queue.SimpleQueue()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -168,6 +200,28 @@ class Engine:
         for sequence in sequences:
             self._inbox.put(sequence)
 
+    def call(self, work: Callable[[], ResultT]) -> Future[ResultT]:
+        """Let the engine's thread do something between two steps, after all that was handed over before.
+
+        Args:
+            work: what to do.
+
+        Returns:
+            Its result, when it is done.
+
+        Raises:
+            UnavailableError: when the engine is closed.
+        """
+        if not self.is_alive:
+            raise UnavailableError("The model server is shutting down; try again.")
+        call = _Call(work)
+        self._inbox.put(call)
+        return call.future
+
+    def sweep(self) -> Future[None]:
+        """Let go of the rows that nobody waits for any more, and of the weights they hold."""
+        return self.call(self._core.sweep)
+
     def close(self) -> None:
         """Take no more requests and let the thread end after its current step."""
         self._is_closed = True
@@ -181,16 +235,26 @@ class Engine:
         while not self._is_closed:
             self._take_inbox()
             self._core.step()
+        error = UnavailableError("The model server was stopped; try again.")
         for sequence in self._core.scheduler.drain():
-            sequence.fail(UnavailableError("The model server was stopped; try again."))
+            sequence.fail(error)
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if isinstance(item, Sequence):
+                item.fail(error)
+            elif item is not None:
+                item.future.set_exception(error)
 
     def _take_inbox(self) -> None:
         """Move what came in to the scheduler; sleep in the queue while there is nothing to do."""
         try:
             while True:
-                sequence = self._inbox.get(block=not self._core.scheduler.has_work)
-                if sequence is None:
+                item = self._inbox.get(block=not self._core.scheduler.has_work)
+                if item is None:
                     return
-                self._core.scheduler.add(sequence)
+                if isinstance(item, Sequence):
+                    self._core.scheduler.add(item)
+                else:
+                    item.run()
         except queue.Empty:
             return

@@ -10,7 +10,7 @@ from luthier.core.errors import (
     UnavailableError,
 )
 from luthier.data.tokens import StreamDecoder
-from luthier.inference.bases import ServedModel
+from luthier.inference.bases import ReadyModel
 from luthier.inference.engine import Engine
 from luthier.inference.protocol import ChatRequest, CompletionRequest
 from luthier.inference.sequence import Failure, Finish, SamplingOptions, Sequence, SequenceEvent
@@ -19,13 +19,13 @@ IndexedEvent = tuple[int, SequenceEvent]
 
 
 def plan_chat(
-    request: ChatRequest, served: ServedModel, *, max_tokens_default: int, max_cache_tokens: int
+    request: ChatRequest, ready: ReadyModel, *, max_tokens_default: int, max_cache_tokens: int
 ) -> tuple[list[list[int]], SamplingOptions]:
     """Turn a chat request into a prompt and options. Blocks for long texts; call it in a thread.
 
     Args:
         request: the checked request.
-        served: the model that shall answer.
+        ready: the model that shall answer.
         max_tokens_default: answer length in tokens when the request names none.
         max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
 
@@ -37,9 +37,9 @@ def plan_chat(
         InvalidValueError: when the template refuses the messages.
     """
     messages = [message.to_message() for message in request.messages]
-    prompt = served.base.tokenizer.encode(served.base.template.render(messages, add_generation_prompt=True))
+    prompt = ready.base.tokenizer.encode(ready.base.template.render(messages, add_generation_prompt=True))
     max_tokens = _fit(
-        served,
+        ready,
         [prompt],
         request.max_tokens,
         max_tokens_default,
@@ -51,13 +51,13 @@ def plan_chat(
 
 
 def plan_completion(
-    request: CompletionRequest, served: ServedModel, *, max_cache_tokens: int
+    request: CompletionRequest, ready: ReadyModel, *, max_cache_tokens: int
 ) -> tuple[list[list[int]], SamplingOptions]:
     """Turn a completion request into prompts and options. Blocks for long texts; call it in a thread.
 
     Args:
         request: the checked request.
-        served: the model that shall answer.
+        ready: the model that shall answer.
         max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
 
     Returns:
@@ -67,7 +67,7 @@ def plan_completion(
         ContextLengthExceededError: when a prompt and its answer don't fit the base's context, or the server.
         InvalidValueError: when a prompt is empty or names a token that the base does not have.
     """
-    tokenizer = served.base.tokenizer
+    tokenizer = ready.base.tokenizer
     prompts = [tokenizer.encode(item) if isinstance(item, str) else item for item in request.prompt]
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -77,7 +77,7 @@ def plan_completion(
                 f"Token ids must be from 0 to {tokenizer.vocab_size - 1}.", param=f"prompt.{i}"
             )
     _fit(
-        served,
+        ready,
         prompts,
         request.max_tokens,
         request.max_tokens,
@@ -88,7 +88,7 @@ def plan_completion(
 
 
 def _fit(
-    served: ServedModel,
+    ready: ReadyModel,
     prompts: list[list[int]],
     max_tokens: int | None,
     default: int,
@@ -96,15 +96,18 @@ def _fit(
     max_cache_tokens: int,
     param: str,
 ) -> int:
-    context = served.base.facts.context_length
-    limit = min(context, max_cache_tokens)
+    num_virtual = ready.num_virtual_tokens
+    context = ready.base.facts.context_length
+    limit = min(context, max_cache_tokens) - num_virtual
     length = max(map(len, prompts))
     # An answer of unnamed length needs room for a single token only.
     wanted = 1 if max_tokens is None else max_tokens
     if length + wanted > limit:
-        whose = "This model's context is" if limit == context else "This server's memory for one answer is"
+        is_context = context <= max_cache_tokens
+        whose = "This model's context is" if is_context else "This server's memory for one answer is"
+        beside = f" beside the model's own {num_virtual}" if num_virtual else ""
         raise ContextLengthExceededError(
-            f"{whose} {limit} tokens; the prompt has {length} and the answer was given {wanted}. "
+            f"{whose} {limit} tokens{beside}; the prompt has {length} and the answer was given {wanted}. "
             "Shorten the prompt or lower max_tokens.",
             param=param,
         )
@@ -128,26 +131,27 @@ class Generation:
     """The answers to one request, as their events arrive. Belongs to the event loop it was made on.
 
     Args:
-        served: the model that answers.
+        ready: the model that answers.
         prompts: token ids of each prompt.
         options: how to sample.
     """
 
-    def __init__(self, served: ServedModel, prompts: list[list[int]], options: SamplingOptions) -> None:
+    def __init__(self, ready: ReadyModel, prompts: list[list[int]], options: SamplingOptions) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[IndexedEvent] = asyncio.Queue()
         self.num_prompt_tokens = sum(map(len, prompts))
         self._num_open = len(prompts)
-        base = served.base
+        base = ready.base
         self.sequences = [
             Sequence(
-                key=served.key,
-                served=served,
+                key=ready.served.key,
+                served=ready,
                 prompt_ids=prompt,
                 options=options,
                 decoder=StreamDecoder(base.tokenizer),
                 stop_token_ids=base.tokenizer.stop_token_ids,
                 emit=partial(self._emit, index),
+                num_virtual_tokens=ready.num_virtual_tokens,
             )
             for index, prompt in enumerate(prompts)
         ]

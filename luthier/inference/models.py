@@ -5,9 +5,8 @@ Runs on the event loop; whatever takes long goes to a thread, so that nobody els
 
 import asyncio
 from collections.abc import Mapping
-from pathlib import Path
 
-from luthier.core.errors import InvalidRequestError
+from luthier.core.errors import ArtifactCorruptError, InvalidRequestError
 from luthier.core.inference import (
     HEADER_ARTIFACT,
     HEADER_BASE,
@@ -18,8 +17,9 @@ from luthier.core.inference import (
 )
 from luthier.core.settings import Settings
 from luthier.inference import bases
-from luthier.inference.bases import LoadedBase, ServedModel
-from luthier.inference.copies import drop_unused, fetch_artifact, mark_used, verify_copy
+from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
+from luthier.inference.copies import Copy, drop_unused, fetch_artifact, mark_used, verify_copy
+from luthier.inference.loaded import EngineLike, LoadedArtifacts
 from luthier.storage.store import Storage
 
 
@@ -54,11 +54,13 @@ class Models:
     """What this process has loaded or fetched.
 
     Args:
-        settings: says where bases and artifacts lie.
+        settings: says where bases and artifacts lie, and how much memory whole models may take.
+        engine: the engine's thread.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, engine: EngineLike) -> None:
         self._settings = settings
+        self.loaded = LoadedArtifacts(engine, max_whole_bytes=bases.max_whole_bytes(settings))
         self._storage: Storage | None = None
         self._bases: dict[str, LoadedBase] = {}
         self._served: dict[tuple[str, str], ServedModel] = {}
@@ -94,7 +96,7 @@ class Models:
             target: base, artifact and digest.
 
         Returns:
-            The model; the engine loads its adapter when it first runs.
+            The model, to be held before it answers.
 
         Raises:
             ModelNotFoundError: when the base has not been fetched.
@@ -104,28 +106,46 @@ class Models:
         if target.artifact is None or target.digest is None:
             return ServedModel(base)
         served = self._served.get((target.base_id, target.digest))
-        if served is not None and served.folder is not None:
-            mark_used(served.folder)
+        if served is not None and served.copy is not None:
+            mark_used(served.copy.folder)
             return served
         return await self._place(base, target.artifact, target.digest, failed=None)
 
-    async def restore(self, target: ModelTarget, failed: ServedModel) -> ServedModel | None:
-        """Fetch the artifact of a model anew if its local copy is why it could not be loaded.
+    async def hold(self, target: ModelTarget) -> ReadyModel:
+        """Return the model that a target names in memory, where it stays until it is released.
 
         Args:
-            target: what `failed` was got for.
-            failed: the model whose adapter could not be loaded.
+            target: base, artifact and digest.
 
         Returns:
-            The model to try once more; None when the copy is whole, so that another would be no better.
+            The model, ready to answer.
 
         Raises:
-            ArtifactCorruptError: when the published artifact is missing or damaged too.
+            ModelNotFoundError: when the base has not been fetched.
+            ArtifactCorruptError: when the artifact is missing or damaged.
+            SelfCheckError: when the artifact can't prove itself.
+            OutOfMemoryError: when a whole model is larger than all of them may be.
         """
-        if target.artifact is None or target.digest is None or failed.folder is None:
+        served = await self.get(target)
+        try:
+            return await self.loaded.hold(served)
+        except ArtifactCorruptError:
+            # The copy on this disk may be at fault, which a new one heals.
+            restored = await self._restore(target, served)
+            if restored is None:
+                raise
+        return await self.loaded.hold(restored)
+
+    def release(self, ready: ReadyModel) -> None:
+        """Say that a request needs a model no longer."""
+        self.loaded.release(ready)
+
+    async def _restore(self, target: ModelTarget, failed: ServedModel) -> ServedModel | None:
+        """Fetch a model's artifact anew, unless its copy is whole, so that another would be no better."""
+        if target.artifact is None or target.digest is None or failed.copy is None:
             return None
         is_same = self._served.get((target.base_id, target.digest)) is failed
-        if is_same and await asyncio.to_thread(verify_copy, failed.folder) is not None:
+        if is_same and await asyncio.to_thread(verify_copy, failed.copy.folder) is not None:
             return None
         return await self._place(failed.base, target.artifact, target.digest, failed=failed)
 
@@ -138,18 +158,18 @@ class Models:
             served = self._served.get(key)
             if served is None or served is failed:
                 self._served.pop(key, None)
-                folder = await asyncio.to_thread(self._fetch, artifact, digest)
-                served = self._served[key] = ServedModel(base, digest, folder)
+                copy = await asyncio.to_thread(self._fetch, artifact, digest)
+                served = self._served[key] = ServedModel(base, digest, copy)
         self._locks.pop(digest, None)
         return served
 
-    def _fetch(self, artifact: str, digest: str) -> Path:
+    def _fetch(self, artifact: str, digest: str) -> Copy:
         if self._storage is None:
             self._storage = Storage.open(self._settings.storage_url)
         cache_dir = self._settings.cache_dir / "artifacts"
-        folder = fetch_artifact(self._storage, artifact, digest, cache_dir)
-        mark_used(folder)
-        loaded = {name for base in list(self._bases.values()) for name in base.slots.loaded}
+        copy = fetch_artifact(self._storage, artifact, digest, cache_dir)
+        mark_used(copy.folder)
         # A copy that a waiting request still wants is younger than most, and is fetched again if it leaves.
-        drop_unused(cache_dir, max_kept=self._settings.max_cached_artifacts, in_use=loaded | {digest})
-        return folder
+        in_use = {*self.loaded.digests, digest}
+        drop_unused(cache_dir, max_kept=self._settings.max_cached_artifacts, in_use=in_use)
+        return copy

@@ -1,15 +1,18 @@
-"""The plain path: transformers (with PEFT) on any causal language model, rows left-padded in one batch.
+"""The plain path: transformers on any causal language model, rows left-padded in one batch.
 
-Legend: `B` rows, `T` tokens (padding on the left), `V` vocabulary.
+Virtual tokens are the first real tokens of their row: from the second step on nothing tells them from text.
+
+Legend: `B` rows, `T` tokens of the longest prompt, `W` cached tokens of a row with its padding on the left,
+`V` vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
-from luthier.inference.bases import ServedModel
+from luthier.inference.bases import ReadyModel
+from luthier.inference.forward import forward, run_prompts
 from luthier.inference.sequence import Sequence
 
 
@@ -17,13 +20,13 @@ from luthier.inference.sequence import Sequence
 class Batch:
     """The key/value cache of rows that run together.
 
-    `mask_BT` is 1 where the cache holds a real token and 0 on the left padding; `lengths_B` counts the
-    real tokens, which is the position of the next one.
+    `mask_BW` is 1 where the cache holds a real or a virtual token and 0 on the left padding; `lengths_B`
+    counts these tokens, which is the position of the next one.
     """
 
-    served: ServedModel
+    ready: ReadyModel
     cache: DynamicCache
-    mask_BT: torch.Tensor
+    mask_BW: torch.Tensor
     lengths_B: torch.Tensor
 
 
@@ -31,34 +34,25 @@ class Runner:
     """Run prompts and decode steps. Only the engine's thread may call it."""
 
     @torch.inference_mode()
-    def prefill(self, sequences: list[Sequence], in_use: set[str]) -> tuple[Batch, torch.Tensor]:
+    def prefill(self, sequences: list[Sequence]) -> tuple[Batch, torch.Tensor]:
         """Run the prompts of sequences of one model.
 
         Args:
             sequences: B sequences of one key.
-            in_use: digests of adapters that running rows need, which must stay loaded.
 
         Returns:
             The new rows' state and the logits of the token after each prompt, float32 [B, V].
-
-        Raises:
-            JobError: when the adapter can't be loaded or fails its probe.
         """
-        served: ServedModel = sequences[0].served
-        served.base.slots.ensure(served, in_use)
+        ready: ReadyModel = sequences[0].served
         prompts = [sequence.prompt_ids for sequence in sequences]
-        longest = max(map(len, prompts))
-        device = served.base.device
-        ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask_BT[row, longest - len(prompt) :] = 1
-        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
-        batch = Batch(served, DynamicCache(), mask_BT, mask_BT.sum(dim=-1))
-        # Padding gets position 0; nothing looks at it.
-        positions_BT = (mask_BT.cumsum(dim=-1) - 1).clamp_min(0)
-        return batch, _forward(batch, ids_BT, positions_BT)
+        cache, logits_BV = run_prompts(ready.activate(), prompts, ready.prefix)
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=logits_BV.device)
+        lengths_B += ready.num_virtual_tokens
+        _lean_right(cache, lengths_B)
+        width = int(lengths_B.max())
+        columns_1W = torch.arange(width, device=lengths_B.device).unsqueeze(0)
+        mask_BW = (columns_1W >= width - lengths_B.unsqueeze(1)).long()
+        return Batch(ready, cache, mask_BW, lengths_B), logits_BV
 
     @torch.inference_mode()
     def step(self, batch: Batch, token_ids: list[int]) -> torch.Tensor:
@@ -71,11 +65,12 @@ class Runner:
         Returns:
             The logits of the next tokens, float32 [B, V].
         """
-        ids_B1 = torch.tensor(token_ids, device=batch.mask_BT.device).unsqueeze(1)
-        batch.mask_BT = torch.nn.functional.pad(batch.mask_BT, (0, 1), value=1)
+        ids_B1 = torch.tensor(token_ids, device=batch.mask_BW.device).unsqueeze(1)
+        batch.mask_BW = torch.nn.functional.pad(batch.mask_BW, (0, 1), value=1)
         positions_B1 = batch.lengths_B.unsqueeze(1)
         batch.lengths_B = batch.lengths_B + 1
-        return _forward(batch, ids_B1, positions_B1)
+        model = batch.ready.activate()
+        return forward(model, batch.cache, ids_B1, batch.mask_BW, positions_B1)[:, -1].float()
 
     @torch.inference_mode()
     def keep(self, batch: Batch, rows: list[int]) -> None:
@@ -85,10 +80,10 @@ class Runner:
             batch: the rows' state.
             rows: positions of the rows that stay, at least one.
         """
-        index = torch.tensor(rows, device=batch.mask_BT.device)
+        index = torch.tensor(rows, device=batch.mask_BW.device)
         lengths_B = batch.lengths_B[index]
-        start = batch.mask_BT.shape[1] - int(lengths_B.max())
-        batch.mask_BT = batch.mask_BT[index, start:]
+        start = batch.mask_BW.shape[1] - int(lengths_B.max())
+        batch.mask_BW = batch.mask_BW[index, start:]
         batch.lengths_B = lengths_B
         for layer in batch.cache.layers:
             layer.keys = layer.keys[index, :, start:]
@@ -102,17 +97,30 @@ class Runner:
             batch: the rows' state, which takes the others in.
             other: the rows to append; not to be used afterwards.
         """
-        width = max(batch.mask_BT.shape[1], other.mask_BT.shape[1])
+        width = max(batch.mask_BW.shape[1], other.mask_BW.shape[1])
         layers = batch.cache.layers
         pairs = list(zip(layers, other.cache.layers, strict=True))
         # All is built before any is put in place: memory that runs out must not leave a half-merged batch.
         keys = [torch.cat([_pad_left(part.keys, width, dim=2) for part in pair]) for pair in pairs]
         values = [torch.cat([_pad_left(part.values, width, dim=2) for part in pair]) for pair in pairs]
-        mask_BT = torch.cat([_pad_left(part.mask_BT, width, dim=1) for part in (batch, other)])
+        mask_BW = torch.cat([_pad_left(part.mask_BW, width, dim=1) for part in (batch, other)])
         batch.lengths_B = torch.cat([batch.lengths_B, other.lengths_B])
-        batch.mask_BT = mask_BT
+        batch.mask_BW = mask_BW
         for layer, key, value in zip(layers, keys, values, strict=True):
             layer.keys, layer.values = key, value
+
+
+def _lean_right(cache: DynamicCache, lengths_B: torch.Tensor) -> None:
+    """Move every row's tokens to the end of the cache, so that its padding lies before them."""
+    width = int(lengths_B.max())
+    shifts_B1 = width - lengths_B.unsqueeze(1)
+    if not bool(shifts_B1.any()):
+        return
+    index_BW = (torch.arange(width, device=lengths_B.device).unsqueeze(0) - shifts_B1) % width
+    index_B1W1 = index_BW[:, None, :, None]
+    for layer in cache.layers:
+        layer.keys = torch.take_along_dim(layer.keys, index_B1W1, dim=2)
+        layer.values = torch.take_along_dim(layer.values, index_B1W1, dim=2)
 
 
 def _pad_left(tensor: torch.Tensor, width: int, *, dim: int) -> torch.Tensor:
@@ -122,19 +130,3 @@ def _pad_left(tensor: torch.Tensor, width: int, *, dim: int) -> torch.Tensor:
     shape = list(tensor.shape)
     shape[dim] = missing
     return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
-
-
-def _forward(batch: Batch, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
-    base = batch.served.base
-    model = base.slots.activate(batch.served.digest)
-    arguments: dict[str, Any] = {
-        "input_ids": ids_BT,
-        "attention_mask": batch.mask_BT,
-        "use_cache": True,
-        base.cache_argument: batch.cache,
-    }
-    if base.takes_positions:
-        arguments["position_ids"] = positions_BT
-    if base.takes_logits_to_keep:
-        arguments["logits_to_keep"] = 1
-    return model(**arguments).logits[:, -1].float()

@@ -80,9 +80,10 @@ class Scheduler:
         """Tokens that the caches of all groups may come to hold."""
         return sum(group.num_reserved_tokens for group in self._groups)
 
-    def live_keys(self) -> set[ModelKey]:
-        """Return the models that running rows need."""
-        return {group.key for group in self._groups}
+    @property
+    def groups(self) -> list[Group]:
+        """The live groups."""
+        return list(self._groups)
 
     def next_work(self) -> Prefill | Group | None:
         """Return what to run now: prompts, one group's step, or None when nothing is to be done."""

@@ -93,6 +93,7 @@ class Sequence:
         decoder: turns tokens into text without cutting characters.
         stop_token_ids: tokens that end an answer and have no text.
         emit: takes each event; called on the engine's thread.
+        num_virtual_tokens: tokens that these weights put before every prompt.
     """
 
     key: ModelKey
@@ -102,6 +103,7 @@ class Sequence:
     decoder: TextDecoder
     stop_token_ids: frozenset[int]
     emit: Callable[[SequenceEvent], None]
+    num_virtual_tokens: int = 0
     num_completion_tokens: int = 0
     last_token_id: int = -1
     is_finished: bool = False
@@ -116,8 +118,8 @@ class Sequence:
 
     @property
     def max_num_tokens(self) -> int:
-        """Tokens of the prompt and of the longest answer: what its row may come to hold."""
-        return len(self.prompt_ids) + self.options.max_tokens
+        """Virtual tokens and those of the prompt and the longest answer: what its row may come to hold."""
+        return self.num_virtual_tokens + len(self.prompt_ids) + self.options.max_tokens
 
     @property
     def is_done(self) -> bool:

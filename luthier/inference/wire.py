@@ -4,10 +4,8 @@ Knows nothing of models or answers.
 """
 
 import asyncio
-import contextlib
 import hmac
 import logging
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -20,11 +18,14 @@ from luthier.core.errors import LuthierError, NotFoundError, TooLargeError, Unau
 from luthier.core.inference import HEADER_TOKEN
 from luthier.core.settings import MIB
 from luthier.inference import answers
+from luthier.inference.faults import log_fault
 
 _LOG = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * MIB
 _RETRY_AFTER_SECONDS = 1
+# Where a request's scope keeps the fault that is in the log already.
+_LOGGED = "luthier.logged_fault"
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 ResultT = TypeVar("ResultT")
@@ -127,17 +128,16 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _on_fault(_request: Request, error: Exception) -> Response:
-    # Where it happened and what kind it is; an exception's own text may quote a prompt.
-    places = "".join(traceback.format_tb(error.__traceback__))
-    _LOG.error("A request failed with %s:\n%s", type(error).__name__, places)
+async def _on_fault(request: Request, error: Exception) -> Response:
+    log_fault(_LOG, "A request", error)
+    request.scope[_LOGGED] = error
     return _error_response(
         LuthierError("The model server failed on this request; the operator's log says why.")
     )
 
 
 class FaultGate:
-    """Keep a fault that was answered and logged from the web server, which would log its text too.
+    """Log a fault by its kind and place, and keep it from the web server, which would log its text too.
 
     Args:
         app: the app behind it, with EXCEPTION_HANDLERS.
@@ -151,10 +151,13 @@ class FaultGate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # Starlette raises it again after `_on_fault`. A response that had begun stays incomplete, and
-        # the web server closes its connection.
-        with contextlib.suppress(Exception):
+        try:
             await self._app(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - the process must outlive any fault of one request
+            # Starlette raises it again after `_on_fault` answered. A response that had begun stays
+            # incomplete, and the web server closes its connection.
+            if scope.get(_LOGGED) is not error:
+                log_fault(_LOG, "A request", error)
 
 
 class TokenGate:

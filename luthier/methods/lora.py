@@ -16,7 +16,7 @@ from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._layers import PARAM, choose_layers, linear_shapes, shortest_names
 from luthier.methods._patterns import nests_quantifiers
 from luthier.methods._peft import peft_type, write_adapter
-from luthier.methods.base import Attached, Method, MethodParams, Start, Workload
+from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,9 @@ class LoraParams(MethodParams):
     )
     use_rslora: bool = Field(False, description="Divide alpha by the square root of the rank.")
     use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
-    quantization: None = Field(None, description="Quantised bases are not offered yet.")
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description='Type of the frozen weights: "int8" and "nf4" only where the device can, else null.'
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -131,6 +133,12 @@ class Lora(Method):
 
         model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
         return Attached(model=model.eval(), causal_lm=causal_lm)
+
+    def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
+        """Build PEFT's layers beside the base's own; they need no name, for they hang nowhere while off."""
+        from luthier.methods._lora_layers import install_lora
+
+        return install_lora(causal_lm, folder)
 
 
 def _number(value: Any) -> Any:

@@ -11,7 +11,6 @@ import pytest
 
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
-from luthier.inference.adapters import WEIGHTS_NAME
 from luthier.inference.backends import open_backend
 from luthier.inference.models import Models
 from luthier.storage.store import Storage
@@ -24,7 +23,7 @@ from tests.inference_server import (
     wait_until,
 )
 from tests.tiny import build_tiny_base
-from tests.unit.inference.artifacts import build_artifact
+from tests.unit.inference.artifacts import WEIGHTS_NAME, build_artifact
 
 
 def test_a_base_that_is_not_fetched_is_not_found_and_says_how_to_fetch_it(served: Served) -> None:
@@ -61,8 +60,9 @@ def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
     storage.put_folder(tmp_path / "a", prefix)
     target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
     # Known to the server, not loaded yet.
-    copied = asyncio.run(served.service.models.get(target)).folder
-    assert copied is not None
+    copy = asyncio.run(served.service.models.get(target)).copy
+    assert copy is not None
+    copied = copy.folder
 
     def harm() -> None:
         if damage == "gone":
@@ -85,13 +85,14 @@ def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
 
 
 def test_no_more_copies_are_kept_than_the_settings_allow(
-    folder: Path, base_folder: Path, artifacts: list[tuple[ModelTarget, Path]], tmp_path: Path
+    served: Served, folder: Path, artifacts: list[tuple[ModelTarget, Path]], tmp_path: Path
 ) -> None:
     settings = make_settings(folder, cache_dir=tmp_path / "cache", max_cached_artifacts=1)
-    models = Models(settings)
+    models = Models(settings, served.engine)
     for target, _ in artifacts:
-        served_model = asyncio.run(models.get(target))
-        assert list((tmp_path / "cache" / "artifacts").iterdir()) == [served_model.folder]
+        copy = asyncio.run(models.get(target)).copy
+        assert copy is not None
+        assert list((tmp_path / "cache" / "artifacts").iterdir()) == [copy.folder]
 
 
 def test_an_artifact_that_is_not_there_is_refused(served: Served) -> None:

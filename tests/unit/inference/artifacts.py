@@ -1,5 +1,6 @@
-"""Random PEFT artifacts on the tiny base, sealed as training seals them, and PEFT's own view of them."""
+"""Random artifacts of every method on the tiny base, sealed as training seals them; and references."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,79 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
+from luthier.data.tokens import Tokenizer
+from luthier.methods import Start, Workload, discover, method_of_artifact, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.storage.manifests import Manifest, seal_folder
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+# What the tests ask of each method; one that is not here is asked for nothing special.
+TUNINGS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"rank": 4}, {"rank": 2, "use_dora": True}, {"rank": 3, "use_rslora": True}],
+    "prefix": [{"num_virtual_tokens": 5, "init": "random"}],
+    "prompt": [{"num_virtual_tokens": 3, "init": "random"}],
+    "adapter": [{"bottleneck_dim": 8, "placement": place} for place in ("houlsby", "pfeiffer", "parallel")],
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed artifact on this disk."""
+
+    digest: str
+    folder: Path
+
+
+def all_tunings() -> list[dict[str, Any]]:
+    """Return `tuning` objects of every method there is."""
+    return [{"type": name, **tuning} for name in discover() for tuning in TUNINGS.get(name, [{}])]
+
+
+def tuning_name(tuning: dict[str, Any]) -> str:
+    """Return a short name for a test's id."""
+    return "-".join(str(value) for value in tuning.values())
+
+
+def build_method_artifact(
+    folder: Path, base_folder: Path, tuning: dict[str, Any], *, seed: int, scale: float = 0.2
+) -> Artifact:
+    """Write an artifact of any method as its own `save` does, with random noise on all that is trained."""
+    facts = BaseFacts.model_validate_json((base_folder / FACTS_NAME).read_bytes())
+    method, params = parse_tuning(tuning)
+    tokenizer = Tokenizer.load(base_folder)
+    start = Start(seed=seed, base_id=facts.id, tokenize=tokenizer.encode, examples=[list(range(5, 30))] * 4)
+    resolved = method.resolve(params, Workload(base=facts, num_rows=100, num_tokens=3000))
+    attached = method.attach(load_plain(base_folder), resolved, start)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in attached.named_trained_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * scale * parameter.std(correction=0).clamp_min(0.1))
+    building = folder.with_name(f".{folder.name}.building")
+    building.mkdir(parents=True)
+    names = method.save(attached, building)
+    manifest = seal_folder(building, folder, digested=names, base_digest=facts.digest)
+    return Artifact(manifest.digest, folder)
+
+
+def method_logits(base_folder: Path, folder: Path, ids: list[int]) -> torch.Tensor:
+    """Return logits_TV of an artifact on a base of its own, as its method loads it."""
+    method = method_of_artifact(folder)
+    attached = method.load(load_plain(base_folder), folder)
+    with torch.inference_mode():
+        return method.logits(attached, torch.tensor([ids]))[0].float()
+
+
+def method_greedy(base_folder: Path, folder: Path, ids: list[int], num_tokens: int) -> list[int]:
+    """Return the likeliest tokens one by one, each from a forward pass over all before it."""
+    method = method_of_artifact(folder)
+    attached = method.load(load_plain(base_folder), folder)
+    history = list(ids)
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            history.append(int(method.logits(attached, torch.tensor([history]))[0, -1].argmax()))
+    return history[len(ids) :]
 
 
 def load_plain(base_folder: Path) -> Any:

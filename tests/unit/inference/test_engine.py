@@ -54,7 +54,7 @@ class FakeRunner:
         self.calls: list[tuple[str, ModelKey, int]] = []
         self.broken: set[ModelKey] = set()
 
-    def prefill(self, sequences: list[Sequence], in_use: set[str]) -> tuple[Any, torch.Tensor]:
+    def prefill(self, sequences: list[Sequence]) -> tuple[Any, torch.Tensor]:
         key = sequences[0].key
         assert all(sequence.key == key for sequence in sequences)
         self.calls.append(("prefill", key, len(sequences)))
@@ -217,7 +217,7 @@ def test_a_request_waits_until_the_caches_have_room_for_its_whole_answer_and_non
         assert core.step()
         assert long.events == [] and short.events == []
     core.step()
-    assert core.scheduler.live_keys() == {KEYS[1]}
+    assert [group.key for group in core.scheduler.groups] == [KEYS[1]]
     while core.step():
         pass
     assert long.tokens == expected_answer(KEYS[1], [2] * 6, 12)

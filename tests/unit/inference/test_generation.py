@@ -18,14 +18,15 @@ TEMPLATE = ChatTemplate(
 )
 
 
-def make_served(*, context_length: int = 100) -> Any:
+def make_ready(*, context_length: int = 100, num_virtual_tokens: int = 0) -> Any:
     """Return a model of which a token is a character."""
     tokenizer = SimpleNamespace(
         encode=lambda text: [ord(letter) for letter in text],
         vocab_size=128,
     )
     facts = SimpleNamespace(context_length=context_length)
-    return SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer, template=TEMPLATE, facts=facts))
+    base = SimpleNamespace(tokenizer=tokenizer, template=TEMPLATE, facts=facts)
+    return SimpleNamespace(base=base, num_virtual_tokens=num_virtual_tokens)
 
 
 def chat(messages: list[dict[str, str]], **fields: Any) -> ChatRequest:
@@ -38,24 +39,37 @@ def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -
     turns = ChatFormat().read(json.dumps({"messages": messages}).encode())
     assert turns is not None
     trained = TEMPLATE.render([turn.to_message() for turn in turns], add_generation_prompt=True)
-    [prompt], _ = plan_chat(chat(messages), make_served(), max_tokens_default=10, max_cache_tokens=1000)
+    [prompt], _ = plan_chat(chat(messages), make_ready(), max_tokens_default=10, max_cache_tokens=1000)
     assert "".join(map(chr, prompt)) == trained
 
 
 def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers() -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    served = make_served(context_length=100)
+    ready = make_ready(context_length=100)
     with pytest.raises(ContextLengthExceededError, match="memory for one answer is 20 tokens") as caught:
-        plan_chat(chat(messages, max_tokens=13), served, max_tokens_default=10, max_cache_tokens=20)
+        plan_chat(chat(messages, max_tokens=13), ready, max_tokens_default=10, max_cache_tokens=20)
     assert (caught.value.http_status, caught.value.param) == (400, "messages")
     asked = parse_completion(b'{"model": "m", "prompt": ["a", "abcdef"], "max_tokens": 15}')
     with pytest.raises(ContextLengthExceededError) as caught:
-        plan_completion(asked, served, max_cache_tokens=20)
+        plan_completion(asked, ready, max_cache_tokens=20)
     assert caught.value.param == "prompt"
-    assert plan_completion(asked, served, max_cache_tokens=21)[1].max_tokens == 15
+    assert plan_completion(asked, ready, max_cache_tokens=21)[1].max_tokens == 15
 
 
 def test_an_answer_of_unnamed_length_takes_no_more_than_the_server_can_hold() -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    [prompt], options = plan_chat(chat(messages), make_served(), max_tokens_default=50, max_cache_tokens=20)
+    [prompt], options = plan_chat(chat(messages), make_ready(), max_tokens_default=50, max_cache_tokens=20)
     assert len(prompt) + options.max_tokens == 20
+
+
+def test_virtual_tokens_are_taken_from_the_context_and_from_the_servers_memory() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    ready = make_ready(context_length=30, num_virtual_tokens=6)
+    [prompt], options = plan_chat(chat(messages), ready, max_tokens_default=50, max_cache_tokens=1000)
+    assert len(prompt) + options.max_tokens == 24
+    with pytest.raises(ContextLengthExceededError, match=r"context is 24 tokens beside the model's own 6"):
+        plan_chat(chat(messages, max_tokens=17), ready, max_tokens_default=50, max_cache_tokens=1000)
+    asked = parse_completion(b'{"model": "m", "prompt": ["abcdef"], "max_tokens": 15}')
+    with pytest.raises(ContextLengthExceededError, match=r"one answer is 20 tokens beside the model's own 6"):
+        plan_completion(asked, ready, max_cache_tokens=26)
+    assert plan_completion(asked, ready, max_cache_tokens=27)[1].max_tokens == 15

@@ -1,0 +1,89 @@
+"""Artifacts that are models of their own: read from their folder and proved, with weights of their own."""
+
+import json
+import struct
+from math import prod
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError
+from luthier.inference.proofs import check_base, check_finite_weights, check_probe
+from luthier.inference.slots import probe
+from luthier.modeling.load import load_base
+
+
+def measure_whole(folder: Path, dtype: torch.dtype) -> int:
+    """Return how many bytes a whole model's weights will take in memory.
+
+    Args:
+        folder: the model's folder.
+        dtype: the type that they are served in.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ArtifactCorruptError: when a weights file has no header that can be read.
+    """
+    try:
+        headers = [_read_header(path) for path in folder.glob("*.safetensors")]
+        num_values = sum(
+            prod(entry["shape"])
+            for header in headers
+            for name, entry in header.items()
+            if name != "__metadata__"
+        )
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ArtifactCorruptError("The artifact's weights can't be read.") from error
+    if num_values == 0:
+        raise ArtifactCorruptError("The artifact has no weights.")
+    return num_values * dtype.itemsize
+
+
+def load_whole(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    base_digest: str,
+    probe_ids: list[int],
+    base_logits_V: torch.Tensor,
+) -> PreTrainedModel:
+    """Load a whole model and let it prove itself. Takes seconds; any thread may call it.
+
+    Args:
+        folder: the artifact's verified folder.
+        dtype: the type to serve in, whatever was trained in.
+        device: where to serve.
+        base_digest: the digest of the base that it was made from.
+        probe_ids: tokens of a short text.
+        base_logits_V: what the base says after it, float32.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ArtifactCorruptError: when its files don't fit each other or the base.
+        SelfCheckError: when weights or logits are not finite, or the logits are those of the base.
+    """
+    manifest = check_base(folder, base_digest)
+    check_finite_weights(folder, manifest.digested)
+    try:
+        model = load_base(folder, dtype=dtype, device=str(device), refuse_extra=True)
+        logits_V = probe(model, probe_ids, ())
+    except (RuntimeError, TypeError, IndexError, BaseUnavailableError) as error:
+        raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
+    check_probe(logits_V, base_logits_V)
+    return model
+
+
+def _read_header(path: Path) -> dict[str, dict[str, list[int]]]:
+    """Read what a safetensors file says about its tensors (its format: 8 bytes of length, then JSON)."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        content = json.loads(stream.read(length))
+    if not isinstance(content, dict):
+        raise TypeError
+    return content
