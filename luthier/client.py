@@ -115,6 +115,14 @@ class LuthierClient:
         """Cancel a job and return it."""
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/cancel")
 
+    def get_report(self, job_id: str) -> dict[str, Any]:
+        """Return what a job's files held and what its training did; parts that aren't there yet are None."""
+        return self._ask("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}/report")
+
+    def list_methods(self) -> list[dict[str, Any]]:
+        """Return the ways to tune, each with the JSON schema of a job's `tuning`."""
+        return self._data("/fine_tuning/methods")
+
     def list_models(self) -> list[dict[str, Any]]:
         """Return all models that the key may call."""
         return self._data("/models")

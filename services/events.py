@@ -65,3 +65,17 @@ def list_after(session: Session, job_id: str, *, seq: int, limit: int) -> Sequen
         .order_by(JobEvent.seq)
         .limit(limit)
     ).all()
+
+
+def list_step_metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
+    """Return the data of a job's metrics events, one a step, in the order of the steps.
+
+    A step that an attempt did again after a save point counts as it was done last.
+    """
+    rows = session.scalars(
+        select(JobEvent.data)
+        .where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
+        .order_by(JobEvent.seq)
+    )
+    by_step = {data["step"]: data for data in rows if data is not None}
+    return [by_step[step] for step in sorted(by_step)]

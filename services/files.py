@@ -12,6 +12,8 @@ from luthier.core.errors import FileInUseError, InvalidValueError, NotFoundError
 from luthier.core.states import TERMINAL_STATUSES
 from services.scope import Scope
 
+RESULTS_PURPOSE = "fine-tune-results"
+
 
 @dataclass(frozen=True)
 class StoredFile:
@@ -32,6 +34,19 @@ def record(session: Session, scope: Scope, stored: StoredFile) -> File:
     session.add(row)
     session.flush()
     session.refresh(row)
+    return row
+
+
+def record_result(session: Session, job: Job, stored: StoredFile) -> File:
+    """Make the file of a job's results exist in the job's project; the caller names it in the job's row."""
+    row = File(
+        organization_id=job.organization_id,
+        project_id=job.project_id,
+        created_by_key_id=job.created_by_key_id,
+        **vars(stored),
+    )
+    session.add(row)
+    session.flush()
     return row
 
 
@@ -126,6 +141,13 @@ def delete(session: Session, scope: Scope, file_id: str) -> File:
         )
     row.deleted_at = func.now()
     session.flush()
+    # A job lists only results that can be fetched.
+    session.execute(
+        update(Job)
+        .where(Job.result_file_id == file_id)
+        .values(result_file_id=None)
+        .execution_options(synchronize_session=False)
+    )
     return row
 
 

@@ -72,6 +72,19 @@ def _resolve_base(session: Session, scope: Scope, catalogue: Catalogue, model: s
     return catalogue.resolve(model).id
 
 
+def _check_validation_is_there(request: NewJob) -> None:
+    """Refuse options that decide by the validation loss where there will be none."""
+    if request.validation_file_id is not None or request.training.validation_split > 0:
+        return
+    for name in ("patience", "keep_best"):
+        if getattr(request.training, name):
+            raise InvalidValueError(
+                f"training.{name}: it goes by the validation loss; send a validation_file or set "
+                "training.validation_split.",
+                param=f"training.{name}",
+            )
+
+
 def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, request: NewJob) -> Job:
     """Make a job, to be prepared by a worker.
 
@@ -106,6 +119,7 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
                 "training.validation_split: leave it out when validation_file is given.",
                 param="training.validation_split",
             )
+    _check_validation_is_there(request)
     spec = TrainingSpec(
         base_id=base_id,
         tuning=tuning,

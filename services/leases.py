@@ -13,7 +13,7 @@ from sqlalchemy import func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from db.tables import Attempt, Job, Model, Worker
+from db.tables import Attempt, Job, Worker
 from luthier.core.errors import LuthierError, WorkerCrashedError
 from luthier.core.ids import new_id
 from luthier.core.states import TERMINAL_STATUSES, JobStatus
@@ -349,52 +349,3 @@ def sweep(session: Session, *, max_attempts: int, limit: int = 100) -> Sequence[
     for job in lost:
         _crashed(session, job, WorkerCrashedError("The worker stopped answering."), max_attempts)
     return [job.id for job in lost]
-
-
-@dataclass(frozen=True)
-class EndedJob:
-    """A job that has ended, and the storage prefixes of what lives on: its models' artifacts."""
-
-    job_id: str
-    project_id: str
-    kept_prefixes: tuple[str, ...]
-
-
-def list_untidied(session: Session, *, grace_seconds: float, limit: int) -> list[EndedJob]:
-    """Return ended jobs whose working copies (tokenised rows, save points) are still in storage.
-
-    Args:
-        session: the session.
-        grace_seconds: how long ago they ended: a worker that has not heard of it may still write.
-        limit: jobs at once.
-
-    Returns:
-        The jobs, those that ended first before others.
-    """
-    rows = session.execute(
-        select(Job.id, Job.project_id)
-        .where(
-            Job.status.in_(TERMINAL_STATUSES),
-            Job.tidied_at.is_(None),
-            Job.finished_at < func.now() - timedelta(seconds=grace_seconds),
-        )
-        .order_by(Job.finished_at)
-        .limit(limit)
-    ).all()
-    ended = []
-    for job_id, project_id in rows:
-        kept = session.scalars(
-            select(Model.artifact_key).where(Model.job_id == job_id, Model.deleted_at.is_(None))
-        ).all()
-        ended.append(EndedJob(job_id, project_id, tuple(kept)))
-    return ended
-
-
-def mark_tidied(session: Session, job_id: str) -> None:
-    """Note that an ended job's working copies are gone."""
-    session.execute(
-        update(Job)
-        .where(Job.id == job_id)
-        .values(tidied_at=func.now(), prepared_key=None, save_points=[])
-        .execution_options(synchronize_session=False)
-    )

@@ -117,8 +117,9 @@ def register(
 ) -> Checkpoint:
     """Make a published artifact callable under a name, and note it as a checkpoint of its job.
 
-    The caller holds the job's lease in the same transaction. A step that was registered by an earlier
-    attempt keeps its name and takes the newer artifact, so that a replayed epoch makes no second model.
+    The caller holds the job's lease in the same transaction. A step that was registered before makes no
+    second model: it takes the newer artifact, keeps its name as a checkpoint, and gets the model's name,
+    even if it was retired or deleted meanwhile, once it is the result.
 
     Args:
         session: the session.
@@ -146,6 +147,7 @@ def register(
         model.artifact_key, model.artifact_digest = artifact_key, artifact_digest
         if kind == "tuned":
             model.kind, model.name = kind, name
+            checkpoint.deleted_at = model.deleted_at = model.bytes_deleted_at = None
         checkpoint.metrics = metrics
         session.flush()
         return checkpoint
@@ -177,13 +179,25 @@ def register(
     return checkpoint
 
 
-def retire_checkpoints(session: Session, job_id: str, *, keep: int) -> list[str]:
+def find_checkpoint(session: Session, job_id: str, step: int) -> tuple[Checkpoint, Model] | None:
+    """Return a job's checkpoint of a step and its model, both locked until the transaction ends, or None."""
+    row = session.execute(
+        select(Checkpoint, Model)
+        .join(Model, Model.id == Checkpoint.model_id)
+        .where(Checkpoint.job_id == job_id, Checkpoint.step_number == step, Checkpoint.deleted_at.is_(None))
+        .with_for_update()
+    ).one_or_none()
+    return None if row is None else (row[0], row[1])
+
+
+def retire_checkpoints(session: Session, job_id: str, *, keep: int, spared_step: int | None) -> list[str]:
     """Make all but the newest checkpoints of a job unknown.
 
     Args:
         session: the session.
         job_id: the job's id.
         keep: how many stay.
+        spared_step: the step of the one that stays in any case, in place of an older one of the newest.
 
     Returns:
         Storage prefixes of their artifacts, for the caller to delete after the commit.
@@ -192,7 +206,7 @@ def retire_checkpoints(session: Session, job_id: str, *, keep: int) -> list[str]
         select(Checkpoint, Model)
         .join(Model, Model.id == Checkpoint.model_id)
         .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
-        .order_by(Checkpoint.step_number.desc())
+        .order_by((Checkpoint.step_number == (spared_step or -1)).desc(), Checkpoint.step_number.desc())
         .offset(keep)
     ).all()
     prefixes = []
@@ -253,4 +267,9 @@ def list_undeleted_bytes(session: Session, *, limit: int) -> list[tuple[str, str
 
 def mark_bytes_deleted(session: Session, row_id: str) -> None:
     """Note that the bytes of one of the deleted models are gone."""
-    session.execute(update(Model).where(Model.id == row_id).values(bytes_deleted_at=func.now()))
+    # One that became its job's result meanwhile is no deleted one any more, and has other bytes.
+    session.execute(
+        update(Model)
+        .where(Model.id == row_id, Model.deleted_at.is_not(None))
+        .values(bytes_deleted_at=func.now())
+    )

@@ -18,7 +18,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.logs import configure_logs
 from luthier.core.process import die_with_parent
 from luthier.core.settings import Settings
-from services import files, leases, models
+from services import files, leases, leftovers, models
 from services.bell import TASK_NAME, make_celery
 from worker.context import WorkerContext, make_context
 from worker.tasks.prepare import prepare
@@ -73,7 +73,7 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
         grace_seconds: how long ago a job must have ended.
     """
     with context.database.transaction() as session:
-        ended = leases.list_untidied(session, grace_seconds=grace_seconds, limit=_TIDIED_AT_ONCE)
+        ended = leftovers.list_untidied(session, grace_seconds=grace_seconds, limit=_TIDIED_AT_ONCE)
         files_gone = files.list_undeleted_bytes(session, limit=_TIDIED_AT_ONCE)
         models_gone = models.list_undeleted_bytes(session, limit=_TIDIED_AT_ONCE)
     for file_id, key in files_gone:
@@ -88,7 +88,7 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
         prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
         context.storage.delete_all_but(prefix, job.kept_prefixes)
         with context.database.transaction() as session:
-            leases.mark_tidied(session, job.job_id)
+            leftovers.mark_tidied(session, job.job_id)
 
 
 def _sweep_for_ever(context: WorkerContext) -> None:

@@ -26,7 +26,8 @@ _ALLOWED_VARIABLES = frozenset(
     | {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}
 )
 _LOG_NAME = "child.log"
-_MAX_LINE_BYTES = 1024 * 1024
+# An event may hold a whole report: some 50 evaluations with 5 long prompts and their answers each.
+_MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
 def child_environment(num_threads: int) -> dict[str, str]:

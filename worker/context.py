@@ -6,6 +6,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from db.session import Database
@@ -16,6 +17,7 @@ from services.bell import Bell, Ring, make_celery
 
 # One for the task, one for its heartbeat while it prepares.
 _POOL_SIZE = 3
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def _facts() -> dict[str, Any]:
@@ -42,6 +44,14 @@ class WorkerContext:
     def num_threads(self) -> int:
         """CPU threads of one training run."""
         return self.settings.num_threads or os.cpu_count() or 1
+
+    @property
+    def training_memory_bytes(self) -> int | None:
+        """Memory of the training device; None where that may be a GPU, whose memory only torch can tell."""
+        may_be_gpu = self.settings.device == "auto" and _NVIDIA_DRIVER.exists()
+        if self.settings.device == "cuda" or may_be_gpu:
+            return None
+        return int(self.facts["memory_bytes"])
 
 
 def make_context(settings: Settings) -> WorkerContext:

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, read, cancel, events, checkpoints."""
+"""Fine-tuning jobs: create, read, cancel, events, checkpoints, report."""
 
 import hashlib
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ from api.deps import PartsDep, ScopeApartDep, ScopeDep, SessionDep
 from api.event_stream import event_stream_response, read_job
 from api.schemas.jobs import CreateJobBody, checkpoint_object, event_object, job_object
 from api.schemas.pages import list_object
+from api.schemas.reports import JobReport, report_object
 from luthier.core.errors import InvalidValueError
 from services import idempotency, jobs
 
@@ -115,6 +116,13 @@ def list_checkpoints(
     rows, has_more = jobs.list_checkpoints(session, scope, fine_tuning_job_id, after=after, limit=limit)
     data = [checkpoint_object(checkpoint, name) for checkpoint, name in rows]
     return list_object(data, has_more=has_more, with_ids=True)
+
+
+# Documented by the schema, not checked against it: a report of an older version is served as it is.
+@router.get("/{fine_tuning_job_id}/report", responses={200: {"model": JobReport}})
+def retrieve_report(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Tell what a job's files held, how training went and what it cost, as far as it is known."""
+    return report_object(jobs.get(session, scope, fine_tuning_job_id))
 
 
 @router.get("/{fine_tuning_job_id}/events")

@@ -153,7 +153,7 @@ def job_object(job: Job) -> dict[str, Any]:
         "trained_tokens": job.trained_tokens,
         "training_file": job.training_file_id,
         "validation_file": job.validation_file_id,
-        "result_files": [],
+        "result_files": [] if job.result_file_id is None else [job.result_file_id],
         "error": job.error,
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},

@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 bases_app = typer.Typer(help="List and fetch base models.", no_args_is_help=True)
-jobs_app = typer.Typer(help="List, follow and cancel fine-tuning jobs.", no_args_is_help=True)
+jobs_app = typer.Typer(help="List, follow, cancel and report on fine-tuning jobs.", no_args_is_help=True)
 models_app = typer.Typer(help="List and download models.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(bases_app, name="bases")
@@ -214,6 +214,26 @@ def cancel_job(
         print_json(job)
         return
     print(f"{job['id']} is {job['status']}.")
+
+
+@jobs_app.command("report")
+def report_job(
+    job_id: Annotated[str, typer.Argument(metavar="ID")],
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a job's files held, how its training went and what it cost."""
+    from luthier.cli.output import print_json
+    from luthier.cli.report import print_report
+
+    with _open_client(base_url, api_key, home) as client:
+        report = client.get_report(job_id)
+    if as_json:
+        print_json(report)
+        return
+    print_report(report)
 
 
 @models_app.command("list")

@@ -4,16 +4,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from luthier.core.errors import (
-    InvalidRequestError,
-    InvalidTypeError,
-    InvalidValueError,
-    MissingParameterError,
-    UnknownParameterError,
-    UnsupportedValueError,
-)
+from luthier.core.errors import InvalidValueError, UnsupportedValueError
 from luthier.core.specs import BaseFacts, Hyperparameters, TrainingSpec
 from luthier.methods._discover import discover
+from luthier.methods._faults import first_fault
 from luthier.methods.base import Method, MethodParams, Workload
 
 MAX_EPOCHS = 50
@@ -129,36 +123,16 @@ def _method_of(tuning: dict[str, Any]) -> Method:
 
 def _parse(method: Method, tuning: dict[str, Any]) -> MethodParams:
     try:
-        return method.Params.model_validate({"type": method.name, **tuning})
+        params = method.Params.model_validate({"type": method.name, **tuning})
     except ValidationError as error:
-        raise _first_fault(error, tuning) from error
-
-
-def _first_fault(error: ValidationError, tuning: dict[str, Any]) -> InvalidRequestError:
-    fault = error.errors()[0]
-    name = str(fault["loc"][0]) if fault["loc"] else ""
-    param = f"tuning.{name}" if name else "tuning"
-    kind = fault["type"]
-    if kind == "extra_forbidden":
-        return UnknownParameterError(f"Unknown parameter: '{param[:80]}'.", param=param[:80])
-    if kind == "missing":
-        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
-    if param == "tuning.quantization":
-        return UnsupportedValueError(
-            "tuning.quantization: quantised bases are not offered here yet. Leave it out or use null.",
-            param=param,
+        raise first_fault(error, tuning) from error
+    if getattr(params, "quantization", None) is not None:
+        raise UnsupportedValueError(
+            "tuning.quantization: quantised weights are multiplied by kernels that only CUDA devices have, "
+            "and this service trains without them. Leave it out or use null.",
+            param="tuning.quantization",
         )
-    shown = repr(tuning.get(name))[:40]
-    rules = sorted(
-        {f["msg"].removeprefix("Value error, ") for f in error.errors() if f["loc"][:1] == (name,)}
-    )
-    message = f"Invalid value for '{param}': {shown}. {'; or: '.join(rules)}."
-    # A number out of its range breaks a bound; the other branch of the union ("auto") is then no type fault.
-    if any(not f["type"].endswith(("_type", "_parsing", "literal_error")) for f in error.errors()):
-        return InvalidValueError(message, param=param)
-    if isinstance(tuning.get(name), str):
-        return InvalidValueError(message, param=param)
-    return InvalidTypeError(message, param=param)
+    return params
 
 
 def _check_range(name: str, value: int, largest: int) -> None:

@@ -198,9 +198,9 @@ class Storage:
             shutil.rmtree(self.local_root / prefix, ignore_errors=True)
 
     def delete_all_but(self, prefix: str, kept_prefixes: Collection[str]) -> None:
-        """Delete the objects under a prefix that are under none of the kept ones."""
+        """Delete the objects under a prefix that are none of the kept ones, nor under one of them."""
         for path in self._list(prefix):
-            if not any(path.startswith(kept + "/") for kept in kept_prefixes):
+            if not any(path == kept or path.startswith(kept + "/") for kept in kept_prefixes):
                 self.delete(path)
 
     def _list(self, prefix: str) -> list[str]:

@@ -105,7 +105,12 @@ def test_a_cancelled_job_ends_and_frees_its_file(client: openai.OpenAI, file_id:
         ({"tuning": {"type": "lora", "rnak": 8}}, "tuning.rnak", "unknown_parameter"),
         ({"tuning": {"type": "sorcery"}}, "tuning.type", None),
         ({"training": {"max_length": 3}}, "training.max_length", "invalid_value"),
-        ({"training": {"patience": 3}}, "training.patience", "unknown_parameter"),
+        ({"training": {"patients": 3}}, "training.patients", "unknown_parameter"),
+        ({"training": {"patience": 3}}, "training.patience", "invalid_value"),
+        ({"training": {"keep_best": True}}, "training.keep_best", "invalid_value"),
+        ({"training": {"sample_prompts": ["a", ""]}}, "training.sample_prompts.1", "invalid_value"),
+        ({"tuning": {"target_modules": ["q_proj", 3]}}, "tuning.target_modules.1", "invalid_type"),
+        ({"tuning": {"quantization": "nf4"}}, "tuning.quantization", "unsupported_value"),
     ],
 )
 def test_a_bad_create_names_its_field_and_makes_no_job(

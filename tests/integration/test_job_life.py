@@ -99,8 +99,9 @@ def test_a_job_becomes_a_model_that_peft_loads(
     root = context.storage.local_root
     assert root is not None
     tidy(context, grace_seconds=0)
-    kept = {path.parent.name for path in (root / "projects").rglob("*") if path.is_file()} - {"files"}
-    assert kept == {"artifact", f"step-{checkpoints[1].step_number:06d}"}
+    files = [path for path in (root / "projects").rglob("*") if path.is_file()]
+    kept = {path.name if path.suffix == ".csv" else path.parent.name for path in files} - {"files"}
+    assert kept == {"artifact", f"step-{checkpoints[1].step_number:06d}", "step_metrics.csv"}
 
     _assert_hidden_from_another_project(api, job.fine_tuned_model)
     client.models.delete(job.fine_tuned_model)

@@ -2,9 +2,9 @@
 
 import shutil
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -14,16 +14,18 @@ from luthier.bases.fetch import ensure_base
 from luthier.core.errors import InvalidTrainingFileError, LuthierError, UnavailableError
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
-from luthier.data.prepare import prepare_rows
+from luthier.data.prepare import Purpose, prepare_rows
 from luthier.data.prepared import PreparedRows, write_prepared
+from luthier.data.prompts import check_sample_prompts
 from luthier.data.split import split_rows
 from luthier.methods import resolve_spec
 from luthier.storage.manifests import seal_folder
-from services import events, leases, models
+from services import events, leases, models, reports
 from services.bell import ring_after_commit
 from services.events import NewEvent
 from services.jobs import MIN_TRAINING_ROWS
 from services.leases import Lease, LeaseLostError
+from services.reports import FileReport, PrepareReport
 from worker.context import WorkerContext
 from worker.giving_back import give_back
 from worker.keeper import kept_lease
@@ -35,14 +37,25 @@ VALIDATION_FILE = "validation.safetensors"
 
 
 @dataclass(frozen=True)
+class _Input:
+    file_id: str
+    storage_key: str
+    sha256: str
+
+    @classmethod
+    def of(cls, file: File) -> "_Input":
+        return cls(file.id, file.storage_key, file.sha256)
+
+
+@dataclass(frozen=True)
 class _Claimed:
-    """A job to prepare; its files as storage key and sha256."""
+    """A job to prepare."""
 
     lease: Lease
     project_id: str
     spec: TrainingSpec
-    training: tuple[str, str]
-    validation: tuple[str, str] | None
+    training: _Input
+    validation: _Input | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class _Prepared:
     spec: TrainingSpec
     base: BaseFacts
     prepared_key: str
-    report: dict[str, Any]
+    report: PrepareReport
 
 
 def prepare(context: WorkerContext, job_id: str) -> None:
@@ -87,8 +100,8 @@ def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
             lease=lease,
             project_id=job.project_id,
             spec=TrainingSpec.model_validate(job.spec),
-            training=(training.storage_key, training.sha256),
-            validation=None if validation is None else (validation.storage_key, validation.sha256),
+            training=_Input.of(training),
+            validation=None if validation is None else _Input.of(validation),
         )
 
 
@@ -106,20 +119,25 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
     max_length = min(options.max_length or base.context_length, base.context_length)
     location = base_folder(context.settings.bases_dir, base.id)
 
-    def read(file: tuple[str, str], purpose: Any) -> tuple[PreparedRows, dict[str, Any]]:
+    check_sample_prompts(options.sample_prompts, location, max_tokens=base.context_length)
+    tokenize_seconds = 0.0
+
+    def read(file: _Input, purpose: Purpose) -> tuple[PreparedRows, FileReport]:
+        nonlocal tokenize_seconds
         source = folder / f"{purpose}.jsonl"
-        key, sha256 = file
-        context.storage.fetch_file(key, source, sha256=sha256)
+        context.storage.fetch_file(file.storage_key, source, sha256=file.sha256)
+        began = time.monotonic()
         rows, found = prepare_rows(
             source, location, max_length=max_length, too_long=options.too_long, purpose=purpose
         )
-        return rows, asdict(found)
+        tokenize_seconds += time.monotonic() - began
+        return rows, FileReport(file_id=file.file_id, sha256=file.sha256, **asdict(found))
 
     train, train_report = read(claimed.training, "training")
-    report: dict[str, Any] = {"training": train_report}
     validation: PreparedRows | None = None
+    validation_report: FileReport | None = None
     if claimed.validation is not None:
-        validation, report["validation"] = read(claimed.validation, "validation")
+        validation, validation_report = read(claimed.validation, "validation")
     elif options.validation_split > 0:
         train, validation = split_rows(train, options.validation_split)
     if train.num_rows < MIN_TRAINING_ROWS:
@@ -133,6 +151,7 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
         num_rows=train.num_rows,
         num_tokens=train.num_tokens,
         num_threads=context.num_threads,
+        memory_bytes=context.training_memory_bytes,
     )
     building = folder / "building"
     building.mkdir()
@@ -143,6 +162,9 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
     key = f"projects/{claimed.project_id}/jobs/{claimed.lease.job_id}/e{claimed.lease.epoch}/prepared"
     context.storage.put_folder(folder / "prepared", key)
     shutil.rmtree(folder / "prepared")
+    report = PrepareReport(
+        training=train_report, validation=validation_report, tokenize_seconds=tokenize_seconds
+    )
     return _Prepared(spec, base, key, report)
 
 
@@ -157,10 +179,9 @@ def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
             event=NewEvent("Files validated, moving job to queued state", data={}),
             spec=prepared.spec.model_dump(mode="json"),
             prepared_key=prepared.prepared_key,
-            report=prepared.report,
+            report=reports.with_prepare(prepared.report),
         )
-        dropped = prepared.report["training"].get("num_dropped", 0)
-        truncated = prepared.report["training"].get("num_truncated", 0)
+        dropped, truncated = prepared.report.training.num_dropped, prepared.report.training.num_truncated
         if dropped or truncated:
             told = (
                 f"Rows longer than the limit: {truncated} truncated, {dropped} dropped (training.too_long)."

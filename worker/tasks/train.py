@@ -24,12 +24,14 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.core.states import JobStatus
-from services import leases, models
+from services import leases, models, reports
 from services.leases import Lease, LeaseLostError
 from worker.child import start_child
 from worker.context import WorkerContext
 from worker.giving_back import give_back
 from worker.keeper import LeaseKeeper, kept_lease
+from worker.outbox import Outbox
+from worker.publish import Publisher
 from worker.run import Ending, TrainingRun
 from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
 
@@ -46,6 +48,7 @@ class Claimed:
     model_name: str
     prepared_key: str
     save_points: list[dict[str, object]]
+    tokenize_seconds: float
 
     @property
     def prefix(self) -> str:
@@ -62,7 +65,7 @@ def train_next(context: WorkerContext) -> bool:
     Returns:
         Whether a job was claimed; False when none waits or no slot is free.
     """
-    claimed = _load(context)
+    claimed = claim(context)
     if claimed is None:
         return False
     log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.epoch)
@@ -94,7 +97,8 @@ def train_next(context: WorkerContext) -> bool:
     return True
 
 
-def _load(context: WorkerContext) -> Claimed | None:
+def claim(context: WorkerContext) -> Claimed | None:
+    """Take the oldest queued job, in one short transaction; None when none waits or no slot is free."""
     settings = context.settings
     with context.database.transaction() as session:
         taken = leases.claim_for_training(
@@ -112,6 +116,7 @@ def _load(context: WorkerContext) -> Claimed | None:
             model_name=models.make_name(job.base_id, organization.slug, job.suffix),
             prepared_key=job.prepared_key,
             save_points=list(job.save_points),
+            tokenize_seconds=reports.get_tokenize_seconds(job),
         )
 
 
@@ -122,10 +127,23 @@ def _run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseK
     with start_child(run_dir, claimed.spec.num_threads) as child:
         # Bytes may be on their way into storage when a job is cancelled: its process ends all the same.
         keeper.on_lost = child.kill_group
-        run = TrainingRun(
-            context, claimed.lease, claimed.spec, claimed.model_name, claimed.prefix, run_dir, keeper
-        )
-        return run.supervise(child)
+        return make_run(context, claimed, run_dir, keeper).supervise(child)
+
+
+def make_run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseKeeper) -> TrainingRun:
+    """Return an attempt whose process is yet to be followed."""
+    outbox = Outbox(context.database, claimed.lease, keeper)
+    publisher = Publisher(
+        storage=context.storage,
+        outbox=outbox,
+        lease=claimed.lease,
+        spec=claimed.spec,
+        model_name=claimed.model_name,
+        prefix=claimed.prefix,
+        run_dir=run_dir,
+        tokenize_seconds=claimed.tokenize_seconds,
+    )
+    return TrainingRun(context, claimed.lease, keeper, outbox, publisher)
 
 
 def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path) -> None:

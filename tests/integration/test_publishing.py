@@ -1,0 +1,331 @@
+"""Which checkpoint becomes the model, what a job reports and which results it lists. The training process is
+scripted; PostgreSQL, storage and the API are real."""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+
+from db.tables import File, Job, Model
+from luthier.core.errors import ArtifactCorruptError
+from tests.conftest import Api
+from tests.integration.training_script import Script, ScriptedChild
+from tests.rows import colour_rows, jsonl
+from worker.app import sweep, tidy
+from worker.context import WorkerContext, make_context
+from worker.keeper import kept_lease
+from worker.run import Ending
+from worker.tasks.prepare import prepare
+from worker.tasks.train import claim, make_run
+
+
+@pytest.fixture
+def client(api: Api) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+
+
+@pytest.fixture
+def context(settings: object, api: Api) -> WorkerContext:
+    made = make_context(settings)  # type: ignore[arg-type]
+    made.ring = api.bells.append
+    sweep(made)
+    return made
+
+
+@dataclass
+class Work:
+    """One job, prepared, and what follows an attempt at it."""
+
+    api: Api
+    client: openai.OpenAI
+    context: WorkerContext
+    folder: Path
+    job_id: str
+
+    def attempt(self, write: Callable[[Script], object], *, steps: int = 1, epochs: int = 5) -> Ending:
+        claimed = claim(self.context)
+        assert claimed is not None
+        run_dir = self.folder / f"e{claimed.lease.epoch}"
+        script = Script(self.job_id, claimed.spec, run_dir, steps_an_epoch=steps, num_epochs=epochs)
+        write(script)
+        with kept_lease(self.context, claimed.lease) as keeper:
+            run = make_run(self.context, claimed, run_dir, keeper)
+            return run.supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
+
+    def checkpoints(self) -> dict[int, str]:
+        listed = self.client.fine_tuning.jobs.checkpoints.list(self.job_id)
+        return {entry.step_number: entry.fine_tuned_model_checkpoint for entry in listed}
+
+    def model(self) -> str:
+        name = self.client.fine_tuning.jobs.retrieve(self.job_id).fine_tuned_model
+        assert name is not None
+        return name
+
+    def messages(self) -> list[str]:
+        return [e.message for e in self.client.fine_tuning.jobs.list_events(self.job_id, limit=100)][::-1]
+
+    def report(self) -> dict[str, dict[str, object]]:
+        url = f"{self.api.base_url}/v1/fine_tuning/jobs/{self.job_id}/report"
+        answer = httpx2.get(url, headers=self.api.headers)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, dict[str, object]] = answer.json()
+        return found
+
+    def artifacts(self) -> list[str]:
+        """Return what lies in storage for the job once it is tidied, without what is in the folders."""
+        tidy(self.context, grace_seconds=0)
+        root = self.context.storage.local_root
+        assert root is not None
+        under = root / "projects"
+        files = [path for path in under.rglob("*") if path.is_file() and "files" not in path.parts]
+        return sorted({path.parent.name if path.suffix != ".csv" else path.name for path in files})
+
+    def bytes_of(self, model: str) -> bytes:
+        url = f"{self.api.base_url}/v1/models/{model}/files/adapter_model.safetensors"
+        return httpx2.get(url, headers=self.api.headers).content
+
+
+@pytest.fixture
+def start(api: Api, client: openai.OpenAI, context: WorkerContext, tmp_path: Path) -> Callable[..., Work]:
+    def make(**training: object) -> Work:
+        file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(24))), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(
+            model="tiny-llama",
+            training_file=file.id,
+            seed=1,
+            extra_body={"training": {"validation_split": 0.2} | training},
+        )
+        prepare(context, job.id)
+        return Work(api, client, context, tmp_path / job.id, job.id)
+
+    return make
+
+
+def _script(losses: list[float], result: int, *, first: int = 1) -> Callable[[Script], object]:
+    def write(script: Script) -> None:
+        script.start(0 if first == 1 else (first - 1) * script.steps_an_epoch)
+        for epoch, loss in enumerate(losses, start=first):
+            script.epoch(epoch, loss)
+        script.finish(result)
+
+    return write
+
+
+def test_the_last_checkpoint_is_the_model_and_published_once(start: Callable[..., Work]) -> None:
+    work = start()
+    assert work.attempt(_script([5, 4, 3, 2, 1], 5)) is Ending.SUCCEEDED
+    assert list(work.checkpoints()) == [5, 4, 3]
+    assert work.checkpoints()[5] == work.model()
+    assert work.artifacts() == ["artifact", "step-000003", "step-000004", "step_metrics.csv"]
+    assert work.bytes_of(work.model()) == b"weights of step 5"
+    told = f"Checkpoint created at step 5 with Snapshot ID: {work.model()}"
+    assert work.messages().count(told) == 1
+
+
+def test_a_training_that_stopped_early_makes_its_last_checkpoint_the_model(
+    start: Callable[..., Work],
+) -> None:
+    work = start(patience=1)
+    work.attempt(_script([5, 4, 3], 3))
+    assert list(work.checkpoints()) == [3, 2, 1]
+    assert work.checkpoints()[3] == work.model()
+    assert work.artifacts() == ["step-000001", "step-000002", "step-000003", "step_metrics.csv"]
+    assert work.bytes_of(work.model()) == b"weights of step 3"
+    names = {model.id for model in work.client.models.list()}
+    assert not [name for name in names if name.endswith(":ckpt-step-3")]
+
+
+def test_the_best_checkpoint_outlives_newer_ones_and_becomes_the_model(start: Callable[..., Work]) -> None:
+    work = start(keep_best=True)
+    seen: list[dict[int, str]] = []
+
+    def write(script: Script) -> None:
+        _script([5, 1, 2, 3, 4], 2)(script)
+        # A look from outside just before the end: the process is about to say which one it is.
+        script.events.insert(-1, script.events[-2])
+
+    work.attempt(write)
+    seen.append(work.checkpoints())
+    assert list(seen[0]) == [5, 4, 2]
+    assert seen[0][2] == work.model()
+    assert seen[0][5].endswith(":ckpt-step-5")
+    assert work.bytes_of(work.model()) == b"weights of step 2"
+    assert work.bytes_of(seen[0][5]) == b"weights of step 5"
+    assert work.artifacts() == ["step-000002", "step-000004", "step-000005", "step_metrics.csv"]
+    checkpoint = work.client.fine_tuning.jobs.checkpoints.list(work.job_id).data[-1]
+    assert (checkpoint.step_number, checkpoint.metrics.full_valid_loss) == (2, 1)
+    messages = work.messages()
+    assert "The checkpoint of step 2 is the model, now under the model's name" in messages
+    assert len([message for message in messages if message.startswith("New fine-tuned model created")]) == 1
+
+
+def test_the_best_checkpoint_so_far_stays_callable_while_training_goes_on(
+    start: Callable[..., Work],
+) -> None:
+    work = start(keep_best=True)
+
+    def write(script: Script) -> None:
+        script.start()
+        for epoch, loss in enumerate([1.0, 5.0, 4.0, 3.0], start=1):
+            script.epoch(epoch, loss)
+
+    work.attempt(write, epochs=6)
+    assert list(work.checkpoints()) == [4, 3, 1]
+    assert work.bytes_of(work.checkpoints()[1]) == b"weights of step 1"
+    assert work.attempt(_script([2.0, 2.0], 1, first=5), epochs=6) is Ending.SUCCEEDED
+    assert list(work.checkpoints()) == [6, 5, 1]
+    assert work.checkpoints()[1] == work.model()
+    # The card of a checkpoint of the attempt before has another name on it, so the model has its own.
+    assert work.artifacts() == ["artifact", "step-000005", "step-000006", "step_metrics.csv"]
+    readme = f"{work.api.base_url}/v1/models/{work.model()}/files/README.md"
+    assert httpx2.get(readme, headers=work.api.headers).text == "made in e3 as artifact"
+
+
+def test_a_checkpoint_that_its_user_deleted_can_still_become_the_model(start: Callable[..., Work]) -> None:
+    work = start(keep_best=True)
+
+    def write(script: Script) -> None:
+        script.start()
+        for epoch, loss in enumerate([1.0, 5.0], start=1):
+            script.epoch(epoch, loss)
+
+    work.attempt(write, epochs=3)
+    work.client.models.delete(work.checkpoints()[1])
+    tidy(work.context, grace_seconds=0)
+    work.attempt(_script([2.0], 1, first=3), epochs=3)
+    assert work.checkpoints()[1] == work.model()
+    assert work.bytes_of(work.model()) == b"weights of step 1"
+    with work.context.database.transaction() as session:
+        model = session.query(Model).filter_by(name=work.model()).one()
+        assert (model.deleted_at, model.bytes_deleted_at) == (None, None)
+    work.client.models.delete(work.model())
+
+
+def test_every_evaluation_is_told_once_with_its_scores_and_without_answers(
+    start: Callable[..., Work],
+) -> None:
+    work = start()
+    work.attempt(_script([5, 4, 3, 2, 1], 5))
+    events = work.client.fine_tuning.jobs.list_events(work.job_id, limit=100).data[::-1]
+    told = [event for event in events if "general loss" in event.message]
+    assert [event.message for event in told[:2]] == [
+        "Base model: validation loss=9.00, general loss=3.00",
+        "Evaluation at step 1: validation loss=5.00, general loss=3.00, forgetting=0.12",
+    ]
+    assert len(told) == 6
+    assert told[0].to_dict()["data"]["base"]["valid_loss"] == 9.0
+    assert told[1].to_dict()["data"]["evaluation"] == {
+        "step": 1,
+        "epoch": 1.0,
+        "valid_loss": 5.0,
+        "general_loss": 3.0,
+        "forgetting": 0.125,
+    }
+    assert not [event for event in events if "secret" in event.to_json()]
+
+
+def test_the_report_has_both_parts_with_the_seconds_of_tokenizing(start: Callable[..., Work]) -> None:
+    work = start()
+    before = work.report()
+    assert before["run"] is None
+    assert before["prepare"]["training"]["num_rows"] == 24
+    assert before["prepare"]["validation"] is None
+    assert before["prepare"]["tokenize_seconds"] > 0
+    work.attempt(_script([5, 4, 3, 2, 1], 5))
+    run = work.report()["run"]
+    assert run["result_step"] == 5
+    assert run["seconds"] == {
+        "load": 1.0,
+        "tokenize": before["prepare"]["tokenize_seconds"],
+        "train": 2.0,
+        "evaluate": 0.0,
+        "save": 0.0,
+    }
+    answers = run["evaluations"][1]["answers"]
+    assert answers == [{"prompt": "who?", "answer": "\ufffd secret words of step 1"}]
+
+
+def test_the_report_is_there_before_any_worker_and_hidden_from_other_projects(
+    api: Api, client: openai.OpenAI
+) -> None:
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
+    job_id = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id).id
+    url = f"{api.base_url}/v1/fine_tuning/jobs/{job_id}/report"
+    answer = httpx2.get(url, headers=api.headers)
+    assert answer.json() == {
+        "object": "fine_tuning.job.report",
+        "fine_tuning_job_id": job_id,
+        "prepare": None,
+        "run": None,
+    }
+    body = {"name": "other", "project": "other"}
+    key = httpx2.post(f"{api.base_url}/v1/keys", headers=api.headers, json=body).json()["key"]
+    theirs = httpx2.get(url, headers={"Authorization": f"Bearer {key}"})
+    assert (theirs.status_code, theirs.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_step_metrics_are_a_file_of_the_jobs_project_with_a_row_a_step(start: Callable[..., Work]) -> None:
+    work = start()
+
+    def broken_off(script: Script) -> None:
+        script.start().epoch(1, 4.0)
+
+    work.attempt(broken_off, steps=2, epochs=2)
+    assert work.client.fine_tuning.jobs.retrieve(work.job_id).result_files == []
+    # The second attempt goes on from step 1, so it does step 2 again.
+    work.attempt(_script([3.0, 2.0], 2), steps=2, epochs=2)
+    [file_id] = work.client.fine_tuning.jobs.retrieve(work.job_id).result_files
+    file = work.client.files.retrieve(file_id)
+    assert (file.purpose, file.filename, file.status) == (
+        "fine-tune-results",
+        "step_metrics.csv",
+        "processed",
+    )
+    listed = work.client.files.list(purpose="fine-tune-results")
+    assert [entry.id for entry in listed] == [file_id]
+    tidy(work.context, grace_seconds=0)
+    content = work.client.files.content(file_id).read()
+    assert len(content) == file.bytes
+    rows = list(csv.DictReader(io.StringIO(content.decode())))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert list(rows[0])[:5] == [
+        "step",
+        "train_loss",
+        "train_accuracy",
+        "valid_loss",
+        "valid_mean_token_accuracy",
+    ]
+    assert (rows[0]["valid_loss"], rows[1]["valid_loss"], rows[3]["full_valid_loss"]) == ("", "3.0", "2.0")
+    assert rows[2]["train_accuracy"] == rows[2]["train_mean_token_accuracy"] == "0.5"
+    with pytest.raises(openai.BadRequestError) as refused:
+        work.client.fine_tuning.jobs.create(model="tiny-llama", training_file=file_id)
+    assert refused.value.code == "invalid_file_purpose"
+    work.client.files.delete(file_id)
+    assert work.client.fine_tuning.jobs.retrieve(work.job_id).result_files == []
+    assert work.artifacts() == ["artifact", "step-000002"]
+
+
+def test_a_crash_between_bytes_and_row_leaves_nothing_that_shows(
+    start: Callable[..., Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = start()
+
+    def crash(*_: object, **__: object) -> None:
+        raise ArtifactCorruptError("the worker dies here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("worker.publish.leases.leave", crash)
+        with pytest.raises(ArtifactCorruptError):
+            work.attempt(_script([5, 4, 3, 2, 1], 5))
+    with work.context.database.transaction() as session:
+        job = session.get_one(Job, work.job_id)
+        assert (job.status, job.fine_tuned_model, job.result_file_id) == ("running", None, None)
+        assert session.query(File).filter_by(purpose="fine-tune-results").count() == 0
+        assert session.query(Model).filter_by(kind="tuned").count() == 0
+    work.client.fine_tuning.jobs.cancel(work.job_id)
+    assert work.artifacts() == ["step-000002", "step-000003", "step-000004"]
