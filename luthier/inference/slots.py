@@ -9,10 +9,22 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from luthier.core.errors import ArtifactCorruptError, SelfCheckError
+from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, SelfCheckError
 from luthier.inference.forward import Prefix, run_prompts
 from luthier.inference.proofs import check_base, check_finite_weights, check_probe
 from luthier.methods import Installed, method_of_artifact
+
+# What it looks like when an artifact does not fit its base. InvalidRequestError: what training would tell
+# the user about his parameters is no fault of whoever asks the result.
+_UNFIT = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    OSError,
+    SafetensorError,
+    InvalidRequestError,
+)
 
 
 class ArtifactSlots:
@@ -63,7 +75,7 @@ class ArtifactSlots:
             prefix = self._installed[digest].prefix()
             check_probe(probe(self.activate(digest), self._probe_ids, prefix), self.base_logits_V)
             self._check_base_is_itself()
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        except _UNFIT as error:
             self.remove(digest)
             raise ArtifactCorruptError("The artifact can't be loaded on its base model.") from error
         except BaseException:

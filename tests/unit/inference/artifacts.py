@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
 from luthier.data.tokens import Tokenizer
-from luthier.methods import Start, Workload, discover, method_of_artifact, parse_tuning
+from luthier.methods import Attached, Start, Workload, discover, method_of_artifact, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.storage.manifests import Manifest, seal_folder
 
@@ -43,6 +43,15 @@ def tuning_name(tuning: dict[str, Any]) -> str:
     return "-".join(str(value) for value in tuning.values())
 
 
+def add_noise(attached: Attached, *, seed: int, scale: float) -> None:
+    """Change all that is trained, as a few updates would, by noise that is small beside it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in attached.named_trained_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * scale * parameter.std(correction=0).clamp_min(0.1))
+
+
 def build_method_artifact(
     folder: Path, base_folder: Path, tuning: dict[str, Any], *, seed: int, scale: float = 0.2
 ) -> Artifact:
@@ -53,11 +62,7 @@ def build_method_artifact(
     start = Start(seed=seed, base_id=facts.id, tokenize=tokenizer.encode, examples=[list(range(5, 30))] * 4)
     resolved = method.resolve(params, Workload(base=facts, num_rows=100, num_tokens=3000))
     attached = method.attach(load_plain(base_folder), resolved, start)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in attached.named_trained_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * scale * parameter.std(correction=0).clamp_min(0.1))
+    add_noise(attached, seed=seed, scale=scale)
     building = folder.with_name(f".{folder.name}.building")
     building.mkdir(parents=True)
     names = method.save(attached, building)
