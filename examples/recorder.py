@@ -38,7 +38,7 @@ class EventRecorder(LuthierClient):
         self.ended_at = now
         data = event.get("data") or {}
         if "base" in data:
-            self.base_valid_loss = data["base"]["valid_loss"]
+            self.base_valid_loss = data["base"].get("valid_loss")
         if event.get("type") != "metrics":
             return
         if self.first_step_at:

@@ -28,6 +28,7 @@ def test_a_request_without_a_good_key_is_401(api: Api) -> None:
             ("GET", "/v1/files"),
             ("POST", "/v1/files"),
             ("POST", "/v1/fine_tuning/jobs"),
+            ("GET", "/v1/fine_tuning/methods"),
             ("POST", "/v1/chat/completions"),
             ("GET", "/v1/keys"),
         ):
@@ -76,6 +77,7 @@ def test_another_projects_ids_are_404_everywhere(api: Api) -> None:
         ("GET", f"{jobs}/events"),
         ("GET", f"{jobs}/events?stream=true"),
         ("GET", f"{jobs}/checkpoints"),
+        ("GET", f"{jobs}/report"),
     ):
         theirs = httpx2.request(method, api.base_url + path, headers=headers)
         unknown = path.replace(file.id, "file-unknown").replace(job.id, "ftjob-unknown")

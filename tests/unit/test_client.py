@@ -63,7 +63,14 @@ def test_ids_are_quoted_so_that_they_stay_one_part_of_the_path() -> None:
     client = _client(answer)
     client.list_model_files("ft:base:org:a/b:id")
     client.revoke_key("../jobs")
-    assert paths == [b"/v1/models/ft%3Abase%3Aorg%3Aa%2Fb%3Aid/files", b"/v1/keys/..%2Fjobs"]
+    client.get_report("a/b")
+    assert client.list_methods() == []
+    assert paths == [
+        b"/v1/models/ft%3Abase%3Aorg%3Aa%2Fb%3Aid/files",
+        b"/v1/keys/..%2Fjobs",
+        b"/v1/fine_tuning/jobs/a%2Fb/report",
+        b"/v1/fine_tuning/methods",
+    ]
 
 
 def test_events_go_on_after_a_lost_connection_without_a_gap_or_a_repeat() -> None:

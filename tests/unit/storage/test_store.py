@@ -86,8 +86,14 @@ def test_what_has_no_manifest_does_not_exist(storage: Storage, tmp_path: Path) -
 def test_deleting_keeps_what_is_to_be_kept(storage: Storage) -> None:
     for key in ("p/jobs/1/e1/prepared/rows", "p/jobs/1/e2/artifact/weights", "p/jobs/10/rows"):
         storage.put_bytes(key, b"x")
-    storage.delete_all_but("p/jobs/1", ["p/jobs/1/e2/artifact"])
-    assert _keys(storage) == ["p/jobs/1/e2/artifact/weights", "p/jobs/10/rows"]
+    storage.put_bytes("p/jobs/1/e2/step_metrics.csv", b"x")
+    storage.put_bytes("p/jobs/1/e1/step_metrics.csv", b"x")
+    storage.delete_all_but("p/jobs/1", ["p/jobs/1/e2/artifact", "p/jobs/1/e2/step_metrics.csv"])
+    assert _keys(storage) == [
+        "p/jobs/1/e2/artifact/weights",
+        "p/jobs/1/e2/step_metrics.csv",
+        "p/jobs/10/rows",
+    ]
     storage.delete_prefix("p/jobs/1")
     assert _keys(storage) == ["p/jobs/10/rows"]
     storage.delete("never/was")

@@ -1,0 +1,52 @@
+"""The methods resource: every method with a schema that says what a create accepts."""
+
+from typing import Any
+
+import httpx2
+import jsonschema
+import pytest
+
+from luthier.client import LuthierClient
+from luthier.core.errors import LuthierError
+from luthier.methods import check_tuning, discover
+from tests.conftest import Api
+
+
+@pytest.fixture
+def methods(api: Api) -> dict[str, dict[str, Any]]:
+    with LuthierClient(f"{api.base_url}/v1", api.key) as client:
+        return {method["id"]: method for method in client.list_methods()}
+
+
+def test_every_method_is_listed_with_title_and_schema(api: Api, methods: dict[str, dict[str, Any]]) -> None:
+    answer = httpx2.get(f"{api.base_url}/v1/fine_tuning/methods", headers=api.headers).json()
+    assert (answer["object"], answer["has_more"]) == ("list", False)
+    assert list(methods) == list(discover())
+    for name, method in methods.items():
+        assert method["object"] == "fine_tuning.method"
+        assert method["title"] == discover()[name].title
+        properties = method["parameters"]["properties"]
+        assert properties["type"]["const"] == name
+        for field, schema in properties.items():
+            assert "default" in schema, (name, field)
+            assert field == "type" or schema["description"], (name, field)
+
+
+def test_what_loads_in_peft_is_said(methods: dict[str, dict[str, Any]]) -> None:
+    said = {name: method["loads_in_peft"] for name, method in methods.items()}
+    assert said == {"adapter": False, "full": False, "lora": True, "prefix": True, "prompt": True}
+    assert [name for name, method in methods.items() if method["is_whole_model"]] == ["full"]
+
+
+def test_the_schema_and_the_check_agree(methods: dict[str, dict[str, Any]]) -> None:
+    for name, method in methods.items():
+        properties = method["parameters"]["properties"]
+        filled = {field: schema["default"] for field, schema in properties.items()}
+        # A default that only goes with another one is left out, as it is in a request.
+        assert check_tuning({"type": name})["type"] == name
+        jsonschema.validate(filled, method["parameters"])
+        for wrong in ({**filled, "colour": 1}, {**filled, next(iter(set(filled) - {"type"})): {"a": 1}}):
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(wrong, method["parameters"])
+            with pytest.raises(LuthierError):
+                check_tuning(wrong)

@@ -1,0 +1,101 @@
+"""The task that prepares a job, with real PostgreSQL and storage: what it finds, keeps and passes on."""
+
+from typing import Any
+
+import httpx2
+import pytest
+from alembic import command
+from sqlalchemy import text
+
+from db.migrate import alembic_config
+from db.session import Database
+from luthier.core.specs import TrainingSpec
+from tests.conftest import Api
+from tests.rows import colour_rows, jsonl
+from worker.app import sweep
+from worker.context import WorkerContext, make_context
+from worker.tasks import prepare as prepare_module
+from worker.tasks.prepare import prepare
+
+
+@pytest.fixture
+def context(settings: Any, api: Api) -> WorkerContext:
+    made = make_context(settings)
+    made.ring = api.bells.append
+    sweep(made)
+    return made
+
+
+def _create(api: Api, **body: object) -> dict[str, Any]:
+    files = {"file": ("rows.jsonl", jsonl(colour_rows(24)))}
+    url = f"{api.base_url}/v1"
+    file = httpx2.post(f"{url}/files", headers=api.headers, data={"purpose": "fine-tune"}, files=files).json()
+    asked = {"model": "tiny-llama", "training_file": file["id"], **body}
+    answer = httpx2.post(f"{url}/fine_tuning/jobs", headers=api.headers, json=asked)
+    assert answer.status_code == 200, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def _get(api: Api, path: str) -> dict[str, Any]:
+    answer = httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{path}", headers=api.headers)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_a_sample_prompt_that_does_not_fit_fails_the_job_by_its_place(
+    api: Api, context: WorkerContext
+) -> None:
+    job = _create(api, training={"sample_prompts": ["who?", "a? " * 300]})
+    prepare(context, job["id"])
+    failed = _get(api, job["id"])
+    assert failed["status"] == "failed"
+    assert (failed["error"]["code"], failed["error"]["param"]) == (
+        "invalid_value",
+        "training.sample_prompts.1",
+    )
+    assert "a? a?" not in str(httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{job['id']}/events").text)
+
+
+def test_the_files_own_hashes_and_the_seconds_are_in_the_report(api: Api, context: WorkerContext) -> None:
+    job = _create(api)
+    prepare(context, job["id"])
+    report = _get(api, f"{job['id']}/report")["prepare"]
+    assert report["training"]["file_id"] == job["training_file"]
+    assert len(report["training"]["sha256"]) == 64
+    assert 0 < report["tokenize_seconds"] < 60
+
+
+@pytest.mark.parametrize(("device", "is_known"), [("cpu", True), ("cuda", False)])
+def test_auto_may_depend_on_the_memory_of_the_training_device_where_it_is_known(
+    api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch, device: str, is_known: bool
+) -> None:
+    seen: list[int | None] = []
+    resolve = prepare_module.resolve_spec
+
+    def watch(spec: TrainingSpec, **facts: Any) -> TrainingSpec:
+        seen.append(facts["memory_bytes"])
+        return resolve(spec, **facts)
+
+    monkeypatch.setattr(prepare_module, "resolve_spec", watch)
+    context.settings = context.settings.model_copy(update={"device": device})
+    prepare(context, _create(api)["id"])
+    assert seen == [context.facts["memory_bytes"] if is_known else None]
+
+
+def test_a_report_of_the_first_schema_is_carried_into_the_second_and_back(
+    api: Api, context: WorkerContext, database: Database
+) -> None:
+    job = _create(api)
+    prepare(context, job["id"])
+    read = text("SELECT report FROM jobs")
+    with database.engine.begin() as connection:
+        after = connection.scalar(read)
+        command.downgrade(alembic_config(connection), "0001")
+        before = connection.scalar(read)
+        assert set(before) == {"training", "validation"}
+        command.upgrade(alembic_config(connection), "head")
+        again = connection.scalar(read)
+    assert again["prepare"]["training"] == after["prepare"]["training"] == before["training"]
+    assert _get(api, f"{job['id']}/report")["prepare"]["tokenize_seconds"] == 0.0

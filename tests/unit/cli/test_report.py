@@ -1,0 +1,68 @@
+"""`luthier jobs report` for a person: what is known so far, escaped, in any state of the job."""
+
+from typing import Any
+
+import pytest
+
+from luthier.cli.report import print_report
+
+_FILE = {
+    "num_rows": 24,
+    "num_tokens": 900,
+    "num_supervised_tokens": 300,
+    "num_truncated": 1,
+    "num_dropped": 2,
+}
+
+
+def _report(**parts: Any) -> dict[str, Any]:
+    return {"object": "fine_tuning.job.report", "fine_tuning_job_id": "ftjob-1", **parts}
+
+
+def _evaluation(step: int, **scores: Any) -> dict[str, Any]:
+    nothing = dict.fromkeys(("valid_loss", "valid_mean_token_accuracy", "general_loss", "forgetting"))
+    return {"step": step, "answers": [], **nothing, **scores}
+
+
+def _run(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "method": "lora",
+        "precision": "float32",
+        "device": "cpu",
+        "num_trained_parameters": 4,
+        "num_base_parameters": 100,
+        "steps_done": 3,
+        "steps_planned": 9,
+        "result_step": 2,
+        "stopped_early": "Enough.",
+        "seconds": {"load": 1.0, "train": 2.5},
+        "artifact_bytes": None,
+        "full_copy_bytes": 400,
+        "peak_memory_bytes": 7,
+        "evaluations": evaluations,
+    }
+
+
+def test_what_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(_report(prepare=None, run=None))
+    assert capsys.readouterr().out == "The job's files are not prepared yet.\n"
+    print_report(_report(prepare={"training": _FILE, "validation": None}, run=None))
+    told = capsys.readouterr().out
+    assert "training file: 24 rows, 900 tokens, 300 supervised, 1 rows truncated, 2 dropped" in told
+    assert told.endswith("Training has not been scored yet.\n")
+
+
+def test_scores_are_a_table_and_answers_stand_below_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluations = [
+        _evaluation(0, valid_loss=3.0, answers=[{"prompt": "who?", "answer": "\x1b[31mred"}]),
+        _evaluation(2, valid_loss=1.5, forgetting=0.1, answers=[{"prompt": "who?", "answer": "me"}]),
+    ]
+    print_report(_report(prepare={"training": _FILE, "validation": _FILE}, run=_run(evaluations)))
+    lines = capsys.readouterr().out.splitlines()
+    assert "steps: 3 of 9, result: 2" in lines
+    assert "Enough." in lines
+    assert [line.split() for line in lines if line.startswith(("0 ", "2 "))] == [
+        ["0", "3.0000", "-", "-", "-"],
+        ["2", "1.5000", "-", "-", "0.1000"],
+    ]
+    assert lines[-3:] == ["who?", "  step 0: \\x1b[31mred", "  step 2: me"]
