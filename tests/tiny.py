@@ -47,7 +47,8 @@ _CORPUS = [
 ]
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Write the byte-level BPE tokenizer with its ChatML template into an existing folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -142,7 +143,7 @@ def build_tiny_base(folder: Path, *, seed: int = 0) -> Path:
     """
     building = folder.with_name(f".{folder.name}.building")
     building.mkdir(parents=True)
-    _write_tokenizer(building)
+    write_tokenizer(building)
     _write_config(building)
     facts = BaseFacts(
         id=BASE_ID,

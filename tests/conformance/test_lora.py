@@ -1,0 +1,54 @@
+"""What LoRA promises beyond what every method does, and what guards its fast path."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from luthier.core.errors import InvalidValueError, SelfCheckError
+from luthier.training.selfcheck import check_artifact
+from tests.tiny_methods import LLAMA, Bench, Case, batch, train
+
+LORA = Case(LLAMA, {"type": "lora"})
+
+
+def test_a_fast_path_with_a_wrong_scale_is_found_though_it_agreed_at_the_start(bench: Bench) -> None:
+    # The fast path takes its scale when it is made; the plain one reads PEFT's.
+    trainee = bench.trainee(LORA)
+    assert trainee.path == "fused"
+    trainee.attached.causal_lm.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    trainee.prove_shortcuts([batch(0)])
+    train(trainee, LORA, 8)
+    with pytest.raises(SelfCheckError, match="fast path"):
+        trainee.prove_shortcuts([batch(0)])
+
+
+def test_weights_that_are_no_numbers_are_refused_even_where_no_sample_meets_them(
+    bench: Bench, tmp_path: Path
+) -> None:
+    trainee = bench.trained(LORA, 1)
+    trainee.method.save(trainee.attached, tmp_path)
+    with torch.no_grad():
+        trainee.parameters[0][0, 0] = float("inf")
+    with pytest.raises(SelfCheckError, match="weights are not all finite"):
+        check_artifact(trainee, tmp_path, batch(1))
+
+
+def test_the_start_depends_on_the_seed(bench: Bench) -> None:
+    starts = [bench.attach(LORA, seed=seed)[1].named_trained_parameters()[0][1] for seed in (1, 2)]
+    assert not torch.equal(*starts)
+
+
+def test_a_rank_that_a_layer_cannot_hold_is_refused(bench: Bench) -> None:
+    with pytest.raises(InvalidValueError, match="24") as caught:
+        bench.attach(Case(LLAMA, {"type": "lora", "rank": 25}))
+    assert caught.value.param == "tuning.rank"
+
+
+@pytest.mark.parametrize("target_modules", [["nope"], "nope", ["lm_head"], ["embed_tokens"]])
+def test_layers_that_are_not_there_are_refused_with_those_that_are(
+    bench: Bench, target_modules: str | list[str]
+) -> None:
+    with pytest.raises(InvalidValueError, match="q_proj") as caught:
+        bench.attach(Case(LLAMA, {"type": "lora", "target_modules": target_modules}))
+    assert caught.value.param == "tuning.target_modules"

@@ -1,0 +1,94 @@
+"""What is saved: it loads again with the same logits, by the method and by the library that has it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from luthier.methods import discover, method_of_artifact
+from luthier.training.selfcheck import check_artifact
+from tests.tiny_methods import CASES, LLAMA, METHODS, VARIANTS, Bench, Case, batch
+
+LOADED_BY_A_LIBRARY = [case for case in CASES if discover()[case.tuning["type"]].library_name is not None]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_saved_loads_again_with_the_same_logits(bench: Bench, tmp_path: Path, case: Case) -> None:
+    trainee = bench.trained(case, 2)
+    method, attached = trainee.method, trainee.attached
+    names = method.save(attached, tmp_path)
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
+    assert method_of_artifact(tmp_path) is method
+    assert [name for name in METHODS if discover()[name].recognises(tmp_path)] == [method.name]
+    check_artifact(trainee, tmp_path, batch(1))
+    again = method.load(bench.load(case.shape), tmp_path)
+    assert again.num_trained_parameters == 0
+    tokens = batch(2, 3).token_ids_BT
+    with torch.no_grad():
+        expected = method.logits(attached, tokens)
+        assert torch.allclose(method.logits(again, tokens), expected, atol=1e-5)
+        assert torch.allclose(
+            method.hidden_states(again, tokens), method.hidden_states(attached, tokens), atol=1e-5
+        )
+        assert not torch.allclose(bench.load(case.shape)(input_ids=tokens).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", LOADED_BY_A_LIBRARY, ids=str)
+def test_what_is_saved_gives_the_same_logits_in_the_library_that_it_names(
+    bench: Bench, tmp_path: Path, case: Case
+) -> None:
+    trainee = bench.trained(case, 2)
+    trainee.method.save(trainee.attached, tmp_path)
+    if trainee.method.library_name == "transformers":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    else:
+        assert trainee.method.library_name == "peft"
+        base = AutoModelForCausalLM.from_pretrained(bench.bases[case.shape])
+        loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    tokens = batch(2, 3).token_ids_BT
+    with torch.no_grad():
+        # A library that returns results for virtual tokens returns them first.
+        found = loaded.eval()(input_ids=tokens).logits[:, -tokens.shape[1] :]
+        assert torch.allclose(found, trainee.method.logits(trainee.attached, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_artifact_answers_alike_on_a_bf16_base(bench: Bench, tmp_path: Path, name: str) -> None:
+    case = Case(LLAMA, {"type": name})
+    trainee = bench.trainee(case, dtype=torch.bfloat16)
+    trainee.method.save(trainee.attached, tmp_path)
+    again = trainee.method.load(bench.load(case.shape, torch.bfloat16), tmp_path)
+    tokens = batch(2).token_ids_BT
+    with torch.no_grad():
+        expected = trainee.method.logits(trainee.attached, tokens)
+        assert expected.dtype == torch.bfloat16
+        assert torch.equal(trainee.method.logits(again, tokens), expected)
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_equal_weights_give_equal_bytes(bench: Bench, tmp_path: Path, case: Case) -> None:
+    method, attached = bench.attach(case)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        names = method.save(attached, folder)
+    assert all((folders[0] / n).read_bytes() == (folders[1] / n).read_bytes() for n in names)
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_an_artifact_names_its_base_by_id_and_no_path_or_text(
+    bench: Bench, tmp_path: Path, case: Case
+) -> None:
+    method, attached = bench.attach(case)
+    method.save(attached, tmp_path)
+    written = [path for path in tmp_path.glob("*config.json") if path.name != "tokenizer_config.json"]
+    for path in written:
+        text = path.read_text()
+        assert str(bench.bases[case.shape].parent) not in text
+        assert case.tuning.get("init_text", "colour of") not in text
+    if not method.is_whole_model:
+        (path,) = written
+        assert json.loads(path.read_text())["base_model_name_or_path"] == case.base_id

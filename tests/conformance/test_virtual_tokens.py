@@ -1,0 +1,172 @@
+"""What prefix and prompt tuning promise beyond what every method does: what they start as, and their room."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from luthier.core.errors import InvalidValueError
+from luthier.methods import Start, discover
+from tests.tiny_methods import LLAMA, ROWS, Bench, Case, batch, rows_of, train
+from tests.tiny_shapes import NUM_POSITIONS, SHAPES
+
+TEXT = "the sky is blue"
+NUM_TOKENS = 9
+
+
+def virtual(bench: Bench, shape: str = LLAMA, **tuning: Any) -> tuple[Any, torch.Tensor]:
+    """Attach with nine virtual tokens and return the attached model and PEFT's own vectors."""
+    case = Case(shape, {"num_virtual_tokens": NUM_TOKENS, **tuning})
+    _, attached = bench.attach(case)
+    return attached, attached.model.get_prompt_embedding_to_save("default")
+
+
+def keys_and_values(
+    bench: Bench, shape: str, token_ids: list[int]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Run the base over tokens and return its cache, layer by layer."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        bench.load(shape)(input_ids=torch.tensor([token_ids]), past_key_values=cache, use_cache=True)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def text_ids(bench: Bench, shape: str = LLAMA) -> list[int]:
+    """Return the text's tokens, repeated and cut to nine."""
+    found = bench.start(Case(shape, {"type": "prompt"})).tokenize(TEXT)
+    return (found * NUM_TOKENS)[:NUM_TOKENS]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prefix_starts_as_the_keys_and_values_of_the_first_rows(bench: Bench, shape: str) -> None:
+    attached, _ = virtual(bench, shape, type="prefix")
+    first_rows = [token for row in rows_of(ROWS) for token in row][:NUM_TOKENS]
+    found = discover()["prefix"].virtual_key_values(attached)
+    assert found is not None
+    expected = keys_and_values(bench, shape, first_rows)
+    for (key, value), (expected_key, expected_value) in zip(found, expected, strict=True):
+        assert torch.equal(key, expected_key)
+        assert torch.equal(value, expected_value)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_after_its_own_beginning_reads_as_if_it_were_whole(bench: Bench, shape: str) -> None:
+    """The positions are right: prefix of the first nine tokens, then the rest, is the whole row."""
+    row = rows_of(ROWS)[0]
+    tokens = torch.tensor([row])
+    for name in ("prefix", "prompt"):
+        case = Case(shape, {"type": name, "num_virtual_tokens": NUM_TOKENS, "init": "text", "init_text": "x"})
+        method, params = case.settle()
+        start = Start(0, case.base_id, tokenize=lambda text: row)
+        attached = method.attach(bench.load(shape), params, start)
+        with torch.no_grad():
+            expected = bench.load(shape)(input_ids=tokens).logits[:, NUM_TOKENS:]
+            assert torch.allclose(method.logits(attached, tokens[:, NUM_TOKENS:]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_prefix_starts_as_its_text_with_a_projection_too(bench: Bench, projection: bool) -> None:
+    _, found = virtual(bench, type="prefix", init="text", init_text=TEXT, projection=projection)
+    expected = [part for pair in keys_and_values(bench, LLAMA, text_ids(bench)) for part in pair]
+    for number, part in enumerate(found.unflatten(1, (len(expected), -1)).unbind(1)):
+        assert torch.equal(part, expected[number].transpose(0, 1).flatten(1))
+
+
+def test_a_prefix_may_start_at_zero_or_at_small_random_numbers(bench: Bench) -> None:
+    _, zeros = virtual(bench, type="prefix", init="zeros")
+    assert not zeros.any()
+    _, random = virtual(bench, type="prefix", init="random")
+    assert 0.015 < random.std() < 0.025
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_starts_as_what_the_first_layer_reads_of_its_text(bench: Bench, shape: str) -> None:
+    """Scaled where the base scales its embeddings."""
+    _, found = virtual(bench, shape, type="prompt", init="text", init_text=TEXT)
+    with torch.no_grad():
+        expected = bench.load(shape).get_input_embeddings()(torch.tensor(text_ids(bench, shape)))
+    assert torch.equal(found, expected)
+
+
+def test_a_prompt_starts_as_tokens_that_the_rows_use_and_the_seed_picks(bench: Bench) -> None:
+    case = Case(LLAMA, {"type": "prompt", "num_virtual_tokens": NUM_TOKENS})
+    table = bench.load(LLAMA).get_input_embeddings().weight
+    used = {token for row in rows_of(ROWS) for token in row}
+    picks = []
+    for seed in (1, 2):
+        _, attached = bench.attach(case, seed=seed)
+        vectors = attached.model.get_prompt_embedding_to_save("default")
+        picks.append([int((table == vector).all(dim=1).nonzero()[0, 0]) for vector in vectors])
+        assert len(set(picks[-1])) == NUM_TOKENS
+        assert set(picks[-1]) <= used
+    assert picks[0] != picks[1]
+
+
+def test_a_random_prompt_is_as_large_as_real_tokens(bench: Bench) -> None:
+    _, found = virtual(bench, type="prompt", init="random")
+    table = bench.load(LLAMA).get_input_embeddings().weight
+    assert found.std().item() == pytest.approx(table.std().item(), rel=0.2)
+
+
+def test_a_projection_is_dropped_on_saving(bench: Bench, tmp_path: Path) -> None:
+    case = Case(LLAMA, {"type": "prefix", "projection": True})
+    trainee = bench.trained(case, 2)
+    trainee.method.save(trainee.attached, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["prefix_projection"] is False
+    again = trainee.method.load(bench.load(LLAMA), tmp_path)
+    assert not hasattr(again.model.prompt_encoder["default"], "transform")
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_what_paths_of_their_own_need_is_differentiable(bench: Bench, name: str) -> None:
+    method, attached = bench.attach(Case(LLAMA, {"type": name}))
+    embeddings, pairs = method.virtual_embeddings(attached), method.virtual_key_values(attached)
+    assert (embeddings is None) == (name == "prefix")
+    assert (pairs is None) == (name == "prompt")
+    found = [embeddings] if embeddings is not None else [part for pair in pairs or [] for part in pair]
+    sum(part.square().sum() for part in found).backward()
+    assert all(value.grad.any() for _, value in attached.named_trained_parameters())
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_virtual_tokens_must_leave_room_for_a_real_one(bench: Bench, shape: str, name: str) -> None:
+    bench.attach(Case(shape, {"type": name, "num_virtual_tokens": NUM_POSITIONS - 1}))
+    with pytest.raises(InvalidValueError, match=str(NUM_POSITIONS)) as caught:
+        Case(shape, {"type": name, "num_virtual_tokens": NUM_POSITIONS}).settle()
+    assert caught.value.param == "tuning.num_virtual_tokens"
+    method, params = Case(shape, {"type": name}).settle()
+    params = params.model_copy(update={"num_virtual_tokens": NUM_POSITIONS})
+    with pytest.raises(InvalidValueError) as caught:
+        method.attach(bench.load(shape), params, bench.start(Case(shape, {"type": name})))
+    assert caught.value.param == "tuning.num_virtual_tokens"
+
+
+def test_examples_need_rows(bench: Bench) -> None:
+    case = Case(LLAMA, {"type": "prefix"})
+    method, params = case.settle()
+    with pytest.raises(InvalidValueError) as caught:
+        method.attach(bench.load(LLAMA), params, Start(1, case.base_id, tokenize=lambda text: [3]))
+    assert caught.value.param == "tuning.init"
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_a_text_without_tokens_is_refused(bench: Bench, name: str) -> None:
+    case = Case(LLAMA, {"type": name, "init": "text", "init_text": TEXT})
+    method, params = case.settle()
+    with pytest.raises(InvalidValueError) as caught:
+        method.attach(bench.load(LLAMA), params, Start(1, case.base_id, tokenize=lambda text: []))
+    assert caught.value.param == "tuning.init_text"
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_a_bf16_base_learns_in_float32(bench: Bench, name: str) -> None:
+    case = Case(LLAMA, {"type": name})
+    trainee = bench.trainee(case, dtype=torch.bfloat16)
+    losses = train(trainee, case, 6)
+    assert losses[-1] < losses[0]
+    assert trainee.logits(batch(0)).dtype == torch.bfloat16

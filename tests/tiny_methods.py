@@ -1,0 +1,233 @@
+"""What the methods' conformance suite works with: every method that is discovered, in every variant that its
+schema names, on every tiny base. A new method or a new choice of an old one is tested by existing.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from luthier.core.errors import UnsupportedValueError
+from luthier.data.prepared import PreparedRows
+from luthier.methods import (
+    Attached,
+    Installed,
+    Method,
+    MethodParams,
+    Start,
+    Workload,
+    check_tuning,
+    discover,
+    parse_tuning,
+)
+from luthier.modeling.load import load_base
+from luthier.training.batches import Batch, collate
+from luthier.training.optimizer import build_optimizer
+from luthier.training.step import StepScores, apply_gradients, compute_gradients
+from luthier.training.trainee import Trainee
+from tests.tiny import build_tiny_rows
+from tests.tiny_shapes import SHAPES, facts_of
+
+METHODS = sorted(discover())
+ROWS = build_tiny_rows(8)
+LLAMA = "llama"
+
+# A choice that needs another parameter beside it.
+_COMPANIONS: dict[tuple[str, str, Any], dict[str, Any]] = {
+    (name, "init", "text"): {"init_text": "what is the colour of the sky?"} for name in ("prefix", "prompt")
+}
+# Free text that no schema lists.
+_EXTRAS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"target_modules": "attention"}, {"target_modules": "mlp", "use_rslora": True}],
+    "prefix": [{"projection": True, "init": "random", "projection_dim": 8}],
+    "full": [{"freeze": ".*embed.*|.*wte.*"}],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with its parameters on a tiny base."""
+
+    shape: str
+    tuning: dict[str, Any]
+
+    def __str__(self) -> str:
+        settings = [
+            str(value) if isinstance(value, str) else f"{field}={value}"
+            for field, value in self.tuning.items()
+            if field != "init_text"
+        ]
+        return "-".join([self.shape, *settings])
+
+    @property
+    def base_id(self) -> str:
+        """The id that an artifact names its base by."""
+        return facts_of(self.shape).id
+
+    def settle(self) -> tuple[Method, MethodParams]:
+        """Return the method and its parameters without "auto"."""
+        method, params = parse_tuning(check_tuning(self.tuning))
+        workload = Workload(facts_of(self.shape), num_rows=ROWS.num_rows, num_tokens=ROWS.num_tokens)
+        return method, method.resolve(params, workload)
+
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """Return a method's `tuning` objects: the default, one per choice and switch, and the extras.
+
+    What this machine can't do is left out here and is in `unsupported`.
+    """
+    return [tuning for tuning in _all_variants(name) if _is_supported(tuning)]
+
+
+def unsupported(name: str) -> list[dict[str, Any]]:
+    """Return the `tuning` objects that a method's schema allows and this machine refuses."""
+    return [tuning for tuning in _all_variants(name) if not _is_supported(tuning)]
+
+
+def _is_supported(tuning: dict[str, Any]) -> bool:
+    try:
+        check_tuning(tuning)
+    except UnsupportedValueError:
+        return False
+    return True
+
+
+def _all_variants(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"type": name}]
+    properties = discover()[name].Params.model_json_schema()["properties"]
+    for field, schema in properties.items():
+        for value in _choices(schema):
+            if field != "type" and value not in (schema.get("default"), "auto"):
+                found.append({"type": name, field: value, **_COMPANIONS.get((name, field, value), {})})
+    return found + [{"type": name, **extra} for extra in _EXTRAS.get(name, [])]
+
+
+def _choices(schema: dict[str, Any]) -> Iterable[Any]:
+    if "anyOf" in schema:
+        return [value for branch in schema["anyOf"] for value in _choices(branch)]
+    if schema.get("type") == "boolean":
+        return [True, False]
+    return schema.get("enum", [schema["const"]] if "const" in schema else [])
+
+
+DEFAULTS = [Case(shape, {"type": name}) for name in METHODS for shape in SHAPES]
+VARIANTS = [Case(LLAMA, tuning) for name in METHODS for tuning in variants(name)]
+# Every method on every shape, and every variant on one of them.
+CASES = DEFAULTS + [case for case in VARIANTS if case not in DEFAULTS]
+
+
+class Bench:
+    """The tiny bases on disk, and what is done with them.
+
+    Args:
+        bases: a folder a shape.
+    """
+
+    def __init__(self, bases: dict[str, Path]) -> None:
+        self.bases = bases
+        self._digests = {shape: self._digest(shape) for shape in bases}
+
+    def is_untouched(self, shape: str) -> bool:
+        """Whether a base's files are as they were written."""
+        return self._digest(shape) == self._digests[shape]
+
+    def _digest(self, shape: str) -> str:
+        files = sorted(path for path in self.bases[shape].iterdir() if path.is_file())
+        return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+    def load(self, shape: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Load a base as training does."""
+        found: Any = load_base(self.bases[shape], dtype=dtype, device="cpu")
+        return found
+
+    def start(self, case: Case, seed: int = 5) -> Start:
+        """Return a start with the base's own tokenizer and the training rows."""
+        tokenizer = Tokenizer.from_file(str(self.bases[case.shape] / "tokenizer.json"))
+        return Start(
+            seed=seed,
+            base_id=case.base_id,
+            tokenize=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+            examples=rows_of(ROWS),
+        )
+
+    def attach(
+        self, case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 5
+    ) -> tuple[Method, Attached]:
+        """Put a case's method on its base."""
+        method, params = case.settle()
+        attached = method.attach(self.load(case.shape, dtype), params, self.start(case, seed))
+        attached.model.eval()
+        return method, attached
+
+    def trainee(self, case: Case, *, dtype: torch.dtype = torch.float32) -> Trainee:
+        """Put a case's method on its base and make it ready for training."""
+        method, attached = self.attach(case, dtype=dtype)
+        return Trainee(method, attached, "cpu", batch(0))
+
+    def trained(self, case: Case, num_steps: int = 3) -> Trainee:
+        """Train a case for a few steps."""
+        trainee = self.trainee(case)
+        train(trainee, case, num_steps)
+        return trainee
+
+
+def rows_of(rows: PreparedRows) -> list[list[int]]:
+    """Return the token ids of every row."""
+    return [rows.row(index)[0].tolist() for index in range(rows.num_rows)]
+
+
+def batch(*numbers: int) -> Batch:
+    """Return rows of the training data, padded on the right."""
+    return collate(ROWS, np.array(numbers), pad_id=2)
+
+
+def everything() -> Batch:
+    """Return all rows in one batch."""
+    return batch(*range(ROWS.num_rows))
+
+
+def step(
+    trainee: Trainee, optimizer: torch.optim.Optimizer, parts: list[Batch], *, learning_rate: float
+) -> StepScores:
+    """Train one step."""
+    num_supervised = sum(int(part.supervised_BT.sum()) for part in parts)
+    scores = compute_gradients(trainee, parts, num_supervised=num_supervised)
+    apply_gradients(trainee, optimizer, scores, learning_rate=learning_rate, max_grad_norm=1.0)
+    return scores
+
+
+def train(trainee: Trainee, case: Case, num_steps: int) -> list[float]:
+    """Train on all rows at the method's own rate and return the losses before every step."""
+    method, params = case.settle()
+    rate = method.base_learning_rate(params, base=facts_of(case.shape))
+    optimizer = build_optimizer(trainee.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
+    trainee.attached.model.train()
+    losses = [step(trainee, optimizer, [everything()], learning_rate=rate).loss for _ in range(num_steps)]
+    trainee.attached.model.eval()
+    return losses
+
+
+@torch.no_grad()
+def logits_on(causal_lm: PreTrainedModel, installed: Installed, token_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Run a base on which an artifact is switched on, its prefix before every row."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, pair in enumerate(installed.prefix()):
+        keys, values = (part[None].expand(len(token_ids_BT), -1, -1, -1) for part in pair)
+        cache.update(keys, values, layer)
+    return causal_lm(input_ids=token_ids_BT, past_key_values=cache).logits
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Return a hash over the bytes of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
