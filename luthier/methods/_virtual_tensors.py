@@ -156,10 +156,6 @@ def run_for_key_values(causal_lm: "PreTrainedModel", **inputs: torch.Tensor) -> 
 
     Returns:
         A pair a layer, each [H, N, C] in the base's type, positions 0 to N - 1.
-
-    Raises:
-        InvalidValueError: when the layers don't all keep keys and values of the one shape that the
-            base's configuration names: such a base can have no prefix.
     """
     from transformers import DynamicCache
 
@@ -171,17 +167,36 @@ def run_for_key_values(causal_lm: "PreTrainedModel", **inputs: torch.Tensor) -> 
         body(**inputs, use_cache=True, **{cache_argument(body): cache})
     finally:
         body.train(was_training)
-    found = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-    shape = KeyValueShape.of(causal_lm)
-    num_tokens = next(iter(inputs.values())).shape[1]
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def check_keeps_key_values(causal_lm: "PreTrainedModel") -> None:
+    """Refuse a base with recurrent layers: its past is no list of keys and values to begin from."""
+    if getattr(causal_lm, "_is_stateful", False):
+        raise _unsuitable("has recurrent layers, which keep no keys and values")
+
+
+def check_fits(key_values: KeyValues, shape: KeyValueShape) -> None:
+    """Refuse a base whose layers don't all keep keys and values of the shape that PEFT will give them.
+
+    Args:
+        key_values: what the base keeps of some tokens.
+        shape: what its configuration says.
+
+    Raises:
+        InvalidValueError: when they differ.
+    """
+    num_tokens = key_values[0][0].shape[1]
     expected = (shape.num_heads, num_tokens, shape.head_size)
-    if len(found) != shape.num_layers or any(part.shape != expected for pair in found for part in pair):
-        raise InvalidValueError(
-            "The layers of this base keep keys and values of different shapes, or none: no prefix fits "
-            "it. Use lora or adapter.",
-            param="tuning.type",
-        )
-    return found
+    parts = [part for pair in key_values for part in pair]
+    if len(key_values) != shape.num_layers or any(part.shape != expected for part in parts):
+        raise _unsuitable("keeps keys and values of more than one shape")
+
+
+def _unsuitable(reason: str) -> InvalidValueError:
+    return InvalidValueError(
+        f"This base {reason}: nothing can be put before its tokens. Use lora.", param="tuning.type"
+    )
 
 
 def pack(key_values: KeyValues) -> torch.Tensor:

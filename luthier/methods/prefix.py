@@ -127,9 +127,16 @@ class Prefix(Method):
         import torch
         from peft import PrefixTuningConfig, get_peft_model
 
-        from luthier.methods._virtual_tensors import ADAPTER, KeyValueShape, ProjectedPrefix, check_positions
+        from luthier.methods._virtual_tensors import (
+            ADAPTER,
+            KeyValueShape,
+            ProjectedPrefix,
+            check_keeps_key_values,
+            check_positions,
+        )
 
         num_tokens = resolved(params.num_virtual_tokens)
+        check_keeps_key_values(causal_lm)
         check_positions(causal_lm, num_tokens)
         torch.manual_seed(start.seed)
         start_NF = _first_values(causal_lm, params, start)
@@ -213,7 +220,9 @@ def _first_values(causal_lm: "PreTrainedModel", params: PrefixParams, start: Sta
         token_ids = [0] * num_tokens
     # Even a start that needs no real ones runs the base once: that shows whether a prefix fits it at all.
     ids_1N = torch.tensor([token_ids], device=causal_lm.device)
-    real_NF = _virtual_tensors.pack(_virtual_tensors.run_for_key_values(causal_lm, input_ids=ids_1N))
+    key_values = _virtual_tensors.run_for_key_values(causal_lm, input_ids=ids_1N)
+    _virtual_tensors.check_fits(key_values, _virtual_tensors.KeyValueShape.of(causal_lm))
+    real_NF = _virtual_tensors.pack(key_values)
     if params.init == "zeros":
         return torch.zeros_like(real_NF)
     if params.init == "random":

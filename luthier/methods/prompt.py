@@ -84,9 +84,10 @@ class Prompt(Method):
         import torch
         from peft import PromptTuningConfig, get_peft_model
 
-        from luthier.methods._virtual_tensors import ADAPTER, check_positions
+        from luthier.methods._virtual_tensors import ADAPTER, check_keeps_key_values, check_positions
 
         num_tokens = resolved(params.num_virtual_tokens)
+        check_keeps_key_values(causal_lm)
         check_positions(causal_lm, num_tokens)
         config = PromptTuningConfig(
             task_type="CAUSAL_LM",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, MambaConfig
 
 from luthier.core.errors import InvalidValueError
 from luthier.methods import Start, discover
@@ -170,3 +170,39 @@ def test_a_bf16_base_learns_in_float32(bench: Bench, name: str) -> None:
     losses = train(trainee, case, 6)
     assert losses[-1] < losses[0]
     assert trainee.logits(batch(0)).dtype == torch.bfloat16
+
+
+def test_a_base_whose_layers_keep_other_shapes_gets_no_prefix(bench: Bench) -> None:
+    """Keys wider than values: multi-head latent attention."""
+    config = DeepseekV3Config(
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        first_k_dense_replace=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+    )
+    case = Case(LLAMA, {"type": "prefix"})
+    method, params = case.settle()
+    with pytest.raises(InvalidValueError, match="shape") as caught:
+        method.attach(AutoModelForCausalLM.from_config(config).eval(), params, bench.start(case))
+    assert caught.value.param == "tuning.type"
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_a_base_with_recurrent_layers_is_refused(bench: Bench, name: str) -> None:
+    config = MambaConfig(vocab_size=300, hidden_size=48, num_hidden_layers=2, state_size=8)
+    case = Case(LLAMA, {"type": name})
+    method, params = case.settle()
+    with pytest.raises(InvalidValueError, match="recurrent") as caught:
+        method.attach(AutoModelForCausalLM.from_config(config).eval(), params, bench.start(case))
+    assert caught.value.param == "tuning.type"
