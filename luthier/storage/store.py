@@ -125,8 +125,9 @@ class Storage:
 
     def put_bytes(self, key: str, content: bytes) -> None:
         """Write a small object whole."""
-        obstore.put(self.objects, key, content)
-        self.settle(key)
+        with _answered():
+            obstore.put(self.objects, key, content)
+            self.settle(key)
 
     async def stream(self, key: str, *, start: int, end: int) -> AsyncIterator[bytes]:
         """Yield the bytes `start` to `end` (exclusive) of an object, in chunks of about 1 MiB.

@@ -104,6 +104,8 @@ def test_a_storage_that_fails_is_told_from_one_that_lacks_an_object(storage: Sto
     (storage.local_root / "models").write_text("a file where a folder should be")
     with pytest.raises(UnavailableError):
         storage.put_folder(_sealed(tmp_path), "models/one")
+    with pytest.raises(UnavailableError):
+        storage.put_bytes("models/one", b"x")
 
 
 def test_an_unknown_scheme_is_refused() -> None:
