@@ -68,7 +68,10 @@ def ensure_environment(name: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip"]
     done = subprocess.run(
-        [*pip, "install", "-q", *REQUIREMENTS[name]], capture_output=True, text=True, check=False
+        [*pip, "install", "-q", "--retries", "1", *REQUIREMENTS[name]],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise PeerFailedError(f"pip can't install it: {_last_line(done.stderr)}")

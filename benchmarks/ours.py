@@ -62,7 +62,8 @@ def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, 
             process.kill()
             raise
     on_cuda = workload.device == "cuda"
-    memory = told.pop("device_bytes") if on_cuda else peak_bytes - imports_bytes
+    device_bytes = told.pop("device_bytes")
+    memory = device_bytes if on_cuda else peak_bytes - imports_bytes
     return told | {
         "memory_bytes": memory,
         "load_bytes": max(0, told["load_bytes"] - imports_bytes),

@@ -22,13 +22,15 @@ class Variant:
     """One way to run a peer.
 
     `options` go to its script. `has_our_order`: its steps see the same rows as ours, so losses compare step
-    by step. `has_our_loss`: it optimises the same objective; others are shown and never chosen.
+    by step. `has_our_loss`: it optimises the same objective; others are shown and never chosen. `devices`:
+    where it is worth a try, for ten minutes on a GPU are short.
     """
 
     name: str
     options: dict[str, Any]
     has_our_order: bool = True
     has_our_loss: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ def _bf16_variants(**extra: Any) -> list[Variant]:
     """The ways to have bf16 with Trainer: weights at rest, or cast at every use, or all of it."""
     ours = {"order": "ours", **extra}
     return [
-        Variant("bf16 weights", {**ours, "weights": "bfloat16"}),
+        Variant("bf16 weights", {**ours, "weights": "bfloat16"}, devices=("cpu",)),
         Variant("bf16 weights and adapters", {**ours, "weights": "bfloat16", "pure": True}),
         Variant("bf16 weights, autocast", {**ours, "weights": "bfloat16", "autocast": True}),
-        Variant("fp32 weights, autocast", {**ours, "weights": "float32", "autocast": True}),
+        Variant("fp32 weights, autocast", {**ours, "weights": "float32", "autocast": True}, devices=("cpu",)),
     ]
 
 
@@ -66,8 +68,13 @@ def _trl_variants() -> list[Variant]:
     return [
         *_bf16_variants(),
         Variant("packing", {"packing": True, **both}, has_our_order=False),
-        Variant("packing, autocast", {"packing": True, "weights": "bfloat16", "autocast": True}, False),
-        Variant("dft loss", {"order": "ours", "loss": "dft", **both}, has_our_loss=False),
+        Variant(
+            "packing, autocast",
+            {"packing": True, "weights": "bfloat16", "autocast": True},
+            has_our_order=False,
+            devices=("cpu",),
+        ),
+        Variant("dft loss", {"order": "ours", "loss": "dft", **both}, has_our_loss=False, devices=("cpu",)),
     ]
 
 

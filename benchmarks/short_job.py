@@ -68,7 +68,7 @@ def measure_short_job(
         shutil.rmtree(scratch / "adapter")
         return told
 
-    best = choose_variant(row, found, results, run)
+    best = choose_variant(row, workload.device, found, results, run)
     if best is None:
         return found
     pairs: list[dict[str, Any]] = found.setdefault("pairs", [])
@@ -128,6 +128,17 @@ def _service() -> Iterator["OpenAI"]:
 
 def _run_job(client: "OpenAI", upload: bytes, workload: Workload, tuning: dict[str, Any]) -> dict[str, Any]:
     """Submit a job and wait for the first token of its model."""
+    from openai import OpenAIError
+
+    try:
+        return _submit_and_wait(client, upload, workload, tuning)
+    except OpenAIError as error:
+        raise JobFailedError(f"{type(error).__name__}: {error}") from error
+
+
+def _submit_and_wait(
+    client: "OpenAI", upload: bytes, workload: Workload, tuning: dict[str, Any]
+) -> dict[str, Any]:
     begin = time.perf_counter()
     file = client.files.create(file=("rows.jsonl", upload), purpose="fine-tune")
     uploaded = time.perf_counter()

@@ -50,7 +50,7 @@ def _row_line(name: str, found: dict[str, Any]) -> str:
     memory, share = summary["memory_bytes"], summary["gemm_roofline_share"]
     losses = summary["losses"]
     gap = (
-        f"{losses['mean_gap']:.3f} / {losses['largest_gap']:.3f}"
+        f"{losses['mean_gap']:.3f} / {losses['largest_gap']:.3f}{'' if losses['agree'] else ' (differs!)'}"
         if "mean_gap" in losses
         else f"means {losses['ours_mean']:.2f} / {losses['peer_mean']:.2f}"
     )

@@ -12,11 +12,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.contestants import PeerFailedError
+from benchmarks.growth import measure_growth
 from benchmarks.machine import describe_machine
+from benchmarks.ours import OursFailedError
+from benchmarks.pairs import measure_row
 from benchmarks.results_file import ResultsFile
 from benchmarks.rows import BATCH_SIZE, GROWTH, NUM_PAIRS, NUM_ROWS, ROWS, SEED, SHORT_JOB, SHORT_JOB_ROWS
+from benchmarks.short_job import JobFailedError, measure_short_job
 from benchmarks.table import make_table
 from benchmarks.workload import Workload, load_rows, make_workload
+from examples.local_service import ServiceFailedError
 from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
@@ -88,23 +94,40 @@ def run_bench(options: argparse.Namespace, device: str, names: list[str]) -> Non
             results,
             Path(scratch),
         )
-        for name in names:
-            _measure(bench, name)
-    table = make_table(results.content)
-    options.out.with_suffix(".md").write_text(table)
-    print(f"\n{table}\n{options.out} written", flush=True)
+        failed = []
+        try:
+            for name in names:
+                failed += _measure(bench, name)
+        finally:
+            # Also when it is stopped: what was measured stands.
+            results.save()
+            table = make_table(results.content)
+            options.out.with_suffix(".md").write_text(table)
+            print(f"\n{table}\n{options.out} written", flush=True)
+    if failed:
+        raise SystemExit(f"Not finished: {', '.join(failed)}; the same command goes on from there.")
 
 
-def _measure(bench: Bench, name: str) -> None:
-    from benchmarks.growth import measure_growth
-    from benchmarks.pairs import measure_row
-    from benchmarks.short_job import measure_short_job
-
+def _measure(bench: Bench, name: str) -> list[str]:
+    """Measure one row; return its name when a run broke off: the other rows are measured all the same."""
     folder = bench.scratch / f"row-{name}"
     folder.mkdir()
+    try:
+        _run_row(bench, name, folder)
+    except (OursFailedError, PeerFailedError, JobFailedError, ServiceFailedError) as error:
+        print(f"  {name} broke off: {type(error).__name__}: {error}", flush=True)
+        return [name]
+    finally:
+        shutil.rmtree(folder)
+    return []
+
+
+def _run_row(bench: Bench, name: str, folder: Path) -> None:
     options, results = bench.options, bench.results
     if name == SHORT_JOB:
-        short = bench.workload(bench.rows(min(options.rows, SHORT_JOB_ROWS)), "short")
+        short = bench.workload(
+            bench.rows(SHORT_JOB_ROWS if options.rows >= NUM_ROWS else options.rows), "short"
+        )
         measure_short_job(options.data, short, results, folder, num_pairs=options.pairs)
     elif name == GROWTH:
         grown = bench.workload(bench.rows(max(BATCH_SIZE, options.rows // 4)), "grown")
@@ -112,7 +135,6 @@ def _measure(bench: Bench, name: str) -> None:
     else:
         workload = bench.workload(bench.rows(options.rows), "rows")
         measure_row(ROWS[name], workload, results, folder, num_pairs=options.pairs)
-    shutil.rmtree(folder)
 
 
 def parse_options(names: list[str], *, prog: str, results: Path) -> argparse.Namespace:

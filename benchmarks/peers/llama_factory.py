@@ -61,6 +61,8 @@ def main() -> None:
     run = Run()
     order, variant = run.order, run.variant
     tuning = order["tuning"]
+    # With its one more place a multiple of 8, or its collator pads the rows and not their positions.
+    packed_length = -(-(run.packed_length() + 1) // 8) * 8 - 1
     collate = SFTDataCollatorWith4DAttentionMask.__call__
 
     def count(collator, features):
@@ -74,7 +76,7 @@ def main() -> None:
         rows = run.rows()
         if variant.get("packing"):
             pad_id = AutoTokenizer.from_pretrained(order["base"]).pad_token_id
-            rows = pack(rows, run.packed_length(), pad_id)
+            rows = pack(rows, packed_length, pad_id)
         Dataset.from_list(rows).save_to_disk(str(Path(out) / "rows"))
         run_exp(
             {
@@ -92,7 +94,7 @@ def main() -> None:
                 "dataset": "rows",
                 "tokenized_path": str(Path(out) / "rows"),
                 "neat_packing": bool(variant.get("packing")),
-                "cutoff_len": run.packed_length() if variant.get("packing") else 8192,
+                "cutoff_len": packed_length if variant.get("packing") else 8192,
                 "disable_shuffling": True,
                 "disable_gradient_checkpointing": True,
                 "flash_attn": "sdpa",
