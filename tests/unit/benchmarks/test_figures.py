@@ -1,0 +1,89 @@
+"""What the benchmarks compute from their measurements."""
+
+import statistics
+
+import numpy as np
+import pytest
+
+from benchmarks.growth import cut_to_length, fit, summarise
+from benchmarks.pairs import compare_losses, median_interval
+from benchmarks.results_file import ResultsFile
+from benchmarks.roofline import Shape, step_flops
+from luthier.data.prepared import join_rows
+
+# SmolLM2-135M-Instruct, from its config.json: 9 heads and 3 key/value heads of 64.
+SMOLLM2 = Shape(layers=30, hidden=576, intermediate=1536, query=576, key_value=192, vocabulary=49152)
+ROWS = {"num_tokens": 1000, "num_supervised": 400, "num_rows": 10}
+LORA = {"type": "lora", "rank": 8}
+
+
+def test_body_embedding_and_norms_are_all_weights_of_the_model():
+    norms = 2 * 30 * 576 + 576
+    assert SMOLLM2.body_weights + 49152 * 576 + norms == 134_515_008
+
+
+def test_a_lora_step_counts_four_per_frozen_weight_and_six_per_trained_one():
+    # 2,442,240: parameters of rank 8 on all linear layers (shared with the documentation of methods).
+    expected = 4 * SMOLLM2.body_weights * 1000 + 4 * 49152 * 576 * 400 + 6 * 2_442_240 * 1000
+    assert step_flops(SMOLLM2, LORA, **ROWS) == expected
+
+
+def test_full_tuning_counts_six_per_weight_and_prompt_tuning_its_virtual_tokens():
+    full = step_flops(SMOLLM2, {"type": "full"}, **ROWS)
+    prefix = step_flops(SMOLLM2, {"type": "prefix"}, **ROWS)
+    prompt = step_flops(SMOLLM2, {"type": "prompt", "num_virtual_tokens": 20}, **ROWS)
+    assert full == pytest.approx(1.5 * prefix)
+    assert prompt - prefix == 4 * SMOLLM2.body_weights * 20 * 10
+
+
+def test_the_fit_finds_the_curve_that_made_the_times():
+    times = {length: 2e-3 * length + 3e-6 * length**2 for length in (128, 256, 384, 512)}
+    assert fit(times, (128, 256, 384)) == pytest.approx((2e-3, 3e-6))
+
+
+def test_growth_is_outside_the_bars_when_ten_times_the_rows_cost_more_a_token():
+    def run(seconds: float, tokens: int, rows: int) -> dict[str, float]:
+        return {"seconds": seconds, "num_tokens": tokens, "num_rows": rows, "memory_bytes": 10**9}
+
+    lengths = {
+        f"length {length}": run(32 * 2e-3 * length, 32 * length, 32) for length in (128, 256, 384, 512)
+    }
+    even = {"rows x1": run(10, 1000, 10), "rows x10": run(101, 10_000, 100), **lengths}
+    steep = {**even, "rows x10": run(120, 10_000, 100)}
+    assert summarise([even])["is_within_bars"]
+    assert not summarise([steep])["is_within_bars"]
+
+
+def test_rows_cut_to_a_length_keep_tokens_and_mask_together():
+    tokens = [np.arange(5, dtype=np.int32), np.arange(5, 9, dtype=np.int32)]
+    rows = join_rows(tokens, [row % 2 == 0 for row in tokens], [1, 2])
+    cut = cut_to_length(rows, 6, 4)
+    assert cut.lengths.tolist() == [6, 6, 6, 6]
+    assert (cut.supervised == (cut.tokens % 2 == 0)).all()
+
+
+def test_the_interval_holds_the_median_and_lies_within_the_values():
+    values = [2.9, 3.0, 3.1, 3.2, 9.0]
+    found = median_interval(values)
+    assert found.median == statistics.median(values)
+    assert min(values) <= found.low <= found.median <= found.high <= max(values)
+    assert found == median_interval(values)
+
+
+def test_losses_agree_only_within_the_noise_of_bf16():
+    def pair(peer: list[float]) -> dict[str, dict[str, list[float]]]:
+        return {"ours": {"losses": [4.0, 3.0]}, "peer": {"losses": peer}}
+
+    assert compare_losses([pair([4.01, 3.01])], by_step=True)["agree"]
+    assert not compare_losses([pair([4.3, 2.7])], by_step=True)["agree"]
+    assert "agree" not in compare_losses([pair([4.0, 3.0])], by_step=False)
+
+
+def test_a_stopped_measurement_goes_on_and_other_code_begins_again(tmp_path):
+    machine = {"processor": "one"}
+    first = ResultsFile(tmp_path / "train.json", machine, fresh=False)
+    first.row("lora", "print-1")["pairs"] = [1, 2]
+    first.save()
+    assert ResultsFile(first.path, machine, fresh=False).row("lora", "print-1")["pairs"] == [1, 2]
+    assert "pairs" not in ResultsFile(first.path, machine, fresh=False).row("lora", "print-2")
+    assert "pairs" not in ResultsFile(first.path, {"processor": "two"}, fresh=False).row("lora", "print-1")
