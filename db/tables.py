@@ -133,8 +133,9 @@ class Job(Owned, Table):
     prepared_key: Mapped[str | None]
     # The newest save points, oldest first: {"key": storage prefix, "step": number}.
     save_points: Mapped[list[Any]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
-    # {"prepare": what the files held, "run": luthier.core.reports.RunReport}, each once it is there.
-    report: Mapped[dict[str, Any] | None]
+    # {"prepare": what the files held, "run": luthier.core.reports.RunReport}, each once it is there; up to
+    # a megabyte, so it is read only by who asks for it.
+    report: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     # The step metrics of a job that succeeded, until a user deletes them.
     result_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"), index=True)
     error: Mapped[dict[str, Any] | None]

@@ -263,6 +263,9 @@ def test_the_report_is_there_before_any_worker_and_hidden_from_other_projects(
         "prepare": None,
         "run": None,
     }
+    schemas = httpx2.get(f"{api.base_url}/openapi.json").json()["components"]["schemas"]
+    assert set(schemas["JobReport"]["properties"]) == set(answer.json())
+    assert {"evaluations", "stopped_early", "peak_memory_bytes"} < set(schemas["RunReport"]["properties"])
     body = {"name": "other", "project": "other"}
     key = httpx2.post(f"{api.base_url}/v1/keys", headers=api.headers, json=body).json()["key"]
     theirs = httpx2.get(url, headers={"Authorization": f"Bearer {key}"})
