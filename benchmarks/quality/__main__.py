@@ -11,6 +11,8 @@ import itertools
 import os
 import platform
 import random
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,25 +56,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-answers", type=Path, help="a folder for the answers, one file a cell")
     parser.add_argument("--table-only", action="store_true", help="measure nothing")
     parser.add_argument("--write", action="store_true", help="put the table into docs/methods.md")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    known = {AUTO, "hand", *(recipe.name for recipes in RECIPES.values() for recipe in recipes)}
+    if unknown := set(arguments.recipe or ()) - known:
+        parser.error(f"unknown recipe {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    return arguments
 
 
 def main() -> None:
     """Measure what is missing, print the table, write it where asked."""
     arguments = parse_arguments()
+    # So that what is under way is cleaned up; finished cells are kept already.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     size = Size(arguments.rows, arguments.questions, arguments.epochs)
     results = Results(arguments.out)
     absent: set[str] = set()
     if not arguments.table_only:
+        tasks = {name: make_task(name, arguments) for name in arguments.task or METRICS}
+        absent = {name for name, task in tasks.items() if task is None}
+        for name in sorted(absent):
+            print(f"{name}: {arguments.e2e} has no dev.jsonl and test.jsonl; left out", flush=True)
+        present = {name: task for name, task in tasks.items() if task is not None}
         measurement = Measurement(arguments, results, size)
-        for name in arguments.task or METRICS:
-            task = make_task(name, arguments)
-            if task is None:
-                absent.add(name)
-                print(f"{name}: {arguments.e2e} has no dev.jsonl and test.jsonl; left out", flush=True)
-                continue
-            for cell in cells_of(name, arguments):
-                measurement.measure(task, cell)
+        for cell in cells_of(list(present), arguments):
+            measurement.measure(present[cell.task], cell)
     table = render(results, size, list(discover()), frozenset(absent))
     print(table)
     if arguments.write:
@@ -87,19 +94,21 @@ def make_task(name: str, arguments: argparse.Namespace) -> Task | None:
     return make(arguments.rows, arguments.questions)
 
 
-def cells_of(task: str, arguments: argparse.Namespace) -> Iterator[Cell]:
-    """Yield what is asked for: the base, then every method with "auto", then the recipes seed by seed."""
+def cells_of(tasks: list[str], arguments: argparse.Namespace) -> Iterator[Cell]:
+    """Yield what is asked for, the most telling first: base, "auto", then the recipes seed by seed."""
     models = arguments.method or ["base", *discover()]
     seeds = arguments.seed or [1, 2]
     if "base" in models:
-        # Without examples nothing is random.
-        yield Cell(task, "base", "0-shot", seeds[0])
-        yield from (Cell(task, "base", "4-shot", seed) for seed in seeds)
+        for task in tasks:
+            # Without examples nothing is random.
+            yield Cell(task, "base", "0-shot", seeds[0])
+            yield from (Cell(task, "base", "4-shot", seed) for seed in seeds)
     methods = [model for model in models if model != "base"]
     asked = arguments.recipe or [AUTO, "hand"]
     if AUTO in asked:
-        yield from (Cell(task, method, AUTO, seed) for method, seed in itertools.product(methods, seeds))
-    for seed, method in itertools.product(seeds, methods):
+        for seed, task, method in itertools.product(seeds, tasks, methods):
+            yield Cell(task, method, AUTO, seed)
+    for seed, task, method in itertools.product(seeds, tasks, methods):
         for recipe in RECIPES.get(method, ()):
             if "hand" in asked or recipe.name in asked:
                 yield Cell(task, method, recipe.name, seed)

@@ -53,14 +53,6 @@ class Results:
         """Return every entry of one size."""
         return [entry for entry in self._entries if entry["size"] == asdict(size)]
 
-    def sizes(self) -> list[Size]:
-        """Return the sizes there are, the one with most cells first."""
-        counted: dict[Size, int] = {}
-        for entry in self._entries:
-            size = Size(**entry["size"])
-            counted[size] = counted.get(size, 0) + 1
-        return sorted(counted, key=lambda size: -counted[size])
-
     def store(self, cell: Cell, size: Size, measured: dict[str, Any]) -> None:
         """Keep a cell's measurement, in place of an older one; the file is whole at every moment."""
         self._entries = [entry for entry in self._entries if not _is_of(entry, cell, size)]

@@ -126,14 +126,19 @@ def _run_child(run: Path, num_threads: int) -> tuple[FinishedEvent, StepEvent | 
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            event = parse_event(line)
-            if isinstance(event, StepEvent):
-                last_step = event
-            elif isinstance(event, FinishedEvent):
-                finished = event
-            elif isinstance(event, FailedEvent):
-                failed = event
+        try:
+            for line in process.stdout:
+                event = parse_event(line)
+                if isinstance(event, StepEvent):
+                    last_step = event
+                elif isinstance(event, FinishedEvent):
+                    finished = event
+                elif isinstance(event, FailedEvent):
+                    failed = event
+        except BaseException:
+            # A measurement that is stopped leaves no training behind.
+            process.kill()
+            raise
     if failed is not None and failed.code in _DIVERGED:
         raise DivergedError(failed.code)
     if finished is None or process.returncode != 0:
@@ -151,6 +156,7 @@ def _facts(finished: FinishedEvent, last_step: StepEvent | None, wall_seconds: f
         "artifact_bytes": report.artifact_bytes,
         "full_copy_bytes": report.full_copy_bytes,
         "train_seconds": report.seconds.train,
+        "seconds": report.seconds.model_dump(),
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": report.peak_memory_bytes,
         "num_steps": finished.step,
