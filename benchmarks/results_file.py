@@ -11,6 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("luthier/methods", "luthier/modeling", "luthier/training", "benchmarks/peers")
 
 
+# Raised when what is stored changes its shape.
+_FORMAT = 2
+
+
 class ResultsFile:
     """A JSON file of rows, each with the fingerprint of what it measured.
 
@@ -22,10 +26,10 @@ class ResultsFile:
 
     def __init__(self, path: Path, machine: dict[str, Any], *, fresh: bool) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"machine": machine, "rows": {}}
+        self.content: dict[str, Any] = {"format": _FORMAT, "machine": machine, "rows": {}}
         if not fresh and path.exists():
             found = json.loads(path.read_text())
-            if found.get("machine") == machine:
+            if (found.get("format"), found.get("machine")) == (_FORMAT, machine):
                 self.content = found
 
     def row(self, name: str, fingerprint: str) -> dict[str, Any]:
@@ -40,7 +44,7 @@ class ResultsFile:
         """
         rows: dict[str, dict[str, Any]] = self.content["rows"]
         if rows.get(name, {}).get("fingerprint") != fingerprint:
-            rows[name] = {"fingerprint": fingerprint}
+            rows[name] = {"fingerprint": fingerprint, "code": code_digest()}
         return rows[name]
 
     def save(self) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks.results_file import code_digest
 from benchmarks.rows import GROWTH, ROWS, SHORT_JOB
 
 _HEADER = (
@@ -49,6 +50,8 @@ def _row_line(name: str, found: dict[str, Any]) -> str:
     speed, ratio = summary["tokens_per_second"], summary["ratio"]
     memory, share = summary["memory_bytes"], summary["gemm_roofline_share"]
     losses = summary["losses"]
+    if found["code"] != code_digest():
+        name += " (of older code)"
     gap = (
         f"{losses['mean_gap']:.3f} / {losses['largest_gap']:.3f}{'' if losses['agree'] else ' (differs!)'}"
         if "mean_gap" in losses
