@@ -96,9 +96,7 @@ class LoadedArtifacts:
         """
         if served.copy is None:
             return ReadyModel(served)
-        entry = self._entries.get(served.key)
-        if entry is None or (entry.num_bytes > 0 and self._turn.locked()):
-            entry = await self._find_room(served, served.copy)
+        entry = self._find(served) or await self._find_room(served, served.copy)
         self._entries.move_to_end(served.key)
         entry.num_holders += 1
         try:
@@ -112,6 +110,11 @@ class LoadedArtifacts:
         entry = self._entries.get(ready.served.key)
         if entry is not None:
             self._release(entry)
+
+    def _find(self, served: ServedModel) -> _Entry | None:
+        """Return an artifact in memory, unless it is one of those for whose memory somebody waits."""
+        entry = self._entries.get(served.key)
+        return None if entry is None or (entry.num_bytes > 0 and self._turn.locked()) else entry
 
     async def _find_room(self, served: ServedModel, copy: Copy) -> _Entry:
         if not await asyncio.to_thread(_is_whole, copy):
@@ -133,17 +136,18 @@ class LoadedArtifacts:
                 self._leave_idle(lambda: self._num_installed < self._max_installed, is_whole=False)
             loading = asyncio.ensure_future(_load(self._engine, served, is_whole=num_bytes > 0))
             entry = self._entries[served.key] = _Entry(served, num_bytes, loading)
-            loading.add_done_callback(lambda _: self._forget_failed(entry))
+            loading.add_done_callback(lambda _: self._on_loaded(entry))
         return entry
 
     @property
     def _num_installed(self) -> int:
         return sum(entry.num_bytes == 0 for entry in self._entries.values())
 
-    def _forget_failed(self, entry: _Entry) -> None:
+    def _on_loaded(self, entry: _Entry) -> None:
         if entry.loading.cancelled() or entry.loading.exception() is not None:
             self._entries.pop(entry.served.key, None)
-            self._released.set()
+        # Whoever wanted it may have left meanwhile: it is idle from now on.
+        self._released.set()
 
     async def _make_room(self, num_bytes: int) -> None:
         if num_bytes > self._max_whole_bytes:
