@@ -4,26 +4,30 @@ import math
 
 import torch
 
+from luthier.training.split_adamw import BETAS, EPSILON, SplitAdamW
+
 
 def build_optimizer(
     parameters: list[torch.nn.Parameter], *, learning_rate: float, weight_decay: float, device: str
-) -> torch.optim.AdamW:
-    """Build AdamW over the trained parameters with betas 0.9 and 0.999.
+) -> torch.optim.AdamW | SplitAdamW:
+    """Build AdamW over the trained parameters with betas 0.9 and 0.999; its state is float32.
 
     Args:
-        parameters: float32 parameters, in a stable order.
+        parameters: float32 or bf16 parameters, in a stable order.
         learning_rate: the peak rate; every step sets its own.
         weight_decay: decoupled decay per unit of rate.
         device: where the parameters lie.
 
     Returns:
-        The optimizer, fused on a CPU.
+        The optimizer, fused on a CPU; one that keeps masters where a parameter is bf16.
     """
+    if any(parameter.dtype != torch.float32 for parameter in parameters):
+        return SplitAdamW(parameters, learning_rate=learning_rate, weight_decay=weight_decay)
     return torch.optim.AdamW(
         parameters,
         lr=learning_rate,
-        betas=(0.9, 0.999),
-        eps=1e-8,
+        betas=BETAS,
+        eps=EPSILON,
         weight_decay=weight_decay,
         foreach=device.startswith("cuda"),
         fused=not device.startswith("cuda"),

@@ -158,7 +158,6 @@ def _restore_tensors(folder: Path, trainee: Trainee, optimizer: torch.optim.Opti
     with torch.no_grad():
         for name, parameter in names:
             parameter.copy_(weights[name])
-    trainee.refresh()
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _ in names}
     for key, value in load_file(folder / _OPTIMIZER).items():
         name, _, kind = key.rpartition("|")

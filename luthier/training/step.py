@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from luthier.training.batches import Batch
+from luthier.training.split_adamw import SplitAdamW
 from luthier.training.trainee import Trainee
 
 
@@ -81,11 +82,13 @@ def apply_gradients(
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    total_norm = torch.tensor(scores.grad_norm, device=trainee.device)
-    for parameters in trainee.updates():
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total_norm)
-        # It leaves alone what has no gradient, such as the other groups.
+    if isinstance(optimizer, SplitAdamW):
+        optimizer.step(gradient_scale=min(1.0, max_grad_norm / (scores.grad_norm + 1e-6)))
+    else:
+        total_norm = torch.tensor(scores.grad_norm, device=trainee.device)
+        torch.nn.utils.clip_grads_with_norm_(trainee.parameters, max_grad_norm, total_norm)
         optimizer.step()
+    trainee.clear_gradients()
 
 
 def _norm(gradients: list[torch.Tensor]) -> float:

@@ -3,7 +3,7 @@
 Legend: B rows, T tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,17 +17,9 @@ from luthier.training.loss import Loss, full_logits_loss, gather_supervised, hea
 # norm of the results. In bf16 either path is about 0.03 away from float32; a wrong one would be near 1.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
-# Numbers whose gradients lie in float32 at a time where masters are updated: 16 Mi of them are 64 MiB.
-_GROUP_NUMBERS = 16 * 1024 * 1024
-
 
 class Trainee:
     """The model in training.
-
-    `parameters` are what the optimizer updates, always float32. Where a trained weight is float32 itself,
-    it is that weight. Where it is not (whole models in bf16), it is a float32 master beside the weight:
-    the gradients come from the weight, the update is made to the master, and the weight is its rounded
-    copy. An update in bf16 itself would be lost: it has 8 significant bits.
 
     Args:
         method: how it is tuned.
@@ -41,15 +33,8 @@ class Trainee:
         self.attached = attached
         self.device = device
         self.sample = sample.to(device)
-        named = attached.named_trained_parameters()
-        self._names, self._weights = [name for name, _ in named], [weight for _, weight in named]
-        self.parameters = [_master_of(weight) for weight in self._weights]
-        self._has_masters = any(p is not w for p, w in zip(self.parameters, self._weights, strict=True))
-        # Sums in float32 over the parts of a step; None until the step has a second part.
-        self._sums: list[torch.Tensor | None] | None = None
-        if self._has_masters:
-            for index, weight in enumerate(self._weights):
-                weight.register_post_accumulate_grad_hook(lambda _, i=index: self._gradient_came(i))
+        self.named_parameters = attached.named_trained_parameters()
+        self.parameters = [parameter for _, parameter in self.named_parameters]
         was_training = attached.model.training
         attached.model.eval()
         self._fused = self._find_fused(self.sample)
@@ -62,11 +47,6 @@ class Trainee:
     def path(self) -> str:
         """Which code runs the layers: `fused` or `plain`."""
         return "plain" if self._fused is None else "fused"
-
-    @property
-    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """The float32 parameters with the names of the weights that they stand for."""
-        return list(zip(self._names, self.parameters, strict=True))
 
     def loss(self, batch: Batch) -> Loss:
         """Score a batch's supervised tokens.
@@ -90,55 +70,28 @@ class Trainee:
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
-        self._sums = None
-        for tensor in (*self.parameters, *self._weights):
-            tensor.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
+            parameter.grad_dtype = parameter.dtype
 
     def add_gradients(self, loss: torch.Tensor) -> None:
         """Add the gradients of one part of a step to those of the parts before it.
 
+        A step of one part leaves gradients in the type of the parameters. The second part turns the sums
+        into float32, in which a bf16 gradient is then added as soon as it is there.
+
         Args:
             loss: the part's share of the step's loss.
         """
-        if self._has_masters and self._sums is None and any(w.grad is not None for w in self._weights):
-            # The second part: from here on sums are float32, and no gradient outlives its addition.
-            self._sums = [None] * len(self._weights)
-            for index in range(len(self._weights)):
-                self._gradient_came(index)
+        for parameter in self.parameters:
+            if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+                _widen_gradient(parameter)
         loss.backward()
 
     @property
     def gradients(self) -> list[torch.Tensor]:
-        """The step's gradients so far, in the type in which they lie; none for parameters that got none."""
-        found = [weight.grad for weight in self._weights] if self._sums is None else self._sums
-        return [gradient for gradient in found if gradient is not None]
-
-    def updates(self) -> Iterator[list[torch.nn.Parameter]]:
-        """Hand out the parameters in groups with their gradients in place, each to be updated at once.
-
-        Only one group's gradients lie in float32 at a time where masters are kept. After a group is
-        updated its gradients are dropped and its weights follow.
-
-        Yields:
-            Parameters of which some have gradients; their optimizer may hold more.
-        """
-        if not self._has_masters:
-            yield self.parameters
-            self.clear_gradients()
-            return
-        for group in self._groups():
-            for index in group:
-                self.parameters[index].grad = self._take_gradient(index)
-            yield [self.parameters[index] for index in group]
-            for index in group:
-                self.parameters[index].grad = None
-                self._refresh(index)
-        self._sums = None
-
-    def refresh(self) -> None:
-        """Let all weights follow their float32 parameters."""
-        for index in range(len(self._weights)):
-            self._refresh(index)
+        """The step's gradients so far; none for parameters that got none."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     @torch.no_grad()
     def prove_shortcuts(self, samples: Sequence[Batch]) -> None:
@@ -180,43 +133,6 @@ class Trainee:
                 "published; please report it."
             )
 
-    def _groups(self) -> Iterator[list[int]]:
-        """Cut the parameters, in their order, into groups of about `_GROUP_NUMBERS`."""
-        group: list[int] = []
-        size = 0
-        for index, parameter in enumerate(self.parameters):
-            if group and size + parameter.numel() > _GROUP_NUMBERS:
-                yield group
-                group, size = [], 0
-            group.append(index)
-            size += parameter.numel()
-        yield group
-
-    def _gradient_came(self, index: int) -> None:
-        """Move a weight's gradient into the float32 sum, once the step has sums."""
-        weight = self._weights[index]
-        if self._sums is None or weight.grad is None:
-            return
-        so_far = self._sums[index]
-        if so_far is None:
-            self._sums[index] = weight.grad.float()
-        else:
-            so_far.add_(weight.grad)
-        weight.grad = None
-
-    def _take_gradient(self, index: int) -> torch.Tensor | None:
-        if self._sums is not None:
-            gradient, self._sums[index] = self._sums[index], None
-            return gradient
-        weight = self._weights[index]
-        gradient, weight.grad = weight.grad, None
-        return None if gradient is None else gradient.float()
-
-    @torch.no_grad()
-    def _refresh(self, index: int) -> None:
-        if self.parameters[index] is not self._weights[index]:
-            self._weights[index].copy_(self.parameters[index])
-
     @torch.no_grad()
     def _start_logits(self) -> torch.Tensor:
         return self.logits(self.sample)
@@ -229,12 +145,12 @@ class Trainee:
     @torch.no_grad()
     def _find_fused(self, sample: Batch) -> FusedLlama | None:
         """Return the fast path when there is one, it holds all that is trained, and it agrees on a row."""
-        if self._has_masters or self.method.is_whole_model:
+        if self.method.is_whole_model:
             # It would rearrange the very weights that are trained.
             return None
         expected_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
         fused = fuse(self.attached.causal_lm)
-        if fused is None or {id(p) for p in fused.parameters} != {id(w) for w in self._weights}:
+        if fused is None or {id(p) for p in fused.parameters} != {id(p) for p in self.parameters}:
             return None
         return fused if _agree(fused.hidden_states(sample.token_ids_BT), expected_BTD) else None
 
@@ -251,10 +167,10 @@ class Trainee:
         return head.weight if _agree(found_BTV, self.logits(sample)) else None
 
 
-def _master_of(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-    if weight.dtype == torch.float32:
-        return weight
-    return torch.nn.Parameter(weight.detach().float())
+def _widen_gradient(parameter: torch.nn.Parameter) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    parameter.grad_dtype = torch.float32
+    parameter.grad = gradient.float()
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -1,9 +1,10 @@
-"""The rate as a function of the step, and AdamW over parameters of which some have no gradient."""
+"""The rate as a function of the step, and which optimizer parameters get."""
 
 import pytest
 import torch
 
 from luthier.training.optimizer import build_optimizer, learning_rate_at
+from luthier.training.split_adamw import SplitAdamW
 
 
 def rates(num_steps: int, warmup_ratio: float = 0.1) -> list[float]:
@@ -26,27 +27,12 @@ def test_short_runs_have_a_rate_above_zero_at_every_step(num_steps: int, warmup_
     assert all(0 < rate <= 1 for rate in rates(num_steps, warmup_ratio))
 
 
-def test_parameters_updated_one_after_the_other_get_the_update_of_all_at_once() -> None:
-    torch.manual_seed(0)
-    values, gradients = [torch.randn(5) for _ in range(3)], [torch.randn(5) for _ in range(3)]
-    results = []
-    for groups in ([[0, 1, 2]], [[0], [1], [2]]):
-        parameters = [torch.nn.Parameter(value.clone()) for value in values]
-        optimizer = build_optimizer(parameters, learning_rate=0.1, weight_decay=0.1, device="cpu")
-        for _ in range(2):
-            for group in groups:
-                for index in group:
-                    parameters[index].grad = gradients[index].clone()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        results.append(torch.cat(parameters).detach())
-        assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
-    assert torch.equal(*results)
-
-
-def test_states_are_float32() -> None:
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.ones(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_float32_whatever_the_parameters_are(dtype: torch.dtype) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    parameter.grad = torch.ones(3, dtype=dtype)
     optimizer = build_optimizer([parameter], learning_rate=0.1, weight_decay=0.0, device="cpu")
+    assert isinstance(optimizer, SplitAdamW) == (dtype == torch.bfloat16)
     optimizer.step()
-    assert {value.dtype for value in optimizer.state[parameter].values()} == {torch.float32}
+    state = optimizer.state[parameter]
+    assert {state[name].dtype for name in ("step", "exp_avg", "exp_avg_sq")} == {torch.float32}

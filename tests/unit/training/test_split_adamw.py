@@ -1,0 +1,73 @@
+"""AdamW over bf16 parameters: bit for bit torch's own on float32 masters, for any number and any shape."""
+
+import pytest
+import torch
+
+from luthier.training import split_adamw
+from luthier.training.split_adamw import SplitAdamW, _join, _take_apart
+
+
+def test_putting_together_what_was_taken_apart_gives_every_number_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32)
+    numbers = bits.view(torch.float32)
+    # With ties of both signs, subnormal numbers, zeros, and the largest that bf16 does not round to infinity.
+    odd = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000, 1, 0, -(2**31), 0x7F7F7FFF]).to(torch.int32)
+    numbers = torch.cat([numbers[torch.isfinite(numbers.bfloat16())], odd.view(torch.float32)])
+    high, low = torch.empty_like(numbers, dtype=torch.bfloat16), torch.empty_like(numbers, dtype=torch.int16)
+    _take_apart(numbers.view(torch.int32).clone(), high, low)
+    assert torch.equal(_join(high, low), numbers.view(torch.int32))
+    rounded = numbers.bfloat16()
+    is_tie = (numbers.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(high[~is_tie], rounded[~is_tie])
+    assert is_tie.sum() >= 3
+
+
+def build(values: list[torch.Tensor]) -> tuple[list[torch.nn.Parameter], SplitAdamW]:
+    parameters = [torch.nn.Parameter(value) for value in values]
+    return parameters, SplitAdamW(parameters, learning_rate=1e-3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("block", [256 * 1024, 64, 1])
+def test_masters_go_the_way_of_torchs_adamw_in_float32(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(split_adamw._BLOCK_NUMBERS, "cpu", block)
+    torch.manual_seed(0)
+    values = [torch.randn(shape).bfloat16() for shape in ((7, 33), (5,), (), (3, 2, 4))] + [torch.randn(6)]
+    # A parameter may be a part of a wider tensor.
+    values.append(torch.randn(9, 40).bfloat16()[:, 3:20])
+    parameters, optimizer = build([value.clone() for value in values[:-1]] + [values[-1]])
+    masters = [torch.nn.Parameter(value.float().contiguous()) for value in values]
+    reference = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1, fused=True)
+    for _ in range(5):
+        for parameter, master in zip(parameters, masters, strict=True):
+            parameter.grad = torch.randn(master.shape).to(parameter.dtype)
+            master.grad = parameter.grad.float() * 0.25
+        optimizer.step(gradient_scale=0.25)
+        reference.step()
+        assert all(parameter.grad is None for parameter in parameters)
+    for parameter, master in zip(parameters, masters, strict=True):
+        assert torch.allclose(optimizer.master(parameter), master, rtol=1e-6, atol=0)
+        gap = (parameter.float() - optimizer.master(parameter)).abs()
+        assert (gap <= optimizer.master(parameter).abs() * 2**-8).all()
+
+
+def test_gradients_may_be_float32_sums() -> None:
+    (parameter,), optimizer = build([torch.ones(4).bfloat16()])
+    parameter.grad_dtype = torch.float32
+    parameter.grad = torch.full((4,), 1 + 2**-20)
+    optimizer.step()
+    assert torch.equal(optimizer.state[parameter]["exp_avg"], torch.full((4,), 1 + 2**-20) * (1 - 0.9))
+
+
+def test_parameters_without_a_gradient_stay() -> None:
+    (one, other), optimizer = build([torch.ones(4).bfloat16(), torch.ones(4).bfloat16()])
+    one.grad = torch.ones(4).bfloat16()
+    for _ in range(9):
+        optimizer.step()
+    assert torch.equal(other, torch.ones(4).bfloat16())
+    assert not optimizer.state[other]
+
+
+def test_parameters_of_other_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="bf16"):
+        build([torch.ones(2, dtype=torch.float16)])
