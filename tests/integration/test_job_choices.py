@@ -1,4 +1,4 @@
-"""A job that stops early and keeps its best checkpoint, with the real training process."""
+"""What a job may choose, its method and its result, with the real training process."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from luthier.client import LuthierClient
+from luthier.methods import discover
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from worker.app import sweep, work
@@ -74,3 +75,27 @@ def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(
     [result_file] = job.result_files
     content = client.files.content(result_file).read().decode()
     assert content.count("\n") == 1 + run["steps_done"]
+
+
+@pytest.mark.parametrize("method", discover())
+def test_a_job_by_every_method_becomes_a_model_whose_report_names_its_size(
+    api: Api, client: openai.OpenAI, context: WorkerContext, method: str
+) -> None:
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(12))), purpose="fine-tune")
+    job_id = client.fine_tuning.jobs.create(
+        model="tiny-llama",
+        training_file=file.id,
+        seed=1,
+        extra_body={"tuning": {"type": method}, "hyperparameters": {"n_epochs": 1, "batch_size": 4}},
+    ).id
+    work(context, job_id)
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.status == "succeeded", job.error
+    assert "auto" not in str(job.to_dict()["tuning"])
+    url = f"{api.base_url}/v1/models/{job.fine_tuned_model}/files"
+    files = {entry["name"]: entry["bytes"] for entry in httpx2.get(url, headers=api.headers).json()["data"]}
+    with LuthierClient(f"{api.base_url}/v1", api.key) as ours:
+        run = ours.get_report(job_id)["run"]
+    assert run["method"] == method
+    assert 0 < run["artifact_bytes"] < sum(files.values())
+    assert 0 < run["num_trained_parameters"] <= run["num_base_parameters"]
