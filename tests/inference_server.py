@@ -1,5 +1,6 @@
 """The inference server in a thread, over a real socket, for tests that look behind it."""
 
+import asyncio
 import json
 import threading
 import time
@@ -56,6 +57,7 @@ class Served:
     core: EngineCore
     engine: Engine
     runner: GatedRunner
+    loop: asyncio.AbstractEventLoop
 
     def post(self, path: str, target: ModelTarget = BARE, **body: Any) -> httpx2.Response:
         return self.client.post(path, json={"model": "m"} | body, headers=target.to_headers())

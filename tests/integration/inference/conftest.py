@@ -66,16 +66,20 @@ def served(folder: Path, base_folder: Path) -> Iterator[Served]:
     service = Service(settings, engine)
     listener = open_socket(settings.inference_url)
     server = uvicorn.Server(uvicorn.Config(build_app(service, settings, token=None), log_config=None))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(
+        target=lambda: loop.run_until_complete(server.serve(sockets=[listener])), daemon=True
+    )
     engine.start()
     thread.start()
     transport = httpx2.HTTPTransport(uds=str(folder / "s.sock"))
     with httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client:
         wait_until(lambda: server.started, "the server's start")
         wait_until(lambda: client.get("/healthz").json()["ready"], "the base's load")
-        yield Served(client, settings.inference_url, service, core, engine, runner)
+        yield Served(client, settings.inference_url, service, core, engine, runner, loop)
     runner.gate.set()
     server.should_exit = True
     thread.join(10)
+    loop.close()
     engine.close()
     engine.join(10)

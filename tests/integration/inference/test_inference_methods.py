@@ -1,0 +1,234 @@
+"""Artifacts of every method in one server, beside what their methods themselves say."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.core.inference import HEADER_DIGEST, ModelTarget
+from luthier.data.tokens import Tokenizer
+from luthier.inference import loaded as loaded_module
+from luthier.methods import discover
+from luthier.storage.store import Storage
+from tests.inference_server import BARE, CHAT, Served, prompt_ids, wait_until
+from tests.tiny import CONTEXT_LENGTH
+from tests.unit.inference.artifacts import (
+    all_tunings,
+    build_method_artifact,
+    greedy,
+    load_plain,
+    method_greedy,
+    tuning_name,
+)
+
+TEXTS = ["the sky", "what is the colour of the sea on a clear day?", "a"]
+NUM_TOKENS = 24
+WHOLE = [name for name, method in discover().items() if method.is_whole_model]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what it has to say to each text."""
+
+    target: ModelTarget
+    folder: Path | None
+    answers: dict[str, str]
+
+
+def to_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_token_ids]
+    return tokenizer.decode(ids[: ends[0]] if ends else ids)
+
+
+@pytest.fixture(scope="module")
+def cases(folder: Path, base_folder: Path) -> dict[str, Case]:
+    storage = Storage.open(f"file://{folder}/objects")
+    tokenizer = Tokenizer.load(base_folder)
+    plain = load_plain(base_folder)
+    prompts = {text: prompt_ids(base_folder, text) for text in TEXTS}
+    answers = {text: to_text(tokenizer, greedy(plain, ids, NUM_TOKENS)) for text, ids in prompts.items()}
+    made = {"base": Case(BARE, None, answers)}
+    for i, tuning in enumerate([*all_tunings(), *({"type": name} for name in WHOLE)]):
+        name = f"{tuning_name(tuning)}-{i}"
+        artifact = build_method_artifact(folder / f"tuned{i}", base_folder, tuning, seed=i)
+        storage.put_folder(artifact.folder, f"projects/p/tuned{i}")
+        target = BARE.model_copy(
+            update={"model": name, "artifact": f"projects/p/tuned{i}", "digest": artifact.digest}
+        )
+        answers = {
+            text: to_text(tokenizer, method_greedy(base_folder, artifact.folder, ids, NUM_TOKENS))
+            for text, ids in prompts.items()
+        }
+        made[name] = Case(target, artifact.folder, answers)
+    # They differ at all, or equality with them says nothing.
+    assert len({frozenset(case.answers.items()) for case in made.values()}) == len(made)
+    return made
+
+
+def check(served: Served, case: Case, text: str) -> None:
+    answer = served.chat(text, case.target, max_tokens=NUM_TOKENS)
+    assert answer["choices"][0]["message"]["content"] == case.answers[text], case.target.model
+    assert answer["model"] == case.target.model
+
+
+def case_of(cases: dict[str, Case], method: str) -> Case:
+    return next(case for name, case in cases.items() if name.startswith(method))
+
+
+def unload(served: Served) -> None:
+    """Let every artifact that nobody needs leave, as if others had taken its place."""
+
+    def leave() -> None:
+        for is_whole in (False, True):
+            served.service.models.loaded._leave_idle(lambda: False, is_whole=is_whole)
+
+    on_loop(served, leave)
+
+
+def on_loop(served: Served, work: Callable[[], None]) -> None:
+    done = threading.Event()
+    served.loop.call_soon_threadsafe(lambda: (work(), done.set()))
+    assert done.wait(10)
+
+
+def test_every_methods_artifact_answers_as_its_method_says_in_turn_with_the_others_and_the_base(
+    served: Served, cases: dict[str, Case]
+) -> None:
+    for text in TEXTS[:2]:
+        for case in cases.values():
+            check(served, case, text)
+            check(served, cases["base"], text)
+
+
+def test_requests_for_all_models_at_once_all_come_back_right(served: Served, cases: dict[str, Case]) -> None:
+    asked = [(case, text) for text in TEXTS for case in cases.values()]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        for future in [pool.submit(check, served, case, text) for case, text in asked]:
+            future.result()
+
+
+def test_models_that_push_each_other_out_of_memory_answer_right_all_the_same(
+    served: Served, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = served.service.models.loaded
+    unload(served)
+    whole = case_of(cases, WHOLE[0])
+    check(served, whole, TEXTS[0])
+    monkeypatch.setattr(loaded, "_max_whole_bytes", loaded.num_whole_bytes)
+    monkeypatch.setattr(loaded, "_max_installed", 1)
+    for _ in range(2):
+        for case in cases.values():
+            check(served, case, TEXTS[2])
+            assert len(loaded.digests) <= 2
+    asked = [(case, text) for text in TEXTS for case in cases.values()]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        for future in [pool.submit(check, served, case, text) for case, text in asked]:
+            future.result()
+
+
+def test_an_answer_says_which_artifact_made_it(served: Served, cases: dict[str, Case]) -> None:
+    for case in cases.values():
+        messages = [{"role": "user", "content": "a"}]
+        response = served.post(CHAT, case.target, messages=messages, max_tokens=1, temperature=0)
+        if case.target.digest is not None:
+            assert response.headers[HEADER_DIGEST] == case.target.digest
+            fingerprint = case.target.digest.removeprefix("sha256:")[:12]
+            assert response.json()["system_fingerprint"] == fingerprint
+
+
+@pytest.mark.parametrize(("method", "num_virtual"), [("prefix", 5), ("prompt", 3), ("lora", 0)])
+def test_virtual_tokens_shorten_the_context_and_the_refusal_says_so(
+    served: Served, cases: dict[str, Case], base_folder: Path, method: str, num_virtual: int
+) -> None:
+    case = case_of(cases, method)
+    room = CONTEXT_LENGTH - num_virtual - len(prompt_ids(base_folder, "a"))
+    messages = [{"role": "user", "content": "a"}]
+    refused = served.post(CHAT, case.target, messages=messages, max_tokens=room + 1)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert f"{CONTEXT_LENGTH - num_virtual} tokens" in error["message"]
+    # Right up to the last position.
+    answer = served.chat("a", case.target, max_tokens=room)
+    if answer["choices"][0]["finish_reason"] == "length":
+        assert answer["usage"]["completion_tokens"] == room
+    assert answer["usage"]["prompt_tokens"] == len(prompt_ids(base_folder, "a"))
+
+
+def test_a_damaged_copy_is_fetched_again_whatever_its_method(served: Served, cases: dict[str, Case]) -> None:
+    for case in cases.values():
+        if case.folder is None:
+            continue
+        unload(served)
+        copy = asyncio.run(served.service.models.get(case.target)).copy
+        assert copy is not None
+        weights = next(copy.folder.glob("*.safetensors"))
+        content = weights.read_bytes()
+        # Its size stays: only reading it again can tell.
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        check(served, case, TEXTS[2])
+        assert weights.read_bytes() == content
+
+
+def test_others_are_answered_while_a_whole_model_is_loaded(
+    served: Served, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, is_loading = threading.Event(), threading.Event()
+    load = loaded_module.load_whole
+
+    def load_slowly(*args: Any, **options: Any) -> Any:
+        is_loading.set()
+        assert gate.wait(30)
+        return load(*args, **options)
+
+    monkeypatch.setattr(loaded_module, "load_whole", load_slowly)
+    unload(served)
+    whole = case_of(cases, WHOLE[0])
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(check, served, whole, text) for text in TEXTS[:2]]
+        assert is_loading.wait(30)
+        for case in cases.values():
+            if not case.target.model.startswith(WHOLE[0]):
+                check(served, case, TEXTS[2])
+        assert not any(future.done() for future in asked)
+        gate.set()
+        for future in asked:
+            future.result()
+
+
+def test_a_whole_model_stays_while_its_rows_run_and_leaves_when_another_needs_its_memory(
+    served: Served, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = served.service.models.loaded
+    unload(served)
+    first, second = (case for name, case in cases.items() if name.startswith(WHOLE[0]))
+    check(served, first, TEXTS[0])
+    monkeypatch.setattr(loaded, "_max_whole_bytes", loaded.num_whole_bytes)
+    served.runner.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        before = served.runner.num_prefills
+        running = pool.submit(check, served, first, TEXTS[0])
+        wait_until(lambda: served.runner.num_prefills > before, "its prefill")
+        waiting = pool.submit(check, served, second, TEXTS[0])
+        wait_until(loaded._turn.locked, "the other's turn")
+        assert loaded.digests[-1] == first.target.digest
+        served.runner.gate.set()
+        running.result()
+        waiting.result()
+    assert loaded.digests[-1] == second.target.digest
+
+
+def test_a_whole_model_beyond_the_memory_for_them_is_refused_and_the_rest_goes_on(
+    served: Served, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unload(served)
+    monkeypatch.setattr(served.service.models.loaded, "_max_whole_bytes", 1000)
+    case = case_of(cases, WHOLE[0])
+    refused = served.post(CHAT, case.target, messages=[{"role": "user", "content": "a"}])
+    assert refused.json()["error"]["code"] == "out_of_memory"
+    assert "LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES" in refused.json()["error"]["message"]
+    check(served, cases["base"], TEXTS[0])
