@@ -155,6 +155,7 @@ class Prefix(Method):
         if params.projection:
             config.prefix_projection = True
             config.encoder_hidden_size = resolved(params.projection_dim)
+            torch.manual_seed(start.seed)
             # A random start with a projection is the network's own, as PEFT draws it.
             projected = ProjectedPrefix(config, None if params.init == "random" else start_NF)
             model.prompt_encoder[ADAPTER] = projected.to(device=causal_lm.device, dtype=torch.float32)

@@ -97,6 +97,8 @@ class Prompt(Method):
         )
         # PEFT records the model's own name as the base; an artifact names its base by id, never by a path.
         causal_lm.name_or_path = start.base_id
+        # A base with dropout draws in training.
+        torch.manual_seed(start.seed)
         model = get_peft_model(causal_lm, config)
         with torch.no_grad():
             first_ND = _first_values(causal_lm, params, start)

@@ -3,9 +3,23 @@
 import pytest
 import torch
 
+from luthier.training.optimizer import build_optimizer
 from luthier.training.step import compute_gradients
 from luthier.training.trainee import Trainee
-from tests.tiny_methods import CASES, DEFAULTS, VARIANTS, Bench, Case, batch, digest, everything, train
+from tests.tiny_methods import (
+    CASES,
+    DEFAULTS,
+    LLAMA,
+    METHODS,
+    VARIANTS,
+    Bench,
+    Case,
+    batch,
+    digest,
+    everything,
+    step,
+    train,
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -33,6 +47,23 @@ def test_training_changes_its_own_parameters_and_no_byte_of_the_base(bench: Benc
     moved = [not torch.equal(now, start) for now, start in zip(trained, starts, strict=True)]
     # A key's bias shifts all of a query's scores alike: it has no gradient but rounding.
     assert sum(moved) >= 0.9 * len(moved)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_updates_too_small_for_bf16_add_up_on_a_bf16_base(bench: Bench, name: str) -> None:
+    trainee = bench.trainee(Case(LLAMA, {"type": name}), dtype=torch.bfloat16)
+    starts = [parameter.detach().float().clone() for parameter in trainee.parameters]
+    # Near 0.15 neighbours in bf16 lie 2^-10 apart: one step of 2e-5 is lost there, forty are not.
+    rate = 2e-5
+    optimizer = build_optimizer(trainee.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
+    trainee.attached.model.train()
+    for _ in range(40):
+        step(trainee, optimizer, [batch(0, 1)], learning_rate=rate)
+    ends = [parameter.detach().float() for parameter in trainee.parameters]
+    start, end = (torch.cat([value.flatten() for value in values]) for values in (starts, ends))
+    is_large = start.abs() > 0.125
+    assert is_large.any()
+    assert (start != end)[is_large].float().mean() > 0.2
 
 
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
