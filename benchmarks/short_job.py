@@ -120,10 +120,12 @@ def _service() -> Iterator["OpenAI"]:
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as folder:
         home = Path(folder) / "home"
         make_fresh_home(home)
-        with running_service(home, free_port()) as service:
-            yield OpenAI(base_url=service.base_url, api_key=service.api_key, max_retries=0, timeout=600)
-        # Also its database, which as root lies elsewhere.
-        make_fresh_home(home)
+        try:
+            with running_service(home, free_port()) as service:
+                yield OpenAI(base_url=service.base_url, api_key=service.api_key, max_retries=0, timeout=600)
+        finally:
+            # Removes its database too, which as root lies elsewhere.
+            make_fresh_home(home)
 
 
 def _run_job(client: "OpenAI", upload: bytes, workload: Workload, tuning: dict[str, Any]) -> dict[str, Any]:
