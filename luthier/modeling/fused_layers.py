@@ -2,10 +2,12 @@
 
 Layers that share an input are one product. The low-rank update rides in the same product: the input is
 widened by `u = x A'`, the weight by `scale * B`, so the forward product gives `x W' + scale u B'` at once,
-and the backward one the gradients of x and u at once. Nothing here knows an architecture.
+and the backward one the gradients of x and u at once. What can be made again in one pass over memory (a
+norm, a gated activation) is not kept for the backward pass. Nothing here knows an architecture.
 
 Legend: N tokens with their padding (B rows of T), D inputs, K inputs widened by the ranks, O outputs,
-R ranks side by side, H heads of size C.
+R ranks side by side, F feed-forward size, E columns of q, k and v, P pairs of a row and a key head,
+Q queries of a pair, S keys, C head size.
 """
 
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from luthier.modeling import kernels
 
 # Products run well on rows of whole cache lines.
 _ALIGN = 32
@@ -36,7 +40,7 @@ class FusedLinear:
     The plain layers' weights become views of this one's, so that no weight lies in memory twice.
 
     Args:
-        layers: PEFT's LoRA layers, or bare linear ones.
+        layers: PEFT's LoRA layers, or bare linear ones, whose weights may be trained.
         adapter: name of the adapter that is trained.
     """
 
@@ -44,10 +48,13 @@ class FusedLinear:
         bases = [getattr(layer, "base_layer", layer) for layer in layers]
         self.num_inputs = bases[0].in_features
         self.low_ranks: list[_LowRank] = []
+        self._trained: list[tuple[nn.Parameter, slice]] = []
         output, rank = 0, 0
         for layer, base in zip(layers, bases, strict=True):
             outputs = slice(output, output + base.out_features)
             output = outputs.stop
+            if base.weight.requires_grad:
+                self._trained.append((base.weight, outputs))
             if not hasattr(layer, "lora_A"):
                 continue
             ranks = slice(rank, rank + layer.r[adapter])
@@ -61,56 +68,69 @@ class FusedLinear:
                     ranks,
                 )
             )
-        width = -(-(self.num_inputs + rank) // _ALIGN) * _ALIGN
+        self.width = self.num_inputs if rank == 0 else -(-(self.num_inputs + rank) // _ALIGN) * _ALIGN
         first = bases[0].weight
-        self.weight_OK = first.new_zeros(output, width)
-        self.a_RD = first.new_zeros(width - self.num_inputs, self.num_inputs)
+        self.weight_OK = first.detach().new_zeros(output, self.width)
+        self.a_RD = first.detach().new_zeros(self.width - self.num_inputs, self.num_inputs)
         start = 0
         for base in bases:
             part = self.weight_OK[start : start + base.out_features, : self.num_inputs]
-            part.copy_(base.weight)
+            part.copy_(base.weight.detach())
             base.weight.data = part
             start += base.out_features
         self.parameters: list[nn.Parameter] = [p for low in self.low_ranks for p in (low.a_RD, low.b_OR)]
+        self.parameters += [weight for weight, _ in self._trained]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the parameters as the optimizer left them, in the type of the weights."""
+        """Take over the low-rank parameters as the optimizer left them, in the type of the weights."""
         for low in self.low_ranks:
             self.a_RD[low.ranks].copy_(low.a_RD)
             columns = slice(self.num_inputs + low.ranks.start, self.num_inputs + low.ranks.stop)
             self.weight_OK[low.outputs, columns].copy_(low.b_OR * low.scale)
 
-    def widen(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Return x_NK: the input with `x A'` beside it."""
-        if self.a_RD.shape[0] == 0:
-            return x_ND
-        x_NK = x_ND.new_empty(x_ND.shape[0], self.weight_OK.shape[1])
-        x_NK[:, : self.num_inputs] = x_ND
-        x_NK[:, self.num_inputs :] = torch.mm(x_ND, self.a_RD.t())
-        return x_NK
+    def complete(self, x_NK: torch.Tensor) -> torch.Tensor | None:
+        """Fill the last columns of a wide input by `u = x A'`; return u_NR, None without updates."""
+        if not self.low_ranks:
+            return None
+        u_NR = torch.mm(x_NK[:, : self.num_inputs], self.a_RD.t())
+        x_NK[:, self.num_inputs :] = u_NR
+        return u_NR
 
-    def backward(
-        self, gradient_NO: torch.Tensor, x_NK: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the gradient of x_ND, and those of the parameters in their order."""
+    def input_gradient(self, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of the input, in the first D of K columns, and of u."""
         gradient_NK = torch.mm(gradient_NO, self.weight_OK)
-        if self.a_RD.shape[0] == 0:
-            return gradient_NK, []
+        if not self.low_ranks:
+            return gradient_NK, None
         gradient_u_NR = gradient_NK[:, self.num_inputs :].contiguous()
-        x_ND, u_NR = x_NK[:, : self.num_inputs], x_NK[:, self.num_inputs :].contiguous()
-        gradient_ND = torch.addmm(gradient_NK[:, : self.num_inputs], gradient_u_NR, self.a_RD)
-        gradient_a_RD = torch.mm(gradient_u_NR.t(), x_ND)
-        gradient_b_RO = torch.mm(u_NR.t(), gradient_NO)
+        gradient_NK[:, : self.num_inputs].addmm_(gradient_u_NR, self.a_RD)
+        return gradient_NK, gradient_u_NR
+
+    def parameter_gradients(
+        self,
+        gradient_NO: torch.Tensor,
+        x_NK: torch.Tensor,
+        u_NR: torch.Tensor | None,
+        gradient_u_NR: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """Return the gradients of the parameters, in their order, each in its parameter's type."""
         gradients: list[torch.Tensor] = []
-        for low in self.low_ranks:
-            gradients.append(gradient_a_RD[low.ranks].to(low.a_RD.dtype))
-            gradients.append(gradient_b_RO[low.ranks, low.outputs].t().to(low.b_OR.dtype) * low.scale)
-        return gradient_ND, gradients
+        x_ND = x_NK[:, : self.num_inputs]
+        if u_NR is not None and gradient_u_NR is not None:
+            gradient_a_RD = torch.mm(gradient_u_NR.t(), x_ND)
+            gradient_b_RO = torch.mm(u_NR.t(), gradient_NO)
+            for low in self.low_ranks:
+                gradients.append(gradient_a_RD[low.ranks].to(low.a_RD.dtype))
+                gradient_OR = gradient_b_RO[low.ranks, low.outputs].t()
+                gradients.append(gradient_OR.to(low.b_OR.dtype) * low.scale)
+        if self._trained:
+            gradient_OD = torch.mm(gradient_NO.t(), x_ND)
+            gradients += [gradient_OD[outputs] for _, outputs in self._trained]
+        return gradients
 
 
 class NormLinear(torch.autograd.Function):
-    """A fused layer after an RMS norm (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """A fused layer after an RMS norm: x_ND to [N, O]."""
 
     @staticmethod
     def forward(
@@ -121,121 +141,153 @@ class NormLinear(torch.autograd.Function):
         fused: FusedLinear,
         *parameters: nn.Parameter,  # noqa: ARG004
     ) -> torch.Tensor:
-        wide = x_ND.float()
-        inverse_N1 = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-        normed_ND = weight_D * (wide * inverse_N1).to(x_ND.dtype)
-        x_NK = fused.widen(normed_ND)
-        context.fused = fused
-        context.save_for_backward(x_ND, weight_D, inverse_N1, x_NK)
+        x_ND = x_ND.contiguous()
+        x_NK, inverse_N = kernels.rms_norm(x_ND, weight_D, epsilon, fused.width)
+        u_NR = fused.complete(x_NK)
+        context.fused, context.epsilon = fused, epsilon
+        context.save_for_backward(x_ND, weight_D, inverse_N, u_NR)
         return torch.mm(x_NK, fused.weight_OK.t())
 
     @staticmethod
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
-        x_ND, weight_D, inverse_N1, x_NK = context.saved_tensors
-        gradient_ND, gradients = context.fused.backward(gradients_out[0], x_NK)
-        scaled_ND = gradient_ND.float().mul_(weight_D.float())
-        unit_ND = x_ND.float().mul_(inverse_N1)
-        shared_N1 = (scaled_ND * unit_ND).mean(-1, keepdim=True)
-        gradient_x_ND = scaled_ND.sub_(unit_ND.mul_(shared_N1)).mul_(inverse_N1)
-        return (gradient_x_ND.to(x_ND.dtype), None, None, None, *gradients)
+        x_ND, weight_D, inverse_N, u_NR = context.saved_tensors
+        fused, gradient_NO = context.fused, gradients_out[0]
+        gradient_NK, gradient_u_NR = fused.input_gradient(gradient_NO)
+        gradients: list[torch.Tensor] = []
+        if fused.parameters:
+            x_NK, _ = kernels.rms_norm(x_ND, weight_D, context.epsilon, fused.num_inputs)
+            gradients = fused.parameter_gradients(gradient_NO, x_NK, u_NR, gradient_u_NR)
+        gradient_D = None
+        if context.needs_input_grad[1]:
+            unit_ND = x_ND.float() * inverse_N[:, None]
+            scaled_ND = gradient_NK[:, : fused.num_inputs].float()
+            gradient_D = (scaled_ND * unit_ND).sum(dim=0).to(weight_D.dtype)
+        gradient_ND = None
+        if context.needs_input_grad[0]:
+            gradient_ND = kernels.rms_norm_backward(gradient_NK, x_ND, weight_D, inverse_N)
+        return (gradient_ND, gradient_D, None, None, *gradients)
 
 
 class LinearAdd(torch.autograd.Function):
-    """A fused layer whose output is added to the residual stream."""
+    """A fused layer, whose result is added to the residual stream where one is given: x_NK to [N, O].
+
+    x_NK comes with its last columns unwritten, and its gradient is meant in the first D columns.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        x_NK: torch.Tensor,
+        residual_NO: torch.Tensor | None,
+        fused: FusedLinear,
+        *parameters: nn.Parameter,  # noqa: ARG004
+    ) -> torch.Tensor:
+        u_NR = fused.complete(x_NK)
+        context.fused = fused
+        context.save_for_backward(x_NK if fused.parameters else None, u_NR)
+        return _product(x_NK, residual_NO, fused)
+
+    @staticmethod
+    def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
+        x_NK, u_NR = context.saved_tensors
+        fused, gradient_NO = context.fused, gradients_out[0]
+        gradient_NK, gradient_u_NR = fused.input_gradient(gradient_NO)
+        gradients: list[torch.Tensor] = []
+        if x_NK is not None:
+            gradients = fused.parameter_gradients(gradient_NO, x_NK, u_NR, gradient_u_NR)
+        residual = gradient_NO if context.needs_input_grad[1] else None
+        return (gradient_NK, residual, None, *gradients)
+
+
+class GatedLinearAdd(torch.autograd.Function):
+    """`silu(gate) * up`, then a fused layer, then the residual stream where one is given."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        gate_up_NF: torch.Tensor,
+        residual_NO: torch.Tensor | None,
+        fused: FusedLinear,
+        *parameters: nn.Parameter,  # noqa: ARG004
+    ) -> torch.Tensor:
+        hidden_NK = kernels.gated_silu(gate_up_NF, fused.width)
+        u_NR = fused.complete(hidden_NK)
+        context.fused = fused
+        context.save_for_backward(gate_up_NF, u_NR)
+        return _product(hidden_NK, residual_NO, fused)
+
+    @staticmethod
+    def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
+        gate_up_NF, u_NR = context.saved_tensors
+        fused, gradient_NO = context.fused, gradients_out[0]
+        gradient_NK, gradient_u_NR = fused.input_gradient(gradient_NO)
+        gradient_NF, hidden_NF = kernels.gated_silu_backward(gate_up_NF, gradient_NK)
+        gradients: list[torch.Tensor] = []
+        if fused.parameters:
+            gradients = fused.parameter_gradients(gradient_NO, hidden_NF, u_NR, gradient_u_NR)
+        residual = gradient_NO if context.needs_input_grad[1] else None
+        return (gradient_NF, residual, None, *gradients)
+
+
+def _product(x_NK: torch.Tensor, residual_NO: torch.Tensor | None, fused: FusedLinear) -> torch.Tensor:
+    if residual_NO is None:
+        return torch.mm(x_NK, fused.weight_OK.t())
+    return torch.addmm(residual_NO, x_NK, fused.weight_OK.t())
+
+
+class FusedBottleneck:
+    """A bottleneck layer (luthier.methods) in the type of the base's weights.
+
+    Args:
+        bottleneck: the module; its parameters stay its own.
+    """
+
+    def __init__(self, bottleneck: nn.Module) -> None:
+        self.parameters: list[nn.Parameter] = [
+            bottleneck.down.weight,
+            bottleneck.down.bias,
+            bottleneck.up.weight,
+            bottleneck.up.bias,
+        ]
+        self.activation = bottleneck.activation
+
+
+class BottleneckAdd(torch.autograd.Function):
+    """`residual + x + up(act(down(x)))` (Houlsby et al. 2019, arXiv 1902.00751), x and residual [N, D]."""
 
     @staticmethod
     def forward(
         context: Any,
         x_ND: torch.Tensor,
-        residual_NO: torch.Tensor,
-        fused: FusedLinear,
-        *parameters: nn.Parameter,  # noqa: ARG004
+        residual_ND: torch.Tensor,
+        activation: str,
+        *parameters: nn.Parameter,
     ) -> torch.Tensor:
-        x_NK = fused.widen(x_ND)
-        context.fused = fused
-        context.save_for_backward(x_NK)
-        return torch.addmm(residual_NO, x_NK, fused.weight_OK.t())
+        down_MD, down_M, up_DM, up_D = (parameter.to(x_ND.dtype) for parameter in parameters)
+        middle_NM = torch.addmm(down_M, x_ND, down_MD.t())
+        active_NM = _activate(activation, middle_NM)
+        context.activation = activation
+        context.types = [parameter.dtype for parameter in parameters]
+        context.save_for_backward(x_ND, middle_NM, down_MD, up_DM)
+        return torch.addmm(x_ND + up_D, active_NM, up_DM.t()).add_(residual_ND)
 
     @staticmethod
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
-        (x_NK,) = context.saved_tensors
-        gradient_ND, gradients = context.fused.backward(gradients_out[0], x_NK)
-        return (gradient_ND, gradients_out[0], None, *gradients)
+        x_ND, middle_NM, down_MD, up_DM = context.saved_tensors
+        gradient_ND = gradients_out[0].contiguous()
+        with torch.enable_grad():
+            leaf_NM = middle_NM.detach().requires_grad_()
+            active_NM = _activate(context.activation, leaf_NM)
+        (gradient_NM,) = torch.autograd.grad(active_NM, leaf_NM, torch.mm(gradient_ND, up_DM))
+        gradients = [
+            torch.mm(gradient_NM.t(), x_ND),
+            gradient_NM.sum(dim=0, dtype=torch.float32),
+            torch.mm(gradient_ND.t(), active_NM.detach()),
+            gradient_ND.sum(dim=0, dtype=torch.float32),
+        ]
+        typed = [one.to(dtype) for one, dtype in zip(gradients, context.types, strict=True)]
+        return (torch.addmm(gradient_ND, gradient_NM, down_MD), gradient_ND, None, *typed)
 
 
-class GatedSilu(torch.autograd.Function):
-    """`silu(gate) * up` of a fused gate and up (Shazeer 2020, arXiv 2002.05202)."""
-
-    @staticmethod
-    def forward(context: Any, gate_up_NO: torch.Tensor) -> torch.Tensor:
-        context.save_for_backward(gate_up_NO)
-        gate, up = gate_up_NO.chunk(2, dim=-1)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(context: Any, *gradients_out: torch.Tensor) -> torch.Tensor:
-        (gate_up_NO,) = context.saved_tensors
-        gate, up = gate_up_NO.chunk(2, dim=-1)
-        gradient = gradients_out[0]
-        result_NO = torch.empty_like(gate_up_NO)
-        gradient_gate, gradient_up = result_NO.chunk(2, dim=-1)
-        torch.mul(gradient, nn.functional.silu(gate), out=gradient_up)
-        gradient_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
-        return result_NO
-
-
-class BatchedAttention(torch.autograd.Function):
-    """Causal attention by three batched products; the query heads of one key head are its rows."""
-
-    @staticmethod
-    def forward(
-        context: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        scores = torch.bmm(query, key.transpose(1, 2))
-        num_pairs, num_keys = scores.shape[0], key.shape[1]
-        scores = scores.view(num_pairs, -1, num_keys, num_keys).mul_(scale).add_(bias)
-        weights = torch.softmax(scores, dim=-1).view(num_pairs, -1, num_keys)
-        context.scale = scale
-        context.save_for_backward(query, key, value, weights)
-        return torch.bmm(weights, value)
-
-    @staticmethod
-    def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, weights = context.saved_tensors
-        gradient = gradients_out[0]
-        gradient_value = torch.bmm(weights.transpose(1, 2), gradient)
-        gradient_weights = torch.bmm(gradient, value.transpose(1, 2))
-        gradient_scores = torch.ops.aten._softmax_backward_data(gradient_weights, weights, -1, weights.dtype)
-        gradient_scores.mul_(context.scale)
-        gradient_query = torch.bmm(gradient_scores, key)
-        gradient_key = torch.bmm(gradient_scores.transpose(1, 2), query)
-        return gradient_query, gradient_key, gradient_value, None, None
-
-
-class Rotate(torch.autograd.Function):
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864); its gradient turns the other way."""
-
-    @staticmethod
-    def forward(context: Any, x_BTHC: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-        context.save_for_backward(cosine, sine)
-        return _rotate(x_BTHC, cosine, sine)
-
-    @staticmethod
-    def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
-        cosine, sine = context.saved_tensors
-        return _rotate(gradients_out[0], cosine, -sine), None, None
-
-
-def _rotate(x_BTHC: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Turn pairs (c, c + C/2) by their angles; `cosine` and `sine` are of shape [1, T, 1, C/2]."""
-    half = x_BTHC.shape[-1] // 2
-    first, second = x_BTHC[..., :half], x_BTHC[..., half:]
-    result = torch.empty(x_BTHC.shape, dtype=x_BTHC.dtype, device=x_BTHC.device)
-    torch.sub(first * cosine, second * sine, out=result[..., :half])
-    torch.add(second * cosine, first * sine, out=result[..., half:])
-    return result
+def _activate(name: str, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x) if name == "tanh" else getattr(nn.functional, name)(x)

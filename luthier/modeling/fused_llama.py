@@ -1,11 +1,12 @@
-"""A fast path for LoRA on Llama-shaped models: the same function as the plain one, with fewer passes.
+"""A fast path for Llama-shaped models: the same function as the plain one, with fewer passes over memory.
 
-Layers that share an input (q, k, v; gate, up) run fused with their low-rank updates (fused_layers.py).
-Short rows attend by batched products, longer ones by torch's own attention. The parameters stay PEFT's
-own: what is trained here is saved and loaded by the plain path. `fuse` returns None for everything that
-it does not know, and the plain path runs.
+Layers that share an input (q, k, v; gate, up) run fused with their low-rank updates (fused_layers.py);
+attention is fused_attention.py. Any method runs here whose trained parameters are LoRA's, bottlenecks
+after a half, virtual tokens, or the weights themselves. The parameters stay the method's own: what is
+trained here is saved and loaded by the plain path. `fuse` returns None for everything that it does not
+know, and the plain path runs.
 
-Legend: N tokens with their padding (B rows of T), D hidden size.
+Legend: N tokens with their padding (B rows of T), D hidden size, V virtual tokens.
 """
 
 from dataclasses import dataclass
@@ -14,72 +15,82 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from luthier.methods import Attached, Method
+from luthier.modeling.fused_attention import Attention, Heads
 from luthier.modeling.fused_layers import (
-    BatchedAttention,
+    BottleneckAdd,
+    FusedBottleneck,
     FusedLinear,
-    GatedSilu,
+    GatedLinearAdd,
     LinearAdd,
     NormLinear,
-    Rotate,
 )
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-# Longest rows, in tokens, for which batched products beat torch's attention on the CPUs measured.
-_MAX_BATCHED_ATTENTION = 384
+_KNOWN_PARTS = {
+    "self_attn",
+    "mlp",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "attention_bottleneck",
+    "feed_forward_bottleneck",
+}
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One decoder layer: its norms (weights of size D) and its four fused layers."""
+    """One decoder layer: its norms (weights of size D), its four fused layers, its bottlenecks."""
 
     input_norm: nn.Module
     attention_in: FusedLinear
     attention_out: FusedLinear
+    attention_bottleneck: FusedBottleneck | None
     feed_forward_norm: nn.Module
     feed_forward_in: FusedLinear
     feed_forward_out: FusedLinear
+    feed_forward_bottleneck: FusedBottleneck | None
 
     @property
     def fused(self) -> tuple[FusedLinear, ...]:
         return (self.attention_in, self.attention_out, self.feed_forward_in, self.feed_forward_out)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that this block gives gradients to."""
+        found = [parameter for fused in self.fused for parameter in fused.parameters]
+        for bottleneck in (self.attention_bottleneck, self.feed_forward_bottleneck):
+            found += bottleneck.parameters if bottleneck else []
+        norms = (self.input_norm.weight, self.feed_forward_norm.weight)
+        return found + [weight for weight in norms if weight.requires_grad]
+
 
 class FusedLlama:
-    """Runs a LoRA-tuned Llama up to its output layer, by fused layers.
+    """Runs a tuned Llama up to its output layer, by fused layers.
 
     Args:
-        causal_lm: the base with PEFT's layers in it.
-        adapter: name of the adapter that is trained.
+        method: how it is tuned.
+        attached: the base with the method's parameters.
+        adapter: name of the adapter that is trained, where PEFT's layers are in it.
     """
 
-    def __init__(self, causal_lm: "LlamaForCausalLM", adapter: str = "default") -> None:
+    def __init__(self, method: Method, attached: Attached, adapter: str = "default") -> None:
+        self._method, self._attached = method, attached
+        causal_lm: LlamaForCausalLM = attached.causal_lm
         self._body = causal_lm.model
         config = causal_lm.config
         self._num_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
         self._head_size = causal_lm.model.layers[0].self_attn.head_dim
-        self._blocks = [
-            _Block(
-                input_norm=layer.input_layernorm,
-                attention_in=FusedLinear(
-                    [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj], adapter
-                ),
-                attention_out=FusedLinear([layer.self_attn.o_proj], adapter),
-                feed_forward_norm=layer.post_attention_layernorm,
-                feed_forward_in=FusedLinear([layer.mlp.gate_proj, layer.mlp.up_proj], adapter),
-                feed_forward_out=FusedLinear([layer.mlp.down_proj], adapter),
-            )
-            for layer in causal_lm.model.layers
-        ]
+        self._blocks = [_build_block(layer, adapter) for layer in causal_lm.model.layers]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters that this path gives gradients to."""
-        return [
-            parameter for block in self._blocks for fused in block.fused for parameter in fused.parameters
-        ]
+        """The parameters in the base's own modules that this path gives gradients to."""
+        outer = [self._body.embed_tokens.weight, self._body.norm.weight]
+        found = [parameter for block in self._blocks for parameter in block.parameters]
+        return found + [weight for weight in outer if weight.requires_grad]
 
     def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         """Run rows padded on the right.
@@ -88,99 +99,127 @@ class FusedLlama:
             token_ids_BT: int64.
 
         Returns:
-            hidden_BTD after the last norm, in the weights' type.
+            hidden_BTD after the last norm, in the weights' type, without virtual tokens.
         """
-        num_rows, num_tokens = token_ids_BT.shape
+        num_rows = token_ids_BT.shape[0]
         x_BTD = self._body.embed_tokens(token_ids_BT)
-        positions = torch.arange(num_tokens, device=token_ids_BT.device)[None]
+        embedded_VD = self._method.virtual_embeddings(self._attached)
+        num_embedded = 0 if embedded_VD is None else embedded_VD.shape[0]
+        if embedded_VD is not None:
+            virtual_BVD = embedded_VD.to(x_BTD.dtype).expand(num_rows, -1, -1)
+            x_BTD = torch.cat([virtual_BVD, x_BTD], dim=1)
+        pairs = self._method.virtual_key_values(self._attached)
+        num_before = 0 if pairs is None else pairs[0][0].shape[1]
+        num_tokens = x_BTD.shape[1]
+        positions = torch.arange(num_before, num_before + num_tokens, device=x_BTD.device)[None]
         cosine, sine = self._body.rotary_emb(x_BTD, position_ids=positions)
         half = self._head_size // 2
-        cosine, sine = cosine[:, :, None, :half], sine[:, :, None, :half]
-        bias = x_BTD.new_full((num_tokens, num_tokens), float("-inf")).triu_(1)
+        cosine_TC, sine_TC = (part[0, :, :half].float().contiguous() for part in (cosine, sine))
         x_ND = x_BTD.reshape(num_rows * num_tokens, -1)
-        for block in self._blocks:
+        for number, block in enumerate(self._blocks):
             for fused in block.fused:
                 fused.refresh()
-            x_ND = self._attend(block, x_ND, num_rows, cosine, sine, bias)
-            x_ND = self._feed_forward(block, x_ND)
-        return self._body.norm(x_ND).view(num_rows, num_tokens, -1)
-
-    def _attend(
-        self,
-        block: _Block,
-        x_ND: torch.Tensor,
-        num_rows: int,
-        cosine: torch.Tensor,
-        sine: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> torch.Tensor:
-        norm, fused = block.input_norm, block.attention_in
-        qkv = NormLinear.apply(x_ND, norm.weight, norm.variance_epsilon, fused, *fused.parameters)
-        qkv_BTHC = qkv.view(num_rows, -1, self._num_heads + 2 * self._num_kv_heads, self._head_size)
-        num_rotated = self._num_heads + self._num_kv_heads
-        rotated = Rotate.apply(qkv_BTHC[:, :, :num_rotated], cosine, sine)
-        query, key = rotated[:, :, : self._num_heads], rotated[:, :, self._num_heads :]
-        value = qkv_BTHC[:, :, num_rotated:]
-        if bias.shape[0] <= _MAX_BATCHED_ATTENTION:
-            attended = self._attend_batched(query, key, value, bias)
-        else:
-            attended = nn.functional.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                is_causal=True,
-                enable_gqa=True,
-            ).transpose(1, 2)
-        fused = block.attention_out
-        return LinearAdd.apply(attended.reshape(x_ND.shape[0], -1), x_ND, fused, *fused.parameters)
-
-    def _attend_batched(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        num_rows, num_tokens = key.shape[:2]
-        groups = self._num_heads // self._num_kv_heads
-        shape = (num_rows, num_tokens, self._num_kv_heads, groups, self._head_size)
-        query = query.view(shape).permute(0, 2, 3, 1, 4).reshape(-1, groups * num_tokens, self._head_size)
-        key = key.transpose(1, 2).reshape(-1, num_tokens, self._head_size)
-        value = value.transpose(1, 2).reshape(-1, num_tokens, self._head_size)
-        attended = BatchedAttention.apply(query, key, value, bias, self._head_size**-0.5)
-        attended = attended.view(num_rows, self._num_kv_heads, groups, num_tokens, self._head_size)
-        return attended.permute(0, 3, 1, 2, 4)
-
-    @staticmethod
-    def _feed_forward(block: _Block, x_ND: torch.Tensor) -> torch.Tensor:
-        norm, fused = block.feed_forward_norm, block.feed_forward_in
-        gate_up = NormLinear.apply(x_ND, norm.weight, norm.variance_epsilon, fused, *fused.parameters)
-        fused = block.feed_forward_out
-        return LinearAdd.apply(GatedSilu.apply(gate_up), x_ND, fused, *fused.parameters)
+            key, value = (None, None) if pairs is None else pairs[number]
+            heads = Heads(
+                self._num_heads,
+                self._num_kv_heads,
+                self._head_size,
+                cosine_TC,
+                sine_TC,
+                block.attention_out.width,
+            )
+            x_ND = _attend(block, x_ND, heads, key, value)
+            x_ND = _feed_forward(block, x_ND)
+        x_BTD = x_ND.view(num_rows, num_tokens, -1)[:, num_embedded:]
+        return self._body.norm(x_BTD)
 
 
-def fuse(causal_lm: nn.Module, adapter: str = "default") -> FusedLlama | None:
-    """Return the fast path for a model, or None when it is not of the kind that the fast path knows.
+def _build_block(layer: nn.Module, adapter: str) -> _Block:
+    bottlenecks = [
+        FusedBottleneck(getattr(layer, name)) if hasattr(layer, name) else None
+        for name in ("attention_bottleneck", "feed_forward_bottleneck")
+    ]
+    attention, feed_forward = layer.self_attn, layer.mlp
+    return _Block(
+        input_norm=layer.input_layernorm,
+        attention_in=FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], adapter),
+        attention_out=FusedLinear([attention.o_proj], adapter),
+        attention_bottleneck=bottlenecks[0],
+        feed_forward_norm=layer.post_attention_layernorm,
+        feed_forward_in=FusedLinear([feed_forward.gate_proj, feed_forward.up_proj], adapter),
+        feed_forward_out=FusedLinear([feed_forward.down_proj], adapter),
+        feed_forward_bottleneck=bottlenecks[1],
+    )
+
+
+def _attend(
+    block: _Block, x_ND: torch.Tensor, heads: Heads, key: torch.Tensor | None, value: torch.Tensor | None
+) -> torch.Tensor:
+    norm, fused = block.input_norm, block.attention_in
+    qkv_NE = NormLinear.apply(x_ND, norm.weight, norm.variance_epsilon, fused, *fused.parameters)
+    attended_NK = Attention.apply(qkv_NE, key, value, heads)
+    fused, bottleneck = block.attention_out, block.attention_bottleneck
+    if bottleneck is None:
+        return LinearAdd.apply(attended_NK, x_ND, fused, *fused.parameters)
+    half_ND = LinearAdd.apply(attended_NK, None, fused, *fused.parameters)
+    return BottleneckAdd.apply(half_ND, x_ND, bottleneck.activation, *bottleneck.parameters)
+
+
+def _feed_forward(block: _Block, x_ND: torch.Tensor) -> torch.Tensor:
+    norm, fused = block.feed_forward_norm, block.feed_forward_in
+    gate_up_NF = NormLinear.apply(x_ND, norm.weight, norm.variance_epsilon, fused, *fused.parameters)
+    fused, bottleneck = block.feed_forward_out, block.feed_forward_bottleneck
+    if bottleneck is None:
+        return GatedLinearAdd.apply(gate_up_NF, x_ND, fused, *fused.parameters)
+    half_ND = GatedLinearAdd.apply(gate_up_NF, None, fused, *fused.parameters)
+    return BottleneckAdd.apply(half_ND, x_ND, bottleneck.activation, *bottleneck.parameters)
+
+
+def fuse(method: Method, attached: Attached, adapter: str = "default") -> FusedLlama | None:
+    """Return the fast path for a tuned model, or None when it is not of the kind that the fast path knows.
 
     Args:
-        causal_lm: the base with PEFT's layers in it.
-        adapter: name of the adapter that is trained.
+        method: how the model is tuned.
+        attached: the base with the method's parameters.
+        adapter: name of the adapter that is trained, where PEFT's layers are in it.
 
     Returns:
-        The fast path over the same parameters.
+        The fast path over the same parameters; it gives gradients to every trained one.
     """
+    if not _is_known_base(attached.causal_lm, adapter):
+        return None
+    fused = FusedLlama(method, attached, adapter)
+    reached = {id(parameter) for parameter in fused.parameters}
+    trained = [parameter for _, parameter in attached.named_trained_parameters()]
+    has_virtual = method.virtual_embeddings(attached) is not None
+    if has_virtual or method.virtual_key_values(attached) is not None:
+        # Virtual tokens and what makes them lie beside the base; their method differentiates them itself.
+        inner = {id(parameter) for parameter in attached.causal_lm.parameters()}
+        trained = [parameter for parameter in trained if id(parameter) in inner]
+    return fused if all(id(parameter) in reached for parameter in trained) else None
+
+
+def _is_known_base(causal_lm: nn.Module, adapter: str) -> bool:
+    """Whether a model is a Llama whose every part is one that the fused layers know."""
     from transformers import LlamaForCausalLM
 
     if type(causal_lm) is not LlamaForCausalLM:
-        return None
+        return False
     config = causal_lm.config
     if config.hidden_act != "silu" or config.attention_bias or config.mlp_bias or config.attention_dropout:
-        return None
+        return False
     if config.rope_parameters.get("rope_type") not in {"default", "linear", "llama3"}:
-        return None
-    if not all(_is_known(module, adapter) for module in causal_lm.model.layers.modules()):
-        return None
-    return FusedLlama(causal_lm, adapter)
+        return False
+    layers = causal_lm.model.layers
+    if not all(name in _KNOWN_PARTS for layer in layers for name, _ in layer.named_children()):
+        return False
+    return all(_is_known(module, adapter) for module in layers.modules())
 
 
 def _is_known(module: nn.Module, adapter: str) -> bool:
-    """Whether a module is no LoRA layer, or a plain one without dropout and without a variant (DoRA)."""
+    """Whether a module is none that changes what the layers do, or one that the fused layers know."""
+    if hasattr(module, "placement") and hasattr(module, "down"):
+        return module.placement in {"houlsby", "pfeiffer"} and isinstance(module.dropout, nn.Identity)
     if not hasattr(module, "lora_A"):
         return True
     if adapter not in module.lora_A or not isinstance(module.base_layer, nn.Linear):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from luthier.training.allocator import keep_freed_memory
 from luthier.training.emit import take_stdout
 from luthier.training.signals import StopRequest
 
@@ -22,6 +23,7 @@ def main() -> int:
     # Before anything slow: from here TERM is heard, and stray prints can't break the event lines.
     stop = StopRequest().install()
     events = take_stdout()
+    keep_freed_memory()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

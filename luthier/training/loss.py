@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from luthier.modeling.kernels import softmax_loss_
 from luthier.training.batches import Batch
 
-# float32 logits held at a time, in numbers: 32 Mi of them are 128 MiB.
+# Logits held at a time, in numbers: 32 Mi of them are 128 MiB in float32.
 _MAX_CHUNK_LOGITS = 32 * 1024 * 1024
 
 
@@ -42,20 +43,17 @@ class _HeadLoss(torch.autograd.Function):
         chunk = max(1, _MAX_CHUNK_LOGITS // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], chunk):
             part = slice(start, start + chunk)
-            targets = targets_N[part, None]
-            logits_NV = torch.mm(hidden_ND[part], weight_VD.t()).float()
-            num_right += (logits_NV.argmax(dim=-1) == targets[:, 0]).sum()
-            normaliser_N1 = torch.logsumexp(logits_NV, dim=-1, keepdim=True)
-            nll_sum += (normaliser_N1 - logits_NV.gather(1, targets)).sum()
-            if gradient_ND is None and gradient_VD is None:
-                continue
-            probabilities_NV = logits_NV.sub_(normaliser_N1).exp_()
-            probabilities_NV.scatter_add_(1, targets, torch.full_like(normaliser_N1, -1.0))
-            gradient_NV = probabilities_NV.to(weight_VD.dtype)
+            logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
+            nll_N, is_right_N = softmax_loss_(
+                logits_NV, targets_N[part], keeps_gradient=for_hidden or for_weight
+            )
+            nll_sum += nll_N.sum()
+            num_right += is_right_N.sum()
+            # From here on the logits are their own gradient.
             if gradient_ND is not None:
-                torch.mm(gradient_NV, weight_VD, out=gradient_ND[part])
+                torch.mm(logits_NV, weight_VD, out=gradient_ND[part])
             if gradient_VD is not None:
-                gradient_VD.addmm_(gradient_NV.t(), hidden_ND[part])
+                gradient_VD.addmm_(logits_NV.t(), hidden_ND[part])
         # Kept by hand, for they are scaled in place: the weight's is as large as the weight.
         context.gradients = (gradient_ND, gradient_VD)
         context.mark_non_differentiable(num_right)

@@ -145,12 +145,9 @@ class Trainee:
     @torch.no_grad()
     def _find_fused(self, sample: Batch) -> FusedLlama | None:
         """Return the fast path when there is one, it holds all that is trained, and it agrees on a row."""
-        if self.method.is_whole_model:
-            # It would rearrange the very weights that are trained.
-            return None
         expected_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
-        fused = fuse(self.attached.causal_lm)
-        if fused is None or {id(p) for p in fused.parameters} != {id(p) for p in self.parameters}:
+        fused = fuse(self.method, self.attached)
+        if fused is None:
             return None
         return fused if _agree(fused.hidden_states(sample.token_ids_BT), expected_BTD) else None
 

@@ -6,11 +6,26 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.methods import Attached, check_tuning, parse_tuning
-from luthier.modeling import fused_llama
-from luthier.modeling.fused_llama import fuse
+from luthier.core.specs import BaseFacts
+from luthier.methods import Attached, Method, Start, Workload, check_tuning, parse_tuning
+from luthier.modeling import fused_attention, kernels
+from luthier.modeling.fused_llama import FusedLlama, fuse
 from luthier.modeling.load import load_base
 from tests.tiny import build_tiny_base
+
+METHODS: list[dict[str, Any]] = [
+    {"type": "lora"},
+    {"type": "lora", "use_rslora": True},
+    {"type": "lora", "target_modules": "attention"},
+    {"type": "lora", "target_modules": ["v_proj", "down_proj"]},
+    {"type": "lora", "rank": 32},
+    {"type": "prefix", "num_virtual_tokens": 5},
+    {"type": "prefix", "num_virtual_tokens": 5, "projection": True},
+    {"type": "prompt", "num_virtual_tokens": 5},
+    {"type": "adapter", "bottleneck_dim": 8},
+    {"type": "adapter", "bottleneck_dim": 8, "placement": "pfeiffer", "activation": "tanh"},
+    {"type": "full"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -18,105 +33,124 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
 
 
-def attach(base: Path, dtype: torch.dtype = torch.float32, **tuning: Any) -> Attached:
-    """Attach LoRA with weights that are all away from zero."""
-    method, params = parse_tuning(check_tuning({"rank": 4, "alpha": 8.0, "dropout": 0.0, **tuning}))
-    model = load_base(base, dtype=dtype, device="cpu")
-    attached = method.attach(model, params, seed=3, base_id="tiny")
+@pytest.fixture(params=[True, False], ids=["compiled", "plain-kernels"])
+def _either_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(kernels, "is_compiled", lambda _tensor: False)
+
+
+def attach(base: Path, dtype: torch.dtype = torch.float32, **tuning: Any) -> tuple[Method, Attached]:
+    """Attach a method with parameters that are all away from their start."""
+    method, params = parse_tuning(check_tuning(tuning))
+    facts = BaseFacts.model_validate_json((base / "base.json").read_bytes())
+    params = method.resolve(params, Workload(facts, 100, 1000))
+    start = Start(3, "tiny", lambda text: [len(word) for word in text.split()], [list(range(5, 30))])
+    attached = method.attach(load_base(base, dtype=dtype, device="cpu"), params, start)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for _, parameter in attached.named_trained_parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return attached
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.1)
+    return method, attached
 
 
-def plain(attached: Attached, token_ids_BT: torch.Tensor) -> torch.Tensor:
-    return attached.causal_lm.model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
-
-
-def gradients(attached: Attached, hidden_BTD: torch.Tensor) -> list[torch.Tensor]:
+def gradients(attached: Attached, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
     torch.manual_seed(7)
     (hidden_BTD.float() * torch.randn(hidden_BTD.shape)).sum().backward()
-    found = [parameter.grad for _, parameter in attached.named_trained_parameters()]
-    assert all(gradient is not None for gradient in found)
+    found = {name: parameter.grad for name, parameter in attached.named_trained_parameters()}
     for _, parameter in attached.named_trained_parameters():
         parameter.grad = None
-    return [gradient for gradient in found if gradient is not None]
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def fused(method: Method, attached: Attached) -> FusedLlama:
+    found = fuse(method, attached)
+    assert found is not None
+    return found
 
 
 TOKENS = torch.randint(3, 300, (3, 21), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(
-    "tuning",
-    [
-        {},
-        {"use_rslora": True},
-        {"target_modules": "attention"},
-        {"target_modules": ["v_proj", "down_proj"]},
-        {"rank": 32},
-    ],
-)
-@pytest.mark.parametrize("longest_batched", [384, 4])
+@pytest.mark.usefixtures("_either_kernels")
+@pytest.mark.parametrize("tuning", METHODS, ids=str)
+@pytest.mark.parametrize("block_tokens", [256, 8])
 def test_hidden_states_and_gradients_equal_the_plain_path(
-    base: Path, tuning: dict[str, Any], longest_batched: int, monkeypatch: pytest.MonkeyPatch
+    base: Path, tuning: dict[str, Any], block_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_llama, "_MAX_BATCHED_ATTENTION", longest_batched)
-    attached = attach(base, **tuning)
-    expected = plain(attached, TOKENS)
+    monkeypatch.setattr(fused_attention, "_BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(fused_attention, "_MAX_KEPT_TOKENS", block_tokens)
+    method, attached = attach(base, **tuning)
+    expected = method.hidden_states(attached, TOKENS)
     expected_gradients = gradients(attached, expected)
-    fused = fuse(attached.causal_lm)
-    assert fused is not None
-    found = fused.hidden_states(TOKENS)
-    assert torch.allclose(found, expected, atol=2e-5)
-    for gradient, other in zip(gradients(attached, found), expected_gradients, strict=True):
-        assert torch.allclose(gradient, other, atol=1e-4 * float(other.abs().max()))
+    found = fused(method, attached).hidden_states(TOKENS)
+    assert torch.allclose(found, expected, atol=3e-5)
+    found_gradients = gradients(attached, found)
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, other in expected_gradients.items():
+        assert torch.allclose(found_gradients[name], other, atol=1e-4 * float(other.abs().max())), name
 
 
 def test_it_trains_exactly_the_methods_parameters(base: Path) -> None:
-    attached = attach(base, target_modules="mlp")
-    fused = fuse(attached.causal_lm)
-    assert fused is not None
-    assert {id(p) for p in fused.parameters} == {id(p) for _, p in attached.named_trained_parameters()}
+    method, attached = attach(base, target_modules="mlp")
+    reached = {id(parameter) for parameter in fused(method, attached).parameters}
+    assert reached == {id(parameter) for _, parameter in attached.named_trained_parameters()}
 
 
-def test_in_bfloat16_it_is_no_farther_from_float32_than_the_plain_path(base: Path) -> None:
-    truth = gradients(exact := attach(base), plain(exact, TOKENS))
+@pytest.mark.usefixtures("_either_kernels")
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt", "full"])
+def test_in_bfloat16_it_is_no_farther_from_float32_than_the_plain_path(base: Path, kind: str) -> None:
+    method, exact = attach(base, type=kind)
+    truth = gradients(exact, method.hidden_states(exact, TOKENS))
 
-    def distance(found: list[torch.Tensor]) -> float:
-        return float(sum(((a - b) ** 2).sum() for a, b in zip(found, truth, strict=True))) ** 0.5
+    def distance(found: dict[str, torch.Tensor]) -> float:
+        return sum(float(((found[name].float() - truth[name]) ** 2).sum()) for name in truth) ** 0.5
 
-    attached = attach(base, torch.bfloat16)
-    plain_distance = distance(gradients(attached, plain(attached, TOKENS)))
-    fused = fuse(attached.causal_lm)
-    assert fused is not None
-    assert distance(gradients(attached, fused.hidden_states(TOKENS))) < 1.5 * plain_distance
+    method, attached = attach(base, torch.bfloat16, type=kind)
+    plain_distance = distance(gradients(attached, method.hidden_states(attached, TOKENS)))
+    hidden_BTD = fused(method, attached).hidden_states(TOKENS)
+    assert distance(gradients(attached, hidden_BTD)) < 1.5 * plain_distance
 
 
-def test_the_plain_path_gives_the_same_after_its_weights_became_views(base: Path) -> None:
-    attached = attach(base)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_plain_path_gives_the_same_after_its_weights_became_views(base: Path, kind: str) -> None:
+    method, attached = attach(base, type=kind)
     with torch.no_grad():
-        before = plain(attached, TOKENS)
-        fuse(attached.causal_lm)
-        assert torch.allclose(plain(attached, TOKENS), before, atol=1e-6)
+        before = method.hidden_states(attached, TOKENS)
+        fused(method, attached)
+        assert torch.allclose(method.hidden_states(attached, TOKENS), before, atol=1e-6)
 
 
-def test_it_sees_parameters_as_the_optimizer_left_them(base: Path) -> None:
-    attached = attach(base)
-    fused = fuse(attached.causal_lm)
-    assert fused is not None
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt", "adapter", "full"])
+def test_it_sees_parameters_as_the_optimizer_left_them(base: Path, kind: str) -> None:
+    method, attached = attach(base, type=kind)
+    path = fused(method, attached)
     with torch.no_grad():
         for _, parameter in attached.named_trained_parameters():
-            parameter.mul_(2.0)
-        assert torch.allclose(fused.hidden_states(TOKENS), plain(attached, TOKENS), atol=5e-5)
+            parameter.mul_(1.5)
+        expected = method.hidden_states(attached, TOKENS)
+        assert torch.allclose(path.hidden_states(TOKENS), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("tuning", [{"use_dora": True}, {"dropout": 0.1}])
-def test_it_steps_aside_for_variants_and_dropout(base: Path, tuning: dict[str, Any]) -> None:
-    assert fuse(attach(base, **tuning).causal_lm) is None
+@pytest.mark.parametrize(
+    "tuning",
+    [{"use_dora": True}, {"dropout": 0.1}, {"type": "adapter", "placement": "parallel"}],
+    ids=str,
+)
+def test_it_steps_aside_for_what_it_does_not_know(base: Path, tuning: dict[str, Any]) -> None:
+    assert fuse(*attach(base, **tuning)) is None
 
 
 def test_it_steps_aside_for_other_architectures() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    assert fuse(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))) is None
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
+    method, _ = parse_tuning({"type": "full"})
+    assert fuse(method, Attached(model=model, causal_lm=model)) is None
+
+
+def test_what_is_no_number_stays_visible(base: Path) -> None:
+    method, attached = attach(base)
+    path = fused(method, attached)
+    with torch.no_grad():
+        attached.named_trained_parameters()[0][1][0, 0] = float("nan")
+        assert torch.isnan(path.hidden_states(TOKENS)).any()

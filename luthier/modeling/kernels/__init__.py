@@ -1,0 +1,270 @@
+"""Element-wise work of the fast path, each operation one pass over memory where a compiled kernel runs.
+
+`_compiled.py` holds the kernels for a CPU, `_plain.py` the same functions in torch's operators, for
+every other device and for machines without numba. Tests hold the two equal. Nothing here is
+differentiable: the autograd functions of fused_layers.py call these.
+
+Legend: N tokens (rows times T), D inputs, K columns of a wide buffer whose first D (F) are meant, F the
+feed-forward's size, E columns of q, k and v side by side, P pairs of a row and a key head, Q queries of a
+pair (groups times T), S keys (start + T), C head size, V vocabulary.
+"""
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from luthier.modeling.kernels import _plain
+
+_TYPES = {torch.float32, torch.bfloat16}
+
+
+@cache
+def _find_compiled() -> ModuleType | None:
+    """Return the compiled kernels, None where numba is not installed."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return None
+    from luthier.modeling.kernels import _compiled
+
+    return _compiled
+
+
+def is_compiled(tensor: torch.Tensor) -> bool:
+    """Whether work on such a tensor is done by compiled kernels."""
+    return tensor.device.type == "cpu" and tensor.dtype in _TYPES and _find_compiled() is not None
+
+
+def _kernels() -> Any:
+    import numba
+
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    return _find_compiled()
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """Return a contiguous tensor's memory as numpy sees it."""
+    tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        raise ValueError("Kernels read whole contiguous tensors.")
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def rms_norm(
+    x_ND: torch.Tensor, weight_D: torch.Tensor, epsilon: float, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise rows by their root mean square (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Args:
+        x_ND: the rows.
+        weight_D: factor of every column.
+        epsilon: added to the mean square.
+        width: K, columns of the result; those beyond D are not written.
+
+    Returns:
+        out_NK in x's type, and inverse_N float32, 1 over the root.
+    """
+    out_NK = x_ND.new_empty(x_ND.shape[0], width)
+    if not is_compiled(x_ND):
+        return _plain.rms_norm(x_ND, weight_D, epsilon, out_NK)
+    inverse_N = torch.empty(x_ND.shape[0], dtype=torch.float32)
+    _kernels().rms_norm(
+        _array(x_ND), _array(weight_D), np.float32(epsilon), _array(out_NK), _array(inverse_N)
+    )
+    return out_NK, inverse_N
+
+
+def rms_norm_backward(
+    gradient_NK: torch.Tensor, x_ND: torch.Tensor, weight_D: torch.Tensor, inverse_N: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of x_ND from that of `rms_norm`'s result, of which the first D columns count."""
+    if not is_compiled(x_ND):
+        return _plain.rms_norm_backward(gradient_NK, x_ND, weight_D, inverse_N)
+    out_ND = torch.empty_like(x_ND)
+    _kernels().rms_norm_backward(
+        _array(gradient_NK), _array(x_ND), _array(weight_D), _array(inverse_N), _array(out_ND)
+    )
+    return out_ND
+
+
+def gated_silu(gate_up_NF: torch.Tensor, width: int) -> torch.Tensor:
+    """Return silu(gate) * up (Shazeer 2020, arXiv 2002.05202) in the first columns of out_NK.
+
+    Args:
+        gate_up_NF: gate and up side by side.
+        width: K, columns of the result; those beyond its half are not written.
+
+    Returns:
+        out_NK in the same type.
+    """
+    size = gate_up_NF.shape[1] // 2
+    out_NK = gate_up_NF.new_empty(gate_up_NF.shape[0], width)
+    if is_compiled(gate_up_NF):
+        _kernels().gated_silu(_array(gate_up_NF), _array(out_NK), size)
+    else:
+        _plain.gated_silu(gate_up_NF, out_NK, size)
+    return out_NK
+
+
+def gated_silu_backward(
+    gate_up_NF: torch.Tensor, gradient_NK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient of gate and up, and silu(gate) * up once more, which need not be kept so."""
+    size = gate_up_NF.shape[1] // 2
+    out_NF = torch.empty_like(gate_up_NF)
+    hidden_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], size)
+    if is_compiled(gate_up_NF):
+        _kernels().gated_silu_backward(
+            _array(gate_up_NF), _array(gradient_NK), _array(out_NF), _array(hidden_NF), size
+        )
+    else:
+        _plain.gated_silu_backward(gate_up_NF, gradient_NK, out_NF, hidden_NF, size)
+    return out_NF, hidden_NF
+
+
+def split_heads(
+    qkv_NE: torch.Tensor,
+    cosine_TC: torch.Tensor,
+    sine_TC: torch.Tensor,
+    *,
+    scale: float,
+    num_kv_heads: int,
+    start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turn queries and keys by their positions (Su et al. 2021, arXiv 2104.09864) and part the heads.
+
+    Args:
+        qkv_NE: queries, keys and values of all heads side by side.
+        cosine_TC: float32, of half a head's size.
+        sine_TC: the same.
+        scale: factor of the queries.
+        num_kv_heads: key heads; each serves the same number of query heads.
+        start: rows left free before the keys and values, for virtual tokens.
+
+    Returns:
+        query_PQC, key_PSC and value_PSC.
+    """
+    num_tokens, half = cosine_TC.shape
+    num_pairs = qkv_NE.shape[0] // num_tokens * num_kv_heads
+    groups = qkv_NE.shape[1] // (2 * half) // num_kv_heads - 2
+    query = qkv_NE.new_empty(num_pairs, groups * num_tokens, 2 * half)
+    key = qkv_NE.new_empty(num_pairs, start + num_tokens, 2 * half)
+    value = torch.empty_like(key)
+    if is_compiled(qkv_NE):
+        arrays = [_array(t) for t in (qkv_NE, cosine_TC, sine_TC)]
+        _kernels().split_heads(*arrays, np.float32(scale), _array(query), _array(key), _array(value), start)
+    else:
+        _plain.split_heads(qkv_NE, cosine_TC, sine_TC, scale, query, key, value, start)
+    return query, key, value
+
+
+def split_heads_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cosine_TC: torch.Tensor,
+    sine_TC: torch.Tensor,
+    *,
+    scale: float,
+    num_kv_heads: int,
+    start: int,
+) -> torch.Tensor:
+    """Return the gradient of qkv_NE from the gradients of what `split_heads` returned."""
+    num_tokens = cosine_TC.shape[0]
+    num_pairs, num_queries, size = query.shape
+    num_heads = (num_queries // num_tokens + 2) * num_kv_heads
+    out_NE = query.new_empty(num_pairs // num_kv_heads * num_tokens, num_heads * size)
+    if is_compiled(query):
+        arrays = [_array(t) for t in (query, key, value, cosine_TC, sine_TC)]
+        _kernels().split_heads_backward(*arrays, np.float32(scale), _array(out_NE), start)
+    else:
+        _plain.split_heads_backward(query, key, value, cosine_TC, sine_TC, scale, out_NE, start)
+    return out_NE
+
+
+def merge_heads(attended_PQC: torch.Tensor, num_tokens: int, num_kv_heads: int, width: int) -> torch.Tensor:
+    """Return the heads' results as rows of tokens, in the first columns of out_NK.
+
+    Args:
+        attended_PQC: one result a query.
+        num_tokens: T.
+        num_kv_heads: key heads of a row.
+        width: K, columns of the result; those beyond the heads' are not written.
+
+    Returns:
+        out_NK in the same type.
+    """
+    out_NK = attended_PQC.new_empty(attended_PQC.shape[0] // num_kv_heads * num_tokens, width)
+    if is_compiled(attended_PQC):
+        _kernels().merge_heads(_array(attended_PQC), _array(out_NK), num_tokens)
+    else:
+        _plain.merge_heads(attended_PQC, out_NK, num_tokens)
+    return out_NK
+
+
+def merge_heads_backward(
+    gradient_NK: torch.Tensor, num_tokens: int, num_kv_heads: int, num_heads: int, head_size: int
+) -> torch.Tensor:
+    """Return the gradient of attended_PQC from that of the rows of tokens."""
+    num_pairs = gradient_NK.shape[0] // num_tokens * num_kv_heads
+    out_PQC = gradient_NK.new_empty(num_pairs, num_heads // num_kv_heads * num_tokens, head_size)
+    if is_compiled(gradient_NK):
+        _kernels().merge_heads_backward(_array(gradient_NK), _array(out_PQC), num_tokens)
+    else:
+        _plain.merge_heads_backward(gradient_NK, out_PQC, num_tokens)
+    return out_PQC
+
+
+def causal_softmax_(scores_PQS: torch.Tensor, num_tokens: int, start: int) -> torch.Tensor:
+    """Turn scores into weights in place and return them.
+
+    Args:
+        scores_PQS: query q is token q mod `num_tokens`; it sees the first `start` keys and those of the
+            tokens up to itself.
+        num_tokens: tokens of the queries.
+        start: keys that all queries see.
+
+    Returns:
+        The same tensor; 0 for keys that a query does not see.
+    """
+    if is_compiled(scores_PQS):
+        _kernels().causal_softmax(_array(scores_PQS), num_tokens, start)
+    else:
+        _plain.causal_softmax(scores_PQS, num_tokens, start)
+    return scores_PQS
+
+
+def causal_softmax_backward_(
+    gradient_PQS: torch.Tensor, weights_PQS: torch.Tensor, num_tokens: int, start: int
+) -> torch.Tensor:
+    """Turn the gradient of the weights into that of the scores, in place, and return it."""
+    if is_compiled(weights_PQS):
+        _kernels().causal_softmax_backward(_array(gradient_PQS), _array(weights_PQS), num_tokens, start)
+    else:
+        _plain.causal_softmax_backward(gradient_PQS, weights_PQS)
+    return gradient_PQS
+
+
+def softmax_loss_(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, *, keeps_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score logits against targets, and turn them in place into their own gradient.
+
+    Args:
+        logits_NV: overwritten by softmax(logits) minus the target's one, when `keeps_gradient`.
+        targets_N: int64.
+        keeps_gradient: whether the gradient is wanted; otherwise the logits are left as they are.
+
+    Returns:
+        nll_N float32, and is_right_N bool: whether the target is the likeliest, of equals the first.
+    """
+    if not is_compiled(logits_NV):
+        return _plain.softmax_loss(logits_NV, targets_N, keeps_gradient)
+    nll_N = torch.empty(targets_N.shape[0], dtype=torch.float32)
+    is_right_N = torch.empty(targets_N.shape[0], dtype=torch.bool)
+    arrays = [_array(t) for t in (logits_NV, targets_N, nll_N, is_right_N)]
+    _kernels().softmax_loss(*arrays, keeps_gradient)
+    return nll_N, is_right_N

@@ -1,0 +1,160 @@
+"""Compiled kernels give what torch's operators give, in float32 and in bfloat16, and hide no NaN."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.modeling import kernels
+
+NUM_ROWS, NUM_TOKENS, NUM_KV_HEADS, GROUPS, HEAD_SIZE = 3, 7, 2, 3, 8
+N = NUM_ROWS * NUM_TOKENS
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def meant(tensors: list[torch.Tensor], num_columns: int | None) -> list[torch.Tensor]:
+    """Leave out the columns of wide buffers that nobody has written yet."""
+    return [t if num_columns is None or t.dim() < 2 else t[..., :num_columns] for t in tensors]
+
+
+def turning() -> list[torch.Tensor]:
+    angles = torch.arange(NUM_TOKENS)[:, None] / 10 ** torch.arange(HEAD_SIZE // 2)
+    return [angles.cos(), angles.sin()]
+
+
+def split(dtype: torch.dtype) -> Any:
+    qkv = draw(N, (GROUPS + 2) * NUM_KV_HEADS * HEAD_SIZE, dtype=dtype)
+    return kernels.split_heads(qkv, *turning(), scale=0.5, num_kv_heads=NUM_KV_HEADS, start=0)
+
+
+def split_backward(dtype: torch.dtype) -> torch.Tensor:
+    pairs = NUM_ROWS * NUM_KV_HEADS
+    query = draw(pairs, GROUPS * NUM_TOKENS, HEAD_SIZE, dtype=dtype)
+    key, value = (draw(pairs, 2 + NUM_TOKENS, HEAD_SIZE, dtype=dtype) for _ in range(2))
+    return kernels.split_heads_backward(
+        query, key, value, *turning(), scale=0.5, num_kv_heads=NUM_KV_HEADS, start=2
+    )
+
+
+def scores(dtype: torch.dtype) -> torch.Tensor:
+    return draw(NUM_ROWS * NUM_KV_HEADS, GROUPS * NUM_TOKENS, 2 + NUM_TOKENS, dtype=dtype, scale=3.0)
+
+
+CASES: dict[str, tuple[Callable[[torch.dtype], Any], int | None]] = {
+    "rms_norm": (
+        lambda dtype: kernels.rms_norm(draw(N, 48, dtype=dtype), draw(48, dtype=dtype), 1e-5, 64),
+        48,
+    ),
+    "rms_norm_backward": (
+        lambda dtype: kernels.rms_norm_backward(
+            draw(N, 64, dtype=dtype),
+            draw(N, 48, dtype=dtype),
+            draw(48, dtype=dtype),
+            draw(N, dtype=torch.float32).abs(),
+        ),
+        None,
+    ),
+    "gated_silu": (lambda dtype: kernels.gated_silu(draw(N, 96, dtype=dtype, scale=20.0), 64), 48),
+    "gated_silu_backward": (
+        lambda dtype: kernels.gated_silu_backward(
+            draw(N, 96, dtype=dtype, scale=20.0), draw(N, 64, dtype=dtype)
+        ),
+        None,
+    ),
+    "split_heads": (split, None),
+    "split_heads_backward": (split_backward, None),
+    "merge_heads": (
+        lambda dtype: kernels.merge_heads(
+            draw(NUM_ROWS * NUM_KV_HEADS, GROUPS * NUM_TOKENS, HEAD_SIZE, dtype=dtype),
+            NUM_TOKENS,
+            NUM_KV_HEADS,
+            64,
+        ),
+        NUM_KV_HEADS * GROUPS * HEAD_SIZE,
+    ),
+    "merge_heads_backward": (
+        lambda dtype: kernels.merge_heads_backward(
+            draw(N, 64, dtype=dtype), NUM_TOKENS, NUM_KV_HEADS, NUM_KV_HEADS * GROUPS, HEAD_SIZE
+        ),
+        None,
+    ),
+    "causal_softmax": (lambda dtype: kernels.causal_softmax_(scores(dtype), NUM_TOKENS, 2), None),
+    "causal_softmax_backward": (
+        lambda dtype: kernels.causal_softmax_backward_(
+            scores(dtype), kernels.causal_softmax_(scores(dtype), NUM_TOKENS, 2), NUM_TOKENS, 2
+        ),
+        None,
+    ),
+    "softmax_loss": (
+        lambda dtype: kernels.softmax_loss_(
+            draw(N, 300, dtype=dtype, scale=4.0), torch.arange(N) * 13, keeps_gradient=True
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_kernel_equals_the_plain_operators(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, num_columns = CASES[name]
+    assert kernels.is_compiled(draw(1, dtype=dtype))
+    found = meant(flat(run(dtype)), num_columns)
+    monkeypatch.setattr(kernels, "is_compiled", lambda _tensor: False)
+    expected = meant(flat(run(dtype)), num_columns)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    for one, other in zip(found, expected, strict=True):
+        gap = (one.float() - other.float()).abs().max()
+        assert gap <= TOLERANCES[dtype] * max(1.0, float(other.float().abs().max()))
+
+
+def test_the_loss_and_its_gradient_equal_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = draw(N, 300, dtype=torch.float32, scale=4.0).requires_grad_()
+    targets = torch.arange(N) * 13
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), logits)
+    gradient = logits.detach().clone()
+    nll, is_right = kernels.softmax_loss_(gradient, targets, keeps_gradient=True)
+    assert torch.allclose(nll, expected.detach(), atol=1e-5)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-6)
+    assert torch.equal(is_right, logits.argmax(dim=-1) == targets)
+
+
+def test_of_equally_likely_tokens_the_first_counts() -> None:
+    logits = torch.zeros(3, 5, dtype=torch.bfloat16)
+    _, is_right = kernels.softmax_loss_(logits, torch.tensor([0, 1, 4]), keeps_gradient=False)
+    assert is_right.tolist() == [True, False, False]
+    assert torch.equal(logits, torch.zeros(3, 5, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_visible(dtype: torch.dtype, wrong: float) -> None:
+    x = draw(2, 96, dtype=dtype)
+    x[1, 3] = wrong
+    ones = torch.ones(96, dtype=dtype)
+    for result in (kernels.rms_norm(x, ones, 1e-5, 96)[0], kernels.gated_silu(x, 48)):
+        assert torch.isfinite(result[0]).all()
+        assert not torch.isfinite(result[1]).all()
+    nll, _ = kernels.softmax_loss_(x.clone(), torch.tensor([3, 4]), keeps_gradient=True)
+    assert torch.isfinite(nll[0])
+    assert not torch.isfinite(nll[1])
+    weights = kernels.causal_softmax_(x.view(1, 2, 96).clone(), 2, 94)
+    assert not torch.isfinite(weights[0, 1]).all()
+
+
+def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.rms_norm(torch.zeros(4, 8).t(), torch.ones(4), 1e-5, 4)
