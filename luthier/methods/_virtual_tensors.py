@@ -112,6 +112,29 @@ def check_positions(causal_lm: "PreTrainedModel", num_virtual_tokens: int) -> No
         check_room(num_virtual_tokens, limit)
 
 
+def check_length(attached: Attached, token_ids_BT: torch.Tensor) -> None:
+    """Refuse rows that, with the virtual tokens before them, are longer than the base's context.
+
+    Learned positions would end there, and rotary ones go on silently into what the base never saw.
+
+    Args:
+        attached: the model.
+        token_ids_BT: rows, with their padding.
+
+    Raises:
+        InvalidValueError: when they are too long.
+    """
+    limit = getattr(attached.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    num_virtual_tokens = attached.model.peft_config[ADAPTER].num_virtual_tokens
+    num_tokens = token_ids_BT.shape[1]
+    if limit is not None and num_virtual_tokens + num_tokens > limit:
+        raise InvalidValueError(
+            f"{num_virtual_tokens} virtual tokens and a row of {num_tokens} tokens are more than the {limit} "
+            f"positions of this base. Use fewer, or set training.max_length to {limit - num_virtual_tokens}.",
+            param="tuning.num_virtual_tokens",
+        )
+
+
 def text_token_ids(start: Start, text: str, num_tokens: int) -> list[int]:
     """Return the token ids of a text, repeated or cut to a number of tokens."""
     token_ids = start.tokenize(text)

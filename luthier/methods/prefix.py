@@ -192,11 +192,19 @@ class Prefix(Method):
 
     def hidden_states(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
         """Run the layers after the prefix as PEFT does."""
-        from luthier.methods._virtual_tensors import cache_argument
+        from luthier.methods._virtual_tensors import cache_argument, check_length
 
+        check_length(attached, token_ids_BT)
         body = attached.causal_lm.base_model
         cache = {cache_argument(body): attached.model.get_prompt(token_ids_BT.shape[0])}
         return body(input_ids=token_ids_BT, use_cache=False, **cache).last_hidden_state
+
+    def logits(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
+        """Run PEFT's model."""
+        from luthier.methods._virtual_tensors import check_length
+
+        check_length(attached, token_ids_BT)
+        return super().logits(attached, token_ids_BT)
 
     def virtual_key_values(self, attached: Attached) -> "list[tuple[torch.Tensor, torch.Tensor]]":
         """Return the prefix, a pair a layer in the base's type, each [key/value heads, n, head size]."""

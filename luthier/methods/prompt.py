@@ -132,6 +132,9 @@ class Prompt(Method):
         """Run the layers over vectors and sequence, and leave out the vectors' own results."""
         import torch
 
+        from luthier.methods._virtual_tensors import check_length
+
+        check_length(attached, token_ids_BT)
         causal_lm = attached.causal_lm
         virtual_ND = self.virtual_embeddings(attached)
         embedded_BTD = causal_lm.get_input_embeddings()(token_ids_BT)
@@ -142,6 +145,9 @@ class Prompt(Method):
 
     def logits(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
         """Run PEFT's model, and leave out the vectors' own results."""
+        from luthier.methods._virtual_tensors import check_length
+
+        check_length(attached, token_ids_BT)
         logits_BTV = attached.model(input_ids=token_ids_BT, use_cache=False).logits
         return logits_BTV[:, -token_ids_BT.shape[1] :]
 

@@ -146,6 +146,21 @@ def test_virtual_tokens_must_leave_room_for_a_real_one(bench: Bench, shape: str,
     assert caught.value.param == "tuning.num_virtual_tokens"
 
 
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_rows_that_virtual_tokens_push_out_of_the_context_stop_with_a_reason(
+    bench: Bench, shape: str, name: str
+) -> None:
+    method, attached = bench.attach(Case(shape, {"type": name, "num_virtual_tokens": NUM_TOKENS}))
+    fits = torch.full((1, NUM_POSITIONS - NUM_TOKENS), 5)
+    too_long = torch.full((1, NUM_POSITIONS - NUM_TOKENS + 1), 5)
+    for run in (method.logits, method.hidden_states):
+        assert torch.isfinite(run(attached, fits)).all()
+        with pytest.raises(InvalidValueError, match=str(NUM_POSITIONS - NUM_TOKENS)) as caught:
+            run(attached, too_long)
+        assert caught.value.param == "tuning.num_virtual_tokens"
+
+
 def test_examples_need_rows(bench: Bench) -> None:
     case = Case(LLAMA, {"type": "prefix"})
     method, params = case.settle()
