@@ -1,5 +1,8 @@
 """Scheduler and engine over a runner whose every token is known beforehand."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import ArtifactCorruptError, TooManyRequestsError, UnavailableError
-from luthier.inference.engine import MAX_LIVE_BATCHES, Engine, EngineCore
+from luthier.inference.engine import MAX_LIVE_BATCHES, Engine, EngineCore, _Call
 from luthier.inference.sequence import (
     Failure,
     Finish,
@@ -284,6 +287,100 @@ def test_a_closed_engine_fails_what_runs_and_refuses_the_rest() -> None:
     engine.close()
     engine.join(timeout_seconds=10)
     assert not engine.is_alive
-    assert endless.events == [] or isinstance(endless.events[-1], Failure)
+    assert isinstance(endless.events[-1], Failure)
     with pytest.raises(UnavailableError):
         engine.submit([ask(KEYS[0], [1], 2).sequence])
+    with pytest.raises(UnavailableError):
+        engine.call(list)
+
+
+def test_a_closed_engine_fails_what_it_never_came_to() -> None:
+    engine = Engine(EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY), max_waiting=9)
+    started, gate = threading.Event(), threading.Event()
+    engine.start()
+    engine.call(lambda: (started.set(), gate.wait(30)))
+    assert started.wait(30)
+    engine.close()
+    # Close let these in just before it was seen.
+    engine._is_closed = False
+    late, call = ask(KEYS[0], [1], 2), engine.call(list)
+    engine.submit([late.sequence])
+    engine._is_closed = True
+    gate.set()
+    engine.join(timeout_seconds=10)
+    assert isinstance(late.events[-1], Failure)
+    assert isinstance(call.exception(timeout=10), UnavailableError)
+
+
+def test_work_between_steps_is_done_in_order_and_its_fault_is_its_callers() -> None:
+    runner = FakeRunner()
+    engine = Engine(EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY), max_waiting=9)
+    asked = ask(KEYS[0], [1], 3)
+    order: list[str] = []
+
+    def fail() -> None:
+        order.append("third")
+        raise RuntimeError("The device is gone.")
+
+    first = engine_call_before_start(engine, lambda: order.append("first"))
+    engine._inbox.put(asked.sequence)
+    second = engine_call_before_start(engine, lambda: order.append("second"))
+    third = engine_call_before_start(engine, fail)
+    engine.start()
+    assert (first.result(10), second.result(10)) == (None, None)
+    assert isinstance(third.exception(10), RuntimeError)
+    assert order == ["first", "second", "third"]
+    assert engine.call(lambda: 7).result(10) == 7
+    engine.close()
+    engine.join(timeout_seconds=10)
+
+
+def engine_call_before_start(engine: Engine, work: Callable[[], Any]) -> Future[Any]:
+    call = _Call(work)
+    engine._inbox.put(call)
+    return call.future
+
+
+def test_a_sweep_lets_go_of_rows_that_nobody_waits_for_and_of_no_others() -> None:
+    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
+    left, stays = ask(KEYS[0], [1], 50), ask(KEYS[1], [2], 50)
+    for asked in (left, stays):
+        core.scheduler.add(asked.sequence)
+    for _ in range(4):
+        core.step()
+    left.sequence.cancel()
+    core.sweep()
+    assert [group.key for group in core.scheduler.groups] == [KEYS[1]]
+    while core.step():
+        pass
+    assert stays.tokens == expected_answer(KEYS[1], [2], 50)
+
+
+def test_the_text_of_a_fault_is_not_logged_for_it_may_quote_a_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = FakeRunner()
+    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
+    asked = ask(KEYS[0], [1], 8)
+    core.scheduler.add(asked.sequence)
+    core.step()
+    runner.broken.add(KEYS[0])
+    core.step()
+    assert isinstance(asked.events[-1], Failure)
+    assert "RuntimeError" in caplog.text and "in step" in caplog.text
+    assert "device is gone" not in caplog.text.replace('raise RuntimeError("The device is gone.")', "")
+
+
+def test_virtual_tokens_count_for_the_memory_of_every_row() -> None:
+    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=40)
+    asked = [ask(KEYS[0], [1], 5) for _ in range(3)]
+    for item in asked:
+        item.sequence.num_virtual_tokens = 10
+        core.scheduler.add(item.sequence)
+    core.step()
+    # 10 + 1 + 5 tokens a row: two rows fit 40, three don't.
+    assert core.scheduler.num_live_rows == 2
+    assert core.scheduler.num_reserved_tokens == 32
+    while core.step():
+        pass
+    assert all(item.tokens == expected_answer(KEYS[0], [1], 5) for item in asked)
