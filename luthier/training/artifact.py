@@ -73,7 +73,8 @@ def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
         "trained parameters": trainee.attached.num_trained_parameters,
         **{f"tuning.{key}": value for key, value in spec.tuning.items() if key != "type"},
         **spec.hyperparameters.model_dump(),
-        **spec.training.model_dump(),
+        # What a user asks the model is no fact about it.
+        **spec.training.model_dump(exclude={"sample_prompts"}),
         "seed": spec.seed,
         **metrics.model_dump(exclude_none=True),
     }

@@ -261,12 +261,10 @@ class Loop:
         self._emit_evaluated(evaluation)
 
     def _emit_evaluated(self, evaluation: Evaluation) -> None:
-        self._writer.emit(
-            EvaluatedEvent(job_id=self._writer.job_id, evaluation=evaluation, report=self.report())
-        )
-        reason = self.report().stopped_early
-        if reason is not None:
-            self._writer.say(reason)
+        report = self.report()
+        self._writer.emit(EvaluatedEvent(job_id=self._writer.job_id, evaluation=evaluation, report=report))
+        if report.stopped_early is not None:
+            self._writer.say(report.stopped_early)
 
     def _checkpoint(self) -> None:
         """Publish the model as it is under its step, unless it has forgotten too much."""

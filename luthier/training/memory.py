@@ -1,5 +1,6 @@
 """Memory: how much a run needs, how much there is, and how to tell that it has run out."""
 
+import resource
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ _ACTIVATION_BYTES = {"cpu": 1536 * 1024**2, "cuda": 16 * 1024**3}
 _BYTES_PER_TOKEN_LAYER_HIDDEN = 60
 # A trained number in float32, its gradient, and AdamW's two averages.
 _BYTES_PER_TRAINED = 16
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Where a container's limit stands, in the second and the first version of control groups.
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,10 +55,15 @@ def there_is_bytes(machine: Machine) -> int:
     """Return the memory that this process could have: the device's, or what system and limits leave."""
     if machine.device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
-    there_is = _bytes_in("/proc/meminfo", "MemAvailable") + _bytes_in("/proc/self/status", "VmRSS")
-    if _CGROUP_LIMIT.is_file() and (limit := _CGROUP_LIMIT.read_text().strip()).isdigit():
-        there_is = min(there_is, int(limit))
-    return there_is
+    limits = [_bytes_in("/proc/meminfo", "MemAvailable") + _bytes_in("/proc/self/status", "VmRSS")]
+    for path in _CGROUP_LIMITS:
+        if path.is_file() and (limit := path.read_text().strip()).isdigit():
+            limits.append(int(limit))
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            limits.append(soft)
+    return min(limits)
 
 
 def out_of_memory(

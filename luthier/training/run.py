@@ -104,7 +104,7 @@ def _out_of_memory(loop: Loop | None) -> OutOfMemoryError:
         loop.machine,
         num_trained=loop.trainee.attached.num_trained_parameters,
         num_tokens=0,
-        what="What is trained, with its optimizer,",
+        what="The model, with what is trained and its optimizer,",
     )
 
 

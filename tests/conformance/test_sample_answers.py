@@ -9,32 +9,30 @@ from luthier.training.stopping import StoppedError
 from tests.tiny_methods import DEFAULTS, LLAMA, Bench, Case
 from tests.tiny_shapes import NUM_POSITIONS
 
-PROMPT = [1, 40, 41, 50, 60, 45]
+# Of different lengths, so that answers side by side lie at different positions.
+PROMPTS = [[1, 40, 41, 50, 60, 45], [1, 7, 9], [1, 30, *range(60, 100, 3)]]
 
 
 @torch.no_grad()
-def read_again(method: Method, attached: Attached, *, length: int, stops: frozenset[int]) -> list[int]:
-    """Go on from the prompt by the method's plain path, the whole sequence for every token."""
+def read_again(method: Method, attached: Attached, prompt: list[int], length: int) -> list[int]:
+    """Go on from a prompt by the method's plain path, the whole sequence for every token."""
     generated: list[int] = []
     while len(generated) < length:
-        logits_BTV = method.logits(attached, torch.tensor([[*PROMPT, *generated]]))
-        token_id = int(logits_BTV[0, -1].argmax())
-        if token_id in stops:
-            break
-        generated.append(token_id)
+        logits_BTV = method.logits(attached, torch.tensor([[*prompt, *generated]]))
+        generated.append(int(logits_BTV[0, -1].argmax()))
     return generated
 
 
 @torch.no_grad()
-def answer(
+def answers_of(
     method: Method, attached: Attached, *, stops: frozenset[int] = frozenset(), num_calls: int = 1000
-) -> list[int]:
-    """Go on from the prompt as a sample answer does; TERM comes after some tokens."""
+) -> list[list[int]]:
+    """Go on from the prompts as sample answers do; TERM comes after some tokens."""
     calls = iter(range(num_calls))
     return generate(
         method,
         attached,
-        PROMPT,
+        PROMPTS,
         context_length=NUM_POSITIONS,
         stop_token_ids=stops,
         should_stop=lambda: next(calls, None) is None,
@@ -42,22 +40,53 @@ def answer(
 
 
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
-def test_an_answer_is_what_the_plain_path_gives_token_by_token(case: Case, bench: Bench) -> None:
+def test_answers_are_what_the_plain_path_gives_token_by_token(case: Case, bench: Bench) -> None:
     trainee = bench.trained(case)
-    found = answer(trainee.method, trainee.attached)
-    expected = read_again(trainee.method, trainee.attached, length=len(found), stops=frozenset())
-    assert found == expected
+    method, attached = trainee.method, trainee.attached
+    found = answers_of(method, attached)
+    assert found == [
+        read_again(method, attached, prompt, len(answer))
+        for prompt, answer in zip(PROMPTS, found, strict=True)
+    ]
     # Virtual tokens, prompt and answer share the context.
-    assert 32 <= len(found) <= MAX_NEW_TOKENS
+    num_virtual = num_virtual_tokens(method, attached)
+    assert [len(answer) for answer in found] == [
+        min(MAX_NEW_TOKENS, NUM_POSITIONS - num_virtual - len(prompt)) for prompt in PROMPTS
+    ]
+
+
+def num_virtual_tokens(method: Method, attached: Attached) -> int:
+    pairs, embeddings = method.virtual_key_values(attached), method.virtual_embeddings(attached)
+    return (0 if pairs is None else pairs[0][0].shape[1]) + (0 if embeddings is None else len(embeddings))
 
 
 @pytest.mark.parametrize("case", [case for case in DEFAULTS if case.shape == LLAMA], ids=str)
-def test_an_answer_ends_before_a_token_that_stops_it_and_when_it_is_asked_to(
-    case: Case, bench: Bench
-) -> None:
+def test_an_answer_ends_before_a_token_that_stops_it_and_the_others_go_on(case: Case, bench: Bench) -> None:
     method, attached = bench.attach(case)
-    whole = answer(method, attached)
-    stop = whole[10]
-    assert answer(method, attached, stops=frozenset({stop})) == whole[: whole.index(stop)]
+    whole = answers_of(method, attached)
+    stop = whole[0][10]
+    expected = [answer[: answer.index(stop)] if stop in answer else answer for answer in whole]
+    assert answers_of(method, attached, stops=frozenset({stop})) == expected
+
+
+def test_answers_end_at_the_end_of_the_context(bench: Bench) -> None:
+    # Learned positions end there too.
+    method, attached = bench.attach(Case("gpt2", {"type": "lora"}))
+    prompts = [[1, *range(3, 100)], [1] * (NUM_POSITIONS - 1), [1] * NUM_POSITIONS]
+    with torch.no_grad():
+        found = generate(
+            method,
+            attached,
+            prompts,
+            context_length=NUM_POSITIONS,
+            stop_token_ids=frozenset(),
+            should_stop=lambda: False,
+        )
+    assert [len(answer) for answer in found] == [NUM_POSITIONS - 98, 1, 0]
+
+
+@pytest.mark.parametrize("num_calls", [0, 2, 3, 10])
+def test_answers_stop_when_asked_to(num_calls: int, bench: Bench) -> None:
+    method, attached = bench.attach(Case(LLAMA, {"type": "lora"}))
     with pytest.raises(StoppedError):
-        answer(method, attached, num_calls=5)
+        answers_of(method, attached, num_calls=num_calls)
