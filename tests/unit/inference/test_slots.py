@@ -12,6 +12,7 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.forward import run_prompts
 from luthier.inference.slots import ArtifactSlots
 from luthier.methods import discover
+from luthier.modeling.load import load_base
 from luthier.storage.manifests import read_manifest, seal_folder
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import (
@@ -164,3 +165,19 @@ def test_damaged_weights_are_refused_and_harm_nobody_else(
     for key, other in artifacts.items():
         assert torch.equal(last_logits(slots, other), before[key])
     assert torch.equal(last_logits(slots, None), plain)
+
+
+@pytest.mark.parametrize("tuning", INSTALLABLE, ids=tuning_name)
+def test_on_a_base_in_bf16_an_artifact_answers_as_its_method_loads_it_there(
+    base_folder: Path, artifacts: dict[str, Artifact], tuning: dict[str, Any]
+) -> None:
+    artifact = artifacts[tuning_name(tuning)]
+    served, reference = (load_base(base_folder, dtype=torch.bfloat16, device="cpu") for _ in range(2))
+    slots = ArtifactSlots(served, base_digest=BASE_DIGEST, probe_ids=[5, 6, 7])
+    logits_V = last_logits(slots, artifact)
+    method = discover()[tuning["type"]]
+    with torch.inference_mode():
+        attached = method.load(reference, artifact.folder)
+        expected_V = method.logits(attached, torch.tensor([IDS]))[0, -1].float()
+    # A bf16 number has 8 bits of mantissa.
+    torch.testing.assert_close(logits_V, expected_V, rtol=2**-6, atol=2**-5)
