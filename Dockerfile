@@ -19,6 +19,7 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     XDG_CACHE_HOME=/tmp/cache \
     HF_HOME=/tmp/huggingface \
+    NUMBA_CACHE_DIR=/var/lib/luthier/cache/numba \
     LUTHIER_STORAGE_URL=file:///var/lib/luthier/objects \
     LUTHIER_BASES_DIR=/var/lib/luthier/bases \
     LUTHIER_RUNS_DIR=/var/lib/luthier/runs \

@@ -23,7 +23,7 @@ from luthier.core.events import TrainingEvent, parse_event
 _ALLOWED_VARIABLES = frozenset(
     {"PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
     | {"XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
-    | {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}
+    | {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NUMBA_CACHE_DIR"}
 )
 _LOG_NAME = "child.log"
 # An event may hold a whole report: some 50 evaluations with 5 long prompts and their answers each.

@@ -1,0 +1,41 @@
+"""`python -m luthier.modeling.kernels`: compile all kernels now, so that no job waits for it later."""
+
+import sys
+import time
+
+import torch
+
+from luthier.modeling import kernels
+
+
+def main() -> int:
+    """Call every kernel once in each type; return the exit code."""
+    started_at = time.monotonic()
+    if not kernels.is_compiled(torch.empty(1)):
+        print("numba is not installed: training works by torch's operators, more slowly.")
+        return 0
+    for dtype in (torch.float32, torch.bfloat16):
+        _call_all(dtype)
+    print(f"Kernels compiled in {time.monotonic() - started_at:.1f} s.")
+    return 0
+
+
+def _call_all(dtype: torch.dtype) -> None:
+    """Run a tiny block forward and backward: two rows of four tokens, one key head of two query heads."""
+    x_ND, ones_D = torch.zeros(8, 32, dtype=dtype), torch.ones(32, dtype=dtype)
+    normed_NK, inverse_N = kernels.rms_norm(x_ND, ones_D, 1e-5, 32)
+    kernels.rms_norm_backward(normed_NK, x_ND, ones_D, inverse_N)
+    gate_up_NF = torch.zeros(8, 64, dtype=dtype)
+    kernels.gated_silu_backward(gate_up_NF, kernels.gated_silu(gate_up_NF, 32))
+    turning = torch.zeros(4, 4), torch.zeros(4, 4)
+    heads = kernels.split_heads(x_ND, *turning, scale=1.0, num_kv_heads=1, start=0)
+    kernels.split_heads_backward(*heads, *turning, scale=1.0, num_kv_heads=1, start=0)
+    merged_NK = kernels.merge_heads(heads[0], 4, 1, 32)
+    kernels.merge_heads_backward(merged_NK, 4, 1, 2, 8)
+    weights_PQS = kernels.causal_softmax_(torch.zeros(2, 8, 4, dtype=dtype), 4, 0)
+    kernels.causal_softmax_backward_(weights_PQS.clone(), weights_PQS, 4, 0)
+    kernels.softmax_loss_(x_ND, torch.zeros(8, dtype=torch.int64), keeps_gradient=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
