@@ -130,7 +130,7 @@ def _run_row(bench: Bench, name: str, folder: Path) -> None:
         short = bench.workload(bench.rows(num_rows), "short")
         measure_short_job(options.data, short, results, folder, num_pairs=options.pairs)
     elif name == GROWTH:
-        grown = bench.workload(bench.rows(max(BATCH_SIZE, options.rows // 4)), "grown")
+        grown = bench.workload(bench.rows(max(BATCH_SIZE, options.rows // 2)), "grown")
         measure_growth(grown, results, folder, bench.workload, num_rounds=options.pairs)
     else:
         workload = bench.workload(bench.rows(options.rows), "rows")
