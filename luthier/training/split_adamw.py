@@ -49,25 +49,62 @@ class SplitAdamW(torch.optim.Optimizer):
             gradient_scale: what every gradient is multiplied by.
         """
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            scratch = _Scratch(parameters)
+            for parameter in parameters:
                 state = self.state[parameter]
                 if not state:
                     state.update(_first_state(parameter))
                 state["step"] += 1
-                _update(parameter, state, group, gradient_scale)
+                _update(parameter, state, group, gradient_scale, scratch)
                 parameter.grad = None
 
     @torch.no_grad()
     def master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Return a parameter's float32 numbers, in a new tensor."""
         low = self.state[parameter].get("low")
-        return parameter.float() if low is None else _join(parameter, low).view(torch.float32)
+        if low is None:
+            return parameter.float()
+        bits = torch.empty(parameter.shape, dtype=torch.int32, device=parameter.device)
+        return _join(parameter, low, bits).view(torch.float32)
+
+
+class _Scratch:
+    """Room for one block: allocated once a step, for new memory costs more than the work on it.
+
+    Args:
+        parameters: all that will be updated, on one device.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        device = parameters[0].device
+        self.max_numbers = _BLOCK_NUMBERS[device.type]
+        size = max(self.max_numbers, *(one.numel() // max(1, _num_rows(one)) for one in parameters))
+        self._bits = torch.empty(size, dtype=torch.int32, device=device)
+        self._rounded = torch.empty_like(self._bits)
+        self._gradient = torch.empty(size, device=device)
+
+    def block(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return int32 bits, int32 room for rounding, and a float32 gradient, of a block's shape."""
+        size = shape.numel()
+        bits, rounded, gradient = (
+            one[:size].view(shape) for one in (self._bits, self._rounded, self._gradient)
+        )
+        return bits, rounded, gradient
+
+
+def _num_rows(tensor: torch.Tensor) -> int:
+    return tensor.shape[0] if tensor.ndim else 1
 
 
 def _update(
-    parameter: torch.nn.Parameter, state: dict[str, torch.Tensor], group: dict[str, Any], scale: float
+    parameter: torch.nn.Parameter,
+    state: dict[str, torch.Tensor],
+    group: dict[str, Any],
+    scale: float,
+    scratch: _Scratch,
 ) -> None:
     """Do one parameter's step, block by block along its first axis."""
     tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
@@ -75,17 +112,21 @@ def _update(
         tensors.append(state["low"])
     if parameter.ndim == 0:
         tensors = [one[None] for one in tensors]
-    num_rows = tensors[0].shape[0]
-    block = max(1, _BLOCK_NUMBERS[parameter.device.type] * num_rows // max(1, parameter.numel()))
+    num_rows = _num_rows(parameter)
+    block = max(1, scratch.max_numbers * num_rows // max(1, parameter.numel()))
     # The function counts the step itself, once for every block.
     num_done = float(state["step"]) - 1
     for start in range(0, num_rows, block):
-        numbers, gradient, mean, square, *low = (one[start : start + block] for one in tensors)
-        bits = _join(numbers, low[0]) if low else None
-        master = numbers.clone().contiguous() if bits is None else bits.view(torch.float32)
+        numbers, raw, mean, square, *low = (one[start : start + block] for one in tensors)
+        bits, rounded, gradient = scratch.block(numbers.shape)
+        master = bits.view(torch.float32)
+        if low:
+            _join(numbers, low[0], bits)
+        else:
+            master.copy_(numbers)
         adamw(
             [master],
-            [gradient.float().contiguous().mul_(scale)],
+            [gradient.copy_(raw).mul_(scale)],
             [mean],
             [square],
             [],
@@ -99,10 +140,10 @@ def _update(
             eps=EPSILON,
             maximize=False,
         )
-        if bits is None:
-            numbers.copy_(master)
+        if low:
+            _take_apart(bits, numbers, low[0], rounded)
         else:
-            _take_apart(bits, numbers, low[0])
+            numbers.copy_(master)
 
 
 def _first_state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
@@ -117,13 +158,12 @@ def _first_state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
     return state
 
 
-def _join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """Return the bits, int32, of the float32 numbers whose halves are bf16 numbers and int16 ones."""
-    bits = high.view(torch.int16).to(torch.int32, memory_format=torch.contiguous_format)
-    return bits.bitwise_left_shift_(16).add_(low)
+def _join(high: torch.Tensor, low: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Write into `bits`, int32, those of the float32 numbers whose halves are bf16 and int16 numbers."""
+    return bits.copy_(high.view(torch.int16)).bitwise_left_shift_(16).add_(low)
 
 
-def _take_apart(bits: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
+def _take_apart(bits: torch.Tensor, high: torch.Tensor, low: torch.Tensor, rounded: torch.Tensor) -> None:
     """Write the halves of float32 numbers: the upper rounded to the nearest, the lower what is left.
 
     Ties are rounded away from zero, so that what is left is from -2^15 to 2^15 - 1.
@@ -132,7 +172,8 @@ def _take_apart(bits: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> No
         bits: int32; overwritten.
         high: bf16.
         low: int16.
+        rounded: int32, room.
     """
-    rounded = bits.add(1 << 15).bitwise_right_shift_(16)
+    torch.add(bits, 1 << 15, out=rounded).bitwise_right_shift_(16)
     high.view(torch.int16).copy_(rounded)
     low.copy_(bits.sub_(rounded.bitwise_left_shift_(16)))
