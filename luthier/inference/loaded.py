@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError
+from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, TooManyRequestsError
 from luthier.core.settings import MIB
 from luthier.inference.bases import ReadyModel, ServedModel
 from luthier.inference.copies import Copy
@@ -48,6 +48,11 @@ class _Entry:
         """Whether nobody needs it now."""
         return self.num_holders == 0 and self.loading.done()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is in memory and proved."""
+        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
+
 
 class LoadedArtifacts:
     """The artifacts of all bases.
@@ -55,15 +60,23 @@ class LoadedArtifacts:
     Args:
         engine: the engine's thread.
         max_whole_bytes: memory for the weights of whole models.
+        max_waiting: requests that may wait for what is not in memory yet; more are refused.
         max_installed: artifacts that may lie on bases; the one unused for longest leaves first.
     """
 
     def __init__(
-        self, engine: EngineLike, *, max_whole_bytes: int, max_installed: int = MAX_INSTALLED
+        self,
+        engine: EngineLike,
+        *,
+        max_whole_bytes: int,
+        max_waiting: int,
+        max_installed: int = MAX_INSTALLED,
     ) -> None:
         self._engine = engine
         self._max_whole_bytes = max_whole_bytes
+        self._max_waiting = max_waiting
         self._max_installed = max_installed
+        self._num_waiting = 0
         # The one unused for longest first.
         self._entries: OrderedDict[ModelKey, _Entry] = OrderedDict()
         # Held by whoever waits for memory: asyncio's locks are fair, so that nobody overtakes.
@@ -93,10 +106,33 @@ class LoadedArtifacts:
             ArtifactCorruptError: when the artifact's files don't fit the base or each other.
             SelfCheckError: when it can't prove itself.
             OutOfMemoryError: when it is larger than all that whole models may take.
+            TooManyRequestsError: when too many wait for models already.
         """
         if served.copy is None:
             return ReadyModel(served)
-        entry = self._find(served) or await self._find_room(served, served.copy)
+        entry = self._find(served)
+        if entry is not None and entry.is_ready:
+            self._entries.move_to_end(served.key)
+            entry.num_holders += 1
+            return entry.loading.result()
+        # A name that outlived this wait would keep weights that are to leave.
+        del entry
+        if self._num_waiting >= self._max_waiting:
+            raise TooManyRequestsError(f"{self._num_waiting} requests are waiting for models; try again.")
+        self._num_waiting += 1
+        try:
+            return await self._wait(served, served.copy)
+        finally:
+            self._num_waiting -= 1
+
+    def release(self, ready: ReadyModel) -> None:
+        """Say that a request needs a model no longer."""
+        entry = self._entries.get(ready.served.key)
+        if entry is not None:
+            self._release(entry)
+
+    async def _wait(self, served: ServedModel, copy: Copy) -> ReadyModel:
+        entry = self._find(served) or await self._find_room(served, copy)
         self._entries.move_to_end(served.key)
         entry.num_holders += 1
         try:
@@ -104,12 +140,6 @@ class LoadedArtifacts:
         except BaseException:
             self._release(entry)
             raise
-
-    def release(self, ready: ReadyModel) -> None:
-        """Say that a request needs a model no longer."""
-        entry = self._entries.get(ready.served.key)
-        if entry is not None:
-            self._release(entry)
 
     def _find(self, served: ServedModel) -> _Entry | None:
         """Return an artifact in memory, unless it is one of those for whose memory somebody waits."""
@@ -144,7 +174,7 @@ class LoadedArtifacts:
         return sum(entry.num_bytes == 0 for entry in self._entries.values())
 
     def _on_loaded(self, entry: _Entry) -> None:
-        if entry.loading.cancelled() or entry.loading.exception() is not None:
+        if not entry.is_ready:
             self._entries.pop(entry.served.key, None)
         # Whoever wanted it may have left meanwhile: it is idle from now on.
         self._released.set()

@@ -60,7 +60,11 @@ class Models:
 
     def __init__(self, settings: Settings, engine: EngineLike) -> None:
         self._settings = settings
-        self.loaded = LoadedArtifacts(engine, max_whole_bytes=bases.max_whole_bytes(settings))
+        self.loaded = LoadedArtifacts(
+            engine,
+            max_whole_bytes=bases.max_whole_bytes(settings),
+            max_waiting=settings.max_waiting_requests,
+        )
         self._storage: Storage | None = None
         self._bases: dict[str, LoadedBase] = {}
         self._served: dict[tuple[str, str], ServedModel] = {}
@@ -125,6 +129,7 @@ class Models:
             ArtifactCorruptError: when the artifact is missing or damaged.
             SelfCheckError: when the artifact can't prove itself.
             OutOfMemoryError: when a whole model is larger than all of them may be.
+            TooManyRequestsError: when too many wait for models already.
         """
         served = await self.get(target)
         try:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.bases.catalogue import FACTS_NAME
-from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfCheckError
+from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfCheckError, TooManyRequestsError
 from luthier.core.specs import BaseFacts
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.copies import verify_copy
@@ -84,6 +84,14 @@ def base(base_folder: Path) -> LoadedBase:
     )
 
 
+def make_loaded(
+    max_whole_bytes: int, *, engine: InlineEngine | None = None, **limits: int
+) -> LoadedArtifacts:
+    return LoadedArtifacts(
+        engine or InlineEngine(), max_whole_bytes=max_whole_bytes, **({"max_waiting": 100} | limits)
+    )
+
+
 def served_by(base: LoadedBase, artifact: Artifact) -> ServedModel:
     return ServedModel(base, artifact.digest, verify_copy(artifact.folder))
 
@@ -98,7 +106,7 @@ def test_what_was_unused_for_longest_leaves_its_base_first_and_held_ones_never(
     base: LoadedBase, loras: list[Artifact]
 ) -> None:
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=0, max_installed=2)
+        loaded = make_loaded(0, max_installed=2)
         first, second, third = (served_by(base, artifact) for artifact in loras)
         held = [await loaded.hold(first), await loaded.hold(second)]
         # Both are needed: there is one more for a while.
@@ -118,7 +126,7 @@ def test_what_was_unused_for_longest_leaves_its_base_first_and_held_ones_never(
 
 def test_the_bare_base_is_always_there(base: LoadedBase) -> None:
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=0)
+        loaded = make_loaded(0)
         ready = await loaded.hold(ServedModel(base))
         assert (ready.prefix, ready.whole, loaded.digests) == ((), None, [])
         loaded.release(ready)
@@ -130,7 +138,7 @@ def test_requests_that_come_while_an_artifact_is_loaded_share_the_loading(
     base: LoadedBase, wholes: list[Artifact]
 ) -> None:
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=10**9)
+        loaded = make_loaded(10**9)
         served = served_by(base, wholes[0])
         one, two = await asyncio.gather(loaded.hold(served), loaded.hold(served))
         assert one is two
@@ -145,7 +153,7 @@ def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtake
 
     async def run() -> None:
         engine = InlineEngine()
-        loaded = LoadedArtifacts(engine, max_whole_bytes=2 * num_bytes)
+        loaded = make_loaded(2 * num_bytes, engine=engine)
         first, second, third = (served_by(base, artifact) for artifact in wholes)
         ready_first, ready_second = await loaded.hold(first), await loaded.hold(second)
         waiting = asyncio.create_task(loaded.hold(third))
@@ -178,7 +186,7 @@ def test_a_whole_model_larger_than_all_memory_for_them_is_refused_with_numbers(
     num_bytes = measure_whole(wholes[0].folder, torch.float32)
 
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=num_bytes - 1)
+        loaded = make_loaded(num_bytes - 1)
         with pytest.raises(OutOfMemoryError, match="LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES"):
             await loaded.hold(served_by(base, wholes[0]))
         assert loaded.digests == []
@@ -192,7 +200,7 @@ def test_a_client_that_leaves_while_its_model_is_loaded_holds_nothing(
     num_bytes = measure_whole(wholes[0].folder, torch.float32)
 
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=num_bytes)
+        loaded = make_loaded(num_bytes)
         first, second = served_by(base, wholes[0]), served_by(base, wholes[1])
         leaving = asyncio.create_task(loaded.hold(first))
         while not loaded.digests:
@@ -208,6 +216,24 @@ def test_a_client_that_leaves_while_its_model_is_loaded_holds_nothing(
         # The place in the queue went with its owner.
         loaded.release(held)
         assert (await asyncio.wait_for(loaded.hold(second), 10)).whole is held.whole
+
+    asyncio.run(run())
+
+
+def test_no_more_requests_wait_for_models_than_may_and_those_for_models_in_memory_go_on(
+    base: LoadedBase, wholes: list[Artifact], loras: list[Artifact]
+) -> None:
+    async def run() -> None:
+        loaded = make_loaded(10**9, max_waiting=2)
+        whole, lora = served_by(base, wholes[0]), served_by(base, loras[0])
+        await loaded.hold(lora)
+        waiting = [asyncio.create_task(loaded.hold(whole)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(TooManyRequestsError, match="2 requests"):
+            await loaded.hold(whole)
+        await loaded.hold(lora)
+        await asyncio.gather(*waiting)
+        await loaded.hold(whole)
 
     asyncio.run(run())
 
@@ -244,7 +270,7 @@ def test_a_whole_model_that_proves_nothing_is_refused_and_forgotten(
     expected = SelfCheckError if fault in {"nan", "unchanged"} else ArtifactCorruptError
 
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=10**9)
+        loaded = make_loaded(10**9)
         for _ in range(2):
             with pytest.raises(expected):
                 await loaded.hold(served_by(base, bad))
@@ -271,7 +297,7 @@ def test_a_whole_model_in_bf16_is_served_in_the_type_of_its_base(
     )
 
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=10**9)
+        loaded = make_loaded(10**9)
         ready = await loaded.hold(served_by(base, Artifact(sealed.digest, tmp_path / "a")))
         assert ready.whole is not None
         assert {weight.dtype for weight in ready.whole.parameters()} == {torch.float32}
