@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.methods import Workload, check_tuning, discover, parse_tuning
-from tests.tiny_methods import CASES, DEFAULTS, METHODS, Bench, Case, batch
+from tests.tiny_methods import CASES, DEFAULTS, METHODS, VARIANTS, Bench, Case, batch
 from tests.tiny_shapes import facts_of
 
 # The figures of the table of methods for SmolLM2-135M; `full` counts its vocabulary of 49,152 too.
@@ -34,7 +34,7 @@ def test_the_start_equals_the_base_where_it_is_promised(bench: Bench, case: Case
         assert not torch.allclose(found, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_the_start_depends_on_nothing_but_what_it_is_given(bench: Bench, case: Case) -> None:
     starts = []
     for noise in range(2):

@@ -24,7 +24,7 @@ from tests.tiny_methods import (
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_lowers_the_loss(bench: Bench, case: Case) -> None:
-    losses = train(bench.trainee(case), case, 8)
+    losses = train(bench.trainee(case), case, 6)
     assert losses[-1] < losses[0] - 0.02
 
 
