@@ -34,7 +34,7 @@ class SamplePrompts:
         context_length: the base's, in tokens, virtual tokens included.
 
     Raises:
-        InvalidValueError: when a message leaves no room for an answer (param `training.sample_prompts`).
+        InvalidValueError: when a message leaves no room for an answer (param `training.sample_prompts.<i>`).
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SamplePrompts:
                 raise InvalidValueError(
                     f"Sample prompt {number} has {len(token_ids)} tokens; the base's context has "
                     f"{context_length}. Shorten it.",
-                    param="training.sample_prompts",
+                    param=f"training.sample_prompts.{number - 1}",
                 )
             self._token_ids.append(token_ids)
 

@@ -216,7 +216,7 @@ def test_rows_without_a_supervised_token_fail_at_once(base: Path, tmp_path: Path
 def test_a_sample_prompt_over_the_context_is_refused_by_its_number(base: Path, tmp_path: Path) -> None:
     prompts = ["short", "long " * 300]
     events = run_here(build_tiny_run(tmp_path / "run", base, training={"sample_prompts": prompts}))
-    assert (failed(events).code, failed(events).param) == ("invalid_value", "training.sample_prompts")
+    assert (failed(events).code, failed(events).param) == ("invalid_value", "training.sample_prompts.1")
     assert "Sample prompt 2" in failed(events).message
     assert "long" not in failed(events).message
 

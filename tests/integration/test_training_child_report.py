@@ -261,6 +261,20 @@ def test_a_gradient_that_is_no_number_stops_the_run_at_its_step(
     assert finished(run_here(folder))
 
 
+def test_what_a_user_asks_the_model_is_in_the_report_and_nowhere_else(
+    told: tuple[Path, list[TrainingEvent]],
+) -> None:
+    folder, events = told
+    report = finished(events).report
+    # A short answer may be found by chance.
+    texts = PROMPTS[:1] + [a.answer for e in report.evaluations for a in e.answers if len(a.answer) > 20]
+    told_elsewhere = [e.model_dump_json() for e in events if e.type not in {"evaluated", "finished"}]
+    written = [path.read_bytes() for path in (folder / "artifact").iterdir()]
+    for text in texts:
+        assert not any(json.dumps(text)[1:-1] in line for line in told_elsewhere)
+        assert not any(text.encode() in content for content in written)
+
+
 def break_gradient(monkeypatch: pytest.MonkeyPatch, *, at_call: int) -> None:
     """Let one number of one gradient be no number, at one step; its loss is an ordinary one."""
     compute, num_calls = halving_module.compute_gradients, 0
