@@ -13,7 +13,7 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
 # Numbers updated at a time: on a CPU few enough that all passes over them stay in its cache.
-_BLOCK_NUMBERS = {"cpu": 256 * 1024, "cuda": 16 * 1024 * 1024}
+_BLOCK_NUMBERS = {"cpu": 512 * 1024, "cuda": 16 * 1024 * 1024}
 
 
 class SplitAdamW(torch.optim.Optimizer):
