@@ -8,6 +8,7 @@ how to read it.
 import argparse
 import os
 import shutil
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def run_bench(options: argparse.Namespace, device: str, names: list[str]) -> Non
     facts = find_base_facts(settings.bases_dir, options.base)
     if facts is None:
         raise SystemExit(f"Fetch the base first: luthier bases fetch {options.base}")
+    # A TERM ends the blocks in order, as Ctrl-C does: peers, our processes and a service end with us.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = ResultsFile(options.out, describe_machine(), fresh=options.fresh)
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as scratch:
         bench = Bench(
