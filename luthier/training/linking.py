@@ -17,7 +17,13 @@ def link_folder(source: Path, destination: Path) -> None:
         source: the folder.
         destination: made here, on the same file system.
     """
-    shutil.copytree(source, destination, copy_function=_link)
+    destination.mkdir()
+    for path in sorted(source.rglob("*")):
+        second = destination / path.relative_to(source)
+        if path.is_dir():
+            second.mkdir()
+        else:
+            _link(path, second)
 
 
 def pack_folder(source: Path, destination: Path) -> None:
@@ -42,7 +48,7 @@ def unpack_folder(source: Path, destination: Path) -> None:
     (destination / _SEAL_NAME).rename(destination / MANIFEST_NAME)
 
 
-def _link(source: str, destination: str) -> None:
+def _link(source: Path, destination: Path) -> None:
     try:
         os.link(source, destination)
     except OSError:
