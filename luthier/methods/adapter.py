@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier.core.errors import InvalidValueError
+from luthier.core.estimates import MethodCost
+from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._peft import CONFIG_NAME
 from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
@@ -132,8 +134,28 @@ class Adapter(Method):
         """Return 2·d·m + d + m for every bottleneck; houlsby has two a block, the others one."""
         from luthier.methods._bottleneck import find_sites
 
-        size, dim = causal_lm.config.get_text_config().hidden_size, int(_number(params.bottleneck_dim))
-        return len(find_sites(causal_lm, params.placement)) * (2 * size * dim + size + dim)
+        size = causal_lm.config.get_text_config().hidden_size
+        return len(find_sites(causal_lm, params.placement)) * _count(size, params)
+
+    @property
+    def probes(self) -> dict[str, dict[str, Any]]:
+        """Name the fast form and the one that the fast path leaves to the plain one."""
+        parallel = {"type": "adapter", "placement": "parallel"}
+        return {"adapter": {"type": "adapter"}, "adapter on the plain path": parallel}
+
+    def cost(self, params: AdapterParams, shape: BaseShape) -> MethodCost:
+        """Return the bottlenecks of all blocks, which every token meets."""
+        _check_dim(int(_number(params.bottleneck_dim)), shape.hidden_size)
+        num_sites = (2 if params.placement == "houlsby" else 1) * shape.num_layers
+        count = num_sites * _count(shape.hidden_size, params)
+        is_plain = params.placement == "parallel" or bool(params.dropout)
+        return MethodCost(
+            variant="adapter on the plain path" if is_plain else "adapter",
+            num_parameters=count,
+            num_saved=count,
+            num_token_parameters=count,
+            uses_peft=False,
+        )
 
     def attach(self, causal_lm: "PreTrainedModel", params: AdapterParams, start: Start) -> Attached:
         """Put bottlenecks into every block: `down` drawn from the seed, `up` zero, all float32."""
@@ -193,6 +215,11 @@ class Adapter(Method):
         from luthier.methods._bottleneck import InstalledBottlenecks
 
         return InstalledBottlenecks(causal_lm, folder)
+
+
+def _count(size: int, params: AdapterParams) -> int:
+    dim = int(_number(params.bottleneck_dim))
+    return 2 * size * dim + size + dim
 
 
 def _number(value: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from luthier.core.estimates import MethodCost
+from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 
 if TYPE_CHECKING:
@@ -154,6 +156,26 @@ class Method(ABC):
     @abstractmethod
     def count_parameters(self, causal_lm: "PreTrainedModel", params: Any) -> int:
         """Return how many parameters `attach` would train on this base, by formula, without attaching."""
+
+    @property
+    def probes(self) -> dict[str, dict[str, Any]]:
+        """Name the variants whose costs differ in kind, not in width alone, each by a `tuning` object."""
+        return {self.name: {"type": self.name}}
+
+    @abstractmethod
+    def cost(self, params: Any, shape: BaseShape) -> MethodCost:
+        """Tell what training takes beside the base, by formula, without torch and without the base.
+
+        Args:
+            params: resolved parameters.
+            shape: of the base.
+
+        Returns:
+            The method's part; its `num_parameters` are what `count_parameters` returns.
+
+        Raises:
+            InvalidValueError: when the parameters don't fit this base; `param` is `tuning.<field>`.
+        """
 
     @abstractmethod
     def save(self, attached: Attached, folder: Path) -> list[str]:

@@ -8,12 +8,15 @@ masters beside the weights (luthier.training.trainee), for an update is often sm
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
+from luthier.core.estimates import MethodCost
+from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods._patterns import MATCH_SECONDS, match_paths, nests_quantifiers
 from luthier.methods._peft import CONFIG_NAME as ADAPTER_CONFIG_NAME
@@ -92,14 +95,27 @@ class Full(Method):
 
     def count_parameters(self, causal_lm: "PreTrainedModel", params: FullParams) -> int:
         """Return the sizes of all weights but the frozen ones; tied weights count once."""
-        frozen = _frozen(causal_lm, params.freeze)
+        frozen = _frozen(_weights(causal_lm), params.freeze)
         return sum(weight.numel() for weight in causal_lm.parameters() if id(weight) not in frozen)
+
+    def cost(self, params: FullParams, shape: BaseShape) -> MethodCost:
+        """Return the weights that are not frozen; tokens meet those of the linear layers."""
+        frozen = _frozen(shape.weights, params.freeze)
+        trained = {id(weight): weight for weight in shape.weights.values() if id(weight) not in frozen}
+        linear = {id(shape.weights[f"{path}.weight"]) for path in shape.linear_shapes}
+        return MethodCost(
+            variant=self.name,
+            num_parameters=sum(weight.num_numbers for weight in trained.values()),
+            num_saved=shape.num_parameters,
+            num_token_parameters=sum(trained[one].num_numbers for one in linear & set(trained)),
+            uses_peft=False,
+        )
 
     def attach(self, causal_lm: "PreTrainedModel", params: FullParams, start: Start) -> Attached:
         """Mark the base's weights as trained, in place; what is done to them is done to the base."""
         import torch
 
-        frozen = _frozen(causal_lm, params.freeze)
+        frozen = _frozen(_weights(causal_lm), params.freeze)
         for weight in causal_lm.parameters():
             weight.requires_grad_(id(weight) not in frozen)
         # Nothing here is drawn, but a base with dropout draws in training.
@@ -180,11 +196,16 @@ class Full(Method):
         return Attached(model=model, causal_lm=model)
 
 
-def _frozen(causal_lm: "PreTrainedModel", freeze: str | list[str] | None) -> set[int]:
+def _weights(causal_lm: "PreTrainedModel") -> dict[str, Any]:
+    """Return the weights by all their names."""
+    return dict(causal_lm.named_parameters(remove_duplicate=False))
+
+
+def _frozen(weights: Mapping[str, Any], freeze: str | list[str] | None) -> set[int]:
     """Return the ids of the weights that stay.
 
     Args:
-        causal_lm: the base.
+        weights: the base's, by their paths.
         freeze: names, each one or several whole components of a path; or a pattern that matches a weight's
             path, or that of a module around it, as a whole.
 
@@ -196,7 +217,6 @@ def _frozen(causal_lm: "PreTrainedModel", freeze: str | list[str] | None) -> set
     """
     if freeze is None:
         return set()
-    weights = dict(causal_lm.named_parameters(remove_duplicate=False))
     if isinstance(freeze, str):
         frozen = _matching(freeze, weights)
     else:
@@ -211,7 +231,7 @@ def _frozen(causal_lm: "PreTrainedModel", freeze: str | list[str] | None) -> set
     return frozen
 
 
-def _matching(pattern: str, weights: dict[str, Any]) -> set[int]:
+def _matching(pattern: str, weights: Mapping[str, Any]) -> set[int]:
     ids: dict[str, set[int]] = {}
     for path, weight in weights.items():
         parts = path.split(".")
@@ -230,7 +250,7 @@ def _matching(pattern: str, weights: dict[str, Any]) -> set[int]:
     return set().union(*(ids[path] for path in matched))
 
 
-def _nothing_matches(wanted: str, weights: dict[str, Any]) -> InvalidValueError:
+def _nothing_matches(wanted: str, weights: Mapping[str, Any]) -> InvalidValueError:
     parts = sorted({part for path in weights for part in path.split(".") if not part.isdigit()})
     known = ", ".join(parts[:30])
     return InvalidValueError(

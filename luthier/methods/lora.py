@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, StringConstraints, field_validator
 
 from luthier.core.errors import InvalidValueError
+from luthier.core.estimates import MethodCost
+from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._layers import PARAM, choose_layers, linear_shapes, shortest_names
 from luthier.methods._patterns import nests_quantifiers
@@ -83,10 +85,24 @@ class Lora(Method):
 
     def count_parameters(self, causal_lm: "PreTrainedModel", params: LoraParams) -> int:
         """Return the sum of rank * (inputs + outputs) over the chosen layers; DoRA adds the outputs."""
-        chosen = choose_layers(linear_shapes(causal_lm), params.target_modules)
-        rank = _number(params.rank)
-        low_rank = sum(rank * (inputs + outputs) for inputs, outputs in chosen.values())
-        return low_rank + (sum(outputs for _, outputs in chosen.values()) if params.use_dora else 0)
+        return _count(choose_layers(linear_shapes(causal_lm), params.target_modules), params)
+
+    @property
+    def probes(self) -> dict[str, dict[str, Any]]:
+        """Name the fast form, the one with dropout, which the fast path leaves to the plain one, and DoRA."""
+        return {
+            "lora": {"type": "lora"},
+            "lora with dropout": {"type": "lora", "dropout": 0.05},
+            "lora with dora": {"type": "lora", "use_dora": True},
+        }
+
+    def cost(self, params: LoraParams, shape: BaseShape) -> MethodCost:
+        """Return the parameters of the chosen layers, all of which every token meets."""
+        chosen = choose_layers(shape.linear_shapes, params.target_modules)
+        _check_rank(int(_number(params.rank)), chosen)
+        variant = "lora with dora" if params.use_dora else "lora with dropout" if params.dropout else "lora"
+        count = _count(chosen, params)
+        return MethodCost(variant=variant, num_parameters=count, num_saved=count, num_token_parameters=count)
 
     def attach(self, causal_lm: "PreTrainedModel", params: LoraParams, start: Start) -> Attached:
         """Replace the chosen layers by PEFT's, with A drawn from the seed and B zero."""
@@ -139,6 +155,12 @@ class Lora(Method):
         from luthier.methods._lora_layers import install_lora
 
         return install_lora(causal_lm, folder)
+
+
+def _count(chosen: dict[str, tuple[int, int]], params: LoraParams) -> int:
+    rank = int(_number(params.rank))
+    low_rank = sum(rank * (inputs + outputs) for inputs, outputs in chosen.values())
+    return low_rank + (sum(outputs for _, outputs in chosen.values()) if params.use_dora else 0)
 
 
 def _number(value: Any) -> Any:

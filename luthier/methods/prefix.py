@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from luthier.core.estimates import MethodCost
+from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._peft import peft_type
 from luthier.methods._virtual import (
@@ -116,11 +118,17 @@ class Prefix(Method):
         from luthier.methods._virtual_tensors import KeyValueShape
 
         shape = KeyValueShape.of(causal_lm)
-        num_tokens, kv = resolved(params.num_virtual_tokens), shape.width
-        if not params.projection:
-            return 2 * shape.num_layers * num_tokens * kv
-        width = resolved(params.projection_dim)
-        return num_tokens * kv + (kv + 1) * width + (width + 1) * 2 * shape.num_layers * kv
+        return _count(params, shape.num_layers, shape.width)
+
+    def cost(self, params: PrefixParams, shape: BaseShape) -> MethodCost:
+        """Return what is trained; every token sees the virtual keys, and none meets the parameters."""
+        num_tokens = resolved(params.num_virtual_tokens)
+        return MethodCost(
+            variant=self.name,
+            num_parameters=_count(params, shape.num_layers, shape.key_value_width),
+            num_saved=2 * shape.num_layers * num_tokens * shape.key_value_width,
+            num_virtual_keys=num_tokens,
+        )
 
     def attach(self, causal_lm: "PreTrainedModel", params: PrefixParams, start: Start) -> Attached:
         """Put PEFT's encoder beside the base, with its first values as `init` says."""
@@ -212,6 +220,14 @@ class Prefix(Method):
 
         flat_NF = encoded(attached).to(attached.causal_lm.dtype)
         return unpack(flat_NF, KeyValueShape.of(attached.causal_lm))
+
+
+def _count(params: PrefixParams, num_layers: int, kv: int) -> int:
+    num_tokens = resolved(params.num_virtual_tokens)
+    if not params.projection:
+        return 2 * num_layers * num_tokens * kv
+    width = resolved(params.projection_dim)
+    return num_tokens * kv + (kv + 1) * width + (width + 1) * 2 * num_layers * kv
 
 
 def _first_values(causal_lm: "PreTrainedModel", params: PrefixParams, start: Start) -> "torch.Tensor":

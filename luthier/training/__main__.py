@@ -1,4 +1,5 @@
-"""`python -P -m luthier.training RUN_DIR [RUN_DIR …]`, or `--warm`: imports done, directories on stdin.
+"""`python -P -m luthier.training RUN_DIR [RUN_DIR …]`, or `--warm`: imports done, directories on stdin;
+or `--calibrate BASE_FOLDER DEVICE PRECISION NUM_THREADS`: the constants that estimates rest on.
 
 Exit code 0: every run finished or was stopped; 1: one failed, after its `failed` event.
 """
@@ -19,6 +20,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="luthier.training", description=__doc__)
     parser.add_argument("run_directories", nargs="*", type=Path, metavar="RUN_DIR")
     parser.add_argument("--warm", action="store_true", help="import, then read directories from stdin")
+    parser.add_argument(
+        "--calibrate",
+        nargs=4,
+        metavar=("BASE_FOLDER", "DEVICE", "PRECISION", "NUM_THREADS"),
+        help="measure what training costs, and print it as one line",
+    )
     arguments = parser.parse_args()
     # Before anything slow: from here TERM is heard, and stray prints can't break the event lines.
     stop = StopRequest().install()
@@ -28,6 +35,12 @@ def main() -> int:
     os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    if arguments.calibrate:
+        from luthier.training.calibrate import write_calibration
+
+        write_calibration(arguments.calibrate, events)
+        return 0
 
     from luthier.training.run import run
 

@@ -57,7 +57,7 @@ def compute_gradients(trainee: Trainee, parts: Iterable[Batch], *, num_supervise
     return StepScores(
         loss=nll_sum / divisor,
         accuracy=num_right / divisor,
-        grad_norm=_norm(trainee.gradients),
+        grad_norm=gradient_norm(trainee.gradients),
         num_tokens=num_tokens,
         num_supervised=num_supervised,
     )
@@ -91,7 +91,7 @@ def apply_gradients(
     trainee.clear_gradients()
 
 
-def _norm(gradients: list[torch.Tensor]) -> float:
+def gradient_norm(gradients: list[torch.Tensor]) -> float:
     """Return the norm over all gradients, summed in float32 whatever their type."""
     if not gradients:
         return 0.0

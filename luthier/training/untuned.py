@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from luthier.core.estimates import MethodCost
+from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, MethodParams, Start, Workload
 
@@ -37,6 +39,10 @@ class Untuned(Method):
     def count_parameters(self, causal_lm: "PreTrainedModel", params: MethodParams) -> int:  # noqa: ARG002
         """Return 0."""
         return 0
+
+    def cost(self, params: MethodParams, shape: BaseShape) -> MethodCost:  # noqa: ARG002
+        """Return that nothing is trained."""
+        return MethodCost(variant=self.name, num_parameters=0, num_saved=0)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:  # noqa: ARG002
         """Write nothing: there is nothing beside the base."""

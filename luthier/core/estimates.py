@@ -1,0 +1,337 @@
+"""What a job will take, told before it: measured constants of a base on a machine, and the sums over a plan.
+
+Pure arithmetic without torch. A training child measures a `Calibration` (luthier.training.calibrate), each
+method tells its own `MethodCost` (luthier.methods), and whoever knows the lengths of the rows asks
+`price`. Seconds and bytes are those of the training child.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luthier.core.reports import PhaseSeconds
+from luthier.core.specs import Frozen
+
+# The longest part of a row on which a checkpoint is proved (luthier.training.assemble).
+MAX_PROOF_TOKENS = 512
+# From this size on a freed block goes back to the kernel, and is new memory each time (training.allocator).
+_MAPPED_BLOCK_BYTES = 32 * 1024**2
+# Queries that attend at a time: beyond, a query sees about half of the row.
+_BLOCK_TOKENS = 256
+# As luthier.training has them: logits held at a time, seconds between save points and what these may cost,
+# tokens of an answer. A test holds them equal.
+_MAX_CHUNK_LOGITS = 32 * 1024 * 1024
+_SAVE_POINT_SECONDS = 30.0
+_SAVE_COST_FACTOR = 20.0
+_MAX_ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """A method's own part of a cost, by formula.
+
+    `variant` names the measured constants that hold for these parameters, a key of `Method.probes`.
+    `num_parameters` are trained, `num_saved` are in an artifact, `num_token_parameters` of the trained ones
+    are multiplied with every token. `num_virtual_tokens` run before each row as tokens do,
+    `num_virtual_keys` are only seen by them.
+    """
+
+    variant: str
+    num_parameters: int
+    num_saved: int
+    num_token_parameters: int = 0
+    num_virtual_tokens: int = 0
+    num_virtual_keys: int = 0
+    uses_peft: bool = True
+
+
+class VariantConstants(Frozen):
+    """What one variant of a method costs on a base.
+
+    Per part of a batch: `part_seconds`, and `layer_seconds` for each layer; `token_layer_seconds` for each
+    token in each layer. `head_seconds` per supervised token. `parameter_seconds` and `adding_seconds` per
+    trained parameter: of an update, and of every further part of the step. `num_token_parameters` is that
+    of the probe, scaled to all layers. `token_layer_bytes` stay in memory until the backward pass,
+    `token_bytes` are in use beside them for a moment.
+    """
+
+    path: str
+    num_token_parameters: int
+    part_seconds: float
+    layer_seconds: float
+    token_layer_seconds: float
+    head_seconds: float
+    parameter_seconds: float
+    adding_seconds: float
+    attach_layer_seconds: float
+    token_layer_bytes: float
+    token_bytes: float
+
+
+class Calibration(Frozen):
+    """Everything that a probe measured of one base on one machine.
+
+    `reference` is the variant that trains almost nothing: what the others add is told by their difference
+    from it. `pair_seconds` is per token, layer and position that the token sees. `scoring_*` are passes
+    without gradients, `plain_scoring_seconds` per token and layer on the plain path, `decode_*` per token
+    of an answer. `first_*_seconds` are taken once by compiled kernels. `loaded_bytes` is the peak of
+    loading above `imports_bytes`, `resident_bytes` what stays of it. `general_lengths` are the bundled
+    text's rows. `is_cold` says that something was done that later runs find done.
+    """
+
+    device: str
+    precision: str
+    num_threads: int
+    max_part_tokens: int
+    bytes_per_number: int
+    probe_tokens: int
+    probe_row_tokens: int
+    reference: str
+    variants: dict[str, VariantConstants]
+    pair_seconds: float
+    scoring_part_seconds: float
+    scoring_seconds: float
+    scoring_head_seconds: float
+    plain_scoring_seconds: float
+    decode_seconds: float
+    decode_layer_seconds: float
+    import_seconds: float
+    peft_seconds: float
+    read_seconds: float
+    first_forward_seconds: float
+    first_backward_seconds: float
+    attach_seconds: float
+    written_byte_seconds: float
+    imports_bytes: int
+    loaded_bytes: int
+    resident_bytes: int
+    general_lengths: list[int]
+    is_cold: bool
+    probe_seconds: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that run together: `longest` counts their tokens with padding, `num_supervised` what is scored."""
+
+    num_rows: int
+    longest: int
+    num_supervised: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does: one epoch's steps, each in parts, and what is scored at every evaluation.
+
+    `scale` is epochs' steps over `steps`, where these are a sample. `num_prompts` are answered at every
+    evaluation. `longest` is the longest row.
+    """
+
+    steps: Sequence[Sequence[Part]]
+    scale: float
+    num_steps: int
+    num_epochs: int
+    scored: Sequence[Part]
+    num_prompts: int
+    longest: int
+    save_every_steps: int | None
+
+
+@dataclass(frozen=True)
+class Price:
+    """Seconds by phase, without tokenising, and the training child's peak memory."""
+
+    seconds: PhaseSeconds
+    peak_memory_bytes: int
+
+    @property
+    def total_seconds(self) -> float:
+        """All phases together."""
+        return math.fsum(self.seconds.model_dump().values())
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """One job's costs on a calibrated machine.
+
+    Args:
+        calibration: the machine's constants for this base.
+        cost: the method's part.
+        num_layers: of the base.
+        hidden_size: of the base.
+        vocabulary_size: of the base.
+        head_width: numbers of one token's attention weights towards one key: the query heads.
+        artifact_bytes: of one checkpoint.
+        is_whole_model: whether weights of the base are trained.
+    """
+
+    calibration: Calibration
+    cost: MethodCost
+    num_layers: int
+    hidden_size: int
+    vocabulary_size: int
+    artifact_bytes: int
+    is_whole_model: bool
+
+    @property
+    def variant(self) -> VariantConstants:
+        """The constants of the variant that is asked for."""
+        return self.calibration.variants[self.cost.variant]
+
+    @property
+    def reference(self) -> VariantConstants:
+        """The constants of the variant that trains almost nothing."""
+        return self.calibration.variants[self.calibration.reference]
+
+    def price(self, work: Work) -> Price:
+        """Add everything up."""
+        train = self._train_seconds(work)
+        save, point_bytes = self._save_seconds(work), self._save_point_bytes()
+        point = point_bytes * self.calibration.written_byte_seconds
+        if work.save_every_steps is not None:
+            num_points = float(work.num_steps // work.save_every_steps)
+        else:
+            num_points = math.floor(train / max(_SAVE_POINT_SECONDS, _SAVE_COST_FACTOR * point))
+        seconds = PhaseSeconds(
+            load=self._load_seconds(),
+            train=train,
+            evaluate=self._evaluate_seconds(work),
+            save=save + num_points * point,
+        )
+        return Price(seconds, self._peak_bytes(work))
+
+    # ---- seconds
+
+    def _extra(self, reference: float, variant: float) -> float:
+        """Scale what a variant adds to the reference by how much wider than in the probe it is."""
+        probed = self.variant.num_token_parameters
+        width = self.cost.num_token_parameters / probed if probed else 1.0
+        return reference + (variant - reference) * width
+
+    @property
+    def _token_layer_seconds(self) -> float:
+        variant, reference = self.variant, self.reference
+        if variant.path != reference.path:
+            # What the plain path costs by itself does not grow with the method's width.
+            return variant.token_layer_seconds
+        return self._extra(reference.token_layer_seconds, variant.token_layer_seconds)
+
+    def _pairs(self, part: Part) -> float:
+        """Return the keys that the part's tokens see beyond those of the probe's rows, all together."""
+        longest = part.longest + self.cost.num_virtual_tokens
+        seen = longest if longest <= _BLOCK_TOKENS else (longest + _BLOCK_TOKENS) / 2
+        beyond = seen + self.cost.num_virtual_keys - self.calibration.probe_row_tokens
+        return part.num_rows * longest * beyond
+
+    def _num_tokens(self, part: Part) -> int:
+        return part.num_rows * (part.longest + self.cost.num_virtual_tokens)
+
+    def _part_seconds(self, part: Part) -> float:
+        variant = self.variant
+        per_layer = variant.layer_seconds + self._num_tokens(part) * self._token_layer_seconds
+        per_layer += self._pairs(part) * self.calibration.pair_seconds
+        return (
+            variant.part_seconds
+            + self.num_layers * max(0.0, per_layer)
+            + part.num_supervised * variant.head_seconds
+        )
+
+    def _train_seconds(self, work: Work) -> float:
+        variant, num_parameters = self.variant, self.cost.num_parameters
+        total = 0.0
+        for parts in work.steps:
+            total += math.fsum(self._part_seconds(part) for part in parts)
+            total += num_parameters * (variant.parameter_seconds + (len(parts) - 1) * variant.adding_seconds)
+        first = self.calibration.first_backward_seconds if variant.path == "fused" else 0.0
+        return total * work.scale + first
+
+    def _scored_part_seconds(self, part: Part) -> float:
+        constants = self.calibration
+        slower = self.variant.token_layer_seconds / self.reference.token_layer_seconds
+        slower = slower if self.variant.path != self.reference.path else 1.0
+        return (
+            constants.scoring_part_seconds
+            + self._num_tokens(part) * self.num_layers * constants.scoring_seconds * slower
+            + part.num_supervised * constants.scoring_head_seconds
+        )
+
+    def _evaluate_seconds(self, work: Work) -> float:
+        constants = self.calibration
+        scored = math.fsum(self._scored_part_seconds(part) for part in work.scored)
+        per_token = constants.decode_seconds + self.num_layers * constants.decode_layer_seconds
+        answers = work.num_prompts * _MAX_ANSWER_TOKENS * per_token
+        return (work.num_epochs + 1) * (scored + answers)
+
+    def _load_seconds(self) -> float:
+        constants, variant = self.calibration, self.variant
+        total = constants.import_seconds + constants.read_seconds + constants.attach_seconds
+        total += self.num_layers * variant.attach_layer_seconds
+        if self.cost.uses_peft:
+            total += constants.peft_seconds
+        return total + (constants.first_forward_seconds if variant.path == "fused" else 0.0)
+
+    def _save_seconds(self, work: Work) -> float:
+        """Return the seconds of all checkpoints and the result, each proved and written."""
+        constants = self.calibration
+        proved = min(work.longest, MAX_PROOF_TOKENS) + self.cost.num_virtual_tokens + 32
+        per_token = self.num_layers * (2 * constants.plain_scoring_seconds + constants.scoring_seconds)
+        # The logits are made twice, in the model and from its hidden states.
+        proof = proved * (per_token + 2 * constants.scoring_head_seconds)
+        writing = self.artifact_bytes * constants.written_byte_seconds
+        # What was saved is loaded and run once more.
+        reading = constants.read_seconds if self.is_whole_model else constants.attach_seconds
+        reading += self.num_layers * self.variant.attach_layer_seconds
+        return (work.num_epochs + 1) * (proof + writing) + reading
+
+    # ---- bytes
+
+    def _state_bytes_per_parameter(self) -> float:
+        """Return the bytes of a trained number, its two averages, and where needed the rest of its master."""
+        size = self.calibration.bytes_per_number
+        if self.is_whole_model:
+            return 8.0 + (2.0 if size == 2 else 0.0)
+        return 12.0
+
+    def _save_point_bytes(self) -> float:
+        own = float(self.calibration.bytes_per_number) if self.is_whole_model else 0.0
+        return self.cost.num_parameters * (self._state_bytes_per_parameter() + own)
+
+    def _gradient_bytes_per_parameter(self, work: Work) -> float:
+        """Return 4, or the weights' own size where no step of a whole model has a second part."""
+        has_parts = any(len(parts) > 1 for parts in work.steps)
+        return 4.0 if has_parts or not self.is_whole_model else float(self.calibration.bytes_per_number)
+
+    def _part_bytes(self, part: Part) -> float:
+        variant, reference = self.variant, self.reference
+        if variant.path == reference.path:
+            kept = self._extra(reference.token_layer_bytes, variant.token_layer_bytes)
+        else:
+            kept = variant.token_layer_bytes
+        num_tokens = self._num_tokens(part)
+        layers = num_tokens * (self.num_layers * kept + variant.token_bytes)
+        num_logits = min(part.num_supervised * self.vocabulary_size, _MAX_CHUNK_LOGITS)
+        head = (num_logits + 3 * part.num_supervised * self.hidden_size) * self.calibration.bytes_per_number
+        return layers + head
+
+    def _proof_bytes(self, work: Work) -> float:
+        """Return what a proof takes in blocks that are too large to come from memory that was freed."""
+        num_logits = min(work.longest, MAX_PROOF_TOKENS) * self.vocabulary_size
+        size = self.calibration.bytes_per_number
+        # Two sets of logits, and their float32 copies and gap while they are compared.
+        blocks = [size, size, 4, 4, 4] if size == 2 else [size, size, 4]
+        return math.fsum(num_logits * one for one in blocks if num_logits * one >= _MAPPED_BLOCK_BYTES)
+
+    def _peak_bytes(self, work: Work) -> int:
+        constants = self.calibration
+        num_parameters = self.cost.num_parameters
+        resident = constants.imports_bytes + constants.resident_bytes
+        states = num_parameters * self._state_bytes_per_parameter()
+        gradients = num_parameters * self._gradient_bytes_per_parameter(work)
+        has_parts = any(len(parts) > 1 for parts in work.steps)
+        parts = [self._part_bytes(part) for step in work.steps for part in step]
+        largest = max(parts, default=0.0)
+        # Activations go while gradients come; only those of the parts before are there from the start.
+        training = gradients + largest if has_parts else max(gradients, largest)
+        proving = self._proof_bytes(work)
+        trained = resident + states + max(training, min(training, largest) + proving)
+        return int(max(constants.imports_bytes + constants.loaded_bytes, trained))

@@ -1,0 +1,128 @@
+"""The shape of a base, as its files tell it without torch: sizes, and the name and shape of every weight."""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from luthier.core.errors import BaseUnavailableError
+
+_MAX_HEADER_BYTES = 100 * 1024 * 1024
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+# Buffers that older libraries wrote among the weights.
+_NO_WEIGHTS = re.compile(r"\.(inv_freq|attn\.(masked_)?bias)$")
+_HEAD = "lm_head.weight"
+# Architectures whose linear layers keep their weights as [inputs, outputs].
+_TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt"}
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One tensor. Two names of the same weight share the object."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers it holds."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """Sizes of a base; `weights` are by their path in the model, `head_size` is one attention head's."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocabulary_size: int
+    is_transposed: bool
+    weights: dict[str, Weight]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers of all weights; one that has two names counts once."""
+        return sum(weight.num_numbers for weight in set(self.weights.values()))
+
+    @property
+    def key_value_width(self) -> int:
+        """Numbers of one token's key in one layer; its value has as many."""
+        return self.num_kv_heads * self.head_size
+
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path to (inputs, outputs) of the linear layers in the blocks, in the files' order."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, weight in self.weights.items():
+            if len(weight.shape) == 2 and name.endswith(".weight") and _IN_A_BLOCK.search(name):
+                first, second = weight.shape
+                found[name.removesuffix(".weight")] = (
+                    (first, second) if self.is_transposed else (second, first)
+                )
+        return found
+
+
+def read_shape(folder: Path) -> BaseShape:
+    """Read the shape of a fetched base.
+
+    Args:
+        folder: holds config.json and safetensors files, of which only the headers are read.
+
+    Returns:
+        The shape.
+
+    Raises:
+        BaseUnavailableError: when they can't be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        config = config.get("text_config") or config
+        weights = {
+            name: weight for path in sorted(folder.glob("*.safetensors")) for name, weight in _read(path)
+        }
+        return _shape(config, weights)
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise BaseUnavailableError(
+            f"The files of the base {folder.name} can't be read: {type(error).__name__}. Fetch it again."
+        ) from error
+
+
+def _shape(config: dict[str, Any], weights: dict[str, Weight]) -> BaseShape:
+    hidden_size = config.get("hidden_size") or config["n_embd"]
+    num_heads = config.get("num_attention_heads") or config["n_head"]
+    embedding = next((weight for name, weight in weights.items() if _EMBEDDINGS.search(name)), None)
+    # A head that is not stored is the embedding, whatever default the configuration leaves unsaid.
+    if embedding is not None and config.get("tie_word_embeddings", _HEAD not in weights):
+        weights = {**weights, _HEAD: embedding}
+    return BaseShape(
+        num_layers=config.get("num_hidden_layers") or config["n_layer"],
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_size=config.get("head_dim") or hidden_size // num_heads,
+        vocabulary_size=config["vocab_size"],
+        is_transposed=config.get("model_type") in _TRANSPOSED,
+        weights=weights,
+    )
+
+
+def _read(path: Path) -> list[tuple[str, Weight]]:
+    with path.open("rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        if size > _MAX_HEADER_BYTES:
+            raise ValueError(f"{path.name}: the header is too long")
+        header = json.loads(stream.read(size))
+    return [
+        (name, Weight(tuple(entry["shape"])))
+        for name, entry in header.items()
+        if name != "__metadata__" and not _NO_WEIGHTS.search(name)
+    ]
