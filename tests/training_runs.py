@@ -41,6 +41,7 @@ def run_here(
     term_after: Callable[[TrainingEvent], bool] | None = None,
     max_tokens: int | None = None,
     num_passages: int = 2,
+    is_stopped: bool = False,
 ) -> list[TrainingEvent]:
     """Run a directory to its end, or until it is killed.
 
@@ -50,11 +51,13 @@ def run_here(
         term_after: asks the run to stop then.
         max_tokens: bound on a micro-batch, in place of the device's.
         num_passages: passages of the general text; all 42 take a tiny base most of a second.
+        is_stopped: whether it is asked to stop before it begins.
 
     Returns:
         What was said, up to the end.
     """
     stop = StopRequest()
+    stop.is_set = is_stopped
 
     def after(event: TrainingEvent) -> None:
         if term_after is not None and term_after(event):

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from luthier.core.errors import InvalidValueError
 from luthier.core.events import StartedEvent
 from luthier.core.reports import Evaluation
 from luthier.data.tokens import Tokenizer
-from luthier.methods import Attached, Start, parse_tuning
+from luthier.methods import Attached, MethodParams, Start, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training.artifact import LOG_NAME, TrainingLog
 from luthier.training.batches import Batch, collate, row_lengths
@@ -67,9 +68,9 @@ def assemble(
     causal_lm = load_base(Path(inputs.base_path), dtype=machine.dtype, device=machine.device)
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
-    examiner = _examiner(job, machine, tokenizer, pad_id, stop)
-    ledger.add_seconds("load", time.monotonic() - started_at)
     method, params = parse_tuning(spec.tuning)
+    examiner = _examiner(job, machine, tokenizer, pad_id, stop, room=_room(job, params))
+    ledger.add_seconds("load", time.monotonic() - started_at)
     base_evaluation = None
     if progress.step == 0 and not method.starts_as_base:
         with ledger.phase("evaluate"):
@@ -140,14 +141,30 @@ def _start(job: Job, tokenizer: Tokenizer) -> Start:
     )
 
 
-def _examiner(job: Job, machine: Machine, tokenizer: Tokenizer, pad_id: int, stop: StopRequest) -> Examiner:
+def _room(job: Job, params: MethodParams) -> int:
+    """Return the tokens that a row may have, once virtual tokens have taken theirs; refuse longer rows."""
+    num_virtual: int = getattr(params, "num_virtual_tokens", 0)
+    room = job.origin.base.context_length - num_virtual
+    longest = max(int(row_lengths(rows).max()) for rows in (job.rows, job.validation) if rows is not None)
+    if longest > room:
+        raise InvalidValueError(
+            f"The longest row has {longest} tokens, and {num_virtual} virtual tokens leave {room} of the "
+            f"base's context. Use fewer, or set training.max_length to {room}.",
+            param="tuning.num_virtual_tokens",
+        )
+    return room
+
+
+def _examiner(
+    job: Job, machine: Machine, tokenizer: Tokenizer, pad_id: int, stop: StopRequest, *, room: int
+) -> Examiner:
     base = job.origin.base
     prompts = SamplePrompts(
         job.spec.training.sample_prompts, Path(job.origin.inputs.base_path), tokenizer, base.context_length
     )
     return Examiner(
         validation=job.validation,
-        general=general_rows(tokenizer, base.context_length),
+        general=general_rows(tokenizer, room),
         prompts=prompts,
         max_tokens=max_part_tokens(base, machine),
         pad_id=pad_id,

@@ -22,17 +22,17 @@ def general_passages() -> list[str]:
     return _PATH.read_text(encoding="utf-8").strip().split("\n\n")
 
 
-def general_rows(tokenizer: Tokenizer, context_length: int) -> PreparedRows:
+def general_rows(tokenizer: Tokenizer, room: int) -> PreparedRows:
     """Turn the passages into rows of which every token but the first is predicted.
 
     Args:
         tokenizer: the base's.
-        context_length: the base's, in tokens; longer passages are cut into several rows.
+        room: tokens that a row may have; longer passages are cut into several rows.
 
     Returns:
         The rows; their lines are the passages' numbers, from 1.
     """
-    limit = max(2, min(_MAX_ROW_TOKENS, context_length // 2))
+    limit = max(2, min(_MAX_ROW_TOKENS, room // 2))
     tokens, lines = [], []
     for number, encoding in enumerate(tokenizer.encode_batch(general_passages()), start=1):
         for start in range(0, len(encoding.ids), limit):

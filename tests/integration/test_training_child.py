@@ -16,7 +16,7 @@ from luthier.core.events import StartedEvent, StoppedEvent, TrainingEvent, parse
 from luthier.data.prepared import read_prepared, write_prepared
 from luthier.storage.manifests import verify_folder
 from luthier.training.general_text import general_passages
-from tests.tiny import build_tiny_base, build_tiny_run
+from tests.tiny import build_tiny_base, build_tiny_rows, build_tiny_run
 from tests.training_runs import failed, finished, run_here
 
 # Four epochs of six steps; in every step random numbers are drawn.
@@ -211,6 +211,21 @@ def test_rows_without_a_supervised_token_fail_at_once(base: Path, tmp_path: Path
     events = run_here(folder)
     assert [event.type for event in events] == ["failed"]
     assert (failed(events).code, failed(events).param) == ("invalid_training_file", "training_file")
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_virtual_tokens_that_leave_too_little_of_the_context_are_refused(
+    method: str, base: Path, tmp_path: Path
+) -> None:
+    longest = int(build_tiny_rows(24).lengths.max())
+    # The base's context is 256 tokens; the general text fits into whatever is left.
+    fits = {"type": method, "num_virtual_tokens": 256 - longest}
+    settings = {"hyperparameters": {"n_epochs": 1}, "num_validation_rows": 0}
+    assert finished(run_here(build_tiny_run(tmp_path / "fits", base, tuning=fits, **settings)))
+    too_many = {"type": method, "num_virtual_tokens": 257 - longest}
+    event = failed(run_here(build_tiny_run(tmp_path / "run", base, tuning=too_many, **settings)))
+    assert (event.code, event.param) == ("invalid_value", "tuning.num_virtual_tokens")
+    assert f"training.max_length to {longest - 1}" in event.message
 
 
 def test_a_sample_prompt_over_the_context_is_refused_by_its_number(base: Path, tmp_path: Path) -> None:

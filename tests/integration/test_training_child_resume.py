@@ -94,6 +94,18 @@ def test_term_saves_the_last_step_and_the_next_attempt_repeats_none(
     assert finished(events).report.evaluations == expected.report.evaluations
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(
+    method: str, base: Path, tmp_path: Path
+) -> None:
+    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS, tuning={"type": method})
+    events = run_here(folder, is_stopped=True)
+    assert isinstance(events[-1], StoppedEvent)
+    assert events[-1].step == 0
+    assert not any(event.type in {"evaluated", "step", "save_point"} for event in events)
+    assert list((folder / "save_points").iterdir()) == []
+
+
 def test_another_run_directory_goes_on_with_the_history_of_the_first(base: Path, tmp_path: Path) -> None:
     first = build_tiny_run(tmp_path / "first", base, **SETTINGS)
     expected = finished(run_here(first))
