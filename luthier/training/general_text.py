@@ -32,7 +32,7 @@ def general_rows(tokenizer: Tokenizer, room: int) -> PreparedRows:
     Returns:
         The rows; their lines are the passages' numbers, from 1.
     """
-    limit = max(2, min(_MAX_ROW_TOKENS, room // 2))
+    limit = max(2, min(_MAX_ROW_TOKENS, room))
     tokens, lines = [], []
     for number, encoding in enumerate(tokenizer.encode_batch(general_passages()), start=1):
         for start in range(0, len(encoding.ids), limit):
