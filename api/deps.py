@@ -23,6 +23,8 @@ from services.scope import Scope
 # Requests that hold a connection at the same time.
 NUM_TURNS = 16
 _TURN_SECONDS = 3.0
+# Estimates that are made at the same time: each counts tokens on all cores for a moment.
+NUM_ESTIMATES = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Parts:
     hub: EventHub
     ring: Ring
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
+    estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
 
 
 def get_parts(request: Request) -> Parts:

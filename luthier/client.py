@@ -115,6 +115,17 @@ class LuthierClient:
         """Cancel a job and return it."""
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/cancel")
 
+    def estimate_job(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return what a job would take.
+
+        Args:
+            body: as of a create.
+
+        Returns:
+            Rows, tokens, steps, resolved parameters; seconds and memory where a worker has measured the base.
+        """
+        return self._ask("POST", "/fine_tuning/jobs/estimate", body=body)
+
     def get_report(self, job_id: str) -> dict[str, Any]:
         """Return what a job's files held and what its training did; parts that aren't there yet are None."""
         return self._ask("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}/report")

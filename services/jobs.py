@@ -85,18 +85,26 @@ def _check_validation_is_there(request: NewJob) -> None:
             )
 
 
-def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, request: NewJob) -> Job:
-    """Make a job, to be prepared by a worker.
+@dataclass(frozen=True)
+class CheckedJob:
+    """A request that would make a job: its spec, yet with "auto" in it, and its files."""
+
+    spec: TrainingSpec
+    training_file: File
+    validation_file: File | None
+
+
+def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob) -> CheckedJob:
+    """Check all that can be told of a request without its rows; nothing is stored.
 
     Args:
         session: the session.
         scope: the caller.
         catalogue: the bases there are.
-        ring: how a worker is woken once this is committed.
         request: what is asked for.
 
     Returns:
-        The job, in `validating_files`.
+        What the job would be.
 
     Raises:
         ModelNotAvailableError: when the base is unknown.
@@ -112,8 +120,9 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
             f"{MIN_TRAINING_ROWS}; 50 to 100 well-made ones are a good start.",
             param="training_file",
         )
+    validation_file = None
     if request.validation_file_id is not None:
-        _get_input_file(session, scope, request.validation_file_id, "validation_file")
+        validation_file = _get_input_file(session, scope, request.validation_file_id, "validation_file")
         if request.training.validation_split > 0:
             raise InvalidValueError(
                 "training.validation_split: leave it out when validation_file is given.",
@@ -127,13 +136,35 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
         training=request.training,
         seed=request.seed,
     )
+    return CheckedJob(spec, training_file, validation_file)
+
+
+def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, request: NewJob) -> Job:
+    """Make a job, to be prepared by a worker.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        ring: how a worker is woken once this is committed.
+        request: what is asked for.
+
+    Returns:
+        The job, in `validating_files`.
+
+    Raises:
+        ModelNotAvailableError: when the base is unknown.
+        InvalidRequestError: when `check` refuses it.
+    """
+    checked = check(session, scope, catalogue, request)
+    training_file = checked.training_file
     job = Job(
         id=new_id("job"),
         **scope.columns(),
         status=JobStatus.VALIDATING_FILES.value,
         model=request.model,
-        base_id=base_id,
-        spec=spec.model_dump(mode="json"),
+        base_id=checked.spec.base_id,
+        spec=checked.spec.model_dump(mode="json"),
         training_file_id=training_file.id,
         validation_file_id=request.validation_file_id,
         suffix=request.suffix,

@@ -67,6 +67,12 @@ def list_waiting(session: Session, *, limit: int) -> Sequence[str]:
     ).all()
 
 
+def is_at_work(session: Session, worker_id: str) -> bool:
+    """Whether a worker holds a job at the moment."""
+    held = select(Job.id).where(Job.lease_owner == worker_id, Job.lease_expires_at > func.now()).limit(1)
+    return session.scalar(held) is not None
+
+
 def claim_for_preparing(session: Session, job_id: str, worker_id: str, lease_seconds: float) -> Lease | None:
     """Take a job whose files are to be checked; None when there is nothing (or nobody) to do it for."""
     job = session.scalar(

@@ -8,7 +8,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.estimating import estimate_apart
 from api.event_stream import event_stream_response, read_job
+from api.schemas.estimates import JobEstimate, estimate_object
 from api.schemas.jobs import CreateJobBody, checkpoint_object, event_object, job_object
 from api.schemas.pages import list_object
 from api.schemas.reports import JobReport, report_object
@@ -63,6 +65,13 @@ def create_job(
         session, scope, route=_CREATE_ROUTE, key=key, body_sha256=body_sha256, resource_id=job.id
     )
     return job_object(job)
+
+
+@router.post("/estimate")
+async def estimate_job(body: CreateJobBody, parts: PartsDep, scope: ScopeApartDep) -> JobEstimate:
+    """Tell what a job would take, from the same body as a create; no job is made and nothing is stored."""
+    found = await estimate_apart(parts, scope, body.to_new_job())
+    return estimate_object(found, body.training_file, body.validation_file)
 
 
 def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:

@@ -51,10 +51,29 @@ PROBE_SECONDS = 2.0
 _REFERENCE = "prompt"
 _NUM_LAYERS = (1, 3)
 _ROW_TOKENS, _LONG_ROW_TOKENS = 64, 256
-_FEW_ROWS = 2
+_FEW_ROWS = 1
 _NUM_SUPERVISED, _MANY_SUPERVISED = 4, 48
 _WRITTEN_BYTES = 16 * 1024**2
 _WORKLOAD = (500, 100_000)
+
+
+class _Clock:
+    """The time that a probe has taken: on a CPU, what its threads worked, not what others kept them from.
+
+    Args:
+        device: where it runs.
+        num_threads: that work.
+    """
+
+    def __init__(self, device: str, num_threads: int) -> None:
+        self._read = time.process_time if device == "cpu" else time.perf_counter
+        self._num_threads = num_threads if device == "cpu" else 1
+        self._began = self._read()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return (self._read() - self._began) / self._num_threads
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,7 @@ class _Bench:
     many: Batch
     long: Batch
     scored: Batch
-    deadline: float
+    clock: _Clock
 
     def cut(self, tuning: dict[str, Any], num_layers: int) -> Cut:
         """Put a variant on a copy of some layers."""
@@ -84,7 +103,7 @@ class _Bench:
             start=self.start,
             shape=self.shape,
             device=self.machine.device,
-            sample=random_batch(1, 32, 8, self.shape.vocabulary_size),
+            sample=random_batch(1, 8, 4, self.shape.vocabulary_size),
         )
 
 
@@ -113,7 +132,7 @@ def calibrate(folder: Path, *, device: str, precision: Precision, num_threads: i
     loaded = peak_memory_bytes(machine.device) - imports_bytes
     begin_peak(machine.device)
     resident = resident_bytes(machine.device) - imports_bytes
-    probe_began = time.perf_counter()
+    clock = _Clock(machine.device, num_threads)
     bench = _Bench(
         causal_lm=causal_lm,
         facts=facts,
@@ -125,7 +144,7 @@ def calibrate(folder: Path, *, device: str, precision: Precision, num_threads: i
             tokenize=tokenizer.encode,
             examples=[general.row(index)[0].tolist() for index in range(min(8, general.num_rows))],
         ),
-        deadline=probe_began + PROBE_SECONDS,
+        clock=clock,
         **_batches(shape.vocabulary_size, facts.context_length, _FEW_ROWS),
     )
     found = _measure(bench)
@@ -147,7 +166,7 @@ def calibrate(folder: Path, *, device: str, precision: Precision, num_threads: i
         resident_bytes=resident,
         general_lengths=[int(length) for length in general.lengths],
         is_cold=has_compiled(),
-        probe_seconds=time.perf_counter() - probe_began,
+        probe_seconds=clock.seconds,
         **found,
     )
 
@@ -214,10 +233,10 @@ def _measure(bench: _Bench) -> dict[str, Any]:
     constants, shared, reference = _measure_reference(bench, probes[_REFERENCE])
     variants = {_REFERENCE: constants}
     for number, name in enumerate(order[1:], start=1):
-        now = time.perf_counter()
-        if now >= bench.deadline:
+        left = PROBE_SECONDS - bench.clock.seconds
+        if left <= 0.0:
             break
-        until = now + (bench.deadline - now) / (len(order) - number)
+        until = PROBE_SECONDS - left + left / (len(order) - number)
         variants[name] = _measure_variant(bench, probes[name], reference, until)
     return {"variants": variants, **shared}
 
@@ -237,12 +256,9 @@ def _measure_reference(
 ) -> tuple[VariantConstants, dict[str, Any], _Reference]:
     deep, shallow = bench.cut(tuning, _NUM_LAYERS[1]), bench.cut(tuning, _NUM_LAYERS[0])
     num_few, num_many, num_long = (deep.num_tokens(batch) for batch in (bench.few, bench.many, bench.long))
-    peaks = [cut.peak_bytes(bench.many) for cut in (shallow, deep)]
-    for cut in (deep, shallow):
-        cut.run(bench.scored)
     few = _least(bench, deep, bench.few)
     many = _least(bench, deep, bench.many)
-    long = _least(bench, deep, bench.long)
+    long = deep.seconds(bench.long)
     few_shallow = _least(bench, shallow, bench.few)
     scored_shallow = _least(bench, shallow, bench.scored)
     layers, gap = deep.num_layers, max(1, deep.num_layers - shallow.num_layers)
@@ -253,6 +269,8 @@ def _measure_reference(
     pair = _positive(long - expected) / (layers * pairs)
     layer = _positive((few - few_shallow) / gap - token_layer * num_few)
     part = _positive(few - layers * (layer + token_layer * num_few) - head * _supervised(bench.few))
+    # Only now: the first runs make what stays.
+    peaks = [cut.peak_bytes(bench.many) for cut in (shallow, deep)]
     kept = _positive((peaks[1] - peaks[0]) / (gap * num_many))
     token_bytes = _positive(peaks[1] / num_many - layers * kept)
     attach_layer = _positive((deep.attach_seconds - shallow.attach_seconds) / gap)
@@ -286,16 +304,17 @@ def _measure_variant(
     deep = bench.cut(tuning, _NUM_LAYERS[1])
     layers, cost = deep.num_layers, deep.cost
     num_few, num_many = deep.num_tokens(bench.few), deep.num_tokens(bench.many)
-    peak = deep.peak_bytes(bench.many)
     few = _least(bench, deep, bench.few, until)
     many = _least(bench, deep, bench.many, until)
+    # Only now: the first runs make what stays.
+    peak = deep.peak_bytes(bench.many)
     part, head, token_bytes = reference.part_seconds, reference.head_seconds, reference.token_bytes
     beside = 4.0 * cost.num_parameters
     if deep.trains_head:
         shallow = bench.cut(tuning, _NUM_LAYERS[0])
-        first_peak = shallow.peak_bytes(bench.many)
         few_shallow = _least(bench, shallow, bench.few, until)
         scored_shallow = _least(bench, shallow, bench.scored, until)
+        first_peak = shallow.peak_bytes(bench.many)
         head = _positive(scored_shallow - few_shallow) / _gap(bench.scored, bench.few)
         gap = max(1, layers - shallow.num_layers)
         part = _positive(few_shallow - shallow.num_layers * (few - few_shallow) / gap)
@@ -400,10 +419,10 @@ def _written_byte_seconds() -> float:
         return (time.perf_counter() - began) / _WRITTEN_BYTES
 
 
-def _least(bench: _Bench, cut: Cut, batch: Batch, until: float | None = None) -> float:
-    """Return the least of two or three runs: other work on the machine only adds to it."""
-    found = [cut.seconds(batch), cut.seconds(batch)]
-    if time.perf_counter() < min(until or bench.deadline, bench.deadline):
+def _least(bench: _Bench, cut: Cut, batch: Batch, until: float = PROBE_SECONDS) -> float:
+    """Return the least of two runs, of one where time is short: other work on the machine only adds to it."""
+    found = [cut.seconds(batch)]
+    if bench.clock.seconds < until:
         found.append(cut.seconds(batch))
     return min(found)
 

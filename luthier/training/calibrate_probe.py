@@ -5,7 +5,6 @@ Legend: B rows, T tokens.
 
 import copy
 import ctypes
-import gc
 import sys
 import time
 from collections.abc import Callable
@@ -119,13 +118,14 @@ class Cut:
     ) -> None:
         self.num_layers: int = causal_lm.config.get_text_config().num_hidden_layers
         self._device = device
+        # What is attached renames the layers.
+        self.cost: MethodCost = method.cost(params, cut_shape(shape, causal_lm))
         began = time.perf_counter()
         self.attached: Attached = method.attach(causal_lm, params, start)
         self.trainee = Trainee(method, self.attached, device, sample)
         synchronise(device)
         self.attach_seconds = time.perf_counter() - began
         self.attached.model.train()
-        self.cost: MethodCost = method.cost(params, cut_shape(shape, causal_lm))
 
     @property
     def trains_head(self) -> bool:
@@ -185,7 +185,6 @@ def begin_peak(device: str) -> int:
 
     On a CPU, memory that was freed is given back first: what comes then is new again.
     """
-    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,113 @@
+"""Estimating a job: its rows are counted in a thread, in bounded time, with no session open."""
+
+import asyncio
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from api.deps import Parts
+from db.tables import File
+from luthier.bases.catalogue import base_folder, find_base_facts
+from luthier.core.errors import ModelNotAvailableError, UnavailableError
+from luthier.core.shapes import read_shape
+from luthier.core.specs import TrainingSpec
+from luthier.data.count import RowCounts, count_rows
+from luthier.data.prompts import check_sample_prompts
+from services import calibrations, jobs
+from services.estimates import Estimate, estimate
+from services.jobs import NewJob
+from services.scope import Scope
+
+_WAIT_SECONDS = 20.0
+MAX_ROWS = 4000
+_MAX_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class _Input:
+    id: str
+    storage_key: str
+    sha256: str
+
+    @classmethod
+    def of(cls, file: File) -> "_Input":
+        return cls(file.id, file.storage_key, file.sha256)
+
+
+async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
+    """Tell what a job would take; nothing is stored. Few at a time: others wait without a thread.
+
+    Args:
+        parts: the process's parts.
+        scope: the caller.
+        request: what is asked for.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        LuthierError: what creating the job would raise; and when the base is not on this machine.
+        UnavailableError: when others are estimated for longer than one can wait.
+    """
+    try:
+        async with asyncio.timeout(_WAIT_SECONDS):
+            await parts.estimates.acquire()
+    except TimeoutError as error:
+        raise UnavailableError("Other estimates are being made; try again.") from error
+    try:
+        # A limiter of its own: this thread is none of those that serve requests.
+        limiter = anyio.CapacityLimiter(1)
+        return await anyio.to_thread.run_sync(_estimate, parts, scope, request, limiter=limiter)
+    finally:
+        parts.estimates.release()
+
+
+def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
+    with parts.database.transaction() as session:
+        checked = jobs.check(session, scope, parts.catalogue, request)
+        training = _Input.of(checked.training_file)
+        validation = None if checked.validation_file is None else _Input.of(checked.validation_file)
+        memory_bytes = calibrations.find_worker_memory(session)
+    spec = checked.spec
+    base = find_base_facts(parts.settings.bases_dir, spec.base_id)
+    if base is None:
+        raise ModelNotAvailableError(
+            f"The base {spec.base_id} is not on the API's machine, which counts tokens with it. Operator: "
+            f"luthier bases fetch {spec.base_id}.",
+            param="model",
+        )
+    with parts.database.transaction() as session:
+        measured, reason = calibrations.find_measured(session, base, spec.training.precision)
+    folder = base_folder(parts.settings.bases_dir, base.id)
+    check_sample_prompts(spec.training.sample_prompts, folder, max_tokens=base.context_length)
+    return estimate(
+        spec,
+        base=base,
+        shape=read_shape(folder),
+        base_folder=folder,
+        training=_count(parts, training, spec, folder, base.context_length),
+        validation=None
+        if validation is None
+        else _count(parts, validation, spec, folder, base.context_length),
+        measured=measured,
+        reason=reason,
+        memory_bytes=memory_bytes,
+    )
+
+
+def _count(parts: Parts, file: _Input, spec: TrainingSpec, folder: Path, context_length: int) -> RowCounts:
+    options = spec.training
+    with tempfile.TemporaryDirectory(prefix="luthier-estimate-") as scratch:
+        path = Path(scratch) / "rows.jsonl"
+        parts.storage.fetch_file(file.storage_key, path, sha256=file.sha256)
+        return count_rows(
+            path,
+            folder,
+            max_length=min(options.max_length or context_length, context_length),
+            too_long=options.too_long,
+            max_rows=MAX_ROWS,
+            max_seconds=_MAX_SECONDS,
+        )

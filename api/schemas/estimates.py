@@ -1,0 +1,123 @@
+"""What clients hear of a job that they have not made: rows, tokens, steps, seconds, bytes."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from luthier.core.specs import Hyperparameters, TrainingOptions
+from services.calibrations import Measured
+from services.estimates import Estimate
+
+
+class _Told(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class RowsTold(_Told):
+    """Rows of the training file; of a sample all but `total` and `counted` are shares of the whole."""
+
+    total: int
+    counted: int = Field(description="Rows whose tokens were counted one by one.")
+    is_sampled: bool
+    train: int
+    validation: int
+    too_long: int = Field(description="Longer than training.max_length.")
+    faulty: int = Field(description="Refused by the base's template, or without a supervised token.")
+
+
+class SecondsTold(_Told):
+    """Seconds of the training process by phase."""
+
+    total: float
+    load: float
+    train: float
+    evaluate: float
+    save: float
+
+
+class CalibrationTold(_Told):
+    """The measurement that seconds and memory rest on."""
+
+    worker: str
+    hostname: str
+    measured_at: int
+    device: str
+    precision: str
+    num_threads: int
+
+
+class JobEstimate(_Told):
+    """Answer of POST /v1/fine_tuning/jobs/estimate. Tokens are of one epoch, `trained_tokens` of all."""
+
+    object: str = "fine_tuning.job.estimate"
+    model: str
+    training_file: str
+    validation_file: str | None
+    rows: RowsTold
+    tokens: int
+    supervised_tokens: int
+    trained_tokens: int
+    steps: int
+    hyperparameters: Hyperparameters
+    tuning: dict[str, Any]
+    training: TrainingOptions
+    num_trained_parameters: int
+    artifact_bytes: int | None
+    seconds: SecondsTold | None
+    peak_memory_bytes: int | None
+    calibration: CalibrationTold | None
+    reason: str | None = Field(description="Why seconds and memory are null.")
+    warnings: list[str]
+
+
+def estimate_object(found: Estimate, training_file: str, validation_file: str | None) -> JobEstimate:
+    """Return an estimate as clients see it."""
+    return JobEstimate(
+        model=found.spec.base_id,
+        training_file=training_file,
+        validation_file=validation_file,
+        rows=RowsTold(
+            total=found.num_rows,
+            counted=found.num_counted,
+            is_sampled=found.num_counted < found.num_rows,
+            train=found.num_train_rows,
+            validation=found.num_validation_rows,
+            too_long=found.num_too_long,
+            faulty=found.num_faulty,
+        ),
+        tokens=found.num_tokens,
+        supervised_tokens=found.num_supervised_tokens,
+        trained_tokens=found.num_trained_tokens,
+        steps=found.num_steps,
+        hyperparameters=found.spec.hyperparameters,
+        tuning=found.spec.tuning,
+        training=found.spec.training,
+        num_trained_parameters=found.num_trained_parameters,
+        artifact_bytes=found.artifact_bytes,
+        seconds=_seconds(found),
+        peak_memory_bytes=found.peak_memory_bytes,
+        calibration=_calibration(found.measured),
+        reason=found.reason,
+        warnings=found.warnings,
+    )
+
+
+def _seconds(found: Estimate) -> SecondsTold | None:
+    if found.seconds is None:
+        return None
+    phases = found.seconds.model_dump(exclude={"tokenize"})
+    return SecondsTold(total=round(sum(phases.values()), 2), **{k: round(v, 2) for k, v in phases.items()})
+
+
+def _calibration(measured: Measured | None) -> CalibrationTold | None:
+    if measured is None:
+        return None
+    constants = measured.constants
+    return CalibrationTold(
+        worker=measured.worker_id,
+        hostname=measured.hostname,
+        measured_at=measured.measured_at,
+        device=constants.device,
+        precision=constants.precision,
+        num_threads=constants.num_threads,
+    )

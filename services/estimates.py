@@ -1,0 +1,244 @@
+"""What a job would take: the numbers that "auto" becomes, and seconds and bytes where a worker has measured.
+
+Nothing is guessed: without a calibration (services.calibrations) there are no seconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.core.estimates import Calibration, MethodCost, Part, Price, Pricing, Work
+from luthier.core.reports import PhaseSeconds
+from luthier.core.shapes import BaseShape
+from luthier.core.specs import BaseFacts, Precision, TrainingSpec
+from luthier.data.count import RowCounts
+from luthier.data.plan import order_epoch, split_micro
+from luthier.methods import Method, parse_tuning, resolve_spec
+from services.calibrations import Measured
+from services.jobs import MIN_TRAINING_ROWS
+
+# As training has it: weights of adapters are float32, whole models in the type that was trained in.
+_ADAPTER_NUMBER_BYTES = 4
+_NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+# Of a base's folder, what no artifact of a whole model takes over.
+_NOT_TAKEN_OVER = (".safetensors", "base.json", "manifest.json")
+# Validation rows beyond are scored in time that grows with their number alone.
+_MAX_VALIDATION_ROWS = 50_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job would take. Tokens are of one epoch unless their name says otherwise; rows are of the file.
+
+    `seconds` and `peak_memory_bytes` are None without a calibration, and `reason` says why there is none.
+    """
+
+    spec: TrainingSpec
+    num_rows: int
+    num_counted: int
+    num_train_rows: int
+    num_validation_rows: int
+    num_too_long: int
+    num_faulty: int
+    num_tokens: int
+    num_supervised_tokens: int
+    num_trained_tokens: int
+    num_steps: int
+    num_trained_parameters: int
+    artifact_bytes: int | None
+    seconds: PhaseSeconds | None
+    peak_memory_bytes: int | None
+    measured: Measured | None
+    reason: str | None
+    warnings: list[str] = field(default_factory=list)
+
+
+def estimate(
+    spec: TrainingSpec,
+    *,
+    base: BaseFacts,
+    shape: BaseShape,
+    base_folder: Path,
+    training: RowCounts,
+    validation: RowCounts | None,
+    measured: Measured | None,
+    reason: str,
+    memory_bytes: int | None,
+) -> Estimate:
+    """Tell what a job would take.
+
+    Args:
+        spec: as the request made it.
+        base: the fetched base.
+        shape: of the base.
+        base_folder: where it lies.
+        training: the training file's rows.
+        validation: the validation file's, if there is one.
+        measured: the calibration to rest on.
+        reason: why there is none.
+        memory_bytes: memory of the training device, where it is known.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        InvalidRequestError: when a parameter does not fit the base.
+    """
+    num_held_back = _num_held_back(spec.training.validation_split, training.num_kept)
+    num_train_rows = training.num_kept - num_held_back
+    share = num_train_rows / max(1, len(training.lengths))
+    num_tokens = round(int(training.lengths.sum()) * share)
+    resolved = resolve_spec(
+        spec,
+        base=base,
+        num_rows=num_train_rows,
+        num_tokens=num_tokens,
+        num_threads=measured.constants.num_threads if measured else 1,
+        memory_bytes=memory_bytes,
+    )
+    method, params = parse_tuning(resolved.tuning)
+    cost = method.cost(params, shape)
+    epochs, batch_size = resolved.hyperparameters.n_epochs, resolved.hyperparameters.batch_size
+    assert isinstance(epochs, int)
+    assert isinstance(batch_size, int)
+    artifact_bytes = _artifact_bytes(method, cost, spec.training.precision, base_folder, measured)
+    num_steps = -(-num_train_rows // batch_size) * epochs
+    price = None
+    if measured is not None and cost.variant not in measured.constants.variants:
+        measured, reason = None, f"The worker's probe had no time left to measure {cost.variant}."
+    if measured is not None and artifact_bytes is not None and num_train_rows > 0:
+        constants = measured.constants
+        pricing = Pricing(
+            constants,
+            cost,
+            shape.num_layers,
+            shape.hidden_size,
+            shape.vocabulary_size,
+            artifact_bytes,
+            method.is_whole_model,
+        )
+        scored = _scored(training, validation, num_held_back, constants)
+        price = _price(pricing, resolved, training, num_steps, epochs, batch_size, scored)
+    return Estimate(
+        spec=resolved,
+        num_rows=training.num_rows,
+        num_counted=training.num_read,
+        num_train_rows=num_train_rows,
+        num_validation_rows=validation.num_kept if validation else num_held_back,
+        num_too_long=round(training.num_too_long * training.scale),
+        num_faulty=round(training.num_faulty * training.scale),
+        num_tokens=num_tokens,
+        num_supervised_tokens=round(int(training.supervised.sum()) * share),
+        num_trained_tokens=num_tokens * epochs,
+        num_steps=num_steps,
+        num_trained_parameters=cost.num_parameters,
+        artifact_bytes=artifact_bytes,
+        seconds=price.seconds if price else None,
+        peak_memory_bytes=price.peak_memory_bytes if price else None,
+        measured=measured if price else None,
+        reason=None if price else reason or "No row is left to train on.",
+        warnings=_warnings(resolved, training, num_train_rows, cost, base),
+    )
+
+
+def _price(
+    pricing: Pricing,
+    spec: TrainingSpec,
+    training: RowCounts,
+    num_steps: int,
+    epochs: int,
+    batch_size: int,
+    scored: Sequence[Part],
+) -> Price:
+    constants, lengths = pricing.calibration, training.lengths
+    steps = [
+        _parts(rows, lengths, training.supervised, constants.max_part_tokens)
+        for rows in order_epoch(lengths, batch_size, spec.seed, 0)
+    ]
+    work = Work(
+        steps=steps,
+        scale=num_steps / len(steps),
+        num_steps=num_steps,
+        num_epochs=epochs,
+        scored=scored,
+        num_prompts=len(spec.training.sample_prompts),
+        longest=int(lengths.max()),
+        save_every_steps=spec.training.save_every_steps,
+    )
+    return pricing.price(work)
+
+
+def _parts(
+    rows: NDArray[np.int64], lengths: NDArray[np.int64], supervised: NDArray[np.int64], max_tokens: int
+) -> list[Part]:
+    return [
+        Part(len(part), int(lengths[part].max()), int(supervised[part].sum()))
+        for part in split_micro(rows, lengths, max_tokens)
+    ]
+
+
+def _scored(
+    training: RowCounts, validation: RowCounts | None, num_held_back: int, constants: Calibration
+) -> list[Part]:
+    """Return the parts of one evaluation: the bundled text, all but first tokens scored, then rows."""
+    general = np.array(constants.general_lengths, dtype=np.int64)
+    found = _parts(np.arange(len(general)), general, general - 1, constants.max_part_tokens)
+    counts, num_rows = (training, num_held_back) if validation is None else (validation, validation.num_kept)
+    num_rows = min(num_rows, _MAX_VALIDATION_ROWS)
+    if num_rows and len(counts.lengths):
+        lengths, supervised = (np.resize(one, num_rows) for one in (counts.lengths, counts.supervised))
+        found += _parts(np.arange(num_rows), lengths, supervised, constants.max_part_tokens)
+    return found
+
+
+def _num_held_back(share: float, num_rows: int) -> int:
+    return max(1, round(share * num_rows)) if share > 0 and num_rows > 1 else 0
+
+
+def _artifact_bytes(
+    method: Method, cost: MethodCost, precision: Precision, base_folder: Path, measured: Measured | None
+) -> int | None:
+    """Return the size of one artifact; None for a whole model of which no worker says in which type it is."""
+    if not method.is_whole_model:
+        return cost.num_saved * _ADAPTER_NUMBER_BYTES
+    size = measured.constants.bytes_per_number if measured else _NUMBER_BYTES.get(precision)
+    if size is None:
+        return None
+    taken_over = [path for path in base_folder.iterdir() if not path.name.endswith(_NOT_TAKEN_OVER)]
+    return cost.num_saved * size + sum(path.stat().st_size for path in taken_over if path.is_file())
+
+
+def _warnings(
+    spec: TrainingSpec, training: RowCounts, num_train_rows: int, cost: MethodCost, base: BaseFacts
+) -> list[str]:
+    """Say what would end the job, or change its rows, as far as it was counted."""
+    found: list[str] = []
+    limit, too_long = spec.training.max_length, spec.training.too_long
+    if training.num_faulty:
+        found.append(
+            f"{training.num_faulty} of the {training.num_read} rows counted can't be trained on: the base's "
+            "template refuses them or nothing in them is supervised. The job would fail and name their lines."
+        )
+    if training.num_too_long:
+        what = {
+            "error": "The job would fail and name their lines",
+            "truncate": "They would be cut",
+            "drop": "They would be left out",
+        }[too_long]
+        found.append(
+            f"{training.num_too_long} of the {training.num_read} rows counted have more than {limit} tokens. "
+            f"{what} (training.too_long)."
+        )
+    if num_train_rows < MIN_TRAINING_ROWS:
+        found.append(f"{num_train_rows} rows are left to train on; a job needs {MIN_TRAINING_ROWS}.")
+    num_virtual = cost.num_virtual_tokens + cost.num_virtual_keys
+    longest = int(training.lengths.max()) if len(training.lengths) else 0
+    if longest + num_virtual > base.context_length:
+        found.append(
+            f"The longest row counted has {longest} tokens, which with {num_virtual} virtual ones are more "
+            f"than the base's {base.context_length} positions. The job would fail."
+        )
+    return found

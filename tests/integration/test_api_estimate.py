@@ -1,0 +1,160 @@
+"""An estimate over HTTP: what a create checks, the same numbers as prepare's, and nothing stored."""
+
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import func, select
+
+from api import estimating
+from db.session import Database
+from db.tables import File, IdempotencyKey, Job, JobEvent
+from luthier.client import LuthierClient
+from luthier.core.settings import Settings
+from tests.conftest import Api
+from tests.rows import chat_row, colour_rows, jsonl
+from worker.context import make_context
+from worker.tasks.prepare import prepare
+
+
+def _upload(api: Api, rows: list[dict[str, Any]], key: str | None = None) -> str:
+    answer = httpx2.post(
+        f"{api.base_url}/v1/files",
+        headers={"Authorization": f"Bearer {key or api.key}"},
+        data={"purpose": "fine-tune"},
+        files={"file": ("rows.jsonl", jsonl(rows))},
+    )
+    return str(answer.json()["id"])
+
+
+@pytest.fixture
+def file_id(api: Api) -> str:
+    return _upload(api, colour_rows(24))
+
+
+def _post(api: Api, path: str, body: dict[str, Any]) -> httpx2.Response:
+    url = f"{api.base_url}/v1/fine_tuning/jobs{path}"
+    return httpx2.post(url, headers=api.headers, json=body, timeout=60)
+
+
+def _estimate(api: Api, file_id: str, **body: Any) -> dict[str, Any]:
+    answer = _post(api, "/estimate", {"model": "tiny-llama", "training_file": file_id, **body})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_an_estimate_says_what_prepare_will_find(api: Api, settings: Settings, file_id: str) -> None:
+    body = {
+        "tuning": {"type": "prefix"},
+        "training": {"validation_split": 0.25},
+        "hyperparameters": {"n_epochs": 3},
+    }
+    found = _estimate(api, file_id, **body)
+    job = _post(api, "", {"model": "tiny-llama", "training_file": file_id, **body}).json()
+    context = make_context(settings)
+    prepare(context, job["id"])
+    url = f"{api.base_url}/v1/fine_tuning/jobs/{job['id']}"
+    prepared = httpx2.get(url, headers=api.headers).json()
+    assert prepared["status"] == "queued"
+    for member in ("hyperparameters", "tuning", "training"):
+        assert found[member] == prepared[member], member
+    report = httpx2.get(f"{url}/report", headers=api.headers).json()["prepare"]["training"]
+    whole = _estimate(api, file_id)
+    assert whole["tokens"] == report["num_tokens"]
+    assert whole["supervised_tokens"] == report["num_supervised_tokens"]
+    assert (found["rows"]["train"], found["rows"]["validation"]) == (18, 6)
+    # 18 rows in batches of 4, three times.
+    assert (found["steps"], found["trained_tokens"]) == (15, 3 * found["tokens"])
+    assert found["rows"]["is_sampled"] is False
+
+
+def test_nothing_is_stored_and_no_bell_rings(api: Api, database: Database, file_id: str) -> None:
+    with LuthierClient(f"{api.base_url}/v1", api.key) as client:
+        found = client.estimate_job({"model": "gpt-4o-mini-2024-07-18", "training_file": file_id})
+    assert (found["object"], found["model"]) == ("fine_tuning.job.estimate", "tiny-llama")
+    assert api.bells == []
+    with database.transaction() as session:
+        for table in (Job, JobEvent, IdempotencyKey):
+            assert session.scalar(select(func.count()).select_from(table)) == 0, table
+        assert session.scalar(select(func.count()).select_from(File)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "nope"},
+        {"model": None},
+        {"colour": 1},
+        {"training_file": "file-nope"},
+        {"validation_file": "file-nope"},
+        {"hyperparameters": {"n_epochs": 0}},
+        {"tuning": {"type": "lora", "rnak": 8}},
+        {"tuning": {"type": "sorcery"}},
+        {"tuning": {"quantization": "nf4"}},
+        {"training": {"patience": 3}},
+        {"training": {"patients": 3}},
+        {"method": {"type": "reinforcement"}},
+        {"integrations": [{"type": "wandb"}]},
+    ],
+)
+def test_what_a_create_refuses_an_estimate_refuses_in_the_same_words(
+    api: Api, file_id: str, change: dict[str, Any]
+) -> None:
+    body = {"model": "tiny-llama", "training_file": file_id} | change
+    created, estimated = _post(api, "", body), _post(api, "/estimate", body)
+    assert created.status_code == 400
+    assert (estimated.status_code, estimated.json()) == (created.status_code, created.json())
+
+
+def test_files_of_others_are_not_there_and_a_key_is_needed(api: Api) -> None:
+    with LuthierClient(f"{api.base_url}/v1", api.key) as client:
+        other = client.create_key("other", project="other")["key"]
+    foreign = _upload(api, colour_rows(24), key=other)
+    body = {"model": "tiny-llama", "training_file": foreign}
+    assert _post(api, "/estimate", body).json()["error"]["param"] == "training_file"
+    assert httpx2.post(f"{api.base_url}/v1/fine_tuning/jobs/estimate", json=body).status_code == 401
+
+
+def test_parameters_that_only_the_base_refuses_are_refused(api: Api, file_id: str) -> None:
+    body = {"model": "tiny-llama", "training_file": file_id}
+    for tuning, param in (
+        ({"rank": 200}, "tuning.rank"),
+        ({"target_modules": ["sky"]}, "tuning.target_modules"),
+        ({"type": "adapter", "bottleneck_dim": 8192}, "tuning.bottleneck_dim"),
+        ({"type": "full", "freeze": ["sky"]}, "tuning.freeze"),
+    ):
+        answer = _post(api, "/estimate", body | {"tuning": tuning})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+@pytest.mark.parametrize(("too_long", "num_left"), [("error", 20), ("drop", 20), ("truncate", 24)])
+def test_rows_over_the_length_are_counted_and_told(api: Api, too_long: str, num_left: int) -> None:
+    rows = colour_rows(20) + [chat_row("what?", "the sky is blue and the sea is too. " * 40)] * 4
+    found = _estimate(api, _upload(api, rows), training={"max_length": 96, "too_long": too_long})
+    assert (found["rows"]["too_long"], found["rows"]["train"], found["rows"]["total"]) == (4, num_left, 24)
+    assert any("more than 96 tokens" in warning for warning in found["warnings"])
+
+
+def test_a_large_file_is_told_by_an_even_sample(
+    api: Api, file_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _estimate(api, file_id)
+    monkeypatch.setattr(estimating, "MAX_ROWS", 12)
+    found = _estimate(api, file_id)
+    assert found["rows"]["is_sampled"] is True
+    assert (found["rows"]["counted"], found["rows"]["total"], found["rows"]["train"]) == (12, 24, 24)
+    assert found["tokens"] == pytest.approx(whole["tokens"], rel=0.05)
+    assert found["steps"] == whole["steps"]
+
+
+def test_a_base_that_the_api_does_not_have_is_said_so(api: Api, settings: Settings, file_id: str) -> None:
+    folder = settings.bases_dir / "tiny-llama"
+    folder.rename(settings.bases_dir / "away")
+    try:
+        answer = _post(api, "/estimate", {"model": "tiny-llama", "training_file": file_id})
+    finally:
+        (settings.bases_dir / "away").rename(folder)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "model_not_available", "model")
+    assert "luthier bases fetch tiny-llama" in error["message"]
