@@ -16,6 +16,10 @@ from luthier.core.specs import Frozen
 MAX_PROOF_TOKENS = 512
 # From this size on a freed block goes back to the kernel, and is new memory each time (training.allocator).
 _MAPPED_BLOCK_BYTES = 32 * 1024**2
+# Batches differ in size, so what one frees fits the next one badly and the heap grows: over six steps of 100
+# to 120 tokens a row, by 1.6 to 1.9 times what the largest needs, for every method alike. Packing the output
+# layer's weight for a product takes another copy of it.
+_HEAP_GROWTH = 1.75
 # Queries that attend at a time: beyond, a query sees about half of the row.
 _BLOCK_TOKENS = 256
 # As luthier.training has them: logits held at a time, seconds between save points and what these may cost,
@@ -49,10 +53,11 @@ class VariantConstants(Frozen):
     """What one variant of a method costs on a base.
 
     Per part of a batch: `part_seconds`, and `layer_seconds` for each layer; `token_layer_seconds` for each
-    token in each layer. `head_seconds` per supervised token. `parameter_seconds` and `adding_seconds` per
-    trained parameter: of an update, and of every further part of the step. `num_token_parameters` is that
-    of the probe, scaled to all layers. `token_layer_bytes` stay in memory until the backward pass,
-    `token_bytes` are in use beside them for a moment.
+    token in each layer. `head_seconds` per supervised token. `step_seconds` per step; `parameter_seconds` and
+    `adding_seconds` per trained parameter: of an update, and of every further part of the step.
+    `num_token_parameters` is that of the probe, scaled to all layers. `attached_layer_bytes` come with the
+    method and the fast path's copies, `token_layer_bytes` stay until the backward pass, `token_bytes` are in
+    use beside them for a moment.
     """
 
     path: str
@@ -61,9 +66,11 @@ class VariantConstants(Frozen):
     layer_seconds: float
     token_layer_seconds: float
     head_seconds: float
+    step_seconds: float
     parameter_seconds: float
     adding_seconds: float
     attach_layer_seconds: float
+    attached_layer_bytes: float
     token_layer_bytes: float
     token_bytes: float
 
@@ -90,6 +97,7 @@ class Calibration(Frozen):
     variants: dict[str, VariantConstants]
     pair_seconds: float
     scoring_part_seconds: float
+    scoring_layer_seconds: float
     scoring_seconds: float
     scoring_head_seconds: float
     plain_scoring_seconds: float
@@ -241,7 +249,9 @@ class Pricing:
         total = 0.0
         for parts in work.steps:
             total += math.fsum(self._part_seconds(part) for part in parts)
-            total += num_parameters * (variant.parameter_seconds + (len(parts) - 1) * variant.adding_seconds)
+            total += variant.step_seconds + num_parameters * (
+                variant.parameter_seconds + (len(parts) - 1) * variant.adding_seconds
+            )
         first = self.calibration.first_backward_seconds if variant.path == "fused" else 0.0
         return total * work.scale + first
 
@@ -251,6 +261,7 @@ class Pricing:
         slower = slower if self.variant.path != self.reference.path else 1.0
         return (
             constants.scoring_part_seconds
+            + self.num_layers * constants.scoring_layer_seconds
             + self._num_tokens(part) * self.num_layers * constants.scoring_seconds * slower
             + part.num_supervised * constants.scoring_head_seconds
         )
@@ -321,17 +332,31 @@ class Pricing:
         blocks = [size, size, 4, 4, 4] if size == 2 else [size, size, 4]
         return math.fsum(num_logits * one for one in blocks if num_logits * one >= _MAPPED_BLOCK_BYTES)
 
+    def _attached_bytes(self) -> float:
+        """Return what lies beside the base before the first step; the method's part grows with its width."""
+        variant, reference = self.variant, self.reference
+        if variant.path != reference.path:
+            return self.num_layers * variant.attached_layer_bytes
+        own = self._extra(reference.attached_layer_bytes, variant.attached_layer_bytes)
+        # A GPU's allocator gives the weights that were copied to whoever needs memory next.
+        copies = reference.attached_layer_bytes if self.calibration.device != "cpu" else 0.0
+        return self.num_layers * max(0.0, own - copies)
+
     def _peak_bytes(self, work: Work) -> int:
-        constants = self.calibration
+        constants, on_cpu = self.calibration, self.calibration.device == "cpu"
         num_parameters = self.cost.num_parameters
-        resident = constants.imports_bytes + constants.resident_bytes
-        states = num_parameters * self._state_bytes_per_parameter()
+        resident = constants.imports_bytes + constants.resident_bytes + self._attached_bytes()
+        # The parameters themselves are among what is attached.
+        states = num_parameters * (self._state_bytes_per_parameter() - (0.0 if self.is_whole_model else 4.0))
         gradients = num_parameters * self._gradient_bytes_per_parameter(work)
-        has_parts = any(len(parts) > 1 for parts in work.steps)
-        parts = [self._part_bytes(part) for step in work.steps for part in step]
-        largest = max(parts, default=0.0)
-        # Activations go while gradients come; only those of the parts before are there from the start.
-        training = gradients + largest if has_parts else max(gradients, largest)
-        proving = self._proof_bytes(work)
-        trained = resident + states + max(training, min(training, largest) + proving)
-        return int(max(constants.imports_bytes + constants.loaded_bytes, trained))
+        largest = max((self._part_bytes(part) for step in work.steps for part in step), default=0.0)
+        head = float(self.vocabulary_size * self.hidden_size * constants.bytes_per_number)
+        if self.is_whole_model:
+            # In the end the saved model is loaded beside the trained one.
+            again = self.cost.num_saved * constants.bytes_per_number
+            trained = gradients + largest + max(head, again)
+        else:
+            heap = largest * (_HEAP_GROWTH if on_cpu else 1.0)
+            trained = heap + max(gradients + (head if on_cpu else 0.0), self._proof_bytes(work))
+        loading = constants.imports_bytes + constants.loaded_bytes
+        return int(max(loading, resident + states + trained))

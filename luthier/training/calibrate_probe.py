@@ -18,6 +18,7 @@ from luthier.core.shapes import BaseShape
 from luthier.methods import Attached, Method, Start
 from luthier.training.batches import Batch
 from luthier.training.device import peak_memory_bytes
+from luthier.training.loss import full_logits_loss, head_loss
 from luthier.training.trainee import Trainee
 
 if TYPE_CHECKING:
@@ -120,11 +121,14 @@ class Cut:
         self._device = device
         # What is attached renames the layers.
         self.cost: MethodCost = method.cost(params, cut_shape(shape, causal_lm))
+        before = begin_peak(device)
         began = time.perf_counter()
         self.attached: Attached = method.attach(causal_lm, params, start)
         self.trainee = Trainee(method, self.attached, device, sample)
         synchronise(device)
         self.attach_seconds = time.perf_counter() - began
+        # Copies that the fast path makes; a real base lets go of what was copied, and its heap keeps it.
+        self.attached_bytes = max(0, begin_peak(device) - before)
         self.attached.model.train()
 
     @property
@@ -138,31 +142,84 @@ class Cut:
         num_rows, longest = batch.token_ids_BT.shape
         return int(num_rows * (longest + self.cost.num_virtual_tokens))
 
-    def run(self, batch: Batch) -> None:
-        """Do one part of a step: loss and gradients, which are added to those there are."""
-        self.trainee.add_gradients(self.trainee.loss(batch).nll_sum)
-
     def seconds(self, batch: Batch, *, is_first_part: bool = True) -> float:
-        """Return what one part of a step takes."""
+        """Return what a part of a step takes up to the output layer: forwards, and backwards from there."""
         if is_first_part:
             self.trainee.clear_gradients()
-        return seconds_of(lambda: self.run(batch), self._device)
+        return seconds_of(lambda: self._run(batch), self._device)
+
+    def kept_bytes(self, batch: Batch) -> int:
+        """Run a part and return the bytes that its forward pass kept for the backward one."""
+        self.trainee.clear_gradients()
+        own = {one.untyped_storage().data_ptr() for one in self.attached.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._run(batch)
+        return sum(kept.values())
+
+    def peak_bytes(self, batch: Batch) -> int:
+        """Return how much more memory a part has in use at most than there was before it."""
+        self.trainee.clear_gradients()
+        before = begin_peak(self._device)
+        self._run(batch)
+        synchronise(self._device)
+        return peak_memory_bytes(self._device) - before
 
     @torch.no_grad()
-    def scoring_seconds(self, batch: Batch) -> float:
-        """Return what a pass without gradients takes."""
+    def scoring_seconds(self, batch: Batch, *, on_plain_path: bool = False) -> float:
+        """Return what a pass without gradients takes, up to the output layer."""
+        trainee, token_ids_BT = self.trainee, batch.token_ids_BT.to(self._device)
         self.attached.model.eval()
-        found = seconds_of(lambda: self.trainee.loss(batch), self._device)
+        run = trainee.method.hidden_states if on_plain_path else None
+        found = seconds_of(
+            lambda: run(self.attached, token_ids_BT) if run else trainee.hidden_states(token_ids_BT),
+            self._device,
+        )
         self.attached.model.train()
         return found
 
-    def peak_bytes(self, batch: Batch) -> int:
-        """Return how much more memory one part of a step has in use at most than there was before it."""
+    def head_seconds(self, num_tokens: int, *, is_scoring: bool = False) -> float:
+        """Return what the output layer takes for some supervised tokens, with its gradients or without."""
+        head = self.attached.causal_lm.get_output_embeddings()
+        weight = head.weight
+        hidden_ND = torch.zeros(num_tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        targets_N = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
+        is_plain = self.trainee.has_plain_head
+
+        def run() -> None:
+            leaf_ND = hidden_ND.detach().requires_grad_(not is_scoring)
+            with torch.set_grad_enabled(not is_scoring):
+                loss = (
+                    head_loss(leaf_ND, weight, targets_N)
+                    if is_plain
+                    else full_logits_loss(head(leaf_ND), targets_N)
+                )
+                if not is_scoring:
+                    self.trainee.add_gradients(loss.nll_sum)
+
         self.trainee.clear_gradients()
-        before = begin_peak(self._device)
-        self.run(batch)
-        synchronise(self._device)
-        return peak_memory_bytes(self._device) - before
+        return seconds_of(run, self._device)
+
+    def embedding_seconds(self, batch: Batch) -> float:
+        """Return what the gradient of the input embeddings takes, which are as large as the output layer."""
+        embed = self.attached.causal_lm.get_input_embeddings()
+        if not embed.weight.requires_grad:
+            return 0.0
+        self.trainee.clear_gradients()
+        return seconds_of(
+            lambda: self.trainee.add_gradients(embed(batch.token_ids_BT.to(self._device)).sum()), self._device
+        )
+
+    def _run(self, batch: Batch) -> None:
+        hidden_BTD = self.trainee.hidden_states(batch.token_ids_BT.to(self._device))
+        self.trainee.add_gradients(hidden_BTD.sum())
 
 
 def seconds_of(act: Callable[[], object], device: str) -> float:

@@ -60,9 +60,20 @@ class Trainee:
         batch = batch.to(self.device)
         if self._head_weight_VD is None:
             return full_logits_loss(*gather_supervised(self.logits(batch), batch))
-        hidden_BTD = self._hidden_states(batch.token_ids_BT)
+        hidden_BTD = self.hidden_states(batch.token_ids_BT)
         hidden_ND, targets_N = gather_supervised(hidden_BTD, batch)
         return head_loss(hidden_ND, self._head_weight_VD, targets_N)
+
+    def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return hidden_BTD before the output layer, on the path that training takes."""
+        if self._fused is not None:
+            return self._fused.hidden_states(token_ids_BT)
+        return self.method.hidden_states(self.attached, token_ids_BT)
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether logits are a product with the output layer's weight, and no more."""
+        return self._head_weight_VD is not None
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits_BTV as the whole model gives them."""
@@ -136,11 +147,6 @@ class Trainee:
     @torch.no_grad()
     def _start_logits(self) -> torch.Tensor:
         return self.logits(self.sample)
-
-    def _hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
-        if self._fused is not None:
-            return self._fused.hidden_states(token_ids_BT)
-        return self.method.hidden_states(self.attached, token_ids_BT)
 
     @torch.no_grad()
     def _find_fused(self, sample: Batch) -> FusedLlama | None:
