@@ -1,0 +1,180 @@
+"""The sums of an estimate: more work takes more time and memory, and constants are those of training."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from luthier.core import estimates
+from luthier.core.estimates import Calibration, MethodCost, Part, Price, Pricing, VariantConstants, Work
+from luthier.training import allocator, assemble, loop, loss, samples
+
+_FROZEN = VariantConstants(
+    path="fused",
+    num_token_parameters=0,
+    part_seconds=0.01,
+    layer_seconds=0.005,
+    token_layer_seconds=4e-5,
+    head_seconds=3e-4,
+    step_seconds=3e-4,
+    parameter_seconds=0.0,
+    adding_seconds=0.0,
+    attach_layer_seconds=0.001,
+    attached_layer_bytes=7e6,
+    token_layer_bytes=11_500,
+    token_bytes=23_000,
+)
+_LORA = _FROZEN.model_copy(
+    update={
+        "num_token_parameters": 4_884_480,
+        "token_layer_seconds": 5e-5,
+        "parameter_seconds": 2e-9,
+        "adding_seconds": 1e-10,
+        "attached_layer_bytes": 8e6,
+        "token_layer_bytes": 13_100,
+    }
+)
+_CALIBRATION = Calibration(
+    device="cpu",
+    precision="bfloat16",
+    num_threads=2,
+    max_part_tokens=1553,
+    bytes_per_number=2,
+    probe_tokens=260,
+    probe_row_tokens=65,
+    reference="prompt",
+    variants={"prompt": _FROZEN, "lora": _LORA, "prefix": _FROZEN, "full": _LORA},
+    pair_seconds=1.4e-7,
+    scoring_part_seconds=0.005,
+    scoring_layer_seconds=0.004,
+    scoring_seconds=1.6e-5,
+    scoring_head_seconds=1.8e-4,
+    plain_scoring_seconds=3.5e-5,
+    decode_seconds=0.007,
+    decode_layer_seconds=0.001,
+    import_seconds=0.07,
+    peft_seconds=0.13,
+    read_seconds=0.3,
+    first_forward_seconds=0.5,
+    first_backward_seconds=0.02,
+    attach_seconds=0.1,
+    written_byte_seconds=2e-9,
+    imports_bytes=520_000_000,
+    loaded_bytes=812_000_000,
+    resident_bytes=274_000_000,
+    general_lengths=[100] * 40,
+    is_cold=False,
+    probe_seconds=2.0,
+)
+
+
+def _lora(rank: int) -> MethodCost:
+    # 305,280 parameters a rank: the sum of inputs and outputs over SmolLM2-135M's linear layers.
+    count = 305_280 * rank
+    return MethodCost(variant="lora", num_parameters=count, num_saved=count, num_token_parameters=count)
+
+
+def _work(num_rows: int, num_tokens: int, *, rows_a_part: int = 4, parts_a_step: int = 1) -> Work:
+    part = Part(rows_a_part, num_tokens, rows_a_part * num_tokens // 2)
+    num_steps = num_rows // (rows_a_part * parts_a_step)
+    return Work(
+        steps=[[part] * parts_a_step] * num_steps,
+        scale=1.0,
+        num_steps=num_steps,
+        num_epochs=1,
+        scored=[Part(8, 100, 792)] * 5,
+        num_prompts=0,
+        longest=num_tokens,
+        save_every_steps=None,
+    )
+
+
+def _price(cost: MethodCost, work: Work, *, is_whole_model: bool = False) -> Price:
+    return Pricing(
+        _CALIBRATION,
+        cost,
+        num_layers=30,
+        hidden_size=576,
+        vocabulary_size=49152,
+        artifact_bytes=4 * cost.num_saved,
+        is_whole_model=is_whole_model,
+    ).price(work)
+
+
+def test_more_rows_take_more_time_and_no_more_memory() -> None:
+    few, many = _price(_lora(16), _work(80, 100)), _price(_lora(16), _work(800, 100))
+    first = _CALIBRATION.first_backward_seconds
+    assert many.seconds.train - first == pytest.approx(10 * (few.seconds.train - first))
+    assert many.peak_memory_bytes == few.peak_memory_bytes
+    assert many.seconds.load == few.seconds.load
+
+
+def test_longer_rows_take_more_time_and_more_memory() -> None:
+    prices = [_price(_lora(16), _work(80, length)) for length in (300, 500, 900)]
+    for short, long in itertools.pairwise(prices):
+        assert long.seconds.train > short.seconds.train
+        assert long.peak_memory_bytes > short.peak_memory_bytes
+
+
+def test_a_higher_rank_takes_more_of_everything() -> None:
+    prices = [_price(_lora(rank), _work(80, 400)) for rank in (1, 8, 64, 256)]
+    for low, high in itertools.pairwise(prices):
+        assert high.seconds.train > low.seconds.train
+        assert high.seconds.save > low.seconds.save
+        assert high.peak_memory_bytes > low.peak_memory_bytes
+
+
+def test_virtual_tokens_and_keys_cost_and_tokens_cost_more() -> None:
+    prompt = MethodCost(variant="prompt", num_parameters=11_520, num_saved=11_520)
+    bare = _price(prompt, _work(80, 400))
+    with_tokens = _price(replace(prompt, num_virtual_tokens=20), _work(80, 400))
+    prefix = MethodCost(variant="prefix", num_parameters=11_520, num_saved=11_520, num_virtual_keys=20)
+    with_keys = _price(prefix, _work(80, 400))
+    assert bare.seconds.train < with_keys.seconds.train < with_tokens.seconds.train
+    assert with_tokens.peak_memory_bytes > bare.peak_memory_bytes
+
+
+def test_a_whole_model_needs_its_optimizer_and_its_gradients() -> None:
+    num_parameters = 134_515_008
+    full = MethodCost(
+        variant="full", num_parameters=num_parameters, num_saved=num_parameters, uses_peft=False
+    )
+    whole = _price(full, _work(80, 100), is_whole_model=True)
+    lora = _price(_lora(16), _work(80, 100))
+    # Two averages and what bf16 leaves out of the masters, and gradients in bf16: 12 bytes a number.
+    assert whole.peak_memory_bytes - lora.peak_memory_bytes > 10 * num_parameters
+    in_parts = _price(full, _work(80, 100, parts_a_step=2), is_whole_model=True)
+    # The second part turns gradients into float32.
+    assert in_parts.peak_memory_bytes - whole.peak_memory_bytes == 2 * num_parameters
+
+
+def test_a_job_needs_at_least_what_loading_its_base_takes() -> None:
+    tiny = _price(_lora(1), _work(8, 1, rows_a_part=1))
+    assert tiny.peak_memory_bytes >= _CALIBRATION.imports_bytes + _CALIBRATION.loaded_bytes
+
+
+def test_save_points_and_answers_take_their_time() -> None:
+    work = _work(800, 100)
+    plain = _price(_lora(16), work)
+    every_step = _price(_lora(16), replace(work, save_every_steps=1))
+    assert every_step.seconds.save > plain.seconds.save
+    answered = _price(_lora(16), replace(work, num_prompts=2))
+    # Two answers of 64 tokens by base and tuned model, each token through 30 layers.
+    extra = 2 * 2 * 64 * (0.007 + 30 * 0.001)
+    assert answered.seconds.evaluate - plain.seconds.evaluate == pytest.approx(extra)
+
+
+def test_more_epochs_are_evaluated_more_often() -> None:
+    work = _work(80, 100)
+    once, thrice = _price(_lora(16), work), _price(_lora(16), replace(work, num_epochs=3, scale=3.0))
+    # The base and each epoch.
+    assert thrice.seconds.evaluate == pytest.approx(2 * once.seconds.evaluate)
+
+
+def test_the_constants_are_those_of_training() -> None:
+    assert estimates._MAX_CHUNK_LOGITS == loss._MAX_CHUNK_LOGITS
+    assert estimates._SAVE_POINT_SECONDS == loop.SAVE_POINT_SECONDS
+    assert estimates._SAVE_COST_FACTOR == loop._SAVE_COST_FACTOR
+    assert estimates._MAX_ANSWER_TOKENS == samples.MAX_NEW_TOKENS
+    assert estimates.MAX_PROOF_TOKENS == assemble._NUM_LONG_SAMPLE_TOKENS
+    assert estimates._MAPPED_BLOCK_BYTES == allocator._MAX_HEAP_BLOCK_BYTES
