@@ -81,6 +81,9 @@ def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
         )
     with parts.database.transaction() as session:
         measured, reason = calibrations.find_measured(session, base, spec.training.precision)
+    if measured is not None and measured.constants.device != "cpu":
+        # Of a GPU's memory prepare knows nothing either.
+        memory_bytes = None
     folder = base_folder(parts.settings.bases_dir, base.id)
     check_sample_prompts(spec.training.sample_prompts, folder, max_tokens=base.context_length)
     return estimate(

@@ -20,7 +20,9 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 bases_app = typer.Typer(help="List and fetch base models.", no_args_is_help=True)
-jobs_app = typer.Typer(help="List, follow, cancel and report on fine-tuning jobs.", no_args_is_help=True)
+jobs_app = typer.Typer(
+    help="List, follow, cancel, estimate and report on fine-tuning jobs.", no_args_is_help=True
+)
 models_app = typer.Typer(help="List and download models.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(bases_app, name="bases")
@@ -214,6 +216,33 @@ def cancel_job(
         print_json(job)
         return
     print(f"{job['id']} is {job['status']}.")
+
+
+@jobs_app.command("estimate")
+def estimate_job(
+    training_file: Annotated[str, typer.Argument(metavar="FILE_ID", help="An uploaded training file.")],
+    model: Annotated[str, typer.Option(help="Base to tune.")],
+    tuning: Annotated[str | None, typer.Option(help="The request's `tuning`, as JSON.")] = None,
+    training: Annotated[str | None, typer.Option(help="The request's `training`, as JSON.")] = None,
+    hyperparameters: Annotated[str | None, typer.Option(help="The same of `hyperparameters`.")] = None,
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a job would take, without making it."""
+    from luthier.cli.estimate import print_estimate, read_object
+    from luthier.cli.output import print_json
+
+    options = {"tuning": tuning, "training": training, "hyperparameters": hyperparameters}
+    body: dict[str, object] = {"model": model, "training_file": training_file}
+    body |= {name: value for name, text in options.items() if (value := read_object(name, text)) is not None}
+    with _open_client(base_url, api_key, home) as client:
+        found = client.estimate_job(body)
+    if as_json:
+        print_json(found)
+        return
+    print_estimate(found)
 
 
 @jobs_app.command("report")

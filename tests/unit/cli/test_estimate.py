@@ -1,0 +1,53 @@
+"""`luthier jobs estimate` for a person: numbers where there are any, the reason where there are none."""
+
+from typing import Any
+
+import pytest
+
+from luthier.cli.estimate import print_estimate, read_object
+from luthier.core.errors import InvalidValueError
+
+
+def _estimate(**changes: Any) -> dict[str, Any]:
+    rows = {"total": 9000, "counted": 4000, "is_sampled": True, "train": 8990, "validation": 0}
+    return {
+        "rows": rows,
+        "tokens": 900,
+        "supervised_tokens": 300,
+        "trained_tokens": 2700,
+        "steps": 12,
+        "tuning": {"type": "lora", "rank": 16},
+        "num_trained_parameters": 4,
+        "artifact_bytes": 1024**2,
+        "seconds": {"total": 3.5, "load": 1.0, "train": 2.5},
+        "peak_memory_bytes": 3 * 1024**2,
+        "calibration": {"hostname": "h\x1b[1m", "device": "cpu", "precision": "float32", "num_threads": 2},
+        "reason": None,
+        "warnings": ["Too long."],
+        **changes,
+    }
+
+
+def test_seconds_and_memory_are_printed_with_what_they_rest_on(capsys: pytest.CaptureFixture[str]) -> None:
+    print_estimate(_estimate())
+    told = capsys.readouterr().out
+    assert "rows: 9000, 4000 of them counted; 8990 to train on" in told
+    assert "seconds: 3.5 (load 1.0, train 2.5); memory: 3.0 MiB" in told
+    assert "warning: Too long." in told
+    assert "\x1b" not in told
+
+
+def test_without_a_measurement_the_reason_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = dict.fromkeys(("seconds", "peak_memory_bytes", "calibration", "artifact_bytes"))
+    print_estimate(_estimate(**nothing, reason="No worker has measured it.", warnings=[]))
+    told = capsys.readouterr().out
+    assert "not known. No worker has measured it." in told
+    assert "artifact: unknown" in told
+
+
+def test_an_option_must_hold_a_json_object() -> None:
+    assert read_object("tuning", None) is None
+    assert read_object("tuning", '{"type": "full"}') == {"type": "full"}
+    for wrong in ("{", "[1]"):
+        with pytest.raises(InvalidValueError, match="--tuning"):
+            read_object("tuning", wrong)
