@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from luthier.core.reports import PhaseSeconds
 from luthier.core.specs import Frozen
 
-# The longest part of a row on which a checkpoint is proved (luthier.training.assemble).
+# The parts of the shortest and the longest row on which checkpoints are proved (luthier.training.assemble).
+_SHORT_PROOF_TOKENS = 32
 MAX_PROOF_TOKENS = 512
 # From this size on a freed block goes back to the kernel, and is new memory each time (training.allocator).
 _MAPPED_BLOCK_BYTES = 32 * 1024**2
@@ -281,17 +282,32 @@ class Pricing:
             total += constants.peft_seconds
         return total + (constants.first_forward_seconds if variant.path == "fused" else 0.0)
 
+    def _pass_seconds(self, num_tokens: int, *, on_plain_path: bool) -> float:
+        """Return what a pass over one row takes up to the output layer, without gradients."""
+        constants = self.calibration
+        per_token = constants.scoring_seconds
+        if on_plain_path:
+            # A layer's own time is in what was measured for the probe's tokens.
+            own = constants.plain_scoring_seconds - constants.scoring_layer_seconds / constants.probe_tokens
+            per_token = max(per_token, own)
+        return self.num_layers * (constants.scoring_layer_seconds + num_tokens * per_token)
+
     def _save_seconds(self, work: Work) -> float:
         """Return the seconds of all checkpoints and the result, each proved and written."""
         constants = self.calibration
-        proved = min(work.longest, MAX_PROOF_TOKENS) + self.cost.num_virtual_tokens + 32
-        per_token = self.num_layers * (2 * constants.plain_scoring_seconds + constants.scoring_seconds)
-        # The logits are made twice, in the model and from its hidden states.
-        proof = proved * (per_token + 2 * constants.scoring_head_seconds)
+        short, long = min(work.longest, _SHORT_PROOF_TOKENS), min(work.longest, MAX_PROOF_TOKENS)
+        proof = 0.0
+        for num_tokens in (short, long):
+            num_run = num_tokens + self.cost.num_virtual_tokens
+            # The plain path's states, the fast one's, and whole logits, which are also made from the states.
+            proof += 2 * self._pass_seconds(num_run, on_plain_path=True)
+            proof += self._pass_seconds(num_run, on_plain_path=False)
+            proof += 2 * (constants.scoring_part_seconds + num_tokens * constants.scoring_head_seconds)
         writing = self.artifact_bytes * constants.written_byte_seconds
-        # What was saved is loaded and run once more.
+        # In the end what was saved is loaded and run, beside the base and the model in memory.
         reading = constants.read_seconds if self.is_whole_model else constants.attach_seconds
         reading += self.num_layers * self.variant.attach_layer_seconds
+        reading += 3 * self._pass_seconds(short, on_plain_path=True)
         return (work.num_epochs + 1) * (proof + writing) + reading
 
     # ---- bytes

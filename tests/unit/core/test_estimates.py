@@ -176,5 +176,6 @@ def test_the_constants_are_those_of_training() -> None:
     assert estimates._SAVE_POINT_SECONDS == loop.SAVE_POINT_SECONDS
     assert estimates._SAVE_COST_FACTOR == loop._SAVE_COST_FACTOR
     assert estimates._MAX_ANSWER_TOKENS == samples.MAX_NEW_TOKENS
+    assert estimates._SHORT_PROOF_TOKENS == assemble._NUM_SAMPLE_TOKENS
     assert estimates.MAX_PROOF_TOKENS == assemble._NUM_LONG_SAMPLE_TOKENS
     assert estimates._MAPPED_BLOCK_BYTES == allocator._MAX_HEAP_BLOCK_BYTES
