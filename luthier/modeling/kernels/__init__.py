@@ -9,9 +9,9 @@ feed-forward's size, E columns of q, k and v side by side, P pairs of a row and 
 pair (groups times T), S keys (start + T), C head size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,19 +38,26 @@ def is_compiled(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in _TYPES and _find_compiled() is not None
 
 
-def _kernels() -> Any:
-    import numba
+def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: torch.Tensor) -> None:
+    """Run a compiled kernel.
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    return _find_compiled()
+    Args:
+        name: which.
+        arguments: in the order of its table; tensors go as addresses, floats as the bits of a float32.
+        like: a tensor of the type that it works on.
+    """
+    from luthier.modeling.kernels._threads import launch
+
+    kernel = getattr(_find_compiled(), name)
+    launch(kernel.address(is_bfloat16=like.dtype == torch.bfloat16), [_as_number(one) for one in arguments])
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    """Return a contiguous tensor's memory as numpy sees it."""
-    tensor = tensor.detach()
-    if not tensor.is_contiguous():
-        raise ValueError("Kernels read whole contiguous tensors.")
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _as_number(argument: torch.Tensor | int | float) -> int:
+    if isinstance(argument, torch.Tensor):
+        if not argument.is_contiguous():
+            raise ValueError("Kernels read whole contiguous tensors.")
+        return argument.data_ptr()
+    return int(np.float32(argument).view(np.int32)) if isinstance(argument, float) else argument
 
 
 def rms_norm(
@@ -71,9 +78,8 @@ def rms_norm(
     if not is_compiled(x_ND):
         return _plain.rms_norm(x_ND, weight_D, epsilon, out_NK)
     inverse_N = torch.empty(x_ND.shape[0], dtype=torch.float32)
-    _kernels().rms_norm(
-        _array(x_ND), _array(weight_D), np.float32(epsilon), _array(out_NK), _array(inverse_N)
-    )
+    sizes = (*x_ND.shape, width)
+    _run("rms_norm", [*sizes, float(epsilon), x_ND, weight_D, out_NK, inverse_N], like=x_ND)
     return out_NK, inverse_N
 
 
@@ -84,9 +90,8 @@ def rms_norm_backward(
     if not is_compiled(x_ND):
         return _plain.rms_norm_backward(gradient_NK, x_ND, weight_D, inverse_N)
     out_ND = torch.empty_like(x_ND)
-    _kernels().rms_norm_backward(
-        _array(gradient_NK), _array(x_ND), _array(weight_D), _array(inverse_N), _array(out_ND)
-    )
+    sizes = (*x_ND.shape, gradient_NK.shape[1])
+    _run("rms_norm_backward", [*sizes, gradient_NK, x_ND, weight_D, inverse_N, out_ND], like=x_ND)
     return out_ND
 
 
@@ -103,7 +108,7 @@ def gated_silu(gate_up_NF: torch.Tensor, width: int) -> torch.Tensor:
     size = gate_up_NF.shape[1] // 2
     out_NK = gate_up_NF.new_empty(gate_up_NF.shape[0], width)
     if is_compiled(gate_up_NF):
-        _kernels().gated_silu(_array(gate_up_NF), _array(out_NK), size)
+        _run("gated_silu", [gate_up_NF.shape[0], size, width, gate_up_NF, out_NK], like=out_NK)
     else:
         _plain.gated_silu(gate_up_NF, out_NK, size)
     return out_NK
@@ -117,9 +122,9 @@ def gated_silu_backward(
     out_NF = torch.empty_like(gate_up_NF)
     hidden_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], size)
     if is_compiled(gate_up_NF):
-        _kernels().gated_silu_backward(
-            _array(gate_up_NF), _array(gradient_NK), _array(out_NF), _array(hidden_NF), size
-        )
+        sizes = (gate_up_NF.shape[0], size, gradient_NK.shape[1])
+        tensors = (gate_up_NF, gradient_NK, out_NF, hidden_NF)
+        _run("gated_silu_backward", [*sizes, *tensors], like=out_NF)
     else:
         _plain.gated_silu_backward(gate_up_NF, gradient_NK, out_NF, hidden_NF, size)
     return out_NF, hidden_NF
@@ -154,8 +159,9 @@ def split_heads(
     key = qkv_NE.new_empty(num_pairs, start + num_tokens, 2 * half)
     value = torch.empty_like(key)
     if is_compiled(qkv_NE):
-        arrays = [_array(t) for t in (qkv_NE, cosine_TC, sine_TC)]
-        _kernels().split_heads(*arrays, np.float32(scale), _array(query), _array(key), _array(value), start)
+        sizes = (num_pairs, num_kv_heads, groups, num_tokens, half, start)
+        tensors = (qkv_NE, cosine_TC, sine_TC, query, key, value)
+        _run("split_heads", [*sizes, float(scale), *tensors], like=query)
     else:
         _plain.split_heads(qkv_NE, cosine_TC, sine_TC, scale, query, key, value, start)
     return query, key, value
@@ -175,11 +181,13 @@ def split_heads_backward(
     """Return the gradient of qkv_NE from the gradients of what `split_heads` returned."""
     num_tokens = cosine_TC.shape[0]
     num_pairs, num_queries, size = query.shape
-    num_heads = (num_queries // num_tokens + 2) * num_kv_heads
-    out_NE = query.new_empty(num_pairs // num_kv_heads * num_tokens, num_heads * size)
+    groups = num_queries // num_tokens
+    num_columns = (groups + 2) * num_kv_heads * size
+    out_NE = query.new_empty(num_pairs // num_kv_heads * num_tokens, num_columns)
     if is_compiled(query):
-        arrays = [_array(t) for t in (query, key, value, cosine_TC, sine_TC)]
-        _kernels().split_heads_backward(*arrays, np.float32(scale), _array(out_NE), start)
+        sizes = (num_pairs, num_kv_heads, groups, num_tokens, size // 2, start)
+        tensors = (out_NE, cosine_TC, sine_TC, query, key, value)
+        _run("split_heads_backward", [*sizes, float(scale), *tensors], like=query)
     else:
         _plain.split_heads_backward(query, key, value, cosine_TC, sine_TC, scale, out_NE, start)
     return out_NE
@@ -197,9 +205,11 @@ def merge_heads(attended_PQC: torch.Tensor, num_tokens: int, num_kv_heads: int, 
     Returns:
         out_NK in the same type.
     """
-    out_NK = attended_PQC.new_empty(attended_PQC.shape[0] // num_kv_heads * num_tokens, width)
+    num_pairs, num_queries, size = attended_PQC.shape
+    out_NK = attended_PQC.new_empty(num_pairs // num_kv_heads * num_tokens, width)
     if is_compiled(attended_PQC):
-        _kernels().merge_heads(_array(attended_PQC), _array(out_NK), num_tokens)
+        sizes = (num_pairs, num_kv_heads, num_queries // num_tokens, num_tokens, size, width)
+        _run("merge_heads", [*sizes, attended_PQC, out_NK], like=out_NK)
     else:
         _plain.merge_heads(attended_PQC, out_NK, num_tokens)
     return out_NK
@@ -210,9 +220,11 @@ def merge_heads_backward(
 ) -> torch.Tensor:
     """Return the gradient of attended_PQC from that of the rows of tokens."""
     num_pairs = gradient_NK.shape[0] // num_tokens * num_kv_heads
-    out_PQC = gradient_NK.new_empty(num_pairs, num_heads // num_kv_heads * num_tokens, head_size)
+    groups = num_heads // num_kv_heads
+    out_PQC = gradient_NK.new_empty(num_pairs, groups * num_tokens, head_size)
     if is_compiled(gradient_NK):
-        _kernels().merge_heads_backward(_array(gradient_NK), _array(out_PQC), num_tokens)
+        sizes = (num_pairs, num_kv_heads, groups, num_tokens, head_size, gradient_NK.shape[1])
+        _run("merge_heads_backward", [*sizes, out_PQC, gradient_NK], like=out_PQC)
     else:
         _plain.merge_heads_backward(gradient_NK, out_PQC, num_tokens)
     return out_PQC
@@ -231,7 +243,9 @@ def causal_softmax_(scores_PQS: torch.Tensor, num_tokens: int, start: int) -> to
         The same tensor; 0 for keys that a query does not see.
     """
     if is_compiled(scores_PQS):
-        _kernels().causal_softmax(_array(scores_PQS), num_tokens, start)
+        num_keys = scores_PQS.shape[2]
+        sizes = (scores_PQS.numel() // num_keys, num_keys, num_tokens, start)
+        _run("causal_softmax", [*sizes, scores_PQS], like=scores_PQS)
     else:
         _plain.causal_softmax(scores_PQS, num_tokens, start)
     return scores_PQS
@@ -242,7 +256,9 @@ def causal_softmax_backward_(
 ) -> torch.Tensor:
     """Turn the gradient of the weights into that of the scores, in place, and return it."""
     if is_compiled(weights_PQS):
-        _kernels().causal_softmax_backward(_array(gradient_PQS), _array(weights_PQS), num_tokens, start)
+        num_keys = weights_PQS.shape[2]
+        sizes = (weights_PQS.numel() // num_keys, num_keys, num_tokens, start)
+        _run("causal_softmax_backward", [*sizes, weights_PQS, gradient_PQS], like=weights_PQS)
     else:
         _plain.causal_softmax_backward(gradient_PQS, weights_PQS)
     return gradient_PQS
@@ -265,6 +281,6 @@ def softmax_loss_(
         return _plain.softmax_loss(logits_NV, targets_N, keeps_gradient)
     nll_N = torch.empty(targets_N.shape[0], dtype=torch.float32)
     is_right_N = torch.empty(targets_N.shape[0], dtype=torch.bool)
-    arrays = [_array(t) for t in (logits_NV, targets_N, nll_N, is_right_N)]
-    _kernels().softmax_loss(*arrays, keeps_gradient)
+    sizes = (*logits_NV.shape, int(keeps_gradient))
+    _run("softmax_loss", [*sizes, logits_NV, targets_N, nll_N, is_right_N], like=logits_NV)
     return nll_N, is_right_N

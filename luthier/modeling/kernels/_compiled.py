@@ -3,29 +3,129 @@
 Each does in one pass over memory what takes the plain operators many. numba compiles them when they are
 first called and keeps the machine code on disk. numpy has no bfloat16, so its bits travel as uint16. No
 flag that assumes finite numbers is set: what is no number must stay visible.
+
+A kernel is a C function of one pointer, so that torch's own pool of threads can run it (_threads.py): to a
+table of int64 numbers, typed as what the tensors hold. The table begins with the address of
+`omp_get_thread_num` and the number of threads; the arguments follow, tensors as addresses. Each thread
+takes its share of the rows.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 # ruff: noqa: ARG001, ARG005, PLW0108
 
+from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, overload
 
-# One pool of our own that sleeps between calls; an OpenMP one beside torch's would spin against it.
-numba.config.THREADING_LAYER = "workqueue"
-
 _FAST = {"contract", "reassoc", "arcp", "nsz", "afn"}
-_kernel = njit(parallel=True, fastmath=_FAST, cache=True, error_model="numpy", nogil=True)
 _inlined = njit(inline="always", fastmath=_FAST, error_model="numpy")
 
+_FIRST_ARGUMENT = 2
+_TABLE_SIZE = 24
+
 # numba widens integer arithmetic to 64 bits, which halves what a vector holds: the bit work is written in 32.
-_I32, _I16, _F32 = ir.IntType(32), ir.IntType(16), ir.FloatType()
+_I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+
+
+class Kernel:
+    """One kernel, compiled for each type when it is first wanted.
+
+    Args:
+        body: a function of the typed pointer.
+    """
+
+    def __init__(self, body: Callable[..., None]) -> None:
+        self.name = body.__name__
+        self._body = body
+        self._addresses: dict[bool, int] = {}
+        self._kept: list[Any] = []
+
+    def address(self, *, is_bfloat16: bool) -> int:
+        """Return the machine code's address."""
+        if is_bfloat16 not in self._addresses:
+            held = types.uint16 if is_bfloat16 else types.float32
+            compiled = cfunc(
+                types.void(types.CPointer(held)), cache=True, fastmath=_FAST, error_model="numpy"
+            )(self._body)
+            # The code lives as long as the object.
+            self._kept.append(compiled)
+            self._addresses[is_bfloat16] = compiled.address
+        return self._addresses[is_bfloat16]
+
+
+@intrinsic
+def _table_of(_context: Any, data: Any) -> Any:
+    """Read the kernel's pointer as one to int64."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _I64.as_pointer())
+
+    return types.CPointer(types.int64)(data), generate
+
+
+@intrinsic
+def _at(_context: Any, address: Any, data: Any) -> Any:
+    """Return an address as a pointer to what the tensors hold."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
+
+    return data(types.int64, data), generate
+
+
+def _pointer_to(held: Any) -> Any:
+    @intrinsic
+    def pointer(_context: Any, address: Any) -> Any:
+        def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
+
+        return types.CPointer(held)(types.int64), generate
+
+    return pointer
+
+
+_at_float32, _at_int64, _at_uint8 = (_pointer_to(held) for held in (types.float32, types.int64, types.uint8))
+
+
+@intrinsic
+def _number(_context: Any, bits: Any) -> Any:
+    """Read the lower half of an int64 as a float32."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.trunc(arguments[0], _I32), _F32)
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def _call_thread_num(_context: Any, address: Any) -> Any:
+    """Call `omp_get_thread_num` at its address."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(_I32, ())
+        return builder.sext(builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), ()), _I64)
+
+    return types.int64(types.int64), generate
+
+
+@_inlined
+def _open(data):
+    """Return the table behind a kernel's pointer."""
+    return carray(_table_of(data), _TABLE_SIZE)
+
+
+@_inlined
+def _share(table, num_rows):
+    """Return the first row of this thread and the one after its last."""
+    if table[1] == 1:
+        return 0, num_rows
+    thread = _call_thread_num(table[0])
+    return num_rows * thread // table[1], num_rows * (thread + 1) // table[1]
 
 
 @intrinsic
@@ -107,27 +207,38 @@ def _exp(x):
     return p * _power_of_two(n)
 
 
-@_kernel
-def rms_norm(x_ND, weight_D, epsilon, out_NK, inverse_N):
-    """Write weight * x / rms(x) into the first D columns of out, and 1 / rms(x)."""
-    size = x_ND.shape[1]
-    for i in prange(x_ND.shape[0]):
+@Kernel
+def rms_norm(data):
+    """Write weight * x / rms(x) into the first columns of out, and 1 / rms(x)."""
+    table = _open(data)
+    num_rows, size, width, epsilon = table[2], table[3], table[4], _number(table[5])
+    x_ND, weight_D = carray(_at(table[6], data), (num_rows, size)), carray(_at(table[7], data), size)
+    out_NK = carray(_at(table[8], data), (num_rows, width))
+    inverse_N = carray(_at_float32(table[9]), num_rows)
+    begin, end = _share(table, num_rows)
+    for i in range(begin, end):
         total = np.float32(0.0)
         for j in range(size):
             value = _wide(x_ND[i, j])
             total += value * value
-        inverse = np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(epsilon))
+        inverse = np.float32(1.0) / np.sqrt(total / np.float32(size) + epsilon)
         inverse_N[i] = inverse
         for j in range(size):
             unit = _wide(_narrow(_wide(x_ND[i, j]) * inverse, out_NK))
             out_NK[i, j] = _narrow(unit * _wide(weight_D[j]), out_NK)
 
 
-@_kernel
-def rms_norm_backward(gradient_NK, x_ND, weight_D, inverse_N, out_ND):
-    """Write the gradient of x from that of the normed and weighted x (its first D columns)."""
-    size = x_ND.shape[1]
-    for i in prange(x_ND.shape[0]):
+@Kernel
+def rms_norm_backward(data):
+    """Write the gradient of x from that of the normed and weighted x (its first columns)."""
+    table = _open(data)
+    num_rows, size, width = table[2], table[3], table[4]
+    gradient_NK = carray(_at(table[5], data), (num_rows, width))
+    x_ND, weight_D = carray(_at(table[6], data), (num_rows, size)), carray(_at(table[7], data), size)
+    inverse_N = carray(_at_float32(table[8]), num_rows)
+    out_ND = carray(_at(table[9], data), (num_rows, size))
+    begin, end = _share(table, num_rows)
+    for i in range(begin, end):
         inverse = inverse_N[i]
         total = np.float32(0.0)
         for j in range(size):
@@ -138,20 +249,32 @@ def rms_norm_backward(gradient_NK, x_ND, weight_D, inverse_N, out_ND):
             out_ND[i, j] = _narrow((scaled - _wide(x_ND[i, j]) * shared) * inverse, out_ND)
 
 
-@_kernel
-def gated_silu(gate_up_NF, out_NK, size):
-    """Write silu(gate) * up into the first `size` columns of out."""
-    for i in prange(gate_up_NF.shape[0]):
+@Kernel
+def gated_silu(data):
+    """Write silu(gate) * up into the first columns of out."""
+    table = _open(data)
+    num_rows, size, width = table[2], table[3], table[4]
+    gate_up_NF = carray(_at(table[5], data), (num_rows, 2 * size))
+    out_NK = carray(_at(table[6], data), (num_rows, width))
+    begin, end = _share(table, num_rows)
+    for i in range(begin, end):
         for j in range(size):
             gate = _wide(gate_up_NF[i, j])
             activated = gate / (np.float32(1.0) + _exp(-gate))
             out_NK[i, j] = _narrow(activated * _wide(gate_up_NF[i, size + j]), out_NK)
 
 
-@_kernel
-def gated_silu_backward(gate_up_NF, gradient_NK, out_NF, hidden_NK, size):
+@Kernel
+def gated_silu_backward(data):
     """Write the gradients of gate and up, and silu(gate) * up once more."""
-    for i in prange(gate_up_NF.shape[0]):
+    table = _open(data)
+    num_rows, size, width = table[2], table[3], table[4]
+    gate_up_NF = carray(_at(table[5], data), (num_rows, 2 * size))
+    gradient_NK = carray(_at(table[6], data), (num_rows, width))
+    out_NF = carray(_at(table[7], data), (num_rows, 2 * size))
+    hidden_NF = carray(_at(table[8], data), (num_rows, size))
+    begin, end = _share(table, num_rows)
+    for i in range(begin, end):
         for j in range(size):
             gate = _wide(gate_up_NF[i, j])
             up = _wide(gate_up_NF[i, size + j])
@@ -161,23 +284,29 @@ def gated_silu_backward(gate_up_NF, gradient_NK, out_NF, hidden_NK, size):
             slope = share + activated * (np.float32(1.0) - share)
             out_NF[i, j] = _narrow(gradient * up * slope, out_NF)
             out_NF[i, size + j] = _narrow(gradient * activated, out_NF)
-            hidden_NK[i, j] = _narrow(activated * up, hidden_NK)
+            hidden_NF[i, j] = _narrow(activated * up, hidden_NF)
 
 
-@_kernel
-def split_heads(qkv_NE, cosine_TC, sine_TC, scale, query, key, value, start):
+@Kernel
+def split_heads(data):
     """Turn queries and keys by their positions and lay all three out as the products want them.
 
     query [pairs, groups * T, C], times `scale`; key and value [pairs, start + T, C] from row `start` on;
     a pair is a row of the batch and a key head.
     """
-    num_tokens, half = cosine_TC.shape
-    size = 2 * half
-    num_pairs, num_queries, _ = query.shape
-    groups = num_queries // num_tokens
-    num_kv_heads = qkv_NE.shape[1] // size // (groups + 2)
+    table = _open(data)
+    num_pairs, num_kv_heads, groups, num_tokens, half = table[2], table[3], table[4], table[5], table[6]
+    start, scale, size = table[7], _number(table[8]), 2 * table[6]
     num_heads = groups * num_kv_heads
-    for pair in prange(num_pairs):
+    shape = (num_pairs // num_kv_heads * num_tokens, (num_heads + 2 * num_kv_heads) * size)
+    qkv_NE = carray(_at(table[9], data), shape)
+    cosine_TC = carray(_at_float32(table[10]), (num_tokens, half))
+    sine_TC = carray(_at_float32(table[11]), (num_tokens, half))
+    query = carray(_at(table[12], data), (num_pairs, groups * num_tokens, size))
+    key = carray(_at(table[13], data), (num_pairs, start + num_tokens, size))
+    value = carray(_at(table[14], data), (num_pairs, start + num_tokens, size))
+    begin_pair, end_pair = _share(table, num_pairs)
+    for pair in range(begin_pair, end_pair):
         row, head = pair // num_kv_heads, pair % num_kv_heads
         for t in range(num_tokens):
             n = row * num_tokens + t
@@ -200,16 +329,22 @@ def split_heads(qkv_NE, cosine_TC, sine_TC, scale, query, key, value, start):
                 value[pair, start + t, c] = qkv_NE[n, begin + c]
 
 
-@_kernel
-def split_heads_backward(query, key, value, cosine_TC, sine_TC, scale, out_NE, start):
+@Kernel
+def split_heads_backward(data):
     """Write the gradient of the products' output from those of what `split_heads` wrote."""
-    num_tokens, half = cosine_TC.shape
-    size = 2 * half
-    num_pairs, num_queries, _ = query.shape
-    groups = num_queries // num_tokens
-    num_kv_heads = out_NE.shape[1] // size // (groups + 2)
+    table = _open(data)
+    num_pairs, num_kv_heads, groups, num_tokens, half = table[2], table[3], table[4], table[5], table[6]
+    start, scale, size = table[7], _number(table[8]), 2 * table[6]
     num_heads = groups * num_kv_heads
-    for pair in prange(num_pairs):
+    shape = (num_pairs // num_kv_heads * num_tokens, (num_heads + 2 * num_kv_heads) * size)
+    out_NE = carray(_at(table[9], data), shape)
+    cosine_TC = carray(_at_float32(table[10]), (num_tokens, half))
+    sine_TC = carray(_at_float32(table[11]), (num_tokens, half))
+    query = carray(_at(table[12], data), (num_pairs, groups * num_tokens, size))
+    key = carray(_at(table[13], data), (num_pairs, start + num_tokens, size))
+    value = carray(_at(table[14], data), (num_pairs, start + num_tokens, size))
+    begin_pair, end_pair = _share(table, num_pairs)
+    for pair in range(begin_pair, end_pair):
         row, head = pair // num_kv_heads, pair % num_kv_heads
         for t in range(num_tokens):
             n = row * num_tokens + t
@@ -232,13 +367,15 @@ def split_heads_backward(query, key, value, cosine_TC, sine_TC, scale, out_NE, s
                 out_NE[n, begin + c] = value[pair, start + t, c]
 
 
-@_kernel
-def merge_heads(attended, out_NK, num_tokens):
+@Kernel
+def merge_heads(data):
     """Write [pairs, groups * T, C] as rows of tokens into the first columns of out."""
-    num_pairs, num_queries, size = attended.shape
-    groups = num_queries // num_tokens
-    num_kv_heads = num_pairs * num_tokens // out_NK.shape[0]
-    for pair in prange(num_pairs):
+    table = _open(data)
+    num_pairs, num_kv_heads, groups, num_tokens, size = table[2], table[3], table[4], table[5], table[6]
+    attended = carray(_at(table[8], data), (num_pairs, groups * num_tokens, size))
+    out_NK = carray(_at(table[9], data), (num_pairs // num_kv_heads * num_tokens, table[7]))
+    begin_pair, end_pair = _share(table, num_pairs)
+    for pair in range(begin_pair, end_pair):
         row, head = pair // num_kv_heads, pair % num_kv_heads
         for group in range(groups):
             begin = (head * groups + group) * size
@@ -247,13 +384,15 @@ def merge_heads(attended, out_NK, num_tokens):
                     out_NK[row * num_tokens + t, begin + c] = attended[pair, group * num_tokens + t, c]
 
 
-@_kernel
-def merge_heads_backward(gradient_NK, out, num_tokens):
+@Kernel
+def merge_heads_backward(data):
     """Write the gradient of [pairs, groups * T, C] from that of the rows of tokens."""
-    num_pairs, num_queries, size = out.shape
-    groups = num_queries // num_tokens
-    num_kv_heads = num_pairs * num_tokens // gradient_NK.shape[0]
-    for pair in prange(num_pairs):
+    table = _open(data)
+    num_pairs, num_kv_heads, groups, num_tokens, size = table[2], table[3], table[4], table[5], table[6]
+    out = carray(_at(table[8], data), (num_pairs, groups * num_tokens, size))
+    gradient_NK = carray(_at(table[9], data), (num_pairs // num_kv_heads * num_tokens, table[7]))
+    begin_pair, end_pair = _share(table, num_pairs)
+    for pair in range(begin_pair, end_pair):
         row, head = pair // num_kv_heads, pair % num_kv_heads
         for group in range(groups):
             begin = (head * groups + group) * size
@@ -262,50 +401,59 @@ def merge_heads_backward(gradient_NK, out, num_tokens):
                     out[pair, group * num_tokens + t, c] = gradient_NK[row * num_tokens + t, begin + c]
 
 
-@_kernel
-def causal_softmax(scores, num_tokens, start):
-    """Turn scores [pairs, groups * T, start + T] into weights in place; a token sees what is up to itself."""
-    num_pairs, num_queries, num_keys = scores.shape
-    for index in prange(num_pairs * num_queries):
-        pair, q = index // num_queries, index % num_queries
-        seen = start + q % num_tokens + 1
-        highest = _wide(scores[pair, q, 0])
+@Kernel
+def causal_softmax(data):
+    """Turn scores [pairs * groups * T, keys] into weights in place; a token sees what is up to itself."""
+    table = _open(data)
+    num_rows, num_keys, num_tokens, start = table[2], table[3], table[4], table[5]
+    scores = carray(_at(table[6], data), (num_rows, num_keys))
+    begin, end = _share(table, num_rows)
+    for i in range(begin, end):
+        seen = start + i % num_tokens + 1
+        highest = _wide(scores[i, 0])
         for j in range(seen):
-            score = _wide(scores[pair, q, j])
+            score = _wide(scores[i, j])
             highest = score if score > highest else highest
         total = np.float32(0.0)
         for j in range(seen):
-            total += _exp(_wide(scores[pair, q, j]) - highest)
+            total += _exp(_wide(scores[i, j]) - highest)
         share = np.float32(1.0) / total
         for j in range(seen):
-            weight = _exp(_wide(scores[pair, q, j]) - highest) * share
-            scores[pair, q, j] = _narrow(weight, scores)
+            scores[i, j] = _narrow(_exp(_wide(scores[i, j]) - highest) * share, scores)
         for j in range(seen, num_keys):
-            scores[pair, q, j] = _narrow(np.float32(0.0), scores)
+            scores[i, j] = _narrow(np.float32(0.0), scores)
 
 
-@_kernel
-def causal_softmax_backward(gradient, weights, num_tokens, start):
+@Kernel
+def causal_softmax_backward(data):
     """Turn the gradient of the weights into that of the scores, in place."""
-    num_pairs, num_queries, num_keys = weights.shape
-    for index in prange(num_pairs * num_queries):
-        pair, q = index // num_queries, index % num_queries
-        seen = start + q % num_tokens + 1
+    table = _open(data)
+    num_rows, num_keys, num_tokens, start = table[2], table[3], table[4], table[5]
+    weights = carray(_at(table[6], data), (num_rows, num_keys))
+    gradient = carray(_at(table[7], data), (num_rows, num_keys))
+    begin, end = _share(table, num_rows)
+    for i in range(begin, end):
+        seen = start + i % num_tokens + 1
         total = np.float32(0.0)
         for j in range(seen):
-            total += _wide(gradient[pair, q, j]) * _wide(weights[pair, q, j])
+            total += _wide(gradient[i, j]) * _wide(weights[i, j])
         for j in range(seen):
-            change = (_wide(gradient[pair, q, j]) - total) * _wide(weights[pair, q, j])
-            gradient[pair, q, j] = _narrow(change, gradient)
+            change = (_wide(gradient[i, j]) - total) * _wide(weights[i, j])
+            gradient[i, j] = _narrow(change, gradient)
         for j in range(seen, num_keys):
-            gradient[pair, q, j] = _narrow(np.float32(0.0), gradient)
+            gradient[i, j] = _narrow(np.float32(0.0), gradient)
 
 
-@_kernel
-def softmax_loss(logits_NV, targets_N, nll_N, is_right_N, keeps_gradient):
+@Kernel
+def softmax_loss(data):
     """Write -log p(target) and whether it is the likeliest; turn logits into their gradient in place."""
-    num_columns = logits_NV.shape[1]
-    for i in prange(logits_NV.shape[0]):
+    table = _open(data)
+    num_rows, num_columns, keeps_gradient = table[2], table[3], table[4]
+    logits_NV = carray(_at(table[5], data), (num_rows, num_columns))
+    targets_N = carray(_at_int64(table[6]), num_rows)
+    nll_N, is_right_N = carray(_at_float32(table[7]), num_rows), carray(_at_uint8(table[8]), num_rows)
+    begin, end = _share(table, num_rows)
+    for i in range(begin, end):
         target = targets_N[i]
         aimed = _wide(logits_NV[i, target])
         highest = aimed
@@ -322,11 +470,10 @@ def softmax_loss(logits_NV, targets_N, nll_N, is_right_N, keeps_gradient):
             for j in range(target):
                 if _wide(logits_NV[i, j]) == highest:
                     is_right = False
-        is_right_N[i] = is_right
-        if keeps_gradient:
+        is_right_N[i] = np.uint8(is_right)
+        if keeps_gradient != 0:
             share = np.float32(1.0) / total
             for j in range(num_columns):
-                probability = _exp(_wide(logits_NV[i, j]) - highest) * share
-                logits_NV[i, j] = _narrow(probability, logits_NV)
+                logits_NV[i, j] = _narrow(_exp(_wide(logits_NV[i, j]) - highest) * share, logits_NV)
             hit = _exp(aimed - highest) * share
             logits_NV[i, target] = _narrow(hit - np.float32(1.0), logits_NV)

@@ -1,0 +1,59 @@
+"""Running a compiled kernel on torch's own threads.
+
+torch's operators share one pool of OpenMP threads. A second pool beside it would wait for cores on which
+the first one still spins, and would have to be woken for every call; so kernels run on the first. libgomp's
+entry for a parallel region is `GOMP_parallel(function, data, num_threads, flags)`, the one that compilers
+call (GCC's libgomp manual, "Implementing PARALLEL construct").
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_MAPS = Path("/proc/self/maps")
+
+
+class _Pool:
+    """The entries of a loaded libgomp.
+
+    Args:
+        library: it.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.parallel = library.GOMP_parallel
+        self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self.parallel.restype = None
+        self.thread_num_address = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
+
+
+@cache
+def _find_pool() -> _Pool | None:
+    """Return the pool that torch uses, None where it is not GNU's or can't be told from another."""
+    try:
+        mapped = {line.split()[-1] for line in _MAPS.read_text().splitlines() if "libgomp" in line}
+    except OSError:
+        return None
+    ours = {path for path in mapped if "/torch" in path} or mapped
+    if len(ours) != 1:
+        return None
+    return _Pool(ctypes.CDLL(ours.pop()))
+
+
+def launch(address: int, arguments: list[int]) -> None:
+    """Run a kernel over all its rows and return when it is done.
+
+    Args:
+        address: of its machine code.
+        arguments: the table's numbers after the first two.
+    """
+    pool, num_threads = _find_pool(), torch.get_num_threads()
+    if pool is None or num_threads == 1:
+        table = np.array([0, 1, *arguments], dtype=np.int64)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(table.ctypes.data)
+        return
+    table = np.array([pool.thread_num_address, num_threads, *arguments], dtype=np.int64)
+    pool.parallel(address, table.ctypes.data, num_threads, 0)
