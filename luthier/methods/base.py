@@ -259,6 +259,9 @@ class Method(ABC):
     ) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
         """Return what is put before every layer's own keys and values, or None.
 
+        Args:
+            attached: the model.
+
         Returns:
             A pair a layer, each [key/value heads, virtual tokens, head size], differentiable with respect
             to the trained parameters. The keys bear no rotary positions but those they were trained with.
