@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,7 @@ from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.core.errors import LuthierError
 from luthier.core.estimates import Calibration
 from luthier.core.specs import BaseFacts, Precision
+from luthier.methods import discover
 from services import calibrations, leases
 from worker.child import child_environment
 from worker.context import WorkerContext
@@ -47,8 +49,12 @@ def calibrate_for_ever(context: WorkerContext) -> None:
     while not context.stopping.wait(context.settings.sweep_seconds):
         try:
             calibrate_when_idle(context)
-        except LuthierError as error:
-            _log.warning("measurement put off", reason=error.message)
+        except (LuthierError, OSError) as error:
+            _log.warning("measurement put off", reason=str(error))
+        except Exception:
+            # Jobs need no estimates: the worker goes on, and measures no more until it is started again.
+            _log.exception("measuring has broken")
+            raise
 
 
 def calibrate_when_idle(context: WorkerContext) -> bool:
@@ -105,6 +111,31 @@ def _calibrate(context: WorkerContext, base: BaseFacts, precision: Precision) ->
         constants, error = _probe(context, base, precision)
     if constants is None and error is None:
         return False
+    _record(context, base, precision, constants, error)
+    while constants is not None and (missing := _num_missing(constants)):
+        # One probe is short; a further one goes on with the variants that it had no time for.
+        more, _ = _probe(context, base, precision, constants.variants)
+        if more is None:
+            break
+        constants = constants.model_copy(update={"variants": more.variants | constants.variants})
+        if _num_missing(constants) == missing:
+            break
+        _record(context, base, precision, constants, None)
+    return True
+
+
+def _num_missing(constants: Calibration) -> int:
+    probes = {name for method in discover().values() for name in method.probes}
+    return len(probes - set(constants.variants))
+
+
+def _record(
+    context: WorkerContext,
+    base: BaseFacts,
+    precision: Precision,
+    constants: Calibration | None,
+    error: str | None,
+) -> None:
     with context.database.transaction() as session:
         calibrations.record(
             session,
@@ -118,16 +149,15 @@ def _calibrate(context: WorkerContext, base: BaseFacts, precision: Precision) ->
             error=error,
         )
     _log.info("base measured", base=base.id, precision=precision, error=error)
-    return True
 
 
 def _probe(
-    context: WorkerContext, base: BaseFacts, precision: Precision
+    context: WorkerContext, base: BaseFacts, precision: Precision, measured: Collection[str] = ()
 ) -> tuple[Calibration | None, str | None]:
     """Run the probe; return what it measured or why it failed, neither when it gave way to a job."""
     settings = context.settings
     folder = base_folder(settings.bases_dir.absolute(), base.id)
-    asked = [str(folder), settings.device, precision, str(context.num_threads)]
+    asked = [str(folder), settings.device, precision, str(context.num_threads), *measured]
     command = [sys.executable, "-P", "-m", "luthier.training", "--calibrate", *asked]
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

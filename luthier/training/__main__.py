@@ -22,9 +22,10 @@ def main() -> int:
     parser.add_argument("--warm", action="store_true", help="import, then read directories from stdin")
     parser.add_argument(
         "--calibrate",
-        nargs=4,
-        metavar=("BASE_FOLDER", "DEVICE", "PRECISION", "NUM_THREADS"),
-        help="measure what training costs, and print it as one line",
+        nargs="+",
+        metavar="ARGUMENT",
+        help="BASE_FOLDER DEVICE PRECISION NUM_THREADS, and variants that were measured before: measure what "
+        "training costs, and print it as one line",
     )
     arguments = parser.parse_args()
     # Before anything slow: from here TERM is heard, and stray prints can't break the event lines.

@@ -8,6 +8,7 @@ at all. The answer is one line of JSON, a `Calibration`.
 import os
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,9 @@ if TYPE_CHECKING:
 _WRITTEN_BYTES = 16 * 1024**2
 
 
-def calibrate(folder: Path, *, device: str, precision: Precision, num_threads: int) -> Calibration:
+def calibrate(
+    folder: Path, *, device: str, precision: Precision, num_threads: int, skipped: Collection[str] = ()
+) -> Calibration:
     """Measure a base on this machine.
 
     Args:
@@ -59,6 +62,7 @@ def calibrate(folder: Path, *, device: str, precision: Precision, num_threads: i
         device: `auto`, `cpu` or `cuda`.
         precision: as a job asks for it.
         num_threads: CPU threads.
+        skipped: variants that were measured before.
 
     Returns:
         The constants; variants for which no time was left are absent.
@@ -91,7 +95,7 @@ def calibrate(folder: Path, *, device: str, precision: Precision, num_threads: i
         clock=clock,
         **make_batches(shape.vocabulary_size, facts.context_length, FEW_ROWS),
     )
-    found = measure_variants(bench)
+    found = measure_variants(bench, skipped)
     return Calibration(
         device=machine.device,
         precision=machine.precision,
@@ -172,15 +176,16 @@ def write_calibration(arguments: list[str], descriptor: int) -> None:
     """Calibrate as a command line asks, and write the answer as one line.
 
     Args:
-        arguments: the base's folder, device, precision, threads.
+        arguments: the base's folder, device, precision, threads, and variants that were measured before.
         descriptor: where the line goes.
     """
-    folder, device, precision, num_threads = arguments
+    folder, device, precision, num_threads, *skipped = arguments
     found = calibrate(
         Path(folder),
         device=device,
         precision=precision,  # type: ignore[arg-type]
         num_threads=int(num_threads),
+        skipped=skipped,
     )
     line = found.model_dump_json().encode() + b"\n"
     while line:

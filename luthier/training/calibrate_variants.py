@@ -1,11 +1,13 @@
 """What every variant of every method costs by layer, token and supervised token, on cut copies of a base."""
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier.core.errors import InvalidValueError
 from luthier.core.estimates import VariantConstants
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
@@ -90,11 +92,12 @@ def make_batches(vocabulary_size: int, context_length: int, num_rows: int) -> di
     }
 
 
-def measure_variants(bench: Bench) -> dict[str, Any]:
-    """Measure the reference, then every variant while there is time."""
+def measure_variants(bench: Bench, skipped: Collection[str]) -> dict[str, Any]:
+    """Measure the reference, then every variant but the skipped ones while there is time."""
     probes = {name: tuning for method in discover().values() for name, tuning in method.probes.items()}
     methods = list(discover())
-    order = sorted(probes, key=lambda name: (name != REFERENCE, name not in methods, name))
+    wanted = [name for name in probes if name not in skipped or name == REFERENCE]
+    order = sorted(wanted, key=lambda name: (name != REFERENCE, name not in methods, name))
     constants, shared, reference = _measure_reference(bench, probes[REFERENCE])
     variants = {REFERENCE: constants}
     for number, name in enumerate(order[1:], start=1):
@@ -102,7 +105,11 @@ def measure_variants(bench: Bench) -> dict[str, Any]:
         if left <= 0.0:
             break
         until = PROBE_SECONDS - left + left / (len(order) - number)
-        variants[name] = _measure_variant(bench, probes[name], reference, until)
+        try:
+            variants[name] = _measure_variant(bench, probes[name], reference, until)
+        except InvalidValueError:
+            # The base has no place for it, and a job is told so when it asks.
+            continue
     return {"variants": variants, **shared}
 
 

@@ -12,6 +12,7 @@ from db.tables import Calibration as CalibrationRow
 from db.tables import Job
 from luthier.core.estimates import Calibration
 from luthier.core.settings import Settings
+from luthier.methods import discover
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from worker import calibration
@@ -63,7 +64,7 @@ def test_an_idle_worker_measures_its_base_and_estimates_have_seconds_and_bytes(
     for row in rows:
         assert row.error is None
         constants = Calibration.model_validate(row.constants)
-        assert {"lora", "prefix", "prompt", "adapter", "full"} <= set(constants.variants)
+        assert set(constants.variants) == {name for one in discover().values() for name in one.probes}
         assert not constants.is_cold
     for name in ("lora", "prefix", "prompt", "adapter", "full"):
         after = _estimate(api, tuning={"type": name}, training={"precision": "float32"})
@@ -82,7 +83,7 @@ def test_what_is_measured_is_not_measured_again_until_base_or_code_change(
 ) -> None:
     probes: list[str] = []
 
-    def probe(_context: Any, base: Any, precision: str) -> tuple[None, str]:
+    def probe(_context: Any, base: Any, precision: str, _measured: Any = ()) -> tuple[None, str]:
         probes.append(precision)
         return None, "out of order"
 
@@ -129,3 +130,15 @@ def test_a_probe_gives_way_to_a_job_at_once_and_is_made_later(
     with database.transaction() as session:
         session.execute(update(Job).values(status="cancelled"))
     wait_until(lambda: calibrate_when_idle(context), what="it is measured once no job waits")
+
+
+def test_constants_of_another_version_count_as_none(
+    api: Api, context: WorkerContext, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_probe", lambda *_: (None, "out of order"))
+    assert calibrate_when_idle(context)
+    with database.transaction() as session:
+        session.execute(update(CalibrationRow).values(constants={"speed": 3}, error=None))
+    found = _estimate(api)
+    assert (found["seconds"], found["calibration"]) == (None, None)
+    assert "yet" in found["reason"]
