@@ -18,8 +18,8 @@ MAX_PROOF_TOKENS = 512
 # From this size on a freed block goes back to the kernel, and is new memory each time (training.allocator).
 _MAPPED_BLOCK_BYTES = 32 * 1024**2
 # How much the heap grows for one byte of activations. Batches differ in size, so what one frees fits the next
-# one badly; yet some of it fits where the weights lay that the fast path copied. Measured over six steps of 480
-# tokens on one base. Packing the output layer's weight for a product takes another copy of it.
+# one badly; yet some of it fits where the weights lay that the fast path copied. Measured over six steps of
+# 480 tokens on one base. Packing the output layer's weight for a product takes another copy of it.
 _HEAP_GROWTH = 0.9
 # Queries that attend at a time: beyond, a query sees about half of the row.
 _BLOCK_TOKENS = 256
