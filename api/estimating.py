@@ -13,9 +13,10 @@ from db.tables import File
 from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.core.errors import ModelNotAvailableError, UnavailableError
 from luthier.core.shapes import read_shape
-from luthier.core.specs import TrainingSpec
+from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.data.count import RowCounts, count_rows
 from luthier.data.prompts import check_sample_prompts
+from luthier.methods import room_in_context, row_limit
 from services import calibrations, jobs
 from services.estimates import Estimate, estimate
 from services.jobs import NewJob
@@ -85,32 +86,29 @@ def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
         # Of a GPU's memory prepare knows nothing either.
         memory_bytes = None
     folder = base_folder(parts.settings.bases_dir, base.id)
-    check_sample_prompts(spec.training.sample_prompts, folder, max_tokens=base.context_length)
+    check_sample_prompts(spec.training.sample_prompts, folder, max_tokens=room_in_context(spec, base))
     return estimate(
         spec,
         base=base,
         shape=read_shape(folder),
         base_folder=folder,
-        training=_count(parts, training, spec, folder, base.context_length),
-        validation=None
-        if validation is None
-        else _count(parts, validation, spec, folder, base.context_length),
+        training=_count(parts, training, spec, folder, base),
+        validation=None if validation is None else _count(parts, validation, spec, folder, base),
         measured=measured,
         reason=reason,
         memory_bytes=memory_bytes,
     )
 
 
-def _count(parts: Parts, file: _Input, spec: TrainingSpec, folder: Path, context_length: int) -> RowCounts:
-    options = spec.training
+def _count(parts: Parts, file: _Input, spec: TrainingSpec, folder: Path, base: BaseFacts) -> RowCounts:
     with tempfile.TemporaryDirectory(prefix="luthier-estimate-") as scratch:
         path = Path(scratch) / "rows.jsonl"
         parts.storage.fetch_file(file.storage_key, path, sha256=file.sha256)
         return count_rows(
             path,
             folder,
-            max_length=min(options.max_length or context_length, context_length),
-            too_long=options.too_long,
+            max_length=row_limit(spec, base),
+            too_long=spec.training.too_long,
             max_rows=MAX_ROWS,
             max_seconds=_MAX_SECONDS,
         )

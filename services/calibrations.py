@@ -134,7 +134,8 @@ def find_measured(session: Session, base: BaseFacts, precision: Precision) -> tu
             at = int(row.measured_at.timestamp())
             return Measured(constants, row.worker_id, row.hostname, at), ""
     if failed is not None:
-        return None, f"The probe of a worker failed: {failed}"
+        # How it ended stands in the operator's log: a library's words may hold paths.
+        return None, "The probe of a worker failed; its operator's log says how."
     return None, (
         f"No worker has measured {base.id} in precision {precision} yet; each does so when it has no job."
     )

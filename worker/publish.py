@@ -68,6 +68,8 @@ class Publisher:
     tokenize_seconds: float
     # The last step's checkpoint waits: most often it is the result itself, and then not published twice.
     _held: CheckpointEvent | None = field(default=None, init=False)
+    # Keys that the job's row names: their bytes are dropped by nobody but the row's own trimming.
+    _kept_save_points: set[str] = field(default_factory=set, init=False)
 
     def save_point(self, event: SavePointEvent) -> None:
         """Keep a save point where another worker finds it, and drop the ones before the last two."""
@@ -81,13 +83,16 @@ class Publisher:
         except (ArtifactCorruptError, FileNotFoundError):
             # The process drops old save points on its own, and has dropped this one while it was copied: a
             # newer one is on its way, and the one before still stands.
-            self._drop([key])
+            if key not in self._kept_save_points:
+                self._drop([key])
         else:
+            self._kept_save_points.add(key)
             self._drop(dropped)
 
     def _record_save_point(self, session: Session, *, key: str, step: int) -> list[str]:
         job = session.get_one(Job, self.lease.job_id, with_for_update=True)
-        save_points = [*job.save_points, {"key": key, "step": step}]
+        others = [kept for kept in job.save_points if kept["key"] != key]
+        save_points = [*others, {"key": key, "step": step}]
         leases.update_job(session, self.lease, save_points=save_points[-_NUM_SAVE_POINTS:])
         return [str(dropped["key"]) for dropped in save_points[:-_NUM_SAVE_POINTS]]
 

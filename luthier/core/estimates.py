@@ -169,7 +169,6 @@ class Pricing:
         num_layers: of the base.
         hidden_size: of the base.
         vocabulary_size: of the base.
-        head_width: numbers of one token's attention weights towards one key: the query heads.
         artifact_bytes: of one checkpoint.
         is_whole_model: whether weights of the base are trained.
     """

@@ -242,7 +242,7 @@ class Engine:
             item = self._inbox.get()
             if isinstance(item, Sequence):
                 item.fail(error)
-            elif item is not None:
+            elif item is not None and item.future.set_running_or_notify_cancel():
                 item.future.set_exception(error)
 
     def _take_inbox(self) -> None:

@@ -174,8 +174,9 @@ class LoadedArtifacts:
         return sum(entry.num_bytes == 0 for entry in self._entries.values())
 
     def _on_loaded(self, entry: _Entry) -> None:
-        if not entry.is_ready:
-            self._entries.pop(entry.served.key, None)
+        # A fresh entry may stand in the place of one that failed and was let go.
+        if not entry.is_ready and self._entries.get(entry.served.key) is entry:
+            del self._entries[entry.served.key]
         # Whoever wanted it may have left meanwhile: it is idle from now on.
         self._released.set()
 

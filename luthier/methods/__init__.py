@@ -10,6 +10,8 @@ from luthier.methods._resolve import (
     check_tuning,
     parse_tuning,
     resolve_spec,
+    room_in_context,
+    row_limit,
 )
 from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
 
@@ -28,4 +30,6 @@ __all__ = [
     "parameter_schemas",
     "parse_tuning",
     "resolve_spec",
+    "room_in_context",
+    "row_limit",
 ]

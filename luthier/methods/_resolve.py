@@ -71,7 +71,7 @@ def resolve_spec(
     rate = spec.training.learning_rate
     if rate is None:
         rate = min(1.0, method.base_learning_rate(params, base=base) * multiplier)
-    max_length = min(spec.training.max_length or base.context_length, base.context_length)
+    max_length = row_limit(spec, base)
     return spec.model_copy(
         update={
             "base": base,
@@ -83,6 +83,37 @@ def resolve_spec(
             "num_threads": num_threads,
         }
     )
+
+
+def row_limit(spec: TrainingSpec, base: BaseFacts) -> int:
+    """Return the longest row of a job in tokens: what it asks for, within what virtual tokens leave it."""
+    room = room_in_context(spec, base)
+    return min(spec.training.max_length or room, room)
+
+
+def room_in_context(spec: TrainingSpec, base: BaseFacts) -> int:
+    """Return the tokens of the base's context that virtual tokens leave.
+
+    Args:
+        spec: the job's, resolved or not.
+        base: the fetched base.
+
+    Returns:
+        Tokens, at least 1.
+
+    Raises:
+        InvalidValueError: when virtual tokens leave no room.
+    """
+    method, params = parse_tuning(spec.tuning)
+    num_reserved = method.num_reserved_positions(params, base=base)
+    room = base.context_length - num_reserved
+    if room < 1:
+        raise InvalidValueError(
+            f"{num_reserved} virtual tokens leave no room for a real one: this base has "
+            f"{base.context_length} positions. Use fewer.",
+            param="tuning.num_virtual_tokens",
+        )
+    return room
 
 
 def parse_tuning(tuning: dict[str, Any]) -> tuple[Method, MethodParams]:

@@ -6,7 +6,7 @@ from pydantic import Field, StringConstraints, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from luthier.core.errors import InvalidValueError
-from luthier.core.specs import Auto
+from luthier.core.specs import Auto, BaseFacts
 from luthier.methods.base import Workload
 
 NumVirtualTokens = Annotated[int, Field(ge=1, le=1024)] | Auto
@@ -49,6 +49,13 @@ def resolve_num_tokens(params: Any, workload: Workload, sizes: tuple[int, int, i
         num_tokens = max(1, min(wanted, context_length // _MAX_AUTO_SHARE))
     check_room(num_tokens, context_length)
     return num_tokens
+
+
+def most_tokens(params: Any, base: BaseFacts, sizes: tuple[int, int, int]) -> int:
+    """Return the most virtual tokens that a job may come to have, before its rows are known."""
+    if params.num_virtual_tokens != "auto":
+        return int(params.num_virtual_tokens)
+    return max(1, min(max(sizes), base.context_length // _MAX_AUTO_SHARE))
 
 
 def check_room(num_virtual_tokens: int, context_length: int) -> None:

@@ -133,6 +133,10 @@ class Method(ABC):
             The same parameters without "auto".
         """
 
+    def num_reserved_positions(self, params: Any, *, base: BaseFacts) -> int:  # noqa: ARG002
+        """Return the most positions of the base's context that virtual tokens may take from a row."""
+        return 0
+
     @abstractmethod
     def base_learning_rate(self, params: Any, *, base: BaseFacts) -> float:
         """Return the peak learning rate that a multiplier of 1 stands for."""

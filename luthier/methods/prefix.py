@@ -19,6 +19,7 @@ from luthier.methods._virtual import (
     InitText,
     NumVirtualTokens,
     check_init_text,
+    most_tokens,
     resolve_num_tokens,
     resolved,
 )
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 # Deviation of random starts: small, so that no random key draws the attention of every token.
 _RANDOM_DEVIATION = 0.02
 _LARGEST_AUTO_WIDTH = 512
+
+
+# For few rows, the usual number, and many.
+_AUTO_TOKENS = (16, 32, 64)
 
 
 class PrefixParams(MethodParams):
@@ -90,11 +95,15 @@ class Prefix(Method):
         Raises:
             InvalidValueError: when the virtual tokens fill the whole context.
         """
-        num_tokens = resolve_num_tokens(params, workload, (16, 32, 64))
+        num_tokens = resolve_num_tokens(params, workload, _AUTO_TOKENS)
         width = params.projection_dim if params.projection else None
         if params.projection and not isinstance(width, int):
             width = min(workload.base.hidden_size, _LARGEST_AUTO_WIDTH)
         return params.model_copy(update={"num_virtual_tokens": num_tokens, "projection_dim": width})
+
+    def num_reserved_positions(self, params: PrefixParams, *, base: BaseFacts) -> int:
+        """Return the virtual tokens, or the most that "auto" takes."""
+        return most_tokens(params, base, _AUTO_TOKENS)
 
     def base_learning_rate(self, params: PrefixParams, *, base: BaseFacts) -> float:
         """Return the peak rate: keys and values have sizes about 1 and want large steps, a network small."""

@@ -19,6 +19,7 @@ from luthier.methods._virtual import (
     InitText,
     NumVirtualTokens,
     check_init_text,
+    most_tokens,
     resolve_num_tokens,
     resolved,
 )
@@ -27,6 +28,10 @@ from luthier.methods.base import Attached, Installed, Method, MethodParams, Star
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+# For few rows, the usual number, and many.
+_AUTO_TOKENS = (10, 20, 50)
 
 
 class PromptParams(MethodParams):
@@ -70,8 +75,12 @@ class Prompt(Method):
         Raises:
             InvalidValueError: when the virtual tokens fill the whole context.
         """
-        num_tokens = resolve_num_tokens(params, workload, (10, 20, 50))
+        num_tokens = resolve_num_tokens(params, workload, _AUTO_TOKENS)
         return params.model_copy(update={"num_virtual_tokens": num_tokens})
+
+    def num_reserved_positions(self, params: PromptParams, *, base: BaseFacts) -> int:
+        """Return the virtual tokens, or the most that "auto" takes."""
+        return most_tokens(params, base, _AUTO_TOKENS)
 
     def base_learning_rate(self, params: PromptParams, *, base: BaseFacts) -> float:  # noqa: ARG002
         """Return the peak rate: far above LoRA's, for the few vectors must move a long way."""

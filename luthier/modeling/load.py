@@ -107,12 +107,14 @@ def _read_file(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tens
         for name, facts in header.items():
             if name == "__metadata__":
                 continue
+            if facts["dtype"] not in _TYPES:
+                raise ValueError(f"{path.name}: {name} is of type {facts['dtype']}, which is not read here.")
             tensor = torch.empty(facts["shape"], dtype=_TYPES[facts["dtype"]])
             begin, end = facts["data_offsets"]
             stream.seek(8 + size + begin)
             if end - begin != tensor.nbytes:
                 raise ValueError(f"{path.name}: {name} has another size than its shape says.")
-            if stream.readinto(tensor.view(torch.uint8).reshape(-1).numpy()) != tensor.nbytes:
+            if stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
                 raise EOFError(f"{path.name} ends within {name}.")
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.core.events import Metrics
 from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
-from luthier.storage.manifests import Manifest, seal_folder
+from luthier.storage.manifests import Manifest, seal_folder, verify_folder
 from luthier.training.trainee import Trainee
 
 LOG_NAME = "training_log.jsonl"
@@ -48,6 +48,35 @@ def write_artifact(
     (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
     shutil.copyfile(log, building / LOG_NAME)
     return seal_folder(building, folder, digested=digested, base_digest=origin.base.digest)
+
+
+def take_over_artifact(
+    source: Path, folder: Path, trainee: Trainee, origin: Origin, *, step: int, metrics: Metrics
+) -> Manifest:
+    """Move an artifact that an earlier attempt may have written, with a card that names this one's model.
+
+    Args:
+        source: its folder, whose files may be links to other places; gone afterwards.
+        folder: its final place.
+        trainee: the model, for the card.
+        origin: what the card names.
+        step: steps that the artifact has seen.
+        metrics: its scores, for the card.
+
+    Returns:
+        The manifest; its digest is that of the source.
+
+    Raises:
+        ArtifactCorruptError: when the source is not as it was written.
+    """
+    manifest = verify_folder(source)
+    building = folder.with_name(f".{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    source.rename(building)
+    # Not written in place: other folders may hold the same file.
+    (building / CARD_NAME).unlink()
+    (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
+    return seal_folder(building, folder, digested=manifest.digested, base_digest=manifest.base_digest)
 
 
 def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:

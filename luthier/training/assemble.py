@@ -160,7 +160,11 @@ def _examiner(
 ) -> Examiner:
     base = job.origin.base
     prompts = SamplePrompts(
-        job.spec.training.sample_prompts, Path(job.origin.inputs.base_path), tokenizer, base.context_length
+        job.spec.training.sample_prompts,
+        Path(job.origin.inputs.base_path),
+        tokenizer,
+        base.context_length,
+        room,
     )
     return Examiner(
         validation=job.validation,

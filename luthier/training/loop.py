@@ -91,6 +91,8 @@ class Loop:
         self._clock = clock
         self._last_manifest: Manifest | None = None
         self._next_save_at = clock() + SAVE_POINT_SECONDS
+        # A resumed run starts from a save point of its step.
+        self._saved_step = progress.step
 
     def run(self, base_evaluation: Evaluation | None) -> None:
         """Do every step that is left.
@@ -147,7 +149,7 @@ class Loop:
             if step == self.step:
                 manifest = self._publisher.write_result(folder, step, self.last_metrics)
             else:
-                manifest = self._publisher.take_chosen(folder)
+                manifest = self._publisher.take_chosen(folder, step, self._chosen_metrics)
         self._last_manifest = manifest
         return step, self.last_metrics if step == self.step else self._chosen_metrics, manifest
 
@@ -291,12 +293,16 @@ class Loop:
         raise StoppedError
 
     def _save(self) -> None:
+        """Write a save point of this step, unless there is one: whoever keeps it may have it already."""
+        if self._saved_step == self.step:
+            return
         began = self._clock()
         with self.ledger.phase("save"):
             folder = self._save_points.write(
                 self._progress(), self.trainee, self._optimizer, self._publisher.chosen_folder
             )
         ended = self._clock()
+        self._saved_step = self.step
         self._next_save_at = ended + max(SAVE_POINT_SECONDS, _SAVE_COST_FACTOR * (ended - began))
         self._writer.emit(
             SavePointEvent(

@@ -95,6 +95,9 @@ def head_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch
     Returns:
         The sums, float32; one backward pass through them is possible.
     """
+    if not torch.is_grad_enabled():
+        # A function is told what requires gradients, not whether anybody will ask for them.
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     nll_sum, num_right = _HeadLoss.apply(hidden_ND, weight_VD, targets_N)
     return Loss(nll_sum, int(num_right), targets_N.shape[0])
 

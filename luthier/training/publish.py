@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from luthier.core.events import CheckpointEvent, Metrics
-from luthier.storage.manifests import Manifest, verify_folder
-from luthier.training.artifact import write_artifact
+from luthier.storage.manifests import Manifest
+from luthier.training.artifact import take_over_artifact, write_artifact
 from luthier.training.batches import Batch
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job
@@ -101,18 +101,20 @@ class Publisher:
         self._check(folder)
         return manifest
 
-    def take_chosen(self, folder: Path) -> Manifest:
+    def take_chosen(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
         """Make the chosen checkpoint, proved when it was chosen, the result.
 
         Args:
             folder: the result's place.
+            step: the checkpoint's.
+            metrics: its scores.
 
         Returns:
             Its manifest.
         """
-        shutil.rmtree(folder, ignore_errors=True)
-        self._chosen.rename(folder)
-        return verify_folder(folder)
+        return take_over_artifact(
+            self._chosen, folder, self._trainee, self._job.origin, step=step, metrics=metrics
+        )
 
     def restore_chosen(self, kept: Path | None) -> None:
         """Put back the chosen checkpoint as a save point holds it, or none.

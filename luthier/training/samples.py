@@ -32,13 +32,14 @@ class SamplePrompts:
         base_folder: holds the chat template; read only when there are messages.
         tokenizer: the base's.
         context_length: the base's, in tokens, virtual tokens included.
+        room: what virtual tokens leave of it.
 
     Raises:
         InvalidValueError: when a message leaves no room for an answer (param `training.sample_prompts.<i>`).
     """
 
     def __init__(
-        self, prompts: list[str], base_folder: Path, tokenizer: Tokenizer, context_length: int
+        self, prompts: list[str], base_folder: Path, tokenizer: Tokenizer, context_length: int, room: int
     ) -> None:
         self._prompts = prompts
         self._tokenizer = tokenizer
@@ -50,10 +51,10 @@ class SamplePrompts:
         for number, prompt in enumerate(prompts, start=1):
             messages = [{"role": "user", "content": prompt}]
             token_ids = tokenizer.encode(template.render(messages, add_generation_prompt=True))
-            if len(token_ids) >= context_length:
+            if len(token_ids) >= room:
                 raise InvalidValueError(
-                    f"Sample prompt {number} has {len(token_ids)} tokens; the base's context has "
-                    f"{context_length}. Shorten it.",
+                    f"Sample prompt {number} has {len(token_ids)} tokens; the base's context has room for "
+                    f"{room}. Shorten it.",
                     param=f"training.sample_prompts.{number - 1}",
                 )
             self._token_ids.append(token_ids)

@@ -137,7 +137,8 @@ class SavePoints:
         _restore_rng(save_point.folder, save_point.state, trainee.device)
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"), reverse=True)
+        folders = self._folder.glob("step-*")
+        return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
 
 
 def _optimizer_tensors(

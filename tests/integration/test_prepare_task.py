@@ -58,6 +58,18 @@ def test_a_sample_prompt_that_does_not_fit_fails_the_job_by_its_place(
     assert "a? a?" not in str(httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{job['id']}/events").text)
 
 
+def test_rows_that_virtual_tokens_push_out_of_the_context_are_found_by_prepare_with_their_lines(
+    api: Api, context: WorkerContext
+) -> None:
+    tuning = {"type": "prompt", "num_virtual_tokens": 246}
+    job = _create(api, tuning=tuning)
+    prepare(context, job["id"])
+    failed = _get(api, job["id"])
+    assert failed["error"]["code"] == "invalid_training_file"
+    assert "line 1" in failed["error"]["message"]
+    assert "more than the 10 allowed" in failed["error"]["message"]
+
+
 def test_the_files_own_hashes_and_the_seconds_are_in_the_report(api: Api, context: WorkerContext) -> None:
     job = _create(api)
     prepare(context, job["id"])

@@ -13,6 +13,7 @@ import pytest
 
 from db.tables import File, Job, Model
 from luthier.core.errors import ArtifactCorruptError
+from luthier.core.events import StoppedEvent
 from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
@@ -332,3 +333,20 @@ def test_a_crash_between_bytes_and_row_leaves_nothing_that_shows(
         assert session.query(Model).filter_by(kind="tuned").count() == 0
     work.client.fine_tuning.jobs.cancel(work.job_id)
     assert work.artifacts() == ["step-000002", "step-000003", "step-000004"]
+
+
+def test_a_save_point_that_is_told_twice_is_kept_once_and_stays_whole(
+    start: Callable[..., Work], tmp_path: Path
+) -> None:
+    def write(script: Script) -> None:
+        script.start().save_point(1, "one").save_point(1, "one").save_point(2, "two")
+        script.events.append(StoppedEvent(job_id=script.job_id, step=2))
+
+    work = start()
+    assert work.attempt(write) is Ending.GIVEN_BACK
+    with work.context.database.transaction() as session:
+        kept = list(session.get_one(Job, work.job_id).save_points)
+    assert [entry["step"] for entry in kept] == [1, 2]
+    for entry, content in zip(kept, ("one", "two"), strict=True):
+        work.context.storage.fetch_folder(entry["key"], tmp_path / content)
+        assert (tmp_path / content / "state.json").read_text() == content

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.core.events import CheckpointEvent, TrainingEvent
+from luthier.core.specs import RunInputs
 from luthier.storage.manifests import verify_folder
 from luthier.training import evaluate as evaluate_module
 from luthier.training.evaluate import Scores
@@ -213,6 +214,25 @@ def test_the_best_checkpoint_outlives_its_run_directory_in_the_save_point(
             save_point = sorted((folder / "save_points").glob("step-*"))[-1]
     assert finished(events).digest == expected.digest
     assert finished(events).metrics == expected.metrics
+
+
+def test_a_result_of_an_earlier_attempt_bears_the_name_that_the_last_one_gives(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Losses([9.0, 2.0, 4.0, 3.0, 3.0, 3.5, 4.0]).install(monkeypatch)
+    first = build(tmp_path / "first", base, keep_best=True)
+    run_here(first, kill_after=lambda event: event.type == "save_point" and event.step >= 8)
+    second = build(tmp_path / "second", base, keep_best=True)
+    shutil.copytree(first / "save_points", second / "save_points")
+    inputs = RunInputs.model_validate_json((second / "inputs.json").read_bytes())
+    renamed = inputs.model_copy(update={"model_name": "ft:tiny-llama:org::zyxwvuts"})
+    (second / "inputs.json").write_text(renamed.model_dump_json())
+    event = finished(run_here(second))
+    assert event.step == 3
+    card = (second / "artifact" / "README.md").read_text()
+    assert "zyxwvuts" in card
+    assert inputs.model_name not in card
+    assert verify_folder(second / "artifact").digest == event.digest
 
 
 def test_a_choice_that_no_save_point_knows_is_forgotten(

@@ -204,3 +204,11 @@ def test_the_log_of_a_run_holds_the_bases_scores_and_every_step(base: Path, tmp_
     lines = [json.loads(line) for line in log_of(folder).splitlines()]
     assert {"base_valid_loss", "base_valid_mean_token_accuracy", "base_general_loss"} < set(lines[0])
     assert [line["step"] for line in lines] == list(range(7))
+
+
+def test_a_step_has_one_save_point_though_a_stop_is_asked_right_after_it(base: Path, tmp_path: Path) -> None:
+    folder = build_tiny_run(tmp_path / "run", base, training={"save_every_steps": 1})
+    events = run_here(folder, term_after=lambda event: event.type == "save_point" and event.step == 2)
+    saved = [event.step for event in events if event.type == "save_point"]
+    assert saved == [1, 2]
+    assert events[-1].type == "stopped"

@@ -8,6 +8,7 @@ from luthier.core.events import (
     EvaluatedEvent,
     FinishedEvent,
     Metrics,
+    SavePointEvent,
     StartedEvent,
     StepEvent,
     TrainingEvent,
@@ -89,6 +90,16 @@ class Script:
             CheckpointEvent(job_id=self.job_id, step=last, path=path, digest=digest, metrics=metrics)
         )
         self.evaluate(last, valid_loss)
+        return self
+
+    def save_point(self, step: int, content: str) -> "Script":
+        """A save point, which may have been said before with other content."""
+        path = f"save_points/step-{step:06d}"
+        building = self.run_dir / "save_points" / ".building"
+        building.mkdir(parents=True)
+        (building / "state.json").write_text(content)
+        seal_folder(building, self.run_dir / path)
+        self.events.append(SavePointEvent(job_id=self.job_id, step=step, path=path))
         return self
 
     def evaluate(self, step: int, valid_loss: float) -> None:

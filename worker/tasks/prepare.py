@@ -18,7 +18,7 @@ from luthier.data.prepare import Purpose, prepare_rows
 from luthier.data.prepared import PreparedRows, write_prepared
 from luthier.data.prompts import check_sample_prompts
 from luthier.data.split import split_rows
-from luthier.methods import resolve_spec
+from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
 from services import events, leases, models, reports
 from services.bell import ring_after_commit
@@ -116,10 +116,10 @@ def _run(context: WorkerContext, claimed: _Claimed) -> _Prepared:
 
 def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, folder: Path) -> _Prepared:
     options = claimed.spec.training
-    max_length = min(options.max_length or base.context_length, base.context_length)
+    max_length = row_limit(claimed.spec, base)
     location = base_folder(context.settings.bases_dir, base.id)
 
-    check_sample_prompts(options.sample_prompts, location, max_tokens=base.context_length)
+    check_sample_prompts(options.sample_prompts, location, max_tokens=room_in_context(claimed.spec, base))
     tokenize_seconds = 0.0
 
     def read(file: _Input, purpose: Purpose) -> tuple[PreparedRows, FileReport]:

@@ -52,6 +52,21 @@ def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: to
     launch(kernel.address(is_bfloat16=like.dtype == torch.bfloat16), [_as_number(one) for one in arguments])
 
 
+def _check(name: str, *expected: tuple[torch.Tensor, tuple[int, ...], torch.dtype]) -> None:
+    """Refuse tensors that are not what a kernel will read at their addresses."""
+    for tensor, shape, dtype in expected:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} expects {dtype} of {shape}, got {tensor.dtype} of {tuple(tensor.shape)} on "
+                f"{tensor.device}."
+            )
+
+
+def _check_that(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
 def _as_number(argument: torch.Tensor | int | float) -> int:
     if isinstance(argument, torch.Tensor):
         if not argument.is_contiguous():
@@ -77,6 +92,8 @@ def rms_norm(
     out_NK = x_ND.new_empty(x_ND.shape[0], width)
     if not is_compiled(x_ND):
         return _plain.rms_norm(x_ND, weight_D, epsilon, out_NK)
+    _check("rms_norm", (weight_D, (x_ND.shape[1],), x_ND.dtype))
+    _check_that(width >= x_ND.shape[1], "rms_norm: the result is narrower than its input.")
     inverse_N = torch.empty(x_ND.shape[0], dtype=torch.float32)
     sizes = (*x_ND.shape, width)
     _run("rms_norm", [*sizes, float(epsilon), x_ND, weight_D, out_NK, inverse_N], like=x_ND)
@@ -89,8 +106,17 @@ def rms_norm_backward(
     """Return the gradient of x_ND from that of `rms_norm`'s result, of which the first D columns count."""
     if not is_compiled(x_ND):
         return _plain.rms_norm_backward(gradient_NK, x_ND, weight_D, inverse_N)
+    num_rows, size = x_ND.shape
+    width = gradient_NK.shape[1]
+    _check(
+        "rms_norm_backward",
+        (gradient_NK, (num_rows, width), x_ND.dtype),
+        (weight_D, (size,), x_ND.dtype),
+        (inverse_N, (num_rows,), torch.float32),
+    )
+    _check_that(width >= size, "rms_norm_backward: the gradient is narrower than the input.")
     out_ND = torch.empty_like(x_ND)
-    sizes = (*x_ND.shape, gradient_NK.shape[1])
+    sizes = (num_rows, size, width)
     _run("rms_norm_backward", [*sizes, gradient_NK, x_ND, weight_D, inverse_N, out_ND], like=x_ND)
     return out_ND
 
@@ -106,6 +132,7 @@ def gated_silu(gate_up_NF: torch.Tensor, width: int) -> torch.Tensor:
         out_NK in the same type.
     """
     size = gate_up_NF.shape[1] // 2
+    _check_that(width >= size, "gated_silu: the result is narrower than the gate.")
     out_NK = gate_up_NF.new_empty(gate_up_NF.shape[0], width)
     if is_compiled(gate_up_NF):
         _run("gated_silu", [gate_up_NF.shape[0], size, width, gate_up_NF, out_NK], like=out_NK)
@@ -122,7 +149,10 @@ def gated_silu_backward(
     out_NF = torch.empty_like(gate_up_NF)
     hidden_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], size)
     if is_compiled(gate_up_NF):
-        sizes = (gate_up_NF.shape[0], size, gradient_NK.shape[1])
+        width = gradient_NK.shape[1]
+        _check("gated_silu_backward", (gradient_NK, (gate_up_NF.shape[0], width), gate_up_NF.dtype))
+        _check_that(width >= size, "gated_silu_backward: the gradient is narrower than the gate.")
+        sizes = (gate_up_NF.shape[0], size, width)
         tensors = (gate_up_NF, gradient_NK, out_NF, hidden_NF)
         _run("gated_silu_backward", [*sizes, *tensors], like=out_NF)
     else:
@@ -155,6 +185,9 @@ def split_heads(
     num_tokens, half = cosine_TC.shape
     num_pairs = qkv_NE.shape[0] // num_tokens * num_kv_heads
     groups = qkv_NE.shape[1] // (2 * half) // num_kv_heads - 2
+    shape = (num_pairs // num_kv_heads * num_tokens, (groups + 2) * num_kv_heads * 2 * half)
+    turning = ((part, (num_tokens, half), torch.float32) for part in (cosine_TC, sine_TC))
+    _check("split_heads", (qkv_NE, shape, qkv_NE.dtype), *turning)
     query = qkv_NE.new_empty(num_pairs, groups * num_tokens, 2 * half)
     key = qkv_NE.new_empty(num_pairs, start + num_tokens, 2 * half)
     value = torch.empty_like(key)
@@ -182,6 +215,11 @@ def split_heads_backward(
     num_tokens = cosine_TC.shape[0]
     num_pairs, num_queries, size = query.shape
     groups = num_queries // num_tokens
+    keys = ((part, (num_pairs, start + num_tokens, size), query.dtype) for part in (key, value))
+    turning = ((part, (num_tokens, size // 2), torch.float32) for part in (cosine_TC, sine_TC))
+    _check(
+        "split_heads_backward", (query, (num_pairs, groups * num_tokens, size), query.dtype), *keys, *turning
+    )
     num_columns = (groups + 2) * num_kv_heads * size
     out_NE = query.new_empty(num_pairs // num_kv_heads * num_tokens, num_columns)
     if is_compiled(query):
@@ -206,6 +244,9 @@ def merge_heads(attended_PQC: torch.Tensor, num_tokens: int, num_kv_heads: int, 
         out_NK in the same type.
     """
     num_pairs, num_queries, size = attended_PQC.shape
+    is_whole = num_queries % num_tokens == 0 and num_pairs % num_kv_heads == 0
+    num_heads = num_queries // num_tokens * num_kv_heads
+    _check_that(is_whole and width >= num_heads * size, "merge_heads: the sizes don't fit each other.")
     out_NK = attended_PQC.new_empty(num_pairs // num_kv_heads * num_tokens, width)
     if is_compiled(attended_PQC):
         sizes = (num_pairs, num_kv_heads, num_queries // num_tokens, num_tokens, size, width)
@@ -221,6 +262,9 @@ def merge_heads_backward(
     """Return the gradient of attended_PQC from that of the rows of tokens."""
     num_pairs = gradient_NK.shape[0] // num_tokens * num_kv_heads
     groups = num_heads // num_kv_heads
+    is_whole = gradient_NK.shape[0] % num_tokens == 0 and groups * num_kv_heads == num_heads
+    is_wide = gradient_NK.shape[1] >= num_heads * head_size
+    _check_that(is_whole and is_wide, "merge_heads_backward: the sizes don't fit each other.")
     out_PQC = gradient_NK.new_empty(num_pairs, groups * num_tokens, head_size)
     if is_compiled(gradient_NK):
         sizes = (num_pairs, num_kv_heads, groups, num_tokens, head_size, gradient_NK.shape[1])
@@ -242,6 +286,8 @@ def causal_softmax_(scores_PQS: torch.Tensor, num_tokens: int, start: int) -> to
     Returns:
         The same tensor; 0 for keys that a query does not see.
     """
+    fits = scores_PQS.shape[1] % num_tokens == 0 and scores_PQS.shape[2] >= start + num_tokens
+    _check_that(fits, "causal_softmax_: the scores have too few keys, or parts of tokens.")
     if is_compiled(scores_PQS):
         num_keys = scores_PQS.shape[2]
         sizes = (scores_PQS.numel() // num_keys, num_keys, num_tokens, start)
@@ -256,6 +302,7 @@ def causal_softmax_backward_(
 ) -> torch.Tensor:
     """Turn the gradient of the weights into that of the scores, in place, and return it."""
     if is_compiled(weights_PQS):
+        _check("causal_softmax_backward_", (gradient_PQS, tuple(weights_PQS.shape), weights_PQS.dtype))
         num_keys = weights_PQS.shape[2]
         sizes = (weights_PQS.numel() // num_keys, num_keys, num_tokens, start)
         _run("causal_softmax_backward", [*sizes, weights_PQS, gradient_PQS], like=weights_PQS)
@@ -279,6 +326,10 @@ def softmax_loss_(
     """
     if not is_compiled(logits_NV):
         return _plain.softmax_loss(logits_NV, targets_N, keeps_gradient)
+    _check("softmax_loss_", (targets_N, (logits_NV.shape[0],), torch.int64))
+    if targets_N.numel():
+        lowest, highest = (int(bound) for bound in torch.aminmax(targets_N))
+        _check_that(lowest >= 0 and highest < logits_NV.shape[1], "softmax_loss_: a target is no token.")
     nll_N = torch.empty(targets_N.shape[0], dtype=torch.float32)
     is_right_N = torch.empty(targets_N.shape[0], dtype=torch.bool)
     sizes = (*logits_NV.shape, int(keeps_gradient))

@@ -5,9 +5,9 @@ first called and keeps the machine code on disk. numpy has no bfloat16, so its b
 flag that assumes finite numbers is set: what is no number must stay visible.
 
 A kernel is a C function of one pointer, so that torch's own pool of threads can run it (_threads.py): to a
-table of int64 numbers, typed as what the tensors hold. The table begins with the address of
-`omp_get_thread_num` and the number of threads; the arguments follow, tensors as addresses. Each thread
-takes its share of the rows.
+table of int64 numbers, typed as what the tensors hold. The table begins with the addresses of
+`omp_get_thread_num` and `omp_get_num_threads`, 0 where one thread does all; the arguments follow, tensors
+as addresses. Each thread takes its share of the rows.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
@@ -44,9 +44,16 @@ def _keep_code() -> None:
     """
     folder = Path(__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))))
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else caches / "luthier" / "kernels"
-    numba.config.CACHE_DIR = str(root / digest.hexdigest()[:16])
+    root = numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME")
+    if not root:
+        try:
+            root = str(Path.home() / ".cache")
+        except RuntimeError:
+            # A user without a home: numba looks for a place itself, beside the source.
+            return
+    if root != numba.config.CACHE_DIR:
+        root = str(Path(root) / "luthier" / "kernels")
+    numba.config.CACHE_DIR = str(Path(root) / digest.hexdigest()[:16])
 
 
 def _compile(body: Callable[..., None], signature: Any) -> Any:
@@ -130,8 +137,8 @@ def number(_context: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _call_thread_num(_context: Any, address: Any) -> Any:
-    """Call `omp_get_thread_num` at its address."""
+def _call(_context: Any, address: Any) -> Any:
+    """Call a C function of no arguments that returns an int, at its address."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(_I32, ())
@@ -149,10 +156,11 @@ def open_table(data):
 @_inlined
 def share(table, num_rows):
     """Return the first row of this thread and the one after its last."""
-    if table[1] == 1:
+    if table[0] == 0:
         return 0, num_rows
-    thread = _call_thread_num(table[0])
-    return num_rows * thread // table[1], num_rows * (thread + 1) // table[1]
+    # The team may be smaller than was asked for.
+    thread, num_threads = _call(table[0]), _call(table[1])
+    return num_rows * thread // num_threads, num_rows * (thread + 1) // num_threads
 
 
 @intrinsic

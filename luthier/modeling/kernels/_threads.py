@@ -28,19 +28,25 @@ class _Pool:
         self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self.parallel.restype = None
         self.thread_num_address = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
+        self.num_threads_address = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p).value
 
 
 @cache
 def _find_pool() -> _Pool | None:
     """Return the pool that torch uses, None where it is not GNU's or can't be told from another."""
     try:
-        mapped = {line.split()[-1] for line in _MAPS.read_text().splitlines() if "libgomp" in line}
+        # Six fields, of which the last, a path, may hold blanks (proc(5)).
+        lines = [line.split(maxsplit=5) for line in _MAPS.read_text().splitlines() if "libgomp" in line]
+        mapped = {fields[-1] for fields in lines}
     except OSError:
         return None
     ours = {path for path in mapped if "/torch" in path} or mapped
     if len(ours) != 1:
         return None
-    return _Pool(ctypes.CDLL(ours.pop()))
+    try:
+        return _Pool(ctypes.CDLL(ours.pop()))
+    except OSError:
+        return None
 
 
 def launch(address: int, arguments: list[int]) -> None:
@@ -50,10 +56,12 @@ def launch(address: int, arguments: list[int]) -> None:
         address: of its machine code.
         arguments: the table's numbers after the first two.
     """
-    pool, num_threads = _find_pool(), torch.get_num_threads()
-    if pool is None or num_threads == 1:
-        table = np.array([0, 1, *arguments], dtype=np.int64)
+    num_threads = torch.get_num_threads()
+    pool = _find_pool() if num_threads > 1 else None
+    if pool is None:
+        table = np.array([0, 0, *arguments], dtype=np.int64)
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(table.ctypes.data)
         return
-    table = np.array([pool.thread_num_address, num_threads, *arguments], dtype=np.int64)
+    addresses = (pool.thread_num_address, pool.num_threads_address)
+    table = np.array([*addresses, *arguments], dtype=np.int64)
     pool.parallel(address, table.ctypes.data, num_threads, 0)

@@ -13,7 +13,7 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
-from luthier.methods import check_tuning, discover, parameter_schemas, resolve_spec
+from luthier.methods import check_tuning, discover, parameter_schemas, resolve_spec, row_limit
 
 BASE = BaseFacts(
     id="b",
@@ -135,3 +135,31 @@ def test_methods_are_known_without_torch() -> None:
         "sys.exit(int(any(n in sys.modules for n in ('torch', 'transformers', 'peft'))))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("tuning", "asked", "expected"),
+    [
+        ({}, None, 512),
+        ({}, 100, 100),
+        ({"type": "prompt", "num_virtual_tokens": 100}, None, 412),
+        ({"type": "prefix", "num_virtual_tokens": 100}, 500, 412),
+        ({"type": "prefix", "num_virtual_tokens": 100}, 300, 300),
+        # The most that "auto" takes, for how many rows there are is not known yet: 50 and an eighth of 512.
+        ({"type": "prompt"}, None, 462),
+        ({"type": "prefix"}, None, 448),
+    ],
+)
+def test_virtual_tokens_take_their_room_from_the_longest_row(
+    tuning: dict[str, object], asked: int | None, expected: int
+) -> None:
+    given = spec(tuning=check_tuning(tuning), training={"max_length": asked})
+    assert row_limit(given, BASE) == expected
+    assert resolve(given).training.max_length == expected
+
+
+def test_virtual_tokens_that_leave_no_room_for_a_row_are_refused() -> None:
+    given = spec(tuning=check_tuning({"type": "prompt", "num_virtual_tokens": 512}))
+    with pytest.raises(InvalidValueError, match="no room") as caught:
+        row_limit(given, BASE)
+    assert caught.value.param == "tuning.num_virtual_tokens"

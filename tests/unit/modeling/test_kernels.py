@@ -1,5 +1,8 @@
 """Compiled kernels give what torch's operators give, in float32 and in bfloat16, and hide no NaN."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -158,3 +161,55 @@ def test_what_is_no_number_stays_visible(dtype: torch.dtype, wrong: float) -> No
 def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         kernels.rms_norm(torch.zeros(4, 8).t(), torch.ones(4), 1e-5, 4)
+
+
+_SMALL_TEAM = """
+import torch
+from luthier.modeling import kernels
+torch.set_num_threads(2)
+logits, targets = torch.randn(64, 100), torch.arange(64)
+expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+nll, _ = kernels.softmax_loss_(logits, targets, keeps_gradient=False)
+assert torch.allclose(nll, expected, atol=1e-5), (nll - expected).abs().max()
+"""
+
+
+@pytest.mark.parametrize("limit", ["1", "2", "64"])
+def test_all_rows_are_computed_whatever_team_of_threads_comes(limit: str) -> None:
+    environment = os.environ | {"OMP_THREAD_LIMIT": limit, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", _SMALL_TEAM], env=environment, check=True)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_more_threads_than_rows_do_no_harm(num_threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        x = draw(3, 96, dtype=torch.float32)
+        found = kernels.gated_silu(x, 48)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(found, torch.nn.functional.silu(x[:, :48]) * x[:, 48:], atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [-1, 8, 10**6])
+def test_a_target_that_is_no_token_is_refused_before_memory_is_touched(target: int) -> None:
+    with pytest.raises(ValueError, match="no token"):
+        kernels.softmax_loss_(torch.zeros(1, 8), torch.tensor([target]), keeps_gradient=True)
+
+
+def test_tensors_of_other_types_or_sizes_than_a_kernel_reads_are_refused() -> None:
+    x = torch.zeros(4, 8)
+    for weight in (torch.ones(8, dtype=torch.bfloat16), torch.ones(7)):
+        with pytest.raises(ValueError, match="rms_norm"):
+            kernels.rms_norm(x, weight, 1e-5, 8)
+    with pytest.raises(ValueError, match="narrower"):
+        kernels.rms_norm(x, torch.ones(8), 1e-5, 4)
+    with pytest.raises(ValueError, match="softmax_loss_"):
+        kernels.softmax_loss_(x, torch.zeros(3, dtype=torch.int64), keeps_gradient=True)
+    with pytest.raises(ValueError, match="gated_silu_backward"):
+        kernels.gated_silu_backward(x, torch.zeros(3, 8))
+    with pytest.raises(ValueError, match="split_heads"):
+        kernels.split_heads(x, *turning(), scale=1.0, num_kv_heads=1, start=0)
+    with pytest.raises(ValueError, match="causal_softmax_"):
+        kernels.causal_softmax_(torch.zeros(1, 4, 3), 4, 0)

@@ -108,3 +108,26 @@ def test_a_second_backward_pass_is_refused_for_gradients_are_scaled_in_place() -
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already taken"):
         loss.backward()
+
+
+def test_scoring_makes_no_gradient_even_where_the_head_is_trained(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    real = loss_module.softmax_loss_
+
+    def watched(logits: torch.Tensor, targets: torch.Tensor, *, keeps_gradient: bool) -> object:
+        asked.append(keeps_gradient)
+        return real(logits, targets, keeps_gradient=keeps_gradient)
+
+    monkeypatch.setattr(loss_module, "softmax_loss_", watched)
+    hidden_BTD, weight_VD = (
+        torch.randn(*batch.token_ids_BT.shape, 16),
+        torch.randn(300, 16, requires_grad=True),
+    )
+    hidden_ND, targets_N = gather_supervised(hidden_BTD, batch)
+    with torch.no_grad():
+        scored = head_loss(hidden_ND, weight_VD, targets_N)
+    trained = head_loss(hidden_ND, weight_VD, targets_N)
+    assert asked == [False, True]
+    assert torch.equal(scored.nll_sum, trained.nll_sum.detach())

@@ -136,3 +136,14 @@ def test_the_newest_two_are_kept(base: Path, tmp_path: Path) -> None:
     for number in (1, 2, 3):
         save_points.write(Progress(step=number), trainee, optimizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_the_newest_are_told_by_number_however_many_digits_it_has(base: Path, tmp_path: Path) -> None:
+    trainee, optimizer = begin(base, "lora")
+    step(trainee, optimizer, 0)
+    save_points = SavePoints(tmp_path, "x")
+    for number in (999_998, 999_999, 1_000_000):
+        save_points.write(Progress(step=number), trainee, optimizer)
+    found = save_points.find(refuse)
+    assert found is not None
+    assert found.progress.step == 1_000_000
