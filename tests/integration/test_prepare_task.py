@@ -66,7 +66,7 @@ def test_rows_that_virtual_tokens_push_out_of_the_context_are_found_by_prepare_w
     prepare(context, job["id"])
     failed = _get(api, job["id"])
     assert failed["error"]["code"] == "invalid_training_file"
-    assert "line 1" in failed["error"]["message"]
+    assert "Line 1:" in failed["error"]["message"]
     assert "more than the 10 allowed" in failed["error"]["message"]
 
 
