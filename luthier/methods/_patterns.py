@@ -24,6 +24,23 @@ json.dump([path for path in paths if compiled.fullmatch(path)], sys.stdout)
 _REPETITION = re.compile(r"[*+]|\{\d*,\d*\}|\{\d+\}")
 
 
+def check_pattern(pattern: str) -> None:
+    """Refuse what does not compile, or is built to backtrack.
+
+    Args:
+        pattern: what a user wrote.
+
+    Raises:
+        ValueError: says what is wrong, as the end of a sentence that begins with the field.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no valid regular expression: {error}") from error
+    if nests_quantifiers(pattern):
+        raise ValueError("repeats a group that holds a repetition; use a simpler pattern")
+
+
 def nests_quantifiers(pattern: str) -> bool:
     """Whether a repeated group holds a repetition, which is how matching becomes exponential.
 

@@ -6,7 +6,6 @@ masters beside the weights (luthier.training.trainee), for an update is often sm
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from luthier.core.errors import ArtifactCorruptError, InvalidValueError
 from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
-from luthier.methods._patterns import MATCH_SECONDS, match_paths, nests_quantifiers
+from luthier.methods._patterns import MATCH_SECONDS, check_pattern, match_paths
 from luthier.methods._peft import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from luthier.methods.base import Attached, Method, MethodParams, Start, Workload
 
@@ -62,12 +61,7 @@ class FullParams(MethodParams):
     @classmethod
     def _pattern_compiles(cls, value: str | list[str] | None) -> str | list[str] | None:
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is no valid regular expression: {error}") from error
-            if nests_quantifiers(value):
-                raise ValueError("repeats a group that holds a repetition; use a simpler pattern")
+            check_pattern(value)
         return value
 
 

@@ -5,7 +5,6 @@ with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). DoRA (Liu et al. 2024, arXiv
 magnitude per output beside the direction. PEFT holds the layers, so what is saved loads in PEFT.
 """
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -16,7 +15,7 @@ from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._layers import PARAM, choose_layers, linear_shapes, shortest_names
-from luthier.methods._patterns import nests_quantifiers
+from luthier.methods._patterns import check_pattern
 from luthier.methods._peft import peft_type, write_adapter
 from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
 
@@ -54,12 +53,7 @@ class LoraParams(MethodParams):
     @classmethod
     def _pattern_compiles(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is no valid regular expression: {error}") from error
-            if nests_quantifiers(value):
-                raise ValueError("repeats a group that holds a repetition; use a simpler pattern")
+            check_pattern(value)
         return value
 
 
