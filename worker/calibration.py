@@ -86,8 +86,13 @@ def code_version() -> str:
     for folder in _MEASURED_CODE:
         for path in sorted((root / folder).rglob("*.py")):
             found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    for name in ("torch", "transformers", "peft"):
-        found.update(metadata.version(name).encode())
+    for name in ("torch", "transformers", "peft", "numba"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            # Without numba the kernels are torch's own operators.
+            version = "absent"
+        found.update(f"{name} {version}".encode())
     return found.hexdigest()[:16]
 
 

@@ -1,7 +1,5 @@
 """Artifacts that are models of their own: read from their folder and proved, with weights of their own."""
 
-import json
-import struct
 from math import prod
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from transformers import PreTrainedModel
 from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError
 from luthier.inference.proofs import check_base, check_finite_weights, check_probe
 from luthier.inference.slots import probe
-from luthier.modeling.load import load_base
+from luthier.modeling.load import load_base, read_header
 
 
 def measure_whole(folder: Path, dtype: torch.dtype) -> int:
@@ -28,14 +26,8 @@ def measure_whole(folder: Path, dtype: torch.dtype) -> int:
         ArtifactCorruptError: when a weights file has no header that can be read.
     """
     try:
-        headers = [_read_header(path) for path in folder.glob("*.safetensors")]
-        num_values = sum(
-            prod(entry["shape"])
-            for header in headers
-            for name, entry in header.items()
-            if name != "__metadata__"
-        )
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        num_values = sum(_count_numbers(path) for path in folder.glob("*.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactCorruptError("The artifact's weights can't be read.") from error
     if num_values == 0:
         raise ArtifactCorruptError("The artifact has no weights.")
@@ -79,11 +71,7 @@ def load_whole(
     return model
 
 
-def _read_header(path: Path) -> dict[str, dict[str, list[int]]]:
-    """Read what a safetensors file says about its tensors (its format: 8 bytes of length, then JSON)."""
+def _count_numbers(path: Path) -> int:
     with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        content = json.loads(stream.read(length))
-    if not isinstance(content, dict):
-        raise TypeError
-    return content
+        header, _ = read_header(stream)
+    return sum(prod(entry["shape"]) for entry in header.values())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from luthier.core.errors import ArtifactCorruptError
 from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
@@ -209,7 +210,12 @@ class Method(ABC):
             The attached model in evaluation mode.
         """
 
-    def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:
+    def install(
+        self,
+        causal_lm: "PreTrainedModel",  # noqa: ARG002
+        folder: Path,  # noqa: ARG002
+        name: str,  # noqa: ARG002
+    ) -> Installed:
         """Lay a saved artifact on a base beside others, switched off; never called for whole models.
 
         Args:
@@ -221,9 +227,10 @@ class Method(ABC):
             The artifact in memory.
 
         Raises:
-            ArtifactCorruptError: when its tensors don't fit the base; the base is then as it was.
+            ArtifactCorruptError: when it is a whole model, or its tensors don't fit the base, which is then
+                as it was.
         """
-        raise NotImplementedError(f"{self.name} artifacts are not installed on a base.")
+        raise ArtifactCorruptError(f"An artifact of {self.name} is a model of its own and lies on no base.")
 
     def hidden_states(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
         """Run the tuned model up to its output layer.

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -97,21 +97,38 @@ def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor for path in files for name, tensor in _read_file(path, dtype)}
 
 
+def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Read the start of a safetensors file: 8 bytes for the header's size, then the header as JSON.
+
+    Args:
+        stream: the file from its beginning.
+
+    Returns:
+        What it says of each tensor by name, and where in the file the numbers begin.
+
+    Raises:
+        ValueError: when it is no header.
+    """
+    size = int.from_bytes(stream.read(8), "little")
+    if size > _MAX_HEADER_BYTES:
+        raise ValueError("This is no safetensors header.")
+    header = json.loads(stream.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("This is no safetensors header.")
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
 def _read_file(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read one file in the safetensors format: 8 bytes for the header's size, the header, the numbers."""
+    """Read the tensors of one file, one at a time."""
     with path.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path.name} has no safetensors header.")
-        header = json.loads(stream.read(size))
+        header, start = read_header(stream)
         for name, facts in header.items():
-            if name == "__metadata__":
-                continue
             if facts["dtype"] not in _TYPES:
                 raise ValueError(f"{path.name}: {name} is of type {facts['dtype']}, which is not read here.")
             tensor = torch.empty(facts["shape"], dtype=_TYPES[facts["dtype"]])
             begin, end = facts["data_offsets"]
-            stream.seek(8 + size + begin)
+            stream.seek(start + begin)
             if end - begin != tensor.nbytes:
                 raise ValueError(f"{path.name}: {name} has another size than its shape says.")
             if stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
