@@ -35,7 +35,7 @@ def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, 
     Raises:
         OursFailedError: when the run does not finish.
     """
-    _write_run_directory(folder, workload, spec)
+    write_run_directory(folder, workload, spec)
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen(
@@ -71,7 +71,8 @@ def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, 
     }
 
 
-def _write_run_directory(folder: Path, workload: Workload, spec: TrainingSpec) -> None:
+def write_run_directory(folder: Path, workload: Workload, spec: TrainingSpec) -> None:
+    """Write what a training process reads."""
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(spec.model_dump_json())
     inputs = RunInputs(

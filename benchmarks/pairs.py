@@ -115,7 +115,7 @@ def choose_variant(
     results: ResultsFile,
     run: Callable[[Variant], dict[str, Any]],
 ) -> Variant | None:
-    """Run every variant once, and return the fastest that optimises the same loss; None when none runs."""
+    """Run every variant once, and return the fastest of equal loss and precision; None when none runs."""
     tried: dict[str, dict[str, Any]] = found.setdefault("variants", {})
     variants = [variant for variant in row.variants if device in variant.devices]
     for variant in variants:
@@ -131,9 +131,14 @@ def choose_variant(
         else:
             speed = told["num_tokens"] / told["seconds"]
             print(f"  {variant.name:28} {speed:7.0f} tokens/s", flush=True)
-    eligible = [v for v in variants if v.has_our_loss and "failed" not in tried[v.name]]
+    eligible = [
+        variant
+        for variant in variants
+        if variant.has_our_loss and variant.has_our_precision and "failed" not in tried[variant.name]
+    ]
     if not eligible:
-        found["failed"] = next(iter(tried.values()))["failed"]
+        failures = [told["failed"] for told in tried.values() if "failed" in told]
+        found["failed"] = failures[0] if failures else "no setting has our loss and our precision"
         results.save()
         return None
     found.pop("failed", None)

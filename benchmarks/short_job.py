@@ -18,7 +18,7 @@ from benchmarks.contestants import Order, run_peer, saving_to
 from benchmarks.machine import StolenTime
 from benchmarks.pairs import choose_variant, median_interval
 from benchmarks.results_file import ResultsFile, code_digest, fingerprint_of
-from benchmarks.rows import ROWS, SHORT_JOB, SHORT_JOB_BAR, Variant
+from benchmarks.rows import ROWS, SHORT_JOB, SHORT_JOB_BAR, Row, Variant
 from benchmarks.workload import Workload, learning_rates, make_spec, write_start
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def measure_short_job(
         shutil.rmtree(scratch / "adapter")
         return told
 
-    best = choose_variant(row, workload.device, found, results, run)
+    best = _known_best(row, results) or choose_variant(row, workload.device, found, results, run)
     if best is None:
         return found
     pairs: list[dict[str, Any]] = found.setdefault("pairs", [])
@@ -93,6 +93,12 @@ def measure_short_job(
                 flush=True,
             )
     return found
+
+
+def _known_best(row: Row, results: ResultsFile) -> Variant | None:
+    """Return the peer's fastest setting as its own row found it, or None when that was not measured here."""
+    name = results.content["rows"].get(row.name, {}).get("best_variant")
+    return next((variant for variant in row.variants if variant.name == name), None)
 
 
 def _summarise(pairs: list[dict[str, Any]], best: Variant) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
+from luthier.core.specs import BaseFacts, Hyperparameters, Precision, TrainingOptions, TrainingSpec
 from luthier.data.prepare import prepare_rows
 from luthier.data.prepared import PreparedRows
 from luthier.methods import check_tuning, parse_tuning, resolve_spec
@@ -119,13 +119,16 @@ def make_workload(
     return Workload(rows, facts, base_folder, batch_size, seed, num_threads, device, peer_file)
 
 
-def make_spec(workload: Workload, tuning: dict[str, Any], *, num_epochs: int = 1) -> TrainingSpec:
+def make_spec(
+    workload: Workload, tuning: dict[str, Any], *, num_epochs: int = 1, precision: Precision = "auto"
+) -> TrainingSpec:
     """Return the resolved spec of our run: the method's own rate, no validation rows, no save points.
 
     Args:
         workload: the rows.
         tuning: the method and its parameters.
         num_epochs: passes over the rows.
+        precision: of the weights at rest.
 
     Returns:
         The spec, without "auto".
@@ -134,7 +137,7 @@ def make_spec(workload: Workload, tuning: dict[str, Any], *, num_epochs: int = 1
         base_id=workload.facts.id,
         tuning=check_tuning(tuning),
         hyperparameters=Hyperparameters(n_epochs=num_epochs, batch_size=workload.batch_size),
-        training=TrainingOptions(save_every_steps=1_000_000),
+        training=TrainingOptions(save_every_steps=1_000_000, precision=precision),
         seed=workload.seed,
     )
     return resolve_spec(

@@ -1,0 +1,100 @@
+"""Whether our steps are Trainer's: losses in float32, step by step, beside the real transformers Trainer.
+
+    python -m benchmarks.agreement [--rows 40] [--only lora]
+
+Same rows, order, rates, threads and first adapter, both sides in float32. Exit code 1 when a step of any
+method is further apart than MAX_GAP. For `adapter`, the `adapters` library draws its own first weights, so that only
+the first step's loss can be compared, which is the base's on both sides.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.contestants import Order, run_peer
+from benchmarks.ours import run_ours
+from benchmarks.rows import BATCH_SIZE, ROWS, SEED, Row
+from benchmarks.train import ROOT
+from benchmarks.workload import Workload, learning_rates, load_rows, make_spec, make_workload, write_start
+from luthier.bases.catalogue import base_folder, find_base_facts
+from luthier.core.settings import Settings
+
+# What the project promises, relative to Trainer's loss.
+MAX_GAP = 1e-4
+_FLOAT32 = {"order": "ours", "weights": "float32"}
+# Where the peer is Trainer with PEFT. LoRA is compared on both of its trainers.
+_COMPARED = (
+    "lora-trainer",
+    "lora-trl",
+    "prefix-trainer",
+    "prompt-trainer",
+    "full-trainer",
+    "adapter-adapters",
+)
+
+
+def main() -> None:
+    """Train every method on both sides; print the largest gap of each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__)
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument(
+        "--only", action="append", choices=_COMPARED, metavar="ROW", help=", ".join(_COMPARED)
+    )
+    parser.add_argument("--data", type=Path, default=ROOT / "examples" / "support" / "train.jsonl")
+    options = parser.parse_args()
+    settings = Settings()
+    facts = find_base_facts(settings.bases_dir, settings.preload_base)
+    if facts is None:
+        raise SystemExit(f"Fetch the base first: luthier bases fetch {settings.preload_base}")
+    folder = base_folder(settings.bases_dir, facts.id).absolute()
+    too_far = []
+    with tempfile.TemporaryDirectory(prefix="luthier-agreement-") as name:
+        scratch = Path(name)
+        workload = make_workload(
+            load_rows(options.data, folder, num_rows=options.rows, batch_size=BATCH_SIZE),
+            facts,
+            folder,
+            batch_size=BATCH_SIZE,
+            seed=SEED,
+            num_threads=os.cpu_count() or 1,
+            device="cpu",
+            scratch=scratch,
+        )
+        print(f"{workload.num_steps} steps of {BATCH_SIZE} rows, float32; relative gap of the losses")
+        for row in (ROWS[name] for name in options.only or _COMPARED):
+            gaps = _gaps(row, workload, scratch / row.name)
+            print(
+                f"{row.title}: largest {max(gaps):.1e}; {' '.join(f'{gap:.1e}' for gap in gaps)}", flush=True
+            )
+            if max(gaps) > MAX_GAP:
+                too_far.append(row.name)
+    if too_far:
+        sys.exit(f"Further apart than {MAX_GAP:.0e}: {', '.join(too_far)}")
+
+
+def _gaps(row: Row, workload: Workload, scratch: Path) -> list[float]:
+    """Return the relative gap of every step that can be compared."""
+    scratch.mkdir()
+    spec = make_spec(workload, row.tuning, precision="float32")
+    start = write_start(workload, spec, scratch / "start")
+    order = Order(
+        environment=row.environment,
+        script=row.script,
+        options=_FLOAT32,
+        tuning=spec.tuning,
+        workload=workload,
+        start=start,
+        learning_rates=learning_rates(workload, spec),
+        device="cpu",
+    )
+    ours, peers = run_ours(scratch / "ours", workload, spec)["losses"], run_peer(order, scratch)["losses"]
+    if len(ours) != len(peers):
+        raise SystemExit(f"{row.name}: {len(ours)} steps of ours, {len(peers)} of the peer's")
+    comparable = 1 if row.environment == "adapters" else len(ours)
+    return [abs(a - b) / abs(b) for a, b in zip(ours[:comparable], peers[:comparable], strict=True)]
+
+
+if __name__ == "__main__":
+    main()
