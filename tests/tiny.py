@@ -13,7 +13,14 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from luthier.bases.catalogue import FACTS_NAME
-from luthier.core.specs import BaseFacts, Hyperparameters, RunInputs, TrainingOptions, TrainingSpec
+from luthier.core.specs import (
+    BaseFacts,
+    DpoOptions,
+    Hyperparameters,
+    RunInputs,
+    TrainingOptions,
+    TrainingSpec,
+)
 from luthier.data.prepared import PreparedRows, join_rows, write_prepared
 from luthier.methods import check_tuning, resolve_spec
 from luthier.storage.manifests import seal_folder
@@ -181,6 +188,28 @@ def build_tiny_rows(num_rows: int, *, seed: int = 0) -> PreparedRows:
     return join_rows(tokens, supervised, list(range(1, num_rows + 1)))
 
 
+def build_tiny_pairs(num_pairs: int, *, seed: int = 0) -> PreparedRows:
+    """Make preferences that a tiny model can learn: an answer that repeats the prompt's start, or not.
+
+    Args:
+        num_pairs: pairs; two rows each, the preferred one first, on lines 1, 2, and so on.
+        seed: decides every token.
+
+    Returns:
+        The rows.
+    """
+    generator = np.random.default_rng(seed)
+    tokens, supervised = [], []
+    for _ in range(num_pairs):
+        prompt = generator.integers(3, 40, generator.integers(7, 40)).astype(np.int32)
+        preferred = np.resize(prompt[:2], generator.integers(5, 9)).astype(np.int32)
+        other = generator.integers(3, 40, generator.integers(5, 9)).astype(np.int32)
+        for answer in (preferred, other):
+            tokens.append(np.concatenate([prompt, answer]))
+            supervised.append(np.arange(len(prompt) + len(answer)) >= len(prompt))
+    return join_rows(tokens, supervised, [line for pair in range(1, num_pairs + 1) for line in (pair, pair)])
+
+
 def build_tiny_run(
     folder: Path,
     base: Path,
@@ -190,6 +219,7 @@ def build_tiny_run(
     tuning: dict[str, Any] | None = None,
     hyperparameters: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    beta: float | None = None,
 ) -> Path:
     """Write a run directory that `python -m luthier.training` accepts: float32, one thread, on a CPU.
 
@@ -201,21 +231,24 @@ def build_tiny_run(
         tuning: the request's `tuning` object.
         hyperparameters: OpenAI's three knobs.
         training: the request's `training` object.
+        beta: the objective is dpo with this beta, and the rows are pairs.
 
     Returns:
         `folder`.
     """
     folder.mkdir(parents=True)
-    rows = build_tiny_rows(num_rows)
+    build_rows = build_tiny_rows if beta is None else build_tiny_pairs
+    rows = build_rows(num_rows)
     write_prepared(rows, folder / "train.safetensors")
     if num_validation_rows:
-        write_prepared(build_tiny_rows(num_validation_rows, seed=1), folder / "validation.safetensors")
+        write_prepared(build_rows(num_validation_rows, seed=1), folder / "validation.safetensors")
     facts = BaseFacts.model_validate_json((base / FACTS_NAME).read_bytes())
     spec = TrainingSpec(
         base_id=facts.id,
         tuning=check_tuning(tuning if tuning and "type" in tuning else {"rank": 4, **(tuning or {})}),
         hyperparameters=Hyperparameters(**(hyperparameters or {})),
         training=TrainingOptions(**{"precision": "float32", **(training or {})}),
+        dpo=None if beta is None else DpoOptions(beta=beta),
         seed=11,
     )
     spec = resolve_spec(spec, base=facts, num_rows=num_rows, num_tokens=rows.num_tokens, num_threads=1)

@@ -17,6 +17,13 @@ COLUMNS = (
     "full_valid_loss",
     "full_valid_mean_token_accuracy",
 )
+# What a job on preferences measures beside.
+REWARD_COLUMNS = (
+    "train_reward_accuracy",
+    "train_reward_margin",
+    "full_valid_reward_accuracy",
+    "full_valid_reward_margin",
+)
 
 
 def build_step_metrics(steps: Iterable[Mapping[str, Any]]) -> tuple[bytes, int]:
@@ -29,9 +36,12 @@ def build_step_metrics(steps: Iterable[Mapping[str, Any]]) -> tuple[bytes, int]:
         The CSV with a header, and its rows without it. A cell is empty where nothing was measured. The
         validation rows are scored whole or not at all, so both pairs of validation columns say the same.
     """
+    steps = list(steps)
+    has_rewards = any("train_reward_margin" in step for step in steps)
+    columns = COLUMNS + (REWARD_COLUMNS if has_rewards else ())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns)
     num_rows = 0
     for step in steps:
         values = {
@@ -40,6 +50,6 @@ def build_step_metrics(steps: Iterable[Mapping[str, Any]]) -> tuple[bytes, int]:
             "valid_mean_token_accuracy": step.get("full_valid_mean_token_accuracy"),
             **step,
         }
-        writer.writerow([values.get(column) for column in COLUMNS])
+        writer.writerow([values.get(column) for column in columns])
         num_rows += 1
     return text.getvalue().encode(), num_rows

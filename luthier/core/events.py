@@ -18,7 +18,12 @@ class _Event(BaseModel):
 
 
 class Metrics(BaseModel):
-    """Scores at one step. What was not measured is absent, never null on the wire."""
+    """Scores at one step. What was not measured is absent, never null on the wire.
+
+    Rewards are those of dpo: how much likelier an answer has become than it was at the start, in nats,
+    times beta. The margin is that of the preferred answer minus the other's, the accuracy the share of
+    pairs in which it is above 0; a tie counts half.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -28,6 +33,10 @@ class Metrics(BaseModel):
     valid_mean_token_accuracy: float | None = None
     full_valid_loss: float | None = None
     full_valid_mean_token_accuracy: float | None = None
+    train_reward_accuracy: float | None = None
+    train_reward_margin: float | None = None
+    full_valid_reward_accuracy: float | None = None
+    full_valid_reward_margin: float | None = None
 
 
 class StartedEvent(_Event):

@@ -19,7 +19,8 @@ class SampleAnswer(Frozen):
 class Evaluation(Frozen):
     """Scores of the model after a step; step 0 is the base.
 
-    `valid_*` are over the validation rows, absent without any. `general_loss` is over the bundled general
+    `valid_*` are over the validation rows, absent without any; the rewards are those of dpo
+    (luthier.core.events.Metrics). `general_loss` is over the bundled general
     text; `forgetting` is that after minus that of the base.
     """
 
@@ -27,6 +28,8 @@ class Evaluation(Frozen):
     epoch: float
     valid_loss: float | None = None
     valid_mean_token_accuracy: float | None = None
+    valid_reward_accuracy: float | None = None
+    valid_reward_margin: float | None = None
     general_loss: float | None = None
     forgetting: float | None = None
     answers: list[SampleAnswer] = Field([])

@@ -84,6 +84,15 @@ class TrainingOptions(Frozen):
     )
 
 
+class DpoOptions(Frozen):
+    """Training on preferences (Rafailov et al. 2023, arXiv:2305.18290) in place of examples.
+
+    `beta` says how dearly a step away from the model that the job starts from is paid.
+    """
+
+    beta: float | Auto = Field("auto")
+
+
 class TrainingSpec(Frozen):
     """All that decides a job's result. Stored as JSON in the job row.
 
@@ -97,6 +106,8 @@ class TrainingSpec(Frozen):
     tuning: dict[str, Any]
     hyperparameters: Hyperparameters = Hyperparameters()
     training: TrainingOptions = TrainingOptions()
+    # Set when the objective is dpo; the rows are then pairs.
+    dpo: DpoOptions | None = None
     seed: int
     # Threads decide the order of floating-point sums, so they are part of the spec and fixed across attempts.
     num_threads: int | None = None
@@ -105,6 +116,7 @@ class TrainingSpec(Frozen):
     def is_resolved(self) -> bool:
         """Whether prepare has replaced every "auto" by a number and recorded the base."""
         values = [*self.tuning.values(), *self.hyperparameters.model_dump().values()]
+        values += [] if self.dpo is None else [self.dpo.beta]
         return self.base is not None and self.num_threads is not None and "auto" not in values
 
 

@@ -5,13 +5,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from luthier.core.errors import InvalidValueError, UnsupportedValueError
-from luthier.core.specs import BaseFacts, Hyperparameters, TrainingSpec
+from luthier.core.specs import BaseFacts, DpoOptions, Hyperparameters, TrainingSpec
 from luthier.methods._discover import discover
 from luthier.methods._faults import first_fault
 from luthier.methods.base import Method, MethodParams, Workload
 
 MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
+MAX_BETA = 2.0
+# As in the experiments of the paper (arXiv:2305.18290, appendix B).
+DEFAULT_BETA = 0.1
+# A pair pulls at the difference of two answers, which a rate made for one answer overshoots.
+_DPO_RATE_SHARE = 0.1
 
 
 def check_tuning(tuning: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def resolve_spec(
     Args:
         spec: the spec as the request made it.
         base: the fetched base.
-        num_rows: training rows.
+        num_rows: training rows; pairs when the objective is dpo.
         num_tokens: tokens of those rows, one epoch.
         num_threads: CPU threads of every attempt.
         memory_bytes: memory of the training device, where it is known.
@@ -70,7 +75,8 @@ def resolve_spec(
         )
     rate = spec.training.learning_rate
     if rate is None:
-        rate = min(1.0, method.base_learning_rate(params, base=base) * multiplier)
+        share = 1.0 if spec.dpo is None else _DPO_RATE_SHARE
+        rate = min(1.0, share * method.base_learning_rate(params, base=base) * multiplier)
     max_length = row_limit(spec, base)
     return spec.model_copy(
         update={
@@ -80,6 +86,7 @@ def resolve_spec(
                 n_epochs=epochs, batch_size=batch_size, learning_rate_multiplier=multiplier
             ),
             "training": spec.training.model_copy(update={"learning_rate": rate, "max_length": max_length}),
+            "dpo": None if spec.dpo is None else _resolve_dpo(spec.dpo),
             "num_threads": num_threads,
         }
     )
@@ -120,6 +127,16 @@ def parse_tuning(tuning: dict[str, Any]) -> tuple[Method, MethodParams]:
     """Return the method that a checked `tuning` object names, and its parameters."""
     method = _method_of(tuning)
     return method, _parse(method, tuning)
+
+
+def _resolve_dpo(asked: DpoOptions) -> DpoOptions:
+    beta = DEFAULT_BETA if asked.beta == "auto" else asked.beta
+    if not 0 < beta <= MAX_BETA:
+        raise InvalidValueError(
+            f"beta must be above 0 and at most {MAX_BETA:g}; got {beta}.",
+            param="method.dpo.hyperparameters.beta",
+        )
+    return DpoOptions(beta=beta)
 
 
 def _auto_epochs(num_rows: int, num_tokens: int) -> int:

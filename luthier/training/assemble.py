@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from luthier.core.errors import InvalidValueError
+from luthier.core.errors import InvalidValueError, LuthierError
 from luthier.core.events import StartedEvent
 from luthier.core.reports import Evaluation
+from luthier.data.prepared import PreparedRows
 from luthier.data.tokens import Tokenizer
 from luthier.methods import Attached, MethodParams, Start, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training.artifact import LOG_NAME, TrainingLog
 from luthier.training.batches import Batch, collate, row_lengths
 from luthier.training.device import Machine, choose_machine
+from luthier.training.dpo import Preferences, reference_log_likelihoods
 from luthier.training.emit import EventWriter
 from luthier.training.evaluate import Examiner
 from luthier.training.general_text import general_rows
@@ -69,8 +72,11 @@ def assemble(
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
     method, params = parse_tuning(spec.tuning)
-    examiner = _examiner(job, machine, tokenizer, pad_id, stop, room=_room(job, params))
+    room = _room(job, params)
     ledger.add_seconds("load", time.monotonic() - started_at)
+    with ledger.phase("evaluate"):
+        preferences = _preferences(job, causal_lm, machine, samples[0], pad_id, stop)
+    examiner = _examiner(job, machine, tokenizer, pad_id, stop, room=room, preferences=preferences)
     base_evaluation = None
     if progress.step == 0 and not method.starts_as_base:
         with ledger.phase("evaluate"):
@@ -118,6 +124,7 @@ def assemble(
             pad_id=pad_id,
             max_tokens=progress.max_part_tokens or max_part_tokens(job.origin.base, machine),
             num_halvings=progress.micro_batch_halvings,
+            preferences=preferences,
         ),
         examiner=examiner,
         writer=writer,
@@ -156,7 +163,14 @@ def _room(job: Job, params: MethodParams) -> int:
 
 
 def _examiner(
-    job: Job, machine: Machine, tokenizer: Tokenizer, pad_id: int, stop: StopRequest, *, room: int
+    job: Job,
+    machine: Machine,
+    tokenizer: Tokenizer,
+    pad_id: int,
+    stop: StopRequest,
+    *,
+    room: int,
+    preferences: Preferences | None,
 ) -> Examiner:
     base = job.origin.base
     prompts = SamplePrompts(
@@ -173,15 +187,50 @@ def _examiner(
         max_tokens=max_part_tokens(base, machine),
         pad_id=pad_id,
         should_stop=lambda: stop.is_set,
+        preferences=preferences,
     )
+
+
+def _preferences(
+    job: Job,
+    causal_lm: "PreTrainedModel",
+    machine: Machine,
+    sample: Batch,
+    pad_id: int,
+    stop: StopRequest,
+) -> Preferences | None:
+    """Score all pairs under the base while it is bare; None when the rows are no pairs."""
+    dpo = job.spec.dpo
+    if dpo is None:
+        return None
+    if isinstance(dpo.beta, str):
+        raise LuthierError('The spec still holds "auto" values; it must be resolved before training.')
+    reference = _untuned(causal_lm, machine, sample)
+
+    def score(rows: PreparedRows) -> NDArray[np.float32]:
+        return reference_log_likelihoods(
+            reference,
+            rows,
+            max_tokens=max_part_tokens(job.origin.base, machine),
+            pad_id=pad_id,
+            should_stop=lambda: stop.is_set,
+        )
+
+    validation = job.validation
+    return Preferences(dpo.beta, score(job.rows), None if validation is None else score(validation))
 
 
 def _examine_base(
     causal_lm: "PreTrainedModel", examiner: Examiner, machine: Machine, sample: Batch
 ) -> Evaluation:
     """Score the base before a method that changes it at once lies on it."""
-    untuned = Trainee(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), machine.device, sample)
+    untuned = _untuned(causal_lm, machine, sample)
     return examiner.examine(untuned, step=0, epoch=0.0, base_general_loss=None)
+
+
+def _untuned(causal_lm: "PreTrainedModel", machine: Machine, sample: Batch) -> Trainee:
+    attached = Attached(model=causal_lm.eval(), causal_lm=causal_lm)
+    return Trainee(Untuned(), attached, machine.device, sample)
 
 
 def _samples(job: Job, pad_id: int) -> list[Batch]:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from luthier.core.errors import NonFiniteLossError
 from luthier.core.reports import Evaluation
+from luthier.data.pairs import split_pairs
 from luthier.data.prepared import PreparedRows
 from luthier.training.batches import collate, row_lengths, split_micro
+from luthier.training.dpo import PairBatch, Preferences, pair_loss
 from luthier.training.samples import SamplePrompts
 from luthier.training.stopping import StoppedError
 from luthier.training.trainee import Trainee
@@ -18,10 +21,15 @@ from luthier.training.trainee import Trainee
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean negative log-likelihood in nats and share of right predictions, per supervised token."""
+    """Mean negative log-likelihood in nats and share of right predictions, per supervised token.
+
+    With preferences: the mean loss of a pair, and rewards (luthier.core.events.Metrics).
+    """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
 
 
 @torch.no_grad()
@@ -59,12 +67,52 @@ def evaluate(
     return Scores(loss=nll_sum / max(1, num_supervised), accuracy=num_right / max(1, num_supervised))
 
 
+@torch.no_grad()
+def evaluate_pairs(
+    trainee: Trainee,
+    rows: PreparedRows,
+    reference_N: NDArray[np.float32],
+    *,
+    beta: float,
+    max_tokens: int,
+    pad_id: int,
+    should_stop: Callable[[], bool],
+) -> Scores:
+    """Score all pairs.
+
+    Args:
+        trainee: the model, in evaluation mode.
+        rows: pairs of rows.
+        reference_N: the reference's log-likelihood of every row.
+        beta: weight of the distance from the reference.
+        max_tokens: bound on a part with its padding.
+        pad_id: token on the right of shorter rows.
+        should_stop: asked between parts.
+
+    Returns:
+        Means over all pairs.
+
+    Raises:
+        StoppedError: when `should_stop` said so.
+    """
+    loss_sum, num_right, margin_sum, num_pairs = 0.0, 0.0, 0.0, rows.num_rows // 2
+    for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
+        if should_stop():
+            raise StoppedError
+        pairs = PairBatch(collate(rows, part, pad_id), torch.from_numpy(reference_N[part]))
+        loss = pair_loss(trainee, pairs, beta)
+        loss_sum += loss.loss_sum.item()
+        num_right, margin_sum = num_right + loss.num_right, margin_sum + loss.margin_sum
+    return Scores(loss_sum / num_pairs, None, num_right / num_pairs, margin_sum / num_pairs)
+
+
 @dataclass(frozen=True)
 class Examiner:
     """Everything that a model is scored on, the same at every evaluation of a run.
 
     `validation` may be absent, `general` is the bundled text. `max_tokens` bounds a part with its padding,
-    `pad_id` fills the right of shorter rows, `should_stop` is asked often.
+    `pad_id` fills the right of shorter rows, `should_stop` is asked often. `preferences` is set when the
+    validation rows are pairs.
     """
 
     validation: PreparedRows | None
@@ -73,6 +121,7 @@ class Examiner:
     max_tokens: int
     pad_id: int
     should_stop: Callable[[], bool]
+    preferences: Preferences | None = None
 
     def examine(
         self, trainee: Trainee, *, step: int, epoch: float, base_general_loss: float | None
@@ -106,15 +155,15 @@ class Examiner:
             epoch=epoch,
             valid_loss=None if valid is None else valid.loss,
             valid_mean_token_accuracy=None if valid is None else valid.accuracy,
+            valid_reward_accuracy=None if valid is None else valid.reward_accuracy,
+            valid_reward_margin=None if valid is None else valid.reward_margin,
             general_loss=general,
             forgetting=None if base_general_loss is None else general - base_general_loss,
             answers=answers,
         )
 
     def _score(self, trainee: Trainee, rows: PreparedRows, step: int) -> Scores:
-        scores = evaluate(
-            trainee, rows, max_tokens=self.max_tokens, pad_id=self.pad_id, should_stop=self.should_stop
-        )
+        scores = self._compute(trainee, rows)
         if not math.isfinite(scores.loss):
             whose = "The base's loss" if step == 0 else f"The loss after step {step}"
             rows_name = "general text" if rows is self.general else "validation rows"
@@ -123,3 +172,19 @@ class Examiner:
                 + ("Fetch the base again." if step == 0 else "Use a lower learning rate.")
             )
         return scores
+
+    def _compute(self, trainee: Trainee, rows: PreparedRows) -> Scores:
+        preferences = self.preferences
+        if preferences is None or preferences.validation_N is None or rows is self.general:
+            return evaluate(
+                trainee, rows, max_tokens=self.max_tokens, pad_id=self.pad_id, should_stop=self.should_stop
+            )
+        return evaluate_pairs(
+            trainee,
+            rows,
+            preferences.validation_N,
+            beta=preferences.beta,
+            max_tokens=self.max_tokens,
+            pad_id=self.pad_id,
+            should_stop=self.should_stop,
+        )

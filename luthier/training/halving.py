@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from luthier.data.pairs import split_pairs
 from luthier.training.batches import Batch, collate, count_supervised, row_lengths, split_micro
 from luthier.training.device import Machine
+from luthier.training.dpo import PairBatch, Preferences, compute_pair_gradients
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job
 from luthier.training.memory import is_out_of_memory, out_of_memory
@@ -29,6 +31,7 @@ class MicroBatches:
         pad_id: token on the right of shorter rows.
         max_tokens: bound on a part with its padding.
         num_halvings: how often it was halved already, in all attempts.
+        preferences: set when the rows are pairs.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class MicroBatches:
         pad_id: int,
         max_tokens: int,
         num_halvings: int,
+        preferences: Preferences | None = None,
     ) -> None:
         self.max_tokens = max_tokens
         self.num_halvings = num_halvings
@@ -49,6 +53,7 @@ class MicroBatches:
         self._machine = machine
         self._writer = writer
         self._pad_id = pad_id
+        self._preferences = preferences
         self._lengths = row_lengths(job.rows)
         self._num_supervised = count_supervised(job.rows)
         # The part that is computed at the moment.
@@ -70,19 +75,34 @@ class MicroBatches:
         random = _random_states(self._trainee.device)
         while True:
             try:
-                return compute_gradients(
-                    self._trainee,
-                    self._parts(rows),
-                    num_supervised=int(self._num_supervised[rows].sum()),
-                )
+                return self._compute(rows)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(self._rows) == 1 or self.num_halvings == MAX_HALVINGS:
+                smallest = 1 if self._preferences is None else 2
+                if len(self._rows) == smallest or self.num_halvings == MAX_HALVINGS:
                     raise self._give_up(step) from error
             # Outside the handler: the error's traceback holds the tensors of the part that failed.
             self._halve(step)
             _restore_random_states(random, self._trainee.device)
+
+    def _compute(self, rows: NDArray[np.int64]) -> StepScores:
+        num_supervised = int(self._num_supervised[rows].sum())
+        if self._preferences is None:
+            return compute_gradients(self._trainee, self._parts(rows), num_supervised=num_supervised)
+        return compute_pair_gradients(
+            self._trainee,
+            self._pairs(rows, self._preferences),
+            beta=self._preferences.beta,
+            num_pairs=len(rows) // 2,
+            num_supervised=num_supervised,
+        )
+
+    def _pairs(self, rows: NDArray[np.int64], preferences: Preferences) -> Iterator[PairBatch]:
+        for part in split_pairs(rows, self._lengths, self.max_tokens):
+            self._rows = part
+            batch = collate(self._job.rows, part, self._pad_id)
+            yield PairBatch(batch, preferences.reference_of(part))
 
     def _parts(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
         for part in split_micro(rows, self._lengths, self.max_tokens):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from luthier.core.errors import InvalidTrainingFileError, InvalidValueError, LuthierError
 from luthier.core.specs import RunInputs, TrainingOptions, TrainingSpec
+from luthier.data.pairs import make_pair_plan
 from luthier.data.prepared import PreparedRows, read_prepared
 from luthier.storage.manifests import file_sha256
 from luthier.training.artifact import Origin
@@ -49,7 +50,7 @@ class Job:
 
     def lines_of(self, step: int) -> list[int]:
         """Return the lines of the training file that a step trains on, sorted."""
-        return sorted(int(line) for line in self.rows.lines[self.plan.steps[step - 1]])
+        return sorted({int(line) for line in self.rows.lines[self.plan.steps[step - 1]]})
 
 
 def read_inputs(folder: Path) -> RunInputs:
@@ -92,13 +93,14 @@ def read_job(folder: Path, inputs: RunInputs) -> Job:
     data_sha256 = file_sha256(folder / TRAIN_NAME)
     validation_sha256 = None if validation is None else file_sha256(validation_path)
     # Validation decides when to stop and what is published, so its rows are part of what is trained.
+    make = make_plan if spec.dpo is None else make_pair_plan
     names = f"{spec.model_dump_json()}{data_sha256}{validation_sha256}".encode()
     return Job(
         folder=folder,
         origin=Origin(inputs=inputs, spec=spec, base=spec.base),
         rows=rows,
         validation=validation,
-        plan=make_plan(row_lengths(rows), batch_size=batch_size, num_epochs=epochs, seed=spec.seed),
+        plan=make(row_lengths(rows), batch_size=batch_size, num_epochs=epochs, seed=spec.seed),
         fingerprint=hashlib.sha256(names).hexdigest(),
         data_sha256=data_sha256,
         validation_sha256=validation_sha256,

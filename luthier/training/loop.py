@@ -202,7 +202,12 @@ class Loop:
             step=step,
             total_steps=plan.num_steps,
             epoch=plan.epoch_of(step),
-            metrics=Metrics(train_loss=scores.loss, train_mean_token_accuracy=scores.accuracy),
+            metrics=Metrics(
+                train_loss=scores.loss,
+                train_mean_token_accuracy=scores.accuracy,
+                train_reward_accuracy=scores.reward_accuracy,
+                train_reward_margin=scores.reward_margin,
+            ),
             learning_rate=rate,
             grad_norm=scores.grad_norm,
             num_tokens=scores.num_tokens,
@@ -238,6 +243,8 @@ class Loop:
                 update={
                     "full_valid_loss": evaluation.valid_loss,
                     "full_valid_mean_token_accuracy": evaluation.valid_mean_token_accuracy,
+                    "full_valid_reward_accuracy": evaluation.valid_reward_accuracy,
+                    "full_valid_reward_margin": evaluation.valid_reward_margin,
                 }
             )
             event = event.model_copy(update={"metrics": metrics})

@@ -16,7 +16,7 @@ from luthier.modeling.kernels import softmax_loss_
 from luthier.training.batches import Batch
 
 # Logits held at a time, in numbers: 32 Mi of them are 128 MiB in float32.
-_MAX_CHUNK_LOGITS = 32 * 1024 * 1024
+MAX_CHUNK_LOGITS = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _HeadLoss(torch.autograd.Function):
         for_hidden, for_weight, _ = context.needs_input_grad
         gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
         gradient_VD = torch.zeros_like(weight_VD) if for_weight else None
-        chunk = max(1, _MAX_CHUNK_LOGITS // weight_VD.shape[0])
+        chunk = max(1, MAX_CHUNK_LOGITS // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], chunk):
             part = slice(start, start + chunk)
             logits_NV = torch.mm(hidden_ND[part], weight_VD.t())

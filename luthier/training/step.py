@@ -13,13 +13,19 @@ from luthier.training.trainee import Trainee
 
 @dataclass(frozen=True)
 class StepScores:
-    """Means over the step's supervised tokens, and the gradient's norm before clipping."""
+    """Means over the step's supervised tokens, and the gradient's norm before clipping.
+
+    With preferences the means are over pairs: there is no accuracy by token, but rewards
+    (luthier.core.events.Metrics).
+    """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
     grad_norm: float
     num_tokens: int
     num_supervised: int
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
 
     @property
     def is_finite(self) -> bool:

@@ -38,7 +38,8 @@ class Trainee:
         was_training = attached.model.training
         attached.model.eval()
         self._fused = self._find_fused(self.sample)
-        self._head_weight_VD = self._find_plain_head(self.sample)
+        # The output layer's weight, where logits are a product with it and no more.
+        self.head_weight_VD = self._find_plain_head(self.sample)
         # A whole model's training overwrites the base, so what it was must be known before.
         self.start_logits_BTV = self._start_logits() if method.is_whole_model else None
         attached.model.train(was_training)
@@ -58,11 +59,11 @@ class Trainee:
             Sums over the supervised tokens; differentiable unless gradients are switched off.
         """
         batch = batch.to(self.device)
-        if self._head_weight_VD is None:
+        if self.head_weight_VD is None:
             return full_logits_loss(*gather_supervised(self.logits(batch), batch))
         hidden_BTD = self.hidden_states(batch.token_ids_BT)
         hidden_ND, targets_N = gather_supervised(hidden_BTD, batch)
-        return head_loss(hidden_ND, self._head_weight_VD, targets_N)
+        return head_loss(hidden_ND, self.head_weight_VD, targets_N)
 
     def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         """Return hidden_BTD before the output layer, on the path that training takes."""
@@ -73,7 +74,7 @@ class Trainee:
     @property
     def has_plain_head(self) -> bool:
         """Whether logits are a product with the output layer's weight, and no more."""
-        return self._head_weight_VD is not None
+        return self.head_weight_VD is not None
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits_BTV as the whole model gives them."""
@@ -136,9 +137,9 @@ class Trainee:
                 "The fast path for this architecture gives other results than the plain one. Nothing is "
                 "published; please report it."
             )
-        if self._head_weight_VD is None:
+        if self.head_weight_VD is None:
             return
-        if not _agree(expected_BTD @ self._head_weight_VD.T, self.logits(sample)):
+        if not _agree(expected_BTD @ self.head_weight_VD.T, self.logits(sample)):
             raise SelfCheckError(
                 "The model's output layer gives other logits than the loss was computed from. Nothing is "
                 "published; please report it."

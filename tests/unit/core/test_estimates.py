@@ -172,7 +172,7 @@ def test_more_epochs_are_evaluated_more_often() -> None:
 
 
 def test_the_constants_are_those_of_training() -> None:
-    assert estimates._MAX_CHUNK_LOGITS == loss._MAX_CHUNK_LOGITS
+    assert estimates._MAX_CHUNK_LOGITS == loss.MAX_CHUNK_LOGITS
     assert estimates._SAVE_POINT_SECONDS == loop.SAVE_POINT_SECONDS
     assert estimates._SAVE_COST_FACTOR == loop._SAVE_COST_FACTOR
     assert estimates._MAX_ANSWER_TOKENS == samples.MAX_NEW_TOKENS

@@ -40,7 +40,7 @@ def test_chunks_change_nothing(batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
     targets_N = torch.randint(50, (40,))
     whole = head_loss(hidden_ND.requires_grad_(), weight_VD, targets_N)
     (expected,) = torch.autograd.grad(whole.nll_sum, hidden_ND)
-    monkeypatch.setattr(loss_module, "_MAX_CHUNK_LOGITS", 7 * 50)
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", 7 * 50)
     cut = head_loss(hidden_ND, weight_VD, targets_N)
     (found,) = torch.autograd.grad(cut.nll_sum, hidden_ND)
     assert cut.nll_sum.item() == pytest.approx(whole.nll_sum.item(), rel=1e-6)
@@ -67,7 +67,7 @@ def test_logits_of_an_unusual_head_give_the_same_sums() -> None:
 def test_a_trained_head_gets_the_gradient_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, chunk_logits: int
 ) -> None:
-    monkeypatch.setattr(loss_module, "_MAX_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(0)
     hidden_ND, weight_VD = torch.randn(40, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
     targets_N = torch.randint(50, (40,))

@@ -123,7 +123,7 @@ def test_the_norm_of_bf16_gradients_is_summed_in_float32(base: Path) -> None:
 def test_weights_with_dropout_are_probed_without_it(base: Path) -> None:
     trainee = make(base, tuning={"type": "lora", "dropout": 0.5})
     # Else the probe would find that logits don't come from the head, and compute all of them in every step.
-    assert trainee._head_weight_VD is not None
+    assert trainee.head_weight_VD is not None
 
 
 @pytest.mark.parametrize(

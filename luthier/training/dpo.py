@@ -1,0 +1,143 @@
+"""Direct preference optimisation: the preferred answer is to gain on the other one, not on the text as such.
+
+Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), equation 7. The reference is the
+model that the job starts from. Its log-likelihoods are computed once, before the method lies on it: that
+gives what switching the method off at every step would give, and costs one pass for all epochs. An attempt
+that resumes computes them again, from the same weights in the same order.
+
+Legend: P pairs, B rows (2P, the preferred one of each pair first).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from luthier.data.pairs import split_pairs
+from luthier.data.prepared import PreparedRows
+from luthier.training.batches import Batch, collate, row_lengths
+from luthier.training.step import StepScores, gradient_norm
+from luthier.training.stopping import StoppedError
+from luthier.training.token_loss import row_log_likelihoods
+from luthier.training.trainee import Trainee
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Whole pairs, and the reference's log-likelihoods of their rows, float32 [B]."""
+
+    batch: Batch
+    reference_B: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Sums over a batch's pairs; `loss_sum` is differentiable. Ties count half as right."""
+
+    loss_sum: torch.Tensor
+    num_right: float
+    margin_sum: float
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What the objective needs beside the rows: beta, and the reference's log-likelihood of every row.
+
+    `training_N` float32, one a training row; `validation_N` one a validation row, where there are any.
+    """
+
+    beta: float
+    training_N: NDArray[np.float32]
+    validation_N: NDArray[np.float32] | None
+
+    def reference_of(self, row_numbers: NDArray[np.int64]) -> torch.Tensor:
+        """Return the reference's log-likelihoods of some training rows, float32 [B]."""
+        return torch.from_numpy(self.training_N[row_numbers])
+
+
+def pair_loss(trainee: Trainee, part: PairBatch, beta: float) -> PairLoss:
+    """Score some pairs.
+
+    Args:
+        trainee: the model.
+        part: the pairs.
+        beta: weight of the distance from the reference.
+
+    Returns:
+        Sums of -log sigmoid(margin), in float32.
+    """
+    rewards_B = beta * (row_log_likelihoods(trainee, part.batch) - part.reference_B.to(trainee.device))
+    margins_P = rewards_B[0::2] - rewards_B[1::2]
+    loss_sum = -torch.nn.functional.logsigmoid(margins_P).sum()
+    told_P = margins_P.detach()
+    return PairLoss(loss_sum, float((told_P.sign() + 1).sum()) / 2, float(told_P.sum()))
+
+
+def compute_pair_gradients(
+    trainee: Trainee, parts: Iterable[PairBatch], *, beta: float, num_pairs: int, num_supervised: int
+) -> StepScores:
+    """Fill the gradients of the mean loss over the pairs of the whole effective batch.
+
+    Args:
+        trainee: the model; gradients that it had are forgotten.
+        parts: the step's pairs.
+        beta: weight of the distance from the reference.
+        num_pairs: pairs in all parts together.
+        num_supervised: supervised tokens in all parts together.
+
+    Returns:
+        The scores; not finite ones must not be applied.
+    """
+    loss_sum, num_right, margin_sum, num_tokens = 0.0, 0.0, 0.0, 0
+    trainee.clear_gradients()
+    for part in parts:
+        loss = pair_loss(trainee, part, beta)
+        value = loss.loss_sum.item()
+        loss_sum, num_tokens = loss_sum + value, num_tokens + part.batch.num_tokens
+        num_right, margin_sum = num_right + loss.num_right, margin_sum + loss.margin_sum
+        if not np.isfinite(value):
+            break
+        trainee.add_gradients(loss.loss_sum / num_pairs)
+    return StepScores(
+        loss=loss_sum / num_pairs,
+        accuracy=None,
+        grad_norm=gradient_norm(trainee.gradients),
+        num_tokens=num_tokens,
+        num_supervised=num_supervised,
+        reward_accuracy=num_right / num_pairs,
+        reward_margin=margin_sum / num_pairs,
+    )
+
+
+@torch.no_grad()
+def reference_log_likelihoods(
+    reference: Trainee,
+    rows: PreparedRows,
+    *,
+    max_tokens: int,
+    pad_id: int,
+    should_stop: Callable[[], bool],
+) -> NDArray[np.float32]:
+    """Score every row under the model that the job starts from.
+
+    Args:
+        reference: that model, in evaluation mode.
+        rows: pairs of rows.
+        max_tokens: bound on a part with its padding.
+        pad_id: token on the right of shorter rows.
+        should_stop: asked between parts.
+
+    Returns:
+        Sums of log-likelihoods of the supervised tokens, float32 [N].
+
+    Raises:
+        StoppedError: when `should_stop` said so.
+    """
+    found_N = np.zeros(rows.num_rows, dtype=np.float32)
+    for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
+        if should_stop():
+            raise StoppedError
+        found_N[part] = row_log_likelihoods(reference, collate(rows, part, pad_id)).cpu().numpy()
+    return found_N

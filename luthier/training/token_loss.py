@@ -1,0 +1,83 @@
+"""The negative log-likelihood of each supervised token, for losses that weigh tokens against each other.
+
+Such a loss knows a token's weight only once all tokens of its row are scored, so the gradients of the
+output layer wait for the backward pass: those of the hidden states are scaled there, those of a trained
+output weight are made there from logits that are computed again. Legend as in loss.py.
+"""
+
+from typing import Any
+
+import torch
+
+from luthier.modeling.kernels import softmax_loss_
+from luthier.training.batches import Batch
+from luthier.training.loss import MAX_CHUNK_LOGITS, gather_supervised
+from luthier.training.trainee import Trainee
+
+
+class _TokenLoss(torch.autograd.Function):
+    """-log p(target) under softmax(hidden @ weight.T), a number a token."""
+
+    @staticmethod
+    def forward(
+        context: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
+    ) -> torch.Tensor:
+        for_hidden, for_weight, _ = context.needs_input_grad
+        gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
+        nll_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
+        for part in _chunks(len(targets_N), weight_VD):
+            logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
+            nll_N[part], _ = softmax_loss_(logits_NV, targets_N[part], keeps_gradient=for_hidden)
+            if gradient_ND is not None:
+                torch.mm(logits_NV, weight_VD, out=gradient_ND[part])
+        context.gradient_ND = gradient_ND
+        context.save_for_backward(*((hidden_ND, weight_VD, targets_N) if for_weight else ()))
+        return nll_N
+
+    @staticmethod
+    def backward(
+        context: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        scale_N1 = gradients[0][:, None]
+        hidden, context.gradient_ND = context.gradient_ND, None
+        if hidden is not None:
+            hidden = hidden.mul_(scale_N1.to(hidden.dtype))
+        weight = None
+        if context.saved_tensors:
+            hidden_ND, weight_VD, targets_N = context.saved_tensors
+            weight = torch.zeros_like(weight_VD)
+            for part in _chunks(len(targets_N), weight_VD):
+                logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
+                softmax_loss_(logits_NV, targets_N[part], keeps_gradient=True)
+                weight.addmm_(logits_NV.mul_(scale_N1[part].to(logits_NV.dtype)).t(), hidden_ND[part])
+        return hidden, weight, None
+
+
+def _chunks(num_tokens: int, weight_VD: torch.Tensor) -> list[slice]:
+    size = max(1, MAX_CHUNK_LOGITS // weight_VD.shape[0])
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def row_log_likelihoods(trainee: Trainee, batch: Batch) -> torch.Tensor:
+    """Score the supervised tokens of each row.
+
+    Args:
+        trainee: the model.
+        batch: rows on the CPU.
+
+    Returns:
+        Sums of log-likelihoods, float32 [B]; differentiable unless gradients are switched off.
+    """
+    batch = batch.to(trainee.device)
+    if trainee.head_weight_VD is None:
+        logits_NV, targets_N = gather_supervised(trainee.logits(batch), batch)
+        nll_N = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    else:
+        hidden_ND, targets_N = gather_supervised(trainee.hidden_states(batch.token_ids_BT), batch)
+        weight_VD = trainee.head_weight_VD
+        if not torch.is_grad_enabled():
+            hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        nll_N = _TokenLoss.apply(hidden_ND, weight_VD, targets_N)
+    row_of_N = batch.supervised_BT[:, 1:].nonzero()[:, 0]
+    sums_B = torch.zeros(len(batch.supervised_BT), dtype=torch.float32, device=nll_N.device)
+    return sums_B.index_add(0, row_of_N, -nll_N)

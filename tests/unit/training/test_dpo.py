@@ -1,0 +1,131 @@
+"""The preference loss against one written from the paper's equation over whole logits."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.core.specs import BaseFacts
+from luthier.data.pairs import rows_of_pairs
+from luthier.methods import Attached, Start, Workload, check_tuning, parse_tuning
+from luthier.modeling.load import load_base
+from luthier.training.batches import collate
+from luthier.training.dpo import PairBatch, compute_pair_gradients, pair_loss, reference_log_likelihoods
+from luthier.training.trainee import Trainee
+from luthier.training.untuned import Untuned
+from tests.tiny import BASE_ID, build_tiny_base, build_tiny_pairs
+
+ROWS = build_tiny_pairs(6)
+BETA = 0.3
+# One whose output layer is frozen, one whose is trained and tied, one that does not start as the base.
+TUNINGS: list[dict[str, Any]] = [
+    {"type": "lora", "rank": 4},
+    {"type": "full"},
+    {"type": "prompt", "num_virtual_tokens": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def references(base: Path) -> np.ndarray:
+    """Return the bare base's log-likelihood of every row."""
+    causal_lm = load_base(base, dtype=torch.float32, device="cpu").eval()
+    sample = collate(ROWS, np.array([0]), pad_id=2)
+    untuned = Trainee(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
+    return reference_log_likelihoods(untuned, ROWS, max_tokens=200, pad_id=2, should_stop=lambda: False)
+
+
+def make(base: Path, tuning: dict[str, Any]) -> Trainee:
+    method, params = parse_tuning(check_tuning(tuning))
+    facts = BaseFacts.model_validate_json((base / "base.json").read_bytes())
+    resolved = method.resolve(params, Workload(facts, num_rows=6, num_tokens=200))
+    start = Start(5, BASE_ID, tokenize=lambda _text: [7], examples=[[5, 6, 7]])
+    attached = method.attach(load_base(base, dtype=torch.float32, device="cpu"), resolved, start)
+    trainee = Trainee(method, attached, "cpu", collate(ROWS, np.array([0]), pad_id=2))
+    # LoRA starts as the base: moved, its gradients are those of any step.
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainee.parameters:
+            parameter += 0.05 * torch.randn_like(parameter)
+    trainee.attached.model.eval()
+    return trainee
+
+
+def part(reference_N: np.ndarray, *pairs: int) -> PairBatch:
+    rows = rows_of_pairs(np.array(pairs))
+    return PairBatch(collate(ROWS, rows, pad_id=2), torch.from_numpy(reference_N[rows]))
+
+
+def written_out(trainee: Trainee, reference_N: np.ndarray, pairs: list[int]) -> torch.Tensor:
+    """Return the mean loss, row by row over whole logits, as the paper's equation 7 says it."""
+    losses = []
+    for pair in pairs:
+        ratios = []
+        for row in (2 * pair, 2 * pair + 1):
+            tokens, supervised = ROWS.row(row)
+            token_ids_BT = torch.from_numpy(tokens.astype(np.int64))[None]
+            single = collate(ROWS, np.array([row]), pad_id=2)
+            log_p_TV = trainee.logits(single)[0, :-1].log_softmax(-1)
+            log_p_T = log_p_TV.gather(1, token_ids_BT[0, 1:, None])[:, 0]
+            ratios.append(log_p_T[torch.from_numpy(supervised[1:])].sum() - float(reference_N[row]))
+        losses.append(-torch.log(torch.sigmoid(BETA * (ratios[0] - ratios[1]))))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("tuning", TUNINGS, ids=lambda tuning: tuning["type"])
+def test_loss_and_gradients_equal_the_paper_s_equation(tuning: dict[str, Any], base: Path) -> None:
+    reference_N = references(base)
+    trainee = make(base, tuning)
+    expected = written_out(trainee, reference_N, [0, 3, 5])
+    wanted = torch.autograd.grad(expected, trainee.parameters, allow_unused=True)
+    scores = compute_pair_gradients(
+        trainee, [part(reference_N, 0, 3, 5)], beta=BETA, num_pairs=3, num_supervised=40
+    )
+    assert scores.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert scores.accuracy is None
+    for (name, parameter), gradient in zip(trainee.named_parameters, wanted, strict=True):
+        found = parameter.grad
+        assert (found is None) == (gradient is None), name
+        if found is not None and gradient is not None:
+            assert torch.allclose(found, gradient, atol=1e-5, rtol=1e-3), name
+
+
+def test_the_cut_into_parts_changes_nothing(base: Path) -> None:
+    reference_N = references(base)
+    found = []
+    for parts in ([(0, 3, 5, 1)], [(0,), (3, 5), (1,)]):
+        trainee = make(base, {"type": "lora", "rank": 4})
+        batches = [part(reference_N, *pairs) for pairs in parts]
+        scores = compute_pair_gradients(trainee, batches, beta=BETA, num_pairs=4, num_supervised=50)
+        found.append((scores, [gradient.clone() for gradient in trainee.gradients]))
+    (whole, gradients), (cut, others) = found
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert cut.reward_margin == pytest.approx(whole.reward_margin, rel=1e-5)
+    assert cut.reward_accuracy == whole.reward_accuracy
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients, others, strict=True))
+
+
+@torch.no_grad()
+def test_the_model_that_the_job_starts_from_prefers_nothing_to_itself(base: Path) -> None:
+    reference_N = references(base)
+    causal_lm = load_base(base, dtype=torch.float32, device="cpu").eval()
+    sample = collate(ROWS, np.array([0]), pad_id=2)
+    start = Trainee(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
+    loss = pair_loss(start, part(reference_N, 0, 1, 2, 3), BETA)
+    assert loss.loss_sum.item() / 4 == pytest.approx(math.log(2), abs=1e-5)
+    assert loss.margin_sum == pytest.approx(0.0, abs=1e-4)
