@@ -61,7 +61,7 @@ def make(base: Path, tuning: dict[str, Any]) -> Trainee:
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainee.parameters:
-            parameter += 0.05 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
     trainee.attached.model.eval()
     return trainee
 
