@@ -19,7 +19,7 @@ from luthier.core.errors import (
     TooFewRowsError,
 )
 from luthier.core.ids import new_id
-from luthier.core.specs import Hyperparameters, TrainingOptions, TrainingSpec
+from luthier.core.specs import DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus, check_transition
 from luthier.methods import check_tuning
 from services import events, files, leases
@@ -42,6 +42,7 @@ class NewJob:
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     tuning: dict[str, Any] = field(default_factory=lambda: {"type": "lora"})
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    dpo: DpoOptions | None = None
     metadata: dict[str, str] | None = None
 
 
@@ -134,6 +135,7 @@ def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob)
         tuning=tuning,
         hyperparameters=request.hyperparameters,
         training=request.training,
+        dpo=request.dpo,
         seed=request.seed,
     )
     return CheckedJob(spec, training_file, validation_file)

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from db.tables import Checkpoint, Job, JobEvent
 from luthier.core.errors import InvalidValueError, UnsupportedValueError
-from luthier.core.specs import Auto, Hyperparameters, TrainingOptions, TrainingSpec
+from luthier.core.specs import Auto, DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
+from luthier.methods import MAX_BETA
 from services.jobs import NewJob
 
 _MAX_SEED = 2**31 - 1
@@ -30,6 +31,22 @@ class HyperparametersBody(_Body):
         return Hyperparameters(**{k: v for k, v in self.model_dump().items() if v is not None})
 
 
+class DpoHyperparametersBody(HyperparametersBody):
+    """The three knobs, and how dearly a step away from the starting model is paid."""
+
+    beta: Annotated[float, Field(gt=0, le=MAX_BETA, allow_inf_nan=False)] | Auto | None = None
+
+    def to_hyperparameters(self) -> Hyperparameters:
+        """Return the three knobs, with "auto" for what is unset."""
+        return Hyperparameters(**self.model_dump(exclude_none=True, exclude={"beta"}))
+
+
+class DpoBody(_Body):
+    """Configuration of training on preferences."""
+
+    hyperparameters: DpoHyperparametersBody | None = None
+
+
 class SupervisedBody(_Body):
     """Configuration of supervised training."""
 
@@ -41,7 +58,7 @@ class MethodBody(_Body):
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: SupervisedBody | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: DpoBody | None = None
     reinforcement: dict[str, Any] | None = None
 
 
@@ -90,9 +107,9 @@ class CreateJobBody(_Body):
             UnsupportedValueError: for what OpenAI's API has and this service does not (yet).
             InvalidValueError: when two places say different things of the hyperparameters.
         """
-        if self.method is not None and self.method.type != "supervised":
+        if self.method is not None and self.method.type == "reinforcement":
             raise UnsupportedValueError(
-                f"method.type: '{self.method.type}' is not offered yet; use 'supervised'.",
+                "method.type: 'reinforcement' is not offered; use 'supervised' or 'dpo'.",
                 param="method.type",
             )
         if self.integrations:
@@ -108,20 +125,29 @@ class CreateJobBody(_Body):
             hyperparameters=self._merged_hyperparameters(),
             tuning=self.tuning or {"type": "lora"},
             training=self.training or TrainingOptions(),
+            dpo=self._dpo_options(),
             metadata=self.metadata,
         )
 
+    def _dpo_options(self) -> DpoOptions | None:
+        if self.method is None or self.method.type != "dpo":
+            return None
+        knobs = self.method.dpo.hyperparameters if self.method.dpo else None
+        return DpoOptions() if knobs is None or knobs.beta is None else DpoOptions(beta=knobs.beta)
+
     def _merged_hyperparameters(self) -> Hyperparameters:
-        inner = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
+        config = getattr(self.method, self.method.type) if self.method else None
+        inner: HyperparametersBody | None = config.hyperparameters if config else None
         outer = self.hyperparameters
         if inner is None or outer is None:
             return (inner or outer or HyperparametersBody()).to_hyperparameters()
-        merged = inner.model_dump()
+        assert self.method is not None
+        merged = inner.model_dump(include=set(HyperparametersBody.model_fields))
         for name, value in outer.model_dump().items():
             if value is not None and merged[name] is not None and merged[name] != value:
                 raise InvalidValueError(
                     f"hyperparameters.{name}: {value!r} contradicts "
-                    f"method.supervised.hyperparameters.{name}; send one of the two.",
+                    f"method.{self.method.type}.hyperparameters.{name}; send one of the two.",
                     param=f"hyperparameters.{name}",
                 )
             merged[name] = value if merged[name] is None else merged[name]
@@ -140,6 +166,8 @@ def job_object(job: Job) -> dict[str, Any]:
     """
     spec = TrainingSpec.model_validate(job.spec)
     hyperparameters = spec.hyperparameters.model_dump(mode="json")
+    objective = "supervised" if spec.dpo is None else "dpo"
+    knobs = hyperparameters if spec.dpo is None else hyperparameters | {"beta": spec.dpo.beta}
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -156,7 +184,7 @@ def job_object(job: Job) -> dict[str, Any]:
         "result_files": [] if job.result_file_id is None else [job.result_file_id],
         "error": job.error,
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": objective, objective: {"hyperparameters": knobs}},
         "seed": job.seed,
         "integrations": [],
         "metadata": job.user_metadata,

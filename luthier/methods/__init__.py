@@ -6,6 +6,7 @@ The API imports this, so no file here imports torch, transformers or peft at its
 from luthier.methods._discover import discover, method_of_artifact, parameter_schemas
 from luthier.methods._resolve import (
     MAX_BATCH_SIZE,
+    MAX_BETA,
     MAX_EPOCHS,
     check_tuning,
     parse_tuning,
@@ -17,6 +18,7 @@ from luthier.methods.base import Attached, Installed, Method, MethodParams, Star
 
 __all__ = [
     "MAX_BATCH_SIZE",
+    "MAX_BETA",
     "MAX_EPOCHS",
     "Attached",
     "Installed",
