@@ -3,20 +3,25 @@
     python -m benchmarks.agreement [--rows 40] [--only lora]
 
 Same rows, order, rates, threads and first adapter, both sides in float32. Exit code 1 when a step of any
-method is further apart than MAX_GAP. For `adapter`, the `adapters` library draws its own first weights, so that only
-the first step's loss can be compared, which is the base's on both sides.
+method is further apart than MAX_GAP. For `adapter`, the `adapters` library draws its own first weights, so
+that only the first step's loss can be compared, which is the base's on both sides.
+
+Where results/train.json holds the row's pairs over as many rows, the losses of both sides in bf16 are then
+compared with these in float32: that is what rounding does to each.
 """
 
 import argparse
+import json
 import os
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.contestants import Order, run_peer
 from benchmarks.ours import run_ours
-from benchmarks.rows import BATCH_SIZE, ROWS, SEED, Row
-from benchmarks.train import ROOT
+from benchmarks.rows import BATCH_SIZE, NUM_ROWS, ROWS, SEED, Row
+from benchmarks.train import RESULTS, ROOT
 from benchmarks.workload import Workload, learning_rates, load_rows, make_spec, make_workload, write_start
 from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.core.settings import Settings
@@ -38,7 +43,7 @@ _COMPARED = (
 def main() -> None:
     """Train every method on both sides; print the largest gap of each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__)
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=NUM_ROWS)
     parser.add_argument(
         "--only", action="append", choices=_COMPARED, metavar="ROW", help=", ".join(_COMPARED)
     )
@@ -64,18 +69,20 @@ def main() -> None:
         )
         print(f"{workload.num_steps} steps of {BATCH_SIZE} rows, float32; relative gap of the losses")
         for row in (ROWS[name] for name in options.only or _COMPARED):
-            gaps = _gaps(row, workload, scratch / row.name)
+            ours, peers = _losses(row, workload, scratch / row.name)
+            gaps = [abs(a - b) / abs(b) for a, b in zip(ours, peers, strict=False)]
             print(
                 f"{row.title}: largest {max(gaps):.1e}; {' '.join(f'{gap:.1e}' for gap in gaps)}", flush=True
             )
+            _tell_rounding(row, ours)
             if max(gaps) > MAX_GAP:
                 too_far.append(row.name)
     if too_far:
         sys.exit(f"Further apart than {MAX_GAP:.0e}: {', '.join(too_far)}")
 
 
-def _gaps(row: Row, workload: Workload, scratch: Path) -> list[float]:
-    """Return the relative gap of every step that can be compared."""
+def _losses(row: Row, workload: Workload, scratch: Path) -> tuple[list[float], list[float]]:
+    """Return our losses of every step, and the peer's of those that can be compared."""
     scratch.mkdir()
     spec = make_spec(workload, row.tuning, precision="float32")
     start = write_start(workload, spec, scratch / "start")
@@ -92,8 +99,20 @@ def _gaps(row: Row, workload: Workload, scratch: Path) -> list[float]:
     ours, peers = run_ours(scratch / "ours", workload, spec)["losses"], run_peer(order, scratch)["losses"]
     if len(ours) != len(peers):
         raise SystemExit(f"{row.name}: {len(ours)} steps of ours, {len(peers)} of the peer's")
-    comparable = 1 if row.environment == "adapters" else len(ours)
-    return [abs(a - b) / abs(b) for a, b in zip(ours[:comparable], peers[:comparable], strict=True)]
+    return ours, peers[:1] if row.environment == "adapters" else peers
+
+
+def _tell_rounding(row: Row, exact: list[float]) -> None:
+    """Say how far from float32 both sides' losses were in the measured pairs, where there are any."""
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    pairs = rows.get(row.name, {}).get("pairs", [])
+    if not pairs or any(len(pairs[-1][who]["losses"]) != len(exact) for who in ("ours", "peer")):
+        return
+    told = {
+        who: statistics.fmean(abs(a - b) for a, b in zip(pairs[-1][who]["losses"], exact, strict=True))
+        for who in ("ours", "peer")
+    }
+    print(f"  in bf16, mean distance from float32: ours {told['ours']:.3f}, peer {told['peer']:.3f} nats")
 
 
 if __name__ == "__main__":

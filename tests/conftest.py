@@ -152,6 +152,7 @@ def settings(database: Database, tiny_base: Path, tmp_path: Path) -> Settings:
         heartbeat_seconds=0.5,
         control_seconds=0.2,
         sweep_seconds=0.5,
+        warm_spare_seconds=0,
     )
 
 

@@ -12,12 +12,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from luthier.core.errors import SelfCheckError
 from luthier.core.events import TrainingEvent, parse_event
+from luthier.core.process import CHILD_LOG_NAME
+
+if TYPE_CHECKING:
+    from worker.spare import WarmSpare
 
 # All that a training process may know of its surroundings: no database, broker, storage or API secret.
 _ALLOWED_VARIABLES = frozenset(
@@ -25,7 +29,6 @@ _ALLOWED_VARIABLES = frozenset(
     | {"XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
     | {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NUMBA_CACHE_DIR"}
 )
-_LOG_NAME = "child.log"
 # An event may hold a whole report: some 50 evaluations with 5 long prompts and their answers each.
 _MAX_LINE_BYTES = 16 * 1024 * 1024
 
@@ -129,7 +132,7 @@ class TrainingChild:
 
 
 @contextmanager
-def start_child(run_dir: Path, num_threads: int) -> Iterator[TrainingChild]:
+def start_child(run_dir: Path, num_threads: int, spare: "WarmSpare | None" = None) -> Iterator[TrainingChild]:
     """Start a training process over a run directory; it is gone when the block ends.
 
     Must be called from the main thread: the kernel ties the child's life to the thread that made it.
@@ -137,13 +140,23 @@ def start_child(run_dir: Path, num_threads: int) -> Iterator[TrainingChild]:
     Args:
         run_dir: the run directory, complete.
         num_threads: CPU threads it may use.
+        spare: where a process with its imports done may wait.
 
     Yields:
         The running process.
     """
+    process = None if spare is None else spare.take(run_dir, num_threads)
+    child = TrainingChild(process or _spawn(run_dir, num_threads))
+    try:
+        yield child
+    finally:
+        child.kill()
+
+
+def _spawn(run_dir: Path, num_threads: int) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-P", "-m", "luthier.training", str(run_dir)]
-    with (run_dir / _LOG_NAME).open("ab") as log:
-        process = subprocess.Popen(
+    with (run_dir / CHILD_LOG_NAME).open("ab") as log:
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -151,8 +164,3 @@ def start_child(run_dir: Path, num_threads: int) -> Iterator[TrainingChild]:
             env=child_environment(num_threads),
             start_new_session=True,
         )
-    child = TrainingChild(process)
-    try:
-        yield child
-    finally:
-        child.kill()

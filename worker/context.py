@@ -14,6 +14,7 @@ from luthier.bases.catalogue import Catalogue, load_catalogue
 from luthier.core.settings import Settings
 from luthier.storage.store import Storage
 from services.bell import Bell, Ring, make_celery
+from worker.spare import WarmSpare
 
 # One for the task, one for its heartbeat while it prepares.
 _POOL_SIZE = 3
@@ -39,6 +40,8 @@ class WorkerContext:
     ring: Ring
     facts: dict[str, Any] = field(default_factory=_facts)
     stopping: threading.Event = field(default_factory=threading.Event)
+    # None where no process shall wait for a run.
+    spare: WarmSpare | None = None
 
     @property
     def num_threads(self) -> int:
@@ -64,5 +67,6 @@ def make_context(settings: Settings) -> WorkerContext:
         database=Database(settings.database_url.get_secret_value(), pool_size=_POOL_SIZE),
         storage=Storage.open(settings.storage_url),
         catalogue=load_catalogue(settings.models_file),
+        spare=WarmSpare(settings.warm_spare_seconds) if settings.warm_spare_seconds else None,
         ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
     )

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 
+# What a training process says beside its events goes here in its run directory.
+CHILD_LOG_NAME = "child.log"
 _PR_SET_PDEATHSIG = 1
 # Loaded at import: between fork and exec only async-signal-safe work is wise, and dlopen is not.
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -85,6 +85,11 @@ class Settings(BaseSettings):
     control_seconds: float = Field(
         1.0, gt=0, description="Seconds between looks at whether a running job was cancelled."
     )
+    warm_spare_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="How long a process with its imports done may wait for a next job; 0: none does.",
+    )
     max_attempts: int = Field(3, ge=1, description="Crashes after which a job is failed.")
 
     organization: str = Field("personal", description="Slug of the first organization, part of model names.")

@@ -91,10 +91,28 @@ def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         ValueError: when a header is none.
         EOFError: when a file ends too early.
     """
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in iterate_weights(folder)
+    }
+
+
+def iterate_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all weights of a folder with their names, one in memory at a time, in the type of the file.
+
+    Args:
+        folder: a base, with one or several safetensors files.
+
+    Raises:
+        OSError: when there is no such file or it can't be read.
+        ValueError: when a header is none.
+        EOFError: when a file ends too early.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder.name} holds no safetensors file.")
-    return {name: tensor for path in files for name, tensor in _read_file(path, dtype)}
+    for path in files:
+        yield from _read_file(path)
 
 
 def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
@@ -119,7 +137,7 @@ def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-def _read_file(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Read the tensors of one file, one at a time."""
     with path.open("rb") as stream:
         header, start = read_header(stream)
@@ -133,7 +151,7 @@ def _read_file(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tens
                 raise ValueError(f"{path.name}: {name} has another size than its shape says.")
             if stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
                 raise EOFError(f"{path.name} ends within {name}.")
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+            yield name, tensor
 
 
 def _class_of(config: "PretrainedConfig") -> Any:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from luthier.core.process import CHILD_LOG_NAME
 from luthier.training.allocator import keep_freed_memory
 from luthier.training.emit import take_stdout
 from luthier.training.signals import StopRequest
@@ -64,7 +65,17 @@ def _wait_for_directories(stop: StopRequest) -> Iterator[Path]:
         stop.leave_at_once = False
         if not line:
             return
-        yield Path(line.rstrip("\n"))
+        folder = Path(line.rstrip("\n"))
+        _log_into(folder)
+        yield folder
+
+
+def _log_into(folder: Path) -> None:
+    """Let what is written to standard error from here on be the run's."""
+    sys.stderr.flush()
+    descriptor = os.open(folder / CHILD_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _import_all() -> None:

@@ -24,6 +24,7 @@ from luthier.training.general_text import general_rows
 from luthier.training.halving import MicroBatches
 from luthier.training.job import Job
 from luthier.training.loop import Loop
+from luthier.training.masters import start_masters
 from luthier.training.memory import max_part_tokens
 from luthier.training.optimizer import build_optimizer
 from luthier.training.progress import Progress
@@ -32,6 +33,7 @@ from luthier.training.report import Ledger
 from luthier.training.samples import SamplePrompts
 from luthier.training.savepoints import SavePoints
 from luthier.training.signals import StopRequest
+from luthier.training.split_adamw import SplitAdamW
 from luthier.training.trainee import Trainee
 from luthier.training.untuned import Untuned
 
@@ -96,6 +98,8 @@ def assemble(
     if found is not None:
         save_points.restore(found, trainee, optimizer)
         trainee.prove_shortcuts(samples)
+    elif isinstance(optimizer, SplitAdamW):
+        start_masters(optimizer, attached, Path(inputs.base_path))
     ledger.add_seconds("load", time.monotonic() - attach_began)
     writer.emit(
         StartedEvent(

@@ -23,7 +23,8 @@ class SplitAdamW(torch.optim.Optimizer):
     master. Its upper 16 bits, rounded, are the parameter itself; only the rest is kept here, as an int16:
     the master's bits are the parameter's, shifted by 16, plus the rest. That is exact, and parameter and
     master together take 4 bytes a number instead of 6. Blocks are put together, updated in float32 and taken
-    apart again. Float32 parameters are updated as they are.
+    apart again. Float32 parameters are updated as they are. A master begins as its parameter, or as what
+    `set_master` says.
 
     Args:
         parameters: bf16 and float32 parameters.
@@ -60,6 +61,35 @@ class SplitAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 _update(parameter, state, group, gradient_scale, scratch)
                 parameter.grad = None
+
+    @torch.no_grad()
+    def set_master(self, parameter: torch.nn.Parameter, numbers: torch.Tensor) -> bool:
+        """Let a bf16 parameter's master begin as the float32 numbers that the parameter is rounded from.
+
+        Without it the master begins as the parameter, and no update is seen until it reaches half a rounding
+        step, in all numbers alike. With it the first ones cross a border in some: as in training in float32
+        whose weights are rounded at every use.
+
+        Args:
+            parameter: bf16, before the first step.
+            numbers: float32, of its shape.
+
+        Returns:
+            Whether it was set; False when the parameter is not what these numbers round to.
+        """
+        if parameter.dtype != torch.bfloat16 or numbers.shape != parameter.shape:
+            return False
+        numbers = numbers.to(parameter.device, torch.float32)
+        if not torch.equal(numbers.to(torch.bfloat16), parameter):
+            return False
+        state = self.state[parameter]
+        if not state:
+            state.update(_first_state(parameter))
+        bits = numbers.contiguous().view(torch.int32)
+        high = parameter.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+        # A tie that was rounded down would leave 2^15, one more than there is room for.
+        state["low"].copy_((bits - high).clamp_(max=2**15 - 1))
+        return True
 
     @torch.no_grad()
     def master(self, parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -124,7 +124,7 @@ def _run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseK
     _fill_run_directory(context, claimed, run_dir)
     keeper.check()
     assert claimed.spec.num_threads is not None
-    with start_child(run_dir, claimed.spec.num_threads) as child:
+    with start_child(run_dir, claimed.spec.num_threads, context.spare) as child:
         # Bytes may be on their way into storage when a job is cancelled: its process ends all the same.
         keeper.on_lost = child.kill_group
         return make_run(context, claimed, run_dir, keeper).supervise(child)

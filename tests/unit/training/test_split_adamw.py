@@ -72,3 +72,39 @@ def test_parameters_without_a_gradient_stay() -> None:
 def test_parameters_of_other_types_are_refused() -> None:
     with pytest.raises(ValueError, match="bf16"):
         build([torch.ones(2, dtype=torch.float16)])
+
+
+def test_masters_that_begin_as_the_base_s_numbers_go_the_way_of_float32_training() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(40, 50)
+    (parameter,), optimizer = build([exact.bfloat16()])
+    assert optimizer.set_master(parameter, exact)
+    assert torch.equal(parameter, exact.bfloat16())
+    assert torch.equal(optimizer.master(parameter), exact)
+    master = torch.nn.Parameter(exact.clone())
+    reference = torch.optim.AdamW([master], lr=1e-3, weight_decay=0.1, fused=True)
+    for _ in range(3):
+        parameter.grad = torch.randn(exact.shape).bfloat16()
+        master.grad = parameter.grad.float()
+        optimizer.step()
+        reference.step()
+    assert torch.allclose(optimizer.master(parameter), master, rtol=1e-6, atol=0)
+    # The first small updates are seen at once, in the numbers that they bring over a border.
+    assert (parameter != exact.bfloat16()).float().mean() > 0.1
+
+
+def test_a_tie_that_was_rounded_down_costs_its_master_one_unit() -> None:
+    exact = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000]).to(torch.int32).view(torch.float32)
+    (parameter,), optimizer = build([exact.bfloat16()])
+    assert optimizer.set_master(parameter, exact)
+    assert torch.equal(parameter, exact.bfloat16())
+    gap = (optimizer.master(parameter).view(torch.int32) - exact.view(torch.int32)).abs()
+    assert gap.max() <= 1
+
+
+def test_a_master_that_is_not_the_parameter_s_is_refused() -> None:
+    (parameter, single), optimizer = build([torch.ones(4).bfloat16(), torch.ones(4)])
+    assert not optimizer.set_master(parameter, torch.full((4,), 1.5))
+    assert not optimizer.set_master(parameter, torch.ones(2, 2))
+    assert not optimizer.set_master(single, torch.ones(4))
+    assert torch.equal(optimizer.master(parameter), torch.ones(4))
