@@ -18,7 +18,8 @@ def pair_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     Returns:
         What a pair takes of a padded batch, by row.
     """
-    return lengths.reshape(-1, 2).max(axis=1)
+    longer: NDArray[np.int64] = lengths.reshape(-1, 2).max(axis=1)
+    return longer
 
 
 def rows_of_pairs(pairs: NDArray[np.int64]) -> NDArray[np.int64]:

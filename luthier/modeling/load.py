@@ -98,10 +98,13 @@ def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def iterate_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all weights of a folder with their names, one in memory at a time, in the type of the file.
+    """Read all weights of a folder, one in memory at a time, in the type of the file.
 
     Args:
         folder: a base, with one or several safetensors files.
+
+    Yields:
+        Names and tensors.
 
     Raises:
         OSError: when there is no such file or it can't be read.
