@@ -27,7 +27,6 @@ from luthier.cli.stack.home import load_secrets
 from luthier.cli.stack.postgres import open_postgres
 from luthier.cli.stack.processes import spawn
 from luthier.core.keys import new_api_key
-from luthier.core.process import die_with_parent
 from luthier.core.settings import MIB, Settings
 from services.bootstrap import ensure_first_rows
 
@@ -77,7 +76,7 @@ class Side:
 def make_block() -> bytes:
     """Return about 1 MiB of chat rows: a few hundred bytes to a few thousand each, letters beyond ASCII."""
     draw = random.Random(SEED)
-    words = "the bow of an old viola sounds warm when its hair is new – naïve, 木, but true".split()
+    words = ["the", "bow", "of", "an", "old", "viola", "sounds", "warm", "naïve", "木", "once", "more"]
     lines, num_bytes = [], 0
     while num_bytes < MIB:
         turns = [
@@ -113,15 +112,13 @@ def upload(side: Side, block: bytes, num_blocks: int) -> float:
 def _process(
     name: str, command: list[str], folder: Path, port: int, key: str, **environment: str
 ) -> Iterator[Side]:
-    parent = os.getpid()
     with (folder / f"{name}.log").open("wb") as log:
         running = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "luthier.core.process", str(os.getpid()), sys.executable, *command],
             cwd=ROOT,
             env={**os.environ, **environment, "TMPDIR": str(folder)},
             stdout=log,
             stderr=log,
-            preexec_fn=lambda: die_with_parent(parent),
         )
     side = Side(name, port, running.pid, key)
     try:
@@ -180,7 +177,7 @@ def ours(folder: Path, port: int) -> Iterator[Side]:
         with database.transaction() as session:
             ensure_first_rows(session, settings)
         database.close()
-        command = [sys.executable, "-m", "api", "--port", str(port)]
+        command = ["-m", "api", "--port", str(port)]
         environment = {
             "LUTHIER_DATABASE_URL": url,
             "LUTHIER_REDIS_URL": "redis+socket:///nowhere",
@@ -196,7 +193,7 @@ def ours(folder: Path, port: int) -> Iterator[Side]:
 def peer(folder: Path, port: int) -> Iterator[Side]:
     """Run the peer's app."""
     app = "benchmarks.peers.upload_form:app"
-    command = [sys.executable, "-m", "uvicorn", app, "--port", str(port), "--no-access-log"]
+    command = ["-m", "uvicorn", app, "--port", str(port), "--no-access-log"]
     with _process("peer", command, folder, port, "") as side:
         yield side
 
@@ -244,8 +241,8 @@ def main() -> None:
         ratios, above_bytes = measure(sides, num_blocks, options.pairs)
     median = statistics.median(ratios)
     print(
-        f"{options.gib:g} GiB of JSONL, {options.pairs} pairs: median ratio {median:.2f} (bar {BAR_SPEED:g}), "
-        f"memory above idle {above_bytes / MIB:.1f} MiB (bar {BAR_MEMORY_BYTES // MIB})"
+        f"{options.gib:g} GiB of JSONL, {options.pairs} pairs: median ratio {median:.2f} "
+        f"(bar {BAR_SPEED:g}), memory above idle {above_bytes / MIB:.1f} MiB (bar {BAR_MEMORY_BYTES // MIB})"
     )
     if median < BAR_SPEED or above_bytes > BAR_MEMORY_BYTES:
         raise SystemExit(1)
