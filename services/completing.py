@@ -29,7 +29,7 @@ class Assembly:
     file: File | None
 
 
-def begin(
+def start(
     session: Session, scope: Scope, upload_id: str, *, part_ids: Sequence[str], md5: str | None
 ) -> Assembly:
     """Say what a complete has to put together, and keep the parts from being tidied meanwhile.
@@ -111,8 +111,8 @@ def finish(
         scope: the caller.
         upload_id: the upload's id.
         stored: the parts put together, durable and checked.
-        part_ids: the parts, as `begin` was told.
-        md5: the hash, as `begin` was told.
+        part_ids: the parts, as `start` was told.
+        md5: the hash, as `start` was told.
 
     Returns:
         The upload and its file. The file is another one than `stored` when a twin of this request was

@@ -90,7 +90,7 @@ async def create_part(
 
 def _begin(parts: Parts, scope: Scope, upload_id: str, body: CompleteUploadBody) -> Assembly:
     with parts.database.transaction() as session:
-        return completing.begin(session, scope, upload_id, part_ids=body.part_ids, md5=_md5(body))
+        return completing.start(session, scope, upload_id, part_ids=body.part_ids, md5=_md5(body))
 
 
 def _md5(body: CompleteUploadBody) -> str | None:
