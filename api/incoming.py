@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from luthier.core.errors import LuthierError
 from luthier.data.intake import Check
 from luthier.data.validate import FileFacts
-from luthier.storage.store import Sink
+from luthier.storage.store import Storage
 
 _BLOCK_BYTES = 512 * 1024
 # A client reads the answer only after it has sent its body: what is refused is still taken, and thrown
@@ -23,13 +23,15 @@ class Incoming:
     """An object on its way into storage. One block is checked and written while the next one gathers.
 
     Args:
-        sink: where the bytes go.
+        storage: where the bytes go.
+        key: the object's key.
         max_bytes: the most that may come.
         too_large: what is raised when more comes.
     """
 
-    def __init__(self, sink: Sink, *, max_bytes: int, too_large: LuthierError) -> None:
-        self._sink = sink
+    def __init__(self, storage: Storage, key: str, *, max_bytes: int, too_large: LuthierError) -> None:
+        self._storage = storage
+        self._sink = storage.open_sink(key)
         self._max_bytes = max_bytes
         self._too_large = too_large
         self._check: Check | None = None
@@ -75,8 +77,14 @@ class Incoming:
             await run_in_threadpool(self._check.feed, block)
         await self._sink.write(block)
 
-    async def finish_check(self) -> FileFacts:
-        """Say that no more bytes follow, and end the check; the object does not exist yet.
+    async def close(self) -> None:
+        """Make the object exist, durably, unchecked."""
+        await self._flush()
+        await self._settle()
+        await self._sink.close()
+
+    async def finish(self) -> FileFacts:
+        """End the check and make the object exist, durably; when this fails, `abort` is to follow.
 
         Returns:
             What the check found.
@@ -84,16 +92,22 @@ class Incoming:
         Raises:
             LuthierError: when the bytes break a rule of the check.
         """
-        assert self._check is not None
+        check = self._check
+        if check is None:
+            raise RuntimeError("begin_check comes first")
         await self._flush()
         await self._settle()
-        return await run_in_threadpool(self._check.finish)
-
-    async def close(self) -> None:
-        """Make the object exist, durably."""
-        await self._flush()
-        await self._settle()
+        if check.needs_file:
+            # Its bytes go first; what is refused is deleted again.
+            await self._sink.close()
+            return await run_in_threadpool(self._finish_stored, check)
+        facts = await run_in_threadpool(check.finish)
         await self._sink.close()
+        return facts
+
+    def _finish_stored(self, check: Check) -> FileFacts:
+        with self._storage.local_file(self._sink.key) as path:
+            return check.finish(path)
 
     async def abort(self) -> None:
         """Leave nothing behind."""

@@ -20,7 +20,7 @@ from luthier.core.errors import (
 )
 from luthier.core.purposes import check_input_purpose
 from luthier.core.settings import Settings
-from luthier.data.intake import UndecidedCheck, open_check
+from luthier.data.intake import RowLimits, UndecidedCheck, open_check
 from luthier.storage.store import Storage
 from services.files import StoredFile
 
@@ -75,11 +75,11 @@ def read_expires_after(fields: dict[str, str]) -> int | None:
 class _Form:
     """What is known of a form while it is read: its fields, and the file on its way into storage."""
 
-    def __init__(self, incoming: Incoming, max_line_bytes: int) -> None:
+    def __init__(self, incoming: Incoming, limits: RowLimits) -> None:
         self.incoming = incoming
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
-        self._max_line_bytes = max_line_bytes
+        self._limits = limits
         self._undecided: UndecidedCheck | None = None
 
     def begin_file(self, name: str, filename: str) -> None:
@@ -88,10 +88,10 @@ class _Form:
         self.filename = clean_filename(filename, param="file")
         purpose = self.fields.get("purpose")
         if purpose is not None:
-            self.incoming.begin_check(open_check(purpose, max_line_bytes=self._max_line_bytes))
+            self.incoming.begin_check(open_check(purpose, self._limits))
             return
         # Clients may send the purpose last; until then a fault of the rows is kept, and not yet told.
-        self._undecided = UndecidedCheck(max_line_bytes=self._max_line_bytes)
+        self._undecided = UndecidedCheck(self._limits)
         self.incoming.begin_check(self._undecided)
 
     def take_field(self, name: str, value: str) -> None:
@@ -135,8 +135,7 @@ async def _store_form(form: _Form, *, file_id: str, storage_key: str) -> StoredF
         raise MissingParameterError("Missing required parameter: 'purpose'.", param="purpose")
     if form.filename is None:
         raise MissingParameterError("Missing required parameter: 'file'.", param="file")
-    facts = await form.incoming.finish_check()
-    await form.incoming.close()
+    facts = await form.incoming.finish()
     return StoredFile(
         id=file_id,
         filename=form.filename,
@@ -174,11 +173,9 @@ async def receive_file(
     try:
         if declared.isdecimal() and int(declared) > settings.max_upload_bytes:
             raise too_large
-        incoming = Incoming(
-            storage.open_sink(storage_key), max_bytes=settings.max_upload_bytes, too_large=too_large
-        )
+        incoming = Incoming(storage, storage_key, max_bytes=settings.max_upload_bytes, too_large=too_large)
         try:
-            form = _Form(incoming, settings.max_line_bytes)
+            form = _Form(incoming, RowLimits.of(settings))
             await _read_into(form, request.headers.get("content-type", ""), chunks)
             return await _store_form(form, file_id=file_id, storage_key=storage_key)
         except BaseException:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from fastapi import Request
 
@@ -78,7 +79,7 @@ async def receive_part(request: Request, storage: Storage, *, part_id: str, stor
     try:
         if declared.isdecimal() and int(declared) > MAX_PART_BYTES + _MAX_FORM_BYTES:
             raise _too_large()
-        incoming = Incoming(storage.open_sink(storage_key), max_bytes=MAX_PART_BYTES, too_large=_too_large())
+        incoming = Incoming(storage, storage_key, max_bytes=MAX_PART_BYTES, too_large=_too_large())
         try:
             await _read_data(incoming, request.headers.get("content-type", ""), chunks)
             await incoming.close()
@@ -100,11 +101,15 @@ class _Md5Check:
         # Not for security: it finds parts that were lost or mixed up on their way.
         self._md5 = hashlib.md5(usedforsecurity=False)
 
+    @property
+    def needs_file(self) -> bool:
+        return self._check.needs_file
+
     def feed(self, chunk: bytes) -> None:
         self._md5.update(chunk)
         self._check.feed(chunk)
 
-    def finish(self) -> FileFacts:
+    def finish(self, path: Path | None = None) -> FileFacts:
         found = self._md5.hexdigest()
         if found != self._expected:
             raise InvalidValueError(
@@ -112,7 +117,7 @@ class _Md5Check:
                 "or send them again.",
                 param="md5",
             )
-        return self._check.finish()
+        return self._check.finish(path)
 
 
 async def assemble(
@@ -136,14 +141,13 @@ async def assemble(
         ArtifactCorruptError: when a part is not there.
     """
     num_bytes = sum(part.num_bytes for part in parts)
-    incoming = Incoming(storage.open_sink(storage_key), max_bytes=num_bytes, too_large=_too_large())
+    incoming = Incoming(storage, storage_key, max_bytes=num_bytes, too_large=_too_large())
     incoming.begin_check(check if md5 is None else _Md5Check(check, md5))
     try:
         for part in parts:
             async for chunk in storage.stream(part.storage_key, start=0, end=part.num_bytes):
                 await incoming.write(chunk)
-        facts = await incoming.finish_check()
-        await incoming.close()
+        facts = await incoming.finish()
     except InvalidFileFormatError as fault:
         await asyncio.shield(incoming.abort())
         # The request has no field of that name: what is at fault are the parts, or their order.

@@ -20,7 +20,7 @@ from db.tables import File
 from db.upload_tables import UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
-from luthier.data.intake import open_check
+from luthier.data.intake import RowLimits, open_check
 from services import completing, uploads
 from services.completing import Assembly
 from services.files import StoredFile
@@ -105,7 +105,7 @@ async def _assemble(
     facts = await assemble(
         parts.storage,
         assembly.parts,
-        check=open_check(upload.purpose, max_line_bytes=parts.settings.max_line_bytes),
+        check=open_check(upload.purpose, RowLimits.of(parts.settings)),
         md5=_md5(body),
         storage_key=storage_key,
     )

@@ -4,15 +4,34 @@ Uploads know no more of rows than this. Another kind of check begins here, in `o
 """
 
 import hashlib
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from luthier.core.errors import InvalidFileFormatError
 from luthier.core.purposes import FINE_TUNE
+from luthier.core.settings import Settings
 from luthier.data.validate import FileChecker, FileFacts
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """What rows of a training file may cost their check: the longest line, in bytes."""
+
+    max_line_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "RowLimits":
+        """Return the limits that an operator has set."""
+        return cls(max_line_bytes=settings.max_line_bytes)
 
 
 class Check(Protocol):
     """What a file is judged by while its bytes stream by, with constant memory."""
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether `finish` must be given the whole file: what came can only be read from its end."""
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes.
@@ -24,8 +43,11 @@ class Check(Protocol):
             InvalidFileFormatError: once the file is known to break its format.
         """
 
-    def finish(self) -> FileFacts:
+    def finish(self, path: Path | None = None) -> FileFacts:
         """Say that no more bytes follow.
+
+        Args:
+            path: the whole file, which is read where `needs_file` is True.
 
         Returns:
             Rows, bytes and sha256 of the file.
@@ -35,8 +57,32 @@ class Check(Protocol):
         """
 
 
+class RowCheck:
+    """The check of a training file: every row of it.
+
+    Args:
+        limits: what its rows may cost.
+    """
+
+    # JSON lines are judged line by line.
+    needs_file = False
+
+    def __init__(self, limits: RowLimits) -> None:
+        self._checker = FileChecker(max_line_bytes=limits.max_line_bytes)
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        self._checker.feed(chunk)
+
+    def finish(self, _path: Path | None = None) -> FileFacts:
+        """Say that no more bytes follow."""
+        return self._checker.finish()
+
+
 class OpaqueCheck:
     """The check of a file whose content nobody looks at: it has bytes, and no rows."""
+
+    needs_file = False
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -47,47 +93,43 @@ class OpaqueCheck:
         self._sha256.update(chunk)
         self._num_bytes += len(chunk)
 
-    def finish(self) -> FileFacts:
-        """Say that no more bytes follow.
-
-        Returns:
-            Bytes and sha256 of the file; no rows.
-
-        Raises:
-            InvalidFileFormatError: when the file is empty.
-        """
+    def finish(self, _path: Path | None = None) -> FileFacts:
+        """Say that no more bytes follow; an empty file is refused."""
         if self._num_bytes == 0:
             raise InvalidFileFormatError("The file is empty.", param="file")
         return FileFacts(0, self._num_bytes, self._sha256.hexdigest())
 
 
-def open_check(purpose: str, *, max_line_bytes: int) -> Check:
+def open_check(purpose: str, limits: RowLimits) -> Check:
     """Begin the check of a file.
 
     Args:
         purpose: what the file is for; only training files have rows to check.
-        max_line_bytes: longest line of a training file.
+        limits: what rows may cost.
 
     Returns:
         The check, yet to be fed.
     """
-    if purpose == FINE_TUNE:
-        return FileChecker(max_line_bytes=max_line_bytes)
-    return OpaqueCheck()
+    return RowCheck(limits) if purpose == FINE_TUNE else OpaqueCheck()
 
 
 class UndecidedCheck:
     """The check of a file whose purpose follows its bytes: a fault of its rows counts once that is known.
 
     Args:
-        max_line_bytes: longest line of a training file.
+        limits: what rows may cost.
     """
 
-    def __init__(self, *, max_line_bytes: int) -> None:
+    def __init__(self, limits: RowLimits) -> None:
         self._opaque = OpaqueCheck()
-        self._rows = open_check(FINE_TUNE, max_line_bytes=max_line_bytes)
+        self._rows = open_check(FINE_TUNE, limits)
         self._fault: InvalidFileFormatError | None = None
         self._purpose = FINE_TUNE
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether `finish` must be given the whole file."""
+        return self._purpose == FINE_TUNE and self._fault is None and self._rows.needs_file
 
     def decide(self, purpose: str) -> None:
         """Say what the file is for; bytes may have been fed before."""
@@ -102,8 +144,11 @@ class UndecidedCheck:
             except InvalidFileFormatError as fault:
                 self._fault = fault
 
-    def finish(self) -> FileFacts:
+    def finish(self, path: Path | None = None) -> FileFacts:
         """Say that no more bytes follow.
+
+        Args:
+            path: the whole file, which is read where `needs_file` is True.
 
         Returns:
             Rows, bytes and sha256 of the file.
@@ -115,4 +160,4 @@ class UndecidedCheck:
             return self._opaque.finish()
         if self._fault is not None:
             raise self._fault
-        return self._rows.finish()
+        return self._rows.finish(path)

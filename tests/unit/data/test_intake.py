@@ -6,10 +6,11 @@ import pytest
 
 from luthier.core.errors import InvalidFileFormatError, InvalidValueError, UnsupportedValueError
 from luthier.core.purposes import INPUT_PURPOSES, OUTPUT_PURPOSES, check_input_purpose, check_mime_type
-from luthier.data.intake import UndecidedCheck, open_check
+from luthier.data.intake import RowLimits, UndecidedCheck, open_check
 from luthier.data.validate import FileFacts
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+LIMITS = RowLimits(max_line_bytes=1000)
 OPAQUE = b"\x89PNG\x00 no rows at all\n"
 
 
@@ -19,19 +20,19 @@ def _facts(content: bytes, num_rows: int) -> FileFacts:
 
 @pytest.mark.parametrize("purpose", [p for p in INPUT_PURPOSES if p != "fine-tune"])
 def test_files_of_other_purposes_are_bytes_without_rows(purpose: str) -> None:
-    check = open_check(purpose, max_line_bytes=16)
+    check = open_check(purpose, LIMITS)
     for place in range(0, len(OPAQUE), 5):
         check.feed(OPAQUE[place : place + 5])
     assert check.finish() == _facts(OPAQUE, 0)
     with pytest.raises(InvalidFileFormatError, match="empty"):
-        open_check(purpose, max_line_bytes=16).finish()
+        open_check(purpose, LIMITS).finish()
 
 
 def test_a_training_files_rows_are_checked() -> None:
-    check = open_check("fine-tune", max_line_bytes=1000)
+    check = open_check("fine-tune", LIMITS)
     check.feed(ROW)
     assert check.finish() == _facts(ROW, 1)
-    broken = open_check("fine-tune", max_line_bytes=1000)
+    broken = open_check("fine-tune", LIMITS)
     broken.feed(ROW + b"{}\n")
     with pytest.raises(InvalidFileFormatError, match="Line 2"):
         broken.finish()
@@ -39,11 +40,11 @@ def test_a_training_files_rows_are_checked() -> None:
 
 @pytest.mark.parametrize("content", [ROW, ROW * 3])
 def test_a_purpose_that_comes_late_decides_as_one_that_comes_early(content: bytes) -> None:
-    late = UndecidedCheck(max_line_bytes=1000)
+    late = UndecidedCheck(LIMITS)
     late.feed(content)
     late.decide("fine-tune")
     assert late.finish() == _facts(content, content.count(b"\n"))
-    other = UndecidedCheck(max_line_bytes=1000)
+    other = UndecidedCheck(LIMITS)
     other.feed(content)
     other.decide("user_data")
     assert other.finish() == _facts(content, 0)
@@ -51,7 +52,7 @@ def test_a_purpose_that_comes_late_decides_as_one_that_comes_early(content: byte
 
 def test_a_fault_before_the_purpose_counts_for_training_files_only() -> None:
     for purpose in ("fine-tune", "vision"):
-        check = UndecidedCheck(max_line_bytes=1000)
+        check = UndecidedCheck(LIMITS)
         # More faults than are counted, so that they are raised while bytes still come.
         for _ in range(3):
             check.feed(b"{}\n" * 20)
