@@ -109,7 +109,7 @@ class _Md5Check:
         self._md5.update(chunk)
         self._check.feed(chunk)
 
-    def finish(self, path: Path | None = None) -> FileFacts:
+    def finish(self, path: Path | None = None, /) -> FileFacts:
         found = self._md5.hexdigest()
         if found != self._expected:
             raise InvalidValueError(

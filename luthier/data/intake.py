@@ -43,7 +43,7 @@ class Check(Protocol):
             InvalidFileFormatError: once the file is known to break its format.
         """
 
-    def finish(self, path: Path | None = None) -> FileFacts:
+    def finish(self, path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow.
 
         Args:
@@ -74,7 +74,7 @@ class RowCheck:
         """Take the next bytes."""
         self._checker.feed(chunk)
 
-    def finish(self, _path: Path | None = None) -> FileFacts:
+    def finish(self, _path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow."""
         return self._checker.finish()
 
@@ -93,7 +93,7 @@ class OpaqueCheck:
         self._sha256.update(chunk)
         self._num_bytes += len(chunk)
 
-    def finish(self, _path: Path | None = None) -> FileFacts:
+    def finish(self, _path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow; an empty file is refused."""
         if self._num_bytes == 0:
             raise InvalidFileFormatError("The file is empty.", param="file")
@@ -144,7 +144,7 @@ class UndecidedCheck:
             except InvalidFileFormatError as fault:
                 self._fault = fault
 
-    def finish(self, path: Path | None = None) -> FileFacts:
+    def finish(self, path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow.
 
         Args:
