@@ -152,7 +152,7 @@ def test_45_every_answer_has_a_request_id(api: Api, client: openai.OpenAI) -> No
         ("/v1/files", "nonsense", None, 400),
         ("/v1/uploads/upload_unknown/parts", "fine-tune", None, 404),
         ("/v1/uploads/upload_unknown/parts", "fine-tune", "lt_nope", 401),
-        ("/v1/nowhere", "fine-tune", None, 404),
+        ("/v1/nowhere", "fine-tune", None, 413),
     ],
 )
 def test_48_an_early_refusal_reads_the_body_and_keeps_the_connection(
