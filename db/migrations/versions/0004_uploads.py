@@ -1,5 +1,7 @@
 """Uploads in parts, and files that expire."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
@@ -10,7 +12,7 @@ branch_labels = None
 depends_on = None
 
 
-def _owner_columns() -> list[sa.Column]:
+def _owner_columns() -> list[sa.Column[Any]]:
     return [
         sa.Column("organization_id", sa.Text(), nullable=False),
         sa.Column("project_id", sa.Text(), nullable=False),
