@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from api.disposition import parse_disposition
 from luthier.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -92,12 +93,10 @@ class _Collector:
         self._header_field = self._header_value = b""
 
     def on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        filename = options.get(b"filename")
+        self._name, filename = parse_disposition(self._headers.get(b"content-disposition", b""))
         self._is_file = filename is not None
         if filename is not None:
-            self.parts.append(FileBegin(self._name, filename.decode("utf-8", "replace")))
+            self.parts.append(FileBegin(self._name, filename))
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file:
@@ -121,12 +120,13 @@ class _Collector:
         return taken
 
 
-async def read_form(content_type: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[Part]:
+async def read_form(content_type: str, chunks: AsyncIterator[bytes], *, fields: str) -> AsyncIterator[Part]:
     """Parse a form while it arrives; memory stays at about one chunk.
 
     Args:
         content_type: the request's Content-Type.
         chunks: its body.
+        fields: what an error says that the form should have.
 
     Yields:
         The form's parts in the order of the body.
@@ -137,9 +137,7 @@ async def read_form(content_type: str, chunks: AsyncIterator[bytes]) -> AsyncIte
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise InvalidRequestError(
-            "Send the file as multipart/form-data, with the fields 'purpose' and 'file'."
-        )
+        raise InvalidRequestError(f"Send the body as multipart/form-data, with {fields}.")
     collector = _Collector()
     try:
         parser = MultipartParser(boundary, collector.callbacks())

@@ -3,6 +3,8 @@
 Pure ASGI: a BaseHTTPMiddleware would hide a client that leaves.
 """
 
+import re
+
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -11,7 +13,7 @@ from luthier.core.errors import TooLargeError
 from luthier.core.ids import new_id
 
 # Routes that take more bound it themselves, while they read.
-_UNLIMITED_PATHS = ("/v1/files", "/v1/chat/completions", "/v1/completions")
+_UNLIMITED_PATHS = re.compile(r"/v1/(files|uploads/[^/]+/parts|chat/completions|completions)")
 _MAX_BODY_BYTES = 1024 * 1024
 
 
@@ -23,7 +25,7 @@ class BodyLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http" or scope["path"] in _UNLIMITED_PATHS:
+        if scope["type"] != "http" or _UNLIMITED_PATHS.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
         body, is_complete = bytearray(), False

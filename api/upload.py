@@ -1,138 +1,151 @@
 """Receiving a file: parsed, hashed, checked and stored as it arrives, with the memory of a few chunks."""
 
 import asyncio
-import time
+import re
 from collections.abc import AsyncIterator
-from pathlib import PurePosixPath
 
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 
+from api.disposition import clean_filename
+from api.incoming import Incoming, discard_rest
 from api.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
-from api.schemas.files import KNOWN_PURPOSES
 from luthier.core.errors import (
     InvalidRequestError,
+    InvalidTypeError,
     InvalidValueError,
     LuthierError,
     MissingParameterError,
     TooLargeError,
-    UnsupportedValueError,
+    UnknownParameterError,
 )
+from luthier.core.purposes import check_input_purpose
 from luthier.core.settings import Settings
-from luthier.data.validate import FileChecker
-from luthier.storage.store import Sink, Storage
+from luthier.data.intake import RowLimits, UndecidedCheck, open_check
+from luthier.storage.store import Storage
 from services.files import StoredFile
 
-_BLOCK_BYTES = 512 * 1024
-# A client reads the answer only after it has sent its body: what is refused is still taken, and thrown
-# away, for this long.
-_DISCARD_SECONDS = 5.0
-_MAX_FILENAME_CHARACTERS = 255
+MIN_EXPIRES_AFTER_SECONDS, MAX_EXPIRES_AFTER_SECONDS = 3600, 30 * 24 * 3600
 
-
-class _Incoming:
-    """A file on its way into storage, written and checked in blocks."""
-
-    def __init__(self, sink: Sink, max_line_bytes: int, max_bytes: int) -> None:
-        self._sink = sink
-        self._checker = FileChecker(max_line_bytes=max_line_bytes)
-        self._block = bytearray()
-        self._num_bytes = 0
-        self._max_bytes = max_bytes
-
-    async def write(self, content: bytes) -> None:
-        self._num_bytes += len(content)
-        if self._num_bytes > self._max_bytes:
-            raise _too_large(self._max_bytes)
-        self._block += content
-        if len(self._block) >= _BLOCK_BYTES:
-            await self._flush()
-
-    async def _flush(self) -> None:
-        block, self._block = bytes(self._block), bytearray()
-        # The check runs in a thread: a large file must not hold up the other requests.
-        await run_in_threadpool(self._checker.feed, block)
-        await self._sink.write(block)
-
-    async def finish(self, *, file_id: str, filename: str, purpose: str) -> StoredFile:
-        await self._flush()
-        facts = await run_in_threadpool(self._checker.finish)
-        await self._sink.close()
-        return StoredFile(
-            id=file_id,
-            filename=filename,
-            purpose=purpose,
-            num_bytes=facts.num_bytes,
-            num_rows=facts.num_rows,
-            sha256=facts.sha256,
-            storage_key=self._sink.key,
-        )
+_ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+_FIELDS = ("purpose", _ANCHOR, _SECONDS)
 
 
 def _too_large(max_bytes: int) -> TooLargeError:
     return TooLargeError(
-        f"The upload is larger than the limit of {max_bytes} bytes; split the file, or ask the operator to "
-        "raise LUTHIER_MAX_UPLOAD_BYTES.",
+        f"The upload is larger than the limit of {max_bytes} bytes; send it in parts (POST /v1/uploads), "
+        "split the file, or ask the operator to raise LUTHIER_MAX_UPLOAD_BYTES.",
         param="file",
     )
 
 
-def _check_purpose(purpose: str | None) -> str:
+def read_expires_after(fields: dict[str, str]) -> int | None:
+    """Read after how many seconds a file is to expire.
+
+    Args:
+        fields: a form's fields by name.
+
+    Returns:
+        The seconds, or None when the form does not say.
+
+    Raises:
+        InvalidRequestError: when one of the two fields is missing or wrong; names it with its bracket.
+    """
+    if _ANCHOR not in fields and _SECONDS not in fields:
+        return None
+    for name in (_ANCHOR, _SECONDS):
+        if name not in fields:
+            raise MissingParameterError(
+                f"Missing required parameter: '{name}'. Send both fields of expires_after, or none.",
+                param=name,
+            )
+    if fields[_ANCHOR] != "created_at":
+        raise InvalidValueError(f"{_ANCHOR}: the only anchor is 'created_at'.", param=_ANCHOR)
+    text = fields[_SECONDS].strip()
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text) is None:
+        raise InvalidTypeError(f"{_SECONDS}: write a whole number of seconds.", param=_SECONDS)
+    if not MIN_EXPIRES_AFTER_SECONDS <= int(text) <= MAX_EXPIRES_AFTER_SECONDS:
+        raise InvalidValueError(
+            f"{_SECONDS}: {int(text)} is not from {MIN_EXPIRES_AFTER_SECONDS} (an hour) to "
+            f"{MAX_EXPIRES_AFTER_SECONDS} (30 days).",
+            param=_SECONDS,
+        )
+    return int(text)
+
+
+class _Form:
+    """What is known of a form while it is read: its fields, and the file on its way into storage."""
+
+    def __init__(self, incoming: Incoming, limits: RowLimits) -> None:
+        self.incoming = incoming
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        self._limits = limits
+        self._undecided: UndecidedCheck | None = None
+
+    def begin_file(self, name: str, filename: str) -> None:
+        if name != "file" or self.filename is not None:
+            raise InvalidRequestError("Send exactly one file, in the field 'file'.", param="file")
+        self.filename = clean_filename(filename, param="file")
+        purpose = self.fields.get("purpose")
+        if purpose is not None:
+            self.incoming.begin_check(open_check(purpose, self._limits))
+            return
+        # Clients may send the purpose last; until then a fault of the rows is kept, and not yet told.
+        self._undecided = UndecidedCheck(self._limits)
+        self.incoming.begin_check(self._undecided)
+
+    def take_field(self, name: str, value: str) -> None:
+        if name == "file":
+            raise InvalidRequestError(
+                "file: the field has no file name, so it is no file; send it as one.", param="file"
+            )
+        if name not in _FIELDS:
+            raise UnknownParameterError(f"Unknown parameter: '{name[:40]}'. Leave it out.", param=name[:40])
+        if name in self.fields:
+            raise InvalidRequestError(f"{name}: the form has this field twice; send it once.", param=name)
+        if name == "purpose":
+            check_input_purpose(value)
+            if self._undecided is not None:
+                self._undecided.decide(value)
+        self.fields[name] = value
+        if _ANCHOR in self.fields and _SECONDS in self.fields:
+            # Now, and not after the gigabytes that may follow.
+            read_expires_after(self.fields)
+
+
+async def _read_into(form: _Form, content_type: str, chunks: AsyncIterator[bytes]) -> None:
+    """Read the whole form, its file into storage."""
+    async for part in read_form(content_type, chunks, fields="the fields 'purpose' and 'file'"):
+        match part:
+            case FileBegin(name, filename):
+                form.begin_file(name, filename)
+            case FileBytes(content):
+                await form.incoming.write(content)
+            case FileEnd():
+                pass
+            case FieldPart(name, value):
+                form.take_field(name, value)
+
+
+async def _store_form(form: _Form, *, file_id: str, storage_key: str) -> StoredFile:
+    """Judge a form that has been read whole, and make its file durable."""
+    expires_after_seconds = read_expires_after(form.fields)
+    purpose = form.fields.get("purpose")
     if purpose is None:
         raise MissingParameterError("Missing required parameter: 'purpose'.", param="purpose")
-    if purpose not in KNOWN_PURPOSES:
-        raise InvalidValueError(f"purpose: {purpose[:40]!r} is unknown; use 'fine-tune'.", param="purpose")
-    if purpose != "fine-tune":
-        raise UnsupportedValueError(f"purpose: '{purpose}' is not offered; use 'fine-tune'.", param="purpose")
-    return purpose
-
-
-def _clean_filename(name: str) -> str:
-    """Return the last part of a client's file name, without control characters."""
-    last = PurePosixPath(name.replace("\\", "/")).name
-    return "".join(c for c in last if c.isprintable())[:_MAX_FILENAME_CHARACTERS] or "upload"
-
-
-async def _read_parts(request: Request, incoming: _Incoming, chunks: AsyncIterator[bytes]) -> tuple[str, str]:
-    """Feed the form into `incoming`; return its file's name and purpose."""
-    fields: dict[str, str] = {}
-    filename: str | None = None
-    is_our_file = False
-    async for part in read_form(request.headers.get("content-type", ""), chunks):
-        match part:
-            case FileBegin(name, given):
-                if name != "file" or filename is not None:
-                    raise InvalidRequestError("Send exactly one file, in the field 'file'.", param="file")
-                is_our_file, filename = True, _clean_filename(given)
-            case FileBytes(content):
-                if is_our_file:
-                    await incoming.write(content)
-            case FileEnd():
-                is_our_file = False
-            case FieldPart(name, value):
-                if name == "purpose":
-                    _check_purpose(value)
-                elif name.startswith("expires_after"):
-                    raise UnsupportedValueError(
-                        "expires_after is not offered yet; delete the file when it is no longer needed.",
-                        param="expires_after",
-                    )
-                fields[name] = value
-    purpose = _check_purpose(fields.get("purpose"))
-    if filename is None:
+    if form.filename is None:
         raise MissingParameterError("Missing required parameter: 'file'.", param="file")
-    return filename, purpose
-
-
-async def _discard(chunks: AsyncIterator[bytes]) -> None:
-    deadline = time.monotonic() + _DISCARD_SECONDS
-    try:
-        async for _ in chunks:
-            if time.monotonic() > deadline:
-                return
-    except ClientDisconnect:
-        return
+    facts = await form.incoming.finish()
+    return StoredFile(
+        id=file_id,
+        filename=form.filename,
+        purpose=purpose,
+        num_bytes=facts.num_bytes,
+        num_rows=facts.num_rows,
+        sha256=facts.sha256,
+        storage_key=storage_key,
+        expires_after_seconds=expires_after_seconds,
+    )
 
 
 async def receive_file(
@@ -156,18 +169,19 @@ async def receive_file(
     # One iterator for parsing and discarding: a body can be asked for only once.
     chunks = request.stream()
     declared = request.headers.get("content-length", "")
+    too_large = _too_large(settings.max_upload_bytes)
     try:
         if declared.isdecimal() and int(declared) > settings.max_upload_bytes:
-            raise _too_large(settings.max_upload_bytes)
-        sink = storage.open_sink(storage_key)
+            raise too_large
+        incoming = Incoming(storage, storage_key, max_bytes=settings.max_upload_bytes, too_large=too_large)
         try:
-            incoming = _Incoming(sink, settings.max_line_bytes, settings.max_upload_bytes)
-            filename, purpose = await _read_parts(request, incoming, chunks)
-            return await incoming.finish(file_id=file_id, filename=filename, purpose=purpose)
+            form = _Form(incoming, RowLimits.of(settings))
+            await _read_into(form, request.headers.get("content-type", ""), chunks)
+            return await _store_form(form, file_id=file_id, storage_key=storage_key)
         except BaseException:
             # Shielded: a client that leaves cancels this request, and its bytes must go all the same.
-            await asyncio.shield(sink.abort())
+            await asyncio.shield(incoming.abort())
             raise
     except LuthierError:
-        await _discard(chunks)
+        await discard_rest(chunks)
         raise

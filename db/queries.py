@@ -7,8 +7,11 @@ from sqlalchemy import Select, and_, or_, select, text
 from sqlalchemy.orm import Session
 
 from db.tables import ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent
+from db.upload_tables import Upload
 
-OwnedRow = TypeVar("OwnedRow", ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent)
+OwnedRow = TypeVar(
+    "OwnedRow", ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, Upload, UsageEvent
+)
 
 
 def find_owned(

@@ -78,6 +78,11 @@ class File(Owned, Table):
     __tablename__ = "files"
     __table_args__ = (
         Index("ix_files_page", "project_id", "created_at", "id", postgresql_where=text("deleted_at IS NULL")),
+        Index(
+            "ix_files_expiring",
+            "expires_at",
+            postgresql_where=text("expires_at IS NOT NULL AND deleted_at IS NULL"),
+        ),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     filename: Mapped[str]
@@ -86,6 +91,8 @@ class File(Owned, Table):
     num_rows: Mapped[int]
     sha256: Mapped[str]
     storage_key: Mapped[str]
+    # From then on it is unknown to its project, as a deleted one is; None: never.
+    expires_at: Mapped[datetime | None]
     bytes_deleted_at: Mapped[datetime | None]
 
 

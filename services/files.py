@@ -1,9 +1,11 @@
 """Files: rows about bytes that are already durable in storage."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db.queries import find_owned, page
@@ -17,7 +19,10 @@ RESULTS_PURPOSE = "fine-tune-results"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Bytes that are durable under `storage_key`, checked line by line; sizes in bytes."""
+    """Bytes that are durable under `storage_key`, checked as their purpose asks; sizes in bytes.
+
+    `expires_after_seconds` counts from the moment that the file's row is made; None: it never expires.
+    """
 
     id: str
     filename: str
@@ -26,11 +31,20 @@ class StoredFile:
     num_rows: int
     sha256: str
     storage_key: str
+    expires_after_seconds: int | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of a new row; it expires by the database's clock."""
+        columns = dict(vars(self))
+        seconds = columns.pop("expires_after_seconds")
+        if seconds is not None:
+            columns["expires_at"] = func.now() + timedelta(seconds=seconds)
+        return columns
 
 
 def record(session: Session, scope: Scope, stored: StoredFile) -> File:
     """Make a file exist for its project."""
-    row = File(**scope.columns(), **vars(stored))
+    row = File(**scope.columns(), **stored.columns())
     session.add(row)
     session.flush()
     session.refresh(row)
@@ -43,11 +57,27 @@ def record_result(session: Session, job: Job, stored: StoredFile) -> File:
         organization_id=job.organization_id,
         project_id=job.project_id,
         created_by_key_id=job.created_by_key_id,
-        **vars(stored),
+        **stored.columns(),
     )
     session.add(row)
     session.flush()
     return row
+
+
+def is_unexpired() -> ColumnElement[bool]:
+    """Return what is true of files whose time is not over, by the database's clock."""
+    return or_(File.expires_at.is_(None), File.expires_at > func.now())
+
+
+def _find(
+    session: Session, scope: Scope, file_id: str, *, for_update: bool = False, for_share: bool = False
+) -> File | None:
+    """Return a file of the project, or None when there is none, or it has expired."""
+    row = find_owned(session, File, scope.project_id, file_id, for_update=for_update, for_share=for_share)
+    if row is None or row.expires_at is None:
+        return row
+    is_there = session.scalar(select(is_unexpired()).where(File.id == file_id))
+    return row if is_there else None
 
 
 def get(session: Session, scope: Scope, file_id: str, *, param: str = "id", for_share: bool = False) -> File:
@@ -64,9 +94,9 @@ def get(session: Session, scope: Scope, file_id: str, *, param: str = "id", for_
         The row.
 
     Raises:
-        NotFoundError: when there is none of that id.
+        NotFoundError: when there is none of that id, or it has expired.
     """
-    row = find_owned(session, File, scope.project_id, file_id, for_share=for_share)
+    row = _find(session, scope, file_id, for_share=for_share)
     if row is None:
         raise NotFoundError(f"No such File object: {file_id[:64]}", param=param)
     return row
@@ -97,7 +127,9 @@ def list_(
     Raises:
         InvalidValueError: when `after` is no file of the project.
     """
-    statement = select(File).where(File.project_id == scope.project_id, File.deleted_at.is_(None))
+    statement = select(File).where(
+        File.project_id == scope.project_id, File.deleted_at.is_(None), is_unexpired()
+    )
     if purpose is not None:
         statement = statement.where(File.purpose == purpose)
     cursor = None
@@ -120,35 +152,74 @@ def delete(session: Session, scope: Scope, file_id: str) -> File:
         The row.
 
     Raises:
-        NotFoundError: when there is none of that id.
+        NotFoundError: when there is none of that id, or it has expired.
         FileInUseError: when an unfinished job reads it.
     """
-    row = find_owned(session, File, scope.project_id, file_id, for_update=True)
+    row = _find(session, scope, file_id, for_update=True)
     if row is None:
         raise NotFoundError(f"No such File object: {file_id[:64]}", param="id")
-    jobs = session.scalars(
-        select(Job.id)
-        .where(
-            or_(Job.training_file_id == file_id, Job.validation_file_id == file_id),
-            Job.status.not_in(TERMINAL_STATUSES),
-        )
-        .limit(5)
-    ).all()
+    jobs = session.scalars(select(Job.id).where(*_reads_one_of([file_id])).limit(5)).all()
     if jobs:
         raise FileInUseError(
             f"{file_id} is read by {', '.join(jobs)}; cancel it or wait for its end, then delete.",
             param="id",
         )
+    _mark_deleted(session, row)
+    return row
+
+
+def _reads_one_of(file_ids: Collection[str]) -> tuple[ColumnElement[bool], ...]:
+    """Return what is true of the jobs that are not at their end and read one of the files."""
+    return (
+        or_(Job.training_file_id.in_(file_ids), Job.validation_file_id.in_(file_ids)),
+        Job.status.not_in(TERMINAL_STATUSES),
+    )
+
+
+def _mark_deleted(session: Session, row: File) -> None:
     row.deleted_at = func.now()
     session.flush()
     # A job lists only results that can be fetched.
     session.execute(
         update(Job)
-        .where(Job.result_file_id == file_id)
+        .where(Job.result_file_id == row.id)
         .values(result_file_id=None)
         .execution_options(synchronize_session=False)
     )
-    return row
+
+
+def delete_expired(session: Session, *, limit: int) -> list[str]:
+    """Delete files that have expired, as their users would; one that an unfinished job reads waits for it.
+
+    Args:
+        session: the session.
+        limit: files at once.
+
+    Returns:
+        Their ids. The bytes are deleted with those of other deleted files.
+    """
+    is_read = (
+        select(Job.id)
+        .where(
+            or_(Job.training_file_id == File.id, Job.validation_file_id == File.id),
+            Job.status.not_in(TERMINAL_STATUSES),
+        )
+        .exists()
+    )
+    expired = session.scalars(
+        select(File)
+        .where(File.expires_at <= func.now(), File.deleted_at.is_(None), ~is_read)
+        .order_by(File.expires_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    deleted = []
+    for row in expired:
+        # Asked again under the lock: a job that was being made held it, and is seen only now.
+        if session.scalar(select(Job.id).where(*_reads_one_of([row.id])).limit(1)) is None:
+            _mark_deleted(session, row)
+            deleted.append(row.id)
+    return deleted
 
 
 def list_undeleted_bytes(session: Session, *, limit: int) -> list[tuple[str, str]]:

@@ -1,13 +1,16 @@
-"""What ended jobs leave in storage: what of it lives on, and that the rest is gone."""
+"""What ended jobs and uploads leave in storage: what of it lives on, and that the rest is gone."""
 
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from db.tables import File, Job, Model
+from db.upload_tables import Upload, UploadPart
 from luthier.core.states import TERMINAL_STATUSES
+from services import uploads
+from services.uploads import UploadStatus
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,15 @@ class EndedJob:
     job_id: str
     project_id: str
     kept_prefixes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EndedUpload:
+    """An upload at its end, and the key of the file that came of it and is still there."""
+
+    upload_id: str
+    project_id: str
+    kept_key: str | None
 
 
 def list_untidied(session: Session, *, grace_seconds: float, limit: int) -> list[EndedJob]:
@@ -56,5 +68,42 @@ def mark_tidied(session: Session, job_id: str) -> None:
         update(Job)
         .where(Job.id == job_id)
         .values(tidied_at=func.now(), prepared_key=None, save_points=[])
+        .execution_options(synchronize_session=False)
+    )
+
+
+def list_untidied_uploads(session: Session, *, grace_seconds: float, limit: int) -> list[EndedUpload]:
+    """Return uploads at their end whose parts may still be in storage; what has lapsed is expired first.
+
+    Args:
+        session: the session.
+        grace_seconds: how long ago they ended: a part may still be on its way into storage.
+        limit: uploads at once.
+
+    Returns:
+        The uploads, those that ended first before others.
+    """
+    uploads.expire_lapsed(session)
+    rows = session.execute(
+        select(Upload.id, Upload.project_id, File.storage_key)
+        .outerjoin(File, (File.id == Upload.file_id) & File.deleted_at.is_(None))
+        .where(
+            Upload.status != UploadStatus.PENDING.value,
+            Upload.tidied_at.is_(None),
+            Upload.ended_at <= func.now() - timedelta(seconds=grace_seconds),
+        )
+        .order_by(Upload.ended_at)
+        .limit(limit)
+    ).all()
+    return [EndedUpload(*row) for row in rows]
+
+
+def mark_upload_tidied(session: Session, upload_id: str) -> None:
+    """Note that the bytes of an upload's parts are gone, and forget the parts."""
+    session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
+    session.execute(
+        update(Upload)
+        .where(Upload.id == upload_id)
+        .values(tidied_at=func.now())
         .execution_options(synchronize_session=False)
     )

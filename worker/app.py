@@ -20,6 +20,7 @@ from luthier.core.process import die_with_parent
 from luthier.core.settings import Settings
 from services import files, leases, leftovers, models
 from services.bell import TASK_NAME, make_celery
+from services.uploads import storage_prefix
 from worker.calibration import calibrate_for_ever
 from worker.context import WorkerContext, make_context
 from worker.tasks.prepare import prepare
@@ -75,13 +76,18 @@ def sweep(context: WorkerContext) -> list[str]:
 def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
     """Delete from storage what no row needs any more, however often that was tried before.
 
-    That is what ended jobs worked with (tokenised rows, save points, what no row names), and the bytes of
-    deleted files and models.
+    That is what ended jobs worked with (tokenised rows, save points, what no row names), the parts of ended
+    uploads, and the bytes of deleted files and models. Files that have expired are deleted first.
 
     Args:
         context: the worker's parts.
-        grace_seconds: how long ago a job must have ended.
+        grace_seconds: how long ago a job or an upload must have ended.
     """
+    with context.database.transaction() as session:
+        files.delete_expired(session, limit=_TIDIED_AT_ONCE)
+        uploads_ended = leftovers.list_untidied_uploads(
+            session, grace_seconds=grace_seconds, limit=_TIDIED_AT_ONCE
+        )
     with context.database.transaction() as session:
         ended = leftovers.list_untidied(session, grace_seconds=grace_seconds, limit=_TIDIED_AT_ONCE)
         files_gone = files.list_undeleted_bytes(session, limit=_TIDIED_AT_ONCE)
@@ -94,6 +100,11 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
         context.storage.delete_prefix(prefix)
         with context.database.transaction() as session:
             models.mark_bytes_deleted(session, model_id)
+    for upload in uploads_ended:
+        prefix = storage_prefix(upload.project_id, upload.upload_id)
+        context.storage.delete_all_but(prefix, [upload.kept_key] if upload.kept_key else [])
+        with context.database.transaction() as session:
+            leftovers.mark_upload_tidied(session, upload.upload_id)
     for job in ended:
         prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
         context.storage.delete_all_but(prefix, job.kept_prefixes)

@@ -1,6 +1,5 @@
 """Files: upload, list, retrieve, content, delete."""
 
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -8,20 +7,46 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.ranges import stored_bytes
+from api.recording import drop_stored, record_stored
 from api.schemas.files import file_object
 from api.schemas.pages import list_object
-from api.streaming import stored_bytes
-from api.upload import receive_file
+from api.upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
 from db.tables import File
-from luthier.core.errors import UnavailableError
 from luthier.core.ids import new_id
+from luthier.core.purposes import INPUT_PURPOSES
 from services import files
 from services.scope import Scope
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
-@router.post("")
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "properties": {
+                        "purpose": {"type": "string", "enum": list(INPUT_PURPOSES)},
+                        "file": {"type": "string", "format": "binary"},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": MIN_EXPIRES_AFTER_SECONDS,
+                            "maximum": MAX_EXPIRES_AFTER_SECONDS,
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", openapi_extra=_FORM)
 async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
     """Upload a file (multipart: `purpose` and `file`); a line that breaks the format is refused by number."""
     file_id = new_id("file")
@@ -30,22 +55,12 @@ async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -
         request, parts.storage, parts.settings, file_id=file_id, storage_key=storage_key
     )
 
-    def record() -> dict[str, Any]:
-        with parts.database.transaction() as session:
-            return file_object(files.record(session, scope, stored))
-
-    def drop_unrecorded() -> None:
-        # A commit whose answer was lost may have happened: only bytes without a row are deleted.
-        with parts.database.transaction() as session:
-            if session.get(File, file_id) is None:
-                parts.storage.delete(storage_key)
-
-    try:
-        return await run_in_threadpool(record)
-    except Exception:
-        with suppress(UnavailableError):
-            await run_in_threadpool(drop_unrecorded)
-        raise
+    return await record_stored(
+        parts,
+        storage_key,
+        lambda session: file_object(files.record(session, scope, stored)),
+        lambda session: session.get(File, file_id) is not None,
+    )
 
 
 @router.get("")
@@ -75,11 +90,12 @@ def _get(parts: Parts, scope: Scope, file_id: str) -> File:
         return files.get(session, scope, file_id)
 
 
+@router.head("/{file_id}/content", include_in_schema=False)
 @router.get("/{file_id}/content")
 async def file_content(file_id: str, request: Request, parts: PartsDep, scope: ScopeApartDep) -> Response:
     """Send a file's bytes as they were uploaded, whole or a range of them."""
     row = await run_in_threadpool(_get, parts, scope, file_id)
-    return stored_bytes(
+    return await stored_bytes(
         request,
         parts.storage,
         row.storage_key,
@@ -99,6 +115,5 @@ async def delete_file(file_id: str, parts: PartsDep, scope: ScopeApartDep) -> di
     """Delete a file, its bytes included, unless an unfinished job reads it."""
     storage_key = await run_in_threadpool(_delete, parts, scope, file_id)
     # What storage can't delete now, a worker does later: the row says that the bytes may still be there.
-    with suppress(UnavailableError):
-        await run_in_threadpool(parts.storage.delete, storage_key)
+    await drop_stored(parts, [storage_key])
     return {"id": file_id, "object": "file", "deleted": True}

@@ -8,8 +8,8 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.ranges import stored_bytes
 from api.schemas.models import base_model_object, model_files_object, tuned_model_object
-from api.streaming import stored_bytes
 from luthier.core.errors import NotFoundError, UnavailableError
 from services import models
 from services.scope import Scope
@@ -76,6 +76,7 @@ async def list_model_files(model: str, parts: PartsDep, scope: ScopeApartDep) ->
     return model_files_object(await run_in_threadpool(parts.storage.read_manifest, key))
 
 
+@router.head("/{model}/files/{name:path}", include_in_schema=False)
 @router.get("/{model}/files/{name:path}")
 async def download_model_file(
     model: str, name: str, request: Request, parts: PartsDep, scope: ScopeApartDep
@@ -86,7 +87,7 @@ async def download_model_file(
     entry = manifest.files.get(name)
     if entry is None:
         raise NotFoundError(f"{model} has no file {name[:80]!r}; GET /v1/models/{model}/files lists them.")
-    return stored_bytes(
+    return await stored_bytes(
         request,
         parts.storage,
         f"{key}/{name}",

@@ -4,9 +4,6 @@ from typing import Any
 
 from db.tables import File
 
-# Purposes that OpenAI's clients may send; only fine-tune has a meaning here so far.
-KNOWN_PURPOSES = frozenset({"assistants", "batch", "fine-tune", "vision", "user_data", "evals"})
-
 
 def file_object(file: File) -> dict[str, Any]:
     """Return a file as clients see it; `status` is `processed`, since a stored file has been checked."""
@@ -15,7 +12,7 @@ def file_object(file: File) -> dict[str, Any]:
         "object": "file",
         "bytes": file.num_bytes,
         "created_at": int(file.created_at.timestamp()),
-        "expires_at": None,
+        "expires_at": None if file.expires_at is None else int(file.expires_at.timestamp()),
         "filename": file.filename,
         "purpose": file.purpose,
         "status": "processed",

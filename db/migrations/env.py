@@ -3,6 +3,7 @@
 from alembic import context
 from sqlalchemy import Connection, create_engine
 
+import db.upload_tables  # noqa: F401 (made known to Table.metadata)
 from db.tables import Table
 from luthier.core.settings import Settings
 

@@ -115,6 +115,12 @@ class InvalidTransitionError(InvalidRequestError):
     code = "invalid_job_state"
 
 
+class InvalidUploadStateError(InvalidRequestError):
+    """An act that the upload's status does not allow."""
+
+    code = "invalid_upload_state"
+
+
 class IdempotencyKeyReusedError(InvalidRequestError):
     """An idempotency key that came before with another body."""
 
@@ -151,11 +157,27 @@ class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
 
 
+class PreconditionFailedError(LuthierError):
+    """A condition of the request, such as If-Match, that does not hold."""
+
+    code = "precondition_failed"
+    http_status = 412
+    type = "invalid_request_error"
+
+
 class TooLargeError(LuthierError):
     """A body over the limit; nothing of it is kept."""
 
     code = "file_too_large"
     http_status = 413
+    type = "invalid_request_error"
+
+
+class RangeNotSatisfiableError(LuthierError):
+    """A range that begins behind the end of what is asked for."""
+
+    code = "range_not_satisfiable"
+    http_status = 416
     type = "invalid_request_error"
 
 

@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     max_waiting_requests: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
 
     max_upload_bytes: int = Field(512 * MIB, ge=1, description="Largest body of POST /v1/files.")
+    max_large_upload_bytes: int = Field(
+        8192 * MIB, ge=1, description="Largest file of POST /v1/uploads, all its parts together."
+    )
     max_line_bytes: int = Field(8 * MIB, ge=1024, description="Longest line of an uploaded file.")
     max_tokens_default: int = Field(
         1024, ge=1, description="Answer length in tokens when a chat request names none."

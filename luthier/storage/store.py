@@ -5,7 +5,9 @@ Nothing here knows a row or a request.
 """
 
 import asyncio
+import re
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +30,8 @@ from luthier.storage.manifests import (
 _CHUNK_BYTES = 1024 * 1024
 # obstore raises its own error from S3 and the built-in one from a local folder.
 _MISSING = (NotFoundError, FileNotFoundError)
+# How obstore's local store calls an object that is not finished yet; it never lists them.
+_UNFINISHED = re.compile(r"#\d+$")
 # The writer keeps this much before it starts a multipart upload (S3 asks for at least 5 MiB a part).
 _WRITER_BUFFER_BYTES = 8 * 1024 * 1024
 
@@ -185,6 +189,27 @@ class Storage:
             raise ArtifactCorruptError(f"The stored object {key} is missing.") from error
         temporary.replace(destination)
 
+    @contextmanager
+    def local_file(self, key: str) -> Iterator[Path]:
+        """Hold an object as a local file, to be read only: itself where objects are such, else a copy.
+
+        Args:
+            key: the object's key.
+
+        Yields:
+            The file.
+
+        Raises:
+            ArtifactCorruptError: when the object is not there.
+        """
+        if self.local_root is not None:
+            yield self.local_root / key
+            return
+        with tempfile.TemporaryDirectory(prefix="luthier-object-") as folder:
+            path = Path(folder) / "object"
+            self._copy(key, path)
+            yield path
+
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
         with suppress(*_MISSING), _answered():
@@ -203,6 +228,16 @@ class Storage:
         for path in self._list(prefix):
             if not any(path == kept or path.startswith(kept + "/") for kept in kept_prefixes):
                 self.delete(path)
+        self._delete_unfinished(prefix)
+
+    def _delete_unfinished(self, prefix: str) -> None:
+        """Delete what a process that died had begun to write into a local folder."""
+        if self.local_root is None:
+            return
+        with _answered():
+            for path in (self.local_root / prefix).rglob("*#*"):
+                if _UNFINISHED.search(path.name) and path.is_file():
+                    path.unlink(missing_ok=True)
 
     def _list(self, prefix: str) -> list[str]:
         with _answered():

@@ -69,7 +69,8 @@ def test_a_form_is_refused_by_the_field_that_is_wrong(api: Api) -> None:
     cases: list[tuple[dict[str, str], dict[str, tuple[str, bytes]], str]] = [
         ({}, {"file": ("a.jsonl", content)}, "purpose"),
         ({"purpose": "nonsense"}, {"file": ("a.jsonl", content)}, "purpose"),
-        ({"purpose": "batch"}, {"file": ("a.jsonl", content)}, "purpose"),
+        ({"purpose": "fine-tune-results"}, {"file": ("a.jsonl", content)}, "purpose"),
+        ({"purpose": "fine-tune", "colour": "red"}, {"file": ("a.jsonl", content)}, "colour"),
         ({"purpose": "fine-tune"}, {"data": ("a.jsonl", content)}, "file"),
         ({"purpose": "fine-tune"}, {"file": ("a.jsonl", b"")}, "file"),
     ]

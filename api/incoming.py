@@ -1,0 +1,129 @@
+"""Bytes on their way into storage, checked and written in blocks, with the memory of a few of them."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from luthier.core.errors import LuthierError
+from luthier.data.intake import Check
+from luthier.data.validate import FileFacts
+from luthier.storage.store import Storage
+
+_BLOCK_BYTES = 512 * 1024
+# A client reads the answer only after it has sent its body: what is refused is still taken, and thrown
+# away, for this long.
+_DISCARD_SECONDS = 5.0
+
+
+class Incoming:
+    """An object on its way into storage. One block is checked and written while the next one gathers.
+
+    Args:
+        storage: where the bytes go.
+        key: the object's key.
+        max_bytes: the most that may come.
+        too_large: what is raised when more comes.
+    """
+
+    def __init__(self, storage: Storage, key: str, *, max_bytes: int, too_large: LuthierError) -> None:
+        self._storage = storage
+        self._sink = storage.open_sink(key)
+        self._max_bytes = max_bytes
+        self._too_large = too_large
+        self._check: Check | None = None
+        self._block = bytearray()
+        self._writing: asyncio.Task[None] | None = None
+        self.num_bytes = 0
+
+    def begin_check(self, check: Check) -> None:
+        """Have all bytes checked; before the first of them."""
+        self._check = check
+
+    async def write(self, content: bytes) -> None:
+        """Take the next bytes.
+
+        Args:
+            content: any number of bytes.
+
+        Raises:
+            LuthierError: when they are too many, or break a rule of the check; maybe only by a later call.
+        """
+        self.num_bytes += len(content)
+        if self.num_bytes > self._max_bytes:
+            raise self._too_large
+        self._block += content
+        if len(self._block) >= _BLOCK_BYTES:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        await self._settle()
+        if self._block:
+            block, self._block = bytes(self._block), bytearray()
+            self._writing = asyncio.create_task(self._write_block(block))
+
+    async def _settle(self) -> None:
+        """Wait for the block before; what went wrong with it is raised here."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    async def _write_block(self, block: bytes) -> None:
+        if self._check is not None:
+            # In a thread: the check of a large file must not hold up the other requests.
+            await run_in_threadpool(self._check.feed, block)
+        await self._sink.write(block)
+
+    async def close(self) -> None:
+        """Make the object exist, durably, unchecked."""
+        await self._flush()
+        await self._settle()
+        await self._sink.close()
+
+    async def finish(self) -> FileFacts:
+        """End the check and make the object exist, durably; when this fails, `abort` is to follow.
+
+        Returns:
+            What the check found.
+
+        Raises:
+            LuthierError: when the bytes break a rule of the check.
+        """
+        check = self._check
+        if check is None:
+            raise RuntimeError("begin_check comes first")
+        await self._flush()
+        await self._settle()
+        if check.needs_file:
+            # Its bytes go first; what is refused is deleted again.
+            await self._sink.close()
+            return await run_in_threadpool(self._finish_stored, check)
+        facts = await run_in_threadpool(check.finish)
+        await self._sink.close()
+        return facts
+
+    def _finish_stored(self, check: Check) -> FileFacts:
+        with self._storage.local_file(self._sink.key) as path:
+            return check.finish(path)
+
+    async def abort(self) -> None:
+        """Leave nothing behind."""
+        try:
+            with suppress(LuthierError):
+                await self._settle()
+        finally:
+            await self._sink.abort()
+
+
+async def discard_rest(chunks: AsyncIterator[bytes]) -> None:
+    """Read what a client still sends, for a few seconds, so that it gets to read its answer."""
+    deadline = time.monotonic() + _DISCARD_SECONDS
+    try:
+        async for _ in chunks:
+            if time.monotonic() > deadline:
+                return
+    except ClientDisconnect:
+        return

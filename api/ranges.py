@@ -1,0 +1,135 @@
+"""Bytes out of storage, whole or a range of them, under the conditions that a request names (RFC 9110)."""
+
+import re
+from collections.abc import AsyncIterator
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+
+from api.disposition import content_disposition
+from api.errors import to_response
+from luthier.core.errors import PreconditionFailedError, RangeNotSatisfiableError
+from luthier.storage.store import Storage
+
+_MEDIA_TYPE = "application/octet-stream"
+_RANGE_SPEC = re.compile(r"([0-9]{1,100})-([0-9]{0,100})|-([0-9]{1,100})")
+_ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
+
+
+def _header(request: Request, name: str) -> str | None:
+    """Return a header that may come in several lines, as one list."""
+    lines = request.headers.getlist(name)
+    return ", ".join(lines) if lines else None
+
+
+def _names_tag(header: str, etag: str, *, is_weak_enough: bool) -> bool:
+    """Whether a list of entity tags, or `*`, names one (RFC 9110, 8.8.3.2)."""
+    if header.strip() == "*":
+        return True
+    return any(
+        match[2] == etag and (is_weak_enough or match[1] is None) for match in _ENTITY_TAG.finditer(header)
+    )
+
+
+def parse_range(header: str, size_bytes: int) -> tuple[int, int] | None:
+    """Read a Range (RFC 9110, 14.1.2 and 14.2).
+
+    Args:
+        header: the header's value.
+        size_bytes: size of what is asked for.
+
+    Returns:
+        Start and end (exclusive) of the one range asked for; None to send all: for several ranges, for
+        another unit than bytes, and for what is no range at all.
+
+    Raises:
+        RangeNotSatisfiableError: when the range has no byte in common with what there is.
+    """
+    unit, _, ranges = header.partition("=")
+    if unit.strip().lower() != "bytes":
+        return None
+    specs = [spec.strip() for spec in ranges.split(",") if spec.strip()]
+    match = _RANGE_SPEC.fullmatch(specs[0]) if len(specs) == 1 else None
+    if match is None:
+        return None
+    first, last, suffix = match.groups()
+    if suffix is not None:
+        start, end = max(0, size_bytes - int(suffix)), size_bytes
+    else:
+        start, end = int(first), min(size_bytes, int(last) + 1) if last else size_bytes
+        if last and int(last) < start:
+            return None
+    if start >= end:
+        raise RangeNotSatisfiableError(
+            f"Range: there are {size_bytes} bytes, and none of them is in the range asked for."
+        )
+    return start, end
+
+
+def _asked_range(request: Request, etag: str, size_bytes: int) -> tuple[int, int] | None:
+    asked = request.headers.get("range")
+    if asked is None or request.method != "GET":
+        return None
+    # A weak tag or a date never proves that the rest belongs to what the client has (RFC 9110, 13.1.5).
+    if request.headers.get("if-range", etag).strip() != etag:
+        return None
+    return parse_range(asked, size_bytes)
+
+
+async def stored_bytes(
+    request: Request, storage: Storage, key: str, *, size_bytes: int, sha256: str, filename: str
+) -> Response:
+    """Answer with an object's bytes.
+
+    Args:
+        request: GET or HEAD, with its Range and its conditions.
+        storage: where the object is.
+        key: the object's key.
+        size_bytes: its size.
+        sha256: its hash, which is the ETag.
+        filename: the name for Content-Disposition.
+
+    Returns:
+        200 with all bytes, 206 with a range, 304, or 416 for a range outside; to HEAD no bytes.
+
+    Raises:
+        PreconditionFailedError: when If-Match names another content.
+        ArtifactCorruptError: when the object is not there.
+    """
+    etag = f'"{sha256}"'
+    if_match, if_none_match = _header(request, "if-match"), _header(request, "if-none-match")
+    if if_match is not None and not _names_tag(if_match, etag, is_weak_enough=False):
+        raise PreconditionFailedError("If-Match names another content than there is; fetch it anew.")
+    headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+    if if_none_match is not None and _names_tag(if_none_match, etag, is_weak_enough=True):
+        return Response(status_code=304, headers=headers)
+    try:
+        asked = _asked_range(request, etag, size_bytes)
+    except RangeNotSatisfiableError as error:
+        refusal = to_response(error)
+        refusal.headers.update(headers | {"Content-Range": f"bytes */{size_bytes}"})
+        return refusal
+    start, end = asked or (0, size_bytes)
+    headers |= {
+        "Content-Disposition": content_disposition(filename),
+        "Content-Length": str(end - start),
+        "X-Content-Type-Options": "nosniff",
+    }
+    if asked is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size_bytes}"
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type=_MEDIA_TYPE)
+    content = await _begun(storage.stream(key, start=start, end=end))
+    return StreamingResponse(content, 200 if asked is None else 206, headers, media_type=_MEDIA_TYPE)
+
+
+async def _begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Return the same chunks with the first one read already: what is missing is told before a 200 is."""
+    first = await anext(chunks, b"")
+
+    async def content() -> AsyncIterator[bytes]:
+        yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return content()

@@ -1,0 +1,174 @@
+"""Uploads: large files in parts. Create, add parts, complete, cancel; and a look at one, which is ours."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.incoming import discard_rest
+from api.recording import drop_stored, record_stored
+from api.schemas.uploads import (
+    CompleteUploadBody,
+    CreateUploadBody,
+    upload_object,
+    upload_part_object,
+)
+from api.upload_parts import assemble, receive_part
+from db.tables import File
+from db.upload_tables import UploadPart
+from luthier.core.errors import ArtifactCorruptError, LuthierError
+from luthier.core.ids import new_id
+from luthier.data.intake import RowLimits, open_check
+from services import completing, uploads
+from services.completing import Assembly
+from services.files import StoredFile
+from services.scope import Scope
+from services.uploads import storage_prefix
+
+router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+
+_PART_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "properties": {"data": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("")
+def create_upload(
+    body: CreateUploadBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
+) -> dict[str, Any]:
+    """Begin a file that is sent in parts; it waits for them for an hour."""
+    new = body.to_new_upload(parts.settings.max_large_upload_bytes)
+    return upload_object(uploads.create(session, scope, new))
+
+
+@router.get("/{upload_id}")
+def retrieve_upload(upload_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Describe one upload."""
+    upload = uploads.get(session, scope, upload_id)
+    return upload_object(upload, completing.find_file(session, upload))
+
+
+@router.post("/{upload_id}/parts", openapi_extra=_PART_FORM)
+async def create_part(
+    upload_id: str, request: Request, parts: PartsDep, scope: ScopeApartDep
+) -> dict[str, Any]:
+    """Add a part (multipart: `data`, at most 64 MiB); parts may come at the same time, in any order."""
+
+    def check() -> None:
+        with parts.database.transaction() as session:
+            uploads.get_open(session, scope, upload_id)
+
+    try:
+        await run_in_threadpool(check)
+    except LuthierError:
+        await discard_rest(request.stream())
+        raise
+    part_id = new_id("upload_part")
+    storage_key = f"{storage_prefix(scope.project_id, upload_id)}/{part_id}"
+    stored = await receive_part(request, parts.storage, part_id=part_id, storage_key=storage_key)
+
+    return await record_stored(
+        parts,
+        storage_key,
+        lambda session: upload_part_object(uploads.record_part(session, scope, upload_id, stored)),
+        lambda session: session.get(UploadPart, part_id) is not None,
+    )
+
+
+def _begin(parts: Parts, scope: Scope, upload_id: str, body: CompleteUploadBody) -> Assembly:
+    with parts.database.transaction() as session:
+        return completing.start(session, scope, upload_id, part_ids=body.part_ids, md5=_md5(body))
+
+
+def _md5(body: CompleteUploadBody) -> str | None:
+    return None if body.md5 is None else body.md5.lower()
+
+
+async def _assemble(
+    parts: Parts, assembly: Assembly, body: CompleteUploadBody, *, file_id: str, storage_key: str
+) -> StoredFile:
+    """Put an upload's parts together under the file's key."""
+    upload = assembly.upload
+    facts = await assemble(
+        parts.storage,
+        assembly.parts,
+        check=open_check(upload.purpose, RowLimits.of(parts.settings)),
+        md5=_md5(body),
+        storage_key=storage_key,
+    )
+    return StoredFile(
+        id=file_id,
+        filename=upload.filename,
+        purpose=upload.purpose,
+        num_bytes=facts.num_bytes,
+        num_rows=facts.num_rows,
+        sha256=facts.sha256,
+        storage_key=storage_key,
+        expires_after_seconds=upload.file_expires_after_seconds,
+    )
+
+
+def _finish(
+    session: Session, scope: Scope, upload_id: str, body: CompleteUploadBody, stored: StoredFile
+) -> dict[str, Any]:
+    upload, file = completing.finish(
+        session, scope, upload_id, stored, part_ids=body.part_ids, md5=_md5(body)
+    )
+    return upload_object(upload, file)
+
+
+@router.post("/{upload_id}/complete")
+async def complete_upload(
+    upload_id: str, body: CompleteUploadBody, parts: PartsDep, scope: ScopeApartDep
+) -> dict[str, Any]:
+    """Make the parts a file, checked line by line; the same complete sent again answers the same file."""
+    assembly = await run_in_threadpool(_begin, parts, scope, upload_id, body)
+    if assembly.is_done:
+        return upload_object(assembly.upload, assembly.file)
+    file_id = new_id("file")
+    storage_key = f"{storage_prefix(scope.project_id, upload_id)}/{file_id}"
+    try:
+        stored = await _assemble(parts, assembly, body, file_id=file_id, storage_key=storage_key)
+    except ArtifactCorruptError:
+        # A twin of this request may have been faster, and have dropped the parts.
+        assembly = await run_in_threadpool(_begin, parts, scope, upload_id, body)
+        if not assembly.is_done:
+            raise
+        return upload_object(assembly.upload, assembly.file)
+    answer = await record_stored(
+        parts,
+        storage_key,
+        lambda session: _finish(session, scope, upload_id, body, stored),
+        lambda session: session.get(File, file_id) is not None,
+    )
+    is_ours = answer["file"] is not None and answer["file"]["id"] == file_id
+    needless = [part.storage_key for part in assembly.parts] if is_ours else [storage_key]
+    await drop_stored(parts, needless)
+    return answer
+
+
+@router.post("/{upload_id}/cancel")
+async def cancel_upload(upload_id: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+    """End an upload; its parts are deleted, and it takes no more."""
+
+    def cancel() -> tuple[dict[str, Any], list[str]]:
+        with parts.database.transaction() as session:
+            upload, keys = uploads.cancel(session, scope, upload_id)
+            return upload_object(upload), keys
+
+    answer, keys = await run_in_threadpool(cancel)
+    await drop_stored(parts, keys)
+    return answer

@@ -1,0 +1,163 @@
+"""The seam between bytes that come in and rows that are checked: a check is fed bytes, and ends in facts.
+
+Uploads know no more of rows than this. Another kind of check begins here, in `open_check`.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from luthier.core.errors import InvalidFileFormatError
+from luthier.core.purposes import FINE_TUNE
+from luthier.core.settings import Settings
+from luthier.data.validate import FileChecker, FileFacts
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """What rows of a training file may cost their check: the longest line, in bytes."""
+
+    max_line_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "RowLimits":
+        """Return the limits that an operator has set."""
+        return cls(max_line_bytes=settings.max_line_bytes)
+
+
+class Check(Protocol):
+    """What a file is judged by while its bytes stream by, with constant memory."""
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether `finish` must be given the whole file: what came can only be read from its end."""
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes.
+
+        Args:
+            chunk: any number of bytes.
+
+        Raises:
+            InvalidFileFormatError: once the file is known to break its format.
+        """
+
+    def finish(self, path: Path | None = None, /) -> FileFacts:
+        """Say that no more bytes follow.
+
+        Args:
+            path: the whole file, which is read where `needs_file` is True.
+
+        Returns:
+            Rows, bytes and sha256 of the file.
+
+        Raises:
+            InvalidFileFormatError: when the file breaks its format.
+        """
+
+
+class RowCheck:
+    """The check of a training file: every row of it.
+
+    Args:
+        limits: what its rows may cost.
+    """
+
+    # JSON lines are judged line by line.
+    needs_file = False
+
+    def __init__(self, limits: RowLimits) -> None:
+        self._checker = FileChecker(max_line_bytes=limits.max_line_bytes)
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        self._checker.feed(chunk)
+
+    def finish(self, _path: Path | None = None, /) -> FileFacts:
+        """Say that no more bytes follow."""
+        return self._checker.finish()
+
+
+class OpaqueCheck:
+    """The check of a file whose content nobody looks at: it has bytes, and no rows."""
+
+    needs_file = False
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._num_bytes = 0
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        self._sha256.update(chunk)
+        self._num_bytes += len(chunk)
+
+    def finish(self, _path: Path | None = None, /) -> FileFacts:
+        """Say that no more bytes follow; an empty file is refused."""
+        if self._num_bytes == 0:
+            raise InvalidFileFormatError("The file is empty.", param="file")
+        return FileFacts(0, self._num_bytes, self._sha256.hexdigest())
+
+
+def open_check(purpose: str, limits: RowLimits) -> Check:
+    """Begin the check of a file.
+
+    Args:
+        purpose: what the file is for; only training files have rows to check.
+        limits: what rows may cost.
+
+    Returns:
+        The check, yet to be fed.
+    """
+    return RowCheck(limits) if purpose == FINE_TUNE else OpaqueCheck()
+
+
+class UndecidedCheck:
+    """The check of a file whose purpose follows its bytes: a fault of its rows counts once that is known.
+
+    Args:
+        limits: what rows may cost.
+    """
+
+    def __init__(self, limits: RowLimits) -> None:
+        self._opaque = OpaqueCheck()
+        self._rows = open_check(FINE_TUNE, limits)
+        self._fault: InvalidFileFormatError | None = None
+        self._purpose = FINE_TUNE
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether `finish` must be given the whole file."""
+        return self._purpose == FINE_TUNE and self._fault is None and self._rows.needs_file
+
+    def decide(self, purpose: str) -> None:
+        """Say what the file is for; bytes may have been fed before."""
+        self._purpose = purpose
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        self._opaque.feed(chunk)
+        if self._fault is None:
+            try:
+                self._rows.feed(chunk)
+            except InvalidFileFormatError as fault:
+                self._fault = fault
+
+    def finish(self, path: Path | None = None, /) -> FileFacts:
+        """Say that no more bytes follow.
+
+        Args:
+            path: the whole file, which is read where `needs_file` is True.
+
+        Returns:
+            Rows, bytes and sha256 of the file.
+
+        Raises:
+            InvalidFileFormatError: when a training file breaks its format, or the file is empty.
+        """
+        if self._purpose != FINE_TUNE:
+            return self._opaque.finish()
+        if self._fault is not None:
+            raise self._fault
+        return self._rows.finish(path)

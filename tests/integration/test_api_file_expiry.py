@@ -1,0 +1,167 @@
+"""Files that expire, purposes, and deletes that delete."""
+
+import httpx2
+import openai
+import pytest
+from sqlalchemy import text
+
+from luthier.core.settings import Settings
+from tests.conftest import Api
+from tests.rows import colour_rows, jsonl
+from worker.app import tidy
+from worker.context import WorkerContext, make_context
+
+ROWS = jsonl(colour_rows())
+DAY = 24 * 3600
+
+
+@pytest.fixture
+def client(api: Api) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
+    )
+
+
+@pytest.fixture
+def context(settings: Settings, api: Api) -> WorkerContext:
+    return make_context(settings)
+
+
+def _objects(api: Api) -> list[str]:
+    root = api.parts.storage.local_root
+    assert root is not None
+    return sorted(path.name for path in root.rglob("*") if path.is_file())
+
+
+def _let_expire(api: Api, file_id: str) -> None:
+    with api.parts.database.transaction() as session:
+        session.execute(text("UPDATE files SET expires_at = now() WHERE id = :id"), {"id": file_id})
+
+
+def test_a_file_expires_as_many_seconds_after_its_creation_as_was_asked(client: openai.OpenAI) -> None:
+    made = client.files.create(
+        file=("a.jsonl", ROWS),
+        purpose="fine-tune",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    assert made.expires_at == made.created_at + 3600
+    assert client.files.retrieve(made.id) == made
+    upload = client.uploads.create(
+        bytes=len(ROWS),
+        filename="b.jsonl",
+        mime_type="text/jsonl",
+        purpose="fine-tune",
+        expires_after={"anchor": "created_at", "seconds": 30 * DAY},
+    )
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+    done = client.uploads.complete(upload.id, part_ids=[part.id])
+    assert done.file is not None
+    assert done.file.expires_at == done.file.created_at + 30 * DAY
+    assert done.expires_at == done.created_at + 3600
+    assert client.files.create(file=("c.jsonl", ROWS), purpose="fine-tune").expires_at is None
+
+
+def test_a_wrong_expiry_is_refused_by_its_bracketed_field(api: Api) -> None:
+    anchor, seconds = "expires_after[anchor]", "expires_after[seconds]"
+    for data, param in (
+        ({anchor: "created_at", seconds: "3599"}, seconds),
+        ({anchor: "created_at", seconds: str(30 * DAY + 1)}, seconds),
+        ({anchor: "created_at", seconds: "-1"}, seconds),
+        ({anchor: "created_at", seconds: "soon"}, seconds),
+        ({anchor: "created_at", seconds: "3600.0"}, seconds),
+        ({anchor: "last_active_at", seconds: "3600"}, anchor),
+        ({anchor: "created_at"}, seconds),
+        ({seconds: "3600"}, anchor),
+        ({"expires_after[when]": "3600"}, "expires_after[when]"),
+        ({"expires_after": "3600"}, "expires_after"),
+    ):
+        answer = httpx2.post(
+            f"{api.base_url}/v1/files",
+            headers=api.headers,
+            data={"purpose": "fine-tune"} | data,
+            files={"file": ("a.jsonl", ROWS)},
+        )
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, param), error
+        assert param in error["message"]
+    assert _objects(api) == []
+
+
+def test_an_expired_file_is_unknown_and_then_gone(
+    api: Api, client: openai.OpenAI, context: WorkerContext
+) -> None:
+    expiring = {"anchor": "created_at", "seconds": 3600}
+    file = client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune", expires_after=expiring)
+    kept = client.files.create(file=("b.jsonl", ROWS), purpose="fine-tune", expires_after=expiring)
+    _let_expire(api, file.id)
+    for call in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError):
+            call(file.id)
+    assert [entry.id for entry in client.files.list()] == [kept.id]
+    # Pages that began before it expired go on behind it.
+    assert [entry.id for entry in client.files.list(after=file.id, order="asc")] == [kept.id]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id)
+    assert refused.value.param == "training_file"
+    assert _objects(api) == [file.id, kept.id]
+    tidy(context, grace_seconds=0)
+    assert _objects(api) == [kept.id]
+
+
+def test_an_expired_file_stays_until_the_last_job_that_reads_it_has_ended(
+    api: Api, client: openai.OpenAI, context: WorkerContext
+) -> None:
+    train, valid = (client.files.create(file=(name, ROWS), purpose="fine-tune").id for name in "ab")
+    job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=train, validation_file=valid)
+    for file_id in (train, valid):
+        _let_expire(api, file_id)
+    tidy(context, grace_seconds=0)
+    assert _objects(api) == [train, valid]
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(train)
+    client.fine_tuning.jobs.cancel(job.id)
+    tidy(context, grace_seconds=0)
+    assert _objects(api) == []
+
+
+def test_bytes_that_could_not_be_deleted_are_deleted_by_the_sweep(
+    api: Api, client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.core.errors import UnavailableError
+
+    file = client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune")
+
+    def fail(_key: str) -> None:
+        raise UnavailableError("storage is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(api.parts.storage, "delete", fail)
+        assert client.files.delete(file.id).deleted
+    assert _objects(api) == [file.id]
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file.id)
+    tidy(context, grace_seconds=0)
+    assert _objects(api) == []
+
+
+def test_every_purpose_of_openai_is_taken_and_only_training_files_are_looked_into(api: Api) -> None:
+    # Lenient: the SDK's type of an answer lacks `evals`, which its own requests have.
+    client = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+    content = b"\x89PNG no rows at all"
+    purposes = ("assistants", "batch", "vision", "user_data", "evals")
+    for purpose in purposes:
+        made = client.files.create(file=("a.png", content), purpose=purpose)
+        assert (made.purpose, made.status, made.bytes) == (purpose, "processed", len(content))
+        assert client.files.content(made.id).read() == content
+        assert [file.id for file in client.files.list(purpose=purpose)] == [made.id]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.files.create(file=("a.png", content), purpose="fine-tune")
+    assert refused.value.code == "invalid_file_format"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.create(model="tiny-llama", training_file=made.id)
+    assert refused.value.code == "invalid_file_purpose"
+    for purpose in ("fine-tune-results", "assistants_output", "batch_output"):
+        with pytest.raises(openai.BadRequestError, match="made by the service") as refused:
+            client.files.create(file=("a.png", content), purpose=purpose)  # type: ignore[arg-type]
+        assert (refused.value.code, refused.value.param) == ("unsupported_value", "purpose")
+    assert len(_objects(api)) == len(purposes)

@@ -1,0 +1,82 @@
+"""The seam between bytes and rows: which files are looked into, and what becomes of the others."""
+
+import hashlib
+
+import pytest
+
+from luthier.core.errors import InvalidFileFormatError, InvalidValueError, UnsupportedValueError
+from luthier.core.purposes import INPUT_PURPOSES, OUTPUT_PURPOSES, check_input_purpose, check_mime_type
+from luthier.data.intake import RowLimits, UndecidedCheck, open_check
+from luthier.data.validate import FileFacts
+
+ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+LIMITS = RowLimits(max_line_bytes=1000)
+OPAQUE = b"\x89PNG\x00 no rows at all\n"
+
+
+def _facts(content: bytes, num_rows: int) -> FileFacts:
+    return FileFacts(num_rows, len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("purpose", [p for p in INPUT_PURPOSES if p != "fine-tune"])
+def test_files_of_other_purposes_are_bytes_without_rows(purpose: str) -> None:
+    check = open_check(purpose, LIMITS)
+    for place in range(0, len(OPAQUE), 5):
+        check.feed(OPAQUE[place : place + 5])
+    assert check.finish() == _facts(OPAQUE, 0)
+    with pytest.raises(InvalidFileFormatError, match="empty"):
+        open_check(purpose, LIMITS).finish()
+
+
+def test_a_training_files_rows_are_checked() -> None:
+    check = open_check("fine-tune", LIMITS)
+    check.feed(ROW)
+    assert check.finish() == _facts(ROW, 1)
+    broken = open_check("fine-tune", LIMITS)
+    broken.feed(ROW + b"{}\n")
+    with pytest.raises(InvalidFileFormatError, match="Line 2"):
+        broken.finish()
+
+
+@pytest.mark.parametrize("content", [ROW, ROW * 3])
+def test_a_purpose_that_comes_late_decides_as_one_that_comes_early(content: bytes) -> None:
+    late = UndecidedCheck(LIMITS)
+    late.feed(content)
+    late.decide("fine-tune")
+    assert late.finish() == _facts(content, content.count(b"\n"))
+    other = UndecidedCheck(LIMITS)
+    other.feed(content)
+    other.decide("user_data")
+    assert other.finish() == _facts(content, 0)
+
+
+def test_a_fault_before_the_purpose_counts_for_training_files_only() -> None:
+    for purpose in ("fine-tune", "vision"):
+        check = UndecidedCheck(LIMITS)
+        # More faults than are counted, so that they are raised while bytes still come.
+        for _ in range(3):
+            check.feed(b"{}\n" * 20)
+        check.decide(purpose)
+        if purpose == "vision":
+            assert check.finish().num_bytes == 180
+        else:
+            with pytest.raises(InvalidFileFormatError, match="Line 1"):
+                check.finish()
+
+
+def test_purposes_of_answers_are_refused_by_name_and_unknown_ones_too() -> None:
+    for purpose in INPUT_PURPOSES:
+        assert check_input_purpose(purpose) == purpose
+    for purpose in OUTPUT_PURPOSES:
+        with pytest.raises(UnsupportedValueError, match="made by the service"):
+            check_input_purpose(purpose)
+    with pytest.raises(InvalidValueError, match="is unknown"):
+        check_input_purpose("finetune")
+
+
+def test_only_what_can_never_be_rows_is_refused_by_its_mime_type() -> None:
+    for mime_type in ("text/jsonl", "application/json", "application/x-ndjson", "text/csv", "pdf", "x"):
+        check_mime_type(mime_type, "fine-tune")
+    check_mime_type("image/png", "vision")
+    with pytest.raises(InvalidValueError, match="image/png"):
+        check_mime_type("image/png", "fine-tune")
