@@ -20,7 +20,7 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.core.settings import Settings
-from luthier.data.validate import FileChecker
+from luthier.data.validate import FileChecker, FileFacts
 from luthier.storage.store import Sink, Storage
 from services.files import StoredFile
 
@@ -34,12 +34,17 @@ _MAX_FILENAME_CHARACTERS = 255
 class _Incoming:
     """A file on its way into storage, written and checked in blocks."""
 
-    def __init__(self, sink: Sink, max_line_bytes: int, max_bytes: int) -> None:
+    def __init__(self, sink: Sink, storage: Storage, settings: Settings) -> None:
         self._sink = sink
-        self._checker = FileChecker(max_line_bytes=max_line_bytes)
+        self._storage = storage
+        self._checker = FileChecker(
+            max_line_bytes=settings.max_line_bytes,
+            max_expanded_bytes=settings.max_expanded_bytes,
+            max_expansion_ratio=settings.max_expansion_ratio,
+        )
         self._block = bytearray()
         self._num_bytes = 0
-        self._max_bytes = max_bytes
+        self._max_bytes = settings.max_upload_bytes
 
     async def write(self, content: bytes) -> None:
         self._num_bytes += len(content)
@@ -57,8 +62,13 @@ class _Incoming:
 
     async def finish(self, *, file_id: str, filename: str, purpose: str) -> StoredFile:
         await self._flush()
-        facts = await run_in_threadpool(self._checker.finish)
-        await self._sink.close()
+        if self._checker.needs_file:
+            # Parquet is read from its end, so its bytes go first; what is refused is deleted again.
+            await self._sink.close()
+            facts = await run_in_threadpool(self._finish_stored)
+        else:
+            facts = await run_in_threadpool(self._checker.finish)
+            await self._sink.close()
         return StoredFile(
             id=file_id,
             filename=filename,
@@ -68,6 +78,10 @@ class _Incoming:
             sha256=facts.sha256,
             storage_key=self._sink.key,
         )
+
+    def _finish_stored(self) -> FileFacts:
+        with self._storage.local_file(self._sink.key) as path:
+            return self._checker.finish(path)
 
 
 def _too_large(max_bytes: int) -> TooLargeError:
@@ -161,7 +175,7 @@ async def receive_file(
             raise _too_large(settings.max_upload_bytes)
         sink = storage.open_sink(storage_key)
         try:
-            incoming = _Incoming(sink, settings.max_line_bytes, settings.max_upload_bytes)
+            incoming = _Incoming(sink, storage, settings)
             filename, purpose = await _read_parts(request, incoming, chunks)
             return await incoming.finish(file_id=file_id, filename=filename, purpose=purpose)
         except BaseException:

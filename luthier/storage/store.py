@@ -6,6 +6,7 @@ Nothing here knows a row or a request.
 
 import asyncio
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -184,6 +185,27 @@ class Storage:
             temporary.unlink(missing_ok=True)
             raise ArtifactCorruptError(f"The stored object {key} is missing.") from error
         temporary.replace(destination)
+
+    @contextmanager
+    def local_file(self, key: str) -> Iterator[Path]:
+        """Hold an object as a local file, to be read only: itself where objects are such, else a copy.
+
+        Args:
+            key: the object's key.
+
+        Yields:
+            The file.
+
+        Raises:
+            ArtifactCorruptError: when the object is not there.
+        """
+        if self.local_root is not None:
+            yield self.local_root / key
+            return
+        with tempfile.TemporaryDirectory(prefix="luthier-object-") as folder:
+            path = Path(folder) / "object"
+            self._copy(key, path)
+            yield path
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
