@@ -45,7 +45,7 @@ def test_a_row_of_its_signature_is_recognised_and_read(row_format):
     row = sample(row_format)
     line = json.dumps(row).encode()
     assert recognise(line, 1) is row_format
-    assert find_format(row_format.keys) is row_format or row_format.signature < row_format.keys
+    assert find_format(row_format.signature) is row_format
     assert row_format.accepts(line)
     found = row_format.read(line)
     assert isinstance(found, Row)
