@@ -157,6 +157,9 @@ class CsvReader:
             yield Fault(number, None, name, "csv.missing_column", told)
 
     def _read(self, record: bytes, number: int, header: list[str]) -> RawRow | Fault:
+        if (place := record.find(b"\0")) >= 0:
+            told = "The row holds a NUL byte; save the file as plain UTF-8 text, not UTF-16 or binary."
+            return Fault(number, place + 1, None, "text.nul", told)
         try:
             text = record.decode("utf-8")
         except UnicodeDecodeError as error:

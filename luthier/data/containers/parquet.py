@@ -43,7 +43,7 @@ def read_parquet(path: Path, limits: Limits) -> Iterator[RawRow | Fault]:
             yield from faults
             if not faults:
                 yield from _read(file, found, limits, path.stat().st_size)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         told = f"The Parquet file can't be read ({type(error).__name__}): it is damaged or was cut."
         yield Fault(1, None, None, "parquet.damaged", told, 1)
 
