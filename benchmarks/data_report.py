@@ -4,8 +4,8 @@
 
 Three sizes (a quarter, a half, all) are reported on, each in a process of its own: seconds a row must not
 grow, nor the process's peak memory. Then the peer renders and tokenises the same rows by the same chat
-template and tokenizer, with `datasets` map: each of its settings on a tenth of the rows, the fastest on all of
-them. Ours does that, finds faults and duplicates, and masks; the peer only makes tokens.
+template and tokenizer, with `datasets` map: each of its settings on a tenth of the rows, the fastest on all
+of them. Ours does that, finds faults and duplicates, and masks; the peer only makes tokens.
 """
 
 import argparse

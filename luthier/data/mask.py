@@ -191,7 +191,9 @@ def mask_tokens(
         InvalidValueError: when a turn has no end-of-turn token: a model trained so would never stop.
     """
     mask = np.zeros(len(encoding.ids), dtype=np.bool_)
-    stops = np.isin(encoding.ids, list(stop_token_ids))
+    stops = np.zeros(len(encoding.ids), dtype=np.bool_)
+    for token_id in stop_token_ids:
+        stops |= encoding.ids == token_id
     for span in spans:
         first = int(np.searchsorted(encoding.spans[:, 0], span.start, side="left"))
         end = int(np.searchsorted(encoding.spans[:, 1], span.end, side="right"))
