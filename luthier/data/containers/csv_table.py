@@ -38,7 +38,7 @@ def find_header(line: bytes) -> tuple[str, list[str]] | None:
     Returns:
         The delimiter and the columns' names; None when no format knows any of them.
     """
-    known = frozenset().union(*(one.keys for one in discover().values()))
+    known = {key for one in discover().values() for key in one.keys}
     best: tuple[int, str, list[str]] | None = None
     for delimiter in _DELIMITERS:
         try:
@@ -151,7 +151,7 @@ class CsvReader:
                 told = f"Unknown column; rows of the format {self._format.name} have {known}."
                 yield Fault(number, place, escape_text(name), "csv.unknown_column", told)
             seen.add(name)
-        missing = frozenset() if self._format is None else self._format.signature - seen
+        missing: frozenset[str] = frozenset() if self._format is None else self._format.signature - seen
         for name in sorted(missing):
             told = f'The column "{name}" is missing from the header.'
             yield Fault(number, None, name, "csv.missing_column", told)
@@ -179,7 +179,7 @@ class CsvReader:
 
     def _join(self, cells: list[str], number: int, header: list[str]) -> RawRow | Fault:
         fields: dict[str, object] = {}
-        json_keys = frozenset() if self._format is None else self._format.json_keys
+        json_keys: frozenset[str] = frozenset() if self._format is None else self._format.json_keys
         for column, (key, cell) in enumerate(zip(header, cells, strict=True), start=1):
             if key not in json_keys:
                 fields[key] = cell

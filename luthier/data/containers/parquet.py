@@ -63,7 +63,7 @@ def _check_columns(names: list[str], found: RowFormat | None) -> Iterator[Fault]
 
 
 def _read(file: Any, found: RowFormat | None, limits: Limits, size_bytes: int) -> Iterator[RawRow | Fault]:
-    json_keys = frozenset() if found is None else found.json_keys
+    json_keys: frozenset[str] = frozenset() if found is None else found.json_keys
     number = num_bytes = 0
     allowed = min(limits.max_expanded_bytes, max(_FREE_BYTES, size_bytes * limits.max_expansion_ratio))
     for group in range(file.num_row_groups):
