@@ -87,7 +87,9 @@ def render_turns(
         so_far = text
         if not is_last:
             so_far = template.render(messages[: place + 1], add_generation_prompt=False, tools=tools)
-        start = _find_start(template, messages[:place], so_far, tools)
+        start = _find_last_start(template, turn, so_far) if is_last and not tools else None
+        if start is None:
+            start = _find_start(template, messages[:place], so_far, tools)
         if start is None or not text.startswith(so_far):
             raise InvalidValueError(
                 "The base's chat template renders this assistant message otherwise when it stands last, so "
@@ -154,6 +156,18 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encod
             )
         found.append(encoding)
     return found
+
+
+def _find_last_start(template: ChatTemplate, turn: Turn, text: str) -> int | None:
+    """Return where the last turn's own text begins, with no rendering more, where that is plain to see.
+
+    The last place where the opening and the whole answer stand is the turn's own: in what follows it there
+    is no room for them, and an answer can't hold itself.
+    """
+    if not template.opening or turn.tool_calls or turn.reasoning or turn.content is None:
+        return None
+    place = text.rfind(template.opening + turn.content)
+    return None if place < 0 else place + len(template.opening)
 
 
 def _find_start(

@@ -138,6 +138,13 @@ _CALL_PROBE = [
     },
 ]
 
+_PROBE_ANSWER = {"role": "assistant", "content": "An answer."}
+_OPENING_PROBES = (
+    [{"role": "user", "content": "x"}],
+    [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}],
+    [{"role": "user", "content": "x"}, _PROBE_ANSWER, {"role": "user", "content": "y\nz"}],
+)
+
 
 def _read_json(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -226,6 +233,24 @@ class ChatTemplate:
                 if "{'a': 1}" not in text:
                     return as_text
         return False
+
+    @functools.cached_property
+    def opening(self) -> str | None:
+        """What opens an assistant's answer, where that is one text whatever came before; None elsewhere.
+
+        Tried on a few conversations: the opening must follow what is rendered without it, and the answer
+        must follow the opening, as it is written.
+        """
+        found: set[str] = set()
+        for messages in _OPENING_PROBES:
+            with contextlib.suppress(InvalidValueError):
+                before = self.render(messages, add_generation_prompt=False)
+                asked = self.render(messages, add_generation_prompt=True)
+                answered = self.render([*messages, _PROBE_ANSWER], add_generation_prompt=False)
+                if not asked.startswith(before) or not answered.startswith(asked + _PROBE_ANSWER["content"]):
+                    return None
+                found.add(asked[len(before) :])
+        return found.pop() if len(found) == 1 else None
 
     @property
     def special_tokens(self) -> Mapping[str, str]:

@@ -5,6 +5,7 @@ No torch: the template by jinja2, tokens by the `tokenizers` library. Never in a
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,8 @@ MAX_PAIRS = 20
 NUM_SHOWN = 5
 MAX_SHOWN_CHARS = 4000
 _BATCH_ROWS = 256
+# Rows with their texts: one each, of a preference two.
+_Rendered = list[tuple[int, list[RenderedRow]]]
 
 
 def report_on_file(
@@ -58,8 +61,16 @@ def report_on_file(
     )
     rows = FileRows(path)
     items = iter(rows)
-    while batch := list(itertools.islice(items, _BATCH_ROWS)):
-        reporter.add_batch(batch)
+    rendered: _Rendered = []
+    # The library's own threads make tokens of one batch while the next one is rendered.
+    with ThreadPoolExecutor(1) as pool:
+        encodings = pool.submit(encode_rows, reporter.tokenizer, [])
+        while batch := list(itertools.islice(items, _BATCH_ROWS)):
+            following = reporter.render_batch(batch)
+            flat = [one for _, parts in following for one in parts]
+            reporter.add_batch(rendered, encodings.result())
+            rendered, encodings = following, pool.submit(encode_rows, reporter.tokenizer, flat)
+        reporter.add_batch(rendered, encodings.result())
     return reporter.result(None if rows.format is None else rows.format.name)
 
 
@@ -124,7 +135,7 @@ class _Reporter:
     faults: list[FaultTold] = field(default_factory=list)
     shown: list[ShownRow] = field(default_factory=list)
 
-    def add_batch(self, batch: list[tuple[int, Row] | Fault]) -> None:
+    def render_batch(self, batch: list[tuple[int, Row] | Fault]) -> _Rendered:
         rows: list[tuple[int, Row]] = []
         for item in batch:
             if isinstance(item, Fault):
@@ -133,11 +144,12 @@ class _Reporter:
                 rows.append(item)
         self.num_rows += len(rows)
         self._look_for_repeats(rows)
-        rendered = list(self._render(rows))
-        flat = [one for _, parts in rendered for one in parts]
-        encodings = iter(zip(flat, encode_rows(self.tokenizer, flat), strict=True))
+        return list(self._render(rows))
+
+    def add_batch(self, rendered: _Rendered, encodings: list[Encoding]) -> None:
+        following = iter(encodings)
         for number, parts in rendered:
-            self._add_row(number, list(itertools.islice(encodings, len(parts))))
+            self._add_row(number, [(one, next(following)) for one in parts])
 
     def _look_for_repeats(self, rows: list[tuple[int, Row]]) -> None:
         if not rows:
