@@ -159,15 +159,14 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encod
 
 
 def _find_last_start(template: ChatTemplate, turn: Turn, text: str) -> int | None:
-    """Return where the last turn's own text begins, with no rendering more, where that is plain to see.
-
-    The last place where the opening and the whole answer stand is the turn's own: in what follows it there
-    is no room for them, and an answer can't hold itself.
-    """
-    if not template.opening or turn.tool_calls or turn.reasoning or turn.content is None:
+    """Return where the last turn's own text begins, with no rendering more, where that is plain to see."""
+    marks = template.last_answer_marks
+    if marks is None or turn.tool_calls or turn.reasoning or turn.content is None:
         return None
-    place = text.rfind(template.opening + turn.content)
-    return None if place < 0 else place + len(template.opening)
+    opening, closing = marks
+    if not opening or not text.endswith(f"{opening}{turn.content}{closing}"):
+        return None
+    return len(text) - len(closing) - len(turn.content)
 
 
 def _find_start(

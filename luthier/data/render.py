@@ -139,7 +139,7 @@ _CALL_PROBE = [
 ]
 
 _PROBE_ANSWER = {"role": "assistant", "content": "An answer."}
-_OPENING_PROBES = (
+_PROBES = (
     [{"role": "user", "content": "x"}],
     [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}],
     [{"role": "user", "content": "x"}, _PROBE_ANSWER, {"role": "user", "content": "y\nz"}],
@@ -235,21 +235,22 @@ class ChatTemplate:
         return False
 
     @functools.cached_property
-    def opening(self) -> str | None:
-        """What opens an assistant's answer, where that is one text whatever came before; None elsewhere.
+    def last_answer_marks(self) -> tuple[str, str] | None:
+        """What stands before and after the last answer, where both are one text whatever came before.
 
-        Tried on a few conversations: the opening must follow what is rendered without it, and the answer
-        must follow the opening, as it is written.
+        Tried on a few conversations: the mark before it must follow what is rendered without it, and the
+        answer must follow that mark, as it is written. None for a template of another kind.
         """
-        found: set[str] = set()
-        for messages in _OPENING_PROBES:
+        found: set[tuple[str, str]] = set()
+        for messages in _PROBES:
             with contextlib.suppress(InvalidValueError):
                 before = self.render(messages, add_generation_prompt=False)
                 asked = self.render(messages, add_generation_prompt=True)
                 answered = self.render([*messages, _PROBE_ANSWER], add_generation_prompt=False)
-                if not asked.startswith(before) or not answered.startswith(asked + _PROBE_ANSWER["content"]):
+                up_to_end = asked + _PROBE_ANSWER["content"]
+                if not asked.startswith(before) or not answered.startswith(up_to_end):
                     return None
-                found.add(asked[len(before) :])
+                found.add((asked[len(before) :], answered[len(up_to_end) :]))
         return found.pop() if len(found) == 1 else None
 
     @property

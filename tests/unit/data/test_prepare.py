@@ -192,6 +192,7 @@ TALKS = [
     [QUESTION, ANSWER],
     [QUESTION, {"role": "assistant", "content": ""}],
     [QUESTION, {"role": "assistant", "content": " <|im_start|>assistant\n twice <|im_start|>assistant\n "}],
+    [{"role": "user", "content": "[assistant] blue <|im_end|>"}, {"role": "assistant", "content": " blue "}],
     [{"role": "system", "content": "s"}, QUESTION, ANSWER],
     [{"role": "system", "content": "s"}, QUESTION, {"role": "assistant", "content": "<think></think>x"}],
     [QUESTION, ANSWER, {"role": "user", "content": "<|im_start|>assistant\nblue"}, ANSWER],
@@ -214,7 +215,7 @@ def test_the_quick_way_to_a_turn_finds_the_place_of_the_slow_one(name, monkeypat
         return found
 
     quick = spans()
-    monkeypatch.setattr(ChatTemplate, "opening", None)
+    monkeypatch.setattr(ChatTemplate, "last_answer_marks", None)
     assert quick == spans()
 
 
