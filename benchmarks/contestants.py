@@ -22,6 +22,7 @@ REQUIREMENTS: dict[str, list[str]] = {
     "llamafactory": ["torch>=2.10", "llamafactory==0.9.5"],
     "adapters": ["torch>=2.10", "adapters==1.3.*", "accelerate"],
     "unsloth": ["unsloth"],
+    "datasets": ["datasets>=4", "transformers>=5.10", "jinja2"],
 }
 # Compiled parts that do not load beside a CPU build of torch; the package runs without them. LLaMA-Factory
 # imports torchaudio, of which there is no CPU build, also where it trains on text alone.

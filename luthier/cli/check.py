@@ -20,12 +20,20 @@ def check_file(path: Path) -> None:
     """
     from luthier.data.validate import FileChecker
 
-    checker = FileChecker(max_line_bytes=read_settings().max_line_bytes)
+    settings = read_settings()
+    checker = FileChecker(
+        max_line_bytes=settings.max_line_bytes,
+        max_expanded_bytes=settings.max_expanded_bytes,
+        max_expansion_ratio=settings.max_expansion_ratio,
+    )
     try:
         with path.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 checker.feed(chunk)
     except OSError as error:
         raise InvalidValueError(f"{path} can't be read: {error.strerror}.") from error
-    facts = checker.finish()
-    print(f"{path}: {facts.num_rows} rows, {facts.num_bytes} bytes, sha256 {facts.sha256}")
+    facts = checker.finish(path)
+    print(
+        f"{path}: {facts.num_rows} rows of the format {facts.format} in {facts.container}, "
+        f"{facts.num_bytes} bytes, sha256 {facts.sha256}"
+    )

@@ -77,6 +77,12 @@ class Settings(BaseSettings):
         8192 * MIB, ge=1, description="Largest file of POST /v1/uploads, all its parts together."
     )
     max_line_bytes: int = Field(8 * MIB, ge=1024, description="Longest line of an uploaded file.")
+    max_expanded_bytes: int = Field(
+        8192 * MIB, ge=1, description="What a compressed upload (gzip, Parquet) may expand to."
+    )
+    max_expansion_ratio: float = Field(
+        100.0, gt=1, description="The same as a multiple of its size, beyond the first 16 MiB."
+    )
     max_tokens_default: int = Field(
         1024, ge=1, description="Answer length in tokens when a chat request names none."
     )

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.specs import TooLong
-from luthier.data.formats import discover
-from luthier.data.mask import RenderedRow, mask_tokens, render_row
+from luthier.data.formats.base import Row, RowFormat
+from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row
 from luthier.data.readers import clean_line, is_blank
 from luthier.data.render import ChatTemplate
+from luthier.data.rows import as_json_lines, find_file_format
 from luthier.data.tokens import Encoding, Tokenizer
 
 _BATCH_ROWS = 128
@@ -73,9 +74,34 @@ def count_rows(
 
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
+        InvalidValueError: when the file holds preferences (param `training_file`).
     """
     deadline = time.monotonic() + max_seconds
     template, tokenizer = ChatTemplate.load(base_folder), Tokenizer.load(base_folder)
+    row_format = find_file_format(path)
+    if row_format is not None and row_format.name == "preference":
+        raise InvalidValueError(
+            "The file holds preferences, which belong to jobs of method dpo; a supervised job learns from "
+            "rows such as chats.",
+            param="training_file",
+        )
+    with as_json_lines(path) as lines:
+        return _count_lines(
+            lines, row_format, template, tokenizer, max_length, too_long, max_rows=max_rows, deadline=deadline
+        )
+
+
+def _count_lines(
+    path: Path,
+    row_format: RowFormat | None,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    max_length: int,
+    too_long: TooLong,
+    *,
+    max_rows: int,
+    deadline: float,
+) -> RowCounts:
     num_rows, places = _choose(path, max_rows)
     counted: list[tuple[int, int]] = []
     num_read = num_too_long = num_faulty = 0
@@ -83,7 +109,8 @@ def count_rows(
         if num_read and time.monotonic() > deadline:
             break
         num_read += len(lines)
-        for encoding, num_supervised in _tokenize(lines, template, tokenizer, max_length, too_long):
+        rows = [None if row_format is None else row_format.read(line) for line in lines]
+        for encoding, num_supervised in _tokenize(rows, template, tokenizer, max_length, too_long):
             if encoding is None:
                 num_faulty += 1
                 continue
@@ -137,25 +164,23 @@ def _clean(raw: bytes, number: int) -> bytes:
 
 
 def _tokenize(
-    lines: list[bytes], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, too_long: TooLong
+    rows: list[Row | None], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, too_long: TooLong
 ) -> Iterator[tuple[Encoding | None, int]]:
     """Yield every row's tokens and how many of those that stay are supervised; no tokens for a fault."""
-    row_format = discover()["chat"]
     rendered: list[RenderedRow | None] = []
-    for line in lines:
-        turns = row_format.read(line)
+    for row in rows:
         try:
-            rendered.append(None if turns is None else render_row(template, turns))
+            rendered.append(None if row is None else render_row(template, row))
         except InvalidValueError:
             rendered.append(None)
-    encodings = iter(tokenizer.encode_batch([row.text for row in rendered if row is not None]))
-    for row in rendered:
-        if row is None:
+    encodings = iter(encode_rows(tokenizer, [one for one in rendered if one is not None]))
+    for one in rendered:
+        if one is None:
             yield None, 0
             continue
         encoding = next(encodings)
         try:
-            mask = mask_tokens(encoding, row.spans, tokenizer.stop_token_ids)
+            mask = mask_tokens(encoding, one.spans, tokenizer.stop_token_ids)
         except InvalidValueError:
             yield None, 0
             continue

@@ -16,14 +16,19 @@ from luthier.data.validate import FileChecker, FileFacts
 
 @dataclass(frozen=True)
 class RowLimits:
-    """What rows of a training file may cost their check: the longest line, in bytes."""
+    """What rows of a training file may cost their check.
+
+    The longest row, and what a compressed file may expand to, in bytes and as a multiple of its size.
+    """
 
     max_line_bytes: int
+    max_expanded_bytes: int
+    max_expansion_ratio: float
 
     @classmethod
     def of(cls, settings: Settings) -> "RowLimits":
         """Return the limits that an operator has set."""
-        return cls(max_line_bytes=settings.max_line_bytes)
+        return cls(settings.max_line_bytes, settings.max_expanded_bytes, settings.max_expansion_ratio)
 
 
 class Check(Protocol):
@@ -57,28 +62,6 @@ class Check(Protocol):
         """
 
 
-class RowCheck:
-    """The check of a training file: every row of it.
-
-    Args:
-        limits: what its rows may cost.
-    """
-
-    # JSON lines are judged line by line.
-    needs_file = False
-
-    def __init__(self, limits: RowLimits) -> None:
-        self._checker = FileChecker(max_line_bytes=limits.max_line_bytes)
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes."""
-        self._checker.feed(chunk)
-
-    def finish(self, _path: Path | None = None, /) -> FileFacts:
-        """Say that no more bytes follow."""
-        return self._checker.finish()
-
-
 class OpaqueCheck:
     """The check of a file whose content nobody looks at: it has bytes, and no rows."""
 
@@ -110,7 +93,13 @@ def open_check(purpose: str, limits: RowLimits) -> Check:
     Returns:
         The check, yet to be fed.
     """
-    return RowCheck(limits) if purpose == FINE_TUNE else OpaqueCheck()
+    if purpose != FINE_TUNE:
+        return OpaqueCheck()
+    return FileChecker(
+        max_line_bytes=limits.max_line_bytes,
+        max_expanded_bytes=limits.max_expanded_bytes,
+        max_expansion_ratio=limits.max_expansion_ratio,
+    )
 
 
 class UndecidedCheck:

@@ -1,19 +1,22 @@
 """Which tokens of a row are learnt: the content of each trained assistant turn and its end-of-turn token.
 
+Tool calls are part of their turn, so they are learnt. A plain row has no template: its last text and an end
+of text are learnt.
+
 The newline that templates put after the end of a turn is not learnt: the model never writes it. Spans are
 found by rendering the conversation up to each turn, so they hold for any template that only appends.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.formats.base import Turn
+from luthier.data.formats.base import Row, Turn
 from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Encoding
+from luthier.data.tokens import Encoding, Tokenizer
 
 _PROBE = [{"role": "user", "content": "x"}]
 
@@ -27,35 +30,66 @@ class Span(NamedTuple):
 
 
 class RenderedRow(NamedTuple):
-    """A conversation as text, and where its trained turns are."""
+    """A conversation as text, and where its trained turns are.
+
+    `cut` is where the text is parted before it is made into tokens: after the prompt of a plain row, which
+    a model will be asked with by itself. 0 where there is no such place.
+    """
 
     text: str
     spans: list[Span]
+    cut: int = 0
 
 
-def render_row(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
-    """Render a row and find its trained turns.
+def render_row(template: ChatTemplate, row: Row) -> RenderedRow:
+    """Render a row and find its trained turns; of a preference the conversation that is preferred.
 
     Args:
         template: the base's.
-        turns: the conversation, an assistant's turn last.
+        row: the row, an assistant's turn last.
 
     Returns:
         The text and the spans of the trained turns.
 
     Raises:
-        InvalidValueError: when the template refuses the conversation, or renders a turn otherwise once more
-            turns follow it.
+        InvalidValueError: when the template refuses the conversation, has no place for a part of it, or
+            renders a turn otherwise once more turns follow it.
     """
+    if row.is_plain:
+        return _render_plain(template, row.turns)
+    return render_turns(template, row.turns, row.tools)
+
+
+def render_turns(
+    template: ChatTemplate, turns: Sequence[Turn], tools: list[dict[str, Any]] | None = None
+) -> RenderedRow:
+    """Render a conversation and find its trained turns.
+
+    Args:
+        template: the base's.
+        turns: the conversation, an assistant's turn last.
+        tools: definitions of tools, as OpenAI has them.
+
+    Returns:
+        The text and the spans of the trained turns.
+
+    Raises:
+        InvalidValueError: as render_row does.
+    """
+    _check_places(template, turns, tools)
     messages = [turn.to_message() for turn in turns]
-    text = template.render(messages, add_generation_prompt=False)
+    text = template.render(messages, add_generation_prompt=False, tools=tools)
     spans = []
     for place, turn in enumerate(turns):
         if not turn.is_trained:
             continue
         is_last = place == len(turns) - 1
-        so_far = text if is_last else template.render(messages[: place + 1], add_generation_prompt=False)
-        start = _find_start(template, messages[:place], so_far)
+        so_far = text
+        if not is_last:
+            so_far = template.render(messages[: place + 1], add_generation_prompt=False, tools=tools)
+        start = _find_last_start(template, turn, so_far) if is_last and not tools else None
+        if start is None:
+            start = _find_start(template, messages[:place], so_far, tools)
         if start is None or not text.startswith(so_far):
             raise InvalidValueError(
                 "The base's chat template renders this assistant message otherwise when it stands last, so "
@@ -66,10 +100,84 @@ def render_row(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
     return RenderedRow(text, spans)
 
 
-def _find_start(template: ChatTemplate, before: Sequence[dict[str, str]], so_far: str) -> int | None:
+def _check_places(template: ChatTemplate, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> None:
+    """Refuse what the template would leave out without a word."""
+    if tools and not template.has_place_for("tools"):
+        raise InvalidValueError(
+            "The base's chat template has no place for tools. Remove them, or choose a base that was made "
+            "for tools.",
+            param="tools",
+        )
+    for place, turn in enumerate(turns):
+        for name, is_there in (("tool_calls", turn.tool_calls), ("reasoning_content", turn.reasoning)):
+            if is_there and not template.has_place_for(name):
+                raise InvalidValueError(
+                    f"The base's chat template has no place for {name}. Write it as content, or choose "
+                    "another base.",
+                    param=f"messages[{place}].{name}",
+                )
+
+
+def _render_plain(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
+    """Join texts with no template; an end of text follows the last, and is learnt with it."""
+    end_of_text = template.special_tokens.get("eos_token")
+    if end_of_text is None:
+        raise InvalidValueError(
+            "The base names no end of text (eos_token in its tokenizer_config.json), so a model could not "
+            "learn to stop after it; choose another base."
+        )
+    prompt = "".join(turn.content or "" for turn in turns[:-1])
+    text = f"{prompt}{turns[-1].content or ''}{end_of_text}"
+    return RenderedRow(text, [Span(len(turns) - 1, len(prompt), len(text))], len(prompt))
+
+
+def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encoding]:
+    """Make tokens of rendered rows.
+
+    Args:
+        tokenizer: the base's.
+        rows: from render_row.
+
+    Returns:
+        The tokens of each row, their spans within the row's text.
+    """
+    texts: list[str] = []
+    for row in rows:
+        texts += [row.text[: row.cut], row.text[row.cut :]] if row.cut else [row.text]
+    encodings = iter(tokenizer.encode_batch(texts))
+    found: list[Encoding] = []
+    for row in rows:
+        encoding = next(encodings)
+        if row.cut:
+            rest = next(encodings)
+            encoding = Encoding(
+                np.concatenate([encoding.ids, rest.ids]),
+                np.concatenate([encoding.spans, rest.spans + row.cut]),
+            )
+        found.append(encoding)
+    return found
+
+
+def _find_last_start(template: ChatTemplate, turn: Turn, text: str) -> int | None:
+    """Return where the last turn's own text begins, with no rendering more, where that is plain to see."""
+    marks = template.last_answer_marks
+    if marks is None or turn.tool_calls or turn.reasoning or turn.content is None:
+        return None
+    opening, closing = marks
+    if not opening or not text.endswith(f"{opening}{turn.content}{closing}"):
+        return None
+    return len(text) - len(closing) - len(turn.content)
+
+
+def _find_start(
+    template: ChatTemplate,
+    before: Sequence[dict[str, Any]],
+    so_far: str,
+    tools: list[dict[str, Any]] | None,
+) -> int | None:
     """Return where the turn's own text begins: after what an answer's prompt would have ended with."""
     if before:
-        prompt = template.render(before, add_generation_prompt=True)
+        prompt = template.render(before, add_generation_prompt=True, tools=tools)
         return len(prompt) if so_far.startswith(prompt) else None
     # Templates may refuse an empty conversation or leave out a default system turn then, so the header
     # is taken from another conversation and looked up.
@@ -96,7 +204,9 @@ def mask_tokens(
         InvalidValueError: when a turn has no end-of-turn token: a model trained so would never stop.
     """
     mask = np.zeros(len(encoding.ids), dtype=np.bool_)
-    stops = np.isin(encoding.ids, list(stop_token_ids))
+    stops = np.zeros(len(encoding.ids), dtype=np.bool_)
+    for token_id in stop_token_ids:
+        stops |= encoding.ids == token_id
     for span in spans:
         first = int(np.searchsorted(encoding.spans[:, 0], span.start, side="left"))
         end = int(np.searchsorted(encoding.spans[:, 1], span.end, side="right"))

@@ -1,7 +1,7 @@
 """From a checked file to tokens and mask, with every fault that only a template or a tokenizer shows."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,12 +16,12 @@ from luthier.core.errors import (
     JobError,
 )
 from luthier.core.specs import TooLong
-from luthier.data.formats import discover
-from luthier.data.formats.base import Fault, RowFormat, tell_faults
-from luthier.data.mask import RenderedRow, mask_tokens, render_row
+from luthier.data.formats.base import Fault, Row, tell_faults
+from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row
+from luthier.data.near import Signer, row_text
 from luthier.data.prepared import PreparedRows, join_rows
-from luthier.data.readers import iterate_lines
 from luthier.data.render import ChatTemplate
+from luthier.data.rows import FileRows
 from luthier.data.tokens import Encoding, Tokenizer
 
 Purpose = Literal["training", "validation"]
@@ -46,7 +46,13 @@ class PreparedReport:
 
 
 def prepare_rows(
-    path: Path, base_folder: Path, *, max_length: int, too_long: TooLong, purpose: Purpose
+    path: Path,
+    base_folder: Path,
+    *,
+    max_length: int,
+    too_long: TooLong,
+    purpose: Purpose,
+    with_signatures: bool = False,
 ) -> tuple[PreparedRows, PreparedReport]:
     """Render, tokenise and mask every row of a file.
 
@@ -56,13 +62,14 @@ def prepare_rows(
         max_length: longest row in tokens.
         too_long: what to do with a longer row: fail, keep its beginning, or leave it out.
         purpose: which of a job's files it is; decides the error.
+        with_signatures: whether the rows bear what near-duplicates are found by, for a split.
 
     Returns:
         The rows, in the file's order, and the report.
 
     Raises:
         InvalidTrainingFileError: for faults in a training file (param `training_file`): the first with
-            their lines, and their number.
+            their lines, and their number; for preferences, which belong to another method.
         InvalidValidationFileError: the same for a validation file (param `validation_file`).
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
     """
@@ -71,9 +78,13 @@ def prepare_rows(
         tokenizer=Tokenizer.load(base_folder),
         max_length=max_length,
         too_long=too_long,
+        with_signatures=with_signatures,
     )
-    lines = iterate_lines(path)
-    while batch := list(itertools.islice(lines, _BATCH_ROWS)):
+    rows = FileRows(path)
+    items = iter(rows)
+    while batch := list(itertools.islice(items, _BATCH_ROWS)):
+        if rows.format is not None and rows.format.name == "preference":
+            raise _preference_error(purpose)
         preparation.add_batch(batch)
     if preparation.num_faults:
         raise _file_error(purpose, preparation.num_faults, preparation.faults)
@@ -88,7 +99,9 @@ class _Preparation:
     tokenizer: Tokenizer
     max_length: int
     too_long: TooLong
-    row_format: RowFormat = field(default_factory=lambda: discover()["chat"])
+    with_signatures: bool
+    signer: Signer = field(default_factory=Signer)
+    signatures: list[npt.NDArray[np.uint32]] = field(default_factory=list)
     tokens: list[npt.NDArray[np.int32]] = field(default_factory=list)
     supervised: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -99,49 +112,55 @@ class _Preparation:
     truncated_lines: list[int] = field(default_factory=list)
     dropped_lines: list[int] = field(default_factory=list)
 
-    def add_batch(self, batch: list[tuple[int, bytes]]) -> None:
+    def add_batch(self, batch: list[tuple[int, Row] | Fault]) -> None:
         rendered = list(self._render(batch))
-        encodings = self.tokenizer.encode_batch([row.text for _, row in rendered])
-        for (number, row), encoding in zip(rendered, encodings, strict=True):
+        encodings = encode_rows(self.tokenizer, [row for _, _, row in rendered])
+        signatures: Sequence[npt.NDArray[np.uint32] | None] = [None] * len(rendered)
+        if self.with_signatures:
+            signatures = list(self.signer.sign([text for _, text, _ in rendered]))
+        for (number, _, row), encoding, signature in zip(rendered, encodings, signatures, strict=True):
             try:
                 mask = mask_tokens(encoding, row.spans, self.tokenizer.stop_token_ids)
             except InvalidValueError as error:
                 self._add_fault(number, error.param, "row.mask", error.message)
                 continue
-            self._add_row(number, encoding, mask)
+            if self._add_row(number, encoding, mask) and signature is not None:
+                self.signatures.append(signature)
 
-    def _render(self, batch: list[tuple[int, bytes]]) -> Iterator[tuple[int, RenderedRow]]:
-        for number, line in batch:
-            turns = self.row_format.read(line)
-            if turns is None:
-                for fault in self.row_format.explain(line, number):
-                    self._add_fault(number, fault.field, fault.rule, fault.message)
+    def _render(self, batch: list[tuple[int, Row] | Fault]) -> Iterator[tuple[int, str, RenderedRow]]:
+        for item in batch:
+            if isinstance(item, Fault):
+                self._add(item)
                 continue
+            number, row = item
             try:
-                yield number, render_row(self.template, turns)
+                rendered = render_row(self.template, row)
             except InvalidValueError as error:
                 self._add_fault(number, error.param, "row.template", error.message)
+                continue
+            yield number, row_text(row) if self.with_signatures else "", rendered
 
-    def _add_row(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> None:
+    def _add_row(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> bool:
+        """Keep a row, cut where that was asked for, and return whether it was kept."""
         num_tokens = len(encoding.ids)
         if not mask.any():
             message = "No token of the row is trained: leave out weight 0 on at least one assistant message."
             self._add_fault(number, "messages", "row.nothing_supervised", message)
-            return
+            return False
         if num_tokens > self.max_length and self.too_long == "error":
             self._add_fault(number, None, "row.too_long", self._too_long_message(num_tokens))
-            return
+            return False
         if num_tokens > self.max_length and self.too_long == "drop":
             self.num_dropped += 1
             self.dropped_lines.append(number)
-            return
+            return False
         if not mask[: self.max_length].any():
             message = (
                 f"Cut to {self.max_length} tokens, nothing of the row is trained: its first trained token "
                 f'is number {int(mask.argmax()) + 1}. Shorten it, or set training.too_long to "drop".'
             )
             self._add_fault(number, None, "row.nothing_supervised", message)
-            return
+            return False
         if num_tokens > self.max_length:
             self.num_truncated += 1
             self.truncated_lines.append(number)
@@ -149,6 +168,7 @@ class _Preparation:
         self.tokens.append(encoding.ids[: self.max_length].copy())
         self.supervised.append(mask[: self.max_length].copy())
         self.lines.append(number)
+        return True
 
     def _too_long_message(self, num_tokens: int) -> str:
         return (
@@ -157,12 +177,17 @@ class _Preparation:
         )
 
     def _add_fault(self, number: int, place: str | None, rule: str, message: str) -> None:
+        self._add(Fault(number, None, place, rule, message))
+
+    def _add(self, fault: Fault) -> None:
         self.num_faults += 1
         if len(self.faults) < _MAX_FAULTS:
-            self.faults.append(Fault(number, None, place, rule, message))
+            self.faults.append(fault)
 
     def result(self) -> tuple[PreparedRows, PreparedReport]:
-        rows = join_rows(self.tokens, self.supervised, self.lines)
+        rows = join_rows(
+            self.tokens, self.supervised, self.lines, self.signatures if self.with_signatures else None
+        )
         report = PreparedReport(
             num_rows=rows.num_rows,
             num_tokens=rows.num_tokens,
@@ -185,6 +210,14 @@ def _error_for(purpose: Purpose, message: str) -> JobError:
 def _file_error(purpose: Purpose, num_faults: int, faults: list[Fault]) -> JobError:
     count = "1 fault" if num_faults == 1 else f"{num_faults} faults"
     return _error_for(purpose, f"The {purpose} file has {count}. {tell_faults(faults)}")
+
+
+def _preference_error(purpose: Purpose) -> JobError:
+    return _error_for(
+        purpose,
+        f"The {purpose} file holds preferences (input, preferred_output, non_preferred_output), which "
+        "belong to jobs of method dpo; a supervised job learns from rows such as chats.",
+    )
 
 
 def _empty_error(purpose: Purpose, num_dropped: int, max_length: int) -> JobError:

@@ -15,13 +15,15 @@ class PreparedRows:
     """Rows one after the other: row `i` is `tokens[offsets[i]:offsets[i + 1]]`.
 
     `tokens` int32 [total], `supervised` bool [total] (which tokens are learnt), `offsets` int64 [N+1],
-    `lines` int32 [N] (each row's line in its file, from 1).
+    `lines` int32 [N] (each row's line in its file, from 1). `signatures` uint32 [N, K] (see
+    luthier.data.near) are there only where rows are yet to be split, and are not written to disk.
     """
 
     tokens: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.bool_]
     offsets: npt.NDArray[np.int64]
     lines: npt.NDArray[np.int32]
+    signatures: npt.NDArray[np.uint32] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -52,12 +54,18 @@ class PreparedRows:
         """Return the named rows, in the order named, as a copy."""
         rows = [self.row(index) for index in indices]
         return join_rows(
-            [tokens for tokens, _ in rows], [mask for _, mask in rows], [int(self.lines[i]) for i in indices]
+            [tokens for tokens, _ in rows],
+            [mask for _, mask in rows],
+            [int(self.lines[i]) for i in indices],
+            None if self.signatures is None else [self.signatures[i] for i in indices],
         )
 
 
 def join_rows(
-    tokens: Sequence[npt.NDArray[np.int32]], supervised: Sequence[npt.NDArray[np.bool_]], lines: Sequence[int]
+    tokens: Sequence[npt.NDArray[np.int32]],
+    supervised: Sequence[npt.NDArray[np.bool_]],
+    lines: Sequence[int],
+    signatures: Sequence[npt.NDArray[np.uint32]] | None = None,
 ) -> PreparedRows:
     """Lay rows one after the other.
 
@@ -65,6 +73,7 @@ def join_rows(
         tokens: of each row, int32 [T].
         supervised: of each row, bool [T].
         lines: of each row, from 1.
+        signatures: of each row, uint32 [K], where they are known.
 
     Returns:
         The rows as flat arrays.
@@ -76,6 +85,7 @@ def join_rows(
         supervised=np.concatenate([np.zeros(0, np.bool_), *supervised]),
         offsets=offsets,
         lines=np.asarray(lines, dtype=np.int32),
+        signatures=np.stack(signatures) if signatures else None,
     )
 
 

@@ -5,8 +5,10 @@ A template comes with a base, so an operator chose it, yet it is somebody else's
 attribute outside the sandbox, and its output is limited in size and time.
 """
 
+import contextlib
 import functools
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -95,13 +97,53 @@ def content_text(content: Any) -> str:
     raise InvalidValueError("Only text is supported as a message's content.", param="messages")
 
 
-def _plain_message(message: Mapping[str, Any]) -> dict[str, str]:
+def _plain_message(message: Mapping[str, Any], *, with_argument_texts: bool) -> dict[str, Any]:
     # Bases know no `developer`; it is OpenAI's newer word for `system`.
-    role = message["role"]
+    role, calls = message["role"], message.get("tool_calls")
     plain = {"role": "system" if role == "developer" else role, "content": content_text(message["content"])}
     if isinstance(message.get("name"), str):
         plain["name"] = message["name"]
+    for key in ("tool_call_id", "reasoning_content"):
+        if message.get(key) is not None:
+            plain[key] = message[key]
+    if calls:
+        plain["tool_calls"] = [_plain_call(call, as_text=with_argument_texts) for call in calls]
+        # As transformers hands it on: templates tell a call alone from a call with a text by null.
+        plain["content"] = None if message["content"] is None else plain["content"]
     return plain
+
+
+def _plain_call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    if as_text and not isinstance(arguments, str):
+        arguments = _to_json(arguments)
+    elif not as_text and isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise InvalidValueError("The arguments of a tool call are no JSON.", param="messages") from error
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+# What a template is tried on, once, to learn how it wants the arguments of tool calls.
+_CALL_PROBE = [
+    {"role": "user", "content": "x"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+        ],
+    },
+]
+
+_PROBE_ANSWER = {"role": "assistant", "content": "An answer."}
+_PROBES = (
+    [{"role": "user", "content": "x"}],
+    [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}],
+    [{"role": "user", "content": "x"}, _PROBE_ANSWER, {"role": "user", "content": "y\nz"}],
+)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -139,6 +181,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self._special_tokens = dict(special_tokens or {})
+        self._source = source
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -168,13 +211,68 @@ class ChatTemplate:
             )
         return cls(source, _special_tokens(config))
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def has_place_for(self, what: str) -> bool:
+        """Whether the template names `tools`, `tool_calls` or `reasoning_content` at all.
+
+        One that does not would leave them out without a word.
+        """
+        return re.search(rf"\b{what}\b", self._source) is not None
+
+    @functools.cached_property
+    def _wants_argument_texts(self) -> bool:
+        """Whether the arguments of tool calls must be JSON texts; most templates take an object.
+
+        An object is what transformers documents: templates that take both write the same for either, and
+        those that make JSON of it would quote a text once more. A few join it to a text, and fail on an
+        object or write it as Python would: these get the text.
+        """
+        for as_text in (False, True):
+            messages = [_plain_message(message, with_argument_texts=as_text) for message in _CALL_PROBE]
+            with contextlib.suppress(InvalidValueError):
+                text = self._render(messages, add_generation_prompt=False, tools=None)
+                if "{'a': 1}" not in text:
+                    return as_text
+        return False
+
+    @functools.cached_property
+    def last_answer_marks(self) -> tuple[str, str] | None:
+        """What stands before and after the last answer, where both are one text whatever came before.
+
+        Tried on a few conversations: the mark before it must follow what is rendered without it, and the
+        answer must follow that mark, as it is written. None for a template of another kind.
+        """
+        found: set[tuple[str, str]] = set()
+        for messages in _PROBES:
+            with contextlib.suppress(InvalidValueError):
+                before = self.render(messages, add_generation_prompt=False)
+                asked = self.render(messages, add_generation_prompt=True)
+                answered = self.render([*messages, _PROBE_ANSWER], add_generation_prompt=False)
+                up_to_end = asked + _PROBE_ANSWER["content"]
+                if not asked.startswith(before) or not answered.startswith(up_to_end):
+                    return None
+                found.add((asked[len(before) :], answered[len(up_to_end) :]))
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Names such as `eos_token` and their texts."""
+        return self._special_tokens
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Render a conversation to the text that the base was trained on.
 
         Args:
-            messages: OpenAI's messages, of which `role`, `content` and `name` are used; `developer` counts
-                as `system`.
+            messages: OpenAI's messages, of which `role`, `content`, `name`, `tool_calls` (arguments as an
+                object or as its JSON text), `tool_call_id` and `reasoning_content` are used; `developer`
+                counts as `system`.
             add_generation_prompt: whether to open an assistant's turn at the end.
+            tools: definitions of tools as OpenAI has them.
 
         Returns:
             The text, special tokens spelled out.
@@ -182,14 +280,25 @@ class ChatTemplate:
         Raises:
             InvalidValueError: when the template refuses the messages or writes too much (param `messages`).
         """
-        plain = [_plain_message(message) for message in messages]
+        has_calls = any(message.get("tool_calls") for message in messages)
+        as_text = has_calls and self._wants_argument_texts
+        plain = [_plain_message(message, with_argument_texts=as_text) for message in messages]
+        return self._render(plain, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> str:
         pieces: list[str] = []
         num_chars = 0
         deadline = time.monotonic() + MAX_RENDER_SECONDS
         try:
             for piece in self._template.generate(
-                messages=plain,
-                tools=None,
+                messages=messages,
+                tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,

@@ -2,39 +2,73 @@
 
 import hashlib
 
+import numpy as np
+
 from luthier.core.errors import InvalidTrainingFileError
+from luthier.data.near import group_near
 from luthier.data.prepared import PreparedRows
 
 
 def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, PreparedRows]:
     """Split rows into those to train on and those held back.
 
-    The rows with the smallest content hashes are held back. Equal rows stay together, or the validation
-    loss would be measured on rows that were trained on.
+    Equal rows and near-duplicates (where the rows have signatures) are a group and stay together, or the
+    validation loss would be measured on rows that were trained on. The groups with the smallest content
+    hashes are held back, as far as they fit into the share.
 
     Args:
         rows: the rows, of any order.
-        share: of rows to hold back, above 0 and at most 0.5; at least one row is held back.
+        share: of rows to hold back, above 0 and at most 0.5; at least one group is held back.
 
     Returns:
         The training rows and the validation rows, each in the order of `rows`.
 
     Raises:
-        InvalidTrainingFileError: when there are no two different rows to divide (param `training_file`).
+        InvalidTrainingFileError: when there are no two different groups to divide (param `training_file`).
     """
-    hashes = [_row_hash(rows, index) for index in range(rows.num_rows)]
-    num_wanted = max(1, round(share * rows.num_rows))
-    order = sorted(range(rows.num_rows), key=lambda index: hashes[index])
-    held_back = {hashes[index] for index in order[:num_wanted]}
-    validation = [index for index in range(rows.num_rows) if hashes[index] in held_back]
-    training = [index for index in range(rows.num_rows) if hashes[index] not in held_back]
-    if not training or not validation:
+    groups = _group_rows(rows)
+    if len(groups) < 2:
         raise InvalidTrainingFileError(
-            f"The training file has too few different rows ({len(set(hashes))}) to hold back a share of "
-            f"{share:g}. Add rows, lower training.validation_split, or send a validation_file.",
+            f"The training file has too few different rows ({len(groups)}, near-duplicates being one) to "
+            f"hold back a share of {share:g}. Add rows, lower training.validation_split, or send a "
+            "validation_file.",
             param="training_file",
         )
+    held_back = set(_choose(groups, max(1, round(share * rows.num_rows))))
+    validation = [index for index in range(rows.num_rows) if index in held_back]
+    training = [index for index in range(rows.num_rows) if index not in held_back]
     return rows.select(training), rows.select(validation)
+
+
+def _choose(groups: list[list[int]], num_wanted: int) -> list[int]:
+    """Return the rows of the first groups that fit; of the smallest group where none does."""
+    chosen: list[int] = []
+    for group in groups:
+        if len(chosen) + len(group) <= num_wanted:
+            chosen += group
+    return chosen or min(groups, key=len)
+
+
+def _group_rows(rows: PreparedRows) -> list[list[int]]:
+    """Return the rows' numbers in groups, by the smallest content hash of each group."""
+    hashes = [_row_hash(rows, index) for index in range(rows.num_rows)]
+    labels = np.arange(rows.num_rows) if rows.signatures is None else group_near(rows.signatures)
+    # Rows of different texts may be equal once they are cut: their groups are one.
+    parents: dict[int, int] = {}
+
+    def root(label: int) -> int:
+        while (parent := parents.get(label, label)) != label:
+            label = parent
+        return label
+
+    first_label: dict[bytes, int] = {}
+    for row_hash, label in zip(hashes, labels.tolist(), strict=True):
+        one, other = root(first_label.setdefault(row_hash, label)), root(label)
+        parents[max(one, other)] = min(one, other)
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels.tolist()):
+        members.setdefault(root(label), []).append(index)
+    return sorted(members.values(), key=lambda group: min(hashes[index] for index in group))
 
 
 def _row_hash(rows: PreparedRows, index: int) -> bytes:

@@ -4,58 +4,67 @@ Only what can be told from the text alone; what needs a template or a tokenizer 
 """
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.formats import discover
+from luthier.data.containers.base import Limits, RawRow
+from luthier.data.containers.parquet import read_parquet
+from luthier.data.containers.stream import RowStream
 from luthier.data.formats.base import Fault, RowFormat, tell_faults
-from luthier.data.readers import clean_line, is_blank
+from luthier.data.recognise import explain_row, recognise
+from luthier.data.rows import locate
 
 MAX_FAULTS = 20
 
-# First bytes of files that people upload by mistake, and what to do about each.
-_FOREIGN_FILES = (
-    (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
-    (b"PK\x03\x04", "is a zip archive: unpack it first"),
-    (b"BZh", "is compressed with bzip2: unpack it first"),
-    (b"\xfd7zX", "is compressed with xz: unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd: unpack it first"),
-    (b"PAR1", "is a Parquet file: convert it to JSON lines first"),
-    (b"\xff\xfe", "is UTF-16 or UTF-32: save it as UTF-8"),
-    (b"\xfe\xff", "is UTF-16: save it as UTF-8"),
-    (b"\x00\x00\xfe\xff", "is UTF-32: save it as UTF-8"),
-)
-_HEAD_BYTES = 4
-
 
 class FileFacts(NamedTuple):
-    """What is known of a checked file; `sha256` is 64 hex digits over all its bytes."""
+    """What is known of a checked file.
+
+    `sha256` is 64 hex digits over all its bytes; `format` is how its rows are written, `container` how they
+    lie in it, such as `jsonl` or `csv+gzip`.
+    """
 
     num_rows: int
     num_bytes: int
     sha256: str
+    format: str = "chat"
+    container: str = "jsonl"
 
 
 class FileChecker:
     """Check a file fed in chunks of any size; the result does not depend on where they were cut.
 
+    Container and format are told by the content. A Parquet file can be read only once it is whole: then
+    `needs_file` is True, and `finish` is given its path.
+
     Args:
-        max_line_bytes: longest line, its newline not counted; longer ones are a fault and not kept.
-        row_format: the format of the rows; OpenAI's chat rows when None.
+        max_line_bytes: longest row, its newline not counted; longer ones are a fault and not kept.
+        max_expanded_bytes: what a compressed file may expand to.
+        max_expansion_ratio: the same as a multiple of its size, beyond the first 16 MiB.
+        row_format: the format that all rows must have; the first row's when None.
     """
 
-    def __init__(self, *, max_line_bytes: int = 8 * 1024 * 1024, row_format: RowFormat | None = None) -> None:
-        self._format = row_format or discover()["chat"]
-        self._max_line_bytes = max_line_bytes
+    def __init__(
+        self,
+        *,
+        max_line_bytes: int = 8 * 1024 * 1024,
+        max_expanded_bytes: int = 8 * 1024 * 1024 * 1024,
+        max_expansion_ratio: float = 100.0,
+        row_format: RowFormat | None = None,
+    ) -> None:
+        self._limits = Limits(max_line_bytes, max_expanded_bytes, max_expansion_ratio)
+        self._format = row_format
+        self._stream = RowStream(self._limits)
         self._sha256 = hashlib.sha256()
         self._num_bytes = 0
         self._num_rows = 0
-        self._num_lines = 0
-        self._head = b""
-        self._line = bytearray()
-        self._is_too_long = False
-        self._first_blank: int | None = None
         self._faults: list[Fault] = []
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether what came is Parquet, which `finish` reads from the whole file."""
+        return self._stream.is_parquet
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes.
@@ -64,75 +73,65 @@ class FileChecker:
             chunk: any number of bytes.
 
         Raises:
-            InvalidFileFormatError: once the file is known not to be text, or has 20 faults.
+            InvalidFileFormatError: once the file is known to be none of rows, or has 20 faults.
         """
         self._sha256.update(chunk)
         self._num_bytes += len(chunk)
-        if len(self._head) < _HEAD_BYTES:
-            self._head += bytes(chunk[: _HEAD_BYTES - len(self._head)])
-            if len(self._head) == _HEAD_BYTES:
-                self._refuse_foreign()
-        start = 0
-        while (end := chunk.find(b"\n", start)) >= 0:
-            self._extend(chunk[start:end])
-            self._end_line()
-            start = end + 1
-        self._extend(chunk[start:])
+        for item in self._stream.feed(chunk):
+            self._take(item)
 
-    def finish(self) -> FileFacts:
+    def finish(self, path: Path | None = None) -> FileFacts:
         """Say that no more bytes follow.
 
+        Args:
+            path: the whole file, which is read where `needs_file` is True.
+
         Returns:
-            Rows, bytes and sha256 of the file.
+            Rows, bytes, sha256, format and container of the file.
 
         Raises:
-            InvalidFileFormatError: when any line has a fault, or there is no row.
+            InvalidFileFormatError: when any row has a fault, or there is none.
         """
-        self._refuse_foreign()
-        if self._line or self._is_too_long:
-            self._end_line()
+        for item in self._stream.finish():
+            self._take(item)
+        if self.needs_file:
+            self._read_whole(path)
         if self._faults:
             raise self._error()
-        if self._num_rows == 0:
+        if self._num_rows == 0 or self._format is None:
             raise InvalidFileFormatError(
                 'The file is empty. Write one JSON object a line, such as {"messages": [...]}.', param="file"
             )
-        return FileFacts(self._num_rows, self._num_bytes, self._sha256.hexdigest())
+        return FileFacts(
+            num_rows=self._num_rows,
+            num_bytes=self._num_bytes,
+            sha256=self._sha256.hexdigest(),
+            format=self._format.name,
+            container=self._stream.container,
+        )
 
-    def _refuse_foreign(self) -> None:
-        for magic, what in _FOREIGN_FILES:
-            if self._head.startswith(magic):
-                raise InvalidFileFormatError(f"The file {what}, as JSON lines in UTF-8.", param="file")
+    def _read_whole(self, path: Path | None) -> None:
+        if path is None:
+            raise InvalidFileFormatError(
+                "The file is Parquet, which can't be checked as it comes here; send JSON lines.", param="file"
+            )
+        for item in read_parquet(path, self._limits):
+            self._take(item)
 
-    def _extend(self, part: bytes) -> None:
-        if self._is_too_long:
+    def _take(self, item: RawRow | Fault) -> None:
+        if isinstance(item, Fault):
+            self._add(item)
             return
-        if len(self._line) + len(part) > self._max_line_bytes:
-            self._is_too_long = True
-            self._line.clear()
-            return
-        self._line += part
-
-    def _end_line(self) -> None:
-        self._num_lines += 1
-        number = self._num_lines
-        line = clean_line(bytes(self._line), number)
-        is_too_long, self._is_too_long = self._is_too_long, False
-        self._line.clear()
-        if not is_too_long and is_blank(line):
-            self._first_blank = self._first_blank or number
-            return
-        # Blank lines are no fault at the end of a file, so they count only once a row follows.
-        if self._first_blank is not None:
-            self._add(Fault(self._first_blank, None, None, "line.blank", "The line is blank; remove it."))
-            self._first_blank = None
         self._num_rows += 1
-        if is_too_long:
-            message = f"The line is longer than {self._max_line_bytes} bytes; shorten or split the row."
-            self._add(Fault(number, None, None, "line.too_long", message))
-        elif self._format.read(line) is None:
-            for fault in self._format.explain(line, number):
-                self._add(fault)
+        if self._format is None:
+            found = recognise(item.content, item.number)
+            if isinstance(found, Fault):
+                self._add(locate(found, item))
+                return
+            self._format = found
+        if not self._format.accepts(item.content):
+            for fault in explain_row(self._format, item.content, item.number):
+                self._add(locate(fault, item))
 
     def _add(self, fault: Fault) -> None:
         self._faults.append(fault)

@@ -1,9 +1,12 @@
 """What every row format keeps, found by its file in luthier/data/formats."""
 
+import json
+
 import pytest
 
 from luthier.data.formats import discover
-from luthier.data.formats.base import Fault
+from luthier.data.formats.base import Fault, Row
+from luthier.data.recognise import find_format, recognise
 
 GARBAGE = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b"[" * 10_000, b'{"\\ud800": 1}', b"\0"]
 
@@ -23,3 +26,51 @@ def test_what_is_no_row_is_refused_and_explained_with_its_line(row_format, line)
     faults = row_format.explain(line, 12)
     assert faults
     assert all(isinstance(fault, Fault) and fault.line == 12 and fault.rule for fault in faults)
+
+
+def sample(row_format):
+    """Return a row of a format, made of what the format says of itself."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    values = {
+        "messages": messages,
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        "input": {"messages": messages[:1]},
+        "preferred_output": messages[1:],
+        "non_preferred_output": [{"role": "assistant", "content": "b"}],
+    }
+    return {key: values.get(key, "some text") for key in row_format.signature}
+
+
+def test_a_row_of_its_signature_is_recognised_and_read(row_format):
+    row = sample(row_format)
+    line = json.dumps(row).encode()
+    assert recognise(line, 1) is row_format
+    assert find_format(row_format.signature) is row_format
+    assert row_format.accepts(line)
+    found = row_format.read(line)
+    assert isinstance(found, Row)
+    assert any(turn.is_trained for turn in found.turns)
+    assert found.turns[-1].role == "assistant"
+    assert row_format.signature <= row_format.keys
+    assert row_format.json_keys <= row_format.keys
+
+
+def test_what_is_accepted_is_read_and_what_is_refused_is_explained(row_format):
+    row = sample(row_format)
+    broken = [row | {"colour": "red"}]
+    broken += [{name: value for name, value in row.items() if name != key} for key in row]
+    broken += [row | {key: value} for key in row for value in (None, [], {}, True, 0.5)]
+    for one in broken:
+        line = json.dumps(one).encode()
+        assert not row_format.accepts(line), one
+        assert row_format.read(line) is None
+        faults = row_format.explain(line, 4)
+        assert faults
+        assert all(fault.line == 4 and fault.field and fault.rule != "row.unreadable" for fault in faults)
+
+
+def test_no_more_than_forty_characters_of_a_row_are_told(row_format):
+    row = sample(row_format) | {"s" * 500: "t" * 500}
+    [*faults] = row_format.explain(json.dumps(row).encode(), 1)
+    assert faults
+    assert not [fault for fault in faults if "s" * 41 in str(fault) or "t" * 41 in str(fault)]

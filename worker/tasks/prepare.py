@@ -124,11 +124,16 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
 
     def read(file: _Input, purpose: Purpose) -> tuple[PreparedRows, FileReport]:
         nonlocal tokenize_seconds
-        source = folder / f"{purpose}.jsonl"
+        source = folder / f"{purpose}.rows"
         context.storage.fetch_file(file.storage_key, source, sha256=file.sha256)
         began = time.monotonic()
         rows, found = prepare_rows(
-            source, location, max_length=max_length, too_long=options.too_long, purpose=purpose
+            source,
+            location,
+            max_length=max_length,
+            too_long=options.too_long,
+            purpose=purpose,
+            with_signatures=purpose == "training" and options.validation_split > 0,
         )
         tokenize_seconds += time.monotonic() - began
         return rows, FileReport(file_id=file.file_id, sha256=file.sha256, **asdict(found))

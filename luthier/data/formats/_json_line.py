@@ -5,8 +5,6 @@ from typing import Any, NoReturn
 
 from luthier.data.formats.base import Fault, escape_text
 
-_ARRAY_HINT = "The file looks like one JSON array: write each of its objects on a line of its own."
-
 
 class _RefusedError(ValueError):
     def __init__(self, rule: str, message: str) -> None:
@@ -32,10 +30,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _syntax_fault(text: str, number: int, error: json.JSONDecodeError) -> Fault:
     message = f"This is not valid JSON ({error.msg})."
     stripped = text.strip()
-    if number == 1 and stripped.startswith("["):
-        message += f" {_ARRAY_HINT}"
-    elif number == 1 and stripped == "{":
+    if number == 1 and stripped == "{":
         message += " The file looks like indented JSON: each object must be on one line of its own."
+    elif number == 1 and not stripped.startswith(("{", "[")):
+        message += (
+            " Each line must be one JSON object. Of a CSV file the first line names the columns as a row's "
+            "keys are named, such as prompt,completion."
+        )
     else:
         message += " Each line must be one JSON object."
     return Fault(number, error.pos + 1, None, "json.syntax", message)
@@ -87,6 +88,4 @@ def parse_line(line: bytes, number: int) -> dict[str, Any] | Fault:
     if isinstance(value, Fault | dict):
         return value
     message = 'Each line must be a JSON object such as {"messages": [...]}.'
-    if isinstance(value, list) and number == 1:
-        message += f" {_ARRAY_HINT}"
     return Fault(number, None, None, "row.type", message)

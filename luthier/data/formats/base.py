@@ -5,7 +5,7 @@ A fault names its line, its place and its rule; it never quotes more than 40 esc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 _MAX_QUOTED_CHARS = 40
 _NUM_TOLD = 5
@@ -17,6 +17,7 @@ class Fault:
 
     `line` and `column` count from 1; `column` is in characters, None where a field says it better. `field`
     is a path such as `messages[2].weight`, None where the whole line is meant. `rule` is a stable name.
+    `row` is the number of the row, from 1, in files that are no lines: a JSON array, Parquet.
     """
 
     line: int
@@ -24,9 +25,12 @@ class Fault:
     field: str | None
     rule: str
     message: str
+    row: int | None = None
 
     def __str__(self) -> str:
         place = f"Line {self.line}"
+        if self.row is not None:
+            place = f"Row {self.row}" if self.row == self.line else f"Row {self.row} (line {self.line})"
         if self.column is not None:
             place += f", column {self.column}"
         if self.field is not None:
@@ -35,33 +39,101 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool by the assistant; `arguments` is the parsed object."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation, its parts joined. `is_trained` is True on assistant turns alone."""
+    """One message of a conversation, its parts joined. `is_trained` is True on assistant turns alone.
+
+    `content` is None only where `tool_calls` stand in its place. `tool_call_id` says which call a tool's
+    turn answers. `reasoning` is what the assistant thought before it answered.
+    """
 
     role: str
-    content: str
+    content: str | None
     name: str | None
     is_trained: bool
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning: str | None = None
 
-    def to_message(self) -> dict[str, str]:
-        """Return the turn as a message of a chat template."""
-        message = {"role": self.role, "content": self.content}
-        return message if self.name is None else message | {"name": self.name}
+    def to_message(self) -> dict[str, Any]:
+        """Return the turn as a message of a chat template, in the shape that transformers documents.
+
+        The arguments of a tool call are an object in it; what a template wants otherwise is the business
+        of luthier.data.render.
+        """
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training example.
+
+    `turns` is the conversation. `tools` are the tools' definitions as OpenAI has them, None without any.
+    `rejected` is, of a preference, the whole conversation with the answer that is not preferred: it begins
+    with the same turns as `turns`, which ends with the preferred one. `is_plain` says that the texts of the
+    turns follow each other with no chat template, an end of text after the last.
+    """
+
+    turns: Sequence[Turn]
+    tools: list[dict[str, Any]] | None = None
+    rejected: Sequence[Turn] | None = None
+    is_plain: bool = False
 
 
 class RowFormat(Protocol):
-    """A way to write one training row as one line."""
+    """A way to write one training row as one JSON object.
+
+    `keys` are all keys that a row may have. A row that has all of `signature` is of this format, unless it
+    has all of a longer signature too. `json_keys` are those that hold JSON where a table has only texts.
+    """
 
     name: str
+    signature: frozenset[str]
+    keys: frozenset[str]
+    json_keys: frozenset[str]
 
-    def read(self, line: bytes) -> list[Turn] | None:
+    def accepts(self, line: bytes) -> bool:
+        """Say fast whether a line breaks no rule.
+
+        Args:
+            line: a JSON object, without a line end.
+
+        Returns:
+            Whether `read` would read it.
+        """
+
+    def read(self, line: bytes) -> Row | None:
         """Read a line fast.
 
         Args:
-            line: without its line end.
+            line: a JSON object, without a line end.
 
         Returns:
-            The turns, or None when the line breaks a rule.
+            The row, or None when the line breaks a rule.
         """
 
     def explain(self, line: bytes, number: int) -> list[Fault]:

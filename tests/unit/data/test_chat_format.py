@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.data.formats.base import Turn
+from luthier.data.formats.base import Row, Turn
 from luthier.data.formats.chat import FORMAT
 
 USER = {"role": "user", "content": "q"}
@@ -24,12 +24,14 @@ def test_turns_keep_role_text_name_and_whether_they_are_trained():
     context_only = {**ASSISTANT, "weight": 0}
     named = {**USER, "name": "bob"}
     trained = {**ASSISTANT, "weight": 1}
-    assert read({"messages": [system, context_only, named, trained]}) == [
-        Turn("developer", "xy", None, False),
-        Turn("assistant", "a", None, False),
-        Turn("user", "q", "bob", False),
-        Turn("assistant", "a", None, True),
-    ]
+    assert read({"messages": [system, context_only, named, trained]}) == Row(
+        [
+            Turn("developer", "xy", None, False),
+            Turn("assistant", "a", None, False),
+            Turn("user", "q", "bob", False),
+            Turn("assistant", "a", None, True),
+        ]
+    )
 
 
 def test_a_text_that_spells_a_key_is_no_duplicate_key():
@@ -49,17 +51,17 @@ def message_row(**fields):
         ({"messages": []}, "messages", "messages.type"),
         ({"messages": {}}, "messages", "messages.type"),
         ({"messages": [USER, ASSISTANT], "extra": 1}, "extra", "row.unknown_key"),
-        ({"messages": [USER, ASSISTANT], "tools": []}, "tools", "row.unsupported"),
-        ({"messages": [USER, ASSISTANT], "functions": []}, "functions", "row.unsupported"),
         ({"messages": ["hi"]}, "messages[0]", "message.type"),
         ({"messages": [USER]}, "messages[0].role", "messages.no_assistant"),
         ({"messages": [ASSISTANT, USER]}, "messages[1].role", "messages.last"),
         ({"messages": [{"content": "x"}, ASSISTANT]}, "messages[0].role", "message.role"),
         (message_row(role="bot"), "messages[1].role", "message.role"),
-        (message_row(role="tool"), "messages[1].role", "message.unsupported"),
+        (message_row(role="tool"), "messages[1].tool_call_id", "message.tool_call_id"),
         (message_row(role=["assistant"]), "messages[1].role", "message.role"),
-        (message_row(tool_calls=[]), "messages[1].tool_calls", "message.unsupported"),
-        (message_row(function_call={}), "messages[1].function_call", "message.unsupported"),
+        (message_row(tool_calls=[]), "messages[1].tool_calls", "tool_calls.type"),
+        (message_row(audio={"id": "x"}), "messages[1].audio", "message.unsupported"),
+        (message_row(refusal="no"), "messages[1].refusal", "message.unsupported"),
+        (message_row(reasoning_content=1), "messages[1].reasoning_content", "message.reasoning_content"),
         (message_row(wait=1), "messages[1].wait", "message.unknown_key"),
         (message_row(content=None), "messages[1].content", "message.content"),
         (message_row(content=[]), "messages[1].content", "message.content"),

@@ -10,7 +10,7 @@ from luthier.data.intake import RowLimits, UndecidedCheck, open_check
 from luthier.data.validate import FileFacts
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-LIMITS = RowLimits(max_line_bytes=1000)
+LIMITS = RowLimits(max_line_bytes=1000, max_expanded_bytes=100_000, max_expansion_ratio=100.0)
 OPAQUE = b"\x89PNG\x00 no rows at all\n"
 
 

@@ -2,8 +2,11 @@ import json
 
 import pytest
 
-from luthier.core.errors import InvalidTrainingFileError, InvalidValidationFileError
+from luthier.core.errors import InvalidTrainingFileError, InvalidValidationFileError, InvalidValueError
+from luthier.data.formats.chat import FORMAT
+from luthier.data.mask import render_turns
 from luthier.data.prepare import prepare_rows
+from luthier.data.render import ChatTemplate
 from luthier.data.tokens import Tokenizer
 from tests.tiny import build_tiny_base
 
@@ -170,6 +173,50 @@ def test_what_the_template_can_not_do_is_a_fault_of_the_row(tmp_path, template, 
     with pytest.raises(InvalidTrainingFileError) as caught:
         prepare(tmp_path, base, [QUESTION, ANSWER, QUESTION, ANSWER])
     assert told in caught.value.message
+
+
+TEMPLATES = {
+    "marks": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "trimmed": "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+    "an empty thought": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}",
+    "a thought for some": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and messages[0].role == 'system' %}<think></think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if messages[0].role == 'system' %}<think></think>{% endif %}{% endif %}",
+}
+TALKS = [
+    [QUESTION, ANSWER],
+    [QUESTION, {"role": "assistant", "content": ""}],
+    [QUESTION, {"role": "assistant", "content": " <|im_start|>assistant\n twice <|im_start|>assistant\n "}],
+    [{"role": "user", "content": "[assistant] blue <|im_end|>"}, {"role": "assistant", "content": " blue "}],
+    [{"role": "system", "content": "s"}, QUESTION, ANSWER],
+    [{"role": "system", "content": "s"}, QUESTION, {"role": "assistant", "content": "<think></think>x"}],
+    [QUESTION, ANSWER, {"role": "user", "content": "<|im_start|>assistant\nblue"}, ANSWER],
+    [ANSWER, QUESTION, ANSWER],
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_quick_way_to_a_turn_finds_the_place_of_the_slow_one(name, monkeypatch):
+    template = ChatTemplate(TEMPLATES[name])
+    conversations = [FORMAT.read(json.dumps({"messages": talk}).encode()).turns for talk in TALKS]
+
+    def spans():
+        found = []
+        for turns in conversations:
+            try:
+                found.append(render_turns(template, turns).spans)
+            except InvalidValueError as error:
+                found.append(error.param)
+        return found
+
+    quick = spans()
+    monkeypatch.setattr(ChatTemplate, "last_answer_marks", None)
+    assert quick == spans()
 
 
 def test_a_template_that_reorders_is_served_by_weight_0_on_earlier_answers(tmp_path):

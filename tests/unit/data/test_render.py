@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from luthier.core.errors import BaseUnavailableError, InvalidValueError
@@ -20,6 +22,41 @@ def test_text_parts_are_joined_and_other_parts_refused():
     assert template.render([{"role": "user", "content": parts}], add_generation_prompt=False) == "ab"
     with pytest.raises(InvalidValueError, match="Only text"):
         template.render([{"role": "user", "content": [{"type": "image_url"}]}], add_generation_prompt=False)
+
+
+CALLING = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}],
+}
+
+
+@pytest.mark.parametrize("arguments", [{"a": "é"}, '{"a": "é"}'], ids=["object", "text"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ call.function.arguments | tojson }}",
+        "{{ call.function.arguments if call.function.arguments is string "
+        "else call.function.arguments | tojson }}",
+        "{{ '' + call.function.arguments }}",
+        "{{ call.function.arguments }}",
+    ],
+    ids=["object", "either", "joined text", "printed text"],
+)
+def test_arguments_of_calls_are_written_as_json_whatever_the_template_wants(written, arguments):
+    template = ChatTemplate(
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}" + written + "{% endfor %}{% endfor %}"
+    )
+    calling = json.loads(json.dumps(CALLING))
+    calling["tool_calls"][0]["function"]["arguments"] = arguments
+    assert template.render([USER, calling], add_generation_prompt=False) == '{"a": "é"}'
+
+
+def test_a_template_says_what_it_has_a_place_for():
+    template = ChatTemplate("{% if tools %}{{ tools }}{% endif %}{{ messages[0].content }}")
+    assert template.has_place_for("tools")
+    assert not template.has_place_for("tool_calls")
+    assert not template.has_place_for("reasoning_content")
 
 
 def test_special_tokens_and_the_helpers_of_templates_are_there():

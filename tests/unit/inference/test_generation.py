@@ -36,9 +36,9 @@ def chat(messages: list[dict[str, str]], **fields: Any) -> ChatRequest:
 @pytest.mark.parametrize("names", [{}, {"name": "Ann"}, {"name": ""}])
 def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -> None:
     messages = [{"role": "user", "content": "Hi"} | names, {"role": "assistant", "content": "Yes"}]
-    turns = ChatFormat().read(json.dumps({"messages": messages}).encode())
-    assert turns is not None
-    trained = TEMPLATE.render([turn.to_message() for turn in turns], add_generation_prompt=True)
+    row = ChatFormat().read(json.dumps({"messages": messages}).encode())
+    assert row is not None
+    trained = TEMPLATE.render([turn.to_message() for turn in row.turns], add_generation_prompt=True)
     [prompt], _ = plan_chat(chat(messages), make_ready(), max_tokens_default=10, max_cache_tokens=1000)
     assert "".join(map(chr, prompt)) == trained
 

@@ -1,0 +1,133 @@
+"""Reporting on a file: its rows are read in a thread of their own, with no session open."""
+
+import asyncio
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from api.deps import Parts
+from api.schemas.file_reports import FileReportObject, file_report_object
+from db.tables import File
+from luthier.bases.catalogue import base_folder, find_base_facts
+from luthier.core.errors import (
+    InvalidFilePurposeError,
+    InvalidValueError,
+    MissingParameterError,
+    ModelNotAvailableError,
+    NotFoundError,
+    UnavailableError,
+)
+from luthier.core.specs import BaseFacts
+from luthier.data.report import report_on_file
+from services import files
+from services.scope import Scope
+
+_WAIT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class _Input:
+    id: str
+    storage_key: str
+    sha256: str
+
+
+async def report_apart(
+    parts: Parts, scope: Scope, file_id: str, base: str | None, validation_file_id: str | None
+) -> FileReportObject:
+    """Report on a file; nothing is stored. Few at a time: others wait without a thread.
+
+    Args:
+        parts: the process's parts.
+        scope: the caller.
+        file_id: the file.
+        base: the base whose template and tokenizer are used; the preloaded one when None.
+        validation_file_id: another file, for the overlap.
+
+    Returns:
+        The report.
+
+    Raises:
+        NotFoundError: when there is no such file.
+        InvalidRequestError: when a file holds no rows, or the base is unknown or not on this machine.
+        UnavailableError: when others are reported on for longer than one can wait.
+    """
+    try:
+        async with asyncio.timeout(_WAIT_SECONDS):
+            await parts.estimates.acquire()
+    except TimeoutError as error:
+        raise UnavailableError("Other files are being reported on; try again.") from error
+    try:
+        # A limiter of its own: this thread is none of those that serve requests.
+        limiter = anyio.CapacityLimiter(1)
+        return await anyio.to_thread.run_sync(
+            _report, parts, scope, file_id, base, validation_file_id, limiter=limiter
+        )
+    finally:
+        parts.estimates.release()
+
+
+def _report(
+    parts: Parts, scope: Scope, file_id: str, base: str | None, validation_file_id: str | None
+) -> FileReportObject:
+    with parts.database.transaction() as session:
+        file = _as_input(files.get(session, scope, file_id), "id")
+        validation = None
+        if validation_file_id is not None:
+            try:
+                found = files.get(session, scope, validation_file_id, param="validation_file")
+            except NotFoundError as error:
+                # As of jobs: 404 is for what the path names.
+                raise InvalidValueError(error.message, param="validation_file") from error
+            validation = _as_input(found, "validation_file")
+    facts = _find_base(parts, base)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="luthier-report-")))
+
+        def fetch(given: _Input, name: str) -> Path:
+            path = folder / name
+            parts.storage.fetch_file(given.storage_key, path, sha256=given.sha256)
+            return path
+
+        report = report_on_file(
+            fetch(file, "rows"),
+            base_folder(parts.settings.bases_dir, facts.id),
+            context_length=facts.context_length,
+            validation_path=None if validation is None else fetch(validation, "validation"),
+        )
+    return file_report_object(file.id, file.sha256, facts, validation_file_id, report)
+
+
+def _as_input(row: File, param: str) -> _Input:
+    if row.purpose != "fine-tune":
+        raise InvalidFilePurposeError(
+            f"{row.id} has purpose {row.purpose!r}: reports are made of files with purpose 'fine-tune'.",
+            param=param,
+        )
+    return _Input(row.id, row.storage_key, row.sha256)
+
+
+def _find_base(parts: Parts, base: str | None) -> BaseFacts:
+    name = base or parts.settings.preload_base
+    if not name:
+        raise MissingParameterError(
+            "base: name the base whose chat template and tokenizer the report shall use; this service has "
+            "none that is loaded at start.",
+            param="base",
+        )
+    try:
+        entry = parts.catalogue.resolve(name)
+    except ModelNotAvailableError as error:
+        raise ModelNotAvailableError(f"base: {error.message}", param="base") from error
+    facts = find_base_facts(parts.settings.bases_dir, entry.id)
+    if facts is None:
+        raise ModelNotAvailableError(
+            f"base: {entry.id} is not on the API's machine, which counts tokens with it. Operator: luthier "
+            f"bases fetch {entry.id}.",
+            param="base",
+        )
+    return facts

@@ -1,0 +1,21 @@
+"""A file's report: what a job would find in its rows, told before the job is made."""
+
+from fastapi import APIRouter
+
+from api.deps import PartsDep, ScopeApartDep
+from api.reporting import report_apart
+from api.schemas.file_reports import FileReportObject
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+
+@router.get("/{file_id}/report")
+async def file_report(
+    file_id: str,
+    parts: PartsDep,
+    scope: ScopeApartDep,
+    base: str | None = None,
+    validation_file: str | None = None,
+) -> FileReportObject:
+    """Report on a file's rows with a base's chat template and tokenizer (ours)."""
+    return await report_apart(parts, scope, file_id, base, validation_file)

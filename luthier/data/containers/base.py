@@ -1,0 +1,60 @@
+"""What a reader of a container is: it takes bytes as they come and gives rows, with the memory of one row."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from luthier.data.formats.base import Fault
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a file may cost its reader, in bytes.
+
+    `max_row_bytes` is the longest row. What a compressed file holds may be `max_expanded_bytes` in all, and
+    beyond the first 16 MiB `max_expansion_ratio` times what it came as.
+    """
+
+    max_row_bytes: int = 8 * MIB
+    max_expanded_bytes: int = 8 * 1024 * MIB
+    max_expansion_ratio: float = 100.0
+
+
+# For files that were checked when they came: only what no machine can hold is refused.
+CHECKED = Limits(max_row_bytes=1024 * MIB, max_expanded_bytes=2**60, max_expansion_ratio=float("inf"))
+
+
+class RawRow(NamedTuple):
+    """One row as a JSON object.
+
+    `number` counts from 1: the line where the row begins, of a JSON array and of Parquet the row. `line` is
+    the line where it begins, 0 where there are none, and `is_numbered_by_row` says which of the two
+    `number` is; `column` is where in that line it begins, from 1.
+    """
+
+    number: int
+    content: bytes
+    line: int
+    column: int = 1
+    is_numbered_by_row: bool = False
+
+
+class ContainerReader(Protocol):
+    """Bytes to rows. What breaks a container's own rules is yielded as a fault in the row's place."""
+
+    name: str
+
+    def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
+        """Yield the rows that end in the next bytes."""
+
+    def finish(self) -> Iterator[RawRow | Fault]:
+        """Yield what is left once no more bytes follow."""
+
+
+def too_long(number: int, max_bytes: int, row: int | None = None) -> Fault:
+    """Return the fault of a row that is longer than allowed."""
+    what = "line" if row is None else "row"
+    told = f"The {what} is longer than {max_bytes} bytes; shorten or split the row."
+    return Fault(number, None, None, "line.too_long", told, row)

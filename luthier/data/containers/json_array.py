@@ -1,0 +1,142 @@
+"""One JSON array of rows, read element by element: only the element that is being read is in memory.
+
+Where an element ends is found by counting brackets outside of strings; whether it is JSON, its reader says.
+"""
+
+import re
+from collections.abc import Iterator
+
+from luthier.data.containers.base import Limits, RawRow, too_long
+from luthier.data.formats.base import Fault
+
+_STRUCTURE = re.compile(rb'["{}\[\],]')
+# The rest of a string, its closing quote included; and as much of it as is there.
+_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_STRING_SO_FAR = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_SPACES = b" \t\r\n"
+_OPEN, _CLOSE, _COMMA, _QUOTE = b"{[", b"}]", b",", b'"'
+# Small chunks are joined to such before they are looked at.
+_LOOK_BYTES = 64 * 1024
+
+
+class JsonArrayReader:
+    """Read a JSON array.
+
+    Args:
+        limits: `max_row_bytes` is the longest element; longer ones are a fault and not kept.
+    """
+
+    name = "json"
+
+    def __init__(self, limits: Limits) -> None:
+        self._max_row_bytes = limits.max_row_bytes
+        # What has not been given away, from the begin of an element; and how far it has been looked at.
+        self._buffer = bytearray()
+        self._position = 0
+        self._num_new = 0
+        self._depth = 0
+        self._is_in_string = False
+        self._is_begun = self._is_over = self._is_after_end = False
+        # Where an element began that is too long to be kept.
+        self._too_long_from: tuple[int, int] | None = None
+        self._num_rows = 0
+        # The place of the buffer's first byte.
+        self._line, self._column = 1, 1
+
+    def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
+        """Yield the rows that end in the next bytes."""
+        self._buffer += chunk
+        self._num_new += len(chunk)
+        if self._num_new >= _LOOK_BYTES:
+            yield from self._look()
+
+    def finish(self) -> Iterator[RawRow | Fault]:
+        """Yield what is left; an array that is not closed is a fault."""
+        yield from self._look()
+        if not self._is_over:
+            told = "The JSON array is not closed: the file ends within it. Was it cut?"
+            self._drop(len(self._buffer))
+            yield Fault(self._line, self._column, None, "json.syntax", told)
+
+    def _look(self) -> Iterator[RawRow | Fault]:
+        self._num_new = 0
+        if not self._is_begun:
+            # The sniffer has seen the bracket.
+            self._drop(self._buffer.index(b"[") + 1)
+            self._is_begun = True
+        while not self._is_over and (end := self._find_end()) is not None:
+            yield from self._end_element(end)
+        if self._is_over:
+            yield from self._refuse_rest()
+        elif len(self._buffer) > self._max_row_bytes + _LOOK_BYTES:
+            self._too_long_from = self._too_long_from or (self._line, self._column)
+            self._position -= self._drop(self._position)
+
+    def _find_end(self) -> int | None:
+        """Return where the element ends: at a comma or the array's bracket; None when that has not come."""
+        buffer, position = self._buffer, self._position
+        while True:
+            if self._is_in_string:
+                match = _STRING.match(buffer, position)
+                if match is None:
+                    rest = _STRING_SO_FAR.match(buffer, position)
+                    self._position = position if rest is None else rest.end()
+                    return None
+                self._is_in_string, position = False, match.end()
+            found = _STRUCTURE.search(buffer, position)
+            if found is None:
+                self._position = len(buffer)
+                return None
+            character, position = found.group(), found.end()
+            if character == _QUOTE:
+                self._is_in_string = True
+            elif character in _OPEN:
+                self._depth += 1
+            elif self._depth > 0:
+                self._depth -= character in _CLOSE
+            else:
+                self._position = position
+                return position - 1
+
+    def _end_element(self, end: int) -> Iterator[RawRow | Fault]:
+        mark = bytes(self._buffer[end : end + 1])
+        begun, self._too_long_from = self._too_long_from, None
+        num_spaces = 0 if begun else end - len(self._buffer[:end].lstrip(_SPACES))
+        content = bytes(self._buffer[num_spaces:end].rstrip(_SPACES))
+        self._drop(num_spaces)
+        line, column = begun or (self._line, self._column)
+        self._drop(end - num_spaces + 1)
+        self._position = 0
+        self._is_over = mark != _COMMA
+        if not content and not begun and mark == b"]" and self._num_rows == 0:
+            return
+        self._num_rows += 1
+        if begun or len(content) > self._max_row_bytes:
+            yield too_long(line, self._max_row_bytes, self._num_rows)
+        elif not content:
+            told = "A row is missing here, beside a comma; remove the comma."
+            yield Fault(line, column, None, "json.syntax", told, self._num_rows)
+        else:
+            yield RawRow(self._num_rows, content, line, column, is_numbered_by_row=True)
+
+    def _refuse_rest(self) -> Iterator[RawRow | Fault]:
+        rest = self._buffer.lstrip(_SPACES)
+        if rest and not self._is_after_end:
+            self._is_after_end = True
+            self._drop(len(self._buffer) - len(rest))
+            told = "Something follows the end of the JSON array; a file is one array."
+            yield Fault(self._line, self._column, None, "json.syntax", told)
+        self._drop(len(self._buffer))
+
+    def _drop(self, num_bytes: int) -> int:
+        """Let go of the buffer's first bytes, and return how many they were."""
+        gone = self._buffer[:num_bytes]
+        num_newlines = gone.count(b"\n")
+        if num_newlines:
+            self._line += num_newlines
+            self._column = len(gone) - gone.rindex(b"\n")
+        else:
+            # Columns are characters: bytes that go on a character do not count.
+            self._column += len(gone.decode("utf-8", errors="ignore"))
+        del self._buffer[:num_bytes]
+        return num_bytes

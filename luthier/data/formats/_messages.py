@@ -1,0 +1,227 @@
+"""OpenAI's messages: every rule of one message, and the rules between them. The slow and exact reader."""
+
+from typing import Any
+
+from luthier.data.formats._tools import Broken, check_called, check_calls, to_call
+from luthier.data.formats.base import Turn, escape_text
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# Which role's messages may have a key; every message has role and content, and may have a name.
+_OWNERS = {
+    "weight": "assistant",
+    "tool_calls": "assistant",
+    "function_call": "assistant",
+    "refusal": "assistant",
+    "reasoning_content": "assistant",
+    "tool_call_id": "tool",
+}
+_PLAIN_KEYS = ("role", "content", "name")
+# Answers that were dumped from an SDK have these, null; with a value they can't be trained on.
+_UNSUPPORTED_KEYS = ("audio", "refusal", "annotations")
+_UNSUPPORTED_PARTS = {
+    "image_url": "Images are not supported",
+    "image": "Images are not supported",
+    "input_image": "Images are not supported",
+    "input_audio": "Audio is not supported",
+    "file": "Files are not supported",
+    "refusal": "Refusal parts are not supported",
+}
+
+
+def check_messages(messages: list[Any], path: str, *, is_parallel_allowed: bool = True) -> list[Broken]:
+    """Check messages one by one and, when each is sound, between each other.
+
+    Args:
+        messages: of a row.
+        path: of the list, such as `messages`.
+        is_parallel_allowed: whether one message may call two tools.
+
+    Returns:
+        The rules that are broken.
+    """
+    broken = check_each(messages, path, is_parallel_allowed=is_parallel_allowed)
+    return broken or check_answers(messages, path)
+
+
+def check_each(messages: list[Any], path: str, *, is_parallel_allowed: bool) -> list[Broken]:
+    """Check messages one by one."""
+    broken: list[Broken] = []
+    for place, message in enumerate(messages):
+        here = f"{path}[{place}]"
+        found = _check_message(message, here)
+        if not found and not is_parallel_allowed and len(message.get("tool_calls") or ()) > 1:
+            told = '"parallel_tool_calls" is false, and this message calls two tools: part it.'
+            found = [(f"{here}.tool_calls", "tool_calls.parallel", told)]
+        broken += found
+    return broken
+
+
+def _check_message(message: Any, path: str) -> list[Broken]:
+    if not isinstance(message, dict):
+        return [(path, "message.type", "A message must be an object with role and content.")]
+    broken: list[Broken] = []
+    for key, value in message.items():
+        if key in _UNSUPPORTED_KEYS:
+            if value is not None:
+                told = f'"{key}" is not supported: leave it out, or write it as content.'
+                broken.append((f"{path}.{key}", "message.unsupported", told))
+        elif key not in _PLAIN_KEYS and key not in _OWNERS:
+            told = f"Unknown key; a message has {', '.join([*_PLAIN_KEYS, *_OWNERS])}."
+            broken.append((f"{path}.{escape_text(key)}", "message.unknown_key", told))
+    role_broken = _check_role(message, path)
+    broken += role_broken
+    if not (broken and "content" not in message):
+        broken += _check_content(message, path)
+    if message.get("name") is not None and not isinstance(message["name"], str):
+        broken.append((f"{path}.name", "message.name", '"name" must be a string.'))
+    return broken + ([] if role_broken else _check_owned(message, path))
+
+
+def _check_role(message: dict[str, Any], path: str) -> list[Broken]:
+    role = message.get("role")
+    if isinstance(role, str) and role in ROLES:
+        return []
+    what = "is missing" if "role" not in message else "is unknown"
+    return [(f"{path}.role", "message.role", f'"role" {what}; it is one of {", ".join(ROLES)}.')]
+
+
+def _check_owned(message: dict[str, Any], path: str) -> list[Broken]:
+    """Check what only the messages of one role have."""
+    broken: list[Broken] = []
+    role = message["role"]
+    for key, owner in _OWNERS.items():
+        # A weight is a number even where it says nothing.
+        if message.get(key) is None and not (key == "weight" and key in message):
+            continue
+        if role != owner:
+            rule = "message.weight" if key == "weight" else "message.misplaced"
+            broken.append((f"{path}.{key}", rule, f'Only {owner} messages have "{key}"; remove it.'))
+    if broken:
+        return broken
+    if "weight" in message:
+        broken += _check_weight(message["weight"], path)
+    if message.get("tool_calls") is not None:
+        broken += check_calls(message["tool_calls"], f"{path}.tool_calls")
+    if message.get("function_call") is not None:
+        broken += check_called(message["function_call"], f"{path}.function_call")
+    if message.get("tool_calls") is not None and message.get("function_call") is not None:
+        told = '"function_call" is the older spelling of "tool_calls": a message has one of them.'
+        broken.append((f"{path}.function_call", "tool_calls.twice", told))
+    reasoning = message.get("reasoning_content")
+    if reasoning is not None and not isinstance(reasoning, str):
+        told = '"reasoning_content" must be a string.'
+        broken.append((f"{path}.reasoning_content", "message.reasoning_content", told))
+    id_ = message.get("tool_call_id")
+    if role == "tool" and (not isinstance(id_, str) or not id_):
+        told = "A tool's message names the id of the call that it answers, a string."
+        broken.append((f"{path}.tool_call_id", "message.tool_call_id", told))
+    if role == "function" and not isinstance(message.get("name"), str):
+        broken.append((f"{path}.name", "message.name", "A function's message must have the function's name."))
+    return broken
+
+
+def _check_weight(weight: Any, path: str) -> list[Broken]:
+    if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
+        return [(f"{path}.weight", "message.weight", "The weight must be the integer 0 or 1.")]
+    return []
+
+
+def _check_content(message: dict[str, Any], path: str) -> list[Broken]:
+    content = message.get("content")
+    has_calls = message.get("tool_calls") is not None or message.get("function_call") is not None
+    if content is None and has_calls and message.get("role") == "assistant":
+        return []
+    if "content" not in message:
+        return [(f"{path}.content", "message.content", '"content" is missing; it must be a string.')]
+    if isinstance(content, str):
+        return []
+    if not isinstance(content, list) or not content:
+        told = '"content" must be a string.'
+        if content is None:
+            told += " Only an assistant message with tool calls may do without."
+        return [(f"{path}.content", "message.content", told)]
+    return _check_parts(content, path)
+
+
+def _check_parts(parts: list[Any], path: str) -> list[Broken]:
+    for place, part in enumerate(parts):
+        part_path = f"{path}.content[{place}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in _UNSUPPORTED_PARTS:
+            told = f'{_UNSUPPORTED_PARTS[kind]} ("{kind}"): text only. Remove the part or the row.'
+            return [(f"{part_path}.type", "content.unsupported", told)]
+        if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
+            return [(part_path, "content.part", 'A part must be {"type": "text", "text": "..."}.')]
+    return []
+
+
+def check_answers(messages: list[dict[str, Any]], path: str) -> list[Broken]:
+    """Check that every call is answered before the assistant speaks again; at the end it may stand open.
+
+    A call of the older kind has no id: its function's name stands for it.
+    """
+    broken: list[Broken] = []
+    open_calls: dict[tuple[str, str], str] = {}
+    for place, message in enumerate(messages):
+        here = f"{path}[{place}]"
+        role = message["role"]
+        if role == "assistant":
+            for field in open_calls.values():
+                told = "This call is not answered before the assistant's next message: add the tool's answer."
+                broken.append((field, "tool_call.unanswered", told))
+            open_calls.clear()
+            for number, call in enumerate(message.get("tool_calls") or ()):
+                field = f"{here}.tool_calls[{number}].id"
+                if ("tool", call["id"]) in open_calls:
+                    broken.append((field, "tool_call.id_twice", "Two calls of one message have this id."))
+                open_calls["tool", call["id"]] = field
+            if message.get("function_call") is not None:
+                open_calls["function", message["function_call"]["name"]] = f"{here}.function_call"
+        elif role in ("tool", "function"):
+            key = "tool_call_id" if role == "tool" else "name"
+            if open_calls.pop((role, message[key]), None) is None:
+                told = "It answers no open call of the assistant message before it: correct it or remove it."
+                broken.append((f"{here}.{key}", "tool.no_call", told))
+    return broken
+
+
+def content_text(content: str | list[dict[str, str]] | None) -> str | None:
+    """Return a checked content as one text."""
+    if content is None or isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def to_turns(messages: list[dict[str, Any]], *, is_trained: bool = True) -> list[Turn]:
+    """Return checked messages as turns.
+
+    Calls of the older kind become tool calls with an id made from their place, their answers a tool's turn:
+    chat templates know no others.
+
+    Args:
+        messages: checked.
+        is_trained: whether assistant messages are trained where their weight does not say otherwise.
+
+    Returns:
+        The turns.
+    """
+    turns: list[Turn] = []
+    call_id = ""
+    for place, message in enumerate(messages):
+        role = message["role"]
+        calls = tuple(to_call(call["id"], call["function"]) for call in message.get("tool_calls") or ())
+        if message.get("function_call") is not None:
+            call_id = f"call_{place}"
+            calls = (to_call(call_id, message["function_call"]),)
+        turns.append(
+            Turn(
+                role="tool" if role == "function" else role,
+                content=content_text(message.get("content")),
+                name=message.get("name"),
+                is_trained=is_trained and role == "assistant" and message.get("weight") != 0,
+                tool_calls=calls,
+                tool_call_id=call_id if role == "function" else message.get("tool_call_id"),
+                reasoning=message.get("reasoning_content"),
+            )
+        )
+    return turns

@@ -1,0 +1,168 @@
+"""Tools: their definitions and the assistant's calls of them, as OpenAI writes both, checked rule by rule."""
+
+import json
+import re
+from typing import Any, NoReturn
+
+from luthier.data.formats.base import ToolCall, escape_text
+
+# A broken rule without its line: field, rule, message.
+Broken = tuple[str, str, str]
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NAME_RULE = "it has letters, digits, _ and -, at most 64 of them."
+_FUNCTION_KEYS = frozenset({"name", "description", "parameters", "strict"})
+
+
+def check_definitions(row: dict[str, Any], prefix: str = "") -> list[Broken]:
+    """Check the tools of a row: `tools`, or the older `functions`.
+
+    Args:
+        row: holds them, null or absent where there are none.
+        prefix: of the fields, such as `input.`.
+
+    Returns:
+        The rules that are broken.
+    """
+    tools, functions = row.get("tools"), row.get("functions")
+    if tools is not None and functions is not None:
+        message = '"functions" is the older spelling of "tools": a row has one of them.'
+        return [(f"{prefix}functions", "tools.twice", message)]
+    key = "functions" if tools is None else "tools"
+    given = functions if tools is None else tools
+    if given is None:
+        return []
+    if not isinstance(given, list) or len(given) > MAX_TOOLS:
+        return [(f"{prefix}{key}", "tools.type", f'"{key}" must be a list of at most {MAX_TOOLS}.')]
+    broken: list[Broken] = []
+    names: set[str] = set()
+    for place, item in enumerate(given):
+        path = f"{prefix}{key}[{place}]"
+        function = item
+        if key == "tools":
+            broken += _check_tool(item, path)
+            path, function = f"{path}.function", item.get("function") if isinstance(item, dict) else None
+        else:
+            broken += _check_function(function, path)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str):
+            if name in names:
+                broken.append((f"{path}.name", "tool.name_twice", "Two tools have this name; rename one."))
+            names.add(name)
+    return broken
+
+
+def _check_tool(tool: Any, path: str) -> list[Broken]:
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        return [(path, "tool.type", 'A tool must be {"type": "function", "function": {...}}.')]
+    broken = [
+        (f"{path}.{escape_text(key)}", "tool.unknown_key", "Unknown key; a tool has type and function.")
+        for key in tool
+        if key not in ("type", "function")
+    ]
+    return broken + _check_function(tool.get("function"), f"{path}.function")
+
+
+def _check_function(function: Any, path: str) -> list[Broken]:
+    if not isinstance(function, dict):
+        return [(path, "tool.function", "A function must be an object with a name and parameters.")]
+    broken = [
+        (
+            f"{path}.{escape_text(key)}",
+            "tool.unknown_key",
+            "Unknown key; a function has name, description, parameters and strict.",
+        )
+        for key in function
+        if key not in _FUNCTION_KEYS
+    ]
+    broken += check_name(function.get("name"), f"{path}.name")
+    description, parameters = function.get("description"), function.get("parameters")
+    if description is not None and not isinstance(description, str):
+        broken.append((f"{path}.description", "tool.description", '"description" must be a string.'))
+    if parameters is not None and not isinstance(parameters, dict):
+        message = '"parameters" must be an object, a JSON schema.'
+        broken.append((f"{path}.parameters", "tool.parameters", message))
+    if function.get("strict") is not None and not isinstance(function["strict"], bool):
+        broken.append((f"{path}.strict", "tool.strict", '"strict" must be true or false.'))
+    return broken
+
+
+def check_name(name: Any, path: str) -> list[Broken]:
+    """Check the name of a tool."""
+    if not isinstance(name, str):
+        return [(path, "tool.name", f"A tool's name must be a string: {_NAME_RULE}")]
+    if _NAME.fullmatch(name) is None:
+        return [(path, "tool.name", f"This is no name of a tool: {_NAME_RULE}")]
+    return []
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def check_arguments(arguments: Any, path: str) -> list[Broken]:
+    """Check the arguments of a call: a string that holds a JSON object."""
+    if not isinstance(arguments, str):
+        message = '"arguments" must be a string that holds a JSON object, such as "{\\"city\\": \\"Oslo\\"}".'
+        return [(path, "tool_call.arguments", message)]
+    try:
+        value = json.loads(arguments, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        message = 'The text of "arguments" is no JSON object; a call without arguments has "{}".'
+        return [(path, "tool_call.arguments", message)]
+    return []
+
+
+def check_calls(calls: Any, path: str) -> list[Broken]:
+    """Check the `tool_calls` of an assistant's message, each by itself."""
+    if not isinstance(calls, list) or not calls:
+        return [(path, "tool_calls.type", '"tool_calls" must be a list with at least one call.')]
+    broken: list[Broken] = []
+    for place, call in enumerate(calls):
+        broken += _check_call(call, f"{path}[{place}]")
+    return broken
+
+
+def _check_call(call: Any, path: str) -> list[Broken]:
+    if not isinstance(call, dict):
+        return [(path, "tool_call.type", "A tool call must be an object with id, type and function.")]
+    broken = [
+        (f"{path}.{escape_text(key)}", "tool_call.unknown_key", "Unknown key; a call has id, type, function.")
+        for key in call
+        if key not in ("id", "type", "function")
+    ]
+    if not isinstance(call.get("id"), str) or not call["id"]:
+        message = '"id" must be a string that is not empty; the tool\'s message names it.'
+        broken.append((f"{path}.id", "tool_call.id", message))
+    if call.get("type") != "function":
+        broken.append((f"{path}.type", "tool_call.type", 'The type of a call must be "function".'))
+    return broken + check_called(call.get("function"), f"{path}.function")
+
+
+def check_called(function: Any, path: str) -> list[Broken]:
+    """Check what is called: a name and arguments, also the older `function_call`."""
+    if not isinstance(function, dict):
+        return [(path, "tool_call.function", "A call must name its function: an object, name and arguments.")]
+    broken = [
+        (f"{path}.{escape_text(key)}", "tool_call.unknown_key", "Unknown key; it has name and arguments.")
+        for key in function
+        if key not in ("name", "arguments")
+    ]
+    broken += check_name(function.get("name"), f"{path}.name")
+    return broken + check_arguments(function.get("arguments"), f"{path}.arguments")
+
+
+def to_definitions(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the tools of a checked row, the older `functions` in the newer shape; None without any."""
+    tools: list[dict[str, Any]] | None = row.get("tools")
+    if tools is None and row.get("functions") is not None:
+        tools = [{"type": "function", "function": function} for function in row["functions"]]
+    return tools or None
+
+
+def to_call(id_: str, function: dict[str, Any]) -> ToolCall:
+    """Return a checked call."""
+    return ToolCall(id_, function["name"], json.loads(function["arguments"]))

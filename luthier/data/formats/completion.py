@@ -1,0 +1,19 @@
+"""Prompt and completion: `{"prompt": "...", "completion": "..."}`, OpenAI's rows of its older models.
+
+No chat template: the prompt is context, the completion and an end of text are learnt. What a model learns
+so is asked for by /v1/completions.
+"""
+
+from luthier.data.formats._fields import FieldsFormat, asked_and_answered
+from luthier.data.formats.base import Row
+
+
+class CompletionFormat(FieldsFormat):
+    """Rows of `prompt` and `completion`."""
+
+    def make_row(self, fields: dict[str, str]) -> Row:
+        """Return the row."""
+        return asked_and_answered(fields["prompt"], fields["completion"], is_plain=True)
+
+
+FORMAT = CompletionFormat("completion", required=("prompt", "completion"), learnt="completion")

@@ -1,0 +1,22 @@
+"""Instructions in the manner of Alpaca: `{"instruction": "...", "input"?: "...", "output": "..."}`.
+
+Rendered by the base's chat template: the instruction and, after a blank line, the input are a user's turn;
+the output is the assistant's.
+"""
+
+from luthier.data.formats._fields import FieldsFormat, asked_and_answered
+from luthier.data.formats.base import Row
+
+
+class InstructionFormat(FieldsFormat):
+    """Rows of `instruction`, perhaps `input`, and `output`."""
+
+    def make_row(self, fields: dict[str, str]) -> Row:
+        """Return the row."""
+        asked = "\n\n".join(text for text in (fields["instruction"], fields["input"]) if text)
+        return asked_and_answered(asked, fields["output"])
+
+
+FORMAT = InstructionFormat(
+    "instruction", required=("instruction", "output"), optional=("input",), learnt="output"
+)

@@ -1,0 +1,18 @@
+"""Texts with a class each: `{"text": "...", "label": "..."}`; the label a string or a whole number.
+
+Rendered by the base's chat template: the text is a user's turn, the label the assistant's answer.
+"""
+
+from luthier.data.formats._fields import FieldsFormat, asked_and_answered
+from luthier.data.formats.base import Row
+
+
+class LabelsFormat(FieldsFormat):
+    """Rows of `text` and `label`."""
+
+    def make_row(self, fields: dict[str, str]) -> Row:
+        """Return the row."""
+        return asked_and_answered(fields["text"], fields["label"])
+
+
+FORMAT = LabelsFormat("labels", required=("text", "label"), learnt="label", whole_numbers=("label",))

@@ -1,0 +1,188 @@
+"""ShareGPT's rows: `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}`.
+
+Speakers: system; human or user; gpt, assistant, model or chatgpt; function_call or tool_call, whose value is
+a JSON object (or a list of them) of `name` and `arguments`; tool, observation or function_response, which
+answer it. A row may have `id`, which is not used, a `system` text, and `tools`: OpenAI's definitions, or the
+functions alone, as a list or as its JSON text. Every turn of the assistant is learnt.
+"""
+
+import json
+from typing import Any
+
+from luthier.data.formats._json_line import parse_line
+from luthier.data.formats._tools import Broken, check_definitions, check_name
+from luthier.data.formats.base import Fault, Row, ToolCall, Turn, escape_text
+
+_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_KEYS = ("conversations", "id", "system", "tools")
+
+
+class ShareGptFormat:
+    """Rows of `conversations` whose last turn is the assistant's."""
+
+    name = "sharegpt"
+    signature = frozenset({"conversations"})
+    keys = frozenset(_KEYS)
+    json_keys = frozenset({"conversations", "tools"})
+
+    def accepts(self, line: bytes) -> bool:
+        """Say whether a line breaks no rule."""
+        return self._read_any(line) is not None
+
+    def read(self, line: bytes) -> Row | None:
+        """Read a line; None when it breaks a rule."""
+        row = self._read_any(line)
+        return None if row is None else _make_row(row)
+
+    def explain(self, line: bytes, number: int) -> list[Fault]:
+        """Return the faults of a line that `read` refused."""
+        row = parse_line(line, number)
+        if isinstance(row, Fault):
+            return [row]
+        faults = [Fault(number, None, field, rule, message) for field, rule, message in _check_row(row)]
+        told = "The line can't be read as a ShareGPT row."
+        return faults or [Fault(number, None, None, "row.unreadable", told)]
+
+    def _read_any(self, line: bytes) -> dict[str, Any] | None:
+        row = parse_line(line, 1)
+        return None if isinstance(row, Fault) or _check_row(row) else row
+
+
+def _check_row(row: dict[str, Any]) -> list[Broken]:
+    broken: list[Broken] = [
+        (escape_text(key), "row.unknown_key", f"Unknown key; a ShareGPT row has {', '.join(_KEYS)}.")
+        for key in row
+        if key not in _KEYS
+    ]
+    if row.get("system") is not None and not isinstance(row["system"], str):
+        broken.append(("system", "field.type", '"system" must be a string.'))
+    tools = _parse_tools(row.get("tools"))
+    if tools == "":
+        broken.append(("tools", "tools.type", 'The text of "tools" is no JSON list.'))
+    else:
+        broken += check_definitions({"tools": tools})
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        what = "is missing" if "conversations" not in row else "must be a list with at least one turn"
+        return [*broken, ("conversations", "messages.type", f'"conversations" {what}.')]
+    for place, turn in enumerate(turns):
+        broken += _check_turn(turn, f"conversations[{place}]")
+    if broken:
+        return broken
+    return _check_order(row, [_ROLES[turn["from"]] for turn in turns])
+
+
+def _check_turn(turn: Any, path: str) -> list[Broken]:
+    if not isinstance(turn, dict):
+        return [(path, "message.type", "A turn must be an object with from and value.")]
+    broken: list[Broken] = [
+        (f"{path}.{escape_text(key)}", "message.unknown_key", "Unknown key; a turn has from and value.")
+        for key in turn
+        if key not in ("from", "value")
+    ]
+    speaker = turn.get("from")
+    if not isinstance(speaker, str) or speaker not in _ROLES:
+        what = "is missing" if "from" not in turn else "is unknown"
+        told = f'"from" {what}; it is one of {", ".join(_ROLES)}.'
+        return [*broken, (f"{path}.from", "message.role", told)]
+    if not isinstance(turn.get("value"), str):
+        return [*broken, (f"{path}.value", "message.content", '"value" must be a string.')]
+    if _ROLES[speaker] == "call" and not broken:
+        broken += _check_call(turn["value"], f"{path}.value")
+    return broken
+
+
+def _check_call(text: str, path: str) -> list[Broken]:
+    calls = _parse_calls(text)
+    if calls is None:
+        told = 'A call must be the JSON text {"name": "...", "arguments": {...}}, or a list of such.'
+        return [(path, "tool_call.arguments", told)]
+    return [fault for call in calls for fault in check_name(call.get("name"), path)]
+
+
+def _check_order(row: dict[str, Any], roles: list[str]) -> list[Broken]:
+    last = f"conversations[{len(roles) - 1}].from"
+    broken: list[Broken] = []
+    if row.get("system") is not None and roles[0] == "system":
+        told = '"system" and a turn of the system: leave one of them out.'
+        broken.append(("system", "messages.system_twice", told))
+    for place, role in enumerate(roles):
+        if role == "tool" and (place == 0 or roles[place - 1] not in ("call", "assistant", "tool")):
+            told = "A tool answers the assistant: it follows a call, the assistant or another answer."
+            broken.append((f"conversations[{place}].from", "tool.no_call", told))
+    if not {"assistant", "call"} & set(roles):
+        told = "The row has no turn of the assistant to learn from; add one."
+        broken.append((last, "messages.no_assistant", told))
+    elif roles[-1] not in ("assistant", "call"):
+        told = "The last turn must be the assistant's; drop what follows it."
+        broken.append((last, "messages.last", told))
+    return broken
+
+
+def _parse_calls(text: str) -> list[dict[str, Any]] | None:
+    """Return the calls that a text holds, None when it holds none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    calls = value if isinstance(value, list) else [value]
+    is_sound = calls and all(
+        isinstance(call, dict)
+        and call.keys() == {"name", "arguments"}
+        and isinstance(call["arguments"], dict)
+        for call in calls
+    )
+    return calls if is_sound else None
+
+
+def _parse_tools(tools: Any) -> Any:
+    """Return tools in OpenAI's shape, None without any, an empty text where their text is no list."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            return ""
+    if not isinstance(tools, list):
+        return tools
+    return [
+        {"type": "function", "function": tool} if isinstance(tool, dict) and "function" not in tool else tool
+        for tool in tools
+    ]
+
+
+def _make_row(row: dict[str, Any]) -> Row:
+    turns: list[Turn] = []
+    if row.get("system"):
+        turns.append(Turn("system", row["system"], None, False))
+    open_ids: list[str] = []
+    for place, given in enumerate(row["conversations"]):
+        role, text = _ROLES[given["from"]], given["value"]
+        if role == "call":
+            calls = tuple(
+                ToolCall(f"call_{place}_{number}", call["name"], call["arguments"])
+                for number, call in enumerate(_parse_calls(text) or ())
+            )
+            open_ids = [call.id for call in calls]
+            turns.append(Turn("assistant", None, None, True, tool_calls=calls))
+        elif role == "tool":
+            call_id = open_ids.pop(0) if open_ids else None
+            turns.append(Turn("tool", text, None, False, tool_call_id=call_id))
+        else:
+            turns.append(Turn(role, text, None, role == "assistant"))
+    return Row(turns, _parse_tools(row.get("tools")) or None)
+
+
+FORMAT = ShareGptFormat()

@@ -1,0 +1,15 @@
+"""Plain texts: `{"text": "..."}`. No chat template; all of the text and an end of text are learnt."""
+
+from luthier.data.formats._fields import FieldsFormat
+from luthier.data.formats.base import Row, Turn
+
+
+class TextFormat(FieldsFormat):
+    """Rows of `text` alone."""
+
+    def make_row(self, fields: dict[str, str]) -> Row:
+        """Return the row."""
+        return Row([Turn("assistant", fields["text"], None, True)], is_plain=True)
+
+
+FORMAT = TextFormat("text", required=("text",), learnt="text")

@@ -1,0 +1,123 @@
+"""The rows of a file on disk, whatever its container and format: for prepare, estimates and reports."""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from luthier.data.containers.base import CHECKED, Limits, RawRow
+from luthier.data.containers.parquet import read_parquet
+from luthier.data.containers.stream import RowStream
+from luthier.data.formats.base import Fault, Row, RowFormat
+from luthier.data.recognise import explain_row, recognise
+
+_CHUNK_BYTES = 1024 * 1024
+
+
+def read_raw_rows(path: Path, limits: Limits = CHECKED) -> Iterator[RawRow | Fault]:
+    """Yield the rows of a file, unread.
+
+    Args:
+        path: the file.
+        limits: what it may cost; next to none for a file that was checked before.
+
+    Yields:
+        Each row, or a fault in its place, in the file's order.
+
+    Raises:
+        InvalidFileFormatError: when the file is none of rows.
+    """
+    stream = RowStream(limits)
+    with path.open("rb") as source:
+        while chunk := source.read(_CHUNK_BYTES):
+            yield from stream.feed(chunk)
+            if stream.is_parquet:
+                break
+    yield from stream.finish()
+    if stream.is_parquet:
+        yield from read_parquet(path, limits)
+
+
+def locate(fault: Fault, raw: RawRow) -> Fault:
+    """Return a fault of a row's content with its place in the file."""
+    if not raw.is_numbered_by_row:
+        return fault
+    if raw.line == 0:
+        return dataclasses.replace(fault, line=raw.number, row=raw.number)
+    line, column = raw.line, fault.column
+    if column is not None:
+        before = raw.content.decode("utf-8", errors="replace")[: column - 1]
+        num_newlines = before.count("\n")
+        line += num_newlines
+        column = column - before.rindex("\n") - 1 if num_newlines else column + raw.column - 1
+    return dataclasses.replace(fault, line=line, column=column, row=raw.number)
+
+
+class FileRows:
+    """The rows of a file, read one by one. The first row decides the format.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.format: RowFormat | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Row] | Fault]:
+        """Yield each row with its number, or the faults in its place; `format` is known before the first."""
+        for raw in read_raw_rows(self._path):
+            if isinstance(raw, Fault):
+                yield raw
+                continue
+            if self.format is None:
+                found = recognise(raw.content, raw.number)
+                if isinstance(found, Fault):
+                    yield locate(found, raw)
+                    continue
+                self.format = found
+            row = self.format.read(raw.content)
+            if row is not None:
+                yield raw.number, row
+                continue
+            for fault in explain_row(self.format, raw.content, raw.number):
+                yield locate(fault, raw)
+
+
+def find_file_format(path: Path) -> RowFormat | None:
+    """Return the format of a file by its first row that is one; None when it has no such row."""
+    rows = FileRows(path)
+    for _ in rows:
+        if rows.format is not None:
+            return rows.format
+    return None
+
+
+@contextmanager
+def as_json_lines(path: Path) -> Iterator[Path]:
+    """Hold a file of rows as JSON lines: itself where it is such, else a copy for as long as it is held.
+
+    Args:
+        path: the file.
+
+    Yields:
+        A file with a row a line, in the same order; where a row has a fault, its line is `null`.
+
+    Raises:
+        InvalidFileFormatError: when the file is none of rows.
+    """
+    stream = RowStream(CHECKED)
+    with path.open("rb") as source:
+        while not stream.container and (chunk := source.read(_CHUNK_BYTES)):
+            next(stream.feed(chunk), None)
+    if stream.container in ("", "jsonl"):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="luthier-rows-", suffix=".jsonl") as copy:
+        for raw in read_raw_rows(path):
+            # Between the members of an object JSON may have newlines, within its texts it has none.
+            line = b"null" if isinstance(raw, Fault) else raw.content.replace(b"\n", b" ")
+            copy.write(line + b"\n")
+        copy.flush()
+        yield Path(copy.name)

@@ -1,0 +1,163 @@
+"""A file's report over HTTP, and files of every container and format on their way into a job."""
+
+import csv
+import gzip
+import io
+import json
+from typing import Any
+
+import httpx2
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from luthier.core.settings import Settings
+from tests.conftest import Api
+from tests.rows import chat_row, colour_rows, jsonl
+from worker.app import sweep
+from worker.context import WorkerContext, make_context
+from worker.tasks.prepare import prepare
+
+
+def _upload(api: Api, content: bytes, name: str = "rows.jsonl") -> httpx2.Response:
+    return httpx2.post(
+        f"{api.base_url}/v1/files",
+        headers=api.headers,
+        data={"purpose": "fine-tune"},
+        files={"file": (name, content)},
+    )
+
+
+def _report(api: Api, file_id: str, **query: str) -> httpx2.Response:
+    url = f"{api.base_url}/v1/files/{file_id}/report"
+    return httpx2.get(url, headers=api.headers, params={"base": "tiny-llama"} | query, timeout=60)
+
+
+def test_a_report_tells_what_a_job_would_find(api: Api) -> None:
+    rows = [*colour_rows(20), *colour_rows(2), chat_row("q", "a", weight=0)]
+    file_id = _upload(api, jsonl(rows)).json()["id"]
+    validation_id = _upload(api, jsonl(colour_rows(3))).json()["id"]
+    answer = _report(api, file_id, validation_file=validation_id)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert (found["object"], found["file_id"], found["base"]) == ("file.report", file_id, "tiny-llama")
+    assert (found["format"], found["rows"], found["num_faults"]) == ("chat", 23, 1)
+    assert (found["faults"][0]["line"], found["faults"][0]["rule"]) == (23, "row.nothing_supervised")
+    assert found["duplicates"]["exact"] == {
+        "rows": 2,
+        "pairs": [{"line": 21, "other": 1}, {"line": 22, "other": 2}],
+    }
+    assert found["overlap"]["exact"]["rows"] == 5
+    assert 0 < found["tokens"]["supervised_share"] < 1
+    shown = found["shown"][0]
+    learnt = "".join(shown["text"][start:end] for start, end in shown["supervised"])
+    assert learnt == '{"colour": "red", "number": 0}<|im_end|>'
+    schema = httpx2.get(f"{api.base_url}/openapi.json").json()["paths"]["/v1/files/{file_id}/report"]
+    assert "FileReportObject" in json.dumps(schema["get"]["responses"]["200"])
+
+
+def test_what_can_not_be_reported_on_is_said(api: Api, settings: Settings) -> None:
+    file_id = _upload(api, jsonl(colour_rows())).json()["id"]
+    cases = [
+        (_report(api, file_id, base="nope"), 400, "model_not_available", "base"),
+        # The preloaded base of these settings is in no catalogue here.
+        (_report(api, file_id, base=""), 400, "model_not_available", "base"),
+        (_report(api, file_id, validation_file="file-nope"), 400, "invalid_value", "validation_file"),
+        (_report(api, "file-nope"), 404, "not_found", "id"),
+    ]
+    folder = settings.bases_dir / "tiny-llama"
+    folder.rename(settings.bases_dir / "away")
+    try:
+        cases.append((_report(api, file_id), 400, "model_not_available", "base"))
+    finally:
+        (settings.bases_dir / "away").rename(folder)
+    for answer, status, code, param in cases:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
+    assert httpx2.get(f"{api.base_url}/v1/files/{file_id}/report").status_code == 401
+
+
+def _as_csv(rows: list[dict[str, str]]) -> bytes:
+    target = io.StringIO(newline="")
+    writer = csv.DictWriter(target, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return target.getvalue().encode()
+
+
+def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    target = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), target)
+    return target.getvalue()
+
+
+_PAIRS = [{"prompt": f"the number {number} is", "completion": f" {number * 7}"} for number in range(12)]
+_FILES = {
+    "chat in an array": json.dumps(colour_rows(), indent=1).encode(),
+    "chat in gzip": gzip.compress(jsonl(colour_rows())),
+    "chat in Parquet": _as_parquet(colour_rows()),
+    "completion in CSV": _as_csv(_PAIRS),
+    "instruction": jsonl([{"instruction": one["prompt"], "output": one["completion"]} for one in _PAIRS]),
+    "text": jsonl([{"text": one["prompt"]} for one in _PAIRS]),
+    "labels in CSV": _as_csv([{"text": one["prompt"], "label": str(n % 2)} for n, one in enumerate(_PAIRS)]),
+    "sharegpt": jsonl(
+        [
+            {"conversations": [{"from": "human", "value": one["prompt"]}, {"from": "gpt", "value": "yes"}]}
+            for one in _PAIRS
+        ]
+    ),
+}
+_PREFERENCES = [
+    {
+        "input": {"messages": [{"role": "user", "content": one["prompt"]}]},
+        "preferred_output": [{"role": "assistant", "content": "yes"}],
+        "non_preferred_output": [{"role": "assistant", "content": "no"}],
+    }
+    for one in _PAIRS
+]
+
+
+@pytest.fixture
+def context(settings: Settings, api: Api) -> WorkerContext:
+    made = make_context(settings)
+    made.ring = api.bells.append
+    sweep(made)
+    return made
+
+
+def _prepared(api: Api, context: WorkerContext, content: bytes) -> dict[str, Any]:
+    uploaded = _upload(api, content, "rows.bin")
+    assert uploaded.status_code == 200, uploaded.text
+    url = f"{api.base_url}/v1/fine_tuning/jobs"
+    asked = {"model": "tiny-llama", "training_file": uploaded.json()["id"]}
+    job_id = httpx2.post(url, headers=api.headers, json=asked).json()["id"]
+    prepare(context, job_id)
+    found: dict[str, Any] = httpx2.get(f"{url}/{job_id}", headers=api.headers).json()
+    return found
+
+
+def test_files_of_every_container_and_format_become_queued_jobs(api: Api, context: WorkerContext) -> None:
+    for name, content in _FILES.items():
+        job = _prepared(api, context, content)
+        assert job["status"] == "queued", (name, job["error"])
+
+
+def test_preferences_are_checked_at_upload_and_refused_by_a_supervised_job(
+    api: Api, context: WorkerContext
+) -> None:
+    job = _prepared(api, context, jsonl(_PREFERENCES))
+    assert (job["status"], job["error"]["code"]) == ("failed", "invalid_training_file")
+    assert "method dpo" in job["error"]["message"]
+    broken = json.loads(json.dumps(_PREFERENCES))
+    broken[3]["preferred_output"][0]["content"] = None
+    error = _upload(api, jsonl(broken)).json()["error"]
+    assert error["message"].startswith("Line 4, preferred_output[0].content:")
+
+
+def test_a_broken_parquet_file_leaves_nothing_behind(api: Api) -> None:
+    answer = _upload(api, _as_parquet([*_PAIRS, {"prompt": "p", "completion": ""}]))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_file_format")
+    assert answer.json()["error"]["message"].startswith("Row 13, completion:")
+    root = api.parts.storage.local_root
+    assert root is not None
+    assert [path for path in root.rglob("*") if path.is_file()] == []
