@@ -22,7 +22,7 @@ from luthier.core.ids import new_id
 from luthier.core.specs import Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus, check_transition
 from luthier.methods import check_tuning
-from services import events, files, leases
+from services import attempts, events, files
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
 from services.scope import Scope
@@ -334,7 +334,8 @@ def cancel(session: Session, scope: Scope, job_id: str) -> Job:
         raise InvalidTransitionError(
             f"Job {job.id} has already ended with status {job.status}, so it can't be cancelled."
         ) from error
-    leases.end_attempt_of(session, job, "cancelled")
+    if job.lease_owner is not None:
+        attempts.end(session, job.id, job.lease_epoch, "cancelled")
     job.status = JobStatus.CANCELLED.value
     job.finished_at = func.now()
     job.estimated_finish_at = None
