@@ -11,6 +11,7 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from api.paths import shown_path
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
@@ -72,7 +73,8 @@ async def _on_validation_error(_request: Request, error: Exception) -> JSONRespo
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message, code = f"Unknown request URL: {request.method} {request.url.path[:120]}.", "unknown_url"
+        path = shown_path(request.scope)[:120]
+        message, code = f"Unknown request URL: {request.method} {path}.", "unknown_url"
     elif error.status_code == 405:
         message, code = f"{request.method} is not allowed for this URL.", "method_not_supported"
     else:

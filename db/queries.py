@@ -58,7 +58,7 @@ def page(
     columns = (table.created_at, table.id)
     if after is not None:
         # One comparison of rows, not an OR of two: only that one lets the index begin at the cursor.
-        position, cursor = tuple_(*columns), tuple_(after.created_at, after.id)
+        position, cursor = tuple_(*columns), (after.created_at, after.id)
         statement = statement.where(position > cursor if is_ascending else position < cursor)
     order = [column.asc() if is_ascending else column.desc() for column in columns]
     rows = session.scalars(statement.order_by(*order).limit(limit + 1)).all()
