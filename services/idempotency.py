@@ -77,6 +77,7 @@ def find_earlier(session: Session, scope: Scope, sending: Sending) -> str | None
             IdempotencyKey.created_by_key_id == scope.key_id,
             IdempotencyKey.route == route,
             IdempotencyKey.body_sha256 == body_sha256,
+            IdempotencyKey.key.is_(None),
             *_is_the_same(sending),
         )
         .order_by(IdempotencyKey.created_at.desc())
