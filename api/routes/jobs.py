@@ -47,11 +47,14 @@ async def estimate_job(body: CreateJobBody, parts: PartsDep, scope: ScopeApartDe
 
 def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
     """Read `metadata[k]=v` (all must match) and `metadata=null` (jobs without any) from the query."""
-    pairs = {
-        name[len("metadata[") : -1]: value
+    named = [
+        (name[len("metadata[") : -1], value)
         for name, value in request.query_params.multi_items()
         if name.startswith("metadata[") and name.endswith("]")
-    }
+    ]
+    pairs = dict(named)
+    if len(pairs) < len(named):
+        raise InvalidValueError("metadata: a key is given twice; send each once.", param="metadata")
     plain = request.query_params.get("metadata")
     if plain is not None and (plain != "null" or pairs):
         raise InvalidValueError(
