@@ -91,6 +91,8 @@ def claim_for_preparing(session: Session, job_id: str, worker_id: str, lease_sec
     )
     if job is None:
         return None
+    if job.lease_owner is not None:
+        attempts.end(session, job.id, job.lease_epoch, "crashed")
     return _take(session, job, worker_id, lease_seconds)
 
 
