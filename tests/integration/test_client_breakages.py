@@ -121,6 +121,24 @@ _BAD_REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
         },
         400,
     ),
+    (
+        "POST",
+        "/fine_tuning/jobs",
+        {
+            "content": b'{"model":"tiny-llama","training_file":"f","training":{"max_forgetting":1e999}}',
+            "headers": {"Content-Type": "application/json"},
+        },
+        400,
+    ),
+    (
+        "POST",
+        "/fine_tuning/jobs",
+        {
+            "content": b'{"model":"tiny-llama","training_file":"f","hyperparameters":{"n_epochs":NaN}}',
+            "headers": {"Content-Type": "application/json"},
+        },
+        400,
+    ),
     ("GET", "/fine_tuning/jobs?limit=x", {}, 400),
     ("GET", "/fine_tuning/jobs?after=x", {}, 400),
     ("GET", "/fine_tuning/jobs/ftjob-1/events?stream=maybe", {}, 400),
