@@ -57,7 +57,7 @@ class JobMachine(JobModel):
     @precondition(lambda self: self.num_creates < _MAX_JOBS)
     @rule(is_sent_again=st.booleans(), data=st.data())
     def create(self, is_sent_again: bool, data: Any) -> None:
-        self._create(data.draw(st.sampled_from(sorted(self.files))), is_sent_again=is_sent_again)
+        self._create(data.draw(st.sampled_from(list(self.files))), is_sent_again=is_sent_again)
 
     def _create(self, file_id: str, *, is_sent_again: bool) -> None:
         self.num_creates += 1
@@ -75,7 +75,7 @@ class JobMachine(JobModel):
 
     @rule(data=st.data())
     def delete_file(self, data: Any) -> None:
-        file_id = data.draw(st.sampled_from(sorted(self.files)))
+        file_id = data.draw(st.sampled_from(list(self.files)))
         answer = self.http.delete(f"/files/{file_id}")
         is_read = any(job.file_id == file_id and not job.status.is_terminal for job in self.jobs.values())
         if not self.files[file_id]:
@@ -88,7 +88,7 @@ class JobMachine(JobModel):
 
     @rule(data=st.data(), verb=st.sampled_from(["cancel", "pause", "resume"]), is_sent_again=st.booleans())
     def ask(self, data: Any, verb: str, is_sent_again: bool) -> None:
-        job = data.draw(st.sampled_from(sorted(self.jobs.values(), key=lambda job: job.id)))
+        job = data.draw(st.sampled_from(list(self.jobs.values())))
         target = {
             "cancel": None if job.status.is_terminal else S.CANCELLED,
             "pause": {S.QUEUED: S.PAUSED, S.RUNNING: S.PAUSING}.get(job.status),
