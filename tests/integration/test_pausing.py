@@ -124,7 +124,8 @@ def test_a_running_job_is_paused_at_a_save_point_and_gives_its_slot_back(
     _assert_held_by_nobody(context, job_id, "paused")
     assert _outcomes(context, job_id) == ["paused"]
     assert _row(context, job_id).num_crashes == 0
-    assert _messages(client, job_id)[-2:] == ["The job is pausing", "The job was paused at step 2"]
+    assert "The job is pausing" in _messages(client, job_id)
+    assert _messages(client, job_id)[-1] == "The job was paused at step 2"
     assert _claim(context) == other
 
     kept = _row(context, job_id).save_points
@@ -157,11 +158,10 @@ def test_a_job_resumed_while_it_is_pausing_waits_for_its_save_point_and_loses_no
     run.child.may_end.set()
     assert run.join() is Ending.GIVEN_BACK
     _assert_held_by_nobody(context, job_id, "queued")
-    assert _messages(client, job_id)[-3:] == [
-        "The job is pausing",
-        "The job was resumed",
-        "The job waits for a worker at step 2",
-    ]
+    # Between them may be what its first attempt had not told yet.
+    told = _messages(client, job_id)
+    assert told.index("The job is pausing") < told.index("The job was resumed")
+    assert told[-1] == "The job waits for a worker at step 2"
     assert [point["step"] for point in _row(context, job_id).save_points] == [2]
     assert _claim(other) == job_id
     other.database.close()

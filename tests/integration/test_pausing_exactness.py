@@ -34,7 +34,7 @@ def context(settings: Settings, api: Api) -> WorkerContext:
 
 
 def _create(client: openai.OpenAI, context: WorkerContext) -> str:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(40))), purpose="fine-tune")
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(NUM_STEPS // 2))), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
         model="tiny-llama",
         training_file=file.id,
@@ -43,7 +43,7 @@ def _create(client: openai.OpenAI, context: WorkerContext) -> str:
         extra_body={
             "training": {"precision": "float32", "save_every_steps": 10 * NUM_STEPS},
             "tuning": {"type": "lora", "dropout": 0.2},
-            "hyperparameters": {"n_epochs": 8, "batch_size": 1},
+            "hyperparameters": {"n_epochs": 2, "batch_size": 1},
         },
     )
     prepare(context, job.id)
