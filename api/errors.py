@@ -11,6 +11,7 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from api.paths import shown_path
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
@@ -50,6 +51,8 @@ def from_validation(errors: Sequence[Any]) -> LuthierError:
         return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
     if kind == "extra_forbidden":
         return UnknownParameterError(f"Unknown parameter: '{param}'. Leave it out.", param=param)
+    if param is None and kind == "model_attributes_type":
+        return InvalidTypeError("Send a JSON object as the body, with Content-Type: application/json.")
     reason = str(first["msg"]).removeprefix("Value error, ")
     text = f"Invalid value for '{param}': {reason}" if param else reason
     if kind.endswith("_type") or kind.endswith("_parsing"):
@@ -70,11 +73,12 @@ async def _on_validation_error(_request: Request, error: Exception) -> JSONRespo
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message, code = f"Unknown request URL: {request.method} {request.url.path[:120]}.", "unknown_url"
+        path = shown_path(request.scope)[:120]
+        message, code = f"Unknown request URL: {request.method} {path}.", "unknown_url"
     elif error.status_code == 405:
         message, code = f"{request.method} is not allowed for this URL.", "method_not_supported"
     else:
-        message, code = str(error.detail), None
+        message, code = str(error.detail), "invalid_request"
     body = error_body(message, "invalid_request_error", code, None)
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
@@ -93,9 +97,12 @@ async def _on_unstorable_text(_request: Request, _error: Exception) -> JSONRespo
 
 
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
-    _log.error("unexpected error", path=request.url.path, exc_info=error)
+    # Starlette calls this outside of all middleware, so the id is added and logged here.
+    request_id: str = getattr(request.state, "request_id", "")
+    _log.error("unexpected error", path=request.url.path, request_id=request_id, exc_info=error)
     message = "The server had an error while processing your request. Its log has the request's id."
-    return JSONResponse(error_body(message, "server_error", "server_error", None), 500)
+    body = error_body(message, "server_error", "server_error", None)
+    return JSONResponse(body, 500, {"x-request-id": request_id})
 
 
 def install(app: FastAPI) -> None:

@@ -5,10 +5,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio.to_thread
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from api import errors
 from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
+from api.paths import EncodedSlashMiddleware
 from api.requests import BodyLimitMiddleware, RequestIdMiddleware
 from api.routes import chat, files, health, jobs, keys, methods, models, reports_of_files, uploads
 from db.session import Database
@@ -22,6 +24,15 @@ from services.bell import Bell, make_celery
 _POOL_SIZE = NUM_TURNS + 8
 # A few threads beyond the pool: those that move bytes hold no connection.
 _NUM_THREADS = _POOL_SIZE + 16
+# What a script in a browser may read of an answer, beside its type and length.
+_EXPOSED_HEADERS = (
+    "x-request-id",
+    "retry-after",
+    "x-should-retry",
+    "x-luthier-digest",
+    "etag",
+    "content-range",
+)
 
 
 def make_parts(settings: Settings) -> Parts:
@@ -66,7 +77,16 @@ def create_app(parts: Parts) -> FastAPI:
     )
     app.state.parts = parts
     errors.install(app)
+    app.add_middleware(EncodedSlashMiddleware)
     app.add_middleware(BodyLimitMiddleware)
+    # A page of any origin may ask, as of OpenAI's service: nothing is told by cookie, a key opens everything.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=["*"],
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED_HEADERS,
+    )
     app.add_middleware(RequestIdMiddleware)
     for module in (health, files, uploads, reports_of_files, jobs, methods, models, chat, keys):
         app.include_router(module.router)

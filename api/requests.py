@@ -4,6 +4,7 @@ Pure ASGI: a BaseHTTPMiddleware would hide a client that leaves.
 """
 
 import re
+import time
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -52,7 +53,7 @@ class BodyLimitMiddleware:
 
 
 class RequestIdMiddleware:
-    """Adds `x-request-id` to every answer and to every log line of the request."""
+    """Adds `x-request-id` to every answer and to every log line of the request, and notes when it came."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -63,6 +64,8 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = new_id("request")
+        # What answers outside of this middleware, after a fault, finds the id here.
+        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=time.monotonic())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

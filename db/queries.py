@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, and_, or_, select, text
+from sqlalchemy import Select, select, text, tuple_
 from sqlalchemy.orm import Session
 
 from db.tables import ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent
@@ -60,16 +60,9 @@ def page(
     """
     columns = (table.created_at, table.id)
     if after is not None:
-        created_at, row_id = columns
-        if is_ascending:
-            beyond = or_(
-                created_at > after.created_at, and_(created_at == after.created_at, row_id > after.id)
-            )
-        else:
-            beyond = or_(
-                created_at < after.created_at, and_(created_at == after.created_at, row_id < after.id)
-            )
-        statement = statement.where(beyond)
+        # One comparison of rows, not an OR of two: only that one lets the index begin at the cursor.
+        position, cursor = tuple_(*columns), (after.created_at, after.id)
+        statement = statement.where(position > cursor if is_ascending else position < cursor)
     order = [column.asc() if is_ascending else column.desc() for column in columns]
     rows = session.scalars(statement.order_by(*order).limit(limit + 1)).all()
     return rows[:limit], len(rows) > limit

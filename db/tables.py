@@ -118,6 +118,21 @@ class Job(Owned, Table):
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_page", "project_id", "created_at", "id", postgresql_where=text("deleted_at IS NULL")),
+        # The two filters of the list: pairs that all must match, and no metadata at all.
+        Index(
+            "ix_jobs_metadata",
+            "metadata",
+            postgresql_using="gin",
+            postgresql_ops={"metadata": "jsonb_path_ops"},
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+        Index(
+            "ix_jobs_page_plain",
+            "project_id",
+            "created_at",
+            "id",
+            postgresql_where=text("deleted_at IS NULL AND metadata IS NULL"),
+        ),
         Index(
             "ix_jobs_unfinished",
             "status",
@@ -248,6 +263,8 @@ class IdempotencyKey(Owned, Table):
     route: Mapped[str]
     key: Mapped[str | None]
     body_sha256: Mapped[str]
+    # The client's count of retries of the request that made it.
+    num_retries: Mapped[int] = mapped_column(server_default="0")
     resource_id: Mapped[str]
 
 

@@ -115,6 +115,14 @@ class LuthierClient:
         """Cancel a job and return it."""
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/cancel")
 
+    def pause_job(self, job_id: str) -> dict[str, Any]:
+        """Pause a job and return it: `paused`, or `pausing` until its worker has stored a save point."""
+        return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/pause")
+
+    def resume_job(self, job_id: str) -> dict[str, Any]:
+        """Let a paused job go on, and return it."""
+        return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/resume")
+
     def estimate_job(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return what a job would take.
 

@@ -1,12 +1,14 @@
-"""One create for one intention, however often it is sent.
+"""One act for one intention, however often it is sent.
 
 A caller may send Idempotency-Key. The OpenAI SDK sends none, yet repeats a POST whose answer was lost and
 says so in x-stainless-retry-count; such a retry is matched by key id, route and body within ten minutes.
 """
 
+import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from db.queries import lock_key
@@ -18,10 +20,27 @@ from services.scope import Scope
 _RETRY_WINDOW = timedelta(minutes=10)
 
 
-def find_earlier(
-    session: Session, scope: Scope, *, route: str, key: str | None, body_sha256: str, num_retries: int
-) -> str | None:
-    """Return the id of what the same create made before, or None when it is new.
+@dataclass(frozen=True)
+class Sending:
+    """One request on its way.
+
+    Args:
+        route: such as `POST /v1/fine_tuning/jobs`.
+        key: the Idempotency-Key, if any.
+        body_sha256: hex digest of the request's body.
+        num_retries: the client's count of retries of this request.
+        arrived_at: when it arrived, on this process's monotonic clock, in seconds.
+    """
+
+    route: str
+    key: str | None
+    body_sha256: str
+    num_retries: int
+    arrived_at: float = field(default_factory=time.monotonic)
+
+
+def find_earlier(session: Session, scope: Scope, sending: Sending) -> str | None:
+    """Return the id of what the same request made before, or None when it is new.
 
     The caller holds the lock taken here until its transaction ends, so that twins sent at the same
     time make one thing.
@@ -29,10 +48,7 @@ def find_earlier(
     Args:
         session: the session.
         scope: the caller.
-        route: such as `POST /v1/fine_tuning/jobs`.
-        key: the Idempotency-Key, if any.
-        body_sha256: hex digest of the request's body.
-        num_retries: the client's count of retries of this request.
+        sending: the request.
 
     Returns:
         The id, or None.
@@ -40,6 +56,7 @@ def find_earlier(
     Raises:
         IdempotencyKeyReusedError: when the key came before with another body.
     """
+    route, key, body_sha256 = sending.route, sending.key, sending.body_sha256
     lock_key(session, f"{scope.project_id} {route} {key or f'{scope.key_id} {body_sha256}'}")
     if key is not None:
         earlier = session.scalar(
@@ -54,33 +71,45 @@ def find_earlier(
                 "This Idempotency-Key came before with another body; use a new key for a new request."
             )
         return None if earlier is None else earlier.resource_id
-    if num_retries == 0:
-        return None
     return session.scalar(
         select(IdempotencyKey.resource_id)
         .where(
             IdempotencyKey.created_by_key_id == scope.key_id,
             IdempotencyKey.route == route,
             IdempotencyKey.body_sha256 == body_sha256,
-            IdempotencyKey.created_at > func.now() - _RETRY_WINDOW,
+            IdempotencyKey.key.is_(None),
+            *_is_the_same(sending),
         )
         .order_by(IdempotencyKey.created_at.desc())
         .limit(1)
     )
 
 
-def remember(
-    session: Session, scope: Scope, *, route: str, key: str | None, body_sha256: str, resource_id: str
-) -> None:
-    """Note what a create made, in the transaction that made it."""
+def _is_the_same(sending: Sending) -> list[ColumnElement[bool]]:
+    """Return what tells that an equal body without a key is the same request, and not another of its kind."""
+    if sending.num_retries > 0:
+        return [IdempotencyKey.created_at > func.clock_timestamp() - _RETRY_WINDOW]
+    # A first try that its own retry has overtaken: the retry made the thing while this one waited here.
+    waited = timedelta(seconds=time.monotonic() - sending.arrived_at)
+    return [
+        IdempotencyKey.num_retries > 0,
+        IdempotencyKey.created_at > func.clock_timestamp() - waited,
+    ]
+
+
+def remember(session: Session, scope: Scope, sending: Sending, *, resource_id: str) -> None:
+    """Note what a request made or changed, in the transaction that did it."""
     session.add(
         IdempotencyKey(
             id=new_id("request"),
             **scope.columns(),
-            route=route,
-            key=key,
-            body_sha256=body_sha256,
+            route=sending.route,
+            key=sending.key,
+            body_sha256=sending.body_sha256,
+            num_retries=sending.num_retries,
             resource_id=resource_id,
+            # Not when the transaction began: that may have been before its twin arrived.
+            created_at=func.clock_timestamp(),
         )
     )
     session.flush()

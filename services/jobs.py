@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
 from db.queries import find_owned, page
@@ -22,7 +22,7 @@ from luthier.core.ids import new_id
 from luthier.core.specs import DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus, check_transition
 from luthier.methods import check_tuning
-from services import events, files, leases
+from services import attempts, events, files
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
 from services.scope import Scope
@@ -241,16 +241,20 @@ def list_(
         statement = statement.where(Job.user_metadata.contains(metadata))
     if has_no_metadata:
         statement = statement.where(Job.user_metadata.is_(None))
-    cursor = _find_cursor(session, Job, scope, after)
+    cursor = _find_cursor(session, Job, after, Job.project_id == scope.project_id)
     return page(session, statement, Job, after=cursor, limit=limit)
 
 
-def _find_cursor(session: Session, table: Any, scope: Scope, after: str | None) -> Any:
+def _find_cursor(session: Session, table: Any, after: str | None, is_listed: ColumnElement[bool]) -> Any:
+    """Return the row that ended the page before; one that was deleted since still marks its place."""
     if after is None:
         return None
-    row = find_owned(session, table, scope.project_id, after)
+    row = session.scalar(select(table).where(table.id == after, is_listed))
     if row is None:
-        raise InvalidValueError(f"after: no such object: {after[:64]}", param="after")
+        raise InvalidValueError(
+            f"after: {after[:64]!r} is not in this list; send the id that ended the page before.",
+            param="after",
+        )
     return row
 
 
@@ -275,7 +279,7 @@ def list_events(
     """
     job = get(session, scope, job_id)
     statement: Select[Any] = select(JobEvent).where(JobEvent.job_id == job.id)
-    cursor = _find_cursor(session, JobEvent, scope, after)
+    cursor = _find_cursor(session, JobEvent, after, JobEvent.job_id == job.id)
     if cursor is not None:
         statement = statement.where(JobEvent.seq < cursor.seq)
     rows = session.scalars(statement.order_by(JobEvent.seq.desc()).limit(limit + 1)).all()
@@ -307,7 +311,7 @@ def list_checkpoints(
         .join(Model, Model.id == Checkpoint.model_id)
         .where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None))
     )
-    cursor = _find_cursor(session, Checkpoint, scope, after)
+    cursor = _find_cursor(session, Checkpoint, after, Checkpoint.job_id == job.id)
     if cursor is not None:
         statement = statement.where(Checkpoint.step_number < cursor.step_number)
     rows = session.execute(statement.order_by(Checkpoint.step_number.desc()).limit(limit + 1)).all()
@@ -336,7 +340,8 @@ def cancel(session: Session, scope: Scope, job_id: str) -> Job:
         raise InvalidTransitionError(
             f"Job {job.id} has already ended with status {job.status}, so it can't be cancelled."
         ) from error
-    leases.end_attempt_of(session, job, "cancelled")
+    if job.lease_owner is not None:
+        attempts.end(session, job.id, job.lease_epoch, "cancelled")
     job.status = JobStatus.CANCELLED.value
     job.finished_at = func.now()
     job.estimated_finish_at = None

@@ -13,11 +13,10 @@ from sqlalchemy import func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from db.tables import Attempt, Job, Worker
+from db.tables import Job, Worker
 from luthier.core.errors import LuthierError, WorkerCrashedError
-from luthier.core.ids import new_id
 from luthier.core.states import TERMINAL_STATUSES, JobStatus
-from services import events
+from services import attempts, events
 from services.events import NewEvent
 
 
@@ -27,8 +26,14 @@ class LeaseLostError(LuthierError):
     code = "lease_lost"
 
 
-# Outcome of an attempt that was asked to stop and has not ended yet.
-_STOPPING = "stopping"
+# What a job waits as when its attempt ends before it does: one that is being paused is paused.
+WAITS_AS = {
+    JobStatus.VALIDATING_FILES: JobStatus.VALIDATING_FILES,
+    JobStatus.RUNNING: JobStatus.QUEUED,
+    JobStatus.PAUSING: JobStatus.PAUSED,
+    # Resumed while its attempt was stopping: queued already, and still held.
+    JobStatus.QUEUED: JobStatus.QUEUED,
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def list_waiting(session: Session, *, limit: int) -> Sequence[str]:
         select(Job.id)
         .where(
             or_(
-                Job.status == JobStatus.QUEUED,
+                (Job.status == JobStatus.QUEUED) & Job.lease_owner.is_(None),
                 (Job.status == JobStatus.VALIDATING_FILES)
                 & or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()),
             )
@@ -86,6 +91,8 @@ def claim_for_preparing(session: Session, job_id: str, worker_id: str, lease_sec
     )
     if job is None:
         return None
+    if job.lease_owner is not None:
+        attempts.end(session, job.id, job.lease_epoch, "crashed")
     return _take(session, job, worker_id, lease_seconds)
 
 
@@ -115,7 +122,8 @@ def claim_for_training(
         .select_from(Job)
         .where(
             Job.lease_owner == worker_id,
-            Job.status.in_([JobStatus.RUNNING, JobStatus.PAUSING]),
+            # A queued one with a lease was resumed while its attempt was stopping.
+            Job.status.in_([JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.QUEUED]),
             Job.lease_expires_at > func.now(),
         )
     )
@@ -123,7 +131,7 @@ def claim_for_training(
         return None
     job = session.scalar(
         select(Job)
-        .where(Job.status == JobStatus.QUEUED, Job.deleted_at.is_(None))
+        .where(Job.status == JobStatus.QUEUED, Job.lease_owner.is_(None), Job.deleted_at.is_(None))
         .order_by(Job.created_at)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -144,21 +152,12 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
     job.lease_owner = worker_id
     job.lease_epoch += 1
     job.lease_expires_at = func.now() + timedelta(seconds=lease_seconds)
-    session.add(
-        Attempt(
-            id=new_id("attempt"),
-            organization_id=job.organization_id,
-            project_id=job.project_id,
-            job_id=job.id,
-            lease_epoch=job.lease_epoch,
-            worker_id=worker_id,
-        )
-    )
     session.flush()
+    attempts.begin(session, job, worker_id)
     return Lease(job.id, job.lease_epoch, worker_id)
 
 
-def renew(session: Session, lease: Lease, lease_seconds: float) -> None:
+def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
     """Keep a lease.
 
     Args:
@@ -166,13 +165,16 @@ def renew(session: Session, lease: Lease, lease_seconds: float) -> None:
         lease: the claim.
         lease_seconds: how long the claim holds from now on.
 
+    Returns:
+        The job's status, by which its attempt learns that it is to be paused.
+
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
     """
-    update_job(session, lease, lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
+    return update_job(session, lease, lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
 
 
-def update_job(session: Session, lease: Lease, **values: Any) -> None:
+def update_job(session: Session, lease: Lease, **values: Any) -> JobStatus:
     """Write columns of a job under the fence.
 
     Args:
@@ -180,10 +182,13 @@ def update_job(session: Session, lease: Lease, **values: Any) -> None:
         lease: the claim.
         **values: columns of the job.
 
+    Returns:
+        The job's status after it.
+
     Raises:
         LeaseLostError: when the job is not this attempt's any more; nothing is written.
     """
-    written = session.execute(
+    status = session.scalar(
         update(Job)
         .where(
             Job.id == lease.job_id,
@@ -192,11 +197,39 @@ def update_job(session: Session, lease: Lease, **values: Any) -> None:
             Job.status.not_in(TERMINAL_STATUSES),
         )
         .values(**values)
-        .returning(Job.id)
+        .returning(Job.status)
         .execution_options(synchronize_session=False)
-    ).one_or_none()
-    if written is None:
-        raise LeaseLostError(f"Attempt {lease.epoch} no longer holds {lease.job_id}.")
+    )
+    if status is None:
+        raise _lost(lease)
+    return JobStatus(status)
+
+
+def _lost(lease: Lease) -> LeaseLostError:
+    return LeaseLostError(f"Attempt {lease.epoch} no longer holds {lease.job_id}.")
+
+
+def hold(session: Session, lease: Lease) -> Job:
+    """Return an attempt's job, as it is now and locked until the transaction ends.
+
+    Args:
+        session: the session.
+        lease: the claim.
+
+    Returns:
+        The row.
+
+    Raises:
+        LeaseLostError: when the job is not this attempt's any more.
+    """
+    job = session.scalar(
+        select(Job).where(Job.id == lease.job_id).with_for_update().execution_options(populate_existing=True)
+    )
+    if job is None or (job.lease_epoch, job.lease_owner) != (lease.epoch, lease.worker_id):
+        raise _lost(lease)
+    if job.status in TERMINAL_STATUSES:
+        raise _lost(lease)
+    return job
 
 
 def leave(
@@ -222,11 +255,35 @@ def leave(
         LeaseLostError: when the job is not this attempt's any more; nothing is written.
     """
     if status.is_terminal:
-        values |= {"finished_at": func.now(), "estimated_finish_at": None}
-    update_job(session, lease, status=status, lease_owner=None, lease_expires_at=None, **values)
-    _end_attempt(session, lease.job_id, lease.epoch, outcome)
+        values |= {"finished_at": func.now()}
+        if hold(session, lease).status == JobStatus.QUEUED:
+            # Resumed while this attempt was stopping, which has come to the end after all.
+            update_job(session, lease, status=JobStatus.RUNNING)
+    values |= {"lease_owner": None, "lease_expires_at": None, "estimated_finish_at": None}
+    update_job(session, lease, status=status, **values)
+    attempts.end(session, lease.job_id, lease.epoch, outcome)
     if event is not None:
         events.append(session, lease.job_id, [event])
+
+
+def wait_again(session: Session, lease: Lease, *, outcome: str, event: NewEvent) -> JobStatus:
+    """End an attempt before its job's end: the job waits for another, or is paused if that was asked for.
+
+    Args:
+        session: the session.
+        lease: the claim.
+        outcome: a word for the attempt's row.
+        event: what users are told.
+
+    Returns:
+        What the job is now.
+
+    Raises:
+        LeaseLostError: when the job is not this attempt's any more; nothing is written.
+    """
+    status = WAITS_AS[JobStatus(hold(session, lease).status)]
+    leave(session, lease, status, outcome=outcome, event=event)
+    return status
 
 
 def fail(session: Session, lease: Lease, error: LuthierError) -> None:
@@ -265,70 +322,31 @@ def retry_or_fail(session: Session, lease: Lease, error: LuthierError, *, max_at
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
     """
-    job = session.scalar(
-        select(Job).where(Job.id == lease.job_id).with_for_update().execution_options(populate_existing=True)
-    )
-    if job is None or job.lease_epoch != lease.epoch or job.status in TERMINAL_STATUSES:
-        raise LeaseLostError(f"Attempt {lease.epoch} no longer holds {lease.job_id}.")
-    return _crashed(session, job, error, max_attempts)
+    return _crashed(session, hold(session, lease), error, max_attempts)
 
 
 def _crashed(session: Session, job: Job, error: LuthierError, max_attempts: int) -> JobStatus:
-    outcome = session.scalar(
-        select(Attempt.outcome).where(Attempt.job_id == job.id, Attempt.lease_epoch == job.lease_epoch)
-    )
-    if outcome != _STOPPING:
+    # What was asked to stop, by its worker or by a pause, and did not get to it is nobody's crash.
+    is_stopping = attempts.is_stopping(session, job) or job.status in (JobStatus.PAUSING, JobStatus.QUEUED)
+    if not is_stopping:
         job.num_crashes += 1
-    _end_attempt(session, job.id, job.lease_epoch, "crashed" if outcome != _STOPPING else "stopped")
-    job.lease_owner = None
-    job.lease_expires_at = None
-    if job.num_crashes >= max_attempts:
+    attempts.end(session, job.id, job.lease_epoch, "stopped" if is_stopping else "crashed")
+    job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
+    if not is_stopping and job.num_crashes >= max_attempts:
         message = (
             f"{error.message} This was attempt {job.num_crashes} of {max_attempts}, so the job has failed."
         )
         job.status = JobStatus.FAILED.value
         job.finished_at = func.now()
-        job.estimated_finish_at = None
         job.error = {"code": error.code, "message": message, "param": error.param}
         told = NewEvent(message, level="error", data={"code": error.code})
     else:
-        goes_on = {JobStatus.RUNNING: JobStatus.QUEUED, JobStatus.PAUSING: JobStatus.PAUSED}
-        status = JobStatus(job.status)
-        job.status = goes_on.get(status, status).value
-        told = NewEvent(f"{error.message} The job goes on from its last save point.", level="warn", data={})
+        job.status = WAITS_AS[JobStatus(job.status)].value
+        goes_on = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"
+        told = NewEvent(f"{error.message} The job {goes_on} its last save point.", level="warn", data={})
     session.flush()
     events.append(session, job.id, [told])
     return JobStatus(job.status)
-
-
-def note_start(session: Session, lease: Lease, step: int) -> None:
-    """Note the step from which an attempt goes on."""
-    _update_attempt(session, lease.job_id, lease.epoch, start_step=step)
-
-
-def note_stopping(session: Session, lease: Lease) -> None:
-    """Note that an attempt was asked to stop: if it does not end in time, that is nobody's crash."""
-    _update_attempt(session, lease.job_id, lease.epoch, outcome=_STOPPING)
-
-
-def end_attempt_of(session: Session, job: Job, outcome: str) -> None:
-    """End the attempt that holds a job, if one does: for a job that is ended from outside."""
-    if job.lease_owner is not None:
-        _end_attempt(session, job.id, job.lease_epoch, outcome)
-
-
-def _end_attempt(session: Session, job_id: str, epoch: int, outcome: str) -> None:
-    step = select(Job.step).where(Job.id == job_id).scalar_subquery()
-    _update_attempt(session, job_id, epoch, ended_at=func.now(), outcome=outcome, end_step=step)
-
-
-def _update_attempt(session: Session, job_id: str, epoch: int, **values: Any) -> None:
-    session.execute(
-        update(Attempt)
-        .where(Attempt.job_id == job_id, Attempt.lease_epoch == epoch)
-        .values(**values)
-        .execution_options(synchronize_session=False)
-    )
 
 
 def sweep(session: Session, *, max_attempts: int, limit: int = 100) -> Sequence[str]:
@@ -345,7 +363,7 @@ def sweep(session: Session, *, max_attempts: int, limit: int = 100) -> Sequence[
     lost = session.scalars(
         select(Job)
         .where(
-            Job.status.in_([JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.VALIDATING_FILES]),
+            Job.status.in_(list(WAITS_AS)),
             Job.lease_expires_at < func.now(),
         )
         .order_by(Job.lease_expires_at)

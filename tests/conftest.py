@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,9 +109,9 @@ def postgres() -> Iterator[Server]:
             os.environ["STATE_DIRECTORY"] = before
 
 
-@pytest.fixture
-def database(postgres: Server) -> Iterator[Database]:
-    """A fresh, migrated database."""
+@contextmanager
+def fresh_database(postgres: Server) -> Iterator[Database]:
+    """Hold a fresh, migrated database."""
     name = f"t{time.monotonic_ns()}"
     postgres.execute(f"CREATE DATABASE {name} TEMPLATE template_luthier")
     opened = Database(postgres.url(name), pool_size=24)
@@ -119,6 +120,13 @@ def database(postgres: Server) -> Iterator[Database]:
     finally:
         opened.close()
         postgres.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database(postgres: Server) -> Iterator[Database]:
+    """A fresh, migrated database."""
+    with fresh_database(postgres) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +140,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(database: Database, tiny_base: Path, tmp_path: Path) -> Settings:
     """Settings over the fresh database, with a catalogue whose only base is the tiny one."""
+    return make_settings(database, tiny_base, tmp_path)
+
+
+def make_settings(database: Database, tiny_base: Path, tmp_path: Path) -> Settings:
+    """Return settings over a database, with a catalogue whose only base is the tiny one."""
     models_file = tmp_path / "models.toml"
     models_file.write_text(
         f'[bases.{TINY_BASE}]\nsource = "path:{tiny_base / TINY_BASE}"\nlicence = "Apache-2.0"\n'
@@ -175,6 +188,13 @@ class Api:
 @pytest.fixture
 def api(settings: Settings, database: Database) -> Iterator[Api]:
     """The API over HTTP with real PostgreSQL and storage; the inference server is a fake, bells are noted."""
+    with serve_api(settings, database) as served:
+        yield served
+
+
+@contextmanager
+def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
+    """Serve the API over HTTP with real PostgreSQL and storage; the inference server is a fake."""
     with database.transaction() as session:
         ensure_first_rows(session, settings)
     bells: list[str] = []

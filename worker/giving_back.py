@@ -3,7 +3,6 @@
 import structlog
 
 from luthier.core.errors import LuthierError, UnavailableError
-from luthier.core.states import JobStatus
 from services import leases
 from services.events import NewEvent
 from services.leases import Lease, LeaseLostError
@@ -12,19 +11,18 @@ from worker.context import WorkerContext
 _log = structlog.get_logger()
 
 
-def give_back(context: WorkerContext, lease: Lease, status: JobStatus, error: LuthierError) -> None:
-    """Let a job wait for a better time.
+def give_back(context: WorkerContext, lease: Lease, error: LuthierError) -> None:
+    """Let a job wait for a better time; one that was asked to pause is paused.
 
     Args:
         context: the worker's parts.
         lease: the claim.
-        status: what the job waits as.
         error: what is away; users are told.
     """
     told = NewEvent(f"The job waits: {error.message}", level="warn", data={})
     try:
         with context.database.transaction() as session:
-            leases.leave(session, lease, status, outcome="unavailable", event=told)
+            leases.wait_again(session, lease, outcome="unavailable", event=told)
     except UnavailableError:
         # The database itself is away: the lease runs out, and whoever reaches it then goes on.
         _log.warning("not given back, the database is away", job_id=lease.job_id)

@@ -1,4 +1,6 @@
-"""Keeping a lease while work goes on: renewed from a thread of its own, whatever the work waits for."""
+"""Keeping a lease while work goes on: renewed from a thread of its own, whatever the work waits for. Each
+renewal also tells whether the job was cancelled or is to be paused.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,7 +9,7 @@ from contextlib import contextmanager
 import structlog
 
 from luthier.core.errors import UnavailableError
-from services import leases
+from services import leases, pausing
 from services.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
 
@@ -15,7 +17,7 @@ _log = structlog.get_logger()
 
 
 class LeaseKeeper:
-    """Renews one lease and notices when it is lost: cancelled, taken, ended.
+    """Renews one lease and notices when it is lost (cancelled, taken, ended), and when a pause is asked for.
 
     Args:
         context: the worker's parts.
@@ -27,7 +29,9 @@ class LeaseKeeper:
         self._lease = lease
         self._is_lost = threading.Event()
         self._is_done = threading.Event()
+        self._is_pause_asked = threading.Event()
         self.on_lost: Callable[[], None] = lambda: None
+        self.on_pause: Callable[[], None] = lambda: None
 
     def check(self) -> None:
         """Go on only while the lease holds.
@@ -38,6 +42,11 @@ class LeaseKeeper:
         if self._is_lost.is_set():
             raise LeaseLostError(f"Attempt {self._lease.epoch} no longer holds {self._lease.job_id}.")
 
+    @property
+    def is_pause_asked(self) -> bool:
+        """Whether the attempt is to stop at its next step, since its job was paused."""
+        return self._is_pause_asked.is_set()
+
     def run(self) -> None:
         """Renew until the work is done or the lease is lost."""
         settings = self._context.settings
@@ -45,7 +54,10 @@ class LeaseKeeper:
         while not self._is_done.wait(pause_seconds):
             try:
                 with self._context.database.transaction() as session:
-                    leases.renew(session, self._lease, settings.lease_seconds)
+                    status = leases.renew(session, self._lease, settings.lease_seconds)
+                if status in pausing.STOPS_ATTEMPT and not self.is_pause_asked:
+                    self._is_pause_asked.set()
+                    self.on_pause()
             except UnavailableError as error:
                 # The work goes on while the database is away; the lease's own end decides whose job it is.
                 _log.warning("lease not renewed", job_id=self._lease.job_id, reason=error.message)

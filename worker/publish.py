@@ -71,12 +71,21 @@ class Publisher:
     # Keys that the job's row names: their bytes are dropped by nobody but the row's own trimming.
     _kept_save_points: set[str] = field(default_factory=set, init=False)
 
-    def save_point(self, event: SavePointEvent) -> None:
-        """Keep a save point where another worker finds it, and drop the ones before the last two."""
+    def save_point(self, event: SavePointEvent, *, is_needed: bool = False) -> None:
+        """Keep a save point where another worker finds it, and drop the ones before the last two.
+
+        Args:
+            event: names it.
+            is_needed: whether the job stops at it: then storage that is away is waited for.
+        """
         key = f"{self.prefix}/save_points/step-{event.step:06d}"
-        try:
+
+        def keep() -> list[str]:
             self.storage.put_folder(self.run_dir / event.path, key)
-            dropped = self.outbox.write_once(partial(self._record_save_point, key=key, step=event.step))
+            return self.outbox.write_once(partial(self._record_save_point, key=key, step=event.step))
+
+        try:
+            dropped = self.outbox.patiently(keep) if is_needed else keep()
         except UnavailableError as error:
             told = f"The save point at step {event.step} was not kept: {error.message}"
             self.outbox.tell(told, level="warn")

@@ -6,7 +6,6 @@ from datetime import timedelta
 from enum import StrEnum
 
 from sqlalchemy import func
-from sqlalchemy.orm import Session
 
 from luthier.core import errors
 from luthier.core.errors import JobError, WorkerCrashedError
@@ -24,8 +23,7 @@ from luthier.core.events import (
 )
 from luthier.core.reports import Evaluation
 from luthier.core.states import JobStatus
-from services import leases, reports
-from services.events import NewEvent
+from services import attempts, leases, pausing, reports
 from services.leases import Lease
 from worker.child import TrainingChild
 from worker.context import WorkerContext
@@ -44,6 +42,7 @@ class Ending(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     GIVEN_BACK = "given_back"
+    PAUSED = "paused"
     CRASHED = "crashed"
 
 
@@ -87,7 +86,8 @@ class TrainingRun:
     _step: int = field(default=0, init=False)
     _total_steps: int = field(default=0, init=False)
     _ending: Ending | None = field(default=None, init=False)
-    _stop_asked_at: float | None = field(default=None, init=False)
+    _is_stop_asked: bool = field(default=False, init=False)
+    _worker_stops_at: float | None = field(default=None, init=False)
     _failure: JobError | None = field(default=None, init=False)
 
     def supervise(self, child: TrainingChild) -> Ending:
@@ -120,13 +120,18 @@ class TrainingRun:
         return self._end_without_a_word(exit_code)
 
     def _pass_on_stop(self, child: TrainingChild, now: float) -> None:
-        if not self.context.stopping.is_set():
-            return
-        if self._stop_asked_at is None:
-            self._stop_asked_at = now
+        is_worker_stopping = self.context.stopping.is_set()
+        if not self._is_stop_asked and (is_worker_stopping or self.keeper.is_pause_asked):
+            self._is_stop_asked = True
             child.ask_to_stop()
-            self.outbox.write(lambda session: leases.note_stopping(session, self.lease))
-        elif now - self._stop_asked_at > _MAX_STOP_SECONDS:
+            job_id, epoch = self.lease.job_id, self.lease.epoch
+            self.outbox.write(lambda session: attempts.note_stopping(session, job_id, epoch))
+        if not is_worker_stopping:
+            # A pause may take as long as a step and its save point do.
+            return
+        if self._worker_stops_at is None:
+            self._worker_stops_at = now + _MAX_STOP_SECONDS
+        elif now > self._worker_stops_at:
             child.kill()
 
     def _take(self, event: TrainingEvent) -> None:
@@ -138,15 +143,14 @@ class TrainingRun:
             case StepEvent():
                 self._stepped(event)
             case SavePointEvent():
-                self.publisher.save_point(event)
+                self.publisher.save_point(event, is_needed=self.keeper.is_pause_asked)
             case CheckpointEvent():
                 self.publisher.checkpoint(event, total_steps=self._total_steps)
             case FinishedEvent():
                 self.publisher.result(event)
                 self._ending = Ending.SUCCEEDED
             case StoppedEvent():
-                told = f"The worker is stopping; the job waits for another at step {event.step}"
-                self._ending = self._give_back(told)
+                self._ending = self._end_stopped()
             case MessageEvent():
                 self.outbox.tell(event.message, level=event.level)
             case FailedEvent():
@@ -157,7 +161,8 @@ class TrainingRun:
 
     def _started(self, event: StartedEvent) -> None:
         self._step, self._total_steps = event.start_step, event.total_steps
-        self.outbox.write(lambda session: leases.note_start(session, self.lease, event.start_step))
+        job_id, epoch = self.lease.job_id, self.lease.epoch
+        self.outbox.write(lambda session: attempts.note_start(session, job_id, epoch, event.start_step))
         self.outbox.note(total_steps=event.total_steps, step=event.start_step)
         if event.start_step > 0:
             message = f"Going on from the save point at step {event.start_step} of {event.total_steps}"
@@ -184,19 +189,15 @@ class TrainingRun:
         finish = func.now() + timedelta(seconds=event.seconds_left)
         self.outbox.note(step=event.step, estimated_finish_at=finish)
 
-    def _give_back(self, told: str) -> Ending:
-        def write(session: Session) -> None:
-            event = NewEvent(told, data={})
-            leases.leave(session, self.lease, JobStatus.QUEUED, outcome="given_back", event=event)
-
-        self.outbox.write(write)
-        return Ending.GIVEN_BACK
+    def _end_stopped(self) -> Ending:
+        status = self.outbox.write(lambda session: pausing.end_stopped(session, self.lease))
+        return Ending.PAUSED if status is JobStatus.PAUSED else Ending.GIVEN_BACK
 
     def _end_without_a_word(self, exit_code: int) -> Ending:
         self.outbox.flush()
-        if self._stop_asked_at is not None:
+        if self._is_stop_asked or self.keeper.is_pause_asked:
             # It was asked to stop before its first step, or ran out of time to: nobody's crash.
-            return self._give_back("The worker is stopping; the job waits for another")
+            return self._end_stopped()
         how = f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
         error = self._failure or WorkerCrashedError(
             f"The training process ended {how} after step {self._step}."

@@ -1,21 +1,22 @@
 """Fine-tuning jobs: create, read, cancel, events, checkpoints, report."""
 
-import hashlib
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import PartsDep, ScopeApartDep, ScopeDep, SessionDep
 from api.estimating import estimate_apart
 from api.event_stream import event_stream_response, read_job
+from api.repeats import SentDep, act_on_job
 from api.schemas.estimates import JobEstimate, estimate_object
 from api.schemas.jobs import CreateJobBody, checkpoint_object, event_object, job_object
 from api.schemas.pages import list_object
 from api.schemas.reports import JobReport, report_object
 from luthier.core.errors import InvalidValueError
-from services import idempotency, jobs
+from services import idempotency, jobs, pausing
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine_tuning"])
 
@@ -23,47 +24,17 @@ _CREATE_ROUTE = "POST /v1/fine_tuning/jobs"
 Limit = Annotated[int, Query(ge=0, le=1000)]
 
 
-async def _body_sha256(request: Request) -> str:
-    return hashlib.sha256(await request.body()).hexdigest()
-
-
-def _num_retries(request: Request) -> int:
-    count = request.headers.get("x-stainless-retry-count", "0")
-    return int(count) if count.isdecimal() and len(count) <= 4 else 0
-
-
-def _idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= 255:
-        raise InvalidValueError("Idempotency-Key: use 1 to 255 characters.", param="Idempotency-Key")
-    return key
-
-
 @router.post("")
 def create_job(
-    body: CreateJobBody,
-    request: Request,
-    body_sha256: Annotated[str, Depends(_body_sha256)],
-    session: SessionDep,
-    scope: ScopeDep,
-    parts: PartsDep,
+    body: CreateJobBody, sent: SentDep, session: SessionDep, scope: ScopeDep, parts: PartsDep
 ) -> dict[str, Any]:
     """Create a job; the same create sent again, because its answer was lost, makes no second one."""
-    key = _idempotency_key(request)
-    earlier = idempotency.find_earlier(
-        session,
-        scope,
-        route=_CREATE_ROUTE,
-        key=key,
-        body_sha256=body_sha256,
-        num_retries=_num_retries(request),
-    )
+    sending = sent.to(_CREATE_ROUTE)
+    earlier = idempotency.find_earlier(session, scope, sending)
     if earlier is not None:
         return job_object(jobs.get(session, scope, earlier))
     job = jobs.create(session, scope, parts.catalogue, parts.ring, body.to_new_job())
-    idempotency.remember(
-        session, scope, route=_CREATE_ROUTE, key=key, body_sha256=body_sha256, resource_id=job.id
-    )
+    idempotency.remember(session, scope, sending, resource_id=job.id)
     return job_object(job)
 
 
@@ -76,11 +47,14 @@ async def estimate_job(body: CreateJobBody, parts: PartsDep, scope: ScopeApartDe
 
 def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
     """Read `metadata[k]=v` (all must match) and `metadata=null` (jobs without any) from the query."""
-    pairs = {
-        name[len("metadata[") : -1]: value
+    named = [
+        (name[len("metadata[") : -1], value)
         for name, value in request.query_params.multi_items()
         if name.startswith("metadata[") and name.endswith("]")
-    }
+    ]
+    pairs = dict(named)
+    if len(pairs) < len(named):
+        raise InvalidValueError("metadata: a key is given twice; send each once.", param="metadata")
     plain = request.query_params.get("metadata")
     if plain is not None and (plain != "null" or pairs):
         raise InvalidValueError(
@@ -108,9 +82,28 @@ def retrieve_job(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) 
 
 
 @router.post("/{fine_tuning_job_id}/cancel")
-def cancel_job(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def cancel_job(
+    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep
+) -> dict[str, Any]:
     """Cancel a job that has not ended; published checkpoints stay callable."""
-    return job_object(jobs.cancel(session, scope, fine_tuning_job_id))
+    act = partial(jobs.cancel, session, scope, fine_tuning_job_id)
+    return job_object(act_on_job(session, scope, sent, "cancel", fine_tuning_job_id, act))
+
+
+@router.post("/{fine_tuning_job_id}/pause")
+def pause_job(fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Pause a job that is queued or running; its slot is given back, and nothing of it is lost."""
+    act = partial(pausing.pause, session, scope, fine_tuning_job_id)
+    return job_object(act_on_job(session, scope, sent, "pause", fine_tuning_job_id, act))
+
+
+@router.post("/{fine_tuning_job_id}/resume")
+def resume_job(
+    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep, parts: PartsDep
+) -> dict[str, Any]:
+    """Let a paused job go on from its newest save point."""
+    act = partial(pausing.resume, session, scope, parts.ring, fine_tuning_job_id)
+    return job_object(act_on_job(session, scope, sent, "resume", fine_tuning_job_id, act))
 
 
 @router.get("/{fine_tuning_job_id}/checkpoints")

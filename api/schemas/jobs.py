@@ -4,8 +4,9 @@ import secrets
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from api.schemas.ignored import JOB_FIELDS, without_ignored
 from db.tables import Checkpoint, Job, JobEvent
 from luthier.core.errors import InvalidValueError, UnsupportedValueError
 from luthier.core.specs import Auto, DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
@@ -76,6 +77,17 @@ class CreateJobBody(_Body):
     integrations: list[dict[str, Any]] | None = None
     tuning: dict[str, Any] | None = None
     training: TrainingOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_ignored(cls, body: Any) -> Any:
+        return without_ignored(body, JOB_FIELDS)
+
+    @field_validator("tuning", "training", mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        """An explicit null means unset inside of these, too, whatever their defaults are."""
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
     @field_validator("suffix")
     @classmethod

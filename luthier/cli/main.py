@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 keys_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 bases_app = typer.Typer(help="List and fetch base models.", no_args_is_help=True)
 jobs_app = typer.Typer(
-    help="List, follow, cancel, estimate and report on fine-tuning jobs.", no_args_is_help=True
+    help="List, follow, pause, resume, cancel, estimate and report on fine-tuning jobs.", no_args_is_help=True
 )
 models_app = typer.Typer(help="List and download models.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
@@ -208,10 +208,39 @@ def cancel_job(
     as_json: Json = False,
 ) -> None:
     """Cancel a job that has not ended; checkpoints it has published stay callable."""
+    with _open_client(base_url, api_key, home) as client:
+        _print_status(client.cancel_job(job_id), as_json=as_json)
+
+
+@jobs_app.command("pause")
+def pause_job(
+    job_id: Annotated[str, typer.Argument(metavar="ID")],
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Pause a job that is queued or running; it keeps its work and gives its place to others."""
+    with _open_client(base_url, api_key, home) as client:
+        _print_status(client.pause_job(job_id), as_json=as_json)
+
+
+@jobs_app.command("resume")
+def resume_job(
+    job_id: Annotated[str, typer.Argument(metavar="ID")],
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Let a paused job go on from where it stopped."""
+    with _open_client(base_url, api_key, home) as client:
+        _print_status(client.resume_job(job_id), as_json=as_json)
+
+
+def _print_status(job: dict[str, Any], *, as_json: bool) -> None:
     from luthier.cli.output import print_json
 
-    with _open_client(base_url, api_key, home) as client:
-        job = client.cancel_job(job_id)
     if as_json:
         print_json(job)
         return

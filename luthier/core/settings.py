@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(5.0, gt=0, description="Seconds between heartbeats of a running job.")
     sweep_seconds: float = Field(5.0, gt=0, description="Seconds between a worker's looks into Postgres.")
     control_seconds: float = Field(
-        1.0, gt=0, description="Seconds between looks at whether a running job was cancelled."
+        1.0, gt=0, description="Seconds between looks at whether a running job was cancelled or paused."
     )
     warm_spare_seconds: float = Field(
         600.0,

@@ -47,6 +47,9 @@ class Hyperparameters(Frozen):
 class TrainingOptions(Frozen):
     """The optional `training` object of a job request; every default is a working one."""
 
+    # JSON as it is stored knows no infinity.
+    model_config = ConfigDict(allow_inf_nan=False)
+
     max_length: int | None = Field(
         None, ge=16, description="Longest row in tokens; the base's context length when unset."
     )

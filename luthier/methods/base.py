@@ -28,7 +28,7 @@ class MethodParams(BaseModel):
     Every number that a subclass declares also takes "auto".
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     type: str
 

@@ -85,7 +85,7 @@ def prepare(context: WorkerContext, job_id: str) -> None:
     except LeaseLostError:
         _log.info("prepared for nothing, the job is no longer ours", job_id=job_id)
     except UnavailableError as error:
-        give_back(context, claimed.lease, JobStatus.VALIDATING_FILES, error)
+        give_back(context, claimed.lease, error)
 
 
 def _load(context: WorkerContext, job_id: str) -> _Claimed | None:

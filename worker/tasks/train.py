@@ -23,7 +23,6 @@ from luthier.core.errors import (
     UnavailableError,
 )
 from luthier.core.specs import RunInputs, TrainingSpec
-from luthier.core.states import JobStatus
 from services import leases, models, reports
 from services.leases import Lease, LeaseLostError
 from worker.child import start_child
@@ -84,12 +83,12 @@ def train_next(context: WorkerContext) -> bool:
     except LeaseLostError:
         log.info("the job is no longer ours")
     except UnavailableError as error:
-        give_back(context, claimed.lease, JobStatus.QUEUED, error)
+        give_back(context, claimed.lease, error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         full = StorageFullError("The worker's disk is full; the operator must make room.")
-        give_back(context, claimed.lease, JobStatus.QUEUED, full)
+        give_back(context, claimed.lease, full)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -127,6 +126,7 @@ def _run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseK
     with start_child(run_dir, claimed.spec.num_threads, context.spare) as child:
         # Bytes may be on their way into storage when a job is cancelled: its process ends all the same.
         keeper.on_lost = child.kill_group
+        keeper.on_pause = child.ask_to_stop
         return make_run(context, claimed, run_dir, keeper).supervise(child)
 
 

@@ -136,3 +136,19 @@ def test_doctor_names_a_setting_out_of_range(runner: CliRunner, monkeypatch: pyt
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "LUTHIER_TRAINING_SLOTS" in result.output
+
+
+@pytest.mark.parametrize(
+    ("verb", "status"), [("pause", "pausing"), ("resume", "queued"), ("cancel", "cancelled")]
+)
+def test_a_jobs_verbs_are_posted_without_a_body_and_say_what_became_of_it(
+    verb: str, status: str, runner: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = _serve(monkeypatch, {"id": "ftjob-1", "status": status})
+    assert runner.invoke(app, ["jobs", verb, "ftjob-1"]).output == f"ftjob-1 is {status}.\n"
+    (request,) = requests
+    assert (request.method, request.url.path, request.content) == (
+        "POST",
+        f"/v1/fine_tuning/jobs/ftjob-1/{verb}",
+        b"",
+    )

@@ -1,0 +1,58 @@
+"""Attempts: one row per claim of a job, from which step it went on, and how it ended."""
+
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from db.tables import Attempt, Job
+from luthier.core.ids import new_id
+
+# Outcome of an attempt that was asked to stop and has not ended yet.
+STOPPING = "stopping"
+
+
+def begin(session: Session, job: Job, worker_id: str) -> None:
+    """Note that a worker has claimed a job, under the epoch that the job's row has now."""
+    session.add(
+        Attempt(
+            id=new_id("attempt"),
+            organization_id=job.organization_id,
+            project_id=job.project_id,
+            job_id=job.id,
+            lease_epoch=job.lease_epoch,
+            worker_id=worker_id,
+        )
+    )
+    session.flush()
+
+
+def note_start(session: Session, job_id: str, epoch: int, step: int) -> None:
+    """Note the step from which an attempt goes on."""
+    _update(session, job_id, epoch, start_step=step)
+
+
+def note_stopping(session: Session, job_id: str, epoch: int) -> None:
+    """Note that an attempt was asked to stop: if it does not end in time, that is nobody's crash."""
+    _update(session, job_id, epoch, outcome=STOPPING)
+
+
+def is_stopping(session: Session, job: Job) -> bool:
+    """Whether the job's newest attempt was asked to stop."""
+    outcome = select(Attempt.outcome).where(Attempt.job_id == job.id, Attempt.lease_epoch == job.lease_epoch)
+    return session.scalar(outcome) == STOPPING
+
+
+def end(session: Session, job_id: str, epoch: int, outcome: str) -> None:
+    """End an attempt, at the step that its job has reached."""
+    step = select(Job.step).where(Job.id == job_id).scalar_subquery()
+    _update(session, job_id, epoch, ended_at=func.now(), outcome=outcome, end_step=step)
+
+
+def _update(session: Session, job_id: str, epoch: int, **values: Any) -> None:
+    session.execute(
+        update(Attempt)
+        .where(Attempt.job_id == job_id, Attempt.lease_epoch == epoch)
+        .values(**values)
+        .execution_options(synchronize_session=False)
+    )

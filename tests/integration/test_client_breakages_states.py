@@ -1,0 +1,175 @@
+"""What real clients break on if a job, in any of its statuses, or an id is not as they know it.
+
+The numbers are those of test_client_breakages.py.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+
+from luthier.core.errors import NonFiniteLossError
+from luthier.core.states import JobStatus
+from services import leases
+from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
+from tests.integration.training_script import Script, ScriptedChild
+from tests.integration.wire import ask, create_job
+from tests.rows import colour_rows, jsonl
+from worker.app import sweep
+from worker.context import WorkerContext, make_context
+from worker.keeper import kept_lease
+from worker.tasks.prepare import prepare
+from worker.tasks.train import claim, make_run
+
+
+@pytest.fixture(scope="module")
+def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with fresh_database(postgres) as database:
+        settings = make_settings(database, tiny_base, tmp_path_factory.mktemp("breakages"))
+        # An operator's name for a base, such as people take from a hub.
+        path = settings.models_file
+        path.write_text(path.read_text() + '"org/model:tag" = "tiny-llama"\n')
+        with serve_api(settings, database) as served:
+            yield served
+
+
+@pytest.fixture(scope="module")
+def context(api: Api) -> WorkerContext:
+    made = make_context(api.parts.settings)
+    made.ring = api.bells.append
+    sweep(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(api: Api) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def file_id(client: openai.OpenAI) -> str:
+    return client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune").id
+
+
+@pytest.fixture(scope="module")
+def jobs_by_status(
+    api: Api, context: WorkerContext, file_id: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """A job in each status, as the wire shows it; the training process is scripted."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def keep(job_id: str) -> None:
+        job = ask(api, "GET", f"/fine_tuning/jobs/{job_id}").json()
+        found[job["status"]] = job
+
+    keep(create_job(api, file_id)["id"])
+    job_id = create_job(api, file_id)["id"]
+    ask(api, "POST", f"/fine_tuning/jobs/{job_id}/cancel")
+    keep(job_id)
+    for _ in range(2):  # one that succeeds, one that fails
+        job_id = create_job(api, file_id)["id"]
+        prepare(context, job_id)
+        if "queued" not in found:
+            keep(job_id)
+            ask(api, "POST", f"/fine_tuning/jobs/{job_id}/pause")
+            keep(job_id)
+            ask(api, "POST", f"/fine_tuning/jobs/{job_id}/resume")
+        claimed = claim(context)
+        assert claimed is not None
+        if "running" not in found:
+            keep(job_id)
+            folder = tmp_path_factory.mktemp("run")
+            script = Script(job_id, claimed.spec, folder, steps_an_epoch=1, num_epochs=3)
+            script.start().epoch(1, 5.0).epoch(2, 4.0).epoch(3, 3.0).finish(3)
+            with kept_lease(context, claimed.lease) as keeper:
+                make_run(context, claimed, folder, keeper).supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
+            keep(job_id)
+        else:
+            ask(api, "POST", f"/fine_tuning/jobs/{job_id}/pause")
+            keep(job_id)
+            with context.database.transaction() as session:
+                leases.fail(session, claimed.lease, NonFiniteLossError("Loss of step 1 is not finite."))
+            keep(job_id)
+    assert set(found) == {status.value for status in JobStatus}
+    return found
+
+
+def test_18_auto_is_echoed_and_later_replaced_by_numbers(jobs_by_status: dict[str, dict[str, Any]]) -> None:
+    early = jobs_by_status["validating_files"]["hyperparameters"]
+    assert set(early.values()) == {"auto"}
+    for status in ("queued", "running", "succeeded"):
+        job = jobs_by_status[status]
+        for numbers in (job["hyperparameters"], job["method"]["supervised"]["hyperparameters"]):
+            assert type(numbers["n_epochs"]) is int
+            assert type(numbers["batch_size"]) is int
+            assert type(numbers["learning_rate_multiplier"]) in (int, float)
+
+
+@pytest.mark.parametrize("status", [status.value for status in JobStatus])
+def test_19_to_23_a_job_in_every_status_has_the_types_that_typed_clients_read(
+    status: str, jobs_by_status: dict[str, dict[str, Any]]
+) -> None:
+    job = jobs_by_status[status]
+    assert (job["object"], job["status"]) == ("fine_tuning.job", status)
+    assert isinstance(job["result_files"], list)
+    assert isinstance(job["organization_id"], str)
+    assert type(job["seed"]) is int
+    assert isinstance(job["hyperparameters"], dict)
+    # 20: `{}` would be an error to some; 21: many take a name for the end.
+    assert (job["error"] is not None) == (status == "failed")
+    if job["error"] is not None:
+        assert set(job["error"]) == {"code", "message", "param"}
+    assert (job["fine_tuned_model"] is not None) == (status == "succeeded")
+    assert (job["trained_tokens"] is not None) == (status == "succeeded")
+    assert len(job["result_files"]) == (status == "succeeded")
+    # 23: whole seconds, and a finish for every end.
+    assert type(job["created_at"]) is int
+    assert (type(job["finished_at"]) is int) == JobStatus(status).is_terminal
+    assert job["estimated_finish"] is None or type(job["estimated_finish"]) is int
+
+
+def test_22_statuses_are_those_of_the_sdks_types_but_for_a_pause(
+    jobs_by_status: dict[str, dict[str, Any]],
+) -> None:
+    known = set(FineTuningJob.model_fields["status"].annotation.__args__)  # type: ignore[union-attr]
+    assert set(jobs_by_status) - known == {"pausing", "paused"}
+
+
+def test_24_ids_with_colons_and_slashes_are_one_segment_however_encoded(
+    api: Api, client: openai.OpenAI, jobs_by_status: dict[str, dict[str, Any]]
+) -> None:
+    name = jobs_by_status["succeeded"]["fine_tuned_model"]
+    assert "::" in name
+    earlier = f"/fine_tuning/jobs/{jobs_by_status['succeeded']['id']}/checkpoints"
+    checkpoint = ask(api, "GET", earlier).json()["data"][-1]["fine_tuned_model_checkpoint"]
+    assert ":ckpt-step-" in checkpoint
+    for model in (name, checkpoint):
+        for path in (model, model.replace(":", "%3A"), model.replace(":", "%3a")):
+            assert ask(api, "GET", f"/models/{path}").json()["id"] == model
+            assert ask(api, "GET", f"/models/{path}/files").json()["data"]
+    for path in ("org%2Fmodel:tag", "org%2fmodel%3Atag"):
+        assert ask(api, "GET", f"/models/{path}").json()["id"] == "org/model:tag"
+    assert client.models.retrieve("org/model:tag").id == "org/model:tag"
+    for path in ("/models/a%2Fb", "/fine_tuning/jobs/a%2Fb", "/fine_tuning/jobs/a%3Ab/events"):
+        error = ask(api, "GET", path).json()["error"]
+        assert error["code"] in {"not_found", "model_not_found"}, path
+    assert "a/b" in ask(api, "GET", "/fine_tuning/jobs/a%2Fb").json()["error"]["message"]
+    # An id can't be used to climb to another route.
+    assert ask(api, "GET", "/fine_tuning/jobs%2Fftjob-1").json()["error"]["code"] == "unknown_url"
+
+
+def test_43_checkpoints_leave_out_what_was_not_measured_and_the_last_bears_the_models_name(
+    api: Api, jobs_by_status: dict[str, dict[str, Any]]
+) -> None:
+    job = jobs_by_status["succeeded"]
+    found = ask(api, "GET", f"/fine_tuning/jobs/{job['id']}/checkpoints").json()["data"]
+    assert [checkpoint["step_number"] for checkpoint in found] == [3, 2, 1]
+    assert found[0]["fine_tuned_model_checkpoint"] == job["fine_tuned_model"]
+    for checkpoint in found:
+        assert checkpoint["metrics"]["step"] == checkpoint["step_number"]
+        assert "valid_loss" not in checkpoint["metrics"]
+        assert all(math.isfinite(value) for value in checkpoint["metrics"].values())

@@ -1,0 +1,214 @@
+"""Pages of jobs, events and checkpoints: by keyset, each row once whatever is inserted meanwhile."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import text
+
+from db.tables import Checkpoint, Job, JobEvent
+from luthier.core.ids import new_id
+from services import events, jobs
+from services.events import NewEvent
+from services.scope import Scope
+from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
+from tests.rows import colour_rows, jsonl
+
+NUM_ROWS = 11
+
+
+@pytest.fixture(scope="module")
+def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with fresh_database(postgres) as database:
+        settings = make_settings(database, tiny_base, tmp_path_factory.mktemp("pages"))
+        with serve_api(settings, database) as served:
+            yield served
+
+
+@pytest.fixture
+def job_ids(api: Api) -> list[str]:
+    """Eleven jobs, newest first, of which many were made in the same microsecond."""
+    form = {"purpose": (None, "fine-tune"), "file": ("rows.jsonl", jsonl(colour_rows()))}
+    file = httpx2.post(f"{api.base_url}/v1/files", headers=api.headers, files=form).json()["id"]
+    body = {"model": "tiny-llama", "training_file": file}
+    url = f"{api.base_url}/v1/fine_tuning/jobs"
+    first = httpx2.post(url, headers=api.headers, json=body).json()["id"]
+    with api.parts.database.transaction() as session:
+        for table in ("checkpoints", "models", "job_events"):
+            session.execute(text(f"DELETE FROM {table} WHERE job_id <> :id"), {"id": first})
+        session.execute(text("DELETE FROM jobs WHERE id <> :id"), {"id": first})
+    for _ in range(NUM_ROWS - 1):
+        _copy_job(api, first)
+    with api.parts.database.transaction() as session:
+        rows = session.query(Job.id).order_by(Job.created_at.desc(), Job.id.desc())
+        return [row[0] for row in rows]
+
+
+def _copy_job(api: Api, job_id: str) -> None:
+    """Make another job, of the same moment as the first."""
+    columns = [column.name for column in Job.__table__.columns]
+    values = [":fresh" if name == "id" else name for name in columns]
+    with api.parts.database.transaction() as session:
+        statement = (
+            f"INSERT INTO jobs ({', '.join(columns)}) SELECT {', '.join(values)} FROM jobs WHERE id = :id"
+        )
+        session.execute(text(statement), {"fresh": new_id("job"), "id": job_id})
+
+
+def _pages(api: Api, path: str, limit: int, between: Callable[[], object]) -> list[dict[str, Any]]:
+    """Read a list to its end, and do something after every page."""
+    found: list[dict[str, Any]] = []
+    after: dict[str, str] = {}
+    while True:
+        url = f"{api.base_url}/v1/fine_tuning/jobs{path}"
+        page = httpx2.get(url, headers=api.headers, params={"limit": str(limit)} | after).json()
+        assert page["object"] == "list"
+        assert len(page["data"]) <= limit
+        found += page["data"]
+        if not page["has_more"]:
+            return found
+        after = {"after": page["data"][-1]["id"]}
+        between()
+        assert len(found) < 100, "the pages go round in circles"
+
+
+def test_jobs_are_paged_whole_though_new_ones_come_meanwhile(api: Api, job_ids: list[str]) -> None:
+    for limit in (1, 3, NUM_ROWS - 1, NUM_ROWS, NUM_ROWS + 1):
+        with api.parts.database.transaction() as session:
+            expected = [
+                row[0] for row in session.query(Job.id).order_by(Job.created_at.desc(), Job.id.desc())
+            ]
+
+        def insert() -> None:
+            url = f"{api.base_url}/v1/fine_tuning/jobs"
+            file = httpx2.get(url, headers=api.headers).json()["data"][0]["training_file"]
+            body = {"model": "tiny-llama", "training_file": file}
+            assert httpx2.post(url, headers=api.headers, json=body).status_code == 200
+
+        assert [job["id"] for job in _pages(api, "", limit, insert)] == expected
+
+
+def test_events_of_one_second_are_paged_whole_though_new_ones_come_meanwhile(
+    api: Api, job_ids: list[str]
+) -> None:
+    def tell(number: int = 1) -> None:
+        with api.parts.database.transaction() as session:
+            events.append(session, job_ids[0], [NewEvent(f"news {n}", data={}) for n in range(number)])
+
+    tell(NUM_ROWS)
+    for limit in (1, 4, NUM_ROWS):
+        with api.parts.database.transaction() as session:
+            rows = session.query(JobEvent).filter_by(job_id=job_ids[0]).order_by(JobEvent.seq.desc())
+            expected = [row.id for row in rows]
+        found = _pages(api, f"/{job_ids[0]}/events", limit, tell)
+        assert [event["id"] for event in found] == expected
+        assert len({event["created_at"] for event in found}) < len(found)
+
+
+def test_checkpoints_are_paged_whole_though_new_ones_come_and_old_ones_are_retired(
+    api: Api, job_ids: list[str]
+) -> None:
+    with api.parts.database.transaction() as session:
+        for step in range(1, 8):
+            _add_checkpoint(session, job_ids[0], step)
+    next_step, num_retired = 100, 0
+
+    def publish_and_retire() -> None:
+        nonlocal next_step, num_retired
+        next_step, num_retired = next_step + 1, num_retired + 1
+        with api.parts.database.transaction() as session:
+            _add_checkpoint(session, job_ids[0], next_step)
+            # Also the one that ended the page before.
+            session.query(Checkpoint).filter(Checkpoint.step_number == 8 - 2 * num_retired).update(
+                {"deleted_at": text("now()")}
+            )
+
+    found = _pages(api, f"/{job_ids[0]}/checkpoints", 2, publish_and_retire)
+    steps = [checkpoint["step_number"] for checkpoint in found]
+    assert steps == sorted(steps, reverse=True)
+    assert steps == [7, 6, 5, 4, 3, 2, 1]
+
+
+def _add_checkpoint(session: Any, job_id: str, step: int) -> None:
+    from luthier.core.specs import BaseFacts, TrainingSpec
+    from services import models
+
+    job = session.get_one(Job, job_id)
+    base = BaseFacts(
+        id=job.base_id,
+        source="path:x",
+        licence="x",
+        digest="sha256:0",
+        tokenizer_digest="sha256:0",
+        context_length=256,
+        num_parameters=1,
+        num_layers=1,
+        hidden_size=1,
+    )
+    spec = TrainingSpec.model_validate(job.spec).model_copy(update={"base": base})
+    models.register(
+        session,
+        job,
+        spec,
+        name=f"ft:{job_id}:ckpt-step-{step}",
+        kind="checkpoint",
+        step=step,
+        artifact_key=f"k{step}",
+        artifact_digest="sha256:1",
+        metrics={"step": step},
+    )
+
+
+def test_a_limit_of_nothing_is_an_empty_page_and_a_cursor_of_another_list_is_refused(
+    api: Api, job_ids: list[str]
+) -> None:
+    with api.parts.database.transaction() as session:
+        events.append(session, job_ids[0], [NewEvent("news", data={})])
+        events.append(session, job_ids[1], [NewEvent("news", data={})])
+        others = session.query(JobEvent.id).filter_by(job_id=job_ids[1]).limit(1).scalar()
+    for path, is_filled in (
+        ("", True),
+        (f"/{job_ids[0]}/events", True),
+        (f"/{job_ids[2]}/checkpoints", False),
+    ):
+        url = f"{api.base_url}/v1/fine_tuning/jobs{path}"
+        page = httpx2.get(url, headers=api.headers, params={"limit": "0"}).json()
+        assert (page["data"], page["has_more"]) == ([], is_filled)
+        for after in ("nothing", "", others, "file-1"):
+            answer = httpx2.get(url, headers=api.headers, params={"after": after})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (400, "after", "invalid_value")
+        for limit in ("-1", "1001", "many"):
+            answer = httpx2.get(url, headers=api.headers, params={"limit": limit})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limit")
+
+
+def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[str]) -> None:
+    """Not by the clock, which tells little of so few rows: by what PostgreSQL says it will do."""
+    with api.parts.database.transaction() as session:
+        job = session.get_one(Job, job_ids[5])
+        scope = Scope(job.organization_id, "personal", job.project_id, None)
+        seen: list[tuple[str, Any]] = []
+        execute = session.scalars
+
+        def explain(statement: Any) -> Any:
+            compiled = statement.compile(session.get_bind())
+            plan = session.connection().exec_driver_sql(f"EXPLAIN {compiled.string}", compiled.params)
+            seen.append(("plan", "\n".join(row[0] for row in plan)))
+            return execute(statement)
+
+        session.execute(text("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off"))
+        session.execute(text("SET LOCAL enable_sort = off"))
+        session.scalars = explain  # type: ignore[method-assign, assignment]
+        for is_plain in (False, True):
+            rows, _ = jobs.list_(
+                session, scope, after=job.id, limit=3, metadata=None, has_no_metadata=is_plain
+            )
+            assert [row.id for row in rows] == job_ids[6:9]
+    for (_, plan), index in zip(seen, ("ix_jobs_page", "ix_jobs_page_plain"), strict=True):
+        (condition,) = [line for line in plan.splitlines() if "Index Cond" in line]
+        assert index in plan
+        assert "ROW(created_at, id) < ROW(" in condition, plan
+        assert "Filter" not in plan, plan
