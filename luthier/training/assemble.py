@@ -1,5 +1,6 @@
 """From a run directory to a loop that is ready: base, method, optimizer, and the state of a save point."""
 
+import gc
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from luthier.training.job import Job
 from luthier.training.loop import Loop
 from luthier.training.memory import max_part_tokens
 from luthier.training.optimizer import build_optimizer
+from luthier.training.parent import check_parent, ground_folder, prove_start, take_parents_weights
 from luthier.training.progress import Progress
 from luthier.training.publish import Publisher
 from luthier.training.report import Ledger
@@ -54,9 +56,14 @@ def assemble(
         started_at: when the run began, on the monotonic clock.
 
     Returns:
-        The loop; and the base's scores where the method does not start as the base and no step is done.
+        The loop; and, while no step is done, the scores of what training starts from where the method does
+        not start as that.
+
+    Raises:
+        UnsuitableParentError: when the job can't go on from what its run directory has.
     """
     spec, inputs = job.spec, job.origin.inputs
+    check_parent(job)
     save_points = SavePoints(job.folder / "save_points", job.fingerprint)
     found = save_points.find(lambda text: writer.say(text, "warn"))
     progress = Progress() if found is None else found.progress
@@ -65,19 +72,32 @@ def assemble(
     )
     ledger = Ledger(progress, machine.device)
     tokenizer = Tokenizer.load(Path(inputs.base_path))
-    causal_lm = load_base(Path(inputs.base_path), dtype=machine.dtype, device=machine.device)
+    method, params = parse_tuning(spec.tuning)
+    base, ground = Path(inputs.base_path), ground_folder(job, method)
+    has_base_to_score = spec.parent is not None and progress.step == 0
+    causal_lm = load_base(base if has_base_to_score else ground, dtype=machine.dtype, device=machine.device)
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
-    method, params = parse_tuning(spec.tuning)
     examiner = _examiner(job, machine, tokenizer, pad_id, stop, room=_room(job, params))
     ledger.add_seconds("load", time.monotonic() - started_at)
-    base_evaluation = None
-    if progress.step == 0 and not method.starts_as_base:
+    start_evaluation = None
+    if has_base_to_score:
         with ledger.phase("evaluate"):
-            base_evaluation = _examine_base(causal_lm, examiner, machine, samples[0])
+            ledger.base_evaluation = _examine_untuned(causal_lm, examiner, machine, samples[0])
+        if ground != base:
+            # One model in memory at a time.
+            del causal_lm
+            gc.collect()
+            with ledger.phase("load"):
+                causal_lm = load_base(ground, dtype=machine.dtype, device=machine.device)
+    if progress.step == 0 and not method.starts_as_base and not spec.takes_parents_weights:
+        with ledger.phase("evaluate"):
+            start_evaluation = _examine_untuned(causal_lm, examiner, machine, samples[0])
     attach_began = time.monotonic()
     attached = method.attach(causal_lm, params, _start(job, tokenizer))
+    take_parents_weights(job, method, attached)
     trainee = Trainee(method, attached, machine.device, samples[0])
+    prove_start(job, trainee)
     optimizer = build_optimizer(
         trainee.parameters,
         learning_rate=job.peak_learning_rate,
@@ -127,15 +147,17 @@ def assemble(
         ledger=ledger,
         log=log,
     )
-    return loop, base_evaluation
+    return loop, start_evaluation
 
 
 def _start(job: Job, tokenizer: Tokenizer) -> Start:
     """Return what a method's first values may depend on."""
+    foundation = job.spec.foundation
     num_examples = min(job.rows.num_rows, _NUM_EXAMPLES)
     return Start(
         seed=job.spec.seed,
-        base_id=job.spec.base_id,
+        # Laid on the base itself an artifact would be wrong, and nobody would notice.
+        base_id=job.spec.base_id if foundation is None else foundation.name,
         tokenize=tokenizer.encode,
         examples=[job.rows.row(index)[0].tolist() for index in range(num_examples)],
     )
@@ -176,12 +198,12 @@ def _examiner(
     )
 
 
-def _examine_base(
+def _examine_untuned(
     causal_lm: "PreTrainedModel", examiner: Examiner, machine: Machine, sample: Batch
 ) -> Evaluation:
-    """Score the base before a method that changes it at once lies on it."""
+    """Score a model before a method that changes it at once lies on it."""
     untuned = Trainee(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), machine.device, sample)
-    return examiner.examine(untuned, step=0, epoch=0.0, base_general_loss=None)
+    return examiner.examine(untuned, step=0, epoch=0.0, loss_before=None)
 
 
 def _samples(job: Job, pad_id: int) -> list[Batch]:

@@ -74,16 +74,14 @@ class Examiner:
     pad_id: int
     should_stop: Callable[[], bool]
 
-    def examine(
-        self, trainee: Trainee, *, step: int, epoch: float, base_general_loss: float | None
-    ) -> Evaluation:
+    def examine(self, trainee: Trainee, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
         """Score a model and let it answer the sample prompts.
 
         Args:
             trainee: the model; in evaluation mode meanwhile.
-            step: steps done; 0 for the base.
+            step: steps done; 0 for the base, or whatever else training starts from.
             epoch: epochs done.
-            base_general_loss: the base's loss on the general text; None when this is the base.
+            loss_before: the loss on the general text at step 0; None when this is that step.
 
         Returns:
             The evaluation.
@@ -107,7 +105,7 @@ class Examiner:
             valid_loss=None if valid is None else valid.loss,
             valid_mean_token_accuracy=None if valid is None else valid.accuracy,
             general_loss=general,
-            forgetting=None if base_general_loss is None else general - base_general_loss,
+            forgetting=None if loss_before is None else general - loss_before,
             answers=answers,
         )
 

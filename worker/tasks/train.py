@@ -24,13 +24,15 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.core.states import JobStatus
-from services import leases, models, reports
+from services import leases, models, parents, reports
 from services.leases import Lease, LeaseLostError
+from services.parents import StoredArtifact
 from worker.child import start_child
 from worker.context import WorkerContext
 from worker.giving_back import give_back
 from worker.keeper import LeaseKeeper, kept_lease
 from worker.outbox import Outbox
+from worker.parents import fetch_parents
 from worker.publish import Publisher
 from worker.run import Ending, TrainingRun
 from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
@@ -49,6 +51,7 @@ class Claimed:
     prepared_key: str
     save_points: list[dict[str, object]]
     tokenize_seconds: float
+    parents: dict[str, StoredArtifact]
 
     @property
     def prefix(self) -> str:
@@ -109,14 +112,16 @@ def claim(context: WorkerContext) -> Claimed | None:
         lease, job = taken
         organization = session.get_one(Organization, job.organization_id)
         assert job.prepared_key is not None, "a queued job has been prepared"
+        spec = TrainingSpec.model_validate(job.spec)
         return Claimed(
             lease=lease,
             project_id=job.project_id,
-            spec=TrainingSpec.model_validate(job.spec),
+            spec=spec,
             model_name=models.make_name(job.base_id, organization.slug, job.suffix),
             prepared_key=job.prepared_key,
             save_points=list(job.save_points),
             tokenize_seconds=reports.get_tokenize_seconds(job),
+            parents=parents.list_artifacts(session, spec),
         )
 
 
@@ -147,7 +152,7 @@ def make_run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: Le
 
 
 def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path) -> None:
-    """Lay out what the training process reads: spec, inputs, rows, and the newest whole save point."""
+    """Lay out what the training process reads: spec, inputs, parents, rows, the newest whole save point."""
     base = claimed.spec.base
     assert base is not None, "a queued job has a resolved spec"
     entry = context.catalogue.bases.get(base.id)
@@ -165,6 +170,7 @@ def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path)
         model_name=claimed.model_name,
         base_path=str(base_folder(context.settings.bases_dir.absolute(), base.id)),
         device=context.settings.device,
+        **fetch_parents(context.storage, claimed.parents, run_dir),
     )
     (run_dir / "spec.json").write_text(claimed.spec.model_dump_json())
     (run_dir / "inputs.json").write_text(inputs.model_dump_json())
