@@ -5,6 +5,7 @@ marks, and all the files of a fetched base. Its answers mean nothing; its shapes
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from luthier.bases.catalogue import FACTS_NAME
-from luthier.core.specs import BaseFacts, Hyperparameters, RunInputs, TrainingOptions, TrainingSpec
+from luthier.core.specs import (
+    BaseFacts,
+    Hyperparameters,
+    RunInputs,
+    TrainingOptions,
+    TrainingSpec,
+    TunedModel,
+)
 from luthier.data.prepared import PreparedRows, join_rows, write_prepared
 from luthier.methods import check_tuning, resolve_spec
 from luthier.storage.manifests import seal_folder
@@ -181,6 +189,25 @@ def build_tiny_rows(num_rows: int, *, seed: int = 0) -> PreparedRows:
     return join_rows(tokens, supervised, list(range(1, num_rows + 1)))
 
 
+@dataclass(frozen=True)
+class Parent:
+    """A tuned model that a run builds on, and where its artifact lies."""
+
+    folder: Path
+    method: str
+    digest: str
+
+    @property
+    def model(self) -> TunedModel:
+        """As a spec names it."""
+        return TunedModel(
+            model_id="model_parent",
+            name=f"ft:tiny-llama:org:{self.method}:ABCDEFGH",
+            method=self.method,
+            digest=self.digest,
+        )
+
+
 def build_tiny_run(
     folder: Path,
     base: Path,
@@ -190,6 +217,8 @@ def build_tiny_run(
     tuning: dict[str, Any] | None = None,
     hyperparameters: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    parent: Parent | None = None,
+    foundation: Parent | None = None,
 ) -> Path:
     """Write a run directory that `python -m luthier.training` accepts: float32, one thread, on a CPU.
 
@@ -201,6 +230,8 @@ def build_tiny_run(
         tuning: the request's `tuning` object.
         hyperparameters: OpenAI's three knobs.
         training: the request's `training` object.
+        parent: the tuned model that the job goes on from.
+        foundation: the whole model that the job's artifact lies on.
 
     Returns:
         `folder`.
@@ -217,11 +248,18 @@ def build_tiny_run(
         hyperparameters=Hyperparameters(**(hyperparameters or {})),
         training=TrainingOptions(**{"precision": "float32", **(training or {})}),
         seed=11,
+        parent=None if parent is None else parent.model,
+        foundation=None if foundation is None else foundation.model,
     )
     spec = resolve_spec(spec, base=facts, num_rows=num_rows, num_tokens=rows.num_tokens, num_threads=1)
     (folder / "spec.json").write_text(spec.model_dump_json())
     inputs = RunInputs(
-        job_id="ftjob-tiny", model_name="ft:tiny-llama:org::abcdefgh", base_path=str(base), device="cpu"
+        job_id="ftjob-tiny",
+        model_name="ft:tiny-llama:org::abcdefgh",
+        base_path=str(base),
+        device="cpu",
+        parent_path=None if parent is None else str(parent.folder),
+        foundation_path=None if foundation is None else str(foundation.folder),
     )
     (folder / "inputs.json").write_text(inputs.model_dump_json())
     return folder
