@@ -1,19 +1,21 @@
 """Fetching the tuned models that a job builds on into its run directory, verified."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from luthier.core.errors import UnsuitableParentError
+from luthier.core.errors import ArtifactCorruptError, UnsuitableParentError
+from luthier.core.specs import TrainingSpec
 from luthier.storage.store import Storage
+from services import parents
 from services.parents import StoredArtifact
+from worker.context import WorkerContext
 
 
-def fetch_parents(storage: Storage, artifacts: Mapping[str, StoredArtifact], run_dir: Path) -> dict[str, str]:
+def fetch_parents(context: WorkerContext, spec: TrainingSpec, run_dir: Path) -> dict[str, str]:
     """Copy what a job goes on from, and what that lies on, beside its rows.
 
     Args:
-        storage: where artifacts are published.
-        artifacts: `parent` and maybe `foundation`, as `services.parents.list_artifacts` returns them.
+        context: the worker's parts.
+        spec: the job's.
         run_dir: the run directory.
 
     Returns:
@@ -23,9 +25,28 @@ def fetch_parents(storage: Storage, artifacts: Mapping[str, StoredArtifact], run
         ArtifactCorruptError: when stored bytes are missing or damaged.
         UnsuitableParentError: when a model's bytes are no longer those that the job was made with.
     """
+    if spec.parent is None:
+        return {}
+    stored = _look_up(context, spec)
+    try:
+        return _fetch(context.storage, stored, run_dir)
+    except ArtifactCorruptError:
+        # A checkpoint that became its job's model meanwhile has moved.
+        moved = _look_up(context, spec)
+        if moved == stored:
+            raise
+    return _fetch(context.storage, moved, run_dir)
+
+
+def _look_up(context: WorkerContext, spec: TrainingSpec) -> dict[str, StoredArtifact]:
+    with context.database.transaction() as session:
+        return parents.list_artifacts(session, spec)
+
+
+def _fetch(storage: Storage, stored: dict[str, StoredArtifact], run_dir: Path) -> dict[str, str]:
     paths: dict[str, str] = {}
     fetched: dict[str, str] = {}
-    for member, artifact in artifacts.items():
+    for member, artifact in stored.items():
         if artifact.digest not in fetched:
             folder = run_dir / member
             digest = storage.fetch_folder(artifact.key, folder).digest

@@ -24,9 +24,8 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.core.states import JobStatus
-from services import leases, models, parents, reports
+from services import leases, models, reports
 from services.leases import Lease, LeaseLostError
-from services.parents import StoredArtifact
 from worker.child import start_child
 from worker.context import WorkerContext
 from worker.giving_back import give_back
@@ -51,7 +50,6 @@ class Claimed:
     prepared_key: str
     save_points: list[dict[str, object]]
     tokenize_seconds: float
-    parents: dict[str, StoredArtifact]
 
     @property
     def prefix(self) -> str:
@@ -112,16 +110,14 @@ def claim(context: WorkerContext) -> Claimed | None:
         lease, job = taken
         organization = session.get_one(Organization, job.organization_id)
         assert job.prepared_key is not None, "a queued job has been prepared"
-        spec = TrainingSpec.model_validate(job.spec)
         return Claimed(
             lease=lease,
             project_id=job.project_id,
-            spec=spec,
+            spec=TrainingSpec.model_validate(job.spec),
             model_name=models.make_name(job.base_id, organization.slug, job.suffix),
             prepared_key=job.prepared_key,
             save_points=list(job.save_points),
             tokenize_seconds=reports.get_tokenize_seconds(job),
-            parents=parents.list_artifacts(session, spec),
         )
 
 
@@ -170,7 +166,7 @@ def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path)
         model_name=claimed.model_name,
         base_path=str(base_folder(context.settings.bases_dir.absolute(), base.id)),
         device=context.settings.device,
-        **fetch_parents(context.storage, claimed.parents, run_dir),
+        **fetch_parents(context, claimed.spec, run_dir),
     )
     (run_dir / "spec.json").write_text(claimed.spec.model_dump_json())
     (run_dir / "inputs.json").write_text(inputs.model_dump_json())
