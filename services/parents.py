@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import exists, or_, select
+from sqlalchemy import ColumnElement, exists, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from db.tables import Base, Job, Model
@@ -163,7 +163,7 @@ def _named(names: Sequence[str]) -> str:
     return f"{shown} {'has' if len(names) == 1 else 'have'}"
 
 
-def is_needed() -> Any:
+def is_needed() -> ColumnElement[bool]:
     """Return the condition, over rows of `Model`, that `check_unneeded` refuses."""
     heir = aliased(Model)
     unfinished = exists().where(Job.parent_model_id == Model.id, Job.status.not_in(TERMINAL_STATUSES))
