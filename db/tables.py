@@ -144,6 +144,10 @@ class Job(Owned, Table):
     status: Mapped[str]
     model: Mapped[str]
     base_id: Mapped[str]
+    # The tuned model that the job goes on from. The two tables name each other, so this key is added last.
+    parent_model_id: Mapped[str | None] = mapped_column(
+        ForeignKey("models.id", name="fk_jobs_parent_model_id", use_alter=True), index=True
+    )
     spec: Mapped[dict[str, Any]]
     training_file_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
@@ -207,7 +211,11 @@ class JobEvent(Owned, Table):
 
 
 class Model(Owned, Table):
-    """A name that can be called: a base and an artifact. `kind` is `tuned` or `checkpoint`."""
+    """A name that can be called: a base and an artifact. `kind` is `tuned` or `checkpoint`.
+
+    `parent_model_id` is the model whose job it went on from; `foundation_model_id` the whole model that its
+    artifact lies on in place of the base's own weights.
+    """
 
     __tablename__ = "models"
     __table_args__ = (
@@ -219,7 +227,8 @@ class Model(Owned, Table):
     kind: Mapped[str]
     base_id: Mapped[str]
     base_digest: Mapped[str]
-    parent_model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
+    parent_model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"), index=True)
+    foundation_model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"), index=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     method: Mapped[str]
     step: Mapped[int]

@@ -167,6 +167,8 @@ def _price(
         num_prompts=len(spec.training.sample_prompts),
         longest=int(lengths.max()),
         save_every_steps=spec.training.save_every_steps,
+        num_first_scored=1 if spec.parent is None else 2,
+        num_read=2 if spec.parent is not None and (spec.foundation or pricing.is_whole_model) else 1,
     )
     return pricing.price(work)
 

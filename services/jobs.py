@@ -14,15 +14,13 @@ from luthier.core.errors import (
     InvalidFilePurposeError,
     InvalidTransitionError,
     InvalidValueError,
-    ModelNotAvailableError,
     NotFoundError,
     TooFewRowsError,
 )
 from luthier.core.ids import new_id
 from luthier.core.specs import DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus, check_transition
-from luthier.methods import check_tuning
-from services import attempts, events, files
+from services import attempts, events, files, parents
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
 from services.scope import Scope
@@ -32,7 +30,10 @@ MIN_TRAINING_ROWS = 10
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a client asks for, already of the right types; `tuning` is not yet checked by its method."""
+    """What a client asks for, already of the right types; `tuning` is not yet checked by its method.
+
+    A `tuning` without a type is LoRA, or that of the tuned model that the job goes on from.
+    """
 
     model: str
     training_file_id: str
@@ -40,7 +41,7 @@ class NewJob:
     validation_file_id: str | None = None
     suffix: str | None = None
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
-    tuning: dict[str, Any] = field(default_factory=lambda: {"type": "lora"})
+    tuning: dict[str, Any] = field(default_factory=dict)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     dpo: DpoOptions | None = None
     metadata: dict[str, str] | None = None
@@ -58,19 +59,6 @@ def _get_input_file(session: Session, scope: Scope, file_id: str, param: str) ->
             param=param,
         )
     return row
-
-
-def _resolve_base(session: Session, scope: Scope, catalogue: Catalogue, model: str) -> str:
-    tuned = session.scalar(
-        select(Model.id).where(
-            Model.name == model, Model.project_id == scope.project_id, Model.deleted_at.is_(None)
-        )
-    )
-    if tuned is not None:
-        raise ModelNotAvailableError(
-            "Going on from a tuned model is not offered yet; name the base it was tuned from.", param="model"
-        )
-    return catalogue.resolve(model).id
 
 
 def _check_validation_is_there(request: NewJob) -> None:
@@ -112,8 +100,7 @@ def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob)
         InvalidRequestError: when a file is unknown, has another purpose or too few rows, or when a
             parameter of the method is wrong; names the field.
     """
-    base_id = _resolve_base(session, scope, catalogue, request.model)
-    tuning = check_tuning(request.tuning)
+    origin = parents.find_origin(session, scope, catalogue, request.model, request.tuning)
     training_file = _get_input_file(session, scope, request.training_file_id, "training_file")
     if training_file.num_rows < MIN_TRAINING_ROWS:
         raise TooFewRowsError(
@@ -131,12 +118,14 @@ def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob)
             )
     _check_validation_is_there(request)
     spec = TrainingSpec(
-        base_id=base_id,
-        tuning=tuning,
+        base_id=origin.base_id,
+        tuning=origin.tuning,
         hyperparameters=request.hyperparameters,
         training=request.training,
         dpo=request.dpo,
         seed=request.seed,
+        parent=origin.parent,
+        foundation=origin.foundation,
     )
     return CheckedJob(spec, training_file, validation_file)
 
@@ -166,6 +155,7 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
         status=JobStatus.VALIDATING_FILES.value,
         model=request.model,
         base_id=checked.spec.base_id,
+        parent_model_id=None if checked.spec.parent is None else checked.spec.parent.model_id,
         spec=checked.spec.model_dump(mode="json"),
         training_file_id=training_file.id,
         validation_file_id=request.validation_file_id,

@@ -13,6 +13,7 @@ from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, Perm
 from luthier.core.ids import new_id, new_model_suffix
 from luthier.core.inference import ModelTarget
 from luthier.core.specs import BaseFacts, TrainingSpec
+from services import parents
 from services.scope import Scope
 
 
@@ -46,13 +47,12 @@ def make_name(base_id: str, organization_slug: str, suffix: str | None) -> str:
     return f"ft:{base_id}:{organization_slug}:{suffix or ''}:{new_model_suffix()}"
 
 
-def find(session: Session, scope: Scope, name: str) -> Model | None:
-    """Return the project's tuned model or checkpoint of that name, or None."""
-    return session.scalar(
-        select(Model).where(
-            Model.name == name, Model.project_id == scope.project_id, Model.deleted_at.is_(None)
-        )
+def find(session: Session, scope: Scope, name: str, *, for_update: bool = False) -> Model | None:
+    """Return the project's tuned model or checkpoint of that name, or None; locked when that is asked for."""
+    statement = select(Model).where(
+        Model.name == name, Model.project_id == scope.project_id, Model.deleted_at.is_(None)
     )
+    return session.scalar(statement.with_for_update() if for_update else statement)
 
 
 def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
@@ -81,12 +81,16 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
     """
     model = find(session, scope, name)
     if model is not None:
+        whole_id = model.foundation_model_id
+        foundation = None if whole_id is None else session.get_one(Model, whole_id)
         return ModelTarget(
             model=name,
             base_id=model.base_id,
             project_id=scope.project_id,
             artifact=model.artifact_key,
             digest=model.artifact_digest,
+            foundation=None if foundation is None else foundation.artifact_key,
+            foundation_digest=None if foundation is None else foundation.artifact_digest,
         )
     base = find_base(session, catalogue, name)
     if base is None:
@@ -163,6 +167,8 @@ def register(
         kind=kind,
         base_id=job.base_id,
         base_digest=spec.base.digest,
+        parent_model_id=None if spec.parent is None else spec.parent.model_id,
+        foundation_model_id=None if spec.foundation is None else spec.foundation.model_id,
         job_id=job.id,
         method=spec.tuning["type"],
         step=step,
@@ -191,7 +197,7 @@ def find_checkpoint(session: Session, job_id: str, step: int) -> tuple[Checkpoin
 
 
 def retire_checkpoints(session: Session, job_id: str, *, keep: int, spared_step: int | None) -> list[str]:
-    """Make all but the newest checkpoints of a job unknown.
+    """Make all but the newest checkpoints of a job unknown, but for those that others go on from.
 
     Args:
         session: the session.
@@ -208,9 +214,15 @@ def retire_checkpoints(session: Session, job_id: str, *, keep: int, spared_step:
         .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
         .order_by((Checkpoint.step_number == (spared_step or -1)).desc(), Checkpoint.step_number.desc())
         .offset(keep)
+        # A job may be about to start from one of them.
+        .with_for_update(of=Model)
     ).all()
+    ids = [model.id for _, model in rows]
+    needed = set(session.scalars(select(Model.id).where(Model.id.in_(ids), parents.is_needed())))
     prefixes = []
     for checkpoint, model in rows:
+        if model.id in needed:
+            continue
         checkpoint.deleted_at = func.now()
         model.deleted_at = func.now()
         prefixes.append(model.artifact_key)
@@ -233,12 +245,14 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
     Raises:
         ModelNotFoundError: when the project has no such model.
         PermissionDeniedError: when the name is a base's.
+        ModelInUseError: when others go on from it.
     """
-    model = find(session, scope, name)
+    model = find(session, scope, name, for_update=True)
     if model is None:
         if find_base(session, catalogue, name) is not None:
             raise PermissionDeniedError(f"{name} is a base model; bases can't be deleted.", param="model")
         raise unknown_model(name)
+    parents.check_unneeded(session, model)
     model.deleted_at = func.now()
     checkpoint = session.scalar(
         select(Checkpoint).where(Checkpoint.model_id == model.id, Checkpoint.deleted_at.is_(None))

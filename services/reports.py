@@ -53,7 +53,8 @@ def with_run(report: RunReport, tokenize_seconds: float) -> ColumnElement[Any]:
     """
     seconds = report.seconds.model_copy(update={"tokenize": report.seconds.tokenize + tokenize_seconds})
     run = report.model_copy(update={"seconds": seconds}).model_dump(mode="json")
-    for evaluation in run["evaluations"]:
+    base = run["base_evaluation"]
+    for evaluation in [*run["evaluations"], *([] if base is None else [base])]:
         for answer in evaluation["answers"]:
             # A model may say anything; Postgres stores no NUL.
             answer["answer"] = answer["answer"].replace("\x00", "\ufffd")

@@ -5,6 +5,7 @@ marks, and all the files of a fetched base. Its answers mean nothing; its shapes
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from luthier.core.specs import (
     RunInputs,
     TrainingOptions,
     TrainingSpec,
+    TunedModel,
 )
 from luthier.data.prepared import PreparedRows, join_rows, write_prepared
 from luthier.methods import check_tuning, resolve_spec
@@ -210,6 +212,25 @@ def build_tiny_pairs(num_pairs: int, *, seed: int = 0) -> PreparedRows:
     return join_rows(tokens, supervised, [line for pair in range(1, num_pairs + 1) for line in (pair, pair)])
 
 
+@dataclass(frozen=True)
+class Parent:
+    """A tuned model that a run builds on, and where its artifact lies."""
+
+    folder: Path
+    method: str
+    digest: str
+
+    @property
+    def model(self) -> TunedModel:
+        """As a spec names it."""
+        return TunedModel(
+            model_id="model_parent",
+            name=f"ft:tiny-llama:org:{self.method}:ABCDEFGH",
+            method=self.method,
+            digest=self.digest,
+        )
+
+
 def build_tiny_run(
     folder: Path,
     base: Path,
@@ -220,6 +241,8 @@ def build_tiny_run(
     hyperparameters: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     beta: float | None = None,
+    parent: Parent | None = None,
+    foundation: Parent | None = None,
 ) -> Path:
     """Write a run directory that `python -m luthier.training` accepts: float32, one thread, on a CPU.
 
@@ -232,6 +255,8 @@ def build_tiny_run(
         hyperparameters: OpenAI's three knobs.
         training: the request's `training` object.
         beta: the objective is dpo with this beta, and the rows are pairs.
+        parent: the tuned model that the job goes on from.
+        foundation: the whole model that the job's artifact lies on.
 
     Returns:
         `folder`.
@@ -250,11 +275,18 @@ def build_tiny_run(
         training=TrainingOptions(**{"precision": "float32", **(training or {})}),
         dpo=None if beta is None else DpoOptions(beta=beta),
         seed=11,
+        parent=None if parent is None else parent.model,
+        foundation=None if foundation is None else foundation.model,
     )
     spec = resolve_spec(spec, base=facts, num_rows=num_rows, num_tokens=rows.num_tokens, num_threads=1)
     (folder / "spec.json").write_text(spec.model_dump_json())
     inputs = RunInputs(
-        job_id="ftjob-tiny", model_name="ft:tiny-llama:org::abcdefgh", base_path=str(base), device="cpu"
+        job_id="ftjob-tiny",
+        model_name="ft:tiny-llama:org::abcdefgh",
+        base_path=str(base),
+        device="cpu",
+        parent_path=None if parent is None else str(parent.folder),
+        foundation_path=None if foundation is None else str(foundation.folder),
     )
     (folder / "inputs.json").write_text(inputs.model_dump_json())
     return folder

@@ -53,7 +53,7 @@ def _job_error(event: FailedEvent) -> JobError:
     return classes.get(event.code, JobError)(event.message, param=event.param)
 
 
-def _scores_told(evaluation: Evaluation) -> str | None:
+def _scores_told(evaluation: Evaluation, whose: str) -> str | None:
     """Return an evaluation as a sentence, or None when nothing was measured. Answers are no scores."""
     scores = {
         "validation loss": evaluation.valid_loss,
@@ -63,7 +63,18 @@ def _scores_told(evaluation: Evaluation) -> str | None:
     told = ", ".join(f"{name}={score:.2f}" for name, score in scores.items() if score is not None)
     if not told:
         return None
-    return f"Base model: {told}" if evaluation.step == 0 else f"Evaluation at step {evaluation.step}: {told}"
+    return f"{whose}: {told}"
+
+
+def _evaluations_told(event: EvaluatedEvent) -> list[tuple[str, str, Evaluation]]:
+    """Return the evaluations that an event brings: whose scores they are, their name in data, and they."""
+    evaluation, started_from = event.evaluation, event.report.started_from
+    if evaluation.step > 0:
+        return [(f"Evaluation at step {evaluation.step}", "evaluation", evaluation)]
+    base = event.report.base_evaluation
+    if started_from is None or base is None:
+        return [("Base model", "base", evaluation)]
+    return [("Base model", "base", base), (f"Start, {started_from.name}", "start", evaluation)]
 
 
 @dataclass
@@ -171,10 +182,11 @@ class TrainingRun:
     def _evaluated(self, event: EvaluatedEvent) -> None:
         """Keep the report, and tell the scores; what the model answers is in the report only."""
         self.outbox.note(report=reports.with_run(event.report, self.publisher.tokenize_seconds))
-        message = _scores_told(event.evaluation)
-        if message is not None:
-            scores = event.evaluation.model_dump(exclude={"answers"}, exclude_none=True)
-            self.outbox.tell(message, data={"base" if event.evaluation.step == 0 else "evaluation": scores})
+        for whose, name, evaluation in _evaluations_told(event):
+            message = _scores_told(evaluation, whose)
+            if message is not None:
+                scores = evaluation.model_dump(exclude={"answers"}, exclude_none=True)
+                self.outbox.tell(message, data={name: scores})
 
     def _stepped(self, event: StepEvent) -> None:
         self._step = event.step

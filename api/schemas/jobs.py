@@ -135,7 +135,7 @@ class CreateJobBody(_Body):
             suffix=self.suffix,
             seed=secrets.randbelow(_MAX_SEED) if self.seed is None else self.seed,
             hyperparameters=self._merged_hyperparameters(),
-            tuning=self.tuning or {"type": "lora"},
+            tuning=self.tuning or {},
             training=self.training or TrainingOptions(),
             dpo=self._dpo_options(),
             metadata=self.metadata,
@@ -173,7 +173,7 @@ def _seconds(moment: datetime | None) -> int | None:
 def job_object(job: Job) -> dict[str, Any]:
     """Return a job as clients see it.
 
-    `tuning` and `training` are ours; the rest is OpenAI's. "auto" stands where prepare has
+    `started_from`, `tuning` and `training` are ours; the rest is OpenAI's. "auto" stands where prepare has
     not yet put a number.
     """
     spec = TrainingSpec.model_validate(job.spec)
@@ -201,9 +201,15 @@ def job_object(job: Job) -> dict[str, Any]:
         "integrations": [],
         "metadata": job.user_metadata,
         "user_provided_suffix": job.suffix,
+        "started_from": _started_from(spec),
         "tuning": spec.tuning,
         "training": spec.training.model_dump(mode="json"),
     }
+
+
+def _started_from(spec: TrainingSpec) -> dict[str, str] | None:
+    """Return the tuned model that a job goes on from, None for one that starts from its base."""
+    return None if spec.parent is None else {"name": spec.parent.name, "digest": spec.parent.digest}
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:

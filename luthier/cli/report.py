@@ -28,6 +28,9 @@ def print_report(report: dict[str, Any]) -> None:
         f"{printable(run['method'])}: {run['num_trained_parameters']} of {run['num_base_parameters']} "
         f"parameters trained, {printable(run['precision'])} on {printable(run['device'])}"
     )
+    # A report of an older version has no such member.
+    if run.get("started_from"):
+        print(f"started from: {printable(run['started_from']['name'])} ({run['started_from']['digest']})")
     print(f"steps: {run['steps_done']} of {run['steps_planned']}, result: {_cell(run['result_step'])}")
     if run["stopped_early"]:
         print(printable(run["stopped_early"]))
@@ -39,6 +42,8 @@ def print_report(report: dict[str, Any]) -> None:
         (evaluation["step"], *(_cell(evaluation[score]) for score in _SCORES))
         for evaluation in run["evaluations"]
     ]
+    if run.get("base_evaluation"):
+        rows.insert(0, ("base", *(_cell(run["base_evaluation"][score]) for score in _SCORES)))
     titles = ("STEP", "VALIDATION LOSS", "ACCURACY", "GENERAL LOSS", "FORGETTING")
     print_table(titles, rows, empty="Nothing was evaluated.")
     _print_answers(run["evaluations"])

@@ -103,6 +103,12 @@ class ModelNotAvailableError(InvalidRequestError):
     code = "model_not_available"
 
 
+class ModelInUseError(InvalidRequestError):
+    """A tuned model that others go on from, or need the bytes of, can't be deleted."""
+
+    code = "model_in_use"
+
+
 class ContextLengthExceededError(InvalidRequestError):
     """A prompt, or prompt and answer together, longer than the base's context."""
 
@@ -218,6 +224,12 @@ class BaseUnavailableError(JobError):
     """A base that could not be fetched, read or verified."""
 
     code = "base_unavailable"
+
+
+class UnsuitableParentError(JobError):
+    """A tuned model that the job can't go on from: changed since, of another base, or of other shapes."""
+
+    code = "unsuitable_parent"
 
 
 class NonFiniteLossError(JobError):

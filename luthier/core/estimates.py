@@ -133,7 +133,8 @@ class Work:
     """What a job does: one epoch's steps, each in parts, and what is scored at every evaluation.
 
     `scale` is epochs' steps over `steps`, where these are a sample. `num_prompts` are answered at every
-    evaluation. `longest` is the longest row.
+    evaluation. `longest` is the longest row. A job that goes on from a tuned model scores it and its base
+    before the first step, and reads both where the one is a whole model: `num_first_scored` and `num_read`.
     """
 
     steps: Sequence[Sequence[Part]]
@@ -144,6 +145,8 @@ class Work:
     num_prompts: int
     longest: int
     save_every_steps: int | None
+    num_first_scored: int = 1
+    num_read: int = 1
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ class Pricing:
         else:
             num_points = math.floor(train / max(_SAVE_POINT_SECONDS, _SAVE_COST_FACTOR * point))
         seconds = PhaseSeconds(
-            load=self._load_seconds(),
+            load=self._load_seconds(work),
             train=train,
             evaluate=self._evaluate_seconds(work),
             save=save + num_points * point,
@@ -271,11 +274,11 @@ class Pricing:
         scored = math.fsum(self._scored_part_seconds(part) for part in work.scored)
         per_token = constants.decode_seconds + self.num_layers * constants.decode_layer_seconds
         answers = work.num_prompts * _MAX_ANSWER_TOKENS * per_token
-        return (work.num_epochs + 1) * (scored + answers)
+        return (work.num_epochs + work.num_first_scored) * (scored + answers)
 
-    def _load_seconds(self) -> float:
+    def _load_seconds(self, work: Work) -> float:
         constants, variant = self.calibration, self.variant
-        total = constants.import_seconds + constants.read_seconds + constants.attach_seconds
+        total = constants.import_seconds + work.num_read * constants.read_seconds + constants.attach_seconds
         total += self.num_layers * variant.attach_layer_seconds
         if self.cost.uses_peft:
             total += constants.peft_seconds

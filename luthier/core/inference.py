@@ -6,6 +6,8 @@ HEADER_TOKEN = "x-luthier-token"
 HEADER_BASE = "x-luthier-base"
 HEADER_ARTIFACT = "x-luthier-artifact"
 HEADER_DIGEST = "x-luthier-digest"
+HEADER_FOUNDATION = "x-luthier-foundation"
+HEADER_FOUNDATION_DIGEST = "x-luthier-foundation-digest"
 HEADER_MODEL = "x-luthier-model"
 HEADER_PROJECT = "x-luthier-project"
 
@@ -14,7 +16,8 @@ class ModelTarget(BaseModel):
     """What a public model name resolved to, once per request.
 
     `artifact` is the storage prefix of the artifact folder and `digest` its manifest's digest; both are
-    None for a bare base. `model` is the public name, which answers repeat.
+    None for a bare base. `foundation` and `foundation_digest` are the same of the whole model that the
+    artifact lies on, where that is not the base itself. `model` is the public name, which answers repeat.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,6 +27,8 @@ class ModelTarget(BaseModel):
     project_id: str
     artifact: str | None = None
     digest: str | None = None
+    foundation: str | None = None
+    foundation_digest: str | None = None
 
     def to_headers(self) -> dict[str, str]:
         """Return the headers that carry this target to the inference server."""
@@ -35,4 +40,7 @@ class ModelTarget(BaseModel):
         if self.artifact is not None and self.digest is not None:
             headers[HEADER_ARTIFACT] = self.artifact
             headers[HEADER_DIGEST] = self.digest
+        if self.foundation is not None and self.foundation_digest is not None:
+            headers[HEADER_FOUNDATION] = self.foundation
+            headers[HEADER_FOUNDATION_DIGEST] = self.foundation_digest
         return headers

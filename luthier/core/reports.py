@@ -17,11 +17,11 @@ class SampleAnswer(Frozen):
 
 
 class Evaluation(Frozen):
-    """Scores of the model after a step; step 0 is the base.
+    """Scores of the model after a step; step 0 is what the job started from: the base, or a tuned model.
 
     `valid_*` are over the validation rows, absent without any; the rewards are those of dpo
-    (luthier.core.events.Metrics). `general_loss` is over the bundled general
-    text; `forgetting` is that after minus that of the base.
+    (luthier.core.events.Metrics). `general_loss` is over the bundled general text; `forgetting` is that
+    after minus that at step 0.
     """
 
     step: int
@@ -34,6 +34,13 @@ class Evaluation(Frozen):
     forgetting: float | None = None
     answers: list[SampleAnswer] = Field([])
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """What was measured of the model itself, by name."""
+        measured = {"valid_loss", "valid_mean_token_accuracy", "general_loss"}
+        found: dict[str, float] = self.model_dump(include=measured, exclude_none=True)
+        return found
+
 
 class PhaseSeconds(Frozen):
     """Seconds that all attempts together spent in each phase."""
@@ -45,12 +52,20 @@ class PhaseSeconds(Frozen):
     save: float = 0.0
 
 
+class StartedFrom(Frozen):
+    """The tuned model that a job went on from: its name when the job was made, its artifact's digest."""
+
+    name: str
+    digest: str
+
+
 class RunReport(Frozen):
     """The training child's part of a job's report, complete at every evaluation.
 
     `path` is the code that ran the layers: fused or plain. `stopped_early` says why training ended before
     its last step. `result_step` is the step whose weights became the model. `full_copy_bytes` is what the
-    same model would take as a whole copy of the base in the type that it was trained in.
+    same model would take as a whole copy of the base in the type that it was trained in. `started_from` and
+    `base_evaluation`, the untuned base's scores, are there for jobs that went on from a tuned model.
     """
 
     method: str
@@ -63,6 +78,8 @@ class RunReport(Frozen):
     artifact_bytes: int | None = None
     full_copy_bytes: int
     evaluations: list[Evaluation] = Field([])
+    started_from: StartedFrom | None = None
+    base_evaluation: Evaluation | None = None
     steps_done: int = 0
     steps_planned: int
     result_step: int | None = None

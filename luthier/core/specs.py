@@ -12,6 +12,10 @@ TooLong = Literal["error", "truncate", "drop"]
 SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class Frozen(BaseModel):
     """An immutable record that refuses unknown fields."""
 
@@ -96,11 +100,24 @@ class DpoOptions(Frozen):
     beta: float | Auto = Field("auto")
 
 
+class TunedModel(Frozen):
+    """A tuned model that a job builds on. `digest` is its artifact's, `name` what it was called then."""
+
+    model_id: str
+    name: str
+    method: str
+    digest: str
+
+
 class TrainingSpec(Frozen):
     """All that decides a job's result. Stored as JSON in the job row.
 
     Before prepare, values may be "auto" and the facts of the rows are absent; `is_resolved` tells.
     `tuning` is the method's own parameters with its `type`, checked by luthier.methods.
+
+    `parent` is the tuned model that the job goes on from, None when it starts from its base. `foundation`
+    is the whole model that what the job tunes lies on in place of the base's own weights: the parent, or
+    what the parent itself lies on. A job that tunes every weight has none, for its result lies on nothing.
     """
 
     spec_version: Literal[1] = SPEC_VERSION
@@ -109,11 +126,27 @@ class TrainingSpec(Frozen):
     tuning: dict[str, Any]
     hyperparameters: Hyperparameters = Hyperparameters()
     training: TrainingOptions = TrainingOptions()
-    # Set when the objective is dpo; the rows are then pairs.
-    dpo: DpoOptions | None = None
     seed: int
     # Threads decide the order of floating-point sums, so they are part of the spec and fixed across attempts.
     num_threads: int | None = None
+    # Left out where there is none: such a spec is the same text as before there were any, so that its save
+    # points and workers of the version before still know it.
+    parent: TunedModel | None = Field(None, exclude_if=_is_none)
+    foundation: TunedModel | None = Field(None, exclude_if=_is_none)
+    # Set when the objective is dpo; the rows are then pairs.
+    dpo: DpoOptions | None = Field(None, exclude_if=_is_none)
+
+    @property
+    def takes_parents_weights(self) -> bool:
+        """Whether the method's own weights start as the parent's; else only what they lie on is its."""
+        return self.parent is not None and self.parent != self.foundation
+
+    @property
+    def ground_digest(self) -> str | None:
+        """The digest of what an artifact of this job lies on, or was made from: foundation, else base."""
+        if self.foundation is not None:
+            return self.foundation.digest
+        return None if self.base is None else self.base.digest
 
     @property
     def is_resolved(self) -> bool:
@@ -128,9 +161,13 @@ class RunInputs(Frozen):
 
     A run directory holds spec.json (TrainingSpec), inputs.json (this), train.safetensors and maybe
     validation.safetensors (luthier.data.prepared); the child adds save_points/, checkpoints/ and artifact/.
+    `parent_path` and `foundation_path` are the artifacts of the spec's members of those names, where it has
+    them; they may be one folder.
     """
 
     job_id: str
     model_name: str
     base_path: str
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    parent_path: str | None = None
+    foundation_path: str | None = None

@@ -34,16 +34,25 @@ class LoadedBase:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A base, and maybe an artifact of it: its digest and the verified copy on the local disk."""
+    """A base, and maybe an artifact of it: its digest and the verified copy on the local disk.
+
+    `foundation` is the copy of the whole model that the artifact lies on in place of the base's weights.
+    """
 
     base: LoadedBase
     digest: str | None = None
     copy: Copy | None = None
+    foundation: Copy | None = None
 
     @property
     def key(self) -> ModelKey:
         """What tells this model's weights from any other's."""
         return self.base.facts.id, self.digest
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """The copies on the local disk that it is made of."""
+        return tuple(copy for copy in (self.copy, self.foundation) if copy is not None)
 
     @property
     def full_digest(self) -> str:
@@ -60,7 +69,8 @@ class ServedModel:
 class ReadyModel:
     """A served model in memory.
 
-    `prefix` lies before every sequence; `whole` are weights of its own, in place of its base's.
+    `prefix` lies before every sequence; `whole` are weights of its own, in place of its base's, with what
+    lies on them switched on for good.
     """
 
     served: ServedModel

@@ -16,6 +16,7 @@ from luthier.core.settings import MIB
 from luthier.inference.bases import ReadyModel, ServedModel
 from luthier.inference.copies import Copy
 from luthier.inference.sequence import ModelKey
+from luthier.inference.slots import ArtifactSlots
 from luthier.inference.whole import load_whole, measure_whole
 from luthier.methods import method_of_artifact
 
@@ -85,8 +86,8 @@ class LoadedArtifacts:
 
     @property
     def digests(self) -> list[str]:
-        """Digests of the artifacts in memory, the one unused for longest first."""
-        return [digest for _, digest in list(self._entries) if digest is not None]
+        """Digests of the artifacts in memory and of what they lie on, the one unused for longest first."""
+        return [copy.digest for entry in list(self._entries.values()) for copy in entry.served.copies]
 
     @property
     def num_whole_bytes(self) -> int:
@@ -147,9 +148,11 @@ class LoadedArtifacts:
         return None if entry is None or (entry.num_bytes > 0 and self._turn.locked()) else entry
 
     async def _find_room(self, served: ServedModel, copy: Copy) -> _Entry:
-        if not await asyncio.to_thread(_is_whole, copy):
+        # With a foundation it has weights of its own too, which bear the artifact and nothing else.
+        whole = served.foundation or copy
+        if served.foundation is None and not await asyncio.to_thread(_is_whole, copy):
             return self._enter(served, 0)
-        num_bytes = await asyncio.to_thread(measure_whole, copy.folder, served.base.dtype)
+        num_bytes = await asyncio.to_thread(measure_whole, whole.folder, served.base.dtype)
         async with self._turn:
             if served.key not in self._entries:
                 await self._make_room(num_bytes)
@@ -220,6 +223,9 @@ async def _load(engine: EngineLike, served: ServedModel, *, is_whole: bool) -> R
     if copy is None or digest is None:
         raise ArtifactCorruptError("The model has no artifact.")
     await asyncio.to_thread(copy.check)
+    if served.foundation is not None:
+        await asyncio.to_thread(served.foundation.check)
+        return await asyncio.to_thread(_load_on_foundation, served, copy, served.foundation)
     if is_whole:
         whole = await asyncio.to_thread(
             load_whole,
@@ -233,6 +239,22 @@ async def _load(engine: EngineLike, served: ServedModel, *, is_whole: bool) -> R
         return ReadyModel(served, whole=whole)
     installing = engine.call(lambda: base.slots.install(digest, copy.folder))
     return ReadyModel(served, prefix=await asyncio.wrap_future(installing))
+
+
+def _load_on_foundation(served: ServedModel, copy: Copy, foundation: Copy) -> ReadyModel:
+    """Load a whole model and lay an artifact on it, each proved; nobody else shares these weights."""
+    base = served.base
+    whole = load_whole(
+        foundation.folder,
+        dtype=base.dtype,
+        device=base.device,
+        base_digest=base.facts.digest,
+        probe_ids=base.probe_ids,
+        base_logits_V=base.slots.base_logits_V,
+    )
+    slots = ArtifactSlots(whole, base_digest=foundation.digest, probe_ids=base.probe_ids)
+    prefix = slots.install(copy.digest, copy.folder)
+    return ReadyModel(served, prefix=prefix, whole=slots.activate(copy.digest))
 
 
 def _remove(engine: EngineLike, served: ServedModel) -> None:

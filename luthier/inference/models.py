@@ -4,13 +4,15 @@ Runs on the event loop; whatever takes long goes to a thread, so that nobody els
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from luthier.core.errors import ArtifactCorruptError, InvalidRequestError
 from luthier.core.inference import (
     HEADER_ARTIFACT,
     HEADER_BASE,
     HEADER_DIGEST,
+    HEADER_FOUNDATION,
+    HEADER_FOUNDATION_DIGEST,
     HEADER_MODEL,
     HEADER_PROJECT,
     ModelTarget,
@@ -42,11 +44,19 @@ def read_target(headers: Mapping[str, str]) -> ModelTarget:
             project_id=headers[HEADER_PROJECT],
             artifact=headers.get(HEADER_ARTIFACT),
             digest=headers.get(HEADER_DIGEST),
+            foundation=headers.get(HEADER_FOUNDATION),
+            foundation_digest=headers.get(HEADER_FOUNDATION_DIGEST),
         )
     except KeyError as error:
         raise InvalidRequestError(f"The header {error.args[0]} is missing.") from error
     if (target.artifact is None) != (target.digest is None):
         raise InvalidRequestError(f"{HEADER_ARTIFACT} and {HEADER_DIGEST} come together or not at all.")
+    has_foundation = target.foundation is not None
+    if has_foundation != (target.foundation_digest is not None) or (has_foundation and not target.artifact):
+        raise InvalidRequestError(
+            f"{HEADER_FOUNDATION} and {HEADER_FOUNDATION_DIGEST} come together and with an artifact, or not "
+            "at all."
+        )
     return target
 
 
@@ -110,10 +120,11 @@ class Models:
         if target.artifact is None or target.digest is None:
             return ServedModel(base)
         served = self._served.get((target.base_id, target.digest))
-        if served is not None and served.copy is not None:
-            mark_used(served.copy.folder)
+        if served is not None:
+            for copy in served.copies:
+                mark_used(copy.folder)
             return served
-        return await self._place(base, target.artifact, target.digest, failed=None)
+        return await self._place(base, target, failed=None)
 
     async def hold(self, target: ModelTarget) -> ReadyModel:
         """Return the model that a target names in memory, where it stays until it is released.
@@ -150,31 +161,44 @@ class Models:
         if target.artifact is None or target.digest is None or failed.copy is None:
             return None
         is_same = self._served.get((target.base_id, target.digest)) is failed
-        if is_same and await asyncio.to_thread(verify_copy, failed.copy.folder) is not None:
+        if is_same and await asyncio.to_thread(_are_whole, failed.copies):
             return None
-        return await self._place(failed.base, target.artifact, target.digest, failed=failed)
+        return await self._place(failed.base, target, failed=failed)
 
     async def _place(
-        self, base: LoadedBase, artifact: str, digest: str, *, failed: ServedModel | None
+        self, base: LoadedBase, target: ModelTarget, *, failed: ServedModel | None
     ) -> ServedModel:
         """Return the served model, fetched unless somebody else did so since it was missed or failed."""
+        digest = str(target.digest)
         key = (base.facts.id, digest)
         async with self._locks.setdefault(digest, asyncio.Lock()):
             served = self._served.get(key)
             if served is None or served is failed:
                 self._served.pop(key, None)
-                copy = await asyncio.to_thread(self._fetch, artifact, digest)
-                served = self._served[key] = ServedModel(base, digest, copy)
+                served = self._served[key] = await asyncio.to_thread(self._fetch, base, target)
         self._locks.pop(digest, None)
         return served
 
-    def _fetch(self, artifact: str, digest: str) -> Copy:
+    def _fetch(self, base: LoadedBase, target: ModelTarget) -> ServedModel:
         if self._storage is None:
             self._storage = Storage.open(self._settings.storage_url)
         cache_dir = self._settings.cache_dir / "artifacts"
-        copy = fetch_artifact(self._storage, artifact, digest, cache_dir)
-        mark_used(copy.folder)
+        wanted = ((target.artifact, target.digest), (target.foundation, target.foundation_digest))
+        copies: dict[str, Copy] = {}
+        for artifact, digest in wanted:
+            if artifact is not None and digest is not None:
+                copies[digest] = fetch_artifact(self._storage, artifact, digest, cache_dir)
+                mark_used(copies[digest].folder)
         # A copy that a waiting request still wants is younger than most, and is fetched again if it leaves.
-        in_use = {*self.loaded.digests, digest}
+        in_use = {*self.loaded.digests, *copies}
         drop_unused(cache_dir, max_kept=self._settings.max_cached_artifacts, in_use=in_use)
-        return copy
+        return ServedModel(
+            base,
+            target.digest,
+            copies.get(str(target.digest)),
+            copies.get(str(target.foundation_digest)),
+        )
+
+
+def _are_whole(copies: Iterable[Copy]) -> bool:
+    return all(verify_copy(copy.folder) is not None for copy in copies)

@@ -4,6 +4,7 @@ The API imports this, so no file here imports torch, transformers or peft at its
 """
 
 from luthier.methods._discover import discover, method_of_artifact, parameter_schemas
+from luthier.methods._inherit import inherit_tuning
 from luthier.methods._resolve import (
     MAX_BATCH_SIZE,
     MAX_BETA,
@@ -28,6 +29,7 @@ __all__ = [
     "Workload",
     "check_tuning",
     "discover",
+    "inherit_tuning",
     "method_of_artifact",
     "parameter_schemas",
     "parse_tuning",

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -208,6 +209,34 @@ def read_bottlenecks(
     if weights or shape[0] != causal_lm.config.get_text_config().hidden_size:
         raise ArtifactCorruptError("The adapter holds other tensors than this base has places for.")
     return sites, [one.to(causal_lm.device).requires_grad_(False).eval() for one in bottlenecks], config
+
+
+def take_bottlenecks(causal_lm: "PreTrainedModel", folder: Path) -> None:
+    """Fill the bottlenecks that lie on a base with an artifact's tensors.
+
+    Args:
+        causal_lm: the base with bottlenecks of the artifact's kind.
+        folder: the artifact.
+
+    Raises:
+        ArtifactCorruptError: when it holds others than these.
+    """
+    sites, saved, _ = read_bottlenecks(causal_lm, folder)
+    own = {name: module for name, module in causal_lm.named_modules() if isinstance(module, Bottleneck)}
+    found = {site.name: one for site, one in zip(sites, saved, strict=True)}
+    if own.keys() != found.keys() or not all(_is_alike(own[name], found[name]) for name in own):
+        raise ArtifactCorruptError("The artifact's bottlenecks are not those of this model.")
+    with torch.no_grad():
+        for name, part in product(own, _PARTS):
+            own[name].get_parameter(part).copy_(found[name].get_parameter(part))
+
+
+def _is_alike(one: Bottleneck, other: Bottleneck) -> bool:
+    return (one.activation, one.placement, one.down.weight.shape) == (
+        other.activation,
+        other.placement,
+        other.down.weight.shape,
+    )
 
 
 class InstalledBottlenecks(Installed):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
-from luthier.methods.base import Installed
+from luthier.methods.base import Attached, Installed
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,31 @@ def install_lora(causal_lm: "PreTrainedModel", folder: Path) -> InstalledLora:
     finally:
         _restore(causal_lm)
     return InstalledLora(layers)
+
+
+def take_lora(attached: Attached, folder: Path) -> None:
+    """Fill the layers of an attached model with a saved adapter's tensors.
+
+    Args:
+        attached: PEFT's model, whose layers have the adapter's shapes.
+        folder: an artifact in PEFT's layout.
+
+    Raises:
+        ArtifactCorruptError: when the tensors are not those of these layers.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model = attached.model
+    try:
+        weights = load_file(folder / WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactCorruptError("The artifact's weights can't be read.") from error
+    wanted = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    if {name: part.shape for name, part in wanted.items()} != {n: part.shape for n, part in weights.items()}:
+        raise ArtifactCorruptError("The artifact's LoRA layers are not those of this model.")
+    set_peft_model_state_dict(model, weights, adapter_name=_ADAPTER)
 
 
 def _read_config(folder: Path) -> "LoraConfig":

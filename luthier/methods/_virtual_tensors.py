@@ -74,6 +74,14 @@ class ProjectedPrefix(PrefixEncoder):
             torch.nn.init.zeros_(last.bias)
         self.register_buffer("start_NF", start_NF, persistent=False)
 
+    @torch.no_grad()
+    def begin_at(self, start_NF: torch.Tensor) -> None:
+        """Make the network's result zero and `start_NF` what it is added to."""
+        last = self.transform[-1]
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
+        self.start_NF = start_NF.to(last.weight.device)
+
     def forward(self, prefix: torch.Tensor) -> torch.Tensor:
         """Return the prefix for a batch; it is the same for every row, so it is computed once."""
         prefix_1NF = super().forward(prefix[:1]) + self.start_NF
@@ -272,6 +280,34 @@ def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.
     Raises:
         ArtifactCorruptError: when the file can't be read or holds anything else.
     """
+    return _read_vectors(folder, width).to(device=causal_lm.device, dtype=causal_lm.dtype)
+
+
+def take_encoded(attached: Attached, folder: Path) -> None:
+    """Let PEFT's encoder give what an artifact holds.
+
+    Args:
+        attached: a freshly attached model.
+        folder: an artifact of as many virtual tokens.
+
+    Raises:
+        ArtifactCorruptError: when the file can't be read or holds anything else.
+    """
+    with torch.no_grad():
+        num_tokens, width = encoded(attached).shape
+    saved_NF = _read_vectors(folder, width)
+    if len(saved_NF) != num_tokens:
+        raise ArtifactCorruptError("The artifact has another number of virtual tokens than this model.")
+    encoder = attached.model.prompt_encoder[ADAPTER]
+    if isinstance(encoder, ProjectedPrefix):
+        encoder.begin_at(saved_NF.float())
+        return
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(saved_NF)
+
+
+def _read_vectors(folder: Path, width: int) -> torch.Tensor:
+    """Read the vectors of an artifact, [N, width], as they are; refuse a file that holds anything else."""
     try:
         tensors = load_file(folder / WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
@@ -279,4 +315,4 @@ def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.
     vectors = tensors.pop(SAVED_NAME, None)
     if tensors or vectors is None or vectors.ndim != 2 or vectors.shape[1] != width or not len(vectors):
         raise ArtifactCorruptError("The artifact's virtual tokens don't fit this base.")
-    return vectors.to(device=causal_lm.device, dtype=causal_lm.dtype)
+    return vectors

@@ -99,6 +99,7 @@ class Adapter(Method):
     name: ClassVar[str] = "adapter"
     title: ClassVar[str] = "Adapter: bottleneck layers inside each block"
     Params: ClassVar[type[MethodParams]] = AdapterParams
+    shaping_params: ClassVar[frozenset[str]] = frozenset({"bottleneck_dim", "placement", "activation"})
     library_name: ClassVar[str | None] = None
     loading: ClassVar[str] = (
         "It loads with torch, transformers and safetensors alone: `load_adapter(base, folder)`, where\n\n"
@@ -209,6 +210,12 @@ class Adapter(Method):
         causal_lm.name_or_path = config["base_model_name_or_path"]
         put_on(causal_lm, sites, bottlenecks)
         return Attached(model=causal_lm.eval(), causal_lm=causal_lm)
+
+    def take_weights(self, attached: Attached, folder: Path) -> None:
+        """Fill the bottlenecks with a saved adapter's tensors."""
+        from luthier.methods._bottleneck import take_bottlenecks
+
+        take_bottlenecks(attached.causal_lm, folder)
 
     def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
         """Keep a saved adapter beside a base, its hooks on only while it is switched on."""

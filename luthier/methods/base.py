@@ -112,11 +112,17 @@ class Method(ABC):
     `starts_as_base` says whether a freshly attached model gives the base's own logits;
     `is_whole_model` whether an artifact replaces the base's weights instead of lying on top of them.
     `library_name` is the library that hubs shall name, `loading` tells in Markdown how to load an artifact.
+
+    For a job that goes on from an artifact of the same method, every method says which of its parameters
+    decide what the saved weights are and mean, `shaping_params`: there they are the artifact's. Those of
+    `starting_params` decide the first values alone, of which such a job has none. All others are free.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     Params: ClassVar[type[MethodParams]]
+    shaping_params: ClassVar[frozenset[str]]
+    starting_params: ClassVar[frozenset[str]] = frozenset()
     starts_as_base: ClassVar[bool] = True
     is_whole_model: ClassVar[bool] = False
     library_name: ClassVar[str | None] = "peft"
@@ -209,6 +215,20 @@ class Method(ABC):
         Returns:
             The attached model in evaluation mode.
         """
+
+    def take_weights(self, attached: Attached, folder: Path) -> None:  # noqa: ARG002
+        """Put a saved artifact's weights in place of a freshly attached model's first ones.
+
+        Never called for whole models, whose weights are loaded in the base's place.
+
+        Args:
+            attached: what `attach` returned, with the artifact's shaping parameters.
+            folder: an artifact of this method.
+
+        Raises:
+            ArtifactCorruptError: when its tensors are not those that the model has.
+        """
+        raise ArtifactCorruptError(f"An artifact of {self.name} is a model of its own and lies on no base.")
 
     def install(
         self,

@@ -71,6 +71,8 @@ class Full(Method):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "Full: every weight of the base"
     Params: ClassVar[type[MethodParams]] = FullParams
+    # All weights are saved, whichever were trained.
+    shaping_params: ClassVar[frozenset[str]] = frozenset()
     is_whole_model: ClassVar[bool] = True
     library_name: ClassVar[str | None] = "transformers"
     loading: ClassVar[str] = (

@@ -63,6 +63,9 @@ class Lora(Method):
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA: low-rank updates of linear layers"
     Params: ClassVar[type[MethodParams]] = LoraParams
+    shaping_params: ClassVar[frozenset[str]] = frozenset(
+        {"rank", "alpha", "target_modules", "use_rslora", "use_dora"}
+    )
 
     def resolve(self, params: LoraParams, workload: Workload) -> LoraParams:  # noqa: ARG002
         """Replace every "auto": rank 16, alpha twice the rank, no dropout."""
@@ -143,6 +146,12 @@ class Lora(Method):
 
         model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
         return Attached(model=model.eval(), causal_lm=causal_lm)
+
+    def take_weights(self, attached: Attached, folder: Path) -> None:
+        """Fill PEFT's layers with a saved adapter's tensors."""
+        from luthier.methods._lora_layers import take_lora
+
+        take_lora(attached, folder)
 
     def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
         """Build PEFT's layers beside the base's own; they need no name, for they hang nowhere while off."""

@@ -76,6 +76,8 @@ class Prefix(Method):
     name: ClassVar[str] = "prefix"
     title: ClassVar[str] = "Prefix tuning: trained keys and values before every layer's own"
     Params: ClassVar[type[MethodParams]] = PrefixParams
+    shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
+    starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
     starts_as_base: ClassVar[bool] = False
 
     def resolve(self, params: PrefixParams, workload: Workload) -> PrefixParams:
@@ -196,6 +198,12 @@ class Prefix(Method):
         from luthier.methods._virtual_tensors import load_by_peft
 
         return load_by_peft(causal_lm, folder)
+
+    def take_weights(self, attached: Attached, folder: Path) -> None:
+        """Begin at a saved prefix; a projection, dropped on saving, begins anew and at no change to it."""
+        from luthier.methods._virtual_tensors import take_encoded
+
+        take_encoded(attached, folder)
 
     def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
         """Read the keys and values; nothing is laid on the base itself."""

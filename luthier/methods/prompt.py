@@ -57,6 +57,8 @@ class Prompt(Method):
     name: ClassVar[str] = "prompt"
     title: ClassVar[str] = "Prompt tuning: trained input vectors before the sequence"
     Params: ClassVar[type[MethodParams]] = PromptParams
+    shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
+    starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
     starts_as_base: ClassVar[bool] = False
 
     def resolve(self, params: PromptParams, workload: Workload) -> PromptParams:
@@ -144,6 +146,12 @@ class Prompt(Method):
         from luthier.methods._virtual_tensors import load_by_peft
 
         return load_by_peft(causal_lm, folder)
+
+    def take_weights(self, attached: Attached, folder: Path) -> None:
+        """Begin at saved vectors."""
+        from luthier.methods._virtual_tensors import take_encoded
+
+        take_encoded(attached, folder)
 
     def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
         """Run the vectors through the base once and keep their keys and values; nothing is laid on it."""

@@ -47,7 +47,7 @@ def write_artifact(
     digested = trainee.method.save(trainee.attached, building)
     (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
     shutil.copyfile(log, building / LOG_NAME)
-    return seal_folder(building, folder, digested=digested, base_digest=origin.base.digest)
+    return seal_folder(building, folder, digested=digested, base_digest=origin.spec.ground_digest)
 
 
 def take_over_artifact(
@@ -96,8 +96,15 @@ def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
         f"{trainee.method.title}, tuned from {_code(base.id)} by job {_code(origin.inputs.job_id)}.",
         "",
     ]
+    if spec.foundation is not None:
+        lines += [
+            f"It lies on the whole model {_code(spec.foundation.name)}, tuned from {_code(base.id)}, and not "
+            "on that base itself: load it on that model's files.",
+            "",
+        ]
     facts: dict[str, Any] = {
         "base digest": base.digest,
+        **_lineage(spec),
         "steps": step,
         "trained parameters": trainee.attached.num_trained_parameters,
         **{f"tuning.{key}": value for key, value in spec.tuning.items() if key != "type"},
@@ -111,6 +118,12 @@ def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
     lines += [f"| {key} | {_code(value)} |" for key, value in facts.items()]
     lines += ["", "## Loading", "", trainee.method.loading, ""]
     return "\n".join(lines)
+
+
+def _lineage(spec: TrainingSpec) -> dict[str, str]:
+    """Return the tuned models that an artifact was made from, each with its digest."""
+    named = {"went on from": spec.parent, "lies on": spec.foundation}
+    return {what: f"{model.name} {model.digest}" for what, model in named.items() if model is not None}
 
 
 def _code(value: Any) -> str:

@@ -1,6 +1,10 @@
 """From a run directory to a loop that is ready: base, method, optimizer, and the state of a save point."""
 
+import gc
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,13 +31,13 @@ from luthier.training.loop import Loop
 from luthier.training.masters import start_masters
 from luthier.training.memory import max_part_tokens
 from luthier.training.optimizer import build_optimizer
+from luthier.training.parent import check_parent, ground_folder, prove_start, take_parents_weights
 from luthier.training.progress import Progress
 from luthier.training.publish import Publisher
 from luthier.training.report import Ledger
 from luthier.training.samples import SamplePrompts
 from luthier.training.savepoints import SavePoints
 from luthier.training.signals import StopRequest
-from luthier.training.split_adamw import SplitAdamW
 from luthier.training.trainee import Trainee
 from luthier.training.untuned import Untuned
 
@@ -59,9 +63,14 @@ def assemble(
         started_at: when the run began, on the monotonic clock.
 
     Returns:
-        The loop; and the base's scores where the method does not start as the base and no step is done.
+        The loop; and, while no step is done, the scores of what training starts from where the method does
+        not start as that.
+
+    Raises:
+        UnsuitableParentError: when the job can't go on from what its run directory has.
     """
     spec, inputs = job.spec, job.origin.inputs
+    check_parent(job)
     save_points = SavePoints(job.folder / "save_points", job.fingerprint)
     found = save_points.find(lambda text: writer.say(text, "warn"))
     progress = Progress() if found is None else found.progress
@@ -70,22 +79,36 @@ def assemble(
     )
     ledger = Ledger(progress, machine.device)
     tokenizer = Tokenizer.load(Path(inputs.base_path))
-    causal_lm = load_base(Path(inputs.base_path), dtype=machine.dtype, device=machine.device)
+    method, params = parse_tuning(spec.tuning)
+    base, ground = Path(inputs.base_path), ground_folder(job, method)
+    has_base_to_score = spec.parent is not None and progress.step == 0
+    causal_lm = load_base(base if has_base_to_score else ground, dtype=machine.dtype, device=machine.device)
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
-    method, params = parse_tuning(spec.tuning)
-    room = _room(job, params)
+    examiner = _examiner(job, machine, tokenizer, pad_id, stop, room=_room(job, params))
     ledger.add_seconds("load", time.monotonic() - started_at)
-    with ledger.phase("evaluate"):
-        preferences = _preferences(job, causal_lm, machine, samples[0], pad_id, stop)
-    examiner = _examiner(job, machine, tokenizer, pad_id, stop, room=room, preferences=preferences)
-    base_evaluation = None
-    if progress.step == 0 and not method.starts_as_base:
+    start_evaluation = None
+    if has_base_to_score:
         with ledger.phase("evaluate"):
-            base_evaluation = _examine_base(causal_lm, examiner, machine, samples[0])
+            ledger.base_evaluation = _examine_untuned(causal_lm, examiner, machine, samples[0])
+        if ground != base:
+            # One model in memory at a time.
+            del causal_lm
+            gc.collect()
+            with ledger.phase("load"):
+                causal_lm = load_base(ground, dtype=machine.dtype, device=machine.device)
+    if not spec.takes_parents_weights:
+        examiner = _with_preferences(job, examiner, ledger, partial(_untuned, causal_lm, machine, samples[0]))
+    if progress.step == 0 and not method.starts_as_base and not spec.takes_parents_weights:
+        with ledger.phase("evaluate"):
+            start_evaluation = _examine_untuned(causal_lm, examiner, machine, samples[0])
     attach_began = time.monotonic()
     attached = method.attach(causal_lm, params, _start(job, tokenizer))
+    take_parents_weights(job, method, attached)
     trainee = Trainee(method, attached, machine.device, samples[0])
+    prove_start(job, trainee)
+    if spec.takes_parents_weights:
+        examiner = _with_preferences(job, examiner, ledger, lambda: trainee)
     optimizer = build_optimizer(
         trainee.parameters,
         learning_rate=job.peak_learning_rate,
@@ -98,22 +121,10 @@ def assemble(
     if found is not None:
         save_points.restore(found, trainee, optimizer)
         trainee.prove_shortcuts(samples)
-    elif isinstance(optimizer, SplitAdamW):
-        start_masters(optimizer, attached, Path(inputs.base_path))
+    else:
+        start_masters(optimizer, attached, ground)
     ledger.add_seconds("load", time.monotonic() - attach_began)
-    writer.emit(
-        StartedEvent(
-            job_id=inputs.job_id,
-            device=machine.device,
-            precision=machine.precision,
-            start_step=progress.step,
-            total_steps=job.plan.num_steps,
-            num_trained_parameters=attached.num_trained_parameters,
-            load_seconds=time.monotonic() - started_at,
-        )
-    )
-    if trainee.path == "fused":
-        writer.say("The fast path for this architecture runs; it was compared with the plain one.")
+    _tell_started(job, writer, trainee, machine, progress, time.monotonic() - started_at)
     loop = Loop(
         job,
         trainee,
@@ -128,7 +139,7 @@ def assemble(
             pad_id=pad_id,
             max_tokens=progress.max_part_tokens or max_part_tokens(job.origin.base, machine),
             num_halvings=progress.micro_batch_halvings,
-            preferences=preferences,
+            preferences=examiner.preferences,
         ),
         examiner=examiner,
         writer=writer,
@@ -138,15 +149,35 @@ def assemble(
         ledger=ledger,
         log=log,
     )
-    return loop, base_evaluation
+    return loop, start_evaluation
+
+
+def _tell_started(
+    job: Job, writer: EventWriter, trainee: Trainee, machine: Machine, progress: Progress, seconds: float
+) -> None:
+    writer.emit(
+        StartedEvent(
+            job_id=writer.job_id,
+            device=machine.device,
+            precision=machine.precision,
+            start_step=progress.step,
+            total_steps=job.plan.num_steps,
+            num_trained_parameters=trainee.attached.num_trained_parameters,
+            load_seconds=seconds,
+        )
+    )
+    if trainee.path == "fused":
+        writer.say("The fast path for this architecture runs; it was compared with the plain one.")
 
 
 def _start(job: Job, tokenizer: Tokenizer) -> Start:
     """Return what a method's first values may depend on."""
+    foundation = job.spec.foundation
     num_examples = min(job.rows.num_rows, _NUM_EXAMPLES)
     return Start(
         seed=job.spec.seed,
-        base_id=job.spec.base_id,
+        # Laid on the base itself an artifact would be wrong, and nobody would notice.
+        base_id=job.spec.base_id if foundation is None else foundation.name,
         tokenize=tokenizer.encode,
         examples=[job.rows.row(index)[0].tolist() for index in range(num_examples)],
     )
@@ -174,7 +205,6 @@ def _examiner(
     stop: StopRequest,
     *,
     room: int,
-    preferences: Preferences | None,
 ) -> Examiner:
     base = job.origin.base
     prompts = SamplePrompts(
@@ -191,45 +221,44 @@ def _examiner(
         max_tokens=max_part_tokens(base, machine),
         pad_id=pad_id,
         should_stop=lambda: stop.is_set,
-        preferences=preferences,
+        has_pairs=job.spec.dpo is not None,
     )
 
 
-def _preferences(
-    job: Job,
-    causal_lm: "PreTrainedModel",
-    machine: Machine,
-    sample: Batch,
-    pad_id: int,
-    stop: StopRequest,
-) -> Preferences | None:
-    """Score all pairs under the base while it is bare; None when the rows are no pairs."""
+def _with_preferences(
+    job: Job, examiner: Examiner, ledger: Ledger, make_start: Callable[[], Trainee]
+) -> Examiner:
+    """Score all pairs under the model that the job starts from; the examiner as it is without pairs."""
     dpo = job.spec.dpo
     if dpo is None:
-        return None
+        return examiner
     if isinstance(dpo.beta, str):
         raise LuthierError('The spec still holds "auto" values; it must be resolved before training.')
-    reference = _untuned(causal_lm, machine, sample)
+    start = make_start()
 
     def score(rows: PreparedRows) -> NDArray[np.float32]:
         return reference_log_likelihoods(
-            reference,
+            start,
             rows,
-            max_tokens=max_part_tokens(job.origin.base, machine),
-            pad_id=pad_id,
-            should_stop=lambda: stop.is_set,
+            max_tokens=examiner.max_tokens,
+            pad_id=examiner.pad_id,
+            should_stop=examiner.should_stop,
         )
 
-    validation = job.validation
-    return Preferences(dpo.beta, score(job.rows), None if validation is None else score(validation))
+    with ledger.phase("evaluate"):
+        validation = None if job.validation is None else score(job.validation)
+        return replace(examiner, preferences=Preferences(dpo.beta, score(job.rows), validation))
 
 
-def _examine_base(
+def _examine_untuned(
     causal_lm: "PreTrainedModel", examiner: Examiner, machine: Machine, sample: Batch
 ) -> Evaluation:
-    """Score the base before a method that changes it at once lies on it."""
+    """Score a model before a method that changes it at once lies on it."""
     untuned = _untuned(causal_lm, machine, sample)
-    return examiner.examine(untuned, step=0, epoch=0.0, base_general_loss=None)
+    if examiner.has_pairs and examiner.preferences is None:
+        # Pairs are scored beside what the job starts from, which is not in memory yet.
+        examiner = replace(examiner, validation=None)
+    return examiner.examine(untuned, step=0, epoch=0.0, loss_before=None)
 
 
 def _untuned(causal_lm: "PreTrainedModel", machine: Machine, sample: Batch) -> Trainee:

@@ -1,9 +1,9 @@
 """Direct preference optimisation: the preferred answer is to gain on the other one, not on the text as such.
 
 Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), equation 7. The reference is the
-model that the job starts from. Its log-likelihoods are computed once, before the method lies on it: that
-gives what switching the method off at every step would give, and costs one pass for all epochs. An attempt
-that resumes computes them again, from the same weights in the same order.
+model that the job starts from. Its log-likelihoods are computed once, before the first step: that gives what
+switching the method off at every step would give, and costs one pass for all epochs. An attempt that resumes
+computes them again, from the same weights in the same order.
 
 Legend: P pairs, B rows (2P, the preferred one of each pair first).
 """
@@ -123,7 +123,7 @@ def reference_log_likelihoods(
     """Score every row under the model that the job starts from.
 
     Args:
-        reference: that model, in evaluation mode.
+        reference: that model; in evaluation mode meanwhile.
         rows: pairs of rows.
         max_tokens: bound on a part with its padding.
         pad_id: token on the right of shorter rows.
@@ -136,8 +136,14 @@ def reference_log_likelihoods(
         StoppedError: when `should_stop` said so.
     """
     found_N = np.zeros(rows.num_rows, dtype=np.float32)
-    for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
-        if should_stop():
-            raise StoppedError
-        found_N[part] = row_log_likelihoods(reference, collate(rows, part, pad_id)).cpu().numpy()
+    model = reference.attached.model
+    was_training = model.training
+    model.eval()
+    try:
+        for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
+            if should_stop():
+                raise StoppedError
+            found_N[part] = row_log_likelihoods(reference, collate(rows, part, pad_id)).cpu().numpy()
+    finally:
+        model.train(was_training)
     return found_N

@@ -111,8 +111,8 @@ class Examiner:
     """Everything that a model is scored on, the same at every evaluation of a run.
 
     `validation` may be absent, `general` is the bundled text. `max_tokens` bounds a part with its padding,
-    `pad_id` fills the right of shorter rows, `should_stop` is asked often. `preferences` is set when the
-    validation rows are pairs.
+    `pad_id` fills the right of shorter rows, `should_stop` is asked often. `has_pairs` says
+    that the validation rows are pairs, which are scored once `preferences` is set.
     """
 
     validation: PreparedRows | None
@@ -121,18 +121,17 @@ class Examiner:
     max_tokens: int
     pad_id: int
     should_stop: Callable[[], bool]
+    has_pairs: bool = False
     preferences: Preferences | None = None
 
-    def examine(
-        self, trainee: Trainee, *, step: int, epoch: float, base_general_loss: float | None
-    ) -> Evaluation:
+    def examine(self, trainee: Trainee, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
         """Score a model and let it answer the sample prompts.
 
         Args:
             trainee: the model; in evaluation mode meanwhile.
-            step: steps done; 0 for the base.
+            step: steps done; 0 for the base, or whatever else training starts from.
             epoch: epochs done.
-            base_general_loss: the base's loss on the general text; None when this is the base.
+            loss_before: the loss on the general text at step 0; None when this is that step.
 
         Returns:
             The evaluation.
@@ -158,7 +157,7 @@ class Examiner:
             valid_reward_accuracy=None if valid is None else valid.reward_accuracy,
             valid_reward_margin=None if valid is None else valid.reward_margin,
             general_loss=general,
-            forgetting=None if base_general_loss is None else general - base_general_loss,
+            forgetting=None if loss_before is None else general - loss_before,
             answers=answers,
         )
 

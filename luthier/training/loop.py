@@ -94,11 +94,12 @@ class Loop:
         # A resumed run starts from a save point of its step.
         self._saved_step = progress.step
 
-    def run(self, base_evaluation: Evaluation | None) -> None:
+    def run(self, start_evaluation: Evaluation | None) -> None:
         """Do every step that is left.
 
         Args:
-            base_evaluation: the base's scores, where they can't be told from the untrained model's.
+            start_evaluation: the scores of what training starts from, the base or a tuned model, where they
+                can't be told from the untrained model's.
 
         Raises:
             StoppedError: when TERM came; a save point of the last step is written.
@@ -108,7 +109,7 @@ class Loop:
         """
         plan = self.job.plan
         if self.step == 0:
-            self._tell_evaluation(base_evaluation or self._examine())
+            self._tell_evaluation(start_evaluation or self._examine())
         elif self._untold is not None:
             self._end_epoch(self._untold)
         elif plan.ends_epoch(self.step) and not self._publisher.checkpoint_folder(self.step).exists():
@@ -254,18 +255,18 @@ class Loop:
         self._emit_evaluated(evaluation)
 
     def _examine(self) -> Evaluation:
-        base = self.ledger.evaluations[0].general_loss if self.ledger.evaluations else None
+        before = self.ledger.evaluations[0].general_loss if self.ledger.evaluations else None
         with self.ledger.phase("evaluate"):
             return self._examiner.examine(
-                self.trainee, step=self.step, epoch=self.job.plan.epoch_of(self.step), base_general_loss=base
+                self.trainee, step=self.step, epoch=self.job.plan.epoch_of(self.step), loss_before=before
             )
 
     def _tell_evaluation(self, evaluation: Evaluation) -> None:
-        """Keep and tell the base's scores."""
-        scores = evaluation.model_dump(
-            include={"valid_loss", "valid_mean_token_accuracy", "general_loss"}, exclude_none=True
-        )
-        self._log.append(step=0, **{f"base_{name}": value for name, value in scores.items()})
+        """Keep and tell the scores of what training starts from; the log has the base's in any case."""
+        base = self.ledger.base_evaluation
+        named = {"base": evaluation} if base is None else {"base": base, "start": evaluation}
+        scores = {f"{name}_{key}": score for name, one in named.items() for key, score in one.scores.items()}
+        self._log.append(step=0, **scores)
         self.ledger.evaluations.append(evaluation)
         self._emit_evaluated(evaluation)
 
@@ -328,6 +329,7 @@ class Loop:
             precision=self.machine.precision,
             log=self._log.read(),
             evaluations=ledger.evaluations,
+            base_evaluation=ledger.base_evaluation,
             chosen_metrics=self._chosen_metrics,
             micro_batch_halvings=parts.num_halvings,
             max_part_tokens=parts.max_tokens if parts.num_halvings else None,

@@ -9,20 +9,22 @@ from luthier.modeling.load import iterate_weights
 from luthier.training.split_adamw import SplitAdamW
 
 
-def start_masters(optimizer: SplitAdamW, attached: Attached, folder: Path) -> int:
+def start_masters(optimizer: torch.optim.Optimizer, attached: Attached, folder: Path) -> int:
     """Let the masters of trained base weights be the base's own numbers.
 
     A file whose numbers are bf16 or of less precision has nothing to give; a weight that the library has
     renamed or put together from several is left as it is.
 
     Args:
-        optimizer: before its first step.
+        optimizer: before its first step; one without masters is left as it is.
         attached: the base with what is trained.
         folder: the base's.
 
     Returns:
         How many weights have such masters.
     """
+    if not isinstance(optimizer, SplitAdamW):
+        return 0
     trained = {
         name: weight
         for name, weight in attached.causal_lm.named_parameters(remove_duplicate=False)

@@ -30,6 +30,7 @@ class Progress(BaseModel):
     precision: str | None = None
     log: str = ""
     evaluations: list[Evaluation] = []
+    base_evaluation: Evaluation | None = None
     chosen_metrics: Metrics = Metrics()
     micro_batch_halvings: int = 0
     max_part_tokens: int | None = None

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from luthier.core.reports import PhaseSeconds, RunReport
+from luthier.core.reports import PhaseSeconds, RunReport, StartedFrom
 from luthier.training.device import Machine, peak_memory_bytes
 from luthier.training.job import Job
 from luthier.training.progress import Progress
@@ -32,6 +32,8 @@ class Ledger:
         self, progress: Progress, device: str, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.evaluations = list(progress.evaluations)
+        # The untuned base's, where that is not what training starts from.
+        self.base_evaluation = progress.base_evaluation
         self.tokens_seen = progress.tokens_seen
         self.supervised_tokens_seen = progress.supervised_tokens_seen
         self._peak_memory_bytes = progress.peak_memory_bytes
@@ -122,6 +124,8 @@ def build_report(
         artifact_bytes=artifact_bytes,
         full_copy_bytes=base.num_parameters * machine.dtype.itemsize,
         evaluations=ledger.evaluations,
+        started_from=_started_from(job),
+        base_evaluation=ledger.base_evaluation,
         steps_done=step,
         steps_planned=job.plan.num_steps,
         result_step=result_step,
@@ -140,3 +144,8 @@ def build_report(
         seed=spec.seed,
         spec=spec,
     )
+
+
+def _started_from(job: Job) -> StartedFrom | None:
+    parent = job.spec.parent
+    return None if parent is None else StartedFrom(name=parent.name, digest=parent.digest)

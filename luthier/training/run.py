@@ -36,8 +36,8 @@ def run(folder: Path, events: int, stop: StopRequest) -> bool:
     started_at = time.monotonic()
     try:
         job = read_job(folder, inputs)
-        loop, base_evaluation = assemble(job, writer, stop, started_at)
-        loop.run(base_evaluation)
+        loop, start_evaluation = assemble(job, writer, stop, started_at)
+        loop.run(start_evaluation)
         _finish(loop, writer, started_at)
     except StoppedError:
         writer.emit(StoppedEvent(job_id=inputs.job_id, step=loop.step if loop else 0))

@@ -42,6 +42,8 @@ class Trainee:
         self.head_weight_VD = self._find_plain_head(self.sample)
         # A whole model's training overwrites the base, so what it was must be known before.
         self.start_logits_BTV = self._start_logits() if method.is_whole_model else None
+        # What a model that goes on from another said of the sample before its first step.
+        self.parent_logits_BTV: torch.Tensor | None = None
         attached.model.train(was_training)
 
     @property

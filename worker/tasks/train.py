@@ -30,6 +30,7 @@ from worker.context import WorkerContext
 from worker.giving_back import give_back
 from worker.keeper import LeaseKeeper, kept_lease
 from worker.outbox import Outbox
+from worker.parents import fetch_parents
 from worker.publish import Publisher
 from worker.run import Ending, TrainingRun
 from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
@@ -147,7 +148,7 @@ def make_run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: Le
 
 
 def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path) -> None:
-    """Lay out what the training process reads: spec, inputs, rows, and the newest whole save point."""
+    """Lay out what the training process reads: spec, inputs, parents, rows, the newest whole save point."""
     base = claimed.spec.base
     assert base is not None, "a queued job has a resolved spec"
     entry = context.catalogue.bases.get(base.id)
@@ -165,6 +166,7 @@ def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path)
         model_name=claimed.model_name,
         base_path=str(base_folder(context.settings.bases_dir.absolute(), base.id)),
         device=context.settings.device,
+        **fetch_parents(context, claimed.spec, run_dir),
     )
     (run_dir / "spec.json").write_text(claimed.spec.model_dump_json())
     (run_dir / "inputs.json").write_text(inputs.model_dump_json())

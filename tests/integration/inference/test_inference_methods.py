@@ -1,6 +1,7 @@
 """Artifacts of every method in one server, beside what their methods themselves say."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from luthier.storage.store import Storage
 from tests.inference_server import BARE, CHAT, Served, prompt_ids, wait_until
 from tests.tiny import CONTEXT_LENGTH
 from tests.unit.inference.artifacts import (
+    Artifact,
     all_tunings,
     build_method_artifact,
     greedy,
@@ -232,3 +234,31 @@ def test_a_whole_model_beyond_the_memory_for_them_is_refused_and_the_rest_goes_o
     assert refused.json()["error"]["code"] == "out_of_memory"
     assert "LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES" in refused.json()["error"]["message"]
     check(served, cases["base"], TEXTS[0])
+
+
+def test_artifacts_on_a_whole_model_answer_as_trained_there_though_their_copies_vanish(
+    served: Served, cases: dict[str, Case], folder: Path, base_folder: Path
+) -> None:
+    storage = Storage.open(f"file://{folder}/objects")
+    whole = case_of(cases, WHOLE[0])
+    assert whole.folder is not None
+    foundation = Artifact(str(whole.target.digest), whole.folder)
+    tokenizer, ids = Tokenizer.load(base_folder), prompt_ids(base_folder, TEXTS[0])
+    for seed, tuning in enumerate(({"type": "lora", "rank": 2}, {"type": "prompt", "num_virtual_tokens": 3})):
+        made = build_method_artifact(folder / f"on{seed}", base_folder, tuning, seed=seed, on=foundation)
+        storage.put_folder(made.folder, f"projects/p/on{seed}")
+        changes = {
+            "model": f"on{seed}",
+            "artifact": f"projects/p/on{seed}",
+            "digest": made.digest,
+            "foundation": whole.target.artifact,
+            "foundation_digest": whole.target.digest,
+        }
+        answer = to_text(tokenizer, method_greedy(foundation.folder, made.folder, ids, NUM_TOKENS))
+        case = Case(BARE.model_copy(update=changes), made.folder, {TEXTS[0]: answer})
+        assert answer not in (whole.answers[TEXTS[0]], cases["base"].answers[TEXTS[0]])
+        check(served, case, TEXTS[0])
+        unload(served)
+        shutil.rmtree(folder / "cache" / "artifacts")
+        for each in (case, whole, cases["base"]):
+            check(served, each, TEXTS[0])

@@ -66,3 +66,19 @@ def test_scores_are_a_table_and_answers_stand_below_escaped(capsys: pytest.Captu
         ["2", "1.5000", "-", "-", "0.1000"],
     ]
     assert lines[-3:] == ["who?", "  step 0: \\x1b[31mred", "  step 2: me"]
+
+
+def test_a_job_that_went_on_names_what_it_started_from_and_scores_the_base_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = _run([_evaluation(0, general_loss=3.5), _evaluation(2, general_loss=3.75, forgetting=0.25)])
+    run |= {
+        "started_from": {"name": "ft:b:o::\x1b1234567", "digest": "sha256:1"},
+        "base_evaluation": _evaluation(0, general_loss=3.0),
+    }
+    print_report(_report(prepare={"training": _FILE, "validation": None}, run=run))
+    lines = capsys.readouterr().out.splitlines()
+    assert "started from: ft:b:o::\\x1b1234567 (sha256:1)" in lines
+    table = lines[-3:]
+    assert [line.split()[0] for line in table] == ["base", "0", "2"]
+    assert table[0].split() == ["base", "-", "-", "3.0000", "-"]

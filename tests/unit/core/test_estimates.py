@@ -109,6 +109,15 @@ def test_more_rows_take_more_time_and_no_more_memory() -> None:
     assert many.seconds.load == few.seconds.load
 
 
+def test_a_job_that_goes_on_scores_one_model_more_and_reads_a_whole_one_twice() -> None:
+    work = _work(80, 100)
+    fresh, further = (_price(_lora(16), replace(work, num_first_scored=n, num_read=n)) for n in (1, 2))
+    # One epoch: two evaluations become three.
+    assert further.seconds.evaluate == pytest.approx(1.5 * fresh.seconds.evaluate)
+    assert further.seconds.load == pytest.approx(fresh.seconds.load + _CALIBRATION.read_seconds)
+    assert further.seconds.train == fresh.seconds.train
+
+
 def test_longer_rows_take_more_time_and_more_memory() -> None:
     prices = [_price(_lora(16), _work(80, length)) for length in (300, 500, 900)]
     for short, long in itertools.pairwise(prices):

@@ -53,20 +53,30 @@ def add_noise(attached: Attached, *, seed: int, scale: float) -> None:
 
 
 def build_method_artifact(
-    folder: Path, base_folder: Path, tuning: dict[str, Any], *, seed: int, scale: float = 0.2
+    folder: Path,
+    base_folder: Path,
+    tuning: dict[str, Any],
+    *,
+    seed: int,
+    scale: float = 0.2,
+    on: Artifact | None = None,
 ) -> Artifact:
-    """Write an artifact of any method as its own `save` does, with random noise on all that is trained."""
+    """Write an artifact of any method as its own `save` does, with random noise on all that is trained.
+
+    It lies on the base, or on a whole model of it.
+    """
     facts = BaseFacts.model_validate_json((base_folder / FACTS_NAME).read_bytes())
     method, params = parse_tuning(tuning)
     tokenizer = Tokenizer.load(base_folder)
     start = Start(seed=seed, base_id=facts.id, tokenize=tokenizer.encode, examples=[list(range(5, 30))] * 4)
     resolved = method.resolve(params, Workload(base=facts, num_rows=100, num_tokens=3000))
-    attached = method.attach(load_plain(base_folder), resolved, start)
+    attached = method.attach(load_plain(base_folder if on is None else on.folder), resolved, start)
     add_noise(attached, seed=seed, scale=scale)
     building = folder.with_name(f".{folder.name}.building")
     building.mkdir(parents=True)
     names = method.save(attached, building)
-    manifest = seal_folder(building, folder, digested=names, base_digest=facts.digest)
+    digest = facts.digest if on is None else on.digest
+    manifest = seal_folder(building, folder, digested=names, base_digest=digest)
     return Artifact(manifest.digest, folder)
 
 

@@ -1,0 +1,135 @@
+"""What a job goes on from: the artifacts in its run directory, checked before anything rests on them.
+
+A run never trains on weights that it has not proved to be the parent's: digests, the base below and the
+method are checked on the files, shapes where tensors are filled in, and the logits last of all.
+"""
+
+from pathlib import Path
+
+import torch
+
+from luthier.core.errors import ArtifactCorruptError, LuthierError, SelfCheckError, UnsuitableParentError
+from luthier.core.specs import TunedModel
+from luthier.methods import Attached, Method, method_of_artifact
+from luthier.storage.manifests import verify_folder
+from luthier.training.job import Job
+from luthier.training.selfcheck import bare_base, logits_agree
+from luthier.training.trainee import Trainee
+
+
+def check_parent(job: Job) -> None:
+    """Check the artifacts that a job goes on from, as far as their files tell.
+
+    Args:
+        job: whose run directory names them.
+
+    Raises:
+        ArtifactCorruptError: when files do not match their manifest.
+        UnsuitableParentError: when an artifact is another than the spec names, or lies on other weights.
+        LuthierError: when the run directory has not what the spec names.
+    """
+    spec, inputs = job.spec, job.origin.inputs
+    if spec.foundation is not None:
+        _check(spec.foundation, inputs.foundation_path, lies_on=job.origin.base.digest)
+    if spec.parent is not None and spec.takes_parents_weights:
+        if spec.parent.method != spec.tuning["type"]:
+            raise UnsuitableParentError(
+                f"{spec.parent.name} was tuned by {spec.parent.method}; a job by {spec.tuning['type']} can't "
+                "go on from it."
+            )
+        below = job.origin.base.digest if spec.foundation is None else spec.foundation.digest
+        _check(spec.parent, inputs.parent_path, lies_on=below)
+
+
+def ground_folder(job: Job, method: Method) -> Path:
+    """Return where the weights lie that a method is put on: the base's, or a whole model's in their place.
+
+    Args:
+        job: what is trained, its parent checked.
+        method: how.
+
+    Returns:
+        The folder of the base, of the foundation, or, where every weight is tuned, of the parent.
+    """
+    spec, inputs = job.spec, job.origin.inputs
+    if spec.foundation is not None:
+        return Path(_named(inputs.foundation_path))
+    if spec.parent is not None and method.is_whole_model:
+        return Path(_named(inputs.parent_path))
+    return Path(inputs.base_path)
+
+
+def take_parents_weights(job: Job, method: Method, attached: Attached) -> None:
+    """Let a freshly attached model start as the parent, where the parent's weights are its method's own.
+
+    Args:
+        job: what is trained.
+        method: how.
+        attached: on the ground of the job.
+
+    Raises:
+        UnsuitableParentError: when the parent's tensors are not those of this model.
+    """
+    if not job.spec.takes_parents_weights or method.is_whole_model:
+        return
+    try:
+        method.take_weights(attached, Path(_named(job.origin.inputs.parent_path)))
+    except ArtifactCorruptError as error:
+        raise UnsuitableParentError(f"The job can't go on from its parent. {error.message}") from error
+
+
+@torch.no_grad()
+def prove_start(job: Job, trainee: Trainee) -> None:
+    """Compare the model before its first step with the parent as its users load it.
+
+    Args:
+        job: what is trained.
+        trainee: the model, its parent's weights taken.
+
+    Raises:
+        SelfCheckError: when the logits differ.
+    """
+    if not job.spec.takes_parents_weights:
+        return
+    method, model = trainee.method, trainee.attached.model
+    was_training = model.training
+    model.eval()
+    try:
+        found = trainee.logits(trainee.sample)
+        trainee.parent_logits_BTV = found
+        if method.is_whole_model:
+            # Loaded from the parent's own files, in the base's place.
+            return
+        # Loading may draw random numbers; training draws its own as if it had not happened.
+        with torch.random.fork_rng():
+            loaded = method.load(bare_base(trainee), Path(_named(job.origin.inputs.parent_path)))
+            expected = method.logits(loaded, trainee.sample.token_ids_BT)
+    finally:
+        model.train(was_training)
+    if not logits_agree(found, expected):
+        raise SelfCheckError(
+            "The model before its first step gives other logits than the one that it starts from. Nothing is "
+            "published; please report it."
+        )
+
+
+def _check(model: TunedModel, path: str | None, *, lies_on: str) -> None:
+    folder = Path(_named(path))
+    manifest = verify_folder(folder)
+    if manifest.digest != model.digest:
+        raise UnsuitableParentError(
+            f"{model.name} is no longer what it was when the job was made: its digest is {manifest.digest}, "
+            f"and was {model.digest}. Make the job again."
+        )
+    if manifest.base_digest != lies_on:
+        raise UnsuitableParentError(
+            f"{model.name} was tuned on other weights ({manifest.base_digest}) than this job's ({lies_on})."
+        )
+    if method_of_artifact(folder).name != model.method:
+        raise UnsuitableParentError(f"{model.name} was not made by the method {model.method}.")
+
+
+def _named(path: str | None) -> str:
+    if path is None:
+        raise LuthierError("The run directory does not say where the model lies that the job goes on from.")
+    return path

@@ -1,0 +1,174 @@
+"""Going on from tuned models: what a job takes over from one, and who needs one that shall be deleted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, exists, or_, select
+from sqlalchemy.orm import Session, aliased
+
+from db.tables import Base, Job, Model
+from luthier.bases.catalogue import Catalogue
+from luthier.core.errors import ModelInUseError, ModelNotAvailableError
+from luthier.core.specs import TrainingSpec, TunedModel
+from luthier.core.states import TERMINAL_STATUSES
+from luthier.methods import check_tuning, discover, inherit_tuning
+from services.scope import Scope
+
+_NUM_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a job starts: a base, or a tuned model of it; and what it tunes, checked, "auto" still in it."""
+
+    base_id: str
+    tuning: dict[str, Any]
+    parent: TunedModel | None = None
+    foundation: TunedModel | None = None
+
+
+@dataclass(frozen=True)
+class StoredArtifact:
+    """Where in storage an artifact lies that a job builds on, and the digest that the job was made with."""
+
+    name: str
+    key: str
+    digest: str
+
+
+def find_origin(
+    session: Session, scope: Scope, catalogue: Catalogue, name: str, tuning: dict[str, Any]
+) -> Origin:
+    """Tell where a job starts that names a base or a tuned model.
+
+    A tuned model can't be deleted until the transaction ends.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        name: a base, a mapped name, or a tuned model or checkpoint of the caller's project.
+        tuning: the request's object as it came.
+
+    Returns:
+        The origin.
+
+    Raises:
+        ModelNotAvailableError: when there is no such model, or no job can start from it here.
+        InvalidRequestError: when the tuning is wrong, or contradicts the model's; names the member.
+    """
+    model = session.scalar(
+        select(Model)
+        .where(Model.name == name, Model.project_id == scope.project_id, Model.deleted_at.is_(None))
+        .with_for_update(read=True)
+    )
+    if model is None:
+        return Origin(catalogue.resolve(name).id, check_tuning(tuning))
+    _check_base(session, catalogue, model)
+    made_with = TrainingSpec.model_validate(session.get_one(Job, model.job_id).spec).tuning
+    parent = _described(model)
+    method = discover()[model.method]
+    if not method.is_whole_model:
+        lies_on = None
+        if model.foundation_model_id is not None:
+            lies_on = _described(session.get_one(Model, model.foundation_model_id))
+        return Origin(model.base_id, inherit_tuning(tuning, made_with, name=name), parent, lies_on)
+    if tuning.get("type", method.name) == method.name:
+        return Origin(model.base_id, inherit_tuning(tuning, made_with, name=name), parent)
+    # Another method lies on the whole model as it would on a base, and begins anew.
+    return Origin(model.base_id, check_tuning(tuning), parent, foundation=parent)
+
+
+def _described(model: Model) -> TunedModel:
+    return TunedModel(model_id=model.id, name=model.name, method=model.method, digest=model.artifact_digest)
+
+
+def _check_base(session: Session, catalogue: Catalogue, model: Model) -> None:
+    """Refuse a model whose base is no longer what it was tuned from."""
+    if model.base_id not in catalogue.bases:
+        raise ModelNotAvailableError(
+            f"{model.name} was tuned from {model.base_id}, which is no longer in this service's models.toml.",
+            param="model",
+        )
+    base = session.get(Base, model.base_id)
+    if base is not None and base.digest != model.base_digest:
+        raise ModelNotAvailableError(
+            f"{model.name} was tuned from another version of {model.base_id} ({model.base_digest}) than the "
+            f"one that is here now ({base.digest}). Start from the base.",
+            param="model",
+        )
+
+
+def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArtifact]:
+    """Return where the artifacts lie that a job builds on, by the spec's own member.
+
+    Args:
+        session: the session.
+        spec: the job's.
+
+    Returns:
+        `parent` and `foundation`, each where the spec has it.
+    """
+    named = {"parent": spec.parent, "foundation": spec.foundation}
+    return {
+        member: StoredArtifact(model.name, session.get_one(Model, model.model_id).artifact_key, model.digest)
+        for member, model in named.items()
+        if model is not None
+    }
+
+
+def check_unneeded(session: Session, model: Model) -> None:
+    """Refuse to let a model go that others go on from.
+
+    Args:
+        session: the session.
+        model: the model, locked against jobs that would start from it meanwhile.
+
+    Raises:
+        ModelInUseError: when an unfinished job starts from it, or a model that is there went on from it or
+            lies on it; names them.
+    """
+    jobs = session.scalars(
+        select(Job.id)
+        .where(Job.parent_model_id == model.id, Job.status.not_in(TERMINAL_STATUSES))
+        .order_by(Job.created_at, Job.id)
+    ).all()
+    if jobs:
+        raise ModelInUseError(
+            f"{model.name} can't be deleted: {_named(jobs)} started from it and not ended yet. Cancel, or "
+            "wait for the end.",
+            param="model",
+        )
+    names = session.scalars(
+        select(Model.name)
+        .where(
+            or_(Model.parent_model_id == model.id, Model.foundation_model_id == model.id),
+            Model.deleted_at.is_(None),
+        )
+        .order_by(Model.created_at, Model.id)
+    ).all()
+    if names:
+        raise ModelInUseError(
+            f"{model.name} can't be deleted: {_named(names)} gone on from it. Delete what went on first.",
+            param="model",
+        )
+
+
+def _named(names: Sequence[str]) -> str:
+    """Return the first names, how many more there are, and the verb for them."""
+    shown = ", ".join(names[:_NUM_NAMED])
+    if len(names) > _NUM_NAMED:
+        shown += f" and {len(names) - _NUM_NAMED} more"
+    return f"{shown} {'has' if len(names) == 1 else 'have'}"
+
+
+def is_needed() -> ColumnElement[bool]:
+    """Return the condition, over rows of `Model`, that `check_unneeded` refuses."""
+    heir = aliased(Model)
+    unfinished = exists().where(Job.parent_model_id == Model.id, Job.status.not_in(TERMINAL_STATUSES))
+    heirs = exists().where(
+        or_(heir.parent_model_id == Model.id, heir.foundation_model_id == Model.id),
+        heir.deleted_at.is_(None),
+    )
+    return or_(unfinished, heirs)

@@ -1,0 +1,300 @@
+"""Jobs that go on from tuned models, with real PostgreSQL, storage and API; one of them trained for real."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from sqlalchemy import select, update
+
+from db.tables import Job, Model
+from luthier.core.events import StoppedEvent
+from luthier.core.settings import Settings
+from luthier.core.specs import TrainingSpec
+from tests.conftest import Api
+from tests.integration.training_script import Script, ScriptedChild
+from tests.rows import colour_rows, jsonl
+from worker.app import sweep, tidy, work
+from worker.context import WorkerContext, make_context
+from worker.keeper import kept_lease
+from worker.run import Ending
+from worker.tasks.prepare import prepare
+from worker.tasks.train import claim, make_run, train_next
+
+
+@pytest.fixture
+def client(api: Api) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+
+
+@pytest.fixture
+def context(settings: Settings, api: Api) -> WorkerContext:
+    made = make_context(settings)
+    made.ring = api.bells.append
+    sweep(made)
+    return made
+
+
+@pytest.fixture
+def file_id(client: openai.OpenAI) -> str:
+    return client.files.create(file=("rows.jsonl", jsonl(colour_rows(12))), purpose="fine-tune").id
+
+
+class Jobs:
+    """Makes jobs over the wire, and models of them by a scripted training process."""
+
+    def __init__(self, client: openai.OpenAI, context: WorkerContext, file_id: str, folder: Path) -> None:
+        self.client = client
+        self.context = context
+        self.file_id = file_id
+        self.folder = folder
+
+    def create(self, model: str = "tiny-llama", **extra: Any) -> str:
+        body = {"training": {"precision": "float32"}, "hyperparameters": {"n_epochs": 1}} | extra
+        return self.client.fine_tuning.jobs.create(
+            model=model, training_file=self.file_id, seed=1, extra_body=body
+        ).id
+
+    def refused(self, model: str, **extra: Any) -> tuple[int, str | None, str | None]:
+        with pytest.raises(openai.APIStatusError) as caught:
+            self.create(model, **extra)
+        return caught.value.status_code, caught.value.code, caught.value.param
+
+    def attempt(self, job_id: str, write: Callable[[Script], object], epochs: int = 1) -> Ending:
+        claimed = claim(self.context)
+        assert claimed is not None
+        assert claimed.lease.job_id == job_id
+        run_dir = self.folder / job_id / f"e{claimed.lease.epoch}"
+        script = Script(job_id, claimed.spec, run_dir, steps_an_epoch=1, num_epochs=epochs)
+        write(script)
+        with kept_lease(self.context, claimed.lease) as keeper:
+            run = make_run(self.context, claimed, run_dir, keeper)
+            return run.supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
+
+    def finish(self, job_id: str, *, epochs: int = 1) -> str:
+        """Prepare a job, let it succeed, and return its model's name."""
+        prepare(self.context, job_id)
+
+        def write(script: Script) -> None:
+            script.start()
+            for epoch in range(1, epochs + 1):
+                script.epoch(epoch, 1.0)
+            script.finish(epochs)
+
+        assert self.attempt(job_id, write, epochs) is Ending.SUCCEEDED
+        return self.name(job_id)
+
+    def name(self, job_id: str) -> str:
+        name = self.client.fine_tuning.jobs.retrieve(job_id).fine_tuned_model
+        assert name is not None
+        return name
+
+    def row(self, name: str) -> Model:
+        with self.context.database.transaction() as session:
+            row = session.scalars(select(Model).where(Model.name == name)).one()
+            session.expunge(row)
+            return row
+
+    def spec(self, job_id: str) -> TrainingSpec:
+        with self.context.database.transaction() as session:
+            return TrainingSpec.model_validate(session.get_one(Job, job_id).spec)
+
+    def kept(self, name: str) -> str:
+        """Ask for a model's end, which must be refused; return why."""
+        with pytest.raises(openai.BadRequestError) as caught:
+            self.client.models.delete(name)
+        assert (caught.value.code, caught.value.param) == ("model_in_use", "model")
+        key = self.row(name).artifact_key
+        assert self.context.storage.read_manifest(key).digest == self.row(name).artifact_digest
+        return str(caught.value)
+
+
+@pytest.fixture
+def jobs(client: openai.OpenAI, context: WorkerContext, file_id: str, tmp_path: Path) -> Jobs:
+    return Jobs(client, context, file_id, tmp_path / "scripted")
+
+
+def test_a_job_goes_on_from_a_model_through_the_real_training_process(
+    api: Api, client: openai.OpenAI, context: WorkerContext, jobs: Jobs
+) -> None:
+    first = jobs.create(tuning={"rank": 2, "target_modules": ["q_proj", "v_proj"]})
+    work(context, first)
+    parent = jobs.name(first)
+    second = jobs.create(parent, suffix="more")
+    shown = httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{second}", headers=api.headers).json()
+    assert shown["model"] == "tiny-llama"
+    assert shown["started_from"] == {"name": parent, "digest": jobs.row(parent).artifact_digest}
+    assert (shown["tuning"]["rank"], shown["tuning"]["target_modules"]) == (2, ["q_proj", "v_proj"])
+    work(context, second)
+    job = client.fine_tuning.jobs.retrieve(second)
+    assert job.status == "succeeded", job.error
+    child = jobs.row(jobs.name(second))
+    assert child.name.startswith("ft:tiny-llama:personal:more:")
+    assert child.parent_model_id == jobs.row(parent).id
+    assert (child.foundation_model_id, child.base_digest) == (None, jobs.row(parent).base_digest)
+
+    report = _report(api, second)
+    assert report["started_from"] == shown["started_from"]
+    # Training began with the parent's weights: its scores at the end are those of the child's start.
+    before = _report(api, first)
+    assert report["evaluations"][0]["general_loss"] == before["evaluations"][-1]["general_loss"]
+    assert report["base_evaluation"]["general_loss"] == before["evaluations"][0]["general_loss"]
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(second, limit=100)]
+    assert any(message.startswith(f"Start, {parent}: general loss=") for message in messages)
+    assert any(message.startswith("Base model: general loss=") for message in messages)
+
+    assert child.name in jobs.kept(parent)
+    client.models.delete(child.name)
+    client.models.delete(parent)
+
+
+def _report(api: Api, job_id: str) -> dict[str, Any]:
+    url = f"{api.base_url}/v1/fine_tuning/jobs/{job_id}/report"
+    run: dict[str, Any] = httpx2.get(url, headers=api.headers).json()["run"]
+    return run
+
+
+def test_a_contradiction_names_its_member_and_both_values(jobs: Jobs) -> None:
+    parent = jobs.finish(jobs.create(tuning={"rank": 4}))
+    assert jobs.refused(parent, tuning={"rank": 8}) == (400, "invalid_value", "tuning.rank")
+    assert jobs.refused(parent, tuning={"type": "adapter"}) == (400, "invalid_value", "tuning.type")
+    assert jobs.refused(parent, tuning={"colour": 1}) == (400, "unknown_parameter", "tuning.colour")
+    job_id = jobs.create(parent, tuning={"type": "lora", "rank": 4, "alpha": "auto", "dropout": 0.1})
+    tuning = jobs.spec(job_id).tuning
+    assert (tuning["rank"], tuning["alpha"], tuning["dropout"]) == (4, 8.0, 0.1)
+
+
+def test_an_estimate_takes_a_tuned_model_as_a_create_does(api: Api, jobs: Jobs) -> None:
+    parent = jobs.finish(jobs.create(tuning={"rank": 2}))
+    url = f"{api.base_url}/v1/fine_tuning/jobs/estimate"
+    body = {"model": parent, "training_file": jobs.file_id}
+    found = httpx2.post(url, headers=api.headers, json=body, timeout=60).json()
+    assert (found["model"], found["tuning"]["rank"]) == ("tiny-llama", 2)
+    refused = httpx2.post(url, headers=api.headers, json=body | {"tuning": {"rank": 3}}, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tuning.rank")
+
+
+def test_a_model_of_another_project_is_as_unknown_as_any(api: Api, jobs: Jobs) -> None:
+    parent = jobs.finish(jobs.create())
+    body = {"name": "other", "project": "other"}
+    key = httpx2.post(f"{api.base_url}/v1/keys", headers=api.headers, json=body).json()["key"]
+    other = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=key, max_retries=0)
+    said = []
+    for name in (parent, parent[:-1] + "?"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            other.fine_tuning.jobs.create(model=name, training_file="file-x")
+        assert (caught.value.code, caught.value.param) == ("model_not_available", "model")
+        said.append(caught.value.message.replace(name, "NAME"))
+    assert said[0] == said[1]
+    jobs.client.models.delete(parent)
+    assert jobs.refused(parent) == (400, "model_not_available", "model")
+
+
+def test_a_model_stays_while_an_unfinished_job_starts_from_it(
+    client: openai.OpenAI, context: WorkerContext, jobs: Jobs
+) -> None:
+    parent = jobs.finish(jobs.create())
+    job_id = jobs.create(parent)
+    assert job_id in jobs.kept(parent)
+    prepare(context, job_id)
+    assert job_id in jobs.kept(parent)
+    client.fine_tuning.jobs.cancel(job_id)
+    assert client.models.delete(parent).deleted
+    tidy(context, grace_seconds=0)
+
+
+def test_the_first_ten_heirs_are_named_and_how_many_more_there_are(jobs: Jobs) -> None:
+    parent = jobs.finish(jobs.create())
+    heir = jobs.finish(jobs.create(parent))
+    columns = {column.key: getattr(jobs.row(heir), column.key) for column in Model.__table__.columns}
+    heirs = [heir, *(f"{heir}:{number:02}" for number in range(11))]
+    with jobs.context.database.transaction() as session:
+        for name in heirs[1:]:
+            later = columns["created_at"] + timedelta(seconds=len(name) + int(name[-2:]))
+            session.add(Model(**columns | {"id": f"model_{name[-2:]}", "name": name, "created_at": later}))
+    message = jobs.kept(parent)
+    assert f"{', '.join(heirs[:10])} and 2 more have gone on from it" in message
+    assert heirs[10] not in message
+
+
+def test_a_base_and_its_other_name_are_never_deleted(client: openai.OpenAI, jobs: Jobs) -> None:
+    jobs.finish(jobs.create())
+    for name in ("tiny-llama", "gpt-4o-mini-2024-07-18"):
+        with pytest.raises(openai.PermissionDeniedError):
+            client.models.delete(name)
+
+
+def test_a_method_on_a_whole_model_is_served_on_it_and_keeps_its_bytes(
+    api: Api, client: openai.OpenAI, jobs: Jobs
+) -> None:
+    whole = jobs.finish(jobs.create(tuning={"type": "full"}))
+    on_whole = jobs.finish(jobs.create(whole, tuning={"type": "lora", "rank": 2}))
+    further = jobs.finish(jobs.create(on_whole))
+    rows = [jobs.row(name) for name in (whole, on_whole, further)]
+    assert [row.foundation_model_id for row in rows] == [None, rows[0].id, rows[0].id]
+    assert [row.parent_model_id for row in rows] == [None, rows[0].id, rows[1].id]
+    # After a whole model, and no type said, the whole model is tuned further.
+    assert jobs.spec(jobs.create(whole)).tuning["type"] == "full"
+    assert jobs.spec(jobs.create(whole)).foundation is None
+    api.backend.asked.clear()
+    chat = {"model": further, "messages": [{"role": "user", "content": "hi"}]}
+    httpx2.post(f"{api.base_url}/v1/chat/completions", headers=api.headers, json=chat)
+    target = api.backend.asked[0][2]
+    assert (target.artifact, target.digest) == (rows[2].artifact_key, rows[2].artifact_digest)
+    assert (target.foundation, target.foundation_digest) == (rows[0].artifact_key, rows[0].artifact_digest)
+    for job in client.fine_tuning.jobs.list():
+        if job.finished_at is None:
+            client.fine_tuning.jobs.cancel(job.id)
+    assert on_whole in jobs.kept(whole)
+    assert further in jobs.kept(on_whole)
+    client.models.delete(further)
+    client.models.delete(on_whole)
+    client.models.delete(whole)
+
+
+def test_a_checkpoint_that_a_job_starts_from_is_not_retired(
+    client: openai.OpenAI, context: WorkerContext, jobs: Jobs
+) -> None:
+    first = jobs.create(hyperparameters={"n_epochs": 6})
+    prepare(context, first)
+
+    def begin(script: Script) -> None:
+        script.start().epoch(1, 3.0).epoch(2, 2.0)
+        script.events.append(StoppedEvent(job_id=first, step=2))
+
+    assert jobs.attempt(first, begin, epochs=6) is Ending.GIVEN_BACK
+    listed = client.fine_tuning.jobs.checkpoints.list(first).data
+    checkpoint = next(one.fine_tuned_model_checkpoint for one in listed if one.step_number == 1)
+    child = jobs.create(checkpoint)
+
+    def go_on(script: Script) -> None:
+        script.start(2)
+        for epoch in range(3, 7):
+            script.epoch(epoch, 1 / epoch)
+        script.finish(6)
+
+    assert jobs.attempt(first, go_on, epochs=6) is Ending.SUCCEEDED
+    steps = [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(first)]
+    # The usual three, and the one that is needed.
+    assert steps == [6, 5, 4, 1]
+    tidy(context, grace_seconds=0)
+    assert child in jobs.kept(checkpoint)
+
+
+def test_a_parent_whose_bytes_are_gone_or_others_fails_the_job_and_nothing_is_trained(
+    client: openai.OpenAI, context: WorkerContext, jobs: Jobs
+) -> None:
+    parent = jobs.finish(jobs.create())
+    other = jobs.row(jobs.finish(jobs.create(hyperparameters={"n_epochs": 2}), epochs=2)).artifact_key
+    for key, code in ((f"{other}/nothing", "artifact_corrupt"), (other, "unsuitable_parent")):
+        job_id = jobs.create(parent)
+        prepare(context, job_id)
+        with context.database.transaction() as session:
+            session.execute(update(Model).where(Model.name == parent).values(artifact_key=key))
+        assert train_next(context)
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        assert job.error is not None
+        assert (job.status, job.error.code) == ("failed", code)

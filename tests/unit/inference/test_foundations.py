@@ -1,0 +1,128 @@
+"""Artifacts that lie on a whole model: they answer as they were trained, in memory of their own."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.bases.catalogue import FACTS_NAME
+from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, SelfCheckError
+from luthier.core.inference import HEADER_ARTIFACT, HEADER_DIGEST, ModelTarget
+from luthier.core.specs import BaseFacts
+from luthier.inference.bases import LoadedBase, ServedModel
+from luthier.inference.copies import verify_copy
+from luthier.inference.forward import run_prompts
+from luthier.inference.loaded import LoadedArtifacts
+from luthier.inference.models import read_target
+from luthier.inference.slots import ArtifactSlots
+from luthier.inference.whole import measure_whole
+from luthier.methods import discover
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.unit.inference.artifacts import (
+    Artifact,
+    all_tunings,
+    build_method_artifact,
+    load_plain,
+    method_logits,
+    tuning_name,
+)
+from tests.unit.inference.test_loaded import PROBE_IDS, InlineEngine
+
+IDS = [9, 30, 41, 5, 77, 12, 8]
+WHOLE = [name for name, method in discover().items() if method.is_whole_model]
+ON_WHOLE = [tuning for tuning in all_tunings() if tuning["type"] not in WHOLE]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Artifact:
+    folder = tmp_path_factory.mktemp("wholes") / "whole"
+    return build_method_artifact(folder, base_folder, {"type": WHOLE[0]}, seed=4)
+
+
+@pytest.fixture(scope="module")
+def base(base_folder: Path) -> LoadedBase:
+    facts = BaseFacts.model_validate_json((base_folder / FACTS_NAME).read_bytes())
+    nothing: Any = None
+    return LoadedBase(
+        facts=facts,
+        tokenizer=nothing,
+        template=nothing,
+        slots=ArtifactSlots(load_plain(base_folder), base_digest=facts.digest, probe_ids=PROBE_IDS),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        probe_ids=PROBE_IDS,
+    )
+
+
+def served(base: LoadedBase, artifact: Artifact, whole: Artifact | None) -> ServedModel:
+    foundation = None if whole is None else verify_copy(whole.folder)
+    return ServedModel(base, artifact.digest, verify_copy(artifact.folder), foundation)
+
+
+@pytest.mark.parametrize("tuning", ON_WHOLE, ids=tuning_name)
+def test_an_artifact_on_a_whole_model_gives_the_logits_that_its_method_gives_there(
+    base: LoadedBase, base_folder: Path, whole: Artifact, tmp_path: Path, tuning: dict[str, Any]
+) -> None:
+    artifact = build_method_artifact(tmp_path / "artifact", base_folder, tuning, seed=2, on=whole)
+    expected_V = method_logits(whole.folder, artifact.folder, IDS)[-1]
+
+    async def run() -> None:
+        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=2**24, max_waiting=4)
+        ready = await loaded.hold(served(base, artifact, whole))
+        with torch.inference_mode():
+            _, logits_1V = run_prompts(ready.activate(), [IDS], ready.prefix)
+        assert torch.allclose(logits_1V[0], expected_V, atol=1e-5)
+        assert not torch.allclose(
+            logits_1V[0], method_logits(base_folder, artifact.folder, IDS)[-1], atol=1e-2
+        )
+        # It is counted as the whole model that it holds, and touches nothing of the base.
+        assert loaded.num_whole_bytes == measure_whole(whole.folder, torch.float32)
+        assert set(loaded.digests) == {artifact.digest, whole.digest}
+        assert base.slots.installed == []
+        loaded.release(ready)
+
+    asyncio.run(run())
+
+
+def test_an_artifact_is_laid_on_no_weights_but_those_it_was_made_on(
+    base: LoadedBase, base_folder: Path, whole: Artifact, tmp_path: Path
+) -> None:
+    tuning = {"type": "lora", "rank": 2}
+    on_whole = build_method_artifact(tmp_path / "on-whole", base_folder, tuning, seed=2, on=whole)
+    on_base = build_method_artifact(tmp_path / "on-base", base_folder, tuning, seed=3)
+
+    async def run() -> None:
+        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=2**24, max_waiting=4)
+        for wrong in (served(base, on_whole, None), served(base, on_base, whole), served(base, whole, whole)):
+            with pytest.raises((ArtifactCorruptError, SelfCheckError)):
+                await loaded.hold(wrong)
+        assert (loaded.digests, loaded.num_whole_bytes) == ([], 0)
+
+    asyncio.run(run())
+
+
+def test_a_foundation_travels_in_headers_and_never_alone() -> None:
+    target = ModelTarget(
+        model="m",
+        base_id="b",
+        project_id="p",
+        artifact="a",
+        digest="d",
+        foundation="f",
+        foundation_digest="e",
+    )
+    assert read_target(target.to_headers()) == target
+    for name in target.to_headers():
+        if "foundation" in name:
+            with pytest.raises(InvalidRequestError):
+                read_target({key: value for key, value in target.to_headers().items() if key != name})
+    artifacts_own = {HEADER_ARTIFACT, HEADER_DIGEST}
+    with pytest.raises(InvalidRequestError):
+        read_target({key: value for key, value in target.to_headers().items() if key not in artifacts_own})
