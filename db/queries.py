@@ -6,9 +6,23 @@ from typing import Any, TypeVar
 from sqlalchemy import Select, and_, or_, select, text
 from sqlalchemy.orm import Session
 
+from db.permission_tables import CheckpointPermission
 from db.tables import ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent
+from db.webhook_tables import WebhookEndpoint
 
-OwnedRow = TypeVar("OwnedRow", ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent)
+OwnedRow = TypeVar(
+    "OwnedRow",
+    ApiKey,
+    Checkpoint,
+    CheckpointPermission,
+    File,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    Model,
+    UsageEvent,
+    WebhookEndpoint,
+)
 
 
 def find_owned(

@@ -22,7 +22,7 @@ from luthier.core.ids import new_id
 from luthier.core.specs import Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus, check_transition
 from luthier.methods import check_tuning
-from services import events, files, leases
+from services import deliveries, events, files, leases
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
 from services.scope import Scope
@@ -339,6 +339,7 @@ def cancel(session: Session, scope: Scope, job_id: str) -> Job:
     job.finished_at = func.now()
     job.estimated_finish_at = None
     session.flush()
+    deliveries.enqueue(session, job.id, JobStatus.CANCELLED)
     events.append(session, job.id, [NewEvent("The job was cancelled", data={})])
     session.refresh(job)
     return job

@@ -17,7 +17,7 @@ from db.tables import Attempt, Job, Worker
 from luthier.core.errors import LuthierError, WorkerCrashedError
 from luthier.core.ids import new_id
 from luthier.core.states import TERMINAL_STATUSES, JobStatus
-from services import events
+from services import deliveries, events
 from services.events import NewEvent
 
 
@@ -225,6 +225,8 @@ def leave(
         values |= {"finished_at": func.now(), "estimated_finish_at": None}
     update_job(session, lease, status=status, lease_owner=None, lease_expires_at=None, **values)
     _end_attempt(session, lease.job_id, lease.epoch, outcome)
+    if status.is_terminal:
+        deliveries.enqueue(session, lease.job_id, status)
     if event is not None:
         events.append(session, lease.job_id, [event])
 
@@ -291,6 +293,7 @@ def _crashed(session: Session, job: Job, error: LuthierError, max_attempts: int)
         job.estimated_finish_at = None
         job.error = {"code": error.code, "message": message, "param": error.param}
         told = NewEvent(message, level="error", data={"code": error.code})
+        deliveries.enqueue(session, job.id, JobStatus.FAILED)
     else:
         goes_on = {JobStatus.RUNNING: JobStatus.QUEUED, JobStatus.PAUSING: JobStatus.PAUSED}
         status = JobStatus(job.status)

@@ -15,8 +15,8 @@ from luthier.core.settings import Settings
 from luthier.storage.store import Storage
 from services.bell import Bell, Ring, make_celery
 
-# One for the task, one for its heartbeat while it prepares.
-_POOL_SIZE = 3
+# One for the task, one for its heartbeat while it prepares, one for the sweep, one for webhooks.
+_POOL_SIZE = 4
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 

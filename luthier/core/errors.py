@@ -115,6 +115,12 @@ class InvalidTransitionError(InvalidRequestError):
     code = "invalid_job_state"
 
 
+class WebhookUnreachableError(InvalidRequestError):
+    """A receiver that gave no HTTP answer to a test."""
+
+    code = "webhook_unreachable"
+
+
 class IdempotencyKeyReusedError(InvalidRequestError):
     """An idempotency key that came before with another body."""
 
