@@ -10,7 +10,7 @@ from api import errors
 from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
 from api.requests import BodyLimitMiddleware, RequestIdMiddleware
-from api.routes import chat, files, health, jobs, keys, methods, models, webhooks
+from api.routes import chat, files, health, jobs, keys, methods, models, permissions, webhooks
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
 from luthier.core.settings import Settings
@@ -68,6 +68,6 @@ def create_app(parts: Parts) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimitMiddleware)
     app.add_middleware(RequestIdMiddleware)
-    for module in (health, files, jobs, methods, models, chat, keys, webhooks):
+    for module in (health, files, jobs, methods, models, chat, keys, permissions, webhooks):
         app.include_router(module.router)
     return app
