@@ -43,6 +43,8 @@ class NewJob:
     tuning: dict[str, Any] = field(default_factory=lambda: {"type": "lora"})
     training: TrainingOptions = field(default_factory=TrainingOptions)
     metadata: dict[str, str] | None = None
+    # Checked by services.integrations before a job is made of it.
+    integrations: Sequence[dict[str, Any]] = ()
 
 
 def _get_input_file(session: Session, scope: Scope, file_id: str, param: str) -> File:
@@ -170,6 +172,7 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
         suffix=request.suffix,
         seed=request.seed,
         user_metadata=request.metadata,
+        integrations=list(request.integrations) or None,
     )
     session.add(job)
     session.flush()

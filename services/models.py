@@ -64,7 +64,7 @@ def _is_shared_with(scope: Scope) -> ColumnElement[bool]:
 
 
 def find_callable(session: Session, scope: Scope, name: str) -> Model | None:
-    """Return the tuned model or checkpoint of that name that the project may call, its own or a shared one."""
+    """Return the tuned model or checkpoint of that name that the project may call: its own, or shared."""
     return session.scalar(
         select(Model).where(
             Model.name == name,

@@ -15,7 +15,7 @@ from api.schemas.jobs import CreateJobBody, checkpoint_object, event_object, job
 from api.schemas.pages import list_object
 from api.schemas.reports import JobReport, report_object
 from luthier.core.errors import InvalidValueError
-from services import idempotency, jobs
+from services import idempotency, integrations, jobs
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine_tuning"])
 
@@ -60,7 +60,8 @@ def create_job(
     )
     if earlier is not None:
         return job_object(jobs.get(session, scope, earlier))
-    job = jobs.create(session, scope, parts.catalogue, parts.ring, body.to_new_job())
+    wanted = integrations.checked(session, parts.settings, body.to_new_job())
+    job = jobs.create(session, scope, parts.catalogue, parts.ring, wanted)
     idempotency.remember(
         session, scope, route=_CREATE_ROUTE, key=key, body_sha256=body_sha256, resource_id=job.id
     )

@@ -56,7 +56,8 @@ class CreateJobBody(_Body):
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None
     metadata: dict[str, str] | None = None
-    integrations: list[dict[str, Any]] | None = None
+    # At most 5, each checked by the tracker that it names (services/integrations.py).
+    integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
     tuning: dict[str, Any] | None = None
     training: TrainingOptions | None = None
 
@@ -90,14 +91,16 @@ class CreateJobBody(_Body):
             UnsupportedValueError: for what OpenAI's API has and this service does not (yet).
             InvalidValueError: when two places say different things of the hyperparameters.
         """
+        if self.method is not None and self.method.type == "reinforcement":
+            raise UnsupportedValueError(
+                "method.type: 'reinforcement' is not offered: this service runs no graders and trains on no "
+                "rewards. Use 'supervised'; the configuration under `reinforcement` is then ignored.",
+                param="method.type",
+            )
         if self.method is not None and self.method.type != "supervised":
             raise UnsupportedValueError(
                 f"method.type: '{self.method.type}' is not offered yet; use 'supervised'.",
                 param="method.type",
-            )
-        if self.integrations:
-            raise UnsupportedValueError(
-                "integrations: none is offered yet; leave it out.", param="integrations"
             )
         return NewJob(
             model=self.model,
@@ -109,6 +112,7 @@ class CreateJobBody(_Body):
             tuning=self.tuning or {"type": "lora"},
             training=self.training or TrainingOptions(),
             metadata=self.metadata,
+            integrations=self.integrations or [],
         )
 
     def _merged_hyperparameters(self) -> Hyperparameters:
@@ -158,7 +162,7 @@ def job_object(job: Job) -> dict[str, Any]:
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "seed": job.seed,
-        "integrations": [],
+        "integrations": job.integrations or [],
         "metadata": job.user_metadata,
         "user_provided_suffix": job.suffix,
         "tuning": spec.tuning,
