@@ -1,4 +1,4 @@
-"""Drop-in folder: one tracker of experiments per file. Names that begin with `_`, and base.py, are skipped."""
+"""Drop-in folder: one tracker of experiments per file, but for those that begin with `_`, and base.py."""
 
 from luthier.trackers._checking import check_integrations
 from luthier.trackers._discover import discover

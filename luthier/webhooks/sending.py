@@ -64,10 +64,20 @@ async def send(
         return Outcome(error=f"no answer within {timeout_seconds:g} seconds")
     except InvalidValueError as error:
         return Outcome(error=error.message)
-    except ssl.SSLError:
-        return Outcome(error="its certificate could not be verified")
     except (OSError, httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
-        return Outcome(error=f"it could not be reached ({type(error).__name__})")
+        return Outcome(error=_told(error))
+
+
+def _told(error: BaseException) -> str:
+    """Return our own words for a failure: what the receiver or a library says may hold anything."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return "its certificate could not be verified"
+        if isinstance(cause, socket.gaierror):
+            return "its name could not be resolved"
+        cause = cause.__cause__ or cause.__context__
+    return f"it could not be reached ({type(error).__name__})"
 
 
 async def _send(
