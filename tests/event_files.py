@@ -1,4 +1,4 @@
-"""A reader of TensorBoard's event files for tests: checks every checksum, decodes the fields that we write."""
+"""A reader of TensorBoard's event files for tests: checks every checksum and decodes what we write."""
 
 import struct
 from dataclasses import dataclass, field

@@ -66,9 +66,19 @@ async def _send_all(context: WorkerContext, claimed: Sequence[ClaimedDelivery]) 
     rules = TargetRules.parse(
         allow_http=settings.webhook_allow_http, allowed_targets=settings.webhook_allowed_targets
     )
-    return await asyncio.gather(
+    answers = await asyncio.gather(
         *(
             send(delivery.message, rules, timeout_seconds=settings.webhook_timeout_seconds)
             for delivery in claimed
-        )
+        ),
+        # One that goes wrong in a way nobody thought of must not take the others with it, try after try.
+        return_exceptions=True,
     )
+    outcomes = []
+    for delivery, answer in zip(claimed, answers, strict=True):
+        if isinstance(answer, BaseException):
+            _log.error("webhook broke", delivery_id=delivery.delivery_id, exc_info=answer)
+            outcomes.append(Outcome(error=f"it could not be sent ({type(answer).__name__})"))
+        else:
+            outcomes.append(answer)
+    return outcomes
