@@ -3,6 +3,7 @@
 A tracker that is slow, away or broken costs the job one line in its events, and no time.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -66,10 +67,11 @@ class TrackerThread:
 
     def end(self, status: RunStatus) -> None:
         """Let it write what waits, and then end the run."""
-        try:
-            self._waiting.put_nowait(status)
-        except queue.Full:
-            _log.warning("tracker left behind", tracker=self.name)
+        with contextlib.suppress(queue.Empty):
+            # One that lags makes room for the word that it is over, or its thread would wait for ever.
+            if self._waiting.full():
+                self._waiting.get_nowait()
+        self._waiting.put_nowait(status)
 
     def join(self, timeout_seconds: float) -> None:
         """Wait for its last words, no longer than a while."""
