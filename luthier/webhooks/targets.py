@@ -5,6 +5,7 @@ the cloud's metadata service.
 """
 
 import ipaddress
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _INTERNAL = tuple(
     )
 )
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
 _LOCAL_NAMES = ("localhost", "local", "internal", "home.arpa")
 
 
@@ -144,6 +146,8 @@ def check_url(text: str, rules: TargetRules) -> httpx2.URL:
     address = _literal(host)
     if address is not None and not rules.permits(host, address):
         raise internal_target(host)
+    if address is None and not _HOST_NAME.fullmatch(host):
+        raise InvalidValueError("url: its host is no name that can be looked up.", param="url")
     # Where networks are listed, only resolving it tells whether a local name leads to one of them.
     if _is_local_name(host) and host not in rules.hosts and not rules.networks:
         raise internal_target(host)

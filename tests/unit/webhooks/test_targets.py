@@ -104,6 +104,8 @@ def test_an_address_of_the_open_internet_is_none(address: str) -> None:
         "https://example.com:99999/hook",
         "https://exa mple.com/",
         "https://[::1",
+        "https://%31%32%37.0.0.1/",
+        "https://fe80::1%25eth0/",
         "",
         "\x00",
         "https://example.com/" + "a" * 2048,
