@@ -13,7 +13,7 @@ from luthier.trackers._event_file import record, scalars_event, start_event, ver
 from luthier.trackers.base import RunStatus, TrackedRun, Tracker, TrackerConfig, TrackerRun
 
 # Parts of a path: none may lead out of the folder.
-FolderName = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
+FolderName = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class TensorboardConfig(TrackerConfig):
