@@ -54,7 +54,7 @@ def test_the_life_of_an_endpoint_in_the_sdks_words(api: Api, client: openai.Open
     assert made.signing_secret[-4:] in str(made.signing_secret_hint)
     seen = client.webhooks.retrieve(made.id)
     assert seen.model_dump() == made.model_dump(exclude={"signing_secret"})
-    raw = client.webhooks.with_raw_response.retrieve(made.id).text()
+    raw = client.webhooks.with_raw_response.retrieve(made.id).text
     assert made.signing_secret not in raw
 
     with api.parts.database.engine.begin() as connection:
