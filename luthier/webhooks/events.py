@@ -19,7 +19,7 @@ def event_type_of(status: JobStatus) -> str:
 
 
 def payload(event_id: str, event_type: str, *, created_at: int, job_id: str) -> bytes:
-    """Return the body of a delivery, byte for byte the same in every try.
+    """Write the body of a delivery, byte for byte the same in every try.
 
     It is thin: who wants to know more asks for the job, and sees it as it is then.
 
@@ -28,6 +28,9 @@ def payload(event_id: str, event_type: str, *, created_at: int, job_id: str) -> 
         event_type: one of EVENT_TYPES.
         created_at: when the job ended, in Unix seconds.
         job_id: the job.
+
+    Returns:
+        JSON.
     """
     event = {
         "id": event_id,

@@ -24,13 +24,16 @@ def secret_hint(secret: str) -> str:
 
 
 def sign(secret: str, *, webhook_id: str, timestamp: int, body: bytes) -> str:
-    """Return one signature, `v1,` and base64.
+    """Make one signature.
 
     Args:
         secret: `whsec_` and base64.
         webhook_id: the delivery's id, the same in every try.
         timestamp: when this try is sent, in Unix seconds.
         body: the very bytes that are sent.
+
+    Returns:
+        `v1,` and base64.
     """
     key = base64.b64decode(secret.removeprefix(_PREFIX))
     signed = f"{webhook_id}.{timestamp}.".encode() + body

@@ -147,7 +147,9 @@ def check_url(text: str, rules: TargetRules) -> httpx2.URL:
     if address is not None and not rules.permits(host, address):
         raise internal_target(host)
     if (address is None and not _HOST_NAME.fullmatch(host)) or not 0 < (url.port or 443) < 2**16:
-        raise InvalidValueError("url: its host is no name that can be looked up, or its port none.", param="url")
+        raise InvalidValueError(
+            "url: its host is no name that can be looked up, or its port none.", param="url"
+        )
     # Where networks are listed, only resolving it tells whether a local name leads to one of them.
     if _is_local_name(host) and host not in rules.hosts and not rules.networks:
         raise internal_target(host)
