@@ -24,7 +24,7 @@ from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.keeper import kept_lease
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run
+from worker.tasks.train import claim, make_run, train_next
 from worker.tracking import TrackerThread, start_tracking
 
 
@@ -142,6 +142,28 @@ def test_a_broken_tracker_costs_the_job_one_warning(
     assert len(told) <= 2
     assert all("broken" in event.message and "key@" not in event.message for event in told)
     assert list((tmp_path / "curves").rglob("*tfevents*"))
+
+
+def test_a_tracker_hears_how_the_job_ended(
+    client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses: list[str] = []
+
+    class Run(Noted):
+        def close(self, status: RunStatus) -> None:
+            statuses.append(status)
+
+    class Listening(Broken):
+        def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
+            return Run([])
+
+    monkeypatch.setitem(discover(), "broken", Listening())
+    job = _create(client, {"type": "broken", "broken": {"project": "p"}})
+    prepare(context, job.id)
+    context.catalogue = context.catalogue.model_copy(update={"bases": {}})
+    assert train_next(context)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "failed"
+    assert statuses == ["failed"]
 
 
 def test_a_fault_is_told_once_and_a_full_queue_holds_up_nobody(

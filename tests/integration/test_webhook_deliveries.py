@@ -1,5 +1,6 @@
 """A job's end on its way to a receiver: real PostgreSQL, a real receiver, the real SDK that unwraps it."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ import pytest
 from sqlalchemy import text
 
 from db.webhook_tables import WebhookDelivery
-from luthier.core.errors import InvalidTrainingFileError, WorkerCrashedError
+from luthier.core.errors import InvalidTrainingFileError, UnavailableError, WorkerCrashedError
 from luthier.core.settings import Settings
 from luthier.webhooks.events import EVENT_TYPES, Outcome
 from services import deliveries, leases
 from services.leases import Lease
-from tests.conftest import Api
+from tests.conftest import Api, wait_until
 from tests.integration.training_script import Script, ScriptedChild
 from tests.receiver import Receiver, running_receiver
 from tests.rows import colour_rows, jsonl
+from worker import delivering
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_due
@@ -145,6 +147,32 @@ def test_every_other_way_a_job_ends_is_told_once(
     (request,) = receiver.received
     event = client.webhooks.unwrap(request.body, request.headers, secret=endpoint.signing_secret)
     assert (event.type, event.data.id) == (f"fine_tuning.job.{status}", job_id)
+
+
+def test_a_workers_thread_sends_by_itself_and_outlives_a_fault(
+    client: openai.OpenAI,
+    context: WorkerContext,
+    receiver: Receiver,
+    endpoint: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faults: list[Exception] = [UnavailableError("away"), RuntimeError("a bug")]
+
+    def deliver(context: WorkerContext) -> int:
+        if faults:
+            raise faults.pop(0)
+        return deliver_due(context)
+
+    monkeypatch.setattr(delivering, "deliver_due", deliver)
+    context.settings = context.settings.model_copy(update={"sweep_seconds": 0.05})
+    thread = threading.Thread(target=delivering.deliver_for_ever, args=(context,), daemon=True)
+    thread.start()
+    client.fine_tuning.jobs.cancel(_create(client))
+    wait_until(lambda: receiver.received, what="the webhook has come")
+    context.stopping.set()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert len(receiver.received) == 1
 
 
 def test_only_who_asked_for_a_type_hears_of_it_and_all_hear_of_one_event(
