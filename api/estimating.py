@@ -17,7 +17,7 @@ from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.data.count import RowCounts, count_rows
 from luthier.data.prompts import check_sample_prompts
 from luthier.methods import room_in_context, row_limit
-from services import calibrations, jobs
+from services import calibrations, integrations, jobs
 from services.estimates import Estimate, estimate
 from services.jobs import NewJob
 from services.scope import Scope
@@ -68,6 +68,7 @@ async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimat
 
 def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
     with parts.database.transaction() as session:
+        request = integrations.checked(session, parts.settings, request)
         checked = jobs.check(session, scope, parts.catalogue, request)
         training = _Input.of(checked.training_file)
         validation = None if checked.validation_file is None else _Input.of(checked.validation_file)

@@ -12,7 +12,19 @@ from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
 from api.paths import EncodedSlashMiddleware
 from api.requests import BodyLimitMiddleware, RequestIdMiddleware
-from api.routes import chat, files, health, jobs, keys, methods, models, reports_of_files, uploads
+from api.routes import (
+    chat,
+    files,
+    health,
+    jobs,
+    keys,
+    methods,
+    models,
+    permissions,
+    reports_of_files,
+    uploads,
+    webhooks,
+)
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
 from luthier.core.settings import Settings
@@ -88,6 +100,18 @@ def create_app(parts: Parts) -> FastAPI:
         expose_headers=_EXPOSED_HEADERS,
     )
     app.add_middleware(RequestIdMiddleware)
-    for module in (health, files, uploads, reports_of_files, jobs, methods, models, chat, keys):
+    for module in (
+        health,
+        files,
+        uploads,
+        reports_of_files,
+        jobs,
+        methods,
+        models,
+        chat,
+        keys,
+        permissions,
+        webhooks,
+    ):
         app.include_router(module.router)
     return app

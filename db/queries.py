@@ -6,11 +6,24 @@ from typing import Any, TypeVar
 from sqlalchemy import Select, select, text, tuple_
 from sqlalchemy.orm import Session
 
+from db.permission_tables import CheckpointPermission
 from db.tables import ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent
 from db.upload_tables import Upload
+from db.webhook_tables import WebhookEndpoint
 
 OwnedRow = TypeVar(
-    "OwnedRow", ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, Upload, UsageEvent
+    "OwnedRow",
+    ApiKey,
+    Checkpoint,
+    CheckpointPermission,
+    File,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    Model,
+    Upload,
+    UsageEvent,
+    WebhookEndpoint,
 )
 
 

@@ -155,6 +155,8 @@ class Job(Owned, Table):
     seed: Mapped[int]
     # `metadata` is taken by SQLAlchemy.
     user_metadata: Mapped[dict[str, str] | None] = mapped_column("metadata")
+    # The trackers that follow it, as OpenAI's wire has them; no secret is among it.
+    integrations: Mapped[list[Any] | None] = mapped_column(JSONB(none_as_null=True))
     # Storage prefix of the tokenised rows, once prepare has written them.
     prepared_key: Mapped[str | None]
     # The newest save points, oldest first: {"key": storage prefix, "step": number}.

@@ -20,7 +20,7 @@ from luthier.core.errors import (
 from luthier.core.ids import new_id
 from luthier.core.specs import DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus, check_transition
-from services import attempts, events, files, parents
+from services import attempts, deliveries, events, files, parents
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
 from services.scope import Scope
@@ -45,6 +45,8 @@ class NewJob:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     dpo: DpoOptions | None = None
     metadata: dict[str, str] | None = None
+    # Checked by services.integrations before a job is made of it.
+    integrations: Sequence[dict[str, Any]] = ()
 
 
 def _get_input_file(session: Session, scope: Scope, file_id: str, param: str) -> File:
@@ -162,6 +164,7 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
         suffix=request.suffix,
         seed=request.seed,
         user_metadata=request.metadata,
+        integrations=list(request.integrations) or None,
     )
     session.add(job)
     session.flush()
@@ -336,6 +339,7 @@ def cancel(session: Session, scope: Scope, job_id: str) -> Job:
     job.finished_at = func.now()
     job.estimated_finish_at = None
     session.flush()
+    deliveries.enqueue(session, job.id, JobStatus.CANCELLED)
     events.append(session, job.id, [NewEvent("The job was cancelled", data={})])
     session.refresh(job)
     return job

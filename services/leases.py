@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from db.tables import Job, Worker
 from luthier.core.errors import LuthierError, WorkerCrashedError
 from luthier.core.states import TERMINAL_STATUSES, JobStatus
-from services import attempts, events
+from services import attempts, deliveries, events
 from services.events import NewEvent
 
 
@@ -262,6 +262,8 @@ def leave(
     values |= {"lease_owner": None, "lease_expires_at": None, "estimated_finish_at": None}
     update_job(session, lease, status=status, **values)
     attempts.end(session, lease.job_id, lease.epoch, outcome)
+    if status.is_terminal:
+        deliveries.enqueue(session, lease.job_id, status)
     if event is not None:
         events.append(session, lease.job_id, [event])
 
@@ -340,6 +342,7 @@ def _crashed(session: Session, job: Job, error: LuthierError, max_attempts: int)
         job.finished_at = func.now()
         job.error = {"code": error.code, "message": message, "param": error.param}
         told = NewEvent(message, level="error", data={"code": error.code})
+        deliveries.enqueue(session, job.id, JobStatus.FAILED)
     else:
         job.status = WAITS_AS[JobStatus(job.status)].value
         goes_on = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"

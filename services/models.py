@@ -4,9 +4,10 @@ base instead."""
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from db.permission_tables import CheckpointPermission
 from db.tables import Base, Checkpoint, Job, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, PermissionDeniedError
@@ -55,6 +56,49 @@ def find(session: Session, scope: Scope, name: str, *, for_update: bool = False)
     return session.scalar(statement.with_for_update() if for_update else statement)
 
 
+def _is_shared_with(scope: Scope) -> ColumnElement[bool]:
+    permitted = select(CheckpointPermission.model_id).where(
+        CheckpointPermission.grantee_project_id == scope.project_id, CheckpointPermission.deleted_at.is_(None)
+    )
+    return Model.id.in_(permitted)
+
+
+def find_callable(session: Session, scope: Scope, name: str) -> Model | None:
+    """Return the tuned model or checkpoint of that name that the project may call: its own, or shared."""
+    return session.scalar(
+        select(Model).where(
+            Model.name == name,
+            Model.deleted_at.is_(None),
+            or_(Model.project_id == scope.project_id, _is_shared_with(scope)),
+        )
+    )
+
+
+def get_own(session: Session, scope: Scope, name: str) -> Model:
+    """Return the project's tuned model or checkpoint of that name.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the public name.
+
+    Returns:
+        The row.
+
+    Raises:
+        PermissionDeniedError: when it is another project's, which lets this one call it and no more.
+        ModelNotFoundError: when there is none.
+    """
+    model = find_callable(session, scope, name)
+    if model is None:
+        raise unknown_model(name)
+    if model.project_id != scope.project_id:
+        raise PermissionDeniedError(
+            f"{name} is another project's; yours may call it, not delete or download it.", param="model"
+        )
+    return model
+
+
 def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
     """Return the fetched base that a name or a mapped name stands for, or None."""
     try:
@@ -79,7 +123,7 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
     Raises:
         ModelNotFoundError: when the project has no such model; the base never answers instead.
     """
-    model = find(session, scope, name)
+    model = find_callable(session, scope, name)
     if model is not None:
         whole_id = model.foundation_model_id
         foundation = None if whole_id is None else session.get_one(Model, whole_id)
@@ -99,10 +143,10 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
 
 
 def list_(session: Session, scope: Scope) -> Sequence[Model]:
-    """Return the project's tuned models and checkpoints, newest first."""
+    """Return the tuned models and checkpoints that the project may call, newest first."""
     return session.scalars(
         select(Model)
-        .where(Model.project_id == scope.project_id, Model.deleted_at.is_(None))
+        .where(or_(Model.project_id == scope.project_id, _is_shared_with(scope)), Model.deleted_at.is_(None))
         .order_by(Model.created_at.desc(), Model.id.desc())
     ).all()
 
@@ -244,13 +288,15 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
 
     Raises:
         ModelNotFoundError: when the project has no such model.
-        PermissionDeniedError: when the name is a base's.
+        PermissionDeniedError: when the name is a base's, or another project's that is shared with this one.
         ModelInUseError: when others go on from it.
     """
     model = find(session, scope, name, for_update=True)
     if model is None:
         if find_base(session, catalogue, name) is not None:
             raise PermissionDeniedError(f"{name} is a base model; bases can't be deleted.", param="model")
+        # Not the project's own: it says whether that is all.
+        get_own(session, scope, name)
         raise unknown_model(name)
     parents.check_unneeded(session, model)
     model.deleted_at = func.now()

@@ -23,6 +23,7 @@ from services.bell import TASK_NAME, make_celery
 from services.uploads import storage_prefix
 from worker.calibration import calibrate_for_ever
 from worker.context import WorkerContext, make_context
+from worker.delivering import deliver_for_ever
 from worker.tasks.prepare import prepare
 from worker.tasks.train import train_next
 
@@ -167,6 +168,7 @@ def make_worker(settings: Settings) -> Celery:
         _log.info("worker ready", worker_id=context.worker_id)
         threading.Thread(target=_sweep_for_ever, args=(context,), daemon=True).start()
         threading.Thread(target=calibrate_for_ever, args=(context,), daemon=True).start()
+        threading.Thread(target=deliver_for_ever, args=(context,), daemon=True).start()
 
     def stop(**_: object) -> None:
         # Celery now waits for running tasks; a training one ends once it knows that it should.
@@ -188,6 +190,7 @@ def run_without_broker(settings: Settings) -> None:
     context.ring = lambda _job_id: None
     threading.Thread(target=_sweep_for_ever, args=(context,), daemon=True).start()
     threading.Thread(target=calibrate_for_ever, args=(context,), daemon=True).start()
+    threading.Thread(target=deliver_for_ever, args=(context,), daemon=True).start()
     _log.info("worker ready, without a broker", worker_id=context.worker_id)
     while not context.stopping.is_set():
         waiting: list[str] = []

@@ -13,18 +13,25 @@ from db.session import Database
 from luthier.bases.catalogue import Catalogue, load_catalogue
 from luthier.core.settings import Settings
 from luthier.storage.store import Storage
+from luthier.trackers import discover
 from services.bell import Bell, Ring, make_celery
 from worker.spare import WarmSpare
 
-# One for the task, one for its heartbeat while it prepares.
-_POOL_SIZE = 3
+# One for the task, one for its heartbeat while it prepares, one for the sweep, one for webhooks.
+_POOL_SIZE = 4
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def _facts() -> dict[str, Any]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = {name: metadata.version(name) for name in ("luthier", "celery", "sqlalchemy")}
-    return {"num_cores": os.cpu_count(), "memory_bytes": memory_bytes, "versions": versions}
+    trackers = [name for name, tracker in discover().items() if tracker.is_installed()]
+    return {
+        "num_cores": os.cpu_count(),
+        "memory_bytes": memory_bytes,
+        "versions": versions,
+        "trackers": trackers,
+    }
 
 
 @dataclass

@@ -30,6 +30,7 @@ from worker.context import WorkerContext
 from worker.keeper import LeaseKeeper
 from worker.outbox import Outbox
 from worker.publish import Publisher
+from worker.tracking import Tracking
 
 # Metrics are written in batches, at most two a second.
 _FLUSH_SECONDS = 0.5
@@ -87,6 +88,7 @@ class TrainingRun:
         keeper: keeps the lease meanwhile, and knows when it is lost.
         outbox: what the attempt tells.
         publisher: takes what the process makes.
+        tracking: passes the metrics on to the job's trackers; None has none.
     """
 
     context: WorkerContext
@@ -94,6 +96,7 @@ class TrainingRun:
     keeper: LeaseKeeper
     outbox: Outbox
     publisher: Publisher
+    tracking: Tracking | None = None
     _step: int = field(default=0, init=False)
     _total_steps: int = field(default=0, init=False)
     _ending: Ending | None = field(default=None, init=False)
@@ -146,6 +149,8 @@ class TrainingRun:
             child.kill()
 
     def _take(self, event: TrainingEvent) -> None:
+        if self.tracking is not None:
+            self.tracking.take(event, tell=self.outbox.tell)
         match event:
             case StartedEvent():
                 self._started(event)

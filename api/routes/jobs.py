@@ -16,7 +16,7 @@ from api.schemas.jobs import CreateJobBody, checkpoint_object, event_object, job
 from api.schemas.pages import list_object
 from api.schemas.reports import JobReport, report_object
 from luthier.core.errors import InvalidValueError
-from services import idempotency, jobs, pausing
+from services import idempotency, integrations, jobs, pausing
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine_tuning"])
 
@@ -33,7 +33,8 @@ def create_job(
     earlier = idempotency.find_earlier(session, scope, sending)
     if earlier is not None:
         return job_object(jobs.get(session, scope, earlier))
-    job = jobs.create(session, scope, parts.catalogue, parts.ring, body.to_new_job())
+    wanted = integrations.checked(session, parts.settings, body.to_new_job())
+    job = jobs.create(session, scope, parts.catalogue, parts.ring, wanted)
     idempotency.remember(session, scope, sending, resource_id=job.id)
     return job_object(job)
 

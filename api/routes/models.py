@@ -34,7 +34,7 @@ def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[s
 @router.get("/{model}")
 def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
     """Describe one model."""
-    row = models.find(session, scope, model)
+    row = models.find_callable(session, scope, model)
     if row is not None:
         return tuned_model_object(row, scope.organization_slug)
     base = models.find_base(session, parts.catalogue, model)
@@ -63,10 +63,7 @@ async def delete_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> dic
 
 def _artifact_key(parts: Parts, scope: Scope, name: str) -> str:
     with parts.database.transaction() as session:
-        row = models.find(session, scope, name)
-        if row is None:
-            raise models.unknown_model(name)
-        return row.artifact_key
+        return models.get_own(session, scope, name).artifact_key
 
 
 @router.get("/{model}/files")

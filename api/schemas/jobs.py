@@ -74,7 +74,8 @@ class CreateJobBody(_Body):
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None
     metadata: dict[str, str] | None = None
-    integrations: list[dict[str, Any]] | None = None
+    # At most 5, each checked by the tracker that it names (services/integrations.py).
+    integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
     tuning: dict[str, Any] | None = None
     training: TrainingOptions | None = None
 
@@ -121,12 +122,9 @@ class CreateJobBody(_Body):
         """
         if self.method is not None and self.method.type == "reinforcement":
             raise UnsupportedValueError(
-                "method.type: 'reinforcement' is not offered; use 'supervised' or 'dpo'.",
+                "method.type: 'reinforcement' is not offered: this service runs no graders and trains on no "
+                "rewards. Use 'supervised' or 'dpo'; the configuration under `reinforcement` is then ignored.",
                 param="method.type",
-            )
-        if self.integrations:
-            raise UnsupportedValueError(
-                "integrations: none is offered yet; leave it out.", param="integrations"
             )
         return NewJob(
             model=self.model,
@@ -139,6 +137,7 @@ class CreateJobBody(_Body):
             training=self.training or TrainingOptions(),
             dpo=self._dpo_options(),
             metadata=self.metadata,
+            integrations=self.integrations or [],
         )
 
     def _dpo_options(self) -> DpoOptions | None:
@@ -198,7 +197,7 @@ def job_object(job: Job) -> dict[str, Any]:
         "hyperparameters": hyperparameters,
         "method": {"type": objective, objective: {"hyperparameters": knobs}},
         "seed": job.seed,
-        "integrations": [],
+        "integrations": job.integrations or [],
         "metadata": job.user_metadata,
         "user_provided_suffix": job.suffix,
         "started_from": _started_from(spec),

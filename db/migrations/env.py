@@ -3,7 +3,8 @@
 from alembic import context
 from sqlalchemy import Connection, create_engine
 
-import db.upload_tables  # noqa: F401 (made known to Table.metadata)
+# Tables are known to the metadata once their module is imported.
+from db import permission_tables, upload_tables, webhook_tables  # noqa: F401
 from db.tables import Table
 from luthier.core.settings import Settings
 

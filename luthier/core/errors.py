@@ -127,6 +127,12 @@ class InvalidUploadStateError(InvalidRequestError):
     code = "invalid_upload_state"
 
 
+class WebhookUnreachableError(InvalidRequestError):
+    """A receiver that gave no HTTP answer to a test."""
+
+    code = "webhook_unreachable"
+
+
 class IdempotencyKeyReusedError(InvalidRequestError):
     """An idempotency key that came before with another body."""
 

@@ -101,6 +101,30 @@ class Settings(BaseSettings):
     )
     max_attempts: int = Field(3, ge=1, description="Crashes after which a job is failed.")
 
+    webhook_allow_http: bool = Field(
+        False, description="Whether webhook endpoints may be http:// URLs; for tests and closed networks."
+    )
+    webhook_allowed_targets: str = Field(
+        "",
+        description="Host names, addresses and CIDRs that webhooks may reach although they are internal, "
+        "separated by commas.",
+    )
+    webhook_timeout_seconds: float = Field(
+        15.0, gt=0, le=120, description="How long a webhook's receiver may take to answer."
+    )
+
+    wandb_api_key: SecretStr = Field(
+        SecretStr(""), description="Lets jobs name wandb among their integrations; for API and workers."
+    )
+    wandb_base_url: str = Field("", description="A Weights & Biases server of one's own; empty: theirs.")
+    mlflow_tracking_uri: str = Field(
+        "", description="Lets jobs name mlflow among their integrations; for API and workers."
+    )
+    tensorboard_dir: str = Field(
+        "",
+        description="Folder of TensorBoard's event files; lets jobs name tensorboard; for API and workers.",
+    )
+
     organization: str = Field("personal", description="Slug of the first organization, part of model names.")
     bootstrap_api_key: SecretStr = Field(
         SecretStr(""), description="First admin key, registered at start when it is not known yet."

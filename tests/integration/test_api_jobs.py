@@ -100,7 +100,14 @@ def test_a_cancelled_job_ends_and_frees_its_file(client: openai.OpenAI, file_id:
             "invalid_value",
         ),
         ({"method": {"type": "reinforcement"}}, "method.type", "unsupported_value"),
-        ({"integrations": [{"type": "wandb"}]}, "integrations", "unsupported_value"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0.wandb", "missing_required_parameter"),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]},
+            "integrations.0.type",
+            "unsupported_value",
+        ),
+        ({"integrations": [{"type": "comet"}]}, "integrations.0.type", "invalid_value"),
+        ({"integrations": [{"type": "wandb"}] * 6}, "integrations", "invalid_value"),
         ({"tuning": {"type": "lora", "rank": 0}}, "tuning.rank", "invalid_value"),
         ({"tuning": {"type": "lora", "rnak": 8}}, "tuning.rnak", "unknown_parameter"),
         ({"tuning": {"type": "sorcery"}}, "tuning.type", None),
@@ -151,6 +158,18 @@ def test_nulls_mean_unset_and_unused_method_members_are_ignored(api: Api, file_i
     assert job["hyperparameters"] == {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": "auto"}
     assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"]
     assert isinstance(job["seed"], int)
+
+
+def test_reinforcement_and_its_graders_are_refused_in_clear_words(api: Api, file_id: str) -> None:
+    body = {"model": "tiny-llama", "training_file": file_id, "method": {"type": "reinforcement"}}
+    error = _post(api, body).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_value", "method.type")
+    assert "reinforcement" in error["message"]
+    assert "supervised" in error["message"]
+    for grader in ("run", "validate"):
+        url = f"{api.base_url}/v1/fine_tuning/alpha/graders/{grader}"
+        answer = httpx2.post(url, headers=api.headers, json={"grader": {}})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
 def test_an_idempotency_key_makes_one_job_however_often_it_is_sent(api: Api, file_id: str) -> None:

@@ -9,6 +9,7 @@ import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -34,6 +35,7 @@ from worker.parents import fetch_parents
 from worker.publish import Publisher
 from worker.run import Ending, TrainingRun
 from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
+from worker.tracking import Tracking, start_tracking
 
 _log = structlog.get_logger()
 
@@ -49,6 +51,7 @@ class Claimed:
     prepared_key: str
     save_points: list[dict[str, object]]
     tokenize_seconds: float
+    integrations: list[dict[str, Any]]
 
     @property
     def prefix(self) -> str:
@@ -70,10 +73,11 @@ def train_next(context: WorkerContext) -> bool:
         return False
     log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.epoch)
     run_dir = context.settings.runs_dir.absolute() / claimed.lease.job_id / f"e{claimed.lease.epoch}"
+    tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
     try:
         try:
             with kept_lease(context, claimed.lease) as keeper:
-                ending = _run(context, claimed, run_dir, keeper)
+                ending = _run(context, claimed, run_dir, keeper, tracking)
             log.info("attempt ended", ending=ending.value)
         except (LeaseLostError, UnavailableError):
             raise
@@ -91,6 +95,7 @@ def train_next(context: WorkerContext) -> bool:
         full = StorageFullError("The worker's disk is full; the operator must make room.")
         give_back(context, claimed.lease, full)
     finally:
+        tracking.end()
         shutil.rmtree(run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             run_dir.parent.rmdir()  # unless another attempt of this job is at work in it
@@ -117,10 +122,13 @@ def claim(context: WorkerContext) -> Claimed | None:
             prepared_key=job.prepared_key,
             save_points=list(job.save_points),
             tokenize_seconds=reports.get_tokenize_seconds(job),
+            integrations=list(job.integrations or []),
         )
 
 
-def _run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseKeeper) -> Ending:
+def _run(
+    context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseKeeper, tracking: Tracking
+) -> Ending:
     _fill_run_directory(context, claimed, run_dir)
     keeper.check()
     assert claimed.spec.num_threads is not None
@@ -128,10 +136,16 @@ def _run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseK
         # Bytes may be on their way into storage when a job is cancelled: its process ends all the same.
         keeper.on_lost = child.kill_group
         keeper.on_pause = child.ask_to_stop
-        return make_run(context, claimed, run_dir, keeper).supervise(child)
+        return make_run(context, claimed, run_dir, keeper, tracking).supervise(child)
 
 
-def make_run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseKeeper) -> TrainingRun:
+def make_run(
+    context: WorkerContext,
+    claimed: Claimed,
+    run_dir: Path,
+    keeper: LeaseKeeper,
+    tracking: Tracking | None = None,
+) -> TrainingRun:
     """Return an attempt whose process is yet to be followed."""
     outbox = Outbox(context.database, claimed.lease, keeper)
     publisher = Publisher(
@@ -144,7 +158,7 @@ def make_run(context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: Le
         run_dir=run_dir,
         tokenize_seconds=claimed.tokenize_seconds,
     )
-    return TrainingRun(context, claimed.lease, keeper, outbox, publisher)
+    return TrainingRun(context, claimed.lease, keeper, outbox, publisher, tracking)
 
 
 def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path) -> None:

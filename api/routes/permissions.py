@@ -1,0 +1,59 @@
+"""Checkpoint permissions: sharing a model with other projects of the organization.
+
+A name in these paths may hold `:`, and `/` where a client escaped it: the server has decoded it by then.
+"""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+
+from api.deps import ScopeDep, SessionDep
+from api.schemas.pages import list_object
+from api.schemas.permissions import CreatePermissionsBody, permission_object
+from services import permissions
+
+router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["fine_tuning"])
+
+_PATH = "/{fine_tuned_model_checkpoint:path}/permissions"
+Limit = Annotated[int, Query(ge=0, le=100)]
+
+
+@router.post(_PATH)
+def create_permissions(
+    fine_tuned_model_checkpoint: str, body: CreatePermissionsBody, session: SessionDep, scope: ScopeDep
+) -> dict[str, Any]:
+    """Let projects call a model; one that may already keeps its permission."""
+    rows = permissions.create(session, scope, fine_tuned_model_checkpoint, body.project_ids)
+    return list_object([permission_object(row) for row in rows], has_more=False, with_ids=True)
+
+
+@router.get(_PATH)
+def list_permissions(
+    fine_tuned_model_checkpoint: str,
+    session: SessionDep,
+    scope: ScopeDep,
+    after: str | None = None,
+    limit: Limit = 10,
+    order: Literal["ascending", "descending"] = "descending",
+    project_id: str | None = None,
+) -> dict[str, Any]:
+    """List who may call a model, newest first unless told otherwise."""
+    rows, has_more = permissions.list_(
+        session,
+        scope,
+        fine_tuned_model_checkpoint,
+        after=after,
+        limit=limit,
+        is_ascending=order == "ascending",
+        project_id=project_id,
+    )
+    return list_object([permission_object(row) for row in rows], has_more=has_more, with_ids=True)
+
+
+@router.delete(_PATH + "/{permission_id}")
+def delete_permission(
+    fine_tuned_model_checkpoint: str, permission_id: str, session: SessionDep, scope: ScopeDep
+) -> dict[str, Any]:
+    """Take a permission back."""
+    permissions.delete(session, scope, fine_tuned_model_checkpoint, permission_id)
+    return {"id": permission_id, "object": "checkpoint.permission", "deleted": True}

@@ -1,0 +1,129 @@
+"""Webhook endpoints: who is told of a job's end, and a test of whether it arrives."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.schemas.pages import list_object
+from api.schemas.webhooks import (
+    ChangeEndpointBody,
+    CreateEndpointBody,
+    RotateSecretBody,
+    TestEndpointBody,
+    endpoint_object,
+)
+from luthier.core.clock import now_seconds
+from luthier.core.errors import WebhookUnreachableError
+from luthier.core.ids import new_id
+from luthier.webhooks.events import EVENT_TYPES, Message, payload
+from luthier.webhooks.sending import send
+from luthier.webhooks.targets import TargetRules
+from services import webhooks
+from services.scope import Scope
+from services.webhooks import EndpointChange
+
+router = APIRouter(prefix="/v1", tags=["webhooks"])
+
+Limit = Annotated[int, Query(ge=0, le=100)]
+# What a test tells of; no job bears it.
+_SAMPLE_JOB = "ftjob-test"
+
+
+def _rules(parts: Parts) -> TargetRules:
+    settings = parts.settings
+    return TargetRules.parse(
+        allow_http=settings.webhook_allow_http, allowed_targets=settings.webhook_allowed_targets
+    )
+
+
+@router.get("/webhook_event_types")
+def list_event_types(_scope: ScopeDep) -> dict[str, Any]:
+    """List the types of events that this service sends."""
+    return {"object": "list", "data": list(EVENT_TYPES)}
+
+
+@router.post("/webhook_endpoints")
+def create_endpoint(
+    body: CreateEndpointBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
+) -> dict[str, Any]:
+    """Register a receiver; its signing secret is in this answer and nowhere else."""
+    endpoint = webhooks.create(
+        session, scope, _rules(parts), name=body.name, url=body.url, event_types=body.event_types
+    )
+    return endpoint_object(endpoint, with_secret=True)
+
+
+@router.get("/webhook_endpoints")
+def list_endpoints(
+    session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """List the project's endpoints, newest first."""
+    rows, has_more = webhooks.list_(session, scope, after=after, limit=limit)
+    return list_object([endpoint_object(row) for row in rows], has_more=has_more, with_ids=True)
+
+
+@router.get("/webhook_endpoints/{webhook_endpoint_id}")
+def retrieve_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Describe one endpoint."""
+    return endpoint_object(webhooks.get(session, scope, webhook_endpoint_id))
+
+
+@router.post("/webhook_endpoints/{webhook_endpoint_id}")
+def change_endpoint(
+    webhook_endpoint_id: str,
+    body: ChangeEndpointBody,
+    session: SessionDep,
+    scope: ScopeDep,
+    parts: PartsDep,
+) -> dict[str, Any]:
+    """Change an endpoint's name, URL or types."""
+    wanted = EndpointChange(body.name, body.url, body.event_types)
+    return endpoint_object(webhooks.change(session, scope, _rules(parts), webhook_endpoint_id, wanted))
+
+
+@router.delete("/webhook_endpoints/{webhook_endpoint_id}")
+def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Forget an endpoint; nothing more is sent to it."""
+    webhooks.delete(session, scope, webhook_endpoint_id)
+    return {"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
+
+
+@router.post("/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
+def rotate_endpoint_secret(
+    webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep, body: RotateSecretBody | None = None
+) -> dict[str, Any]:
+    """Give an endpoint a new signing secret, which is in this answer and nowhere else."""
+    keeps_old = body is not None and bool(body.keep_old_secret_active_for_24_hours)
+    endpoint = webhooks.rotate_secret(session, scope, webhook_endpoint_id, keeps_old=keeps_old)
+    return endpoint_object(endpoint, with_secret=True)
+
+
+def _sample(parts: Parts, scope: Scope, endpoint_id: str, event_type: str) -> Message:
+    with parts.database.transaction() as session:
+        endpoint = webhooks.get(session, scope, endpoint_id)
+        webhooks.check_event_type(event_type, param="event_type")
+        body = payload(new_id("webhook_event"), event_type, created_at=now_seconds(), job_id=_SAMPLE_JOB)
+        secrets = webhooks.active_secrets(endpoint, datetime.now(UTC))
+        return Message(new_id("webhook_delivery"), endpoint.url, body, secrets)
+
+
+@router.post("/webhook_endpoints/{webhook_endpoint_id}/test")
+async def test_endpoint(
+    webhook_endpoint_id: str, body: TestEndpointBody, parts: PartsDep, scope: ScopeApartDep
+) -> dict[str, Any]:
+    """Send a sample event at once, a single time, and say what the receiver answered."""
+    message = await run_in_threadpool(_sample, parts, scope, webhook_endpoint_id, body.event_type)
+    timeout_seconds = parts.settings.webhook_timeout_seconds
+    outcome = await send(message, _rules(parts), timeout_seconds=timeout_seconds)
+    if outcome.status_code is None:
+        raise WebhookUnreachableError(f"The endpoint gave no answer: {outcome.error}.")
+    return {
+        "object": "webhook_endpoint.test",
+        "webhook_endpoint_id": webhook_endpoint_id,
+        "event_type": body.event_type,
+        "status_code": outcome.status_code,
+        "success": True,
+    }

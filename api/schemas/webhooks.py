@@ -1,0 +1,60 @@
+"""What clients say of webhook endpoints and hear of them."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from db.webhook_tables import WebhookEndpoint
+from luthier.webhooks.signing import secret_hint
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+EventTypes = Annotated[list[str], Field(min_length=1, max_length=64)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class CreateEndpointBody(_Body):
+    """Body of POST /v1/webhook_endpoints."""
+
+    name: Name
+    url: str
+    event_types: EventTypes
+
+
+class ChangeEndpointBody(_Body):
+    """Body of POST /v1/webhook_endpoints/{id}; what is absent or null stays as it is."""
+
+    name: Name | None = None
+    url: str | None = None
+    event_types: EventTypes | None = None
+
+
+class RotateSecretBody(_Body):
+    """Body of POST /v1/webhook_endpoints/{id}/rotate_secret, which may be left out."""
+
+    keep_old_secret_active_for_24_hours: bool | None = None
+
+
+class TestEndpointBody(_Body):
+    """Body of POST /v1/webhook_endpoints/{id}/test."""
+
+    event_type: str
+
+
+def endpoint_object(endpoint: WebhookEndpoint, *, with_secret: bool = False) -> dict[str, Any]:
+    """Return an endpoint as clients see it; the secret is in the answers that made it and nowhere else."""
+    body: dict[str, Any] = {
+        "id": endpoint.id,
+        "object": "webhook_endpoint",
+        "name": endpoint.name,
+        "url": endpoint.url,
+        "event_types": endpoint.event_types,
+        "created_at": int(endpoint.created_at.timestamp()),
+        "updated_at": int(endpoint.updated_at.timestamp()),
+        "signing_secret_hint": secret_hint(endpoint.secret),
+    }
+    if with_secret:
+        body["signing_secret"] = endpoint.secret
+    return body

@@ -1,0 +1,7 @@
+"""Drop-in folder: one tracker of experiments per file, but for those that begin with `_`, and base.py."""
+
+from luthier.trackers._checking import check_integrations
+from luthier.trackers._discover import discover
+from luthier.trackers.base import Tracker
+
+__all__ = ["Tracker", "check_integrations", "discover"]

@@ -1,0 +1,99 @@
+"""Checking a job's `integrations`: the shape, then whether the operator has set up what is asked for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from luthier.core.errors import (
+    InvalidRequestError,
+    InvalidTypeError,
+    InvalidValueError,
+    MissingParameterError,
+    UnknownParameterError,
+    UnsupportedValueError,
+)
+from luthier.core.settings import Settings
+from luthier.trackers._discover import discover
+from luthier.trackers.base import Tracker, TrackerConfig
+
+
+def check_integrations(integrations: Sequence[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+    """Check every integration of a request.
+
+    Args:
+        integrations: as they came.
+        settings: the operator's.
+
+    Returns:
+        The same, with null for what is unset.
+
+    Raises:
+        InvalidRequestError: names the first offending field as `integrations.<index>.<field>`.
+    """
+    checked = []
+    for index, wanted in enumerate(integrations):
+        at = f"integrations.{index}"
+        tracker = _tracker_of(wanted, at)
+        config = parse_config(tracker, wanted.get(tracker.name), at)
+        missing = tracker.missing_setting(settings)
+        if missing is not None:
+            raise UnsupportedValueError(
+                f"{at}.type: {tracker.name} is not set up here. Operator: set {missing} for API and workers.",
+                param=f"{at}.type",
+            )
+        checked.append({"type": tracker.name, tracker.name: config.model_dump(mode="json")})
+    return checked
+
+
+def _tracker_of(wanted: dict[str, Any], at: str) -> Tracker:
+    trackers = discover()
+    name = wanted.get("type")
+    if name is None:
+        raise MissingParameterError(f"Missing required parameter: '{at}.type'.", param=f"{at}.type")
+    if not isinstance(name, str) or name not in trackers:
+        raise InvalidValueError(
+            f"Invalid value for '{at}.type': use one of {', '.join(trackers)}.", param=f"{at}.type"
+        )
+    for member in wanted:
+        if member not in ("type", name):
+            shown = member.encode("unicode_escape").decode()[:40]
+            raise UnknownParameterError(
+                f"Unknown parameter: '{at}.{shown}'. Leave it out.", param=f"{at}.{shown}"
+            )
+    return trackers[name]
+
+
+def parse_config(tracker: Tracker, config: Any, at: str) -> TrackerConfig:
+    """Read the configuration of one integration.
+
+    Args:
+        tracker: the tracker that it names.
+        config: its member of that name.
+        at: where it is, for the error.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InvalidRequestError: names the first offending field.
+    """
+    at = f"{at}.{tracker.name}"
+    if config is None:
+        raise MissingParameterError(f"Missing required parameter: '{at}'.", param=at)
+    try:
+        return tracker.Config.model_validate(config)
+    except ValidationError as error:
+        raise _first_fault(error, at) from error
+
+
+def _first_fault(error: ValidationError, at: str) -> InvalidRequestError:
+    fault = error.errors()[0]
+    shown = [str(part).encode("unicode_escape").decode()[:40] for part in fault["loc"]]
+    param = ".".join([at, *shown])
+    if fault["type"] == "missing":
+        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
+    if fault["type"] == "extra_forbidden":
+        return UnknownParameterError(f"Unknown parameter: '{param}'. Leave it out.", param=param)
+    cls = InvalidTypeError if fault["type"].endswith("_type") else InvalidValueError
+    return cls(f"Invalid value for '{param}': {fault['msg']}.", param=param)

@@ -1,0 +1,68 @@
+"""Weights & Biases, by its official package (`pip install 'luthier[wandb]'` on the workers)."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.core.settings import Settings
+from luthier.trackers.base import RunStatus, Tags, Text, TrackedRun, Tracker, TrackerConfig, TrackerRun
+
+
+class WandbConfig(TrackerConfig):
+    """OpenAI's members: `project`, `entity`, `name`, `tags`."""
+
+    entity: Text | None = None
+    tags: Tags | None = None
+
+
+class _Run(TrackerRun):
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self, status: RunStatus) -> None:
+        self._run.finish(exit_code=0 if status in ("succeeded", "interrupted") else 1)
+
+
+class Wandb(Tracker):
+    """Runs bear the job's id, so that a later attempt goes on with the same one."""
+
+    name = "wandb"
+    Config = WandbConfig
+    package = "wandb"
+
+    def missing_setting(self, settings: Settings) -> str | None:
+        return None if settings.wandb_api_key.get_secret_value() else "LUTHIER_WANDB_API_KEY"
+
+    def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
+        assert isinstance(config, WandbConfig)
+        # By name: the package is optional, and this folder is named like it.
+        wandb = importlib.import_module("wandb")
+        extra = {"base_url": settings.wandb_base_url} if settings.wandb_base_url else {}
+        started = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=config.name or run.job_id,
+            tags=[*run.tags, *(config.tags or [])],
+            id=run.job_id,
+            resume="allow",
+            # Several jobs may be followed by one process.
+            reinit="create_new",
+            config=dict(run.parameters),
+            # Neither the worker's output nor facts of its machine leave the house.
+            settings=wandb.Settings(
+                api_key=settings.wandb_api_key.get_secret_value(),
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                **extra,
+            ),
+        )
+        return _Run(started)
+
+
+TRACKER = Wandb()

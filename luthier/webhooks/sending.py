@@ -1,0 +1,119 @@
+"""Sending one delivery: the name is resolved once, checked, and the very address that was checked is called.
+
+No redirect is followed, no proxy is asked, no cookie is kept, and the answer's body is not read.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
+
+import httpx2
+
+from luthier.core.clock import now_seconds
+from luthier.core.errors import InvalidValueError
+from luthier.webhooks.events import Message, Outcome
+from luthier.webhooks.signing import signed_headers
+from luthier.webhooks.targets import TargetRules, check_url, host_of, permitted_addresses
+
+_CONNECT_SECONDS = 5.0
+# Of a name's addresses, so many are tried; further ones would only take time.
+_MAX_ADDRESSES = 3
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+async def resolve_host(host: str, port: int) -> Sequence[str]:
+    """Ask the machine's resolver for a host's addresses."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    # Loading the authorities takes tens of milliseconds; once is enough.
+    return httpx2.create_ssl_context()
+
+
+async def send(
+    message: Message,
+    rules: TargetRules,
+    *,
+    timeout_seconds: float,
+    resolve: Resolve = resolve_host,
+    transport: httpx2.AsyncBaseTransport | None = None,
+) -> Outcome:
+    """Send a delivery once.
+
+    Args:
+        message: what is sent, and where to.
+        rules: what the operator allows beyond the open internet.
+        timeout_seconds: for all of it, from the resolver to the answer's status.
+        resolve: asks for a host's addresses.
+        transport: sends the request; a fresh connection when None.
+
+    Returns:
+        What came of it; a receiver that can't be reached or may not be called is an outcome, no exception.
+    """
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            return await _send(message, rules, resolve, transport)
+    except TimeoutError:
+        return Outcome(error=f"no answer within {timeout_seconds:g} seconds")
+    except InvalidValueError as error:
+        return Outcome(error=error.message)
+    except (OSError, httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
+        return Outcome(error=_told(error))
+
+
+def _told(error: BaseException) -> str:
+    """Return our own words for a failure: what the receiver or a library says may hold anything."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return "its certificate could not be verified"
+        if isinstance(cause, socket.gaierror):
+            return "its name could not be resolved"
+        cause = cause.__cause__ or cause.__context__
+    return f"it could not be reached ({type(error).__name__})"
+
+
+async def _send(
+    message: Message, rules: TargetRules, resolve: Resolve, transport: httpx2.AsyncBaseTransport | None
+) -> Outcome:
+    url = check_url(message.url, rules)
+    host = host_of(url)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    addresses = permitted_addresses(host, await resolve(host, port), rules)
+    headers = {
+        "host": url.netloc.decode("ascii"),
+        "content-type": "application/json",
+        "user-agent": "Luthier-Webhooks/1.0",
+        **signed_headers(
+            message.secrets, webhook_id=message.webhook_id, timestamp=now_seconds(), body=message.body
+        ),
+    }
+    async with httpx2.AsyncClient(
+        transport=transport or httpx2.AsyncHTTPTransport(verify=_tls()),
+        timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
+        follow_redirects=False,
+        trust_env=False,
+    ) as client:
+        failure: Exception = OSError("the name has no address")
+        for address in addresses[:_MAX_ADDRESSES]:
+            try:
+                async with client.stream(
+                    "POST",
+                    # The address in the name's place: nobody resolves it a second time.
+                    url.copy_with(host=str(address)),
+                    headers=headers,
+                    content=message.body,
+                    # TLS still asks for the name's certificate.
+                    extensions={"sni_hostname": host},
+                ) as response:
+                    return Outcome(status_code=response.status_code)
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                failure = error
+    raise failure

@@ -1,0 +1,138 @@
+"""Deliveries: the ends of jobs on their way to webhook endpoints. At least once, in no order.
+
+They are written with the end itself and sent by any worker. No session is open while one is on the wire.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from db.tables import Job
+from db.webhook_tables import WebhookDelivery, WebhookEndpoint
+from luthier.core.ids import new_id
+from luthier.core.states import JobStatus
+from luthier.webhooks.events import Message, Outcome, event_type_of, payload
+from luthier.webhooks.schedule import next_try
+from services.webhooks import active_secrets
+
+# Beside the receiver's own time: to claim, and to write down what came of it.
+_LEASE_MARGIN_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class ClaimedDelivery:
+    """A try at a delivery, and what is to be sent; `num_tries` is its fence."""
+
+    delivery_id: str
+    num_tries: int
+    message: Message
+
+
+def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
+    """Note whom a job's end is to be told, in the transaction in which it ends; every end comes by here.
+
+    Args:
+        session: the session.
+        job_id: the job.
+        status: the terminal status that it takes.
+    """
+    event_type = event_type_of(status)
+    endpoints = session.execute(
+        select(WebhookEndpoint.id, WebhookEndpoint.organization_id, WebhookEndpoint.project_id)
+        .join(Job, Job.project_id == WebhookEndpoint.project_id)
+        .where(
+            Job.id == job_id,
+            WebhookEndpoint.deleted_at.is_(None),
+            WebhookEndpoint.event_types.contains([event_type]),
+        )
+    ).all()
+    # One event, whoever hears of it: a client with two endpoints sees that it is the same.
+    event_id = new_id("webhook_event")
+    session.add_all(
+        WebhookDelivery(
+            id=new_id("webhook_delivery"),
+            organization_id=endpoint.organization_id,
+            project_id=endpoint.project_id,
+            endpoint_id=endpoint.id,
+            job_id=job_id,
+            event_id=event_id,
+            event_type=event_type,
+        )
+        for endpoint in endpoints
+    )
+
+
+def claim_due(session: Session, *, limit: int, timeout_seconds: float) -> list[ClaimedDelivery]:
+    """Take deliveries that are due; they are due again when their try is not heard of in time.
+
+    Args:
+        session: the session.
+        limit: how many at most.
+        timeout_seconds: how long one try may take.
+
+    Returns:
+        The tries, those that wait longest first; two callers never get the same one.
+    """
+    rows = session.execute(
+        select(WebhookDelivery, WebhookEndpoint, func.now())
+        .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+        .where(
+            WebhookDelivery.finished_at.is_(None),
+            WebhookDelivery.next_try_at <= func.now(),
+            WebhookEndpoint.deleted_at.is_(None),
+        )
+        .order_by(WebhookDelivery.next_try_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True, of=WebhookDelivery)
+    ).all()
+    claimed = []
+    for delivery, endpoint, now in rows:
+        delivery.num_tries += 1
+        delivery.next_try_at = now + timedelta(seconds=timeout_seconds + _LEASE_MARGIN_SECONDS)
+        body = payload(
+            delivery.event_id,
+            delivery.event_type,
+            created_at=int(delivery.created_at.timestamp()),
+            job_id=delivery.job_id,
+        )
+        message = Message(delivery.id, endpoint.url, body, active_secrets(endpoint, now))
+        claimed.append(ClaimedDelivery(delivery.id, delivery.num_tries, message))
+    session.flush()
+    return claimed
+
+
+def record(session: Session, tries: Sequence[tuple[ClaimedDelivery, Outcome]], *, chance: float) -> None:
+    """Write down what came of tries: delivered, to be tried again, or given up after 72 hours.
+
+    A try that took so long that another one has begun writes nothing.
+
+    Args:
+        session: the session.
+        tries: each with its outcome.
+        chance: a random number from 0 to 1, for the pause before the next.
+    """
+    for claimed, outcome in tries:
+        delivery = session.scalar(
+            select(WebhookDelivery)
+            .where(
+                WebhookDelivery.id == claimed.delivery_id,
+                WebhookDelivery.num_tries == claimed.num_tries,
+                WebhookDelivery.finished_at.is_(None),
+            )
+            .with_for_update()
+        )
+        if delivery is None:
+            continue
+        now = session.scalars(select(func.now())).one()
+        again_at = next_try(claimed.num_tries, created_at=delivery.created_at, now=now, chance=chance)
+        delivery.last_status_code, delivery.last_error = outcome.status_code, outcome.error
+        if outcome.is_success:
+            delivery.finished_at, delivery.outcome = now, "delivered"
+        elif again_at is None:
+            delivery.finished_at, delivery.outcome = now, "given_up"
+        else:
+            delivery.next_try_at = again_at
+    session.flush()

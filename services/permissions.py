@@ -1,0 +1,152 @@
+"""Checkpoint permissions: another project of the organization may call a model, and nothing more.
+
+What a permission opens is in services/models.py: find_callable.
+"""
+
+from collections.abc import Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from db.permission_tables import CheckpointPermission
+from db.queries import find_owned, lock_key, page
+from db.tables import Model, Project
+from luthier.core.errors import InvalidValueError, NotFoundError
+from luthier.core.ids import new_id
+from services import models
+from services.scope import Scope
+
+
+def create(
+    session: Session, scope: Scope, model_name: str, project_ids: Sequence[str]
+) -> list[CheckpointPermission]:
+    """Let projects call a model of the caller's project.
+
+    Args:
+        session: the session.
+        scope: the caller, of the project that owns the model.
+        model_name: the model's or checkpoint's name.
+        project_ids: the projects, all of the caller's organization.
+
+    Returns:
+        A permission for each project, in the order asked for; the one that is there already, where one is.
+
+    Raises:
+        ModelNotFoundError: when the caller's project has no such model.
+        InvalidValueError: when a project is unknown or the owner itself; nothing is granted then.
+    """
+    model = _get_model(session, scope, model_name)
+    for index, project_id in enumerate(project_ids):
+        _check_project(session, scope, project_id, f"project_ids.{index}")
+    # Twins of one request pass one after the other, and the second finds the first's.
+    lock_key(session, f"{model.id} permissions")
+    return [_grant(session, scope, model, project_id) for project_id in dict.fromkeys(project_ids)]
+
+
+def _get_model(session: Session, scope: Scope, name: str) -> Model:
+    model = models.find(session, scope, name)
+    if model is None:
+        raise models.unknown_model(name)
+    return model
+
+
+def _check_project(session: Session, scope: Scope, project_id: str, param: str) -> None:
+    if project_id == scope.project_id:
+        raise InvalidValueError(
+            f"{param}: this project owns the model, so it needs no permission.", param=param
+        )
+    known = session.scalar(
+        select(Project.id).where(
+            Project.id == project_id,
+            Project.organization_id == scope.organization_id,
+            Project.deleted_at.is_(None),
+        )
+    )
+    if known is None:
+        raise InvalidValueError(
+            f"{param}: no such project in this organization: {project_id[:64]}", param=param
+        )
+
+
+def _grant(session: Session, scope: Scope, model: Model, project_id: str) -> CheckpointPermission:
+    there = session.scalar(
+        select(CheckpointPermission).where(
+            CheckpointPermission.model_id == model.id,
+            CheckpointPermission.grantee_project_id == project_id,
+            CheckpointPermission.deleted_at.is_(None),
+        )
+    )
+    if there is not None:
+        return there
+    permission = CheckpointPermission(
+        id=new_id("permission"), **scope.columns(), model_id=model.id, grantee_project_id=project_id
+    )
+    session.add(permission)
+    session.flush()
+    session.refresh(permission)
+    return permission
+
+
+def list_(
+    session: Session,
+    scope: Scope,
+    model_name: str,
+    *,
+    after: str | None,
+    limit: int,
+    is_ascending: bool,
+    project_id: str | None,
+) -> tuple[Sequence[CheckpointPermission], bool]:
+    """Return a page of a model's permissions, and whether more follow.
+
+    Args:
+        session: the session.
+        scope: the caller, of the project that owns the model.
+        model_name: the model's or checkpoint's name.
+        after: id of the permission that ended the page before.
+        limit: permissions of the page.
+        is_ascending: oldest first instead of newest first.
+        project_id: only this project's.
+
+    Returns:
+        The rows, and whether more follow.
+
+    Raises:
+        ModelNotFoundError: when the caller's project has no such model.
+        InvalidValueError: when `after` is no permission of it.
+    """
+    model = _get_model(session, scope, model_name)
+    statement = select(CheckpointPermission).where(
+        CheckpointPermission.model_id == model.id, CheckpointPermission.deleted_at.is_(None)
+    )
+    if project_id is not None:
+        statement = statement.where(CheckpointPermission.grantee_project_id == project_id)
+    cursor = None
+    if after is not None:
+        cursor = find_owned(session, CheckpointPermission, scope.project_id, after)
+        if cursor is None or cursor.model_id != model.id:
+            raise InvalidValueError(f"after: no such object: {after[:64]}", param="after")
+    return page(
+        session, statement, CheckpointPermission, after=cursor, limit=limit, is_ascending=is_ascending
+    )
+
+
+def delete(session: Session, scope: Scope, model_name: str, permission_id: str) -> None:
+    """Take a permission back; the project's next request finds no such model.
+
+    Args:
+        session: the session.
+        scope: the caller, of the project that owns the model.
+        model_name: the model's or checkpoint's name.
+        permission_id: the permission.
+
+    Raises:
+        ModelNotFoundError: when the caller's project has no such model.
+        NotFoundError: when the model has no such permission.
+    """
+    model = _get_model(session, scope, model_name)
+    permission = find_owned(session, CheckpointPermission, scope.project_id, permission_id, for_update=True)
+    if permission is None or permission.model_id != model.id:
+        raise NotFoundError(f"No such permission: {permission_id[:64]}", param="permission_id")
+    permission.deleted_at = func.now()
+    session.flush()

@@ -1,0 +1,162 @@
+"""Sharing a model with another project: who may call it, and what else they may not do."""
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import httpx2
+import openai
+import pytest
+
+from db.tables import Job, Model
+from luthier.core.ids import new_id
+from tests.conftest import Api
+from tests.rows import colour_rows, jsonl
+
+NAME = "ft:tiny-llama:personal:mine:abcdefgh:ckpt-step-3"
+# Bases have no slash here; a name from elsewhere may.
+SLASHED = "ft:org/tiny:personal::abcdefgi"
+
+
+@dataclass
+class Project:
+    id: str
+    client: openai.OpenAI
+    headers: dict[str, str]
+
+
+def _client(api: Api, key: str) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{api.base_url}/v1", api_key=key, max_retries=0, _strict_response_validation=True
+    )
+
+
+@pytest.fixture
+def owner(api: Api) -> openai.OpenAI:
+    client = _client(api, api.key)
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
+    job_id = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id).id
+    with api.parts.database.transaction() as session:
+        job = session.get_one(Job, job_id)
+        for step, name in enumerate((NAME, SLASHED)):
+            session.add(
+                Model(
+                    id=new_id("model"),
+                    organization_id=job.organization_id,
+                    project_id=job.project_id,
+                    name=name,
+                    kind="checkpoint",
+                    base_id="tiny-llama",
+                    base_digest="b",
+                    job_id=job.id,
+                    method="lora",
+                    step=step,
+                    artifact_key="k",
+                    artifact_digest="sha256:d",
+                )
+            )
+    return client
+
+
+def _project(api: Api, name: str) -> Project:
+    body = {"name": name, "project": name}
+    made = httpx2.post(f"{api.base_url}/v1/keys", headers=api.headers, json=body).json()
+    headers = {"Authorization": f"Bearer {made['key']}"}
+    return Project(made["project_id"], _client(api, made["key"]), headers)
+
+
+def _chat(api: Api, project: Project) -> int:
+    body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}]}
+    url = f"{api.base_url}/v1/chat/completions"
+    return httpx2.post(url, headers=project.headers, json=body).status_code
+
+
+def test_a_project_may_call_a_shared_model_until_the_permission_is_deleted(
+    api: Api, owner: openai.OpenAI
+) -> None:
+    other, third = _project(api, "other"), _project(api, "third")
+    assert _chat(api, other) == 404
+    made = owner.fine_tuning.checkpoints.permissions.create(NAME, project_ids=[other.id]).data
+    assert [(one.object, one.project_id) for one in made] == [("checkpoint.permission", other.id)]
+
+    assert _chat(api, other) == 200
+    _, _, target = api.backend.asked[-1]
+    assert (target.model, target.digest) == (NAME, "sha256:d")
+    assert NAME in {model.id for model in other.client.models.list()}
+    assert other.client.models.retrieve(NAME).id == NAME
+    assert _chat(api, third) == 404
+    assert NAME not in {model.id for model in third.client.models.list()}
+
+    for method, path in (("DELETE", ""), ("GET", "/files"), ("GET", "/files/README.md")):
+        answer = httpx2.request(method, f"{api.base_url}/v1/models/{NAME}{path}", headers=other.headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "missing_scope"), path
+    with pytest.raises(openai.NotFoundError):
+        list(other.client.fine_tuning.checkpoints.permissions.list(NAME))
+    with pytest.raises(openai.NotFoundError):
+        other.client.fine_tuning.checkpoints.permissions.create(NAME, project_ids=[third.id])
+
+    gone = owner.fine_tuning.checkpoints.permissions.delete(made[0].id, fine_tuned_model_checkpoint=NAME)
+    assert (gone.id, gone.deleted, gone.object) == (made[0].id, True, "checkpoint.permission")
+    assert _chat(api, other) == 404
+    assert NAME not in {model.id for model in other.client.models.list()}
+    with pytest.raises(openai.NotFoundError):
+        owner.fine_tuning.checkpoints.permissions.delete(made[0].id, fine_tuned_model_checkpoint=NAME)
+
+
+def test_a_deleted_model_is_shared_with_nobody(api: Api, owner: openai.OpenAI) -> None:
+    other = _project(api, "other")
+    owner.fine_tuning.checkpoints.permissions.create(NAME, project_ids=[other.id])
+    owner.models.delete(NAME)
+    assert _chat(api, other) == 404
+
+
+def test_permissions_are_paged_in_both_orders_and_filtered(api: Api, owner: openai.OpenAI) -> None:
+    permissions = owner.fine_tuning.checkpoints.permissions
+    projects = [_project(api, f"p{n}").id for n in range(5)]
+    made = [permissions.create(NAME, project_ids=[project]).data[0].id for project in projects]
+    assert [one.id for one in permissions.list(NAME, limit=2)] == made[::-1]
+    assert [one.id for one in permissions.list(NAME, limit=2, order="ascending")] == made
+    assert [one.id for one in permissions.list(NAME, project_id=projects[3])] == [made[3]]
+    with pytest.warns(DeprecationWarning):
+        page = permissions.retrieve(NAME, limit=2, order="ascending")
+    assert (page.first_id, page.last_id, page.has_more) == (made[0], made[1], True)
+    assert permissions.list(NAME, limit=0).data == []
+    # What is there already is answered again, and no twin is made.
+    again = permissions.create(NAME, project_ids=[projects[0], projects[0], projects[1]]).data
+    assert [one.id for one in again] == made[:2]
+    assert len(list(permissions.list(NAME))) == 5
+
+
+def test_bad_permissions_name_their_field_and_grant_nothing(api: Api, owner: openai.OpenAI) -> None:
+    other = _project(api, "other")
+    url = f"{api.base_url}/v1/fine_tuning/checkpoints/{NAME}/permissions"
+    own_id = httpx2.get(f"{api.base_url}/v1/keys", headers=api.headers).json()["data"][-1]["project_id"]
+    for body, param in (
+        ({"project_ids": [other.id, "proj_nope"]}, "project_ids.1"),
+        ({"project_ids": [own_id]}, "project_ids.0"),
+        ({"project_ids": []}, "project_ids"),
+        ({"project_ids": other.id}, "project_ids"),
+        ({}, "project_ids"),
+        ({"project_ids": [other.id], "role": "x"}, "role"),
+    ):
+        answer = httpx2.post(url, headers=api.headers, json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    for query, param in (("order=asc", "order"), ("after=cp_nope", "after"), ("limit=-1", "limit")):
+        answer = httpx2.get(f"{url}?{query}", headers=api.headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    assert list(owner.fine_tuning.checkpoints.permissions.list(NAME)) == []
+    unknown = url.replace(NAME, "ft:tiny-llama:personal::nothere1")
+    answer = httpx2.post(unknown, headers=api.headers, json={"project_ids": [other.id]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("name", [NAME, SLASHED])
+def test_names_reach_their_model_however_a_client_escapes_them(
+    api: Api, owner: openai.OpenAI, name: str
+) -> None:
+    other = _project(api, "other")
+    (made,) = owner.fine_tuning.checkpoints.permissions.create(name, project_ids=[other.id]).data
+    for spelled in (quote(name, safe=":"), quote(name, safe="")):
+        url = f"{api.base_url}/v1/fine_tuning/checkpoints/{spelled}/permissions"
+        listed = httpx2.get(url, headers=api.headers).json()
+        assert [one["id"] for one in listed["data"]] == [made.id]
+    assert httpx2.delete(f"{url}/{made.id}", headers=api.headers).json()["deleted"] is True

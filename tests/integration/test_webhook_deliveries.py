@@ -1,0 +1,302 @@
+"""A job's end on its way to a receiver: real PostgreSQL, a real receiver, the real SDK that unwraps it."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from sqlalchemy import text
+
+from db.webhook_tables import WebhookDelivery
+from luthier.core.errors import InvalidTrainingFileError, UnavailableError, WorkerCrashedError
+from luthier.core.settings import Settings
+from luthier.webhooks.events import EVENT_TYPES, Outcome
+from services import deliveries, leases
+from services.leases import Lease
+from tests.conftest import Api, wait_until
+from tests.integration.training_script import Script, ScriptedChild
+from tests.receiver import Receiver, running_receiver
+from tests.rows import colour_rows, jsonl
+from worker import delivering
+from worker.app import sweep
+from worker.context import WorkerContext, make_context
+from worker.delivering import deliver_due
+from worker.keeper import kept_lease
+from worker.tasks.prepare import prepare
+from worker.tasks.train import claim, make_run
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(
+        update={"webhook_allow_http": True, "webhook_allowed_targets": "127.0.0.1", "max_attempts": 1}
+    )
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with running_receiver() as made:
+        yield made
+
+
+@pytest.fixture
+def client(api: Api) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
+    )
+
+
+@pytest.fixture
+def context(settings: Settings, api: Api) -> WorkerContext:
+    made = make_context(settings)
+    made.ring = api.bells.append
+    sweep(made)
+    return made
+
+
+@pytest.fixture
+def endpoint(client: openai.OpenAI, receiver: Receiver) -> Any:
+    return client.webhooks.create(name="mine", url=receiver.url, event_types=[*EVENT_TYPES])  # type: ignore[list-item]
+
+
+def _create(client: openai.OpenAI) -> str:
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(24))), purpose="fine-tune")
+    return client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id, seed=1).id
+
+
+def _take(context: WorkerContext, job_id: str, seconds: float = 60) -> Lease:
+    with context.database.transaction() as session:
+        lease = leases.claim_for_preparing(session, job_id, context.worker_id, seconds)
+    assert lease is not None
+    return lease
+
+
+def _row(context: WorkerContext) -> WebhookDelivery:
+    with context.database.transaction() as session:
+        return session.query(WebhookDelivery).one()
+
+
+def _wind(context: WorkerContext, change: str) -> None:
+    """Let time pass for the only delivery."""
+    with context.database.engine.begin() as connection:
+        connection.execute(text(f"UPDATE webhook_deliveries SET {change}"))
+
+
+def test_a_job_that_succeeds_is_told_and_the_sdk_unwraps_it(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any, tmp_path: Path
+) -> None:
+    job_id = _create(client)
+    prepare(context, job_id)
+    claimed = claim(context)
+    assert claimed is not None
+    script = Script(job_id, claimed.spec, tmp_path / "run", steps_an_epoch=1, num_epochs=1)
+    script.start().epoch(1, 2.0).finish(1)
+    assert deliver_due(context) == 0
+    with kept_lease(context, claimed.lease) as keeper:
+        child = ScriptedChild(script.events)
+        make_run(context, claimed, tmp_path / "run", keeper).supervise(child)  # type: ignore[arg-type]
+
+    assert deliver_due(context) == 1
+    assert deliver_due(context) == 0
+    (request,) = receiver.received
+    event = client.webhooks.unwrap(request.body, request.headers, secret=endpoint.signing_secret)
+    assert event.type == "fine_tuning.job.succeeded"
+    assert event.data.id == job_id
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert (job.status, job.finished_at) == ("succeeded", event.created_at)
+    assert event.id.startswith("evt_")
+    assert event.object == "event"
+    assert request.headers["webhook-id"].startswith("wh_")
+    assert request.headers["content-type"] == "application/json"
+    assert _row(context).outcome == "delivered"
+
+
+def _cancel(client: openai.OpenAI, context: WorkerContext, job_id: str) -> None:
+    client.fine_tuning.jobs.cancel(job_id)
+
+
+def _fail(_client: openai.OpenAI, context: WorkerContext, job_id: str) -> None:
+    lease = _take(context, job_id)
+    with context.database.transaction() as session:
+        leases.fail(session, lease, InvalidTrainingFileError("line 3"))
+
+
+def _crash(_client: openai.OpenAI, context: WorkerContext, job_id: str) -> None:
+    lease = _take(context, job_id)
+    with context.database.transaction() as session:
+        leases.retry_or_fail(session, lease, WorkerCrashedError("gone"), max_attempts=1)
+
+
+def _vanish(_client: openai.OpenAI, context: WorkerContext, job_id: str) -> None:
+    _take(context, job_id, seconds=-1)
+    sweep(context)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [(_cancel, "cancelled"), (_fail, "failed"), (_crash, "failed"), (_vanish, "failed")]
+)
+def test_every_other_way_a_job_ends_is_told_once(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any, end: Any, status: str
+) -> None:
+    job_id = _create(client)
+    end(client, context, job_id)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == status
+    assert deliver_due(context) == 1
+    (request,) = receiver.received
+    event = client.webhooks.unwrap(request.body, request.headers, secret=endpoint.signing_secret)
+    assert (event.type, event.data.id) == (f"fine_tuning.job.{status}", job_id)
+
+
+def test_a_workers_thread_sends_by_itself_and_outlives_a_fault(
+    client: openai.OpenAI,
+    context: WorkerContext,
+    receiver: Receiver,
+    endpoint: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faults: list[Exception] = [UnavailableError("away"), RuntimeError("a bug")]
+
+    def deliver(context: WorkerContext) -> int:
+        if faults:
+            raise faults.pop(0)
+        return deliver_due(context)
+
+    monkeypatch.setattr(delivering, "deliver_due", deliver)
+    context.settings = context.settings.model_copy(update={"sweep_seconds": 0.05})
+    thread = threading.Thread(target=delivering.deliver_for_ever, args=(context,), daemon=True)
+    thread.start()
+    client.fine_tuning.jobs.cancel(_create(client))
+    wait_until(lambda: receiver.received, what="the webhook has come")
+    context.stopping.set()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert len(receiver.received) == 1
+
+
+def test_only_who_asked_for_a_type_hears_of_it_and_all_hear_of_one_event(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    client.webhooks.create(name="two", url=f"{receiver.url}/two", event_types=["fine_tuning.job.cancelled"])
+    client.webhooks.create(name="no", url=f"{receiver.url}/no", event_types=["fine_tuning.job.succeeded"])
+    client.fine_tuning.jobs.cancel(_create(client))
+    assert deliver_due(context) == 2
+    assert {request.path for request in receiver.received} == {"/hook", "/hook/two"}
+    assert len({request.body for request in receiver.received}) == 1
+    assert len({request.headers["webhook-id"] for request in receiver.received}) == 2
+
+
+def test_what_fails_is_sent_again_the_same_until_a_2xx(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    receiver.statuses = [500, 302, 204]
+    client.fine_tuning.jobs.cancel(_create(client))
+    for tried in (1, 2):
+        assert deliver_due(context) == 1
+        assert deliver_due(context) == 0, "it is not due yet"
+        row = _row(context)
+        assert (row.num_tries, row.finished_at) == (tried, None)
+        _wind(context, "next_try_at = now()")
+    assert deliver_due(context) == 1
+    assert _row(context).outcome == "delivered"
+    # A redirect was not followed.
+    assert [request.path for request in receiver.received] == ["/hook"] * 3
+    assert len({request.body for request in receiver.received}) == 1
+    assert len({request.headers["webhook-id"] for request in receiver.received}) == 1
+    for request in receiver.received:
+        client.webhooks.unwrap(request.body, request.headers, secret=endpoint.signing_secret)
+    _wind(context, "next_try_at = now()")
+    assert deliver_due(context) == 0
+
+
+def test_after_three_days_it_is_given_up(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    receiver.statuses = [410]
+    client.fine_tuning.jobs.cancel(_create(client))
+    _wind(context, "created_at = now() - interval '73 hours'")
+    assert deliver_due(context) == 1
+    row = _row(context)
+    assert (row.outcome, row.last_status_code) == ("given_up", 410)
+    _wind(context, "next_try_at = now()")
+    assert deliver_due(context) == 0
+
+
+def test_a_deleted_endpoint_gets_nothing_more_and_a_moved_one_gets_what_waits(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    receiver.statuses = [500]
+    client.fine_tuning.jobs.cancel(_create(client))
+    assert deliver_due(context) == 1
+    client.webhooks.update(endpoint.id, url=f"{receiver.url}/moved")
+    _wind(context, "next_try_at = now()")
+    assert deliver_due(context) == 1
+    assert receiver.received[-1].path == "/hook/moved"
+    client.webhooks.delete(endpoint.id)
+    _wind(context, "next_try_at = now()")
+    assert deliver_due(context) == 0
+    client.fine_tuning.jobs.cancel(_create(client))
+    assert deliver_due(context) == 0
+    assert _row(context).outcome == "endpoint_deleted"
+
+
+def test_two_secrets_sign_while_the_old_one_lives(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    rotated = client.webhooks.rotate_secret(endpoint.id, keep_old_secret_active_for_24_hours=True)
+    client.fine_tuning.jobs.cancel(_create(client))
+    deliver_due(context)
+    (request,) = receiver.received
+    for secret in (rotated.signing_secret, endpoint.signing_secret):
+        client.webhooks.unwrap(request.body, request.headers, secret=secret)
+    with context.database.engine.begin() as connection:
+        connection.execute(text("UPDATE webhook_endpoints SET old_secret_expires_at = now()"))
+    client.fine_tuning.jobs.cancel(_create(client))
+    deliver_due(context)
+    late = receiver.received[-1]
+    client.webhooks.unwrap(late.body, late.headers, secret=rotated.signing_secret)
+    with pytest.raises(openai.InvalidWebhookSignatureError):
+        client.webhooks.unwrap(late.body, late.headers, secret=endpoint.signing_secret)
+
+
+def test_no_two_workers_send_the_same_and_a_late_one_writes_nothing(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    client.fine_tuning.jobs.cancel(_create(client))
+    with context.database.transaction() as one, context.database.transaction() as two:
+        (first,) = deliveries.claim_due(one, limit=9, timeout_seconds=1)
+        assert deliveries.claim_due(two, limit=9, timeout_seconds=1) == []
+    with context.database.transaction() as session:
+        assert deliveries.claim_due(session, limit=9, timeout_seconds=1) == [], "the lease holds"
+    # The first worker is not heard of in time.
+    _wind(context, "next_try_at = now()")
+    with context.database.transaction() as session:
+        (second,) = deliveries.claim_due(session, limit=9, timeout_seconds=1)
+    assert second.message == first.message
+    with context.database.transaction() as session:
+        deliveries.record(session, [(first, Outcome(status_code=204))], chance=0.5)
+    assert _row(context).finished_at is None
+    with context.database.transaction() as session:
+        deliveries.record(session, [(second, Outcome(status_code=204))], chance=0.5)
+    assert _row(context).outcome == "delivered"
+
+
+def test_an_end_that_is_rolled_back_is_never_told(
+    client: openai.OpenAI, context: WorkerContext, endpoint: Any
+) -> None:
+    lease = _take(context, _create(client))
+    with pytest.raises(RuntimeError), context.database.transaction() as session:
+        leases.fail(session, lease, InvalidTrainingFileError("line 3"))
+        raise RuntimeError("the end did not come about")
+    assert deliver_due(context) == 0
+
+
+def test_a_receiver_that_became_internal_is_not_called(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    client.fine_tuning.jobs.cancel(_create(client))
+    context.settings = context.settings.model_copy(update={"webhook_allowed_targets": ""})
+    assert deliver_due(context) == 1
+    assert receiver.received == []
+    assert "internal" in str(_row(context).last_error)

@@ -1,0 +1,84 @@
+"""Sending what webhooks are owed, in a thread of the worker's main process, apart from jobs and sweep."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import structlog
+
+from luthier.core.errors import LuthierError
+from luthier.webhooks.events import Outcome
+from luthier.webhooks.sending import send
+from luthier.webhooks.targets import TargetRules
+from services import deliveries
+from services.deliveries import ClaimedDelivery
+from worker.context import WorkerContext
+
+_log = structlog.get_logger()
+
+_AT_ONCE = 20
+
+
+def deliver_for_ever(context: WorkerContext) -> None:
+    """Send what is due at every sweep; runs in a thread."""
+    while not context.stopping.wait(context.settings.sweep_seconds):
+        try:
+            while deliver_due(context) == _AT_ONCE and not context.stopping.is_set():
+                pass
+        except LuthierError as error:
+            _log.warning("webhooks put off", reason=error.message)
+        except Exception:  # noqa: BLE001
+            # What was claimed is due again when its lease is over; the jobs of this worker are not touched.
+            _log.exception("webhooks put off")
+
+
+def deliver_due(context: WorkerContext) -> int:
+    """Send what is due, once each.
+
+    Args:
+        context: the worker's parts.
+
+    Returns:
+        How many were tried.
+    """
+    timeout_seconds = context.settings.webhook_timeout_seconds
+    with context.database.transaction() as session:
+        claimed = deliveries.claim_due(session, limit=_AT_ONCE, timeout_seconds=timeout_seconds)
+    if not claimed:
+        return 0
+    outcomes = asyncio.run(_send_all(context, claimed))
+    with context.database.transaction() as session:
+        deliveries.record(session, list(zip(claimed, outcomes, strict=True)), chance=random.random())
+    for delivery, outcome in zip(claimed, outcomes, strict=True):
+        if not outcome.is_success:
+            _log.info(
+                "webhook not delivered",
+                delivery_id=delivery.delivery_id,
+                num_tries=delivery.num_tries,
+                status_code=outcome.status_code,
+                error=outcome.error,
+            )
+    return len(claimed)
+
+
+async def _send_all(context: WorkerContext, claimed: Sequence[ClaimedDelivery]) -> list[Outcome]:
+    settings = context.settings
+    rules = TargetRules.parse(
+        allow_http=settings.webhook_allow_http, allowed_targets=settings.webhook_allowed_targets
+    )
+    answers = await asyncio.gather(
+        *(
+            send(delivery.message, rules, timeout_seconds=settings.webhook_timeout_seconds)
+            for delivery in claimed
+        ),
+        # One that goes wrong in a way nobody thought of must not take the others with it, try after try.
+        return_exceptions=True,
+    )
+    outcomes = []
+    for delivery, answer in zip(claimed, answers, strict=True):
+        if isinstance(answer, BaseException):
+            _log.error("webhook broke", delivery_id=delivery.delivery_id, exc_info=answer)
+            outcomes.append(Outcome(error=f"it could not be sent ({type(answer).__name__})"))
+        else:
+            outcomes.append(answer)
+    return outcomes
