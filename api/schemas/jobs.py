@@ -123,7 +123,7 @@ class CreateJobBody(_Body):
         if self.method is not None and self.method.type == "reinforcement":
             raise UnsupportedValueError(
                 "method.type: 'reinforcement' is not offered: this service runs no graders and trains on no "
-                "rewards. Use 'supervised' or 'dpo'; the configuration under `reinforcement` is then ignored.",
+                "rewards. Use 'supervised' or 'dpo'; what is under `reinforcement` is then ignored.",
                 param="method.type",
             )
         return NewJob(
