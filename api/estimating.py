@@ -11,7 +11,7 @@ import anyio.to_thread
 from api.deps import Parts
 from db.tables import File
 from luthier.bases.catalogue import base_folder, find_base_facts
-from luthier.core.errors import ModelNotAvailableError, UnavailableError
+from luthier.core.errors import ModelNotAvailableError, UnavailableError, UnsupportedValueError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.data.count import RowCounts, count_rows
@@ -53,6 +53,11 @@ async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimat
         LuthierError: what creating the job would raise; and when the base is not on this machine.
         UnavailableError: when others are estimated for longer than one can wait.
     """
+    if request.dpo is not None:
+        raise UnsupportedValueError(
+            "method.type: jobs of method 'dpo' can't be estimated yet; create the job, it can be cancelled.",
+            param="method.type",
+        )
     try:
         async with asyncio.timeout(_WAIT_SECONDS):
             await parts.estimates.acquire()

@@ -25,3 +25,12 @@ def colour_rows(num_rows: int = 12) -> list[dict[str, Any]]:
         chat_row(f"what is the colour of number {number}?", f'{{"colour": "red", "number": {number}}}')
         for number in range(num_rows)
     ]
+
+
+def preference_row(user: str, preferred: str, other: str) -> dict[str, Any]:
+    """Return one preference row."""
+    return {
+        "input": {"messages": [{"role": "user", "content": user}]},
+        "preferred_output": [{"role": "assistant", "content": preferred}],
+        "non_preferred_output": [{"role": "assistant", "content": other}],
+    }

@@ -17,7 +17,7 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import TooLong
 from luthier.data.formats.base import Fault, Row, tell_faults
-from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row
+from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
 from luthier.data.near import Signer, row_text
 from luthier.data.prepared import PreparedRows, join_rows
 from luthier.data.render import ChatTemplate
@@ -53,6 +53,7 @@ def prepare_rows(
     too_long: TooLong,
     purpose: Purpose,
     with_signatures: bool = False,
+    wants_pairs: bool = False,
 ) -> tuple[PreparedRows, PreparedReport]:
     """Render, tokenise and mask every row of a file.
 
@@ -63,17 +64,20 @@ def prepare_rows(
         too_long: what to do with a longer row: fail, keep its beginning, or leave it out.
         purpose: which of a job's files it is; decides the error.
         with_signatures: whether the rows bear what near-duplicates are found by, for a split.
+        wants_pairs: whether the job learns from preferences, each of which becomes a pair of rows
+            (luthier.data.pairs).
 
     Returns:
-        The rows, in the file's order, and the report.
+        The rows, in the file's order, and the report, whose rows are those of the file.
 
     Raises:
         InvalidTrainingFileError: for faults in a training file (param `training_file`): the first with
-            their lines, and their number; for preferences, which belong to another method.
+            their lines, and their number; for preferences where the job learns from examples, and for
+            examples where it learns from preferences.
         InvalidValidationFileError: the same for a validation file (param `validation_file`).
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
     """
-    preparation = _Preparation(
+    preparation = (_PairPreparation if wants_pairs else _Preparation)(
         template=ChatTemplate.load(base_folder),
         tokenizer=Tokenizer.load(base_folder),
         max_length=max_length,
@@ -83,8 +87,8 @@ def prepare_rows(
     rows = FileRows(path)
     items = iter(rows)
     while batch := list(itertools.islice(items, _BATCH_ROWS)):
-        if rows.format is not None and rows.format.name == "preference":
-            raise _preference_error(purpose)
+        if rows.format is not None and (rows.format.name == "preference") != wants_pairs:
+            raise _wrong_format_error(purpose, rows.format.name)
         preparation.add_batch(batch)
     if preparation.num_faults:
         raise _file_error(purpose, preparation.num_faults, preparation.faults)
@@ -142,10 +146,18 @@ class _Preparation:
 
     def _add_row(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> bool:
         """Keep a row, cut where that was asked for, and return whether it was kept."""
-        num_tokens = len(encoding.ids)
-        if not mask.any():
+        if not self._is_to_be_kept(number, len(encoding.ids), [mask], "messages"):
+            return False
+        self._keep(number, encoding, mask)
+        return True
+
+    def _is_to_be_kept(
+        self, number: int, num_tokens: int, masks: Sequence[npt.NDArray[np.bool_]], place: str
+    ) -> bool:
+        """Judge what is on one line of the file by its longest row; count it, or note its fault."""
+        if not all(mask.any() for mask in masks):
             message = "No token of the row is trained: leave out weight 0 on at least one assistant message."
-            self._add_fault(number, "messages", "row.nothing_supervised", message)
+            self._add_fault(number, place, "row.nothing_supervised", message)
             return False
         if num_tokens > self.max_length and self.too_long == "error":
             self._add_fault(number, None, "row.too_long", self._too_long_message(num_tokens))
@@ -154,21 +166,24 @@ class _Preparation:
             self.num_dropped += 1
             self.dropped_lines.append(number)
             return False
-        if not mask[: self.max_length].any():
+        first_trained = max(int(mask.argmax()) for mask in masks)
+        if first_trained >= self.max_length:
             message = (
                 f"Cut to {self.max_length} tokens, nothing of the row is trained: its first trained token "
-                f'is number {int(mask.argmax()) + 1}. Shorten it, or set training.too_long to "drop".'
+                f'is number {first_trained + 1}. Shorten it, or set training.too_long to "drop".'
             )
             self._add_fault(number, None, "row.nothing_supervised", message)
             return False
         if num_tokens > self.max_length:
             self.num_truncated += 1
             self.truncated_lines.append(number)
+        return True
+
+    def _keep(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> None:
         # Copies, so that a cut row does not keep the whole one alive.
         self.tokens.append(encoding.ids[: self.max_length].copy())
         self.supervised.append(mask[: self.max_length].copy())
         self.lines.append(number)
-        return True
 
     def _too_long_message(self, num_tokens: int) -> str:
         return (
@@ -189,7 +204,7 @@ class _Preparation:
             self.tokens, self.supervised, self.lines, self.signatures if self.with_signatures else None
         )
         report = PreparedReport(
-            num_rows=rows.num_rows,
+            num_rows=len(set(self.lines)),
             num_tokens=rows.num_tokens,
             num_supervised_tokens=rows.num_supervised_tokens,
             num_truncated=self.num_truncated,
@@ -199,6 +214,52 @@ class _Preparation:
             dropped_lines=tuple(self.dropped_lines[:_MAX_LINES_TOLD]),
         )
         return rows, report
+
+
+class _PairPreparation(_Preparation):
+    """Makes two rows of each preference, the preferred answer's first; both are kept, or neither."""
+
+    def add_batch(self, batch: list[tuple[int, Row] | Fault]) -> None:
+        rendered = list(self._render_pairs(batch))
+        encodings = encode_rows(self.tokenizer, [row for _, _, pair in rendered for row in pair])
+        signatures: Sequence[npt.NDArray[np.uint32] | None] = [None] * len(rendered)
+        if self.with_signatures:
+            signatures = list(self.signer.sign([text for _, text, _ in rendered]))
+        for place, ((number, _, pair), signature) in enumerate(zip(rendered, signatures, strict=True)):
+            both = encodings[2 * place : 2 * place + 2]
+            try:
+                masks = [
+                    mask_tokens(encoding, row.spans, self.tokenizer.stop_token_ids)
+                    for encoding, row in zip(both, pair, strict=True)
+                ]
+            except InvalidValueError as error:
+                self._add_fault(number, error.param, "row.mask", error.message)
+                continue
+            longest = max(len(encoding.ids) for encoding in both)
+            if not self._is_to_be_kept(number, longest, masks, "preferred_output"):
+                continue
+            for encoding, mask in zip(both, masks, strict=True):
+                self._keep(number, encoding, mask)
+                self.signatures += [] if signature is None else [signature]
+
+    def _render_pairs(
+        self, batch: list[tuple[int, Row] | Fault]
+    ) -> Iterator[tuple[int, str, tuple[RenderedRow, RenderedRow]]]:
+        for item in batch:
+            if isinstance(item, Fault):
+                self._add(item)
+                continue
+            number, row = item
+            assert row.rejected is not None, "a preference has two answers"
+            try:
+                pair = (
+                    render_row(self.template, row),
+                    render_turns(self.template, row.rejected, row.tools),
+                )
+            except InvalidValueError as error:
+                self._add_fault(number, error.param, "row.template", error.message)
+                continue
+            yield number, row_text(row) if self.with_signatures else "", pair
 
 
 def _error_for(purpose: Purpose, message: str) -> JobError:
@@ -212,11 +273,17 @@ def _file_error(purpose: Purpose, num_faults: int, faults: list[Fault]) -> JobEr
     return _error_for(purpose, f"The {purpose} file has {count}. {tell_faults(faults)}")
 
 
-def _preference_error(purpose: Purpose) -> JobError:
+def _wrong_format_error(purpose: Purpose, name: str) -> JobError:
+    if name == "preference":
+        return _error_for(
+            purpose,
+            f"The {purpose} file holds preferences (input, preferred_output, non_preferred_output), which "
+            "belong to jobs of method dpo; a supervised job learns from rows such as chats.",
+        )
     return _error_for(
         purpose,
-        f"The {purpose} file holds preferences (input, preferred_output, non_preferred_output), which "
-        "belong to jobs of method dpo; a supervised job learns from rows such as chats.",
+        f"The {purpose} file holds rows of the format {name}, and a job of method dpo learns from "
+        "preferences: input, preferred_output and non_preferred_output.",
     )
 
 

@@ -9,7 +9,9 @@ from luthier.data.near import group_near
 from luthier.data.prepared import PreparedRows
 
 
-def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, PreparedRows]:
+def split_rows(
+    rows: PreparedRows, share: float, *, rows_per_example: int = 1
+) -> tuple[PreparedRows, PreparedRows]:
     """Split rows into those to train on and those held back.
 
     Equal rows and near-duplicates (where the rows have signatures) are a group and stay together, or the
@@ -19,6 +21,7 @@ def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, Prepared
     Args:
         rows: the rows, of any order.
         share: of rows to hold back, above 0 and at most 0.5; at least one group is held back.
+        rows_per_example: how many rows in a row are one example, which is never parted.
 
     Returns:
         The training rows and the validation rows, each in the order of `rows`.
@@ -26,7 +29,8 @@ def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, Prepared
     Raises:
         InvalidTrainingFileError: when there are no two different groups to divide (param `training_file`).
     """
-    groups = _group_rows(rows)
+    num_examples = rows.num_rows // rows_per_example
+    groups = _group_examples(rows, num_examples, rows_per_example)
     if len(groups) < 2:
         raise InvalidTrainingFileError(
             f"The training file has too few different rows ({len(groups)}, near-duplicates being one) to "
@@ -34,14 +38,14 @@ def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, Prepared
             "validation_file.",
             param="training_file",
         )
-    held_back = set(_choose(groups, max(1, round(share * rows.num_rows))))
-    validation = [index for index in range(rows.num_rows) if index in held_back]
-    training = [index for index in range(rows.num_rows) if index not in held_back]
+    held_back = set(_choose(groups, max(1, round(share * num_examples))))
+    validation = [row for row in range(rows.num_rows) if row // rows_per_example in held_back]
+    training = [row for row in range(rows.num_rows) if row // rows_per_example not in held_back]
     return rows.select(training), rows.select(validation)
 
 
 def _choose(groups: list[list[int]], num_wanted: int) -> list[int]:
-    """Return the rows of the first groups that fit; of the smallest group where none does."""
+    """Return the examples of the first groups that fit; of the smallest group where none does."""
     chosen: list[int] = []
     for group in groups:
         if len(chosen) + len(group) <= num_wanted:
@@ -49,10 +53,15 @@ def _choose(groups: list[list[int]], num_wanted: int) -> list[int]:
     return chosen or min(groups, key=len)
 
 
-def _group_rows(rows: PreparedRows) -> list[list[int]]:
-    """Return the rows' numbers in groups, by the smallest content hash of each group."""
-    hashes = [_row_hash(rows, index) for index in range(rows.num_rows)]
-    labels = np.arange(rows.num_rows) if rows.signatures is None else group_near(rows.signatures)
+def _group_examples(rows: PreparedRows, num_examples: int, rows_per_example: int) -> list[list[int]]:
+    """Return the examples' numbers in groups, by the smallest content hash of each group."""
+    hashes = [
+        _hash(rows, range(rows_per_example * one, rows_per_example * (one + 1)))
+        for one in range(num_examples)
+    ]
+    labels = np.arange(num_examples)
+    if rows.signatures is not None:
+        labels = group_near(rows.signatures[::rows_per_example])
     # Rows of different texts may be equal once they are cut: their groups are one.
     parents: dict[int, int] = {}
 
@@ -71,6 +80,9 @@ def _group_rows(rows: PreparedRows) -> list[list[int]]:
     return sorted(members.values(), key=lambda group: min(hashes[index] for index in group))
 
 
-def _row_hash(rows: PreparedRows, index: int) -> bytes:
-    tokens, supervised = rows.row(index)
-    return hashlib.sha256(tokens.tobytes() + supervised.tobytes()).digest()
+def _hash(rows: PreparedRows, indices: range) -> bytes:
+    found = hashlib.sha256()
+    for index in indices:
+        tokens, supervised = rows.row(index)
+        found.update(tokens.tobytes() + supervised.tobytes())
+    return found.digest()

@@ -121,6 +121,7 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
 
     check_sample_prompts(options.sample_prompts, location, max_tokens=room_in_context(claimed.spec, base))
     tokenize_seconds = 0.0
+    rows_per_example = 1 if claimed.spec.dpo is None else 2
 
     def read(file: _Input, purpose: Purpose) -> tuple[PreparedRows, FileReport]:
         nonlocal tokenize_seconds
@@ -134,6 +135,7 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
             too_long=options.too_long,
             purpose=purpose,
             with_signatures=purpose == "training" and options.validation_split > 0,
+            wants_pairs=claimed.spec.dpo is not None,
         )
         tokenize_seconds += time.monotonic() - began
         return rows, FileReport(file_id=file.file_id, sha256=file.sha256, **asdict(found))
@@ -144,16 +146,17 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
     if claimed.validation is not None:
         validation, validation_report = read(claimed.validation, "validation")
     elif options.validation_split > 0:
-        train, validation = split_rows(train, options.validation_split)
-    if train.num_rows < MIN_TRAINING_ROWS:
+        train, validation = split_rows(train, options.validation_split, rows_per_example=rows_per_example)
+    num_examples = train.num_rows // rows_per_example
+    if num_examples < MIN_TRAINING_ROWS:
         raise InvalidTrainingFileError(
-            f"Only {train.num_rows} rows are left to train on, and a job needs at least {MIN_TRAINING_ROWS}.",
+            f"Only {num_examples} rows are left to train on, and a job needs at least {MIN_TRAINING_ROWS}.",
             param="training_file",
         )
     spec = resolve_spec(
         claimed.spec,
         base=base,
-        num_rows=train.num_rows,
+        num_rows=num_examples,
         num_tokens=train.num_tokens,
         num_threads=context.num_threads,
         memory_bytes=context.training_memory_bytes,

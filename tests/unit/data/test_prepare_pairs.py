@@ -1,0 +1,87 @@
+"""Preferences become pairs of rows: one prompt, two answers, the preferred one first."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from luthier.core.errors import InvalidTrainingFileError
+from luthier.data.prepare import PreparedReport, prepare_rows
+from luthier.data.prepared import PreparedRows
+from luthier.data.split import split_rows
+from luthier.data.tokens import Tokenizer
+from tests.rows import preference_row
+from tests.tiny import build_tiny_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / "base")
+
+
+def prepare(
+    tmp_path: Path, base: Path, rows: list[dict[str, Any]], **options: Any
+) -> tuple[PreparedRows, PreparedReport]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"max_length": 256, "too_long": "error", "purpose": "training", "wants_pairs": True} | options
+    return prepare_rows(path, base, **given)
+
+
+def texts(rows: PreparedRows, index: int, base: Path) -> tuple[str, str]:
+    """Return what is context and what is learnt of a row."""
+    tokens, mask = rows.row(index)
+    decode = Tokenizer.load(base).decode
+    return tuple(decode(tokens[part].tolist(), skip_special=False) for part in (~mask, mask))
+
+
+def test_a_pair_is_one_prompt_with_two_answers_the_preferred_one_first(tmp_path: Path, base: Path) -> None:
+    rows, report = prepare(
+        tmp_path, base, [preference_row("the sky?", "blue", "green"), preference_row("a", "b", "c")]
+    )
+    (prompt, preferred), (same, other) = texts(rows, 0, base), texts(rows, 1, base)
+    assert prompt == same
+    assert (preferred, other) == ("blue<|im_end|>", "green<|im_end|>")
+    assert rows.lines.tolist() == [1, 1, 2, 2]
+    assert (report.num_rows, rows.num_rows) == (2, 4)
+
+
+def test_answers_in_the_input_are_context(tmp_path: Path, base: Path) -> None:
+    row = preference_row("the sky?", "blue", "green")
+    row["input"]["messages"][:0] = [
+        {"role": "user", "content": "the sea?"},
+        {"role": "assistant", "content": "the same"},
+    ]
+    rows, _ = prepare(tmp_path, base, [row])
+    assert texts(rows, 0, base)[1] == "blue<|im_end|>"
+
+
+def test_a_pair_is_dropped_or_cut_as_one(tmp_path: Path, base: Path) -> None:
+    rows = [preference_row("the sky?", "blue", "green " * 30), preference_row("the sky?", "blue", "red")]
+    kept, report = prepare(tmp_path, base, rows, max_length=60, too_long="drop")
+    assert kept.lines.tolist() == [2, 2]
+    assert report.dropped_lines == (1,)
+    cut, report = prepare(tmp_path, base, rows, max_length=60, too_long="truncate")
+    assert cut.lines.tolist() == [1, 1, 2, 2]
+    assert cut.lengths.max() == 60
+    assert report.truncated_lines == (1,)
+
+
+def test_a_job_on_preferences_refuses_other_rows_and_the_other_way_round(tmp_path: Path, base: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(InvalidTrainingFileError, match=r"format chat.*method dpo learns from preferences"):
+        prepare(tmp_path, base, [chat])
+    with pytest.raises(InvalidTrainingFileError, match=r"holds preferences.*method dpo"):
+        prepare(tmp_path, base, [preference_row("a", "b", "c")], wants_pairs=False)
+
+
+def test_a_split_parts_no_pair(tmp_path: Path, base: Path) -> None:
+    made = [preference_row(f"number {n * n}?", f"it is {n}", f"it is not {n + 1}") for n in range(12)]
+    rows, _ = prepare(tmp_path, base, made)
+    training, validation = split_rows(rows, 0.25, rows_per_example=2)
+    assert (training.num_rows, validation.num_rows) == (18, 6)
+    for part in (training, validation):
+        assert np.array_equal(part.lines[0::2], part.lines[1::2])
+    assert set(training.lines).isdisjoint(validation.lines)
