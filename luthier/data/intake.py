@@ -13,6 +13,9 @@ from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
 from luthier.data.validate import FileChecker, FileFacts
 
+# What is kept of a line that has not ended; a longer one is judged as it comes.
+_MAX_REST_BYTES = 1024 * 1024
+
 
 @dataclass(frozen=True)
 class RowLimits:
@@ -58,7 +61,7 @@ class Check(Protocol):
 
 
 class RowCheck:
-    """The check of a training file: every row of it.
+    """The check of a training file: every row of it, in blocks of whole lines.
 
     Args:
         limits: what its rows may cost.
@@ -69,13 +72,31 @@ class RowCheck:
 
     def __init__(self, limits: RowLimits) -> None:
         self._checker = FileChecker(max_line_bytes=limits.max_line_bytes)
+        # The begin of a line; given on as it is once it is long.
+        self._rest = b""
+        self._is_within_line = False
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
-        self._checker.feed(chunk)
+        end = chunk.rfind(b"\n") + 1
+        if end == 0:
+            self._rest += chunk
+            if len(self._rest) > _MAX_REST_BYTES:
+                self._checker.feed(self._rest)
+                self._rest, self._is_within_line = b"", True
+            return
+        start = 0
+        if self._is_within_line:
+            start = chunk.find(b"\n") + 1
+            self._checker.feed(self._rest + chunk[:start])
+            self._rest, self._is_within_line = b"", False
+        if start < end:
+            self._checker.take_lines(b"".join((self._rest, memoryview(chunk)[start:end])))
+        self._rest = chunk[end:]
 
     def finish(self, _path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow."""
+        self._checker.feed(self._rest)
         return self._checker.finish()
 
 

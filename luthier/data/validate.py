@@ -9,6 +9,7 @@ from typing import NamedTuple
 from luthier.core.errors import InvalidFileFormatError
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault, RowFormat, tell_faults
+from luthier.data.plain_chat import count_plain_rows
 from luthier.data.readers import clean_line, is_blank
 
 MAX_FAULTS = 20
@@ -78,6 +79,35 @@ class FileChecker:
             self._end_line()
             start = end + 1
         self._extend(chunk[start:])
+
+    def take_lines(self, lines: bytes) -> None:
+        """Take the next bytes, whole lines all: what is plainly written is judged at once.
+
+        Args:
+            lines: each with its line end.
+
+        Raises:
+            InvalidFileFormatError: as `feed` does.
+        """
+        num_rows = count_plain_rows(lines) if self._is_between_rows(len(lines)) else None
+        if num_rows is None:
+            self.feed(lines)
+            return
+        self._sha256.update(lines)
+        self._num_bytes += len(lines)
+        self._num_rows += num_rows
+        self._num_lines += num_rows
+
+    def _is_between_rows(self, num_bytes: int) -> bool:
+        """Whether the next line begins with the next byte, and can be judged by itself."""
+        return (
+            self._format.name == "chat"
+            and self._num_rows > 0
+            and num_bytes <= self._max_line_bytes
+            and not self._line
+            and not self._is_too_long
+            and self._first_blank is None
+        )
 
     def finish(self) -> FileFacts:
         """Say that no more bytes follow.
