@@ -35,7 +35,9 @@ class Incoming:
         self._max_bytes = max_bytes
         self._too_large = too_large
         self._check: Check | None = None
-        self._block = bytearray()
+        # Joined once, when there is enough for a block.
+        self._pieces: list[bytes] = []
+        self._num_gathered = 0
         self._writing: asyncio.Task[None] | None = None
         self.num_bytes = 0
 
@@ -55,14 +57,17 @@ class Incoming:
         self.num_bytes += len(content)
         if self.num_bytes > self._max_bytes:
             raise self._too_large
-        self._block += content
-        if len(self._block) >= _BLOCK_BYTES:
+        self._pieces.append(content)
+        self._num_gathered += len(content)
+        if self._num_gathered >= _BLOCK_BYTES:
             await self._flush()
 
     async def _flush(self) -> None:
         await self._settle()
-        if self._block:
-            block, self._block = bytes(self._block), bytearray()
+        if self._pieces:
+            block = b"".join(self._pieces)
+            self._pieces.clear()
+            self._num_gathered = 0
             self._writing = asyncio.create_task(self._write_block(block))
 
     async def _settle(self) -> None:

@@ -13,6 +13,9 @@ from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
 from luthier.data.validate import FileChecker, FileFacts
 
+# What is kept of a line that has not ended; a longer one is judged as it comes.
+_MAX_REST_BYTES = 1024 * 1024
+
 
 @dataclass(frozen=True)
 class RowLimits:
@@ -62,6 +65,57 @@ class Check(Protocol):
         """
 
 
+class RowCheck:
+    """The check of a training file: every row of it, in blocks of whole lines.
+
+    Args:
+        limits: what its rows may cost.
+    """
+
+    def __init__(self, limits: RowLimits) -> None:
+        self._checker = FileChecker(
+            max_line_bytes=limits.max_line_bytes,
+            max_expanded_bytes=limits.max_expanded_bytes,
+            max_expansion_ratio=limits.max_expansion_ratio,
+        )
+        # The begin of a line; given on as it is once it is long.
+        self._rest = b""
+        self._is_within_line = False
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether what came is Parquet, which `finish` reads from the whole file."""
+        self._give_rest()
+        return self._checker.needs_file
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        end = chunk.rfind(b"\n") + 1
+        if end == 0:
+            self._rest += chunk
+            if len(self._rest) > _MAX_REST_BYTES:
+                self._give_rest()
+            return
+        start = 0
+        if self._is_within_line:
+            start = chunk.find(b"\n") + 1
+            self._checker.feed(self._rest + chunk[:start])
+            self._rest, self._is_within_line = b"", False
+        if start < end:
+            self._checker.take_lines(b"".join((self._rest, memoryview(chunk)[start:end])))
+        self._rest = chunk[end:]
+
+    def _give_rest(self) -> None:
+        if self._rest:
+            self._checker.feed(self._rest)
+            self._rest, self._is_within_line = b"", True
+
+    def finish(self, path: Path | None = None, /) -> FileFacts:
+        """Say that no more bytes follow."""
+        self._give_rest()
+        return self._checker.finish(path)
+
+
 class OpaqueCheck:
     """The check of a file whose content nobody looks at: it has bytes, and no rows."""
 
@@ -93,13 +147,7 @@ def open_check(purpose: str, limits: RowLimits) -> Check:
     Returns:
         The check, yet to be fed.
     """
-    if purpose != FINE_TUNE:
-        return OpaqueCheck()
-    return FileChecker(
-        max_line_bytes=limits.max_line_bytes,
-        max_expanded_bytes=limits.max_expanded_bytes,
-        max_expansion_ratio=limits.max_expansion_ratio,
-    )
+    return RowCheck(limits) if purpose == FINE_TUNE else OpaqueCheck()
 
 
 class UndecidedCheck:

@@ -12,6 +12,7 @@ from luthier.data.containers.base import Limits, RawRow
 from luthier.data.containers.parquet import read_parquet
 from luthier.data.containers.stream import RowStream
 from luthier.data.formats.base import Fault, RowFormat, tell_faults
+from luthier.data.plain_chat import count_plain_rows
 from luthier.data.recognise import explain_row, recognise
 from luthier.data.rows import locate
 
@@ -79,6 +80,29 @@ class FileChecker:
         self._num_bytes += len(chunk)
         for item in self._stream.feed(chunk):
             self._take(item)
+
+    def take_lines(self, lines: bytes) -> None:
+        """Take the next bytes, whole lines all: what is plainly written is judged at once.
+
+        Args:
+            lines: each with its line end.
+
+        Raises:
+            InvalidFileFormatError: as `feed` does.
+        """
+        num_rows = count_plain_rows(lines) if self._is_between_rows(len(lines)) else None
+        if num_rows is None:
+            self.feed(lines)
+            return
+        self._sha256.update(lines)
+        self._num_bytes += len(lines)
+        self._num_rows += num_rows
+        self._stream.skip_lines(num_rows)
+
+    def _is_between_rows(self, num_bytes: int) -> bool:
+        """Whether the next line of chat rows begins with the next byte, and can be judged by itself."""
+        is_chat = self._format is not None and self._format.name == "chat"
+        return is_chat and num_bytes <= self._limits.max_row_bytes and self._stream.is_between_lines
 
     def finish(self, path: Path | None = None) -> FileFacts:
         """Say that no more bytes follow.
