@@ -127,7 +127,7 @@ def _plain_call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
 
 
 # What a template is tried on, once, to learn how it wants the arguments of tool calls.
-_CALL_PROBE = [
+_CALL_PROBE: list[dict[str, Any]] = [
     {"role": "user", "content": "x"},
     {
         "role": "assistant",
@@ -139,7 +139,7 @@ _CALL_PROBE = [
 ]
 
 _PROBE_ANSWER = {"role": "assistant", "content": "An answer."}
-_PROBES = (
+_PROBES: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "x"}],
     [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}],
     [{"role": "user", "content": "x"}, _PROBE_ANSWER, {"role": "user", "content": "y\nz"}],

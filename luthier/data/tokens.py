@@ -4,7 +4,6 @@ the API, prepare, the training child and the engine all go through it. Never tor
 
 import codecs
 import functools
-import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -143,17 +142,46 @@ class Tokenizer:
         Returns:
             For each the ids, int32 [T], and the spans of characters, int64 [T, 2].
         """
-        encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
-            Encoding(
-                np.asarray(encoding.ids, dtype=np.int32),
-                # Twice as fast as to make an array of the pairs.
-                np.fromiter(
-                    itertools.chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding.ids)
-                ).reshape(-1, 2),
-            )
-            for encoding in encodings
+            self._find_spans(text, encoding.ids) or self._encode_with_spans(text)
+            for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def _encode_with_spans(self, text: str) -> Encoding:
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return Encoding(np.asarray(encoding.ids, dtype=np.int32), spans)
+
+    @functools.cached_property
+    def _pieces(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+        """The bytes of every token, and how many they are."""
+        pieces = [self.token_bytes(token_id) for token_id in range(self.vocab_size)]
+        return pieces, np.fromiter(map(len, pieces), np.int64, len(pieces))
+
+    def _find_spans(self, text: str, ids: list[int]) -> Encoding | None:
+        """Return the spans that the tokens' own bytes tell, None where these do not make up the text.
+
+        The library takes longer to keep account of them than to find the tokens.
+        """
+        if not self._is_byte_level or not ids or max(ids) >= self.vocab_size:
+            return None
+        pieces, lengths = self._pieces
+        content = text.encode()
+        if b"".join([pieces[token_id] for token_id in ids]) != content:
+            return None
+        found = np.array(ids, dtype=np.int32)
+        sizes = lengths[found]
+        if not sizes.all():
+            return None
+        ends = np.cumsum(sizes)
+        starts = ends - sizes
+        if len(content) != len(text):
+            # From bytes to characters: a token that is a part of a character covers all of it.
+            raw = np.frombuffer(content, np.uint8)
+            place = np.cumsum((raw & 0xC0) != 0x80) - 1
+            starts, ends = place[starts], place[ends - 1] + 1
+        return Encoding(found, np.stack([starts, ends], axis=1))
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is a mark such as an end of turn, which readers of an answer never see."""

@@ -143,7 +143,7 @@ CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "c
     ],
 )
 def test_what_is_broken_is_told_with_its_place(content, expected):
-    assert told(content).startswith(expected) or "more" in expected
+    assert expected in told(content)
 
 
 def test_a_chat_in_a_table_is_read_from_its_json_cells():

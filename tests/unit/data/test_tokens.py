@@ -53,6 +53,24 @@ def test_byte_fallback_tokens_give_back_the_text_exactly(fallback, text):
     assert fallback.decode(fallback.encode(text)) == text if text else True
 
 
+PARTS = st.sampled_from(["<|im_start|>", "<|im_end|>", " ", "\n", "the sky", "né", "🎉", "日本"]) | TEXTS
+
+
+@given(st.lists(st.lists(PARTS, max_size=6).map("".join), max_size=4))
+def test_tokens_and_spans_of_many_texts_are_the_librarys_own(base, tiny, texts):
+    library = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    expected = library.encode_batch(texts, add_special_tokens=False)
+    for encoding, theirs in zip(tiny.encode_batch(texts), expected, strict=True):
+        assert encoding.ids.tolist() == theirs.ids
+        assert [tuple(span) for span in encoding.spans.tolist()] == theirs.offsets
+
+
+def test_spans_of_a_tokenizer_that_changes_the_text_are_the_librarys(fallback):
+    [encoding] = fallback.encode_batch(["a ab"])
+    assert encoding.ids.tolist() == fallback.encode("a ab")
+    assert encoding.spans[-1].tolist()[1] == len("a ab")
+
+
 @given(TEXTS)
 def test_the_bytes_of_the_tokens_joined_are_the_bytes_of_the_text(tiny, text):
     assert b"".join(map(tiny.token_bytes, tiny.encode(text))) == text.encode()
