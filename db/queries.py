@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, select, text, tuple_
+from sqlalchemy import ScalarSelect, Select, select, text, tuple_
 from sqlalchemy.orm import Session
 
 from db.permission_tables import CheckpointPermission
@@ -54,7 +54,7 @@ def page(
     statement: Select[Any],
     table: type[OwnedRow],
     *,
-    after: OwnedRow | None,
+    after: OwnedRow | ScalarSelect[Any] | None,
     limit: int,
     is_ascending: bool = False,
 ) -> tuple[Sequence[Any], bool]:
@@ -64,7 +64,8 @@ def page(
         session: the session.
         statement: the rows to page through, not yet ordered.
         table: the table whose columns order them.
-        after: the row that ended the page before, or None.
+        after: the row that ended the page before, or what selects its two columns (and no row, so an empty
+            page, when it is not there), or None.
         limit: rows of the page; 0 gives an empty page.
         is_ascending: oldest first instead of newest first.
 
@@ -74,7 +75,8 @@ def page(
     columns = (table.created_at, table.id)
     if after is not None:
         # One comparison of rows, not an OR of two: only that one lets the index begin at the cursor.
-        position, cursor = tuple_(*columns), (after.created_at, after.id)
+        position = tuple_(*columns)
+        cursor: Any = after if isinstance(after, ScalarSelect) else (after.created_at, after.id)
         statement = statement.where(position > cursor if is_ascending else position < cursor)
     order = [column.asc() if is_ascending else column.desc() for column in columns]
     rows = session.scalars(statement.order_by(*order).limit(limit + 1)).all()

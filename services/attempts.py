@@ -12,7 +12,7 @@ from luthier.core.ids import new_id
 STOPPING = "stopping"
 
 
-def begin(session: Session, job: Job, worker_id: str) -> None:
+def record(session: Session, job: Job, worker_id: str) -> None:
     """Note that a worker has claimed a job, under the epoch that the job's row has now."""
     session.add(
         Attempt(

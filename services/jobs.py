@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from db.queries import find_owned, page
 from db.tables import Checkpoint, File, Job, JobEvent, Model
@@ -234,8 +234,17 @@ def list_(
         statement = statement.where(Job.user_metadata.contains(metadata))
     if has_no_metadata:
         statement = statement.where(Job.user_metadata.is_(None))
-    cursor = _find_cursor(session, Job, after, Job.project_id == scope.project_id)
-    return page(session, statement, Job, after=cursor, limit=limit)
+    cursor = aliased(Job)
+    place = select(cursor.created_at, cursor.id).where(
+        cursor.id == after, cursor.project_id == scope.project_id
+    )
+    # The cursor is looked up in the statement itself: a page, however deep, is one question.
+    found, has_more = page(
+        session, statement, Job, after=None if after is None else place.scalar_subquery(), limit=limit
+    )
+    if not found:
+        _find_cursor(session, Job, after, Job.project_id == scope.project_id)
+    return found, has_more
 
 
 def _find_cursor(session: Session, table: Any, after: str | None, is_listed: ColumnElement[bool]) -> Any:

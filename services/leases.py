@@ -153,7 +153,7 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
     job.lease_epoch += 1
     job.lease_expires_at = func.now() + timedelta(seconds=lease_seconds)
     session.flush()
-    attempts.begin(session, job, worker_id)
+    attempts.record(session, job, worker_id)
     return Lease(job.id, job.lease_epoch, worker_id)
 
 

@@ -208,7 +208,6 @@ def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[s
             )
             assert [row.id for row in rows] == job_ids[6:9]
     for (_, plan), index in zip(seen, ("ix_jobs_page", "ix_jobs_page_plain"), strict=True):
-        (condition,) = [line for line in plan.splitlines() if "Index Cond" in line]
-        assert index in plan
-        assert "ROW(created_at, id) < ROW(" in condition, plan
-        assert "Filter" not in plan, plan
+        (condition,) = [line for line in plan.splitlines() if "ROW(" in line]
+        assert f"Index Scan Backward using {index} on jobs" in plan
+        assert condition.strip().startswith("Index Cond: "), plan
