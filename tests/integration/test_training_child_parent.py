@@ -142,7 +142,11 @@ def test_after_a_whole_model_any_method_starts_on_it_and_goes_on_there(
     method: str, base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
     whole = trained[WHOLE]
-    on_whole = {"tuning": {"type": method}, "parent": whole.parent, "foundation": whole.parent}
+    on_whole: dict[str, Any] = {
+        "tuning": {"type": method},
+        "parent": whole.parent,
+        "foundation": whole.parent,
+    }
     first = Trained(build_tiny_run(tmp_path / "first", base, **SETTINGS, **on_whole))
     manifest = read_manifest(first.parent.folder)
     assert manifest.base_digest == whole.event.digest
