@@ -17,11 +17,11 @@ from tests.training_runs import failed, finished, run_here, run_killed_everywher
 
 METHODS = list(discover())
 WHOLE = next(name for name in METHODS if discover()[name].is_whole_model)
-# Two epochs of three steps.
+# One epoch of three steps, a save point before its end.
 SETTINGS: dict[str, Any] = {
     "num_rows": 12,
     "num_validation_rows": 3,
-    "hyperparameters": {"n_epochs": 2, "batch_size": 4},
+    "hyperparameters": {"n_epochs": 1, "batch_size": 4},
     "training": {"save_every_steps": 2, "learning_rate": 5e-3},
 }
 
@@ -55,10 +55,10 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
     }
 
 
-def go_on(folder: Path, base: Path, parent: Trained, **changes: Any) -> Path:
+def go_on(folder: Path, base: Path, origin: Trained, **changes: Any) -> Path:
     """Write a run directory that goes on from a trained model, by its own method."""
     return build_tiny_run(
-        folder, base, **(SETTINGS | {"tuning": parent.tuning, "parent": parent.parent} | changes)
+        folder, base, **(SETTINGS | {"tuning": origin.tuning, "parent": origin.parent} | changes)
     )
 
 
@@ -100,10 +100,10 @@ def test_a_run_that_goes_on_and_is_stopped_ends_with_the_undisturbed_digest(
 ) -> None:
     expected = finished(run_here(go_on(tmp_path / "undisturbed", base, trained[method])))
     folder = go_on(tmp_path / "run", base, trained[method])
-    run_here(folder, term_after=lambda event: event.type == "step" and event.step == 4)
+    run_here(folder, term_after=lambda event: event.type == "step" and event.step == 2)
     # The next attempt has the save point, the parent and nothing else.
     again = go_on(tmp_path / "again", base, trained[method])
-    shutil.copytree(folder / "save_points" / "step-000004", again / "save_points" / "step-000004")
+    shutil.copytree(folder / "save_points" / "step-000002", again / "save_points" / "step-000002")
     found = finished(run_here(again))
     assert found.digest == expected.digest
     assert found.report.evaluations == expected.report.evaluations
@@ -118,7 +118,8 @@ def test_a_run_that_goes_on_and_is_killed_after_every_event_gives_the_undisturbe
     expected = finished(run_here(go_on(tmp_path / "undisturbed", base, parent, **settings)))
     folder = go_on(tmp_path / "killed", base, parent, **settings)
     num_kills, events = run_killed_everywhere(folder)
-    assert num_kills == 15
+    # Started, 3 steps, a save point, a checkpoint, 2 evaluations.
+    assert num_kills == 8
     assert finished(events).digest == expected.digest
     assert finished(events).report.base_evaluation == expected.report.base_evaluation
 
@@ -128,7 +129,7 @@ def test_a_prefix_goes_on_through_a_new_projection(
 ) -> None:
     tuning = trained["prefix"].tuning | {"projection": True, "projection_dim": 8}
     folder = go_on(tmp_path / "run", base, trained["prefix"], tuning=tuning)
-    events = run_here(folder, term_after=lambda event: event.type == "step" and event.step == 4)
+    events = run_here(folder, term_after=lambda event: event.type == "step" and event.step == 2)
     assert events[-1].type == "stopped"
     report = finished(run_here(folder)).report
     assert scores(report, 0) == scores(trained["prefix"].report, -1)
@@ -141,7 +142,11 @@ def test_after_a_whole_model_any_method_starts_on_it_and_goes_on_there(
     method: str, base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
     whole = trained[WHOLE]
-    on_whole = {"tuning": {"type": method}, "parent": whole.parent, "foundation": whole.parent}
+    on_whole: dict[str, Any] = {
+        "tuning": {"type": method},
+        "parent": whole.parent,
+        "foundation": whole.parent,
+    }
     first = Trained(build_tiny_run(tmp_path / "first", base, **SETTINGS, **on_whole))
     manifest = read_manifest(first.parent.folder)
     assert manifest.base_digest == whole.event.digest
