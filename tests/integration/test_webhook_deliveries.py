@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from sqlalchemy import text
@@ -279,6 +280,28 @@ def test_no_two_workers_send_the_same_and_a_late_one_writes_nothing(
     with context.database.transaction() as session:
         deliveries.record(session, [(second, Outcome(status_code=204))], chance=0.5)
     assert _row(context).outcome == "delivered"
+
+
+def test_a_project_with_many_deliveries_holds_up_no_other(
+    api: Api, client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    headers, body = api.headers, {"name": "other", "project": "other"}
+    key = httpx2.post(f"{api.base_url}/v1/keys", headers=headers, json=body).json()["key"]
+    other = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=key, max_retries=0)
+    other.webhooks.create(name="o", url=f"{receiver.url}/o", event_types=["fine_tuning.job.cancelled"])
+    client.fine_tuning.jobs.cancel(_create(client))
+    with context.database.engine.begin() as connection:
+        columns = "organization_id, project_id, endpoint_id, job_id, event_id, event_type, next_try_at"
+        connection.execute(
+            text(
+                f"INSERT INTO webhook_deliveries (id, {columns}) SELECT 'wh_' || n, {columns} "
+                "FROM webhook_deliveries, generate_series(1, 40) n"
+            )
+        )
+    other.fine_tuning.jobs.cancel(_create(other))
+    assert deliver_due(context) == deliveries.MAX_OF_A_PROJECT + 1
+    assert [request.path for request in receiver.received].count("/hook/o") == 1
+    assert deliver_due(context) == deliveries.MAX_OF_A_PROJECT
 
 
 def test_an_end_that_is_rolled_back_is_never_told(
