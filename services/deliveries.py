@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
 from db.tables import Job
@@ -20,6 +20,7 @@ from services.webhooks import active_secrets
 
 # Beside the receiver's own time: to claim, and to write down what came of it.
 _LEASE_MARGIN_SECONDS = 30.0
+MAX_OF_A_PROJECT = 5
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,21 @@ def claim_due(session: Session, *, limit: int, timeout_seconds: float) -> list[C
         timeout_seconds: how long one try may take.
 
     Returns:
-        The tries, those that wait longest first; two callers never get the same one.
+        The tries, those that wait longest first, and few of any one project, so that one whose receivers
+        hang holds up no other; two callers never get the same one.
     """
+    is_due = and_(WebhookDelivery.finished_at.is_(None), WebhookDelivery.next_try_at <= func.now())
+    turn = func.row_number().over(
+        partition_by=WebhookDelivery.project_id, order_by=WebhookDelivery.next_try_at
+    )
+    turns = select(WebhookDelivery.id, turn.label("turn")).where(is_due).subquery()
     rows = session.execute(
         select(WebhookDelivery, WebhookEndpoint, func.now())
         .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
-        .where(
-            WebhookDelivery.finished_at.is_(None),
-            WebhookDelivery.next_try_at <= func.now(),
-            WebhookEndpoint.deleted_at.is_(None),
-        )
-        .order_by(WebhookDelivery.next_try_at)
+        .join(turns, turns.c.id == WebhookDelivery.id)
+        # Once more: a row that another worker has just taken is looked at again by this condition alone.
+        .where(is_due, WebhookEndpoint.deleted_at.is_(None), turns.c.turn <= MAX_OF_A_PROJECT)
+        .order_by(turns.c.turn, WebhookDelivery.next_try_at)
         .limit(limit)
         .with_for_update(skip_locked=True, of=WebhookDelivery)
     ).all()

@@ -23,7 +23,7 @@ def deliver_for_ever(context: WorkerContext) -> None:
     """Send what is due at every sweep; runs in a thread."""
     while not context.stopping.wait(context.settings.sweep_seconds):
         try:
-            while deliver_due(context) == _AT_ONCE and not context.stopping.is_set():
+            while deliver_due(context) and not context.stopping.is_set():
                 pass
         except LuthierError as error:
             _log.warning("webhooks put off", reason=error.message)

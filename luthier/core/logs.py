@@ -34,3 +34,6 @@ def configure_logs(level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    for library in ("httpx2", "httpcore2"):
+        # They log every URL, and at `debug` every header: a webhook's may hold a receiver's token.
+        logging.getLogger(library).setLevel(logging.WARNING)

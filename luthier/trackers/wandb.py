@@ -1,6 +1,8 @@
 """Weights & Biases, by its official package (`pip install 'luthier[wandb]'` on the workers)."""
 
 import importlib
+import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +18,17 @@ class WandbConfig(TrackerConfig):
 
 
 class _Run(TrackerRun):
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, scratch: "tempfile.TemporaryDirectory[str] | None") -> None:
         self._run = run
+        self._scratch = scratch
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
     def close(self, status: RunStatus) -> None:
         self._run.finish(exit_code=0 if status in ("succeeded", "interrupted") else 1)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 class Wandb(Tracker):
@@ -41,6 +46,9 @@ class Wandb(Tracker):
         # By name: the package is optional, and this folder is named like it.
         wandb = importlib.import_module("wandb")
         extra = {"base_url": settings.wandb_base_url} if settings.wandb_base_url else {}
+        # It keeps a copy of each run in the working folder, for ever, unless its own variable names another.
+        kept = os.environ.get("WANDB_DIR")
+        scratch = None if kept else tempfile.TemporaryDirectory(prefix="luthier-wandb-")
         started = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -51,10 +59,12 @@ class Wandb(Tracker):
             # Several jobs may be followed by one process.
             reinit="create_new",
             config=dict(run.parameters),
+            dir=kept if scratch is None else scratch.name,
             # Neither the worker's output nor facts of its machine leave the house.
             settings=wandb.Settings(
                 api_key=settings.wandb_api_key.get_secret_value(),
                 console="off",
+                silent=True,
                 disable_git=True,
                 disable_code=True,
                 x_disable_stats=True,
@@ -62,7 +72,7 @@ class Wandb(Tracker):
                 **extra,
             ),
         )
-        return _Run(started)
+        return _Run(started, scratch)
 
 
 TRACKER = Wandb()

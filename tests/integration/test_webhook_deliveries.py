@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from sqlalchemy import text
@@ -134,19 +135,18 @@ def _vanish(_client: openai.OpenAI, context: WorkerContext, job_id: str) -> None
     sweep(context)
 
 
-@pytest.mark.parametrize(
-    ("end", "status"), [(_cancel, "cancelled"), (_fail, "failed"), (_crash, "failed"), (_vanish, "failed")]
-)
 def test_every_other_way_a_job_ends_is_told_once(
-    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any, end: Any, status: str
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
-    job_id = _create(client)
-    end(client, context, job_id)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == status
-    assert deliver_due(context) == 1
-    (request,) = receiver.received
-    event = client.webhooks.unwrap(request.body, request.headers, secret=endpoint.signing_secret)
-    assert (event.type, event.data.id) == (f"fine_tuning.job.{status}", job_id)
+    for end, status in ((_cancel, "cancelled"), (_fail, "failed"), (_crash, "failed"), (_vanish, "failed")):
+        receiver.received.clear()
+        job_id = _create(client)
+        end(client, context, job_id)
+        assert client.fine_tuning.jobs.retrieve(job_id).status == status
+        assert deliver_due(context) == 1, end
+        (request,) = receiver.received
+        event = client.webhooks.unwrap(request.body, request.headers, secret=endpoint.signing_secret)
+        assert (event.type, event.data.id) == (f"fine_tuning.job.{status}", job_id)
 
 
 def test_a_workers_thread_sends_by_itself_and_outlives_a_fault(
@@ -280,6 +280,28 @@ def test_no_two_workers_send_the_same_and_a_late_one_writes_nothing(
     with context.database.transaction() as session:
         deliveries.record(session, [(second, Outcome(status_code=204))], chance=0.5)
     assert _row(context).outcome == "delivered"
+
+
+def test_a_project_with_many_deliveries_holds_up_no_other(
+    api: Api, client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    headers, body = api.headers, {"name": "other", "project": "other"}
+    key = httpx2.post(f"{api.base_url}/v1/keys", headers=headers, json=body).json()["key"]
+    other = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=key, max_retries=0)
+    other.webhooks.create(name="o", url=f"{receiver.url}/o", event_types=["fine_tuning.job.cancelled"])
+    client.fine_tuning.jobs.cancel(_create(client))
+    with context.database.engine.begin() as connection:
+        columns = "organization_id, project_id, endpoint_id, job_id, event_id, event_type, next_try_at"
+        connection.execute(
+            text(
+                f"INSERT INTO webhook_deliveries (id, {columns}) SELECT 'wh_' || n, {columns} "
+                "FROM webhook_deliveries, generate_series(1, 40) n"
+            )
+        )
+    other.fine_tuning.jobs.cancel(_create(other))
+    assert deliver_due(context) == deliveries.MAX_OF_A_PROJECT + 1
+    assert [request.path for request in receiver.received].count("/hook/o") == 1
+    assert deliver_due(context) == deliveries.MAX_OF_A_PROJECT
 
 
 def test_an_end_that_is_rolled_back_is_never_told(

@@ -1,6 +1,7 @@
-"""wandb and MLflow as they are called, with stand-ins for their packages: this has not met the real ones."""
+"""wandb and MLflow as they are called, with stand-ins for their packages; the real ones are no dependency."""
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,7 @@ def _module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
 
 
 def test_wandb_runs_bear_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     calls = Calls()
     _module(monkeypatch, "wandb", init=calls.init, Settings=SimpleNamespace)
     tracker = discover()["wandb"]
@@ -50,6 +52,7 @@ def test_wandb_runs_bear_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch
     assert begun["config"] == {"n_epochs": 2, "seed": 7}
     assert (begun["settings"].api_key, begun["settings"].base_url) == ("secret", "https://w.example")
     assert begun["settings"].console == "off"
+    assert not Path(begun["dir"]).exists(), "nothing stays on the worker's disk"
     assert (metrics, at, ended) == ({"train_loss": 0.5}, {"step": 3}, {"exit_code": 1})
 
 
