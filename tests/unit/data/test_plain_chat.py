@@ -102,7 +102,7 @@ def test_facts_and_faults_are_those_of_the_slow_check_wherever_the_file_is_cut(
 ) -> None:
     for max_line_bytes in (1200, 1 << 20):
         slow = _outcome(FileChecker(max_line_bytes=max_line_bytes), content, [])
-        assert _outcome(RowCheck(RowLimits(max_line_bytes)), content, cuts) == slow
+        assert _outcome(RowCheck(RowLimits(max_line_bytes, 2**33, 100.0)), content, cuts) == slow
 
 
 def test_a_line_longer_than_what_is_kept_is_judged_like_any_other() -> None:
@@ -112,4 +112,7 @@ def test_a_line_longer_than_what_is_kept_is_judged_like_any_other() -> None:
         SPACED + b"\n" + long_row[:-1] + b"\n" + SPACED + b"\n{}\n",
     ):
         slow = _outcome(FileChecker(), content, [])
-        assert _outcome(RowCheck(RowLimits(8 << 20)), content, list(range(0, 3_100_000, 400_000))) == slow
+        assert (
+            _outcome(RowCheck(RowLimits(8 << 20, 2**33, 100.0)), content, list(range(0, 3_100_000, 400_000)))
+            == slow
+        )
