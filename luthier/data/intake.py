@@ -73,7 +73,7 @@ class RowCheck:
     needs_file = False
 
     def __init__(self, limits: RowLimits) -> None:
-        self._checker = FileChecker(max_line_bytes=limits.max_line_bytes)
+        self._checker = FileChecker(**vars(limits))
         self._num_head_bytes = 0
         # The begin of a line; given on as it is once it is long.
         self._rest = b""
