@@ -142,17 +142,17 @@ async def read_form(content_type: str, chunks: AsyncIterator[bytes], *, fields: 
     if kind != b"multipart/form-data" or not boundary:
         raise InvalidRequestError(f"Send the body as multipart/form-data, with {fields}.")
     collector = _Collector()
-    may_be_boundary = True
+    # How far a carriage return is behind: within the length of a boundary it may have begun one.
+    num_since_return, num_boundary_bytes = 0, len(boundary) + 8
     try:
         parser = MultipartParser(boundary, collector.callbacks())
         async for chunk in chunks:
-            has_return = b"\r" in chunk
-            if collector.is_in_file and not has_return and not may_be_boundary:
+            place = chunk.rfind(b"\r")
+            if place < 0 and collector.is_in_file and num_since_return > num_boundary_bytes:
                 # A boundary begins with a carriage return, which is found much faster than a boundary is.
                 yield FileBytes(chunk)
                 continue
-            # What looks like the begin of a boundary at the end of this chunk may go on in the next.
-            may_be_boundary = has_return
+            num_since_return = len(chunk) - place if place >= 0 else num_since_return + len(chunk)
             parser.write(chunk)
             for part in collector.take():
                 yield part

@@ -13,6 +13,8 @@ from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
 from luthier.data.validate import FileChecker, FileFacts
 
+# The first bytes are given on as they come: they tell what the file is.
+_HEAD_BYTES = 4096
 # What is kept of a line that has not ended; a longer one is judged as it comes.
 _MAX_REST_BYTES = 1024 * 1024
 
@@ -78,6 +80,7 @@ class RowCheck:
             max_expanded_bytes=limits.max_expanded_bytes,
             max_expansion_ratio=limits.max_expansion_ratio,
         )
+        self._num_head_bytes = 0
         # The begin of a line; given on as it is once it is long.
         self._rest = b""
         self._is_within_line = False
@@ -90,6 +93,11 @@ class RowCheck:
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
+        if self._num_head_bytes < _HEAD_BYTES:
+            self._num_head_bytes += len(chunk)
+            self._is_within_line = not chunk.endswith(b"\n")
+            self._checker.feed(chunk)
+            return
         end = chunk.rfind(b"\n") + 1
         if end == 0:
             self._rest += chunk

@@ -117,6 +117,26 @@ def test_an_upload_just_under_the_limit_is_taken_with_small_memory(process: ApiP
     assert process.peak_bytes() - before <= _MAX_GROWTH_BYTES
 
 
+def test_parts_are_taken_and_put_together_with_small_memory(process: ApiProcess) -> None:
+    client = openai.OpenAI(base_url=f"{process.base_url}/v1", api_key=process.key, max_retries=0)
+    content = _ROW * (200 * _MIB // len(_ROW))
+
+    def send(num_bytes: int) -> None:
+        upload = client.uploads.upload_file_chunked(
+            file=content[:num_bytes],
+            filename="rows.jsonl",
+            bytes=num_bytes,
+            mime_type="text/jsonl",
+            purpose="fine-tune",
+        )
+        assert upload.file is not None
+
+    send(len(_ROW) * 100)
+    before = process.peak_bytes()
+    send(len(content))
+    assert process.peak_bytes() - before <= _MAX_GROWTH_BYTES
+
+
 def test_the_sdk_sees_the_refusal_and_not_a_broken_connection(process: ApiProcess) -> None:
     client = openai.OpenAI(base_url=f"{process.base_url}/v1", api_key=process.key, max_retries=0)
     with pytest.raises(openai.APIStatusError) as caught:
