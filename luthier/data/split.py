@@ -3,10 +3,14 @@
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 
 from luthier.core.errors import InvalidTrainingFileError
-from luthier.data.near import group_near
+from luthier.data.grouping import group_beside_template, group_near
 from luthier.data.prepared import PreparedRows
+
+# A group of so many rows, which no side of the split has room for, is taken for the work of one template.
+_MIN_TEMPLATE_ROWS = 32
 
 
 def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, PreparedRows]:
@@ -14,7 +18,8 @@ def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, Prepared
 
     Equal rows and near-duplicates (where the rows have signatures) are a group and stay together, or the
     validation loss would be measured on rows that were trained on. The groups with the smallest content
-    hashes are held back, as far as they fit into the share.
+    hashes are held back, as far as they fit into the share. Where no group fits because hundreds of rows
+    are made by one template, such rows are compared by what the template does not bring.
 
     Args:
         rows: the rows, of any order.
@@ -26,7 +31,14 @@ def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, Prepared
     Raises:
         InvalidTrainingFileError: when there are no two different groups to divide (param `training_file`).
     """
-    groups = _group_rows(rows)
+    num_wanted = max(1, round(share * rows.num_rows))
+    hashes = [_row_hash(rows, index) for index in range(rows.num_rows)]
+    labels = np.arange(rows.num_rows)
+    if rows.signatures is not None:
+        labels = group_near(rows.signatures)
+    groups = _list_groups(labels, hashes)
+    if rows.signatures is not None and min(map(len, groups)) > 2 * num_wanted:
+        groups = _list_groups(_part_templates(rows.signatures, groups, num_wanted), hashes)
     if len(groups) < 2:
         raise InvalidTrainingFileError(
             f"The training file has too few different rows ({len(groups)}, near-duplicates being one) to "
@@ -34,7 +46,7 @@ def split_rows(rows: PreparedRows, share: float) -> tuple[PreparedRows, Prepared
             "validation_file.",
             param="training_file",
         )
-    held_back = set(_choose(groups, max(1, round(share * rows.num_rows))))
+    held_back = set(_choose(groups, num_wanted))
     validation = [index for index in range(rows.num_rows) if index in held_back]
     training = [index for index in range(rows.num_rows) if index not in held_back]
     return rows.select(training), rows.select(validation)
@@ -49,10 +61,23 @@ def _choose(groups: list[list[int]], num_wanted: int) -> list[int]:
     return chosen or min(groups, key=len)
 
 
-def _group_rows(rows: PreparedRows) -> list[list[int]]:
+def _part_templates(
+    signatures: npt.NDArray[np.uint32], groups: list[list[int]], num_wanted: int
+) -> npt.NDArray[np.int64]:
+    """Return the rows' groups with the too large ones parted, int64 [N]."""
+    labels = np.zeros(len(signatures), np.int64)
+    first_label = 0
+    for group in groups:
+        parts = np.zeros(len(group), np.int64)
+        if len(group) >= max(_MIN_TEMPLATE_ROWS, num_wanted):
+            parts = group_beside_template(signatures[group])
+        labels[group] = first_label + parts
+        first_label += len(group)
+    return labels
+
+
+def _list_groups(labels: npt.NDArray[np.int64], hashes: list[bytes]) -> list[list[int]]:
     """Return the rows' numbers in groups, by the smallest content hash of each group."""
-    hashes = [_row_hash(rows, index) for index in range(rows.num_rows)]
-    labels = np.arange(rows.num_rows) if rows.signatures is None else group_near(rows.signatures)
     # Rows of different texts may be equal once they are cut: their groups are one.
     parents: dict[int, int] = {}
 
