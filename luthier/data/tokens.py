@@ -142,14 +142,18 @@ class Tokenizer:
         Returns:
             For each the ids, int32 [T], and the spans of characters, int64 [T, 2].
         """
+        if not self._is_byte_level:
+            encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+            return [self._with_spans(encoding) for encoding in encodings]
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
-            self._find_spans(text, encoding.ids) or self._encode_with_spans(text)
+            self._find_spans(text, encoding.ids)
+            or self._with_spans(self._inner.encode(text, add_special_tokens=False))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
-    def _encode_with_spans(self, text: str) -> Encoding:
-        encoding = self._inner.encode(text, add_special_tokens=False)
+    @staticmethod
+    def _with_spans(encoding: tokenizers.Encoding) -> Encoding:
         spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return Encoding(np.asarray(encoding.ids, dtype=np.int32), spans)
 
@@ -164,7 +168,7 @@ class Tokenizer:
 
         The library takes longer to keep account of them than to find the tokens.
         """
-        if not self._is_byte_level or not ids or max(ids) >= self.vocab_size:
+        if not ids or max(ids) >= self.vocab_size:
             return None
         pieces, lengths = self._pieces
         content = text.encode()
