@@ -174,7 +174,7 @@ class Tokenizer:
         content = text.encode()
         if b"".join([pieces[token_id] for token_id in ids]) != content:
             return None
-        found = np.array(ids, dtype=np.int32)
+        found = np.fromiter(ids, np.int32, len(ids))
         sizes = lengths[found]
         if not sizes.all():
             return None
@@ -185,7 +185,9 @@ class Tokenizer:
             raw = np.frombuffer(content, np.uint8)
             place = np.cumsum((raw & 0xC0) != 0x80) - 1
             starts, ends = place[starts], place[ends - 1] + 1
-        return Encoding(found, np.stack([starts, ends], axis=1))
+        spans = np.empty((len(found), 2), np.int64)
+        spans[:, 0], spans[:, 1] = starts, ends
+        return Encoding(found, spans)
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is a mark such as an end of turn, which readers of an answer never see."""
