@@ -207,10 +207,11 @@ def mask_tokens(
     stops = np.zeros(len(encoding.ids), dtype=np.bool_)
     for token_id in stop_token_ids:
         stops |= encoding.ids == token_id
+    starts, ends = encoding.spans[:, 0], encoding.spans[:, 1]
     for span in spans:
-        first = int(np.searchsorted(encoding.spans[:, 0], span.start, side="left"))
-        end = int(np.searchsorted(encoding.spans[:, 1], span.end, side="right"))
-        ends_of_turn = np.flatnonzero(stops[first:end])
+        first = int(starts.searchsorted(span.start, side="left"))
+        end = int(ends.searchsorted(span.end, side="right"))
+        (ends_of_turn,) = stops[first:end].nonzero()
         if not len(ends_of_turn):
             raise InvalidValueError(
                 "The base's chat template closes this assistant message with none of the base's stop tokens "

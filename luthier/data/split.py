@@ -3,10 +3,14 @@
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 
 from luthier.core.errors import InvalidTrainingFileError
-from luthier.data.near import group_near
+from luthier.data.grouping import group_beside_template, group_near
 from luthier.data.prepared import PreparedRows
+
+# A group of so many rows, which no side of the split has room for, is taken for the work of one template.
+_MIN_TEMPLATE_ROWS = 32
 
 
 def split_rows(
@@ -16,7 +20,8 @@ def split_rows(
 
     Equal rows and near-duplicates (where the rows have signatures) are a group and stay together, or the
     validation loss would be measured on rows that were trained on. The groups with the smallest content
-    hashes are held back, as far as they fit into the share.
+    hashes are held back, as far as they fit into the share. Where no group fits because hundreds of rows
+    are made by one template, such rows are compared by what the template does not bring.
 
     Args:
         rows: the rows, of any order.
@@ -30,7 +35,19 @@ def split_rows(
         InvalidTrainingFileError: when there are no two different groups to divide (param `training_file`).
     """
     num_examples = rows.num_rows // rows_per_example
-    groups = _group_examples(rows, num_examples, rows_per_example)
+    num_wanted = max(1, round(share * num_examples))
+    hashes = [
+        _hash(rows, range(rows_per_example * one, rows_per_example * (one + 1)))
+        for one in range(num_examples)
+    ]
+    labels = np.arange(num_examples)
+    # All rows of an example have its signature.
+    signatures = None if rows.signatures is None else rows.signatures[::rows_per_example]
+    if signatures is not None:
+        labels = group_near(signatures)
+    groups = _list_groups(labels, hashes)
+    if signatures is not None and min(map(len, groups)) > 2 * num_wanted:
+        groups = _list_groups(_part_templates(signatures, groups, num_wanted), hashes)
     if len(groups) < 2:
         raise InvalidTrainingFileError(
             f"The training file has too few different rows ({len(groups)}, near-duplicates being one) to "
@@ -38,7 +55,7 @@ def split_rows(
             "validation_file.",
             param="training_file",
         )
-    held_back = set(_choose(groups, max(1, round(share * num_examples))))
+    held_back = set(_choose(groups, num_wanted))
     validation = [row for row in range(rows.num_rows) if row // rows_per_example in held_back]
     training = [row for row in range(rows.num_rows) if row // rows_per_example not in held_back]
     return rows.select(training), rows.select(validation)
@@ -53,15 +70,23 @@ def _choose(groups: list[list[int]], num_wanted: int) -> list[int]:
     return chosen or min(groups, key=len)
 
 
-def _group_examples(rows: PreparedRows, num_examples: int, rows_per_example: int) -> list[list[int]]:
-    """Return the examples' numbers in groups, by the smallest content hash of each group."""
-    hashes = [
-        _hash(rows, range(rows_per_example * one, rows_per_example * (one + 1)))
-        for one in range(num_examples)
-    ]
-    labels = np.arange(num_examples)
-    if rows.signatures is not None:
-        labels = group_near(rows.signatures[::rows_per_example])
+def _part_templates(
+    signatures: npt.NDArray[np.uint32], groups: list[list[int]], num_wanted: int
+) -> npt.NDArray[np.int64]:
+    """Return the rows' groups with the too large ones parted, int64 [N]."""
+    labels = np.zeros(len(signatures), np.int64)
+    first_label = 0
+    for group in groups:
+        parts = np.zeros(len(group), np.int64)
+        if len(group) >= max(_MIN_TEMPLATE_ROWS, num_wanted):
+            parts = group_beside_template(signatures[group])
+        labels[group] = first_label + parts
+        first_label += len(group)
+    return labels
+
+
+def _list_groups(labels: npt.NDArray[np.int64], hashes: list[bytes]) -> list[list[int]]:
+    """Return the rows' numbers in groups, by the smallest content hash of each group."""
     # Rows of different texts may be equal once they are cut: their groups are one.
     parents: dict[int, int] = {}
 

@@ -142,14 +142,18 @@ class Tokenizer:
         Returns:
             For each the ids, int32 [T], and the spans of characters, int64 [T, 2].
         """
+        if not self._is_byte_level:
+            encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+            return [self._with_spans(encoding) for encoding in encodings]
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
-            self._find_spans(text, encoding.ids) or self._encode_with_spans(text)
+            self._find_spans(text, encoding.ids)
+            or self._with_spans(self._inner.encode(text, add_special_tokens=False))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
-    def _encode_with_spans(self, text: str) -> Encoding:
-        encoding = self._inner.encode(text, add_special_tokens=False)
+    @staticmethod
+    def _with_spans(encoding: tokenizers.Encoding) -> Encoding:
         spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return Encoding(np.asarray(encoding.ids, dtype=np.int32), spans)
 
@@ -164,13 +168,13 @@ class Tokenizer:
 
         The library takes longer to keep account of them than to find the tokens.
         """
-        if not self._is_byte_level or not ids or max(ids) >= self.vocab_size:
+        if not ids or max(ids) >= self.vocab_size:
             return None
         pieces, lengths = self._pieces
         content = text.encode()
         if b"".join([pieces[token_id] for token_id in ids]) != content:
             return None
-        found = np.array(ids, dtype=np.int32)
+        found = np.fromiter(ids, np.int32, len(ids))
         sizes = lengths[found]
         if not sizes.all():
             return None
@@ -181,7 +185,9 @@ class Tokenizer:
             raw = np.frombuffer(content, np.uint8)
             place = np.cumsum((raw & 0xC0) != 0x80) - 1
             starts, ends = place[starts], place[ends - 1] + 1
-        return Encoding(found, np.stack([starts, ends], axis=1))
+        spans = np.empty((len(found), 2), np.int64)
+        spans[:, 0], spans[:, 1] = starts, ends
+        return Encoding(found, spans)
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is a mark such as an end of turn, which readers of an answer never see."""

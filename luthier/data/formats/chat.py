@@ -41,9 +41,12 @@ def _has_each_key_once(row: _PlainRow, line: bytes) -> bool:
     The decoder keeps the last of two equal keys. Counting is cheap; a line on which the counts differ (for
     instance because a text is just "role") is looked at slowly.
     """
-    num_parts = sum(len(message.content) for message in row.messages if isinstance(message.content, list))
-    num_names = sum(message.name is not msgspec.UNSET for message in row.messages)
-    num_weights = sum(message.weight is not msgspec.UNSET for message in row.messages)
+    num_parts = num_names = num_weights = 0
+    for message in row.messages:
+        num_names += message.name is not msgspec.UNSET
+        num_weights += message.weight is not msgspec.UNSET
+        if isinstance(message.content, list):
+            num_parts += len(message.content)
     return (
         line.count(b'"messages"') == 1
         and line.count(b'"role"') == len(row.messages)

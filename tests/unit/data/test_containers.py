@@ -81,6 +81,26 @@ def test_rows_bear_the_line_where_they_begin_and_of_an_array_their_number():
     assert [(row.number, row.line, row.column) for row in found] == [(1, 2, 3), (2, 6, 3), (3, 10, 3)]
 
 
+TEXTS = st.text(
+    alphabet=st.sampled_from('ab,;"\\{}[]:é日🎉 \t\n\r') | st.characters(exclude_categories=["Cs", "Cc"]),
+    max_size=12,
+)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6), st.lists(st.integers(0, 400), max_size=5))
+def test_any_texts_come_out_of_every_container_as_they_went_in(pairs, cuts):
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    files = [
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(),
+        json.dumps(rows, ensure_ascii=False, indent=1).encode(),
+        as_csv(rows),
+        as_csv(rows, ";", quoting=csv.QUOTE_ALL),
+    ]
+    for content in [*files, gzip.compress(files[1])]:
+        found, _ = rows_of(content, cuts)
+        assert [json.loads(row.content) for row in found] == rows
+
+
 PIECES = st.sampled_from(
     [
         b"[", b"]", b"{", b"}", b",", b'"', b"\\", b"\n", b" ", b"prompt,completion\n", b'{"text": "a"}',

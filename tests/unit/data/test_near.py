@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from luthier.core.errors import InvalidTrainingFileError
 from luthier.data.formats.base import Row, Turn
-from luthier.data.near import MIN_SIMILARITY, Signer, group_near, row_key, row_text, similarity
+from luthier.data.grouping import group_beside_template, group_near
+from luthier.data.near import MIN_SIMILARITY, Signer, row_key, row_text, similarity
 from luthier.data.prepared import join_rows
 from luthier.data.seen import SeenExactly, SeenNearly
 from luthier.data.split import split_rows
@@ -132,6 +133,31 @@ def test_rows_that_are_all_alike_can_not_be_split():
     texts = [f"{text} {word}" for word in WORDS[:30]]
     with pytest.raises(InvalidTrainingFileError, match="too few different rows"):
         split_rows(prepared(texts), 0.1)
+
+
+@pytest.fixture(scope="module")
+def templated():
+    """Texts of one long template: 300 subjects, every third of them twice with another ending."""
+    generator = random.Random(11)
+    template = sentence(generator, 60)
+    subjects = [sentence(generator, 12) for _ in range(300)]
+    twice = [f"{template} {subject}!" for subject in subjects[::3]]
+    return [f"{template} {subject}" for subject in subjects] + twice
+
+
+def test_rows_of_one_template_are_told_apart_by_the_rest_of_their_texts(templated):
+    signatures = SIGNER.sign(templated)
+    assert len(set(group_near(signatures).tolist())) == 1
+    groups = group_beside_template(signatures)
+    assert len(set(groups.tolist())) == 300
+    assert (groups[300:] == groups[:300:3]).all()
+
+
+def test_a_file_of_one_template_is_split_with_its_repeats_on_one_side(templated):
+    training, validation = sides(templated, 0.1)
+    assert len(validation) == 40
+    assert not {text.rstrip("!") for text in training} & {text.rstrip("!") for text in validation}
+    assert sides(templated[::-1], 0.1) == [training, validation]
 
 
 def test_what_was_seen_is_found_within_a_batch_and_across_batches(families):

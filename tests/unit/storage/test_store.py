@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
 
 from luthier.core.errors import ArtifactCorruptError, LuthierError, UnavailableError
 from luthier.storage.manifests import MANIFEST_NAME, seal_folder
@@ -27,6 +28,16 @@ def _keys(storage: Storage) -> list[str]:
     assert storage.local_root is not None
     files = (path for path in storage.local_root.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(storage.local_root)) for path in files)
+
+
+def test_an_object_is_held_as_a_local_file_wherever_it_is(storage: Storage) -> None:
+    for one in (storage, Storage(MemoryStore(), None)):
+        one.put_bytes("a/b", b"abc")
+        with one.local_file("a/b") as path:
+            assert path.read_bytes() == b"abc"
+        assert path.exists() == (one is storage)
+    with pytest.raises(ArtifactCorruptError), Storage(MemoryStore(), None).local_file("a/c"):
+        pass
 
 
 def test_a_written_object_reads_back_in_ranges(storage: Storage) -> None:
