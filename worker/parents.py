@@ -1,9 +1,9 @@
-"""Fetching the tuned models that a job builds on into its run directory, verified."""
+"""The tuned models that a job builds on: looked at before it waits for a slot, fetched when it has one."""
 
 from pathlib import Path
 
 from luthier.core.errors import ArtifactCorruptError, UnsuitableParentError
-from luthier.core.specs import TrainingSpec
+from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.storage.store import Storage
 from services import parents
 from services.parents import StoredArtifact
@@ -38,6 +38,43 @@ def fetch_parents(context: WorkerContext, spec: TrainingSpec, run_dir: Path) -> 
     return _fetch(context.storage, moved, run_dir)
 
 
+def check_parents(context: WorkerContext, spec: TrainingSpec, base: BaseFacts) -> None:
+    """Check by their manifests, before a training slot is taken, that a job can go on from what it names.
+
+    Args:
+        context: the worker's parts.
+        spec: the job's.
+        base: the base as it is here.
+
+    Raises:
+        ArtifactCorruptError: when an artifact is not in storage.
+        UnsuitableParentError: when it is another than the job was made with, or lies on other weights.
+    """
+    if spec.parent is None:
+        return
+    lies_on = base.digest
+    # What the parent lies on comes first.
+    for _, artifact in sorted(_look_up(context, spec).items()):
+        manifest = context.storage.read_manifest(artifact.key)
+        _check_digest(artifact, manifest.digest)
+        if artifact.digest == lies_on:
+            continue
+        if manifest.base_digest != lies_on:
+            raise UnsuitableParentError(
+                f"{artifact.name} was tuned on other weights ({manifest.base_digest}) than those that are "
+                f"here now ({lies_on}). Start from the base."
+            )
+        lies_on = artifact.digest
+
+
+def _check_digest(artifact: StoredArtifact, digest: str) -> None:
+    if digest != artifact.digest:
+        raise UnsuitableParentError(
+            f"{artifact.name} is no longer what it was when the job was made: its digest is {digest}, and "
+            f"was {artifact.digest}. Make the job again."
+        )
+
+
 def _look_up(context: WorkerContext, spec: TrainingSpec) -> dict[str, StoredArtifact]:
     with context.database.transaction() as session:
         return parents.list_artifacts(session, spec)
@@ -49,12 +86,7 @@ def _fetch(storage: Storage, stored: dict[str, StoredArtifact], run_dir: Path) -
     for member, artifact in stored.items():
         if artifact.digest not in fetched:
             folder = run_dir / member
-            digest = storage.fetch_folder(artifact.key, folder).digest
-            if digest != artifact.digest:
-                raise UnsuitableParentError(
-                    f"{artifact.name} is no longer what it was when the job was made: its digest is "
-                    f"{digest}, and was {artifact.digest}. Make the job again."
-                )
+            _check_digest(artifact, storage.fetch_folder(artifact.key, folder).digest)
             fetched[artifact.digest] = str(folder)
         paths[f"{member}_path"] = fetched[artifact.digest]
     return paths

@@ -289,12 +289,19 @@ def test_a_parent_whose_bytes_are_gone_or_others_fails_the_job_and_nothing_is_tr
 ) -> None:
     parent = jobs.finish(jobs.create())
     other = jobs.row(jobs.finish(jobs.create(hyperparameters={"n_epochs": 2}), epochs=2)).artifact_key
-    for key, code in ((f"{other}/nothing", "artifact_corrupt"), (other, "unsuitable_parent")):
-        job_id = jobs.create(parent)
-        prepare(context, job_id)
+    own = jobs.row(parent).artifact_key
+
+    def put(key: str) -> None:
         with context.database.transaction() as session:
             session.execute(update(Model).where(Model.name == parent).values(artifact_key=key))
-        assert train_next(context)
-        job = client.fine_tuning.jobs.retrieve(job_id)
-        assert job.error is not None
-        assert (job.status, job.error.code) == ("failed", code)
+
+    for key, code in ((f"{other}/nothing", "artifact_corrupt"), (other, "unsuitable_parent")):
+        for is_seen_by_prepare in (True, False):
+            put(key if is_seen_by_prepare else own)
+            job_id = jobs.create(parent)
+            prepare(context, job_id)
+            put(key)
+            assert train_next(context) is not is_seen_by_prepare
+            job = client.fine_tuning.jobs.retrieve(job_id)
+            assert job.error is not None
+            assert (job.status, job.error.code) == ("failed", code)

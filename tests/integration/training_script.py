@@ -184,4 +184,6 @@ class Script:
         (building / "README.md").write_text(f"made in {self.run_dir.name} as {path}")
         final = self.run_dir / path
         final.parent.mkdir(exist_ok=True)
-        return seal_folder(building, final, digested=["adapter_model.safetensors"], base_digest="b").digest
+        return seal_folder(
+            building, final, digested=["adapter_model.safetensors"], base_digest=self.spec.ground_digest
+        ).digest

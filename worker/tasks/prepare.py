@@ -29,6 +29,7 @@ from services.reports import FileReport, PrepareReport
 from worker.context import WorkerContext
 from worker.giving_back import give_back
 from worker.keeper import kept_lease
+from worker.parents import check_parents
 
 _log = structlog.get_logger()
 
@@ -110,6 +111,7 @@ def _run(context: WorkerContext, claimed: _Claimed) -> _Prepared:
     if entry is None:
         raise LuthierError(f"The base {claimed.spec.base_id} is no longer in this worker's models.toml.")
     base = ensure_base(entry, context.settings.bases_dir, log=lambda line: _log.info("base", stage=line))
+    check_parents(context, claimed.spec, base)
     with tempfile.TemporaryDirectory(prefix="luthier-prepare-") as folder:
         return _prepare_files(context, claimed, base, Path(folder))
 
