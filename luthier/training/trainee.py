@@ -13,9 +13,11 @@ from luthier.modeling.fused_llama import FusedLlama, fuse
 from luthier.training.batches import Batch
 from luthier.training.loss import Loss, full_logits_loss, gather_supervised, head_loss
 
-# What replaces a part of the model must give its results this well, as the norm of the gap relative to the
-# norm of the results. In bf16 either path is about 0.03 away from float32; a wrong one would be near 1.
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+# What replaces a part of the model must give its results this well: three quarters of the tokens within the
+# first number, all of them together within the second, as the norm of the gap relative to the norm of the
+# results. In bf16 either path is about 0.03 away from float32, and a token on which layers amplify every
+# rounding much more; a wrong path would be near 1.
+_TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 0.2), torch.float16: (0.1, 0.2)}
 
 
 class Trainee:
@@ -180,5 +182,10 @@ def _widen_gradient(parameter: torch.nn.Parameter) -> None:
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    gap = (found.float() - expected.float()).norm()
-    return bool(gap <= _TOLERANCES[expected.dtype] * expected.float().norm())
+    """Whether two results are the same but for rounding; the last axis is a token's."""
+    most, all_of_them = _TOLERANCES[expected.dtype]
+    gap, size = (found.float() - expected.float()), expected.float()
+    if not gap.norm() <= all_of_them * size.norm():
+        return False
+    by_token = gap.norm(dim=-1) / size.norm(dim=-1).clamp_min(1e-30)
+    return bool(by_token.flatten().quantile(0.75) <= most)
