@@ -25,6 +25,8 @@ NUM_TURNS = 16
 _TURN_SECONDS = 3.0
 # Estimates that are made at the same time: each counts tokens on all cores for a moment.
 NUM_ESTIMATES = 2
+# Reports on files that are made at the same time: each takes cores and memory for as long as its file is.
+NUM_REPORTS = 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Parts:
     ring: Ring
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
+    reports: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_REPORTS))
 
 
 def get_parts(request: Request) -> Parts:

@@ -2,12 +2,13 @@
 
 import asyncio
 import tempfile
-from contextlib import ExitStack
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
+from fastapi import Request
 
 from api.deps import Parts
 from api.schemas.file_reports import FileReportObject, file_report_object
@@ -27,6 +28,7 @@ from services import files
 from services.scope import Scope
 
 _WAIT_SECONDS = 20.0
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,20 @@ class _Input:
 
 
 async def report_apart(
-    parts: Parts, scope: Scope, file_id: str, base: str | None, validation_file_id: str | None
+    parts: Parts,
+    scope: Scope,
+    request: Request,
+    file_id: str,
+    *,
+    base: str | None,
+    validation_file_id: str | None,
 ) -> FileReportObject:
     """Report on a file; nothing is stored. Few at a time: others wait without a thread.
 
     Args:
         parts: the process's parts.
         scope: the caller.
+        request: the report is given up when its client has left.
         file_id: the file.
         base: the base whose template and tokenizer are used; the preloaded one when None.
         validation_file_id: another file, for the overlap.
@@ -58,38 +67,42 @@ async def report_apart(
     """
     try:
         async with asyncio.timeout(_WAIT_SECONDS):
-            await parts.estimates.acquire()
+            await parts.reports.acquire()
     except TimeoutError as error:
         raise UnavailableError("Other files are being reported on; try again.") from error
+    has_left = threading.Event()
+    watcher = asyncio.create_task(_watch(request, has_left))
     try:
         # A limiter of its own: this thread is none of those that serve requests.
         limiter = anyio.CapacityLimiter(1)
         return await anyio.to_thread.run_sync(
-            _report, parts, scope, file_id, base, validation_file_id, limiter=limiter
+            _report, parts, scope, file_id, base, validation_file_id, has_left, limiter=limiter
         )
     finally:
-        parts.estimates.release()
+        watcher.cancel()
+        parts.reports.release()
+
+
+async def _watch(request: Request, has_left: threading.Event) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(_LOOK_SECONDS)
+    has_left.set()
 
 
 def _report(
-    parts: Parts, scope: Scope, file_id: str, base: str | None, validation_file_id: str | None
+    parts: Parts,
+    scope: Scope,
+    file_id: str,
+    base: str | None,
+    validation_file_id: str | None,
+    has_left: threading.Event,
 ) -> FileReportObject:
-    with parts.database.transaction() as session:
-        file = _as_input(files.get(session, scope, file_id), "id")
-        validation = None
-        if validation_file_id is not None:
-            try:
-                found = files.get(session, scope, validation_file_id, param="validation_file")
-            except NotFoundError as error:
-                # As of jobs: 404 is for what the path names.
-                raise InvalidValueError(error.message, param="validation_file") from error
-            validation = _as_input(found, "validation_file")
+    file, validation = _find_files(parts, scope, file_id, validation_file_id)
     facts = _find_base(parts, base)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="luthier-report-")))
+    with tempfile.TemporaryDirectory(prefix="luthier-report-") as folder:
 
         def fetch(given: _Input, name: str) -> Path:
-            path = folder / name
+            path = Path(folder) / name
             parts.storage.fetch_file(given.storage_key, path, sha256=given.sha256)
             return path
 
@@ -98,8 +111,24 @@ def _report(
             base_folder(parts.settings.bases_dir, facts.id),
             context_length=facts.context_length,
             validation_path=None if validation is None else fetch(validation, "validation"),
+            is_given_up=has_left.is_set,
         )
     return file_report_object(file.id, file.sha256, facts, validation_file_id, report)
+
+
+def _find_files(
+    parts: Parts, scope: Scope, file_id: str, validation_file_id: str | None
+) -> tuple[_Input, _Input | None]:
+    with parts.database.transaction() as session:
+        file = _as_input(files.get(session, scope, file_id), "id")
+        if validation_file_id is None:
+            return file, None
+        try:
+            found = files.get(session, scope, validation_file_id, param="validation_file")
+        except NotFoundError as error:
+            # As of jobs: 404 is for what the path names.
+            raise InvalidValueError(error.message, param="validation_file") from error
+        return file, _as_input(found, "validation_file")
 
 
 def _as_input(row: File, param: str) -> _Input:

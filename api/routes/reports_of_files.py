@@ -1,6 +1,6 @@
 """A file's report: what a job would find in its rows, told before the job is made."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from api.deps import PartsDep, ScopeApartDep
 from api.reporting import report_apart
@@ -12,10 +12,11 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 @router.get("/{file_id}/report")
 async def file_report(
     file_id: str,
+    request: Request,
     parts: PartsDep,
     scope: ScopeApartDep,
     base: str | None = None,
     validation_file: str | None = None,
 ) -> FileReportObject:
     """Report on a file's rows with a base's chat template and tokenizer (ours)."""
-    return await report_apart(parts, scope, file_id, base, validation_file)
+    return await report_apart(parts, scope, request, file_id, base=base, validation_file_id=validation_file)

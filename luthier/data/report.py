@@ -4,7 +4,7 @@ No torch: the template by jinja2, tokens by the `tokenizers` library. Never in a
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.core.data_reports import DataReport, FaultTold, PairTold, Repeats, Repetition, Shown, ShownRow
-from luthier.core.errors import InvalidValueError
+from luthier.core.errors import InvalidValueError, UnavailableError
 from luthier.data.formats.base import Fault, Row
 from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
 from luthier.data.near import Signer, row_key, row_text
@@ -33,7 +33,12 @@ _Rendered = list[tuple[int, list[RenderedRow]]]
 
 
 def report_on_file(
-    path: Path, base_folder: Path, *, context_length: int, validation_path: Path | None = None
+    path: Path,
+    base_folder: Path,
+    *,
+    context_length: int,
+    validation_path: Path | None = None,
+    is_given_up: Callable[[], bool] = lambda: False,
 ) -> DataReport:
     """Report on a file.
 
@@ -42,6 +47,7 @@ def report_on_file(
         base_folder: a fetched base, for its template and tokenizer.
         context_length: of the base, in tokens.
         validation_path: another file, of which it is told which rows the first shares with it.
+        is_given_up: asked now and then whether anybody still waits.
 
     Returns:
         The report.
@@ -49,9 +55,10 @@ def report_on_file(
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
         InvalidFileFormatError: when a file is none of rows.
+        UnavailableError: when nobody waits any more.
     """
     signer = Signer()
-    overlap = None if validation_path is None else _Overlap(validation_path, signer)
+    overlap = None if validation_path is None else _Overlap(validation_path, signer, is_given_up)
     reporter = _Reporter(
         ChatTemplate.load(base_folder),
         Tokenizer.load(base_folder),
@@ -66,12 +73,18 @@ def report_on_file(
     with ThreadPoolExecutor(1) as pool:
         encodings = pool.submit(encode_rows, reporter.tokenizer, [])
         while batch := list(itertools.islice(items, _BATCH_ROWS)):
+            _check_wanted(is_given_up)
             following = reporter.render_batch(batch)
             flat = [one for _, parts in following for one in parts]
             reporter.add_batch(rendered, encodings.result())
             rendered, encodings = following, pool.submit(encode_rows, reporter.tokenizer, flat)
         reporter.add_batch(rendered, encodings.result())
     return reporter.result(None if rows.format is None else rows.format.name)
+
+
+def _check_wanted(is_given_up: Callable[[], bool]) -> None:
+    if is_given_up():
+        raise UnavailableError("The report was given up, since nobody waits for it.")
 
 
 @dataclass
@@ -93,12 +106,13 @@ class _Repeats:
 class _Overlap:
     """The rows of a validation file, and which rows of another one are among them."""
 
-    def __init__(self, path: Path, signer: Signer) -> None:
+    def __init__(self, path: Path, signer: Signer, is_given_up: Callable[[], bool]) -> None:
         self._signer = signer
         self._exactly, self._nearly = SeenExactly(), SeenNearly()
         self.exact, self.near = _Repeats(), _Repeats()
         items = (item for item in FileRows(path) if not isinstance(item, Fault))
         while batch := list(itertools.islice(items, _BATCH_ROWS)):
+            _check_wanted(is_given_up)
             for number, row in batch:
                 self._exactly.find_or_add(row_key(row), number)
             numbers = np.array([number for number, _ in batch], np.int64)

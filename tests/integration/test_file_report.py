@@ -4,15 +4,19 @@ import csv
 import gzip
 import io
 import json
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from api import reporting
+from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
-from tests.conftest import Api
+from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
@@ -75,6 +79,25 @@ def test_what_can_not_be_reported_on_is_said(api: Api, settings: Settings) -> No
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
     assert httpx2.get(f"{api.base_url}/v1/files/{file_id}/report").status_code == 401
+
+
+def test_a_report_whose_client_has_left_is_given_up(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    file_id = _upload(api, jsonl(colour_rows())).json()["id"]
+    begun, given_up = threading.Event(), threading.Event()
+
+    def slow(*_paths: object, is_given_up: Callable[[], bool], **_options: object) -> NoReturn:
+        begun.set()
+        wait_until(is_given_up, what="the report hears that its client left")
+        given_up.set()
+        raise UnavailableError("nobody waits")
+
+    monkeypatch.setattr(reporting, "report_on_file", slow)
+    with httpx2.Client(headers=api.headers) as client, pytest.raises(httpx2.ReadTimeout):
+        url = f"{api.base_url}/v1/files/{file_id}/report"
+        client.get(url, params={"base": "tiny-llama"}, timeout=httpx2.Timeout(10, read=0.3))
+    assert begun.is_set()
+    wait_until(given_up.is_set, what="the report is given up")
+    wait_until(lambda: not api.parts.reports.locked(), what="its place is free")
 
 
 def _as_csv(rows: list[dict[str, str]]) -> bytes:

@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 
+from luthier.core.errors import UnavailableError
 from luthier.data.report import MAX_FAULTS, MAX_SHOWN_CHARS, report_on_file
 from luthier.data.tokens import Tokenizer
 from tests.rows import chat_row, colour_rows, jsonl
@@ -156,3 +157,17 @@ def test_memory_does_not_grow_with_the_rows(report):
 
     peak_bytes(300)
     assert peak_bytes(1500) - peak_bytes(500) < 4 * 1024 * 1024
+
+
+def test_a_report_that_nobody_waits_for_ends_at_its_next_batch(base, tmp_path):
+    path = tmp_path / "rows"
+    path.write_bytes(jsonl(colour_rows(1000)))
+    asked = []
+
+    def is_given_up():
+        asked.append(True)
+        return len(asked) == 2
+
+    with pytest.raises(UnavailableError):
+        report_on_file(path, base, context_length=256, is_given_up=is_given_up)
+    assert len(asked) == 2
