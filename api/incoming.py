@@ -13,7 +13,7 @@ from luthier.data.intake import Check
 from luthier.data.validate import FileFacts
 from luthier.storage.store import Storage
 
-_BLOCK_BYTES = 512 * 1024
+_BLOCK_BYTES = 1024 * 1024
 # A client reads the answer only after it has sent its body: what is refused is still taken, and thrown
 # away, for this long.
 _DISCARD_SECONDS = 5.0
