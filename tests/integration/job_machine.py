@@ -42,9 +42,15 @@ class JobMachine(JobModel):
     # ---- clients
 
     @initialize()
-    def have_a_file_and_a_job(self) -> None:
+    def have_jobs_at_several_points(self) -> None:
         self.upload()
-        self._create(next(iter(self.files)), is_sent_again=False)
+        for _ in range(3):
+            self._create(next(iter(self.files)), is_sent_again=False)
+        for job in self.jobs.values():
+            self._claim_to_prepare(job, _WORKERS[0])
+        for job in list(self.jobs.values())[:2]:
+            self._end_preparing(job, is_good=True)
+        self.claim_to_train(_WORKERS[0])
 
     @precondition(lambda self: len(self.files) < 3)
     @rule()
@@ -87,8 +93,24 @@ class JobMachine(JobModel):
             self.files[file_id] = False
 
     @rule(data=st.data(), verb=st.sampled_from(["cancel", "pause", "resume"]), is_sent_again=st.booleans())
-    def ask(self, data: Any, verb: str, is_sent_again: bool) -> None:
-        job = data.draw(st.sampled_from(list(self.jobs.values())))
+    def ask_anything(self, data: Any, verb: str, is_sent_again: bool) -> None:
+        self._ask(data.draw(st.sampled_from(list(self.jobs.values()))), verb, is_sent_again)
+
+    @precondition(lambda self: self.held())
+    @rule(data=st.data(), is_sent_again=st.booleans())
+    def pause_or_resume_what_is_held(self, data: Any, is_sent_again: bool) -> None:
+        job = data.draw(st.sampled_from(self.held()))
+        self._ask(job, "resume" if job.status is S.PAUSING else "pause", is_sent_again)
+        if job.status is S.QUEUED:
+            # Whom the bell wakes finds it held still.
+            self.claim_to_train(_WORKERS[1])
+
+    @precondition(lambda self: self.in_status(S.PAUSED))
+    @rule(data=st.data(), is_sent_again=st.booleans())
+    def resume_what_is_paused(self, data: Any, is_sent_again: bool) -> None:
+        self._ask(data.draw(st.sampled_from(self.in_status(S.PAUSED))), "resume", is_sent_again)
+
+    def _ask(self, job: Known, verb: str, is_sent_again: bool) -> None:
         target = {
             "cancel": None if job.status.is_terminal else S.CANCELLED,
             "pause": {S.QUEUED: S.PAUSED, S.RUNNING: S.PAUSING}.get(job.status),
@@ -120,7 +142,9 @@ class JobMachine(JobModel):
     @precondition(lambda self: self.in_status(S.VALIDATING_FILES))
     @rule(data=st.data(), worker=st.sampled_from(_WORKERS))
     def claim_to_prepare(self, data: Any, worker: str) -> None:
-        job = data.draw(st.sampled_from(self.in_status(S.VALIDATING_FILES)))
+        self._claim_to_prepare(data.draw(st.sampled_from(self.in_status(S.VALIDATING_FILES))), worker)
+
+    def _claim_to_prepare(self, job: Known, worker: str) -> None:
         with self.transaction() as session:
             lease = leases.claim_for_preparing(session, job.id, worker, 60)
         if job.lease is not None and not job.is_expired:
@@ -133,7 +157,9 @@ class JobMachine(JobModel):
     @precondition(lambda self: self.preparing())
     @rule(data=st.data(), is_good=st.booleans())
     def end_preparing(self, data: Any, is_good: bool) -> None:
-        job = data.draw(st.sampled_from(self.preparing()))
+        self._end_preparing(data.draw(st.sampled_from(self.preparing())), is_good=is_good)
+
+    def _end_preparing(self, job: Known, *, is_good: bool) -> None:
         assert job.lease is not None
         with self.transaction() as session:
             if is_good:
@@ -143,6 +169,7 @@ class JobMachine(JobModel):
                 leases.fail(session, job.lease, NonFiniteLossError("Line 3."))
         self.left(job, S.QUEUED if is_good else S.FAILED)
 
+    @precondition(lambda self: self.in_status(S.QUEUED))
     @rule(worker=st.sampled_from(_WORKERS))
     def claim_to_train(self, worker: str) -> None:
         with self.transaction() as session:
@@ -264,8 +291,8 @@ class JobMachine(JobModel):
     # ---- time
 
     @precondition(lambda self: self.held() or self.preparing())
-    @rule(data=st.data())
-    def let_a_lease_run_out(self, data: Any) -> None:
+    @rule(data=st.data(), is_taken_over=st.booleans())
+    def let_a_lease_run_out(self, data: Any, is_taken_over: bool) -> None:
         job = data.draw(st.sampled_from([*self.held(), *self.preparing()]))
         job.is_expired = True
         with self.transaction() as session:
@@ -273,7 +300,11 @@ class JobMachine(JobModel):
                 text("UPDATE jobs SET lease_expires_at = now() - interval '1 second' WHERE id = :id"),
                 {"id": job.id},
             )
+        if is_taken_over and job.status is S.VALIDATING_FILES:
+            # Another finds it before any sweep does.
+            self._claim_to_prepare(job, _WORKERS[1])
 
+    @precondition(lambda self: any(job.is_expired for job in self.jobs.values()))
     @rule()
     def sweep(self) -> None:
         expired = [job for job in self.jobs.values() if job.lease is not None and job.is_expired]
