@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 import uvicorn
@@ -35,6 +36,10 @@ from luthier.storage.store import Storage  # noqa: E402
 from services.bootstrap import ensure_first_rows  # noqa: E402
 from tests.fakes import FakeBackend  # noqa: E402
 from tests.tiny import BASE_ID, build_tiny_base  # noqa: E402
+
+# Tests judge what is done, never how fast: the machine may be busy.
+hypothesis.settings.register_profile("luthier", deadline=None)
+hypothesis.settings.load_profile("luthier")
 
 TINY_BASE = BASE_ID
 _START_SECONDS = 60.0
