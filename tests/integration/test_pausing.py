@@ -1,7 +1,7 @@
 """Pause and resume through API, database and worker; the training process is scripted, the rest is real."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
@@ -13,10 +13,9 @@ from db.tables import Attempt as AttemptRow
 from db.tables import Job
 from luthier.core.errors import JobError, UnavailableError, WorkerCrashedError
 from luthier.core.events import FailedEvent
-from luthier.core.settings import Settings
 from services import leases
 from services.leases import LeaseLostError
-from tests.conftest import Api, wait_until
+from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
 from tests.integration.stoppable_child import Attempt
 from tests.integration.training_script import Script
 from tests.rows import colour_rows, jsonl
@@ -28,6 +27,14 @@ from worker.run import Ending
 from worker.tasks.prepare import prepare
 
 
+@pytest.fixture(scope="module")
+def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with fresh_database(postgres) as database:
+        settings = make_settings(database, tiny_base, tmp_path_factory.mktemp("pausing"))
+        with serve_api(settings, database) as served:
+            yield served
+
+
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     # Not the strict one: the SDK's types lack `pausing` and `paused`.
@@ -35,11 +42,17 @@ def client(api: Api) -> openai.OpenAI:
 
 
 @pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings.model_copy(update={"sweep_seconds": 0.01}))
+def context(api: Api) -> Iterator[WorkerContext]:
+    """A worker; the jobs that a test leaves are ended with it."""
+    made = make_context(api.parts.settings.model_copy(update={"sweep_seconds": 0.01}))
     made.ring = api.bells.append
     sweep(made)
-    return made
+    yield made
+    with made.database.transaction() as session:
+        session.execute(
+            text("UPDATE jobs SET status = 'cancelled', finished_at = now() WHERE finished_at IS NULL")
+        )
+    made.database.close()
 
 
 @pytest.fixture
@@ -139,7 +152,6 @@ def test_a_running_job_is_paused_at_a_save_point_and_gives_its_slot_back(
 
 
 def test_a_job_resumed_while_it_is_pausing_waits_for_its_save_point_and_loses_nothing(
-    settings: Settings,
     client: openai.OpenAI,
     context: WorkerContext,
     create: Callable[[], str],
@@ -150,7 +162,7 @@ def test_a_job_resumed_while_it_is_pausing_waits_for_its_save_point_and_loses_no
     run.child.may_end.clear()
     client.fine_tuning.jobs.pause(job_id)
     assert client.fine_tuning.jobs.resume(job_id).status == "queued"
-    other = make_context(settings)
+    other = make_context(context.settings)
     assert _claim(other) is None, "taken while its first attempt was still saving"
     assert _claim(context) is None
     assert sweep(other) == []
@@ -239,7 +251,8 @@ def test_a_pausing_job_whose_worker_is_lost_keeps_its_place_and_that_is_no_crash
             getattr(client.fine_tuning.jobs, verb)(job_id)
         with context.database.transaction() as session:
             assert leases.sweep(session, max_attempts=3) == []
-            session.execute(text("UPDATE jobs SET lease_expires_at = now() - interval '1 second'"))
+            late = "UPDATE jobs SET lease_expires_at = now() - interval '1 second' WHERE id = :id"
+            session.execute(text(late), {"id": job_id})
         with context.database.transaction() as session:
             assert leases.sweep(session, max_attempts=3) == [job_id]
         _assert_held_by_nobody(context, job_id, status)
@@ -366,23 +379,3 @@ def test_a_verb_sent_again_because_its_answer_was_lost_is_no_fault_and_does_noth
     assert post("cancel", **{"Idempotency-Key": "k"}).json()["status"] == "cancelled"
     assert post("cancel", **{"Idempotency-Key": "k"}).json()["status"] == "cancelled"
     assert post("cancel", **again).status_code == 400
-
-
-def test_a_pause_and_the_jobs_end_at_the_same_time_leave_one_of_the_two(
-    client: openai.OpenAI, context: WorkerContext, create: Callable[[], str], attempt: Callable[..., Attempt]
-) -> None:
-    def succeed(script: Script) -> None:
-        for epoch in (1, 2, 3):
-            script.epoch(epoch, 5.0 - epoch)
-        script.finish(3)
-
-    job_id = create()
-    run = attempt(Script.start, succeed)
-    run.child.ask_to_stop()
-    try:
-        status = client.fine_tuning.jobs.pause(job_id).status
-    except openai.BadRequestError:
-        status = "succeeded"
-    run.join()
-    assert status in {"pausing", "succeeded"}
-    wait_until(lambda: _row(context, job_id).status == "succeeded", seconds=5, what="the end")
