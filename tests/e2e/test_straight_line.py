@@ -45,6 +45,8 @@ def stack(base: Path) -> Iterator[Stack]:
             "LUTHIER_LEASE_SECONDS": "4",
             "LUTHIER_HEARTBEAT_SECONDS": "1",
             "LUTHIER_SWEEP_SECONDS": "1",
+            # A process that waits for a job must not be taken for the one that trains.
+            "LUTHIER_WARM_SPARE_SECONDS": "0",
         }
         try:
             yield made.start().until_ready()
