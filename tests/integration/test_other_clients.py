@@ -1,0 +1,107 @@
+"""Programs written for OpenAI with other clients than the newest Python package: older, Node, litellm."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.core.settings import Settings
+from tests.conftest import Api
+from tests.rows import colour_rows, jsonl
+from worker.app import sweep, work
+from worker.context import make_context
+
+pytestmark = pytest.mark.full
+_CLIENTS = Path(__file__).parents[1] / "clients"
+
+
+def run_beside_worker(
+    api: Api, settings: Settings, tmp_path: Path, command: list[str], folder: Path
+) -> dict[str, Any]:
+    """Run a client, do its jobs meanwhile, and return what it printed."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(jsonl(colour_rows()))
+    context = make_context(settings)
+    context.ring = api.bells.append
+    sweep(context)
+    environment = os.environ | {
+        "OPENAI_BASE_URL": f"{api.base_url}/v1",
+        "OPENAI_API_KEY": api.key,
+        "ROWS": str(rows),
+    }
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None:
+            if api.bells:
+                work(context, api.bells.pop(0))
+            else:
+                context.stopping.wait(0.05)
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    told: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return told
+
+
+def make_environment(folder: Path, *requirements: str) -> Path:
+    """Return the interpreter of a fresh environment with some packages."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", *requirements], check=True)
+    return python
+
+
+def check_main_path(told: dict[str, Any]) -> None:
+    assert told["status"] == "succeeded"
+    assert told["model"].startswith("ft:tiny-llama:personal:mine:")
+    assert told["checkpoint"] == told["model"]
+    assert told["last_event"] == "The job has successfully completed"
+    assert told["num_steps"] >= 1
+    assert told["is_listed"]
+    assert told["jobs"] == told["made"]
+    assert (told["cancelled"], told["refused"]) == ("cancelled", "model_not_available")
+    assert told["deleted"] == [True, True]
+
+
+@pytest.mark.parametrize("requirement", ["openai>=1.60,<2", "openai>=2,<3"])
+def test_older_python_packages_go_the_main_path(
+    api: Api, settings: Settings, tmp_path: Path, requirement: str
+) -> None:
+    python = make_environment(tmp_path / "environment", requirement)
+    told = run_beside_worker(
+        api, settings, tmp_path, [str(python), str(_CLIENTS / "python_openai.py")], tmp_path
+    )
+    assert told["version"].startswith(requirement.partition("=")[2][0])
+    check_main_path(told)
+
+
+def test_this_package_goes_the_main_path(api: Api, settings: Settings, tmp_path: Path) -> None:
+    command = [sys.executable, str(_CLIENTS / "python_openai.py")]
+    check_main_path(run_beside_worker(api, settings, tmp_path, command, tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="Node is not installed")
+def test_the_node_package_goes_the_main_path(api: Api, settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "node"
+    folder.mkdir()
+    subprocess.run(
+        ["npm", "install", "--no-fund", "--no-audit", "--silent", "openai"], cwd=folder, check=True
+    )
+    shutil.copy(_CLIENTS / "node_openai.mjs", folder)
+    check_main_path(run_beside_worker(api, settings, tmp_path, ["node", "node_openai.mjs"], folder))
+
+
+def test_litellm_tunes_lists_and_cancels(api: Api, settings: Settings, tmp_path: Path) -> None:
+    python = make_environment(tmp_path / "environment", "litellm")
+    command = [str(python), str(_CLIENTS / "litellm_calls.py")]
+    told = run_beside_worker(api, settings, tmp_path, command, tmp_path)
+    assert told["status"] == "succeeded"
+    assert told["model"].startswith("ft:tiny-llama:personal:")
+    assert told["cancelled"] == "cancelled"
+    assert told["jobs"][:1] == told["made"][:1]
