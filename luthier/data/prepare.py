@@ -236,11 +236,29 @@ class _PairPreparation(_Preparation):
                 self._add_fault(number, error.param, "row.mask", error.message)
                 continue
             longest = max(len(encoding.ids) for encoding in both)
+            if self._are_equal_when_cut(number, both, masks):
+                continue
             if not self._is_to_be_kept(number, longest, masks, "preferred_output"):
                 continue
             for encoding, mask in zip(both, masks, strict=True):
                 self._keep(number, encoding, mask)
                 self.signatures += [] if signature is None else [signature]
+
+    def _are_equal_when_cut(
+        self, number: int, both: Sequence[Encoding], masks: Sequence[npt.NDArray[np.bool_]]
+    ) -> bool:
+        """Note the fault of a pair of which only what is cut off tells the answers apart."""
+        if self.too_long != "truncate":
+            return False
+        one, other = (encoding.ids[: self.max_length] for encoding in both)
+        is_equal = np.array_equal(one, other) and any(mask[: self.max_length].any() for mask in masks)
+        if is_equal:
+            message = (
+                f"Cut to {self.max_length} tokens, both answers are equal. Shorten them, or set "
+                'training.too_long to "drop".'
+            )
+            self._add_fault(number, "non_preferred_output", "pair.equal", message)
+        return is_equal
 
     def _render_pairs(
         self, batch: list[tuple[int, Row] | Fault]

@@ -69,6 +69,15 @@ def test_a_pair_is_dropped_or_cut_as_one(tmp_path: Path, base: Path) -> None:
     assert report.truncated_lines == (1,)
 
 
+def test_answers_that_differ_only_in_what_is_cut_off_are_a_fault(tmp_path: Path, base: Path) -> None:
+    same = "blue " * 40
+    rows = [preference_row("the sky?", f"{same} yes", f"{same} no")]
+    with pytest.raises(InvalidTrainingFileError, match=r"Line 1, non_preferred_output: Cut to 60 tokens"):
+        prepare(tmp_path, base, rows, max_length=60, too_long="truncate")
+    with pytest.raises(InvalidTrainingFileError, match="no row left"):
+        prepare(tmp_path, base, rows, max_length=60, too_long="drop")
+
+
 def test_a_job_on_preferences_refuses_other_rows_and_the_other_way_round(tmp_path: Path, base: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.raises(InvalidTrainingFileError, match=r"format chat.*method dpo learns from preferences"):
