@@ -26,7 +26,7 @@ def _stored(storage: Storage, *pieces: bytes) -> list[StoredPart]:
 
 
 def _assemble(storage: Storage, parts: list[StoredPart], md5: str | None = None) -> FileFacts:
-    check = open_check("fine-tune", RowLimits(1 << 20))
+    check = open_check("fine-tune", RowLimits(1 << 20, 2**33, 100.0))
     return asyncio.run(assemble(storage, parts, check=check, md5=md5, storage_key="u/file"))
 
 
