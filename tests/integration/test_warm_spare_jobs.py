@@ -1,12 +1,11 @@
 """Jobs of a worker whose processes wait with their imports done: in a row, paused, cancelled; and what such a
 process hangs on and knows."""
 
-import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
@@ -49,13 +48,19 @@ class WatchedSpare(WarmSpare):
         return process
 
 
+def is_tied(pid: int) -> bool:
+    """Tell whether a process has become a training process, which its parent's end then ends."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"luthier.training" in command and b"luthier.core.process" not in command
+
+
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
 
 
 @pytest.fixture
-def spare() -> "pytest.FixtureRequest":
+def spare() -> Iterator[WatchedSpare]:
     made = WatchedSpare()
     yield made
     made.stop()
@@ -72,11 +77,11 @@ def context(settings: Settings, api: Api, spare: WatchedSpare) -> WorkerContext:
 
 @pytest.fixture
 def create(client: openai.OpenAI) -> Callable[..., str]:
-    def make(num_epochs: int = 1) -> str:
+    def make(num_epochs: int = 1, batch_size: int = 4) -> str:
         file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(12))), purpose="fine-tune")
         body = {
             "training": {"precision": "float32"},
-            "hyperparameters": {"n_epochs": num_epochs, "batch_size": 4},
+            "hyperparameters": {"n_epochs": num_epochs, "batch_size": batch_size},
         }
         return client.fine_tuning.jobs.create(
             model="tiny-llama", training_file=file.id, seed=1, extra_body=body
@@ -98,7 +103,7 @@ def test_jobs_in_a_row_are_run_by_waiting_processes_and_idle_bells_start_none(
     assert spare.waiting is not None
     assert spare.waiting not in spare.taken
     spare.stop()
-    # The same bell once more, a look without one, and a bell while no slot is free.
+    # The same bell once more, and a look without one.
     work(context, first)
     work(context, None)
     assert spare.waiting is None
@@ -107,7 +112,7 @@ def test_jobs_in_a_row_are_run_by_waiting_processes_and_idle_bells_start_none(
 def test_a_pause_and_a_cancel_reach_a_process_that_had_waited(
     client: openai.OpenAI, context: WorkerContext, spare: WatchedSpare, create: Callable[..., str]
 ) -> None:
-    paused, cancelled = create(100), create(100)
+    paused, cancelled = create(50, 1), create(50, 1)
     for job_id in (paused, cancelled):
         prepare(context, job_id)
 
@@ -148,12 +153,10 @@ def test_a_worker_that_stops_keeps_no_process_waiting(context: WorkerContext, sp
 
 
 def test_a_waiting_process_dies_with_its_parent() -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT], cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ}, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    wait_until(lambda: b"--warm" in Path(f"/proc/{pid}/cmdline").read_bytes(), what="it waits")
+    wait_until(lambda: is_tied(pid), what="it is tied to its parent")
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
@@ -170,10 +173,12 @@ def test_a_waiting_process_knows_no_secret(spare: WatchedSpare, monkeypatch: pyt
     ]:
         monkeypatch.setenv(name, "hush")
     spare.start(1)
-    folder = Path(f"/proc/{spare.waiting}")
+    pid = spare.waiting
+    assert pid is not None
+    folder = Path(f"/proc/{pid}")
     # Both what the process was started by and what it has become.
     assert b"hush" not in (folder / "environ").read_bytes()
-    wait_until(lambda: b"--warm" in (folder / "cmdline").read_bytes().split(b"\0")[:6], what="it waits")
+    wait_until(lambda: is_tied(pid), what="it is a training process")
     environment = (folder / "environ").read_bytes()
     assert b"OMP_NUM_THREADS=1" in environment
     assert b"hush" not in environment
