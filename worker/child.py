@@ -183,21 +183,24 @@ def start_child(run_dir: Path, num_threads: int, spare: "WarmSpare | None" = Non
     Yields:
         The running process.
     """
-    before = _files_of(run_dir)
-
-    def respawn() -> "subprocess.Popen[bytes] | None":
-        return _spawn(run_dir, num_threads) if _files_of(run_dir) == before else None
-
-    process = None if spare is None else spare.take(run_dir, num_threads)
-    if process is None:
+    child = _take(run_dir, num_threads, spare) if spare is not None else None
+    if child is None:
         child = TrainingChild(_spawn(run_dir, num_threads))
-    else:
-        # It may have been dying as it was taken, and that is no crash of the job.
-        child = TrainingChild(process, respawn)
     try:
         yield child
     finally:
         child.kill()
+
+
+def _take(run_dir: Path, num_threads: int, spare: "WarmSpare") -> TrainingChild | None:
+    """Send a waiting process to work, if there is one. It may be dying just now, which is no job's crash."""
+    before = _files_of(run_dir)
+    process = spare.take(run_dir, num_threads)
+    if process is None:
+        return None
+    return TrainingChild(
+        process, lambda: _spawn(run_dir, num_threads) if _files_of(run_dir) == before else None
+    )
 
 
 def _files_of(run_dir: Path) -> set[Path]:
