@@ -167,7 +167,9 @@ def register(
 
     The caller holds the job's lease in the same transaction. A step that was registered before makes no
     second model: it takes the newer artifact, keeps its name as a checkpoint, and gets the model's name,
-    even if it was retired or deleted meanwhile, once it is the result.
+    even if it was retired or deleted meanwhile, once it is the result. But a model that others go on from
+    keeps the weights that they were made with: where the newer ones differ, it is left as it is, no
+    checkpoint any more, and the step gets a model of its own.
 
     Args:
         session: the session.
@@ -189,16 +191,20 @@ def register(
         select(Checkpoint, Model)
         .join(Model, Model.id == Checkpoint.model_id)
         .where(Checkpoint.job_id == job.id, Checkpoint.step_number == step)
+        # A job may be about to start from it.
+        .with_for_update(of=Model)
     ).one_or_none()
+    checkpoint: Checkpoint | None = None
     if existing is not None:
         checkpoint, model = existing
-        model.artifact_key, model.artifact_digest = artifact_key, artifact_digest
-        if kind == "tuned":
-            model.kind, model.name = kind, name
-            checkpoint.deleted_at = model.deleted_at = model.bytes_deleted_at = None
-        checkpoint.metrics = metrics
-        session.flush()
-        return checkpoint
+        if model.artifact_digest == artifact_digest or not _is_needed(session, model):
+            model.artifact_key, model.artifact_digest = artifact_key, artifact_digest
+            if kind == "tuned":
+                model.kind, model.name = kind, name
+                checkpoint.deleted_at = model.deleted_at = model.bytes_deleted_at = None
+            checkpoint.metrics = metrics
+            session.flush()
+            return checkpoint
     owner = {
         "organization_id": job.organization_id,
         "project_id": job.project_id,
@@ -221,12 +227,16 @@ def register(
     )
     session.add(model)
     session.flush()
-    checkpoint = Checkpoint(
-        id=new_id("checkpoint"), **owner, job_id=job.id, model_id=model.id, step_number=step, metrics=metrics
-    )
-    session.add(checkpoint)
+    if checkpoint is None:
+        checkpoint = Checkpoint(id=new_id("checkpoint"), **owner, job_id=job.id, step_number=step)
+        session.add(checkpoint)
+    checkpoint.model_id, checkpoint.metrics = model.id, metrics
     session.flush()
     return checkpoint
+
+
+def _is_needed(session: Session, model: Model) -> bool:
+    return session.scalar(select(Model.id).where(Model.id == model.id, parents.is_needed())) is not None
 
 
 def find_checkpoint(session: Session, job_id: str, step: int) -> tuple[Checkpoint, Model] | None:

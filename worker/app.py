@@ -34,18 +34,11 @@ _TIDIED_AT_ONCE = 10
 def work(context: WorkerContext, job_id: str | None) -> None:
     """Do what there is to do: prepare the job that was announced, then train while jobs are queued."""
     if job_id is not None:
-        # Its imports are done while the files are looked at.
-        _keep_spare(context)
         prepare(context, job_id)
     while not context.stopping.is_set() and train_next(context):
-        _keep_spare(context)
+        context.keep_spare()
     if context.stopping.is_set() and context.spare is not None:
         context.spare.stop()
-
-
-def _keep_spare(context: WorkerContext) -> None:
-    if context.spare is not None and not context.stopping.is_set():
-        context.spare.start(context.num_threads)
 
 
 def sweep(context: WorkerContext) -> list[str]:

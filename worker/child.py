@@ -4,16 +4,18 @@ The parent never imports torch. It reads the child's event lines and signals it:
 point and a clean end, KILL ends it at once.
 """
 
+import contextlib
 import os
 import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import structlog
 from pydantic import ValidationError
 
 from luthier.core.errors import SelfCheckError
@@ -22,6 +24,8 @@ from luthier.core.process import CHILD_LOG_NAME
 
 if TYPE_CHECKING:
     from worker.spare import WarmSpare
+
+_log = structlog.get_logger()
 
 # All that a training process may know of its surroundings: no database, broker, storage or API secret.
 _ALLOWED_VARIABLES = frozenset(
@@ -59,16 +63,29 @@ class TrainingChild:
 
     Args:
         process: started by `start_child`.
+        respawn: starts another over the same directory, or returns None where that won't do; asked once,
+            and only when the process ends before its first word without having been told to.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(
+        self,
+        process: "subprocess.Popen[bytes]",
+        respawn: "Callable[[], subprocess.Popen[bytes] | None] | None" = None,
+    ) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._buffer = b""
+        self._respawn = respawn
+        self._is_signalled = False
+        # Signals come from other threads, and must not miss a process that takes this one's place.
+        self._lock = threading.Lock()
+        self._follow(process)
+
+    def _follow(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stdout is not None
         self._process = process
         self._stdout: IO[bytes] = process.stdout
         os.set_blocking(self._stdout.fileno(), False)
-        self._selector = selectors.DefaultSelector()
         self._selector.register(self._stdout, selectors.EVENT_READ)
-        self._buffer = b""
         self._is_open = True
 
     @property
@@ -95,6 +112,9 @@ class TrainingChild:
         chunk = self._stdout.read() or b""
         if chunk == b"":
             self._is_open = False
+            self._replace_silent()
+            return []
+        self._respawn = None
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         if len(self._buffer) > _MAX_LINE_BYTES:
             raise SelfCheckError("The training process wrote a line that is no event.")
@@ -102,6 +122,25 @@ class TrainingChild:
             return [parse_event(line) for line in lines if line]
         except ValidationError as error:
             raise SelfCheckError("The training process wrote a line that is no event.") from error
+
+    def _replace_silent(self) -> None:
+        """Let another take the place of a process that ended without a word, where that is wanted."""
+        with self._lock:
+            if self._respawn is None or self._is_signalled:
+                return
+            respawn, self._respawn = self._respawn, None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            exit_code = self._process.wait()
+            fresh = respawn()
+            if fresh is None:
+                return
+            _log.warning(
+                "a process that had waited ended unused, a fresh one is started", exit_code=exit_code
+            )
+            self._selector.unregister(self._stdout)
+            self._stdout.close()
+            self._follow(fresh)
 
     def exit_code(self) -> int | None:
         """Return the exit code once the process has ended and all its lines were read, else None."""
@@ -125,13 +164,12 @@ class TrainingChild:
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
-        try:
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            self._is_signalled = True
             os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            return
 
 
-@contextmanager
+@contextlib.contextmanager
 def start_child(run_dir: Path, num_threads: int, spare: "WarmSpare | None" = None) -> Iterator[TrainingChild]:
     """Start a training process over a run directory; it is gone when the block ends.
 
@@ -145,12 +183,29 @@ def start_child(run_dir: Path, num_threads: int, spare: "WarmSpare | None" = Non
     Yields:
         The running process.
     """
-    process = None if spare is None else spare.take(run_dir, num_threads)
-    child = TrainingChild(process or _spawn(run_dir, num_threads))
+    child = _take(run_dir, num_threads, spare) if spare is not None else None
+    if child is None:
+        child = TrainingChild(_spawn(run_dir, num_threads))
     try:
         yield child
     finally:
         child.kill()
+
+
+def _take(run_dir: Path, num_threads: int, spare: "WarmSpare") -> TrainingChild | None:
+    """Send a waiting process to work, if there is one. It may be dying just now, which is no job's crash."""
+    before = _files_of(run_dir)
+    process = spare.take(run_dir, num_threads)
+    if process is None:
+        return None
+    return TrainingChild(
+        process, lambda: _spawn(run_dir, num_threads) if _files_of(run_dir) == before else None
+    )
+
+
+def _files_of(run_dir: Path) -> set[Path]:
+    """Return what lies in a run directory, but for what a process says beside its events."""
+    return {path for path in run_dir.rglob("*") if path.name != CHILD_LOG_NAME}
 
 
 def _spawn(run_dir: Path, num_threads: int) -> "subprocess.Popen[bytes]":

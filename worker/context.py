@@ -50,6 +50,11 @@ class WorkerContext:
     # None where no process shall wait for a run.
     spare: WarmSpare | None = None
 
+    def keep_spare(self) -> None:
+        """Let a process wait for the next run, where that is wanted; from the main thread alone."""
+        if self.spare is not None and not self.stopping.is_set():
+            self.spare.start(self.num_threads)
+
     @property
     def num_threads(self) -> int:
         """CPU threads of one training run."""

@@ -202,7 +202,7 @@ class Publisher:
     ) -> list[str]:
         job = self._fenced_job(session)
         before = models.find_checkpoint(session, job.id, event.step)
-        replaced = before[1].artifact_key if before is not None else key
+        key_before = before[1].artifact_key if before is not None else key
         # A checkpoint's own scores stand; those told at the end may be of a later step.
         metrics = {"step": event.step} | event.metrics.model_dump(exclude_none=True)
         models.register(
@@ -216,9 +216,11 @@ class Publisher:
             artifact_digest=digest,
             metrics=metrics if before is None else before[0].metrics,
         )
+        # One that others go on from is no checkpoint any more, and keeps its bytes.
+        is_same = before is not None and before[1].artifact_key == key
         retired = models.retire_checkpoints(session, job.id, keep=_NUM_CHECKPOINTS, spared_step=event.step)
         self._count_usage(session, job, event.trained_tokens)
-        self._tell_result(session, event, is_new=before is None)
+        self._tell_result(session, event, is_new=not is_same)
         result_file = files.record_result(session, job, table)
         leases.leave(
             session,
@@ -231,7 +233,7 @@ class Publisher:
             result_file_id=result_file.id,
             report=reports.with_run(event.report, self.tokenize_seconds),
         )
-        return [*retired, *([replaced] if replaced != key else [])]
+        return [*retired, *([key_before] if is_same and key_before != key else [])]
 
     def _count_usage(self, session: Session, job: Job, trained_tokens: int) -> None:
         session.add(

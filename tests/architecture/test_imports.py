@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_the_import_contracts_hold() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_every_service_but_the_bell_is_held_to_name_no_celery() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    [held] = [
+        set(entry["source_modules"]) for entry in contracts if entry["name"].startswith("celery is named")
+    ]
+    services = {f"services.{path.stem}" for path in (ROOT / "services").glob("*.py")}
+    assert services - held == {"services.__init__", "services.bell"}
 
 
 @pytest.mark.parametrize(

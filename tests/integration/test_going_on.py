@@ -20,6 +20,7 @@ from tests.rows import colour_rows, jsonl
 from worker.app import sweep, tidy, work
 from worker.context import WorkerContext, make_context
 from worker.keeper import kept_lease
+from worker.parents import fetch_parents
 from worker.run import Ending
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run, train_next
@@ -305,3 +306,47 @@ def test_a_parent_whose_bytes_are_gone_or_others_fails_the_job_and_nothing_is_tr
             job = client.fine_tuning.jobs.retrieve(job_id)
             assert job.error is not None
             assert (job.status, job.error.code) == ("failed", code)
+
+
+@pytest.mark.parametrize("is_told_again", [True, False], ids=["as a checkpoint", "as the result"])
+def test_a_checkpoint_that_others_build_on_keeps_its_weights_when_its_step_is_done_again_otherwise(
+    is_told_again: bool, client: openai.OpenAI, context: WorkerContext, jobs: Jobs, tmp_path: Path
+) -> None:
+    job_id = jobs.create(training={"precision": "float32", "keep_best": True, "validation_split": 0.1})
+    prepare(context, job_id)
+    jobs.attempt(job_id, lambda script: script.start().epoch(1, 1.0), epochs=2)
+    [listed] = client.fine_tuning.jobs.checkpoints.list(job_id)
+    old = listed.fine_tuned_model_checkpoint
+    before = jobs.row(old)
+    child_id = jobs.create(old)
+
+    def again(script: Script) -> None:
+        script.weights = "other weights"
+        script.start(0 if is_told_again else 1)
+        if is_told_again:
+            script.epoch(1, 1.0)
+        script.epoch(2, 5.0)
+        script.finish(1)
+
+    assert jobs.attempt(job_id, again, epochs=2) is Ending.SUCCEEDED
+    tidy(context, grace_seconds=0)
+    kept = jobs.row(old)
+    assert (kept.artifact_key, kept.artifact_digest) == (before.artifact_key, before.artifact_digest)
+    assert child_id in jobs.kept(old)
+    fetch_parents(context, jobs.spec(child_id), tmp_path / "run")
+    content = (tmp_path / "run" / "parent" / "adapter_model.safetensors").read_bytes()
+    assert content == b"weights of step 1"
+    # The step that was done again has a model of its own, which is the job's.
+    result = jobs.row(jobs.name(job_id))
+    assert (result.kind, result.id != before.id) == ("tuned", True)
+    assert context.storage.read_manifest(result.artifact_key).digest == result.artifact_digest
+    assert result.artifact_digest != before.artifact_digest
+    checkpoints = {
+        c.step_number: c.fine_tuned_model_checkpoint for c in client.fine_tuning.jobs.checkpoints.list(job_id)
+    }
+    assert checkpoints[1] == result.name
+    assert old not in checkpoints.values()
+    # Once nobody needs it, it goes as any model does.
+    client.fine_tuning.jobs.cancel(child_id)
+    client.models.delete(old)
+    client.models.delete(result.name)

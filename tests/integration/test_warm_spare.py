@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,49 @@ def test_one_that_has_other_threads_or_waits_too_long_is_ended(tmp_path: Path) -
     assert pid is not None
     wait_until(lambda: is_gone(pid), what="the idle process ends")
     assert waiting_pid(idle) is None
+
+
+def test_a_taken_process_that_ends_before_its_first_word_is_replaced_once(base: Path, tmp_path: Path) -> None:
+    spare = WarmSpare(idle_seconds=60)
+    spare.start(1)
+    waiting = waiting_pid(spare)
+    assert waiting is not None
+    # It gets the directory, and never comes to read it.
+    os.kill(waiting, signal.SIGSTOP)
+    events: list[TrainingEvent] = []
+    with start_child(build_tiny_run(tmp_path / "run", base, **SETTINGS), 1, spare) as child:
+        assert child.pid == waiting
+        os.kill(waiting, signal.SIGKILL)
+        while child.exit_code() is None:
+            events += child.poll_events(0.2)
+        assert child.pid != waiting
+        assert child.exit_code() == 0
+    assert isinstance(events[-1], FinishedEvent)
+
+
+@pytest.mark.parametrize("why", ["asked to stop", "killed", "it has written", "the second too"])
+def test_a_taken_process_is_not_replaced(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleeper(*_: object) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, start_new_session=True)
+
+    monkeypatch.setattr(WarmSpare, "take", sleeper)
+    monkeypatch.setattr("worker.child._spawn", sleeper)
+    with start_child(tmp_path, 1, WarmSpare(idle_seconds=60)) as child:
+        first = child.pid
+        if why == "asked to stop":
+            child.ask_to_stop()
+        elif why == "killed":
+            child.kill_group()
+        else:
+            if why == "it has written":
+                (tmp_path / "save_points").mkdir()
+            os.killpg(first, signal.SIGTERM)
+        child.poll_events(5)
+        if why == "the second too":
+            assert child.pid != first
+            assert child.exit_code() is None
+            os.killpg(child.pid, signal.SIGTERM)
+            child.poll_events(5)
+        else:
+            assert child.pid == first
+        assert child.exit_code() in (-signal.SIGTERM, -signal.SIGKILL)

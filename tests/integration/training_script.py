@@ -54,6 +54,8 @@ class Script:
         self.run_dir = run_dir
         self.steps_an_epoch = steps_an_epoch
         self.num_steps = steps_an_epoch * num_epochs
+        # What its artifacts hold, beside their step: another word makes other digests.
+        self.weights = "weights"
         self.events: list[TrainingEvent] = []
         self.evaluations: list[Evaluation] = []
 
@@ -180,7 +182,7 @@ class Script:
         """Make an artifact whose digest is that of its step, and whose card is this attempt's."""
         building = self.run_dir / "building"
         building.mkdir(parents=True)
-        (building / "adapter_model.safetensors").write_bytes(f"weights of step {step}".encode())
+        (building / "adapter_model.safetensors").write_bytes(f"{self.weights} of step {step}".encode())
         (building / "README.md").write_text(f"made in {self.run_dir.name} as {path}")
         final = self.run_dir / path
         final.parent.mkdir(exist_ok=True)

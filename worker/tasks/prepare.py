@@ -72,6 +72,8 @@ def prepare(context: WorkerContext, job_id: str) -> None:
     claimed = _load(context, job_id)
     if claimed is None:
         return
+    # Its imports are done while the files are looked at. A bell that finds nothing to do starts none.
+    context.keep_spare()
     try:
         try:
             with kept_lease(context, claimed.lease):

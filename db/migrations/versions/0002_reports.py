@@ -1,4 +1,8 @@
-"""The result file of a job, and a report of two parts: what prepare found and what the run measured."""
+"""The result file of a job, and a report of two parts: what prepare found and what the run measured.
+
+Stop all workers first: an index is built over `jobs`, and no lease is renewed meanwhile. Not
+concurrently, because all migrations run in one transaction, so that one that fails leaves nothing behind.
+"""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,8 @@
-"""Lists of jobs by metadata, and how often a remembered request had been sent."""
+"""Lists of jobs by metadata, and how often a remembered request had been sent.
+
+Stop all workers first: two of its indexes are built over `jobs`, and no lease is renewed meanwhile. Not
+concurrently, because all migrations run in one transaction, so that one that fails leaves nothing behind.
+"""
 
 import sqlalchemy as sa
 from alembic import op
