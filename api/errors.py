@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from api.paths import shown_path
 from luthier.core.errors import (
@@ -79,8 +80,21 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
         message, code = f"{request.method} is not allowed for this URL.", "method_not_supported"
     else:
         message, code = str(error.detail), "invalid_request"
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods_of(request))
     body = error_body(message, "invalid_request_error", code, None)
-    return JSONResponse(body, error.status_code, dict(error.headers or {}))
+    return JSONResponse(body, error.status_code, headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return what a URL takes: the framework names the methods of one of its routes alone."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        match, _ = route.matches(request.scope)
+        if match is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return sorted(found)
 
 
 async def _on_client_gone(_request: Request, _error: Exception) -> Response:

@@ -25,6 +25,7 @@ from api.routes import (
     uploads,
     webhooks,
 )
+from api.schemas.errors import ErrorBody
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
 from luthier.core.settings import Settings
@@ -83,6 +84,8 @@ def create_app(parts: Parts) -> FastAPI:
         lifespan=_lifespan(parts),
         # A redirect would turn a POST into a GET in some clients.
         redirect_slashes=False,
+        # In place of the 422 that the framework would document and this service never sends.
+        responses={"default": {"model": ErrorBody, "description": "Refused or failed"}},
         # The pages that FastAPI brings load scripts from elsewhere; /openapi.json stays.
         docs_url=None,
         redoc_url=None,
