@@ -13,7 +13,7 @@ class CreateKeyBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str = Field(min_length=1, max_length=64)
     project: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
-    is_admin: bool = False
+    is_admin: bool = Field(False, strict=True)
 
 
 def key_object(key: ApiKey, plain_text: str | None = None) -> dict[str, Any]:
