@@ -42,7 +42,7 @@ def test_rows_with_nulls_where_a_key_is_absent_are_read(tmp_path):
     facts = check(path)
     assert (facts.num_rows, facts.format, facts.container) == (600, "chat", "parquet")
     found = list(FileRows(path))
-    assert [number for number, _ in found] == list(range(1, 601))
+    assert [place.number for place, _ in found] == list(range(1, 601))
     expected = [discover()["chat"].read(json.dumps(row).encode()) for row in rows]
     assert [row for _, row in found[:2]] == expected
 
