@@ -56,7 +56,9 @@ def read_parquet(path: Path, limits: Limits) -> Iterator[RawRow | Fault]:
     from luthier.data.containers.parquet_cells import is_readable
 
     try:
-        with pq.ParquetFile(path) as file:
+        # One handle: the file may be deleted while it is read.
+        source = pa.OSFile(str(path))
+        with pq.ParquetFile(source) as file:
             columns = [file.schema.column(index) for index in range(len(file.schema))]
             names = file.schema_arrow.names
         found = find_format(names)
@@ -64,11 +66,11 @@ def read_parquet(path: Path, limits: Limits) -> Iterator[RawRow | Fault]:
         if any(column.length > _MAX_FIXED_BYTES for column in columns):
             faults.append(_type_fault(None))
         texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-        with pq.ParquetFile(path, read_dictionary=texts) as file:
+        with pq.ParquetFile(source, read_dictionary=texts) as file:
             faults += [_type_fault(one.name) for one in file.schema_arrow if not is_readable(one.type)]
             yield from faults
             if not faults:
-                yield from _read(file, path, texts, found, limits)
+                yield from _read(file, source, texts, found, limits)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         told = f"The Parquet file can't be read ({type(error).__name__}): it is damaged or was cut."
         yield Fault(1, None, None, "parquet.damaged", told, 1)
@@ -94,17 +96,16 @@ def _type_fault(name: str | None) -> Fault:
 
 
 def _read(
-    file: Any, path: Path, texts: list[str], found: RowFormat | None, limits: Limits
+    file: Any, source: Any, texts: list[str], found: RowFormat | None, limits: Limits
 ) -> Iterator[RawRow | Fault]:
     json_keys: frozenset[str] = frozenset() if found is None else found.json_keys
     number = num_bytes = 0
-    size_bytes = path.stat().st_size
+    size_bytes = source.size()
     allowed = min(limits.max_expanded_bytes, max(_FREE_BYTES, size_bytes * limits.max_expansion_ratio))
     for group in range(file.num_row_groups):
         metadata = file.metadata.row_group(group)
-        with path.open("rb") as source:
-            columns = [metadata.column(index) for index in range(metadata.num_columns)]
-            pages = {one.path_in_schema: measure_column(source, one, size_bytes) for one in columns}
+        columns = [metadata.column(index) for index in range(metadata.num_columns)]
+        pages = {one.path_in_schema: measure_column(source, one, size_bytes) for one in columns}
         numbered = _find_numbered(pages, texts)
         fault = _judge_pages(pages, numbered, number + 1, allowed)
         if fault is not None:
@@ -112,7 +113,7 @@ def _read(
             return
         num_rows = _count_batch_rows(pages, metadata.num_rows)
         for values in _read_group(
-            _iter_batches(path, file, group, num_rows, numbered), number, limits.max_row_bytes
+            _iter_batches(source, file, group, num_rows, numbered), number, limits.max_row_bytes
         ):
             number += 1
             if isinstance(values, Fault):
@@ -142,10 +143,10 @@ def _find_numbered(pages: dict[str, ColumnPages], texts: list[str]) -> list[str]
     return numbered
 
 
-def _iter_batches(path: Path, file: Any, group: int, num_rows: int, numbered: list[str]) -> Iterator[Any]:
+def _iter_batches(source: Any, file: Any, group: int, num_rows: int, numbered: list[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, read_dictionary=numbered, metadata=file.metadata) as opened:
+    with pq.ParquetFile(source, read_dictionary=numbered, metadata=file.metadata) as opened:
         yield from opened.iter_batches(batch_size=num_rows, row_groups=[group])
 
 
