@@ -24,12 +24,12 @@ MAGIC = b"PAR1"
 _MAX_BATCH_ROWS = 1024
 # What the rows of a batch are meant to be together, in pages; how many fit is told by a group's average.
 _BATCH_BYTES = 64 * MIB
-_BATCH_VALUES = 512 * 1024
+_BATCH_VALUES = 256 * 1024
 _MAX_MIXED_BYTES = 128 * MIB
 # What a writer's usual settings stay far below; a group beyond it would not fit a small machine.
 _MAX_GROUP_BYTES = 1024 * MIB
 _MAX_GROUP_VALUES = 16 * 1024 * 1024
-_MAX_BATCH_VALUES = 2 * 1024 * 1024
+_MAX_BATCH_VALUES = 4 * 1024 * 1024
 # Even an empty value is an object of some 100 bytes in Python.
 _MAX_ROW_VALUES = 1024 * 1024
 # The texts that are made into Python's objects at a time, if one row is not longer.
@@ -51,29 +51,37 @@ def read_parquet(path: Path, limits: Limits) -> Iterator[RawRow | Fault]:
     """
     # Large: only who reads such a file loads it.
     import pyarrow as pa
+
+    try:
+        # One handle: the file may be deleted while it is read.
+        with pa.OSFile(str(path)) as source:
+            yield from _read_file(source, limits)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        told = f"The Parquet file can't be read ({type(error).__name__}): it is damaged or was cut."
+        yield Fault(1, None, None, "parquet.damaged", told, 1)
+
+
+def _read_file(source: Any, limits: Limits) -> Iterator[RawRow | Fault]:
     import pyarrow.parquet as pq
 
     from luthier.data.containers.parquet_cells import is_readable
 
-    try:
-        # One handle: the file may be deleted while it is read.
-        source = pa.OSFile(str(path))
-        with pq.ParquetFile(source) as file:
-            columns = [file.schema.column(index) for index in range(len(file.schema))]
-            names = file.schema_arrow.names
-        found = find_format(names)
-        faults = list(_check_columns(names, found))
-        if any(column.length > _MAX_FIXED_BYTES for column in columns):
-            faults.append(_type_fault(None))
-        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-        with pq.ParquetFile(source, read_dictionary=texts) as file:
-            faults += [_type_fault(one.name) for one in file.schema_arrow if not is_readable(one.type)]
-            yield from faults
-            if not faults:
-                yield from _read(file, source, texts, found, limits)
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        told = f"The Parquet file can't be read ({type(error).__name__}): it is damaged or was cut."
-        yield Fault(1, None, None, "parquet.damaged", told, 1)
+    with pq.ParquetFile(source) as file:
+        columns = [file.schema.column(index) for index in range(len(file.schema))]
+        names = file.schema_arrow.names
+    paths = [column.path for column in columns]
+    if len(set(paths)) != len(paths):
+        raise ValueError("two columns of one name")
+    found = find_format(names)
+    faults = list(_check_columns(names, found))
+    if any(column.length > _MAX_FIXED_BYTES for column in columns):
+        faults.append(_type_fault(None))
+    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    with pq.ParquetFile(source, read_dictionary=texts) as file:
+        faults += [_type_fault(one.name) for one in file.schema_arrow if not is_readable(one.type)]
+        yield from faults
+        if not faults:
+            yield from _read(file, source, paths, texts, found, limits)
 
 
 def _check_columns(names: list[str], found: RowFormat | None) -> Iterator[Fault]:
@@ -96,18 +104,23 @@ def _type_fault(name: str | None) -> Fault:
 
 
 def _read(
-    file: Any, source: Any, texts: list[str], found: RowFormat | None, limits: Limits
+    file: Any, source: Any, paths: list[str], texts: list[str], found: RowFormat | None, limits: Limits
 ) -> Iterator[RawRow | Fault]:
     json_keys: frozenset[str] = frozenset() if found is None else found.json_keys
-    number = num_bytes = 0
+    number = num_bytes = num_unpacked = 0
     size_bytes = source.size()
     allowed = min(limits.max_expanded_bytes, max(_FREE_BYTES, size_bytes * limits.max_expansion_ratio))
     for group in range(file.num_row_groups):
         metadata = file.metadata.row_group(group)
-        columns = [metadata.column(index) for index in range(metadata.num_columns)]
-        pages = {one.path_in_schema: measure_column(source, one, size_bytes) for one in columns}
+        pages = {
+            name: measure_column(source, metadata.column(index), size_bytes)
+            for index, name in enumerate(paths)
+        }
+        num_unpacked += sum(one.num_bytes for one in pages.values())
         numbered = _find_numbered(pages, texts)
-        fault = _judge_pages(pages, numbered, number + 1, allowed)
+        fault = _judge_pages(pages, numbered, number + 1)
+        if fault is None and num_unpacked > allowed:
+            fault = _expansion_fault(number + 1, allowed)
         if fault is not None:
             yield fault
             return
@@ -150,9 +163,7 @@ def _iter_batches(source: Any, file: Any, group: int, num_rows: int, numbered: l
         yield from opened.iter_batches(batch_size=num_rows, row_groups=[group])
 
 
-def _judge_pages(
-    pages: dict[str, ColumnPages], numbered: list[str], number: int, allowed: float
-) -> Fault | None:
+def _judge_pages(pages: dict[str, ColumnPages], numbered: list[str], number: int) -> Fault | None:
     if any(one.is_delta for one in pages.values()):
         told = "A column's encoding is DELTA_BYTE_ARRAY; write it as PLAIN or with a dictionary."
         return Fault(number, None, None, "parquet.encoding", told, number)
@@ -162,7 +173,7 @@ def _judge_pages(
     if num_bytes > _MAX_GROUP_BYTES or num_kept > _MAX_MIXED_BYTES or most_values > _MAX_GROUP_VALUES:
         told = f"A row group is too large: more than {_MAX_GROUP_BYTES} bytes, or values; write smaller ones."
         return Fault(number, None, None, "parquet.row_group", told, number)
-    return _expansion_fault(number, allowed) if num_bytes > allowed else None
+    return None
 
 
 def _expansion_fault(number: int, allowed: float) -> Fault:
@@ -175,7 +186,7 @@ def _expansion_fault(number: int, allowed: float) -> Fault:
 
 def _count_batch_rows(pages: dict[str, ColumnPages], num_rows: int) -> int:
     by_bytes = _BATCH_BYTES * num_rows // max(1, sum(one.num_bytes for one in pages.values()))
-    by_values = _BATCH_VALUES * num_rows // max(1, *(one.num_values for one in pages.values()))
+    by_values = _BATCH_VALUES * num_rows // max(1, sum(one.num_values for one in pages.values()))
     return max(1, min(_MAX_BATCH_ROWS, by_bytes, by_values))
 
 

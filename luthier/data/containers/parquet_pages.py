@@ -71,8 +71,10 @@ def _add_page(
     if _DICTIONARY in header:
         if header[_DICTIONARY].get(_NUM_VALUES, 0) > num_bytes:
             raise ValueError("a dictionary has more values than bytes")
-        source.seek(position)
-        longest = _find_longest(source.read(header[_PACKED]), num_bytes, column.compression)
+        longest = num_bytes
+        if max(num_bytes, header[_PACKED]) <= _MAX_DICTIONARY_BYTES:
+            source.seek(position)
+            longest = _find_longest(source.read(header[_PACKED]), num_bytes, column.compression)
         return found._replace(longest_bytes=max(found.longest_bytes, longest))
     for kind, encoding in _ENCODING.items():
         inner = header.get(kind)
@@ -93,8 +95,6 @@ def _find_longest(packed: bytes, num_bytes: int, compression: str) -> int:
     """Return the length of a dictionary's longest text; its whole size where that can't be told."""
     import pyarrow as pa
 
-    if num_bytes > _MAX_DICTIONARY_BYTES:
-        return num_bytes
     try:
         content = packed
         if compression != "UNCOMPRESSED":

@@ -239,3 +239,17 @@ def test_a_column_that_can_not_be_measured_is_refused(tmp_path):
     blob = pa.array([b"x" * 100], pa.binary(100))
     with pytest.raises(InvalidFileFormatError, match="type is none of text"):
         check(write(tmp_path / "rows", pa.table({"text": blob})))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    with pytest.raises(InvalidFileFormatError, match="can't be read"):
+        check(write(tmp_path / "rows", table))
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(tmp_path):
+    path = write(tmp_path / "rows", [{"text": f"{number}"} for number in range(90)], row_group_size=10)
+    rows = read_parquet(path, Limits())
+    next(rows)
+    path.unlink()
+    assert [row.number for row in rows] == list(range(2, 91))
