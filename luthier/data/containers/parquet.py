@@ -16,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.data.containers.base import MIB, Limits, RawRow, too_long
-from luthier.data.containers.parquet_pages import ColumnPages, measure_column
+from luthier.data.containers.parquet_pages import (
+    ColumnPages,
+    ColumnPlace,
+    find_longest,
+    measure_column,
+    read_places,
+)
 from luthier.data.formats.base import Fault, RowFormat, escape_text
 from luthier.data.recognise import find_format
 
@@ -110,21 +116,22 @@ def _read(
     number = num_bytes = num_unpacked = 0
     size_bytes = source.size()
     allowed = min(limits.max_expanded_bytes, max(_FREE_BYTES, size_bytes * limits.max_expansion_ratio))
-    for group in range(file.num_row_groups):
-        metadata = file.metadata.row_group(group)
-        pages = {
-            name: measure_column(source, metadata.column(index), size_bytes)
-            for index, name in enumerate(paths)
-        }
+    for group, columns in enumerate(read_places(source, size_bytes)):
+        places = dict(zip(paths, columns, strict=True))
+        pages = {name: measure_column(source, place) for name, place in places.items()}
         num_unpacked += sum(one.num_bytes for one in pages.values())
-        numbered = _find_numbered(pages, texts)
-        fault = _judge_pages(pages, numbered, number + 1)
+        fault = _judge_pages(pages, number + 1)
         if fault is None and num_unpacked > allowed:
             fault = _expansion_fault(number + 1, allowed)
+        if fault is None:
+            pages = _look_closer(source, pages, places)
+            numbered = _find_numbered(pages, texts)
+            if sum(pages[name].num_bytes for name in numbered if pages[name].is_mixed) > _MAX_MIXED_BYTES:
+                fault = _group_fault(number + 1)
         if fault is not None:
             yield fault
             return
-        num_rows = _count_batch_rows(pages, metadata.num_rows)
+        num_rows = _count_batch_rows(pages, file.metadata.row_group(group).num_rows)
         for values in _read_group(
             _iter_batches(source, file, group, num_rows, numbered), number, limits.max_row_bytes
         ):
@@ -139,6 +146,17 @@ def _read(
             if num_bytes > allowed:
                 yield _expansion_fault(number, allowed)
                 return
+
+
+def _look_closer(
+    source: Any, pages: dict[str, ColumnPages], places: dict[str, ColumnPlace]
+) -> dict[str, ColumnPages]:
+    """Return the pages with the length of the longest text where a dictionary's size says too little."""
+    found = dict(pages)
+    for name, one in pages.items():
+        if one.is_mixed and one.num_by_dictionary * one.longest_bytes > _SLICE_BYTES:
+            found[name] = one._replace(longest_bytes=find_longest(source, one, places[name].codec))
+    return found
 
 
 def _find_numbered(pages: dict[str, ColumnPages], texts: list[str]) -> list[str]:
@@ -163,17 +181,19 @@ def _iter_batches(source: Any, file: Any, group: int, num_rows: int, numbered: l
         yield from opened.iter_batches(batch_size=num_rows, row_groups=[group])
 
 
-def _judge_pages(pages: dict[str, ColumnPages], numbered: list[str], number: int) -> Fault | None:
+def _judge_pages(pages: dict[str, ColumnPages], number: int) -> Fault | None:
     if any(one.is_delta for one in pages.values()):
         told = "A column's encoding is DELTA_BYTE_ARRAY; write it as PLAIN or with a dictionary."
         return Fault(number, None, None, "parquet.encoding", told, number)
     num_bytes = sum(one.num_bytes for one in pages.values())
-    num_kept = sum(pages[name].num_bytes for name in numbered if pages[name].is_mixed)
     most_values = max(one.num_values for one in pages.values())
-    if num_bytes > _MAX_GROUP_BYTES or num_kept > _MAX_MIXED_BYTES or most_values > _MAX_GROUP_VALUES:
-        told = f"A row group is too large: more than {_MAX_GROUP_BYTES} bytes, or values; write smaller ones."
-        return Fault(number, None, None, "parquet.row_group", told, number)
-    return None
+    is_too_large = num_bytes > _MAX_GROUP_BYTES or most_values > _MAX_GROUP_VALUES
+    return _group_fault(number) if is_too_large else None
+
+
+def _group_fault(number: int) -> Fault:
+    told = f"A row group is too large: more than {_MAX_GROUP_BYTES} bytes, or values; write smaller ones."
+    return Fault(number, None, None, "parquet.row_group", told, number)
 
 
 def _expansion_fault(number: int, allowed: float) -> Fault:
