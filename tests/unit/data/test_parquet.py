@@ -254,3 +254,25 @@ def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(tmp_path):
     next(rows)
     path.unlink()
     assert [row.number for row in rows] == list(range(2, 91))
+
+
+_DAMAGED = """
+import sys
+from pathlib import Path
+from luthier.data.containers.base import Limits
+from luthier.data.containers.parquet import read_parquet
+
+path = Path(sys.argv[1])
+whole = path.read_bytes()
+begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+for place in range(begin, len(whole) - 8, 3):
+    for value in (29, 255):
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        list(read_parquet(path, Limits()))
+"""
+
+
+def test_a_damaged_table_of_contents_is_a_fault_and_ends_no_process(tmp_path):
+    rows = [{"messages": [USER, ANSWER]}] * 20
+    path = write(tmp_path / "rows", rows, store_schema=False, row_group_size=10)
+    subprocess.run([sys.executable, "-c", _DAMAGED, str(path)], check=True, capture_output=True)
