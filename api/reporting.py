@@ -1,8 +1,8 @@
 """Reporting on a file: its rows are read in a thread of their own, with no session open."""
 
 import asyncio
-import tempfile
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from api.schemas.file_reports import FileReportObject, file_report_object
 from db.tables import File
 from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.core.errors import (
+    ArtifactCorruptError,
     InvalidFilePurposeError,
     InvalidValueError,
+    LuthierError,
     MissingParameterError,
     ModelNotAvailableError,
     NotFoundError,
@@ -36,6 +38,7 @@ class _Input:
     id: str
     storage_key: str
     sha256: str
+    param: str
 
 
 async def report_apart(
@@ -99,21 +102,40 @@ def _report(
 ) -> FileReportObject:
     file, validation = _find_files(parts, scope, file_id, validation_file_id)
     facts = _find_base(parts, base)
-    with tempfile.TemporaryDirectory(prefix="luthier-report-") as folder:
-
-        def fetch(given: _Input, name: str) -> Path:
-            path = Path(folder) / name
-            parts.storage.fetch_file(given.storage_key, path, sha256=given.sha256)
-            return path
-
-        report = report_on_file(
-            fetch(file, "rows"),
-            base_folder(parts.settings.bases_dir, facts.id),
-            context_length=facts.context_length,
-            validation_path=None if validation is None else fetch(validation, "validation"),
-            is_given_up=has_left.is_set,
-        )
+    with ExitStack() as stack:
+        path = _hold(parts, stack, file)
+        validation_path = None if validation is None else _hold(parts, stack, validation)
+        try:
+            report = report_on_file(
+                path,
+                base_folder(parts.settings.bases_dir, facts.id),
+                context_length=facts.context_length,
+                validation_path=validation_path,
+                is_given_up=has_left.is_set,
+            )
+        except FileNotFoundError as error:
+            # Deleted since it was found, or it is something else that is missing.
+            if not path.exists():
+                raise _gone(file) from error
+            if validation is not None and validation_path is not None and not validation_path.exists():
+                raise _gone(validation) from error
+            raise
     return file_report_object(file.id, file.sha256, facts, validation_file_id, report)
+
+
+def _hold(parts: Parts, stack: ExitStack, given: _Input) -> Path:
+    """Hold a file's bytes for as long as the stack: themselves where storage is a local folder."""
+    try:
+        return stack.enter_context(parts.storage.local_file(given.storage_key))
+    except ArtifactCorruptError as error:
+        raise _gone(given) from error
+
+
+def _gone(given: _Input) -> LuthierError:
+    told = f"The bytes of {given.id} are gone: it was deleted, or the operator must look after storage."
+    # 404 is for what the path names.
+    kind = NotFoundError if given.param == "id" else InvalidValueError
+    return kind(told, param=given.param)
 
 
 def _find_files(
@@ -137,7 +159,7 @@ def _as_input(row: File, param: str) -> _Input:
             f"{row.id} has purpose {row.purpose!r}: reports are made of files with purpose 'fine-tune'.",
             param=param,
         )
-    return _Input(row.id, row.storage_key, row.sha256)
+    return _Input(row.id, row.storage_key, row.sha256, param)
 
 
 def _find_base(parts: Parts, base: str | None) -> BaseFacts:

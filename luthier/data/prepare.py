@@ -16,12 +16,13 @@ from luthier.core.errors import (
     JobError,
 )
 from luthier.core.specs import TooLong
+from luthier.data.containers.base import RawRow
 from luthier.data.formats.base import Fault, Row, tell_faults
 from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
 from luthier.data.near import Signer, row_text
 from luthier.data.prepared import PreparedRows, join_rows
 from luthier.data.render import ChatTemplate
-from luthier.data.rows import FileRows
+from luthier.data.rows import FileRows, locate
 from luthier.data.tokens import Encoding, Tokenizer
 
 Purpose = Literal["training", "validation"]
@@ -116,55 +117,55 @@ class _Preparation:
     truncated_lines: list[int] = field(default_factory=list)
     dropped_lines: list[int] = field(default_factory=list)
 
-    def add_batch(self, batch: list[tuple[int, Row] | Fault]) -> None:
+    def add_batch(self, batch: list[tuple[RawRow, Row] | Fault]) -> None:
         rendered = list(self._render(batch))
         encodings = encode_rows(self.tokenizer, [row for _, _, row in rendered])
         signatures: Sequence[npt.NDArray[np.uint32] | None] = [None] * len(rendered)
         if self.with_signatures:
             signatures = list(self.signer.sign([text for _, text, _ in rendered]))
-        for (number, _, row), encoding, signature in zip(rendered, encodings, signatures, strict=True):
+        for (place, _, row), encoding, signature in zip(rendered, encodings, signatures, strict=True):
             try:
                 mask = mask_tokens(encoding, row.spans, self.tokenizer.stop_token_ids)
             except InvalidValueError as error:
-                self._add_fault(number, error.param, "row.mask", error.message)
+                self._add_fault(place, error.param, "row.mask", error.message)
                 continue
-            if self._add_row(number, encoding, mask) and signature is not None:
+            if self._add_row(place, encoding, mask) and signature is not None:
                 self.signatures.append(signature)
 
-    def _render(self, batch: list[tuple[int, Row] | Fault]) -> Iterator[tuple[int, str, RenderedRow]]:
+    def _render(self, batch: list[tuple[RawRow, Row] | Fault]) -> Iterator[tuple[RawRow, str, RenderedRow]]:
         for item in batch:
             if isinstance(item, Fault):
                 self._add(item)
                 continue
-            number, row = item
+            place, row = item
             try:
                 rendered = render_row(self.template, row)
             except InvalidValueError as error:
-                self._add_fault(number, error.param, "row.template", error.message)
+                self._add_fault(place, error.param, "row.template", error.message)
                 continue
-            yield number, row_text(row) if self.with_signatures else "", rendered
+            yield place, row_text(row) if self.with_signatures else "", rendered
 
-    def _add_row(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> bool:
+    def _add_row(self, place: RawRow, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> bool:
         """Keep a row, cut where that was asked for, and return whether it was kept."""
-        if not self._is_to_be_kept(number, len(encoding.ids), [mask], "messages"):
+        if not self._is_to_be_kept(place, len(encoding.ids), [mask], "messages"):
             return False
-        self._keep(number, encoding, mask)
+        self._keep(place.number, encoding, mask)
         return True
 
     def _is_to_be_kept(
-        self, number: int, num_tokens: int, masks: Sequence[npt.NDArray[np.bool_]], place: str
+        self, place: RawRow, num_tokens: int, masks: Sequence[npt.NDArray[np.bool_]], param: str
     ) -> bool:
         """Judge what is on one line of the file by its longest row; count it, or note its fault."""
         if not all(mask.any() for mask in masks):
             message = "No token of the row is trained: leave out weight 0 on at least one assistant message."
-            self._add_fault(number, place, "row.nothing_supervised", message)
+            self._add_fault(place, param, "row.nothing_supervised", message)
             return False
         if num_tokens > self.max_length and self.too_long == "error":
-            self._add_fault(number, None, "row.too_long", self._too_long_message(num_tokens))
+            self._add_fault(place, None, "row.too_long", self._too_long_message(num_tokens))
             return False
         if num_tokens > self.max_length and self.too_long == "drop":
             self.num_dropped += 1
-            self.dropped_lines.append(number)
+            self.dropped_lines.append(place.number)
             return False
         first_trained = max(int(mask.argmax()) for mask in masks)
         if first_trained >= self.max_length:
@@ -172,11 +173,11 @@ class _Preparation:
                 f"Cut to {self.max_length} tokens, nothing of the row is trained: its first trained token "
                 f'is number {first_trained + 1}. Shorten it, or set training.too_long to "drop".'
             )
-            self._add_fault(number, None, "row.nothing_supervised", message)
+            self._add_fault(place, None, "row.nothing_supervised", message)
             return False
         if num_tokens > self.max_length:
             self.num_truncated += 1
-            self.truncated_lines.append(number)
+            self.truncated_lines.append(place.number)
         return True
 
     def _keep(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> None:
@@ -191,8 +192,8 @@ class _Preparation:
             'training.max_length if the base allows more, or set training.too_long to "truncate" or "drop".'
         )
 
-    def _add_fault(self, number: int, place: str | None, rule: str, message: str) -> None:
-        self._add(Fault(number, None, place, rule, message))
+    def _add_fault(self, place: RawRow, param: str | None, rule: str, message: str) -> None:
+        self._add(locate(Fault(place.number, None, param, rule, message), place))
 
     def _add(self, fault: Fault) -> None:
         self.num_faults += 1
@@ -219,33 +220,33 @@ class _Preparation:
 class _PairPreparation(_Preparation):
     """Makes two rows of each preference, the preferred answer's first; both are kept, or neither."""
 
-    def add_batch(self, batch: list[tuple[int, Row] | Fault]) -> None:
+    def add_batch(self, batch: list[tuple[RawRow, Row] | Fault]) -> None:
         rendered = list(self._render_pairs(batch))
         encodings = encode_rows(self.tokenizer, [row for _, _, pair in rendered for row in pair])
         signatures: Sequence[npt.NDArray[np.uint32] | None] = [None] * len(rendered)
         if self.with_signatures:
             signatures = list(self.signer.sign([text for _, text, _ in rendered]))
-        for place, ((number, _, pair), signature) in enumerate(zip(rendered, signatures, strict=True)):
-            both = encodings[2 * place : 2 * place + 2]
+        for index, ((place, _, pair), signature) in enumerate(zip(rendered, signatures, strict=True)):
+            both = encodings[2 * index : 2 * index + 2]
             try:
                 masks = [
                     mask_tokens(encoding, row.spans, self.tokenizer.stop_token_ids)
                     for encoding, row in zip(both, pair, strict=True)
                 ]
             except InvalidValueError as error:
-                self._add_fault(number, error.param, "row.mask", error.message)
+                self._add_fault(place, error.param, "row.mask", error.message)
                 continue
             longest = max(len(encoding.ids) for encoding in both)
-            if self._are_equal_when_cut(number, both, masks):
+            if self._are_equal_when_cut(place, both, masks):
                 continue
-            if not self._is_to_be_kept(number, longest, masks, "preferred_output"):
+            if not self._is_to_be_kept(place, longest, masks, "preferred_output"):
                 continue
             for encoding, mask in zip(both, masks, strict=True):
-                self._keep(number, encoding, mask)
+                self._keep(place.number, encoding, mask)
                 self.signatures += [] if signature is None else [signature]
 
     def _are_equal_when_cut(
-        self, number: int, both: Sequence[Encoding], masks: Sequence[npt.NDArray[np.bool_]]
+        self, place: RawRow, both: Sequence[Encoding], masks: Sequence[npt.NDArray[np.bool_]]
     ) -> bool:
         """Note the fault of a pair of which only what is cut off tells the answers apart."""
         if self.too_long != "truncate":
@@ -257,17 +258,17 @@ class _PairPreparation(_Preparation):
                 f"Cut to {self.max_length} tokens, both answers are equal. Shorten them, or set "
                 'training.too_long to "drop".'
             )
-            self._add_fault(number, "non_preferred_output", "pair.equal", message)
+            self._add_fault(place, "non_preferred_output", "pair.equal", message)
         return is_equal
 
     def _render_pairs(
-        self, batch: list[tuple[int, Row] | Fault]
-    ) -> Iterator[tuple[int, str, tuple[RenderedRow, RenderedRow]]]:
+        self, batch: list[tuple[RawRow, Row] | Fault]
+    ) -> Iterator[tuple[RawRow, str, tuple[RenderedRow, RenderedRow]]]:
         for item in batch:
             if isinstance(item, Fault):
                 self._add(item)
                 continue
-            number, row = item
+            place, row = item
             assert row.rejected is not None, "a preference has two answers"
             try:
                 pair = (
@@ -275,9 +276,9 @@ class _PairPreparation(_Preparation):
                     render_turns(self.template, row.rejected, row.tools),
                 )
             except InvalidValueError as error:
-                self._add_fault(number, error.param, "row.template", error.message)
+                self._add_fault(place, error.param, "row.template", error.message)
                 continue
-            yield number, row_text(row) if self.with_signatures else "", pair
+            yield place, row_text(row) if self.with_signatures else "", pair
 
 
 def _error_for(purpose: Purpose, message: str) -> JobError:

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from luthier.core.data_reports import DataReport, FaultTold, PairTold, Repeats, Repetition, Shown, ShownRow
 from luthier.core.errors import InvalidValueError, UnavailableError
+from luthier.data.containers.base import RawRow
 from luthier.data.formats.base import Fault, Row
 from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
 from luthier.data.near import Signer, row_key, row_text
 from luthier.data.render import ChatTemplate
-from luthier.data.rows import FileRows
+from luthier.data.rows import FileRows, locate
 from luthier.data.seen import SeenExactly, SeenNearly
 from luthier.data.token_counts import TokenCounts
 from luthier.data.tokens import Encoding, Tokenizer
@@ -29,7 +30,7 @@ NUM_SHOWN = 5
 MAX_SHOWN_CHARS = 4000
 _BATCH_ROWS = 256
 # Rows with their texts: one each, of a preference two.
-_Rendered = list[tuple[int, list[RenderedRow]]]
+_Rendered = list[tuple[RawRow, list[RenderedRow]]]
 
 
 def report_on_file(
@@ -113,9 +114,9 @@ class _Overlap:
         items = (item for item in FileRows(path) if not isinstance(item, Fault))
         while batch := list(itertools.islice(items, _BATCH_ROWS)):
             _check_wanted(is_given_up)
-            for number, row in batch:
-                self._exactly.find_or_add(row_key(row), number)
-            numbers = np.array([number for number, _ in batch], np.int64)
+            for place, row in batch:
+                self._exactly.find_or_add(row_key(row), place.number)
+            numbers = np.array([place.number for place, _ in batch], np.int64)
             self._nearly.find_and_add(signer.sign([row_text(row) for _, row in batch]), numbers)
 
     def look_up(self, numbers: list[int], keys: list[int], signatures: npt.NDArray[np.uint32]) -> None:
@@ -149,8 +150,8 @@ class _Reporter:
     faults: list[FaultTold] = field(default_factory=list)
     shown: list[ShownRow] = field(default_factory=list)
 
-    def render_batch(self, batch: list[tuple[int, Row] | Fault]) -> _Rendered:
-        rows: list[tuple[int, Row]] = []
+    def render_batch(self, batch: list[tuple[RawRow, Row] | Fault]) -> _Rendered:
+        rows: list[tuple[RawRow, Row]] = []
         for item in batch:
             if isinstance(item, Fault):
                 self._add_fault(item)
@@ -162,67 +163,71 @@ class _Reporter:
 
     def add_batch(self, rendered: _Rendered, encodings: list[Encoding]) -> None:
         following = iter(encodings)
-        for number, parts in rendered:
-            self._add_row(number, [(one, next(following)) for one in parts])
+        for place, parts in rendered:
+            self._add_row(place, [(one, next(following)) for one in parts])
 
-    def _look_for_repeats(self, rows: list[tuple[int, Row]]) -> None:
+    def _look_for_repeats(self, rows: list[tuple[RawRow, Row]]) -> None:
         if not rows:
             return
-        numbers = [number for number, _ in rows]
+        numbers = [place.number for place, _ in rows]
         keys = [row_key(row) for _, row in rows]
         signatures = self.signer.sign([row_text(row) for _, row in rows])
         if self.overlap is not None:
             self.overlap.look_up(numbers, keys, signatures)
         is_new = np.ones(len(rows), np.bool_)
-        for place, (number, key) in enumerate(zip(numbers, keys, strict=True)):
+        for index, (number, key) in enumerate(zip(numbers, keys, strict=True)):
             earlier = self.seen_exactly.find_or_add(key, number)
             if earlier is not None:
                 self.exact.add(number, earlier)
-                is_new[place] = False
+                is_new[index] = False
         new_numbers = np.array(numbers, np.int64)[is_new]
         nearly = self.seen_nearly.find_and_add(signatures[is_new], new_numbers)
         for number, earlier in zip(new_numbers.tolist(), nearly.tolist(), strict=True):
             if earlier >= 0:
                 self.near.add(number, earlier)
 
-    def _render(self, rows: list[tuple[int, Row]]) -> Iterator[tuple[int, list[RenderedRow]]]:
+    def _render(self, rows: list[tuple[RawRow, Row]]) -> Iterator[tuple[RawRow, list[RenderedRow]]]:
         """Yield each row that the template renders: one text, of a preference two."""
-        for number, row in rows:
+        for place, row in rows:
             try:
                 parts = [render_row(self.template, row)]
                 if row.rejected is not None:
                     parts.append(render_turns(self.template, row.rejected, row.tools))
             except InvalidValueError as error:
-                self._add_fault(Fault(number, None, error.param, "row.template", error.message))
+                self._add_fault(
+                    locate(Fault(place.number, None, error.param, "row.template", error.message), place)
+                )
                 continue
-            yield number, parts
+            yield place, parts
 
-    def _add_row(self, number: int, parts: list[tuple[RenderedRow, Encoding]]) -> None:
+    def _add_row(self, place: RawRow, parts: list[tuple[RenderedRow, Encoding]]) -> None:
         try:
             masks = [
                 mask_tokens(encoding, one.spans, self.tokenizer.stop_token_ids) for one, encoding in parts
             ]
         except InvalidValueError as error:
-            self._add_fault(Fault(number, None, error.param, "row.mask", error.message))
+            self._add_fault(locate(Fault(place.number, None, error.param, "row.mask", error.message), place))
             return
         if not all(mask.any() for mask in masks):
             told = "No token of the row is trained: leave out weight 0 on at least one assistant message."
-            self._add_fault(Fault(number, None, "messages", "row.nothing_supervised", told))
+            self._add_fault(
+                locate(Fault(place.number, None, "messages", "row.nothing_supervised", told), place)
+            )
         lengths = [len(encoding.ids) for _, encoding in parts]
-        self.tokens.add(number, lengths, sum(int(mask.sum()) for mask in masks))
+        self.tokens.add(place.number, lengths, sum(int(mask.sum()) for mask in masks))
         if len(self.shown) < NUM_SHOWN:
             texts = [
                 _show(one.text, encoding, mask) for (one, encoding), mask in zip(parts, masks, strict=True)
             ]
             rejected = texts[1] if len(texts) > 1 else None
-            self.shown.append(ShownRow(line=number, rejected=rejected, **texts[0].model_dump()))
+            self.shown.append(ShownRow(line=place.number, rejected=rejected, **texts[0].model_dump()))
 
     def _add_fault(self, fault: Fault) -> None:
         self.num_faults += 1
-        place = (fault.line, fault.row)
-        if place != self.last_faulty:
+        line_and_row = (fault.line, fault.row)
+        if line_and_row != self.last_faulty:
             self.num_faulty_rows += 1
-            self.last_faulty = place
+            self.last_faulty = line_and_row
         if len(self.faults) < MAX_FAULTS:
             told = FaultTold(
                 line=fault.line,

@@ -65,8 +65,11 @@ class FileRows:
         self._path = path
         self.format: RowFormat | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, Row] | Fault]:
-        """Yield each row with its number, or the faults in its place; `format` is known before the first."""
+    def __iter__(self) -> Iterator[tuple[RawRow, Row] | Fault]:
+        """Yield each row with its place, or the faults in its place; `format` is known before the first.
+
+        A place is the raw row without its content, so that `locate` can tell of faults found later.
+        """
         for raw in read_raw_rows(self._path):
             if isinstance(raw, Fault):
                 yield raw
@@ -79,7 +82,7 @@ class FileRows:
                 self.format = found
             row = self.format.read(raw.content)
             if row is not None:
-                yield raw.number, row
+                yield raw._replace(content=b""), row
                 continue
             for fault in explain_row(self.format, raw.content, raw.number):
                 yield locate(fault, raw)

@@ -203,7 +203,10 @@ class Storage:
             ArtifactCorruptError: when the object is not there.
         """
         if self.local_root is not None:
-            yield self.local_root / key
+            held = self.local_root / key
+            if not held.is_file():
+                raise ArtifactCorruptError(f"The stored object {key} is missing.")
+            yield held
             return
         with tempfile.TemporaryDirectory(prefix="luthier-object-") as folder:
             path = Path(folder) / "object"

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx2
@@ -15,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from api import reporting
+from luthier.core.data_reports import DataReport
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
+from luthier.data.report import report_on_file
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
 from worker.app import sweep
@@ -80,6 +83,34 @@ def test_what_can_not_be_reported_on_is_said(api: Api, settings: Settings) -> No
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
     assert httpx2.get(f"{api.base_url}/v1/files/{file_id}/report").status_code == 401
+
+
+def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = api.parts.storage.local_root
+    assert root is not None
+    before = {path for path in root.rglob("*") if path.is_file()}
+    file_id = _upload(api, jsonl(colour_rows())).json()["id"]
+    [stored] = {path for path in root.rglob("*") if path.is_file()} - before
+    other_id = _upload(api, jsonl(colour_rows(3))).json()["id"]
+    read: list[Path] = []
+
+    def watched(path: Path, *given: Any, **options: Any) -> DataReport:
+        read.append(path)
+        return report_on_file(path, *given, **options)
+
+    monkeypatch.setattr(reporting, "report_on_file", watched)
+    assert _report(api, file_id).status_code == 200
+    assert read == [stored]
+    stored.unlink()
+    for answer, status, code, param in (
+        (_report(api, file_id), 404, "not_found", "id"),
+        (_report(api, other_id, validation_file=file_id), 400, "invalid_value", "validation_file"),
+    ):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
+        assert file_id in error["message"]
 
 
 def test_a_report_whose_client_has_left_is_given_up(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,19 @@
 """Parquet: read from the whole file, row by row, with what its columns can't say put right."""
 
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from luthier.core.errors import InvalidFileFormatError
+from luthier.data.containers.base import Limits, RawRow
+from luthier.data.containers.parquet import read_parquet
+from luthier.data.containers.parquet_pages import find_longest, measure_column, read_places
 from luthier.data.formats import discover
+from luthier.data.formats.base import Fault
 from luthier.data.rows import FileRows
 from luthier.data.validate import FileChecker
 
@@ -36,7 +42,7 @@ def test_rows_with_nulls_where_a_key_is_absent_are_read(tmp_path):
     facts = check(path)
     assert (facts.num_rows, facts.format, facts.container) == (600, "chat", "parquet")
     found = list(FileRows(path))
-    assert [number for number, _ in found] == list(range(1, 601))
+    assert [place.number for place, _ in found] == list(range(1, 601))
     expected = [discover()["chat"].read(json.dumps(row).encode()) for row in rows]
     assert [row for _, row in found[:2]] == expected
 
@@ -91,3 +97,182 @@ def test_a_caller_without_the_whole_file_is_told(tmp_path):
     checker.feed(write(tmp_path / "rows", [{"text": "t"}]).read_bytes())
     with pytest.raises(InvalidFileFormatError, match="Parquet"):
         checker.finish()
+
+
+_MEASURED = """
+import sys
+from pathlib import Path
+import pyarrow.compute, pyarrow.parquet
+from luthier.data.containers.base import Limits
+from luthier.data.formats.base import Fault
+from luthier.data.containers.parquet import read_parquet
+
+def peak_mib():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+before = peak_mib()
+for path in sys.argv[1:]:
+    told = [item.rule for item in read_parquet(Path(path), Limits()) if isinstance(item, Fault)]
+    print(Path(path).name, peak_mib() - before, *told)
+"""
+
+
+def repeated(value, num):
+    return pa.DictionaryArray.from_arrays(pa.array([0] * num, pa.int32()), [value])
+
+
+def listed(values, num_rows):
+    length = len(values) // num_rows
+    offsets = [length * row for row in range(num_rows + 1)]
+    return pa.table({"messages": pa.ListArray.from_arrays(offsets, values)})
+
+
+def test_few_bytes_that_stand_for_many_take_no_memory(tmp_path):
+    bigs = repeated("x" * 2**20, 512)
+    turns = pa.StructArray.from_arrays([repeated("user", 512), bigs], ["role", "content"])
+    # More than a dictionary's longest: what follows is written as it is.
+    own = pa.array([{"role": "user", "content": "y" * 2**20}, {"role": "user", "content": "z" * 2**20}])
+    own = pa.StructArray.from_arrays(
+        [own.field(0).dictionary_encode(), own.field(1).dictionary_encode()], ["role", "content"]
+    )
+    files = {
+        "cells": (pa.table({"text": bigs}), "parquet.expansion"),
+        "nested": (listed(turns, 512), "parquet.expansion"),
+        "mixed": (listed(pa.concat_arrays([turns, own]), 514), "parquet.expansion"),
+        "row": (listed(turns, 1), "line.too_long"),
+        "texts": (listed(bigs, 1), "line.too_long"),
+        "values": (listed(pa.nulls(3_000_000, pa.string()), 1), "parquet.values"),
+        "more-values": (listed(pa.nulls(5_000_000, pa.string()), 1), "parquet.values"),
+        "page": (pa.table({"text": ["x" * (100 * 2**20)]}), "parquet.expansion"),
+    }
+    for name, (table, _) in files.items():
+        # Without the types of the table, which would have it read as it was made.
+        options = {"store_schema": False, "use_dictionary": name != "page"}
+        write(tmp_path / name, table, compression="zstd", **options)
+        assert (tmp_path / name).stat().st_size < 64 * 1024, name
+    command = [sys.executable, "-c", _MEASURED, *(str(tmp_path / name) for name in files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line, (name, (_, rule)) in zip(done.stdout.splitlines(), files.items(), strict=True):
+        assert line.split()[::2] == [name, rule], line
+        assert int(line.split()[1]) < 256, line
+
+
+def test_the_sizes_that_a_table_of_contents_claims_are_not_believed(tmp_path):
+    path = write(tmp_path / "rows", pa.table({"text": ["x" * (20 * 2**20)]}), compression="zstd")
+    claimed = pq.ParquetFile(path).metadata.row_group(0).total_byte_size
+    # Numbers are zigzags of seven bits a byte; the smaller one is as long as what it takes the place of.
+    truth = [claimed * 2 >> shift & 127 for shift in (0, 7, 14, 21)]
+    lie = [claimed * 2 >> shift & 127 for shift in (0, 7)] + [0, 0]
+    old, new = (bytes([a | 128, b | 128, c | 128, d]) for a, b, c, d in (truth, lie))
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    assert pq.ParquetFile(path).metadata.row_group(0).total_byte_size < 2**14
+    with pytest.raises(InvalidFileFormatError, match="expands to more than"):
+        check(path)
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd", "brotli", "lz4"])
+def test_the_longest_text_of_a_dictionary_is_found(tmp_path, codec):
+    table = pa.table({"text": ["a" * 10, "b" * 300, None, "c" * 299] * 100})
+    path = write(tmp_path / "rows", table, compression=codec)
+    with path.open("rb") as source:
+        [[place]] = read_places(source, path.stat().st_size)
+        pages = measure_column(source, place)
+        longest = find_longest(source, pages, place.codec)
+    assert (pages.num_by_dictionary, longest, pages.is_mixed) == (400, 300, False)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_pages_add_up_to_what_an_honest_writer_claims(tmp_path, version):
+    table = pa.table({"text": [f"text {number}" for number in range(50_000)]})
+    path = write(tmp_path / "rows", table, data_page_version=version, row_group_size=20_000)
+    for index in range(3):
+        group = pq.ParquetFile(path).metadata.row_group(index)
+        with path.open("rb") as source:
+            pages = measure_column(source, read_places(source, path.stat().st_size)[index][0])
+        # The claim counts the headers too.
+        assert 0.99 * group.total_byte_size < pages.num_bytes < group.total_byte_size
+        assert pages.num_values == group.num_rows
+
+
+def test_a_column_of_deltas_is_refused_whose_pages_expand(tmp_path):
+    options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    path = write(tmp_path / "rows", [{"text": "t"}] * 50, **options)
+    with pytest.raises(InvalidFileFormatError, match="DELTA_BYTE_ARRAY"):
+        check(path)
+
+
+def test_a_long_row_is_told_and_those_around_it_are_read(tmp_path):
+    rows = [{"text": "a"}, {"text": "b" * 5000}, {"text": "c" * 900}, {"text": None}, {"text": "d"}] * 3
+    found = list(read_parquet(write(tmp_path / "rows", rows), Limits(max_row_bytes=1000)))
+    texts = [json.loads(one.content).get("text") for one in found if isinstance(one, RawRow)]
+    assert texts == ["a", "c" * 900, None, "d"] * 3
+    assert [one.row for one in found if isinstance(one, Fault)] == [2, 7, 12]
+    assert [one.number for one in found if isinstance(one, RawRow)] == [
+        1,
+        3,
+        4,
+        5,
+        6,
+        8,
+        9,
+        10,
+        11,
+        13,
+        14,
+        15,
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_texts_of_every_kind_are_read_beyond_a_full_dictionary(tmp_path, kind):
+    texts = [f"{number} " * 20 for number in range(20_000)]
+    path = write(tmp_path / "rows", pa.table({"text": pa.array(texts).cast(kind)}))
+    found = [json.loads(one.content)["text"] for one in read_parquet(path, Limits())]
+    assert found == texts
+
+
+def test_a_column_that_can_not_be_measured_is_refused(tmp_path):
+    blob = pa.array([b"x" * 100], pa.binary(100))
+    with pytest.raises(InvalidFileFormatError, match="type is none of text"):
+        check(write(tmp_path / "rows", pa.table({"text": blob})))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    with pytest.raises(InvalidFileFormatError, match="can't be read"):
+        check(write(tmp_path / "rows", table))
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(tmp_path):
+    path = write(tmp_path / "rows", [{"text": f"{number}"} for number in range(90)], row_group_size=10)
+    rows = read_parquet(path, Limits())
+    next(rows)
+    path.unlink()
+    assert [row.number for row in rows] == list(range(2, 91))
+
+
+_DAMAGED = """
+import sys
+from pathlib import Path
+from luthier.data.containers.base import Limits
+from luthier.data.containers.parquet import read_parquet
+
+path = Path(sys.argv[1])
+whole = path.read_bytes()
+begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+for place in range(begin, len(whole) - 8, 3):
+    for value in (29, 255):
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        list(read_parquet(path, Limits()))
+"""
+
+
+def test_a_damaged_table_of_contents_is_a_fault_and_ends_no_process(tmp_path):
+    rows = [{"messages": [USER, ANSWER]}] * 20
+    path = write(tmp_path / "rows", rows, store_schema=False, row_group_size=10)
+    subprocess.run([sys.executable, "-c", _DAMAGED, str(path)], check=True, capture_output=True)

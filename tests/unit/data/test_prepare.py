@@ -1,5 +1,7 @@
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from luthier.core.errors import InvalidTrainingFileError, InvalidValidationFileError, InvalidValueError
@@ -229,3 +231,16 @@ def test_a_template_that_reorders_is_served_by_weight_0_on_earlier_answers(tmp_p
     )
     rows, _ = prepare(tmp_path, base, [QUESTION, {**ANSWER, "weight": 0}, QUESTION, ANSWER])
     assert supervised_text(rows, 0, base) == f"<think>{ANSWER['content']}<|im_end|>"
+
+
+def test_a_row_is_named_by_prepare_as_at_upload_where_rows_are_no_lines(tmp_path, base):
+    good = {"messages": [QUESTION, ANSWER]}
+    untrained = {"messages": [QUESTION, ANSWER | {"weight": 0}]}
+    path = tmp_path / "rows"
+    options = {"max_length": 256, "too_long": "error", "purpose": "training"}
+    path.write_text("[\n\n" + json.dumps(good) + ",\n" + json.dumps(untrained) + "]")
+    with pytest.raises(InvalidTrainingFileError, match=r"1 fault\. Row 2 \(line 4\), messages: "):
+        prepare_rows(path, base, **options)
+    pq.write_table(pa.Table.from_pylist([good, untrained]), path)
+    with pytest.raises(InvalidTrainingFileError, match=r"1 fault\. Row 2, messages: "):
+        prepare_rows(path, base, **options)

@@ -171,3 +171,10 @@ def test_a_report_that_nobody_waits_for_ends_at_its_next_batch(base, tmp_path):
     with pytest.raises(UnavailableError):
         report_on_file(path, base, context_length=256, is_given_up=is_given_up)
     assert len(asked) == 2
+
+
+def test_all_faults_of_an_array_name_row_and_line(report):
+    rows = [chat_row("q", "a"), chat_row("q", "b", weight=0), {"messages": []}]
+    found = report(("[\n\n" + ",\n".join(json.dumps(row) for row in rows) + "]").encode())
+    assert [(one.row, one.line) for one in found.faults] == [(2, 4), (3, 5)]
+    assert found.rows_with_faults == 2
