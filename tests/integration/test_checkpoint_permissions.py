@@ -181,13 +181,13 @@ def test_none_is_granted_while_the_model_is_being_deleted(api: Api, owner: opena
             permissions.create(granting, scope, NAME, [other.id])
 
     waiting = text(
-        "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.datname = current_database() "
-        "JOIN pg_stat_activity USING (pid) WHERE NOT granted AND pg_stat_activity.datid = d.oid"
+        "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+        "WHERE NOT granted AND datname = current_database()"
     )
 
     def is_waiting() -> bool:
         with database.engine.connect() as connection:
-            return connection.execute(waiting).scalar_one() > 0
+            return bool(connection.execute(waiting).scalar_one())
 
     with ThreadPoolExecutor(1) as threads:
         with database.transaction() as deleting:
