@@ -3,7 +3,6 @@
 They are written with the end itself and sent by any worker. No session is open while one is on the wire.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -49,6 +48,8 @@ def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
             WebhookEndpoint.deleted_at.is_(None),
             WebhookEndpoint.event_types.contains([event_type]),
         )
+        # One that is deleted meanwhile is deleted before, or after it can close what is written here.
+        .with_for_update(read=True, of=WebhookEndpoint)
     ).all()
     # One event, whoever hears of it: a client with two endpoints sees that it is the same.
     event_id = new_id("webhook_event")
@@ -82,7 +83,13 @@ def claim_due(session: Session, *, limit: int, timeout_seconds: float) -> list[C
     turn = func.row_number().over(
         partition_by=WebhookDelivery.project_id, order_by=WebhookDelivery.next_try_at
     )
-    turns = select(WebhookDelivery.id, turn.label("turn")).where(is_due).subquery()
+    turns = (
+        select(WebhookDelivery.id, turn.label("turn"))
+        .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+        # What is never claimed must take no turn of what is.
+        .where(is_due, WebhookEndpoint.deleted_at.is_(None))
+        .subquery()
+    )
     rows = session.execute(
         select(WebhookDelivery, WebhookEndpoint, func.now())
         .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
@@ -109,35 +116,35 @@ def claim_due(session: Session, *, limit: int, timeout_seconds: float) -> list[C
     return claimed
 
 
-def record(session: Session, tries: Sequence[tuple[ClaimedDelivery, Outcome]], *, chance: float) -> None:
-    """Write down what came of tries: delivered, to be tried again, or given up after 72 hours.
+def record(session: Session, claimed: ClaimedDelivery, outcome: Outcome, *, chance: float) -> None:
+    """Write down what came of a try: delivered, to be tried again, or given up after 72 hours.
 
     A try that took so long that another one has begun writes nothing.
 
     Args:
         session: the session.
-        tries: each with its outcome.
+        claimed: the try.
+        outcome: what came of it.
         chance: a random number from 0 to 1, for the pause before the next.
     """
-    for claimed, outcome in tries:
-        delivery = session.scalar(
-            select(WebhookDelivery)
-            .where(
-                WebhookDelivery.id == claimed.delivery_id,
-                WebhookDelivery.num_tries == claimed.num_tries,
-                WebhookDelivery.finished_at.is_(None),
-            )
-            .with_for_update()
+    delivery = session.scalar(
+        select(WebhookDelivery)
+        .where(
+            WebhookDelivery.id == claimed.delivery_id,
+            WebhookDelivery.num_tries == claimed.num_tries,
+            WebhookDelivery.finished_at.is_(None),
         )
-        if delivery is None:
-            continue
-        now = session.scalars(select(func.now())).one()
-        again_at = next_try(claimed.num_tries, created_at=delivery.created_at, now=now, chance=chance)
-        delivery.last_status_code, delivery.last_error = outcome.status_code, outcome.error
-        if outcome.is_success:
-            delivery.finished_at, delivery.outcome = now, "delivered"
-        elif again_at is None:
-            delivery.finished_at, delivery.outcome = now, "given_up"
-        else:
-            delivery.next_try_at = again_at
+        .with_for_update()
+    )
+    if delivery is None:
+        return
+    now = session.scalars(select(func.now())).one()
+    again_at = next_try(claimed.num_tries, created_at=delivery.created_at, now=now, chance=chance)
+    delivery.last_status_code, delivery.last_error = outcome.status_code, outcome.error
+    if outcome.is_success:
+        delivery.finished_at, delivery.outcome = now, "delivered"
+    elif again_at is None:
+        delivery.finished_at, delivery.outcome = now, "given_up"
+    else:
+        delivery.next_try_at = again_at
     session.flush()

@@ -280,8 +280,19 @@ def retire_checkpoints(session: Session, job_id: str, *, keep: int, spared_step:
         checkpoint.deleted_at = func.now()
         model.deleted_at = func.now()
         prefixes.append(model.artifact_key)
+    _end_permissions(session, [model.id for _, model in rows if model.id not in needed])
     session.flush()
     return prefixes
+
+
+def _end_permissions(session: Session, model_ids: Sequence[str]) -> None:
+    """Share models with nobody any more: they are deleted, and may come back as their job's result."""
+    session.execute(
+        update(CheckpointPermission)
+        .where(CheckpointPermission.model_id.in_(model_ids), CheckpointPermission.deleted_at.is_(None))
+        .values(deleted_at=func.now())
+        .execution_options(synchronize_session=False)
+    )
 
 
 def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
@@ -315,6 +326,7 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
     )
     if checkpoint is not None:
         checkpoint.deleted_at = func.now()
+    _end_permissions(session, [model.id])
     session.flush()
     return model
 

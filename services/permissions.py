@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from db.permission_tables import CheckpointPermission
-from db.queries import find_owned, lock_key, page
+from db.queries import find_owned, page
 from db.tables import Model, Project
 from luthier.core.errors import InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
@@ -35,16 +35,16 @@ def create(
         ModelNotFoundError: when the caller's project has no such model.
         InvalidValueError: when a project is unknown or the owner itself; nothing is granted then.
     """
-    model = _get_model(session, scope, model_name)
+    # Twins of one request pass one after the other, and the second finds the first's. Who deletes the model
+    # ends its permissions: none is granted while that is under way.
+    model = _get_model(session, scope, model_name, for_update=True)
     for index, project_id in enumerate(project_ids):
         _check_project(session, scope, project_id, f"project_ids.{index}")
-    # Twins of one request pass one after the other, and the second finds the first's.
-    lock_key(session, f"{model.id} permissions")
     return [_grant(session, scope, model, project_id) for project_id in dict.fromkeys(project_ids)]
 
 
-def _get_model(session: Session, scope: Scope, name: str) -> Model:
-    model = models.find(session, scope, name)
+def _get_model(session: Session, scope: Scope, name: str, *, for_update: bool = False) -> Model:
+    model = models.find(session, scope, name, for_update=for_update)
     if model is None:
         raise models.unknown_model(name)
     return model
@@ -123,8 +123,13 @@ def list_(
         statement = statement.where(CheckpointPermission.grantee_project_id == project_id)
     cursor = None
     if after is not None:
-        cursor = find_owned(session, CheckpointPermission, scope.project_id, after)
-        if cursor is None or cursor.model_id != model.id:
+        # One that was deleted since still says where the page begins.
+        cursor = session.scalar(
+            select(CheckpointPermission).where(
+                CheckpointPermission.model_id == model.id, CheckpointPermission.id == after
+            )
+        )
+        if cursor is None:
             raise InvalidValueError(f"after: no such object: {after[:64]}", param="after")
     return page(
         session, statement, CheckpointPermission, after=cursor, limit=limit, is_ascending=is_ascending

@@ -141,7 +141,12 @@ def list_(
     """
     cursor = None
     if after is not None:
-        cursor = find_owned(session, WebhookEndpoint, scope.project_id, after)
+        # One that was deleted since still says where the page begins.
+        cursor = session.scalar(
+            select(WebhookEndpoint).where(
+                WebhookEndpoint.project_id == scope.project_id, WebhookEndpoint.id == after
+            )
+        )
         if cursor is None:
             raise InvalidValueError(f"after: no such object: {after[:64]}", param="after")
     statement = select(WebhookEndpoint).where(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import structlog
 
 from luthier.core.errors import LuthierError
+from luthier.core.logs import origin
 from luthier.webhooks.events import Outcome
 from luthier.webhooks.sending import send
 from luthier.webhooks.targets import TargetRules
@@ -40,45 +41,58 @@ def deliver_due(context: WorkerContext) -> int:
 
     Returns:
         How many were tried.
+
+    Raises:
+        UnavailableError: when the database is away; what came of a try and is not written is tried again.
     """
     timeout_seconds = context.settings.webhook_timeout_seconds
     with context.database.transaction() as session:
         claimed = deliveries.claim_due(session, limit=_AT_ONCE, timeout_seconds=timeout_seconds)
     if not claimed:
         return 0
-    outcomes = asyncio.run(_send_all(context, claimed))
-    with context.database.transaction() as session:
-        deliveries.record(session, list(zip(claimed, outcomes, strict=True)), chance=random.random())
-    for delivery, outcome in zip(claimed, outcomes, strict=True):
-        if not outcome.is_success:
-            _log.info(
-                "webhook not delivered",
-                delivery_id=delivery.delivery_id,
-                num_tries=delivery.num_tries,
-                status_code=outcome.status_code,
-                error=outcome.error,
-            )
+    asyncio.run(_send_all(context, claimed))
     return len(claimed)
 
 
-async def _send_all(context: WorkerContext, claimed: Sequence[ClaimedDelivery]) -> list[Outcome]:
+async def _send_all(context: WorkerContext, claimed: Sequence[ClaimedDelivery]) -> None:
+    """Send them side by side, and write down what came of each as soon as it is known."""
     settings = context.settings
     rules = TargetRules.parse(
         allow_http=settings.webhook_allow_http, allowed_targets=settings.webhook_allowed_targets
     )
-    answers = await asyncio.gather(
-        *(
-            send(delivery.message, rules, timeout_seconds=settings.webhook_timeout_seconds)
-            for delivery in claimed
-        ),
+    unwritten: Exception | None = None
+    tries = [_try(delivery, rules, settings.webhook_timeout_seconds) for delivery in claimed]
+    for ended in asyncio.as_completed(tries):
+        delivery, outcome = await ended
+        try:
+            # In a thread, or a slow database would use up the time of those still on the wire.
+            await asyncio.to_thread(_record, context, delivery, outcome)
+        except Exception as error:  # noqa: BLE001
+            # The others' are written all the same.
+            unwritten = error
+    if unwritten is not None:
+        raise unwritten
+
+
+async def _try(
+    delivery: ClaimedDelivery, rules: TargetRules, timeout_seconds: float
+) -> tuple[ClaimedDelivery, Outcome]:
+    try:
+        return delivery, await send(delivery.message, rules, timeout_seconds=timeout_seconds)
+    except Exception as error:  # noqa: BLE001
         # One that goes wrong in a way nobody thought of must not take the others with it, try after try.
-        return_exceptions=True,
-    )
-    outcomes = []
-    for delivery, answer in zip(claimed, answers, strict=True):
-        if isinstance(answer, BaseException):
-            _log.error("webhook broke", delivery_id=delivery.delivery_id, exc_info=answer)
-            outcomes.append(Outcome(error=f"it could not be sent ({type(answer).__name__})"))
-        else:
-            outcomes.append(answer)
-    return outcomes
+        _log.error("webhook broke", delivery_id=delivery.delivery_id, **origin(error))
+        return delivery, Outcome(error=f"it could not be sent ({type(error).__name__})")
+
+
+def _record(context: WorkerContext, delivery: ClaimedDelivery, outcome: Outcome) -> None:
+    with context.database.transaction() as session:
+        deliveries.record(session, delivery, outcome, chance=random.random())
+    if not outcome.is_success:
+        _log.info(
+            "webhook not delivered",
+            delivery_id=delivery.delivery_id,
+            num_tries=delivery.num_tries,
+            status_code=outcome.status_code,
+            error=outcome.error,
+        )

@@ -58,6 +58,9 @@ def _scores_told(evaluation: Evaluation, whose: str) -> str | None:
     """Return an evaluation as a sentence, or None when nothing was measured. Answers are no scores."""
     scores = {
         "validation loss": evaluation.valid_loss,
+        # Rewards and forgetting are measured from step 0, where they say nothing.
+        "reward accuracy": evaluation.valid_reward_accuracy if evaluation.step else None,
+        "reward margin": evaluation.valid_reward_margin if evaluation.step else None,
         "general loss": evaluation.general_loss,
         "forgetting": evaluation.forgetting if evaluation.step else None,
     }

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from db.tables import Job
 from luthier.core.errors import LuthierError
 from luthier.core.events import EvaluatedEvent, StepEvent, TrainingEvent
+from luthier.core.logs import origin
 from luthier.core.settings import Settings
 from luthier.core.specs import TrainingSpec
 from luthier.core.states import JobStatus
@@ -84,9 +85,9 @@ class TrackerThread:
                 opened.log(*item)
             opened.close(item)
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            # Answered by a line in the job's events. Its text may hold an address or a key: for the log only.
+            # Answered by a line in the job's events. Its text may hold an address or a key.
             self.fault = self.fault or f"it has failed with {type(error).__name__}"
-            _log.warning("tracker failed", tracker=self.name, job_id=run.job_id, exc_info=error)
+            _log.warning("tracker failed", tracker=self.name, job_id=run.job_id, **origin(error))
 
 
 class Tracking:
@@ -135,10 +136,8 @@ def _measured(event: TrainingEvent) -> tuple[int, dict[str, float]] | None:
         facts = event.model_dump(include={"epoch", "learning_rate", "grad_norm", "tokens_per_second"})
         return event.step, event.metrics.model_dump(exclude_none=True) | facts
     if isinstance(event, EvaluatedEvent):
-        scores = event.evaluation.model_dump(
-            include={"valid_loss", "valid_mean_token_accuracy", "general_loss", "forgetting"},
-            exclude_none=True,
-        )
+        # Answers are a user's text and ours.
+        scores = event.evaluation.model_dump(exclude={"step", "epoch", "answers"}, exclude_none=True)
         return (event.evaluation.step, scores) if scores else None
     return None
 
@@ -171,7 +170,7 @@ def start_tracking(
             config = tracker.Config.model_validate(wanted[tracker.name])
         except (KeyError, ValidationError) as error:
             # Made by another version of this code: no reason to fail the job.
-            _log.warning("integration not understood", job_id=lease.job_id, exc_info=error)
+            _log.warning("integration not understood", job_id=lease.job_id, **origin(error))
             continue
         threads.append(TrackerThread(tracker, config, run, context.settings))
 
@@ -186,11 +185,18 @@ def start_tracking(
 
 
 def _parameters(spec: TrainingSpec) -> dict[str, Any]:
-    """Return what decides the result, without the sample prompts, which are a user's text."""
+    """Return what decides the result, without the sample prompts and `init_text`, which are a user's text."""
     training = spec.training.model_dump(mode="json", exclude={"sample_prompts"})
-    return {
+    facts = {
         **spec.hyperparameters.model_dump(mode="json"),
         "seed": spec.seed,
-        **{f"tuning.{name}": value for name, value in spec.tuning.items()},
+        "objective": "supervised" if spec.dpo is None else "dpo",
+        **{f"tuning.{name}": value for name, value in spec.tuning.items() if name != "init_text"},
         **{f"training.{name}": value for name, value in training.items()},
     }
+    if spec.dpo is not None:
+        facts["dpo.beta"] = spec.dpo.beta
+    for role, model in (("parent", spec.parent), ("foundation", spec.foundation)):
+        if model is not None:
+            facts[role], facts[f"{role}.digest"] = model.name, model.digest
+    return facts

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import traceback
+from pathlib import Path
 
 import structlog
 
@@ -37,3 +39,17 @@ def configure_logs(level: str) -> None:
     for library in ("httpx2", "httpcore2"):
         # They log every URL, and at `debug` every header: a webhook's may hold a receiver's token.
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def origin(error: BaseException) -> dict[str, str]:
+    """Return what a log may say of an error whose text may hold a user's words or a key.
+
+    Args:
+        error: the error, once it was raised.
+
+    Returns:
+        Its type, and the file, line and function that raised it.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_at = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else ""
+    return {"error_type": type(error).__name__, "raised_at": raised_at}

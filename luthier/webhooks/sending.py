@@ -6,7 +6,9 @@ No redirect is followed, no proxy is asked, no cookie is kept, and the answer's 
 import asyncio
 import socket
 import ssl
+import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from functools import cache
 
 import httpx2
@@ -20,15 +22,52 @@ from luthier.webhooks.targets import TargetRules, check_url, host_of, permitted_
 _CONNECT_SECONDS = 5.0
 # Of a name's addresses, so many are tried; further ones would only take time.
 _MAX_ADDRESSES = 3
+# Names that are asked for at the same time, among them those whose name servers hang for minutes.
+_MAX_ASKING = 256
+_asking = threading.BoundedSemaphore(_MAX_ASKING)
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 async def resolve_host(host: str, port: int) -> Sequence[str]:
-    """Ask the machine's resolver for a host's addresses."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+    """Ask the machine's resolver for a host's addresses.
+
+    It has a thread of its own, which nobody waits for: a name server that hangs would otherwise hold up the
+    end of the loop that asked, or use up the threads that others need.
+
+    Args:
+        host: the host.
+        port: the port to be called.
+
+    Returns:
+        The addresses, in the resolver's order.
+
+    Raises:
+        OSError: when the name can't be resolved, or too many are asked for already.
+    """
+    if not _asking.acquire(blocking=False):
+        raise OSError("too many names are being resolved")
+    answer: Future[list[str]] = Future()
+
+    def ask() -> None:
+        try:
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            finally:
+                _asking.release()
+            answer.set_result([str(entry[4][0]) for entry in found])
+        except Exception as error:  # noqa: BLE001
+            # Raised again where it is waited for.
+            answer.set_exception(error)
+
+    # Running from now on: who stops waiting can't cancel it, and the thread can always say its answer.
+    answer.set_running_or_notify_cancel()
+    try:
+        threading.Thread(target=ask, daemon=True, name="resolver").start()
+    except RuntimeError as error:
+        _asking.release()
+        raise OSError("no thread can be started") from error
+    return await asyncio.wrap_future(answer)
 
 
 @cache

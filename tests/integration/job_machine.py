@@ -273,7 +273,19 @@ class JobMachine(JobModel):
     @precondition(lambda self: self.held())
     @rule(data=st.data(), how=st.sampled_from(["stopped", "unavailable", "crashed"]))
     def end_before_the_end(self, data: Any, how: str) -> None:
+        self._end_before_the_end(data.draw(st.sampled_from(self.held())), how)
+
+    @precondition(lambda self: self.held())
+    @rule(data=st.data())
+    def crash_as_often_as_it_may(self, data: Any) -> None:
         job = data.draw(st.sampled_from(self.held()))
+        job.num_crashes = MAX_ATTEMPTS - 1
+        with self.transaction() as session:
+            statement = text("UPDATE jobs SET num_crashes = :num WHERE id = :id")
+            session.execute(statement, {"num": job.num_crashes, "id": job.id})
+        self._end_before_the_end(job, "crashed")
+
+    def _end_before_the_end(self, job: Known, how: str) -> None:
         assert job.lease is not None
         with self.transaction() as session:
             if how == "stopped":

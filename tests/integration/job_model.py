@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 from sqlalchemy import text
 
 from db.tables import Attempt, File, Job
+from db.webhook_tables import WebhookDelivery
 from luthier.core.states import TRANSITIONS, JobStatus
+from luthier.webhooks.events import EVENT_TYPES
 from services import leases
 from services.leases import Lease
 from services.scope import Scope
@@ -76,6 +78,10 @@ class JobModel(RuleBasedStateMachine):
         self.http = httpx2.Client(
             base_url=f"{self.api.base_url}/v1", headers={"Authorization": f"Bearer {made['key']}"}
         )
+        # Nothing is sent to it: no worker runs.
+        endpoint = {"name": "machine", "url": "https://hooks.example/", "event_types": [*EVENT_TYPES]}
+        answer = self.http.post("/webhook_endpoints", json=endpoint)
+        assert answer.status_code == 200, answer.text
         with self.transaction() as session:
             organization = session.execute(text("SELECT organization_id FROM projects LIMIT 1")).scalar_one()
         self.scope = Scope(organization, "personal", made["project_id"], made["id"])
@@ -176,6 +182,16 @@ class JobModel(RuleBasedStateMachine):
             assert row.lease_owner == job.lease.worker_id
         if job.status is S.PAUSED:
             assert (row.lease_owner, row.lease_expires_at) == (None, None)
+
+    @invariant()
+    def every_end_is_told_once_and_nothing_else(self) -> None:
+        with self.transaction() as session:
+            told = session.query(WebhookDelivery.job_id, WebhookDelivery.event_type).filter_by(
+                project_id=self.scope.project_id
+            )
+            found = sorted(map(tuple, told))
+        ended = self.in_status(S.SUCCEEDED, S.FAILED, S.CANCELLED)
+        assert found == sorted((job.id, f"fine_tuning.job.{job.status.value}") for job in ended)
 
     @invariant()
     def list_and_retrieve_agree(self) -> None:

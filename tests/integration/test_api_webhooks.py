@@ -103,6 +103,8 @@ def test_endpoints_are_paged_newest_first(api: Api, client: openai.OpenAI) -> No
     with pytest.raises(openai.BadRequestError) as caught:
         client.webhooks.list(after="we_nope")
     assert caught.value.param == "after"
+    client.webhooks.delete(made[3])
+    assert [endpoint.id for endpoint in client.webhooks.list(after=made[3])] == made[2::-1]
 
 
 def test_the_types_are_listed_and_another_one_is_a_400_that_lists_them(

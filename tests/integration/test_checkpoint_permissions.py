@@ -1,15 +1,23 @@
 """Sharing a model with another project: who may call it, and what else they may not do."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote
 
 import httpx2
 import openai
 import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from db.tables import Job, Model
+from luthier.core.errors import ModelNotFoundError
 from luthier.core.ids import new_id
-from tests.conftest import Api
+from luthier.core.specs import BaseFacts, TrainingSpec
+from services import models, permissions
+from services.scope import Scope
+from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 
 NAME = "ft:tiny-llama:personal:mine:abcdefgh:ckpt-step-3"
@@ -109,21 +117,105 @@ def test_a_deleted_model_is_shared_with_nobody(api: Api, owner: openai.OpenAI) -
     assert _chat(api, other) == 404
 
 
+def _register(session: Session, job_id: str, kind: str, step: int, name: str) -> None:
+    job = session.get_one(Job, job_id)
+    facts = BaseFacts(
+        id="tiny-llama",
+        source="path:x",
+        licence="x",
+        digest="sha256:0",
+        tokenizer_digest="sha256:0",
+        context_length=256,
+        num_parameters=1,
+        num_layers=1,
+        hidden_size=1,
+    )
+    spec = TrainingSpec.model_validate(job.spec).model_copy(update={"base": facts})
+    made = {"artifact_key": "k", "artifact_digest": "sha256:d", "metrics": {}}
+    models.register(session, job, spec, name=name, kind=kind, step=step, **made)  # type: ignore[arg-type]
+
+
+def _tuned(project: Project) -> set[str]:
+    return {model.id for model in project.client.models.list() if model.id.startswith("ft:")}
+
+
+def _delete(_session: Session, owner: openai.OpenAI, _job_id: str) -> None:
+    owner.models.delete(f"{NAME}0")
+
+
+def _retire(session: Session, _owner: openai.OpenAI, job_id: str) -> None:
+    _register(session, job_id, "checkpoint", 11, f"{NAME}1")
+    models.retire_checkpoints(session, job_id, keep=1, spared_step=None)
+
+
+@pytest.mark.parametrize("end", [_delete, _retire])
+def test_a_checkpoint_that_comes_back_as_the_result_is_shared_with_nobody(
+    api: Api, owner: openai.OpenAI, end: Callable[[Session, openai.OpenAI, str], None]
+) -> None:
+    other = _project(api, "other")
+    job_id = owner.fine_tuning.jobs.list().data[0].id
+    transaction = api.parts.database.transaction
+    with transaction() as session:
+        _register(session, job_id, "checkpoint", 10, f"{NAME}0")
+    owner.fine_tuning.checkpoints.permissions.create(f"{NAME}0", project_ids=[other.id])
+    assert _tuned(other) == {f"{NAME}0"}
+    with transaction() as session:
+        end(session, owner, job_id)
+    assert _tuned(other) == set()
+    with transaction() as session:
+        _register(session, job_id, "tuned", 10, "ft:tiny-llama:personal::abcdefgh")
+    assert owner.models.retrieve("ft:tiny-llama:personal::abcdefgh")
+    assert _tuned(other) == set()
+    assert list(owner.fine_tuning.checkpoints.permissions.list("ft:tiny-llama:personal::abcdefgh")) == []
+
+
+def test_none_is_granted_while_the_model_is_being_deleted(api: Api, owner: openai.OpenAI) -> None:
+    other = _project(api, "other")
+    database = api.parts.database
+    with database.transaction() as session:
+        job = session.query(Job).one()
+        scope = Scope(job.organization_id, "personal", job.project_id, None)
+
+    def grant() -> None:
+        with database.transaction() as granting:
+            permissions.create(granting, scope, NAME, [other.id])
+
+    waiting = text(
+        "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+        "WHERE NOT granted AND datname = current_database()"
+    )
+
+    def is_waiting() -> bool:
+        with database.engine.connect() as connection:
+            return bool(connection.execute(waiting).scalar_one())
+
+    with ThreadPoolExecutor(1) as threads:
+        with database.transaction() as deleting:
+            models.delete(deleting, scope, api.parts.catalogue, NAME)
+            granted = threads.submit(grant)
+            wait_until(is_waiting, what="the grant waits for the deletion")
+        with pytest.raises(ModelNotFoundError):
+            granted.result(timeout=30)
+
+
 def test_permissions_are_paged_in_both_orders_and_filtered(api: Api, owner: openai.OpenAI) -> None:
-    permissions = owner.fine_tuning.checkpoints.permissions
+    sdk = owner.fine_tuning.checkpoints.permissions
     projects = [_project(api, f"p{n}").id for n in range(5)]
-    made = [permissions.create(NAME, project_ids=[project]).data[0].id for project in projects]
-    assert [one.id for one in permissions.list(NAME, limit=2)] == made[::-1]
-    assert [one.id for one in permissions.list(NAME, limit=2, order="ascending")] == made
-    assert [one.id for one in permissions.list(NAME, project_id=projects[3])] == [made[3]]
+    made = [sdk.create(NAME, project_ids=[project]).data[0].id for project in projects]
+    assert [one.id for one in sdk.list(NAME, limit=2)] == made[::-1]
+    assert [one.id for one in sdk.list(NAME, limit=2, order="ascending")] == made
+    assert [one.id for one in sdk.list(NAME, project_id=projects[3])] == [made[3]]
     with pytest.warns(DeprecationWarning):
-        page = permissions.retrieve(NAME, limit=2, order="ascending")
+        page = sdk.retrieve(NAME, limit=2, order="ascending")
     assert (page.first_id, page.last_id, page.has_more) == (made[0], made[1], True)
-    assert permissions.list(NAME, limit=0).data == []
+    assert sdk.list(NAME, limit=0).data == []
+    sdk.delete(made[3], fine_tuned_model_checkpoint=NAME)
+    assert [one.id for one in sdk.list(NAME, after=made[3])] == made[2::-1]
+    made[3] = sdk.create(NAME, project_ids=[projects[3]]).data[0].id
     # What is there already is answered again, and no twin is made.
-    again = permissions.create(NAME, project_ids=[projects[0], projects[0], projects[1]]).data
+    again = sdk.create(NAME, project_ids=[projects[0], projects[0], projects[1]]).data
     assert [one.id for one in again] == made[:2]
-    assert len(list(permissions.list(NAME))) == 5
+    assert len(list(sdk.list(NAME))) == 5
 
 
 def test_bad_permissions_name_their_field_and_grant_nothing(api: Api, owner: openai.OpenAI) -> None:

@@ -63,6 +63,11 @@ def test_preferences_make_a_model_and_rewards_are_told(client: openai.OpenAI, co
     assert len(steps) == 2 * 3
     assert all({"train_loss", "train_reward_accuracy", "train_reward_margin"} <= set(step) for step in steps)
     assert steps[0]["full_valid_reward_accuracy"] == 1.0
+    told = [event.message for event in events if event.message.startswith(("Base model", "Evaluation at"))]
+    # The newest first; at its start a model has gained nothing yet.
+    assert all("reward accuracy=" in message and "reward margin=" in message for message in told[:-1])
+    assert len(told) > 1
+    assert "reward" not in told[-1]
     table = client.files.content(job.result_files[0]).text.splitlines()
     assert table[0].endswith("full_valid_reward_accuracy,full_valid_reward_margin")
     assert len(table) == 1 + 6

@@ -8,14 +8,18 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import structlog
 from pydantic import SecretStr
 
 from db.tables import Worker
-from luthier.core.events import Metrics, StepEvent
+from luthier.core.events import EvaluatedEvent, Metrics, StepEvent
+from luthier.core.reports import Evaluation, SampleAnswer
 from luthier.core.settings import Settings
+from luthier.core.specs import BaseFacts, DpoOptions, TrainingOptions, TrainingSpec, TunedModel
 from luthier.trackers import discover
 from luthier.trackers.base import RunStatus, TrackedRun, Tracker, TrackerConfig, TrackerRun
-from tests.conftest import Api, wait_until
+from services.leases import Lease
+from tests.conftest import Api
 from tests.event_files import read_events
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
@@ -26,6 +30,18 @@ from worker.keeper import kept_lease
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run, train_next
 from worker.tracking import TrackerThread, start_tracking
+
+_BASE = BaseFacts(
+    id="b",
+    source="path:x",
+    licence="x",
+    digest="sha256:0",
+    tokenizer_digest="sha256:0",
+    context_length=256,
+    num_parameters=1,
+    num_layers=1,
+    hidden_size=1,
+)
 
 
 @pytest.fixture
@@ -206,13 +222,102 @@ def _events() -> list[Any]:
 
 
 def test_what_raises_is_told_by_its_kind_alone(settings: Settings) -> None:
-    thread = TrackerThread(Broken(), TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
-    wait_until(lambda: thread.fault is not None)
+    with structlog.testing.capture_logs() as logs:
+        thread = TrackerThread(Broken(), TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
+        thread.join(30)
+    (line,) = logs
+    assert (line["event"], line["error_type"]) == ("tracker failed", "ConnectionError")
+    assert line["raised_at"].startswith("test_tracking.py:")
+    assert line["raised_at"].endswith(" open")
+    assert "key@" not in repr(line)
     told: list[str] = []
     followed = tracking.Tracking([thread], lambda: "failed")
     for event in _events():
         followed.take(event, tell=lambda message, **_: told.append(message))
     assert told == ["The integration broken does not follow this job: it has failed with ConnectionError"]
+
+
+def test_a_configuration_of_another_version_is_told_without_its_words(context: WorkerContext) -> None:
+    lease = Lease("j", 1, context.worker_id)
+    spec = TrainingSpec(base_id="b", tuning={"type": "lora"}, seed=1)
+    wanted = {"type": "tensorboard", "tensorboard": {"project": "mine", "token": "not-for-the-log"}}
+    with structlog.testing.capture_logs() as logs:
+        start_tracking(context, lease, "p", spec, [wanted]).end()
+    assert [line["error_type"] for line in logs] == ["ValidationError"]
+    assert "not-for-the-log" not in repr(logs)
+
+
+def test_a_tracker_hears_all_that_decides_and_is_measured_and_no_text_of_a_users(
+    client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[TrackedRun] = []
+    logged: list[tuple[int, Mapping[str, float]]] = []
+
+    class Run(Noted):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            logged.append((step, metrics))
+
+    class Listening(Broken):
+        def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
+            opened.append(run)
+            return Run([])
+
+    monkeypatch.setitem(discover(), "broken", Listening())
+    parent = TunedModel(model_id="m", name="ft:parent", method="prompt", digest="sha256:1")
+    spec = TrainingSpec(
+        base_id="b",
+        tuning={"type": "prompt", "num_virtual_tokens": 4, "init": "text", "init_text": "secret words"},
+        training=TrainingOptions(sample_prompts=["secret words"]),
+        seed=1,
+        parent=parent,
+        foundation=parent.model_copy(update={"name": "ft:foundation", "digest": "sha256:2"}),
+        dpo=DpoOptions(beta=0.25),
+    )
+    script = Script("j", spec.model_copy(update={"base": _BASE}), Path(), steps_an_epoch=1, num_epochs=1)
+    evaluation = Evaluation(
+        step=3,
+        epoch=1.0,
+        valid_loss=0.5,
+        valid_reward_accuracy=0.75,
+        valid_reward_margin=1.5,
+        general_loss=3.0,
+        forgetting=0.125,
+        answers=[SampleAnswer(prompt="secret words", answer="secret words")],
+    )
+    wanted = [{"type": "broken", "broken": {"project": "p"}}]
+    lease = Lease(_create(client).id, 1, context.worker_id)
+    followed = start_tracking(context, lease, "p", spec, wanted)
+    event = EvaluatedEvent(job_id="j", evaluation=evaluation, report=script.report(3))
+    followed.take(event, tell=lambda *_args, **_facts: None)
+    followed.end()
+    (run,) = opened
+    assert (
+        run.parameters.items()
+        >= {
+            "objective": "dpo",
+            "dpo.beta": 0.25,
+            "parent": "ft:parent",
+            "parent.digest": "sha256:1",
+            "foundation": "ft:foundation",
+            "foundation.digest": "sha256:2",
+            "tuning.type": "prompt",
+            "tuning.init": "text",
+            "seed": 1,
+        }.items()
+    )
+    assert logged == [
+        (
+            3,
+            {
+                "valid_loss": 0.5,
+                "valid_reward_accuracy": 0.75,
+                "valid_reward_margin": 1.5,
+                "general_loss": 3.0,
+                "forgetting": 0.125,
+            },
+        )
+    ]
+    assert "secret words" not in repr((opened, logged))
 
 
 def test_all_that_waits_is_written_before_the_end(settings: Settings) -> None:

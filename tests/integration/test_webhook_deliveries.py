@@ -1,5 +1,6 @@
 """A job's end on its way to a receiver: real PostgreSQL, a real receiver, the real SDK that unwraps it."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ from sqlalchemy import text
 from db.webhook_tables import WebhookDelivery
 from luthier.core.errors import InvalidTrainingFileError, UnavailableError, WorkerCrashedError
 from luthier.core.settings import Settings
+from luthier.core.states import JobStatus
 from luthier.webhooks.events import EVENT_TYPES, Outcome
-from services import deliveries, leases
+from services import deliveries, leases, webhooks
 from services.leases import Lease
+from services.scope import Scope
 from tests.conftest import Api, wait_until
 from tests.integration.training_script import Script, ScriptedChild
 from tests.receiver import Receiver, running_receiver
@@ -275,10 +278,10 @@ def test_no_two_workers_send_the_same_and_a_late_one_writes_nothing(
         (second,) = deliveries.claim_due(session, limit=9, timeout_seconds=1)
     assert second.message == first.message
     with context.database.transaction() as session:
-        deliveries.record(session, [(first, Outcome(status_code=204))], chance=0.5)
+        deliveries.record(session, first, Outcome(status_code=204), chance=0.5)
     assert _row(context).finished_at is None
     with context.database.transaction() as session:
-        deliveries.record(session, [(second, Outcome(status_code=204))], chance=0.5)
+        deliveries.record(session, second, Outcome(status_code=204), chance=0.5)
     assert _row(context).outcome == "delivered"
 
 
@@ -322,3 +325,72 @@ def test_a_receiver_that_became_internal_is_not_called(
     assert deliver_due(context) == 1
     assert receiver.received == []
     assert "internal" in str(_row(context).last_error)
+
+
+def test_what_no_endpoint_waits_for_takes_no_turn_of_what_one_does(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    for _ in range(deliveries.MAX_OF_A_PROJECT):
+        client.fine_tuning.jobs.cancel(_create(client))
+    with context.database.engine.begin() as connection:
+        connection.execute(text("UPDATE webhook_endpoints SET deleted_at = now()"))
+    client.webhooks.create(name="two", url=f"{receiver.url}/two", event_types=["fine_tuning.job.cancelled"])
+    client.fine_tuning.jobs.cancel(_create(client))
+    assert deliver_due(context) == 1
+    assert [request.path for request in receiver.received] == ["/hook/two"]
+
+
+def test_an_endpoint_is_not_deleted_between_an_end_and_its_delivery(
+    client: openai.OpenAI, context: WorkerContext, endpoint: Any
+) -> None:
+    job_id = _create(client)
+    with context.database.transaction() as session:
+        owner = session.execute(text("SELECT organization_id, project_id FROM jobs")).one()
+    scope = Scope(owner[0], "personal", owner[1], None)
+    with context.database.transaction() as ending:
+        deliveries.enqueue(ending, job_id, JobStatus.CANCELLED)
+        with pytest.raises(UnavailableError), context.database.transaction() as deleting:
+            deleting.execute(text("SET LOCAL lock_timeout = '50ms'"))
+            webhooks.delete(deleting, scope, endpoint.id)
+    client.webhooks.delete(endpoint.id)
+    assert _row(context).outcome == "endpoint_deleted"
+
+
+def test_what_is_known_is_written_while_another_receivers_name_server_hangs(
+    client: openai.OpenAI,
+    context: WorkerContext,
+    receiver: Receiver,
+    endpoint: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, may_answer = threading.Event(), threading.Event()
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host != "hangs.example":
+            return real(host, *args, **kwargs)
+        asked.set()
+        may_answer.wait(60)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    client.webhooks.create(
+        name="hangs", url="https://hangs.example/", event_types=["fine_tuning.job.cancelled"]
+    )
+    client.fine_tuning.jobs.cancel(_create(client))
+    context.settings = context.settings.model_copy(update={"webhook_timeout_seconds": 60})
+
+    def outcomes() -> list[Any]:
+        with context.database.transaction() as session:
+            rows = session.query(WebhookDelivery).order_by(WebhookDelivery.outcome.nulls_last())
+            return [(row.outcome, row.last_error) for row in rows]
+
+    thread = threading.Thread(target=deliver_due, args=(context,), daemon=True)
+    thread.start()
+    try:
+        assert asked.wait(30)
+        wait_until(lambda: outcomes() == [("delivered", None), (None, None)], seconds=20)
+    finally:
+        may_answer.set()
+        thread.join(timeout=30)
+    assert outcomes() == [("delivered", None), (None, "its name could not be resolved")]

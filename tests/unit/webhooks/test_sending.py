@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from luthier.webhooks import sending
 from luthier.webhooks.events import Message, Outcome
 from luthier.webhooks.sending import send
 from luthier.webhooks.signing import new_secret
@@ -133,6 +134,40 @@ def test_a_resolver_or_receiver_that_never_answers_is_left_in_time() -> None:
     assert outcome == Outcome(error="no answer within 0.05 seconds")
 
 
+def test_a_resolver_that_hangs_in_its_thread_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_answer = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: may_answer.wait(20) and [])
+    message = Message("wh_1", "https://hooks.example/", _BODY, (new_secret(),))
+    threads = set(threading.enumerate())
+
+    async def send_and_end() -> Outcome:
+        return await send(message, _PUBLIC, timeout_seconds=0.05)
+
+    ended: list[Outcome] = []
+    runner = threading.Thread(target=lambda: ended.append(asyncio.run(send_and_end())), daemon=True)
+    runner.start()
+    runner.join(timeout=15)
+    is_over = not runner.is_alive()
+    may_answer.set()
+    assert is_over, "the loop waits for the resolver's thread"
+    assert ended == [Outcome(error="no answer within 0.05 seconds")]
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(timeout=15)
+
+
+def test_names_beyond_the_bound_are_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "_asking", threading.BoundedSemaphore(1))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: [(0, 0, 0, "", ("1.1.1.1", 443))])
+
+    async def ask() -> Sequence[str]:
+        return await sending.resolve_host("hooks.example", 443)
+
+    assert asyncio.run(ask()) == asyncio.run(ask()) == ["1.1.1.1"]
+    sending._asking.acquire()
+    with pytest.raises(OSError, match="too many names"):
+        asyncio.run(ask())
+
+
 def _certificate(folder: Path, name: str) -> tuple[Path, Path]:
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     asked = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
@@ -159,10 +194,10 @@ def tls_server(tmp_path: Path) -> "tuple[int, Path, list[str | None]]":
                 return
             try:
                 with context.wrap_socket(plain, server_side=True) as connection:
-                    # All of it: a socket that is closed with something unread resets the connection.
                     received = b""
-                    while not received.endswith(_BODY):
-                        received += connection.recv(65536)
+                    # The body may come apart from the head: who closes with bytes unread cuts the answer off.
+                    while _BODY not in received and (more := connection.recv(65536)):
+                        received += more
                     connection.sendall(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
             except OSError:
                 continue
