@@ -48,7 +48,10 @@ def test_a_server_that_still_runs_is_ended_by_immediate_shutdown(
 ) -> None:
     monkeypatch.setattr(postgres, "_LEFTOVER_SECONDS", 0.2)
     # Stands in for a server: its arguments name the data folder, and it ends on SIGQUIT.
-    code = "import time; print(flush=True); time.sleep(60)"
+    code = (
+        "import signal, time; signal.signal(signal.SIGQUIT, signal.SIG_DFL); "
+        "print(flush=True); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code, "-D", str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
