@@ -1,6 +1,6 @@
 """Training on preferences: whether held-out pairs are told apart, and whether the loss is TRL's.
 
-    python -m benchmarks.preferences [--method lora] [--method full] [--rows 400] [--epochs 2]
+    python -m benchmarks.preferences [--method lora] [--method full] [--rows 400] [--epochs 3]
     python -m benchmarks.preferences --agree
 
 The first trains on our preference set (preference_set.py) and prints the reward accuracy on held-out pairs
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preferences", description=__doc__)
     parser.add_argument("--method", action="append", help="may be given again; lora and full")
     parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument(
         "--rate", type=float, default=None, help='the peak rate; what "auto" takes when left out'
     )
