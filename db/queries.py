@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import ScalarSelect, Select, select, text, tuple_
+from sqlalchemy import ColumnElement, ScalarSelect, Select, select, text, tuple_
 from sqlalchemy.orm import Session
 
 from db.permission_tables import CheckpointPermission
 from db.tables import ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent
 from db.upload_tables import Upload
 from db.webhook_tables import WebhookEndpoint
+from luthier.core.errors import InvalidValueError
 
 OwnedRow = TypeVar(
     "OwnedRow",
@@ -81,6 +82,34 @@ def page(
     order = [column.asc() if is_ascending else column.desc() for column in columns]
     rows = session.scalars(statement.order_by(*order).limit(limit + 1)).all()
     return rows[:limit], len(rows) > limit
+
+
+def find_cursor(
+    session: Session, table: type[OwnedRow], after: str | None, is_listed: ColumnElement[bool]
+) -> OwnedRow | None:
+    """Find the row that ended the page before; one that was deleted since still marks its place.
+
+    Args:
+        session: the session.
+        table: the listed rows' table.
+        after: the row's id, or None for the first page.
+        is_listed: whether a row is in the list, deleted or not.
+
+    Returns:
+        The row; None for the first page.
+
+    Raises:
+        InvalidValueError: when the list has no such row.
+    """
+    if after is None:
+        return None
+    row = session.scalar(select(table).where(table.id == after, is_listed))
+    if row is None:
+        raise InvalidValueError(
+            f"after: {after[:64]!r} is not in this list; send the id that ended the page before.",
+            param="after",
+        )
+    return row
 
 
 def lock_key(session: Session, key: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from db.queries import find_owned, page
+from db.queries import find_cursor, find_owned, page
 from db.tables import File, Job
-from luthier.core.errors import FileInUseError, InvalidValueError, NotFoundError
+from luthier.core.errors import FileInUseError, NotFoundError
 from luthier.core.states import TERMINAL_STATUSES
 from services.scope import Scope
 
@@ -132,11 +132,7 @@ def list_(
     )
     if purpose is not None:
         statement = statement.where(File.purpose == purpose)
-    cursor = None
-    if after is not None:
-        cursor = session.scalar(select(File).where(File.project_id == scope.project_id, File.id == after))
-        if cursor is None:
-            raise InvalidValueError(f"after: no such file: {after[:64]}", param="after")
+    cursor = find_cursor(session, File, after, File.project_id == scope.project_id)
     return page(session, statement, File, after=cursor, limit=limit, is_ascending=is_ascending)
 
 

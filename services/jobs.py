@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session, aliased
 
-from db.queries import find_owned, page
+from db.queries import find_cursor, find_owned, page
 from db.tables import Checkpoint, File, Job, JobEvent, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import (
@@ -243,21 +243,8 @@ def list_(
         session, statement, Job, after=None if after is None else place.scalar_subquery(), limit=limit
     )
     if not found:
-        _find_cursor(session, Job, after, Job.project_id == scope.project_id)
+        find_cursor(session, Job, after, Job.project_id == scope.project_id)
     return found, has_more
-
-
-def _find_cursor(session: Session, table: Any, after: str | None, is_listed: ColumnElement[bool]) -> Any:
-    """Return the row that ended the page before; one that was deleted since still marks its place."""
-    if after is None:
-        return None
-    row = session.scalar(select(table).where(table.id == after, is_listed))
-    if row is None:
-        raise InvalidValueError(
-            f"after: {after[:64]!r} is not in this list; send the id that ended the page before.",
-            param="after",
-        )
-    return row
 
 
 def list_events(
@@ -281,7 +268,7 @@ def list_events(
     """
     job = get(session, scope, job_id)
     statement: Select[Any] = select(JobEvent).where(JobEvent.job_id == job.id)
-    cursor = _find_cursor(session, JobEvent, after, JobEvent.job_id == job.id)
+    cursor = find_cursor(session, JobEvent, after, JobEvent.job_id == job.id)
     if cursor is not None:
         statement = statement.where(JobEvent.seq < cursor.seq)
     rows = session.scalars(statement.order_by(JobEvent.seq.desc()).limit(limit + 1)).all()
@@ -313,7 +300,7 @@ def list_checkpoints(
         .join(Model, Model.id == Checkpoint.model_id)
         .where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None))
     )
-    cursor = _find_cursor(session, Checkpoint, after, Checkpoint.job_id == job.id)
+    cursor = find_cursor(session, Checkpoint, after, Checkpoint.job_id == job.id)
     if cursor is not None:
         statement = statement.where(Checkpoint.step_number < cursor.step_number)
     rows = session.execute(statement.order_by(Checkpoint.step_number.desc()).limit(limit + 1)).all()

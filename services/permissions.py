@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from db.permission_tables import CheckpointPermission
-from db.queries import find_owned, page
+from db.queries import find_cursor, find_owned, page
 from db.tables import Model, Project
 from luthier.core.errors import InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
@@ -121,16 +121,7 @@ def list_(
     )
     if project_id is not None:
         statement = statement.where(CheckpointPermission.grantee_project_id == project_id)
-    cursor = None
-    if after is not None:
-        # One that was deleted since still says where the page begins.
-        cursor = session.scalar(
-            select(CheckpointPermission).where(
-                CheckpointPermission.model_id == model.id, CheckpointPermission.id == after
-            )
-        )
-        if cursor is None:
-            raise InvalidValueError(f"after: no such object: {after[:64]}", param="after")
+    cursor = find_cursor(session, CheckpointPermission, after, CheckpointPermission.model_id == model.id)
     return page(
         session, statement, CheckpointPermission, after=cursor, limit=limit, is_ascending=is_ascending
     )

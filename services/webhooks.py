@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from db.queries import find_owned, lock_key, page
+from db.queries import find_cursor, find_owned, lock_key, page
 from db.webhook_tables import WebhookDelivery, WebhookEndpoint
 from luthier.core.errors import InvalidRequestError, InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
@@ -139,16 +139,7 @@ def list_(
     Raises:
         InvalidValueError: when `after` is no endpoint of the project.
     """
-    cursor = None
-    if after is not None:
-        # One that was deleted since still says where the page begins.
-        cursor = session.scalar(
-            select(WebhookEndpoint).where(
-                WebhookEndpoint.project_id == scope.project_id, WebhookEndpoint.id == after
-            )
-        )
-        if cursor is None:
-            raise InvalidValueError(f"after: no such object: {after[:64]}", param="after")
+    cursor = find_cursor(session, WebhookEndpoint, after, WebhookEndpoint.project_id == scope.project_id)
     statement = select(WebhookEndpoint).where(
         WebhookEndpoint.project_id == scope.project_id, WebhookEndpoint.deleted_at.is_(None)
     )

@@ -1,11 +1,10 @@
 """Finding the methods by folder: every file here that holds a `METHOD`."""
 
-import importlib
-import pkgutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from luthier.core.drop_ins import find_drop_ins
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods.base import Method
 
@@ -13,14 +12,7 @@ from luthier.methods.base import Method
 @cache
 def discover() -> dict[str, Method]:
     """Return every method by its name, in the order of the names. A new file is a new method."""
-    package = __name__.rpartition(".")[0]
-    found: dict[str, Method] = {}
-    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if info.name.startswith("_") or info.name == "base":
-            continue
-        method = importlib.import_module(f"{package}.{info.name}").METHOD
-        found[method.name] = method
-    return dict(sorted(found.items()))
+    return find_drop_ins("luthier.methods", [str(Path(__file__).parent)], "METHOD")
 
 
 def parameter_schemas() -> dict[str, dict[str, Any]]:

@@ -215,13 +215,13 @@ def _examiner(
         room,
     )
     return Examiner(
-        validation=job.validation,
+        # Pairs are scored beside what the job starts from (_with_preferences).
+        validation=None if job.spec.dpo is not None else job.validation,
         general=general_rows(tokenizer, room),
         prompts=prompts,
         max_tokens=max_part_tokens(base, machine),
         pad_id=pad_id,
         should_stop=lambda: stop.is_set,
-        has_pairs=job.spec.dpo is not None,
     )
 
 
@@ -247,7 +247,8 @@ def _with_preferences(
 
     with ledger.phase("evaluate"):
         validation = None if job.validation is None else score(job.validation)
-        return replace(examiner, preferences=Preferences(dpo.beta, score(job.rows), validation))
+        preferences = Preferences(dpo.beta, score(job.rows), validation)
+    return replace(examiner, validation=job.validation, preferences=preferences)
 
 
 def _examine_untuned(
@@ -255,9 +256,6 @@ def _examine_untuned(
 ) -> Evaluation:
     """Score a model before a method that changes it at once lies on it."""
     untuned = _untuned(causal_lm, machine, sample)
-    if examiner.has_pairs and examiner.preferences is None:
-        # Pairs are scored beside what the job starts from, which is not in memory yet.
-        examiner = replace(examiner, validation=None)
     return examiner.examine(untuned, step=0, epoch=0.0, loss_before=None)
 
 

@@ -34,11 +34,29 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class PairLoss:
-    """Sums over a batch's pairs; `loss_sum` is differentiable. Ties count half as right."""
+    """Of a batch's pairs: the sum of their losses, differentiable, and their margins, float32 [P]."""
 
     loss_sum: torch.Tensor
-    num_right: float
-    margin_sum: float
+    margins_P: torch.Tensor
+
+
+class PairSums:
+    """Sums over the parts of a step or of an evaluation. Ties count half as right."""
+
+    def __init__(self) -> None:
+        self.loss = self.num_right = self.margin = 0.0
+
+    def add(self, part: PairLoss) -> float:
+        """Add a part; return its own loss."""
+        margins_P = part.margins_P
+        told = torch.stack([part.loss_sum.detach(), (margins_P.sign() + 1).sum() / 2, margins_P.sum()])
+        loss, num_right, margin = told.tolist()
+        self.loss, self.num_right, self.margin = (
+            self.loss + loss,
+            self.num_right + num_right,
+            self.margin + margin,
+        )
+        return float(loss)
 
 
 @dataclass(frozen=True)
@@ -66,13 +84,12 @@ def pair_loss(trainee: Trainee, part: PairBatch, beta: float) -> PairLoss:
         beta: weight of the distance from the reference.
 
     Returns:
-        Sums of -log sigmoid(margin), in float32.
+        The sum of -log sigmoid(margin), in float32, and the margins.
     """
     rewards_B = beta * (row_log_likelihoods(trainee, part.batch) - part.reference_B.to(trainee.device))
     margins_P = rewards_B[0::2] - rewards_B[1::2]
     loss_sum = -torch.nn.functional.logsigmoid(margins_P).sum()
-    told_P = margins_P.detach()
-    return PairLoss(loss_sum, float((told_P.sign() + 1).sum()) / 2, float(told_P.sum()))
+    return PairLoss(loss_sum, margins_P.detach())
 
 
 def compute_pair_gradients(
@@ -90,24 +107,22 @@ def compute_pair_gradients(
     Returns:
         The scores; not finite ones must not be applied.
     """
-    loss_sum, num_right, margin_sum, num_tokens = 0.0, 0.0, 0.0, 0
+    sums, num_tokens = PairSums(), 0
     trainee.clear_gradients()
     for part in parts:
         loss = pair_loss(trainee, part, beta)
-        value = loss.loss_sum.item()
-        loss_sum, num_tokens = loss_sum + value, num_tokens + part.batch.num_tokens
-        num_right, margin_sum = num_right + loss.num_right, margin_sum + loss.margin_sum
-        if not np.isfinite(value):
+        num_tokens += part.batch.num_tokens
+        if not np.isfinite(sums.add(loss)):
             break
         trainee.add_gradients(loss.loss_sum / num_pairs)
     return StepScores(
-        loss=loss_sum / num_pairs,
+        loss=sums.loss / num_pairs,
         accuracy=None,
         grad_norm=gradient_norm(trainee.gradients),
         num_tokens=num_tokens,
         num_supervised=num_supervised,
-        reward_accuracy=num_right / num_pairs,
-        reward_margin=margin_sum / num_pairs,
+        reward_accuracy=sums.num_right / num_pairs,
+        reward_margin=sums.margin / num_pairs,
     )
 
 

@@ -13,7 +13,7 @@ from luthier.core.reports import Evaluation
 from luthier.data.pairs import split_pairs
 from luthier.data.prepared import PreparedRows
 from luthier.training.batches import collate, row_lengths, split_micro
-from luthier.training.dpo import PairBatch, Preferences, pair_loss
+from luthier.training.dpo import PairBatch, PairSums, Preferences, pair_loss
 from luthier.training.samples import SamplePrompts
 from luthier.training.stopping import StoppedError
 from luthier.training.trainee import Trainee
@@ -95,15 +95,13 @@ def evaluate_pairs(
     Raises:
         StoppedError: when `should_stop` said so.
     """
-    loss_sum, num_right, margin_sum, num_pairs = 0.0, 0.0, 0.0, rows.num_rows // 2
+    sums, num_pairs = PairSums(), rows.num_rows // 2
     for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
         if should_stop():
             raise StoppedError
         pairs = PairBatch(collate(rows, part, pad_id), torch.from_numpy(reference_N[part]))
-        loss = pair_loss(trainee, pairs, beta)
-        loss_sum += loss.loss_sum.item()
-        num_right, margin_sum = num_right + loss.num_right, margin_sum + loss.margin_sum
-    return Scores(loss_sum / num_pairs, None, num_right / num_pairs, margin_sum / num_pairs)
+        sums.add(pair_loss(trainee, pairs, beta))
+    return Scores(sums.loss / num_pairs, None, sums.num_right / num_pairs, sums.margin / num_pairs)
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,8 @@ class Examiner:
     """Everything that a model is scored on, the same at every evaluation of a run.
 
     `validation` may be absent, `general` is the bundled text. `max_tokens` bounds a part with its padding,
-    `pad_id` fills the right of shorter rows, `should_stop` is asked often. `has_pairs` says
-    that the validation rows are pairs, which are scored once `preferences` is set.
+    `pad_id` fills the right of shorter rows, `should_stop` is asked often. `preferences`
+    is set when the validation rows are pairs.
     """
 
     validation: PreparedRows | None
@@ -121,7 +119,6 @@ class Examiner:
     max_tokens: int
     pad_id: int
     should_stop: Callable[[], bool]
-    has_pairs: bool = False
     preferences: Preferences | None = None
 
     def examine(self, trainee: Trainee, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
