@@ -22,9 +22,15 @@ from benchmarks.contestants import Order, run_peer
 from benchmarks.ours import run_ours
 from benchmarks.rows import BATCH_SIZE, NUM_ROWS, ROWS, SEED, Row
 from benchmarks.train import RESULTS, ROOT
-from benchmarks.workload import Workload, learning_rates, load_rows, make_spec, make_workload, write_start
-from luthier.bases.catalogue import base_folder, find_base_facts
-from luthier.core.settings import Settings
+from benchmarks.workload import (
+    Workload,
+    find_base,
+    learning_rates,
+    load_rows,
+    make_spec,
+    make_workload,
+    write_start,
+)
 
 # What the project promises, relative to Trainer's loss.
 MAX_GAP = 1e-4
@@ -49,11 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=ROOT / "examples" / "support" / "train.jsonl")
     options = parser.parse_args()
-    settings = Settings()
-    facts = find_base_facts(settings.bases_dir, settings.preload_base)
-    if facts is None:
-        raise SystemExit(f"Fetch the base first: luthier bases fetch {settings.preload_base}")
-    folder = base_folder(settings.bases_dir, facts.id).absolute()
+    facts, folder = find_base()
     too_far = []
     with tempfile.TemporaryDirectory(prefix="luthier-agreement-") as name:
         scratch = Path(name)
@@ -93,7 +95,7 @@ def _losses(row: Row, workload: Workload, scratch: Path) -> tuple[list[float], l
         tuning=spec.tuning,
         workload=workload,
         start=start,
-        learning_rates=learning_rates(workload, spec),
+        learning_rates=learning_rates(spec, workload.num_steps),
         device="cpu",
     )
     ours, peers = run_ours(scratch / "ours", workload, spec)["losses"], run_peer(order, scratch)["losses"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_file import ROOT, ResultsFile, fingerprint_of
-from luthier.bases.catalogue import base_folder, find_base_facts
+from benchmarks.workload import find_base
 from luthier.core.estimates import Calibration
 from luthier.core.events import FailedEvent, FinishedEvent, parse_event
 from luthier.core.settings import Settings
@@ -41,11 +41,7 @@ MAX_SECONDS_OFF, MAX_BYTES_OFF = 0.30, 0.15
 def main() -> None:
     """Measure what is missing, print the table."""
     options = _parse_options()
-    settings = Settings()
-    facts = find_base_facts(settings.bases_dir, options.base)
-    if facts is None:
-        raise SystemExit(f"Fetch the base first: luthier bases fetch {options.base}")
-    folder = base_folder(settings.bases_dir, facts.id).absolute()
+    facts, folder = find_base(options.base)
     from benchmarks.machine import describe_machine
 
     results = ResultsFile(options.out, describe_machine(), fresh=options.fresh)

@@ -75,7 +75,7 @@ def measure_row(
             tuning=spec.tuning,
             workload=workload,
             start=start,
-            learning_rates=learning_rates(workload, spec),
+            learning_rates=learning_rates(spec, workload.num_steps),
             device=workload.device,
         )
 

@@ -22,10 +22,8 @@ import numpy as np
 from benchmarks.agreement import MAX_GAP
 from benchmarks.contestants import Order, quiet_environment, run_peer
 from benchmarks.preference_set import make_preferences
-from benchmarks.workload import Workload, write_start
-from luthier.bases.catalogue import base_folder, find_base_facts
+from benchmarks.workload import Workload, find_base, learning_rates, write_start
 from luthier.core.events import FailedEvent, FinishedEvent, StepEvent, TrainingEvent, parse_event
-from luthier.core.settings import Settings
 from luthier.core.specs import (
     BaseFacts,
     DpoOptions,
@@ -55,11 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--agree", action="store_true", help="compare losses with TRL's")
     options = parser.parse_args()
-    settings = Settings()
-    facts = find_base_facts(settings.bases_dir, settings.preload_base)
-    if facts is None:
-        raise SystemExit(f"Fetch the base first: luthier bases fetch {settings.preload_base}")
-    folder = base_folder(settings.bases_dir, facts.id).absolute()
+    facts, folder = find_base()
     with tempfile.TemporaryDirectory(prefix="luthier-preferences-") as name:
         if options.agree:
             _compare_with_trl(Path(name), facts, folder, options.threads)
@@ -164,7 +158,7 @@ def _compare_with_trl(scratch: Path, facts: BaseFacts, folder: Path, num_threads
         tuning=resolved.tuning,
         workload=workload,
         start=write_start(workload, resolved, scratch / "start"),
-        learning_rates=_rates(resolved, plan.num_steps),
+        learning_rates=learning_rates(resolved, plan.num_steps),
         device="cpu",
     )
     _, steps = _run(scratch / "ours", num_threads)
@@ -177,18 +171,6 @@ def _compare_with_trl(scratch: Path, facts: BaseFacts, folder: Path, num_threads
     print(f"LoRA beside TRL's DPOTrainer, float32: largest gap {max(gaps):.1e} over {len(gaps)} steps")
     if max(gaps) > MAX_GAP:
         sys.exit(f"Further apart than {MAX_GAP:.0e}")
-
-
-def _rates(spec: TrainingSpec, num_steps: int) -> list[float]:
-    from luthier.training.optimizer import learning_rate_at
-
-    peak = spec.training.learning_rate
-    assert peak is not None, "a resolved spec has a rate"
-    warmup_ratio = spec.training.warmup_ratio
-    return [
-        learning_rate_at(step, num_steps=num_steps, peak=peak, warmup_ratio=warmup_ratio)
-        for step in range(1, num_steps + 1)
-    ]
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from benchmarks.ours import write_run_directory
 from benchmarks.roofline import step_flops
 from benchmarks.rows import ADAPTER, BATCH_SIZE, LORA, ROWS, SEED
 from benchmarks.train import ROOT
-from benchmarks.workload import load_rows, make_spec, make_workload
-from luthier.bases.catalogue import base_folder, find_base_facts
-from luthier.core.settings import Settings
+from benchmarks.workload import find_base, load_rows, make_spec, make_workload
 
 TUNINGS: dict[str, dict[str, Any]] = {
     "lora": LORA,
@@ -45,11 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     # Before torch is imported, as the training process has it.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    settings = Settings()
-    facts = find_base_facts(settings.bases_dir, settings.preload_base)
-    if facts is None:
-        raise SystemExit(f"Fetch the base first: luthier bases fetch {settings.preload_base}")
-    folder = base_folder(settings.bases_dir, facts.id).absolute()
+    facts, folder = find_base()
     num_threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="luthier-profile-") as name:
         scratch = Path(name)

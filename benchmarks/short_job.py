@@ -61,7 +61,7 @@ def measure_short_job(
             spec.tuning,
             workload,
             start,
-            learning_rates(workload, spec),
+            learning_rates(spec, workload.num_steps),
             workload.device,
         )
         told = run_peer(saving_to(order, scratch / "adapter"), scratch)

@@ -22,9 +22,8 @@ from benchmarks.results_file import ResultsFile
 from benchmarks.rows import BATCH_SIZE, GROWTH, NUM_PAIRS, NUM_ROWS, ROWS, SEED, SHORT_JOB, SHORT_JOB_ROWS
 from benchmarks.short_job import JobFailedError, measure_short_job
 from benchmarks.table import make_table
-from benchmarks.workload import Workload, load_rows, make_workload
+from benchmarks.workload import Workload, find_base, load_rows, make_workload
 from examples.local_service import ServiceFailedError
-from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
 from luthier.data.prepared import PreparedRows
@@ -81,10 +80,7 @@ def run_bench(options: argparse.Namespace, device: str, names: list[str]) -> Non
         device: cpu or cuda.
         names: rows to measure, in this order.
     """
-    settings = Settings()
-    facts = find_base_facts(settings.bases_dir, options.base)
-    if facts is None:
-        raise SystemExit(f"Fetch the base first: luthier bases fetch {options.base}")
+    facts, folder = find_base(options.base)
     # A TERM ends the blocks in order, as Ctrl-C does: peers, our processes and a service end with us.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = ResultsFile(options.out, describe_machine(), fresh=options.fresh)
@@ -92,7 +88,7 @@ def run_bench(options: argparse.Namespace, device: str, names: list[str]) -> Non
         bench = Bench(
             options,
             facts,
-            base_folder(settings.bases_dir, facts.id).absolute(),
+            folder,
             device,
             results,
             Path(scratch),

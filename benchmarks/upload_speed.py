@@ -21,11 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.results_file import ROOT
-from db.migrate import upgrade
+from benchmarks.throw_away import throw_away_postgres
 from db.session import Database
-from luthier.cli.stack.home import load_secrets
-from luthier.cli.stack.postgres import open_postgres
-from luthier.cli.stack.processes import spawn
 from luthier.core.keys import new_api_key
 from luthier.core.settings import MIB, Settings
 from services.bootstrap import ensure_first_rows
@@ -141,42 +138,12 @@ def _process(
 
 
 @contextmanager
-def _postgres(folder: Path) -> Iterator[str]:
-    """Run the embedded PostgreSQL as `luthier up` does; yield the URL of its database."""
-    os.environ["STATE_DIRECTORY"] = str(folder / "state")
-    secrets = load_secrets(folder)
-    server = open_postgres(folder, folder, secrets, say=lambda _line: None)
-    spec = server.spec()
-    server.prepare()
-    process = spawn(
-        spec.command,
-        environment=spec.environment,
-        log_path=folder / "postgres.log",
-        user=spec.user,
-        folder=spec.folder,
-        death_signal=spec.death_signal,
-    )
-    try:
-        deadline = time.monotonic() + _START_SECONDS
-        while not spec.is_ready():
-            if time.monotonic() > deadline:
-                raise SystemExit("PostgreSQL does not answer")
-            time.sleep(0.1)
-        owner = f"postgresql+psycopg://postgres:{secrets.postgres_password}"
-        yield f"{owner}@/postgres?host={server.socket_folder}"
-    finally:
-        process.send_signal(spec.stop_signal)
-        process.wait(timeout=30)
-
-
-@contextmanager
 def ours(folder: Path, port: int) -> Iterator[Side]:
     """Run an API process over a fresh database and a local folder."""
     key = new_api_key()
-    with _postgres(folder) as url:
+    with throw_away_postgres(folder) as url:
         settings = Settings(_env_file=None, database_url=url, bootstrap_api_key=key)  # type: ignore[call-arg]
         database = Database(url, pool_size=1)
-        upgrade(database)
         with database.transaction() as session:
             ensure_first_rows(session, settings)
         database.close()

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from luthier.bases.catalogue import base_folder, find_base_facts
+from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts, Hyperparameters, Precision, TrainingOptions, TrainingSpec
 from luthier.data.prepare import prepare_rows
 from luthier.data.prepared import PreparedRows
@@ -149,17 +151,26 @@ def make_spec(
     )
 
 
-def learning_rates(workload: Workload, spec: TrainingSpec) -> list[float]:
+def find_base(base_id: str | None = None) -> tuple[BaseFacts, Path]:
+    """Return the facts and the folder of a fetched base, the preloaded one when none is named; else end."""
+    settings = Settings()
+    base_id = base_id or settings.preload_base
+    facts = find_base_facts(settings.bases_dir, base_id)
+    if facts is None:
+        raise SystemExit(f"Fetch the base first: luthier bases fetch {base_id}")
+    return facts, base_folder(settings.bases_dir, facts.id).absolute()
+
+
+def learning_rates(spec: TrainingSpec, num_steps: int) -> list[float]:
     """Return the rate of every step of our run, for the peer to follow."""
     from luthier.training.optimizer import learning_rate_at
 
     peak = spec.training.learning_rate
     assert peak is not None, "a resolved spec has a rate"
+    warmup_ratio = spec.training.warmup_ratio
     return [
-        learning_rate_at(
-            step, num_steps=workload.num_steps, peak=peak, warmup_ratio=spec.training.warmup_ratio
-        )
-        for step in range(1, workload.num_steps + 1)
+        learning_rate_at(step, num_steps=num_steps, peak=peak, warmup_ratio=warmup_ratio)
+        for step in range(1, num_steps + 1)
     ]
 
 

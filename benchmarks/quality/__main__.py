@@ -27,8 +27,7 @@ from benchmarks.quality.routing import make_routing
 from benchmarks.quality.table import METRICS, render, write_into
 from benchmarks.quality.task import Prompt, Row, Task, with_examples
 from benchmarks.quality.train import Base, DivergedError, train
-from luthier.bases.catalogue import base_folder, find_base_facts
-from luthier.core.settings import Settings
+from benchmarks.workload import find_base
 from luthier.methods import discover
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,11 +123,8 @@ class Measurement:
     """
 
     def __init__(self, arguments: argparse.Namespace, results: Results, size: Size) -> None:
-        settings = Settings()
-        facts = find_base_facts(settings.bases_dir, settings.preload_base)
-        if facts is None:
-            raise SystemExit(f"Fetch the base first: luthier bases fetch {settings.preload_base}")
-        self._base = Base(facts, base_folder(settings.bases_dir, facts.id).absolute())
+        facts, folder = find_base()
+        self._base = Base(facts, folder)
         self._arguments, self._results, self._size = arguments, results, size
         results.machine = {
             "processor": _processor(),
