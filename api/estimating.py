@@ -1,17 +1,14 @@
 """Estimating a job: its rows are counted in a thread, in bounded time, with no session open."""
 
-import asyncio
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import anyio
-import anyio.to_thread
-
 from api.deps import Parts
+from api.turns import get_base_here, run_apart, turn
 from db.tables import File
-from luthier.bases.catalogue import base_folder, find_base_facts
-from luthier.core.errors import ModelNotAvailableError, UnavailableError, UnsupportedValueError
+from luthier.bases.catalogue import base_folder
+from luthier.core.errors import UnsupportedValueError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.data.count import RowCounts, count_rows
@@ -22,7 +19,6 @@ from services.estimates import Estimate, estimate
 from services.jobs import NewJob
 from services.scope import Scope
 
-_WAIT_SECONDS = 20.0
 MAX_ROWS = 4000
 _MAX_SECONDS = 10.0
 
@@ -58,17 +54,8 @@ async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimat
             "method.type: jobs of method 'dpo' can't be estimated yet; create the job, it can be cancelled.",
             param="method.type",
         )
-    try:
-        async with asyncio.timeout(_WAIT_SECONDS):
-            await parts.estimates.acquire()
-    except TimeoutError as error:
-        raise UnavailableError("Other estimates are being made; try again.") from error
-    try:
-        # A limiter of its own: this thread is none of those that serve requests.
-        limiter = anyio.CapacityLimiter(1)
-        return await anyio.to_thread.run_sync(_estimate, parts, scope, request, limiter=limiter)
-    finally:
-        parts.estimates.release()
+    async with turn(parts.estimates, told="Other estimates are being made; try again."):
+        return await run_apart(lambda: _estimate(parts, scope, request))
 
 
 def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
@@ -79,13 +66,7 @@ def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
         validation = None if checked.validation_file is None else _Input.of(checked.validation_file)
         memory_bytes = calibrations.find_worker_memory(session)
     spec = checked.spec
-    base = find_base_facts(parts.settings.bases_dir, spec.base_id)
-    if base is None:
-        raise ModelNotAvailableError(
-            f"The base {spec.base_id} is not on the API's machine, which counts tokens with it. Operator: "
-            f"luthier bases fetch {spec.base_id}.",
-            param="model",
-        )
+    base = get_base_here(parts, spec.base_id, param="model")
     with parts.database.transaction() as session:
         measured, reason = calibrations.find_measured(session, base, spec.training.precision)
     if measured is not None and measured.constants.device != "cpu":

@@ -3,10 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from luthier.core.errors import LuthierError
 from luthier.data.intake import Check
@@ -121,6 +121,47 @@ class Incoming:
                 await self._settle()
         finally:
             await self._sink.abort()
+
+
+@asynccontextmanager
+async def receiving(
+    request: Request,
+    storage: Storage,
+    key: str,
+    *,
+    max_bytes: int,
+    max_body_bytes: int,
+    too_large: LuthierError,
+) -> AsyncIterator[tuple[Incoming, AsyncIterator[bytes]]]:
+    """Take bytes of a request into storage; when the block fails, nothing of them stays.
+
+    Args:
+        request: its body not yet read.
+        storage: where the bytes go.
+        key: the object's key.
+        max_bytes: the most that the object may have.
+        max_body_bytes: the most that the whole body may be declared to have.
+        too_large: what is raised when it is more.
+
+    Yields:
+        The object on its way, and the body's chunks to be parsed into it.
+    """
+    # One iterator for parsing and discarding: a body can be asked for only once.
+    chunks = request.stream()
+    declared = request.headers.get("content-length", "")
+    try:
+        if declared.isdecimal() and int(declared) > max_body_bytes:
+            raise too_large
+        incoming = Incoming(storage, key, max_bytes=max_bytes, too_large=too_large)
+        try:
+            yield incoming, chunks
+        except BaseException:
+            # Shielded: a client that leaves cancels this request, and its bytes must go all the same.
+            await asyncio.shield(incoming.abort())
+            raise
+    except LuthierError:
+        await discard_rest(chunks)
+        raise
 
 
 async def discard_rest(chunks: AsyncIterator[bytes]) -> None:

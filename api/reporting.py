@@ -6,14 +6,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import anyio
-import anyio.to_thread
 from fastapi import Request
 
 from api.deps import Parts
 from api.schemas.file_reports import FileReportObject, file_report_object
+from api.turns import get_base_here, run_apart, turn
 from db.tables import File
-from luthier.bases.catalogue import base_folder, find_base_facts
+from luthier.bases.catalogue import base_folder
 from luthier.core.errors import (
     ArtifactCorruptError,
     InvalidFilePurposeError,
@@ -22,14 +21,12 @@ from luthier.core.errors import (
     MissingParameterError,
     ModelNotAvailableError,
     NotFoundError,
-    UnavailableError,
 )
 from luthier.core.specs import BaseFacts
 from luthier.data.report import report_on_file
 from services import files
 from services.scope import Scope
 
-_WAIT_SECONDS = 20.0
 _LOOK_SECONDS = 1.0
 
 
@@ -68,22 +65,13 @@ async def report_apart(
         InvalidRequestError: when a file holds no rows, or the base is unknown or not on this machine.
         UnavailableError: when others are reported on for longer than one can wait.
     """
-    try:
-        async with asyncio.timeout(_WAIT_SECONDS):
-            await parts.reports.acquire()
-    except TimeoutError as error:
-        raise UnavailableError("Other files are being reported on; try again.") from error
-    has_left = threading.Event()
-    watcher = asyncio.create_task(_watch(request, has_left))
-    try:
-        # A limiter of its own: this thread is none of those that serve requests.
-        limiter = anyio.CapacityLimiter(1)
-        return await anyio.to_thread.run_sync(
-            _report, parts, scope, file_id, base, validation_file_id, has_left, limiter=limiter
-        )
-    finally:
-        watcher.cancel()
-        parts.reports.release()
+    async with turn(parts.reports, told="Other files are being reported on; try again."):
+        has_left = threading.Event()
+        watcher = asyncio.create_task(_watch(request, has_left))
+        try:
+            return await run_apart(lambda: _report(parts, scope, file_id, base, validation_file_id, has_left))
+        finally:
+            watcher.cancel()
 
 
 async def _watch(request: Request, has_left: threading.Event) -> None:
@@ -174,11 +162,4 @@ def _find_base(parts: Parts, base: str | None) -> BaseFacts:
         entry = parts.catalogue.resolve(name)
     except ModelNotAvailableError as error:
         raise ModelNotAvailableError(f"base: {error.message}", param="base") from error
-    facts = find_base_facts(parts.settings.bases_dir, entry.id)
-    if facts is None:
-        raise ModelNotAvailableError(
-            f"base: {entry.id} is not on the API's machine, which counts tokens with it. Operator: luthier "
-            f"bases fetch {entry.id}.",
-            param="base",
-        )
-    return facts
+    return get_base_here(parts, entry.id, param="base")

@@ -1,19 +1,17 @@
 """Receiving a file: parsed, hashed, checked and stored as it arrives, with the memory of a few chunks."""
 
-import asyncio
 import re
 from collections.abc import AsyncIterator
 
 from fastapi import Request
 
 from api.disposition import clean_filename
-from api.incoming import Incoming, discard_rest
+from api.incoming import Incoming, receiving
 from api.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
     InvalidValueError,
-    LuthierError,
     MissingParameterError,
     TooLargeError,
     UnknownParameterError,
@@ -166,22 +164,15 @@ async def receive_file(
     Raises:
         LuthierError: when the form, the purpose, the size or a line of the file breaks a rule.
     """
-    # One iterator for parsing and discarding: a body can be asked for only once.
-    chunks = request.stream()
-    declared = request.headers.get("content-length", "")
-    too_large = _too_large(settings.max_upload_bytes)
-    try:
-        if declared.isdecimal() and int(declared) > settings.max_upload_bytes:
-            raise too_large
-        incoming = Incoming(storage, storage_key, max_bytes=settings.max_upload_bytes, too_large=too_large)
-        try:
-            form = _Form(incoming, RowLimits.of(settings))
-            await _read_into(form, request.headers.get("content-type", ""), chunks)
-            return await _store_form(form, file_id=file_id, storage_key=storage_key)
-        except BaseException:
-            # Shielded: a client that leaves cancels this request, and its bytes must go all the same.
-            await asyncio.shield(incoming.abort())
-            raise
-    except LuthierError:
-        await discard_rest(chunks)
-        raise
+    max_bytes = settings.max_upload_bytes
+    async with receiving(
+        request,
+        storage,
+        storage_key,
+        max_bytes=max_bytes,
+        max_body_bytes=max_bytes,
+        too_large=_too_large(max_bytes),
+    ) as (incoming, chunks):
+        form = _Form(incoming, RowLimits.of(settings))
+        await _read_into(form, request.headers.get("content-type", ""), chunks)
+        return await _store_form(form, file_id=file_id, storage_key=storage_key)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from fastapi import Request
 
-from api.incoming import Incoming, discard_rest
+from api.incoming import Incoming, receiving
 from api.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
 from luthier.core.errors import (
     InvalidFileFormatError,
     InvalidRequestError,
     InvalidValueError,
-    LuthierError,
     MissingParameterError,
 )
 from luthier.core.settings import MIB
@@ -74,21 +73,16 @@ async def receive_part(request: Request, storage: Storage, *, part_id: str, stor
     Raises:
         LuthierError: when the form or the size breaks a rule.
     """
-    chunks = request.stream()
-    declared = request.headers.get("content-length", "")
-    try:
-        if declared.isdecimal() and int(declared) > MAX_PART_BYTES + _MAX_FORM_BYTES:
-            raise _too_large()
-        incoming = Incoming(storage, storage_key, max_bytes=MAX_PART_BYTES, too_large=_too_large())
-        try:
-            await _read_data(incoming, request.headers.get("content-type", ""), chunks)
-            await incoming.close()
-        except BaseException:
-            await asyncio.shield(incoming.abort())
-            raise
-    except LuthierError:
-        await discard_rest(chunks)
-        raise
+    async with receiving(
+        request,
+        storage,
+        storage_key,
+        max_bytes=MAX_PART_BYTES,
+        max_body_bytes=MAX_PART_BYTES + _MAX_FORM_BYTES,
+        too_large=_too_large(),
+    ) as (incoming, chunks):
+        await _read_data(incoming, request.headers.get("content-type", ""), chunks)
+        await incoming.close()
     return StoredPart(part_id, incoming.num_bytes, storage_key)
 
 

@@ -19,13 +19,6 @@ ETAG = f'"{hashlib.sha256(ROWS).hexdigest()}"'
 
 
 @pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
-@pytest.fixture
 def file_id(client: openai.OpenAI) -> str:
     return client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
 

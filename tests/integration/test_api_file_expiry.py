@@ -16,13 +16,6 @@ DAY = 24 * 3600
 
 
 @pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
-@pytest.fixture
 def context(settings: Settings, api: Api) -> WorkerContext:
     return make_context(settings)
 

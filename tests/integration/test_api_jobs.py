@@ -16,13 +16,6 @@ from tests.rows import colour_rows, jsonl
 
 
 @pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
-@pytest.fixture
 def file_id(client: openai.OpenAI) -> str:
     return client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune").id
 

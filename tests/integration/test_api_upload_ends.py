@@ -18,13 +18,6 @@ ROWS = jsonl(colour_rows(40))
 
 
 @pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
-@pytest.fixture
 def context(settings: Settings, api: Api) -> WorkerContext:
     return make_context(settings)
 

@@ -17,13 +17,6 @@ from tests.rows import colour_rows, jsonl
 ROWS = jsonl(colour_rows(40))
 
 
-@pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
 def _objects(api: Api) -> list[str]:
     root = api.parts.storage.local_root
     assert root is not None

@@ -31,13 +31,6 @@ def receiver() -> Iterator[Receiver]:
         yield made
 
 
-@pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
 def _post(api: Api, path: str, body: Any, key: str | None = None) -> httpx2.Response:
     headers = {"Authorization": f"Bearer {key or api.key}"}
     return httpx2.post(f"{api.base_url}/v1{path}", headers=headers, json=body)

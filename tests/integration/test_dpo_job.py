@@ -3,26 +3,9 @@
 import openai
 import pytest
 
-from luthier.core.settings import Settings
-from tests.conftest import Api
 from tests.rows import colour_rows, jsonl, preference_row
-from worker.app import sweep, work
-from worker.context import WorkerContext, make_context
-
-
-@pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
-@pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
+from worker.app import work
+from worker.context import WorkerContext
 
 
 def upload(client: openai.OpenAI, content: bytes) -> str:

@@ -22,8 +22,7 @@ from luthier.core.settings import Settings
 from luthier.data.report import report_on_file
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
-from worker.app import sweep
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext
 from worker.tasks.prepare import prepare
 
 
@@ -171,14 +170,6 @@ _PREFERENCES = [
     }
     for one in _PAIRS
 ]
-
-
-@pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
 
 
 def _prepared(api: Api, context: WorkerContext, content: bytes) -> dict[str, Any]:

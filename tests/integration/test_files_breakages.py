@@ -20,13 +20,6 @@ from tests.rows import colour_rows, jsonl
 ROWS = jsonl(colour_rows())
 
 
-@pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
 def _field(name: str, value: str) -> bytes:
     return f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
 

@@ -12,13 +12,12 @@ from sqlalchemy import select, update
 
 from db.tables import Job, Model
 from luthier.core.events import StoppedEvent
-from luthier.core.settings import Settings
 from luthier.core.specs import TrainingSpec
 from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
-from worker.app import sweep, tidy, work
-from worker.context import WorkerContext, make_context
+from worker.app import tidy, work
+from worker.context import WorkerContext
 from worker.keeper import kept_lease
 from worker.parents import fetch_parents
 from worker.run import Ending
@@ -29,14 +28,6 @@ from worker.tasks.train import claim, make_run, train_next
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
-@pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """What a job may choose, its method and its result, with the real training process."""
 
-from typing import Any
-
 import httpx2
 import openai
 import pytest
@@ -10,21 +8,13 @@ from luthier.client import LuthierClient
 from luthier.methods import discover
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
-from worker.app import sweep, work
-from worker.context import WorkerContext, make_context
+from worker.app import work
+from worker.context import WorkerContext
 
 
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
-@pytest.fixture
-def context(settings: Any, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
 
 
 def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(

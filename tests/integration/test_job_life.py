@@ -14,7 +14,6 @@ from sqlalchemy.exc import IntegrityError
 
 from db.tables import Attempt, Job, JobEvent, Model
 from luthier.core.errors import WorkerCrashedError
-from luthier.core.settings import Settings
 from services import leases
 from services.leases import LeaseLostError
 from tests.conftest import Api, wait_until
@@ -28,14 +27,6 @@ from worker.tasks.train import train_next
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
-@pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
 
 
 def _create(client: openai.OpenAI, rows: list[dict[str, object]], **body: object) -> str:

@@ -8,12 +8,11 @@ import pytest
 from sqlalchemy import DateTime, text
 
 from db.tables import Attempt, Job, Model, Table
-from luthier.core.settings import Settings
 from services import leases
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from worker.app import sweep, tidy, work
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext
 from worker.tasks.prepare import prepare
 from worker.tasks.train import train_next
 
@@ -23,14 +22,6 @@ NUM_STEPS = 320
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
-@pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
 
 
 def _create(client: openai.OpenAI, context: WorkerContext) -> str:

@@ -12,18 +12,9 @@ from db.session import Database
 from luthier.core.specs import TrainingSpec
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
-from worker.app import sweep
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext
 from worker.tasks import prepare as prepare_module
 from worker.tasks.prepare import prepare
-
-
-@pytest.fixture
-def context(settings: Any, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
 
 
 def _create(api: Api, **body: object) -> dict[str, Any]:

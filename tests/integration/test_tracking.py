@@ -24,8 +24,7 @@ from tests.event_files import read_events
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from worker import tracking
-from worker.app import sweep
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext
 from worker.keeper import kept_lease
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run, train_next
@@ -52,14 +51,6 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
-@pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
 
 
 class Broken(Tracker):

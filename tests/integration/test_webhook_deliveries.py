@@ -25,7 +25,7 @@ from tests.receiver import Receiver, running_receiver
 from tests.rows import colour_rows, jsonl
 from worker import delivering
 from worker.app import sweep
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext
 from worker.delivering import deliver_due
 from worker.keeper import kept_lease
 from worker.tasks.prepare import prepare
@@ -43,21 +43,6 @@ def settings(settings: Settings) -> Settings:
 def receiver() -> Iterator[Receiver]:
     with running_receiver() as made:
         yield made
-
-
-@pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-
-
-@pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings)
-    made.ring = api.bells.append
-    sweep(made)
-    return made
 
 
 @pytest.fixture
