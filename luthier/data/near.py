@@ -28,19 +28,30 @@ _SHINGLE_WORDS = 3
 # Words; of scripts without spaces each character is one.
 _NO_SPACES = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
 _WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
+# The same for ASCII, which most texts are, in a fifth of the time: what is in no word becomes a space.
+_ASCII_WORD_BYTES = bytes(
+    ord(chr(byte).lower()) if byte < 128 and _WORD.fullmatch(chr(byte)) else ord(" ") for byte in range(256)
+)
 _MAX_CACHED_WORDS = 65536
 
 Signatures = npt.NDArray[np.uint32]
 
 
-class _WordHashes(dict[str, int]):
+class _WordHashes(dict[bytes, int]):
     """Hashes of words, those of the first many different ones kept."""
 
-    def __missing__(self, word: str) -> int:
-        found = zlib.crc32(word.encode())
+    def __missing__(self, word: bytes) -> int:
+        found = zlib.crc32(word)
         if len(self) < _MAX_CACHED_WORDS:
             self[word] = found
         return found
+
+
+def _find_words(text: str) -> list[bytes]:
+    """Return the words of a text, in lower case and UTF-8; the text itself where it has none."""
+    if text.isascii():
+        return text.encode().translate(_ASCII_WORD_BYTES).split() or [text.encode()]
+    return [word.encode() for word in _WORD.findall(text.lower()) or [text]]
 
 
 def row_text(row: Row) -> str:
@@ -89,8 +100,8 @@ class Signer:
         """
         if not texts:
             return np.zeros((0, SIGNATURE_PARTS), np.uint32)
-        hashes = self._hashes
-        words = [[hashes[word] for word in _WORD.findall(text.lower()) or [text]] for text in texts]
+        find_hash = self._hashes.__getitem__
+        words = [list(map(find_hash, _find_words(text))) for text in texts]
         for row in words:
             if len(row) < _SHINGLE_WORDS:
                 row.extend([0] * (_SHINGLE_WORDS - len(row)))

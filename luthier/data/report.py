@@ -3,9 +3,7 @@
 No torch: the template by jinja2, tokens by the `tokenizers` library. Never in a log: texts are in a report.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,24 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.core.data_reports import DataReport, FaultTold, PairTold, Repeats, Repetition, Shown, ShownRow
-from luthier.core.errors import InvalidValueError, UnavailableError
+from luthier.core.errors import UnavailableError
 from luthier.data.containers.base import RawRow
-from luthier.data.formats.base import Fault, Row
-from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
-from luthier.data.near import Signer, row_key, row_text
-from luthier.data.render import ChatTemplate
-from luthier.data.rows import FileRows, locate
+from luthier.data.examine import Batch, Examined
+from luthier.data.examiners import Examiners, num_processes_for
+from luthier.data.formats.base import Fault
+from luthier.data.rows import FileRows
 from luthier.data.seen import SeenExactly, SeenNearly
 from luthier.data.token_counts import TokenCounts
-from luthier.data.tokens import Encoding, Tokenizer
 
 MAX_FAULTS = 100
 MAX_PAIRS = 20
 NUM_SHOWN = 5
-MAX_SHOWN_CHARS = 4000
 _BATCH_ROWS = 256
-# Rows with their texts: one each, of a preference two.
-_Rendered = list[tuple[RawRow, list[RenderedRow]]]
+_BATCH_BYTES = 8 * 1024 * 1024
 
 
 def report_on_file(
@@ -40,6 +34,7 @@ def report_on_file(
     context_length: int,
     validation_path: Path | None = None,
     is_given_up: Callable[[], bool] = lambda: False,
+    num_processes: int | None = None,
 ) -> DataReport:
     """Report on a file.
 
@@ -49,6 +44,8 @@ def report_on_file(
         context_length: of the base, in tokens.
         validation_path: another file, of which it is told which rows the first shares with it.
         is_given_up: asked now and then whether anybody still waits.
+        num_processes: that share the work, 0 for none; by the file's size and the machine's cores when None.
+            The report is the same.
 
     Returns:
         The report.
@@ -56,36 +53,48 @@ def report_on_file(
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
         InvalidFileFormatError: when a file is none of rows.
-        UnavailableError: when nobody waits any more.
+        UnavailableError: when nobody waits any more, or a process that read rows was ended.
     """
-    signer = Signer()
-    overlap = None if validation_path is None else _Overlap(validation_path, signer, is_given_up)
-    reporter = _Reporter(
-        ChatTemplate.load(base_folder),
-        Tokenizer.load(base_folder),
-        TokenCounts(context_length),
-        signer,
-        overlap,
-    )
-    rows = FileRows(path)
-    items = iter(rows)
-    rendered: _Rendered = []
-    # The library's own threads make tokens of one batch while the next one is rendered.
-    with ThreadPoolExecutor(1) as pool:
-        encodings = pool.submit(encode_rows, reporter.tokenizer, [])
-        while batch := list(itertools.islice(items, _BATCH_ROWS)):
-            _check_wanted(is_given_up)
-            following = reporter.render_batch(batch)
-            flat = [one for _, parts in following for one in parts]
-            reporter.add_batch(rendered, encodings.result())
-            rendered, encodings = following, pool.submit(encode_rows, reporter.tokenizer, flat)
-        reporter.add_batch(rendered, encodings.result())
+    if num_processes is None:
+        num_processes = num_processes_for(path)
+    with Examiners(base_folder, num_processes) as examiners:
+        overlap = None
+        if validation_path is not None:
+            overlap = _Overlap()
+            for examined in examiners.examine(_batches(FileRows(validation_path), is_given_up)):
+                overlap.add(examined)
+        reporter = _Reporter(TokenCounts(context_length), overlap)
+        rows = FileRows(path)
+        for examined in examiners.examine(_batches(rows, is_given_up, reporter.num_to_show)):
+            reporter.add(examined)
     return reporter.result(None if rows.format is None else rows.format.name)
 
 
-def _check_wanted(is_given_up: Callable[[], bool]) -> None:
-    if is_given_up():
-        raise UnavailableError("The report was given up, since nobody waits for it.")
+def _batches(
+    rows: FileRows, is_given_up: Callable[[], bool], num_to_show: Callable[[], int] | None = None
+) -> Iterator[Batch]:
+    """Yield a file's rows in batches of bounded size, cut at the same places in any run.
+
+    Without `num_to_show` they are only to be compared.
+    """
+    items: list[RawRow | Fault] = []
+    num_bytes = 0
+
+    def batch() -> Batch:
+        if is_given_up():
+            raise UnavailableError("The report was given up, since nobody waits for it.")
+        name = "" if rows.format is None else rows.format.name
+        num_shown = 0 if num_to_show is None else num_to_show()
+        return Batch(name, items, num_shown, is_compared_only=num_to_show is None)
+
+    for item in rows.raw():
+        items.append(item)
+        num_bytes += 0 if isinstance(item, Fault) else len(item.content)
+        if len(items) == _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
+            yield batch()
+            items, num_bytes = [], 0
+    if items:
+        yield batch()
 
 
 @dataclass
@@ -107,17 +116,15 @@ class _Repeats:
 class _Overlap:
     """The rows of a validation file, and which rows of another one are among them."""
 
-    def __init__(self, path: Path, signer: Signer, is_given_up: Callable[[], bool]) -> None:
-        self._signer = signer
+    def __init__(self) -> None:
         self._exactly, self._nearly = SeenExactly(), SeenNearly()
         self.exact, self.near = _Repeats(), _Repeats()
-        items = (item for item in FileRows(path) if not isinstance(item, Fault))
-        while batch := list(itertools.islice(items, _BATCH_ROWS)):
-            _check_wanted(is_given_up)
-            for place, row in batch:
-                self._exactly.find_or_add(row_key(row), place.number)
-            numbers = np.array([place.number for place, _ in batch], np.int64)
-            self._nearly.find_and_add(signer.sign([row_text(row) for _, row in batch]), numbers)
+
+    def add(self, examined: Examined) -> None:
+        """Take rows of the validation file."""
+        for number, key in zip(examined.numbers, examined.keys, strict=True):
+            self._exactly.find_or_add(key, number)
+        self._nearly.find_and_add(examined.signatures_array(), np.array(examined.numbers, np.int64))
 
     def look_up(self, numbers: list[int], keys: list[int], signatures: npt.NDArray[np.uint32]) -> None:
         nearly = self._nearly.find(signatures).tolist()
@@ -134,10 +141,7 @@ class _Overlap:
 
 @dataclass
 class _Reporter:
-    template: ChatTemplate
-    tokenizer: Tokenizer
     tokens: TokenCounts
-    signer: Signer
     overlap: _Overlap | None
     seen_exactly: SeenExactly = field(default_factory=SeenExactly)
     seen_nearly: SeenNearly = field(default_factory=SeenNearly)
@@ -150,31 +154,32 @@ class _Reporter:
     faults: list[FaultTold] = field(default_factory=list)
     shown: list[ShownRow] = field(default_factory=list)
 
-    def render_batch(self, batch: list[tuple[RawRow, Row] | Fault]) -> _Rendered:
-        rows: list[tuple[RawRow, Row]] = []
-        for item in batch:
-            if isinstance(item, Fault):
-                self._add_fault(item)
-            else:
-                rows.append(item)
-        self.num_rows += len(rows)
-        self._look_for_repeats(rows)
-        return list(self._render(rows))
+    def add(self, examined: Examined) -> None:
+        self.num_rows += len(examined.numbers)
+        self._look_for_repeats(examined.numbers, examined.keys, examined.signatures_array())
+        for fault in examined.faults:
+            self._add_fault(fault)
+        for number, lengths, num_supervised in examined.counted:
+            self.tokens.add(number, lengths, num_supervised)
+        for number, texts in examined.shown[: self.num_to_show()]:
+            first, *others = [
+                Shown(text=text, is_cut=is_cut, supervised=supervised) for text, is_cut, supervised in texts
+            ]
+            rejected = others[0] if others else None
+            self.shown.append(ShownRow(line=number, rejected=rejected, **first.model_dump()))
 
-    def add_batch(self, rendered: _Rendered, encodings: list[Encoding]) -> None:
-        following = iter(encodings)
-        for place, parts in rendered:
-            self._add_row(place, [(one, next(following)) for one in parts])
+    def num_to_show(self) -> int:
+        """Return how many more rows are wanted with their texts."""
+        return NUM_SHOWN - len(self.shown)
 
-    def _look_for_repeats(self, rows: list[tuple[RawRow, Row]]) -> None:
-        if not rows:
+    def _look_for_repeats(
+        self, numbers: list[int], keys: list[int], signatures: npt.NDArray[np.uint32]
+    ) -> None:
+        if not numbers:
             return
-        numbers = [place.number for place, _ in rows]
-        keys = [row_key(row) for _, row in rows]
-        signatures = self.signer.sign([row_text(row) for _, row in rows])
         if self.overlap is not None:
             self.overlap.look_up(numbers, keys, signatures)
-        is_new = np.ones(len(rows), np.bool_)
+        is_new = np.ones(len(numbers), np.bool_)
         for index, (number, key) in enumerate(zip(numbers, keys, strict=True)):
             earlier = self.seen_exactly.find_or_add(key, number)
             if earlier is not None:
@@ -185,42 +190,6 @@ class _Reporter:
         for number, earlier in zip(new_numbers.tolist(), nearly.tolist(), strict=True):
             if earlier >= 0:
                 self.near.add(number, earlier)
-
-    def _render(self, rows: list[tuple[RawRow, Row]]) -> Iterator[tuple[RawRow, list[RenderedRow]]]:
-        """Yield each row that the template renders: one text, of a preference two."""
-        for place, row in rows:
-            try:
-                parts = [render_row(self.template, row)]
-                if row.rejected is not None:
-                    parts.append(render_turns(self.template, row.rejected, row.tools))
-            except InvalidValueError as error:
-                self._add_fault(
-                    locate(Fault(place.number, None, error.param, "row.template", error.message), place)
-                )
-                continue
-            yield place, parts
-
-    def _add_row(self, place: RawRow, parts: list[tuple[RenderedRow, Encoding]]) -> None:
-        try:
-            masks = [
-                mask_tokens(encoding, one.spans, self.tokenizer.stop_token_ids) for one, encoding in parts
-            ]
-        except InvalidValueError as error:
-            self._add_fault(locate(Fault(place.number, None, error.param, "row.mask", error.message), place))
-            return
-        if not all(mask.any() for mask in masks):
-            told = "No token of the row is trained: leave out weight 0 on at least one assistant message."
-            self._add_fault(
-                locate(Fault(place.number, None, "messages", "row.nothing_supervised", told), place)
-            )
-        lengths = [len(encoding.ids) for _, encoding in parts]
-        self.tokens.add(place.number, lengths, sum(int(mask.sum()) for mask in masks))
-        if len(self.shown) < NUM_SHOWN:
-            texts = [
-                _show(one.text, encoding, mask) for (one, encoding), mask in zip(parts, masks, strict=True)
-            ]
-            rejected = texts[1] if len(texts) > 1 else None
-            self.shown.append(ShownRow(line=place.number, rejected=rejected, **texts[0].model_dump()))
 
     def _add_fault(self, fault: Fault) -> None:
         self.num_faults += 1
@@ -252,15 +221,3 @@ class _Reporter:
             shown=self.shown,
         )
 
-
-def _show(text: str, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> Shown:
-    """Return a text with the parts of it whose tokens are learnt, cut at a bounded length."""
-    parts: list[tuple[int, int]] = []
-    for start, end in np.minimum(encoding.spans[mask], MAX_SHOWN_CHARS).tolist():
-        if start == end:
-            continue
-        if parts and start <= parts[-1][1]:
-            parts[-1] = (parts[-1][0], max(end, parts[-1][1]))
-        else:
-            parts.append((start, end))
-    return Shown(text=text[:MAX_SHOWN_CHARS], is_cut=len(text) > MAX_SHOWN_CHARS, supervised=parts)

@@ -65,27 +65,48 @@ class FileRows:
         self._path = path
         self.format: RowFormat | None = None
 
-    def __iter__(self) -> Iterator[tuple[RawRow, Row] | Fault]:
-        """Yield each row with its place, or the faults in its place; `format` is known before the first.
-
-        A place is the raw row without its content, so that `locate` can tell of faults found later.
-        """
+    def raw(self) -> Iterator[RawRow | Fault]:
+        """Yield each row unread, or a fault in its place; `format` is known before the first row."""
         for raw in read_raw_rows(self._path):
-            if isinstance(raw, Fault):
-                yield raw
-                continue
-            if self.format is None:
+            if self.format is None and not isinstance(raw, Fault):
                 found = recognise(raw.content, raw.number)
                 if isinstance(found, Fault):
                     yield locate(found, raw)
                     continue
                 self.format = found
-            row = self.format.read(raw.content)
-            if row is not None:
-                yield raw._replace(content=b""), row
+            yield raw
+
+    def __iter__(self) -> Iterator[tuple[RawRow, Row] | Fault]:
+        """Yield each row with its place, or the faults in its place; `format` is known before the first.
+
+        A place is the raw row without its content, so that `locate` can tell of faults found later.
+        """
+        for raw in self.raw():
+            if isinstance(raw, Fault) or self.format is None:
+                assert isinstance(raw, Fault), "rows come after the format is known"
+                yield raw
                 continue
-            for fault in explain_row(self.format, raw.content, raw.number):
-                yield locate(fault, raw)
+            found = read_row(self.format, raw)
+            if isinstance(found, list):
+                yield from found
+            else:
+                yield found
+
+
+def read_row(row_format: RowFormat, raw: RawRow) -> tuple[RawRow, Row] | list[Fault]:
+    """Read one row of a file.
+
+    Args:
+        row_format: of the file.
+        raw: the row.
+
+    Returns:
+        The row and its place, which is the raw row without its content; or its faults.
+    """
+    row = row_format.read(raw.content)
+    if row is not None:
+        return raw._replace(content=b""), row
+    return [locate(fault, raw) for fault in explain_row(row_format, raw.content, raw.number)]
 
 
 def find_file_format(path: Path) -> RowFormat | None:

@@ -152,6 +152,11 @@ class Tokenizer:
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
+    @property
+    def pipeline(self) -> tokenizers.Tokenizer:
+        """The library's own tokenizer, for questions of how it works; text becomes tokens by methods here."""
+        return self._inner
+
     @staticmethod
     def _with_spans(encoding: tokenizers.Encoding) -> Encoding:
         spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)

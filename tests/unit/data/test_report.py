@@ -6,7 +6,8 @@ import tracemalloc
 import pytest
 
 from luthier.core.errors import UnavailableError
-from luthier.data.report import MAX_FAULTS, MAX_SHOWN_CHARS, report_on_file
+from luthier.data.examine import MAX_SHOWN_CHARS
+from luthier.data.report import MAX_FAULTS, report_on_file
 from luthier.data.tokens import Tokenizer
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.tiny import build_tiny_base

@@ -1,0 +1,209 @@
+"""What a report takes of each row: its faults, by what it is compared, its tokens. A batch of rows at a time,
+which depends on no other, so that processes can share the work.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from luthier.core.errors import InvalidValueError
+from luthier.data.containers.base import RawRow
+from luthier.data.formats import discover
+from luthier.data.formats.base import Fault, Row
+from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
+from luthier.data.near import SIGNATURE_PARTS, Signatures, Signer, row_key, row_text
+from luthier.data.render import ChatTemplate
+from luthier.data.rows import locate, read_row
+from luthier.data.tokens import Encoding, Tokenizer
+from luthier.data.word_tokens import RowTokens, WordTokens, cuts_at_words
+
+MAX_SHOWN_CHARS = 4000
+
+
+class Batch(msgspec.Struct, array_like=True):
+    """Rows that follow each other in a file, or faults in their place.
+
+    `format_name` is that of the file. `num_shown` is how many rows at most are wanted with their texts.
+    `is_compared_only` says that neither faults nor tokens are wanted.
+    """
+
+    format_name: str
+    items: list[RawRow | Fault]
+    num_shown: int = 0
+    is_compared_only: bool = False
+
+
+class Counted(NamedTuple):
+    """Tokens of one row: of its conversation, of a preference of both; `num_supervised` are of all together."""
+
+    number: int
+    lengths: list[int]
+    num_supervised: int
+
+
+class ShownText(NamedTuple):
+    """A row's text, cut at a bounded length, and which characters of it are learnt."""
+
+    text: str
+    is_cut: bool
+    supervised: list[tuple[int, int]]
+
+
+class Examined(msgspec.Struct, array_like=True):
+    """What was taken of a batch.
+
+    `numbers` are the rows' that could be read, `keys` and `signatures` (uint32, SIGNATURE_PARTS each) say
+    what is in them. `counted` are those of them that the template renders. `faults` are in the order of the
+    rows, `shown` the first rows by their numbers.
+    """
+
+    numbers: list[int]
+    keys: list[int]
+    signatures: bytes
+    counted: list[Counted]
+    faults: list[Fault]
+    shown: list[tuple[int, list[ShownText]]]
+
+    def signatures_array(self) -> Signatures:
+        """Return the signatures, uint32 [N, SIGNATURE_PARTS]."""
+        return np.frombuffer(self.signatures, np.uint32).reshape(-1, SIGNATURE_PARTS)
+
+
+class Examiner:
+    """Examine rows with a base's template and tokenizer.
+
+    Args:
+        base_folder: a fetched base.
+
+    Raises:
+        BaseUnavailableError: when the base has no template or tokenizer that can be read.
+    """
+
+    def __init__(self, base_folder: Path) -> None:
+        self._template = ChatTemplate.load(base_folder)
+        self._tokenizer = Tokenizer.load(base_folder)
+        self._words = WordTokens(self._tokenizer) if cuts_at_words(self._tokenizer) else None
+        self._signer = Signer()
+
+    def examine(self, batch: Batch) -> Examined:
+        """Examine rows.
+
+        Args:
+            batch: the rows.
+
+        Returns:
+            What was found; nothing of it depends on other batches.
+        """
+        row_format = discover()[batch.format_name] if batch.format_name else None
+        # Faults by the place of their row in the batch.
+        faults: list[tuple[int, Fault]] = []
+        rows: list[tuple[int, RawRow, Row]] = []
+        for place, item in enumerate(batch.items):
+            if isinstance(item, Fault) or row_format is None:
+                assert isinstance(item, Fault), "rows come after the format is known"
+                faults.append((place, item))
+                continue
+            found = read_row(row_format, item)
+            if isinstance(found, list):
+                faults += [(place, fault) for fault in found]
+            else:
+                rows.append((place, *found))
+        signatures = self._signer.sign([row_text(row) for _, _, row in rows])
+        examined = Examined(
+            numbers=[raw.number for _, raw, _ in rows],
+            keys=[row_key(row) for _, _, row in rows],
+            signatures=signatures.tobytes(),
+            counted=[],
+            faults=[],
+            shown=[],
+        )
+        if not batch.is_compared_only:
+            self._count(rows, batch.num_shown, examined, faults)
+            examined.faults = [fault for _, fault in sorted(faults, key=lambda one: one[0])]
+        return examined
+
+    def _count(
+        self,
+        rows: list[tuple[int, RawRow, Row]],
+        num_shown: int,
+        examined: Examined,
+        faults: list[tuple[int, Fault]],
+    ) -> None:
+        """Render rows, count their tokens and show the first."""
+        rendered: list[tuple[int, RawRow, list[RenderedRow]]] = []
+        for place, raw, row in rows:
+            try:
+                rendered.append((place, raw, self._render(row)))
+            except InvalidValueError as error:
+                faults.append((place, _fault(raw, error.param, "row.template", error.message)))
+        flat = [one for _, _, parts in rendered for one in parts]
+        tokens = iter(self._count_tokens(flat))
+        for place, raw, parts in rendered:
+            found = [next(tokens) for _ in parts]
+            refusal = next((one for one in found if isinstance(one, InvalidValueError)), None)
+            if refusal is not None:
+                faults.append((place, _fault(raw, refusal.param, "row.mask", refusal.message)))
+                continue
+            counts = [one for one in found if isinstance(one, RowTokens)]
+            if not all(one.num_supervised for one in counts):
+                told = "No token of the row is trained: leave out weight 0 on at least one assistant message."
+                faults.append((place, _fault(raw, "messages", "row.nothing_supervised", told)))
+            examined.counted.append(
+                Counted(
+                    raw.number, [one.length for one in counts], sum(one.num_supervised for one in counts)
+                )
+            )
+            if len(examined.shown) < num_shown:
+                examined.shown.append((raw.number, self._show(parts)))
+
+    def _render(self, row: Row) -> list[RenderedRow]:
+        """Render a row: one text, of a preference two."""
+        parts = [render_row(self._template, row)]
+        if row.rejected is not None:
+            parts.append(render_turns(self._template, row.rejected, row.tools))
+        return parts
+
+    def _count_tokens(self, rendered: Sequence[RenderedRow]) -> list[RowTokens | InvalidValueError]:
+        """Count the tokens of each text, or say why it can't be told which of them are learnt."""
+        counted = [None if self._words is None else self._words.count(one) for one in rendered]
+        others = [one for one, found in zip(rendered, counted, strict=True) if found is None]
+        encodings = iter(encode_rows(self._tokenizer, others) if others else ())
+        return [
+            self._mask(one, next(encodings)) if found is None else found
+            for one, found in zip(rendered, counted, strict=True)
+        ]
+
+    def _mask(self, one: RenderedRow, encoding: Encoding) -> RowTokens | InvalidValueError:
+        try:
+            mask = mask_tokens(encoding, one.spans, self._tokenizer.stop_token_ids)
+        except InvalidValueError as error:
+            return error
+        return RowTokens(len(encoding.ids), int(mask.sum()))
+
+    def _show(self, parts: Sequence[RenderedRow]) -> list[ShownText]:
+        encodings = encode_rows(self._tokenizer, parts)
+        return [
+            _show(one.text, encoding, mask_tokens(encoding, one.spans, self._tokenizer.stop_token_ids))
+            for one, encoding in zip(parts, encodings, strict=True)
+        ]
+
+
+def _fault(raw: RawRow, field: str | None, rule: str, message: str) -> Fault:
+    return locate(Fault(raw.number, None, field, rule, message), raw)
+
+
+def _show(text: str, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> ShownText:
+    """Return a text with the parts of it whose tokens are learnt, cut at a bounded length."""
+    parts: list[tuple[int, int]] = []
+    for start, end in np.minimum(encoding.spans[mask], MAX_SHOWN_CHARS).tolist():
+        if start == end:
+            continue
+        if parts and start <= parts[-1][1]:
+            parts[-1] = (parts[-1][0], max(end, parts[-1][1]))
+        else:
+            parts.append((start, end))
+    return ShownText(text[:MAX_SHOWN_CHARS], len(text) > MAX_SHOWN_CHARS, parts)
