@@ -153,9 +153,7 @@ class Examiner:
                 told = "No token of the row is trained: leave out weight 0 on at least one assistant message."
                 faults.append((place, _fault(raw, "messages", "row.nothing_supervised", told)))
             examined.counted.append(
-                Counted(
-                    raw.number, [one.length for one in counts], sum(one.num_supervised for one in counts)
-                )
+                Counted(raw.number, [one.length for one in counts], sum(one.num_supervised for one in counts))
             )
             if len(examined.shown) < num_shown:
                 examined.shown.append((raw.number, self._show(parts)))

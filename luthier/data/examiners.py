@@ -5,6 +5,7 @@ threads must not fork. They have pipes alone, and end when the pipe is closed or
 """
 
 import contextlib
+import functools
 import os
 import struct
 import subprocess
@@ -18,7 +19,7 @@ from typing import IO
 
 import msgspec
 
-from luthier.core.errors import UnavailableError
+from luthier.core.errors import BaseUnavailableError, UnavailableError
 from luthier.data.examine import Batch, Examined, Examiner
 
 # The one that counts and compares has work for as many.
@@ -41,29 +42,37 @@ def num_processes_for(path: Path) -> int:
 
 
 class Examiners:
-    """Examine batches here or in processes; what is found is the same. A context, which ends them.
+    """Examine batches here or in processes; what is found is the same. A context: its end is theirs.
 
     Args:
         base_folder: a fetched base.
         num_processes: how many; 0 for none.
-
-    Raises:
-        BaseUnavailableError: when the base has no template or tokenizer that can be read.
     """
 
     def __init__(self, base_folder: Path, num_processes: int) -> None:
-        self._here = Examiner(base_folder)
-        self._idle: SimpleQueue[_Process] = SimpleQueue()
+        self._base_folder = base_folder
+        self._num_processes = num_processes
         self._processes: list[_Process] = []
+        self._idle: SimpleQueue[_Process] = SimpleQueue()
         self._threads = ThreadPoolExecutor(max(1, num_processes), "examiner")
-        for _ in range(num_processes):
-            self._processes.append(_Process(base_folder))
-            self._idle.put(self._processes[-1])
 
     def __enter__(self) -> "Examiners":
+        try:
+            for _ in range(self._num_processes):
+                self._processes.append(_Process(self._base_folder))
+                self._idle.put(self._processes[-1])
+        except OSError as error:
+            self._end()
+            raise UnavailableError(
+                "No process could be started to read the file's rows; try again. Operator: the machine is "
+                "short of memory, or of processes."
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for process in self._processes:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -80,6 +89,7 @@ class Examiners:
             What was found.
 
         Raises:
+            BaseUnavailableError: when the base has no template or tokenizer that can be read.
             UnavailableError: when a process has ended, for want of memory perhaps.
         """
         if not self._processes:
@@ -93,12 +103,27 @@ class Examiners:
         while waiting:
             yield waiting.popleft().result()
 
+    @functools.cached_property
+    def _here(self) -> Examiner:
+        return Examiner(self._base_folder)
+
     def _examine_apart(self, batch: Batch) -> Examined:
         process = self._idle.get()
         try:
             return process.examine(batch)
         finally:
             self._idle.put(process)
+
+
+class _Refusal(msgspec.Struct, array_like=True):
+    """A process's first word: why it can't work; empty where it can."""
+
+    message: str
+
+
+_BATCHES = msgspec.msgpack.Decoder(Batch)
+_EXAMINED = msgspec.msgpack.Decoder(Examined)
+_REFUSALS = msgspec.msgpack.Decoder(_Refusal)
 
 
 class _Process:
@@ -112,11 +137,17 @@ class _Process:
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
+        self._is_ready = False
 
     def examine(self, batch: Batch) -> Examined:
         try:
+            if not self._is_ready:
+                refusal = _REFUSALS.decode(_read(self._output))
+                if refusal.message:
+                    raise BaseUnavailableError(refusal.message)
+                self._is_ready = True
             _write(self._input, msgspec.msgpack.encode(batch))
-            return msgspec.msgpack.decode(_read(self._output), type=Examined)
+            return _EXAMINED.decode(_read(self._output))
         except (OSError, EOFError) as error:
             raise UnavailableError(
                 "A process that read the file's rows has ended; try again. Operator: see the log, and whether "
@@ -156,12 +187,17 @@ def _serve(base_folder: Path) -> None:
     # What anything prints must not get among the answers.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    examiner = Examiner(base_folder)
-    decoder = msgspec.msgpack.Decoder(Batch)
     with contextlib.suppress(EOFError, BrokenPipeError):
-        # Ended by the parent's end of the pipe.
+        # The parent's end of a pipe is gone: so is the work.
+        try:
+            examiner = Examiner(base_folder)
+        except BaseUnavailableError as error:
+            _write(output, msgspec.msgpack.encode(_Refusal(error.message)))
+            return
+        _write(output, msgspec.msgpack.encode(_Refusal("")))
         while True:
-            _write(output, msgspec.msgpack.encode(examiner.examine(decoder.decode(_read(sys.stdin.buffer)))))
+            found = examiner.examine(_BATCHES.decode(_read(sys.stdin.buffer)))
+            _write(output, msgspec.msgpack.encode(found))
 
 
 if __name__ == "__main__":

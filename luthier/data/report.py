@@ -220,4 +220,3 @@ class _Reporter:
             overlap=None if self.overlap is None else self.overlap.told(),
             shown=self.shown,
         )
-

@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -38,6 +38,11 @@ _PATTERNS = frozenset(
         rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
     }
 )
+# Up to a space that follows none. What the patterns take for a space Python does too, but for one character
+# that was a space in older versions of Unicode.
+_OLD_SPACE = "\u180e"
+_ANY_SPACE, _NO_SPACE = rf"[\s{_OLD_SPACE}]", rf"[^\s{_OLD_SPACE}]"
+_SEGMENT = re.compile(rf"{_ANY_SPACE}*{_NO_SPACE}*(?:(?! ){_ANY_SPACE}+{_NO_SPACE}*)*")
 _MAX_KEPT = 65536
 _MAX_KEPT_CHARS = 48
 # The count of a word that must be counted together with the next; sums with it are below zero.
@@ -78,7 +83,8 @@ class WordTokens:
         self._tokenizer = tokenizer
         # Of two marks that begin alike the library takes the longer.
         marks = sorted((token.content for token in _added(tokenizer.pipeline)), key=len, reverse=True)
-        self._find_marks = re.compile("|".join(map(re.escape, marks))) if marks else None
+        # With a group, so that a text's every second part is a mark; with none of them what never matches.
+        self._marks = re.compile(f"({'|'.join(map(re.escape, marks)) or '(?!)'})")
         self._stops = frozenset(
             text for text in marks if tokenizer.pipeline.token_to_id(text) in tokenizer.stop_token_ids
         )
@@ -101,25 +107,27 @@ class WordTokens:
         if self._is_normalised and not unicodedata.is_normalized("NFC", row.text):
             return None
         parts = _Parts()
-        for start, text in ((0, row.text[: row.cut]), (row.cut, row.text[row.cut :])):
-            self._add_parts(parts, start, text)
+        if row.cut:
+            self._add_parts(parts, 0, row.text[: row.cut])
+        self._add_parts(parts, row.cut, row.text[row.cut :])
         num_supervised = self._count_supervised(parts, row.spans)
         return None if num_supervised is None else RowTokens(parts.num_tokens, num_supervised)
 
-    def _add_parts(self, parts: "_Parts", offset: int, text: str) -> None:
-        place = 0
-        for mark in self._find_marks.finditer(text) if self._find_marks else ():
-            start, end = mark.span()
-            if start > place:
-                between = text[place:start]
-                parts.add(offset + place, between, self._count_text(between))
-            found = mark.group()
-            if found in self._stops:
-                parts.stops.append((offset + start, offset + end, parts.num_tokens + 1))
-            parts.add(offset + start, "", 1)
-            place = end
-        if place < len(text):
-            parts.add(offset + place, text[place:], self._count_text(text[place:]))
+    def _add_parts(self, parts: "_Parts", place: int, text: str) -> None:
+        for number, part in enumerate(self._marks.split(text)):
+            if not part:
+                continue
+            parts.starts.append(place)
+            parts.tokens_before.append(parts.num_tokens)
+            start, place = place, place + len(part)
+            if number % 2 == 0:
+                parts.texts.append(part)
+                parts.num_tokens += self._count_text(part)
+                continue
+            parts.texts.append("")
+            parts.num_tokens += 1
+            if part in self._stops:
+                parts.stops.append((start, place, parts.num_tokens))
 
     def _count_text(self, text: str) -> int:
         """Count the tokens of a text that has no mark in it."""
@@ -130,7 +138,7 @@ class WordTokens:
             found = self._whole[first] + sum(map(self._after_space.__getitem__, words))
             if found >= 0:
                 return found
-        return sum(self._whole[segment] for segment in _segments(text))
+        return sum(map(self._whole.__getitem__, _SEGMENT.findall(text)))
 
     def _count_supervised(self, parts: "_Parts", spans: list[Span]) -> int | None:
         num_supervised = end_before = 0
@@ -157,7 +165,8 @@ class WordTokens:
         text = parts.texts[at]
         if not text:
             return found + 1
-        for segment in _segments(text):
+        for match in _SEGMENT.finditer(text):
+            segment = match.group()
             if place <= len(segment):
                 return found + bisect_left(self._find_starts(segment), place)
             place -= len(segment)
@@ -190,29 +199,10 @@ class _Parts:
         self.tokens_before: list[int] = []
         self.stops: list[tuple[int, int, int]] = []
 
-    def add(self, start: int, text: str, num_tokens: int) -> None:
-        self.starts.append(start)
-        self.texts.append(text)
-        self.tokens_before.append(self.num_tokens)
-        self.num_tokens += num_tokens
-
 
 def _ends_a_word(text: str) -> bool:
     """Whether a space after this text is the first of its run: there every known pattern cuts."""
-    # A Mongolian vowel separator was a space in older versions of Unicode.
-    return bool(text) and not text[-1].isspace() and text[-1] != "\u180e"
-
-
-def _segments(text: str) -> Iterator[str]:
-    """Yield the parts of a text that are cut from each other at words."""
-    start = 0
-    place = text.find(" ", 1)
-    while place >= 0:
-        if _ends_a_word(text[place - 1]):
-            yield text[start:place]
-            start = place
-        place = text.find(" ", place + 1)
-    yield text[start:]
+    return bool(text) and not text[-1].isspace() and text[-1] != _OLD_SPACE
 
 
 def cuts_at_words(tokenizer: Tokenizer) -> bool:
