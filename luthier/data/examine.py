@@ -38,7 +38,7 @@ class Batch(msgspec.Struct, array_like=True):
 
 
 class Counted(NamedTuple):
-    """Tokens of one row: of its conversation, of a preference of both; `num_supervised` are of all together."""
+    """Tokens of one row, of a preference in two conversations; `num_supervised` are of both together."""
 
     number: int
     lengths: list[int]

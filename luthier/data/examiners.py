@@ -1,7 +1,7 @@
 """Rows of a large file examined by a few processes, in the file's order; those of a small one here.
 
-The processes are Python's own, started afresh (`python -m luthier.data.examiners BASE_FOLDER`): a service with
-threads must not fork. They have pipes alone, and end when the pipe is closed or the parent is gone.
+The processes are started afresh (`python -m luthier.data.examiners BASE_FOLDER`): a service with threads must
+not fork. They have pipes and nothing else, and end when those are closed, as by a parent that is gone.
 """
 
 import contextlib
@@ -150,8 +150,8 @@ class _Process:
             return _EXAMINED.decode(_read(self._output))
         except (OSError, EOFError) as error:
             raise UnavailableError(
-                "A process that read the file's rows has ended; try again. Operator: see the log, and whether "
-                "the machine is short of memory."
+                "A process that read the file's rows has ended; try again. Operator: see the log, and "
+                "whether the machine is short of memory."
             ) from error
 
     def kill(self) -> None:

@@ -189,7 +189,8 @@ class WordTokens:
 class _Parts:
     """A row's text cut at its marks: where each part begins, and how many tokens come before it.
 
-    `texts` are empty for the marks themselves. `stops` are the marks that end a turn: start, end, and the number of tokens up to it and with it.
+    `texts` are empty for the marks themselves. `stops` are the marks that end a turn: start,
+    end, and the number of tokens up to it and with it.
     """
 
     def __init__(self) -> None:

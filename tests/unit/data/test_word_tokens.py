@@ -26,7 +26,7 @@ MARKS = ["<|end|>", "<|end|>x", "<|im_start|>", "<|a b|>"]
 CORPUS = [
     "what is the colour of the sky on a clear day? it's the sky's own, they'll say:\n\n  blue   it is\n",
     'def count(self):\n    return [1, 22, 333]  # the same, the same\n\t"é" Ünïcode, the end.\r\n',
-    "Привет, мир! Привет  всем , and 12 345 日本語のテキスト 日本語 と\u00a0\u3000x e\u0301 ... --- the the the",
+    "Привет, мир! Привет  всем , and 12 345 日本語のテキスト 日本語 と\u00a0\u3000x e\u0301 ... --- the the",
 ]
 
 
@@ -64,26 +64,42 @@ TOKENIZERS = {
     "gpt-4o": make(split_first(GPT_4O)),
 }
 COUNTERS = {name: WordTokens(tokenizer) for name, tokenizer in TOKENIZERS.items()}
-PIECES = (
-    [
-        " ",
-        " ",
-        "  ",
-        "   ",
-        "\n",
-        "\n\n",
-        "\r\n",
-        "\t",
-        "\u00a0",
-        "\u3000",
-        "\u2028",
-        "\u180e",
-        "\x1c",
-        "\x85",
-    ]
-    + ["the", "sky", "it's", "'ll", "'", "12", "345", "½", "...", "/", ",", "é", "e\u0301", "\u0301", "x"]
-    + ["Привет", "日本語", "😀", "\u200b", "<|", "|>", "ab", "CamelCase", *MARKS]
-)
+SPACES = [
+    " ",
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "\u180e",
+    "\x1c",
+    "\x85",
+]
+WORDS = [
+    "the",
+    "sky",
+    "it's",
+    "'ll",
+    "'",
+    "12",
+    "345",
+    "½",
+    "...",
+    "/",
+    ",",
+    "x",
+    "ab",
+    "CamelCase",
+    "<|",
+    "|>",
+]
+OTHERS = ["é", "e\u0301", "\u0301", "Привет", "日本語", "😀", "\u200b"]
+PIECES = [*SPACES, *WORDS, *OTHERS, *MARKS]
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=14).map("".join)
 
 
