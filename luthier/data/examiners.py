@@ -25,7 +25,7 @@ from luthier.data.examine import Batch, Examined, Examiner
 # The one that counts and compares has work for as many.
 _MAX_PROCESSES = 6
 # A file below this is examined in the time that processes take to start.
-_MIN_BYTES = 8 * 1024 * 1024
+_MIN_BYTES = 4 * 1024 * 1024
 _LENGTH = struct.Struct("<Q")
 # No secret of a service is among what a process that reads rows knows.
 _ALLOWED_VARIABLES = frozenset(
