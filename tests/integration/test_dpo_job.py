@@ -61,7 +61,7 @@ def test_preferences_make_a_model_and_rewards_are_told(client: openai.OpenAI, co
     assert table[0].endswith("full_valid_reward_accuracy,full_valid_reward_margin")
     assert len(table) == 1 + 6
     assert (estimate["rows"]["train"], estimate["rows"]["validation"]) == (12, 4)
-    assert estimate["steps"] == 6
+    assert (estimate["steps"], estimate["beta"]) == (6, 0.1)
     # Which rows are held back is settled by prepare, so an estimate knows their share of all tokens.
     assert job.trained_tokens == pytest.approx(estimate["trained_tokens"], rel=0.02)
     report: Any = client.get(f"/fine_tuning/jobs/{job.id}/report", cast_to=object)
