@@ -100,7 +100,7 @@ def count_rows(
     row_format = find_file_format(path)
     if row_format is not None and not learns_from(row_format.name, wants_pairs=wants_pairs):
         raise InvalidValueError(tell_wrong_format(purpose, row_format.name), param=f"{purpose}_file")
-    counting = _Counting(row_format, template, tokenizer, max_length, too_long, 2 if wants_pairs else 1)
+    counting = _Counting(row_format, template, tokenizer, max_length, too_long)
     with as_json_lines(path) as lines:
         num_rows, places = _choose(lines, max_rows)
         for batch in _batches(lines, places):
@@ -128,7 +128,6 @@ class _Counting:
     tokenizer: Tokenizer
     max_length: int
     too_long: TooLong
-    rows_per_example: int
     counted: list[tuple[int, int]] = field(default_factory=list)
     num_read: int = 0
     num_too_long: int = 0
