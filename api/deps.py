@@ -13,6 +13,7 @@ from api.event_hub import EventHub
 from db.session import Database
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import UnauthenticatedError, UnavailableError
+from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.inference.backends.base import Backend
 from luthier.storage.store import Storage
@@ -40,6 +41,7 @@ class Parts:
     backend: Backend
     hub: EventHub
     ring: Ring
+    sealer: Sealer
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
     reports: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_REPORTS))

@@ -8,10 +8,10 @@ from api.deps import Parts
 from api.turns import get_base_here, run_apart, turn
 from db.tables import File
 from luthier.bases.catalogue import base_folder
-from luthier.core.errors import UnsupportedValueError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.data.count import RowCounts, count_rows
+from luthier.data.objectives import Purpose
 from luthier.data.prompts import check_sample_prompts
 from luthier.methods import room_in_context, row_limit
 from services import calibrations, integrations, jobs
@@ -49,11 +49,6 @@ async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimat
         LuthierError: what creating the job would raise; and when the base is not on this machine.
         UnavailableError: when others are estimated for longer than one can wait.
     """
-    if request.dpo is not None:
-        raise UnsupportedValueError(
-            "method.type: jobs of method 'dpo' can't be estimated yet; create the job, it can be cancelled.",
-            param="method.type",
-        )
     async with turn(parts.estimates, told="Other estimates are being made; try again."):
         return await run_apart(lambda: _estimate(parts, scope, request))
 
@@ -79,15 +74,19 @@ def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
         base=base,
         shape=read_shape(folder),
         base_folder=folder,
-        training=_count(parts, training, spec, folder, base),
-        validation=None if validation is None else _count(parts, validation, spec, folder, base),
+        training=_count(parts, training, "training", spec, folder, base),
+        validation=(
+            None if validation is None else _count(parts, validation, "validation", spec, folder, base)
+        ),
         measured=measured,
         reason=reason,
         memory_bytes=memory_bytes,
     )
 
 
-def _count(parts: Parts, file: _Input, spec: TrainingSpec, folder: Path, base: BaseFacts) -> RowCounts:
+def _count(
+    parts: Parts, file: _Input, purpose: Purpose, spec: TrainingSpec, folder: Path, base: BaseFacts
+) -> RowCounts:
     with tempfile.TemporaryDirectory(prefix="luthier-estimate-") as scratch:
         path = Path(scratch) / "rows.jsonl"
         parts.storage.fetch_file(file.storage_key, path, sha256=file.sha256)
@@ -98,4 +97,6 @@ def _count(parts: Parts, file: _Input, spec: TrainingSpec, folder: Path, base: B
             too_long=spec.training.too_long,
             max_rows=MAX_ROWS,
             max_seconds=_MAX_SECONDS,
+            purpose=purpose,
+            wants_pairs=spec.dpo is not None,
         )

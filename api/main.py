@@ -28,6 +28,7 @@ from api.routes import (
 from api.schemas.errors import ErrorBody
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
+from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.inference.backends.engine import EngineBackend
 from luthier.storage.store import Storage
@@ -58,6 +59,7 @@ def make_parts(settings: Settings) -> Parts:
         catalogue=load_catalogue(settings.models_file),
         backend=EngineBackend(settings.inference_url, settings.internal_token.get_secret_value()),
         hub=EventHub(database_url),
+        sealer=Sealer(settings.secret_key.get_secret_value()),
         ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
     )
 

@@ -142,6 +142,7 @@ async def _store_form(form: _Form, *, file_id: str, storage_key: str) -> StoredF
         num_rows=facts.num_rows,
         sha256=facts.sha256,
         storage_key=storage_key,
+        row_format=facts.format,
         expires_after_seconds=expires_after_seconds,
     )
 

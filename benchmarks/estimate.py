@@ -1,7 +1,8 @@
 """How near estimates come to what is then measured: `python -m benchmarks.estimate`.
 
 For every method: the estimate that the service would give after a calibration, and short real runs of the
-training process over the same rows. Medians of the runs; the bars are 30 % for seconds, 15 % for memory.
+training process over the same rows; with `--dpo` over pairs of our preference set (preference_set.py).
+Medians of the runs; the bars are 30 % for seconds, 15 % for memory.
 Stopped, it goes on from the runs it has.
 """
 
@@ -15,13 +16,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.preference_set import make_preferences
 from benchmarks.results_file import ROOT, ResultsFile, fingerprint_of
 from benchmarks.workload import find_base
 from luthier.core.estimates import Calibration
 from luthier.core.events import FailedEvent, FinishedEvent, parse_event
 from luthier.core.settings import Settings
 from luthier.core.shapes import read_shape
-from luthier.core.specs import BaseFacts, Hyperparameters, RunInputs, TrainingOptions, TrainingSpec
+from luthier.core.specs import (
+    BaseFacts,
+    DpoOptions,
+    Hyperparameters,
+    RunInputs,
+    TrainingOptions,
+    TrainingSpec,
+)
 from luthier.data.count import count_rows
 from luthier.data.prepare import prepare_rows
 from luthier.data.prepared import write_prepared
@@ -47,8 +56,7 @@ def main() -> None:
     results = ResultsFile(options.out, describe_machine(), fresh=options.fresh)
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as scratch:
         data = Path(scratch) / "rows.jsonl"
-        with options.data.open("rb") as stream:
-            data.write_bytes(b"".join(line for line, _ in zip(stream, range(options.rows), strict=False)))
+        data.write_bytes(_make_rows(options))
         row = results.row(
             "calibration", fingerprint_of(facts.digest, options.threads, options.precision, _code())
         )
@@ -61,12 +69,21 @@ def main() -> None:
     print(f"{options.out} written")
 
 
+def _make_rows(options: argparse.Namespace) -> bytes:
+    if options.dpo:
+        pairs, _ = make_preferences(options.rows, 1)
+        return b"".join(json.dumps(row).encode() + b"\n" for row in pairs)
+    with options.data.open("rb") as stream:
+        return b"".join(line for line, _ in zip(stream, range(options.rows), strict=False))
+
+
 def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimate")
     parser.add_argument("--only", action="append", choices=list(discover()), metavar="METHOD")
     parser.add_argument("--runs", type=int, default=NUM_RUNS, help="real runs of a method (%(default)s)")
     parser.add_argument("--rows", type=int, default=NUM_ROWS, help="training rows (%(default)s)")
     parser.add_argument("--data", type=Path, default=ROOT / "examples" / "support" / "train.jsonl")
+    parser.add_argument("--dpo", action="store_true", help="train on preferences in place of --data")
     parser.add_argument("--base", default=Settings().preload_base)
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -111,7 +128,8 @@ def _measure(
     calibration = results.content["rows"]["calibration"]
     told = _estimate(name, options, facts, folder, data, calibration["constants"])
     spec = told.spec
-    row = results.row(name, fingerprint_of(spec.model_dump(mode="json"), calibration["fingerprint"]))
+    row_name = f"{name}, dpo" if options.dpo else name
+    row = results.row(row_name, fingerprint_of(spec.model_dump(mode="json"), calibration["fingerprint"]))
     seconds = told.seconds
     row["estimate"] = {
         "seconds": None if seconds is None else seconds.model_dump(exclude={"tokenize"}),
@@ -123,9 +141,9 @@ def _measure(
     }
     runs: list[dict[str, Any]] = row.setdefault("runs", [])
     while len(runs) < options.runs:
-        runs.append(_train(scratch / f"{name}-{len(runs)}", spec, folder, data))
+        runs.append(_train(scratch / f"{row_name}-{len(runs)}", spec, folder, data))
         results.save()
-        print(f"  {name}: {json.dumps(runs[-1]['seconds'])} {runs[-1]['peak_memory_bytes']}", flush=True)
+        print(f"  {row_name}: {json.dumps(runs[-1]['seconds'])} {runs[-1]['peak_memory_bytes']}", flush=True)
 
 
 def _estimate(
@@ -141,10 +159,17 @@ def _estimate(
         tuning=check_tuning({"type": name}),
         hyperparameters=Hyperparameters(n_epochs=1),
         training=TrainingOptions(max_length=MAX_LENGTH, precision=options.precision, too_long="drop"),
+        dpo=DpoOptions() if options.dpo else None,
         seed=SEED,
     )
     counts = count_rows(
-        data, folder, max_length=MAX_LENGTH, too_long="drop", max_rows=options.rows, max_seconds=60.0
+        data,
+        folder,
+        max_length=MAX_LENGTH,
+        too_long="drop",
+        max_rows=options.rows,
+        max_seconds=60.0,
+        wants_pairs=options.dpo,
     )
     return estimate(
         spec,
@@ -162,7 +187,14 @@ def _estimate(
 def _train(folder: Path, spec: TrainingSpec, base: Path, data: Path) -> dict[str, Any]:
     """Run a cold training process, as the worker starts it."""
     folder.mkdir()
-    rows, _ = prepare_rows(data, base, max_length=MAX_LENGTH, too_long="drop", purpose="training")
+    rows, _ = prepare_rows(
+        data,
+        base,
+        max_length=MAX_LENGTH,
+        too_long="drop",
+        purpose="training",
+        wants_pairs=spec.dpo is not None,
+    )
     write_prepared(rows, folder / "train.safetensors")
     (folder / "spec.json").write_text(spec.model_dump_json())
     inputs = RunInputs(job_id="bench", model_name="bench", base_path=str(base))

@@ -1,11 +1,11 @@
 """Training on preferences: whether held-out pairs are told apart, and whether the loss is TRL's.
 
     python -m benchmarks.preferences [--method lora] [--method full] [--rows 400] [--epochs 3]
-    python -m benchmarks.preferences --agree
+    python -m benchmarks.preferences --agree [--method lora] [--method full]
 
 The first trains on our preference set (preference_set.py) and prints the reward accuracy on held-out pairs
 before and after. The second trains a few steps in float32 beside TRL's DPOTrainer, on the same pairs in the
-same order from the same adapter, and ends with 1 when a loss is further apart than MAX_GAP.
+same order from the same weights, and ends with 1 when a loss is further apart than MAX_GAP.
 """
 
 import argparse
@@ -37,7 +37,9 @@ from luthier.data.prepare import prepare_rows
 from luthier.data.prepared import PreparedRows, write_prepared
 from luthier.methods import check_tuning, resolve_spec
 
-_NUM_HELDOUT = 100
+# Those whose first weights can be handed over to TRL.
+_METHODS = ["lora", "full"]
+_PAIRS, _NUM_HELDOUT = 400, 100
 _AGREE_PAIRS, _AGREE_BATCH, _AGREE_BETA = 24, 4, 0.1
 
 
@@ -45,7 +47,7 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preferences", description=__doc__)
     parser.add_argument("--method", action="append", help="may be given again; lora and full")
-    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--rows", type=int, help=f"pairs to train on; {_PAIRS}, with --agree {_AGREE_PAIRS}")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument(
         "--rate", type=float, default=None, help='the peak rate; what "auto" takes when left out'
@@ -56,14 +58,14 @@ def main() -> None:
     facts, folder = find_base()
     with tempfile.TemporaryDirectory(prefix="luthier-preferences-") as name:
         if options.agree:
-            _compare_with_trl(Path(name), facts, folder, options.threads)
+            _agree(Path(name), facts, folder, options)
             return
-        for method in options.method or ["lora", "full"]:
+        for method in options.method or _METHODS:
             _learn(Path(name) / method, facts, folder, method, options)
 
 
 def _learn(run: Path, facts: BaseFacts, folder: Path, method: str, options: argparse.Namespace) -> None:
-    training, heldout = make_preferences(options.rows, _NUM_HELDOUT)
+    training, heldout = make_preferences(options.rows or _PAIRS, _NUM_HELDOUT)
     spec = TrainingSpec(
         base_id=facts.id,
         tuning=check_tuning({"type": method}),
@@ -133,12 +135,33 @@ def _run(run: Path, num_threads: int) -> tuple[FinishedEvent, list[StepEvent]]:
     return events[-1], [event for event in events if isinstance(event, StepEvent)]
 
 
-def _compare_with_trl(scratch: Path, facts: BaseFacts, folder: Path, num_threads: int) -> None:
-    """Train on the same pairs by both; LoRA, whose first weights can be handed over."""
-    training, _ = make_preferences(_AGREE_PAIRS, 1)
+def _agree(scratch: Path, facts: BaseFacts, folder: Path, options: argparse.Namespace) -> None:
+    """Compare every method's losses with TRL's; end with 1 when some are too far apart."""
+    too_far = []
+    for method in options.method or _METHODS:
+        (scratch / method).mkdir()
+        ours, peers = _losses(scratch / method, facts, folder, method, options)
+        gaps = [abs(a - b) / abs(b) for a, b in zip(ours, peers, strict=True)]
+        print(f"losses {' '.join(f'{loss:.4f}' for loss in ours)}")
+        print(
+            f"{method} beside TRL's DPOTrainer, float32: largest gap {max(gaps):.1e} over {len(gaps)} steps",
+            flush=True,
+        )
+        if max(gaps) > MAX_GAP:
+            too_far.append(method)
+    if too_far:
+        sys.exit(f"Further apart than {MAX_GAP:.0e}: {', '.join(too_far)}")
+
+
+def _losses(
+    scratch: Path, facts: BaseFacts, folder: Path, method: str, options: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    """Train on the same pairs by both; return our losses and TRL's."""
+    num_threads: int = options.threads
+    training, _ = make_preferences(options.rows or _AGREE_PAIRS, 1)
     spec = TrainingSpec(
         base_id=facts.id,
-        tuning=check_tuning({"type": "lora", "rank": 16}),
+        tuning=check_tuning({"type": method}),
         hyperparameters=Hyperparameters(n_epochs=1, batch_size=_AGREE_BATCH),
         training=TrainingOptions(precision="float32", save_every_steps=1_000_000),
         dpo=DpoOptions(beta=_AGREE_BETA),
@@ -166,11 +189,7 @@ def _compare_with_trl(scratch: Path, facts: BaseFacts, folder: Path, num_threads
     peers = run_peer(order, scratch)["losses"]
     if len(ours) != len(peers):
         raise SystemExit(f"{len(ours)} steps of ours, {len(peers)} of TRL's")
-    gaps = [abs(a - b) / abs(b) for a, b in zip(ours, peers, strict=True)]
-    print(f"losses {' '.join(f'{loss:.4f}' for loss in ours)}")
-    print(f"LoRA beside TRL's DPOTrainer, float32: largest gap {max(gaps):.1e} over {len(gaps)} steps")
-    if max(gaps) > MAX_GAP:
-        sys.exit(f"Further apart than {MAX_GAP:.0e}")
+    return ours, peers
 
 
 if __name__ == "__main__":

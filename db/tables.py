@@ -91,6 +91,8 @@ class File(Owned, Table):
     num_rows: Mapped[int]
     sha256: Mapped[str]
     storage_key: Mapped[str]
+    # How its rows are written; None for files without rows, and those of a version that did not note it.
+    row_format: Mapped[str | None]
     # From then on it is unknown to its project, as a deleted one is; None: never.
     expires_at: Mapped[datetime | None]
     bytes_deleted_at: Mapped[datetime | None]

@@ -10,7 +10,7 @@ from db.tables import Owned, Table
 
 
 class WebhookEndpoint(Owned, Table):
-    """A client's receiver. Its secrets are here in plain text: what signs must be readable."""
+    """A client's receiver. Its secrets are sealed (luthier.core.sealing), empty once there is none."""
 
     __tablename__ = "webhook_endpoints"
     __table_args__ = (
@@ -27,6 +27,8 @@ class WebhookEndpoint(Owned, Table):
     url: Mapped[str]
     event_types: Mapped[list[str]] = mapped_column(ARRAY(TEXT))
     secret: Mapped[str]
+    # The end of it, which is shown.
+    secret_hint: Mapped[str] = mapped_column(server_default="")
     # The one before, which signs too until its time is over.
     old_secret: Mapped[str | None]
     old_secret_expires_at: Mapped[datetime | None]
@@ -43,6 +45,11 @@ class WebhookDelivery(Owned, Table):
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
         Index("ix_webhook_deliveries_due", "next_try_at", postgresql_where=text("finished_at IS NULL")),
+        Index(
+            "ix_webhook_deliveries_finished",
+            "finished_at",
+            postgresql_where=text("finished_at IS NOT NULL"),
+        ),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"), index=True)

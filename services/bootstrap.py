@@ -1,4 +1,7 @@
-"""`python -m services.bootstrap`: the first rows of an installation. Running it again changes nothing."""
+"""`python -m services.bootstrap`: the first rows of an installation, and stored secrets under today's key.
+
+Running it again changes nothing.
+"""
 
 import structlog
 from sqlalchemy import select
@@ -10,8 +13,10 @@ from luthier.bases.catalogue import find_base_facts, load_catalogue
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.core.keys import hash_api_key, is_well_formed
+from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from services import keys, models
+from services.sealing import reseal
 
 _FIRST_PROJECT = "personal"
 
@@ -58,8 +63,10 @@ def main() -> None:
     """Bootstrap the database that the settings name."""
     settings = Settings()
     database = Database(settings.database_url.get_secret_value(), pool_size=1)
+    sealer = Sealer(settings.secret_key.get_secret_value())
     with database.transaction() as session:
         ensure_first_rows(session, settings)
+        reseal(session, sealer)
         bases = [base.id for base in models.list_bases(session)]
     structlog.get_logger().info("bootstrapped", organization=settings.organization, bases=bases)
 

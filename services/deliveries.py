@@ -4,14 +4,16 @@ They are written with the end itself and sent by any worker. No session is open 
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import and_, delete, func, select
 from sqlalchemy.orm import Session
 
 from db.tables import Job
 from db.webhook_tables import WebhookDelivery, WebhookEndpoint
+from luthier.core.errors import SecretKeyError
 from luthier.core.ids import new_id
+from luthier.core.sealing import Sealer
 from luthier.core.states import JobStatus
 from luthier.webhooks.events import Message, Outcome, event_type_of, payload
 from luthier.webhooks.schedule import next_try
@@ -29,6 +31,8 @@ class ClaimedDelivery:
     delivery_id: str
     num_tries: int
     message: Message
+    # Why it can't be signed and is not to be sent; it is a try all the same.
+    error: str | None = None
 
 
 def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
@@ -67,11 +71,14 @@ def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
     )
 
 
-def claim_due(session: Session, *, limit: int, timeout_seconds: float) -> list[ClaimedDelivery]:
+def claim_due(
+    session: Session, sealer: Sealer, *, limit: int, timeout_seconds: float
+) -> list[ClaimedDelivery]:
     """Take deliveries that are due; they are due again when their try is not heard of in time.
 
     Args:
         session: the session.
+        sealer: opens the secrets that sign.
         limit: how many at most.
         timeout_seconds: how long one try may take.
 
@@ -110,10 +117,48 @@ def claim_due(session: Session, *, limit: int, timeout_seconds: float) -> list[C
             created_at=int(delivery.created_at.timestamp()),
             job_id=delivery.job_id,
         )
-        message = Message(delivery.id, endpoint.url, body, active_secrets(endpoint, now))
-        claimed.append(ClaimedDelivery(delivery.id, delivery.num_tries, message))
+        secrets, error = _find_secrets(endpoint, sealer, now)
+        message = Message(delivery.id, endpoint.url, body, secrets)
+        claimed.append(ClaimedDelivery(delivery.id, delivery.num_tries, message, error))
     session.flush()
     return claimed
+
+
+def _find_secrets(
+    endpoint: WebhookEndpoint, sealer: Sealer, now: datetime
+) -> tuple[tuple[str, ...], str | None]:
+    """Return the secrets that sign, or none and why; one that can't be opened must not stop the others."""
+    try:
+        return active_secrets(endpoint, sealer, now), None
+    except SecretKeyError as error:
+        return (), error.message
+
+
+def prune(session: Session, *, kept_seconds: float, limit: int) -> int:
+    """Forget deliveries that finished long ago.
+
+    Args:
+        session: the session.
+        kept_seconds: how long they are kept.
+        limit: how many at once.
+
+    Returns:
+        How many are gone.
+    """
+    finished = (
+        select(WebhookDelivery.id)
+        .where(WebhookDelivery.finished_at < func.now() - timedelta(seconds=kept_seconds))
+        .order_by(WebhookDelivery.finished_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    gone = session.execute(
+        delete(WebhookDelivery)
+        .where(WebhookDelivery.id.in_(finished))
+        .returning(WebhookDelivery.id)
+        .execution_options(synchronize_session=False)
+    ).all()
+    return len(gone)
 
 
 def record(session: Session, claimed: ClaimedDelivery, outcome: Outcome, *, chance: float) -> None:

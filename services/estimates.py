@@ -3,18 +3,18 @@
 Nothing is guessed: without a calibration (services.calibrations) there are no seconds.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core.estimates import Calibration, MethodCost, Part, Price, Pricing, Work
+from luthier.core.estimates import Calibration, MethodCost, Part, Price, Pricing, Scoring, Work
 from luthier.core.reports import PhaseSeconds
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts, Precision, TrainingSpec
 from luthier.data.count import RowCounts
+from luthier.data.pairs import order_pairs, split_pairs
 from luthier.data.plan import order_epoch, split_micro
 from luthier.methods import Method, parse_tuning, resolve_spec
 from services.calibrations import Measured
@@ -25,6 +25,9 @@ _ADAPTER_NUMBER_BYTES = 4
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 # Of a base's folder, what no artifact of a whole model takes over.
 _NOT_TAKEN_OVER = (".safetensors", "base.json", "manifest.json")
+# A trained output layer's loss is three products of matrices; that of a pair makes its logits once more for
+# the gradient (luthier.training.token_loss).
+_PAIR_HEAD_SCALE = 4 / 3
 # Validation rows beyond are scored in time that grows with their number alone.
 _MAX_VALIDATION_ROWS = 50_000
 
@@ -32,6 +35,8 @@ _MAX_VALIDATION_ROWS = 50_000
 @dataclass(frozen=True)
 class Estimate:
     """What a job would take. Tokens are of one epoch unless their name says otherwise; rows are of the file.
+
+    A row of preferences has the tokens of both its conversations, the prompt's twice.
 
     `seconds` and `peak_memory_bytes` are None without a calibration, and `reason` says why there is none.
     """
@@ -89,7 +94,7 @@ def estimate(
     """
     num_held_back = _num_held_back(spec.training.validation_split, training.num_kept)
     num_train_rows = training.num_kept - num_held_back
-    share = num_train_rows / max(1, len(training.lengths))
+    share = num_train_rows / max(1, training.num_examples)
     num_tokens = round(int(training.lengths.sum()) * share)
     resolved = resolve_spec(
         spec,
@@ -120,8 +125,8 @@ def estimate(
             artifact_bytes,
             method.is_whole_model,
         )
-        scored = _scored(training, validation, num_held_back, constants)
-        price = _price(pricing, resolved, training, num_steps, epochs, batch_size, scored)
+        rows_scored = _rows_scored(training, validation, num_held_back, constants)
+        price = _price(pricing, resolved, training, num_steps, epochs, batch_size, rows_scored)
     return Estimate(
         spec=resolved,
         num_rows=training.num_rows,
@@ -151,49 +156,71 @@ def _price(
     num_steps: int,
     epochs: int,
     batch_size: int,
-    scored: Sequence[Part],
+    rows_scored: list[Part],
 ) -> Price:
-    constants, lengths = pricing.calibration, training.lengths
+    constants = pricing.calibration
+    order = order_pairs if training.has_pairs else order_epoch
     steps = [
-        _parts(rows, lengths, training.supervised, constants.max_part_tokens)
-        for rows in order_epoch(lengths, batch_size, spec.seed, 0)
+        _parts(training, rows, constants.max_part_tokens)
+        for rows in order(training.lengths, batch_size, spec.seed, 0)
     ]
+    general = _general(constants)
+    once: list[Scoring] = []
+    if spec.parent is not None:
+        # The base of a job that goes on; pairs are scored beside what the job starts from alone.
+        once.append(Scoring(general if training.has_pairs else general + rows_scored))
+    if training.has_pairs:
+        all_rows = _parts(training, np.arange(len(training.lengths)), constants.max_part_tokens)
+        times = num_steps / epochs / len(steps)
+        once.append(Scoring(all_rows, times, is_tuned=spec.takes_parents_weights))
+        once.append(Scoring(rows_scored, is_tuned=spec.takes_parents_weights))
     work = Work(
         steps=steps,
         scale=num_steps / len(steps),
         num_steps=num_steps,
         num_epochs=epochs,
-        scored=scored,
+        scored=general + rows_scored,
         num_prompts=len(spec.training.sample_prompts),
-        longest=int(lengths.max()),
+        longest=int(training.lengths.max()),
         save_every_steps=spec.training.save_every_steps,
-        num_first_scored=1 if spec.parent is None else 2,
+        num_first_answered=1 if spec.parent is None else 2,
         num_read=2 if spec.parent is not None and (spec.foundation or pricing.is_whole_model) else 1,
+        once=once,
+        head_scale=_PAIR_HEAD_SCALE if training.has_pairs and pricing.is_whole_model else 1.0,
     )
     return pricing.price(work)
 
 
-def _parts(
-    rows: NDArray[np.int64], lengths: NDArray[np.int64], supervised: NDArray[np.int64], max_tokens: int
-) -> list[Part]:
+def _parts(counts: RowCounts, rows: NDArray[np.int64], max_tokens: int) -> list[Part]:
+    lengths, supervised = counts.lengths, counts.supervised
+    split = split_pairs if counts.has_pairs else split_micro
     return [
         Part(len(part), int(lengths[part].max()), int(supervised[part].sum()))
-        for part in split_micro(rows, lengths, max_tokens)
+        for part in split(rows, lengths, max_tokens)
     ]
 
 
-def _scored(
+def _general(constants: Calibration) -> list[Part]:
+    """Return the parts of the bundled text, all but first tokens scored."""
+    lengths = np.array(constants.general_lengths, dtype=np.int64)
+    num_rows = len(lengths)
+    counts = RowCounts(lengths, lengths - 1, num_rows, num_rows, 0, 0)
+    return _parts(counts, np.arange(num_rows), constants.max_part_tokens)
+
+
+def _rows_scored(
     training: RowCounts, validation: RowCounts | None, num_held_back: int, constants: Calibration
 ) -> list[Part]:
-    """Return the parts of one evaluation: the bundled text, all but first tokens scored, then rows."""
-    general = np.array(constants.general_lengths, dtype=np.int64)
-    found = _parts(np.arange(len(general)), general, general - 1, constants.max_part_tokens)
-    counts, num_rows = (training, num_held_back) if validation is None else (validation, validation.num_kept)
-    num_rows = min(num_rows, _MAX_VALIDATION_ROWS)
-    if num_rows and len(counts.lengths):
-        lengths, supervised = (np.resize(one, num_rows) for one in (counts.lengths, counts.supervised))
-        found += _parts(np.arange(num_rows), lengths, supervised, constants.max_part_tokens)
-    return found
+    """Return the parts of the validation rows."""
+    counts, num_examples = (
+        (training, num_held_back) if validation is None else (validation, validation.num_kept)
+    )
+    num_rows = min(num_examples, _MAX_VALIDATION_ROWS) * (2 if counts.has_pairs else 1)
+    if not num_rows or not len(counts.lengths):
+        return []
+    lengths, supervised = (np.resize(one, num_rows) for one in (counts.lengths, counts.supervised))
+    counts = replace(counts, lengths=lengths, supervised=supervised)
+    return _parts(counts, np.arange(num_rows), constants.max_part_tokens)
 
 
 def _num_held_back(share: float, num_rows: int) -> int:

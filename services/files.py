@@ -22,6 +22,7 @@ class StoredFile:
     """Bytes that are durable under `storage_key`, checked as their purpose asks; sizes in bytes.
 
     `expires_after_seconds` counts from the moment that the file's row is made; None: it never expires.
+    `row_format` is a row format's name (luthier.data.formats), None where rows were not looked at.
     """
 
     id: str
@@ -32,6 +33,7 @@ class StoredFile:
     sha256: str
     storage_key: str
     expires_after_seconds: int | None = None
+    row_format: str | None = None
 
     def columns(self) -> dict[str, Any]:
         """Return the columns of a new row; it expires by the database's clock."""

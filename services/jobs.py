@@ -20,6 +20,7 @@ from luthier.core.errors import (
 from luthier.core.ids import new_id
 from luthier.core.specs import DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus, check_transition
+from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
 from services import attempts, deliveries, events, files, parents
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
@@ -49,7 +50,10 @@ class NewJob:
     integrations: Sequence[dict[str, Any]] = ()
 
 
-def _get_input_file(session: Session, scope: Scope, file_id: str, param: str) -> File:
+def _get_input_file(
+    session: Session, scope: Scope, file_id: str, purpose: Purpose, *, wants_pairs: bool
+) -> File:
+    param = f"{purpose}_file"
     try:
         row = files.get(session, scope, file_id, param=param, for_share=True)
     except NotFoundError as error:
@@ -60,6 +64,8 @@ def _get_input_file(session: Session, scope: Scope, file_id: str, param: str) ->
             f"{param}: {file_id} has purpose {row.purpose!r}; upload it with purpose 'fine-tune'.",
             param=param,
         )
+    if row.row_format is not None and not learns_from(row.row_format, wants_pairs=wants_pairs):
+        raise InvalidValueError(f"{param}: {tell_wrong_format(purpose, row.row_format)}", param=param)
     return row
 
 
@@ -99,11 +105,14 @@ def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob)
 
     Raises:
         ModelNotAvailableError: when the base is unknown.
-        InvalidRequestError: when a file is unknown, has another purpose or too few rows, or when a
-            parameter of the method is wrong; names the field.
+        InvalidRequestError: when a file is unknown, has another purpose, rows of the wrong kind or too few
+            of them, or when a parameter of the method is wrong; names the field.
     """
     origin = parents.find_origin(session, scope, catalogue, request.model, request.tuning)
-    training_file = _get_input_file(session, scope, request.training_file_id, "training_file")
+    wants_pairs = request.dpo is not None
+    training_file = _get_input_file(
+        session, scope, request.training_file_id, "training", wants_pairs=wants_pairs
+    )
     if training_file.num_rows < MIN_TRAINING_ROWS:
         raise TooFewRowsError(
             f"training_file: {training_file.id} has {training_file.num_rows} rows, and a job needs at least "
@@ -112,7 +121,9 @@ def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob)
         )
     validation_file = None
     if request.validation_file_id is not None:
-        validation_file = _get_input_file(session, scope, request.validation_file_id, "validation_file")
+        validation_file = _get_input_file(
+            session, scope, request.validation_file_id, "validation", wants_pairs=wants_pairs
+        )
         if request.training.validation_split > 0:
             raise InvalidValueError(
                 "training.validation_split: leave it out when validation_file is given.",

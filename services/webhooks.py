@@ -9,10 +9,11 @@ from sqlalchemy.orm import Session
 
 from db.queries import find_cursor, find_owned, lock_key, page
 from db.webhook_tables import WebhookDelivery, WebhookEndpoint
-from luthier.core.errors import InvalidRequestError, InvalidValueError, NotFoundError
+from luthier.core.errors import InvalidRequestError, InvalidValueError, NotFoundError, SecretKeyError
 from luthier.core.ids import new_id
+from luthier.core.sealing import Sealer
 from luthier.webhooks.events import EVENT_TYPES
-from luthier.webhooks.signing import new_secret
+from luthier.webhooks.signing import new_secret, secret_hint
 from luthier.webhooks.targets import TargetRules, check_url
 from services.scope import Scope
 
@@ -54,26 +55,29 @@ def create(
     session: Session,
     scope: Scope,
     rules: TargetRules,
+    sealer: Sealer,
     *,
     name: str,
     url: str,
     event_types: Sequence[str],
-) -> WebhookEndpoint:
+) -> tuple[WebhookEndpoint, str]:
     """Register a receiver.
 
     Args:
         session: the session.
         scope: the caller.
         rules: which URLs the operator allows.
+        sealer: seals its secret.
         name: what people call it.
         url: where events are sent.
         event_types: which of them.
 
     Returns:
-        The row, with its secret.
+        The row, and its secret, which nobody is told again.
 
     Raises:
         InvalidRequestError: when the URL or a type is refused, or the project has as many as it may.
+        SecretKeyError: when there is no key to seal with.
     """
     check_url(url, rules)
     types = _check_event_types(event_types)
@@ -87,18 +91,20 @@ def create(
         raise InvalidRequestError(
             f"The project has {MAX_ENDPOINTS} webhook endpoints, and no more are allowed; delete one."
         )
+    secret = new_secret()
     endpoint = WebhookEndpoint(
         id=new_id("webhook_endpoint"),
         **scope.columns(),
         name=name,
         url=url,
         event_types=types,
-        secret=new_secret(),
+        secret=sealer.seal(secret),
+        secret_hint=secret_hint(secret),
     )
     session.add(endpoint)
     session.flush()
     session.refresh(endpoint)
-    return endpoint
+    return endpoint, secret
 
 
 def get(session: Session, scope: Scope, endpoint_id: str, *, for_update: bool = False) -> WebhookEndpoint:
@@ -184,29 +190,35 @@ def change(
     return endpoint
 
 
-def rotate_secret(session: Session, scope: Scope, endpoint_id: str, *, keeps_old: bool) -> WebhookEndpoint:
+def rotate_secret(
+    session: Session, scope: Scope, sealer: Sealer, endpoint_id: str, *, keeps_old: bool
+) -> tuple[WebhookEndpoint, str]:
     """Give an endpoint a new signing secret.
 
     Args:
         session: the session.
         scope: the caller.
+        sealer: seals the new one.
         endpoint_id: its id.
         keeps_old: whether the one before signs as well for 24 hours more.
 
     Returns:
-        The row, with its new secret.
+        The row, and its new secret, which nobody is told again.
 
     Raises:
         NotFoundError: when the project has no such endpoint.
+        SecretKeyError: when there is no key to seal with.
     """
     endpoint = get(session, scope, endpoint_id, for_update=True)
+    keeps_old = keeps_old and endpoint.secret != ""
     endpoint.old_secret = endpoint.secret if keeps_old else None
     endpoint.old_secret_expires_at = func.now() + _OLD_SECRET_LIFE if keeps_old else None
-    endpoint.secret = new_secret()
+    secret = new_secret()
+    endpoint.secret, endpoint.secret_hint = sealer.seal(secret), secret_hint(secret)
     endpoint.updated_at = func.now()
     session.flush()
     session.refresh(endpoint)
-    return endpoint
+    return endpoint, secret
 
 
 def delete(session: Session, scope: Scope, endpoint_id: str) -> None:
@@ -222,7 +234,7 @@ def delete(session: Session, scope: Scope, endpoint_id: str) -> None:
     """
     endpoint = get(session, scope, endpoint_id, for_update=True)
     endpoint.deleted_at = func.now()
-    endpoint.secret, endpoint.old_secret = "", None
+    endpoint.secret, endpoint.secret_hint, endpoint.old_secret = "", "", None
     session.execute(
         update(WebhookDelivery)
         .where(WebhookDelivery.endpoint_id == endpoint.id, WebhookDelivery.finished_at.is_(None))
@@ -232,9 +244,23 @@ def delete(session: Session, scope: Scope, endpoint_id: str) -> None:
     session.flush()
 
 
-def active_secrets(endpoint: WebhookEndpoint, now: datetime) -> tuple[str, ...]:
-    """Return the secrets that sign at a moment, the newest first."""
+def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> tuple[str, ...]:
+    """Return the secrets that sign at a moment, the newest first.
+
+    Args:
+        endpoint: whose.
+        sealer: opens them.
+        now: the moment.
+
+    Returns:
+        One, or two while the one before still signs.
+
+    Raises:
+        SecretKeyError: when one can't be opened, or there is none.
+    """
+    if endpoint.secret == "":
+        raise SecretKeyError("The endpoint has no signing secret any more; rotate it to get one.")
     expires_at = endpoint.old_secret_expires_at
     if endpoint.old_secret is None or expires_at is None or expires_at <= now:
-        return (endpoint.secret,)
-    return (endpoint.secret, endpoint.old_secret)
+        return (sealer.open(endpoint.secret),)
+    return (sealer.open(endpoint.secret), sealer.open(endpoint.old_secret))

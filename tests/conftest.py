@@ -31,6 +31,7 @@ from luthier.cli.stack.home import load_secrets  # noqa: E402
 from luthier.cli.stack.postgres import open_postgres  # noqa: E402
 from luthier.cli.stack.processes import spawn  # noqa: E402
 from luthier.core.keys import new_api_key  # noqa: E402
+from luthier.core.sealing import Sealer, new_secret_key  # noqa: E402
 from luthier.core.settings import Settings  # noqa: E402
 from luthier.storage.store import Storage  # noqa: E402
 from services.bootstrap import ensure_first_rows  # noqa: E402
@@ -166,6 +167,7 @@ def make_settings(database: Database, tiny_base: Path, tmp_path: Path) -> Settin
         device="cpu",
         num_threads=1,
         bootstrap_api_key=new_api_key(),
+        secret_key=new_secret_key(),
         lease_seconds=3,
         heartbeat_seconds=0.5,
         control_seconds=0.2,
@@ -213,6 +215,7 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         backend=backend,
         hub=EventHub(url),
         ring=bells.append,
+        sealer=Sealer(settings.secret_key.get_secret_value()),
     )
     server = uvicorn.Server(
         uvicorn.Config(create_app(parts), port=0, log_config=None, timeout_graceful_shutdown=2)

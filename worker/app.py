@@ -18,7 +18,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.logs import configure_logs
 from luthier.core.process import die_with_parent
 from luthier.core.settings import Settings
-from services import files, leases, leftovers, models
+from services import deliveries, files, leases, leftovers, models
 from services.bell import TASK_NAME, make_celery
 from services.uploads import storage_prefix
 from worker.calibration import calibrate_for_ever
@@ -29,6 +29,8 @@ from worker.tasks.train import train_next
 
 _log = structlog.get_logger()
 _TIDIED_AT_ONCE = 10
+# Rows alone, with no bytes to wait for.
+_DELIVERIES_AT_ONCE = 1000
 
 
 def work(context: WorkerContext, job_id: str | None) -> None:
@@ -71,7 +73,8 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
     """Delete from storage what no row needs any more, however often that was tried before.
 
     That is what ended jobs worked with (tokenised rows, save points, what no row names), the parts of ended
-    uploads, and the bytes of deleted files and models. Files that have expired are deleted first.
+    uploads, and the bytes of deleted files and models. Files that have expired are deleted first, and
+    deliveries of webhooks that finished long ago are forgotten.
 
     Args:
         context: the worker's parts.
@@ -79,6 +82,9 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
     """
     with context.database.transaction() as session:
         files.delete_expired(session, limit=_TIDIED_AT_ONCE)
+        deliveries.prune(
+            session, kept_seconds=context.settings.webhook_kept_seconds, limit=_DELIVERIES_AT_ONCE
+        )
         uploads_ended = leftovers.list_untidied_uploads(
             session, grace_seconds=grace_seconds, limit=_TIDIED_AT_ONCE
         )

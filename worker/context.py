@@ -11,6 +11,7 @@ from typing import Any
 
 from db.session import Database
 from luthier.bases.catalogue import Catalogue, load_catalogue
+from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.storage.store import Storage
 from luthier.trackers import discover
@@ -45,6 +46,7 @@ class WorkerContext:
     storage: Storage
     catalogue: Catalogue
     ring: Ring
+    sealer: Sealer
     facts: dict[str, Any] = field(default_factory=_facts)
     stopping: threading.Event = field(default_factory=threading.Event)
     # None where no process shall wait for a run.
@@ -80,5 +82,6 @@ def make_context(settings: Settings) -> WorkerContext:
         storage=Storage.open(settings.storage_url),
         catalogue=load_catalogue(settings.models_file),
         spare=WarmSpare(settings.warm_spare_seconds) if settings.warm_spare_seconds else None,
+        sealer=Sealer(settings.secret_key.get_secret_value()),
         ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
     )

@@ -47,7 +47,9 @@ def deliver_due(context: WorkerContext) -> int:
     """
     timeout_seconds = context.settings.webhook_timeout_seconds
     with context.database.transaction() as session:
-        claimed = deliveries.claim_due(session, limit=_AT_ONCE, timeout_seconds=timeout_seconds)
+        claimed = deliveries.claim_due(
+            session, context.sealer, limit=_AT_ONCE, timeout_seconds=timeout_seconds
+        )
     if not claimed:
         return 0
     asyncio.run(_send_all(context, claimed))
@@ -77,6 +79,8 @@ async def _send_all(context: WorkerContext, claimed: Sequence[ClaimedDelivery]) 
 async def _try(
     delivery: ClaimedDelivery, rules: TargetRules, timeout_seconds: float
 ) -> tuple[ClaimedDelivery, Outcome]:
+    if delivery.error is not None:
+        return delivery, Outcome(error=delivery.error)
     try:
         return delivery, await send(delivery.message, rules, timeout_seconds=timeout_seconds)
     except Exception as error:  # noqa: BLE001

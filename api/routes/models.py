@@ -31,36 +31,6 @@ def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[s
     return {"object": "list", "data": data, "has_more": False}
 
 
-@router.get("/{model}")
-def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
-    """Describe one model."""
-    row = models.find_callable(session, scope, model)
-    if row is not None:
-        return tuned_model_object(row, scope.organization_slug)
-    base = models.find_base(session, parts.catalogue, model)
-    if base is None:
-        raise models.unknown_model(model)
-    described = base_model_object(base)
-    if model != base.id:
-        described |= {"id": model, "base_model": base.id}
-    return described
-
-
-def _delete(parts: Parts, scope: Scope, name: str) -> str:
-    with parts.database.transaction() as session:
-        return models.delete(session, scope, parts.catalogue, name).artifact_key
-
-
-@router.delete("/{model}")
-async def delete_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
-    """Delete a tuned model or checkpoint, its bytes included."""
-    artifact_key = await run_in_threadpool(_delete, parts, scope, model)
-    # What storage can't delete now, a worker does later.
-    with suppress(UnavailableError):
-        await run_in_threadpool(parts.storage.delete_prefix, artifact_key)
-    return {"id": model, "object": "model", "deleted": True}
-
-
 def _artifact_key(parts: Parts, scope: Scope, name: str) -> str:
     with parts.database.transaction() as session:
         return models.get_own(session, scope, name).artifact_key
@@ -92,3 +62,34 @@ async def download_model_file(
         sha256=entry.sha256,
         filename=name,
     )
+
+
+# As a path and after all others: the SDKs before 3 send a slash in a name as it is.
+@router.get("/{model:path}")
+def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
+    """Describe one model."""
+    row = models.find_callable(session, scope, model)
+    if row is not None:
+        return tuned_model_object(row, scope.organization_slug)
+    base = models.find_base(session, parts.catalogue, model)
+    if base is None:
+        raise models.unknown_model(model)
+    described = base_model_object(base)
+    if model != base.id:
+        described |= {"id": model, "base_model": base.id}
+    return described
+
+
+def _delete(parts: Parts, scope: Scope, name: str) -> str:
+    with parts.database.transaction() as session:
+        return models.delete(session, scope, parts.catalogue, name).artifact_key
+
+
+@router.delete("/{model:path}")
+async def delete_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+    """Delete a tuned model or checkpoint, its bytes included."""
+    artifact_key = await run_in_threadpool(_delete, parts, scope, model)
+    # What storage can't delete now, a worker does later.
+    with suppress(UnavailableError):
+        await run_in_threadpool(parts.storage.delete_prefix, artifact_key)
+    return {"id": model, "object": "model", "deleted": True}

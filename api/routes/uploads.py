@@ -117,6 +117,7 @@ async def _assemble(
         num_rows=facts.num_rows,
         sha256=facts.sha256,
         storage_key=storage_key,
+        row_format=facts.format,
         expires_after_seconds=upload.file_expires_after_seconds,
     )
 

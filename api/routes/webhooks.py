@@ -50,10 +50,16 @@ def create_endpoint(
     body: CreateEndpointBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
 ) -> dict[str, Any]:
     """Register a receiver; its signing secret is in this answer and nowhere else."""
-    endpoint = webhooks.create(
-        session, scope, _rules(parts), name=body.name, url=body.url, event_types=body.event_types
+    endpoint, secret = webhooks.create(
+        session,
+        scope,
+        _rules(parts),
+        parts.sealer,
+        name=body.name,
+        url=body.url,
+        event_types=body.event_types,
     )
-    return endpoint_object(endpoint, with_secret=True)
+    return endpoint_object(endpoint, secret)
 
 
 @router.get("/webhook_endpoints")
@@ -93,12 +99,18 @@ def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeD
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
 def rotate_endpoint_secret(
-    webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep, body: RotateSecretBody | None = None
+    webhook_endpoint_id: str,
+    session: SessionDep,
+    scope: ScopeDep,
+    parts: PartsDep,
+    body: RotateSecretBody | None = None,
 ) -> dict[str, Any]:
     """Give an endpoint a new signing secret, which is in this answer and nowhere else."""
     keeps_old = body is not None and bool(body.keep_old_secret_active_for_24_hours)
-    endpoint = webhooks.rotate_secret(session, scope, webhook_endpoint_id, keeps_old=keeps_old)
-    return endpoint_object(endpoint, with_secret=True)
+    endpoint, secret = webhooks.rotate_secret(
+        session, scope, parts.sealer, webhook_endpoint_id, keeps_old=keeps_old
+    )
+    return endpoint_object(endpoint, secret)
 
 
 def _sample(parts: Parts, scope: Scope, endpoint_id: str, event_type: str) -> Message:
@@ -106,7 +118,7 @@ def _sample(parts: Parts, scope: Scope, endpoint_id: str, event_type: str) -> Me
         endpoint = webhooks.get(session, scope, endpoint_id)
         webhooks.check_event_type(event_type, param="event_type")
         body = payload(new_id("webhook_event"), event_type, created_at=now_seconds(), job_id=_SAMPLE_JOB)
-        secrets = webhooks.active_secrets(endpoint, datetime.now(UTC))
+        secrets = webhooks.active_secrets(endpoint, parts.sealer, datetime.now(UTC))
         return Message(new_id("webhook_delivery"), endpoint.url, body, secrets)
 
 

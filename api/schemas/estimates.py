@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from luthier.core.specs import Hyperparameters, TrainingOptions
+from luthier.core.specs import Auto, Hyperparameters, TrainingOptions
 from services.calibrations import Measured
 from services.estimates import Estimate
 
@@ -59,6 +59,7 @@ class JobEstimate(_Told):
     trained_tokens: int
     steps: int
     hyperparameters: Hyperparameters
+    beta: float | Auto | None = Field(description="Of method dpo; null otherwise.")
     tuning: dict[str, Any]
     training: TrainingOptions
     num_trained_parameters: int
@@ -90,6 +91,7 @@ def estimate_object(found: Estimate, training_file: str, validation_file: str | 
         trained_tokens=found.num_trained_tokens,
         steps=found.num_steps,
         hyperparameters=found.spec.hyperparameters,
+        beta=None if found.spec.dpo is None else found.spec.dpo.beta,
         tuning=found.spec.tuning,
         training=found.spec.training,
         num_trained_parameters=found.num_trained_parameters,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from db.webhook_tables import WebhookEndpoint
-from luthier.webhooks.signing import secret_hint
+from luthier.webhooks.signing import shown_hint
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 EventTypes = Annotated[list[str], Field(min_length=1, max_length=64)]
@@ -43,7 +43,7 @@ class TestEndpointBody(_Body):
     event_type: str
 
 
-def endpoint_object(endpoint: WebhookEndpoint, *, with_secret: bool = False) -> dict[str, Any]:
+def endpoint_object(endpoint: WebhookEndpoint, secret: str | None = None) -> dict[str, Any]:
     """Return an endpoint as clients see it; the secret is in the answers that made it and nowhere else."""
     body: dict[str, Any] = {
         "id": endpoint.id,
@@ -53,8 +53,8 @@ def endpoint_object(endpoint: WebhookEndpoint, *, with_secret: bool = False) -> 
         "event_types": endpoint.event_types,
         "created_at": int(endpoint.created_at.timestamp()),
         "updated_at": int(endpoint.updated_at.timestamp()),
-        "signing_secret_hint": secret_hint(endpoint.secret),
+        "signing_secret_hint": shown_hint(endpoint.secret_hint),
     }
-    if with_secret:
-        body["signing_secret"] = endpoint.secret
+    if secret is not None:
+        body["signing_secret"] = secret
     return body

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on given pairs of token rows and a given first adapter. See _shared.py.
+"""TRL's DPOTrainer on given pairs of token rows and a given first adapter, or the whole base. See _shared.py.
 
 The rows come two a pair, the preferred one first, with one prompt; batch_size counts pairs. Variants:
 weights, beta.
@@ -27,11 +27,16 @@ def main() -> None:
     """Train one epoch and tell its losses."""
     run = Run()
     order = run.order
-    model = run.attach_start(AutoModelForCausalLM.from_pretrained(order["base"], dtype=run.dtype))
+    model, reference = _load(run), None
+    if order["start"] is None:
+        # With an adapter the reference is the base under it.
+        reference = _load(run)
+    model = run.attach_start(model)
     with tempfile.TemporaryDirectory() as out:
         arguments = run.training_arguments(out) | {"per_device_train_batch_size": order["batch_size"]}
         trainer = _AsGiven(
             model=model,
+            ref_model=reference,
             args=DPOConfig(**arguments, beta=run.variant["beta"], max_length=None),
             train_dataset=Dataset.from_list(_pairs(run)),
             processing_class=AutoTokenizer.from_pretrained(order["base"]),
@@ -39,6 +44,10 @@ def main() -> None:
         )
         trainer.train()
     run.tell(run.clock.losses)
+
+
+def _load(run: Run):
+    return AutoModelForCausalLM.from_pretrained(run.order["base"], dtype=run.dtype)
 
 
 def _pairs(run: Run) -> list[dict[str, list[int]]]:

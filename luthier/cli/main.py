@@ -254,6 +254,7 @@ def estimate_job(
     tuning: Annotated[str | None, typer.Option(help="The request's `tuning`, as JSON.")] = None,
     training: Annotated[str | None, typer.Option(help="The request's `training`, as JSON.")] = None,
     hyperparameters: Annotated[str | None, typer.Option(help="The same of `hyperparameters`.")] = None,
+    method: Annotated[str | None, typer.Option(help='The same of `method`, as {"type": "dpo"}.')] = None,
     home: Home = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
@@ -263,7 +264,12 @@ def estimate_job(
     from luthier.cli.estimate import print_estimate, read_object
     from luthier.cli.output import print_json
 
-    options = {"tuning": tuning, "training": training, "hyperparameters": hyperparameters}
+    options = {
+        "tuning": tuning,
+        "training": training,
+        "hyperparameters": hyperparameters,
+        "method": method,
+    }
     body: dict[str, object] = {"model": model, "training_file": training_file}
     body |= {name: value for name, text in options.items() if (value := read_object(name, text)) is not None}
     with _open_client(base_url, api_key, home) as client:

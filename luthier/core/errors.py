@@ -210,6 +210,13 @@ class UnavailableError(LuthierError):
     retryable = True
 
 
+class SecretKeyError(LuthierError):
+    """The key that seals stored secrets is missing, malformed or another one; only an operator can help."""
+
+    code = "secret_key"
+    http_status = 503
+
+
 class JobError(LuthierError):
     """A failure that ends a job; its code becomes `job.error.code`."""
 

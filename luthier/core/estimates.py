@@ -129,12 +129,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Parts that are scored once, `times` over where they are a sample; `is_tuned`: by the tuned model."""
+
+    parts: Sequence[Part]
+    times: float = 1.0
+    is_tuned: bool = False
+
+
+@dataclass(frozen=True)
 class Work:
     """What a job does: one epoch's steps, each in parts, and what is scored at every evaluation.
 
     `scale` is epochs' steps over `steps`, where these are a sample. `num_prompts` are answered at every
-    evaluation. `longest` is the longest row. A job that goes on from a tuned model scores it and its base
-    before the first step, and reads both where the one is a whole model: `num_first_scored` and `num_read`.
+    evaluation. `longest` is the longest row. `once` is scored before the first step: by the base of a job
+    that goes on from a tuned model, which then answers the prompts too and is read where the other one is a
+    whole model (`num_first_answered`, `num_read`); and preferences, by what the job starts from.
+    `head_scale` is what the loss takes at the output layer, as a multiple of what was measured.
     """
 
     steps: Sequence[Sequence[Part]]
@@ -145,8 +156,10 @@ class Work:
     num_prompts: int
     longest: int
     save_every_steps: int | None
-    num_first_scored: int = 1
+    num_first_answered: int = 1
     num_read: int = 1
+    once: Sequence[Scoring] = ()
+    head_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -237,44 +250,48 @@ class Pricing:
     def _num_tokens(self, part: Part) -> int:
         return part.num_rows * (part.longest + self.cost.num_virtual_tokens)
 
-    def _part_seconds(self, part: Part) -> float:
+    def _part_seconds(self, part: Part, head_scale: float) -> float:
         variant = self.variant
         per_layer = variant.layer_seconds + self._num_tokens(part) * self._token_layer_seconds
         per_layer += self._pairs(part) * self.calibration.pair_seconds
         return (
             variant.part_seconds
             + self.num_layers * max(0.0, per_layer)
-            + part.num_supervised * variant.head_seconds
+            + part.num_supervised * variant.head_seconds * head_scale
         )
 
     def _train_seconds(self, work: Work) -> float:
         variant, num_parameters = self.variant, self.cost.num_parameters
         total = 0.0
         for parts in work.steps:
-            total += math.fsum(self._part_seconds(part) for part in parts)
+            total += math.fsum(self._part_seconds(part, work.head_scale) for part in parts)
             total += variant.step_seconds + num_parameters * (
                 variant.parameter_seconds + (len(parts) - 1) * variant.adding_seconds
             )
         first = self.calibration.first_backward_seconds if variant.path == "fused" else 0.0
         return total * work.scale + first
 
-    def _scored_part_seconds(self, part: Part) -> float:
-        constants = self.calibration
-        slower = self.variant.token_layer_seconds / self.reference.token_layer_seconds
-        slower = slower if self.variant.path != self.reference.path else 1.0
+    def _scored_part_seconds(self, part: Part, *, is_tuned: bool = True) -> float:
+        constants, slower = self.calibration, 1.0
+        num_tokens = self._num_tokens(part) if is_tuned else part.num_rows * part.longest
+        if is_tuned and self.variant.path != self.reference.path:
+            slower = self.variant.token_layer_seconds / self.reference.token_layer_seconds
         return (
             constants.scoring_part_seconds
             + self.num_layers * constants.scoring_layer_seconds
-            + self._num_tokens(part) * self.num_layers * constants.scoring_seconds * slower
+            + num_tokens * self.num_layers * constants.scoring_seconds * slower
             + part.num_supervised * constants.scoring_head_seconds
         )
 
     def _evaluate_seconds(self, work: Work) -> float:
         constants = self.calibration
-        scored = math.fsum(self._scored_part_seconds(part) for part in work.scored)
+        scored = (work.num_epochs + 1) * math.fsum(self._scored_part_seconds(part) for part in work.scored)
+        for one in work.once:
+            parts = (self._scored_part_seconds(part, is_tuned=one.is_tuned) for part in one.parts)
+            scored += one.times * math.fsum(parts)
         per_token = constants.decode_seconds + self.num_layers * constants.decode_layer_seconds
         answers = work.num_prompts * _MAX_ANSWER_TOKENS * per_token
-        return (work.num_epochs + work.num_first_scored) * (scored + answers)
+        return scored + (work.num_epochs + work.num_first_answered) * answers
 
     def _load_seconds(self, work: Work) -> float:
         constants, variant = self.calibration, self.variant

@@ -113,6 +113,17 @@ class Settings(BaseSettings):
         15.0, gt=0, le=120, description="How long a webhook's receiver may take to answer."
     )
 
+    webhook_kept_seconds: float = Field(
+        30 * 24 * 3600.0,
+        ge=0,
+        description="How long a delivery is kept in the database once it has finished.",
+    )
+    secret_key: SecretStr = Field(
+        SecretStr(""),
+        description="Seals the signing secrets of webhooks in the database, for API, workers and bootstrap: "
+        "base64 of 32 bytes. Keys after a comma only open what was sealed before.",
+    )
+
     wandb_api_key: SecretStr = Field(
         SecretStr(""), description="Lets jobs name wandb among their integrations; for API and workers."
     )

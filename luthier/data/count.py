@@ -5,7 +5,7 @@ What prepare would refuse is counted here, not raised: an estimate says how many
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.specs import TooLong
-from luthier.data.formats.base import Row, RowFormat
-from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row
+from luthier.data.formats.base import RowFormat
+from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
+from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.data.readers import clean_line, is_blank
 from luthier.data.render import ChatTemplate
 from luthier.data.rows import as_json_lines, find_file_format
@@ -28,9 +29,10 @@ _BATCH_BYTES = 1024 * 1024
 class RowCounts:
     """Tokens of the rows that would be trained on, as far as they were counted.
 
-    `lengths` and `supervised` are int64[N], after truncation, in an order of no meaning. `num_rows` are in
-    the file, `num_read` were counted; of these `num_too_long` are over the limit, `num_faulty` could not be
-    rendered or have no supervised token.
+    `lengths` and `supervised` are int64[N], after truncation, in an order of no meaning; of preferences two
+    a row of the file, beside each other (luthier.data.pairs). The other numbers are of the file's rows:
+    `num_rows` are in it, `num_read` were counted; of these `num_too_long` are over the limit, `num_faulty`
+    could not be rendered or have nothing to learn.
     """
 
     lengths: NDArray[np.int64]
@@ -39,6 +41,12 @@ class RowCounts:
     num_read: int
     num_too_long: int
     num_faulty: int
+    has_pairs: bool = False
+
+    @property
+    def num_examples(self) -> int:
+        """Rows of the file, each perhaps a pair, whose lengths are here."""
+        return len(self.lengths) // (2 if self.has_pairs else 1)
 
     @property
     def is_sampled(self) -> bool:
@@ -53,11 +61,19 @@ class RowCounts:
     @property
     def num_kept(self) -> int:
         """Rows of the file that would be trained on; a sample's share of them where it is one."""
-        return round(len(self.lengths) * self.scale)
+        return round(self.num_examples * self.scale)
 
 
 def count_rows(
-    path: Path, base_folder: Path, *, max_length: int, too_long: TooLong, max_rows: int, max_seconds: float
+    path: Path,
+    base_folder: Path,
+    *,
+    max_length: int,
+    too_long: TooLong,
+    max_rows: int,
+    max_seconds: float,
+    purpose: Purpose = "training",
+    wants_pairs: bool = False,
 ) -> RowCounts:
     """Count the tokens of a file's rows.
 
@@ -68,62 +84,108 @@ def count_rows(
         too_long: what would be done with a longer row; with "error" it is left out here, and told.
         max_rows: rows that are counted one by one; of more, an even sample of so many.
         max_seconds: after so long no more rows are begun; those counted are an even sample.
+        purpose: which of a job's files it is, for the error.
+        wants_pairs: whether the job learns from preferences, each of which is two rows of tokens.
 
     Returns:
         The counts.
 
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
-        InvalidValueError: when the file holds preferences (param `training_file`).
+        InvalidValueError: when the file's rows are not of the kind that the job learns from (param
+            `training_file` or `validation_file`).
     """
     deadline = time.monotonic() + max_seconds
     template, tokenizer = ChatTemplate.load(base_folder), Tokenizer.load(base_folder)
     row_format = find_file_format(path)
-    if row_format is not None and row_format.name == "preference":
-        raise InvalidValueError(
-            "The file holds preferences, which belong to jobs of method dpo; a supervised job learns from "
-            "rows such as chats.",
-            param="training_file",
-        )
+    if row_format is not None and not learns_from(row_format.name, wants_pairs=wants_pairs):
+        raise InvalidValueError(tell_wrong_format(purpose, row_format.name), param=f"{purpose}_file")
+    counting = _Counting(row_format, template, tokenizer, max_length, too_long)
     with as_json_lines(path) as lines:
-        return _count_lines(
-            lines, row_format, template, tokenizer, max_length, too_long, max_rows=max_rows, deadline=deadline
-        )
+        num_rows, places = _choose(lines, max_rows)
+        for batch in _batches(lines, places):
+            if counting.num_read and time.monotonic() > deadline:
+                break
+            counting.add(batch)
+    lengths, supervised = np.array(counting.counted, dtype=np.int64).reshape(-1, 2).T
+    return RowCounts(
+        lengths,
+        supervised,
+        num_rows,
+        counting.num_read,
+        counting.num_too_long,
+        counting.num_faulty,
+        has_pairs=wants_pairs,
+    )
 
 
-def _count_lines(
-    path: Path,
-    row_format: RowFormat | None,
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    max_length: int,
-    too_long: TooLong,
-    *,
-    max_rows: int,
-    deadline: float,
-) -> RowCounts:
-    num_rows, places = _choose(path, max_rows)
-    counted: list[tuple[int, int]] = []
-    num_read = num_too_long = num_faulty = 0
-    for lines in _batches(path, places):
-        if num_read and time.monotonic() > deadline:
-            break
-        num_read += len(lines)
-        rows = [None if row_format is None else row_format.read(line) for line in lines]
-        for encoding, num_supervised in _tokenize(rows, template, tokenizer, max_length, too_long):
-            if encoding is None:
-                num_faulty += 1
-                continue
-            is_too_long = len(encoding.ids) > max_length
-            num_too_long += is_too_long
-            if is_too_long and too_long != "truncate":
-                continue
-            if num_supervised == 0:
-                num_faulty += 1
-                continue
-            counted.append((min(len(encoding.ids), max_length), num_supervised))
-    lengths, supervised = np.array(counted, dtype=np.int64).reshape(-1, 2).T
-    return RowCounts(lengths, supervised, num_rows, num_read, num_too_long, num_faulty)
+@dataclass
+class _Counting:
+    """Counts rows as prepare judges them; a preference as the two rows of tokens that it becomes."""
+
+    row_format: RowFormat | None
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    max_length: int
+    too_long: TooLong
+    counted: list[tuple[int, int]] = field(default_factory=list)
+    num_read: int = 0
+    num_too_long: int = 0
+    num_faulty: int = 0
+
+    def add(self, lines: list[bytes]) -> None:
+        rendered = [self._render(line) for line in lines]
+        encodings = encode_rows(self.tokenizer, [row for rows in rendered for row in rows])
+        self.num_read += len(lines)
+        self.num_faulty += rendered.count(())
+        start = 0
+        for rows in filter(None, rendered):
+            self._judge(rows, encodings[start : start + len(rows)])
+            start += len(rows)
+
+    def _render(self, line: bytes) -> tuple[RenderedRow, ...]:
+        """Return the texts that a row of the file becomes; none for a fault."""
+        row = None if self.row_format is None else self.row_format.read(line)
+        if row is None:
+            return ()
+        try:
+            if row.rejected is None:
+                return (render_row(self.template, row),)
+            return (
+                render_row(self.template, row),
+                render_turns(self.template, row.rejected, row.tools),
+            )
+        except InvalidValueError:
+            return ()
+
+    def _judge(self, rows: tuple[RenderedRow, ...], encodings: Sequence[Encoding]) -> None:
+        stops, limit = self.tokenizer.stop_token_ids, self.max_length
+        try:
+            masks = [
+                mask_tokens(encoding, row.spans, stops) for encoding, row in zip(encodings, rows, strict=True)
+            ]
+        except InvalidValueError:
+            self.num_faulty += 1
+            return
+        is_too_long = max(len(encoding.ids) for encoding in encodings) > limit
+        self.num_too_long += is_too_long
+        if is_too_long and self.too_long != "truncate":
+            return
+        # A row's first token is never predicted.
+        found = [
+            (min(len(encoding.ids), limit), int(mask[1:limit].sum()))
+            for encoding, mask in zip(encodings, masks, strict=True)
+        ]
+        has_nothing = any(num_supervised == 0 for _, num_supervised in found)
+        if has_nothing or (self.too_long == "truncate" and _are_equal(encodings, limit)):
+            self.num_faulty += 1
+            return
+        self.counted += found
+
+
+def _are_equal(encodings: Sequence[Encoding], limit: int) -> bool:
+    """Whether two answers are the same as far as they are kept."""
+    return len(encodings) == 2 and np.array_equal(encodings[0].ids[:limit], encodings[1].ids[:limit])
 
 
 def _choose(path: Path, max_rows: int) -> tuple[int, list[tuple[int, int]]]:
@@ -161,29 +223,3 @@ def _batches(path: Path, places: Sequence[tuple[int, int]]) -> Iterator[list[byt
 
 def _clean(raw: bytes, number: int) -> bytes:
     return clean_line(raw.removesuffix(b"\n"), number)
-
-
-def _tokenize(
-    rows: list[Row | None], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, too_long: TooLong
-) -> Iterator[tuple[Encoding | None, int]]:
-    """Yield every row's tokens and how many of those that stay are supervised; no tokens for a fault."""
-    rendered: list[RenderedRow | None] = []
-    for row in rows:
-        try:
-            rendered.append(None if row is None else render_row(template, row))
-        except InvalidValueError:
-            rendered.append(None)
-    encodings = iter(encode_rows(tokenizer, [one for one in rendered if one is not None]))
-    for one in rendered:
-        if one is None:
-            yield None, 0
-            continue
-        encoding = next(encodings)
-        try:
-            mask = mask_tokens(encoding, one.spans, tokenizer.stop_token_ids)
-        except InvalidValueError:
-            yield None, 0
-            continue
-        kept = mask[:max_length] if too_long == "truncate" else mask
-        # A row's first token is never predicted.
-        yield encoding, int(kept[1:].sum())

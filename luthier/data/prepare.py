@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +19,11 @@ from luthier.data.containers.base import RawRow
 from luthier.data.formats.base import Fault, Row, tell_faults
 from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
 from luthier.data.near import Signer, row_text
+from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.data.prepared import PreparedRows, join_rows
 from luthier.data.render import ChatTemplate
 from luthier.data.rows import FileRows, locate
 from luthier.data.tokens import Encoding, Tokenizer
-
-Purpose = Literal["training", "validation"]
 
 _BATCH_ROWS = 256
 _MAX_FAULTS = 20
@@ -88,8 +86,8 @@ def prepare_rows(
     rows = FileRows(path)
     items = iter(rows)
     while batch := list(itertools.islice(items, _BATCH_ROWS)):
-        if rows.format is not None and (rows.format.name == "preference") != wants_pairs:
-            raise _wrong_format_error(purpose, rows.format.name)
+        if rows.format is not None and not learns_from(rows.format.name, wants_pairs=wants_pairs):
+            raise _error_for(purpose, tell_wrong_format(purpose, rows.format.name))
         preparation.add_batch(batch)
     if preparation.num_faults:
         raise _file_error(purpose, preparation.num_faults, preparation.faults)
@@ -290,20 +288,6 @@ def _error_for(purpose: Purpose, message: str) -> JobError:
 def _file_error(purpose: Purpose, num_faults: int, faults: list[Fault]) -> JobError:
     count = "1 fault" if num_faults == 1 else f"{num_faults} faults"
     return _error_for(purpose, f"The {purpose} file has {count}. {tell_faults(faults)}")
-
-
-def _wrong_format_error(purpose: Purpose, name: str) -> JobError:
-    if name == "preference":
-        return _error_for(
-            purpose,
-            f"The {purpose} file holds preferences (input, preferred_output, non_preferred_output), which "
-            "belong to jobs of method dpo; a supervised job learns from rows such as chats.",
-        )
-    return _error_for(
-        purpose,
-        f"The {purpose} file holds rows of the format {name}, and a job of method dpo learns from "
-        "preferences: input, preferred_output and non_preferred_output.",
-    )
 
 
 def _empty_error(purpose: Purpose, num_dropped: int, max_length: int) -> JobError:

@@ -22,14 +22,14 @@ MAX_FAULTS = 20
 class FileFacts(NamedTuple):
     """What is known of a checked file.
 
-    `sha256` is 64 hex digits over all its bytes; `format` is how its rows are written, `container` how they
-    lie in it, such as `jsonl` or `csv+gzip`.
+    `sha256` is 64 hex digits over all its bytes; `format` is how its rows are written, None where nobody
+    looked at rows; `container` how they lie in it, such as `jsonl` or `csv+gzip`.
     """
 
     num_rows: int
     num_bytes: int
     sha256: str
-    format: str = "chat"
+    format: str | None = None
     container: str = "jsonl"
 
 

@@ -18,9 +18,19 @@ def new_secret() -> str:
     return _PREFIX + base64.b64encode(secrets.token_bytes(_NUM_SECRET_BYTES)).decode()
 
 
+def is_secret(text: str) -> bool:
+    """Whether a text is a secret as it is; a sealed one is none."""
+    return text.startswith(_PREFIX)
+
+
 def secret_hint(secret: str) -> str:
-    """Return what may be shown of a secret: enough to tell two apart, useless to sign with."""
-    return f"{_PREFIX}…{secret[-4:]}"
+    """Return the end of a secret: enough to tell two apart, useless to sign with."""
+    return secret[-4:]
+
+
+def shown_hint(hint: str) -> str:
+    """Return the end of a secret as clients see it."""
+    return f"{_PREFIX}…{hint}"
 
 
 def sign(secret: str, *, webhook_id: str, timestamp: int, body: bytes) -> str:

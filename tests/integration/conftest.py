@@ -1,10 +1,15 @@
 """What most tests of the served API need: the SDK as it comes strictest, and a worker in this process."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import openai
 import pytest
 
 from luthier.core.settings import Settings
+from luthier.webhooks.events import EVENT_TYPES
 from tests.conftest import Api
+from tests.receiver import Receiver, running_receiver
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 
@@ -24,3 +29,14 @@ def context(settings: Settings, api: Api) -> WorkerContext:
     made.ring = api.bells.append
     sweep(made)
     return made
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with running_receiver() as made:
+        yield made
+
+
+@pytest.fixture
+def endpoint(client: openai.OpenAI, receiver: Receiver) -> Any:
+    return client.webhooks.create(name="mine", url=receiver.url, event_types=[*EVENT_TYPES])  # type: ignore[list-item]

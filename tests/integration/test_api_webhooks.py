@@ -1,6 +1,5 @@
 """Webhook endpoints over HTTP, with the SDK in strict mode where it has the call."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -11,7 +10,7 @@ from sqlalchemy import text
 from luthier.core.settings import Settings
 from luthier.webhooks.events import EVENT_TYPES
 from tests.conftest import Api
-from tests.receiver import Receiver, running_receiver
+from tests.receiver import Receiver
 
 
 @pytest.fixture
@@ -23,12 +22,6 @@ def settings(settings: Settings) -> Settings:
             "webhook_timeout_seconds": 5,
         }
     )
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with running_receiver() as made:
-        yield made
 
 
 def _post(api: Api, path: str, body: Any, key: str | None = None) -> httpx2.Response:
@@ -72,14 +65,17 @@ def test_the_life_of_an_endpoint_in_the_sdks_words(api: Api, client: openai.Open
     )
     assert bodiless.json()["signing_secret"] not in (rotated.signing_secret, made.signing_secret)
 
+    with api.parts.database.engine.connect() as connection:
+        dump = str(connection.exec_driver_sql("SELECT * FROM webhook_endpoints").all())
+    assert "whsec_" not in dump
     deleted = client.webhooks.delete(made.id)
     assert (deleted.id, deleted.deleted, deleted.object) == (made.id, True, "webhook_endpoint.deleted")
     with pytest.raises(openai.NotFoundError):
         client.webhooks.retrieve(made.id)
     assert client.webhooks.list().data == []
     with api.parts.database.engine.connect() as connection:
-        dump = str(connection.exec_driver_sql("SELECT * FROM webhook_endpoints").all())
-    assert "whsec_" not in dump
+        secrets = connection.execute(text("SELECT secret, secret_hint, old_secret FROM webhook_endpoints"))
+        assert secrets.all() == [("", "", None)]
 
 
 def test_endpoints_are_paged_newest_first(api: Api, client: openai.OpenAI) -> None:

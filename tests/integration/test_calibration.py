@@ -14,7 +14,7 @@ from luthier.core.estimates import Calibration
 from luthier.core.settings import Settings
 from luthier.methods import discover
 from tests.conftest import Api, wait_until
-from tests.rows import colour_rows, jsonl
+from tests.rows import colour_rows, jsonl, preference_row
 from worker import calibration
 from worker.app import sweep
 from worker.calibration import calibrate_when_idle
@@ -28,9 +28,9 @@ def context(settings: Settings, api: Api) -> WorkerContext:
     return made
 
 
-def _upload(api: Api) -> str:
+def _upload(api: Api, rows: list[dict[str, Any]]) -> str:
     url = f"{api.base_url}/v1/files"
-    files = {"file": ("rows.jsonl", jsonl(colour_rows(24)))}
+    files = {"file": ("rows.jsonl", jsonl(rows))}
     return httpx2.post(url, headers=api.headers, data={"purpose": "fine-tune"}, files=files).json()["id"]
 
 
@@ -38,7 +38,7 @@ def _estimate(api: Api, **body: Any) -> dict[str, Any]:
     answer = httpx2.post(
         f"{api.base_url}/v1/fine_tuning/jobs/estimate",
         headers=api.headers,
-        json={"model": "tiny-llama", "training_file": _upload(api), **body},
+        json={"model": "tiny-llama", "training_file": _upload(api, colour_rows(24)), **body},
         timeout=60,
     )
     assert answer.status_code == 200, answer.text
@@ -76,6 +76,10 @@ def test_an_idle_worker_measures_its_base_and_estimates_have_seconds_and_bytes(
         assert after["calibration"]["worker"] == context.worker_id
         assert after["calibration"]["precision"] == "float32"
         assert after["reason"] is None
+    pairs = _upload(api, [preference_row(f"colour of {n}?", f"red {n}", "no idea") for n in range(24)])
+    body = {"training_file": pairs, "method": {"type": "dpo"}, "training": {"precision": "float32"}}
+    for name in ("lora", "full"):
+        assert all(spent > 0 for spent in _estimate(api, tuning={"type": name}, **body)["seconds"].values())
 
 
 def test_what_is_measured_is_not_measured_again_until_base_or_code_change(
@@ -122,7 +126,7 @@ def test_a_probe_gives_way_to_a_job_at_once_and_is_made_later(
     done: list[bool] = []
     thread = threading.Thread(target=lambda: done.append(calibrate_when_idle(context)))
     thread.start()
-    body = {"model": "tiny-llama", "training_file": _upload(api)}
+    body = {"model": "tiny-llama", "training_file": _upload(api, colour_rows(24))}
     httpx2.post(f"{api.base_url}/v1/fine_tuning/jobs", headers=api.headers, json=body)
     thread.join(timeout=30)
     assert done == [False]

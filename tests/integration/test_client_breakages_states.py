@@ -7,11 +7,15 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
+from sqlalchemy import update
 
+from db.tables import Model
+from luthier.client import LuthierClient
 from luthier.core.errors import NonFiniteLossError
 from luthier.core.states import JobStatus
 from services import leases
@@ -173,3 +177,30 @@ def test_43_checkpoints_leave_out_what_was_not_measured_and_the_last_bears_the_m
         assert checkpoint["metrics"]["step"] == checkpoint["step_number"]
         assert "valid_loss" not in checkpoint["metrics"]
         assert all(math.isfinite(value) for value in checkpoint["metrics"].values())
+
+
+def test_24_models_whose_names_hold_slashes_are_read_downloaded_and_deleted(
+    api: Api, client: openai.OpenAI, jobs_by_status: dict[str, dict[str, Any]]
+) -> None:
+    earlier = f"/fine_tuning/jobs/{jobs_by_status['succeeded']['id']}/checkpoints"
+    checkpoint = ask(api, "GET", earlier).json()["data"][-1]["fine_tuned_model_checkpoint"]
+    name = "ft:org/base:o::id:ckpt-step-1"
+    with api.parts.database.transaction() as session:
+        session.execute(update(Model).where(Model.name == checkpoint).values(name=name))
+    # The last is how the SDKs before 3 send it.
+    for path in ("ft:org%2Fbase:o::id:ckpt-step-1", "ft%3Aorg%2fbase%3Ao%3A%3Aid%3Ackpt-step-1", name):
+        assert ask(api, "GET", f"/models/{path}").json()["id"] == name
+    assert client.models.retrieve(name).id == name
+    with LuthierClient(f"{api.base_url}/v1", api.key) as ours:
+        (first, *_) = ours.list_model_files(name)
+    path = f"/models/ft:org%2Fbase:o::id:ckpt-step-1/files/{quote(first['name'], safe='')}"
+    answer = ask(api, "GET", path)
+    assert (answer.status_code, len(answer.content)) == (200, first["bytes"])
+    deleted = client.models.delete(name)
+    assert (deleted.id, deleted.deleted) == (name, True)
+    for gone in (name, "org/model:tag"):
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.models.delete(gone)
+        assert refused.value.status_code == (404 if gone == name else 403)
+    assert ask(api, "DELETE", "/models/org/model:tag").json() == refused.value.response.json()
+    assert ask(api, "GET", "/models/").json()["error"]["code"] == "model_not_found"

@@ -1,8 +1,13 @@
 """A job on preferences over HTTP, from its files to a model, with the strict SDK."""
 
+from typing import Any
+
 import openai
 import pytest
+from sqlalchemy import update
 
+from db.session import Database
+from db.tables import File
 from tests.rows import colour_rows, jsonl, preference_row
 from worker.app import work
 from worker.context import WorkerContext
@@ -19,16 +24,17 @@ def preferences(num_rows: int) -> bytes:
 
 
 def test_preferences_make_a_model_and_rewards_are_told(client: openai.OpenAI, context: WorkerContext) -> None:
-    job = client.fine_tuning.jobs.create(
-        model="tiny-llama",
-        training_file=upload(client, preferences(16)),
-        seed=1,
-        method={
+    body: dict[str, Any] = {
+        "model": "tiny-llama",
+        "training_file": upload(client, preferences(16)),
+        "method": {
             "type": "dpo",
             "dpo": {"hyperparameters": {"n_epochs": 2, "batch_size": 4, "beta": "auto"}},
         },
-        extra_body={"training": {"validation_split": 0.25, "precision": "float32", "learning_rate": 5e-3}},
-    )
+    }
+    extra = {"training": {"validation_split": 0.25, "precision": "float32", "learning_rate": 5e-3}}
+    estimate: Any = client.post("/fine_tuning/jobs/estimate", body={**body, **extra}, cast_to=object)
+    job = client.fine_tuning.jobs.create(**body, seed=1, extra_body=extra)
     assert job.method is not None
     assert job.method.dpo is not None
     assert job.method.dpo.hyperparameters is not None
@@ -54,16 +60,52 @@ def test_preferences_make_a_model_and_rewards_are_told(client: openai.OpenAI, co
     table = client.files.content(job.result_files[0]).text.splitlines()
     assert table[0].endswith("full_valid_reward_accuracy,full_valid_reward_margin")
     assert len(table) == 1 + 6
+    assert (estimate["rows"]["train"], estimate["rows"]["validation"]) == (12, 4)
+    assert (estimate["steps"], estimate["beta"]) == (6, 0.1)
+    # Which rows are held back is settled by prepare, so an estimate knows their share of all tokens.
+    assert job.trained_tokens == pytest.approx(estimate["trained_tokens"], rel=0.02)
+    report: Any = client.get(f"/fine_tuning/jobs/{job.id}/report", cast_to=object)
+    assert report["run"]["num_trained_parameters"] == estimate["num_trained_parameters"]
+    # Beside the weights, the names in their file's head and the configuration.
+    assert 0 <= report["run"]["artifact_bytes"] - estimate["artifact_bytes"] < 10_000
 
 
-def test_rows_of_the_other_kind_fail_the_job_with_the_reason(
-    client: openai.OpenAI, context: WorkerContext
-) -> None:
-    chats = client.fine_tuning.jobs.create(
-        model="tiny-llama", training_file=upload(client, jsonl(colour_rows())), method={"type": "dpo"}
+def test_rows_of_the_other_kind_are_refused_with_the_field_and_what_to_do(client: openai.OpenAI) -> None:
+    chats, pairs = upload(client, jsonl(colour_rows())), upload(client, preferences(12))
+    in_parts = client.uploads.upload_file_chunked(
+        file=jsonl(colour_rows()),
+        filename="rows.jsonl",
+        bytes=len(jsonl(colour_rows())),
+        mime_type="text/jsonl",
+        purpose="fine-tune",
     )
-    pairs = client.fine_tuning.jobs.create(model="tiny-llama", training_file=upload(client, preferences(12)))
-    for job, expected in ((chats, "learns from preferences"), (pairs, "belong to jobs of method dpo")):
+    assert in_parts.file is not None
+    dpo: dict[str, Any] = {"method": {"type": "dpo"}}
+    cases = [
+        ({"training_file": chats, **dpo}, "training_file", "learns from preferences"),
+        ({"training_file": in_parts.file.id, **dpo}, "training_file", "learns from preferences"),
+        ({"training_file": pairs, "validation_file": chats, **dpo}, "validation_file", '"supervised"'),
+        ({"training_file": pairs}, "training_file", "belong to jobs of method dpo"),
+        ({"training_file": chats, "validation_file": pairs}, "validation_file", 'method.type to "dpo"'),
+    ]
+    for body, param, expected in cases:
+        with pytest.raises(openai.BadRequestError, match=expected) as refused:
+            client.fine_tuning.jobs.create(model="tiny-llama", **body)
+        assert refused.value.param == param
+
+
+def test_in_files_whose_format_nobody_noted_prepare_finds_rows_of_the_other_kind(
+    client: openai.OpenAI, context: WorkerContext, database: Database
+) -> None:
+    chats, pairs = upload(client, jsonl(colour_rows())), upload(client, preferences(12))
+    with database.transaction() as session:
+        session.execute(update(File).values(row_format=None))
+    of_chats = client.fine_tuning.jobs.create(model="tiny-llama", training_file=chats, method={"type": "dpo"})
+    of_pairs = client.fine_tuning.jobs.create(model="tiny-llama", training_file=pairs)
+    for job, expected in (
+        (of_chats, "learns from preferences"),
+        (of_pairs, "belong to jobs of method dpo"),
+    ):
         work(context, job.id)
         failed = client.fine_tuning.jobs.retrieve(job.id)
         assert failed.status == "failed"

@@ -1,4 +1,4 @@
-"""Programs written for OpenAI with other clients than the newest Python package: older, Node, litellm."""
+"""Programs written for OpenAI with other clients than the newest package: older, Node, litellm, DSPy."""
 
 import json
 import os
@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from luthier.client import LuthierClient
 from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
+from tests.stack import Stack, stack_folder
 from worker.app import sweep, work
 from worker.context import make_context
 
@@ -105,3 +107,47 @@ def test_litellm_tunes_lists_and_cancels(api: Api, settings: Settings, tmp_path:
     assert told["model"].startswith("ft:tiny-llama:personal:")
     assert told["cancelled"] == "cancelled"
     assert told["jobs"][:1] == told["made"][:1]
+
+
+def test_dspys_bootstrap_finetune_tunes_the_small_base_and_asks_the_model(tmp_path: Path) -> None:
+    """A whole service with the real small base: what DSPy then calls must answer in its format.
+
+    DSPy names the tuned model without its provider, so that litellm does not know whose it is; the client
+    puts it back.
+    """
+    python = make_environment(tmp_path / "environment", "dspy")
+
+    def command(home: Path, port: int) -> list[str]:
+        return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
+
+    with stack_folder() as folder:
+        stack = Stack(folder, command)
+        try:
+            stack.start().until_ready()
+            connection = json.loads((stack.home / "connection.json").read_text())
+            environment = os.environ | {
+                "OPENAI_BASE_URL": connection["base_url"],
+                "OPENAI_API_KEY": connection["api_key"],
+                "MODEL": Settings(_env_file=None).preload_base,
+                "DSPY_CACHEDIR": str(tmp_path / "cache"),
+            }
+            done = subprocess.run(
+                [python, _CLIENTS / "dspy_finetune.py"],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=540,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            told = json.loads(done.stdout.splitlines()[-1])
+            with LuthierClient(connection["base_url"], connection["api_key"]) as client:
+                (model,) = [one for one in client.list_models() if one["id"] == told["model"]]
+        finally:
+            stack.stop()
+    assert model["id"].startswith("ft:smollm2-135m-instruct:personal:")
+    # DSPy's adapter has read a category in each answer, and the model tells messages apart.
+    assert set(told["answers"]) <= set(told["expected"])
+    num_right = sum(a == b for a, b in zip(told["answers"], told["expected"], strict=True))
+    assert num_right > len(told["expected"]) // 2

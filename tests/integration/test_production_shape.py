@@ -23,6 +23,7 @@ from luthier.cli.stack.processes import spawn
 from luthier.cli.stack.valkey import open_valkey
 from luthier.core.inference import HEADER_TOKEN
 from luthier.core.keys import new_api_key
+from luthier.core.sealing import new_secret_key
 from tests.conftest import Server
 from tests.rows import colour_rows, jsonl
 from tests.stack import free_port, wait_until
@@ -34,6 +35,7 @@ _VARIABLES = {
     "POSTGRES_PASSWORD": "unused",
     "LUTHIER_INTERNAL_TOKEN": "an-internal-token",
     "LUTHIER_BOOTSTRAP_API_KEY": new_api_key(),
+    "LUTHIER_SECRET_KEY": new_secret_key(),
     "LUTHIER_PRELOAD_BASE": BASE_ID,
     "LUTHIER_NUM_THREADS": "1",
 }
@@ -248,7 +250,10 @@ def _status(client: httpx2.Client, base_url: str, job: str) -> str:
     return str(client.get(f"{base_url}/fine_tuning/jobs/{job}").json()["status"])
 
 
-@pytest.mark.parametrize("name", ["POSTGRES_PASSWORD", "LUTHIER_INTERNAL_TOKEN", "LUTHIER_BOOTSTRAP_API_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    ["POSTGRES_PASSWORD", "LUTHIER_INTERNAL_TOKEN", "LUTHIER_BOOTSTRAP_API_KEY", "LUTHIER_SECRET_KEY"],
+)
 def test_a_missing_secret_is_refused_before_anything_starts(name: str) -> None:
     for value in ({}, {name: ""}):
         with pytest.raises(KeyError, match=name):
@@ -263,6 +268,7 @@ def test_secrets_reach_only_the_services_that_need_them() -> None:
             holders.setdefault(variable, set()).add(name)
     assert holders["LUTHIER_BOOTSTRAP_API_KEY"] == {"bootstrap"}
     assert holders["LUTHIER_INTERNAL_TOKEN"] == {"api", "inference", "inference-gpu"}
+    assert holders["LUTHIER_SECRET_KEY"] == {"bootstrap", "api", "worker", "worker-gpu"}
     assert holders["LUTHIER_DATABASE_URL"] == {"migrate", "bootstrap", "api", "worker", "worker-gpu"}
 
 

@@ -18,7 +18,6 @@ from pydantic import BaseModel
 from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.receiver import running_receiver
-from tests.rows import jsonl, preference_row
 from tests.sdk_calls import ABSENT, CALLS, NOTES, RESOURCES, ROWS, World
 from worker.app import sweep, work
 from worker.context import make_context
@@ -150,9 +149,11 @@ def test_a_job_has_the_members_of_its_type_in_every_state(world: World) -> None:
     world.made["queue"](made)
     queued = get(made)
     world.strict.fine_tuning.jobs.cancel(made)
-    preferences = jsonl([preference_row(f"number {n}", "yes", "no") for n in range(12)])
-    wrong = world.strict.files.create(file=("rows.jsonl", preferences), purpose="fine-tune").id
-    failing = world.strict.fine_tuning.jobs.create(model="tiny-llama", training_file=wrong).id
+    # No row is so short.
+    short = {"training": {"max_length": 16}}
+    failing = world.strict.fine_tuning.jobs.create(
+        model="tiny-llama", training_file=world.file(), extra_body=short
+    ).id
     world.made["queue"](failing)
     jobs = [waiting, queued, get(made), get(failing), get(world.job_id)]
     assert [job.status for job in jobs] == [

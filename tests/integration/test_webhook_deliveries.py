@@ -2,7 +2,6 @@
 
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,21 @@ import pytest
 from sqlalchemy import text
 
 from db.webhook_tables import WebhookDelivery
-from luthier.core.errors import InvalidTrainingFileError, UnavailableError, WorkerCrashedError
+from luthier.core.errors import (
+    InvalidTrainingFileError,
+    UnavailableError,
+    WorkerCrashedError,
+)
 from luthier.core.settings import Settings
 from luthier.core.states import JobStatus
-from luthier.webhooks.events import EVENT_TYPES, Outcome
+from luthier.webhooks.events import Outcome
 from services import deliveries, leases, webhooks
 from services.leases import Lease
 from services.scope import Scope
 from tests.conftest import Api, wait_until
+from tests.integration.hooks import create_job, the_delivery, wind
 from tests.integration.training_script import Script, ScriptedChild
-from tests.receiver import Receiver, running_receiver
-from tests.rows import colour_rows, jsonl
+from tests.receiver import Receiver
 from worker import delivering
 from worker.app import sweep
 from worker.context import WorkerContext
@@ -39,22 +42,6 @@ def settings(settings: Settings) -> Settings:
     )
 
 
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with running_receiver() as made:
-        yield made
-
-
-@pytest.fixture
-def endpoint(client: openai.OpenAI, receiver: Receiver) -> Any:
-    return client.webhooks.create(name="mine", url=receiver.url, event_types=[*EVENT_TYPES])  # type: ignore[list-item]
-
-
-def _create(client: openai.OpenAI) -> str:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(24))), purpose="fine-tune")
-    return client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id, seed=1).id
-
-
 def _take(context: WorkerContext, job_id: str, seconds: float = 60) -> Lease:
     with context.database.transaction() as session:
         lease = leases.claim_for_preparing(session, job_id, context.worker_id, seconds)
@@ -62,21 +49,10 @@ def _take(context: WorkerContext, job_id: str, seconds: float = 60) -> Lease:
     return lease
 
 
-def _row(context: WorkerContext) -> WebhookDelivery:
-    with context.database.transaction() as session:
-        return session.query(WebhookDelivery).one()
-
-
-def _wind(context: WorkerContext, change: str) -> None:
-    """Let time pass for the only delivery."""
-    with context.database.engine.begin() as connection:
-        connection.execute(text(f"UPDATE webhook_deliveries SET {change}"))
-
-
 def test_a_job_that_succeeds_is_told_and_the_sdk_unwraps_it(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any, tmp_path: Path
 ) -> None:
-    job_id = _create(client)
+    job_id = create_job(client)
     prepare(context, job_id)
     claimed = claim(context)
     assert claimed is not None
@@ -99,7 +75,7 @@ def test_a_job_that_succeeds_is_told_and_the_sdk_unwraps_it(
     assert event.object == "event"
     assert request.headers["webhook-id"].startswith("wh_")
     assert request.headers["content-type"] == "application/json"
-    assert _row(context).outcome == "delivered"
+    assert the_delivery(context).outcome == "delivered"
 
 
 def _cancel(client: openai.OpenAI, context: WorkerContext, job_id: str) -> None:
@@ -128,7 +104,7 @@ def test_every_other_way_a_job_ends_is_told_once(
 ) -> None:
     for end, status in ((_cancel, "cancelled"), (_fail, "failed"), (_crash, "failed"), (_vanish, "failed")):
         receiver.received.clear()
-        job_id = _create(client)
+        job_id = create_job(client)
         end(client, context, job_id)
         assert client.fine_tuning.jobs.retrieve(job_id).status == status
         assert deliver_due(context) == 1, end
@@ -155,7 +131,7 @@ def test_a_workers_thread_sends_by_itself_and_outlives_a_fault(
     context.settings = context.settings.model_copy(update={"sweep_seconds": 0.05})
     thread = threading.Thread(target=delivering.deliver_for_ever, args=(context,), daemon=True)
     thread.start()
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     wait_until(lambda: receiver.received, what="the webhook has come")
     context.stopping.set()
     thread.join(timeout=30)
@@ -168,7 +144,7 @@ def test_only_who_asked_for_a_type_hears_of_it_and_all_hear_of_one_event(
 ) -> None:
     client.webhooks.create(name="two", url=f"{receiver.url}/two", event_types=["fine_tuning.job.cancelled"])
     client.webhooks.create(name="no", url=f"{receiver.url}/no", event_types=["fine_tuning.job.succeeded"])
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     assert deliver_due(context) == 2
     assert {request.path for request in receiver.received} == {"/hook", "/hook/two"}
     assert len({request.body for request in receiver.received}) == 1
@@ -179,22 +155,22 @@ def test_what_fails_is_sent_again_the_same_until_a_2xx(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
     receiver.statuses = [500, 302, 204]
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     for tried in (1, 2):
         assert deliver_due(context) == 1
         assert deliver_due(context) == 0, "it is not due yet"
-        row = _row(context)
+        row = the_delivery(context)
         assert (row.num_tries, row.finished_at) == (tried, None)
-        _wind(context, "next_try_at = now()")
+        wind(context, "next_try_at = now()")
     assert deliver_due(context) == 1
-    assert _row(context).outcome == "delivered"
+    assert the_delivery(context).outcome == "delivered"
     # A redirect was not followed.
     assert [request.path for request in receiver.received] == ["/hook"] * 3
     assert len({request.body for request in receiver.received}) == 1
     assert len({request.headers["webhook-id"] for request in receiver.received}) == 1
     for request in receiver.received:
         client.webhooks.unwrap(request.body, request.headers, secret=endpoint.signing_secret)
-    _wind(context, "next_try_at = now()")
+    wind(context, "next_try_at = now()")
     assert deliver_due(context) == 0
 
 
@@ -202,12 +178,12 @@ def test_after_three_days_it_is_given_up(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
     receiver.statuses = [410]
-    client.fine_tuning.jobs.cancel(_create(client))
-    _wind(context, "created_at = now() - interval '73 hours'")
+    client.fine_tuning.jobs.cancel(create_job(client))
+    wind(context, "created_at = now() - interval '73 hours'")
     assert deliver_due(context) == 1
-    row = _row(context)
+    row = the_delivery(context)
     assert (row.outcome, row.last_status_code) == ("given_up", 410)
-    _wind(context, "next_try_at = now()")
+    wind(context, "next_try_at = now()")
     assert deliver_due(context) == 0
 
 
@@ -215,32 +191,32 @@ def test_a_deleted_endpoint_gets_nothing_more_and_a_moved_one_gets_what_waits(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
     receiver.statuses = [500]
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     assert deliver_due(context) == 1
     client.webhooks.update(endpoint.id, url=f"{receiver.url}/moved")
-    _wind(context, "next_try_at = now()")
+    wind(context, "next_try_at = now()")
     assert deliver_due(context) == 1
     assert receiver.received[-1].path == "/hook/moved"
     client.webhooks.delete(endpoint.id)
-    _wind(context, "next_try_at = now()")
+    wind(context, "next_try_at = now()")
     assert deliver_due(context) == 0
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     assert deliver_due(context) == 0
-    assert _row(context).outcome == "endpoint_deleted"
+    assert the_delivery(context).outcome == "endpoint_deleted"
 
 
 def test_two_secrets_sign_while_the_old_one_lives(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
     rotated = client.webhooks.rotate_secret(endpoint.id, keep_old_secret_active_for_24_hours=True)
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     deliver_due(context)
     (request,) = receiver.received
     for secret in (rotated.signing_secret, endpoint.signing_secret):
         client.webhooks.unwrap(request.body, request.headers, secret=secret)
     with context.database.engine.begin() as connection:
         connection.execute(text("UPDATE webhook_endpoints SET old_secret_expires_at = now()"))
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     deliver_due(context)
     late = receiver.received[-1]
     client.webhooks.unwrap(late.body, late.headers, secret=rotated.signing_secret)
@@ -251,23 +227,25 @@ def test_two_secrets_sign_while_the_old_one_lives(
 def test_no_two_workers_send_the_same_and_a_late_one_writes_nothing(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     with context.database.transaction() as one, context.database.transaction() as two:
-        (first,) = deliveries.claim_due(one, limit=9, timeout_seconds=1)
-        assert deliveries.claim_due(two, limit=9, timeout_seconds=1) == []
+        (first,) = deliveries.claim_due(one, context.sealer, limit=9, timeout_seconds=1)
+        assert deliveries.claim_due(two, context.sealer, limit=9, timeout_seconds=1) == []
     with context.database.transaction() as session:
-        assert deliveries.claim_due(session, limit=9, timeout_seconds=1) == [], "the lease holds"
+        assert deliveries.claim_due(session, context.sealer, limit=9, timeout_seconds=1) == [], (
+            "the lease holds"
+        )
     # The first worker is not heard of in time.
-    _wind(context, "next_try_at = now()")
+    wind(context, "next_try_at = now()")
     with context.database.transaction() as session:
-        (second,) = deliveries.claim_due(session, limit=9, timeout_seconds=1)
+        (second,) = deliveries.claim_due(session, context.sealer, limit=9, timeout_seconds=1)
     assert second.message == first.message
     with context.database.transaction() as session:
         deliveries.record(session, first, Outcome(status_code=204), chance=0.5)
-    assert _row(context).finished_at is None
+    assert the_delivery(context).finished_at is None
     with context.database.transaction() as session:
         deliveries.record(session, second, Outcome(status_code=204), chance=0.5)
-    assert _row(context).outcome == "delivered"
+    assert the_delivery(context).outcome == "delivered"
 
 
 def test_a_project_with_many_deliveries_holds_up_no_other(
@@ -277,7 +255,7 @@ def test_a_project_with_many_deliveries_holds_up_no_other(
     key = httpx2.post(f"{api.base_url}/v1/keys", headers=headers, json=body).json()["key"]
     other = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=key, max_retries=0)
     other.webhooks.create(name="o", url=f"{receiver.url}/o", event_types=["fine_tuning.job.cancelled"])
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     with context.database.engine.begin() as connection:
         columns = "organization_id, project_id, endpoint_id, job_id, event_id, event_type, next_try_at"
         connection.execute(
@@ -286,7 +264,7 @@ def test_a_project_with_many_deliveries_holds_up_no_other(
                 "FROM webhook_deliveries, generate_series(1, 40) n"
             )
         )
-    other.fine_tuning.jobs.cancel(_create(other))
+    other.fine_tuning.jobs.cancel(create_job(other))
     assert deliver_due(context) == deliveries.MAX_OF_A_PROJECT + 1
     assert [request.path for request in receiver.received].count("/hook/o") == 1
     assert deliver_due(context) == deliveries.MAX_OF_A_PROJECT
@@ -295,7 +273,7 @@ def test_a_project_with_many_deliveries_holds_up_no_other(
 def test_an_end_that_is_rolled_back_is_never_told(
     client: openai.OpenAI, context: WorkerContext, endpoint: Any
 ) -> None:
-    lease = _take(context, _create(client))
+    lease = _take(context, create_job(client))
     with pytest.raises(RuntimeError), context.database.transaction() as session:
         leases.fail(session, lease, InvalidTrainingFileError("line 3"))
         raise RuntimeError("the end did not come about")
@@ -305,22 +283,22 @@ def test_an_end_that_is_rolled_back_is_never_told(
 def test_a_receiver_that_became_internal_is_not_called(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     context.settings = context.settings.model_copy(update={"webhook_allowed_targets": ""})
     assert deliver_due(context) == 1
     assert receiver.received == []
-    assert "internal" in str(_row(context).last_error)
+    assert "internal" in str(the_delivery(context).last_error)
 
 
 def test_what_no_endpoint_waits_for_takes_no_turn_of_what_one_does(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
     for _ in range(deliveries.MAX_OF_A_PROJECT):
-        client.fine_tuning.jobs.cancel(_create(client))
+        client.fine_tuning.jobs.cancel(create_job(client))
     with context.database.engine.begin() as connection:
         connection.execute(text("UPDATE webhook_endpoints SET deleted_at = now()"))
     client.webhooks.create(name="two", url=f"{receiver.url}/two", event_types=["fine_tuning.job.cancelled"])
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     assert deliver_due(context) == 1
     assert [request.path for request in receiver.received] == ["/hook/two"]
 
@@ -328,7 +306,7 @@ def test_what_no_endpoint_waits_for_takes_no_turn_of_what_one_does(
 def test_an_endpoint_is_not_deleted_between_an_end_and_its_delivery(
     client: openai.OpenAI, context: WorkerContext, endpoint: Any
 ) -> None:
-    job_id = _create(client)
+    job_id = create_job(client)
     with context.database.transaction() as session:
         owner = session.execute(text("SELECT organization_id, project_id FROM jobs")).one()
     scope = Scope(owner[0], "personal", owner[1], None)
@@ -338,7 +316,7 @@ def test_an_endpoint_is_not_deleted_between_an_end_and_its_delivery(
             deleting.execute(text("SET LOCAL lock_timeout = '50ms'"))
             webhooks.delete(deleting, scope, endpoint.id)
     client.webhooks.delete(endpoint.id)
-    assert _row(context).outcome == "endpoint_deleted"
+    assert the_delivery(context).outcome == "endpoint_deleted"
 
 
 def test_what_is_known_is_written_while_another_receivers_name_server_hangs(
@@ -362,7 +340,7 @@ def test_what_is_known_is_written_while_another_receivers_name_server_hangs(
     client.webhooks.create(
         name="hangs", url="https://hangs.example/", event_types=["fine_tuning.job.cancelled"]
     )
-    client.fine_tuning.jobs.cancel(_create(client))
+    client.fine_tuning.jobs.cancel(create_job(client))
     context.settings = context.settings.model_copy(update={"webhook_timeout_seconds": 60})
 
     def outcomes() -> list[Any]:

@@ -14,7 +14,8 @@ from luthier.bases.fetch import ensure_base
 from luthier.core.errors import InvalidTrainingFileError, LuthierError, UnavailableError
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
-from luthier.data.prepare import Purpose, prepare_rows
+from luthier.data.objectives import Purpose
+from luthier.data.prepare import prepare_rows
 from luthier.data.prepared import PreparedRows, write_prepared
 from luthier.data.prompts import check_sample_prompts
 from luthier.data.split import split_rows

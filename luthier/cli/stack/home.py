@@ -19,6 +19,7 @@ from dotenv import dotenv_values
 
 from luthier.core.errors import LuthierError
 from luthier.core.keys import new_api_key
+from luthier.core.sealing import new_secret_key
 from luthier.storage.manifests import write_file_atomically
 
 CONNECTION_NAME = "connection.json"
@@ -49,13 +50,15 @@ class Secrets:
     """What one home keeps to itself, made once.
 
     `home_id` names the folder that holds the database when it can't lie in the home. `api_key` is the
-    first admin key; the two passwords are those of PostgreSQL's owner and of the service's own role.
+    first admin key; the two passwords are those of PostgreSQL's owner and of the service's own role;
+    `secret_key` seals what the database keeps secret.
     """
 
     home_id: str
     api_key: str = field(repr=False)
     postgres_password: str = field(repr=False)
     database_password: str = field(repr=False)
+    secret_key: str = field(repr=False)
 
 
 def load_secrets(home: Path) -> Secrets:
@@ -77,15 +80,25 @@ def load_secrets(home: Path) -> Secrets:
             api_key=new_api_key(),
             postgres_password=secrets.token_hex(24),
             database_password=secrets.token_hex(24),
+            secret_key=new_secret_key(),
         )
-        write_file_atomically(path, json.dumps(asdict(made), indent=1).encode(), mode=0o600)
+        _write_secrets(path, asdict(made))
     try:
-        return Secrets(**json.loads(path.read_bytes()))
+        found = json.loads(path.read_bytes())
+        if "secret_key" not in found:
+            # A home of a version that sealed nothing.
+            found["secret_key"] = new_secret_key()
+            _write_secrets(path, found)
+        return Secrets(**found)
     except (OSError, ValueError, TypeError) as error:
         raise StackError(
             f"{path} can't be read ({type(error).__name__}). Restore it from a backup, or move {home} away "
             "to begin with an empty service."
         ) from error
+
+
+def _write_secrets(path: Path, content: dict[str, str]) -> None:
+    write_file_atomically(path, json.dumps(content, indent=1).encode(), mode=0o600)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,12 @@ from luthier.cli.stack.processes import ProcessSpec
 from luthier.core.settings import Settings
 
 # Only the parts that speak to database and broker get their passwords; the inference server does not.
-_NOT_FOR_INFERENCE = ("LUTHIER_DATABASE_URL", "LUTHIER_REDIS_URL", "LUTHIER_BOOTSTRAP_API_KEY")
+_NOT_FOR_INFERENCE = (
+    "LUTHIER_DATABASE_URL",
+    "LUTHIER_REDIS_URL",
+    "LUTHIER_BOOTSTRAP_API_KEY",
+    "LUTHIER_SECRET_KEY",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ def service_environment(
         "cache_dir": str(home / "cache"),
         "inference_url": f"unix://{run / 'inference.sock'}",
         "bootstrap_api_key": secrets.api_key,
+        "secret_key": secrets.secret_key,
     }
     environment = dict(os.environ)
     for name, value in computed.items():

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,20 @@ def test_secrets_are_made_once_and_readable_by_the_owner_only(tmp_path: Path) ->
     assert _mode(tmp_path / "secrets.json") == 0o600
 
 
+def test_a_home_of_a_version_without_the_sealing_key_gets_one_and_keeps_the_rest(tmp_path: Path) -> None:
+    first, path = load_secrets(tmp_path), tmp_path / "secrets.json"
+    older = asdict(first)
+    del older["secret_key"]
+    path.write_text(json.dumps(older))
+    second = load_secrets(tmp_path)
+    assert load_secrets(tmp_path) == second
+    assert replace(second, secret_key=first.secret_key) == first
+    assert _mode(path) == 0o600
+
+
 def test_secrets_are_not_shown_by_repr(tmp_path: Path) -> None:
     secrets = load_secrets(tmp_path)
-    for value in (secrets.api_key, secrets.postgres_password, secrets.database_password):
+    for value in (secrets.api_key, secrets.secret_key, secrets.postgres_password, secrets.database_password):
         assert value not in repr(secrets)
 
 

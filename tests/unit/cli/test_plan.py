@@ -8,7 +8,7 @@ from luthier.cli.stack.home import Secrets
 from luthier.cli.stack.plan import Plan, reachable_host, service_environment, service_plan
 from luthier.core.settings import Settings
 
-_SECRETS = Secrets("id", "lt_first_key", "owner-password", "role-password")
+_SECRETS = Secrets("id", "lt_first_key", "owner-password", "role-password", "sealing-key")
 _HOME = Path("/srv/home")
 
 
@@ -36,6 +36,12 @@ def test_state_lies_under_the_home_by_absolute_paths() -> None:
     assert environment["LUTHIER_INFERENCE_URL"] == "unix:///tmp/luthier-x/inference.sock"
 
 
+def test_the_homes_key_seals_secrets_unless_the_operator_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _environment(Settings())["LUTHIER_SECRET_KEY"] == "sealing-key"
+    monkeypatch.setenv("LUTHIER_SECRET_KEY", "theirs")
+    assert _environment(Settings())["LUTHIER_SECRET_KEY"] == "theirs"
+
+
 def test_what_the_operator_has_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_STORAGE_URL", "s3://bucket/prefix")
     monkeypatch.setenv("LUTHIER_RUNS_DIR", "/scratch")
@@ -49,6 +55,7 @@ def test_the_inference_server_gets_no_password_and_no_key() -> None:
     values = "\n".join(inference.environment.values())
     assert "role-password" not in values
     assert "lt_first_key" not in values
+    assert "sealing-key" not in values
     assert "valkey.sock" not in values
 
 

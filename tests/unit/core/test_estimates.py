@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 
 from luthier.core import estimates
-from luthier.core.estimates import Calibration, MethodCost, Part, Price, Pricing, VariantConstants, Work
+from luthier.core.estimates import (
+    Calibration,
+    MethodCost,
+    Part,
+    Price,
+    Pricing,
+    Scoring,
+    VariantConstants,
+    Work,
+)
 from luthier.training import allocator, assemble, loop, loss, samples
 
 _FROZEN = VariantConstants(
@@ -111,7 +120,8 @@ def test_more_rows_take_more_time_and_no_more_memory() -> None:
 
 def test_a_job_that_goes_on_scores_one_model_more_and_reads_a_whole_one_twice() -> None:
     work = _work(80, 100)
-    fresh, further = (_price(_lora(16), replace(work, num_first_scored=n, num_read=n)) for n in (1, 2))
+    more = replace(work, num_first_answered=2, num_read=2, once=[Scoring(work.scored)])
+    fresh, further = _price(_lora(16), work), _price(_lora(16), more)
     # One epoch: two evaluations become three.
     assert further.seconds.evaluate == pytest.approx(1.5 * fresh.seconds.evaluate)
     assert further.seconds.load == pytest.approx(fresh.seconds.load + _CALIBRATION.read_seconds)

@@ -15,7 +15,8 @@ OPAQUE = b"\x89PNG\x00 no rows at all\n"
 
 
 def _facts(content: bytes, num_rows: int) -> FileFacts:
-    return FileFacts(num_rows, len(content), hashlib.sha256(content).hexdigest())
+    row_format = "chat" if num_rows else None
+    return FileFacts(num_rows, len(content), hashlib.sha256(content).hexdigest(), row_format)
 
 
 @pytest.mark.parametrize("purpose", [p for p in INPUT_PURPOSES if p != "fine-tune"])

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.core.errors import InvalidTrainingFileError
+from luthier.core.errors import InvalidTrainingFileError, InvalidValueError
+from luthier.data.count import count_rows
 from luthier.data.prepare import PreparedReport, prepare_rows
 from luthier.data.prepared import PreparedRows
 from luthier.data.split import split_rows
@@ -94,3 +95,24 @@ def test_a_split_parts_no_pair(tmp_path: Path, base: Path) -> None:
     for part in (training, validation):
         assert np.array_equal(part.lines[0::2], part.lines[1::2])
     assert set(training.lines).isdisjoint(validation.lines)
+
+
+@pytest.mark.parametrize(("too_long", "num_kept"), [("drop", 3), ("truncate", 4)])
+def test_an_estimate_counts_the_pairs_and_tokens_that_prepare_finds(
+    tmp_path: Path, base: Path, too_long: Any, num_kept: int
+) -> None:
+    given = [preference_row(f"colour of {n}?", "it is red", f"no idea {n}") for n in range(3)]
+    given.append(preference_row("the sky?", "blue " * 40, "green"))
+    rows, _ = prepare(tmp_path, base, given, too_long=too_long, max_length=64)
+    limits: dict[str, Any] = {"max_length": 64, "too_long": too_long, "max_rows": 100, "max_seconds": 60.0}
+    path = tmp_path / "rows.jsonl"
+    counts = count_rows(path, base, wants_pairs=True, **limits)
+    assert (counts.num_rows, counts.num_too_long, counts.num_kept) == (4, 1, num_kept)
+    assert len(counts.lengths) == rows.num_rows == 2 * num_kept
+    assert counts.lengths.sum() == rows.num_tokens
+    # Two a pair beside each other, whatever the order of the pairs.
+    pairs = counts.lengths.reshape(-1, 2).tolist()
+    assert sorted(pairs) == sorted(rows.lengths.reshape(-1, 2).tolist())
+    with pytest.raises(InvalidValueError, match="belong to jobs of method dpo") as refused:
+        count_rows(path, base, purpose="validation", **limits)
+    assert refused.value.param == "validation_file"

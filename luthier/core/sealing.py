@@ -1,0 +1,95 @@
+"""Secrets that must be read again, sealed for the database: what signs webhooks can't be kept as a hash.
+
+Fernet (https://github.com/fernet/spec): AES-128-CBC and HMAC-SHA256 under a key of 32 bytes.
+"""
+
+import base64
+import binascii
+import secrets
+from typing import TYPE_CHECKING
+
+from luthier.core.errors import SecretKeyError
+
+if TYPE_CHECKING:
+    from cryptography.fernet import MultiFernet
+
+_NUM_KEY_BYTES = 32
+
+
+def new_secret_key() -> str:
+    """Return a fresh key: URL-safe base64 of 32 random bytes."""
+    return base64.urlsafe_b64encode(secrets.token_bytes(_NUM_KEY_BYTES)).decode()
+
+
+class Sealer:
+    """Seals and opens texts.
+
+    Args:
+        keys: base64 of 32 bytes each, separated by commas; the first seals, all open. Empty: nothing can be
+            sealed or opened.
+
+    Raises:
+        SecretKeyError: when one is no such key.
+    """
+
+    def __init__(self, keys: str) -> None:
+        self._keys = [_read_key(key.strip()) for key in keys.split(",") if key.strip()]
+
+    def seal(self, text: str) -> str:
+        """Seal a text.
+
+        Args:
+            text: what is secret.
+
+        Returns:
+            A token of printable characters, as it may be stored.
+
+        Raises:
+            SecretKeyError: when there is no key.
+        """
+        return self._fernet().encrypt(text.encode()).decode()
+
+    def open(self, sealed: str) -> str:
+        """Open what was sealed.
+
+        Args:
+            sealed: from `seal`.
+
+        Returns:
+            The text.
+
+        Raises:
+            SecretKeyError: when there is no key, or it was sealed with none of them.
+        """
+        from cryptography.fernet import InvalidToken
+
+        try:
+            return self._fernet().decrypt(sealed).decode()
+        except InvalidToken as error:
+            raise SecretKeyError(
+                "A stored secret was sealed with another key than LUTHIER_SECRET_KEY holds. Operator: give "
+                "API and workers the key that it was sealed with."
+            ) from error
+
+    def _fernet(self) -> "MultiFernet":
+        if not self._keys:
+            raise SecretKeyError(
+                "Webhooks need a key for their signing secrets, and LUTHIER_SECRET_KEY is not set. Operator: "
+                "set it for API and workers (openssl rand -base64 32)."
+            )
+        from cryptography.fernet import Fernet, MultiFernet
+
+        return MultiFernet([Fernet(key) for key in self._keys])
+
+
+def _read_key(text: str) -> bytes:
+    try:
+        key = base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != _NUM_KEY_BYTES:
+        raise SecretKeyError(
+            f"LUTHIER_SECRET_KEY must be base64 of {_NUM_KEY_BYTES} bytes (openssl rand -base64 32), or "
+            "several such keys separated by commas."
+        )
+    return base64.urlsafe_b64encode(key)

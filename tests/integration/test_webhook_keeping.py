@@ -1,0 +1,99 @@
+"""What is kept of webhooks: sealed secrets that only the key opens, and deliveries for a while."""
+
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import text
+
+from db.session import Database
+from db.webhook_tables import WebhookDelivery
+from luthier.core.errors import SecretKeyError
+from luthier.core.sealing import Sealer, new_secret_key
+from luthier.core.settings import Settings
+from services.sealing import reseal
+from tests.conftest import serve_api
+from tests.integration.hooks import create_job, the_delivery, wind
+from tests.receiver import Receiver
+from worker.app import tidy
+from worker.context import WorkerContext
+from worker.delivering import deliver_due
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"webhook_allow_http": True, "webhook_allowed_targets": "127.0.0.1"})
+
+
+def test_finished_deliveries_are_kept_for_as_long_as_is_set_and_no_longer(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    client.fine_tuning.jobs.cancel(create_job(client))
+    wind(context, "created_at = now() - interval '60 days'")
+    tidy(context, grace_seconds=0)
+    assert the_delivery(context).finished_at is None, "what still waits is kept, however old"
+    assert deliver_due(context) == 1
+    wind(context, "finished_at = now() - interval '29 days'")
+    tidy(context, grace_seconds=0)
+    assert the_delivery(context).outcome == "delivered"
+    wind(context, "finished_at = now() - interval '31 days'")
+    tidy(context, grace_seconds=0)
+    with context.database.transaction() as session:
+        assert session.query(WebhookDelivery).count() == 0
+
+
+def test_a_secret_that_the_key_does_not_open_signs_nothing_until_it_does(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    client.fine_tuning.jobs.cancel(create_job(client))
+    right = context.sealer
+    for wrong, told in ((Sealer(new_secret_key()), "another key"), (Sealer(""), "is not set")):
+        context.sealer = wrong
+        assert deliver_due(context) == 1
+        row = the_delivery(context)
+        assert (row.finished_at, row.last_status_code) == (None, None)
+        assert told in (row.last_error or "")
+        assert "LUTHIER_SECRET_KEY" in (row.last_error or "")
+        wind(context, "next_try_at = now()")
+    assert receiver.received == []
+    context.sealer = right
+    assert deliver_due(context) == 1
+    (request,) = receiver.received
+    client.webhooks.unwrap(request.body, request.headers, secret=endpoint.signing_secret)
+
+
+def test_a_start_seals_secrets_that_were_plain_and_those_of_an_older_key(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    rotated = client.webhooks.rotate_secret(endpoint.id, keep_old_secret_active_for_24_hours=True)
+    plain = {"new": rotated.signing_secret, "old": endpoint.signing_secret}
+    with context.database.engine.begin() as connection:
+        connection.execute(text("UPDATE webhook_endpoints SET secret = :new, old_secret = :old"), plain)
+    older, newer = new_secret_key(), new_secret_key()
+    for keys in (older, f"{newer},{older}"):
+        with context.database.transaction() as session:
+            assert reseal(session, Sealer(keys)) == 1
+            assert "whsec_" not in str(session.execute(text("SELECT * FROM webhook_endpoints")).all())
+    for sealer, told in ((Sealer(older), "another key"), (Sealer(""), "is not set")):
+        with pytest.raises(SecretKeyError, match=told), context.database.transaction() as session:
+            reseal(session, sealer)
+    context.sealer = Sealer(newer)
+    client.fine_tuning.jobs.cancel(create_job(client))
+    assert deliver_due(context) == 1
+    (request,) = receiver.received
+    for secret in plain.values():
+        client.webhooks.unwrap(request.body, request.headers, secret=secret)
+
+
+def test_without_a_key_no_endpoint_is_made_and_the_operator_is_told(
+    settings: Settings, database: Database
+) -> None:
+    keyless = settings.model_copy(update={"secret_key": SecretStr("")})
+    with serve_api(keyless, database) as api:
+        body = {"name": "n", "url": "https://hooks.example/", "event_types": ["fine_tuning.job.failed"]}
+        answer = httpx2.post(f"{api.base_url}/v1/webhook_endpoints", headers=api.headers, json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "secret_key")
+    assert "LUTHIER_SECRET_KEY" in answer.json()["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
