@@ -25,7 +25,7 @@ _HEAP_GROWTH = 0.9
 _BLOCK_TOKENS = 256
 # As luthier.training has them: logits held at a time, seconds between save points and what these may cost,
 # tokens of an answer. A test holds them equal.
-_MAX_CHUNK_LOGITS = 32 * 1024 * 1024
+_MAX_CHUNK_LOGITS = 12 * 1024 * 1024
 _SAVE_POINT_SECONDS = 30.0
 _SAVE_COST_FACTOR = 20.0
 _MAX_ANSWER_TOKENS = 64

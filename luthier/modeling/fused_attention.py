@@ -6,10 +6,15 @@ made again in the backward pass, so that memory grows with the length and not wi
 
 Legend: N tokens with their padding (B rows of T), E columns of q, k and v, K columns of a wide buffer,
 P pairs of a row and a key head, Q queries of a pair (groups times T), S keys, C head size, V virtual tokens.
+
+Tokens that all rows begin with are computed once: with causal attention nothing in them depends on what a row
+has of its own. Their keys and values stand before each row's as those of virtual tokens do, and their
+gradients are the sums over all rows. (The same thought for preference pairs: arXiv 2410.20305.)
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,9 +26,30 @@ _BLOCK_TOKENS = 256
 _MAX_KEPT_TOKENS = 160
 
 
+class _Segment(NamedTuple):
+    """Rows of tokens that attend alike: which of the N, the turning of each position, and keys before them.
+
+    All of a segment's rows see the `start` keys before them, and then their own up to each query.
+    """
+
+    tokens: slice
+    cosine_TC: torch.Tensor
+    sine_TC: torch.Tensor
+    start: int
+
+    @property
+    def num_tokens(self) -> int:
+        """T of each row."""
+        return self.cosine_TC.shape[0]
+
+
 @dataclass(frozen=True)
 class Heads:
-    """How q, k and v lie side by side, the turning of every position, and the width of the result."""
+    """How q, k and v lie side by side, the turning of every position, and the width of the result.
+
+    The first `num_shared` positions are the same in all rows, and lie once before what each row has of its
+    own: N is num_shared plus B times (T - num_shared).
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -31,11 +57,16 @@ class Heads:
     cosine_TC: torch.Tensor
     sine_TC: torch.Tensor
     width: int
+    num_shared: int = 0
 
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.cosine_TC.shape[0]
+    def segments(self, num_virtual: int) -> Iterator[_Segment]:
+        """Yield what is shared, as one row, and what the rows have of their own."""
+        shared = self.num_shared
+        if shared:
+            tokens = slice(0, shared)
+            yield _Segment(tokens, self.cosine_TC[:shared], self.sine_TC[:shared], num_virtual)
+        own = slice(shared, None)
+        yield _Segment(own, self.cosine_TC[own], self.sine_TC[own], num_virtual + shared)
 
 
 class Attention(torch.autograd.Function):
@@ -49,68 +80,126 @@ class Attention(torch.autograd.Function):
         virtual_value: torch.Tensor | None,
         heads: Heads,
     ) -> torch.Tensor:
-        start = 0 if virtual_key is None else virtual_key.shape[1]
-        query, key, value = kernels.split_heads(
-            qkv_NE,
-            heads.cosine_TC,
-            heads.sine_TC,
-            scale=heads.size**-0.5,
-            num_kv_heads=heads.num_kv_heads,
-            start=start,
-        )
-        if virtual_key is not None and virtual_value is not None:
-            for whole, virtual in ((key, virtual_key), (value, virtual_value)):
-                by_row = whole.view(-1, heads.num_kv_heads, *whole.shape[1:])
-                by_row[:, :, :start] = virtual.to(whole.dtype)
-        kept: list[torch.Tensor] = []
-        attended = torch.empty_like(query)
-        for block in _blocks(heads.num_tokens):
-            weights = _weights(query, key, heads.num_tokens, block, start)
-            _put(attended, torch.bmm(weights, value[:, : start + block.stop]), heads.num_tokens, block)
-            if heads.num_tokens <= _MAX_KEPT_TOKENS:
-                kept.append(weights)
-        context.heads, context.start = heads, start
-        context.save_for_backward(query, key, value, *kept)
-        return kernels.merge_heads(attended, heads.num_tokens, heads.num_kv_heads, heads.width)
+        before = None if virtual_key is None or virtual_value is None else (virtual_key, virtual_value)
+        context.heads, context.num_virtual = heads, 0 if virtual_key is None else virtual_key.shape[1]
+        out_NK = qkv_NE.new_empty(qkv_NE.shape[0], heads.width)
+        saved: list[torch.Tensor] = []
+        context.num_saved = []
+        for segment in heads.segments(context.num_virtual):
+            tensors = _attend(qkv_NE, before, segment, heads, out_NK)
+            context.num_saved.append(len(tensors))
+            saved += tensors
+            # A shared segment is one row, so its keys and values stand before each of the rows that follow.
+            before = (tensors[1], tensors[2])
+        context.save_for_backward(*saved)
+        return out_NK
 
     @staticmethod
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, *kept = context.saved_tensors
-        heads, start = context.heads, context.start
-        gradient_PQC = kernels.merge_heads_backward(
-            gradients_out[0].contiguous(), heads.num_tokens, heads.num_kv_heads, heads.num_heads, heads.size
+        heads, gradient_NK = context.heads, gradients_out[0].contiguous()
+        saved = list(context.saved_tensors)
+        num_columns = (heads.num_heads + 2 * heads.num_kv_heads) * heads.size
+        to_qkv_NE = gradient_NK.new_empty(gradient_NK.shape[0], num_columns)
+        to_before: list[torch.Tensor] = []
+        segments = list(heads.segments(context.num_virtual))
+        for segment, num_saved in zip(segments[::-1], context.num_saved[::-1], strict=True):
+            own, saved = saved[-num_saved:], saved[:-num_saved]
+            to_before = _attend_backward(gradient_NK, own, to_before, segment, heads, to_qkv_NE)
+        return to_qkv_NE, *(to_before if context.num_virtual else (None, None)), None
+
+
+def _attend(
+    qkv_NE: torch.Tensor,
+    before: tuple[torch.Tensor, torch.Tensor] | None,
+    segment: _Segment,
+    heads: Heads,
+    out_NK: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Write what a segment's tokens attend to; return its queries, keys, values and the kept weights."""
+    num_tokens, start = segment.num_tokens, segment.start
+    query, key, value = kernels.split_heads(
+        qkv_NE[segment.tokens],
+        segment.cosine_TC,
+        segment.sine_TC,
+        scale=heads.size**-0.5,
+        num_kv_heads=heads.num_kv_heads,
+        start=start,
+    )
+    if before is not None:
+        for whole, first in zip((key, value), before, strict=True):
+            by_row = whole.view(-1, heads.num_kv_heads, *whole.shape[1:])
+            by_row[:, :, :start] = first.to(whole.dtype)
+    kept: list[torch.Tensor] = []
+    attended = torch.empty_like(query)
+    for block in _blocks(num_tokens):
+        weights = _weights(query, key, num_tokens, block, start)
+        _put(attended, torch.bmm(weights, value[:, : start + block.stop]), num_tokens, block)
+        if num_tokens <= _MAX_KEPT_TOKENS:
+            kept.append(weights)
+    kernels.merge_heads(attended, num_tokens, heads.num_kv_heads, out_NK[segment.tokens])
+    return [query, key, value, *kept]
+
+
+def _attend_backward(
+    gradient_NK: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    from_after: Sequence[torch.Tensor],
+    segment: _Segment,
+    heads: Heads,
+    to_qkv_NE: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Write the gradients of a segment's tokens.
+
+    Args:
+        gradient_NK: of the result.
+        saved: what `_attend` returned.
+        from_after: float32, the gradients of all of this segment's keys and values that came from the
+            segment after it, which sees them; empty when there is none.
+        segment: the segment.
+        heads: the heads.
+        to_qkv_NE: the segment's part of it is written.
+
+    Returns:
+        float32, the gradients of the keys and values before the segment's own.
+    """
+    query, key, value, *kept = saved
+    num_tokens, start = segment.num_tokens, segment.start
+    gradient_PQC = kernels.merge_heads_backward(
+        gradient_NK[segment.tokens], num_tokens, heads.num_kv_heads, heads.num_heads, heads.size
+    )
+    to_query = torch.empty_like(query)
+    to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
+    for block in _blocks(num_tokens):
+        end = start + block.stop
+        weights = kept[0] if kept else _weights(query, key, num_tokens, block, start)
+        gradient = _take(gradient_PQC, num_tokens, block)
+        _add(to_value, torch.bmm(weights.transpose(1, 2), gradient), end)
+        to_scores = torch.bmm(gradient, value[:, :end].transpose(1, 2))
+        to_scores = kernels.causal_softmax_backward_(
+            to_scores, weights, block.stop - block.start, start + block.start
         )
-        to_query = torch.empty_like(query)
-        to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
-        for block in _blocks(heads.num_tokens):
-            end = start + block.stop
-            weights = kept[0] if kept else _weights(query, key, heads.num_tokens, block, start)
-            gradient = _take(gradient_PQC, heads.num_tokens, block)
-            _add(to_value, torch.bmm(weights.transpose(1, 2), gradient), end)
-            to_scores = torch.bmm(gradient, value[:, :end].transpose(1, 2))
-            to_scores = kernels.causal_softmax_backward_(
-                to_scores, weights, block.stop - block.start, start + block.start
-            )
-            _put(to_query, torch.bmm(to_scores, key[:, :end]), heads.num_tokens, block)
-            queries = _take(query, heads.num_tokens, block)
-            _add(to_key, torch.bmm(to_scores.transpose(1, 2), queries), end)
-        to_qkv = kernels.split_heads_backward(
-            to_query,
-            to_key,
-            to_value,
-            heads.cosine_TC,
-            heads.sine_TC,
-            scale=heads.size**-0.5,
-            num_kv_heads=heads.num_kv_heads,
-            start=start,
-        )
-        if start == 0:
-            return to_qkv, None, None, None
-        virtual = [
-            whole.view(-1, heads.num_kv_heads, *whole.shape[1:])[:, :, :start].sum(dim=0, dtype=torch.float32)
-            for whole in (to_key, to_value)
-        ]
-        return to_qkv, *virtual, None
+        _put(to_query, torch.bmm(to_scores, key[:, :end]), num_tokens, block)
+        queries = _take(query, num_tokens, block)
+        _add(to_key, torch.bmm(to_scores.transpose(1, 2), queries), end)
+    if from_after:
+        wide = [own.float().add_(after) for own, after in zip((to_key, to_value), from_after, strict=True)]
+        to_key, to_value = (one.to(key.dtype) for one in wide)
+        to_before = [one[:, :start] for one in wide]
+    else:
+        by_row = (one.view(-1, heads.num_kv_heads, *one.shape[1:]) for one in (to_key, to_value))
+        to_before = [one[:, :, :start].sum(dim=0, dtype=torch.float32) for one in by_row]
+    kernels.split_heads_backward(
+        to_query,
+        to_key,
+        to_value,
+        segment.cosine_TC,
+        segment.sine_TC,
+        scale=heads.size**-0.5,
+        num_kv_heads=heads.num_kv_heads,
+        start=start,
+        out_NE=to_qkv_NE[segment.tokens],
+    )
+    return to_before
 
 
 def _blocks(num_tokens: int) -> list[slice]:

@@ -92,30 +92,34 @@ class FusedLlama:
         found = [parameter for block in self._blocks for parameter in block.parameters]
         return found + [weight for weight in outer if weight.requires_grad]
 
-    def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, token_ids_BT: torch.Tensor, *, num_shared: int = 0) -> torch.Tensor:
         """Run rows padded on the right.
 
         Args:
             token_ids_BT: int64.
+            num_shared: how many tokens all rows have alike at their beginning, fewer than T; they are
+                computed once.
 
         Returns:
-            hidden_BTD after the last norm, in the weights' type, without virtual tokens.
+            hidden_BTD after the last norm, in the weights' type, of the tokens that are not shared.
         """
         num_rows = token_ids_BT.shape[0]
-        x_BTD = self._body.embed_tokens(token_ids_BT)
+        ids_N = torch.cat([token_ids_BT[0, :num_shared], token_ids_BT[:, num_shared:].reshape(-1)])
+        x_ND = self._body.embed_tokens(ids_N)
         embedded_VD = self._method.virtual_embeddings(self._attached)
         num_embedded = 0 if embedded_VD is None else embedded_VD.shape[0]
         if embedded_VD is not None:
-            virtual_BVD = embedded_VD.to(x_BTD.dtype).expand(num_rows, -1, -1)
-            x_BTD = torch.cat([virtual_BVD, x_BTD], dim=1)
+            # Virtual tokens are shared by their nature.
+            x_ND = torch.cat([embedded_VD.to(x_ND.dtype), x_ND])
         pairs = self._method.virtual_key_values(self._attached)
         num_before = 0 if pairs is None else pairs[0][0].shape[1]
-        num_tokens = x_BTD.shape[1]
-        positions = torch.arange(num_before, num_before + num_tokens, device=x_BTD.device)[None]
-        cosine, sine = self._body.rotary_emb(x_BTD, position_ids=positions)
+        end = num_before + num_embedded + token_ids_BT.shape[1]
+        positions_1T = torch.arange(num_before, end, device=x_ND.device)[None]
         half = self._head_size // 2
-        cosine_TC, sine_TC = (part[0, :, :half].float().contiguous() for part in (cosine, sine))
-        x_ND = x_BTD.reshape(num_rows * num_tokens, -1)
+        cosine_TC, sine_TC = (
+            part[0, :, :half].float().contiguous()
+            for part in self._body.rotary_emb(x_ND[None], position_ids=positions_1T)
+        )
         for number, block in enumerate(self._blocks):
             for fused in block.fused:
                 fused.refresh()
@@ -127,11 +131,12 @@ class FusedLlama:
                 cosine_TC,
                 sine_TC,
                 block.attention_out.width,
+                num_embedded + num_shared,
             )
             x_ND = _attend(block, x_ND, heads, key, value)
             x_ND = _feed_forward(block, x_ND)
-        x_BTD = x_ND.view(num_rows, num_tokens, -1)[:, num_embedded:]
-        return self._body.norm(x_BTD)
+        own_ND = self._body.norm(x_ND[num_embedded + num_shared :])
+        return own_ND.view(num_rows, token_ids_BT.shape[1] - num_shared, -1)
 
 
 def _build_block(layer: nn.Module, adapter: str) -> _Block:

@@ -6,6 +6,7 @@ when the next step takes them: about a twentieth of a step's time on the machine
 
 import ctypes
 import sys
+from typing import Any
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
@@ -20,9 +21,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library took the settings; others than glibc don't know them.
     """
-    if sys.platform != "linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _find("mallopt")
     if mallopt is None:
         return False
     settings = {
@@ -31,3 +30,15 @@ def keep_freed_memory() -> bool:
         _MMAP_THRESHOLD: _MAX_HEAP_BLOCK_BYTES,
     }
     return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def give_back_freed_memory() -> None:
+    """Give the kernel what is free at the moment, so that what was needed once is not held for good."""
+    malloc_trim = _find("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _find(name: str) -> Any:
+    """Return a function of glibc; None where the C library is another one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+# What it costs to compute shared tokens apart is about what this many tokens cost.
+_MIN_SAVED_TOKENS = 16
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows padded on the right to the longest of them.
@@ -35,6 +39,25 @@ class Batch:
     token_ids_BT: torch.Tensor
     supervised_BT: torch.Tensor
     num_tokens: int
+
+    @property
+    def num_needed(self) -> int:
+        """Columns that scores depend on: the last supervised token is predicted, and nothing follows it."""
+        columns = self.supervised_BT.any(dim=0).nonzero()
+        return max(1, int(columns[-1])) if len(columns) else 1
+
+    @property
+    def num_shared(self) -> int:
+        """Columns that all rows have alike at their beginning and that predict nothing supervised.
+
+        0 where too few tokens would be saved by computing them once.
+        """
+        num_rows, num_columns = self.token_ids_BT.shape
+        columns = self.supervised_BT.any(dim=0).nonzero()
+        differing = (self.token_ids_BT != self.token_ids_BT[:1]).any(dim=0).nonzero()
+        num_alike = int(differing[0]) if len(differing) else num_columns
+        found = min(num_alike, int(columns[0]) - 1 if len(columns) else 0)
+        return found if found * (num_rows - 1) >= _MIN_SAVED_TOKENS else 0
 
     def to(self, device: str) -> "Batch":
         """Return the batch with its tensors on a device."""

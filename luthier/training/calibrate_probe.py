@@ -4,7 +4,6 @@ Legend: B rows, T tokens.
 """
 
 import copy
-import ctypes
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.methods import Attached, Method, Start
+from luthier.training.allocator import give_back_freed_memory
 from luthier.training.batches import Batch
 from luthier.training.device import peak_memory_bytes
 from luthier.training.loss import full_logits_loss, head_loss
@@ -246,9 +246,7 @@ def begin_peak(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.memory_allocated())
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back is not None:
-        give_back(0)
+    give_back_freed_memory()
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     return resident_bytes(device)
 

@@ -15,8 +15,8 @@ import torch
 from luthier.modeling.kernels import softmax_loss_
 from luthier.training.batches import Batch
 
-# Logits held at a time, in numbers: 32 Mi of them are 128 MiB in float32.
-MAX_CHUNK_LOGITS = 32 * 1024 * 1024
+# Logits held at a time, in numbers: 12 Mi of them are 48 MiB in float32. Products of fewer rows are slower.
+MAX_CHUNK_LOGITS = 12 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class _HeadLoss(torch.autograd.Function):
         for_hidden, for_weight, _ = context.needs_input_grad
         gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
         gradient_VD = torch.zeros_like(weight_VD) if for_weight else None
-        chunk = max(1, MAX_CHUNK_LOGITS // weight_VD.shape[0])
-        for start in range(0, hidden_ND.shape[0], chunk):
-            part = slice(start, start + chunk)
+        for part in chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
             nll_N, is_right_N = softmax_loss_(
                 logits_NV, targets_N[part], keeps_gradient=for_hidden or for_weight
@@ -70,18 +68,31 @@ class _HeadLoss(torch.autograd.Function):
         return hidden, weight, None
 
 
-def gather_supervised(hidden_BTD: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick the hidden states that predict a supervised token.
+def chunks(num_tokens: int, vocabulary_size: int) -> list[slice]:
+    """Cut tokens into parts of like size, none of which has more logits than are held at a time."""
+    most = max(1, MAX_CHUNK_LOGITS // vocabulary_size)
+    size = -(-num_tokens // max(1, -(-num_tokens // most)))
+    return [slice(start, start + size) for start in range(0, num_tokens, size)] if num_tokens else []
+
+
+def gather_supervised(
+    outputs_BTD: torch.Tensor, batch: Batch, *, first: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick the outputs that predict a supervised token.
 
     Args:
-        hidden_BTD: the model's output before its output layer.
+        outputs_BTD: the model's output before its output layer, or its logits, from column `first` on; up
+            to the last column that is needed, or more.
         batch: the rows.
+        first: a column before all supervised ones.
 
     Returns:
-        hidden_ND and targets_N: position t predicts token t + 1.
+        outputs_ND and targets_N: position t predicts token t + 1.
     """
-    is_target_BT = batch.supervised_BT[:, 1:]
-    return hidden_BTD[:, :-1][is_target_BT], batch.token_ids_BT[:, 1:][is_target_BT]
+    following = slice(first + 1, first + 1 + outputs_BTD.shape[1])
+    is_target_BT = batch.supervised_BT[:, following]
+    outputs_ND = outputs_BTD[:, : is_target_BT.shape[1]][is_target_BT]
+    return outputs_ND, batch.token_ids_BT[:, following][is_target_BT]
 
 
 def head_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> Loss:

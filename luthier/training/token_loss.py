@@ -11,7 +11,7 @@ import torch
 
 from luthier.modeling.kernels import softmax_loss_
 from luthier.training.batches import Batch
-from luthier.training.loss import MAX_CHUNK_LOGITS, gather_supervised
+from luthier.training.loss import chunks, gather_supervised
 from luthier.training.trainee import Trainee
 
 
@@ -25,7 +25,7 @@ class _TokenLoss(torch.autograd.Function):
         for_hidden, for_weight, _ = context.needs_input_grad
         gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
         nll_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
-        for part in _chunks(len(targets_N), weight_VD):
+        for part in chunks(len(targets_N), weight_VD.shape[0]):
             logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
             nll_N[part], _ = softmax_loss_(logits_NV, targets_N[part], keeps_gradient=for_hidden)
             if gradient_ND is not None:
@@ -46,16 +46,11 @@ class _TokenLoss(torch.autograd.Function):
         if context.saved_tensors:
             hidden_ND, weight_VD, targets_N = context.saved_tensors
             weight = torch.zeros_like(weight_VD)
-            for part in _chunks(len(targets_N), weight_VD):
+            for part in chunks(len(targets_N), weight_VD.shape[0]):
                 logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
                 softmax_loss_(logits_NV, targets_N[part], keeps_gradient=True)
                 weight.addmm_(logits_NV.mul_(scale_N1[part].to(logits_NV.dtype)).t(), hidden_ND[part])
         return hidden, weight, None
-
-
-def _chunks(num_tokens: int, weight_VD: torch.Tensor) -> list[slice]:
-    size = max(1, MAX_CHUNK_LOGITS // weight_VD.shape[0])
-    return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 
 def row_log_likelihoods(trainee: Trainee, batch: Batch) -> torch.Tensor:
@@ -68,16 +63,15 @@ def row_log_likelihoods(trainee: Trainee, batch: Batch) -> torch.Tensor:
     Returns:
         Sums of log-likelihoods, float32 [B]; differentiable unless gradients are switched off.
     """
-    batch = batch.to(trainee.device)
     if trainee.head_weight_VD is None:
-        logits_NV, targets_N = gather_supervised(trainee.logits(batch), batch)
+        logits_NV, targets_N = gather_supervised(trainee.logits(batch), batch.to(trainee.device))
         nll_N = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
     else:
-        hidden_ND, targets_N = gather_supervised(trainee.hidden_states(batch.token_ids_BT), batch)
+        hidden_ND, targets_N = trainee.supervised_hidden_states(batch)
         weight_VD = trainee.head_weight_VD
         if not torch.is_grad_enabled():
             hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
         nll_N = _TokenLoss.apply(hidden_ND, weight_VD, targets_N)
-    row_of_N = batch.supervised_BT[:, 1:].nonzero()[:, 0]
+    row_of_N = batch.supervised_BT[:, 1:].nonzero()[:, 0].to(nll_N.device)
     sums_B = torch.zeros(len(batch.supervised_BT), dtype=torch.float32, device=nll_N.device)
     return sums_B.index_add(0, row_of_N, -nll_N)

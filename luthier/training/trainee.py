@@ -10,6 +10,7 @@ import torch
 from luthier.core.errors import SelfCheckError
 from luthier.methods import Attached, Method
 from luthier.modeling.fused_llama import FusedLlama, fuse
+from luthier.training.allocator import give_back_freed_memory
 from luthier.training.batches import Batch
 from luthier.training.loss import Loss, full_logits_loss, gather_supervised, head_loss
 
@@ -47,6 +48,8 @@ class Trainee:
         # What a model that goes on from another said of the sample before its first step.
         self.parent_logits_BTV: torch.Tensor | None = None
         attached.model.train(was_training)
+        # The fast path copied the base layer by layer: what is free between its pieces is too small for steps.
+        give_back_freed_memory()
 
     @property
     def path(self) -> str:
@@ -62,12 +65,30 @@ class Trainee:
         Returns:
             Sums over the supervised tokens; differentiable unless gradients are switched off.
         """
-        batch = batch.to(self.device)
         if self.head_weight_VD is None:
-            return full_logits_loss(*gather_supervised(self.logits(batch), batch))
-        hidden_BTD = self.hidden_states(batch.token_ids_BT)
-        hidden_ND, targets_N = gather_supervised(hidden_BTD, batch)
+            return full_logits_loss(*gather_supervised(self.logits(batch), batch.to(self.device)))
+        hidden_ND, targets_N = self.supervised_hidden_states(batch)
         return head_loss(hidden_ND, self.head_weight_VD, targets_N)
+
+    def supervised_hidden_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a batch for its supervised tokens alone.
+
+        What no score depends on does not run; tokens that all rows begin with run once on the fast path.
+
+        Args:
+            batch: rows on the CPU.
+
+        Returns:
+            hidden_ND before the output layer, and targets_N, the tokens to be predicted.
+        """
+        num_needed, num_shared = batch.num_needed, 0 if self._fused is None else batch.num_shared
+        batch = batch.to(self.device)
+        token_ids_BT = batch.token_ids_BT[:, :num_needed]
+        if self._fused is None:
+            hidden_BTD = self.method.hidden_states(self.attached, token_ids_BT)
+        else:
+            hidden_BTD = self._fused.hidden_states(token_ids_BT, num_shared=num_shared)
+        return gather_supervised(hidden_BTD, batch, first=num_shared)
 
     def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         """Return hidden_BTD before the output layer, on the path that training takes."""
@@ -134,9 +155,7 @@ class Trainee:
         expected_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
         if not torch.isfinite(expected_BTD).all():
             raise SelfCheckError("The tuned model's results are not finite. Use a lower learning rate.")
-        if self._fused is not None and not _agree(
-            self._fused.hidden_states(sample.token_ids_BT), expected_BTD
-        ):
+        if self._fused is not None and not _is_like(self._fused, sample, expected_BTD):
             raise SelfCheckError(
                 "The fast path for this architecture gives other results than the plain one. Nothing is "
                 "published; please report it."
@@ -160,7 +179,7 @@ class Trainee:
         fused = fuse(self.method, self.attached)
         if fused is None:
             return None
-        return fused if _agree(fused.hidden_states(sample.token_ids_BT), expected_BTD) else None
+        return fused if _is_like(fused, sample, expected_BTD) else None
 
     @torch.no_grad()
     def _find_plain_head(self, sample: Batch) -> torch.Tensor | None:
@@ -179,6 +198,16 @@ def _widen_gradient(parameter: torch.nn.Parameter) -> None:
     gradient, parameter.grad = parameter.grad, None
     parameter.grad_dtype = torch.float32
     parameter.grad = gradient.float()
+
+
+def _is_like(fused: FusedLlama, sample: Batch, expected_BTD: torch.Tensor) -> bool:
+    """Whether the fast path gives a sample's hidden states, also where rows share their first tokens."""
+    if not _agree(fused.hidden_states(sample.token_ids_BT), expected_BTD):
+        return False
+    num_shared = sample.token_ids_BT.shape[1] // 2
+    twice_BT, expected_1TD = sample.token_ids_BT[:1].expand(2, -1), expected_BTD[:1, num_shared:]
+    found_BTD = fused.hidden_states(twice_BT, num_shared=num_shared)
+    return all(_agree(row_TD[None], expected_1TD) for row_TD in found_BTD)
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -52,13 +52,15 @@ def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: to
     launch(kernel.address(is_bfloat16=like.dtype == torch.bfloat16), [_as_number(one) for one in arguments])
 
 
-def _check(name: str, *expected: tuple[torch.Tensor, tuple[int, ...], torch.dtype]) -> None:
+def _check(
+    name: str, device: torch.device, *expected: tuple[torch.Tensor, tuple[int, ...], torch.dtype]
+) -> None:
     """Refuse tensors that are not what a kernel will read at their addresses."""
     for tensor, shape, dtype in expected:
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"{name} expects {dtype} of {shape}, got {tensor.dtype} of {tuple(tensor.shape)} on "
-                f"{tensor.device}."
+                f"{name} expects {dtype} of {shape} on {device}, got {tensor.dtype} of "
+                f"{tuple(tensor.shape)} on {tensor.device}."
             )
 
 
@@ -92,7 +94,7 @@ def rms_norm(
     out_NK = x_ND.new_empty(x_ND.shape[0], width)
     if not is_compiled(x_ND):
         return _plain.rms_norm(x_ND, weight_D, epsilon, out_NK)
-    _check("rms_norm", (weight_D, (x_ND.shape[1],), x_ND.dtype))
+    _check("rms_norm", x_ND.device, (weight_D, (x_ND.shape[1],), x_ND.dtype))
     _check_that(width >= x_ND.shape[1], "rms_norm: the result is narrower than its input.")
     inverse_N = torch.empty(x_ND.shape[0], dtype=torch.float32)
     sizes = (*x_ND.shape, width)
@@ -110,6 +112,7 @@ def rms_norm_backward(
     width = gradient_NK.shape[1]
     _check(
         "rms_norm_backward",
+        x_ND.device,
         (gradient_NK, (num_rows, width), x_ND.dtype),
         (weight_D, (size,), x_ND.dtype),
         (inverse_N, (num_rows,), torch.float32),
@@ -150,7 +153,11 @@ def gated_silu_backward(
     hidden_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], size)
     if is_compiled(gate_up_NF):
         width = gradient_NK.shape[1]
-        _check("gated_silu_backward", (gradient_NK, (gate_up_NF.shape[0], width), gate_up_NF.dtype))
+        _check(
+            "gated_silu_backward",
+            gate_up_NF.device,
+            (gradient_NK, (gate_up_NF.shape[0], width), gate_up_NF.dtype),
+        )
         _check_that(width >= size, "gated_silu_backward: the gradient is narrower than the gate.")
         sizes = (gate_up_NF.shape[0], size, width)
         tensors = (gate_up_NF, gradient_NK, out_NF, hidden_NF)
@@ -187,7 +194,7 @@ def split_heads(
     groups = qkv_NE.shape[1] // (2 * half) // num_kv_heads - 2
     shape = (num_pairs // num_kv_heads * num_tokens, (groups + 2) * num_kv_heads * 2 * half)
     turning = ((part, (num_tokens, half), torch.float32) for part in (cosine_TC, sine_TC))
-    _check("split_heads", (qkv_NE, shape, qkv_NE.dtype), *turning)
+    _check("split_heads", qkv_NE.device, (qkv_NE, shape, qkv_NE.dtype), *turning)
     query = qkv_NE.new_empty(num_pairs, groups * num_tokens, 2 * half)
     key = qkv_NE.new_empty(num_pairs, start + num_tokens, 2 * half)
     value = torch.empty_like(key)
@@ -210,50 +217,51 @@ def split_heads_backward(
     scale: float,
     num_kv_heads: int,
     start: int,
-) -> torch.Tensor:
-    """Return the gradient of qkv_NE from the gradients of what `split_heads` returned."""
+    out_NE: torch.Tensor,
+) -> None:
+    """Write the gradient of qkv_NE from the gradients of what `split_heads` returned."""
     num_tokens = cosine_TC.shape[0]
     num_pairs, num_queries, size = query.shape
     groups = num_queries // num_tokens
     keys = ((part, (num_pairs, start + num_tokens, size), query.dtype) for part in (key, value))
     turning = ((part, (num_tokens, size // 2), torch.float32) for part in (cosine_TC, sine_TC))
     _check(
-        "split_heads_backward", (query, (num_pairs, groups * num_tokens, size), query.dtype), *keys, *turning
+        "split_heads_backward",
+        query.device,
+        (query, (num_pairs, groups * num_tokens, size), query.dtype),
+        (out_NE, (num_pairs // num_kv_heads * num_tokens, (groups + 2) * num_kv_heads * size), query.dtype),
+        *keys,
+        *turning,
     )
-    num_columns = (groups + 2) * num_kv_heads * size
-    out_NE = query.new_empty(num_pairs // num_kv_heads * num_tokens, num_columns)
     if is_compiled(query):
         sizes = (num_pairs, num_kv_heads, groups, num_tokens, size // 2, start)
         tensors = (out_NE, cosine_TC, sine_TC, query, key, value)
         _run("split_heads_backward", [*sizes, float(scale), *tensors], like=query)
     else:
         _plain.split_heads_backward(query, key, value, cosine_TC, sine_TC, scale, out_NE, start)
-    return out_NE
 
 
-def merge_heads(attended_PQC: torch.Tensor, num_tokens: int, num_kv_heads: int, width: int) -> torch.Tensor:
-    """Return the heads' results as rows of tokens, in the first columns of out_NK.
+def merge_heads(attended_PQC: torch.Tensor, num_tokens: int, num_kv_heads: int, out_NK: torch.Tensor) -> None:
+    """Write the heads' results as rows of tokens.
 
     Args:
         attended_PQC: one result a query.
         num_tokens: T.
         num_kv_heads: key heads of a row.
-        width: K, columns of the result; those beyond the heads' are not written.
-
-    Returns:
-        out_NK in the same type.
+        out_NK: of the same type; columns beyond the heads' are not written.
     """
     num_pairs, num_queries, size = attended_PQC.shape
     is_whole = num_queries % num_tokens == 0 and num_pairs % num_kv_heads == 0
     num_heads = num_queries // num_tokens * num_kv_heads
+    width = out_NK.shape[1]
     _check_that(is_whole and width >= num_heads * size, "merge_heads: the sizes don't fit each other.")
-    out_NK = attended_PQC.new_empty(num_pairs // num_kv_heads * num_tokens, width)
+    shape = (num_pairs // num_kv_heads * num_tokens, width)
+    _check("merge_heads", attended_PQC.device, (out_NK, shape, attended_PQC.dtype))
     if is_compiled(attended_PQC):
         sizes = (num_pairs, num_kv_heads, num_queries // num_tokens, num_tokens, size, width)
         _run("merge_heads", [*sizes, attended_PQC, out_NK], like=out_NK)
     else:
         _plain.merge_heads(attended_PQC, out_NK, num_tokens)
-    return out_NK
 
 
 def merge_heads_backward(
@@ -302,7 +310,11 @@ def causal_softmax_backward_(
 ) -> torch.Tensor:
     """Turn the gradient of the weights into that of the scores, in place, and return it."""
     if is_compiled(weights_PQS):
-        _check("causal_softmax_backward_", (gradient_PQS, tuple(weights_PQS.shape), weights_PQS.dtype))
+        _check(
+            "causal_softmax_backward_",
+            weights_PQS.device,
+            (gradient_PQS, tuple(weights_PQS.shape), weights_PQS.dtype),
+        )
         num_keys = weights_PQS.shape[2]
         sizes = (weights_PQS.numel() // num_keys, num_keys, num_tokens, start)
         _run("causal_softmax_backward", [*sizes, weights_PQS, gradient_PQS], like=weights_PQS)
@@ -326,7 +338,7 @@ def softmax_loss_(
     """
     if not is_compiled(logits_NV):
         return _plain.softmax_loss(logits_NV, targets_N, keeps_gradient)
-    _check("softmax_loss_", (targets_N, (logits_NV.shape[0],), torch.int64))
+    _check("softmax_loss_", logits_NV.device, (targets_N, (logits_NV.shape[0],), torch.int64))
     if targets_N.numel():
         lowest, highest = (int(bound) for bound in torch.aminmax(targets_N))
         _check_that(lowest >= 0 and highest < logits_NV.shape[1], "softmax_loss_: a target is no token.")

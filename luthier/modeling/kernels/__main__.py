@@ -29,8 +29,11 @@ def _call_all(dtype: torch.dtype) -> None:
     kernels.gated_silu_backward(gate_up_NF, kernels.gated_silu(gate_up_NF, 32))
     turning = torch.zeros(4, 4), torch.zeros(4, 4)
     heads = kernels.split_heads(x_ND, *turning, scale=1.0, num_kv_heads=1, start=0)
-    kernels.split_heads_backward(*heads, *turning, scale=1.0, num_kv_heads=1, start=0)
-    merged_NK = kernels.merge_heads(heads[0], 4, 1, 32)
+    kernels.split_heads_backward(
+        *heads, *turning, scale=1.0, num_kv_heads=1, start=0, out_NE=torch.empty_like(x_ND)
+    )
+    merged_NK = torch.empty_like(x_ND)
+    kernels.merge_heads(heads[0], 4, 1, merged_NK)
     kernels.merge_heads_backward(merged_NK, 4, 1, 2, 8)
     weights_PQS = kernels.causal_softmax_(torch.zeros(2, 8, 4, dtype=dtype), 4, 0)
     kernels.causal_softmax_backward_(weights_PQS.clone(), weights_PQS, 4, 0)

@@ -90,6 +90,27 @@ def test_hidden_states_and_gradients_equal_the_plain_path(
         assert torch.allclose(found_gradients[name], other, atol=1e-4 * float(other.abs().max())), name
 
 
+@pytest.mark.usefixtures("_either_kernels")
+@pytest.mark.parametrize("tuning", METHODS, ids=str)
+@pytest.mark.parametrize("block_tokens", [256, 8])
+def test_tokens_that_all_rows_begin_with_give_the_same_once_as_in_every_row(
+    base: Path, tuning: dict[str, Any], block_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_attention, "_BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(fused_attention, "_MAX_KEPT_TOKENS", block_tokens)
+    num_shared = 9
+    rows = torch.cat([TOKENS[:1, :num_shared].expand(3, -1), TOKENS[:, num_shared:]], dim=1)
+    method, attached = attach(base, **tuning)
+    expected = method.hidden_states(attached, rows)[:, num_shared:]
+    expected_gradients = gradients(attached, expected)
+    found = fused(method, attached).hidden_states(rows, num_shared=num_shared)
+    assert torch.allclose(found, expected, atol=3e-5)
+    found_gradients = gradients(attached, found)
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, other in expected_gradients.items():
+        assert torch.allclose(found_gradients[name], other, atol=1e-4 * float(other.abs().max())), name
+
+
 def test_it_trains_exactly_the_methods_parameters(base: Path) -> None:
     method, attached = attach(base, target_modules="mlp")
     reached = {id(parameter) for parameter in fused(method, attached).parameters}

@@ -44,9 +44,18 @@ def split_backward(dtype: torch.dtype) -> torch.Tensor:
     pairs = NUM_ROWS * NUM_KV_HEADS
     query = draw(pairs, GROUPS * NUM_TOKENS, HEAD_SIZE, dtype=dtype)
     key, value = (draw(pairs, 2 + NUM_TOKENS, HEAD_SIZE, dtype=dtype) for _ in range(2))
-    return kernels.split_heads_backward(
-        query, key, value, *turning(), scale=0.5, num_kv_heads=NUM_KV_HEADS, start=2
+    out = torch.empty(N, (GROUPS + 2) * NUM_KV_HEADS * HEAD_SIZE, dtype=dtype)
+    kernels.split_heads_backward(
+        query, key, value, *turning(), scale=0.5, num_kv_heads=NUM_KV_HEADS, start=2, out_NE=out
     )
+    return out
+
+
+def merge(dtype: torch.dtype) -> torch.Tensor:
+    attended = draw(NUM_ROWS * NUM_KV_HEADS, GROUPS * NUM_TOKENS, HEAD_SIZE, dtype=dtype)
+    out = torch.empty(N, 64, dtype=dtype)
+    kernels.merge_heads(attended, NUM_TOKENS, NUM_KV_HEADS, out)
+    return out
 
 
 def scores(dtype: torch.dtype) -> torch.Tensor:
@@ -76,15 +85,7 @@ CASES: dict[str, tuple[Callable[[torch.dtype], Any], int | None]] = {
     ),
     "split_heads": (split, None),
     "split_heads_backward": (split_backward, None),
-    "merge_heads": (
-        lambda dtype: kernels.merge_heads(
-            draw(NUM_ROWS * NUM_KV_HEADS, GROUPS * NUM_TOKENS, HEAD_SIZE, dtype=dtype),
-            NUM_TOKENS,
-            NUM_KV_HEADS,
-            64,
-        ),
-        NUM_KV_HEADS * GROUPS * HEAD_SIZE,
-    ),
+    "merge_heads": (merge, NUM_KV_HEADS * GROUPS * HEAD_SIZE),
     "merge_heads_backward": (
         lambda dtype: kernels.merge_heads_backward(
             draw(N, 64, dtype=dtype), NUM_TOKENS, NUM_KV_HEADS, NUM_KV_HEADS * GROUPS, HEAD_SIZE
@@ -211,5 +212,7 @@ def test_tensors_of_other_types_or_sizes_than_a_kernel_reads_are_refused() -> No
         kernels.gated_silu_backward(x, torch.zeros(3, 8))
     with pytest.raises(ValueError, match="split_heads"):
         kernels.split_heads(x, *turning(), scale=1.0, num_kv_heads=1, start=0)
+    with pytest.raises(ValueError, match="merge_heads"):
+        kernels.merge_heads(torch.zeros(2, 4, 8), 2, 1, torch.zeros(3, 16))
     with pytest.raises(ValueError, match="causal_softmax_"):
         kernels.causal_softmax_(torch.zeros(1, 4, 3), 4, 0)

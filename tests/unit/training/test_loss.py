@@ -34,6 +34,30 @@ def test_value_accuracy_and_gradient_equal_cross_entropy_over_all_positions(batc
     assert found.num_supervised == int(is_label.sum())
 
 
+def test_columns_that_nothing_depends_on_are_left_out(batch: Batch) -> None:
+    rows_BT, supervised_BT = batch.token_ids_BT.clone(), batch.supervised_BT.clone()
+    rows_BT[:, :5], supervised_BT[:, :5], supervised_BT[:, -3:] = 7, False, False
+    supervised_BT[0, 6] = True
+    rows = Batch(rows_BT, supervised_BT, batch.num_tokens)
+    assert rows.num_shared == 5
+    assert 6 <= rows.num_needed <= rows_BT.shape[1] - 4
+    hidden_BTD = torch.randn(*rows_BT.shape, 16)
+    expected, targets = gather_supervised(hidden_BTD, rows)
+    needed = hidden_BTD[:, rows.num_shared : rows.num_needed]
+    found, found_targets = gather_supervised(needed, rows, first=rows.num_shared)
+    assert torch.equal(found, expected)
+    assert torch.equal(found_targets, targets)
+
+
+def test_the_token_before_a_supervised_one_is_never_shared() -> None:
+    rows_BT = torch.arange(30).expand(4, -1)
+    supervised_BT = torch.zeros(4, 30, dtype=torch.bool)
+    supervised_BT[2, 12:] = True
+    assert Batch(rows_BT, supervised_BT, 120).num_shared == 11
+    assert Batch(rows_BT[:1], supervised_BT[:1], 30).num_shared == 0
+    assert Batch(rows_BT, torch.zeros_like(supervised_BT), 120).num_shared == 0
+
+
 def test_chunks_change_nothing(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hidden_ND, weight_VD = torch.randn(40, 16), torch.randn(50, 16)

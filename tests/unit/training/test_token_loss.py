@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from luthier.training import token_loss as token_loss_module
+from luthier.training import loss as loss_module
 from luthier.training.token_loss import _TokenLoss
 
 
@@ -18,7 +18,7 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
 def test_values_and_weighted_gradients_equal_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, chunk_logits: int
 ) -> None:
-    monkeypatch.setattr(token_loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
     hidden_ND, weight_VD, targets_N = tensors()
     scale_N = torch.randn(40)
     expected_N = torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.t(), targets_N, reduction="none")
