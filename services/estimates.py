@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core.estimates import Calibration, MethodCost, Part, Price, Pricing, Scoring, Work
+from luthier.core.estimates import Calibration, MethodCost
+from luthier.core.pricing import Part, Price, Pricing, Scoring, Work
 from luthier.core.reports import PhaseSeconds
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts, Precision, TrainingSpec
@@ -195,7 +196,7 @@ def _parts(counts: RowCounts, rows: NDArray[np.int64], max_tokens: int) -> list[
     lengths, supervised = counts.lengths, counts.supervised
     split = split_pairs if counts.has_pairs else split_micro
     return [
-        Part(len(part), int(lengths[part].max()), int(supervised[part].sum()))
+        Part(len(part), int(lengths[part].max()), int(supervised[part].sum()), counts.num_shared)
         for part in split(rows, lengths, max_tokens)
     ]
 

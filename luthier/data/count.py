@@ -32,7 +32,8 @@ class RowCounts:
     `lengths` and `supervised` are int64[N], after truncation, in an order of no meaning; of preferences two
     a row of the file, beside each other (luthier.data.pairs). The other numbers are of the file's rows:
     `num_rows` are in it, `num_read` were counted; of these `num_too_long` are over the limit, `num_faulty`
-    could not be rendered or have nothing to learn.
+    could not be rendered or have nothing to learn. All counted rows begin with the same `num_shared` tokens,
+    none of which predicts one that is learnt.
     """
 
     lengths: NDArray[np.int64]
@@ -42,6 +43,7 @@ class RowCounts:
     num_too_long: int
     num_faulty: int
     has_pairs: bool = False
+    num_shared: int = 0
 
     @property
     def num_examples(self) -> int:
@@ -116,6 +118,7 @@ def count_rows(
         counting.num_too_long,
         counting.num_faulty,
         has_pairs=wants_pairs,
+        num_shared=counting.num_shared,
     )
 
 
@@ -132,6 +135,12 @@ class _Counting:
     num_read: int = 0
     num_too_long: int = 0
     num_faulty: int = 0
+    _shared: NDArray[np.int32] | None = None
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens that all counted rows begin with, before any that predicts one that is learnt."""
+        return 0 if self._shared is None else len(self._shared)
 
     def add(self, lines: list[bytes]) -> None:
         rendered = [self._render(line) for line in lines]
@@ -181,6 +190,15 @@ class _Counting:
             self.num_faulty += 1
             return
         self.counted += found
+        for encoding, mask in zip(encodings, masks, strict=True):
+            self._compare_beginning(encoding.ids, int(mask[1:limit].argmax()))
+
+    def _compare_beginning(self, ids: NDArray[np.int32], num_before: int) -> None:
+        """Keep of the shared beginning what a row has too, of which `num_before` tokens predict nothing."""
+        shared = ids[:num_before] if self._shared is None else self._shared
+        both = min(len(shared), num_before)
+        differing = (ids[:both] != shared[:both]).nonzero()[0]
+        self._shared = shared[: differing[0] if len(differing) else both]
 
 
 def _are_equal(encodings: Sequence[Encoding], limit: int) -> bool:

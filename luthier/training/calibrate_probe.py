@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.core.estimates import MethodCost
+from luthier.core.pricing import Part
 from luthier.core.shapes import BaseShape
 from luthier.methods import Attached, Method, Start
 from luthier.training.allocator import give_back_freed_memory
@@ -140,7 +141,7 @@ class Cut:
     def num_tokens(self, batch: Batch) -> int:
         """Return the tokens that run, virtual ones too."""
         num_rows, longest = batch.token_ids_BT.shape
-        return int(num_rows * (longest + self.cost.num_virtual_tokens))
+        return Part(num_rows, longest, 0).num_tokens(self.trainee.path, self.cost.num_virtual_tokens)
 
     def seconds(self, batch: Batch, *, is_first_part: bool = True) -> float:
         """Return what a part of a step takes up to the output layer: forwards, and backwards from there."""

@@ -48,7 +48,7 @@ class Trainee:
         # What a model that goes on from another said of the sample before its first step.
         self.parent_logits_BTV: torch.Tensor | None = None
         attached.model.train(was_training)
-        # The fast path copied the base layer by layer: what is free between its pieces is too small for steps.
+        # The fast path copied the base layer by layer: what is free between the pieces is of no use to steps.
         give_back_freed_memory()
 
     @property

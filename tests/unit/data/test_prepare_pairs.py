@@ -113,6 +113,11 @@ def test_an_estimate_counts_the_pairs_and_tokens_that_prepare_finds(
     # Two a pair beside each other, whatever the order of the pairs.
     pairs = counts.lengths.reshape(-1, 2).tolist()
     assert sorted(pairs) == sorted(rows.lengths.reshape(-1, 2).tolist())
+    kept = [rows.row(index) for index in range(rows.num_rows)]
+    num_before = min(int(mask.argmax()) - 1 for _, mask in kept)
+    beginnings = np.array([ids[:num_before] for ids, _ in kept])
+    is_shared = (beginnings == beginnings[0]).all(axis=0)
+    assert counts.num_shared == (num_before if is_shared.all() else is_shared.argmin()) > 0
     with pytest.raises(InvalidValueError, match="belong to jobs of method dpo") as refused:
         count_rows(path, base, purpose="validation", **limits)
     assert refused.value.param == "validation_file"
