@@ -79,10 +79,13 @@ def _log_into(folder: Path) -> None:
 
 
 def _import_all() -> None:
-    """Import what a run needs, and touch no device."""
+    """Import what a run needs, compiled kernels with it, and touch no device but the CPU."""
     import peft
     import transformers
 
+    from luthier.modeling.kernels.__main__ import load_all
+
+    load_all()
     _ = (peft.get_peft_model, peft.LoraConfig, transformers.AutoModelForCausalLM)
 
 

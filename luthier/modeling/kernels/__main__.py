@@ -14,10 +14,16 @@ def main() -> int:
     if not kernels.is_compiled(torch.empty(1)):
         print("numba is not installed: training works by torch's operators, more slowly.")
         return 0
-    for dtype in (torch.float32, torch.bfloat16):
-        _call_all(dtype)
+    load_all()
     print(f"Kernels compiled in {time.monotonic() - started_at:.1f} s.")
     return 0
+
+
+def load_all() -> None:
+    """Have all kernels in this process, from the disk where they were compiled before, if numba is there."""
+    if kernels.is_compiled(torch.empty(1)):
+        for dtype in (torch.float32, torch.bfloat16):
+            _call_all(dtype)
 
 
 def _call_all(dtype: torch.dtype) -> None:
