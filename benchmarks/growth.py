@@ -20,6 +20,8 @@ from luthier.data.prepared import PreparedRows, join_rows
 
 LENGTHS = (128, 256, 384, 512)
 _STEPS_A_LENGTH = 4
+# Enough steps that the first ones, in which memory is new, do not decide the smallest size's time.
+_TIMES = 2
 _MAX_GAP = 0.10
 # Memory that the rows themselves may take: 10 bytes a token and allocation noise, far below one more copy.
 _MAX_MEMORY_GROWTH = 0.02
@@ -46,8 +48,8 @@ def measure_growth(
         The row's results with its `summary`.
     """
     print(f"\nGrowth of ours alone ({GROWTH})", flush=True)
-    base = workload.rows
-    sizes = {"rows x1": workload, "rows x10": remake(repeat(base, 10), "rows-10")}
+    base = repeat(workload.rows, _TIMES)
+    sizes = {"rows x1": remake(base, "rows-1"), "rows x10": remake(repeat(base, 10), "rows-10")}
     for length in LENGTHS:
         cut = cut_to_length(base, length, workload.batch_size * _STEPS_A_LENGTH)
         sizes[f"length {length}"] = remake(cut, f"length-{length}")
