@@ -1,9 +1,11 @@
-"""Bytes on their way into storage, checked and written in blocks, with the memory of a few of them."""
+"""Bytes on their way into storage, hashed, checked and written in blocks, with the memory of a few of them."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -19,8 +21,18 @@ _BLOCK_BYTES = 1024 * 1024
 _DISCARD_SECONDS = 5.0
 
 
+class StoredBytes(NamedTuple):
+    """What came, checked: `sha256` is 64 hex digits over all of it."""
+
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
 class Incoming:
-    """An object on its way into storage. One block is checked and written while the next one gathers.
+    """An object on its way into storage.
+
+    One block is hashed, checked and written, all three at once, while the next one gathers.
 
     Args:
         storage: where the bytes go.
@@ -35,6 +47,7 @@ class Incoming:
         self._max_bytes = max_bytes
         self._too_large = too_large
         self._check: Check | None = None
+        self._sha256 = hashlib.sha256()
         # Joined once, when there is enough for a block.
         self._pieces: list[bytes] = []
         self._num_gathered = 0
@@ -77,10 +90,17 @@ class Incoming:
             await writing
 
     async def _write_block(self, block: bytes) -> None:
+        work = [self._sink.write(block)]
         if self._check is not None:
-            # In a thread: the check of a large file must not hold up the other requests.
-            await run_in_threadpool(self._check.feed, block)
-        await self._sink.write(block)
+            # In threads: a large file must not hold up the other requests.
+            work += [
+                run_in_threadpool(self._check.feed, block),
+                run_in_threadpool(self._sha256.update, block),
+            ]
+        # Each runs to its end, whatever becomes of the others: nothing goes on with a block after it.
+        for outcome in await asyncio.gather(*work, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
 
     async def close(self) -> None:
         """Make the object exist, durably, unchecked."""
@@ -88,11 +108,11 @@ class Incoming:
         await self._settle()
         await self._sink.close()
 
-    async def finish(self) -> FileFacts:
+    async def finish(self) -> StoredBytes:
         """End the check and make the object exist, durably; when this fails, `abort` is to follow.
 
         Returns:
-            What the check found.
+            What the check found, and the hash.
 
         Raises:
             LuthierError: when the bytes break a rule of the check.
@@ -105,10 +125,11 @@ class Incoming:
         if check.needs_file:
             # Its bytes go first; what is refused is deleted again.
             await self._sink.close()
-            return await run_in_threadpool(self._finish_stored, check)
-        facts = await run_in_threadpool(check.finish)
-        await self._sink.close()
-        return facts
+            facts = await run_in_threadpool(self._finish_stored, check)
+        else:
+            facts = await run_in_threadpool(check.finish)
+            await self._sink.close()
+        return StoredBytes(facts.num_rows, facts.num_bytes, self._sha256.hexdigest())
 
     def _finish_stored(self, check: Check) -> FileFacts:
         with self._storage.local_file(self._sink.key) as path:

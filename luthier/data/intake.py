@@ -3,7 +3,6 @@
 Uploads know no more of rows than this. Another kind of check begins here, in `open_check`.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -60,7 +59,7 @@ class Check(Protocol):
             path: the whole file, which is read where `needs_file` is True.
 
         Returns:
-            Rows, bytes and sha256 of the file.
+            What is known of the file.
 
         Raises:
             InvalidFileFormatError: when the file breaks its format.
@@ -130,19 +129,17 @@ class OpaqueCheck:
     needs_file = False
 
     def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
         self._num_bytes = 0
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
-        self._sha256.update(chunk)
         self._num_bytes += len(chunk)
 
     def finish(self, _path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow; an empty file is refused."""
         if self._num_bytes == 0:
             raise InvalidFileFormatError("The file is empty.", param="file")
-        return FileFacts(0, self._num_bytes, self._sha256.hexdigest())
+        return FileFacts(0, self._num_bytes)
 
 
 def open_check(purpose: str, limits: RowLimits) -> Check:
@@ -196,7 +193,7 @@ class UndecidedCheck:
             path: the whole file, which is read where `needs_file` is True.
 
         Returns:
-            Rows, bytes and sha256 of the file.
+            What is known of the file.
 
         Raises:
             InvalidFileFormatError: when a training file breaks its format, or the file is empty.

@@ -1,9 +1,8 @@
-"""Checking a file of rows while its bytes stream by: hashes, counts and faults with constant memory.
+"""Checking a file of rows while its bytes stream by: counts and faults with constant memory.
 
 Only what can be told from the text alone; what needs a template or a tokenizer is found by prepare.
 """
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +21,11 @@ MAX_FAULTS = 20
 class FileFacts(NamedTuple):
     """What is known of a checked file.
 
-    `sha256` is 64 hex digits over all its bytes; `format` is how its rows are written, `container` how they
-    lie in it, such as `jsonl` or `csv+gzip`.
+    `format` is how its rows are written, `container` how they lie in it, such as `jsonl` or `csv+gzip`.
     """
 
     num_rows: int
     num_bytes: int
-    sha256: str
     format: str = "chat"
     container: str = "jsonl"
 
@@ -57,7 +54,6 @@ class FileChecker:
         self._limits = Limits(max_line_bytes, max_expanded_bytes, max_expansion_ratio)
         self._format = row_format
         self._stream = RowStream(self._limits)
-        self._sha256 = hashlib.sha256()
         self._num_bytes = 0
         self._num_rows = 0
         self._faults: list[Fault] = []
@@ -76,7 +72,6 @@ class FileChecker:
         Raises:
             InvalidFileFormatError: once the file is known to be none of rows, or has 20 faults.
         """
-        self._sha256.update(chunk)
         self._num_bytes += len(chunk)
         for item in self._stream.feed(chunk):
             self._take(item)
@@ -94,7 +89,6 @@ class FileChecker:
         if num_rows is None:
             self.feed(lines)
             return
-        self._sha256.update(lines)
         self._num_bytes += len(lines)
         self._num_rows += num_rows
         self._stream.skip_lines(num_rows)
@@ -111,7 +105,7 @@ class FileChecker:
             path: the whole file, which is read where `needs_file` is True.
 
         Returns:
-            Rows, bytes, sha256, format and container of the file.
+            Rows, bytes, format and container of the file.
 
         Raises:
             InvalidFileFormatError: when any row has a fault, or there is none.
@@ -129,7 +123,6 @@ class FileChecker:
         return FileFacts(
             num_rows=self._num_rows,
             num_bytes=self._num_bytes,
-            sha256=self._sha256.hexdigest(),
             format=self._format.name,
             container=self._stream.container,
         )
