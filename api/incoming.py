@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from luthier.data.validate import FileFacts
 from luthier.storage.store import Storage
 
 _BLOCK_BYTES = 1024 * 1024
+# So many blocks may wait for each kind of work: none of them stands still while the others do theirs.
+_MAX_WAITING_BLOCKS = 3
 # A client reads the answer only after it has sent its body: what is refused is still taken, and thrown
 # away, for this long.
 _DISCARD_SECONDS = 5.0
@@ -29,10 +31,48 @@ class StoredBytes(NamedTuple):
     sha256: str
 
 
-class Incoming:
-    """An object on its way into storage.
+class _Work:
+    """One kind of work on an object's blocks, in their order, beside whatever else is done with them.
 
-    One block is hashed, checked and written, all three at once, while the next one gathers.
+    Args:
+        do: does it with the blocks that have gathered meanwhile.
+    """
+
+    def __init__(self, do: Callable[[Sequence[bytes]], Awaitable[None]]) -> None:
+        self._do = do
+        self._waiting: list[bytes] = []
+        self._task: asyncio.Task[None] | None = None
+        self._has_room = asyncio.Event()
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                blocks, self._waiting = self._waiting, []
+                self._has_room.set()
+                await self._do(blocks)
+        finally:
+            self._has_room.set()
+
+    async def put(self, block: bytes) -> None:
+        """Have a block worked on, once there is room; what went wrong with one before is raised here."""
+        while len(self._waiting) >= _MAX_WAITING_BLOCKS and self._task is not None and not self._task.done():
+            self._has_room.clear()
+            await self._has_room.wait()
+        if self._task is not None and self._task.done():
+            await self.settle()
+        self._waiting.append(block)
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def settle(self) -> None:
+        """Wait for all that was put; what went wrong with it is raised here, once."""
+        task, self._task = self._task, None
+        if task is not None:
+            await task
+
+
+class Incoming:
+    """An object on its way into storage: blocks are hashed, checked and written while the next ones gather.
 
     Args:
         storage: where the bytes go.
@@ -44,6 +84,7 @@ class Incoming:
     def __init__(self, storage: Storage, key: str, *, max_bytes: int, too_large: LuthierError) -> None:
         self._storage = storage
         self._sink = storage.open_sink(key)
+        self._works = [_Work(self._write_blocks)]
         self._max_bytes = max_bytes
         self._too_large = too_large
         self._check: Check | None = None
@@ -51,12 +92,20 @@ class Incoming:
         # Joined once, when there is enough for a block.
         self._pieces: list[bytes] = []
         self._num_gathered = 0
-        self._writing: asyncio.Task[None] | None = None
         self.num_bytes = 0
 
     def begin_check(self, check: Check) -> None:
-        """Have all bytes checked; before the first of them."""
+        """Have all bytes checked and hashed; before the first of them."""
         self._check = check
+
+        # In threads: a large file must not hold up the other requests.
+        def feed(blocks: Sequence[bytes]) -> Awaitable[None]:
+            return run_in_threadpool(_each, check.feed, blocks)
+
+        def hash_blocks(blocks: Sequence[bytes]) -> Awaitable[None]:
+            return run_in_threadpool(_each, self._sha256.update, blocks)
+
+        self._works += [_Work(feed), _Work(hash_blocks)]
 
     async def write(self, content: bytes) -> None:
         """Take the next bytes.
@@ -76,31 +125,23 @@ class Incoming:
             await self._flush()
 
     async def _flush(self) -> None:
-        await self._settle()
         if self._pieces:
             block = b"".join(self._pieces)
             self._pieces.clear()
             self._num_gathered = 0
-            self._writing = asyncio.create_task(self._write_block(block))
+            for work in self._works:
+                await work.put(block)
 
     async def _settle(self) -> None:
-        """Wait for the block before; what went wrong with it is raised here."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            await writing
-
-    async def _write_block(self, block: bytes) -> None:
-        work = [self._sink.write(block)]
-        if self._check is not None:
-            # In threads: a large file must not hold up the other requests.
-            work += [
-                run_in_threadpool(self._check.feed, block),
-                run_in_threadpool(self._sha256.update, block),
-            ]
-        # Each runs to its end, whatever becomes of the others: nothing goes on with a block after it.
-        for outcome in await asyncio.gather(*work, return_exceptions=True):
+        """Wait for all work on all blocks, and only then raise what went wrong."""
+        outcomes = await asyncio.gather(*(work.settle() for work in self._works), return_exceptions=True)
+        for outcome in outcomes:
             if outcome is not None:
                 raise outcome
+
+    async def _write_blocks(self, blocks: Sequence[bytes]) -> None:
+        for block in blocks:
+            await self._sink.write(block)
 
     async def close(self) -> None:
         """Make the object exist, durably, unchecked."""
@@ -129,6 +170,7 @@ class Incoming:
         else:
             facts = await run_in_threadpool(check.finish)
             await self._sink.close()
+        await run_in_threadpool(check.close)
         return StoredBytes(facts.num_rows, facts.num_bytes, self._sha256.hexdigest())
 
     def _finish_stored(self, check: Check) -> FileFacts:
@@ -141,7 +183,14 @@ class Incoming:
             with suppress(LuthierError):
                 await self._settle()
         finally:
+            if self._check is not None:
+                await run_in_threadpool(self._check.close)
             await self._sink.abort()
+
+
+def _each(do: Callable[[bytes], object], blocks: Sequence[bytes]) -> None:
+    for block in blocks:
+        do(block)
 
 
 @asynccontextmanager

@@ -113,6 +113,9 @@ class _Md5Check:
             )
         return self._check.finish(path)
 
+    def close(self) -> None:
+        self._check.close()
+
 
 async def assemble(
     storage: Storage, parts: Sequence[StoredPart], *, check: Check, md5: str | None, storage_key: str

@@ -10,12 +10,16 @@ from typing import Protocol
 from luthier.core.errors import InvalidFileFormatError
 from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
+from luthier.data.plain_chat import count_plain_rows
+from luthier.data.plain_rows import RowCounter
 from luthier.data.validate import FileChecker, FileFacts
 
 # The first bytes are given on as they come: they tell what the file is.
 _HEAD_BYTES = 4096
 # What is kept of a line that has not ended; a longer one is judged as it comes.
 _MAX_REST_BYTES = 1024 * 1024
+# Of a file that is larger the plain rows are counted in a process of their own, which takes a moment to start.
+_MAX_BYTES_COUNTED_HERE = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class Check(Protocol):
             InvalidFileFormatError: when the file breaks its format.
         """
 
+    def close(self) -> None:
+        """Let go of what the check holds; after this it judges nothing any more."""
+
 
 class RowCheck:
     """The check of a training file: every row of it, in blocks of whole lines.
@@ -79,7 +86,8 @@ class RowCheck:
             max_expanded_bytes=limits.max_expanded_bytes,
             max_expansion_ratio=limits.max_expansion_ratio,
         )
-        self._num_head_bytes = 0
+        self._counter = RowCounter()
+        self._num_bytes = 0
         # The begin of a line; given on as it is once it is long.
         self._rest = b""
         self._is_within_line = False
@@ -92,8 +100,9 @@ class RowCheck:
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
-        if self._num_head_bytes < _HEAD_BYTES:
-            self._num_head_bytes += len(chunk)
+        is_head = self._num_bytes < _HEAD_BYTES
+        self._num_bytes += len(chunk)
+        if is_head:
             self._is_within_line = not chunk.endswith(b"\n")
             self._checker.feed(chunk)
             return
@@ -109,7 +118,11 @@ class RowCheck:
             self._checker.feed(self._rest + chunk[:start])
             self._rest, self._is_within_line = b"", False
         if start < end:
-            self._checker.take_lines(b"".join((self._rest, memoryview(chunk)[start:end])))
+            is_small = self._num_bytes <= _MAX_BYTES_COUNTED_HERE
+            self._checker.take_lines(
+                b"".join((self._rest, memoryview(chunk)[start:end])),
+                count_plain_rows if is_small else self._counter.count,
+            )
         self._rest = chunk[end:]
 
     def _give_rest(self) -> None:
@@ -121,6 +134,10 @@ class RowCheck:
         """Say that no more bytes follow."""
         self._give_rest()
         return self._checker.finish(path)
+
+    def close(self) -> None:
+        """End the process that counted, if there is one."""
+        self._counter.close()
 
 
 class OpaqueCheck:
@@ -140,6 +157,9 @@ class OpaqueCheck:
         if self._num_bytes == 0:
             raise InvalidFileFormatError("The file is empty.", param="file")
         return FileFacts(0, self._num_bytes)
+
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
 
 
 def open_check(purpose: str, limits: RowLimits) -> Check:
@@ -203,3 +223,7 @@ class UndecidedCheck:
         if self._fault is not None:
             raise self._fault
         return self._rows.finish(path)
+
+    def close(self) -> None:
+        """Let go of what the check of its rows holds."""
+        self._rows.close()

@@ -3,6 +3,7 @@
 Only what can be told from the text alone; what needs a template or a tokenizer is found by prepare.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,6 @@ from luthier.data.containers.base import Limits, RawRow
 from luthier.data.containers.parquet import read_parquet
 from luthier.data.containers.stream import RowStream
 from luthier.data.formats.base import Fault, RowFormat, tell_faults
-from luthier.data.plain_chat import count_plain_rows
 from luthier.data.recognise import explain_row, recognise
 from luthier.data.rows import locate
 
@@ -76,16 +76,17 @@ class FileChecker:
         for item in self._stream.feed(chunk):
             self._take(item)
 
-    def take_lines(self, lines: bytes) -> None:
+    def take_lines(self, lines: bytes, count: Callable[[bytes], int | None]) -> None:
         """Take the next bytes, whole lines all: what is plainly written is judged at once.
 
         Args:
             lines: each with its line end.
+            count: does what `count_plain_rows` promises.
 
         Raises:
             InvalidFileFormatError: as `feed` does.
         """
-        num_rows = count_plain_rows(lines) if self._is_between_rows(len(lines)) else None
+        num_rows = count(lines) if self._is_between_rows(len(lines)) else None
         if num_rows is None:
             self.feed(lines)
             return
