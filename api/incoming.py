@@ -163,7 +163,7 @@ class Incoming:
             raise RuntimeError("begin_check comes first")
         await self._flush()
         await self._settle()
-        if check.needs_file:
+        if await run_in_threadpool(lambda: check.needs_file):
             # Its bytes go first; what is refused is deleted again.
             await self._sink.close()
             facts = await run_in_threadpool(self._finish_stored, check)

@@ -11,7 +11,7 @@ from luthier.core.errors import InvalidFileFormatError
 from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
 from luthier.data.plain_chat import count_plain_rows
-from luthier.data.plain_rows import RowCounter
+from luthier.data.plain_rows import MAX_BEGUN_BLOCKS, RowCounter
 from luthier.data.validate import FileChecker, FileFacts
 
 # The first bytes are given on as they come: they tell what the file is.
@@ -95,6 +95,7 @@ class RowCheck:
     @property
     def needs_file(self) -> bool:
         """Whether what came is Parquet, which `finish` reads from the whole file."""
+        self._end_counts(0)
         self._give_rest()
         return self._checker.needs_file
 
@@ -110,20 +111,32 @@ class RowCheck:
         if end == 0:
             self._rest += chunk
             if len(self._rest) > _MAX_REST_BYTES:
+                self._end_counts(0)
                 self._give_rest()
             return
         start = 0
         if self._is_within_line:
             start = chunk.find(b"\n") + 1
+            self._end_counts(0)
             self._checker.feed(self._rest + chunk[:start])
             self._rest, self._is_within_line = b"", False
         if start < end:
-            is_small = self._num_bytes <= _MAX_BYTES_COUNTED_HERE
-            self._checker.take_lines(
-                b"".join((self._rest, memoryview(chunk)[start:end])),
-                count_plain_rows if is_small else self._counter.count,
-            )
+            self._take_lines(b"".join((self._rest, memoryview(chunk)[start:end])))
         self._rest = chunk[end:]
+
+    def _take_lines(self, lines: bytes) -> None:
+        if self._num_bytes <= _MAX_BYTES_COUNTED_HERE or not self._checker.takes_plain_rows:
+            self._end_counts(0)
+            num_rows = count_plain_rows(lines) if self._checker.takes_plain_rows else None
+            self._checker.take_lines(lines, num_rows)
+            return
+        self._end_counts(MAX_BEGUN_BLOCKS - 1)
+        self._counter.begin(lines)
+
+    def _end_counts(self, num_left: int) -> None:
+        """Take what was counted, but for the last blocks."""
+        while self._counter.num_begun > num_left:
+            self._checker.take_lines(*self._counter.end())
 
     def _give_rest(self) -> None:
         if self._rest:
@@ -132,6 +145,7 @@ class RowCheck:
 
     def finish(self, path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow."""
+        self._end_counts(0)
         self._give_rest()
         return self._checker.finish(path)
 

@@ -7,104 +7,150 @@ settings, no secrets and no network, and ends when its starter closes the pipe o
 
 import mmap
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 
 from luthier.data.plain_chat import count_plain_rows
 
-# Lines are handed over in memory that both processes see; longer blocks are counted where they are.
-_SHARED_BYTES = 4 * 1024 * 1024
-_NUMBER_BYTES = 8
+# So many blocks may be on their way: the process has the next one there when it is done with one.
+MAX_BEGUN_BLOCKS = 3
+# Blocks are handed over in memory that both processes see; longer ones are counted where they are.
+_SLOT_BYTES = 4 * 1024 * 1024
+_SHARED_BYTES = MAX_BEGUN_BLOCKS * _SLOT_BYTES
+# Where a block lies in the shared memory, and its length; and the answer.
+_QUESTION, _ANSWER = struct.Struct("<qq"), struct.Struct("<q")
 # What stands for a block that is left to the check of single lines.
 _NOT_PLAIN = -1
 # What Python needs to start as it was started here; all else stays here.
 _KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+# The C library would give memory back after each block, and ask for the same anew (mallopt(3)).
+_KEEPS_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(32 * 1024 * 1024))
+
+
+class _Counting:
+    """The process that counts, and the memory it shares."""
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryFile(prefix="luthier-rows-", dir=_memory_folder()) as file:
+            file.truncate(_SHARED_BYTES)
+            self._shared = mmap.mmap(file.fileno(), _SHARED_BYTES)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", __name__, str(file.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=[file.fileno()],
+                env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ} | _KEEPS_MEMORY,
+                # A Ctrl-C is for the starter, which may finish what it received.
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
+        self._questions, self._answers = self._process.stdin, self._process.stdout
+
+    def ask(self, slot: int, block: bytes) -> None:
+        """Have a block counted, in a slot whose last answer has been read."""
+        start = slot * _SLOT_BYTES
+        self._shared[start : start + len(block)] = block
+        self._questions.write(_QUESTION.pack(start, len(block)))
+
+    def answer(self) -> int | None:
+        """Wait for the oldest answer that was not read."""
+        answer = self._answers.read(_ANSWER.size)
+        if len(answer) < _ANSWER.size:
+            raise BrokenPipeError("the process has ended")
+        num_rows: int = _ANSWER.unpack(answer)[0]
+        return None if num_rows == _NOT_PLAIN else num_rows
+
+    def end(self) -> None:
+        """End the process. The pipes stay to who still reads from them."""
+        self._process.kill()
+        self._process.wait()
 
 
 class RowCounter:
-    """Count as `count_plain_rows` does, in another process, which is started by the first count.
+    """Count as `count_plain_rows` does, in another process, which the first block starts.
 
     Where there can be no such process, or it has died, the counting is done here. It is to be closed.
     """
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._shared: mmap.mmap | None = None
+        self._counting: _Counting | None = None
         self._is_over = False
+        # Closing may come from another thread, while one waits for an answer.
         self._lock = threading.Lock()
+        # The blocks whose count was not asked for yet, and whether the process was given each.
+        self._begun: deque[tuple[bytes, bool]] = deque()
+        self._num_given = 0
 
-    def count(self, block: bytes) -> int | None:
-        """Count the rows of a block of whole lines.
+    @property
+    def num_begun(self) -> int:
+        """How many blocks were begun and not ended; at most MAX_BEGUN_BLOCKS."""
+        return len(self._begun)
+
+    def begin(self, block: bytes) -> None:
+        """Begin to count the rows of a block.
 
         Args:
             block: whole lines, each with its line end.
+        """
+        is_given = len(block) <= _SLOT_BYTES and self._give(block)
+        self._begun.append((block, is_given))
+
+    def end(self) -> tuple[bytes, int | None]:
+        """Wait for the block that was begun first.
 
         Returns:
-            How many; None when the block has anything in it that is not plain.
+            The block, and how many rows it has; None when anything in it is not plain.
         """
-        if len(block) <= _SHARED_BYTES and not self._is_over:
+        block, is_given = self._begun.popleft()
+        if is_given and self._counting is not None:
             try:
-                return self._ask(block)
+                return block, self._counting.answer()
             except OSError:
-                # No process to be had, or none any more: slower, and no less sure.
+                # It has died, or was ended: slower, and no less sure.
                 self._is_over = True
-        return count_plain_rows(block)
+        return block, count_plain_rows(block)
 
-    def _ask(self, block: bytes) -> int | None:
-        process, shared = self._start()
-        assert process.stdin is not None and process.stdout is not None, "both are pipes"
-        shared[: len(block)] = block
-        process.stdin.write(_to_bytes(len(block)))
-        answer = process.stdout.read(_NUMBER_BYTES)
-        if len(answer) < _NUMBER_BYTES:
-            raise BrokenPipeError("the process has ended")
-        num_rows = int.from_bytes(answer, "little", signed=True)
-        return None if num_rows == _NOT_PLAIN else num_rows
-
-    def _start(self) -> tuple[subprocess.Popen[bytes], mmap.mmap]:
-        with self._lock:
-            if self._is_over:
-                raise BrokenPipeError("the counter is closed")
-            if self._process is None or self._shared is None:
-                with tempfile.TemporaryFile(prefix="luthier-rows-") as file:
-                    file.truncate(_SHARED_BYTES)
-                    self._shared = mmap.mmap(file.fileno(), _SHARED_BYTES)
-                    self._process = subprocess.Popen(
-                        [sys.executable, "-m", __name__, str(file.fileno())],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        bufsize=0,
-                        pass_fds=[file.fileno()],
-                        env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ},
-                        # A Ctrl-C is for the starter, which may finish what it received.
-                        start_new_session=True,
-                    )
-            return self._process, self._shared
+    def _give(self, block: bytes) -> bool:
+        try:
+            with self._lock:
+                if self._is_over:
+                    return False
+                if self._counting is None:
+                    self._counting = _Counting()
+            self._counting.ask(self._num_given % MAX_BEGUN_BLOCKS, block)
+        except OSError:
+            self._is_over = True
+            return False
+        self._num_given += 1
+        return True
 
     def close(self) -> None:
-        """End the process; a count that still goes on is finished here."""
+        """End the process; what still is to be counted is counted here."""
         with self._lock:
             self._is_over = True
-            process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            # Its pipes stay to who still reads from them.
-            process.wait()
+            counting = self._counting
+        if counting is not None:
+            counting.end()
 
 
-def _to_bytes(number: int) -> bytes:
-    return number.to_bytes(_NUMBER_BYTES, "little", signed=True)
+def _memory_folder() -> str | None:
+    """Return a folder whose files no disk has, where there is one."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def _serve(descriptor: int) -> None:
-    """Answer each length on stdin with the number of rows in so many bytes of the shared memory."""
+    """Answer each question on stdin with the number of rows in that part of the shared memory."""
     shared = mmap.mmap(descriptor, _SHARED_BYTES, access=mmap.ACCESS_READ)
-    asked, answers = sys.stdin.buffer, sys.stdout.buffer
-    while len(length := asked.read(_NUMBER_BYTES)) == _NUMBER_BYTES:
-        num_rows = count_plain_rows(shared[: int.from_bytes(length, "little", signed=True)])
-        answers.write(_to_bytes(_NOT_PLAIN if num_rows is None else num_rows))
+    questions, answers = sys.stdin.buffer, sys.stdout.buffer
+    while len(question := questions.read(_QUESTION.size)) == _QUESTION.size:
+        start, num_bytes = _QUESTION.unpack(question)
+        num_rows = count_plain_rows(shared[start : start + num_bytes])
+        answers.write(_ANSWER.pack(_NOT_PLAIN if num_rows is None else num_rows))
         answers.flush()
 
 

@@ -3,7 +3,6 @@
 Only what can be told from the text alone; what needs a template or a tokenizer is found by prepare.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,28 +75,29 @@ class FileChecker:
         for item in self._stream.feed(chunk):
             self._take(item)
 
-    def take_lines(self, lines: bytes, count: Callable[[bytes], int | None]) -> None:
-        """Take the next bytes, whole lines all: what is plainly written is judged at once.
+    @property
+    def takes_plain_rows(self) -> bool:
+        """Whether these are lines of chat rows as they are, and the next byte begins one."""
+        is_chat = self._format is not None and self._format.name == "chat"
+        return is_chat and self._stream.is_between_lines
+
+    def take_lines(self, lines: bytes, num_plain_rows: int | None) -> None:
+        """Take the next bytes, whole lines all: what is plainly written was judged at once.
 
         Args:
             lines: each with its line end.
-            count: does what `count_plain_rows` promises.
+            num_plain_rows: what `count_plain_rows` says of them.
 
         Raises:
             InvalidFileFormatError: as `feed` does.
         """
-        num_rows = count(lines) if self._is_between_rows(len(lines)) else None
-        if num_rows is None:
+        is_short = len(lines) <= self._limits.max_row_bytes
+        if num_plain_rows is None or not is_short or not self.takes_plain_rows:
             self.feed(lines)
             return
         self._num_bytes += len(lines)
-        self._num_rows += num_rows
-        self._stream.skip_lines(num_rows)
-
-    def _is_between_rows(self, num_bytes: int) -> bool:
-        """Whether the next line of chat rows begins with the next byte, and can be judged by itself."""
-        is_chat = self._format is not None and self._format.name == "chat"
-        return is_chat and num_bytes <= self._limits.max_row_bytes and self._stream.is_between_lines
+        self._num_rows += num_plain_rows
+        self._stream.skip_lines(num_plain_rows)
 
     def finish(self, path: Path | None = None) -> FileFacts:
         """Say that no more bytes follow.
