@@ -1,4 +1,4 @@
-"""Bytes on their way into storage, hashed, checked and written in blocks, with the memory of a few of them."""
+"""Bytes on their way into storage: hashed, checked and written in blocks, with the memory of a few."""
 
 import asyncio
 import hashlib

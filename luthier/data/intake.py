@@ -18,7 +18,7 @@ from luthier.data.validate import FileChecker, FileFacts
 _HEAD_BYTES = 4096
 # What is kept of a line that has not ended; a longer one is judged as it comes.
 _MAX_REST_BYTES = 1024 * 1024
-# Of a file that is larger the plain rows are counted in a process of their own, which takes a moment to start.
+# Plain rows of a larger file are counted in a process of their own, which takes a moment to start.
 _MAX_BYTES_COUNTED_HERE = 32 * 1024 * 1024
 
 

@@ -10,7 +10,6 @@ import os
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 
@@ -21,6 +20,8 @@ MAX_BEGUN_BLOCKS = 3
 # Blocks are handed over in memory that both processes see; longer ones are counted where they are.
 _SLOT_BYTES = 4 * 1024 * 1024
 _SHARED_BYTES = MAX_BEGUN_BLOCKS * _SLOT_BYTES
+# More than cores would only take turns: files beyond that have their rows counted where they are.
+_FREE_PROCESSES = threading.BoundedSemaphore(os.cpu_count() or 1)
 # Where a block lies in the shared memory, and its length; and the answer.
 _QUESTION, _ANSWER = struct.Struct("<qq"), struct.Struct("<q")
 # What stands for a block that is left to the check of single lines.
@@ -35,19 +36,25 @@ class _Counting:
     """The process that counts, and the memory it shares."""
 
     def __init__(self) -> None:
-        with tempfile.TemporaryFile(prefix="luthier-rows-", dir=_memory_folder()) as file:
-            file.truncate(_SHARED_BYTES)
-            self._shared = mmap.mmap(file.fileno(), _SHARED_BYTES)
+        if not hasattr(os, "memfd_create"):
+            raise OSError("This system has no files that lie in memory alone.")
+        kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+        descriptor = os.memfd_create("luthier-rows")
+        try:
+            os.truncate(descriptor, _SHARED_BYTES)
+            self._shared = mmap.mmap(descriptor, _SHARED_BYTES)
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(file.fileno())],
+                [sys.executable, "-P", "-m", __name__, str(descriptor)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
-                pass_fds=[file.fileno()],
-                env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ} | _KEEPS_MEMORY,
+                pass_fds=[descriptor],
+                env=kept | _KEEPS_MEMORY,
                 # A Ctrl-C is for the starter, which may finish what it received.
                 start_new_session=True,
             )
+        finally:
+            os.close(descriptor)
         assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
         self._questions, self._answers = self._process.stdin, self._process.stdout
 
@@ -79,7 +86,8 @@ class RowCounter:
 
     def __init__(self) -> None:
         self._counting: _Counting | None = None
-        self._is_over = False
+        # Once it is over no block is given to the process any more.
+        self._is_over = self._is_closed = False
         # Closing may come from another thread, while one waits for an answer.
         self._lock = threading.Lock()
         # The blocks whose count was not asked for yet, and whether the process was given each.
@@ -121,7 +129,7 @@ class RowCounter:
                 if self._is_over:
                     return False
                 if self._counting is None:
-                    self._counting = _Counting()
+                    self._counting = self._start()
             self._counting.ask(self._num_given % MAX_BEGUN_BLOCKS, block)
         except OSError:
             self._is_over = True
@@ -129,18 +137,24 @@ class RowCounter:
         self._num_given += 1
         return True
 
+    def _start(self) -> _Counting:
+        if not _FREE_PROCESSES.acquire(blocking=False):
+            raise OSError("All processes that may count are counting.")
+        try:
+            return _Counting()
+        except OSError:
+            _FREE_PROCESSES.release()
+            raise
+
     def close(self) -> None:
-        """End the process; what still is to be counted is counted here."""
+        """End the process; what still is to be counted is counted here. Closing twice does no harm."""
         with self._lock:
+            is_first, self._is_closed = not self._is_closed, True
             self._is_over = True
             counting = self._counting
-        if counting is not None:
+        if is_first and counting is not None:
             counting.end()
-
-
-def _memory_folder() -> str | None:
-    """Return a folder whose files no disk has, where there is one."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+            _FREE_PROCESSES.release()
 
 
 def _serve(descriptor: int) -> None:

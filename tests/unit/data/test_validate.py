@@ -1,5 +1,4 @@
 import gzip
-import hashlib
 import itertools
 import json
 import tracemalloc
