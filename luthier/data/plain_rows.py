@@ -57,25 +57,36 @@ class _Counting:
             os.close(descriptor)
         assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
         self._questions, self._answers = self._process.stdin, self._process.stdout
+        # The end may come from another thread, while one waits for an answer.
+        self._lock = threading.Lock()
 
     def ask(self, slot: int, block: bytes) -> None:
         """Have a block counted, in a slot whose last answer has been read."""
         start = slot * _SLOT_BYTES
-        self._shared[start : start + len(block)] = block
-        self._questions.write(_QUESTION.pack(start, len(block)))
+        with self._lock:
+            if self._shared.closed:
+                raise BrokenPipeError("the process was ended")
+            self._shared[start : start + len(block)] = block
+            self._questions.write(_QUESTION.pack(start, len(block)))
 
     def answer(self) -> int | None:
         """Wait for the oldest answer that was not read."""
-        answer = self._answers.read(_ANSWER.size)
+        with self._lock:
+            answer = b"" if self._shared.closed else self._answers.read(_ANSWER.size)
         if len(answer) < _ANSWER.size:
             raise BrokenPipeError("the process has ended")
         num_rows: int = _ANSWER.unpack(answer)[0]
         return None if num_rows == _NOT_PLAIN else num_rows
 
     def end(self) -> None:
-        """End the process. The pipes stay to who still reads from them."""
+        """End the process, and let go of all that was shared with it."""
         self._process.kill()
         self._process.wait()
+        # Who waited for an answer has got the end of the pipe by now.
+        with self._lock:
+            self._questions.close()
+            self._answers.close()
+            self._shared.close()
 
 
 class RowCounter:
@@ -87,8 +98,8 @@ class RowCounter:
     def __init__(self) -> None:
         self._counting: _Counting | None = None
         # Once it is over no block is given to the process any more.
-        self._is_over = self._is_closed = False
-        # Closing may come from another thread, while one waits for an answer.
+        self._is_over = False
+        # Closing may come from another thread than counting.
         self._lock = threading.Lock()
         # The blocks whose count was not asked for yet, and whether the process was given each.
         self._begun: deque[tuple[bytes, bool]] = deque()
@@ -96,16 +107,17 @@ class RowCounter:
 
     @property
     def num_begun(self) -> int:
-        """How many blocks were begun and not ended; at most MAX_BEGUN_BLOCKS."""
+        """How many blocks were begun and not ended."""
         return len(self._begun)
 
     def begin(self, block: bytes) -> None:
-        """Begin to count the rows of a block.
+        """Begin to count the rows of a block; of more than MAX_BEGUN_BLOCKS the last are counted by `end`.
 
         Args:
             block: whole lines, each with its line end.
         """
-        is_given = len(block) <= _SLOT_BYTES and self._give(block)
+        has_slot = len(block) <= _SLOT_BYTES and len(self._begun) < MAX_BEGUN_BLOCKS
+        is_given = has_slot and self._give(block)
         self._begun.append((block, is_given))
 
     def end(self) -> tuple[bytes, int | None]:
@@ -115,9 +127,10 @@ class RowCounter:
             The block, and how many rows it has; None when anything in it is not plain.
         """
         block, is_given = self._begun.popleft()
-        if is_given and self._counting is not None:
+        counting = self._counting
+        if is_given and counting is not None:
             try:
-                return block, self._counting.answer()
+                return block, counting.answer()
             except OSError:
                 # It has died, or was ended: slower, and no less sure.
                 self._is_over = True
@@ -130,7 +143,8 @@ class RowCounter:
                     return False
                 if self._counting is None:
                     self._counting = self._start()
-            self._counting.ask(self._num_given % MAX_BEGUN_BLOCKS, block)
+                counting = self._counting
+            counting.ask(self._num_given % MAX_BEGUN_BLOCKS, block)
         except OSError:
             self._is_over = True
             return False
@@ -149,10 +163,9 @@ class RowCounter:
     def close(self) -> None:
         """End the process; what still is to be counted is counted here. Closing twice does no harm."""
         with self._lock:
-            is_first, self._is_closed = not self._is_closed, True
             self._is_over = True
-            counting = self._counting
-        if is_first and counting is not None:
+            counting, self._counting = self._counting, None
+        if counting is not None:
             counting.end()
             _FREE_PROCESSES.release()
 

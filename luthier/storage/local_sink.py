@@ -112,6 +112,8 @@ class LocalSink:
         self._num_waiting = 0
 
     def _close(self) -> None:
+        # At once, and not when the collector comes by.
+        self._buffer.close()
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
