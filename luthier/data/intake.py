@@ -11,7 +11,7 @@ from luthier.core.errors import InvalidFileFormatError
 from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
 from luthier.data.plain_chat import count_plain_rows
-from luthier.data.plain_rows import MAX_BEGUN_BLOCKS, RowCounter
+from luthier.data.plain_rows import MAX_HELD_BLOCKS, RowCounter
 from luthier.data.validate import FileChecker, FileFacts
 
 # The first bytes are given on as they come: they tell what the file is.
@@ -130,13 +130,13 @@ class RowCheck:
             num_rows = count_plain_rows(lines) if self._checker.takes_plain_rows else None
             self._checker.take_lines(lines, num_rows)
             return
-        self._end_counts(MAX_BEGUN_BLOCKS - 1)
-        self._counter.begin(lines)
+        self._end_counts(MAX_HELD_BLOCKS - 1)
+        self._counter.put(lines)
 
     def _end_counts(self, num_left: int) -> None:
         """Take what was counted, but for the last blocks."""
-        while self._counter.num_begun > num_left:
-            self._checker.take_lines(*self._counter.end())
+        while self._counter.num_held > num_left:
+            self._checker.take_lines(*self._counter.take())
 
     def _give_rest(self) -> None:
         if self._rest:

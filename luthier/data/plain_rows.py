@@ -16,10 +16,10 @@ from collections import deque
 from luthier.data.plain_chat import count_plain_rows
 
 # So many blocks may be on their way: the process has the next one there when it is done with one.
-MAX_BEGUN_BLOCKS = 3
+MAX_HELD_BLOCKS = 3
 # Blocks are handed over in memory that both processes see; longer ones are counted where they are.
 _SLOT_BYTES = 4 * 1024 * 1024
-_SHARED_BYTES = MAX_BEGUN_BLOCKS * _SLOT_BYTES
+_SHARED_BYTES = MAX_HELD_BLOCKS * _SLOT_BYTES
 # More than cores would only take turns: files beyond that have their rows counted where they are.
 _FREE_PROCESSES = threading.BoundedSemaphore(os.cpu_count() or 1)
 # Where a block lies in the shared memory, and its length; and the answer.
@@ -102,31 +102,31 @@ class RowCounter:
         # Closing may come from another thread than counting.
         self._lock = threading.Lock()
         # The blocks whose count was not asked for yet, and whether the process was given each.
-        self._begun: deque[tuple[bytes, bool]] = deque()
+        self._held: deque[tuple[bytes, bool]] = deque()
         self._num_given = 0
 
     @property
-    def num_begun(self) -> int:
-        """How many blocks were begun and not ended."""
-        return len(self._begun)
+    def num_held(self) -> int:
+        """How many blocks were put and not taken."""
+        return len(self._held)
 
-    def begin(self, block: bytes) -> None:
-        """Begin to count the rows of a block; of more than MAX_BEGUN_BLOCKS the last are counted by `end`.
+    def put(self, block: bytes) -> None:
+        """Begin to count the rows of a block; of more than MAX_HELD_BLOCKS the last are counted by `take`.
 
         Args:
             block: whole lines, each with its line end.
         """
-        has_slot = len(block) <= _SLOT_BYTES and len(self._begun) < MAX_BEGUN_BLOCKS
+        has_slot = len(block) <= _SLOT_BYTES and len(self._held) < MAX_HELD_BLOCKS
         is_given = has_slot and self._give(block)
-        self._begun.append((block, is_given))
+        self._held.append((block, is_given))
 
-    def end(self) -> tuple[bytes, int | None]:
-        """Wait for the block that was begun first.
+    def take(self) -> tuple[bytes, int | None]:
+        """Wait for the block that was put first.
 
         Returns:
             The block, and how many rows it has; None when anything in it is not plain.
         """
-        block, is_given = self._begun.popleft()
+        block, is_given = self._held.popleft()
         counting = self._counting
         if is_given and counting is not None:
             try:
@@ -144,7 +144,7 @@ class RowCounter:
                 if self._counting is None:
                     self._counting = self._start()
                 counting = self._counting
-            counting.ask(self._num_given % MAX_BEGUN_BLOCKS, block)
+            counting.ask(self._num_given % MAX_HELD_BLOCKS, block)
         except OSError:
             self._is_over = True
             return False

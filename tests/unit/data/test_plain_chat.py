@@ -150,12 +150,12 @@ def test_blocks_that_a_process_left_uncounted_are_counted_all_the_same(
     counter = RowCounter()
     blocks = [(SPACED + b"\n") * 3, SPACED, (COMPACT + b"\n") * 5, b" \n"]
     for block in blocks[:2]:
-        counter.begin(block)
+        counter.put(block)
     assert counter._counting is not None
     process = counter._counting._process
     end(counter)
     for block in blocks[2:]:
-        counter.begin(block)
-    assert [counter.end() for _ in blocks] == list(zip(blocks, [3, None, 5, None], strict=True))
+        counter.put(block)
+    assert [counter.take() for _ in blocks] == list(zip(blocks, [3, None, 5, None], strict=True))
     counter.close()
     assert process.returncode is not None
