@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from api.incoming import Incoming, receiving
+from api.incoming import Incoming, StoredBytes, receiving
 from api.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
 from luthier.core.errors import (
     InvalidFileFormatError,
@@ -113,10 +113,13 @@ class _Md5Check:
             )
         return self._check.finish(path)
 
+    def close(self) -> None:
+        self._check.close()
+
 
 async def assemble(
     storage: Storage, parts: Sequence[StoredPart], *, check: Check, md5: str | None, storage_key: str
-) -> FileFacts:
+) -> StoredBytes:
     """Put parts together into one object, checked while they stream by; or leave nothing of it.
 
     Args:
@@ -127,7 +130,7 @@ async def assemble(
         storage_key: the object's key.
 
     Returns:
-        What the check found.
+        What the check found, and the hash.
 
     Raises:
         InvalidFileFormatError: when the whole breaks the rules of the check.

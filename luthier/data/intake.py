@@ -3,7 +3,6 @@
 Uploads know no more of rows than this. Another kind of check begins here, in `open_check`.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,12 +10,16 @@ from typing import Protocol
 from luthier.core.errors import InvalidFileFormatError
 from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
+from luthier.data.plain_chat import count_plain_rows
+from luthier.data.plain_rows import MAX_HELD_BLOCKS, RowCounter
 from luthier.data.validate import FileChecker, FileFacts
 
 # The first bytes are given on as they come: they tell what the file is.
 _HEAD_BYTES = 4096
 # What is kept of a line that has not ended; a longer one is judged as it comes.
 _MAX_REST_BYTES = 1024 * 1024
+# Plain rows of a larger file are counted in a process of their own, which takes a moment to start.
+_MAX_BYTES_COUNTED_HERE = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,14 @@ class Check(Protocol):
             path: the whole file, which is read where `needs_file` is True.
 
         Returns:
-            Rows, bytes and sha256 of the file.
+            What is known of the file.
 
         Raises:
             InvalidFileFormatError: when the file breaks its format.
         """
+
+    def close(self) -> None:
+        """Let go of what the check holds; after this it judges nothing any more."""
 
 
 class RowCheck:
@@ -80,7 +86,8 @@ class RowCheck:
             max_expanded_bytes=limits.max_expanded_bytes,
             max_expansion_ratio=limits.max_expansion_ratio,
         )
-        self._num_head_bytes = 0
+        self._counter = RowCounter()
+        self._num_bytes = 0
         # The begin of a line; given on as it is once it is long.
         self._rest = b""
         self._is_within_line = False
@@ -88,13 +95,15 @@ class RowCheck:
     @property
     def needs_file(self) -> bool:
         """Whether what came is Parquet, which `finish` reads from the whole file."""
+        self._end_counts(0)
         self._give_rest()
         return self._checker.needs_file
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
-        if self._num_head_bytes < _HEAD_BYTES:
-            self._num_head_bytes += len(chunk)
+        is_head = self._num_bytes < _HEAD_BYTES
+        self._num_bytes += len(chunk)
+        if is_head:
             self._is_within_line = not chunk.endswith(b"\n")
             self._checker.feed(chunk)
             return
@@ -102,16 +111,32 @@ class RowCheck:
         if end == 0:
             self._rest += chunk
             if len(self._rest) > _MAX_REST_BYTES:
+                self._end_counts(0)
                 self._give_rest()
             return
         start = 0
         if self._is_within_line:
             start = chunk.find(b"\n") + 1
+            self._end_counts(0)
             self._checker.feed(self._rest + chunk[:start])
             self._rest, self._is_within_line = b"", False
         if start < end:
-            self._checker.take_lines(b"".join((self._rest, memoryview(chunk)[start:end])))
+            self._take_lines(b"".join((self._rest, memoryview(chunk)[start:end])))
         self._rest = chunk[end:]
+
+    def _take_lines(self, lines: bytes) -> None:
+        if self._num_bytes <= _MAX_BYTES_COUNTED_HERE or not self._checker.takes_plain_rows:
+            self._end_counts(0)
+            num_rows = count_plain_rows(lines) if self._checker.takes_plain_rows else None
+            self._checker.take_lines(lines, num_rows)
+            return
+        self._end_counts(MAX_HELD_BLOCKS - 1)
+        self._counter.put(lines)
+
+    def _end_counts(self, num_left: int) -> None:
+        """Take what was counted, but for the last blocks."""
+        while self._counter.num_held > num_left:
+            self._checker.take_lines(*self._counter.take())
 
     def _give_rest(self) -> None:
         if self._rest:
@@ -120,8 +145,13 @@ class RowCheck:
 
     def finish(self, path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow."""
+        self._end_counts(0)
         self._give_rest()
         return self._checker.finish(path)
+
+    def close(self) -> None:
+        """End the process that counted, if there is one."""
+        self._counter.close()
 
 
 class OpaqueCheck:
@@ -130,19 +160,20 @@ class OpaqueCheck:
     needs_file = False
 
     def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
         self._num_bytes = 0
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
-        self._sha256.update(chunk)
         self._num_bytes += len(chunk)
 
     def finish(self, _path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow; an empty file is refused."""
         if self._num_bytes == 0:
             raise InvalidFileFormatError("The file is empty.", param="file")
-        return FileFacts(0, self._num_bytes, self._sha256.hexdigest())
+        return FileFacts(0, self._num_bytes)
+
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
 
 
 def open_check(purpose: str, limits: RowLimits) -> Check:
@@ -196,7 +227,7 @@ class UndecidedCheck:
             path: the whole file, which is read where `needs_file` is True.
 
         Returns:
-            Rows, bytes and sha256 of the file.
+            What is known of the file.
 
         Raises:
             InvalidFileFormatError: when a training file breaks its format, or the file is empty.
@@ -206,3 +237,7 @@ class UndecidedCheck:
         if self._fault is not None:
             raise self._fault
         return self._rows.finish(path)
+
+    def close(self) -> None:
+        """Let go of what the check of its rows holds."""
+        self._rows.close()

@@ -55,9 +55,6 @@ def _find_style(block: bytes) -> _Style | None:
 
 
 def _is_utf8(value: bytes) -> bool:
-    # ASCII is told much faster than it is decoded.
-    if value.isascii():
-        return True
     try:
         value.decode("utf-8")
     except UnicodeDecodeError:
@@ -69,28 +66,30 @@ def _write(rows: list[_Row], style: _Style, *, is_ascii: bool) -> bytes | None:
     """Return rows as a program writes them; None when one breaks a rule of the format."""
     pieces: list[bytes] = []
     append = pieces.append
+    # Names that are looked up thousands of times a block.
+    unset, first, following, end, quote = msgspec.UNSET, style.first, style.next, style.end, _QUOTE
     for row in rows:
-        heads = style.first
+        heads = first
         for message in row.messages:
             content = bytes(message.content)
-            if content[0] != _QUOTE or not (is_ascii or _is_utf8(content)):
+            if content[0] != quote or not (is_ascii or content.isascii() or _is_utf8(content)):
                 return None
             append(heads[message.role])
             append(content)
-            if message.name is not msgspec.UNSET:
+            if message.name is not unset:
                 name = bytes(message.name)
-                if name[0] != _QUOTE or not (is_ascii or _is_utf8(name)):
+                if name[0] != quote or not (is_ascii or _is_utf8(name)):
                     return None
                 append(style.name)
                 append(name)
-            if message.weight is not msgspec.UNSET:
+            if message.weight is not unset:
                 if message.role != "assistant":
                     return None
                 append(style.weights[message.weight])
-            heads = style.next
+            heads = following
         if row.messages[-1].role != "assistant":
             return None
-        append(style.end)
+        append(end)
     return b"".join(pieces)
 
 

@@ -1,9 +1,8 @@
-"""Checking a file of rows while its bytes stream by: hashes, counts and faults with constant memory.
+"""Checking a file of rows while its bytes stream by: counts and faults with constant memory.
 
 Only what can be told from the text alone; what needs a template or a tokenizer is found by prepare.
 """
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ from luthier.data.containers.base import Limits, RawRow
 from luthier.data.containers.parquet import read_parquet
 from luthier.data.containers.stream import RowStream
 from luthier.data.formats.base import Fault, RowFormat, tell_faults
-from luthier.data.plain_chat import count_plain_rows
 from luthier.data.recognise import explain_row, recognise
 from luthier.data.rows import locate
 
@@ -22,13 +20,12 @@ MAX_FAULTS = 20
 class FileFacts(NamedTuple):
     """What is known of a checked file.
 
-    `sha256` is 64 hex digits over all its bytes; `format` is how its rows are written, None where nobody
-    looked at rows; `container` how they lie in it, such as `jsonl` or `csv+gzip`.
+    `format` is how its rows are written, None where nobody looked at rows; `container` how they lie in it,
+    such as `jsonl` or `csv+gzip`.
     """
 
     num_rows: int
     num_bytes: int
-    sha256: str
     format: str | None = None
     container: str = "jsonl"
 
@@ -57,7 +54,6 @@ class FileChecker:
         self._limits = Limits(max_line_bytes, max_expanded_bytes, max_expansion_ratio)
         self._format = row_format
         self._stream = RowStream(self._limits)
-        self._sha256 = hashlib.sha256()
         self._num_bytes = 0
         self._num_rows = 0
         self._faults: list[Fault] = []
@@ -76,33 +72,33 @@ class FileChecker:
         Raises:
             InvalidFileFormatError: once the file is known to be none of rows, or has 20 faults.
         """
-        self._sha256.update(chunk)
         self._num_bytes += len(chunk)
         for item in self._stream.feed(chunk):
             self._take(item)
 
-    def take_lines(self, lines: bytes) -> None:
-        """Take the next bytes, whole lines all: what is plainly written is judged at once.
+    @property
+    def takes_plain_rows(self) -> bool:
+        """Whether these are lines of chat rows as they are, and the next byte begins one."""
+        is_chat = self._format is not None and self._format.name == "chat"
+        return is_chat and self._stream.is_between_lines
+
+    def take_lines(self, lines: bytes, num_plain_rows: int | None) -> None:
+        """Take the next bytes, whole lines all: what is plainly written was judged at once.
 
         Args:
             lines: each with its line end.
+            num_plain_rows: what `count_plain_rows` says of them.
 
         Raises:
             InvalidFileFormatError: as `feed` does.
         """
-        num_rows = count_plain_rows(lines) if self._is_between_rows(len(lines)) else None
-        if num_rows is None:
+        is_short = len(lines) <= self._limits.max_row_bytes
+        if num_plain_rows is None or not is_short or not self.takes_plain_rows:
             self.feed(lines)
             return
-        self._sha256.update(lines)
         self._num_bytes += len(lines)
-        self._num_rows += num_rows
-        self._stream.skip_lines(num_rows)
-
-    def _is_between_rows(self, num_bytes: int) -> bool:
-        """Whether the next line of chat rows begins with the next byte, and can be judged by itself."""
-        is_chat = self._format is not None and self._format.name == "chat"
-        return is_chat and num_bytes <= self._limits.max_row_bytes and self._stream.is_between_lines
+        self._num_rows += num_plain_rows
+        self._stream.skip_lines(num_plain_rows)
 
     def finish(self, path: Path | None = None) -> FileFacts:
         """Say that no more bytes follow.
@@ -111,7 +107,7 @@ class FileChecker:
             path: the whole file, which is read where `needs_file` is True.
 
         Returns:
-            Rows, bytes, sha256, format and container of the file.
+            Rows, bytes, format and container of the file.
 
         Raises:
             InvalidFileFormatError: when any row has a fault, or there is none.
@@ -129,7 +125,6 @@ class FileChecker:
         return FileFacts(
             num_rows=self._num_rows,
             num_bytes=self._num_bytes,
-            sha256=self._sha256.hexdigest(),
             format=self._format.name,
             container=self._stream.container,
         )

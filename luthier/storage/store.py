@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -18,6 +19,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from luthier.core.errors import ArtifactCorruptError, LuthierError, UnavailableError
+from luthier.storage.local_sink import LocalSink
 from luthier.storage.manifests import (
     MANIFEST_NAME,
     Manifest,
@@ -49,35 +51,66 @@ def _answered() -> Iterator[None]:
         ) from error
 
 
-class Sink:
+class Sink(Protocol):
     """An object being written; it exists under its key only after `close`."""
 
-    def __init__(self, storage: "Storage", key: str) -> None:
-        self._storage = storage
-        self.key = key
-        self._writer = obstore.open_writer_async(
-            storage.objects, key, buffer_size=_WRITER_BUFFER_BYTES, max_concurrency=2
-        )
+    key: str
 
     async def write(self, chunk: bytes) -> None:
         """Append bytes."""
+
+    async def close(self) -> None:
+        """Make the object exist, durably where the storage is a local folder."""
+
+    async def abort(self) -> None:
+        """Leave nothing behind."""
+
+
+class _LocalSink:
+    """A sink into a local folder."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.key = key
+        self._file = LocalSink(path)
+
+    async def write(self, chunk: bytes) -> None:
+        with _answered():
+            await asyncio.to_thread(self._file.write, chunk)
+
+    async def close(self) -> None:
+        # The flush of a file must not hold up the event loop.
+        with _answered():
+            await asyncio.to_thread(self._file.close)
+
+    async def abort(self) -> None:
+        with _answered():
+            await asyncio.to_thread(self._file.abort)
+
+
+class _RemoteSink:
+    """A sink into any other store."""
+
+    def __init__(self, objects: ObjectStore, key: str) -> None:
+        self.key = key
+        self._objects = objects
+        self._writer = obstore.open_writer_async(
+            objects, key, buffer_size=_WRITER_BUFFER_BYTES, max_concurrency=2
+        )
+
+    async def write(self, chunk: bytes) -> None:
         with _answered():
             await self._writer.write(chunk)
 
     async def close(self) -> None:
-        """Make the object exist, durably where the storage is a local folder."""
         with _answered():
             await self._writer.close()
-            # A flush of half a gigabyte must not hold up the event loop.
-            await asyncio.to_thread(self._storage.settle, self.key)
 
     async def abort(self) -> None:
-        """Leave nothing behind."""
         # The writer has no way to drop what it holds, so what was written is finished and then deleted.
         with suppress(*_MISSING), _answered():
             if not await self._writer.closed():
                 await self._writer.close()
-            await obstore.delete_async(self._storage.objects, self.key)
+            await obstore.delete_async(self._objects, self.key)
 
 
 class Storage:
@@ -125,7 +158,9 @@ class Storage:
 
     def open_sink(self, key: str) -> Sink:
         """Begin an object that is written piece by piece."""
-        return Sink(self, key)
+        if self.local_root is None:
+            return _RemoteSink(self.objects, key)
+        return _LocalSink(self.local_root / key, key)
 
     def put_bytes(self, key: str, content: bytes) -> None:
         """Write a small object whole."""

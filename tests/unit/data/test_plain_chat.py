@@ -2,14 +2,17 @@
 
 import itertools
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import InvalidFileFormatError
+from luthier.data import intake
 from luthier.data.intake import RowCheck, RowLimits
 from luthier.data.plain_chat import count_plain_rows
+from luthier.data.plain_rows import RowCounter
 from luthier.data.validate import FileChecker, FileFacts
 
 PLAIN = {"messages": [{"role": "user", "content": 'é 木 "q": \\ \n'}, {"role": "assistant", "content": "b"}]}
@@ -122,3 +125,37 @@ def test_a_line_longer_than_what_is_kept_is_judged_like_any_other() -> None:
             )
             == slow
         )
+
+
+def test_a_large_files_rows_are_judged_the_same_by_a_process_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(intake, "_MAX_BYTES_COUNTED_HERE", 0)
+    parts = SPACED.replace(b'"content": "b"', b'"content": [{"type": "text", "text": "b"}]') + b"\n"
+    broken = SPACED.replace(b'"b"', b'"\xff"') + b"\n"
+    for content in (
+        SPACED_HEAD * 8 + parts + SPACED_HEAD * 4,
+        SPACED_HEAD * 8 + broken + SPACED_HEAD + b"\n" + SPACED_HEAD,
+    ):
+        check = RowCheck(RowLimits(1 << 20, 2**33, 100.0))
+        cuts = list(range(4500, len(content), 3000))
+        assert _outcome(check, content, cuts) == _outcome(FileChecker(), content, [])
+        check.close()
+
+
+@pytest.mark.parametrize("end", [RowCounter.close, lambda counter: counter._counting._process.kill()])
+def test_blocks_that_a_process_left_uncounted_are_counted_all_the_same(
+    end: Callable[[RowCounter], None],
+) -> None:
+    counter = RowCounter()
+    blocks = [(SPACED + b"\n") * 3, SPACED, (COMPACT + b"\n") * 5, b" \n"]
+    for block in blocks[:2]:
+        counter.put(block)
+    assert counter._counting is not None
+    process = counter._counting._process
+    end(counter)
+    for block in blocks[2:]:
+        counter.put(block)
+    assert [counter.take() for _ in blocks] == list(zip(blocks, [3, None, 5, None], strict=True))
+    counter.close()
+    assert process.returncode is not None

@@ -1,5 +1,4 @@
 import gzip
-import hashlib
 import itertools
 import json
 import tracemalloc
@@ -32,9 +31,9 @@ def outcome(content: bytes, cuts: list[int], max_line_bytes: int = 200) -> FileF
         return error.message
 
 
-def test_facts_are_the_rows_the_bytes_and_the_hash_of_the_whole_file():
+def test_facts_are_the_rows_and_the_bytes_of_the_whole_file():
     content = ROW + b"\n" + ROW + b"\n"
-    assert check(content) == FileFacts(2, len(content), hashlib.sha256(content).hexdigest(), "chat")
+    assert check(content) == FileFacts(2, len(content), "chat")
 
 
 @pytest.mark.parametrize(
