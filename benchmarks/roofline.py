@@ -1,10 +1,11 @@
-"""The least work that a training step must do, in floating-point operations: the roofline's numerator.
+"""The work of a training step that computes every row whole, in floating-point operations.
 
 Counted as Kaplan et al. 2020 (arXiv 2001.08361, section 2.1) do: a weight costs 2 operations a token forward
 (one multiplication, one addition), 2 for the gradient of its input, 2 for its own gradient. A frozen weight
 has no gradient of its own, so it costs 4 (Hu et al. 2021, arXiv 2106.09685, section 4.2, gives the reason).
-Attention's scores, norms and activations are left out: the share is that of the matrix products that no
-implementation can avoid, so it is too low rather than too high.
+Attention's scores, norms and activations are left out. Tokens that rows share are counted in every row, as
+peers compute them: a trainer that computes them once is given the work it saved, so its share of the peak is
+that of useful work (Workload.num_computed_tokens says how many tokens really run).
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from benchmarks.rows import GROWTH, ROWS, SHORT_JOB
 
 _HEADER = (
     "| row | ours, tokens/s | peer, tokens/s | peer's best settings | times faster (95 %) | bar "
-    "| memory ours / peer, MB | times (bar) | share of bf16 GEMM peak, ours / peer "
+    "| memory ours / peer, MB | times (bar) | work of whole rows by the bf16 GEMM peak, ours / peer "
     "| loss gap, mean / largest | stolen |"
 )
 

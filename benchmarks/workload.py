@@ -45,6 +45,18 @@ class Workload:
         return int(self.rows.supervised.sum()) - int(self.rows.supervised[self.rows.offsets[:-1]].sum())
 
     @property
+    def num_computed_tokens(self) -> int:
+        """Tokens with their padding that our fast path runs, a step in one part: what rows share once."""
+        from luthier.training.batches import collate, make_plan
+
+        plan = make_plan(self.rows.lengths, batch_size=self.batch_size, num_epochs=1, seed=self.seed)
+        batches = [collate(self.rows, rows, 0) for rows in plan.steps]
+        return sum(
+            batch.num_shared + len(batch.token_ids_BT) * (batch.num_needed - batch.num_shared)
+            for batch in batches
+        )
+
+    @property
     def digest(self) -> str:
         """Names rows, batch and seed."""
         content = self.rows.tokens.tobytes() + self.rows.supervised.tobytes() + self.rows.offsets.tobytes()
@@ -57,6 +69,7 @@ class Workload:
             "base": self.facts.id,
             "rows": self.rows.num_rows,
             "tokens": self.rows.num_tokens,
+            "computed_tokens": self.num_computed_tokens,
             "supervised_tokens": self.num_supervised_tokens,
             "mean_tokens": round(self.rows.num_tokens / self.rows.num_rows, 1),
             "longest_tokens": int(self.rows.lengths.max()),

@@ -196,9 +196,16 @@ def _parts(counts: RowCounts, rows: NDArray[np.int64], max_tokens: int) -> list[
     lengths, supervised = counts.lengths, counts.supervised
     split = split_pairs if counts.has_pairs else split_micro
     return [
-        Part(len(part), int(lengths[part].max()), int(supervised[part].sum()), counts.num_shared)
+        Part(len(part), int(lengths[part].max()), int(supervised[part].sum()), _num_shared(counts, part))
         for part in split(rows, lengths, max_tokens)
     ]
+
+
+def _num_shared(counts: RowCounts, rows: NDArray[np.int64]) -> int:
+    """Return the tokens that rows which run together begin with; two rows of pairs are one pair."""
+    if counts.pair_shared is not None and len(rows) == 2:
+        return int(counts.pair_shared[rows[0] // 2])
+    return counts.num_shared
 
 
 def _general(constants: Calibration) -> list[Part]:
@@ -220,7 +227,8 @@ def _rows_scored(
     if not num_rows or not len(counts.lengths):
         return []
     lengths, supervised = (np.resize(one, num_rows) for one in (counts.lengths, counts.supervised))
-    counts = replace(counts, lengths=lengths, supervised=supervised)
+    of_pairs = None if counts.pair_shared is None else np.resize(counts.pair_shared, num_rows // 2)
+    counts = replace(counts, lengths=lengths, supervised=supervised, pair_shared=of_pairs)
     return _parts(counts, np.arange(num_rows), constants.max_part_tokens)
 
 

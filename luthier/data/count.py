@@ -3,6 +3,7 @@
 What prepare would refuse is counted here, not raised: an estimate says how many rows have a fault.
 """
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class RowCounts:
     a row of the file, beside each other (luthier.data.pairs). The other numbers are of the file's rows:
     `num_rows` are in it, `num_read` were counted; of these `num_too_long` are over the limit, `num_faulty`
     could not be rendered or have nothing to learn. All counted rows begin with the same `num_shared` tokens,
-    none of which predicts one that is learnt.
+    none of which predicts one that is learnt; `pair_shared`, int64[N/2], are those that the two rows of each
+    preference begin with.
     """
 
     lengths: NDArray[np.int64]
@@ -44,6 +46,7 @@ class RowCounts:
     num_faulty: int
     has_pairs: bool = False
     num_shared: int = 0
+    pair_shared: NDArray[np.int64] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -119,6 +122,7 @@ def count_rows(
         counting.num_faulty,
         has_pairs=wants_pairs,
         num_shared=counting.num_shared,
+        pair_shared=np.array(counting.pair_shared, dtype=np.int64) if wants_pairs else None,
     )
 
 
@@ -135,6 +139,7 @@ class _Counting:
     num_read: int = 0
     num_too_long: int = 0
     num_faulty: int = 0
+    pair_shared: list[int] = field(default_factory=list)
     _shared: NDArray[np.int32] | None = None
 
     @property
@@ -190,15 +195,20 @@ class _Counting:
             self.num_faulty += 1
             return
         self.counted += found
-        for encoding, mask in zip(encodings, masks, strict=True):
-            self._compare_beginning(encoding.ids, int(mask[1:limit].argmax()))
+        beginnings = [
+            encoding.ids[: int(mask[1:limit].argmax())]
+            for encoding, mask in zip(encodings, masks, strict=True)
+        ]
+        shared = functools.reduce(_shared_beginning, beginnings)
+        if len(rows) > 1:
+            self.pair_shared.append(len(shared))
+        self._shared = shared if self._shared is None else _shared_beginning(self._shared, shared)
 
-    def _compare_beginning(self, ids: NDArray[np.int32], num_before: int) -> None:
-        """Keep of the shared beginning what a row has too, of which `num_before` tokens predict nothing."""
-        shared = ids[:num_before] if self._shared is None else self._shared
-        both = min(len(shared), num_before)
-        differing = (ids[:both] != shared[:both]).nonzero()[0]
-        self._shared = shared[: differing[0] if len(differing) else both]
+
+def _shared_beginning(one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:
+    both = min(len(one), len(other))
+    differing = (one[:both] != other[:both]).nonzero()[0]
+    return one[: differing[0] if len(differing) else both]
 
 
 def _are_equal(encodings: Sequence[Encoding], limit: int) -> bool:

@@ -39,7 +39,7 @@ class _Segment(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """T of each row."""
+        """Tokens of each row."""
         return self.cosine_TC.shape[0]
 
 
@@ -86,7 +86,7 @@ class Attention(torch.autograd.Function):
         saved: list[torch.Tensor] = []
         context.num_saved = []
         for segment in heads.segments(context.num_virtual):
-            tensors = _attend(qkv_NE, before, segment, heads, out_NK)
+            tensors = _attend_segment(qkv_NE, before, segment, heads, out_NK)
             context.num_saved.append(len(tensors))
             saved += tensors
             # A shared segment is one row, so its keys and values stand before each of the rows that follow.
@@ -104,11 +104,11 @@ class Attention(torch.autograd.Function):
         segments = list(heads.segments(context.num_virtual))
         for segment, num_saved in zip(segments[::-1], context.num_saved[::-1], strict=True):
             own, saved = saved[-num_saved:], saved[:-num_saved]
-            to_before = _attend_backward(gradient_NK, own, to_before, segment, heads, to_qkv_NE)
+            to_before = _attend_segment_backward(gradient_NK, own, to_before, segment, heads, to_qkv_NE)
         return to_qkv_NE, *(to_before if context.num_virtual else (None, None)), None
 
 
-def _attend(
+def _attend_segment(
     qkv_NE: torch.Tensor,
     before: tuple[torch.Tensor, torch.Tensor] | None,
     segment: _Segment,
@@ -140,7 +140,7 @@ def _attend(
     return [query, key, value, *kept]
 
 
-def _attend_backward(
+def _attend_segment_backward(
     gradient_NK: torch.Tensor,
     saved: Sequence[torch.Tensor],
     from_after: Sequence[torch.Tensor],
@@ -152,7 +152,7 @@ def _attend_backward(
 
     Args:
         gradient_NK: of the result.
-        saved: what `_attend` returned.
+        saved: what `_attend_segment` returned.
         from_after: float32, the gradients of all of this segment's keys and values that came from the
             segment after it, which sees them; empty when there is none.
         segment: the segment.

@@ -110,7 +110,8 @@ def calibrate(
         first_backward_seconds=first_backward,
         written_byte_seconds=_written_byte_seconds(),
         imports_bytes=imports_bytes if machine.device == "cpu" else 0,
-        loaded_bytes=loaded,
+        # The kernel counts a peak some pages late.
+        loaded_bytes=max(loaded, resident),
         resident_bytes=resident,
         general_lengths=[int(length) for length in general.lengths],
         is_cold=has_compiled(),

@@ -155,7 +155,7 @@ class Trainee:
         expected_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
         if not torch.isfinite(expected_BTD).all():
             raise SelfCheckError("The tuned model's results are not finite. Use a lower learning rate.")
-        if self._fused is not None and not _is_like(self._fused, sample, expected_BTD):
+        if self._fused is not None and not self._is_like_plain(self._fused, sample, expected_BTD):
             raise SelfCheckError(
                 "The fast path for this architecture gives other results than the plain one. Nothing is "
                 "published; please report it."
@@ -168,6 +168,20 @@ class Trainee:
                 "published; please report it."
             )
 
+    def _is_like_plain(self, fused: FusedLlama, sample: Batch, expected_BTD: torch.Tensor) -> bool:
+        """Whether the fast path gives a sample's hidden states, also where rows share their first tokens."""
+        token_ids_BT = sample.token_ids_BT
+        if not _agree(fused.hidden_states(token_ids_BT), expected_BTD):
+            return False
+        # Two rows of one beginning and different ends.
+        num_shared = token_ids_BT.shape[1] // 2
+        other_1T = torch.cat([token_ids_BT[:1, :num_shared], token_ids_BT[:1, num_shared:].flip(1)], dim=1)
+        other_1TD = self.method.hidden_states(self.attached, other_1T)
+        found_BTD = fused.hidden_states(torch.cat([token_ids_BT[:1], other_1T]), num_shared=num_shared)
+        return _agree(found_BTD[:1], expected_BTD[:1, num_shared:]) and _agree(
+            found_BTD[1:], other_1TD[:, num_shared:]
+        )
+
     @torch.no_grad()
     def _start_logits(self) -> torch.Tensor:
         return self.logits(self.sample)
@@ -179,7 +193,7 @@ class Trainee:
         fused = fuse(self.method, self.attached)
         if fused is None:
             return None
-        return fused if _is_like(fused, sample, expected_BTD) else None
+        return fused if self._is_like_plain(fused, sample, expected_BTD) else None
 
     @torch.no_grad()
     def _find_plain_head(self, sample: Batch) -> torch.Tensor | None:
@@ -198,16 +212,6 @@ def _widen_gradient(parameter: torch.nn.Parameter) -> None:
     gradient, parameter.grad = parameter.grad, None
     parameter.grad_dtype = torch.float32
     parameter.grad = gradient.float()
-
-
-def _is_like(fused: FusedLlama, sample: Batch, expected_BTD: torch.Tensor) -> bool:
-    """Whether the fast path gives a sample's hidden states, also where rows share their first tokens."""
-    if not _agree(fused.hidden_states(sample.token_ids_BT), expected_BTD):
-        return False
-    num_shared = sample.token_ids_BT.shape[1] // 2
-    twice_BT, expected_1TD = sample.token_ids_BT[:1].expand(2, -1), expected_BTD[:1, num_shared:]
-    found_BTD = fused.hidden_states(twice_BT, num_shared=num_shared)
-    return all(_agree(row_TD[None], expected_1TD) for row_TD in found_BTD)
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

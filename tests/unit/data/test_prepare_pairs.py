@@ -118,6 +118,10 @@ def test_an_estimate_counts_the_pairs_and_tokens_that_prepare_finds(
     beginnings = np.array([ids[:num_before] for ids, _ in kept])
     is_shared = (beginnings == beginnings[0]).all(axis=0)
     assert counts.num_shared == (num_before if is_shared.all() else is_shared.argmin()) > 0
+    assert counts.pair_shared is not None
+    assert len(counts.pair_shared) == num_kept
+    assert (counts.pair_shared >= counts.num_shared).all()
+    assert counts.pair_shared.max() > counts.num_shared
     with pytest.raises(InvalidValueError, match="belong to jobs of method dpo") as refused:
         count_rows(path, base, purpose="validation", **limits)
     assert refused.value.param == "validation_file"

@@ -15,6 +15,7 @@ from luthier.training.batches import Batch, collate
 from luthier.training.optimizer import build_optimizer
 from luthier.training.selfcheck import bare_base, check_artifact
 from luthier.training.step import apply_gradients, compute_gradients
+from luthier.training.token_loss import row_log_likelihoods
 from luthier.training.trainee import Trainee
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows
 
@@ -161,3 +162,45 @@ def test_a_check_leaves_the_trained_model_as_it_was(
     trainee.attached.model.eval()
     with torch.no_grad():
         assert torch.equal(trainee.logits(batch(2, 3)), before)
+
+
+def _alike(shared: int, own: list[int], first_supervised: int) -> Batch:
+    """Return rows that share their beginning, with ends of their own of different lengths."""
+    generator = torch.Generator().manual_seed(shared)
+    longest = shared + max(own)
+    ids_BT = torch.randint(5, 200, (len(own), longest), generator=generator)
+    ids_BT[:, :shared] = ids_BT[:1, :shared]
+    supervised_BT = torch.zeros(len(own), longest, dtype=torch.bool)
+    for row, length in enumerate(own):
+        ids_BT[row, shared + length :] = 2
+        supervised_BT[row, shared + first_supervised : shared + length - 1] = True
+    return Batch(ids_BT, supervised_BT, sum(own) + shared * len(own))
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt", "adapter", "full"])
+@pytest.mark.parametrize(
+    "rows",
+    [_alike(20, [9, 4, 7], 2), _alike(180, [5, 3, 40, 9], 1), _alike(40, [6] * 4, 0)],
+    ids=["short", "long", "even"],
+)
+def test_losses_and_gradients_of_rows_that_begin_alike_are_the_plain_paths(
+    base: Path, kind: str, rows: Batch
+) -> None:
+    assert rows.num_shared > 0
+    assert rows.num_needed < rows.token_ids_BT.shape[1]
+    trainee = make(base, tuning={"type": kind})
+    weights_B = torch.linspace(-1, 2, len(rows.token_ids_BT))
+
+    def score() -> list[torch.Tensor]:
+        trainee.clear_gradients()
+        loss = trainee.loss(rows)
+        trainee.add_gradients(loss.nll_sum)
+        likelihoods_B = row_log_likelihoods(trainee, rows)
+        trainee.add_gradients((likelihoods_B * weights_B).sum())
+        return [loss.nll_sum.detach(), likelihoods_B.detach(), *(one.clone() for one in trainee.gradients)]
+
+    assert trainee.path == "fused"
+    found = score()
+    trainee._fused = None
+    for one, other in zip(found, score(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
