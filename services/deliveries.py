@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import Job
 from db.webhook_tables import WebhookDelivery, WebhookEndpoint
-from luthier.core.errors import SecretKeyError
+from luthier.core.errors import InvalidValueError, SecretKeyError
 from luthier.core.ids import new_id
 from luthier.core.sealing import Sealer
 from luthier.core.states import JobStatus
@@ -130,7 +130,7 @@ def _find_secrets(
     """Return the secrets that sign, or none and why; one that can't be opened must not stop the others."""
     try:
         return active_secrets(endpoint, sealer, now), None
-    except SecretKeyError as error:
+    except (InvalidValueError, SecretKeyError) as error:
         return (), error.message
 
 

@@ -1,6 +1,8 @@
 """Bringing stored secrets under the key that is in use: run at every start, by services.bootstrap."""
 
-from sqlalchemy import select
+from datetime import datetime
+
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from db.webhook_tables import WebhookEndpoint
@@ -10,14 +12,16 @@ from luthier.webhooks.signing import is_secret
 
 
 def reseal(session: Session, sealer: Sealer) -> int:
-    """Seal every signing secret anew with the newest key, those too that an older version stored plainly.
+    """Bring every signing secret under the first key, those too that an older version stored plainly.
+
+    What is under it already stays as it is; old secrets that sign no more are erased.
 
     Args:
         session: the session.
         sealer: the keys.
 
     Returns:
-        Endpoints whose secrets are sealed now.
+        Endpoints that were changed.
 
     Raises:
         SecretKeyError: when there are secrets and no key, or one was sealed with another key; nothing is
@@ -25,23 +29,50 @@ def reseal(session: Session, sealer: Sealer) -> int:
     """
     endpoints = session.scalars(
         select(WebhookEndpoint)
-        .where(WebhookEndpoint.secret != "")
+        .where(or_(WebhookEndpoint.secret != "", WebhookEndpoint.old_secret.is_not(None)))
         .order_by(WebhookEndpoint.id)
         .with_for_update()
     ).all()
+    now = session.scalars(select(func.now())).one()
+    num_changed = 0
     for endpoint in endpoints:
         try:
-            endpoint.secret = _reseal(sealer, endpoint.secret)
-            if endpoint.old_secret is not None:
-                endpoint.old_secret = _reseal(sealer, endpoint.old_secret)
+            num_changed += _reseal_endpoint(sealer, endpoint, now)
         except SecretKeyError as error:
             raise SecretKeyError(
                 f"{error.message} Endpoint: {endpoint.id}. If that key is lost: UPDATE webhook_endpoints SET "
                 "secret = '', old_secret = NULL; then every project rotates its endpoints' secrets."
             ) from error
     session.flush()
-    return len(endpoints)
+    return num_changed
 
 
-def _reseal(sealer: Sealer, stored: str) -> str:
+def reseal_secret(sealer: Sealer, stored: str) -> str:
+    """Bring one stored secret under the first key.
+
+    Args:
+        sealer: the keys.
+        stored: sealed with any of them, or plain as older versions stored it.
+
+    Returns:
+        The same text when the first key opens it, else a new token.
+
+    Raises:
+        SecretKeyError: when there is no key, or it was sealed with another one.
+    """
+    if sealer.opens_with_first(stored):
+        return stored
     return sealer.seal(stored if is_secret(stored) else sealer.open(stored))
+
+
+def _reseal_endpoint(sealer: Sealer, endpoint: WebhookEndpoint, now: datetime) -> bool:
+    before = (endpoint.secret, endpoint.old_secret)
+    if endpoint.secret != "":
+        endpoint.secret = reseal_secret(sealer, endpoint.secret)
+    if endpoint.old_secret is not None:
+        expires_at = endpoint.old_secret_expires_at
+        if expires_at is None or expires_at <= now:
+            endpoint.old_secret = endpoint.old_secret_expires_at = None
+        else:
+            endpoint.old_secret = reseal_secret(sealer, endpoint.old_secret)
+    return (endpoint.secret, endpoint.old_secret) != before

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+import structlog
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
@@ -16,6 +17,9 @@ from luthier.webhooks.events import EVENT_TYPES
 from luthier.webhooks.signing import new_secret, secret_hint
 from luthier.webhooks.targets import TargetRules, check_url
 from services.scope import Scope
+from services.sealing import reseal_secret
+
+_log = structlog.get_logger()
 
 # An end of a job writes a delivery for each: a bound on what one request may set off.
 MAX_ENDPOINTS = 50
@@ -200,7 +204,7 @@ def rotate_secret(
         scope: the caller.
         sealer: seals the new one.
         endpoint_id: its id.
-        keeps_old: whether the one before signs as well for 24 hours more.
+        keeps_old: whether the one before signs as well for 24 hours more; one that can't be opened does not.
 
     Returns:
         The row, and its new secret, which nobody is told again.
@@ -210,9 +214,15 @@ def rotate_secret(
         SecretKeyError: when there is no key to seal with.
     """
     endpoint = get(session, scope, endpoint_id, for_update=True)
-    keeps_old = keeps_old and endpoint.secret != ""
-    endpoint.old_secret = endpoint.secret if keeps_old else None
-    endpoint.old_secret_expires_at = func.now() + _OLD_SECRET_LIFE if keeps_old else None
+    old_secret = None
+    if keeps_old and endpoint.secret != "":
+        try:
+            old_secret = reseal_secret(sealer, endpoint.secret)
+        except SecretKeyError as error:
+            # Rotating is the way out of a lost key; what can't be opened can't sign anyway.
+            _log.warning("old webhook secret dropped", endpoint_id=endpoint.id, reason=error.message)
+    endpoint.old_secret = old_secret
+    endpoint.old_secret_expires_at = func.now() + _OLD_SECRET_LIFE if old_secret is not None else None
     secret = new_secret()
     endpoint.secret, endpoint.secret_hint = sealer.seal(secret), secret_hint(secret)
     endpoint.updated_at = func.now()
@@ -253,14 +263,24 @@ def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> 
         now: the moment.
 
     Returns:
-        One, or two while the one before still signs.
+        One, or two while the one before still signs and can be opened.
 
     Raises:
-        SecretKeyError: when one can't be opened, or there is none.
+        InvalidValueError: when the endpoint's secret was erased.
+        SecretKeyError: when its secret can't be opened.
     """
     if endpoint.secret == "":
-        raise SecretKeyError("The endpoint has no signing secret any more; rotate it to get one.")
+        raise InvalidValueError(
+            f"webhook_endpoint_id: {endpoint.id} has no signing secret any more; rotate it to get one.",
+            param="webhook_endpoint_id",
+        )
+    newest = sealer.open(endpoint.secret)
     expires_at = endpoint.old_secret_expires_at
     if endpoint.old_secret is None or expires_at is None or expires_at <= now:
-        return (sealer.open(endpoint.secret),)
-    return (sealer.open(endpoint.secret), sealer.open(endpoint.old_secret))
+        return (newest,)
+    try:
+        return (newest, sealer.open(endpoint.old_secret))
+    except SecretKeyError as error:
+        # Receivers that know the newest go on.
+        _log.warning("old webhook secret does not sign", endpoint_id=endpoint.id, reason=error.message)
+        return (newest,)

@@ -80,6 +80,7 @@ async def _try(
     delivery: ClaimedDelivery, rules: TargetRules, timeout_seconds: float
 ) -> tuple[ClaimedDelivery, Outcome]:
     if delivery.error is not None:
+        _log.warning("webhook not signed", delivery_id=delivery.delivery_id, reason=delivery.error)
         return delivery, Outcome(error=delivery.error)
     try:
         return delivery, await send(delivery.message, rules, timeout_seconds=timeout_seconds)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from cryptography.fernet import MultiFernet
 
 _NUM_KEY_BYTES = 32
+# A token's version byte and the zeros of its time, in base64.
+_TOKEN_START = "gAAAA"
 
 
 def new_secret_key() -> str:
@@ -59,10 +61,14 @@ class Sealer:
             The text.
 
         Raises:
-            SecretKeyError: when there is no key, or it was sealed with none of them.
+            SecretKeyError: when there is no key, or it was sealed with none of them, or not at all.
         """
         from cryptography.fernet import InvalidToken
 
+        if not sealed.startswith(_TOKEN_START):
+            raise SecretKeyError(
+                "A stored secret is not sealed yet. Operator: run `python -m services.bootstrap`."
+            )
         try:
             return self._fernet().decrypt(sealed).decode()
         except InvalidToken as error:
@@ -70,6 +76,25 @@ class Sealer:
                 "A stored secret was sealed with another key than LUTHIER_SECRET_KEY holds. Operator: give "
                 "API and workers the key that it was sealed with."
             ) from error
+
+    def opens_with_first(self, sealed: str) -> bool:
+        """Whether the first key opens it, so that it needs not be sealed anew.
+
+        Args:
+            sealed: from `seal`, or any other text.
+
+        Returns:
+            False as well when it is not sealed, or there is no key.
+        """
+        from cryptography.fernet import Fernet, InvalidToken
+
+        if not self._keys:
+            return False
+        try:
+            Fernet(self._keys[0]).decrypt(sealed)
+        except InvalidToken:
+            return False
+        return True
 
     def _fernet(self) -> "MultiFernet":
         if not self._keys:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from luthier.core.errors import InvalidValueError
 from luthier.core.specs import TooLong
 from luthier.data.formats.base import RowFormat
-from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
+from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_parts
 from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.data.readers import clean_line, is_blank
 from luthier.data.render import ChatTemplate
@@ -163,12 +163,7 @@ class _Counting:
         if row is None:
             return ()
         try:
-            if row.rejected is None:
-                return (render_row(self.template, row),)
-            return (
-                render_row(self.template, row),
-                render_turns(self.template, row.rejected, row.tools),
-            )
+            return render_parts(self.template, row)
         except InvalidValueError:
             return ()
 

@@ -4,7 +4,7 @@ which depends on no other, so that processes can share the work.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -14,7 +14,7 @@ from luthier.core.errors import InvalidValueError
 from luthier.data.containers.base import RawRow
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault, Row
-from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
+from luthier.data.mask import NOTHING_SUPERVISED, RenderedRow, encode_rows, mask_tokens, render_parts
 from luthier.data.near import SIGNATURE_PARTS, Signatures, Signer, row_key, row_text
 from luthier.data.render import ChatTemplate
 from luthier.data.rows import locate, read_row
@@ -73,6 +73,18 @@ class Examined(msgspec.Struct, array_like=True):
         return np.frombuffer(self.signatures, np.uint32).reshape(-1, SIGNATURE_PARTS)
 
 
+# A fault and the place of its row in the batch.
+_PlacedFault: TypeAlias = tuple[int, Fault]
+
+
+class _Rendered(NamedTuple):
+    """A row's place in the batch, its place in the file, and the texts that it becomes."""
+
+    place: int
+    raw: RawRow
+    parts: tuple[RenderedRow, ...]
+
+
 class Examiner:
     """Examine rows with a base's template and tokenizer.
 
@@ -99,14 +111,14 @@ class Examiner:
             What was found; nothing of it depends on other batches.
         """
         row_format = discover()[batch.format_name] if batch.format_name else None
-        # Faults by the place of their row in the batch.
-        faults: list[tuple[int, Fault]] = []
+        faults: list[_PlacedFault] = []
         rows: list[tuple[int, RawRow, Row]] = []
         for place, item in enumerate(batch.items):
-            if isinstance(item, Fault) or row_format is None:
-                assert isinstance(item, Fault), "rows come after the format is known"
+            if isinstance(item, Fault):
                 faults.append((place, item))
                 continue
+            if row_format is None:
+                raise ValueError("A batch that holds rows names no format.")
             found = read_row(row_format, item)
             if isinstance(found, list):
                 faults += [(place, fault) for fault in found]
@@ -122,26 +134,30 @@ class Examiner:
             shown=[],
         )
         if not batch.is_compared_only:
-            self._count(rows, batch.num_shown, examined, faults)
+            rendered = self._render_rows(rows, faults)
+            examined.counted = self._count_rows(rendered, faults)
+            counted = {one.number for one in examined.counted}
+            to_show = [one for one in rendered if one.raw.number in counted][: batch.num_shown]
+            examined.shown = [(raw.number, self._show(parts)) for _, raw, parts in to_show]
             examined.faults = [fault for _, fault in sorted(faults, key=lambda one: one[0])]
         return examined
 
-    def _count(
-        self,
-        rows: list[tuple[int, RawRow, Row]],
-        num_shown: int,
-        examined: Examined,
-        faults: list[tuple[int, Fault]],
-    ) -> None:
-        """Render rows, count their tokens and show the first."""
-        rendered: list[tuple[int, RawRow, list[RenderedRow]]] = []
+    def _render_rows(
+        self, rows: Sequence[tuple[int, RawRow, Row]], faults: list[_PlacedFault]
+    ) -> list[_Rendered]:
+        """Render rows; where the template refuses one, add its fault instead."""
+        rendered: list[_Rendered] = []
         for place, raw, row in rows:
             try:
-                rendered.append((place, raw, self._render(row)))
+                rendered.append(_Rendered(place, raw, render_parts(self._template, row)))
             except InvalidValueError as error:
                 faults.append((place, _fault(raw, error.param, "row.template", error.message)))
-        flat = [one for _, _, parts in rendered for one in parts]
-        tokens = iter(self._count_tokens(flat))
+        return rendered
+
+    def _count_rows(self, rendered: Sequence[_Rendered], faults: list[_PlacedFault]) -> list[Counted]:
+        """Count the tokens of rows; where it can't be told which are learnt, or none is, add the fault."""
+        counted: list[Counted] = []
+        tokens = iter(self._count_tokens([one for _, _, parts in rendered for one in parts]))
         for place, raw, parts in rendered:
             found = [next(tokens) for _ in parts]
             refusal = next((one for one in found if isinstance(one, InvalidValueError)), None)
@@ -150,20 +166,11 @@ class Examiner:
                 continue
             counts = [one for one in found if isinstance(one, RowTokens)]
             if not all(one.num_supervised for one in counts):
-                told = "No token of the row is trained: leave out weight 0 on at least one assistant message."
-                faults.append((place, _fault(raw, "messages", "row.nothing_supervised", told)))
-            examined.counted.append(
+                faults.append((place, _fault(raw, "messages", "row.nothing_supervised", NOTHING_SUPERVISED)))
+            counted.append(
                 Counted(raw.number, [one.length for one in counts], sum(one.num_supervised for one in counts))
             )
-            if len(examined.shown) < num_shown:
-                examined.shown.append((raw.number, self._show(parts)))
-
-    def _render(self, row: Row) -> list[RenderedRow]:
-        """Render a row: one text, of a preference two."""
-        parts = [render_row(self._template, row)]
-        if row.rejected is not None:
-            parts.append(render_turns(self._template, row.rejected, row.tools))
-        return parts
+        return counted
 
     def _count_tokens(self, rendered: Sequence[RenderedRow]) -> list[RowTokens | InvalidValueError]:
         """Count the tokens of each text, or say why it can't be told which of them are learnt."""

@@ -20,6 +20,7 @@ from typing import IO
 import msgspec
 
 from luthier.core.errors import BaseUnavailableError, UnavailableError
+from luthier.core.logs import origin
 from luthier.data.examine import Batch, Examined, Examiner
 
 # The one that counts and compares has work for as many.
@@ -33,10 +34,10 @@ _ALLOWED_VARIABLES = frozenset(
 )
 
 
-def num_processes_for(path: Path) -> int:
-    """Return how many processes examine a file: 0 where it is done here."""
+def num_processes_for(*paths: Path) -> int:
+    """Return how many processes examine files, by the largest: 0 where it is done here."""
     num_cores = len(os.sched_getaffinity(0))
-    if num_cores < 2 or path.stat().st_size < _MIN_BYTES:
+    if num_cores < 2 or max(path.stat().st_size for path in paths) < _MIN_BYTES:
         return 0
     return min(num_cores, _MAX_PROCESSES)
 
@@ -91,6 +92,7 @@ class Examiners:
         Raises:
             BaseUnavailableError: when the base has no template or tokenizer that can be read.
             UnavailableError: when a process has ended, for want of memory perhaps.
+            RuntimeError: when examining failed in a process as nobody expected; names kind and place.
         """
         if not self._processes:
             yield from map(self._here.examine, batches)
@@ -115,15 +117,21 @@ class Examiners:
             self._idle.put(process)
 
 
-class _Refusal(msgspec.Struct, array_like=True):
-    """A process's first word: why it can't work; empty where it can."""
+class _Answer(msgspec.Struct, array_like=True):
+    """What a process says of a batch, and first of itself: an empty answer where it can work.
 
-    message: str
+    `refusal` says what is wrong with the base. `error_type` and `raised_at` are of a fault of our own; its
+    text stays in the process, since it may quote a row.
+    """
+
+    examined: Examined | None = None
+    refusal: str = ""
+    error_type: str = ""
+    raised_at: str = ""
 
 
 _BATCHES = msgspec.msgpack.Decoder(Batch)
-_EXAMINED = msgspec.msgpack.Decoder(Examined)
-_REFUSALS = msgspec.msgpack.Decoder(_Refusal)
+_ANSWERS = msgspec.msgpack.Decoder(_Answer)
 
 
 class _Process:
@@ -142,17 +150,28 @@ class _Process:
     def examine(self, batch: Batch) -> Examined:
         try:
             if not self._is_ready:
-                refusal = _REFUSALS.decode(_read(self._output))
-                if refusal.message:
-                    raise BaseUnavailableError(refusal.message)
+                self._take_answer()
                 self._is_ready = True
             _write(self._input, msgspec.msgpack.encode(batch))
-            return _EXAMINED.decode(_read(self._output))
+            examined = self._take_answer().examined
         except (OSError, EOFError) as error:
             raise UnavailableError(
                 "A process that read the file's rows has ended; try again. Operator: see the log, and "
                 "whether the machine is short of memory."
             ) from error
+        if examined is None:
+            raise RuntimeError("A process that examines rows gave an empty answer to a batch.")
+        return examined
+
+    def _take_answer(self) -> _Answer:
+        answer = _ANSWERS.decode(_read(self._output))
+        if answer.refusal:
+            raise BaseUnavailableError(answer.refusal)
+        if answer.error_type:
+            raise RuntimeError(
+                f"A process that examines rows failed with {answer.error_type} at {answer.raised_at}."
+            )
+        return answer
 
     def kill(self) -> None:
         self._process.kill()
@@ -183,6 +202,11 @@ def _read(source: IO[bytes]) -> bytes:
     return content
 
 
+def _tell(error: Exception) -> _Answer:
+    told = origin(error)
+    return _Answer(error_type=told["error_type"], raised_at=told["raised_at"])
+
+
 def _serve(base_folder: Path) -> None:
     # What anything prints must not get among the answers.
     output = os.fdopen(os.dup(1), "wb")
@@ -192,12 +216,19 @@ def _serve(base_folder: Path) -> None:
         try:
             examiner = Examiner(base_folder)
         except BaseUnavailableError as error:
-            _write(output, msgspec.msgpack.encode(_Refusal(error.message)))
+            _write(output, msgspec.msgpack.encode(_Answer(refusal=error.message)))
             return
-        _write(output, msgspec.msgpack.encode(_Refusal("")))
+        except Exception as error:  # noqa: BLE001 - the parent raises it
+            _write(output, msgspec.msgpack.encode(_tell(error)))
+            return
+        _write(output, msgspec.msgpack.encode(_Answer()))
         while True:
-            found = examiner.examine(_BATCHES.decode(_read(sys.stdin.buffer)))
-            _write(output, msgspec.msgpack.encode(found))
+            content = _read(sys.stdin.buffer)
+            try:
+                answer = msgspec.msgpack.encode(_Answer(examiner.examine(_BATCHES.decode(content))))
+            except Exception as error:  # noqa: BLE001 - the parent raises it; a traceback could quote a row
+                answer = msgspec.msgpack.encode(_tell(error))
+            _write(output, answer)
 
 
 if __name__ == "__main__":

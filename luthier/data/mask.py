@@ -18,6 +18,9 @@ from luthier.data.formats.base import Row, Turn
 from luthier.data.render import ChatTemplate
 from luthier.data.tokens import Encoding, Tokenizer
 
+# Told of a row with an empty mask, whoever finds it.
+NOTHING_SUPERVISED = "No token of the row is trained: leave out weight 0 on at least one assistant message."
+
 _PROBE = [{"role": "user", "content": "x"}]
 
 
@@ -58,6 +61,25 @@ def render_row(template: ChatTemplate, row: Row) -> RenderedRow:
     if row.is_plain:
         return _render_plain(template, row.turns)
     return render_turns(template, row.turns, row.tools)
+
+
+def render_parts(template: ChatTemplate, row: Row) -> tuple[RenderedRow, ...]:
+    """Render all that a row becomes: one text, of a preference two, the preferred first.
+
+    Args:
+        template: the base's.
+        row: the row, an assistant's turn last.
+
+    Returns:
+        Each text and the spans of its trained turns.
+
+    Raises:
+        InvalidValueError: as render_row does.
+    """
+    preferred = render_row(template, row)
+    if row.rejected is None:
+        return (preferred,)
+    return preferred, render_turns(template, row.rejected, row.tools)
 
 
 def render_turns(

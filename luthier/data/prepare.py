@@ -17,7 +17,7 @@ from luthier.core.errors import (
 from luthier.core.specs import TooLong
 from luthier.data.containers.base import RawRow
 from luthier.data.formats.base import Fault, Row, tell_faults
-from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_row, render_turns
+from luthier.data.mask import NOTHING_SUPERVISED, RenderedRow, encode_rows, mask_tokens, render_parts
 from luthier.data.near import Signer, row_text
 from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.data.prepared import PreparedRows, join_rows
@@ -117,11 +117,11 @@ class _Preparation:
 
     def add_batch(self, batch: list[tuple[RawRow, Row] | Fault]) -> None:
         rendered = list(self._render(batch))
-        encodings = encode_rows(self.tokenizer, [row for _, _, row in rendered])
+        encodings = encode_rows(self.tokenizer, [row for _, _, (row,) in rendered])
         signatures: Sequence[npt.NDArray[np.uint32] | None] = [None] * len(rendered)
         if self.with_signatures:
             signatures = list(self.signer.sign([text for _, text, _ in rendered]))
-        for (place, _, row), encoding, signature in zip(rendered, encodings, signatures, strict=True):
+        for (place, _, (row,)), encoding, signature in zip(rendered, encodings, signatures, strict=True):
             try:
                 mask = mask_tokens(encoding, row.spans, self.tokenizer.stop_token_ids)
             except InvalidValueError as error:
@@ -130,18 +130,20 @@ class _Preparation:
             if self._add_row(place, encoding, mask) and signature is not None:
                 self.signatures.append(signature)
 
-    def _render(self, batch: list[tuple[RawRow, Row] | Fault]) -> Iterator[tuple[RawRow, str, RenderedRow]]:
+    def _render(
+        self, batch: list[tuple[RawRow, Row] | Fault]
+    ) -> Iterator[tuple[RawRow, str, tuple[RenderedRow, ...]]]:
         for item in batch:
             if isinstance(item, Fault):
                 self._add(item)
                 continue
             place, row = item
             try:
-                rendered = render_row(self.template, row)
+                parts = render_parts(self.template, row)
             except InvalidValueError as error:
                 self._add_fault(place, error.param, "row.template", error.message)
                 continue
-            yield place, row_text(row) if self.with_signatures else "", rendered
+            yield place, row_text(row) if self.with_signatures else "", parts
 
     def _add_row(self, place: RawRow, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> bool:
         """Keep a row, cut where that was asked for, and return whether it was kept."""
@@ -155,8 +157,7 @@ class _Preparation:
     ) -> bool:
         """Judge what is on one line of the file by its longest row; count it, or note its fault."""
         if not all(mask.any() for mask in masks):
-            message = "No token of the row is trained: leave out weight 0 on at least one assistant message."
-            self._add_fault(place, param, "row.nothing_supervised", message)
+            self._add_fault(place, param, "row.nothing_supervised", NOTHING_SUPERVISED)
             return False
         if num_tokens > self.max_length and self.too_long == "error":
             self._add_fault(place, None, "row.too_long", self._too_long_message(num_tokens))
@@ -219,7 +220,7 @@ class _PairPreparation(_Preparation):
     """Makes two rows of each preference, the preferred answer's first; both are kept, or neither."""
 
     def add_batch(self, batch: list[tuple[RawRow, Row] | Fault]) -> None:
-        rendered = list(self._render_pairs(batch))
+        rendered = list(self._render(batch))
         encodings = encode_rows(self.tokenizer, [row for _, _, pair in rendered for row in pair])
         signatures: Sequence[npt.NDArray[np.uint32] | None] = [None] * len(rendered)
         if self.with_signatures:
@@ -258,25 +259,6 @@ class _PairPreparation(_Preparation):
             )
             self._add_fault(place, "non_preferred_output", "pair.equal", message)
         return is_equal
-
-    def _render_pairs(
-        self, batch: list[tuple[RawRow, Row] | Fault]
-    ) -> Iterator[tuple[RawRow, str, tuple[RenderedRow, RenderedRow]]]:
-        for item in batch:
-            if isinstance(item, Fault):
-                self._add(item)
-                continue
-            place, row = item
-            assert row.rejected is not None, "a preference has two answers"
-            try:
-                pair = (
-                    render_row(self.template, row),
-                    render_turns(self.template, row.rejected, row.tools),
-                )
-            except InvalidValueError as error:
-                self._add_fault(place, error.param, "row.template", error.message)
-                continue
-            yield place, row_text(row) if self.with_signatures else "", pair
 
 
 def _error_for(purpose: Purpose, message: str) -> JobError:

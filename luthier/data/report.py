@@ -44,7 +44,7 @@ def report_on_file(
         context_length: of the base, in tokens.
         validation_path: another file, of which it is told which rows the first shares with it.
         is_given_up: asked now and then whether anybody still waits.
-        num_processes: that share the work, 0 for none; by the file's size and the machine's cores when None.
+        num_processes: that share the work, 0 for none; by the larger file and the machine's cores when None.
             The report is the same.
 
     Returns:
@@ -56,7 +56,7 @@ def report_on_file(
         UnavailableError: when nobody waits any more, or a process that read rows was ended.
     """
     if num_processes is None:
-        num_processes = num_processes_for(path)
+        num_processes = num_processes_for(*filter(None, (path, validation_path)))
     with Examiners(base_folder, num_processes) as examiners:
         overlap = None
         if validation_path is not None:

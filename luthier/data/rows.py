@@ -82,10 +82,11 @@ class FileRows:
         A place is the raw row without its content, so that `locate` can tell of faults found later.
         """
         for raw in self.raw():
-            if isinstance(raw, Fault) or self.format is None:
-                assert isinstance(raw, Fault), "rows come after the format is known"
+            if isinstance(raw, Fault):
                 yield raw
                 continue
+            if self.format is None:
+                raise ValueError("A row came before the file's format was known.")
             found = read_row(self.format, raw)
             if isinstance(found, list):
                 yield from found

@@ -1,13 +1,17 @@
 """What is kept of webhooks: sealed secrets that only the key opens, and deliveries for a while."""
 
+from datetime import timedelta
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+from alembic import command
 from pydantic import SecretStr
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
+from db.migrate import alembic_config
 from db.session import Database
 from db.webhook_tables import WebhookDelivery
 from luthier.core.errors import SecretKeyError
@@ -75,7 +79,10 @@ def test_a_start_seals_secrets_that_were_plain_and_those_of_an_older_key(
     for keys in (older, f"{newer},{older}"):
         with context.database.transaction() as session:
             assert reseal(session, Sealer(keys)) == 1
-            assert "whsec_" not in str(session.execute(text("SELECT * FROM webhook_endpoints")).all())
+            stored = session.execute(text("SELECT * FROM webhook_endpoints")).all()
+            assert "whsec_" not in str(stored)
+            assert reseal(session, Sealer(keys)) == 0
+            assert session.execute(text("SELECT * FROM webhook_endpoints")).all() == stored
     for sealer, told in ((Sealer(older), "another key"), (Sealer(""), "is not set")):
         with pytest.raises(SecretKeyError, match=told), context.database.transaction() as session:
             reseal(session, sealer)
@@ -85,6 +92,62 @@ def test_a_start_seals_secrets_that_were_plain_and_those_of_an_older_key(
     (request,) = receiver.received
     for secret in plain.values():
         client.webhooks.unwrap(request.body, request.headers, secret=secret)
+
+
+def test_an_old_secret_that_the_key_does_not_open_holds_up_nothing(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    lost = Sealer(new_secret_key())
+    with context.database.engine.begin() as connection:
+        connection.execute(text("UPDATE webhook_endpoints SET secret = :lost"), {"lost": lost.seal("whsec_")})
+    rotated = client.webhooks.rotate_secret(endpoint.id, keep_old_secret_active_for_24_hours=True)
+    find_old = text("SELECT old_secret, old_secret_expires_at FROM webhook_endpoints")
+    with context.database.engine.begin() as connection:
+        assert tuple(connection.execute(find_old).one()) == (None, None)
+        hold_old = "UPDATE webhook_endpoints SET old_secret = :old, old_secret_expires_at = now() + :left"
+        connection.execute(text(hold_old), {"old": lost.seal("whsec_"), "left": timedelta(hours=1)})
+    client.fine_tuning.jobs.cancel(create_job(client))
+    assert deliver_due(context) == 1
+    (request,) = receiver.received
+    client.webhooks.unwrap(request.body, request.headers, secret=rotated.signing_secret)
+    assert " " not in request.headers["webhook-signature"], "the lost one signs nothing"
+    with context.database.transaction() as session:
+        session.execute(text("UPDATE webhook_endpoints SET old_secret_expires_at = now()"))
+        assert reseal(session, context.sealer) == 1
+        assert tuple(session.execute(find_old).one()) == (None, None)
+
+
+def test_an_erased_secret_is_told_to_whoever_can_rotate_it_and_to_the_operator(
+    client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
+) -> None:
+    with context.database.engine.begin() as connection:
+        connection.execute(text("UPDATE webhook_endpoints SET secret = '', old_secret = NULL"))
+    with pytest.raises(
+        openai.BadRequestError, match=f"{endpoint.id} has no signing secret.*rotate"
+    ) as refused:
+        client.webhooks.test(endpoint.id, event_type="fine_tuning.job.failed")
+    assert refused.value.param == "webhook_endpoint_id"
+    client.fine_tuning.jobs.cancel(create_job(client))
+    with capture_logs() as logs:
+        assert deliver_due(context) == 1
+    assert [
+        (log["log_level"], log["delivery_id"]) for log in logs if log["event"] == "webhook not signed"
+    ] == [("warning", the_delivery(context).id)]
+    assert receiver.received == []
+
+
+def test_the_way_down_refuses_while_secrets_are_sealed(
+    client: openai.OpenAI, context: WorkerContext, endpoint: Any
+) -> None:
+    with (
+        pytest.raises(RuntimeError, match=f"Delete these endpoints first.*{endpoint.id}"),
+        context.database.engine.begin() as connection,
+    ):
+        command.downgrade(alembic_config(connection), "0008")
+    client.webhooks.delete(endpoint.id)
+    with context.database.engine.begin() as connection:
+        command.downgrade(alembic_config(connection), "0008")
+        command.upgrade(alembic_config(connection), "head")
 
 
 def test_without_a_key_no_endpoint_is_made_and_the_operator_is_told(

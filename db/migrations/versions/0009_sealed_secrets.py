@@ -25,5 +25,23 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # The version before signs with what it reads, so a sealed or an empty secret would be its key. Rotating
+    # does not help: the version that is installed seals the new secret too.
+    unusable = (
+        op.get_bind()
+        .scalars(
+            sa.text(
+                "SELECT id FROM webhook_endpoints"
+                " WHERE (NOT starts_with(secret, 'whsec_') AND (secret <> '' OR deleted_at IS NULL))"
+                " OR (old_secret <> '' AND NOT starts_with(old_secret, 'whsec_')) ORDER BY id"
+            )
+        )
+        .all()
+    )
+    if unusable:
+        raise RuntimeError(
+            f"{len(unusable)} webhook endpoints have secrets that the version before can't sign with. Delete "
+            f"these endpoints first, and create them anew after the downgrade: {', '.join(unusable)}"
+        )
     op.drop_index("ix_webhook_deliveries_finished", table_name="webhook_deliveries")
     op.drop_column("webhook_endpoints", "secret_hint")

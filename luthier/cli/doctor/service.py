@@ -7,7 +7,7 @@ from pathlib import Path
 from luthier.bases.catalogue import base_folder, find_base_facts, load_catalogue
 from luthier.cli.connection import find_connection
 from luthier.cli.doctor.finding import START_ADVICE, Finding, not_running
-from luthier.cli.stack.home import RUN_LINK_NAME, find_lock_holder, load_secrets
+from luthier.cli.stack.home import RUN_LINK_NAME, StackError, find_lock_holder, load_secrets
 from luthier.cli.stack.postgres import database_url
 from luthier.cli.stack.postgres_programs import state_root
 from luthier.cli.stack.valkey import SOCKET_NAME, answers_ping
@@ -48,7 +48,11 @@ def check_database(home: Path, settings: Settings) -> Finding:
         return not_running("database")
     url = settings.database_url.get_secret_value()
     if is_embedded:
-        url = database_url((home / RUN_LINK_NAME).resolve(), load_secrets(home))
+        try:
+            secrets = load_secrets(home, only_reads=True)
+        except StackError as error:
+            return Finding("database", "fail", error.message, "restore secrets.json from a backup")
+        url = database_url((home / RUN_LINK_NAME).resolve(), secrets)
     try:
         with psycopg.connect(url.replace("+psycopg", "", 1), connect_timeout=3) as connection:
             version = connection.info.server_version // 10000

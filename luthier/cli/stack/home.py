@@ -61,20 +61,21 @@ class Secrets:
     secret_key: str = field(repr=False)
 
 
-def load_secrets(home: Path) -> Secrets:
+def load_secrets(home: Path, *, only_reads: bool = False) -> Secrets:
     """Read HOME/secrets.json (mode 0600), made at the first call.
 
     Args:
-        home: the home, whose lock is held.
+        home: the home, whose lock is held, by another process too when it is only read.
+        only_reads: write nothing; the sealing key of a home that has none yet is empty then.
 
     Returns:
         The secrets.
 
     Raises:
-        StackError: when the file is there and can't be read.
+        StackError: when the file is there and can't be read, or is missing and must not be made.
     """
     path = home / "secrets.json"
-    if not path.exists():
+    if not only_reads and not path.exists():
         made = Secrets(
             home_id=secrets.token_hex(8),
             api_key=new_api_key(),
@@ -87,8 +88,9 @@ def load_secrets(home: Path) -> Secrets:
         found = json.loads(path.read_bytes())
         if "secret_key" not in found:
             # A home of a version that sealed nothing.
-            found["secret_key"] = new_secret_key()
-            _write_secrets(path, found)
+            found["secret_key"] = "" if only_reads else new_secret_key()
+            if not only_reads:
+                _write_secrets(path, found)
         return Secrets(**found)
     except (OSError, ValueError, TypeError) as error:
         raise StackError(

@@ -38,10 +38,19 @@ def test_a_home_of_a_version_without_the_sealing_key_gets_one_and_keeps_the_rest
     older = asdict(first)
     del older["secret_key"]
     path.write_text(json.dumps(older))
+    before = path.read_bytes()
+    assert load_secrets(tmp_path, only_reads=True) == replace(first, secret_key="")
+    assert path.read_bytes() == before
     second = load_secrets(tmp_path)
-    assert load_secrets(tmp_path) == second
+    assert load_secrets(tmp_path) == second == load_secrets(tmp_path, only_reads=True)
     assert replace(second, secret_key=first.secret_key) == first
     assert _mode(path) == 0o600
+
+
+def test_who_only_reads_secrets_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"secrets\.json"):
+        load_secrets(tmp_path, only_reads=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_secrets_are_not_shown_by_repr(tmp_path: Path) -> None:

@@ -28,5 +28,7 @@ def test_a_key_is_base64_of_32_bytes_in_either_alphabet() -> None:
     for wrong in ("secret", "A" * 43, base64.b64encode(b"x" * 31).decode(), "ä" * 44):
         with pytest.raises(SecretKeyError, match="32 bytes"):
             Sealer(wrong)
+    with pytest.raises(SecretKeyError, match=r"not sealed yet.*services\.bootstrap"):
+        Sealer(plain).open("whsec_1")
     with pytest.raises(SecretKeyError, match="not set"):
         Sealer("").seal("a")
