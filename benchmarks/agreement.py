@@ -3,7 +3,9 @@
     python -m benchmarks.agreement [--rows 40] [--only lora]
 
 Same rows, order, rates, threads and first adapter, both sides in float32. Exit code 1 when a step of any
-method is further apart than MAX_GAP. For `adapter`, the `adapters` library draws its own first weights, so
+method is further apart than MAX_GAP. Training amplifies every rounding; at a high rate so fast that after a
+few steps the peer does not agree with itself, started from an adapter that is off by NUDGE. Such steps are
+told, and judge nobody. For `adapter`, the `adapters` library draws its own first weights, so
 that only the first step's loss can be compared, which is the base's on both sides.
 
 Where results/train.json holds the row's pairs over as many rows, the losses of both sides in bf16 are then
@@ -34,6 +36,8 @@ from benchmarks.workload import (
 
 # What the project promises, relative to Trainer's loss.
 MAX_GAP = 1e-4
+# Relative, to each number of the first adapter: about ten times what float32 rounds by.
+NUDGE = 1e-6
 _FLOAT32 = {"order": "ours", "weights": "float32"}
 # Where the peer is Trainer with PEFT. LoRA is compared on both of its trainers.
 _COMPARED = (
@@ -71,20 +75,48 @@ def main() -> None:
         )
         print(f"{workload.num_steps} steps of {BATCH_SIZE} rows, float32; relative gap of the losses")
         for row in (ROWS[name] for name in options.only or _COMPARED):
-            ours, peers = _losses(row, workload, scratch / row.name)
-            gaps = [abs(a - b) / abs(b) for a, b in zip(ours, peers, strict=False)]
-            print(
-                f"{row.title}: largest {max(gaps):.1e}; {' '.join(f'{gap:.1e}' for gap in gaps)}", flush=True
-            )
+            ours, peers, order = _losses(row, workload, scratch / row.name)
+            gaps = _gaps(ours, peers)
+            print(f"{row.title}: largest {max(gaps):.1e}; {_tell(gaps)}", flush=True)
             _tell_rounding(row, ours)
-            if max(gaps) > MAX_GAP:
+            if max(gaps) > MAX_GAP and order.start is not None:
+                _nudge(order.start)
+                own_gaps = _gaps(run_peer(order, scratch / row.name)["losses"], peers)
+                print(f"  the peer beside itself, started off by {NUDGE:.0e}: {_tell(own_gaps)}", flush=True)
+                gaps = [gap for gap, own in zip(gaps, own_gaps, strict=True) if own <= MAX_GAP]
+            if not gaps or max(gaps) > MAX_GAP:
                 too_far.append(row.name)
     if too_far:
         sys.exit(f"Further apart than {MAX_GAP:.0e}: {', '.join(too_far)}")
 
 
-def _losses(row: Row, workload: Workload, scratch: Path) -> tuple[list[float], list[float]]:
-    """Return our losses of every step, and the peer's of those that can be compared."""
+def _gaps(losses: list[float], others: list[float]) -> list[float]:
+    return [abs(one - other) / abs(other) for one, other in zip(losses, others, strict=False)]
+
+
+def _tell(gaps: list[float]) -> str:
+    return " ".join(f"{gap:.1e}" for gap in gaps)
+
+
+def _nudge(start: Path) -> None:
+    """Put every number of a first adapter off by a little."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = start / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    numbers = load_file(path)
+    save_file(
+        {
+            name: one * (1 + NUDGE * torch.randn(one.shape, generator=generator))
+            for name, one in numbers.items()
+        },
+        path,
+    )
+
+
+def _losses(row: Row, workload: Workload, scratch: Path) -> tuple[list[float], list[float], Order]:
+    """Return our losses of every step, the peer's of those that can be compared, and what the peer ran."""
     scratch.mkdir()
     spec = make_spec(workload, row.tuning, precision="float32")
     start = write_start(workload, spec, scratch / "start")
@@ -101,7 +133,7 @@ def _losses(row: Row, workload: Workload, scratch: Path) -> tuple[list[float], l
     ours, peers = run_ours(scratch / "ours", workload, spec)["losses"], run_peer(order, scratch)["losses"]
     if len(ours) != len(peers):
         raise SystemExit(f"{row.name}: {len(ours)} steps of ours, {len(peers)} of the peer's")
-    return ours, peers[:1] if row.environment == "adapters" else peers
+    return ours, peers[:1] if row.environment == "adapters" else peers, order
 
 
 def _tell_rounding(row: Row, exact: list[float]) -> None:
