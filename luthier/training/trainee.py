@@ -17,8 +17,8 @@ from luthier.training.loss import Loss, full_logits_loss, gather_supervised, hea
 # What replaces a part of the model must give its results this well: three quarters of the tokens within the
 # first number, all of them together within the second, as the norm of the gap relative to the norm of the
 # results. In bf16 either path is about 0.03 away from float32, and a token on which layers amplify every
-# rounding much more; a wrong path would be near 1.
-_TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 0.2), torch.float16: (0.1, 0.2)}
+# rounding a thousand times; a wrong path would be near 1.
+_TOLERANCES = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.1, 0.2), torch.float16: (0.1, 0.2)}
 
 
 class Trainee:

@@ -38,7 +38,7 @@ def test_parts_become_one_object_in_the_order_named() -> None:
     storage = Storage(MemoryStore(), None)
     last, first = _stored(storage, ROWS[777:], ROWS[:777])
     facts = _assemble(storage, [first, last], MD5)
-    assert facts == (30, len(ROWS), hashlib.sha256(ROWS).hexdigest())
+    assert facts == (30, len(ROWS), hashlib.sha256(ROWS).hexdigest(), "chat")
     assert storage.objects.get("u/file").bytes().to_bytes() == ROWS
 
 
