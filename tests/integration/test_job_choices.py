@@ -25,7 +25,7 @@ def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(
         "precision": "float32",
         "validation_split": 0.2,
         # High enough that the loss turns around within a few epochs.
-        "learning_rate": 0.3,
+        "learning_rate": 0.1,
         "warmup_ratio": 0.0,
         "patience": 2,
         "keep_best": True,
