@@ -237,9 +237,11 @@ class Pricing:
         proof = 0.0
         for num_tokens in (short, long):
             num_run = num_tokens + self.cost.num_virtual_tokens
-            # The plain path's states, the fast one's, and whole logits, which are also made from the states.
-            proof += 2 * self._pass_seconds(num_run, on_plain_path=True)
+            # The plain path's states and whole logits, which are also made from the states; the fast path's
+            # states; both paths' of a second row, half of which the fast path shares with the first.
+            proof += 3 * self._pass_seconds(num_run, on_plain_path=True)
             proof += self._pass_seconds(num_run, on_plain_path=False)
+            proof += self._pass_seconds(num_run + num_tokens // 2, on_plain_path=False)
             proof += 2 * (constants.scoring_part_seconds + num_tokens * constants.scoring_head_seconds)
         writing = self.artifact_bytes * constants.written_byte_seconds
         # In the end what was saved is loaded and run, beside the base and the model in memory.

@@ -12,8 +12,17 @@ import sys
 # What a training process says beside its events goes here in its run directory.
 CHILD_LOG_NAME = "child.log"
 _PR_SET_PDEATHSIG = 1
+# What Python and its libraries need to start as they did here; a secret of the service is none of it.
+_BARE_VARIABLES = frozenset(
+    {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"}
+)
 # Loaded at import: between fork and exec only async-signal-safe work is wise, and dlopen is not.
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def bare_environment() -> dict[str, str]:
+    """Return what a helper process may know of its surroundings: no secret of database, broker or storage."""
+    return {name: value for name, value in os.environ.items() if name in _BARE_VARIABLES}
 
 
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:

@@ -21,6 +21,7 @@ import msgspec
 
 from luthier.core.errors import BaseUnavailableError, UnavailableError
 from luthier.core.logs import origin
+from luthier.core.process import bare_environment
 from luthier.data.examine import Batch, Examined, Examiner
 
 # The one that counts and compares has work for as many.
@@ -28,10 +29,6 @@ _MAX_PROCESSES = 6
 # A file below this is examined in the time that processes take to start.
 _MIN_BYTES = 4 * 1024 * 1024
 _LENGTH = struct.Struct("<Q")
-# No secret of a service is among what a process that reads rows knows.
-_ALLOWED_VARIABLES = frozenset(
-    {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH"}
-)
 
 
 def num_processes_for(*paths: Path) -> int:
@@ -136,12 +133,11 @@ _ANSWERS = msgspec.msgpack.Decoder(_Answer)
 
 class _Process:
     def __init__(self, base_folder: Path) -> None:
-        environment = {name: value for name, value in os.environ.items() if name in _ALLOWED_VARIABLES}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "luthier.data.examiners", str(base_folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+            env=bare_environment() | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout

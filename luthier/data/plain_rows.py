@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import deque
 
+from luthier.core.process import bare_environment
 from luthier.data.plain_chat import count_plain_rows
 
 # So many blocks may be on their way: the process has the next one there when it is done with one.
@@ -26,8 +27,6 @@ _FREE_PROCESSES = threading.BoundedSemaphore(os.cpu_count() or 1)
 _QUESTION, _ANSWER = struct.Struct("<qq"), struct.Struct("<q")
 # What stands for a block that is left to the check of single lines.
 _NOT_PLAIN = -1
-# What Python needs to start as it was started here; all else stays here.
-_KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 # The C library would give memory back after each block, and ask for the same anew (mallopt(3)).
 _KEEPS_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(32 * 1024 * 1024))
 
@@ -38,7 +37,6 @@ class _Counting:
     def __init__(self) -> None:
         if not hasattr(os, "memfd_create"):
             raise OSError("This system has no files that lie in memory alone.")
-        kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
         descriptor = os.memfd_create("luthier-rows")
         try:
             os.truncate(descriptor, _SHARED_BYTES)
@@ -49,7 +47,7 @@ class _Counting:
                 stdout=subprocess.PIPE,
                 bufsize=0,
                 pass_fds=[descriptor],
-                env=kept | _KEEPS_MEMORY,
+                env=bare_environment() | _KEEPS_MEMORY,
                 # A Ctrl-C is for the starter, which may finish what it received.
                 start_new_session=True,
             )

@@ -4,6 +4,7 @@ Legend: B rows, T tokens.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,8 +44,8 @@ class Batch:
     @property
     def num_needed(self) -> int:
         """Columns that scores depend on: the last supervised token is predicted, and nothing follows it."""
-        columns = self.supervised_BT.any(dim=0).nonzero()
-        return max(1, int(columns[-1])) if len(columns) else 1
+        columns = self._supervised_columns
+        return max(1, columns[-1]) if columns else 1
 
     @property
     def num_shared(self) -> int:
@@ -53,11 +54,17 @@ class Batch:
         0 where too few tokens would be saved by computing them once.
         """
         num_rows, num_columns = self.token_ids_BT.shape
-        columns = self.supervised_BT.any(dim=0).nonzero()
+        columns = self._supervised_columns
         differing = (self.token_ids_BT != self.token_ids_BT[:1]).any(dim=0).nonzero()
         num_alike = int(differing[0]) if len(differing) else num_columns
-        found = min(num_alike, int(columns[0]) - 1 if len(columns) else 0)
+        found = min(num_alike, columns[0] - 1 if columns else 0)
         return found if found * (num_rows - 1) >= _MIN_SAVED_TOKENS else 0
+
+    @cached_property
+    def _supervised_columns(self) -> list[int]:
+        """The columns in which any row has a supervised token."""
+        columns: list[int] = self.supervised_BT.any(dim=0).nonzero()[:, 0].tolist()
+        return columns
 
     def to(self, device: str) -> "Batch":
         """Return the batch with its tensors on a device."""

@@ -68,6 +68,15 @@ def fused(method: Method, attached: Attached) -> FusedLlama:
     return found
 
 
+def assert_equal(attached: Attached, expected: torch.Tensor, found: torch.Tensor) -> None:
+    """Compare two paths' hidden states, and the gradients that follow from each."""
+    assert torch.allclose(found, expected, atol=3e-5)
+    expected_gradients, found_gradients = gradients(attached, expected), gradients(attached, found)
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, other in expected_gradients.items():
+        assert torch.allclose(found_gradients[name], other, atol=1e-4 * float(other.abs().max())), name
+
+
 TOKENS = torch.randint(3, 300, (3, 21), generator=torch.Generator().manual_seed(1))
 
 
@@ -81,13 +90,7 @@ def test_hidden_states_and_gradients_equal_the_plain_path(
     monkeypatch.setattr(fused_attention, "_MAX_KEPT_TOKENS", block_tokens)
     method, attached = attach(base, **tuning)
     expected = method.hidden_states(attached, TOKENS)
-    expected_gradients = gradients(attached, expected)
-    found = fused(method, attached).hidden_states(TOKENS)
-    assert torch.allclose(found, expected, atol=3e-5)
-    found_gradients = gradients(attached, found)
-    assert found_gradients.keys() == expected_gradients.keys()
-    for name, other in expected_gradients.items():
-        assert torch.allclose(found_gradients[name], other, atol=1e-4 * float(other.abs().max())), name
+    assert_equal(attached, expected, fused(method, attached).hidden_states(TOKENS))
 
 
 @pytest.mark.usefixtures("_either_kernels")
@@ -102,13 +105,7 @@ def test_tokens_that_all_rows_begin_with_give_the_same_once_as_in_every_row(
     rows = torch.cat([TOKENS[:1, :num_shared].expand(3, -1), TOKENS[:, num_shared:]], dim=1)
     method, attached = attach(base, **tuning)
     expected = method.hidden_states(attached, rows)[:, num_shared:]
-    expected_gradients = gradients(attached, expected)
-    found = fused(method, attached).hidden_states(rows, num_shared=num_shared)
-    assert torch.allclose(found, expected, atol=3e-5)
-    found_gradients = gradients(attached, found)
-    assert found_gradients.keys() == expected_gradients.keys()
-    for name, other in expected_gradients.items():
-        assert torch.allclose(found_gradients[name], other, atol=1e-4 * float(other.abs().max())), name
+    assert_equal(attached, expected, fused(method, attached).hidden_states(rows, num_shared=num_shared))
 
 
 def test_it_trains_exactly_the_methods_parameters(base: Path) -> None:
