@@ -4,6 +4,7 @@ Legend: B rows, T tokens, V vocabulary, N virtual tokens.
 """
 
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,9 @@ class Answerer:
         # transformers 5.2x renamed the argument.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         with torch.no_grad():
-            self._virtual = _virtual_key_values(self._tuned, self._model, self._cache_argument)
+            self._own = _virtual_key_values(self._tuned, self._model, self._cache_argument)
+        # What lies before every row: the model's own virtual tokens and maybe a shared beginning.
+        self._virtual, self._num_shared = self._own, 0
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int) -> list[str]:
@@ -67,13 +70,21 @@ class Answerer:
             self._tokenizer.encode(self._template.render(to_messages(prompt), add_generation_prompt=True))
             for prompt in prompts
         ]
+        # What all prompts begin with (template, task) is run once; a token of each is left to be run.
+        shared = os.path.commonprefix([ids[:-1] for ids in token_ids])
+        self._virtual, self._num_shared = self._own, 0
         self._prove(token_ids[0])
+        if shared:
+            self._share(shared)
+            self._prove(token_ids[0])
         order = sorted(range(len(prompts)), key=lambda number: len(token_ids[number]))
         answers: dict[int, str] = {}
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
             for number, ids in zip(
-                part, self._continue([token_ids[number] for number in part], max_new_tokens), strict=True
+                part,
+                self._continue([token_ids[number][len(shared) :] for number in part], max_new_tokens),
+                strict=True,
             ):
                 answers[number] = self._tokenizer.decode(ids)
         return [answers[number] for number in range(len(prompts))]
@@ -136,16 +147,26 @@ class Answerer:
             )
         return cache
 
+    def _share(self, beginning: list[int]) -> None:
+        """Put the keys and values of tokens that every prompt begins with before every row."""
+        ids_1T = torch.tensor([beginning])
+        num_virtual = self._own[0][0].shape[1] if self._own else 0
+        cache = self._start_cache(1)
+        seen_1T = torch.ones(1, num_virtual + len(beginning), dtype=torch.int64)
+        self._forward(ids_1T, torch.arange(len(beginning))[None] + num_virtual, seen_1T, cache)
+        self._virtual = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        self._num_shared = len(beginning)
+
     def _prove(self, prompt: list[int]) -> None:
         """Compare this way to run a tuned model with the method's own, on one prompt."""
         if self._tuned is None:
             return
         method, attached = self._tuned
-        ids_1T = torch.tensor([prompt])
-        expected_V = method.logits(attached, ids_1T)[0, -1].float()
+        expected_V = method.logits(attached, torch.tensor([prompt]))[0, -1].float()
+        ids_1T = torch.tensor([prompt[self._num_shared :]])
         num_virtual = self._virtual[0][0].shape[1] if self._virtual else 0
-        positions_1T = torch.arange(len(prompt))[None] + num_virtual
-        seen_1T = torch.ones(1, num_virtual + len(prompt), dtype=torch.int64)
+        positions_1T = torch.arange(ids_1T.shape[1])[None] + num_virtual
+        seen_1T = torch.ones(1, num_virtual + ids_1T.shape[1], dtype=torch.int64)
         found_V = self._forward(ids_1T, positions_1T, seen_1T, self._start_cache(1))[0, -1].float()
         gap = float((found_V - expected_V).norm() / expected_V.norm())
         if gap > _TOLERANCE[self._model.dtype]:

@@ -29,7 +29,7 @@ _HEADER = (
     "forgetting, nats",
     "trained parameters",
     "artifact",
-    "training s",
+    "training, processor s",
     "peak memory",
 )
 
@@ -107,7 +107,7 @@ def _method_cells(task: str, automatic: list[Entry], of_task: list[Entry]) -> li
         _mean(automatic, "forgetting", "{:+.3f}"),
         _mean(automatic, "num_parameters", "{:,.0f}"),
         _bytes(_numbers(automatic, "artifact_bytes")),
-        _mean(automatic, "train_seconds", "{:.0f}"),
+        _mean(automatic, "processor_seconds", "{:.0f}"),
         _bytes(_numbers(automatic, "peak_memory_bytes")),
     ]
 

@@ -18,6 +18,7 @@ _COSTS = {
     "num_parameters": 1000,
     "artifact_bytes": 4_000_000,
     "train_seconds": 61.4,
+    "processor_seconds": 61.4,
     "peak_memory_bytes": 900_000_000,
 }
 
