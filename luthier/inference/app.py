@@ -47,6 +47,7 @@ class _Asking:
     """A checked request and what its answer is made from."""
 
     request: Request
+    target: ModelTarget
     ready: ReadyModel
     shape: Shape
     prompts: list[list[int]]
@@ -96,7 +97,7 @@ class Service:
                 with_logprobs=asked.logprobs,
                 with_usage=asked.stream_options.include_usage,
             )
-            asking = _Asking(request, ready, shape, prompts, options, is_stream=asked.stream)
+            asking = _Asking(request, target, ready, shape, prompts, options, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
     async def completion(self, request: Request) -> Response:
@@ -117,7 +118,7 @@ class Service:
                 with_logprobs=asked.logprobs is not None,
                 with_usage=asked.stream_options.include_usage,
             )
-            asking = _Asking(request, ready, shape, prompts, options, is_stream=asked.stream)
+            asking = _Asking(request, target, ready, shape, prompts, options, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
     def interrupt(self) -> None:
@@ -135,7 +136,9 @@ class Service:
     async def _answer(self, asking: _Asking, stack: contextlib.ExitStack) -> Response:
         """Answer, with all that has to be given back on the stack, which a stream takes over."""
         request, shape = asking.request, asking.shape
-        generation = Generation(asking.ready, asking.prompts, asking.options)
+        generation = Generation(
+            asking.ready, asking.prompts, asking.options, project_id=asking.target.project_id
+        )
         headers = {HEADER_DIGEST: asking.ready.served.full_digest}
         generation.submit(self._engine)
         self._open.add(generation)

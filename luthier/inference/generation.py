@@ -134,9 +134,12 @@ class Generation:
         ready: the model that answers.
         prompts: token ids of each prompt.
         options: how to sample.
+        project_id: who asks.
     """
 
-    def __init__(self, ready: ReadyModel, prompts: list[list[int]], options: SamplingOptions) -> None:
+    def __init__(
+        self, ready: ReadyModel, prompts: list[list[int]], options: SamplingOptions, *, project_id: str = ""
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[IndexedEvent] = asyncio.Queue()
         self.num_prompt_tokens = sum(map(len, prompts))
@@ -152,6 +155,7 @@ class Generation:
                 stop_token_ids=base.tokenizer.stop_token_ids,
                 emit=partial(self._emit, index),
                 num_virtual_tokens=ready.num_virtual_tokens,
+                project_id=project_id,
             )
             for index, prompt in enumerate(prompts)
         ]

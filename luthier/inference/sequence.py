@@ -94,6 +94,7 @@ class Sequence:
         stop_token_ids: tokens that end an answer and have no text.
         emit: takes each event; called on the engine's thread.
         num_virtual_tokens: tokens that these weights put before every prompt.
+        project_id: who asks, so that one project's many requests need not hold up another's.
     """
 
     key: ModelKey
@@ -104,6 +105,7 @@ class Sequence:
     stop_token_ids: frozenset[int]
     emit: Callable[[SequenceEvent], None]
     num_virtual_tokens: int = 0
+    project_id: str = ""
     num_completion_tokens: int = 0
     last_token_id: int = -1
     is_finished: bool = False
