@@ -239,53 +239,7 @@ def _is_needed(session: Session, model: Model) -> bool:
     return session.scalar(select(Model.id).where(Model.id == model.id, parents.is_needed())) is not None
 
 
-def find_checkpoint(session: Session, job_id: str, step: int) -> tuple[Checkpoint, Model] | None:
-    """Return a job's checkpoint of a step and its model, both locked until the transaction ends, or None."""
-    row = session.execute(
-        select(Checkpoint, Model)
-        .join(Model, Model.id == Checkpoint.model_id)
-        .where(Checkpoint.job_id == job_id, Checkpoint.step_number == step, Checkpoint.deleted_at.is_(None))
-        .with_for_update()
-    ).one_or_none()
-    return None if row is None else (row[0], row[1])
-
-
-def retire_checkpoints(session: Session, job_id: str, *, keep: int, spared_step: int | None) -> list[str]:
-    """Make all but the newest checkpoints of a job unknown, but for those that others go on from.
-
-    Args:
-        session: the session.
-        job_id: the job's id.
-        keep: how many stay.
-        spared_step: the step of the one that stays in any case, in place of an older one of the newest.
-
-    Returns:
-        Storage prefixes of their artifacts, for the caller to delete after the commit.
-    """
-    rows = session.execute(
-        select(Checkpoint, Model)
-        .join(Model, Model.id == Checkpoint.model_id)
-        .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
-        .order_by((Checkpoint.step_number == (spared_step or -1)).desc(), Checkpoint.step_number.desc())
-        .offset(keep)
-        # A job may be about to start from one of them.
-        .with_for_update(of=Model)
-    ).all()
-    ids = [model.id for _, model in rows]
-    needed = set(session.scalars(select(Model.id).where(Model.id.in_(ids), parents.is_needed())))
-    prefixes = []
-    for checkpoint, model in rows:
-        if model.id in needed:
-            continue
-        checkpoint.deleted_at = func.now()
-        model.deleted_at = func.now()
-        prefixes.append(model.artifact_key)
-    _end_permissions(session, [model.id for _, model in rows if model.id not in needed])
-    session.flush()
-    return prefixes
-
-
-def _end_permissions(session: Session, model_ids: Sequence[str]) -> None:
+def end_permissions(session: Session, model_ids: Sequence[str]) -> None:
     """Share models with nobody any more: they are deleted, and may come back as their job's result."""
     session.execute(
         update(CheckpointPermission)
@@ -326,7 +280,7 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
     )
     if checkpoint is not None:
         checkpoint.deleted_at = func.now()
-    _end_permissions(session, [model.id])
+    end_permissions(session, [model.id])
     session.flush()
     return model
 

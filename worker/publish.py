@@ -25,7 +25,7 @@ from luthier.core.states import JobStatus
 from luthier.storage.manifests import Manifest
 from luthier.storage.store import Storage
 from luthier.training.choosing import judge
-from services import events, files, leases, models, reports
+from services import checkpoints, events, files, leases, models, reports
 from services.events import NewEvent
 from services.files import StoredFile
 from services.leases import Lease
@@ -143,9 +143,7 @@ class Publisher:
             told = f"Checkpoint created at step {event.step} with Snapshot ID: {name}"
             events.append(session, job.id, [NewEvent(told, data={})])
         spared = result_step or _leading_step(self.spec.training, job.report)
-        return models.retire_checkpoints(
-            session, self.lease.job_id, keep=_NUM_CHECKPOINTS, spared_step=spared
-        )
+        return checkpoints.retire(session, self.lease.job_id, keep=_NUM_CHECKPOINTS, spared_step=spared)
 
     def _fenced_job(self, session: Session) -> Job:
         """Return the job as this transaction has left it, once it is sure that it is still ours."""
@@ -187,7 +185,7 @@ class Publisher:
         self, session: Session, event: FinishedEvent, table: StoredFile
     ) -> list[str] | None:
         """Let a checkpoint that this attempt has published be the model; None when there is none."""
-        found = models.find_checkpoint(session, self.lease.job_id, event.step)
+        found = checkpoints.find(session, self.lease.job_id, event.step)
         if found is None:
             return None
         _, model = found
@@ -201,7 +199,7 @@ class Publisher:
         self, session: Session, event: FinishedEvent, table: StoredFile, key: str, digest: str
     ) -> list[str]:
         job = self._fenced_job(session)
-        before = models.find_checkpoint(session, job.id, event.step)
+        before = checkpoints.find(session, job.id, event.step)
         key_before = before[1].artifact_key if before is not None else key
         # A checkpoint's own scores stand; those told at the end may be of a later step.
         metrics = {"step": event.step} | event.metrics.model_dump(exclude_none=True)
@@ -218,7 +216,7 @@ class Publisher:
         )
         # One that others go on from is no checkpoint any more, and keeps its bytes.
         is_same = before is not None and before[1].artifact_key == key
-        retired = models.retire_checkpoints(session, job.id, keep=_NUM_CHECKPOINTS, spared_step=event.step)
+        retired = checkpoints.retire(session, job.id, keep=_NUM_CHECKPOINTS, spared_step=event.step)
         self._count_usage(session, job, event.trained_tokens)
         self._tell_result(session, event, is_new=not is_same)
         result_file = files.record_result(session, job, table)

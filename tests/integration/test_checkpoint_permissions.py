@@ -15,7 +15,7 @@ from db.tables import Job, Model
 from luthier.core.errors import ModelNotFoundError
 from luthier.core.ids import new_id
 from luthier.core.specs import BaseFacts, TrainingSpec
-from services import models, permissions
+from services import checkpoints, models, permissions
 from services.scope import Scope
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
@@ -145,7 +145,7 @@ def _delete(_session: Session, owner: openai.OpenAI, _job_id: str) -> None:
 
 def _retire(session: Session, _owner: openai.OpenAI, job_id: str) -> None:
     _register(session, job_id, "checkpoint", 11, f"{NAME}1")
-    models.retire_checkpoints(session, job_id, keep=1, spared_step=None)
+    checkpoints.retire(session, job_id, keep=1, spared_step=None)
 
 
 @pytest.mark.parametrize("end", [_delete, _retire])
