@@ -25,10 +25,11 @@ from luthier.inference import answers
 from luthier.inference.answers import ChatShape, CompletionShape, Shape
 from luthier.inference.bases import ReadyModel
 from luthier.inference.engine import Engine
-from luthier.inference.generation import Generation, IndexedEvent, plan_chat, plan_completion
+from luthier.inference.generation import Generation, IndexedEvent
 from luthier.inference.models import Models, read_target
+from luthier.inference.plans import Plan, plan_chat, plan_completion
 from luthier.inference.protocol import parse_chat, parse_completion
-from luthier.inference.sequence import ChoiceAt, Finish, FinishReason, Piece, SamplingOptions
+from luthier.inference.sequence import ChoiceAt, Finish, FinishReason, Piece
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
@@ -50,8 +51,7 @@ class _Asking:
     target: ModelTarget
     ready: ReadyModel
     shape: Shape
-    prompts: list[list[int]]
-    options: SamplingOptions
+    plan: Plan
     is_stream: bool
 
 
@@ -81,7 +81,7 @@ class Service:
         asked = parse_chat(await read_body(request))
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            prompts, options = await asyncio.to_thread(
+            plan = await asyncio.to_thread(
                 plan_chat,
                 asked,
                 ready,
@@ -97,7 +97,7 @@ class Service:
                 with_logprobs=asked.logprobs,
                 with_usage=asked.stream_options.include_usage,
             )
-            asking = _Asking(request, target, ready, shape, prompts, options, is_stream=asked.stream)
+            asking = _Asking(request, target, ready, shape, plan, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
     async def completion(self, request: Request) -> Response:
@@ -106,7 +106,7 @@ class Service:
         asked = parse_completion(await read_body(request))
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            prompts, options = await asyncio.to_thread(
+            plan = await asyncio.to_thread(
                 plan_completion, asked, ready, max_cache_tokens=self._settings.max_cache_tokens
             )
             shape = CompletionShape(
@@ -118,7 +118,7 @@ class Service:
                 with_logprobs=asked.logprobs is not None,
                 with_usage=asked.stream_options.include_usage,
             )
-            asking = _Asking(request, target, ready, shape, prompts, options, is_stream=asked.stream)
+            asking = _Asking(request, target, ready, shape, plan, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
     def interrupt(self) -> None:
@@ -136,9 +136,7 @@ class Service:
     async def _answer(self, asking: _Asking, stack: contextlib.ExitStack) -> Response:
         """Answer, with all that has to be given back on the stack, which a stream takes over."""
         request, shape = asking.request, asking.shape
-        generation = Generation(
-            asking.ready, asking.prompts, asking.options, project_id=asking.target.project_id
-        )
+        generation = Generation(asking.ready, asking.plan, project_id=asking.target.project_id)
         headers = {HEADER_DIGEST: asking.ready.served.full_digest}
         generation.submit(self._engine)
         self._open.add(generation)

@@ -1,47 +1,108 @@
 """Choosing the next token of each row from its logits.
 
-Legend: `B` rows, `V` vocabulary.
+Legend: `B` rows, `V` vocabulary, `K` tokens that a draw is made from.
 """
 
+import logging
+
+import numpy as np
 import torch
 
-from luthier.core.errors import SelfCheckError
-from luthier.inference.sequence import Choice, Sequence
+from luthier.core.errors import LuthierError, SelfCheckError
+from luthier.inference.faults import log_fault
+from luthier.inference.sequence import Choice, Grammar, Sequence
+
+_LOG = logging.getLogger(__name__)
 
 # JSON knows no infinity; OpenAI's API says -9999.0 for a token that can't come.
 MIN_LOGPROB = -9999.0
 # Below it only the likeliest token can come; float32 would take a much smaller one for 0.
 _MIN_TEMPERATURE = 1e-5
+# Most nuclei are smaller, and finding so few is far cheaper than sorting a vocabulary.
+_NUM_LIKELIEST = 256
 
 
 @torch.inference_mode()
 def choose(logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
     """Choose a token for every row.
 
-    A row's choice depends on its own logits, options and generator only, so a seed gives the same answer
-    in any batch.
+    A row's choice depends on its own logits, options, grammar and generator only, so a seed gives the same
+    answer in any batch. A row that can't be chosen for ends its own sequence with an error (its choice then
+    means nothing) and nobody else's.
 
     Args:
-        logits_BV: float32 [B, V], on any device.
+        logits_BV: float32 [B, V], on any device; left as they are.
         sequences: the B rows' sequences.
 
     Returns:
         B choices, with log-probabilities where a sequence asks for them.
-
-    Raises:
-        SelfCheckError: when a row's logits are not finite.
     """
     largest_B, ids_B = logits_BV.max(dim=-1)
     # A NaN anywhere in a row is its maximum; the greedy choice alone would hide it.
-    if not bool(torch.isfinite(largest_B).all()):
-        raise SelfCheckError("The model's logits are not finite; the answer was stopped.")
-    best_B = ids_B.tolist()
-    choices = []
+    is_finite_B = torch.isfinite(largest_B)
+    is_sound = None if bool(is_finite_B.all()) else is_finite_B.tolist()
+    choices = [Choice(token_id) for token_id in ids_B.tolist()]
     for row, sequence in enumerate(sequences):
-        logits_V = logits_BV[row]
-        token_id = best_B[row] if sequence.options.temperature == 0.0 else _draw(logits_V, sequence)
-        choices.append(_with_logprobs(token_id, logits_V, sequence.options.num_logprobs))
+        if is_sound is not None and not is_sound[row]:
+            sequence.fail(SelfCheckError("The model's logits are not finite; the answer was stopped."))
+        elif not sequence.is_plainly_greedy and not sequence.is_done:
+            choices[row] = _choose_row(logits_BV[row], sequence, choices[row])
     return choices
+
+
+def _choose_row(logits_V: torch.Tensor, sequence: Sequence, best: Choice) -> Choice:
+    try:
+        token_id = _choose_token(logits_V, sequence, best.token_id)
+        return _with_logprobs(token_id, logits_V, sequence.options.num_logprobs)
+    except LuthierError as error:
+        sequence.fail(error)
+    except Exception as error:  # noqa: BLE001 - a fault of one row is not one of the others
+        log_fault(_LOG, "A choice, whose answer ends with an error,", error)
+        sequence.fail(LuthierError("The model server failed on this request; the operator's log says why."))
+    return best
+
+
+def _choose_token(logits_V: torch.Tensor, sequence: Sequence, best_id: int) -> int:
+    options, grammar = sequence.options, sequence.grammar
+    is_changed = bool(options.logit_bias or sequence.token_counts)
+    if is_changed:
+        logits_V = _weigh(logits_V, sequence)
+    if options.temperature == 0.0:
+        token_id = int(logits_V.argmax()) if is_changed else best_id
+        if grammar is None or grammar.allows(token_id):
+            return token_id
+    if grammar is not None:
+        logits_V = _restrict(logits_V, grammar)
+    if options.temperature == 0.0:
+        return int(logits_V.argmax())
+    return _draw(logits_V, sequence)
+
+
+def _weigh(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """Add `logit_bias` and take the penalties away (OpenAI's API reference, "Frequency and presence
+    penalties": from a token's logit, its count times the one and the other if it came at all)."""
+    options, device = sequence.options, logits_V.device
+    logits_V = logits_V.clone()
+    if options.logit_bias:
+        if sequence.bias is None:
+            ids, values = zip(*options.logit_bias, strict=True)
+            sequence.bias = torch.tensor(ids, device=device), torch.tensor(values, device=device)
+        logits_V.index_add_(0, *sequence.bias)
+    if sequence.token_counts:
+        ids_K = torch.tensor(list(sequence.token_counts), device=device)
+        counts_K = torch.tensor(list(sequence.token_counts.values()), device=device)
+        logits_V.index_add_(0, ids_K, -(counts_K * options.frequency_penalty + options.presence_penalty))
+    return logits_V
+
+
+def _restrict(logits_V: torch.Tensor, grammar: Grammar) -> torch.Tensor:
+    # The model's matrix may have more rows than the tokenizer has tokens; these can't come.
+    is_out = np.ones(logits_V.shape[-1], np.bool_)
+    mask = grammar.mask()[: len(is_out)]
+    is_out[: len(mask)] = ~mask
+    if is_out.all():
+        raise LuthierError("No token of this model can continue the answer in its format.")
+    return logits_V.masked_fill(torch.from_numpy(is_out).to(logits_V.device), -torch.inf)
 
 
 def _draw(logits_V: torch.Tensor, sequence: Sequence) -> int:
@@ -53,20 +114,35 @@ def _draw(logits_V: torch.Tensor, sequence: Sequence) -> int:
         else:
             sequence.generator.manual_seed(options.seed)
     # The largest becomes 0 before the division, so that a tiny temperature can't overflow.
-    probs_V = torch.softmax((logits_V - logits_V.max()) / max(options.temperature, _MIN_TEMPERATURE), dim=-1)
-    if options.top_p < 1.0:
-        probs_V = _nucleus(probs_V, options.top_p)
-    return int(torch.multinomial(probs_V, 1, generator=sequence.generator))
+    scaled_V = (logits_V - logits_V.max()) / max(options.temperature, _MIN_TEMPERATURE)
+    # One number a token, whatever the vocabulary: a noise for each of its tokens takes milliseconds.
+    point = torch.rand(1, generator=sequence.generator, device=logits_V.device, dtype=torch.float64)
+    if options.top_p >= 1.0:
+        return _invert(torch.softmax(scaled_V, dim=-1), point)
+    probs_K, ids_K = _nucleus(scaled_V, options.top_p)
+    return int(ids_K[_invert(probs_K, point)])
 
 
-def _nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero all but the fewest likeliest tokens whose mass reaches `top_p`, at least one (Holtzman et al.
-    2020, section 3.1). The order of the vocabulary is kept, so the draw's noise stays with its tokens."""
-    sorted_V, order_V = probs_V.sort(descending=True)
-    mass_before_V = sorted_V.cumsum(dim=-1) - sorted_V
-    is_out_V = mass_before_V >= top_p
-    is_out_V[0] = False
-    return probs_V.masked_fill(torch.zeros_like(is_out_V).scatter(0, order_V, is_out_V), 0.0)
+def _invert(probs_K: torch.Tensor, point: torch.Tensor) -> int:
+    """Return the place at which the mass before it passes `point`, a share of the whole mass."""
+    mass_K = probs_K.cumsum(dim=-1, dtype=torch.float64)
+    place = int(torch.searchsorted(mass_K, point * mass_K[-1], right=True))
+    return min(place, len(mass_K) - 1)
+
+
+def _nucleus(scaled_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the fewest likeliest tokens whose mass reaches `top_p`, at least one (Holtzman et al. 2020,
+    section 3.1), the likeliest first: probabilities [K] and ids [K]."""
+    total = torch.logsumexp(scaled_V, dim=-1)
+    size = scaled_V.shape[-1]
+    for num_likeliest in (min(_NUM_LIKELIEST, size), size):
+        values_K, ids_K = scaled_V.topk(num_likeliest)
+        probs_K = (values_K - total).exp()
+        mass_K = probs_K.cumsum(dim=-1, dtype=torch.float64)
+        if num_likeliest == size or float(mass_K[-1]) >= top_p:
+            break
+    num_kept = max(1, int((mass_K - probs_K < top_p).sum()))
+    return probs_K[:num_kept], ids_K[:num_kept]
 
 
 def _with_logprobs(token_id: int, logits_V: torch.Tensor, num_logprobs: int | None) -> Choice:

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from luthier.core.errors import LuthierError
 from luthier.inference.stops import StopMatcher
 
@@ -22,12 +25,30 @@ class TextDecoder(Protocol):
         """Return what is left."""
 
 
+class Grammar(Protocol):
+    """What an answer's text must be, token by token; luthier.inference.grammar makes it."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text is whole and nothing may follow."""
+
+    def allows(self, token_id: int) -> bool:
+        """Whether a token may come next."""
+
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Return which tokens may come next, bool [V]."""
+
+    def push(self, token_id: int) -> None:
+        """Take the token that came, which must be one that is allowed."""
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is chosen and when to end.
 
     `num_logprobs` is the number of alternatives to report per token, 0 for the chosen token's own
-    log-probability alone, None for none at all.
+    log-probability alone, None for none at all. The penalties and `logit_bias` (token ids and what is added
+    to their logits) are OpenAI's.
     """
 
     max_tokens: int
@@ -36,6 +57,24 @@ class SamplingOptions:
     seed: int | None = None
     num_logprobs: int | None = None
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that came already count."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def is_plainly_greedy(self) -> bool:
+        """Whether the likeliest token is all that is asked for."""
+        return (
+            self.temperature == 0.0
+            and self.num_logprobs is None
+            and not self.logit_bias
+            and not self.has_penalties
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +134,7 @@ class Sequence:
         emit: takes each event; called on the engine's thread.
         num_virtual_tokens: tokens that these weights put before every prompt.
         project_id: who asks, so that one project's many requests need not hold up another's.
+        grammar: what the text must be, None where it is free; this sequence's own.
     """
 
     key: ModelKey
@@ -106,17 +146,23 @@ class Sequence:
     emit: Callable[[SequenceEvent], None]
     num_virtual_tokens: int = 0
     project_id: str = ""
+    grammar: Grammar | None = None
     num_completion_tokens: int = 0
     last_token_id: int = -1
     is_finished: bool = False
     is_cancelled: bool = False
-    # The sampler's private generator, made at the first token.
+    # The sampler's own, made at the first token: a generator, and `logit_bias` as tensors.
     generator: Any = None
+    bias: Any = None
+    # How often each token came, where penalties ask for it.
+    token_counts: dict[int, int] = field(default_factory=dict)
     _num_decoded: int = 0
     _held_choices: list[ChoiceAt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._stops = StopMatcher(self.options.stop)
+        # Asked of every row at every step.
+        self.is_plainly_greedy = self.options.is_plainly_greedy and self.grammar is None
 
     @property
     def max_num_tokens(self) -> int:
@@ -139,22 +185,38 @@ class Sequence:
             self.emit(Failure(error))
 
     def accept(self, choice: Choice) -> None:
-        """Add a token to the answer and emit what became certain by it."""
+        """Add a token to the answer and emit what became certain by it; nothing after a failure."""
+        if self.is_finished:
+            return
         self.num_completion_tokens += 1
         self.last_token_id = choice.token_id
         if choice.token_id in self.stop_token_ids:
             self._finish("stop", self._push_text(self.decoder.flush()))
             return
+        if self.grammar is not None and not self._push_grammar(self.grammar, choice.token_id):
+            return
+        if self.options.has_penalties:
+            self.token_counts[choice.token_id] = self.token_counts.get(choice.token_id, 0) + 1
         if self.options.num_logprobs is not None:
             self._held_choices.append(ChoiceAt(choice, self._num_decoded))
         text = self._push_text(self.decoder.push(choice.token_id))
         if self._stops.is_hit:
             self._finish("stop", text)
+        elif self.grammar is not None and self.grammar.is_finished:
+            self._finish("stop", text + self._push_text(self.decoder.flush()))
         elif self.num_completion_tokens >= self.options.max_tokens:
             text += self._push_text(self.decoder.flush())
             self._finish("stop" if self._stops.is_hit else "length", text)
         elif text:
             self._emit_piece(text)
+
+    def _push_grammar(self, grammar: Grammar, token_id: int) -> bool:
+        try:
+            grammar.push(token_id)
+        except LuthierError as error:
+            self.fail(error)
+            return False
+        return True
 
     def _push_text(self, text: str) -> str:
         self._num_decoded += len(text)

@@ -198,6 +198,52 @@ def test_a_completion_of_no_tokens_is_empty(served: Served) -> None:
     assert answer["usage"]["completion_tokens"] == 0
 
 
+def test_n_answers_come_whole_and_interleaved_by_index_the_same_for_the_same_seed(served: Served) -> None:
+    options = {"n": 3, "seed": 11, "temperature": 1.0, "max_tokens": 12}
+    answer = served.chat("the sky", **options)
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2] and len(set(texts)) == 3
+    assert answer["usage"]["prompt_tokens"] == served.chat("the sky", max_tokens=1)["usage"]["prompt_tokens"]
+    one = served.chat("the sky", **(options | {"n": 1}))
+    assert one["choices"][0]["message"]["content"] == texts[0]
+    chunks = served.stream(CHAT, messages=[{"role": "user", "content": "the sky"}], **options)
+    for index in range(3):
+        parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert parts[0]["delta"]["role"] == "assistant" and parts[-1]["finish_reason"]
+        assert "".join(part["delta"].get("content") or "" for part in parts) == texts[index]
+    completions = served.post(COMPLETIONS, prompt=["the sky", "a b"], n=2, best_of=2, seed=3).json()
+    assert [choice["index"] for choice in completions["choices"]] == [0, 1, 2, 3]
+
+
+def test_biases_and_penalties_change_what_comes(served: Served, base_folder: Path) -> None:
+    def text(**options: Any) -> str:
+        content: str = served.chat("the sky", max_tokens=12, **options)["choices"][0]["message"]["content"]
+        return content
+
+    [letter] = Tokenizer.load(base_folder).encode("q")
+    assert text(logit_bias={str(letter): 100}) == "q" * 12
+    assert text(logit_bias={str(letter): 100}, frequency_penalty=2, presence_penalty=-2, seed=1) == "q" * 12
+    tokens = served.chat("the sky", max_tokens=60, presence_penalty=2, frequency_penalty=2, logprobs=True)
+    plain = served.chat("the sky", max_tokens=60, logprobs=True)
+    counts = [
+        len({item["token"] for item in answer["choices"][0]["logprobs"]["content"]})
+        for answer in (plain, tokens)
+    ]
+    assert counts[1] > counts[0]
+
+
+def test_an_echo_repeats_the_prompt_before_each_answer_to_it(served: Served, base_folder: Path) -> None:
+    ids = Tokenizer.load(base_folder).encode("what is")
+    for prompt, text in (("the sky", "the sky"), (ids, "what is")):
+        answers = [
+            served.post(COMPLETIONS, prompt=prompt, temperature=0, echo=echo).json() for echo in (False, True)
+        ]
+        plain, echoed = (answer["choices"][0]["text"] for answer in answers)
+        assert echoed == text + plain
+    alone = served.post(COMPLETIONS, prompt="the sky", max_tokens=0, echo=True).json()
+    assert alone["choices"][0]["text"] == "the sky"
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_numbers(served: Served) -> None:
     response = served.post(CHAT, messages=[{"role": "user", "content": "z" * 300}])
     error = response.json()["error"]

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import InvalidRequestError
-from luthier.inference.protocol import IGNORED_FIELDS, parse_chat, parse_completion
+from luthier.inference.fields import IGNORED_FIELDS
+from luthier.inference.protocol import parse_chat, parse_completion
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -102,9 +103,15 @@ def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
         ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
-        ({"n": 2}, "n", "unsupported_value"),
-        ({"n": True}, "n", "unsupported_value"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_value"),
+        ({"n": 129}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_type"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
+        ({"presence_penalty": "0.5"}, "presence_penalty", "invalid_type"),
+        ({"logit_bias": [1]}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"cat": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5", "invalid_type"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_value"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
         ({"wizardry": 1}, "wizardry", "unknown_parameter"),
@@ -188,7 +195,9 @@ def test_a_completion_takes_all_four_shapes_of_prompts(prompt: Any, expected: An
     [
         ({"prompt": []}, "prompt", "invalid_value"),
         ({"prompt": None}, "prompt", "missing_required_parameter"),
-        ({"echo": True}, "echo", "unsupported_value"),
+        ({"echo": True, "logprobs": 0}, "echo", "unsupported_value"),
+        ({"suffix": "x"}, "suffix", "unsupported_value"),
+        ({"prompt": ["a"] * 65, "n": 2}, "n", "invalid_value"),
         ({"logprobs": 6}, "logprobs", "invalid_value"),
         ({"logprobs": True}, "logprobs", "invalid_type"),
         ({"best_of": 2}, "best_of", "unsupported_value"),

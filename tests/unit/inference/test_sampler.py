@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,16 +20,20 @@ class _NoText:
         return ""
 
 
-def sequence(**options: Any) -> Sequence:
-    return Sequence(
+def sequence(grammar: Any = None, **options: Any) -> Any:
+    told: list[Any] = []
+    made = Sequence(
         key=("base", None),
         served=None,
         prompt_ids=[1],
         options=SamplingOptions(max_tokens=10, **options),
         decoder=_NoText(),
         stop_token_ids=frozenset(),
-        emit=lambda event: None,
+        emit=told.append,
+        grammar=grammar,
     )
+    made.told = told  # type: ignore[attr-defined]
+    return made
 
 
 def logits(*rows: list[float]) -> torch.Tensor:
@@ -94,10 +99,76 @@ def test_more_alternatives_than_the_vocabulary_are_all_of_it() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_never_answered(temperature: float) -> None:
-    for bad in (math.nan, math.inf):
-        with pytest.raises(SelfCheckError):
-            choose(logits([0.0, bad, 1.0]), [sequence(temperature=temperature)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_end_their_own_row_alone(temperature: float, bad: float) -> None:
+    rows = [sequence(temperature=temperature), sequence(temperature=temperature)]
+    choices = choose(logits([0.0, bad, 1.0], [0.0, 50.0, 1.0]), rows)
+    [failure] = rows[0].told
+    assert isinstance(failure.error, SelfCheckError) and rows[0].is_finished
+    assert choices[1].token_id == 1 and not rows[1].is_finished
+    for row, choice in zip(rows, choices, strict=True):
+        row.accept(choice)
+    assert rows[0].told == [failure] and rows[0].num_completion_tokens == 0
+
+
+class _Fixed:
+    """A grammar that allows a set of tokens, ever the same, or none but a fault."""
+
+    is_finished = False
+
+    def __init__(self, allowed: set[int], fault: Exception | None = None) -> None:
+        self.allowed = allowed
+        self._fault = fault
+
+    def allows(self, token_id: int) -> bool:
+        return token_id in self.allowed
+
+    def mask(self) -> np.ndarray:
+        if self._fault is not None:
+            raise self._fault
+        return np.array([token_id in self.allowed for token_id in range(3)])
+
+    def push(self, token_id: int) -> None:
+        assert token_id in self.allowed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_what_the_grammar_allows_is_chosen_and_its_fault_ends_its_own_row(temperature: float) -> None:
+    rows = [
+        sequence(temperature=temperature, seed=1, grammar=_Fixed({0, 2})),
+        sequence(temperature=temperature, grammar=_Fixed(set(), RuntimeError("a secret"))),
+        sequence(temperature=temperature, grammar=_Fixed(set())),
+        sequence(temperature=0.0),
+    ]
+    # A row of padding behind the vocabulary is the likeliest everywhere, and never comes.
+    logits_BV = logits(*[[2.0, 90.0, 3.0, 99.0]] * 3, [0.0, 1.0, 0.0, 0.0])
+    for _ in range(20):
+        choices = choose(logits_BV, rows)
+        assert choices[0].token_id in {0, 2} and choices[3].token_id == 1
+    assert [len(row.told) for row in rows] == [0, 1, 1, 0]
+    assert "secret" not in rows[1].told[0].error.message
+
+
+def test_penalties_and_biases_move_the_choice_and_not_the_reported_logprobs() -> None:
+    row = sequence(temperature=0.0, frequency_penalty=0.6, presence_penalty=0.5, num_logprobs=0)
+    chosen = []
+    for _ in range(5):
+        [choice] = choose(logits([2.0, 1.0, -3.0]), [row])
+        row.accept(choice)
+        chosen.append(choice.token_id)
+    # Of token 0: 2.0, then 2 - 0.5 - 0.6 = 0.9; of token 1: 1.0, then -0.1; then 0.3, -0.1; then -0.3, -0.1.
+    assert chosen == [0, 1, 0, 0, 1]
+    total = math.log(sum(math.exp(value) for value in (2.0, 1.0, -3.0)))
+    assert choice.logprob == pytest.approx(1.0 - total, abs=1e-6)
+    row = sequence(temperature=0.0, logit_bias=((2, 100.0), (0, -100.0)))
+    assert choose(logits([9.0, 1.0, -80.0]), [row])[0].token_id == 2
+
+
+def test_a_nucleus_wider_than_the_quick_look_is_still_whole() -> None:
+    row = sequence(temperature=1.0, top_p=0.9, seed=5)
+    drawn = {choose(torch.zeros(1, 1000), [row])[0].token_id for _ in range(6000)}
+    # All alike, so 900 of 1000 can come, each with a chance of 99.9 % in 6000 draws.
+    assert 880 < len(drawn) <= 900
 
 
 def test_logprobs_are_absent_unless_asked_for() -> None:

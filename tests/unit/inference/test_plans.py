@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from luthier.core.errors import ContextLengthExceededError
+from luthier.core.errors import ContextLengthExceededError, InvalidValueError
 from luthier.data.formats.chat import ChatFormat
 from luthier.data.render import ChatTemplate
-from luthier.inference.generation import plan_chat, plan_completion
+from luthier.inference.plans import plan_chat, plan_completion
 from luthier.inference.protocol import ChatRequest, parse_chat, parse_completion
 
 TEMPLATE = ChatTemplate(
@@ -39,7 +39,7 @@ def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -
     row = ChatFormat().read(json.dumps({"messages": messages}).encode())
     assert row is not None
     trained = TEMPLATE.render([turn.to_message() for turn in row.turns], add_generation_prompt=True)
-    [prompt], _ = plan_chat(chat(messages), make_ready(), max_tokens_default=10, max_cache_tokens=1000)
+    [prompt] = plan_chat(chat(messages), make_ready(), max_tokens_default=10, max_cache_tokens=1000).prompts
     assert "".join(map(chr, prompt)) == trained
 
 
@@ -53,23 +53,44 @@ def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers() ->
     with pytest.raises(ContextLengthExceededError) as caught:
         plan_completion(asked, ready, max_cache_tokens=20)
     assert caught.value.param == "prompt"
-    assert plan_completion(asked, ready, max_cache_tokens=21)[1].max_tokens == 15
+    assert plan_completion(asked, ready, max_cache_tokens=21).options.max_tokens == 15
 
 
 def test_an_answer_of_unnamed_length_takes_no_more_than_the_server_can_hold() -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    [prompt], options = plan_chat(chat(messages), make_ready(), max_tokens_default=50, max_cache_tokens=20)
-    assert len(prompt) + options.max_tokens == 20
+    plan = plan_chat(chat(messages), make_ready(), max_tokens_default=50, max_cache_tokens=20)
+    assert len(plan.prompts[0]) + plan.options.max_tokens == 20
 
 
 def test_virtual_tokens_are_taken_from_the_context_and_from_the_servers_memory() -> None:
     messages = [{"role": "user", "content": "Hi"}]
     ready = make_ready(context_length=30, num_virtual_tokens=6)
-    [prompt], options = plan_chat(chat(messages), ready, max_tokens_default=50, max_cache_tokens=1000)
-    assert len(prompt) + options.max_tokens == 24
+    plan = plan_chat(chat(messages), ready, max_tokens_default=50, max_cache_tokens=1000)
+    assert len(plan.prompts[0]) + plan.options.max_tokens == 24
     with pytest.raises(ContextLengthExceededError, match=r"context is 24 tokens beside the model's own 6"):
         plan_chat(chat(messages, max_tokens=17), ready, max_tokens_default=50, max_cache_tokens=1000)
     asked = parse_completion(b'{"model": "m", "prompt": ["abcdef"], "max_tokens": 15}')
     with pytest.raises(ContextLengthExceededError, match=r"one answer is 20 tokens beside the model's own 6"):
         plan_completion(asked, ready, max_cache_tokens=26)
-    assert plan_completion(asked, ready, max_cache_tokens=27)[1].max_tokens == 15
+    assert plan_completion(asked, ready, max_cache_tokens=27).options.max_tokens == 15
+
+
+def test_every_answer_to_a_prompt_has_a_seed_of_its_own_whatever_the_other_prompts() -> None:
+    def seeds(prompts: list[str], n: int) -> list[int | None]:
+        asked = {"model": "m", "prompt": prompts, "n": n, "seed": -7}
+        plan = plan_completion(
+            parse_completion(json.dumps(asked).encode()), make_ready(), max_cache_tokens=99
+        )
+        return [plan.options_of(index).seed for index in range(plan.num_choices)]
+
+    three = seeds(["a"], 3)
+    assert three[0] == -7 and len(set(three)) == 3
+    assert seeds(["b", "a"], 3) == three * 2
+    assert seeds(["a"], 2) == three[:2]
+
+
+def test_a_bias_of_a_token_that_the_base_does_not_have_is_refused() -> None:
+    asked = parse_completion(b'{"model": "m", "prompt": "a", "logit_bias": {"128": 1}}')
+    with pytest.raises(InvalidValueError) as caught:
+        plan_completion(asked, make_ready(), max_cache_tokens=100)
+    assert caught.value.param == "logit_bias.128"

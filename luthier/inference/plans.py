@@ -1,0 +1,169 @@
+"""From a checked request to what the engine is given: prompts, options, a seed for every choice.
+
+Blocks for long texts; the server calls it in threads. Submits nothing.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from luthier.core.errors import ContextLengthExceededError, InvalidValueError
+from luthier.inference.bases import ReadyModel
+from luthier.inference.protocol import ChatRequest, CompletionRequest, SamplingRequest
+from luthier.inference.sequence import SamplingOptions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be answered: choice `i` of a request is answer `i % n` to prompt `i // n`.
+
+    `echoes` are the prompts' texts where answers repeat them, else empty.
+    """
+
+    prompts: list[list[int]]
+    options: SamplingOptions
+    n: int = 1
+    echoes: tuple[str, ...] = ()
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers there will be."""
+        return self.n * len(self.prompts)
+
+    def options_of(self, index: int) -> SamplingOptions:
+        """Return the options of choice `index`, which has a seed of its own where one was given."""
+        return replace(self.options, seed=_seed_of(self.options.seed, index % self.n))
+
+
+def _seed_of(seed: int | None, place: int) -> int | None:
+    """Return the seed of a prompt's answer at a place among its n; the first one's is the request's.
+
+    A prompt's answers are then the same whatever other prompts the request has.
+    """
+    if seed is None or place == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
+    return int.from_bytes(digest[:8], signed=True)
+
+
+def plan_chat(
+    request: ChatRequest, ready: ReadyModel, *, max_tokens_default: int, max_cache_tokens: int
+) -> Plan:
+    """Turn a chat request into a plan of one prompt.
+
+    Args:
+        request: the checked request.
+        ready: the model that shall answer.
+        max_tokens_default: answer length in tokens when the request names none.
+        max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ContextLengthExceededError: when prompt and answer don't fit the base's context, or the server.
+        InvalidValueError: when the template refuses the messages.
+    """
+    messages = [message.to_message() for message in request.messages]
+    prompt = ready.base.tokenizer.encode(ready.base.template.render(messages, add_generation_prompt=True))
+    max_tokens = _fit(
+        ready,
+        [prompt],
+        request.max_tokens,
+        max_tokens_default,
+        max_cache_tokens=max_cache_tokens,
+        param="messages",
+    )
+    num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return Plan([prompt], _options(request, ready, max_tokens, num_logprobs), request.n)
+
+
+def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_tokens: int) -> Plan:
+    """Turn a completion request into a plan.
+
+    Args:
+        request: the checked request.
+        ready: the model that shall answer.
+        max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ContextLengthExceededError: when a prompt and its answer don't fit the base's context, or the server.
+        InvalidValueError: when a prompt is empty or names a token that the base does not have.
+    """
+    tokenizer = ready.base.tokenizer
+    prompts = [tokenizer.encode(item) if isinstance(item, str) else item for item in request.prompt]
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise InvalidValueError("A prompt must have at least one token.", param=f"prompt.{i}")
+        if not all(0 <= token_id < tokenizer.vocab_size for token_id in prompt):
+            raise InvalidValueError(
+                f"Token ids must be from 0 to {tokenizer.vocab_size - 1}.", param=f"prompt.{i}"
+            )
+    _fit(
+        ready,
+        prompts,
+        request.max_tokens,
+        request.max_tokens,
+        max_cache_tokens=max_cache_tokens,
+        param="prompt",
+    )
+    echoes: tuple[str, ...] = ()
+    if request.echo:
+        texts = zip(request.prompt, prompts, strict=True)
+        echoes = tuple(
+            item if isinstance(item, str) else tokenizer.decode(ids, skip_special=False)
+            for item, ids in texts
+        )
+    options = _options(request, ready, request.max_tokens, request.logprobs)
+    return Plan(prompts, options, request.n, echoes)
+
+
+def _fit(
+    ready: ReadyModel,
+    prompts: list[list[int]],
+    max_tokens: int | None,
+    default: int,
+    *,
+    max_cache_tokens: int,
+    param: str,
+) -> int:
+    num_virtual = ready.num_virtual_tokens
+    context = ready.base.facts.context_length
+    limit = min(context, max_cache_tokens) - num_virtual
+    length = max(map(len, prompts))
+    # An answer of unnamed length needs room for a single token only.
+    wanted = 1 if max_tokens is None else max_tokens
+    if length + wanted > limit:
+        is_context = context <= max_cache_tokens
+        whose = "This model's context is" if is_context else "This server's memory for one answer is"
+        beside = f" beside the model's own {num_virtual}" if num_virtual else ""
+        raise ContextLengthExceededError(
+            f"{whose} {limit} tokens{beside}; the prompt has {length} and the answer was given {wanted}. "
+            "Shorten the prompt or lower max_tokens.",
+            param=param,
+        )
+    return min(default, limit - length) if max_tokens is None else max_tokens
+
+
+def _options(
+    request: SamplingRequest, ready: ReadyModel, max_tokens: int, num_logprobs: int | None
+) -> SamplingOptions:
+    for token_id, _ in request.logit_bias:
+        if token_id >= ready.base.tokenizer.vocab_size:
+            raise InvalidValueError(
+                f"Token ids must be from 0 to {ready.base.tokenizer.vocab_size - 1}.",
+                param=f"logit_bias.{token_id}",
+            )
+    return SamplingOptions(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        num_logprobs=num_logprobs,
+        stop=request.stop,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
+    )
