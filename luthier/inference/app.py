@@ -26,6 +26,7 @@ from luthier.inference.answers import ChatShape, CompletionShape, Shape
 from luthier.inference.bases import ReadyModel
 from luthier.inference.engine import Engine
 from luthier.inference.generation import Generation, IndexedEvent
+from luthier.inference.grammar import Grammars
 from luthier.inference.models import Models, read_target
 from luthier.inference.plans import Plan, plan_chat, plan_completion
 from luthier.inference.protocol import parse_chat, parse_completion
@@ -67,6 +68,7 @@ class Service:
         self._settings = settings
         self._engine = engine
         self._open: set[Generation] = set()
+        self._grammars = Grammars()
         self.models = Models(settings, engine)
 
     async def health(self, _request: Request) -> Response:
@@ -87,6 +89,7 @@ class Service:
                 ready,
                 max_tokens_default=self._settings.max_tokens_default,
                 max_cache_tokens=self._settings.max_cache_tokens,
+                grammars=self._grammars,
             )
             shape = ChatShape(
                 id=new_id("chat_completion"),

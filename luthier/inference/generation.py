@@ -43,6 +43,7 @@ class Generation:
                 emit=partial(self._emit, index),
                 num_virtual_tokens=ready.num_virtual_tokens,
                 project_id=project_id,
+                grammar=None if plan.grammar is None else plan.grammar.start(),
             )
             for index in range(plan.num_choices)
         ]

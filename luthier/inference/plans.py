@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from luthier.core.errors import ContextLengthExceededError, InvalidValueError
 from luthier.inference.bases import ReadyModel
+from luthier.inference.grammar import CompiledGrammar, Grammars
 from luthier.inference.protocol import ChatRequest, CompletionRequest, SamplingRequest
 from luthier.inference.sequence import SamplingOptions
 
@@ -16,13 +17,15 @@ from luthier.inference.sequence import SamplingOptions
 class Plan:
     """What is to be answered: choice `i` of a request is answer `i % n` to prompt `i // n`.
 
-    `echoes` are the prompts' texts where answers repeat them, else empty.
+    `echoes` are the prompts' texts where answers repeat them, else empty. `grammar` is what every answer must
+    be, None where the text is free.
     """
 
     prompts: list[list[int]]
     options: SamplingOptions
     n: int = 1
     echoes: tuple[str, ...] = ()
+    grammar: CompiledGrammar | None = None
 
     @property
     def num_choices(self) -> int:
@@ -46,7 +49,12 @@ def _seed_of(seed: int | None, place: int) -> int | None:
 
 
 def plan_chat(
-    request: ChatRequest, ready: ReadyModel, *, max_tokens_default: int, max_cache_tokens: int
+    request: ChatRequest,
+    ready: ReadyModel,
+    *,
+    max_tokens_default: int,
+    max_cache_tokens: int,
+    grammars: Grammars,
 ) -> Plan:
     """Turn a chat request into a plan of one prompt.
 
@@ -55,13 +63,14 @@ def plan_chat(
         ready: the model that shall answer.
         max_tokens_default: answer length in tokens when the request names none.
         max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
+        grammars: those that are compiled already.
 
     Returns:
         The plan.
 
     Raises:
         ContextLengthExceededError: when prompt and answer don't fit the base's context, or the server.
-        InvalidValueError: when the template refuses the messages.
+        InvalidValueError: when the template refuses the messages, or a schema can't be enforced.
     """
     messages = [message.to_message() for message in request.messages]
     prompt = ready.base.tokenizer.encode(ready.base.template.render(messages, add_generation_prompt=True))
@@ -74,7 +83,20 @@ def plan_chat(
         param="messages",
     )
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return Plan([prompt], _options(request, ready, max_tokens, num_logprobs), request.n)
+    options = _options(request, ready, max_tokens, num_logprobs)
+    return Plan([prompt], options, request.n, grammar=_grammar(request, ready, grammars))
+
+
+def _grammar(request: ChatRequest, ready: ReadyModel, grammars: Grammars) -> CompiledGrammar | None:
+    answer = request.response_format
+    if answer is None:
+        return None
+    return grammars.compile(
+        f"start: {answer.to_rule()}",
+        ready.base.tokenizer,
+        ready.base.facts.tokenizer_digest,
+        param=answer.param,
+    )
 
 
 def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_tokens: int) -> Plan:

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.core.errors import InvalidTypeError, InvalidValueError, UnsupportedValueError
 from luthier.inference.fields import IGNORED_FIELDS, drop_ignored, drop_neutral, read_object, validate
+from luthier.inference.formats import AnswerFormat, read_chat_format
 from luthier.inference.messages import ChatMessage, flatten_messages
 
 # Fields of OpenAI's API that are accepted only with the values that mean "not used".
 _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -69,6 +69,7 @@ class ChatRequest(SamplingRequest):
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: AnswerFormat | None = None
 
 
 class CompletionRequest(SamplingRequest):
@@ -102,6 +103,8 @@ def parse_chat(body: bytes) -> ChatRequest:
                 param="max_completion_tokens",
             )
         fields["max_tokens"] = limit
+    if "response_format" in fields:
+        fields["response_format"] = read_chat_format(fields["response_format"])
     if "messages" in fields:
         fields["messages"] = flatten_messages(fields["messages"])
     request = validate(ChatRequest, fields)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
+import openai
 import pytest
 import torch
 import uvicorn
@@ -83,3 +84,18 @@ def served(folder: Path, base_folder: Path) -> Iterator[Served]:
     loop.close()
     engine.close()
     engine.join(10)
+
+
+@pytest.fixture(scope="module")
+def sdk(served: Served, folder: Path) -> Iterator[openai.OpenAI]:
+    """The SDK as the API's client is to it: every request names the bare tiny base as its target."""
+    transport = httpx2.HTTPTransport(uds=str(folder / "s.sock"))
+    with openai.OpenAI(
+        base_url="http://inference/v1",
+        api_key="none",
+        default_headers=BARE.to_headers(),
+        http_client=httpx2.Client(transport=transport, timeout=60),
+        max_retries=0,
+        _strict_response_validation=True,
+    ) as client:
+        yield client

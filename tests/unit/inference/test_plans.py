@@ -9,6 +9,7 @@ import pytest
 from luthier.core.errors import ContextLengthExceededError, InvalidValueError
 from luthier.data.formats.chat import ChatFormat
 from luthier.data.render import ChatTemplate
+from luthier.inference.grammar import Grammars
 from luthier.inference.plans import plan_chat, plan_completion
 from luthier.inference.protocol import ChatRequest, parse_chat, parse_completion
 
@@ -39,7 +40,9 @@ def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -
     row = ChatFormat().read(json.dumps({"messages": messages}).encode())
     assert row is not None
     trained = TEMPLATE.render([turn.to_message() for turn in row.turns], add_generation_prompt=True)
-    [prompt] = plan_chat(chat(messages), make_ready(), max_tokens_default=10, max_cache_tokens=1000).prompts
+    [prompt] = plan_chat(
+        chat(messages), make_ready(), max_tokens_default=10, max_cache_tokens=1000, grammars=Grammars()
+    ).prompts
     assert "".join(map(chr, prompt)) == trained
 
 
@@ -47,7 +50,13 @@ def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers() ->
     messages = [{"role": "user", "content": "Hi"}]
     ready = make_ready(context_length=100)
     with pytest.raises(ContextLengthExceededError, match="memory for one answer is 20 tokens") as caught:
-        plan_chat(chat(messages, max_tokens=13), ready, max_tokens_default=10, max_cache_tokens=20)
+        plan_chat(
+            chat(messages, max_tokens=13),
+            ready,
+            max_tokens_default=10,
+            max_cache_tokens=20,
+            grammars=Grammars(),
+        )
     assert (caught.value.http_status, caught.value.param) == (400, "messages")
     asked = parse_completion(b'{"model": "m", "prompt": ["a", "abcdef"], "max_tokens": 15}')
     with pytest.raises(ContextLengthExceededError) as caught:
@@ -58,17 +67,25 @@ def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers() ->
 
 def test_an_answer_of_unnamed_length_takes_no_more_than_the_server_can_hold() -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    plan = plan_chat(chat(messages), make_ready(), max_tokens_default=50, max_cache_tokens=20)
+    plan = plan_chat(
+        chat(messages), make_ready(), max_tokens_default=50, max_cache_tokens=20, grammars=Grammars()
+    )
     assert len(plan.prompts[0]) + plan.options.max_tokens == 20
 
 
 def test_virtual_tokens_are_taken_from_the_context_and_from_the_servers_memory() -> None:
     messages = [{"role": "user", "content": "Hi"}]
     ready = make_ready(context_length=30, num_virtual_tokens=6)
-    plan = plan_chat(chat(messages), ready, max_tokens_default=50, max_cache_tokens=1000)
+    plan = plan_chat(chat(messages), ready, max_tokens_default=50, max_cache_tokens=1000, grammars=Grammars())
     assert len(plan.prompts[0]) + plan.options.max_tokens == 24
     with pytest.raises(ContextLengthExceededError, match=r"context is 24 tokens beside the model's own 6"):
-        plan_chat(chat(messages, max_tokens=17), ready, max_tokens_default=50, max_cache_tokens=1000)
+        plan_chat(
+            chat(messages, max_tokens=17),
+            ready,
+            max_tokens_default=50,
+            max_cache_tokens=1000,
+            grammars=Grammars(),
+        )
     asked = parse_completion(b'{"model": "m", "prompt": ["abcdef"], "max_tokens": 15}')
     with pytest.raises(ContextLengthExceededError, match=r"one answer is 20 tokens beside the model's own 6"):
         plan_completion(asked, ready, max_cache_tokens=26)

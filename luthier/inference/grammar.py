@@ -1,0 +1,189 @@
+"""What an answer's text must be, enforced token by token by llguidance. Knows no requests and no tensors.
+
+A grammar is compiled once for a tokenizer and kept; every answer has its own place in it. Grammars are
+written in llguidance's dialect of Lark, in which `%json` takes a JSON schema.
+"""
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from luthier.core.errors import InvalidValueError, LuthierError
+from luthier.data.tokens import Tokenizer
+
+_MAX_KEPT = 64
+_MAX_TOLD_CHARS = 160
+# A model that may write any whitespace between two tokens of JSON can write nothing else for ever.
+_WHITESPACE = r"[ ]|\n[ ]{0,40}"
+
+
+def json_rule(schema: dict[str, Any], *, param: str) -> str:
+    """Return what stands in a grammar for JSON of a schema.
+
+    Args:
+        schema: a JSON schema; `{}` for any value.
+        param: the field that it comes from, for the error.
+
+    Returns:
+        The rule's right side.
+
+    Raises:
+        InvalidValueError: when the schema is nested too deeply to be written down.
+    """
+    guided = schema | {"x-guidance": {"whitespace_pattern": _WHITESPACE}}
+    try:
+        return f"%json {json.dumps(guided)}"
+    except RecursionError as error:
+        raise InvalidValueError("The schema is nested too deeply.", param=param) from error
+
+
+class TokenGrammar:
+    """One answer's place in a grammar; for the engine's thread only.
+
+    Args:
+        matcher: this answer's own.
+        stop_token_ids: tokens that end an answer.
+    """
+
+    def __init__(self, matcher: LLMatcher, stop_token_ids: frozenset[int]) -> None:
+        self._matcher = matcher
+        self._stop_token_ids = stop_token_ids
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text is whole and nothing may follow."""
+        return self._matcher.is_stopped()
+
+    def allows(self, token_id: int) -> bool:
+        """Whether a token may come next."""
+        if token_id in self._stop_token_ids:
+            return self._matcher.is_accepting()
+        return self._matcher.validate_tokens([token_id]) == 1
+
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Return which tokens may come next.
+
+        Returns:
+            bool, one for each token of the tokenizer, and up to 31 more that are False.
+
+        Raises:
+            LuthierError: when the grammar has become too costly to follow.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(bits, bitorder="little").view(np.bool_)
+
+    def push(self, token_id: int) -> None:
+        """Take the token that came.
+
+        Args:
+            token_id: one that is allowed, and does not end the answer.
+
+        Raises:
+            LuthierError: when it is not allowed, or the grammar has become too costly to follow.
+        """
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        # The matcher's own words quote the answer.
+        if self._matcher.is_error():
+            raise LuthierError(
+                f"The answer could not be held to its format ({self._matcher.stop_reason()}). "
+                "Simplify the schema."
+            )
+
+
+class CompiledGrammar:
+    """A grammar for one tokenizer, from which every answer starts.
+
+    Args:
+        matcher: at the beginning of the text; never moved.
+        stop_token_ids: tokens that end an answer.
+    """
+
+    def __init__(self, matcher: LLMatcher, stop_token_ids: frozenset[int]) -> None:
+        self._matcher = matcher
+        self._stop_token_ids = stop_token_ids
+
+    def start(self) -> TokenGrammar:
+        """Return the grammar as one answer follows it."""
+        return TokenGrammar(self._matcher.deep_copy(), self._stop_token_ids)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance asks for one; its attributes' names are the library's."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        ids = range(tokenizer.vocab_size)
+        self._tokenizer = tokenizer
+        self.eos_token_id = min(tokenizer.stop_token_ids)
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in ids]
+        self.special_token_ids = [token_id for token_id in ids if tokenizer.is_special(token_id)]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._tokenizer.encode(text if isinstance(text, str) else text.decode(errors="replace"))
+
+
+class Grammars:
+    """Compiled grammars, the last few of which are kept. Any thread may call it; the event loop may not."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokenizers: dict[str, LLTokenizer] = {}
+        self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
+
+    def compile(
+        self, lark: str, tokenizer: Tokenizer, tokenizer_digest: str, *, param: str
+    ) -> CompiledGrammar:
+        """Compile a grammar for a tokenizer. Takes up to a second for a tokenizer that is new.
+
+        Args:
+            lark: the grammar.
+            tokenizer: of the base that answers.
+            tokenizer_digest: tells it from any other.
+            param: the field that the grammar comes from, for the error.
+
+        Returns:
+            The grammar, ready for answers to start from.
+
+        Raises:
+            InvalidValueError: when it can't be compiled, which is for a schema's reasons.
+        """
+        key = hashlib.sha256(f"{tokenizer_digest}\n{lark}".encode()).hexdigest()
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+            inner = self._tokenizers.get(tokenizer_digest)
+            if inner is None:
+                stops = sorted(tokenizer.stop_token_ids)
+                inner = LLTokenizer(_Vocabulary(tokenizer), tokenizer.vocab_size, stops)  # type: ignore[arg-type]
+                self._tokenizers[tokenizer_digest] = inner
+        limits = LLParserLimits(verbose_errors=False)
+        # Silent: its warnings would quote answers on the server's stderr.
+        matcher = LLMatcher(inner, lark, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise InvalidValueError(f"The schema can't be enforced: {_reason(matcher)}", param=param)
+        compiled = CompiledGrammar(matcher, tokenizer.stop_token_ids)
+        with self._lock:
+            self._kept[key] = compiled
+            while len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        return compiled
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Return the library's first line, less its position in a grammar that the client never saw."""
+    line = matcher.get_error().partition("\n")[0]
+    _, mark, told = line.partition("failed to compile JSON schema: ")
+    return (told if mark else line)[:_MAX_TOLD_CHARS] or "it is too complex."
