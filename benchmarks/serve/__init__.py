@@ -1,0 +1,1 @@
+"""Serving beside peers: `make bench-serve`. One subject a file; `__main__` runs the rows."""

@@ -1,0 +1,184 @@
+"""Tuned models to serve: random numbers in every method's own layout, published as a job's result is.
+
+`python -m benchmarks.serve.artifacts ORDER.json` makes them in a process of its own, so that the base that
+it needs is in nobody's way. What a model says does not matter here; what serving it costs does not depend on
+it, as long as every number of it takes part.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contestants import quiet_environment
+from benchmarks.serve.process import SideFailedError
+from benchmarks.serve.published import Published
+
+TUNINGS: dict[str, dict[str, Any]] = {
+    "lora": {"type": "lora", "rank": 16, "alpha": 32, "target_modules": "all-linear"},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 16, "init": "random", "projection": False},
+    "prompt": {"type": "prompt", "num_virtual_tokens": 16, "init": "random"},
+    "adapter": {"type": "adapter", "bottleneck_dim": 64, "placement": "houlsby"},
+}
+WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+# Of what starts at zero, so that an artifact changes the base's words and leaves them words.
+_ZERO_STD = 0.01
+# Of what starts at random numbers, as a share of their own spread.
+_SHARE = 0.1
+_MAX_SECONDS = 3600.0
+
+
+def make_artifacts(
+    wanted: dict[str, int], *, base: Path, objects: Path, scratch: Path, label: str, first_seed: int = 1
+) -> dict[str, list[Published]]:
+    """Make and publish artifacts.
+
+    Args:
+        wanted: how many by method.
+        base: the base's folder.
+        objects: root of the storage.
+        scratch: an existing folder; what is made stays there for peers.
+        label: part of the models' names and of their place.
+        first_seed: of the first one; each has a seed of its own.
+
+    Returns:
+        The models by method.
+
+    Raises:
+        SideFailedError: when the process that makes them fails.
+    """
+    order = scratch / f"artifacts-{label}.json"
+    order.write_text(
+        json.dumps(
+            {
+                "wanted": wanted,
+                "base": str(base),
+                "objects": str(objects),
+                "folder": str(scratch / f"artifacts-{label}"),
+                "label": label,
+                "first_seed": first_seed,
+            }
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.serve.artifacts", str(order)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=quiet_environment(os.cpu_count() or 1),
+        timeout=_MAX_SECONDS,
+    )
+    if done.returncode != 0:
+        raise SideFailedError(f"artifacts can't be made: {done.stderr.strip()[-300:]}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {
+        kind: [Published(**(one | {"folder": Path(one["folder"])})) for one in models]
+        for kind, models in told.items()
+    }
+
+
+def publish_twin(model: Published, number: int, objects: Path) -> Published:
+    """Publish a model of other configuration and digest whose weights are a link to another's.
+
+    A thousand models then take the disk of one; to the server they are as different as any two.
+
+    Args:
+        model: whose weights they are.
+        number: tells twins apart.
+        objects: root of the storage, a local folder.
+
+    Returns:
+        The twin.
+    """
+    from luthier.storage.manifests import read_manifest, seal_folder
+
+    name = f"{model.name}-twin-{number}"
+    final = objects / f"{model.prefix}-twin-{number}"
+    building = final.with_name(f".{final.name}.building")
+    building.mkdir(parents=True)
+    for path in model.folder.iterdir():
+        if path.name == WEIGHTS:
+            os.link(path, building / path.name)
+    config = json.loads((model.folder / _CONFIG).read_text())
+    # PEFT's own field for a version, which nothing reads here.
+    (building / _CONFIG).write_text(json.dumps(config | {"revision": str(number)}))
+    base_digest = read_manifest(model.folder).base_digest
+    manifest = seal_folder(building, final, digested=[WEIGHTS, _CONFIG], base_digest=base_digest)
+    return Published(
+        name,
+        model.kind,
+        final.relative_to(objects).as_posix(),
+        manifest.digest,
+        final,
+        model.num_bytes,
+        model.num_parameters,
+    )
+
+
+def _make(order: dict[str, Any]) -> dict[str, list[Published]]:
+    return {kind: _make_kind(kind, count, order) for kind, count in order["wanted"].items()}
+
+
+def _make_kind(kind: str, count: int, order: dict[str, Any]) -> list[Published]:
+    """Attach a method once, and save it under ever new numbers."""
+    import torch
+
+    from luthier.bases.catalogue import find_base_facts
+    from luthier.methods import parse_tuning
+    from luthier.methods.base import Start, Workload
+    from luthier.modeling.load import load_base
+    from luthier.storage.store import Storage
+
+    base, folder = Path(order["base"]), Path(order["folder"])
+    facts = find_base_facts(base.parent, base.name)
+    assert facts is not None, "the base has been fetched"
+    storage = Storage.open(f"file://{order['objects']}")
+    causal_lm = load_base(base, dtype=torch.float32, device="cpu")
+    method, params = parse_tuning(TUNINGS[kind])
+    params = method.resolve(params, Workload(facts, 1, 1))
+    attached = method.attach(causal_lm, params, Start(order["first_seed"], facts.id, lambda _text: [1]))
+    found = []
+    for number in range(count):
+        name = f"{order['label']}-{kind}-{number}"
+        generator = torch.Generator().manual_seed(order["first_seed"] + number)
+        with torch.no_grad():
+            for _, parameter in attached.named_trained_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                std = float(parameter.std()) * _SHARE if bool(parameter.any()) else _ZERO_STD
+                parameter.add_(noise.to(parameter) * std)
+        found.append(_publish(method, attached, name, kind, folder, storage, base_digest=facts.digest))
+    return found
+
+
+def _publish(
+    method: Any, attached: Any, name: str, kind: str, folder: Path, storage: Any, *, base_digest: str
+) -> Published:
+    from luthier.storage.manifests import seal_folder
+
+    building, final = folder / f".{name}", folder / name
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    digested = method.save(attached, building)
+    manifest = seal_folder(building, final, digested=digested, base_digest=base_digest)
+    prefix = f"projects/proj_bench/jobs/{name}/e1/model"
+    storage.put_folder(final, prefix)
+    num_bytes = (final / WEIGHTS).stat().st_size
+    return Published(name, kind, prefix, manifest.digest, final, num_bytes, attached.num_trained_parameters)
+
+
+def main() -> None:
+    """Make what the order says and tell it in one line."""
+    made = _make(json.loads(Path(sys.argv[1]).read_text()))
+    told = {
+        kind: [asdict(one) | {"folder": str(one.folder)} for one in models] for kind, models in made.items()
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
