@@ -255,17 +255,21 @@ class StreamDecoder:
     Args:
         tokenizer: the tokenizer.
         skip_special: whether to leave out marks such as an end of turn.
+        shown: marks that are not left out all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = True, shown: frozenset[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._shown = shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._is_at_start = tokenizer.strips_first_space
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is certain now; empty within a character."""
-        if self._skip_special and self._tokenizer.is_special(token_id):
+        if self._skip_special and token_id not in self._shown and self._tokenizer.is_special(token_id):
             return ""
         content = self._tokenizer.token_bytes(token_id)
         if self._is_at_start and content:

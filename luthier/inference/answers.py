@@ -7,13 +7,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from luthier.core.errors import LuthierError
 from luthier.data.tokens import Tokenizer
+from luthier.inference.call_reader import CallBegun
+from luthier.inference.parts import Ended, EndReason, Part, WholeAnswer
 from luthier.inference.sampler import MIN_LOGPROB
-from luthier.inference.sequence import ChoiceAt, FinishReason, Piece
+from luthier.inference.sequence import ChoiceAt
 
 DONE_EVENT = b"data: [DONE]\n\n"
 
@@ -28,8 +31,16 @@ def encode_event(value: Any) -> bytes:
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
+class Usage(NamedTuple):
+    """Tokens of the prompts, and of all answers."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+def usage(counted: Usage) -> dict[str, Any]:
     """Return the usage object of an answer."""
+    num_prompt_tokens, num_completion_tokens = counted
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
@@ -44,9 +55,33 @@ def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
 class Shape(ABC):
-    """What all parts of one answer share, and how a choice looks in it; see ChatShape, CompletionShape."""
+    """How the answers to a request leave, whole or as a stream of events."""
+
+    @abstractmethod
+    def whole(self, answers: Sequence[WholeAnswer], counted: Usage) -> dict[str, Any]:
+        """Return a whole answer."""
+
+    @abstractmethod
+    def first_events(self, num_choices: int) -> list[bytes]:
+        """Return the events that come before any text."""
+
+    @abstractmethod
+    def part_events(self, part: Part) -> list[bytes]:
+        """Return the events of a part."""
+
+    @abstractmethod
+    def last_events(self, counted: Usage) -> list[bytes]:
+        """Return the events after the last part."""
+
+    @abstractmethod
+    def error_events(self, error: LuthierError) -> list[bytes]:
+        """Return the events of a stream that breaks off."""
+
+
+@dataclass(frozen=True)
+class ChoicesShape(Shape):
+    """What all parts of one answer with choices share; see ChatShape, CompletionShape."""
 
     id: str
     created: int
@@ -60,35 +95,36 @@ class Shape(ABC):
     object_name = ""
     chunk_object_name = ""
 
-    def whole(self, choices: list[dict[str, Any]], usage_object: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer], counted: Usage) -> dict[str, Any]:
         """Return a whole answer."""
-        return self._frame(self.object_name, choices) | {"usage": usage_object}
+        choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
+        return self._frame(self.object_name, choices) | {"usage": usage(counted)}
 
-    def usage_chunk(self, usage_object: dict[str, Any]) -> dict[str, Any]:
-        """Return the last chunk of a stream that was asked for its usage."""
-        return self._frame(self.chunk_object_name, []) | {"usage": usage_object}
+    def part_events(self, part: Part) -> list[bytes]:
+        """Return the event of a part, or of the end of a choice."""
+        return [self._event(self._part_choice(part))]
+
+    def last_events(self, counted: Usage) -> list[bytes]:
+        """Return the usage, where it was asked for, and the end of the stream."""
+        if not self.with_usage:
+            return [DONE_EVENT]
+        return [encode_event(self._frame(self.chunk_object_name, []) | {"usage": usage(counted)}), DONE_EVENT]
+
+    def error_events(self, error: LuthierError) -> list[bytes]:
+        """Return the event by which SDKs know a failure."""
+        return [encode_event(error.to_body())]
 
     @abstractmethod
-    def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
-        """Return the chunks that come before any text."""
-
-    @abstractmethod
-    def piece_chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Return the chunk of a piece of text."""
-
-    @abstractmethod
-    def finish_chunk(self, index: int, reason: FinishReason) -> dict[str, Any]:
-        """Return the chunk that ends a choice."""
-
-    @abstractmethod
-    def choice(
-        self, index: int, text: str, choices: Sequence[ChoiceAt], reason: FinishReason
-    ) -> dict[str, Any]:
+    def _whole_choice(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
         """Return a choice of a whole answer."""
 
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+    @abstractmethod
+    def _part_choice(self, part: Part) -> dict[str, Any]:
+        """Return the choice of a chunk."""
+
+    def _event(self, choice: dict[str, Any]) -> bytes:
         frame = self._frame(self.chunk_object_name, [choice])
-        return frame | {"usage": None} if self.with_usage else frame
+        return encode_event(frame | {"usage": None} if self.with_usage else frame)
 
     def _frame(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -101,76 +137,87 @@ class Shape(ABC):
         }
 
 
-class ChatShape(Shape):
+@dataclass(frozen=True)
+class ChatShape(ChoicesShape):
     """Answers of /v1/chat/completions."""
+
+    # Answers that must call a tool have no content, from their first chunk on.
+    with_content: bool = True
 
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
+    def first_events(self, num_choices: int) -> list[bytes]:
         """Return a chunk per choice that carries its role."""
-        delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(_chat_choice(index, delta)) for index in range(num_choices)]
+        delta = {"role": "assistant", "content": "" if self.with_content else None, "refusal": None}
+        return [self._event(_chat_choice(index, delta)) for index in range(num_choices)]
 
-    def piece_chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Return the chunk of a piece of text."""
-        logprobs = self._logprobs(piece.choices) if self.with_logprobs else None
-        return self._chunk(_chat_choice(index, {"content": piece.text}, logprobs))
+    def _part_choice(self, part: Part) -> dict[str, Any]:
+        content = part.content
+        if isinstance(content, Ended):
+            return _chat_choice(part.index, {}, reason=content.reason)
+        logprobs = self._logprobs(part.choices)
+        if isinstance(content, str):
+            return _chat_choice(part.index, {"content": content}, logprobs)
+        if isinstance(content, CallBegun):
+            function = {"name": content.name, "arguments": ""}
+            call = {"index": content.place, "id": content.id, "type": "function", "function": function}
+        else:
+            call = {"index": content.place, "function": {"arguments": content.text}}
+        return _chat_choice(part.index, {"tool_calls": [call]}, logprobs)
 
-    def finish_chunk(self, index: int, reason: FinishReason) -> dict[str, Any]:
-        """Return the chunk with an empty delta that ends a choice."""
-        return self._chunk(_chat_choice(index, {}, reason=reason))
-
-    def choice(
-        self, index: int, text: str, choices: Sequence[ChoiceAt], reason: FinishReason
-    ) -> dict[str, Any]:
-        """Return a choice with its message."""
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
-        logprobs = self._logprobs(choices) if self.with_logprobs else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
-
-    def _logprobs(self, choices: Sequence[ChoiceAt]) -> dict[str, Any]:
-        content = []
-        for held in choices:
-            item = self._token(held.choice.token_id, held.choice.logprob)
-            item["top_logprobs"] = [self._token(token_id, value) for token_id, value in held.choice.top]
-            content.append(item)
-        return {"content": content, "refusal": None}
-
-    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+    def _whole_choice(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
+        content = answer.text if answer.text or not answer.calls else None
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content,
+            "refusal": None,
+            "annotations": [],
+        }
+        if answer.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in answer.calls
+            ]
         return {
-            "token": self.tokenizer.token_text(token_id),
-            "logprob": _finite(logprob),
-            "bytes": list(self.tokenizer.token_bytes(token_id)),
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(answer.choices),
+            "finish_reason": answer.reason,
         }
 
+    def _logprobs(self, choices: Sequence[ChoiceAt]) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        return {"content": token_logprobs(self.tokenizer, choices), "refusal": None}
 
-class CompletionShape(Shape):
+
+class CompletionShape(ChoicesShape):
     """Answers of /v1/completions; chunks bear the same object name as whole answers."""
 
     object_name = "text_completion"
     chunk_object_name = "text_completion"
 
-    def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:  # noqa: ARG002
+    def first_events(self, num_choices: int) -> list[bytes]:  # noqa: ARG002
         """Return nothing: completions have no role."""
         return []
 
-    def piece_chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Return the chunk of a piece of text."""
-        return self._chunk(self._choice(index, piece.text, piece.choices, None))
+    def _part_choice(self, part: Part) -> dict[str, Any]:
+        content = part.content
+        if isinstance(content, Ended):
+            return {"index": part.index, "text": "", "logprobs": None, "finish_reason": content.reason}
+        assert isinstance(content, str)
+        return self._choice(part.index, content, part.choices, None)
 
-    def finish_chunk(self, index: int, reason: FinishReason) -> dict[str, Any]:
-        """Return the chunk with an empty text that ends a choice."""
-        return self._chunk({"index": index, "text": "", "logprobs": None, "finish_reason": reason})
-
-    def choice(
-        self, index: int, text: str, choices: Sequence[ChoiceAt], reason: FinishReason
-    ) -> dict[str, Any]:
-        """Return a choice with its text."""
-        return self._choice(index, text, choices, reason)
+    def _whole_choice(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
+        return self._choice(index, answer.text, answer.choices, answer.reason)
 
     def _choice(
-        self, index: int, text: str, choices: Sequence[ChoiceAt], reason: FinishReason | None
+        self, index: int, text: str, choices: Sequence[ChoiceAt], reason: EndReason | None
     ) -> dict[str, Any]:
         logprobs = self._logprobs(choices) if self.with_logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -192,8 +239,25 @@ class CompletionShape(Shape):
         }
 
 
+def token_logprobs(tokenizer: Tokenizer, choices: Sequence[ChoiceAt]) -> list[dict[str, Any]]:
+    """Return choices of tokens with their log-probabilities, as chats and responses have them."""
+
+    def item(token_id: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "token": tokenizer.token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
+
+    return [
+        item(held.choice.token_id, held.choice.logprob)
+        | {"top_logprobs": [item(token_id, value) for token_id, value in held.choice.top]}
+        for held in choices
+    ]
+
+
 def _chat_choice(
-    index: int, delta: dict[str, Any], logprobs: Any = None, reason: FinishReason | None = None
+    index: int, delta: dict[str, Any], logprobs: Any = None, reason: EndReason | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 

@@ -21,16 +21,15 @@ from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
-from luthier.inference import answers
-from luthier.inference.answers import ChatShape, CompletionShape, Shape
+from luthier.inference.answers import ChatShape, CompletionShape, Shape, Usage
 from luthier.inference.bases import ReadyModel
 from luthier.inference.engine import Engine
-from luthier.inference.generation import Generation, IndexedEvent
+from luthier.inference.generation import Generation
 from luthier.inference.grammar import Grammars
 from luthier.inference.models import Models, read_target
+from luthier.inference.parts import Part, collect, read_parts
 from luthier.inference.plans import Plan, plan_chat, plan_completion
 from luthier.inference.protocol import parse_chat, parse_completion
-from luthier.inference.sequence import ChoiceAt, Finish, FinishReason, Piece
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
@@ -99,6 +98,7 @@ class Service:
                 tokenizer=ready.base.tokenizer,
                 with_logprobs=asked.logprobs,
                 with_usage=asked.stream_options.include_usage,
+                with_content=asked.tools.mode != "required",
             )
             asking = _Asking(request, target, ready, shape, plan, is_stream=asked.stream)
             return await self._answer(asking, stack)
@@ -145,55 +145,35 @@ class Service:
         self._open.add(generation)
         stack.callback(self._open.discard, generation)
         stack.callback(generation.cancel)
+        parts = read_parts(generation.events(), asking.plan.make_reader)
         if not asking.is_stream:
-            return json_response(await while_connected(request, _collect(shape, generation)), headers=headers)
-        events = generation.events()
-        # A failure before the first event is an ordinary HTTP error, not a stream that begins with one.
-        first = await while_connected(request, anext(events))
-        stream = self._stream(shape, generation, first, events)
-        return EventStream(stream, headers, stack.pop_all().close)
-
-    async def _stream(
-        self, shape: Shape, generation: Generation, first: IndexedEvent, events: AsyncIterator[IndexedEvent]
-    ) -> AsyncIterator[bytes]:
-        try:
-            for chunk in shape.first_chunks(len(generation.sequences)):
-                yield answers.encode_event(chunk)
-            yield answers.encode_event(_to_chunk(shape, first))
-            async for event in events:
-                yield answers.encode_event(_to_chunk(shape, event))
-            if shape.with_usage:
-                yield answers.encode_event(shape.usage_chunk(_usage(generation)))
-            yield answers.DONE_EVENT
-        except LuthierError as error:
-            yield answers.encode_event(error.to_body())
+            answers = await while_connected(request, collect(parts, asking.plan.num_choices))
+            return json_response(shape.whole(answers, _usage(generation)), headers=headers)
+        # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
+        first = await while_connected(request, anext(parts))
+        return EventStream(_stream(shape, generation, first, parts), headers, stack.pop_all().close)
 
 
-def _to_chunk(shape: Shape, event: IndexedEvent) -> dict[str, Any]:
-    index, part = event
-    if isinstance(part, Finish):
-        return shape.finish_chunk(index, part.reason)
-    assert isinstance(part, Piece)
-    return shape.piece_chunk(index, part)
+async def _stream(
+    shape: Shape, generation: Generation, first: Part, parts: AsyncIterator[Part]
+) -> AsyncIterator[bytes]:
+    try:
+        for event in shape.first_events(len(generation.sequences)):
+            yield event
+        for event in shape.part_events(first):
+            yield event
+        async for part in parts:
+            for event in shape.part_events(part):
+                yield event
+        for event in shape.last_events(_usage(generation)):
+            yield event
+    except LuthierError as error:
+        for event in shape.error_events(error):
+            yield event
 
 
-def _usage(generation: Generation) -> dict[str, Any]:
-    return answers.usage(generation.num_prompt_tokens, generation.num_completion_tokens)
-
-
-async def _collect(shape: Shape, generation: Generation) -> dict[str, Any]:
-    num_choices = len(generation.sequences)
-    texts: list[list[str]] = [[] for _ in range(num_choices)]
-    choices: list[list[ChoiceAt]] = [[] for _ in range(num_choices)]
-    reasons: list[FinishReason] = ["stop"] * num_choices
-    async for index, event in generation.events():
-        if isinstance(event, Piece):
-            texts[index].append(event.text)
-            choices[index].extend(event.choices)
-        elif isinstance(event, Finish):
-            reasons[index] = event.reason
-    parts = [shape.choice(i, "".join(texts[i]), choices[i], reasons[i]) for i in range(num_choices)]
-    return shape.whole(parts, _usage(generation))
+def _usage(generation: Generation) -> Usage:
+    return Usage(generation.num_prompt_tokens, generation.num_completion_tokens)
 
 
 def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:

@@ -38,7 +38,7 @@ class Generation:
                 served=ready,
                 prompt_ids=plan.prompts[index // plan.n],
                 options=plan.options_of(index),
-                decoder=StreamDecoder(base.tokenizer),
+                decoder=StreamDecoder(base.tokenizer, shown=plan.shown_token_ids),
                 stop_token_ids=base.tokenizer.stop_token_ids,
                 emit=partial(self._emit, index),
                 num_virtual_tokens=ready.num_virtual_tokens,

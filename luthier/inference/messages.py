@@ -4,28 +4,57 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from luthier.core.errors import InvalidTypeError, UnsupportedValueError
-from luthier.inference.fields import drop_ignored, drop_neutral, without_nulls
+from luthier.core.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    MissingParameterError,
+    UnsupportedValueError,
+)
+from luthier.inference.fields import drop_ignored, drop_neutral, validate, without_nulls
+from luthier.inference.json_object import load
 
 # Parts of an earlier answer that clients send back as they got them.
 IGNORED_MESSAGE_FIELDS = frozenset({"refusal", "annotations", "audio", "reasoning_content"})
-_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {"tool_calls": ([],), "function_call": ()}
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_UNSUPPORTED_ROLES = frozenset({"tool", "function"})
+_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {"function_call": ()}
+_ROLES = {"developer": "system"}
+
+
+class _Function(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool in an earlier answer."""
+
+    # Clients that put a call together from a stream leave its `index` in it.
+    model_config = ConfigDict(extra="ignore", strict=True)
+    id: str
+    type: Literal["function"]
+    function: _Function
 
 
 class ChatMessage(BaseModel):
-    """One message, its content flattened to text."""
+    """One message, its content flattened to text; None beside an assistant's calls of tools alone."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None
     name: str | None = None
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
 
-    def to_message(self) -> dict[str, str]:
+    def to_message(self) -> dict[str, Any]:
         """Return the message for a chat template, as training's Turn.to_message does."""
-        message = {"role": self.role, "content": self.content}
-        return message if self.name is None else message | {"name": self.name}
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        return message
 
 
 def flatten_messages(messages: Any) -> Any:
@@ -53,16 +82,41 @@ def _flatten_message(message: Any, param: str) -> Any:
     drop_neutral(fields, _MESSAGE_NEUTRAL, f"{param}.")
     role = fields.get("role")
     if isinstance(role, str):
-        if role in _UNSUPPORTED_ROLES:
+        if role == "function":
             raise UnsupportedValueError(
-                f"Messages of role {role} are not supported by this server yet.", param=f"{param}.role"
+                "Messages of role function are not supported by this server; send tool calls and messages "
+                "of role tool.",
+                param=f"{param}.role",
             )
         fields["role"] = _ROLES.get(role, role)
+    if fields.get("tool_calls") == []:
+        del fields["tool_calls"]
+    _check_calls(fields, param)
     if "content" not in fields and role == "assistant":
-        fields["content"] = ""
+        fields["content"] = None if "tool_calls" in fields else ""
     if isinstance(fields.get("content"), list):
         fields["content"] = _join_parts(fields["content"], f"{param}.content")
     return fields
+
+
+def _check_calls(fields: dict[str, Any], param: str) -> None:
+    """Check what only the messages of one role have, and that arguments are what templates can write."""
+    for name, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if name in fields and fields.get("role") != owner:
+            raise InvalidValueError(f"Only {owner} messages have {name}; remove it.", param=f"{param}.{name}")
+    if fields.get("role") == "tool" and not isinstance(fields.get("tool_call_id"), str):
+        raise MissingParameterError(
+            "A tool's message names the call that it answers.", param=f"{param}.tool_call_id"
+        )
+    if not isinstance(fields.get("tool_calls", []), list):
+        raise InvalidTypeError("tool_calls must be a list.", param=f"{param}.tool_calls")
+    for i, call in enumerate(fields.get("tool_calls", [])):
+        checked = validate(ToolCall, call, f"{param}.tool_calls.{i}.")
+        if not isinstance(load(checked.function.arguments), dict):
+            raise InvalidValueError(
+                "The arguments of a tool call must be a string that holds a JSON object.",
+                param=f"{param}.tool_calls.{i}.function.arguments",
+            )
 
 
 def _join_parts(parts: list[Any], param: str) -> str:

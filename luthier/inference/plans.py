@@ -7,10 +7,14 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from luthier.core.errors import ContextLengthExceededError, InvalidValueError
+from luthier.data.render import ChatTemplate
 from luthier.inference.bases import ReadyModel
+from luthier.inference.call_reader import CallReader
+from luthier.inference.chat_grammar import choose_grammar
 from luthier.inference.grammar import CompiledGrammar, Grammars
 from luthier.inference.protocol import ChatRequest, CompletionRequest, SamplingRequest
 from luthier.inference.sequence import SamplingOptions
+from luthier.inference.tool_calls import CallSyntax, find_syntax
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Plan:
     """What is to be answered: choice `i` of a request is answer `i % n` to prompt `i // n`.
 
     `echoes` are the prompts' texts where answers repeat them, else empty. `grammar` is what every answer must
-    be, None where the text is free.
+    be, None where the text is free. `syntax` is how calls of the tools named `tool_names` are read from an
+    answer, None where none can come.
     """
 
     prompts: list[list[int]]
@@ -26,11 +31,25 @@ class Plan:
     n: int = 1
     echoes: tuple[str, ...] = ()
     grammar: CompiledGrammar | None = None
+    syntax: CallSyntax | None = None
+    tool_names: frozenset[str] = frozenset()
+    is_parallel: bool = True
 
     @property
     def num_choices(self) -> int:
         """How many answers there will be."""
         return self.n * len(self.prompts)
+
+    @property
+    def shown_token_ids(self) -> frozenset[int]:
+        """Marks that belong to an answer's text, which readers never see otherwise."""
+        return frozenset() if self.syntax is None else self.syntax.shown_token_ids
+
+    def make_reader(self) -> CallReader | None:
+        """Return what reads calls from one answer; None where there can be none."""
+        if self.syntax is None:
+            return None
+        return CallReader(self.syntax, self.tool_names, is_parallel=self.is_parallel)
 
     def options_of(self, index: int) -> SamplingOptions:
         """Return the options of choice `index`, which has a seed of its own where one was given."""
@@ -72,8 +91,15 @@ def plan_chat(
         ContextLengthExceededError: when prompt and answer don't fit the base's context, or the server.
         InvalidValueError: when the template refuses the messages, or a schema can't be enforced.
     """
-    messages = [message.to_message() for message in request.messages]
-    prompt = ready.base.tokenizer.encode(ready.base.template.render(messages, add_generation_prompt=True))
+    base, offered = ready.base, request.tools.offered
+    _check_places(request, base.template)
+    prompt = base.tokenizer.encode(
+        base.template.render(
+            [message.to_message() for message in request.messages],
+            add_generation_prompt=True,
+            tools=[tool.definition for tool in offered],
+        )
+    )
     max_tokens = _fit(
         ready,
         [prompt],
@@ -84,19 +110,38 @@ def plan_chat(
     )
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     options = _options(request, ready, max_tokens, num_logprobs)
-    return Plan([prompt], options, request.n, grammar=_grammar(request, ready, grammars))
+    syntax = find_syntax(base.template, base.tokenizer) if offered else None
 
+    def compile_grammar(lark: str, param: str) -> CompiledGrammar:
+        return grammars.compile(lark, base.tokenizer, base.facts.tokenizer_digest, param=param)
 
-def _grammar(request: ChatRequest, ready: ReadyModel, grammars: Grammars) -> CompiledGrammar | None:
-    answer = request.response_format
-    if answer is None:
-        return None
-    return grammars.compile(
-        f"start: {answer.to_rule()}",
-        ready.base.tokenizer,
-        ready.base.facts.tokenizer_digest,
-        param=answer.param,
+    grammar = choose_grammar(request.response_format, request.tools, syntax, base.tokenizer, compile_grammar)
+    return Plan(
+        [prompt],
+        options,
+        request.n,
+        grammar=grammar,
+        syntax=syntax,
+        tool_names=frozenset(tool.name for tool in request.tools.callable),
+        is_parallel=request.tools.is_parallel,
     )
+
+
+def _check_places(request: ChatRequest, template: ChatTemplate) -> None:
+    """Refuse what the template would leave out without a word."""
+    if request.tools.offered and not template.has_place_for("tools"):
+        raise InvalidValueError(
+            "This model's chat template has no place for tools. Leave them out, or choose a base that was "
+            "made for tools.",
+            param="tools",
+        )
+    for i, message in enumerate(request.messages):
+        if message.tool_calls and not template.has_place_for("tool_calls"):
+            raise InvalidValueError(
+                "This model's chat template has no place for tool calls. Write them as content, or choose a "
+                "base that was made for tools.",
+                param=f"messages.{i}.tool_calls",
+            )
 
 
 def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_tokens: int) -> Plan:

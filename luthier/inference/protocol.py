@@ -13,12 +13,10 @@ from luthier.core.errors import InvalidTypeError, InvalidValueError, Unsupported
 from luthier.inference.fields import IGNORED_FIELDS, drop_ignored, drop_neutral, read_object, validate
 from luthier.inference.formats import AnswerFormat, read_chat_format
 from luthier.inference.messages import ChatMessage, flatten_messages
+from luthier.inference.tools import Tools, read_chat_tools
 
 # Fields of OpenAI's API that are accepted only with the values that mean "not used".
 _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -70,6 +68,7 @@ class ChatRequest(SamplingRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: AnswerFormat | None = None
+    tools: Tools = Tools()
 
 
 class CompletionRequest(SamplingRequest):
@@ -105,6 +104,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         fields["max_tokens"] = limit
     if "response_format" in fields:
         fields["response_format"] = read_chat_format(fields["response_format"])
+    fields["tools"] = read_chat_tools(fields)
     if "messages" in fields:
         fields["messages"] = flatten_messages(fields["messages"])
     request = validate(ChatRequest, fields)

@@ -19,6 +19,10 @@ TEMPLATE = ChatTemplate(
 )
 
 
+_TOOL = {"type": "function", "function": {"name": "go"}}
+_CALL = {"id": "call_1", "type": "function", "function": {"name": "go", "arguments": "{}"}}
+
+
 def make_ready(*, context_length: int = 100, num_virtual_tokens: int = 0) -> Any:
     """Return a model of which a token is a character."""
     tokenizer = SimpleNamespace(
@@ -44,6 +48,20 @@ def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -
         chat(messages), make_ready(), max_tokens_default=10, max_cache_tokens=1000, grammars=Grammars()
     ).prompts
     assert "".join(map(chr, prompt)) == trained
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [_TOOL]}, "tools"),
+        ({"messages": [{"role": "assistant", "tool_calls": [_CALL]}]}, "messages.0.tool_calls"),
+    ],
+)
+def test_what_the_template_has_no_place_for_is_refused(fields: dict[str, Any], param: str) -> None:
+    asked = chat(**({"messages": [{"role": "user", "content": "Hi"}]} | fields))
+    with pytest.raises(InvalidValueError, match="has no place for tool") as caught:
+        plan_chat(asked, make_ready(), max_tokens_default=9, max_cache_tokens=99, grammars=Grammars())
+    assert caught.value.param == param
 
 
 def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers() -> None:

@@ -12,6 +12,14 @@ from luthier.inference.protocol import parse_chat, parse_completion
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
+def _tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 def chat(**fields: Any) -> Any:
     return parse_chat(json.dumps({"model": "m", "messages": HELLO} | fields).encode())
 
@@ -69,6 +77,20 @@ def test_content_parts_and_the_developer_role_become_plain_messages() -> None:
     ]
 
 
+def test_calls_of_tools_and_their_answers_become_messages_for_the_template() -> None:
+    # As a client sends back what it put together from a stream, null and index included.
+    calling = {"role": "assistant", "content": None, "tool_calls": [_call("go", "{}") | {"index": 0}]}
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+    answering = {"role": "tool", "tool_call_id": "call_1", "content": parts}
+    request = chat(messages=[*HELLO, calling, answering], tools=[_tool("go")])
+    assert [message.to_message() for message in request.messages[1:]] == [
+        {"role": "assistant", "content": None, "tool_calls": [_call("go", "{}")]},
+        {"role": "tool", "content": "42", "tool_call_id": "call_1"},
+    ]
+    assert request.tools.offered[0].definition == _tool("go")
+    assert not chat(tools=[_tool("go")], tool_choice="none").tools.offered
+
+
 def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
     assert chat(max_completion_tokens=5).max_tokens == 5
     assert chat(max_completion_tokens=5, max_tokens=5).max_tokens == 5
@@ -85,7 +107,27 @@ def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x", "name": 7}]}, "messages.0.name", "invalid_type"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "unsupported_value"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role", "unsupported_value"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages.0.tool_call_id",
+            "missing_required_parameter",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
+            "messages.0.tool_calls",
+            "invalid_value",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}]},
+            "messages.0.tool_calls.0.function",
+            "missing_required_parameter",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [_call("go", "{")]}]},
+            "messages.0.tool_calls.0.function.arguments",
+            "invalid_value",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages.0.content.0.type",
@@ -112,8 +154,25 @@ def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
         ({"logit_bias": {"5": True}}, "logit_bias.5", "invalid_type"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_value"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "missing_required_parameter"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type", "unsupported_value"),
+        ({"tools": [_tool("a b")]}, "tools.0.function.name", "invalid_value"),
+        ({"tools": [_tool("a"), _tool("a")]}, "tools.1", "invalid_value"),
+        ({"tools": [_tool("a")] * 129}, "tools", "invalid_value"),
+        ({"tools": {}}, "tools", "invalid_type"),
+        ({"tools": [_tool("a")], "tool_choice": "always"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        (
+            {"tools": [_tool("a")], "tool_choice": {"type": "function", "function": {"name": "b"}}},
+            "tool_choice.function.name",
+            "invalid_value",
+        ),
+        (
+            {"tools": [_tool("a")], "tool_choice": {"type": "allowed_tools"}},
+            "tool_choice.type",
+            "unsupported_value",
+        ),
+        ({"functions": [{"name": "a"}]}, "functions", "unsupported_value"),
         ({"wizardry": 1}, "wizardry", "unknown_parameter"),
     ],
 )

@@ -1,0 +1,125 @@
+"""An answer's parts: from the engine's events to text, calls of tools and an end, whole or as they come."""
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from luthier.inference.call_reader import CallArguments, CallBegun, CallReader, ReadPart
+from luthier.inference.generation import IndexedEvent
+from luthier.inference.sequence import ChoiceAt, Finish, Piece
+
+EndReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A choice is whole."""
+
+    reason: EndReason
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the choice at an index, and the choices of tokens that it came with."""
+
+    index: int
+    content: ReadPart | Ended
+    choices: tuple[ChoiceAt, ...] = ()
+
+
+@dataclass
+class _Reading:
+    """One choice's text on its way: its reader, None where no tools are, and choices not yet told of."""
+
+    reader: CallReader | None
+    choices: list[ChoiceAt] = field(default_factory=list)
+
+    def read(self, index: int, event: Piece | Finish) -> list[Part]:
+        """Return the parts that an event brings."""
+        if isinstance(event, Piece):
+            self.choices.extend(event.choices)
+            found: list[ReadPart] = [event.text] if self.reader is None else self.reader.push(event.text)
+            return self._with_choices(index, found)
+        found = [] if self.reader is None else self.reader.flush()
+        if self.choices and not found:
+            found = [""]
+        reason: EndReason = event.reason
+        if self.reader is not None and self.reader.num_calls and reason == "stop":
+            reason = "tool_calls"
+        return [*self._with_choices(index, found), Part(index, Ended(reason))]
+
+    def _with_choices(self, index: int, found: list[ReadPart]) -> list[Part]:
+        parts = []
+        for content in found:
+            parts.append(Part(index, content, tuple(self.choices)))
+            self.choices.clear()
+        return parts
+
+
+async def read_parts(
+    events: AsyncIterator[IndexedEvent], make_reader: Callable[[], CallReader | None]
+) -> AsyncIterator[Part]:
+    """Read the events of a generation.
+
+    Args:
+        events: of all its choices.
+        make_reader: makes what reads one choice's text, None where that has no calls.
+
+    Yields:
+        Each part, a choice's last one an Ended.
+    """
+    readings: dict[int, _Reading] = {}
+    async for index, event in events:
+        assert isinstance(event, Piece | Finish)
+        if index not in readings:
+            readings[index] = _Reading(make_reader())
+        for part in readings[index].read(index, event):
+            yield part
+
+
+@dataclass
+class Call:
+    """A call of a tool; `arguments` is its JSON text."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass
+class WholeAnswer:
+    """All parts of a choice."""
+
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    choices: list[ChoiceAt] = field(default_factory=list)
+    reason: EndReason = "stop"
+
+    def add(self, part: Part) -> None:
+        """Take the next part."""
+        self.choices.extend(part.choices)
+        content = part.content
+        if isinstance(content, str):
+            self.text += content
+        elif isinstance(content, CallBegun):
+            self.calls.append(Call(content.id, content.name))
+        elif isinstance(content, CallArguments):
+            self.calls[content.place].arguments += content.text
+        else:
+            self.reason = content.reason
+
+
+async def collect(parts: AsyncIterator[Part], num_choices: int) -> list[WholeAnswer]:
+    """Put the parts of all choices together.
+
+    Args:
+        parts: of all choices.
+        num_choices: how many there are.
+
+    Returns:
+        The choices, in order.
+    """
+    answers = [WholeAnswer() for _ in range(num_choices)]
+    async for part in parts:
+        answers[part.index].add(part)
+    return answers

@@ -1,0 +1,252 @@
+"""How calls are written, found from templates of several kinds, and read from texts cut anywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from luthier.data.render import ChatTemplate
+from luthier.data.tokens import Tokenizer
+from luthier.inference.call_reader import CallArguments, CallBegun, CallReader
+from luthier.inference.chat_grammar import choose_grammar
+from luthier.inference.grammar import CompiledGrammar, Grammars
+from luthier.inference.tool_calls import CallSyntax, find_syntax
+from luthier.inference.tools import Tools, read_chat_tools
+from tests.tiny import write_tokenizer
+
+_TURNS = (
+    "{{% if tools %}}<|im_start|>{told}{{{{ tools | tojson }}}}<|im_end|>{{% endif %}}"
+    "{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\\n' }}}}"
+    "{{% if m.tool_calls %}}{{{{ m.content or '' }}}}{calls}"
+    "{{% else %}}{{{{ m.content }}}}{{% endif %}}{{{{ '<|im_end|>\\n' }}}}{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}"
+)
+_EACH = "{% for c in m.tool_calls %}"
+CALLS = {
+    "hermes": _EACH + "{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    '{{ \'<tool_call>\\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
+    "{{ c.function.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}",
+    "thinking": "{{ '<think>\\n\\n</think>\\n\\n' }}" + _EACH + '{{ \'<tool_call>\\n{"name": "\' }}'
+    '{{ c.function.name }}{{ \'", "arguments": \' }}{{ c.function.arguments | tojson }}'
+    "{{ '}\\n</tool_call>\\n' }}{% endfor %}",
+    "llama": "{% if m.tool_calls | length > 1 %}{{ raise_exception('One call only.') }}{% endif %}"
+    '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
+    "{{ m.tool_calls[0].function.arguments | tojson }}{{ '}' }}",
+    "mistral": "{{ '[TOOL_CALLS] [' }}" + _EACH + "{% if c.id | length != 9 %}"
+    "{{ raise_exception('Nine letters.') }}{% endif %}{% if not loop.first %}{{ ', ' }}{% endif %}"
+    '{{ \'{"name": "\' + c.function.name + \'", "arguments": \' }}{{ c.function.arguments | tojson }}'
+    "{{ ', \"id\": \"' + c.id + '\"}' }}{% endfor %}{{ ']' }}",
+    "xml": _EACH + "<function={{ c.function.name }}></function>{% endfor %}",
+}
+
+
+def template(kind: str, told: str = "system\n") -> ChatTemplate:
+    return ChatTemplate(_TURNS.format(calls=CALLS[kind], told=told))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.add_special_tokens(["[TOOL_CALLS]"])
+    return Tokenizer(inner, [2])
+
+
+def syntax_of(kind: str, tokenizer: Tokenizer) -> CallSyntax:
+    found = find_syntax(template(kind), tokenizer)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("hermes", CallSyntax("<tool_call>\n", "\n</tool_call>", between="\n</tool_call>\n<tool_call>\n")),
+        (
+            "thinking",
+            CallSyntax("<tool_call>\n", "\n</tool_call>\n", between="\n</tool_call>\n<tool_call>\n"),
+        ),
+        ("llama", CallSyntax("", "", middle='", "parameters": ', arguments_key="parameters")),
+        (
+            "mistral",
+            CallSyntax(
+                "[TOOL_CALLS] ",
+                "",
+                is_list=True,
+                between=", ",
+                has_short_ids=True,
+                shown_token_ids=frozenset({300}),
+            ),
+        ),
+    ],
+)
+def test_the_template_itself_shows_how_calls_are_written(
+    tokenizer: Tokenizer, kind: str, expected: CallSyntax
+) -> None:
+    assert syntax_of(kind, tokenizer) == expected
+
+
+def test_a_template_that_tells_of_calls_in_words_alone_is_taken_at_its_word(tokenizer: Tokenizer) -> None:
+    words = "system\nAnswer in <tool_call></tool_call>: "
+    told = ChatTemplate(_TURNS.format(calls="{{ m.tool_calls[0].nothing.at_all }}", told=words))
+    found = find_syntax(told, tokenizer)
+    assert found is not None and found.begin == "<tool_call>\n"
+
+
+def test_calls_that_are_no_json_have_no_syntax(tokenizer: Tokenizer) -> None:
+    assert find_syntax(template("xml"), tokenizer) is None
+
+
+def read(syntax: CallSyntax, text: str, size: int, *, is_parallel: bool = True) -> tuple[str, list[Any]]:
+    """Push a text in pieces; return the content, and each call's name and arguments."""
+    reader = CallReader(syntax, frozenset({"look", "go"}), is_parallel=is_parallel)
+    parts = [part for at in range(0, len(text), size) for part in reader.push(text[at : at + size])]
+    content, calls = "", []
+    for part in [*parts, *reader.flush()]:
+        if isinstance(part, CallBegun):
+            assert part.place == len(calls) and part.id
+            calls.append([part.name, ""])
+        elif isinstance(part, CallArguments):
+            calls[part.place][1] += part.text
+        else:
+            content += part
+    return content, [tuple(call) for call in calls]
+
+
+LOOK = '{"name": "look", "arguments": {"at": "a \\"{sky}\\" é", "n": [1, {"b": 2}]}}'
+LOOKED = ("look", '{"at": "a \\"{sky}\\" é", "n": [1, {"b": 2}]}')
+GO = '{"name": "go", "arguments": {}}'
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize(
+    ("kind", "text", "content", "calls"),
+    [
+        ("hermes", "Just a text. ", "Just a text. ", []),
+        ("hermes", f"<tool_call>\n{LOOK}\n</tool_call>", "", [LOOKED]),
+        (
+            "hermes",
+            f"\n<tool_call>{LOOK}</tool_call>\n<tool_call>\n{GO}\n</tool_call>\n",
+            "",
+            [LOOKED, ("go", "{}")],
+        ),
+        ("hermes", f"I look. \n<tool_call>\n{LOOK}\n</tool_call>Done.", "I look.Done.", [LOOKED]),
+        ("hermes", "a <tool_cat> b < c", "a <tool_cat> b < c", []),
+        ("hermes", '<tool_call>{"name": "fly", "arguments": {}}</tool_call>', None, []),
+        ("hermes", "<tool_call>no json</tool_call>", None, []),
+        ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "go"}</tool_call>', "", [("go", '{"x": 1}')]),
+        (
+            "hermes",
+            '<tool_call>{"name": "go", "arguments": "{\\"x\\": 1}"}</tool_call>',
+            "",
+            [("go", '{"x": 1}')],
+        ),
+        ("hermes", '<tool_call>{"name": "go"}</tool_call>', "", [("go", "{}")]),
+        (
+            "hermes",
+            '<tool_call>{"name": "go", "arguments": {"x": 1 } }</tool_call>',
+            "",
+            [("go", '{"x": 1 }')],
+        ),
+        ("hermes", '<tool_call>{"name": "go", "arguments": {"x": "cu', "", [("go", '{"x": "cu')]),
+        ("hermes", '<tool_call>{"name": "g', None, []),
+        ("llama", LOOK.replace("arguments", "parameters"), "", [LOOKED]),
+        ("llama", "\n" + GO.replace("arguments", "parameters"), "", [("go", "{}")]),
+        ("llama", '{"colour": "red"}', '{"colour": "red"}', []),
+        ("llama", "It is {blue}.", "It is {blue}.", []),
+        ("mistral", f"[TOOL_CALLS] [{LOOK}, {GO}]", "", [LOOKED, ("go", "{}")]),
+        ("mistral", f'[TOOL_CALLS][{LOOK[:-1]}, "id": "abcdefghi"}}]', "", [LOOKED]),
+        ("mistral", "It is [blue].", "It is [blue].", []),
+    ],
+)
+def test_calls_are_read_wherever_the_text_is_cut(
+    tokenizer: Tokenizer, kind: str, text: str, content: str | None, calls: list[Any], size: int
+) -> None:
+    # None: what is no call in the end stays the text that it was.
+    assert read(syntax_of(kind, tokenizer), text, size) == (text if content is None else content, calls)
+
+
+def test_one_call_at_most_is_told_where_calls_are_not_parallel(tokenizer: Tokenizer) -> None:
+    text = f"<tool_call>{GO}</tool_call><tool_call>{LOOK}</tool_call>"
+    assert read(syntax_of("hermes", tokenizer), text, 5, is_parallel=False) == ("", [("go", "{}")])
+
+
+def test_ids_are_of_the_length_that_the_template_takes(tokenizer: Tokenizer) -> None:
+    for kind, length in (("hermes", 29), ("mistral", 9)):
+        syntax = syntax_of(kind, tokenizer)
+        reader = CallReader(syntax, frozenset({"go"}), is_parallel=True)
+        parts = reader.push(f"{syntax.begin}{'[' * syntax.is_list}{GO}")
+        assert [len(part.id) for part in parts if isinstance(part, CallBegun)] == [length]
+
+
+def tools(choice: Any = None, *, strict: bool = False, is_parallel: bool = True) -> Tools:
+    parameters = {"type": "object", "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
+    given = [
+        {"type": "function", "function": {"name": "look", "parameters": parameters, "strict": strict}},
+        {"type": "function", "function": {"name": "go", "parameters": {"not": {}}}},
+    ]
+    return read_chat_tools({"tools": given, "tool_choice": choice, "parallel_tool_calls": is_parallel})
+
+
+def grammar_of(kind: str, tokenizer: Tokenizer, asked: Tools, answer: Any = None) -> CompiledGrammar | None:
+    grammars = Grammars()
+
+    def compile_grammar(lark: str, param: str) -> CompiledGrammar:
+        return grammars.compile(lark, tokenizer, "digest", param=param)
+
+    return choose_grammar(answer, asked, syntax_of(kind, tokenizer), tokenizer, compile_grammar)
+
+
+def takes(grammar: CompiledGrammar | None, tokenizer: Tokenizer, text: str) -> bool:
+    """Whether an answer may be a text."""
+    assert grammar is not None
+    answer = grammar.start()
+    for token_id in tokenizer.encode(text):
+        if not answer.allows(token_id):
+            return False
+        answer.push(token_id)
+    return answer.is_finished or answer.allows(2)
+
+
+@pytest.mark.parametrize("kind", ["hermes", "llama", "mistral"])
+def test_required_calls_are_written_as_the_template_does_and_by_the_schema(
+    tokenizer: Tokenizer, kind: str
+) -> None:
+    syntax = syntax_of(kind, tokenizer)
+    opening, closing = ("[", "]") if syntax.is_list else ("", "")
+
+    def answer(*calls: tuple[str, dict[str, Any]]) -> str:
+        written = [syntax.head + name + syntax.middle + json.dumps(value) + "}" for name, value in calls]
+        return syntax.begin + opening + (syntax.between or ";").join(written) + closing + syntax.end
+
+    required = grammar_of(kind, tokenizer, tools("required"))
+    assert takes(required, tokenizer, answer(("look", {"n": 1})))
+    assert takes(required, tokenizer, answer(("go", {"anything": [1]})))
+    assert not takes(required, tokenizer, answer(("look", {"n": "x"})))
+    assert not takes(required, tokenizer, answer(("fly", {})))
+    assert not takes(required, tokenizer, "A text.")
+    two = answer(("look", {"n": 1}), ("go", {}))
+    assert takes(required, tokenizer, two) == (syntax.between is not None)
+    assert not takes(grammar_of(kind, tokenizer, tools("required", is_parallel=False)), tokenizer, two)
+    named = grammar_of(kind, tokenizer, tools({"type": "function", "function": {"name": "go"}}))
+    assert takes(named, tokenizer, answer(("go", {})))
+    assert not takes(named, tokenizer, answer(("look", {"n": 1})))
+
+
+@pytest.mark.parametrize("kind", ["hermes", "mistral"])
+def test_strict_tools_are_held_to_their_schema_where_the_model_chooses_to_call(
+    tokenizer: Tokenizer, kind: str
+) -> None:
+    assert grammar_of(kind, tokenizer, tools()) is None
+    syntax, grammar = syntax_of(kind, tokenizer), grammar_of(kind, tokenizer, tools(strict=True))
+    opening, closing = ("[", "]") if syntax.is_list else ("", "")
+    for text, is_taken in (
+        ("A text with < and {.", True),
+        (f'A text.{syntax.begin}{opening}{syntax.head}look{syntax.middle}{{"n": 1}}}}', True),
+        (f'{syntax.begin}{opening}{syntax.head}look{syntax.middle}{{"n": "x"}}}}', False),
+    ):
+        whole = text if syntax.begin not in text else text + closing + syntax.end
+        assert takes(grammar, tokenizer, whole) is is_taken
