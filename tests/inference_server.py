@@ -1,15 +1,17 @@
 """The inference server in a thread, over a real socket, for tests that look behind it."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 import torch
 
 from luthier.core.inference import ModelTarget
@@ -18,6 +20,7 @@ from luthier.data.render import ChatTemplate
 from luthier.data.tokens import Tokenizer
 from luthier.inference.app import Service
 from luthier.inference.engine import Engine, EngineCore
+from luthier.inference.lane import Lane
 from luthier.inference.runner import Runner
 from luthier.inference.sequence import Sequence
 from tests.tiny import BASE_ID
@@ -45,6 +48,21 @@ class GatedRunner(Runner):
         self.num_steps += 1
         assert self.gate.wait(30)
         return super().step(batch, token_ids)
+
+    @contextlib.contextmanager
+    def gate_lanes(self) -> Iterator[None]:
+        """Let the lanes of packed models stand still too, in their requests' steps."""
+        run = Lane._run
+
+        def gated(lane: Lane, work: list[Any]) -> None:
+            self.num_prefills += sum(row.sequence.num_completion_tokens == 0 for row, _ in work)
+            self.num_steps += 1
+            assert self.gate.wait(30)
+            run(lane, work)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Lane, "_run", gated)
+            yield
 
 
 @dataclass

@@ -4,7 +4,7 @@ Legend: B rows, T tokens, V vocabulary, N virtual tokens.
 """
 
 import inspect
-import os
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class Answerer:
             for prompt in prompts
         ]
         # What all prompts begin with (template, task) is run once; a token of each is left to be run.
-        shared = os.path.commonprefix([ids[:-1] for ids in token_ids])
+        shared = _common_beginning([ids[:-1] for ids in token_ids])
         self._virtual, self._num_shared = self._own, 0
         self._prove(token_ids[0])
         if shared:
@@ -173,6 +173,11 @@ class Answerer:
             raise SystemExit(
                 f"{method.name}: answers would not be those of the trained model (logits {gap:.2g} apart)"
             )
+
+
+def _common_beginning(rows: list[list[int]]) -> list[int]:
+    together = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return [tokens[0] for tokens in together]
 
 
 def _virtual_key_values(

@@ -59,12 +59,17 @@ class Settings(BaseSettings):
     inference_max_whole_models_bytes: int = Field(
         0, ge=0, description="Memory for the weights of fully tuned models; 0: a quarter of the device's."
     )
+    inference_max_adapters_bytes: int = Field(
+        0, ge=0, description="Memory for adapters that lie on bases; 0: an eighth of the device's."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train and serve.")
     num_threads: int = Field(0, ge=0, description="CPU threads of training and serving; 0: all cores.")
     preload_base: str = Field(
         "smollm2-135m-instruct", description="Base that the inference server loads at start; empty: none."
     )
-    max_batch_rows: int = Field(16, ge=1, description="Requests of one model that are decoded together.")
+    max_batch_rows: int = Field(
+        16, ge=1, description="Requests that are decoded together: on one base, or of one model."
+    )
     max_cache_tokens: int = Field(
         65536,
         ge=1,

@@ -2,34 +2,70 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from luthier.bases.catalogue import base_folder, find_base_facts
-from luthier.core.errors import ModelNotFoundError
+from luthier.core.errors import ArtifactCorruptError, ModelNotFoundError
 from luthier.core.settings import Settings
+from luthier.core.shapes import BaseShape, read_shape
 from luthier.core.specs import BaseFacts
 from luthier.data.render import ChatTemplate
 from luthier.data.tokens import Tokenizer
 from luthier.inference.copies import Copy
 from luthier.inference.forward import Prefix, count_virtual_tokens
+from luthier.inference.lane import Lane
 from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
+from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.load import load_base
+from luthier.modeling.packed_adapter import PackedAdapter
+from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeights:
+    """Weights that are laid out for serving, and the rows that run on them.
+
+    `folder` and `shape` are those of the files that they were read from.
+    """
+
+    lane: Lane
+    folder: Path
+    shape: BaseShape
+    logits_V: torch.Tensor
 
 
 @dataclass(eq=False)
 class LoadedBase:
-    """A base that can answer. Only the engine's thread may touch `slots` and the weights behind it."""
+    """A base that can answer: packed where its architecture is known, else by the plain path.
+
+    Only the engine's thread may touch lane and slots, and the weights behind them.
+    """
 
     facts: BaseFacts
     tokenizer: Tokenizer
     template: ChatTemplate
-    slots: ArtifactSlots
     device: torch.device
     dtype: torch.dtype
     probe_ids: list[int]
+    slots: ArtifactSlots | None = None
+    packed: PackedWeights | None = None
+
+    def probe_logits(self) -> torch.Tensor:
+        """Return what the base says after the probe, float32 of the vocabulary's size."""
+        if self.packed is not None:
+            return self.packed.logits_V
+        return self.plain.base_logits_V
+
+    @property
+    def plain(self) -> ArtifactSlots:
+        """The plain path's weights, which a packed base has only where an artifact wants them."""
+        if self.slots is None:
+            raise ArtifactCorruptError("The base is not loaded for this artifact.")
+        return self.slots
 
 
 @dataclass(frozen=True)
@@ -69,6 +105,7 @@ class ServedModel:
 class ReadyModel:
     """A served model in memory.
 
+    In a `lane` its rows run beside those of others and bear its `adapter`. Without one it runs alone:
     `prefix` lies before every sequence; `whole` are weights of its own, in place of its base's, with what
     lies on them switched on for good.
     """
@@ -76,6 +113,8 @@ class ReadyModel:
     served: ServedModel
     prefix: Prefix = ()
     whole: PreTrainedModel | None = None
+    lane: Lane | None = None
+    adapter: PackedAdapter | None = None
 
     @property
     def base(self) -> LoadedBase:
@@ -84,14 +123,16 @@ class ReadyModel:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Tokens that the prefix takes from the context and from the cache of every row."""
+        """Tokens that lie before every sequence; they take room from the context and from the cache."""
+        if self.adapter is not None:
+            return self.adapter.num_virtual_tokens
         return count_virtual_tokens(self.prefix)
 
     def activate(self) -> PreTrainedModel:
         """Return the module whose next forward passes are this model's; for the engine's thread only."""
         if self.whole is not None:
             return self.whole
-        return self.base.slots.activate(self.served.digest)
+        return self.base.plain.activate(self.served.digest)
 
 
 def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
@@ -132,19 +173,49 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
     """
     facts = get_base_facts(settings, base_id)
     folder = base_folder(settings.bases_dir, base_id)
-    device, dtype = _choose_device(settings), _choose_dtype(settings)
-    model = load_base(folder, dtype=dtype, device=device)
+    device, dtype = torch.device(_choose_device(settings)), _choose_dtype(settings)
     tokenizer = Tokenizer.load(folder)
-    probe_ids = tokenizer.encode("Hello, who is there?")
-    return LoadedBase(
+    base = LoadedBase(
         facts=facts,
         tokenizer=tokenizer,
         template=ChatTemplate.load(folder),
-        slots=ArtifactSlots(model, base_digest=facts.digest, probe_ids=probe_ids),
-        device=torch.device(device),
+        device=device,
         dtype=dtype,
-        probe_ids=probe_ids,
+        probe_ids=tokenizer.encode("Hello, who is there?"),
     )
+    model = load_base(folder, dtype=dtype, device=str(device))
+    if can_pack_llama(model):
+        base.packed = pack(
+            model,
+            folder,
+            base.probe_ids,
+            max_rows=settings.max_batch_rows,
+            max_cache_tokens=settings.max_cache_tokens,
+        )
+    else:
+        base.slots = ArtifactSlots(model, base_digest=facts.digest, probe_ids=base.probe_ids)
+    return base
+
+
+def pack(
+    model: PreTrainedModel, folder: Path, probe_ids: list[int], *, max_rows: int, max_cache_tokens: int
+) -> PackedWeights:
+    """Lay weights out for serving. They are copied; the model may be let go of.
+
+    Args:
+        model: of the kind that `can_pack_llama` tells.
+        folder: the files that it was read from.
+        probe_ids: tokens of a short text.
+        max_rows: rows that run at a time.
+        max_cache_tokens: tokens whose keys and values may be held.
+
+    Returns:
+        The weights with a lane of their own.
+    """
+    # One page more than whole tokens need: a token of a row may begin a new one.
+    packed = PackedLlama(model, num_pages=-(-max_cache_tokens // PAGE_SIZE) + 1)
+    lane = Lane(packed, max_rows=max_rows)
+    return PackedWeights(lane, folder, read_shape(folder), lane.probe(probe_ids))
 
 
 def max_whole_bytes(settings: Settings) -> int:
@@ -156,13 +227,20 @@ def max_whole_bytes(settings: Settings) -> int:
     Returns:
         Bytes; a quarter of the device's memory where the operator named none.
     """
-    if settings.inference_max_whole_models_bytes:
-        return settings.inference_max_whole_models_bytes
+    return settings.inference_max_whole_models_bytes or _memory_bytes(settings) // 4
+
+
+def max_adapter_bytes(settings: Settings) -> int:
+    """Return how much memory adapters may take; an eighth of the device's where the operator named none."""
+    return settings.inference_max_adapters_bytes or _memory_bytes(settings) // 8
+
+
+def _memory_bytes(settings: Settings) -> int:
     if _choose_device(settings) == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         total = torch.cuda.get_device_properties(_choose_device(settings)).total_memory
-    return int(total) // 4
+    return int(total)
 
 
 def _choose_device(settings: Settings) -> str:

@@ -1,6 +1,8 @@
 """One thread owns the weights and makes the answers; the rest of the process talks to it by a queue.
 
-`EngineCore` is the plain loop body, callable without a thread; `Engine` runs it and blocks when idle.
+Sequences of packed models run in their lanes (lane.py), all rows of a lane in one step; those of other models
+in groups of one model each. `EngineCore` is the plain loop body, callable without a thread; `Engine` runs it
+and blocks when idle.
 """
 
 import logging
@@ -16,6 +18,7 @@ import torch
 from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
 from luthier.inference import sampler
 from luthier.inference.faults import log_fault
+from luthier.inference.lane import Lane
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
 
@@ -56,6 +59,8 @@ class EngineCore:
 
     def __init__(self, runner: RunnerLike, *, max_batch_rows: int, max_cache_tokens: int) -> None:
         self._runner = runner
+        # The lanes that have work; others are forgotten, so that a model that leaves frees its memory.
+        self._lanes: list[Lane] = []
         self.scheduler = Scheduler(
             max_batch_rows=max_batch_rows,
             max_live_rows=MAX_LIVE_BATCHES * max_batch_rows,
@@ -63,17 +68,55 @@ class EngineCore:
             max_prefill_tokens=MAX_PREFILL_TOKENS,
         )
 
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._lanes) or self.scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have no row yet."""
+        # A copy: another thread may ask.
+        return self.scheduler.num_waiting + sum(lane.num_waiting for lane in list(self._lanes))
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that have a row."""
+        return self.scheduler.num_live_rows + sum(lane.num_rows for lane in list(self._lanes))
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for a row."""
+        lane: Lane | None = getattr(sequence.served, "lane", None)
+        if lane is None:
+            self.scheduler.add(sequence)
+            return
+        lane.add(sequence)
+        if lane not in self._lanes:
+            self._lanes.append(lane)
+
+    def drain(self) -> list[Sequence]:
+        """Forget everybody and return them."""
+        sequences = self.scheduler.drain()
+        for lane in self._lanes:
+            sequences += lane.drain()
+        self._lanes.clear()
+        return sequences
+
     def step(self) -> bool:
-        """Do the next piece of work.
+        """Do the next piece of work: a step of every lane, and one of a group.
 
         A fault in one group ends that group's answers with an error and nobody else's.
 
         Returns:
             Whether there was any.
         """
+        was_busy = False
+        for lane in self._lanes:
+            was_busy |= lane.step()
+        self._lanes = [lane for lane in self._lanes if lane.has_work]
         work = self.scheduler.next_work()
         if work is None:
-            return False
+            return was_busy
         try:
             if isinstance(work, Prefill):
                 self._prefill(work.sequences)
@@ -88,6 +131,8 @@ class EngineCore:
         for group in self.scheduler.groups:
             if all(sequence.is_done for sequence in group.sequences):
                 self.scheduler.end(group)
+        for lane in self._lanes:
+            lane.sweep()
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         batch, logits_BV = self._runner.prefill(sequences)
@@ -180,7 +225,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Sequences that have no row yet."""
-        return self._inbox.qsize() + self._core.scheduler.num_waiting
+        return self._inbox.qsize() + self._core.num_waiting
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Hand over the sequences of one request, all or none.
@@ -236,7 +281,7 @@ class Engine:
             self._take_inbox()
             self._core.step()
         error = UnavailableError("The model server was stopped; try again.")
-        for sequence in self._core.scheduler.drain():
+        for sequence in self._core.drain():
             sequence.fail(error)
         while not self._inbox.empty():
             item = self._inbox.get()
@@ -249,11 +294,11 @@ class Engine:
         """Move what came in to the scheduler; sleep in the queue while there is nothing to do."""
         try:
             while True:
-                item = self._inbox.get(block=not self._core.scheduler.has_work)
+                item = self._inbox.get(block=not self._core.has_work)
                 if item is None:
                     return
                 if isinstance(item, Sequence):
-                    self._core.scheduler.add(item)
+                    self._core.add(item)
                 else:
                     item.run()
         except queue.Empty:

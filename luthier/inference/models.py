@@ -21,7 +21,8 @@ from luthier.core.settings import Settings
 from luthier.inference import bases
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.copies import Copy, drop_unused, fetch_artifact, mark_used, verify_copy
-from luthier.inference.loaded import EngineLike, LoadedArtifacts
+from luthier.inference.loaded import LoadedArtifacts
+from luthier.inference.loading import EngineLike, RowLimits
 from luthier.storage.store import Storage
 
 
@@ -73,6 +74,8 @@ class Models:
         self.loaded = LoadedArtifacts(
             engine,
             max_whole_bytes=bases.max_whole_bytes(settings),
+            max_adapter_bytes=bases.max_adapter_bytes(settings),
+            limits=RowLimits(max_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens),
             max_waiting=settings.max_waiting_requests,
         )
         self._storage: Storage | None = None

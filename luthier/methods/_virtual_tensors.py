@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
+from luthier.core.shapes import BaseShape
 from luthier.methods._peft import WEIGHTS_NAME, write_adapter
 from luthier.methods._virtual import check_room
 from luthier.methods.base import Attached, Installed, Start
@@ -52,6 +53,11 @@ class KeyValueShape:
             num_heads=getattr(config, "num_key_value_heads", None) or num_query_heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // num_query_heads,
         )
+
+    @classmethod
+    def of_shape(cls, shape: BaseShape) -> "KeyValueShape":
+        """Return that of a base which is not in memory."""
+        return cls(num_layers=shape.num_layers, num_heads=shape.num_kv_heads, head_size=shape.head_size)
 
 
 class ProjectedPrefix(PrefixEncoder):
@@ -280,7 +286,7 @@ def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.
     Raises:
         ArtifactCorruptError: when the file can't be read or holds anything else.
     """
-    return _read_vectors(folder, width).to(device=causal_lm.device, dtype=causal_lm.dtype)
+    return read_vectors(folder, width).to(device=causal_lm.device, dtype=causal_lm.dtype)
 
 
 def take_encoded(attached: Attached, folder: Path) -> None:
@@ -295,7 +301,7 @@ def take_encoded(attached: Attached, folder: Path) -> None:
     """
     with torch.no_grad():
         num_tokens, width = encoded(attached).shape
-    saved_NF = _read_vectors(folder, width)
+    saved_NF = read_vectors(folder, width)
     if len(saved_NF) != num_tokens:
         raise ArtifactCorruptError("The artifact has another number of virtual tokens than this model.")
     encoder = attached.model.prompt_encoder[ADAPTER]
@@ -306,8 +312,19 @@ def take_encoded(attached: Attached, folder: Path) -> None:
         encoder.embedding.weight.copy_(saved_NF)
 
 
-def _read_vectors(folder: Path, width: int) -> torch.Tensor:
-    """Read the vectors of an artifact, [N, width], as they are; refuse a file that holds anything else."""
+def read_vectors(folder: Path, width: int) -> torch.Tensor:
+    """Read the vectors of an artifact as they are.
+
+    Args:
+        folder: an artifact's folder.
+        width: numbers that each virtual token must have.
+
+    Returns:
+        [N, width].
+
+    Raises:
+        ArtifactCorruptError: when the file can't be read or holds anything else.
+    """
     try:
         tensors = load_file(folder / WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:

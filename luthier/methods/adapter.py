@@ -29,6 +29,8 @@ from luthier.methods.base import Attached, Installed, Method, MethodParams, Star
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from luthier.methods._served import ServedParts
+
 # What `adapter_type` of our configuration says.
 ADAPTER_TYPE = "luthier-bottleneck"
 
@@ -222,6 +224,12 @@ class Adapter(Method):
         from luthier.methods._bottleneck import InstalledBottlenecks
 
         return InstalledBottlenecks(causal_lm, folder)
+
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
+        """Read the bottlenecks."""
+        from luthier.methods._served import read_bottleneck_parts
+
+        return read_bottleneck_parts(folder, shape)
 
 
 def _count(size: int, params: AdapterParams) -> int:

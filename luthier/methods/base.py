@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from luthier.methods._served import ServedParts
+
 
 class MethodParams(BaseModel):
     """Base of every method's `Params`: the `tuning` object of a job, flat, with `type` in it.
@@ -251,6 +253,21 @@ class Method(ABC):
                 as it was.
         """
         raise ArtifactCorruptError(f"An artifact of {self.name} is a model of its own and lies on no base.")
+
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":  # noqa: ARG002
+        """Read a saved artifact as a server lays it out beside others; never called for whole models.
+
+        Args:
+            folder: an artifact of this method.
+            shape: of its base.
+
+        Returns:
+            Its parts; None when only `install` can serve it.
+
+        Raises:
+            ArtifactCorruptError: when its files can't be read or don't fit the base.
+        """
+        return None
 
     def hidden_states(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
         """Run the tuned model up to its output layer.

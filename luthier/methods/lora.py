@@ -22,6 +22,8 @@ from luthier.methods.base import Attached, Installed, Method, MethodParams, Star
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from luthier.methods._served import ServedParts
+
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 # Found on SmolLM2-135M: see base_learning_rate.
@@ -158,6 +160,12 @@ class Lora(Method):
         from luthier.methods._lora_layers import install_lora
 
         return install_lora(causal_lm, folder)
+
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
+        """Read the updates of the linear layers."""
+        from luthier.methods._served import read_lora
+
+        return read_lora(folder, shape)
 
 
 def _count(chosen: dict[str, tuple[int, int]], params: LoraParams) -> int:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from luthier.methods._served import ServedParts
+
 # Deviation of random starts: small, so that no random key draws the attention of every token.
 _RANDOM_DEVIATION = 0.02
 _LARGEST_AUTO_WIDTH = 512
@@ -214,6 +216,15 @@ class Prefix(Method):
         return InstalledVirtualTokens(
             [(key.contiguous(), value.contiguous()) for key, value in unpack(saved_NF, shape)]
         )
+
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
+        """Read the keys and values."""
+        from luthier.methods._served import ServedParts
+        from luthier.methods._virtual_tensors import KeyValueShape, read_vectors, unpack
+
+        kept = KeyValueShape.of_shape(shape)
+        saved_NF = read_vectors(folder, 2 * kept.num_layers * kept.width)
+        return ServedParts(key_values=tuple(unpack(saved_NF, kept)))
 
     def hidden_states(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
         """Run the layers after the prefix as PEFT does."""

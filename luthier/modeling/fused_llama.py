@@ -191,7 +191,7 @@ def fuse(method: Method, attached: Attached, adapter: str = "default") -> FusedL
     Returns:
         The fast path over the same parameters; it gives gradients to every trained one.
     """
-    if not _is_known_base(attached.causal_lm, adapter):
+    if not is_known_base(attached.causal_lm, adapter):
         return None
     fused = FusedLlama(method, attached, adapter)
     reached = {id(parameter) for parameter in fused.parameters}
@@ -204,7 +204,7 @@ def fuse(method: Method, attached: Attached, adapter: str = "default") -> FusedL
     return fused if all(id(parameter) in reached for parameter in trained) else None
 
 
-def _is_known_base(causal_lm: nn.Module, adapter: str) -> bool:
+def is_known_base(causal_lm: nn.Module, adapter: str) -> bool:
     """Whether a model is a Llama whose every part is one that the fused layers know."""
     from transformers import LlamaForCausalLM
 

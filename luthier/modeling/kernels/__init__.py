@@ -19,6 +19,8 @@ import torch
 from luthier.modeling.kernels import _plain
 
 _TYPES = {torch.float32, torch.bfloat16}
+# Kernels of a decode step, which serving.py calls.
+SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck")
 
 
 @cache
@@ -38,6 +40,16 @@ def is_compiled(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in _TYPES and _find_compiled() is not None
 
 
+def compiled_address(name: str, dtype: torch.dtype) -> int:
+    """Return the address of a kernel's machine code for numbers of a type; only where `is_compiled`."""
+    return int(getattr(_find_compiled(), name).address(is_bfloat16=dtype == torch.bfloat16))
+
+
+def float_bits(value: float) -> int:
+    """Return a number as kernels read it from their table: the bits of a float32."""
+    return int(np.float32(value).view(np.int32))
+
+
 def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: torch.Tensor) -> None:
     """Run a compiled kernel.
 
@@ -48,8 +60,7 @@ def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: to
     """
     from luthier.modeling.kernels._threads import launch
 
-    kernel = getattr(_find_compiled(), name)
-    launch(kernel.address(is_bfloat16=like.dtype == torch.bfloat16), [_as_number(one) for one in arguments])
+    launch(compiled_address(name, like.dtype), [_as_number(one) for one in arguments])
 
 
 def _check(
@@ -74,7 +85,7 @@ def _as_number(argument: torch.Tensor | int | float) -> int:
         if not argument.is_contiguous():
             raise ValueError("Kernels read whole contiguous tensors.")
         return argument.data_ptr()
-    return int(np.float32(argument).view(np.int32)) if isinstance(argument, float) else argument
+    return float_bits(argument) if isinstance(argument, float) else argument
 
 
 def rms_norm(

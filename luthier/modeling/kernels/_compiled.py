@@ -15,8 +15,13 @@ from luthier.modeling.kernels._rows import (
     rms_norm_backward,
     softmax_loss,
 )
+from luthier.modeling.kernels._serving import add_bottleneck, add_low_rank, add_rms_norm, attend_pages
 
 __all__ = [
+    "add_bottleneck",
+    "add_low_rank",
+    "add_rms_norm",
+    "attend_pages",
     "causal_softmax",
     "causal_softmax_backward",
     "gated_silu",

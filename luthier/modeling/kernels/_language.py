@@ -27,7 +27,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, overload
 
 _FAST = {"contract", "reassoc", "arcp", "nsz", "afn"}
-_inlined = njit(inline="always", fastmath=_FAST, error_model="numpy")
+inlined = njit(inline="always", fastmath=_FAST, error_model="numpy")
 
 _FIRST_ARGUMENT = 2
 _TABLE_SIZE = 24
@@ -147,13 +147,13 @@ def _call(_context: Any, address: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-@_inlined
+@inlined
 def open_table(data):
     """Return the table behind a kernel's pointer."""
     return carray(_table_of(data), _TABLE_SIZE)
 
 
-@_inlined
+@inlined
 def share(table, num_rows):
     """Return the first row of this thread and the one after its last."""
     if table[0] == 0:
@@ -161,6 +161,12 @@ def share(table, num_rows):
     # The team may be smaller than was asked for.
     thread, num_threads = _call(table[0]), _call(table[1])
     return num_rows * thread // num_threads, num_rows * (thread + 1) // num_threads
+
+
+@inlined
+def thread_number(table):
+    """Return this thread's number in the team."""
+    return 0 if table[0] == 0 else _call(table[0])
 
 
 @intrinsic
@@ -220,7 +226,7 @@ def _narrow_overload(value, like):
     return lambda value, like: np.float32(value)
 
 
-@_inlined
+@inlined
 def exponential(x):
     """e to the x in float32, within 2 units in the last place: 2^n times a polynomial on |r| <= ln(2)/2.
 

@@ -7,13 +7,17 @@ call (GCC's libgomp manual, "Implementing PARALLEL construct").
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 _MAPS = Path("/proc/self/maps")
+# The two addresses of the pool's functions come first (_language.py).
+_FIRST_ARGUMENT = 2
 
 
 class _Pool:
@@ -27,8 +31,12 @@ class _Pool:
         self.parallel = library.GOMP_parallel
         self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self.parallel.restype = None
-        self.thread_num_address = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
-        self.num_threads_address = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p).value
+        self.thread_num_address = _address_of(library.omp_get_thread_num)
+        self.num_threads_address = _address_of(library.omp_get_num_threads)
+
+
+def _address_of(function: Any) -> int:
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
 @cache
@@ -49,19 +57,37 @@ def _find_pool() -> _Pool | None:
         return None
 
 
-def launch(address: int, arguments: list[int]) -> None:
+class Launcher:
+    """Runs one kernel again and again, its table of arguments kept."""
+
+    def __init__(self, address: int, table_size: int) -> None:
+        self._address = address
+        self._table = np.zeros(table_size, dtype=np.int64)
+        self._pointer = self._table.ctypes.data
+        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+    def run(self, arguments: Sequence[int]) -> None:
+        """Run the kernel over all its rows and return when it is done.
+
+        Args:
+            arguments: the table's numbers after the first two.
+        """
+        num_threads = torch.get_num_threads()
+        pool = _find_pool() if num_threads > 1 else None
+        self._table[_FIRST_ARGUMENT : _FIRST_ARGUMENT + len(arguments)] = arguments
+        if pool is None:
+            self._table[0] = 0
+            self._alone(self._pointer)
+            return
+        self._table[0], self._table[1] = pool.thread_num_address, pool.num_threads_address
+        pool.parallel(self._address, self._pointer, num_threads, 0)
+
+
+def launch(address: int, arguments: Sequence[int]) -> None:
     """Run a kernel over all its rows and return when it is done.
 
     Args:
         address: of its machine code.
         arguments: the table's numbers after the first two.
     """
-    num_threads = torch.get_num_threads()
-    pool = _find_pool() if num_threads > 1 else None
-    if pool is None:
-        table = np.array([0, 0, *arguments], dtype=np.int64)
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(table.ctypes.data)
-        return
-    addresses = (pool.thread_num_address, pool.num_threads_address)
-    table = np.array([*addresses, *arguments], dtype=np.int64)
-    pool.parallel(address, table.ctypes.data, num_threads, 0)
+    Launcher(address, _FIRST_ARGUMENT + len(arguments)).run(arguments)

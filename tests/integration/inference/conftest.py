@@ -74,7 +74,10 @@ def served(folder: Path, base_folder: Path) -> Iterator[Served]:
     engine.start()
     thread.start()
     transport = httpx2.HTTPTransport(uds=str(folder / "s.sock"))
-    with httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client:
+    with (
+        runner.gate_lanes(),
+        httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client,
+    ):
         wait_until(lambda: server.started, "the server's start")
         wait_until(lambda: client.get("/healthz").json()["ready"], "the base's load")
         yield Served(client, settings.inference_url, service, core, engine, runner, loop)

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.data.tokens import Tokenizer
-from luthier.inference import loaded as loaded_module
+from luthier.inference import loading as loading_module
+from luthier.inference.loading import Kind
+from luthier.inference.whole import measure_whole
 from luthier.methods import discover
 from luthier.storage.store import Storage
 from tests.inference_server import BARE, CHAT, Served, prompt_ids, wait_until
@@ -86,8 +89,8 @@ def unload(served: Served) -> None:
     """Let every artifact that nobody needs leave, as if others had taken its place."""
 
     def leave() -> None:
-        for is_whole in (False, True):
-            served.service.models.loaded._leave_idle(lambda: False, is_whole=is_whole)
+        for kind in Kind:
+            served.service.models.loaded._leave_idle(kind, lambda: False)
 
     on_loop(served, leave)
 
@@ -121,12 +124,14 @@ def test_models_that_push_each_other_out_of_memory_answer_right_all_the_same(
     unload(served)
     whole = case_of(cases, WHOLE[0])
     check(served, whole, TEXTS[0])
-    monkeypatch.setattr(loaded, "_max_whole_bytes", loaded.num_whole_bytes)
-    monkeypatch.setattr(loaded, "_max_installed", 1)
+    monkeypatch.setitem(loaded._max_bytes, Kind.WHOLE, loaded.num_bytes(Kind.WHOLE))
+    others = [c.folder for name, c in cases.items() if c.folder and not name.startswith(tuple(WHOLE))]
+    largest = max(measure_whole(folder, torch.float32) for folder in others)
+    monkeypatch.setitem(loaded._max_bytes, Kind.PACKED, largest)
     for _ in range(2):
         for case in cases.values():
             check(served, case, TEXTS[2])
-            assert len(loaded.digests) <= 2
+            assert 0 <= loaded.num_bytes(Kind.PACKED) <= largest
     asked = [(case, text) for text in TEXTS for case in cases.values()]
     with ThreadPoolExecutor(len(asked)) as pool:
         for future in [pool.submit(check, served, case, text) for case, text in asked]:
@@ -180,14 +185,14 @@ def test_others_are_answered_while_a_whole_model_is_loaded(
     served: Served, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, is_loading = threading.Event(), threading.Event()
-    load = loaded_module.load_whole
+    load = loading_module.load_whole
 
     def load_slowly(*args: Any, **options: Any) -> Any:
         is_loading.set()
         assert gate.wait(30)
         return load(*args, **options)
 
-    monkeypatch.setattr(loaded_module, "load_whole", load_slowly)
+    monkeypatch.setattr(loading_module, "load_whole", load_slowly)
     unload(served)
     whole = case_of(cases, WHOLE[0])
     with ThreadPoolExecutor(2) as pool:
@@ -209,14 +214,14 @@ def test_a_whole_model_stays_while_its_rows_run_and_leaves_when_another_needs_it
     unload(served)
     first, second = (case for name, case in cases.items() if name.startswith(WHOLE[0]))
     check(served, first, TEXTS[0])
-    monkeypatch.setattr(loaded, "_max_whole_bytes", loaded.num_whole_bytes)
+    monkeypatch.setitem(loaded._max_bytes, Kind.WHOLE, loaded.num_bytes(Kind.WHOLE))
     served.runner.gate.clear()
     with ThreadPoolExecutor(2) as pool:
         before = served.runner.num_prefills
         running = pool.submit(check, served, first, TEXTS[0])
         wait_until(lambda: served.runner.num_prefills > before, "its prefill")
         waiting = pool.submit(check, served, second, TEXTS[0])
-        wait_until(loaded._turn.locked, "the other's turn")
+        wait_until(loaded._turns[Kind.WHOLE].locked, "the other's turn")
         assert loaded.digests[-1] == first.target.digest
         served.runner.gate.set()
         running.result()
@@ -228,7 +233,7 @@ def test_a_whole_model_beyond_the_memory_for_them_is_refused_and_the_rest_goes_o
     served: Served, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unload(served)
-    monkeypatch.setattr(served.service.models.loaded, "_max_whole_bytes", 1000)
+    monkeypatch.setitem(served.service.models.loaded._max_bytes, Kind.WHOLE, 1000)
     case = case_of(cases, WHOLE[0])
     refused = served.post(CHAT, case.target, messages=[{"role": "user", "content": "a"}])
     assert refused.json()["error"]["code"] == "out_of_memory"

@@ -168,19 +168,19 @@ def test_a_client_that_leaves_frees_its_row(served: Served, is_stream: bool) -> 
             served.runner.gate.clear()
             await reply.body.aclose()
         else:
-            while served.core.scheduler.num_live_rows == 0:
+            while served.core.num_rows == 0:
                 await asyncio.sleep(0.001)
             served.runner.gate.clear()
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
         await backend.aclose()
 
-    wait_until(lambda: not served.core.scheduler.has_work, "an idle engine")
+    wait_until(lambda: not served.core.has_work, "an idle engine")
     asyncio.run(leave())
     wait_until(lambda: not served.service._open, "the server's notice")
     steps = served.runner.num_steps
     served.runner.gate.set()
-    wait_until(lambda: not served.core.scheduler.has_work, "the row's end")
+    wait_until(lambda: not served.core.has_work, "the row's end")
     assert served.runner.num_steps <= steps + 2
 
 
@@ -206,7 +206,7 @@ def test_a_stream_whose_reader_is_cancelled_frees_its_row(served: Served) -> Non
 
     asyncio.run(asyncio.wait_for(leave(), 30))
     served.runner.gate.set()
-    wait_until(lambda: not served.core.scheduler.has_work, "the row's end")
+    wait_until(lambda: not served.core.has_work, "the row's end")
 
 
 def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from luthier.core.inference import HEADER_ARTIFACT, HEADER_DIGEST, ModelTarget
 from luthier.core.specs import BaseFacts
 from luthier.inference.bases import LoadedBase, ServedModel
 from luthier.inference.copies import verify_copy
-from luthier.inference.forward import run_prompts
-from luthier.inference.loaded import LoadedArtifacts
+from luthier.inference.loading import Kind
 from luthier.inference.models import read_target
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.whole import measure_whole
@@ -28,7 +27,7 @@ from tests.unit.inference.artifacts import (
     method_logits,
     tuning_name,
 )
-from tests.unit.inference.test_loaded import PROBE_IDS, InlineEngine
+from tests.unit.inference.test_loaded import PROBE_IDS, make_loaded
 
 IDS = [9, 30, 41, 5, 77, 12, 8]
 WHOLE = [name for name, method in discover().items() if method.is_whole_model]
@@ -74,16 +73,14 @@ def test_an_artifact_on_a_whole_model_gives_the_logits_that_its_method_gives_the
     expected_V = method_logits(whole.folder, artifact.folder, IDS)[-1]
 
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=2**24, max_waiting=4)
+        loaded = make_loaded(2**24, max_waiting=4)
         ready = await loaded.hold(served(base, artifact, whole))
-        with torch.inference_mode():
-            _, logits_1V = run_prompts(ready.activate(), [IDS], ready.prefix)
-        assert torch.allclose(logits_1V[0], expected_V, atol=1e-5)
-        assert not torch.allclose(
-            logits_1V[0], method_logits(base_folder, artifact.folder, IDS)[-1], atol=1e-2
-        )
+        assert ready.lane is not None
+        logits_V = ready.lane.probe(IDS, ready.adapter)
+        assert torch.allclose(logits_V, expected_V, atol=1e-4)
+        assert not torch.allclose(logits_V, method_logits(base_folder, artifact.folder, IDS)[-1], atol=1e-2)
         # It is counted as the whole model that it holds, and touches nothing of the base.
-        assert loaded.num_whole_bytes == measure_whole(whole.folder, torch.float32)
+        assert loaded.num_bytes(Kind.WHOLE) == measure_whole(whole.folder, torch.float32)
         assert set(loaded.digests) == {artifact.digest, whole.digest}
         assert base.slots.installed == []
         loaded.release(ready)
@@ -99,11 +96,11 @@ def test_an_artifact_is_laid_on_no_weights_but_those_it_was_made_on(
     on_base = build_method_artifact(tmp_path / "on-base", base_folder, tuning, seed=3)
 
     async def run() -> None:
-        loaded = LoadedArtifacts(InlineEngine(), max_whole_bytes=2**24, max_waiting=4)
+        loaded = make_loaded(2**24, max_waiting=4)
         for wrong in (served(base, on_whole, None), served(base, on_base, whole), served(base, whole, whole)):
             with pytest.raises((ArtifactCorruptError, SelfCheckError)):
                 await loaded.hold(wrong)
-        assert (loaded.digests, loaded.num_whole_bytes) == ([], 0)
+        assert (loaded.digests, loaded.num_bytes(Kind.WHOLE)) == ([], 0)
 
     asyncio.run(run())
 

@@ -19,6 +19,7 @@ from luthier.core.specs import BaseFacts
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.copies import verify_copy
 from luthier.inference.loaded import LoadedArtifacts
+from luthier.inference.loading import Kind, RowLimits
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.whole import measure_whole
 from luthier.methods import discover
@@ -88,7 +89,11 @@ def make_loaded(
     max_whole_bytes: int, *, engine: InlineEngine | None = None, **limits: int
 ) -> LoadedArtifacts:
     return LoadedArtifacts(
-        engine or InlineEngine(), max_whole_bytes=max_whole_bytes, **({"max_waiting": 100} | limits)
+        engine or InlineEngine(),
+        max_whole_bytes=max_whole_bytes,
+        max_adapter_bytes=10**9,
+        limits=RowLimits(max_rows=4, max_cache_tokens=256),
+        **({"max_waiting": 100} | limits),
     )
 
 
@@ -158,12 +163,12 @@ def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtake
         ready_first, ready_second = await loaded.hold(first), await loaded.hold(second)
         waiting = asyncio.create_task(loaded.hold(third))
         await settle()
-        assert not waiting.done() and loaded.num_whole_bytes == 2 * num_bytes
+        assert not waiting.done() and loaded.num_bytes(Kind.WHOLE) == 2 * num_bytes
         overtaking = asyncio.create_task(loaded.hold(second))
         await settle()
         assert not overtaking.done()
         # Weights are gone, not only forgotten, before others take their place.
-        weights = weakref.ref(ready_second.whole)
+        weights = weakref.ref(ready_second.lane)
         loaded.release(ready_second)
         del ready_second
         third_ready = await waiting
@@ -175,7 +180,7 @@ def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtake
         loaded.release(third_ready)
         loaded.release(await overtaking)
         assert loaded.digests == [first.digest, second.digest]
-        assert ready_first.whole is (await loaded.hold(first)).whole
+        assert ready_first.lane is (await loaded.hold(first)).lane
 
     asyncio.run(run())
 
@@ -215,7 +220,7 @@ def test_a_client_that_leaves_while_its_model_is_loaded_holds_nothing(
         await asyncio.gather(waiting, return_exceptions=True)
         # The place in the queue went with its owner.
         loaded.release(held)
-        assert (await asyncio.wait_for(loaded.hold(second), 10)).whole is held.whole
+        assert (await asyncio.wait_for(loaded.hold(second), 10)).lane is held.lane
 
     asyncio.run(run())
 
@@ -274,9 +279,9 @@ def test_a_whole_model_that_proves_nothing_is_refused_and_forgotten(
         for _ in range(2):
             with pytest.raises(expected):
                 await loaded.hold(served_by(base, bad))
-            assert (loaded.digests, loaded.num_whole_bytes) == ([], 0)
+            assert (loaded.digests, loaded.num_bytes(Kind.WHOLE)) == ([], 0)
         ready: ReadyModel = await loaded.hold(served_by(base, wholes[0]))
-        assert ready.whole is not None
+        assert ready.lane is not None
 
     asyncio.run(run())
 
@@ -299,9 +304,8 @@ def test_a_whole_model_in_bf16_is_served_in_the_type_of_its_base(
     async def run() -> None:
         loaded = make_loaded(10**9)
         ready = await loaded.hold(served_by(base, Artifact(sealed.digest, tmp_path / "a")))
-        assert ready.whole is not None
-        assert {weight.dtype for weight in ready.whole.parameters()} == {torch.float32}
+        assert ready.lane is not None and ready.lane.model.dtype is torch.float32
         # Memory is that of the served type, not that of the file.
-        assert loaded.num_whole_bytes == 4 * sum(weight.numel() for weight in weights.values())
+        assert loaded.num_bytes(Kind.WHOLE) == 4 * sum(weight.numel() for weight in weights.values())
 
     asyncio.run(run())

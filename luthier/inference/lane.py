@@ -1,0 +1,323 @@
+"""Continuous batching over one packed base: rows of any mix of adapters join and leave between steps.
+
+A step runs the next token of every row that answers, and a bounded stretch of prompts, so that running
+answers never stall behind a long one. Only the engine's thread may call it.
+
+Legend: R rows of logits, V vocabulary, L layers, N virtual tokens, H key heads, C head size.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+from luthier.core.errors import LuthierError, OutOfMemoryError
+from luthier.inference import sampler
+from luthier.inference.faults import log_fault
+from luthier.inference.pages import Chain, PagePool
+from luthier.inference.sequence import Sequence
+from luthier.inference.waiting import WaitingLine
+from luthier.modeling.kernels.served_rows import PAGE_SIZE
+from luthier.modeling.packed_adapter import PackedAdapter
+from luthier.modeling.packed_llama import PackedLlama, Stretch
+
+_LOG = logging.getLogger(__name__)
+
+# Prompt tokens of one step, and those of a prompt that is longer than that: what they add to the time
+# between two tokens of everybody else is what a small model takes for them.
+MAX_PROMPT_TOKENS = 128
+MAX_LONG_TOKENS = 64
+# Steps that a long prompt may be passed over in favour of short ones.
+_MAX_PASSED_OVER = 4
+
+
+@dataclass(eq=False)
+class _Row:
+    """A sequence that has pages.
+
+    `tokens` are its virtual ones, as negative numbers, its prompt and its answer; the first `num_done` of
+    them are in its pages.
+    """
+
+    sequence: Sequence
+    adapter: PackedAdapter | None
+    tokens: list[int]
+    chain: Chain
+    num_done: int
+    num_passed_over: int = field(default=0)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are still to be run; 1 while it answers."""
+        return len(self.tokens) - self.num_done
+
+
+class Lane:
+    """The rows of one packed base, and who waits for one.
+
+    Args:
+        model: the base.
+        max_rows: rows that run at a time.
+    """
+
+    def __init__(self, model: PackedLlama, *, max_rows: int) -> None:
+        self.model = model
+        self._max_rows = max_rows
+        self._pool = PagePool(model.pages.num_pages, PAGE_SIZE)
+        self._waiting = WaitingLine()
+        self._rows: list[_Row] = []
+        # What rows that lost their pages had come to, their answers included.
+        self._interrupted: dict[Sequence, list[int]] = {}
+        self.num_preempted = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._rows or self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that have a row."""
+        return len(self._rows)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for a row."""
+        self._waiting.add(sequence)
+
+    def sweep(self) -> None:
+        """Let go of the rows whose answers are not wanted any more."""
+        gone = [row for row in self._rows if row.sequence.is_done]
+        for row in gone:
+            self._pool.release(row.chain)
+        if gone:
+            self._rows = [row for row in self._rows if not row.sequence.is_done]
+
+    def drain(self) -> list[Sequence]:
+        """Forget everybody and return them."""
+        found = [row.sequence for row in self._rows] + self._waiting.drain()
+        for row in self._rows:
+            self._pool.release(row.chain)
+        self._rows.clear()
+        self._interrupted.clear()
+        return found
+
+    def forget(self, sequence_key: object) -> None:
+        """Let nobody share pages of an adapter that leaves the memory."""
+        self._pool.forget(sequence_key)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Run the next tokens of all rows that have their turn.
+
+        Returns:
+            Whether there were any.
+        """
+        self.sweep()
+        self._admit()
+        work = self._plan()
+        if work:
+            self._run(work)
+            self.sweep()
+        return bool(work)
+
+    def _admit(self) -> None:
+        while len(self._rows) < self._max_rows:
+            sequence = self._waiting.peek()
+            if sequence is None:
+                return
+            adapter: PackedAdapter | None = sequence.served.adapter
+            tokens = self._interrupted.get(sequence)
+            if tokens is None:
+                num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
+                tokens = [*range(-1, -num_virtual - 1, -1), *sequence.prompt_ids]
+            chain = self._pool.start(sequence.key, tokens)
+            # A page more than the prompt needs, and one for each row that runs, so that nobody is let in
+            # only to push somebody else out.
+            spare = len(self._rows)
+            if self._pool.num_free - spare < -(-(len(tokens) + 1) // PAGE_SIZE) - len(chain.pages):
+                self._pool.release(chain)
+                if not self._rows:
+                    # Nothing will ever leave for it.
+                    self._waiting.pop().fail(_too_large(len(tokens)))
+                    continue
+                return
+            self._pool.extend(chain, len(tokens) + 1)
+            self._waiting.pop()
+            self._interrupted.pop(sequence, None)
+            self._rows.append(self._begin(sequence, adapter, tokens, chain))
+
+    def _begin(
+        self, sequence: Sequence, adapter: PackedAdapter | None, tokens: list[int], chain: Chain
+    ) -> _Row:
+        num_shared = chain.num_named * PAGE_SIZE
+        num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
+        if adapter is not None and num_shared < num_virtual:
+            _write_virtual(self.model, adapter, chain.pages, num_shared)
+        return _Row(sequence, adapter, tokens, chain, max(num_shared, num_virtual))
+
+    def _plan(self) -> list[tuple[_Row, Stretch]]:
+        work = []
+        for row in list(self._rows):
+            if row.num_left == 1 and self._has_pages(row):
+                work.append((row, self._stretch(row, 1)))
+        # A row that was planned may have lost its pages to one that came before it.
+        work = [(row, stretch) for row, stretch in work if row in self._rows]
+        budget = MAX_PROMPT_TOKENS
+        prompts = [row for row in self._rows if row.num_left > 1]
+        short = [row for row in prompts if row.num_left <= MAX_LONG_TOKENS]
+        for row in prompts:
+            is_long = row.num_left > MAX_LONG_TOKENS
+            if is_long and short and row.num_passed_over < _MAX_PASSED_OVER:
+                row.num_passed_over += 1
+                continue
+            row.num_passed_over = 0
+            count = min(row.num_left, budget, MAX_LONG_TOKENS)
+            if count <= 0:
+                break
+            work.append((row, self._stretch(row, count)))
+            budget -= count
+        return work
+
+    def _stretch(self, row: _Row, count: int) -> Stretch:
+        end = row.num_done + count
+        described = None if row.adapter is None else row.adapter.described
+        return Stretch(
+            row.tokens[row.num_done : end],
+            row.num_done,
+            row.chain.pages,
+            described,
+            wants_logits=end == len(row.tokens),
+        )
+
+    def _has_pages(self, row: _Row) -> bool:
+        """Make sure that a row has a page for its next token, taken from the youngest row if need be."""
+        if row not in self._rows:
+            return False
+        while not self._pool.extend(row.chain, len(row.tokens)):
+            if len(self._rows) == 1:
+                # Nobody will ever leave for it.
+                row.sequence.fail(_too_large(len(row.tokens)))
+                self.sweep()
+                return False
+            self._interrupt(self._rows[-1])
+            if row not in self._rows:
+                return False
+        return True
+
+    def _interrupt(self, row: _Row) -> None:
+        """Take a row's pages; it waits before all others and is run again up to where it was."""
+        self.num_preempted += 1
+        self._rows.remove(row)
+        self._pool.release(row.chain)
+        self._interrupted[row.sequence] = row.tokens
+        self._waiting.add_first(row.sequence)
+
+    def _run(self, work: list[tuple[_Row, Stretch]]) -> None:
+        try:
+            logits_RV = self.model.step([stretch for _, stretch in work])
+        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
+            if len(work) == 1:
+                self._fail(work[0][0], error)
+                return
+            # Whose fault it was is found by running each alone; what they wrote is written again.
+            for one in work:
+                self._run([one])
+            return
+        for row, stretch in work:
+            row.num_done += len(stretch)
+            self._pool.name(row.chain, row.tokens, row.num_done)
+        answering = [row for row, stretch in work if stretch.wants_logits]
+        if not answering:
+            return
+        sequences = [row.sequence for row in answering]
+        for row, choice in zip(answering, sampler.choose(logits_RV, sequences), strict=True):
+            if not row.sequence.is_done:
+                row.sequence.accept(choice)
+                row.tokens.append(choice.token_id)
+
+    def _fail(self, row: _Row, error: Exception) -> None:
+        if not isinstance(error, LuthierError):
+            log_fault(_LOG, "A step, whose answer ends with an error,", error)
+            error = LuthierError("The model server failed on this request; the operator's log says why.")
+        row.sequence.fail(error)
+
+    @torch.inference_mode()
+    def prepare(self, adapter: PackedAdapter) -> None:
+        """Run an adapter's input vectors, so that it has keys and values from then on.
+
+        Args:
+            adapter: laid out on this lane's base; one without input vectors is left as it is.
+
+        Raises:
+            OutOfMemoryError: when the pages are too few for them.
+        """
+        vectors_ND = adapter.embeddings_ND
+        if vectors_ND is None:
+            return
+        chain = self._borrow(len(vectors_ND))
+        try:
+            for first in range(0, len(vectors_ND), MAX_PROMPT_TOKENS):
+                part_ND = vectors_ND[first : first + MAX_PROMPT_TOKENS]
+                self.model.step([Stretch(part_ND, first, chain.pages, wants_logits=False)])
+            adapter.take_key_values(*self.model.pages.read(chain.pages, len(vectors_ND)))
+        finally:
+            self._pool.release(chain)
+
+    @torch.inference_mode()
+    def probe(self, token_ids: list[int], adapter: PackedAdapter | None = None) -> torch.Tensor:
+        """Return what a model says after a short text, by the way that requests go.
+
+        Args:
+            token_ids: the text's tokens.
+            adapter: what lies on the base, prepared.
+
+        Returns:
+            logits_V, float32.
+
+        Raises:
+            OutOfMemoryError: when the pages are too few.
+        """
+        num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
+        chain = self._borrow(num_virtual + len(token_ids))
+        try:
+            described = None
+            if adapter is not None:
+                described = adapter.described
+                _write_virtual(self.model, adapter, chain.pages, 0)
+            stretch = Stretch(token_ids, num_virtual, chain.pages, described)
+            logits_1V: torch.Tensor = self.model.step([stretch])
+            return logits_1V[0]
+        finally:
+            self._pool.release(chain)
+
+    def _borrow(self, num_tokens: int) -> Chain:
+        """Return pages whose content nobody is to share."""
+        chain = Chain(None)
+        while not self._pool.extend(chain, num_tokens):
+            if not self._rows:
+                raise _too_large(num_tokens)
+            self._interrupt(self._rows[-1])
+        return chain
+
+
+def _write_virtual(model: PackedLlama, adapter: PackedAdapter, pages: list[int], start: int) -> None:
+    """Put an adapter's keys and values from a position on into the first pages of a sequence."""
+    if adapter.keys_NLHC is None or adapter.values_NLHC is None:
+        return
+    positions = torch.arange(start, adapter.num_virtual_tokens)
+    page_N = torch.tensor(pages)[positions // PAGE_SIZE]
+    model.pages.write_all(
+        page_N, positions % PAGE_SIZE, adapter.keys_NLHC[start:], adapter.values_NLHC[start:]
+    )
+
+
+def _too_large(num_tokens: int) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"The model server has too little memory for {num_tokens} tokens of one answer. An operator raises "
+        "LUTHIER_MAX_CACHE_TOKENS."
+    )

@@ -1,0 +1,209 @@
+"""From an artifact's verified copy to weights that answer: measured, read, laid out, proved, and taken away.
+
+Reading and laying out take a thread of their own; only the proof runs on the engine's thread, as one short
+prompt between two steps. Nothing here counts memory or decides who leaves.
+
+Legend: `V` vocabulary.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from enum import Enum
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from safetensors import safe_open
+
+from luthier.core.errors import ArtifactCorruptError, SelfCheckError
+from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
+from luthier.inference.copies import Copy
+from luthier.inference.lane import Lane
+from luthier.inference.proofs import check_base, check_probe
+from luthier.inference.slots import ArtifactSlots
+from luthier.inference.whole import load_whole, measure_whole
+from luthier.methods import method_of_artifact
+from luthier.methods._served import ServedParts
+from luthier.modeling.load import load_base
+from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
+from luthier.modeling.packed_llama import can_pack_llama
+
+ResultT = TypeVar("ResultT")
+
+_OPENING = threading.Lock()
+
+
+class EngineLike(Protocol):
+    """What loading asks of luthier.inference.engine.Engine."""
+
+    def call(self, work: Callable[[], ResultT]) -> Future[ResultT]:
+        """Run work on the engine's thread."""
+
+    def sweep(self) -> Future[None]:
+        """Let go of all rows that nobody waits for."""
+
+
+class Kind(Enum):
+    """How an artifact lies in memory: beside a packed base, on a plain one, or as weights of its own."""
+
+    PACKED = "packed"
+    INSTALLED = "installed"
+    WHOLE = "whole"
+
+
+def measure(served: ServedModel) -> tuple[Kind, int]:
+    """Tell how a model will lie in memory. Reads headers only; any thread may call it.
+
+    Args:
+        served: a model with an artifact.
+
+    Returns:
+        Its kind, and the bytes that it will take: exact for whole models, 0 for those on a plain base.
+
+    Raises:
+        ArtifactCorruptError: when a weights file has no header that can be read.
+    """
+    copy = _copy_of(served)
+    # With a foundation it has weights of its own too, which bear the artifact and nothing else.
+    whole = served.foundation or copy
+    if served.foundation is not None or method_of_artifact(copy.folder).is_whole_model:
+        return Kind.WHOLE, measure_whole(whole.folder, served.base.dtype)
+    if served.base.packed is None:
+        return Kind.INSTALLED, 0
+    return Kind.PACKED, measure_whole(copy.folder, served.base.dtype)
+
+
+async def load(engine: EngineLike, served: ServedModel, kind: Kind, limits: "RowLimits") -> ReadyModel:
+    """Bring a model into memory and let it prove itself.
+
+    Args:
+        engine: the engine's thread.
+        served: the model.
+        kind: what `measure` told.
+        limits: of rows on weights of their own.
+
+    Returns:
+        The model, ready to answer.
+
+    Raises:
+        ArtifactCorruptError: when the artifact's files don't fit the base or each other.
+        SelfCheckError: when it can't prove itself.
+    """
+    for copy in served.copies:
+        await asyncio.to_thread(copy.check)
+    if kind is Kind.WHOLE:
+        return await asyncio.to_thread(_load_whole, served, limits)
+    copy, packed = _copy_of(served), served.base.packed
+    if kind is Kind.PACKED and packed is not None:
+        adapter = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
+        if adapter is not None:
+            lane = packed.lane
+            proving = engine.call(lambda: _prove(lane, adapter, served.base.probe_ids, packed.logits_V))
+            await asyncio.wrap_future(proving)
+            return ReadyModel(served, lane=lane, adapter=adapter)
+        await asyncio.to_thread(_open_slots, served.base, packed)
+    slots, digest = served.base.plain, copy.digest
+    installing = engine.call(lambda: slots.install(digest, copy.folder))
+    return ReadyModel(served, prefix=await asyncio.wrap_future(installing))
+
+
+def remove(engine: EngineLike, ready: ReadyModel) -> None:
+    """Take a model off its base, after all that was asked of the engine before."""
+    served, digest = ready.served, ready.served.digest
+    if ready.whole is not None or digest is None:
+        return
+    if ready.lane is None:
+        engine.call(lambda: served.base.plain.remove(digest))
+    elif served.base.packed is not None and ready.lane is served.base.packed.lane:
+        engine.call(lambda: served.base.packed.lane.forget(served.key) if served.base.packed else None)
+
+
+class RowLimits:
+    """How many rows, and tokens of all of them, run on one model's own weights."""
+
+    def __init__(self, *, max_rows: int, max_cache_tokens: int) -> None:
+        self.max_rows = max_rows
+        self.max_cache_tokens = max_cache_tokens
+
+
+def _copy_of(served: ServedModel) -> Copy:
+    if served.copy is None:
+        raise ArtifactCorruptError("The model has no artifact.")
+    return served.copy
+
+
+def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> PackedAdapter | None:
+    """Read an artifact and lay it out beside its base; None where only the plain path can serve it."""
+    check_base(copy.folder, base_digest)
+    parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape)
+    model = packed.lane.model
+    if parts is None or not can_lay_out(parts, model):
+        return None
+    _check_finite(parts)
+    return lay_out(parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"))
+
+
+def _check_finite(parts: ServedParts) -> None:
+    """Check every number; a probe alone may not meet one that is not finite."""
+    # A sum is not finite if any number is not, and takes one pass; one that overflows is looked at closely.
+    for tensor in parts.tensors:
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise SelfCheckError("The model's weights are not finite; it is not served.")
+
+
+def _read_weight(folder: Path, name: str) -> torch.Tensor:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stored:
+            if name in stored.keys():  # noqa: SIM118 - not a dict
+                tensor: torch.Tensor = stored.get_tensor(name)
+                return tensor
+    raise ArtifactCorruptError("The base has no layer that the artifact is for.")
+
+
+def _prove(lane: Lane, adapter: PackedAdapter, probe_ids: list[int], base_logits_V: torch.Tensor) -> None:
+    lane.prepare(adapter)
+    check_probe(lane.probe(probe_ids, adapter), base_logits_V)
+
+
+def _open_slots(base: LoadedBase, packed: PackedWeights) -> None:
+    """Load the plain path's weights of a packed base, for an artifact with no place in the packed."""
+    with _OPENING:
+        if base.slots is None:
+            model = load_base(packed.folder, dtype=base.dtype, device=str(base.device))
+            base.slots = ArtifactSlots(model, base_digest=base.facts.digest, probe_ids=base.probe_ids)
+
+
+def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
+    """Load a whole model, and maybe an artifact on it, each proved; nobody else shares these weights."""
+    base, copy = served.base, _copy_of(served)
+    folder = (served.foundation or copy).folder
+    whole = load_whole(
+        folder,
+        dtype=base.dtype,
+        device=base.device,
+        base_digest=base.facts.digest,
+        probe_ids=base.probe_ids,
+        base_logits_V=base.probe_logits(),
+    )
+    if can_pack_llama(whole):
+        packed = pack(
+            whole,
+            folder,
+            base.probe_ids,
+            max_rows=limits.max_rows,
+            max_cache_tokens=limits.max_cache_tokens,
+        )
+        check_probe(packed.logits_V, base.probe_logits())
+        if served.foundation is None:
+            return ReadyModel(served, lane=packed.lane)
+        adapter = _lay_out(copy, packed, served.foundation.digest)
+        if adapter is not None:
+            _prove(packed.lane, adapter, base.probe_ids, packed.logits_V)
+            return ReadyModel(served, lane=packed.lane, adapter=adapter)
+    if served.foundation is None:
+        return ReadyModel(served, whole=whole)
+    slots = ArtifactSlots(whole, base_digest=served.foundation.digest, probe_ids=base.probe_ids)
+    prefix = slots.install(copy.digest, copy.folder)
+    return ReadyModel(served, prefix=prefix, whole=slots.activate(copy.digest))

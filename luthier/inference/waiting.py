@@ -1,0 +1,79 @@
+"""Who waits, in a fair order: projects take turns, and in each project its models do. No tensors."""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+
+from luthier.inference.sequence import ModelKey, Sequence
+
+_Line = OrderedDict[ModelKey, deque[Sequence]]
+
+
+class WaitingLine:
+    """Sequences that wait for a row. One project's thousand requests hold up another's one by one turn."""
+
+    def __init__(self) -> None:
+        self._projects: OrderedDict[str, _Line] = OrderedDict()
+        # Those that had a row and lost it, to be served before all others.
+        self._returned: deque[Sequence] = deque()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._all())
+
+    def __bool__(self) -> bool:
+        return bool(self._projects or self._returned)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait behind those of its project and model."""
+        line = self._projects.setdefault(sequence.project_id, OrderedDict())
+        line.setdefault(sequence.key, deque()).append(sequence)
+
+    def add_first(self, sequence: Sequence) -> None:
+        """Let a sequence that lost its row wait before all others."""
+        self._returned.appendleft(sequence)
+
+    def peek(self) -> Sequence | None:
+        """Return whose turn it is, None when nobody waits; those that want no answer any more are dropped."""
+        while self._returned:
+            if not self._returned[0].is_done:
+                return self._returned[0]
+            self._returned.popleft()
+        while self._projects:
+            line = next(iter(self._projects.values()))
+            waiting = next(iter(line.values()))
+            if waiting and not waiting[0].is_done:
+                return waiting[0]
+            self._drop_first(takes_turn=False)
+        return None
+
+    def pop(self) -> Sequence:
+        """Take whom `peek` returned; his project and model are last in turn now."""
+        if self._returned:
+            return self._returned.popleft()
+        return self._drop_first(takes_turn=True)
+
+    def drain(self) -> list[Sequence]:
+        """Forget everybody and return them."""
+        waiting = list(self._all())
+        self._projects.clear()
+        self._returned.clear()
+        return waiting
+
+    def _drop_first(self, *, takes_turn: bool) -> Sequence:
+        project, line = next(iter(self._projects.items()))
+        key, waiting = next(iter(line.items()))
+        sequence = waiting.popleft()
+        if not waiting:
+            del line[key]
+        elif takes_turn:
+            line.move_to_end(key)
+        if not line:
+            del self._projects[project]
+        elif takes_turn:
+            self._projects.move_to_end(project)
+        return sequence
+
+    def _all(self) -> Iterator[Sequence]:
+        yield from self._returned
+        for line in self._projects.values():
+            for waiting in line.values():
+                yield from waiting

@@ -1,0 +1,222 @@
+"""Compiled kernels of a decode step: each row has one token, and maybe an adapter of its own.
+
+A row's adapter is a table of int64 (`luthier.modeling.kernels.serving` says what stands where), 0 for none,
+so that rows of any mix of adapters are one call. Rows, or pairs of a row and a key head, are shared out
+among the threads.
+"""
+
+# numba reads the loops themselves and takes their types from the arguments.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import math
+
+import numpy as np
+from numba import carray
+
+from luthier.modeling.kernels._language import (
+    Kernel,
+    at,
+    at_float32,
+    at_int64,
+    exponential,
+    inlined,
+    narrow,
+    number,
+    open_table,
+    share,
+    thread_number,
+    wide,
+)
+from luthier.modeling.kernels._vectors import add_rows, dot_four_rows, dot_four_rows_wide, item_size
+
+
+@Kernel
+def add_rms_norm(data):
+    """Add the change to the stream where there is one, and write weight * x / rms(x) of the sum."""
+    table = open_table(data)
+    num_rows, size, epsilon, has_change = table[2], table[3], number(table[4]), table[5]
+    stream_ND = carray(at(table[6], data), (num_rows, size))
+    change_ND = carray(at(table[7], data), (num_rows, size))
+    weight_D = carray(at(table[8], data), size)
+    out_ND = carray(at(table[9], data), (num_rows, size))
+    begin, end = share(table, num_rows)
+    for i in range(begin, end):
+        if has_change != 0:
+            for j in range(size):
+                stream_ND[i, j] = narrow(wide(stream_ND[i, j]) + wide(change_ND[i, j]), stream_ND)
+        total = np.float32(0.0)
+        for j in range(size):
+            value = wide(stream_ND[i, j])
+            total += value * value
+        inverse = np.float32(1.0) / np.sqrt(total / np.float32(size) + epsilon)
+        for j in range(size):
+            unit = wide(narrow(wide(stream_ND[i, j]) * inverse, out_ND))
+            out_ND[i, j] = narrow(unit * wide(weight_D[j]), out_ND)
+
+
+@inlined
+def _turn_into(first, cosine, sine, source, half, scale, target):
+    """Write a head turned by its position, times a scale."""
+    for c in range(half):
+        low, high = wide(source[first + c]), wide(source[first + half + c])
+        target[c] = narrow((low * cosine[c] - high * sine[c]) * scale, target)
+        target[half + c] = narrow((high * cosine[c] + low * sine[c]) * scale, target)
+
+
+@Kernel
+def attend_pages(data):
+    """Put each row's key and value into its page, and attend to all of the row's pages.
+
+    Pages are [pages, key heads, tokens of a page, C]; a row's are named in `pages_MW`, and its token is
+    number `positions_M[i]` of its sequence.
+    """
+    table = open_table(data)
+    num_rows, num_kv_heads, groups, size = table[2], table[3], table[4], table[5]
+    scale, page_size, max_pages = number(table[6]), table[7], table[8]
+    num_columns = (groups + 2) * num_kv_heads * size
+    half = size // 2
+    qkv = carray(at(table[9], data), num_rows * num_columns)
+    positions_M = carray(at_int64(table[10]), num_rows)
+    pages_MW = carray(at_int64(table[13]), (num_rows, max_pages))
+    key_pages, value_pages = table[14], table[15]
+    out = carray(at(table[16], data), num_rows * groups * num_kv_heads * size)
+    scratch = table[17] + thread_number(table) * table[18] * 4
+    query, total_C = carray(at_float32(scratch), size), carray(at_float32(scratch + 4 * size), size)
+    weights_at = scratch + 8 * size
+    bytes_each, head_bytes = item_size(data), page_size * size * item_size(data)
+    begin, end = share(table, num_rows * num_kv_heads)
+    for pair in range(begin, end):
+        i, head = pair // num_kv_heads, pair % num_kv_heads
+        position = positions_M[i]
+        cosine = carray(at_float32(table[11] + position * half * 4), half)
+        sine = carray(at_float32(table[12] + position * half * 4), half)
+        place = (pages_MW[i, position // page_size] * num_kv_heads + head) * head_bytes
+        place += position % page_size * size * bytes_each
+        key, value = carray(at(key_pages + place, data), size), carray(at(value_pages + place, data), size)
+        row = i * num_columns
+        first = row + (groups * num_kv_heads + head) * size
+        _turn_into(first, cosine, sine, qkv, half, np.float32(1.0), key)
+        first += num_kv_heads * size
+        for c in range(size):
+            value[c] = qkv[first + c]
+        num_keys = position + 1
+        weights = carray(at_float32(weights_at), num_keys)
+        for group in range(groups):
+            query_head = head * groups + group
+            _turn_into(row + query_head * size, cosine, sine, qkv, half, scale, query)
+            for page in range((num_keys + page_size - 1) // page_size):
+                keys_at = key_pages + (pages_MW[i, page] * num_kv_heads + head) * head_bytes
+                for four in range(0, page_size, 4):
+                    if page * page_size + four < num_keys:
+                        dot_four_rows_wide(
+                            keys_at + four * size * bytes_each,
+                            size,
+                            scratch,
+                            size,
+                            weights_at + (page * page_size + four) * 4,
+                            data,
+                        )
+            highest = weights[0]
+            for j in range(num_keys):
+                highest = weights[j] if weights[j] > highest else highest
+            total = np.float32(0.0)
+            for j in range(num_keys):
+                weights[j] = exponential(weights[j] - highest)
+                total += weights[j]
+            for c in range(size):
+                total_C[c] = np.float32(0.0)
+            for page in range((num_keys + page_size - 1) // page_size):
+                values_at = value_pages + (pages_MW[i, page] * num_kv_heads + head) * head_bytes
+                num_seen = min(page_size, num_keys - page * page_size)
+                factors_at = weights_at + page * page_size * 4
+                add_rows(values_at, size, factors_at, num_seen, scratch + 4 * size, size, data)
+            inverse = np.float32(1.0) / total
+            first = (i * groups * num_kv_heads + query_head) * size
+            for c in range(size):
+                out[first + c] = narrow(total_C[c] * inverse, out)
+
+
+@Kernel
+def add_low_rank(data):
+    """Add `B (A x)` to the columns of each site, and multiply them by the site's factors where it has any."""
+    table = open_table(data)
+    num_rows, size, width, num_sites, first_entry = table[2], table[3], table[4], table[5], table[6]
+    x_at, out_at = table[7], table[8]
+    adapters = carray(at_int64(table[9]), num_rows)
+    widths = carray(at_int64(table[10]), num_sites)
+    middle_at = table[11] + thread_number(table) * table[12] * 4
+    bytes_each = item_size(data)
+    begin, end = share(table, num_rows)
+    for i in range(begin, end):
+        if adapters[i] == 0:
+            continue
+        entries = carray(at_int64(adapters[i] + first_entry * 8), num_sites * 4)
+        column = 0
+        for site in range(num_sites):
+            num_outputs, rank = widths[site], entries[4 * site + 2]
+            if rank != 0:
+                out = carray(at(out_at + (i * width + column) * bytes_each, data), num_outputs)
+                for four in range(0, rank, 4):
+                    rows_at = entries[4 * site] + four * size * bytes_each
+                    dot_four_rows(
+                        rows_at, size, x_at + i * size * bytes_each, size, middle_at + four * 4, data
+                    )
+                change_at = middle_at + rank * 4
+                change = carray(at_float32(change_at), num_outputs)
+                for j in range(num_outputs):
+                    change[j] = wide(out[j])
+                add_rows(entries[4 * site + 1], num_outputs, middle_at, rank, change_at, num_outputs, data)
+                if entries[4 * site + 3] != 0:
+                    factors = carray(at_float32(entries[4 * site + 3]), num_outputs)
+                    for j in range(num_outputs):
+                        change[j] *= factors[j]
+                for j in range(num_outputs):
+                    out[j] = narrow(change[j], out)
+            column += num_outputs
+
+
+@inlined
+def _activate(x, kind):
+    """Return the activation of a kind: 1 gelu, 2 relu, 3 silu, 4 tanh."""
+    if kind == 1:
+        return np.float32(0.5) * x * np.float32(1.0 + math.erf(x * np.float32(0.7071067811865476)))
+    if kind == 2:
+        return x if x > np.float32(0.0) else np.float32(0.0)
+    if kind == 3:
+        return x / (np.float32(1.0) + exponential(-x))
+    return np.float32(math.tanh(x))
+
+
+@Kernel
+def add_bottleneck(data):
+    """Add `up(act(down(x)))` to each row of out; x is the row itself, or in parallel the half's input."""
+    table = open_table(data)
+    num_rows, size, first_entry = table[2], table[3], table[4]
+    input_at, out_at = table[5], table[6]
+    adapters = carray(at_int64(table[7]), num_rows)
+    middle_at = table[8] + thread_number(table) * table[9] * 4
+    bytes_each = item_size(data)
+    begin, end = share(table, num_rows)
+    for i in range(begin, end):
+        if adapters[i] == 0:
+            continue
+        entries = carray(at_int64(adapters[i] + first_entry * 8), 7)
+        middle_size = entries[4]
+        if middle_size == 0:
+            continue
+        out = carray(at(out_at + i * size * bytes_each, data), size)
+        x_at = (out_at if entries[6] == 0 else input_at) + i * size * bytes_each
+        for four in range(0, middle_size, 4):
+            rows_at = entries[0] + four * size * bytes_each
+            dot_four_rows(rows_at, size, x_at, size, middle_at + four * 4, data)
+        middle = carray(at_float32(middle_at), middle_size)
+        down_bias = carray(at_float32(entries[1]), middle_size)
+        for j in range(middle_size):
+            middle[j] = _activate(middle[j] + down_bias[j], entries[5])
+        change_at = middle_at + middle_size * 4
+        change, up_bias = carray(at_float32(change_at), size), carray(at_float32(entries[3]), size)
+        for j in range(size):
+            change[j] = wide(out[j]) + up_bias[j]
+        add_rows(entries[2], size, middle_at, middle_size, change_at, size, data)
+        for j in range(size):
+            out[j] = narrow(change[j], out)

@@ -1,0 +1,212 @@
+"""Products of vectors in memory, written in LLVM's vectors of 16 float32 over float32 or bfloat16 memory.
+
+The compiler's own vectors stop at a conversion of bits in the middle of a sum; these keep the sums of four
+rows, or of 64 columns, in registers and read each weight once. All addresses are int64, all strides count
+numbers, and `like` is a kernel's typed pointer, which says what the rows hold.
+"""
+
+# What an intrinsic takes is in its arguments, which only the generated code reads.
+# ruff: noqa: ARG001
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+_I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+_LANES = 16
+_VECTOR, _WIDE_BITS = ir.VectorType(_F32, _LANES), ir.VectorType(_I32, _LANES)
+# Sums that are kept at a time: as many as hide the time that one multiplication takes.
+_NUM_SUMS = 4
+
+
+def item_size(like):
+    """Return the bytes of one number."""
+
+
+@overload(item_size, inline="always")
+def _item_size_overload(like):
+    size = 2 if like.dtype == types.uint16 else 4
+    return lambda like: size  # noqa: ARG005
+
+
+class _Memory:
+    """Numbers of one type in memory, read and written as float32.
+
+    Args:
+        builder: where the code goes.
+        is_bfloat16: whether they are bfloat16, else float32.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, *, is_bfloat16: bool) -> None:
+        self._builder = builder
+        self._is_bfloat16 = is_bfloat16
+        self._size = 2 if is_bfloat16 else 4
+
+    def load(self, address: ir.Value, index: ir.Value, lanes: int) -> ir.Value:
+        """Return `lanes` numbers from an index on as one float32 vector, or one float32."""
+        builder = self._builder
+        held: ir.Type = _I16 if self._is_bfloat16 else _F32
+        wide: ir.Type = _I32
+        if lanes > 1:
+            held, wide = ir.VectorType(held, lanes), _WIDE_BITS
+        stored = builder.load(self._pointer(address, index, held), align=self._size)
+        if not self._is_bfloat16:
+            return stored
+        shift = _I32(16) if lanes == 1 else ir.Constant(_WIDE_BITS, [16] * lanes)
+        bits = builder.shl(builder.zext(stored, wide), shift)
+        return builder.bitcast(bits, _F32 if lanes == 1 else _VECTOR)
+
+    def store(self, value: ir.Value, address: ir.Value, index: ir.Value) -> None:
+        """Write a float32 or a vector of them; only for float32 memory."""
+        self._builder.store(value, self._pointer(address, index, value.type), align=self._size)
+
+    def _pointer(self, address: ir.Value, index: ir.Value, held: ir.Type) -> ir.Value:
+        builder = self._builder
+        place = builder.add(address, builder.mul(index, _I64(self._size)))
+        return builder.inttoptr(place, held.as_pointer())
+
+
+_Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+def _loop(
+    builder: ir.IRBuilder, begin: ir.Value, end: ir.Value, step: int, carried: list[ir.Value], body: _Body
+) -> tuple[ir.Value, list[ir.Value]]:
+    """Emit a loop while `index + step <= end`; return where it stopped and what it carried."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(_I64)
+    index.add_incoming(begin, before)
+    held = [builder.phi(value.type) for value in carried]
+    for phi, value in zip(held, carried, strict=True):
+        phi.add_incoming(value, before)
+    builder.cbranch(builder.icmp_signed("<=", builder.add(index, _I64(step)), end), inside, after)
+    builder.position_at_end(inside)
+    renewed = body(index, held)
+    following = builder.add(index, _I64(step))
+    index.add_incoming(following, builder.block)
+    for phi, value in zip(held, renewed, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return index, held
+
+
+def _sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """Return the sum of a vector's 16 numbers, halves added to halves."""
+    lanes = _LANES
+    while lanes > 1:
+        lanes //= 2
+        mask = ir.Constant(_WIDE_BITS, [(lane + lanes) % _LANES for lane in range(_LANES)])
+        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, mask))
+    return builder.extract_element(vector, _I32(0))
+
+
+def _broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    vector = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
+    return builder.shuffle_vector(vector, vector, ir.Constant(_WIDE_BITS, [0] * _LANES))
+
+
+def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:
+    product = builder.fmul(a, b, flags=("contract",))
+    return builder.fadd(product, total, flags=("contract",))
+
+
+def _is_bfloat16(like: Any) -> bool:
+    return like.dtype == types.uint16
+
+
+def _emit_dots(builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], rows: _Memory, other: _Memory) -> None:
+    first, stride, x, size, out = arguments
+    numbers = range(_NUM_SUMS)
+    starts = [builder.mul(stride, _I64(number)) for number in numbers]
+
+    def multiply(lanes: int) -> _Body:
+        def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            factor = other.load(x, index, lanes)
+            places = [builder.add(start, index) for start in starts]
+            return [
+                _multiply_add(builder, rows.load(first, place, lanes), factor, total)
+                for place, total in zip(places, sums, strict=True)
+            ]
+
+        return body
+
+    zeros = [ir.Constant(_VECTOR, [0.0] * _LANES)] * _NUM_SUMS
+    index, vectors = _loop(builder, _I64(0), size, _LANES, zeros, multiply(_LANES))
+    totals = [_sum_lanes(builder, vector) for vector in vectors]
+    _, totals = _loop(builder, index, size, 1, totals, multiply(1))
+    memory = _Memory(builder, is_bfloat16=False)
+    for number, total in zip(numbers, totals, strict=True):
+        memory.store(total, out, _I64(number))
+
+
+@intrinsic
+def dot_four_rows(_context, first, stride, x, size, out, like):
+    """Write the products of four rows with x, four float32 at out; x holds what the rows hold."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        memory = _Memory(builder, is_bfloat16=_is_bfloat16(like))
+        _emit_dots(builder, tuple(arguments[:5]), memory, memory)
+        return ir.Constant(_I64, 0)
+
+    return types.int64(*[types.int64] * 5, like), generate
+
+
+@intrinsic
+def dot_four_rows_wide(_context, first, stride, x, size, out, like):
+    """Write the products of four rows with x, four float32 at out; x is float32 whatever the rows hold."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        rows = _Memory(builder, is_bfloat16=_is_bfloat16(like))
+        _emit_dots(builder, tuple(arguments[:5]), rows, _Memory(builder, is_bfloat16=False))
+        return ir.Constant(_I64, 0)
+
+    return types.int64(*[types.int64] * 5, like), generate
+
+
+@intrinsic
+def add_rows(_context, first, stride, factors, num_rows, out, size, like):
+    """Add rows, each times its float32 factor, to the float32 numbers at out."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        first, stride, factors, num_rows, out, size = arguments[:6]
+        rows = _Memory(builder, is_bfloat16=_is_bfloat16(like))
+        memory = _Memory(builder, is_bfloat16=False)
+
+        def columns(lanes: int, num_sums: int) -> _Body:
+            def body(column: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                places = [builder.add(column, _I64(lanes * number)) for number in range(num_sums)]
+
+                def row_body(row: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                    factor = memory.load(factors, row, 1)
+                    if lanes > 1:
+                        factor = _broadcast(builder, factor)
+                    start = builder.mul(row, stride)
+                    return [
+                        _multiply_add(
+                            builder, rows.load(first, builder.add(start, place), lanes), factor, total
+                        )
+                        for place, total in zip(places, sums, strict=True)
+                    ]
+
+                held = [memory.load(out, place, lanes) for place in places]
+                _, sums = _loop(builder, _I64(0), num_rows, 1, held, row_body)
+                for place, total in zip(places, sums, strict=True):
+                    memory.store(total, out, place)
+                return []
+
+            return body
+
+        index, _ = _loop(builder, _I64(0), size, _NUM_SUMS * _LANES, [], columns(_LANES, _NUM_SUMS))
+        index, _ = _loop(builder, index, size, _LANES, [], columns(_LANES, 1))
+        _loop(builder, index, size, 1, [], columns(1, 1))
+        return ir.Constant(_I64, 0)
+
+    return types.int64(*[types.int64] * 6, like), generate

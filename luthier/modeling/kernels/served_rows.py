@@ -1,0 +1,224 @@
+"""What is given to a decode step's kernels: adapters as tables, pages of keys and values, rows of one token.
+
+An adapter is described by a table of int64 that the kernels read. Each layer has the entries of seven
+linear sites (q, k, v, o, gate, up, down), four numbers each: addresses of A [R, inputs] and of B [R, outputs]
+with its scale in it, R, and the address of float32 factors of the outputs or 0; R is 0 where there is no
+update. Then those of two bottlenecks (after attention, after the feed-forward), seven numbers each:
+addresses of down [M, D], its float32 bias, up [M, D], its float32 bias, then M, the activation's number, and
+whether it reads the half's input. R and M are multiples of 4, filled up with zeros.
+
+Legend: N tokens, M rows of one token (in a bottleneck its width), D hidden size, K inputs and O outputs of a
+site, R ranks, E columns of q, k and v, H key heads, C head size, S tokens of a page, W pages of the longest
+row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+PAGE_SIZE = 16
+NUM_SITES = 7
+ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
+SITE_ENTRIES, BOTTLENECK_ENTRIES = 4, 7
+LAYER_ENTRIES = NUM_SITES * SITE_ENTRIES + 2 * BOTTLENECK_ENTRIES
+
+# Sites that share an input and are one product: slices of the seven.
+ATTENTION_IN, ATTENTION_OUT = slice(0, 3), slice(3, 4)
+FEED_FORWARD_IN, FEED_FORWARD_OUT = slice(4, 6), slice(6, 7)
+
+
+@dataclass(frozen=True)
+class LowRankSite:
+    """The update of one linear layer; its scale is in `b_RO`. `factor_O`, float32, multiplies the result."""
+
+    a_RK: torch.Tensor
+    b_RO: torch.Tensor
+    factor_O: torch.Tensor | None = None
+
+    @property
+    def entries(self) -> list[int]:
+        """The numbers that describe it."""
+        factor = 0 if self.factor_O is None else self.factor_O.data_ptr()
+        return [self.a_RK.data_ptr(), self.b_RO.data_ptr(), self.a_RK.shape[0], factor]
+
+    def add_to(self, out_NO: torch.Tensor, x_NK: torch.Tensor) -> None:
+        """Add the update to a layer's results, in place."""
+        out_NO.addmm_(torch.mm(x_NK, self.a_RK.t()), self.b_RO)
+        if self.factor_O is not None:
+            out_NO.mul_(self.factor_O)
+
+
+@dataclass(frozen=True)
+class BottleneckSite:
+    """A bottleneck on the result of a half of a block; biases are float32."""
+
+    down_MD: torch.Tensor
+    down_M: torch.Tensor
+    up_MD: torch.Tensor
+    up_D: torch.Tensor
+    activation: str
+    is_parallel: bool
+
+    @property
+    def entries(self) -> list[int]:
+        """The numbers that describe it."""
+        tensors = (self.down_MD, self.down_M, self.up_MD, self.up_D)
+        kind = ACTIVATIONS[self.activation]
+        return [*(one.data_ptr() for one in tensors), self.down_MD.shape[0], kind, int(self.is_parallel)]
+
+    def add_to(self, out_ND: torch.Tensor, input_ND: torch.Tensor) -> None:
+        """Add the update to a half's results, in place."""
+        x_ND = input_ND if self.is_parallel else out_ND
+        middle_NM = torch.mm(x_ND, self.down_MD.t()).float() + self.down_M
+        act = torch.tanh if self.activation == "tanh" else getattr(functional, self.activation)
+        change_ND = torch.mm(act(middle_NM).to(out_ND.dtype), self.up_MD).float() + self.up_D
+        out_ND.copy_(out_ND.float() + change_ND)
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """An adapter in memory: per layer its seven sites and two bottlenecks, None where there is none."""
+
+    low_ranks: Sequence[Sequence[LowRankSite | None]]
+    bottlenecks: Sequence[Sequence[BottleneckSite | None]]
+    table: torch.Tensor = field(init=False)
+    has_low_ranks: bool = field(init=False)
+    has_bottlenecks: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        entries: list[int] = []
+        for sites, bottlenecks in zip(self.low_ranks, self.bottlenecks, strict=True):
+            for site in sites:
+                entries += [0] * SITE_ENTRIES if site is None else site.entries
+            for one in bottlenecks:
+                entries += [0] * BOTTLENECK_ENTRIES if one is None else one.entries
+        object.__setattr__(self, "table", torch.tensor(entries, dtype=torch.int64))
+        object.__setattr__(self, "has_low_ranks", any(map(any, self.low_ranks)))
+        object.__setattr__(self, "has_bottlenecks", any(map(any, self.bottlenecks)))
+
+
+class Pages:
+    """Keys and values of all layers in pages of `PAGE_SIZE` tokens, [layers, pages, H, S, C] each."""
+
+    def __init__(
+        self, *, num_layers: int, num_pages: int, num_kv_heads: int, head_size: int, like: torch.Tensor
+    ) -> None:
+        shape = (num_layers, num_pages, num_kv_heads, PAGE_SIZE, head_size)
+        # Untouched memory costs nothing until a page is used for the first time.
+        self.keys = like.new_empty(shape)
+        self.values = like.new_empty(shape)
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages there are."""
+        return int(self.keys.shape[1])
+
+    def write(
+        self, layer: int, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Put tokens' keys and values, each [tokens, H, C], at their pages and places in them."""
+        self.keys[layer][pages, :, slots] = keys
+        self.values[layer][pages, :, slots] = values
+
+    def gather(self, layer: int, pages: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of the first tokens of a row, each [H, tokens, C]."""
+        return self._row(self.keys[layer], pages, num_tokens), self._row(
+            self.values[layer], pages, num_tokens
+        )
+
+    def write_all(
+        self, pages: torch.Tensor, slots: torch.Tensor, keys_TLHC: torch.Tensor, values_TLHC: torch.Tensor
+    ) -> None:
+        """Put tokens' keys and values of all layers at their pages and places in them."""
+        self.keys[:, pages, :, slots] = keys_TLHC
+        self.values[:, pages, :, slots] = values_TLHC
+
+    def read(self, pages: Sequence[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a copy of the keys and values of a row's first tokens, each [tokens, layers, H, C]."""
+        own = torch.tensor(pages, device=self.keys.device)
+        # [layers, pages, H, S, C]
+        found = (whole[:, own].permute(1, 3, 0, 2, 4).flatten(0, 1) for whole in (self.keys, self.values))
+        keys, values = (part[:num_tokens].clone() for part in found)
+        return keys, values
+
+    @staticmethod
+    def _row(whole: torch.Tensor, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        num_heads, size = whole.shape[1], whole.shape[3]
+        return whole[pages].transpose(0, 1).reshape(num_heads, -1, size)[:, :num_tokens]
+
+
+@dataclass(frozen=True, eq=False)
+class SingleRows:
+    """Rows of one token each: their adapters, positions, and pages, those of short rows filled up with 0."""
+
+    adapters: Sequence[Described | None]
+    positions_M: torch.Tensor
+    pages_MW: torch.Tensor
+    table_M: torch.Tensor = field(init=False)
+    has_low_ranks: bool = field(init=False)
+    has_bottlenecks: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        addresses = [0 if one is None else one.table.data_ptr() for one in self.adapters]
+        object.__setattr__(self, "table_M", torch.tensor(addresses, dtype=torch.int64))
+        object.__setattr__(self, "has_low_ranks", any(one and one.has_low_ranks for one in self.adapters))
+        object.__setattr__(self, "has_bottlenecks", any(one and one.has_bottlenecks for one in self.adapters))
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """How q, k and v lie side by side, the turning of every position, float32 [positions, C/2], and the
+    norms' epsilon."""
+
+    num_heads: int
+    num_kv_heads: int
+    size: int
+    cosine_TC: torch.Tensor
+    sine_TC: torch.Tensor
+    epsilon: float
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Columns of q, k and v."""
+        return self.num_heads * self.size, self.num_kv_heads * self.size, self.num_kv_heads * self.size
+
+
+def turn(
+    qkv_NE: torch.Tensor, positions_N: torch.Tensor, shape: HeadShape
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Part q, k and v and turn the first two by their positions (Su et al. 2021, arXiv 2104.09864).
+
+    Args:
+        qkv_NE: side by side.
+        positions_N: int64, on the same device.
+        shape: of the heads.
+
+    Returns:
+        query [N, heads, C], key and value [N, H, C], in the same type.
+    """
+    parts = qkv_NE.split(shape.widths, dim=-1)
+    query, key, value = (part.unflatten(-1, (-1, shape.size)) for part in parts)
+    cosine, sine = (table[positions_N][:, None] for table in (shape.cosine_TC, shape.sine_TC))
+
+    def turned(head: torch.Tensor) -> torch.Tensor:
+        low, high = head.float().chunk(2, dim=-1)
+        return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1).to(head.dtype)
+
+    return turned(query), turned(key), value
+
+
+def single_rows(
+    adapters: Sequence[Described | None], positions: Sequence[int], pages: Sequence[Sequence[int]]
+) -> SingleRows:
+    """Return rows of one token each from what is known of them: adapters, positions and pages."""
+    longest = max(map(len, pages), default=0)
+    filled = np.zeros((len(pages), max(longest, 1)), dtype=np.int64)
+    for row, own in enumerate(pages):
+        filled[row, : len(own)] = own
+    return SingleRows(adapters, torch.tensor(positions, dtype=torch.int64), torch.from_numpy(filled))

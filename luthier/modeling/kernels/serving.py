@@ -1,0 +1,251 @@
+"""What a decode step does between its products, for rows of one token each and an adapter of their own.
+
+`CompiledOps` runs the kernels of `_serving.py` on a CPU, `PlainOps` the same in torch's operators on any
+device and without numba; tests hold the two equal.
+
+Legend: N tokens, M rows of one token, D hidden size, K inputs and O outputs of a site, E columns of q, k
+and v.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from luthier.modeling import kernels
+from luthier.modeling.kernels.served_rows import (
+    BOTTLENECK_ENTRIES,
+    LAYER_ENTRIES,
+    NUM_SITES,
+    PAGE_SIZE,
+    SITE_ENTRIES,
+    Described,
+    HeadShape,
+    Pages,
+    SingleRows,
+    turn,
+)
+
+
+class Ops(Protocol):
+    """What a step asks for between its products. All tensors are changed in place or written."""
+
+    def add_norm(
+        self,
+        stream_ND: torch.Tensor,
+        change_ND: torch.Tensor | None,
+        weight_D: torch.Tensor,
+        out_ND: torch.Tensor,
+    ) -> None:
+        """Add the change to the stream, and write the normed and weighted sum."""
+
+    def attend(
+        self, qkv_NE: torch.Tensor, rows: SingleRows, pages: Pages, layer: int, out_NK: torch.Tensor
+    ) -> None:
+        """Put the first M tokens' keys and values into their pages and attend to their rows."""
+
+    def add_low_rank(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
+    ) -> None:
+        """Add the rows' low-rank updates to the first M results of layers that share an input."""
+
+    def add_bottleneck(
+        self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
+    ) -> None:
+        """Add the rows' bottlenecks to the first M results of a half (0 attention, 1 feed-forward)."""
+
+
+class CompiledOps:
+    """The compiled kernels.
+
+    Args:
+        shape: of the heads.
+        site_widths: outputs of each of the seven sites.
+        like: a tensor of the weights' type.
+        max_middle: the largest rank or bottleneck width that a row may have.
+    """
+
+    def __init__(
+        self, shape: HeadShape, site_widths: Sequence[int], like: torch.Tensor, max_middle: int
+    ) -> None:
+        from luthier.modeling.kernels._threads import Launcher
+
+        self._shape, self._like = shape, like
+        self._widths = torch.tensor(site_widths, dtype=torch.int64)
+        longest = len(shape.cosine_TC) + PAGE_SIZE + 2 * shape.size
+        # A cache line between two threads' parts.
+        self._scratch_width = max(longest, max_middle + max(site_widths)) + 16
+        self._scratch = torch.empty(0, dtype=torch.float32)
+        addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
+        self._norm, self._attend, self._low_rank, self._bottleneck = (Launcher(one, 24) for one in addresses)
+        self._epsilon = kernels.float_bits(shape.epsilon)
+        self._scale = kernels.float_bits(shape.size**-0.5)
+
+    def add_norm(
+        self,
+        stream_ND: torch.Tensor,
+        change_ND: torch.Tensor | None,
+        weight_D: torch.Tensor,
+        out_ND: torch.Tensor,
+    ) -> None:
+        """Add the change to the stream, and write the normed and weighted sum."""
+        num_rows, size = stream_ND.shape
+        change = 0 if change_ND is None else change_ND.data_ptr()
+        self._norm.run(
+            (
+                num_rows,
+                size,
+                self._epsilon,
+                int(change_ND is not None),
+                stream_ND.data_ptr(),
+                change or stream_ND.data_ptr(),
+                weight_D.data_ptr(),
+                out_ND.data_ptr(),
+            )
+        )
+
+    def attend(
+        self, qkv_NE: torch.Tensor, rows: SingleRows, pages: Pages, layer: int, out_NK: torch.Tensor
+    ) -> None:
+        """Put the first M tokens' keys and values into their pages and attend to their rows."""
+        shape = self._shape
+        self._attend.run(
+            (
+                len(rows),
+                shape.num_kv_heads,
+                shape.num_heads // shape.num_kv_heads,
+                shape.size,
+                self._scale,
+                PAGE_SIZE,
+                rows.pages_MW.shape[1],
+                qkv_NE.data_ptr(),
+                rows.positions_M.data_ptr(),
+                shape.cosine_TC.data_ptr(),
+                shape.sine_TC.data_ptr(),
+                rows.pages_MW.data_ptr(),
+                pages.keys[layer].data_ptr(),
+                pages.values[layer].data_ptr(),
+                out_NK.data_ptr(),
+                *self._scratch_of_threads(),
+            )
+        )
+
+    def add_low_rank(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
+    ) -> None:
+        """Add the rows' low-rank updates to the first M results of layers that share an input."""
+        self._low_rank.run(
+            (
+                len(rows),
+                x_NK.shape[1],
+                out_NO.shape[1],
+                sites.stop - sites.start,
+                layer * LAYER_ENTRIES + sites.start * SITE_ENTRIES,
+                x_NK.data_ptr(),
+                out_NO.data_ptr(),
+                rows.table_M.data_ptr(),
+                self._widths.data_ptr() + 8 * sites.start,
+                *self._scratch_of_threads(),
+            )
+        )
+
+    def add_bottleneck(
+        self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
+    ) -> None:
+        """Add the rows' bottlenecks to the first M results of a half (0 attention, 1 feed-forward)."""
+        entry = layer * LAYER_ENTRIES + NUM_SITES * SITE_ENTRIES + half * BOTTLENECK_ENTRIES
+        self._bottleneck.run(
+            (
+                len(rows),
+                out_ND.shape[1],
+                entry,
+                input_ND.data_ptr(),
+                out_ND.data_ptr(),
+                rows.table_M.data_ptr(),
+                *self._scratch_of_threads(),
+            )
+        )
+
+    def _scratch_of_threads(self) -> tuple[int, int]:
+        needed = torch.get_num_threads() * self._scratch_width
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed, dtype=torch.float32)
+        return self._scratch.data_ptr(), self._scratch_width
+
+
+class PlainOps:
+    """The same in torch's operators: any device, and no compiler.
+
+    Args:
+        shape: of the heads.
+        site_widths: outputs of each of the seven sites.
+    """
+
+    def __init__(self, shape: HeadShape, site_widths: Sequence[int]) -> None:
+        self._shape, self._widths = shape, list(site_widths)
+
+    def add_norm(
+        self,
+        stream_ND: torch.Tensor,
+        change_ND: torch.Tensor | None,
+        weight_D: torch.Tensor,
+        out_ND: torch.Tensor,
+    ) -> None:
+        """Add the change to the stream, and write the normed and weighted sum."""
+        if change_ND is not None:
+            stream_ND += change_ND
+        wide_ND = stream_ND.float()
+        inverse_N1 = torch.rsqrt(wide_ND.pow(2).mean(-1, keepdim=True) + self._shape.epsilon)
+        out_ND.copy_(weight_D * (wide_ND * inverse_N1).to(stream_ND.dtype))
+
+    def attend(
+        self, qkv_NE: torch.Tensor, rows: SingleRows, pages: Pages, layer: int, out_NK: torch.Tensor
+    ) -> None:
+        """Put the first M tokens' keys and values into their pages and attend to their rows."""
+        count, positions_M = len(rows), rows.positions_M.to(qkv_NE.device)
+        query, key, value = turn(qkv_NE[:count], positions_M, self._shape)
+        row_M = torch.arange(count, device=positions_M.device)
+        page_M = rows.pages_MW.to(positions_M.device)[row_M, positions_M // PAGE_SIZE]
+        pages.write(layer, page_M, positions_M % PAGE_SIZE, key, value)
+        groups = self._shape.num_heads // self._shape.num_kv_heads
+        for row, position in enumerate(rows.positions_M.tolist()):
+            own_W = rows.pages_MW[row, : position // PAGE_SIZE + 1].to(positions_M.device)
+            keys, values = pages.gather(layer, own_W, position + 1)
+            by_head = query[row].view(self._shape.num_kv_heads, groups, self._shape.size)
+            scores = torch.bmm(by_head.float(), keys.float().transpose(1, 2)) * self._shape.size**-0.5
+            mixed = torch.bmm(torch.softmax(scores, dim=-1), values.float())
+            out_NK[row] = mixed.reshape(-1).to(out_NK.dtype)
+
+    def add_low_rank(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
+    ) -> None:
+        """Add the rows' low-rank updates to the first M results of layers that share an input."""
+        for adapter, own in _by_adapter(rows):
+            begin = 0
+            for number in range(sites.start, sites.stop):
+                end = begin + self._widths[number]
+                site = adapter.low_ranks[layer][number]
+                if site is not None:
+                    part = out_NO[own, begin:end]
+                    site.add_to(part, x_NK[own])
+                    out_NO[own, begin:end] = part
+                begin = end
+
+    def add_bottleneck(
+        self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
+    ) -> None:
+        """Add the rows' bottlenecks to the first M results of a half (0 attention, 1 feed-forward)."""
+        for adapter, own in _by_adapter(rows):
+            site = adapter.bottlenecks[layer][half]
+            if site is not None:
+                part = out_ND[own]
+                site.add_to(part, input_ND[own])
+                out_ND[own] = part
+
+
+def _by_adapter(rows: SingleRows) -> list[tuple[Described, list[int]]]:
+    found: dict[int, tuple[Described, list[int]]] = {}
+    for row, adapter in enumerate(rows.adapters):
+        if adapter is not None:
+            found.setdefault(id(adapter), (adapter, []))[1].append(row)
+    return list(found.values())

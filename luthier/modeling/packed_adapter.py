@@ -1,0 +1,176 @@
+"""An artifact laid out beside a packed base: its parts in the base's type, where the kernels look for them.
+
+Legend: R ranks, K inputs and O outputs of a site, M bottleneck width, D hidden size, N virtual tokens, L
+layers, H key heads, C head size.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from luthier.core.errors import ArtifactCorruptError
+from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
+from luthier.modeling.kernels.served_rows import (
+    ACTIVATIONS,
+    NUM_SITES,
+    BottleneckSite,
+    Described,
+    LowRankSite,
+)
+from luthier.modeling.packed_llama import MAX_MIDDLE, PackedLlama
+
+_SITES = {
+    "self_attn.q_proj": 0,
+    "self_attn.k_proj": 1,
+    "self_attn.v_proj": 2,
+    "self_attn.o_proj": 3,
+    "mlp.gate_proj": 4,
+    "mlp.up_proj": 5,
+    "mlp.down_proj": 6,
+}
+_HALVES = {"self_attn": 0, "mlp": 1}
+_PATH = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# Ranks and widths are filled up to what the kernels take at a time.
+_MULTIPLE = 4
+
+
+@dataclass(eq=False)
+class PackedAdapter:
+    """An adapter that rows of a packed base may bear.
+
+    `described` is None where it has virtual tokens alone. `embeddings_ND` become keys and values when the
+    base has run them once.
+    """
+
+    described: Described | None
+    keys_NLHC: torch.Tensor | None = None
+    values_NLHC: torch.Tensor | None = None
+    embeddings_ND: torch.Tensor | None = None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that lie before every sequence."""
+        virtual = self.keys_NLHC if self.embeddings_ND is None else self.embeddings_ND
+        return 0 if virtual is None else len(virtual)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that its tensors take."""
+        found = (self.keys_NLHC, self.values_NLHC, self.embeddings_ND)
+        tensors = [one for one in found if one is not None]
+        if self.described is not None:
+            for sites in self.described.low_ranks:
+                tensors += [
+                    t for one in sites if one for t in (one.a_RK, one.b_RO, one.factor_O) if t is not None
+                ]
+            for halves in self.described.bottlenecks:
+                tensors += [
+                    t for one in halves if one for t in (one.down_MD, one.down_M, one.up_MD, one.up_D)
+                ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def take_key_values(self, keys_NLHC: torch.Tensor, values_NLHC: torch.Tensor) -> None:
+        """Keep what the base made of the input vectors in their place."""
+        self.keys_NLHC, self.values_NLHC, self.embeddings_ND = keys_NLHC, values_NLHC, None
+
+
+def can_lay_out(parts: ServedParts, base: PackedLlama) -> bool:
+    """Whether every part has a place in a packed base; else the artifact goes by the plain path."""
+    for low_rank in parts.low_ranks:
+        if low_rank.a_RK.shape[0] > MAX_MIDDLE or _site_of(low_rank.module, _SITES, base) is None:
+            return False
+    for bottleneck in parts.bottlenecks:
+        place = _site_of(bottleneck.module, _HALVES, base)
+        is_known = bottleneck.activation in ACTIVATIONS and len(bottleneck.down_M) <= MAX_MIDDLE
+        if place is None or not is_known or (bottleneck.is_parallel and place[1] == 0):
+            return False
+    return True
+
+
+def lay_out(
+    parts: ServedParts, base: PackedLlama, read_weight: Callable[[str], torch.Tensor]
+) -> PackedAdapter:
+    """Lay an artifact's parts out beside a base. Touches nothing of the base; any thread may call it.
+
+    Args:
+        parts: of the kind that `can_lay_out` tells.
+        base: the base.
+        read_weight: gives a linear layer's weight [O, K] by its path, for DoRA's norms.
+
+    Returns:
+        The adapter; input vectors are still to be run by the base.
+
+    Raises:
+        ArtifactCorruptError: when two parts claim one place.
+    """
+    low_ranks: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
+    bottlenecks: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]
+    places: set[str] = set()
+    for low_rank in parts.low_ranks:
+        layer, site = _place(low_rank.module, _SITES, base, places)
+        low_ranks[layer][site] = _low_rank_site(low_rank, base, read_weight)
+    for bottleneck in parts.bottlenecks:
+        layer, half = _place(bottleneck.module, _HALVES, base, places)
+        bottlenecks[layer][half] = _bottleneck_site(bottleneck, base)
+    has_sites = bool(parts.low_ranks or parts.bottlenecks)
+    embeddings_ND = parts.embeddings_ND
+    adapter = PackedAdapter(
+        Described(low_ranks, bottlenecks) if has_sites else None,
+        embeddings_ND=None if embeddings_ND is None else _typed(embeddings_ND, base),
+    )
+    if parts.key_values:
+        by_layer = ([pair[kind].transpose(0, 1) for pair in parts.key_values] for kind in (0, 1))
+        adapter.take_key_values(*(_typed(torch.stack(layers, dim=1), base) for layers in by_layer))
+    return adapter
+
+
+def _site_of(module: str, names: dict[str, int], base: PackedLlama) -> tuple[int, int] | None:
+    found = _PATH.fullmatch(module)
+    if found is None or found[2] not in names or int(found[1]) >= base.num_layers:
+        return None
+    return int(found[1]), names[found[2]]
+
+
+def _place(module: str, names: dict[str, int], base: PackedLlama, taken: set[str]) -> tuple[int, int]:
+    place = _site_of(module, names, base)
+    if place is None or module in taken:
+        raise ArtifactCorruptError("The artifact's layers don't fit its base.")
+    taken.add(module)
+    return place
+
+
+def _low_rank_site(
+    part: LowRankPart, base: PackedLlama, read_weight: Callable[[str], torch.Tensor]
+) -> LowRankSite:
+    scaled_OR = part.b_OR.float() * part.scale
+    factor_O = None
+    if part.magnitude_O is not None:
+        # The norm of every output's whole weight (Liu et al. 2024, arXiv 2402.09353, section 4.1).
+        whole_OK = read_weight(part.module).float() + scaled_OR @ part.a_RK.float()
+        factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).to(base.device).contiguous()
+    return LowRankSite(_filled(part.a_RK, base), _filled(scaled_OR.t(), base), factor_O)
+
+
+def _bottleneck_site(part: BottleneckPart, base: PackedLlama) -> BottleneckSite:
+    return BottleneckSite(
+        _filled(part.down_MD, base),
+        _filled(part.down_M, base, dtype=torch.float32),
+        _filled(part.up_DM.t(), base),
+        part.up_D.to(device=base.device, dtype=torch.float32).contiguous(),
+        part.activation,
+        part.is_parallel,
+    )
+
+
+def _filled(rows: torch.Tensor, base: PackedLlama, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return rows in the base's type, filled up with zero rows; a copy that is the adapter's own."""
+    count = -(-rows.shape[0] // _MULTIPLE) * _MULTIPLE
+    whole = torch.zeros((count, *rows.shape[1:]), dtype=dtype or base.dtype, device=base.device)
+    whole[: rows.shape[0]] = rows
+    return whole
+
+
+def _typed(tensor: torch.Tensor, base: PackedLlama) -> torch.Tensor:
+    return tensor.to(device=base.device, dtype=base.dtype).contiguous()

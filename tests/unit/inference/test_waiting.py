@@ -1,0 +1,65 @@
+"""Projects take turns, in each its models do, and whoever lost a row comes first."""
+
+from typing import Any
+
+from luthier.inference.sequence import SamplingOptions, Sequence
+from luthier.inference.waiting import WaitingLine
+
+
+def make_sequence(project: str, model: str = "m") -> Sequence:
+    nothing: Any = None
+    return Sequence(
+        key=("base", model),
+        served=nothing,
+        prompt_ids=[1],
+        options=SamplingOptions(max_tokens=1),
+        decoder=nothing,
+        stop_token_ids=frozenset(),
+        emit=lambda _: None,
+        project_id=project,
+    )
+
+
+def take_all(line: WaitingLine) -> list[Sequence]:
+    taken = []
+    while line.peek() is not None:
+        taken.append(line.pop())
+    return taken
+
+
+def test_one_projects_crowd_holds_up_another_by_one_turn() -> None:
+    line = WaitingLine()
+    crowd, single = [make_sequence("a") for _ in range(3)], make_sequence("b")
+    for sequence in (*crowd, single):
+        line.add(sequence)
+    assert len(line) == 4
+    assert take_all(line) == [crowd[0], single, crowd[1], crowd[2]]
+
+
+def test_the_models_of_a_project_take_turns() -> None:
+    line = WaitingLine()
+    first, second, other = make_sequence("a"), make_sequence("a"), make_sequence("a", "n")
+    for sequence in (first, second, other):
+        line.add(sequence)
+    assert take_all(line) == [first, other, second]
+
+
+def test_whoever_lost_a_row_is_served_before_all_others() -> None:
+    line = WaitingLine()
+    first, returned = make_sequence("a"), make_sequence("b")
+    line.add(first)
+    line.add_first(returned)
+    assert take_all(line) == [returned, first]
+
+
+def test_those_that_left_are_passed_over() -> None:
+    line = WaitingLine()
+    gone, lost, here = make_sequence("a"), make_sequence("a"), make_sequence("b")
+    line.add(gone)
+    line.add(here)
+    line.add_first(lost)
+    gone.cancel()
+    lost.cancel()
+    assert take_all(line) == [here]
+    line.add(here)
+    assert line.drain() == [here] and not line
