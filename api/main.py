@@ -13,6 +13,7 @@ from api.event_hub import EventHub
 from api.paths import EncodedSlashMiddleware
 from api.requests import BodyLimitMiddleware, RequestIdMiddleware
 from api.routes import (
+    aliases,
     chat,
     files,
     health,
@@ -117,6 +118,7 @@ def create_app(parts: Parts) -> FastAPI:
         keys,
         permissions,
         webhooks,
+        aliases,
     ):
         app.include_router(module.router)
     return app

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, ScalarSelect, Select, select, text, tuple_
 from sqlalchemy.orm import Session
 
+from db.alias_tables import Alias, AliasVersion
 from db.permission_tables import CheckpointPermission
 from db.tables import ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent
 from db.upload_tables import Upload
@@ -14,6 +15,8 @@ from luthier.core.errors import InvalidValueError
 
 OwnedRow = TypeVar(
     "OwnedRow",
+    Alias,
+    AliasVersion,
     ApiKey,
     Checkpoint,
     CheckpointPermission,
@@ -44,6 +47,18 @@ def find_owned(
     """
     statement = select(table).where(
         table.id == row_id, table.project_id == project_id, table.deleted_at.is_(None)
+    )
+    if for_update or for_share:
+        statement = statement.with_for_update(read=for_share)
+    return session.scalar(statement)
+
+
+def find_alias(
+    session: Session, project_id: str, name: str, *, for_update: bool = False, for_share: bool = False
+) -> Alias | None:
+    """Return a project's alias of that name, or None; locked when it is asked for, as by `find_owned`."""
+    statement = select(Alias).where(
+        Alias.name == name, Alias.project_id == project_id, Alias.deleted_at.is_(None)
     )
     if for_update or for_share:
         statement = statement.with_for_update(read=for_share)

@@ -22,7 +22,9 @@ def find(session: Session, job_id: str, step: int) -> tuple[Checkpoint, Model] |
 
 
 def retire(session: Session, job_id: str, *, keep: int, spared_step: int | None) -> list[str]:
-    """Make all but the newest checkpoints of a job unknown, but for those that others go on from.
+    """Make all but the newest checkpoints of a job unknown, but for those that others need.
+
+    Needed are those that others go on from, and those that an alias points to.
 
     Args:
         session: the session.
@@ -39,7 +41,7 @@ def retire(session: Session, job_id: str, *, keep: int, spared_step: int | None)
         .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
         .order_by((Checkpoint.step_number == (spared_step or -1)).desc(), Checkpoint.step_number.desc())
         .offset(keep)
-        # A job may be about to start from one of them.
+        # A job may be about to start from one of them, an alias about to point to it.
         .with_for_update(of=Model)
     ).all()
     ids = [model.id for _, model in rows]

@@ -4,25 +4,19 @@ base instead."""
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from db.permission_tables import CheckpointPermission
+from db.queries import find_alias
 from db.tables import Base, Checkpoint, Job, Model
 from luthier.bases.catalogue import Catalogue
-from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, PermissionDeniedError
+from luthier.core.errors import InvalidValueError, PermissionDeniedError
 from luthier.core.ids import new_id, new_model_suffix
 from luthier.core.inference import ModelTarget
 from luthier.core.specs import BaseFacts, TrainingSpec
-from services import parents
+from services import names, parents
 from services.scope import Scope
-
-
-def unknown_model(name: str) -> ModelNotFoundError:
-    """Return the error for a name that nothing in the caller's project bears."""
-    return ModelNotFoundError(
-        f"The model `{name[:120]}` does not exist or you do not have access to it.", param="model"
-    )
 
 
 def record_base(session: Session, facts: BaseFacts) -> None:
@@ -56,24 +50,6 @@ def find(session: Session, scope: Scope, name: str, *, for_update: bool = False)
     return session.scalar(statement.with_for_update() if for_update else statement)
 
 
-def _is_shared_with(scope: Scope) -> ColumnElement[bool]:
-    permitted = select(CheckpointPermission.model_id).where(
-        CheckpointPermission.grantee_project_id == scope.project_id, CheckpointPermission.deleted_at.is_(None)
-    )
-    return Model.id.in_(permitted)
-
-
-def find_callable(session: Session, scope: Scope, name: str) -> Model | None:
-    """Return the tuned model or checkpoint of that name that the project may call: its own, or shared."""
-    return session.scalar(
-        select(Model).where(
-            Model.name == name,
-            Model.deleted_at.is_(None),
-            or_(Model.project_id == scope.project_id, _is_shared_with(scope)),
-        )
-    )
-
-
 def get_own(session: Session, scope: Scope, name: str) -> Model:
     """Return the project's tuned model or checkpoint of that name.
 
@@ -87,11 +63,18 @@ def get_own(session: Session, scope: Scope, name: str) -> Model:
 
     Raises:
         PermissionDeniedError: when it is another project's, which lets this one call it and no more.
+        InvalidValueError: when the name is an alias.
         ModelNotFoundError: when there is none.
     """
-    model = find_callable(session, scope, name)
+    model = names.find_callable(session, scope, name)
     if model is None:
-        raise unknown_model(name)
+        if find_alias(session, scope.project_id, name) is not None:
+            raise InvalidValueError(
+                f"{name} is an alias, which may point elsewhere a moment later. Name the model itself; "
+                "GET /v1/aliases tells it.",
+                param="model",
+            )
+        raise names.unknown_model(name)
     if model.project_id != scope.project_id:
         raise PermissionDeniedError(
             f"{name} is another project's; yours may call it, not delete or download it.", param="model"
@@ -99,17 +82,8 @@ def get_own(session: Session, scope: Scope, name: str) -> Model:
     return model
 
 
-def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
-    """Return the fetched base that a name or a mapped name stands for, or None."""
-    try:
-        entry = catalogue.resolve(name)
-    except ModelNotAvailableError:
-        return None
-    return session.get(Base, entry.id)
-
-
 def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> ModelTarget:
-    """Turn a public name into what the inference server runs; done once per request.
+    """Turn a public name into what the inference server runs; done once per request, by one statement.
 
     Args:
         session: the session.
@@ -118,35 +92,32 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
         name: the public name.
 
     Returns:
-        What the inference server runs.
+        What the inference server runs, under the name that was asked for.
 
     Raises:
         ModelNotFoundError: when the project has no such model; the base never answers instead.
     """
-    model = find_callable(session, scope, name)
-    if model is not None:
-        whole_id = model.foundation_model_id
-        foundation = None if whole_id is None else session.get_one(Model, whole_id)
-        return ModelTarget(
-            model=name,
-            base_id=model.base_id,
-            project_id=scope.project_id,
-            artifact=model.artifact_key,
-            digest=model.artifact_digest,
-            foundation=None if foundation is None else foundation.artifact_key,
-            foundation_digest=None if foundation is None else foundation.artifact_digest,
-        )
-    base = find_base(session, catalogue, name)
-    if base is None:
-        raise unknown_model(name)
-    return ModelTarget(model=name, base_id=base.id, project_id=scope.project_id)
+    named = names.get_named(session, scope, catalogue, name)
+    model, foundation = named.model, named.foundation
+    if model is None:
+        assert named.base is not None
+        return ModelTarget(model=name, base_id=named.base.id, project_id=scope.project_id)
+    return ModelTarget(
+        model=name,
+        base_id=model.base_id,
+        project_id=scope.project_id,
+        artifact=model.artifact_key,
+        digest=model.artifact_digest,
+        foundation=None if foundation is None else foundation.artifact_key,
+        foundation_digest=None if foundation is None else foundation.artifact_digest,
+    )
 
 
 def list_(session: Session, scope: Scope) -> Sequence[Model]:
     """Return the tuned models and checkpoints that the project may call, newest first."""
     return session.scalars(
         select(Model)
-        .where(or_(Model.project_id == scope.project_id, _is_shared_with(scope)), Model.deleted_at.is_(None))
+        .where(names.is_callable(scope.project_id))
         .order_by(Model.created_at.desc(), Model.id.desc())
     ).all()
 
@@ -167,8 +138,8 @@ def register(
 
     The caller holds the job's lease in the same transaction. A step that was registered before makes no
     second model: it takes the newer artifact, keeps its name as a checkpoint, and gets the model's name,
-    even if it was retired or deleted meanwhile, once it is the result. But a model that others go on from
-    keeps the weights that they were made with: where the newer ones differ, it is left as it is, no
+    even if it was retired or deleted meanwhile, once it is the result. But a model that others go on from,
+    or that an alias points to, keeps its weights: where the newer ones differ, it is left as it is, no
     checkpoint any more, and the step gets a model of its own.
 
     Args:
@@ -268,11 +239,11 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
     """
     model = find(session, scope, name, for_update=True)
     if model is None:
-        if find_base(session, catalogue, name) is not None:
+        if names.find_base(session, catalogue, name) is not None:
             raise PermissionDeniedError(f"{name} is a base model; bases can't be deleted.", param="model")
         # Not the project's own: it says whether that is all.
         get_own(session, scope, name)
-        raise unknown_model(name)
+        raise names.unknown_model(name)
     parents.check_unneeded(session, model)
     model.deleted_at = func.now()
     checkpoint = session.scalar(

@@ -1,4 +1,4 @@
-"""Going on from tuned models: what a job takes over from one, and who needs one that shall be deleted."""
+"""Going on from tuned models: what a job takes over from one; and who needs one that shall be deleted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, exists, or_, select
 from sqlalchemy.orm import Session, aliased
 
+from db.alias_tables import Alias
+from db.queries import find_alias
 from db.tables import Base, Job, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import ModelInUseError, ModelNotAvailableError
@@ -42,13 +44,14 @@ def find_origin(
 ) -> Origin:
     """Tell where a job starts that names a base or a tuned model.
 
-    A tuned model can't be deleted until the transaction ends.
+    An alias stands for what it points to now. A tuned model can't be deleted, and an alias not pointed
+    elsewhere, until the transaction ends.
 
     Args:
         session: the session.
         scope: the caller.
         catalogue: the bases there are.
-        name: a base, a mapped name, or a tuned model or checkpoint of the caller's project.
+        name: a base, a mapped name, a tuned model or checkpoint of the caller's project, or an alias of one.
         tuning: the request's object as it came.
 
     Returns:
@@ -58,13 +61,9 @@ def find_origin(
         ModelNotAvailableError: when there is no such model, or no job can start from it here.
         InvalidRequestError: when the tuning is wrong, or contradicts the model's; names the member.
     """
-    model = session.scalar(
-        select(Model)
-        .where(Model.name == name, Model.project_id == scope.project_id, Model.deleted_at.is_(None))
-        .with_for_update(read=True)
-    )
+    model, base_name = _follow(session, scope, name)
     if model is None:
-        return Origin(catalogue.resolve(name).id, check_tuning(tuning))
+        return Origin(catalogue.resolve(base_name).id, check_tuning(tuning))
     _check_base(session, catalogue, model)
     made_with = TrainingSpec.model_validate(session.get_one(Job, model.job_id).spec).tuning
     parent = _described(model)
@@ -73,11 +72,30 @@ def find_origin(
         lies_on = None
         if model.foundation_model_id is not None:
             lies_on = _described(session.get_one(Model, model.foundation_model_id))
-        return Origin(model.base_id, inherit_tuning(tuning, made_with, name=name), parent, lies_on)
+        return Origin(model.base_id, inherit_tuning(tuning, made_with, name=model.name), parent, lies_on)
     if tuning.get("type", method.name) == method.name:
-        return Origin(model.base_id, inherit_tuning(tuning, made_with, name=name), parent)
+        return Origin(model.base_id, inherit_tuning(tuning, made_with, name=model.name), parent)
     # Another method lies on the whole model as it would on a base, and begins anew.
     return Origin(model.base_id, check_tuning(tuning), parent, foundation=parent)
+
+
+def _follow(session: Session, scope: Scope, name: str) -> tuple[Model | None, str]:
+    """Return the project's model that a name stands for, locked, or None and what may be a base's name."""
+    alias = find_alias(session, scope.project_id, name, for_share=True)
+    if alias is not None and alias.base_id is not None:
+        return None, alias.base_id
+    is_named = Model.name == name if alias is None else Model.id == alias.model_id
+    model = session.scalar(
+        select(Model)
+        .where(is_named, Model.project_id == scope.project_id, Model.deleted_at.is_(None))
+        .with_for_update(read=True)
+    )
+    if model is None and alias is not None:
+        raise ModelNotAvailableError(
+            f"The alias {name} points to another project's model; a job goes on from its own project's only.",
+            param="model",
+        )
+    return model, name
 
 
 def _described(model: Model) -> TunedModel:
@@ -119,16 +137,27 @@ def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArti
 
 
 def check_unneeded(session: Session, model: Model) -> None:
-    """Refuse to let a model go that others go on from.
+    """Refuse to let a model go that others go on from, or that an alias of its project points to.
 
     Args:
         session: the session.
         model: the model, locked against jobs that would start from it meanwhile.
 
     Raises:
-        ModelInUseError: when an unfinished job starts from it, or a model that is there went on from it or
-            lies on it; names them.
+        ModelInUseError: when an alias points to it, an unfinished job starts from it, or a model that is
+            there went on from it or lies on it; names them.
     """
+    aliases = session.scalars(
+        select(Alias.name)
+        .where(Alias.model_id == model.id, Alias.project_id == model.project_id, Alias.deleted_at.is_(None))
+        .order_by(Alias.name)
+    ).all()
+    if aliases:
+        raise ModelInUseError(
+            f"{model.name} can't be deleted: aliases point to it: {_shown(aliases)}. Point them elsewhere, "
+            "or delete them, first.",
+            param="model",
+        )
     jobs = session.scalars(
         select(Job.id)
         .where(Job.parent_model_id == model.id, Job.status.not_in(TERMINAL_STATUSES))
@@ -157,10 +186,12 @@ def check_unneeded(session: Session, model: Model) -> None:
 
 def _named(names: Sequence[str]) -> str:
     """Return the first names, how many more there are, and the verb for them."""
+    return f"{_shown(names)} {'has' if len(names) == 1 else 'have'}"
+
+
+def _shown(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_NUM_NAMED])
-    if len(names) > _NUM_NAMED:
-        shown += f" and {len(names) - _NUM_NAMED} more"
-    return f"{shown} {'has' if len(names) == 1 else 'have'}"
+    return shown if len(names) <= _NUM_NAMED else f"{shown} and {len(names) - _NUM_NAMED} more"
 
 
 def is_needed() -> ColumnElement[bool]:
@@ -171,4 +202,8 @@ def is_needed() -> ColumnElement[bool]:
         or_(heir.parent_model_id == Model.id, heir.foundation_model_id == Model.id),
         heir.deleted_at.is_(None),
     )
-    return or_(unfinished, heirs)
+    # Another project's alias holds nothing: whom a model is shared with does not decide on its end.
+    pointing = exists().where(
+        Alias.model_id == Model.id, Alias.project_id == Model.project_id, Alias.deleted_at.is_(None)
+    )
+    return or_(unfinished, heirs, pointing)

@@ -1,6 +1,6 @@
 """Checkpoint permissions: another project of the organization may call a model, and nothing more.
 
-What a permission opens is in services/models.py: find_callable.
+What a permission opens is in services/names.py: is_callable.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from db.queries import find_cursor, find_owned, page
 from db.tables import Model, Project
 from luthier.core.errors import InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
-from services import models
+from services import models, names
 from services.scope import Scope
 
 
@@ -46,7 +46,7 @@ def create(
 def _get_model(session: Session, scope: Scope, name: str, *, for_update: bool = False) -> Model:
     model = models.find(session, scope, name, for_update=for_update)
     if model is None:
-        raise models.unknown_model(name)
+        raise names.unknown_model(name)
     return model
 
 

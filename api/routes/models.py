@@ -9,9 +9,9 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
 from api.ranges import stored_bytes
-from api.schemas.models import base_model_object, model_files_object, tuned_model_object
+from api.schemas.models import aliased_object, base_model_object, model_files_object, tuned_model_object
 from luthier.core.errors import NotFoundError, UnavailableError
-from services import models
+from services import models, names
 from services.scope import Scope
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -19,9 +19,11 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("")
 def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
-    """List every name that can be called: bases, names mapped to them, tuned models, checkpoints."""
+    """List every name that can be called: aliases, tuned models, checkpoints, bases, names mapped to them."""
     bases = {base.id: base for base in models.list_bases(session)}
-    data = [tuned_model_object(model, scope.organization_slug) for model in models.list_(session, scope)]
+    aliased = names.list_aliased(session, scope, parts.catalogue)
+    data = [_named_object(named, scope) for named in aliased]
+    data += [tuned_model_object(model, scope.organization_slug) for model in models.list_(session, scope)]
     data += [base_model_object(base) for base in bases.values() if base.id in parts.catalogue.bases]
     data += [
         {**base_model_object(bases[target]), "id": alias, "base_model": target}
@@ -29,6 +31,17 @@ def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[s
         if target in bases
     ]
     return {"object": "list", "data": data, "has_more": False}
+
+
+def _named_object(named: names.Named, scope: Scope) -> dict[str, Any]:
+    if named.model is not None:
+        described = tuned_model_object(named.model, scope.organization_slug)
+    else:
+        assert named.base is not None
+        described = base_model_object(named.base)
+    if named.alias is None:
+        return described
+    return aliased_object(named.alias, described, scope.organization_slug)
 
 
 def _artifact_key(parts: Parts, scope: Scope, name: str) -> str:
@@ -68,15 +81,10 @@ async def download_model_file(
 @router.get("/{model:path}")
 def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
     """Describe one model."""
-    row = models.find_callable(session, scope, model)
-    if row is not None:
-        return tuned_model_object(row, scope.organization_slug)
-    base = models.find_base(session, parts.catalogue, model)
-    if base is None:
-        raise models.unknown_model(model)
-    described = base_model_object(base)
-    if model != base.id:
-        described |= {"id": model, "base_model": base.id}
+    named = names.get_named(session, scope, parts.catalogue, model)
+    described = _named_object(named, scope)
+    if named.base is not None and described["id"] != model:
+        described |= {"id": model, "base_model": named.base.id}
     return described
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from db.alias_tables import Alias
 from db.tables import Base, Model
 from luthier.storage.manifests import Manifest
 
@@ -29,6 +30,17 @@ def base_model_object(base: Base) -> dict[str, Any]:
         "base_model": None,
         "context_length": base.context_length,
         "digest": base.digest,
+    }
+
+
+def aliased_object(alias: Alias, target: dict[str, Any], organization_slug: str) -> dict[str, Any]:
+    """Return an alias as a model that clients may call: its target's object, and the target's name."""
+    return target | {
+        "id": alias.name,
+        "created": int(alias.created_at.timestamp()),
+        "owned_by": organization_slug,
+        "base_model": target["base_model"] or target["id"],
+        "alias_of": target["id"],
     }
 
 

@@ -1,0 +1,70 @@
+"""Aliases: names of a project's own that are pointed to models, and back.
+
+A name in these paths may hold `:`, and `/` where a client escaped it: the server has decoded it by then.
+"""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from api.deps import PartsDep, ScopeDep, SessionDep
+from api.schemas.aliases import PutAliasBody, RollBackAliasBody, alias_object, alias_version_object
+from api.schemas.pages import list_object
+from services import alias_history, aliases
+
+router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
+
+Limit = Annotated[int, Query(ge=0, le=100)]
+
+
+@router.get("")
+def list_aliases(
+    session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """List the project's aliases, newest first."""
+    rows, has_more = aliases.list_(session, scope, after=after, limit=limit)
+    return list_object([alias_object(row) for row in rows], has_more=has_more, with_ids=True)
+
+
+@router.get("/{name:path}/versions")
+def list_alias_versions(
+    name: str, session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """List what an alias has pointed to, newest first."""
+    rows, has_more = alias_history.list_versions(session, scope, name, after=after, limit=limit)
+    return list_object([alias_version_object(row) for row in rows], has_more=has_more, with_ids=True)
+
+
+@router.post("/{name:path}/rollback")
+def roll_back_alias(
+    name: str,
+    session: SessionDep,
+    scope: ScopeDep,
+    parts: PartsDep,
+    body: RollBackAliasBody | None = None,
+) -> dict[str, Any]:
+    """Point an alias to what it pointed to before, or to what a version did; the next request sees it."""
+    number = None if body is None else body.version
+    return alias_object(alias_history.roll_back(session, scope, parts.catalogue, name, number))
+
+
+# After all others: a slash that is sent as it is belongs to the name.
+@router.get("/{name:path}")
+def retrieve_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Describe one alias."""
+    return alias_object(aliases.get(session, scope, name))
+
+
+@router.put("/{name:path}")
+def put_alias(
+    name: str, body: PutAliasBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
+) -> dict[str, Any]:
+    """Point an alias to a model, made now when it is new; the next request sees it."""
+    return alias_object(aliases.put(session, scope, parts.catalogue, name, body.model))
+
+
+@router.delete("/{name:path}")
+def delete_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Forget an alias; the model that it points to stays."""
+    alias = aliases.delete(session, scope, name)
+    return {"id": alias.id, "object": "alias", "name": alias.name, "deleted": True}

@@ -1,0 +1,52 @@
+"""What clients say of aliases and hear of them."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from services.alias_history import PastPointing
+from services.aliases import Pointing
+
+
+class PutAliasBody(BaseModel):
+    """Body of PUT /v1/aliases/{name}."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str = Field(min_length=1, max_length=256)
+
+
+class RollBackAliasBody(BaseModel):
+    """Body of POST /v1/aliases/{name}/rollback, which may be left out: the version before, then."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: int | None = Field(None, ge=1, le=2**31 - 1, strict=True)
+
+
+def alias_object(pointing: Pointing) -> dict[str, Any]:
+    """Return an alias as clients see it."""
+    alias = pointing.alias
+    return {
+        "id": alias.id,
+        "object": "alias",
+        "name": alias.name,
+        "model": pointing.model,
+        "digest": pointing.digest,
+        "version": alias.version,
+        "created_at": int(alias.created_at.timestamp()),
+        "updated_at": int(alias.updated_at.timestamp()),
+    }
+
+
+def alias_version_object(past: PastPointing) -> dict[str, Any]:
+    """Return a version of an alias as clients see it."""
+    version = past.version
+    return {
+        "id": version.id,
+        "object": "alias.version",
+        "version": version.number,
+        "model": past.model,
+        "digest": version.digest,
+        "restored_version": version.restored_number,
+        "created_at": int(version.created_at.timestamp()),
+        "created_by_key_id": version.created_by_key_id,
+    }

@@ -1,0 +1,111 @@
+"""What an alias has pointed to, and the way back to it."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from db.alias_tables import AliasVersion
+from db.queries import find_cursor
+from db.tables import Model
+from luthier.bases.catalogue import Catalogue
+from luthier.core.errors import InvalidValueError, ModelNotAvailableError
+from services import aliases, models, names
+from services.aliases import Pointing, Target
+from services.scope import Scope
+
+
+@dataclass(frozen=True)
+class PastPointing:
+    """A version of an alias, and the name of what it points to."""
+
+    version: AliasVersion
+    model: str
+
+
+def list_versions(
+    session: Session, scope: Scope, name: str, *, after: str | None, limit: int
+) -> tuple[list[PastPointing], bool]:
+    """Return a page of what an alias has pointed to, newest first, and whether more follow.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the alias.
+        after: id of the version that ended the page before.
+        limit: versions of the page.
+
+    Returns:
+        The versions, and whether more follow.
+
+    Raises:
+        NotFoundError: when there is no such alias.
+        InvalidValueError: when `after` is no version of it.
+    """
+    alias = aliases.get_row(session, scope, name)
+    cursor = find_cursor(session, AliasVersion, after, AliasVersion.alias_id == alias.id)
+    statement = (
+        select(AliasVersion, func.coalesce(Model.name, AliasVersion.base_id))
+        .select_from(AliasVersion)
+        .outerjoin(Model, Model.id == AliasVersion.model_id)
+        .where(AliasVersion.alias_id == alias.id)
+    )
+    if cursor is not None:
+        statement = statement.where(AliasVersion.number < cursor.number)
+    rows = session.execute(statement.order_by(AliasVersion.number.desc()).limit(limit + 1)).all()
+    return [PastPointing(*row) for row in rows[:limit]], len(rows) > limit
+
+
+def roll_back(
+    session: Session, scope: Scope, catalogue: Catalogue, name: str, number: int | None
+) -> Pointing:
+    """Point an alias to what an earlier version pointed to, as a new version.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        name: the alias.
+        number: the version; the one before when None, counted from what a rollback restored: one rollback
+            after another goes further back.
+
+    Returns:
+        The alias.
+
+    Raises:
+        NotFoundError: when there is no such alias.
+        InvalidValueError: when it has no such version.
+        ModelNotAvailableError: when the weights of that version are not there any more.
+    """
+    alias = aliases.get_row(session, scope, name, for_update=True)
+    if number is None:
+        now = aliases.get_version(session, alias, alias.version)
+        number = (now.restored_number or now.number) - 1
+        if number == 0:
+            raise InvalidValueError(
+                f"version: nothing was before what {name} points to; name one of its versions.",
+                param="version",
+            )
+    version = aliases.get_version(session, alias, number)
+    target = _find_again(session, scope, catalogue, version)
+    return aliases.point(session, scope, name, alias, target, version.restored_number or version.number)
+
+
+def _find_again(session: Session, scope: Scope, catalogue: Catalogue, version: AliasVersion) -> Target:
+    """Return a version's target, which must have the weights that it had then, or nothing is as it was."""
+    target: Target | None = None
+    if version.base_id is not None:
+        base = names.find_base(session, catalogue, version.base_id)
+        target, shown = None if base is None else Target.of_base(base), version.base_id
+    else:
+        model = session.scalar(aliases.select_locked(scope).where(Model.id == version.model_id))
+        target = None if model is None else Target.of_model(model)
+        shown = models.get_name(session, str(version.model_id))
+    if target == Target.of_version(version):
+        return target
+    why = "is deleted, or this project's to call no more" if target is None else "has other weights since"
+    raise ModelNotAvailableError(
+        f"version: version {version.number} was {shown}, which {why}. Nothing was changed; roll back to "
+        "another version, or PUT a model.",
+        param="version",
+    )

@@ -1,0 +1,302 @@
+"""Aliases: a project's own names for models, what each pointed to, and the way back.
+
+What a request's name stands for is in services/names.py: look_up.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from db.alias_tables import Alias, AliasVersion
+from db.queries import find_alias, find_cursor, lock_key, page
+from db.tables import Base, Model
+from luthier.bases.catalogue import Catalogue
+from luthier.core.errors import InvalidValueError, ModelNotAvailableError, NotFoundError
+from luthier.core.ids import new_id
+from services import names
+from services.scope import Scope
+
+_MAX_NAME_LENGTH = 128
+_PIECE = "[A-Za-z0-9][A-Za-z0-9._-]*"
+_NAME = re.compile(f"{_PIECE}(?:[/:]{_PIECE})*")
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """An alias, and name and digest of what it points to; no digest where a base is no longer here."""
+
+    alias: Alias
+    model: str
+    digest: str | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an alias can point to: a model or a base, with these weights."""
+
+    model_id: str | None
+    base_id: str | None
+    digest: str
+
+    @classmethod
+    def of_model(cls, model: Model) -> "Target":
+        """Return a model as it is now."""
+        return cls(model.id, None, model.artifact_digest)
+
+    @classmethod
+    def of_base(cls, base: Base) -> "Target":
+        """Return a base as it is now."""
+        return cls(None, base.id, base.digest)
+
+    @classmethod
+    def of_version(cls, version: AliasVersion) -> "Target":
+        """Return what a version pointed to, as it was."""
+        return cls(version.model_id, version.base_id, version.digest)
+
+
+def put(session: Session, scope: Scope, catalogue: Catalogue, name: str, model_name: str) -> Pointing:
+    """Point an alias to a model, and make it when the project has none of that name.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        name: the alias.
+        model_name: a base, a name mapped to one, or a tuned model or checkpoint that the project may call.
+
+    Returns:
+        The alias; with no new version where it pointed to these weights already.
+
+    Raises:
+        InvalidValueError: when the name can't be an alias, or the target is one.
+        ModelNotAvailableError: when there is no such target.
+    """
+    alias = _find_locked(session, scope, name)
+    if alias is None:
+        _check_name(catalogue, name)
+    target = _find_target(session, scope, catalogue, model_name)
+    return point(session, scope, name, alias, target)
+
+
+def _find_locked(session: Session, scope: Scope, name: str) -> Alias | None:
+    """Return an alias that no one else changes, or makes, until the transaction ends."""
+    lock_key(session, f"alias:{scope.project_id}:{name}")
+    # A job that starts from what it points to holds the row.
+    return find_alias(session, scope.project_id, name, for_update=True)
+
+
+def _check_name(catalogue: Catalogue, name: str) -> None:
+    if len(name) > _MAX_NAME_LENGTH or _NAME.fullmatch(name) is None:
+        raise InvalidValueError(
+            f"name: use up to {_MAX_NAME_LENGTH} ASCII letters, digits, '.', '_' and '-', in pieces that "
+            "begin with a letter or digit and are parted by '/' or ':'.",
+            param="name",
+        )
+    if name.lower().startswith("ft:"):
+        raise InvalidValueError(
+            "name: tuned models' names begin with 'ft:'; choose another beginning.", param="name"
+        )
+    if name in catalogue.bases or name in catalogue.aliases:
+        raise InvalidValueError(
+            f"name: {name} already stands for a base model, by this service's models.toml; choose another.",
+            param="name",
+        )
+
+
+def _find_target(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Target:
+    """Return what a name stands for that is no alias; a model can't be deleted until the transaction ends."""
+    if find_alias(session, scope.project_id, name) is not None:
+        raise InvalidValueError(
+            f"model: {name} is an alias itself; name the model that it points to (GET /v1/aliases tells it).",
+            param="model",
+        )
+    model = session.scalar(select_locked(scope).where(Model.name == name))
+    if model is not None:
+        return Target.of_model(model)
+    base = names.find_base(session, catalogue, name)
+    if base is None:
+        raise ModelNotAvailableError(
+            f"model: there is no model {name[:120]!r} that this project may call; GET /v1/models lists those "
+            "there are.",
+            param="model",
+        )
+    return Target.of_base(base)
+
+
+def select_locked(scope: Scope) -> Select[Model]:
+    """Return the statement for models that the project may call, kept from deletion meanwhile."""
+    return select(Model).where(names.is_callable(scope.project_id)).with_for_update(read=True, of=Model)
+
+
+def point(
+    session: Session,
+    scope: Scope,
+    name: str,
+    alias: Alias | None,
+    target: Target,
+    restored_number: int | None = None,
+) -> Pointing:
+    """Point an alias, locked, or a new one to a target; to the one that it has, and nothing is changed.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the alias.
+        alias: its row, None for a new one.
+        target: the target.
+        restored_number: the version that the target is taken from, in a rollback.
+
+    Returns:
+        The alias.
+    """
+    if alias is not None and Target.of_version(get_version(session, alias, alias.version)) == target:
+        return _with_targets(session, [alias])[0]
+    # The clock and not the transaction's time: that of one which waited for the lock is before its
+    # forerunner's.
+    now = func.clock_timestamp()
+    if alias is None:
+        alias = Alias(id=new_id("alias"), **scope.columns(), name=name, version=0)
+        session.add(alias)
+    alias.model_id, alias.base_id = target.model_id, target.base_id
+    alias.version += 1
+    alias.updated_at = now
+    session.flush()
+    session.add(
+        AliasVersion(
+            id=new_id("alias_version"),
+            **scope.columns(),
+            alias_id=alias.id,
+            number=alias.version,
+            model_id=target.model_id,
+            base_id=target.base_id,
+            digest=target.digest,
+            restored_number=restored_number,
+            created_at=now,
+        )
+    )
+    session.flush()
+    return _with_targets(session, [alias])[0]
+
+
+def get_version(session: Session, alias: Alias, number: int) -> AliasVersion:
+    """Return an alias's version of that number.
+
+    Args:
+        session: the session.
+        alias: the alias.
+        number: the version's.
+
+    Returns:
+        The row.
+
+    Raises:
+        InvalidValueError: when it has none.
+    """
+    version = session.scalar(
+        select(AliasVersion).where(AliasVersion.alias_id == alias.id, AliasVersion.number == number)
+    )
+    if version is None:
+        raise InvalidValueError(
+            f"version: {alias.name} has no version {number}; the newest is {alias.version}.", param="version"
+        )
+    return version
+
+
+def _with_targets(session: Session, aliases: Sequence[Alias]) -> list[Pointing]:
+    """Return aliases with what they point to, as of one moment: what is shown of one belongs together."""
+    rows = session.execute(
+        select(
+            Alias,
+            func.coalesce(Model.name, Alias.base_id),
+            func.coalesce(Model.artifact_digest, Base.digest),
+        )
+        .select_from(Alias)
+        .outerjoin(Model, Model.id == Alias.model_id)
+        .outerjoin(Base, Base.id == Alias.base_id)
+        .where(Alias.id.in_([alias.id for alias in aliases]))
+        .execution_options(populate_existing=True)
+    ).all()
+    found = {alias.id: Pointing(alias, model, digest) for alias, model, digest in rows}
+    return [found[alias.id] for alias in aliases]
+
+
+def get_row(session: Session, scope: Scope, name: str, *, for_update: bool = False) -> Alias:
+    """Return an alias's row.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the alias.
+        for_update: let no one else change it until the transaction ends.
+
+    Returns:
+        The row.
+
+    Raises:
+        NotFoundError: when the project has none of that name.
+    """
+    alias = _find_locked(session, scope, name) if for_update else find_alias(session, scope.project_id, name)
+    if alias is None:
+        raise NotFoundError(f"No such alias in the project of this key: {name[:120]!r}", param="name")
+    return alias
+
+
+def get(session: Session, scope: Scope, name: str) -> Pointing:
+    """Return an alias of the project.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the alias.
+
+    Returns:
+        The alias and what it points to.
+
+    Raises:
+        NotFoundError: when the project has none of that name.
+    """
+    return _with_targets(session, [get_row(session, scope, name)])[0]
+
+
+def list_(session: Session, scope: Scope, *, after: str | None, limit: int) -> tuple[list[Pointing], bool]:
+    """Return a page of the project's aliases, newest first, and whether more follow.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        after: id of the alias that ended the page before.
+        limit: aliases of the page.
+
+    Returns:
+        The aliases, and whether more follow.
+
+    Raises:
+        InvalidValueError: when `after` is no alias of the project.
+    """
+    cursor = find_cursor(session, Alias, after, Alias.project_id == scope.project_id)
+    statement = select(Alias).where(Alias.project_id == scope.project_id, Alias.deleted_at.is_(None))
+    rows, has_more = page(session, statement, Alias, after=cursor, limit=limit)
+    return _with_targets(session, rows), has_more
+
+
+def delete(session: Session, scope: Scope, name: str) -> Alias:
+    """Make an alias unknown; what it points to stays.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the alias.
+
+    Returns:
+        The row.
+
+    Raises:
+        NotFoundError: when there is no such alias.
+    """
+    alias = get_row(session, scope, name, for_update=True)
+    alias.deleted_at = func.now()
+    session.flush()
+    return alias

@@ -1,0 +1,145 @@
+"""Public names: what each stands for, for a project and at a moment. A name stands for what it says, or for
+nothing; never for the base instead."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Select, Text, and_, bindparam, case, literal, or_, select
+from sqlalchemy.orm import Session, aliased
+
+from db.alias_tables import Alias
+from db.permission_tables import CheckpointPermission
+from db.tables import Base, Model
+from luthier.bases.catalogue import Catalogue
+from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError
+from services.scope import Scope
+
+
+def unknown_model(name: str) -> ModelNotFoundError:
+    """Return the error for a name that nothing in the caller's project bears."""
+    return ModelNotFoundError(
+        f"The model `{name[:120]}` does not exist or you do not have access to it.", param="model"
+    )
+
+
+def is_callable(project_id: str | ColumnElement[str]) -> ColumnElement[bool]:
+    """Return the condition, over rows of `Model`, that a project may call it: its own, or shared."""
+    permitted = select(CheckpointPermission.model_id).where(
+        CheckpointPermission.grantee_project_id == project_id, CheckpointPermission.deleted_at.is_(None)
+    )
+    return and_(Model.deleted_at.is_(None), or_(Model.project_id == project_id, Model.id.in_(permitted)))
+
+
+def find_callable(session: Session, scope: Scope, name: str) -> Model | None:
+    """Return the tuned model or checkpoint of that name that the project may call: its own, or shared."""
+    return session.scalar(select(Model).where(Model.name == name, is_callable(scope.project_id)))
+
+
+def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
+    """Return the fetched base that a name or a mapped name stands for, or None."""
+    try:
+        entry = catalogue.resolve(name)
+    except ModelNotAvailableError:
+        return None
+    return session.get(Base, entry.id)
+
+
+def _build_look_up() -> Select[Alias | None, Model | None, Model | None, Base | None]:
+    """Build the statement of `look_up`, once: that takes longer than it runs."""
+    name, project_id, base_id = (bindparam(key, type_=Text) for key in ("name", "project_id", "base_id"))
+    bearer, whole = aliased(Model), aliased(Model)
+    borne = select(bearer.id).where(bearer.name == name, bearer.deleted_at.is_(None)).scalar_subquery()
+    is_alias = Alias.id.is_not(None)
+    return (
+        select(Alias, Model, whole, Base)
+        .select_from(select(literal(1)).subquery())
+        .outerjoin(
+            Alias, and_(Alias.name == name, Alias.project_id == project_id, Alias.deleted_at.is_(None))
+        )
+        .outerjoin(
+            Model, and_(Model.id == case((is_alias, Alias.model_id), else_=borne), is_callable(project_id))
+        )
+        .outerjoin(whole, whole.id == Model.foundation_model_id)
+        .outerjoin(Base, Base.id == case((is_alias, Alias.base_id), else_=base_id))
+    )
+
+
+_LOOK_UP = _build_look_up()
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a public name stands for at one moment: a model, or a base, or nothing that can be called.
+
+    `alias` is there where the name is one, and `foundation` is the whole model that the model lies on.
+    """
+
+    alias: Alias | None = None
+    model: Model | None = None
+    foundation: Model | None = None
+    base: Base | None = None
+
+
+def look_up(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Named:
+    """Tell what a name stands for: first the project's aliases, then its models, then the bases.
+
+    It is one statement, and so one moment: while an alias is pointed elsewhere, its old target is found or
+    its new one.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        name: the public name.
+
+    Returns:
+        What was found.
+    """
+    entry = catalogue.bases.get(catalogue.aliases.get(name, name))
+    asked = {"name": name, "project_id": scope.project_id, "base_id": None if entry is None else entry.id}
+    found = session.execute(_LOOK_UP, asked).one()
+    return Named(*found[:3], base=_if_offered(catalogue, found[3]))
+
+
+def _if_offered(catalogue: Catalogue, base: Base | None) -> Base | None:
+    return base if base is not None and base.id in catalogue.bases else None
+
+
+def get_named(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Named:
+    """Return what a name stands for, with a model or a base in it.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        catalogue: the bases there are.
+        name: the public name.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ModelNotFoundError: when nothing that the project may call has the name.
+    """
+    named = look_up(session, scope, catalogue, name)
+    if named.model is not None or named.base is not None:
+        return named
+    if named.alias is None:
+        raise unknown_model(name)
+    raise ModelNotFoundError(
+        f"The alias `{name}` points to a model that is gone, or that this project may not call any more. "
+        f"PUT /v1/aliases/{name} another.",
+        param="model",
+    )
+
+
+def list_aliased(session: Session, scope: Scope, catalogue: Catalogue) -> list[Named]:
+    """Return the project's aliases with what they point to, newest first; those that can't be called not."""
+    rows = session.execute(
+        select(Alias, Model, Base)
+        .select_from(Alias)
+        .outerjoin(Model, and_(Model.id == Alias.model_id, is_callable(scope.project_id)))
+        .outerjoin(Base, Base.id == Alias.base_id)
+        .where(Alias.project_id == scope.project_id, Alias.deleted_at.is_(None))
+        .order_by(Alias.created_at.desc(), Alias.id.desc())
+    ).all()
+    found = [Named(alias, model, base=_if_offered(catalogue, base)) for alias, model, base in rows]
+    return [named for named in found if named.model is not None or named.base is not None]

@@ -1,0 +1,368 @@
+"""Aliases: names that are pointed to models while they answer, over HTTP and real PostgreSQL."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+import openai
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy.orm import Session
+
+from db.session import Database
+from db.tables import Base, Checkpoint, Job, Model
+from luthier.core.errors import ModelInUseError
+from luthier.core.ids import new_id
+from services import aliases, checkpoints, models
+from services.scope import Scope
+from tests.conftest import TINY_BASE, Api, wait_until
+from tests.rows import colour_rows, jsonl
+
+V1, V2, CHECKPOINT = (f"ft:tiny-llama:personal::abcdefg{end}" for end in ("1", "2", "3:ckpt-step-3"))
+_DIGESTS = {V1: "sha256:1", V2: "sha256:2", CHECKPOINT: "sha256:3", TINY_BASE: None}
+
+
+class Aliases:
+    """Speaks of aliases as one project, and of the models in it."""
+
+    def __init__(self, api: Api, key: str) -> None:
+        self._url = f"{api.base_url}/v1"
+        self._headers = {"Authorization": f"Bearer {key}"}
+
+    def ask(self, method: str, path: str, body: Any = None) -> httpx2.Response:
+        return httpx2.request(method, self._url + path, headers=self._headers, json=body, timeout=30)
+
+    def ok(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        answer = self.ask(method, path, body)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def put(self, name: str, model: str) -> dict[str, Any]:
+        return self.ok("PUT", f"/aliases/{quote(name, safe='')}", {"model": model})
+
+    def refused(self, method: str, path: str, body: Any = None) -> tuple[int, str, str, str]:
+        answer = self.ask(method, path, body)
+        assert answer.status_code >= 400, answer.text
+        error = answer.json()["error"]
+        return answer.status_code, error["code"], error["param"], error["message"]
+
+
+@pytest.fixture
+def ours(api: Api) -> Aliases:
+    """The project `personal`, with two tuned models and a checkpoint."""
+    client = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
+    job_id = client.fine_tuning.jobs.create(model=TINY_BASE, training_file=file.id).id
+    with api.parts.database.transaction() as session:
+        _add_models(session, session.get_one(Job, job_id))
+    return Aliases(api, api.key)
+
+
+def _add_models(session: Session, job: Job) -> None:
+    for step, name in enumerate((V1, V2, CHECKPOINT)):
+        session.add(
+            Model(
+                id=new_id("model"),
+                organization_id=job.organization_id,
+                project_id=job.project_id,
+                name=name,
+                kind="checkpoint" if name == CHECKPOINT else "tuned",
+                base_id=TINY_BASE,
+                base_digest=session.get_one(Base, TINY_BASE).digest,
+                job_id=job.id,
+                method="lora",
+                step=step,
+                artifact_key=f"k{step}",
+                artifact_digest=str(_DIGESTS[name]),
+            )
+        )
+
+
+@pytest.fixture
+def theirs(api: Api, ours: Aliases) -> Aliases:
+    return Aliases(api, ours.ok("POST", "/keys", {"name": "other", "project": "other"})["key"])
+
+
+@pytest.fixture
+def scope(api: Api, ours: Aliases) -> Scope:
+    with api.parts.database.transaction() as session:
+        job = session.scalars(select(Job)).one()
+        return Scope(job.organization_id, "personal", job.project_id, None)
+
+
+def _asked(api: Api, ours: Aliases, name: str) -> tuple[str, str | None]:
+    ours.ok("POST", "/chat/completions", {"model": name, "messages": [{"role": "user", "content": "hi"}]})
+    target = api.backend.asked[-1][2]
+    return target.model, target.digest
+
+
+def test_an_alias_answers_under_its_name_with_what_it_points_to_and_goes_back(
+    api: Api, ours: Aliases
+) -> None:
+    made = ours.put("prod", V1)
+    assert (made["object"], made["name"], made["model"], made["version"]) == ("alias", "prod", V1, 1)
+    assert made["digest"] == _DIGESTS[V1]
+    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V1])
+    assert ours.put("prod", V1) == made
+    assert ours.put("prod", V2)["version"] == 2
+    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V2])
+    # A mapped name is its base.
+    assert ours.put("prod", "gpt-4o-mini-2024-07-18")["model"] == TINY_BASE
+    assert _asked(api, ours, "prod") == ("prod", None)
+
+    # One rollback after another goes further back.
+    for model, version in ((V2, 4), (V1, 5)):
+        back = ours.ok("POST", "/aliases/prod/rollback")
+        assert (back["model"], back["version"]) == (model, version)
+        assert _asked(api, ours, "prod") == ("prod", _DIGESTS[model])
+    assert ours.refused("POST", "/aliases/prod/rollback")[:3] == (400, "invalid_value", "version")
+    assert ours.ok("POST", "/aliases/prod/rollback", {"version": 1})["version"] == 5
+    assert ours.ok("POST", "/aliases/prod/rollback", {"version": 3})["model"] == TINY_BASE
+
+    history = ours.ok("GET", "/aliases/prod/versions?limit=4")
+    told = [(one["version"], one["model"], one["restored_version"]) for one in history["data"]]
+    assert told == [(6, TINY_BASE, 3), (5, V1, 1), (4, V2, 2), (3, TINY_BASE, None)]
+    assert history["has_more"] is True
+    rest = ours.ok("GET", f"/aliases/prod/versions?after={history['last_id']}")["data"]
+    assert [(one["version"], one["digest"]) for one in rest] == [(2, "sha256:2"), (1, "sha256:1")]
+    assert rest[0]["created_by_key_id"].startswith("key_")
+    assert ours.ok("GET", "/aliases/prod")["version"] == 6
+
+    assert ours.ok("DELETE", "/aliases/prod")["deleted"] is True
+    assert ours.refused("GET", "/aliases/prod")[:3] == (404, "not_found", "name")
+    assert ours.ask("POST", "/chat/completions", {"model": "prod"}).status_code == 404
+    # The same name again is another alias.
+    assert ours.put("prod", V2)["version"] == 1
+
+
+def test_names_and_targets_that_can_t_be_are_told_by_field(ours: Aliases) -> None:
+    taken = (TINY_BASE, "gpt-4o-mini-2024-07-18", V1, "FT:x")
+    for name in (*taken, "-x", "a b", "ä", "a//b", "a/", "a/.", ":a", "x" * 129):
+        refused = ours.refused("PUT", f"/aliases/{quote(name, safe='')}", {"model": V1})
+        assert refused[:3] == (400, "invalid_value", "name"), name
+    ours.put("prod", V1)
+    for body, code, param in (
+        ({"model": "prod"}, "invalid_value", "model"),
+        ({"model": "nope"}, "model_not_available", "model"),
+        ({"model": 1}, "invalid_type", "model"),
+        ({}, "missing_required_parameter", "model"),
+        ({"model": V1, "weight": 1}, "unknown_parameter", "weight"),
+    ):
+        assert ours.refused("PUT", "/aliases/beta", body)[:3] == (400, code, param)
+    assert ours.refused("GET", "/aliases/beta")[0] == 404
+    for version, code in ((9, "invalid_value"), (0, "invalid_value"), ("1", "invalid_type")):
+        refused = ours.refused("POST", "/aliases/prod/rollback", {"version": version})
+        assert refused[:3] == (400, code, "version")
+    for method, path in (
+        ("POST", "/aliases/no/rollback"),
+        ("GET", "/aliases/no/versions"),
+        ("DELETE", "/aliases/no"),
+    ):
+        assert ours.refused(method, path)[:3] == (404, "not_found", "name")
+
+
+def test_names_reach_their_alias_however_a_client_escapes_them(api: Api, ours: Aliases) -> None:
+    for name in ("team/chat:v2", "a/versions", "Prod_1.x-y"):
+        made = ours.put(name, V2)
+        assert _asked(api, ours, name) == (name, _DIGESTS[V2])
+        escaped = quote(name, safe="")
+        assert ours.ok("GET", f"/aliases/{escaped}") == made
+        assert len(ours.ok("GET", f"/aliases/{escaped}/versions")["data"]) == 1
+        assert ours.ok("GET", f"/models/{escaped}")["alias_of"] == V2
+    assert ours.ok("GET", "/aliases/team/chat:v2")["model"] == V2
+
+
+def test_aliases_are_listed_in_pages_and_among_the_models(ours: Aliases) -> None:
+    for name, model in (("one", V1), ("two", TINY_BASE), ("three", CHECKPOINT)):
+        ours.put(name, model)
+    page = ours.ok("GET", "/aliases?limit=2")
+    assert ([one["name"] for one in page["data"]], page["has_more"]) == (["three", "two"], True)
+    # A cursor that was deleted since still marks its place.
+    ours.ok("DELETE", "/aliases/two")
+    rest = ours.ok("GET", f"/aliases?limit=2&after={page['last_id']}")
+    assert ([one["name"] for one in rest["data"]], rest["has_more"]) == (["one"], False)
+    assert ours.refused("GET", "/aliases?after=alias_no")[:3] == (400, "invalid_value", "after")
+
+    ours.put("two", TINY_BASE)
+    listed = {model["id"]: model for model in ours.ok("GET", "/models")["data"]}
+    assert listed["one"] == ours.ok("GET", "/models/one")
+    shown = {member: listed["one"][member] for member in ("owned_by", "alias_of", "base_model", "digest")}
+    assert shown == {
+        "owned_by": "personal",
+        "alias_of": V1,
+        "base_model": TINY_BASE,
+        "digest": _DIGESTS[V1],
+    }
+    assert (listed["two"]["alias_of"], listed["two"]["digest"]) == (TINY_BASE, listed[TINY_BASE]["digest"])
+    assert "alias_of" not in listed[V1]
+    # An alias may move between two files of a download.
+    assert ours.refused("GET", "/models/one/files")[:3] == (400, "invalid_value", "model")
+    assert ours.refused("DELETE", "/models/one")[:3] == (400, "invalid_value", "model")
+
+
+def test_what_an_alias_points_to_can_t_be_deleted_and_what_it_pointed_to_can(ours: Aliases) -> None:
+    ours.put("prod", V1)
+    ours.put("beta", V1)
+    status, code, param, message = ours.refused("DELETE", f"/models/{V1}")
+    assert (status, code, param) == (400, "model_in_use", "model")
+    assert "beta, prod" in message
+    for name in ("prod", "beta"):
+        ours.put(name, V2)
+    ours.ok("DELETE", f"/models/{V1}")
+    for body in (None, {"version": 1}):
+        status, code, param, message = ours.refused("POST", "/aliases/prod/rollback", body)
+        assert (status, code, param) == (400, "model_not_available", "version")
+        assert V1 in message
+    assert ours.ok("GET", "/aliases/prod")["version"] == 2
+    assert ours.ok("GET", "/aliases/prod/versions")["data"][-1]["model"] == V1
+    ours.ok("DELETE", "/aliases/prod")
+    ours.ok("DELETE", "/aliases/beta")
+    ours.ok("DELETE", f"/models/{V2}")
+
+
+def test_a_checkpoint_that_an_alias_points_to_makes_no_room_for_newer_ones(
+    api: Api, ours: Aliases, scope: Scope
+) -> None:
+    ours.put("prod", CHECKPOINT)
+    transaction = api.parts.database.transaction
+    with transaction() as session:
+        rows = session.scalars(select(Model).order_by(Model.step)).all()
+        for row in rows:
+            owner = scope.columns()
+            session.add(
+                Checkpoint(
+                    id=new_id("checkpoint"),
+                    **owner,
+                    job_id=row.job_id,
+                    model_id=row.id,
+                    step_number=10 - row.step,
+                    metrics={},
+                )
+            )
+        job_id = rows[0].job_id
+    with transaction() as session:
+        assert checkpoints.retire(session, job_id, keep=1, spared_step=None) == ["k1"]
+    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[CHECKPOINT])
+    ours.put("prod", V1)
+    with transaction() as session:
+        assert checkpoints.retire(session, job_id, keep=1, spared_step=None) == ["k2"]
+    assert ours.refused("POST", "/aliases/prod/rollback")[1] == "model_not_available"
+
+
+def test_a_job_that_names_an_alias_starts_from_what_it_points_to(ours: Aliases) -> None:
+    file_id = ours.ok("GET", "/files")["data"][0]["id"]
+    ours.put("prod", V1)
+    job = ours.ok("POST", "/fine_tuning/jobs", {"model": "prod", "training_file": file_id})
+    assert (job["model"], job["started_from"]) == (TINY_BASE, {"name": V1, "digest": _DIGESTS[V1]})
+    ours.put("prod", TINY_BASE)
+    assert ours.ok("GET", f"/fine_tuning/jobs/{job['id']}")["started_from"]["name"] == V1
+    job = ours.ok("POST", "/fine_tuning/jobs", {"model": "prod", "training_file": file_id})
+    assert (job["model"], job["started_from"]) == (TINY_BASE, None)
+
+
+def test_an_alias_is_its_projects_own_and_ends_with_what_it_may_call(
+    api: Api, ours: Aliases, theirs: Aliases
+) -> None:
+    ours.put("prod", V1)
+    for method, path in (
+        ("GET", "/aliases/prod"),
+        ("DELETE", "/aliases/prod"),
+        ("GET", "/models/prod"),
+        ("POST", "/aliases/prod/rollback"),
+    ):
+        assert theirs.refused(method, path)[0] == 404
+    assert theirs.refused("PUT", "/aliases/prod", {"model": V2})[1] == "model_not_available"
+    own_id = ours.ok("GET", "/keys")["data"][0]["project_id"]
+    granted = ours.ok("POST", f"/fine_tuning/checkpoints/{V2}/permissions", {"project_ids": [own_id]})
+    assert theirs.put("prod", V2)["model"] == V2
+    assert _asked(api, theirs, "prod") == ("prod", _DIGESTS[V2])
+    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V1])
+    # Whom a model is shared with does not keep it from being deleted.
+    permission = granted["data"][0]["id"]
+    ours.ok("DELETE", f"/fine_tuning/checkpoints/{V2}/permissions/{permission}")
+    refused = theirs.refused("POST", "/chat/completions", {"model": "prod", "messages": []})
+    assert refused[:3] == (404, "model_not_found", "model")
+    assert "alias" in refused[3]
+    assert "prod" not in {model["id"] for model in theirs.ok("GET", "/models")["data"]}
+    ours.ok("DELETE", f"/models/{V2}")
+
+
+@contextmanager
+def _counted(database: Database) -> Iterator[list[str]]:
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        statements.append(statement)
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        event.remove(database.engine, "before_cursor_execute", note)
+
+
+def test_every_name_is_resolved_by_one_statement(api: Api, ours: Aliases, scope: Scope) -> None:
+    ours.put("prod", V1)
+    ours.put("plain", TINY_BASE)
+    parts = api.parts
+    for name, digest in (("prod", _DIGESTS[V1]), ("plain", None), (V2, _DIGESTS[V2]), (TINY_BASE, None)):
+        with parts.database.transaction() as session, _counted(parts.database) as statements:
+            target = models.resolve(session, scope, parts.catalogue, name)
+        assert (target.model, target.base_id, target.digest) == (name, TINY_BASE, digest)
+        assert len(statements) == 1, statements
+
+
+def test_a_request_sees_the_old_target_or_the_new_one_and_never_none(
+    api: Api, ours: Aliases, scope: Scope
+) -> None:
+    ours.put("prod", V1)
+    parts = api.parts
+
+    def swap() -> None:
+        # From a model to another, to a base, and back: each finds its target in other tables.
+        for count in range(60):
+            with parts.database.transaction() as session:
+                aliases.put(session, scope, parts.catalogue, "prod", (V2, TINY_BASE, V1)[count % 3])
+
+    seen: set[tuple[str | None, str | None]] = set()
+    with ThreadPoolExecutor(1) as threads:
+        swapped = threads.submit(swap)
+        while not swapped.done():
+            with parts.database.transaction() as session:
+                target = models.resolve(session, scope, parts.catalogue, "prod")
+            seen.add((target.artifact, target.digest))
+        swapped.result()
+    assert seen <= {("k0", "sha256:1"), ("k1", "sha256:2"), (None, None)}
+    assert len(seen) > 1
+    assert ours.ok("GET", "/aliases/prod")["version"] == 61
+
+
+def test_of_a_put_and_the_deletion_of_its_target_at_the_same_time_one_is_refused(
+    api: Api, ours: Aliases, scope: Scope
+) -> None:
+    parts = api.parts
+
+    def delete() -> None:
+        with parts.database.transaction() as session:
+            models.delete(session, scope, parts.catalogue, V1)
+
+    def is_waiting() -> bool:
+        waiting = (
+            "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+            "WHERE NOT granted AND datname = current_database()"
+        )
+        with parts.database.engine.connect() as connection:
+            return bool(connection.execute(text(waiting)).scalar_one())
+
+    with ThreadPoolExecutor(1) as threads:
+        with parts.database.transaction() as session:
+            aliases.put(session, scope, parts.catalogue, "prod", V1)
+            deleted = threads.submit(delete)
+            wait_until(is_waiting, what="the deletion waits for the PUT")
+        with pytest.raises(ModelInUseError, match="prod"):
+            deleted.result(timeout=30)
+    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V1])
