@@ -1,5 +1,5 @@
-"""What the OpenAI SDK lacks, over HTTP: keys, live events, model files. Nothing that the SDK already has,
-but for the few reads that the command line needs without it.
+"""What the OpenAI SDK lacks, over HTTP: keys, aliases, live events, model files. Nothing that the SDK already
+has, but for the few reads that the command line needs without it.
 """
 
 import hashlib
@@ -146,6 +146,29 @@ class LuthierClient:
         """Return all models that the key may call."""
         return self._data("/models")
 
+    # ---- aliases
+
+    def put_alias(self, name: str, model: str) -> dict[str, Any]:
+        """Point an alias to a model, make it when it is new, and return it."""
+        return self._ask("PUT", _alias(name), body={"model": model})
+
+    def list_aliases(self) -> list[dict[str, Any]]:
+        """Return all aliases of the project, newest first."""
+        return self._all("/aliases")
+
+    def list_alias_versions(self, name: str) -> list[dict[str, Any]]:
+        """Return all that an alias has pointed to, newest first."""
+        return self._all(f"{_alias(name)}/versions")
+
+    def roll_back_alias(self, name: str, *, version: int | None = None) -> dict[str, Any]:
+        """Point an alias to what a version did, the one before when None, and return it."""
+        body = {} if version is None else {"version": version}
+        return self._ask("POST", f"{_alias(name)}/rollback", body=body)
+
+    def delete_alias(self, name: str) -> None:
+        """Forget an alias; the model that it points to stays."""
+        self._ask("DELETE", _alias(name))
+
     # ---- live events
 
     def follow_events(self, job_id: str, *, last_event_id: str = "") -> Iterator[dict[str, Any]]:
@@ -276,6 +299,17 @@ class LuthierClient:
         data: list[dict[str, Any]] = self._ask("GET", path, params=params)["data"]
         return data
 
+    def _all(self, path: str) -> list[dict[str, Any]]:
+        """Return a list from its first page to its last."""
+        found: list[dict[str, Any]] = []
+        params = {"limit": "100"}
+        while True:
+            page = self._ask("GET", path, params=params)
+            found += page["data"]
+            if not page["has_more"]:
+                return found
+            params["after"] = page["last_id"]
+
     def _ask(
         self,
         method: str,
@@ -294,6 +328,10 @@ class LuthierClient:
         _check(response)
         answer: dict[str, Any] = response.json() if response.content else {}
         return answer
+
+
+def _alias(name: str) -> str:
+    return f"/aliases/{quote(name, safe='')}"
 
 
 def _check(response: httpx2.Response) -> None:

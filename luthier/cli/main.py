@@ -2,14 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from luthier.cli import options
+from luthier.cli.aliases import aliases_app
+from luthier.cli.options import ApiKey, BaseUrl, Home, Json
 from luthier.core.errors import LuthierError
-
-if TYPE_CHECKING:
-    from luthier.client import LuthierClient
 
 app = typer.Typer(
     name="luthier",
@@ -28,21 +28,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(bases_app, name="bases")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(models_app, name="models")
-
-Home = Annotated[Path | None, typer.Option(help="Home of the service; else $LUTHIER_HOME, else ./.luthier.")]
-BaseUrl = Annotated[
-    str | None, typer.Option(help="Service to speak to; else $LUTHIER_BASE_URL, else the home's.")
-]
-ApiKey = Annotated[str | None, typer.Option(help="Key to use; else $LUTHIER_API_KEY, else the home's.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _open_client(base_url: str | None, api_key: str | None, home: Path | None) -> "LuthierClient":
-    from luthier.cli.connection import find_connection
-    from luthier.client import LuthierClient
-
-    connection = find_connection(base_url, api_key, home)
-    return LuthierClient(connection.base_url, connection.api_key)
+app.add_typer(aliases_app, name="aliases")
 
 
 @app.command()
@@ -99,7 +85,7 @@ def create_key(
     """Make a key. It is shown this once."""
     from luthier.cli.output import print_json
 
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         made = client.create_key(name, project=project)
     if as_json:
         print_json(made)
@@ -114,7 +100,7 @@ def list_keys(
     """List keys, without their secret part."""
     from luthier.cli.output import local_time, print_json, print_table
 
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         keys = client.list_keys()
     if as_json:
         print_json(keys)
@@ -134,7 +120,7 @@ def revoke_key(
     api_key: ApiKey = None,
 ) -> None:
     """Make a key useless from now on."""
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         client.revoke_key(key_id)
     print(f"Revoked {key_id}")
 
@@ -166,7 +152,7 @@ def list_jobs(
     """List the newest jobs."""
     from luthier.cli.output import local_time, print_json, print_table
 
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         jobs = client.list_jobs(limit=limit)
     if as_json:
         print_json(jobs)
@@ -195,7 +181,7 @@ def follow_job(
     """Show a job's progress until it ends; exit code 0 when it succeeded. Ctrl-C leaves the job running."""
     from luthier.cli.follow import follow
 
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         raise typer.Exit(follow(client, job_id, as_json=as_json))
 
 
@@ -208,7 +194,7 @@ def cancel_job(
     as_json: Json = False,
 ) -> None:
     """Cancel a job that has not ended; checkpoints it has published stay callable."""
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         _print_status(client.cancel_job(job_id), as_json=as_json)
 
 
@@ -221,7 +207,7 @@ def pause_job(
     as_json: Json = False,
 ) -> None:
     """Pause a job that is queued or running; it keeps its work and gives its place to others."""
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         _print_status(client.pause_job(job_id), as_json=as_json)
 
 
@@ -234,7 +220,7 @@ def resume_job(
     as_json: Json = False,
 ) -> None:
     """Let a paused job go on from where it stopped."""
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         _print_status(client.resume_job(job_id), as_json=as_json)
 
 
@@ -264,15 +250,15 @@ def estimate_job(
     from luthier.cli.estimate import print_estimate, read_object
     from luthier.cli.output import print_json
 
-    options = {
+    objects = {
         "tuning": tuning,
         "training": training,
         "hyperparameters": hyperparameters,
         "method": method,
     }
     body: dict[str, object] = {"model": model, "training_file": training_file}
-    body |= {name: value for name, text in options.items() if (value := read_object(name, text)) is not None}
-    with _open_client(base_url, api_key, home) as client:
+    body |= {name: value for name, text in objects.items() if (value := read_object(name, text)) is not None}
+    with options.open_client(base_url, api_key, home) as client:
         found = client.estimate_job(body)
     if as_json:
         print_json(found)
@@ -292,7 +278,7 @@ def report_job(
     from luthier.cli.output import print_json
     from luthier.cli.report import print_report
 
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         report = client.get_report(job_id)
     if as_json:
         print_json(report)
@@ -307,7 +293,7 @@ def list_models(
     """List the models that can be called."""
     from luthier.cli.output import local_time, print_json, print_table
 
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         models = client.list_models()
     if as_json:
         print_json(models)
@@ -325,7 +311,7 @@ def download_model(
     api_key: ApiKey = None,
 ) -> None:
     """Download a tuned model's files, verified by sha256; a broken download goes on where it stopped."""
-    with _open_client(base_url, api_key, home) as client:
+    with options.open_client(base_url, api_key, home) as client:
         for path in client.download_model(name, folder):
             print(path)
 

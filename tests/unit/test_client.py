@@ -169,3 +169,13 @@ def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str
     with pytest.raises(ArtifactCorruptError, match="outside"):
         _client(_Files(name)).download_model("ft:a", tmp_path / "model")
     assert not (tmp_path / "evil").exists()
+
+
+def test_lists_of_aliases_are_read_to_their_last_page() -> None:
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        is_first = "after" not in request.url.params
+        assert is_first or request.url.params["after"] == "alias_1"
+        page = {"data": [{"id": "alias_1" if is_first else "alias_2"}], "has_more": is_first}
+        return httpx2.Response(200, json=page | {"last_id": page["data"][-1]["id"]})
+
+    assert [one["id"] for one in _client(answer).list_aliases()] == ["alias_1", "alias_2"]

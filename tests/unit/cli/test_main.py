@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from typer.testing import CliRunner
 
-import luthier.cli.main as main_module
+from luthier.cli import options
 from luthier.cli.doctor import report, service
 from luthier.cli.doctor.finding import Finding
 from luthier.cli.main import app, main
@@ -33,7 +33,7 @@ def _serve(monkeypatch: pytest.MonkeyPatch, body: object) -> list[httpx2.Request
         return httpx2.Response(200, json=body)
 
     client = LuthierClient("http://service/v1", "lt_key", transport=httpx2.MockTransport(answer))
-    monkeypatch.setattr(main_module, "_open_client", lambda *_: client)
+    monkeypatch.setattr(options, "open_client", lambda *_: client)
     return requests
 
 
@@ -152,3 +152,47 @@ def test_a_jobs_verbs_are_posted_without_a_body_and_say_what_became_of_it(
         f"/v1/fine_tuning/jobs/ftjob-1/{verb}",
         b"",
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "path", "body", "told"),
+    [
+        (["put", "a/b", "m2"], "PUT", b"/v1/aliases/a%2Fb", {"model": "m2"}, "a/b is m2 now, version 2."),
+        (["rollback", "a/b"], "POST", b"/v1/aliases/a%2Fb/rollback", {}, "a/b is m2 now, version 2."),
+        (
+            ["rollback", "a/b", "--version", "1"],
+            "POST",
+            b"/v1/aliases/a%2Fb/rollback",
+            {"version": 1},
+            "a/b is m2 now, version 2.",
+        ),
+        (["delete", "a/b"], "DELETE", b"/v1/aliases/a%2Fb", None, "Deleted a/b"),
+    ],
+)
+def test_an_alias_is_changed_as_asked(
+    runner: CliRunner,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    method: str,
+    path: bytes,
+    body: object,
+    told: str,
+) -> None:
+    requests = _serve(monkeypatch, {"name": "a/b", "model": "m2", "version": 2})
+    assert runner.invoke(app, ["aliases", *command]).output == told + "\n"
+    [request] = requests
+    assert (request.method, request.url.raw_path) == (method, path)
+    assert (json.loads(request.content) if request.content else None) == body
+
+
+@pytest.mark.parametrize("command", [["list"], ["history", "prod"]])
+def test_aliases_and_their_history_are_tables_or_json(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    shown = {"name": "prod", "model": "m2", "version": 2, "created_at": 0, "updated_at": 0}
+    shown |= {"restored_version": None, "created_by_key_id": "key_1"}
+    page = {"data": [shown], "has_more": False}
+    _serve(monkeypatch, page)
+    assert "m2" in runner.invoke(app, ["aliases", *command]).output
+    _serve(monkeypatch, page)
+    assert json.loads(runner.invoke(app, ["aliases", *command, "--json"]).output) == [shown]
