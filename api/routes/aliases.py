@@ -1,7 +1,4 @@
-"""Aliases: names of a project's own that are pointed to models, and back.
-
-A name in these paths may hold `:`, and `/` where a client escaped it: the server has decoded it by then.
-"""
+"""Aliases: names of a project's own that are pointed to models, and back."""
 
 from typing import Annotated, Any
 
@@ -26,7 +23,7 @@ def list_aliases(
     return list_object([alias_object(row) for row in rows], has_more=has_more, with_ids=True)
 
 
-@router.get("/{name:path}/versions")
+@router.get("/{name}/versions")
 def list_alias_versions(
     name: str, session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
 ) -> dict[str, Any]:
@@ -35,7 +32,7 @@ def list_alias_versions(
     return list_object([alias_version_object(row) for row in rows], has_more=has_more, with_ids=True)
 
 
-@router.post("/{name:path}/rollback")
+@router.post("/{name}/rollback")
 def roll_back_alias(
     name: str,
     session: SessionDep,
@@ -48,14 +45,13 @@ def roll_back_alias(
     return alias_object(alias_history.roll_back(session, scope, parts.catalogue, name, number))
 
 
-# After all others: a slash that is sent as it is belongs to the name.
-@router.get("/{name:path}")
+@router.get("/{name}")
 def retrieve_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
     """Describe one alias."""
     return alias_object(aliases.get(session, scope, name))
 
 
-@router.put("/{name:path}")
+@router.put("/{name}")
 def put_alias(
     name: str, body: PutAliasBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
 ) -> dict[str, Any]:
@@ -63,7 +59,7 @@ def put_alias(
     return alias_object(aliases.put(session, scope, parts.catalogue, name, body.model))
 
 
-@router.delete("/{name:path}")
+@router.delete("/{name}")
 def delete_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
     """Forget an alias; the model that it points to stays."""
     alias = aliases.delete(session, scope, name)
