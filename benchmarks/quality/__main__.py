@@ -179,12 +179,11 @@ class Measurement:
             artifact,
             dtype=getattr(torch, self._arguments.answer_dtype),
             num_threads=self._arguments.threads,
+            num_rows=self._arguments.batch,
         )
         prompts = [with_examples(question.prompt, examples) for question in task.questions]
         begin = time.perf_counter()
-        answers = answerer.answer(
-            prompts, max_new_tokens=task.max_new_tokens, batch_size=self._arguments.batch
-        )
+        answers = answerer.answer(prompts, max_new_tokens=task.max_new_tokens)
         seconds = time.perf_counter() - begin
         self._keep(cell, prompts, answers)
         scores = task.score(answers, [question.references for question in task.questions])

@@ -71,7 +71,7 @@ def _slow_answer(base: Path, artifact: Path | None, prompt: Prompt) -> str:
 @pytest.mark.parametrize("name", ["base", *discover()])
 def test_answers_in_one_batch_are_those_of_the_model_alone(base: Path, tmp_path: Path, name: str) -> None:
     artifact = None if name == "base" else _make_artifact(base, tmp_path / "artifact", name)
-    answerer = Answerer(base, artifact, dtype=torch.float32, num_threads=torch.get_num_threads())
-    answers = answerer.answer(_PROMPTS, max_new_tokens=_NUM_TOKENS, batch_size=2)
+    answerer = Answerer(base, artifact, dtype=torch.float32, num_threads=torch.get_num_threads(), num_rows=2)
+    answers = answerer.answer(_PROMPTS, max_new_tokens=_NUM_TOKENS)
     assert answers == [_slow_answer(base, artifact, prompt) for prompt in _PROMPTS]
     assert any(answers)
