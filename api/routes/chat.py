@@ -1,4 +1,4 @@
-"""Chat and completions: the name is resolved here, the answer is the inference server's."""
+"""Chat, completions and responses: the name is resolved here, the answer is the inference server's."""
 
 import asyncio
 import json
@@ -123,3 +123,9 @@ async def create_chat_completion(request: Request, parts: PartsDep) -> Response:
 async def create_completion(request: Request, parts: PartsDep) -> Response:
     """Continue a text, streamed or whole, with a base or a tuned model."""
     return await _answer(request, parts, "/v1/completions")
+
+
+@router.post("/responses")
+async def create_response(request: Request, parts: PartsDep) -> Response:
+    """Answer an input, streamed or whole, with a base or a tuned model; nothing is kept."""
+    return await _answer(request, parts, "/v1/responses")

@@ -26,6 +26,9 @@ IdKind = Literal[
     "permission",
     "chat_completion",
     "completion",
+    "response",
+    "response_message",
+    "response_call",
     "request",
 ]
 
@@ -50,6 +53,9 @@ PREFIXES: dict[IdKind, str] = {
     "permission": "cp_",
     "chat_completion": "chatcmpl-",
     "completion": "cmpl-",
+    "response": "resp_",
+    "response_message": "msg_",
+    "response_call": "fc_",
     "request": "req_",
 }
 

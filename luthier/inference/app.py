@@ -1,4 +1,4 @@
-"""The HTTP face of the engine: OpenAI's two endpoints and a health check, as a plain Starlette app.
+"""The HTTP face of the engine: OpenAI's three endpoints and a health check, as a plain Starlette app.
 
 Only the API talks to it. Errors leave in OpenAI's shape; after the first byte as a stream event.
 """
@@ -29,7 +29,9 @@ from luthier.inference.grammar import Grammars
 from luthier.inference.models import Models, read_target
 from luthier.inference.parts import Part, collect, read_parts
 from luthier.inference.plans import Plan, plan_chat, plan_completion
-from luthier.inference.protocol import parse_chat, parse_completion
+from luthier.inference.protocol import ChatRequest, parse_chat, parse_completion
+from luthier.inference.response_answers import ResponseShape
+from luthier.inference.responses import parse_response
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
@@ -82,14 +84,7 @@ class Service:
         asked = parse_chat(await read_body(request))
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            plan = await asyncio.to_thread(
-                plan_chat,
-                asked,
-                ready,
-                max_tokens_default=self._settings.max_tokens_default,
-                max_cache_tokens=self._settings.max_cache_tokens,
-                grammars=self._grammars,
-            )
+            plan = await self._plan_chat(asked, ready)
             shape = ChatShape(
                 id=new_id("chat_completion"),
                 created=now_seconds(),
@@ -102,6 +97,38 @@ class Service:
             )
             asking = _Asking(request, target, ready, shape, plan, is_stream=asked.stream)
             return await self._answer(asking, stack)
+
+    async def response(self, request: Request) -> Response:
+        """Answer POST /v1/responses."""
+        target = read_target(request.headers)
+        asked = parse_response(await read_body(request))
+        with contextlib.ExitStack() as stack:
+            ready = await self._hold(request, target, stack)
+            try:
+                plan = await self._plan_chat(asked.chat, ready)
+            except LuthierError as error:
+                if (error.param or "").startswith("messages"):
+                    error.param = "input"
+                raise
+            shape = ResponseShape(
+                now_seconds(),
+                target.model,
+                asked.echo,
+                ready.base.tokenizer,
+                with_logprobs=asked.chat.logprobs,
+            )
+            asking = _Asking(request, target, ready, shape, plan, is_stream=asked.chat.stream)
+            return await self._answer(asking, stack)
+
+    async def _plan_chat(self, asked: ChatRequest, ready: ReadyModel) -> Plan:
+        return await asyncio.to_thread(
+            plan_chat,
+            asked,
+            ready,
+            max_tokens_default=self._settings.max_tokens_default,
+            max_cache_tokens=self._settings.max_cache_tokens,
+            grammars=self._grammars,
+        )
 
     async def completion(self, request: Request) -> Response:
         """Answer POST /v1/completions."""
@@ -198,6 +225,7 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
         ("/healthz", service.health, "GET"),
         ("/v1/chat/completions", service.chat, "POST"),
         ("/v1/completions", service.completion, "POST"),
+        ("/v1/responses", service.response, "POST"),
     ]
     app: ASGIApp = Starlette(
         routes=[Route(path, endpoint, methods=[method]) for path, endpoint, method in routes],

@@ -71,10 +71,11 @@ def flatten_messages(messages: Any) -> Any:
     """
     if not isinstance(messages, list):
         return messages
-    return [_flatten_message(message, f"messages.{i}") for i, message in enumerate(messages)]
+    return [flatten_message(message, f"messages.{i}") for i, message in enumerate(messages)]
 
 
-def _flatten_message(message: Any, param: str) -> Any:
+def flatten_message(message: Any, param: str) -> Any:
+    """Return one message with its content as a text; the rest is as in `flatten_messages`."""
     if not isinstance(message, dict):
         return message
     fields = without_nulls(message)

@@ -30,6 +30,7 @@ def test_a_request_without_a_good_key_is_401(api: Api) -> None:
             ("POST", "/v1/fine_tuning/jobs"),
             ("GET", "/v1/fine_tuning/methods"),
             ("POST", "/v1/chat/completions"),
+            ("POST", "/v1/responses"),
             ("GET", "/v1/keys"),
         ):
             answer = httpx2.request(method, api.base_url + path, headers=headers, json={"model": "x"})

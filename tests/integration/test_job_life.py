@@ -111,6 +111,7 @@ def _assert_hidden_from_another_project(api: Api, model: str) -> None:
         ("GET", f"/v1/models/{model}/files/adapter_config.json", None),
         ("POST", "/v1/chat/completions", chat),
         ("POST", "/v1/completions", {"model": model, "prompt": "hi"}),
+        ("POST", "/v1/responses", {"model": model, "input": "hi"}),
     ):
         answer = httpx2.request(method, api.base_url + path, headers=headers, json=content)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), path

@@ -37,7 +37,7 @@ class Backend(Protocol):
         """Send a request and return as soon as the answer's headers are there.
 
         Args:
-            path: `/v1/chat/completions` or `/v1/completions`.
+            path: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
             body: JSON as the client sent it.
             target: what the public model name resolved to.
 
