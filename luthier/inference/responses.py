@@ -27,7 +27,13 @@ from luthier.inference.messages import ChatMessage, flatten_message
 from luthier.inference.protocol import ChatRequest, StreamOptions
 from luthier.inference.tools import Tools, read_response_tools
 
-_IGNORED = (IGNORED_FIELDS - {"metadata"}) | {"reasoning", "max_tool_calls"}
+_IGNORED = (IGNORED_FIELDS - {"metadata"}) | {
+    "reasoning",
+    "max_tool_calls",
+    "access_programs",
+    "background_options",
+    "image",
+}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
