@@ -17,11 +17,12 @@ from typing import Protocol, TypeVar
 import torch
 from safetensors import safe_open
 
+from luthier.core.canary import Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
-from luthier.inference.proofs import check_base, check_probe
+from luthier.inference.proofs import check_base, check_canary, check_probe, read_canary
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.whole import load_whole, measure_whole
 from luthier.methods import method_of_artifact
@@ -99,8 +100,10 @@ async def load(engine: EngineLike, served: ServedModel, kind: Kind, limits: "Row
     if kind is Kind.PACKED and packed is not None:
         adapter = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
         if adapter is not None:
-            lane = packed.lane
-            proving = engine.call(lambda: _prove(lane, adapter, served.base.probe_ids, packed.logits_V))
+            lane, canary = packed.lane, read_canary(copy.folder)
+            proving = engine.call(
+                lambda: _prove(lane, adapter, served.base.probe_ids, packed.logits_V, canary)
+            )
             await asyncio.wrap_future(proving)
             return ReadyModel(served, lane=lane, adapter=adapter)
         await asyncio.to_thread(_open_slots, served.base, packed)
@@ -162,9 +165,18 @@ def _read_weight(folder: Path, name: str) -> torch.Tensor:
     raise ArtifactCorruptError("The base has no layer that the artifact is for.")
 
 
-def _prove(lane: Lane, adapter: PackedAdapter, probe_ids: list[int], base_logits_V: torch.Tensor) -> None:
-    lane.prepare(adapter)
+def _prove(
+    lane: Lane,
+    adapter: PackedAdapter | None,
+    probe_ids: list[int],
+    base_logits_V: torch.Tensor,
+    canary: Canary | None,
+) -> None:
+    """Let a model on a lane prove itself: finite, another than its base, and as training recorded it."""
+    if adapter is not None:
+        lane.prepare(adapter)
     check_probe(lane.probe(probe_ids, adapter), base_logits_V)
+    check_canary(canary, lane.model.dtype, lambda token_ids: lane.probe(token_ids, adapter))
 
 
 def _open_slots(base: LoadedBase, packed: PackedWeights) -> None:
@@ -195,12 +207,12 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
             max_rows=limits.max_rows,
             max_cache_tokens=limits.max_cache_tokens,
         )
-        check_probe(packed.logits_V, base.probe_logits())
+        _prove(packed.lane, None, base.probe_ids, base.probe_logits(), read_canary(folder))
         if served.foundation is None:
             return ReadyModel(served, lane=packed.lane)
         adapter = _lay_out(copy, packed, served.foundation.digest)
         if adapter is not None:
-            _prove(packed.lane, adapter, base.probe_ids, packed.logits_V)
+            _prove(packed.lane, adapter, base.probe_ids, packed.logits_V, read_canary(copy.folder))
             return ReadyModel(served, lane=packed.lane, adapter=adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)

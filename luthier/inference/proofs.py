@@ -3,13 +3,22 @@
 Legend: `V` vocabulary.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.storage.manifests import Manifest, read_manifest
+
+# How far served logits may be from recorded ones, as the norm of the gap relative to that of the logits. In
+# bfloat16 on either side rounding alone makes about 0.02; another adapter, or a wrong scale, makes more than
+# the larger number wherever it changes answers at all.
+_CANARY_TOLERANCE = 1e-3
+_ROUNDED_CANARY_TOLERANCE = 0.1
 
 
 def check_base(folder: Path, base_digest: str) -> Manifest:
@@ -55,6 +64,55 @@ def check_finite_weights(folder: Path, names: list[str]) -> None:
             raise ArtifactCorruptError("The artifact's weights can't be read.") from error
         if not are_finite:
             raise SelfCheckError("The model's weights are not finite; it is not served.")
+
+
+def read_canary(folder: Path) -> Canary | None:
+    """Return what training recorded of a model, None for artifacts that are older than canaries.
+
+    Args:
+        folder: the artifact's verified folder.
+
+    Returns:
+        The canary.
+
+    Raises:
+        ArtifactCorruptError: when the file is no canary.
+    """
+    path = folder / CANARY_NAME
+    if not path.exists():
+        return None
+    try:
+        canary = Canary.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactCorruptError("What training recorded of the model can't be read.") from error
+    if not canary.token_ids or not canary.candidates or len(canary.candidates) != len(canary.logits):
+        raise ArtifactCorruptError("What training recorded of the model can't be read.")
+    return canary
+
+
+def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[int]], torch.Tensor]) -> None:
+    """Check that a model says what it said when it was trained.
+
+    Args:
+        canary: what training recorded; None checks nothing.
+        dtype: type of the weights that are served.
+        run: gives logits_V, float32, after a text.
+
+    Raises:
+        SelfCheckError: when it says something else.
+    """
+    if canary is None:
+        return
+    logits_V = run(canary.token_ids).cpu()
+    if max(canary.candidates) >= len(logits_V) or min(canary.candidates) < 0:
+        raise ArtifactCorruptError("The artifact has another vocabulary than its base.")
+    recorded = torch.tensor(canary.logits)
+    gap = float((logits_V[canary.candidates] - recorded).norm() / recorded.norm())
+    is_exact = dtype is torch.float32 and canary.precision == "float32"
+    if not gap <= (_CANARY_TOLERANCE if is_exact else _ROUNDED_CANARY_TOLERANCE):
+        raise SelfCheckError(
+            f"The model does not say what training recorded of it (logits {gap:.2g} apart); it is not served."
+        )
 
 
 def check_probe(logits_V: torch.Tensor, base_logits_V: torch.Tensor) -> None:

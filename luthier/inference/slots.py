@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 
 from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, SelfCheckError
 from luthier.inference.forward import Prefix, run_prompts
-from luthier.inference.proofs import check_base, check_finite_weights, check_probe
+from luthier.inference.proofs import (
+    check_base,
+    check_canary,
+    check_finite_weights,
+    check_probe,
+    read_canary,
+)
 from luthier.methods import Installed, method_of_artifact
 
 # What it looks like when an artifact does not fit its base. InvalidRequestError: what training would tell
@@ -73,7 +79,10 @@ class ArtifactSlots:
             name = "a" + digest.removeprefix("sha256:")
             self._installed[digest] = method_of_artifact(folder).install(self._model, folder, name)
             prefix = self._installed[digest].prefix()
-            check_probe(probe(self.activate(digest), self._probe_ids, prefix), self.base_logits_V)
+            model = self.activate(digest)
+            check_probe(probe(model, self._probe_ids, prefix), self.base_logits_V)
+            canary = read_canary(folder)
+            check_canary(canary, model.dtype, lambda token_ids: probe(model, token_ids, prefix))
             self._check_base_is_itself()
         except _UNFIT as error:
             self.remove(digest)

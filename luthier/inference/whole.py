@@ -7,7 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError
-from luthier.inference.proofs import check_base, check_finite_weights, check_probe
+from luthier.inference.proofs import (
+    check_base,
+    check_canary,
+    check_finite_weights,
+    check_probe,
+    read_canary,
+)
 from luthier.inference.slots import probe
 from luthier.modeling.load import load_base, read_header
 
@@ -68,6 +74,7 @@ def load_whole(
     except (RuntimeError, TypeError, IndexError, BaseUnavailableError) as error:
         raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
     check_probe(logits_V, base_logits_V)
+    check_canary(read_canary(folder), dtype, lambda token_ids: probe(model, token_ids, ()))
     return model
 
 

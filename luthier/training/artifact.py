@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.events import Metrics
 from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
 from luthier.storage.manifests import Manifest, seal_folder, verify_folder
@@ -25,7 +26,14 @@ class Origin:
 
 
 def write_artifact(
-    folder: Path, trainee: Trainee, origin: Origin, *, step: int, metrics: Metrics, log: Path
+    folder: Path,
+    trainee: Trainee,
+    origin: Origin,
+    *,
+    step: int,
+    metrics: Metrics,
+    log: Path,
+    canary: Canary,
 ) -> Manifest:
     """Write and seal an artifact folder.
 
@@ -36,6 +44,7 @@ def write_artifact(
         step: steps done.
         metrics: scores at this step, for the card.
         log: the run's log so far, one JSON object a line.
+        canary: what the model says, for whoever serves it.
 
     Returns:
         The manifest; its digest covers weights, configuration and base digest.
@@ -46,6 +55,7 @@ def write_artifact(
     building.mkdir()
     digested = trainee.method.save(trainee.attached, building)
     (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
+    (building / CANARY_NAME).write_text(canary.model_dump_json() + "\n")
     shutil.copyfile(log, building / LOG_NAME)
     return seal_folder(building, folder, digested=digested, base_digest=origin.spec.ground_digest)
 

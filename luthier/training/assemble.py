@@ -116,7 +116,14 @@ def assemble(
         device=machine.device,
     )
     log = TrainingLog(job.folder / LOG_NAME, progress.log)
-    publisher = Publisher(job, trainee, writer, samples=samples, log=log.path)
+    publisher = Publisher(
+        job,
+        trainee,
+        writer,
+        samples=samples,
+        general_ids=examiner.general.row(0)[0].tolist(),
+        log=log.path,
+    )
     publisher.restore_chosen(None if found is None else found.chosen)
     if found is not None:
         save_points.restore(found, trainee, optimizer)

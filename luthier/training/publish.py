@@ -9,6 +9,7 @@ from luthier.core.events import CheckpointEvent, Metrics
 from luthier.storage.manifests import Manifest
 from luthier.training.artifact import take_over_artifact, write_artifact
 from luthier.training.batches import Batch
+from luthier.training.canary import record_canary
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job
 from luthier.training.linking import link_folder, unpack_folder
@@ -28,16 +29,25 @@ class Publisher:
         trainee: the model.
         writer: where events go.
         samples: rows on which results are proved before anything is published.
+        general_ids: tokens of the bundled general text, for the canary.
         log: the run's log file.
     """
 
     def __init__(
-        self, job: Job, trainee: Trainee, writer: EventWriter, *, samples: list[Batch], log: Path
+        self,
+        job: Job,
+        trainee: Trainee,
+        writer: EventWriter,
+        *,
+        samples: list[Batch],
+        general_ids: list[int],
+        log: Path,
     ) -> None:
         self._job = job
         self._trainee = trainee
         self._writer = writer
         self._samples = samples
+        self._general_ids = general_ids
         self._log = log
         options = job.spec.training
         self._may_choose_earlier = options.keep_best or options.max_forgetting is not None
@@ -129,7 +139,13 @@ class Publisher:
     def _write(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
         self._trainee.prove_shortcuts(self._samples)
         return write_artifact(
-            folder, self._trainee, self._job.origin, step=step, metrics=metrics, log=self._log
+            folder,
+            self._trainee,
+            self._job.origin,
+            step=step,
+            metrics=metrics,
+            log=self._log,
+            canary=record_canary(self._trainee, self._general_ids),
         )
 
     def _check(self, folder: Path) -> None:

@@ -1,0 +1,79 @@
+"""What training recorded of a model decides whether it is served."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.core.canary import CANARY_NAME, Canary
+from luthier.core.errors import ArtifactCorruptError, SelfCheckError
+from luthier.core.shapes import read_shape
+from luthier.inference.bases import pack
+from luthier.inference.loading import _prove
+from luthier.inference.proofs import check_canary, read_canary
+from luthier.methods import method_of_artifact
+from luthier.modeling.packed_adapter import lay_out
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_logits
+
+IDS = [9, 30, 41, 5, 77, 12, 8]
+PROBE_IDS = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
+
+
+def canary_of(logits_V: torch.Tensor, precision: str = "float32") -> Canary:
+    values, candidates = logits_V.topk(8)
+    return Canary(token_ids=IDS, candidates=candidates.tolist(), logits=values.tolist(), precision=precision)
+
+
+def test_an_adapter_is_served_as_it_was_trained_and_refused_with_another_scale(
+    tmp_path: Path, base_folder: Path
+) -> None:
+    made = build_method_artifact(tmp_path / "a", base_folder, {"type": "lora", "rank": 2}, seed=1)
+    canary = canary_of(method_logits(base_folder, made.folder, IDS)[-1])
+    changed = tmp_path / "changed"
+    shutil.copytree(made.folder, changed)
+    config = json.loads((changed / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["r"] * 4}))
+    packed = pack(load_plain(base_folder), base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
+
+    def prove(folder: Path) -> None:
+        parts = method_of_artifact(folder).read_parts(folder, read_shape(base_folder))
+        assert parts is not None
+        nothing: Any = None
+        adapter = lay_out(parts, packed.lane.model, nothing)
+        _prove(packed.lane, adapter, PROBE_IDS, packed.logits_V, canary)
+
+    prove(made.folder)
+    with pytest.raises(SelfCheckError, match="training recorded"):
+        prove(changed)
+
+
+def test_rounding_is_allowed_for_where_either_side_rounds() -> None:
+    logits_V = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    near_V = logits_V * 1.02
+    with pytest.raises(SelfCheckError):
+        check_canary(canary_of(logits_V), torch.float32, lambda _: near_V)
+    check_canary(canary_of(logits_V), torch.bfloat16, lambda _: near_V)
+    check_canary(canary_of(logits_V, "bfloat16"), torch.float32, lambda _: near_V)
+    with pytest.raises(SelfCheckError):
+        check_canary(canary_of(logits_V), torch.bfloat16, lambda _: logits_V.flip(0))
+    with pytest.raises(SelfCheckError):
+        check_canary(canary_of(logits_V), torch.bfloat16, lambda _: logits_V * torch.nan)
+
+
+def test_an_older_artifact_has_none_and_a_broken_one_is_refused(tmp_path: Path) -> None:
+    assert read_canary(tmp_path) is None
+    check_canary(None, torch.float32, lambda _: torch.zeros(3))
+    (tmp_path / CANARY_NAME).write_text("{}")
+    with pytest.raises(ArtifactCorruptError):
+        read_canary(tmp_path)
+    with pytest.raises(ArtifactCorruptError):
+        check_canary(canary_of(torch.arange(300.0)), torch.float32, lambda _: torch.zeros(20))
