@@ -144,7 +144,7 @@ def test_every_epoch_ends_in_a_checkpoint_and_the_last_one_is_the_artifact(
     assert manifest.digest == checkpoints[-1].digest == finished(events).digest
     assert manifest.digest == verify_folder(folder / "checkpoints" / "step-000024").digest
     assert manifest.digested == ["adapter_config.json", "adapter_model.safetensors"]
-    assert {"README.md", "training_log.jsonl"} <= set(manifest.files)
+    assert {"README.md", "training_log.jsonl", "canary.json"} <= set(manifest.files)
     log = [json.loads(line) for line in (folder / "artifact" / "training_log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "train_loss" in line] == list(range(1, 25))
 
