@@ -218,7 +218,7 @@ class Model(Owned, Table):
     """A name that can be called: a base and an artifact. `kind` is `tuned` or `checkpoint`.
 
     `parent_model_id` is the model whose job it went on from; `foundation_model_id` the whole model that its
-    artifact lies on in place of the base's own weights.
+    artifact lies on in place of the base's own weights. Inference servers keep a pinned one in memory.
     """
 
     __tablename__ = "models"
@@ -239,6 +239,7 @@ class Model(Owned, Table):
     artifact_key: Mapped[str]
     artifact_digest: Mapped[str]
     bytes_deleted_at: Mapped[datetime | None]
+    pinned_at: Mapped[datetime | None]
 
 
 class Checkpoint(Owned, Table):

@@ -110,7 +110,34 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
         digest=model.artifact_digest,
         foundation=None if foundation is None else foundation.artifact_key,
         foundation_digest=None if foundation is None else foundation.artifact_digest,
+        is_pinned=model.pinned_at is not None,
     )
+
+
+def pin(session: Session, scope: Scope, name: str, *, is_pinned: bool) -> Model:
+    """Let inference servers keep a model in memory from its next request on, or no longer.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the public name of the project's own model or checkpoint.
+        is_pinned: which of both; asking for what is so already changes nothing.
+
+    Returns:
+        The row.
+
+    Raises:
+        InvalidValueError: when the name is a base's or an alias.
+        PermissionDeniedError: when it is another project's.
+        ModelNotFoundError: when there is none.
+    """
+    found = get_own(session, scope, name)
+    model = session.get_one(Model, found.id, with_for_update=True, populate_existing=True)
+    if (model.pinned_at is not None) is not is_pinned:
+        model.pinned_at = func.now() if is_pinned else None
+        session.flush()
+        session.refresh(model)
+    return model
 
 
 def list_(session: Session, scope: Scope) -> Sequence[Model]:

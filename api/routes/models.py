@@ -77,6 +77,18 @@ async def download_model_file(
     )
 
 
+@router.put("/{model}/pin")
+def pin_model(model: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Let inference servers keep a tuned model in memory from its next request on."""
+    return tuned_model_object(models.pin(session, scope, model, is_pinned=True), scope.organization_slug)
+
+
+@router.delete("/{model}/pin")
+def unpin_model(model: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+    """Let a tuned model leave the memory again when others need its room."""
+    return tuned_model_object(models.pin(session, scope, model, is_pinned=False), scope.organization_slug)
+
+
 # As a path and after all others: the SDKs before 3 send a slash in a name as it is.
 @router.get("/{model:path}")
 def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:

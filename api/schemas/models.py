@@ -8,7 +8,7 @@ from luthier.storage.manifests import Manifest
 
 
 def tuned_model_object(model: Model, organization_slug: str) -> dict[str, Any]:
-    """Return a tuned model or checkpoint as clients see it; `base_model`, `job` and `digest` are ours."""
+    """Return a tuned model or checkpoint as clients see it; others than OpenAI's four are ours."""
     return {
         "id": model.name,
         "object": "model",
@@ -17,6 +17,7 @@ def tuned_model_object(model: Model, organization_slug: str) -> dict[str, Any]:
         "base_model": model.base_id,
         "job": model.job_id,
         "digest": model.artifact_digest,
+        "pinned": model.pinned_at is not None,
     }
 
 

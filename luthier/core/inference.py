@@ -10,6 +10,7 @@ HEADER_FOUNDATION = "x-luthier-foundation"
 HEADER_FOUNDATION_DIGEST = "x-luthier-foundation-digest"
 HEADER_MODEL = "x-luthier-model"
 HEADER_PROJECT = "x-luthier-project"
+HEADER_PINNED = "x-luthier-pinned"
 
 
 class ModelTarget(BaseModel):
@@ -17,7 +18,8 @@ class ModelTarget(BaseModel):
 
     `artifact` is the storage prefix of the artifact folder and `digest` its manifest's digest; both are
     None for a bare base. `foundation` and `foundation_digest` are the same of the whole model that the
-    artifact lies on, where that is not the base itself. `model` is the public name, which answers repeat.
+    artifact lies on, where that is not the base itself. `model` is the public name, which answers repeat. A
+    pinned model stays in memory from then on, until a request says that it is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +31,7 @@ class ModelTarget(BaseModel):
     digest: str | None = None
     foundation: str | None = None
     foundation_digest: str | None = None
+    is_pinned: bool = False
 
     def to_headers(self) -> dict[str, str]:
         """Return the headers that carry this target to the inference server."""
@@ -43,4 +46,6 @@ class ModelTarget(BaseModel):
         if self.foundation is not None and self.foundation_digest is not None:
             headers[HEADER_FOUNDATION] = self.foundation
             headers[HEADER_FOUNDATION_DIGEST] = self.foundation_digest
+        if self.is_pinned:
+            headers[HEADER_PINNED] = "1"
         return headers

@@ -33,11 +33,12 @@ class _Entry:
     num_bytes: int
     loading: "asyncio.Task[ReadyModel]"
     num_holders: int = 0
+    is_pinned: bool = False
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody needs it now."""
-        return self.num_holders == 0 and self.loading.done()
+        """Whether nobody needs it now, and it may leave."""
+        return self.num_holders == 0 and not self.is_pinned and self.loading.done()
 
     @property
     def is_ready(self) -> bool:
@@ -88,11 +89,12 @@ class LoadedArtifacts:
         """Return the memory that artifacts of one kind take, those on their way included."""
         return sum(entry.num_bytes for entry in self._entries.values() if entry.kind is kind)
 
-    async def hold(self, served: ServedModel) -> ReadyModel:
+    async def hold(self, served: ServedModel, *, is_pinned: bool = False) -> ReadyModel:
         """Return a model in memory, which stays there until it is released as often as it was held.
 
         Args:
             served: the model.
+            is_pinned: whether it stays when nobody holds it, until it is held without that.
 
         Returns:
             The model, ready to answer.
@@ -110,6 +112,7 @@ class LoadedArtifacts:
         if entry is not None and entry.is_ready:
             self._entries.move_to_end(served.key)
             entry.num_holders += 1
+            entry.is_pinned = is_pinned
             return entry.loading.result()
         # A name that outlived this wait would keep weights that are to leave.
         del entry
@@ -117,7 +120,7 @@ class LoadedArtifacts:
             raise TooManyRequestsError(f"{self._num_waiting} requests are waiting for models; try again.")
         self._num_waiting += 1
         try:
-            return await self._wait(served)
+            return await self._wait(served, is_pinned=is_pinned)
         finally:
             self._num_waiting -= 1
 
@@ -127,10 +130,11 @@ class LoadedArtifacts:
         if entry is not None:
             self._release(entry)
 
-    async def _wait(self, served: ServedModel) -> ReadyModel:
+    async def _wait(self, served: ServedModel, *, is_pinned: bool) -> ReadyModel:
         entry = self._find(served) or await self._find_room(served)
         self._entries.move_to_end(served.key)
         entry.num_holders += 1
+        entry.is_pinned = is_pinned
         try:
             return await asyncio.shield(entry.loading)
         except BaseException:
@@ -186,6 +190,14 @@ class LoadedArtifacts:
                 f"{max_bytes / MIB:.1f} MiB of {_NAMES[kind]}. An operator raises {_SETTINGS[kind]}."
             )
         while True:
+            entries = self._entries.values()
+            pinned = sum(one.num_bytes for one in entries if one.is_pinned and one.kind is kind)
+            if pinned + num_bytes > max_bytes:
+                raise OutOfMemoryError(
+                    f"Pinned models hold {pinned / MIB:.1f} MiB of the {max_bytes / MIB:.1f} MiB that the "
+                    f"model server may keep of {_NAMES[kind]}. Unpin one, or let an operator raise "
+                    f"{_SETTINGS[kind]}."
+                )
             self._released.clear()
             if self._leave_idle(kind, lambda: self.num_bytes(kind) + num_bytes <= max_bytes):
                 if kind is Kind.WHOLE:

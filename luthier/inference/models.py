@@ -14,6 +14,7 @@ from luthier.core.inference import (
     HEADER_FOUNDATION,
     HEADER_FOUNDATION_DIGEST,
     HEADER_MODEL,
+    HEADER_PINNED,
     HEADER_PROJECT,
     ModelTarget,
 )
@@ -47,6 +48,7 @@ def read_target(headers: Mapping[str, str]) -> ModelTarget:
             digest=headers.get(HEADER_DIGEST),
             foundation=headers.get(HEADER_FOUNDATION),
             foundation_digest=headers.get(HEADER_FOUNDATION_DIGEST),
+            is_pinned=headers.get(HEADER_PINNED) == "1",
         )
     except KeyError as error:
         raise InvalidRequestError(f"The header {error.args[0]} is missing.") from error
@@ -147,13 +149,13 @@ class Models:
         """
         served = await self.get(target)
         try:
-            return await self.loaded.hold(served)
+            return await self.loaded.hold(served, is_pinned=target.is_pinned)
         except ArtifactCorruptError:
             # The copy on this disk may be at fault, which a new one heals.
             restored = await self._restore(target, served)
             if restored is None:
                 raise
-        return await self.loaded.hold(restored)
+        return await self.loaded.hold(restored, is_pinned=target.is_pinned)
 
     def release(self, ready: ReadyModel) -> None:
         """Say that a request needs a model no longer."""

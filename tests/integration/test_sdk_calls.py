@@ -26,7 +26,7 @@ _TABLE = Path(__file__).parents[2] / "docs" / "sdk-calls.md"
 # Members that our objects have beside OpenAI's (docs/api.md), and optional ones that they leave out.
 _EXTRA: dict[str, set[str]] = {
     "FineTuningJob": {"user_provided_suffix", "started_from", "tuning", "training"},
-    "Model": {"base_model", "job", "digest", "context_length"},
+    "Model": {"base_model", "job", "digest", "pinned", "context_length"},
     # The package's pages leave out members that OpenAI's own lists have.
     "SyncPage": {"has_more"},
     "SyncCursorPage": {"object", "first_id", "last_id"},

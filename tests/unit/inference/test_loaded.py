@@ -309,3 +309,25 @@ def test_a_whole_model_in_bf16_is_served_in_the_type_of_its_base(
         assert loaded.num_bytes(Kind.WHOLE) == 4 * sum(weight.numel() for weight in weights.values())
 
     asyncio.run(run())
+
+
+def test_a_pinned_model_never_leaves_and_what_it_holds_is_no_room_for_others(
+    base: LoadedBase, wholes: list[Artifact]
+) -> None:
+    num_bytes = measure_whole(wholes[0].folder, torch.float32)
+
+    async def run() -> None:
+        loaded = make_loaded(2 * num_bytes)
+        first, second, third = (served_by(base, artifact) for artifact in wholes)
+        loaded.release(await loaded.hold(first, is_pinned=True))
+        for other in (second, third, second):
+            loaded.release(await loaded.hold(other))
+            assert loaded.digests == [first.digest, other.digest]
+        loaded.release(await loaded.hold(second, is_pinned=True))
+        with pytest.raises(OutOfMemoryError, match="Unpin"):
+            await loaded.hold(third)
+        loaded.release(await loaded.hold(first))
+        loaded.release(await loaded.hold(third))
+        assert loaded.digests == [second.digest, third.digest]
+
+    asyncio.run(run())

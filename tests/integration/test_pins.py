@@ -1,0 +1,28 @@
+"""A pinned model is asked for as one, whatever name it is called by; its own project alone may pin it."""
+
+from luthier.core.inference import ModelTarget
+from tests.conftest import TINY_BASE, Api
+from tests.integration.test_aliases import V1, Aliases, ours, theirs
+
+__all__ = ["ours", "theirs"]
+
+
+def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(
+    ours: Aliases, theirs: Aliases, api: Api
+) -> None:
+    def asked(name: str) -> ModelTarget:
+        messages = [{"role": "user", "content": "hi"}]
+        ours.ok("POST", "/chat/completions", {"model": name, "messages": messages})
+        target: ModelTarget = api.backend.asked[-1][2]
+        return target
+
+    ours.put("letters", V1)
+    assert ours.ok("GET", f"/models/{V1}")["pinned"] is False
+    for _ in range(2):
+        assert ours.ok("PUT", f"/models/{V1}/pin")["pinned"] is True
+    assert [asked(name).is_pinned for name in (V1, "letters", TINY_BASE)] == [True, True, False]
+    assert theirs.refused("DELETE", f"/models/{V1}/pin")[0] == 404
+    assert ours.ok("DELETE", f"/models/{V1}/pin")["pinned"] is False
+    assert not asked(V1).is_pinned
+    assert ours.refused("PUT", "/models/letters/pin")[:3] == (400, "invalid_value", "model")
+    assert ours.refused("PUT", "/models/nobody/pin")[:2] == (404, "model_not_found")
