@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from luthier.inference.runner import Runner
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 1024
 _STOP_SECONDS = 2
+_SWITCH_SECONDS = 0.0005
 
 
 def open_socket(url: str) -> socket.socket:
@@ -121,6 +123,9 @@ async def serve(settings: Settings) -> None:
     if token == "":
         raise LuthierError("LUTHIER_INTERNAL_TOKEN must be set when LUTHIER_INFERENCE_URL is http.")
     torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
+    # The engine's thread asks for the interpreter some hundred times a step; by default whoever has it may
+    # keep it for 5 ms each time.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     listener = open_socket(settings.inference_url)
     socket_path = None if is_tcp else Path(listener.getsockname())
     engine = Engine(
