@@ -14,7 +14,7 @@ from luthier.inference.chat_grammar import choose_grammar
 from luthier.inference.grammar import CompiledGrammar, Grammars
 from luthier.inference.protocol import ChatRequest, CompletionRequest, SamplingRequest
 from luthier.inference.sequence import SamplingOptions
-from luthier.inference.tool_calls import CallSyntax, find_syntax
+from luthier.inference.tool_calls import CallSyntax, find_syntax, render_calls
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,11 @@ def plan_chat(
     base, offered = ready.base, request.tools.offered
     _check_places(request, base.template)
     prompt = base.tokenizer.encode(
-        base.template.render(
+        render_calls(
+            base.template,
             [message.to_message() for message in request.messages],
+            [tool.definition for tool in offered],
             add_generation_prompt=True,
-            tools=[tool.definition for tool in offered],
         )
     )
     max_tokens = _fit(

@@ -18,8 +18,8 @@ _LOG = logging.getLogger(__name__)
 MIN_LOGPROB = -9999.0
 # Below it only the likeliest token can come; float32 would take a much smaller one for 0.
 _MIN_TEMPERATURE = 1e-5
-# Most nuclei are smaller, and finding so few is far cheaper than sorting a vocabulary.
-_NUM_LIKELIEST = 256
+# Most nuclei lie within so many nats of the likeliest token; sorting those few is far cheaper than all.
+_NUCLEUS_NATS = 10.0
 
 
 @torch.inference_mode()
@@ -134,15 +134,16 @@ def _nucleus(scaled_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.
     """Return the fewest likeliest tokens whose mass reaches `top_p`, at least one (Holtzman et al. 2020,
     section 3.1), the likeliest first: probabilities [K] and ids [K]."""
     total = torch.logsumexp(scaled_V, dim=-1)
-    size = scaled_V.shape[-1]
-    for num_likeliest in (min(_NUM_LIKELIEST, size), size):
-        values_K, ids_K = scaled_V.topk(num_likeliest)
-        probs_K = (values_K - total).exp()
-        mass_K = probs_K.cumsum(dim=-1, dtype=torch.float64)
-        if num_likeliest == size or float(mass_K[-1]) >= top_p:
-            break
-    num_kept = max(1, int((mass_K - probs_K < top_p).sum()))
-    return probs_K[:num_kept], ids_K[:num_kept]
+    ids_K = torch.nonzero(scaled_V > -_NUCLEUS_NATS).squeeze(-1)
+    probs_K = (scaled_V[ids_K] - total).exp()
+    if float(probs_K.sum()) < top_p:
+        ids_K = torch.arange(scaled_V.shape[-1], device=scaled_V.device)
+        probs_K = (scaled_V - total).exp()
+    # Stable, so that tokens that are alike keep the vocabulary's order.
+    probs_K, order_K = probs_K.sort(descending=True, stable=True)
+    mass_before_K = probs_K.cumsum(dim=-1, dtype=torch.float64) - probs_K
+    num_kept = max(1, int((mass_before_K < top_p).sum()))
+    return probs_K[:num_kept], ids_K[order_K[:num_kept]]
 
 
 def _with_logprobs(token_id: int, logits_V: torch.Tensor, num_logprobs: int | None) -> Choice:

@@ -56,6 +56,37 @@ class CallSyntax:
     has_short_ids: bool = False
 
 
+def render_calls(
+    template: ChatTemplate,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """Render messages, those that have calls in place of a text included.
+
+    Args:
+        template: the base's.
+        messages: the conversation.
+        tools: definitions of tools.
+        add_generation_prompt: whether to open an assistant's turn at the end.
+
+    Returns:
+        The text.
+
+    Raises:
+        InvalidValueError: when the template refuses the messages.
+    """
+    try:
+        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+    except InvalidValueError:
+        if all(message["content"] is not None for message in messages):
+            raise
+    # Some templates look into every content, and fail on none.
+    texts = [message | {"content": message["content"] or ""} for message in messages]
+    return template.render(texts, add_generation_prompt=add_generation_prompt, tools=tools)
+
+
 @functools.lru_cache(maxsize=64)
 def find_syntax(template: ChatTemplate, tokenizer: Tokenizer) -> CallSyntax | None:
     """Find out how a base writes calls.
@@ -110,7 +141,7 @@ def _answer(template: ChatTemplate, tokenizer: Tokenizer, call_ids: Sequence[str
     answering = {"role": "assistant", "content": None, "tool_calls": calls}
     try:
         asked = template.render(_ASKED, add_generation_prompt=True, tools=[_TOOL])
-        answered = template.render([*_ASKED, answering], add_generation_prompt=False, tools=[_TOOL])
+        answered = render_calls(template, [*_ASKED, answering], [_TOOL], add_generation_prompt=False)
     except InvalidValueError:
         return None
     if not answered.startswith(asked) or _NAME not in answered[len(asked) :]:

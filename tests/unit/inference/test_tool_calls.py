@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import tokenizers
 
+from luthier.core.errors import InvalidValueError
 from luthier.data.render import ChatTemplate
 from luthier.data.tokens import Tokenizer
 from luthier.inference.call_reader import CallArguments, CallBegun, CallReader
 from luthier.inference.chat_grammar import choose_grammar
 from luthier.inference.grammar import CompiledGrammar, Grammars
-from luthier.inference.tool_calls import CallSyntax, find_syntax
+from luthier.inference.tool_calls import CallSyntax, find_syntax, render_calls
 from luthier.inference.tools import Tools, read_chat_tools
 from tests.tiny import write_tokenizer
 
@@ -31,6 +32,9 @@ CALLS = {
     "thinking": "{{ '<think>\\n\\n</think>\\n\\n' }}" + _EACH + '{{ \'<tool_call>\\n{"name": "\' }}'
     '{{ c.function.name }}{{ \'", "arguments": \' }}{{ c.function.arguments | tojson }}'
     "{{ '}\\n</tool_call>\\n' }}{% endfor %}",
+    "looking": "{% if '</think>' in m.content %}{% endif %}" + _EACH + '{{ \'<tool_call>\\n{"name": "\' }}'
+    '{{ c.function.name }}{{ \'", "arguments": \' }}{{ c.function.arguments | tojson }}'
+    "{{ '}\\n</tool_call>' }}{% endfor %}",
     "llama": "{% if m.tool_calls | length > 1 %}{{ raise_exception('One call only.') }}{% endif %}"
     '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
     "{{ m.tool_calls[0].function.arguments | tojson }}{{ '}' }}",
@@ -69,6 +73,7 @@ def syntax_of(kind: str, tokenizer: Tokenizer) -> CallSyntax:
             "thinking",
             CallSyntax("<tool_call>\n", "\n</tool_call>\n", between="\n</tool_call>\n<tool_call>\n"),
         ),
+        ("looking", CallSyntax("<tool_call>\n", "\n</tool_call>", between="\n</tool_call><tool_call>\n")),
         ("llama", CallSyntax("", "", middle='", "parameters": ', arguments_key="parameters")),
         (
             "mistral",
@@ -87,6 +92,14 @@ def test_the_template_itself_shows_how_calls_are_written(
     tokenizer: Tokenizer, kind: str, expected: CallSyntax
 ) -> None:
     assert syntax_of(kind, tokenizer) == expected
+
+
+def test_calls_without_a_text_are_rendered_by_templates_that_look_into_every_text() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "go", "arguments": "{}"}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert '{"name": "go"' in render_calls(template("looking"), messages, [], add_generation_prompt=False)
+    with pytest.raises(InvalidValueError):
+        render_calls(ChatTemplate("{{ raise_exception('no') }}"), messages, [], add_generation_prompt=False)
 
 
 def test_a_template_that_tells_of_calls_in_words_alone_is_taken_at_its_word(tokenizer: Tokenizer) -> None:
