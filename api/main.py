@@ -31,7 +31,7 @@ from db.session import Database
 from luthier.bases.catalogue import load_catalogue
 from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
-from luthier.inference.backends.engine import EngineBackend
+from luthier.inference.backends import open_all
 from luthier.storage.store import Storage
 from services.bell import Bell, make_celery
 
@@ -58,7 +58,7 @@ def make_parts(settings: Settings) -> Parts:
         database=Database(database_url, pool_size=_POOL_SIZE),
         storage=Storage.open(settings.storage_url),
         catalogue=load_catalogue(settings.models_file),
-        backend=EngineBackend(settings.inference_url, settings.internal_token.get_secret_value()),
+        backend=open_all(settings),
         hub=EventHub(database_url),
         sealer=Sealer(settings.secret_key.get_secret_value()),
         ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,

@@ -1,11 +1,11 @@
 """Stand-ins where a unit of the service is tested without its neighbour."""
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from luthier.core.inference import ModelTarget
-from luthier.inference.backends.base import Reply
+from luthier.inference.backends.base import Health, Reply
 
 
 @dataclass
@@ -24,9 +24,9 @@ class FakeBackend:
 
         return Reply(200, {"content-type": "application/json"}, content())
 
-    async def health(self) -> Mapping[str, object]:
+    async def health(self) -> Health:
         """Return that all is well."""
-        return {"status": "ok", "ready": True}
+        return Health(is_ready=True, holds=frozenset(), num_running=0, num_waiting=0)
 
     async def aclose(self) -> None:
         """Do nothing; there is no connection."""

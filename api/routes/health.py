@@ -1,16 +1,21 @@
 """Whether the process lives, and whether it can serve."""
 
+import asyncio
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import PartsDep
+from api.deps import Parts, PartsDep
 from db.migrate import newest_revision
 from luthier.core.errors import UnavailableError
 
 router = APIRouter(tags=["health"])
+
+# Less than who asks gives the whole answer.
+_INFERENCE_SECONDS = 0.5
 
 
 @router.get("/healthz")
@@ -21,7 +26,11 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(parts: PartsDep) -> JSONResponse:
-    """Tell whether the database answers and has the schema that this code expects."""
+    """Tell whether the database answers and has the schema that this code expects.
+
+    Whether one inference server at least is ready is told beside it and decides nothing: files and jobs
+    need none, and would be cut off where a proxy asks here.
+    """
 
     def read() -> str | None:
         with parts.database.transaction() as session:
@@ -40,4 +49,13 @@ async def readyz(parts: PartsDep) -> JSONResponse:
     if revision != expected:
         reason = f"The schema is at {revision}, expected {expected}: run `python -m db.migrate`."
         return JSONResponse({"status": "unready", "reason": reason}, 503)
-    return JSONResponse({"status": "ready", "revision": revision})
+    inference = "ready" if await _can_answer(parts) else "unready"
+    return JSONResponse({"status": "ready", "revision": revision, "inference": inference})
+
+
+async def _can_answer(parts: Parts) -> bool:
+    try:
+        async with asyncio.timeout(_INFERENCE_SECONDS):
+            return (await parts.backend.health()).is_ready
+    except (UnavailableError, TimeoutError):
+        return False

@@ -48,7 +48,14 @@ class Settings(BaseSettings):
     )
 
     inference_url: str = Field(
-        "unix://.luthier/run/inference.sock", description="unix:///path.sock or http://host:port."
+        "unix://.luthier/run/inference.sock",
+        description="unix:///path.sock or http://host:port; for the API also several, separated by commas.",
+    )
+    inference_processes: int = Field(
+        1, ge=1, le=64, description="Inference servers of this machine, which share its cores and memory."
+    )
+    inference_backend: str = Field(
+        "engine", description="What serves models: engine (the inference server), or vllm."
     )
     internal_token: SecretStr = Field(
         SecretStr(""), description="Shared by API and inference server; required when inference_url is http."
@@ -57,13 +64,23 @@ class Settings(BaseSettings):
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU."
     )
     inference_max_whole_models_bytes: int = Field(
-        0, ge=0, description="Memory for the weights of fully tuned models; 0: a quarter of the device's."
+        0,
+        ge=0,
+        description="Memory for the weights of fully tuned models in each inference server; 0: a quarter of "
+        "its share of the device's.",
     )
     inference_max_adapters_bytes: int = Field(
-        0, ge=0, description="Memory for adapters that lie on bases; 0: an eighth of the device's."
+        0,
+        ge=0,
+        description="Memory for adapters that lie on bases in each inference server; 0: an eighth of its "
+        "share of the device's.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train and serve.")
-    num_threads: int = Field(0, ge=0, description="CPU threads of training and serving; 0: all cores.")
+    num_threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads of training and of each inference server; 0: all cores, or its share.",
+    )
     preload_base: str = Field(
         "smollm2-135m-instruct", description="Base that the inference server loads at start; empty: none."
     )
@@ -146,3 +163,9 @@ class Settings(BaseSettings):
         SecretStr(""), description="First admin key, registered at start when it is not known yet."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info")
+
+    @property
+    def inference_urls(self) -> list[str]:
+        """Where inference servers listen, each once."""
+        found = (url.strip().rstrip("/") for url in self.inference_url.split(","))
+        return list(dict.fromkeys(url for url in found if url))

@@ -1,4 +1,4 @@
-"""The HTTP face of the engine: OpenAI's three endpoints and a health check, as a plain Starlette app.
+"""The HTTP face of the engine: OpenAI's three endpoints and the server's status, as a plain Starlette app.
 
 Only the API talks to it. Errors leave in OpenAI's shape; after the first byte as a stream event.
 """
@@ -32,6 +32,7 @@ from luthier.inference.plans import Plan, plan_chat, plan_completion
 from luthier.inference.protocol import ChatRequest, parse_chat, parse_completion
 from luthier.inference.response_answers import ResponseShape
 from luthier.inference.responses import parse_response
+from luthier.inference.status import Status
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
@@ -71,12 +72,7 @@ class Service:
         self._open: set[Generation] = set()
         self._grammars = Grammars()
         self.models = Models(settings, engine)
-
-    async def health(self, _request: Request) -> Response:
-        """Say that the process answers, and whether its preloaded base does."""
-        base = self._settings.preload_base
-        is_ready = self._engine.is_alive and (not base or self.models.is_loaded(base))
-        return json_response({"status": "ok", "base": base, "ready": is_ready})
+        self.status = Status(settings, engine, self.models)
 
     async def chat(self, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
@@ -222,7 +218,8 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
         preload.cancel()
 
     routes: list[tuple[str, Callable[[Request], Coroutine[Any, Any, Response]], str]] = [
-        ("/healthz", service.health, "GET"),
+        ("/healthz", service.status.health, "GET"),
+        ("/internal/state", service.status.state, "GET"),
         ("/v1/chat/completions", service.chat, "POST"),
         ("/v1/completions", service.completion, "POST"),
         ("/v1/responses", service.response, "POST"),

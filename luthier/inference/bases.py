@@ -225,22 +225,23 @@ def max_whole_bytes(settings: Settings) -> int:
         settings: the operator's number, or 0, and the device.
 
     Returns:
-        Bytes; a quarter of the device's memory where the operator named none.
+        Bytes; a quarter of the process's share of the device where the operator named none.
     """
     return settings.inference_max_whole_models_bytes or _memory_bytes(settings) // 4
 
 
 def max_adapter_bytes(settings: Settings) -> int:
-    """Return how much memory adapters may take; an eighth of the device's where the operator named none."""
+    """Return how much memory adapters may take; an eighth of the process's where the operator named none."""
     return settings.inference_max_adapters_bytes or _memory_bytes(settings) // 8
 
 
 def _memory_bytes(settings: Settings) -> int:
+    """Return the memory of the device that is this process's share."""
     if _choose_device(settings) == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         total = torch.cuda.get_device_properties(_choose_device(settings)).total_memory
-    return int(total)
+    return int(total) // settings.inference_processes
 
 
 def _choose_device(settings: Settings) -> str:

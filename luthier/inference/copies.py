@@ -1,12 +1,14 @@
-"""The server's own copies of artifacts on the local disk: fetched, verified, dropped when unused for long.
+"""Copies of artifacts on the local disk: fetched, verified, dropped when unused for long.
 
 A copy is worth nothing: it may vanish or be damaged at any time and is then fetched again.
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +66,28 @@ def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) 
     copy = verify_copy(folder)
     if copy is None or copy.digest != digest:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        copy = _stamp_copy(folder, storage.fetch_folder(prefix, folder))
+        with _sole_fetch(folder):
+            # Another process may have fetched it meanwhile.
+            copy = verify_copy(folder)
+            if copy is None or copy.digest != digest:
+                copy = _stamp_copy(folder, storage.fetch_folder(prefix, folder))
     if copy.digest != digest:
         shutil.rmtree(folder, ignore_errors=True)
         raise ArtifactCorruptError("The stored artifact is not the one that the model was published with.")
     return copy
+
+
+@contextlib.contextmanager
+def _sole_fetch(folder: Path) -> Iterator[None]:
+    """Keep other processes that share the cache from writing the same copy meanwhile."""
+    # A few locks for all copies, beside their folder: deleted ones would let two hold one.
+    lock = folder.parent.with_name(f".{folder.parent.name}-{folder.name[0]}.lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def verify_copy(folder: Path) -> Copy | None:

@@ -227,6 +227,11 @@ class Engine:
         """Sequences that have no row yet."""
         return self._inbox.qsize() + self._core.num_waiting
 
+    @property
+    def num_rows(self) -> int:
+        """Sequences that have a row."""
+        return self._core.num_rows
+
     def submit(self, sequences: list[Sequence]) -> None:
         """Hand over the sequences of one request, all or none.
 

@@ -85,6 +85,11 @@ class LoadedArtifacts:
         """Digests of the artifacts in memory and of what they lie on, the one unused for longest first."""
         return [copy.digest for entry in list(self._entries.values()) for copy in entry.served.copies]
 
+    @property
+    def held(self) -> list[str]:
+        """Digests of the artifacts that can be asked here, those on their way to the memory included."""
+        return [digest for _, digest in list(self._entries) if digest is not None]
+
     def num_bytes(self, kind: Kind) -> int:
         """Return the memory that artifacts of one kind take, those on their way included."""
         return sum(entry.num_bytes for entry in self._entries.values() if entry.kind is kind)

@@ -89,6 +89,11 @@ class Models:
         """Whether a base is in memory."""
         return base_id in self._bases
 
+    @property
+    def base_ids(self) -> list[str]:
+        """The bases in memory."""
+        return list(self._bases)
+
     async def get_base(self, base_id: str) -> LoadedBase:
         """Return a base, loaded on its first use.
 

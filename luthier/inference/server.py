@@ -52,6 +52,11 @@ def open_socket(url: str) -> socket.socket:
     Raises:
         LuthierError: when the URL is of another kind, or the path is in use by another server or no socket.
     """
+    if "," in url:
+        raise LuthierError(
+            "LUTHIER_INFERENCE_URL names several servers. Each process of luthier.inference.server gets its "
+            "own one; the list is for the API."
+        )
     parts = urlsplit(url)
     if parts.scheme == "unix":
         return _open_unix_socket(Path(parts.netloc + parts.path))
@@ -109,6 +114,10 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _default_num_threads(settings: Settings) -> int:
+    return max(1, (os.cpu_count() or 1) // settings.inference_processes)
+
+
 async def serve(settings: Settings) -> None:
     """Serve until TERM or INT.
 
@@ -122,7 +131,7 @@ async def serve(settings: Settings) -> None:
     token = settings.internal_token.get_secret_value() if is_tcp else None
     if token == "":
         raise LuthierError("LUTHIER_INTERNAL_TOKEN must be set when LUTHIER_INFERENCE_URL is http.")
-    torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
+    torch.set_num_threads(settings.num_threads or _default_num_threads(settings))
     # The engine's thread asks for the interpreter some hundred times a step; by default whoever has it may
     # keep it for 5 ms each time.
     sys.setswitchinterval(_SWITCH_SECONDS)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from luthier.cli.stack.home import Secrets
+from luthier.cli.stack.home import Secrets, StackError
 from luthier.cli.stack.processes import ProcessSpec
 from luthier.core.settings import Settings
 
@@ -61,7 +61,6 @@ def service_environment(
         "storage_url": (home / "objects").as_uri(),
         "runs_dir": str(home / "runs"),
         "cache_dir": str(home / "cache"),
-        "inference_url": f"unix://{run / 'inference.sock'}",
         "bootstrap_api_key": secrets.api_key,
         "secret_key": secrets.secret_key,
     }
@@ -69,6 +68,10 @@ def service_environment(
     for name, value in computed.items():
         if name not in settings.model_fields_set:
             environment[f"LUTHIER_{name.upper()}"] = value
+    urls = _inference_urls(settings, run)
+    environment["LUTHIER_INFERENCE_URL"] = ",".join(urls)
+    environment["LUTHIER_INFERENCE_PROCESSES"] = str(len(urls))
+    environment["LUTHIER_INFERENCE_BACKEND"] = settings.inference_backend
     environment["LUTHIER_HOME"] = str(home)
     environment["LUTHIER_DATABASE_URL"] = database_url
     environment["LUTHIER_REDIS_URL"] = redis_url
@@ -93,17 +96,11 @@ def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
     inference_environment = {k: v for k, v in environment.items() if k not in _NOT_FOR_INFERENCE}
     # Only the bootstrap step needs the first key in plain text.
     running_environment = {k: v for k, v in environment.items() if k != "LUTHIER_BOOTSTRAP_API_KEY"}
-    inference_url = environment["LUTHIER_INFERENCE_URL"]
+    is_ours = environment["LUTHIER_INFERENCE_BACKEND"] == "engine"
+    urls = environment["LUTHIER_INFERENCE_URL"].split(",") if is_ours else []
     return Plan(
-        early=(
-            ProcessSpec(
-                name="inference",
-                command=(python, "-m", "luthier.inference.server"),
-                environment=inference_environment,
-                is_ready=partial(answers, inference_url, "/healthz", b'"ready": true', b'"ready":true'),
-                stop_stage=1,
-                stop_seconds=1.0,
-            ),
+        early=tuple(
+            _inference(python, inference_environment, url, number) for number, url in enumerate(urls)
         ),
         steps=(
             Step("migrate", (python, "-m", "db.migrate"), running_environment),
@@ -127,6 +124,32 @@ def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
             ),
         ),
     )
+
+
+def _inference(python: str, environment: dict[str, str], url: str, number: int) -> ProcessSpec:
+    return ProcessSpec(
+        name="inference" if number == 0 else f"inference-{number + 1}",
+        command=(python, "-m", "luthier.inference.server"),
+        environment=environment | {"LUTHIER_INFERENCE_URL": url},
+        is_ready=partial(answers, url, "/healthz", b'"ready": true', b'"ready":true'),
+        stop_stage=1,
+        stop_seconds=1.0,
+    )
+
+
+def _inference_urls(settings: Settings, run: Path) -> list[str]:
+    """Return the operator's URLs of inference servers, else a socket of ours for each process."""
+    count, is_set = settings.inference_processes, settings.model_fields_set
+    if "inference_url" not in is_set:
+        names = ["inference.sock", *(f"inference-{number}.sock" for number in range(2, count + 1))]
+        return [f"unix://{run / name}" for name in names]
+    urls = settings.inference_urls
+    if "inference_processes" in is_set and len(urls) != count:
+        raise StackError(
+            f"LUTHIER_INFERENCE_URL names {len(urls)} servers and LUTHIER_INFERENCE_PROCESSES is {count}; "
+            "unset one of them."
+        )
+    return urls
 
 
 def reachable_host(host: str) -> str:

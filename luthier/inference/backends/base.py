@@ -3,7 +3,26 @@
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
+
+
+class NotAcceptedError(UnavailableError):
+    """A server that never got the request, so that another may be asked in its place."""
+
+
+class Health(NamedTuple):
+    """How a server is.
+
+    `holds` are the digests of the artifacts in its memory and the ids of its bases. `serves` are the bases'
+    ids and whole models' digests that it can ever answer for, None where that is everything.
+    """
+
+    is_ready: bool
+    holds: frozenset[str]
+    num_running: int
+    num_waiting: int
+    serves: frozenset[str] | None = None
 
 
 class Body(Protocol):
@@ -45,14 +64,15 @@ class Backend(Protocol):
             The answer, its body still to be read.
 
         Raises:
-            UnavailableError: when the server can't be reached, or left before its first byte.
+            NotAcceptedError: when the server can't be reached, so that another may be asked.
+            UnavailableError: when it left before its first byte.
         """
 
-    async def health(self) -> Mapping[str, object]:
+    async def health(self) -> Health:
         """Ask the server how it is.
 
         Returns:
-            What it says of itself: `status`, `base` and `ready` at least.
+            What it says of itself.
 
         Raises:
             UnavailableError: when it can't be reached.

@@ -1,19 +1,26 @@
 """The client of Luthier's own inference server, over a Unix socket or TCP with the internal token."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import httpx2
 
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import HEADER_DIGEST, HEADER_TOKEN, ModelTarget
-from luthier.inference.backends.base import Reply
+from luthier.core.settings import Settings
+from luthier.inference.backends.base import Health, NotAcceptedError, Reply
 
 _CONNECT_SECONDS = 5.0
 # Between two pieces of an answer: a first request may wait for a base to load.
 _READ_SECONDS = 600.0
 _PASSED_HEADERS = frozenset(
     {"content-type", "retry-after", "cache-control", "x-accel-buffering", HEADER_DIGEST}
+)
+_STATE_PATH = "/internal/state"
+# A server takes a request up once it has all of it, which these say that it never had.
+_NOT_SENT = (
+    httpx2.ConnectError,
+    httpx2.ConnectTimeout,
+    httpx2.PoolTimeout,
+    httpx2.WriteError,
+    httpx2.WriteTimeout,
 )
 # In front of every Unix socket; the name is never looked up.
 _LOCAL_ORIGIN = "http://inference"
@@ -52,32 +59,40 @@ class EngineBackend:
             The answer, its body still to be read; closing the body stops the server's work.
 
         Raises:
-            UnavailableError: when the server can't be reached, or left before its first byte.
+            NotAcceptedError: when the server can't be reached, so that another may be asked.
+            UnavailableError: when it left before its first byte.
         """
         headers = {"content-type": "application/json"} | target.to_headers()
         request = self._client.build_request("POST", path, content=body, headers=headers)
         try:
             response = await self._client.send(request, stream=True)
+        except _NOT_SENT as error:
+            raise NotAcceptedError("The model server can't be reached right now; try again.") from error
         except httpx2.TransportError as error:
-            raise UnavailableError("The model server can't be reached right now; try again.") from error
+            raise UnavailableError("The model server left before it had answered; try again.") from error
         passed = {name: value for name, value in response.headers.items() if name in _PASSED_HEADERS}
         return Reply(response.status_code, passed, _Body(response))
 
-    async def health(self) -> Mapping[str, Any]:
+    async def health(self) -> Health:
         """Ask the server how it is.
 
         Returns:
-            What it says of itself: `status`, `base` and `ready`.
+            What it says of itself; it can answer for everything.
 
         Raises:
             UnavailableError: when it can't be reached.
         """
         try:
-            response = await self._client.get("/healthz", timeout=_CONNECT_SECONDS)
-            content: Mapping[str, Any] = response.raise_for_status().json()
-        except (httpx2.HTTPError, ValueError) as error:
+            response = await self._client.get(_STATE_PATH, timeout=_CONNECT_SECONDS)
+            found = response.raise_for_status().json()
+            return Health(
+                is_ready=bool(found["ready"]),
+                holds=frozenset([*found["bases"], *found["digests"]]),
+                num_running=int(found["running"]),
+                num_waiting=int(found["waiting"]),
+            )
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
             raise UnavailableError("The model server can't be reached right now; try again.") from error
-        return content
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -99,7 +114,9 @@ class _Body:
             return await anext(self._chunks)
         except httpx2.TransportError as error:
             await self.aclose()
-            raise UnavailableError("The model server broke off in the middle of an answer.") from error
+            raise UnavailableError(
+                "The model server broke off in the middle of an answer; try again."
+            ) from error
         except BaseException:
             # The end, or a reader that was cancelled: the server sees it and frees the row.
             await self.aclose()
@@ -110,6 +127,6 @@ class _Body:
         await self._response.aclose()
 
 
-def open_backend(url: str, token: str) -> EngineBackend:
+def open_backend(url: str, token: str, settings: Settings | None = None) -> EngineBackend:  # noqa: ARG001
     """Return a client of the server at a URL."""
     return EngineBackend(url, token)

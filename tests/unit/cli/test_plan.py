@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.cli.stack.home import Secrets
+from luthier.cli.stack.home import Secrets, StackError
 from luthier.cli.stack.plan import Plan, reachable_host, service_environment, service_plan
 from luthier.core.settings import Settings
 
@@ -23,8 +23,8 @@ def _environment(settings: Settings) -> dict[str, str]:
     )
 
 
-def _plan() -> Plan:
-    return service_plan(_environment(Settings()), host="127.0.0.1", port=8000)
+def _plan(settings: Settings | None = None) -> Plan:
+    return service_plan(_environment(settings or Settings()), host="127.0.0.1", port=8000)
 
 
 def test_state_lies_under_the_home_by_absolute_paths() -> None:
@@ -57,6 +57,31 @@ def test_the_inference_server_gets_no_password_and_no_key() -> None:
     assert "lt_first_key" not in values
     assert "sealing-key" not in values
     assert "valkey.sock" not in values
+
+
+def test_each_inference_process_has_a_socket_of_its_own_and_the_api_knows_all() -> None:
+    plan = _plan(Settings(inference_processes=3))
+    assert [spec.name for spec in plan.early] == ["inference", "inference-2", "inference-3"]
+    urls = [spec.environment["LUTHIER_INFERENCE_URL"] for spec in plan.early]
+    assert urls[1] == "unix:///tmp/luthier-x/inference-2.sock"
+    (api, _) = plan.late
+    assert api.environment["LUTHIER_INFERENCE_URL"] == ",".join(urls)
+    # They share the machine.
+    assert {spec.environment["LUTHIER_INFERENCE_PROCESSES"] for spec in plan.early} == {"3"}
+
+
+def test_the_operators_urls_decide_how_many_inference_processes_there_are() -> None:
+    plan = _plan(Settings(inference_url="unix:///srv/a.sock, unix:///srv/b.sock"))
+    urls = [spec.environment["LUTHIER_INFERENCE_URL"] for spec in plan.early]
+    assert urls == ["unix:///srv/a.sock", "unix:///srv/b.sock"]
+    with pytest.raises(StackError, match="names 1 servers and LUTHIER_INFERENCE_PROCESSES is 2"):
+        _plan(Settings(inference_url="unix:///srv/a.sock", inference_processes=2))
+
+
+def test_a_server_that_is_not_ours_is_not_started() -> None:
+    plan = _plan(Settings(inference_backend="vllm", inference_url="http://vllm:8000"))
+    assert plan.early == ()
+    assert plan.late[0].environment["LUTHIER_INFERENCE_BACKEND"] == "vllm"
 
 
 def test_only_the_bootstrap_step_gets_the_first_key() -> None:
