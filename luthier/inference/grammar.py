@@ -19,6 +19,8 @@ from luthier.data.tokens import Tokenizer
 
 _MAX_KEPT = 64
 _MAX_TOLD_CHARS = 160
+# Of one or two kB each; a pattern can ask for any number of them.
+_MAX_LEXER_STATES = 50_000
 # A model that may write any whitespace between two tokens of JSON can write nothing else for ever.
 _WHITESPACE = r"[ ]|\n[ ]{0,40}"
 
@@ -159,6 +161,11 @@ class Grammars:
         Raises:
             InvalidValueError: when it can't be compiled, which is for a schema's reasons.
         """
+        if not tokenizer.stop_token_ids:
+            raise InvalidValueError(
+                "This model names no token that ends an answer, so its answers can't be held to a form.",
+                param=param,
+            )
         key = hashlib.sha256(f"{tokenizer_digest}\n{lark}".encode()).hexdigest()
         with self._lock:
             if key in self._kept:
@@ -169,7 +176,7 @@ class Grammars:
                 stops = sorted(tokenizer.stop_token_ids)
                 inner = LLTokenizer(_Vocabulary(tokenizer), tokenizer.vocab_size, stops)  # type: ignore[arg-type]
                 self._tokenizers[tokenizer_digest] = inner
-        limits = LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
         # Silent: its warnings would quote answers on the server's stderr.
         matcher = LLMatcher(inner, lark, log_level=0, limits=limits)
         if matcher.is_error():
