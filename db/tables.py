@@ -161,6 +161,9 @@ class Job(Owned, Table):
     integrations: Mapped[list[Any] | None] = mapped_column(JSONB(none_as_null=True))
     # Storage prefix of the tokenised rows, once prepare has written them.
     prepared_key: Mapped[str | None]
+    # What its training process needs of the device's memory, as prepare told it: at its peak, and at least.
+    peak_bytes: Mapped[int | None]
+    least_bytes: Mapped[int | None]
     # The newest save points, oldest first: {"key": storage prefix, "step": number}.
     save_points: Mapped[list[Any]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
     # {"prepare": what the files held, "run": luthier.core.reports.RunReport}, each once it is there; up to

@@ -104,13 +104,16 @@ def is_recorded(
     return found is not None
 
 
-def find_measured(session: Session, base: BaseFacts, precision: Precision) -> tuple[Measured | None, str]:
+def find_measured(
+    session: Session, base: BaseFacts, precision: Precision, *, hostname: str | None = None
+) -> tuple[Measured | None, str]:
     """Return the newest calibration of a base, or why there is none.
 
     Args:
         session: the session.
         base: the base as the API has it.
         precision: as the job asks for it.
+        hostname: a machine whose own calibration goes before newer ones.
 
     Returns:
         The calibration, and a sentence that says why it is None.
@@ -118,7 +121,7 @@ def find_measured(session: Session, base: BaseFacts, precision: Precision) -> tu
     rows = session.scalars(
         select(CalibrationRow)
         .where(CalibrationRow.base_id == base.id, CalibrationRow.base_digest == base.digest)
-        .order_by(CalibrationRow.measured_at.desc())
+        .order_by((CalibrationRow.hostname == hostname).desc(), CalibrationRow.measured_at.desc())
     ).all()
     failed: str | None = None
     for row in rows:

@@ -14,9 +14,10 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from db.tables import Job, Worker
+from luthier.core.devices import Device
 from luthier.core.errors import LuthierError, WorkerCrashedError
 from luthier.core.states import TERMINAL_STATUSES, JobStatus
-from services import attempts, deliveries, events
+from services import attempts, deliveries, events, memory
 from services.events import NewEvent
 
 
@@ -97,18 +98,26 @@ def claim_for_preparing(session: Session, job_id: str, worker_id: str, lease_sec
 
 
 def claim_for_training(
-    session: Session, worker_id: str, num_slots: int, lease_seconds: float
+    session: Session,
+    worker_id: str,
+    num_slots: int,
+    lease_seconds: float,
+    *,
+    device: Device | None = None,
+    tells: bool = True,
 ) -> tuple[Lease, Job] | None:
-    """Take the oldest queued job if the worker has a free slot.
+    """Take the oldest queued job if the worker has a free slot and the job's memory can be had.
 
     Args:
         session: the session.
         worker_id: who asks; its row is locked so that two of its processes can't take the same slot.
         num_slots: jobs that it trains at the same time.
         lease_seconds: how long the claim holds without a heartbeat.
+        device: where the job would run; None where its memory is not known, so that nobody counts it.
+        tells: whether jobs that must wait for memory are told so.
 
     Returns:
-        The lease and the job, now `running`; None when there is no job or no slot.
+        The lease and the job, now `running`; None when there is no job, no slot or no memory.
     """
     # The row is there before the first heartbeat too: it is the lock of the worker's slots.
     session.execute(
@@ -129,19 +138,18 @@ def claim_for_training(
     )
     if num_running is not None and num_running >= num_slots:
         return None
-    job = session.scalar(
-        select(Job)
-        .where(Job.status == JobStatus.QUEUED, Job.lease_owner.is_(None), Job.deleted_at.is_(None))
-        .order_by(Job.created_at)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    if device is None:
+        job = memory.find_oldest(session)
+    else:
+        job = memory.choose(session, device, lease_seconds=lease_seconds, tells=tells)
     if job is None:
         return None
     is_first = job.started_at is None
     job.status = JobStatus.RUNNING.value
     job.started_at = job.started_at or func.now()
     lease = _take(session, job, worker_id, lease_seconds)
+    if device is not None:
+        memory.grant(session, device, job, lease_seconds)
     if is_first:
         events.append(session, job.id, [NewEvent("Fine-tuning job started")])
     session.refresh(job)
@@ -158,7 +166,7 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
 
 
 def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
-    """Keep a lease.
+    """Keep a lease, and what the ledger of memory gave under it.
 
     Args:
         session: the session.
@@ -171,7 +179,9 @@ def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
     """
-    return update_job(session, lease, lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
+    status = update_job(session, lease, lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
+    memory.renew(session, lease.job_id, lease.epoch, lease_seconds)
+    return status
 
 
 def update_job(session: Session, lease: Lease, **values: Any) -> JobStatus:

@@ -18,12 +18,13 @@ from luthier.core.errors import LuthierError
 from luthier.core.logs import configure_logs
 from luthier.core.process import die_with_parent
 from luthier.core.settings import Settings
-from services import deliveries, files, leases, leftovers, models
+from services import deliveries, files, leases, leftovers, memory, models
 from services.bell import TASK_NAME, make_celery
 from services.uploads import storage_prefix
 from worker.calibration import calibrate_for_ever
 from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_for_ever
+from worker.serving import balance
 from worker.tasks.prepare import prepare
 from worker.tasks.train import train_next
 
@@ -44,7 +45,7 @@ def work(context: WorkerContext, job_id: str | None) -> None:
 
 
 def sweep(context: WorkerContext) -> list[str]:
-    """Say that the worker lives, take jobs from dead ones, and find what waits.
+    """Say that the worker lives, take jobs from dead ones, tell serving its memory, and find what waits.
 
     Args:
         context: the worker's parts.
@@ -63,8 +64,10 @@ def sweep(context: WorkerContext) -> list[str]:
         )
     with context.database.transaction() as session:
         lost = leases.sweep(session, max_attempts=settings.max_attempts)
+        memory.forget_lapsed(session)
     if lost:
         _log.warning("jobs taken from workers that stopped answering", job_ids=lost)
+    balance(context)
     with context.database.transaction() as session:
         return list(leases.list_waiting(session, limit=settings.training_slots + 1))
 
@@ -191,6 +194,7 @@ def run_without_broker(settings: Settings) -> None:
     threading.Thread(target=calibrate_for_ever, args=(context,), daemon=True).start()
     threading.Thread(target=deliver_for_ever, args=(context,), daemon=True).start()
     _log.info("worker ready, without a broker", worker_id=context.worker_id)
+    before: list[str] = []
     while not context.stopping.is_set():
         waiting: list[str] = []
         try:
@@ -199,8 +203,11 @@ def run_without_broker(settings: Settings) -> None:
             work(context, waiting[0] if waiting else None)
         except LuthierError as error:
             _log.warning("look put off", reason=error.message)
-        if not waiting:
+        # One that waits for memory is the same again; so may one be that was just prepared, which costs it a
+        # sweep at most.
+        if not waiting or waiting == before:
             context.stopping.wait(context.settings.sweep_seconds)
+        before = waiting
 
 
 def run(settings: Settings) -> None:

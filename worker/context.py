@@ -11,6 +11,7 @@ from typing import Any
 
 from db.session import Database
 from luthier.bases.catalogue import Catalogue, load_catalogue
+from luthier.core.devices import Device, find_device
 from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.storage.store import Storage
@@ -51,6 +52,11 @@ class WorkerContext:
     stopping: threading.Event = field(default_factory=threading.Event)
     # None where no process shall wait for a run.
     spare: WarmSpare | None = None
+    # None where nobody knows how much memory it has: then nobody counts it.
+    device: Device | None = None
+    # The inference servers that serve from it, by URL, as this process saw them last.
+    serving_ids: dict[str, str] = field(default_factory=dict)
+    has_looked_at_serving: bool = False
 
     def keep_spare(self) -> None:
         """Let a process wait for the next run, where that is wanted; from the main thread alone."""
@@ -81,6 +87,7 @@ def make_context(settings: Settings) -> WorkerContext:
         database=Database(settings.database_url.get_secret_value(), pool_size=_POOL_SIZE),
         storage=Storage.open(settings.storage_url),
         catalogue=load_catalogue(settings.models_file),
+        device=find_device(settings),
         spare=WarmSpare(settings.warm_spare_seconds) if settings.warm_spare_seconds else None,
         sealer=Sealer(settings.secret_key.get_secret_value()),
         ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,

@@ -1,6 +1,11 @@
-"""What the API and the inference server say to each other beside OpenAI's protocol: headers."""
+"""What the service and the inference server say to each other beside OpenAI's protocol.
 
-from pydantic import BaseModel, ConfigDict
+The API names its target in headers. A worker asks for the server's memory, and tells it a ceiling.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MEMORY_PATH = "/internal/memory"
 
 HEADER_TOKEN = "x-luthier-token"
 HEADER_BASE = "x-luthier-base"
@@ -49,3 +54,36 @@ class ModelTarget(BaseModel):
         if self.is_pinned:
             headers[HEADER_PINNED] = "1"
         return headers
+
+
+class MemoryState(BaseModel):
+    """What a server holds of its device's memory.
+
+    `held_bytes` is what it has, and what it may yet take without passing its ceiling; `idle_bytes` of them it
+    would give back if it were asked now, all but `floor_bytes` once nobody asks it for anything. `version` is
+    that of the newest ceiling it was told, 0 if none. `server_id` names the process.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    server_id: str
+    hostname: str
+    device: str
+    held_bytes: int
+    idle_bytes: int
+    floor_bytes: int
+    version: int
+
+
+class MemoryOrder(BaseModel):
+    """A ceiling for a server: what it may hold for so many seconds, after which it forgets the ceiling.
+
+    It gives back what is idle beyond it, and takes nothing more. What it can't give back it keeps. An order
+    with a lower version than another one that it was told changes nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = Field(ge=1)
+    max_bytes: int = Field(ge=0)
+    seconds: float = Field(gt=0)

@@ -76,6 +76,17 @@ class Settings(BaseSettings):
         "share of the device's.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train and serve.")
+    memory_reserve_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory of the device that jobs and serving leave to everything else; 0: a tenth of it.",
+    )
+    device_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory that jobs and serving share, where the device's own less the reserve is wrong; "
+        "0: that.",
+    )
     num_threads: int = Field(
         0,
         ge=0,

@@ -17,15 +17,17 @@ from luthier.core.states import JobStatus
 from luthier.data.objectives import Purpose
 from luthier.data.prepare import prepare_rows
 from luthier.data.prepared import PreparedRows, write_prepared
+from luthier.data.prepared_counts import count_prepared
 from luthier.data.prompts import check_sample_prompts
 from luthier.data.split import split_rows
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
-from services import events, leases, models, reports
+from services import calibrations, events, leases, models, reports
 from services.bell import ring_after_commit
 from services.events import NewEvent
 from services.jobs import MIN_TRAINING_ROWS
 from services.leases import Lease, LeaseLostError
+from services.memory_needs import MemoryNeed, tell_need
 from services.reports import FileReport, PrepareReport
 from worker.context import WorkerContext
 from worker.giving_back import give_back
@@ -66,6 +68,7 @@ class _Prepared:
     base: BaseFacts
     prepared_key: str
     report: PrepareReport
+    need: MemoryNeed
 
 
 def prepare(context: WorkerContext, job_id: str) -> None:
@@ -178,7 +181,30 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
     report = PrepareReport(
         training=train_report, validation=validation_report, tokenize_seconds=tokenize_seconds
     )
-    return _Prepared(spec, base, key, report)
+    need = _tell_need(context, spec, base, train, validation)
+    return _Prepared(spec, base, key, report, need)
+
+
+def _tell_need(
+    context: WorkerContext,
+    spec: TrainingSpec,
+    base: BaseFacts,
+    train: PreparedRows,
+    validation: PreparedRows | None,
+) -> MemoryNeed:
+    with context.database.transaction() as session:
+        measured, _ = calibrations.find_measured(
+            session, base, spec.training.precision, hostname=context.hostname
+        )
+    has_pairs = spec.dpo is not None
+    return tell_need(
+        spec,
+        base=base,
+        base_folder=base_folder(context.settings.bases_dir, base.id),
+        training=count_prepared(train, has_pairs=has_pairs),
+        validation=None if validation is None else count_prepared(validation, has_pairs=has_pairs),
+        measured=measured,
+    )
 
 
 def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
@@ -193,6 +219,8 @@ def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
             spec=prepared.spec.model_dump(mode="json"),
             prepared_key=prepared.prepared_key,
             report=reports.with_prepare(prepared.report),
+            peak_bytes=prepared.need.peak_bytes,
+            least_bytes=prepared.need.least_bytes,
         )
         dropped, truncated = prepared.report.training.num_dropped, prepared.report.training.num_truncated
         if dropped or truncated:

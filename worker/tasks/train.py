@@ -20,11 +20,12 @@ from luthier.core.errors import (
     ArtifactCorruptError,
     BaseUnavailableError,
     LuthierError,
+    OutOfMemoryError,
     StorageFullError,
     UnavailableError,
 )
 from luthier.core.specs import RunInputs, TrainingSpec
-from services import leases, models, reports
+from services import leases, memory, models, reports
 from services.leases import Lease, LeaseLostError
 from worker.child import start_child
 from worker.context import WorkerContext
@@ -34,6 +35,7 @@ from worker.outbox import Outbox
 from worker.parents import fetch_parents
 from worker.publish import Publisher
 from worker.run import Ending, TrainingRun
+from worker.serving import balance, look_once
 from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
 from worker.tracking import Tracking, start_tracking
 
@@ -52,6 +54,8 @@ class Claimed:
     save_points: list[dict[str, object]]
     tokenize_seconds: float
     integrations: list[dict[str, Any]]
+    # Why no device has room for it, however long it waits.
+    refusal: OutOfMemoryError | None = None
 
     @property
     def prefix(self) -> str:
@@ -96,6 +100,7 @@ def train_next(context: WorkerContext) -> bool:
         give_back(context, claimed.lease, full)
     finally:
         tracking.end()
+        _release_memory(context, claimed.lease)
         shutil.rmtree(run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             run_dir.parent.rmdir()  # unless another attempt of this job is at work in it
@@ -103,18 +108,36 @@ def train_next(context: WorkerContext) -> bool:
 
 
 def claim(context: WorkerContext) -> Claimed | None:
-    """Take the oldest queued job, in one short transaction; None when none waits or no slot is free."""
-    settings = context.settings
+    """Take the oldest queued job that fits; None when none does, none waits or no slot is free.
+
+    Each try is one short transaction. Between two of them serving gives back what it can.
+    """
+    look_once(context)
+    claimed, is_waiting = _try_to_claim(context, tells=False)
+    if is_waiting:
+        balance(context)
+        claimed, _ = _try_to_claim(context, tells=True)
+    return claimed
+
+
+def _try_to_claim(context: WorkerContext, *, tells: bool) -> tuple[Claimed | None, bool]:
+    """Claim a job, or return whether one waits for memory."""
+    settings, device = context.settings, context.device
     with context.database.transaction() as session:
         taken = leases.claim_for_training(
-            session, context.worker_id, settings.training_slots, settings.lease_seconds
+            session,
+            context.worker_id,
+            settings.training_slots,
+            settings.lease_seconds,
+            device=device,
+            tells=tells,
         )
         if taken is None:
-            return None
+            return None, device is not None and memory.is_waited_for(session, device)
         lease, job = taken
         organization = session.get_one(Organization, job.organization_id)
         assert job.prepared_key is not None, "a queued job has been prepared"
-        return Claimed(
+        made = Claimed(
             lease=lease,
             project_id=job.project_id,
             spec=TrainingSpec.model_validate(job.spec),
@@ -123,12 +146,25 @@ def claim(context: WorkerContext) -> Claimed | None:
             save_points=list(job.save_points),
             tokenize_seconds=reports.get_tokenize_seconds(job),
             integrations=list(job.integrations or []),
+            refusal=None if device is None else memory.find_refusal(job, device),
         )
+        return made, False
+
+
+def _release_memory(context: WorkerContext, lease: Lease) -> None:
+    """End the attempt's grant, now that its process is gone."""
+    try:
+        with context.database.transaction() as session:
+            memory.release(session, lease.job_id, lease.epoch)
+    except UnavailableError:
+        _log.warning("memory not released, its grant lapses", job_id=lease.job_id)
 
 
 def _run(
     context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseKeeper, tracking: Tracking
 ) -> Ending:
+    if claimed.refusal is not None:
+        raise claimed.refusal
     _fill_run_directory(context, claimed, run_dir)
     keeper.check()
     assert claimed.spec.num_threads is not None

@@ -1,0 +1,95 @@
+"""The device that this machine trains and serves on: its name, and the memory that the service may use of it.
+
+Needs no torch: a GPU's memory is asked of its driver. What is held of it by whom is in services/memory.py.
+"""
+
+import ctypes
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier.core.settings import Settings
+
+# Where a container's limit stands, in the second and the first version of control groups.
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_DEFAULT_RESERVED_SHARE = 10
+
+
+@dataclass(frozen=True)
+class Device:
+    """A memory that training and serving share.
+
+    `name` is `cpu` or `cuda:N` with the driver's number N, `total_bytes` what the service may use of it.
+    """
+
+    hostname: str
+    name: str
+    total_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.hostname} {self.name}"
+
+
+def find_device(settings: Settings) -> Device | None:
+    """Tell which device this machine trains and serves on.
+
+    Args:
+        settings: the kind of device, and an operator's numbers of its memory.
+
+    Returns:
+        The device; None where it is a GPU whose memory its driver doesn't tell.
+    """
+    hostname, gpu = socket.gethostname(), None
+    if settings.device != "cpu":
+        gpu = _find_gpu()
+    if gpu is None and settings.device == "cuda":
+        total = settings.device_memory_bytes
+        return Device(hostname, "cuda:0", total) if total else None
+    name, total = ("cpu", _main_memory_bytes()) if gpu is None else gpu
+    reserved = settings.memory_reserve_bytes or total // _DEFAULT_RESERVED_SHARE
+    return Device(hostname, name, settings.device_memory_bytes or max(0, total - reserved))
+
+
+def _main_memory_bytes() -> int:
+    """Return the machine's memory, or a container's limit where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CGROUP_LIMITS:
+        try:
+            limit = path.read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def _find_gpu() -> tuple[str, int] | None:
+    """Return name and bytes of the first NVIDIA GPU that a process of ours would use, None without one.
+
+    By NVML, https://docs.nvidia.com/deploy/nvml-api/: the functions' names, and 0 for success.
+    """
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if not asked or library.nvmlInit_v2() != 0:
+        return None
+    try:
+        gpu, number, memory = ctypes.c_void_p(), ctypes.c_uint(), _Memory()
+        if asked.isdigit():
+            found = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(asked)), ctypes.byref(gpu))
+        else:
+            found = library.nvmlDeviceGetHandleByUUID(asked.encode(), ctypes.byref(gpu))
+        if found or library.nvmlDeviceGetIndex(gpu, ctypes.byref(number)):
+            return None
+        if library.nvmlDeviceGetMemoryInfo(gpu, ctypes.byref(memory)):
+            return None
+        return f"cuda:{number.value}", int(memory.total)
+    finally:
+        library.nvmlShutdown()
