@@ -13,6 +13,7 @@ class FakeBackend:
     """An inference server that remembers what it was asked and answers the same every time."""
 
     asked: list[tuple[str, bytes, ModelTarget]] = field(default_factory=list)
+    status: int = 200
     answer: bytes = json.dumps({"object": "chat.completion", "choices": []}).encode()
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
@@ -22,7 +23,7 @@ class FakeBackend:
         async def content() -> AsyncGenerator[bytes]:
             yield self.answer
 
-        return Reply(200, {"content-type": "application/json"}, content())
+        return Reply(self.status, {"content-type": "application/json"}, content())
 
     async def health(self) -> Health:
         """Return that all is well."""

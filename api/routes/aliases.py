@@ -1,13 +1,19 @@
 """Aliases: names of a project's own that are pointed to models, and back."""
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from starlette.concurrency import run_in_threadpool
 
-from api.deps import PartsDep, ScopeDep, SessionDep
+from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.proving import prove
 from api.schemas.aliases import PutAliasBody, RollBackAliasBody, alias_object, alias_version_object
 from api.schemas.pages import list_object
-from services import alias_history, aliases
+from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError
+from luthier.core.inference import ModelTarget
+from services import alias_history, aliases, models
+from services.scope import Scope
 
 router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
 
@@ -52,11 +58,27 @@ def retrieve_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str,
 
 
 @router.put("/{name}")
-def put_alias(
-    name: str, body: PutAliasBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
-) -> dict[str, Any]:
-    """Point an alias to a model, made now when it is new; the next request sees it."""
-    return alias_object(aliases.put(session, scope, parts.catalogue, name, body.model))
+async def put_alias(name: str, body: PutAliasBody, scope: ScopeApartDep, parts: PartsDep) -> dict[str, Any]:
+    """Point an alias to a model, made now when it is new; the next request sees it.
+
+    The model is loaded and proved first, so that no request waits for it, or meets one that can't answer.
+    """
+    target = await run_in_threadpool(_target, parts, scope, body.model)
+    if target is not None:
+        await prove(parts.backend, target)
+    return await run_in_threadpool(_put, parts, scope, name, body.model)
+
+
+def _target(parts: Parts, scope: Scope, model: str) -> ModelTarget | None:
+    """Return what a name resolves to; None where putting will say why it does not."""
+    with parts.database.transaction() as session, suppress(ModelNotFoundError, ModelNotAvailableError):
+        return models.resolve(session, scope, parts.catalogue, model)
+    return None
+
+
+def _put(parts: Parts, scope: Scope, name: str, model: str) -> dict[str, Any]:
+    with parts.database.transaction() as session:
+        return alias_object(aliases.put(session, scope, parts.catalogue, name, model))
 
 
 @router.delete("/{name}")

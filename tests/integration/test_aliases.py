@@ -365,3 +365,17 @@ def test_of_a_put_and_the_deletion_of_its_target_at_the_same_time_one_is_refused
         with pytest.raises(ModelInUseError, match="prod"):
             deleted.result(timeout=30)
     assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V1])
+
+
+def test_an_alias_is_pointed_only_to_what_a_server_could_load(ours: Aliases, api: Api) -> None:
+    ours.put("prod", V1)
+    assert [target.digest for _, _, target in api.backend.asked] == [_DIGESTS[V1]]
+    api.backend.status = 500
+    api.backend.answer = b'{"error": {"code": "self_check_failed", "message": "Its logits are not finite."}}'
+    status, code, param, message = ours.refused("PUT", "/aliases/prod", {"model": V2})
+    assert (status, code, param) == (400, "model_not_available", "model")
+    assert "not finite" in message
+    assert ours.ok("GET", "/aliases/prod")["model"] == V1
+    # A server that is busy says nothing about the model.
+    api.backend.answer = b'{"error": {"code": "rate_limit_exceeded", "message": "Busy."}}'
+    assert ours.put("prod", V2)["model"] == V2

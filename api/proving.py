@@ -1,0 +1,59 @@
+"""Having an inference server load a model and prove it, before a name is pointed to it."""
+
+import contextlib
+import json
+
+from luthier.core.errors import (
+    ArtifactCorruptError,
+    LuthierError,
+    ModelNotAvailableError,
+    OutOfMemoryError,
+    SelfCheckError,
+    UnavailableError,
+)
+from luthier.core.inference import ModelTarget
+from luthier.inference.backends.base import Backend
+
+# What says something about the model; anything else (a busy server, one that is away) says nothing.
+_FATAL = {error.code for error in (ArtifactCorruptError, SelfCheckError, OutOfMemoryError)}
+# Loads the model, and makes no token.
+_BODY = {"prompt": "a", "max_tokens": 0}
+
+
+async def prove(backend: Backend, target: ModelTarget) -> None:
+    """Have a model loaded by the server that will be asked for it. A base proves nothing and is left alone.
+
+    Args:
+        backend: the inference servers.
+        target: what a name resolved to.
+
+    Raises:
+        ModelNotAvailableError: when the server can't serve it, whatever the reason that it gives.
+    """
+    if target.artifact is None:
+        return
+    body = json.dumps(_BODY | {"model": target.model}).encode()
+    try:
+        reply = await backend.complete("/v1/completions", body, target)
+    except UnavailableError:
+        return
+    except LuthierError as error:
+        raise _refusal(target, error.message) from error
+    try:
+        if reply.status < 400:
+            return
+        content = b"".join([piece async for piece in reply.body])
+    except UnavailableError:
+        return
+    finally:
+        await reply.body.aclose()
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        error_object = json.loads(content)["error"]
+        if error_object["code"] in _FATAL:
+            raise _refusal(target, str(error_object["message"]))
+
+
+def _refusal(target: ModelTarget, why: str) -> ModelNotAvailableError:
+    return ModelNotAvailableError(
+        f"{target.model} can't be served, so the alias points where it did: {why}", param="model"
+    )
