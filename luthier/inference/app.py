@@ -220,6 +220,7 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
     routes: list[tuple[str, Callable[[Request], Coroutine[Any, Any, Response]], str]] = [
         ("/healthz", service.status.health, "GET"),
         ("/internal/state", service.status.state, "GET"),
+        ("/metrics", service.status.metrics, "GET"),
         ("/v1/chat/completions", service.chat, "POST"),
         ("/v1/completions", service.completion, "POST"),
         ("/v1/responses", service.response, "POST"),

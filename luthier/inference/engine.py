@@ -19,6 +19,7 @@ from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableE
 from luthier.inference import sampler
 from luthier.inference.faults import log_fault
 from luthier.inference.lane import Lane
+from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
 
@@ -59,6 +60,7 @@ class EngineCore:
 
     def __init__(self, runner: RunnerLike, *, max_batch_rows: int, max_cache_tokens: int) -> None:
         self._runner = runner
+        self.measures = StepMeasures()
         # The lanes that have work; others are forgotten, so that a model that leaves frees its memory.
         self._lanes: list[Lane] = []
         self.scheduler = Scheduler(
@@ -92,6 +94,7 @@ class EngineCore:
             return
         lane.add(sequence)
         if lane not in self._lanes:
+            lane.measures = self.measures
             self._lanes.append(lane)
 
     def drain(self) -> list[Sequence]:
@@ -157,7 +160,9 @@ class EngineCore:
             self.scheduler.end(group)
 
     def _accept(self, sequences: list[Sequence], logits_BV: torch.Tensor) -> None:
-        for sequence, choice in zip(sequences, sampler.choose(logits_BV, sequences), strict=True):
+        choices = sampler.choose(logits_BV, sequences)
+        self.measures.count_step(len(sequences), sequences)
+        for sequence, choice in zip(sequences, choices, strict=True):
             sequence.accept(choice)
 
     def _drop_done(self, group: Group) -> bool:
@@ -231,6 +236,11 @@ class Engine:
     def num_rows(self) -> int:
         """Sequences that have a row."""
         return self._core.num_rows
+
+    @property
+    def measures(self) -> StepMeasures:
+        """What its steps are counted by."""
+        return self._core.measures
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Hand over the sequences of one request, all or none.

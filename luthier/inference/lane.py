@@ -14,6 +14,7 @@ import torch
 from luthier.core.errors import LuthierError, OutOfMemoryError
 from luthier.inference import sampler
 from luthier.inference.faults import log_fault
+from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.sequence import Sequence
 from luthier.inference.waiting import WaitingLine
@@ -69,6 +70,8 @@ class Lane:
         # What rows that lost their pages had come to, their answers included.
         self._interrupted: dict[Sequence, list[int]] = {}
         self.num_preempted = 0
+        # The engine's own, once the lane has work.
+        self.measures = StepMeasures()
 
     @property
     def has_work(self) -> bool:
@@ -212,6 +215,7 @@ class Lane:
     def _interrupt(self, row: _Row) -> None:
         """Take a row's pages; it waits before all others and is run again up to where it was."""
         self.num_preempted += 1
+        self.measures.num_preempted += 1
         self._rows.remove(row)
         self._pool.release(row.chain)
         self._interrupted[row.sequence] = row.tokens
@@ -232,9 +236,10 @@ class Lane:
             row.num_done += len(stretch)
             self._pool.name(row.chain, row.tokens, row.num_done)
         answering = [row for row, stretch in work if stretch.wants_logits]
+        sequences = [row.sequence for row in answering]
+        self.measures.count_step(len(work), sequences)
         if not answering:
             return
-        sequences = [row.sequence for row in answering]
         for row, choice in zip(answering, sampler.choose(logits_RV, sequences), strict=True):
             if not row.sequence.is_done:
                 row.sequence.accept(choice)

@@ -5,9 +5,10 @@ whole models have a budget of bytes each, those on plain bases a number.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from luthier.core.errors import OutOfMemoryError, TooManyRequestsError
 from luthier.core.settings import MIB
@@ -46,6 +47,16 @@ class _Entry:
         return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
 
 
+class Held(NamedTuple):
+    """Artifacts of one kind: in memory, with their bytes and the most these may be, and over all time."""
+
+    num_models: int
+    num_bytes: int
+    max_bytes: int
+    num_loads: int
+    num_evictions: int
+
+
 class LoadedArtifacts:
     """The artifacts of all bases.
 
@@ -74,6 +85,8 @@ class LoadedArtifacts:
         self._max_waiting = max_waiting
         self._max_installed = max_installed
         self._num_waiting = 0
+        self._num_loads: Counter[Kind] = Counter()
+        self._num_evictions: Counter[Kind] = Counter()
         # The one unused for longest first.
         self._entries: OrderedDict[ModelKey, _Entry] = OrderedDict()
         # Held by whoever waits for memory: asyncio's locks are fair, so that nobody overtakes.
@@ -93,6 +106,17 @@ class LoadedArtifacts:
     def num_bytes(self, kind: Kind) -> int:
         """Return the memory that artifacts of one kind take, those on their way included."""
         return sum(entry.num_bytes for entry in self._entries.values() if entry.kind is kind)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a model."""
+        return self._num_waiting
+
+    def tell(self, kind: Kind) -> "Held":
+        """Return how many artifacts of one kind there are and were."""
+        count = sum(entry.kind is kind for entry in self._entries.values())
+        loads, evictions = self._num_loads[kind], self._num_evictions[kind]
+        return Held(count, self.num_bytes(kind), self._max_bytes.get(kind, 0), loads, evictions)
 
     async def hold(self, served: ServedModel, *, is_pinned: bool = False) -> ReadyModel:
         """Return a model in memory, which stays there until it is released as often as it was held.
@@ -182,7 +206,9 @@ class LoadedArtifacts:
 
     def _on_loaded(self, entry: _Entry) -> None:
         # A fresh entry may stand in the place of one that failed and was let go.
-        if not entry.is_ready and self._entries.get(entry.served.key) is entry:
+        if entry.is_ready:
+            self._num_loads[entry.kind] += 1
+        elif self._entries.get(entry.served.key) is entry:
             del self._entries[entry.served.key]
         # Whoever wanted it may have left meanwhile: it is idle from now on.
         self._released.set()
@@ -219,5 +245,6 @@ class LoadedArtifacts:
                 return True
             if entry.is_idle and entry.is_ready and entry.kind is kind:
                 del self._entries[key]
+                self._num_evictions[kind] += 1
                 remove(self._engine, entry.loading.result())
         return is_enough()

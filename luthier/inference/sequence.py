@@ -1,5 +1,6 @@
 """One answer in the making: its prompt, its options, its text so far. No tensors, no HTTP."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -149,6 +150,9 @@ class Sequence:
     grammar: Grammar | None = None
     num_completion_tokens: int = 0
     last_token_id: int = -1
+    # By the monotonic clock, in seconds: for measures alone.
+    made_at: float = field(default_factory=time.monotonic)
+    last_token_at: float = 0.0
     is_finished: bool = False
     is_cancelled: bool = False
     # The sampler's own, made at the first token: a generator, and `logit_bias` as tensors.

@@ -175,7 +175,11 @@ class TokenGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
         if scope["type"] == "http" and scope["path"] != "/healthz":
-            given = dict(scope["headers"]).get(HEADER_TOKEN.encode(), b"")
+            headers = dict(scope["headers"])
+            given = headers.get(HEADER_TOKEN.encode(), b"")
+            if not given and scope["path"] == "/metrics":
+                # Prometheus can send a bearer token everywhere, other headers only in newer versions.
+                given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
             if not hmac.compare_digest(given, self._token):
                 error = UnauthenticatedError(f"The header {HEADER_TOKEN} is missing or wrong.")
                 await _error_response(error)(scope, receive, send)

@@ -66,7 +66,9 @@ def test_the_process_guards_its_socket_and_stops_at_once_with_an_error_event(
         process.communicate()
 
 
-def test_tcp_needs_the_token_in_settings_and_in_every_request(folder: Path, base_folder: Path) -> None:
+def test_tcp_needs_the_token_in_settings_and_in_every_request_and_tells_what_was_done(
+    folder: Path, base_folder: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
@@ -92,6 +94,20 @@ def test_tcp_needs_the_token_in_settings_and_in_every_request(folder: Path, base
             assert client.post(COMPLETIONS, json=body, headers=wrong).status_code == 401
             right = headers | {HEADER_TOKEN: "right"}
             assert client.post(COMPLETIONS, json=body, headers=right).status_code == 200
+            assert client.get("/internal/state").status_code == 401
+            assert client.get("/metrics").status_code == 401
+            # As Prometheus sends it.
+            told = client.get("/metrics", headers={"authorization": "Bearer right"})
+            assert told.headers["content-type"].startswith("text/plain; version=0.0.4")
+            lines = told.text.splitlines()
+            assert "luthier_inference_tokens_generated_total 1" in lines
+            assert "luthier_inference_prompt_tokens_total 1" in lines
+            assert "luthier_inference_steps_total 1" in lines
+            assert 'luthier_inference_batch_rows_bucket{le="1"} 1' in lines
+            assert "luthier_inference_time_to_first_token_seconds_count 1" in lines
+            assert 'luthier_inference_model_loads_total{kind="packed"} 0' in lines
+            bearer = {"authorization": "Bearer right"}
+            assert client.post(COMPLETIONS, json=body, headers=headers | bearer).status_code == 401
     finally:
         process.kill()
         process.communicate()

@@ -18,7 +18,7 @@ from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfChec
 from luthier.core.specs import BaseFacts
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.copies import verify_copy
-from luthier.inference.loaded import LoadedArtifacts
+from luthier.inference.loaded import Held, LoadedArtifacts
 from luthier.inference.loading import Kind, RowLimits
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.whole import measure_whole
@@ -181,6 +181,10 @@ def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtake
         loaded.release(await overtaking)
         assert loaded.digests == [first.digest, second.digest]
         assert ready_first.lane is (await loaded.hold(first)).lane
+        told = loaded.tell(Kind.WHOLE)
+        # The first three, then the second again; the second and the third left for each other.
+        assert told == Held(2, 2 * num_bytes, 2 * num_bytes, num_loads=4, num_evictions=2)
+        assert loaded.tell(Kind.PACKED).num_loads == 0
 
     asyncio.run(run())
 
