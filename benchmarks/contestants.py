@@ -30,8 +30,12 @@ REQUIREMENTS: dict[str, list[str]] = {
     "llamacpp": ["llama-cpp-python==0.3.36", "gguf>=0.17"],
 }
 # Compiled parts that do not load beside a CPU build of torch; the package runs without them. LLaMA-Factory
-# imports torchaudio, of which there is no CPU build, also where it trains on text alone.
-UNWANTED_FILES: dict[str, str] = {"llamafactory": "lib/python*/site-packages/torchaudio/lib/*.so"}
+# and vLLM import packages for sound, of which there is no CPU build, also where they are given text alone.
+_TORCHAUDIO = "lib/python*/site-packages/torchaudio/lib/*.so"
+UNWANTED_FILES: dict[str, tuple[str, ...]] = {
+    "llamafactory": (_TORCHAUDIO,),
+    "vllm": (_TORCHAUDIO, "lib/python*/site-packages/torchcodec/*.so"),
+}
 
 
 class PeerFailedError(Exception):
@@ -81,8 +85,9 @@ def ensure_environment(name: str) -> Path:
     )
     if done.returncode != 0:
         raise PeerFailedError(f"pip can't install it: {_last_line(done.stderr)}")
-    for path in folder.glob(UNWANTED_FILES[name]) if name in UNWANTED_FILES else ():
-        path.unlink()
+    for pattern in UNWANTED_FILES.get(name, ()):
+        for path in folder.glob(pattern):
+            path.unlink()
     stamp.write_text(wanted)
     return python
 

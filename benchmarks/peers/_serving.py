@@ -2,7 +2,8 @@
 
 A script runs in an environment of its own as `python SCRIPT.py ORDER.json`; benchmarks/serve/contestants.py
 writes the order. Keys: base (folder), models ([{name, kind, folder}]), num_threads, max_rows, max_length,
-options (see benchmarks/serve/rows.py), scratch (folder), loader (file of the bottleneck loader). It says
+num_cache_pages, options (see benchmarks/serve/rows.py), scratch (folder), loader (file of the bottleneck
+loader). It says
 `{"ready": ...}` once it has loaded, then answers every line
 `{"prompts": [[id]], "models": [name or null], "num_new": n}` with `{"seconds", "tokens": [[id]]}`.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from _serving import serve
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 _DTYPE = torch.bfloat16
 
@@ -71,7 +71,12 @@ def _batching(order: dict) -> dict:
         config = GenerationConfig(
             max_new_tokens=num_new, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id
         )
-        found = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        found = model.generate_batch(
+            inputs=prompts,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=order["num_cache_pages"]),
+            progress_bar=False,
+        )
         ordered = sorted(found.values(), key=lambda one: int(one.request_id.rsplit("_", 1)[-1]))
         return {"tokens": [one.generated_tokens for one in ordered]}
 

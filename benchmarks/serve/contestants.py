@@ -14,7 +14,7 @@ from benchmarks.serve.figures import percentile
 from benchmarks.serve.process import Process, SideFailedError
 from benchmarks.serve.prompts import Prompt
 from benchmarks.serve.published import Published
-from benchmarks.serve.rows import Contest, Setting
+from benchmarks.serve.rows import NUM_CACHE_PAGES, Contest, Setting
 from luthier.data.tokens import Tokenizer
 from luthier.methods.adapter import LOADER
 
@@ -104,6 +104,7 @@ class PeerProcess:
                     ],
                     "num_threads": num_threads,
                     "max_rows": num_streams,
+                    "num_cache_pages": NUM_CACHE_PAGES,
                     "max_length": num_tokens + _SPARE_TOKENS,
                     "options": setting.options,
                     "scratch": str(scratch),
@@ -171,6 +172,7 @@ class TransformersServe:
         self._client, self._tokenizer = client, tokenizer
         command = [str(python.parent / "transformers"), "serve", str(base), "--device", "cpu"]
         command += ["--continuous-batching", "--attn-implementation", setting.options["attention"]]
+        command += ["--cb-num-blocks", str(NUM_CACHE_PAGES)]
         command += ["--dtype", "bfloat16", "--port", str(port), "--host", "127.0.0.1"]
         self._process = Process(command, _environment(setting, num_threads), scratch / f"{contest.name}.log")
         self.started: dict[str, Any] = {}

@@ -34,6 +34,12 @@ class Process:
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
         parent = os.getpid()
+
+        def settle() -> None:
+            die_with_parent(parent)
+            # Where memory runs short, a process of ours goes, and nobody else's (proc(5)).
+            Path("/proc/self/oom_score_adj").write_text("1000")
+
         self._log = log
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
@@ -43,7 +49,7 @@ class Process:
                 stderr=stream,
                 env=dict(environment),
                 start_new_session=True,
-                preexec_fn=lambda: die_with_parent(parent),  # noqa: PLW1509 - one thread, see above
+                preexec_fn=settle,  # noqa: PLW1509 - one thread, see above
             )
 
     @property
@@ -140,6 +146,8 @@ class Process:
         deadline = time.monotonic() + 2
         while self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
+        if self._process.poll() == -signal.SIGKILL:
+            return "it was killed, most likely for want of memory"
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         # A library's traceback is told by the line that names its error, not by what is printed after it.
         named = [line for line in lines if line.split(":", 1)[0].endswith(("Error", "Exception"))]
