@@ -63,8 +63,8 @@ def find_refusal(job: Job, device: Device) -> OutOfMemoryError | None:
         return None
     return OutOfMemoryError(
         f"The job needs about {told_bytes(job.least_bytes or 0)} of memory, and {device} has "
-        f"{told_bytes(device.total_bytes)} for jobs and serving. Use a smaller training.max_length or batch "
-        "size, a smaller base, or a method with fewer parameters."
+        f"{told_bytes(device.total_bytes)} for jobs and serving. Use a smaller training.max_length, a "
+        "smaller base, or a method with fewer parameters."
     )
 
 

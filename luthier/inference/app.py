@@ -19,13 +19,14 @@ from starlette.types import ASGIApp
 from luthier.core.clock import now_seconds
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
-from luthier.core.inference import HEADER_DIGEST, ModelTarget
+from luthier.core.inference import HEADER_DIGEST, MEMORY_PATH, ModelTarget
 from luthier.core.settings import Settings
 from luthier.inference.answers import ChatShape, CompletionShape, Shape, Usage
 from luthier.inference.bases import ReadyModel
 from luthier.inference.engine import Engine
 from luthier.inference.generation import Generation
 from luthier.inference.grammar import Grammars
+from luthier.inference.memory_routes import MemoryRoutes
 from luthier.inference.models import Models, read_target
 from luthier.inference.parts import Part, collect, read_parts
 from luthier.inference.plans import Plan, plan_chat, plan_completion
@@ -73,6 +74,7 @@ class Service:
         self._grammars = Grammars()
         self.models = Models(settings, engine)
         self.status = Status(settings, engine, self.models)
+        self.memory = MemoryRoutes(settings, self.models)
 
     async def chat(self, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
@@ -221,6 +223,8 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
         ("/healthz", service.status.health, "GET"),
         ("/internal/state", service.status.state, "GET"),
         ("/metrics", service.status.metrics, "GET"),
+        (MEMORY_PATH, service.memory.tell, "GET"),
+        (MEMORY_PATH, service.memory.obey, "POST"),
         ("/v1/chat/completions", service.chat, "POST"),
         ("/v1/completions", service.completion, "POST"),
         ("/v1/responses", service.response, "POST"),

@@ -173,7 +173,7 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
     """
     facts = get_base_facts(settings, base_id)
     folder = base_folder(settings.bases_dir, base_id)
-    device, dtype = torch.device(_choose_device(settings)), _choose_dtype(settings)
+    device, dtype = torch.device(choose_device(settings)), _choose_dtype(settings)
     tokenizer = Tokenizer.load(folder)
     base = LoadedBase(
         facts=facts,
@@ -237,20 +237,26 @@ def max_adapter_bytes(settings: Settings) -> int:
 
 def _memory_bytes(settings: Settings) -> int:
     """Return the memory of the device that is this process's share."""
-    if _choose_device(settings) == "cpu":
+    if choose_device(settings) == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        total = torch.cuda.get_device_properties(_choose_device(settings)).total_memory
+        total = torch.cuda.get_device_properties(choose_device(settings)).total_memory
     return int(total) // settings.inference_processes
 
 
-def _choose_device(settings: Settings) -> str:
+def choose_device(settings: Settings) -> str:
+    """Return where to serve: `cpu` or `cuda`."""
     if settings.device != "auto":
         return settings.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def loading_bytes(settings: Settings, facts: BaseFacts) -> int:
+    """Return the memory that loading a base takes: its weights, and their copy that is laid out."""
+    return 2 * facts.num_parameters * _choose_dtype(settings).itemsize
+
+
 def _choose_dtype(settings: Settings) -> torch.dtype:
     if settings.inference_dtype == "auto":
-        return torch.float32 if _choose_device(settings) == "cpu" else torch.bfloat16
+        return torch.float32 if choose_device(settings) == "cpu" else torch.bfloat16
     return torch.bfloat16 if settings.inference_dtype == "bfloat16" else torch.float32

@@ -88,6 +88,42 @@ class Lane:
         """Sequences that have a row."""
         return len(self._rows)
 
+    @property
+    def growing_bytes(self) -> int:
+        """Memory of pages that have none yet, and may take some."""
+        return 0 if self._is_allocated else self._pool.num_growing * self.model.pages.page_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory of pages that nobody uses, with what they may grow by, beyond what one long answer needs."""
+        if self._is_allocated:
+            return 0
+        num_used = self._pool.num_warm - self._pool.num_unused
+        num_spare = min(self._pool.num_free, self._pool.num_free + num_used - self._num_least_pages)
+        return max(0, num_spare) * self.model.pages.page_bytes
+
+    def limit_memory(self, num_bytes: int) -> None:
+        """Let pages that nobody uses take no more than so much, beside what one long answer needs.
+
+        Args:
+            num_bytes: as `spare_bytes` counts them.
+        """
+        if self._is_allocated:
+            return
+        num_used = self._pool.num_warm - self._pool.num_unused
+        num_pages = max(num_used, self._num_least_pages) + num_bytes // self.model.pages.page_bytes
+        self.model.pages.discard(self._pool.limit_warm(num_pages))
+
+    @property
+    def _is_allocated(self) -> bool:
+        """Whether all pages have memory from the start, as on a GPU."""
+        return self.model.device.type != "cpu"
+
+    @property
+    def _num_least_pages(self) -> int:
+        """Pages without which an answer of any length might fail."""
+        return min(self._pool.num_pages, -(-self.model.context_length // PAGE_SIZE) + 1)
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for a row."""
         self._waiting.add(sequence)

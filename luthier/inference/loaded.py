@@ -1,19 +1,22 @@
 """Artifacts in memory: loaded when first wanted, held while requests need them, dropped when unused.
 
 Runs on the event loop; loading.py brings them there and takes them away. Adapters beside packed bases and
-whole models have a budget of bytes each, those on plain bases a number.
+whole models have a budget of bytes each, those on plain bases a number; together they stay below the ceiling
+of the process (memory.py).
 """
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from luthier.core.errors import OutOfMemoryError, TooManyRequestsError
 from luthier.core.settings import MIB
 from luthier.inference.bases import ReadyModel, ServedModel
+from luthier.inference.lane import Lane
 from luthier.inference.loading import EngineLike, Kind, RowLimits, load, measure, remove
+from luthier.inference.memory import NoRoomError
 from luthier.inference.sequence import ModelKey
 
 MAX_INSTALLED = 16
@@ -22,6 +25,14 @@ _SETTINGS = {
     Kind.WHOLE: "LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES",
     Kind.PACKED: "LUTHIER_INFERENCE_MAX_ADAPTERS_BYTES",
 }
+
+
+async def _fit_anything(_num_bytes: int) -> int:
+    return 0
+
+
+# While weights are laid out, what was read of them is there too.
+_LOADED_TIMES = {Kind.WHOLE: 2, Kind.PACKED: 1}
 _NAMES = {Kind.WHOLE: "fully tuned models", Kind.PACKED: "adapters"}
 
 
@@ -67,6 +78,7 @@ class LoadedArtifacts:
         limits: of the rows on whole models.
         max_waiting: requests that may wait for what is not in memory yet; more are refused.
         max_installed: artifacts that may lie on plain bases; the one unused for longest leaves first.
+        fit: makes room for so many more bytes of the process, and returns how many are missing all the same.
     """
 
     def __init__(
@@ -78,12 +90,14 @@ class LoadedArtifacts:
         limits: RowLimits,
         max_waiting: int,
         max_installed: int = MAX_INSTALLED,
+        fit: Callable[[int], Awaitable[int]] = _fit_anything,
     ) -> None:
         self._engine = engine
         self._limits = limits
         self._max_bytes = {Kind.WHOLE: max_whole_bytes, Kind.PACKED: max_adapter_bytes}
         self._max_waiting = max_waiting
         self._max_installed = max_installed
+        self._fit = fit
         self._num_waiting = 0
         self._num_loads: Counter[Kind] = Counter()
         self._num_evictions: Counter[Kind] = Counter()
@@ -117,6 +131,61 @@ class LoadedArtifacts:
         count = sum(entry.kind is kind for entry in self._entries.values())
         loads, evictions = self._num_loads[kind], self._num_evictions[kind]
         return Held(count, self.num_bytes(kind), self._max_bytes.get(kind, 0), loads, evictions)
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes of whole models in memory."""
+        ready = [entry.loading.result() for entry in list(self._entries.values()) if entry.is_ready]
+        return [one.lane for one in ready if one.lane is not None and _has_own_weights(one)]
+
+    @property
+    def loading_bytes(self) -> int:
+        """Bytes of the artifacts that are on their way to the memory."""
+        return sum(entry.num_bytes for entry in self._entries.values() if not entry.loading.done())
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of the artifacts that may leave now."""
+        return sum(entry.num_bytes for entry in self._entries.values() if entry.is_idle)
+
+    @property
+    def leaving_bytes(self) -> int:
+        """Bytes of the artifacts that may leave once nobody asks them anything."""
+        return sum(entry.num_bytes for entry in self._entries.values() if not entry.is_pinned)
+
+    async def give_back(self, num_bytes: int) -> None:
+        """Drop idle artifacts, the one unused for longest first, until they were so many bytes, or all."""
+        if self._drop_idle(num_bytes):
+            # Rows whose client has left may hold them until the engine's next turn.
+            await asyncio.wrap_future(self._engine.sweep())
+
+    def wake(self) -> None:
+        """Let those who wait for room look again."""
+        self._released.set()
+
+    async def make_way(self, num_bytes: int) -> bool:
+        """Make room below the ceiling, by pages and idle artifacts.
+
+        Args:
+            num_bytes: what is about to be loaded.
+
+        Returns:
+            Whether there is room now; else there may be once a request has ended.
+
+        Raises:
+            NoRoomError: when there would be none even then.
+        """
+        missing = await self._fit(num_bytes + self.loading_bytes)
+        # Nobody leaves for one that comes in none the more.
+        if 0 < missing <= self.leaving_bytes:
+            await self.give_back(missing)
+            missing = await self._fit(num_bytes + self.loading_bytes)
+        if missing > self.leaving_bytes:
+            raise NoRoomError(
+                f"The model server has no memory for this model's {num_bytes / MIB:.1f} MiB while jobs are "
+                "training on the same device; try again when they have ended."
+            )
+        return missing <= 0
 
     async def hold(self, served: ServedModel, *, is_pinned: bool = False) -> ReadyModel:
         """Return a model in memory, which stays there until it is released as often as it was held.
@@ -234,9 +303,21 @@ class LoadedArtifacts:
                 if kind is Kind.WHOLE:
                     # Rows whose client has left may still hold weights until their next turn.
                     await asyncio.wrap_future(self._engine.sweep())
-                return
+                if await self.make_way(_LOADED_TIMES[kind] * num_bytes):
+                    return
             await asyncio.wrap_future(self._engine.sweep())
             await self._released.wait()
+
+    def _drop_idle(self, num_bytes: int) -> int:
+        """Drop idle artifacts of any kind, and every name here for them; return their bytes."""
+        dropped = 0
+        for key, entry in list(self._entries.items()):
+            if dropped < num_bytes and entry.num_bytes and entry.is_idle and entry.is_ready:
+                del self._entries[key]
+                self._num_evictions[entry.kind] += 1
+                remove(self._engine, entry.loading.result())
+                dropped += entry.num_bytes
+        return dropped
 
     def _leave_idle(self, kind: Kind, is_enough: Callable[[], bool]) -> bool:
         """Drop idle artifacts of one kind, the one unused for longest first, until enough have left."""
@@ -248,3 +329,7 @@ class LoadedArtifacts:
                 self._num_evictions[kind] += 1
                 remove(self._engine, entry.loading.result())
         return is_enough()
+
+
+def _has_own_weights(ready: ReadyModel) -> bool:
+    return ready.base.packed is None or ready.lane is not ready.base.packed.lane

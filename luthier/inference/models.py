@@ -6,6 +6,8 @@ Runs on the event loop; whatever takes long goes to a thread, so that nobody els
 import asyncio
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from luthier.core.errors import ArtifactCorruptError, InvalidRequestError
 from luthier.core.inference import (
     HEADER_ARTIFACT,
@@ -24,6 +26,7 @@ from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.copies import Copy, drop_unused, fetch_artifact, mark_used, verify_copy
 from luthier.inference.loaded import LoadedArtifacts
 from luthier.inference.loading import EngineLike, RowLimits
+from luthier.inference.memory import Ceiling, LaneLike, NoRoomError, measure_used, trim
 from luthier.storage.store import Storage
 
 
@@ -73,17 +76,30 @@ class Models:
 
     def __init__(self, settings: Settings, engine: EngineLike) -> None:
         self._settings = settings
+        device = torch.device(bases.choose_device(settings))
+        self.ceiling = Ceiling(
+            engine.call,
+            self._lanes,
+            measure=lambda: measure_used(device),
+            trim=lambda: trim(device),
+        )
         self.loaded = LoadedArtifacts(
             engine,
             max_whole_bytes=bases.max_whole_bytes(settings),
             max_adapter_bytes=bases.max_adapter_bytes(settings),
             limits=RowLimits(max_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens),
             max_waiting=settings.max_waiting_requests,
+            fit=self.ceiling.fit,
         )
         self._storage: Storage | None = None
         self._bases: dict[str, LoadedBase] = {}
         self._served: dict[tuple[str, str], ServedModel] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+
+    def _lanes(self) -> list[LaneLike]:
+        """Return all lanes in memory; also on the engine's thread."""
+        of_bases = [base.packed.lane for base in list(self._bases.values()) if base.packed is not None]
+        return [*of_bases, *self.loaded.lanes]
 
     def is_loaded(self, base_id: str) -> bool:
         """Whether a base is in memory."""
@@ -105,11 +121,14 @@ class Models:
 
         Raises:
             ModelNotFoundError: when it has not been fetched.
+            NoRoomError: when jobs that are training leave it no memory.
         """
         # Before a lock is made for it: unknown names must not pile up.
-        await asyncio.to_thread(bases.get_base_facts, self._settings, base_id)
+        facts = await asyncio.to_thread(bases.get_base_facts, self._settings, base_id)
         async with self._locks.setdefault(base_id, asyncio.Lock()):
             if base_id not in self._bases:
+                if not await self.loaded.make_way(bases.loading_bytes(self._settings, facts)):
+                    raise NoRoomError("The model server has no memory for this base now; try again.")
                 self._bases[base_id] = await asyncio.to_thread(bases.load, self._settings, base_id)
             return self._bases[base_id]
 

@@ -32,8 +32,10 @@ class PagePool:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self._page_size = page_size
-        # The lowest numbers are taken first, so that little memory is touched under light load.
-        self._blank = list(range(num_pages - 1, -1, -1))
+        # Pages without content; those that have no memory yet are taken last, the lowest numbers first.
+        self._blank: list[int] = []
+        self._cold = list(range(num_pages - 1, -1, -1))
+        self._max_warm = num_pages
         self._num_users = [0] * num_pages
         self._by_content: dict[_Content, int] = {}
         self._content_of: dict[int, _Content] = {}
@@ -45,7 +47,39 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that can be had now."""
+        return self.num_unused + self.num_growing
+
+    @property
+    def num_unused(self) -> int:
+        """Pages that have memory, and nobody uses."""
         return len(self._blank) + len(self._idle)
+
+    @property
+    def num_warm(self) -> int:
+        """Pages that have memory."""
+        return self.num_pages - len(self._cold)
+
+    @property
+    def num_growing(self) -> int:
+        """Pages that have no memory, and may take some."""
+        return max(0, self._max_warm - self.num_warm)
+
+    def limit_warm(self, max_warm: int) -> list[int]:
+        """Let no more pages have memory, from now on.
+
+        Args:
+            max_warm: how many; those in use keep theirs.
+
+        Returns:
+            The pages whose memory nobody needs any more.
+        """
+        self._max_warm = min(max_warm, self.num_pages)
+        cooled: list[int] = []
+        while self.num_warm > self._max_warm and self.num_unused:
+            page = self._blank.pop() if self._blank else self._evict()
+            self._cold.append(page)
+            cooled.append(page)
+        return cooled
 
     def start(self, model: Hashable, tokens: Sequence[int]) -> Chain:
         """Begin a sequence with the pages that are known to hold its beginning.
@@ -83,7 +117,7 @@ class PagePool:
         if missing > self.num_free:
             return False
         for _ in range(missing):
-            page = self._blank.pop() if self._blank else self._evict()
+            page = self._next_free()
             self._num_users[page] = 1
             chain.pages.append(page)
         return True
@@ -139,6 +173,11 @@ class PagePool:
     def _use(self, page: int) -> None:
         self._num_users[page] += 1
         self._idle.pop(page, None)
+
+    def _next_free(self) -> int:
+        if self._blank:
+            return self._blank.pop()
+        return self._cold.pop() if self.num_growing else self._evict()
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)

@@ -267,7 +267,8 @@ def test_secrets_reach_only_the_services_that_need_them() -> None:
         for variable in service.get("environment", {}):
             holders.setdefault(variable, set()).add(name)
     assert holders["LUTHIER_BOOTSTRAP_API_KEY"] == {"bootstrap"}
-    assert holders["LUTHIER_INTERNAL_TOKEN"] == {"api", "inference", "inference-gpu"}
+    servers = {"inference", "inference-gpu"}
+    assert holders["LUTHIER_INTERNAL_TOKEN"] == {"api", "worker", "worker-gpu", *servers}
     assert holders["LUTHIER_SECRET_KEY"] == {"bootstrap", "api", "worker", "worker-gpu"}
     assert holders["LUTHIER_DATABASE_URL"] == {"migrate", "bootstrap", "api", "worker", "worker-gpu"}
 

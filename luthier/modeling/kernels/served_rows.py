@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from luthier.modeling.kernels.page_memory import discard
+
 PAGE_SIZE = 16
 NUM_SITES = 7
 ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
@@ -115,6 +117,16 @@ class Pages:
     def num_pages(self) -> int:
         """How many pages there are."""
         return int(self.keys.shape[1])
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page, of all layers."""
+        return (self.keys.nbytes + self.values.nbytes) // self.num_pages
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Give the memory of pages back, until they are written again."""
+        for whole in (self.keys, self.values):
+            discard(whole, pages)
 
     def write(
         self, layer: int, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

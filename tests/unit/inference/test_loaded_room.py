@@ -1,0 +1,110 @@
+"""Artifacts below the ceiling of the process: idle ones leave, held and pinned ones never, and who waits."""
+
+import asyncio
+
+import pytest
+import torch
+
+from luthier.inference.bases import LoadedBase
+from luthier.inference.loaded import LoadedArtifacts
+from luthier.inference.loading import RowLimits
+from luthier.inference.memory import NoRoomError
+from luthier.inference.whole import measure_whole
+from tests.unit.inference.artifacts import Artifact
+from tests.unit.inference.test_loaded import InlineEngine, base, base_folder, served_by, settle, wholes
+
+__all__ = ["base", "base_folder", "wholes"]
+
+
+class Room:
+    """A process in which so many bytes are left beside its artifacts, as `Ceiling.fit` tells it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.loaded = LoadedArtifacts(
+            InlineEngine(),
+            max_whole_bytes=10**9,
+            max_adapter_bytes=10**9,
+            limits=RowLimits(max_rows=4, max_cache_tokens=256),
+            max_waiting=100,
+            fit=self._fit,
+        )
+
+    async def _fit(self, num_bytes: int) -> int:
+        entries = self.loaded._entries.values()
+        held = sum(entry.num_bytes for entry in entries if entry.loading.done())
+        return held + num_bytes - self.num_bytes
+
+
+def _size(artifact: Artifact) -> int:
+    return measure_whole(artifact.folder, torch.float32)
+
+
+def test_idle_artifacts_are_given_back_and_held_and_pinned_ones_kept(
+    base: LoadedBase,
+    wholes: list[Artifact],
+) -> None:
+    async def run() -> None:
+        loaded = Room(10**9).loaded
+        held, idle, pinned = (served_by(base, artifact) for artifact in wholes)
+        await loaded.hold(held)
+        loaded.release(await loaded.hold(idle))
+        loaded.release(await loaded.hold(pinned, is_pinned=True))
+        assert loaded.idle_bytes == _size(wholes[1])
+        await loaded.give_back(10**9)
+        assert loaded.digests == [held.digest, pinned.digest]
+        assert (loaded.idle_bytes, loaded.leaving_bytes) == (0, _size(wholes[0]))
+
+    asyncio.run(run())
+
+
+def test_a_whole_model_that_would_pass_the_ceiling_waits_or_is_refused(
+    base: LoadedBase,
+    wholes: list[Artifact],
+) -> None:
+    size = _size(wholes[0])
+
+    async def run() -> None:
+        # Twice its size while it is laid out.
+        room = Room(3 * size)
+        loaded = room.loaded
+        first, second, third = (served_by(base, artifact) for artifact in wholes)
+        ready = [await loaded.hold(first), await loaded.hold(second)]
+        waiting = asyncio.create_task(loaded.hold(third))
+        await settle()
+        assert not waiting.done()
+        loaded.release(ready.pop())
+        loaded.release(await waiting)
+        assert loaded.digests == [first.digest, third.digest]
+        room.num_bytes = size
+        with pytest.raises(NoRoomError) as refused:
+            await loaded.hold(second)
+        assert (refused.value.code, refused.value.http_status, refused.value.retryable) == (
+            "out_of_memory",
+            503,
+            True,
+        )
+        # Nobody has left for it in vain.
+        assert loaded.digests == [first.digest, third.digest]
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_room_looks_again_when_the_ceiling_rises(
+    base: LoadedBase,
+    wholes: list[Artifact],
+) -> None:
+    size = _size(wholes[0])
+
+    async def run() -> None:
+        room = Room(2 * size)
+        first, second = (served_by(base, artifact) for artifact in wholes[:2])
+        await room.loaded.hold(first)
+        waiting = asyncio.create_task(room.loaded.hold(second))
+        await settle()
+        assert not waiting.done()
+        room.num_bytes = 3 * size
+        room.loaded.wake()
+        await waiting
+
+    asyncio.run(run())
