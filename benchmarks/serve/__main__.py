@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from benchmarks.results_file import ROOT, ResultsFile, code_digest
-from benchmarks.serve import churn, front, memory, prefill, publish
+from benchmarks.serve import alias, churn, front, memory, prefill, publish
 from benchmarks.serve.base_copy import copy_without_end
 from benchmarks.serve.bench import Bench
 from benchmarks.serve.engine import Client, Place
@@ -36,6 +36,7 @@ _OTHER_ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     prefill.NAME: prefill.measure_prefill,
     memory.NAME: memory.measure_memory,
     front.NAME: front.measure_front,
+    alias.NAME: alias.measure_alias,
 }
 
 

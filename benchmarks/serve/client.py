@@ -1,8 +1,8 @@
 """`python -m benchmarks.serve.client`: sends streaming requests and notes when each token comes.
 
 A process of its own, so that what measures takes no turn of what is measured. One JSON line in, one out:
-`{"url", "requests": [{"path", "headers", "body", "at_seconds"}], "concurrency"}`. HTTP/1.1 over a Unix
-socket or TCP by hand (RFC 9112), which costs a few microseconds a token. Never torch.
+`{"url", "requests": [{"method", "path", "headers", "body", "at_seconds"}], "concurrency"}`. HTTP/1.1 over a
+Unix socket or TCP by hand (RFC 9112), which costs a few microseconds a token. Never torch.
 """
 
 import asyncio
@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 from urllib.parse import urlsplit
+
+from luthier.core.inference import HEADER_DIGEST
 
 _DATA = b"data: "
 _MAX_LINE_BYTES = 1 << 20
@@ -53,6 +55,7 @@ class _Answer:
         self.texts: list[str] = []
         self.num_tokens: int | None = None
         self.finish: str | None = None
+        self.digest: str | None = None
         self.error: str | None = None
 
     def take(self, line: bytes) -> None:
@@ -82,6 +85,7 @@ class _Answer:
             "end": time.perf_counter() - begin,
             "num_tokens": self.num_tokens,
             "finish": self.finish,
+            "digest": self.digest,
             "text": "".join(self.texts),
             "gaps": gaps,
         }
@@ -89,7 +93,11 @@ class _Answer:
 
 async def _send(url: str, request: dict[str, Any], begin: float) -> dict[str, Any]:
     body = json.dumps(request["body"]).encode()
-    lines = [f"POST {request['path']} HTTP/1.1", "host: bench", "connection: close"]
+    lines = [
+        f"{request.get('method', 'POST')} {request['path']} HTTP/1.1",
+        "host: bench",
+        "connection: close",
+    ]
     lines += ["content-type: application/json", f"content-length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in request.get("headers", {}).items()]
     answer = _Answer()
@@ -97,6 +105,7 @@ async def _send(url: str, request: dict[str, Any], begin: float) -> dict[str, An
         reader, writer = await _open(url)
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         status, headers = await _read_head(reader)
+        answer.digest = headers.get(HEADER_DIGEST)
         held = b""
         async for piece in _pieces(reader, headers):
             *whole, held = (held + piece).split(b"\n")

@@ -1,6 +1,5 @@
 """The rows of streams: all sides run the same prompts in turn, A B B A; who is not in turn stands still."""
 
-import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -8,7 +7,6 @@ from typing import Any
 
 from benchmarks.contestants import PeerFailedError
 from benchmarks.machine import StolenTime
-from benchmarks.pairs import MAX_STOLEN, median_interval
 from benchmarks.serve.bench import Bench
 from benchmarks.serve.contestants import (
     Contestant,
@@ -20,12 +18,12 @@ from benchmarks.serve.contestants import (
 )
 from benchmarks.serve.engine import our_server
 from benchmarks.serve.figures import agreement
-from benchmarks.serve.limits import Limits, Work, best_tokens_per_second
+from benchmarks.serve.limits import Limits
 from benchmarks.serve.process import SideFailedError
 from benchmarks.serve.published import Published
 from benchmarks.serve.rows import STREAM_ROWS, Contest, Setting, StreamRow
+from benchmarks.serve.streams_summary import OURS, kept, summarise
 
-OURS = "ours"
 # A number of tries that stands for a host that is never quiet.
 _MAX_TRIES_A_ROUND = 2
 
@@ -177,7 +175,7 @@ def _run_rounds(
 ) -> None:
     rounds: list[dict[str, Any]] = found["rounds"]
     wanted, tries = bench.options.pairs, 0
-    while len(_kept(rounds)) < wanted and tries < wanted * _MAX_TRIES_A_ROUND:
+    while len(kept(rounds)) < wanted and tries < wanted * _MAX_TRIES_A_ROUND:
         tries += 1
         limits = bench.limits(row.num_streams)
         prompts = _streams([None] * row.num_streams, bench).prompts
@@ -195,13 +193,9 @@ def _run_rounds(
                 _warm(side, models, bench)
                 runs[name] = side.run(Streams(fresh, models, bench.options.new_tokens))
         rounds.append(_tell_round(runs, limits, stolen.share(), bench))
-        found["summary"] = _summarise(row, bench, found)
+        found["summary"] = summarise(found, _models_of(row, bench), bench.shape)
         bench.keep(row.name, found)
         _print_round(len(rounds), rounds[-1])
-
-
-def _kept(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for one in rounds if one["stolen_share"] <= MAX_STOLEN]
 
 
 def _tell_round(
@@ -211,66 +205,12 @@ def _tell_round(
     ours = texts_as_tokens(runs[OURS]["answers"], bench.tokenizer)
     told: dict[str, Any] = {}
     for name, run in runs.items():
-        kept = {key: value for key, value in run.items() if key != "answers"}
-        kept["tokens_per_second"] = sum(run["num_tokens"]) / run["seconds"]
+        one = {key: value for key, value in run.items() if key != "answers"}
+        one["tokens_per_second"] = sum(run["num_tokens"]) / run["seconds"]
         if name != OURS and not name.startswith(f"{OURS},"):
-            kept["agreement"] = agreement(ours, texts_as_tokens(run["answers"], bench.tokenizer))
-        told[name] = kept
+            one["agreement"] = agreement(ours, texts_as_tokens(run["answers"], bench.tokenizer))
+        told[name] = one
     return {"runs": told, "limits": asdict(limits), "stolen_share": stolen_share}
-
-
-def _summarise(row: StreamRow, bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
-    rounds = _kept(found["rounds"]) or found["rounds"]
-    options = bench.options
-    names = list(rounds[0]["runs"])
-    models = [model for model in _models_of(row, bench) if model is not None]
-    # Virtual tokens are no weights of linear layers.
-    weights = sum(model.num_parameters for model in models if model.kind in ("lora", "adapter"))
-    work = Work(bench.shape, row.num_streams, options.prompt_tokens, options.new_tokens, weights, weights)
-    bounds = [best_tokens_per_second(work, Limits(**one["limits"])) for one in rounds]
-
-    def median(name: str, key: str) -> float:
-        return statistics.median(one["runs"][name][key] for one in rounds)
-
-    def share(name: str, bound: str) -> float:
-        speeds = [one["runs"][name]["tokens_per_second"] for one in rounds]
-        return statistics.median(speed / one[bound] for speed, one in zip(speeds, bounds, strict=True))
-
-    summary: dict[str, Any] = {
-        "num_rounds": len(rounds),
-        "tokens_per_second": {name: median(name, "tokens_per_second") for name in names},
-        "limit_tokens_per_second": {
-            key: statistics.median(bound[key] for bound in bounds) for key in bounds[0]
-        },
-        "share_of_limit": {name: {key: share(name, key) for key in ("steps", "run")} for name in names},
-        "ours": {
-            key: median(OURS, key)
-            for key in ("first_token_seconds_p50", "gap_seconds_p50", "gap_seconds_p99")
-        },
-        "limits": {
-            key: statistics.median(one["limits"][key] for one in rounds) for key in rounds[0]["limits"]
-        },
-        "stolen_share": statistics.median(one["stolen_share"] for one in rounds),
-        "has_equal_tokens": all(
-            count == options.new_tokens
-            for one in rounds
-            for run in one["runs"].values()
-            for count in run["num_tokens"]
-        ),
-        "ratios": {},
-        "agreement": {},
-    }
-    for name in names:
-        if name == OURS:
-            continue
-        ratios = [
-            one["runs"][OURS]["tokens_per_second"] / one["runs"][name]["tokens_per_second"] for one in rounds
-        ]
-        summary["ratios"][name] = asdict(median_interval(ratios))
-        held = [one["runs"][name].get("agreement") for one in rounds]
-        if held[0] is not None:
-            summary["agreement"][name] = {key: statistics.fmean(one[key] for one in held) for key in held[0]}
-    return summary
 
 
 def _print_round(number: int, one: dict[str, Any]) -> None:

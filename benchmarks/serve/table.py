@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.results_file import code_digest
-from benchmarks.serve import churn, front, memory, prefill, publish
+from benchmarks.serve import alias, churn, front, memory, prefill, publish
 from benchmarks.serve.rows import STREAM_ROWS
 
 # What a measurement of serving depends on.
@@ -193,10 +193,23 @@ def _front_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _alias_lines(found: dict[str, Any]) -> list[str]:
+    summary = found["summary"]
+    return [
+        f"{len(found['tries'])} new versions under an alias at {found['requests_per_second']} requests/s: "
+        f"{summary['failures']} of {summary['requests']} requests failed, {summary['of_neither']} were of "
+        f"neither version, {summary['late_of_old']} of the old one after the switch, which took "
+        f"{_ms(summary['switch_seconds'])}; first token before {_ms(summary['before_p50'])} (p99 "
+        f"{_ms(summary['before_p99'])}), around and after it {_ms(summary['around_p50'])} (p99 "
+        f"{_ms(summary['around_p99'])})."
+    ]
+
+
 _OTHERS = {
     churn.NAME: _churn_lines,
     publish.NAME: _publish_lines,
     prefill.NAME: _prefill_lines,
     memory.NAME: _memory_lines,
     front.NAME: _front_lines,
+    alias.NAME: _alias_lines,
 }
