@@ -16,7 +16,7 @@ from luthier.data.tokens import Tokenizer
 from luthier.inference.call_reader import CallBegun
 from luthier.inference.parts import Ended, EndReason, Part, WholeAnswer
 from luthier.inference.sampler import MIN_LOGPROB
-from luthier.inference.sequence import ChoiceAt
+from luthier.inference.sequence import Choice, ChoiceAt
 
 DONE_EVENT = b"data: [DONE]\n\n"
 
@@ -223,20 +223,25 @@ class CompletionShape(ChoicesShape):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, choices: Sequence[ChoiceAt]) -> dict[str, Any]:
-        text = self.tokenizer.token_text
         return {
-            "tokens": [text(held.choice.token_id) for held in choices],
-            "token_logprobs": [_finite(held.choice.logprob) for held in choices],
-            # The chosen token is always among them, though it need not be one of the likeliest.
-            "top_logprobs": [
-                {
-                    text(token_id): _finite(value)
-                    for token_id, value in ((held.choice.token_id, held.choice.logprob), *held.choice.top)
-                }
-                for held in choices
+            "tokens": [self.tokenizer.token_text(held.choice.token_id) for held in choices],
+            # A prompt's first token has none.
+            "token_logprobs": [
+                None if held.choice.logprob is None else _finite(held.choice.logprob) for held in choices
             ],
+            "top_logprobs": [self._top(held.choice) for held in choices],
             "text_offset": [held.start for held in choices],
         }
+
+    def _top(self, choice: Choice) -> dict[str, float] | None:
+        """Return the likeliest tokens and the chosen one, which need not be among them."""
+        if choice.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        for token_id, value in (*choice.top, (choice.token_id, choice.logprob)):
+            # Tokens that are parts of a character may look alike; the likeliest stands for them.
+            top.setdefault(self.tokenizer.token_text(token_id), _finite(value))
+        return top
 
 
 def token_logprobs(tokenizer: Tokenizer, choices: Sequence[ChoiceAt]) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Bases in memory: weights, tokenizer and template of each, loaded once and shared by all its models."""
 
+import logging
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from luthier.core.settings import Settings
 from luthier.core.shapes import BaseShape, read_shape
 from luthier.core.specs import BaseFacts
 from luthier.data.render import ChatTemplate
+from luthier.data.token_bounds import measure_longest
 from luthier.data.tokens import Tokenizer
 from luthier.inference.copies import Copy
 from luthier.inference.forward import Prefix, count_virtual_tokens
@@ -23,6 +26,8 @@ from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.load import load_base
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +64,11 @@ class LoadedBase:
         if self.packed is not None:
             return self.packed.logits_V
         return self.plain.base_logits_V
+
+    @cached_property
+    def max_bytes_per_token(self) -> int | None:
+        """How much of a text one token can stand for, None where that has no bound."""
+        return measure_longest(self.tokenizer)
 
     @property
     def plain(self) -> ArtifactSlots:
@@ -175,15 +185,15 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
     folder = base_folder(settings.bases_dir, base_id)
     device, dtype = torch.device(choose_device(settings)), _choose_dtype(settings)
     tokenizer = Tokenizer.load(folder)
+    model = load_base(folder, dtype=dtype, device=str(device))
     base = LoadedBase(
-        facts=facts,
+        facts=_within_positions(facts, model),
         tokenizer=tokenizer,
         template=ChatTemplate.load(folder),
         device=device,
         dtype=dtype,
         probe_ids=tokenizer.encode("Hello, who is there?"),
     )
-    model = load_base(folder, dtype=dtype, device=str(device))
     if can_pack_llama(model):
         base.packed = pack(
             model,
@@ -195,6 +205,21 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
     else:
         base.slots = ArtifactSlots(model, base_digest=facts.digest, probe_ids=base.probe_ids)
     return base
+
+
+def _within_positions(facts: BaseFacts, model: PreTrainedModel) -> BaseFacts:
+    """Return the facts with a context that the model has positions for, whatever the file beside it says."""
+    # Some kinds of models name no number, for they count distances alone.
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or positions >= facts.context_length:
+        return facts
+    _LOG.warning(
+        "The base %s has %d positions; its context of %d tokens is cut to them.",
+        facts.id,
+        positions,
+        facts.context_length,
+    )
+    return facts.model_copy(update={"context_length": positions})
 
 
 def pack(

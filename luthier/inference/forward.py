@@ -19,6 +19,9 @@ from transformers.cache_utils import DynamicCache
 # Keys and values of every layer, each [key/value heads, virtual tokens, head size].
 Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
+# Rows of logits that are shown at a time; one has as many numbers as the vocabulary has tokens.
+MAX_SHOWN_LOGITS = 256
+
 
 def count_virtual_tokens(prefix: Prefix) -> int:
     """Return how many virtual tokens a prefix has."""
@@ -71,11 +74,9 @@ def run_prompts(
         The cache, its rows padded on the right, and the logits of the token after each prompt,
         float32 [B, V].
     """
-    device = model.device
-    num_virtual, longest = count_virtual_tokens(prefix), max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = torch.tensor(prompt)
+    device, num_virtual = model.device, count_virtual_tokens(prefix)
+    ids_BT = _pad_right(prompts)
+    longest = ids_BT.shape[1]
     last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
     # The padding counts as real: it comes after all that is looked at, and a full mask is a cheaper one.
     mask_BW = torch.ones(len(prompts), num_virtual + longest, dtype=torch.long, device=device)
@@ -84,6 +85,51 @@ def run_prompts(
     with _only_last(model, last_B):
         logits_B1V = forward(model, past, ids_BT.to(device), mask_BW, positions_1T.expand(len(prompts), -1))
     return past, logits_B1V[:, -1].float()
+
+
+def run_prompts_whole(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    prefix: Prefix,
+    see: Callable[[int, torch.Tensor], None],
+) -> tuple[DynamicCache, torch.Tensor]:
+    """Run whole prompts as `run_prompts` does, and show the logits of all their tokens.
+
+    They are run in stretches, so that the logits of only a few tokens are in memory at a time.
+
+    Args:
+        model: any causal language model.
+        prompts: token ids of B prompts.
+        prefix: what lies before each; empty for nothing.
+        see: takes the place of a stretch's first token in the prompts and logits_BTV, float32, in order;
+            what lies beyond a prompt's end means nothing.
+
+    Returns:
+        As `run_prompts`.
+    """
+    device, num_virtual = model.device, count_virtual_tokens(prefix)
+    ids_BT = _pad_right(prompts).to(device)
+    num_rows, longest = ids_BT.shape
+    size = max(1, MAX_SHOWN_LOGITS // num_rows)
+    past, ends = _begin(prefix, num_rows), [torch.empty(0)] * num_rows
+    for first in range(0, longest, size):
+        part_BT = ids_BT[:, first : first + size]
+        end = first + part_BT.shape[1]
+        mask_BW = torch.ones(num_rows, num_virtual + end, dtype=torch.long, device=device)
+        positions_1T = torch.arange(num_virtual + first, num_virtual + end, device=device).unsqueeze(0)
+        logits_BTV = forward(model, past, part_BT, mask_BW, positions_1T.expand(num_rows, -1)).float()
+        see(first, logits_BTV)
+        for row, prompt in enumerate(prompts):
+            if first < len(prompt) <= end:
+                ends[row] = logits_BTV[row, len(prompt) - 1 - first].clone()
+    return past, torch.stack(ends)
+
+
+def _pad_right(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    ids_BT = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, : len(prompt)] = torch.tensor(prompt)
+    return ids_BT
 
 
 def _begin(prefix: Prefix, num_rows: int) -> DynamicCache:

@@ -3,15 +3,25 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
 from luthier.core.errors import UnavailableError
 from luthier.data.tokens import StreamDecoder
 from luthier.inference.bases import ReadyModel
+from luthier.inference.echoes import Echo
 from luthier.inference.engine import Engine
 from luthier.inference.plans import Plan
-from luthier.inference.sequence import Failure, Finish, Piece, Sequence, SequenceEvent
+from luthier.inference.sequence import (
+    ChoiceAt,
+    Failure,
+    Finish,
+    Piece,
+    PromptScored,
+    Sequence,
+    SequenceEvent,
+)
 
 IndexedEvent = tuple[int, SequenceEvent]
 
@@ -74,6 +84,7 @@ class Generation:
         self._echoes = {
             index: plan.echoes[index // plan.n] for index in range(plan.num_choices) if plan.echoes
         }
+        self._is_echoed: set[int] = set()
         base = ready.base
         self.sequences = [
             Sequence(
@@ -106,7 +117,8 @@ class Generation:
             TooManyRequestsError: when too many wait already.
             UnavailableError: when the engine is closed.
         """
-        if self.sequences[0].options.max_tokens == 0:
+        first = self.sequences[0]
+        if first.options.max_tokens == 0 and not first.wants_prompt_scores:
             for index in range(len(self.sequences)):
                 self._events.put_nowait((index, Finish("length", 0)))
             return
@@ -136,10 +148,16 @@ class Generation:
             index, event = await self._events.get()
             if isinstance(event, Failure):
                 raise event.error
-            if index in self._echoes:
-                yield index, Piece(self._echoes.pop(index))
+            echo = self._echoes.get(index)
+            if echo is not None and index not in self._is_echoed:
+                self._is_echoed.add(index)
+                yield index, _echo_piece(echo, event)
+            if isinstance(event, PromptScored):
+                continue
             if isinstance(event, Finish):
                 self._num_open -= 1
+            elif echo is not None and event.choices:
+                event = _move(event, len(echo.text))
             yield index, event
 
     def _emit(self, index: int, event: SequenceEvent) -> None:
@@ -148,3 +166,16 @@ class Generation:
         except RuntimeError:
             # The loop is closed: the process is ending and nobody waits for this answer.
             self.sequences[index].cancel()
+
+
+def _echo_piece(echo: Echo, event: PromptScored | Piece | Finish) -> Piece:
+    if not isinstance(event, PromptScored):
+        return Piece(echo.text)
+    places = zip(event.choices, echo.starts, strict=True)
+    return Piece(echo.text, tuple(ChoiceAt(choice, start) for choice, start in places))
+
+
+def _move(piece: Piece, num_characters: int) -> Piece:
+    """Return a piece whose choices count from the beginning of the echo before it."""
+    moved = (replace(held, start=held.start + num_characters) for held in piece.choices)
+    return replace(piece, choices=tuple(moved))

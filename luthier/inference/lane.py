@@ -16,6 +16,7 @@ from luthier.inference import sampler
 from luthier.inference.faults import log_fault
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
+from luthier.inference.scoring import score_stretch
 from luthier.inference.sequence import Sequence
 from luthier.inference.waiting import WaitingLine
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
@@ -174,7 +175,9 @@ class Lane:
             if tokens is None:
                 num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
                 tokens = [*range(-1, -num_virtual - 1, -1), *sequence.prompt_ids]
-            chain = self._pool.start(sequence.key, tokens)
+            # Who wants to know of every token of the prompt has to run every one.
+            shared = [] if sequence.wants_prompt_scores else tokens
+            chain = self._pool.start(sequence.key, shared)
             # A page more than the prompt needs, and one for each row that runs, so that nobody is let in
             # only to push somebody else out.
             spare = len(self._rows)
@@ -231,6 +234,7 @@ class Lane:
             row.chain.pages,
             described,
             wants_logits=end == len(row.tokens),
+            wants_all_logits=row.sequence.wants_prompt_scores,
         )
 
     def _has_pages(self, row: _Row) -> bool:
@@ -271,6 +275,8 @@ class Lane:
         for row, stretch in work:
             row.num_done += len(stretch)
             self._pool.name(row.chain, row.tokens, row.num_done)
+        if any(stretch.wants_all_logits for _, stretch in work):
+            logits_RV = _score(work, logits_RV)
         answering = [row for row, stretch in work if stretch.wants_logits]
         sequences = [row.sequence for row in answering]
         self.measures.count_step(len(work), sequences)
@@ -344,6 +350,19 @@ class Lane:
                 raise _too_large(num_tokens)
             self._interrupt(self._rows[-1])
         return chain
+
+
+def _score(work: list[tuple[_Row, Stretch]], logits_RV: torch.Tensor) -> torch.Tensor:
+    """Tell the rows that want it of their prompts, and return the logits that answers go on from."""
+    last, end = [], 0
+    for row, stretch in work:
+        begin, end = end, end + stretch.num_logits
+        if stretch.wants_all_logits:
+            num_virtual = 0 if row.adapter is None else row.adapter.num_virtual_tokens
+            score_stretch(row.sequence, stretch.first - num_virtual, logits_RV[begin:end])
+        if stretch.wants_logits:
+            last.append(end - 1)
+    return logits_RV[torch.tensor(last, dtype=torch.long, device=logits_RV.device)]
 
 
 def _write_virtual(model: PackedLlama, adapter: PackedAdapter, pages: list[int], start: int) -> None:

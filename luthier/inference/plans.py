@@ -6,13 +6,15 @@ Blocks for long texts; the server calls it in threads. Submits nothing.
 import hashlib
 from dataclasses import dataclass, replace
 
-from luthier.core.errors import ContextLengthExceededError, InvalidValueError
+from luthier.core.errors import InvalidValueError
 from luthier.data.render import ChatTemplate
 from luthier.inference.bases import ReadyModel
 from luthier.inference.call_reader import CallReader
 from luthier.inference.chat_grammar import choose_grammar
+from luthier.inference.echoes import Echo, make_echo
 from luthier.inference.grammar import CompiledGrammar, Grammars
 from luthier.inference.protocol import ChatRequest, CompletionRequest, SamplingRequest
+from luthier.inference.room import Room
 from luthier.inference.sequence import SamplingOptions
 from luthier.inference.tool_calls import CallSyntax, find_syntax, render_calls
 
@@ -21,7 +23,7 @@ from luthier.inference.tool_calls import CallSyntax, find_syntax, render_calls
 class Plan:
     """What is to be answered: choice `i` of a request is answer `i % n` to prompt `i // n`.
 
-    `echoes` are the prompts' texts where answers repeat them, else empty. `grammar` is what every answer must
+    `echoes` are the prompts where answers repeat them, else empty. `grammar` is what every answer must
     be, None where the text is free. `syntax` is how calls of the tools named `tool_names` are read from an
     answer, None where none can come.
     """
@@ -29,7 +31,7 @@ class Plan:
     prompts: list[list[int]]
     options: SamplingOptions
     n: int = 1
-    echoes: tuple[str, ...] = ()
+    echoes: tuple[Echo, ...] = ()
     grammar: CompiledGrammar | None = None
     syntax: CallSyntax | None = None
     tool_names: frozenset[str] = frozenset()
@@ -93,7 +95,8 @@ def plan_chat(
     """
     base, offered = ready.base, request.tools.offered
     _check_places(request, base.template)
-    prompt = base.tokenizer.encode(
+    room = Room(ready, max_cache_tokens, request.max_tokens, "messages")
+    prompt = room.encode(
         render_calls(
             base.template,
             [message.to_message() for message in request.messages],
@@ -101,14 +104,7 @@ def plan_chat(
             add_generation_prompt=True,
         )
     )
-    max_tokens = _fit(
-        ready,
-        [prompt],
-        request.max_tokens,
-        max_tokens_default,
-        max_cache_tokens=max_cache_tokens,
-        param="messages",
-    )
+    max_tokens = room.answer_length(prompt, max_tokens_default)
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     options = _options(request, ready, max_tokens, num_logprobs)
     syntax = find_syntax(base.template, base.tokenizer) if offered else None
@@ -161,58 +157,26 @@ def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_
         InvalidValueError: when a prompt is empty or names a token that the base does not have.
     """
     tokenizer = ready.base.tokenizer
-    prompts = [tokenizer.encode(item) if isinstance(item, str) else item for item in request.prompt]
-    for i, prompt in enumerate(prompts):
+    room = Room(ready, max_cache_tokens, request.max_tokens, "prompt")
+    prompts = []
+    for i, item in enumerate(request.prompt):
+        prompt = room.encode(item) if isinstance(item, str) else item
         if not prompt:
             raise InvalidValueError("A prompt must have at least one token.", param=f"prompt.{i}")
         if not all(0 <= token_id < tokenizer.vocab_size for token_id in prompt):
             raise InvalidValueError(
                 f"Token ids must be from 0 to {tokenizer.vocab_size - 1}.", param=f"prompt.{i}"
             )
-    _fit(
-        ready,
-        prompts,
-        request.max_tokens,
-        request.max_tokens,
-        max_cache_tokens=max_cache_tokens,
-        param="prompt",
-    )
-    echoes: tuple[str, ...] = ()
-    if request.echo:
-        texts = zip(request.prompt, prompts, strict=True)
-        echoes = tuple(
-            item if isinstance(item, str) else tokenizer.decode(ids, skip_special=False)
-            for item, ids in texts
-        )
+        room.check(prompt)
+        prompts.append(prompt)
     options = _options(request, ready, request.max_tokens, request.logprobs)
-    return Plan(prompts, options, request.n, echoes)
-
-
-def _fit(
-    ready: ReadyModel,
-    prompts: list[list[int]],
-    max_tokens: int | None,
-    default: int,
-    *,
-    max_cache_tokens: int,
-    param: str,
-) -> int:
-    num_virtual = ready.num_virtual_tokens
-    context = ready.base.facts.context_length
-    limit = min(context, max_cache_tokens) - num_virtual
-    length = max(map(len, prompts))
-    # An answer of unnamed length needs room for a single token only.
-    wanted = 1 if max_tokens is None else max_tokens
-    if length + wanted > limit:
-        is_context = context <= max_cache_tokens
-        whose = "This model's context is" if is_context else "This server's memory for one answer is"
-        beside = f" beside the model's own {num_virtual}" if num_virtual else ""
-        raise ContextLengthExceededError(
-            f"{whose} {limit} tokens{beside}; the prompt has {length} and the answer was given {wanted}. "
-            "Shorten the prompt or lower max_tokens.",
-            param=param,
-        )
-    return min(default, limit - length) if max_tokens is None else max_tokens
+    # Harnesses count on a token for each that was made, the one that ends the text included.
+    options = replace(options, reports_end=request.logprobs is not None)
+    if not request.echo:
+        return Plan(prompts, options, request.n)
+    with_starts = request.logprobs is not None
+    echoes = tuple(make_echo(tokenizer, item, with_starts=with_starts) for item in request.prompt)
+    return Plan(prompts, replace(options, num_prompt_logprobs=request.logprobs), request.n, echoes)
 
 
 def _options(

@@ -142,12 +142,6 @@ def parse_completion(body: bytes) -> CompletionRequest:
             "choose among them.",
             param="best_of",
         )
-    if request.echo and request.logprobs is not None:
-        raise UnsupportedValueError(
-            "echo with logprobs is not supported by this server: log-probabilities of prompts are not "
-            "computed. Leave one of the two out.",
-            param="echo",
-        )
     return request
 
 

@@ -12,7 +12,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from luthier.inference.bases import ReadyModel
-from luthier.inference.forward import forward, run_prompts
+from luthier.inference.forward import forward, run_prompts, run_prompts_whole
+from luthier.inference.scoring import score_stretch
 from luthier.inference.sequence import Sequence
 
 
@@ -35,7 +36,7 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, sequences: list[Sequence]) -> tuple[Batch, torch.Tensor]:
-        """Run the prompts of sequences of one model.
+        """Run the prompts of sequences of one model, and score those of which this is asked.
 
         Args:
             sequences: B sequences of one key.
@@ -45,7 +46,18 @@ class Runner:
         """
         ready: ReadyModel = sequences[0].served
         prompts = [sequence.prompt_ids for sequence in sequences]
-        cache, logits_BV = run_prompts(ready.activate(), prompts, ready.prefix)
+        scored = [row for row, sequence in enumerate(sequences) if sequence.wants_prompt_scores]
+        if scored:
+
+            def see(first: int, logits_BTV: torch.Tensor) -> None:
+                for row in scored:
+                    num_left = len(prompts[row]) - first
+                    if num_left > 0:
+                        score_stretch(sequences[row], first, logits_BTV[row, :num_left])
+
+            cache, logits_BV = run_prompts_whole(ready.activate(), prompts, ready.prefix, see)
+        else:
+            cache, logits_BV = run_prompts(ready.activate(), prompts, ready.prefix)
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=logits_BV.device)
         lengths_B += ready.num_virtual_tokens
         _lean_right(cache, lengths_B)

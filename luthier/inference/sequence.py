@@ -48,8 +48,9 @@ class SamplingOptions:
     """How the next token is chosen and when to end.
 
     `num_logprobs` is the number of alternatives to report per token, 0 for the chosen token's own
-    log-probability alone, None for none at all. The penalties and `logit_bias` (token ids and what is added
-    to their logits) are OpenAI's.
+    log-probability alone, None for none at all; `num_prompt_logprobs` is the same of the prompt's tokens.
+    With `reports_end` the token that ends an answer is reported too. The penalties and `logit_bias` (token
+    ids and what is added to their logits) are OpenAI's.
     """
 
     max_tokens: int
@@ -57,6 +58,8 @@ class SamplingOptions:
     top_p: float = 1.0
     seed: int | None = None
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    reports_end: bool = False
     stop: tuple[str, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -96,6 +99,13 @@ class ChoiceAt:
 
 
 @dataclass(frozen=True)
+class PromptScored:
+    """The prompt's tokens as if they had been chosen; the first has no log-probability."""
+
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
 class Piece:
     """New text of the answer, and the choices that were made for it when they were asked for."""
 
@@ -118,7 +128,7 @@ class Failure:
     error: LuthierError
 
 
-SequenceEvent = Piece | Finish | Failure
+SequenceEvent = PromptScored | Piece | Finish | Failure
 
 
 @dataclass(eq=False)
@@ -160,6 +170,8 @@ class Sequence:
     bias: Any = None
     # How often each token came, where penalties ask for it.
     token_counts: dict[int, int] = field(default_factory=dict)
+    _prompt_choices: list[Choice] = field(default_factory=list)
+    _is_prompt_scored: bool = False
     _num_decoded: int = 0
     _held_choices: list[ChoiceAt] = field(default_factory=list)
 
@@ -178,6 +190,11 @@ class Sequence:
         """Whether no further token is wanted."""
         return self.is_finished or self.is_cancelled
 
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are still to be told."""
+        return self.options.num_prompt_logprobs is not None and not self._is_prompt_scored
+
     def cancel(self) -> None:
         """Ask for no more tokens; safe from any thread, honoured at the next step."""
         self.is_cancelled = True
@@ -188,6 +205,25 @@ class Sequence:
             self.is_finished = True
             self.emit(Failure(error))
 
+    def take_prompt_choices(self, first: int, choices: list[Choice]) -> None:
+        """Take the scores of a stretch of the prompt; with the last one, emit all of them.
+
+        Args:
+            first: where the stretch begins; 0 begins anew, for a row that lost its place.
+            choices: of its tokens, in order.
+        """
+        if self.is_finished:
+            return
+        del self._prompt_choices[first:]
+        self._prompt_choices.extend(choices)
+        if len(self._prompt_choices) < len(self.prompt_ids):
+            return
+        self._is_prompt_scored = True
+        self.emit(PromptScored(tuple(self._prompt_choices)))
+        self._prompt_choices.clear()
+        if self.options.max_tokens == 0:
+            self._finish("length", "")
+
     def accept(self, choice: Choice) -> None:
         """Add a token to the answer and emit what became certain by it; nothing after a failure."""
         if self.is_finished:
@@ -195,7 +231,10 @@ class Sequence:
         self.num_completion_tokens += 1
         self.last_token_id = choice.token_id
         if choice.token_id in self.stop_token_ids:
-            self._finish("stop", self._push_text(self.decoder.flush()))
+            text = self._push_text(self.decoder.flush())
+            if self.options.reports_end:
+                self._held_choices.append(ChoiceAt(choice, self._num_decoded))
+            self._finish("stop", text)
             return
         if self.grammar is not None and not self._push_grammar(self.grammar, choice.token_id):
             return

@@ -44,7 +44,8 @@ class Stretch:
     """Tokens of one sequence that are run now.
 
     `tokens` are ids, or vectors [T, D] in their place; `first` is the position of the first, and all before
-    it are in `pages`, which reach to the last. `adapter` is what these rows bear.
+    it are in `pages`, which reach to the last. `adapter` is what these rows bear. Logits are wanted after its
+    last token, after all of them, or not at all.
     """
 
     tokens: Sequence[int] | torch.Tensor
@@ -52,9 +53,15 @@ class Stretch:
     pages: Sequence[int]
     adapter: Described | None = None
     wants_logits: bool = True
+    wants_all_logits: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that it gets."""
+        return len(self.tokens) if self.wants_all_logits else int(self.wants_logits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +160,7 @@ class PackedLlama:
             stretches: at most one a sequence.
 
         Returns:
-            logits_RV, float32, after the last token of each stretch that wants them, in order.
+            logits_RV, float32, those that each stretch wants, in order.
         """
         singles = [one for one in stretches if len(one) == 1]
         chunks = [one for one in stretches if len(one) > 1]
@@ -267,9 +274,12 @@ class PackedLlama:
         singles: list[Stretch],
         places: list[_Chunk],
     ) -> torch.Tensor:
-        last = {id(one): row for row, one in enumerate(singles)}
-        last |= {id(chunk.stretch): chunk.tokens.stop - 1 for chunk in places}
-        wanted = [last[id(one)] for one in stretches if one.wants_logits]
+        ends = {id(one): row + 1 for row, one in enumerate(singles)}
+        ends |= {id(chunk.stretch): chunk.tokens.stop for chunk in places}
+        wanted: list[int] = []
+        for one in stretches:
+            end = ends[id(one)]
+            wanted.extend(range(end - one.num_logits, end))
         if not wanted:
             return stream_ND.new_empty(0, self._head.num_outputs, dtype=torch.float32)
         wanted_R = torch.tensor(wanted, device=self.device)

@@ -30,7 +30,7 @@ def make_ready(*, context_length: int = 100, num_virtual_tokens: int = 0) -> Any
         vocab_size=128,
     )
     facts = SimpleNamespace(context_length=context_length)
-    base = SimpleNamespace(tokenizer=tokenizer, template=TEMPLATE, facts=facts)
+    base = SimpleNamespace(tokenizer=tokenizer, template=TEMPLATE, facts=facts, max_bytes_per_token=None)
     return SimpleNamespace(base=base, num_virtual_tokens=num_virtual_tokens)
 
 
@@ -129,3 +129,18 @@ def test_a_bias_of_a_token_that_the_base_does_not_have_is_refused() -> None:
     with pytest.raises(InvalidValueError) as caught:
         plan_completion(asked, make_ready(), max_cache_tokens=100)
     assert caught.value.param == "logit_bias.128"
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised() -> None:
+    ready = make_ready()
+    ready.base.max_bytes_per_token = 4
+    ready.base.tokenizer.encode = None
+    asked = chat([{"role": "user", "content": "z" * 400}])
+    limits: Any = {"max_tokens_default": 9, "max_cache_tokens": 999, "grammars": Grammars()}
+    with pytest.raises(ContextLengthExceededError, match="has at least 102 and") as caught:
+        plan_chat(asked, ready, **limits)
+    assert caught.value.param == "messages"
+    asked_text = parse_completion(json.dumps({"model": "m", "prompt": ["z" * 400]}).encode())
+    with pytest.raises(ContextLengthExceededError) as caught:
+        plan_completion(asked_text, ready, max_cache_tokens=999)
+    assert caught.value.param == "prompt"

@@ -254,7 +254,6 @@ def test_a_completion_takes_all_four_shapes_of_prompts(prompt: Any, expected: An
     [
         ({"prompt": []}, "prompt", "invalid_value"),
         ({"prompt": None}, "prompt", "missing_required_parameter"),
-        ({"echo": True, "logprobs": 0}, "echo", "unsupported_value"),
         ({"suffix": "x"}, "suffix", "unsupported_value"),
         ({"prompt": ["a"] * 65, "n": 2}, "n", "invalid_value"),
         ({"logprobs": 6}, "logprobs", "invalid_value"),

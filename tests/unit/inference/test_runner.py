@@ -49,7 +49,10 @@ class Rows:
         self._texts: list[list[int]] = []
 
     def join(self, prompts: list[list[int]]) -> None:
-        rows: Any = [SimpleNamespace(served=self._ready, prompt_ids=prompt) for prompt in prompts]
+        rows: Any = [
+            SimpleNamespace(served=self._ready, prompt_ids=prompt, wants_prompt_scores=False)
+            for prompt in prompts
+        ]
         batch, logits_BV = self._runner.prefill(rows)
         texts = [list(prompt) for prompt in prompts]
         self._check(texts, logits_BV)

@@ -1,0 +1,202 @@
+"""Log-probabilities of prompts, beside transformers' own over the whole text, on both paths."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.core.shapes import read_shape
+from luthier.inference import forward
+from luthier.inference.bases import pack
+from luthier.inference.lane import Lane
+from luthier.inference.runner import Runner
+from luthier.inference.sequence import (
+    Choice,
+    Failure,
+    Finish,
+    Piece,
+    PromptScored,
+    SamplingOptions,
+    Sequence,
+    SequenceEvent,
+)
+from luthier.methods import method_of_artifact
+from luthier.modeling.packed_adapter import PackedAdapter, lay_out
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.tiny_shapes import SHAPES, build_shape
+from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_greedy, method_logits
+from tests.unit.inference.test_runner import make_artifact, make_ready
+
+PROMPTS = [[9], [5, 6, 7, 8, 9, 10, 11], [(7 * number) % 250 + 3 for number in range(150)]]
+NUM_TOKENS = 30
+TUNINGS: list[dict[str, Any]] = [
+    {"type": "lora", "rank": 4},
+    {"type": "prefix", "num_virtual_tokens": 5, "init": "random"},
+]
+
+
+class Ids:
+    def push(self, token_id: int) -> str:
+        return chr(0x4E00 + token_id)
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass
+class Model:
+    """What answers, and where its artifact lies."""
+
+    key: tuple[str, str]
+    adapter: PackedAdapter
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
+
+
+def make_lane(base_folder: Path, *, max_cache_tokens: int = 2048) -> Lane:
+    limits = {"max_rows": 8, "max_cache_tokens": max_cache_tokens}
+    return pack(load_plain(base_folder), base_folder, [5, 6, 7], **limits).lane
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> list[Model]:
+    folder, plain, lane = (
+        tmp_path_factory.mktemp("artifacts"),
+        load_plain(base_folder),
+        make_lane(base_folder),
+    )
+    weights = {name: module.weight for name, module in plain.named_modules() if hasattr(module, "weight")}
+    found = []
+    for seed, tuning in enumerate(TUNINGS):
+        artifact = build_method_artifact(folder / tuning["type"], base_folder, tuning, seed=seed)
+        parts = method_of_artifact(artifact.folder).read_parts(artifact.folder, read_shape(base_folder))
+        assert parts is not None
+        adapter = lay_out(parts, lane.model, weights.__getitem__)
+        lane.prepare(adapter)
+        found.append(Model((BASE_ID, artifact.digest), adapter, artifact.folder))
+    return found
+
+
+def ask(
+    model: Model, prompt: list[int], max_tokens: int, num_prompt_logprobs: int | None
+) -> tuple[Sequence, list[SequenceEvent]]:
+    events: list[SequenceEvent] = []
+    options = SamplingOptions(max_tokens, temperature=0.0, num_prompt_logprobs=num_prompt_logprobs)
+    served = SimpleNamespace(adapter=model.adapter)
+    asked = Sequence(model.key, served, prompt, options, Ids(), frozenset({2}), events.append)
+    return asked, events
+
+
+def check_scores(event: SequenceEvent, prompt: list[int], logits_TV: torch.Tensor, num_top: int) -> None:
+    assert isinstance(event, PromptScored)
+    first, *rest = event.choices
+    assert first == Choice(prompt[0])
+    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
+    assert [choice.token_id for choice in rest] == prompt[1:]
+    for choice, row_V in zip(rest, logprobs_TV[:-1], strict=True):
+        assert choice.logprob == pytest.approx(float(row_V[choice.token_id]), abs=2e-4)
+        values = [value for _, value in choice.top]
+        assert values == pytest.approx(row_V.topk(num_top).values.tolist(), abs=2e-4)
+
+
+@pytest.mark.parametrize("max_cache_tokens", [2048, 240])
+def test_a_lane_scores_prompts_among_rows_that_answer_and_changes_none_of_them(
+    base_folder: Path, models: list[Model], max_cache_tokens: int
+) -> None:
+    lane = make_lane(base_folder, max_cache_tokens=max_cache_tokens)
+    answered, scored = [], []
+    for model in models:
+        for prompt in PROMPTS:
+            # The same prompt first without scores, so that there are pages to share.
+            plain, events = ask(model, prompt, NUM_TOKENS, None)
+            answered.append((model, prompt, NUM_TOKENS, events))
+            lane.add(plain)
+            lane.step()
+            for max_tokens, num_top in ((0, 0), (NUM_TOKENS, 3)):
+                sequence, events = ask(model, prompt, max_tokens, num_top)
+                scored.append((model, prompt, num_top, events))
+                answered.append((model, prompt, max_tokens, events))
+                lane.add(sequence)
+                lane.step()
+    while lane.has_work:
+        lane.step()
+    assert lane._pool.num_free == lane._pool.num_pages
+    assert (lane.num_preempted > 0) == (max_cache_tokens == 240)
+    for model, prompt, num_top, events in scored:
+        check_scores(events[0], prompt, method_logits(base_folder, model.folder, prompt), num_top)
+    greedy_of = {
+        (model.folder, len(prompt)): method_greedy(base_folder, model.folder, prompt, NUM_TOKENS)
+        for model in models
+        for prompt in PROMPTS
+    }
+    for model, prompt, max_tokens, events in answered:
+        expected = greedy_of[model.folder, len(prompt)][:max_tokens]
+        expected = expected[: expected.index(2)] if 2 in expected else expected
+        text = "".join(event.text for event in events if isinstance(event, Piece))
+        assert [ord(letter) - 0x4E00 for letter in text] == expected
+        assert isinstance(events[-1], Finish)
+        assert sum(isinstance(event, PromptScored) for event in events) <= 1
+
+
+def test_a_prompt_whose_logits_are_not_finite_fails_alone(
+    base_folder: Path, models: list[Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = make_lane(base_folder)
+    bad, bad_events = ask(models[0], PROMPTS[1], 4, 1)
+    good, good_events = ask(models[1], PROMPTS[1], 4, 1)
+    step = lane.model.step
+
+    def poisoned(stretches: Any) -> torch.Tensor:
+        logits_RV = step(stretches)
+        if stretches[0].adapter is models[0].adapter.described:
+            logits_RV[1] = torch.nan
+        return logits_RV
+
+    monkeypatch.setattr(lane.model, "step", poisoned)
+    for sequence in (bad, good):
+        lane.add(sequence)
+    for _ in range(20):
+        lane.step()
+    assert [type(event) for event in bad_events] == [Failure]
+    assert isinstance(good_events[0], PromptScored) and isinstance(good_events[-1], Finish)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_the_plain_path_scores_prompts_of_any_base_in_stretches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    # Stretches of four tokens of each of the two rows.
+    monkeypatch.setattr(forward, "MAX_SHOWN_LOGITS", 8)
+    base = build_shape(tmp_path / "base", shape)
+    method = make_artifact(base, tmp_path / "artifact", "prefix", shape)
+    ready = make_ready(base, tmp_path / "artifact", method)
+    attached = method.load(load_plain(base), tmp_path / "artifact")
+    runner, rows, told = Runner(), [], []
+    for prompt, num_prompt_logprobs in (([5, 6, 7], None), ([20 + i % 60 for i in range(31)], 2)):
+        events: list[SequenceEvent] = []
+        options = SamplingOptions(4, num_prompt_logprobs=num_prompt_logprobs)
+        rows.append(Sequence(("b", "a"), ready, prompt, options, Ids(), frozenset(), events.append))
+        told.append(events)
+    batch, logits_BV = runner.prefill(rows)
+    [scores] = told[1]
+    with torch.inference_mode():
+        expected_TV = method.logits(attached, torch.tensor([rows[1].prompt_ids]))[0]
+    check_scores(scores, rows[1].prompt_ids, expected_TV, 2)
+    texts = [row.prompt_ids for row in rows]
+    for _ in range(2):
+        for text, logits_V in zip(texts, logits_BV, strict=True):
+            with torch.inference_mode():
+                expected_V = method.logits(attached, torch.tensor([text]))[0, -1]
+            torch.testing.assert_close(logits_V, expected_V, rtol=1e-4, atol=1e-4)
+        # What was run in stretches is a cache to go on from.
+        logits_BV = runner.step(batch, [9, 9])
+        texts = [[*text, 9] for text in texts]
+    assert told[0] == []
