@@ -15,9 +15,11 @@ class WaitingLine:
         self._projects: OrderedDict[str, _Line] = OrderedDict()
         # Those that had a row and lost it, to be served before all others.
         self._returned: deque[Sequence] = deque()
+        # Kept, not counted: other threads ask for it while the engine's changes the lines.
+        self._num_waiting = 0
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._all())
+        return self._num_waiting
 
     def __bool__(self) -> bool:
         return bool(self._projects or self._returned)
@@ -26,17 +28,19 @@ class WaitingLine:
         """Let a sequence wait behind those of its project and model."""
         line = self._projects.setdefault(sequence.project_id, OrderedDict())
         line.setdefault(sequence.key, deque()).append(sequence)
+        self._num_waiting += 1
 
     def add_first(self, sequence: Sequence) -> None:
         """Let a sequence that lost its row wait before all others."""
         self._returned.appendleft(sequence)
+        self._num_waiting += 1
 
     def peek(self) -> Sequence | None:
         """Return whose turn it is, None when nobody waits; those that want no answer any more are dropped."""
         while self._returned:
             if not self._returned[0].is_done:
                 return self._returned[0]
-            self._returned.popleft()
+            self._drop_returned()
         while self._projects:
             line = next(iter(self._projects.values()))
             waiting = next(iter(line.values()))
@@ -48,7 +52,7 @@ class WaitingLine:
     def pop(self) -> Sequence:
         """Take whom `peek` returned; his project and model are last in turn now."""
         if self._returned:
-            return self._returned.popleft()
+            return self._drop_returned()
         return self._drop_first(takes_turn=True)
 
     def drain(self) -> list[Sequence]:
@@ -56,12 +60,18 @@ class WaitingLine:
         waiting = list(self._all())
         self._projects.clear()
         self._returned.clear()
+        self._num_waiting = 0
         return waiting
+
+    def _drop_returned(self) -> Sequence:
+        self._num_waiting -= 1
+        return self._returned.popleft()
 
     def _drop_first(self, *, takes_turn: bool) -> Sequence:
         project, line = next(iter(self._projects.items()))
         key, waiting = next(iter(line.items()))
         sequence = waiting.popleft()
+        self._num_waiting -= 1
         if not waiting:
             del line[key]
         elif takes_turn:

@@ -62,4 +62,5 @@ def test_those_that_left_are_passed_over() -> None:
     lost.cancel()
     assert take_all(line) == [here]
     line.add(here)
-    assert line.drain() == [here] and not line
+    assert len(line) == 1 and line.drain() == [here]
+    assert not line and len(line) == 0
