@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep
 from db.migrate import newest_revision
-from luthier.core.errors import UnavailableError
+from luthier.core.errors import LuthierError, UnavailableError
 
 router = APIRouter(tags=["health"])
 
@@ -57,5 +57,5 @@ async def _can_answer(parts: Parts) -> bool:
     try:
         async with asyncio.timeout(_INFERENCE_SECONDS):
             return (await parts.backend.health()).is_ready
-    except (UnavailableError, TimeoutError):
+    except (LuthierError, TimeoutError):
         return False

@@ -60,6 +60,15 @@ class Settings(BaseSettings):
     internal_token: SecretStr = Field(
         SecretStr(""), description="Shared by API and inference server; required when inference_url is http."
     )
+    vllm_adapters_dir: Path = Field(
+        Path(".luthier/vllm"), description="Folder in which the API lays adapters that vLLM reads."
+    )
+    vllm_adapters_path: str = Field(
+        "", description="The same folder as vLLM sees it; empty: by the same path."
+    )
+    vllm_max_adapters: int = Field(
+        16, ge=1, description="Adapters that each vLLM server holds; the one unused for longest leaves first."
+    )
     inference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU."
     )

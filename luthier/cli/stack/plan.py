@@ -61,6 +61,7 @@ def service_environment(
         "storage_url": (home / "objects").as_uri(),
         "runs_dir": str(home / "runs"),
         "cache_dir": str(home / "cache"),
+        "vllm_adapters_dir": str(home / "vllm"),
         "bootstrap_api_key": secrets.api_key,
         "secret_key": secrets.secret_key,
     }
@@ -140,6 +141,11 @@ def _inference(python: str, environment: dict[str, str], url: str, number: int) 
 def _inference_urls(settings: Settings, run: Path) -> list[str]:
     """Return the operator's URLs of inference servers, else a socket of ours for each process."""
     count, is_set = settings.inference_processes, settings.model_fields_set
+    if "inference_url" not in is_set and settings.inference_backend != "engine":
+        raise StackError(
+            f"LUTHIER_INFERENCE_BACKEND is {settings.inference_backend}, whose server is none of ours: set "
+            "LUTHIER_INFERENCE_URL to where it listens."
+        )
     if "inference_url" not in is_set:
         names = ["inference.sock", *(f"inference-{number}.sock" for number in range(2, count + 1))]
         return [f"unix://{run / name}" for name in names]

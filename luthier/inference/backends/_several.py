@@ -11,9 +11,10 @@ import json
 import time
 from collections.abc import Callable, Mapping
 
-from luthier.core.errors import TooManyRequestsError, UnavailableError
+from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
 from luthier.core.inference import ModelTarget
-from luthier.inference.backends.base import Backend, Body, Health, NotAcceptedError, Reply
+from luthier.inference.backends._bodies import EndingBody, ReadBody
+from luthier.inference.backends.base import Backend, Health, NotAcceptedError, Reply
 
 # How old a server's word may be before it is asked again, and before a request waits for the answer.
 _FRESH_SECONDS = 1.0
@@ -66,8 +67,8 @@ class _Server:
         """Whether it can answer for a model; also where that is not known."""
         if self._health is None or self._health.serves is None:
             return True
-        wanted = (target.base_id, target.digest, target.foundation_digest)
-        return any(name in self._health.serves for name in wanted)
+        beneath = target.foundation_digest or target.base_id
+        return not self._health.serves.isdisjoint({beneath, target.digest or beneath})
 
     def holds(self, name: str, now: float) -> bool:
         """Whether a model is in its memory, or on its way there."""
@@ -88,6 +89,10 @@ class _Server:
         if name is not None:
             self._sent = {sent: at for sent, at in self._sent.items() if now - at < _SENT_SECONDS}
             self._sent[name] = now
+
+    def end(self) -> None:
+        """Note that a request there has ended."""
+        self.num_open -= 1
 
     def told(self, health: Health, now: float) -> None:
         """Note its word."""
@@ -191,8 +196,8 @@ class SeveralBackends:
             return None
         finally:
             if not is_begun:
-                server.num_open -= 1
-        return reply._replace(body=_CountedBody(reply.body, server))
+                server.end()
+        return reply._replace(body=EndingBody(reply.body, server.end))
 
     def _in_order(self, target: ModelTarget) -> list[_Server]:
         """Return the servers, the best one for a model first, those that are down last."""
@@ -224,7 +229,7 @@ class SeveralBackends:
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 health = await server.backend.health()
-        except (UnavailableError, TimeoutError):
+        except (LuthierError, TimeoutError):
             server.failed(self._now())
         else:
             server.told(health, self._now())
@@ -245,52 +250,4 @@ async def _read_refusal(reply: Reply) -> tuple[Reply, bool]:
         code = None
     # Not a damaged artifact, which every server finds damaged.
     may_ask_another = code in (TooManyRequestsError.code, UnavailableError.code)
-    return reply._replace(body=_ReadBody(content)), may_ask_another
-
-
-class _CountedBody:
-    """An answer's pieces; the request is open at its server until they end or are given up."""
-
-    def __init__(self, body: Body, server: _Server) -> None:
-        self._body = body
-        self._server: _Server | None = server
-
-    def __aiter__(self) -> "_CountedBody":
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            return await anext(self._body)
-        except BaseException:
-            self._end()
-            raise
-
-    async def aclose(self) -> None:
-        """Stop reading."""
-        self._end()
-        await self._body.aclose()
-
-    def _end(self) -> None:
-        if self._server is not None:
-            self._server.num_open -= 1
-            self._server = None
-
-
-class _ReadBody:
-    """A body that was read already."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def __aiter__(self) -> "_ReadBody":
-        return self
-
-    async def __anext__(self) -> bytes:
-        content, self._content = self._content, b""
-        if not content:
-            raise StopAsyncIteration
-        return content
-
-    async def aclose(self) -> None:
-        """Drop it."""
-        self._content = b""
+    return reply._replace(body=ReadBody(content)), may_ask_another

@@ -82,6 +82,8 @@ def test_a_server_that_is_not_ours_is_not_started() -> None:
     plan = _plan(Settings(inference_backend="vllm", inference_url="http://vllm:8000"))
     assert plan.early == ()
     assert plan.late[0].environment["LUTHIER_INFERENCE_BACKEND"] == "vllm"
+    with pytest.raises(StackError, match="set LUTHIER_INFERENCE_URL"):
+        _plan(Settings(inference_backend="vllm"))
 
 
 def test_only_the_bootstrap_step_gets_the_first_key() -> None:

@@ -1,0 +1,239 @@
+"""Requests as vLLM takes them, and its answers as this service gives them. No connections.
+
+vLLM ignores fields that it does not know, so they are refused here. Nothing that it would read from a base's
+`generation_config.json` decides: what a client leaves out is what OpenAI's API documents.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from luthier.core.errors import (
+    ContextLengthExceededError,
+    InvalidRequestError,
+    InvalidValueError,
+    LuthierError,
+    TooManyRequestsError,
+    UnavailableError,
+    UnknownParameterError,
+    UnsupportedValueError,
+)
+from luthier.inference.backends.base import Body
+from luthier.inference.fields import IGNORED_FIELDS, drop_ignored, drop_neutral, read_object
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+_SHARED = frozenset(
+    {
+        "n",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "logprobs",
+    }
+)
+_PASSED = {
+    CHAT: _SHARED
+    | {
+        "messages",
+        "max_completion_tokens",
+        "top_logprobs",
+        "response_format",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+    },
+    COMPLETIONS: _SHARED | {"prompt", "echo"},
+}
+# Accepted only with the values that mean "not used".
+_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
+    CHAT: {
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+    },
+    COMPLETIONS: {"suffix": ("",), "best_of": (0, 1)},
+}
+# vLLM takes these from the base's own files where a request has none.
+_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
+_OURS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+_ANSWER_FIELDS = ("id", "object", "created", "model", "choices", "usage")
+_CHOICE_FIELDS = ("index", "message", "delta", "text", "logprobs", "finish_reason")
+_MESSAGE_FIELDS = ("role", "content", "refusal", "tool_calls")
+_MAX_TOLD_CHARS = 300
+
+
+def read_request(path: str, body: bytes, *, max_tokens_default: int) -> dict[str, Any]:
+    """Check which fields a request has; vLLM checks their values.
+
+    Args:
+        path: where the client sent it.
+        body: JSON as the client sent it.
+        max_tokens_default: length of a chat's answer when the client names none.
+
+    Returns:
+        The request for vLLM, without its model.
+
+    Raises:
+        InvalidRequestError: naming the first field that breaks a rule.
+        UnsupportedValueError: for an endpoint that is not offered.
+    """
+    if path not in _PASSED:
+        raise UnsupportedValueError(
+            f"This server answers {CHAT} and {COMPLETIONS} alone. An operator offers {path} by the backend "
+            "engine (LUTHIER_INFERENCE_BACKEND)."
+        )
+    fields = read_object(body)
+    drop_ignored(fields, IGNORED_FIELDS)
+    drop_neutral(fields, _NEUTRAL[path])
+    fields.pop("model", None)
+    unknown = sorted(fields.keys() - _PASSED[path])
+    if unknown:
+        name = unknown[0][:80]
+        raise UnknownParameterError(f"Unknown parameter: '{name}'. Leave it out.", param=name)
+    if "stream_options" in fields:
+        fields["stream_options"] = _read_stream_options(fields)
+    if path == CHAT and not {"max_tokens", "max_completion_tokens"} & fields.keys():
+        fields["max_tokens"] = max_tokens_default
+    return {**_DEFAULTS, **fields, **_OURS}
+
+
+def _read_stream_options(fields: dict[str, Any]) -> dict[str, Any]:
+    options = fields["stream_options"]
+    if fields.get("stream") is not True or not isinstance(options, dict):
+        raise InvalidValueError(
+            "stream_options is allowed only with stream: true, and is an object.", param="stream_options"
+        )
+    drop_neutral(options, {"include_obfuscation": (False,)}, "stream_options.")
+    unknown = sorted(options.keys() - {"include_usage"})
+    if unknown:
+        name = f"stream_options.{unknown[0][:80]}"
+        raise UnknownParameterError(f"Unknown parameter: '{name}'. Leave it out.", param=name)
+    return options
+
+
+class Renaming:
+    """Turn vLLM's answers into this service's.
+
+    Args:
+        model: the public name that was asked for.
+        digest: of what answers; None where it is not known.
+    """
+
+    def __init__(self, model: str, digest: str | None) -> None:
+        self._model = model
+        self._fingerprint = None if digest is None else digest.removeprefix("sha256:")[:12]
+
+    def whole(self, content: bytes) -> bytes:
+        """Return a whole answer, or a stream's chunk, under the public name and with OpenAI's fields alone.
+
+        Args:
+            content: vLLM's JSON.
+
+        Returns:
+            Ours.
+
+        Raises:
+            LuthierError: when it tells a failure, or is no JSON.
+        """
+        try:
+            answer = json.loads(content)
+            if "error" in answer:
+                raise read_error(500, content)
+            told = {name: answer[name] for name in _ANSWER_FIELDS if name in answer}
+            told["choices"] = [_trim(choice) for choice in answer["choices"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LuthierError("The model server's answer could not be read.") from error
+        told |= {"model": self._model, "system_fingerprint": self._fingerprint}
+        return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _trim(choice: Mapping[str, Any]) -> dict[str, Any]:
+    told = {name: choice[name] for name in _CHOICE_FIELDS if name in choice}
+    for part in ("message", "delta"):
+        if part in told:
+            message = {name: told[part][name] for name in _MESSAGE_FIELDS if name in told[part]}
+            if not message.get("tool_calls"):
+                message.pop("tool_calls", None)
+            told[part] = message
+    return told
+
+
+class RenamedStream:
+    """A stream of events, each renamed.
+
+    Args:
+        body: vLLM's events.
+        rename: turns an event's JSON into ours.
+    """
+
+    def __init__(self, body: Body, rename: Callable[[bytes], bytes]) -> None:
+        self._body = body
+        self._rename = rename
+        self._rest = b""
+
+    def __aiter__(self) -> "RenamedStream":
+        return self
+
+    async def __anext__(self) -> bytes:
+        while True:
+            piece = await anext(self._body)
+            *events, self._rest = (self._rest + piece.replace(b"\r\n", b"\n")).split(b"\n\n")
+            if events:
+                return b"".join(self._event(event) for event in events)
+
+    async def aclose(self) -> None:
+        """Stop reading."""
+        await self._body.aclose()
+
+    def _event(self, event: bytes) -> bytes:
+        data = event.strip().removeprefix(b"data:").strip()
+        if data == b"[DONE]":
+            return b"data: [DONE]\n\n"
+        try:
+            return b"data: " + self._rename(data) + b"\n\n"
+        except LuthierError as error:
+            return f"data: {json.dumps(error.to_body())}\n\n".encode()
+
+
+def read_error(status: int, content: bytes) -> LuthierError:
+    """Return vLLM's refusal as one of ours.
+
+    Args:
+        status: HTTP's.
+        content: its body.
+
+    Returns:
+        The error to raise.
+    """
+    try:
+        told = json.loads(content)["error"]
+        message, param = str(told["message"])[:_MAX_TOLD_CHARS], told.get("param")
+        status = int(told.get("code", status))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message, param = "it gave no reason.", None
+    if "context length" in message:
+        return ContextLengthExceededError(message, param=param if isinstance(param, str) else None)
+    if status in {400, 422}:
+        return InvalidRequestError(message, param=param if isinstance(param, str) else None)
+    if status in {401, 403}:
+        return LuthierError(
+            "vLLM refuses this service's token. An operator starts it with LUTHIER_INTERNAL_TOKEN as its "
+            "--api-key."
+        )
+    if status == TooManyRequestsError.http_status:
+        return TooManyRequestsError("Too many requests are waiting for the model server; try again.")
+    if status in {404, UnavailableError.http_status}:
+        return UnavailableError("The model server can't answer for this model right now; try again.")
+    return LuthierError("The model server failed on this request; the operator's log of vLLM says why.")
