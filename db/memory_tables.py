@@ -23,9 +23,9 @@ class MemoryGrant(Table):
     """What one holder has of a device, or waits for. It lapses unless its owner renews it.
 
     `kind` is `job` or `serving`, `holder_id` a job's id or an inference server's. A job's attempt has its
-    lease epoch; a job that waits has epoch 0, no bytes, and in `told` what its events say of why. Of serving,
-    `num_bytes` is what the server has said it will not exceed, `floor_bytes` what it can never give back,
-    and `version` the number of the newest ceiling that it was told.
+    lease epoch; a job that waits has epoch 0, no bytes, in `floor_bytes` what it can't start without, and in
+    `told` what its events say of why. Of serving, `num_bytes` is what the server has said it will not exceed,
+    `floor_bytes` what it can never give back, and `version` the number of the newest ceiling it was told.
     """
 
     __tablename__ = "memory_grants"

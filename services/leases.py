@@ -139,9 +139,10 @@ def claim_for_training(
     if num_running is not None and num_running >= num_slots:
         return None
     if device is None:
-        job = memory.find_oldest(session)
+        job, num_bytes = memory.find_oldest(session), 0
     else:
-        job = memory.choose(session, device, lease_seconds=lease_seconds, tells=tells)
+        chosen = memory.choose(session, device, lease_seconds=lease_seconds, tells=tells)
+        job, num_bytes = chosen or (None, 0)
     if job is None:
         return None
     is_first = job.started_at is None
@@ -149,7 +150,7 @@ def claim_for_training(
     job.started_at = job.started_at or func.now()
     lease = _take(session, job, worker_id, lease_seconds)
     if device is not None:
-        memory.grant(session, device, job, lease_seconds)
+        memory.grant(session, device, job, num_bytes, lease_seconds)
     if is_first:
         events.append(session, job.id, [NewEvent("Fine-tuning job started")])
     session.refresh(job)

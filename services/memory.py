@@ -72,20 +72,22 @@ def _is_too_large(least_bytes: int | None, device: Device) -> bool:
     return (least_bytes or 0) > device.total_bytes
 
 
-def choose(session: Session, device: Device, *, lease_seconds: float, tells: bool) -> Job | None:
+def choose(session: Session, device: Device, *, lease_seconds: float, tells: bool) -> tuple[Job, int] | None:
     """Return the oldest queued job that fits on a device now, locked; one that never fits anywhere, too.
 
     Jobs that don't fit yet are noted as waiting. Others may go before them until the first in line has waited
-    for `PATIENCE_SECONDS` for what other jobs hold: then it is its turn.
+    for `PATIENCE_SECONDS` for what other jobs hold: then it is its turn. One whose number is rough does not
+    wait for serving alone, whose part does not end: it gets what there is.
 
     Args:
         session: the session.
         device: where the job would run; locked until the transaction ends if any job waits.
         lease_seconds: after which a waiting job that nobody looked at again counts as gone.
-        tells: whether jobs that must wait are told so; once for each change of what they wait for.
+        tells: whether serving has given back what it can, so that jobs which must wait are told so; once for
+            each change of what they wait for.
 
     Returns:
-        The job; None when none waits, or none fits.
+        The job and what it gets; None when none waits, or none fits.
     """
     candidates = session.execute(
         select(Job.id, Job.peak_bytes, Job.least_bytes)
@@ -98,6 +100,7 @@ def choose(session: Session, device: Device, *, lease_seconds: float, tells: boo
     lock_device(session, device)
     held = session.scalars(select(MemoryGrant).where(is_on(device), MemoryGrant.num_bytes > 0)).all()
     free_bytes = device.total_bytes - sum(row.num_bytes for row in held)
+    is_last_word = tells and all(row.kind == SERVING for row in held)
     for candidate in candidates:
         is_too_large = _is_too_large(candidate.least_bytes, device)
         if is_too_large and _fits_elsewhere(session, candidate.least_bytes or 0):
@@ -106,14 +109,24 @@ def choose(session: Session, device: Device, *, lease_seconds: float, tells: boo
         job = _take(session, candidate.id)
         if job is None:
             continue
-        if is_too_large or wanted == 0 or wanted <= free_bytes:
-            return job
-        row = _wait(session, device, job.id, wanted, lease_seconds)
+        if is_too_large:
+            # It is about to fail, without a process.
+            return job, 0
+        if wanted == 0 or wanted <= free_bytes:
+            return job, wanted
+        if is_last_word and _is_rough(job) and (job.least_bytes or 0) <= free_bytes:
+            return job, free_bytes
+        row = _wait(session, device, job, wanted, lease_seconds)
         if tells:
             _tell(session, device, row, held)
         if row.waited_seconds > PATIENCE_SECONDS and _ends_with_jobs(device, wanted, held):
             return None
     return None
+
+
+def _is_rough(job: Job) -> bool:
+    """Whether a job's peak was not measured: then what it can't do without is told apart from it."""
+    return (job.least_bytes or 0) < (job.peak_bytes or 0)
 
 
 def find_oldest(session: Session) -> Job | None:
@@ -156,7 +169,8 @@ def _fits_elsewhere(session: Session, least_bytes: int) -> bool:
 
 def _ends_with_jobs(device: Device, wanted: int, held: Sequence[MemoryGrant]) -> bool:
     """Whether a job would fit once others end, beside what serving can never give back."""
-    return wanted + sum(row.floor_bytes for row in held) <= device.total_bytes
+    floor_bytes = sum(row.floor_bytes for row in held if row.kind == SERVING)
+    return wanted + floor_bytes <= device.total_bytes
 
 
 @dataclass(frozen=True)
@@ -175,20 +189,24 @@ def key_of(device: Device, kind: str, holder_id: str, epoch: int = 0) -> dict[st
     return {**place, "kind": kind, "holder_id": holder_id, "lease_epoch": epoch}
 
 
-def _wait(session: Session, device: Device, job_id: str, wanted: int, lease_seconds: float) -> _Waiting:
+def _wait(session: Session, device: Device, job: Job, wanted: int, lease_seconds: float) -> _Waiting:
     """Note that a job waits."""
-    values = {"wanted_bytes": wanted, "expires_at": func.now() + timedelta(seconds=lease_seconds)}
+    values = {
+        "wanted_bytes": wanted,
+        "floor_bytes": (job.least_bytes or 0) if _is_rough(job) else wanted,
+        "expires_at": func.now() + timedelta(seconds=lease_seconds),
+    }
     is_new = MemoryGrant.expires_at < func.now()
     found = session.execute(
         insert(MemoryGrant)
-        .values(**key_of(device, JOB, job_id), num_bytes=0, **values)
+        .values(**key_of(device, JOB, job.id), num_bytes=0, **values)
         .on_conflict_do_update(
-            index_elements=list(key_of(device, JOB, job_id)),
+            index_elements=list(key_of(device, JOB, job.id)),
             set_=values | {"since": case((is_new, func.now()), else_=MemoryGrant.since)},
         )
         .returning(MemoryGrant.told, func.extract("epoch", func.now() - MemoryGrant.since))
     ).one()
-    return _Waiting(job_id, wanted, found[0], float(found[1]))
+    return _Waiting(job.id, wanted, found[0], float(found[1]))
 
 
 def _tell(session: Session, device: Device, waiting: _Waiting, held: Sequence[MemoryGrant]) -> None:
@@ -213,22 +231,18 @@ def _tell(session: Session, device: Device, waiting: _Waiting, held: Sequence[Me
     events.append(session, waiting.job_id, [NewEvent(message, data=data)])
 
 
-def grant(session: Session, device: Device, job: Job, lease_seconds: float) -> None:
-    """Give a job that `choose` returned what it asks for, under the epoch that its row has now."""
+def grant(session: Session, device: Device, job: Job, num_bytes: int, lease_seconds: float) -> None:
+    """Give a job that `choose` returned its memory, under the epoch that its row has now."""
     session.execute(
         delete(MemoryGrant).where(
             MemoryGrant.kind == JOB, MemoryGrant.holder_id == job.id, MemoryGrant.lease_epoch == 0
         )
     )
-    if _is_too_large(job.least_bytes, device):
-        # It is about to fail, without a process.
-        return
-    wanted = wanted_bytes(job.peak_bytes, device)
     session.add(
         MemoryGrant(
             **key_of(device, JOB, job.id, job.lease_epoch),
-            num_bytes=wanted,
-            wanted_bytes=wanted,
+            num_bytes=num_bytes,
+            wanted_bytes=wanted_bytes(job.peak_bytes, device),
             expires_at=func.now() + timedelta(seconds=lease_seconds),
         )
     )

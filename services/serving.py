@@ -56,9 +56,13 @@ def _bytes_for_waiting(
     waiting: MemoryGrant | None = session.scalar(memory.find_waiting(device).limit(1))
     if waiting is None:
         return 0
+    needed = sum(row.wanted_bytes for row in others) + state.held_bytes - state.idle_bytes
     left = device.total_bytes - jobs_bytes - waiting.wanted_bytes
-    if left >= sum(row.wanted_bytes for row in others) + state.held_bytes - state.idle_bytes:
+    if left >= needed:
         return waiting.wanted_bytes
+    if jobs_bytes == 0 and waiting.floor_bytes < waiting.wanted_bytes:
+        # Its number is rough: it starts with less.
+        return max(0, device.total_bytes - needed)
     waited_seconds = session.scalar(select(func.extract("epoch", func.now() - waiting.since))) or 0.0
     if (
         waited_seconds > memory.PATIENCE_SECONDS

@@ -70,7 +70,7 @@ class Ceiling:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._call, self._lanes, self._measure, self._now = call, lanes, measure, now
-        self._trim = trim
+        self.trim = trim
         self.version = 0
         self._max_bytes = 0
         self._until = now()
@@ -120,7 +120,7 @@ class Ceiling:
         left = self._max_bytes - self.used_bytes - num_bytes
         await asyncio.wrap_future(self._call(lambda: self._limit_pages(left)))
         if self._missing(num_bytes) > 0:
-            await asyncio.to_thread(self._trim)
+            await asyncio.to_thread(self.trim)
         return self._missing(num_bytes)
 
     def _missing(self, num_bytes: int) -> int:

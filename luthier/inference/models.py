@@ -130,6 +130,8 @@ class Models:
                 if not await self.loaded.make_way(bases.loading_bytes(self._settings, facts)):
                     raise NoRoomError("The model server has no memory for this base now; try again.")
                 self._bases[base_id] = await asyncio.to_thread(bases.load, self._settings, base_id)
+                # What was read of it is gone, and should not count as held.
+                await asyncio.to_thread(self.ceiling.trim)
             return self._bases[base_id]
 
     async def get(self, target: ModelTarget) -> ServedModel:

@@ -155,6 +155,19 @@ def test_a_job_waits_for_what_serving_needs_and_nothing_is_given_back_in_vain(
     assert claimed.lease.job_id == job_id
 
 
+def test_a_job_whose_number_is_rough_starts_with_what_serving_can_give_back(
+    client: openai.OpenAI, context: WorkerContext, server: StandIn
+) -> None:
+    job_id = _queue(client, context, 9)
+    with context.database.transaction() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(least_bytes=_GB))
+    claimed = claim(context)
+    assert claimed is not None
+    with context.database.transaction() as session:
+        given = session.scalar(select(MemoryGrant.num_bytes).where(MemoryGrant.holder_id == job_id))
+    assert (given, server.idle, server.orders[-1].max_bytes) == (7 * _GB, 0, 3 * _GB)
+
+
 def test_a_job_that_has_waited_long_is_given_all_that_serving_gives_up_over_time(
     client: openai.OpenAI, context: WorkerContext, server: StandIn
 ) -> None:
