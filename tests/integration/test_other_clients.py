@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from luthier.client import LuthierClient
 from luthier.core.settings import Settings
 from tests.conftest import Api
+from tests.environments import make_environment, make_node_folder
 from tests.rows import colour_rows, jsonl
 from tests.stack import Stack, stack_folder
 from worker.app import sweep, work
@@ -51,14 +51,6 @@ def run_beside_worker(
     return told
 
 
-def make_environment(folder: Path, *requirements: str) -> Path:
-    """Return the interpreter of a fresh environment with some packages."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", *requirements], check=True)
-    return python
-
-
 def check_main_path(told: dict[str, Any]) -> None:
     assert told["status"] == "succeeded"
     assert told["model"].startswith("ft:tiny-llama:personal:mine:")
@@ -90,11 +82,7 @@ def test_this_package_goes_the_main_path(api: Api, settings: Settings, tmp_path:
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="Node is not installed")
 def test_the_node_package_goes_the_main_path(api: Api, settings: Settings, tmp_path: Path) -> None:
-    folder = tmp_path / "node"
-    folder.mkdir()
-    subprocess.run(
-        ["npm", "install", "--no-fund", "--no-audit", "--silent", "openai"], cwd=folder, check=True
-    )
+    folder = make_node_folder(tmp_path / "node", "openai")
     shutil.copy(_CLIENTS / "node_openai.mjs", folder)
     check_main_path(run_beside_worker(api, settings, tmp_path, ["node", "node_openai.mjs"], folder))
 

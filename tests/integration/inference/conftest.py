@@ -14,9 +14,13 @@ import uvicorn
 
 from luthier.core.inference import ModelTarget
 from luthier.inference.app import Service, build_app
+from luthier.inference.backends import open_backend
 from luthier.inference.engine import Engine, EngineCore
 from luthier.inference.server import open_socket
 from luthier.storage.store import Storage
+from tests.conftest import Api, fresh_database, serve_api
+from tests.conftest import Server as Postgres
+from tests.conftest import make_settings as make_api_settings
 from tests.inference_server import (
     BARE,
     GatedRunner,
@@ -25,6 +29,7 @@ from tests.inference_server import (
     wait_until,
 )
 from tests.tiny import BASE_ID, build_tiny_base
+from tests.tools_base import TOOLS_BASE_ID, open_tools_client
 from tests.unit.inference.artifacts import build_artifact
 
 
@@ -102,3 +107,25 @@ def sdk(served: Served, folder: Path) -> Iterator[openai.OpenAI]:
         _strict_response_validation=True,
     ) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def chat_api(
+    postgres: Postgres,
+    served: Served,
+    sdk: openai.OpenAI,
+    folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Api]:
+    """The API before the real inference server, with the tiny base and its twin that has tools."""
+    open_tools_client(sdk, folder / "bases")
+    with fresh_database(postgres) as database:
+        settings = make_api_settings(database, folder / "bases", tmp_path_factory.mktemp("chat"))
+        models = settings.models_file.read_text()
+        twin = models.replace("[bases.tiny-llama]", f"[bases.{TOOLS_BASE_ID}]").partition("[aliases]")[0]
+        settings.models_file.write_text(twin + models)
+        backend = open_backend("engine", served.url, "")
+        with serve_api(settings, database) as api:
+            api.backend.complete = backend.complete  # type: ignore[method-assign]
+            api.backend.aclose = backend.aclose  # type: ignore[method-assign]
+            yield api

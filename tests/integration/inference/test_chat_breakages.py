@@ -6,8 +6,6 @@ project keeps; sentences about jobs, files and lists are held in tests/integrati
 
 import json
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -19,12 +17,9 @@ from openai.types.responses import response_create_params
 from pydantic import BaseModel
 
 from luthier.core.errors import UnavailableError
-from luthier.inference.backends import open_backend
 from luthier.inference.sequence import Sequence
-from tests.conftest import Api, fresh_database, make_settings, serve_api
-from tests.conftest import Server as Postgres
-from tests.inference_server import Served
-from tests.tools_base import TOOLS_BASE_ID, open_tools_client
+from tests.conftest import Api
+from tests.tools_base import TOOLS_BASE_ID
 
 ALIAS = "gpt-4o-mini-2024-07-18"
 SKY: list[Any] = [{"role": "user", "content": "the sky"}]
@@ -35,25 +30,8 @@ TOOL: Any = {
 
 
 @pytest.fixture(scope="module")
-def api(
-    postgres: Postgres,
-    served: Served,
-    sdk: openai.OpenAI,
-    folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Api]:
-    """The API before the real inference server, with the tiny base and its twin that has tools."""
-    open_tools_client(sdk, folder / "bases")
-    with fresh_database(postgres) as database:
-        settings = make_settings(database, folder / "bases", tmp_path_factory.mktemp("chat"))
-        models = settings.models_file.read_text()
-        twin = models.replace("[bases.tiny-llama]", f"[bases.{TOOLS_BASE_ID}]").partition("[aliases]")[0]
-        settings.models_file.write_text(twin + models)
-        backend = open_backend("engine", served.url, "")
-        with serve_api(settings, database) as api:
-            api.backend.complete = backend.complete  # type: ignore[method-assign]
-            api.backend.aclose = backend.aclose  # type: ignore[method-assign]
-            yield api
+def api(chat_api: Api) -> Api:
+    return chat_api
 
 
 @pytest.fixture(scope="module")
