@@ -109,6 +109,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--long-prompt-tokens", type=int, default=4000, help="of prefill (%(default)s)")
     parser.add_argument("--churn-models", type=int, default=200, help="(%(default)s)")
     parser.add_argument("--registered", type=int, default=1000, help="of churn's growth (%(default)s)")
+    parser.add_argument("--settings", type=int, default=10, help="tried of each peer, at most (%(default)s)")
     parser.add_argument("--base", default=Settings().preload_base)
     parser.add_argument("--threads", type=int, default=2, help="of every side (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
@@ -121,6 +122,7 @@ def _parse() -> argparse.Namespace:
         "long_prompt_tokens",
         "churn_models",
         "registered",
+        "settings",
     )
     is_full = all(getattr(options, name) >= parser.get_default(name) for name in names_of_full)
     options.row = options.row or names

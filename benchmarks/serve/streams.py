@@ -131,7 +131,7 @@ def _choose(contest: Contest, row: StreamRow, bench: Bench, found: dict[str, Any
     best: tuple[float, str, PeerProcess | TransformersServe] | None = None
     models = _models_of(row, bench)
     streams = _streams(models, bench)
-    for setting in contest.settings:
+    for setting in contest.settings[: bench.options.settings]:
         try:
             side = _open(contest, setting, row, bench)
         except (SideFailedError, PeerFailedError) as error:
