@@ -1,32 +1,49 @@
 """How few tokens a text can have, told by its length, so that one that is far too long need not be tokenised.
 
-Certain or nothing: of a tokenizer whose steps may drop or shorten text nothing is told.
+Certain or nothing: of a tokenizer whose steps may shorten text by any amount nothing is told.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 
-from luthier.data.tokens import Tokenizer
+from luthier.data.tokens import Tokenizer, byte_of_char
 
 # Canonical composition makes at most three bytes one (U+212A is a K), and three letters of Hangul a third.
 _MAX_COMPOSED = 3
 # Steps before the model that leave every character in its place, Split unless it removes.
 _KEEPING = {"ByteLevel", "Digits", "Metaspace", "Split"}
 _SPACE_TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+# No UTF-8 has these bytes (RFC 3629, section 1).
+_NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
-def measure_longest(tokenizer: Tokenizer) -> int | None:
-    """Return how much of a text one token can stand for.
+@dataclass(frozen=True)
+class TokenBounds:
+    """A token stands for `max_token_bytes` of a text at most; those in `dropped` stand in no token."""
+
+    max_token_bytes: int
+    dropped: bytes = b""
+
+    def min_num_tokens(self, text: str) -> int:
+        """Return a number of tokens that a text has at least."""
+        return -(-len(text.encode().translate(None, self.dropped)) // self.max_token_bytes)
+
+
+def find_bounds(tokenizer: Tokenizer) -> TokenBounds | None:
+    """Find out how much of a text one token can stand for.
 
     Args:
         tokenizer: the tokenizer.
 
     Returns:
-        UTF-8 bytes at most, or None where there is no such number.
+        The bounds, or None where there are none.
     """
     inner = tokenizer.pipeline
+    if not isinstance(inner.model, tokenizers.models.BPE):
+        return None
     if any(token.lstrip or token.rstrip for token in inner.get_added_tokens_decoder().values()):
         # Such a mark takes all spaces beside it.
         return None
@@ -34,7 +51,10 @@ def measure_longest(tokenizer: Tokenizer) -> int | None:
     if any(step["type"] not in _KEEPING or step.get("behavior") == "Removed" for step in steps):
         return None
     is_byte_level = any(step["type"] == "ByteLevel" for step in steps)
-    if not _has_all_bytes(inner, is_byte_level=is_byte_level):
+    names = _byte_names(inner, is_byte_level=is_byte_level)
+    dropped = bytes(byte for byte, name in names.items() if inner.token_to_id(name) is None)
+    if dropped and not is_byte_level:
+        # Not the byte is unknown then but its whole character, and many of them may be one token.
         return None
     # A mark for spaces may be one in the text, which is longer than a space: a token counts as it is spelled.
     longest = max(
@@ -42,23 +62,20 @@ def measure_longest(tokenizer: Tokenizer) -> int | None:
         for i in range(tokenizer.vocab_size)
     )
     for step in _flatten(inner.normalizer, "normalizers"):
-        if step["type"] == "NFC":
+        if step["type"] == "NFC" and not dropped:
             longest *= _MAX_COMPOSED
         elif step["type"] != "Prepend" and step != _SPACE_TO_MARK:
             return None
-    return longest
+    return TokenBounds(longest, dropped)
 
 
-def _has_all_bytes(inner: tokenizers.Tokenizer, *, is_byte_level: bool) -> bool:
-    """Whether the model has a token for every byte, so that none is dropped or taken together as unknown."""
-    model = inner.model
-    if not isinstance(model, tokenizers.models.BPE):
-        return False
+def _byte_names(inner: tokenizers.Tokenizer, *, is_byte_level: bool) -> dict[int, str]:
+    """Return what the tokens of single bytes are called, of those that a text may have."""
     if is_byte_level:
-        names = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        table = {byte: char for char, byte in byte_of_char().items()}
     else:
-        names = [f"<0x{byte:02X}>" for byte in range(256)] if model.byte_fallback else [""]
-    return all(inner.token_to_id(name) is not None for name in names)
+        table = {byte: f"<0x{byte:02X}>" if inner.model.byte_fallback else "" for byte in range(256)}
+    return {byte: name for byte, name in table.items() if byte not in _NEVER}
 
 
 def _flatten(part: Any, members: str) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ class Encoding(NamedTuple):
 
 
 @functools.cache
-def _byte_of_char() -> dict[str, int]:
+def byte_of_char() -> dict[str, int]:
     """Return the map from the printable characters of byte-level BPE back to bytes.
 
     The convention of GPT-2's encoder: printable Latin-1 bytes stand for themselves, the other bytes take
@@ -215,7 +215,7 @@ class Tokenizer:
         if token is None:
             return b""
         if self._is_byte_level:
-            table = _byte_of_char()
+            table = byte_of_char()
             known = [table.get(char) for char in token]
             # The library keeps a token with any other character as it is spelled.
             return (

@@ -46,6 +46,9 @@ from luthier.inference.wire import (
 
 _LOG = logging.getLogger(__name__)
 
+# Log-probabilities of so many tokens take a few milliseconds to spell out; streams shall not wait for more.
+_MAX_CHOICES_AT_ONCE = 1000
+
 
 @dataclass(frozen=True)
 class _Asking:
@@ -173,7 +176,10 @@ class Service:
         parts = read_parts(generation.events(), asking.plan.make_reader)
         if not asking.is_stream:
             answers = await while_connected(request, collect(parts, asking.plan.num_choices))
-            return json_response(shape.whole(answers, _usage(generation)), headers=headers)
+            counted = _usage(generation)
+            if sum(len(answer.choices) for answer in answers) > _MAX_CHOICES_AT_ONCE:
+                return json_response(await asyncio.to_thread(shape.whole, answers, counted), headers=headers)
+            return json_response(shape.whole(answers, counted), headers=headers)
         # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
         first = await while_connected(request, anext(parts))
         return EventStream(_stream(shape, generation, first, parts), headers, stack.pop_all().close)

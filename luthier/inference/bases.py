@@ -15,7 +15,7 @@ from luthier.core.settings import Settings
 from luthier.core.shapes import BaseShape, read_shape
 from luthier.core.specs import BaseFacts
 from luthier.data.render import ChatTemplate
-from luthier.data.token_bounds import measure_longest
+from luthier.data.token_bounds import TokenBounds, find_bounds
 from luthier.data.tokens import Tokenizer
 from luthier.inference.copies import Copy
 from luthier.inference.forward import Prefix, count_virtual_tokens
@@ -66,9 +66,9 @@ class LoadedBase:
         return self.plain.base_logits_V
 
     @cached_property
-    def max_bytes_per_token(self) -> int | None:
-        """How much of a text one token can stand for, None where that has no bound."""
-        return measure_longest(self.tokenizer)
+    def token_bounds(self) -> TokenBounds | None:
+        """How few tokens a text can have, None where that is not known."""
+        return find_bounds(self.tokenizer)
 
     @property
     def plain(self) -> ArtifactSlots:

@@ -39,8 +39,8 @@ class Room:
         """
         base = self.ready.base
         # No token without a byte: a shorter text needs no further look.
-        if len(text) > self._limit and base.max_bytes_per_token is not None:
-            self._check(-(-len(text.encode()) // base.max_bytes_per_token), "at least ")
+        if len(text) > self._limit and base.token_bounds is not None:
+            self._check(base.token_bounds.min_num_tokens(text), "at least ")
         token_ids = base.tokenizer.encode(text)
         self.check(token_ids)
         return token_ids

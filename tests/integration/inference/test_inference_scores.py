@@ -120,3 +120,9 @@ def test_a_prompt_as_long_as_the_context_is_scored_where_no_answer_is_wanted(ser
     assert len(choice["logprobs"]["tokens"]) == CONTEXT_LENGTH
     refused = served.post(COMPLETIONS, max_tokens=1, **options)
     assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_many_scores_at_once_all_come_back(served: Served) -> None:
+    prompts = [[7 + i] * 200 for i in range(6)]
+    choices = served.post(COMPLETIONS, prompt=prompts, max_tokens=0, echo=True, logprobs=0).json()["choices"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [200] * 6

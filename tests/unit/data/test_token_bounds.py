@@ -6,10 +6,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from luthier.data import tokens
-from luthier.data.token_bounds import measure_longest
+from luthier.data.token_bounds import find_bounds
 
 CORPUS = ["the sky is blue and the sea is the same " * 3, "\u00e9t\u00e9 \uac01\uac02 \u1faa"]
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+FEWER = [letter for letter in ALPHABET if letter not in "9\u0120"]
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
@@ -58,6 +59,7 @@ BOUNDED = {
     "digits": make(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL])),
     "split": make(pre_tokenizers.Sequence([SPLIT, BYTE_LEVEL])),
     "composed": make(normalizer=normalizers.NFC()),
+    "fewer": make(alphabet=FEWER),
     "fallback": make_fallback(with_bytes=True),
 }
 
@@ -65,8 +67,8 @@ BOUNDED = {
 @pytest.mark.parametrize("name", BOUNDED)
 def test_no_text_has_fewer_tokens_than_its_bytes_tell(name: str) -> None:
     tokenizer = BOUNDED[name]
-    longest = measure_longest(tokenizer)
-    assert longest is not None
+    bounds = find_bounds(tokenizer)
+    assert bounds is not None and bounds.min_num_tokens("the sky" * 1000) > 50
     dice = random.Random(1)
     # Kelvin's sign and letters that are composed of three: what canonical composition makes shortest.
     parts = [
@@ -83,7 +85,7 @@ def test_no_text_has_fewer_tokens_than_its_bytes_tell(name: str) -> None:
     parts += ["\u2581" * 4]
     for _ in range(200):
         text = "".join(dice.choices(parts, k=dice.randint(1, 40))) * dice.randint(1, 5)
-        assert len(tokenizer.encode(text)) * longest >= len(text.encode())
+        assert len(tokenizer.encode(text)) >= bounds.min_num_tokens(text)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +96,10 @@ def test_no_text_has_fewer_tokens_than_its_bytes_tell(name: str) -> None:
         make(pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), BYTE_LEVEL])),
         make(pre_tokenizers.Whitespace()),
         make(mark=AddedToken("<|end|>", normalized=False, rstrip=True)),
-        # The library drops a byte that has no token.
-        make(alphabet=[letter for letter in ALPHABET if letter != "q"]),
+        # The library drops bytes that have no token, and composition may make such bytes of others.
+        make(normalizer=normalizers.NFC(), alphabet=FEWER),
         make_fallback(with_bytes=False),
     ],
 )
 def test_nothing_is_told_where_text_may_vanish(tokenizer: tokens.Tokenizer) -> None:
-    assert measure_longest(tokenizer) is None
+    assert find_bounds(tokenizer) is None

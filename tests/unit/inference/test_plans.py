@@ -9,6 +9,7 @@ import pytest
 from luthier.core.errors import ContextLengthExceededError, InvalidValueError
 from luthier.data.formats.chat import ChatFormat
 from luthier.data.render import ChatTemplate
+from luthier.data.token_bounds import TokenBounds
 from luthier.inference.grammar import Grammars
 from luthier.inference.plans import plan_chat, plan_completion
 from luthier.inference.protocol import ChatRequest, parse_chat, parse_completion
@@ -30,7 +31,7 @@ def make_ready(*, context_length: int = 100, num_virtual_tokens: int = 0) -> Any
         vocab_size=128,
     )
     facts = SimpleNamespace(context_length=context_length)
-    base = SimpleNamespace(tokenizer=tokenizer, template=TEMPLATE, facts=facts, max_bytes_per_token=None)
+    base = SimpleNamespace(tokenizer=tokenizer, template=TEMPLATE, facts=facts, token_bounds=None)
     return SimpleNamespace(base=base, num_virtual_tokens=num_virtual_tokens)
 
 
@@ -133,7 +134,7 @@ def test_a_bias_of_a_token_that_the_base_does_not_have_is_refused() -> None:
 
 def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised() -> None:
     ready = make_ready()
-    ready.base.max_bytes_per_token = 4
+    ready.base.token_bounds = TokenBounds(4)
     ready.base.tokenizer.encode = None
     asked = chat([{"role": "user", "content": "z" * 400}])
     limits: Any = {"max_tokens_default": 9, "max_cache_tokens": 999, "grammars": Grammars()}
