@@ -209,10 +209,12 @@ class Engine:
     Args:
         core: the work.
         max_waiting: sequences that may wait for a row; more are refused.
+        num_threads: that torch uses on this thread; None for what it has.
     """
 
-    def __init__(self, core: EngineCore, *, max_waiting: int) -> None:
+    def __init__(self, core: EngineCore, *, max_waiting: int, num_threads: int | None = None) -> None:
         self._core = core
+        self._num_threads = num_threads
         self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[Sequence | _Call[Any] | None] = queue.SimpleQueue()
         self._is_closed = False
@@ -292,6 +294,11 @@ class Engine:
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
+        if self._num_threads is not None:
+            # Each thread has a number of its own, which it takes over from whoever set one last when it is
+            # first asked for; so it is asked for before it is set.
+            torch.get_num_threads()
+            torch.set_num_threads(self._num_threads)
         while not self._is_closed:
             self._take_inbox()
             self._core.step()

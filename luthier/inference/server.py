@@ -14,15 +14,17 @@ import stat
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 # Set before transformers is imported: everything this process reads is on the local disk.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# OpenMP's threads spin while they wait for each other; beside a training job on the same cores a step
-# then takes several times as long (measured 4 to 13 times on 2 cores). Asleep they cost microseconds.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads spin while they wait for each other, some milliseconds by default; beside a training job on
+# the same cores a step then takes several times as long. A step parts work some hundred times, within a
+# fraction of a millisecond of each other: they spin about as long, then sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 import uvicorn
@@ -131,7 +133,13 @@ async def serve(settings: Settings) -> None:
     token = settings.internal_token.get_secret_value() if is_tcp else None
     if token == "":
         raise LuthierError("LUTHIER_INTERNAL_TOKEN must be set when LUTHIER_INFERENCE_URL is http.")
-    torch.set_num_threads(settings.num_threads or _default_num_threads(settings))
+    # The engine's thread alone has a team of threads. Were there a second one, for loading, OpenMP would see
+    # more threads than processors and let all of them sleep at once wherever they wait, which doubles the
+    # time of a step.
+    torch.set_num_threads(1)
+    asyncio.get_running_loop().set_default_executor(
+        ThreadPoolExecutor(thread_name_prefix="loading", initializer=torch.set_num_threads, initargs=(1,))
+    )
     # The engine's thread asks for the interpreter some hundred times a step; by default whoever has it may
     # keep it for 5 ms each time.
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -142,6 +150,7 @@ async def serve(settings: Settings) -> None:
             Runner(), max_batch_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens
         ),
         max_waiting=settings.max_waiting_requests,
+        num_threads=settings.num_threads or _default_num_threads(settings),
     )
     service = Service(settings, engine)
     engine.start()
