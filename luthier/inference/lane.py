@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 # Prompt tokens of one step, and those of a prompt that is longer than that: what they add to the time
 # between two tokens of everybody else is what a small model takes for them.
-MAX_PROMPT_TOKENS = 128
+MAX_PROMPT_TOKENS = 256
 MAX_LONG_TOKENS = 64
 # Steps that a long prompt may be passed over in favour of short ones.
 _MAX_PASSED_OVER = 4

@@ -26,7 +26,8 @@ from luthier.modeling.kernels.served_rows import (
     HeadShape,
     Pages,
     SingleRows,
-    single_rows,
+    TokenRows,
+    token_rows,
     turn,
 )
 from luthier.modeling.kernels.serving import CompiledOps, Ops, PlainOps
@@ -163,20 +164,18 @@ class PackedLlama:
             logits_RV, float32, those that each stretch wants, in order.
         """
         singles = [one for one in stretches if len(one) == 1]
-        chunks = [one for one in stretches if len(one) > 1]
-        rows = single_rows(
-            [one.adapter for one in singles],
-            [one.first for one in singles],
-            [one.pages for one in singles],
-        )
+        # Those whose tokens attend by themselves come first.
+        chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)
+        rows = SingleRows([one.adapter for one in singles])
         places = self._place_chunks(chunks, len(singles))
+        tokens = self._place_tokens(singles, chunks)
         stream_ND = torch.cat([self._embed(one) for one in (*singles, *chunks)])
         normed_ND = torch.empty_like(stream_ND)
         attended_NK = stream_ND.new_empty(len(stream_ND), self.heads.widths[0])
         change_ND: torch.Tensor | None = None
         for layer, block in enumerate(self._blocks):
             self.ops.add_norm(stream_ND, change_ND, block.attention_norm_D, normed_ND)
-            change_ND = self._attend(layer, block, normed_ND, attended_NK, rows, places)
+            change_ND = self._attend(layer, block, normed_ND, attended_NK, rows, tokens, places)
             self.ops.add_norm(stream_ND, change_ND, block.feed_forward_norm_D, normed_ND)
             change_ND = self._feed_forward(layer, block, normed_ND, rows, places)
         return self._logits(stream_ND, change_ND, stretches, singles, places)
@@ -188,14 +187,15 @@ class PackedLlama:
         normed_ND: torch.Tensor,
         attended_NK: torch.Tensor,
         rows: SingleRows,
+        tokens: TokenRows,
         places: list[_Chunk],
     ) -> torch.Tensor:
         qkv_NE = block.attention_in(normed_ND)
         self._add_low_ranks(qkv_NE, normed_ND, rows, places, layer, ATTENTION_IN)
-        if len(rows):
-            self.ops.attend(qkv_NE, rows, self.pages, layer, attended_NK)
+        self.ops.attend(qkv_NE, tokens, self.pages, layer, attended_NK)
         for chunk in places:
-            self._attend_chunk(qkv_NE[chunk.tokens], chunk, layer, attended_NK[chunk.tokens])
+            if chunk.tokens.start >= tokens.num_attending:
+                self._attend_chunk(qkv_NE[chunk.tokens], chunk, layer, attended_NK[chunk.tokens])
         out_ND = block.attention_out(attended_NK)
         self._add_low_ranks(out_ND, attended_NK, rows, places, layer, ATTENTION_OUT)
         self._add_bottlenecks(out_ND, normed_ND, rows, places, layer, 0)
@@ -206,7 +206,7 @@ class PackedLlama:
     ) -> torch.Tensor:
         gate_up_NF = block.feed_forward_in(normed_ND)
         self._add_low_ranks(gate_up_NF, normed_ND, rows, places, layer, FEED_FORWARD_IN)
-        hidden_NF = kernels.gated_silu(gate_up_NF, gate_up_NF.shape[1] // 2)
+        hidden_NF = self.ops.gate(gate_up_NF)
         out_ND = block.feed_forward_out(hidden_NF)
         self._add_low_ranks(out_ND, hidden_NF, rows, places, layer, FEED_FORWARD_OUT)
         self._add_bottlenecks(out_ND, normed_ND, rows, places, layer, 1)
@@ -252,11 +252,9 @@ class PackedLlama:
                 site.add_to(out_ND[chunk.tokens], input_ND[chunk.tokens])
 
     def _attend_chunk(self, qkv_TE: torch.Tensor, chunk: _Chunk, layer: int, out_TK: torch.Tensor) -> None:
-        """Put a stretch's keys and values into its pages and attend to all of its sequence so far."""
+        """Let a stretch, its keys and values in their pages, attend to all of its sequence so far."""
         num_tokens, first = len(chunk.stretch), chunk.stretch.first
-        query, key, value = turn(qkv_TE, chunk.positions_T, self.heads)
-        own_T = chunk.pages_W[chunk.positions_T // PAGE_SIZE]
-        self.pages.write(layer, own_T, chunk.positions_T % PAGE_SIZE, key, value)
+        query, _, _ = turn(qkv_TE, chunk.positions_T, self.heads)
         keys, values = self.pages.gather(layer, chunk.pages_W, first + num_tokens)
         num_kv_heads, size = self.heads.num_kv_heads, self.heads.size
         # The query heads of a key head are its rows.
@@ -293,6 +291,17 @@ class PackedLlama:
         if isinstance(stretch.tokens, torch.Tensor):
             return stretch.tokens.to(device=self.device, dtype=self.dtype)
         return self.embedding_VD[torch.tensor(stretch.tokens, device=self.device)]
+
+    def _attends_at_once(self, chunk: Stretch) -> bool:
+        return chunk.first + len(chunk) > self.ops.max_alone
+
+    def _place_tokens(self, singles: Sequence[Stretch], chunks: Sequence[Stretch]) -> TokenRows:
+        alone = sum(len(one) for one in chunks if not self._attends_at_once(one))
+        return token_rows(
+            [(one.first, len(one), one.pages) for one in (*singles, *chunks)],
+            num_attending=len(singles) + alone,
+            are_alone=not chunks,
+        )
 
     def _place_chunks(self, chunks: Sequence[Stretch], start: int) -> list[_Chunk]:
         places = []

@@ -20,7 +20,7 @@ from luthier.modeling.kernels import _plain
 
 _TYPES = {torch.float32, torch.bfloat16}
 # Kernels of a decode step, which serving.py calls.
-SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck")
+SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "gated_silu")
 
 
 @cache

@@ -63,12 +63,26 @@ def _turn_into(first, cosine, sine, source, half, scale, target):
         target[half + c] = narrow((high * cosine[c] + low * sine[c]) * scale, target)
 
 
+@inlined
+def _to_weights(scores, num_keys):
+    """Turn scores into weights that are still to be multiplied by what is returned."""
+    highest = scores[0]
+    for j in range(num_keys):
+        highest = scores[j] if scores[j] > highest else highest
+    total = np.float32(0.0)
+    for j in range(num_keys):
+        scores[j] = exponential(scores[j] - highest)
+        total += scores[j]
+    return np.float32(1.0) / total
+
+
 @Kernel
 def attend_pages(data):
-    """Put each row's key and value into its page, and attend to all of the row's pages.
+    """Put each row's key and value into its page, or attend to all of the row's pages, or both.
 
     Pages are [pages, key heads, tokens of a page, C]; a row's are named in `pages_MW`, and its token is
-    number `positions_M[i]` of its sequence.
+    number `positions_M[i]` of its sequence. Rows of one sequence are put in one call and attend in another,
+    for they see each other.
     """
     table = open_table(data)
     num_rows, num_kv_heads, groups, size = table[2], table[3], table[4], table[5]
@@ -80,6 +94,7 @@ def attend_pages(data):
     pages_MW = carray(at_int64(table[13]), (num_rows, max_pages))
     key_pages, value_pages = table[14], table[15]
     out = carray(at(table[16], data), num_rows * groups * num_kv_heads * size)
+    puts, attends = table[19], table[20]
     scratch = table[17] + thread_number(table) * table[18] * 4
     query, total_C = carray(at_float32(scratch), size), carray(at_float32(scratch + 4 * size), size)
     weights_at = scratch + 8 * size
@@ -90,15 +105,21 @@ def attend_pages(data):
         position = positions_M[i]
         cosine = carray(at_float32(table[11] + position * half * 4), half)
         sine = carray(at_float32(table[12] + position * half * 4), half)
-        place = (pages_MW[i, position // page_size] * num_kv_heads + head) * head_bytes
-        place += position % page_size * size * bytes_each
-        key, value = carray(at(key_pages + place, data), size), carray(at(value_pages + place, data), size)
         row = i * num_columns
-        first = row + (groups * num_kv_heads + head) * size
-        _turn_into(first, cosine, sine, qkv, half, np.float32(1.0), key)
-        first += num_kv_heads * size
-        for c in range(size):
-            value[c] = qkv[first + c]
+        if puts != 0:
+            place = (pages_MW[i, position // page_size] * num_kv_heads + head) * head_bytes
+            place += position % page_size * size * bytes_each
+            key, value = (
+                carray(at(key_pages + place, data), size),
+                carray(at(value_pages + place, data), size),
+            )
+            first = row + (groups * num_kv_heads + head) * size
+            _turn_into(first, cosine, sine, qkv, half, np.float32(1.0), key)
+            first += num_kv_heads * size
+            for c in range(size):
+                value[c] = qkv[first + c]
+        if attends == 0:
+            continue
         num_keys = position + 1
         weights = carray(at_float32(weights_at), num_keys)
         for group in range(groups):
@@ -116,13 +137,7 @@ def attend_pages(data):
                             weights_at + (page * page_size + four) * 4,
                             data,
                         )
-            highest = weights[0]
-            for j in range(num_keys):
-                highest = weights[j] if weights[j] > highest else highest
-            total = np.float32(0.0)
-            for j in range(num_keys):
-                weights[j] = exponential(weights[j] - highest)
-                total += weights[j]
+            inverse = _to_weights(weights, num_keys)
             for c in range(size):
                 total_C[c] = np.float32(0.0)
             for page in range((num_keys + page_size - 1) // page_size):
@@ -130,7 +145,6 @@ def attend_pages(data):
                 num_seen = min(page_size, num_keys - page * page_size)
                 factors_at = weights_at + page * page_size * 4
                 add_rows(values_at, size, factors_at, num_seen, scratch + 4 * size, size, data)
-            inverse = np.float32(1.0) / total
             first = (i * groups * num_kv_heads + query_head) * size
             for c in range(size):
                 out[first + c] = narrow(total_C[c] * inverse, out)

@@ -163,12 +163,27 @@ class Pages:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Tokens and where they lie in their sequences: positions, and pages, filled up with 0 to one length.
+
+    All are put into their pages; the first `num_attending` attend by themselves, the others all at once by
+    sequence. `are_alone` says that no two are of one sequence.
+    """
+
+    positions_N: torch.Tensor
+    pages_NW: torch.Tensor
+    num_attending: int
+    are_alone: bool
+
+    def __len__(self) -> int:
+        return len(self.positions_N)
+
+
+@dataclass(frozen=True, eq=False)
 class SingleRows:
-    """Rows of one token each: their adapters, positions, and pages, those of short rows filled up with 0."""
+    """The adapters of rows of one token each, which are a step's first M."""
 
     adapters: Sequence[Described | None]
-    positions_M: torch.Tensor
-    pages_MW: torch.Tensor
     table_M: torch.Tensor = field(init=False)
     has_low_ranks: bool = field(init=False)
     has_bottlenecks: bool = field(init=False)
@@ -225,12 +240,26 @@ def turn(
     return turned(query), turned(key), value
 
 
-def single_rows(
-    adapters: Sequence[Described | None], positions: Sequence[int], pages: Sequence[Sequence[int]]
-) -> SingleRows:
-    """Return rows of one token each from what is known of them: adapters, positions and pages."""
-    longest = max(map(len, pages), default=0)
-    filled = np.zeros((len(pages), max(longest, 1)), dtype=np.int64)
-    for row, own in enumerate(pages):
-        filled[row, : len(own)] = own
-    return SingleRows(adapters, torch.tensor(positions, dtype=torch.int64), torch.from_numpy(filled))
+def token_rows(
+    places: Sequence[tuple[int, int, Sequence[int]]], *, num_attending: int, are_alone: bool
+) -> TokenRows:
+    """Return the tokens of some stretches, one stretch after the other.
+
+    Args:
+        places: of each stretch the position of its first token, its tokens, and its sequence's pages.
+        num_attending: tokens that attend by themselves.
+        are_alone: whether each stretch is one token.
+
+    Returns:
+        The tokens.
+    """
+    num_tokens = sum(count for _, count, _ in places)
+    widths = [-(-(first + count) // PAGE_SIZE) for first, count, _ in places]
+    positions_N = np.empty(num_tokens, dtype=np.int64)
+    pages_NW = np.zeros((num_tokens, max(widths, default=1)), dtype=np.int64)
+    row = 0
+    for (first, count, pages), width in zip(places, widths, strict=True):
+        positions_N[row : row + count] = np.arange(first, first + count)
+        pages_NW[row : row + count, :width] = pages[:width]
+        row += count
+    return TokenRows(torch.from_numpy(positions_N), torch.from_numpy(pages_NW), num_attending, are_alone)

@@ -23,12 +23,18 @@ from luthier.modeling.kernels.served_rows import (
     HeadShape,
     Pages,
     SingleRows,
+    TokenRows,
     turn,
 )
 
 
 class Ops(Protocol):
-    """What a step asks for between its products. All tensors are changed in place or written."""
+    """What a step asks for between its products. All tensors are changed in place or written.
+
+    `max_alone` is the longest a sequence may be for its tokens to attend faster one by one than all at once.
+    """
+
+    max_alone: int
 
     def add_norm(
         self,
@@ -40,9 +46,12 @@ class Ops(Protocol):
         """Add the change to the stream, and write the normed and weighted sum."""
 
     def attend(
-        self, qkv_NE: torch.Tensor, rows: SingleRows, pages: Pages, layer: int, out_NK: torch.Tensor
+        self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
     ) -> None:
-        """Put the first M tokens' keys and values into their pages and attend to their rows."""
+        """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
+
+    def gate(self, gate_up_NF: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) * up."""
 
     def add_low_rank(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
@@ -65,6 +74,8 @@ class CompiledOps:
         max_middle: the largest rank or bottleneck width that a row may have.
     """
 
+    max_alone = 512
+
     def __init__(
         self, shape: HeadShape, site_widths: Sequence[int], like: torch.Tensor, max_middle: int
     ) -> None:
@@ -77,7 +88,8 @@ class CompiledOps:
         self._scratch_width = max(longest, max_middle + max(site_widths)) + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
         addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
-        self._norm, self._attend, self._low_rank, self._bottleneck = (Launcher(one, 24) for one in addresses)
+        launchers = [Launcher(one, 24) for one in addresses]
+        self._norm, self._attend, self._low_rank, self._bottleneck, self._gate = launchers
         self._epsilon = kernels.float_bits(shape.epsilon)
         self._scale = kernels.float_bits(shape.size**-0.5)
 
@@ -105,30 +117,54 @@ class CompiledOps:
         )
 
     def attend(
-        self, qkv_NE: torch.Tensor, rows: SingleRows, pages: Pages, layer: int, out_NK: torch.Tensor
+        self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
     ) -> None:
-        """Put the first M tokens' keys and values into their pages and attend to their rows."""
+        """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
+        if tokens.are_alone:
+            self._run_attend(len(tokens), (1, 1), qkv_NE, tokens, pages, layer, out_NK)
+            return
+        self._run_attend(len(tokens), (1, 0), qkv_NE, tokens, pages, layer, out_NK)
+        self._run_attend(tokens.num_attending, (0, 1), qkv_NE, tokens, pages, layer, out_NK)
+
+    def _run_attend(
+        self,
+        num_rows: int,
+        parts: tuple[int, int],
+        qkv_NE: torch.Tensor,
+        tokens: TokenRows,
+        pages: Pages,
+        layer: int,
+        out_NK: torch.Tensor,
+    ) -> None:
         shape = self._shape
         self._attend.run(
             (
-                len(rows),
+                num_rows,
                 shape.num_kv_heads,
                 shape.num_heads // shape.num_kv_heads,
                 shape.size,
                 self._scale,
                 PAGE_SIZE,
-                rows.pages_MW.shape[1],
+                tokens.pages_NW.shape[1],
                 qkv_NE.data_ptr(),
-                rows.positions_M.data_ptr(),
+                tokens.positions_N.data_ptr(),
                 shape.cosine_TC.data_ptr(),
                 shape.sine_TC.data_ptr(),
-                rows.pages_MW.data_ptr(),
+                tokens.pages_NW.data_ptr(),
                 pages.keys[layer].data_ptr(),
                 pages.values[layer].data_ptr(),
                 out_NK.data_ptr(),
                 *self._scratch_of_threads(),
+                *parts,
             )
         )
+
+    def gate(self, gate_up_NF: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) * up."""
+        num_rows, size = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
+        out_NF = gate_up_NF.new_empty(num_rows, size)
+        self._gate.run((num_rows, size, size, gate_up_NF.data_ptr(), out_NF.data_ptr()))
+        return out_NF
 
     def add_low_rank(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
@@ -181,6 +217,8 @@ class PlainOps:
         site_widths: outputs of each of the seven sites.
     """
 
+    max_alone = 1
+
     def __init__(self, shape: HeadShape, site_widths: Sequence[int]) -> None:
         self._shape, self._widths = shape, list(site_widths)
 
@@ -199,22 +237,25 @@ class PlainOps:
         out_ND.copy_(weight_D * (wide_ND * inverse_N1).to(stream_ND.dtype))
 
     def attend(
-        self, qkv_NE: torch.Tensor, rows: SingleRows, pages: Pages, layer: int, out_NK: torch.Tensor
+        self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
     ) -> None:
-        """Put the first M tokens' keys and values into their pages and attend to their rows."""
-        count, positions_M = len(rows), rows.positions_M.to(qkv_NE.device)
-        query, key, value = turn(qkv_NE[:count], positions_M, self._shape)
-        row_M = torch.arange(count, device=positions_M.device)
-        page_M = rows.pages_MW.to(positions_M.device)[row_M, positions_M // PAGE_SIZE]
-        pages.write(layer, page_M, positions_M % PAGE_SIZE, key, value)
+        """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
+        positions_N, pages_NW = (one.to(qkv_NE.device) for one in (tokens.positions_N, tokens.pages_NW))
+        query, key, value = turn(qkv_NE, positions_N, self._shape)
+        own_N = pages_NW.gather(1, (positions_N // PAGE_SIZE)[:, None])[:, 0]
+        pages.write(layer, own_N, positions_N % PAGE_SIZE, key, value)
         groups = self._shape.num_heads // self._shape.num_kv_heads
-        for row, position in enumerate(rows.positions_M.tolist()):
-            own_W = rows.pages_MW[row, : position // PAGE_SIZE + 1].to(positions_M.device)
+        for row, position in enumerate(tokens.positions_N[: tokens.num_attending].tolist()):
+            own_W = pages_NW[row, : position // PAGE_SIZE + 1]
             keys, values = pages.gather(layer, own_W, position + 1)
             by_head = query[row].view(self._shape.num_kv_heads, groups, self._shape.size)
             scores = torch.bmm(by_head.float(), keys.float().transpose(1, 2)) * self._shape.size**-0.5
             mixed = torch.bmm(torch.softmax(scores, dim=-1), values.float())
             out_NK[row] = mixed.reshape(-1).to(out_NK.dtype)
+
+    def gate(self, gate_up_NF: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) * up."""
+        return kernels.gated_silu(gate_up_NF, gate_up_NF.shape[1] // 2)
 
     def add_low_rank(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice

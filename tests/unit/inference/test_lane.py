@@ -11,7 +11,7 @@ import torch
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
-from luthier.inference.lane import MAX_PROMPT_TOKENS, Lane
+from luthier.inference.lane import MAX_LONG_TOKENS, Lane
 from luthier.inference.sequence import Failure, Finish, ModelKey, SamplingOptions, Sequence, SequenceEvent
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
@@ -194,7 +194,7 @@ def test_a_long_prompt_runs_in_stretches_while_others_answer_and_short_ones_go_b
     run_dry(lane)
     for asked in (running, long, short):
         assert asked.token_ids == asked.expected
-    assert len(PROMPTS[4]) > MAX_PROMPT_TOKENS
+    assert len(PROMPTS[4]) > MAX_LONG_TOKENS
 
 
 def test_a_long_prompt_is_not_passed_over_for_ever(base_folder: Path, models: list[Model]) -> None:

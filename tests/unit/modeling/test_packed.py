@@ -64,19 +64,22 @@ def test_a_base_is_packed_only_where_every_part_is_known(tmp_path: Path, name: s
     torch.testing.assert_close(logits_1V[0], expected_TV[-1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("plain_ops", [False, True], ids=["compiled", "plain"])
+@pytest.mark.parametrize("way", ["compiled", "compiled-at-once", "plain"])
 @pytest.mark.parametrize("tuning", all_tunings(), ids=tuning_name)
 def test_an_adapter_says_what_its_method_says_however_its_tokens_are_cut(
-    tmp_path: Path, base_folder: Path, tuning: dict[str, object], plain_ops: bool
+    tmp_path: Path, base_folder: Path, tuning: dict[str, object], way: str
 ) -> None:
     if discover()[str(tuning["type"])].is_whole_model:
         return
-    if not plain_ops and not kernels.is_compiled(torch.empty(1)):
+    if way != "plain" and not kernels.is_compiled(torch.empty(1)):
         pytest.skip("numba is not installed")
     artifact = build_method_artifact(tmp_path / "a", base_folder, tuning, seed=3)
     method, plain = method_of_artifact(artifact.folder), load_plain(base_folder)
     weights = {name: module.weight for name, module in plain.named_modules() if hasattr(module, "weight")}
-    packed = make_packed(base_folder, plain_ops=plain_ops)
+    packed = make_packed(base_folder, plain_ops=way == "plain")
+    if way == "compiled-at-once":
+        # As long sequences do.
+        packed.ops.max_alone = 4
     parts = method.read_parts(artifact.folder, read_shape(base_folder))
     assert parts is not None and can_lay_out(parts, packed)
     adapter = lay_out(parts, packed, weights.__getitem__)
