@@ -16,8 +16,8 @@ from luthier.inference.backends.base import Backend
 
 # What says something about the model; anything else (a busy server, one that is away) says nothing.
 _FATAL = {error.code for error in (ArtifactCorruptError, SelfCheckError, OutOfMemoryError)}
-# Loads the model, and makes no token.
-_BODY = {"prompt": "a", "max_tokens": 0}
+# The least that every backend answers.
+_BODY = {"prompt": "a", "max_tokens": 1}
 
 
 async def prove(backend: Backend, target: ModelTarget) -> None:

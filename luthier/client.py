@@ -146,6 +146,10 @@ class LuthierClient:
         """Return all models that the key may call."""
         return self._data("/models")
 
+    def pin_model(self, name: str, *, is_pinned: bool = True) -> dict[str, Any]:
+        """Let servers keep a tuned model in memory from its next request on, or no longer; return it."""
+        return self._ask("PUT" if is_pinned else "DELETE", f"/models/{quote(name, safe='')}/pin")
+
     # ---- aliases
 
     def put_alias(self, name: str, model: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from luthier.cli import options
 from luthier.cli.aliases import aliases_app
+from luthier.cli.models import models_app
 from luthier.cli.options import ApiKey, BaseUrl, Home, Json
 from luthier.core.errors import LuthierError
 
@@ -23,7 +24,6 @@ bases_app = typer.Typer(help="List and fetch base models.", no_args_is_help=True
 jobs_app = typer.Typer(
     help="List, follow, pause, resume, cancel, estimate and report on fine-tuning jobs.", no_args_is_help=True
 )
-models_app = typer.Typer(help="List and download models.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(bases_app, name="bases")
 app.add_typer(jobs_app, name="jobs")
@@ -284,36 +284,6 @@ def report_job(
         print_json(report)
         return
     print_report(report)
-
-
-@models_app.command("list")
-def list_models(
-    home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None, as_json: Json = False
-) -> None:
-    """List the models that can be called."""
-    from luthier.cli.output import local_time, print_json, print_table
-
-    with options.open_client(base_url, api_key, home) as client:
-        models = client.list_models()
-    if as_json:
-        print_json(models)
-        return
-    rows = [(model["id"], model["owned_by"], local_time(model["created"])) for model in models]
-    print_table(("NAME", "OWNER", "CREATED"), rows, empty="There are no models.")
-
-
-@models_app.command("download")
-def download_model(
-    name: Annotated[str, typer.Argument(help="The model's name.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where its files go.")],
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-) -> None:
-    """Download a tuned model's files, verified by sha256; a broken download goes on where it stopped."""
-    with options.open_client(base_url, api_key, home) as client:
-        for path in client.download_model(name, folder):
-            print(path)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """A pinned model is asked for as one, whatever name it is called by; its own project alone may pin it."""
 
+from luthier.client import LuthierClient
 from luthier.core.inference import ModelTarget
 from tests.conftest import TINY_BASE, Api
 from tests.integration.test_aliases import V1, Aliases, ours, theirs
@@ -21,8 +22,10 @@ def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(
     for _ in range(2):
         assert ours.ok("PUT", f"/models/{V1}/pin")["pinned"] is True
     assert [asked(name).is_pinned for name in (V1, "letters", TINY_BASE)] == [True, True, False]
+    client = LuthierClient(f"{api.base_url}/v1", api.key)
+    assert client.pin_model(V1)["pinned"] is True
     assert theirs.refused("DELETE", f"/models/{V1}/pin")[0] == 404
-    assert ours.ok("DELETE", f"/models/{V1}/pin")["pinned"] is False
+    assert client.pin_model(V1, is_pinned=False)["pinned"] is False
     assert not asked(V1).is_pinned
     assert ours.refused("PUT", "/models/letters/pin")[:3] == (400, "invalid_value", "model")
     assert ours.refused("PUT", "/models/nobody/pin")[:2] == (404, "model_not_found")
