@@ -16,6 +16,7 @@ from luthier.inference.backends.base import Backend
 
 # What says something about the model; anything else (a busy server, one that is away) says nothing.
 _FATAL = {error.code for error in (ArtifactCorruptError, SelfCheckError, OutOfMemoryError)}
+_BUSY_STATUS = 503
 # The least that every backend answers.
 _BODY = {"prompt": "a", "max_tokens": 1}
 
@@ -38,6 +39,8 @@ async def prove(backend: Backend, target: ModelTarget) -> None:
     except UnavailableError:
         return
     except LuthierError as error:
+        if error.retryable and not isinstance(error, ArtifactCorruptError):
+            return
         raise _refusal(target, error.message) from error
     try:
         if reply.status < 400:
@@ -49,7 +52,8 @@ async def prove(backend: Backend, target: ModelTarget) -> None:
         await reply.body.aclose()
     with contextlib.suppress(ValueError, KeyError, TypeError):
         error_object = json.loads(content)["error"]
-        if error_object["code"] in _FATAL:
+        is_for_now = reply.status == _BUSY_STATUS and error_object["code"] == OutOfMemoryError.code
+        if error_object["code"] in _FATAL and not is_for_now:
             raise _refusal(target, str(error_object["message"]))
 
 

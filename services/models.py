@@ -4,9 +4,10 @@ base instead."""
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from db.alias_tables import Alias
 from db.permission_tables import CheckpointPermission
 from db.queries import find_alias
 from db.tables import Base, Checkpoint, Job, Model
@@ -234,7 +235,10 @@ def register(
 
 
 def _is_needed(session: Session, model: Model) -> bool:
-    return session.scalar(select(Model.id).where(Model.id == model.id, parents.is_needed())) is not None
+    # An alias of any project: its history says which weights it pointed to.
+    pointing = exists().where(Alias.model_id == Model.id, Alias.deleted_at.is_(None))
+    is_needed = or_(parents.is_needed(), pointing)
+    return session.scalar(select(Model.id).where(Model.id == model.id, is_needed)) is not None
 
 
 def end_permissions(session: Session, model_ids: Sequence[str]) -> None:

@@ -62,6 +62,9 @@ def sweep(context: WorkerContext) -> list[str]:
             num_slots=settings.training_slots,
             facts=context.facts,
         )
+        if context.device is not None:
+            # A device that no job has asked for yet is there too.
+            memory.lock_device(session, context.device)
     with context.database.transaction() as session:
         lost = leases.sweep(session, max_attempts=settings.max_attempts)
         memory.forget_lapsed(session)

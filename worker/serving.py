@@ -39,8 +39,10 @@ def balance(context: WorkerContext) -> None:
         try:
             with _open(url, context.settings.internal_token.get_secret_value()) as client:
                 _balance(context, context.device, url, client)
-        except (httpx2.HTTPError, ValidationError) as error:
-            # Not started, just restarting, or of another make: its row lapses by itself.
+        except (httpx2.HTTPStatusError, ValidationError) as error:
+            _log.warning("serving does not tell its memory", reason=type(error).__name__)
+        except httpx2.HTTPError as error:
+            # Not started, or just restarting: its row lapses by itself.
             _log.debug("serving's memory is not known", reason=type(error).__name__)
 
 

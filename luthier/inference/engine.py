@@ -115,7 +115,7 @@ class EngineCore:
         """
         was_busy = False
         for lane in self._lanes:
-            was_busy |= lane.step()
+            was_busy |= self._step_lane(lane)
         self._lanes = [lane for lane in self._lanes if lane.has_work]
         work = self.scheduler.next_work()
         if work is None:
@@ -128,6 +128,15 @@ class EngineCore:
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one group
             self._fail(work, error)
         return True
+
+    def _step_lane(self, lane: Lane) -> bool:
+        try:
+            return lane.step()
+        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one lane
+            log_fault(_LOG, "A lane, whose answers all end with an error,", error)
+            for sequence in lane.drain():
+                sequence.fail(LuthierError("The model server failed on this request; try again."))
+            return True
 
     def sweep(self) -> None:
         """Let go of the groups none of whose answers is wanted any more, and of the weights they hold."""
@@ -299,9 +308,16 @@ class Engine:
             # first asked for; so it is asked for before it is set.
             torch.get_num_threads()
             torch.set_num_threads(self._num_threads)
-        while not self._is_closed:
-            self._take_inbox()
-            self._core.step()
+        try:
+            while not self._is_closed:
+                self._take_inbox()
+                self._core.step()
+        finally:
+            # However it ends, nobody is left to wait.
+            self._is_closed = True
+            self._fail_all()
+
+    def _fail_all(self) -> None:
         error = UnavailableError("The model server was stopped; try again.")
         for sequence in self._core.drain():
             sequence.fail(error)

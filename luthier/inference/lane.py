@@ -68,8 +68,6 @@ class Lane:
         self._pool = PagePool(model.pages.num_pages, PAGE_SIZE)
         self._waiting = WaitingLine()
         self._rows: list[_Row] = []
-        # What rows that lost their pages had come to, their answers included.
-        self._interrupted: dict[Sequence, list[int]] = {}
         self.num_preempted = 0
         # The engine's own, once the lane has work.
         self.measures = StepMeasures()
@@ -130,7 +128,8 @@ class Lane:
         self._waiting.add(sequence)
 
     def sweep(self) -> None:
-        """Let go of the rows whose answers are not wanted any more."""
+        """Let go of the rows, and of those who wait, whose answers are not wanted any more."""
+        self._waiting.drop_done()
         gone = [row for row in self._rows if row.sequence.is_done]
         for row in gone:
             self._pool.release(row.chain)
@@ -143,7 +142,6 @@ class Lane:
         for row in self._rows:
             self._pool.release(row.chain)
         self._rows.clear()
-        self._interrupted.clear()
         return found
 
     def forget(self, sequence_key: object) -> None:
@@ -171,13 +169,14 @@ class Lane:
             if sequence is None:
                 return
             adapter: PackedAdapter | None = sequence.served.adapter
-            tokens = self._interrupted.get(sequence)
+            tokens = sequence.interrupted_tokens
             if tokens is None:
                 num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
                 tokens = [*range(-1, -num_virtual - 1, -1), *sequence.prompt_ids]
             # Who wants to know of every token of the prompt has to run every one.
             shared = [] if sequence.wants_prompt_scores else tokens
-            chain = self._pool.start(sequence.key, shared)
+            # Not between projects: how soon an answer comes would tell what another one asks.
+            chain = self._pool.start(sequence.key, shared, owner=sequence.project_id)
             # A page more than the prompt needs, and one for each row that runs, so that nobody is let in
             # only to push somebody else out.
             spare = len(self._rows)
@@ -190,7 +189,7 @@ class Lane:
                 return
             self._pool.extend(chain, len(tokens) + 1)
             self._waiting.pop()
-            self._interrupted.pop(sequence, None)
+            sequence.interrupted_tokens = None
             self._rows.append(self._begin(sequence, adapter, tokens, chain))
 
     def _begin(
@@ -258,7 +257,7 @@ class Lane:
         self.measures.num_preempted += 1
         self._rows.remove(row)
         self._pool.release(row.chain)
-        self._interrupted[row.sequence] = row.tokens
+        row.sequence.interrupted_tokens = row.tokens
         self._waiting.add_first(row.sequence)
 
     def _run(self, work: list[tuple[_Row, Stretch]]) -> None:

@@ -6,6 +6,7 @@ of the process (memory.py).
 """
 
 import asyncio
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from luthier.inference.memory import NoRoomError
 from luthier.inference.sequence import ModelKey
 
 MAX_INSTALLED = 16
+# A pin that no request has renewed for so long is let go of: the model may be deleted, or asked elsewhere.
+_PIN_SECONDS = 86_400.0
 
 _SETTINGS = {
     Kind.WHOLE: "LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES",
@@ -45,7 +48,17 @@ class _Entry:
     num_bytes: int
     loading: "asyncio.Task[ReadyModel]"
     num_holders: int = 0
-    is_pinned: bool = False
+    # A moment of the monotonic clock.
+    pinned_until: float = 0.0
+
+    def pin(self, *, is_pinned: bool) -> None:
+        """Let it stay from now on, or leave when it is idle."""
+        self.pinned_until = time.monotonic() + _PIN_SECONDS if is_pinned else 0.0
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it stays when nobody needs it."""
+        return time.monotonic() < self.pinned_until
 
     @property
     def is_idle(self) -> bool:
@@ -105,7 +118,8 @@ class LoadedArtifacts:
         self._entries: OrderedDict[ModelKey, _Entry] = OrderedDict()
         # Held by whoever waits for memory: asyncio's locks are fair, so that nobody overtakes.
         self._turns = {kind: asyncio.Lock() for kind in self._max_bytes}
-        self._released = asyncio.Event()
+        # One for each kind of waiter, who may clear his own alone.
+        self._released = {kind: asyncio.Event() for kind in self._max_bytes}
 
     @property
     def digests(self) -> list[str]:
@@ -161,7 +175,7 @@ class LoadedArtifacts:
 
     def wake(self) -> None:
         """Let those who wait for room look again."""
-        self._released.set()
+        self._tell_waiting()
 
     async def make_way(self, num_bytes: int) -> bool:
         """Make room below the ceiling, by pages and idle artifacts.
@@ -192,7 +206,7 @@ class LoadedArtifacts:
 
         Args:
             served: the model.
-            is_pinned: whether it stays when nobody holds it, until it is held without that.
+            is_pinned: whether it stays when nobody holds it, for a day or until it is held without that.
 
         Returns:
             The model, ready to answer.
@@ -210,7 +224,7 @@ class LoadedArtifacts:
         if entry is not None and entry.is_ready:
             self._entries.move_to_end(served.key)
             entry.num_holders += 1
-            entry.is_pinned = is_pinned
+            entry.pin(is_pinned=is_pinned)
             return entry.loading.result()
         # A name that outlived this wait would keep weights that are to leave.
         del entry
@@ -232,7 +246,7 @@ class LoadedArtifacts:
         entry = self._find(served) or await self._find_room(served)
         self._entries.move_to_end(served.key)
         entry.num_holders += 1
-        entry.is_pinned = is_pinned
+        entry.pin(is_pinned=is_pinned)
         try:
             return await asyncio.shield(entry.loading)
         except BaseException:
@@ -257,7 +271,11 @@ class LoadedArtifacts:
 
     def _release(self, entry: _Entry) -> None:
         entry.num_holders -= 1
-        self._released.set()
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        for event in self._released.values():
+            event.set()
 
     def _enter(self, served: ServedModel, kind: Kind, num_bytes: int) -> _Entry:
         entry = self._entries.get(served.key)
@@ -280,7 +298,7 @@ class LoadedArtifacts:
         elif self._entries.get(entry.served.key) is entry:
             del self._entries[entry.served.key]
         # Whoever wanted it may have left meanwhile: it is idle from now on.
-        self._released.set()
+        self._tell_waiting()
 
     async def _make_room(self, kind: Kind, num_bytes: int) -> None:
         max_bytes = self._max_bytes[kind]
@@ -298,7 +316,7 @@ class LoadedArtifacts:
                     f"model server may keep of {_NAMES[kind]}. Unpin one, or let an operator raise "
                     f"{_SETTINGS[kind]}."
                 )
-            self._released.clear()
+            self._released[kind].clear()
             if self._leave_idle(kind, lambda: self.num_bytes(kind) + num_bytes <= max_bytes):
                 if kind is Kind.WHOLE:
                     # Rows whose client has left may still hold weights until their next turn.
@@ -306,7 +324,7 @@ class LoadedArtifacts:
                 if await self.make_way(_LOADED_TIMES[kind] * num_bytes):
                     return
             await asyncio.wrap_future(self._engine.sweep())
-            await self._released.wait()
+            await self._released[kind].wait()
 
     def _drop_idle(self, num_bytes: int) -> int:
         """Drop idle artifacts of any kind, and every name here for them; return their bytes."""

@@ -81,17 +81,18 @@ class PagePool:
             cooled.append(page)
         return cooled
 
-    def start(self, model: Hashable, tokens: Sequence[int]) -> Chain:
+    def start(self, model: Hashable, tokens: Sequence[int], *, owner: str = "") -> Chain:
         """Begin a sequence with the pages that are known to hold its beginning.
 
         Args:
             model: what decides keys and values beside the tokens.
             tokens: the sequence; its last token is left to be run.
+            owner: whose it is; pages are shared between sequences of one owner alone.
 
         Returns:
             Its chain, whose pages are all full.
         """
-        chain = Chain(("model", model))
+        chain = Chain((model, owner))
         for end in range(self._page_size, len(tokens), self._page_size):
             content = (chain.beginning, tuple(tokens[end - self._page_size : end]))
             page = self._by_content.get(content)
@@ -160,11 +161,12 @@ class PagePool:
 
     def forget(self, model: Hashable) -> None:
         """Let no later sequence share what belongs to a model, whose name may come to mean other weights."""
-        gone = {("model", model)}
+        gone: set[Hashable] = set()
         # A page's number is higher than that of the page before it, so that one pass in order finds all.
         for page in sorted(self._number_of, key=self._number_of.__getitem__):
-            if self._content_of[page][0] in gone:
-                gone.add(self._number_of[page])  # type: ignore[arg-type]
+            before = self._content_of[page][0]
+            if before in gone or (isinstance(before, tuple) and before[0] == model):
+                gone.add(self._number_of[page])
                 self._unname(page)
                 if page in self._idle:
                     del self._idle[page]

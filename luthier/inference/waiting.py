@@ -55,6 +55,20 @@ class WaitingLine:
             return self._drop_returned()
         return self._drop_first(takes_turn=True)
 
+    def drop_done(self) -> None:
+        """Forget those that want no answer any more, wherever they stand."""
+        if not any(sequence.is_done for sequence in self._all()):
+            return
+        self._returned = deque(sequence for sequence in self._returned if not sequence.is_done)
+        for project, line in list(self._projects.items()):
+            for key, waiting in list(line.items()):
+                line[key] = deque(sequence for sequence in waiting if not sequence.is_done)
+                if not line[key]:
+                    del line[key]
+            if not line:
+                del self._projects[project]
+        self._num_waiting = sum(1 for _ in self._all())
+
     def drain(self) -> list[Sequence]:
         """Forget everybody and return them."""
         waiting = list(self._all())

@@ -73,6 +73,13 @@ class ServedParts:
     embeddings_ND: torch.Tensor | None = None
 
     @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that lie before every sequence."""
+        if self.embeddings_ND is not None:
+            return len(self.embeddings_ND)
+        return int(self.key_values[0][0].shape[1]) if self.key_values else 0
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds."""
         found: list[torch.Tensor | None] = [self.embeddings_ND]

@@ -78,6 +78,8 @@ class PackedAdapter:
 
 def can_lay_out(parts: ServedParts, base: PackedLlama) -> bool:
     """Whether every part has a place in a packed base; else the artifact goes by the plain path."""
+    if parts.num_virtual_tokens >= base.context_length:
+        return False
     for low_rank in parts.low_ranks:
         if low_rank.a_RK.shape[0] > MAX_MIDDLE or _site_of(low_rank.module, _SITES, base) is None:
             return False

@@ -162,7 +162,15 @@ class PackedLlama:
 
         Returns:
             logits_RV, float32, those that each stretch wants, in order.
+
+        Raises:
+            ValueError: when a stretch reaches beyond its pages or the context.
         """
+        for one in stretches:
+            end = one.first + len(one)
+            # The kernels read and write where these point.
+            if end > self.context_length or end > len(one.pages) * PAGE_SIZE:
+                raise ValueError("A stretch is longer than its pages, or than the context.")
         singles = [one for one in stretches if len(one) == 1]
         # Those whose tokens attend by themselves come first.
         chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)

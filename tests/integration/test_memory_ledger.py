@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import openai
 import pytest
-from sqlalchemy import select, text, update
+from sqlalchemy import delete, select, text, update
 
-from db.memory_tables import MemoryGrant
+from db.memory_tables import MemoryDevice, MemoryGrant
 from db.session import Database
 from db.tables import Job
 from luthier.core.devices import Device
@@ -25,6 +25,9 @@ _DEVICE = Device("here", "cpu", 10_000_000_000)
 
 @pytest.fixture
 def context(context: WorkerContext) -> WorkerContext:
+    with context.database.transaction() as session:
+        # This machine's own, from the worker's first sweep.
+        session.execute(delete(MemoryDevice))
     return replace(context, device=_DEVICE)
 
 
@@ -194,8 +197,8 @@ def test_a_job_that_is_too_large_here_is_left_to_a_larger_device(
 ) -> None:
     [job_id] = _queue(client, context, 14.3)
     larger = Device("there", "cpu", 20_000_000_000)
-    with context.database.transaction() as session:
-        memory.lock_device(session, larger)
+    # A worker there, which never had a job, says that it lives.
+    sweep(replace(context, device=larger))
     assert _claim(context.database, "w") is None
     lease = _claim(context.database, "w", larger)
     assert lease is not None

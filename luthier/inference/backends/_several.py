@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 
-from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
+from luthier.core.errors import LuthierError, OutOfMemoryError, TooManyRequestsError, UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends._bodies import EndingBody, ReadBody
 from luthier.inference.backends.base import Backend, Health, NotAcceptedError, Reply
@@ -249,5 +249,6 @@ async def _read_refusal(reply: Reply) -> tuple[Reply, bool]:
     except (ValueError, KeyError, TypeError):
         code = None
     # Not a damaged artifact, which every server finds damaged.
-    may_ask_another = code in (TooManyRequestsError.code, UnavailableError.code)
+    has_no_room = reply.status == UnavailableError.http_status and code == OutOfMemoryError.code
+    may_ask_another = has_no_room or code in (TooManyRequestsError.code, UnavailableError.code)
     return reply._replace(body=ReadBody(content)), may_ask_another

@@ -65,3 +65,14 @@ def test_a_model_that_left_shares_nothing_with_one_of_its_name() -> None:
     assert pool.start("b", TOKENS).pages == other.pages[:4]
     pool.release(chain)
     assert pool.num_free == 5
+
+
+def test_nothing_is_shared_between_owners() -> None:
+    pool = PagePool(20, page_size=4)
+    ours = pool.start("a", TOKENS, owner="ours")
+    assert pool.extend(ours, len(TOKENS))
+    pool.name(ours, TOKENS, len(TOKENS))
+    assert pool.start("a", TOKENS, owner="theirs").pages == []
+    assert pool.start("a", TOKENS, owner="ours").pages == ours.pages[:4]
+    pool.forget("a")
+    assert pool.start("a", TOKENS, owner="ours").pages == []

@@ -64,3 +64,16 @@ def test_those_that_left_are_passed_over() -> None:
     line.add(here)
     assert len(line) == 1 and line.drain() == [here]
     assert not line and len(line) == 0
+
+
+def test_those_that_left_count_no_longer_wherever_they_stand() -> None:
+    line = WaitingLine()
+    first, gone, lost, other = (make_sequence(project) for project in ("a", "a", "b", "c"))
+    for sequence in (first, gone, other):
+        line.add(sequence)
+    line.add_first(lost)
+    gone.cancel()
+    other.cancel()
+    line.drop_done()
+    assert len(line) == 2
+    assert take_all(line) == [lost, first]
