@@ -18,6 +18,7 @@ from luthier.modeling.kernels.served_rows import (
     BottleneckSite,
     Described,
     LowRankSite,
+    to_blocks,
 )
 from luthier.modeling.packed_llama import MAX_MIDDLE, PackedLlama
 
@@ -63,12 +64,10 @@ class PackedAdapter:
         if self.described is not None:
             for sites in self.described.low_ranks:
                 tensors += [
-                    t for one in sites if one for t in (one.a_RK, one.b_RO, one.factor_O) if t is not None
+                    t for one in sites if one for t in (one.a_RK, one.b, one.factor_O) if t is not None
                 ]
             for halves in self.described.bottlenecks:
-                tensors += [
-                    t for one in halves if one for t in (one.down_MD, one.down_M, one.up_MD, one.up_D)
-                ]
+                tensors += [t for one in halves if one for t in (one.down_MD, one.down_M, one.up, one.up_D)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def take_key_values(self, keys_NLHC: torch.Tensor, values_NLHC: torch.Tensor) -> None:
@@ -152,14 +151,14 @@ def _low_rank_site(
         # The norm of every output's whole weight (Liu et al. 2024, arXiv 2402.09353, section 4.1).
         whole_OK = read_weight(part.module).float() + scaled_OR @ part.a_RK.float()
         factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).to(base.device).contiguous()
-    return LowRankSite(_filled(part.a_RK, base), _filled(scaled_OR.t(), base), factor_O)
+    return LowRankSite(_filled(part.a_RK, base), to_blocks(_filled(scaled_OR.t(), base)), factor_O)
 
 
 def _bottleneck_site(part: BottleneckPart, base: PackedLlama) -> BottleneckSite:
     return BottleneckSite(
         _filled(part.down_MD, base),
         _filled(part.down_M, base, dtype=torch.float32),
-        _filled(part.up_DM.t(), base),
+        to_blocks(_filled(part.up_DM.t(), base)),
         part.up_D.to(device=base.device, dtype=torch.float32).contiguous(),
         part.activation,
         part.is_parallel,

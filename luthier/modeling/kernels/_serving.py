@@ -150,6 +150,16 @@ def attend_pages(data):
                 out[first + c] = narrow(total_C[c] * inverse, out)
 
 
+@inlined
+def _add_blocks(blocks_at, factors_at, num_rows, out_at, size, data):
+    """Add rows in blocks of 64 columns, each row times its factor."""
+    block_bytes = num_rows * 64 * item_size(data)
+    for block in range((size + 63) // 64):
+        num_columns = min(64, size - block * 64)
+        first = blocks_at + block * block_bytes
+        add_rows(first, 64, factors_at, num_rows, out_at + block * 256, num_columns, data)
+
+
 @Kernel
 def add_low_rank(data):
     """Add `B (A x)` to the columns of each site, and multiply them by the site's factors where it has any."""
@@ -179,7 +189,7 @@ def add_low_rank(data):
                 change = carray(at_float32(change_at), num_outputs)
                 for j in range(num_outputs):
                     change[j] = wide(out[j])
-                add_rows(entries[4 * site + 1], num_outputs, middle_at, rank, change_at, num_outputs, data)
+                _add_blocks(entries[4 * site + 1], middle_at, rank, change_at, num_outputs, data)
                 if entries[4 * site + 3] != 0:
                     factors = carray(at_float32(entries[4 * site + 3]), num_outputs)
                     for j in range(num_outputs):
@@ -231,6 +241,6 @@ def add_bottleneck(data):
         change, up_bias = carray(at_float32(change_at), size), carray(at_float32(entries[3]), size)
         for j in range(size):
             change[j] = wide(out[j]) + up_bias[j]
-        add_rows(entries[2], size, middle_at, middle_size, change_at, size, data)
+        _add_blocks(entries[2], middle_at, middle_size, change_at, size, data)
         for j in range(size):
             out[j] = narrow(change[j], out)

@@ -1,11 +1,12 @@
 """What is given to a decode step's kernels: adapters as tables, pages of keys and values, rows of one token.
 
 An adapter is described by a table of int64 that the kernels read. Each layer has the entries of seven
-linear sites (q, k, v, o, gate, up, down), four numbers each: addresses of A [R, inputs] and of B [R, outputs]
-with its scale in it, R, and the address of float32 factors of the outputs or 0; R is 0 where there is no
-update. Then those of two bottlenecks (after attention, after the feed-forward), seven numbers each:
-addresses of down [M, D], its float32 bias, up [M, D], its float32 bias, then M, the activation's number, and
-whether it reads the half's input. R and M are multiples of 4, filled up with zeros.
+linear sites (q, k, v, o, gate, up, down), four numbers each: addresses of A [R, inputs] and of B with its
+scale in it, in blocks [blocks, R, 64] of its outputs, R, and the address of float32 factors of the outputs
+or 0; R is 0 where there is no update. Then those of two bottlenecks (after attention, after the
+feed-forward), seven numbers each: addresses of down [M, D], its float32 bias, up in blocks [blocks, M, 64],
+its float32 bias, then M, the activation's number, and whether it reads the half's input. R and M are
+multiples of 4, filled up with zeros.
 
 Legend: N tokens, M rows of one token (in a bottleneck its width), D hidden size, K inputs and O outputs of a
 site, R ranks, E columns of q, k and v, H key heads, C head size, S tokens of a page, W pages of the longest
@@ -23,6 +24,8 @@ from luthier.modeling.kernels.page_memory import discard
 
 PAGE_SIZE = 16
 NUM_SITES = 7
+# Columns that a kernel sums up at a time (_serving.py has the same number).
+BLOCK = 64
 ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
 SITE_ENTRIES, BOTTLENECK_ENTRIES = 4, 7
 LAYER_ENTRIES = NUM_SITES * SITE_ENTRIES + 2 * BOTTLENECK_ENTRIES
@@ -34,21 +37,21 @@ FEED_FORWARD_IN, FEED_FORWARD_OUT = slice(4, 6), slice(6, 7)
 
 @dataclass(frozen=True)
 class LowRankSite:
-    """The update of one linear layer; its scale is in `b_RO`. `factor_O`, float32, multiplies the result."""
+    """The update of one linear layer; its scale is in `b`. `factor_O`, float32, multiplies the result."""
 
     a_RK: torch.Tensor
-    b_RO: torch.Tensor
+    b: torch.Tensor
     factor_O: torch.Tensor | None = None
 
     @property
     def entries(self) -> list[int]:
         """The numbers that describe it."""
         factor = 0 if self.factor_O is None else self.factor_O.data_ptr()
-        return [self.a_RK.data_ptr(), self.b_RO.data_ptr(), self.a_RK.shape[0], factor]
+        return [self.a_RK.data_ptr(), self.b.data_ptr(), self.a_RK.shape[0], factor]
 
     def add_to(self, out_NO: torch.Tensor, x_NK: torch.Tensor) -> None:
         """Add the update to a layer's results, in place."""
-        out_NO.addmm_(torch.mm(x_NK, self.a_RK.t()), self.b_RO)
+        out_NO += _times_blocks(torch.mm(x_NK, self.a_RK.t()), self.b, out_NO.shape[1])
         if self.factor_O is not None:
             out_NO.mul_(self.factor_O)
 
@@ -59,7 +62,7 @@ class BottleneckSite:
 
     down_MD: torch.Tensor
     down_M: torch.Tensor
-    up_MD: torch.Tensor
+    up: torch.Tensor
     up_D: torch.Tensor
     activation: str
     is_parallel: bool
@@ -67,7 +70,7 @@ class BottleneckSite:
     @property
     def entries(self) -> list[int]:
         """The numbers that describe it."""
-        tensors = (self.down_MD, self.down_M, self.up_MD, self.up_D)
+        tensors = (self.down_MD, self.down_M, self.up, self.up_D)
         kind = ACTIVATIONS[self.activation]
         return [*(one.data_ptr() for one in tensors), self.down_MD.shape[0], kind, int(self.is_parallel)]
 
@@ -76,8 +79,25 @@ class BottleneckSite:
         x_ND = input_ND if self.is_parallel else out_ND
         middle_NM = torch.mm(x_ND, self.down_MD.t()).float() + self.down_M
         act = torch.tanh if self.activation == "tanh" else getattr(functional, self.activation)
-        change_ND = torch.mm(act(middle_NM).to(out_ND.dtype), self.up_MD).float() + self.up_D
+        product_ND = _times_blocks(act(middle_NM).to(out_ND.dtype), self.up, out_ND.shape[1])
+        change_ND = product_ND.float() + self.up_D
         out_ND.copy_(out_ND.float() + change_ND)
+
+
+def to_blocks(rows: torch.Tensor) -> torch.Tensor:
+    """Return a matrix [R, columns] in blocks [blocks, R, 64] of its columns, filled up with zeros.
+
+    A block is read from its begin to its end, where rows that lie far apart would be read in short pieces.
+    """
+    num_blocks = -(-rows.shape[1] // BLOCK)
+    filled = functional.pad(rows, (0, num_blocks * BLOCK - rows.shape[1]))
+    return filled.view(rows.shape[0], num_blocks, BLOCK).transpose(0, 1).contiguous()
+
+
+def _times_blocks(x_NR: torch.Tensor, blocks: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """Return the product with a matrix in blocks, [N, columns]."""
+    product = torch.matmul(x_NR, blocks)
+    return product.transpose(0, 1).reshape(len(x_NR), -1)[:, :num_columns]
 
 
 @dataclass(frozen=True, eq=False)
