@@ -132,6 +132,13 @@ class ReadyModel:
         return self.served.base
 
     @property
+    def has_own_weights(self) -> bool:
+        """Whether it runs on weights that no other model of its base does."""
+        packed = self.base.packed
+        is_shared = self.lane is not None and packed is not None and self.lane is packed.lane
+        return self.whole is not None or (self.lane is not None and not is_shared)
+
+    @property
     def num_virtual_tokens(self) -> int:
         """Tokens that lie before every sequence; they take room from the context and from the cache."""
         if self.adapter is not None:

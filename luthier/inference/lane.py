@@ -7,7 +7,7 @@ Legend: R rows of logits, V vocabulary, L layers, N virtual tokens, H key heads,
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -46,7 +46,7 @@ class _Row:
     tokens: list[int]
     chain: Chain
     num_done: int
-    num_passed_over: int = field(default=0)
+    num_passed_over: int = 0
 
     @property
     def num_left(self) -> int:
@@ -68,7 +68,6 @@ class Lane:
         self._pool = PagePool(model.pages.num_pages, PAGE_SIZE)
         self._waiting = WaitingLine()
         self._rows: list[_Row] = []
-        self.num_preempted = 0
         # The engine's own, once the lane has work.
         self.measures = StepMeasures()
 
@@ -253,7 +252,6 @@ class Lane:
 
     def _interrupt(self, row: _Row) -> None:
         """Take a row's pages; it waits before all others and is run again up to where it was."""
-        self.num_preempted += 1
         self.measures.num_preempted += 1
         self._rows.remove(row)
         self._pool.release(row.chain)

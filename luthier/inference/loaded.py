@@ -140,7 +140,7 @@ class LoadedArtifacts:
         """Requests that wait for a model."""
         return self._num_waiting
 
-    def tell(self, kind: Kind) -> "Held":
+    def tell(self, kind: Kind) -> Held:
         """Return how many artifacts of one kind there are and were."""
         count = sum(entry.kind is kind for entry in self._entries.values())
         loads, evictions = self._num_loads[kind], self._num_evictions[kind]
@@ -150,7 +150,7 @@ class LoadedArtifacts:
     def lanes(self) -> list[Lane]:
         """The lanes of whole models in memory."""
         ready = [entry.loading.result() for entry in list(self._entries.values()) if entry.is_ready]
-        return [one.lane for one in ready if one.lane is not None and _has_own_weights(one)]
+        return [one.lane for one in ready if one.lane is not None and one.has_own_weights]
 
     @property
     def loading_bytes(self) -> int:
@@ -331,9 +331,7 @@ class LoadedArtifacts:
         dropped = 0
         for key, entry in list(self._entries.items()):
             if dropped < num_bytes and entry.num_bytes and entry.is_idle and entry.is_ready:
-                del self._entries[key]
-                self._num_evictions[entry.kind] += 1
-                remove(self._engine, entry.loading.result())
+                self._drop(key, entry)
                 dropped += entry.num_bytes
         return dropped
 
@@ -343,11 +341,10 @@ class LoadedArtifacts:
             if is_enough():
                 return True
             if entry.is_idle and entry.is_ready and entry.kind is kind:
-                del self._entries[key]
-                self._num_evictions[kind] += 1
-                remove(self._engine, entry.loading.result())
+                self._drop(key, entry)
         return is_enough()
 
-
-def _has_own_weights(ready: ReadyModel) -> bool:
-    return ready.base.packed is None or ready.lane is not ready.base.packed.lane
+    def _drop(self, key: ModelKey, entry: _Entry) -> None:
+        del self._entries[key]
+        self._num_evictions[entry.kind] += 1
+        remove(self._engine, entry.loading.result())

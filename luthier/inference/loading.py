@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -114,21 +115,21 @@ async def load(engine: EngineLike, served: ServedModel, kind: Kind, limits: "Row
 
 def remove(engine: EngineLike, ready: ReadyModel) -> None:
     """Take a model off its base, after all that was asked of the engine before."""
-    served, digest = ready.served, ready.served.digest
-    if ready.whole is not None or digest is None:
+    served, digest, lane = ready.served, ready.served.digest, ready.lane
+    if ready.has_own_weights or digest is None:
         return
-    if ready.lane is None:
+    if lane is None:
         engine.call(lambda: served.base.plain.remove(digest))
-    elif served.base.packed is not None and ready.lane is served.base.packed.lane:
-        engine.call(lambda: served.base.packed.lane.forget(served.key) if served.base.packed else None)
+    else:
+        engine.call(lambda: lane.forget(served.key))
 
 
+@dataclass(frozen=True, kw_only=True)
 class RowLimits:
     """How many rows, and tokens of all of them, run on one model's own weights."""
 
-    def __init__(self, *, max_rows: int, max_cache_tokens: int) -> None:
-        self.max_rows = max_rows
-        self.max_cache_tokens = max_cache_tokens
+    max_rows: int
+    max_cache_tokens: int
 
 
 def _copy_of(served: ServedModel) -> Copy:

@@ -86,11 +86,11 @@ class _Chunk:
 
 
 def can_pack_llama(causal_lm: "PreTrainedModel") -> bool:
-    """Whether a bare base is one that `PackedLlama` runs: a Llama whose every part is known."""
-    if not is_known_base(causal_lm, "default"):
-        return False
-    # Rotary scalings that change with the length would need more than one table.
-    return causal_lm.config.rope_parameters.get("rope_type") in {"default", "linear", "llama3"}
+    """Whether a bare base is one that `PackedLlama` runs: a Llama whose every part is known.
+
+    Rotary scalings that change with the length, which would need more than one table, are not.
+    """
+    return is_known_base(causal_lm, "default")
 
 
 class PackedLlama:
@@ -104,7 +104,7 @@ class PackedLlama:
     def __init__(self, causal_lm: "LlamaForCausalLM", *, num_pages: int) -> None:
         config, body = causal_lm.config, causal_lm.model
         self.embedding_VD: torch.Tensor = body.embed_tokens.weight.detach()
-        self.num_layers, self.hidden_size = config.num_hidden_layers, config.hidden_size
+        self.num_layers = config.num_hidden_layers
         self._blocks = [_pack_block(layer) for layer in body.layers]
         self._norm_D = body.norm.weight.detach()
         self._head = PackedLinear(causal_lm.get_output_embeddings().weight.detach())
@@ -123,7 +123,6 @@ class PackedLlama:
         )
         wide, half = config.intermediate_size, config.hidden_size
         self.site_widths = (*self.heads.widths, half, wide, wide, half)
-        self.site_inputs = (half, half, half, self.heads.widths[0], half, half, wide)
         self.ops: Ops = self._make_ops()
         self.pages = Pages(
             num_layers=self.num_layers,
@@ -232,15 +231,10 @@ class PackedLlama:
         if rows.has_low_ranks:
             self.ops.add_low_rank(out_NO, x_NK, rows, layer, sites)
         for chunk in places:
-            adapter, begin = chunk.stretch.adapter, 0
-            if adapter is None or not adapter.has_low_ranks:
-                continue
-            for number in range(sites.start, sites.stop):
-                end = begin + self.site_widths[number]
-                site = adapter.low_ranks[layer][number]
-                if site is not None:
-                    site.add_to(out_NO[chunk.tokens, begin:end], x_NK[chunk.tokens])
-                begin = end
+            adapter = chunk.stretch.adapter
+            if adapter is not None and adapter.has_low_ranks:
+                own = out_NO[chunk.tokens]
+                adapter.add_low_ranks_to(own, x_NK[chunk.tokens], layer, sites, self.site_widths)
 
     def _add_bottlenecks(
         self,
@@ -262,7 +256,8 @@ class PackedLlama:
     def _attend_chunk(self, qkv_TE: torch.Tensor, chunk: _Chunk, layer: int, out_TK: torch.Tensor) -> None:
         """Let a stretch, its keys and values in their pages, attend to all of its sequence so far."""
         num_tokens, first = len(chunk.stretch), chunk.stretch.first
-        query, _, _ = turn(qkv_TE, chunk.positions_T, self.heads)
+        query_TK = qkv_TE[:, : self.heads.widths[0]]
+        query = turn(query_TK.unflatten(-1, (-1, self.heads.size)), chunk.positions_T, self.heads)
         keys, values = self.pages.gather(layer, chunk.pages_W, first + num_tokens)
         num_kv_heads, size = self.heads.num_kv_heads, self.heads.size
         # The query heads of a key head are its rows.
@@ -307,6 +302,7 @@ class PackedLlama:
         alone = sum(len(one) for one in chunks if not self._attends_at_once(one))
         return token_rows(
             [(one.first, len(one), one.pages) for one in (*singles, *chunks)],
+            device=self.device,
             num_attending=len(singles) + alone,
             are_alone=not chunks,
         )

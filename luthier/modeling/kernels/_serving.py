@@ -28,6 +28,7 @@ from luthier.modeling.kernels._language import (
     wide,
 )
 from luthier.modeling.kernels._vectors import add_rows, dot_four_rows, dot_four_rows_wide, item_size
+from luthier.modeling.kernels.served_rows import BLOCK
 
 
 @Kernel
@@ -152,12 +153,12 @@ def attend_pages(data):
 
 @inlined
 def _add_blocks(blocks_at, factors_at, num_rows, out_at, size, data):
-    """Add rows in blocks of 64 columns, each row times its factor."""
-    block_bytes = num_rows * 64 * item_size(data)
-    for block in range((size + 63) // 64):
-        num_columns = min(64, size - block * 64)
-        first = blocks_at + block * block_bytes
-        add_rows(first, 64, factors_at, num_rows, out_at + block * 256, num_columns, data)
+    """Add rows in blocks of `BLOCK` columns, each row times its factor."""
+    block_bytes = num_rows * BLOCK * item_size(data)
+    for block in range((size + BLOCK - 1) // BLOCK):
+        begin = block * BLOCK
+        first, num_columns = blocks_at + block * block_bytes, min(BLOCK, size - begin)
+        add_rows(first, BLOCK, factors_at, num_rows, out_at + begin * 4, num_columns, data)
 
 
 @Kernel

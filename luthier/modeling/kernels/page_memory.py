@@ -16,10 +16,13 @@ def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:
     Args:
         whole_LPX: layers, pages, and any further sizes; contiguous.
         pages: numbers along P.
+
+    Raises:
+        OSError: when the system refuses; what was asked for is not free then.
     """
     if whole_LPX.device.type != "cpu" or not whole_LPX.is_contiguous():
         return
-    madvise = ctypes.CDLL(None).madvise
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
     page_bytes = whole_LPX[0, 0].nbytes
     for layer_PX in whole_LPX:
         for first, end in _runs(sorted(pages)):
@@ -27,8 +30,9 @@ def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:
             start = layer_PX.data_ptr() + first * page_bytes
             aligned = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
             length = (layer_PX.data_ptr() + end * page_bytes - aligned) // mmap.PAGESIZE * mmap.PAGESIZE
-            if length > 0:
-                madvise(ctypes.c_void_p(aligned), ctypes.c_size_t(length), _MADV_DONTNEED)
+            arguments = (ctypes.c_void_p(aligned), ctypes.c_size_t(length), _MADV_DONTNEED)
+            if length > 0 and madvise(*arguments) != 0:
+                raise OSError(ctypes.get_errno(), "memory of pages could not be given back")
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

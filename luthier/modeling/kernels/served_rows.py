@@ -24,7 +24,7 @@ from luthier.modeling.kernels.page_memory import discard
 
 PAGE_SIZE = 16
 NUM_SITES = 7
-# Columns that a kernel sums up at a time (_serving.py has the same number).
+# Columns that a kernel sums up at a time.
 BLOCK = 64
 ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
 SITE_ENTRIES, BOTTLENECK_ENTRIES = 4, 7
@@ -120,6 +120,18 @@ class Described:
         object.__setattr__(self, "table", torch.tensor(entries, dtype=torch.int64))
         object.__setattr__(self, "has_low_ranks", any(map(any, self.low_ranks)))
         object.__setattr__(self, "has_bottlenecks", any(map(any, self.bottlenecks)))
+
+    def add_low_ranks_to(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, layer: int, sites: slice, widths: Sequence[int]
+    ) -> None:
+        """Add the updates of layers that share an input, side by side, to their results, in place."""
+        begin = 0
+        for number in range(sites.start, sites.stop):
+            end = begin + widths[number]
+            site = self.low_ranks[layer][number]
+            if site is not None:
+                site.add_to(out_NO[:, begin:end], x_NK)
+            begin = end
 
 
 class Pages:
@@ -236,37 +248,34 @@ class HeadShape:
         return self.num_heads * self.size, self.num_kv_heads * self.size, self.num_kv_heads * self.size
 
 
-def turn(
-    qkv_NE: torch.Tensor, positions_N: torch.Tensor, shape: HeadShape
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Part q, k and v and turn the first two by their positions (Su et al. 2021, arXiv 2104.09864).
+def turn(heads: torch.Tensor, positions_N: torch.Tensor, shape: HeadShape) -> torch.Tensor:
+    """Turn queries or keys by their positions (Su et al. 2021, arXiv 2104.09864).
 
     Args:
-        qkv_NE: side by side.
+        heads: [N, heads, C].
         positions_N: int64, on the same device.
         shape: of the heads.
 
     Returns:
-        query [N, heads, C], key and value [N, H, C], in the same type.
+        The same shape and type.
     """
-    parts = qkv_NE.split(shape.widths, dim=-1)
-    query, key, value = (part.unflatten(-1, (-1, shape.size)) for part in parts)
     cosine, sine = (table[positions_N][:, None] for table in (shape.cosine_TC, shape.sine_TC))
-
-    def turned(head: torch.Tensor) -> torch.Tensor:
-        low, high = head.float().chunk(2, dim=-1)
-        return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1).to(head.dtype)
-
-    return turned(query), turned(key), value
+    low, high = heads.float().chunk(2, dim=-1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1).to(heads.dtype)
 
 
 def token_rows(
-    places: Sequence[tuple[int, int, Sequence[int]]], *, num_attending: int, are_alone: bool
+    places: Sequence[tuple[int, int, Sequence[int]]],
+    *,
+    device: torch.device,
+    num_attending: int,
+    are_alone: bool,
 ) -> TokenRows:
     """Return the tokens of some stretches, one stretch after the other.
 
     Args:
         places: of each stretch the position of its first token, its tokens, and its sequence's pages.
+        device: where the model lies.
         num_attending: tokens that attend by themselves.
         are_alone: whether each stretch is one token.
 
@@ -282,4 +291,5 @@ def token_rows(
         positions_N[row : row + count] = np.arange(first, first + count)
         pages_NW[row : row + count, :width] = pages[:width]
         row += count
-    return TokenRows(torch.from_numpy(positions_N), torch.from_numpy(pages_NW), num_attending, are_alone)
+    tensors = (torch.from_numpy(positions_N).to(device), torch.from_numpy(pages_NW).to(device))
+    return TokenRows(*tensors, num_attending, are_alone)

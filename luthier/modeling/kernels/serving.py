@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels import _plain
 from luthier.modeling.kernels.served_rows import (
     BOTTLENECK_ENTRIES,
     LAYER_ENTRIES,
@@ -81,7 +82,7 @@ class CompiledOps:
     ) -> None:
         from luthier.modeling.kernels._threads import Launcher
 
-        self._shape, self._like = shape, like
+        self._shape = shape
         self._widths = torch.tensor(site_widths, dtype=torch.int64)
         longest = len(shape.cosine_TC) + PAGE_SIZE + 2 * shape.size
         # A cache line between two threads' parts.
@@ -232,20 +233,20 @@ class PlainOps:
         """Add the change to the stream, and write the normed and weighted sum."""
         if change_ND is not None:
             stream_ND += change_ND
-        wide_ND = stream_ND.float()
-        inverse_N1 = torch.rsqrt(wide_ND.pow(2).mean(-1, keepdim=True) + self._shape.epsilon)
-        out_ND.copy_(weight_D * (wide_ND * inverse_N1).to(stream_ND.dtype))
+        _plain.rms_norm(stream_ND, weight_D, self._shape.epsilon, out_ND)
 
     def attend(
         self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
     ) -> None:
         """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
-        positions_N, pages_NW = (one.to(qkv_NE.device) for one in (tokens.positions_N, tokens.pages_NW))
-        query, key, value = turn(qkv_NE, positions_N, self._shape)
+        positions_N, pages_NW = tokens.positions_N, tokens.pages_NW
+        parts = qkv_NE.split(self._shape.widths, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self._shape.size)) for part in parts)
+        query, key = (turn(one, positions_N, self._shape) for one in (query, key))
         own_N = pages_NW.gather(1, (positions_N // PAGE_SIZE)[:, None])[:, 0]
         pages.write(layer, own_N, positions_N % PAGE_SIZE, key, value)
         groups = self._shape.num_heads // self._shape.num_kv_heads
-        for row, position in enumerate(tokens.positions_N[: tokens.num_attending].tolist()):
+        for row, position in enumerate(positions_N[: tokens.num_attending].tolist()):
             own_W = pages_NW[row, : position // PAGE_SIZE + 1]
             keys, values = pages.gather(layer, own_W, position + 1)
             by_head = query[row].view(self._shape.num_kv_heads, groups, self._shape.size)
@@ -262,15 +263,9 @@ class PlainOps:
     ) -> None:
         """Add the rows' low-rank updates to the first M results of layers that share an input."""
         for adapter, own in _by_adapter(rows):
-            begin = 0
-            for number in range(sites.start, sites.stop):
-                end = begin + self._widths[number]
-                site = adapter.low_ranks[layer][number]
-                if site is not None:
-                    part = out_NO[own, begin:end]
-                    site.add_to(part, x_NK[own])
-                    out_NO[own, begin:end] = part
-                begin = end
+            part = out_NO[own]
+            adapter.add_low_ranks_to(part, x_NK[own], layer, sites, self._widths)
+            out_NO[own] = part
 
     def add_bottleneck(
         self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int

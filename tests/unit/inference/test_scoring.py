@@ -129,7 +129,7 @@ def test_a_lane_scores_prompts_among_rows_that_answer_and_changes_none_of_them(
     while lane.has_work:
         lane.step()
     assert lane._pool.num_free == lane._pool.num_pages
-    assert (lane.num_preempted > 0) == (max_cache_tokens == 240)
+    assert (lane.measures.num_preempted > 0) == (max_cache_tokens == 240)
     for model, prompt, num_top, events in scored:
         check_scores(events[0], prompt, method_logits(base_folder, model.folder, prompt), num_top)
     greedy_of = {

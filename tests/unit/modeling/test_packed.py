@@ -19,6 +19,7 @@ from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
 from tests.unit.inference.artifacts import all_tunings, build_method_artifact, load_plain, tuning_name
 
+ON_BASE = [tuning for tuning in all_tunings() if not discover()[tuning["type"]].is_whole_model]
 PAGES = [3, 0, 2, 5]
 IDS = [(7 * number) % 40 + 3 for number in range(40)]
 
@@ -65,12 +66,10 @@ def test_a_base_is_packed_only_where_every_part_is_known(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("way", ["compiled", "compiled-at-once", "plain"])
-@pytest.mark.parametrize("tuning", all_tunings(), ids=tuning_name)
+@pytest.mark.parametrize("tuning", ON_BASE, ids=tuning_name)
 def test_an_adapter_says_what_its_method_says_however_its_tokens_are_cut(
     tmp_path: Path, base_folder: Path, tuning: dict[str, object], way: str
 ) -> None:
-    if discover()[str(tuning["type"])].is_whole_model:
-        return
     if way != "plain" and not kernels.is_compiled(torch.empty(1)):
         pytest.skip("numba is not installed")
     artifact = build_method_artifact(tmp_path / "a", base_folder, tuning, seed=3)
