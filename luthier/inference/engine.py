@@ -17,7 +17,7 @@ import torch
 
 from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
 from luthier.inference import sampler
-from luthier.inference.faults import log_fault
+from luthier.inference.faults import log_fault, to_told
 from luthier.inference.lane import Lane
 from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
@@ -133,9 +133,9 @@ class EngineCore:
         try:
             return lane.step()
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one lane
-            log_fault(_LOG, "A lane, whose answers all end with an error,", error)
+            told = to_told(_LOG, "A lane, whose answers all end with an error,", error)
             for sequence in lane.drain():
-                sequence.fail(LuthierError("The model server failed on this request; try again."))
+                sequence.fail(told)
             return True
 
     def sweep(self) -> None:
@@ -182,11 +182,9 @@ class EngineCore:
         return bool(rows)
 
     def _fail(self, work: Prefill | Group, error: Exception) -> None:
-        if not isinstance(error, LuthierError):
-            log_fault(_LOG, "A step, whose answers end with an error,", error)
-            error = LuthierError("The model server failed on this request; the operator's log says why.")
+        told = to_told(_LOG, "A step, whose answers end with an error,", error)
         for sequence in work.sequences:
-            sequence.fail(error)
+            sequence.fail(told)
         if isinstance(work, Group):
             self.scheduler.end(work)
 

@@ -3,6 +3,8 @@
 import logging
 import traceback
 
+from luthier.core.errors import LuthierError
+
 
 def log_fault(logger: logging.Logger, what: str, error: BaseException) -> None:
     """Log a fault that no `LuthierError` names.
@@ -14,3 +16,20 @@ def log_fault(logger: logging.Logger, what: str, error: BaseException) -> None:
     """
     places = "".join(traceback.format_tb(error.__traceback__))
     logger.error("%s failed with %s:\n%s", what, type(error).__name__, places)
+
+
+def to_told(logger: logging.Logger, what: str, error: BaseException) -> LuthierError:
+    """Return what whoever asked is told of an error; a fault that no `LuthierError` names is logged.
+
+    Args:
+        logger: the caller's.
+        what: what failed, as the beginning of a sentence.
+        error: the error.
+
+    Returns:
+        The error itself where it is one that users are told.
+    """
+    if isinstance(error, LuthierError):
+        return error
+    log_fault(logger, what, error)
+    return LuthierError("The model server failed on this request; the operator's log says why.")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from luthier.core.errors import LuthierError, OutOfMemoryError
+from luthier.core.errors import OutOfMemoryError
 from luthier.inference import sampler
-from luthier.inference.faults import log_fault
+from luthier.inference.faults import to_told
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.scoring import score_stretch
@@ -285,10 +285,7 @@ class Lane:
                 row.tokens.append(choice.token_id)
 
     def _fail(self, row: _Row, error: Exception) -> None:
-        if not isinstance(error, LuthierError):
-            log_fault(_LOG, "A step, whose answer ends with an error,", error)
-            error = LuthierError("The model server failed on this request; the operator's log says why.")
-        row.sequence.fail(error)
+        row.sequence.fail(to_told(_LOG, "A step, whose answer ends with an error,", error))
 
     @torch.inference_mode()
     def prepare(self, adapter: PackedAdapter) -> None:

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from luthier.core.canary import Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
@@ -25,7 +26,7 @@ from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
 from luthier.inference.proofs import check_base, check_canary, check_probe, read_canary
 from luthier.inference.slots import ArtifactSlots
-from luthier.inference.whole import load_whole, measure_whole
+from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
 from luthier.methods._served import ServedParts
 from luthier.modeling.load import load_base
@@ -197,17 +198,13 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
         dtype=base.dtype,
         device=base.device,
         base_digest=base.facts.digest,
-        probe_ids=base.probe_ids,
-        base_logits_V=base.probe_logits(),
     )
-    if can_pack_llama(whole):
-        packed = pack(
-            whole,
-            folder,
-            base.probe_ids,
-            max_rows=limits.max_rows,
-            max_cache_tokens=limits.max_cache_tokens,
-        )
+    can_pack = can_pack_llama(whole)
+    if base.packed is None or not can_pack:
+        # By the path that its base answered by: on another, equal weights would differ by rounding.
+        prove_whole(whole, folder, base.probe_ids, base.probe_logits())
+    if can_pack:
+        packed = _pack_whole(whole, folder, base.probe_ids, limits)
         _prove(packed.lane, None, base.probe_ids, base.probe_logits(), read_canary(folder))
         if served.foundation is None:
             return ReadyModel(served, lane=packed.lane)
@@ -220,3 +217,14 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
     slots = ArtifactSlots(whole, base_digest=served.foundation.digest, probe_ids=base.probe_ids)
     prefix = slots.install(copy.digest, copy.folder)
     return ReadyModel(served, prefix=prefix, whole=slots.activate(copy.digest))
+
+
+def _pack_whole(
+    whole: PreTrainedModel, folder: Path, probe_ids: list[int], limits: RowLimits
+) -> PackedWeights:
+    try:
+        return pack(
+            whole, folder, probe_ids, max_rows=limits.max_rows, max_cache_tokens=limits.max_cache_tokens
+        )
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error

@@ -6,8 +6,6 @@ Runs on the event loop; lanes are touched on the engine's thread alone.
 """
 
 import asyncio
-import contextlib
-import ctypes
 import os
 import secrets
 import socket
@@ -19,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from luthier.core.allocator import give_back_freed_memory
 from luthier.core.devices import find_device
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.inference import MemoryOrder
@@ -165,6 +164,4 @@ def trim(device: torch.device) -> None:
     if device.type != "cpu":
         torch.cuda.empty_cache()
         return
-    # Of glibc alone.
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed_memory()

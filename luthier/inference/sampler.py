@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from luthier.core.errors import LuthierError, SelfCheckError
-from luthier.inference.faults import log_fault
+from luthier.inference.faults import to_told
 from luthier.inference.sequence import Choice, Grammar, Sequence
 
 _LOG = logging.getLogger(__name__)
@@ -54,11 +54,8 @@ def _choose_row(logits_V: torch.Tensor, sequence: Sequence, best: Choice) -> Cho
     try:
         token_id = _choose_token(logits_V, sequence, best.token_id)
         return _with_logprobs(token_id, logits_V, sequence.options.num_logprobs)
-    except LuthierError as error:
-        sequence.fail(error)
     except Exception as error:  # noqa: BLE001 - a fault of one row is not one of the others
-        log_fault(_LOG, "A choice, whose answer ends with an error,", error)
-        sequence.fail(LuthierError("The model server failed on this request; the operator's log says why."))
+        sequence.fail(to_told(_LOG, "A choice, whose answer ends with an error,", error))
     return best
 
 

@@ -7,8 +7,8 @@ import logging
 
 import torch
 
-from luthier.core.errors import LuthierError, SelfCheckError
-from luthier.inference.faults import log_fault
+from luthier.core.errors import SelfCheckError
+from luthier.inference.faults import to_told
 from luthier.inference.sampler import MIN_LOGPROB
 from luthier.inference.sequence import Choice, Sequence
 
@@ -27,11 +27,8 @@ def score_stretch(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> No
         return
     try:
         _score(sequence, first, logits_TV)
-    except LuthierError as error:
-        sequence.fail(error)
     except Exception as error:  # noqa: BLE001 - a fault of one row is not one of the others
-        log_fault(_LOG, "Scoring a prompt, whose answer ends with an error,", error)
-        sequence.fail(LuthierError("The model server failed on this request; the operator's log says why."))
+        sequence.fail(to_told(_LOG, "Scoring a prompt, whose answer ends with an error,", error))
 
 
 def _score(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None:

@@ -37,23 +37,29 @@ class WaitingLine:
 
     def peek(self) -> Sequence | None:
         """Return whose turn it is, None when nobody waits; those that want no answer any more are dropped."""
-        while self._returned:
-            if not self._returned[0].is_done:
-                return self._returned[0]
-            self._drop_returned()
-        while self._projects:
-            line = next(iter(self._projects.values()))
-            waiting = next(iter(line.values()))
-            if waiting and not waiting[0].is_done:
-                return waiting[0]
-            self._drop_first(takes_turn=False)
-        return None
+        self.drop_done()
+        if self._returned:
+            return self._returned[0]
+        if not self._projects:
+            return None
+        line = next(iter(self._projects.values()))
+        return next(iter(line.values()))[0]
 
     def pop(self) -> Sequence:
         """Take whom `peek` returned; his project and model are last in turn now."""
+        self._num_waiting -= 1
         if self._returned:
-            return self._drop_returned()
-        return self._drop_first(takes_turn=True)
+            return self._returned.popleft()
+        project, line = next(iter(self._projects.items()))
+        key, waiting = next(iter(line.items()))
+        sequence = waiting.popleft()
+        line.move_to_end(key)
+        self._projects.move_to_end(project)
+        if not waiting:
+            del line[key]
+        if not line:
+            del self._projects[project]
+        return sequence
 
     def drop_done(self) -> None:
         """Forget those that want no answer any more, wherever they stand."""
@@ -76,25 +82,6 @@ class WaitingLine:
         self._returned.clear()
         self._num_waiting = 0
         return waiting
-
-    def _drop_returned(self) -> Sequence:
-        self._num_waiting -= 1
-        return self._returned.popleft()
-
-    def _drop_first(self, *, takes_turn: bool) -> Sequence:
-        project, line = next(iter(self._projects.items()))
-        key, waiting = next(iter(line.items()))
-        sequence = waiting.popleft()
-        self._num_waiting -= 1
-        if not waiting:
-            del line[key]
-        elif takes_turn:
-            line.move_to_end(key)
-        if not line:
-            del self._projects[project]
-        elif takes_turn:
-            self._projects.move_to_end(project)
-        return sequence
 
     def _all(self) -> Iterator[Sequence]:
         yield from self._returned

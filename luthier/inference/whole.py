@@ -46,36 +46,52 @@ def load_whole(
     dtype: torch.dtype,
     device: torch.device,
     base_digest: str,
-    probe_ids: list[int],
-    base_logits_V: torch.Tensor,
 ) -> PreTrainedModel:
-    """Load a whole model and let it prove itself. Takes seconds; any thread may call it.
+    """Load a whole model, which is still to prove itself. Takes seconds; any thread may call it.
 
     Args:
         folder: the artifact's verified folder.
         dtype: the type to serve in, whatever was trained in.
         device: where to serve.
         base_digest: the digest of the base that it was made from.
-        probe_ids: tokens of a short text.
-        base_logits_V: what the base says after it, float32.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         ArtifactCorruptError: when its files don't fit each other or the base.
-        SelfCheckError: when weights or logits are not finite, or the logits are those of the base.
+        SelfCheckError: when weights are not finite.
     """
     manifest = check_base(folder, base_digest)
     check_finite_weights(folder, manifest.digested)
     try:
-        model = load_base(folder, dtype=dtype, device=str(device), refuse_extra=True)
-        logits_V = probe(model, probe_ids, ())
+        return load_base(folder, dtype=dtype, device=str(device), refuse_extra=True)
     except (RuntimeError, TypeError, IndexError, BaseUnavailableError) as error:
         raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
+
+
+def prove_whole(
+    model: PreTrainedModel, folder: Path, probe_ids: list[int], base_logits_V: torch.Tensor
+) -> None:
+    """Let a whole model prove itself on the plain path, where that is the one that will answer.
+
+    Args:
+        model: what `load_whole` returned.
+        folder: where it lay.
+        probe_ids: tokens of a short text.
+        base_logits_V: what the base says after it, float32.
+
+    Raises:
+        ArtifactCorruptError: when it can't run.
+        SelfCheckError: when its logits are not finite, are those of the base, or not those that training
+            recorded.
+    """
+    try:
+        logits_V = probe(model, probe_ids, ())
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
     check_probe(logits_V, base_logits_V)
-    check_canary(read_canary(folder), dtype, lambda token_ids: probe(model, token_ids, ()))
-    return model
+    check_canary(read_canary(folder), model.dtype, lambda token_ids: probe(model, token_ids, ()))
 
 
 def _count_numbers(path: Path) -> int:

@@ -18,7 +18,7 @@ from luthier.core.errors import LuthierError, NotFoundError, TooLargeError, Unau
 from luthier.core.inference import HEADER_TOKEN
 from luthier.core.settings import MIB
 from luthier.inference import answers
-from luthier.inference.faults import log_fault
+from luthier.inference.faults import log_fault, to_told
 
 _LOG = logging.getLogger(__name__)
 
@@ -129,11 +129,8 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
-    log_fault(_LOG, "A request", error)
     request.scope[_LOGGED] = error
-    return _error_response(
-        LuthierError("The model server failed on this request; the operator's log says why.")
-    )
+    return _error_response(to_told(_LOG, "A request", error))
 
 
 class FaultGate:

@@ -37,7 +37,7 @@ class PackedLinear:
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether packed products exist and give the plain ones' results here, by trying; else the log says why."""
+    """Whether packed products are here and give the plain ones' results, by trying; the log says if not."""
     if dtype not in {torch.float32, torch.bfloat16} or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from luthier.core.allocator import keep_freed_memory
 from luthier.core.process import CHILD_LOG_NAME
-from luthier.training.allocator import keep_freed_memory
 from luthier.training.emit import take_stdout
 from luthier.training.signals import StopRequest
 

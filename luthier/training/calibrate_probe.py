@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier.core.allocator import give_back_freed_memory
 from luthier.core.estimates import MethodCost
 from luthier.core.pricing import Part
 from luthier.core.shapes import BaseShape
 from luthier.methods import Attached, Method, Start
-from luthier.training.allocator import give_back_freed_memory
 from luthier.training.batches import Batch
 from luthier.training.device import peak_memory_bytes
 from luthier.training.loss import full_logits_loss, head_loss

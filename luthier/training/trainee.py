@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from luthier.core.allocator import give_back_freed_memory
 from luthier.core.errors import SelfCheckError
 from luthier.methods import Attached, Method
 from luthier.modeling.fused_llama import FusedLlama, fuse
-from luthier.training.allocator import give_back_freed_memory
 from luthier.training.batches import Batch
 from luthier.training.loss import Loss, full_logits_loss, gather_supervised, head_loss
 

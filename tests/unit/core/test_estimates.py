@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from luthier.core import estimates, pricing
+from luthier.core import allocator, estimates, pricing
 from luthier.core.estimates import Calibration, MethodCost, VariantConstants
 from luthier.core.pricing import Part, Price, Pricing, Scoring, Work
-from luthier.training import allocator, assemble, loop, loss, samples
+from luthier.training import assemble, loop, loss, samples
 
 _FROZEN = VariantConstants(
     path="fused",
