@@ -187,7 +187,12 @@ class VllmBackend:
             if response.status_code == 404:
                 raise _Missing
             raise read_error(response.status_code, content)
-        digest = target.digest or await asyncio.to_thread(self._artifacts.base_digest, target.base_id)
+        try:
+            digest = target.digest or await asyncio.to_thread(self._artifacts.base_digest, target.base_id)
+        except BaseException:
+            # Or vLLM would go on for nobody.
+            await body.aclose()
+            raise
         headers = {} if digest is None else {HEADER_DIGEST: digest}
         renaming = Renaming(target.model, digest)
         if not asked.get("stream"):
