@@ -4,14 +4,17 @@ Legend: R ranks, K inputs and O outputs of a site, M bottleneck width, D hidden 
 layers, H key heads, C head size.
 """
 
+import itertools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
+from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.served_rows import (
     ACTIVATIONS,
     NUM_SITES,
@@ -35,6 +38,8 @@ _HALVES = {"self_attn": 0, "mlp": 1}
 _PATH = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Ranks and widths are filled up to what the kernels take at a time.
 _MULTIPLE = 4
+# What the processor reads at a time, in bytes.
+_LINE = 64
 
 
 @dataclass(eq=False)
@@ -62,12 +67,8 @@ class PackedAdapter:
         found = (self.keys_NLHC, self.values_NLHC, self.embeddings_ND)
         tensors = [one for one in found if one is not None]
         if self.described is not None:
-            for sites in self.described.low_ranks:
-                tensors += [
-                    t for one in sites if one for t in (one.a_RK, one.b, one.factor_O) if t is not None
-                ]
-            for halves in self.described.bottlenecks:
-                tensors += [t for one in halves if one for t in (one.down_MD, one.down_M, one.up, one.up_D)]
+            for one in _all_sites(self.described.low_ranks, self.described.bottlenecks):
+                tensors += _tensors_of(one).values()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def take_key_values(self, keys_NLHC: torch.Tensor, values_NLHC: torch.Tensor) -> None:
@@ -116,6 +117,8 @@ def lay_out(
         layer, half = _place(bottleneck.module, _HALVES, base, places)
         bottlenecks[layer][half] = _bottleneck_site(bottleneck, base)
     has_sites = bool(parts.low_ranks or parts.bottlenecks)
+    if has_sites and base.device.type == "cpu":
+        _lay_together(low_ranks, bottlenecks)
     embeddings_ND = parts.embeddings_ND
     adapter = PackedAdapter(
         Described(low_ranks, bottlenecks) if has_sites else None,
@@ -125,6 +128,53 @@ def lay_out(
         by_layer = ([pair[kind].transpose(0, 1) for pair in parts.key_values] for kind in (0, 1))
         adapter.take_key_values(*(_typed(torch.stack(layers, dim=1), base) for layers in by_layer))
     return adapter
+
+
+def _lay_together(
+    low_ranks: list[list[LowRankSite | None]], bottlenecks: list[list[BottleneckSite | None]]
+) -> None:
+    """Move all numbers into one piece of memory, in the order in which a step reads them.
+
+    So the processor, which looks ahead, has one row's next site on the way while it works on the last.
+    """
+    room = take_large(sum(_room_for(one) for one in _all_sites(low_ranks, bottlenecks)))
+    for sites, halves in zip(low_ranks, bottlenecks, strict=True):
+        steps = ((sites, range(4)), (halves, range(1)), (sites, range(4, NUM_SITES)), (halves, range(1, 2)))
+        for kind, numbers in steps:
+            for number in numbers:
+                room = _move(kind, number, room)
+
+
+def _move(sites: list[Any], number: int, room: torch.Tensor) -> torch.Tensor:
+    """Move a site's numbers to the begin of some room, and return what is left of it."""
+    site = sites[number]
+    if site is None:
+        return room
+    moved = {}
+    for name, tensor in _tensors_of(site).items():
+        own, room = room.tensor_split([_aligned(tensor.nbytes)])
+        moved[name] = own[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    sites[number] = replace(site, **moved)
+    return room
+
+
+def _all_sites(
+    low_ranks: Sequence[Sequence[LowRankSite | None]], bottlenecks: Sequence[Sequence[BottleneckSite | None]]
+) -> list[LowRankSite | BottleneckSite]:
+    return [one for one in itertools.chain(*low_ranks, *bottlenecks) if one is not None]
+
+
+def _tensors_of(site: LowRankSite | BottleneckSite) -> dict[str, torch.Tensor]:
+    held = ((one.name, getattr(site, one.name)) for one in fields(site))
+    return {name: value for name, value in held if isinstance(value, torch.Tensor)}
+
+
+def _room_for(site: LowRankSite | BottleneckSite) -> int:
+    return sum(_aligned(one.nbytes) for one in _tensors_of(site).values())
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _LINE) * _LINE
 
 
 def _site_of(module: str, names: dict[str, int], base: PackedLlama) -> tuple[int, int] | None:

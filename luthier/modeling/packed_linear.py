@@ -1,8 +1,9 @@
 """Linear layers without bias whose weights lie as the processor's matrix products want them.
 
-oneDNN reads such a layout at the speed of memory even for one row, where the plain one is several times
-slower in bfloat16. The operators are private to torch, so they are named here alone, tried once a process,
-and where they are missing or wrong the plain product runs.
+Our own products over tiles (kernels/products.py) come first, where the processor has them. oneDNN's layout is
+next: it is read several times faster in bfloat16 than the plain one, for one row above all. Its operators
+are private to torch, so they are named here alone, tried once a process, and where they are missing or wrong
+the plain product runs.
 
 Legend: N rows, K inputs, O outputs.
 """
@@ -13,25 +14,35 @@ from functools import cache
 import torch
 from torch.nn import functional
 
+from luthier.modeling.kernels.products import TiledWeight, can_tile
+
 _LOG = logging.getLogger(__name__)
 
 
 class PackedLinear:
-    """`x W'` with a weight that is packed where that is known to work.
+    """`x W'` with a weight in tiles, else packed, where that is known to work.
 
     Args:
         weight_OK: float32 or bfloat16; copied, so that it may be let go of.
+        memory: where a weight in tiles is laid, `tiled_bytes` of it; memory of its own when left out.
     """
 
-    def __init__(self, weight_OK: torch.Tensor) -> None:
+    def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
         self.num_outputs, self.num_inputs = weight_OK.shape
-        self.is_packed = weight_OK.device.type == "cpu" and can_pack(weight_OK.dtype)
-        self._weight = _pack(weight_OK) if self.is_packed else weight_OK.clone()
+        self.tiled = TiledWeight(weight_OK, memory) if can_tile(weight_OK) else None
+        is_packed = weight_OK.device.type == "cpu" and can_pack(weight_OK.dtype)
+        self._packed = _pack(weight_OK) if is_packed and self.tiled is None else None
+        self._weight = weight_OK.clone() if self._packed is None and self.tiled is None else None
 
-    def __call__(self, x_NK: torch.Tensor) -> torch.Tensor:
-        """Return out_NO in x's type."""
-        if self.is_packed:
-            return _product(x_NK, self._weight)
+    def __call__(self, x_NK: torch.Tensor, out_NO: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the product in x's type: `out_NO` where it was written there, else a new tensor."""
+        if self.tiled is not None:
+            if out_NO is None:
+                out_NO = x_NK.new_empty(len(x_NK), self.num_outputs)
+            return self.tiled.times(x_NK, out_NO)
+        if self._packed is not None:
+            return _product(x_NK, self._packed)
+        assert self._weight is not None
         return functional.linear(x_NK, self._weight)
 
 

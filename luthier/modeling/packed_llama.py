@@ -2,14 +2,15 @@
 
 A step runs tokens of many sequences at once: rows of one token, each with an adapter of its own, through the
 kernels of kernels/serving.py, and stretches of prompts through products over the whole stretch. All share
-the products with the base's weights, so that these are read once a step.
+the products with the base's weights, so that these are read once a step. A step of single rows alone is a
+program that was written down before (packed_program.py).
 
 Legend: N tokens of a step (M single ones first, then T of each stretch), D hidden size, E columns of q, k
 and v, K attended columns, F feed-forward size, H key heads, C head size, V vocabulary, R asked-for rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,8 @@ from luthier.modeling.kernels.served_rows import (
     turn,
 )
 from luthier.modeling.kernels.serving import CompiledOps, Ops, PlainOps
-from luthier.modeling.packed_linear import PackedLinear
+from luthier.modeling.packed_blocks import Block, WeightMemory, linears_of, pack_block
+from luthier.modeling.packed_program import DecodePrograms
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
@@ -66,16 +68,6 @@ class Stretch:
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
-    attention_norm_D: torch.Tensor
-    attention_in: PackedLinear
-    attention_out: PackedLinear
-    feed_forward_norm_D: torch.Tensor
-    feed_forward_in: PackedLinear
-    feed_forward_out: PackedLinear
-
-
-@dataclass(frozen=True, eq=False)
 class _Chunk:
     """A stretch of several tokens and its place among a step's tokens."""
 
@@ -83,6 +75,23 @@ class _Chunk:
     tokens: slice
     positions_T: torch.Tensor
     pages_W: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Buffers:
+    """What a step's layers read and write, used by all of them in turn."""
+
+    stream_ND: torch.Tensor
+    normed_ND: torch.Tensor
+    change_ND: torch.Tensor
+    qkv_NE: torch.Tensor
+    attended_NK: torch.Tensor
+    gate_up_NF: torch.Tensor
+    hidden_NF: torch.Tensor
+
+    def first(self, num_rows: int) -> "Buffers":
+        """Return those of a step with fewer rows, in the same memory."""
+        return Buffers(*(getattr(self, one.name)[:num_rows] for one in fields(self)))
 
 
 def can_pack_llama(causal_lm: "PreTrainedModel") -> bool:
@@ -105,9 +114,11 @@ class PackedLlama:
         config, body = causal_lm.config, causal_lm.model
         self.embedding_VD: torch.Tensor = body.embed_tokens.weight.detach()
         self.num_layers = config.num_hidden_layers
-        self._blocks = [_pack_block(layer) for layer in body.layers]
         self._norm_D = body.norm.weight.detach()
-        self._head = PackedLinear(causal_lm.get_output_embeddings().weight.detach())
+        head_VD = causal_lm.get_output_embeddings().weight.detach()
+        memory = WeightMemory([*(one for layer in body.layers for one in linears_of(layer)), head_VD])
+        self._blocks = [pack_block(layer, memory) for layer in body.layers]
+        self._head = memory.lay(head_VD)
         size = body.layers[0].self_attn.head_dim
         positions_1T = torch.arange(config.max_position_embeddings, device=self.embedding_VD.device)[None]
         # In float32, so that the tables are not rounded to the weights' type.
@@ -131,6 +142,9 @@ class PackedLlama:
             head_size=size,
             like=self._norm_D,
         )
+        products = (self._head, *(one for block in self._blocks for one in block.products))
+        can_record = all(one.tiled is not None for one in products)
+        self._programs = DecodePrograms(self) if can_record else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,6 +155,11 @@ class PackedLlama:
     def device(self) -> torch.device:
         """Where it lies."""
         return self._norm_D.device
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Logits of a row."""
+        return self._head.num_outputs
 
     @property
     def context_length(self) -> int:
@@ -170,51 +189,92 @@ class PackedLlama:
             # The kernels read and write where these point.
             if end > self.context_length or end > len(one.pages) * PAGE_SIZE:
                 raise ValueError("A stretch is longer than its pages, or than the context.")
+        if self._programs is not None and self._programs.can_run(stretches):
+            return self._programs.step(stretches)
         singles = [one for one in stretches if len(one) == 1]
         # Those whose tokens attend by themselves come first.
         chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)
         rows = SingleRows([one.adapter for one in singles])
         places = self._place_chunks(chunks, len(singles))
         tokens = self._place_tokens(singles, chunks)
-        stream_ND = torch.cat([self._embed(one) for one in (*singles, *chunks)])
-        normed_ND = torch.empty_like(stream_ND)
-        attended_NK = stream_ND.new_empty(len(stream_ND), self.heads.widths[0])
+        buffers = self.make_buffers(sum(len(one) for one in stretches))
+        self.embed([*singles, *chunks], buffers.stream_ND)
+        change_ND = self.run_layers(buffers, rows, tokens, places)
+        return self._logits(buffers.stream_ND, change_ND, stretches, singles, places)
+
+    def make_buffers(self, num_tokens: int) -> Buffers:
+        """Return what a step of so many tokens works in."""
+        size, feed_forward = self.embedding_VD.shape[1], self.site_widths[4]
+        queries = self.heads.widths[0]
+        widths = (size, size, size, sum(self.heads.widths), queries, 2 * feed_forward, feed_forward)
+        return Buffers(*(self._norm_D.new_empty(num_tokens, width) for width in widths))
+
+    def embed(self, stretches: Sequence[Stretch], out_ND: torch.Tensor) -> None:
+        """Write the vectors of stretches' tokens, one stretch after the other."""
+        ids: list[int] = []
+        for one in stretches:
+            ids.extend([0] * len(one) if isinstance(one.tokens, torch.Tensor) else one.tokens)
+        torch.index_select(self.embedding_VD, 0, torch.tensor(ids, device=self.device), out=out_ND)
+        first = 0
+        for one in stretches:
+            if isinstance(one.tokens, torch.Tensor):
+                out_ND[first : first + len(one)] = one.tokens
+            first += len(one)
+
+    def run_layers(
+        self, buffers: Buffers, rows: SingleRows, tokens: TokenRows, places: list[_Chunk]
+    ) -> torch.Tensor:
+        """Run all blocks over the stream; return the last change [N, D], which is still to be added to it."""
         change_ND: torch.Tensor | None = None
         for layer, block in enumerate(self._blocks):
+            stream_ND, normed_ND = buffers.stream_ND, buffers.normed_ND
             self.ops.add_norm(stream_ND, change_ND, block.attention_norm_D, normed_ND)
-            change_ND = self._attend(layer, block, normed_ND, attended_NK, rows, tokens, places)
+            change_ND = self._attend(layer, block, buffers, rows, tokens, places)
             self.ops.add_norm(stream_ND, change_ND, block.feed_forward_norm_D, normed_ND)
-            change_ND = self._feed_forward(layer, block, normed_ND, rows, places)
-        return self._logits(stream_ND, change_ND, stretches, singles, places)
+            change_ND = self._feed_forward(layer, block, buffers, rows, places)
+        assert change_ND is not None
+        return change_ND
+
+    def run_head(
+        self,
+        stream_RD: torch.Tensor,
+        change_RD: torch.Tensor,
+        normed_RD: torch.Tensor,
+        out_RV: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the logits [R, V] of rows of the stream, in the weights' type; out as for `PackedLinear`."""
+        self.ops.add_norm(stream_RD, change_RD, self._norm_D, normed_RD)
+        return self._head(normed_RD, out_RV)
 
     def _attend(
         self,
         layer: int,
-        block: _Block,
-        normed_ND: torch.Tensor,
-        attended_NK: torch.Tensor,
+        block: Block,
+        buffers: Buffers,
         rows: SingleRows,
         tokens: TokenRows,
         places: list[_Chunk],
     ) -> torch.Tensor:
-        qkv_NE = block.attention_in(normed_ND)
+        normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
+        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE)
         self._add_low_ranks(qkv_NE, normed_ND, rows, places, layer, ATTENTION_IN)
         self.ops.attend(qkv_NE, tokens, self.pages, layer, attended_NK)
         for chunk in places:
             if chunk.tokens.start >= tokens.num_attending:
                 self._attend_chunk(qkv_NE[chunk.tokens], chunk, layer, attended_NK[chunk.tokens])
-        out_ND = block.attention_out(attended_NK)
+        out_ND = block.attention_out(attended_NK, buffers.change_ND)
         self._add_low_ranks(out_ND, attended_NK, rows, places, layer, ATTENTION_OUT)
         self._add_bottlenecks(out_ND, normed_ND, rows, places, layer, 0)
         return out_ND
 
     def _feed_forward(
-        self, layer: int, block: _Block, normed_ND: torch.Tensor, rows: SingleRows, places: list[_Chunk]
+        self, layer: int, block: Block, buffers: Buffers, rows: SingleRows, places: list[_Chunk]
     ) -> torch.Tensor:
-        gate_up_NF = block.feed_forward_in(normed_ND)
+        normed_ND, hidden_NF = buffers.normed_ND, buffers.hidden_NF
+        gate_up_NF = block.feed_forward_in(normed_ND, buffers.gate_up_NF)
         self._add_low_ranks(gate_up_NF, normed_ND, rows, places, layer, FEED_FORWARD_IN)
-        hidden_NF = self.ops.gate(gate_up_NF)
-        out_ND = block.feed_forward_out(hidden_NF)
+        self.ops.gate(gate_up_NF, hidden_NF)
+        out_ND = block.feed_forward_out(hidden_NF, buffers.change_ND)
         self._add_low_ranks(out_ND, hidden_NF, rows, places, layer, FEED_FORWARD_OUT)
         self._add_bottlenecks(out_ND, normed_ND, rows, places, layer, 1)
         return out_ND
@@ -270,7 +330,7 @@ class PackedLlama:
     def _logits(
         self,
         stream_ND: torch.Tensor,
-        change_ND: torch.Tensor | None,
+        change_ND: torch.Tensor,
         stretches: Sequence[Stretch],
         singles: list[Stretch],
         places: list[_Chunk],
@@ -282,18 +342,10 @@ class PackedLlama:
             end = ends[id(one)]
             wanted.extend(range(end - one.num_logits, end))
         if not wanted:
-            return stream_ND.new_empty(0, self._head.num_outputs, dtype=torch.float32)
+            return stream_ND.new_empty(0, self.vocabulary_size, dtype=torch.float32)
         wanted_R = torch.tensor(wanted, device=self.device)
         own_RD = stream_ND[wanted_R]
-        normed_RD = torch.empty_like(own_RD)
-        change_RD = None if change_ND is None else change_ND[wanted_R]
-        self.ops.add_norm(own_RD, change_RD, self._norm_D, normed_RD)
-        return self._head(normed_RD).float()
-
-    def _embed(self, stretch: Stretch) -> torch.Tensor:
-        if isinstance(stretch.tokens, torch.Tensor):
-            return stretch.tokens.to(device=self.device, dtype=self.dtype)
-        return self.embedding_VD[torch.tensor(stretch.tokens, device=self.device)]
+        return self.run_head(own_RD, change_ND[wanted_R], torch.empty_like(own_RD)).float()
 
     def _attends_at_once(self, chunk: Stretch) -> bool:
         return chunk.first + len(chunk) > self.ops.max_alone
@@ -317,19 +369,3 @@ class PackedLlama:
             pages_W = torch.tensor(one.pages[: -(-end // PAGE_SIZE)], device=self.device)
             places.append(_Chunk(one, tokens, positions_T, pages_W))
         return places
-
-
-def _pack_block(layer: torch.nn.Module) -> _Block:
-    attention, feed_forward = layer.self_attn, layer.mlp
-
-    def packed(*linears: torch.nn.Module) -> PackedLinear:
-        return PackedLinear(torch.cat([one.weight.detach() for one in linears]))
-
-    return _Block(
-        attention_norm_D=layer.input_layernorm.weight.detach(),
-        attention_in=packed(attention.q_proj, attention.k_proj, attention.v_proj),
-        attention_out=packed(attention.o_proj),
-        feed_forward_norm_D=layer.post_attention_layernorm.weight.detach(),
-        feed_forward_in=packed(feed_forward.gate_proj, feed_forward.up_proj),
-        feed_forward_out=packed(feed_forward.down_proj),
-    )

@@ -6,6 +6,8 @@ from luthier.modeling.kernels._heads import (
     split_heads,
     split_heads_backward,
 )
+from luthier.modeling.kernels._products import tile_product
+from luthier.modeling.kernels._program import run_program
 from luthier.modeling.kernels._rows import (
     causal_softmax,
     causal_softmax_backward,
@@ -30,7 +32,9 @@ __all__ = [
     "merge_heads_backward",
     "rms_norm",
     "rms_norm_backward",
+    "run_program",
     "softmax_loss",
     "split_heads",
     "split_heads_backward",
+    "tile_product",
 ]

@@ -30,7 +30,7 @@ _FAST = {"contract", "reassoc", "arcp", "nsz", "afn"}
 inlined = njit(inline="always", fastmath=_FAST, error_model="numpy")
 
 _FIRST_ARGUMENT = 2
-_TABLE_SIZE = 24
+TABLE_SIZE = 24
 
 # numba widens integer arithmetic to 64 bits, which halves what a vector holds: the bit work is written in 32.
 _I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
@@ -150,7 +150,7 @@ def _call(_context: Any, address: Any) -> Any:
 @inlined
 def open_table(data):
     """Return the table behind a kernel's pointer."""
-    return carray(_table_of(data), _TABLE_SIZE)
+    return carray(_table_of(data), TABLE_SIZE)
 
 
 @inlined

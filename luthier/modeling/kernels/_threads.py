@@ -7,7 +7,9 @@ call (GCC's libgomp manual, "Implementing PARALLEL construct").
 """
 
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import torch
 _MAPS = Path("/proc/self/maps")
 # The two addresses of the pool's functions come first (_language.py).
 _FIRST_ARGUMENT = 2
+# Numbers of a kernel's table in a program.
+_TABLE_SIZE = 24
 
 
 class _Pool:
@@ -33,6 +37,7 @@ class _Pool:
         self.parallel.restype = None
         self.thread_num_address = _address_of(library.omp_get_thread_num)
         self.num_threads_address = _address_of(library.omp_get_num_threads)
+        self.barrier_address = _address_of(library.GOMP_barrier)
 
 
 def _address_of(function: Any) -> int:
@@ -57,6 +62,12 @@ def _find_pool() -> _Pool | None:
         return None
 
 
+def _pool_of_now() -> tuple[_Pool | None, int]:
+    """Return the pool to run on, None for this thread alone, and how many threads it has."""
+    num_threads = torch.get_num_threads()
+    return (_find_pool() if num_threads > 1 else None), num_threads
+
+
 class Launcher:
     """Runs one kernel again and again, its table of arguments kept."""
 
@@ -67,13 +78,16 @@ class Launcher:
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
     def run(self, arguments: Sequence[int]) -> None:
-        """Run the kernel over all its rows and return when it is done.
+        """Run the kernel over all its rows and return when it is done; in `recording` only write it down.
 
         Args:
             arguments: the table's numbers after the first two.
         """
-        num_threads = torch.get_num_threads()
-        pool = _find_pool() if num_threads > 1 else None
+        program: Program | None = getattr(_RECORDING, "program", None)
+        if program is not None:
+            program.add(self._address, arguments)
+            return
+        pool, num_threads = _pool_of_now()
         self._table[_FIRST_ARGUMENT : _FIRST_ARGUMENT + len(arguments)] = arguments
         if pool is None:
             self._table[0] = 0
@@ -81,6 +95,64 @@ class Launcher:
             return
         self._table[0], self._table[1] = pool.thread_num_address, pool.num_threads_address
         pool.parallel(self._address, self._pointer, num_threads, 0)
+
+
+class Program:
+    """Kernels with their arguments, written down once and run one after another in a single call.
+
+    What they read and write must stay where it was.
+
+    Args:
+        runner: address of the kernel `run_program`.
+    """
+
+    def __init__(self, runner: int) -> None:
+        self._launcher = Launcher(runner, _TABLE_SIZE)
+        self._kernels: list[int] = []
+        self._arguments: list[Sequence[int]] = []
+        self._tables = np.zeros((0, _TABLE_SIZE), dtype=np.int64)
+        self._addresses = np.zeros(0, dtype=np.int64)
+
+    def add(self, kernel: int, arguments: Sequence[int]) -> None:
+        """Write a kernel down, by its address."""
+        self._kernels.append(kernel)
+        self._arguments.append(arguments)
+
+    def seal(self) -> None:
+        """Make the tables; no kernel is added after."""
+        self._addresses = np.array(self._kernels, dtype=np.int64)
+        self._tables = np.zeros((len(self._kernels), _TABLE_SIZE), dtype=np.int64)
+        for table, arguments in zip(self._tables, self._arguments, strict=True):
+            table[_FIRST_ARGUMENT : _FIRST_ARGUMENT + len(arguments)] = arguments
+        self._arguments.clear()
+
+    def run(self) -> None:
+        """Run all kernels in order and return when the last is done."""
+        pool, _ = _pool_of_now()
+        thread_functions = (0, 0) if pool is None else (pool.thread_num_address, pool.num_threads_address)
+        self._tables[:, :_FIRST_ARGUMENT] = thread_functions
+        barrier = 0 if pool is None else pool.barrier_address
+        addresses, tables = self._addresses.ctypes.data, self._tables.ctypes.data
+        self._launcher.run((len(self._addresses), barrier, addresses, tables))
+
+
+_RECORDING = threading.local()
+
+
+@contextmanager
+def recording(runner: int) -> Iterator[Program]:
+    """Yield a program in which every kernel that this thread launches is written down, not run.
+
+    Args:
+        runner: address of the kernel `run_program`.
+    """
+    program = Program(runner)
+    _RECORDING.program = program
+    try:
+        yield program
+    finally:
+        _RECORDING.program = None
+    program.seal()
 
 
 def launch(address: int, arguments: Sequence[int]) -> None:

@@ -21,6 +21,8 @@ _LANES = 16
 _VECTOR, _WIDE_BITS = ir.VectorType(_F32, _LANES), ir.VectorType(_I32, _LANES)
 # Sums that are kept at a time: as many as hide the time that one multiplication takes.
 _NUM_SUMS = 4
+# How far ahead of their use rows are asked for, in numbers; measured.
+_AHEAD = 3072
 
 
 def item_size(like):
@@ -64,6 +66,16 @@ class _Memory:
         """Write a float32 or a vector of them; only for float32 memory."""
         self._builder.store(value, self._pointer(address, index, value.type), align=self._size)
 
+    def prefetch(self, address: ir.Value, index: ir.Value) -> None:
+        """Ask for a line of memory that is read soon."""
+        module, name = self._builder.module, "llvm.prefetch.p0"
+        function = module.globals.get(name)
+        if function is None:
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _I32, _I32, _I32])
+            function = ir.Function(module, kind, name=name)
+        place = self._pointer(address, index, ir.IntType(8))
+        self._builder.call(function, [place, _I32(0), _I32(3), _I32(1)])
+
     def _pointer(self, address: ir.Value, index: ir.Value, held: ir.Type) -> ir.Value:
         builder = self._builder
         place = builder.add(address, builder.mul(index, _I64(self._size)))
@@ -73,7 +85,7 @@ class _Memory:
 _Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
 
 
-def _loop(
+def loop(
     builder: ir.IRBuilder, begin: ir.Value, end: ir.Value, step: int, carried: list[ir.Value], body: _Body
 ) -> tuple[ir.Value, list[ir.Value]]:
     """Emit a loop while `index + step <= end`; return where it stopped and what it carried."""
@@ -131,6 +143,11 @@ def _emit_dots(builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], rows: _Me
         def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             factor = other.load(x, index, lanes)
             places = [builder.add(start, index) for start in starts]
+            if lanes > 1:
+                # The rows after these, which follow them in memory.
+                ahead = builder.mul(stride, _I64(_NUM_SUMS))
+                for place in places:
+                    rows.prefetch(first, builder.add(place, ahead))
             return [
                 _multiply_add(builder, rows.load(first, place, lanes), factor, total)
                 for place, total in zip(places, sums, strict=True)
@@ -139,9 +156,9 @@ def _emit_dots(builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], rows: _Me
         return body
 
     zeros = [ir.Constant(_VECTOR, [0.0] * _LANES)] * _NUM_SUMS
-    index, vectors = _loop(builder, _I64(0), size, _LANES, zeros, multiply(_LANES))
+    index, vectors = loop(builder, _I64(0), size, _LANES, zeros, multiply(_LANES))
     totals = [_sum_lanes(builder, vector) for vector in vectors]
-    _, totals = _loop(builder, index, size, 1, totals, multiply(1))
+    _, totals = loop(builder, index, size, 1, totals, multiply(1))
     memory = _Memory(builder, is_bfloat16=False)
     for number, total in zip(numbers, totals, strict=True):
         memory.store(total, out, _I64(number))
@@ -189,6 +206,10 @@ def add_rows(_context, first, stride, factors, num_rows, out, size, like):
                     if lanes > 1:
                         factor = _broadcast(builder, factor)
                     start = builder.mul(row, stride)
+                    if num_sums > 1:
+                        ahead = builder.add(builder.add(start, column), _I64(_AHEAD))
+                        for line in range(0, num_sums, 2):
+                            rows.prefetch(first, builder.add(ahead, _I64(line * _LANES)))
                     return [
                         _multiply_add(
                             builder, rows.load(first, builder.add(start, place), lanes), factor, total
@@ -197,16 +218,16 @@ def add_rows(_context, first, stride, factors, num_rows, out, size, like):
                     ]
 
                 held = [memory.load(out, place, lanes) for place in places]
-                _, sums = _loop(builder, _I64(0), num_rows, 1, held, row_body)
+                _, sums = loop(builder, _I64(0), num_rows, 1, held, row_body)
                 for place, total in zip(places, sums, strict=True):
                     memory.store(total, out, place)
                 return []
 
             return body
 
-        index, _ = _loop(builder, _I64(0), size, _NUM_SUMS * _LANES, [], columns(_LANES, _NUM_SUMS))
-        index, _ = _loop(builder, index, size, _LANES, [], columns(_LANES, 1))
-        _loop(builder, index, size, 1, [], columns(1, 1))
+        index, _ = loop(builder, _I64(0), size, _NUM_SUMS * _LANES, [], columns(_LANES, _NUM_SUMS))
+        index, _ = loop(builder, index, size, _LANES, [], columns(_LANES, 1))
+        loop(builder, index, size, 1, [], columns(1, 1))
         return ir.Constant(_I64, 0)
 
     return types.int64(*[types.int64] * 6, like), generate

@@ -1,4 +1,4 @@
-"""Giving the memory of pages back to the system while the tensor that they lie in stays."""
+"""Memory that is asked for in large pages, and giving memory back while the tensor that it lies in stays."""
 
 import ctypes
 import mmap
@@ -8,6 +8,23 @@ import torch
 
 # Linux, madvise(2): the range is zeros until it is written again.
 _MADV_DONTNEED = 4
+# The range is to lie in large pages, of 2 MiB on x86-64; a wish.
+_MADV_HUGEPAGE = 14
+_LARGE_PAGE = 1 << 21
+
+
+def take_large(num_bytes: int) -> torch.Tensor:
+    """Return memory [num_bytes], uint8, not yet touched, in large pages where the system has them.
+
+    Weights that are read once a step from begin to end come faster from them: the processor looks ahead only
+    within a page. What does not fill a large page lies in small ones.
+    """
+    memory = torch.empty(num_bytes + _LARGE_PAGE, dtype=torch.uint8)
+    first = -memory.data_ptr() % _LARGE_PAGE
+    start, length = memory.data_ptr() + first, num_bytes // _LARGE_PAGE * _LARGE_PAGE
+    # Refused where the system has no large pages: it works as well without.
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+    return memory[first : first + num_bytes]
 
 
 def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:

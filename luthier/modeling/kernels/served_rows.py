@@ -14,7 +14,7 @@ row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import numpy as np
 import torch
@@ -213,16 +213,21 @@ class TokenRows:
 
 @dataclass(frozen=True, eq=False)
 class SingleRows:
-    """The adapters of rows of one token each, which are a step's first M."""
+    """The adapters of rows of one token each, which are a step's first M.
+
+    `table_M`, int64, holds the addresses of their tables, in memory of its own unless some is given.
+    """
 
     adapters: Sequence[Described | None]
+    memory_M: InitVar[torch.Tensor | None] = None
     table_M: torch.Tensor = field(init=False)
     has_low_ranks: bool = field(init=False)
     has_bottlenecks: bool = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, memory_M: torch.Tensor | None) -> None:
         addresses = [0 if one is None else one.table.data_ptr() for one in self.adapters]
-        object.__setattr__(self, "table_M", torch.tensor(addresses, dtype=torch.int64))
+        table_M = torch.tensor(addresses, dtype=torch.int64)
+        object.__setattr__(self, "table_M", table_M if memory_M is None else memory_M.copy_(table_M))
         object.__setattr__(self, "has_low_ranks", any(one and one.has_low_ranks for one in self.adapters))
         object.__setattr__(self, "has_bottlenecks", any(one and one.has_bottlenecks for one in self.adapters))
 

@@ -51,8 +51,8 @@ class Ops(Protocol):
     ) -> None:
         """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
 
-    def gate(self, gate_up_NF: torch.Tensor) -> torch.Tensor:
-        """Return silu(gate) * up."""
+    def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
+        """Write silu(gate) * up."""
 
     def add_low_rank(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
@@ -160,12 +160,10 @@ class CompiledOps:
             )
         )
 
-    def gate(self, gate_up_NF: torch.Tensor) -> torch.Tensor:
-        """Return silu(gate) * up."""
-        num_rows, size = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
-        out_NF = gate_up_NF.new_empty(num_rows, size)
+    def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
+        """Write silu(gate) * up."""
+        num_rows, size = out_NF.shape
         self._gate.run((num_rows, size, size, gate_up_NF.data_ptr(), out_NF.data_ptr()))
-        return out_NF
 
     def add_low_rank(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
@@ -254,9 +252,9 @@ class PlainOps:
             mixed = torch.bmm(torch.softmax(scores, dim=-1), values.float())
             out_NK[row] = mixed.reshape(-1).to(out_NK.dtype)
 
-    def gate(self, gate_up_NF: torch.Tensor) -> torch.Tensor:
-        """Return silu(gate) * up."""
-        return kernels.gated_silu(gate_up_NF, gate_up_NF.shape[1] // 2)
+    def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
+        """Write silu(gate) * up."""
+        out_NF.copy_(kernels.gated_silu(gate_up_NF, out_NF.shape[1]))
 
     def add_low_rank(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice

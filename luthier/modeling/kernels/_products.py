@@ -1,0 +1,122 @@
+"""The compiled product of a step's rows with a weight in the layout of matrix tiles (_tiles.py).
+
+A decode step has few rows and reads each weight once, so it takes as long as memory does. Panels of outputs
+are shared out among the threads.
+"""
+
+# numba reads the loops themselves and takes their types from the arguments.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import numpy as np
+from numba import carray
+
+from luthier.modeling.kernels._language import (
+    Kernel,
+    at,
+    at_float32,
+    at_uint8,
+    inlined,
+    narrow,
+    open_table,
+    share,
+)
+from luthier.modeling.kernels._tiles import (
+    PANEL_OUTPUTS,
+    PANEL_SUMS,
+    TILE_INPUTS,
+    TILE_ROWS,
+    configure_tiles,
+    multiply_half_panel,
+    multiply_panel,
+    multiply_row,
+    release_tiles,
+    round_lanes,
+    sums_of_panel,
+)
+
+_BLOCK_ROWS = 2 * TILE_ROWS
+_PANEL_BYTES = 2 * PANEL_OUTPUTS
+_HALF_BYTES = 2048
+_LANES = 16
+
+
+@inlined
+def _describe_tiles(shape_at, num_rows):
+    """Write the shapes of tiles, 64 bytes a row, for a block of up to 32 rows."""
+    shape = carray(at_uint8(shape_at), 64)
+    for i in range(64):
+        shape[i] = np.uint8(0)
+    upper, lower = min(num_rows, TILE_ROWS), max(num_rows - TILE_ROWS, 0)
+    if lower == 0:
+        lower = upper
+    shape[0] = np.uint8(1)
+    for tile in range(8):
+        shape[16 + 2 * tile] = np.uint8(64)
+        # Tiles of sums 0 to 3 and of rows 4 and 5; the others hold weights. Up to 16 rows use 0 to 4.
+        is_lower = tile in (2, 3, 5) and num_rows > TILE_ROWS
+        shape[48 + tile] = np.uint8(TILE_ROWS if tile >= 6 else lower if is_lower else upper)
+
+
+@inlined
+def _write(sums_at, num_rows, width, num_columns, out_at, out_stride, data):
+    """Round sums [rows, width] into the columns of the result that there are."""
+    whole = num_columns // _LANES * _LANES
+    for i in range(num_rows):
+        source_at, target_at = sums_at + i * width * 4, out_at + i * out_stride
+        for j in range(0, whole, _LANES):
+            round_lanes(source_at + j * 4, target_at + j * 2)
+        if whole < num_columns:
+            source, target = carray(at_float32(source_at), width), carray(at(target_at, data), num_columns)
+            for j in range(whole, num_columns):
+                target[j] = narrow(source[j], target)
+
+
+@Kernel
+def tile_product(data):
+    """Write x [N, K] times a weight [O, K]; K is a multiple of 32. Only for bfloat16."""
+    table = open_table(data)
+    num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
+    x_at, weight_at, out_at = table[5], table[6], table[7]
+    sums_at = sums_of_panel()
+    whole_at = sums_at + PANEL_SUMS * 4
+    num_steps = num_inputs // TILE_INPUTS
+    x_stride, out_stride, panel_bytes = num_inputs * 2, num_outputs * 2, num_inputs * _PANEL_BYTES
+    num_blocks = (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    rest = num_rows - (num_blocks - 1) * _BLOCK_ROWS
+    _describe_tiles(whole_at, _BLOCK_ROWS)
+    _describe_tiles(whole_at + 64, rest)
+    has_shorter = num_blocks > 1 and rest < _BLOCK_ROWS
+    if num_rows > 1:
+        configure_tiles(whole_at if num_blocks > 1 else whole_at + 64)
+    begin, end = share(table, (num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS)
+    for panel in range(begin, end):
+        weights_at, column = weight_at + panel * panel_bytes, panel * PANEL_OUTPUTS
+        num_columns = min(PANEL_OUTPUTS, num_outputs - column)
+        if num_rows == 1:
+            multiply_row(weights_at, x_at, num_steps, sums_at)
+            _write(sums_at, 1, PANEL_OUTPUTS, num_columns, out_at + column * 2, out_stride, data)
+            continue
+        # Half a panel stays near the processor while all blocks of rows pass by.
+        for half in range(2):
+            first_column = half * PANEL_OUTPUTS // 2
+            half_columns = min(PANEL_OUTPUTS // 2, max(num_columns - first_column, 0))
+            for block in range(num_blocks):
+                first = block * _BLOCK_ROWS
+                rows_at, target_at = x_at + first * x_stride, out_at + first * out_stride + column * 2
+                is_last = block == num_blocks - 1
+                if is_last and has_shorter:
+                    configure_tiles(whole_at + 64)
+                num_seen = rest if is_last else _BLOCK_ROWS
+                if num_seen > TILE_ROWS:
+                    multiply_half_panel(
+                        weights_at + half * _HALF_BYTES, rows_at, x_stride, num_steps, sums_at
+                    )
+                    target_at += first_column * 2
+                    _write(sums_at, num_seen, PANEL_OUTPUTS // 2, half_columns, target_at, out_stride, data)
+                elif half == 0:
+                    multiply_panel(weights_at, rows_at, x_stride, num_steps, sums_at)
+                    _write(sums_at, num_seen, PANEL_OUTPUTS, num_columns, target_at, out_stride, data)
+                if is_last and has_shorter:
+                    configure_tiles(whole_at)
+    if num_rows > 1:
+        release_tiles()

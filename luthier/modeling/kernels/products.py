@@ -1,0 +1,95 @@
+"""Products with weights in the layout of matrix tiles, on processors that have them.
+
+Read at the speed of memory, which a decode step's products take as long as. The instructions need a
+permission that Linux gives a process once (Documentation/arch/x86/xstate.rst, "Using dynamic features").
+
+Legend: N rows, K inputs, O outputs.
+"""
+
+import ctypes
+import logging
+from functools import cache
+
+import torch
+from torch.nn import functional
+
+from luthier.modeling import kernels
+
+_LOG = logging.getLogger(__name__)
+_PANEL, _STEP, _LINE = 64, 32, 64
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) by its number on x86-64.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
+_FEATURES = ("amx-tile", "amx-bf16", "avx512bf16")
+
+
+class TiledWeight:
+    """A weight that lies as `_tiles.py` describes, its outputs filled up with zeros to a multiple of 64.
+
+    Args:
+        weight_OK: bfloat16, K a multiple of 32; copied.
+        memory: where it is laid, as many bytes as `tiled_bytes` says; its own when left out.
+    """
+
+    def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
+        from luthier.modeling.kernels._threads import Launcher
+
+        self.num_outputs, self.num_inputs = weight_OK.shape
+        if memory is None:
+            memory = torch.empty(tiled_bytes(weight_OK) + _LINE, dtype=torch.uint8)
+            first = -memory.data_ptr() % _LINE
+            memory = memory[first : first + tiled_bytes(weight_OK)]
+        filled = functional.pad(weight_OK, (0, 0, 0, -self.num_outputs % _PANEL))
+        parts = filled.view(-1, 4, 16, self.num_inputs // _STEP, 16, 2).permute(0, 3, 1, 4, 2, 5)
+        self._memory = memory.view(torch.bfloat16).view(parts.shape).copy_(parts)
+        self._launcher = Launcher(kernels.compiled_address("tile_product", torch.bfloat16), 24)
+
+    def times(self, x_NK: torch.Tensor, out_NO: torch.Tensor) -> torch.Tensor:
+        """Write `x W'` into out and return it.
+
+        Raises:
+            ValueError: unless both are bfloat16, contiguous and of the product's shape.
+        """
+        is_like = x_NK.dtype == out_NO.dtype == torch.bfloat16 and len(x_NK) == len(out_NO)
+        has_shape = x_NK.shape[1] == self.num_inputs and out_NO.shape[1] == self.num_outputs
+        if not (is_like and has_shape and x_NK.is_contiguous() and out_NO.is_contiguous()):
+            raise ValueError("A product in tiles takes contiguous bfloat16 rows of the weight's shape.")
+        addresses = (x_NK.data_ptr(), self._memory.data_ptr(), out_NO.data_ptr())
+        self._launcher.run((len(x_NK), self.num_inputs, self.num_outputs, *addresses))
+        return out_NO
+
+
+def tiled_bytes(weight_OK: torch.Tensor) -> int:
+    """Return the memory of a weight in this layout."""
+    num_outputs, num_inputs = weight_OK.shape
+    return -(-num_outputs // _PANEL) * _PANEL * num_inputs * 2
+
+
+def can_tile(weight_OK: torch.Tensor) -> bool:
+    """Whether a weight can be laid out so here."""
+    has_shape = weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % _STEP == 0
+    return has_shape and kernels.is_compiled(weight_OK) and _has_tiles()
+
+
+@cache
+def _has_tiles() -> bool:
+    """Whether the processor has the instructions, the system lets us, and a product comes out right."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    if not all(features.get(name) for name in _FEATURES):
+        return False
+    if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA) != 0:
+        _LOG.warning("The system does not let this process use matrix tiles; other products run, slower.")
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight_OK = torch.randn(80, 96, generator=generator).bfloat16()
+    tiled = TiledWeight(weight_OK)
+    for num_rows in (1, 5, 40):
+        x_NK = torch.randn(num_rows, 96, generator=generator).bfloat16()
+        expected_NO = functional.linear(x_NK.float(), weight_OK.float())
+        found_NO = tiled.times(x_NK, x_NK.new_empty(num_rows, 80)).float()
+        gap = float((found_NO - expected_NO).abs().max() / expected_NO.abs().max())
+        if not gap <= 1e-2:
+            _LOG.warning("Products of matrix tiles are off by %.2g; other products run, slower.", gap)
+            return False
+    return True

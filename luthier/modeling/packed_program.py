@@ -1,0 +1,90 @@
+"""Steps of single rows of a packed base, each written down once as a program of compiled kernels.
+
+A step is some three hundred kernels. Launched one by one from Python they cost as much as a third of the
+work, and each may wait for Python's lock; as a program they are one call. What changes from step to step,
+tokens, places and adapters, lies at addresses that stay.
+
+Legend: M rows of one token each, W pages of the longest sequence, V vocabulary.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from luthier.modeling import kernels
+from luthier.modeling.kernels.served_rows import PAGE_SIZE, SingleRows, TokenRows
+from luthier.modeling.kernels.serving import CompiledOps
+
+if TYPE_CHECKING:
+    from luthier.modeling.kernels._threads import Program
+    from luthier.modeling.packed_llama import PackedLlama, Stretch
+
+# Rows of the widest program.
+MAX_ROWS = 64
+# Programs that are kept, some 70 kB each for 30 layers: one for each number of rows and kinds of adapters.
+_MAX_PROGRAMS = 64
+
+
+class DecodePrograms:
+    """The programs of one base.
+
+    Args:
+        llama: it, all its products in tiles.
+    """
+
+    def __init__(self, llama: "PackedLlama") -> None:
+        self._llama = llama
+        self._buffers = llama.make_buffers(MAX_ROWS)
+        self._logits_MV = llama.embedding_VD.new_empty(MAX_ROWS, llama.vocabulary_size)
+        num_pages = -(-llama.context_length // PAGE_SIZE)
+        self._positions_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
+        self._pages_MW = torch.zeros(MAX_ROWS, num_pages, dtype=torch.int64)
+        self._adapters_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
+        self._positions, self._pages = self._positions_M.numpy(), self._pages_MW.numpy()
+        self._programs: OrderedDict[tuple[int, bool, bool], Program] = OrderedDict()
+        self._num_threads = 0
+
+    def can_run(self, stretches: Sequence["Stretch"]) -> bool:
+        """Whether a step is one of these: single rows, each of which wants its logits."""
+        is_narrow = 0 < len(stretches) <= MAX_ROWS and isinstance(self._llama.ops, CompiledOps)
+        return is_narrow and all(len(one) == 1 and one.num_logits == 1 for one in stretches)
+
+    def step(self, stretches: Sequence["Stretch"]) -> torch.Tensor:
+        """Run a step, as `PackedLlama.step` does."""
+        num_rows = len(stretches)
+        for row, one in enumerate(stretches):
+            width = one.first // PAGE_SIZE + 1
+            self._positions[row] = one.first
+            self._pages[row, :width] = one.pages[:width]
+        rows = SingleRows([one.adapter for one in stretches], self._adapters_M[:num_rows])
+        buffers = self._buffers.first(num_rows)
+        self._llama.embed(stretches, buffers.stream_ND)
+        self._program(rows, num_rows).run()
+        return self._logits_MV[:num_rows].float()
+
+    def _program(self, rows: SingleRows, num_rows: int) -> "Program":
+        num_threads = torch.get_num_threads()
+        if num_threads != self._num_threads:
+            # The kernels' own memory is as large as there are threads, and may have moved.
+            self._programs.clear()
+            self._num_threads = num_threads
+        key = num_rows, rows.has_low_ranks, rows.has_bottlenecks
+        program = self._programs.pop(key, None) or self._record(rows, num_rows)
+        self._programs[key] = program
+        if len(self._programs) > _MAX_PROGRAMS:
+            self._programs.popitem(last=False)
+        return program
+
+    def _record(self, rows: SingleRows, num_rows: int) -> "Program":
+        from luthier.modeling.kernels._threads import recording
+
+        buffers = self._buffers.first(num_rows)
+        tokens = TokenRows(self._positions_M[:num_rows], self._pages_MW[:num_rows], num_rows, are_alone=True)
+        runner = kernels.compiled_address("run_program", self._llama.dtype)
+        with recording(runner) as program:
+            change_MD = self._llama.run_layers(buffers, rows, tokens, [])
+            logits_MV = self._logits_MV[:num_rows]
+            self._llama.run_head(buffers.stream_ND, change_MD, buffers.normed_ND, logits_MV)
+        return program

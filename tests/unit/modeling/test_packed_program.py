@@ -1,0 +1,115 @@
+"""A step that was written down as a program says to the bit what its kernels say when launched one by one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from luthier.core.shapes import read_shape
+from luthier.methods import method_of_artifact
+from luthier.modeling import packed_program
+from luthier.modeling.kernels.products import can_tile
+from luthier.modeling.packed_adapter import PackedAdapter, lay_out
+from luthier.modeling.packed_llama import PackedLlama, Stretch
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.unit.inference.artifacts import build_method_artifact, load_plain
+
+pytestmark = pytest.mark.skipif(
+    not can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)), reason="the processor has no matrix tiles"
+)
+TUNINGS = ({"type": "lora", "rank": 4}, {"type": "adapter", "bottleneck_dim": 8})
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
+
+
+@pytest.fixture
+def base(base_folder: Path) -> PackedLlama:
+    base = PackedLlama(load_plain(base_folder).bfloat16(), num_pages=200)
+    generator = torch.Generator().manual_seed(0)
+    for pages in (base.pages.keys, base.pages.values):
+        pages.copy_(torch.randn(pages.shape, generator=generator))
+    return base
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, base_folder: Path, base: PackedLlama) -> list[PackedAdapter]:
+    plain = load_plain(base_folder)
+    weights = {name: module.weight for name, module in plain.named_modules() if hasattr(module, "weight")}
+    laid_out = []
+    for number, tuning in enumerate(TUNINGS):
+        folder = build_method_artifact(tmp_path / str(number), base_folder, tuning, seed=number).folder
+        parts = method_of_artifact(folder).read_parts(folder, read_shape(base_folder))
+        assert parts is not None
+        laid_out.append(lay_out(parts, base, lambda name: weights[name]))
+    return laid_out
+
+
+def make_step(seed: int, num_rows: int, adapters: list[PackedAdapter]) -> list[Stretch]:
+    """Return rows of random tokens, lengths and adapters, none among them."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(0, 2**31, (num_rows, 3), generator=generator).tolist()
+    mixed = [None, *(one.described for one in adapters)]
+    return [
+        Stretch([token % 40], first % 40, [3 * row, 3 * row + 1, 3 * row + 2], mixed[which % len(mixed)])
+        for row, (token, first, which) in enumerate(draws)
+    ]
+
+
+def run_both_ways(base: PackedLlama, step: list[Stretch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a step's logits as a program, and as single launches on the same pages."""
+    keys, values = base.pages.keys.clone(), base.pages.values.clone()
+    programs = base._programs
+    assert programs is not None
+    as_program = base.step(step)
+    after = base.pages.keys.clone(), base.pages.values.clone()
+    base.pages.keys.copy_(keys)
+    base.pages.values.copy_(values)
+    base._programs = None
+    launched = base.step(step)
+    base._programs = programs
+    assert torch.equal(after[0], base.pages.keys)
+    assert torch.equal(after[1], base.pages.values)
+    return as_program, launched
+
+
+def test_steps_of_any_rows_and_adapters_agree(base: PackedLlama, adapters: list[PackedAdapter]) -> None:
+    for seed, num_rows in enumerate((1, 3, 3, 16, 1, 64, 3)):
+        mixed = adapters if seed % 2 else []
+        as_program, launched = run_both_ways(base, make_step(seed, num_rows, mixed))
+        assert torch.equal(as_program, launched)
+
+
+def test_programs_are_made_anew_for_other_threads(base: PackedLlama, adapters: list[PackedAdapter]) -> None:
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 3, 2):
+            torch.set_num_threads(num_threads)
+            as_program, launched = run_both_ways(base, make_step(7, 5, adapters))
+            assert torch.equal(as_program, launched)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_a_few_programs_are_kept(
+    monkeypatch: pytest.MonkeyPatch, base: PackedLlama, adapters: list[PackedAdapter]
+) -> None:
+    monkeypatch.setattr(packed_program, "_MAX_PROGRAMS", 2)
+    programs = base._programs
+    assert programs is not None
+    for num_rows in (1, 2, 3, 1, 2, 3):
+        as_program, launched = run_both_ways(base, make_step(num_rows, num_rows, adapters))
+        assert torch.equal(as_program, launched)
+    assert len(programs._programs) == 2
+
+
+def test_other_steps_are_no_programs(base: PackedLlama) -> None:
+    programs, one = base._programs, Stretch([3], 0, [0])
+    assert programs is not None
+    assert programs.can_run([one] * packed_program.MAX_ROWS)
+    assert not programs.can_run([one] * (packed_program.MAX_ROWS + 1))
+    assert not programs.can_run([one, Stretch([3, 4], 0, [1])])
+    assert not programs.can_run([one, Stretch([3], 0, [1], wants_logits=False)])
+    assert not programs.can_run([])

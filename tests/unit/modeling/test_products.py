@@ -1,0 +1,82 @@
+"""Products in matrix tiles are the plain ones; where the processor has no tiles, other products run."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from luthier.modeling.kernels import products
+from luthier.modeling.kernels.page_memory import take_large
+from luthier.modeling.kernels.products import TiledWeight, can_tile, tiled_bytes
+from luthier.modeling.packed_linear import PackedLinear
+
+needs_tiles = pytest.mark.skipif(
+    not can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)), reason="the processor has no matrix tiles"
+)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@needs_tiles
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 32), (1, 64), (100, 96), (200, 576)])
+def test_products_of_any_number_of_rows_are_the_plain_ones(num_outputs: int, num_inputs: int) -> None:
+    weight_OK = draw(num_outputs, num_inputs)
+    tiled = TiledWeight(weight_OK)
+    for num_rows in (1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 64, 81):
+        x_NK = draw(num_rows, num_inputs, seed=num_rows)
+        out_NO = torch.full((num_rows, num_outputs), float("nan"), dtype=torch.bfloat16)
+        expected_NO = (x_NK.double() @ weight_OK.double().t()).bfloat16()
+        found_NO = tiled.times(x_NK, out_NO)
+        # One unit in the last place of a bfloat16.
+        torch.testing.assert_close(found_NO, expected_NO, rtol=2**-7, atol=1e-3)
+
+
+@needs_tiles
+@pytest.mark.parametrize("num_rows", [1, 20, 40])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_visible_in_its_row_alone(num_rows: int, wrong: float) -> None:
+    tiled, x_NK = TiledWeight(draw(64, 64)), draw(num_rows, 64, seed=1)
+    x_NK[-1, 3] = wrong
+    found_NO = tiled.times(x_NK, torch.zeros(num_rows, 64, dtype=torch.bfloat16))
+    assert not torch.isfinite(found_NO[-1]).any()
+    assert torch.isfinite(found_NO[:-1]).all()
+
+
+@needs_tiles
+def test_weights_lie_in_memory_that_is_given_and_nowhere_else() -> None:
+    weight_OK = draw(100, 96)
+    memory = take_large(3 * tiled_bytes(weight_OK)).zero_()
+    before, own, after = memory.split(tiled_bytes(weight_OK))
+    TiledWeight(weight_OK, own)
+    assert own.any()
+    assert not before.any()
+    assert not after.any()
+
+
+@needs_tiles
+def test_rows_that_are_not_what_the_kernel_reads_are_refused() -> None:
+    tiled, good, out = TiledWeight(draw(64, 64)), draw(2, 64), torch.zeros(2, 64, dtype=torch.bfloat16)
+    for x_NK, out_NO in ((draw(2, 32), out), (good.float(), out), (good, out[:1]), (draw(64, 2).t(), out)):
+        with pytest.raises(ValueError, match="contiguous bfloat16"):
+            tiled.times(x_NK, out_NO)
+
+
+def test_other_types_shapes_and_processors_take_other_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PackedLinear(draw(64, 64).float()).tiled is None
+    assert PackedLinear(draw(64, 48)).tiled is None
+    monkeypatch.setattr(products, "_has_tiles", lambda: False)
+    weight_OK, x_NK = draw(64, 64), draw(3, 64, seed=1)
+    linear = PackedLinear(weight_OK)
+    assert linear.tiled is None
+    torch.testing.assert_close(linear(x_NK), x_NK @ weight_OK.t(), rtol=2**-6, atol=1e-2)
