@@ -24,7 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # OpenMP's threads spin while they wait for each other, some milliseconds by default; beside a training job on
 # the same cores a step then takes several times as long. A step parts work some hundred times, within a
 # fraction of a millisecond of each other: they spin about as long, then sleep.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import torch
 import uvicorn

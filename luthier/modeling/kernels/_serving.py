@@ -27,8 +27,20 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
-from luthier.modeling.kernels._vectors import add_rows, dot_four_rows, dot_four_rows_wide, item_size
-from luthier.modeling.kernels.served_rows import BLOCK
+from luthier.modeling.kernels._vectors import (
+    add_rows,
+    add_rows_to_1,
+    add_rows_to_2,
+    add_rows_to_3,
+    add_rows_to_4,
+    dot_four_rows,
+    dot_four_rows_with_1,
+    dot_four_rows_with_2,
+    dot_four_rows_with_3,
+    dot_four_rows_with_4,
+    item_size,
+)
+from luthier.modeling.kernels.served_rows import BLOCK, MAX_QUERIES
 
 
 @Kernel
@@ -65,8 +77,14 @@ def _turn_into(first, cosine, sine, source, half, scale, target):
 
 
 @inlined
+def _copy(first, source, target, size):
+    for c in range(size):
+        target[c] = source[first + c]
+
+
+@inlined
 def _to_weights(scores, num_keys):
-    """Turn scores into weights that are still to be multiplied by what is returned."""
+    """Turn scores into weights: their softmax."""
     highest = scores[0]
     for j in range(num_keys):
         highest = scores[j] if scores[j] > highest else highest
@@ -74,7 +92,35 @@ def _to_weights(scores, num_keys):
     for j in range(num_keys):
         scores[j] = exponential(scores[j] - highest)
         total += scores[j]
-    return np.float32(1.0) / total
+    inverse = np.float32(1.0) / total
+    for j in range(num_keys):
+        scores[j] *= inverse
+
+
+@inlined
+def _score_keys(num_queries, keys_at, size, queries_at, scores_at, scores_stride, data):
+    """Write the products of four keys with up to `MAX_QUERIES` queries of a key head."""
+    if num_queries == 1:
+        dot_four_rows_with_1(keys_at, size, queries_at, size, size, scores_at, scores_stride, data)
+    elif num_queries == 2:
+        dot_four_rows_with_2(keys_at, size, queries_at, size, size, scores_at, scores_stride, data)
+    elif num_queries == 3:
+        dot_four_rows_with_3(keys_at, size, queries_at, size, size, scores_at, scores_stride, data)
+    else:
+        dot_four_rows_with_4(keys_at, size, queries_at, size, size, scores_at, scores_stride, data)
+
+
+@inlined
+def _add_values(num_queries, values_at, size, weights_at, weights_stride, num_values, totals_at, data):
+    """Add the values of a page to the totals of up to `MAX_QUERIES` queries, each times its weights."""
+    if num_queries == 1:
+        add_rows_to_1(values_at, size, weights_at, weights_stride, num_values, totals_at, size, size, data)
+    elif num_queries == 2:
+        add_rows_to_2(values_at, size, weights_at, weights_stride, num_values, totals_at, size, size, data)
+    elif num_queries == 3:
+        add_rows_to_3(values_at, size, weights_at, weights_stride, num_values, totals_at, size, size, data)
+    else:
+        add_rows_to_4(values_at, size, weights_at, weights_stride, num_values, totals_at, size, size, data)
 
 
 @Kernel
@@ -83,7 +129,7 @@ def attend_pages(data):
 
     Pages are [pages, key heads, tokens of a page, C]; a row's are named in `pages_MW`, and its token is
     number `positions_M[i]` of its sequence. Rows of one sequence are put in one call and attend in another,
-    for they see each other.
+    for they see each other. Queries that share a key head read its pages together.
     """
     table = open_table(data)
     num_rows, num_kv_heads, groups, size = table[2], table[3], table[4], table[5]
@@ -95,10 +141,11 @@ def attend_pages(data):
     pages_MW = carray(at_int64(table[13]), (num_rows, max_pages))
     key_pages, value_pages = table[14], table[15]
     out = carray(at(table[16], data), num_rows * groups * num_kv_heads * size)
-    puts, attends = table[19], table[20]
-    scratch = table[17] + thread_number(table) * table[18] * 4
-    query, total_C = carray(at_float32(scratch), size), carray(at_float32(scratch + 4 * size), size)
-    weights_at = scratch + 8 * size
+    puts, attends, longest = table[19], table[20], table[21]
+    queries_at = table[17] + thread_number(table) * table[18] * 4
+    totals_at = queries_at + 4 * MAX_QUERIES * size
+    weights_at = totals_at + 4 * MAX_QUERIES * size
+    totals_C = carray(at_float32(totals_at), MAX_QUERIES * size)
     bytes_each, head_bytes = item_size(data), page_size * size * item_size(data)
     begin, end = share(table, num_rows * num_kv_heads)
     for pair in range(begin, end):
@@ -110,45 +157,36 @@ def attend_pages(data):
         if puts != 0:
             place = (pages_MW[i, position // page_size] * num_kv_heads + head) * head_bytes
             place += position % page_size * size * bytes_each
-            key, value = (
-                carray(at(key_pages + place, data), size),
-                carray(at(value_pages + place, data), size),
-            )
             first = row + (groups * num_kv_heads + head) * size
+            key = carray(at(key_pages + place, data), size)
             _turn_into(first, cosine, sine, qkv, half, np.float32(1.0), key)
-            first += num_kv_heads * size
-            for c in range(size):
-                value[c] = qkv[first + c]
+            _copy(first + num_kv_heads * size, qkv, carray(at(value_pages + place, data), size), size)
         if attends == 0:
             continue
         num_keys = position + 1
-        weights = carray(at_float32(weights_at), num_keys)
-        for group in range(groups):
-            query_head = head * groups + group
-            _turn_into(row + query_head * size, cosine, sine, qkv, half, scale, query)
-            for page in range((num_keys + page_size - 1) // page_size):
-                keys_at = key_pages + (pages_MW[i, page] * num_kv_heads + head) * head_bytes
-                for four in range(0, page_size, 4):
-                    if page * page_size + four < num_keys:
-                        dot_four_rows_wide(
-                            keys_at + four * size * bytes_each,
-                            size,
-                            scratch,
-                            size,
-                            weights_at + (page * page_size + four) * 4,
-                            data,
-                        )
-            inverse = _to_weights(weights, num_keys)
-            for c in range(size):
-                total_C[c] = np.float32(0.0)
-            for page in range((num_keys + page_size - 1) // page_size):
+        num_pages = (num_keys + page_size - 1) // page_size
+        for group in range(0, groups, MAX_QUERIES):
+            num_queries, first_query = min(MAX_QUERIES, groups - group), head * groups + group
+            for which in range(num_queries):
+                query = carray(at_float32(queries_at + 4 * which * size), size)
+                _turn_into(row + (first_query + which) * size, cosine, sine, qkv, half, scale, query)
+            for four in range(0, num_keys, 4):
+                keys_at = key_pages + (pages_MW[i, four // page_size] * num_kv_heads + head) * head_bytes
+                keys_at += four % page_size * size * bytes_each
+                scores_at = weights_at + 4 * four
+                _score_keys(num_queries, keys_at, size, queries_at, scores_at, longest, data)
+            for c in range(num_queries * size):
+                totals_C[c] = np.float32(0.0)
+            for which in range(num_queries):
+                _to_weights(carray(at_float32(weights_at + 4 * which * longest), num_keys), num_keys)
+            for page in range(num_pages):
                 values_at = value_pages + (pages_MW[i, page] * num_kv_heads + head) * head_bytes
                 num_seen = min(page_size, num_keys - page * page_size)
                 factors_at = weights_at + page * page_size * 4
-                add_rows(values_at, size, factors_at, num_seen, scratch + 4 * size, size, data)
-            first = (i * groups * num_kv_heads + query_head) * size
-            for c in range(size):
-                out[first + c] = narrow(total_C[c] * inverse, out)
+                _add_values(num_queries, values_at, size, factors_at, longest, num_seen, totals_at, data)
+            first = (i * groups * num_kv_heads + first_query) * size
+            for c in range(num_queries * size):
+                out[first + c] = narrow(totals_C[c], out)
 
 
 @inlined

@@ -110,14 +110,24 @@ def loop(
     return index, held
 
 
-def _sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """Return the sum of a vector's 16 numbers, halves added to halves."""
-    lanes = _LANES
-    while lanes > 1:
-        lanes //= 2
-        mask = ir.Constant(_WIDE_BITS, [(lane + lanes) % _LANES for lane in range(_LANES)])
-        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, mask))
-    return builder.extract_element(vector, _I32(0))
+def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """Return the sums of the numbers of four vectors, as a vector of four."""
+
+    def shuffled(a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+    def halved(a: ir.Value, b: ir.Value, width: int) -> ir.Value:
+        """Add the upper to the lower half of each part of so many lanes; a's parts come before b's."""
+        low = [start + lane for start in range(0, 2 * _LANES, width) for lane in range(width // 2)]
+        high = [lane + width // 2 for lane in low]
+        return builder.fadd(shuffled(a, b, low), shuffled(a, b, high))
+
+    first, second = (halved(*vectors[at : at + 2], 16) for at in (0, 2))
+    parts = halved(first, second, 8)
+    for step in (2, 1):
+        others = [lane ^ step for lane in range(_LANES)]
+        parts = builder.fadd(parts, shuffled(parts, parts, others))
+    return shuffled(parts, parts, [0, 4, 8, 12])
 
 
 def _broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -134,34 +144,45 @@ def _is_bfloat16(like: Any) -> bool:
     return like.dtype == types.uint16
 
 
-def _emit_dots(builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], rows: _Memory, other: _Memory) -> None:
-    first, stride, x, size, out = arguments
-    numbers = range(_NUM_SUMS)
+def _emit_dots(
+    builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], num_others: int, rows: _Memory, other: _Memory
+) -> None:
+    """Emit the products of four rows with each of some vectors; each row is read once."""
+    first, stride, x, x_stride, size, out, out_stride = arguments
+    numbers, others = range(_NUM_SUMS), range(num_others)
     starts = [builder.mul(stride, _I64(number)) for number in numbers]
+    x_starts = [builder.mul(x_stride, _I64(number)) for number in others]
 
     def multiply(lanes: int) -> _Body:
         def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            factor = other.load(x, index, lanes)
+            factors = [other.load(x, builder.add(start, index), lanes) for start in x_starts]
             places = [builder.add(start, index) for start in starts]
             if lanes > 1:
                 # The rows after these, which follow them in memory.
                 ahead = builder.mul(stride, _I64(_NUM_SUMS))
                 for place in places:
                     rows.prefetch(first, builder.add(place, ahead))
+            held = [rows.load(first, place, lanes) for place in places]
+            pairs = [(row, factor) for factor in factors for row in held]
             return [
-                _multiply_add(builder, rows.load(first, place, lanes), factor, total)
-                for place, total in zip(places, sums, strict=True)
+                _multiply_add(builder, row, factor, total)
+                for (row, factor), total in zip(pairs, sums, strict=True)
             ]
 
         return body
 
-    zeros = [ir.Constant(_VECTOR, [0.0] * _LANES)] * _NUM_SUMS
+    num_sums = _NUM_SUMS * num_others
+    zeros = [ir.Constant(_VECTOR, [0.0] * _LANES)] * num_sums
     index, vectors = loop(builder, _I64(0), size, _LANES, zeros, multiply(_LANES))
-    totals = [_sum_lanes(builder, vector) for vector in vectors]
-    _, totals = loop(builder, index, size, 1, totals, multiply(1))
+    _, rest = loop(builder, index, size, 1, [_F32(0.0)] * num_sums, multiply(1))
     memory = _Memory(builder, is_bfloat16=False)
-    for number, total in zip(numbers, totals, strict=True):
-        memory.store(total, out, _I64(number))
+    for which in others:
+        own = slice(which * _NUM_SUMS, (which + 1) * _NUM_SUMS)
+        total = _sum_four(builder, vectors[own])
+        for row, single in enumerate(rest[own]):
+            both = builder.fadd(builder.extract_element(total, _I32(row)), single)
+            total = builder.insert_element(total, both, _I32(row))
+        memory.store(total, out, builder.mul(out_stride, _I64(which)))
 
 
 @intrinsic
@@ -170,22 +191,77 @@ def dot_four_rows(_context, first, stride, x, size, out, like):
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         memory = _Memory(builder, is_bfloat16=_is_bfloat16(like))
-        _emit_dots(builder, tuple(arguments[:5]), memory, memory)
+        first, stride, x, size, out = arguments[:5]
+        places = (first, stride, x, _I64(0), size, out, _I64(0))
+        _emit_dots(builder, places, 1, memory, memory)
         return ir.Constant(_I64, 0)
 
     return types.int64(*[types.int64] * 5, like), generate
 
 
-@intrinsic
-def dot_four_rows_wide(_context, first, stride, x, size, out, like):
-    """Write the products of four rows with x, four float32 at out; x is float32 whatever the rows hold."""
+def _dots_with(num_others: int) -> Any:
+    @intrinsic
+    def dots(_context, first, stride, x, x_stride, size, out, out_stride, like):
+        """Write the products of four rows with each of some vectors, which are float32."""
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        rows = _Memory(builder, is_bfloat16=_is_bfloat16(like))
-        _emit_dots(builder, tuple(arguments[:5]), rows, _Memory(builder, is_bfloat16=False))
-        return ir.Constant(_I64, 0)
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            rows = _Memory(builder, is_bfloat16=_is_bfloat16(like))
+            other = _Memory(builder, is_bfloat16=False)
+            _emit_dots(builder, tuple(arguments[:7]), num_others, rows, other)
+            return ir.Constant(_I64, 0)
 
-    return types.int64(*[types.int64] * 5, like), generate
+        return types.int64(*[types.int64] * 7, like), generate
+
+    return dots
+
+
+# By how many vectors: each keeps four sums, as many as there are registers for.
+dot_four_rows_with_1, dot_four_rows_with_2, dot_four_rows_with_3, dot_four_rows_with_4 = (
+    _dots_with(number) for number in (1, 2, 3, 4)
+)
+
+
+def _emit_additions(
+    builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], num_outs: int, rows: _Memory
+) -> None:
+    """Emit the additions of rows, each times a factor, to each of some vectors; each row is read once."""
+    first, stride, factors, factors_stride, num_rows, out, out_stride, size = arguments
+    memory = _Memory(builder, is_bfloat16=False)
+    factor_starts = [builder.mul(factors_stride, _I64(number)) for number in range(num_outs)]
+    out_starts = [builder.mul(out_stride, _I64(number)) for number in range(num_outs)]
+
+    def columns(lanes: int, num_sums: int) -> _Body:
+        def body(column: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            places = [builder.add(column, _I64(lanes * number)) for number in range(num_sums)]
+            outs = [builder.add(start, place) for start in out_starts for place in places]
+
+            def row_body(row: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                start = builder.mul(row, stride)
+                if num_sums > 1:
+                    ahead = builder.add(builder.add(start, column), _I64(_AHEAD))
+                    for line in range(0, num_sums, 2):
+                        rows.prefetch(first, builder.add(ahead, _I64(line * _LANES)))
+                held = [rows.load(first, builder.add(start, place), lanes) for place in places]
+                found = [memory.load(factors, builder.add(start, row), 1) for start in factor_starts]
+                if lanes > 1:
+                    found = [_broadcast(builder, factor) for factor in found]
+                pairs = [(part, factor) for factor in found for part in held]
+                return [
+                    _multiply_add(builder, part, factor, total)
+                    for (part, factor), total in zip(pairs, sums, strict=True)
+                ]
+
+            before = [memory.load(out, place, lanes) for place in outs]
+            _, sums = loop(builder, _I64(0), num_rows, 1, before, row_body)
+            for place, total in zip(outs, sums, strict=True):
+                memory.store(total, out, place)
+            return []
+
+        return body
+
+    index, _ = loop(builder, _I64(0), size, _NUM_SUMS * _LANES, [], columns(_LANES, _NUM_SUMS))
+    index, _ = loop(builder, index, size, _LANES, [], columns(_LANES, 1))
+    loop(builder, index, size, 1, [], columns(1, 1))
 
 
 @intrinsic
@@ -194,40 +270,28 @@ def add_rows(_context, first, stride, factors, num_rows, out, size, like):
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         first, stride, factors, num_rows, out, size = arguments[:6]
-        rows = _Memory(builder, is_bfloat16=_is_bfloat16(like))
-        memory = _Memory(builder, is_bfloat16=False)
-
-        def columns(lanes: int, num_sums: int) -> _Body:
-            def body(column: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                places = [builder.add(column, _I64(lanes * number)) for number in range(num_sums)]
-
-                def row_body(row: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                    factor = memory.load(factors, row, 1)
-                    if lanes > 1:
-                        factor = _broadcast(builder, factor)
-                    start = builder.mul(row, stride)
-                    if num_sums > 1:
-                        ahead = builder.add(builder.add(start, column), _I64(_AHEAD))
-                        for line in range(0, num_sums, 2):
-                            rows.prefetch(first, builder.add(ahead, _I64(line * _LANES)))
-                    return [
-                        _multiply_add(
-                            builder, rows.load(first, builder.add(start, place), lanes), factor, total
-                        )
-                        for place, total in zip(places, sums, strict=True)
-                    ]
-
-                held = [memory.load(out, place, lanes) for place in places]
-                _, sums = loop(builder, _I64(0), num_rows, 1, held, row_body)
-                for place, total in zip(places, sums, strict=True):
-                    memory.store(total, out, place)
-                return []
-
-            return body
-
-        index, _ = loop(builder, _I64(0), size, _NUM_SUMS * _LANES, [], columns(_LANES, _NUM_SUMS))
-        index, _ = loop(builder, index, size, _LANES, [], columns(_LANES, 1))
-        loop(builder, index, size, 1, [], columns(1, 1))
+        places = (first, stride, factors, _I64(0), num_rows, out, _I64(0), size)
+        _emit_additions(builder, places, 1, _Memory(builder, is_bfloat16=_is_bfloat16(like)))
         return ir.Constant(_I64, 0)
 
     return types.int64(*[types.int64] * 6, like), generate
+
+
+def _additions_to(num_outs: int) -> Any:
+    @intrinsic
+    def additions(_context, first, stride, factors, factors_stride, num_rows, out, out_stride, size, like):
+        """Add rows to each of some vectors of float32, each row times a factor for each vector."""
+
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            rows = _Memory(builder, is_bfloat16=_is_bfloat16(like))
+            _emit_additions(builder, tuple(arguments[:8]), num_outs, rows)
+            return ir.Constant(_I64, 0)
+
+        return types.int64(*[types.int64] * 8, like), generate
+
+    return additions
+
+
+add_rows_to_1, add_rows_to_2, add_rows_to_3, add_rows_to_4 = (
+    _additions_to(number) for number in (1, 2, 3, 4)
+)

@@ -26,6 +26,8 @@ PAGE_SIZE = 16
 NUM_SITES = 7
 # Columns that a kernel sums up at a time.
 BLOCK = 64
+# Queries of a key head that a kernel attends with at a time.
+MAX_QUERIES = 4
 ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
 SITE_ENTRIES, BOTTLENECK_ENTRIES = 4, 7
 LAYER_ENTRIES = NUM_SITES * SITE_ENTRIES + 2 * BOTTLENECK_ENTRIES

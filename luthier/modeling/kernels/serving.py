@@ -17,6 +17,7 @@ from luthier.modeling.kernels import _plain
 from luthier.modeling.kernels.served_rows import (
     BOTTLENECK_ENTRIES,
     LAYER_ENTRIES,
+    MAX_QUERIES,
     NUM_SITES,
     PAGE_SIZE,
     SITE_ENTRIES,
@@ -84,9 +85,10 @@ class CompiledOps:
 
         self._shape = shape
         self._widths = torch.tensor(site_widths, dtype=torch.int64)
-        longest = len(shape.cosine_TC) + PAGE_SIZE + 2 * shape.size
+        self._longest = len(shape.cosine_TC) + PAGE_SIZE
+        attending = MAX_QUERIES * (self._longest + 2 * shape.size)
         # A cache line between two threads' parts.
-        self._scratch_width = max(longest, max_middle + max(site_widths)) + 16
+        self._scratch_width = max(attending, max_middle + max(site_widths)) + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
         addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
         launchers = [Launcher(one, 24) for one in addresses]
@@ -157,6 +159,7 @@ class CompiledOps:
                 out_NK.data_ptr(),
                 *self._scratch_of_threads(),
                 *parts,
+                self._longest,
             )
         )
 
