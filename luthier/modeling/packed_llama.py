@@ -11,6 +11,7 @@ and v, K attended columns, F feed-forward size, H key heads, C head size, V voca
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from luthier.modeling.kernels.served_rows import (
     HeadShape,
     Pages,
     SingleRows,
+    StretchRows,
     TokenRows,
     token_rows,
     turn,
@@ -68,7 +70,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, eq=False)
-class _Chunk:
+class Chunk:
     """A stretch of several tokens and its place among a step's tokens."""
 
     stretch: Stretch
@@ -92,6 +94,22 @@ class Buffers:
     def first(self, num_rows: int) -> "Buffers":
         """Return those of a step with fewer rows, in the same memory."""
         return Buffers(*(getattr(self, one.name)[:num_rows] for one in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a step runs: single rows first, then the tokens of stretches."""
+
+    rows: SingleRows
+    tokens: TokenRows
+    chunks: Sequence[Chunk] = ()
+
+    @cached_property
+    def stretches(self) -> StretchRows | None:
+        """The adapters of the stretches; None where there is none."""
+        if not self.chunks:
+            return None
+        return StretchRows([one.stretch.adapter for one in self.chunks], [one.tokens for one in self.chunks])
 
 
 def can_pack_llama(causal_lm: "PreTrainedModel") -> bool:
@@ -199,7 +217,7 @@ class PackedLlama:
         tokens = self._place_tokens(singles, chunks)
         buffers = self.make_buffers(sum(len(one) for one in stretches))
         self.embed([*singles, *chunks], buffers.stream_ND)
-        change_ND = self.run_layers(buffers, rows, tokens, places)
+        change_ND = self.run_layers(buffers, Work(rows, tokens, places))
         return self._logits(buffers.stream_ND, change_ND, stretches, singles, places)
 
     def make_buffers(self, num_tokens: int) -> Buffers:
@@ -221,17 +239,15 @@ class PackedLlama:
                 out_ND[first : first + len(one)] = one.tokens
             first += len(one)
 
-    def run_layers(
-        self, buffers: Buffers, rows: SingleRows, tokens: TokenRows, places: list[_Chunk]
-    ) -> torch.Tensor:
+    def run_layers(self, buffers: Buffers, work: Work) -> torch.Tensor:
         """Run all blocks over the stream; return the last change [N, D], which is still to be added to it."""
         change_ND: torch.Tensor | None = None
         for layer, block in enumerate(self._blocks):
             stream_ND, normed_ND = buffers.stream_ND, buffers.normed_ND
             self.ops.add_norm(stream_ND, change_ND, block.attention_norm_D, normed_ND)
-            change_ND = self._attend(layer, block, buffers, rows, tokens, places)
+            change_ND = self._attend(layer, block, buffers, work)
             self.ops.add_norm(stream_ND, change_ND, block.feed_forward_norm_D, normed_ND)
-            change_ND = self._feed_forward(layer, block, buffers, rows, places)
+            change_ND = self._feed_forward(layer, block, buffers, work)
         assert change_ND is not None
         return change_ND
 
@@ -246,74 +262,49 @@ class PackedLlama:
         self.ops.add_norm(stream_RD, change_RD, self._norm_D, normed_RD)
         return self._head(normed_RD, out_RV)
 
-    def _attend(
-        self,
-        layer: int,
-        block: Block,
-        buffers: Buffers,
-        rows: SingleRows,
-        tokens: TokenRows,
-        places: list[_Chunk],
-    ) -> torch.Tensor:
+    def _attend(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
         normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
         qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE)
-        self._add_low_ranks(qkv_NE, normed_ND, rows, places, layer, ATTENTION_IN)
-        self.ops.attend(qkv_NE, tokens, self.pages, layer, attended_NK)
-        for chunk in places:
-            if chunk.tokens.start >= tokens.num_attending:
+        self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
+        self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
+        for chunk in work.chunks:
+            if chunk.tokens.start >= work.tokens.num_attending:
                 self._attend_chunk(qkv_NE[chunk.tokens], chunk, layer, attended_NK[chunk.tokens])
         out_ND = block.attention_out(attended_NK, buffers.change_ND)
-        self._add_low_ranks(out_ND, attended_NK, rows, places, layer, ATTENTION_OUT)
-        self._add_bottlenecks(out_ND, normed_ND, rows, places, layer, 0)
+        self._add_low_ranks(out_ND, attended_NK, work, layer, ATTENTION_OUT)
+        self._add_bottlenecks(out_ND, normed_ND, work, layer, 0)
         return out_ND
 
-    def _feed_forward(
-        self, layer: int, block: Block, buffers: Buffers, rows: SingleRows, places: list[_Chunk]
-    ) -> torch.Tensor:
+    def _feed_forward(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
         normed_ND, hidden_NF = buffers.normed_ND, buffers.hidden_NF
         gate_up_NF = block.feed_forward_in(normed_ND, buffers.gate_up_NF)
-        self._add_low_ranks(gate_up_NF, normed_ND, rows, places, layer, FEED_FORWARD_IN)
+        self._add_low_ranks(gate_up_NF, normed_ND, work, layer, FEED_FORWARD_IN)
         self.ops.gate(gate_up_NF, hidden_NF)
         out_ND = block.feed_forward_out(hidden_NF, buffers.change_ND)
-        self._add_low_ranks(out_ND, hidden_NF, rows, places, layer, FEED_FORWARD_OUT)
-        self._add_bottlenecks(out_ND, normed_ND, rows, places, layer, 1)
+        self._add_low_ranks(out_ND, hidden_NF, work, layer, FEED_FORWARD_OUT)
+        self._add_bottlenecks(out_ND, normed_ND, work, layer, 1)
         return out_ND
 
     def _add_low_ranks(
-        self,
-        out_NO: torch.Tensor,
-        x_NK: torch.Tensor,
-        rows: SingleRows,
-        places: list[_Chunk],
-        layer: int,
-        sites: slice,
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, work: Work, layer: int, sites: slice
     ) -> None:
-        if rows.has_low_ranks:
-            self.ops.add_low_rank(out_NO, x_NK, rows, layer, sites)
-        for chunk in places:
-            adapter = chunk.stretch.adapter
-            if adapter is not None and adapter.has_low_ranks:
-                own = out_NO[chunk.tokens]
-                adapter.add_low_ranks_to(own, x_NK[chunk.tokens], layer, sites, self.site_widths)
+        if work.rows.has_low_ranks:
+            self.ops.add_low_rank(out_NO, x_NK, work.rows, layer, sites)
+        if work.stretches is not None:
+            self.ops.add_stretches(out_NO, x_NK, work.stretches, layer, sites)
 
     def _add_bottlenecks(
-        self,
-        out_ND: torch.Tensor,
-        input_ND: torch.Tensor,
-        rows: SingleRows,
-        places: list[_Chunk],
-        layer: int,
-        half: int,
+        self, out_ND: torch.Tensor, input_ND: torch.Tensor, work: Work, layer: int, half: int
     ) -> None:
-        if rows.has_bottlenecks:
-            self.ops.add_bottleneck(out_ND, input_ND, rows, layer, half)
-        for chunk in places:
+        if work.rows.has_bottlenecks:
+            self.ops.add_bottleneck(out_ND, input_ND, work.rows, layer, half)
+        for chunk in work.chunks:
             adapter = chunk.stretch.adapter
             site = adapter.bottlenecks[layer][half] if adapter is not None else None
             if site is not None:
                 site.add_to(out_ND[chunk.tokens], input_ND[chunk.tokens])
 
-    def _attend_chunk(self, qkv_TE: torch.Tensor, chunk: _Chunk, layer: int, out_TK: torch.Tensor) -> None:
+    def _attend_chunk(self, qkv_TE: torch.Tensor, chunk: Chunk, layer: int, out_TK: torch.Tensor) -> None:
         """Let a stretch, its keys and values in their pages, attend to all of its sequence so far."""
         num_tokens, first = len(chunk.stretch), chunk.stretch.first
         query_TK = qkv_TE[:, : self.heads.widths[0]]
@@ -333,7 +324,7 @@ class PackedLlama:
         change_ND: torch.Tensor,
         stretches: Sequence[Stretch],
         singles: list[Stretch],
-        places: list[_Chunk],
+        places: list[Chunk],
     ) -> torch.Tensor:
         ends = {id(one): row + 1 for row, one in enumerate(singles)}
         ends |= {id(chunk.stretch): chunk.tokens.stop for chunk in places}
@@ -359,7 +350,7 @@ class PackedLlama:
             are_alone=not chunks,
         )
 
-    def _place_chunks(self, chunks: Sequence[Stretch], start: int) -> list[_Chunk]:
+    def _place_chunks(self, chunks: Sequence[Stretch], start: int) -> list[Chunk]:
         places = []
         for one in chunks:
             tokens = slice(start, start + len(one))
@@ -367,5 +358,5 @@ class PackedLlama:
             end = one.first + len(one)
             positions_T = torch.arange(one.first, end, device=self.device)
             pages_W = torch.tensor(one.pages[: -(-end // PAGE_SIZE)], device=self.device)
-            places.append(_Chunk(one, tokens, positions_T, pages_W))
+            places.append(Chunk(one, tokens, positions_T, pages_W))
         return places

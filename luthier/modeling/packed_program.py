@@ -79,12 +79,13 @@ class DecodePrograms:
 
     def _record(self, rows: SingleRows, num_rows: int) -> "Program":
         from luthier.modeling.kernels._threads import recording
+        from luthier.modeling.packed_llama import Work
 
         buffers = self._buffers.first(num_rows)
         tokens = TokenRows(self._positions_M[:num_rows], self._pages_MW[:num_rows], num_rows, are_alone=True)
         runner = kernels.compiled_address("run_program", self._llama.dtype)
         with recording(runner) as program:
-            change_MD = self._llama.run_layers(buffers, rows, tokens, [])
+            change_MD = self._llama.run_layers(buffers, Work(rows, tokens))
             logits_MV = self._logits_MV[:num_rows]
             self._llama.run_head(buffers.stream_ND, change_MD, buffers.normed_ND, logits_MV)
         return program

@@ -18,10 +18,12 @@ from luthier.modeling.kernels._rows import (
     softmax_loss,
 )
 from luthier.modeling.kernels._serving import add_bottleneck, add_low_rank, add_rms_norm, attend_pages
+from luthier.modeling.kernels._stretches import add_low_rank_stretches
 
 __all__ = [
     "add_bottleneck",
     "add_low_rank",
+    "add_low_rank_stretches",
     "add_rms_norm",
     "attend_pages",
     "causal_softmax",

@@ -41,7 +41,7 @@ _LANES = 16
 
 
 @inlined
-def _describe_tiles(shape_at, num_rows):
+def describe_tiles(shape_at, num_rows):
     """Write the shapes of tiles, 64 bytes a row, for a block of up to 32 rows."""
     shape = carray(at_uint8(shape_at), 64)
     for i in range(64):
@@ -83,8 +83,8 @@ def tile_product(data):
     x_stride, out_stride, panel_bytes = num_inputs * 2, num_outputs * 2, num_inputs * _PANEL_BYTES
     num_blocks = (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
     rest = num_rows - (num_blocks - 1) * _BLOCK_ROWS
-    _describe_tiles(whole_at, _BLOCK_ROWS)
-    _describe_tiles(whole_at + 64, rest)
+    describe_tiles(whole_at, _BLOCK_ROWS)
+    describe_tiles(whole_at + 64, rest)
     has_shorter = num_blocks > 1 and rest < _BLOCK_ROWS
     if num_rows > 1:
         configure_tiles(whole_at if num_blocks > 1 else whole_at + 64)

@@ -158,6 +158,28 @@ def multiply_panel(_context, weights, x, stride, num_steps, out):
 
 
 @intrinsic
+def multiply_tile(_context, weights, x, stride, num_steps, out):
+    """Write the products of up to 16 rows with 16 outputs, float32 [rows, 16]; a tile for every step."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        weights, x, stride, num_steps, out = arguments
+        machine = _Machine(builder)
+        machine.zero(0)
+
+        def step(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            machine.load(_ROWS[0], builder.add(x, builder.mul(index, _I64(64))), stride)
+            machine.load(_WEIGHTS[0], builder.add(weights, builder.mul(index, _I64(_TILE_BYTES))), _I64(64))
+            machine.multiply(0, _ROWS[0], _WEIGHTS[0])
+            return []
+
+        loop(builder, _I64(0), num_steps, 1, [], step)
+        machine.store(0, out, 64)
+        return _I64(0)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+@intrinsic
 def multiply_half_panel(_context, weights, x, stride, num_steps, out):
     """Write the products of 17 to 32 rows with half a panel, float32 [rows, 32]."""
 

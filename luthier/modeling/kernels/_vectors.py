@@ -122,7 +122,7 @@ def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
         high = [lane + width // 2 for lane in low]
         return builder.fadd(shuffled(a, b, low), shuffled(a, b, high))
 
-    first, second = (halved(*vectors[at : at + 2], 16) for at in (0, 2))
+    first, second = halved(vectors[0], vectors[1], 16), halved(vectors[2], vectors[3], 16)
     parts = halved(first, second, 8)
     for step in (2, 1):
         others = [lane ^ step for lane in range(_LANES)]

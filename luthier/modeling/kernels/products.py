@@ -16,7 +16,9 @@ from torch.nn import functional
 from luthier.modeling import kernels
 
 _LOG = logging.getLogger(__name__)
-_PANEL, _STEP, _LINE = 64, 32, 64
+# Inputs must be a multiple of it.
+TILE_INPUTS = 32
+_PANEL, _LINE = 64, 64
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) by its number on x86-64.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 _FEATURES = ("amx-tile", "amx-bf16", "avx512bf16")
@@ -39,7 +41,7 @@ class TiledWeight:
             first = -memory.data_ptr() % _LINE
             memory = memory[first : first + tiled_bytes(weight_OK)]
         filled = functional.pad(weight_OK, (0, 0, 0, -self.num_outputs % _PANEL))
-        parts = filled.view(-1, 4, 16, self.num_inputs // _STEP, 16, 2).permute(0, 3, 1, 4, 2, 5)
+        parts = filled.view(-1, 4, 16, self.num_inputs // TILE_INPUTS, 16, 2).permute(0, 3, 1, 4, 2, 5)
         self._memory = memory.view(torch.bfloat16).view(parts.shape).copy_(parts)
         self._launcher = Launcher(kernels.compiled_address("tile_product", torch.bfloat16), 24)
 
@@ -66,13 +68,13 @@ def tiled_bytes(weight_OK: torch.Tensor) -> int:
 
 def can_tile(weight_OK: torch.Tensor) -> bool:
     """Whether a weight can be laid out so here."""
-    has_shape = weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % _STEP == 0
-    return has_shape and kernels.is_compiled(weight_OK) and _has_tiles()
+    has_shape = weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % TILE_INPUTS == 0
+    return has_shape and kernels.is_compiled(weight_OK) and has_tiles()
 
 
 @cache
-def _has_tiles() -> bool:
-    """Whether the processor has the instructions, the system lets us, and a product comes out right."""
+def has_tiles() -> bool:
+    """Whether kernels over tiles run here: processor and system let them, and a product comes out right."""
     from llvmlite import binding
 
     features = binding.get_host_cpu_features()

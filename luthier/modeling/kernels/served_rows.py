@@ -28,6 +28,8 @@ NUM_SITES = 7
 BLOCK = 64
 # Queries of a key head that a kernel attends with at a time.
 MAX_QUERIES = 4
+# Tokens of a stretch, and ranks, that a kernel takes at a time.
+STRETCH_BLOCK, STRETCH_RANK = 64, 128
 ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
 SITE_ENTRIES, BOTTLENECK_ENTRIES = 4, 7
 LAYER_ENTRIES = NUM_SITES * SITE_ENTRIES + 2 * BOTTLENECK_ENTRIES
@@ -111,6 +113,7 @@ class Described:
     table: torch.Tensor = field(init=False)
     has_low_ranks: bool = field(init=False)
     has_bottlenecks: bool = field(init=False)
+    max_rank: int = field(init=False)
 
     def __post_init__(self) -> None:
         entries: list[int] = []
@@ -122,6 +125,8 @@ class Described:
         object.__setattr__(self, "table", torch.tensor(entries, dtype=torch.int64))
         object.__setattr__(self, "has_low_ranks", any(map(any, self.low_ranks)))
         object.__setattr__(self, "has_bottlenecks", any(map(any, self.bottlenecks)))
+        ranks = [len(site.a_RK) for sites in self.low_ranks for site in sites if site is not None]
+        object.__setattr__(self, "max_rank", max(ranks, default=0))
 
     def add_low_ranks_to(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, layer: int, sites: slice, widths: Sequence[int]
@@ -235,6 +240,41 @@ class SingleRows:
 
     def __len__(self) -> int:
         return len(self.adapters)
+
+
+@dataclass(frozen=True, eq=False)
+class StretchRows:
+    """The adapters of a step's stretches, and the step's tokens that each is.
+
+    `table_S3`, int64, has those whose low-rank updates a kernel can add: address, first token, tokens.
+    """
+
+    adapters: Sequence[Described | None]
+    tokens: Sequence[slice]
+    table_S3: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = [
+            (one.table.data_ptr(), tokens.start, tokens.stop - tokens.start)
+            for one, tokens in zip(self.adapters, self.tokens, strict=True)
+            if one is not None and 0 < one.max_rank <= STRETCH_RANK
+        ]
+        object.__setattr__(self, "table_S3", torch.tensor(rows, dtype=torch.int64).view(-1, 3))
+
+    def add_low_ranks(
+        self,
+        out_NO: torch.Tensor,
+        x_NK: torch.Tensor,
+        layer: int,
+        sites: slice,
+        widths: Sequence[int],
+        *,
+        min_rank: int = 1,
+    ) -> None:
+        """Add the updates of all adapters of a rank or more to their tokens, in place."""
+        for adapter, tokens in zip(self.adapters, self.tokens, strict=True):
+            if adapter is not None and adapter.max_rank >= min_rank:
+                adapter.add_low_ranks_to(out_NO[tokens], x_NK[tokens], layer, sites, widths)
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,22 @@ import torch
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels import _plain
+from luthier.modeling.kernels.products import TILE_INPUTS, has_tiles
 from luthier.modeling.kernels.served_rows import (
+    BLOCK,
     BOTTLENECK_ENTRIES,
     LAYER_ENTRIES,
     MAX_QUERIES,
     NUM_SITES,
     PAGE_SIZE,
     SITE_ENTRIES,
+    STRETCH_BLOCK,
+    STRETCH_RANK,
     Described,
     HeadShape,
     Pages,
     SingleRows,
+    StretchRows,
     TokenRows,
     turn,
 )
@@ -60,6 +65,11 @@ class Ops(Protocol):
     ) -> None:
         """Add the rows' low-rank updates to the first M results of layers that share an input."""
 
+    def add_stretches(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
+    ) -> None:
+        """Add the low-rank updates of stretches to their tokens' results of layers that share an input."""
+
     def add_bottleneck(
         self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
     ) -> None:
@@ -88,8 +98,14 @@ class CompiledOps:
         self._longest = len(shape.cosine_TC) + PAGE_SIZE
         attending = MAX_QUERIES * (self._longest + 2 * shape.size)
         # A cache line between two threads' parts.
-        self._scratch_width = max(attending, max_middle + max(site_widths)) + 16
+        widest = max(*site_widths, shape.num_heads * shape.size)
+        in_tiles = STRETCH_RANK * (STRETCH_BLOCK + BLOCK) // 2 + 8 * widest
+        self._scratch_width = max(attending, max_middle + max(site_widths), in_tiles) + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
+        self._stretches = None
+        if like.dtype == torch.bfloat16 and has_tiles():
+            address = kernels.compiled_address("add_low_rank_stretches", like.dtype)
+            self._stretches = Launcher(address, 24)
         addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
         launchers = [Launcher(one, 24) for one in addresses]
         self._norm, self._attend, self._low_rank, self._bottleneck, self._gate = launchers
@@ -187,6 +203,31 @@ class CompiledOps:
             )
         )
 
+    def add_stretches(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
+    ) -> None:
+        """Add the low-rank updates of stretches to their tokens' results of layers that share an input."""
+        if self._stretches is None or x_NK.shape[1] % TILE_INPUTS != 0:
+            stretches.add_low_ranks(out_NO, x_NK, layer, sites, self._widths.tolist())
+            return
+        if len(stretches.table_S3):
+            self._stretches.run(
+                (
+                    len(stretches.table_S3),
+                    x_NK.shape[1],
+                    out_NO.shape[1],
+                    sites.stop - sites.start,
+                    layer * LAYER_ENTRIES + sites.start * SITE_ENTRIES,
+                    x_NK.data_ptr(),
+                    out_NO.data_ptr(),
+                    stretches.table_S3.data_ptr(),
+                    self._widths.data_ptr() + 8 * sites.start,
+                    *self._scratch_of_threads(),
+                )
+            )
+        # Wider ones than the kernel takes.
+        stretches.add_low_ranks(out_NO, x_NK, layer, sites, self._widths.tolist(), min_rank=STRETCH_RANK + 1)
+
     def add_bottleneck(
         self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
     ) -> None:
@@ -267,6 +308,12 @@ class PlainOps:
             part = out_NO[own]
             adapter.add_low_ranks_to(part, x_NK[own], layer, sites, self._widths)
             out_NO[own] = part
+
+    def add_stretches(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
+    ) -> None:
+        """Add the low-rank updates of stretches to their tokens' results of layers that share an input."""
+        stretches.add_low_ranks(out_NO, x_NK, layer, sites, self._widths)
 
     def add_bottleneck(
         self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int

@@ -75,7 +75,7 @@ def test_rows_that_are_not_what_the_kernel_reads_are_refused() -> None:
 def test_other_types_shapes_and_processors_take_other_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PackedLinear(draw(64, 64).float()).tiled is None
     assert PackedLinear(draw(64, 48)).tiled is None
-    monkeypatch.setattr(products, "_has_tiles", lambda: False)
+    monkeypatch.setattr(products, "has_tiles", lambda: False)
     weight_OK, x_NK = draw(64, 64), draw(3, 64, seed=1)
     linear = PackedLinear(weight_OK)
     assert linear.tiled is None

@@ -1,0 +1,153 @@
+"""The compiled low-rank updates of stretches of tokens, each with an adapter of its own, in matrix tiles.
+
+An adapter lies as the kernels of single rows read it (served_rows.py); what of it a stretch needs is laid
+into tiles as it is used, which costs less than one block of 16 tokens. Pairs of a stretch and a site are
+shared out among the threads.
+"""
+
+# numba reads the loops themselves and takes their types from the arguments.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import numpy as np
+from numba import carray
+
+from luthier.modeling.kernels._language import (
+    Kernel,
+    at,
+    at_float32,
+    at_int32,
+    at_int64,
+    inlined,
+    narrow,
+    open_table,
+    share,
+    thread_number,
+    wide,
+)
+from luthier.modeling.kernels._products import describe_tiles
+from luthier.modeling.kernels._tiles import (
+    PANEL_OUTPUTS,
+    PANEL_SUMS,
+    TILE_INPUTS,
+    TILE_ROWS,
+    configure_tiles,
+    multiply_panel,
+    multiply_tile,
+    release_tiles,
+    sums_of_panel,
+)
+from luthier.modeling.kernels.served_rows import STRETCH_BLOCK, STRETCH_RANK
+
+_MIDDLE_BYTES = STRETCH_BLOCK * STRETCH_RANK * 2
+_PANEL_BYTES = PANEL_OUTPUTS * STRETCH_RANK * 2
+
+
+@inlined
+def _lay_ranks(a_at, num_ranks, size, tiles_at):
+    """Lay up to 16 rows [ranks, K] into tiles, a tile for 32 inputs; other rows are zeros."""
+    num_pairs = size // 2
+    tiles = carray(at_int32(tiles_at), num_pairs * TILE_ROWS)
+    for rank in range(TILE_ROWS):
+        if rank < num_ranks:
+            row = carray(at_int32(a_at + rank * size * 2), num_pairs)
+            for pair in range(num_pairs):
+                tiles[pair * TILE_ROWS + rank] = row[pair]
+        else:
+            for pair in range(num_pairs):
+                tiles[pair * TILE_ROWS + rank] = np.int32(0)
+
+
+@inlined
+def _lay_block(block_at, num_ranks, num_steps, panel_at, data):
+    """Lay a block [ranks, 64] of outputs into a panel; ranks that there are not are zeros."""
+    block = carray(at(block_at, data), num_ranks * PANEL_OUTPUTS)
+    panel = carray(at(panel_at, data), num_steps * PANEL_OUTPUTS * TILE_INPUTS)
+    for rank in range(num_steps * TILE_INPUTS):
+        step, within = rank // TILE_INPUTS, rank % TILE_INPUTS
+        for tile in range(4):
+            first = (step * 4 + tile) * 512 + within // 2 * 32 + within % 2
+            for column in range(16):
+                place = first + 2 * column
+                if rank < num_ranks:
+                    panel[place] = block[rank * PANEL_OUTPUTS + tile * 16 + column]
+                else:
+                    panel[place] = narrow(np.float32(0.0), panel)
+
+
+@inlined
+def _narrow_middle(sums_at, num_rows, first_rank, middle_at, width, data):
+    """Round the products with 16 ranks into the columns of the middle that are theirs."""
+    sums = carray(at_float32(sums_at), num_rows * TILE_ROWS)
+    middle = carray(at(middle_at, data), num_rows * width)
+    for i in range(num_rows):
+        for rank in range(TILE_ROWS):
+            middle[i * width + first_rank + rank] = narrow(sums[i * TILE_ROWS + rank], middle)
+
+
+@inlined
+def _add_sums(sums_at, num_rows, num_columns, factors_at, out_at, out_width, data):
+    """Add sums [rows, 64] to columns of the result, and multiply these by their factors if there are any."""
+    sums = carray(at_float32(sums_at), num_rows * PANEL_OUTPUTS)
+    factors = carray(at_float32(factors_at), num_columns)
+    for i in range(num_rows):
+        out = carray(at(out_at + i * out_width * 2, data), num_columns)
+        for column in range(num_columns):
+            value = wide(out[column]) + sums[i * PANEL_OUTPUTS + column]
+            if factors_at != 0:
+                value *= factors[column]
+            out[column] = narrow(value, out)
+
+
+@Kernel
+def add_low_rank_stretches(data):
+    """Add `B (A x)` to the columns of each site of each stretch [address, first token, tokens]; bfloat16."""
+    table = open_table(data)
+    num_stretches, size, width, num_sites, first_entry = table[2], table[3], table[4], table[5], table[6]
+    x_at, out_at = table[7], table[8]
+    stretches = carray(at_int64(table[9]), (num_stretches, 3))
+    widths = carray(at_int64(table[10]), num_sites)
+    middle_at = table[11] + thread_number(table) * table[12] * 4
+    panel_at = middle_at + _MIDDLE_BYTES
+    tiles_at = panel_at + _PANEL_BYTES
+    sums_at = sums_of_panel()
+    shape_at = sums_at + PANEL_SUMS * 4
+    begin, end = share(table, num_stretches * num_sites)
+    for item in range(begin, end):
+        number, site = item // num_sites, item % num_sites
+        entries = carray(at_int64(stretches[number, 0] + (first_entry + 4 * site) * 8), 4)
+        num_ranks, num_outputs, column = entries[2], widths[site], 0
+        if num_ranks == 0:
+            continue
+        for before in range(site):
+            column += widths[before]
+        num_steps = (num_ranks + TILE_INPUTS - 1) // TILE_INPUTS
+        middle_width = num_steps * TILE_INPUTS
+        for first in range(0, stretches[number, 2], STRETCH_BLOCK):
+            num_tokens = min(STRETCH_BLOCK, stretches[number, 2] - first)
+            token = stretches[number, 1] + first
+            for first_rank in range(0, middle_width, TILE_ROWS):
+                ranks_at = entries[0] + first_rank * size * 2
+                _lay_ranks(ranks_at, max(min(TILE_ROWS, num_ranks - first_rank), 0), size, tiles_at)
+                for row in range(0, num_tokens, TILE_ROWS):
+                    num_rows = min(TILE_ROWS, num_tokens - row)
+                    describe_tiles(shape_at, num_rows)
+                    configure_tiles(shape_at)
+                    rows_at = x_at + (token + row) * size * 2
+                    multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, sums_at)
+                    place = middle_at + row * middle_width * 2
+                    _narrow_middle(sums_at, num_rows, first_rank, place, middle_width, data)
+            block_bytes = num_ranks * PANEL_OUTPUTS * 2
+            for block in range((num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS):
+                first_column = block * PANEL_OUTPUTS
+                num_columns = min(PANEL_OUTPUTS, num_outputs - first_column)
+                _lay_block(entries[1] + block * block_bytes, num_ranks, num_steps, panel_at, data)
+                factors_at = 0 if entries[3] == 0 else entries[3] + first_column * 4
+                for row in range(0, num_tokens, TILE_ROWS):
+                    num_rows = min(TILE_ROWS, num_tokens - row)
+                    describe_tiles(shape_at, num_rows)
+                    configure_tiles(shape_at)
+                    rows_at = middle_at + row * middle_width * 2
+                    multiply_panel(panel_at, rows_at, middle_width * 2, num_steps, sums_at)
+                    place = out_at + ((token + row) * width + column + first_column) * 2
+                    _add_sums(sums_at, num_rows, num_columns, factors_at, place, width, data)
+    release_tiles()
