@@ -33,7 +33,8 @@ from luthier.modeling.kernels.served_rows import (
     token_rows,
     turn,
 )
-from luthier.modeling.kernels.serving import CompiledOps, Ops, PlainOps
+from luthier.modeling.kernels.serving import CompiledOps, Ops
+from luthier.modeling.kernels.serving_plain import PlainOps
 from luthier.modeling.packed_blocks import Block, WeightMemory, linears_of, pack_block
 from luthier.modeling.packed_program import DecodePrograms
 
@@ -109,7 +110,11 @@ class Work:
         """The adapters of the stretches; None where there is none."""
         if not self.chunks:
             return None
-        return StretchRows([one.stretch.adapter for one in self.chunks], [one.tokens for one in self.chunks])
+        return StretchRows(
+            [one.stretch.adapter for one in self.chunks],
+            [one.tokens for one in self.chunks],
+            [one.stretch.first for one in self.chunks],
+        )
 
 
 def can_pack_llama(causal_lm: "PreTrainedModel") -> bool:
@@ -267,8 +272,10 @@ class PackedLlama:
         qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE)
         self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
         self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
+        if work.stretches is not None and self.ops.attends_stretches:
+            self.ops.attend_stretches(qkv_NE, work.tokens, work.stretches, self.pages, layer, attended_NK)
         for chunk in work.chunks:
-            if chunk.tokens.start >= work.tokens.num_attending:
+            if chunk.tokens.start >= work.tokens.num_attending and not self.ops.attends_stretches:
                 self._attend_chunk(qkv_NE[chunk.tokens], chunk, layer, attended_NK[chunk.tokens])
         out_ND = block.attention_out(attended_NK, buffers.change_ND)
         self._add_low_ranks(out_ND, attended_NK, work, layer, ATTENTION_OUT)

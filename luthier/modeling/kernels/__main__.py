@@ -6,6 +6,7 @@ import time
 import torch
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels.products import has_tiles
 
 
 def main() -> int:
@@ -24,6 +25,9 @@ def load_all() -> None:
     if kernels.is_compiled(torch.empty(1)):
         for dtype in (torch.float32, torch.bfloat16):
             _call_all(dtype)
+        if has_tiles():
+            for name in kernels.TILED:
+                kernels.compiled_address(name, torch.bfloat16)
 
 
 def _call_all(dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from luthier.modeling.kernels._rows import (
     softmax_loss,
 )
 from luthier.modeling.kernels._serving import add_bottleneck, add_low_rank, add_rms_norm, attend_pages
+from luthier.modeling.kernels._stretch_attention import attend_stretches
 from luthier.modeling.kernels._stretches import add_low_rank_stretches
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "add_low_rank_stretches",
     "add_rms_norm",
     "attend_pages",
+    "attend_stretches",
     "causal_softmax",
     "causal_softmax_backward",
     "gated_silu",

@@ -141,10 +141,13 @@ _RECORDING = threading.local()
 
 @contextmanager
 def recording(runner: int) -> Iterator[Program]:
-    """Yield a program in which every kernel that this thread launches is written down, not run.
+    """Write every kernel that this thread launches down, and run none.
 
     Args:
         runner: address of the kernel `run_program`.
+
+    Yields:
+        The program, which may be run afterwards.
     """
     program = Program(runner)
     _RECORDING.program = program

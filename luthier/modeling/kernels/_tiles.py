@@ -91,6 +91,13 @@ class _Machine:
         weights, pair = (self._builder.bitcast(one, _PAIRS) for one in (weights, pair))
         return self._call("llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, sums, weights, pair)
 
+    def rounded(self, bits: ir.Value) -> ir.Value:
+        """Return the bits of 16 float32 with those of the nearest bfloat16 in their upper halves."""
+        builder = self._builder
+        sixteen, one, half = (ir.Constant(_BITS, [value] * _LANES) for value in (16, 1, 0x7FFF))
+        odd = builder.and_(builder.lshr(bits, sixteen), one)
+        return builder.add(bits, builder.add(odd, half))
+
     def prefetch(self, address: ir.Value) -> None:
         """Ask for a line of memory that is read soon and kept near."""
         self._call("llvm.prefetch.p0", _VOID, self.pointer(address), _I32(0), _I32(3), _I32(1))
@@ -180,6 +187,33 @@ def multiply_tile(_context, weights, x, stride, num_steps, out):
 
 
 @intrinsic
+def multiply_four_blocks(_context, weights, x, stride, num_steps, out):
+    """Write the products of 64 rows with 16 outputs, float32 [64, 16]; a tile for every step."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        weights, x, stride, num_steps, out = arguments
+        machine = _Machine(builder)
+        starts = [builder.add(x, builder.mul(stride, _I64(TILE_ROWS * tile))) for tile in range(4)]
+        for tile in range(4):
+            machine.zero(tile)
+
+        def step(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            machine.load(_WEIGHTS[0], builder.add(weights, builder.mul(index, _I64(_TILE_BYTES))), _I64(64))
+            for tile, start in enumerate(starts):
+                held = _ROWS[tile % 2]
+                machine.load(held, builder.add(start, builder.mul(index, _I64(64))), stride)
+                machine.multiply(tile, held, _WEIGHTS[0])
+            return []
+
+        loop(builder, _I64(0), num_steps, 1, [], step)
+        for tile in range(4):
+            machine.store(tile, builder.add(out, _I64(tile * _TILE_BYTES)), 64)
+        return _I64(0)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+@intrinsic
 def multiply_half_panel(_context, weights, x, stride, num_steps, out):
     """Write the products of 17 to 32 rows with half a panel, float32 [rows, 32]."""
 
@@ -244,16 +278,32 @@ def multiply_row(_context, weights, x, num_steps, out):
 
 
 @intrinsic
+def pair_rows(_context, source, target):
+    """Write two rows of 16 float32, one after the other, as one row of 16 pairs of bfloat16."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        machine = _Machine(builder)
+        even, odd = (
+            machine.rounded(builder.load(machine.pointer(place, _BITS), align=4))
+            for place in (arguments[0], builder.add(arguments[0], _I64(64)))
+        )
+        upper = ir.Constant(_BITS, [-65536] * _LANES)
+        low = builder.lshr(even, ir.Constant(_BITS, [16] * _LANES))
+        pairs = builder.or_(low, builder.and_(odd, upper))
+        builder.store(pairs, machine.pointer(arguments[1], _BITS), align=4)
+        return _I64(0)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
 def round_lanes(_context, source, target):
     """Write 16 float32 as the nearest bfloat16, of two equally near ones the even."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         machine = _Machine(builder)
-        bits = builder.load(machine.pointer(arguments[0], _BITS), align=4)
-        sixteen, one, half = (ir.Constant(_BITS, [value] * _LANES) for value in (16, 1, 0x7FFF))
-        odd = builder.and_(builder.lshr(bits, sixteen), one)
-        rounded = builder.add(bits, builder.add(odd, half))
-        halves = builder.trunc(builder.lshr(rounded, sixteen), _HALVES)
+        bits = machine.rounded(builder.load(machine.pointer(arguments[0], _BITS), align=4))
+        halves = builder.trunc(builder.lshr(bits, ir.Constant(_BITS, [16] * _LANES)), _HALVES)
         builder.store(halves, machine.pointer(arguments[1], _HALVES), align=2)
         return _I64(0)
 

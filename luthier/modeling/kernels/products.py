@@ -46,7 +46,14 @@ class TiledWeight:
         self._launcher = Launcher(kernels.compiled_address("tile_product", torch.bfloat16), 24)
 
     def times(self, x_NK: torch.Tensor, out_NO: torch.Tensor) -> torch.Tensor:
-        """Write `x W'` into out and return it.
+        """Write `x W'` into out.
+
+        Args:
+            x_NK: the rows.
+            out_NO: where the product goes.
+
+        Returns:
+            out.
 
         Raises:
             ValueError: unless both are bfloat16, contiguous and of the product's shape.

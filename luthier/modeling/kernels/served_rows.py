@@ -30,6 +30,8 @@ BLOCK = 64
 MAX_QUERIES = 4
 # Tokens of a stretch, and ranks, that a kernel takes at a time.
 STRETCH_BLOCK, STRETCH_RANK = 64, 128
+# Blocks of 16 queries, and keys, that a kernel attends with at a time.
+ATTENTION_BLOCKS, ATTENTION_KEYS = 16, 128
 ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
 SITE_ENTRIES, BOTTLENECK_ENTRIES = 4, 7
 LAYER_ENTRIES = NUM_SITES * SITE_ENTRIES + 2 * BOTTLENECK_ENTRIES
@@ -247,11 +249,14 @@ class StretchRows:
     """The adapters of a step's stretches, and the step's tokens that each is.
 
     `table_S3`, int64, has those whose low-rank updates a kernel can add: address, first token, tokens.
+    `places_S3` has all: first token, tokens, and the first one's position in its sequence.
     """
 
     adapters: Sequence[Described | None]
     tokens: Sequence[slice]
+    positions: Sequence[int]
     table_S3: torch.Tensor = field(init=False)
+    places_S3: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         rows = [
@@ -260,6 +265,11 @@ class StretchRows:
             if one is not None and 0 < one.max_rank <= STRETCH_RANK
         ]
         object.__setattr__(self, "table_S3", torch.tensor(rows, dtype=torch.int64).view(-1, 3))
+        places = [
+            (tokens.start, tokens.stop - tokens.start, position)
+            for tokens, position in zip(self.tokens, self.positions, strict=True)
+        ]
+        object.__setattr__(self, "places_S3", torch.tensor(places, dtype=torch.int64).view(-1, 3))
 
     def add_low_ranks(
         self,

@@ -1,7 +1,7 @@
 """What a decode step does between its products, for rows of one token each and an adapter of their own.
 
-`CompiledOps` runs the kernels of `_serving.py` on a CPU, `PlainOps` the same in torch's operators on any
-device and without numba; tests hold the two equal.
+`CompiledOps` runs the kernels of `_serving.py`, and those over matrix tiles, on a CPU; `PlainOps`
+(serving_plain.py) does the same in torch's operators. Tests hold the two equal.
 
 Legend: N tokens, M rows of one token, D hidden size, K inputs and O outputs of a site, E columns of q, k
 and v.
@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 
 from luthier.modeling import kernels
-from luthier.modeling.kernels import _plain
 from luthier.modeling.kernels.products import TILE_INPUTS, has_tiles
 from luthier.modeling.kernels.served_rows import (
+    ATTENTION_BLOCKS,
+    ATTENTION_KEYS,
     BLOCK,
     BOTTLENECK_ENTRIES,
     LAYER_ENTRIES,
@@ -25,23 +26,23 @@ from luthier.modeling.kernels.served_rows import (
     SITE_ENTRIES,
     STRETCH_BLOCK,
     STRETCH_RANK,
-    Described,
     HeadShape,
     Pages,
     SingleRows,
     StretchRows,
     TokenRows,
-    turn,
 )
 
 
 class Ops(Protocol):
     """What a step asks for between its products. All tensors are changed in place or written.
 
-    `max_alone` is the longest a sequence may be for its tokens to attend faster one by one than all at once.
+    `max_alone` is the longest a sequence may be for its tokens to attend faster one by one than all at once;
+    `attends_stretches` says whether `attend_stretches` is here for those that attend at once.
     """
 
     max_alone: int
+    attends_stretches: bool
 
     def add_norm(
         self,
@@ -56,6 +57,17 @@ class Ops(Protocol):
         self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
     ) -> None:
         """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
+
+    def attend_stretches(
+        self,
+        qkv_NE: torch.Tensor,
+        tokens: TokenRows,
+        stretches: StretchRows,
+        pages: Pages,
+        layer: int,
+        out_NK: torch.Tensor,
+    ) -> None:
+        """Let stretches whose keys and values are in their pages attend to all of their sequences so far."""
 
     def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
         """Write silu(gate) * up."""
@@ -86,8 +98,6 @@ class CompiledOps:
         max_middle: the largest rank or bottleneck width that a row may have.
     """
 
-    max_alone = 512
-
     def __init__(
         self, shape: HeadShape, site_widths: Sequence[int], like: torch.Tensor, max_middle: int
     ) -> None:
@@ -100,12 +110,20 @@ class CompiledOps:
         # A cache line between two threads' parts.
         widest = max(*site_widths, shape.num_heads * shape.size)
         in_tiles = STRETCH_RANK * (STRETCH_BLOCK + BLOCK) // 2 + 8 * widest
-        self._scratch_width = max(attending, max_middle + max(site_widths), in_tiles) + 16
+        # Of each block its queries, sums, state and places; then scores, weights and values of some keys.
+        at_once = ATTENTION_BLOCKS * (24 * shape.size + 64) + ATTENTION_KEYS * (24 + shape.size // 2) + 16
+        self._scratch_width = max(attending, max_middle + max(site_widths), in_tiles, at_once) + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
-        self._stretches = None
-        if like.dtype == torch.bfloat16 and has_tiles():
+        in_tiles_too = like.dtype == torch.bfloat16 and has_tiles()
+        self._stretches = self._attend_stretches = None
+        if in_tiles_too:
             address = kernels.compiled_address("add_low_rank_stretches", like.dtype)
             self._stretches = Launcher(address, 24)
+        if in_tiles_too and shape.size % TILE_INPUTS == 0:
+            address = kernels.compiled_address("attend_stretches", like.dtype)
+            self._attend_stretches = Launcher(address, 24)
+        self.attends_stretches = self._attend_stretches is not None
+        self.max_alone = 1 if self.attends_stretches else 512
         addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
         launchers = [Launcher(one, 24) for one in addresses]
         self._norm, self._attend, self._low_rank, self._bottleneck, self._gate = launchers
@@ -176,6 +194,44 @@ class CompiledOps:
                 *self._scratch_of_threads(),
                 *parts,
                 self._longest,
+            )
+        )
+
+    def attend_stretches(
+        self,
+        qkv_NE: torch.Tensor,
+        tokens: TokenRows,
+        stretches: StretchRows,
+        pages: Pages,
+        layer: int,
+        out_NK: torch.Tensor,
+    ) -> None:
+        """Let stretches whose keys and values are in their pages attend to all of their sequences so far."""
+        assert self._attend_stretches is not None
+        shape, num_stretches = self._shape, len(stretches.places_S3)
+        num_items, num_threads, num_parts = num_stretches * shape.num_kv_heads, torch.get_num_threads(), 1
+        # The fewest parts with which all threads have about the same to do: each lays the values anew.
+        while num_items * num_parts % num_threads and num_items * num_parts < 4 * num_threads:
+            num_parts += 1
+        self._attend_stretches.run(
+            (
+                num_stretches,
+                shape.num_kv_heads,
+                shape.num_heads // shape.num_kv_heads,
+                shape.size,
+                self._scale,
+                tokens.pages_NW.shape[1],
+                num_parts,
+                len(tokens),
+                qkv_NE.data_ptr(),
+                stretches.places_S3.data_ptr(),
+                tokens.pages_NW.data_ptr(),
+                shape.cosine_TC.data_ptr(),
+                shape.sine_TC.data_ptr(),
+                pages.keys[layer].data_ptr(),
+                pages.values[layer].data_ptr(),
+                out_NK.data_ptr(),
+                *self._scratch_of_threads(),
             )
         )
 
@@ -250,86 +306,3 @@ class CompiledOps:
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed, dtype=torch.float32)
         return self._scratch.data_ptr(), self._scratch_width
-
-
-class PlainOps:
-    """The same in torch's operators: any device, and no compiler.
-
-    Args:
-        shape: of the heads.
-        site_widths: outputs of each of the seven sites.
-    """
-
-    max_alone = 1
-
-    def __init__(self, shape: HeadShape, site_widths: Sequence[int]) -> None:
-        self._shape, self._widths = shape, list(site_widths)
-
-    def add_norm(
-        self,
-        stream_ND: torch.Tensor,
-        change_ND: torch.Tensor | None,
-        weight_D: torch.Tensor,
-        out_ND: torch.Tensor,
-    ) -> None:
-        """Add the change to the stream, and write the normed and weighted sum."""
-        if change_ND is not None:
-            stream_ND += change_ND
-        _plain.rms_norm(stream_ND, weight_D, self._shape.epsilon, out_ND)
-
-    def attend(
-        self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
-    ) -> None:
-        """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
-        positions_N, pages_NW = tokens.positions_N, tokens.pages_NW
-        parts = qkv_NE.split(self._shape.widths, dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self._shape.size)) for part in parts)
-        query, key = (turn(one, positions_N, self._shape) for one in (query, key))
-        own_N = pages_NW.gather(1, (positions_N // PAGE_SIZE)[:, None])[:, 0]
-        pages.write(layer, own_N, positions_N % PAGE_SIZE, key, value)
-        groups = self._shape.num_heads // self._shape.num_kv_heads
-        for row, position in enumerate(positions_N[: tokens.num_attending].tolist()):
-            own_W = pages_NW[row, : position // PAGE_SIZE + 1]
-            keys, values = pages.gather(layer, own_W, position + 1)
-            by_head = query[row].view(self._shape.num_kv_heads, groups, self._shape.size)
-            scores = torch.bmm(by_head.float(), keys.float().transpose(1, 2)) * self._shape.size**-0.5
-            mixed = torch.bmm(torch.softmax(scores, dim=-1), values.float())
-            out_NK[row] = mixed.reshape(-1).to(out_NK.dtype)
-
-    def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
-        """Write silu(gate) * up."""
-        out_NF.copy_(kernels.gated_silu(gate_up_NF, out_NF.shape[1]))
-
-    def add_low_rank(
-        self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
-    ) -> None:
-        """Add the rows' low-rank updates to the first M results of layers that share an input."""
-        for adapter, own in _by_adapter(rows):
-            part = out_NO[own]
-            adapter.add_low_ranks_to(part, x_NK[own], layer, sites, self._widths)
-            out_NO[own] = part
-
-    def add_stretches(
-        self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
-    ) -> None:
-        """Add the low-rank updates of stretches to their tokens' results of layers that share an input."""
-        stretches.add_low_ranks(out_NO, x_NK, layer, sites, self._widths)
-
-    def add_bottleneck(
-        self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
-    ) -> None:
-        """Add the rows' bottlenecks to the first M results of a half (0 attention, 1 feed-forward)."""
-        for adapter, own in _by_adapter(rows):
-            site = adapter.bottlenecks[layer][half]
-            if site is not None:
-                part = out_ND[own]
-                site.add_to(part, input_ND[own])
-                out_ND[own] = part
-
-
-def _by_adapter(rows: SingleRows) -> list[tuple[Described, list[int]]]:
-    found: dict[int, tuple[Described, list[int]]] = {}
-    for row, adapter in enumerate(rows.adapters):
-        if adapter is not None:
-            found.setdefault(id(adapter), (adapter, []))[1].append(row)
-    return list(found.values())

@@ -11,7 +11,7 @@ from luthier.core.shapes import read_shape
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling import kernels, packed_linear
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
-from luthier.modeling.kernels.serving import PlainOps
+from luthier.modeling.kernels.serving_plain import PlainOps
 from luthier.modeling.packed_adapter import can_lay_out, lay_out
 from luthier.modeling.packed_linear import PackedLinear
 from luthier.modeling.packed_llama import PackedLlama, Stretch, can_pack_llama

@@ -15,7 +15,8 @@ from luthier.modeling.kernels.served_rows import (
     StretchRows,
     to_blocks,
 )
-from luthier.modeling.kernels.serving import CompiledOps, PlainOps
+from luthier.modeling.kernels.serving import CompiledOps
+from luthier.modeling.kernels.serving_plain import PlainOps
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="the processor has no matrix tiles")
 SIZE, FEED_FORWARD = 96, 160
@@ -63,7 +64,7 @@ def test_updates_of_stretches_are_those_of_plain_operators(names: list[str], num
     # Two single rows come first.
     ends = [2 + sum(lengths[: number + 1]) for number in range(len(names))]
     tokens = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-    stretches = StretchRows(adapters, tokens)
+    stretches = StretchRows(adapters, tokens, [0] * len(names))
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -86,7 +87,7 @@ def test_updates_of_stretches_are_those_of_plain_operators(names: list[str], num
 
 def test_what_is_no_number_stays_visible() -> None:
     ops = CompiledOps(SHAPE, WIDTHS, torch.empty(1, dtype=torch.bfloat16), 1024)
-    stretches = StretchRows([ADAPTERS["sixteen"]()], [slice(0, 20)])
+    stretches = StretchRows([ADAPTERS["sixteen"]()], [slice(0, 20)], [0])
     x_NK, out_NO = draw(20, SIZE, seed=1).bfloat16(), torch.zeros(20, 160, dtype=torch.bfloat16)
     x_NK[4, 7] = float("nan")
     ops.add_stretches(out_NO, x_NK, stretches, 0, ATTENTION_IN)

@@ -1,0 +1,288 @@
+"""The compiled attention of stretches of tokens to all of their sequences so far, in matrix tiles.
+
+Keys are taken some at a time and the sums are rescaled as larger scores come (Milakov and Gimelshein 2018,
+arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135), so nothing grows with the sequence. Queries are the
+columns: a score tile has a key in each row, so the largest score and the sum of weights of 16 queries are
+sums of rows. Key heads, and parts of a stretch's queries, are shared out among the threads.
+
+Legend: C head size, Q queries of a block, 16.
+"""
+
+# numba reads the loops themselves and takes their types from the arguments.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import numpy as np
+from numba import carray
+
+from luthier.modeling.kernels._language import (
+    Kernel,
+    at,
+    at_float32,
+    at_int32,
+    at_int64,
+    exponential,
+    inlined,
+    narrow,
+    number,
+    open_table,
+    share,
+    thread_number,
+    wide,
+)
+from luthier.modeling.kernels._products import describe_tiles
+from luthier.modeling.kernels._tiles import (
+    PANEL_SUMS,
+    TILE_INPUTS,
+    configure_tiles,
+    multiply_four_blocks,
+    multiply_tile,
+    pair_rows,
+    release_tiles,
+    sums_of_panel,
+)
+from luthier.modeling.kernels.served_rows import ATTENTION_BLOCKS, ATTENTION_KEYS, PAGE_SIZE
+
+_QUERIES = 16
+_TILE_BYTES = 1024
+_LOWEST = np.float32(-1e30)
+
+
+@inlined
+def _lay_query(source, first, cosine, sine, half, scale, tiles, column):
+    """Turn a query, scale it, and lay it as a column of pairs into tiles."""
+    for c in range(half):
+        low, high = wide(source[first + c]), wide(source[first + half + c])
+        for place, value in (
+            (c, (low * cosine[c] - high * sine[c]) * scale),
+            (half + c, (high * cosine[c] + low * sine[c]) * scale),
+        ):
+            tiles[(place // 2 * _QUERIES + column) * 2 + place % 2] = narrow(value, tiles)
+
+
+@inlined
+def _lay_values(values_at, num_seen, size, turned_at, first, data):
+    """Lay the values of a page as columns; those after the sequence's end are zeros."""
+    values = carray(at(values_at, data), PAGE_SIZE * size)
+    pairs = carray(at_int32(turned_at), ATTENTION_KEYS * size // 2)
+    for j in range(0, PAGE_SIZE, 2):
+        place, even, odd = (first + j) // 2, j * size, (j + 1) * size
+        if j + 1 < num_seen:
+            for c in range(size):
+                pair = np.int32(values[even + c]) | (np.int32(values[odd + c]) << np.int32(16))
+                pairs[c * ATTENTION_KEYS // 2 + place] = pair
+        elif j < num_seen:
+            for c in range(size):
+                pairs[c * ATTENTION_KEYS // 2 + place] = np.int32(values[even + c])
+        else:
+            for c in range(size):
+                pairs[c * ATTENTION_KEYS // 2 + place] = np.int32(0)
+
+
+@inlined
+def _hide(scores, first_key, num_keys, last_keys):
+    """Give keys that a query is not to see the lowest score."""
+    for j in range(num_keys):
+        for q in range(_QUERIES):
+            if first_key + j > last_keys[q]:
+                scores[j * _QUERIES + q] = _LOWEST
+
+
+@inlined
+def _weigh(scores, num_keys, highest, totals, factors):
+    """Turn scores into weights beside the highest score so far; factors are for what was summed before."""
+    for q in range(_QUERIES):
+        factors[q] = highest[q]
+    for j in range(num_keys):
+        for q in range(_QUERIES):
+            score = scores[j * _QUERIES + q]
+            highest[q] = score if score > highest[q] else highest[q]
+    for q in range(_QUERIES):
+        factors[q] = exponential(factors[q] - highest[q])
+        totals[q] *= factors[q]
+    for j in range(num_keys):
+        for q in range(_QUERIES):
+            weight = exponential(scores[j * _QUERIES + q] - highest[q])
+            scores[j * _QUERIES + q] = weight
+            totals[q] += weight
+
+
+@inlined
+def _add_mixed(sums, factors, mixed, first, num_rows):
+    """Add sums [rows, Q] to what was mixed before, times the factors."""
+    for c in range(num_rows):
+        for q in range(_QUERIES):
+            place = first + c * _QUERIES + q
+            mixed[place] = mixed[place] * factors[q] + sums[c * _QUERIES + q]
+
+
+@inlined
+def _mix(weights_at, turned_at, size, num_steps, factors, mixed, block, sums_at):
+    """Mix the values by the weights of a block of queries, and add to what was mixed before."""
+    sums = carray(at_float32(sums_at), 64 * _QUERIES)
+    if size % 64 == 0:
+        for first in range(0, size, 64):
+            rows_at = turned_at + first * ATTENTION_KEYS * 2
+            multiply_four_blocks(weights_at, rows_at, ATTENTION_KEYS * 2, num_steps, sums_at)
+            _add_mixed(sums, factors, mixed, (block * size + first) * _QUERIES, 64)
+        return
+    for first in range(0, size, 16):
+        rows_at = turned_at + first * ATTENTION_KEYS * 2
+        multiply_tile(weights_at, rows_at, ATTENTION_KEYS * 2, num_steps, sums_at)
+        _add_mixed(sums, factors, mixed, (block * size + first) * _QUERIES, 16)
+
+
+@inlined
+def _lay_queries(qkv, first_row, some, num_places, heads, tables, scale, queries_at, last_keys, data):
+    """Lay the queries of some blocks, and note the last key that each may see.
+
+    Queries of a token stand side by side; those after a stretch's last repeat it.
+    """
+    num_queries, position, head, num_columns, groups, size = heads
+    half = size // 2
+    for place in range(num_places):
+        query = min(some * _QUERIES + place, num_queries - 1)
+        token, group = query // groups, query % groups
+        last_keys[place] = position + token
+        cosine = carray(at_float32(tables[0] + last_keys[place] * half * 4), half)
+        sine = carray(at_float32(tables[1] + last_keys[place] * half * 4), half)
+        first = (first_row + token) * num_columns + (head * groups + group) * size
+        block_at = queries_at + place // _QUERIES * size * _QUERIES * 2
+        tiles = carray(at(block_at, data), size * _QUERIES)
+        _lay_query(qkv, first, cosine, sine, half, scale, tiles, place % _QUERIES)
+
+
+@inlined
+def _begin_blocks(num_blocks, size, mixed, state_at):
+    """Let nothing be mixed yet."""
+    for place in range(num_blocks * size * _QUERIES):
+        mixed[place] = np.float32(0.0)
+    state = carray(at_float32(state_at), num_blocks * 2 * _QUERIES)
+    for place in range(num_blocks * 2 * _QUERIES):
+        is_highest = place // _QUERIES % 2 == 0
+        state[place] = _LOWEST if is_highest else np.float32(0.0)
+
+
+@inlined
+def _lay_some_values(value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at, data):
+    """Lay the values of some keys; `head` is the key head and how many there are."""
+    for page in range(num_steps * 2):
+        num_held = max(min(PAGE_SIZE, num_seen - page * PAGE_SIZE), 0)
+        values_at = value_pages
+        if num_held > 0:
+            place = own_pages[first_key // PAGE_SIZE + page] * head[1] + head[0]
+            values_at += place * PAGE_SIZE * size * 2
+        _lay_values(values_at, num_held, size, turned_at, page * PAGE_SIZE, data)
+
+
+@inlined
+def _score_block(
+    key_pages, own_pages, first_key, num_pages, num_steps, head, size, queries_at, last_keys, scores_at
+):
+    """Score some keys for a block of queries; what a query is not to see scores lowest."""
+    scores = carray(at_float32(scores_at), ATTENTION_KEYS * _QUERIES)
+    for page in range(num_pages):
+        place = own_pages[first_key // PAGE_SIZE + page] * head[1] + head[0]
+        keys_at = key_pages + place * PAGE_SIZE * size * 2
+        multiply_tile(queries_at, keys_at, size * 2, size // TILE_INPUTS, scores_at + page * _TILE_BYTES)
+    if first_key + num_pages * PAGE_SIZE - 1 > last_keys[0]:
+        _hide(scores, first_key, num_pages * PAGE_SIZE, last_keys)
+    for place in range(num_pages * PAGE_SIZE * _QUERIES, num_steps * 32 * _QUERIES):
+        scores[place] = _LOWEST
+
+
+@inlined
+def _write_mixed(mixed, state_at, some, num_places, heads, first_row, num_kv_heads, out):
+    """Write what the queries of some blocks mixed, by the sums of their weights."""
+    num_queries, _, head, _, groups, size = heads
+    for place in range(min(num_places, num_queries - some * _QUERIES)):
+        query, block, q = some * _QUERIES + place, place // _QUERIES, place % _QUERIES
+        totals = carray(at_float32(state_at + block * 128 + 64), _QUERIES)
+        inverse = np.float32(1.0) / totals[q]
+        row = first_row + query // groups
+        first = (row * num_kv_heads * groups + head * groups + query % groups) * size
+        for c in range(size):
+            out[first + c] = narrow(mixed[(block * size + c) * _QUERIES + q] * inverse, out)
+
+
+@inlined
+def _share_out(queries_at, size):
+    """Return the places in a thread's memory of what a kernel keeps (serving.py says how much that is)."""
+    mixed_at = queries_at + ATTENTION_BLOCKS * size * _QUERIES * 2
+    state_at = mixed_at + ATTENTION_BLOCKS * size * _QUERIES * 4
+    scores_at = state_at + ATTENTION_BLOCKS * 2 * _QUERIES * 4
+    weights_at = scores_at + ATTENTION_KEYS * _QUERIES * 4
+    turned_at = weights_at + ATTENTION_KEYS * _QUERIES * 2
+    last_at = turned_at + ATTENTION_KEYS * size * 2
+    return queries_at, mixed_at, state_at, scores_at, weights_at, turned_at, last_at
+
+
+@Kernel
+def attend_stretches(data):
+    """Let the tokens of stretches [first row, tokens, first position] attend; keys are in their pages."""
+    table = open_table(data)
+    num_stretches, num_kv_heads, groups, size = table[2], table[3], table[4], table[5]
+    scale, max_pages, num_parts, num_rows = number(table[6]), table[7], table[8], table[9]
+    num_columns = (groups + 2) * num_kv_heads * size
+    qkv = carray(at(table[10], data), num_rows * num_columns)
+    stretches = carray(at_int64(table[11]), (num_stretches, 3))
+    pages_NW = carray(at_int64(table[12]), (num_rows, max_pages))
+    tables, key_pages, value_pages = (table[13], table[14]), table[15], table[16]
+    out = carray(at(table[17], data), num_rows * groups * num_kv_heads * size)
+    own_memory = table[18] + thread_number(table) * table[19] * 4
+    queries_at, mixed_at, state_at, scores_at, weights_at, turned_at, last_at = _share_out(own_memory, size)
+    query_bytes = size * _QUERIES * 2
+    mixed = carray(at_float32(mixed_at), ATTENTION_BLOCKS * size * _QUERIES)
+    scores = carray(at_float32(scores_at), ATTENTION_KEYS * _QUERIES)
+    last_keys = carray(at_int64(last_at), ATTENTION_BLOCKS * _QUERIES)
+    factors = carray(at_float32(last_at + ATTENTION_BLOCKS * _QUERIES * 8), _QUERIES)
+    sums_at = sums_of_panel()
+    describe_tiles(sums_at + PANEL_SUMS * 4, 16)
+    configure_tiles(sums_at + PANEL_SUMS * 4)
+    begin, end = share(table, num_stretches * num_kv_heads * num_parts)
+    for item in range(begin, end):
+        part, head = item % num_parts, (item // num_parts % num_kv_heads, num_kv_heads)
+        stretch = item // num_parts // num_kv_heads
+        first_row, num_tokens, position = stretches[stretch, 0], stretches[stretch, 1], stretches[stretch, 2]
+        heads = (num_tokens * groups, position, head[0], num_columns, groups, size)
+        own_pages = pages_NW[first_row + num_tokens - 1]
+        num_blocks = (num_tokens * groups + _QUERIES - 1) // _QUERIES
+        first_block, last_block = num_blocks * part // num_parts, num_blocks * (part + 1) // num_parts
+        for some in range(first_block, last_block, ATTENTION_BLOCKS):
+            num_some = min(ATTENTION_BLOCKS, last_block - some)
+            num_places = num_some * _QUERIES
+            _lay_queries(qkv, first_row, some, num_places, heads, tables, scale, queries_at, last_keys, data)
+            _begin_blocks(num_some, size, mixed, state_at)
+            num_keys = last_keys[num_places - 1] + 1
+            for first_key in range(0, num_keys, ATTENTION_KEYS):
+                num_seen = min(ATTENTION_KEYS, num_keys - first_key)
+                num_pages = (num_seen + PAGE_SIZE - 1) // PAGE_SIZE
+                # Whole tiles of weights: 32 keys.
+                num_steps = (num_pages + 1) // 2
+                _lay_some_values(
+                    value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at, data
+                )
+                for block in range(num_some):
+                    own_last = carray(at_int64(last_at + block * _QUERIES * 8), _QUERIES)
+                    if first_key > own_last[_QUERIES - 1]:
+                        continue
+                    own_at = queries_at + block * query_bytes
+                    _score_block(
+                        key_pages,
+                        own_pages,
+                        first_key,
+                        num_pages,
+                        num_steps,
+                        head,
+                        size,
+                        own_at,
+                        own_last,
+                        scores_at,
+                    )
+                    highest = carray(at_float32(state_at + block * 128), _QUERIES)
+                    totals = carray(at_float32(state_at + block * 128 + 64), _QUERIES)
+                    _weigh(scores, num_steps * 32, highest, totals, factors)
+                    for pair in range(num_steps * 16):
+                        pair_rows(scores_at + pair * 128, weights_at + pair * 64)
+                    _mix(weights_at, turned_at, size, num_steps, factors, mixed, block, sums_at)
+            _write_mixed(mixed, state_at, some, num_places, heads, first_row, num_kv_heads, out)
+    release_tiles()
