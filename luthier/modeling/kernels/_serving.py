@@ -33,11 +33,11 @@ from luthier.modeling.kernels._vectors import (
     add_rows_to_2,
     add_rows_to_3,
     add_rows_to_4,
-    dot_four_rows,
     dot_four_rows_with_1,
     dot_four_rows_with_2,
     dot_four_rows_with_3,
     dot_four_rows_with_4,
+    dot_rows,
     item_size,
 )
 from luthier.modeling.kernels.served_rows import BLOCK, MAX_QUERIES
@@ -190,6 +190,14 @@ def attend_pages(data):
 
 
 @inlined
+def _widen(source_at, target_at, size, data):
+    """Write numbers as float32."""
+    source, target = carray(at(source_at, data), size), carray(at_float32(target_at), size)
+    for j in range(size):
+        target[j] = wide(source[j])
+
+
+@inlined
 def _add_blocks(blocks_at, factors_at, num_rows, out_at, size, data):
     """Add rows in blocks of `BLOCK` columns, each row times its factor."""
     block_bytes = num_rows * BLOCK * item_size(data)
@@ -207,23 +215,21 @@ def add_low_rank(data):
     x_at, out_at = table[7], table[8]
     adapters = carray(at_int64(table[9]), num_rows)
     widths = carray(at_int64(table[10]), num_sites)
-    middle_at = table[11] + thread_number(table) * table[12] * 4
+    wide_at = table[11] + thread_number(table) * table[12] * 4
+    middle_at = wide_at + size * 4
     bytes_each = item_size(data)
     begin, end = share(table, num_rows)
     for i in range(begin, end):
         if adapters[i] == 0:
             continue
         entries = carray(at_int64(adapters[i] + first_entry * 8), num_sites * 4)
+        _widen(x_at + i * size * bytes_each, wide_at, size, data)
         column = 0
         for site in range(num_sites):
             num_outputs, rank = widths[site], entries[4 * site + 2]
             if rank != 0:
                 out = carray(at(out_at + (i * width + column) * bytes_each, data), num_outputs)
-                for four in range(0, rank, 4):
-                    rows_at = entries[4 * site] + four * size * bytes_each
-                    dot_four_rows(
-                        rows_at, size, x_at + i * size * bytes_each, size, middle_at + four * 4, data
-                    )
+                dot_rows(entries[4 * site], rank, wide_at, size, middle_at, data)
                 change_at = middle_at + rank * 4
                 change = carray(at_float32(change_at), num_outputs)
                 for j in range(num_outputs):
@@ -257,7 +263,8 @@ def add_bottleneck(data):
     num_rows, size, first_entry = table[2], table[3], table[4]
     input_at, out_at = table[5], table[6]
     adapters = carray(at_int64(table[7]), num_rows)
-    middle_at = table[8] + thread_number(table) * table[9] * 4
+    wide_at = table[8] + thread_number(table) * table[9] * 4
+    middle_at = wide_at + size * 4
     bytes_each = item_size(data)
     begin, end = share(table, num_rows)
     for i in range(begin, end):
@@ -269,9 +276,8 @@ def add_bottleneck(data):
             continue
         out = carray(at(out_at + i * size * bytes_each, data), size)
         x_at = (out_at if entries[6] == 0 else input_at) + i * size * bytes_each
-        for four in range(0, middle_size, 4):
-            rows_at = entries[0] + four * size * bytes_each
-            dot_four_rows(rows_at, size, x_at, size, middle_at + four * 4, data)
+        _widen(x_at, wide_at, size, data)
+        dot_rows(entries[0], middle_size, wide_at, size, middle_at, data)
         middle = carray(at_float32(middle_at), middle_size)
         down_bias = carray(at_float32(entries[1]), middle_size)
         for j in range(middle_size):

@@ -22,7 +22,7 @@ _VECTOR, _WIDE_BITS = ir.VectorType(_F32, _LANES), ir.VectorType(_I32, _LANES)
 # Sums that are kept at a time: as many as hide the time that one multiplication takes.
 _NUM_SUMS = 4
 # How far ahead of their use rows are asked for, in numbers; measured.
-_AHEAD = 3072
+_AHEAD = 1024
 
 
 def item_size(like):
@@ -186,14 +186,48 @@ def _emit_dots(
 
 
 @intrinsic
-def dot_four_rows(_context, first, stride, x, size, out, like):
-    """Write the products of four rows with x, four float32 at out; x holds what the rows hold."""
+def dot_rows(_context, first, num_rows, x, size, out, like):
+    """Write the products of rows, which lie one after the other, with x, float32; all are read in order."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        memory = _Memory(builder, is_bfloat16=_is_bfloat16(like))
-        first, stride, x, size, out = arguments[:5]
-        places = (first, stride, x, _I64(0), size, out, _I64(0))
-        _emit_dots(builder, places, 1, memory, memory)
+        first, num_rows, x, size, out = arguments[:5]
+        rows = _Memory(builder, is_bfloat16=_is_bfloat16(like))
+        memory = _Memory(builder, is_bfloat16=False)
+
+        def row_body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            start = builder.mul(row, size)
+
+            def multiply(lanes: int, num_sums: int) -> _Body:
+                def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                    places = [builder.add(index, _I64(lanes * number)) for number in range(num_sums)]
+                    if num_sums > 1:
+                        ahead = builder.add(builder.add(start, index), _I64(_AHEAD))
+                        for line in range(0, num_sums, 2):
+                            rows.prefetch(first, builder.add(ahead, _I64(line * _LANES)))
+                    return [
+                        _multiply_add(
+                            builder,
+                            rows.load(first, builder.add(start, place), lanes),
+                            memory.load(x, place, lanes),
+                            total,
+                        )
+                        for place, total in zip(places, sums, strict=True)
+                    ]
+
+                return body
+
+            zeros = [ir.Constant(_VECTOR, [0.0] * _LANES)] * _NUM_SUMS
+            width = _NUM_SUMS * _LANES
+            index, sums = loop(builder, _I64(0), size, width, zeros, multiply(_LANES, _NUM_SUMS))
+            index, first_sum = loop(builder, index, size, _LANES, sums[:1], multiply(_LANES, 1))
+            _, rest = loop(builder, index, size, 1, [_F32(0.0)], multiply(1, 1))
+            total = _sum_four(builder, [*first_sum, *sums[1:]])
+            for lane in range(_NUM_SUMS):
+                rest = [builder.fadd(rest[0], builder.extract_element(total, _I32(lane)))]
+            memory.store(rest[0], out, row)
+            return []
+
+        loop(builder, _I64(0), num_rows, 1, [], row_body)
         return ir.Constant(_I64, 0)
 
     return types.int64(*[types.int64] * 5, like), generate

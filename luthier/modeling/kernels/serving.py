@@ -112,7 +112,7 @@ class CompiledOps:
         in_tiles = STRETCH_RANK * (STRETCH_BLOCK + BLOCK) // 2 + 8 * widest
         # Of each block its queries, sums, state and places; then scores, weights and values of some keys.
         at_once = ATTENTION_BLOCKS * (24 * shape.size + 64) + ATTENTION_KEYS * (24 + shape.size // 2) + 16
-        self._scratch_width = max(attending, max_middle + max(site_widths), in_tiles, at_once) + 16
+        self._scratch_width = max(attending, max_middle + max(site_widths) + widest, in_tiles, at_once) + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
         in_tiles_too = like.dtype == torch.bfloat16 and has_tiles()
         self._stretches = self._attend_stretches = None
