@@ -6,12 +6,14 @@ among the threads.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
+# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import math
 
 import numpy as np
-from numba import carray
+from numba import carray, types
+from numba.extending import overload
 
 from luthier.modeling.kernels._language import (
     Kernel,
@@ -27,6 +29,7 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
+from luthier.modeling.kernels._tiles import HAS_PAIRS, TILE_INPUTS, dot_pairs
 from luthier.modeling.kernels._vectors import (
     add_rows,
     add_rows_to_1,
@@ -197,6 +200,26 @@ def _widen(source_at, target_at, size, data):
         target[j] = wide(source[j])
 
 
+def dot_adapter_rows(first, num_rows, x_at, wide_at, size, out_at, data):
+    """Write the products of rows with x, float32 numbers at out; `wide_at` has room for x in float32."""
+
+
+@overload(dot_adapter_rows, inline="always")
+def _dot_adapter_rows_overload(first, num_rows, x_at, wide_at, size, out_at, data):
+    def widened(first, num_rows, x_at, wide_at, size, out_at, data):
+        _widen(x_at, wide_at, size, data)
+        dot_rows(first, num_rows, wide_at, size, out_at, data)
+
+    def paired(first, num_rows, x_at, wide_at, size, out_at, data):
+        if size % TILE_INPUTS == 0:
+            dot_pairs(first, num_rows, x_at, size, out_at)
+        else:
+            _widen(x_at, wide_at, size, data)
+            dot_rows(first, num_rows, wide_at, size, out_at, data)
+
+    return paired if data.dtype == types.uint16 and HAS_PAIRS else widened
+
+
 @inlined
 def _add_blocks(blocks_at, factors_at, num_rows, out_at, size, data):
     """Add rows in blocks of `BLOCK` columns, each row times its factor."""
@@ -223,13 +246,14 @@ def add_low_rank(data):
         if adapters[i] == 0:
             continue
         entries = carray(at_int64(adapters[i] + first_entry * 8), num_sites * 4)
-        _widen(x_at + i * size * bytes_each, wide_at, size, data)
         column = 0
         for site in range(num_sites):
             num_outputs, rank = widths[site], entries[4 * site + 2]
             if rank != 0:
                 out = carray(at(out_at + (i * width + column) * bytes_each, data), num_outputs)
-                dot_rows(entries[4 * site], rank, wide_at, size, middle_at, data)
+                dot_adapter_rows(
+                    entries[4 * site], rank, x_at + i * size * bytes_each, wide_at, size, middle_at, data
+                )
                 change_at = middle_at + rank * 4
                 change = carray(at_float32(change_at), num_outputs)
                 for j in range(num_outputs):
@@ -276,8 +300,7 @@ def add_bottleneck(data):
             continue
         out = carray(at(out_at + i * size * bytes_each, data), size)
         x_at = (out_at if entries[6] == 0 else input_at) + i * size * bytes_each
-        _widen(x_at, wide_at, size, data)
-        dot_rows(entries[0], middle_size, wide_at, size, middle_at, data)
+        dot_adapter_rows(entries[0], middle_size, x_at, wide_at, size, middle_at, data)
         middle = carray(at_float32(middle_at), middle_size)
         down_bias = carray(at_float32(entries[1]), middle_size)
         for j in range(middle_size):

@@ -12,12 +12,12 @@ int64 and all strides bytes. LLVM makes these instructions only where the proces
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from luthier.modeling.kernels._vectors import loop
+from luthier.modeling.kernels._vectors import loop, sum_lanes
 
 _VOID, _I64, _I32, _I16, _I8 = ir.VoidType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _BYTES = _I8.as_pointer()
@@ -25,6 +25,8 @@ _LANES = 16
 _SUMS = ir.VectorType(ir.FloatType(), _LANES)
 _BITS, _HALVES = ir.VectorType(_I32, _LANES), ir.VectorType(_I16, _LANES)
 
+# Whether products of pairs can be made here, beside which tiles need more (products.py).
+HAS_PAIRS = bool(binding.get_host_cpu_features().get("avx512bf16"))
 TILE_ROWS = 16
 TILE_INPUTS = 32
 PANEL_OUTPUTS = 64
@@ -34,6 +36,7 @@ _TILE_BYTES = 1024
 _STEP_BYTES = 4 * _TILE_BYTES
 # How far ahead of its use a single row's weight is asked for; measured.
 _AHEAD = 4096
+_AHEAD_OF_ROWS = 2048
 
 # Tiles of sums 0 to 3; of two blocks of rows 4 and 5; of weights 6 and 7.
 _ROWS, _WEIGHTS = (4, 5), (6, 7)
@@ -294,6 +297,49 @@ def pair_rows(_context, source, target):
         return _I64(0)
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def dot_pairs(_context, first, num_rows, x, size, out):
+    """Write the products of rows of bfloat16, which lie one after the other, with x; 32 inputs at a time."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        first, num_rows, x, size, out = arguments
+        machine = _Machine(builder)
+
+        def row_body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            start = builder.add(first, builder.mul(builder.mul(row, size), _I64(2)))
+
+            def multiply(num_sums: int) -> Any:
+                def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                    across = builder.mul(index, _I64(2))
+                    found = []
+                    for number, total in enumerate(sums):
+                        place = builder.add(across, _I64(64 * number))
+                        line = builder.add(start, place)
+                        if num_sums > 1:
+                            machine.prefetch(builder.add(line, _I64(_AHEAD_OF_ROWS)))
+                        held, factor = (
+                            builder.load(machine.pointer(one, _BITS), align=2)
+                            for one in (line, builder.add(x, place))
+                        )
+                        found.append(machine.multiply_pairs(total, held, factor))
+                    return found
+
+                return body
+
+            zeros = [ir.Constant(_SUMS, [0.0] * _LANES)] * 2
+            index, sums = loop(builder, _I64(0), size, 64, zeros, multiply(2))
+            _, last = loop(builder, index, size, 32, sums[:1], multiply(1))
+            total = sum_lanes(builder, builder.fadd(last[0], sums[1]))
+            place = builder.add(out, builder.mul(row, _I64(4)))
+            builder.store(total, machine.pointer(place, ir.FloatType()), align=4)
+            return []
+
+        loop(builder, _I64(0), num_rows, 1, [], row_body)
+        return _I64(0)
+
+    return types.int64(*[types.int64] * 5), generate
 
 
 @intrinsic

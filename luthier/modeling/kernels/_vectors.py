@@ -130,6 +130,14 @@ def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return shuffled(parts, parts, [0, 4, 8, 12])
 
 
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """Return the sum of a vector's 16 numbers, halves added to halves."""
+    for step in (8, 4, 2, 1):
+        others = ir.Constant(_WIDE_BITS, [lane ^ step for lane in range(_LANES)])
+        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, others))
+    return builder.extract_element(vector, _I32(0))
+
+
 def _broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     vector = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(vector, vector, ir.Constant(_WIDE_BITS, [0] * _LANES))
