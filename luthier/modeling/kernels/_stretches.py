@@ -30,7 +30,9 @@ from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
     TILE_INPUTS,
     TILE_ROWS,
+    add_lanes,
     configure_tiles,
+    interleave,
     multiply_panel,
     multiply_tile,
     release_tiles,
@@ -58,20 +60,17 @@ def _lay_ranks(a_at, num_ranks, size, tiles_at):
 
 
 @inlined
-def _lay_block(block_at, num_ranks, num_steps, panel_at, data):
+def _lay_block(block_at, num_ranks, num_steps, panel_at, zeros_at):
     """Lay a block [ranks, 64] of outputs into a panel; ranks that there are not are zeros."""
-    block = carray(at(block_at, data), num_ranks * PANEL_OUTPUTS)
-    panel = carray(at(panel_at, data), num_steps * PANEL_OUTPUTS * TILE_INPUTS)
-    for rank in range(num_steps * TILE_INPUTS):
-        step, within = rank // TILE_INPUTS, rank % TILE_INPUTS
+    for pair in range(num_steps * TILE_ROWS):
+        even = block_at + 2 * pair * PANEL_OUTPUTS * 2
+        is_there = 2 * pair < num_ranks
         for tile in range(4):
-            first = (step * 4 + tile) * 512 + within // 2 * 32 + within % 2
-            for column in range(16):
-                place = first + 2 * column
-                if rank < num_ranks:
-                    panel[place] = block[rank * PANEL_OUTPUTS + tile * 16 + column]
-                else:
-                    panel[place] = narrow(np.float32(0.0), panel)
+            # Ranks are even in number.
+            first = even + tile * 32 if is_there else zeros_at
+            second = even + PANEL_OUTPUTS * 2 + tile * 32 if is_there else zeros_at
+            place = (pair // TILE_ROWS * 4 + tile) * 1024 + pair % TILE_ROWS * 64
+            interleave(first, second, panel_at + place)
 
 
 @inlined
@@ -88,14 +87,17 @@ def _narrow_middle(sums_at, num_rows, first_rank, middle_at, width, data):
 def _add_sums(sums_at, num_rows, num_columns, factors_at, out_at, out_width, data):
     """Add sums [rows, 64] to columns of the result, and multiply these by their factors if there are any."""
     sums = carray(at_float32(sums_at), num_rows * PANEL_OUTPUTS)
-    factors = carray(at_float32(factors_at), num_columns)
+    whole = num_columns // 16 * 16
     for i in range(num_rows):
+        for column in range(0, whole, 16):
+            add_lanes(sums_at + (i * PANEL_OUTPUTS + column) * 4, out_at + (i * out_width + column) * 2)
         out = carray(at(out_at + i * out_width * 2, data), num_columns)
-        for column in range(num_columns):
-            value = wide(out[column]) + sums[i * PANEL_OUTPUTS + column]
-            if factors_at != 0:
-                value *= factors[column]
-            out[column] = narrow(value, out)
+        for column in range(whole, num_columns):
+            out[column] = narrow(wide(out[column]) + sums[i * PANEL_OUTPUTS + column], out)
+        if factors_at != 0:
+            factors = carray(at_float32(factors_at), num_columns)
+            for column in range(num_columns):
+                out[column] = narrow(wide(out[column]) * factors[column], out)
 
 
 @Kernel
@@ -108,9 +110,14 @@ def add_low_rank_stretches(data):
     widths = carray(at_int64(table[10]), num_sites)
     middle_at = table[11] + thread_number(table) * table[12] * 4
     panel_at = middle_at + _MIDDLE_BYTES
-    tiles_at = panel_at + _PANEL_BYTES
+    zeros_at = panel_at + _PANEL_BYTES
+    tiles_at = zeros_at + 64
     sums_at = sums_of_panel()
-    shape_at = sums_at + PANEL_SUMS * 4
+    whole_at = sums_at + PANEL_SUMS * 4
+    describe_tiles(whole_at, TILE_ROWS)
+    zeros = carray(at_int64(zeros_at), 4)
+    for place in range(4):
+        zeros[place] = 0
     begin, end = share(table, num_stretches * num_sites)
     for item in range(begin, end):
         number, site = item // num_sites, item % num_sites
@@ -124,14 +131,16 @@ def add_low_rank_stretches(data):
         middle_width = num_steps * TILE_INPUTS
         for first in range(0, stretches[number, 2], STRETCH_BLOCK):
             num_tokens = min(STRETCH_BLOCK, stretches[number, 2] - first)
-            token = stretches[number, 1] + first
+            token, rest = stretches[number, 1] + first, num_tokens % TILE_ROWS
+            if rest != 0:
+                describe_tiles(whole_at + 64, rest)
             for first_rank in range(0, middle_width, TILE_ROWS):
                 ranks_at = entries[0] + first_rank * size * 2
                 _lay_ranks(ranks_at, max(min(TILE_ROWS, num_ranks - first_rank), 0), size, tiles_at)
                 for row in range(0, num_tokens, TILE_ROWS):
                     num_rows = min(TILE_ROWS, num_tokens - row)
-                    describe_tiles(shape_at, num_rows)
-                    configure_tiles(shape_at)
+                    if row == 0 or num_rows < TILE_ROWS:
+                        configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
                     rows_at = x_at + (token + row) * size * 2
                     multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, sums_at)
                     place = middle_at + row * middle_width * 2
@@ -140,12 +149,12 @@ def add_low_rank_stretches(data):
             for block in range((num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS):
                 first_column = block * PANEL_OUTPUTS
                 num_columns = min(PANEL_OUTPUTS, num_outputs - first_column)
-                _lay_block(entries[1] + block * block_bytes, num_ranks, num_steps, panel_at, data)
+                _lay_block(entries[1] + block * block_bytes, num_ranks, num_steps, panel_at, zeros_at)
                 factors_at = 0 if entries[3] == 0 else entries[3] + first_column * 4
                 for row in range(0, num_tokens, TILE_ROWS):
                     num_rows = min(TILE_ROWS, num_tokens - row)
-                    describe_tiles(shape_at, num_rows)
-                    configure_tiles(shape_at)
+                    if row == 0 or num_rows < TILE_ROWS:
+                        configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
                     rows_at = middle_at + row * middle_width * 2
                     multiply_panel(panel_at, rows_at, middle_width * 2, num_steps, sums_at)
                     place = out_at + ((token + row) * width + column + first_column) * 2

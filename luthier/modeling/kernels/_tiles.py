@@ -343,6 +343,41 @@ def dot_pairs(_context, first, num_rows, x, size, out):
 
 
 @intrinsic
+def interleave(_context, even, odd, target):
+    """Write two rows of 16 bfloat16 as one row of 16 pairs."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        machine = _Machine(builder)
+        low, high = (
+            builder.zext(builder.load(machine.pointer(place, _HALVES), align=2), _BITS)
+            for place in arguments[:2]
+        )
+        pairs = builder.or_(low, builder.shl(high, ir.Constant(_BITS, [16] * _LANES)))
+        builder.store(pairs, machine.pointer(arguments[2], _BITS), align=4)
+        return _I64(0)
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def add_lanes(_context, source, target):
+    """Add 16 float32 to 16 bfloat16."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        machine = _Machine(builder)
+        sixteen = ir.Constant(_BITS, [16] * _LANES)
+        place = machine.pointer(arguments[1], _HALVES)
+        held = builder.shl(builder.zext(builder.load(place, align=2), _BITS), sixteen)
+        source = builder.load(machine.pointer(arguments[0], _SUMS), align=4)
+        total = builder.fadd(builder.bitcast(held, _SUMS), source)
+        bits = machine.rounded(builder.bitcast(total, _BITS))
+        builder.store(builder.trunc(builder.lshr(bits, sixteen), _HALVES), place, align=2)
+        return _I64(0)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
 def round_lanes(_context, source, target):
     """Write 16 float32 as the nearest bfloat16, of two equally near ones the even."""
 

@@ -109,7 +109,7 @@ class CompiledOps:
         attending = MAX_QUERIES * (self._longest + 2 * shape.size)
         # A cache line between two threads' parts.
         widest = max(*site_widths, shape.num_heads * shape.size)
-        in_tiles = STRETCH_RANK * (STRETCH_BLOCK + BLOCK) // 2 + 8 * widest
+        in_tiles = STRETCH_RANK * (STRETCH_BLOCK + BLOCK) // 2 + 16 + 8 * widest
         # Of each block its queries, sums, state and places; then scores, weights and values of some keys.
         at_once = ATTENTION_BLOCKS * (24 * shape.size + 64) + ATTENTION_KEYS * (24 + shape.size // 2) + 16
         self._scratch_width = max(attending, max_middle + max(site_widths) + widest, in_tiles, at_once) + 16
