@@ -76,12 +76,14 @@ def tiled_bytes(weight_OK: torch.Tensor) -> int:
 def can_tile(weight_OK: torch.Tensor) -> bool:
     """Whether a weight can be laid out so here."""
     has_shape = weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % TILE_INPUTS == 0
-    return has_shape and kernels.is_compiled(weight_OK) and has_tiles()
+    return has_shape and weight_OK.device.type == "cpu" and has_tiles()
 
 
 @cache
 def has_tiles() -> bool:
     """Whether kernels over tiles run here: processor and system let them, and a product comes out right."""
+    if not kernels.is_compiled(torch.empty(1)):
+        return False
     from llvmlite import binding
 
     features = binding.get_host_cpu_features()
