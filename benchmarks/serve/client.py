@@ -2,135 +2,177 @@
 
 A process of its own, so that what measures takes no turn of what is measured. One JSON line in, one out:
 `{"url", "requests": [{"method", "path", "headers", "body", "at_seconds"}], "concurrency"}`. HTTP/1.1 over a
-Unix socket or TCP by hand (RFC 9112), which costs a few microseconds a token. Never torch.
+Unix socket or TCP by hand (RFC 9112); what comes is noted and read when all has come, so that the client
+takes little of the processors that it shares with what it measures. Never torch.
 """
 
 import asyncio
+import bisect
 import gc
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from luthier.core.inference import HEADER_DIGEST
 
 _DATA = b"data: "
-_MAX_LINE_BYTES = 1 << 20
 
 
-async def _open(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return await asyncio.open_unix_connection(parts.netloc + parts.path, limit=_MAX_LINE_BYTES)
-    return await asyncio.open_connection(parts.hostname, parts.port, limit=_MAX_LINE_BYTES)
+class _Connection(asyncio.Protocol):
+    """One request's answer as it comes, block by block; it is read when all have come.
 
+    Args:
+        request: what is sent.
+    """
 
-async def _pieces(reader: asyncio.StreamReader, headers: dict[str, str]) -> Any:
-    """Yield the body's pieces: chunks, or all of it."""
-    if headers.get("transfer-encoding") != "chunked":
-        length = headers.get("content-length")
-        yield await (reader.read() if length is None else reader.readexactly(int(length)))
-        return
-    while size := int((await reader.readline()).split(b";")[0], 16):
-        yield await reader.readexactly(size)
-        await reader.readexactly(2)
-
-
-async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    status = int((await reader.readline()).split()[1])
-    headers = {}
-    while line := (await reader.readline()).strip():
-        name, _, value = line.decode("latin-1").partition(":")
-        headers[name.lower()] = value.strip().lower()
-    return status, headers
-
-
-class _Answer:
-    """What one request brought, moment by moment."""
-
-    def __init__(self) -> None:
+    def __init__(self, request: bytes) -> None:
+        self._request = request
         self.sent = time.perf_counter()
+        self.blocks: list[bytes] = []
         self.moments: list[float] = []
-        self.texts: list[str] = []
-        self.num_tokens: int | None = None
-        self.finish: str | None = None
-        self.digest: str | None = None
-        self.error: str | None = None
+        self.fault: Exception | None = None
+        self.is_over = asyncio.get_running_loop().create_future()
 
-    def take(self, line: bytes) -> None:
-        """Read one event of the stream."""
-        now = time.perf_counter()
-        if not line.startswith(_DATA) or line.startswith(b"data: [DONE]"):
-            return
-        event = json.loads(line[len(_DATA) :])
-        if "error" in event:
-            self.error = str(event["error"])[:300]
-        if event.get("usage"):
-            self.num_tokens = event["usage"]["completion_tokens"]
-        for choice in event.get("choices") or ():
-            text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-            if text:
-                self.moments.append(now)
-                self.texts.append(text)
-            self.finish = choice.get("finish_reason") or self.finish
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the request."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        self.sent = time.perf_counter()
+        transport.write(self._request)
 
-    def tell(self, begin: float) -> dict[str, Any]:
-        """Return it as JSON, times in seconds since the run's begin."""
-        gaps = [later - earlier for earlier, later in zip(self.moments, self.moments[1:], strict=False)]
-        return {
-            "error": self.error,
-            "sent": self.sent - begin,
-            "first": self.moments[0] - begin if self.moments else None,
-            "end": time.perf_counter() - begin,
-            "num_tokens": self.num_tokens,
-            "finish": self.finish,
-            "digest": self.digest,
-            "text": "".join(self.texts),
-            "gaps": gaps,
-        }
+    def data_received(self, data: bytes) -> None:
+        """Note when a block came."""
+        self.moments.append(time.perf_counter())
+        self.blocks.append(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Note that all has come: the server closes the connection."""
+        self.fault = exc
+        if not self.is_over.done():
+            self.is_over.set_result(None)
 
 
-async def _send(url: str, request: dict[str, Any], begin: float) -> dict[str, Any]:
+async def _send(url: str, request: bytes) -> _Connection:
+    parts, loop = urlsplit(url), asyncio.get_running_loop()
+
+    def connect() -> _Connection:
+        return _Connection(request)
+
+    if parts.scheme == "unix":
+        _, connection = await loop.create_unix_connection(connect, parts.netloc + parts.path)
+    else:
+        _, connection = await loop.create_connection(connect, parts.hostname, parts.port)
+    await connection.is_over
+    return connection
+
+
+def _to_request(request: dict[str, Any]) -> bytes:
     body = json.dumps(request["body"]).encode()
     lines = [
         f"{request.get('method', 'POST')} {request['path']} HTTP/1.1",
         "host: bench",
         "connection: close",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
     ]
-    lines += ["content-type: application/json", f"content-length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in request.get("headers", {}).items()]
-    answer = _Answer()
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def _body_of(raw: bytes, start: int, headers: dict[str, str]) -> Iterator[tuple[bytes, int]]:
+    """Yield the body's pieces and where each ends in the answer: chunks, or all of it."""
+    if headers.get("transfer-encoding") != "chunked":
+        yield raw[start:], len(raw)
+        return
+    while True:
+        end = raw.index(b"\r\n", start)
+        size = int(raw[start:end].split(b";")[0], 16)
+        if size == 0:
+            return
+        start = end + 2 + size
+        if len(raw) < start:
+            raise ValueError("the answer broke off")
+        yield raw[end + 2 : start], start
+        start += 2
+
+
+def _read(connection: _Connection, begin: float) -> dict[str, Any]:
+    """Return what one request brought as JSON, times in seconds since the run's begin."""
+    raw = b"".join(connection.blocks)
+    ends = list(itertools.accumulate(map(len, connection.blocks)))
+    found: dict[str, Any] = {"error": None, "num_tokens": None, "finish": None, "digest": None}
+    moments: list[float] = []
+    texts: list[str] = []
     try:
-        reader, writer = await _open(url)
-        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-        status, headers = await _read_head(reader)
-        answer.digest = headers.get(HEADER_DIGEST)
+        if connection.fault is not None:
+            raise connection.fault
+        head, _, _ = raw.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        found["digest"] = headers.get(HEADER_DIGEST)
         held = b""
-        async for piece in _pieces(reader, headers):
+        for piece, end in _body_of(raw, len(head) + 4, headers):
+            moment = connection.moments[bisect.bisect_left(ends, end)]
             *whole, held = (held + piece).split(b"\n")
             for line in whole:
-                answer.take(line)
-        answer.take(held)
-        if status != 200:
-            answer.error = f"status {status}: {held.decode(errors='replace')[:300]}"
-        writer.close()
-    except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
-        answer.error = f"{type(error).__name__}: {error}"
-    return answer.tell(begin)
+                _take(line, moment - begin, found, moments, texts)
+        if first.split()[1] != "200":
+            found["error"] = f"status {first.split()[1]}: {held.decode(errors='replace')[:300]}"
+    except (OSError, ValueError, IndexError) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    return found | {
+        "sent": connection.sent - begin,
+        "first": moments[0] if moments else None,
+        "end": (connection.moments[-1] if connection.moments else time.perf_counter()) - begin,
+        "text": "".join(texts),
+        "gaps": gaps,
+    }
+
+
+def _take(line: bytes, moment: float, found: dict[str, Any], moments: list[float], texts: list[str]) -> None:
+    """Read one event of a stream."""
+    if not line.startswith(_DATA) or line.startswith(b"data: [DONE]"):
+        return
+    event = json.loads(line[len(_DATA) :])
+    if "error" in event:
+        found["error"] = str(event["error"])[:300]
+    if event.get("usage"):
+        found["num_tokens"] = event["usage"]["completion_tokens"]
+    for choice in event.get("choices") or ():
+        text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        if text:
+            moments.append(moment)
+            texts.append(text)
+        found["finish"] = choice.get("finish_reason") or found["finish"]
 
 
 async def _run(order: dict[str, Any]) -> dict[str, Any]:
-    begin = time.perf_counter()
     turns = asyncio.Semaphore(order.get("concurrency") or len(order["requests"]))
 
-    async def one(request: dict[str, Any]) -> dict[str, Any]:
+    async def one(request: dict[str, Any], raw: bytes) -> _Connection | OSError:
         await asyncio.sleep(max(0.0, begin + request.get("at_seconds", 0.0) - time.perf_counter()))
         async with turns:
-            return await _send(order["url"], request, begin)
+            try:
+                return await _send(order["url"], raw)
+            except OSError as error:
+                return error
 
-    answers = await asyncio.gather(*map(one, order["requests"]))
-    return {"answers": answers, "seconds": time.perf_counter() - begin}
+    requests = [(request, _to_request(request)) for request in order["requests"]]
+    begin = time.perf_counter()
+    found = await asyncio.gather(*(one(*request) for request in requests))
+    seconds = time.perf_counter() - begin
+    answers = [_failed(one) if isinstance(one, OSError) else _read(one, begin) for one in found]
+    return {"answers": answers, "seconds": seconds}
+
+
+def _failed(error: OSError) -> dict[str, Any]:
+    """Return what a request brought that could not be sent."""
+    nothing = dict.fromkeys(("sent", "first", "end", "num_tokens", "finish", "digest"))
+    return nothing | {"error": f"{type(error).__name__}: {error}", "text": "", "gaps": []}
 
 
 def main() -> None:

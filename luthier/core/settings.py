@@ -70,7 +70,7 @@ class Settings(BaseSettings):
         16, ge=1, description="Adapters that each vLLM server holds; the one unused for longest leaves first."
     )
     inference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU."
+        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU; on a CPU with AMX bfloat16 is much faster."
     )
     inference_max_whole_models_bytes: int = Field(
         0,

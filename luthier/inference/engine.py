@@ -19,6 +19,7 @@ from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableE
 from luthier.inference import sampler
 from luthier.inference.faults import log_fault, to_told
 from luthier.inference.lane import Lane
+from luthier.inference.mail import posted_together
 from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
@@ -131,7 +132,8 @@ class EngineCore:
 
     def _step_lane(self, lane: Lane) -> bool:
         try:
-            return lane.step()
+            with posted_together():
+                return lane.step()
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one lane
             told = to_told(_LOG, "A lane, whose answers all end with an error,", error)
             for sequence in lane.drain():
@@ -171,8 +173,9 @@ class EngineCore:
     def _accept(self, sequences: list[Sequence], logits_BV: torch.Tensor) -> None:
         choices = sampler.choose(logits_BV, sequences)
         self.measures.count_step(len(sequences), sequences)
-        for sequence, choice in zip(sequences, choices, strict=True):
-            sequence.accept(choice)
+        with posted_together():
+            for sequence, choice in zip(sequences, choices, strict=True):
+                sequence.accept(choice)
 
     def _drop_done(self, group: Group) -> bool:
         rows = [row for row, sequence in enumerate(group.sequences) if not sequence.is_done]

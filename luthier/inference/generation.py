@@ -1,17 +1,16 @@
 """A request's answers between the engine's thread and the event loop: submit, follow, cancel."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from weakref import WeakKeyDictionary
 
 from luthier.core.errors import UnavailableError
 from luthier.data.tokens import StreamDecoder
 from luthier.inference.bases import ReadyModel
 from luthier.inference.echoes import Echo
 from luthier.inference.engine import Engine
+from luthier.inference.mail import mail_of
 from luthier.inference.plans import Plan
 from luthier.inference.sequence import (
     ChoiceAt,
@@ -26,46 +25,6 @@ from luthier.inference.sequence import (
 IndexedEvent = tuple[int, SequenceEvent]
 
 
-class _Mail:
-    """Events of the engine's thread on their way to one event loop, which is woken once for many of them."""
-
-    def __init__(self) -> None:
-        self._posted: deque[tuple[asyncio.Queue[IndexedEvent], IndexedEvent]] = deque()
-        self._is_called = False
-
-    def post(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        queue: "asyncio.Queue[IndexedEvent]",
-        event: IndexedEvent,
-    ) -> None:
-        """Put an event into a queue of the loop; from any thread.
-
-        Args:
-            loop: the mail's own.
-            queue: one of that loop.
-            event: what to put.
-
-        Raises:
-            RuntimeError: when the loop is closed.
-        """
-        self._posted.append((queue, event))
-        if not self._is_called:
-            self._is_called = True
-            loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        # First, so that what is posted from now on calls again: once too often does no harm.
-        self._is_called = False
-        while self._posted:
-            queue, event = self._posted.popleft()
-            queue.put_nowait(event)
-
-
-# It must not hold its loop, or no loop would ever be let go of.
-_MAILS: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mail] = WeakKeyDictionary()
-
-
 class Generation:
     """The answers to one request, as their events arrive. Belongs to the event loop it was made on.
 
@@ -77,7 +36,7 @@ class Generation:
 
     def __init__(self, ready: ReadyModel, plan: Plan, *, project_id: str = "") -> None:
         self._loop = asyncio.get_running_loop()
-        self._mail = _MAILS.setdefault(self._loop, _Mail())
+        self._mail = mail_of(self._loop)
         self._events: asyncio.Queue[IndexedEvent] = asyncio.Queue()
         self.num_prompt_tokens = sum(map(len, plan.prompts))
         self._num_open = plan.num_choices

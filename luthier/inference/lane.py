@@ -332,7 +332,7 @@ class Lane:
                 _write_virtual(self.model, adapter, chain.pages, 0)
             stretch = Stretch(token_ids, num_virtual, chain.pages, described)
             logits_1V: torch.Tensor = self.model.step([stretch])
-            return logits_1V[0]
+            return logits_1V[0].clone()
         finally:
             self._pool.release(chain)
 

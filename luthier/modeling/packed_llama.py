@@ -202,7 +202,8 @@ class PackedLlama:
             stretches: at most one a sequence.
 
         Returns:
-            logits_RV, float32, those that each stretch wants, in order.
+            logits_RV, float32, those that each stretch wants, in order; they may be overwritten by the next
+            step.
 
         Raises:
             ValueError: when a stretch reaches beyond its pages or the context.

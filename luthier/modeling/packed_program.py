@@ -38,6 +38,8 @@ class DecodePrograms:
         self._llama = llama
         self._buffers = llama.make_buffers(MAX_ROWS)
         self._logits_MV = llama.embedding_VD.new_empty(MAX_ROWS, llama.vocabulary_size)
+        # Memory that is taken anew for each step would be cleared anew, page by page.
+        self._wide_MV = torch.empty(MAX_ROWS, llama.vocabulary_size)
         num_pages = -(-llama.context_length // PAGE_SIZE)
         self._positions_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         self._pages_MW = torch.zeros(MAX_ROWS, num_pages, dtype=torch.int64)
@@ -52,7 +54,7 @@ class DecodePrograms:
         return is_narrow and all(len(one) == 1 and one.num_logits == 1 for one in stretches)
 
     def step(self, stretches: Sequence["Stretch"]) -> torch.Tensor:
-        """Run a step, as `PackedLlama.step` does."""
+        """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
         num_rows = len(stretches)
         for row, one in enumerate(stretches):
             width = one.first // PAGE_SIZE + 1
@@ -62,7 +64,7 @@ class DecodePrograms:
         buffers = self._buffers.first(num_rows)
         self._llama.embed(stretches, buffers.stream_ND)
         self._program(rows, num_rows).run()
-        return self._logits_MV[:num_rows].float()
+        return self._wide_MV[:num_rows].copy_(self._logits_MV[:num_rows])
 
     def _program(self, rows: SingleRows, num_rows: int) -> "Program":
         num_threads = torch.get_num_threads()
