@@ -70,7 +70,8 @@ class Settings(BaseSettings):
         16, ge=1, description="Adapters that each vLLM server holds; the one unused for longest leaves first."
     )
     inference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU; on a CPU with AMX bfloat16 is much faster."
+        "auto",
+        description="auto: float32 on a CPU, bfloat16 on a GPU; bfloat16 is much faster on a CPU with AMX.",
     )
     inference_max_whole_models_bytes: int = Field(
         0,

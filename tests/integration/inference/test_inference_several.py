@@ -91,9 +91,14 @@ def test_a_model_stays_where_it_is_and_a_killed_process_takes_only_its_own_reque
         (holder,) = processes.holders(target)
         other = 1 - holder
         # One stream on each process: the bare base goes where less is open.
-        lost, kept = await _stream(backend, target), await _stream(backend, BARE)
+        lost = await _stream(backend, target)
+        # It goes no further, however long the rest takes to begin.
+        processes.running[holder].send_signal(signal.SIGSTOP)
+        kept = await _stream(backend, BARE)
         assert processes.state(other)["running"] != 0
         processes.running[holder].send_signal(signal.SIGKILL)
+        # Until it is gone its socket still takes connections, which then end.
+        await asyncio.to_thread(processes.running[holder].wait)
         with pytest.raises(UnavailableError, match="broke off in the middle"):
             async for _ in lost.body:
                 pass
