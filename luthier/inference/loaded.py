@@ -8,7 +8,8 @@ of the process (memory.py).
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +115,10 @@ class LoadedArtifacts:
         self._num_waiting = 0
         self._num_loads: Counter[Kind] = Counter()
         self._num_evictions: Counter[Kind] = Counter()
+        # Of bases on their way, which are no entries.
+        self._expected_bytes = 0
+        # Two who looked for room at once would both take what there is.
+        self._making_way = asyncio.Lock()
         # The one unused for longest first.
         self._entries: OrderedDict[ModelKey, _Entry] = OrderedDict()
         # Held by whoever waits for memory: asyncio's locks are fair, so that nobody overtakes.
@@ -154,8 +159,25 @@ class LoadedArtifacts:
 
     @property
     def loading_bytes(self) -> int:
-        """Bytes of the artifacts that are on their way to the memory."""
-        return sum(entry.num_bytes for entry in self._entries.values() if not entry.loading.done())
+        """Bytes of what is on its way to the memory."""
+        loading = (entry.num_bytes for entry in self._entries.values() if not entry.loading.done())
+        return sum(loading) + self._expected_bytes
+
+    @contextmanager
+    def expecting(self, num_bytes: int) -> Iterator[None]:
+        """Count weights that are no artifact as on their way.
+
+        Args:
+            num_bytes: for which `make_way` made room just before.
+
+        Yields:
+            Nothing.
+        """
+        self._expected_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._expected_bytes -= num_bytes
 
     @property
     def idle_bytes(self) -> int:
@@ -178,7 +200,7 @@ class LoadedArtifacts:
         self._tell_waiting()
 
     async def make_way(self, num_bytes: int) -> bool:
-        """Make room below the ceiling, by pages and idle artifacts.
+        """Make room below the ceiling, by pages and idle artifacts; who asked takes it before he waits again.
 
         Args:
             num_bytes: what is about to be loaded.
@@ -189,11 +211,12 @@ class LoadedArtifacts:
         Raises:
             NoRoomError: when there would be none even then.
         """
-        missing = await self._fit(num_bytes + self.loading_bytes)
-        # Nobody leaves for one that comes in none the more.
-        if 0 < missing <= self.leaving_bytes:
-            await self.give_back(missing)
+        async with self._making_way:
             missing = await self._fit(num_bytes + self.loading_bytes)
+            # Nobody leaves for one that comes in none the more.
+            if 0 < missing <= self.leaving_bytes:
+                await self.give_back(missing)
+                missing = await self._fit(num_bytes + self.loading_bytes)
         if missing > self.leaving_bytes:
             raise NoRoomError(
                 f"The model server has no memory for this model's {num_bytes / MIB:.1f} MiB while jobs are "
@@ -282,10 +305,20 @@ class LoadedArtifacts:
         if entry is None:
             if kind is Kind.INSTALLED:
                 self._leave_idle(kind, lambda: self._num_installed < self._max_installed)
-            loading = asyncio.ensure_future(load(self._engine, served, kind, self._limits))
+            loading = asyncio.ensure_future(
+                load(self._engine, served, kind, self._limits, opening=self._opening)
+            )
             entry = self._entries[served.key] = _Entry(served, kind, num_bytes, loading)
             loading.add_done_callback(lambda _: self._on_loaded(entry))
         return entry
+
+    @asynccontextmanager
+    async def _opening(self, num_bytes: int) -> AsyncIterator[None]:
+        """Let the plain path's weights of a packed base be loaded, if there is room for them."""
+        if not await self.make_way(num_bytes):
+            raise NoRoomError("The model server has no memory for this model's base now; try again.")
+        with self.expecting(num_bytes):
+            yield
 
     @property
     def _num_installed(self) -> int:

@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -78,7 +79,14 @@ def measure(served: ServedModel) -> tuple[Kind, int]:
     return Kind.PACKED, measure_whole(copy.folder, served.base.dtype)
 
 
-async def load(engine: EngineLike, served: ServedModel, kind: Kind, limits: "RowLimits") -> ReadyModel:
+async def load(
+    engine: EngineLike,
+    served: ServedModel,
+    kind: Kind,
+    limits: "RowLimits",
+    *,
+    opening: Callable[[int], AbstractAsyncContextManager[None]],
+) -> ReadyModel:
     """Bring a model into memory and let it prove itself.
 
     Args:
@@ -86,6 +94,7 @@ async def load(engine: EngineLike, served: ServedModel, kind: Kind, limits: "Row
         served: the model.
         kind: what `measure` told.
         limits: of rows on weights of their own.
+        opening: entered while weights of so many bytes more are loaded beside it.
 
     Returns:
         The model, ready to answer.
@@ -108,7 +117,9 @@ async def load(engine: EngineLike, served: ServedModel, kind: Kind, limits: "Row
             )
             await asyncio.wrap_future(proving)
             return ReadyModel(served, lane=lane, adapter=adapter)
-        await asyncio.to_thread(_open_slots, served.base, packed)
+        if served.base.slots is None:
+            async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
+                await asyncio.to_thread(_open_slots, served.base, packed)
     slots, digest = served.base.plain, copy.digest
     installing = engine.call(lambda: slots.install(digest, copy.folder))
     return ReadyModel(served, prefix=await asyncio.wrap_future(installing))

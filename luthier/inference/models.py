@@ -127,9 +127,11 @@ class Models:
         facts = await asyncio.to_thread(bases.get_base_facts, self._settings, base_id)
         async with self._locks.setdefault(base_id, asyncio.Lock()):
             if base_id not in self._bases:
-                if not await self.loaded.make_way(bases.loading_bytes(self._settings, facts)):
+                num_bytes = bases.loading_bytes(self._settings, facts)
+                if not await self.loaded.make_way(num_bytes):
                     raise NoRoomError("The model server has no memory for this base now; try again.")
-                self._bases[base_id] = await asyncio.to_thread(bases.load, self._settings, base_id)
+                with self.loaded.expecting(num_bytes):
+                    self._bases[base_id] = await asyncio.to_thread(bases.load, self._settings, base_id)
                 # What was read of it is gone, and should not count as held.
                 await asyncio.to_thread(self.ceiling.trim)
             return self._bases[base_id]

@@ -31,6 +31,7 @@ class Room:
         )
 
     async def _fit(self, num_bytes: int) -> int:
+        await asyncio.sleep(0)
         entries = self.loaded._entries.values()
         held = sum(entry.num_bytes for entry in entries if entry.loading.done())
         return held + num_bytes - self.num_bytes
@@ -108,3 +109,23 @@ def test_who_waits_for_room_looks_again_when_the_ceiling_rises(
         await waiting
 
     asyncio.run(run())
+
+
+def test_two_who_look_for_room_at_once_do_not_both_take_it() -> None:
+    async def run() -> list[bool]:
+        loaded = Room(100).loaded
+
+        async def load(num_bytes: int) -> bool:
+            try:
+                has_room = await loaded.make_way(num_bytes)
+            except NoRoomError:
+                return False
+            with loaded.expecting(num_bytes):
+                await settle()
+            return has_room
+
+        found = list(await asyncio.gather(load(60), load(50), load(40)))
+        assert loaded.loading_bytes == 0
+        return found
+
+    assert asyncio.run(run()) == [True, False, True]
