@@ -27,11 +27,11 @@ class _Connection(asyncio.Protocol):
 
     Args:
         request: what is sent.
+        sent: when, connecting included.
     """
 
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self.sent = time.perf_counter()
+    def __init__(self, request: bytes, sent: float) -> None:
+        self._request, self.sent = request, sent
         self.blocks: list[bytes] = []
         self.moments: list[float] = []
         self.fault: Exception | None = None
@@ -40,7 +40,6 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the request."""
         assert isinstance(transport, asyncio.WriteTransport)
-        self.sent = time.perf_counter()
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
@@ -56,10 +55,10 @@ class _Connection(asyncio.Protocol):
 
 
 async def _send(url: str, request: bytes) -> _Connection:
-    parts, loop = urlsplit(url), asyncio.get_running_loop()
+    parts, loop, sent = urlsplit(url), asyncio.get_running_loop(), time.perf_counter()
 
     def connect() -> _Connection:
-        return _Connection(request)
+        return _Connection(request, sent)
 
     if parts.scheme == "unix":
         _, connection = await loop.create_unix_connection(connect, parts.netloc + parts.path)
@@ -85,6 +84,8 @@ def _to_request(request: dict[str, Any]) -> bytes:
 def _body_of(raw: bytes, start: int, headers: dict[str, str]) -> Iterator[tuple[bytes, int]]:
     """Yield the body's pieces and where each ends in the answer: chunks, or all of it."""
     if headers.get("transfer-encoding") != "chunked":
+        if len(raw) - start != int(headers.get("content-length", len(raw) - start)):
+            raise ValueError("the answer broke off")
         yield raw[start:], len(raw)
         return
     while True:

@@ -311,7 +311,7 @@ class Lane:
 
     @torch.inference_mode()
     def probe(self, token_ids: list[int], adapter: PackedAdapter | None = None) -> torch.Tensor:
-        """Return what a model says after a short text, by the way that requests go.
+        """Return what a model says after a short text, by the ways that requests go: the last token alone.
 
         Args:
             token_ids: the text's tokens.
@@ -330,8 +330,11 @@ class Lane:
             if adapter is not None:
                 described = adapter.described
                 _write_virtual(self.model, adapter, chain.pages, 0)
-            stretch = Stretch(token_ids, num_virtual, chain.pages, described)
-            logits_1V: torch.Tensor = self.model.step([stretch])
+            *before, last = token_ids
+            end = num_virtual + len(before)
+            if before:
+                self.model.step([Stretch(before, num_virtual, chain.pages, described, wants_logits=False)])
+            logits_1V: torch.Tensor = self.model.step([Stretch([last], end, chain.pages, described)])
             return logits_1V[0].clone()
         finally:
             self._pool.release(chain)

@@ -72,11 +72,12 @@ def posted_together() -> Iterator[None]:
         Nothing.
     """
     held: dict[Mail[Any], asyncio.AbstractEventLoop] = {}
+    outer = getattr(_HELD, "mails", None)
     _HELD.mails = held
     try:
         yield
     finally:
-        _HELD.mails = None
+        _HELD.mails = outer
         for mail, loop in held.items():
             try:
                 mail.wake(loop)

@@ -43,7 +43,7 @@ class WeightMemory:
 
     def lay(self, *weights: torch.Tensor) -> PackedLinear:
         """Return layers that share an input as one."""
-        weight_OK = torch.cat(weights)
+        weight_OK = weights[0] if len(weights) == 1 else torch.cat(weights)
         if self._room is None or not can_tile(weight_OK):
             return PackedLinear(weight_OK)
         own, self._room = self._room.tensor_split([tiled_bytes(weight_OK)])

@@ -86,15 +86,17 @@ class Buffers:
 
     stream_ND: torch.Tensor
     normed_ND: torch.Tensor
-    change_ND: torch.Tensor
-    qkv_NE: torch.Tensor
     attended_NK: torch.Tensor
-    gate_up_NF: torch.Tensor
     hidden_NF: torch.Tensor
+    # What products write; None where they return memory of their own.
+    change_ND: torch.Tensor | None
+    qkv_NE: torch.Tensor | None
+    gate_up_NF: torch.Tensor | None
 
     def first(self, num_rows: int) -> "Buffers":
         """Return those of a step with fewer rows, in the same memory."""
-        return Buffers(*(getattr(self, one.name)[:num_rows] for one in fields(self)))
+        held = (getattr(self, one.name) for one in fields(self))
+        return Buffers(*(None if one is None else one[:num_rows] for one in held))
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +168,8 @@ class PackedLlama:
             like=self._norm_D,
         )
         products = (self._head, *(one for block in self._blocks for one in block.products))
-        can_record = all(one.tiled is not None for one in products)
-        self._programs = DecodePrograms(self) if can_record else None
+        self._is_tiled = all(one.tiled is not None for one in products)
+        self._programs = DecodePrograms(self) if self._is_tiled else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,8 +215,8 @@ class PackedLlama:
             # The kernels read and write where these point.
             if end > self.context_length or end > len(one.pages) * PAGE_SIZE:
                 raise ValueError("A stretch is longer than its pages, or than the context.")
-        if self._programs is not None and self._programs.can_run(stretches):
-            return self._programs.step(stretches)
+        if self._programs is not None and self._programs.can_run(self, stretches):
+            return self._programs.step(self, stretches)
         singles = [one for one in stretches if len(one) == 1]
         # Those whose tokens attend by themselves come first.
         chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)
@@ -229,9 +231,13 @@ class PackedLlama:
     def make_buffers(self, num_tokens: int) -> Buffers:
         """Return what a step of so many tokens works in."""
         size, feed_forward = self.embedding_VD.shape[1], self.site_widths[4]
-        queries = self.heads.widths[0]
-        widths = (size, size, size, sum(self.heads.widths), queries, 2 * feed_forward, feed_forward)
-        return Buffers(*(self._norm_D.new_empty(num_tokens, width) for width in widths))
+        stays = (size, size, self.heads.widths[0], feed_forward)
+        written = (size, sum(self.heads.widths), 2 * feed_forward)
+        held = [self._norm_D.new_empty(num_tokens, width) for width in stays]
+        products = [
+            self._norm_D.new_empty(num_tokens, width) if self._is_tiled else None for width in written
+        ]
+        return Buffers(*held, *products)
 
     def embed(self, stretches: Sequence[Stretch], out_ND: torch.Tensor) -> None:
         """Write the vectors of stretches' tokens, one stretch after the other."""

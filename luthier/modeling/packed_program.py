@@ -28,14 +28,14 @@ _MAX_PROGRAMS = 64
 
 
 class DecodePrograms:
-    """The programs of one base.
+    """The programs of one base, which is given to each call: the base holds them, and weights that nobody
+    names any more are to leave the memory at once.
 
     Args:
-        llama: it, all its products in tiles.
+        llama: the base, all its products in tiles.
     """
 
     def __init__(self, llama: "PackedLlama") -> None:
-        self._llama = llama
         self._buffers = llama.make_buffers(MAX_ROWS)
         self._logits_MV = llama.embedding_VD.new_empty(MAX_ROWS, llama.vocabulary_size)
         # Memory that is taken anew for each step would be cleared anew, page by page.
@@ -46,14 +46,16 @@ class DecodePrograms:
         self._adapters_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         self._positions, self._pages = self._positions_M.numpy(), self._pages_MW.numpy()
         self._programs: OrderedDict[tuple[int, bool, bool], Program] = OrderedDict()
-        self._num_threads = 0
+        # The threads, and where the kernels' own memory lies.
+        self._recorded_for = (0, 0)
 
-    def can_run(self, stretches: Sequence["Stretch"]) -> bool:
+    @staticmethod
+    def can_run(llama: "PackedLlama", stretches: Sequence["Stretch"]) -> bool:
         """Whether a step is one of these: single rows, each of which wants its logits."""
-        is_narrow = 0 < len(stretches) <= MAX_ROWS and isinstance(self._llama.ops, CompiledOps)
+        is_narrow = 0 < len(stretches) <= MAX_ROWS and isinstance(llama.ops, CompiledOps)
         return is_narrow and all(len(one) == 1 and one.num_logits == 1 for one in stretches)
 
-    def step(self, stretches: Sequence["Stretch"]) -> torch.Tensor:
+    def step(self, llama: "PackedLlama", stretches: Sequence["Stretch"]) -> torch.Tensor:
         """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
         num_rows = len(stretches)
         for row, one in enumerate(stretches):
@@ -61,33 +63,36 @@ class DecodePrograms:
             self._positions[row] = one.first
             self._pages[row, :width] = one.pages[:width]
         rows = SingleRows([one.adapter for one in stretches], self._adapters_M[:num_rows])
-        buffers = self._buffers.first(num_rows)
-        self._llama.embed(stretches, buffers.stream_ND)
-        self._program(rows, num_rows).run()
+        llama.embed(stretches, self._buffers.stream_ND[:num_rows])
+        self._program(llama, rows).run()
         return self._wide_MV[:num_rows].copy_(self._logits_MV[:num_rows])
 
-    def _program(self, rows: SingleRows, num_rows: int) -> "Program":
-        num_threads = torch.get_num_threads()
-        if num_threads != self._num_threads:
-            # The kernels' own memory is as large as there are threads, and may have moved.
+    def _program(self, llama: "PackedLlama", rows: SingleRows) -> "Program":
+        assert isinstance(llama.ops, CompiledOps)
+        recorded_for = torch.get_num_threads(), llama.ops.memory_at
+        if recorded_for != self._recorded_for:
             self._programs.clear()
-            self._num_threads = num_threads
-        key = num_rows, rows.has_low_ranks, rows.has_bottlenecks
-        program = self._programs.pop(key, None) or self._record(rows, num_rows)
+            self._recorded_for = recorded_for
+        key = len(rows), rows.has_low_ranks, rows.has_bottlenecks
+        program = self._programs.pop(key, None) or self._record(llama, rows)
         self._programs[key] = program
         if len(self._programs) > _MAX_PROGRAMS:
             self._programs.popitem(last=False)
         return program
 
-    def _record(self, rows: SingleRows, num_rows: int) -> "Program":
+    def _record(self, llama: "PackedLlama", rows: SingleRows) -> "Program":
         from luthier.modeling.kernels._threads import recording
         from luthier.modeling.packed_llama import Work
 
+        num_rows = len(rows)
         buffers = self._buffers.first(num_rows)
         tokens = TokenRows(self._positions_M[:num_rows], self._pages_MW[:num_rows], num_rows, are_alone=True)
-        runner = kernels.compiled_address("run_program", self._llama.dtype)
+        runner = kernels.compiled_address("run_program", llama.dtype)
         with recording(runner) as program:
-            change_MD = self._llama.run_layers(buffers, Work(rows, tokens))
-            logits_MV = self._logits_MV[:num_rows]
-            self._llama.run_head(buffers.stream_ND, change_MD, buffers.normed_ND, logits_MV)
+            change_MD = llama.run_layers(buffers, Work(rows, tokens))
+            llama.run_head(buffers.stream_ND, change_MD, buffers.normed_ND, self._logits_MV[:num_rows])
+        # Two norms, attention, a gate and four products a block, and what adapters add; a norm and the head.
+        num_kernels = 8 + 4 * rows.has_low_ranks + 2 * rows.has_bottlenecks
+        if len(program) != llama.num_layers * num_kernels + 2:
+            raise RuntimeError(f"A step of {len(program)} kernels was recorded, not what a step has.")
         return program

@@ -16,6 +16,10 @@ def main() -> int:
         print("numba is not installed: training works by torch's operators, more slowly.")
         return 0
     load_all()
+    # What serving alone needs.
+    if has_tiles():
+        for name in kernels.TILED:
+            kernels.compiled_address(name, torch.bfloat16)
     print(f"Kernels compiled in {time.monotonic() - started_at:.1f} s.")
     return 0
 
@@ -25,9 +29,6 @@ def load_all() -> None:
     if kernels.is_compiled(torch.empty(1)):
         for dtype in (torch.float32, torch.bfloat16):
             _call_all(dtype)
-        if has_tiles():
-            for name in kernels.TILED:
-                kernels.compiled_address(name, torch.bfloat16)
 
 
 def _call_all(dtype: torch.dtype) -> None:

@@ -24,13 +24,14 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload
+
+from luthier.modeling.kernels._threads import TABLE_SIZE
 
 _FAST = {"contract", "reassoc", "arcp", "nsz", "afn"}
 inlined = njit(inline="always", fastmath=_FAST, error_model="numpy")
 
-_FIRST_ARGUMENT = 2
-TABLE_SIZE = 24
 
 # numba widens integer arithmetic to 64 bits, which halves what a vector holds: the bit work is written in 32.
 _I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
@@ -54,6 +55,16 @@ def _keep_code() -> None:
     if root != numba.config.CACHE_DIR:
         root = str(Path(root) / "luthier" / "kernels")
     numba.config.CACHE_DIR = str(Path(root) / digest.hexdigest()[:16])
+
+
+def has_feature(name: str) -> bool:
+    """Whether kernels are compiled for a processor that has something, by LLVM's name for it.
+
+    Not what the processor has: numba may be told to leave it out, and the compiler then dies of it.
+    """
+    asked = numba.config.CPU_FEATURES
+    features: str = get_host_cpu_features() if asked is None else asked
+    return f"+{name}" in features.split(",")
 
 
 def _compile(body: Callable[..., None], signature: Any) -> Any:

@@ -21,9 +21,7 @@ from luthier.modeling.kernels._language import (
     share,
 )
 from luthier.modeling.kernels._tiles import (
-    PANEL_OUTPUTS,
     PANEL_SUMS,
-    TILE_INPUTS,
     TILE_ROWS,
     configure_tiles,
     multiply_half_panel,
@@ -33,6 +31,7 @@ from luthier.modeling.kernels._tiles import (
     round_lanes,
     sums_of_panel,
 )
+from luthier.modeling.kernels.products import PANEL_OUTPUTS, TILE_INPUTS
 
 _BLOCK_ROWS = 2 * TILE_ROWS
 _PANEL_BYTES = 2 * PANEL_OUTPUTS

@@ -10,7 +10,8 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from luthier.modeling.kernels._language import TABLE_SIZE, Kernel, at_int64, open_table
+from luthier.modeling.kernels._language import Kernel, at_int64, open_table
+from luthier.modeling.kernels._threads import TABLE_SIZE
 
 _I64 = ir.IntType(64)
 

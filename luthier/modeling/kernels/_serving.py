@@ -1,8 +1,7 @@
 """Compiled kernels of a decode step: each row has one token, and maybe an adapter of its own.
 
-A row's adapter is a table of int64 (`luthier.modeling.kernels.serving` says what stands where), 0 for none,
-so that rows of any mix of adapters are one call. Rows, or pairs of a row and a key head, are shared out
-among the threads.
+A row's adapter is a table of int64 (served_rows.py says what stands where), 0 for none, so that rows of any
+mix of adapters are one call. Rows, or pairs of a row and a key head, are shared out among the threads.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
@@ -29,7 +28,7 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
-from luthier.modeling.kernels._tiles import HAS_PAIRS, TILE_INPUTS, dot_pairs
+from luthier.modeling.kernels._tiles import HAS_PAIRS, dot_pairs
 from luthier.modeling.kernels._vectors import (
     add_rows,
     add_rows_to_1,
@@ -43,6 +42,7 @@ from luthier.modeling.kernels._vectors import (
     dot_rows,
     item_size,
 )
+from luthier.modeling.kernels.products import TILE_INPUTS
 from luthier.modeling.kernels.served_rows import BLOCK, MAX_QUERIES
 
 

@@ -32,7 +32,6 @@ from luthier.modeling.kernels._language import (
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
-    TILE_INPUTS,
     configure_tiles,
     multiply_four_blocks,
     multiply_tile,
@@ -40,11 +39,12 @@ from luthier.modeling.kernels._tiles import (
     release_tiles,
     sums_of_panel,
 )
+from luthier.modeling.kernels.products import TILE_INPUTS
 from luthier.modeling.kernels.served_rows import ATTENTION_BLOCKS, ATTENTION_KEYS, PAGE_SIZE
 
 _QUERIES = 16
 _TILE_BYTES = 1024
-_LOWEST = np.float32(-1e30)
+_LOWEST = np.float32(-np.inf)
 
 
 @inlined
@@ -101,7 +101,11 @@ def _weigh(scores, num_keys, highest, totals, factors):
         totals[q] *= factors[q]
     for j in range(num_keys):
         for q in range(_QUERIES):
-            weight = exponential(scores[j * _QUERIES + q] - highest[q])
+            score = scores[j * _QUERIES + q]
+            weight = exponential(score - highest[q])
+            # The exponential ends above 0. Were all scores the lowest, the sum of weights would be 0, and the
+            # result no number.
+            weight = weight if score > _LOWEST or score != score else np.float32(0.0)  # noqa: PLR0124
             scores[j * _QUERIES + q] = weight
             totals[q] += weight
 
@@ -204,9 +208,16 @@ def _write_mixed(mixed, state_at, some, num_places, heads, first_row, num_kv_hea
             out[first + c] = narrow(mixed[(block * size + c) * _QUERIES + q] * inverse, out)
 
 
+def floats_of_attention(size: int) -> int:
+    """Return the float32 numbers that a thread needs for heads of a size, as `_share_out` parts them."""
+    of_block = size * _QUERIES // 2 + size * _QUERIES + 2 * _QUERIES + 2 * _QUERIES
+    of_key = _QUERIES + _QUERIES // 2 + size // 2
+    return ATTENTION_BLOCKS * of_block + ATTENTION_KEYS * of_key + _QUERIES
+
+
 @inlined
 def _share_out(queries_at, size):
-    """Return the places in a thread's memory of what a kernel keeps (serving.py says how much that is)."""
+    """Return the places in a thread's memory of queries, sums, states, scores, weights, values, last keys."""
     mixed_at = queries_at + ATTENTION_BLOCKS * size * _QUERIES * 2
     state_at = mixed_at + ATTENTION_BLOCKS * size * _QUERIES * 4
     scores_at = state_at + ATTENTION_BLOCKS * 2 * _QUERIES * 4

@@ -26,9 +26,7 @@ from luthier.modeling.kernels._language import (
 )
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
-    PANEL_OUTPUTS,
     PANEL_SUMS,
-    TILE_INPUTS,
     TILE_ROWS,
     add_lanes,
     configure_tiles,
@@ -38,10 +36,17 @@ from luthier.modeling.kernels._tiles import (
     release_tiles,
     sums_of_panel,
 )
+from luthier.modeling.kernels.products import PANEL_OUTPUTS, TILE_INPUTS
 from luthier.modeling.kernels.served_rows import STRETCH_BLOCK, STRETCH_RANK
 
 _MIDDLE_BYTES = STRETCH_BLOCK * STRETCH_RANK * 2
-_PANEL_BYTES = PANEL_OUTPUTS * STRETCH_RANK * 2
+_BLOCK_BYTES = PANEL_OUTPUTS * STRETCH_RANK * 2
+_ZEROS_BYTES = 64
+
+
+def floats_of_low_rank(num_inputs: int) -> int:
+    """Return the memory that a thread needs, in float32 numbers: middle, block, zeros, and ranks in tiles."""
+    return (_MIDDLE_BYTES + _BLOCK_BYTES + _ZEROS_BYTES) // 4 + num_inputs * TILE_ROWS // 2
 
 
 @inlined
@@ -110,8 +115,8 @@ def add_low_rank_stretches(data):
     widths = carray(at_int64(table[10]), num_sites)
     middle_at = table[11] + thread_number(table) * table[12] * 4
     panel_at = middle_at + _MIDDLE_BYTES
-    zeros_at = panel_at + _PANEL_BYTES
-    tiles_at = zeros_at + 64
+    zeros_at = panel_at + _BLOCK_BYTES
+    tiles_at = zeros_at + _ZEROS_BYTES
     sums_at = sums_of_panel()
     whole_at = sums_at + PANEL_SUMS * 4
     describe_tiles(whole_at, TILE_ROWS)

@@ -20,8 +20,8 @@ import torch
 _MAPS = Path("/proc/self/maps")
 # The two addresses of the pool's functions come first (_language.py).
 _FIRST_ARGUMENT = 2
-# Numbers of a kernel's table in a program.
-_TABLE_SIZE = 24
+# Numbers of a kernel's table.
+TABLE_SIZE = 24
 
 
 class _Pool:
@@ -71,7 +71,7 @@ def _pool_of_now() -> tuple[_Pool | None, int]:
 class Launcher:
     """Runs one kernel again and again, its table of arguments kept."""
 
-    def __init__(self, address: int, table_size: int) -> None:
+    def __init__(self, address: int, table_size: int = TABLE_SIZE) -> None:
         self._address = address
         self._table = np.zeros(table_size, dtype=np.int64)
         self._pointer = self._table.ctypes.data
@@ -107,10 +107,10 @@ class Program:
     """
 
     def __init__(self, runner: int) -> None:
-        self._launcher = Launcher(runner, _TABLE_SIZE)
+        self._launcher = Launcher(runner)
         self._kernels: list[int] = []
         self._arguments: list[Sequence[int]] = []
-        self._tables = np.zeros((0, _TABLE_SIZE), dtype=np.int64)
+        self._tables = np.zeros((0, TABLE_SIZE), dtype=np.int64)
         self._addresses = np.zeros(0, dtype=np.int64)
 
     def add(self, kernel: int, arguments: Sequence[int]) -> None:
@@ -118,10 +118,13 @@ class Program:
         self._kernels.append(kernel)
         self._arguments.append(arguments)
 
+    def __len__(self) -> int:
+        return len(self._kernels)
+
     def seal(self) -> None:
         """Make the tables; no kernel is added after."""
         self._addresses = np.array(self._kernels, dtype=np.int64)
-        self._tables = np.zeros((len(self._kernels), _TABLE_SIZE), dtype=np.int64)
+        self._tables = np.zeros((len(self._kernels), TABLE_SIZE), dtype=np.int64)
         for table, arguments in zip(self._tables, self._arguments, strict=True):
             table[_FIRST_ARGUMENT : _FIRST_ARGUMENT + len(arguments)] = arguments
         self._arguments.clear()
@@ -149,12 +152,12 @@ def recording(runner: int) -> Iterator[Program]:
     Yields:
         The program, which may be run afterwards.
     """
-    program = Program(runner)
+    program, outer = Program(runner), getattr(_RECORDING, "program", None)
     _RECORDING.program = program
     try:
         yield program
     finally:
-        _RECORDING.program = None
+        _RECORDING.program = outer
     program.seal()
 
 

@@ -12,12 +12,14 @@ int64 and all strides bytes. LLVM makes these instructions only where the proces
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from luthier.modeling.kernels._language import has_feature
 from luthier.modeling.kernels._vectors import loop, sum_lanes
+from luthier.modeling.kernels.products import PANEL_OUTPUTS
 
 _VOID, _I64, _I32, _I16, _I8 = ir.VoidType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _BYTES = _I8.as_pointer()
@@ -25,11 +27,9 @@ _LANES = 16
 _SUMS = ir.VectorType(ir.FloatType(), _LANES)
 _BITS, _HALVES = ir.VectorType(_I32, _LANES), ir.VectorType(_I16, _LANES)
 
-# Whether products of pairs can be made here, beside which tiles need more (products.py).
-HAS_PAIRS = bool(binding.get_host_cpu_features().get("avx512bf16"))
+# Whether products of pairs can be made here; tiles need more (products.py).
+HAS_PAIRS = has_feature("avx512bf16")
 TILE_ROWS = 16
-TILE_INPUTS = 32
-PANEL_OUTPUTS = 64
 # Sums of a panel: float32, for 16 rows [16, 64], for 32 rows and half its outputs [32, 32].
 PANEL_SUMS = TILE_ROWS * PANEL_OUTPUTS
 _TILE_BYTES = 1024

@@ -257,7 +257,7 @@ def _dots_with(num_others: int) -> Any:
     return dots
 
 
-# By how many vectors: each keeps four sums, as many as there are registers for.
+# By how many vectors: each keeps four sums, 16 in all, for which AVX-512 has the registers.
 dot_four_rows_with_1, dot_four_rows_with_2, dot_four_rows_with_3, dot_four_rows_with_4 = (
     _dots_with(number) for number in (1, 2, 3, 4)
 )

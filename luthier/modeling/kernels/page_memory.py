@@ -11,15 +11,23 @@ _MADV_DONTNEED = 4
 # The range is to lie in large pages, of 2 MiB on x86-64; a wish.
 _MADV_HUGEPAGE = 14
 _LARGE_PAGE = 1 << 21
+# What a processor reads at a time.
+_LINE = 64
 
 
 def take_large(num_bytes: int) -> torch.Tensor:
-    """Return memory [num_bytes], uint8, not yet touched, in large pages where the system has them.
+    """Return memory [num_bytes], uint8, in large pages where the system has them, at a multiple of 64 bytes.
 
     Weights that are read once a step from begin to end come faster from them: the processor looks ahead only
     within a page. What does not fill a large page lies in small ones.
     """
-    memory = torch.empty(num_bytes + _LARGE_PAGE, dtype=torch.uint8)
+    if num_bytes < _LARGE_PAGE:
+        memory = torch.empty(num_bytes + _LINE, dtype=torch.uint8)
+        first = -memory.data_ptr() % _LINE
+        return memory[first : first + num_bytes]
+    # Mapped alone: what goes back goes back to the system, and what only aligns is never touched.
+    mapped = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(mapped, dtype=torch.uint8)
     first = -memory.data_ptr() % _LARGE_PAGE
     start, length = memory.data_ptr() + first, num_bytes // _LARGE_PAGE * _LARGE_PAGE
     # Refused where the system has no large pages: it works as well without.

@@ -16,9 +16,9 @@ from torch.nn import functional
 from luthier.modeling import kernels
 
 _LOG = logging.getLogger(__name__)
-# Inputs must be a multiple of it.
-TILE_INPUTS = 32
-_PANEL, _LINE = 64, 64
+# Outputs of a panel, and inputs of a tile: a weight's inputs must be a multiple of these.
+PANEL_OUTPUTS, TILE_INPUTS = 64, 32
+_LINE = 64
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) by its number on x86-64.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 _FEATURES = ("amx-tile", "amx-bf16", "avx512bf16")
@@ -30,20 +30,29 @@ class TiledWeight:
     Args:
         weight_OK: bfloat16, K a multiple of 32; copied.
         memory: where it is laid, as many bytes as `tiled_bytes` says; its own when left out.
+
+    Raises:
+        RuntimeError: where there are no tiles, by `has_tiles`.
+        ValueError: when the memory does not begin at a multiple of 64 bytes.
     """
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
         from luthier.modeling.kernels._threads import Launcher
 
+        if not _may_use_tiles():
+            raise RuntimeError("This processor or system has no matrix tiles for this process.")
         self.num_outputs, self.num_inputs = weight_OK.shape
         if memory is None:
             memory = torch.empty(tiled_bytes(weight_OK) + _LINE, dtype=torch.uint8)
             first = -memory.data_ptr() % _LINE
             memory = memory[first : first + tiled_bytes(weight_OK)]
-        filled = functional.pad(weight_OK, (0, 0, 0, -self.num_outputs % _PANEL))
+        if memory.data_ptr() % _LINE:
+            raise ValueError(f"Memory for a weight in tiles begins at a multiple of {_LINE} bytes.")
+        missing = -self.num_outputs % PANEL_OUTPUTS
+        filled = functional.pad(weight_OK, (0, 0, 0, missing)) if missing else weight_OK
         parts = filled.view(-1, 4, 16, self.num_inputs // TILE_INPUTS, 16, 2).permute(0, 3, 1, 4, 2, 5)
         self._memory = memory.view(torch.bfloat16).view(parts.shape).copy_(parts)
-        self._launcher = Launcher(kernels.compiled_address("tile_product", torch.bfloat16), 24)
+        self._launcher = Launcher(kernels.compiled_address("tile_product", torch.bfloat16))
 
     def times(self, x_NK: torch.Tensor, out_NO: torch.Tensor) -> torch.Tensor:
         """Write `x W'` into out.
@@ -70,7 +79,7 @@ class TiledWeight:
 def tiled_bytes(weight_OK: torch.Tensor) -> int:
     """Return the memory of a weight in this layout."""
     num_outputs, num_inputs = weight_OK.shape
-    return -(-num_outputs // _PANEL) * _PANEL * num_inputs * 2
+    return -(-num_outputs // PANEL_OUTPUTS) * PANEL_OUTPUTS * num_inputs * 2
 
 
 def can_tile(weight_OK: torch.Tensor) -> bool:
@@ -80,17 +89,24 @@ def can_tile(weight_OK: torch.Tensor) -> bool:
 
 
 @cache
-def has_tiles() -> bool:
-    """Whether kernels over tiles run here: processor and system let them, and a product comes out right."""
+def _may_use_tiles() -> bool:
+    """Whether the kernels' processor has the instructions and the system lets this process use them."""
     if not kernels.is_compiled(torch.empty(1)):
         return False
-    from llvmlite import binding
+    from luthier.modeling.kernels._language import has_feature
 
-    features = binding.get_host_cpu_features()
-    if not all(features.get(name) for name in _FEATURES):
+    if not all(map(has_feature, _FEATURES)):
         return False
     if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA) != 0:
         _LOG.warning("The system does not let this process use matrix tiles; other products run, slower.")
+        return False
+    return True
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether kernels over tiles run here: processor and system let them, and a product comes out right."""
+    if not _may_use_tiles():
         return False
     generator = torch.Generator().manual_seed(0)
     weight_OK = torch.randn(80, 96, generator=generator).bfloat16()

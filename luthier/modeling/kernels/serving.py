@@ -15,16 +15,12 @@ import torch
 from luthier.modeling import kernels
 from luthier.modeling.kernels.products import TILE_INPUTS, has_tiles
 from luthier.modeling.kernels.served_rows import (
-    ATTENTION_BLOCKS,
-    ATTENTION_KEYS,
-    BLOCK,
     BOTTLENECK_ENTRIES,
     LAYER_ENTRIES,
     MAX_QUERIES,
     NUM_SITES,
     PAGE_SIZE,
     SITE_ENTRIES,
-    STRETCH_BLOCK,
     STRETCH_RANK,
     HeadShape,
     Pages,
@@ -101,31 +97,35 @@ class CompiledOps:
     def __init__(
         self, shape: HeadShape, site_widths: Sequence[int], like: torch.Tensor, max_middle: int
     ) -> None:
+        from luthier.modeling.kernels._stretch_attention import floats_of_attention
+        from luthier.modeling.kernels._stretches import floats_of_low_rank
         from luthier.modeling.kernels._threads import Launcher
 
         self._shape = shape
         self._widths = torch.tensor(site_widths, dtype=torch.int64)
         self._longest = len(shape.cosine_TC) + PAGE_SIZE
-        attending = MAX_QUERIES * (self._longest + 2 * shape.size)
-        # A cache line between two threads' parts.
         widest = max(*site_widths, shape.num_heads * shape.size)
-        in_tiles = STRETCH_RANK * (STRETCH_BLOCK + BLOCK) // 2 + 16 + 8 * widest
-        # Of each block its queries, sums, state and places; then scores, weights and values of some keys.
-        at_once = ATTENTION_BLOCKS * (24 * shape.size + 64) + ATTENTION_KEYS * (24 + shape.size // 2) + 16
-        self._scratch_width = max(attending, max_middle + max(site_widths) + widest, in_tiles, at_once) + 16
+        needed = max(
+            MAX_QUERIES * (self._longest + 2 * shape.size),
+            max_middle + max(site_widths) + widest,
+            floats_of_low_rank(widest),
+            floats_of_attention(shape.size),
+        )
+        # Each thread's part begins a cache line, and another's is as far.
+        self._scratch_width = -(-needed // 16) * 16 + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
         in_tiles_too = like.dtype == torch.bfloat16 and has_tiles()
         self._stretches = self._attend_stretches = None
         if in_tiles_too:
             address = kernels.compiled_address("add_low_rank_stretches", like.dtype)
-            self._stretches = Launcher(address, 24)
+            self._stretches = Launcher(address)
         if in_tiles_too and shape.size % TILE_INPUTS == 0:
             address = kernels.compiled_address("attend_stretches", like.dtype)
-            self._attend_stretches = Launcher(address, 24)
+            self._attend_stretches = Launcher(address)
         self.attends_stretches = self._attend_stretches is not None
         self.max_alone = 1 if self.attends_stretches else 512
         addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
-        launchers = [Launcher(one, 24) for one in addresses]
+        launchers = [Launcher(one) for one in addresses]
         self._norm, self._attend, self._low_rank, self._bottleneck, self._gate = launchers
         self._epsilon = kernels.float_bits(shape.epsilon)
         self._scale = kernels.float_bits(shape.size**-0.5)
@@ -300,6 +300,11 @@ class CompiledOps:
                 *self._scratch_of_threads(),
             )
         )
+
+    @property
+    def memory_at(self) -> int:
+        """Where the kernels' own memory lies; it moves when threads are added."""
+        return self._scratch_of_threads()[0]
 
     def _scratch_of_threads(self) -> tuple[int, int]:
         needed = torch.get_num_threads() * self._scratch_width

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from luthier.modeling import kernels
 from luthier.modeling.kernels import _plain
 from luthier.modeling.kernels.served_rows import (
     PAGE_SIZE,
@@ -80,7 +79,7 @@ class PlainOps:
 
     def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
         """Write silu(gate) * up."""
-        out_NF.copy_(kernels.gated_silu(gate_up_NF, out_NF.shape[1]))
+        _plain.gated_silu(gate_up_NF, out_NF, out_NF.shape[1])
 
     def add_low_rank(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice

@@ -1,5 +1,7 @@
 """A step that was written down as a program says to the bit what its kernels say when launched one by one."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,40 @@ def test_programs_are_made_anew_for_other_threads(base: PackedLlama, adapters: l
         torch.set_num_threads(before)
 
 
+def test_a_program_does_not_outlive_the_memory_it_works_in(
+    base: PackedLlama, adapters: list[PackedAdapter]
+) -> None:
+    """A step of another kind, on more threads, lets the kernels' memory move."""
+    before, step = torch.get_num_threads(), make_step(7, 5, adapters)
+    programs = base._programs
+    assert programs is not None
+    try:
+        torch.set_num_threads(2)
+        base.step(step)
+        first = dict(programs._programs)
+        torch.set_num_threads(4)
+        base.step([Stretch([3, 4, 5], 0, [150], adapters[0].described)])
+        torch.set_num_threads(2)
+        as_program, launched = run_both_ways(base, step)
+        assert torch.equal(as_program, launched)
+        assert not set(first.values()) & set(programs._programs.values())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_base_leaves_the_memory_when_nobody_names_it(base_folder: Path) -> None:
+    base = PackedLlama(load_plain(base_folder).bfloat16(), num_pages=4)
+    base.step([Stretch([3], 0, [1])])
+    seen, weights = weakref.ref(base), weakref.ref(base._head)
+    gc.disable()
+    try:
+        del base
+        assert seen() is None
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
 def test_only_a_few_programs_are_kept(
     monkeypatch: pytest.MonkeyPatch, base: PackedLlama, adapters: list[PackedAdapter]
 ) -> None:
@@ -108,8 +144,8 @@ def test_only_a_few_programs_are_kept(
 def test_other_steps_are_no_programs(base: PackedLlama) -> None:
     programs, one = base._programs, Stretch([3], 0, [0])
     assert programs is not None
-    assert programs.can_run([one] * packed_program.MAX_ROWS)
-    assert not programs.can_run([one] * (packed_program.MAX_ROWS + 1))
-    assert not programs.can_run([one, Stretch([3, 4], 0, [1])])
-    assert not programs.can_run([one, Stretch([3], 0, [1], wants_logits=False)])
-    assert not programs.can_run([])
+    assert programs.can_run(base, [one] * packed_program.MAX_ROWS)
+    assert not programs.can_run(base, [one] * (packed_program.MAX_ROWS + 1))
+    assert not programs.can_run(base, [one, Stretch([3, 4], 0, [1])])
+    assert not programs.can_run(base, [one, Stretch([3], 0, [1], wants_logits=False)])
+    assert not programs.can_run(base, [])

@@ -31,6 +31,36 @@ def expected(
     return torch.einsum("htj,hjc->thc", scores.softmax(-1), values).flatten(1)
 
 
+def test_what_is_no_number_stays_visible_and_what_is_hidden_counts_for_nothing() -> None:
+    shape, like = make_shape(1, 2, 32), torch.empty(1, dtype=torch.bfloat16)
+    pages = Pages(num_layers=1, num_pages=2, num_kv_heads=1, head_size=32, like=like)
+    tokens = token_rows([(0, 20, [1, 0])], device=torch.device("cpu"), num_attending=0, are_alone=False)
+    rows = StretchRows([None], [slice(0, 20)], [0])
+    ops = CompiledOps(shape, (*shape.widths, 32, 32, 32, 32), like, 8)
+    qkv_NE = torch.randn(20, sum(shape.widths), generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def attend(changed_NE: torch.Tensor) -> torch.Tensor:
+        out_NK = torch.zeros(20, 64, dtype=torch.bfloat16)
+        ops.attend(changed_NE, tokens, pages, 0, out_NK)
+        ops.attend_stretches(changed_NE, tokens, rows, pages, 0, out_NK)
+        return out_NK
+
+    sound_NK = attend(qkv_NE)
+    assert sound_NK.isfinite().all()
+    for column in (0, 64, 96):
+        for wrong in (float("nan"), float("inf")):
+            changed_NE = qkv_NE.clone()
+            changed_NE[7, column] = wrong
+            found_NK = attend(changed_NE)
+            assert not found_NK[7, :32].isfinite().all()
+            # Who comes before does not see it, except as a value: no share of one is no number either.
+            assert column == 96 or torch.equal(found_NK[:7], sound_NK[:7])
+    # The first token's only key scores as low as can be: what it may not see must not take its place.
+    changed_NE = qkv_NE.clone()
+    changed_NE[0, :32], changed_NE[0, 64:96] = 3e38, -3e38
+    assert not attend(changed_NE)[0, :32].isfinite().any()
+
+
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize(
     ("num_kv_heads", "groups", "size"), [(3, 3, 64), (1, 1, 32), (2, 5, 96), (1, 8, 128)]
