@@ -216,9 +216,14 @@ class Storage:
         destination.parent.mkdir(parents=True, exist_ok=True)
         temporary = destination.with_name(f".{destination.name}.part")
         try:
-            with _answered(), temporary.open("wb") as target:
-                for chunk in obstore.get(self.objects, key).stream(min_chunk_size=_CHUNK_BYTES):
-                    target.write(chunk)
+            with _answered():
+                if self.local_root is not None:
+                    # The system copies a file several times faster than it streams through here.
+                    shutil.copyfile(self.local_root / key, temporary)
+                else:
+                    with temporary.open("wb") as target:
+                        for chunk in obstore.get(self.objects, key).stream(min_chunk_size=_CHUNK_BYTES):
+                            target.write(chunk)
         except _MISSING as error:
             temporary.unlink(missing_ok=True)
             raise ArtifactCorruptError(f"The stored object {key} is missing.") from error
