@@ -45,9 +45,7 @@ def describe_tiles(shape_at, num_rows):
     shape = carray(at_uint8(shape_at), 64)
     for i in range(64):
         shape[i] = np.uint8(0)
-    upper, lower = min(num_rows, TILE_ROWS), max(num_rows - TILE_ROWS, 0)
-    if lower == 0:
-        lower = upper
+    upper, lower = min(num_rows, TILE_ROWS), num_rows - TILE_ROWS
     shape[0] = np.uint8(1)
     for tile in range(8):
         shape[16 + 2 * tile] = np.uint8(64)

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels.page_memory import take_large
 
 _LOG = logging.getLogger(__name__)
 # Outputs of a panel, and inputs of a tile: a weight's inputs must be a multiple of these.
@@ -43,9 +44,7 @@ class TiledWeight:
             raise RuntimeError("This processor or system has no matrix tiles for this process.")
         self.num_outputs, self.num_inputs = weight_OK.shape
         if memory is None:
-            memory = torch.empty(tiled_bytes(weight_OK) + _LINE, dtype=torch.uint8)
-            first = -memory.data_ptr() % _LINE
-            memory = memory[first : first + tiled_bytes(weight_OK)]
+            memory = take_large(tiled_bytes(weight_OK))
         if memory.data_ptr() % _LINE:
             raise ValueError(f"Memory for a weight in tiles begins at a multiple of {_LINE} bytes.")
         missing = -self.num_outputs % PANEL_OUTPUTS
