@@ -31,7 +31,6 @@ from luthier.modeling.kernels.served_rows import (
     StretchRows,
     TokenRows,
     token_rows,
-    turn,
 )
 from luthier.modeling.kernels.serving import CompiledOps, Ops
 from luthier.modeling.kernels.serving_plain import PlainOps
@@ -76,8 +75,6 @@ class Chunk:
 
     stretch: Stretch
     tokens: slice
-    positions_T: torch.Tensor
-    pages_W: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,11 +276,8 @@ class PackedLlama:
         qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE)
         self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
         self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
-        if work.stretches is not None and self.ops.attends_stretches:
+        if work.stretches is not None:
             self.ops.attend_stretches(qkv_NE, work.tokens, work.stretches, self.pages, layer, attended_NK)
-        for chunk in work.chunks:
-            if chunk.tokens.start >= work.tokens.num_attending and not self.ops.attends_stretches:
-                self._attend_chunk(qkv_NE[chunk.tokens], chunk, layer, attended_NK[chunk.tokens])
         out_ND = block.attention_out(attended_NK, buffers.change_ND)
         self._add_low_ranks(out_ND, attended_NK, work, layer, ATTENTION_OUT)
         self._add_bottlenecks(out_ND, normed_ND, work, layer, 0)
@@ -317,20 +311,6 @@ class PackedLlama:
             site = adapter.bottlenecks[layer][half] if adapter is not None else None
             if site is not None:
                 site.add_to(out_ND[chunk.tokens], input_ND[chunk.tokens])
-
-    def _attend_chunk(self, qkv_TE: torch.Tensor, chunk: Chunk, layer: int, out_TK: torch.Tensor) -> None:
-        """Let a stretch, its keys and values in their pages, attend to all of its sequence so far."""
-        num_tokens, first = len(chunk.stretch), chunk.stretch.first
-        query_TK = qkv_TE[:, : self.heads.widths[0]]
-        query = turn(query_TK.unflatten(-1, (-1, self.heads.size)), chunk.positions_T, self.heads)
-        keys, values = self.pages.gather(layer, chunk.pages_W, first + num_tokens)
-        num_kv_heads, size = self.heads.num_kv_heads, self.heads.size
-        # The query heads of a key head are its rows.
-        by_head = (query * size**-0.5).view(num_tokens, num_kv_heads, -1, size).permute(1, 2, 0, 3)
-        scores = torch.bmm(by_head.reshape(num_kv_heads, -1, size), keys.transpose(1, 2))
-        weights = kernels.causal_softmax_(scores, num_tokens, first)
-        mixed = torch.bmm(weights, values).view(num_kv_heads, -1, num_tokens, size)
-        out_TK.copy_(mixed.permute(2, 0, 1, 3).reshape(num_tokens, -1))
 
     def _logits(
         self,
@@ -369,8 +349,5 @@ class PackedLlama:
         for one in chunks:
             tokens = slice(start, start + len(one))
             start = tokens.stop
-            end = one.first + len(one)
-            positions_T = torch.arange(one.first, end, device=self.device)
-            pages_W = torch.tensor(one.pages[: -(-end // PAGE_SIZE)], device=self.device)
-            places.append(Chunk(one, tokens, positions_T, pages_W))
+            places.append(Chunk(one, tokens))
         return places

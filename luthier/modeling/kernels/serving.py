@@ -28,17 +28,16 @@ from luthier.modeling.kernels.served_rows import (
     StretchRows,
     TokenRows,
 )
+from luthier.modeling.kernels.serving_plain import attend_at_once
 
 
 class Ops(Protocol):
     """What a step asks for between its products. All tensors are changed in place or written.
 
-    `max_alone` is the longest a sequence may be for its tokens to attend faster one by one than all at once;
-    `attends_stretches` says whether `attend_stretches` is here for those that attend at once.
+    `max_alone` is the longest a sequence may be for its tokens to attend faster one by one than all at once.
     """
 
     max_alone: int
-    attends_stretches: bool
 
     def add_norm(
         self,
@@ -63,7 +62,7 @@ class Ops(Protocol):
         layer: int,
         out_NK: torch.Tensor,
     ) -> None:
-        """Let stretches whose keys and values are in their pages attend to all of their sequences so far."""
+        """Let stretches that attend at once do so, their keys and values in their pages."""
 
     def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
         """Write silu(gate) * up."""
@@ -122,8 +121,7 @@ class CompiledOps:
         if in_tiles_too and shape.size % TILE_INPUTS == 0:
             address = kernels.compiled_address("attend_stretches", like.dtype)
             self._attend_stretches = Launcher(address)
-        self.attends_stretches = self._attend_stretches is not None
-        self.max_alone = 1 if self.attends_stretches else 512
+        self.max_alone = 512 if self._attend_stretches is None else 1
         addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
         launchers = [Launcher(one) for one in addresses]
         self._norm, self._attend, self._low_rank, self._bottleneck, self._gate = launchers
@@ -206,8 +204,10 @@ class CompiledOps:
         layer: int,
         out_NK: torch.Tensor,
     ) -> None:
-        """Let stretches whose keys and values are in their pages attend to all of their sequences so far."""
-        assert self._attend_stretches is not None
+        """Let stretches that attend at once do so, their keys and values in their pages."""
+        if self._attend_stretches is None:
+            attend_at_once(qkv_NE, tokens, stretches, pages, layer, self._shape, out_NK)
+            return
         shape, num_stretches = self._shape, len(stretches.places_S3)
         num_items, num_threads, num_parts = num_stretches * shape.num_kv_heads, torch.get_num_threads(), 1
         # The fewest parts with which all threads have about the same to do: each lays the values anew.

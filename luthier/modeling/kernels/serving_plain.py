@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from luthier.modeling import kernels
 from luthier.modeling.kernels import _plain
 from luthier.modeling.kernels.served_rows import (
     PAGE_SIZE,
@@ -29,7 +30,7 @@ class PlainOps:
         site_widths: outputs of each of the seven sites.
     """
 
-    max_alone, attends_stretches = 1, False
+    max_alone = 1
 
     def __init__(self, shape: HeadShape, site_widths: Sequence[int]) -> None:
         self._shape, self._widths = shape, list(site_widths)
@@ -74,8 +75,8 @@ class PlainOps:
         layer: int,
         out_NK: torch.Tensor,
     ) -> None:
-        """Not here: the base does it with torch's products."""
-        raise NotImplementedError
+        """Let stretches that attend at once do so, their keys and values in their pages."""
+        attend_at_once(qkv_NE, tokens, stretches, pages, layer, self._shape, out_NK)
 
     def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
         """Write silu(gate) * up."""
@@ -114,3 +115,30 @@ def _by_adapter(rows: SingleRows) -> list[tuple[Described, list[int]]]:
         if adapter is not None:
             found.setdefault(id(adapter), (adapter, []))[1].append(row)
     return list(found.values())
+
+
+def attend_at_once(
+    qkv_NE: torch.Tensor,
+    tokens: TokenRows,
+    stretches: StretchRows,
+    pages: Pages,
+    layer: int,
+    shape: HeadShape,
+    out_NK: torch.Tensor,
+) -> None:
+    """Let stretches whose tokens do not attend one by one attend to all of their sequences so far."""
+    for own, first in zip(stretches.tokens, stretches.positions, strict=True):
+        if own.start < tokens.num_attending:
+            continue
+        num_tokens = own.stop - own.start
+        end = first + num_tokens
+        query_TK = qkv_NE[own, : shape.widths[0]]
+        query = turn(query_TK.unflatten(-1, (-1, shape.size)), tokens.positions_N[own], shape)
+        pages_W = tokens.pages_NW[own.start, : -(-end // PAGE_SIZE)]
+        keys, values = pages.gather(layer, pages_W, end)
+        # The query heads of a key head are its rows.
+        by_head = (query * shape.size**-0.5).view(num_tokens, shape.num_kv_heads, -1, shape.size)
+        by_head = by_head.permute(1, 2, 0, 3).reshape(shape.num_kv_heads, -1, shape.size)
+        weights = kernels.causal_softmax_(torch.bmm(by_head, keys.transpose(1, 2)), num_tokens, first)
+        mixed = torch.bmm(weights, values).view(shape.num_kv_heads, -1, num_tokens, shape.size)
+        out_NK[own] = mixed.permute(2, 0, 1, 3).reshape(num_tokens, -1)

@@ -93,7 +93,7 @@ def test_tokens_mix_what_a_plain_softmax_mixes(
     torch.set_num_threads(num_threads)
     try:
         ops = CompiledOps(shape, (*shape.widths, size, size, size, size), like, 8)
-        assert ops.attends_stretches
+        assert ops._attend_stretches is not None
         ops.attend(qkv_NE, tokens, pages, 0, out_NK)
         ops.attend_stretches(qkv_NE, tokens, rows, pages, 0, out_NK)
     finally:
