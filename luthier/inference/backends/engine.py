@@ -1,11 +1,11 @@
 """The client of Luthier's own inference server, over a Unix socket or TCP with the internal token."""
 
-import httpx2
+import json
 
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import HEADER_DIGEST, HEADER_TOKEN, ModelTarget
 from luthier.core.settings import Settings
-from luthier.inference.backends._http import CONNECT_SECONDS, StreamedBody, is_local, open_client, post
+from luthier.inference.backends._http import HttpClient, is_local
 from luthier.inference.backends.base import Health, Reply
 
 _STATE_PATH = "/internal/state"
@@ -23,7 +23,7 @@ class EngineBackend:
     """
 
     def __init__(self, url: str, token: str = "") -> None:
-        self._client = open_client(url, {} if is_local(url) else {HEADER_TOKEN: token})
+        self._client = HttpClient(url, {} if is_local(url) else {HEADER_TOKEN: token})
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
         """Send a request and return as soon as the answer's headers are there.
@@ -40,9 +40,9 @@ class EngineBackend:
             NotAcceptedError: when the server can't be reached, so that another may be asked.
             UnavailableError: when it left before its first byte.
         """
-        response = await post(self._client, path, body, target.to_headers())
-        passed = {name: value for name, value in response.headers.items() if name in _PASSED_HEADERS}
-        return Reply(response.status_code, passed, StreamedBody(response))
+        answer = await self._client.post(path, body, target.to_headers())
+        passed = {name: value for name, value in answer.headers.items() if name in _PASSED_HEADERS}
+        return Reply(answer.status, passed, answer)
 
     async def health(self) -> Health:
         """Ask the server how it is.
@@ -53,17 +53,19 @@ class EngineBackend:
         Raises:
             UnavailableError: when it can't be reached.
         """
+        status, content = await self._client.get(_STATE_PATH)
+        if status != 200:
+            raise UnavailableError(f"The model server does not tell its state: HTTP {status}.")
         try:
-            response = await self._client.get(_STATE_PATH, timeout=CONNECT_SECONDS)
-            found = response.raise_for_status().json()
+            found = json.loads(content)
             return Health(
                 is_ready=bool(found["ready"]),
                 holds=frozenset([*found["bases"], *found["digests"]]),
                 num_running=int(found["running"]),
                 num_waiting=int(found["waiting"]),
             )
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise UnavailableError("The model server can't be reached right now; try again.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnavailableError("The model server tells its state in a shape unknown here.") from error
 
     async def aclose(self) -> None:
         """Close all connections."""

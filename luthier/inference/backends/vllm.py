@@ -11,8 +11,6 @@ import time
 from functools import partial
 from typing import Any
 
-import httpx2
-
 from luthier.core.errors import (
     LuthierError,
     ModelNotFoundError,
@@ -24,7 +22,7 @@ from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
 from luthier.inference.backends import _vllm_proof
 from luthier.inference.backends._bodies import EndingBody, ReadBody
-from luthier.inference.backends._http import CONNECT_SECONDS, StreamedBody, open_client, post
+from luthier.inference.backends._http import HttpClient
 from luthier.inference.backends._vllm_adapters import Adapters, Release
 from luthier.inference.backends._vllm_artifacts import Artifacts
 from luthier.inference.backends._vllm_state import Served, read_health, read_models, served_name
@@ -35,7 +33,7 @@ from luthier.inference.backends._vllm_wire import (
     read_error,
     read_request,
 )
-from luthier.inference.backends.base import Body, Health, NotAcceptedError, Reply
+from luthier.inference.backends.base import Body, Health, Reply
 
 _KNOWN_SECONDS = 10.0
 
@@ -55,7 +53,7 @@ class VllmBackend:
 
     def __init__(self, url: str, token: str, settings: Settings) -> None:
         self._settings = settings
-        self._client = open_client(url, {"authorization": f"Bearer {token}"} if token else {})
+        self._client = HttpClient(url, {"authorization": f"Bearer {token}"} if token else {})
         self._artifacts = Artifacts(settings)
         self._adapters = Adapters(self, max_loaded=settings.vllm_max_adapters)
         self._known = Served(frozenset(), frozenset())
@@ -100,11 +98,8 @@ class VllmBackend:
             UnavailableError: when it can't be reached.
         """
         served = await self._list()
-        try:
-            found = await self._client.get("/metrics", timeout=CONNECT_SECONDS)
-        except httpx2.TransportError as error:
-            raise _unreachable() from error
-        return read_health(served, found.content)
+        _, content = await self._client.get("/metrics")
+        return read_health(served, content)
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -180,27 +175,26 @@ class VllmBackend:
             raise UnsupportedValueError(
                 "max_tokens must be at least 1: vLLM gives no answer without a token.", param="max_tokens"
             )
-        response = await post(self._client, path, json.dumps(asked).encode())
-        body = StreamedBody(response)
-        if response.status_code != 200:
-            content = await _read(body)
-            if response.status_code == 404:
+        answer = await self._client.post(path, json.dumps(asked).encode())
+        if answer.status != 200:
+            content = await answer.read()
+            if answer.status == 404:
                 raise _Missing
-            raise read_error(response.status_code, content)
+            raise read_error(answer.status, content)
         try:
             digest = target.digest or await asyncio.to_thread(self._artifacts.base_digest, target.base_id)
         except BaseException:
             # Or vLLM would go on for nobody.
-            await body.aclose()
+            await answer.aclose()
             raise
         headers = {} if digest is None else {HEADER_DIGEST: digest}
         renaming = Renaming(target.model, digest)
         if not asked.get("stream"):
-            whole = renaming.whole(await _read(body))
+            whole = renaming.whole(await answer.read())
             release()
             return Reply(200, headers | {"content-type": "application/json"}, ReadBody(whole))
         headers |= {"content-type": "text/event-stream", "cache-control": "no-cache"}
-        renamed: Body = RenamedStream(body, renaming.whole)
+        renamed: Body = RenamedStream(answer, renaming.whole)
         return Reply(200, headers, EndingBody(renamed, release))
 
     async def _list_lately(self) -> Served:
@@ -210,18 +204,15 @@ class VllmBackend:
         return self._known
 
     async def _list(self) -> Served:
-        try:
-            response = await self._client.get("/v1/models", timeout=CONNECT_SECONDS)
-        except httpx2.TransportError as error:
-            raise _unreachable() from error
-        if response.status_code != 200:
-            raise read_error(response.status_code, response.content)
-        self._known, self._known_at = read_models(response.content), time.monotonic()
+        status, content = await self._client.get("/v1/models")
+        if status != 200:
+            raise read_error(status, content)
+        self._known, self._known_at = read_models(content), time.monotonic()
         return self._known
 
     async def _post(self, path: str, content: dict[str, str] | dict[str, Any]) -> tuple[int, bytes]:
-        response = await post(self._client, path, json.dumps(content).encode())
-        return response.status_code, await _read(StreamedBody(response))
+        answer = await self._client.post(path, json.dumps(content).encode())
+        return answer.status, await answer.read()
 
     def _not_served(self, name: str) -> ModelNotFoundError:
         return ModelNotFoundError(
@@ -233,14 +224,6 @@ class VllmBackend:
 
 def _nothing() -> None:
     """Release what needs no release."""
-
-
-async def _read(body: StreamedBody) -> bytes:
-    return b"".join([piece async for piece in body])
-
-
-def _unreachable() -> UnavailableError:
-    return NotAcceptedError("The model server can't be reached right now; try again.")
 
 
 def _not_loaded(status: int, content: bytes) -> LuthierError:

@@ -1,0 +1,207 @@
+"""One connection to a server: a request out, its answer in pieces as they come, parsed by httptools.
+
+A token of a stream passes here on its way to a client, so it may cost no more than reading and parsing it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+import httptools
+
+# So much of an answer may wait for its reader before the server has to wait.
+_MAX_WAITING_BYTES = 256 * 1024
+
+
+class BrokenError(Exception):
+    """A connection that ended before the answer did, or an answer that is no HTTP.
+
+    Args:
+        was_sent: whether the server may have got the whole request.
+    """
+
+    def __init__(self, *, was_sent: bool) -> None:
+        super().__init__("the connection broke off")
+        self.was_sent = was_sent
+
+
+class Connection(asyncio.Protocol):
+    """A connection that takes one request after the other.
+
+    Args:
+        on_lost: called when the connection has gone.
+    """
+
+    def __init__(self, on_lost: Callable[["Connection"], None]) -> None:
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._is_drained = True
+        self._waiter: asyncio.Future[None] | None = None
+        self._pieces: list[bytes] = []
+        self._num_waiting = 0
+        self._is_paused = False
+        self._fault: BrokenError | None = None
+        self._has_length = False
+        self._has_head = False
+        self._is_kept = True
+        self.is_over = True
+        self.status = 0
+        self.headers: dict[str, str] = {}
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a request may be sent: nothing is under way, and the server goes on listening."""
+        is_open = self._transport is not None and not self._transport.is_closing()
+        return self.is_over and self._is_kept and is_open
+
+    def send(self, request: bytes) -> None:
+        """Send a request; the connection must be free."""
+        assert self._transport is not None
+        assert self.is_over
+        self._parser = httptools.HttpResponseParser(self)
+        self._pieces, self._num_waiting = [], 0
+        self.is_over = self._has_head = self._is_kept = False
+        self._begin_head()
+        self._transport.write(request)
+
+    async def read_head(self, seconds: float) -> None:
+        """Wait for `status` and `headers`.
+
+        Args:
+            seconds: the longest silence.
+
+        Raises:
+            BrokenError: when the connection ended first.
+            TimeoutError: when nothing came for so long; the connection is closed.
+        """
+        while not self._has_head:
+            await self._wait(seconds)
+
+    async def read(self, seconds: float) -> bytes | None:
+        """Return what has come of the body, waiting for the first of it.
+
+        Args:
+            seconds: the longest silence.
+
+        Returns:
+            Bytes, or None once the answer is over.
+
+        Raises:
+            BrokenError: when the connection ended first.
+            TimeoutError: when nothing came for so long; the connection is closed.
+        """
+        while not self._pieces:
+            if self.is_over:
+                return None
+            await self._wait(seconds)
+        content = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces, self._num_waiting = [], 0
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
+        return content
+
+    def close(self) -> None:
+        """Leave at once, whatever the server is doing."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _wait(self, seconds: float) -> None:
+        if self._fault is not None:
+            raise self._fault
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(seconds, self._time_out)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _time_out(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(TimeoutError())
+        self.close()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _begin_head(self) -> None:
+        self.headers = {}
+        self._has_length = False
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the transport."""
+        # uvloop's are no subclass of it.
+        self._transport = cast("asyncio.Transport", transport)
+        # So that the loop tells when the last byte of a request has left.
+        self._transport.set_write_buffer_limits(0)
+
+    def pause_writing(self) -> None:
+        """Note that some of the request has not left."""
+        self._is_drained = False
+
+    def resume_writing(self) -> None:
+        """Note that all of it has."""
+        self._is_drained = True
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came."""
+        if self.is_over:
+            # Nobody asked for it: the connection can't be trusted.
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, ValueError):
+            self._break_off()
+            self.close()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the answer: whole where only the connection's end could tell its length, broken otherwise."""
+        if not self.is_over and self._has_head and not self._has_length and exc is None:
+            self.is_over = True
+        elif not self.is_over:
+            self._break_off()
+        self._transport = None
+        self._on_lost(self)
+        self._wake()
+
+    def _break_off(self) -> None:
+        if self._fault is None:
+            self._fault = BrokenError(was_sent=self._is_drained)
+
+    # What the parser calls.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header."""
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        """Take the status; what is below 200 only announces the answer."""
+        self.status = self._parser.get_status_code()
+        if self.status < 200:
+            self._begin_head()
+            return
+        self._has_head = True
+        encoding = self.headers.get("transfer-encoding", "").lower()
+        has_no_body = self.status in (204, 304)
+        self._has_length = has_no_body or "chunked" in encoding or "content-length" in self.headers
+
+    def on_body(self, body: bytes) -> None:
+        """Keep a piece of the body."""
+        self._pieces.append(body)
+        self._num_waiting += len(body)
+        if self._num_waiting > _MAX_WAITING_BYTES and not self._is_paused and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        """Note the answer's end."""
+        if self._has_head:
+            self.is_over = True
+            self._is_kept = self._has_length and self._parser.should_keep_alive()
