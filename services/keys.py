@@ -36,23 +36,19 @@ def authenticate(session: Session, key: str) -> Scope:
     unknown = UnauthenticatedError("Incorrect API key provided. Make one with `luthier keys create`.")
     if not is_well_formed(key):
         raise unknown
+    # Once a minute is enough to say when a key was last used, and spares a write per request.
+    is_due = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - _LAST_USED_RESOLUTION)
     row = session.execute(
-        select(ApiKey, Organization.slug)
+        select(ApiKey, Organization.slug, is_due)
         .join(Organization, Organization.id == ApiKey.organization_id)
         .where(ApiKey.key_hash == hash_api_key(key), ApiKey.deleted_at.is_(None))
     ).one_or_none()
     if row is None:
         raise unknown
-    api_key, slug = row
-    # Once a minute is enough to say when a key was last used, and spares a write per request.
-    session.execute(
-        update(ApiKey)
-        .where(
-            ApiKey.id == api_key.id,
-            or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - _LAST_USED_RESOLUTION),
-        )
-        .values(last_used_at=func.now())
-    )
+    api_key, slug, is_due_now = row
+    if is_due_now:
+        # Asked again under the lock of the row, so that of requests at once a single one writes.
+        session.execute(update(ApiKey).where(ApiKey.id == api_key.id, is_due).values(last_used_at=func.now()))
     return Scope(api_key.organization_id, slug, api_key.project_id, api_key.id, api_key.is_admin)
 
 

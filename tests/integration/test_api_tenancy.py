@@ -1,9 +1,12 @@
 """Keys and projects: who may see what."""
 
+from datetime import datetime, timedelta
+
 import httpx2
 import openai
 import pytest
 
+from db.tables import ApiKey
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 
@@ -52,6 +55,23 @@ def test_a_key_is_shown_once_stored_as_a_hash_and_useless_once_revoked(api: Api)
     revoked = httpx2.delete(f"{api.base_url}/v1/keys/{made['id']}", headers=api.headers)
     assert revoked.json() == {"id": made["id"], "object": "api_key", "deleted": True}
     assert httpx2.get(f"{api.base_url}/v1/files", headers=headers).status_code == 401
+
+
+def test_when_a_key_was_last_used_is_told_to_the_minute(api: Api) -> None:
+    made = _make_key(api, name="ci")
+    headers = {"Authorization": f"Bearer {made['key']}"}
+
+    def use() -> datetime | None:
+        assert httpx2.get(f"{api.base_url}/v1/files", headers=headers).status_code == 200
+        with api.parts.database.transaction() as session:
+            return session.get_one(ApiKey, made["id"]).last_used_at
+
+    first = use()
+    assert first is not None
+    assert use() == first
+    with api.parts.database.transaction() as session:
+        session.get_one(ApiKey, made["id"]).last_used_at = first - timedelta(seconds=61)
+    assert (use() or first) > first
 
 
 def test_only_an_admin_key_manages_keys(api: Api) -> None:
