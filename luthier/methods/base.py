@@ -113,6 +113,7 @@ class Method(ABC):
 
     `starts_as_base` says whether a freshly attached model gives the base's own logits;
     `is_whole_model` whether an artifact replaces the base's weights instead of lying on top of them.
+    `auto_passes` is how many passes "auto" takes over the rows where most methods take one.
     `library_name` is the library that hubs shall name, `loading` tells in Markdown how to load an artifact.
 
     For a job that goes on from an artifact of the same method, every method says which of its parameters
@@ -127,6 +128,7 @@ class Method(ABC):
     starting_params: ClassVar[frozenset[str]] = frozenset()
     starts_as_base: ClassVar[bool] = True
     is_whole_model: ClassVar[bool] = False
+    auto_passes: ClassVar[int] = 1
     library_name: ClassVar[str | None] = "peft"
     loading: ClassVar[str] = "Load it with `peft.PeftModel.from_pretrained(base, folder)`."
 

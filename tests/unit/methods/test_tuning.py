@@ -13,7 +13,14 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
-from luthier.methods import check_tuning, discover, parameter_schemas, resolve_spec, row_limit
+from luthier.methods import (
+    MAX_EPOCHS,
+    check_tuning,
+    discover,
+    parameter_schemas,
+    resolve_spec,
+    row_limit,
+)
 
 BASE = BaseFacts(
     id="b",
@@ -120,6 +127,20 @@ def test_more_rows_mean_fewer_epochs_and_larger_batches() -> None:
     assert sizes == sorted(sizes)
     assert epochs[0] > epochs[-1]
     assert sizes[0] < sizes[-1]
+
+
+def test_prompt_tuning_takes_more_passes_than_the_others_by_itself_within_the_range() -> None:
+    for num_rows in (10, 240, 3_000, 100_000):
+        passes = {
+            name: resolve(
+                spec(tuning=check_tuning({"type": name})), num_rows=num_rows
+            ).hyperparameters.n_epochs
+            for name in ("lora", "prefix", "prompt")
+        }
+        assert passes["prompt"] == 3 * passes["lora"] == 3 * passes["prefix"]
+        assert passes["prompt"] <= MAX_EPOCHS
+    given = spec(tuning=check_tuning({"type": "prompt"}), hyperparameters=Hyperparameters(n_epochs=2))
+    assert resolve(given).hyperparameters.n_epochs == 2
 
 
 def test_every_method_has_a_schema_that_names_its_type() -> None:
