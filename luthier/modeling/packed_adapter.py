@@ -14,9 +14,11 @@ import torch
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
+from luthier.modeling.kernels.laying import Update, lay_low_ranks
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.served_rows import (
     ACTIVATIONS,
+    BLOCK,
     NUM_SITES,
     BottleneckSite,
     Described,
@@ -110,15 +112,23 @@ def lay_out(
     low_ranks: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
     bottlenecks: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]
     places: set[str] = set()
+    placed: list[tuple[LowRankPart, int, int]] = []
     for low_rank in parts.low_ranks:
         layer, site = _place(low_rank.module, _SITES, base, places)
         low_ranks[layer][site] = _low_rank_site(low_rank, base, read_weight)
+        placed.append((low_rank, layer, site))
     for bottleneck in parts.bottlenecks:
         layer, half = _place(bottleneck.module, _HALVES, base, places)
         bottlenecks[layer][half] = _bottleneck_site(bottleneck, base)
     has_sites = bool(parts.low_ranks or parts.bottlenecks)
-    if has_sites and base.device.type == "cpu":
-        _lay_together(low_ranks, bottlenecks)
+    if has_sites:
+        _lay_together(low_ranks, bottlenecks, base.device)
+    updates = []
+    for part, layer, number in placed:
+        laid = low_ranks[layer][number]
+        assert laid is not None
+        updates.append(Update(part.a_RK, part.b_OR, part.scale, laid.a_RK, laid.b))
+    lay_low_ranks(updates)
     embeddings_ND = parts.embeddings_ND
     adapter = PackedAdapter(
         Described(low_ranks, bottlenecks) if has_sites else None,
@@ -131,13 +141,21 @@ def lay_out(
 
 
 def _lay_together(
-    low_ranks: list[list[LowRankSite | None]], bottlenecks: list[list[BottleneckSite | None]]
+    low_ranks: list[list[LowRankSite | None]],
+    bottlenecks: list[list[BottleneckSite | None]],
+    device: torch.device,
 ) -> None:
     """Move all numbers into one piece of memory, in the order in which a step reads them.
 
-    So the processor, which looks ahead, has one row's next site on the way while it works on the last.
+    So the processor, which looks ahead, has one row's next site on the way while it works on the last. What
+    has a shape and no numbers yet gets its place.
     """
-    room = take_large(sum(_room_for(one) for one in _all_sites(low_ranks, bottlenecks)))
+    num_bytes = sum(_room_for(one) for one in _all_sites(low_ranks, bottlenecks))
+    room = (
+        take_large(num_bytes)
+        if device.type == "cpu"
+        else torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    )
     for sites, halves in zip(low_ranks, bottlenecks, strict=True):
         steps = ((sites, range(4)), (halves, range(1)), (sites, range(4, NUM_SITES)), (halves, range(1, 2)))
         for kind, numbers in steps:
@@ -153,7 +171,8 @@ def _move(sites: list[Any], number: int, room: torch.Tensor) -> torch.Tensor:
     moved = {}
     for name, tensor in _tensors_of(site).items():
         own, room = room.tensor_split([_aligned(tensor.nbytes)])
-        moved[name] = own[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        place = own[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        moved[name] = place if tensor.is_meta else place.copy_(tensor)
     sites[number] = replace(site, **moved)
     return room
 
@@ -195,13 +214,18 @@ def _place(module: str, names: dict[str, int], base: PackedLlama, taken: set[str
 def _low_rank_site(
     part: LowRankPart, base: PackedLlama, read_weight: Callable[[str], torch.Tensor]
 ) -> LowRankSite:
-    scaled_OR = part.b_OR.float() * part.scale
+    """Return a site of which the factors are there, and of the update only its shapes."""
     factor_O = None
     if part.magnitude_O is not None:
         # The norm of every output's whole weight (Liu et al. 2024, arXiv 2402.09353, section 4.1).
+        scaled_OR = part.b_OR.float() * part.scale
         whole_OK = read_weight(part.module).float() + scaled_OR @ part.a_RK.float()
         factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).to(base.device).contiguous()
-    return LowRankSite(_filled(part.a_RK, base), to_blocks(_filled(scaled_OR.t(), base)), factor_O)
+    (rank, num_inputs), num_blocks = part.a_RK.shape, -(-len(part.b_OR) // BLOCK)
+    filled = -(-rank // _MULTIPLE) * _MULTIPLE
+    shapes = ((filled, num_inputs), (num_blocks, filled, BLOCK))
+    a_FK, blocks = (torch.empty(shape, dtype=base.dtype, device="meta") for shape in shapes)
+    return LowRankSite(a_FK, blocks, factor_O)
 
 
 def _bottleneck_site(part: BottleneckPart, base: PackedLlama) -> BottleneckSite:

@@ -6,6 +6,7 @@ from luthier.modeling.kernels._heads import (
     split_heads,
     split_heads_backward,
 )
+from luthier.modeling.kernels._laying import lay_low_ranks
 from luthier.modeling.kernels._products import tile_product
 from luthier.modeling.kernels._program import run_program
 from luthier.modeling.kernels._rows import (
@@ -32,6 +33,7 @@ __all__ = [
     "causal_softmax_backward",
     "gated_silu",
     "gated_silu_backward",
+    "lay_low_ranks",
     "merge_heads",
     "merge_heads_backward",
     "rms_norm",

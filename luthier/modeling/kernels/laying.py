@@ -1,0 +1,75 @@
+"""Laying out low-rank updates where a step reads them, all of an adapter's in one pass over memory.
+
+Legend: R ranks, F ranks filled up to what kernels take at a time, K inputs and O outputs of a layer.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from luthier.modeling import kernels
+from luthier.modeling.kernels.served_rows import to_blocks
+
+
+class Update(NamedTuple):
+    """`scale * b a` beside a layer, as an artifact holds it and where it goes.
+
+    `a_FK` and `blocks` [blocks, F, 64] of a type that a base is served in, contiguous; whatever is in them
+    is written over.
+    """
+
+    a_RK: torch.Tensor
+    b_OR: torch.Tensor
+    scale: float
+    a_FK: torch.Tensor
+    blocks: torch.Tensor
+
+
+def lay_low_ranks(updates: Sequence[Update]) -> None:
+    """Write updates where they go, filled up with zeros.
+
+    Args:
+        updates: all of one type and device.
+
+    Raises:
+        ValueError: when a tensor's shape does not fit the others'.
+    """
+    for update in updates:
+        _check(update)
+    if not all(map(_is_compiled, updates)):
+        for update in updates:
+            _lay_plainly(update)
+    elif updates:
+        from luthier.modeling.kernels._threads import launch
+
+        facts = torch.tensor([_facts(update) for update in updates])
+        address = kernels.compiled_address("lay_low_ranks", updates[0].a_FK.dtype)
+        launch(address, [len(updates), facts.data_ptr()])
+
+
+def _check(update: Update) -> None:
+    (rank, num_inputs), num_outputs = update.a_RK.shape, len(update.b_OR)
+    filled, (num_blocks, block_rank, block) = len(update.a_FK), update.blocks.shape
+    fits = update.b_OR.shape[1] == rank <= filled == block_rank and update.a_FK.shape[1] == num_inputs
+    if not (fits and (num_blocks - 1) * block < num_outputs <= num_blocks * block):
+        raise ValueError("A low-rank update does not fit the place where it is to go.")
+
+
+def _is_compiled(update: Update) -> bool:
+    are_read = all(one.dtype == torch.float32 and one.is_contiguous() for one in (update.a_RK, update.b_OR))
+    are_written = update.a_FK.is_contiguous() and update.blocks.is_contiguous()
+    return are_read and are_written and all(map(kernels.is_compiled, (update.a_RK, update.a_FK)))
+
+
+def _facts(update: Update) -> list[int]:
+    tensors = (update.a_RK, update.b_OR, update.a_FK, update.blocks)
+    sizes = (len(update.a_RK), *update.a_FK.shape, len(update.b_OR))
+    return [*(one.data_ptr() for one in tensors), *sizes, kernels.float_bits(update.scale)]
+
+
+def _lay_plainly(update: Update) -> None:
+    rank, like = len(update.a_RK), update.blocks
+    scaled_RO = (update.b_OR.float() * update.scale).t().to(device=like.device, dtype=like.dtype)
+    update.a_FK[:rank], update.a_FK[rank:] = update.a_RK, 0
+    update.blocks[:, :rank], update.blocks[:, rank:] = to_blocks(scaled_RO), 0

@@ -1,0 +1,57 @@
+"""Low-rank updates laid out where a step reads them."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from luthier.modeling import kernels
+from luthier.modeling.kernels.laying import Update, lay_low_ranks
+
+BLOCK = 64
+
+
+def _update(rank: int, filled: int, num_outputs: int, dtype: torch.dtype, source: torch.dtype) -> Update:
+    generator = torch.Generator().manual_seed(rank)
+    a_RK = torch.randn(rank, 24, generator=generator).to(source)
+    b_OR = torch.randn(num_outputs, rank, generator=generator).to(source)
+    num_blocks = -(-num_outputs // BLOCK)
+    # What was there before must not show through.
+    places = torch.full((filled, 24), 7.0), torch.full((num_blocks, filled, BLOCK), 7.0)
+    return Update(a_RK, b_OR, 0.3, *(place.to(dtype) for place in places))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["compiled", "plain"])
+def test_numbers_come_to_their_places_rounded_once(
+    dtype: torch.dtype, source: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "plain":
+        monkeypatch.setattr(kernels, "is_compiled", lambda _: False)
+    elif not kernels.is_compiled(torch.empty(1)):
+        pytest.skip("numba is not installed")
+    updates = [
+        _update(*sizes, dtype, source) for sizes in ((4, 4, 64), (5, 8, 100), (1, 4, 3), (16, 16, 192))
+    ]
+    lay_low_ranks(updates)
+    for update in updates:
+        rank, filled, num_outputs = len(update.a_RK), len(update.a_FK), len(update.b_OR)
+        missing_ranks, missing = filled - rank, -num_outputs % BLOCK
+        expected_FK = functional.pad(update.a_RK.to(dtype), (0, 0, 0, missing_ranks))
+        scaled_RO = (update.b_OR.float() * torch.tensor(0.3)).t().to(dtype)
+        expected_FO = functional.pad(scaled_RO, (0, missing, 0, missing_ranks))
+        assert torch.equal(update.a_FK, expected_FK)
+        assert torch.equal(update.blocks.transpose(0, 1).reshape(filled, -1), expected_FO)
+
+
+def test_an_update_that_does_not_fit_its_place_is_refused_and_nothing_is_written() -> None:
+    good = _update(4, 4, 64, torch.float32, torch.float32)
+    for bad in (
+        good._replace(b_OR=torch.zeros(65, 4)),
+        good._replace(b_OR=torch.zeros(64, 3)),
+        good._replace(a_FK=torch.zeros(3, 24)),
+        good._replace(a_FK=torch.zeros(4, 25)),
+    ):
+        with pytest.raises(ValueError, match="does not fit"):
+            lay_low_ranks([good, bad])
+    assert bool((good.a_FK == 7).all())
