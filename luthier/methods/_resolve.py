@@ -66,7 +66,7 @@ def resolve_spec(
     workload = Workload(base, num_rows, num_tokens, memory_bytes)
     params = method.resolve(_parse(method, spec.tuning), workload)
     asked = spec.hyperparameters
-    passes = min(MAX_EPOCHS, method.auto_passes * _auto_epochs(num_rows, num_tokens))
+    passes = method.auto_passes * _auto_epochs(num_rows, num_tokens)
     epochs = passes if asked.n_epochs == "auto" else asked.n_epochs
     batch_size = _auto_batch_size(num_rows) if asked.batch_size == "auto" else asked.batch_size
     multiplier = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier

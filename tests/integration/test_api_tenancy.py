@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 import httpx2
 import openai
 import pytest
+from sqlalchemy import event
 
 from db.tables import ApiKey
 from tests.conftest import Api
@@ -68,7 +69,11 @@ def test_when_a_key_was_last_used_is_told_to_the_minute(api: Api) -> None:
 
     first = use()
     assert first is not None
+    statements: list[str] = []
+    engine = api.parts.database.engine
+    event.listen(engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
     assert use() == first
+    assert not [one for one in statements if one.startswith("UPDATE api_keys")]
     with api.parts.database.transaction() as session:
         session.get_one(ApiKey, made["id"]).last_used_at = first - timedelta(seconds=61)
     assert (use() or first) > first

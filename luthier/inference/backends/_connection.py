@@ -11,18 +11,24 @@ import httptools
 
 # So much of an answer may wait for its reader before the server has to wait.
 _MAX_WAITING_BYTES = 256 * 1024
+# Names and values of an answer's headers.
+_MAX_HEAD_BYTES = 64 * 1024
 
 
 class BrokenError(Exception):
     """A connection that ended before the answer did, or an answer that is no HTTP.
 
     Args:
-        was_sent: whether the server may have got the whole request.
+        was_sent: whether the server may have got the whole request; over TLS always.
     """
 
     def __init__(self, *, was_sent: bool) -> None:
         super().__init__("the connection broke off")
         self.was_sent = was_sent
+
+
+class _ForeignError(Exception):
+    """What comes is no part of the answer."""
 
 
 class Connection(asyncio.Protocol):
@@ -43,6 +49,8 @@ class Connection(asyncio.Protocol):
         self._fault: BrokenError | None = None
         self._has_length = False
         self._has_head = False
+        self._num_head_bytes = 0
+        # Whether the server goes on listening after the last answer.
         self._is_kept = True
         self.is_over = True
         self.status = 0
@@ -52,12 +60,13 @@ class Connection(asyncio.Protocol):
     def is_free(self) -> bool:
         """Whether a request may be sent: nothing is under way, and the server goes on listening."""
         is_open = self._transport is not None and not self._transport.is_closing()
-        return self.is_over and self._is_kept and is_open
+        is_at_rest = self.is_over and self._is_drained and not self._is_paused
+        return is_at_rest and self._is_kept and is_open
 
     def send(self, request: bytes) -> None:
         """Send a request; the connection must be free."""
         assert self._transport is not None
-        assert self.is_over
+        assert self.is_free
         self._parser = httptools.HttpResponseParser(self)
         self._pieces, self._num_waiting = [], 0
         self.is_over = self._has_head = self._is_kept = False
@@ -96,15 +105,21 @@ class Connection(asyncio.Protocol):
             await self._wait(seconds)
         content = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self._num_waiting = [], 0
-        if self._is_paused and self._transport is not None:
-            self._is_paused = False
-            self._transport.resume_reading()
+        self._go_on_reading()
         return content
 
     def close(self) -> None:
         """Leave at once, whatever the server is doing."""
+        if not self.is_over:
+            # Nor does an answer of unknown length end here.
+            self._break_off()
         if self._transport is not None:
             self._transport.abort()
+
+    def _go_on_reading(self) -> None:
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
 
     async def _wait(self, seconds: float) -> None:
         if self._fault is not None:
@@ -119,9 +134,10 @@ class Connection(asyncio.Protocol):
             self._waiter = None
 
     def _time_out(self) -> None:
+        # What came in the same turn of the loop came in time.
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(TimeoutError())
-        self.close()
+            self.close()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -130,6 +146,7 @@ class Connection(asyncio.Protocol):
     def _begin_head(self) -> None:
         self.headers = {}
         self._has_length = False
+        self._num_head_bytes = 0
 
     # What the event loop calls.
 
@@ -137,7 +154,7 @@ class Connection(asyncio.Protocol):
         """Take the transport."""
         # uvloop's are no subclass of it.
         self._transport = cast("asyncio.Transport", transport)
-        # So that the loop tells when the last byte of a request has left.
+        # So that the loop tells when the last byte of a request has left; those of TLS tell it before.
         self._transport.set_write_buffer_limits(0)
 
     def pause_writing(self) -> None:
@@ -156,14 +173,16 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, ValueError):
-            self._break_off()
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            # What follows a whole answer does not belong to it.
+            self._is_kept = False
             self.close()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the answer: whole where only the connection's end could tell its length, broken otherwise."""
-        if not self.is_over and self._has_head and not self._has_length and exc is None:
+        ends_here = self._has_head and not self._has_length and exc is None and self._fault is None
+        if ends_here:
             self.is_over = True
         elif not self.is_over:
             self._break_off()
@@ -177,8 +196,18 @@ class Connection(asyncio.Protocol):
 
     # What the parser calls.
 
+    def on_message_begin(self) -> None:
+        """Refuse what nobody asked for."""
+        if self.is_over:
+            raise _ForeignError
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header."""
+        """Keep a header; those that follow a body are left out."""
+        if self._has_head:
+            return
+        self._num_head_bytes += len(name) + len(value)
+        if self._num_head_bytes > _MAX_HEAD_BYTES:
+            raise _ForeignError
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
@@ -205,3 +234,4 @@ class Connection(asyncio.Protocol):
         if self._has_head:
             self.is_over = True
             self._is_kept = self._has_length and self._parser.should_keep_alive()
+            self._go_on_reading()

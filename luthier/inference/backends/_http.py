@@ -1,14 +1,17 @@
 """A client of one server, over a Unix socket or TCP, and what failures of its connections mean."""
 
 import asyncio
+import re
+import socket
 import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from luthier.core.errors import UnavailableError
+from luthier.core.errors import LuthierError, UnavailableError
 from luthier.inference.backends._connection import BrokenError, Connection
 from luthier.inference.backends.base import NotAcceptedError
 
@@ -18,6 +21,7 @@ _READ_SECONDS = 600.0
 # Below what servers keep an idle connection for, uvicorn 5 seconds.
 _IDLE_SECONDS = 4.0
 _MAX_IDLE = 32
+_PATH = re.compile(r"[!-~]*")
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -40,6 +44,11 @@ class Answer:
         self.status, self.headers = connection.status, connection.headers
         self._connection: Connection | None = connection
         self._release = release
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it has come, read or not."""
+        return self._connection is None or self._connection.is_over
 
     def __aiter__(self) -> "Answer":
         return self
@@ -80,17 +89,15 @@ class HttpClient:
     Args:
         url: `unix:///path.sock`, `http://host:port` or `https://host:port`, and a path before all others.
         headers: sent with every request.
+
+    Raises:
+        LuthierError: when the URL is none of these.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str]) -> None:
-        parts = urlsplit(url)
-        self._socket = url.removeprefix("unix://") if is_local(url) else None
-        self._host, self._port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._prefix = "" if is_local(url) else parts.path.rstrip("/")
-        # Nobody looks up the name that stands for a Unix socket.
-        host = "inference" if is_local(url) else parts.netloc.rpartition("@")[2]
-        self._lines = _to_lines({"host": host, **headers})
+        self._place = _read_url(url)
+        self._tls = ssl.create_default_context() if self._place.is_tls else None
+        self._headers = {"host": self._place.authority, **headers}
         self._open: set[Connection] = set()
         self._idle: deque[tuple[Connection, float]] = deque()
 
@@ -122,7 +129,7 @@ class HttpClient:
             The status and the whole body.
 
         Raises:
-            UnavailableError: when it did not come within CONNECT_SECONDS.
+            NotAcceptedError: when it did not come whole within CONNECT_SECONDS; to ask changes nothing.
         """
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -131,8 +138,8 @@ class HttpClient:
                     return answer.status, await answer.read()
                 finally:
                     await answer.aclose()
-        except TimeoutError as error:
-            raise NotAcceptedError("The model server can't be reached right now; try again.") from error
+        except (TimeoutError, UnavailableError) as error:
+            raise _unreachable() from error
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -140,8 +147,8 @@ class HttpClient:
             connection.close()
 
     def _head(self, method: str, path: str, headers: Mapping[str, str]) -> bytes:
-        first = f"{method} {self._prefix}{path} HTTP/1.1\r\n"
-        return first.encode("ascii") + self._lines + _to_lines(headers) + b"\r\n"
+        first = f"{method} {self._place.prefix}{path} HTTP/1.1\r\n"
+        return first.encode("ascii") + _to_lines({**self._headers, **headers}) + b"\r\n"
 
     async def _send(self, request: bytes, seconds: float) -> Answer:
         connection = await self._connect()
@@ -150,7 +157,7 @@ class HttpClient:
             await connection.read_head(seconds)
         except BrokenError as error:
             if not error.was_sent:
-                raise NotAcceptedError("The model server can't be reached right now; try again.") from error
+                raise _unreachable() from error
             raise UnavailableError("The model server left before it had answered; try again.") from error
         except TimeoutError as error:
             raise UnavailableError("The model server did not answer in time; try again.") from error
@@ -167,19 +174,37 @@ class HttpClient:
             if connection.is_free and now - since < _IDLE_SECONDS:
                 return connection
             connection.close()
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                if self._socket is not None:
-                    _, connection = await loop.create_unix_connection(self._make, self._socket)
-                else:
-                    _, connection = await loop.create_connection(
-                        self._make, self._host, self._port, ssl=self._tls
-                    )
-        except (OSError, TimeoutError) as error:
-            raise NotAcceptedError("The model server can't be reached right now; try again.") from error
+                connection = await self._open_new()
+        except (OSError, TimeoutError, UnicodeError) as error:
+            raise _unreachable() from error
         self._open.add(connection)
         return connection
+
+    async def _open_new(self) -> Connection:
+        loop, place = asyncio.get_running_loop(), self._place
+        if place.socket is not None:
+            return (await loop.create_unix_connection(self._make, place.socket))[1]
+        found = await loop.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+        fault: OSError = OSError("the name has no address")
+        for number, (*_, address) in enumerate(found):
+            # An address that nobody answers at leaves the others their time.
+            share = CONNECT_SECONDS / 2 if number + 1 < len(found) else None
+            try:
+                async with asyncio.timeout(share and share / (len(found) - 1)):
+                    return (
+                        await loop.create_connection(
+                            self._make,
+                            *address[:2],
+                            ssl=self._tls,
+                            server_hostname=place.host if self._tls else None,
+                        )
+                    )[1]
+            except OSError as error:
+                # A timeout among them.
+                fault = error
+        raise fault
 
     def _make(self) -> Connection:
         return Connection(self._open.discard)
@@ -192,6 +217,49 @@ class HttpClient:
         if len(self._idle) >= _MAX_IDLE:
             self._idle.popleft()[0].close()
         self._idle.append((connection, time.monotonic()))
+
+
+class _Place(NamedTuple):
+    """Where a server is. `authority` is what requests call it, `prefix` comes before their paths."""
+
+    authority: str
+    socket: str | None = None
+    host: str = ""
+    port: int = 0
+    is_tls: bool = False
+    prefix: str = ""
+
+
+def _read_url(url: str) -> _Place:
+    if is_local(url):
+        # Nobody looks up the name that stands for a Unix socket.
+        return _Place("inference", socket=url.removeprefix("unix://"))
+    try:
+        parts = urlsplit(url)
+        host, port, is_tls = parts.hostname, parts.port, parts.scheme == "https"
+    except ValueError:
+        host = None
+    if host is None or parts.scheme not in ("http", "https") or not _PATH.fullmatch(parts.path):
+        raise LuthierError(
+            f"{url[:80]!r} is no server's URL: unix:///path, http://host:port or https://host:port."
+        )
+    if parts.query or parts.fragment or "@" in parts.netloc:
+        # Not repeated, for it may hold a password.
+        raise LuthierError(
+            f"The URL of the server at {host} has a user, a query or a fragment, none of which is sent. "
+            "Leave it out: LUTHIER_INTERNAL_TOKEN is what the server knows the API by."
+        )
+    return _Place(
+        parts.netloc,
+        host=host,
+        port=port or (443 if is_tls else 80),
+        is_tls=is_tls,
+        prefix=parts.path.rstrip("/"),
+    )
+
+
+def _unreachable() -> NotAcceptedError:
+    return NotAcceptedError("The model server can't be reached right now; try again.")
 
 
 def _to_lines(headers: Mapping[str, str]) -> bytes:

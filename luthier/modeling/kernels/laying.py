@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from luthier.modeling import kernels
-from luthier.modeling.kernels.served_rows import to_blocks
+from luthier.modeling.kernels.served_rows import BLOCK, to_blocks
 
 
 class Update(NamedTuple):
@@ -30,13 +30,13 @@ def lay_low_ranks(updates: Sequence[Update]) -> None:
     """Write updates where they go, filled up with zeros.
 
     Args:
-        updates: all of one type and device.
+        updates: of finite numbers, to places of one type and device.
 
     Raises:
-        ValueError: when a tensor's shape does not fit the others'.
+        ValueError: when a tensor's shape, type or device does not fit the others'.
     """
     for update in updates:
-        _check(update)
+        _check(update, updates[0].a_FK)
     if not all(map(_is_compiled, updates)):
         for update in updates:
             _lay_plainly(update)
@@ -48,18 +48,22 @@ def lay_low_ranks(updates: Sequence[Update]) -> None:
         launch(address, [len(updates), facts.data_ptr()])
 
 
-def _check(update: Update) -> None:
+def _check(update: Update, like: torch.Tensor) -> None:
     (rank, num_inputs), num_outputs = update.a_RK.shape, len(update.b_OR)
     filled, (num_blocks, block_rank, block) = len(update.a_FK), update.blocks.shape
     fits = update.b_OR.shape[1] == rank <= filled == block_rank and update.a_FK.shape[1] == num_inputs
-    if not (fits and (num_blocks - 1) * block < num_outputs <= num_blocks * block):
+    are_whole = block == BLOCK and (num_blocks - 1) * BLOCK < num_outputs <= num_blocks * BLOCK
+    are_alike = all(
+        (one.dtype, one.device) == (like.dtype, like.device) for one in (update.a_FK, update.blocks)
+    )
+    if not (fits and are_whole and are_alike):
         raise ValueError("A low-rank update does not fit the place where it is to go.")
 
 
 def _is_compiled(update: Update) -> bool:
     are_read = all(one.dtype == torch.float32 and one.is_contiguous() for one in (update.a_RK, update.b_OR))
     are_written = update.a_FK.is_contiguous() and update.blocks.is_contiguous()
-    return are_read and are_written and all(map(kernels.is_compiled, (update.a_RK, update.a_FK)))
+    return are_read and are_written and all(map(kernels.is_compiled, (update.a_RK, update.b_OR, update.a_FK)))
 
 
 def _facts(update: Update) -> list[int]:

@@ -81,6 +81,8 @@ def test_a_request_carries_its_headers_and_body(run: Run) -> None:
     assert head.startswith(b"POST /v1/completions HTTP/1.1\r\nhost: inference\r\n")
     assert b"\r\ncontent-type: application/json\r\n" in head
     assert b"\r\nx-more: 1" in head
+    assert b"\r\nx-of: this\r\n" in head
+    assert b"x-of: all" not in head
     assert body == b'{"a": 1}'
 
 
@@ -278,6 +280,110 @@ def test_a_silent_server_is_not_waited_for_for_ever(run: Run, monkeypatch: pytes
             await anext(answer)
 
     run(talk, check)
+
+
+def test_what_an_unread_answer_held_up_is_not_held_up_for_the_next(run: Run) -> None:
+    large = b"HTTP/1.1 200 OK\r\ncontent-length: 400000\r\n\r\n" + bytes(400_000)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            request = await _read_request(reader)
+            writer.write(large if request.startswith(b"POST") else ANSWER)
+
+    async def check(client: HttpClient, _server: _Server) -> None:
+        for _ in range(5):
+            answer = await client.post("/", b"{}")
+            while not answer.is_whole:
+                await asyncio.sleep(0)
+            await answer.aclose()
+            assert await client.get("/state") == (200, b"ok")
+
+    run(talk, check)
+
+
+@pytest.mark.parametrize("more", [ANSWER, ANSWER[:20], b"no HTTP"])
+def test_what_follows_an_answer_unasked_is_neither_read_nor_trusted(run: Run, more: bytes) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _read_request(reader)
+        writer.write(ANSWER + more)
+        await reader.read()
+
+    async def check(client: HttpClient, server: _Server) -> None:
+        for number in range(2):
+            answer = await client.post("/", b"{}")
+            assert (answer.status, await answer.read()) == (200, b"ok")
+            assert server.num_connections == number + 1
+
+    run(talk, check)
+
+
+def test_a_connection_on_which_a_request_still_leaves_is_not_used_again(run: Run) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ANSWER.replace(b"200 OK", b"413 Content Too Large"))
+        await writer.drain()
+        await asyncio.Event().wait()
+
+    async def check(client: HttpClient, server: _Server) -> None:
+        for number in range(2):
+            answer = await client.post("/", bytes(32 * 1024 * 1024))
+            assert (answer.status, await answer.read()) == (413, b"ok")
+            assert server.num_connections == number + 1
+
+    run(talk, check)
+
+
+def test_an_answer_without_a_length_that_the_client_ends_is_not_whole(run: Run) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\nthe begin")
+        await reader.read()
+
+    async def check(client: HttpClient, _server: _Server) -> None:
+        answer = await client.post("/", b"{}")
+        assert await anext(answer) == b"the begin"
+        reading = asyncio.ensure_future(anext(answer))
+        await asyncio.sleep(0)
+        await client.aclose()
+        with pytest.raises(UnavailableError, match="middle of an answer"):
+            await reading
+
+    run(talk, check)
+
+
+def test_a_server_that_leaves_while_it_is_asked_how_it_is_counts_as_not_there(run: Run) -> None:
+    async def talk(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await _read_request(reader)
+
+    async def check(client: HttpClient, _server: _Server) -> None:
+        with pytest.raises(NotAcceptedError):
+            await client.get("/state")
+
+    run(talk, check)
+
+
+def test_an_endless_head_is_refused(run: Run) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\n" + b"x-filler: 0123456789\r\n" * 10_000)
+        await reader.read()
+
+    async def check(client: HttpClient, _server: _Server) -> None:
+        with pytest.raises(UnavailableError, match="before it had answered"):
+            await client.post("/", b"{}")
+
+    run(talk, check)
+
+
+def test_a_server_is_found_by_its_name() -> None:
+    async def serve() -> None:
+        async with await asyncio.start_server(_Server(_answer_all), "127.0.0.1", 0) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            client = HttpClient(f"http://localhost:{port}/behind", {})
+            assert await client.get("/state") == (200, b"ok")
+            await client.aclose()
+
+    asyncio.run(asyncio.wait_for(serve(), 30))
 
 
 def test_a_header_cannot_bring_lines_of_its_own(run: Run) -> None:

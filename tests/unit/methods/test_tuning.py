@@ -14,7 +14,6 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.methods import (
-    MAX_EPOCHS,
     check_tuning,
     discover,
     parameter_schemas,
@@ -129,7 +128,7 @@ def test_more_rows_mean_fewer_epochs_and_larger_batches() -> None:
     assert sizes[0] < sizes[-1]
 
 
-def test_prompt_tuning_takes_more_passes_than_the_others_by_itself_within_the_range() -> None:
+def test_prompt_tuning_takes_more_passes_than_the_others_by_itself() -> None:
     for num_rows in (10, 240, 3_000, 100_000):
         passes = {
             name: resolve(
@@ -138,7 +137,6 @@ def test_prompt_tuning_takes_more_passes_than_the_others_by_itself_within_the_ra
             for name in ("lora", "prefix", "prompt")
         }
         assert passes["prompt"] == 3 * passes["lora"] == 3 * passes["prefix"]
-        assert passes["prompt"] <= MAX_EPOCHS
     given = spec(tuning=check_tuning({"type": "prompt"}), hyperparameters=Hyperparameters(n_epochs=2))
     assert resolve(given).hyperparameters.n_epochs == 2
 
