@@ -8,6 +8,7 @@ and blocks when idle.
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ import torch
 
 from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
 from luthier.inference import sampler
+from luthier.inference.crowding import Crowding
 from luthier.inference.faults import log_fault, to_told
 from luthier.inference.lane import Lane
 from luthier.inference.mail import posted_together
 from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
+from luthier.modeling.kernels._threads import use_threads
 
 _LOG = logging.getLogger(__name__)
 
@@ -309,10 +312,16 @@ class Engine:
             # first asked for; so it is asked for before it is set.
             torch.get_num_threads()
             torch.set_num_threads(self._num_threads)
+        crowding = Crowding(torch.get_num_threads())
         try:
             while not self._is_closed:
                 self._take_inbox()
+                started_at = time.monotonic()
                 self._core.step()
+                num_threads = crowding.num_threads
+                crowding.note(time.monotonic() - started_at)
+                if crowding.num_threads != num_threads:
+                    use_threads(crowding.num_threads)
         finally:
             # However it ends, nobody is left to wait.
             self._is_closed = True

@@ -37,6 +37,8 @@ class _Pool:
         self.parallel.restype = None
         self.thread_num_address = _address_of(library.omp_get_thread_num)
         self.num_threads_address = _address_of(library.omp_get_num_threads)
+        self.set_num_threads = library.omp_set_num_threads
+        self.set_num_threads.argtypes, self.set_num_threads.restype = [ctypes.c_int], None
         self.barrier_address = _address_of(library.GOMP_barrier)
 
 
@@ -66,6 +68,19 @@ def _pool_of_now() -> tuple[_Pool | None, int]:
     """Return the pool to run on, None for this thread alone, and how many threads it has."""
     num_threads = torch.get_num_threads()
     return (_find_pool() if num_threads > 1 else None), num_threads
+
+
+def use_threads(num_threads: int) -> None:
+    """Let this thread's operators and kernels run on so many threads, and leave other threads theirs.
+
+    `torch.set_num_threads` is for every thread that has not asked for its number yet, too. Where torch's pool
+    can't be told, all stays as it was.
+    """
+    # The first time that a thread asks, torch sets its number.
+    torch.get_num_threads()
+    pool = _find_pool()
+    if pool is not None:
+        pool.set_num_threads(num_threads)
 
 
 class Launcher:

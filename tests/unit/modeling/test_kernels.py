@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels import _threads
 
 NUM_ROWS, NUM_TOKENS, NUM_KV_HEADS, GROUPS, HEAD_SIZE = 3, 7, 2, 3, 8
 N = NUM_ROWS * NUM_TOKENS
@@ -216,3 +218,22 @@ def test_tensors_of_other_types_or_sizes_than_a_kernel_reads_are_refused() -> No
         kernels.merge_heads(torch.zeros(2, 4, 8), 2, 1, torch.zeros(3, 16))
     with pytest.raises(ValueError, match="causal_softmax_"):
         kernels.causal_softmax_(torch.zeros(1, 4, 3), 4, 0)
+
+
+def test_a_thread_may_use_fewer_threads_and_leaves_the_others_theirs() -> None:
+    if _threads._find_pool() is None:
+        pytest.skip("torch's pool is not GNU's")
+    seen: list[int] = []
+
+    def run() -> None:
+        seen.append(torch.get_num_threads())
+        _threads.use_threads(1)
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    for _ in range(2):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert seen == [before, 1, before, 1]
+    assert torch.get_num_threads() == before
