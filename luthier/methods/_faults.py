@@ -1,5 +1,6 @@
 """From what pydantic finds in a `tuning` object to the one error that names its field, for every method."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ _Path = tuple[str | int, ...]
 _MAX_CHARACTERS = 40
 
 
-def first_fault(error: ValidationError, tuning: dict[str, Any]) -> InvalidRequestError:
+def first_fault(error: ValidationError, tuning: dict[str, Any], known: Sequence[str]) -> InvalidRequestError:
     """Return the error for the first field with a fault.
 
     Where a field takes this or that (a name or a list of names), pydantic tells a fault of each branch; the
@@ -26,6 +27,7 @@ def first_fault(error: ValidationError, tuning: dict[str, Any]) -> InvalidReques
     Args:
         error: of the validation of that object.
         tuning: the object as it came.
+        known: names of the fields that its method has.
 
     Returns:
         The error; its `param` is the field's path, such as `tuning.target_modules.1`.
@@ -37,7 +39,7 @@ def first_fault(error: ValidationError, tuning: dict[str, Any]) -> InvalidReques
     param = ".".join(["tuning", *(_shown(part) for part in path)])
     kinds = {str(fault["type"]) for fault in of_path}
     if "extra_forbidden" in kinds:
-        return UnknownParameterError(f"Unknown parameter: '{param}'. Leave it out.", param=param)
+        return UnknownParameterError(f"Unknown parameter: '{param}'. {_advice(path, known)}", param=param)
     if "missing" in kinds:
         return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
     value = _value_at(path, tuning)
@@ -49,6 +51,14 @@ def first_fault(error: ValidationError, tuning: dict[str, Any]) -> InvalidReques
     if is_out_of_range or isinstance(value, str):
         return InvalidValueError(message, param=param)
     return InvalidTypeError(message, param=param)
+
+
+def _advice(path: _Path, known: Sequence[str]) -> str:
+    if len(path) > 1:
+        return "Leave it out."
+    near = difflib.get_close_matches(str(path[0]), known, n=1)
+    advice = f"Did you mean '{near[0]}'?" if near else "Leave it out."
+    return f"{advice} This type of tuning takes: {', '.join(known)}."
 
 
 def _path(location: Sequence[str | int], kind: str, tuning: dict[str, Any]) -> _Path:

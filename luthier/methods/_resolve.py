@@ -176,7 +176,7 @@ def _parse(method: Method, tuning: dict[str, Any]) -> MethodParams:
     try:
         params = method.Params.model_validate({"type": method.name, **tuning})
     except ValidationError as error:
-        raise first_fault(error, tuning) from error
+        raise first_fault(error, tuning, list(method.Params.model_fields)) from error
     if getattr(params, "quantization", None) is not None:
         raise UnsupportedValueError(
             "tuning.quantization: quantised weights are multiplied by kernels that only CUDA devices have, "

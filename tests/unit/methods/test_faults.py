@@ -54,7 +54,7 @@ class _Params(MethodParams):
 def test_a_fault_is_told_by_its_path(tuning: dict[str, Any], error: type[LuthierError], param: str) -> None:
     with pytest.raises(ValidationError) as caught:
         _Params.model_validate(tuning)
-    fault = first_fault(caught.value, tuning)
+    fault = first_fault(caught.value, tuning, list(_Params.model_fields))
     assert (type(fault), fault.param) == (error, param), fault.message
 
 

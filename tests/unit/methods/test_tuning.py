@@ -55,6 +55,23 @@ def test_a_checked_object_checks_to_itself() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tuning", "advice"),
+    [
+        ({"rnak": 8}, "Did you mean 'rank'?"),
+        ({"type": "prompt", "rank": 8}, "Leave it out."),
+        ({"colour": 1}, "Leave it out."),
+    ],
+)
+def test_an_unknown_field_is_refused_with_those_that_its_method_has(
+    tuning: dict[str, object], advice: str
+) -> None:
+    with pytest.raises(UnknownParameterError) as caught:
+        check_tuning(tuning)
+    fields = parameter_schemas()[str(tuning.get("type", "lora"))]["properties"]
+    assert f"{advice} This type of tuning takes: {', '.join(fields)}." in caught.value.message
+
+
+@pytest.mark.parametrize(
     ("tuning", "error", "param"),
     [
         ({"colour": 1}, UnknownParameterError, "tuning.colour"),
