@@ -94,14 +94,14 @@ def test_pieces_come_as_the_server_sends_them(run: Run) -> None:
         # A chunk's border in the middle of its own length, and two chunks at once.
         writer.write(CHUNKED + b"3\r\none\r\n1")
         await may_go_on.wait()
-        writer.write(b"0\r\nsixteen characte\r\n2\r\nrs\r\n0\r\n\r\n")
+        writer.write(b"0\r\n0123456789abcdef\r\n2\r\ngh\r\n0\r\n\r\n")
 
     async def check(client: HttpClient, _server: _Server) -> None:
         answer = await client.post("/", b"{}")
         assert answer.headers["content-type"] == "text/event-stream"
         assert await anext(answer) == b"one"
         may_go_on.set()
-        assert await answer.read() == b"sixteen characters"
+        assert await answer.read() == b"0123456789abcdefgh"
         with pytest.raises(StopAsyncIteration):
             await anext(answer)
 
