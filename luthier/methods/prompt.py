@@ -63,7 +63,7 @@ class Prompt(Method):
     starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
     starts_as_base: ClassVar[bool] = False
     # What moves is so little that it is slow: on labels nine passes gave three times the accuracy that three
-    # did, and no rate made up for them (docs/methods.md).
+    # did (docs/methods.md).
     auto_passes: ClassVar[int] = 3
 
     def resolve(self, params: PromptParams, workload: Workload) -> PromptParams:

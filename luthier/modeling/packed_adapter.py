@@ -222,7 +222,7 @@ def _low_rank_site(
         whole_OK = read_weight(part.module).float() + scaled_OR @ part.a_RK.float()
         factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).to(base.device).contiguous()
     (rank, num_inputs), num_blocks = part.a_RK.shape, -(-len(part.b_OR) // BLOCK)
-    filled = -(-rank // _MULTIPLE) * _MULTIPLE
+    filled = _filled_up(rank)
     shapes = ((filled, num_inputs), (num_blocks, filled, BLOCK))
     a_FK, blocks = (torch.empty(shape, dtype=base.dtype, device="meta") for shape in shapes)
     return LowRankSite(a_FK, blocks, factor_O)
@@ -241,10 +241,15 @@ def _bottleneck_site(part: BottleneckPart, base: PackedLlama) -> BottleneckSite:
 
 def _filled(rows: torch.Tensor, base: PackedLlama, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return rows in the base's type, filled up with zero rows; a copy that is the adapter's own."""
-    count = -(-rows.shape[0] // _MULTIPLE) * _MULTIPLE
-    whole = torch.zeros((count, *rows.shape[1:]), dtype=dtype or base.dtype, device=base.device)
+    whole = torch.zeros(
+        (_filled_up(rows.shape[0]), *rows.shape[1:]), dtype=dtype or base.dtype, device=base.device
+    )
     whole[: rows.shape[0]] = rows
     return whole
+
+
+def _filled_up(count: int) -> int:
+    return -(-count // _MULTIPLE) * _MULTIPLE
 
 
 def _typed(tensor: torch.Tensor, base: PackedLlama) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Keys and projects: who may see what."""
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import httpx2
 import openai
@@ -71,8 +72,14 @@ def test_when_a_key_was_last_used_is_told_to_the_minute(api: Api) -> None:
     assert first is not None
     statements: list[str] = []
     engine = api.parts.database.engine
-    event.listen(engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
+
+    def note(*told: Any) -> None:
+        statements.append(told[2])
+
+    event.listen(engine, "before_cursor_execute", note)
     assert use() == first
+    event.remove(engine, "before_cursor_execute", note)
+    assert any("api_keys" in one for one in statements)
     assert not [one for one in statements if one.startswith("UPDATE api_keys")]
     with api.parts.database.transaction() as session:
         session.get_one(ApiKey, made["id"]).last_used_at = first - timedelta(seconds=61)

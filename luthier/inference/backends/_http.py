@@ -45,11 +45,6 @@ class Answer:
         self._connection: Connection | None = connection
         self._release = release
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of it has come, read or not."""
-        return self._connection is None or self._connection.is_over
-
     def __aiter__(self) -> "Answer":
         return self
 
@@ -188,19 +183,17 @@ class HttpClient:
             return (await loop.create_unix_connection(self._make, place.socket))[1]
         found = await loop.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
         fault: OSError = OSError("the name has no address")
-        for number, (*_, address) in enumerate(found):
-            # An address that nobody answers at leaves the others their time.
-            share = CONNECT_SECONDS / 2 if number + 1 < len(found) else None
+        for *_, address in found:
             try:
-                async with asyncio.timeout(share and share / (len(found) - 1)):
-                    return (
-                        await loop.create_connection(
-                            self._make,
-                            *address[:2],
-                            ssl=self._tls,
-                            server_hostname=place.host if self._tls else None,
-                        )
-                    )[1]
+                # An address that nobody answers at leaves the others their time.
+                async with asyncio.timeout(CONNECT_SECONDS / len(found)):
+                    _, connection = await loop.create_connection(
+                        self._make,
+                        *address[:2],
+                        ssl=self._tls,
+                        server_hostname=place.host if self._tls else None,
+                    )
+                    return connection
             except OSError as error:
                 # A timeout among them.
                 fault = error

@@ -13,13 +13,7 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
-from luthier.methods import (
-    check_tuning,
-    discover,
-    parameter_schemas,
-    resolve_spec,
-    row_limit,
-)
+from luthier.methods import check_tuning, discover, parameter_schemas, resolve_spec, row_limit
 
 BASE = BaseFacts(
     id="b",

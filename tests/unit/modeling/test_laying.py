@@ -6,8 +6,7 @@ from torch.nn import functional
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels.laying import Update, lay_low_ranks
-
-BLOCK = 64
+from luthier.modeling.kernels.served_rows import BLOCK
 
 
 def _update(rank: int, filled: int, num_outputs: int, dtype: torch.dtype, source: torch.dtype) -> Update:
