@@ -231,7 +231,7 @@ class Pricing:
         return self.num_layers * (constants.scoring_layer_seconds + num_tokens * per_token)
 
     def _save_seconds(self, work: Work) -> float:
-        """Return the seconds of all checkpoints and the result, each proved and written."""
+        """Return the seconds of all checkpoints and the result: each step proved, each folder written."""
         constants = self.calibration
         short, long = min(work.longest, _SHORT_PROOF_TOKENS), min(work.longest, MAX_PROOF_TOKENS)
         proof = 0.0
@@ -248,7 +248,8 @@ class Pricing:
         reading = constants.read_seconds if self.is_whole_model else constants.attach_seconds
         reading += self.num_layers * self.variant.attach_layer_seconds
         reading += 3 * self._pass_seconds(short, on_plain_path=True)
-        return (work.num_epochs + 1) * (proof + writing) + reading
+        # The result is the last checkpoint's model, which was proved then.
+        return work.num_epochs * (proof + writing) + writing + reading
 
     # ---- bytes
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from luthier.core.canary import Canary
 from luthier.core.events import CheckpointEvent, Metrics
 from luthier.storage.manifests import Manifest
 from luthier.training.artifact import take_over_artifact, write_artifact
@@ -52,6 +53,8 @@ class Publisher:
         options = job.spec.training
         self._may_choose_earlier = options.keep_best or options.max_forgetting is not None
         self._chosen = job.folder / "chosen"
+        # The last step that was proved, with what the model says: its parameters are the same until the next.
+        self._proved: tuple[int, Canary] | None = None
 
     @property
     def chosen_folder(self) -> Path | None:
@@ -137,7 +140,9 @@ class Publisher:
             unpack_folder(kept, self._chosen)
 
     def _write(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
-        self._trainee.prove_shortcuts(self._samples)
+        if self._proved is None or self._proved[0] != step:
+            self._trainee.prove_shortcuts(self._samples)
+            self._proved = step, record_canary(self._trainee, self._general_ids)
         return write_artifact(
             folder,
             self._trainee,
@@ -145,7 +150,7 @@ class Publisher:
             step=step,
             metrics=metrics,
             log=self._log,
-            canary=record_canary(self._trainee, self._general_ids),
+            canary=self._proved[1],
         )
 
     def _check(self, folder: Path) -> None:

@@ -6,6 +6,7 @@
 import numpy as np
 from numba import carray
 
+from luthier.modeling.kernels._head_rows import softmax_row, softmax_row_backward
 from luthier.modeling.kernels._language import (
     Kernel,
     at,
@@ -19,6 +20,7 @@ from luthier.modeling.kernels._language import (
     share,
     wide,
 )
+from luthier.modeling.kernels._memory import item_size
 
 
 @Kernel
@@ -105,23 +107,11 @@ def gated_silu_backward(data):
 def causal_softmax(data):
     """Turn scores [pairs * groups * T, keys] into weights in place; a token sees what is up to itself."""
     table = open_table(data)
-    num_rows, num_keys, num_tokens, start = table[2], table[3], table[4], table[5]
-    scores = carray(at(table[6], data), (num_rows, num_keys))
+    num_rows, num_keys, num_tokens, start, scores = table[2], table[3], table[4], table[5], table[6]
+    row_bytes = num_keys * item_size(data)
     begin, end = share(table, num_rows)
     for i in range(begin, end):
-        seen = start + i % num_tokens + 1
-        highest = wide(scores[i, 0])
-        for j in range(seen):
-            score = wide(scores[i, j])
-            highest = score if score > highest else highest
-        total = np.float32(0.0)
-        for j in range(seen):
-            total += exponential(wide(scores[i, j]) - highest)
-        inverse = np.float32(1.0) / total
-        for j in range(seen):
-            scores[i, j] = narrow(exponential(wide(scores[i, j]) - highest) * inverse, scores)
-        for j in range(seen, num_keys):
-            scores[i, j] = narrow(np.float32(0.0), scores)
+        softmax_row(scores + i * row_bytes, start + i % num_tokens + 1, num_keys, data)
 
 
 @Kernel
@@ -129,19 +119,11 @@ def causal_softmax_backward(data):
     """Turn the gradient of the weights into that of the scores, in place."""
     table = open_table(data)
     num_rows, num_keys, num_tokens, start = table[2], table[3], table[4], table[5]
-    weights = carray(at(table[6], data), (num_rows, num_keys))
-    gradient = carray(at(table[7], data), (num_rows, num_keys))
+    weights, gradient, row_bytes = table[6], table[7], num_keys * item_size(data)
     begin, end = share(table, num_rows)
     for i in range(begin, end):
         seen = start + i % num_tokens + 1
-        total = np.float32(0.0)
-        for j in range(seen):
-            total += wide(gradient[i, j]) * wide(weights[i, j])
-        for j in range(seen):
-            change = (wide(gradient[i, j]) - total) * wide(weights[i, j])
-            gradient[i, j] = narrow(change, gradient)
-        for j in range(seen, num_keys):
-            gradient[i, j] = narrow(np.float32(0.0), gradient)
+        softmax_row_backward(gradient + i * row_bytes, weights + i * row_bytes, seen, num_keys, data)
 
 
 @Kernel

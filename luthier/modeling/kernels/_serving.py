@@ -29,6 +29,7 @@ from luthier.modeling.kernels._language import (
     wide,
 )
 from luthier.modeling.kernels._tiles import HAS_PAIRS, dot_pairs
+from luthier.modeling.kernels._memory import item_size
 from luthier.modeling.kernels._vectors import (
     add_rows,
     add_rows_to_1,
@@ -40,7 +41,6 @@ from luthier.modeling.kernels._vectors import (
     dot_four_rows_with_3,
     dot_four_rows_with_4,
     dot_rows,
-    item_size,
 )
 from luthier.modeling.kernels.products import TILE_INPUTS
 from luthier.modeling.kernels.served_rows import BLOCK, MAX_QUERIES

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from luthier.modeling.kernels._language import has_feature
-from luthier.modeling.kernels._vectors import loop, sum_lanes
+from luthier.modeling.kernels._memory import loop, sum_lanes
 from luthier.modeling.kernels.products import PANEL_OUTPUTS
 
 _VOID, _I64, _I32, _I16, _I8 = ir.VoidType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)

@@ -1,0 +1,246 @@
+"""Rows of attention in LLVM's vectors: one head of one token, and one query's scores over its keys.
+
+Both are short, a head 64 numbers and a query's keys some dozens: what the compiler makes of loops over them
+spends most of its time on questions of overlap and on the last few numbers one by one. All addresses are
+int64; `like` is a kernel's typed pointer, which says what the rows hold.
+"""
+
+# What an intrinsic takes is in its arguments, which only the generated code reads.
+# ruff: noqa: ARG001
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from luthier.modeling.kernels._memory import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    VECTOR,
+    Body,
+    Memory,
+    broadcast,
+    call,
+    is_bfloat16,
+    loop,
+    multiply_add,
+    sum_lanes,
+)
+
+_LANE_NUMBERS = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+
+
+@intrinsic
+def copy_row(_context, source, target, size, like):
+    """Copy a row of numbers."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        source, target, size = arguments[:3]
+        memory = Memory(builder, is_bfloat16=is_bfloat16(like))
+
+        def copy(lanes: int) -> Body:
+            def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                memory.store_bits(memory.load_bits(source, index, lanes), target, index)
+                return []
+
+            return body
+
+        index, _ = loop(builder, I64(0), size, LANES, [], copy(LANES))
+        loop(builder, index, size, 1, [], copy(1))
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64, types.int64, types.int64, like), generate
+
+
+def _turning(*, is_inverse: bool) -> Any:
+    @intrinsic
+    def turn(_context, source, target, cosine, sine, half, scale, like):
+        """Turn the pairs (c, c + half) of a row by the float32 angles of its position, times a factor."""
+
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            source, target, cosine, sine, half, scale = arguments[:6]
+            rows = Memory(builder, is_bfloat16=is_bfloat16(like))
+            angles = Memory(builder, is_bfloat16=False)
+
+            def turned(lanes: int) -> Body:
+                factor = broadcast(builder, scale) if lanes > 1 else scale
+
+                def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                    other = builder.add(index, half)
+                    first, second = rows.load(source, index, lanes), rows.load(source, other, lanes)
+                    cosines, sines = angles.load(cosine, index, lanes), angles.load(sine, index, lanes)
+                    if is_inverse:
+                        sines = builder.fneg(sines)
+                    crossed = builder.fmul(second, sines)
+                    one = multiply_add(builder, first, cosines, builder.fneg(crossed))
+                    two = multiply_add(builder, second, cosines, builder.fmul(first, sines))
+                    rows.store(builder.fmul(one, factor), target, index)
+                    rows.store(builder.fmul(two, factor), target, other)
+                    return []
+
+                return body
+
+            index, _ = loop(builder, I64(0), half, LANES, [], turned(LANES))
+            loop(builder, index, half, 1, [], turned(1))
+            return ir.Constant(I64, 0)
+
+        return types.int64(*[types.int64] * 5, types.float32, like), generate
+
+    return turn
+
+
+turn_row, turn_row_back = _turning(is_inverse=False), _turning(is_inverse=True)
+
+
+def _exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Emit what `_language.exponential` computes, for a vector."""
+
+    def all_of(number: float) -> ir.Constant:
+        return ir.Constant(VECTOR, [number] * LANES)
+
+    lowest, highest = all_of(-87.0), all_of(88.0)
+    x = builder.select(builder.fcmp_ordered("<", x, lowest), lowest, x)
+    x = builder.select(builder.fcmp_ordered(">", x, highest), highest, x)
+    scaled = multiply_add(builder, x, all_of(1.4426950408889634), all_of(0.5))
+    n = call(builder, "llvm.floor.v16f32", VECTOR, [scaled])
+    r = multiply_add(builder, n, all_of(-0.693145751953125), x)
+    r = multiply_add(builder, n, all_of(-1.428606765330187e-06), r)
+    p = all_of(1.0 / 5040)
+    for coefficient in (1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0):
+        p = multiply_add(builder, p, r, all_of(coefficient))
+    bits = ir.VectorType(I32, LANES)
+    biased = builder.add(builder.fptosi(n, bits), ir.Constant(bits, [127] * LANES))
+    power = builder.bitcast(builder.shl(biased, ir.Constant(bits, [23] * LANES)), VECTOR)
+    return builder.fmul(p, power)
+
+
+class _Row:
+    """A row of which the first `seen` numbers count; the others become 0."""
+
+    def __init__(self, builder: ir.IRBuilder, memory: Memory, seen: ir.Value, size: ir.Value) -> None:
+        self._builder = builder
+        self._memory = memory
+        self._seen = seen
+        self._size = size
+
+    def lanes_before(self, end: ir.Value, index: ir.Value) -> ir.Value:
+        """Return which of the 16 places from an index on come before an end."""
+        builder = self._builder
+        left = builder.trunc(builder.sub(end, index), I32)
+        vector = builder.insert_element(
+            ir.Constant(ir.VectorType(I32, LANES), ir.Undefined), left, I32(0)
+        )
+        left = builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+        return builder.icmp_signed("<", _LANE_NUMBERS, left)
+
+    def fold(
+        self,
+        addresses: list[ir.Value],
+        carried: ir.Value,
+        add: Callable[[list[ir.Value], ir.Value], ir.Value],
+    ) -> ir.Value:
+        """Carry a vector over what counts of one row or more; unwanted lanes of the last step stay as they are."""
+        builder, memory = self._builder, self._memory
+
+        def whole(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            return [add([memory.load(one, index, LANES) for one in addresses], held[0])]
+
+        index, (total,) = loop(builder, I64(0), self._seen, LANES, [carried], whole)
+        return self._last(index, addresses, total, add)
+
+    def _last(
+        self,
+        index: ir.Value,
+        addresses: list[ir.Value],
+        total: ir.Value,
+        add: Callable[[list[ir.Value], ir.Value], ir.Value],
+    ) -> ir.Value:
+        builder = self._builder
+        mask = self.lanes_before(self._seen, index)
+        vectors = [self._memory.load_some(one, index, mask) for one in addresses]
+        return builder.select(mask, add(vectors, total), total)
+
+    def write(
+        self, addresses: list[ir.Value], target: ir.Value, make: Callable[[list[ir.Value]], ir.Value]
+    ) -> None:
+        """Write what is made of the numbers that count, and 0 for the others."""
+        builder, memory = self._builder, self._memory
+
+        def whole(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            memory.store(make([memory.load(one, index, LANES) for one in addresses]), target, index)
+            return []
+
+        index, _ = loop(builder, I64(0), self._seen, LANES, [], whole)
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        counts, exists = self.lanes_before(self._seen, index), self.lanes_before(self._size, index)
+        made = make([memory.load_some(one, index, counts) for one in addresses])
+        memory.store_some(builder.select(counts, made, zero), target, index, exists)
+
+        def clear(lanes: int) -> Body:
+            def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                memory.store(zero if lanes > 1 else F32(0.0), target, index)
+                return []
+
+            return body
+
+        index = builder.add(index, I64(LANES))
+        index, _ = loop(builder, index, self._size, LANES, [], clear(LANES))
+        loop(builder, index, self._size, 1, [], clear(1))
+
+
+@intrinsic
+def softmax_row(_context, scores, seen, size, like):
+    """Turn the first `seen` of a row's scores into weights that add up to 1, the others into 0."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        scores, seen, size = arguments[:3]
+        row = _Row(builder, Memory(builder, is_bfloat16=is_bfloat16(like)), seen, size)
+
+        def larger(found: list[ir.Value], highest: ir.Value) -> ir.Value:
+            return builder.select(builder.fcmp_ordered(">", found[0], highest), found[0], highest)
+
+        lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
+        highest = row.fold([scores], lowest, larger)
+        for step in (8, 4, 2, 1):
+            others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ step for lane in range(LANES)])
+            highest = larger([builder.shuffle_vector(highest, highest, others)], highest)
+
+        def power(found: list[ir.Value]) -> ir.Value:
+            return _exponential(builder, builder.fsub(found[0], highest))
+
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        total = sum_lanes(
+            builder, row.fold([scores], zero, lambda found, total: builder.fadd(total, power(found)))
+        )
+        inverse = broadcast(builder, builder.fdiv(F32(1.0), total))
+        row.write([scores], scores, lambda found: builder.fmul(power(found), inverse))
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64, types.int64, types.int64, like), generate
+
+
+@intrinsic
+def softmax_row_backward(_context, gradient, weights, seen, size, like):
+    """Turn the gradient of a row's weights into that of its scores, 0 beyond the first `seen`."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        gradient, weights, seen, size = arguments[:4]
+        row = _Row(builder, Memory(builder, is_bfloat16=is_bfloat16(like)), seen, size)
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        found = row.fold(
+            [gradient, weights], zero, lambda pair, total: multiply_add(builder, pair[0], pair[1], total)
+        )
+        total = broadcast(builder, sum_lanes(builder, found))
+        row.write(
+            [gradient, weights],
+            gradient,
+            lambda pair: builder.fmul(builder.fsub(pair[0], total), pair[1]),
+        )
+        return ir.Constant(I64, 0)
+
+    return types.int64(*[types.int64] * 4, like), generate

@@ -1,0 +1,175 @@
+"""LLVM's vectors of 16 float32 over float32 or bfloat16 memory, and loops over them.
+
+The compiler's own vectors stop at a conversion of bits in the middle of a sum. All addresses are int64 and
+`like` is a kernel's typed pointer, which says what the rows hold.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import overload
+
+I64, I32, I16, F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+LANES = 16
+VECTOR, WIDE_BITS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+
+
+def item_size(like):
+    """Return the bytes of one number."""
+
+
+@overload(item_size, inline="always")
+def _item_size_overload(like):
+    size = 2 if like.dtype == types.uint16 else 4
+    return lambda like: size  # noqa: ARG005
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
+    """Call one of the compiler's own functions by its whole name."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(result, [one.type for one in arguments])
+        function = ir.Function(builder.module, kind, name=name)
+    return builder.call(function, arguments)
+
+
+class Memory:
+    """Numbers of one type in memory, read and written as float32.
+
+    Args:
+        builder: where the code goes.
+        is_bfloat16: whether they are bfloat16, else float32.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, *, is_bfloat16: bool) -> None:
+        self._builder = builder
+        self._is_bfloat16 = is_bfloat16
+        self._size = 2 if is_bfloat16 else 4
+        self._held: ir.Type = I16 if is_bfloat16 else F32
+        self._name = "v16i16.p0" if is_bfloat16 else "v16f32.p0"
+
+    def load(self, address: ir.Value, index: ir.Value, lanes: int) -> ir.Value:
+        """Return `lanes` numbers from an index on as one float32 vector, or one float32."""
+        return self._widen(self.load_bits(address, index, lanes), lanes)
+
+    def load_some(self, address: ir.Value, index: ir.Value, mask: ir.Value) -> ir.Value:
+        """Return 16 numbers as `load` does, 0 where the mask is unset: memory is not read there."""
+        held = ir.VectorType(self._held, LANES)
+        arguments = [
+            self._pointer(address, index, held),
+            I32(self._size),
+            mask,
+            ir.Constant(held, [self._held(0)] * LANES),
+        ]
+        return self._widen(call(self._builder, f"llvm.masked.load.{self._name}", held, arguments), LANES)
+
+    def store(self, value: ir.Value, address: ir.Value, index: ir.Value) -> None:
+        """Write a float32 or a vector of 16, each as the nearest number of this memory."""
+        self.store_bits(self._narrow(value), address, index)
+
+    def store_some(self, value: ir.Value, address: ir.Value, index: ir.Value, mask: ir.Value) -> None:
+        """Write 16 numbers as `store` does, but where the mask is unset."""
+        narrow = self._narrow(value)
+        place = self._pointer(address, index, narrow.type)
+        arguments = [narrow, place, I32(self._size), mask]
+        call(self._builder, f"llvm.masked.store.{self._name}", ir.VoidType(), arguments)
+
+    def load_bits(self, address: ir.Value, index: ir.Value, lanes: int) -> ir.Value:
+        """Return one number or 16 as they are held."""
+        held = self._held if lanes == 1 else ir.VectorType(self._held, lanes)
+        return self._builder.load(self._pointer(address, index, held), align=self._size)
+
+    def store_bits(self, held: ir.Value, address: ir.Value, index: ir.Value) -> None:
+        """Write what `load_bits` returned."""
+        self._builder.store(held, self._pointer(address, index, held.type), align=self._size)
+
+    def prefetch(self, address: ir.Value, index: ir.Value) -> None:
+        """Ask for a line of memory that is read soon."""
+        place = self._pointer(address, index, ir.IntType(8))
+        call(self._builder, "llvm.prefetch.p0", ir.VoidType(), [place, I32(0), I32(3), I32(1)])
+
+    def _widen(self, held: ir.Value, lanes: int) -> ir.Value:
+        """Return what is held as float32."""
+        if not self._is_bfloat16:
+            return held
+        builder = self._builder
+        wide, shift = (I32, I32(16)) if lanes == 1 else (WIDE_BITS, ir.Constant(WIDE_BITS, [16] * lanes))
+        bits = builder.shl(builder.zext(held, wide), shift)
+        return builder.bitcast(bits, F32 if lanes == 1 else VECTOR)
+
+    def _narrow(self, value: ir.Value) -> ir.Value:
+        """Return float32 as it is held: of two equally near bfloat16 the even one."""
+        if not self._is_bfloat16:
+            return value
+        builder, is_vector = self._builder, isinstance(value.type, ir.VectorType)
+        wide = WIDE_BITS if is_vector else I32
+
+        def all_of(number: int) -> ir.Constant:
+            return ir.Constant(wide, [number] * LANES if is_vector else number)
+
+        bits = builder.bitcast(value, wide)
+        odd = builder.and_(builder.lshr(bits, all_of(16)), all_of(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, all_of(0x7FFF))), all_of(16))
+        return builder.trunc(rounded, ir.VectorType(I16, LANES) if is_vector else I16)
+
+    def _pointer(self, address: ir.Value, index: ir.Value, held: ir.Type) -> ir.Value:
+        builder = self._builder
+        place = builder.add(address, builder.mul(index, I64(self._size)))
+        return builder.inttoptr(place, held.as_pointer())
+
+
+Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+def loop(
+    builder: ir.IRBuilder, begin: ir.Value, end: ir.Value, step: int, carried: list[ir.Value], body: Body
+) -> tuple[ir.Value, list[ir.Value]]:
+    """Emit a loop while `index + step <= end`; return where it stopped and what it carried."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(I64)
+    index.add_incoming(begin, before)
+    held = [builder.phi(value.type) for value in carried]
+    for phi, value in zip(held, carried, strict=True):
+        phi.add_incoming(value, before)
+    builder.cbranch(builder.icmp_signed("<=", builder.add(index, I64(step)), end), inside, after)
+    builder.position_at_end(inside)
+    renewed = body(index, held)
+    following = builder.add(index, I64(step))
+    index.add_incoming(following, builder.block)
+    for phi, value in zip(held, renewed, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return index, held
+
+
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """Return the sum of a vector's 16 numbers, halves added to halves."""
+    for step in (8, 4, 2, 1):
+        others = ir.Constant(WIDE_BITS, [lane ^ step for lane in range(LANES)])
+        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, others))
+    return builder.extract_element(vector, I32(0))
+
+
+def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return a vector of one number 16 times."""
+    vector = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(vector, vector, ir.Constant(WIDE_BITS, [0] * LANES))
+
+
+def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:
+    """Return a times b plus a total, rounded once where the processor can."""
+    product = builder.fmul(a, b, flags=("contract",))
+    return builder.fadd(product, total, flags=("contract",))
+
+
+def is_bfloat16(like: Any) -> bool:
+    """Whether a kernel's pointer is to bfloat16."""
+    return like.dtype == types.uint16
