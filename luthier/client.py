@@ -247,9 +247,10 @@ class LuthierClient:
             ApiError: when the service refuses.
             ArtifactCorruptError: when a file does not match its sha256 even when fetched anew.
         """
+        entries = self.list_model_files(model)
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
-        for entry in self.list_model_files(model):
+        for entry in entries:
             path = (folder / entry["name"]).resolve()
             if not path.is_relative_to(folder.resolve()):
                 raise ArtifactCorruptError(

@@ -13,13 +13,12 @@ from luthier.core.estimates import Calibration, MethodCost
 from luthier.core.pricing import Part, Price, Pricing, Scoring, Work
 from luthier.core.reports import PhaseSeconds
 from luthier.core.shapes import BaseShape
-from luthier.core.specs import BaseFacts, Precision, TrainingSpec
+from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, Precision, TrainingSpec
 from luthier.data.count import RowCounts
 from luthier.data.pairs import order_pairs, split_pairs
 from luthier.data.plan import order_epoch, split_micro
 from luthier.methods import Method, parse_tuning, resolve_spec
 from services.calibrations import Measured
-from services.jobs import MIN_TRAINING_ROWS
 
 # As training has it: weights of adapters are float32, whole models in the type that was trained in.
 _ADAPTER_NUMBER_BYTES = 4

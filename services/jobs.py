@@ -18,15 +18,19 @@ from luthier.core.errors import (
     TooFewRowsError,
 )
 from luthier.core.ids import new_id
-from luthier.core.specs import DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
+from luthier.core.specs import (
+    MIN_TRAINING_ROWS,
+    DpoOptions,
+    Hyperparameters,
+    TrainingOptions,
+    TrainingSpec,
+)
 from luthier.core.states import JobStatus, check_transition
 from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
 from services import attempts, deliveries, events, files, parents
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
 from services.scope import Scope
-
-MIN_TRAINING_ROWS = 10
 
 
 @dataclass(frozen=True)

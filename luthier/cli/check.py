@@ -5,6 +5,7 @@ from pathlib import Path
 
 from luthier.cli.settings import read_settings
 from luthier.core.errors import InvalidValueError
+from luthier.core.specs import MIN_TRAINING_ROWS
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -40,3 +41,8 @@ def check_file(path: Path) -> None:
         f"{path}: {facts.num_rows} rows of the format {facts.format} in {facts.container}, "
         f"{facts.num_bytes} bytes, sha256 {sha256.hexdigest()}"
     )
+    if facts.num_rows < MIN_TRAINING_ROWS:
+        print(
+            f"These are too few to train on: a job needs at least {MIN_TRAINING_ROWS} rows. As a validation "
+            "file it will do."
+        )

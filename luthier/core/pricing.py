@@ -14,9 +14,9 @@ from luthier.core.reports import PhaseSeconds
 _SHORT_PROOF_TOKENS = 32
 # From this size on a freed block goes back to the kernel, and is new memory each time (training.allocator).
 _MAPPED_BLOCK_BYTES = 32 * 1024**2
-# What a run takes with its first steps, and how much the heap grows for one byte of activations: batches differ
-# in size, so what one frees fits the next one badly. Measured over steps of 480 and of 1,400 tokens on one base.
-# Packing the output layer's weight for a product takes another copy of it.
+# What a run takes with its first steps, and how much the heap grows for one byte of activations: batches
+# differ in size, so what one frees fits the next one badly. Measured over steps of 480 and of 1,400 tokens on
+# one base. Packing the output layer's weight for a product takes another copy of it.
 _FIRST_STEP_BYTES, _HEAP_GROWTH = 80 * 1024**2, 1.1
 # Queries that attend at a time: beyond, a query sees about half of the row.
 _BLOCK_TOKENS = 256

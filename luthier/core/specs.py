@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 SPEC_VERSION: Literal[1] = 1
+# As OpenAI has it.
+MIN_TRAINING_ROWS = 10
 
 Auto = Literal["auto"]
 Precision = Literal["auto", "float32", "bfloat16"]

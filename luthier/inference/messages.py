@@ -16,7 +16,7 @@ from luthier.inference.json_object import load
 # Parts of an earlier answer that clients send back as they got them.
 IGNORED_MESSAGE_FIELDS = frozenset({"refusal", "annotations", "audio", "reasoning_content"})
 _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {"function_call": ()}
-_ROLES = {"developer": "system"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 class _Function(BaseModel):
@@ -89,7 +89,12 @@ def flatten_message(message: Any, param: str) -> Any:
                 "of role tool.",
                 param=f"{param}.role",
             )
-        fields["role"] = _ROLES.get(role, role)
+        if role not in _ROLES:
+            raise InvalidValueError(
+                f"{role[:40]!r} is no role of a message; it is one of {', '.join(_ROLES)}.",
+                param=f"{param}.role",
+            )
+        fields["role"] = _ROLES[role]
     if fields.get("tool_calls") == []:
         del fields["tool_calls"]
     _check_calls(fields, param)

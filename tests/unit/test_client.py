@@ -164,6 +164,13 @@ def test_wrong_bytes_never_become_the_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_refused_download_leaves_no_folder(tmp_path: Path) -> None:
+    client = _client(lambda _request: _refusal(404))
+    with pytest.raises(ApiError, match="No such job"):
+        client.download_model("ft:a", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil"])
 def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactCorruptError, match="outside"):

@@ -132,9 +132,7 @@ class _Row:
         """Return which of the 16 places from an index on come before an end."""
         builder = self._builder
         left = builder.trunc(builder.sub(end, index), I32)
-        vector = builder.insert_element(
-            ir.Constant(ir.VectorType(I32, LANES), ir.Undefined), left, I32(0)
-        )
+        vector = builder.insert_element(ir.Constant(ir.VectorType(I32, LANES), ir.Undefined), left, I32(0))
         left = builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
         return builder.icmp_signed("<", _LANE_NUMBERS, left)
 
@@ -144,7 +142,7 @@ class _Row:
         carried: ir.Value,
         add: Callable[[list[ir.Value], ir.Value], ir.Value],
     ) -> ir.Value:
-        """Carry a vector over what counts of one row or more; unwanted lanes of the last step stay as they are."""
+        """Carry a vector over what counts of one row or more; other lanes of the last step stay as they are."""
         builder, memory = self._builder, self._memory
 
         def whole(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:

@@ -20,15 +20,14 @@ from luthier.modeling.kernels._language import (
     open_table,
     share,
 )
+from luthier.modeling.kernels._machine import TILE_ROWS
+from luthier.modeling.kernels._pairs import multiply_row, round_lanes
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
-    TILE_ROWS,
     configure_tiles,
     multiply_half_panel,
     multiply_panel,
-    multiply_row,
     release_tiles,
-    round_lanes,
     sums_of_panel,
 )
 from luthier.modeling.kernels.products import PANEL_OUTPUTS, TILE_INPUTS
@@ -106,12 +105,12 @@ def tile_product(data):
                 num_seen = rest if is_last else _BLOCK_ROWS
                 if num_seen > TILE_ROWS:
                     multiply_half_panel(
-                        weights_at + half * _HALF_BYTES, rows_at, x_stride, num_steps, sums_at
+                        weights_at + half * _HALF_BYTES, rows_at, x_stride, num_steps, num_seen, sums_at
                     )
                     target_at += first_column * 2
                     _write(sums_at, num_seen, PANEL_OUTPUTS // 2, half_columns, target_at, out_stride, data)
                 elif half == 0:
-                    multiply_panel(weights_at, rows_at, x_stride, num_steps, sums_at)
+                    multiply_panel(weights_at, rows_at, x_stride, num_steps, num_seen, sums_at)
                     _write(sums_at, num_seen, PANEL_OUTPUTS, num_columns, target_at, out_stride, data)
                 if is_last and has_shorter:
                     configure_tiles(whole_at)

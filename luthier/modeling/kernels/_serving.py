@@ -28,8 +28,9 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
-from luthier.modeling.kernels._tiles import HAS_PAIRS, dot_pairs
+from luthier.modeling.kernels._machine import HAS_PAIRS
 from luthier.modeling.kernels._memory import item_size
+from luthier.modeling.kernels._pairs import dot_pairs
 from luthier.modeling.kernels._vectors import (
     add_rows,
     add_rows_to_1,

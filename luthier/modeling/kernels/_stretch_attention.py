@@ -29,13 +29,14 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
+from luthier.modeling.kernels._machine import TILE_BYTES, TILE_ROWS
+from luthier.modeling.kernels._pairs import pair_rows
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
     configure_tiles,
     multiply_four_blocks,
     multiply_tile,
-    pair_rows,
     release_tiles,
     sums_of_panel,
 )
@@ -43,7 +44,6 @@ from luthier.modeling.kernels.products import TILE_INPUTS
 from luthier.modeling.kernels.served_rows import ATTENTION_BLOCKS, ATTENTION_KEYS, PAGE_SIZE
 
 _QUERIES = 16
-_TILE_BYTES = 1024
 _LOWEST = np.float32(-np.inf)
 
 
@@ -131,7 +131,7 @@ def _mix(weights_at, turned_at, size, num_steps, factors, mixed, block, sums_at)
         return
     for first in range(0, size, 16):
         rows_at = turned_at + first * ATTENTION_KEYS * 2
-        multiply_tile(weights_at, rows_at, ATTENTION_KEYS * 2, num_steps, sums_at)
+        multiply_tile(weights_at, rows_at, ATTENTION_KEYS * 2, num_steps, TILE_ROWS, sums_at)
         _add_mixed(sums, factors, mixed, (block * size + first) * _QUERIES, 16)
 
 
@@ -187,7 +187,9 @@ def _score_block(
     for page in range(num_pages):
         place = own_pages[first_key // PAGE_SIZE + page] * head[1] + head[0]
         keys_at = key_pages + place * PAGE_SIZE * size * 2
-        multiply_tile(queries_at, keys_at, size * 2, size // TILE_INPUTS, scores_at + page * _TILE_BYTES)
+        multiply_tile(
+            queries_at, keys_at, size * 2, size // TILE_INPUTS, TILE_ROWS, scores_at + page * TILE_BYTES
+        )
     if first_key + num_pages * PAGE_SIZE - 1 > last_keys[0]:
         _hide(scores, first_key, num_pages * PAGE_SIZE, last_keys)
     for place in range(num_pages * PAGE_SIZE * _QUERIES, num_steps * 32 * _QUERIES):

@@ -24,13 +24,12 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
+from luthier.modeling.kernels._machine import TILE_ROWS
+from luthier.modeling.kernels._pairs import add_lanes, interleave
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
-    TILE_ROWS,
-    add_lanes,
     configure_tiles,
-    interleave,
     multiply_panel,
     multiply_tile,
     release_tiles,
@@ -147,7 +146,7 @@ def add_low_rank_stretches(data):
                     if row == 0 or num_rows < TILE_ROWS:
                         configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
                     rows_at = x_at + (token + row) * size * 2
-                    multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, sums_at)
+                    multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, num_rows, sums_at)
                     place = middle_at + row * middle_width * 2
                     _narrow_middle(sums_at, num_rows, first_rank, place, middle_width, data)
             block_bytes = num_ranks * PANEL_OUTPUTS * 2
@@ -161,7 +160,7 @@ def add_low_rank_stretches(data):
                     if row == 0 or num_rows < TILE_ROWS:
                         configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
                     rows_at = middle_at + row * middle_width * 2
-                    multiply_panel(panel_at, rows_at, middle_width * 2, num_steps, sums_at)
+                    multiply_panel(panel_at, rows_at, middle_width * 2, num_steps, num_rows, sums_at)
                     place = out_at + ((token + row) * width + column + first_column) * 2
                     _add_sums(sums_at, num_rows, num_columns, factors_at, place, width, data)
     release_tiles()

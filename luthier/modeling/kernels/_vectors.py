@@ -21,7 +21,6 @@ from luthier.modeling.kernels._memory import (
     I64,
     LANES,
     VECTOR,
-    WIDE_BITS,
     Body,
     Memory,
     broadcast,

@@ -1,7 +1,8 @@
-"""Products with weights in the layout of matrix tiles, on processors that have them.
+"""Products with weights in the layout of matrix tiles, on processors with products of pairs of bfloat16.
 
-Read at the speed of memory, which a decode step's products take as long as. The instructions need a
-permission that Linux gives a process once (Documentation/arch/x86/xstate.rst, "Using dynamic features").
+Read at the speed of memory, which a decode step's products take as long as. A matrix unit is used where there
+is one; its instructions need a permission that Linux gives a process once (Documentation/arch/x86/xstate.rst,
+"Using dynamic features").
 
 Legend: N rows, K inputs, O outputs.
 """
@@ -22,7 +23,6 @@ PANEL_OUTPUTS, TILE_INPUTS = 64, 32
 _LINE = 64
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) by its number on x86-64.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
-_FEATURES = ("amx-tile", "amx-bf16", "avx512bf16")
 
 
 class TiledWeight:
@@ -89,14 +89,14 @@ def can_tile(weight_OK: torch.Tensor) -> bool:
 
 @cache
 def _may_use_tiles() -> bool:
-    """Whether the kernels' processor has the instructions and the system lets this process use them."""
+    """Whether the kernels' processor has the instructions and the system lets this process use its unit."""
     if not kernels.is_compiled(torch.empty(1)):
         return False
-    from luthier.modeling.kernels._language import has_feature
+    from luthier.modeling.kernels._machine import HAS_PAIRS, HAS_UNIT
 
-    if not all(map(has_feature, _FEATURES)):
+    if not HAS_PAIRS:
         return False
-    if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA) != 0:
+    if HAS_UNIT and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA) != 0:
         _LOG.warning("The system does not let this process use matrix tiles; other products run, slower.")
         return False
     return True

@@ -232,6 +232,13 @@ def test_33_developers_parts_and_null_content_become_the_templates_turns(api: Ap
     assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"] == answers[1]["usage"]
 
 
+def test_an_unknown_role_is_refused_with_those_there_are(api: Api) -> None:
+    response = post(api, messages=[{"role": "boss", "content": "a"}])
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages.0.role")
+    assert "system, developer, user, assistant, tool" in error["message"]
+
+
 def test_34_log_probabilities_are_finite_their_alternatives_a_list_and_bytes_integers(api: Api) -> None:
     # A bias makes the model write tokens that it would never have written itself.
     body = {"logprobs": True, "logit_bias": {"40": 100}, "max_tokens": 4}

@@ -30,6 +30,11 @@ def test_an_unknown_name_is_refused_with_those_there_are():
     assert caught.value.param == "model"
 
 
+def test_a_tuned_models_name_is_not_told_of_as_a_base():
+    with pytest.raises(ModelNotAvailableError, match="No tuned model of this project is called 'ft:a::b'"):
+        load_catalogue(SHIPPED).resolve("ft:a::b")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -66,6 +66,9 @@ def test_a_good_file_is_checked_offline(runner: CliRunner, tmp_path: Path) -> No
     result = runner.invoke(app, ["check", str(file)])
     assert result.exit_code == 0
     assert "2 rows" in result.output
+    assert "a job needs at least 10 rows" in result.output
+    file.write_text((json.dumps(_ROW) + "\n") * 10)
+    assert "needs at least" not in runner.invoke(app, ["check", str(file)]).output
 
 
 def test_a_broken_file_is_refused_with_its_line(runner: CliRunner, tmp_path: Path) -> None:

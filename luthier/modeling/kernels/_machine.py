@@ -1,0 +1,90 @@
+"""The processor's own instructions as LLVM names them: for matrix tiles and for pairs of bfloat16."""
+
+from llvmlite import ir
+
+from luthier.modeling.kernels._language import has_feature
+from luthier.modeling.kernels.products import PANEL_OUTPUTS
+
+VOID, I64, I32, I16, I8 = ir.VoidType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+LANES = 16
+SUMS = ir.VectorType(ir.FloatType(), LANES)
+BITS, HALVES = ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+
+# Whether products of pairs can be made here, and whether there is a matrix unit (products.py).
+HAS_PAIRS = has_feature("avx512bf16")
+HAS_UNIT = has_feature("amx-tile") and has_feature("amx-bf16")
+TILE_ROWS = 16
+TILE_BYTES = 1024
+# Of a panel and 32 inputs.
+STEP_BYTES = PANEL_OUTPUTS // TILE_ROWS * TILE_BYTES
+
+
+class _BFloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+
+
+class Machine:
+    """Emits the processor's own instructions.
+
+    Args:
+        builder: where the code goes.
+    """
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self._builder = builder
+
+    def _call(self, name: str, kind: ir.Type, *arguments: ir.Value) -> ir.Value:
+        takes = ir.FunctionType(kind, [one.type for one in arguments])
+        function = self._builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self._builder.module, takes, name=name)
+        return self._builder.call(function, arguments)
+
+    def pointer(self, address: ir.Value, held: ir.Type = I8) -> ir.Value:
+        return self._builder.inttoptr(address, held.as_pointer())
+
+    def configure(self, address: ir.Value) -> None:
+        self._call("llvm.x86.ldtilecfg", VOID, self.pointer(address))
+
+    def release(self) -> None:
+        self._call("llvm.x86.tilerelease", VOID)
+
+    def zero(self, tile: int) -> None:
+        self._call("llvm.x86.tilezero", VOID, I8(tile))
+
+    def load(self, tile: int, address: ir.Value, stride: ir.Value) -> None:
+        self._call("llvm.x86.tileloadd64", VOID, I8(tile), self.pointer(address), stride)
+
+    def store(self, tile: int, address: ir.Value, stride: int) -> None:
+        self._call("llvm.x86.tilestored64", VOID, I8(tile), self.pointer(address), I64(stride))
+
+    def multiply(self, sums: int, rows: int, weights: int) -> None:
+        self._call("llvm.x86.tdpbf16ps", VOID, I8(sums), I8(rows), I8(weights))
+
+    def multiply_pairs(self, sums: ir.Value, weights: ir.Value, pair: ir.Value) -> ir.Value:
+        weights, pair = (self._builder.bitcast(one, _PAIRS) for one in (weights, pair))
+        return self._call("llvm.x86.avx512bf16.dpbf16ps.512", SUMS, sums, weights, pair)
+
+    def repeated(self, address: ir.Value) -> ir.Value:
+        """Return a pair of bfloat16 in memory 16 times."""
+        builder = self._builder
+        pair = builder.load(self.pointer(address, I32), align=2)
+        single = builder.insert_element(ir.Constant(BITS, ir.Undefined), pair, I32(0))
+        return builder.shuffle_vector(single, single, ir.Constant(BITS, [0] * LANES))
+
+    def rounded(self, bits: ir.Value) -> ir.Value:
+        """Return the bits of 16 float32 with those of the nearest bfloat16 in their upper halves."""
+        builder = self._builder
+        sixteen, one, half = (ir.Constant(BITS, [value] * LANES) for value in (16, 1, 0x7FFF))
+        odd = builder.and_(builder.lshr(bits, sixteen), one)
+        return builder.add(bits, builder.add(odd, half))
+
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for a line of memory that is read soon and kept near."""
+        self._call("llvm.prefetch.p0", VOID, self.pointer(address), I32(0), I32(3), I32(1))

@@ -1,0 +1,284 @@
+"""Products of pairs of bfloat16 (AVX-512 BF16), and what rounds and interleaves numbers for them.
+
+A line of a tile is a pair of inputs for each of 16 outputs: one instruction multiplies it with the same pair
+of a row and adds to 16 sums. All addresses are int64 and all strides bytes.
+"""
+
+# What an intrinsic takes is in its arguments, which only the generated code reads.
+# ruff: noqa: ARG001
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from luthier.modeling.kernels._machine import (
+    BITS,
+    HALVES,
+    I64,
+    LANES,
+    STEP_BYTES,
+    SUMS,
+    TILE_BYTES,
+    Machine,
+)
+from luthier.modeling.kernels._memory import Body, loop, sum_lanes
+
+# How far ahead of its use a single row's weight is asked for; measured.
+_AHEAD = 4096
+_AHEAD_OF_ROWS = 2048
+# Steps of 32 inputs whose weights are near the processor at a time; of a panel 16 KiB.
+_STEPS_TOGETHER = 4
+
+
+def emit_rows(
+    builder: ir.IRBuilder,
+    operands: tuple[ir.Value, ...],
+    *,
+    num_tiles: int,
+    step_bytes: int,
+    out_stride: int,
+    sizes: tuple[int, ...],
+) -> None:
+    """Emit the products of rows with some tiles of outputs, as float32.
+
+    Some steps' weights are taken at a time and stay near the processor while all rows pass by. Meanwhile
+    memory is asked for those of the next, a part by each block of rows, so that neither waits for the other.
+
+    Args:
+        builder: where the code goes.
+        operands: the weights' address, the rows' and their stride, the steps of 32 inputs, the number of
+            rows, and where the products go.
+        num_tiles: tiles of 16 outputs side by side.
+        step_bytes: from the weights of one step to those of the next.
+        out_stride: from the products of one row to those of the next.
+        sizes: how many rows are multiplied together, the last 1; their sums must find room in registers.
+    """
+    weights, x, stride, num_steps, num_rows, out = operands
+    machine = Machine(builder)
+    zeros = [ir.Constant(SUMS, [0.0] * LANES)] * num_tiles
+
+    def target_of(row: ir.Value, which: int, tile: int) -> ir.Value:
+        place = builder.add(builder.mul(row, I64(out_stride)), I64(which * out_stride + tile * 64))
+        return machine.pointer(builder.add(out, place), SUMS)
+
+    def clear(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        for tile, zero in enumerate(zeros):
+            builder.store(zero, target_of(row, 0, tile), align=4)
+        return []
+
+    def some_steps(begin: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        end = builder.add(begin, I64(_STEPS_TOGETHER))
+        end = builder.select(builder.icmp_signed("<", end, num_steps), end, num_steps)
+
+        def together(size: int) -> Body:
+            def body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                first = builder.add(x, builder.mul(row, stride))
+                starts = [builder.add(first, builder.mul(stride, I64(number))) for number in range(size)]
+                ahead = _places_ahead(builder, row, num_rows, sizes[0], num_tiles)
+
+                def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+                    sums = list(held)
+                    place = builder.add(weights, builder.mul(index, I64(step_bytes)))
+                    after = builder.add(place, I64(_STEPS_TOGETHER * step_bytes))
+                    across = builder.mul(index, I64(64))
+                    for number in range(LANES):
+                        for offset in ahead:
+                            machine.prefetch(builder.add(builder.add(after, offset), I64(64 * number)))
+                        lines = [
+                            builder.load(
+                                machine.pointer(
+                                    builder.add(place, I64(tile * TILE_BYTES + 64 * number)), BITS
+                                ),
+                                align=4,
+                            )
+                            for tile in range(num_tiles)
+                        ]
+                        for which, start in enumerate(starts):
+                            pairs = machine.repeated(builder.add(builder.add(start, across), I64(4 * number)))
+                            for tile in range(num_tiles):
+                                own = which * num_tiles + tile
+                                sums[own] = machine.multiply_pairs(sums[own], pairs, lines[tile])
+                    return sums
+
+                places = [target_of(row, which, tile) for which in range(size) for tile in range(num_tiles)]
+                before = [builder.load(one, align=4) for one in places]
+                _, sums = loop(builder, begin, end, 1, before, step)
+                for one, total in zip(places, sums, strict=True):
+                    builder.store(total, one, align=4)
+                return []
+
+            return body
+
+        row: ir.Value = I64(0)
+        for size in sizes:
+            row, _ = loop(builder, row, num_rows, size, [], together(size))
+        return []
+
+    loop(builder, I64(0), num_rows, 1, [], clear)
+    last = builder.add(num_steps, I64(_STEPS_TOGETHER - 1))
+    loop(builder, I64(0), last, _STEPS_TOGETHER, [], some_steps)
+
+
+def _places_ahead(
+    builder: ir.IRBuilder, row: ir.Value, num_rows: ir.Value, size: int, num_tiles: int
+) -> list[ir.Value]:
+    """Return the tiles, as bytes, that the block of rows from a row on asks for: all, parted by the blocks."""
+    blocks = builder.udiv(builder.add(num_rows, I64(size - 1)), I64(size))
+    block = builder.udiv(row, I64(size))
+    first, after = (
+        builder.udiv(builder.mul(number, I64(num_tiles)), blocks)
+        for number in (block, builder.add(block, I64(1)))
+    )
+    last = builder.sub(after, I64(1))
+    last = builder.select(builder.icmp_signed("<", last, first), first, last)
+    places = []
+    for tile in range(num_tiles):
+        own = builder.add(first, I64(tile))
+        own = builder.select(builder.icmp_signed("<", own, last), own, last)
+        places.append(builder.mul(own, I64(TILE_BYTES)))
+    return places
+
+
+@intrinsic
+def multiply_row(_context, weights, x, num_steps, out):
+    """Write the products of one row with a panel, 64 float32."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        weights, x, num_steps, out = arguments
+        machine = Machine(builder)
+
+        def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            sums = list(held)
+            place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
+            inputs = builder.add(x, builder.mul(index, I64(64)))
+            for number in range(LANES):
+                pairs = machine.repeated(builder.add(inputs, I64(4 * number)))
+                for tile in range(4):
+                    line = builder.add(place, I64(tile * TILE_BYTES + 64 * number))
+                    machine.prefetch(builder.add(line, I64(_AHEAD)))
+                    line_bits = builder.load(machine.pointer(line, BITS), align=64)
+                    sums[tile] = machine.multiply_pairs(sums[tile], pairs, line_bits)
+            return sums
+
+        zeros = [ir.Constant(SUMS, [0.0] * LANES)] * 4
+        _, sums = loop(builder, I64(0), num_steps, 1, zeros, step)
+        for tile, total in enumerate(sums):
+            place = machine.pointer(builder.add(out, I64(64 * tile)), SUMS)
+            builder.store(total, place, align=4)
+        return I64(0)
+
+    return types.int64(*[types.int64] * 4), generate
+
+
+@intrinsic
+def pair_rows(_context, source, target):
+    """Write two rows of 16 float32, one after the other, as one row of 16 pairs of bfloat16."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        machine = Machine(builder)
+        even, odd = (
+            machine.rounded(builder.load(machine.pointer(place, BITS), align=4))
+            for place in (arguments[0], builder.add(arguments[0], I64(64)))
+        )
+        upper = ir.Constant(BITS, [-65536] * LANES)
+        low = builder.lshr(even, ir.Constant(BITS, [16] * LANES))
+        pairs = builder.or_(low, builder.and_(odd, upper))
+        builder.store(pairs, machine.pointer(arguments[1], BITS), align=4)
+        return I64(0)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def dot_pairs(_context, first, num_rows, x, size, out):
+    """Write the products of rows of bfloat16, which lie one after the other, with x; 32 inputs at a time."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        first, num_rows, x, size, out = arguments
+        machine = Machine(builder)
+
+        def row_body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            start = builder.add(first, builder.mul(builder.mul(row, size), I64(2)))
+
+            def multiply(num_sums: int) -> Any:
+                def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                    across = builder.mul(index, I64(2))
+                    found = []
+                    for number, total in enumerate(sums):
+                        place = builder.add(across, I64(64 * number))
+                        line = builder.add(start, place)
+                        if num_sums > 1:
+                            machine.prefetch(builder.add(line, I64(_AHEAD_OF_ROWS)))
+                        held, factor = (
+                            builder.load(machine.pointer(one, BITS), align=2)
+                            for one in (line, builder.add(x, place))
+                        )
+                        found.append(machine.multiply_pairs(total, held, factor))
+                    return found
+
+                return body
+
+            zeros = [ir.Constant(SUMS, [0.0] * LANES)] * 2
+            index, sums = loop(builder, I64(0), size, 64, zeros, multiply(2))
+            _, last = loop(builder, index, size, 32, sums[:1], multiply(1))
+            total = sum_lanes(builder, builder.fadd(last[0], sums[1]))
+            place = builder.add(out, builder.mul(row, I64(4)))
+            builder.store(total, machine.pointer(place, ir.FloatType()), align=4)
+            return []
+
+        loop(builder, I64(0), num_rows, 1, [], row_body)
+        return I64(0)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+@intrinsic
+def interleave(_context, even, odd, target):
+    """Write two rows of 16 bfloat16 as one row of 16 pairs."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        machine = Machine(builder)
+        low, high = (
+            builder.zext(builder.load(machine.pointer(place, HALVES), align=2), BITS)
+            for place in arguments[:2]
+        )
+        pairs = builder.or_(low, builder.shl(high, ir.Constant(BITS, [16] * LANES)))
+        builder.store(pairs, machine.pointer(arguments[2], BITS), align=4)
+        return I64(0)
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def add_lanes(_context, source, target):
+    """Add 16 float32 to 16 bfloat16."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        machine = Machine(builder)
+        sixteen = ir.Constant(BITS, [16] * LANES)
+        place = machine.pointer(arguments[1], HALVES)
+        held = builder.shl(builder.zext(builder.load(place, align=2), BITS), sixteen)
+        source = builder.load(machine.pointer(arguments[0], SUMS), align=4)
+        total = builder.fadd(builder.bitcast(held, SUMS), source)
+        bits = machine.rounded(builder.bitcast(total, BITS))
+        builder.store(builder.trunc(builder.lshr(bits, sixteen), HALVES), place, align=2)
+        return I64(0)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def round_lanes(_context, source, target):
+    """Write 16 float32 as the nearest bfloat16, of two equally near ones the even."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        machine = Machine(builder)
+        bits = machine.rounded(builder.load(machine.pointer(arguments[0], BITS), align=4))
+        halves = builder.trunc(builder.lshr(bits, ir.Constant(BITS, [16] * LANES)), HALVES)
+        builder.store(halves, machine.pointer(arguments[1], HALVES), align=2)
+        return I64(0)
+
+    return types.int64(types.int64, types.int64), generate
