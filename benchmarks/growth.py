@@ -21,7 +21,7 @@ from luthier.data.prepared import PreparedRows, join_rows
 LENGTHS = (128, 256, 384, 512)
 _STEPS_A_LENGTH = 4
 # Enough steps that the first ones, in which memory is new, do not decide the smallest size's time.
-_TIMES = 2
+_TIMES = 4
 _MAX_GAP = 0.10
 # Memory that the rows themselves may take: 10 bytes a token and allocation noise, far below one more copy.
 _MAX_MEMORY_GROWTH = 0.02

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _POLL_SECONDS = 0.1
+_MEASURING_SECONDS = 180.0
 
 
 class JobFailedError(Exception):
@@ -77,6 +78,7 @@ def measure_short_job(
     with _service() as client:
         # The first chat loads the base in the inference server, which a service in use has long done.
         _first_token(client, workload.facts.id)
+        _let_measure(client, upload, workload)
         while len(pairs) < num_pairs:
             stolen = StolenTime()
             pair: dict[str, Any] = {}
@@ -132,6 +134,22 @@ def _service() -> Iterator["OpenAI"]:
         finally:
             # Removes its database too, which as root lies elsewhere.
             make_fresh_home(home)
+
+
+def _let_measure(client: "OpenAI", upload: bytes, workload: Workload) -> None:
+    """Wait until the worker has measured this machine, which it does once, when no job runs."""
+    file = client.files.create(file=("rows.jsonl", upload), purpose="fine-tune")
+    body: dict[str, Any] = {"model": workload.facts.id, "training_file": file.id}
+    deadline = time.monotonic() + _MEASURING_SECONDS
+    for precision in ("auto", "float32"):
+        body["training"] = {"precision": precision}
+        while True:
+            told: Any = client.post("/fine_tuning/jobs/estimate", body=body, cast_to=object)
+            if told["seconds"] is not None:
+                break
+            if time.monotonic() > deadline:
+                raise JobFailedError(f"the service has not measured this machine: {told['reason']}")
+            time.sleep(1.0)
 
 
 def _run_job(client: "OpenAI", upload: bytes, workload: Workload, tuning: dict[str, Any]) -> dict[str, Any]:

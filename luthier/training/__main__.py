@@ -37,6 +37,9 @@ def main() -> int:
     os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # oneDNN keeps a product's code, half a megabyte, for every number of rows: by default for the last 1,024
+    # products. A step has about thirty of them, over and over; the next step has another number of rows.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
     if arguments.calibrate:
         from luthier.training.calibrate import write_calibration
