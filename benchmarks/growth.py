@@ -53,7 +53,7 @@ def measure_growth(
     for length in LENGTHS:
         cut = cut_to_length(base, length, workload.batch_size * _STEPS_A_LENGTH)
         sizes[f"length {length}"] = remake(cut, f"length-{length}")
-    found = results.row(GROWTH, fingerprint_of(LORA, workload.digest, LENGTHS, code_digest()))
+    found = results.row(GROWTH, fingerprint_of(LORA, workload.digest, LENGTHS, _TIMES, code_digest()))
     rounds: list[dict[str, Any]] = found.setdefault("rounds", [])
     while len(rounds) < num_rounds:
         names = list(sizes) if len(rounds) % 2 == 0 else list(reversed(sizes))

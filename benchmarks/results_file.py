@@ -59,8 +59,8 @@ def code_digest(folders: tuple[str, ...] = _CODE) -> str:
     """Name the code that decides a measurement, training's unless other folders are named."""
     found = hashlib.sha256()
     for folder in folders:
-        for path in sorted((ROOT / folder).glob("*.py")):
-            found.update(path.name.encode() + b"\0" + path.read_bytes())
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
 
 

@@ -26,7 +26,7 @@ from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_for_ever
 from worker.serving import balance
 from worker.tasks.prepare import prepare
-from worker.tasks.train import train_next
+from worker.tasks.train import claim, train
 
 _log = structlog.get_logger()
 _TIDIED_AT_ONCE = 10
@@ -35,11 +35,22 @@ _DELIVERIES_AT_ONCE = 1000
 
 
 def work(context: WorkerContext, job_id: str | None) -> None:
-    """Do what there is to do: prepare the job that was announced, then train while jobs are queued."""
-    if job_id is not None:
-        prepare(context, job_id)
-    while not context.stopping.is_set() and train_next(context):
-        context.keep_spare()
+    """Do what there is to do: prepare the job that was announced, then train while jobs are queued.
+
+    Others hear of a job that was prepared here once this process has looked and taken another, or none: its
+    spare has begun with the imports.
+    """
+    unheard = job_id if job_id is not None and prepare(context, job_id) else None
+    try:
+        while not context.stopping.is_set() and (claimed := claim(context)) is not None:
+            if unheard is not None and unheard != claimed.lease.job_id:
+                context.ring(unheard)
+            unheard = None
+            train(context, claimed)
+            context.keep_spare()
+    finally:
+        if unheard is not None:
+            context.ring(unheard)
     if context.stopping.is_set() and context.spare is not None:
         context.spare.stop()
 

@@ -23,7 +23,7 @@ from luthier.core.events import TrainingEvent, parse_event
 from luthier.core.process import CHILD_LOG_NAME
 
 if TYPE_CHECKING:
-    from worker.spare import WarmSpare
+    from worker.spare import SpareRun, WarmSpare
 
 _log = structlog.get_logger()
 
@@ -69,7 +69,7 @@ class TrainingChild:
 
     def __init__(
         self,
-        process: "subprocess.Popen[bytes]",
+        process: "subprocess.Popen[bytes] | SpareRun",
         respawn: "Callable[[], subprocess.Popen[bytes] | None] | None" = None,
     ) -> None:
         self._selector = selectors.DefaultSelector()
@@ -80,7 +80,7 @@ class TrainingChild:
         self._lock = threading.Lock()
         self._follow(process)
 
-    def _follow(self, process: "subprocess.Popen[bytes]") -> None:
+    def _follow(self, process: "subprocess.Popen[bytes] | SpareRun") -> None:
         assert process.stdout is not None
         self._process = process
         self._stdout: IO[bytes] = process.stdout

@@ -295,8 +295,10 @@ class Pricing:
         if variant.path != reference.path:
             return self.num_layers * variant.attached_layer_bytes
         own = self._extra(reference.attached_layer_bytes, variant.attached_layer_bytes)
-        # The reference's are the fast path's copies, and what was copied is given back.
-        return self.num_layers * max(0.0, own - reference.attached_layer_bytes)
+        # Beside its own few the reference's are the fast path's copies, and what was copied is given back. A
+        # difference of two readings may be too small, but not smaller than the parameters.
+        least = 0.0 if self.is_whole_model else 4.0 * self.cost.num_parameters
+        return max(least, self.num_layers * (own - reference.attached_layer_bytes))
 
     def _peak_bytes(self, work: Work) -> int:
         constants, on_cpu = self.calibration, self.calibration.device == "cpu"
@@ -312,7 +314,7 @@ class Pricing:
             again = self.cost.num_saved * constants.bytes_per_number
             trained = gradients + largest + max(head, again)
         else:
-            heap = _FIRST_STEP_BYTES + largest * _HEAP_GROWTH if on_cpu else largest
+            heap = (_FIRST_STEP_BYTES + largest * _HEAP_GROWTH) if on_cpu else largest
             trained = heap + max(gradients + (head if on_cpu else 0.0), self._proof_bytes(work))
         loading = constants.imports_bytes + constants.loaded_bytes
         return int(max(loading, resident + states + trained))

@@ -1,4 +1,5 @@
 """`python -P -m luthier.training RUN_DIR [RUN_DIR …]`, or `--warm`: imports done, directories on stdin;
+or `--forks`: imports done, a process for each run that is asked for (forks.py);
 or `--calibrate BASE_FOLDER DEVICE PRECISION NUM_THREADS`: the constants that estimates rest on.
 
 Exit code 0: every run finished or was stopped; 1: one failed, after its `failed` event.
@@ -21,6 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="luthier.training", description=__doc__)
     parser.add_argument("run_directories", nargs="*", type=Path, metavar="RUN_DIR")
     parser.add_argument("--warm", action="store_true", help="import, then read directories from stdin")
+    parser.add_argument("--forks", action="store_true", help="import, then fork a process for each run")
     parser.add_argument(
         "--calibrate",
         nargs="+",
@@ -39,7 +41,7 @@ def main() -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # oneDNN keeps a product's code, half a megabyte, for every number of rows: by default for the last 1,024
     # products. A step has about thirty of them, over and over; the next step has another number of rows.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
 
     if arguments.calibrate:
         from luthier.training.calibrate import write_calibration
@@ -49,6 +51,12 @@ def main() -> int:
 
     from luthier.training.run import run
 
+    if arguments.forks:
+        from luthier.training.forks import fork_runs
+
+        stop.leave_at_once = True
+        _import_all(num_threads=1)
+        return fork_runs(_logged_run, stop)
     if arguments.warm:
         _import_all()
     has_failed = False
@@ -81,10 +89,25 @@ def _log_into(folder: Path) -> None:
     os.close(descriptor)
 
 
-def _import_all() -> None:
-    """Import what a run needs, compiled kernels with it, and touch no device but the CPU."""
+def _logged_run(folder: Path, events: int, stop: StopRequest) -> bool:
+    from luthier.training.run import run
+
+    _log_into(folder)
+    return run(folder, events, stop)
+
+
+def _import_all(num_threads: int | None = None) -> None:
+    """Import what a run needs, compiled kernels with it, and touch no device but the CPU.
+
+    Args:
+        num_threads: that kernels are tried with; 1 before a fork, which would lose the others.
+    """
     import peft
+    import torch
     import transformers
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
 
     from luthier.modeling.kernels.__main__ import load_all
 

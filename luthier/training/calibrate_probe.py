@@ -128,7 +128,7 @@ class Cut:
         self.trainee = Trainee(method, self.attached, device, sample)
         synchronise(device)
         self.attach_seconds = time.perf_counter() - began
-        # Copies that the fast path makes; a real base lets go of what was copied, and its heap keeps it.
+        # Copies that the fast path makes; a real base lets go of what was copied, and it is given back.
         self.attached_bytes = max(0, begin_peak(device) - before)
         self.attached.model.train()
 

@@ -12,8 +12,11 @@ from db.session import Database
 from luthier.core.specs import TrainingSpec
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
+from worker.app import work
 from worker.context import WorkerContext
+from worker.run import Ending
 from worker.tasks import prepare as prepare_module
+from worker.tasks import train as train_module
 from worker.tasks.prepare import prepare
 
 
@@ -68,6 +71,52 @@ def test_the_files_own_hashes_and_the_seconds_are_in_the_report(api: Api, contex
     assert report["training"]["file_id"] == job["training_file"]
     assert len(report["training"]["sha256"]) == 64
     assert 0 < report["tokenize_seconds"] < 60
+
+
+def test_a_job_tells_that_its_base_is_fetched_first(
+    api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = _create(api)
+    monkeypatch.setattr(prepare_module, "find_base_facts", lambda *_: None)
+    prepare(context, job["id"])
+    told = [event["message"] for event in _get(api, f"{job['id']}/events")["data"]]
+    assert "Fetching the base model tiny-llama, which this machine does not have yet" in told
+    assert _get(api, job["id"])["status"] == "queued"
+
+
+def test_others_hear_of_a_job_only_where_its_worker_can_not_take_it(
+    api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[str] = []
+
+    def note(_context: WorkerContext, claimed: train_module.Claimed, *_: object) -> Ending:
+        run.append(claimed.lease.job_id)
+        return Ending.SUCCEEDED
+
+    monkeypatch.setattr(train_module, "_run", note)
+    first, second = _create(api)["id"], _create(api)["id"]
+    prepare(context, first)
+    assert train_module.claim(context) is not None
+    api.bells.clear()
+    # The only slot is taken; others may have one.
+    work(context, second)
+    assert (run, api.bells) == ([], [second])
+    third = _create(api)["id"]
+    api.bells.clear()
+    context.settings = context.settings.model_copy(update={"training_slots": 2})
+    # The older job goes first, so others hear of the newer one.
+    work(context, third)
+    assert (run, api.bells) == ([second], [third])
+
+
+def test_nobody_is_rung_for_where_the_process_that_prepared_a_job_trains_it(
+    api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "_run", lambda *_: Ending.SUCCEEDED)
+    job = _create(api)["id"]
+    api.bells.clear()
+    work(context, job)
+    assert api.bells == []
 
 
 @pytest.mark.parametrize(("device", "is_known"), [("cpu", True), ("cuda", False)])

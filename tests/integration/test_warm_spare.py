@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-def run(folder: Path, spare: WarmSpare) -> tuple[int, FinishedEvent]:
+def run(folder: Path, spare: WarmSpare | None) -> tuple[int, FinishedEvent]:
     """Return the pid of the process that ran a directory, and its last event."""
     events: list[TrainingEvent] = []
     with start_child(folder, 1, spare) as child:
@@ -44,20 +46,63 @@ def run(folder: Path, spare: WarmSpare) -> tuple[int, FinishedEvent]:
     return child.pid, events[-1]
 
 
-def test_a_waiting_process_runs_the_next_job_once_and_gives_the_same_digest(
+def test_a_spare_has_a_process_for_each_run_and_they_give_the_digest_of_a_fresh_one(
     base: Path, tmp_path: Path
 ) -> None:
     spare = WarmSpare(idle_seconds=60)
     spare.start(1)
     waiting = waiting_pid(spare)
+    first, warm = run(build_tiny_run(tmp_path / "warm", base, **SETTINGS), spare)
     spare.start(1)
     assert waiting_pid(spare) == waiting
-    first, warm = run(build_tiny_run(tmp_path / "warm", base, **SETTINGS), spare)
-    second, cold = run(build_tiny_run(tmp_path / "cold", base, **SETTINGS), spare)
-    assert first == waiting
-    assert second != first
-    assert warm.digest == cold.digest
+    second, again = run(build_tiny_run(tmp_path / "again", base, **SETTINGS), spare)
+    _, cold = run(build_tiny_run(tmp_path / "cold", base, **SETTINGS), None)
+    assert len({waiting, first, second}) == 3
+    assert warm.digest == again.digest == cold.digest
     assert is_gone(first)
+    assert is_gone(second)
+    spare.stop()
+    assert waiting is not None
+    assert is_gone(waiting)
+
+
+def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> None:
+    spare = WarmSpare(idle_seconds=60)
+    spare.start(1)
+    waiting = waiting_pid(spare)
+    many = SETTINGS | {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}
+    with start_child(build_tiny_run(tmp_path / "killed", base, **many), 1, spare) as child:
+        while not child.poll_events(0.2):
+            assert child.exit_code() is None
+        assert child.pid != waiting
+        child.kill_group()
+        while child.exit_code() is None:
+            child.poll_events(0.2)
+        assert child.exit_code() == -signal.SIGKILL
+    run(build_tiny_run(tmp_path / "next", base, **SETTINGS), spare)
+    assert waiting_pid(spare) == waiting
+    spare.stop()
+
+
+def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_itself(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib\n"
+        "from luthier.training import forks\n"
+        "from luthier.training.signals import StopRequest\n"
+        "forks._NVIDIA_DRIVER = pathlib.Path('/')\n"
+        "run = lambda folder, events, stop: os.write(events, f'{folder} {os.getpid()}'.encode()) < 0\n"
+        "raise SystemExit(forks.fork_runs(run, StopRequest()))\n"
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs, subprocess.Popen([sys.executable, "-c", code], stdin=theirs.fileno()) as process:
+        theirs.close()
+        read, write = os.pipe()
+        socket.send_fds(ours, [os.fsencode(tmp_path)], [write])
+        os.close(write)
+        assert process.wait(30) == 1
+        assert ours.recv(100).decode() == f"started {process.pid}\n"
+        with os.fdopen(read) as events:
+            assert events.read() == f"{tmp_path} {process.pid}"
 
 
 def test_a_process_that_died_while_it_waited_is_replaced(base: Path, tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from tests.rows import colour_rows, jsonl
 from tests.stack import ROOT, is_alive
 from worker.app import sweep, work
 from worker.context import WorkerContext, make_context
-from worker.spare import WarmSpare
+from worker.spare import SpareRun, WarmSpare
 from worker.tasks.prepare import prepare
 
 _PARENT = """
 import sys, time
-from worker.spare import WarmSpare
+from worker.spare import SpareRun, WarmSpare
 spare = WarmSpare(idle_seconds=60)
 spare.start(1)
 print(spare._process.pid, flush=True)
@@ -32,20 +32,20 @@ time.sleep(60)
 
 
 class WatchedSpare(WarmSpare):
-    """Remembers which waiting processes were sent to work."""
+    """Remembers which runs were asked of a spare."""
 
     def __init__(self) -> None:
         super().__init__(idle_seconds=60)
-        self.taken: list[int | None] = []
+        self.taken: list[SpareRun | None] = []
 
     @property
     def waiting(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def take(self, run_dir: Path, num_threads: int) -> "subprocess.Popen[bytes] | None":
-        process = super().take(run_dir, num_threads)
-        self.taken.append(None if process is None else process.pid)
-        return process
+    def take(self, run_dir: Path, num_threads: int) -> SpareRun | None:
+        run = super().take(run_dir, num_threads)
+        self.taken.append(run)
+        return run
 
 
 def is_tied(pid: int) -> bool:
@@ -90,18 +90,19 @@ def create(client: openai.OpenAI) -> Callable[..., str]:
     return make
 
 
-def test_jobs_in_a_row_are_run_by_waiting_processes_and_idle_bells_start_none(
+def test_jobs_in_a_row_are_run_by_one_spare_and_idle_bells_start_none(
     client: openai.OpenAI, context: WorkerContext, spare: WatchedSpare, create: Callable[..., str]
 ) -> None:
     first, second = create(), create()
     prepare(context, second)
-    assert spare.waiting is not None
+    waiting = spare.waiting
+    assert waiting is not None
     work(context, first)
     assert [client.fine_tuning.jobs.retrieve(job).status for job in (first, second)] == ["succeeded"] * 2
-    assert len(set(spare.taken)) == 2
-    assert None not in spare.taken
-    assert spare.waiting is not None
-    assert spare.waiting not in spare.taken
+    pids = [None if run is None else run.pid for run in spare.taken]
+    assert len(pids) == 2
+    assert len({*pids, waiting, None}) == 4
+    assert spare.waiting == waiting
     spare.stop()
     # The same bell once more, and a look without one.
     work(context, first)
@@ -134,7 +135,7 @@ def test_a_pause_and_a_cancel_reach_a_process_that_had_waited(
     assert client.fine_tuning.jobs.retrieve(paused).status == "paused"
     assert client.fine_tuning.jobs.retrieve(cancelled).status == "cancelled"
     assert None not in spare.taken
-    assert not any(is_alive(pid) for pid in spare.taken if pid is not None)
+    assert not any(is_alive(run.pid) for run in spare.taken if run is not None)
     with context.database.transaction() as session:
         job = session.get_one(Job, paused)
         assert job.num_crashes == 0

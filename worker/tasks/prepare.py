@@ -9,10 +9,10 @@ from pathlib import Path
 import structlog
 
 from db.tables import File, Job
-from luthier.bases.catalogue import base_folder
+from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.bases.fetch import ensure_base
 from luthier.core.errors import InvalidTrainingFileError, LuthierError, UnavailableError
-from luthier.core.specs import BaseFacts, TrainingSpec
+from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.data.objectives import Purpose
 from luthier.data.prepare import prepare_rows
@@ -23,9 +23,7 @@ from luthier.data.split import split_rows
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
 from services import calibrations, events, leases, models, reports
-from services.bell import ring_after_commit
 from services.events import NewEvent
-from services.jobs import MIN_TRAINING_ROWS
 from services.leases import Lease, LeaseLostError
 from services.memory_needs import MemoryNeed, tell_need
 from services.reports import FileReport, PrepareReport
@@ -71,11 +69,19 @@ class _Prepared:
     need: MemoryNeed
 
 
-def prepare(context: WorkerContext, job_id: str) -> None:
-    """Prepare one job, if it still waits for that: it ends up `queued`, or `failed` with a reason."""
+def prepare(context: WorkerContext, job_id: str) -> bool:
+    """Prepare one job, if it still waits for that: it ends up `queued`, or `failed` with a reason.
+
+    Args:
+        context: the worker's parts.
+        job_id: the job.
+
+    Returns:
+        Whether it is queued now, which nobody else has heard of yet.
+    """
     claimed = _load(context, job_id)
     if claimed is None:
-        return
+        return False
     # Its imports are done while the files are looked at. A bell that finds nothing to do starts none.
     context.keep_spare()
     try:
@@ -87,12 +93,15 @@ def prepare(context: WorkerContext, job_id: str) -> None:
         except LuthierError as error:
             with context.database.transaction() as session:
                 leases.fail(session, claimed.lease, error)
-            return
+            return False
         _apply(context, claimed.lease, prepared)
     except LeaseLostError:
         _log.info("prepared for nothing, the job is no longer ours", job_id=job_id)
+        return False
     except UnavailableError as error:
         give_back(context, claimed.lease, error)
+        return False
+    return True
 
 
 def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
@@ -116,6 +125,11 @@ def _run(context: WorkerContext, claimed: _Claimed) -> _Prepared:
     entry = context.catalogue.bases.get(claimed.spec.base_id)
     if entry is None:
         raise LuthierError(f"The base {claimed.spec.base_id} is no longer in this worker's models.toml.")
+    if find_base_facts(context.settings.bases_dir, entry.id) is None:
+        told = f"Fetching the base model {entry.id}, which this machine does not have yet"
+        with context.database.transaction() as session:
+            leases.hold(session, claimed.lease)
+            events.append(session, claimed.lease.job_id, [NewEvent(told, data={})])
     base = ensure_base(entry, context.settings.bases_dir, log=lambda line: _log.info("base", stage=line))
     check_parents(context, claimed.spec, base)
     with tempfile.TemporaryDirectory(prefix="luthier-prepare-") as folder:
@@ -228,4 +242,3 @@ def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
                 f"Rows longer than the limit: {truncated} truncated, {dropped} dropped (training.too_long)."
             )
             events.append(session, lease.job_id, [NewEvent(told, level="warn", data={})])
-        ring_after_commit(session, context.ring, lease.job_id)

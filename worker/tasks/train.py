@@ -75,6 +75,17 @@ def train_next(context: WorkerContext) -> bool:
     claimed = claim(context)
     if claimed is None:
         return False
+    train(context, claimed)
+    return True
+
+
+def train(context: WorkerContext, claimed: Claimed) -> None:
+    """Run a claimed job to an end.
+
+    Args:
+        context: the worker's parts.
+        claimed: the job, under this attempt's lease.
+    """
     log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.epoch)
     run_dir = context.settings.runs_dir.absolute() / claimed.lease.job_id / f"e{claimed.lease.epoch}"
     tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
@@ -104,7 +115,6 @@ def train_next(context: WorkerContext) -> bool:
         shutil.rmtree(run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             run_dir.parent.rmdir()  # unless another attempt of this job is at work in it
-    return True
 
 
 def claim(context: WorkerContext) -> Claimed | None:

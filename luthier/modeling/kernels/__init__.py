@@ -23,7 +23,7 @@ _TYPES = {torch.float32, torch.bfloat16}
 SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "gated_silu")
 # What lays adapters out for it (laying.py).
 LAYING = ("lay_low_ranks",)
-# Those that work on matrix tiles, and what runs a step of them; for bfloat16 alone.
+# Those that work on weights in the layout of tiles, and what runs a step of them; for bfloat16 alone.
 TILED = ("tile_product", "add_low_rank_stretches", "attend_stretches", "run_program")
 
 
@@ -324,6 +324,8 @@ def causal_softmax_backward_(
     gradient_PQS: torch.Tensor, weights_PQS: torch.Tensor, num_tokens: int, start: int
 ) -> torch.Tensor:
     """Turn the gradient of the weights into that of the scores, in place, and return it."""
+    fits = weights_PQS.shape[1] % num_tokens == 0 and weights_PQS.shape[2] >= start + num_tokens
+    _check_that(fits, "causal_softmax_backward_: the weights have too few keys, or parts of tokens.")
     if is_compiled(weights_PQS):
         _check(
             "causal_softmax_backward_",

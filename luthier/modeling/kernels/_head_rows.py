@@ -22,6 +22,7 @@ from luthier.modeling.kernels._memory import (
     I64,
     LANES,
     VECTOR,
+    WIDE_BITS,
     Body,
     Memory,
     broadcast,
@@ -32,7 +33,7 @@ from luthier.modeling.kernels._memory import (
     sum_lanes,
 )
 
-_LANE_NUMBERS = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+_LANE_NUMBERS = ir.Constant(WIDE_BITS, list(range(LANES)))
 
 
 @intrinsic
@@ -113,9 +114,8 @@ def _exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     p = all_of(1.0 / 5040)
     for coefficient in (1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0):
         p = multiply_add(builder, p, r, all_of(coefficient))
-    bits = ir.VectorType(I32, LANES)
-    biased = builder.add(builder.fptosi(n, bits), ir.Constant(bits, [127] * LANES))
-    power = builder.bitcast(builder.shl(biased, ir.Constant(bits, [23] * LANES)), VECTOR)
+    biased = builder.add(builder.fptosi(n, WIDE_BITS), ir.Constant(WIDE_BITS, [127] * LANES))
+    power = builder.bitcast(builder.shl(biased, ir.Constant(WIDE_BITS, [23] * LANES)), VECTOR)
     return builder.fmul(p, power)
 
 
@@ -132,8 +132,8 @@ class _Row:
         """Return which of the 16 places from an index on come before an end."""
         builder = self._builder
         left = builder.trunc(builder.sub(end, index), I32)
-        vector = builder.insert_element(ir.Constant(ir.VectorType(I32, LANES), ir.Undefined), left, I32(0))
-        left = builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+        vector = builder.insert_element(ir.Constant(WIDE_BITS, ir.Undefined), left, I32(0))
+        left = builder.shuffle_vector(vector, vector, ir.Constant(WIDE_BITS, [0] * LANES))
         return builder.icmp_signed("<", _LANE_NUMBERS, left)
 
     def fold(
@@ -142,25 +142,15 @@ class _Row:
         carried: ir.Value,
         add: Callable[[list[ir.Value], ir.Value], ir.Value],
     ) -> ir.Value:
-        """Carry a vector over what counts of one row or more; other lanes of the last step stay as they are."""
+        """Carry a vector over what counts of one row or more; other lanes of the last step stay."""
         builder, memory = self._builder, self._memory
 
         def whole(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
             return [add([memory.load(one, index, LANES) for one in addresses], held[0])]
 
         index, (total,) = loop(builder, I64(0), self._seen, LANES, [carried], whole)
-        return self._last(index, addresses, total, add)
-
-    def _last(
-        self,
-        index: ir.Value,
-        addresses: list[ir.Value],
-        total: ir.Value,
-        add: Callable[[list[ir.Value], ir.Value], ir.Value],
-    ) -> ir.Value:
-        builder = self._builder
         mask = self.lanes_before(self._seen, index)
-        vectors = [self._memory.load_some(one, index, mask) for one in addresses]
+        vectors = [memory.load_some(one, index, mask) for one in addresses]
         return builder.select(mask, add(vectors, total), total)
 
     def write(
@@ -205,7 +195,7 @@ def softmax_row(_context, scores, seen, size, like):
         lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
         highest = row.fold([scores], lowest, larger)
         for step in (8, 4, 2, 1):
-            others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ step for lane in range(LANES)])
+            others = ir.Constant(WIDE_BITS, [lane ^ step for lane in range(LANES)])
             highest = larger([builder.shuffle_vector(highest, highest, others)], highest)
 
         def power(found: list[ir.Value]) -> ir.Value:

@@ -3,14 +3,14 @@
 from llvmlite import ir
 
 from luthier.modeling.kernels._language import has_feature
+from luthier.modeling.kernels._memory import I16, I32, I64, LANES, VECTOR, WIDE_BITS, call
 from luthier.modeling.kernels.products import PANEL_OUTPUTS
 
-VOID, I64, I32, I16, I8 = ir.VoidType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
-LANES = 16
-SUMS = ir.VectorType(ir.FloatType(), LANES)
-BITS, HALVES = ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+VOID, I8 = ir.VoidType(), ir.IntType(8)
+SUMS, BITS, HALVES = VECTOR, WIDE_BITS, ir.VectorType(I16, LANES)
 
-# Whether products of pairs can be made here, and whether there is a matrix unit (products.py).
+# Whether products of pairs can be made here, and whether there is a matrix unit (products.py): by nothing but
+# the features that kernels are compiled for, since their code is kept on disk under these.
 HAS_PAIRS = has_feature("avx512bf16")
 HAS_UNIT = has_feature("amx-tile") and has_feature("amx-bf16")
 TILE_ROWS = 16
@@ -40,11 +40,7 @@ class Machine:
         self._builder = builder
 
     def _call(self, name: str, kind: ir.Type, *arguments: ir.Value) -> ir.Value:
-        takes = ir.FunctionType(kind, [one.type for one in arguments])
-        function = self._builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(self._builder.module, takes, name=name)
-        return self._builder.call(function, arguments)
+        return call(self._builder, name, kind, list(arguments))
 
     def pointer(self, address: ir.Value, held: ir.Type = I8) -> ir.Value:
         return self._builder.inttoptr(address, held.as_pointer())

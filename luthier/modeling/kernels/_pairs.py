@@ -17,14 +17,12 @@ from numba.extending import intrinsic
 from luthier.modeling.kernels._machine import (
     BITS,
     HALVES,
-    I64,
-    LANES,
     STEP_BYTES,
     SUMS,
     TILE_BYTES,
     Machine,
 )
-from luthier.modeling.kernels._memory import Body, loop, sum_lanes
+from luthier.modeling.kernels._memory import I64, LANES, Body, loop, sum_lanes
 
 # How far ahead of its use a single row's weight is asked for; measured.
 _AHEAD = 4096
@@ -54,7 +52,8 @@ def emit_rows(
         num_tiles: tiles of 16 outputs side by side.
         step_bytes: from the weights of one step to those of the next.
         out_stride: from the products of one row to those of the next.
-        sizes: how many rows are multiplied together, the last 1; their sums must find room in registers.
+        sizes: how many rows are multiplied together, the last 1 unless their number is known; their sums
+            must find room in registers.
     """
     weights, x, stride, num_steps, num_rows, out = operands
     machine = Machine(builder)
@@ -77,16 +76,15 @@ def emit_rows(
             def body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
                 first = builder.add(x, builder.mul(row, stride))
                 starts = [builder.add(first, builder.mul(stride, I64(number))) for number in range(size)]
-                ahead = _places_ahead(builder, row, num_rows, sizes[0], num_tiles)
+                ahead = _places_ahead(builder, row, num_rows, sizes[0], num_tiles, step_bytes)
 
                 def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
                     sums = list(held)
                     place = builder.add(weights, builder.mul(index, I64(step_bytes)))
-                    after = builder.add(place, I64(_STEPS_TOGETHER * step_bytes))
                     across = builder.mul(index, I64(64))
                     for number in range(LANES):
                         for offset in ahead:
-                            machine.prefetch(builder.add(builder.add(after, offset), I64(64 * number)))
+                            machine.prefetch(builder.add(builder.add(place, offset), I64(64 * number)))
                         lines = [
                             builder.load(
                                 machine.pointer(
@@ -123,9 +121,17 @@ def emit_rows(
 
 
 def _places_ahead(
-    builder: ir.IRBuilder, row: ir.Value, num_rows: ir.Value, size: int, num_tiles: int
+    builder: ir.IRBuilder,
+    row: ir.Value,
+    num_rows: ir.Value,
+    size: int,
+    num_tiles: int,
+    step_bytes: int,
 ) -> list[ir.Value]:
-    """Return the tiles, as bytes, that the block of rows from a row on asks for: all, parted by the blocks."""
+    """Return how far behind a line lies what a block of rows asks for: the next steps, parted by the blocks.
+
+    A block that is alone passes so fast that it asks for one step alone: memory takes few questions at once.
+    """
     blocks = builder.udiv(builder.add(num_rows, I64(size - 1)), I64(size))
     block = builder.udiv(row, I64(size))
     first, after = (
@@ -134,11 +140,13 @@ def _places_ahead(
     )
     last = builder.sub(after, I64(1))
     last = builder.select(builder.icmp_signed("<", last, first), first, last)
+    is_alone = builder.icmp_signed("==", blocks, I64(1))
+    distance = builder.select(is_alone, I64(step_bytes), I64(_STEPS_TOGETHER * step_bytes))
     places = []
     for tile in range(num_tiles):
         own = builder.add(first, I64(tile))
         own = builder.select(builder.icmp_signed("<", own, last), own, last)
-        places.append(builder.mul(own, I64(TILE_BYTES)))
+        places.append(builder.add(distance, builder.mul(own, I64(TILE_BYTES))))
     return places
 
 

@@ -1,4 +1,4 @@
-"""The compiled attention of stretches of tokens to all of their sequences so far, in matrix tiles.
+"""The compiled attention of stretches of tokens to all of their sequences so far, in tiles or pairs.
 
 Keys are taken some at a time and the sums are rescaled as larger scores come (Milakov and Gimelshein 2018,
 arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135), so nothing grows with the sequence. Queries are the

@@ -1,4 +1,4 @@
-"""The compiled low-rank updates of stretches of tokens, each with an adapter of its own, in matrix tiles.
+"""The compiled low-rank updates of stretches of tokens, each with an adapter of its own, in tiles or pairs.
 
 An adapter lies as the kernels of single rows read it (served_rows.py); what of it a stretch needs is laid
 into tiles as it is used, which costs less than one block of 16 tokens. Pairs of a stretch and a site are

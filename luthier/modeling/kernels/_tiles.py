@@ -22,13 +22,12 @@ from numba.extending import intrinsic
 from luthier.modeling.kernels._machine import (
     HAS_UNIT,
     I8,
-    I64,
     STEP_BYTES,
     TILE_BYTES,
     TILE_ROWS,
     Machine,
 )
-from luthier.modeling.kernels._memory import loop
+from luthier.modeling.kernels._memory import I64, loop
 from luthier.modeling.kernels._pairs import emit_rows
 from luthier.modeling.kernels.products import PANEL_OUTPUTS
 

@@ -33,7 +33,7 @@ class TiledWeight:
         memory: where it is laid, as many bytes as `tiled_bytes` says; its own when left out.
 
     Raises:
-        RuntimeError: where there are no tiles, by `has_tiles`.
+        RuntimeError: where there are no such products, by `has_tiles`.
         ValueError: when the memory does not begin at a multiple of 64 bytes.
     """
 
@@ -41,7 +41,7 @@ class TiledWeight:
         from luthier.modeling.kernels._threads import Launcher
 
         if not _may_use_tiles():
-            raise RuntimeError("This processor or system has no matrix tiles for this process.")
+            raise RuntimeError("This processor or system has no products of bfloat16 pairs for this process.")
         self.num_outputs, self.num_inputs = weight_OK.shape
         if memory is None:
             memory = take_large(tiled_bytes(weight_OK))
@@ -104,18 +104,19 @@ def _may_use_tiles() -> bool:
 
 @cache
 def has_tiles() -> bool:
-    """Whether kernels over tiles run here: processor and system let them, and a product comes out right."""
+    """Whether products in this layout run here: processor and system let them, and some come out right."""
     if not _may_use_tiles():
         return False
     generator = torch.Generator().manual_seed(0)
-    weight_OK = torch.randn(80, 96, generator=generator).bfloat16()
+    num_inputs = 5 * TILE_INPUTS
+    weight_OK = torch.randn(80, num_inputs, generator=generator).bfloat16()
     tiled = TiledWeight(weight_OK)
-    for num_rows in (1, 5, 40):
-        x_NK = torch.randn(num_rows, 96, generator=generator).bfloat16()
+    for num_rows in (1, 3, 7, 21, 40):
+        x_NK = torch.randn(num_rows, num_inputs, generator=generator).bfloat16()
         expected_NO = functional.linear(x_NK.float(), weight_OK.float())
         found_NO = tiled.times(x_NK, x_NK.new_empty(num_rows, 80)).float()
         gap = float((found_NO - expected_NO).abs().max() / expected_NO.abs().max())
         if not gap <= 1e-2:
-            _LOG.warning("Products of matrix tiles are off by %.2g; other products run, slower.", gap)
+            _LOG.warning("Products of tiles or pairs are off by %.2g; other products run, slower.", gap)
             return False
     return True

@@ -1,6 +1,6 @@
 """What a decode step does between its products, for rows of one token each and an adapter of their own.
 
-`CompiledOps` runs the kernels of `_serving.py`, and those over matrix tiles, on a CPU; `PlainOps`
+`CompiledOps` runs the kernels of `_serving.py`, and those over tiles or pairs, on a CPU; `PlainOps`
 (serving_plain.py) does the same in torch's operators. Tests hold the two equal.
 
 Legend: N tokens, M rows of one token, D hidden size, K inputs and O outputs of a site, E columns of q, k

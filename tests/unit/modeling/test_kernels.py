@@ -126,6 +126,97 @@ def test_a_compiled_kernel_equals_the_plain_operators(
         assert gap <= TOLERANCES[dtype] * max(1.0, float(other.float().abs().max()))
 
 
+def inside(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a copy that lies between NaN, and the whole memory that it lies in."""
+    around = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
+    middle = around[64:-64].view(tensor.shape)
+    middle.copy_(tensor)
+    return middle, around
+
+
+def assert_untouched(around: torch.Tensor) -> None:
+    assert around[:64].isnan().all()
+    assert around[-64:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_keys", [1, 9, 15, 16, 17, 33, 50, 96])
+def test_rows_of_scores_of_any_length_become_weights_and_nothing_else_is_written(
+    num_keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for start in sorted({0, num_keys // 2, num_keys - 1}):
+        num_tokens = num_keys - start
+        shape = (2, 3 * num_tokens, num_keys)
+        given, gradient = draw(*shape, dtype=dtype, scale=3.0), draw(*shape, dtype=dtype)
+        found, around = inside(given)
+        kernels.causal_softmax_(found, num_tokens, start)
+        changed, around_changed = inside(gradient)
+        kernels.causal_softmax_backward_(changed, found, num_tokens, start)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "is_compiled", lambda _tensor: False)
+            weights = kernels.causal_softmax_(given.clone(), num_tokens, start)
+            expected = kernels.causal_softmax_backward_(gradient.clone(), weights, num_tokens, start)
+        assert (found - weights).abs().max() <= TOLERANCES[dtype]
+        assert (changed - expected).abs().max() <= 4 * TOLERANCES[dtype]
+        assert_untouched(around)
+        assert_untouched(around_changed)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 5, 15, 16, 40])
+def test_a_score_that_is_no_number_stays_visible_in_its_row_alone(place: int, wrong: float) -> None:
+    scores = draw(1, 48, 48, dtype=torch.float32)
+    scores[0, 45, place] = wrong
+    weights = kernels.causal_softmax_(scores, 48, 0)
+    assert weights[0, 45, :46].isnan().any()
+    assert weights[0, :45].isfinite().all()
+    assert weights[0, 46:].isfinite().all()
+    gradient = draw(1, 48, 48, dtype=torch.float32)
+    gradient[0, 45, place] = float("nan")
+    whole = torch.full((1, 48, 48), 1 / 48)
+    assert kernels.causal_softmax_backward_(gradient, whole, 48, 0)[0, 45, :46].isnan().all()
+    # What a query does not see has no part in its row.
+    scores = draw(1, 48, 48, dtype=torch.float32)
+    scores[0, 3, 20] = wrong
+    assert kernels.causal_softmax_(scores, 48, 0).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("half", [4, 16, 20, 33])
+def test_heads_of_any_size_are_parted_turned_and_merged(
+    half: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    angles = torch.arange(NUM_TOKENS)[:, None] / 10 ** (torch.arange(half) / half)
+    turns = [angles.cos(), angles.sin()]
+    columns = (GROUPS + 2) * NUM_KV_HEADS * 2 * half
+    qkv = draw(N, columns, dtype=dtype)
+
+    def run() -> list[torch.Tensor]:
+        query, key, value = kernels.split_heads(qkv, *turns, scale=0.5, num_kv_heads=NUM_KV_HEADS, start=3)
+        for one in (key, value):
+            one[:, :3] = 0
+        back, around = inside(torch.zeros(N, columns, dtype=dtype))
+        kernels.split_heads_backward(
+            query, key, value, *turns, scale=0.5, num_kv_heads=NUM_KV_HEADS, start=3, out_NE=back
+        )
+        width = GROUPS * NUM_KV_HEADS * 2 * half
+        merged, around_merged = inside(torch.zeros(N, width, dtype=dtype))
+        kernels.merge_heads(query, NUM_TOKENS, NUM_KV_HEADS, merged)
+        parted = kernels.merge_heads_backward(
+            merged, NUM_TOKENS, NUM_KV_HEADS, GROUPS * NUM_KV_HEADS, 2 * half
+        )
+        assert torch.equal(parted, query)
+        assert_untouched(around)
+        assert_untouched(around_merged)
+        return [query, key, value, back, merged]
+
+    found = run()
+    monkeypatch.setattr(kernels, "is_compiled", lambda _tensor: False)
+    for one, other in zip(found, run(), strict=True):
+        gap = (one.float() - other.float()).abs().max()
+        assert gap <= TOLERANCES[dtype] * max(1.0, float(other.float().abs().max()))
+
+
 def test_the_loss_and_its_gradient_equal_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = draw(N, 300, dtype=torch.float32, scale=4.0).requires_grad_()
     targets = torch.arange(N) * 13

@@ -17,7 +17,7 @@ from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_plain
 
 pytestmark = pytest.mark.skipif(
-    not can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)), reason="the processor has no matrix tiles"
+    not can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)), reason="the processor has no products of pairs"
 )
 TUNINGS = ({"type": "lora", "rank": 4}, {"type": "adapter", "bottleneck_dim": 8})
 

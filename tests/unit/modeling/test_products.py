@@ -1,4 +1,4 @@
-"""Products in matrix tiles are the plain ones; where the processor has no tiles, other products run."""
+"""Products in the layout of tiles are the plain ones; where a processor has none, other products run."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from luthier.modeling.kernels.products import TiledWeight, can_tile, tiled_bytes
 from luthier.modeling.packed_linear import PackedLinear
 
 needs_tiles = pytest.mark.skipif(
-    not can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)), reason="the processor has no matrix tiles"
+    not can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)), reason="the processor has no products of pairs"
 )
 
 

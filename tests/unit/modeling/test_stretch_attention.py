@@ -1,4 +1,4 @@
-"""Stretches that attend in matrix tiles say what a softmax in float64 says."""
+"""Stretches that attend in tiles or pairs say what a softmax in float64 says."""
 
 import math
 
@@ -9,7 +9,7 @@ from luthier.modeling.kernels.products import has_tiles
 from luthier.modeling.kernels.served_rows import PAGE_SIZE, HeadShape, Pages, StretchRows, token_rows, turn
 from luthier.modeling.kernels.serving import CompiledOps
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="the processor has no matrix tiles")
+pytestmark = pytest.mark.skipif(not has_tiles(), reason="the processor has no products of pairs")
 CONTEXT, NUM_PAGES = 1024, 160
 
 

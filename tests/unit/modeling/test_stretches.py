@@ -1,4 +1,4 @@
-"""Low-rank updates of stretches of tokens are the same in matrix tiles as in torch's operators."""
+"""Low-rank updates of stretches of tokens are the same in tiles or pairs as in torch's operators."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from luthier.modeling.kernels.served_rows import (
 from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.kernels.serving_plain import PlainOps
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="the processor has no matrix tiles")
+pytestmark = pytest.mark.skipif(not has_tiles(), reason="the processor has no products of pairs")
 SIZE, FEED_FORWARD = 96, 160
 WIDTHS = (96, 32, 32, 96, FEED_FORWARD, FEED_FORWARD, 96)
 INPUTS = (*[SIZE] * 6, FEED_FORWARD)
