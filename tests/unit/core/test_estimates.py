@@ -90,9 +90,15 @@ def _work(num_rows: int, num_tokens: int, *, rows_a_part: int = 4, parts_a_step:
     )
 
 
-def _price(cost: MethodCost, work: Work, *, is_whole_model: bool = False) -> Price:
+def _price(
+    cost: MethodCost,
+    work: Work,
+    *,
+    is_whole_model: bool = False,
+    calibration: Calibration = _CALIBRATION,
+) -> Price:
     return Pricing(
-        _CALIBRATION,
+        calibration,
         cost,
         num_layers=30,
         hidden_size=576,
@@ -193,6 +199,33 @@ def test_more_epochs_are_evaluated_more_often() -> None:
     once, thrice = _price(_lora(16), work), _price(_lora(16), replace(work, num_epochs=3, scale=3.0))
     # The base and each epoch.
     assert thrice.seconds.evaluate == pytest.approx(2 * once.seconds.evaluate)
+
+
+def test_a_step_is_proved_once_and_written_twice() -> None:
+    work, dear = _work(80, 100), _CALIBRATION.model_copy(update={"plain_scoring_seconds": 1.0})
+    once, thrice = (_price(_lora(16), one, calibration=dear) for one in (work, replace(work, num_epochs=3)))
+    # With a pass on the plain path that takes most of it: six for each proof, three when the result is read.
+    passes = 30 * (32 + 100)
+    reading = 3 * 30 * 32
+    assert once.seconds.save == pytest.approx(3 * passes + reading, rel=0.01)
+    assert thrice.seconds.save == pytest.approx(3 * 3 * passes + reading, rel=0.01)
+
+
+def test_what_the_fast_path_copied_is_given_back_and_parameters_are_counted_all_the_same() -> None:
+    work = _work(80, 100)
+    plain = _price(_lora(16), work)
+    variants = {
+        name: one.model_copy(update={"attached_layer_bytes": one.attached_layer_bytes + 5e6})
+        for name, one in _CALIBRATION.variants.items()
+    }
+    copied = _CALIBRATION.model_copy(update={"variants": variants})
+    assert _price(_lora(16), work, calibration=copied).peak_memory_bytes == plain.peak_memory_bytes
+    # A reading below the reference's, by its noise.
+    low = variants["lora"].model_copy(update={"attached_layer_bytes": 1e6})
+    noisy = _CALIBRATION.model_copy(update={"variants": variants | {"lora": low}})
+    peaks = [_price(_lora(rank), work, calibration=noisy).peak_memory_bytes for rank in (64, 256)]
+    # Each with its two averages and its gradient.
+    assert peaks[1] - peaks[0] >= 15 * (_lora(256).num_parameters - _lora(64).num_parameters)
 
 
 def test_the_constants_are_those_of_training() -> None:
