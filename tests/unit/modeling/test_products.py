@@ -1,9 +1,15 @@
 """Products in the layout of tiles are the plain ones; where a processor has none, other products run."""
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from numba.core.codegen import get_host_cpu_features
 
 from luthier.modeling.kernels import products
 from luthier.modeling.kernels.page_memory import take_large
@@ -40,6 +46,45 @@ def test_products_of_any_number_of_rows_are_the_plain_ones(num_outputs: int, num
         found_NO = tiled.times(x_NK, out_NO)
         # One unit in the last place of a bfloat16.
         torch.testing.assert_close(found_NO, expected_NO, rtol=2**-7, atol=1e-3)
+
+
+def _run(code: str, folder: Path, **variables: str) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)} | variables
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions are those of x86-64")
+def test_the_code_for_a_matrix_unit_is_compiled_on_any_processor(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from luthier.modeling import kernels\n"
+        "from luthier.modeling.kernels._machine import HAS_UNIT\n"
+        "assert HAS_UNIT\n"
+        "for name in kernels.TILED:\n"
+        "    assert kernels.compiled_address(name, torch.bfloat16)\n"
+    )
+    features = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "amx-tile", "amx-bf16", "fma"]
+    asked = ",".join(f"+{name}" for name in features)
+    _run(code, tmp_path, NUMBA_CPU_NAME="sapphirerapids", NUMBA_CPU_FEATURES=asked)
+
+
+@needs_tiles
+def test_pairs_give_what_a_matrix_unit_gives_where_it_is_left_out(tmp_path: Path) -> None:
+    weight_OK, x_NK = draw(100, 160), draw(37, 160, seed=1)
+    out_NO = torch.zeros(37, 100, dtype=torch.bfloat16)
+    torch.save((weight_OK, x_NK, TiledWeight(weight_OK).times(x_NK, out_NO)), tmp_path / "given.pt")
+    code = (
+        "import pathlib, sys, torch\n"
+        "from luthier.modeling.kernels._machine import HAS_UNIT\n"
+        "from luthier.modeling.kernels.products import TiledWeight\n"
+        "assert not HAS_UNIT\n"
+        f"weight, x, expected = torch.load({str(tmp_path / 'given.pt')!r})\n"
+        "found = TiledWeight(weight).times(x, torch.zeros_like(expected))\n"
+        "torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)\n"
+    )
+    host = get_host_cpu_features().split(",")
+    left = ",".join(f"-{name[1:]}" if name.startswith("+amx") else name for name in host)
+    _run(code, tmp_path / "cache", NUMBA_CPU_FEATURES=left)
 
 
 @needs_tiles
