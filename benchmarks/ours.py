@@ -1,18 +1,21 @@
 """One run of our training process, measured from outside: events, seconds, memory."""
 
+import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.contestants import quiet_environment
 from benchmarks.workload import Workload
 from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StepEvent, parse_event
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.data.prepared import write_prepared
+from worker.child import child_environment
 
 _IMPORT_SECONDS = 180.0
+_MAX_ANSWER_BYTES = 100
 
 
 class OursFailedError(Exception):
@@ -20,7 +23,7 @@ class OursFailedError(Exception):
 
 
 def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, Any]:
-    """Train by a warm training process, the way the worker keeps one.
+    """Train as the worker does: by a process with its imports done, which forks one for the run.
 
     Args:
         folder: the run directory, made here.
@@ -36,36 +39,32 @@ def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, 
         OursFailedError: when the run does not finish.
     """
     write_run_directory(folder, workload, spec)
+    requests, theirs = socket.socketpair()
     with (
+        requests,
         (folder / "log").open("wb") as log,
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "luthier.training", "--warm"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-P", "-m", "luthier.training", "--forks"],
+            stdin=theirs.fileno(),
             stderr=log,
-            env=quiet_environment(workload.num_threads),
+            env=child_environment(workload.num_threads),
         ) as process,
     ):
-        assert process.stdin is not None
-        assert process.stdout is not None
+        theirs.close()
         try:
             _wait_for_imports(process)
             imports_bytes = _status_bytes(process.pid, "VmRSS")
-            process.stdin.write(f"{folder}\n".encode())
-            process.stdin.flush()
-            told = _follow(process, process.stdout)
-            # It waits for the next run now, so its peak is that of this one.
-            peak_bytes = _status_bytes(process.pid, "VmHWM")
-            process.stdin.close()
-            process.wait(60)
-        except BaseException:
+            read, write = os.pipe()
+            socket.send_fds(requests, [os.fsencode(folder)], [write])
+            os.close(write)
+            pid = int(requests.recv(_MAX_ANSWER_BYTES).decode().removeprefix("started "))
+            with os.fdopen(read, "rb") as lines:
+                told = _follow(pid, lines)
+        finally:
             process.kill()
-            raise
-    on_cuda = workload.device == "cuda"
-    device_bytes = told.pop("device_bytes")
-    memory = device_bytes if on_cuda else peak_bytes - imports_bytes
+    peak_bytes = told.pop("peak_bytes")
     return told | {
-        "memory_bytes": memory,
+        "memory_bytes": peak_bytes if workload.device == "cuda" else peak_bytes - imports_bytes,
         "load_bytes": max(0, told["load_bytes"] - imports_bytes),
         "imports_bytes": imports_bytes,
     }
@@ -85,7 +84,7 @@ def write_run_directory(folder: Path, workload: Workload, spec: TrainingSpec) ->
     write_prepared(workload.rows, folder / "train.safetensors")
 
 
-def _follow(process: "subprocess.Popen[bytes]", lines: IO[bytes]) -> dict[str, Any]:
+def _follow(pid: int, lines: IO[bytes]) -> dict[str, Any]:
     """Read events until the run has ended."""
     begin = end = 0.0
     load_bytes = 0
@@ -93,7 +92,7 @@ def _follow(process: "subprocess.Popen[bytes]", lines: IO[bytes]) -> dict[str, A
     for event in map(parse_event, lines):
         if isinstance(event, StartedEvent):
             begin = time.perf_counter()
-            load_bytes = _status_bytes(process.pid, "VmHWM")
+            load_bytes = _status_bytes(pid, "VmHWM")
         elif isinstance(event, StepEvent):
             end = time.perf_counter()
             steps.append(event)
@@ -112,27 +111,26 @@ def _follow(process: "subprocess.Popen[bytes]", lines: IO[bytes]) -> dict[str, A
                 "num_trained_parameters": event.num_trained_parameters,
                 "versions": event.report.versions,
                 "load_bytes": load_bytes,
-                "device_bytes": event.report.peak_memory_bytes,
+                "peak_bytes": event.report.peak_memory_bytes,
             }
-    raise OursFailedError(f"the training process ended early, exit code {process.wait(60)}")
+    raise OursFailedError("the training process ended early")
 
 
 def _wait_for_imports(process: "subprocess.Popen[bytes]") -> None:
-    """Wait until the warm process reads its standard input: then its imports are done."""
+    """Wait until the process waits for a run: then its imports are done."""
     end = time.monotonic() + _IMPORT_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
             raise OursFailedError(f"the training process ended at once, exit code {process.returncode}")
-        if _reads_stdin(process.pid):
+        if _waits_for_message(process.pid):
             return
         time.sleep(0.05)
     raise OursFailedError(f"the training process did not wait for a run within {_IMPORT_SECONDS:.0f} s")
 
 
-def _reads_stdin(pid: int) -> bool:
-    """Whether the process is in read(0, …): proc(5), /proc/PID/syscall; call 0 on x86-64, 63 on Arm."""
-    words = Path(f"/proc/{pid}/syscall").read_text().split()
-    return len(words) > 1 and words[0] in ("0", "63") and int(words[1], 16) == 0
+def _waits_for_message(pid: int) -> bool:
+    """Whether the process is in recvmsg: proc(5), /proc/PID/syscall; call 47 on x86-64, 212 on Arm."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] in ("47", "212")
 
 
 def _status_bytes(pid: int, field: str) -> int:

@@ -6,12 +6,11 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from db.session import Database
 from luthier.bases.catalogue import Catalogue, load_catalogue
-from luthier.core.devices import Device, find_device
+from luthier.core.devices import NVIDIA_DRIVER, Device, find_device
 from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.storage.store import Storage
@@ -21,7 +20,6 @@ from worker.spare import WarmSpare
 
 # One for the task, one for its heartbeat while it prepares, one for the sweep, one for webhooks.
 _POOL_SIZE = 4
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def _facts() -> dict[str, Any]:
@@ -71,7 +69,7 @@ class WorkerContext:
     @property
     def training_memory_bytes(self) -> int | None:
         """Memory of the training device; None where that may be a GPU, whose memory only torch can tell."""
-        may_be_gpu = self.settings.device == "auto" and _NVIDIA_DRIVER.exists()
+        may_be_gpu = self.settings.device == "auto" and NVIDIA_DRIVER.exists()
         if self.settings.device == "cuda" or may_be_gpu:
             return None
         return int(self.facts["memory_bytes"])

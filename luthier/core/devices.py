@@ -14,6 +14,8 @@ from luthier.core.settings import Settings
 # Where a container's limit stands, in the second and the first version of control groups.
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _DEFAULT_RESERVED_SHARE = 10
+# There where a driver of GPUs is loaded, whether or not any is used.
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)

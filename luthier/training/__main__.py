@@ -1,4 +1,4 @@
-"""`python -P -m luthier.training RUN_DIR [RUN_DIR …]`, or `--warm`: imports done, directories on stdin;
+"""`python -P -m luthier.training RUN_DIR [RUN_DIR …]`;
 or `--forks`: imports done, a process for each run that is asked for (forks.py);
 or `--calibrate BASE_FOLDER DEVICE PRECISION NUM_THREADS`: the constants that estimates rest on.
 
@@ -8,7 +8,6 @@ Exit code 0: every run finished or was stopped; 1: one failed, after its `failed
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from luthier.core.allocator import keep_freed_memory
@@ -21,7 +20,6 @@ def main() -> int:
     """Run the directories that were named; return the exit code."""
     parser = argparse.ArgumentParser(prog="luthier.training", description=__doc__)
     parser.add_argument("run_directories", nargs="*", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--warm", action="store_true", help="import, then read directories from stdin")
     parser.add_argument("--forks", action="store_true", help="import, then fork a process for each run")
     parser.add_argument(
         "--calibrate",
@@ -54,31 +52,19 @@ def main() -> int:
     if arguments.forks:
         from luthier.training.forks import fork_runs
 
+        def logged_run(folder: Path, events: int, stop: StopRequest) -> bool:
+            _log_into(folder)
+            return run(folder, events, stop)
+
         stop.leave_at_once = True
-        _import_all(num_threads=1)
-        return fork_runs(_logged_run, stop)
-    if arguments.warm:
         _import_all()
+        return fork_runs(logged_run, stop)
     has_failed = False
-    for folder in _wait_for_directories(stop) if arguments.warm else arguments.run_directories:
+    for folder in arguments.run_directories:
         if stop.is_set:
             break
         has_failed |= not run(folder, events, stop)
     return int(has_failed)
-
-
-def _wait_for_directories(stop: StopRequest) -> Iterator[Path]:
-    while True:
-        stop.leave_at_once = True
-        if stop.is_set:
-            return
-        line = sys.stdin.readline()
-        stop.leave_at_once = False
-        if not line:
-            return
-        folder = Path(line.rstrip("\n"))
-        _log_into(folder)
-        yield folder
 
 
 def _log_into(folder: Path) -> None:
@@ -96,18 +82,14 @@ def _logged_run(folder: Path, events: int, stop: StopRequest) -> bool:
     return run(folder, events, stop)
 
 
-def _import_all(num_threads: int | None = None) -> None:
-    """Import what a run needs, compiled kernels with it, and touch no device but the CPU.
-
-    Args:
-        num_threads: that kernels are tried with; 1 before a fork, which would lose the others.
-    """
+def _import_all() -> None:
+    """Import what a run needs, compiled kernels with it, and touch no device but the CPU."""
     import peft
     import torch
     import transformers
 
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    # Kernels are tried here, and a fork would lose the other threads of a team.
+    torch.set_num_threads(1)
 
     from luthier.modeling.kernels.__main__ import load_all
 

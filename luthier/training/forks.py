@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from luthier.core.devices import NVIDIA_DRIVER
 from luthier.core.process import die_with_parent
 from luthier.training.signals import StopRequest
 
 _MAX_PATH_BYTES = 4096
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 Run = Callable[[Path, int, StopRequest], bool]
 
@@ -44,7 +44,7 @@ def fork_runs(run: Run, stop: StopRequest) -> int:
             if not message:
                 return 0
             folder, (events,) = Path(os.fsdecode(message)), descriptors
-            if _NVIDIA_DRIVER.exists():
+            if NVIDIA_DRIVER.exists():
                 stop.leave_at_once = False
                 requests.sendall(f"started {os.getpid()}\n".encode())
                 return int(not run(folder, events, stop))

@@ -234,21 +234,3 @@ def test_a_sample_prompt_over_the_context_is_refused_by_its_number(base: Path, t
     assert (failed(events).code, failed(events).param) == ("invalid_value", "training.sample_prompts.1")
     assert "Sample prompt 2" in failed(events).message
     assert "long" not in failed(events).message
-
-
-def test_a_warm_child_waits_for_a_directory_and_leaves_on_term(base: Path, tmp_path: Path) -> None:
-    folder = build_tiny_run(tmp_path / "run", base, hyperparameters={"n_epochs": 1})
-    child = Child("--warm", stdin=subprocess.PIPE)
-    assert child.process.stdin is not None
-    child.process.stdin.write(f"{folder}\n")
-    child.process.stdin.flush()
-    events: list[TrainingEvent] = []
-    for event in child:
-        events.append(event)
-        if event.type == "finished":
-            break
-    assert finished(events)
-    assert child.process.poll() is None
-    child.process.send_signal(signal.SIGTERM)
-    child.end()
-    assert child.process.returncode == 0

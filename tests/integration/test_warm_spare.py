@@ -61,9 +61,11 @@ def test_a_spare_has_a_process_for_each_run_and_they_give_the_digest_of_a_fresh_
     assert warm.digest == again.digest == cold.digest
     assert is_gone(first)
     assert is_gone(second)
-    spare.stop()
+    assert spare._process is not None
     assert waiting is not None
-    assert is_gone(waiting)
+    os.kill(waiting, signal.SIGTERM)
+    assert spare._process.wait(10) == 0
+    spare.stop()
 
 
 def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_i
         "import os, pathlib\n"
         "from luthier.training import forks\n"
         "from luthier.training.signals import StopRequest\n"
-        "forks._NVIDIA_DRIVER = pathlib.Path('/')\n"
+        "forks.NVIDIA_DRIVER = pathlib.Path('/')\n"
         "run = lambda folder, events, stop: os.write(events, f'{folder} {os.getpid()}'.encode()) < 0\n"
         "raise SystemExit(forks.fork_runs(run, StopRequest()))\n"
     )

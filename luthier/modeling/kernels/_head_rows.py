@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from luthier.modeling.kernels._language import EXP_HIGHEST, EXP_LOWEST, LN2_HIGH, LN2_LOW, LOG2_E
 from luthier.modeling.kernels._memory import (
     F32,
     I32,
@@ -27,6 +28,7 @@ from luthier.modeling.kernels._memory import (
     Memory,
     broadcast,
     call,
+    constant,
     is_bfloat16,
     loop,
     multiply_add,
@@ -101,21 +103,18 @@ turn_row, turn_row_back = _turning(is_inverse=False), _turning(is_inverse=True)
 def _exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """Emit what `_language.exponential` computes, for a vector."""
 
-    def all_of(number: float) -> ir.Constant:
-        return ir.Constant(VECTOR, [number] * LANES)
-
-    lowest, highest = all_of(-87.0), all_of(88.0)
+    lowest, highest = constant(VECTOR, EXP_LOWEST), constant(VECTOR, EXP_HIGHEST)
     x = builder.select(builder.fcmp_ordered("<", x, lowest), lowest, x)
     x = builder.select(builder.fcmp_ordered(">", x, highest), highest, x)
-    scaled = multiply_add(builder, x, all_of(1.4426950408889634), all_of(0.5))
+    scaled = multiply_add(builder, x, constant(VECTOR, LOG2_E), constant(VECTOR, 0.5))
     n = call(builder, "llvm.floor.v16f32", VECTOR, [scaled])
-    r = multiply_add(builder, n, all_of(-0.693145751953125), x)
-    r = multiply_add(builder, n, all_of(-1.428606765330187e-06), r)
-    p = all_of(1.0 / 5040)
+    r = multiply_add(builder, n, constant(VECTOR, -LN2_HIGH), x)
+    r = multiply_add(builder, n, constant(VECTOR, -LN2_LOW), r)
+    p = constant(VECTOR, 1.0 / 5040)
     for coefficient in (1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0):
-        p = multiply_add(builder, p, r, all_of(coefficient))
-    biased = builder.add(builder.fptosi(n, WIDE_BITS), ir.Constant(WIDE_BITS, [127] * LANES))
-    power = builder.bitcast(builder.shl(biased, ir.Constant(WIDE_BITS, [23] * LANES)), VECTOR)
+        p = multiply_add(builder, p, r, constant(VECTOR, coefficient))
+    biased = builder.add(builder.fptosi(n, WIDE_BITS), constant(WIDE_BITS, 127))
+    power = builder.bitcast(builder.shl(biased, constant(WIDE_BITS, 23)), VECTOR)
     return builder.fmul(p, power)
 
 
@@ -132,9 +131,7 @@ class _Row:
         """Return which of the 16 places from an index on come before an end."""
         builder = self._builder
         left = builder.trunc(builder.sub(end, index), I32)
-        vector = builder.insert_element(ir.Constant(WIDE_BITS, ir.Undefined), left, I32(0))
-        left = builder.shuffle_vector(vector, vector, ir.Constant(WIDE_BITS, [0] * LANES))
-        return builder.icmp_signed("<", _LANE_NUMBERS, left)
+        return builder.icmp_signed("<", _LANE_NUMBERS, broadcast(builder, left))
 
     def fold(
         self,
@@ -164,7 +161,7 @@ class _Row:
             return []
 
         index, _ = loop(builder, I64(0), self._seen, LANES, [], whole)
-        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        zero = constant(VECTOR, 0.0)
         counts, exists = self.lanes_before(self._seen, index), self.lanes_before(self._size, index)
         made = make([memory.load_some(one, index, counts) for one in addresses])
         memory.store_some(builder.select(counts, made, zero), target, index, exists)
@@ -192,7 +189,7 @@ def softmax_row(_context, scores, seen, size, like):
         def larger(found: list[ir.Value], highest: ir.Value) -> ir.Value:
             return builder.select(builder.fcmp_ordered(">", found[0], highest), found[0], highest)
 
-        lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
+        lowest = constant(VECTOR, float("-inf"))
         highest = row.fold([scores], lowest, larger)
         for step in (8, 4, 2, 1):
             others = ir.Constant(WIDE_BITS, [lane ^ step for lane in range(LANES)])
@@ -201,7 +198,7 @@ def softmax_row(_context, scores, seen, size, like):
         def power(found: list[ir.Value]) -> ir.Value:
             return _exponential(builder, builder.fsub(found[0], highest))
 
-        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        zero = constant(VECTOR, 0.0)
         total = sum_lanes(
             builder, row.fold([scores], zero, lambda found, total: builder.fadd(total, power(found)))
         )
@@ -219,7 +216,7 @@ def softmax_row_backward(_context, gradient, weights, seen, size, like):
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         gradient, weights, seen, size = arguments[:4]
         row = _Row(builder, Memory(builder, is_bfloat16=is_bfloat16(like)), seen, size)
-        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        zero = constant(VECTOR, 0.0)
         found = row.fold(
             [gradient, weights], zero, lambda pair, total: multiply_add(builder, pair[0], pair[1], total)
         )

@@ -27,7 +27,13 @@ from numba import carray, cfunc, njit, types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload
 
+from luthier.modeling.kernels._memory import rounded_bits
 from luthier.modeling.kernels._threads import TABLE_SIZE
+
+# Between which numbers the exponential is taken; and ln 2 in two parts, so that a whole number times the
+# first is exact.
+EXP_LOWEST, EXP_HIGHEST = -87.0, 88.0
+LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.428606765330187e-06
 
 _FAST = {"contract", "reassoc", "arcp", "nsz", "afn"}
 inlined = njit(inline="always", fastmath=_FAST, error_model="numpy")
@@ -198,9 +204,7 @@ def _to_bfloat16(_context: Any, value: Any) -> Any:
     """Return the bits of the nearest bfloat16, of two equally near ones the even."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        bits = builder.bitcast(arguments[0], _I32)
-        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-        rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
+        rounded = rounded_bits(builder, builder.bitcast(arguments[0], _I32))
         return builder.trunc(builder.lshr(rounded, _I32(16)), _I16)
 
     return types.uint16(types.float32), generate
@@ -245,11 +249,10 @@ def exponential(x):
 
     The coefficients are those of the Taylor series to the 7th power. Below -87 the result is that of -87.
     """
-    x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    x = np.float32(88.0) if x > np.float32(88.0) else x
-    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    # ln 2 in two parts, so that n times the first is exact.
-    r = x - n * np.float32(0.693145751953125) - n * np.float32(1.428606765330187e-06)
+    x = np.float32(EXP_LOWEST) if x < np.float32(EXP_LOWEST) else x
+    x = np.float32(EXP_HIGHEST) if x > np.float32(EXP_HIGHEST) else x
+    n = np.floor(x * np.float32(LOG2_E) + np.float32(0.5))
+    r = x - n * np.float32(LN2_HIGH) - n * np.float32(LN2_LOW)
     p = np.float32(1.0 / 5040)
     p = p * r + np.float32(1.0 / 720)
     p = p * r + np.float32(1.0 / 120)

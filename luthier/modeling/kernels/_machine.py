@@ -3,7 +3,17 @@
 from llvmlite import ir
 
 from luthier.modeling.kernels._language import has_feature
-from luthier.modeling.kernels._memory import I16, I32, I64, LANES, VECTOR, WIDE_BITS, call
+from luthier.modeling.kernels._memory import (
+    I16,
+    I32,
+    I64,
+    LANES,
+    VECTOR,
+    WIDE_BITS,
+    broadcast,
+    call,
+    prefetch,
+)
 from luthier.modeling.kernels.products import PANEL_OUTPUTS
 
 VOID, I8 = ir.VoidType(), ir.IntType(8)
@@ -69,18 +79,9 @@ class Machine:
 
     def repeated(self, address: ir.Value) -> ir.Value:
         """Return a pair of bfloat16 in memory 16 times."""
-        builder = self._builder
-        pair = builder.load(self.pointer(address, I32), align=2)
-        single = builder.insert_element(ir.Constant(BITS, ir.Undefined), pair, I32(0))
-        return builder.shuffle_vector(single, single, ir.Constant(BITS, [0] * LANES))
-
-    def rounded(self, bits: ir.Value) -> ir.Value:
-        """Return the bits of 16 float32 with those of the nearest bfloat16 in their upper halves."""
-        builder = self._builder
-        sixteen, one, half = (ir.Constant(BITS, [value] * LANES) for value in (16, 1, 0x7FFF))
-        odd = builder.and_(builder.lshr(bits, sixteen), one)
-        return builder.add(bits, builder.add(odd, half))
+        pair = self._builder.load(self.pointer(address, I32), align=2)
+        return broadcast(self._builder, pair)
 
     def prefetch(self, address: ir.Value) -> None:
         """Ask for a line of memory that is read soon and kept near."""
-        self._call("llvm.prefetch.p0", VOID, self.pointer(address), I32(0), I32(3), I32(1))
+        prefetch(self._builder, self.pointer(address))

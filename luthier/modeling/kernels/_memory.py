@@ -37,6 +37,22 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.V
     return builder.call(function, arguments)
 
 
+def prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
+    """Ask for a line of memory that is read soon and kept near."""
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, I32(0), I32(3), I32(1)])
+
+
+def constant(kind: ir.Type, number: float) -> ir.Constant:
+    """Return a number of a type, or 16 of them where the type is a vector."""
+    return ir.Constant(kind, [number] * LANES if isinstance(kind, ir.VectorType) else number)
+
+
+def rounded_bits(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Return the bits of float32 with the nearest bfloat16, of two the even one, in their upper half."""
+    odd = builder.and_(builder.lshr(bits, constant(bits.type, 16)), constant(bits.type, 1))
+    return builder.add(bits, builder.add(odd, constant(bits.type, 0x7FFF)))
+
+
 class Memory:
     """Numbers of one type in memory, read and written as float32.
 
@@ -89,16 +105,15 @@ class Memory:
 
     def prefetch(self, address: ir.Value, index: ir.Value) -> None:
         """Ask for a line of memory that is read soon."""
-        place = self._pointer(address, index, ir.IntType(8))
-        call(self._builder, "llvm.prefetch.p0", ir.VoidType(), [place, I32(0), I32(3), I32(1)])
+        prefetch(self._builder, self._pointer(address, index, ir.IntType(8)))
 
     def _widen(self, held: ir.Value, lanes: int) -> ir.Value:
         """Return what is held as float32."""
         if not self._is_bfloat16:
             return held
         builder = self._builder
-        wide, shift = (I32, I32(16)) if lanes == 1 else (WIDE_BITS, ir.Constant(WIDE_BITS, [16] * lanes))
-        bits = builder.shl(builder.zext(held, wide), shift)
+        wide = I32 if lanes == 1 else WIDE_BITS
+        bits = builder.shl(builder.zext(held, wide), constant(wide, 16))
         return builder.bitcast(bits, F32 if lanes == 1 else VECTOR)
 
     def _narrow(self, value: ir.Value) -> ir.Value:
@@ -107,14 +122,8 @@ class Memory:
             return value
         builder, is_vector = self._builder, isinstance(value.type, ir.VectorType)
         wide = WIDE_BITS if is_vector else I32
-
-        def all_of(number: int) -> ir.Constant:
-            return ir.Constant(wide, [number] * LANES if is_vector else number)
-
-        bits = builder.bitcast(value, wide)
-        odd = builder.and_(builder.lshr(bits, all_of(16)), all_of(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, all_of(0x7FFF))), all_of(16))
-        return builder.trunc(rounded, ir.VectorType(I16, LANES) if is_vector else I16)
+        upper = builder.lshr(rounded_bits(builder, builder.bitcast(value, wide)), constant(wide, 16))
+        return builder.trunc(upper, ir.VectorType(I16, LANES) if is_vector else I16)
 
     def _pointer(self, address: ir.Value, index: ir.Value, held: ir.Type) -> ir.Value:
         builder = self._builder
@@ -160,8 +169,9 @@ def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
 
 def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Return a vector of one number 16 times."""
-    vector = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(vector, vector, ir.Constant(WIDE_BITS, [0] * LANES))
+    single = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    vector = builder.insert_element(single, value, I32(0))
+    return builder.shuffle_vector(vector, vector, constant(WIDE_BITS, 0))
 
 
 def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:

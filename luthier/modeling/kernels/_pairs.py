@@ -22,7 +22,7 @@ from luthier.modeling.kernels._machine import (
     TILE_BYTES,
     Machine,
 )
-from luthier.modeling.kernels._memory import I64, LANES, Body, loop, sum_lanes
+from luthier.modeling.kernels._memory import I64, LANES, Body, loop, rounded_bits, sum_lanes
 
 # How far ahead of its use a single row's weight is asked for; measured.
 _AHEAD = 4096
@@ -78,28 +78,10 @@ def emit_rows(
                 starts = [builder.add(first, builder.mul(stride, I64(number))) for number in range(size)]
                 ahead = _places_ahead(builder, row, num_rows, sizes[0], num_tiles, step_bytes)
 
-                def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
-                    sums = list(held)
+                def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                     place = builder.add(weights, builder.mul(index, I64(step_bytes)))
-                    across = builder.mul(index, I64(64))
-                    for number in range(LANES):
-                        for offset in ahead:
-                            machine.prefetch(builder.add(builder.add(place, offset), I64(64 * number)))
-                        lines = [
-                            builder.load(
-                                machine.pointer(
-                                    builder.add(place, I64(tile * TILE_BYTES + 64 * number)), BITS
-                                ),
-                                align=4,
-                            )
-                            for tile in range(num_tiles)
-                        ]
-                        for which, start in enumerate(starts):
-                            pairs = machine.repeated(builder.add(builder.add(start, across), I64(4 * number)))
-                            for tile in range(num_tiles):
-                                own = which * num_tiles + tile
-                                sums[own] = machine.multiply_pairs(sums[own], pairs, lines[tile])
-                    return sums
+                    inputs = [builder.add(start, builder.mul(index, I64(64))) for start in starts]
+                    return _emit_step(machine, builder, place, inputs, ahead, sums)
 
                 places = [target_of(row, which, tile) for which in range(size) for tile in range(num_tiles)]
                 before = [builder.load(one, align=4) for one in places]
@@ -118,6 +100,31 @@ def emit_rows(
     loop(builder, I64(0), num_rows, 1, [], clear)
     last = builder.add(num_steps, I64(_STEPS_TOGETHER - 1))
     loop(builder, I64(0), last, _STEPS_TOGETHER, [], some_steps)
+
+
+def _emit_step(
+    machine: Machine,
+    builder: ir.IRBuilder,
+    place: ir.Value,
+    inputs: list[ir.Value],
+    ahead: list[ir.Value],
+    sums: list[ir.Value],
+) -> list[ir.Value]:
+    """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row."""
+    sums = list(sums)
+    num_tiles = len(sums) // len(inputs)
+    for number in range(LANES):
+        line = builder.add(place, I64(64 * number))
+        for offset in ahead:
+            machine.prefetch(builder.add(line, offset))
+        tiles = [builder.add(line, I64(tile * TILE_BYTES)) for tile in range(num_tiles)]
+        weights = [builder.load(machine.pointer(tile, BITS), align=4) for tile in tiles]
+        for row, first in enumerate(inputs):
+            pairs = machine.repeated(builder.add(first, I64(4 * number)))
+            for tile, weight in enumerate(weights):
+                own = row * num_tiles + tile
+                sums[own] = machine.multiply_pairs(sums[own], pairs, weight)
+    return sums
 
 
 def _places_ahead(
@@ -189,7 +196,7 @@ def pair_rows(_context, source, target):
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         machine = Machine(builder)
         even, odd = (
-            machine.rounded(builder.load(machine.pointer(place, BITS), align=4))
+            rounded_bits(builder, builder.load(machine.pointer(place, BITS), align=4))
             for place in (arguments[0], builder.add(arguments[0], I64(64)))
         )
         upper = ir.Constant(BITS, [-65536] * LANES)
@@ -272,7 +279,7 @@ def add_lanes(_context, source, target):
         held = builder.shl(builder.zext(builder.load(place, align=2), BITS), sixteen)
         source = builder.load(machine.pointer(arguments[0], SUMS), align=4)
         total = builder.fadd(builder.bitcast(held, SUMS), source)
-        bits = machine.rounded(builder.bitcast(total, BITS))
+        bits = rounded_bits(builder, builder.bitcast(total, BITS))
         builder.store(builder.trunc(builder.lshr(bits, sixteen), HALVES), place, align=2)
         return I64(0)
 
@@ -285,7 +292,7 @@ def round_lanes(_context, source, target):
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         machine = Machine(builder)
-        bits = machine.rounded(builder.load(machine.pointer(arguments[0], BITS), align=4))
+        bits = rounded_bits(builder, builder.load(machine.pointer(arguments[0], BITS), align=4))
         halves = builder.trunc(builder.lshr(bits, ir.Constant(BITS, [16] * LANES)), HALVES)
         builder.store(halves, machine.pointer(arguments[1], HALVES), align=2)
         return I64(0)
