@@ -4,13 +4,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio.to_thread
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from api import errors
 from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
 from api.paths import EncodedSlashMiddleware
+from api.queries import refuse_unknown_query
 from api.requests import BodyLimitMiddleware, RequestIdMiddleware
 from api.routes import (
     aliases,
@@ -106,19 +107,19 @@ def create_app(parts: Parts) -> FastAPI:
         expose_headers=_EXPOSED_HEADERS,
     )
     app.add_middleware(RequestIdMiddleware)
+    # What lists models and answers is asked by clients that add parameters of their own.
+    for module in (health, models, chat):
+        app.include_router(module.router)
     for module in (
-        health,
         files,
         uploads,
         reports_of_files,
         jobs,
         methods,
-        models,
-        chat,
         keys,
         permissions,
         webhooks,
         aliases,
     ):
-        app.include_router(module.router)
+        app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
     return app

@@ -1,21 +1,17 @@
 """One run of our training process, measured from outside: events, seconds, memory."""
 
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from benchmarks.workload import Workload
 from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StepEvent, parse_event
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.data.prepared import write_prepared
-from worker.child import child_environment
+from worker.spare import SpareRun, WarmSpare
 
 _IMPORT_SECONDS = 180.0
-_MAX_ANSWER_BYTES = 100
+_IDLE_SECONDS = 3600.0
 
 
 class OursFailedError(Exception):
@@ -39,29 +35,17 @@ def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, 
         OursFailedError: when the run does not finish.
     """
     write_run_directory(folder, workload, spec)
-    requests, theirs = socket.socketpair()
-    with (
-        requests,
-        (folder / "log").open("wb") as log,
-        subprocess.Popen(
-            [sys.executable, "-P", "-m", "luthier.training", "--forks"],
-            stdin=theirs.fileno(),
-            stderr=log,
-            env=child_environment(workload.num_threads),
-        ) as process,
-    ):
-        theirs.close()
-        try:
-            _wait_for_imports(process)
-            imports_bytes = _status_bytes(process.pid, "VmRSS")
-            read, write = os.pipe()
-            socket.send_fds(requests, [os.fsencode(folder)], [write])
-            os.close(write)
-            pid = int(requests.recv(_MAX_ANSWER_BYTES).decode().removeprefix("started "))
-            with os.fdopen(read, "rb") as lines:
-                told = _follow(pid, lines)
-        finally:
-            process.kill()
+    spare = WarmSpare(_IDLE_SECONDS)
+    spare.start()
+    try:
+        imports_bytes = _wait_for_imports(spare)
+        run = spare.take(folder)
+        if run is None:
+            raise OursFailedError("the spare ended before its run began")
+        with run.stdout:
+            told = _follow(run)
+    finally:
+        spare.stop()
     peak_bytes = told.pop("peak_bytes")
     return told | {
         "memory_bytes": peak_bytes if workload.device == "cuda" else peak_bytes - imports_bytes,
@@ -84,15 +68,15 @@ def write_run_directory(folder: Path, workload: Workload, spec: TrainingSpec) ->
     write_prepared(workload.rows, folder / "train.safetensors")
 
 
-def _follow(pid: int, lines: IO[bytes]) -> dict[str, Any]:
+def _follow(run: SpareRun) -> dict[str, Any]:
     """Read events until the run has ended."""
     begin = end = 0.0
     load_bytes = 0
     steps: list[StepEvent] = []
-    for event in map(parse_event, lines):
+    for event in map(parse_event, run.stdout):
         if isinstance(event, StartedEvent):
             begin = time.perf_counter()
-            load_bytes = _status_bytes(pid, "VmHWM")
+            load_bytes = _status_bytes(run.pid, "VmHWM")
         elif isinstance(event, StepEvent):
             end = time.perf_counter()
             steps.append(event)
@@ -113,19 +97,19 @@ def _follow(pid: int, lines: IO[bytes]) -> dict[str, Any]:
                 "load_bytes": load_bytes,
                 "peak_bytes": event.report.peak_memory_bytes,
             }
-    raise OursFailedError("the training process ended early")
+    raise OursFailedError(
+        f"the training process ended early, exit code {run.wait()}; see child.log beside its rows"
+    )
 
 
-def _wait_for_imports(process: "subprocess.Popen[bytes]") -> None:
-    """Wait until the process waits for a run: then its imports are done."""
+def _wait_for_imports(spare: WarmSpare) -> int:
+    """Wait until the spare waits for a run: then its imports are done. Return its memory."""
     end = time.monotonic() + _IMPORT_SECONDS
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise OursFailedError(f"the training process ended at once, exit code {process.returncode}")
-        if _waits_for_message(process.pid):
-            return
+    while time.monotonic() < end and spare.pid is not None:
+        if _waits_for_message(spare.pid):
+            return _status_bytes(spare.pid, "VmRSS")
         time.sleep(0.05)
-    raise OursFailedError(f"the training process did not wait for a run within {_IMPORT_SECONDS:.0f} s")
+    raise OursFailedError(f"the spare did not wait for a run within {_IMPORT_SECONDS:.0f} s")
 
 
 def _waits_for_message(pid: int) -> bool:

@@ -15,6 +15,7 @@ from luthier.core.errors import ModelInUseError, ModelNotAvailableError
 from luthier.core.specs import TrainingSpec, TunedModel
 from luthier.core.states import TERMINAL_STATUSES
 from luthier.methods import check_tuning, discover, inherit_tuning
+from services.names import find_callable
 from services.scope import Scope
 
 _NUM_NAMED = 10
@@ -90,10 +91,10 @@ def _follow(session: Session, scope: Scope, name: str) -> tuple[Model | None, st
         .where(is_named, Model.project_id == scope.project_id, Model.deleted_at.is_(None))
         .with_for_update(read=True)
     )
-    if model is None and alias is not None:
+    if model is None and (alias is not None or find_callable(session, scope, name) is not None):
+        what = f"{name} is" if alias is None else f"The alias {name} points to"
         raise ModelNotAvailableError(
-            f"The alias {name} points to another project's model; a job goes on from its own project's only.",
-            param="model",
+            f"{what} another project's model; a job goes on from its own project's only.", param="model"
         )
     return model, name
 

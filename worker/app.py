@@ -26,7 +26,7 @@ from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_for_ever
 from worker.serving import balance
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, train
+from worker.tasks.train import Claimed, claim, train
 
 _log = structlog.get_logger()
 _TIDIED_AT_ONCE = 10
@@ -40,19 +40,20 @@ def work(context: WorkerContext, job_id: str | None) -> None:
     Others hear of a job that was prepared here once this process has looked and taken another, or none: its
     spare has begun with the imports.
     """
-    unheard = job_id if job_id is not None and prepare(context, job_id) else None
-    try:
-        while not context.stopping.is_set() and (claimed := claim(context)) is not None:
-            if unheard is not None and unheard != claimed.lease.job_id:
-                context.ring(unheard)
-            unheard = None
-            train(context, claimed)
-            context.keep_spare()
-    finally:
-        if unheard is not None:
-            context.ring(unheard)
+    is_unheard = job_id is not None and prepare(context, job_id)
+    claimed = _claim_next(context)
+    if job_id is not None and is_unheard and (claimed is None or claimed.lease.job_id != job_id):
+        context.ring(job_id)
+    while claimed is not None:
+        train(context, claimed)
+        context.keep_spare()
+        claimed = _claim_next(context)
     if context.stopping.is_set() and context.spare is not None:
         context.spare.stop()
+
+
+def _claim_next(context: WorkerContext) -> Claimed | None:
+    return None if context.stopping.is_set() else claim(context)
 
 
 def sweep(context: WorkerContext) -> list[str]:

@@ -192,12 +192,14 @@ def start_child(run_dir: Path, num_threads: int, spare: "WarmSpare | None" = Non
         yield child
     finally:
         child.kill()
+        if spare is not None:
+            spare.rest()
 
 
 def _take(run_dir: Path, num_threads: int, spare: "WarmSpare") -> TrainingChild | None:
     """Send a waiting process to work, if there is one. It may be dying just now, which is no job's crash."""
     before = _files_of(run_dir)
-    process = spare.take(run_dir, num_threads)
+    process = spare.take(run_dir)
     if process is None:
         return None
     return TrainingChild(

@@ -59,7 +59,7 @@ class WorkerContext:
     def keep_spare(self) -> None:
         """Let a process wait for the next run, where that is wanted; from the main thread alone."""
         if self.spare is not None and not self.stopping.is_set():
-            self.spare.start(self.num_threads)
+            self.spare.start()
 
     @property
     def num_threads(self) -> int:

@@ -14,7 +14,7 @@ from typing import IO
 
 from worker.child import child_environment
 
-_MAX_ANSWER_BYTES = 4096
+_MAX_ANSWER_BYTES = 100
 # Another thread may have read what one waits for.
 _LOOK_SECONDS = 0.1
 
@@ -23,50 +23,49 @@ class SpareRun:
     """A run that a spare was asked for: of subprocess.Popen what a TrainingChild needs.
 
     Args:
-        process: the spare.
-        answers: what it says of the run.
+        spare: the process that was asked.
+        answers: what it tells of the run's process; closed with the run's end.
         stdout: the run's events.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", answers: socket.socket, stdout: IO[bytes]) -> None:
+    def __init__(self, spare: "subprocess.Popen[bytes]", answers: socket.socket, stdout: IO[bytes]) -> None:
         self.stdout = stdout
-        self._spare = process
+        self._spare = spare
         self._answers = answers
-        self._text = ""
+        self._told: dict[str, int] = {}
         self._is_over = False
         self._lock = threading.Lock()
 
     @property
     def pid(self) -> int:
         """The run's process and group; the spare's until it has forked, and where it runs itself."""
-        pid = self._told("started")
-        return self._spare.pid if pid is None else pid
+        self._look()
+        return self._told.get("started", self._spare.pid)
 
     def wait(self) -> int:
         """Return the exit code of the run's process, or of the spare where that ended first."""
-        while (code := self._told("ended")) is None and not self._is_over:
+        while not self._look():
             select.select([self._answers], [], [], _LOOK_SECONDS)
+        self._answers.close()
+        code = self._told.get("ended")
         return self._spare.wait() if code is None else code
 
-    def _told(self, what: str) -> int | None:
-        """Return the number that came with a word, None if it has not come yet; any thread may ask."""
+    def _look(self) -> bool:
+        """Read what was told meanwhile, in any thread; return whether nothing more will be."""
         with self._lock:
-            self._read()
-            for line in self._text.split("\n")[:-1]:
-                word, _, number = line.partition(" ")
-                if word == what:
-                    return int(number)
-        return None
-
-    def _read(self) -> None:
-        try:
-            answer = b"" if self._is_over else self._answers.recv(_MAX_ANSWER_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            answer = b""
-        self._is_over = not answer
-        self._text += answer.decode()
+            while not self._is_over:
+                try:
+                    answer = self._answers.recv(_MAX_ANSWER_BYTES, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    answer = b""
+                if answer:
+                    word, _, number = answer.decode().partition(" ")
+                    self._told[word] = int(number)
+                else:
+                    self._is_over = True
+            return self._is_over
 
 
 class WarmSpare:
@@ -84,58 +83,55 @@ class WarmSpare:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: socket.socket | None = None
-        self._num_threads = 0
         self._timer: threading.Timer | None = None
 
-    def start(self, num_threads: int) -> None:
-        """Let a process wait, unless one does already; returns at once, the imports take seconds.
+    @property
+    def pid(self) -> int | None:
+        """The spare's process, None when there is none."""
+        return None if self._process is None else self._process.pid
 
-        Args:
-            num_threads: CPU threads that its runs may use.
-        """
+    def start(self) -> None:
+        """Let a process wait, unless one does already; returns at once, the imports take seconds."""
         with self._lock:
-            if (
-                self._process is not None
-                and self._process.poll() is None
-                and self._num_threads == num_threads
-            ):
-                self._wait_on()
-                return
-            self._end()
-            self._requests, theirs = socket.socketpair()
-            command = [sys.executable, "-P", "-m", "luthier.training", "--forks"]
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    env=child_environment(num_threads),
-                    start_new_session=True,
-                )
-            self._num_threads = num_threads
+            if self._process is None or self._process.poll() is not None:
+                self._end()
+                self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                command = [sys.executable, "-P", "-m", "luthier.training", "--forks"]
+                with theirs:
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
+                        stdin=theirs.fileno(),
+                        stdout=subprocess.DEVNULL,
+                        # A run sets its own number of threads.
+                        env=child_environment(1),
+                        start_new_session=True,
+                    )
             self._wait_on()
 
-    def take(self, run_dir: Path, num_threads: int) -> SpareRun | None:
-        """Have a run made; the spare waits on when that has ended.
+    def take(self, run_dir: Path) -> SpareRun | None:
+        """Have a run made.
 
         Args:
             run_dir: the run directory, complete.
-            num_threads: CPU threads it may use.
 
         Returns:
-            The run; None when no spare waits that could do it.
+            The run, after whose end `rest` is called; None when no spare waits.
         """
         with self._lock:
             self._stop_timer()
             process, requests = self._process, self._requests
             if process is None or requests is None:
                 return None
-            if self._num_threads == num_threads and process.poll() is None:
-                run = _ask(process, requests, run_dir)
-                if run is not None:
-                    return run
-            self._end()
-            return None
+            run = _ask(process, requests, run_dir)
+            if run is None:
+                self._end()
+            return run
+
+    def rest(self) -> None:
+        """Let the spare wait again, its run over."""
+        with self._lock:
+            if self._process is not None:
+                self._wait_on()
 
     def stop(self) -> None:
         """End the spare, if there is one."""
@@ -144,9 +140,15 @@ class WarmSpare:
 
     def _wait_on(self) -> None:
         self._stop_timer()
-        self._timer = threading.Timer(self._idle_seconds, self.stop)
+        self._timer = threading.Timer(self._idle_seconds, self._give_back)
         self._timer.daemon = True
         self._timer.start()
+
+    def _give_back(self) -> None:
+        """End the spare unless it was asked for a run while the timer waited for its turn."""
+        with self._lock:
+            if self._timer is threading.current_thread():
+                self._end()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -165,13 +167,17 @@ class WarmSpare:
 
 
 def _ask(process: "subprocess.Popen[bytes]", requests: socket.socket, run_dir: Path) -> SpareRun | None:
-    """Send a run directory with the descriptor for its events."""
-    ours, theirs = os.pipe()
+    """Send a run directory with the descriptors for its events and for what is told of it."""
+    events, their_events = os.pipe()
+    answers, their_answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    run = SpareRun(process, answers, os.fdopen(events, "rb"))
     try:
-        socket.send_fds(requests, [os.fsencode(run_dir)], [theirs])
+        socket.send_fds(requests, [os.fsencode(run_dir)], [their_events, their_answers.fileno()])
     except OSError:
-        os.close(ours)
+        run.stdout.close()
+        answers.close()
         return None
     finally:
-        os.close(theirs)
-    return SpareRun(process, requests, os.fdopen(ours, "rb"))
+        os.close(their_events)
+        their_answers.close()
+    return run

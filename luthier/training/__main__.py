@@ -6,6 +6,7 @@ Exit code 0: every run finished or was stopped; 1: one failed, after its `failed
 """
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -47,6 +48,8 @@ def main() -> int:
         write_calibration(arguments.calibrate, events)
         return 0
 
+    # A process that waits for runs has nothing to save.
+    stop.leave_at_once = arguments.forks
     from luthier.training.run import run
 
     if arguments.forks:
@@ -56,7 +59,6 @@ def main() -> int:
             _log_into(folder)
             return run(folder, events, stop)
 
-        stop.leave_at_once = True
         _import_all()
         return fork_runs(logged_run, stop)
     has_failed = False
@@ -68,18 +70,12 @@ def main() -> int:
 
 
 def _log_into(folder: Path) -> None:
-    """Let what is written to standard error from here on be the run's."""
+    """Let what is written to standard error and output from here on be the run's."""
     sys.stderr.flush()
     descriptor = os.open(folder / CHILD_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _logged_run(folder: Path, events: int, stop: StopRequest) -> bool:
-    from luthier.training.run import run
-
-    _log_into(folder)
-    return run(folder, events, stop)
 
 
 def _import_all() -> None:
@@ -95,6 +91,9 @@ def _import_all() -> None:
 
     load_all()
     _ = (peft.get_peft_model, peft.LoraConfig, transformers.AutoModelForCausalLM)
+    # A collection in a run would write to each of these objects, and a run shares only what nobody writes to.
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":

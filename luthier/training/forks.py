@@ -1,14 +1,17 @@
 """`python -P -m luthier.training --forks`: a process with its imports done, which forks one for each run.
 
-So every run begins at once, in memory and a process group of its own, whatever came before it. Standard
-input is a Unix socket: a message is a run directory and comes with the descriptor that its events go to.
-Answers are lines: `started PID`, and when that process has ended `ended CODE`, as subprocess has exit codes.
+So every run begins at once, in memory and a process group of its own, whatever came before it. Standard input
+is a Unix socket of packets. A request is a run directory, and comes with two descriptors: where the run's
+events go, and a socket for what is told of its process: `started PID`, and in the end `ended CODE`, as
+subprocess has exit codes. Until the next request the ended process is not reaped, so its id is nobody else's.
 
 Where there is an NVIDIA driver nothing is forked: imports may have called it, and a forked process can't. The
 process itself does its first run there, and leaves.
 """
 
+import contextlib
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -28,45 +31,81 @@ def fork_runs(run: Run, stop: StopRequest) -> int:
 
     Args:
         run: makes the run of a directory, its events written to a descriptor; tells whether it succeeded.
-        stop: of this process, which has nothing to save.
+        stop: of this process. It leaves at once while it waits; in a run TERM is the run's.
 
     Returns:
         The exit code.
     """
+    ended: int | None = None
     # A copy that neither a run nor what it starts takes for its standard input.
     with socket.socket(fileno=os.dup(0)) as requests:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
-        stop.leave_at_once = True
-        while True:
-            message, descriptors, _, _ = socket.recv_fds(requests, _MAX_PATH_BYTES, 1)
-            if not message:
+        while not stop.is_set:
+            stop.leave_at_once = True
+            message, descriptors, _, _ = socket.recv_fds(
+                requests, _MAX_PATH_BYTES, 2, socket.MSG_CMSG_CLOEXEC
+            )
+            stop.leave_at_once = False
+            if ended is not None:
+                os.waitpid(ended, 0)
+            if not message or stop.is_set:
                 return 0
-            folder, (events,) = Path(os.fsdecode(message)), descriptors
-            if NVIDIA_DRIVER.exists():
-                stop.leave_at_once = False
-                requests.sendall(f"started {os.getpid()}\n".encode())
-                return int(not run(folder, events, stop))
-            code = _fork(run, folder, events, requests)
-            os.close(events)
-            requests.sendall(f"ended {code}\n".encode())
+            folder, (events, told) = Path(os.fsdecode(message)), descriptors
+            with socket.socket(fileno=told) as answers:
+                if NVIDIA_DRIVER.exists():
+                    answers.send(f"started {os.getpid()}".encode())
+                    return int(not run(folder, events, stop))
+                ended, code = _fork(run, folder, events, answers, requests, stop)
+                os.close(events)
+                answers.send(f"ended {code}".encode())
+    return 0
 
 
-def _fork(run: Run, folder: Path, events: int, requests: socket.socket) -> int:
-    """Let a process of its own make a run; return its exit code when it has ended."""
+def _fork(
+    run: Run, folder: Path, events: int, answers: socket.socket, requests: socket.socket, stop: StopRequest
+) -> tuple[int, int]:
+    """Let a process of its own make a run; return its id, not reaped yet, and its exit code."""
     parent = os.getpid()
+    # Neither process may miss a TERM while it has not yet said what that means.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
-    if pid != 0:
-        _, status = os.waitpid(pid, 0)
-        return os.waitstatus_to_exitcode(status)
+    if pid == 0:
+        _become(run, folder, events, answers, requests, parent)
+
+    def pass_on(*_: object) -> None:
+        stop.is_set = True
+        os.kill(pid, signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    if stop.is_set:
+        # It came before anybody could pass it on.
+        pass_on()
+    ending = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    signal.signal(signal.SIGTERM, before)
+    with contextlib.suppress(ProcessLookupError):
+        # What the run has left behind of its group.
+        os.killpg(pid, signal.SIGKILL)
+    assert ending is not None, "without WNOHANG it waits"
+    has_exited = ending.si_code == os.CLD_EXITED
+    return pid, ending.si_status if has_exited else -ending.si_status
+
+
+def _become(
+    run: Run, folder: Path, events: int, answers: socket.socket, requests: socket.socket, parent: int
+) -> None:
+    """Make the run in this process, which was just forked, and end it."""
     code = 1
     try:
         os.setsid()
         die_with_parent(parent)
         stop = StopRequest().install()
-        requests.sendall(f"started {os.getpid()}\n".encode())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         requests.close()
+        answers.send(f"started {os.getpid()}".encode())
+        answers.close()
         code = int(not run(folder, events, stop))
     except Exception:  # noqa: BLE001 - nobody above is this process's
         traceback.print_exc()

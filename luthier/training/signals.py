@@ -7,7 +7,7 @@ from types import FrameType
 class StopRequest:
     """Remembers that TERM came; the loop asks between steps.
 
-    `leave_at_once` is true while there is nothing to save (a warm process that waits for work).
+    `leave_at_once` is true while there is nothing to save (a process that waits for runs).
     """
 
     def __init__(self) -> None:

@@ -18,10 +18,10 @@ from services import leases
 from services.bell import Bell, make_celery
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
+from tests.training import train_next
 from worker.app import sweep, tidy, work
 from worker.context import WorkerContext, make_context
 from worker.tasks.prepare import prepare
-from worker.tasks.train import train_next
 
 
 @pytest.fixture

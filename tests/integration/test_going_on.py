@@ -16,13 +16,14 @@ from luthier.core.specs import TrainingSpec
 from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
+from tests.training import train_next
 from worker.app import tidy, work
 from worker.context import WorkerContext
 from worker.keeper import kept_lease
 from worker.parents import fetch_parents
 from worker.run import Ending
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run, train_next
+from worker.tasks.train import claim, make_run
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from services import leases
 from services.leases import LeaseLostError
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
+from tests.training import train_next
 from worker.app import sweep, tidy, work
 from worker.context import WorkerContext, make_context
 from worker.tasks.prepare import prepare
-from worker.tasks.train import train_next
 
 
 @pytest.fixture

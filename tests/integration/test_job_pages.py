@@ -211,3 +211,25 @@ def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[s
         (condition,) = [line for line in plan.splitlines() if "ROW(" in line]
         assert f"Index Scan Backward using {index} on jobs" in plan
         assert condition.strip().startswith("Index Cond: "), plan
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("fine_tuning/jobs?meta=x", "This URL takes after, limit, metadata."),
+        ("fine_tuning/jobs?metadata[team=x", "This URL takes after, limit, metadata."),
+        ("fine_tuning/jobs?limit=1&order=asc", "This URL takes after, limit, metadata."),
+        ("fine_tuning/jobs/ftjob-1?limit=1", "This URL takes none."),
+        ("files?purpos=fine-tune", "This URL takes "),
+    ],
+)
+def test_a_query_parameter_that_a_url_does_not_have_is_refused(api: Api, path: str, told: str) -> None:
+    answer = httpx2.get(f"{api.base_url}/v1/{path}", headers=api.headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "unknown_parameter")
+    assert told in error["message"]
+
+
+@pytest.mark.parametrize("path", ["fine_tuning/jobs?metadata[a]=b&limit=1", "fine_tuning/jobs?metadata=null"])
+def test_the_metadata_filter_is_no_unknown_parameter(api: Api, path: str) -> None:
+    assert httpx2.get(f"{api.base_url}/v1/{path}", headers=api.headers).status_code == 200

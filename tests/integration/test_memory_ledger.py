@@ -15,10 +15,11 @@ from services import leases, memory
 from services.leases import Lease
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
+from tests.training import train_next
 from worker.app import sweep
 from worker.context import WorkerContext
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, train_next
+from worker.tasks.train import claim
 
 _DEVICE = Device("here", "cpu", 10_000_000_000)
 

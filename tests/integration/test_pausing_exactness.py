@@ -11,10 +11,10 @@ from db.tables import Attempt, Job, Model, Table
 from services import leases
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
+from tests.training import train_next
 from worker.app import sweep, tidy, work
 from worker.context import WorkerContext
 from worker.tasks.prepare import prepare
-from worker.tasks.train import train_next
 
 NUM_STEPS = 320
 

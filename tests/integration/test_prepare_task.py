@@ -1,5 +1,6 @@
 """The task that prepares a job, with real PostgreSQL and storage: what it finds, keeps and passes on."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -73,15 +74,25 @@ def test_the_files_own_hashes_and_the_seconds_are_in_the_report(api: Api, contex
     assert 0 < report["tokenize_seconds"] < 60
 
 
-def test_a_job_tells_that_its_base_is_fetched_first(
-    api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+def test_a_job_tells_that_its_base_is_fetched_first_and_tells_nothing_of_one_that_is_there(
+    api: Api, context: WorkerContext, tmp_path: Path
 ) -> None:
-    job = _create(api)
-    monkeypatch.setattr(prepare_module, "find_base_facts", lambda *_: None)
-    prepare(context, job["id"])
-    told = [event["message"] for event in _get(api, f"{job['id']}/events")["data"]]
-    assert "Fetching the base model tiny-llama, which this machine does not have yet" in told
-    assert _get(api, job["id"])["status"] == "queued"
+    told = "Fetching the base model tiny-llama, which this machine does not have yet"
+
+    def messages(job_id: str) -> list[str]:
+        return [event["message"] for event in _get(api, f"{job_id}/events")["data"]]
+
+    there, fetched = _create(api)["id"], _create(api)["id"]
+    prepare(context, there)
+    assert told not in messages(there)
+    entry = context.catalogue.bases["tiny-llama"]
+    source = f"path:{context.settings.bases_dir.absolute() / 'tiny-llama'}"
+    bases = {**context.catalogue.bases, "tiny-llama": entry.model_copy(update={"source": source})}
+    context.catalogue = context.catalogue.model_copy(update={"bases": bases})
+    context.settings = context.settings.model_copy(update={"bases_dir": tmp_path / "empty"})
+    prepare(context, fetched)
+    assert messages(fetched).count(told) == 1
+    assert _get(api, fetched)["status"] == "queued"
 
 
 def test_others_hear_of_a_job_only_where_its_worker_can_not_take_it(

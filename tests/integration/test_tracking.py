@@ -23,11 +23,12 @@ from tests.conftest import Api
 from tests.event_files import read_events
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
+from tests.training import train_next
 from worker import tracking
 from worker.context import WorkerContext
 from worker.keeper import kept_lease
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run, train_next
+from worker.tasks.train import claim, make_run
 from worker.tracking import TrackerThread, start_tracking
 
 _BASE = BaseFacts(

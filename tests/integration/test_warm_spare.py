@@ -1,19 +1,22 @@
 """A process that waits with its imports done runs a job as a fresh one does, and is never relied on."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from luthier.core.events import FinishedEvent, TrainingEvent
+from luthier.core.events import FinishedEvent, StoppedEvent, TrainingEvent, parse_event
 from tests.conftest import wait_until
+from tests.stack import is_alive
 from tests.tiny import build_tiny_base, build_tiny_run
 from worker.child import start_child
-from worker.spare import WarmSpare
+from worker.spare import SpareRun, WarmSpare
 
 SETTINGS = {"num_rows": 12, "hyperparameters": {"n_epochs": 1, "batch_size": 4}}
 
@@ -21,18 +24,6 @@ SETTINGS = {"num_rows": 12, "hyperparameters": {"n_epochs": 1, "batch_size": 4}}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
-
-
-def waiting_pid(spare: WarmSpare) -> int | None:
-    return None if spare._process is None else spare._process.pid
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def run(folder: Path, spare: WarmSpare | None) -> tuple[int, FinishedEvent]:
@@ -50,17 +41,17 @@ def test_a_spare_has_a_process_for_each_run_and_they_give_the_digest_of_a_fresh_
     base: Path, tmp_path: Path
 ) -> None:
     spare = WarmSpare(idle_seconds=60)
-    spare.start(1)
-    waiting = waiting_pid(spare)
+    spare.start()
+    waiting = spare.pid
     first, warm = run(build_tiny_run(tmp_path / "warm", base, **SETTINGS), spare)
-    spare.start(1)
-    assert waiting_pid(spare) == waiting
+    spare.start()
+    assert spare.pid == waiting
     second, again = run(build_tiny_run(tmp_path / "again", base, **SETTINGS), spare)
     _, cold = run(build_tiny_run(tmp_path / "cold", base, **SETTINGS), None)
     assert len({waiting, first, second}) == 3
     assert warm.digest == again.digest == cold.digest
-    assert is_gone(first)
-    assert is_gone(second)
+    assert not is_alive(first)
+    assert not is_alive(second)
     assert spare._process is not None
     assert waiting is not None
     os.kill(waiting, signal.SIGTERM)
@@ -70,9 +61,9 @@ def test_a_spare_has_a_process_for_each_run_and_they_give_the_digest_of_a_fresh_
 
 def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> None:
     spare = WarmSpare(idle_seconds=60)
-    spare.start(1)
-    waiting = waiting_pid(spare)
-    many = SETTINGS | {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}
+    spare.start()
+    waiting = spare.pid
+    many = SETTINGS | {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
     with start_child(build_tiny_run(tmp_path / "killed", base, **many), 1, spare) as child:
         while not child.poll_events(0.2):
             assert child.exit_code() is None
@@ -82,7 +73,7 @@ def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> No
             child.poll_events(0.2)
         assert child.exit_code() == -signal.SIGKILL
     run(build_tiny_run(tmp_path / "next", base, **SETTINGS), spare)
-    assert waiting_pid(spare) == waiting
+    assert spare.pid == waiting
     spare.stop()
 
 
@@ -95,22 +86,110 @@ def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_i
         "run = lambda folder, events, stop: os.write(events, f'{folder} {os.getpid()}'.encode()) < 0\n"
         "raise SystemExit(forks.fork_runs(run, StopRequest()))\n"
     )
-    ours, theirs = socket.socketpair()
-    with ours, theirs, subprocess.Popen([sys.executable, "-c", code], stdin=theirs.fileno()) as process:
-        theirs.close()
-        read, write = os.pipe()
-        socket.send_fds(ours, [os.fsencode(tmp_path)], [write])
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    answers, their_answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    read, write = os.pipe()
+    with ours, answers, subprocess.Popen([sys.executable, "-c", code], stdin=theirs.fileno()) as process:
+        socket.send_fds(ours, [os.fsencode(tmp_path)], [write, their_answers.fileno()])
+        for one in (theirs, their_answers):
+            one.close()
         os.close(write)
         assert process.wait(30) == 1
-        assert ours.recv(100).decode() == f"started {process.pid}\n"
+        assert answers.recv(100).decode() == f"started {process.pid}"
+        assert answers.recv(100) == b""
         with os.fdopen(read) as events:
             assert events.read() == f"{tmp_path} {process.pid}"
 
 
+def test_a_run_of_two_threads_is_that_of_a_fresh_process_and_its_spare_has_one(
+    base: Path, tmp_path: Path
+) -> None:
+    spare = WarmSpare(idle_seconds=60)
+    spare.start()
+    digests = []
+    for name, own in (("forked", spare), ("fresh", None)):
+        folder = build_tiny_run(tmp_path / name, base, **SETTINGS)
+        spec = json.loads((folder / "spec.json").read_text())
+        (folder / "spec.json").write_text(json.dumps(spec | {"num_threads": 2}))
+        digests.append(run(folder, own)[1].digest)
+    assert digests[0] == digests[1]
+    # What has other threads loses them, and maybe their locks, in a fork.
+    assert len(list(Path(f"/proc/{spare.pid}/task").iterdir())) == 1
+    spare.stop()
+
+
+def at_work(folder: Path, base: Path, spare: WarmSpare) -> SpareRun:
+    """Return a long run that has done a step."""
+    many = SETTINGS | {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
+    taken = spare.take(build_tiny_run(folder, base, **many))
+    assert taken is not None
+    while b'"type":"step"' not in taken.stdout.readline():
+        assert is_alive(taken.pid)
+    return taken
+
+
+def test_a_run_ends_with_its_spare(base: Path, tmp_path: Path) -> None:
+    spare = WarmSpare(idle_seconds=60)
+    spare.start()
+    taken = at_work(tmp_path / "run", base, spare)
+    forked = taken.pid
+    assert spare.pid is not None
+    assert forked != spare.pid
+    os.kill(spare.pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(forked), what="the run is gone")
+    assert taken.wait() == -signal.SIGKILL
+    taken.stdout.close()
+    spare.stop()
+
+
+def test_a_spare_that_is_asked_to_stop_lets_its_run_save_first(base: Path, tmp_path: Path) -> None:
+    spare = WarmSpare(idle_seconds=60)
+    spare.start()
+    taken = at_work(tmp_path / "run", base, spare)
+    assert spare._process is not None
+    spare._process.terminate()
+    last = taken.stdout.readlines()[-1]
+    assert isinstance(parse_event(last), StoppedEvent)
+    assert taken.wait() == 0
+    assert spare._process.wait(10) == 0
+    assert list((tmp_path / "run" / "save_points").iterdir())
+    taken.stdout.close()
+    spare.stop()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0, 2.0])
+def test_a_run_that_is_asked_to_stop_while_its_spare_imports_does_not_begin(
+    seconds: float, base: Path, tmp_path: Path
+) -> None:
+    spare = WarmSpare(idle_seconds=60)
+    spare.start()
+    with start_child(build_tiny_run(tmp_path / "run", base, **SETTINGS), 1, spare) as child:
+        time.sleep(seconds)
+        child.ask_to_stop()
+        events: list[TrainingEvent] = []
+        while child.exit_code() is None:
+            events += child.poll_events(0.2)
+    assert not any(isinstance(event, FinishedEvent) for event in events)
+    spare.stop()
+
+
+def test_an_idle_spares_timer_that_comes_late_leaves_a_run_alone(base: Path, tmp_path: Path) -> None:
+    spare = WarmSpare(idle_seconds=60)
+    spare.start()
+    late = spare._timer
+    assert late is not None
+    taken = at_work(tmp_path / "run", base, spare)
+    late.function()
+    assert is_alive(taken.pid)
+    spare.stop()
+    taken.wait()
+    taken.stdout.close()
+
+
 def test_a_process_that_died_while_it_waited_is_replaced(base: Path, tmp_path: Path) -> None:
     spare = WarmSpare(idle_seconds=60)
-    spare.start(1)
-    waiting = waiting_pid(spare)
+    spare.start()
+    waiting = spare.pid
     assert waiting is not None
     os.kill(waiting, signal.SIGKILL)
     assert spare._process is not None
@@ -119,25 +198,19 @@ def test_a_process_that_died_while_it_waited_is_replaced(base: Path, tmp_path: P
     assert pid != waiting
 
 
-def test_one_that_has_other_threads_or_waits_too_long_is_ended(tmp_path: Path) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start(2)
-    other = waiting_pid(spare)
-    assert other is not None
-    assert spare.take(tmp_path, num_threads=1) is None
-    assert is_gone(other)
+def test_one_that_waits_too_long_is_ended() -> None:
     idle = WarmSpare(idle_seconds=0.1)
-    idle.start(1)
-    pid = waiting_pid(idle)
+    idle.start()
+    pid = idle.pid
     assert pid is not None
-    wait_until(lambda: is_gone(pid), what="the idle process ends")
-    assert waiting_pid(idle) is None
+    wait_until(lambda: not is_alive(pid), what="the idle process ends")
+    assert idle.pid is None
 
 
 def test_a_taken_process_that_ends_before_its_first_word_is_replaced_once(base: Path, tmp_path: Path) -> None:
     spare = WarmSpare(idle_seconds=60)
-    spare.start(1)
-    waiting = waiting_pid(spare)
+    spare.start()
+    waiting = spare.pid
     assert waiting is not None
     # It gets the directory, and never comes to read it.
     os.kill(waiting, signal.SIGSTOP)

@@ -16,17 +16,26 @@ from luthier.core.settings import Settings
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from tests.stack import ROOT, is_alive
+from tests.tiny import build_tiny_base, build_tiny_run
 from worker.app import sweep, work
 from worker.context import WorkerContext, make_context
 from worker.spare import SpareRun, WarmSpare
 from worker.tasks.prepare import prepare
 
 _PARENT = """
-import sys, time
+import pathlib, sys, time
 from worker.spare import SpareRun, WarmSpare
 spare = WarmSpare(idle_seconds=60)
-spare.start(1)
-print(spare._process.pid, flush=True)
+spare.start()
+print(spare.pid, flush=True)
+time.sleep(60)
+"""
+
+
+_TELL = """
+while b'"type":"step"' not in run.stdout.readline():
+    pass
+print(run.pid, flush=True)
 time.sleep(60)
 """
 
@@ -38,12 +47,8 @@ class WatchedSpare(WarmSpare):
         super().__init__(idle_seconds=60)
         self.taken: list[SpareRun | None] = []
 
-    @property
-    def waiting(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
-    def take(self, run_dir: Path, num_threads: int) -> SpareRun | None:
-        run = super().take(run_dir, num_threads)
+    def take(self, run_dir: Path) -> SpareRun | None:
+        run = super().take(run_dir)
         self.taken.append(run)
         return run
 
@@ -95,19 +100,19 @@ def test_jobs_in_a_row_are_run_by_one_spare_and_idle_bells_start_none(
 ) -> None:
     first, second = create(), create()
     prepare(context, second)
-    waiting = spare.waiting
+    waiting = spare.pid
     assert waiting is not None
     work(context, first)
     assert [client.fine_tuning.jobs.retrieve(job).status for job in (first, second)] == ["succeeded"] * 2
     pids = [None if run is None else run.pid for run in spare.taken]
     assert len(pids) == 2
     assert len({*pids, waiting, None}) == 4
-    assert spare.waiting == waiting
+    assert spare.pid == waiting
     spare.stop()
     # The same bell once more, and a look without one.
     work(context, first)
     work(context, None)
-    assert spare.waiting is None
+    assert spare.pid is None
 
 
 def test_a_pause_and_a_cancel_reach_a_process_that_had_waited(
@@ -144,12 +149,12 @@ def test_a_pause_and_a_cancel_reach_a_process_that_had_waited(
 
 def test_a_worker_that_stops_keeps_no_process_waiting(context: WorkerContext, spare: WatchedSpare) -> None:
     context.keep_spare()
-    pid = spare.waiting
+    pid = spare.pid
     assert pid is not None
     context.stopping.set()
     work(context, None)
     context.keep_spare()
-    assert spare.waiting is None
+    assert spare.pid is None
     assert not is_alive(pid)
 
 
@@ -164,6 +169,21 @@ def test_a_waiting_process_dies_with_its_parent() -> None:
     wait_until(lambda: not is_alive(pid), what="the waiting process is gone")
 
 
+def test_a_run_dies_with_its_worker(tmp_path: Path) -> None:
+    base = build_tiny_base(tmp_path / "tiny-llama")
+    many = {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
+    folder = build_tiny_run(tmp_path / "run", base, **many)
+    code = _PARENT.replace("time.sleep(60)", f"run = spare.take(pathlib.Path({str(folder)!r}))\n{_TELL}")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    waiting, forked = (int(parent.stdout.readline()) for _ in range(2))
+    assert is_alive(forked)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: not is_alive(waiting) and not is_alive(forked), what="both are gone")
+
+
 def test_a_waiting_process_knows_no_secret(spare: WatchedSpare, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["DATABASE_URL", "REDIS_URL", "STORAGE_URL", "BOOTSTRAP_API_KEY", "INFERENCE_TOKEN"]
     for name in [
@@ -173,8 +193,8 @@ def test_a_waiting_process_knows_no_secret(spare: WatchedSpare, monkeypatch: pyt
         "WANDB_API_KEY",
     ]:
         monkeypatch.setenv(name, "hush")
-    spare.start(1)
-    pid = spare.waiting
+    spare.start()
+    pid = spare.pid
     assert pid is not None
     folder = Path(f"/proc/{pid}")
     # Both what the process was started by and what it has become.

@@ -9,8 +9,7 @@ from pathlib import Path
 import structlog
 
 from db.tables import File, Job
-from luthier.bases.catalogue import base_folder, find_base_facts
-from luthier.bases.fetch import ensure_base
+from luthier.bases.catalogue import base_folder
 from luthier.core.errors import InvalidTrainingFileError, LuthierError, UnavailableError
 from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
@@ -27,6 +26,7 @@ from services.events import NewEvent
 from services.leases import Lease, LeaseLostError
 from services.memory_needs import MemoryNeed, tell_need
 from services.reports import FileReport, PrepareReport
+from worker.bases import ensure_jobs_base
 from worker.context import WorkerContext
 from worker.giving_back import give_back
 from worker.keeper import kept_lease
@@ -125,12 +125,7 @@ def _run(context: WorkerContext, claimed: _Claimed) -> _Prepared:
     entry = context.catalogue.bases.get(claimed.spec.base_id)
     if entry is None:
         raise LuthierError(f"The base {claimed.spec.base_id} is no longer in this worker's models.toml.")
-    if find_base_facts(context.settings.bases_dir, entry.id) is None:
-        told = f"Fetching the base model {entry.id}, which this machine does not have yet"
-        with context.database.transaction() as session:
-            leases.hold(session, claimed.lease)
-            events.append(session, claimed.lease.job_id, [NewEvent(told, data={})])
-    base = ensure_base(entry, context.settings.bases_dir, log=lambda line: _log.info("base", stage=line))
+    base = ensure_jobs_base(context, claimed.lease, entry)
     check_parents(context, claimed.spec, base)
     with tempfile.TemporaryDirectory(prefix="luthier-prepare-") as folder:
         return _prepare_files(context, claimed, base, Path(folder))

@@ -15,7 +15,6 @@ import structlog
 
 from db.tables import Organization
 from luthier.bases.catalogue import base_folder
-from luthier.bases.fetch import ensure_base
 from luthier.core.errors import (
     ArtifactCorruptError,
     BaseUnavailableError,
@@ -27,6 +26,7 @@ from luthier.core.errors import (
 from luthier.core.specs import RunInputs, TrainingSpec
 from services import leases, memory, models, reports
 from services.leases import Lease, LeaseLostError
+from worker.bases import ensure_jobs_base
 from worker.child import start_child
 from worker.context import WorkerContext
 from worker.giving_back import give_back
@@ -61,22 +61,6 @@ class Claimed:
     def prefix(self) -> str:
         """Where this attempt's objects go: the epoch keeps a woken zombie's bytes apart."""
         return f"projects/{self.project_id}/jobs/{self.lease.job_id}/e{self.lease.epoch}"
-
-
-def train_next(context: WorkerContext) -> bool:
-    """Claim the oldest queued job and run it to an end.
-
-    Args:
-        context: the worker's parts.
-
-    Returns:
-        Whether a job was claimed; False when none waits or no slot is free.
-    """
-    claimed = claim(context)
-    if claimed is None:
-        return False
-    train(context, claimed)
-    return True
 
 
 def train(context: WorkerContext, claimed: Claimed) -> None:
@@ -214,7 +198,7 @@ def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path)
     entry = context.catalogue.bases.get(base.id)
     if entry is None:
         raise BaseUnavailableError(f"The base {base.id} is not in this worker's models.toml.")
-    here = ensure_base(entry, context.settings.bases_dir, log=lambda line: _log.info("base", stage=line))
+    here = ensure_jobs_base(context, claimed.lease, entry)
     if here.digest != base.digest:
         raise BaseUnavailableError(
             f"This worker's copy of {base.id} is {here.digest}, the job was prepared for {base.digest}."

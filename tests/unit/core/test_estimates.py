@@ -201,7 +201,7 @@ def test_more_epochs_are_evaluated_more_often() -> None:
     assert thrice.seconds.evaluate == pytest.approx(2 * once.seconds.evaluate)
 
 
-def test_a_step_is_proved_once_and_written_twice() -> None:
+def test_a_checkpoint_is_proved_and_written_and_the_result_is_written_alone() -> None:
     work, dear = _work(80, 100), _CALIBRATION.model_copy(update={"plain_scoring_seconds": 1.0})
     once, thrice = (_price(_lora(16), one, calibration=dear) for one in (work, replace(work, num_epochs=3)))
     # With a pass on the plain path that takes most of it: six for each proof, three when the result is read.
@@ -209,6 +209,11 @@ def test_a_step_is_proved_once_and_written_twice() -> None:
     reading = 3 * 30 * 32
     assert once.seconds.save == pytest.approx(3 * passes + reading, rel=0.01)
     assert thrice.seconds.save == pytest.approx(3 * 3 * passes + reading, rel=0.01)
+    slow = _CALIBRATION.model_copy(update={"written_byte_seconds": 1.0})
+    once, thrice = (_price(_lora(16), one, calibration=slow) for one in (work, replace(work, num_epochs=3)))
+    artifact_bytes = 4 * _lora(16).num_saved
+    assert once.seconds.save == pytest.approx(2 * artifact_bytes, rel=0.01)
+    assert thrice.seconds.save == pytest.approx(4 * artifact_bytes, rel=0.01)
 
 
 def test_what_the_fast_path_copied_is_given_back_and_parameters_are_counted_all_the_same() -> None:
