@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from api.fields import nearest_field
 from api.paths import shown_path
 from luthier.core.errors import (
     InvalidRequestError,
@@ -39,7 +40,7 @@ def to_response(error: LuthierError) -> JSONResponse:
     return JSONResponse(error.to_body(), error.http_status, headers)
 
 
-def from_validation(errors: Sequence[Any]) -> LuthierError:
+def from_validation(request: Request, errors: Sequence[Any]) -> LuthierError:
     """Turn pydantic's findings into the first one's error, with the field's dotted path."""
     first = errors[0]
     path = [str(part) for part in first["loc"] if part not in _LOCATIONS]
@@ -51,7 +52,9 @@ def from_validation(errors: Sequence[Any]) -> LuthierError:
     if kind == "missing":
         return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
     if kind == "extra_forbidden":
-        return UnknownParameterError(f"Unknown parameter: '{param}'. Leave it out.", param=param)
+        near = nearest_field(request, path)
+        advice = f"Did you mean '{near}'?" if near else "Leave it out."
+        return UnknownParameterError(f"Unknown parameter: '{param}'. {advice}", param=param)
     if param is None and kind == "model_attributes_type":
         return InvalidTypeError("Send a JSON object as the body, with Content-Type: application/json.")
     reason = str(first["msg"]).removeprefix("Value error, ")
@@ -66,9 +69,9 @@ async def _on_luthier_error(_request: Request, error: Exception) -> JSONResponse
     return to_response(error)
 
 
-async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return to_response(from_validation(error.errors()))
+    return to_response(from_validation(request, error.errors()))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

@@ -59,7 +59,7 @@ def _require_admin(scope: Scope) -> None:
 
 def create(
     session: Session, scope: Scope, *, name: str, project_name: str | None, is_admin: bool = False
-) -> tuple[ApiKey, str]:
+) -> tuple[ApiKey, str, str]:
     """Make a key, and its project when no project of that name is there yet.
 
     Args:
@@ -70,26 +70,27 @@ def create(
         is_admin: whether the key may manage keys.
 
     Returns:
-        The row, and the key in plain text, which is shown this once.
+        The row, its project's name, and the key in plain text, which is shown this once.
 
     Raises:
         PermissionDeniedError: when the caller is no admin.
     """
     _require_admin(scope)
-    project_id = scope.project_id
-    if project_name is not None:
-        project_id = ensure_project(session, scope.organization_id, project_name).id
+    if project_name is None:
+        project = session.get_one(Project, scope.project_id)
+    else:
+        project = ensure_project(session, scope.organization_id, project_name)
     key = new_api_key()
     row = insert_key(
         session,
         key,
         organization_id=scope.organization_id,
-        project_id=project_id,
+        project_id=project.id,
         name=name,
         is_admin=is_admin,
         created_by_key_id=scope.key_id,
     )
-    return row, key
+    return row, project.name, key
 
 
 def insert_key(
@@ -130,7 +131,7 @@ def ensure_project(session: Session, organization_id: str, name: str) -> Project
     return project
 
 
-def list_(session: Session, scope: Scope) -> Sequence[ApiKey]:
+def list_(session: Session, scope: Scope) -> Sequence[tuple[ApiKey, str]]:
     """List the organization's keys, newest first.
 
     Args:
@@ -138,17 +139,19 @@ def list_(session: Session, scope: Scope) -> Sequence[ApiKey]:
         scope: the caller.
 
     Returns:
-        The rows.
+        The rows, each with its project's name.
 
     Raises:
         PermissionDeniedError: when the caller is no admin.
     """
     _require_admin(scope)
-    return session.scalars(
-        select(ApiKey)
+    found = session.execute(
+        select(ApiKey, Project.name)
+        .join(Project, Project.id == ApiKey.project_id)
         .where(ApiKey.organization_id == scope.organization_id, ApiKey.deleted_at.is_(None))
         .order_by(ApiKey.created_at.desc())
-    ).all()
+    )
+    return [(key, project_name) for key, project_name in found]
 
 
 def revoke(session: Session, scope: Scope, key_id: str) -> None:

@@ -64,11 +64,15 @@ def get_own(session: Session, scope: Scope, name: str) -> Model:
 
     Raises:
         PermissionDeniedError: when it is another project's, which lets this one call it and no more.
-        InvalidValueError: when the name is an alias.
+        InvalidValueError: when the name is an alias or a base.
         ModelNotFoundError: when there is none.
     """
     model = names.find_callable(session, scope, name)
     if model is None:
+        if session.get(Base, name) is not None:
+            raise InvalidValueError(
+                f"{name} is a base model; only tuned models are pinned and downloaded here.", param="model"
+            )
         if find_alias(session, scope.project_id, name) is not None:
             raise InvalidValueError(
                 f"{name} is an alias, which may point elsewhere a moment later. Name the model itself; "

@@ -64,7 +64,7 @@ def _scores_told(evaluation: Evaluation, whose: str) -> str | None:
         "general loss": evaluation.general_loss,
         "forgetting": evaluation.forgetting if evaluation.step else None,
     }
-    told = ", ".join(f"{name}={score:.2f}" for name, score in scores.items() if score is not None)
+    told = ", ".join(f"{name}={score:z.2f}" for name, score in scores.items() if score is not None)
     if not told:
         return None
     return f"{whose}: {told}"

@@ -14,15 +14,17 @@ router = APIRouter(prefix="/v1/keys", tags=["keys"])
 @router.post("")
 def create_key(body: CreateKeyBody, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
     """Make a key; its plain text is in this answer and nowhere else."""
-    row, key = keys.create(session, scope, name=body.name, project_name=body.project, is_admin=body.is_admin)
-    return key_object(row, key)
+    row, project_name, key = keys.create(
+        session, scope, name=body.name, project_name=body.project, is_admin=body.is_admin
+    )
+    return key_object(row, project_name, key)
 
 
 @router.get("")
 def list_keys(session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
     """List the organization's keys."""
-    rows = keys.list_(session, scope)
-    return {"object": "list", "data": [key_object(row) for row in rows], "has_more": False}
+    data = [key_object(row, project_name) for row, project_name in keys.list_(session, scope)]
+    return {"object": "list", "data": data, "has_more": False}
 
 
 @router.delete("/{key_id}")

@@ -16,13 +16,14 @@ class CreateKeyBody(BaseModel):
     is_admin: bool = Field(False, strict=True)
 
 
-def key_object(key: ApiKey, plain_text: str | None = None) -> dict[str, Any]:
+def key_object(key: ApiKey, project_name: str, plain_text: str | None = None) -> dict[str, Any]:
     """Return a key as clients see it; `key` itself is there only in the answer that made it."""
     body: dict[str, Any] = {
         "id": key.id,
         "object": "api_key",
         "name": key.name,
         "prefix": key.prefix,
+        "project": project_name,
         "project_id": key.project_id,
         "is_admin": key.is_admin,
         "created_at": int(key.created_at.timestamp()),

@@ -106,7 +106,7 @@ def list_keys(
         print_json(keys)
         return
     rows = [
-        (key["id"], key["name"], key["prefix"] + "…", key["project_id"], local_time(key["created_at"]))
+        (key["id"], key["name"], key["prefix"] + "…", key["project"], local_time(key["created_at"]))
         for key in keys
     ]
     print_table(("ID", "NAME", "KEY", "PROJECT", "CREATED"), rows, empty="There are no keys.")

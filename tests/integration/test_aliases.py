@@ -201,6 +201,9 @@ def test_aliases_are_listed_in_pages_and_among_the_models(ours: Aliases) -> None
     # An alias may move between two files of a download.
     assert ours.refused("GET", "/models/one/files")[:3] == (400, "invalid_value", "model")
     assert ours.refused("DELETE", "/models/one")[:3] == (400, "invalid_value", "model")
+    *refused, message = ours.refused("GET", f"/models/{TINY_BASE}/files")
+    assert refused == [400, "invalid_value", "model"]
+    assert "is a base model" in message
 
 
 def test_what_an_alias_points_to_can_t_be_deleted_and_what_it_pointed_to_can(ours: Aliases) -> None:

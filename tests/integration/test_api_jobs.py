@@ -124,6 +124,29 @@ def test_a_bad_create_names_its_field_and_makes_no_job(
     assert api.bells == []
 
 
+@pytest.mark.parametrize(
+    ("change", "meant"),
+    [
+        ({"hyperparameters": {"n_epoch": 1}}, "hyperparameters.n_epochs"),
+        ({"trainingfile": "f"}, "training_file"),
+        ({"validation_split": 0.1}, "training.validation_split"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"betta": 1}}}},
+            "method.dpo.hyperparameters.beta",
+        ),
+    ],
+)
+def test_an_unknown_field_is_told_with_the_one_that_was_meant(
+    api: Api, file_id: str, change: dict[str, Any], meant: str
+) -> None:
+    error = _post(api, {"model": "tiny-llama", "training_file": file_id} | change).json()["error"]
+    assert error["message"].endswith(f"Did you mean '{meant}'?"), error
+    assert (
+        "Leave it out."
+        in _post(api, {"model": "m", "training_file": "f", "zzz": 1}).json()["error"]["message"]
+    )
+
+
 def test_nine_rows_are_too_few(api: Api, client: openai.OpenAI) -> None:
     few = client.files.create(file=("rows.jsonl", jsonl(colour_rows(9))), purpose="fine-tune")
     answer = _post(api, {"model": "tiny-llama", "training_file": few.id})

@@ -94,6 +94,14 @@ def test_only_an_admin_key_manages_keys(api: Api) -> None:
         assert answer.status_code == 403, answer.text
 
 
+def test_keys_are_told_with_the_names_of_their_projects(api: Api) -> None:
+    made = _make_key(api, name="second", project="violins")
+    assert made["project"] == "violins"
+    listed = httpx2.get(f"{api.base_url}/v1/keys", headers=api.headers).json()["data"]
+    assert {key["id"]: key["project"] for key in listed}[made["id"]] == "violins"
+    assert len({key["project"] for key in listed}) == 2
+
+
 def test_another_projects_ids_are_404_everywhere(api: Api) -> None:
     mine = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
     file = mine.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")

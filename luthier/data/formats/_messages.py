@@ -3,7 +3,7 @@
 from typing import Any
 
 from luthier.data.formats._tools import Broken, check_called, check_calls, to_call
-from luthier.data.formats.base import Turn, escape_text
+from luthier.data.formats.base import Turn, escape_text, tell_choice
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Which role's messages may have a key; every message has role and content, and may have a name.
@@ -81,8 +81,7 @@ def _check_role(message: dict[str, Any], path: str) -> list[Broken]:
     role = message.get("role")
     if isinstance(role, str) and role in ROLES:
         return []
-    what = "is missing" if "role" not in message else "is unknown"
-    return [(f"{path}.role", "message.role", f'"role" {what}; it is one of {", ".join(ROLES)}.')]
+    return [(f"{path}.role", "message.role", tell_choice(message, "role", ROLES))]
 
 
 def _check_owned(message: dict[str, Any], path: str) -> list[Broken]:

@@ -3,7 +3,7 @@
 A fault names its line, its place and its rule; it never quotes more than 40 escaped characters of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -151,6 +151,18 @@ class RowFormat(Protocol):
 def escape_text(text: str) -> str:
     """Return the beginning of a user's text, escaped, in at most 40 characters."""
     return text[:_MAX_QUOTED_CHARS].encode("unicode_escape").decode()[:_MAX_QUOTED_CHARS]
+
+
+def tell_choice(fields: Mapping[str, Any], key: str, choices: Iterable[str]) -> str:
+    """Say that a field is missing, or that its value is none of those there are."""
+    value = fields.get(key)
+    if key not in fields:
+        what = "is missing"
+    elif isinstance(value, str):
+        what = f"'{escape_text(value)}' is unknown"
+    else:
+        what = "is no text"
+    return f'"{key}" {what}; it is one of {", ".join(choices)}.'
 
 
 def tell_faults(faults: Sequence[Fault]) -> str:

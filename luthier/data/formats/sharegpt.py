@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier.data.formats._json_line import parse_line
 from luthier.data.formats._tools import Broken, check_definitions, check_name
-from luthier.data.formats.base import Fault, Row, ToolCall, Turn, escape_text
+from luthier.data.formats.base import Fault, Row, ToolCall, Turn, escape_text, tell_choice
 
 _ROLES = {
     "system": "system",
@@ -95,9 +95,7 @@ def _check_turn(turn: Any, path: str) -> list[Broken]:
     ]
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in _ROLES:
-        what = "is missing" if "from" not in turn else "is unknown"
-        told = f'"from" {what}; it is one of {", ".join(_ROLES)}.'
-        return [*broken, (f"{path}.from", "message.role", told)]
+        return [*broken, (f"{path}.from", "message.role", tell_choice(turn, "from", _ROLES))]
     if not isinstance(turn.get("value"), str):
         return [*broken, (f"{path}.value", "message.content", '"value" must be a string.')]
     if _ROLES[speaker] == "call" and not broken:

@@ -1,0 +1,39 @@
+"""Which of the fields that a body has was meant by one that it does not have."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from fastapi import Request
+from pydantic import BaseModel
+
+_LIKENESS = 0.7
+
+
+def nearest_field(request: Request, path: Sequence[str]) -> str | None:
+    """Find the field whose name is most like an unknown one's; of equals the one beside it.
+
+    Args:
+        request: as it was routed.
+        path: of the unknown field.
+
+    Returns:
+        The dotted path of a field that there is, or None when no name is like it.
+    """
+    body = getattr(request.scope.get("route"), "body_field", None)
+    known = [] if body is None else list(_paths(body.field_info.annotation))
+    *beside, name = path
+    likeness = {
+        one: (difflib.SequenceMatcher(a=name, b=one[-1]).ratio(), one[:-1] == tuple(beside)) for one in known
+    }
+    nearest = max(known, key=likeness.__getitem__, default=None)
+    return None if nearest is None or likeness[nearest][0] < _LIKENESS else ".".join(nearest)
+
+
+def _paths(annotation: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of each field of the objects that a type stands for."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            for name, field in part.model_fields.items():
+                yield (*before, name)
+                yield from _paths(field.annotation, (*before, name))
