@@ -142,6 +142,11 @@ class LuthierClient:
         """Return the ways to tune, each with the JSON schema of a job's `tuning`."""
         return self._data("/fine_tuning/methods")
 
+    def is_inference_ready(self) -> bool:
+        """Whether one inference server at least can answer, as the API finds it."""
+        told = self._ask("GET", "/readyz", root=self.base_url.removesuffix("/v1"))
+        return bool(told["inference"] == "ready")
+
     def list_models(self) -> list[dict[str, Any]]:
         """Return all models that the key may call."""
         return self._data("/models")
@@ -322,9 +327,11 @@ class LuthierClient:
         *,
         params: dict[str, str] | None = None,
         body: dict[str, Any] | None = None,
+        root: str | None = None,
     ) -> dict[str, Any]:
         try:
-            response = self._http.request(method, self.base_url + path, params=params, json=body)
+            url = (self.base_url if root is None else root) + path
+            response = self._http.request(method, url, params=params, json=body)
         except httpx2.TransportError as error:
             raise NotRunningError(
                 f"Nothing answers at {self.base_url} ({type(error).__name__}). Start it with `luthier up`, "

@@ -106,6 +106,10 @@ class FusedLinear:
         gradient_NK[:, : self.num_inputs].addmm_(gradient_u_NR, self.a_RD)
         return gradient_NK, gradient_u_NR
 
+    def low_rank_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor | None:
+        """Return the gradient of u alone, where nobody asks for the input's."""
+        return torch.mm(gradient_NO, self.weight_OK[:, self.num_inputs :]) if self.low_ranks else None
+
     def parameter_gradients(
         self,
         gradient_NO: torch.Tensor,
@@ -152,7 +156,11 @@ class NormLinear(torch.autograd.Function):
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
         x_ND, weight_D, inverse_N, u_NR = context.saved_tensors
         fused, gradient_NO = context.fused, gradients_out[0]
-        gradient_NK, gradient_u_NR = fused.input_gradient(gradient_NO)
+        if any(context.needs_input_grad[:2]):
+            gradient_NK, gradient_u_NR = fused.input_gradient(gradient_NO)
+        else:
+            # The first layer, its embeddings frozen.
+            gradient_u_NR = fused.low_rank_gradient(gradient_NO)
         gradients: list[torch.Tensor] = []
         if fused.parameters:
             x_NK, _ = kernels.rms_norm(x_ND, weight_D, context.epsilon, fused.num_inputs)

@@ -6,7 +6,7 @@ after a half, virtual tokens, or the weights themselves. The parameters stay the
 trained here is saved and loaded by the plain path. `fuse` returns None for everything that it does not
 know, and the plain path runs.
 
-Legend: N tokens with their padding (B rows of T), D hidden size, V virtual tokens.
+Legend: N tokens with their padding (B rows of T), D hidden size, V virtual tokens, M wanted tokens.
 """
 
 from dataclasses import dataclass
@@ -103,7 +103,33 @@ class FusedLlama:
         Returns:
             hidden_BTD after the last norm, in the weights' type, of the tokens that are not shared.
         """
-        num_rows = token_ids_BT.shape[0]
+        num_rows, num_tokens = token_ids_BT.shape
+        own_ND = self._run(token_ids_BT, num_shared, None)
+        return own_ND.view(num_rows, num_tokens - num_shared, -1)
+
+    def wanted_hidden_states(self, token_ids_BT: torch.Tensor, wanted_BT: torch.Tensor) -> torch.Tensor:
+        """Run rows padded on the right for some of their tokens.
+
+        Of all others the last layer makes keys and values, and no more.
+
+        Args:
+            token_ids_BT: int64.
+            wanted_BT: bool, of the last columns; the tokens before them are alike in all rows, and are
+                computed once.
+
+        Returns:
+            hidden_MD after the last norm, in the weights' type, in the order of the rows.
+        """
+        if not wanted_BT.any():
+            weight_VD = self._body.embed_tokens.weight
+            return weight_VD.new_empty(0, weight_VD.shape[1])
+        num_shared = token_ids_BT.shape[1] - wanted_BT.shape[1]
+        return self._run(token_ids_BT, num_shared, wanted_BT.flatten().nonzero()[:, 0])
+
+    def _run(
+        self, token_ids_BT: torch.Tensor, num_shared: int, wanted_M: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the hidden states of the tokens that are not shared, or of those wanted among them."""
         ids_N = torch.cat([token_ids_BT[0, :num_shared], token_ids_BT[:, num_shared:].reshape(-1)])
         x_ND = self._body.embed_tokens(ids_N)
         embedded_VD = self._method.virtual_embeddings(self._attached)
@@ -120,6 +146,7 @@ class FusedLlama:
             part[0, :, :half].float().contiguous()
             for part in self._body.rotary_emb(x_ND[None], position_ids=positions_1T)
         )
+        num_before_own = num_embedded + num_shared
         for number, block in enumerate(self._blocks):
             for fused in block.fused:
                 fused.refresh()
@@ -131,12 +158,19 @@ class FusedLlama:
                 cosine_TC,
                 sine_TC,
                 block.attention_out.width,
-                num_embedded + num_shared,
+                num_before_own,
             )
-            x_ND = _attend(block, x_ND, heads, key, value)
+            attended_NK = _attend(block, x_ND, heads, key, value)
+            if block is self._blocks[-1]:
+                # Nothing attends to what it gives.
+                own = slice(num_before_own, None)
+                attended_NK, x_ND = (
+                    one[own] if wanted_M is None else one[own].index_select(0, wanted_M)
+                    for one in (attended_NK, x_ND)
+                )
+            x_ND = _leave_attention(block, attended_NK, x_ND)
             x_ND = _feed_forward(block, x_ND)
-        own_ND = self._body.norm(x_ND[num_embedded + num_shared :])
-        return own_ND.view(num_rows, token_ids_BT.shape[1] - num_shared, -1)
+        return self._body.norm(x_ND)
 
 
 def _build_block(layer: nn.Module, adapter: str) -> _Block:
@@ -162,7 +196,10 @@ def _attend(
 ) -> torch.Tensor:
     norm, fused = block.input_norm, block.attention_in
     qkv_NE = NormLinear.apply(x_ND, norm.weight, norm.variance_epsilon, fused, *fused.parameters)
-    attended_NK = Attention.apply(qkv_NE, key, value, heads)
+    return Attention.apply(qkv_NE, key, value, heads)
+
+
+def _leave_attention(block: _Block, attended_NK: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
     fused, bottleneck = block.attention_out, block.attention_bottleneck
     if bottleneck is None:
         return LinearAdd.apply(attended_NK, x_ND, fused, *fused.parameters)

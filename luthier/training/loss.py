@@ -75,21 +75,18 @@ def chunks(num_tokens: int, vocabulary_size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, num_tokens, size)] if num_tokens else []
 
 
-def gather_supervised(
-    outputs_BTD: torch.Tensor, batch: Batch, *, first: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_supervised(outputs_BTD: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Pick the outputs that predict a supervised token.
 
     Args:
-        outputs_BTD: the model's output before its output layer, or its logits, from column `first` on; up
-            to the last column that is needed, or more.
+        outputs_BTD: the model's output before its output layer, or its logits, up to the last column that is
+            needed, or more.
         batch: the rows.
-        first: a column before all supervised ones.
 
     Returns:
         outputs_ND and targets_N: position t predicts token t + 1.
     """
-    following = slice(first + 1, first + 1 + outputs_BTD.shape[1])
+    following = slice(1, 1 + outputs_BTD.shape[1])
     is_target_BT = batch.supervised_BT[:, following]
     outputs_ND = outputs_BTD[:, : is_target_BT.shape[1]][is_target_BT]
     return outputs_ND, batch.token_ids_BT[:, following][is_target_BT]

@@ -81,19 +81,20 @@ class Trainee:
         Returns:
             hidden_ND before the output layer, and targets_N, the tokens to be predicted.
         """
-        num_needed, num_shared = batch.num_needed, 0 if self._fused is None else batch.num_shared
+        num_needed, num_shared = batch.num_needed, batch.num_shared
         batch = batch.to(self.device)
-        hidden_BTD = self.hidden_states(batch.token_ids_BT[:, :num_needed], num_shared=num_shared)
-        return gather_supervised(hidden_BTD, batch, first=num_shared)
+        token_ids_BT = batch.token_ids_BT[:, :num_needed]
+        if self._fused is None:
+            return gather_supervised(self.hidden_states(token_ids_BT), batch)
+        following = slice(num_shared + 1, num_needed + 1)
+        wanted_BT = batch.supervised_BT[:, following]
+        targets_N = batch.token_ids_BT[:, following][wanted_BT]
+        return self._fused.wanted_hidden_states(token_ids_BT, wanted_BT), targets_N
 
-    def hidden_states(self, token_ids_BT: torch.Tensor, *, num_shared: int = 0) -> torch.Tensor:
-        """Return hidden_BTD before the output layer, on the path that training takes.
-
-        The first `num_shared` tokens of all rows are the same and have no part in the result; the fast path
-        alone takes any.
-        """
+    def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return hidden_BTD before the output layer, on the path that training takes."""
         if self._fused is not None:
-            return self._fused.hidden_states(token_ids_BT, num_shared=num_shared)
+            return self._fused.hidden_states(token_ids_BT)
         return self.method.hidden_states(self.attached, token_ids_BT)
 
     @property
@@ -169,18 +170,21 @@ class Trainee:
             )
 
     def _is_like_plain(self, fused: FusedLlama, sample: Batch, expected_BTD: torch.Tensor) -> bool:
-        """Whether the fast path gives a sample's hidden states, also where rows share their first tokens."""
+        """Whether the fast path gives a sample's hidden states, of all tokens and of some.
+
+        The second time with two rows of one beginning, which is shared, and different ends.
+        """
         token_ids_BT = sample.token_ids_BT
         if not _agree(fused.hidden_states(token_ids_BT), expected_BTD):
             return False
-        # Two rows of one beginning and different ends.
         num_shared = token_ids_BT.shape[1] // 2
         other_1T = torch.cat([token_ids_BT[:1, :num_shared], token_ids_BT[:1, num_shared:].flip(1)], dim=1)
         other_1TD = self.method.hidden_states(self.attached, other_1T)
-        found_BTD = fused.hidden_states(torch.cat([token_ids_BT[:1], other_1T]), num_shared=num_shared)
-        return _agree(found_BTD[:1], expected_BTD[:1, num_shared:]) and _agree(
-            found_BTD[1:], other_1TD[:, num_shared:]
-        )
+        own_2TD = torch.cat([expected_BTD[:1], other_1TD])[:, num_shared:]
+        wanted_2T = torch.ones(own_2TD.shape[:2], dtype=torch.bool, device=self.device)
+        wanted_2T[:, 1::3] = False
+        found_MD = fused.wanted_hidden_states(torch.cat([token_ids_BT[:1], other_1T]), wanted_2T)
+        return _agree(found_MD, own_2TD[wanted_2T])
 
     @torch.no_grad()
     def _start_logits(self) -> torch.Tensor:

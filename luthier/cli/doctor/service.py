@@ -140,11 +140,12 @@ def check_bases(settings: Settings) -> list[Finding]:
 
 
 def check_api(home: Path, base_url: str | None, api_key: str | None) -> list[Finding]:
-    """The API answers and takes the key."""
+    """The API answers, takes the key and reaches an inference server."""
     try:
         connection = find_connection(base_url, api_key, home if base_url is None else None)
         with LuthierClient(connection.base_url, connection.api_key) as client:
             models = client.list_models()
+            can_answer = client.is_inference_ready()
     except NotRunningError as error:
         if base_url is None and find_lock_holder(home) is None:
             return [not_running("api")]
@@ -159,4 +160,7 @@ def check_api(home: Path, base_url: str | None, api_key: str | None) -> list[Fin
     return [
         Finding("api", "ok", f"{connection.base_url} answers"),
         Finding("key", "ok", f"is valid and sees {len(models)} models"),
+        Finding("inference", "ok", "a server is ready")
+        if can_answer
+        else Finding("inference", "fail", "no server is ready, so chats fail", "see HOME/logs/inference.log"),
     ]

@@ -108,6 +108,28 @@ def test_tokens_that_all_rows_begin_with_give_the_same_once_as_in_every_row(
     assert_equal(attached, expected, fused(method, attached).hidden_states(rows, num_shared=num_shared))
 
 
+@pytest.mark.usefixtures("_either_kernels")
+@pytest.mark.parametrize("tuning", METHODS, ids=str)
+@pytest.mark.parametrize("num_shared", [0, 9])
+def test_tokens_that_are_wanted_are_the_same_alone(
+    base: Path, tuning: dict[str, Any], num_shared: int
+) -> None:
+    rows = torch.cat([TOKENS[:1, :num_shared].expand(3, -1), TOKENS[:, num_shared:]], dim=1)
+    wanted = torch.rand(3, 21 - num_shared, generator=torch.Generator().manual_seed(2)) < 0.3
+    wanted[1] = False
+    method, attached = attach(base, **tuning)
+    expected = method.hidden_states(attached, rows)[:, num_shared:][wanted]
+    assert_equal(attached, expected, fused(method, attached).wanted_hidden_states(rows, wanted))
+
+
+def test_nothing_runs_where_no_token_is_wanted(base: Path) -> None:
+    method, attached = attach(base)
+    path = fused(method, attached)
+    for tokens in (TOKENS, TOKENS[:, :1]):
+        wanted = torch.zeros(tokens[:, 1:].shape, dtype=torch.bool)
+        assert path.wanted_hidden_states(tokens, wanted).shape == (0, attached.causal_lm.config.hidden_size)
+
+
 def test_it_trains_exactly_the_methods_parameters(base: Path) -> None:
     method, attached = attach(base, target_modules="mlp")
     reached = {id(parameter) for parameter in fused(method, attached).parameters}

@@ -43,8 +43,7 @@ def test_columns_that_nothing_depends_on_are_left_out(batch: Batch) -> None:
     assert 6 <= rows.num_needed <= rows_BT.shape[1] - 4
     hidden_BTD = torch.randn(*rows_BT.shape, 16)
     expected, targets = gather_supervised(hidden_BTD, rows)
-    needed = hidden_BTD[:, rows.num_shared : rows.num_needed]
-    found, found_targets = gather_supervised(needed, rows, first=rows.num_shared)
+    found, found_targets = gather_supervised(hidden_BTD[:, : rows.num_needed], rows)
     assert torch.equal(found, expected)
     assert torch.equal(found_targets, targets)
 
