@@ -48,7 +48,8 @@ class Heads:
     """How q, k and v lie side by side, the turning of every position, and the width of the result.
 
     The first `num_shared` positions are the same in all rows, and lie once before what each row has of its
-    own: N is num_shared plus B times (T - num_shared).
+    own: N is num_shared plus B times (T - num_shared), and `num_filled` at the end that belong to no row,
+    whose results and gradients are zeros.
     """
 
     num_heads: int
@@ -58,6 +59,7 @@ class Heads:
     sine_TC: torch.Tensor
     width: int
     num_shared: int = 0
+    num_filled: int = 0
 
     def segments(self, num_virtual: int) -> Iterator[_Segment]:
         """Yield what is shared, as one row, and what the rows have of their own."""
@@ -65,8 +67,13 @@ class Heads:
         if shared:
             tokens = slice(0, shared)
             yield _Segment(tokens, self.cosine_TC[:shared], self.sine_TC[:shared], num_virtual)
-        own = slice(shared, None)
-        yield _Segment(own, self.cosine_TC[own], self.sine_TC[own], num_virtual + shared)
+        own = slice(shared, -self.num_filled or None)
+        cosine_TC, sine_TC = self.cosine_TC[shared:], self.sine_TC[shared:]
+        yield _Segment(own, cosine_TC, sine_TC, num_virtual + shared)
+
+    def clear_filled(self, whole_NE: torch.Tensor) -> None:
+        """Write zeros where no row has a token."""
+        whole_NE[whole_NE.shape[0] - self.num_filled :] = 0
 
 
 class Attention(torch.autograd.Function):
@@ -91,6 +98,7 @@ class Attention(torch.autograd.Function):
             saved += tensors
             # A shared segment is one row, so its keys and values stand before each of the rows that follow.
             before = (tensors[1], tensors[2])
+        heads.clear_filled(out_NK)
         context.save_for_backward(*saved)
         return out_NK
 
@@ -105,6 +113,7 @@ class Attention(torch.autograd.Function):
         for segment, num_saved in zip(segments[::-1], context.num_saved[::-1], strict=True):
             own, saved = saved[-num_saved:], saved[:-num_saved]
             to_before = _attend_segment_backward(gradient_NK, own, to_before, segment, heads, to_qkv_NE)
+        heads.clear_filled(to_qkv_NE)
         return to_qkv_NE, *(to_before if context.num_virtual else (None, None)), None
 
 

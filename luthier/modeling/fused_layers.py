@@ -122,11 +122,12 @@ class FusedLinear:
         x_ND = x_NK[:, : self.num_inputs]
         if u_NR is not None and gradient_u_NR is not None:
             gradient_a_RD = torch.mm(gradient_u_NR.t(), x_ND)
-            gradient_b_RO = torch.mm(u_NR.t(), gradient_NO)
+            # Laid as the parameters are, so that autograd takes the gradients as they come.
+            gradient_b_OR = torch.mm(gradient_NO.t(), u_NR)
             for low in self.low_ranks:
                 gradients.append(gradient_a_RD[low.ranks].to(low.a_RD.dtype))
-                gradient_OR = gradient_b_RO[low.ranks, low.outputs].t()
-                gradients.append(gradient_OR.to(low.b_OR.dtype) * low.scale)
+                gradient_OR = gradient_b_OR[low.outputs, low.ranks].to(low.b_OR.dtype)
+                gradients.append(gradient_OR.mul_(low.scale))
         if self._trained:
             gradient_OD = torch.mm(gradient_NO.t(), x_ND)
             gradients += [gradient_OD[outputs] for _, outputs in self._trained]

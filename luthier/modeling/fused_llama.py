@@ -29,6 +29,8 @@ from luthier.modeling.fused_layers import (
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+# Products run well on a whole number of so many rows; those that are missing are filled up.
+_ALIGN = 16
 _KNOWN_PARTS = {
     "self_attn",
     "mlp",
@@ -130,10 +132,13 @@ class FusedLlama:
         self, token_ids_BT: torch.Tensor, num_shared: int, wanted_M: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the hidden states of the tokens that are not shared, or of those wanted among them."""
-        ids_N = torch.cat([token_ids_BT[0, :num_shared], token_ids_BT[:, num_shared:].reshape(-1)])
-        x_ND = self._body.embed_tokens(ids_N)
         embedded_VD = self._method.virtual_embeddings(self._attached)
         num_embedded = 0 if embedded_VD is None else embedded_VD.shape[0]
+        own_BT = token_ids_BT[:, num_shared:]
+        num_before_own = num_embedded + num_shared
+        num_filled = -(num_before_own + own_BT.numel()) % _ALIGN
+        filled = token_ids_BT[0, :1].expand(num_filled)
+        x_ND = self._body.embed_tokens(torch.cat([token_ids_BT[0, :num_shared], own_BT.reshape(-1), filled]))
         if embedded_VD is not None:
             # Virtual tokens are shared by their nature.
             x_ND = torch.cat([embedded_VD.to(x_ND.dtype), x_ND])
@@ -146,7 +151,6 @@ class FusedLlama:
             part[0, :, :half].float().contiguous()
             for part in self._body.rotary_emb(x_ND[None], position_ids=positions_1T)
         )
-        num_before_own = num_embedded + num_shared
         for number, block in enumerate(self._blocks):
             for fused in block.fused:
                 fused.refresh()
@@ -159,11 +163,12 @@ class FusedLlama:
                 sine_TC,
                 block.attention_out.width,
                 num_before_own,
+                num_filled,
             )
             attended_NK = _attend(block, x_ND, heads, key, value)
             if block is self._blocks[-1]:
                 # Nothing attends to what it gives.
-                own = slice(num_before_own, None)
+                own = slice(num_before_own, -num_filled or None)
                 attended_NK, x_ND = (
                     one[own] if wanted_M is None else one[own].index_select(0, wanted_M)
                     for one in (attended_NK, x_ND)
