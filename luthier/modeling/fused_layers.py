@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels.laying import WideUpdate
 
 # Products run well on rows of whole cache lines.
 _ALIGN = 32
@@ -81,13 +82,13 @@ class FusedLinear:
         self.parameters: list[nn.Parameter] = [p for low in self.low_ranks for p in (low.a_RD, low.b_OR)]
         self.parameters += [weight for weight, _ in self._trained]
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over the low-rank parameters as the optimizer left them, in the type of the weights."""
-        for low in self.low_ranks:
-            self.a_RD[low.ranks].copy_(low.a_RD)
-            columns = slice(self.num_inputs + low.ranks.start, self.num_inputs + low.ranks.stop)
-            self.weight_OK[low.outputs, columns].copy_(low.b_OR * low.scale)
+    def updates(self) -> list[WideUpdate]:
+        """Return the low-rank parameters with where they go, in the type of the weights, before a product."""
+        columns = self.weight_OK[:, self.num_inputs :]
+        return [
+            WideUpdate(low.a_RD, low.b_OR, low.scale, self.a_RD[low.ranks], columns[low.outputs, low.ranks])
+            for low in self.low_ranks
+        ]
 
     def complete(self, x_NK: torch.Tensor) -> torch.Tensor | None:
         """Fill the last columns of a wide input by `u = x A'`; return u_NR, None without updates."""

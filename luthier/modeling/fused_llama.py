@@ -25,6 +25,7 @@ from luthier.modeling.fused_layers import (
     LinearAdd,
     NormLinear,
 )
+from luthier.modeling.kernels.laying import widen_low_ranks
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -86,6 +87,9 @@ class FusedLlama:
         self._num_kv_heads = config.num_key_value_heads
         self._head_size = causal_lm.model.layers[0].self_attn.head_dim
         self._blocks = [_build_block(layer, adapter) for layer in causal_lm.model.layers]
+        self._updates = [
+            update for block in self._blocks for fused in block.fused for update in fused.updates()
+        ]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -151,9 +155,10 @@ class FusedLlama:
             part[0, :, :half].float().contiguous()
             for part in self._body.rotary_emb(x_ND[None], position_ids=positions_1T)
         )
+        # As the optimizer left them.
+        with torch.no_grad():
+            widen_low_ranks(self._updates)
         for number, block in enumerate(self._blocks):
-            for fused in block.fused:
-                fused.refresh()
             key, value = (None, None) if pairs is None else pairs[number]
             heads = Heads(
                 self._num_heads,

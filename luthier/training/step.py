@@ -10,6 +10,9 @@ from luthier.training.batches import Batch
 from luthier.training.split_adamw import SplitAdamW
 from luthier.training.trainee import Trainee
 
+# What clipping adds to a norm before it divides by it, as torch does.
+_NORM_EPSILON = 1e-6
+
 
 @dataclass(frozen=True)
 class StepScores:
@@ -89,10 +92,11 @@ def apply_gradients(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if isinstance(optimizer, SplitAdamW):
-        optimizer.step(gradient_scale=min(1.0, max_grad_norm / (scores.grad_norm + 1e-6)))
+        optimizer.step(gradient_scale=min(1.0, max_grad_norm / (scores.grad_norm + _NORM_EPSILON)))
     else:
-        total_norm = torch.tensor(scores.grad_norm, device=trainee.device)
-        torch.nn.utils.clip_grads_with_norm_(trainee.parameters, max_grad_norm, total_norm)
+        if scores.grad_norm + _NORM_EPSILON > max_grad_norm:
+            total_norm = torch.tensor(scores.grad_norm, device=trainee.device)
+            torch.nn.utils.clip_grads_with_norm_(trainee.parameters, max_grad_norm, total_norm)
         optimizer.step()
     trainee.clear_gradients()
 

@@ -21,8 +21,8 @@ from luthier.modeling.kernels import _plain
 _TYPES = {torch.float32, torch.bfloat16}
 # Kernels of a decode step, which serving.py calls.
 SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "gated_silu")
-# What lays adapters out for it (laying.py).
-LAYING = ("lay_low_ranks",)
+# What lays low-rank updates out for it and for a training step (laying.py).
+LAYING = ("lay_low_ranks", "widen_low_ranks")
 # Those that work on weights in the layout of tiles, and what runs a step of them; for bfloat16 alone.
 TILED = ("tile_product", "add_low_rank_stretches", "attend_stretches", "run_program")
 

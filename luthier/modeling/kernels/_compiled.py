@@ -6,7 +6,7 @@ from luthier.modeling.kernels._heads import (
     split_heads,
     split_heads_backward,
 )
-from luthier.modeling.kernels._laying import lay_low_ranks
+from luthier.modeling.kernels._laying import lay_low_ranks, widen_low_ranks
 from luthier.modeling.kernels._products import tile_product
 from luthier.modeling.kernels._program import run_program
 from luthier.modeling.kernels._rows import (
@@ -43,4 +43,5 @@ __all__ = [
     "split_heads",
     "split_heads_backward",
     "tile_product",
+    "widen_low_ranks",
 ]

@@ -1,4 +1,4 @@
-"""Laying out low-rank updates where a step reads them, all of an adapter's in one pass over memory.
+"""Laying out low-rank updates where a step reads them, all of a model's in one pass over memory.
 
 Legend: R ranks, F ranks filled up to what kernels take at a time, K inputs and O outputs of a layer.
 """
@@ -26,6 +26,19 @@ class Update(NamedTuple):
     blocks: torch.Tensor
 
 
+class WideUpdate(NamedTuple):
+    """`scale * b a` beside a layer, as it is trained and where a training step's wide product reads it.
+
+    `a_place_RK` contiguous; `b_place_OR` may be columns of a wider weight.
+    """
+
+    a_RK: torch.Tensor
+    b_OR: torch.Tensor
+    scale: float
+    a_place_RK: torch.Tensor
+    b_place_OR: torch.Tensor
+
+
 def lay_low_ranks(updates: Sequence[Update]) -> None:
     """Write updates where they go, filled up with zeros.
 
@@ -46,6 +59,51 @@ def lay_low_ranks(updates: Sequence[Update]) -> None:
         facts = torch.tensor([_facts(update) for update in updates])
         address = kernels.compiled_address("lay_low_ranks", updates[0].a_FK.dtype)
         launch(address, [len(updates), facts.data_ptr()])
+
+
+def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:
+    """Write updates where they go, `b` times its scale, in the type that is there.
+
+    Args:
+        updates: to places of one type and device.
+
+    Raises:
+        ValueError: when a tensor's shape or type does not fit the others'.
+    """
+    for update in updates:
+        is_alike = update.a_place_RK.dtype == update.b_place_OR.dtype == updates[0].a_place_RK.dtype
+        has_shapes = (
+            update.a_RK.shape == update.a_place_RK.shape and update.b_OR.shape == update.b_place_OR.shape
+        )
+        if not (is_alike and has_shapes and len(update.a_RK) == update.b_OR.shape[1]):
+            raise ValueError("A low-rank update does not fit the place where it is to go.")
+    if not all(map(_can_widen, updates)):
+        for update in updates:
+            update.a_place_RK.copy_(update.a_RK)
+            update.b_place_OR.copy_(update.b_OR * update.scale)
+    elif updates:
+        from luthier.modeling.kernels._threads import launch
+
+        facts = torch.tensor([_wide_facts(update) for update in updates])
+        address = kernels.compiled_address("widen_low_ranks", updates[0].a_place_RK.dtype)
+        launch(address, [len(updates), facts.data_ptr()])
+
+
+def _can_widen(update: WideUpdate) -> bool:
+    are_read = all(one.dtype == torch.float32 and one.is_contiguous() for one in (update.a_RK, update.b_OR))
+    are_written = update.a_place_RK.is_contiguous() and update.b_place_OR.stride(1) == 1
+    return (
+        are_read
+        and are_written
+        and kernels.is_compiled(update.a_RK)
+        and kernels.is_compiled(update.a_place_RK)
+    )
+
+
+def _wide_facts(update: WideUpdate) -> list[int]:
+    tensors = (update.a_RK, update.b_OR, update.a_place_RK, update.b_place_OR)
+    sizes = (*update.a_RK.shape, len(update.b_OR), update.b_place_OR.stride(0))
+    return [*(one.data_ptr() for one in tensors), *sizes, kernels.float_bits(update.scale)]
 
 
 def _check(update: Update, like: torch.Tensor) -> None:

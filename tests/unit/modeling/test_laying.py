@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from luthier.modeling import kernels
-from luthier.modeling.kernels.laying import Update, lay_low_ranks
+from luthier.modeling.kernels.laying import Update, WideUpdate, lay_low_ranks, widen_low_ranks
 from luthier.modeling.kernels.served_rows import BLOCK
 
 
@@ -59,3 +59,48 @@ def test_an_update_that_does_not_fit_its_place_is_refused_and_nothing_is_written
         with pytest.raises(ValueError, match="does not fit"):
             lay_low_ranks([good, bad])
     assert bool((good.a_FK == 7).all())
+
+
+def _wide_update(rank: int, num_outputs: int, dtype: torch.dtype, source: torch.dtype) -> WideUpdate:
+    """Return an update whose place is columns of a weight that holds sevens."""
+    generator = torch.Generator().manual_seed(rank)
+    a_RK = torch.randn(rank, 24, generator=generator).to(source)
+    b_OR = torch.randn(num_outputs, rank, generator=generator).to(source)
+    weight_OK = torch.full((num_outputs + 2, 40), 7.0, dtype=dtype)
+    return WideUpdate(
+        a_RK, b_OR, 0.3, torch.full((rank, 24), 7.0, dtype=dtype), weight_OK[1:-1, 40 - rank - 1 : -1]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("source", "way"), [(torch.float32, "compiled"), (torch.float32, "plain"), (torch.bfloat16, "plain")]
+)
+def test_what_is_trained_comes_beside_its_weight_and_nowhere_else(
+    dtype: torch.dtype, source: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "plain":
+        monkeypatch.setattr(kernels, "is_compiled", lambda _: False)
+    elif not kernels.is_compiled(torch.empty(1)):
+        pytest.skip("numba is not installed")
+    updates = [_wide_update(*sizes, dtype, source) for sizes in ((4, 64), (5, 100), (1, 3), (16, 1))]
+    widen_low_ranks(updates)
+    for update in updates:
+        assert torch.equal(update.a_place_RK, update.a_RK.to(dtype))
+        assert torch.equal(update.b_place_OR, (update.b_OR * update.scale).to(dtype))
+        whole = update.b_place_OR._base
+        assert whole is not None
+        assert int((whole != 7).sum()) <= update.b_OR.numel()
+
+
+def test_an_update_that_does_not_fit_beside_its_weight_is_refused_and_nothing_is_written() -> None:
+    good = _wide_update(4, 64, torch.float32, torch.float32)
+    for bad in (
+        good._replace(b_OR=torch.zeros(65, 4)),
+        good._replace(a_RK=torch.zeros(4, 25)),
+        good._replace(a_RK=torch.zeros(3, 24), a_place_RK=torch.zeros(3, 24)),
+        good._replace(b_place_OR=torch.zeros(64, 4, dtype=torch.bfloat16)),
+    ):
+        with pytest.raises(ValueError, match="does not fit"):
+            widen_low_ranks([good, bad])
+    assert bool((good.a_place_RK == 7).all())
