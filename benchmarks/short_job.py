@@ -20,11 +20,12 @@ from benchmarks.pairs import choose_variant, median_interval
 from benchmarks.results_file import ResultsFile, code_digest, fingerprint_of
 from benchmarks.rows import ROWS, SHORT_JOB, SHORT_JOB_BAR, Row, Variant
 from benchmarks.workload import Workload, learning_rates, make_spec, write_start
+from luthier.client import LuthierClient
+from luthier.core.errors import LuthierError
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-_POLL_SECONDS = 0.1
 _MEASURING_SECONDS = 180.0
 
 
@@ -158,7 +159,7 @@ def _run_job(client: "OpenAI", upload: bytes, workload: Workload, tuning: dict[s
 
     try:
         return _submit_and_wait(client, upload, workload, tuning)
-    except OpenAIError as error:
+    except (OpenAIError, LuthierError) as error:
         raise JobFailedError(f"{type(error).__name__}: {error}") from error
 
 
@@ -175,9 +176,11 @@ def _submit_and_wait(
         hyperparameters={"n_epochs": 1, "batch_size": workload.batch_size},
         extra_body={"tuning": tuning},
     )
-    while job.status not in ("succeeded", "failed", "cancelled"):
-        time.sleep(_POLL_SECONDS)
-        job = client.fine_tuning.jobs.retrieve(job.id)
+    # Told of the end, and not asking for it: that would take a share of the processors.
+    with LuthierClient(str(client.base_url), client.api_key) as follower:
+        for _ in follower.follow_events(job.id):
+            pass
+    job = client.fine_tuning.jobs.retrieve(job.id)
     ended = time.perf_counter()
     if job.fine_tuned_model is None:
         raise JobFailedError(f"our job {job.status}: {json.dumps(job.error and job.error.to_dict())}")
