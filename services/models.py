@@ -69,15 +69,15 @@ def get_own(session: Session, scope: Scope, name: str) -> Model:
     """
     model = names.find_callable(session, scope, name)
     if model is None:
-        if session.get(Base, name) is not None:
-            raise InvalidValueError(
-                f"{name} is a base model; only tuned models are pinned and downloaded here.", param="model"
-            )
         if find_alias(session, scope.project_id, name) is not None:
             raise InvalidValueError(
                 f"{name} is an alias, which may point elsewhere a moment later. Name the model itself; "
                 "GET /v1/aliases tells it.",
                 param="model",
+            )
+        if session.get(Base, name) is not None:
+            raise InvalidValueError(
+                f"{name} is a base model; only tuned models are pinned and downloaded here.", param="model"
             )
         raise names.unknown_model(name)
     if model.project_id != scope.project_id:

@@ -61,15 +61,18 @@ class Heads:
     num_shared: int = 0
     num_filled: int = 0
 
+    @property
+    def own(self) -> slice:
+        """Which of the N the rows have of their own."""
+        return slice(self.num_shared, -self.num_filled or None)
+
     def segments(self, num_virtual: int) -> Iterator[_Segment]:
         """Yield what is shared, as one row, and what the rows have of their own."""
         shared = self.num_shared
         if shared:
             tokens = slice(0, shared)
             yield _Segment(tokens, self.cosine_TC[:shared], self.sine_TC[:shared], num_virtual)
-        own = slice(shared, -self.num_filled or None)
-        cosine_TC, sine_TC = self.cosine_TC[shared:], self.sine_TC[shared:]
-        yield _Segment(own, cosine_TC, sine_TC, num_virtual + shared)
+        yield _Segment(self.own, self.cosine_TC[shared:], self.sine_TC[shared:], num_virtual + shared)
 
     def clear_filled(self, whole_NE: torch.Tensor) -> None:
         """Write zeros where no row has a token."""

@@ -173,9 +173,8 @@ class FusedLlama:
             attended_NK = _attend(block, x_ND, heads, key, value)
             if block is self._blocks[-1]:
                 # Nothing attends to what it gives.
-                own = slice(num_before_own, -num_filled or None)
                 attended_NK, x_ND = (
-                    one[own] if wanted_M is None else one[own].index_select(0, wanted_M)
+                    one[heads.own] if wanted_M is None else one[heads.own].index_select(0, wanted_M)
                     for one in (attended_NK, x_ND)
                 )
             x_ND = _leave_attention(block, attended_NK, x_ND)

@@ -122,9 +122,25 @@ def test_tokens_that_are_wanted_are_the_same_alone(
     assert_equal(attached, expected, fused(method, attached).wanted_hidden_states(rows, wanted))
 
 
-def test_nothing_runs_where_no_token_is_wanted(base: Path) -> None:
+def test_what_fills_a_step_up_reaches_nothing(base: Path) -> None:
+    method, attached = attach(base)
+    path, wanted = fused(method, attached), torch.ones_like(TOKENS[:, 9:], dtype=torch.bool)
+    rows = torch.cat([TOKENS[:1, :9].expand(3, -1), TOKENS[:, 9:]], dim=1)
+    assert (9 + wanted.numel()) % 16
+    expected = method.hidden_states(attached, rows)[:, 9:][wanted]
+    torch.use_deterministic_algorithms(True)
+    try:
+        # Memory that nobody has written to is no number then.
+        assert torch.empty(1).isnan().all()
+        assert_equal(attached, expected, path.wanted_hidden_states(rows, wanted))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_nothing_runs_where_no_token_is_wanted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method, attached = attach(base)
     path = fused(method, attached)
+    monkeypatch.setattr(path, "_run", None)
     for tokens in (TOKENS, TOKENS[:, :1]):
         wanted = torch.zeros(tokens[:, 1:].shape, dtype=torch.bool)
         assert path.wanted_hidden_states(tokens, wanted).shape == (0, attached.causal_lm.config.hidden_size)

@@ -9,6 +9,14 @@ from luthier.modeling.kernels.laying import Update, WideUpdate, lay_low_ranks, w
 from luthier.modeling.kernels.served_rows import BLOCK
 
 
+def _go(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let updates be laid out by kernels, or by plain operators."""
+    if way == "plain":
+        monkeypatch.setattr(kernels, "is_compiled", lambda _: False)
+    elif not kernels.is_compiled(torch.empty(1)):
+        pytest.skip("numba is not installed")
+
+
 def _update(rank: int, filled: int, num_outputs: int, dtype: torch.dtype, source: torch.dtype) -> Update:
     generator = torch.Generator().manual_seed(rank)
     a_RK = torch.randn(rank, 24, generator=generator).to(source)
@@ -28,10 +36,7 @@ def _update(rank: int, filled: int, num_outputs: int, dtype: torch.dtype, source
 def test_numbers_come_to_their_places_rounded_once(
     dtype: torch.dtype, source: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "plain":
-        monkeypatch.setattr(kernels, "is_compiled", lambda _: False)
-    elif not kernels.is_compiled(torch.empty(1)):
-        pytest.skip("numba is not installed")
+    _go(way, monkeypatch)
     updates = [
         _update(*sizes, dtype, source) for sizes in ((4, 4, 64), (5, 8, 100), (1, 4, 3), (16, 16, 192))
     ]
@@ -79,10 +84,7 @@ def _wide_update(rank: int, num_outputs: int, dtype: torch.dtype, source: torch.
 def test_what_is_trained_comes_beside_its_weight_and_nowhere_else(
     dtype: torch.dtype, source: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "plain":
-        monkeypatch.setattr(kernels, "is_compiled", lambda _: False)
-    elif not kernels.is_compiled(torch.empty(1)):
-        pytest.skip("numba is not installed")
+    _go(way, monkeypatch)
     updates = [_wide_update(*sizes, dtype, source) for sizes in ((4, 64), (5, 100), (1, 3), (16, 1))]
     widen_low_ranks(updates)
     for update in updates:
