@@ -43,7 +43,8 @@ def to_response(error: LuthierError) -> JSONResponse:
 def from_validation(request: Request, errors: Sequence[Any]) -> LuthierError:
     """Turn pydantic's findings into the first one's error, with the field's dotted path."""
     first = errors[0]
-    path = [str(part) for part in first["loc"] if part not in _LOCATIONS]
+    # A field may bear the name of a place, too.
+    path = [str(part) for depth, part in enumerate(first["loc"]) if depth or part not in _LOCATIONS]
     # Branches of a union put type names into the path; a client knows only its own fields.
     param = ".".join(part for part in path if not part.startswith(("literal[", "constrained-"))) or None
     kind: str = first["type"]

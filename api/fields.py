@@ -8,6 +8,7 @@ from fastapi import Request
 from pydantic import BaseModel
 
 _LIKENESS = 0.7
+_MAX_LETTERS = 80
 
 
 def nearest_field(request: Request, path: Sequence[str]) -> str | None:
@@ -22,8 +23,10 @@ def nearest_field(request: Request, path: Sequence[str]) -> str | None:
     """
     body = getattr(request.scope.get("route"), "body_field", None)
     known = [] if body is None else list(_paths(body.field_info.annotation))
-    # It looks at lengths first, so that a name of a million letters costs nothing.
-    near = difflib.get_close_matches(path[-1], {one[-1] for one in known}, n=1, cutoff=_LIKENESS)
+    # No longer than a field's name is long: to compare a million letters takes its time.
+    near = difflib.get_close_matches(
+        path[-1][:_MAX_LETTERS], {one[-1] for one in known}, n=1, cutoff=_LIKENESS
+    )
     alike = [one for one in known if one[-1] in near]
     found = min(alike, key=lambda one: one[:-1] != tuple(path[:-1]), default=None)
     return None if found is None else ".".join(found)

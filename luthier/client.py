@@ -145,7 +145,7 @@ class LuthierClient:
     def is_inference_ready(self) -> bool:
         """Whether one inference server at least can answer, as the API finds it."""
         told = self._ask("GET", "/readyz", root=self.base_url.removesuffix("/v1"))
-        return bool(told["inference"] == "ready")
+        return bool(told.get("inference") == "ready")
 
     def list_models(self) -> list[dict[str, Any]]:
         """Return all models that the key may call."""

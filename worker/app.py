@@ -41,9 +41,12 @@ def work(context: WorkerContext, job_id: str | None) -> None:
     spare has begun with the imports.
     """
     is_unheard = job_id is not None and prepare(context, job_id)
-    claimed = _claim_next(context)
-    if job_id is not None and is_unheard and (claimed is None or claimed.lease.job_id != job_id):
-        context.ring(job_id)
+    claimed = None
+    try:
+        claimed = _claim_next(context)
+    finally:
+        if job_id is not None and is_unheard and (claimed is None or claimed.lease.job_id != job_id):
+            context.ring(job_id)
     while claimed is not None:
         train(context, claimed)
         context.keep_spare()

@@ -77,6 +77,7 @@ def test_a_cancelled_job_ends_and_frees_its_file(client: openai.OpenAI, file_id:
         ({"model": "nope"}, "model", "model_not_available"),
         ({"training_file": "file-nope"}, "training_file", "invalid_value"),
         ({"learning_rate": 1}, "learning_rate", "unknown_parameter"),
+        ({"body": 1}, "body", "unknown_parameter"),
         ({"suffix": "a" * 65}, "suffix", "invalid_value"),
         ({"suffix": "a:b"}, "suffix", "invalid_value"),
         ({"suffix": "a\r\nb"}, "suffix", "invalid_value"),
