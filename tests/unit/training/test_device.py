@@ -13,9 +13,11 @@ from luthier.training.device import choose_machine
 @pytest.fixture(autouse=True)
 def _settings_of_torch() -> Iterator[None]:
     threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(is_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, *, gains: bool, begun_in: str | None, asked: str = "auto") -> str:
