@@ -183,6 +183,8 @@ def make_worker(settings: Settings) -> Celery:
         # The parent's sockets are not ours to use.
         context.database.forget_connections()
         signal.signal(signal.SIGUSR2, lambda *_: context.stopping.set())
+        # The first job would wait for its imports otherwise.
+        context.keep_spare()
 
     def start_sweeping(**_: object) -> None:
         _log.info("worker ready", worker_id=context.worker_id)
@@ -211,6 +213,7 @@ def run_without_broker(settings: Settings) -> None:
     threading.Thread(target=_sweep_for_ever, args=(context,), daemon=True).start()
     threading.Thread(target=calibrate_for_ever, args=(context,), daemon=True).start()
     threading.Thread(target=deliver_for_ever, args=(context,), daemon=True).start()
+    context.keep_spare()
     _log.info("worker ready, without a broker", worker_id=context.worker_id)
     before: list[str] = []
     while not context.stopping.is_set():

@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     warm_spare_seconds: float = Field(
         600.0,
         ge=0,
-        description="How long a process with its imports done may wait for a next job; 0: none does.",
+        description="How long a process with its imports done may wait for a job; 0: none does.",
     )
     max_attempts: int = Field(3, ge=1, description="Crashes after which a job is failed.")
 

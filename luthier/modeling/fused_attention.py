@@ -48,8 +48,7 @@ class Heads:
     """How q, k and v lie side by side, the turning of every position, and the width of the result.
 
     The first `num_shared` positions are the same in all rows, and lie once before what each row has of its
-    own: N is num_shared plus B times (T - num_shared), and `num_filled` at the end that belong to no row,
-    whose results and gradients are zeros.
+    own: N is num_shared plus B times (T - num_shared).
     """
 
     num_heads: int
@@ -59,12 +58,6 @@ class Heads:
     sine_TC: torch.Tensor
     width: int
     num_shared: int = 0
-    num_filled: int = 0
-
-    @property
-    def own(self) -> slice:
-        """Which of the N the rows have of their own."""
-        return slice(self.num_shared, -self.num_filled or None)
 
     def segments(self, num_virtual: int) -> Iterator[_Segment]:
         """Yield what is shared, as one row, and what the rows have of their own."""
@@ -72,11 +65,9 @@ class Heads:
         if shared:
             tokens = slice(0, shared)
             yield _Segment(tokens, self.cosine_TC[:shared], self.sine_TC[:shared], num_virtual)
-        yield _Segment(self.own, self.cosine_TC[shared:], self.sine_TC[shared:], num_virtual + shared)
-
-    def clear_filled(self, whole_NE: torch.Tensor) -> None:
-        """Write zeros where no row has a token."""
-        whole_NE[whole_NE.shape[0] - self.num_filled :] = 0
+        yield _Segment(
+            slice(shared, None), self.cosine_TC[shared:], self.sine_TC[shared:], num_virtual + shared
+        )
 
 
 class Attention(torch.autograd.Function):
@@ -101,7 +92,6 @@ class Attention(torch.autograd.Function):
             saved += tensors
             # A shared segment is one row, so its keys and values stand before each of the rows that follow.
             before = (tensors[1], tensors[2])
-        heads.clear_filled(out_NK)
         context.save_for_backward(*saved)
         return out_NK
 
@@ -116,7 +106,6 @@ class Attention(torch.autograd.Function):
         for segment, num_saved in zip(segments[::-1], context.num_saved[::-1], strict=True):
             own, saved = saved[-num_saved:], saved[:-num_saved]
             to_before = _attend_segment_backward(gradient_NK, own, to_before, segment, heads, to_qkv_NE)
-        heads.clear_filled(to_qkv_NE)
         return to_qkv_NE, *(to_before if context.num_virtual else (None, None)), None
 
 

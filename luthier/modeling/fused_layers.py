@@ -1,138 +1,19 @@
-"""The parts of the fast path: linear layers fused with their low-rank updates, and backward passes by hand.
+"""The parts of the fast path: fused linear layers in their surroundings, and backward passes by hand.
 
-Layers that share an input are one product. The low-rank update rides in the same product: the input is
-widened by `u = x A'`, the weight by `scale * B`, so the forward product gives `x W' + scale u B'` at once,
-and the backward one the gradients of x and u at once. What can be made again in one pass over memory (a
-norm, a gated activation) is not kept for the backward pass. Nothing here knows an architecture.
+What can be made again in one pass over memory (a norm, a gated activation) is not kept for the backward pass.
+Nothing here knows an architecture.
 
-Legend: N tokens with their padding (B rows of T), D inputs, K inputs widened by the ranks, O outputs,
-R ranks side by side, F feed-forward size, E columns of q, k and v, P pairs of a row and a key head,
-Q queries of a pair, S keys, C head size.
+Legend: N tokens with their padding (B rows of T), D inputs, K inputs as wide as a fused layer takes them, O
+outputs, R ranks side by side, F feed-forward size, M bottleneck width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from luthier.modeling import kernels
-from luthier.modeling.kernels.laying import WideUpdate
-
-# Products run well on rows of whole cache lines.
-_ALIGN = 32
-
-
-@dataclass(frozen=True)
-class _LowRank:
-    """One layer's update inside a fused layer: its parameters, scale, and where they go."""
-
-    a_RD: nn.Parameter
-    b_OR: nn.Parameter
-    scale: float
-    outputs: slice
-    ranks: slice
-
-
-class FusedLinear:
-    """Linear layers that share an input, as one product with their low-rank updates in it.
-
-    The plain layers' weights become views of this one's, so that no weight lies in memory twice.
-
-    Args:
-        layers: PEFT's LoRA layers, or bare linear ones, whose weights may be trained.
-        adapter: name of the adapter that is trained.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
-        bases = [getattr(layer, "base_layer", layer) for layer in layers]
-        self.num_inputs = bases[0].in_features
-        self.low_ranks: list[_LowRank] = []
-        self._trained: list[tuple[nn.Parameter, slice]] = []
-        output, rank = 0, 0
-        for layer, base in zip(layers, bases, strict=True):
-            outputs = slice(output, output + base.out_features)
-            output = outputs.stop
-            if base.weight.requires_grad:
-                self._trained.append((base.weight, outputs))
-            if not hasattr(layer, "lora_A"):
-                continue
-            ranks = slice(rank, rank + layer.r[adapter])
-            rank = ranks.stop
-            self.low_ranks.append(
-                _LowRank(
-                    layer.lora_A[adapter].weight,
-                    layer.lora_B[adapter].weight,
-                    float(layer.scaling[adapter]),
-                    outputs,
-                    ranks,
-                )
-            )
-        self.width = self.num_inputs if rank == 0 else -(-(self.num_inputs + rank) // _ALIGN) * _ALIGN
-        first = bases[0].weight
-        self.weight_OK = first.detach().new_zeros(output, self.width)
-        self.a_RD = first.detach().new_zeros(self.width - self.num_inputs, self.num_inputs)
-        start = 0
-        for base in bases:
-            part = self.weight_OK[start : start + base.out_features, : self.num_inputs]
-            part.copy_(base.weight.detach())
-            base.weight.data = part
-            start += base.out_features
-        self.parameters: list[nn.Parameter] = [p for low in self.low_ranks for p in (low.a_RD, low.b_OR)]
-        self.parameters += [weight for weight, _ in self._trained]
-
-    def updates(self) -> list[WideUpdate]:
-        """Return the low-rank parameters with where they go, in the type of the weights, before a product."""
-        columns = self.weight_OK[:, self.num_inputs :]
-        return [
-            WideUpdate(low.a_RD, low.b_OR, low.scale, self.a_RD[low.ranks], columns[low.outputs, low.ranks])
-            for low in self.low_ranks
-        ]
-
-    def complete(self, x_NK: torch.Tensor) -> torch.Tensor | None:
-        """Fill the last columns of a wide input by `u = x A'`; return u_NR, None without updates."""
-        if not self.low_ranks:
-            return None
-        u_NR = torch.mm(x_NK[:, : self.num_inputs], self.a_RD.t())
-        x_NK[:, self.num_inputs :] = u_NR
-        return u_NR
-
-    def input_gradient(self, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients of the input, in the first D of K columns, and of u."""
-        gradient_NK = torch.mm(gradient_NO, self.weight_OK)
-        if not self.low_ranks:
-            return gradient_NK, None
-        gradient_u_NR = gradient_NK[:, self.num_inputs :].contiguous()
-        gradient_NK[:, : self.num_inputs].addmm_(gradient_u_NR, self.a_RD)
-        return gradient_NK, gradient_u_NR
-
-    def low_rank_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor | None:
-        """Return the gradient of u alone, where nobody asks for the input's."""
-        return torch.mm(gradient_NO, self.weight_OK[:, self.num_inputs :]) if self.low_ranks else None
-
-    def parameter_gradients(
-        self,
-        gradient_NO: torch.Tensor,
-        x_NK: torch.Tensor,
-        u_NR: torch.Tensor | None,
-        gradient_u_NR: torch.Tensor | None,
-    ) -> list[torch.Tensor]:
-        """Return the gradients of the parameters, in their order, each in its parameter's type."""
-        gradients: list[torch.Tensor] = []
-        x_ND = x_NK[:, : self.num_inputs]
-        if u_NR is not None and gradient_u_NR is not None:
-            gradient_a_RD = torch.mm(gradient_u_NR.t(), x_ND)
-            # Laid as the parameters are, so that autograd takes the gradients as they come.
-            gradient_b_OR = torch.mm(gradient_NO.t(), u_NR)
-            for low in self.low_ranks:
-                gradients.append(gradient_a_RD[low.ranks].to(low.a_RD.dtype))
-                gradient_OR = gradient_b_OR[low.outputs, low.ranks].to(low.b_OR.dtype)
-                gradients.append(gradient_OR.mul_(low.scale))
-        if self._trained:
-            gradient_OD = torch.mm(gradient_NO.t(), x_ND)
-            gradients += [gradient_OD[outputs] for _, outputs in self._trained]
-        return gradients
+from luthier.modeling.fused_linear import FusedLinear
 
 
 class NormLinear(torch.autograd.Function):
@@ -149,10 +30,10 @@ class NormLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         x_ND = x_ND.contiguous()
         x_NK, inverse_N = kernels.rms_norm(x_ND, weight_D, epsilon, fused.width)
-        u_NR = fused.complete(x_NK)
+        u_NR = fused.low_rank(x_NK)
         context.fused, context.epsilon = fused, epsilon
         context.save_for_backward(x_ND, weight_D, inverse_N, u_NR)
-        return torch.mm(x_NK, fused.weight_OK.t())
+        return fused.product(x_NK, u_NR, None)
 
     @staticmethod
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
@@ -192,10 +73,10 @@ class LinearAdd(torch.autograd.Function):
         fused: FusedLinear,
         *parameters: nn.Parameter,  # noqa: ARG004
     ) -> torch.Tensor:
-        u_NR = fused.complete(x_NK)
+        u_NR = fused.low_rank(x_NK)
         context.fused = fused
         context.save_for_backward(x_NK if fused.parameters else None, u_NR)
-        return _product(x_NK, residual_NO, fused)
+        return fused.product(x_NK, u_NR, residual_NO)
 
     @staticmethod
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
@@ -221,10 +102,10 @@ class GatedLinearAdd(torch.autograd.Function):
         *parameters: nn.Parameter,  # noqa: ARG004
     ) -> torch.Tensor:
         hidden_NK = kernels.gated_silu(gate_up_NF, fused.width)
-        u_NR = fused.complete(hidden_NK)
+        u_NR = fused.low_rank(hidden_NK)
         context.fused = fused
         context.save_for_backward(gate_up_NF, u_NR)
-        return _product(hidden_NK, residual_NO, fused)
+        return fused.product(hidden_NK, u_NR, residual_NO)
 
     @staticmethod
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
@@ -237,12 +118,6 @@ class GatedLinearAdd(torch.autograd.Function):
             gradients = fused.parameter_gradients(gradient_NO, hidden_NF, u_NR, gradient_u_NR)
         residual = gradient_NO if context.needs_input_grad[1] else None
         return (gradient_NF, residual, None, *gradients)
-
-
-def _product(x_NK: torch.Tensor, residual_NO: torch.Tensor | None, fused: FusedLinear) -> torch.Tensor:
-    if residual_NO is None:
-        return torch.mm(x_NK, fused.weight_OK.t())
-    return torch.addmm(residual_NO, x_NK, fused.weight_OK.t())
 
 
 class FusedBottleneck:

@@ -1,6 +1,6 @@
 """A fast path for Llama-shaped models: the same function as the plain one, with fewer passes over memory.
 
-Layers that share an input (q, k, v; gate, up) run fused with their low-rank updates (fused_layers.py);
+Layers that share an input (q, k, v; gate, up) run fused with their low-rank updates (fused_linear.py);
 attention is fused_attention.py. Any method runs here whose trained parameters are LoRA's, bottlenecks
 after a half, virtual tokens, or the weights themselves. The parameters stay the method's own: what is
 trained here is saved and loaded by the plain path. `fuse` returns None for everything that it does not
@@ -20,18 +20,16 @@ from luthier.modeling.fused_attention import Attention, Heads
 from luthier.modeling.fused_layers import (
     BottleneckAdd,
     FusedBottleneck,
-    FusedLinear,
     GatedLinearAdd,
     LinearAdd,
     NormLinear,
 )
+from luthier.modeling.fused_linear import FusedLinear, fuse_linear
 from luthier.modeling.kernels.laying import widen_low_ranks
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-# Products run well on a whole number of so many rows; those that are missing are filled up.
-_ALIGN = 16
 _KNOWN_PARTS = {
     "self_attn",
     "mlp",
@@ -98,88 +96,84 @@ class FusedLlama:
         found = [parameter for block in self._blocks for parameter in block.parameters]
         return found + [weight for weight in outer if weight.requires_grad]
 
-    def hidden_states(self, token_ids_BT: torch.Tensor, *, num_shared: int = 0) -> torch.Tensor:
+    def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         """Run rows padded on the right.
 
         Args:
             token_ids_BT: int64.
-            num_shared: how many tokens all rows have alike at their beginning, fewer than T; they are
-                computed once.
 
         Returns:
-            hidden_BTD after the last norm, in the weights' type, of the tokens that are not shared.
+            hidden_BTD after the last norm, in the weights' type.
         """
-        num_rows, num_tokens = token_ids_BT.shape
-        own_ND = self._run(token_ids_BT, num_shared, None)
-        return own_ND.view(num_rows, num_tokens - num_shared, -1)
+        return self._run(token_ids_BT, 0, None).view(*token_ids_BT.shape, -1)
 
-    def wanted_hidden_states(self, token_ids_BT: torch.Tensor, wanted_BT: torch.Tensor) -> torch.Tensor:
+    def wanted_hidden_states(
+        self, token_ids_BT: torch.Tensor, wanted_BT: torch.Tensor, *, num_shared: int = 0
+    ) -> torch.Tensor:
         """Run rows padded on the right for some of their tokens.
 
         Of all others the last layer makes keys and values, and no more.
 
         Args:
             token_ids_BT: int64.
-            wanted_BT: bool, of the last columns; the tokens before them are alike in all rows, and are
+            wanted_BT: bool, of the tokens that are not shared.
+            num_shared: how many tokens all rows have alike at their beginning, fewer than T; they are
                 computed once.
 
         Returns:
             hidden_MD after the last norm, in the weights' type, in the order of the rows.
+
+        Raises:
+            ValueError: when `wanted_BT` is not of the rows' own tokens.
         """
+        num_rows, num_tokens = token_ids_BT.shape
+        if wanted_BT.shape != (num_rows, num_tokens - num_shared):
+            raise ValueError(
+                f"Tokens are wanted of {tuple(wanted_BT.shape)}, the rows' own are "
+                f"{(num_rows, num_tokens - num_shared)}."
+            )
         if not wanted_BT.any():
             weight_VD = self._body.embed_tokens.weight
             return weight_VD.new_empty(0, weight_VD.shape[1])
-        num_shared = token_ids_BT.shape[1] - wanted_BT.shape[1]
         return self._run(token_ids_BT, num_shared, wanted_BT.flatten().nonzero()[:, 0])
 
     def _run(
         self, token_ids_BT: torch.Tensor, num_shared: int, wanted_M: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the hidden states of the tokens that are not shared, or of those wanted among them."""
-        embedded_VD = self._method.virtual_embeddings(self._attached)
-        num_embedded = 0 if embedded_VD is None else embedded_VD.shape[0]
         own_BT = token_ids_BT[:, num_shared:]
-        num_before_own = num_embedded + num_shared
-        num_filled = -(num_before_own + own_BT.numel()) % _ALIGN
-        filled = token_ids_BT[0, :1].expand(num_filled)
-        x_ND = self._body.embed_tokens(torch.cat([token_ids_BT[0, :num_shared], own_BT.reshape(-1), filled]))
+        x_ND = self._body.embed_tokens(torch.cat([token_ids_BT[0, :num_shared], own_BT.reshape(-1)]))
+        embedded_VD = self._method.virtual_embeddings(self._attached)
         if embedded_VD is not None:
             # Virtual tokens are shared by their nature.
             x_ND = torch.cat([embedded_VD.to(x_ND.dtype), x_ND])
+            num_shared += len(embedded_VD)
         pairs = self._method.virtual_key_values(self._attached)
         num_before = 0 if pairs is None else pairs[0][0].shape[1]
-        end = num_before + num_embedded + token_ids_BT.shape[1]
-        positions_1T = torch.arange(num_before, end, device=x_ND.device)[None]
-        half = self._head_size // 2
-        cosine_TC, sine_TC = (
-            part[0, :, :half].float().contiguous()
-            for part in self._body.rotary_emb(x_ND[None], position_ids=positions_1T)
-        )
+        turning = self._turning(x_ND, num_before, num_before + num_shared + own_BT.shape[1])
         # As the optimizer left them.
         with torch.no_grad():
             widen_low_ranks(self._updates)
         for number, block in enumerate(self._blocks):
             key, value = (None, None) if pairs is None else pairs[number]
-            heads = Heads(
-                self._num_heads,
-                self._num_kv_heads,
-                self._head_size,
-                cosine_TC,
-                sine_TC,
-                block.attention_out.width,
-                num_before_own,
-                num_filled,
-            )
-            attended_NK = _attend(block, x_ND, heads, key, value)
+            width = block.attention_out.width
+            sizes = (self._num_heads, self._num_kv_heads, self._head_size)
+            attended_NK = _attend(block, x_ND, Heads(*sizes, *turning, width, num_shared), key, value)
             if block is self._blocks[-1]:
                 # Nothing attends to what it gives.
-                attended_NK, x_ND = (
-                    one[heads.own] if wanted_M is None else one[heads.own].index_select(0, wanted_M)
-                    for one in (attended_NK, x_ND)
-                )
+                attended_NK, x_ND = attended_NK[num_shared:], x_ND[num_shared:]
+                if wanted_M is not None:
+                    attended_NK, x_ND = (one.index_select(0, wanted_M) for one in (attended_NK, x_ND))
             x_ND = _leave_attention(block, attended_NK, x_ND)
             x_ND = _feed_forward(block, x_ND)
         return self._body.norm(x_ND)
+
+    def _turning(self, x_ND: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines, float32 [positions, half a head], of positions from `begin` to `end`."""
+        positions_1T = torch.arange(begin, end, device=x_ND.device)[None]
+        half = self._head_size // 2
+        cosine, sine = self._body.rotary_emb(x_ND[None], position_ids=positions_1T)
+        return cosine[0, :, :half].float().contiguous(), sine[0, :, :half].float().contiguous()
 
 
 def _build_block(layer: nn.Module, adapter: str) -> _Block:
@@ -190,12 +184,12 @@ def _build_block(layer: nn.Module, adapter: str) -> _Block:
     attention, feed_forward = layer.self_attn, layer.mlp
     return _Block(
         input_norm=layer.input_layernorm,
-        attention_in=FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], adapter),
-        attention_out=FusedLinear([attention.o_proj], adapter),
+        attention_in=fuse_linear([attention.q_proj, attention.k_proj, attention.v_proj], adapter),
+        attention_out=fuse_linear([attention.o_proj], adapter),
         attention_bottleneck=bottlenecks[0],
         feed_forward_norm=layer.post_attention_layernorm,
-        feed_forward_in=FusedLinear([feed_forward.gate_proj, feed_forward.up_proj], adapter),
-        feed_forward_out=FusedLinear([feed_forward.down_proj], adapter),
+        feed_forward_in=fuse_linear([feed_forward.gate_proj, feed_forward.up_proj], adapter),
+        feed_forward_out=fuse_linear([feed_forward.down_proj], adapter),
         feed_forward_bottleneck=bottlenecks[1],
     )
 

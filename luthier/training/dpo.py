@@ -114,7 +114,9 @@ def compute_pair_gradients(
         num_tokens += part.batch.num_tokens
         if not np.isfinite(sums.add(loss)):
             break
-        trainee.add_gradients(loss.loss_sum / num_pairs)
+        # A part whose rows have nothing to score depends on no parameter.
+        if loss.loss_sum.requires_grad:
+            trainee.add_gradients(loss.loss_sum / num_pairs)
     return StepScores(
         loss=sums.loss / num_pairs,
         accuracy=None,

@@ -42,8 +42,11 @@ def fork_runs(run: Run, stop: StopRequest) -> int:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
-        while not stop.is_set:
+        while True:
+            # First this: a TERM before it is seen in what follows, one after it ends the process.
             stop.leave_at_once = True
+            if stop.is_set:
+                return 0
             message, descriptors, _, _ = socket.recv_fds(
                 requests, _MAX_PATH_BYTES, 2, socket.MSG_CMSG_CLOEXEC
             )
@@ -60,7 +63,6 @@ def fork_runs(run: Run, stop: StopRequest) -> int:
                 ended, code = _fork(run, folder, events, answers, requests, stop)
                 os.close(events)
                 answers.send(f"ended {code}".encode())
-    return 0
 
 
 def _fork(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from luthier.modeling.kernels import softmax_loss_
+from luthier.modeling.kernels.panel_products import products_with
 from luthier.training.batches import Batch
 
 # Logits held at a time, in numbers: 12 Mi of them are 48 MiB in float32. Products of fewer rows are slower.
@@ -40,8 +41,9 @@ class _HeadLoss(torch.autograd.Function):
         for_hidden, for_weight, _ = context.needs_input_grad
         gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
         gradient_VD = torch.zeros_like(weight_VD) if for_weight else None
+        products = products_with(weight_VD)
         for part in chunks(hidden_ND.shape[0], weight_VD.shape[0]):
-            logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
+            logits_NV = products.product(hidden_ND[part])
             nll_N, is_right_N = softmax_loss_(
                 logits_NV, targets_N[part], keeps_gradient=for_hidden or for_weight
             )
@@ -49,7 +51,7 @@ class _HeadLoss(torch.autograd.Function):
             num_right += is_right_N.sum()
             # From here on the logits are their own gradient.
             if gradient_ND is not None:
-                torch.mm(logits_NV, weight_VD, out=gradient_ND[part])
+                gradient_ND[part] = products.input_gradient(logits_NV)
             if gradient_VD is not None:
                 gradient_VD.addmm_(logits_NV.t(), hidden_ND[part])
         # Kept by hand, for they are scaled in place: the weight's is as large as the weight.

@@ -94,6 +94,7 @@ def apply_gradients(
     if isinstance(optimizer, SplitAdamW):
         optimizer.step(gradient_scale=min(1.0, max_grad_norm / (scores.grad_norm + _NORM_EPSILON)))
     else:
+        # Else it would multiply by 1, in a pass over all gradients.
         if scores.grad_norm + _NORM_EPSILON > max_grad_norm:
             total_norm = torch.tensor(scores.grad_norm, device=trainee.device)
             torch.nn.utils.clip_grads_with_norm_(trainee.parameters, max_grad_norm, total_norm)

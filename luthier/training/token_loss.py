@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from luthier.modeling.kernels import softmax_loss_
+from luthier.modeling.kernels.panel_products import products_with
 from luthier.training.batches import Batch
 from luthier.training.loss import chunks, gather_supervised
 from luthier.training.trainee import Trainee
@@ -24,12 +25,13 @@ class _TokenLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         for_hidden, for_weight, _ = context.needs_input_grad
         gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
+        products = products_with(weight_VD)
         nll_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         for part in chunks(len(targets_N), weight_VD.shape[0]):
-            logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
+            logits_NV = products.product(hidden_ND[part])
             nll_N[part], _ = softmax_loss_(logits_NV, targets_N[part], keeps_gradient=for_hidden)
             if gradient_ND is not None:
-                torch.mm(logits_NV, weight_VD, out=gradient_ND[part])
+                gradient_ND[part] = products.input_gradient(logits_NV)
         context.gradient_ND = gradient_ND
         context.save_for_backward(*((hidden_ND, weight_VD, targets_N) if for_weight else ()))
         return nll_N
@@ -45,9 +47,9 @@ class _TokenLoss(torch.autograd.Function):
         weight = None
         if context.saved_tensors:
             hidden_ND, weight_VD, targets_N = context.saved_tensors
-            weight = torch.zeros_like(weight_VD)
+            weight, products = torch.zeros_like(weight_VD), products_with(weight_VD)
             for part in chunks(len(targets_N), weight_VD.shape[0]):
-                logits_NV = torch.mm(hidden_ND[part], weight_VD.t())
+                logits_NV = products.product(hidden_ND[part])
                 softmax_loss_(logits_NV, targets_N[part], keeps_gradient=True)
                 weight.addmm_(logits_NV.mul_(scale_N1[part].to(logits_NV.dtype)).t(), hidden_ND[part])
         return hidden, weight, None

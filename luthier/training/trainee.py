@@ -89,7 +89,7 @@ class Trainee:
         following = slice(num_shared + 1, num_needed + 1)
         wanted_BT = batch.supervised_BT[:, following]
         targets_N = batch.token_ids_BT[:, following][wanted_BT]
-        return self._fused.wanted_hidden_states(token_ids_BT, wanted_BT), targets_N
+        return self._fused.wanted_hidden_states(token_ids_BT, wanted_BT, num_shared=num_shared), targets_N
 
     def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         """Return hidden_BTD before the output layer, on the path that training takes."""
@@ -183,7 +183,8 @@ class Trainee:
         own_2TD = torch.cat([expected_BTD[:1], other_1TD])[:, num_shared:]
         wanted_2T = torch.ones(own_2TD.shape[:2], dtype=torch.bool, device=self.device)
         wanted_2T[:, 1::3] = False
-        found_MD = fused.wanted_hidden_states(torch.cat([token_ids_BT[:1], other_1T]), wanted_2T)
+        rows_2T = torch.cat([token_ids_BT[:1], other_1T])
+        found_MD = fused.wanted_hidden_states(rows_2T, wanted_2T, num_shared=num_shared)
         return _agree(found_MD, own_2TD[wanted_2T])
 
     @torch.no_grad()

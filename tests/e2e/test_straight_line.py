@@ -1,5 +1,6 @@
 """The straight line with the real small model: upload, fine-tune through kills, chat, download, restart."""
 
+import contextlib
 import json
 import os
 import signal
@@ -174,13 +175,23 @@ def test_all_answers_again_after_a_restart(client: openai.OpenAI, job: Any, stac
     files = {file.id for file in client.files.list()}
     answer = _ask(client, job.fine_tuned_model, "Where is my parcel?").choices[0].message.content
     stack.stop()
-    stack.start().until_ready()
+    stack.start(LUTHIER_WARM_SPARE_SECONDS="60").until_ready()
+    # One for each process of the worker, before there is a job.
+    wait_until(lambda: _num_spares(stack) == 2, what="processes with their imports done wait for jobs")
     assert _connection(stack) == before
     again = openai.OpenAI(**before, timeout=120)
     assert {file.id for file in again.files.list()} == files
     assert again.fine_tuning.jobs.retrieve(job.id) == job
     assert _ask(again, job.fine_tuned_model, "Where is my parcel?").choices[0].message.content == answer
     assert again.files.content(job.training_file).read().count(b"\n") == 24
+
+
+def _num_spares(stack: Stack) -> int:
+    commands = []
+    for pid in descendants(stack.running.pid):
+        with contextlib.suppress(OSError):
+            commands.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return sum(b"luthier.training\0--forks" in command for command in commands)
 
 
 @pytest.mark.full

@@ -7,6 +7,11 @@ from luthier.modeling.kernels._heads import (
     split_heads_backward,
 )
 from luthier.modeling.kernels._laying import lay_low_ranks, widen_low_ranks
+from luthier.modeling.kernels._panel_products import (
+    panel_low_rank,
+    panel_low_rank_gradients,
+    panel_product,
+)
 from luthier.modeling.kernels._products import tile_product
 from luthier.modeling.kernels._program import run_program
 from luthier.modeling.kernels._rows import (
@@ -36,6 +41,9 @@ __all__ = [
     "lay_low_ranks",
     "merge_heads",
     "merge_heads_backward",
+    "panel_low_rank",
+    "panel_low_rank_gradients",
+    "panel_product",
     "rms_norm",
     "rms_norm_backward",
     "run_program",

@@ -71,11 +71,11 @@ def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:
         ValueError: when a tensor's shape or type does not fit the others'.
     """
     for update in updates:
-        is_alike = update.a_place_RK.dtype == update.b_place_OR.dtype == updates[0].a_place_RK.dtype
-        has_shapes = (
-            update.a_RK.shape == update.a_place_RK.shape and update.b_OR.shape == update.b_place_OR.shape
-        )
-        if not (is_alike and has_shapes and len(update.a_RK) == update.b_OR.shape[1]):
+        places = (update.a_place_RK, update.b_place_OR)
+        has_shapes = [one.shape for one in update[:2]] == [one.shape for one in places]
+        if not (
+            has_shapes and len(update.a_RK) == update.b_OR.shape[1] and _are_alike(places, updates[0][3])
+        ):
             raise ValueError("A low-rank update does not fit the place where it is to go.")
     if not all(map(_can_widen, updates)):
         for update in updates:
@@ -90,14 +90,19 @@ def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:
 
 
 def _can_widen(update: WideUpdate) -> bool:
-    are_read = all(one.dtype == torch.float32 and one.is_contiguous() for one in (update.a_RK, update.b_OR))
     are_written = update.a_place_RK.is_contiguous() and update.b_place_OR.stride(1) == 1
-    return (
-        are_read
-        and are_written
-        and kernels.is_compiled(update.a_RK)
-        and kernels.is_compiled(update.a_place_RK)
+    return _are_read(update.a_RK, update.b_OR) and are_written and kernels.is_compiled(update.a_place_RK)
+
+
+def _are_read(*tensors: torch.Tensor) -> bool:
+    """Whether kernels read an update that lies so."""
+    return all(
+        one.dtype == torch.float32 and one.is_contiguous() and kernels.is_compiled(one) for one in tensors
     )
+
+
+def _are_alike(places: Sequence[torch.Tensor], like: torch.Tensor) -> bool:
+    return all((one.dtype, one.device) == (like.dtype, like.device) for one in places)
 
 
 def _wide_facts(update: WideUpdate) -> list[int]:
@@ -111,17 +116,13 @@ def _check(update: Update, like: torch.Tensor) -> None:
     filled, (num_blocks, block_rank, block) = len(update.a_FK), update.blocks.shape
     fits = update.b_OR.shape[1] == rank <= filled == block_rank and update.a_FK.shape[1] == num_inputs
     are_whole = block == BLOCK and (num_blocks - 1) * BLOCK < num_outputs <= num_blocks * BLOCK
-    are_alike = all(
-        (one.dtype, one.device) == (like.dtype, like.device) for one in (update.a_FK, update.blocks)
-    )
-    if not (fits and are_whole and are_alike):
+    if not (fits and are_whole and _are_alike((update.a_FK, update.blocks), like)):
         raise ValueError("A low-rank update does not fit the place where it is to go.")
 
 
 def _is_compiled(update: Update) -> bool:
-    are_read = all(one.dtype == torch.float32 and one.is_contiguous() for one in (update.a_RK, update.b_OR))
     are_written = update.a_FK.is_contiguous() and update.blocks.is_contiguous()
-    return are_read and are_written and all(map(kernels.is_compiled, (update.a_RK, update.b_OR, update.a_FK)))
+    return _are_read(update.a_RK, update.b_OR) and are_written and kernels.is_compiled(update.a_FK)
 
 
 def _facts(update: Update) -> list[int]:

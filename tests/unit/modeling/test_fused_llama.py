@@ -1,6 +1,5 @@
 """The fast path gives the plain path's outputs and gradients, and steps aside for what it does not know."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,9 @@ def test_tokens_that_all_rows_begin_with_give_the_same_once_as_in_every_row(
     rows = torch.cat([TOKENS[:1, :num_shared].expand(3, -1), TOKENS[:, num_shared:]], dim=1)
     method, attached = attach(base, **tuning)
     expected = method.hidden_states(attached, rows)[:, num_shared:]
-    assert_equal(attached, expected, fused(method, attached).hidden_states(rows, num_shared=num_shared))
+    wanted = torch.ones(3, 21 - num_shared, dtype=torch.bool)
+    found = fused(method, attached).wanted_hidden_states(rows, wanted, num_shared=num_shared)
+    assert_equal(attached, expected.flatten(0, 1), found)
 
 
 @pytest.mark.usefixtures("_either_kernels")
@@ -120,28 +121,18 @@ def test_tokens_that_are_wanted_are_the_same_alone(
     wanted[1] = False
     method, attached = attach(base, **tuning)
     expected = method.hidden_states(attached, rows)[:, num_shared:][wanted]
-    assert_equal(attached, expected, fused(method, attached).wanted_hidden_states(rows, wanted))
+    assert_equal(
+        attached, expected, fused(method, attached).wanted_hidden_states(rows, wanted, num_shared=num_shared)
+    )
 
 
-@pytest.fixture
-def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # A training process switches the filling off, and a test before this one may have set up such a process.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(was_deterministic)
-
-
-@pytest.mark.usefixtures("_unwritten_memory_is_nan")
-def test_what_fills_a_step_up_reaches_nothing(base: Path) -> None:
-    method, attached = attach(base)
-    path, wanted = fused(method, attached), torch.ones_like(TOKENS[:, 9:], dtype=torch.bool)
-    rows = torch.cat([TOKENS[:1, :9].expand(3, -1), TOKENS[:, 9:]], dim=1)
-    assert (9 + wanted.numel()) % 16
-    expected = method.hidden_states(attached, rows)[:, 9:][wanted]
-    assert torch.empty(1).isnan().all()
-    assert_equal(attached, expected, path.wanted_hidden_states(rows, wanted))
+def test_tokens_that_are_wanted_must_be_the_rows_own(base: Path) -> None:
+    path = fused(*attach(base))
+    for num_rows, num_shared in ((2, 0), (4, 0), (3, 1)):
+        with pytest.raises(ValueError, match="the rows' own"):
+            path.wanted_hidden_states(
+                TOKENS, torch.ones(num_rows, 21, dtype=torch.bool), num_shared=num_shared
+            )
 
 
 def test_nothing_runs_where_no_token_is_wanted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +141,10 @@ def test_nothing_runs_where_no_token_is_wanted(base: Path, monkeypatch: pytest.M
     monkeypatch.setattr(path, "_run", None)
     for tokens in (TOKENS, TOKENS[:, :1]):
         wanted = torch.zeros(tokens[:, 1:].shape, dtype=torch.bool)
-        assert path.wanted_hidden_states(tokens, wanted).shape == (0, attached.causal_lm.config.hidden_size)
+        assert path.wanted_hidden_states(tokens, wanted, num_shared=1).shape == (
+            0,
+            attached.causal_lm.config.hidden_size,
+        )
 
 
 def test_it_trains_exactly_the_methods_parameters(base: Path) -> None:

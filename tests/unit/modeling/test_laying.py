@@ -102,6 +102,7 @@ def test_an_update_that_does_not_fit_beside_its_weight_is_refused_and_nothing_is
         good._replace(a_RK=torch.zeros(4, 25)),
         good._replace(a_RK=torch.zeros(3, 24), a_place_RK=torch.zeros(3, 24)),
         good._replace(b_place_OR=torch.zeros(64, 4, dtype=torch.bfloat16)),
+        good._replace(b_place_OR=torch.zeros(64, 40, device="meta")[:, :4]),
     ):
         with pytest.raises(ValueError, match="does not fit"):
             widen_low_ranks([good, bad])

@@ -1,0 +1,301 @@
+"""Blocks of products of pairs of bfloat16 whose sums stay in registers, and what lays panels for them.
+
+A panel holds up to 48 columns of a factor: for every pair of numbers that are summed over a line of pairs, 16
+columns in each 64 bytes. A block is some rows of the other factor times a panel. All addresses are int64 and
+all strides bytes.
+
+Legend: T tiles of 16 columns.
+"""
+
+# What an intrinsic takes is in its arguments, which only the generated code reads.
+# ruff: noqa: ARG001
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from luthier.modeling.kernels._machine import BITS, HALVES, SUMS, Machine
+from luthier.modeling.kernels._memory import I32, I64, LANES, Memory, broadcast, constant, loop, rounded_bits
+
+_LINE = 64
+
+
+def _lanes_below(builder: ir.IRBuilder, count: ir.Value, first: int = 0) -> ir.Value:
+    """Return which of 16 lanes, from a first one on, are below a count."""
+    lanes = ir.Constant(BITS, [first + lane for lane in range(LANES)])
+    return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, I32)))
+
+
+def _emit_sums(
+    builder: ir.IRBuilder, num_rows: int, num_tiles: int, operands: list[ir.Value]
+) -> list[ir.Value]:
+    """Emit the sums of a block over two panels, row by row of each tile.
+
+    Args:
+        builder: where the code goes.
+        num_rows: rows of the block.
+        num_tiles: T; their sums and a line must find room in registers.
+        operands: of each panel its address, its pairs, the rows' address, their stride and that of their
+            pairs; then the address of the sums so far, float32, and their stride.
+    """
+    machine = Machine(builder)
+    before, before_stride = operands[10:12]
+    sums = []
+    for row in range(num_rows):
+        first = builder.add(before, builder.mul(before_stride, I64(row)))
+        for tile in range(num_tiles):
+            place = machine.pointer(builder.add(first, I64(_LINE * tile)), SUMS)
+            sums.append(builder.load(place, align=4))
+    for which in range(2):
+        panel, num_pairs, x, row_stride, pair_stride = operands[5 * which : 5 * which + 5]
+        starts = [builder.add(x, builder.mul(row_stride, I64(row))) for row in range(num_rows)]
+
+        def step(
+            index: ir.Value,
+            held: list[ir.Value],
+            panel: ir.Value = panel,
+            pair_stride: ir.Value = pair_stride,
+            starts: list[ir.Value] = starts,
+        ) -> list[ir.Value]:
+            held = list(held)
+            line = builder.add(panel, builder.mul(index, I64(_LINE * num_tiles)))
+            offset = builder.mul(index, pair_stride)
+            columns = [
+                builder.load(machine.pointer(builder.add(line, I64(_LINE * tile)), BITS), align=_LINE)
+                for tile in range(num_tiles)
+            ]
+            for row, start in enumerate(starts):
+                pair = machine.repeated(builder.add(start, offset))
+                for tile, column in enumerate(columns):
+                    own = row * num_tiles + tile
+                    held[own] = machine.multiply_pairs(held[own], pair, column)
+            return held
+
+        _, sums = loop(builder, I64(0), num_pairs, 1, sums, step)
+    return sums
+
+
+def _block(num_rows: int, num_tiles: int) -> tuple[Any, Any]:
+    """Return the two intrinsics of a block: one that rounds its sums into the result, one that keeps them."""
+
+    @intrinsic
+    def finish(
+        _context,
+        panel,
+        pairs,
+        x,
+        row_stride,
+        pair_stride,
+        low_panel,
+        low_pairs,
+        low,
+        low_stride,
+        low_pair_stride,
+        before,
+        before_stride,
+        out,
+        out_stride,
+        residual,
+        residual_stride,
+        num_columns,
+    ):
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            sums = _emit_sums(builder, num_rows, num_tiles, arguments[:12])
+            out, out_stride, residual, residual_stride, num_columns = arguments[12:]
+            memory = Memory(builder, is_bfloat16=True)
+            masks = [_lanes_below(builder, num_columns, tile * LANES) for tile in range(num_tiles)]
+            for row in range(num_rows):
+                target = builder.add(out, builder.mul(out_stride, I64(row)))
+                added = builder.add(residual, builder.mul(residual_stride, I64(row)))
+                for tile, mask in enumerate(masks):
+                    first = I64(tile * LANES)
+                    total = sums[row * num_tiles + tile]
+                    total = builder.fadd(total, memory.load_some(added, first, mask))
+                    memory.store_some(total, target, first, mask)
+            return I64(0)
+
+        return types.int64(*[types.int64] * 17), generate
+
+    @intrinsic
+    def keep(
+        _context,
+        panel,
+        pairs,
+        x,
+        row_stride,
+        pair_stride,
+        before,
+        before_stride,
+        out,
+        out_stride,
+    ):
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            nothing = [I64(0)] * 5
+            operands = [*arguments[:5], *nothing, *arguments[5:7]]
+            sums = _emit_sums(builder, num_rows, num_tiles, operands)
+            memory = Memory(builder, is_bfloat16=False)
+            for row in range(num_rows):
+                target = builder.add(arguments[7], builder.mul(arguments[8], I64(row)))
+                for tile in range(num_tiles):
+                    memory.store(sums[row * num_tiles + tile], target, I64(tile * LANES))
+            return I64(0)
+
+        return types.int64(*[types.int64] * 9), generate
+
+    return finish, keep
+
+
+finish_8_rows, keep_8_rows = _block(8, 3)
+finish_1_row, keep_1_row = _block(1, 3)
+finish_16_rows_of_tile, _ = _block(16, 1)
+finish_1_row_of_tile, _ = _block(1, 1)
+
+
+@intrinsic
+def ask_for(_context, place, num_lines):
+    """Ask for lines of memory that are read soon."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        machine = Machine(builder)
+
+        def ask(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            machine.prefetch(builder.add(arguments[0], builder.mul(index, I64(_LINE))))
+            return []
+
+        loop(builder, I64(0), arguments[1], 1, [], ask)
+        return I64(0)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Return 16 vectors of 16 as their columns."""
+    for width in (1, 2, 4, 8):
+        # Of two rows that are `width` apart the odd parts of the first change places with the even ones of
+        # the second.
+        low = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
+        high = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
+        found = list(rows)
+        for number in range(LANES):
+            if number & width:
+                continue
+            a, b = rows[number], rows[number + width]
+            found[number] = builder.shuffle_vector(a, b, ir.Constant(BITS, low))
+            found[number + width] = builder.shuffle_vector(a, b, ir.Constant(BITS, high))
+        rows = found
+    return rows
+
+
+def _row_starts(builder: ir.IRBuilder, source: ir.Value, stride: ir.Value, num_rows: ir.Value) -> list[Any]:
+    """Return the addresses of 16 rows; for those that there are not, of the last one."""
+    last = builder.sub(num_rows, I64(1))
+    starts = []
+    for row in range(LANES):
+        own = builder.select(builder.icmp_signed("<", I64(row), last), I64(row), last)
+        starts.append(builder.add(source, builder.mul(stride, own)))
+    return starts
+
+
+@intrinsic
+def lay_pairs(_context, source, stride, num_rows, target, target_stride):
+    """Write 32 bfloat16 of up to 16 rows as 16 lines of pairs, a row a column; further columns repeat the
+    last row."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        source, stride, num_rows, target, target_stride = arguments
+        machine = Machine(builder)
+        starts = _row_starts(builder, source, stride, num_rows)
+        rows = [builder.load(machine.pointer(start, BITS), align=2) for start in starts]
+        for number, line in enumerate(_transposed(builder, rows)):
+            place = builder.add(target, builder.mul(target_stride, I64(number)))
+            builder.store(line, machine.pointer(place, BITS), align=_LINE)
+        return I64(0)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+def _rounded_halves(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
+    """Return 16 float32 as 16 bfloat16's bits in the lower halves of int32."""
+    return builder.lshr(rounded_bits(builder, builder.bitcast(floats, BITS)), constant(BITS, 16))
+
+
+def _scale(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Return a float32, by its bits, 16 times."""
+    return builder.bitcast(broadcast(builder, builder.trunc(bits, I32)), SUMS)
+
+
+@intrinsic
+def lay_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, target, target_stride):
+    """Write the first 32 float32 of up to 16 rows, times a scale, as `lay_pairs` does.
+
+    The scale goes as the bits of a float32. Numbers that there are not are zeros.
+    """
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        source, stride, num_rows, num_numbers, scale, target, target_stride = arguments
+        machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
+        factor = _scale(builder, scale)
+        rows = []
+        for start in _row_starts(builder, source, stride, num_rows):
+            parts = []
+            for first in (0, LANES):
+                mask = _lanes_below(builder, num_numbers, first)
+                floats = builder.fmul(memory.load_some(start, I64(first), mask), factor)
+                parts.append(builder.trunc(_rounded_halves(builder, floats), HALVES))
+            order = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES)))
+            rows.append(builder.bitcast(builder.shuffle_vector(parts[0], parts[1], order), BITS))
+        for number, line in enumerate(_transposed(builder, rows)):
+            place = builder.add(target, builder.mul(target_stride, I64(number)))
+            builder.store(line, machine.pointer(place, BITS), align=_LINE)
+        return I64(0)
+
+    return types.int64(*[types.int64] * 7), generate
+
+
+@intrinsic
+def pair_lines(_context, even, odd, num_columns, has_odd, target):
+    """Write up to 48 bfloat16 of two rows as three lines of pairs; what there is not are zeros."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        even, odd, num_columns, has_odd, target = arguments
+        machine, memory = Machine(builder), Memory(builder, is_bfloat16=True)
+        num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
+        for tile in range(3):
+            first = tile * LANES
+            low = memory.load_some(even, I64(first), _lanes_below(builder, num_columns, first))
+            high = memory.load_some(odd, I64(first), _lanes_below(builder, num_odd, first))
+            # Widened they are their own upper halves.
+            low = builder.lshr(builder.bitcast(low, BITS), constant(BITS, 16))
+            line = builder.or_(low, builder.bitcast(high, BITS))
+            place = machine.pointer(builder.add(target, I64(_LINE * tile)), BITS)
+            builder.store(line, place, align=4)
+        return I64(0)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+@intrinsic
+def pair_scaled_line(_context, even, odd, num_columns, has_odd, scale, target):
+    """Write up to 16 float32 of two rows, times a scale (the bits of a float32), as a line of pairs of
+    bfloat16; what there is not are zeros."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        even, odd, num_columns, has_odd, scale, target = arguments
+        machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
+        factor = _scale(builder, scale)
+        num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
+        low, high = (
+            _rounded_halves(
+                builder,
+                builder.fmul(memory.load_some(row, I64(0), _lanes_below(builder, count)), factor),
+            )
+            for row, count in ((even, num_columns), (odd, num_odd))
+        )
+        line = builder.or_(low, builder.shl(high, constant(BITS, 16)))
+        builder.store(line, machine.pointer(target, BITS), align=4)
+        return I64(0)
+
+    return types.int64(*[types.int64] * 6), generate

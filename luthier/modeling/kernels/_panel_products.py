@@ -1,0 +1,395 @@
+"""The compiled products of a training step with a weight and its low-rank updates, bfloat16 by panels.
+
+Every product sums over pairs of numbers. Of the factor that is not taken row by row a panel of 48 columns is
+laid out at a time (_panel_blocks.py), in memory that stays near the processor while all rows pass by: that
+costs a hundredth of the product, and no weight lies in memory twice. Low-rank updates are a few more pairs of
+the same sums. Panels are shared out among the threads, rows too where there are more threads than panels;
+what is added in which order depends on neither.
+
+A part is a layer of several that share an input: its update `scale * b a`, which of the outputs it has, and
+which of the columns of u, its rank filled up to a multiple of 16.
+"""
+
+# numba reads the loops themselves and takes their types from the arguments.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from numba import carray
+
+from luthier.modeling.kernels._language import (
+    Kernel,
+    at_float32,
+    at_int64,
+    inlined,
+    number,
+    open_table,
+    share,
+    thread_number,
+)
+from luthier.modeling.kernels._pairs import interleave
+from luthier.modeling.kernels._panel_blocks import (
+    ask_for,
+    finish_1_row,
+    finish_1_row_of_tile,
+    finish_8_rows,
+    finish_16_rows_of_tile,
+    keep_1_row,
+    keep_8_rows,
+    lay_pairs,
+    lay_scaled_pairs,
+    pair_lines,
+    pair_scaled_line,
+)
+from luthier.modeling.kernels.panel_products import (
+    HEAD_BYTES,
+    LINE_BYTES,
+    MOST_PAIRS,
+    NUM_FACTS,
+    PANEL_COLUMNS,
+)
+
+_TILE, _TILE_BYTES = 16, 64
+_BLOCK_ROWS = 8
+# The bits of 1.0.
+_ONE = 0x3F800000
+
+
+@inlined
+def _open_scratch(table):
+    """Return the thread's own memory: it begins with a line of zeros and room for a block's sums."""
+    scratch_at = table[18] + thread_number(table) * table[19]
+    zeros = carray(at_int64(scratch_at), LINE_BYTES // 8)
+    for i in range(LINE_BYTES // 8):
+        zeros[i] = 0
+    return scratch_at
+
+
+@inlined
+def _lay_weight(weight_at, stride, first, num_columns, start, num_pairs, is_backward, panel_at):
+    """Lay pairs of a weight's rows (of its columns, backward) for columns of a product."""
+    if is_backward:
+        for pair in range(num_pairs):
+            row_at = weight_at + 2 * (start + pair) * stride + first * 2
+            pair_lines(row_at, row_at + stride, num_columns, 1, panel_at + pair * LINE_BYTES)
+    else:
+        for column in range(0, num_columns, _TILE):
+            source_at = weight_at + (first + column) * stride + start * 4
+            for pair in range(0, num_pairs, 16):
+                target_at = panel_at + pair * LINE_BYTES + column * 4
+                lay_pairs(
+                    source_at + pair * 4, stride, min(_TILE, num_columns - column), target_at, LINE_BYTES
+                )
+
+
+@inlined
+def _lay_b(b_at, rank, scale, num_columns, panel_at):
+    """Lay a part's `scale * b` [O, R], from its panel's first output on."""
+    for column in range(0, num_columns, _TILE):
+        for first in range(0, rank, 32):
+            lay_scaled_pairs(
+                b_at + (column * rank + first) * 4,
+                rank * 4,
+                min(_TILE, num_columns - column),
+                rank - first,
+                scale,
+                panel_at + first // 2 * LINE_BYTES + column * 4,
+                LINE_BYTES,
+            )
+
+
+@inlined
+def _lay_a(facts, num_parts, num_inputs, first, num_columns, panel_at):
+    """Lay every part's `a` [R, D] one below the other, zeros where ranks are filled up; return the pairs."""
+    num_pairs = 0
+    for part in range(num_parts):
+        rank = facts[part, 2]
+        num_pairs = max(num_pairs, facts[part, 5] // 2 + (rank + _TILE - 1) // _TILE * (_TILE // 2))
+        for pair in range((rank + _TILE - 1) // _TILE * (_TILE // 2)):
+            row_at = facts[part, 0] + (2 * pair * num_inputs + first) * 4
+            line_at = panel_at + (facts[part, 5] // 2 + pair) * LINE_BYTES
+            meant = num_columns if 2 * pair < rank else 0
+            for column in range(0, PANEL_COLUMNS, _TILE):
+                pair_scaled_line(
+                    row_at + column * 4,
+                    row_at + (num_inputs + column) * 4,
+                    max(meant - column, 0),
+                    2 * pair + 1 < rank,
+                    _ONE,
+                    line_at + column * 4,
+                )
+    return num_pairs
+
+
+@inlined
+def _num_panels(num_columns):
+    return (num_columns + PANEL_COLUMNS - 1) // PANEL_COLUMNS
+
+
+@inlined
+def _find_part(facts, panel):
+    """Return which part a panel of all parts' outputs belongs to, and which of its panels it is."""
+    part = 0
+    while panel >= _num_panels(facts[part, 4]):
+        panel -= _num_panels(facts[part, 4])
+        part += 1
+    return part, panel
+
+
+@inlined
+def _multiply_rows(
+    begin_row, end_row, panel_at, num_pairs, x_at, x_stride, low_at, low_pairs, u_at, u_stride,
+    is_first, is_last, sums_at, zeros_at, residual_at, residual_stride, out_at, out_stride, num_columns,
+    ahead_at, ahead_stride, num_ahead,
+):  # fmt: skip
+    """Multiply rows with a panel, block by block; the last of several panels rounds their sums."""
+    num_blocks = (end_row - begin_row + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    row, asked, block = begin_row, 0, 0
+    while row < end_row:
+        # What is laid out next is asked for meanwhile, some by each block.
+        block += 1
+        while asked < num_ahead * block // num_blocks:
+            ask_for(ahead_at + asked * ahead_stride, (num_pairs + 15) // 16)
+            asked += 1
+        if row + _BLOCK_ROWS > end_row and begin_row + _BLOCK_ROWS <= end_row and is_first and is_last:
+            # Some rows are made again, the same; a sum that goes on must not be.
+            row = end_row - _BLOCK_ROWS
+        is_block = row + _BLOCK_ROWS <= end_row
+        own_at, own_sums_at = x_at + row * x_stride, sums_at + (row - begin_row) * LINE_BYTES
+        before_at, before_stride = (zeros_at, 0) if is_first else (own_sums_at, LINE_BYTES)
+        low_row_at, target_at = u_at + row * u_stride, out_at + row * out_stride
+        # Zeros where nothing is added: a masked load of memory that is not there is very slow.
+        added_at, added_stride = zeros_at, 0
+        if residual_at != 0:
+            added_at, added_stride = residual_at + row * residual_stride, residual_stride
+        if is_last and is_block:
+            finish_8_rows(
+                panel_at, num_pairs, own_at, x_stride, 4, low_at, low_pairs, low_row_at, u_stride, 4,
+                before_at, before_stride, target_at, out_stride, added_at, added_stride, num_columns,
+            )  # fmt: skip
+        elif is_last:
+            finish_1_row(
+                panel_at, num_pairs, own_at, x_stride, 4, low_at, low_pairs, low_row_at, u_stride, 4,
+                before_at, before_stride, target_at, out_stride, added_at, added_stride, num_columns,
+            )  # fmt: skip
+        elif is_block:
+            keep_8_rows(
+                panel_at, num_pairs, own_at, x_stride, 4, before_at, before_stride, own_sums_at, LINE_BYTES
+            )
+        else:
+            keep_1_row(
+                panel_at, num_pairs, own_at, x_stride, 4, before_at, before_stride, own_sums_at, LINE_BYTES
+            )
+        row += _BLOCK_ROWS if is_block else 1
+
+
+@Kernel
+def panel_product(data):
+    """Write x [N, D] times a weight [O, D] and its updates, plus a residual.
+
+    Backward, write y [N, O] times them.
+    """
+    table = open_table(data)
+    num_rows, num_summed, num_columns = table[2], table[3], table[4]
+    x_at, x_stride, weight_at, weight_stride = table[5], table[6], table[7], table[8]
+    is_backward, out_at, out_stride = table[9] != 0, table[10], table[11]
+    residual_at, residual_stride, u_at, u_stride = table[12], table[13], table[14], table[15]
+    num_parts, num_chunks, low_bytes = table[17], table[20], table[21]
+    facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
+    scratch_at = _open_scratch(table)
+    low_at = scratch_at + HEAD_BYTES
+    panel_at = low_at + low_bytes
+    num_pairs = num_summed // 2
+    most_pairs = min(MOST_PAIRS, num_pairs)
+    sums_at = panel_at + most_pairs * LINE_BYTES
+    num_panels = 0
+    if is_backward:
+        num_panels = _num_panels(num_columns)
+    else:
+        for part in range(num_parts):
+            num_panels += _num_panels(facts[part, 4])
+    # Whole blocks but for the last chunk.
+    chunk_rows = (num_rows + num_chunks * _BLOCK_ROWS - 1) // (num_chunks * _BLOCK_ROWS) * _BLOCK_ROWS
+    begin, end = share(table, num_panels * num_chunks)
+    for task in range(begin, end):
+        panel, chunk = task // num_chunks, task % num_chunks
+        low_pairs, own_u_at = 0, u_at
+        if is_backward:
+            first = panel * PANEL_COLUMNS
+            columns = min(PANEL_COLUMNS, num_columns - first)
+            if u_at != 0:
+                low_pairs = _lay_a(facts, num_parts, num_columns, first, columns, low_at)
+        else:
+            part, own = _find_part(facts, panel)
+            within, rank = own * PANEL_COLUMNS, facts[part, 2]
+            first, columns = facts[part, 3] + within, min(PANEL_COLUMNS, facts[part, 4] - within)
+            if rank != 0:
+                low_pairs, own_u_at = (rank + 1) // 2, u_at + facts[part, 5] * 2
+                _lay_b(facts[part, 1] + within * rank * 4, rank, facts[part, 6], columns, low_at)
+        for start in range(0, num_pairs, most_pairs):
+            own_pairs = min(most_pairs, num_pairs - start)
+            _lay_weight(weight_at, weight_stride, first, columns, start, own_pairs, is_backward, panel_at)
+            _multiply_rows(
+                chunk * chunk_rows,
+                min((chunk + 1) * chunk_rows, num_rows),
+                panel_at,
+                own_pairs,
+                x_at + start * 4,
+                x_stride,
+                low_at,
+                low_pairs,
+                own_u_at,
+                u_stride,
+                start == 0,
+                start + own_pairs == num_pairs,
+                sums_at,
+                scratch_at,
+                residual_at + first * 2 if residual_at != 0 else 0,
+                residual_stride,
+                out_at + first * 2,
+                out_stride,
+                columns,
+                weight_at + (first + PANEL_COLUMNS) * weight_stride + start * 4,
+                weight_stride,
+                # Backward, where of many rows a few columns are next, asking gained nothing.
+                0 if is_backward else PANEL_COLUMNS,
+            )
+
+
+@Kernel
+def panel_low_rank(data):
+    """Write u [N, R]: every part's x times its `a`; backward, its outputs' y times its `scale * b`."""
+    table = open_table(data)
+    num_rows, num_inputs, is_backward = table[2], table[3], table[9] != 0
+    x_at, x_stride, out_at, out_stride, num_parts = table[5], table[6], table[10], table[11], table[17]
+    facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
+    scratch_at = _open_scratch(table)
+    panel_at = scratch_at + HEAD_BYTES
+    begin, end = share(table, (num_rows + _TILE - 1) // _TILE)
+    begin_row, end_row = begin * _TILE, min(end * _TILE, num_rows)
+    for part in range(num_parts):
+        rank = facts[part, 2]
+        num_pairs = (facts[part, 4] if is_backward else num_inputs) // 2
+        own_at = x_at + facts[part, 3] * 2 if is_backward else x_at
+        for first in range(0, rank, _TILE):
+            num_ranks = min(_TILE, rank - first)
+            if is_backward:
+                for pair in range(num_pairs):
+                    row_at = facts[part, 1] + (2 * pair * rank + first) * 4
+                    target_at = panel_at + pair * _TILE_BYTES
+                    pair_scaled_line(row_at, row_at + rank * 4, num_ranks, 1, facts[part, 6], target_at)
+            else:
+                for pair in range(0, num_pairs, 16):
+                    source_at = facts[part, 0] + (first * num_inputs + 2 * pair) * 4
+                    target_at = panel_at + pair * _TILE_BYTES
+                    lay_scaled_pairs(source_at, num_inputs * 4, num_ranks, 32, _ONE, target_at, _TILE_BYTES)
+            row = begin_row
+            while row < end_row:
+                if row + _TILE > end_row and begin_row + _TILE <= end_row:
+                    # Some rows are made again, the same.
+                    row = end_row - _TILE
+                is_block = row + _TILE <= end_row
+                row_at = own_at + row * x_stride
+                target_at = out_at + row * out_stride + (facts[part, 5] + first) * 2
+                if is_block:
+                    finish_16_rows_of_tile(
+                        panel_at, num_pairs, row_at, x_stride, 4,
+                        panel_at, 0, 0, 0, 0,
+                        scratch_at, 0, target_at, out_stride, scratch_at, 0, _TILE,
+                    )  # fmt: skip
+                else:
+                    finish_1_row_of_tile(
+                        panel_at, num_pairs, row_at, x_stride, 4,
+                        panel_at, 0, 0, 0, 0,
+                        scratch_at, 0, target_at, out_stride, scratch_at, 0, _TILE,
+                    )  # fmt: skip
+                row += _TILE if is_block else 1
+
+
+@inlined
+def _pair_rows(source_at, num_rows, width, zeros_at, target_at):
+    """Lay rows of bfloat16 as pairs of two rows; width is a multiple of 16."""
+    for pair in range((num_rows + 1) // 2):
+        even_at = source_at + 2 * pair * width * 2
+        odd_at = even_at + width * 2
+        for column in range(0, width, _TILE):
+            own_at = odd_at + column * 2 if 2 * pair + 1 < num_rows else zeros_at
+            interleave(even_at + column * 2, own_at, target_at + (pair * width + column) * 4)
+
+
+@inlined
+def _write_rows(sums_at, num_rows, num_columns, target_at, stride):
+    """Write a block's sums."""
+    sums = carray(at_float32(sums_at), (_BLOCK_ROWS, PANEL_COLUMNS))
+    for i in range(num_rows):
+        target = carray(at_float32(target_at + i * stride * 4), num_columns)
+        for column in range(num_columns):
+            target[column] = sums[i, column]
+
+
+@inlined
+def _write_columns(sums_at, num_rows, num_columns, scale, target_at, stride):
+    """Write a block's sums turned, times a scale."""
+    sums = carray(at_float32(sums_at), (_BLOCK_ROWS, PANEL_COLUMNS))
+    for column in range(num_columns):
+        target = carray(at_float32(target_at + column * stride * 4), num_rows)
+        for i in range(num_rows):
+            target[i] = sums[i, column] * scale
+
+
+@Kernel
+def panel_low_rank_gradients(data):
+    """Write every part's gradients, float32: of `a`, the gradient of u times x, of `b`, scale y' u."""
+    table = open_table(data)
+    num_rows, num_inputs = table[2], table[3]
+    x_at, x_stride, y_at, y_stride = table[5], table[6], table[7], table[8]
+    u_at, gradient_u_at, width, num_parts = table[10], table[11], table[12], table[17]
+    facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
+    scratch_at = _open_scratch(table)
+    sums_at, num_pairs = scratch_at + LINE_BYTES, (num_rows + 1) // 2
+    gradient_pairs_at = scratch_at + HEAD_BYTES
+    u_pairs_at = gradient_pairs_at + num_pairs * width * 4
+    panel_at = u_pairs_at + num_pairs * width * 4
+    _pair_rows(gradient_u_at, num_rows, width, scratch_at, gradient_pairs_at)
+    _pair_rows(u_at, num_rows, width, scratch_at, u_pairs_at)
+    num_input_panels = _num_panels(num_inputs)
+    num_panels = num_input_panels
+    for part in range(num_parts):
+        num_panels += _num_panels(facts[part, 4])
+    begin, end = share(table, num_panels)
+    for panel in range(begin, end):
+        part, is_input = 0, panel < num_input_panels
+        if is_input:
+            first = panel * PANEL_COLUMNS
+            columns, source_at, stride = min(PANEL_COLUMNS, num_inputs - first), x_at + first * 2, x_stride
+        else:
+            part, own = _find_part(facts, panel - num_input_panels)
+            if facts[part, 2] == 0:
+                continue
+            first = own * PANEL_COLUMNS
+            columns = min(PANEL_COLUMNS, facts[part, 4] - first)
+            source_at, stride = y_at + (facts[part, 3] + first) * 2, y_stride
+        for pair in range(num_pairs):
+            row_at = source_at + 2 * pair * stride
+            has_odd = 2 * pair + 1 < num_rows
+            pair_lines(row_at, row_at + stride, columns, has_odd, panel_at + pair * LINE_BYTES)
+        for which in range(0 if is_input else part, num_parts if is_input else part + 1):
+            rank = facts[which, 2]
+            pairs_at = (gradient_pairs_at if is_input else u_pairs_at) + facts[which, 5] * 4
+            for rank_begin in range(0, rank, _BLOCK_ROWS):
+                keep_8_rows(
+                    panel_at,
+                    num_pairs,
+                    pairs_at + rank_begin * 4,
+                    4,
+                    width * 4,
+                    scratch_at,
+                    0,
+                    sums_at,
+                    LINE_BYTES,
+                )
+                num_ranks = min(_BLOCK_ROWS, rank - rank_begin)
+                if is_input:
+                    target_at = facts[which, 7] + (rank_begin * num_inputs + first) * 4
+                    _write_rows(sums_at, num_ranks, columns, target_at, num_inputs)
+                else:
+                    target_at = facts[which, 8] + (first * rank + rank_begin) * 4
+                    _write_columns(sums_at, num_ranks, columns, number(facts[which, 6]), target_at, rank)
