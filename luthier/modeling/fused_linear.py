@@ -234,6 +234,9 @@ def fuse_linear(layers: Sequence[nn.Module], adapter: str) -> FusedLinear:
     Args:
         layers: PEFT's LoRA layers, or bare linear ones, whose weights may be trained.
         adapter: name of the adapter that is trained.
+
+    Returns:
+        The fused layer; the plain layers' weights are views of its.
     """
     weight_OD = getattr(layers[0], "base_layer", layers[0]).weight.detach()
     kind = PanelLinear if can_multiply(weight_OD, _parts(layers, adapter)) else WideLinear

@@ -40,6 +40,9 @@ def _emit_sums(
         num_tiles: T; their sums and a line must find room in registers.
         operands: of each panel its address, its pairs, the rows' address, their stride and that of their
             pairs; then the address of the sums so far, float32, and their stride.
+
+    Returns:
+        The sums, vectors of 16 float32.
     """
     machine = Machine(builder)
     before, before_stride = operands[10:12]

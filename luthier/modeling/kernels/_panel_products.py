@@ -192,7 +192,7 @@ def panel_product(data):
     x_at, x_stride, weight_at, weight_stride = table[5], table[6], table[7], table[8]
     is_backward, out_at, out_stride = table[9] != 0, table[10], table[11]
     residual_at, residual_stride, u_at, u_stride = table[12], table[13], table[14], table[15]
-    num_parts, num_chunks, low_bytes = table[17], table[20], table[21]
+    num_parts, num_chunks, low_bytes, most_tasks = table[17], table[20], table[21], table[22]
     facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
     scratch_at = _open_scratch(table)
     low_at = scratch_at + HEAD_BYTES
@@ -209,23 +209,29 @@ def panel_product(data):
     # Whole blocks but for the last chunk.
     chunk_rows = (num_rows + num_chunks * _BLOCK_ROWS - 1) // (num_chunks * _BLOCK_ROWS) * _BLOCK_ROWS
     begin, end = share(table, num_panels * num_chunks)
-    for task in range(begin, end):
-        panel, chunk = task // num_chunks, task % num_chunks
-        low_pairs, own_u_at = 0, u_at
-        if is_backward:
-            first = panel * PANEL_COLUMNS
-            columns = min(PANEL_COLUMNS, num_columns - first)
-            if u_at != 0:
-                low_pairs = _lay_a(facts, num_parts, num_columns, first, columns, low_at)
-        else:
-            part, own = _find_part(facts, panel)
-            within, rank = own * PANEL_COLUMNS, facts[part, 2]
-            first, columns = facts[part, 3] + within, min(PANEL_COLUMNS, facts[part, 4] - within)
-            if rank != 0:
-                low_pairs, own_u_at = (rank + 1) // 2, u_at + facts[part, 5] * 2
-                _lay_b(facts[part, 1] + within * rank * 4, rank, facts[part, 6], columns, low_at)
-        for start in range(0, num_pairs, most_pairs):
+    # There is room for the sums of so many panels; a team may be smaller than was asked for.
+    for group in range(begin, end, most_tasks):
+        # Of a sum over many pairs what is read of the weight is used by all panels while it is near.
+        for item in range((num_pairs + most_pairs - 1) // most_pairs * most_tasks):
+            start, task = item // most_tasks * most_pairs, group + item % most_tasks
+            if task >= end:
+                continue
             own_pairs = min(most_pairs, num_pairs - start)
+            is_last = start + own_pairs == num_pairs
+            panel, chunk = task // num_chunks, task % num_chunks
+            low_pairs, own_u_at = 0, u_at
+            if is_backward:
+                first = panel * PANEL_COLUMNS
+                columns = min(PANEL_COLUMNS, num_columns - first)
+                if u_at != 0 and is_last:
+                    low_pairs = _lay_a(facts, num_parts, num_columns, first, columns, low_at)
+            else:
+                part, own = _find_part(facts, panel)
+                within, rank = own * PANEL_COLUMNS, facts[part, 2]
+                first, columns = facts[part, 3] + within, min(PANEL_COLUMNS, facts[part, 4] - within)
+                if rank != 0 and is_last:
+                    low_pairs, own_u_at = (rank + 1) // 2, u_at + facts[part, 5] * 2
+                    _lay_b(facts[part, 1] + within * rank * 4, rank, facts[part, 6], columns, low_at)
             _lay_weight(weight_at, weight_stride, first, columns, start, own_pairs, is_backward, panel_at)
             _multiply_rows(
                 chunk * chunk_rows,
@@ -239,8 +245,8 @@ def panel_product(data):
                 own_u_at,
                 u_stride,
                 start == 0,
-                start + own_pairs == num_pairs,
-                sums_at,
+                is_last,
+                sums_at + (task - group) * chunk_rows * LINE_BYTES,
                 scratch_at,
                 residual_at + first * 2 if residual_at != 0 else 0,
                 residual_stride,

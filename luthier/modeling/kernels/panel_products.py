@@ -29,6 +29,8 @@ NUM_FACTS = 9
 # What sizes must be a multiple of: a line of memory of bfloat16.
 _ALIGN = 32
 _RANK_ALIGN = 16
+# A chunk's rows are a multiple of these.
+_BLOCK_ROWS = 8
 # Of the largest number; a rounding to bfloat16 is 2^-9 of a number.
 _MOST_GAP = 2e-2
 _PAGE = 4096
@@ -175,9 +177,15 @@ class PanelProducts:
             *(x.data_ptr(), num_summed * 2, self._weight_OD.data_ptr(), self._weight_OD.stride(0) * 2),
             *(int(is_backward), out.data_ptr(), stride, added_at, stride, u_at, u_stride),
         ]
+        # How many panels a thread does, each with the rows of a chunk.
+        sizes = [out.shape[1]] if is_backward else [part.num_outputs for part in self._parts]
+        num_panels = sum(-(-size // PANEL_COLUMNS) for size in sizes)
+        num_tasks = -(-num_panels * num_chunks // torch.get_num_threads())
         lines = self._low_bytes + min(MOST_PAIRS, num_summed // 2) * LINE_BYTES
-        sums = num_rows * LINE_BYTES if num_summed // 2 > MOST_PAIRS else 0
-        self._run("panel_product", numbers, HEAD_BYTES + lines + sums, num_chunks)
+        if num_summed // 2 > MOST_PAIRS:
+            # Room for sums that go on.
+            lines += num_tasks * (num_rows // num_chunks + _BLOCK_ROWS) * LINE_BYTES
+        self._run("panel_product", numbers, HEAD_BYTES + lines, num_chunks, self._low_bytes, num_tasks)
         return out
 
     def _num_chunks(self, num_rows: int, num_columns: int) -> int:
@@ -185,12 +193,11 @@ class PanelProducts:
         wanted = -(-2 * torch.get_num_threads() * PANEL_COLUMNS // num_columns)
         return max(1, min(wanted, num_rows // PANEL_COLUMNS))
 
-    def _run(self, name: str, numbers: list[int], scratch_bytes: int, num_chunks: int = 1) -> None:
+    def _run(self, name: str, numbers: list[int], scratch_bytes: int, *more: int) -> None:
         scratch_bytes = -(-scratch_bytes // _PAGE) * _PAGE
         scratch = _scratch(scratch_bytes * torch.get_num_threads())
         facts = (self._facts.ctypes.data, len(self._parts))
-        more = (scratch, scratch_bytes, num_chunks, self._low_bytes)
-        self._launchers[name].run([*numbers, *facts, *more])
+        self._launchers[name].run([*numbers, *facts, scratch, scratch_bytes, *more])
 
     def _look_up(self) -> None:
         """Note where the updates are now."""
