@@ -84,6 +84,10 @@ def measure_row(
     )
     if best is None:
         return found
+    if best.has_our_order and "exact_losses" not in found:
+        exact = make_spec(workload, row.tuning, precision="float32")
+        found["exact_losses"] = run_ours(_new_folder(scratch), workload, exact)["losses"]
+        results.save()
     shape = read_shape(workload.base_folder)
     pairs: list[dict[str, Any]] = found.setdefault("pairs", [])
     tries = 0
@@ -193,29 +197,40 @@ def summarise(
             for name in ("bfloat16", "float32")
         },
         "has_equal_tokens": len(counts) == 1,
-        "losses": compare_losses(pairs, by_step=best.has_our_order),
+        "losses": compare_losses(pairs, found.get("exact_losses")),
         "stolen_share": statistics.median(pair["stolen_share"] for pair in pairs),
     }
 
 
-def compare_losses(pairs: list[dict[str, Any]], *, by_step: bool) -> dict[str, Any]:
+def compare_losses(pairs: list[dict[str, Any]], exact: list[float] | None) -> dict[str, Any]:
     """Say how far apart the two sides' losses are, in nats per supervised token.
 
     Args:
         pairs: with both sides' losses.
-        by_step: whether a step of the one saw the rows of the same step of the other.
+        exact: our losses in float32, of the same rows in the same steps; None where a step of the one did not
+            see the rows of the same step of the other.
 
     Returns:
         The means of both curves and, step by step, the first, the mean and the largest gap of the last pair,
-        and whether the mean is within what rounding in bf16 leaves.
+        the mean gap of each side to float32, and whether the gaps between the sides, and ours to float32, are
+        within what rounding in bf16 leaves.
     """
     ours, peer = pairs[-1]["ours"]["losses"], pairs[-1]["peer"]["losses"]
     told: dict[str, Any] = {"ours_mean": statistics.fmean(ours), "peer_mean": statistics.fmean(peer)}
-    if by_step and len(ours) == len(peer):
-        gaps = [abs(a - b) for a, b in zip(ours, peer, strict=True)]
+    if exact is not None and len(ours) == len(peer) == len(exact):
+        gaps = _gaps(ours, peer)
         told |= {"first_gap": gaps[0], "mean_gap": statistics.fmean(gaps), "largest_gap": max(gaps)}
         told["agree"] = told["mean_gap"] <= MAX_LOSS_GAP * told["ours_mean"]
+        told["gap_to_exact"] = {
+            "ours": statistics.fmean(_gaps(ours, exact)),
+            "peer": statistics.fmean(_gaps(peer, exact)),
+        }
+        told["is_exact"] = told["gap_to_exact"]["ours"] <= MAX_LOSS_GAP * told["ours_mean"]
     return told
+
+
+def _gaps(losses: list[float], others: list[float]) -> list[float]:
+    return [abs(a - b) for a, b in zip(losses, others, strict=True)]
 
 
 def _kept(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:

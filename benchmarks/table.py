@@ -8,7 +8,7 @@ from benchmarks.rows import GROWTH, ROWS, SHORT_JOB
 _HEADER = (
     "| row | ours, tokens/s | peer, tokens/s | peer's best settings | times faster (95 %) | bar "
     "| memory ours / peer, MB | times (bar) | work of whole rows by the bf16 GEMM peak, ours / peer "
-    "| loss gap, mean / largest | stolen |"
+    "| loss gap, mean / largest; mean of ours / the peer's to float32 | stolen |"
 )
 
 
@@ -52,11 +52,6 @@ def _row_line(name: str, found: dict[str, Any]) -> str:
     losses = summary["losses"]
     if found["code"] != code_digest():
         name += " (of older code)"
-    gap = (
-        f"{losses['mean_gap']:.3f} / {losses['largest_gap']:.3f}{'' if losses['agree'] else ' (differs!)'}"
-        if "mean_gap" in losses
-        else f"means {losses['ours_mean']:.2f} / {losses['peer_mean']:.2f}"
-    )
     bar = "" if summary["memory_bar"] is None else f" ({summary['memory_bar']})"
     cells = [
         name,
@@ -69,10 +64,21 @@ def _row_line(name: str, found: dict[str, Any]) -> str:
         f"{summary['memory_ratio']['median']:.2f}{bar}",
         f"{100 * share['ours']:.0f} % / {100 * share['peer']:.0f} % of "
         f"{summary['gemm_gflops']['bfloat16']:.0f} GFLOP/s",
-        gap,
+        _losses(losses),
         f"{100 * summary['stolen_share']:.1f} %",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _losses(losses: dict[str, Any]) -> str:
+    if "mean_gap" not in losses:
+        return f"means {losses['ours_mean']:.2f} / {losses['peer_mean']:.2f}"
+    told = f"{losses['mean_gap']:.3f} / {losses['largest_gap']:.3f}"
+    # Rows of before there was a float32 run beside them.
+    exact = losses.get("gap_to_exact")
+    if exact is not None:
+        told += f"; to float32 {exact['ours']:.3f} / {exact['peer']:.3f}"
+    return told if losses["agree"] or losses.get("is_exact") else told + " (differs!)"
 
 
 def _short_job_lines(found: dict[str, Any]) -> list[str]:

@@ -74,9 +74,17 @@ def test_losses_agree_only_within_the_noise_of_bf16():
     def pair(peer: list[float]) -> dict[str, dict[str, list[float]]]:
         return {"ours": {"losses": [4.0, 3.0]}, "peer": {"losses": peer}}
 
-    assert compare_losses([pair([4.01, 3.01])], by_step=True)["agree"]
-    assert not compare_losses([pair([4.3, 2.7])], by_step=True)["agree"]
-    assert "agree" not in compare_losses([pair([4.0, 3.0])], by_step=False)
+    assert compare_losses([pair([4.01, 3.01])], [4.0, 3.0])["agree"]
+    assert not compare_losses([pair([4.3, 2.7])], [4.0, 3.0])["agree"]
+    assert "agree" not in compare_losses([pair([4.0, 3.0])], None)
+
+
+def test_of_losses_that_differ_it_is_told_whose_are_those_of_float32():
+    pairs = [{"ours": {"losses": [4.0, 3.0]}, "peer": {"losses": [4.2, 3.2]}}]
+    found = compare_losses(pairs, [4.01, 3.0])
+    assert (found["agree"], found["is_exact"]) == (False, True)
+    assert found["gap_to_exact"] == pytest.approx({"ours": 0.005, "peer": 0.195})
+    assert not compare_losses(pairs, [4.2, 3.2])["is_exact"]
 
 
 def test_a_stopped_measurement_goes_on_and_other_code_begins_again(tmp_path):
