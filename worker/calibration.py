@@ -34,6 +34,8 @@ from worker.context import WorkerContext
 _log = structlog.get_logger()
 
 _LOOK_SECONDS = 0.2
+# Until the spares of a worker that has just started have done their imports, beside which all looks slow.
+_SETTLING_SECONDS = 15.0
 _MAX_SECONDS = 300.0
 _RETRY_SECONDS = 3600.0
 _MAX_TOLD = 300
@@ -46,6 +48,8 @@ def calibrate_for_ever(context: WorkerContext) -> None:
 
     The thread lives as long as the process, for the kernel ties the child's life to it.
     """
+    if context.spare is not None:
+        context.stopping.wait(_SETTLING_SECONDS)
     while not context.stopping.wait(context.settings.sweep_seconds):
         try:
             calibrate_when_idle(context)

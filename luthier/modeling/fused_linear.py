@@ -43,12 +43,12 @@ class FusedLinear(ABC):
     """
 
     def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
-        self._bases = [getattr(layer, "base_layer", layer) for layer in layers]
-        self.num_inputs = self._bases[0].in_features
+        bases = [getattr(layer, "base_layer", layer) for layer in layers]
+        self.num_inputs = bases[0].in_features
         self.low_ranks: list[_LowRank] = []
         self._trained: list[tuple[nn.Parameter, slice]] = []
         output, rank = 0, 0
-        for layer, base in zip(layers, self._bases, strict=True):
+        for layer, base in zip(layers, bases, strict=True):
             outputs = slice(output, output + base.out_features)
             output = outputs.stop
             if base.weight.requires_grad:
@@ -69,9 +69,9 @@ class FusedLinear(ABC):
         self.parameters: list[nn.Parameter] = [p for low in self.low_ranks for p in (low.a_RD, low.b_OR)]
         self.parameters += [weight for weight, _ in self._trained]
         self.width = self._find_width(rank)
-        self.weight_OK = self._bases[0].weight.detach().new_zeros(output, self.width)
+        self.weight_OK = bases[0].weight.detach().new_zeros(output, self.width)
         start = 0
-        for base in self._bases:
+        for base in bases:
             part = self.weight_OK[start : start + base.out_features, : self.num_inputs]
             part.copy_(base.weight.detach())
             base.weight.data = part
@@ -225,7 +225,7 @@ class PanelLinear(FusedLinear):
     def _update_gradients(
         self, gradient_NO: torch.Tensor, x_ND: torch.Tensor, u_NR: torch.Tensor, gradient_u_NR: torch.Tensor
     ) -> list[torch.Tensor]:
-        return self._products.low_rank_gradients(gradient_NO, x_ND, u_NR, gradient_u_NR)
+        return self._products.update_gradients(gradient_NO, x_ND, u_NR, gradient_u_NR)
 
 
 def fuse_linear(layers: Sequence[nn.Module], adapter: str) -> FusedLinear:

@@ -43,7 +43,7 @@ class _HeadLoss(torch.autograd.Function):
         gradient_VD = torch.zeros_like(weight_VD) if for_weight else None
         products = products_with(weight_VD)
         for part in chunks(hidden_ND.shape[0], weight_VD.shape[0]):
-            logits_NV = products.product(hidden_ND[part])
+            logits_NV = products.product(hidden_ND[part].contiguous())
             nll_N, is_right_N = softmax_loss_(
                 logits_NV, targets_N[part], keeps_gradient=for_hidden or for_weight
             )

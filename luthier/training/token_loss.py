@@ -28,7 +28,7 @@ class _TokenLoss(torch.autograd.Function):
         products = products_with(weight_VD)
         nll_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         for part in chunks(len(targets_N), weight_VD.shape[0]):
-            logits_NV = products.product(hidden_ND[part])
+            logits_NV = products.product(hidden_ND[part].contiguous())
             nll_N[part], _ = softmax_loss_(logits_NV, targets_N[part], keeps_gradient=for_hidden)
             if gradient_ND is not None:
                 gradient_ND[part] = products.input_gradient(logits_NV)
@@ -49,7 +49,7 @@ class _TokenLoss(torch.autograd.Function):
             hidden_ND, weight_VD, targets_N = context.saved_tensors
             weight, products = torch.zeros_like(weight_VD), products_with(weight_VD)
             for part in chunks(len(targets_N), weight_VD.shape[0]):
-                logits_NV = products.product(hidden_ND[part])
+                logits_NV = products.product(hidden_ND[part].contiguous())
                 softmax_loss_(logits_NV, targets_N[part], keeps_gradient=True)
                 weight.addmm_(logits_NV.mul_(scale_N1[part].to(logits_NV.dtype)).t(), hidden_ND[part])
         return hidden, weight, None

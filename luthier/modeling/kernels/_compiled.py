@@ -9,8 +9,8 @@ from luthier.modeling.kernels._heads import (
 from luthier.modeling.kernels._laying import lay_low_ranks, widen_low_ranks
 from luthier.modeling.kernels._panel_products import (
     panel_low_rank,
-    panel_low_rank_gradients,
     panel_product,
+    panel_update_gradients,
 )
 from luthier.modeling.kernels._products import tile_product
 from luthier.modeling.kernels._program import run_program
@@ -42,8 +42,8 @@ __all__ = [
     "merge_heads",
     "merge_heads_backward",
     "panel_low_rank",
-    "panel_low_rank_gradients",
     "panel_product",
+    "panel_update_gradients",
     "rms_norm",
     "rms_norm_backward",
     "run_program",

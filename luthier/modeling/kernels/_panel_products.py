@@ -40,15 +40,24 @@ from luthier.modeling.kernels._panel_blocks import (
     pair_scaled_line,
 )
 from luthier.modeling.kernels.panel_products import (
+    BLOCK_ROWS,
+    FIRST_COLUMN,
+    FIRST_OUTPUT,
+    GRADIENT_A,
+    GRADIENT_B,
     HEAD_BYTES,
     LINE_BYTES,
     MOST_PAIRS,
     NUM_FACTS,
+    NUM_OUTPUTS,
     PANEL_COLUMNS,
+    RANK,
+    SCALE,
+    A,
+    B,
 )
 
 _TILE, _TILE_BYTES = 16, 64
-_BLOCK_ROWS = 8
 # The bits of 1.0.
 _ONE = 0x3F800000
 
@@ -101,11 +110,13 @@ def _lay_a(facts, num_parts, num_inputs, first, num_columns, panel_at):
     """Lay every part's `a` [R, D] one below the other, zeros where ranks are filled up; return the pairs."""
     num_pairs = 0
     for part in range(num_parts):
-        rank = facts[part, 2]
-        num_pairs = max(num_pairs, facts[part, 5] // 2 + (rank + _TILE - 1) // _TILE * (_TILE // 2))
+        rank = facts[part, RANK]
+        num_pairs = max(
+            num_pairs, facts[part, FIRST_COLUMN] // 2 + (rank + _TILE - 1) // _TILE * (_TILE // 2)
+        )
         for pair in range((rank + _TILE - 1) // _TILE * (_TILE // 2)):
-            row_at = facts[part, 0] + (2 * pair * num_inputs + first) * 4
-            line_at = panel_at + (facts[part, 5] // 2 + pair) * LINE_BYTES
+            row_at = facts[part, A] + (2 * pair * num_inputs + first) * 4
+            line_at = panel_at + (facts[part, FIRST_COLUMN] // 2 + pair) * LINE_BYTES
             meant = num_columns if 2 * pair < rank else 0
             for column in range(0, PANEL_COLUMNS, _TILE):
                 pair_scaled_line(
@@ -128,8 +139,8 @@ def _num_panels(num_columns):
 def _find_part(facts, panel):
     """Return which part a panel of all parts' outputs belongs to, and which of its panels it is."""
     part = 0
-    while panel >= _num_panels(facts[part, 4]):
-        panel -= _num_panels(facts[part, 4])
+    while panel >= _num_panels(facts[part, NUM_OUTPUTS]):
+        panel -= _num_panels(facts[part, NUM_OUTPUTS])
         part += 1
     return part, panel
 
@@ -141,18 +152,18 @@ def _multiply_rows(
     ahead_at, ahead_stride, num_ahead,
 ):  # fmt: skip
     """Multiply rows with a panel, block by block; the last of several panels rounds their sums."""
-    num_blocks = (end_row - begin_row + _BLOCK_ROWS - 1) // _BLOCK_ROWS
+    num_blocks = (end_row - begin_row + BLOCK_ROWS - 1) // BLOCK_ROWS
     row, asked, block = begin_row, 0, 0
     while row < end_row:
         # What is laid out next is asked for meanwhile, some by each block.
         block += 1
-        while asked < num_ahead * block // num_blocks:
+        while asked < min(num_ahead, num_ahead * block // num_blocks):
             ask_for(ahead_at + asked * ahead_stride, (num_pairs + 15) // 16)
             asked += 1
-        if row + _BLOCK_ROWS > end_row and begin_row + _BLOCK_ROWS <= end_row and is_first and is_last:
+        if row + BLOCK_ROWS > end_row and begin_row + BLOCK_ROWS <= end_row and is_first and is_last:
             # Some rows are made again, the same; a sum that goes on must not be.
-            row = end_row - _BLOCK_ROWS
-        is_block = row + _BLOCK_ROWS <= end_row
+            row = end_row - BLOCK_ROWS
+        is_block = row + BLOCK_ROWS <= end_row
         own_at, own_sums_at = x_at + row * x_stride, sums_at + (row - begin_row) * LINE_BYTES
         before_at, before_stride = (zeros_at, 0) if is_first else (own_sums_at, LINE_BYTES)
         low_row_at, target_at = u_at + row * u_stride, out_at + row * out_stride
@@ -178,7 +189,7 @@ def _multiply_rows(
             keep_1_row(
                 panel_at, num_pairs, own_at, x_stride, 4, before_at, before_stride, own_sums_at, LINE_BYTES
             )
-        row += _BLOCK_ROWS if is_block else 1
+        row += BLOCK_ROWS if is_block else 1
 
 
 @Kernel
@@ -192,7 +203,8 @@ def panel_product(data):
     x_at, x_stride, weight_at, weight_stride = table[5], table[6], table[7], table[8]
     is_backward, out_at, out_stride = table[9] != 0, table[10], table[11]
     residual_at, residual_stride, u_at, u_stride = table[12], table[13], table[14], table[15]
-    num_parts, num_chunks, low_bytes, most_tasks = table[17], table[20], table[21], table[22]
+    num_parts, num_chunks, low_bytes = table[17], table[20], table[21]
+    most_tasks, chunk_rows = table[22], table[23]
     facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
     scratch_at = _open_scratch(table)
     low_at = scratch_at + HEAD_BYTES
@@ -205,9 +217,7 @@ def panel_product(data):
         num_panels = _num_panels(num_columns)
     else:
         for part in range(num_parts):
-            num_panels += _num_panels(facts[part, 4])
-    # Whole blocks but for the last chunk.
-    chunk_rows = (num_rows + num_chunks * _BLOCK_ROWS - 1) // (num_chunks * _BLOCK_ROWS) * _BLOCK_ROWS
+            num_panels += _num_panels(facts[part, NUM_OUTPUTS])
     begin, end = share(table, num_panels * num_chunks)
     # There is room for the sums of so many panels; a team may be smaller than was asked for.
     for group in range(begin, end, most_tasks):
@@ -227,11 +237,14 @@ def panel_product(data):
                     low_pairs = _lay_a(facts, num_parts, num_columns, first, columns, low_at)
             else:
                 part, own = _find_part(facts, panel)
-                within, rank = own * PANEL_COLUMNS, facts[part, 2]
-                first, columns = facts[part, 3] + within, min(PANEL_COLUMNS, facts[part, 4] - within)
+                within, rank = own * PANEL_COLUMNS, facts[part, RANK]
+                first, columns = (
+                    facts[part, FIRST_OUTPUT] + within,
+                    min(PANEL_COLUMNS, facts[part, NUM_OUTPUTS] - within),
+                )
                 if rank != 0 and is_last:
-                    low_pairs, own_u_at = (rank + 1) // 2, u_at + facts[part, 5] * 2
-                    _lay_b(facts[part, 1] + within * rank * 4, rank, facts[part, 6], columns, low_at)
+                    low_pairs, own_u_at = (rank + 1) // 2, u_at + facts[part, FIRST_COLUMN] * 2
+                    _lay_b(facts[part, B] + within * rank * 4, rank, facts[part, SCALE], columns, low_at)
             _lay_weight(weight_at, weight_stride, first, columns, start, own_pairs, is_backward, panel_at)
             _multiply_rows(
                 chunk * chunk_rows,
@@ -253,7 +266,7 @@ def panel_product(data):
                 out_at + first * 2,
                 out_stride,
                 columns,
-                weight_at + (first + PANEL_COLUMNS) * weight_stride + start * 4,
+                weight_at + (first + columns) * weight_stride + start * 4,
                 weight_stride,
                 # Backward, where of many rows a few columns are next, asking gained nothing.
                 0 if is_backward else PANEL_COLUMNS,
@@ -262,7 +275,10 @@ def panel_product(data):
 
 @Kernel
 def panel_low_rank(data):
-    """Write u [N, R]: every part's x times its `a`; backward, its outputs' y times its `scale * b`."""
+    """Write u [N, U]: every part's x times its `a`; backward, its outputs' y times its `scale * b`.
+
+    Columns that fill a rank up repeat its last one, or are zeros; what reads them has zeros there.
+    """
     table = open_table(data)
     num_rows, num_inputs, is_backward = table[2], table[3], table[9] != 0
     x_at, x_stride, out_at, out_stride, num_parts = table[5], table[6], table[10], table[11], table[17]
@@ -272,19 +288,19 @@ def panel_low_rank(data):
     begin, end = share(table, (num_rows + _TILE - 1) // _TILE)
     begin_row, end_row = begin * _TILE, min(end * _TILE, num_rows)
     for part in range(num_parts):
-        rank = facts[part, 2]
-        num_pairs = (facts[part, 4] if is_backward else num_inputs) // 2
-        own_at = x_at + facts[part, 3] * 2 if is_backward else x_at
+        rank = facts[part, RANK]
+        num_pairs = (facts[part, NUM_OUTPUTS] if is_backward else num_inputs) // 2
+        own_at = x_at + facts[part, FIRST_OUTPUT] * 2 if is_backward else x_at
         for first in range(0, rank, _TILE):
             num_ranks = min(_TILE, rank - first)
             if is_backward:
                 for pair in range(num_pairs):
-                    row_at = facts[part, 1] + (2 * pair * rank + first) * 4
+                    row_at = facts[part, B] + (2 * pair * rank + first) * 4
                     target_at = panel_at + pair * _TILE_BYTES
-                    pair_scaled_line(row_at, row_at + rank * 4, num_ranks, 1, facts[part, 6], target_at)
+                    pair_scaled_line(row_at, row_at + rank * 4, num_ranks, 1, facts[part, SCALE], target_at)
             else:
                 for pair in range(0, num_pairs, 16):
-                    source_at = facts[part, 0] + (first * num_inputs + 2 * pair) * 4
+                    source_at = facts[part, A] + (first * num_inputs + 2 * pair) * 4
                     target_at = panel_at + pair * _TILE_BYTES
                     lay_scaled_pairs(source_at, num_inputs * 4, num_ranks, 32, _ONE, target_at, _TILE_BYTES)
             row = begin_row
@@ -294,7 +310,7 @@ def panel_low_rank(data):
                     row = end_row - _TILE
                 is_block = row + _TILE <= end_row
                 row_at = own_at + row * x_stride
-                target_at = out_at + row * out_stride + (facts[part, 5] + first) * 2
+                target_at = out_at + row * out_stride + (facts[part, FIRST_COLUMN] + first) * 2
                 if is_block:
                     finish_16_rows_of_tile(
                         panel_at, num_pairs, row_at, x_stride, 4,
@@ -311,11 +327,11 @@ def panel_low_rank(data):
 
 
 @inlined
-def _pair_rows(source_at, num_rows, width, zeros_at, target_at):
-    """Lay rows of bfloat16 as pairs of two rows; width is a multiple of 16."""
+def _pair_rows(source_at, stride, num_rows, width, zeros_at, target_at):
+    """Lay columns of rows of bfloat16 as pairs of two rows; width, how many, is a multiple of 16."""
     for pair in range((num_rows + 1) // 2):
-        even_at = source_at + 2 * pair * width * 2
-        odd_at = even_at + width * 2
+        even_at = source_at + 2 * pair * stride
+        odd_at = even_at + stride
         for column in range(0, width, _TILE):
             own_at = odd_at + column * 2 if 2 * pair + 1 < num_rows else zeros_at
             interleave(even_at + column * 2, own_at, target_at + (pair * width + column) * 4)
@@ -324,7 +340,7 @@ def _pair_rows(source_at, num_rows, width, zeros_at, target_at):
 @inlined
 def _write_rows(sums_at, num_rows, num_columns, target_at, stride):
     """Write a block's sums."""
-    sums = carray(at_float32(sums_at), (_BLOCK_ROWS, PANEL_COLUMNS))
+    sums = carray(at_float32(sums_at), (BLOCK_ROWS, PANEL_COLUMNS))
     for i in range(num_rows):
         target = carray(at_float32(target_at + i * stride * 4), num_columns)
         for column in range(num_columns):
@@ -334,7 +350,7 @@ def _write_rows(sums_at, num_rows, num_columns, target_at, stride):
 @inlined
 def _write_columns(sums_at, num_rows, num_columns, scale, target_at, stride):
     """Write a block's sums turned, times a scale."""
-    sums = carray(at_float32(sums_at), (_BLOCK_ROWS, PANEL_COLUMNS))
+    sums = carray(at_float32(sums_at), (BLOCK_ROWS, PANEL_COLUMNS))
     for column in range(num_columns):
         target = carray(at_float32(target_at + column * stride * 4), num_rows)
         for i in range(num_rows):
@@ -342,7 +358,7 @@ def _write_columns(sums_at, num_rows, num_columns, scale, target_at, stride):
 
 
 @Kernel
-def panel_low_rank_gradients(data):
+def panel_update_gradients(data):
     """Write every part's gradients, float32: of `a`, the gradient of u times x, of `b`, scale y' u."""
     table = open_table(data)
     num_rows, num_inputs = table[2], table[3]
@@ -351,51 +367,56 @@ def panel_low_rank_gradients(data):
     facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
     scratch_at = _open_scratch(table)
     sums_at, num_pairs = scratch_at + LINE_BYTES, (num_rows + 1) // 2
-    gradient_pairs_at = scratch_at + HEAD_BYTES
-    u_pairs_at = gradient_pairs_at + num_pairs * width * 4
-    panel_at = u_pairs_at + num_pairs * width * 4
-    _pair_rows(gradient_u_at, num_rows, width, scratch_at, gradient_pairs_at)
-    _pair_rows(u_at, num_rows, width, scratch_at, u_pairs_at)
+    pairs_at = scratch_at + HEAD_BYTES
+    panel_at = pairs_at + num_pairs * width * 4
     num_input_panels = _num_panels(num_inputs)
     num_panels = num_input_panels
     for part in range(num_parts):
-        num_panels += _num_panels(facts[part, 4])
+        num_panels += _num_panels(facts[part, NUM_OUTPUTS])
+    # Of which part u lies in pairs: of all its gradient does for the panels of inputs, which come first.
+    laid = -2
     begin, end = share(table, num_panels)
     for panel in range(begin, end):
         part, is_input = 0, panel < num_input_panels
         if is_input:
             first = panel * PANEL_COLUMNS
             columns, source_at, stride = min(PANEL_COLUMNS, num_inputs - first), x_at + first * 2, x_stride
+            wanted, rows_at, num_ranks = -1, gradient_u_at, width
         else:
             part, own = _find_part(facts, panel - num_input_panels)
-            if facts[part, 2] == 0:
+            if facts[part, RANK] == 0:
                 continue
             first = own * PANEL_COLUMNS
-            columns = min(PANEL_COLUMNS, facts[part, 4] - first)
-            source_at, stride = y_at + (facts[part, 3] + first) * 2, y_stride
+            columns = min(PANEL_COLUMNS, facts[part, NUM_OUTPUTS] - first)
+            source_at, stride = y_at + (facts[part, FIRST_OUTPUT] + first) * 2, y_stride
+            wanted, rows_at = part, u_at + facts[part, FIRST_COLUMN] * 2
+            num_ranks = (facts[part, RANK] + _TILE - 1) // _TILE * _TILE
+        if wanted != laid:
+            _pair_rows(rows_at, width * 2, num_rows, num_ranks, scratch_at, pairs_at)
+            laid = wanted
         for pair in range(num_pairs):
             row_at = source_at + 2 * pair * stride
             has_odd = 2 * pair + 1 < num_rows
             pair_lines(row_at, row_at + stride, columns, has_odd, panel_at + pair * LINE_BYTES)
         for which in range(0 if is_input else part, num_parts if is_input else part + 1):
-            rank = facts[which, 2]
-            pairs_at = (gradient_pairs_at if is_input else u_pairs_at) + facts[which, 5] * 4
-            for rank_begin in range(0, rank, _BLOCK_ROWS):
+            rank = facts[which, RANK]
+            own_at = pairs_at + (facts[which, FIRST_COLUMN] * 4 if is_input else 0)
+            for rank_begin in range(0, rank, BLOCK_ROWS):
                 keep_8_rows(
                     panel_at,
                     num_pairs,
-                    pairs_at + rank_begin * 4,
+                    own_at + rank_begin * 4,
                     4,
-                    width * 4,
+                    num_ranks * 4,
                     scratch_at,
                     0,
                     sums_at,
                     LINE_BYTES,
                 )
-                num_ranks = min(_BLOCK_ROWS, rank - rank_begin)
+                num_sums = min(BLOCK_ROWS, rank - rank_begin)
                 if is_input:
-                    target_at = facts[which, 7] + (rank_begin * num_inputs + first) * 4
-                    _write_rows(sums_at, num_ranks, columns, target_at, num_inputs)
+                    target_at = facts[which, GRADIENT_A] + (rank_begin * num_inputs + first) * 4
+                    _write_rows(sums_at, num_sums, columns, target_at, num_inputs)
                 else:
-                    target_at = facts[which, 8] + (first * rank + rank_begin) * 4
-                    _write_columns(sums_at, num_ranks, columns, number(facts[which, 6]), target_at, rank)
+                    target_at = facts[which, GRADIENT_B] + (first * rank + rank_begin) * 4
+                    _write_columns(sums_at, num_sums, columns, number(facts[which, SCALE]), target_at, rank)

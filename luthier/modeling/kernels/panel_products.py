@@ -3,7 +3,8 @@
 They run at what the processor's products of pairs can do, of any number of rows alike, keep no copy of a
 weight, and read the updates where they are trained. Where there is a matrix unit, oneDNN's are faster.
 
-Legend: N rows, D inputs, O outputs, R the parts' ranks side by side, each filled up to a multiple of 16.
+Legend: N rows, D inputs, O outputs, R a part's rank, U the parts' ranks side by side, each filled up to a
+multiple of 16.
 """
 
 import logging
@@ -24,13 +25,15 @@ _LOG = logging.getLogger(__name__)
 PANEL_COLUMNS, LINE_BYTES, MOST_PAIRS = 48, 192, 1024
 # Zeros and the sums of a block, before a thread's panels.
 HEAD_BYTES = 4096
-# Numbers that a kernel is told of a part.
+# What a kernel is told of a part: where `a` and `b` are, rank, first output, outputs, first column of u,
+# scale, and where the gradients of `a` and `b` go.
+A, B, RANK, FIRST_OUTPUT, NUM_OUTPUTS, FIRST_COLUMN, SCALE, GRADIENT_A, GRADIENT_B = range(9)
 NUM_FACTS = 9
 # What sizes must be a multiple of: a line of memory of bfloat16.
 _ALIGN = 32
 _RANK_ALIGN = 16
-# A chunk's rows are a multiple of these.
-_BLOCK_ROWS = 8
+# Rows that are multiplied together.
+BLOCK_ROWS = 8
 # Of the largest number; a rounding to bfloat16 is 2^-9 of a number.
 _MOST_GAP = 2e-2
 _PAGE = 4096
@@ -57,6 +60,8 @@ class Part:
 class PanelProducts:
     """The products with one weight, whose rows are the outputs of parts one below the other.
 
+    For one thread at a time.
+
     Args:
         weight_OD: bfloat16; read at every product, never copied.
         parts: what it is made of.
@@ -73,17 +78,19 @@ class PanelProducts:
         output, column, low_bytes = 0, 0, 0
         for part, facts in zip(parts, self._facts, strict=True):
             filled = -(-part.rank // _RANK_ALIGN) * _RANK_ALIGN
-            facts[2:7] = part.rank, output, part.num_outputs, column, kernels.float_bits(part.scale)
+            told = part.rank, output, part.num_outputs, column, kernels.float_bits(part.scale)
+            facts[RANK : SCALE + 1] = told
             output, column = output + part.num_outputs, column + filled
             low_bytes += -(-filled // _ALIGN) * _ALIGN // 2 * LINE_BYTES
-        self.width, self._low_bytes = column, low_bytes
+        self._num_u, self._low_bytes = column, low_bytes
+        self._look_up()
         self._launchers = {
             name: Launcher(kernels.compiled_address(name, torch.bfloat16))
-            for name in ("panel_product", "panel_low_rank", "panel_low_rank_gradients")
+            for name in ("panel_product", "panel_low_rank", "panel_update_gradients")
         }
 
     def low_rank(self, x_ND: torch.Tensor) -> torch.Tensor | None:
-        """Return u_NR, the products with every part's `a`; None without updates."""
+        """Return u_NU, the products with every part's `a`; None without updates."""
         return self._low_rank(x_ND, is_backward=False)
 
     def low_rank_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor | None:
@@ -93,66 +100,66 @@ class PanelProducts:
     def product(
         self,
         x_ND: torch.Tensor,
-        u_NR: torch.Tensor | None = None,
+        u_NU: torch.Tensor | None = None,
         residual_NO: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return `x W'` with the updates of `low_rank`, plus a residual."""
         out_NO = x_ND.new_empty(len(x_ND), len(self._weight_OD))
-        return self._product(x_ND, u_NR, residual_NO, out_NO, is_backward=False)
+        return self._product(x_ND, u_NU, residual_NO, out_NO, is_backward=False)
 
     def input_gradient(
-        self, gradient_NO: torch.Tensor, gradient_u_NR: torch.Tensor | None = None
+        self, gradient_NO: torch.Tensor, gradient_NU: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the gradient of x."""
         out_ND = gradient_NO.new_empty(len(gradient_NO), self._weight_OD.shape[1])
-        return self._product(gradient_NO, gradient_u_NR, None, out_ND, is_backward=True)
+        return self._product(gradient_NO, gradient_NU, None, out_ND, is_backward=True)
 
-    def low_rank_gradients(
+    def update_gradients(
         self,
         gradient_NO: torch.Tensor,
         x_ND: torch.Tensor,
-        u_NR: torch.Tensor,
-        gradient_u_NR: torch.Tensor,
+        u_NU: torch.Tensor,
+        gradient_NU: torch.Tensor,
     ) -> list[torch.Tensor]:
         """Return the gradients of `a` and `b` of every part that has them, float32."""
         num_outputs, num_inputs = self._weight_OD.shape
         self._check(gradient_NO, num_outputs)
         self._check(x_ND, num_inputs, like=gradient_NO)
-        for one in (u_NR, gradient_u_NR):
-            self._check(one, self.width, like=gradient_NO)
+        for one in (u_NU, gradient_NU):
+            self._check(one, self._num_u, like=gradient_NO)
         gradients: list[torch.Tensor] = []
         self._look_up()
         for part, facts in zip(self._parts, self._facts, strict=True):
             if part.rank:
                 sizes = (part.rank, num_inputs), (part.num_outputs, part.rank)
                 made = [torch.empty(size, dtype=torch.float32) for size in sizes]
-                facts[7:9] = [one.data_ptr() for one in made]
+                facts[GRADIENT_A : GRADIENT_B + 1] = [one.data_ptr() for one in made]
                 gradients += made
         num_rows = len(x_ND)
-        pairs = (num_rows + 1) // 2 * (2 * self.width * 4 + LINE_BYTES)
+        pairs = (num_rows + 1) // 2 * (self._num_u * 4 + LINE_BYTES)
         operands = [x_ND.data_ptr(), num_inputs * 2, gradient_NO.data_ptr(), num_outputs * 2]
-        rows = [0, u_NR.data_ptr(), gradient_u_NR.data_ptr(), self.width, 0, 0, 0]
+        rows = [0, u_NU.data_ptr(), gradient_NU.data_ptr(), self._num_u, 0, 0, 0]
         sizes_of = [num_rows, num_inputs, 0]
-        self._run("panel_low_rank_gradients", [*sizes_of, *operands, *rows], HEAD_BYTES + pairs)
+        self._run("panel_update_gradients", [*sizes_of, *operands, *rows], HEAD_BYTES + pairs)
         return gradients
 
     def _low_rank(self, x: torch.Tensor, *, is_backward: bool) -> torch.Tensor | None:
-        if self.width == 0:
+        if self._num_u == 0:
             return None
         num_outputs, num_inputs = self._weight_OD.shape
         num_columns = num_outputs if is_backward else num_inputs
         self._check(x, num_columns)
         self._look_up()
-        u_NR = x.new_empty(len(x), self.width)
-        operands = [x.data_ptr(), num_columns * 2, 0, 0, int(is_backward), u_NR.data_ptr(), self.width * 2]
+        u_NU = x.new_empty(len(x), self._num_u)
+        operands = [x.data_ptr(), num_columns * 2, 0, 0, int(is_backward), u_NU.data_ptr(), self._num_u * 2]
         scratch = HEAD_BYTES + max(num_columns, _ALIGN) // 2 * _RANK_ALIGN * 4
         self._run("panel_low_rank", [len(x), num_inputs, 0, *operands, 0, 0, 0, 0], scratch)
-        return u_NR
+        return u_NU
 
     def _product(
         self,
         x: torch.Tensor,
-        u_NR: torch.Tensor | None,
+        u_NU: torch.Tensor | None,
         residual: torch.Tensor | None,
         out: torch.Tensor,
         *,
@@ -161,11 +168,11 @@ class PanelProducts:
         num_rows, num_summed = len(x), self._weight_OD.shape[0 if is_backward else 1]
         self._check(x, num_summed)
         u_at, u_stride, added_at = 0, 0, 0
-        if self.width:
-            if u_NR is None:
+        if self._num_u:
+            if u_NU is None:
                 raise ValueError("A product with updates takes what their first half gave.")
-            self._check(u_NR, self.width, like=x)
-            u_at, u_stride = u_NR.data_ptr(), self.width * 2
+            self._check(u_NU, self._num_u, like=x)
+            u_at, u_stride = u_NU.data_ptr(), self._num_u * 2
         if residual is not None:
             self._check(residual, out.shape[1], like=x)
             added_at = residual.data_ptr()
@@ -177,15 +184,17 @@ class PanelProducts:
             *(x.data_ptr(), num_summed * 2, self._weight_OD.data_ptr(), self._weight_OD.stride(0) * 2),
             *(int(is_backward), out.data_ptr(), stride, added_at, stride, u_at, u_stride),
         ]
-        # How many panels a thread does, each with the rows of a chunk.
+        # Whole blocks but for the last chunk; and how many panels a thread does, each with a chunk's rows.
+        chunk_rows = -(-num_rows // (num_chunks * BLOCK_ROWS)) * BLOCK_ROWS
         sizes = [out.shape[1]] if is_backward else [part.num_outputs for part in self._parts]
         num_panels = sum(-(-size // PANEL_COLUMNS) for size in sizes)
         num_tasks = -(-num_panels * num_chunks // torch.get_num_threads())
         lines = self._low_bytes + min(MOST_PAIRS, num_summed // 2) * LINE_BYTES
         if num_summed // 2 > MOST_PAIRS:
             # Room for sums that go on.
-            lines += num_tasks * (num_rows // num_chunks + _BLOCK_ROWS) * LINE_BYTES
-        self._run("panel_product", numbers, HEAD_BYTES + lines, num_chunks, self._low_bytes, num_tasks)
+            lines += num_tasks * chunk_rows * LINE_BYTES
+        more = (num_chunks, self._low_bytes, num_tasks, chunk_rows)
+        self._run("panel_product", numbers, HEAD_BYTES + lines, *more)
         return out
 
     def _num_chunks(self, num_rows: int, num_columns: int) -> int:
@@ -200,10 +209,17 @@ class PanelProducts:
         self._launchers[name].run([*numbers, *facts, scratch, scratch_bytes, *more])
 
     def _look_up(self) -> None:
-        """Note where the updates are now."""
+        """Note where the updates are now, and see that others in their place can be read."""
         for part, facts in zip(self._parts, self._facts, strict=True):
-            if part.a_RD is not None and part.b_OR is not None:
-                facts[0], facts[1] = part.a_RD.data_ptr(), part.b_OR.data_ptr()
+            if part.a_RD is None or part.b_OR is None:
+                continue
+            places = [part.a_RD.data_ptr(), part.b_OR.data_ptr()]
+            if facts[[A, B]].tolist() != places:
+                if not _can_read(part, self._weight_OD.shape[1]):
+                    raise ValueError(
+                        "Products by panels read updates that are contiguous float32 on the CPU."
+                    )
+                facts[[A, B]] = places
 
     def _check(self, rows: torch.Tensor, width: int, like: torch.Tensor | None = None) -> None:
         num_rows = len(rows) if like is None else len(like)
@@ -254,14 +270,28 @@ def can_multiply(weight_OD: torch.Tensor, parts: Sequence[Part]) -> bool:
 
 
 def _fits(weight_OD: torch.Tensor, parts: Sequence[Part]) -> bool:
-    updates = [one for part in parts for one in (part.a_RD, part.b_OR) if one is not None]
-    sizes = [*weight_OD.shape, *(part.num_outputs for part in parts)]
+    sizes = [part.num_outputs for part in parts]
     return (
         weight_OD.dtype == torch.bfloat16
         and weight_OD.stride(1) == 1
-        and not any(size % _ALIGN for size in sizes)
-        and all(one.dtype == torch.float32 and one.is_contiguous() for one in updates)
-        and all(map(kernels.is_compiled, (weight_OD, *updates)))
+        and kernels.is_compiled(weight_OD)
+        and sum(sizes) == len(weight_OD)
+        and all(size > 0 and size % _ALIGN == 0 for size in (*sizes, weight_OD.shape[1]))
+        and all(_can_read(part, weight_OD.shape[1]) for part in parts)
+    )
+
+
+def _can_read(part: Part, num_inputs: int) -> bool:
+    """Whether a part has no update, or one of its size that kernels can read."""
+    if part.a_RD is None or part.b_OR is None:
+        return part.a_RD is part.b_OR
+    has_shape = (part.a_RD.shape, part.b_OR.shape) == (
+        (part.rank, num_inputs),
+        (part.num_outputs, part.rank),
+    )
+    return has_shape and all(
+        one.dtype == torch.float32 and one.is_contiguous() and kernels.is_compiled(one)
+        for one in (part.a_RD, part.b_OR)
     )
 
 
@@ -303,18 +333,18 @@ def _largest_gap(num_rows: int) -> float:
     weight_OD = random(sum(sizes), num_inputs).bfloat16()
     x_ND, y_NO = random(num_rows, num_inputs).bfloat16(), random(num_rows, sum(sizes)).bfloat16()
     made = PanelProducts(weight_OD, parts)
-    u_NR, gradient_u_NR = made.low_rank(x_ND), made.low_rank_gradient(y_NO)
-    assert u_NR is not None
-    assert gradient_u_NR is not None
-    found = [made.product(x_ND, u_NR), made.input_gradient(y_NO, gradient_u_NR)]
-    found += made.low_rank_gradients(y_NO, x_ND, u_NR, gradient_u_NR)
+    u_NU, gradient_NU = made.low_rank(x_ND), made.low_rank_gradient(y_NO)
+    assert u_NU is not None
+    assert gradient_NU is not None
+    found = [made.product(x_ND, u_NU, y_NO), made.input_gradient(y_NO, gradient_NU)]
+    found += made.update_gradients(y_NO, x_ND, u_NU, gradient_NU)
     updated = [
         weight_OD[start : start + part.num_outputs].float() + part.scale * part.b_OR @ part.a_RD
         for start, part in zip((0, sizes[0]), parts, strict=True)
         if part.a_RD is not None and part.b_OR is not None
     ]
     x, y, whole = x_ND.float(), y_NO.float(), torch.cat(updated)
-    expected = [x @ whole.t(), y @ whole]
+    expected = [x @ whole.t() + y, y @ whole]
     for part, own in zip(parts, y.split(sizes, dim=1), strict=True):
         assert part.a_RD is not None
         assert part.b_OR is not None

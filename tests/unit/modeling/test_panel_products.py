@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from luthier.modeling import kernels
-from luthier.modeling.kernels import panel_products
+from luthier.modeling.kernels import _threads, panel_products
 from luthier.modeling.kernels.panel_products import (
     MOST_PAIRS,
     PanelProducts,
@@ -59,13 +59,13 @@ class Case:
     def found(self) -> list[torch.Tensor]:
         """Return the products: forward with a residual, backward, gradients of every a and b."""
         made = PanelProducts(self.weight_OD, self.parts)
-        u_NR, gradient_u_NR = made.low_rank(self.x_ND), made.low_rank_gradient(self.y_NO)
+        u_NU, gradient_NU = made.low_rank(self.x_ND), made.low_rank_gradient(self.y_NO)
         outputs = [
-            made.product(self.x_ND, u_NR, self.residual_NO),
-            made.input_gradient(self.y_NO, gradient_u_NR),
+            made.product(self.x_ND, u_NU, self.residual_NO),
+            made.input_gradient(self.y_NO, gradient_NU),
         ]
-        if u_NR is not None and gradient_u_NR is not None:
-            outputs += made.low_rank_gradients(self.y_NO, self.x_ND, u_NR, gradient_u_NR)
+        if u_NU is not None and gradient_NU is not None:
+            outputs += made.update_gradients(self.y_NO, self.x_ND, u_NU, gradient_NU)
         return outputs
 
     def expected(self) -> list[torch.Tensor]:
@@ -126,6 +126,22 @@ def test_threads_and_what_lay_in_memory_change_no_bit(num_rows: int) -> None:
         assert all(map(torch.equal, case.found(), alone))
 
 
+@pytest.mark.parametrize("has_pool", [True, False])
+def test_a_long_sum_is_the_same_for_a_team_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, *, has_pool: bool
+) -> None:
+    case = Case(150, 2 * MOST_PAIRS + 64, (96, 2 * MOST_PAIRS + 32), (4, 0))
+    torch.set_num_threads(1)
+    alone = case.found()
+    if not has_pool:
+        # A team of one where seven were asked for.
+        monkeypatch.setattr(_threads, "_find_pool", lambda: None)
+    torch.set_num_threads(7)
+    case.found()
+    panel_products._ROOM.held.fill_(255)
+    assert all(map(torch.equal, case.found(), alone))
+
+
 def test_what_is_no_number_is_seen_and_stays_in_its_row() -> None:
     case = Case(20, 96, (64, 32), (4, 4))
     case.x_ND[11, 5], case.y_NO[3, 70] = float("nan"), float("inf")
@@ -165,25 +181,35 @@ def test_what_does_not_fit_is_refused() -> None:
         (weight_OD.to("meta"), Part(64)),
         (weight_OD, Part(64, a_RD.bfloat16(), b_OR)),
         (weight_OD, Part(64, a_RD, torch.zeros(4, 64).t())),
+        (weight_OD, Part(96)),
+        (weight_OD, Part(32)),
+        (weight_OD[:0], Part(0)),
+        (weight_OD, Part(64, a_RD)),
+        (weight_OD, Part(64, a_RD[:, :64].contiguous(), b_OR)),
+        (weight_OD, Part(64, a_RD, b_OR[:32])),
+        (weight_OD, Part(64, a_RD, torch.zeros(64, 5))),
     ):
         assert not can_multiply(weight, [part])
         with pytest.raises(ValueError, match="can't be made by panels"):
             PanelProducts(weight, [part])
     made, x_ND = PanelProducts(weight_OD, [Part(64, a_RD, b_OR)]), torch.zeros(3, 96, dtype=torch.bfloat16)
-    u_NR = made.low_rank(x_ND)
-    assert u_NR is not None
+    u_NU = made.low_rank(x_ND)
+    assert u_NU is not None
     for rows, middle, residual in (
-        (x_ND.float(), u_NR, None),
-        (x_ND[:, ::2], u_NR, None),
-        (x_ND[:, :32], u_NR, None),
-        (x_ND, u_NR[:2], None),
-        (x_ND, u_NR[:, :8], None),
+        (x_ND.float(), u_NU, None),
+        (x_ND[:, ::2], u_NU, None),
+        (x_ND[:, :32], u_NU, None),
+        (x_ND, u_NU[:2], None),
+        (x_ND, u_NU[:, :8], None),
         (x_ND, None, None),
-        (x_ND, u_NR, torch.zeros(3, 96, dtype=torch.bfloat16)),
-        (x_ND, u_NR, torch.zeros(2, 64, dtype=torch.bfloat16)),
+        (x_ND, u_NU, torch.zeros(3, 96, dtype=torch.bfloat16)),
+        (x_ND, u_NU, torch.zeros(2, 64, dtype=torch.bfloat16)),
     ):
         with pytest.raises(ValueError, match=r"(?i)product"):
             made.product(rows, middle, residual)
+    b_OR.data = b_OR.bfloat16()
+    with pytest.raises(ValueError, match="contiguous float32"):
+        made.low_rank(x_ND)
 
 
 def test_other_products_run_where_these_come_out_wrong(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,20 @@ def test_the_cut_into_parts_changes_nothing(base: Path) -> None:
     assert cut.reward_margin == pytest.approx(whole.reward_margin, rel=1e-5)
     assert cut.reward_accuracy == whole.reward_accuracy
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients, others, strict=True))
+
+
+def test_a_part_with_nothing_to_score_adds_no_gradient(base: Path) -> None:
+    reference_N = references(base)
+    trainee = make(base, {"type": "lora", "rank": 4})
+    whole = part(reference_N, 0, 3)
+    nothing = replace(whole.batch, supervised_BT=torch.zeros_like(whole.batch.supervised_BT))
+    empty = PairBatch(nothing, torch.zeros(4))
+    scores = compute_pair_gradients(trainee, [whole], beta=BETA, num_pairs=2, num_supervised=20)
+    gradients = [gradient.clone() for gradient in trainee.gradients]
+    more = compute_pair_gradients(trainee, [whole, empty], beta=BETA, num_pairs=2, num_supervised=20)
+    # Each of its two pairs is as likely as not.
+    assert more.loss == pytest.approx(scores.loss + math.log(2), rel=1e-6)
+    assert all(map(torch.equal, trainee.gradients, gradients))
 
 
 @torch.no_grad()
