@@ -238,9 +238,11 @@ def fuse_linear(layers: Sequence[nn.Module], adapter: str) -> FusedLinear:
     Returns:
         The fused layer; the plain layers' weights are views of its.
     """
-    weight_OD = getattr(layers[0], "base_layer", layers[0]).weight.detach()
-    kind = PanelLinear if can_multiply(weight_OD, _parts(layers, adapter)) else WideLinear
-    return kind(layers, adapter)
+    are_fit = all(
+        can_multiply(getattr(layer, "base_layer", layer).weight.detach(), [part])
+        for layer, part in zip(layers, _parts(layers, adapter), strict=True)
+    )
+    return (PanelLinear if are_fit else WideLinear)(layers, adapter)
 
 
 def _parts(layers: Sequence[nn.Module], adapter: str) -> list[Part]:

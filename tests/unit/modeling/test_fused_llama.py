@@ -9,7 +9,9 @@ import torch
 from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, Start, Workload, check_tuning, parse_tuning
 from luthier.modeling import fused_attention, kernels
+from luthier.modeling.fused_linear import PanelLinear, WideLinear
 from luthier.modeling.fused_llama import FusedLlama, fuse
+from luthier.modeling.kernels.panel_products import has_panels
 from luthier.modeling.load import load_base
 from tests.tiny import build_tiny_base
 
@@ -124,6 +126,16 @@ def test_tokens_that_are_wanted_are_the_same_alone(
     assert_equal(
         attached, expected, fused(method, attached).wanted_hidden_states(rows, wanted, num_shared=num_shared)
     )
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_products_in_bfloat16_are_by_panels_where_these_are_made(
+    base: Path, kind: str, dtype: torch.dtype
+) -> None:
+    path = fused(*attach(base, dtype, type=kind))
+    kinds = {type(one) for block in path._blocks for one in block.fused}
+    assert kinds == {PanelLinear if dtype == torch.bfloat16 and has_panels() else WideLinear}
 
 
 def test_tokens_that_are_wanted_must_be_the_rows_own(base: Path) -> None:
