@@ -247,7 +247,7 @@ def pack(
     # One page more than whole tokens need: a token of a row may begin a new one.
     packed = PackedLlama(model, num_pages=-(-max_cache_tokens // PAGE_SIZE) + 1)
     lane = Lane(packed, max_rows=max_rows)
-    return PackedWeights(lane, folder, read_shape(folder), lane.probe(probe_ids))
+    return PackedWeights(lane, folder, read_shape(folder), lane.probe((probe_ids, None))[0])
 
 
 def max_whole_bytes(settings: Settings) -> int:

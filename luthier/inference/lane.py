@@ -310,34 +310,41 @@ class Lane:
             self._pool.release(chain)
 
     @torch.inference_mode()
-    def probe(self, token_ids: list[int], adapter: PackedAdapter | None = None) -> torch.Tensor:
-        """Return what a model says after a short text, by the ways that requests go: the last token alone.
+    def probe(self, *texts: tuple[list[int], PackedAdapter | None]) -> torch.Tensor:
+        """Return what models say after short texts, by the ways that requests go: the last tokens alone.
 
         Args:
-            token_ids: the text's tokens.
-            adapter: what lies on the base, prepared.
+            texts: tokens, and what lies on the base, prepared; all run beside each other.
 
         Returns:
-            logits_V, float32.
+            logits_RV, float32, a row a text.
 
         Raises:
             OutOfMemoryError: when the pages are too few.
         """
-        num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
-        chain = self._borrow(num_virtual + len(token_ids))
+        chains: list[Chain] = []
         try:
-            described = None
-            if adapter is not None:
-                described = adapter.described
-                _write_virtual(self.model, adapter, chain.pages, 0)
-            *before, last = token_ids
-            end = num_virtual + len(before)
+            before, last = [], []
+            for token_ids, adapter in texts:
+                num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
+                chain = self._borrow(num_virtual + len(token_ids))
+                chains.append(chain)
+                described = None
+                if adapter is not None:
+                    described = adapter.described
+                    _write_virtual(self.model, adapter, chain.pages, 0)
+                if len(token_ids) > 1:
+                    beginning = token_ids[:-1]
+                    before.append(Stretch(beginning, num_virtual, chain.pages, described, wants_logits=False))
+                end = num_virtual + len(token_ids) - 1
+                last.append(Stretch(token_ids[-1:], end, chain.pages, described))
             if before:
-                self.model.step([Stretch(before, num_virtual, chain.pages, described, wants_logits=False)])
-            logits_1V: torch.Tensor = self.model.step([Stretch([last], end, chain.pages, described)])
-            return logits_1V[0].clone()
+                self.model.step(before)
+            logits_RV: torch.Tensor = self.model.step(last)
+            return logits_RV.clone()
         finally:
-            self._pool.release(chain)
+            for chain in chains:
+                self._pool.release(chain)
 
     def _borrow(self, num_tokens: int) -> Chain:
         """Return pages whose content nobody is to share."""

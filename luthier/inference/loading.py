@@ -185,11 +185,20 @@ def _prove(
     base_logits_V: torch.Tensor,
     canary: Canary | None,
 ) -> None:
-    """Let a model on a lane prove itself: finite, another than its base, and as training recorded it."""
+    """Let a model on a lane prove itself: finite, another than its base, and as training recorded it.
+
+    An adapter's own base answers beside it; `base_logits_V` is the base of a model with weights of its own.
+    """
+    texts = [(probe_ids, adapter)]
     if adapter is not None:
         lane.prepare(adapter)
-    check_probe(lane.probe(probe_ids, adapter), base_logits_V)
-    check_canary(canary, lane.model.dtype, lambda token_ids: lane.probe(token_ids, adapter))
+        texts.append((probe_ids, None))
+    if canary is not None:
+        texts.append((canary.token_ids, adapter))
+    # All at once: each weight is read once for them.
+    logits_RV = lane.probe(*texts)
+    check_probe(logits_RV[0], base_logits_V if adapter is None else logits_RV[1])
+    check_canary(canary, lane.model.dtype, lambda _token_ids: logits_RV[-1])
 
 
 def _open_slots(base: LoadedBase, packed: PackedWeights) -> None:
