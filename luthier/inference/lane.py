@@ -314,7 +314,7 @@ class Lane:
         """Return what models say after short texts, by the ways that requests go: the last tokens alone.
 
         Args:
-            texts: tokens, and what lies on the base, prepared; all run beside each other.
+            *texts: tokens, and what lies on the base, prepared; all run beside each other.
 
         Returns:
             logits_RV, float32, a row a text.
