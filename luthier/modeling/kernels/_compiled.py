@@ -7,11 +7,8 @@ from luthier.modeling.kernels._heads import (
     split_heads_backward,
 )
 from luthier.modeling.kernels._laying import lay_low_ranks, widen_low_ranks
-from luthier.modeling.kernels._panel_products import (
-    panel_low_rank,
-    panel_product,
-    panel_update_gradients,
-)
+from luthier.modeling.kernels._panel_products import panel_product
+from luthier.modeling.kernels._panel_updates import panel_low_rank, panel_update_gradients
 from luthier.modeling.kernels._products import tile_product
 from luthier.modeling.kernels._program import run_program
 from luthier.modeling.kernels._rows import (

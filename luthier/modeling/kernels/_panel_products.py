@@ -17,21 +17,16 @@ from numba import carray
 
 from luthier.modeling.kernels._language import (
     Kernel,
-    at_float32,
     at_int64,
     inlined,
-    number,
     open_table,
     share,
     thread_number,
 )
-from luthier.modeling.kernels._pairs import interleave
 from luthier.modeling.kernels._panel_blocks import (
     ask_for,
     finish_1_row,
-    finish_1_row_of_tile,
     finish_8_rows,
-    finish_16_rows_of_tile,
     keep_1_row,
     keep_8_rows,
     lay_pairs,
@@ -43,8 +38,6 @@ from luthier.modeling.kernels.panel_products import (
     BLOCK_ROWS,
     FIRST_COLUMN,
     FIRST_OUTPUT,
-    GRADIENT_A,
-    GRADIENT_B,
     HEAD_BYTES,
     LINE_BYTES,
     MOST_PAIRS,
@@ -57,13 +50,13 @@ from luthier.modeling.kernels.panel_products import (
     B,
 )
 
-_TILE, _TILE_BYTES = 16, 64
+TILE = 16
 # The bits of 1.0.
-_ONE = 0x3F800000
+ONE = 0x3F800000
 
 
 @inlined
-def _open_scratch(table):
+def open_scratch(table):
     """Return the thread's own memory: it begins with a line of zeros and room for a block's sums."""
     scratch_at = table[18] + thread_number(table) * table[19]
     zeros = carray(at_int64(scratch_at), LINE_BYTES // 8)
@@ -80,24 +73,24 @@ def _lay_weight(weight_at, stride, first, num_columns, start, num_pairs, is_back
             row_at = weight_at + 2 * (start + pair) * stride + first * 2
             pair_lines(row_at, row_at + stride, num_columns, 1, panel_at + pair * LINE_BYTES)
     else:
-        for column in range(0, num_columns, _TILE):
+        for column in range(0, num_columns, TILE):
             source_at = weight_at + (first + column) * stride + start * 4
             for pair in range(0, num_pairs, 16):
                 target_at = panel_at + pair * LINE_BYTES + column * 4
                 lay_pairs(
-                    source_at + pair * 4, stride, min(_TILE, num_columns - column), target_at, LINE_BYTES
+                    source_at + pair * 4, stride, min(TILE, num_columns - column), target_at, LINE_BYTES
                 )
 
 
 @inlined
 def _lay_b(b_at, rank, scale, num_columns, panel_at):
     """Lay a part's `scale * b` [O, R], from its panel's first output on."""
-    for column in range(0, num_columns, _TILE):
+    for column in range(0, num_columns, TILE):
         for first in range(0, rank, 32):
             lay_scaled_pairs(
                 b_at + (column * rank + first) * 4,
                 rank * 4,
-                min(_TILE, num_columns - column),
+                min(TILE, num_columns - column),
                 rank - first,
                 scale,
                 panel_at + first // 2 * LINE_BYTES + column * 4,
@@ -111,36 +104,34 @@ def _lay_a(facts, num_parts, num_inputs, first, num_columns, panel_at):
     num_pairs = 0
     for part in range(num_parts):
         rank = facts[part, RANK]
-        num_pairs = max(
-            num_pairs, facts[part, FIRST_COLUMN] // 2 + (rank + _TILE - 1) // _TILE * (_TILE // 2)
-        )
-        for pair in range((rank + _TILE - 1) // _TILE * (_TILE // 2)):
+        num_pairs = max(num_pairs, facts[part, FIRST_COLUMN] // 2 + (rank + TILE - 1) // TILE * (TILE // 2))
+        for pair in range((rank + TILE - 1) // TILE * (TILE // 2)):
             row_at = facts[part, A] + (2 * pair * num_inputs + first) * 4
             line_at = panel_at + (facts[part, FIRST_COLUMN] // 2 + pair) * LINE_BYTES
             meant = num_columns if 2 * pair < rank else 0
-            for column in range(0, PANEL_COLUMNS, _TILE):
+            for column in range(0, PANEL_COLUMNS, TILE):
                 pair_scaled_line(
                     row_at + column * 4,
                     row_at + (num_inputs + column) * 4,
                     max(meant - column, 0),
                     2 * pair + 1 < rank,
-                    _ONE,
+                    ONE,
                     line_at + column * 4,
                 )
     return num_pairs
 
 
 @inlined
-def _num_panels(num_columns):
+def num_panels(num_columns):
     return (num_columns + PANEL_COLUMNS - 1) // PANEL_COLUMNS
 
 
 @inlined
-def _find_part(facts, panel):
+def find_part(facts, panel):
     """Return which part a panel of all parts' outputs belongs to, and which of its panels it is."""
     part = 0
-    while panel >= _num_panels(facts[part, NUM_OUTPUTS]):
-        panel -= _num_panels(facts[part, NUM_OUTPUTS])
+    while panel >= num_panels(facts[part, NUM_OUTPUTS]):
+        panel -= num_panels(facts[part, NUM_OUTPUTS])
         part += 1
     return part, panel
 
@@ -206,19 +197,19 @@ def panel_product(data):
     num_parts, num_chunks, low_bytes = table[17], table[20], table[21]
     most_tasks, chunk_rows = table[22], table[23]
     facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
-    scratch_at = _open_scratch(table)
+    scratch_at = open_scratch(table)
     low_at = scratch_at + HEAD_BYTES
     panel_at = low_at + low_bytes
     num_pairs = num_summed // 2
     most_pairs = min(MOST_PAIRS, num_pairs)
     sums_at = panel_at + most_pairs * LINE_BYTES
-    num_panels = 0
+    total = 0
     if is_backward:
-        num_panels = _num_panels(num_columns)
+        total = num_panels(num_columns)
     else:
         for part in range(num_parts):
-            num_panels += _num_panels(facts[part, NUM_OUTPUTS])
-    begin, end = share(table, num_panels * num_chunks)
+            total += num_panels(facts[part, NUM_OUTPUTS])
+    begin, end = share(table, total * num_chunks)
     # There is room for the sums of so many panels; a team may be smaller than was asked for.
     for group in range(begin, end, most_tasks):
         # Of a sum over many pairs what is read of the weight is used by all panels while it is near.
@@ -236,7 +227,7 @@ def panel_product(data):
                 if u_at != 0 and is_last:
                     low_pairs = _lay_a(facts, num_parts, num_columns, first, columns, low_at)
             else:
-                part, own = _find_part(facts, panel)
+                part, own = find_part(facts, panel)
                 within, rank = own * PANEL_COLUMNS, facts[part, RANK]
                 first, columns = (
                     facts[part, FIRST_OUTPUT] + within,
@@ -271,152 +262,3 @@ def panel_product(data):
                 # Backward, where of many rows a few columns are next, asking gained nothing.
                 0 if is_backward else PANEL_COLUMNS,
             )
-
-
-@Kernel
-def panel_low_rank(data):
-    """Write u [N, U]: every part's x times its `a`; backward, its outputs' y times its `scale * b`.
-
-    Columns that fill a rank up repeat its last one, or are zeros; what reads them has zeros there.
-    """
-    table = open_table(data)
-    num_rows, num_inputs, is_backward = table[2], table[3], table[9] != 0
-    x_at, x_stride, out_at, out_stride, num_parts = table[5], table[6], table[10], table[11], table[17]
-    facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
-    scratch_at = _open_scratch(table)
-    panel_at = scratch_at + HEAD_BYTES
-    begin, end = share(table, (num_rows + _TILE - 1) // _TILE)
-    begin_row, end_row = begin * _TILE, min(end * _TILE, num_rows)
-    for part in range(num_parts):
-        rank = facts[part, RANK]
-        num_pairs = (facts[part, NUM_OUTPUTS] if is_backward else num_inputs) // 2
-        own_at = x_at + facts[part, FIRST_OUTPUT] * 2 if is_backward else x_at
-        for first in range(0, rank, _TILE):
-            num_ranks = min(_TILE, rank - first)
-            if is_backward:
-                for pair in range(num_pairs):
-                    row_at = facts[part, B] + (2 * pair * rank + first) * 4
-                    target_at = panel_at + pair * _TILE_BYTES
-                    pair_scaled_line(row_at, row_at + rank * 4, num_ranks, 1, facts[part, SCALE], target_at)
-            else:
-                for pair in range(0, num_pairs, 16):
-                    source_at = facts[part, A] + (first * num_inputs + 2 * pair) * 4
-                    target_at = panel_at + pair * _TILE_BYTES
-                    lay_scaled_pairs(source_at, num_inputs * 4, num_ranks, 32, _ONE, target_at, _TILE_BYTES)
-            row = begin_row
-            while row < end_row:
-                if row + _TILE > end_row and begin_row + _TILE <= end_row:
-                    # Some rows are made again, the same.
-                    row = end_row - _TILE
-                is_block = row + _TILE <= end_row
-                row_at = own_at + row * x_stride
-                target_at = out_at + row * out_stride + (facts[part, FIRST_COLUMN] + first) * 2
-                if is_block:
-                    finish_16_rows_of_tile(
-                        panel_at, num_pairs, row_at, x_stride, 4,
-                        panel_at, 0, 0, 0, 0,
-                        scratch_at, 0, target_at, out_stride, scratch_at, 0, _TILE,
-                    )  # fmt: skip
-                else:
-                    finish_1_row_of_tile(
-                        panel_at, num_pairs, row_at, x_stride, 4,
-                        panel_at, 0, 0, 0, 0,
-                        scratch_at, 0, target_at, out_stride, scratch_at, 0, _TILE,
-                    )  # fmt: skip
-                row += _TILE if is_block else 1
-
-
-@inlined
-def _pair_rows(source_at, stride, num_rows, width, zeros_at, target_at):
-    """Lay columns of rows of bfloat16 as pairs of two rows; width, how many, is a multiple of 16."""
-    for pair in range((num_rows + 1) // 2):
-        even_at = source_at + 2 * pair * stride
-        odd_at = even_at + stride
-        for column in range(0, width, _TILE):
-            own_at = odd_at + column * 2 if 2 * pair + 1 < num_rows else zeros_at
-            interleave(even_at + column * 2, own_at, target_at + (pair * width + column) * 4)
-
-
-@inlined
-def _write_rows(sums_at, num_rows, num_columns, target_at, stride):
-    """Write a block's sums."""
-    sums = carray(at_float32(sums_at), (BLOCK_ROWS, PANEL_COLUMNS))
-    for i in range(num_rows):
-        target = carray(at_float32(target_at + i * stride * 4), num_columns)
-        for column in range(num_columns):
-            target[column] = sums[i, column]
-
-
-@inlined
-def _write_columns(sums_at, num_rows, num_columns, scale, target_at, stride):
-    """Write a block's sums turned, times a scale."""
-    sums = carray(at_float32(sums_at), (BLOCK_ROWS, PANEL_COLUMNS))
-    for column in range(num_columns):
-        target = carray(at_float32(target_at + column * stride * 4), num_rows)
-        for i in range(num_rows):
-            target[i] = sums[i, column] * scale
-
-
-@Kernel
-def panel_update_gradients(data):
-    """Write every part's gradients, float32: of `a`, the gradient of u times x, of `b`, scale y' u."""
-    table = open_table(data)
-    num_rows, num_inputs = table[2], table[3]
-    x_at, x_stride, y_at, y_stride = table[5], table[6], table[7], table[8]
-    u_at, gradient_u_at, width, num_parts = table[10], table[11], table[12], table[17]
-    facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
-    scratch_at = _open_scratch(table)
-    sums_at, num_pairs = scratch_at + LINE_BYTES, (num_rows + 1) // 2
-    pairs_at = scratch_at + HEAD_BYTES
-    panel_at = pairs_at + num_pairs * width * 4
-    num_input_panels = _num_panels(num_inputs)
-    num_panels = num_input_panels
-    for part in range(num_parts):
-        num_panels += _num_panels(facts[part, NUM_OUTPUTS])
-    # Of which part u lies in pairs: of all its gradient does for the panels of inputs, which come first.
-    laid = -2
-    begin, end = share(table, num_panels)
-    for panel in range(begin, end):
-        part, is_input = 0, panel < num_input_panels
-        if is_input:
-            first = panel * PANEL_COLUMNS
-            columns, source_at, stride = min(PANEL_COLUMNS, num_inputs - first), x_at + first * 2, x_stride
-            wanted, rows_at, num_ranks = -1, gradient_u_at, width
-        else:
-            part, own = _find_part(facts, panel - num_input_panels)
-            if facts[part, RANK] == 0:
-                continue
-            first = own * PANEL_COLUMNS
-            columns = min(PANEL_COLUMNS, facts[part, NUM_OUTPUTS] - first)
-            source_at, stride = y_at + (facts[part, FIRST_OUTPUT] + first) * 2, y_stride
-            wanted, rows_at = part, u_at + facts[part, FIRST_COLUMN] * 2
-            num_ranks = (facts[part, RANK] + _TILE - 1) // _TILE * _TILE
-        if wanted != laid:
-            _pair_rows(rows_at, width * 2, num_rows, num_ranks, scratch_at, pairs_at)
-            laid = wanted
-        for pair in range(num_pairs):
-            row_at = source_at + 2 * pair * stride
-            has_odd = 2 * pair + 1 < num_rows
-            pair_lines(row_at, row_at + stride, columns, has_odd, panel_at + pair * LINE_BYTES)
-        for which in range(0 if is_input else part, num_parts if is_input else part + 1):
-            rank = facts[which, RANK]
-            own_at = pairs_at + (facts[which, FIRST_COLUMN] * 4 if is_input else 0)
-            for rank_begin in range(0, rank, BLOCK_ROWS):
-                keep_8_rows(
-                    panel_at,
-                    num_pairs,
-                    own_at + rank_begin * 4,
-                    4,
-                    num_ranks * 4,
-                    scratch_at,
-                    0,
-                    sums_at,
-                    LINE_BYTES,
-                )
-                num_sums = min(BLOCK_ROWS, rank - rank_begin)
-                if is_input:
-                    target_at = facts[which, GRADIENT_A] + (rank_begin * num_inputs + first) * 4
-                    _write_rows(sums_at, num_sums, columns, target_at, num_inputs)
-                else:
-                    target_at = facts[which, GRADIENT_B] + (first * rank + rank_begin) * 4
-                    _write_columns(sums_at, num_sums, columns, number(facts[which, SCALE]), target_at, rank)
