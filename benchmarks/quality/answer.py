@@ -104,7 +104,7 @@ class Answerer:
         attached = method.load(load_base(self._base_folder, dtype=self._dtype, device="cpu"), self._artifact)
         with torch.inference_mode():
             expected_V = method.logits(attached, torch.tensor([prompt]))[0, -1].float()
-        found_V = self._lane.probe(prompt, self._adapter)
+        found_V = self._lane.probe((prompt, self._adapter))[0]
         gap = float((found_V - expected_V).norm() / expected_V.norm())
         if not gap <= _TOLERANCE[self._dtype]:
             raise SystemExit(
