@@ -135,7 +135,8 @@ def tell(times: dict[str, tuple[float, int]], *, num_steps: int, least_seconds: 
     print(f"A step: {1e3 * whole / measured_steps:,.0f} ms, with torch's profiler on")
     for name, seconds in halves.items():
         print(f"  {name}: {1e3 * seconds / measured_steps:,.0f} ms")
-    print(f"  in matrix products: {1e3 * products / measured_steps:,.0f} ms ({100 * products / whole:.0f} %)")
+    share = 100 * products / whole
+    print(f"  in torch's matrix products: {1e3 * products / measured_steps:,.0f} ms ({share:.0f} %)")
     print(
         f"  the products of the tokens that run, at the measured peak of {peak:.0f} GFLOP/s: "
         f"{1e3 * least_seconds / num_steps:,.0f} ms"

@@ -112,9 +112,7 @@ async def load(
         adapter = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
         if adapter is not None:
             lane, canary = packed.lane, read_canary(copy.folder)
-            proving = engine.call(
-                lambda: _prove(lane, adapter, served.base.probe_ids, packed.logits_V, canary)
-            )
+            proving = engine.call(lambda: _prove(lane, adapter, served.base.probe_ids, None, canary))
             await asyncio.wrap_future(proving)
             return ReadyModel(served, lane=lane, adapter=adapter)
         if served.base.slots is None:
@@ -182,22 +180,24 @@ def _prove(
     lane: Lane,
     adapter: PackedAdapter | None,
     probe_ids: list[int],
-    base_logits_V: torch.Tensor,
+    base_logits_V: torch.Tensor | None,
     canary: Canary | None,
 ) -> None:
     """Let a model on a lane prove itself: finite, another than its base, and as training recorded it.
 
-    An adapter's own base answers beside it; `base_logits_V` is the base of a model with weights of its own.
+    `base_logits_V` is what the base of a model with weights of its own says; without it the lane's own base
+    answers beside the adapter.
     """
     texts = [(probe_ids, adapter)]
     if adapter is not None:
         lane.prepare(adapter)
+    if base_logits_V is None:
         texts.append((probe_ids, None))
     if canary is not None:
         texts.append((canary.token_ids, adapter))
     # All at once: each weight is read once for them.
     logits_RV = lane.probe(*texts)
-    check_probe(logits_RV[0], base_logits_V if adapter is None else logits_RV[1])
+    check_probe(logits_RV[0], logits_RV[1] if base_logits_V is None else base_logits_V)
     check_canary(canary, lane.model.dtype, lambda _token_ids: logits_RV[-1])
 
 
@@ -230,7 +230,7 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
             return ReadyModel(served, lane=packed.lane)
         adapter = _lay_out(copy, packed, served.foundation.digest)
         if adapter is not None:
-            _prove(packed.lane, adapter, base.probe_ids, packed.logits_V, read_canary(copy.folder))
+            _prove(packed.lane, adapter, base.probe_ids, None, read_canary(copy.folder))
             return ReadyModel(served, lane=packed.lane, adapter=adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)

@@ -213,13 +213,13 @@ class PanelProducts:
         for part, facts in zip(self._parts, self._facts, strict=True):
             if part.a_RD is None or part.b_OR is None:
                 continue
-            places = [part.a_RD.data_ptr(), part.b_OR.data_ptr()]
-            if facts[[A, B]].tolist() != places:
+            a_at, b_at = part.a_RD.data_ptr(), part.b_OR.data_ptr()
+            if facts[A] != a_at or facts[B] != b_at:
                 if not _can_read(part, self._weight_OD.shape[1]):
                     raise ValueError(
                         "Products by panels read updates that are contiguous float32 on the CPU."
                     )
-                facts[[A, B]] = places
+                facts[A], facts[B] = a_at, b_at
 
     def _check(self, rows: torch.Tensor, width: int, like: torch.Tensor | None = None) -> None:
         num_rows = len(rows) if like is None else len(like)

@@ -49,11 +49,28 @@ def test_an_adapter_is_served_as_it_was_trained_and_refused_with_another_scale(
         assert parts is not None
         nothing: Any = None
         adapter = lay_out(parts, packed.lane.model, nothing)
-        _prove(packed.lane, adapter, PROBE_IDS, packed.logits_V, canary)
+        _prove(packed.lane, adapter, PROBE_IDS, None, canary)
 
     prove(made.folder)
     with pytest.raises(SelfCheckError, match="training recorded"):
         prove(changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_changes_nothing_is_told_beside_its_base(
+    tmp_path: Path, base_folder: Path, dtype: torch.dtype
+) -> None:
+    tuning = {"type": "lora", "rank": 2}
+    made = build_method_artifact(tmp_path / "a", base_folder, tuning, seed=1, scale=0.0)
+    plain = load_plain(base_folder).to(dtype)
+    packed = pack(plain, base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
+    parts = method_of_artifact(made.folder).read_parts(made.folder, read_shape(base_folder))
+    assert parts is not None
+    nothing: Any = None
+    adapter = lay_out(parts, packed.lane.model, nothing)
+    for canary in (None, canary_of(method_logits(base_folder, made.folder, IDS)[-1])):
+        with pytest.raises(SelfCheckError, match="changes nothing"):
+            _prove(packed.lane, adapter, PROBE_IDS, None, canary)
 
 
 def test_rounding_is_allowed_for_where_either_side_rounds() -> None:
