@@ -23,17 +23,6 @@ from luthier.modeling.kernels.panel_products import PanelProducts, Part, can_mul
 _ALIGN = 32
 
 
-@dataclass(frozen=True)
-class _LowRank:
-    """One layer's update inside a fused layer: its parameters, scale, and where they go."""
-
-    a_RD: nn.Parameter
-    b_OR: nn.Parameter
-    scale: float
-    outputs: slice
-    ranks: slice
-
-
 class FusedLinear(ABC):
     """Linear layers that share an input.
 
@@ -45,37 +34,25 @@ class FusedLinear(ABC):
     def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
         bases = [getattr(layer, "base_layer", layer) for layer in layers]
         self.num_inputs = bases[0].in_features
-        self.low_ranks: list[_LowRank] = []
-        self._trained: list[tuple[nn.Parameter, slice]] = []
-        output, rank = 0, 0
-        for layer, base in zip(layers, bases, strict=True):
-            outputs = slice(output, output + base.out_features)
-            output = outputs.stop
-            if base.weight.requires_grad:
-                self._trained.append((base.weight, outputs))
-            if not hasattr(layer, "lora_A"):
-                continue
-            ranks = slice(rank, rank + layer.r[adapter])
-            rank = ranks.stop
-            self.low_ranks.append(
-                _LowRank(
-                    layer.lora_A[adapter].weight,
-                    layer.lora_B[adapter].weight,
-                    float(layer.scaling[adapter]),
-                    outputs,
-                    ranks,
-                )
-            )
-        self.parameters: list[nn.Parameter] = [p for low in self.low_ranks for p in (low.a_RD, low.b_OR)]
-        self.parameters += [weight for weight, _ in self._trained]
-        self.width = self._find_width(rank)
-        self.weight_OK = bases[0].weight.detach().new_zeros(output, self.width)
+        self._parts = _parts(layers, adapter)
+        self.width = self._find_width(sum(part.rank for part in self._parts))
+        self.weight_OK = (
+            bases[0].weight.detach().new_zeros(sum(part.num_outputs for part in self._parts), self.width)
+        )
+        self.parameters = [
+            parameter for part in self._parts for parameter in (part.a_RD, part.b_OR) if parameter is not None
+        ]
+        self._trained_outputs: list[slice] = []
         start = 0
         for base in bases:
-            part = self.weight_OK[start : start + base.out_features, : self.num_inputs]
-            part.copy_(base.weight.detach())
-            base.weight.data = part
-            start += base.out_features
+            outputs = slice(start, start + base.out_features)
+            start = outputs.stop
+            if base.weight.requires_grad:
+                self.parameters.append(base.weight)
+                self._trained_outputs.append(outputs)
+            own_OD = self.weight_OK[outputs, : self.num_inputs]
+            own_OD.copy_(base.weight.detach())
+            base.weight.data = own_OD
 
     @abstractmethod
     def _find_width(self, rank: int) -> int:
@@ -124,10 +101,21 @@ class FusedLinear(ABC):
         x_ND = x_NK[:, : self.num_inputs]
         if u_NR is not None and gradient_u_NR is not None:
             gradients += self._update_gradients(gradient_NO, x_ND, u_NR, gradient_u_NR)
-        if self._trained:
+        if self._trained_outputs:
             gradient_OD = torch.mm(gradient_NO.t(), x_ND)
-            gradients += [gradient_OD[outputs] for _, outputs in self._trained]
+            gradients += [gradient_OD[outputs] for outputs in self._trained_outputs]
         return gradients
+
+
+@dataclass(frozen=True)
+class _Riding:
+    """One layer's update that rides in a product: its parameters, scale, and where they go."""
+
+    a_RD: torch.Tensor
+    b_OR: torch.Tensor
+    scale: float
+    outputs: slice
+    ranks: slice
 
 
 class WideLinear(FusedLinear):
@@ -136,6 +124,13 @@ class WideLinear(FusedLinear):
     def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
         super().__init__(layers, adapter)
         self.a_RD = self.weight_OK.new_zeros(self.width - self.num_inputs, self.num_inputs)
+        self._riding: list[_Riding] = []
+        output, rank = 0, 0
+        for part in self._parts:
+            outputs, ranks = slice(output, output + part.num_outputs), slice(rank, rank + part.rank)
+            if part.a_RD is not None and part.b_OR is not None:
+                self._riding.append(_Riding(part.a_RD, part.b_OR, part.scale, outputs, ranks))
+            output, rank = outputs.stop, ranks.stop
 
     def _find_width(self, rank: int) -> int:
         return self.num_inputs if rank == 0 else -(-(self.num_inputs + rank) // _ALIGN) * _ALIGN
@@ -145,12 +140,12 @@ class WideLinear(FusedLinear):
         columns = self.weight_OK[:, self.num_inputs :]
         return [
             WideUpdate(low.a_RD, low.b_OR, low.scale, self.a_RD[low.ranks], columns[low.outputs, low.ranks])
-            for low in self.low_ranks
+            for low in self._riding
         ]
 
     def low_rank(self, x_NK: torch.Tensor) -> torch.Tensor | None:
         """Return u_NR, and fill the last columns of the input by it."""
-        if not self.low_ranks:
+        if not self._riding:
             return None
         u_NR = torch.mm(x_NK[:, : self.num_inputs], self.a_RD.t())
         x_NK[:, self.num_inputs :] = u_NR
@@ -170,7 +165,7 @@ class WideLinear(FusedLinear):
     def input_gradient(self, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the gradients of the input, K wide, and of u."""
         gradient_NK = torch.mm(gradient_NO, self.weight_OK)
-        if not self.low_ranks:
+        if not self._riding:
             return gradient_NK, None
         gradient_u_NR = gradient_NK[:, self.num_inputs :].contiguous()
         gradient_NK[:, : self.num_inputs].addmm_(gradient_u_NR, self.a_RD)
@@ -178,7 +173,7 @@ class WideLinear(FusedLinear):
 
     def low_rank_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor | None:
         """Return the gradient of u alone."""
-        return torch.mm(gradient_NO, self.weight_OK[:, self.num_inputs :]) if self.low_ranks else None
+        return torch.mm(gradient_NO, self.weight_OK[:, self.num_inputs :]) if self._riding else None
 
     def _update_gradients(
         self, gradient_NO: torch.Tensor, x_ND: torch.Tensor, u_NR: torch.Tensor, gradient_u_NR: torch.Tensor
@@ -186,7 +181,7 @@ class WideLinear(FusedLinear):
         gradient_a_RD = torch.mm(gradient_u_NR.t(), x_ND)
         gradient_b_OR = torch.mm(gradient_NO.t(), u_NR)
         gradients = []
-        for low in self.low_ranks:
+        for low in self._riding:
             gradients.append(gradient_a_RD[low.ranks].to(low.a_RD.dtype))
             gradient_OR = gradient_b_OR[low.outputs, low.ranks].to(low.b_OR.dtype)
             gradients.append(gradient_OR.mul_(low.scale))
@@ -198,7 +193,7 @@ class PanelLinear(FusedLinear):
 
     def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
         super().__init__(layers, adapter)
-        self._products = PanelProducts(self.weight_OK, _parts(layers, adapter))
+        self._products = PanelProducts(self.weight_OK, self._parts)
 
     def _find_width(self, rank: int) -> int:  # noqa: ARG002
         return self.num_inputs

@@ -81,8 +81,8 @@ def _emit_sums(
     return sums
 
 
-def _block(num_rows: int, num_tiles: int) -> tuple[Any, Any]:
-    """Return the two intrinsics of a block: one that rounds its sums into the result, one that keeps them."""
+def _finished_block(num_rows: int, num_tiles: int) -> Any:
+    """Return the intrinsic of a block that rounds its sums into the result."""
 
     @intrinsic
     def finish(
@@ -122,6 +122,12 @@ def _block(num_rows: int, num_tiles: int) -> tuple[Any, Any]:
 
         return types.int64(*[types.int64] * 17), generate
 
+    return finish
+
+
+def _kept_block(num_rows: int, num_tiles: int) -> Any:
+    """Return the intrinsic of a block that keeps its sums, float32."""
+
     @intrinsic
     def keep(
         _context,
@@ -148,13 +154,12 @@ def _block(num_rows: int, num_tiles: int) -> tuple[Any, Any]:
 
         return types.int64(*[types.int64] * 9), generate
 
-    return finish, keep
+    return keep
 
 
-finish_8_rows, keep_8_rows = _block(8, 3)
-finish_1_row, keep_1_row = _block(1, 3)
-finish_16_rows_of_tile, _ = _block(16, 1)
-finish_1_row_of_tile, _ = _block(1, 1)
+finish_8_rows, keep_8_rows = _finished_block(8, 3), _kept_block(8, 3)
+finish_1_row, keep_1_row = _finished_block(1, 3), _kept_block(1, 3)
+finish_16_rows_of_tile, finish_1_row_of_tile = _finished_block(16, 1), _finished_block(1, 1)
 
 
 @intrinsic
