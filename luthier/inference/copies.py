@@ -1,6 +1,7 @@
 """Copies of artifacts on the local disk: fetched, verified, dropped when unused for long.
 
-A copy is worth nothing: it may vanish or be damaged at any time and is then fetched again.
+A copy is worth nothing: it may vanish or be damaged at any time and is then fetched again. Where artifacts
+are published on the same disk none is made, and what was published is read itself.
 """
 
 import contextlib
@@ -9,11 +10,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.storage.manifests import MANIFEST_NAME, Manifest, read_manifest, verify_folder
+from luthier.storage.manifests import MANIFEST_NAME, read_manifest, verify_folder
 from luthier.storage.store import Storage
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -23,26 +24,71 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _Stamp = tuple[str, int, int, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Copy:
-    """A copy that was verified, and what its files looked like right before."""
+    """An artifact's files on this disk.
+
+    `names` are those of its files. `is_published` where it is what was published, which is not for this
+    server to touch or to drop. `stamps` are what the files looked like right before they were verified; None
+    until then.
+    """
 
     folder: Path
     digest: str
-    stamps: tuple[_Stamp, ...]
+    names: tuple[str, ...]
+    is_published: bool = False
+    stamps: tuple[_Stamp, ...] | None = field(default=None, compare=False)
 
     def check(self) -> None:
-        """Make sure that the copy is still what was verified; only files that were touched cost a reading.
+        """Make sure that the files are the artifact's; only those that were touched since cost a reading.
 
         Raises:
-            ArtifactCorruptError: when it is not.
+            ArtifactCorruptError: when they are not.
         """
+        # Before they are read: a change meanwhile must not go unseen.
+        stamps = self.look()
+        if stamps is not None and stamps == self.stamps:
+            return
+        if verify_folder(self.folder).digest != self.digest:
+            raise ArtifactCorruptError("The artifact's files were replaced by another's.")
+        self.stamps = stamps
+
+    def look(self) -> tuple[_Stamp, ...] | None:
+        """Return what the files look like; None when one is not there."""
         try:
-            is_untouched = _stamp(self.folder, [name for name, *_ in self.stamps]) == self.stamps
+            facts = [(name, (self.folder / name).stat()) for name in self.names]
         except OSError:
-            is_untouched = False
-        if not is_untouched and verify_folder(self.folder).digest != self.digest:
-            raise ArtifactCorruptError("The artifact's local copy was replaced by another.")
+            return None
+        return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in facts)
+
+
+def find_published(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy | None:
+    """Return an artifact where it was published, if a copy in the cache would lie on the same disk.
+
+    Nothing is read but its manifest; `Copy.check` does the rest.
+
+    Args:
+        storage: where artifacts are published.
+        prefix: the artifact's folder there.
+        digest: the digest that its manifest must have.
+        cache_dir: the server's own copies.
+
+    Returns:
+        What was published; None where a copy is to be fetched, or to say why it can't be.
+    """
+    if storage.local_root is None:
+        return None
+    folder = storage.local_root / prefix
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        copy = _copy_in(folder) if _are_on_one_disk(folder, cache_dir) else None
+    except (OSError, ArtifactCorruptError):
+        return None
+    return replace(copy, is_published=True) if copy is not None and copy.digest == digest else None
+
+
+def _are_on_one_disk(folder: Path, other: Path) -> bool:
+    return folder.stat().st_dev == other.stat().st_dev
 
 
 def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy:
@@ -70,7 +116,10 @@ def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) 
             # Another process may have fetched it meanwhile.
             copy = verify_copy(folder)
             if copy is None or copy.digest != digest:
-                copy = _stamp_copy(folder, storage.fetch_folder(prefix, folder))
+                storage.fetch_folder(prefix, folder)
+                copy = _copy_in(folder)
+                # They were hashed as they came.
+                copy.stamps = copy.look()
     if copy.digest != digest:
         shutil.rmtree(folder, ignore_errors=True)
         raise ArtifactCorruptError("The stored artifact is not the one that the model was published with.")
@@ -95,31 +144,26 @@ def verify_copy(folder: Path) -> Copy | None:
     if not folder.is_dir():
         return None
     try:
-        # Before the files are read: a change meanwhile must not go unseen.
-        copy = _stamp_copy(folder, read_manifest(folder))
-        return copy if verify_folder(folder).digest == copy.digest else None
+        copy = _copy_in(folder)
+        copy.check()
     except ArtifactCorruptError:
         # A damaged copy is no loss: the published one is fetched again.
         return None
+    return copy
 
 
-def _stamp_copy(folder: Path, manifest: Manifest) -> Copy:
-    try:
-        return Copy(folder, manifest.digest, _stamp(folder, [*sorted(manifest.files), MANIFEST_NAME]))
-    except OSError as error:
-        raise ArtifactCorruptError("The artifact's local copy vanished.") from error
+def _copy_in(folder: Path) -> Copy:
+    manifest = read_manifest(folder)
+    return Copy(folder, manifest.digest, (*sorted(manifest.files), MANIFEST_NAME))
 
 
-def _stamp(folder: Path, names: list[str]) -> tuple[_Stamp, ...]:
-    facts = [(name, (folder / name).stat()) for name in names]
-    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in facts)
-
-
-def mark_used(folder: Path) -> None:
+def mark_used(copy: Copy) -> None:
     """Note that a copy is wanted now, so that others leave before it."""
+    if copy.is_published:
+        return
     # A copy that is gone is missed when it is loaded, if it has to be.
     with contextlib.suppress(OSError):
-        os.utime(folder)
+        os.utime(copy.folder)
 
 
 def drop_unused(cache_dir: Path, *, max_kept: int, in_use: set[str]) -> None:

@@ -8,7 +8,7 @@ Legend: `V` vocabulary.
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -103,21 +103,18 @@ async def load(
         ArtifactCorruptError: when the artifact's files don't fit the base or each other.
         SelfCheckError: when it can't prove itself.
     """
-    for copy in served.copies:
-        await asyncio.to_thread(copy.check)
-    if kind is Kind.WHOLE:
-        return await asyncio.to_thread(_load_whole, served, limits)
     copy, packed = _copy_of(served), served.base.packed
     if kind is Kind.PACKED and packed is not None:
-        adapter = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
-        if adapter is not None:
-            lane, canary = packed.lane, read_canary(copy.folder)
-            proving = engine.call(lambda: _prove(lane, adapter, served.base.probe_ids, None, canary))
-            await asyncio.wrap_future(proving)
-            return ReadyModel(served, lane=lane, adapter=adapter)
+        ready = await _checked(served, _load_packed(engine, served, packed))
+        if ready is not None:
+            return ready
         if served.base.slots is None:
             async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
                 await asyncio.to_thread(_open_slots, served.base, packed)
+    else:
+        await _check(served)
+    if kind is Kind.WHOLE:
+        return await asyncio.to_thread(_load_whole, served, limits)
     slots, digest = served.base.plain, copy.digest
     installing = engine.call(lambda: slots.install(digest, copy.folder))
     return ReadyModel(served, prefix=await asyncio.wrap_future(installing))
@@ -146,6 +143,35 @@ def _copy_of(served: ServedModel) -> Copy:
     if served.copy is None:
         raise ArtifactCorruptError("The model has no artifact.")
     return served.copy
+
+
+async def _check(served: ServedModel) -> None:
+    """Make sure that the files are those of the artifacts."""
+    for copy in served.copies:
+        await asyncio.to_thread(copy.check)
+
+
+async def _checked(served: ServedModel, loading: Awaitable[ResultT]) -> ResultT:
+    """Return what was loaded while the files were checked: other bytes than the artifact's answer nobody."""
+    checked, loaded = await asyncio.gather(_check(served), loading, return_exceptions=True)
+    # Whatever else went wrong may be the damaged files' doing.
+    for told in (checked, loaded):
+        if isinstance(told, BaseException):
+            raise told
+    assert not isinstance(loaded, BaseException)
+    return loaded
+
+
+async def _load_packed(engine: EngineLike, served: ServedModel, packed: PackedWeights) -> ReadyModel | None:
+    """Lay an artifact out beside its base and let it prove itself; None where it has no place there."""
+    copy, lane = _copy_of(served), packed.lane
+    adapter = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
+    if adapter is None:
+        return None
+    canary = read_canary(copy.folder)
+    proving = engine.call(lambda: _prove(lane, adapter, served.base.probe_ids, None, canary))
+    await asyncio.wrap_future(proving)
+    return ReadyModel(served, lane=lane, adapter=adapter)
 
 
 def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> PackedAdapter | None:

@@ -23,7 +23,7 @@ from luthier.core.inference import (
 from luthier.core.settings import Settings
 from luthier.inference import bases
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
-from luthier.inference.copies import Copy, drop_unused, fetch_artifact, mark_used, verify_copy
+from luthier.inference.copies import Copy, drop_unused, fetch_artifact, find_published, mark_used, verify_copy
 from luthier.inference.loaded import LoadedArtifacts
 from luthier.inference.loading import EngineLike, RowLimits
 from luthier.inference.memory import Ceiling, LaneLike, NoRoomError, measure_used, trim
@@ -137,7 +137,7 @@ class Models:
             return self._bases[base_id]
 
     async def get(self, target: ModelTarget) -> ServedModel:
-        """Return the model that a target names, its base loaded and its artifact in the local cache.
+        """Return the model that a target names, its base loaded and its artifact on the local disk.
 
         Args:
             target: base, artifact and digest.
@@ -155,7 +155,7 @@ class Models:
         served = self._served.get((target.base_id, target.digest))
         if served is not None:
             for copy in served.copies:
-                mark_used(copy.folder)
+                mark_used(copy)
             return served
         return await self._place(base, target, failed=None)
 
@@ -220,8 +220,10 @@ class Models:
         copies: dict[str, Copy] = {}
         for artifact, digest in wanted:
             if artifact is not None and digest is not None:
-                copies[digest] = fetch_artifact(self._storage, artifact, digest, cache_dir)
-                mark_used(copies[digest].folder)
+                copies[digest] = find_published(self._storage, artifact, digest, cache_dir) or fetch_artifact(
+                    self._storage, artifact, digest, cache_dir
+                )
+                mark_used(copies[digest])
         # A copy that a waiting request still wants is younger than most, and is fetched again if it leaves.
         in_use = {*self.loaded.digests, *copies}
         drop_unused(cache_dir, max_kept=self._settings.max_cached_artifacts, in_use=in_use)

@@ -198,7 +198,8 @@ class PackedLlama:
         """Run tokens, and put their keys and values into their sequences' pages.
 
         Args:
-            stretches: at most one a sequence.
+            stretches: one a sequence, and maybe one of a single token that comes right after it: all keys
+                and values are in their pages before any token attends.
 
         Returns:
             logits_RV, float32, those that each stretch wants, in order; they may be overwritten by the next

@@ -1,25 +1,96 @@
 """The compiled laying out of low-rank updates as a step reads them, from float32."""
 
 # numba reads the loops themselves and takes their types from the arguments.
+# What an intrinsic takes is in its arguments, which only the generated code reads.
+# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
-import numpy as np
-from numba import carray
+from typing import Any
 
-from luthier.modeling.kernels._language import (
-    Kernel,
-    at,
-    at_float32,
-    at_int64,
-    narrow,
-    number,
-    open_table,
-    share,
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from luthier.modeling.kernels._language import Kernel, at, at_int64, narrow, open_table, share
+from luthier.modeling.kernels._memory import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    VECTOR,
+    WIDE_BITS,
+    Memory,
+    broadcast,
+    is_bfloat16,
+    item_size,
+    lanes_below,
+    loop,
+    row_starts,
+    transposed,
 )
 from luthier.modeling.kernels.served_rows import BLOCK
 
+# The bits of 1.0.
+_ONE = 0x3F800000
 # Numbers of an update, laid out for serving and for training.
 _NUM_FACTS = 9
+
+
+def _factor(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Return a float32, by its bits, 16 times."""
+    return broadcast(builder, builder.bitcast(builder.trunc(bits, I32), F32))
+
+
+@intrinsic
+def _copy_scaled(_context, like, source, count, scale, target):
+    """Write float32 numbers, times a scale (the bits of a float32), as `like` holds them."""
+
+    def generate(_target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, source, count, scale, target = arguments
+        floats = Memory(builder, is_bfloat16=False)
+        held = Memory(builder, is_bfloat16=is_bfloat16(signature.args[0]))
+        factor = _factor(builder, scale)
+
+        def copy(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            held.store(builder.fmul(floats.load(source, index, LANES), factor), target, index)
+            return []
+
+        index, _ = loop(builder, I64(0), count, LANES, [], copy)
+        with builder.if_then(builder.icmp_signed("<", index, count)):
+            mask = lanes_below(builder, builder.sub(count, index))
+            last = builder.fmul(floats.load_some(source, index, mask), factor)
+            held.store_some(last, target, index, mask)
+        return I64(0)
+
+    return types.int64(like, *[types.int64] * 4), generate
+
+
+@intrinsic
+def _turn_scaled(
+    _context, like, source, stride, num_rows, num_numbers, num_written, scale, target, target_stride
+):
+    """Write up to 16 numbers of up to 16 rows of float32, times a scale, as `like` holds them: a row for each
+    place in the source's rows, `num_written` of them, 16 numbers in each. What there is not are zeros."""
+
+    def generate(_target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, stride, num_rows, num_numbers, num_written, scale, target, target_stride = arguments[1:]
+        floats = Memory(builder, is_bfloat16=False)
+        held = Memory(builder, is_bfloat16=is_bfloat16(signature.args[0]))
+        factor = _factor(builder, scale)
+        rows = []
+        for number, start in enumerate(row_starts(builder, source, stride, num_rows)):
+            is_there = builder.icmp_signed("<", I64(number), num_rows)
+            own_count = builder.select(is_there, num_numbers, I64(0))
+            row = floats.load_some(start, I64(0), lanes_below(builder, own_count))
+            rows.append(builder.bitcast(builder.fmul(row, factor), WIDE_BITS))
+        for number, column in enumerate(transposed(builder, rows)):
+            with builder.if_then(builder.icmp_signed("<", I64(number), num_written)):
+                place = builder.add(target, builder.mul(target_stride, I64(number)))
+                held.store(builder.bitcast(column, VECTOR), place, I64(0))
+        return I64(0)
+
+    return types.int64(like, *[types.int64] * 8), generate
 
 
 @Kernel
@@ -28,30 +99,31 @@ def lay_low_ranks(data):
     table = open_table(data)
     num_updates = table[2]
     facts = carray(at_int64(table[3]), (num_updates, _NUM_FACTS))
+    size = item_size(data)
     begin, end = share(table, num_updates)
     for i in range(begin, end):
         rank, filled, num_inputs, num_outputs = facts[i, 4], facts[i, 5], facts[i, 6], facts[i, 7]
-        scale = number(facts[i, 8])
-        num_blocks = (num_outputs + BLOCK - 1) // BLOCK
-        a_RK = carray(at_float32(facts[i, 0]), (rank, num_inputs))
-        b_OR = carray(at_float32(facts[i, 1]), (num_outputs, rank))
-        a_FK = carray(at(facts[i, 2], data), (filled, num_inputs))
-        blocks = carray(at(facts[i, 3], data), (num_blocks, filled, BLOCK))
+        a_at, b_at, target_at, blocks_at = facts[i, 0], facts[i, 1], facts[i, 2], facts[i, 3]
         for r in range(rank):
-            for k in range(num_inputs):
-                a_FK[r, k] = narrow(a_RK[r, k], a_FK)
+            _copy_scaled(data, a_at + r * num_inputs * 4, num_inputs, _ONE, target_at + r * num_inputs * size)
+        a_FK = carray(at(target_at, data), (filled, num_inputs))
         for r in range(rank, filled):
             for k in range(num_inputs):
                 a_FK[r, k] = narrow(np.float32(0.0), a_FK)
-        for block in range(num_blocks):
-            first = block * BLOCK
-            num_meant = min(BLOCK, num_outputs - first)
-            for r in range(filled):
-                kept = num_meant if r < rank else 0
-                for c in range(kept):
-                    blocks[block, r, c] = narrow(b_OR[first + c, r] * scale, blocks)
-                for c in range(kept, BLOCK):
-                    blocks[block, r, c] = narrow(np.float32(0.0), blocks)
+        for column in range(0, (num_outputs + BLOCK - 1) // BLOCK * BLOCK, LANES):
+            for first in range(0, filled, LANES):
+                row = column // BLOCK * filled + first
+                _turn_scaled(
+                    data,
+                    b_at + (column * rank + first) * 4,
+                    rank * 4,
+                    num_outputs - column,
+                    rank - first,
+                    filled - first,
+                    facts[i, 8],
+                    blocks_at + (row * BLOCK + column % BLOCK) * size,
+                    BLOCK * size,
+                )
 
 
 @Kernel
@@ -60,18 +132,14 @@ def widen_low_ranks(data):
     table = open_table(data)
     num_updates = table[2]
     facts = carray(at_int64(table[3]), (num_updates, _NUM_FACTS))
+    size = item_size(data)
     begin, end = share(table, num_updates)
     for i in range(begin, end):
         rank, num_inputs, num_outputs, width = facts[i, 4], facts[i, 5], facts[i, 6], facts[i, 7]
-        scale = number(facts[i, 8])
-        a_RK = carray(at_float32(facts[i, 0]), (rank, num_inputs))
-        b_OR = carray(at_float32(facts[i, 1]), (num_outputs, rank))
-        a_place_RK = carray(at(facts[i, 2], data), (rank, num_inputs))
-        # Of its last row, too, only the first columns are the update's.
-        b_place_OR = carray(at(facts[i, 3], data), (num_outputs, width))
+        a_at, b_at, a_target_at, b_target_at = facts[i, 0], facts[i, 1], facts[i, 2], facts[i, 3]
         for r in range(rank):
-            for k in range(num_inputs):
-                a_place_RK[r, k] = narrow(a_RK[r, k], a_place_RK)
+            row = r * num_inputs
+            _copy_scaled(data, a_at + row * 4, num_inputs, _ONE, a_target_at + row * size)
+        # Of its rows only the first columns are the update's.
         for o in range(num_outputs):
-            for r in range(rank):
-                b_place_OR[o, r] = narrow(b_OR[o, r] * scale, b_place_OR)
+            _copy_scaled(data, b_at + o * rank * 4, rank, facts[i, 8], b_target_at + o * width * size)

@@ -183,3 +183,39 @@ def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Valu
 def is_bfloat16(like: Any) -> bool:
     """Whether a kernel's pointer is to bfloat16."""
     return like.dtype == types.uint16
+
+
+def lanes_below(builder: ir.IRBuilder, count: ir.Value, first: int = 0) -> ir.Value:
+    """Return which of 16 lanes, from a first one on, are below a count."""
+    lanes = ir.Constant(WIDE_BITS, [first + lane for lane in range(LANES)])
+    return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, I32)))
+
+
+def row_starts(
+    builder: ir.IRBuilder, source: ir.Value, stride: ir.Value, num_rows: ir.Value
+) -> list[ir.Value]:
+    """Return the addresses of 16 rows; for those that there are not, of the last one."""
+    last = builder.sub(num_rows, I64(1))
+    starts = []
+    for row in range(LANES):
+        own = builder.select(builder.icmp_signed("<", I64(row), last), I64(row), last)
+        starts.append(builder.add(source, builder.mul(stride, own)))
+    return starts
+
+
+def transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Return 16 vectors of 16 as their columns."""
+    for width in (1, 2, 4, 8):
+        # Of two rows that are `width` apart the odd parts of the first change places with the even ones of
+        # the second.
+        low = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
+        high = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
+        found = list(rows)
+        for number in range(LANES):
+            if number & width:
+                continue
+            a, b = rows[number], rows[number + width]
+            found[number] = builder.shuffle_vector(a, b, ir.Constant(WIDE_BITS, low))
+            found[number + width] = builder.shuffle_vector(a, b, ir.Constant(WIDE_BITS, high))
+        rows = found
+    return rows

@@ -18,15 +18,21 @@ from numba import types
 from numba.extending import intrinsic
 
 from luthier.modeling.kernels._machine import BITS, HALVES, SUMS, Machine
-from luthier.modeling.kernels._memory import I32, I64, LANES, Memory, broadcast, constant, loop, rounded_bits
+from luthier.modeling.kernels._memory import (
+    I32,
+    I64,
+    LANES,
+    Memory,
+    broadcast,
+    constant,
+    lanes_below,
+    loop,
+    rounded_bits,
+    row_starts,
+    transposed,
+)
 
 _LINE = 64
-
-
-def _lanes_below(builder: ir.IRBuilder, count: ir.Value, first: int = 0) -> ir.Value:
-    """Return which of 16 lanes, from a first one on, are below a count."""
-    lanes = ir.Constant(BITS, [first + lane for lane in range(LANES)])
-    return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, I32)))
 
 
 def _emit_sums(
@@ -109,7 +115,7 @@ def _finished_block(num_rows: int, num_tiles: int) -> Any:
             sums = _emit_sums(builder, num_rows, num_tiles, arguments[:12])
             out, out_stride, residual, residual_stride, num_columns = arguments[12:]
             memory = Memory(builder, is_bfloat16=True)
-            masks = [_lanes_below(builder, num_columns, tile * LANES) for tile in range(num_tiles)]
+            masks = [lanes_below(builder, num_columns, tile * LANES) for tile in range(num_tiles)]
             for row in range(num_rows):
                 target = builder.add(out, builder.mul(out_stride, I64(row)))
                 added = builder.add(residual, builder.mul(residual_stride, I64(row)))
@@ -179,34 +185,6 @@ def ask_for(_context, place, num_lines):
     return types.int64(types.int64, types.int64), generate
 
 
-def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
-    """Return 16 vectors of 16 as their columns."""
-    for width in (1, 2, 4, 8):
-        # Of two rows that are `width` apart the odd parts of the first change places with the even ones of
-        # the second.
-        low = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
-        high = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
-        found = list(rows)
-        for number in range(LANES):
-            if number & width:
-                continue
-            a, b = rows[number], rows[number + width]
-            found[number] = builder.shuffle_vector(a, b, ir.Constant(BITS, low))
-            found[number + width] = builder.shuffle_vector(a, b, ir.Constant(BITS, high))
-        rows = found
-    return rows
-
-
-def _row_starts(builder: ir.IRBuilder, source: ir.Value, stride: ir.Value, num_rows: ir.Value) -> list[Any]:
-    """Return the addresses of 16 rows; for those that there are not, of the last one."""
-    last = builder.sub(num_rows, I64(1))
-    starts = []
-    for row in range(LANES):
-        own = builder.select(builder.icmp_signed("<", I64(row), last), I64(row), last)
-        starts.append(builder.add(source, builder.mul(stride, own)))
-    return starts
-
-
 @intrinsic
 def lay_pairs(_context, source, stride, num_rows, target, target_stride):
     """Write 32 bfloat16 of up to 16 rows as 16 lines of pairs, a row a column; further columns repeat the
@@ -215,9 +193,9 @@ def lay_pairs(_context, source, stride, num_rows, target, target_stride):
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         source, stride, num_rows, target, target_stride = arguments
         machine = Machine(builder)
-        starts = _row_starts(builder, source, stride, num_rows)
+        starts = row_starts(builder, source, stride, num_rows)
         rows = [builder.load(machine.pointer(start, BITS), align=2) for start in starts]
-        for number, line in enumerate(_transposed(builder, rows)):
+        for number, line in enumerate(transposed(builder, rows)):
             place = builder.add(target, builder.mul(target_stride, I64(number)))
             builder.store(line, machine.pointer(place, BITS), align=_LINE)
         return I64(0)
@@ -247,15 +225,15 @@ def lay_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, tar
         machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
         factor = _scale(builder, scale)
         rows = []
-        for start in _row_starts(builder, source, stride, num_rows):
+        for start in row_starts(builder, source, stride, num_rows):
             parts = []
             for first in (0, LANES):
-                mask = _lanes_below(builder, num_numbers, first)
+                mask = lanes_below(builder, num_numbers, first)
                 floats = builder.fmul(memory.load_some(start, I64(first), mask), factor)
                 parts.append(builder.trunc(_rounded_halves(builder, floats), HALVES))
             order = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES)))
             rows.append(builder.bitcast(builder.shuffle_vector(parts[0], parts[1], order), BITS))
-        for number, line in enumerate(_transposed(builder, rows)):
+        for number, line in enumerate(transposed(builder, rows)):
             place = builder.add(target, builder.mul(target_stride, I64(number)))
             builder.store(line, machine.pointer(place, BITS), align=_LINE)
         return I64(0)
@@ -273,8 +251,8 @@ def pair_lines(_context, even, odd, num_columns, has_odd, target):
         num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
         for tile in range(3):
             first = tile * LANES
-            low = memory.load_some(even, I64(first), _lanes_below(builder, num_columns, first))
-            high = memory.load_some(odd, I64(first), _lanes_below(builder, num_odd, first))
+            low = memory.load_some(even, I64(first), lanes_below(builder, num_columns, first))
+            high = memory.load_some(odd, I64(first), lanes_below(builder, num_odd, first))
             # Widened they are their own upper halves.
             low = builder.lshr(builder.bitcast(low, BITS), constant(BITS, 16))
             line = builder.or_(low, builder.bitcast(high, BITS))
@@ -298,7 +276,7 @@ def pair_scaled_line(_context, even, odd, num_columns, has_odd, scale, target):
         low, high = (
             _rounded_halves(
                 builder,
-                builder.fmul(memory.load_some(row, I64(0), _lanes_below(builder, count)), factor),
+                builder.fmul(memory.load_some(row, I64(0), lanes_below(builder, count)), factor),
             )
             for row, count in ((even, num_columns), (odd, num_odd))
         )

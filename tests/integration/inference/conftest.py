@@ -13,6 +13,7 @@ import torch
 import uvicorn
 
 from luthier.core.inference import ModelTarget
+from luthier.inference import copies
 from luthier.inference.app import Service, build_app
 from luthier.inference.backends import open_backend
 from luthier.inference.engine import Engine, EngineCore
@@ -129,3 +130,9 @@ def chat_api(
             api.backend.complete = backend.complete  # type: ignore[method-assign]
             api.backend.aclose = backend.aclose  # type: ignore[method-assign]
             yield api
+
+
+@pytest.fixture
+def _copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let artifacts be copied to the cache, as where they are published on another disk."""
+    monkeypatch.setattr(copies, "_are_on_one_disk", lambda *_: False)

@@ -166,11 +166,14 @@ def test_virtual_tokens_shorten_the_context_and_the_refusal_says_so(
     assert answer["usage"]["prompt_tokens"] == len(prompt_ids(base_folder, "a"))
 
 
+@pytest.mark.usefixtures("_copies")
 def test_a_damaged_copy_is_fetched_again_whatever_its_method(served: Served, cases: dict[str, Case]) -> None:
     for case in cases.values():
         if case.folder is None:
             continue
         unload(served)
+        # Found where it was published, before.
+        served.service.models._served.clear()
         copy = asyncio.run(served.service.models.get(case.target)).copy
         assert copy is not None
         weights = next(copy.folder.glob("*.safetensors"))

@@ -48,6 +48,7 @@ def test_an_artifact_of_another_base_is_refused_and_nobody_else_notices(
     assert served.chat("a", max_tokens=1)["choices"]
 
 
+@pytest.mark.usefixtures("_copies")
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("damage", ["gone", "torn"])
 def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
@@ -84,6 +85,32 @@ def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
     assert (copied / WEIGHTS_NAME).read_bytes() == (tmp_path / "a" / WEIGHTS_NAME).read_bytes()
 
 
+def test_what_is_published_on_the_same_disk_is_read_there_and_refused_when_damaged(
+    served: Served, folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    manifest = build_artifact(tmp_path / "a", base_folder, seed=30)
+    prefix = "projects/p/here"
+    Storage.open(f"file://{folder}/objects").put_folder(tmp_path / "a", prefix)
+    target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
+    published = folder / "objects" / prefix
+    weights = published / WEIGHTS_NAME
+    content, times = weights.read_bytes(), published.stat().st_mtime_ns
+    # Numbers that can be laid out like any others: their hash alone can tell.
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    messages = [{"role": "user", "content": "a"}]
+    for _ in range(2):
+        response = served.post(CHAT, target, messages=messages, max_tokens=2)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
+    weights.write_bytes(content)
+    response = served.post(CHAT, target, messages=messages, max_tokens=2)
+    assert response.status_code == 200, response.text
+    copy = asyncio.run(served.service.models.get(target)).copy
+    assert copy is not None
+    assert copy.folder == published
+    assert published.stat().st_mtime_ns == times
+
+
+@pytest.mark.usefixtures("_copies")
 def test_no_more_copies_are_kept_than_the_settings_allow(
     served: Served, folder: Path, artifacts: list[tuple[ModelTarget, Path]], tmp_path: Path
 ) -> None:
