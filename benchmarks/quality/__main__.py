@@ -68,7 +68,15 @@ def main() -> None:
     # So that what is under way is cleaned up; finished cells are kept already.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     size = Size(arguments.rows, arguments.questions, arguments.epochs)
-    results = Results(arguments.out)
+    base_facts, base_folder = find_base()
+    machine = {
+        "processor": _processor(),
+        "num_threads": arguments.threads,
+        "base": base_facts.id,
+        "base_digest": base_facts.digest,
+        "answer_dtype": arguments.answer_dtype,
+    }
+    results = Results(arguments.out, machine)
     absent: set[str] = set()
     if not arguments.table_only:
         tasks = {name: make_task(name, arguments) for name in arguments.task or METRICS}
@@ -76,7 +84,7 @@ def main() -> None:
         for name in sorted(absent):
             print(f"{name}: {arguments.e2e} has no dev.jsonl and test.jsonl; left out", flush=True)
         present = {name: task for name, task in tasks.items() if task is not None}
-        measurement = Measurement(arguments, results, size)
+        measurement = Measurement(arguments, results, size, Base(base_facts, base_folder))
         for cell in cells_of(list(present), arguments):
             measurement.measure(present[cell.task], cell)
     table = render(results, size, list(discover()), frozenset(absent))
@@ -120,19 +128,11 @@ class Measurement:
         arguments: the command line's options.
         results: where cells are kept.
         size: of this measurement.
+        base: what is tuned.
     """
 
-    def __init__(self, arguments: argparse.Namespace, results: Results, size: Size) -> None:
-        facts, folder = find_base()
-        self._base = Base(facts, folder)
-        self._arguments, self._results, self._size = arguments, results, size
-        results.machine = {
-            "processor": _processor(),
-            "num_threads": arguments.threads,
-            "base": facts.id,
-            "base_digest": facts.digest,
-            "answer_dtype": arguments.answer_dtype,
-        }
+    def __init__(self, arguments: argparse.Namespace, results: Results, size: Size, base: Base) -> None:
+        self._arguments, self._results, self._size, self._base = arguments, results, size, base
 
     def measure(self, task: Task, cell: Cell) -> None:
         """Measure one cell and keep it, unless it is kept already."""

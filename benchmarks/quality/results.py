@@ -35,15 +35,14 @@ class Results:
 
     Args:
         path: the file; made with the first cell.
+        machine: what every cell says of where it was measured.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, machine: dict[str, Any]) -> None:
+        self._path, self._machine = path, machine
         self._entries: list[dict[str, Any]] = []
-        self.machine: dict[str, Any] = {}
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            self._entries, self.machine = content["cells"], content["machine"]
+            self._entries = json.loads(path.read_text(encoding="utf-8"))["cells"]
 
     def find(self, cell: Cell, size: Size) -> dict[str, Any] | None:
         """Return what was measured for a cell, or None."""
@@ -56,12 +55,11 @@ class Results:
     def store(self, cell: Cell, size: Size, measured: dict[str, Any]) -> None:
         """Keep a cell's measurement, in place of an older one; the file is whole at every moment."""
         self._entries = [entry for entry in self._entries if not _is_of(entry, cell, size)]
-        self._entries.append({**asdict(cell), "size": asdict(size), **measured})
-        content = {"machine": self.machine, "cells": self._entries}
+        self._entries.append({**asdict(cell), "size": asdict(size), "machine": self._machine, **measured})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=1) + "\n")
+            stream.write(json.dumps({"cells": self._entries}, indent=1) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self._path)

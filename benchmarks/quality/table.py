@@ -51,7 +51,7 @@ def render(results: Results, size: Size, methods: list[str], absent: frozenset[s
     entries = results.of_size(size)
     if not entries:
         return NOT_MEASURED
-    lines = [_preamble(results, size, entries), "", _line(_HEADER), _line(["---"] * len(_HEADER))]
+    lines = [_preamble(size, entries), "", _line(_HEADER), _line(["---"] * len(_HEADER))]
     for task in METRICS:
         of_task = [entry for entry in entries if entry["task"] == task]
         if not of_task:
@@ -83,16 +83,27 @@ def write_into(document: Path, table: str) -> None:
     document.write_text(f"{before}{BEGIN}\n\n{table}\n\n{after}", encoding="utf-8")
 
 
-def _preamble(results: Results, size: Size, entries: list[Entry]) -> str:
+def _preamble(size: Size, entries: list[Entry]) -> str:
     seeds = sorted({entry["seed"] for entry in entries if entry["model"] != "base"})
     epochs = 'epochs by "auto"' if size.epochs is None else f"{size.epochs} epochs"
-    machine = results.machine
     return (
         f"{size.rows} training rows and {size.questions} held-out questions a task, {epochs}, "
-        f"seeds {', '.join(map(str, seeds)) or 'none'}; base {machine.get('base', '?')}; "
-        f"{machine.get('processor', '?')}, {machine.get('num_threads', '?')} threads (CPU). "
+        f"seeds {', '.join(map(str, seeds)) or 'none'}; base {entries[0]['machine']['base']}. "
+        f"Measured on {_machines(entries)}. "
         'Answers are greedy. Recipes run for the epochs and batch size that "auto" took.'
     )
+
+
+def _machines(entries: list[Entry]) -> str:
+    """Tell which tasks' cells were measured where; costs of tasks on different machines don't compare."""
+    told: dict[str, list[str]] = {}
+    for task in METRICS:
+        for entry in entries:
+            machine = entry["machine"]
+            name = f"{machine['processor']}, {machine['num_threads']} threads (CPU)"
+            if entry["task"] == task and entry["model"] != "base" and _TITLES[task] not in told.get(name, []):
+                told.setdefault(name, []).append(_TITLES[task])
+    return "; ".join(f"{name}: {' and '.join(tasks)}" for name, tasks in told.items()) or "no machine yet"
 
 
 def _matching(entries: list[Entry], model: str, recipe: str) -> list[Entry]:
