@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels import pair_attention
 
 # Tokens whose queries are multiplied at a time, and the longest rows whose weights are kept for the backward
 # pass: both measured on two cores with heads of 64 numbers.
@@ -130,6 +131,10 @@ def _attend_segment(
         for whole, first in zip((key, value), before, strict=True):
             by_row = whole.view(-1, heads.num_kv_heads, *whole.shape[1:])
             by_row[:, :, :start] = first.to(whole.dtype)
+    if _goes_by_pairs(query, num_tokens):
+        attended, weights = pair_attention.attend(query, key, value, num_tokens, start)
+        kernels.merge_heads(attended, num_tokens, heads.num_kv_heads, out_NK[segment.tokens])
+        return [query, key, value, weights]
     kept: list[torch.Tensor] = []
     attended = torch.empty_like(query)
     for block in _blocks(num_tokens):
@@ -168,20 +173,12 @@ def _attend_segment_backward(
     gradient_PQC = kernels.merge_heads_backward(
         gradient_NK[segment.tokens], num_tokens, heads.num_kv_heads, heads.num_heads, heads.size
     )
-    to_query = torch.empty_like(query)
-    to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
-    for block in _blocks(num_tokens):
-        end = start + block.stop
-        weights = kept[0] if kept else _weights(query, key, num_tokens, block, start)
-        gradient = _take(gradient_PQC, num_tokens, block)
-        _add(to_value, torch.bmm(weights.transpose(1, 2), gradient), end)
-        to_scores = torch.bmm(gradient, value[:, :end].transpose(1, 2))
-        to_scores = kernels.causal_softmax_backward_(
-            to_scores, weights, block.stop - block.start, start + block.start
+    if _goes_by_pairs(query, num_tokens):
+        to_query, to_key, to_value = pair_attention.attend_backward(
+            gradient_PQC, query, key, value, kept[0], num_tokens, start
         )
-        _put(to_query, torch.bmm(to_scores, key[:, :end]), num_tokens, block)
-        queries = _take(query, num_tokens, block)
-        _add(to_key, torch.bmm(to_scores.transpose(1, 2), queries), end)
+    else:
+        to_query, to_key, to_value = _by_blocks(gradient_PQC, saved, num_tokens, start)
     if from_after:
         wide = [own.float().add_(after) for own, after in zip((to_key, to_value), from_after, strict=True)]
         to_key, to_value = (one.to(key.dtype) for one in wide)
@@ -201,6 +198,32 @@ def _attend_segment_backward(
         out_NE=to_qkv_NE[segment.tokens],
     )
     return to_before
+
+
+def _goes_by_pairs(query_PQC: torch.Tensor, num_tokens: int) -> bool:
+    return num_tokens <= _MAX_KEPT_TOKENS and pair_attention.can_attend(query_PQC)
+
+
+def _by_blocks(
+    gradient_PQC: torch.Tensor, saved: Sequence[torch.Tensor], num_tokens: int, start: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of a segment's queries, keys and values by batched products, block by block."""
+    query, key, value, *kept = saved
+    to_query = torch.empty_like(query)
+    to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
+    for block in _blocks(num_tokens):
+        end = start + block.stop
+        weights = kept[0] if kept else _weights(query, key, num_tokens, block, start)
+        gradient = _take(gradient_PQC, num_tokens, block)
+        _add(to_value, torch.bmm(weights.transpose(1, 2), gradient), end)
+        to_scores = torch.bmm(gradient, value[:, :end].transpose(1, 2))
+        to_scores = kernels.causal_softmax_backward_(
+            to_scores, weights, block.stop - block.start, start + block.start
+        )
+        _put(to_query, torch.bmm(to_scores, key[:, :end]), num_tokens, block)
+        queries = _take(query, num_tokens, block)
+        _add(to_key, torch.bmm(to_scores.transpose(1, 2), queries), end)
+    return to_query, to_key, to_value
 
 
 def _blocks(num_tokens: int) -> list[slice]:

@@ -7,6 +7,7 @@ from luthier.modeling.kernels._heads import (
     split_heads_backward,
 )
 from luthier.modeling.kernels._laying import lay_low_ranks, widen_low_ranks
+from luthier.modeling.kernels._pair_attention import attend_pairs, attend_pairs_backward
 from luthier.modeling.kernels._panel_products import panel_product
 from luthier.modeling.kernels._panel_updates import panel_low_rank, panel_update_gradients
 from luthier.modeling.kernels._products import tile_product
@@ -30,6 +31,8 @@ __all__ = [
     "add_low_rank_stretches",
     "add_rms_norm",
     "attend_pages",
+    "attend_pairs",
+    "attend_pairs_backward",
     "attend_stretches",
     "causal_softmax",
     "causal_softmax_backward",

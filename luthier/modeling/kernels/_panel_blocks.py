@@ -1,8 +1,8 @@
 """Blocks of products of pairs of bfloat16 whose sums stay in registers, and what lays panels for them.
 
-A panel holds up to 48 columns of a factor: for every pair of numbers that are summed over a line of pairs, 16
-columns in each 64 bytes. A block is some rows of the other factor times a panel. All addresses are int64 and
-all strides bytes.
+A panel holds up to 48 columns of a factor, or 64: for every pair of numbers that are summed over a line of
+pairs, 16 columns in each 64 bytes. A block is some rows of the other factor times a panel. All addresses are
+int64 and all strides bytes.
 
 Legend: T tiles of 16 columns.
 """
@@ -166,6 +166,7 @@ def _kept_block(num_rows: int, num_tiles: int) -> Any:
 finish_8_rows, keep_8_rows = _finished_block(8, 3), _kept_block(8, 3)
 finish_1_row, keep_1_row = _finished_block(1, 3), _kept_block(1, 3)
 finish_16_rows_of_tile, finish_1_row_of_tile = _finished_block(16, 1), _finished_block(1, 1)
+finish_6_rows_of_64, finish_1_row_of_64 = _finished_block(6, 4), _finished_block(1, 4)
 
 
 @intrinsic
@@ -241,26 +242,33 @@ def lay_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, tar
     return types.int64(*[types.int64] * 7), generate
 
 
-@intrinsic
-def pair_lines(_context, even, odd, num_columns, has_odd, target):
-    """Write up to 48 bfloat16 of two rows as three lines of pairs; what there is not are zeros."""
+def _pairing(num_tiles: int) -> Any:
+    """Return the intrinsic that pairs two rows as so many lines of 16 pairs."""
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        even, odd, num_columns, has_odd, target = arguments
-        machine, memory = Machine(builder), Memory(builder, is_bfloat16=True)
-        num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
-        for tile in range(3):
-            first = tile * LANES
-            low = memory.load_some(even, I64(first), lanes_below(builder, num_columns, first))
-            high = memory.load_some(odd, I64(first), lanes_below(builder, num_odd, first))
-            # Widened they are their own upper halves.
-            low = builder.lshr(builder.bitcast(low, BITS), constant(BITS, 16))
-            line = builder.or_(low, builder.bitcast(high, BITS))
-            place = machine.pointer(builder.add(target, I64(_LINE * tile)), BITS)
-            builder.store(line, place, align=4)
-        return I64(0)
+    @intrinsic
+    def pair(_context, even, odd, num_columns, has_odd, target):
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            even, odd, num_columns, has_odd, target = arguments
+            machine, memory = Machine(builder), Memory(builder, is_bfloat16=True)
+            num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
+            for tile in range(num_tiles):
+                first = tile * LANES
+                low = memory.load_some(even, I64(first), lanes_below(builder, num_columns, first))
+                high = memory.load_some(odd, I64(first), lanes_below(builder, num_odd, first))
+                # Widened they are their own upper halves.
+                low = builder.lshr(builder.bitcast(low, BITS), constant(BITS, 16))
+                line = builder.or_(low, builder.bitcast(high, BITS))
+                place = machine.pointer(builder.add(target, I64(_LINE * tile)), BITS)
+                builder.store(line, place, align=4)
+            return I64(0)
 
-    return types.int64(*[types.int64] * 5), generate
+        return types.int64(*[types.int64] * 5), generate
+
+    return pair
+
+
+# Write up to 48 (64) bfloat16 of two rows as three (four) lines of pairs; what there is not are zeros.
+pair_lines, pair_lines_of_64 = _pairing(3), _pairing(4)
 
 
 @intrinsic

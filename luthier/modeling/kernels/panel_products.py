@@ -204,9 +204,9 @@ class PanelProducts:
 
     def _run(self, name: str, numbers: list[int], scratch_bytes: int, *more: int) -> None:
         scratch_bytes = -(-scratch_bytes // _PAGE) * _PAGE
-        scratch = _scratch(scratch_bytes * torch.get_num_threads())
+        room = scratch(scratch_bytes * torch.get_num_threads())
         facts = (self._facts.ctypes.data, len(self._parts))
-        self._launchers[name].run([*numbers, *facts, scratch, scratch_bytes, *more])
+        self._launchers[name].run([*numbers, *facts, room, scratch_bytes, *more])
 
     def _look_up(self) -> None:
         """Note where the updates are now, and see that others in their place can be read."""
@@ -231,7 +231,7 @@ class PanelProducts:
 _ROOM = threading.local()
 
 
-def _scratch(num_bytes: int) -> int:
+def scratch(num_bytes: int) -> int:
     """Return the address of memory that the next kernel of this thread works in."""
     held: torch.Tensor | None = getattr(_ROOM, "held", None)
     if held is None or len(held) < num_bytes + _PAGE:

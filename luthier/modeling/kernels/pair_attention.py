@@ -1,0 +1,126 @@
+"""Causal attention of a training step's short rows in pairs of bfloat16, on processors with such products.
+
+Forward and backward are one call each for all rows and heads, where batched products are six with passes in
+between. Legend as in fused_attention.py; W the keys, filled up to a multiple of 16.
+"""
+
+import torch
+
+from luthier.modeling import kernels
+from luthier.modeling.kernels._threads import launch
+from luthier.modeling.kernels.panel_products import has_panels, scratch
+
+# Columns of a panel, the bytes of its line of pairs, and of a line of zeros before a thread's panels.
+COLUMNS, LINE_BYTES, HEAD_BYTES = 64, 256, 256
+# What the width of weights and a head's size must be a multiple of.
+_TILE = 16
+_SIZE_ALIGN = 32
+_PAGE = 4096
+
+
+def can_attend(query_PQC: torch.Tensor) -> bool:
+    """Whether attention of such queries is made by pairs here."""
+    return (
+        query_PQC.dtype == torch.bfloat16
+        and query_PQC.device.type == "cpu"
+        and query_PQC.shape[2] % _SIZE_ALIGN == 0
+        and has_panels()
+    )
+
+
+def attend(
+    query_PQC: torch.Tensor, key_PSC: torch.Tensor, value_PSC: torch.Tensor, num_tokens: int, start: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend; query q is token q mod `num_tokens` and sees the first `start` keys and those up to its own.
+
+    Args:
+        query_PQC: scaled; with keys and values such as `can_attend` says yes to.
+        key_PSC: of the `start` and the tokens.
+        value_PSC: the same.
+        num_tokens: tokens of the queries.
+        start: keys that all queries see.
+
+    Returns:
+        attended_PQC, and weights_PQW for `attend_backward`.
+
+    Raises:
+        ValueError: when a tensor is of another shape or type.
+    """
+    sizes = _sizes(query_PQC, key_PSC, num_tokens, start)
+    _check(value_PSC, key_PSC)
+    weights_PQW = query_PQC.new_empty(*query_PQC.shape[:2], sizes[-1])
+    attended_PQC = torch.empty_like(query_PQC)
+    tensors = (query_PQC, key_PSC, value_PSC, weights_PQW, attended_PQC)
+    num_bytes = HEAD_BYTES + _panel_bytes(query_PQC, key_PSC)
+    _run("attend_pairs", sizes, tensors, num_bytes)
+    return attended_PQC, weights_PQW
+
+
+def attend_backward(
+    gradient_PQC: torch.Tensor,
+    query_PQC: torch.Tensor,
+    key_PSC: torch.Tensor,
+    value_PSC: torch.Tensor,
+    weights_PQW: torch.Tensor,
+    num_tokens: int,
+    start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of queries, keys and values from that of `attend`'s result.
+
+    Args:
+        gradient_PQC: of what was attended to.
+        query_PQC: as `attend` had it.
+        key_PSC: the same.
+        value_PSC: the same.
+        weights_PQW: what it returned.
+        num_tokens: as it had it.
+        start: the same.
+
+    Returns:
+        to_query_PQC, to_key_PSC and to_value_PSC.
+
+    Raises:
+        ValueError: when a tensor is of another shape or type.
+    """
+    sizes = _sizes(query_PQC, key_PSC, num_tokens, start)
+    _check(value_PSC, key_PSC)
+    _check(gradient_PQC, query_PQC)
+    num_queries, width = query_PQC.shape[1], sizes[-1]
+    if weights_PQW.shape != (*query_PQC.shape[:2], width) or not weights_PQW.is_contiguous():
+        raise ValueError("These are not the weights of these queries and keys.")
+    made = [torch.empty_like(one) for one in (query_PQC, key_PSC, value_PSC)]
+    tensors = (query_PQC, key_PSC, value_PSC, weights_PQW, gradient_PQC, *made)
+    panel_bytes = _panel_bytes(query_PQC, key_PSC)
+    num_bytes = HEAD_BYTES + panel_bytes + num_queries * width * 2 + (num_queries + 1) // 2 * width * 4
+    _run("attend_pairs_backward", sizes, tensors, num_bytes, panel_bytes)
+    return made[0], made[1], made[2]
+
+
+def _sizes(query_PQC: torch.Tensor, key_PSC: torch.Tensor, num_tokens: int, start: int) -> tuple[int, ...]:
+    num_pairs, num_queries, size = query_PQC.shape
+    num_keys = start + num_tokens
+    _check(query_PQC, query_PQC)
+    if key_PSC.shape != (num_pairs, num_keys, size) or num_queries % num_tokens or not can_attend(query_PQC):
+        raise ValueError("Attention by pairs takes whole heads of bfloat16 on the CPU, and all their keys.")
+    _check(key_PSC, key_PSC)
+    return num_pairs, num_queries, num_keys, size, num_tokens, start, -(-num_keys // _TILE) * _TILE
+
+
+def _check(tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if tensor.shape != like.shape or tensor.dtype != torch.bfloat16 or not tensor.is_contiguous():
+        raise ValueError("Attention by pairs takes contiguous bfloat16 of one shape.")
+
+
+def _panel_bytes(query_PQC: torch.Tensor, key_PSC: torch.Tensor) -> int:
+    """Return the bytes of the largest panel: pairs of a head's numbers, of keys, or of queries."""
+    most = max(query_PQC.shape[1], key_PSC.shape[1], query_PQC.shape[2])
+    return (most + 1) // 2 * LINE_BYTES
+
+
+def _run(
+    name: str, sizes: tuple[int, ...], tensors: tuple[torch.Tensor, ...], num_bytes: int, *more: int
+) -> None:
+    num_bytes = -(-num_bytes // _PAGE) * _PAGE
+    room = scratch(num_bytes * torch.get_num_threads())
+    addresses = [one.data_ptr() for one in tensors]
+    launch(kernels.compiled_address(name, torch.bfloat16), [*sizes, *addresses, room, num_bytes, *more])
