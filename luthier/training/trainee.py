@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from luthier.core.allocator import give_back_freed_memory
 from luthier.core.errors import SelfCheckError
 from luthier.methods import Attached, Method
 from luthier.modeling.fused_llama import FusedLlama, fuse
@@ -48,8 +47,6 @@ class Trainee:
         # What a model that goes on from another said of the sample before its first step.
         self.parent_logits_BTV: torch.Tensor | None = None
         attached.model.train(was_training)
-        # The fast path copied the base layer by layer: what is free between the pieces is of no use to steps.
-        give_back_freed_memory()
 
     @property
     def path(self) -> str:
