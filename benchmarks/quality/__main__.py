@@ -68,15 +68,7 @@ def main() -> None:
     # So that what is under way is cleaned up; finished cells are kept already.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     size = Size(arguments.rows, arguments.questions, arguments.epochs)
-    base_facts, base_folder = find_base()
-    machine = {
-        "processor": _processor(),
-        "num_threads": arguments.threads,
-        "base": base_facts.id,
-        "base_digest": base_facts.digest,
-        "answer_dtype": arguments.answer_dtype,
-    }
-    results = Results(arguments.out, machine)
+    results = Results(arguments.out)
     absent: set[str] = set()
     if not arguments.table_only:
         tasks = {name: make_task(name, arguments) for name in arguments.task or METRICS}
@@ -84,7 +76,7 @@ def main() -> None:
         for name in sorted(absent):
             print(f"{name}: {arguments.e2e} has no dev.jsonl and test.jsonl; left out", flush=True)
         present = {name: task for name, task in tasks.items() if task is not None}
-        measurement = Measurement(arguments, results, size, Base(base_facts, base_folder))
+        measurement = Measurement(arguments, results, size)
         for cell in cells_of(list(present), arguments):
             measurement.measure(present[cell.task], cell)
     table = render(results, size, list(discover()), frozenset(absent))
@@ -128,11 +120,19 @@ class Measurement:
         arguments: the command line's options.
         results: where cells are kept.
         size: of this measurement.
-        base: what is tuned.
     """
 
-    def __init__(self, arguments: argparse.Namespace, results: Results, size: Size, base: Base) -> None:
-        self._arguments, self._results, self._size, self._base = arguments, results, size, base
+    def __init__(self, arguments: argparse.Namespace, results: Results, size: Size) -> None:
+        facts, folder = find_base()
+        self._base = Base(facts, folder)
+        self._arguments, self._results, self._size = arguments, results, size
+        self._machine = {
+            "processor": _processor(),
+            "num_threads": arguments.threads,
+            "base": facts.id,
+            "base_digest": facts.digest,
+            "answer_dtype": arguments.answer_dtype,
+        }
 
     def measure(self, task: Task, cell: Cell) -> None:
         """Measure one cell and keep it, unless it is kept already."""
@@ -144,7 +144,7 @@ class Measurement:
             measured = self._score(task, cell, None, examples)
         else:
             measured = self._tune_and_score(task, cell)
-        self._results.store(cell, self._size, measured)
+        self._results.store(cell, self._size, {"machine": self._machine, **measured})
         scores = ", ".join(f"{name} {value:.1f}" for name, value in measured.get("scores", {}).items())
         print(
             f"{cell.task} {cell.model} {cell.recipe} seed {cell.seed}: {scores or measured['diverged']} "

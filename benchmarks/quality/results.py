@@ -35,11 +35,10 @@ class Results:
 
     Args:
         path: the file; made with the first cell.
-        machine: what every cell says of where it was measured.
     """
 
-    def __init__(self, path: Path, machine: dict[str, Any]) -> None:
-        self._path, self._machine = path, machine
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._entries: list[dict[str, Any]] = []
         if path.is_file():
             self._entries = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -55,7 +54,7 @@ class Results:
     def store(self, cell: Cell, size: Size, measured: dict[str, Any]) -> None:
         """Keep a cell's measurement, in place of an older one; the file is whole at every moment."""
         self._entries = [entry for entry in self._entries if not _is_of(entry, cell, size)]
-        self._entries.append({**asdict(cell), "size": asdict(size), "machine": self._machine, **measured})
+        self._entries.append({**asdict(cell), "size": asdict(size), **measured})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         with temporary.open("w", encoding="utf-8") as stream:

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     runs_dir: Path = Field(Path(".luthier/runs"), description="A worker's scratch: run directories.")
     cache_dir: Path = Field(
         Path(".luthier/cache"),
-        description="The inference server's copies of artifacts that are published on another disk.",
+        description="The inference server's copies of artifacts.",
     )
     max_cached_artifacts: int = Field(
         64, ge=1, description="Copies of artifacts that are kept; the one unused for longest leaves first."

@@ -1,7 +1,7 @@
 """Copies of artifacts on the local disk: fetched, verified, dropped when unused for long.
 
 A copy is worth nothing: it may vanish or be damaged at any time and is then fetched again. Where artifacts
-are published on the same disk none is made, and what was published is read itself.
+are published on the same disk its files are second names of theirs, which costs nothing and outlives them.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from luthier.core.errors import ArtifactCorruptError
@@ -28,15 +28,13 @@ _Stamp = tuple[str, int, int, int, int]
 class Copy:
     """An artifact's files on this disk.
 
-    `names` are those of its files. `is_published` where it is what was published, which is not for this
-    server to touch or to drop. `stamps` are what the files looked like right before they were verified; None
+    `names` are those of its files; `stamps` are what they looked like right before they were verified, None
     until then.
     """
 
     folder: Path
     digest: str
     names: tuple[str, ...]
-    is_published: bool = False
     stamps: tuple[_Stamp, ...] | None = field(default=None, compare=False)
 
     def check(self) -> None:
@@ -49,8 +47,12 @@ class Copy:
         stamps = self.look()
         if stamps is not None and stamps == self.stamps:
             return
-        if verify_folder(self.folder).digest != self.digest:
-            raise ArtifactCorruptError("The artifact's files were replaced by another's.")
+        try:
+            is_right = verify_folder(self.folder).digest == self.digest
+        except OSError as error:
+            raise ArtifactCorruptError("The artifact's local copy vanished.") from error
+        if not is_right:
+            raise ArtifactCorruptError("The artifact's local copy was replaced by another.")
         self.stamps = stamps
 
     def look(self) -> tuple[_Stamp, ...] | None:
@@ -62,33 +64,50 @@ class Copy:
         return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in facts)
 
 
-def find_published(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy | None:
-    """Return an artifact where it was published, if a copy in the cache would lie on the same disk.
+def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy | None:
+    """Give the files of an artifact that is published on the cache's disk a second name there.
 
-    Nothing is read but its manifest; `Copy.check` does the rest.
+    Nothing is read but the manifest: the copy is still to be checked.
 
     Args:
         storage: where artifacts are published.
         prefix: the artifact's folder there.
         digest: the digest that its manifest must have.
-        cache_dir: the server's own copies.
+        cache_dir: the server's own copies, one folder per digest.
 
     Returns:
-        What was published; None where a copy is to be fetched, or to say why it can't be.
+        The copy, not verified; None where it is to be fetched, or to be told why it can't be.
     """
-    if storage.local_root is None:
+    if storage.local_root is None or not _DIGEST.fullmatch(digest):
         return None
-    folder = storage.local_root / prefix
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    published, folder = storage.local_root / prefix, cache_dir / digest.removeprefix("sha256:")
     try:
-        copy = _copy_in(folder) if _are_on_one_disk(folder, cache_dir) else None
+        if not folder.is_dir():
+            copy = _copy_in(published)
+            if copy.digest != digest or not published.resolve().is_relative_to(storage.local_root.resolve()):
+                return None
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _sole_fetch(folder):
+                _link_files(published, copy.names, folder)
+        copy = _copy_in(folder)
     except (OSError, ArtifactCorruptError):
+        # On another disk, or damaged: fetching tells.
         return None
-    return replace(copy, is_published=True) if copy is not None and copy.digest == digest else None
+    return copy if copy.digest == digest else None
 
 
-def _are_on_one_disk(folder: Path, other: Path) -> bool:
-    return folder.stat().st_dev == other.stat().st_dev
+def _link_files(published: Path, names: tuple[str, ...], folder: Path) -> None:
+    building = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        for name in names:
+            (building / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(published / name, building / name)
+        # Another process may have been first.
+        if not folder.is_dir():
+            building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy:
@@ -157,13 +176,11 @@ def _copy_in(folder: Path) -> Copy:
     return Copy(folder, manifest.digest, (*sorted(manifest.files), MANIFEST_NAME))
 
 
-def mark_used(copy: Copy) -> None:
+def mark_used(folder: Path) -> None:
     """Note that a copy is wanted now, so that others leave before it."""
-    if copy.is_published:
-        return
     # A copy that is gone is missed when it is loaded, if it has to be.
     with contextlib.suppress(OSError):
-        os.utime(copy.folder)
+        os.utime(folder)
 
 
 def drop_unused(cache_dir: Path, *, max_kept: int, in_use: set[str]) -> None:

@@ -324,7 +324,7 @@ class Lane:
         """
         chains: list[Chain] = []
         try:
-            stretches = []
+            before, last = [], []
             for token_ids, adapter in texts:
                 num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
                 chain = self._borrow(num_virtual + len(token_ids))
@@ -335,12 +335,12 @@ class Lane:
                     _write_virtual(self.model, adapter, chain.pages, 0)
                 if len(token_ids) > 1:
                     beginning = token_ids[:-1]
-                    stretches.append(
-                        Stretch(beginning, num_virtual, chain.pages, described, wants_logits=False)
-                    )
+                    before.append(Stretch(beginning, num_virtual, chain.pages, described, wants_logits=False))
                 end = num_virtual + len(token_ids) - 1
-                stretches.append(Stretch(token_ids[-1:], end, chain.pages, described))
-            logits_RV: torch.Tensor = self.model.step(stretches)
+                last.append(Stretch(token_ids[-1:], end, chain.pages, described))
+            if before:
+                self.model.step(before)
+            logits_RV: torch.Tensor = self.model.step(last)
             return logits_RV.clone()
         finally:
             for chain in chains:

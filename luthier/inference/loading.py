@@ -8,7 +8,7 @@ Legend: `V` vocabulary.
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ from luthier.modeling.packed_llama import can_pack_llama
 ResultT = TypeVar("ResultT")
 
 _OPENING = threading.Lock()
+# How often files that are touched meanwhile are read before they are given up.
+_MOST_LOADS = 3
 
 
 class EngineLike(Protocol):
@@ -105,9 +107,12 @@ async def load(
     """
     copy, packed = _copy_of(served), served.base.packed
     if kind is Kind.PACKED and packed is not None:
-        ready = await _checked(served, _load_packed(engine, served, packed))
-        if ready is not None:
-            return ready
+        adapter = await _lay_out_checked(served, packed)
+        if adapter is not None:
+            lane, canary = packed.lane, read_canary(copy.folder)
+            proving = engine.call(lambda: _prove(lane, adapter, served.base.probe_ids, None, canary))
+            await asyncio.wrap_future(proving)
+            return ReadyModel(served, lane=lane, adapter=adapter)
         if served.base.slots is None:
             async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
                 await asyncio.to_thread(_open_slots, served.base, packed)
@@ -151,27 +156,26 @@ async def _check(served: ServedModel) -> None:
         await asyncio.to_thread(copy.check)
 
 
-async def _checked(served: ServedModel, loading: Awaitable[ResultT]) -> ResultT:
-    """Return what was loaded while the files were checked: other bytes than the artifact's answer nobody."""
-    checked, loaded = await asyncio.gather(_check(served), loading, return_exceptions=True)
-    # Whatever else went wrong may be the damaged files' doing.
-    for told in (checked, loaded):
-        if isinstance(told, BaseException):
-            raise told
-    assert not isinstance(loaded, BaseException)
-    return loaded
+async def _lay_out_checked(served: ServedModel, packed: PackedWeights) -> PackedAdapter | None:
+    """Lay an artifact out while its files are checked; what was laid of other bytes is thrown away."""
+    # Another server that links or drops the same files touches them too.
+    for _ in range(_MOST_LOADS):
+        before = await asyncio.to_thread(_look, served)
+        laying = asyncio.to_thread(_lay_out, _copy_of(served), packed, served.base.facts.digest)
+        checked, adapter = await asyncio.gather(_check(served), laying, return_exceptions=True)
+        # Whatever else went wrong may be the damaged files' doing.
+        for told in (checked, adapter):
+            if isinstance(told, BaseException):
+                raise told
+        assert not isinstance(adapter, BaseException)
+        if None not in before and await asyncio.to_thread(_look, served) == before:
+            return adapter
+    # They were read twice, and may not have been the same.
+    raise ArtifactCorruptError("The artifact's files changed while they were read; ask again.")
 
 
-async def _load_packed(engine: EngineLike, served: ServedModel, packed: PackedWeights) -> ReadyModel | None:
-    """Lay an artifact out beside its base and let it prove itself; None where it has no place there."""
-    copy, lane = _copy_of(served), packed.lane
-    adapter = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
-    if adapter is None:
-        return None
-    canary = read_canary(copy.folder)
-    proving = engine.call(lambda: _prove(lane, adapter, served.base.probe_ids, None, canary))
-    await asyncio.wrap_future(proving)
-    return ReadyModel(served, lane=lane, adapter=adapter)
+def _look(served: ServedModel) -> list[object]:
+    return [copy.look() for copy in served.copies]
 
 
 def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> PackedAdapter | None:

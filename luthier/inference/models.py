@@ -23,7 +23,7 @@ from luthier.core.inference import (
 from luthier.core.settings import Settings
 from luthier.inference import bases
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
-from luthier.inference.copies import Copy, drop_unused, fetch_artifact, find_published, mark_used, verify_copy
+from luthier.inference.copies import Copy, drop_unused, fetch_artifact, link_artifact, mark_used, verify_copy
 from luthier.inference.loaded import LoadedArtifacts
 from luthier.inference.loading import EngineLike, RowLimits
 from luthier.inference.memory import Ceiling, LaneLike, NoRoomError, measure_used, trim
@@ -155,7 +155,7 @@ class Models:
         served = self._served.get((target.base_id, target.digest))
         if served is not None:
             for copy in served.copies:
-                mark_used(copy)
+                mark_used(copy.folder)
             return served
         return await self._place(base, target, failed=None)
 
@@ -208,11 +208,14 @@ class Models:
             served = self._served.get(key)
             if served is None or served is failed:
                 self._served.pop(key, None)
-                served = self._served[key] = await asyncio.to_thread(self._fetch, base, target)
+                # A copy that is there and failed is not to be found again.
+                may_link = failed is None or not any(copy.folder.is_dir() for copy in failed.copies)
+                served = await asyncio.to_thread(self._fetch, base, target, may_link=may_link)
+                self._served[key] = served
         self._locks.pop(digest, None)
         return served
 
-    def _fetch(self, base: LoadedBase, target: ModelTarget) -> ServedModel:
+    def _fetch(self, base: LoadedBase, target: ModelTarget, *, may_link: bool) -> ServedModel:
         if self._storage is None:
             self._storage = Storage.open(self._settings.storage_url)
         cache_dir = self._settings.cache_dir / "artifacts"
@@ -220,10 +223,9 @@ class Models:
         copies: dict[str, Copy] = {}
         for artifact, digest in wanted:
             if artifact is not None and digest is not None:
-                copies[digest] = find_published(self._storage, artifact, digest, cache_dir) or fetch_artifact(
-                    self._storage, artifact, digest, cache_dir
-                )
-                mark_used(copies[digest])
+                linked = link_artifact(self._storage, artifact, digest, cache_dir) if may_link else None
+                copies[digest] = linked or fetch_artifact(self._storage, artifact, digest, cache_dir)
+                mark_used(copies[digest].folder)
         # A copy that a waiting request still wants is younger than most, and is fetched again if it leaves.
         in_use = {*self.loaded.digests, *copies}
         drop_unused(cache_dir, max_kept=self._settings.max_cached_artifacts, in_use=in_use)

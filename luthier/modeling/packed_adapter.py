@@ -15,7 +15,7 @@ import torch
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
 from luthier.modeling.kernels.laying import Update, lay_low_ranks
-from luthier.modeling.kernels.page_memory import RoomAhead
+from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.served_rows import (
     ACTIVATIONS,
     BLOCK,
@@ -42,8 +42,6 @@ _PATH = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _MULTIPLE = 4
 # What the processor reads at a time, in bytes.
 _LINE = 64
-# Of one size as long as models are of one kind.
-_ROOMS = RoomAhead()
 
 
 @dataclass(eq=False)
@@ -154,7 +152,7 @@ def _lay_together(
     """
     num_bytes = sum(_room_for(one) for one in _all_sites(low_ranks, bottlenecks))
     room = (
-        _ROOMS.take(num_bytes)
+        take_large(num_bytes)
         if device.type == "cpu"
         else torch.empty(num_bytes, dtype=torch.uint8, device=device)
     )

@@ -198,8 +198,7 @@ class PackedLlama:
         """Run tokens, and put their keys and values into their sequences' pages.
 
         Args:
-            stretches: one a sequence, and maybe one of a single token that comes right after it: all keys
-                and values are in their pages before any token attends.
+            stretches: at most one a sequence.
 
         Returns:
             logits_RV, float32, those that each stretch wants, in order; they may be overwritten by the next

@@ -66,7 +66,7 @@ class Artifacts:
         if CONFIG_NAME not in self._storage.read_manifest(target.artifact).files:
             raise _whole_model(target.model, target.digest)
         copy = fetch_artifact(self._storage, target.artifact, target.digest, self._folder)
-        mark_used(copy)
+        mark_used(copy.folder)
         self._drop_old()
         _check_method(copy.folder)
         self._check_base(copy, target)

@@ -6,8 +6,7 @@ import time
 import torch
 
 from luthier.modeling import kernels
-from luthier.modeling.kernels import pair_attention
-from luthier.modeling.kernels.panel_products import has_panels
+from luthier.modeling.kernels.pair_attention import can_attend
 from luthier.modeling.kernels.products import has_tiles
 
 
@@ -53,11 +52,9 @@ def _call_all(dtype: torch.dtype) -> None:
     kernels.softmax_loss_(x_ND, torch.zeros(8, dtype=torch.int64), keeps_gradient=True)
     for name in (*kernels.SERVING, *kernels.LAYING):
         kernels.compiled_address(name, dtype)
-    # Compiles and tries products by panels where there are such.
-    if dtype == torch.bfloat16 and has_panels():
-        query = torch.zeros(1, 2, 32, dtype=dtype)
-        attended, weights = pair_attention.attend(query, query, query, 2, 0)
-        pair_attention.attend_backward(attended, query, query, query, weights, 2, 0)
+    if dtype == torch.bfloat16:
+        # Compiles and tries products by panels and attention by pairs where there are such.
+        can_attend(torch.empty(1, 1, 32, dtype=dtype))
 
 
 if __name__ == "__main__":

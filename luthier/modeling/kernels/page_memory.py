@@ -1,11 +1,7 @@
-"""Memory asked for in large pages and in time, and given back while the tensor that it lies in stays."""
+"""Memory that is asked for in large pages, and giving memory back while the tensor that it lies in stays."""
 
-import contextlib
 import ctypes
 import mmap
-import os
-import queue
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +13,6 @@ _MADV_HUGEPAGE = 14
 _LARGE_PAGE = 1 << 21
 # What a processor reads at a time.
 _LINE = 64
-# The largest piece that is kept ready, in bytes; and the priority of a thread that nobody waits for.
-_MOST_AHEAD = 1 << 28
-_NICEST = 19
 
 
 def take_large(num_bytes: int) -> torch.Tensor:
@@ -40,43 +33,6 @@ def take_large(num_bytes: int) -> torch.Tensor:
     # Refused where the system has no large pages: it works as well without.
     ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
     return memory[first : first + num_bytes]
-
-
-class RoomAhead:
-    """Keeps one piece of memory ready, of the size that was taken last.
-
-    The system finds and clears new memory when it is first touched, which of a large piece takes longer than
-    filling it; a virtual machine may even have to ask for it. So the next one is touched while nobody waits.
-    """
-
-    def __init__(self) -> None:
-        self._ready: torch.Tensor | None = None
-        self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def take(self, num_bytes: int) -> torch.Tensor:
-        """Return memory as `take_large` does, and let the next piece of this size be made ready."""
-        with self._lock:
-            ready, self._ready = self._ready, None
-            if num_bytes <= _MOST_AHEAD:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="room-ahead", daemon=True)
-                    self._thread.start()
-                self._wanted.put(num_bytes)
-        return ready if ready is not None and len(ready) == num_bytes else take_large(num_bytes)
-
-    def _run(self) -> None:
-        # Others, who answer somebody, go before it. Not every system lets a thread step back.
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
-        while True:
-            room = take_large(self._wanted.get())
-            room[:: mmap.PAGESIZE] = 0
-            with self._lock:
-                self._ready = room
-            # A name that outlived this turn would keep it.
-            del room
 
 
 def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """The tiny base, random artifacts, and a served inference server; one of each per module."""
 
 import asyncio
+import errno
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -135,4 +136,8 @@ def chat_api(
 @pytest.fixture
 def _copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let artifacts be copied to the cache, as where they are published on another disk."""
-    monkeypatch.setattr(copies, "_are_on_one_disk", lambda *_: False)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(copies, "_link_files", refuse)

@@ -25,16 +25,16 @@ _COSTS = {
 
 
 def _results(folder: Path, *cells: tuple[Cell, dict[str, object]]) -> Results:
-    results = Results(folder / "quality.json", _MACHINE)
+    results = Results(folder / "quality.json")
     for cell, measured in cells:
-        results.store(cell, _SIZE, measured)
+        results.store(cell, _SIZE, {"machine": _MACHINE, **measured})
     return results
 
 
 def test_a_stored_cell_is_found_by_the_next_measurement_of_the_same_size_only(tmp_path: Path) -> None:
     cell = Cell("routing", "lora", "auto", 1)
     _results(tmp_path, (cell, {"scores": {"accuracy": 50.0}}))
-    again = Results(tmp_path / "quality.json", _MACHINE)
+    again = Results(tmp_path / "quality.json")
     found = again.find(cell, _SIZE)
     assert found is not None
     assert found["scores"] == {"accuracy": 50.0}
@@ -70,14 +70,15 @@ def test_the_table_shows_mean_and_spread_and_the_best_recipe(tmp_path: Path) -> 
 
 def test_the_table_tells_which_task_was_measured_where(tmp_path: Path) -> None:
     for task, name in (("routing", "one"), ("orders", "two"), ("routing", "one")):
-        results = Results(tmp_path / "quality.json", _MACHINE | {"processor": name})
-        results.store(Cell(task, "lora", "auto", 1), _SIZE, {"diverged": "non_finite_loss"})
+        results = Results(tmp_path / "quality.json")
+        machine = _MACHINE | {"processor": name}
+        results.store(Cell(task, "lora", "auto", 1), _SIZE, {"machine": machine, "diverged": "no_number"})
     text = render(results, _SIZE, ["lora"])
     assert "base a-base. Measured on one, 1 threads (CPU): routing, 8 labels; two, 1 threads (CPU): " in text
 
 
 def test_without_cells_the_table_says_that_nothing_was_measured(tmp_path: Path) -> None:
-    assert render(Results(tmp_path / "none.json", _MACHINE), _SIZE, ["lora"]) == NOT_MEASURED
+    assert render(Results(tmp_path / "none.json"), _SIZE, ["lora"]) == NOT_MEASURED
 
 
 def test_the_table_goes_between_the_marks_and_replaces_what_was_there(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The server's copies of artifacts: fetched once, healed, never another's, dropped when unused for long."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.inference import copies
-from luthier.inference.copies import Copy, drop_unused, fetch_artifact, find_published, mark_used, verify_copy
+from luthier.inference.copies import drop_unused, fetch_artifact, link_artifact, mark_used, verify_copy
 from luthier.storage.manifests import MANIFEST_NAME, Manifest, seal_folder
 from luthier.storage.store import Storage
 
@@ -59,7 +60,7 @@ def test_a_copy_that_nobody_touched_is_not_read_again_and_one_that_was_is(
 
     verify_folder = copies.verify_folder
     monkeypatch.setattr(copies, "verify_folder", count)
-    mark_used(copy)
+    mark_used(copy.folder)
     copy.check()
     assert readings == []
     os.utime(copy.folder / NAME)
@@ -93,33 +94,50 @@ def test_the_copies_unused_for_longest_leave_and_those_in_use_never(tmp_path: Pa
         (tmp_path / name).mkdir()
         (tmp_path / name / "f").touch()
         os.utime(tmp_path / name, (1000 + i, 1000 + i))
-    mark_used(Copy(tmp_path / names[1], f"sha256:{names[1]}", ("f",)))
+    mark_used(tmp_path / names[1])
     drop_unused(tmp_path, max_kept=3, in_use={f"sha256:{names[0]}"})
     assert {path.name for path in tmp_path.iterdir()} == {names[0], names[1], names[4]}
     drop_unused(tmp_path, max_kept=1, in_use={f"sha256:{name}" for name in names})
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_what_is_published_on_the_same_disk_is_found_there_and_only_there(
+def test_on_one_disk_a_copy_is_a_second_name_of_what_was_published_and_outlives_it(tmp_path: Path) -> None:
+    storage = Storage.open(f"file://{tmp_path}/objects")
+    digest = build(tmp_path / "a", b"weights").digest
+    storage.put_folder(tmp_path / "a", "projects/p/a")
+    cache = tmp_path / "cache"
+    for prefix, wanted in (
+        ("projects/p/a", "sha256:" + "1" * 64),
+        ("projects/p/none", digest),
+        ("../a", digest),
+        ("projects/p/a", "../../etc"),
+    ):
+        assert link_artifact(storage, prefix, wanted, cache) is None
+    assert link_artifact(Storage(storage.objects, None), "projects/p/a", digest, cache) is None
+    copy = link_artifact(storage, "projects/p/a", digest, cache)
+    assert copy is not None
+    assert (copy.folder / NAME).samefile(tmp_path / "objects/projects/p/a" / NAME)
+    assert copy.stamps is None
+    storage.delete_prefix("projects/p/a")
+    copy.check()
+    assert copy.stamps is not None
+    again = link_artifact(storage, "projects/p/a", digest, cache)
+    assert again == copy
+    (copy.folder / NAME).write_bytes(b"weightz")
+    with pytest.raises(ArtifactCorruptError):
+        again.check()
+
+
+def test_where_files_get_no_second_name_nothing_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Storage.open(f"file://{tmp_path}/objects")
     digest = build(tmp_path / "a", b"weights").digest
     storage.put_folder(tmp_path / "a", "projects/p/a")
-    cache = tmp_path / "cache"
-    copy = find_published(storage, "projects/p/a", digest, cache)
-    assert copy is not None
-    assert copy.folder == tmp_path / "objects" / "projects/p/a"
-    copy.check()
-    times = copy.folder.stat().st_mtime_ns
-    mark_used(copy)
-    assert copy.folder.stat().st_mtime_ns == times
-    assert list(cache.iterdir()) == []
-    assert find_published(storage, "projects/p/a", "sha256:" + "1" * 64, cache) is None
-    assert find_published(storage, "projects/p/none", digest, cache) is None
-    assert find_published(Storage(storage.objects, None), "projects/p/a", digest, cache) is None
-    (copy.folder / NAME).write_bytes(b"weightz")
-    with pytest.raises(ArtifactCorruptError):
-        copy.check()
-    monkeypatch.setattr(copies, "_are_on_one_disk", lambda *_: False)
-    assert find_published(storage, "projects/p/a", digest, cache) is None
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert link_artifact(storage, "projects/p/a", digest, tmp_path / "cache") is None
+    assert list((tmp_path / "cache").iterdir()) == []

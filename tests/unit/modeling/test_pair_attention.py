@@ -1,5 +1,7 @@
 """Attention of short rows by pairs of bfloat16: what plain operators in float32 give, both ways."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -86,16 +88,67 @@ def test_what_does_not_fit_is_refused() -> None:
         (query.float(), key, value, 5, 2),
         (query, key[:, 1:], value, 5, 2),
         (query, key, value[:, 1:], 5, 2),
+        (query, key, value.half(), 5, 2),
         (query, key, value, 4, 3),
+        (query, key, value, 0, 7),
+        (query, key, value, 15, -8),
         (query.transpose(0, 1).contiguous().transpose(0, 1), key, value, 5, 2),
         (query[:, :, :20], key[:, :, :20], value[:, :, :20], 5, 2),
     ):
         with pytest.raises(ValueError, match="by pairs takes"):
             attend(*bad)
-    with pytest.raises(ValueError, match="not the weights"):
-        attend_backward(gradient, query, key, value, weights[:, :, :7], 5, 2)
+    for wrong in (weights[:, :, :7], weights.float(), weights[:1]):
+        with pytest.raises(ValueError, match="by pairs takes"):
+            attend_backward(gradient, query, key, value, wrong, 5, 2)
     with pytest.raises(ValueError, match="by pairs takes"):
         attend_backward(gradient[:, 1:], query, key, value, weights, 5, 2)
+
+
+def test_it_does_not_run_where_it_comes_out_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = pair_attention._attend
+
+    def double(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        attended, weights = right(*arguments)
+        return attended * 2, weights
+
+    monkeypatch.setattr(pair_attention, "_attend", double)
+    pair_attention._is_right.cache_clear()
+    try:
+        assert not can_attend(torch.zeros(1, 1, 32, dtype=torch.bfloat16))
+        assert "off by" in caplog.text
+    finally:
+        monkeypatch.undo()
+        pair_attention._is_right.cache_clear()
+
+
+def test_any_number_of_threads_and_any_work_memory_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensors = _make(5, 3, 23, 10, 96)
+
+    def run(num_threads: int) -> list[torch.Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        # Work memory is full of what is no number.
+        held = torch.full((1 << 22,), float("nan"))
+        monkeypatch.setattr(pair_attention, "scratch", lambda num_bytes: _begin_of(held, num_bytes))
+        try:
+            attended, weights = attend(*tensors[:3], 23, 10)
+            return [attended, *attend_backward(tensors[3], *tensors[:3], weights, 23, 10)]
+        finally:
+            torch.set_num_threads(before)
+
+    first = run(1)
+    for num_threads in (2, 3, 7):
+        for one, other in zip(first, run(num_threads), strict=True):
+            assert torch.equal(one, other)
+
+
+def _begin_of(held: torch.Tensor, num_bytes: int) -> int:
+    assert held.nbytes >= num_bytes + 4096
+    return -(-held.data_ptr() // 4096) * 4096
 
 
 @pytest.mark.parametrize("num_shared", [0, 11])
