@@ -42,10 +42,7 @@ class Settings(BaseSettings):
         default_factory=_default_models_file, description="The catalogue of base models (models.toml)."
     )
     runs_dir: Path = Field(Path(".luthier/runs"), description="A worker's scratch: run directories.")
-    cache_dir: Path = Field(
-        Path(".luthier/cache"),
-        description="The inference server's copies of artifacts.",
-    )
+    cache_dir: Path = Field(Path(".luthier/cache"), description="The inference server's copies of artifacts.")
     max_cached_artifacts: int = Field(
         64, ge=1, description="Copies of artifacts that are kept; the one unused for longest leaves first."
     )
