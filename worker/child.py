@@ -52,8 +52,8 @@ def child_environment(num_threads: int) -> dict[str, str]:
         # numpy's own products are small, and a process forks best without the threads that it would start.
         "OPENBLAS_NUM_THREADS": "1",
         # Threads that wait must soon sleep: beside a busy inference server on the same cores, spinning ones
-        # made a step fifteen times slower. Not before the next kernel comes, some 50 us later: at 2000 a step
-        # took 4 to 8 % longer alone, beside others that want all cores a sixth less.
+        # made a step fifteen times slower. Not before the next kernel comes, some 50 us later, or most
+        # kernels begin by waking them.
         "GOMP_SPINCOUNT": "5000",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

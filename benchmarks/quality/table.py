@@ -96,14 +96,15 @@ def _preamble(size: Size, entries: list[Entry]) -> str:
 
 def _machines(entries: list[Entry]) -> str:
     """Tell which tasks' cells were measured where; costs of tasks on different machines don't compare."""
-    told: dict[str, list[str]] = {}
-    for task in METRICS:
-        for entry in entries:
-            machine = entry["machine"]
-            name = f"{machine['processor']}, {machine['num_threads']} threads (CPU)"
-            if entry["task"] == task and entry["model"] != "base" and _TITLES[task] not in told.get(name, []):
-                told.setdefault(name, []).append(_TITLES[task])
-    return "; ".join(f"{name}: {' and '.join(tasks)}" for name, tasks in told.items()) or "no machine yet"
+    told: dict[str, set[str]] = {}
+    for entry in entries:
+        machine = entry["machine"]
+        name = f"{machine['processor']}, {machine['num_threads']} threads (CPU)"
+        told.setdefault(name, set()).add(entry["task"])
+    return "; ".join(
+        f"{name}: {' and '.join(_TITLES[task] for task in METRICS if task in tasks)}"
+        for name, tasks in sorted(told.items())
+    )
 
 
 def _matching(entries: list[Entry], model: str, recipe: str) -> list[Entry]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.storage.manifests import MANIFEST_NAME, read_manifest, verify_folder
+from luthier.storage.manifests import MANIFEST_NAME, Manifest, read_manifest, verify_folder
 from luthier.storage.store import Storage
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -135,8 +135,7 @@ def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) 
             # Another process may have fetched it meanwhile.
             copy = verify_copy(folder)
             if copy is None or copy.digest != digest:
-                storage.fetch_folder(prefix, folder)
-                copy = _copy_in(folder)
+                copy = _copy_of(folder, storage.fetch_folder(prefix, folder))
                 # They were hashed as they came.
                 copy.stamps = copy.look()
     if copy.digest != digest:
@@ -172,7 +171,10 @@ def verify_copy(folder: Path) -> Copy | None:
 
 
 def _copy_in(folder: Path) -> Copy:
-    manifest = read_manifest(folder)
+    return _copy_of(folder, read_manifest(folder))
+
+
+def _copy_of(folder: Path, manifest: Manifest) -> Copy:
     return Copy(folder, manifest.digest, (*sorted(manifest.files), MANIFEST_NAME))
 
 

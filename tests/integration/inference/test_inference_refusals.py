@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
+from luthier.inference import loading
 from luthier.inference.backends import open_backend
+from luthier.inference.copies import Copy
 from luthier.inference.models import Models
 from luthier.storage.store import Storage
 from tests.inference_server import (
@@ -109,6 +112,37 @@ def test_an_artifact_on_the_same_disk_is_no_copy_and_never_answers_when_damaged(
     storage.delete_prefix(prefix)
     response = served.post(CHAT, target, messages=messages, max_tokens=2)
     assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("num_touches", [1, 100])
+def test_what_was_laid_out_of_files_that_were_touched_meanwhile_never_answers(
+    served: Served,
+    folder: Path,
+    base_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_touches: int,
+) -> None:
+    manifest = build_artifact(tmp_path / "a", base_folder, seed=31 + num_touches)
+    prefix = f"projects/p/touched{num_touches}"
+    Storage.open(f"file://{folder}/objects").put_folder(tmp_path / "a", prefix)
+    target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
+    lay_out, laid = loading._lay_out, []
+
+    def touch(copy: Copy, *arguments: Any) -> Any:
+        made = lay_out(copy, *arguments)
+        laid.append(made)
+        if len(laid) <= num_touches:
+            os.utime(copy.folder / WEIGHTS_NAME, ns=(len(laid), len(laid)))
+        return made
+
+    monkeypatch.setattr(loading, "_lay_out", touch)
+    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], max_tokens=2)
+    if num_touches == 1:
+        assert response.status_code == 200, response.text
+        assert len(laid) == 2
+    else:
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
 
 
 @pytest.mark.usefixtures("_copies")
