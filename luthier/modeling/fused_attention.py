@@ -167,10 +167,11 @@ def _attend_segment_backward(
         to_qkv_NE: the segment's part of it is written.
 
     Returns:
-        float32, the gradients of the keys and values before the segment's own.
+        float32, the gradients of the keys and values before the segment's own; empty when there are none.
     """
     query, key, value, *kept = saved
     num_tokens, start = segment.num_tokens, segment.start
+    to_before: list[torch.Tensor] = []
     gradient_PQC = kernels.merge_heads_backward(
         gradient_NK[segment.tokens], num_tokens, heads.num_kv_heads, heads.num_heads, heads.size
     )
@@ -184,7 +185,7 @@ def _attend_segment_backward(
         wide = [own.float().add_(after) for own, after in zip((to_key, to_value), from_after, strict=True)]
         to_key, to_value = (one.to(key.dtype) for one in wide)
         to_before = [one[:, :start] for one in wide]
-    else:
+    elif start:
         by_row = (one.view(-1, heads.num_kv_heads, *one.shape[1:]) for one in (to_key, to_value))
         to_before = [one[:, :, :start].sum(dim=0, dtype=torch.float32) for one in by_row]
     kernels.split_heads_backward(

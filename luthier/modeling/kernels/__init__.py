@@ -9,16 +9,18 @@ feed-forward's size, E columns of q, k and v side by side, P pairs of a row and 
 pair (groups times T), S keys (start + T), C head size, V vocabulary.
 """
 
+import struct
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from luthier.modeling.kernels import _plain
+from luthier.modeling.kernels._threads import launch
 
 _TYPES = {torch.float32, torch.bfloat16}
+_FLOAT32, _INT32 = struct.Struct("=f"), struct.Struct("=i")
 # Kernels of a decode step, which serving.py calls.
 SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "gated_silu")
 # What lays low-rank updates out for it and for a training step (laying.py).
@@ -50,8 +52,19 @@ def compiled_address(name: str, dtype: torch.dtype) -> int:
 
 
 def float_bits(value: float) -> int:
-    """Return a number as kernels read it from their table: the bits of a float32."""
-    return int(np.float32(value).view(np.int32))
+    """Return a number as kernels read it from their table: the bits of a float32.
+
+    Args:
+        value: the number.
+
+    Returns:
+        The bits, as a whole number with a sign.
+
+    Raises:
+        OverflowError: when it is finite and beyond what a float32 holds.
+    """
+    (bits,) = _INT32.unpack(_FLOAT32.pack(value))
+    return int(bits)
 
 
 def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: torch.Tensor) -> None:
@@ -62,8 +75,6 @@ def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: to
         arguments: in the order of its table; tensors go as addresses, floats as the bits of a float32.
         like: a tensor of the type that it works on.
     """
-    from luthier.modeling.kernels._threads import launch
-
     launch(compiled_address(name, like.dtype), [_as_number(one) for one in arguments])
 
 

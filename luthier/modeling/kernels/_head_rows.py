@@ -19,7 +19,6 @@ from numba.extending import intrinsic
 from luthier.modeling.kernels._language import EXP_HIGHEST, EXP_LOWEST, LN2_HIGH, LN2_LOW, LOG2_E
 from luthier.modeling.kernels._memory import (
     F32,
-    I32,
     I64,
     LANES,
     VECTOR,
@@ -30,12 +29,11 @@ from luthier.modeling.kernels._memory import (
     call,
     constant,
     is_bfloat16,
+    lanes_below,
     loop,
     multiply_add,
     sum_lanes,
 )
-
-_LANE_NUMBERS = ir.Constant(WIDE_BITS, list(range(LANES)))
 
 
 @intrinsic
@@ -127,12 +125,6 @@ class _Row:
         self._seen = seen
         self._size = size
 
-    def lanes_before(self, end: ir.Value, index: ir.Value) -> ir.Value:
-        """Return which of the 16 places from an index on come before an end."""
-        builder = self._builder
-        left = builder.trunc(builder.sub(end, index), I32)
-        return builder.icmp_signed("<", _LANE_NUMBERS, broadcast(builder, left))
-
     def fold(
         self,
         addresses: list[ir.Value],
@@ -146,7 +138,7 @@ class _Row:
             return [add([memory.load(one, index, LANES) for one in addresses], held[0])]
 
         index, (total,) = loop(builder, I64(0), self._seen, LANES, [carried], whole)
-        mask = self.lanes_before(self._seen, index)
+        mask = lanes_below(builder, builder.sub(self._seen, index))
         vectors = [memory.load_some(one, index, mask) for one in addresses]
         return builder.select(mask, add(vectors, total), total)
 
@@ -162,7 +154,7 @@ class _Row:
 
         index, _ = loop(builder, I64(0), self._seen, LANES, [], whole)
         zero = constant(VECTOR, 0.0)
-        counts, exists = self.lanes_before(self._seen, index), self.lanes_before(self._size, index)
+        counts, exists = (lanes_below(builder, builder.sub(end, index)) for end in (self._seen, self._size))
         made = make([memory.load_some(one, index, counts) for one in addresses])
         memory.store_some(builder.select(counts, made, zero), target, index, exists)
 

@@ -34,6 +34,8 @@ from luthier.modeling.kernels._threads import TABLE_SIZE
 # first is exact.
 EXP_LOWEST, EXP_HIGHEST = -87.0, 88.0
 LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.428606765330187e-06
+# The bits of 1.0.
+ONE = 0x3F800000
 
 _FAST = {"contract", "reassoc", "arcp", "nsz", "afn"}
 inlined = njit(inline="always", fastmath=_FAST, error_model="numpy")
@@ -186,6 +188,19 @@ def share(table, num_rows):
 def thread_number(table):
     """Return this thread's number in the team."""
     return 0 if table[0] == 0 else _call(table[0])
+
+
+@inlined
+def open_scratch(table, place, num_zero_bytes):
+    """Return this thread's own memory, which begins with a line of zeros.
+
+    At a place of the table stand the address of all threads' memory and the bytes of one's.
+    """
+    scratch_at = table[place] + thread_number(table) * table[place + 1]
+    zeros = carray(at_int64(scratch_at), num_zero_bytes // 8)
+    for i in range(num_zero_bytes // 8):
+        zeros[i] = 0
+    return scratch_at
 
 
 @intrinsic

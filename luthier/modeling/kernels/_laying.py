@@ -12,34 +12,25 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from luthier.modeling.kernels._language import Kernel, at, at_int64, narrow, open_table, share
+from luthier.modeling.kernels._language import ONE, Kernel, at, at_int64, narrow, open_table, share
 from luthier.modeling.kernels._memory import (
-    F32,
-    I32,
     I64,
     LANES,
     VECTOR,
     WIDE_BITS,
     Memory,
-    broadcast,
     is_bfloat16,
     item_size,
     lanes_below,
     loop,
+    number_of_bits,
     row_starts,
     transposed,
 )
 from luthier.modeling.kernels.served_rows import BLOCK
 
-# The bits of 1.0.
-_ONE = 0x3F800000
 # Numbers of an update, laid out for serving and for training.
 _NUM_FACTS = 9
-
-
-def _factor(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """Return a float32, by its bits, 16 times."""
-    return broadcast(builder, builder.bitcast(builder.trunc(bits, I32), F32))
 
 
 @intrinsic
@@ -50,7 +41,7 @@ def _copy_scaled(_context, like, source, count, scale, target):
         _, source, count, scale, target = arguments
         floats = Memory(builder, is_bfloat16=False)
         held = Memory(builder, is_bfloat16=is_bfloat16(signature.args[0]))
-        factor = _factor(builder, scale)
+        factor = number_of_bits(builder, scale)
 
         def copy(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             held.store(builder.fmul(floats.load(source, index, LANES), factor), target, index)
@@ -77,7 +68,7 @@ def _turn_scaled(
         source, stride, num_rows, num_numbers, num_written, scale, target, target_stride = arguments[1:]
         floats = Memory(builder, is_bfloat16=False)
         held = Memory(builder, is_bfloat16=is_bfloat16(signature.args[0]))
-        factor = _factor(builder, scale)
+        factor = number_of_bits(builder, scale)
         rows = []
         for number, start in enumerate(row_starts(builder, source, stride, num_rows)):
             is_there = builder.icmp_signed("<", I64(number), num_rows)
@@ -105,7 +96,7 @@ def lay_low_ranks(data):
         rank, filled, num_inputs, num_outputs = facts[i, 4], facts[i, 5], facts[i, 6], facts[i, 7]
         a_at, b_at, target_at, blocks_at = facts[i, 0], facts[i, 1], facts[i, 2], facts[i, 3]
         for r in range(rank):
-            _copy_scaled(data, a_at + r * num_inputs * 4, num_inputs, _ONE, target_at + r * num_inputs * size)
+            _copy_scaled(data, a_at + r * num_inputs * 4, num_inputs, ONE, target_at + r * num_inputs * size)
         a_FK = carray(at(target_at, data), (filled, num_inputs))
         for r in range(rank, filled):
             for k in range(num_inputs):
@@ -139,7 +130,7 @@ def widen_low_ranks(data):
         a_at, b_at, a_target_at, b_target_at = facts[i, 0], facts[i, 1], facts[i, 2], facts[i, 3]
         for r in range(rank):
             row = r * num_inputs
-            _copy_scaled(data, a_at + row * 4, num_inputs, _ONE, a_target_at + row * size)
+            _copy_scaled(data, a_at + row * 4, num_inputs, ONE, a_target_at + row * size)
         # Of its rows only the first columns are the update's.
         for o in range(num_outputs):
             _copy_scaled(data, b_at + o * rank * 4, rank, facts[i, 8], b_target_at + o * width * size)

@@ -174,6 +174,11 @@ def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.shuffle_vector(vector, vector, constant(WIDE_BITS, 0))
 
 
+def number_of_bits(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Return a float32, by its bits in an int64, 16 times."""
+    return broadcast(builder, builder.bitcast(builder.trunc(bits, I32), F32))
+
+
 def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:
     """Return a times b plus a total, rounded once where the processor can."""
     product = builder.fmul(a, b, flags=("contract",))

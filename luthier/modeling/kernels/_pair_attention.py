@@ -9,10 +9,8 @@ threads. Legend as in fused_attention.py; scores and weights have a width W, the
 # numba reads the loops themselves and takes their types from the arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
-from numba import carray
-
 from luthier.modeling.kernels._head_rows import softmax_row, softmax_row_backward
-from luthier.modeling.kernels._language import Kernel, at_int64, inlined, open_table, share, thread_number
+from luthier.modeling.kernels._language import Kernel, inlined, open_scratch, open_table, share
 from luthier.modeling.kernels._pairs import interleave
 from luthier.modeling.kernels._panel_blocks import (
     finish_1_row_of_64,
@@ -24,16 +22,6 @@ from luthier.modeling.kernels.pair_attention import COLUMNS, HEAD_BYTES, LINE_BY
 
 _ROWS = 6
 _TILE = 16
-
-
-@inlined
-def _open_scratch(table, place):
-    """Return the thread's own memory: it begins with a line of zeros."""
-    scratch_at = table[place] + thread_number(table) * table[place + 1]
-    zeros = carray(at_int64(scratch_at), LINE_BYTES // 8)
-    for i in range(LINE_BYTES // 8):
-        zeros[i] = 0
-    return scratch_at
 
 
 @inlined
@@ -152,10 +140,10 @@ def _sum_queries(weights_at, rows_at, sizes, zeros_at, turned_at, panel_at, out_
 def attend_pairs(data):
     """Write the weights [P, Q, W] of queries [P, Q, C] over keys, and what they attend to [P, Q, C]."""
     table = open_table(data)
-    num_pairs, num_queries, num_keys, size = table[2], table[3], table[4], table[5]
-    num_tokens, start, width = table[6], table[7], table[8]
-    sizes = (num_queries, num_keys, size, num_tokens, start, width)
-    scratch_at = _open_scratch(table, 14)
+    num_pairs = table[2]
+    sizes = (table[3], table[4], table[5], table[6], table[7], table[8])
+    num_queries, num_keys, size, num_tokens, start, width = sizes
+    scratch_at = open_scratch(table, 14, LINE_BYTES)
     panel_at = scratch_at + HEAD_BYTES
     begin, end = share(table, num_pairs)
     for pair in range(begin, end):
@@ -171,10 +159,10 @@ def attend_pairs(data):
 def attend_pairs_backward(data):
     """Write the gradients of queries, keys and values from that of what the queries attended to."""
     table = open_table(data)
-    num_pairs, num_queries, num_keys, size = table[2], table[3], table[4], table[5]
-    num_tokens, start, width = table[6], table[7], table[8]
-    sizes = (num_queries, num_keys, size, num_tokens, start, width)
-    scratch_at = _open_scratch(table, 17)
+    num_pairs = table[2]
+    sizes = (table[3], table[4], table[5], table[6], table[7], table[8])
+    num_queries, num_keys, size, num_tokens, start, width = sizes
+    scratch_at = open_scratch(table, 17, LINE_BYTES)
     panel_at = scratch_at + HEAD_BYTES
     scores_at = panel_at + table[19]
     turned_at = scores_at + num_queries * width * 2

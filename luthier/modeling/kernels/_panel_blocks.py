@@ -23,10 +23,10 @@ from luthier.modeling.kernels._memory import (
     I64,
     LANES,
     Memory,
-    broadcast,
     constant,
     lanes_below,
     loop,
+    number_of_bits,
     rounded_bits,
     row_starts,
     transposed,
@@ -209,11 +209,6 @@ def _rounded_halves(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
     return builder.lshr(rounded_bits(builder, builder.bitcast(floats, BITS)), constant(BITS, 16))
 
 
-def _scale(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """Return a float32, by its bits, 16 times."""
-    return builder.bitcast(broadcast(builder, builder.trunc(bits, I32)), SUMS)
-
-
 @intrinsic
 def lay_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, target, target_stride):
     """Write the first 32 float32 of up to 16 rows, times a scale, as `lay_pairs` does.
@@ -224,7 +219,7 @@ def lay_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, tar
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         source, stride, num_rows, num_numbers, scale, target, target_stride = arguments
         machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
-        factor = _scale(builder, scale)
+        factor = number_of_bits(builder, scale)
         rows = []
         for start in row_starts(builder, source, stride, num_rows):
             parts = []
@@ -279,7 +274,7 @@ def pair_scaled_line(_context, even, odd, num_columns, has_odd, scale, target):
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         even, odd, num_columns, has_odd, scale, target = arguments
         machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
-        factor = _scale(builder, scale)
+        factor = number_of_bits(builder, scale)
         num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
         low, high = (
             _rounded_halves(

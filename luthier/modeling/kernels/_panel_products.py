@@ -16,12 +16,13 @@ which of the columns of u, its rank filled up to a multiple of 16.
 from numba import carray
 
 from luthier.modeling.kernels._language import (
+    ONE,
     Kernel,
     at_int64,
     inlined,
+    open_scratch,
     open_table,
     share,
-    thread_number,
 )
 from luthier.modeling.kernels._panel_blocks import (
     ask_for,
@@ -51,18 +52,8 @@ from luthier.modeling.kernels.panel_products import (
 )
 
 TILE = 16
-# The bits of 1.0.
-ONE = 0x3F800000
-
-
-@inlined
-def open_scratch(table):
-    """Return the thread's own memory: it begins with a line of zeros and room for a block's sums."""
-    scratch_at = table[18] + thread_number(table) * table[19]
-    zeros = carray(at_int64(scratch_at), LINE_BYTES // 8)
-    for i in range(LINE_BYTES // 8):
-        zeros[i] = 0
-    return scratch_at
+# Of a kernel's table: where its threads' memory is.
+SCRATCH = 18
 
 
 @inlined
@@ -197,7 +188,7 @@ def panel_product(data):
     num_parts, num_chunks, low_bytes = table[17], table[20], table[21]
     most_tasks, chunk_rows = table[22], table[23]
     facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
-    scratch_at = open_scratch(table)
+    scratch_at = open_scratch(table, SCRATCH, LINE_BYTES)
     low_at = scratch_at + HEAD_BYTES
     panel_at = low_at + low_bytes
     num_pairs = num_summed // 2

@@ -9,11 +9,13 @@ Parts and panels are those of _panel_products.py.
 from numba import carray
 
 from luthier.modeling.kernels._language import (
+    ONE,
     Kernel,
     at_float32,
     at_int64,
     inlined,
     number,
+    open_scratch,
     open_table,
     share,
 )
@@ -26,7 +28,7 @@ from luthier.modeling.kernels._panel_blocks import (
     pair_lines,
     pair_scaled_line,
 )
-from luthier.modeling.kernels._panel_products import ONE, TILE, find_part, num_panels, open_scratch
+from luthier.modeling.kernels._panel_products import SCRATCH, TILE, find_part, num_panels
 from luthier.modeling.kernels.panel_products import (
     BLOCK_ROWS,
     FIRST_COLUMN,
@@ -57,7 +59,7 @@ def panel_low_rank(data):
     num_rows, num_inputs, is_backward = table[2], table[3], table[9] != 0
     x_at, x_stride, out_at, out_stride, num_parts = table[5], table[6], table[10], table[11], table[17]
     facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
-    scratch_at = open_scratch(table)
+    scratch_at = open_scratch(table, SCRATCH, LINE_BYTES)
     panel_at = scratch_at + HEAD_BYTES
     begin, end = share(table, (num_rows + TILE - 1) // TILE)
     begin_row, end_row = begin * TILE, min(end * TILE, num_rows)
@@ -139,7 +141,7 @@ def panel_update_gradients(data):
     x_at, x_stride, y_at, y_stride = table[5], table[6], table[7], table[8]
     u_at, gradient_u_at, width, num_parts = table[10], table[11], table[12], table[17]
     facts = carray(at_int64(table[16]), (num_parts, NUM_FACTS))
-    scratch_at = open_scratch(table)
+    scratch_at = open_scratch(table, SCRATCH, LINE_BYTES)
     sums_at, num_pairs = scratch_at + LINE_BYTES, (num_rows + 1) // 2
     pairs_at = scratch_at + HEAD_BYTES
     panel_at = pairs_at + num_pairs * width * 4

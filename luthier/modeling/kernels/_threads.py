@@ -84,11 +84,11 @@ def use_threads(num_threads: int) -> None:
 
 
 class Launcher:
-    """Runs one kernel again and again, its table of arguments kept."""
+    """Runs one kernel again and again, its table of arguments kept; for one thread at a time."""
 
-    def __init__(self, address: int, table_size: int = TABLE_SIZE) -> None:
+    def __init__(self, address: int) -> None:
         self._address = address
-        self._table = np.zeros(table_size, dtype=np.int64)
+        self._table = np.zeros(TABLE_SIZE, dtype=np.int64)
         self._pointer = self._table.ctypes.data
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
@@ -155,6 +155,7 @@ class Program:
 
 
 _RECORDING = threading.local()
+_LAUNCHERS = threading.local()
 
 
 @contextmanager
@@ -177,10 +178,15 @@ def recording(runner: int) -> Iterator[Program]:
 
 
 def launch(address: int, arguments: Sequence[int]) -> None:
-    """Run a kernel over all its rows and return when it is done.
+    """Run a kernel as this thread's launcher of it does.
 
     Args:
         address: of its machine code.
         arguments: the table's numbers after the first two.
     """
-    Launcher(address, _FIRST_ARGUMENT + len(arguments)).run(arguments)
+    try:
+        launcher: Launcher = _LAUNCHERS.by_address[address]
+    except (AttributeError, KeyError):
+        launcher = Launcher(address)
+        _LAUNCHERS.__dict__.setdefault("by_address", {})[address] = launcher
+    launcher.run(arguments)

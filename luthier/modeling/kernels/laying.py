@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels._threads import launch
 from luthier.modeling.kernels.served_rows import BLOCK, to_blocks
 
 
@@ -54,8 +55,6 @@ def lay_low_ranks(updates: Sequence[Update]) -> None:
         for update in updates:
             _lay_plainly(update)
     elif updates:
-        from luthier.modeling.kernels._threads import launch
-
         facts = torch.tensor([_facts(update) for update in updates])
         address = kernels.compiled_address("lay_low_ranks", updates[0].a_FK.dtype)
         launch(address, [len(updates), facts.data_ptr()])
@@ -82,8 +81,6 @@ def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:
             update.a_place_RK.copy_(update.a_RK)
             update.b_place_OR.copy_(update.b_OR * update.scale)
     elif updates:
-        from luthier.modeling.kernels._threads import launch
-
         facts = torch.tensor([_wide_facts(update) for update in updates])
         address = kernels.compiled_address("widen_low_ranks", updates[0].a_place_RK.dtype)
         launch(address, [len(updates), facts.data_ptr()])

@@ -4,14 +4,14 @@ Forward and backward are one call each for all rows and heads, where batched pro
 passes in between. Legend as in fused_attention.py; W the keys, filled up to a multiple of 16.
 """
 
-import logging
 from functools import cache
+from itertools import starmap
 
 import torch
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels._threads import launch
-from luthier.modeling.kernels.panel_products import has_panels, scratch
+from luthier.modeling.kernels.panel_products import come_out_right, has_panels, scratch
 
 # Columns of a panel, the bytes of its line of pairs, and of a line of zeros before a thread's panels.
 COLUMNS, LINE_BYTES, HEAD_BYTES = 64, 256, 256
@@ -19,9 +19,6 @@ COLUMNS, LINE_BYTES, HEAD_BYTES = 64, 256, 256
 _TILE = 16
 _SIZE_ALIGN = 32
 _PAGE = 4096
-# Of the largest number; a rounding to bfloat16 is 2^-9 of a number.
-_MOST_GAP = 2e-2
-_LOG = logging.getLogger(__name__)
 
 
 def can_attend(query_PQC: torch.Tensor) -> bool:
@@ -50,16 +47,8 @@ def attend(
         attended_PQC, and weights_PQW for `attend_backward`.
 
     Raises:
-        ValueError: when a tensor is of another shape or type.
+        ValueError: when a tensor is of another shape or type, or the processor has no products of pairs.
     """
-    if not can_attend(query_PQC):
-        raise ValueError("Attention by pairs takes bfloat16, and a processor with products of pairs.")
-    return _attend(query_PQC, key_PSC, value_PSC, num_tokens, start)
-
-
-def _attend(
-    query_PQC: torch.Tensor, key_PSC: torch.Tensor, value_PSC: torch.Tensor, num_tokens: int, start: int
-) -> tuple[torch.Tensor, torch.Tensor]:
     sizes = _sizes(query_PQC, key_PSC, num_tokens, start)
     _check(query_PQC)
     _check(key_PSC, value_PSC)
@@ -95,22 +84,8 @@ def attend_backward(
         to_query_PQC, to_key_PSC and to_value_PSC.
 
     Raises:
-        ValueError: when a tensor is of another shape or type.
+        ValueError: when a tensor is of another shape or type, or the processor has no products of pairs.
     """
-    if not can_attend(query_PQC):
-        raise ValueError("Attention by pairs takes bfloat16, and a processor with products of pairs.")
-    return _attend_backward(gradient_PQC, query_PQC, key_PSC, value_PSC, weights_PQW, num_tokens, start)
-
-
-def _attend_backward(
-    gradient_PQC: torch.Tensor,
-    query_PQC: torch.Tensor,
-    key_PSC: torch.Tensor,
-    value_PSC: torch.Tensor,
-    weights_PQW: torch.Tensor,
-    num_tokens: int,
-    start: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sizes = _sizes(query_PQC, key_PSC, num_tokens, start)
     _check(query_PQC, gradient_PQC)
     _check(key_PSC, value_PSC)
@@ -129,15 +104,8 @@ def _attend_backward(
 @cache
 def _is_right() -> bool:
     """Whether attention by pairs runs here: the processor is one for it, and some comes out right."""
-    if not has_panels():
-        return False
-    for sizes in ((2, 2, 7, 3, 96), (1, 3, 37, 40, 64)):
-        gap = _largest_gap(*sizes)
-        # Not a gap that is no number either.
-        if not gap <= _MOST_GAP:
-            _LOG.warning("Attention by pairs is off by %.2g; batched products run, slower.", gap)
-            return False
-    return True
+    sizes = ((2, 2, 7, 3, 96), (1, 3, 37, 40, 64))
+    return has_panels() and come_out_right("Results of attention by pairs", starmap(_largest_gap, sizes))
 
 
 def _largest_gap(num_pairs: int, groups: int, num_tokens: int, start: int, size: int) -> float:
@@ -150,8 +118,8 @@ def _largest_gap(num_pairs: int, groups: int, num_tokens: int, start: int, size:
     num_queries, num_keys = groups * num_tokens, start + num_tokens
     query, key, value, gradient = map(random, (num_queries, num_keys, num_keys, num_queries))
     query *= size**-0.5
-    attended, weights_PQW = _attend(query, key, value, num_tokens, start)
-    found = [attended, *_attend_backward(gradient, query, key, value, weights_PQW, num_tokens, start)]
+    attended, weights_PQW = attend(query, key, value, num_tokens, start)
+    found = [attended, *attend_backward(gradient, query, key, value, weights_PQW, num_tokens, start)]
     q, k, v, g = (one.float() for one in (query, key, value, gradient))
     seen_Q1 = torch.arange(num_queries)[:, None] % num_tokens + start
     is_hidden_QS = torch.arange(num_keys) > seen_Q1
@@ -176,6 +144,8 @@ def _check(like: torch.Tensor, *others: torch.Tensor) -> None:
 
 
 def _sizes(query_PQC: torch.Tensor, key_PSC: torch.Tensor, num_tokens: int, start: int) -> tuple[int, ...]:
+    if not has_panels():
+        raise ValueError("Attention by pairs takes a processor with products of pairs.")
     num_pairs, num_queries, size = query_PQC.shape
     num_keys = start + num_tokens
     are_whole = num_tokens > 0 <= start and num_queries % num_tokens == 0 and size % _SIZE_ALIGN == 0

@@ -9,7 +9,7 @@ multiple of 16.
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from luthier.modeling import kernels
-from luthier.modeling.kernels._threads import Launcher
+from luthier.modeling.kernels._threads import launch
 
 _LOG = logging.getLogger(__name__)
 # Columns of a panel, the bytes of its line of pairs, and how many lines of one are laid at a time: as many as
@@ -75,6 +75,7 @@ class PanelProducts:
             raise ValueError("These products can't be made by panels here.")
         self._weight_OD, self._parts = weight_OD, parts
         self._facts = np.zeros((len(parts), NUM_FACTS), dtype=np.int64)
+        self._facts_at = self._facts.ctypes.data
         output, column, low_bytes = 0, 0, 0
         for part, facts in zip(parts, self._facts, strict=True):
             filled = -(-part.rank // _RANK_ALIGN) * _RANK_ALIGN
@@ -83,11 +84,9 @@ class PanelProducts:
             output, column = output + part.num_outputs, column + filled
             low_bytes += -(-filled // _ALIGN) * _ALIGN // 2 * LINE_BYTES
         self._num_u, self._low_bytes = column, low_bytes
+        # Where the updates were when they were last looked at.
+        self._places: list[tuple[int, int]] = [(0, 0)] * len(parts)
         self._look_up()
-        self._launchers = {
-            name: Launcher(kernels.compiled_address(name, torch.bfloat16))
-            for name in ("panel_product", "panel_low_rank", "panel_update_gradients")
-        }
 
     def low_rank(self, x_ND: torch.Tensor) -> torch.Tensor | None:
         """Return u_NU, the products with every part's `a`; None without updates."""
@@ -104,14 +103,14 @@ class PanelProducts:
         residual_NO: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return `x W'` with the updates of `low_rank`, plus a residual."""
-        out_NO = x_ND.new_empty(len(x_ND), len(self._weight_OD))
+        out_NO = x_ND.new_empty(x_ND.shape[0], self._weight_OD.shape[0])
         return self._product(x_ND, u_NU, residual_NO, out_NO, is_backward=False)
 
     def input_gradient(
         self, gradient_NO: torch.Tensor, gradient_NU: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the gradient of x."""
-        out_ND = gradient_NO.new_empty(len(gradient_NO), self._weight_OD.shape[1])
+        out_ND = gradient_NO.new_empty(gradient_NO.shape[0], self._weight_OD.shape[1])
         return self._product(gradient_NO, gradient_NU, None, out_ND, is_backward=True)
 
     def update_gradients(
@@ -135,7 +134,7 @@ class PanelProducts:
                 made = [torch.empty(size, dtype=torch.float32) for size in sizes]
                 facts[GRADIENT_A : GRADIENT_B + 1] = [one.data_ptr() for one in made]
                 gradients += made
-        num_rows = len(x_ND)
+        num_rows = x_ND.shape[0]
         pairs = (num_rows + 1) // 2 * (self._num_u * 4 + LINE_BYTES)
         operands = [x_ND.data_ptr(), num_inputs * 2, gradient_NO.data_ptr(), num_outputs * 2]
         rows = [0, u_NU.data_ptr(), gradient_NU.data_ptr(), self._num_u, 0, 0, 0]
@@ -150,10 +149,11 @@ class PanelProducts:
         num_columns = num_outputs if is_backward else num_inputs
         self._check(x, num_columns)
         self._look_up()
-        u_NU = x.new_empty(len(x), self._num_u)
+        num_rows = x.shape[0]
+        u_NU = x.new_empty(num_rows, self._num_u)
         operands = [x.data_ptr(), num_columns * 2, 0, 0, int(is_backward), u_NU.data_ptr(), self._num_u * 2]
         scratch = HEAD_BYTES + max(num_columns, _ALIGN) // 2 * _RANK_ALIGN * 4
-        self._run("panel_low_rank", [len(x), num_inputs, 0, *operands, 0, 0, 0, 0], scratch)
+        self._run("panel_low_rank", [num_rows, num_inputs, 0, *operands, 0, 0, 0, 0], scratch)
         return u_NU
 
     def _product(
@@ -165,7 +165,7 @@ class PanelProducts:
         *,
         is_backward: bool,
     ) -> torch.Tensor:
-        num_rows, num_summed = len(x), self._weight_OD.shape[0 if is_backward else 1]
+        num_rows, num_summed = x.shape[0], self._weight_OD.shape[0 if is_backward else 1]
         self._check(x, num_summed)
         u_at, u_stride, added_at = 0, 0, 0
         if self._num_u:
@@ -205,24 +205,24 @@ class PanelProducts:
     def _run(self, name: str, numbers: list[int], scratch_bytes: int, *more: int) -> None:
         scratch_bytes = -(-scratch_bytes // _PAGE) * _PAGE
         room = scratch(scratch_bytes * torch.get_num_threads())
-        facts = (self._facts.ctypes.data, len(self._parts))
-        self._launchers[name].run([*numbers, *facts, room, scratch_bytes, *more])
+        facts = (self._facts_at, len(self._parts))
+        launch(kernels.compiled_address(name, torch.bfloat16), [*numbers, *facts, room, scratch_bytes, *more])
 
     def _look_up(self) -> None:
         """Note where the updates are now, and see that others in their place can be read."""
-        for part, facts in zip(self._parts, self._facts, strict=True):
+        for number, part in enumerate(self._parts):
             if part.a_RD is None or part.b_OR is None:
                 continue
-            a_at, b_at = part.a_RD.data_ptr(), part.b_OR.data_ptr()
-            if facts[A] != a_at or facts[B] != b_at:
+            places = part.a_RD.data_ptr(), part.b_OR.data_ptr()
+            if self._places[number] != places:
                 if not _can_read(part, self._weight_OD.shape[1]):
                     raise ValueError(
                         "Products by panels read updates that are contiguous float32 on the CPU."
                     )
-                facts[A], facts[B] = a_at, b_at
+                self._facts[number, A : B + 1] = self._places[number] = places
 
     def _check(self, rows: torch.Tensor, width: int, like: torch.Tensor | None = None) -> None:
-        num_rows = len(rows) if like is None else len(like)
+        num_rows = (rows if like is None else like).shape[0]
         has_shape = rows.shape == (num_rows, width) and rows.is_contiguous()
         if not (has_shape and rows.dtype == torch.bfloat16 and rows.device.type == "cpu"):
             raise ValueError(f"Products by panels take contiguous bfloat16 rows of {width} on the CPU.")
@@ -308,12 +308,23 @@ def _may_multiply() -> bool:
 @cache
 def has_panels() -> bool:
     """Whether products by panels run here: the processor is one for them, and some come out right."""
-    if not _may_multiply():
-        return False
-    for gap in map(_largest_gap, (1, 9, 35)):
+    return _may_multiply() and come_out_right("Products by panels", map(_largest_gap, (1, 9, 35)))
+
+
+def come_out_right(what: str, gaps: Iterable[float]) -> bool:
+    """Whether results tried out are near enough to float32's; says so in the log where they are not.
+
+    Args:
+        what: is tried, for the log.
+        gaps: by how much each is off, as a share of the largest number.
+
+    Returns:
+        Whether all are.
+    """
+    for gap in gaps:
         # Not a gap that is no number either.
         if not gap <= _MOST_GAP:
-            _LOG.warning("Products by panels are off by %.2g; other products run, slower.", gap)
+            _LOG.warning("%s are off by %.2g; other products run, slower.", what, gap)
             return False
     return True
 

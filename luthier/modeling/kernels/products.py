@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels._threads import Launcher
 from luthier.modeling.kernels.page_memory import take_large
 
 _LOG = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ class TiledWeight:
     """
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
-        from luthier.modeling.kernels._threads import Launcher
-
         if not _may_use_tiles():
             raise RuntimeError("This processor or system has no products of bfloat16 pairs for this process.")
         self.num_outputs, self.num_inputs = weight_OK.shape

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels._threads import Launcher
 from luthier.modeling.kernels.products import TILE_INPUTS, has_tiles
 from luthier.modeling.kernels.served_rows import (
     BOTTLENECK_ENTRIES,
@@ -98,7 +99,6 @@ class CompiledOps:
     ) -> None:
         from luthier.modeling.kernels._stretch_attention import floats_of_attention
         from luthier.modeling.kernels._stretches import floats_of_low_rank
-        from luthier.modeling.kernels._threads import Launcher
 
         self._shape = shape
         self._widths = torch.tensor(site_widths, dtype=torch.int64)

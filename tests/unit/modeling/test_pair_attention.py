@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.modeling import fused_attention, kernels
+from luthier.modeling import fused_attention
 from luthier.modeling.fused_attention import Attention, Heads
 from luthier.modeling.kernels import pair_attention
 from luthier.modeling.kernels.pair_attention import attend, attend_backward, can_attend
@@ -107,13 +107,13 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_it_does_not_run_where_it_comes_out_wrong(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = pair_attention._attend
+    right = pair_attention.attend
 
     def double(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         attended, weights = right(*arguments)
         return attended * 2, weights
 
-    monkeypatch.setattr(pair_attention, "_attend", double)
+    monkeypatch.setattr(pair_attention, "attend", double)
     pair_attention._is_right.cache_clear()
     try:
         assert not can_attend(torch.zeros(1, 1, 32, dtype=torch.bfloat16))
@@ -167,6 +167,8 @@ def test_a_step_attends_by_pairs_as_by_batched_products(
         calls.append(1)
         return attend(*arguments)  # type: ignore[arg-type]
 
+    # The first time that it is asked this attends itself, to try it.
+    assert can_attend(qkv[None, :, :size])
     monkeypatch.setattr(pair_attention, "attend", count)
 
     def run() -> list[torch.Tensor]:
@@ -181,4 +183,3 @@ def test_a_step_attends_by_pairs_as_by_batched_products(
     monkeypatch.setattr(fused_attention, "_goes_by_pairs", lambda *_: False)
     for own, other in zip(found, run(), strict=True):
         assert float((own.float() - other.float()).norm()) <= 5e-3 * float(other.float().norm())
-    assert kernels.is_compiled(qkv)
