@@ -94,10 +94,12 @@ def _short_job_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _growth_lines(summary: dict[str, Any]) -> list[str]:
+    largest = summary["largest_step_tokens"]
     return [
         f"Growth: ten times the rows takes {summary['rows_x10_seconds_per_token_ratio']:.3f} times the "
-        f"seconds a token and {summary['rows_x10_memory_ratio']:.3f} times the memory; rows of four times "
-        f"the length take {100 * summary['length_x4_gap']:+.1f} % beside a T + b T^2 fitted on three lengths "
+        f"seconds a token and {summary['rows_x10_memory_ratio']:.3f} times the memory (largest steps of "
+        f"{largest['rows x10']} and {largest['rows x1']} tokens); rows of four times the length take "
+        f"{100 * summary['length_x4_gap']:+.1f} % beside a T + b T^2 fitted on three lengths "
         f"(a {summary['fit']['a']:.3g}, b {summary['fit']['b']:.3g}): "
         f"{'within the bars' if summary['is_within_bars'] else 'outside the bars'}."
     ]

@@ -46,15 +46,19 @@ class Workload:
 
     @property
     def num_computed_tokens(self) -> int:
-        """Tokens with their padding that our fast path runs, a step in one part: what rows share once."""
+        """Tokens with their padding that our fast path runs."""
+        return sum(self.computed_tokens_of_steps())
+
+    def computed_tokens_of_steps(self) -> list[int]:
+        """Return the tokens that our fast path runs in every step in one part: what rows share once."""
         from luthier.training.batches import collate, make_plan
 
         plan = make_plan(self.rows.lengths, batch_size=self.batch_size, num_epochs=1, seed=self.seed)
         batches = [collate(self.rows, rows, 0) for rows in plan.steps]
-        return sum(
+        return [
             batch.num_shared + len(batch.token_ids_BT) * (batch.num_needed - batch.num_shared)
             for batch in batches
-        )
+        ]
 
     @property
     def digest(self) -> str:

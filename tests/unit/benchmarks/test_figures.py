@@ -1,14 +1,17 @@
 """What the benchmarks compute from their measurements."""
 
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks.growth import cut_to_length, fit, summarise
+from benchmarks.growth import cut_to_length, fit, repeat, summarise, with_largest_step_of
 from benchmarks.pairs import compare_losses, median_interval
 from benchmarks.results_file import ResultsFile
 from benchmarks.roofline import Shape, step_flops
+from benchmarks.workload import Workload
+from luthier.core.specs import BaseFacts
 from luthier.data.prepared import join_rows
 
 # SmolLM2-135M-Instruct, from its config.json: 9 heads and 3 key/value heads of 64.
@@ -43,7 +46,8 @@ def test_the_fit_finds_the_curve_that_made_the_times():
 
 def test_growth_is_outside_the_bars_when_ten_times_the_rows_cost_more_a_token():
     def run(seconds: float, tokens: int, rows: int) -> dict[str, float]:
-        return {"seconds": seconds, "num_tokens": tokens, "num_rows": rows, "memory_bytes": 10**9}
+        sizes = {"num_tokens": tokens, "num_rows": rows, "largest_step_tokens": 100}
+        return {"seconds": seconds, "memory_bytes": 10**9, **sizes}
 
     lengths = {
         f"length {length}": run(32 * 2e-3 * length, 32 * length, 32) for length in (128, 256, 384, 512)
@@ -52,6 +56,21 @@ def test_growth_is_outside_the_bars_when_ten_times_the_rows_cost_more_a_token():
     steep = {**even, "rows x10": run(120, 10_000, 100)}
     assert summarise([even])["is_within_bars"]
     assert not summarise([steep])["is_within_bars"]
+
+
+def test_few_rows_are_put_in_an_order_whose_largest_step_is_that_of_the_many(tmp_path):
+    lengths = np.random.default_rng(5).integers(20, 90, 96)
+    tokens = [np.arange(row, row + length, dtype=np.int32) for row, length in enumerate(lengths)]
+    rows = join_rows(tokens, [row >= 0 for row in tokens], list(range(1, 97)))
+    few = Workload(rows, BaseFacts.model_construct(), tmp_path, 8, 1, 1, "cpu", tmp_path / "rows.npz")
+    many = replace(few, rows=repeat(rows, 10))
+    found = with_largest_step_of(many, few)
+    largest = [max(one.computed_tokens_of_steps()) for one in (many, found)]
+    assert largest[1] == pytest.approx(largest[0], rel=2e-3)
+    assert found == replace(few, seed=found.seed)
+    longer = replace(few, rows=cut_to_length(rows, 100, 16))
+    with pytest.raises(SystemExit, match="No order of 96 rows"):
+        with_largest_step_of(longer, few)
 
 
 def test_rows_cut_to_a_length_keep_tokens_and_mask_together():
