@@ -61,11 +61,12 @@ class Calibration(Frozen):
     """Everything that a probe measured of one base on one machine.
 
     `reference` is the variant that trains almost nothing: what the others add is told by their difference
-    from it. `pair_seconds` is per token, layer and position that the token sees. `scoring_*` are passes
-    without gradients, `plain_scoring_seconds` per token and layer on the plain path, `decode_*` per token
-    of an answer. `first_*_seconds` are taken once by compiled kernels. `loaded_bytes` is the peak of
-    loading above `imports_bytes`, `resident_bytes` what stays of it. `general_lengths` are the bundled
-    text's rows. `is_cold` says that something was done that later runs find done.
+    from it. `pair_seconds` is per token, layer and position that the token sees, `short_pair_seconds` the
+    same in rows that attend as short ones do. `scoring_*` are passes without gradients,
+    `plain_scoring_seconds` per token and layer on the plain path, `decode_*` per token of an answer.
+    `first_*_seconds` are taken once by compiled kernels. `loaded_bytes` is the peak of loading above
+    `imports_bytes`, `resident_bytes` what stays of it. `general_lengths` are the bundled text's rows.
+    `is_cold` says that something was done that later runs find done.
     """
 
     device: str
@@ -77,6 +78,7 @@ class Calibration(Frozen):
     probe_row_tokens: int
     reference: str
     variants: dict[str, VariantConstants]
+    short_pair_seconds: float
     pair_seconds: float
     scoring_part_seconds: float
     scoring_layer_seconds: float

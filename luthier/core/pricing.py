@@ -20,6 +20,9 @@ _MAPPED_BLOCK_BYTES = 32 * 1024**2
 _FIRST_STEP_BYTES, _HEAP_GROWTH = 80 * 1024**2, 1.1
 # Queries that attend at a time: beyond, a query sees about half of the row.
 _BLOCK_TOKENS = 256
+# As luthier.modeling.fused_attention has it: the longest rows that attend as short ones do. A test holds them
+# equal.
+KEPT_TOKENS = 160
 # As luthier.training has them: logits held at a time, seconds between save points and what these may cost,
 # tokens of an answer. A test holds them equal.
 _MAX_CHUNK_LOGITS = 12 * 1024 * 1024
@@ -166,13 +169,17 @@ class Pricing:
         beyond = seen + num_virtual - self.calibration.probe_row_tokens
         return self._num_tokens(part) * beyond
 
+    def _pair_seconds(self, part: Part) -> float:
+        is_short = part.longest <= KEPT_TOKENS
+        return self.calibration.short_pair_seconds if is_short else self.calibration.pair_seconds
+
     def _num_tokens(self, part: Part) -> int:
         return part.num_tokens(self.variant.path, self.cost.num_virtual_tokens)
 
     def _part_seconds(self, part: Part, head_scale: float) -> float:
         variant = self.variant
         per_layer = variant.layer_seconds + self._num_tokens(part) * self._token_layer_seconds
-        per_layer += self._pairs(part) * self.calibration.pair_seconds
+        per_layer += self._pairs(part) * self._pair_seconds(part)
         return (
             variant.part_seconds
             + self.num_layers * max(0.0, per_layer)

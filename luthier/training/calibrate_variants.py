@@ -9,6 +9,7 @@ import torch
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.estimates import VariantConstants
+from luthier.core.pricing import KEPT_TOKENS
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods import Start, Workload, check_tuning, discover, parse_tuning
@@ -25,7 +26,8 @@ PROBE_SECONDS = 2.0
 # Trains almost nothing, so what others add is told by their difference from it.
 REFERENCE = "prompt"
 _NUM_LAYERS = (1, 3)
-_ROW_TOKENS, _LONG_ROW_TOKENS = 64, 256
+# The second are rows that attend as short ones do, the third such as do not.
+_ROW_TOKENS, _MIDDLE_ROW_TOKENS, _LONG_ROW_TOKENS = 64, KEPT_TOKENS, 256
 FEW_ROWS = 1
 _NUM_SUPERVISED, _MANY_SUPERVISED = 8, 72
 _FEW_PARAMETERS = 100_000
@@ -53,7 +55,9 @@ class Clock:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements share. `few`, `many` and `long` differ in rows and in their length alone."""
+    """What all measurements share. `few`, `many`, `middle` and `long` differ in rows and in their length
+    alone.
+    """
 
     causal_lm: "PreTrainedModel"
     facts: BaseFacts
@@ -62,6 +66,7 @@ class Bench:
     start: Start
     few: Batch
     many: Batch
+    middle: Batch
     long: Batch
     clock: Clock
 
@@ -84,11 +89,18 @@ class Bench:
 def make_batches(vocabulary_size: int, context_length: int, num_rows: int) -> dict[str, Batch]:
     """Return the batches of a probe; a base with a short context gets shorter rows."""
     short = min(_ROW_TOKENS, context_length // 8)
+    middle = min(_MIDDLE_ROW_TOKENS, context_length // 4)
     long = min(_LONG_ROW_TOKENS, context_length // 2)
+
+    def of_length(num_tokens: int) -> Batch:
+        num_longer = max(1, num_rows * 4 * short // num_tokens)
+        return random_batch(num_longer, num_tokens, _NUM_SUPERVISED, vocabulary_size)
+
     return {
         "few": random_batch(num_rows, short, _NUM_SUPERVISED, vocabulary_size),
         "many": random_batch(num_rows * 4, short, 1, vocabulary_size),
-        "long": random_batch(max(1, num_rows * 4 * short // long), long, _NUM_SUPERVISED, vocabulary_size),
+        "middle": of_length(middle),
+        "long": of_length(long),
     }
 
 
@@ -117,12 +129,12 @@ def measure_variants(bench: Bench, skipped: Collection[str]) -> dict[str, Any]:
 class _Reference:
     """What the other variants are told apart from.
 
-    Seconds of the output layer, per part and per supervised token, and per pair of tokens; bytes per token
-    that are kept outside the layers, and that are in use for a moment.
+    Seconds of the output layer, per part and per supervised token, and per pair of tokens in short rows;
+    bytes per token that are kept outside the layers, and that are in use for a moment.
     """
 
     head: tuple[float, float]
-    pair_seconds: float
+    short_pair_seconds: float
     outer_bytes: float
     token_bytes: float
 
@@ -132,13 +144,13 @@ def _measure_reference(
 ) -> tuple[VariantConstants, dict[str, Any], _Reference]:
     deep, shallow = bench.cut(tuning, _NUM_LAYERS[1]), bench.cut(tuning, _NUM_LAYERS[0])
     layers, gap = deep.num_layers, max(1, deep.num_layers - shallow.num_layers)
-    num_many, num_long = deep.num_tokens(bench.many), deep.num_tokens(bench.long)
+    num_many = deep.num_tokens(bench.many)
     kept = (deep.kept_bytes(bench.many) - shallow.kept_bytes(bench.many)) / (gap * num_many)
     outer = max(0.0, shallow.kept_bytes(bench.many) / num_many - shallow.num_layers * kept)
     layer, token_layer = _body_seconds(bench, deep, PROBE_SECONDS)
-    pairs = num_long * (bench.long.token_ids_BT.shape[1] - bench.many.token_ids_BT.shape[1])
-    expected = layers * (layer + token_layer * num_long)
-    pair = max(0.0, deep.seconds(bench.long) - expected) / (layers * pairs)
+    short_pair, pair = (
+        _pair_seconds(bench, deep, batch, layer, token_layer) for batch in (bench.middle, bench.long)
+    )
     token_bytes = max(0.0, deep.peak_bytes(bench.many) / num_many - layers * kept)
     step, parameter = _update_seconds(bench, deep)
     head = _head_seconds(deep, is_scoring=False)
@@ -161,11 +173,12 @@ def _measure_reference(
     shared = {
         "probe_tokens": num_many,
         "probe_row_tokens": bench.many.token_ids_BT.shape[1] + deep.cost.num_virtual_tokens,
+        "short_pair_seconds": short_pair,
         "pair_seconds": pair,
         "attach_seconds": max(0.0, deep.attach_seconds - layers * attach_layer),
         **_scoring_seconds(bench, deep, shallow),
     }
-    return constants, shared, _Reference(head, pair, outer, token_bytes)
+    return constants, shared, _Reference(head, short_pair, outer, token_bytes)
 
 
 def _measure_variant(
@@ -181,7 +194,7 @@ def _measure_variant(
         few = cut.seconds(bench.few)
         # A second part turns gradients into float32, which the first of them pays for.
         adding = max(0.0, cut.seconds(bench.few, is_first_part=False) - few) / cost.num_parameters
-    keys = cost.num_virtual_keys * reference.pair_seconds
+    keys = cost.num_virtual_keys * reference.short_pair_seconds
     layer, token_layer = _body_seconds(bench, cut, until, outside=outside)
     step, parameter = _update_seconds(bench, cut)
     return VariantConstants(
@@ -207,6 +220,14 @@ def _body_seconds(bench: Bench, cut: Cut, until: float, *, outside: float = 0.0)
     num_few, num_many = cut.num_tokens(bench.few), cut.num_tokens(bench.many)
     per_token = max(0.0, many - few) / (cut.num_layers * (num_many - num_few))
     return max(0.0, (few - outside) / cut.num_layers - per_token * num_few), per_token
+
+
+def _pair_seconds(bench: Bench, cut: Cut, batch: Batch, layer: float, token_layer: float) -> float:
+    """Return what a token takes in a layer for every key that it sees beyond those of the probe's rows."""
+    num_tokens = cut.num_tokens(batch)
+    pairs = num_tokens * (batch.token_ids_BT.shape[1] - bench.many.token_ids_BT.shape[1])
+    expected = cut.num_layers * (layer + token_layer * num_tokens)
+    return max(0.0, _least(bench, cut, batch) - expected) / (cut.num_layers * pairs)
 
 
 def _head_seconds(cut: Cut, *, is_scoring: bool) -> tuple[float, float]:

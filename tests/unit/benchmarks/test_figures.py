@@ -3,9 +3,11 @@
 import statistics
 from dataclasses import replace
 
+import grimp
 import numpy as np
 import pytest
 
+from benchmarks import results_file
 from benchmarks.growth import cut_to_length, fit, repeat, summarise, with_largest_step_of
 from benchmarks.pairs import compare_losses, median_interval
 from benchmarks.results_file import ResultsFile
@@ -104,6 +106,12 @@ def test_of_losses_that_differ_it_is_told_whose_are_those_of_float32():
     assert (found["agree"], found["is_exact"]) == (False, True)
     assert found["gap_to_exact"] == pytest.approx({"ours": 0.005, "peer": 0.195})
     assert not compare_losses(pairs, [4.2, 3.2])["is_exact"]
+
+
+def test_what_a_measurements_code_leaves_out_no_training_run_loads():
+    loaded = grimp.build_graph("luthier").find_upstream_modules("luthier.training.run")
+    assert "luthier.modeling.fused_llama" in loaded
+    assert not [name for name in loaded if name.rpartition(".")[2].startswith(results_file._LEFT_OUT)]
 
 
 def test_a_stopped_measurement_goes_on_and_other_code_begins_again(tmp_path):

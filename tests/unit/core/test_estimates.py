@@ -8,6 +8,7 @@ import pytest
 from luthier.core import allocator, estimates, pricing
 from luthier.core.estimates import Calibration, MethodCost, VariantConstants
 from luthier.core.pricing import Part, Price, Pricing, Scoring, Work
+from luthier.modeling import fused_attention
 from luthier.training import assemble, loop, loss, samples
 
 _FROZEN = VariantConstants(
@@ -45,6 +46,7 @@ _CALIBRATION = Calibration(
     probe_row_tokens=65,
     reference="prompt",
     variants={"prompt": _FROZEN, "lora": _LORA, "prefix": _FROZEN, "full": _LORA},
+    short_pair_seconds=1.4e-7,
     pair_seconds=1.4e-7,
     scoring_part_seconds=0.005,
     scoring_layer_seconds=0.004,
@@ -236,6 +238,7 @@ def test_what_the_fast_path_copied_is_given_back_and_parameters_are_counted_all_
 def test_the_constants_are_those_of_training() -> None:
     assert pricing._MAX_CHUNK_LOGITS == loss.MAX_CHUNK_LOGITS
     assert pricing._SAVE_POINT_SECONDS == loop.SAVE_POINT_SECONDS
+    assert pricing.KEPT_TOKENS == fused_attention._MAX_KEPT_TOKENS
     assert pricing._SAVE_COST_FACTOR == loop._SAVE_COST_FACTOR
     assert pricing._MAX_ANSWER_TOKENS == samples.MAX_NEW_TOKENS
     assert pricing._SHORT_PROOF_TOKENS == assemble._NUM_SAMPLE_TOKENS
