@@ -21,12 +21,13 @@ _BUSY_STATUS = 503
 _BODY = {"prompt": "a", "max_tokens": 1}
 
 
-async def prove(backend: Backend, target: ModelTarget) -> None:
+async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") -> None:
     """Have a model loaded by the server that will be asked for it. A base proves nothing and is left alone.
 
     Args:
         backend: the inference servers.
         target: what a name resolved to.
+        param: the request's field that named it.
 
     Raises:
         ModelNotAvailableError: when the server can't serve it, whatever the reason that it gives.
@@ -41,7 +42,7 @@ async def prove(backend: Backend, target: ModelTarget) -> None:
     except LuthierError as error:
         if error.retryable and not isinstance(error, ArtifactCorruptError):
             return
-        raise _refusal(target, error.message) from error
+        raise _refusal(target, error.message, param) from error
     try:
         if reply.status < 400:
             return
@@ -54,10 +55,10 @@ async def prove(backend: Backend, target: ModelTarget) -> None:
         error_object = json.loads(content)["error"]
         is_for_now = reply.status == _BUSY_STATUS and error_object["code"] == OutOfMemoryError.code
         if error_object["code"] in _FATAL and not is_for_now:
-            raise _refusal(target, str(error_object["message"]))
+            raise _refusal(target, str(error_object["message"]), param)
 
 
-def _refusal(target: ModelTarget, why: str) -> ModelNotAvailableError:
+def _refusal(target: ModelTarget, why: str, param: str) -> ModelNotAvailableError:
     return ModelNotAvailableError(
-        f"{target.model} can't be served, so the alias points where it did: {why}", param="model"
+        f"{target.model} can't be served, so the alias points where it did: {why}", param=param
     )

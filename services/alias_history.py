@@ -56,9 +56,37 @@ def list_versions(
     return [PastPointing(*row) for row in rows[:limit]], len(rows) > limit
 
 
-def roll_back(
-    session: Session, scope: Scope, catalogue: Catalogue, name: str, number: int | None
-) -> Pointing:
+def get_past(session: Session, scope: Scope, name: str, number: int | None) -> PastPointing:
+    """Return the version that a rollback of an alias goes to.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the alias.
+        number: the version; the one before when None, counted from what a rollback restored: one rollback
+            after another goes further back.
+
+    Returns:
+        The version.
+
+    Raises:
+        NotFoundError: when there is no such alias.
+        InvalidValueError: when it has no such version.
+    """
+    alias = aliases.get_row(session, scope, name)
+    if number is None:
+        now = aliases.get_version(session, alias, alias.version)
+        number = (now.restored_number or now.number) - 1
+        if number == 0:
+            raise InvalidValueError(
+                f"version: nothing was before what {name} points to; name one of its versions.",
+                param="version",
+            )
+    version = aliases.get_version(session, alias, number)
+    return PastPointing(version, _name_of(session, version))
+
+
+def roll_back(session: Session, scope: Scope, catalogue: Catalogue, name: str, number: int) -> Pointing:
     """Point an alias to what an earlier version pointed to, as a new version.
 
     Args:
@@ -66,8 +94,7 @@ def roll_back(
         scope: the caller.
         catalogue: the bases there are.
         name: the alias.
-        number: the version; the one before when None, counted from what a rollback restored: one rollback
-            after another goes further back.
+        number: the version.
 
     Returns:
         The alias.
@@ -78,14 +105,6 @@ def roll_back(
         ModelNotAvailableError: when the weights of that version are not there any more.
     """
     alias = aliases.get_row(session, scope, name, for_update=True)
-    if number is None:
-        now = aliases.get_version(session, alias, alias.version)
-        number = (now.restored_number or now.number) - 1
-        if number == 0:
-            raise InvalidValueError(
-                f"version: nothing was before what {name} points to; name one of its versions.",
-                param="version",
-            )
     version = aliases.get_version(session, alias, number)
     target = _find_again(session, scope, catalogue, version)
     return aliases.point(session, scope, name, alias, target, version.restored_number or version.number)
@@ -96,16 +115,19 @@ def _find_again(session: Session, scope: Scope, catalogue: Catalogue, version: A
     target: Target | None = None
     if version.base_id is not None:
         base = names.find_base(session, catalogue, version.base_id)
-        target, shown = None if base is None else Target.of_base(base), version.base_id
+        target = None if base is None else Target.of_base(base)
     else:
         model = session.scalar(aliases.select_locked(scope).where(Model.id == version.model_id))
         target = None if model is None else Target.of_model(model)
-        shown = models.get_name(session, str(version.model_id))
     if target == Target.of_version(version):
         return target
     why = "is deleted, or this project's to call no more" if target is None else "has other weights since"
     raise ModelNotAvailableError(
-        f"version: version {version.number} was {shown}, which {why}. Nothing was changed; roll back to "
-        "another version, or PUT a model.",
+        f"version: version {version.number} was {_name_of(session, version)}, which {why}. Nothing was "
+        "changed; roll back to another version, or PUT a model.",
         param="version",
     )
+
+
+def _name_of(session: Session, version: AliasVersion) -> str:
+    return version.base_id or models.get_name(session, str(version.model_id))

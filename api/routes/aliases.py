@@ -39,16 +39,20 @@ def list_alias_versions(
 
 
 @router.post("/{name}/rollback")
-def roll_back_alias(
-    name: str,
-    session: SessionDep,
-    scope: ScopeDep,
-    parts: PartsDep,
-    body: RollBackAliasBody | None = None,
+async def roll_back_alias(
+    name: str, scope: ScopeApartDep, parts: PartsDep, body: RollBackAliasBody | None = None
 ) -> dict[str, Any]:
-    """Point an alias to what it pointed to before, or to what a version did; the next request sees it."""
-    number = None if body is None else body.version
-    return alias_object(alias_history.roll_back(session, scope, parts.catalogue, name, number))
+    """Point an alias to what it pointed to before, or to what a version did; the next request sees it.
+
+    The model is loaded and proved first, as a PUT does.
+    """
+    wanted = None if body is None else body.version
+    # Once, so that what is proved is what the alias is pointed to.
+    number, model = await run_in_threadpool(_past, parts, scope, name, wanted)
+    target = await run_in_threadpool(_target, parts, scope, model)
+    if target is not None:
+        await prove(parts.backend, target, param="version")
+    return await run_in_threadpool(_roll_back, parts, scope, name, number)
 
 
 @router.get("/{name}")
@@ -69,8 +73,19 @@ async def put_alias(name: str, body: PutAliasBody, scope: ScopeApartDep, parts: 
     return await run_in_threadpool(_put, parts, scope, name, body.model)
 
 
+def _past(parts: Parts, scope: Scope, name: str, number: int | None) -> tuple[int, str]:
+    with parts.database.transaction() as session:
+        past = alias_history.get_past(session, scope, name, number)
+        return past.version.number, past.model
+
+
+def _roll_back(parts: Parts, scope: Scope, name: str, number: int) -> dict[str, Any]:
+    with parts.database.transaction() as session:
+        return alias_object(alias_history.roll_back(session, scope, parts.catalogue, name, number))
+
+
 def _target(parts: Parts, scope: Scope, model: str) -> ModelTarget | None:
-    """Return what a name resolves to; None where putting will say why it does not."""
+    """Return what a name resolves to; None where pointing to it will say why it does not."""
     with parts.database.transaction() as session, suppress(ModelNotFoundError, ModelNotAvailableError):
         return models.resolve(session, scope, parts.catalogue, model)
     return None

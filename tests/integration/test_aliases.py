@@ -382,3 +382,19 @@ def test_an_alias_is_pointed_only_to_what_a_server_could_load(ours: Aliases, api
     # A server that is busy says nothing about the model.
     api.backend.answer = b'{"error": {"code": "rate_limit_exceeded", "message": "Busy."}}'
     assert ours.put("prod", V2)["model"] == V2
+
+
+def test_an_alias_goes_back_only_to_what_a_server_could_load(ours: Aliases, api: Api) -> None:
+    ours.put("prod", V1)
+    ours.put("prod", V2)
+    api.backend.asked.clear()
+    for body in (None, {"version": 1}):
+        api.backend.status = 500
+        api.backend.answer = b'{"error": {"code": "self_check_failed", "message": "Not finite."}}'
+        status, code, param, message = ours.refused("POST", "/aliases/prod/rollback", body)
+        assert (status, code, param) == (400, "model_not_available", "version")
+        assert "Not finite" in message
+    assert {target.digest for _, _, target in api.backend.asked} == {_DIGESTS[V1]}
+    assert ours.ok("GET", "/aliases/prod")["version"] == 2
+    api.backend.status = 200
+    assert ours.ok("POST", "/aliases/prod/rollback")["model"] == V1
