@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a measurement depends on beside its rows: other code means another measurement. What no training run
-# loads decides none of its results: files whose names begin so are left out, and a test holds it.
-_LEFT_OUT = ("calibrate", "packed_", "serving")
+# What a measurement depends on beside its rows: other code means another measurement. Calibrations, which no
+# training run loads, decide none of its results; a test holds it.
+_LEFT_OUT = "calibrate"
 _CODE = ("luthier/methods", "luthier/modeling", "luthier/training", "benchmarks/peers")
 
 
@@ -58,7 +58,7 @@ class ResultsFile:
 
 
 def code_digest(folders: tuple[str, ...] = _CODE) -> str:
-    """Name the code that decides a measurement: what training loads, or all of the folders that are named."""
+    """Name the code that decides a measurement, training's unless other folders are named."""
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):

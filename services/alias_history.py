@@ -56,22 +56,39 @@ def list_versions(
     return [PastPointing(*row) for row in rows[:limit]], len(rows) > limit
 
 
-def get_past(session: Session, scope: Scope, name: str, number: int | None) -> PastPointing:
-    """Return the version that a rollback of an alias goes to.
+@dataclass(frozen=True)
+class WayBack:
+    """Where a rollback goes: to a version's number, as the alias with this id was at its own version.
+
+    `model` is the name of the tuned model there, None for a base.
+    """
+
+    alias_id: str
+    alias_version: int
+    number: int
+    model: str | None
+
+
+def find_way_back(
+    session: Session, scope: Scope, catalogue: Catalogue, name: str, number: int | None
+) -> WayBack:
+    """Return where a rollback of an alias goes; nothing is changed.
 
     Args:
         session: the session.
         scope: the caller.
+        catalogue: the bases there are.
         name: the alias.
         number: the version; the one before when None, counted from what a rollback restored: one rollback
             after another goes further back.
 
     Returns:
-        The version.
+        The way.
 
     Raises:
         NotFoundError: when there is no such alias.
         InvalidValueError: when it has no such version.
+        ModelNotAvailableError: when the weights of that version are not there any more.
     """
     alias = aliases.get_row(session, scope, name)
     if number is None:
@@ -83,10 +100,14 @@ def get_past(session: Session, scope: Scope, name: str, number: int | None) -> P
                 param="version",
             )
     version = aliases.get_version(session, alias, number)
-    return PastPointing(version, _name_of(session, version))
+    _find_again(session, scope, catalogue, version)
+    model = None if version.model_id is None else _name_of(session, version)
+    return WayBack(alias.id, alias.version, number, model)
 
 
-def roll_back(session: Session, scope: Scope, catalogue: Catalogue, name: str, number: int) -> Pointing:
+def roll_back(
+    session: Session, scope: Scope, catalogue: Catalogue, name: str, way: WayBack
+) -> Pointing | None:
     """Point an alias to what an earlier version pointed to, as a new version.
 
     Args:
@@ -94,18 +115,19 @@ def roll_back(session: Session, scope: Scope, catalogue: Catalogue, name: str, n
         scope: the caller.
         catalogue: the bases there are.
         name: the alias.
-        number: the version.
+        way: what `find_way_back` told.
 
     Returns:
-        The alias.
+        The alias; None, and nothing is changed, where it was pointed elsewhere since the way was found.
 
     Raises:
         NotFoundError: when there is no such alias.
-        InvalidValueError: when it has no such version.
         ModelNotAvailableError: when the weights of that version are not there any more.
     """
     alias = aliases.get_row(session, scope, name, for_update=True)
-    version = aliases.get_version(session, alias, number)
+    if (alias.id, alias.version) != (way.alias_id, way.alias_version):
+        return None
+    version = aliases.get_version(session, alias, way.number)
     target = _find_again(session, scope, catalogue, version)
     return aliases.point(session, scope, name, alias, target, version.restored_number or version.number)
 

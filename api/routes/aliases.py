@@ -10,12 +10,16 @@ from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
 from api.proving import prove
 from api.schemas.aliases import PutAliasBody, RollBackAliasBody, alias_object, alias_version_object
 from api.schemas.pages import list_object
-from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError
+from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, UnavailableError
 from luthier.core.inference import ModelTarget
 from services import alias_history, aliases, models
+from services.alias_history import WayBack
 from services.scope import Scope
 
 router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
+
+# How often a rollback is begun anew because somebody else pointed the alias elsewhere.
+_MOST_ROLLBACKS = 5
 
 Limit = Annotated[int, Query(ge=0, le=100)]
 
@@ -46,13 +50,17 @@ async def roll_back_alias(
 
     The model is loaded and proved first, as a PUT does.
     """
-    wanted = None if body is None else body.version
-    # Once, so that what is proved is what the alias is pointed to.
-    number, model = await run_in_threadpool(_past, parts, scope, name, wanted)
-    target = await run_in_threadpool(_target, parts, scope, model)
-    if target is not None:
-        await prove(parts.backend, target, param="version")
-    return await run_in_threadpool(_roll_back, parts, scope, name, number)
+    number = None if body is None else body.version
+    for _ in range(_MOST_ROLLBACKS):
+        way = await run_in_threadpool(_find_way_back, parts, scope, name, number)
+        target = None if way.model is None else await run_in_threadpool(_target, parts, scope, way.model)
+        if target is not None:
+            await prove(parts.backend, target, param="version")
+        # Where it was pointed elsewhere meanwhile, what was proved may not be what is before it now.
+        alias = await run_in_threadpool(_roll_back, parts, scope, name, way)
+        if alias is not None:
+            return alias
+    raise UnavailableError(f"{name} is pointed elsewhere again and again; try once more.")
 
 
 @router.get("/{name}")
@@ -73,15 +81,15 @@ async def put_alias(name: str, body: PutAliasBody, scope: ScopeApartDep, parts: 
     return await run_in_threadpool(_put, parts, scope, name, body.model)
 
 
-def _past(parts: Parts, scope: Scope, name: str, number: int | None) -> tuple[int, str]:
+def _find_way_back(parts: Parts, scope: Scope, name: str, number: int | None) -> WayBack:
     with parts.database.transaction() as session:
-        past = alias_history.get_past(session, scope, name, number)
-        return past.version.number, past.model
+        return alias_history.find_way_back(session, scope, parts.catalogue, name, number)
 
 
-def _roll_back(parts: Parts, scope: Scope, name: str, number: int) -> dict[str, Any]:
+def _roll_back(parts: Parts, scope: Scope, name: str, way: WayBack) -> dict[str, Any] | None:
     with parts.database.transaction() as session:
-        return alias_object(alias_history.roll_back(session, scope, parts.catalogue, name, number))
+        pointing = alias_history.roll_back(session, scope, parts.catalogue, name, way)
+        return None if pointing is None else alias_object(pointing)
 
 
 def _target(parts: Parts, scope: Scope, model: str) -> ModelTarget | None:

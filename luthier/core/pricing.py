@@ -170,7 +170,10 @@ class Pricing:
         return self._num_tokens(part) * beyond
 
     def _pair_seconds(self, part: Part) -> float:
-        is_short = part.longest <= KEPT_TOKENS
+        # On the fast path what rows begin with alike is a row of its own.
+        first = self.cost.num_virtual_tokens + part.num_shared if self.variant.path == "fused" else 0
+        rest = part.longest - part.num_shared if self.variant.path == "fused" else part.longest
+        is_short = max(first, rest) <= KEPT_TOKENS
         return self.calibration.short_pair_seconds if is_short else self.calibration.pair_seconds
 
     def _num_tokens(self, part: Part) -> int:

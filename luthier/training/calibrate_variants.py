@@ -26,7 +26,7 @@ PROBE_SECONDS = 2.0
 # Trains almost nothing, so what others add is told by their difference from it.
 REFERENCE = "prompt"
 _NUM_LAYERS = (1, 3)
-# The second are rows that attend as short ones do, the third such as do not.
+# The second attend as short rows do; the third, in a context that is long enough, as long ones.
 _ROW_TOKENS, _MIDDLE_ROW_TOKENS, _LONG_ROW_TOKENS = 64, KEPT_TOKENS, 256
 FEW_ROWS = 1
 _NUM_SUPERVISED, _MANY_SUPERVISED = 8, 72

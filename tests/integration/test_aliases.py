@@ -6,80 +6,22 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-import httpx2
-import openai
 import pytest
 from sqlalchemy import event, select, text
-from sqlalchemy.orm import Session
 
 from db.session import Database
-from db.tables import Base, Checkpoint, Job, Model
+from db.tables import Checkpoint, Model
 from luthier.core.errors import ModelInUseError
 from luthier.core.ids import new_id
 from services import aliases, checkpoints, models
 from services.scope import Scope
+from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
 from tests.conftest import TINY_BASE, Api, wait_until
-from tests.rows import colour_rows, jsonl
-
-V1, V2, CHECKPOINT = (f"ft:tiny-llama:personal::abcdefg{end}" for end in ("1", "2", "3:ckpt-step-3"))
-_DIGESTS = {V1: "sha256:1", V2: "sha256:2", CHECKPOINT: "sha256:3", TINY_BASE: None}
-
-
-class Aliases:
-    """Speaks of aliases as one project, and of the models in it."""
-
-    def __init__(self, api: Api, key: str) -> None:
-        self._url = f"{api.base_url}/v1"
-        self._headers = {"Authorization": f"Bearer {key}"}
-
-    def ask(self, method: str, path: str, body: Any = None) -> httpx2.Response:
-        return httpx2.request(method, self._url + path, headers=self._headers, json=body, timeout=30)
-
-    def ok(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        answer = self.ask(method, path, body)
-        assert answer.status_code == 200, answer.text
-        found: dict[str, Any] = answer.json()
-        return found
-
-    def put(self, name: str, model: str) -> dict[str, Any]:
-        return self.ok("PUT", f"/aliases/{quote(name, safe='')}", {"model": model})
-
-    def refused(self, method: str, path: str, body: Any = None) -> tuple[int, str, str, str]:
-        answer = self.ask(method, path, body)
-        assert answer.status_code >= 400, answer.text
-        error = answer.json()["error"]
-        return answer.status_code, error["code"], error["param"], error["message"]
 
 
 @pytest.fixture
 def ours(api: Api) -> Aliases:
-    """The project `personal`, with two tuned models and a checkpoint."""
-    client = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    job_id = client.fine_tuning.jobs.create(model=TINY_BASE, training_file=file.id).id
-    with api.parts.database.transaction() as session:
-        _add_models(session, session.get_one(Job, job_id))
-    return Aliases(api, api.key)
-
-
-def _add_models(session: Session, job: Job) -> None:
-    for step, name in enumerate((V1, V2, CHECKPOINT)):
-        session.add(
-            Model(
-                id=new_id("model"),
-                organization_id=job.organization_id,
-                project_id=job.project_id,
-                name=name,
-                kind="checkpoint" if name == CHECKPOINT else "tuned",
-                base_id=TINY_BASE,
-                base_digest=session.get_one(Base, TINY_BASE).digest,
-                job_id=job.id,
-                method="lora",
-                step=step,
-                artifact_key=f"k{step}",
-                artifact_digest=str(_DIGESTS[name]),
-            )
-        )
+    return make_ours(api)
 
 
 @pytest.fixture
@@ -89,9 +31,7 @@ def theirs(api: Api, ours: Aliases) -> Aliases:
 
 @pytest.fixture
 def scope(api: Api, ours: Aliases) -> Scope:
-    with api.parts.database.transaction() as session:
-        job = session.scalars(select(Job)).one()
-        return Scope(job.organization_id, "personal", job.project_id, None)
+    return scope_of(api)
 
 
 def _asked(api: Api, ours: Aliases, name: str) -> tuple[str, str | None]:
@@ -105,11 +45,11 @@ def test_an_alias_answers_under_its_name_with_what_it_points_to_and_goes_back(
 ) -> None:
     made = ours.put("prod", V1)
     assert (made["object"], made["name"], made["model"], made["version"]) == ("alias", "prod", V1, 1)
-    assert made["digest"] == _DIGESTS[V1]
-    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V1])
+    assert made["digest"] == DIGESTS[V1]
+    assert _asked(api, ours, "prod") == ("prod", DIGESTS[V1])
     assert ours.put("prod", V1) == made
     assert ours.put("prod", V2)["version"] == 2
-    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V2])
+    assert _asked(api, ours, "prod") == ("prod", DIGESTS[V2])
     # A mapped name is its base.
     assert ours.put("prod", "gpt-4o-mini-2024-07-18")["model"] == TINY_BASE
     assert _asked(api, ours, "prod") == ("prod", None)
@@ -118,7 +58,7 @@ def test_an_alias_answers_under_its_name_with_what_it_points_to_and_goes_back(
     for model, version in ((V2, 4), (V1, 5)):
         back = ours.ok("POST", "/aliases/prod/rollback")
         assert (back["model"], back["version"]) == (model, version)
-        assert _asked(api, ours, "prod") == ("prod", _DIGESTS[model])
+        assert _asked(api, ours, "prod") == ("prod", DIGESTS[model])
     assert ours.refused("POST", "/aliases/prod/rollback")[:3] == (400, "invalid_value", "version")
     assert ours.ok("POST", "/aliases/prod/rollback", {"version": 1})["version"] == 5
     assert ours.ok("POST", "/aliases/prod/rollback", {"version": 3})["model"] == TINY_BASE
@@ -168,7 +108,7 @@ def test_names_and_targets_that_can_t_be_are_told_by_field(ours: Aliases) -> Non
 def test_a_name_may_hold_slashes_and_colons(api: Api, ours: Aliases) -> None:
     for name in ("team/chat:v2", "a/versions", "Prod_1.x-y"):
         made = ours.put(name, V2)
-        assert _asked(api, ours, name) == (name, _DIGESTS[V2])
+        assert _asked(api, ours, name) == (name, DIGESTS[V2])
         escaped = quote(name, safe=":")
         assert ours.ok("GET", f"/aliases/{escaped}") == made
         assert len(ours.ok("GET", f"/aliases/{escaped}/versions")["data"]) == 1
@@ -194,7 +134,7 @@ def test_aliases_are_listed_in_pages_and_among_the_models(ours: Aliases) -> None
         "owned_by": "personal",
         "alias_of": V1,
         "base_model": TINY_BASE,
-        "digest": _DIGESTS[V1],
+        "digest": DIGESTS[V1],
     }
     assert (listed["two"]["alias_of"], listed["two"]["digest"]) == (TINY_BASE, listed[TINY_BASE]["digest"])
     assert "alias_of" not in listed[V1]
@@ -248,7 +188,7 @@ def test_a_checkpoint_that_an_alias_points_to_makes_no_room_for_newer_ones(
         job_id = rows[0].job_id
     with transaction() as session:
         assert checkpoints.retire(session, job_id, keep=1, spared_step=None) == ["k1"]
-    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[CHECKPOINT])
+    assert _asked(api, ours, "prod") == ("prod", DIGESTS[CHECKPOINT])
     ours.put("prod", V1)
     with transaction() as session:
         assert checkpoints.retire(session, job_id, keep=1, spared_step=None) == ["k2"]
@@ -259,7 +199,7 @@ def test_a_job_that_names_an_alias_starts_from_what_it_points_to(ours: Aliases) 
     file_id = ours.ok("GET", "/files")["data"][0]["id"]
     ours.put("prod", V1)
     job = ours.ok("POST", "/fine_tuning/jobs", {"model": "prod", "training_file": file_id})
-    assert (job["model"], job["started_from"]) == (TINY_BASE, {"name": V1, "digest": _DIGESTS[V1]})
+    assert (job["model"], job["started_from"]) == (TINY_BASE, {"name": V1, "digest": DIGESTS[V1]})
     ours.put("prod", TINY_BASE)
     assert ours.ok("GET", f"/fine_tuning/jobs/{job['id']}")["started_from"]["name"] == V1
     job = ours.ok("POST", "/fine_tuning/jobs", {"model": "prod", "training_file": file_id})
@@ -281,8 +221,8 @@ def test_an_alias_is_its_projects_own_and_ends_with_what_it_may_call(
     own_id = ours.ok("GET", "/keys")["data"][0]["project_id"]
     granted = ours.ok("POST", f"/fine_tuning/checkpoints/{V2}/permissions", {"project_ids": [own_id]})
     assert theirs.put("prod", V2)["model"] == V2
-    assert _asked(api, theirs, "prod") == ("prod", _DIGESTS[V2])
-    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V1])
+    assert _asked(api, theirs, "prod") == ("prod", DIGESTS[V2])
+    assert _asked(api, ours, "prod") == ("prod", DIGESTS[V1])
     # Whom a model is shared with does not keep it from being deleted.
     permission = granted["data"][0]["id"]
     ours.ok("DELETE", f"/fine_tuning/checkpoints/{V2}/permissions/{permission}")
@@ -311,7 +251,7 @@ def test_every_name_is_resolved_by_one_statement(api: Api, ours: Aliases, scope:
     ours.put("prod", V1)
     ours.put("plain", TINY_BASE)
     parts = api.parts
-    for name, digest in (("prod", _DIGESTS[V1]), ("plain", None), (V2, _DIGESTS[V2]), (TINY_BASE, None)):
+    for name, digest in (("prod", DIGESTS[V1]), ("plain", None), (V2, DIGESTS[V2]), (TINY_BASE, None)):
         with parts.database.transaction() as session, _counted(parts.database) as statements:
             target = models.resolve(session, scope, parts.catalogue, name)
         assert (target.model, target.base_id, target.digest) == (name, TINY_BASE, digest)
@@ -367,12 +307,12 @@ def test_of_a_put_and_the_deletion_of_its_target_at_the_same_time_one_is_refused
             wait_until(is_waiting, what="the deletion waits for the PUT")
         with pytest.raises(ModelInUseError, match="prod"):
             deleted.result(timeout=30)
-    assert _asked(api, ours, "prod") == ("prod", _DIGESTS[V1])
+    assert _asked(api, ours, "prod") == ("prod", DIGESTS[V1])
 
 
 def test_an_alias_is_pointed_only_to_what_a_server_could_load(ours: Aliases, api: Api) -> None:
     ours.put("prod", V1)
-    assert [target.digest for _, _, target in api.backend.asked] == [_DIGESTS[V1]]
+    assert [target.digest for _, _, target in api.backend.asked] == [DIGESTS[V1]]
     api.backend.status = 500
     api.backend.answer = b'{"error": {"code": "self_check_failed", "message": "Its logits are not finite."}}'
     status, code, param, message = ours.refused("PUT", "/aliases/prod", {"model": V2})
@@ -382,19 +322,3 @@ def test_an_alias_is_pointed_only_to_what_a_server_could_load(ours: Aliases, api
     # A server that is busy says nothing about the model.
     api.backend.answer = b'{"error": {"code": "rate_limit_exceeded", "message": "Busy."}}'
     assert ours.put("prod", V2)["model"] == V2
-
-
-def test_an_alias_goes_back_only_to_what_a_server_could_load(ours: Aliases, api: Api) -> None:
-    ours.put("prod", V1)
-    ours.put("prod", V2)
-    api.backend.asked.clear()
-    for body in (None, {"version": 1}):
-        api.backend.status = 500
-        api.backend.answer = b'{"error": {"code": "self_check_failed", "message": "Not finite."}}'
-        status, code, param, message = ours.refused("POST", "/aliases/prod/rollback", body)
-        assert (status, code, param) == (400, "model_not_available", "version")
-        assert "Not finite" in message
-    assert {target.digest for _, _, target in api.backend.asked} == {_DIGESTS[V1]}
-    assert ours.ok("GET", "/aliases/prod")["version"] == 2
-    api.backend.status = 200
-    assert ours.ok("POST", "/aliases/prod/rollback")["model"] == V1

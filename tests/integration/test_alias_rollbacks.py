@@ -1,0 +1,65 @@
+"""The way back: an alias is pointed to what it pointed to before only where that could be loaded."""
+
+import pytest
+from sqlalchemy import select
+
+from db.tables import Model
+from luthier.core.inference import ModelTarget
+from luthier.inference.backends.base import Reply
+from services import aliases
+from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
+from tests.conftest import TINY_BASE, Api
+
+
+@pytest.fixture
+def ours(api: Api) -> Aliases:
+    return make_ours(api)
+
+
+def test_an_alias_goes_back_only_to_what_a_server_could_load(ours: Aliases, api: Api) -> None:
+    ours.put("prod", V1)
+    ours.put("prod", V2)
+    api.backend.asked.clear()
+    for body in (None, {"version": 1}):
+        api.backend.status = 500
+        api.backend.answer = b'{"error": {"code": "self_check_failed", "message": "Not finite."}}'
+        status, code, param, message = ours.refused("POST", "/aliases/prod/rollback", body)
+        assert (status, code, param) == (400, "model_not_available", "version")
+        assert "Not finite" in message
+    assert {target.digest for _, _, target in api.backend.asked} == {DIGESTS[V1]}
+    assert ours.ok("GET", "/aliases/prod")["version"] == 2
+    api.backend.status = 200
+    assert ours.ok("POST", "/aliases/prod/rollback")["model"] == V1
+
+
+def test_a_rollback_begins_anew_where_the_alias_was_pointed_elsewhere_meanwhile(
+    ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours.put("prod", V1)
+    ours.put("prod", V2)
+    answer, parts, scope = api.backend.complete, api.parts, scope_of(api)
+
+    async def put_meanwhile(path: str, body: bytes, target: ModelTarget) -> Reply:
+        monkeypatch.undo()
+        with parts.database.transaction() as session:
+            aliases.put(session, scope, parts.catalogue, "prod", CHECKPOINT)
+        return await answer(path, body, target)
+
+    monkeypatch.setattr(api.backend, "complete", put_meanwhile)
+    # What was before the checkpoint, not what was before what it replaced.
+    assert ours.ok("POST", "/aliases/prod/rollback")["model"] == V2
+    assert [one["model"] for one in ours.ok("GET", "/aliases/prod/versions")["data"]] == [
+        V2, CHECKPOINT, V2, V1,
+    ]  # fmt: skip
+
+
+def test_a_rollback_to_other_weights_is_refused_before_they_are_loaded(ours: Aliases, api: Api) -> None:
+    ours.put("prod", V1)
+    ours.put("prod", TINY_BASE)
+    with api.parts.database.transaction() as session:
+        session.scalars(select(Model).where(Model.name == V1)).one().artifact_digest = "sha256:other"
+    api.backend.asked.clear()
+    refused = ours.refused("POST", "/aliases/prod/rollback")
+    assert refused[:3] == (400, "model_not_available", "version")
+    assert "has other weights since" in refused[3]
+    assert not api.backend.asked
