@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a measurement depends on beside its rows: other code means another measurement. Calibrations, which no
-# training run loads, decide none of its results; a test holds it.
+# training run loads, decide no measurement; a test holds it.
 _LEFT_OUT = "calibrate"
 _CODE = ("luthier/methods", "luthier/modeling", "luthier/training", "benchmarks/peers")
 
@@ -62,7 +62,7 @@ def code_digest(folders: tuple[str, ...] = _CODE) -> str:
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if folders is _CODE and path.name.startswith(_LEFT_OUT):
+            if path.name.startswith(_LEFT_OUT):
                 continue
             found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]

@@ -170,10 +170,12 @@ class Pricing:
         return self._num_tokens(part) * beyond
 
     def _pair_seconds(self, part: Part) -> float:
+        """Return what one of them takes in a layer, by the rows that attend together."""
+        shared, num_virtual = part.num_shared, self.cost.num_virtual_tokens
         # On the fast path what rows begin with alike is a row of its own.
-        first = self.cost.num_virtual_tokens + part.num_shared if self.variant.path == "fused" else 0
-        rest = part.longest - part.num_shared if self.variant.path == "fused" else part.longest
-        is_short = max(first, rest) <= KEPT_TOKENS
+        is_parted = self.variant.path == "fused"
+        attending = max(num_virtual + shared, part.longest - shared) if is_parted else part.longest
+        is_short = attending <= KEPT_TOKENS
         return self.calibration.short_pair_seconds if is_short else self.calibration.pair_seconds
 
     def _num_tokens(self, part: Part) -> int:

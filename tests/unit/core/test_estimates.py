@@ -180,6 +180,29 @@ def test_tokens_that_all_rows_begin_with_are_paid_for_once_on_the_fast_path_alon
     )
 
 
+@pytest.mark.parametrize(
+    ("part", "path", "is_short"),
+    [
+        (Part(4, 160, 80), "fused", True),
+        (Part(4, 161, 80), "fused", False),
+        # What rows share is a row of its own, and the rest another, on the fast path alone.
+        (Part(4, 200, 80, num_shared=120), "fused", True),
+        (Part(4, 200, 80, num_shared=170), "fused", False),
+        (Part(4, 200, 80, num_shared=120), "plain", False),
+        (Part(4, 160, 80), "plain", True),
+    ],
+)
+def test_keys_are_priced_as_rows_of_their_length_attend(part: Part, path: str, is_short: bool) -> None:
+    variants = {name: one.model_copy(update={"path": path}) for name, one in _CALIBRATION.variants.items()}
+    same = _CALIBRATION.model_copy(update={"variants": variants})
+    work = replace(_work(80, 100), steps=[[part]] * 10)
+    seconds = [
+        _price(_lora(16), work, calibration=same.model_copy(update={name: 1e-6})).seconds.train
+        for name in ("short_pair_seconds", "pair_seconds")
+    ]
+    assert (seconds[0] > seconds[1]) is is_short
+
+
 def test_a_job_needs_at_least_what_loading_its_base_takes() -> None:
     tiny = _price(_lora(1), _work(8, 1, rows_a_part=1))
     assert tiny.peak_memory_bytes >= _CALIBRATION.imports_bytes + _CALIBRATION.loaded_bytes
