@@ -10,14 +10,9 @@ import torch
 from luthier.core.errors import SelfCheckError
 from luthier.methods import Attached, Method
 from luthier.modeling.fused_llama import FusedLlama, fuse
+from luthier.training.agreement import ComputesInFloat32, agrees, is_as_exact, is_low_precision
 from luthier.training.batches import Batch
 from luthier.training.loss import Loss, full_logits_loss, gather_supervised, head_loss
-
-# What replaces a part of the model must give its results this well: three quarters of the tokens within the
-# first number, all of them together within the second, as the norm of the gap relative to the norm of the
-# results. In bf16 either path is about 0.03 away from float32, and a token on which layers amplify every
-# rounding much more; a wrong path would be near 1.
-_TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 0.2), torch.float16: (0.1, 0.2)}
 
 
 class Trainee:
@@ -160,7 +155,7 @@ class Trainee:
             )
         if self.head_weight_VD is None:
             return
-        if not _agree(expected_BTD @ self.head_weight_VD.T, self.logits(sample)):
+        if not agrees(expected_BTD @ self.head_weight_VD.T, self.logits(sample)):
             raise SelfCheckError(
                 "The model's output layer gives other logits than the loss was computed from. Nothing is "
                 "published; please report it."
@@ -172,17 +167,32 @@ class Trainee:
         The second time with two rows of one beginning, which is shared, and different ends.
         """
         token_ids_BT = sample.token_ids_BT
-        if not _agree(fused.hidden_states(token_ids_BT), expected_BTD):
-            return False
         num_shared = token_ids_BT.shape[1] // 2
         other_1T = torch.cat([token_ids_BT[:1, :num_shared], token_ids_BT[:1, num_shared:].flip(1)], dim=1)
-        other_1TD = self.method.hidden_states(self.attached, other_1T)
-        own_2TD = torch.cat([expected_BTD[:1], other_1TD])[:, num_shared:]
-        wanted_2T = torch.ones(own_2TD.shape[:2], dtype=torch.bool, device=self.device)
-        wanted_2T[:, 1::3] = False
         rows_2T = torch.cat([token_ids_BT[:1], other_1T])
-        found_MD = fused.wanted_hidden_states(rows_2T, wanted_2T, num_shared=num_shared)
-        return _agree(found_MD, own_2TD[wanted_2T])
+        wanted_2T = torch.ones_like(rows_2T[:, num_shared:], dtype=torch.bool)
+        wanted_2T[:, 1::3] = False
+
+        def by_plain(whole_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            other_1TD = self.method.hidden_states(self.attached, other_1T)
+            own_2TD = torch.cat([whole_BTD[:1], other_1TD])[:, num_shared:]
+            return whole_BTD, own_2TD[wanted_2T]
+
+        found = (
+            fused.hidden_states(token_ids_BT),
+            fused.wanted_hidden_states(rows_2T, wanted_2T, num_shared=num_shared),
+        )
+        expected = by_plain(expected_BTD)
+        if all(map(agrees, found, expected)):
+            return True
+        if not is_low_precision(expected_BTD):
+            return False
+        with ComputesInFloat32():
+            exact = by_plain(self.method.hidden_states(self.attached, token_ids_BT))
+        return all(
+            agrees(fast, plain) or is_as_exact(fast, plain, of_float32)
+            for fast, plain, of_float32 in zip(found, expected, exact, strict=True)
+        )
 
     @torch.no_grad()
     def _start_logits(self) -> torch.Tensor:
@@ -207,20 +217,10 @@ class Trainee:
         if type(head) is not torch.nn.Linear or head.bias is not None:
             return None
         found_BTV = head(self.method.hidden_states(self.attached, sample.token_ids_BT))
-        return head.weight if _agree(found_BTV, self.logits(sample)) else None
+        return head.weight if agrees(found_BTV, self.logits(sample)) else None
 
 
 def _widen_gradient(parameter: torch.nn.Parameter) -> None:
     gradient, parameter.grad = parameter.grad, None
     parameter.grad_dtype = torch.float32
     parameter.grad = gradient.float()
-
-
-def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results are the same but for rounding; the last axis is a token's."""
-    most, all_of_them = _TOLERANCES[expected.dtype]
-    gap, size = (found.float() - expected.float()), expected.float()
-    if not gap.norm() <= all_of_them * size.norm():
-        return False
-    by_token = gap.norm(dim=-1) / size.norm(dim=-1).clamp_min(1e-30)
-    return bool(by_token.flatten().quantile(0.75) <= most)

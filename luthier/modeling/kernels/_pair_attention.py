@@ -22,6 +22,8 @@ from luthier.modeling.kernels.pair_attention import COLUMNS, HEAD_BYTES, LINE_BY
 
 _ROWS = 6
 _TILE = 16
+# Of the tables: where the threads' memory is, behind the tensors.
+_SCRATCH, _SCRATCH_BACKWARD = 14, 17
 
 
 @inlined
@@ -143,7 +145,7 @@ def attend_pairs(data):
     num_pairs = table[2]
     sizes = (table[3], table[4], table[5], table[6], table[7], table[8])
     num_queries, num_keys, size, num_tokens, start, width = sizes
-    scratch_at = open_scratch(table, 14, LINE_BYTES)
+    scratch_at = open_scratch(table, _SCRATCH, LINE_BYTES)
     panel_at = scratch_at + HEAD_BYTES
     begin, end = share(table, num_pairs)
     for pair in range(begin, end):
@@ -162,7 +164,7 @@ def attend_pairs_backward(data):
     num_pairs = table[2]
     sizes = (table[3], table[4], table[5], table[6], table[7], table[8])
     num_queries, num_keys, size, num_tokens, start, width = sizes
-    scratch_at = open_scratch(table, 17, LINE_BYTES)
+    scratch_at = open_scratch(table, _SCRATCH_BACKWARD, LINE_BYTES)
     panel_at = scratch_at + HEAD_BYTES
     scores_at = panel_at + table[19]
     turned_at = scores_at + num_queries * width * 2

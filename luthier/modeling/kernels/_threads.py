@@ -155,7 +155,16 @@ class Program:
 
 
 _RECORDING = threading.local()
-_LAUNCHERS = threading.local()
+
+
+class _Launchers(threading.local):
+    """A thread's launchers by the address of their kernel."""
+
+    def __init__(self) -> None:
+        self.by_address: dict[int, Launcher] = {}
+
+
+_LAUNCHERS = _Launchers()
 
 
 @contextmanager
@@ -184,9 +193,7 @@ def launch(address: int, arguments: Sequence[int]) -> None:
         address: of its machine code.
         arguments: the table's numbers after the first two.
     """
-    try:
-        launcher: Launcher = _LAUNCHERS.by_address[address]
-    except (AttributeError, KeyError):
-        launcher = Launcher(address)
-        _LAUNCHERS.__dict__.setdefault("by_address", {})[address] = launcher
+    launcher = _LAUNCHERS.by_address.get(address)
+    if launcher is None:
+        launcher = _LAUNCHERS.by_address[address] = Launcher(address)
     launcher.run(arguments)

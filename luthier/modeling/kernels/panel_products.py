@@ -35,7 +35,7 @@ _RANK_ALIGN = 16
 # Rows that are multiplied together.
 BLOCK_ROWS = 8
 # Of the largest number; a rounding to bfloat16 is 2^-9 of a number.
-_MOST_GAP = 2e-2
+_LARGEST_GAP = 2e-2
 _PAGE = 4096
 
 
@@ -311,19 +311,20 @@ def has_panels() -> bool:
     return _may_multiply() and come_out_right("Products by panels", map(_largest_gap, (1, 9, 35)))
 
 
-def come_out_right(what: str, gaps: Iterable[float]) -> bool:
+def come_out_right(what: str, gaps: Iterable[float], *, largest: float = _LARGEST_GAP) -> bool:
     """Whether results tried out are near enough to float32's; says so in the log where they are not.
 
     Args:
         what: is tried, for the log.
         gaps: by how much each is off, as a share of the largest number.
+        largest: gap that is rounding.
 
     Returns:
         Whether all are.
     """
     for gap in gaps:
         # Not a gap that is no number either.
-        if not gap <= _MOST_GAP:
+        if not gap <= largest:
             _LOG.warning("%s are off by %.2g; other products run, slower.", what, gap)
             return False
     return True

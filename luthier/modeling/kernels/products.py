@@ -17,6 +17,7 @@ from torch.nn import functional
 from luthier.modeling import kernels
 from luthier.modeling.kernels._threads import Launcher
 from luthier.modeling.kernels.page_memory import take_large
+from luthier.modeling.kernels.panel_products import come_out_right
 
 _LOG = logging.getLogger(__name__)
 # Outputs of a panel, and inputs of a tile: a weight's inputs must be a multiple of these.
@@ -104,18 +105,16 @@ def _may_use_tiles() -> bool:
 @cache
 def has_tiles() -> bool:
     """Whether products in this layout run here: processor and system let them, and some come out right."""
-    if not _may_use_tiles():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    num_inputs = 5 * TILE_INPUTS
-    weight_OK = torch.randn(80, num_inputs, generator=generator).bfloat16()
-    tiled = TiledWeight(weight_OK)
-    for num_rows in (1, 3, 7, 21, 40):
-        x_NK = torch.randn(num_rows, num_inputs, generator=generator).bfloat16()
-        expected_NO = functional.linear(x_NK.float(), weight_OK.float())
-        found_NO = tiled.times(x_NK, x_NK.new_empty(num_rows, 80)).float()
-        gap = float((found_NO - expected_NO).abs().max() / expected_NO.abs().max())
-        if not gap <= 1e-2:
-            _LOG.warning("Products of tiles or pairs are off by %.2g; other products run, slower.", gap)
-            return False
-    return True
+    return _may_use_tiles() and come_out_right(
+        "Products of tiles or pairs", map(_largest_gap, (1, 3, 7, 21, 40)), largest=1e-2
+    )
+
+
+def _largest_gap(num_rows: int) -> float:
+    """Return by how much a product of random numbers is off, as a share of the largest number."""
+    generator = torch.Generator().manual_seed(num_rows)
+    weight_OK = torch.randn(80, 5 * TILE_INPUTS, generator=generator).bfloat16()
+    x_NK = torch.randn(num_rows, 5 * TILE_INPUTS, generator=generator).bfloat16()
+    expected_NO = functional.linear(x_NK.float(), weight_OK.float())
+    found_NO = TiledWeight(weight_OK).times(x_NK, x_NK.new_empty(num_rows, 80)).float()
+    return float((found_NO - expected_NO).abs().max() / expected_NO.abs().max())

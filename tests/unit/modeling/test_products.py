@@ -128,3 +128,17 @@ def test_other_types_shapes_and_processors_take_other_products(monkeypatch: pyte
     linear = PackedLinear(weight_OK)
     assert linear.tiled is None
     torch.testing.assert_close(linear(x_NK), x_NK @ weight_OK.t(), rtol=2**-6, atol=1e-2)
+
+
+@needs_tiles
+@pytest.mark.parametrize("gap", [0.5, float("nan")])
+def test_other_products_run_where_these_come_out_wrong(
+    gap: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(products, "_largest_gap", lambda _: gap)
+    products.has_tiles.cache_clear()
+    try:
+        assert not can_tile(torch.zeros(1, 32, dtype=torch.bfloat16))
+        assert "other products run, slower" in caplog.text
+    finally:
+        products.has_tiles.cache_clear()

@@ -1,0 +1,106 @@
+"""When two paths through one model are held for the same, and who judges where rounding parts them."""
+
+import copy
+
+import pytest
+import torch
+
+from luthier.core.errors import SelfCheckError
+from luthier.training import agreement
+from luthier.training.agreement import ComputesInFloat32, agrees, is_as_exact
+from luthier.training.batches import Batch
+from luthier.training.trainee import Trainee
+from tests.tiny_methods import CASES, LLAMA, VARIANTS, Bench, Case, batch, everything, train
+
+LORA = Case(LLAMA, {"type": "lora"})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_bf16_weights_compute_in_float32_as_a_float32_copy_of_them_does(bench: Bench, case: Case) -> None:
+    method, attached = bench.attach(case, dtype=torch.bfloat16)
+    token_ids_BT = everything().token_ids_BT
+    before = [parameter.clone() for parameter in attached.model.parameters()]
+    with ComputesInFloat32():
+        hidden_BTD = method.hidden_states(attached, token_ids_BT)
+        logits_BTV = method.logits(attached, token_ids_BT)
+    in_bf16_BTD = method.hidden_states(attached, token_ids_BT)
+    copied = copy.deepcopy(attached)
+    copied.model.float()
+    assert hidden_BTD.dtype == torch.float32
+    assert in_bf16_BTD.dtype == torch.bfloat16
+    assert agrees(hidden_BTD, method.hidden_states(copied, token_ids_BT))
+    assert agrees(logits_BTV, method.logits(copied, token_ids_BT))
+    assert not agrees(in_bf16_BTD.float(), hidden_BTD)
+    after = list(attached.model.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.fixture
+def float32_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two results in bf16 are near enough to each other to do without float32."""
+    monkeypatch.setitem(agreement._TOLERANCES, torch.bfloat16, (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("float32_judges")
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_a_fast_path_that_only_rounding_parts_from_the_plain_one_is_not_refused(
+    bench: Bench, case: Case
+) -> None:
+    trainee = bench.trainee(case, dtype=torch.bfloat16)
+    # What has no fast path in float32 has none here; all others must get theirs by float32's word.
+    assert trainee.path == bench.trainee(case).path
+    assert _same(trainee, everything()) == (trainee.path == "plain")
+    train(trainee, case, 3)
+    # The head's check compares one product with itself, which nothing parts.
+    trainee.prove_shortcuts([batch(0), everything()])
+
+
+@pytest.mark.usefixtures("float32_judges")
+def test_a_wrong_fast_path_is_refused_by_float32(bench: Bench) -> None:
+    trainee = bench.trainee(LORA, dtype=torch.bfloat16)
+    train(trainee, LORA, 8)
+    trainee.prove_shortcuts([batch(0)])
+    # The fast path took its scale when it was made; the plain one reads PEFT's.
+    for layer in trainee.attached.causal_lm.model.layers:
+        layer.mlp.down_proj.scaling["default"] *= 4
+    with pytest.raises(SelfCheckError, match="fast path"):
+        trainee.prove_shortcuts([batch(0)])
+
+
+def _same(trainee: Trainee, rows: Batch) -> bool:
+    with torch.no_grad():
+        plain_BTD = trainee.method.hidden_states(trainee.attached, rows.token_ids_BT)
+        return torch.equal(trainee.hidden_states(rows.token_ids_BT), plain_BTD)
+
+
+def _noisy(exact_ND: torch.Tensor, size: float, seed: int) -> torch.Tensor:
+    noise_ND = torch.randn(exact_ND.shape, generator=torch.Generator().manual_seed(seed))
+    return exact_ND + size * noise_ND
+
+
+EXACT_ND = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.15, 0.22])
+def test_two_results_equally_far_from_the_exact_ones_are_equally_right(noise: float) -> None:
+    one, other = _noisy(EXACT_ND, noise, 1), _noisy(EXACT_ND, noise, 2)
+    assert is_as_exact(one, other, EXACT_ND)
+    assert agrees(one.bfloat16(), other.bfloat16()) == (noise == 0.01)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(_noisy(EXACT_ND, 0.15, 1) * 1.5, id="a wrong scale"),
+        pytest.param(_noisy(EXACT_ND, 0.15, 1).roll(1, 0), id="other tokens"),
+        pytest.param(torch.cat([_noisy(EXACT_ND, 0.15, 1)[:32], EXACT_ND[:8]]), id="a fifth of the tokens"),
+        pytest.param(_noisy(EXACT_ND, 0.15, 1) * torch.nan, id="no numbers"),
+    ],
+)
+def test_results_farther_from_the_exact_ones_than_the_plain_paths_are_wrong(found: torch.Tensor) -> None:
+    assert not is_as_exact(found, _noisy(EXACT_ND, 0.15, 2), EXACT_ND)
+
+
+def test_nothing_is_told_from_plain_results_that_are_rounding_themselves() -> None:
+    assert not is_as_exact(EXACT_ND, _noisy(EXACT_ND, 0.3, 1), EXACT_ND)
