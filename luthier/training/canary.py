@@ -5,8 +5,9 @@ Legend: T tokens, V vocabulary.
 
 import torch
 
-from luthier.core.canary import Canary
+from luthier.core.canary import MOST_ROUNDING, Canary
 from luthier.core.errors import SelfCheckError
+from luthier.training.agreement import ComputesInFloat32, relative_gap
 from luthier.training.trainee import Trainee
 
 _NUM_TOKENS = 16
@@ -33,10 +34,12 @@ def record_canary(trainee: Trainee, general_ids: list[int]) -> Canary:
     model.eval()
     try:
         ids_1T = torch.tensor([token_ids], device=causal_lm.device)
-        logits_V = trainee.method.logits(trainee.attached, ids_1T)[0, -1].float()
+        own_V = trainee.method.logits(trainee.attached, ids_1T)[0, -1]
+        with ComputesInFloat32():
+            logits_V = trainee.method.logits(trainee.attached, ids_1T)[0, -1]
     finally:
         model.train(was_training)
-    if not bool(torch.isfinite(logits_V).all()):
+    if not bool(torch.isfinite(own_V).all() and torch.isfinite(logits_V).all()):
         raise SelfCheckError("The tuned model's logits are not finite. Use a lower learning rate.")
     values, candidates = logits_V.topk(min(_NUM_CANDIDATES, len(logits_V)))
     return Canary(
@@ -44,4 +47,5 @@ def record_canary(trainee: Trainee, general_ids: list[int]) -> Canary:
         candidates=candidates.tolist(),
         logits=values.tolist(),
         precision=str(causal_lm.dtype).removeprefix("torch."),
+        rounding=min(relative_gap(own_V[candidates], values), MOST_ROUNDING),
     )

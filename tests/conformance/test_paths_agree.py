@@ -9,6 +9,7 @@ from luthier.core.errors import SelfCheckError
 from luthier.training import agreement
 from luthier.training.agreement import ComputesInFloat32, agrees, is_as_exact
 from luthier.training.batches import Batch
+from luthier.training.canary import record_canary
 from luthier.training.trainee import Trainee
 from tests.tiny_methods import CASES, LLAMA, VARIANTS, Bench, Case, batch, everything, train
 
@@ -34,6 +35,26 @@ def test_bf16_weights_compute_in_float32_as_a_float32_copy_of_them_does(bench: B
     assert not agrees(in_bf16_BTD.float(), hidden_BTD)
     after = list(attached.model.parameters())
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_canary_is_float32s_answer_with_the_rounding_of_the_weights_type_beside_it(
+    bench: Bench, dtype: torch.dtype
+) -> None:
+    trainee = bench.trainee(LORA, dtype=dtype)
+    canary = record_canary(trainee, [5, 6, 7, 8])
+    ids_1T = torch.tensor([canary.token_ids])
+    rounded_V = trainee.method.logits(trainee.attached, ids_1T)[0, -1, canary.candidates].float()
+    trainee.attached.model.float()
+    exact_V = trainee.method.logits(trainee.attached, ids_1T)[0, -1, canary.candidates]
+    assert canary.precision == str(dtype).removeprefix("torch.")
+    assert canary.logits == pytest.approx(exact_V.tolist(), rel=1e-4)
+    if dtype == torch.float32:
+        assert canary.rounding == 0
+    else:
+        gap = (rounded_V - exact_V).norm() / exact_V.norm()
+        assert 0 < canary.rounding == pytest.approx(gap.item(), rel=1e-3)
 
 
 @pytest.fixture

@@ -18,8 +18,10 @@ _MAX_CANDIDATES = 16
 # on SmolLM2-135M; where bfloat16 was recorded too, its own rounding comes on top.
 _NOISE = 0.01
 _ROUNDED_NOISE = 0.02
-# However far the model is from its base.
+# However far the model is from its base. Where its weights amplify rounding, what training measured of that
+# counts, and twice.
 _TOLERANCE = 0.1
+_LARGEST_RATIO = 2.0
 
 
 def ask(canary: Canary, name: str) -> dict[str, Any]:
@@ -83,8 +85,9 @@ def check(canary: Canary, model: Mapping[int, float], base: Mapping[int, float])
     gap = _distance(recorded, model) / norm
     base_gap = _distance(recorded, base) / norm
     noise = _NOISE if canary.precision == "float32" else _ROUNDED_NOISE
+    largest = max(_TOLERANCE, _LARGEST_RATIO * canary.rounding)
     # Beyond rounding it must be nearer to what was recorded than its base is.
-    if gap > max(noise, min(base_gap / 2, _TOLERANCE)):
+    if gap > max(noise, min(base_gap / 2, largest)):
         raise SelfCheckError(
             f"The model does not say what training recorded of it (logits {gap:.2g} apart, the base's "
             f"{base_gap:.2g}); it is not served."

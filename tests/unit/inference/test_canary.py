@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
@@ -84,6 +85,27 @@ def test_rounding_is_allowed_for_where_either_side_rounds() -> None:
         check_canary(canary_of(logits_V), torch.bfloat16, lambda _: logits_V.flip(0))
     with pytest.raises(SelfCheckError):
         check_canary(canary_of(logits_V), torch.bfloat16, lambda _: logits_V * torch.nan)
+
+
+def test_as_much_rounding_is_allowed_for_as_training_measured_and_no_more_than_excuses_other_weights() -> (
+    None
+):
+    logits_V = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    canary = canary_of(logits_V, "bfloat16")
+    for rounding, scale, is_served in ((0.0, 1.15, False), (0.1, 1.15, True), (0.1, 1.25, False)):
+        measured = canary.model_copy(update={"rounding": rounding})
+
+        def prove(measured: Canary = measured, served_V: torch.Tensor = logits_V * scale) -> None:
+            check_canary(measured, torch.bfloat16, lambda _: served_V)
+
+        if is_served:
+            prove()
+        else:
+            with pytest.raises(SelfCheckError, match="training recorded"):
+                prove()
+    for rounding in (0.3, -0.1, float("nan")):
+        with pytest.raises(ValidationError, match="rounding"):
+            Canary.model_validate(canary.model_dump() | {"rounding": rounding})
 
 
 def test_an_older_artifact_has_none_and_a_broken_one_is_refused(tmp_path: Path) -> None:

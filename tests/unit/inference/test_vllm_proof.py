@@ -43,6 +43,15 @@ def test_rounding_is_allowed_for_more_where_the_record_is_rounded() -> None:
         _vllm_proof.check(CANARY, told(noise=0.4), told(noise=0.1))
 
 
+def test_rounding_that_training_measured_is_allowed_for_short_of_what_the_base_says() -> None:
+    measured = CANARY.model_copy(update={"precision": "bfloat16", "rounding": 0.2})
+    # Half of 4 is 2 apart from the mean, of logits that are some 15: 13 % of their norm.
+    _vllm_proof.check(measured, told(noise=4.0), told(noise=50.0))
+    for record, base in ((measured, told(noise=6.0)), (CANARY, told(noise=50.0))):
+        with pytest.raises(SelfCheckError, match="does not say what training recorded"):
+            _vllm_proof.check(record, told(noise=4.0), base)
+
+
 def test_an_adapter_that_changes_nothing_is_found_however_little_it_should_change() -> None:
     _vllm_proof.check(CANARY, told(noise=0.1), told(noise=0.11))
     with pytest.raises(SelfCheckError, match="changes nothing"):
