@@ -84,9 +84,7 @@ class Full(Method):
         return params
 
     def base_learning_rate(self, params: FullParams, *, base: BaseFacts) -> float:  # noqa: ARG002
-        """Return the peak rate, lower for wider models."""
-        if base.hidden_size <= 1024:
-            return 1e-4
+        """Return the peak rate, lower for wide models."""
         return 5e-5 if base.hidden_size <= 2048 else 2e-5
 
     def count_parameters(self, causal_lm: "PreTrainedModel", params: FullParams) -> int:
