@@ -170,23 +170,6 @@ finish_6_rows_of_64, finish_1_row_of_64 = _finished_block(6, 4), _finished_block
 
 
 @intrinsic
-def ask_for(_context, place, num_lines):
-    """Ask for lines of memory that are read soon."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        machine = Machine(builder)
-
-        def ask(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            machine.prefetch(builder.add(arguments[0], builder.mul(index, I64(_LINE))))
-            return []
-
-        loop(builder, I64(0), arguments[1], 1, [], ask)
-        return I64(0)
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
 def lay_pairs(_context, source, stride, num_rows, target, target_stride):
     """Write 32 bfloat16 of up to 16 rows as 16 lines of pairs, a row a column; further columns repeat the
     last row."""

@@ -25,7 +25,6 @@ from luthier.modeling.kernels._language import (
     share,
 )
 from luthier.modeling.kernels._panel_blocks import (
-    ask_for,
     finish_1_row,
     finish_8_rows,
     keep_1_row,
@@ -35,6 +34,7 @@ from luthier.modeling.kernels._panel_blocks import (
     pair_lines,
     pair_scaled_line,
 )
+from luthier.modeling.kernels._vectors import ask_for
 from luthier.modeling.kernels.panel_products import (
     BLOCK_ROWS,
     FIRST_COLUMN,

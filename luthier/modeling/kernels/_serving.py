@@ -37,6 +37,7 @@ from luthier.modeling.kernels._vectors import (
     add_rows_to_2,
     add_rows_to_3,
     add_rows_to_4,
+    ask_for,
     dot_four_rows_with_1,
     dot_four_rows_with_2,
     dot_four_rows_with_3,
@@ -115,6 +116,21 @@ def _score_keys(num_queries, keys_at, size, queries_at, scores_at, scores_stride
 
 
 @inlined
+def _score_page(
+    num_queries, keys_at, num_keys, size, queries_at, scores_at, scores_stride, next_values, next_keys, data
+):
+    """Write the products of a page's keys with queries, and ask for as much of what is read next."""
+    row_bytes = size * item_size(data)
+    for four in range(0, num_keys, 4):
+        offset = four * row_bytes
+        ask_for(next_values + offset, row_bytes // 16)
+        ask_for(next_keys + offset, row_bytes // 16)
+        _score_keys(
+            num_queries, keys_at + offset, size, queries_at, scores_at + 4 * four, scores_stride, data
+        )
+
+
+@inlined
 def _add_values(num_queries, values_at, size, weights_at, weights_stride, num_values, totals_at, data):
     """Add the values of a page to the totals of up to `MAX_QUERIES` queries, each times its weights."""
     if num_queries == 1:
@@ -125,6 +141,12 @@ def _add_values(num_queries, values_at, size, weights_at, weights_stride, num_va
         add_rows_to_3(values_at, size, weights_at, weights_stride, num_values, totals_at, size, size, data)
     else:
         add_rows_to_4(values_at, size, weights_at, weights_stride, num_values, totals_at, size, size, data)
+
+
+@inlined
+def _place_of(pair, page, pages_MW, num_kv_heads, head_bytes):
+    """Return how far behind all pages' begin the keys of a page lie, of a pair of a row and a key head."""
+    return (pages_MW[pair // num_kv_heads, page] * num_kv_heads + pair % num_kv_heads) * head_bytes
 
 
 @Kernel
@@ -159,7 +181,7 @@ def attend_pages(data):
         sine = carray(at_float32(table[12] + position * half * 4), half)
         row = i * num_columns
         if puts != 0:
-            place = (pages_MW[i, position // page_size] * num_kv_heads + head) * head_bytes
+            place = _place_of(pair, position // page_size, pages_MW, num_kv_heads, head_bytes)
             place += position % page_size * size * bytes_each
             first = row + (groups * num_kv_heads + head) * size
             key = carray(at(key_pages + place, data), size)
@@ -174,17 +196,23 @@ def attend_pages(data):
             for which in range(num_queries):
                 query = carray(at_float32(queries_at + 4 * which * size), size)
                 _turn_into(row + (first_query + which) * size, cosine, sine, qkv, half, scale, query)
-            for four in range(0, num_keys, 4):
-                keys_at = key_pages + (pages_MW[i, four // page_size] * num_kv_heads + head) * head_bytes
-                keys_at += four % page_size * size * bytes_each
-                scores_at = weights_at + 4 * four
-                _score_keys(num_queries, keys_at, size, queries_at, scores_at, longest, data)
+            for page in range(num_pages):
+                place = _place_of(pair, page, pages_MW, num_kv_heads, head_bytes)
+                # What is read next: these keys' values, and the next page's keys, or those of the next pair.
+                is_last = page + 1 == num_pages
+                next_pair, next_page = (min(pair + 1, end - 1), 0) if is_last else (pair, page + 1)
+                next_place = _place_of(next_pair, next_page, pages_MW, num_kv_heads, head_bytes)
+                _score_page(
+                    num_queries, key_pages + place, min(page_size, num_keys - page * page_size), size,
+                    queries_at, weights_at + page * page_size * 4, longest,
+                    value_pages + place, key_pages + next_place, data,
+                )  # fmt: skip
             for c in range(num_queries * size):
                 totals_C[c] = np.float32(0.0)
             for which in range(num_queries):
                 _to_weights(carray(at_float32(weights_at + 4 * which * longest), num_keys), num_keys)
             for page in range(num_pages):
-                values_at = value_pages + (pages_MW[i, page] * num_kv_heads + head) * head_bytes
+                values_at = value_pages + _place_of(pair, page, pages_MW, num_kv_heads, head_bytes)
                 num_seen = min(page_size, num_keys - page * page_size)
                 factors_at = weights_at + page * page_size * 4
                 _add_values(num_queries, values_at, size, factors_at, longest, num_seen, totals_at, data)

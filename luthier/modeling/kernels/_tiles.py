@@ -87,6 +87,7 @@ def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out):
                 step_bytes=STEP_BYTES,
                 out_stride=PANEL_OUTPUTS * 4,
                 sizes=(4, 2, 1),
+                steps_together=1,
             )
             return I64(0)
         weights, x, stride, num_steps, _, out = arguments

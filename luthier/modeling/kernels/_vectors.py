@@ -240,3 +240,21 @@ def _additions_to(num_outs: int) -> Any:
 add_rows_to_1, add_rows_to_2, add_rows_to_3, add_rows_to_4 = (
     _additions_to(number) for number in (1, 2, 3, 4)
 )
+
+
+@intrinsic
+def ask_for(_context, place, num_lines):
+    """Ask for lines of memory, of 64 bytes, that are read soon."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        lines = Memory(builder, is_bfloat16=False)
+
+        def ask(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            lines.prefetch(arguments[0], index)
+            return []
+
+        num_numbers = builder.mul(arguments[1], I64(LANES))
+        loop(builder, I64(0), num_numbers, LANES, [], ask)
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64, types.int64), generate
