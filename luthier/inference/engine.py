@@ -21,7 +21,7 @@ from luthier.inference import sampler
 from luthier.inference.crowding import Crowding
 from luthier.inference.faults import log_fault, to_told
 from luthier.inference.lane import Lane
-from luthier.inference.mail import posted_together
+from luthier.inference.mail import hand_over, holding_back
 from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
@@ -135,8 +135,7 @@ class EngineCore:
 
     def _step_lane(self, lane: Lane) -> bool:
         try:
-            with posted_together():
-                return lane.step()
+            return lane.step()
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one lane
             told = to_told(_LOG, "A lane, whose answers all end with an error,", error)
             for sequence in lane.drain():
@@ -152,6 +151,7 @@ class EngineCore:
             lane.sweep()
 
     def _prefill(self, sequences: list[Sequence]) -> None:
+        hand_over()
         batch, logits_BV = self._runner.prefill(sequences)
         self._accept(sequences, logits_BV)
         group = Group(sequences[0].key, sequences, batch)
@@ -168,6 +168,7 @@ class EngineCore:
         if not self._drop_done(group):
             self.scheduler.end(group)
             return
+        hand_over()
         logits_BV = self._runner.step(group.batch, [sequence.last_token_id for sequence in group.sequences])
         self._accept(group.sequences, logits_BV)
         if not self._drop_done(group):
@@ -176,9 +177,8 @@ class EngineCore:
     def _accept(self, sequences: list[Sequence], logits_BV: torch.Tensor) -> None:
         choices = sampler.choose(logits_BV, sequences)
         self.measures.count_step(len(sequences), sequences)
-        with posted_together():
-            for sequence, choice in zip(sequences, choices, strict=True):
-                sequence.accept(choice)
+        for sequence, choice in zip(sequences, choices, strict=True):
+            sequence.accept(choice)
 
     def _drop_done(self, group: Group) -> bool:
         rows = [row for row, sequence in enumerate(group.sequences) if not sequence.is_done]
@@ -313,19 +313,21 @@ class Engine:
             torch.get_num_threads()
             torch.set_num_threads(self._num_threads)
         crowding = Crowding(torch.get_num_threads())
-        try:
-            while not self._is_closed:
-                self._take_inbox()
-                started_at = time.monotonic()
-                self._core.step()
-                num_threads = crowding.num_threads
-                crowding.note(time.monotonic() - started_at)
-                if crowding.num_threads != num_threads:
-                    use_threads(crowding.num_threads)
-        finally:
-            # However it ends, nobody is left to wait.
-            self._is_closed = True
-            self._fail_all()
+        with holding_back():
+            try:
+                while not self._is_closed:
+                    self._take_inbox()
+                    started_at = time.monotonic()
+                    if not self._core.step():
+                        hand_over()
+                    num_threads = crowding.num_threads
+                    crowding.note(time.monotonic() - started_at)
+                    if crowding.num_threads != num_threads:
+                        use_threads(crowding.num_threads)
+            finally:
+                # However it ends, nobody is left to wait.
+                self._is_closed = True
+                self._fail_all()
 
     def _fail_all(self) -> None:
         error = UnavailableError("The model server was stopped; try again.")
@@ -342,12 +344,16 @@ class Engine:
         """Move what came in to the scheduler; sleep in the queue while there is nothing to do."""
         try:
             while True:
-                item = self._inbox.get(block=not self._core.has_work)
+                is_idle = not self._core.has_work
+                if is_idle:
+                    hand_over()
+                item = self._inbox.get(block=is_idle)
                 if item is None:
                     return
                 if isinstance(item, Sequence):
                     self._core.add(item)
                 else:
+                    hand_over()
                     item.run()
         except queue.Empty:
             return

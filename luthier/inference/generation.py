@@ -10,7 +10,7 @@ from luthier.data.tokens import StreamDecoder
 from luthier.inference.bases import ReadyModel
 from luthier.inference.echoes import Echo
 from luthier.inference.engine import Engine
-from luthier.inference.mail import mail_of
+from luthier.inference.mail import own_mail
 from luthier.inference.plans import Plan
 from luthier.inference.sequence import (
     ChoiceAt,
@@ -35,8 +35,7 @@ class Generation:
     """
 
     def __init__(self, ready: ReadyModel, plan: Plan, *, project_id: str = "") -> None:
-        self._loop = asyncio.get_running_loop()
-        self._mail = mail_of(self._loop)
+        self._mail = own_mail()
         self._events: asyncio.Queue[IndexedEvent] = asyncio.Queue()
         self.num_prompt_tokens = sum(map(len, plan.prompts))
         self._num_open = plan.num_choices
@@ -121,7 +120,7 @@ class Generation:
 
     def _emit(self, index: int, event: SequenceEvent) -> None:
         try:
-            self._mail.post(self._loop, self._events, (index, event))
+            self._mail.post(self._events, (index, event))
         except RuntimeError:
             # The loop is closed: the process is ending and nobody waits for this answer.
             self.sequences[index].cancel()

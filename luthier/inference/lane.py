@@ -14,6 +14,7 @@ import torch
 from luthier.core.errors import OutOfMemoryError
 from luthier.inference import sampler
 from luthier.inference.faults import to_told
+from luthier.inference.mail import hand_over
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.scoring import score_stretch
@@ -260,7 +261,7 @@ class Lane:
 
     def _run(self, work: list[tuple[_Row, Stretch]]) -> None:
         try:
-            logits_RV = self.model.step([stretch for _, stretch in work])
+            logits_RV = self.model.step([stretch for _, stretch in work], on_launch=hand_over)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
             if len(work) == 1:
                 self._fail(work[0][0], error)

@@ -1,7 +1,15 @@
-"""Events of the engine's thread on their way to an event loop, which is woken once for many of them."""
+"""Events of the engine's thread on their way to an event loop, which is woken once for many of them.
+
+A thread that wakes an event loop of its own process loses the interpreter's lock to it, for as long as the
+loop has something to do. So the engine's thread holds its mails back until it is about to compute without
+the lock, and rings without giving it up.
+"""
 
 import asyncio
+import ctypes
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,77 +18,98 @@ from weakref import WeakKeyDictionary
 
 EventT = TypeVar("EventT")
 
+# Rings that are answered at a time.
+_MOST_RINGS = 64
+# Unlike all that Python offers it keeps the interpreter's lock during the call.
+_write = ctypes.PyDLL(None).write
+_write.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+_write.restype = ctypes.c_ssize_t
+
 
 class Mail(Generic[EventT]):
-    """Events for the queues of one event loop."""
+    """Events for the queues of one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        loop: the running loop; it is not held, or no loop would ever be let go of.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
         self._posted: deque[tuple[asyncio.Queue[EventT], EventT]] = deque()
-        self._is_called = False
+        self._is_rung = False
+        self._heard, self._bell = os.pipe()
+        for end in (self._heard, self._bell):
+            os.set_blocking(end, False)
+            weakref.finalize(loop, os.close, end)
+        loop.add_reader(self._heard, self._deliver)
 
-    def post(self, loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[EventT]", event: EventT) -> None:
+    def post(self, queue: "asyncio.Queue[EventT]", event: EventT) -> None:
         """Put an event into a queue of the loop; from any thread.
 
         Args:
-            loop: the mail's own.
             queue: one of that loop.
             event: what to put.
 
         Raises:
             RuntimeError: when the loop is closed.
         """
-        if loop.is_closed():
+        loop = self._loop()
+        if loop is None or loop.is_closed():
             raise RuntimeError("The event loop is closed.")
         self._posted.append((queue, event))
-        held: dict[Mail[EventT], asyncio.AbstractEventLoop] | None = getattr(_HELD, "mails", None)
-        if held is not None:
-            held[self] = loop
+        held: set[Mail[Any]] | None = getattr(_HELD, "mails", None)
+        if held is None:
+            self.ring()
         else:
-            self.wake(loop)
+            held.add(self)
 
-    def wake(self, loop: asyncio.AbstractEventLoop) -> None:
+    def ring(self) -> None:
         """Let the loop deliver what was posted, unless it was told to already."""
-        if not self._is_called:
-            self._is_called = True
-            loop.call_soon_threadsafe(self._deliver)
+        if not self._is_rung:
+            self._is_rung = True
+            # It fails only where the pipe is full of rings that nobody answered yet.
+            _write(self._bell, b"!", 1)
 
     def _deliver(self) -> None:
-        # First, so that what is posted from now on calls again: once too often does no harm.
-        self._is_called = False
+        os.read(self._heard, _MOST_RINGS)
+        # First, so that what is posted from now on rings again: once too often does no harm.
+        self._is_rung = False
         while self._posted:
             queue, event = self._posted.popleft()
             queue.put_nowait(event)
 
 
 _HELD = threading.local()
-# It must not hold its loop, or no loop would ever be let go of.
 _MAILS: "WeakKeyDictionary[asyncio.AbstractEventLoop, Mail[Any]]" = WeakKeyDictionary()
 
 
-def mail_of(loop: asyncio.AbstractEventLoop) -> "Mail[Any]":
-    """Return the mail of a loop."""
-    return _MAILS.setdefault(loop, Mail())
+def own_mail() -> "Mail[Any]":
+    """Return the mail of the running event loop."""
+    loop = asyncio.get_running_loop()
+    mail = _MAILS.get(loop)
+    if mail is None:
+        mail = _MAILS[loop] = Mail(loop)
+    return mail
 
 
 @contextmanager
-def posted_together() -> Iterator[None]:
-    """Wake no loop for what this thread posts before all of it is there.
-
-    A loop that wakes at the first of many events takes the interpreter from the thread that posts the others.
+def holding_back() -> Iterator[None]:
+    """Wake no loop for what this thread posts before `hand_over` or the end.
 
     Yields:
         Nothing.
     """
-    held: dict[Mail[Any], asyncio.AbstractEventLoop] = {}
     outer = getattr(_HELD, "mails", None)
-    _HELD.mails = held
+    _HELD.mails = set()
     try:
         yield
     finally:
+        hand_over()
         _HELD.mails = outer
-        for mail, loop in held.items():
-            try:
-                mail.wake(loop)
-            except RuntimeError:
-                # The loop was closed meanwhile: the process is ending and nobody waits for these.
-                continue
+
+
+def hand_over() -> None:
+    """Let the loops deliver what this thread holds back: when it is about to wait, or to compute for long."""
+    held: set[Mail[Any]] = getattr(_HELD, "mails", None) or set()
+    while held:
+        held.pop().ring()

@@ -9,7 +9,7 @@ Legend: N tokens of a step (M single ones first, then T of each stretch), D hidd
 and v, K attended columns, F feed-forward size, H key heads, C head size, V vocabulary, R asked-for rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -194,11 +194,12 @@ class PackedLlama:
         return PlainOps(self.heads, self.site_widths)
 
     @torch.inference_mode()
-    def step(self, stretches: Sequence[Stretch]) -> torch.Tensor:
+    def step(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None = None) -> torch.Tensor:
         """Run tokens, and put their keys and values into their sequences' pages.
 
         Args:
             stretches: at most one a sequence.
+            on_launch: called when all is prepared, before the long work without the interpreter's lock.
 
         Returns:
             logits_RV, float32, those that each stretch wants, in order; they may be overwritten by the next
@@ -213,7 +214,9 @@ class PackedLlama:
             if end > self.context_length or end > len(one.pages) * PAGE_SIZE:
                 raise ValueError("A stretch is longer than its pages, or than the context.")
         if self._programs is not None and self._programs.can_run(self, stretches):
-            return self._programs.step(self, stretches)
+            return self._programs.step(self, stretches, on_launch)
+        if on_launch is not None:
+            on_launch()
         singles = [one for one in stretches if len(one) == 1]
         # Those whose tokens attend by themselves come first.
         chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)

@@ -8,7 +8,7 @@ Legend: M rows of one token each, W pages of the longest sequence, V vocabulary.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,7 +55,12 @@ class DecodePrograms:
         is_narrow = 0 < len(stretches) <= MAX_ROWS and isinstance(llama.ops, CompiledOps)
         return is_narrow and all(len(one) == 1 and one.num_logits == 1 for one in stretches)
 
-    def step(self, llama: "PackedLlama", stretches: Sequence["Stretch"]) -> torch.Tensor:
+    def step(
+        self,
+        llama: "PackedLlama",
+        stretches: Sequence["Stretch"],
+        on_launch: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
         """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
         num_rows = len(stretches)
         for row, one in enumerate(stretches):
@@ -64,7 +69,10 @@ class DecodePrograms:
             self._pages[row, :width] = one.pages[:width]
         rows = SingleRows([one.adapter for one in stretches], self._adapters_M[:num_rows])
         llama.embed(stretches, self._buffers.stream_ND[:num_rows])
-        self._program(llama, rows).run()
+        program = self._program(llama, rows)
+        if on_launch is not None:
+            on_launch()
+        program.run()
         return self._wide_MV[:num_rows].copy_(self._logits_MV[:num_rows])
 
     def _program(self, llama: "PackedLlama", rows: SingleRows) -> "Program":

@@ -1,12 +1,16 @@
-"""Events reach their queues in order, and a loop is woken once for what was posted together."""
+"""Events reach their queues in order, and a loop is woken once for what was held back together."""
 
 import asyncio
+import gc
+import os
+import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
-from luthier.inference.mail import mail_of, posted_together
+from luthier.inference.mail import Mail, hand_over, holding_back, own_mail
 
 
 def run_in_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
@@ -21,37 +25,53 @@ def run_in_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
     return done
 
 
-def test_what_is_posted_together_wakes_the_loop_once_and_after_the_last(
+def test_what_is_held_back_wakes_the_loop_once_when_it_is_handed_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def main() -> list[int]:
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[int]()
-        mail, wakes = mail_of(loop), []
-        assert mail is mail_of(loop)
-        wake = mail.wake
-        monkeypatch.setattr(mail, "wake", lambda loop: (wakes.append(len(mail._posted)), wake(loop)))
+        queue, mail, rings = asyncio.Queue[int](), own_mail(), []
+        assert mail is own_mail()
+        ring = mail.ring
+        monkeypatch.setattr(mail, "ring", lambda: (rings.append(len(mail._posted)), ring()))
 
         def post() -> None:
-            with posted_together():
+            with holding_back():
                 for number in range(3):
-                    mail.post(loop, queue, number)
-            mail.post(loop, queue, 3)
+                    mail.post(queue, number)
+                assert rings == []
+                hand_over()
+                assert rings == [3]
+                hand_over()
+                mail.post(queue, 3)
+                assert len(rings) == 1
+            assert len(rings) == 2
+            mail.post(queue, 4)
 
         await run_in_thread(post)
-        assert wakes[0] == 3
-        assert len(wakes) == 2
-        return [await asyncio.wait_for(queue.get(), 5) for _ in range(4)]
+        assert len(rings) == 3
+        return [await asyncio.wait_for(queue.get(), 5) for _ in range(5)]
 
-    assert asyncio.run(main()) == [0, 1, 2, 3]
+    assert asyncio.run(main()) == [0, 1, 2, 3, 4]
+
+
+def test_a_loop_is_rung_once_until_it_delivers() -> None:
+    async def main() -> list[int]:
+        queue, mail = asyncio.Queue[int](), own_mail()
+        for number in range(200_000):
+            # More rings than a pipe holds bytes, had each been one.
+            mail.post(queue, number)
+        return [await asyncio.wait_for(queue.get(), 5) for _ in range(200_000)]
+
+    assert asyncio.run(main()) == list(range(200_000))
 
 
 def test_what_was_posted_before_a_fault_arrives_all_the_same() -> None:
     async def main() -> int:
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[int]()
+        queue, mail = asyncio.Queue[int](), own_mail()
 
         def post() -> None:
-            with pytest.raises(ValueError, match="fault"), posted_together():
-                mail_of(loop).post(loop, queue, 1)
+            with pytest.raises(ValueError, match="fault"), holding_back():
+                mail.post(queue, 1)
                 raise ValueError("fault")
 
         await run_in_thread(post)
@@ -60,9 +80,48 @@ def test_what_was_posted_before_a_fault_arrives_all_the_same() -> None:
     assert asyncio.run(main()) == 1
 
 
-def test_a_closed_loop_takes_nothing() -> None:
+def test_a_ring_keeps_the_interpreter() -> None:
+    async def main() -> None:
+        mail, deliveries = own_mail(), []
+        deliver = mail._deliver
+        loop = asyncio.get_running_loop()
+        loop.add_reader(mail._heard, lambda: (deliveries.append(time.perf_counter()), deliver()))
+        returned: list[float] = []
+
+        def post() -> None:
+            # The loop's thread is asleep when it is rung.
+            time.sleep(0.1)
+            before = sys.getswitchinterval()
+            sys.setswitchinterval(5.0)
+            try:
+                mail.post(asyncio.Queue(), 1)
+                end = time.perf_counter() + 0.05
+                while time.perf_counter() < end:
+                    pass
+                returned.append(time.perf_counter())
+            finally:
+                sys.setswitchinterval(before)
+
+        await run_in_thread(post)
+        # The loop was woken at once, and had to wait until the other thread gave the interpreter up.
+        assert deliveries[0] > returned[0]
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_gone_takes_nothing_and_leaves_no_pipe() -> None:
+    async def main() -> Mail[int]:
+        return own_mail()
+
     loop = asyncio.new_event_loop()
-    mail = mail_of(loop)
+    mail = loop.run_until_complete(main())
     loop.close()
     with pytest.raises(RuntimeError, match="closed"):
-        mail.post(loop, asyncio.Queue(), 1)
+        mail.post(asyncio.Queue(), 1)
+    os.fstat(mail._bell)
+    del loop
+    gc.collect()
+    with pytest.raises(RuntimeError, match="closed"):
+        mail.post(asyncio.Queue(), 1)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(mail._bell)
