@@ -26,6 +26,7 @@ from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
 from luthier.modeling.kernels._threads import use_threads
+from luthier.modeling.logits import Logits
 
 _LOG = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class EngineCore:
             self.scheduler.end(group)
 
     def _accept(self, sequences: list[Sequence], logits_BV: torch.Tensor) -> None:
-        choices = sampler.choose(logits_BV, sequences)
+        choices = sampler.choose(Logits.of(logits_BV), sequences)
         self.measures.count_step(len(sequences), sequences)
         for sequence, choice in zip(sequences, choices, strict=True):
             sequence.accept(choice)

@@ -21,6 +21,7 @@ from luthier.inference.scoring import score_stretch
 from luthier.inference.sequence import Sequence
 from luthier.inference.waiting import WaitingLine
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
+from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama, Stretch
 
@@ -261,7 +262,7 @@ class Lane:
 
     def _run(self, work: list[tuple[_Row, Stretch]]) -> None:
         try:
-            logits_RV = self.model.step([stretch for _, stretch in work], on_launch=hand_over)
+            logits = self.model.step([stretch for _, stretch in work], on_launch=hand_over)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
             if len(work) == 1:
                 self._fail(work[0][0], error)
@@ -274,13 +275,13 @@ class Lane:
             row.num_done += len(stretch)
             self._pool.name(row.chain, row.tokens, row.num_done)
         if any(stretch.wants_all_logits for _, stretch in work):
-            logits_RV = _score(work, logits_RV)
+            logits = _score(work, logits)
         answering = [row for row, stretch in work if stretch.wants_logits]
         sequences = [row.sequence for row in answering]
         self.measures.count_step(len(work), sequences)
         if not answering:
             return
-        for row, choice in zip(answering, sampler.choose(logits_RV, sequences), strict=True):
+        for row, choice in zip(answering, sampler.choose(logits, sequences), strict=True):
             if not row.sequence.is_done:
                 row.sequence.accept(choice)
                 row.tokens.append(choice.token_id)
@@ -341,8 +342,8 @@ class Lane:
                 last.append(Stretch(token_ids[-1:], end, chain.pages, described))
             if before:
                 self.model.step(before)
-            logits_RV: torch.Tensor = self.model.step(last)
-            return logits_RV.clone()
+            # A copy: they lie where the next step writes its own.
+            return self.model.step(last).wide().clone()
         finally:
             for chain in chains:
                 self._pool.release(chain)
@@ -357,17 +358,17 @@ class Lane:
         return chain
 
 
-def _score(work: list[tuple[_Row, Stretch]], logits_RV: torch.Tensor) -> torch.Tensor:
+def _score(work: list[tuple[_Row, Stretch]], logits: Logits) -> Logits:
     """Tell the rows that want it of their prompts, and return the logits that answers go on from."""
     last, end = [], 0
     for row, stretch in work:
         begin, end = end, end + stretch.num_logits
         if stretch.wants_all_logits:
             num_virtual = 0 if row.adapter is None else row.adapter.num_virtual_tokens
-            score_stretch(row.sequence, stretch.first - num_virtual, logits_RV[begin:end])
+            score_stretch(row.sequence, stretch.first - num_virtual, logits.held_RV[begin:end].float())
         if stretch.wants_logits:
             last.append(end - 1)
-    return logits_RV[torch.tensor(last, dtype=torch.long, device=logits_RV.device)]
+    return Logits(logits.held_RV[last], [logits.best[row] for row in last])
 
 
 def _write_virtual(model: PackedLlama, adapter: PackedAdapter, pages: list[int], start: int) -> None:

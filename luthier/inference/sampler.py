@@ -11,6 +11,7 @@ import torch
 from luthier.core.errors import LuthierError, SelfCheckError
 from luthier.inference.faults import to_told
 from luthier.inference.sequence import Choice, Grammar, Sequence
+from luthier.modeling.logits import UNSOUND, Logits
 
 _LOG = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _NUCLEUS_NATS = 10.0
 
 
 @torch.inference_mode()
-def choose(logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+def choose(logits: Logits, sequences: list[Sequence]) -> list[Choice]:
     """Choose a token for every row.
 
     A row's choice depends on its own logits, options, grammar and generator only, so a seed gives the same
@@ -31,22 +32,19 @@ def choose(logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
     means nothing) and nobody else's.
 
     Args:
-        logits_BV: float32 [B, V], on any device; left as they are.
+        logits: of B rows, on any device; left as they are.
         sequences: the B rows' sequences.
 
     Returns:
         B choices, with log-probabilities where a sequence asks for them.
     """
-    largest_B, ids_B = logits_BV.max(dim=-1)
-    # A NaN anywhere in a row is its maximum; the greedy choice alone would hide it.
-    is_finite_B = torch.isfinite(largest_B)
-    is_sound = None if bool(is_finite_B.all()) else is_finite_B.tolist()
-    choices = [Choice(token_id) for token_id in ids_B.tolist()]
+    choices = [Choice(token_id) for token_id in logits.best]
     for row, sequence in enumerate(sequences):
-        if is_sound is not None and not is_sound[row]:
+        if logits.best[row] == UNSOUND:
+            # The greedy choice alone would hide it.
             sequence.fail(SelfCheckError("The model's logits are not finite; the answer was stopped."))
         elif not sequence.is_plainly_greedy and not sequence.is_done:
-            choices[row] = _choose_row(logits_BV[row], sequence, choices[row])
+            choices[row] = _choose_row(logits.row(row), sequence, choices[row])
     return choices
 
 

@@ -34,6 +34,7 @@ from luthier.modeling.kernels.served_rows import (
 )
 from luthier.modeling.kernels.serving import CompiledOps, Ops
 from luthier.modeling.kernels.serving_plain import PlainOps
+from luthier.modeling.logits import Logits
 from luthier.modeling.packed_blocks import Block, WeightMemory, linears_of, pack_block
 from luthier.modeling.packed_program import DecodePrograms
 
@@ -202,8 +203,7 @@ class PackedLlama:
             on_launch: called when all is prepared, before the long work without the interpreter's lock.
 
         Returns:
-            logits_RV, float32, those that each stretch wants, in order; they may be overwritten by the next
-            step.
+            Those that each stretch wants, in order; they may be overwritten by the next step.
 
         Raises:
             ValueError: when a stretch reaches beyond its pages or the context.
@@ -322,7 +322,7 @@ class PackedLlama:
         stretches: Sequence[Stretch],
         singles: list[Stretch],
         places: list[Chunk],
-    ) -> torch.Tensor:
+    ) -> Logits:
         ends = {id(one): row + 1 for row, one in enumerate(singles)}
         ends |= {id(chunk.stretch): chunk.tokens.stop for chunk in places}
         wanted: list[int] = []
@@ -330,10 +330,10 @@ class PackedLlama:
             end = ends[id(one)]
             wanted.extend(range(end - one.num_logits, end))
         if not wanted:
-            return stream_ND.new_empty(0, self.vocabulary_size, dtype=torch.float32)
+            return Logits(stream_ND.new_empty(0, self.vocabulary_size), [])
         wanted_R = torch.tensor(wanted, device=self.device)
         own_RD = stream_ND[wanted_R]
-        return self.run_head(own_RD, change_ND[wanted_R], torch.empty_like(own_RD)).float()
+        return Logits.of(self.run_head(own_RD, change_ND[wanted_R], torch.empty_like(own_RD)))
 
     def _attends_at_once(self, chunk: Stretch) -> bool:
         return chunk.first + len(chunk) > self.ops.max_alone

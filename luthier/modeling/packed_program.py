@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels.best import find_best
 from luthier.modeling.kernels.served_rows import PAGE_SIZE, SingleRows, TokenRows
 from luthier.modeling.kernels.serving import CompiledOps
+from luthier.modeling.logits import Logits
 
 if TYPE_CHECKING:
     from luthier.modeling.kernels._threads import Program
@@ -38,8 +40,7 @@ class DecodePrograms:
     def __init__(self, llama: "PackedLlama") -> None:
         self._buffers = llama.make_buffers(MAX_ROWS)
         self._logits_MV = llama.embedding_VD.new_empty(MAX_ROWS, llama.vocabulary_size)
-        # Memory that is taken anew for each step would be cleared anew, page by page.
-        self._wide_MV = torch.empty(MAX_ROWS, llama.vocabulary_size)
+        self._best_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         num_pages = -(-llama.context_length // PAGE_SIZE)
         self._positions_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         self._pages_MW = torch.zeros(MAX_ROWS, num_pages, dtype=torch.int64)
@@ -60,7 +61,7 @@ class DecodePrograms:
         llama: "PackedLlama",
         stretches: Sequence["Stretch"],
         on_launch: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
+    ) -> Logits:
         """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
         num_rows = len(stretches)
         for row, one in enumerate(stretches):
@@ -73,7 +74,7 @@ class DecodePrograms:
         if on_launch is not None:
             on_launch()
         program.run()
-        return self._wide_MV[:num_rows].copy_(self._logits_MV[:num_rows])
+        return Logits(self._logits_MV[:num_rows], self._best_M[:num_rows].tolist())
 
     def _program(self, llama: "PackedLlama", rows: SingleRows) -> "Program":
         assert isinstance(llama.ops, CompiledOps)
@@ -98,9 +99,12 @@ class DecodePrograms:
         runner = kernels.compiled_address("run_program", llama.dtype)
         with recording(runner) as program:
             change_MD = llama.run_layers(buffers, Work(rows, tokens))
-            llama.run_head(buffers.stream_ND, change_MD, buffers.normed_ND, self._logits_MV[:num_rows])
-        # Two norms, attention, a gate and four products a block, and what adapters add; a norm and the head.
+            logits_MV = self._logits_MV[:num_rows]
+            llama.run_head(buffers.stream_ND, change_MD, buffers.normed_ND, logits_MV)
+            find_best(logits_MV, self._best_M[:num_rows])
+        # Two norms, attention, a gate and four products a block, and what adapters add; a norm, the head and
+        # the likeliest tokens.
         num_kernels = 8 + 4 * rows.has_low_ranks + 2 * rows.has_bottlenecks
-        if len(program) != llama.num_layers * num_kernels + 2:
+        if len(program) != llama.num_layers * num_kernels + 3:
             raise RuntimeError(f"A step of {len(program)} kernels was recorded, not what a step has.")
         return program

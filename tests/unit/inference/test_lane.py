@@ -235,11 +235,11 @@ def test_a_row_that_fails_in_a_step_fails_alone(
     bad, good = ask(models[1], 1), ask(models[2], 1)
     step = lane.model.step
 
-    def failing(stretches: Any) -> torch.Tensor:
+    def failing(stretches: Any, **how: Any) -> Any:
         described = models[1].adapter.described if models[1].adapter else None
         if any(one.adapter is described for one in stretches):
             raise RuntimeError("the adapter is broken")
-        return step(stretches)
+        return step(stretches, **how)
 
     monkeypatch.setattr(lane.model, "step", failing)
     for asked in (bad, good):
@@ -249,24 +249,14 @@ def test_a_row_that_fails_in_a_step_fails_alone(
     assert isinstance(bad.events[-1], Failure)
 
 
-def test_a_row_whose_logits_are_not_finite_fails_alone(
-    base_folder: Path, models: list[Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_whose_logits_are_not_finite_fails_alone(base_folder: Path, models: list[Model]) -> None:
     lane = make_lane(base_folder)
     bad, good = ask(models[1], 1), ask(models[2], 1)
     for asked in (bad, good):
         lane.add(asked.sequence)
     lane.step()
-    step = lane.model.step
-
-    def poisoned(stretches: Any) -> torch.Tensor:
-        logits_RV = step(stretches)
-        logits_RV[0] = torch.nan
-        return logits_RV
-
-    monkeypatch.setattr(lane.model, "step", poisoned)
-    lane.step()
-    monkeypatch.undo()
+    [row] = [row for row in lane._rows if row.sequence is bad.sequence]
+    lane.model.pages.values[:, row.chain.pages[0]] = torch.nan
     run_dry(lane)
     assert good.token_ids == good.expected
     assert isinstance(bad.events[-1], Failure)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from luthier.core.errors import SelfCheckError
-from luthier.inference.sampler import MIN_LOGPROB, choose
-from luthier.inference.sequence import SamplingOptions, Sequence
+from luthier.inference import sampler
+from luthier.inference.sampler import MIN_LOGPROB
+from luthier.inference.sequence import Choice, SamplingOptions, Sequence
+from luthier.modeling.logits import Logits
 
 
 class _NoText:
@@ -38,6 +40,10 @@ def sequence(grammar: Any = None, **options: Any) -> Any:
 
 def logits(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows)
+
+
+def choose(logits_BV: torch.Tensor, rows: list[Sequence]) -> list[Choice]:
+    return sampler.choose(Logits.of(logits_BV), rows)
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:

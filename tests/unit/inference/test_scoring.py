@@ -24,6 +24,7 @@ from luthier.inference.sequence import (
     SequenceEvent,
 )
 from luthier.methods import method_of_artifact
+from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
@@ -154,11 +155,11 @@ def test_a_prompt_whose_logits_are_not_finite_fails_alone(
     good, good_events = ask(models[1], PROMPTS[1], 4, 1)
     step = lane.model.step
 
-    def poisoned(stretches: Any) -> torch.Tensor:
-        logits_RV = step(stretches)
+    def poisoned(stretches: Any, **how: Any) -> Logits:
+        logits: Logits = step(stretches, **how)
         if stretches[0].adapter is models[0].adapter.described:
-            logits_RV[1] = torch.nan
-        return logits_RV
+            logits.held_RV[1] = torch.nan
+        return logits
 
     monkeypatch.setattr(lane.model, "step", poisoned)
     for sequence in (bad, good):

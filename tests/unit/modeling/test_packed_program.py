@@ -65,13 +65,16 @@ def run_both_ways(base: PackedLlama, step: list[Stretch]) -> tuple[torch.Tensor,
     keys, values = base.pages.keys.clone(), base.pages.values.clone()
     programs = base._programs
     assert programs is not None
-    as_program = base.step(step)
+    told = base.step(step)
+    as_program = told.wide()
     after = base.pages.keys.clone(), base.pages.values.clone()
     base.pages.keys.copy_(keys)
     base.pages.values.copy_(values)
     base._programs = None
-    launched = base.step(step)
+    again = base.step(step)
+    launched = again.wide()
     base._programs = programs
+    assert told.best == again.best == launched.argmax(dim=-1).tolist()
     assert torch.equal(after[0], base.pages.keys)
     assert torch.equal(after[1], base.pages.values)
     return as_program, launched
