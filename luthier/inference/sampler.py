@@ -11,6 +11,7 @@ import torch
 from luthier.core.errors import LuthierError, SelfCheckError
 from luthier.inference.faults import to_told
 from luthier.inference.sequence import Choice, Grammar, Sequence
+from luthier.modeling.kernels.choosing import can_draw, draw
 from luthier.modeling.logits import UNSOUND, Logits
 
 _LOG = logging.getLogger(__name__)
@@ -39,13 +40,39 @@ def choose(logits: Logits, sequences: list[Sequence]) -> list[Choice]:
         B choices, with log-probabilities where a sequence asks for them.
     """
     choices = [Choice(token_id) for token_id in logits.best]
+    drawn: list[int] = []
+    draws_at_once = can_draw(logits.held_RV)
     for row, sequence in enumerate(sequences):
         if logits.best[row] == UNSOUND:
             # The greedy choice alone would hide it.
             sequence.fail(SelfCheckError("The model's logits are not finite; the answer was stopped."))
-        elif not sequence.is_plainly_greedy and not sequence.is_done:
+        elif sequence.is_plainly_greedy or sequence.is_done:
+            continue
+        elif draws_at_once and sequence.is_plainly_drawn:
+            drawn.append(row)
+        else:
             choices[row] = _choose_row(logits.row(row), sequence, choices[row])
+    if drawn:
+        _draw_rows(logits, drawn, sequences, choices)
     return choices
+
+
+def _draw_rows(logits: Logits, rows: list[int], sequences: list[Sequence], choices: list[Choice]) -> None:
+    """Draw the tokens of rows of which nothing else is asked, and put them among the choices."""
+    points = [_point(sequences[row], logits.held_RV.device) for row in rows]
+    found = draw(
+        logits.held_RV,
+        rows,
+        [logits.best[row] for row in rows],
+        temperatures=[_temperature(sequences[row]) for row in rows],
+        top_p=[sequences[row].options.top_p for row in rows],
+        points=[float(point) for point in points],
+    )
+    for row, point, token_id in zip(rows, points, found, strict=True):
+        if token_id is None:
+            choices[row] = Choice(_draw(logits.row(row), sequences[row], point))
+        else:
+            choices[row] = Choice(token_id)
 
 
 def _choose_row(logits_V: torch.Tensor, sequence: Sequence, best: Choice) -> Choice:
@@ -70,7 +97,7 @@ def _choose_token(logits_V: torch.Tensor, sequence: Sequence, best_id: int) -> i
         logits_V = _restrict(logits_V, grammar)
     if options.temperature == 0.0:
         return int(logits_V.argmax())
-    return _draw(logits_V, sequence)
+    return _draw(logits_V, sequence, _point(sequence, logits_V.device))
 
 
 def _weigh(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
@@ -100,22 +127,31 @@ def _restrict(logits_V: torch.Tensor, grammar: Grammar) -> torch.Tensor:
     return logits_V.masked_fill(torch.from_numpy(is_out).to(logits_V.device), -torch.inf)
 
 
-def _draw(logits_V: torch.Tensor, sequence: Sequence) -> int:
-    options = sequence.options
+def _draw(logits_V: torch.Tensor, sequence: Sequence, point: torch.Tensor) -> int:
+    # The largest becomes 0 before the division, so that a tiny temperature can't overflow.
+    scaled_V = (logits_V - logits_V.max()) / _temperature(sequence)
+    if sequence.options.top_p >= 1.0:
+        return _invert(torch.softmax(scaled_V, dim=-1), point)
+    probs_K, ids_K = _nucleus(scaled_V, sequence.options.top_p)
+    return int(ids_K[_invert(probs_K, point)])
+
+
+def _temperature(sequence: Sequence) -> float:
+    return max(sequence.options.temperature, _MIN_TEMPERATURE)
+
+
+def _point(sequence: Sequence, device: torch.device) -> torch.Tensor:
+    """Return a uniform float64 of [0, 1) from the sequence's own generator.
+
+    One a token, whatever the vocabulary: a noise for each of its tokens takes milliseconds.
+    """
     if sequence.generator is None:
-        sequence.generator = torch.Generator(device=logits_V.device)
-        if options.seed is None:
+        sequence.generator = torch.Generator(device=device)
+        if sequence.options.seed is None:
             sequence.generator.seed()
         else:
-            sequence.generator.manual_seed(options.seed)
-    # The largest becomes 0 before the division, so that a tiny temperature can't overflow.
-    scaled_V = (logits_V - logits_V.max()) / max(options.temperature, _MIN_TEMPERATURE)
-    # One number a token, whatever the vocabulary: a noise for each of its tokens takes milliseconds.
-    point = torch.rand(1, generator=sequence.generator, device=logits_V.device, dtype=torch.float64)
-    if options.top_p >= 1.0:
-        return _invert(torch.softmax(scaled_V, dim=-1), point)
-    probs_K, ids_K = _nucleus(scaled_V, options.top_p)
-    return int(ids_K[_invert(probs_K, point)])
+            sequence.generator.manual_seed(sequence.options.seed)
+    return torch.rand(1, generator=sequence.generator, device=device, dtype=torch.float64)
 
 
 def _invert(probs_K: torch.Tensor, point: torch.Tensor) -> int:

@@ -71,14 +71,9 @@ class SamplingOptions:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
-    def is_plainly_greedy(self) -> bool:
-        """Whether the likeliest token is all that is asked for."""
-        return (
-            self.temperature == 0.0
-            and self.num_logprobs is None
-            and not self.logit_bias
-            and not self.has_penalties
-        )
+    def is_plain(self) -> bool:
+        """Whether the model's own logits decide, and nothing but a token is asked for."""
+        return self.num_logprobs is None and not self.logit_bias and not self.has_penalties
 
 
 @dataclass(frozen=True)
@@ -180,7 +175,9 @@ class Sequence:
     def __post_init__(self) -> None:
         self._stops = StopMatcher(self.options.stop)
         # Asked of every row at every step.
-        self.is_plainly_greedy = self.options.is_plainly_greedy and self.grammar is None
+        is_plain = self.options.is_plain and self.grammar is None
+        self.is_plainly_greedy = is_plain and self.options.temperature == 0.0
+        self.is_plainly_drawn = is_plain and self.options.temperature > 0.0
 
     @property
     def max_num_tokens(self) -> int:

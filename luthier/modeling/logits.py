@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from luthier.modeling.kernels.best import UNSOUND, find_best
+from luthier.modeling.kernels.choosing import UNSOUND, find_best
 
 
 @dataclass(frozen=True)

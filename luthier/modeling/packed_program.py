@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.modeling import kernels
-from luthier.modeling.kernels.best import find_best
+from luthier.modeling.kernels.choosing import find_best
 from luthier.modeling.kernels.served_rows import PAGE_SIZE, SingleRows, TokenRows
 from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.logits import Logits

@@ -23,8 +23,8 @@ _TYPES = {torch.float32, torch.bfloat16}
 _FLOAT32, _INT32 = struct.Struct("=f"), struct.Struct("=i")
 # Kernels of a decode step, which serving.py calls.
 SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "gated_silu")
-# What finds the likeliest tokens (best.py).
-CHOOSING = ("find_best",)
+# What chooses tokens (choosing.py).
+CHOOSING = ("find_best", "draw")
 # What lays low-rank updates out for it and for a training step (laying.py).
 LAYING = ("lay_low_ranks", "widen_low_ranks")
 # Those that work on weights in the layout of tiles, and what runs a step of them; for bfloat16 alone.

@@ -1,6 +1,6 @@
 """All kernels as compiled loops for a CPU."""
 
-from luthier.modeling.kernels._best import find_best
+from luthier.modeling.kernels._choosing import draw, find_best
 from luthier.modeling.kernels._heads import (
     merge_heads,
     merge_heads_backward,
@@ -37,6 +37,7 @@ __all__ = [
     "attend_stretches",
     "causal_softmax",
     "causal_softmax_backward",
+    "draw",
     "find_best",
     "gated_silu",
     "gated_silu_backward",

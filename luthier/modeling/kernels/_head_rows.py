@@ -98,8 +98,8 @@ def _turning(*, is_inverse: bool) -> Any:
 turn_row, turn_row_back = _turning(is_inverse=False), _turning(is_inverse=True)
 
 
-def _exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """Emit what `_language.exponential` computes, for a vector."""
+def exponential_16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Emit what `_language.exponential` computes, for 16 numbers."""
 
     lowest, highest = constant(VECTOR, EXP_LOWEST), constant(VECTOR, EXP_HIGHEST)
     x = builder.select(builder.fcmp_ordered("<", x, lowest), lowest, x)
@@ -188,7 +188,7 @@ def softmax_row(_context, scores, seen, size, like):
             highest = larger([builder.shuffle_vector(highest, highest, others)], highest)
 
         def power(found: list[ir.Value]) -> ir.Value:
-            return _exponential(builder, builder.fsub(found[0], highest))
+            return exponential_16(builder, builder.fsub(found[0], highest))
 
         zero = constant(VECTOR, 0.0)
         total = sum_lanes(

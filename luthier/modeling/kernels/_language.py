@@ -142,8 +142,8 @@ def _pointer_to(held: Any) -> Any:
     return pointer
 
 
-at_float32, at_int64, at_int32, at_uint8 = (
-    _pointer_to(held) for held in (types.float32, types.int64, types.int32, types.uint8)
+at_float32, at_float64, at_int64, at_int32, at_uint8 = (
+    _pointer_to(held) for held in (types.float32, types.float64, types.int64, types.int32, types.uint8)
 )
 
 

@@ -170,6 +170,20 @@ def test_penalties_and_biases_move_the_choice_and_not_the_reported_logprobs() ->
     assert choose(logits([9.0, 1.0, -80.0]), [row])[0].token_id == 2
 
 
+def test_rows_drawn_at_once_are_drawn_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    steps = 3 * torch.randn(40, 4, 700)
+
+    def draws() -> list[list[int]]:
+        rows = [sequence(temperature=0.5 + row, seed=row) for row in range(3)]
+        rows.append(sequence(temperature=0.7, top_p=0.8, seed=7))
+        return [[choice.token_id for choice in choose(step, rows)] for step in steps]
+
+    at_once = draws()
+    monkeypatch.setattr(sampler, "can_draw", lambda _: False)
+    assert draws() == at_once
+
+
 def test_a_nucleus_wider_than_the_quick_look_is_still_whole() -> None:
     row = sequence(temperature=1.0, top_p=0.99, seed=5)
     # The first has 98.36 % of the mass; of the others, alike, 392 are needed to reach 99 %.
