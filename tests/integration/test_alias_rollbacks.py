@@ -1,5 +1,7 @@
 """The way back: an alias is pointed to what it pointed to before only where that could be loaded."""
 
+from itertools import cycle
+
 import pytest
 from sqlalchemy import select
 
@@ -63,3 +65,27 @@ def test_a_rollback_to_other_weights_is_refused_before_they_are_loaded(ours: Ali
     assert refused[:3] == (400, "model_not_available", "version")
     assert "has other weights since" in refused[3]
     assert not api.backend.asked
+
+
+def test_a_rollback_whose_alias_is_pointed_elsewhere_every_time_gives_up(
+    ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours.put("prod", V1)
+    ours.put("prod", V2)
+    answer, parts, scope, others = api.backend.complete, api.parts, scope_of(api), cycle((CHECKPOINT, V1, V2))
+
+    async def put_meanwhile(path: str, body: bytes, target: ModelTarget) -> Reply:
+        with parts.database.transaction() as session:
+            aliases.put(session, scope, parts.catalogue, "prod", next(others))
+        return await answer(path, body, target)
+
+    monkeypatch.setattr(api.backend, "complete", put_meanwhile)
+    status, _, _, message = ours.refused("POST", "/aliases/prod/rollback", None)
+    assert status == 503
+    assert "again and again" in message
+    monkeypatch.undo()
+    # Where the last of the others left it.
+    versions = [one["model"] for one in ours.ok("GET", "/aliases/prod/versions")["data"]]
+    assert versions[-2:] == [V2, V1]
+    assert set(versions[:-2]) <= {CHECKPOINT, V1, V2}
+    assert ours.ok("GET", "/aliases/prod")["model"] == versions[0]
