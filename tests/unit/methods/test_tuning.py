@@ -175,8 +175,8 @@ def test_methods_are_known_without_torch() -> None:
         ({"type": "prompt", "num_virtual_tokens": 100}, None, 412),
         ({"type": "prefix", "num_virtual_tokens": 100}, 500, 412),
         ({"type": "prefix", "num_virtual_tokens": 100}, 300, 300),
-        # The most that "auto" takes, for how many rows there are is not known yet: 50 and an eighth of 512.
-        ({"type": "prompt"}, None, 462),
+        # The most that "auto" takes, for how many rows there are is not known yet: an eighth of 512.
+        ({"type": "prompt"}, None, 448),
         ({"type": "prefix"}, None, 448),
     ],
 )
