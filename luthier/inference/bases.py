@@ -22,6 +22,7 @@ from luthier.inference.forward import Prefix, count_virtual_tokens
 from luthier.inference.lane import Lane
 from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
+from luthier.modeling.kernels.choosing import prepare_choices
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.load import load_base
 from luthier.modeling.packed_adapter import PackedAdapter
@@ -211,6 +212,8 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
         )
     else:
         base.slots = ArtifactSlots(model, base_digest=facts.digest, probe_ids=base.probe_ids)
+    # The plain path's logits are float32.
+    prepare_choices(torch.float32)
     return base
 
 

@@ -65,9 +65,10 @@ class Mail(Generic[EventT]):
 
     def ring(self) -> None:
         """Let the loop deliver what was posted, unless it was told to already."""
-        if not self._is_rung:
+        # The pipe is there as long as the loop is.
+        loop = self._loop()
+        if loop is not None and not self._is_rung:
             self._is_rung = True
-            # It fails only where the pipe is full of rings that nobody answered yet.
             _write(self._bell, b"!", 1)
 
     def _deliver(self) -> None:

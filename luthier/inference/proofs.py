@@ -19,9 +19,6 @@ from luthier.storage.manifests import Manifest, read_manifest
 # the larger number wherever it changes answers at all.
 _CANARY_TOLERANCE = 1e-3
 _ROUNDED_CANARY_TOLERANCE = 0.1
-# Where the weights amplify rounding, another engine may be as far off as training's own path was, or some
-# more: chance says which of the two is nearer to float32.
-_LARGEST_RATIO = 2.0
 
 
 def check_base(folder: Path, base_digest: str) -> Manifest:
@@ -112,7 +109,7 @@ def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[
     recorded = torch.tensor(canary.logits)
     gap = float((logits_V[canary.candidates] - recorded).norm() / recorded.norm())
     is_exact = dtype is torch.float32 and canary.precision == "float32"
-    largest = max(_ROUNDED_CANARY_TOLERANCE, _LARGEST_RATIO * canary.rounding)
+    largest = max(_ROUNDED_CANARY_TOLERANCE, canary.allowed_rounding)
     if not gap <= (_CANARY_TOLERANCE if is_exact else largest):
         raise SelfCheckError(
             f"The model does not say what training recorded of it (logits {gap:.2g} apart); it is not served."

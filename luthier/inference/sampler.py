@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from luthier.core.errors import LuthierError, SelfCheckError
-from luthier.inference.faults import to_told
+from luthier.inference.faults import log_fault, to_told
 from luthier.inference.sequence import Choice, Grammar, Sequence
-from luthier.modeling.kernels.choosing import can_draw, draw
-from luthier.modeling.logits import UNSOUND, Logits
+from luthier.modeling.kernels.choosing import NUCLEUS_NATS, UNSOUND, can_draw, draw
+from luthier.modeling.logits import Logits
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,8 +20,6 @@ _LOG = logging.getLogger(__name__)
 MIN_LOGPROB = -9999.0
 # Below it only the likeliest token can come; float32 would take a much smaller one for 0.
 _MIN_TEMPERATURE = 1e-5
-# Most nuclei lie within so many nats of the likeliest token; sorting those few is far cheaper than all.
-_NUCLEUS_NATS = 10.0
 
 
 @torch.inference_mode()
@@ -59,18 +57,21 @@ def choose(logits: Logits, sequences: list[Sequence]) -> list[Choice]:
 
 def _draw_rows(logits: Logits, rows: list[int], sequences: list[Sequence], choices: list[Choice]) -> None:
     """Draw the tokens of rows of which nothing else is asked, and put them among the choices."""
-    points = [_point(sequences[row], logits.held_RV.device) for row in rows]
-    found = draw(
-        logits.held_RV,
-        rows,
-        [logits.best[row] for row in rows],
-        temperatures=[_temperature(sequences[row]) for row in rows],
-        top_p=[sequences[row].options.top_p for row in rows],
-        points=[float(point) for point in points],
-    )
-    for row, point, token_id in zip(rows, points, found, strict=True):
+    found: list[int | None] = [None] * len(rows)
+    try:
+        found = draw(
+            logits.held_RV,
+            rows,
+            [logits.best[row] for row in rows],
+            temperatures=[_temperature(sequences[row]) for row in rows],
+            top_p=[sequences[row].options.top_p for row in rows],
+            points=[float(_point(sequences[row], logits.held_RV.device)) for row in rows],
+        )
+    except Exception as error:  # noqa: BLE001 - whose fault it was is found by drawing each alone
+        log_fault(_LOG, "Drawing tokens at once", error)
+    for row, token_id in zip(rows, found, strict=True):
         if token_id is None:
-            choices[row] = Choice(_draw(logits.row(row), sequences[row], point))
+            choices[row] = _choose_row(logits.row(row), sequences[row], choices[row])
         else:
             choices[row] = Choice(token_id)
 
@@ -97,7 +98,7 @@ def _choose_token(logits_V: torch.Tensor, sequence: Sequence, best_id: int) -> i
         logits_V = _restrict(logits_V, grammar)
     if options.temperature == 0.0:
         return int(logits_V.argmax())
-    return _draw(logits_V, sequence, _point(sequence, logits_V.device))
+    return _draw(logits_V, sequence)
 
 
 def _weigh(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
@@ -127,9 +128,10 @@ def _restrict(logits_V: torch.Tensor, grammar: Grammar) -> torch.Tensor:
     return logits_V.masked_fill(torch.from_numpy(is_out).to(logits_V.device), -torch.inf)
 
 
-def _draw(logits_V: torch.Tensor, sequence: Sequence, point: torch.Tensor) -> int:
+def _draw(logits_V: torch.Tensor, sequence: Sequence) -> int:
     # The largest becomes 0 before the division, so that a tiny temperature can't overflow.
     scaled_V = (logits_V - logits_V.max()) / _temperature(sequence)
+    point = _point(sequence, logits_V.device)
     if sequence.options.top_p >= 1.0:
         return _invert(torch.softmax(scaled_V, dim=-1), point)
     probs_K, ids_K = _nucleus(scaled_V, sequence.options.top_p)
@@ -165,7 +167,7 @@ def _nucleus(scaled_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.
     """Return the fewest likeliest tokens whose mass reaches `top_p`, at least one (Holtzman et al. 2020,
     section 3.1), the likeliest first: probabilities [K] and ids [K]."""
     total = torch.logsumexp(scaled_V, dim=-1)
-    ids_K = torch.nonzero(scaled_V > -_NUCLEUS_NATS).squeeze(-1)
+    ids_K = torch.nonzero(scaled_V > -NUCLEUS_NATS).squeeze(-1)
     probs_K = (scaled_V[ids_K] - total).exp()
     if float(probs_K.sum()) < top_p:
         ids_K = torch.arange(scaled_V.shape[-1], device=scaled_V.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from luthier.modeling.kernels.choosing import UNSOUND, find_best
+from luthier.modeling.kernels.choosing import find_best
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Logits:
     """Logits of rows, and the likeliest token of each.
 
     `held_RV` are in the weights' type and may be overwritten by the next step. `best` holds the likeliest
-    tokens, of equals the first, and `UNSOUND` where a row's largest logit is not finite or one is NaN.
+    tokens, of equals the first, and `choosing.UNSOUND` where a row's
+    largest logit is not finite or one is NaN.
     """
 
     held_RV: torch.Tensor
@@ -28,9 +29,6 @@ class Logits:
         best_R = torch.empty(len(held_RV), dtype=torch.int64, device=held_RV.device)
         return cls(held_RV, find_best(held_RV, best_R).tolist())
 
-    def __len__(self) -> int:
-        return len(self.held_RV)
-
     def wide(self) -> torch.Tensor:
         """Return logits_RV as float32, a copy where they are of another type."""
         return self.held_RV.float()
@@ -38,6 +36,3 @@ class Logits:
     def row(self, index: int) -> torch.Tensor:
         """Return one row's logits as float32."""
         return self.held_RV[index].float()
-
-
-__all__ = ["UNSOUND", "Logits"]

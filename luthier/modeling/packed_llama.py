@@ -195,7 +195,7 @@ class PackedLlama:
         return PlainOps(self.heads, self.site_widths)
 
     @torch.inference_mode()
-    def step(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None = None) -> torch.Tensor:
+    def step(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None = None) -> Logits:
         """Run tokens, and put their keys and values into their sequences' pages.
 
         Args:
@@ -215,8 +215,6 @@ class PackedLlama:
                 raise ValueError("A stretch is longer than its pages, or than the context.")
         if self._programs is not None and self._programs.can_run(self, stretches):
             return self._programs.step(self, stretches, on_launch)
-        if on_launch is not None:
-            on_launch()
         singles = [one for one in stretches if len(one) == 1]
         # Those whose tokens attend by themselves come first.
         chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)
@@ -225,6 +223,8 @@ class PackedLlama:
         tokens = self._place_tokens(singles, chunks)
         buffers = self.make_buffers(sum(len(one) for one in stretches))
         self.embed([*singles, *chunks], buffers.stream_ND)
+        if on_launch is not None:
+            on_launch()
         change_ND = self.run_layers(buffers, Work(rows, tokens, places))
         return self._logits(buffers.stream_ND, change_ND, stretches, singles, places)
 

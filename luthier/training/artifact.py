@@ -55,7 +55,7 @@ def write_artifact(
     building.mkdir()
     digested = trainee.method.save(trainee.attached, building)
     (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
-    (building / CANARY_NAME).write_text(canary.model_dump_json() + "\n")
+    (building / CANARY_NAME).write_text(canary.model_dump_json(exclude_defaults=True) + "\n")
     shutil.copyfile(log, building / LOG_NAME)
     return seal_folder(building, folder, digested=digested, base_digest=origin.spec.ground_digest)
 

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from luthier.core.canary import MOST_ROUNDING
 from luthier.core.errors import SelfCheckError
+from luthier.methods import Attached
 from luthier.training import agreement
 from luthier.training.agreement import ComputesInFloat32, agrees, is_as_exact
 from luthier.training.batches import Batch
@@ -55,6 +57,21 @@ def test_a_canary_is_float32s_answer_with_the_rounding_of_the_weights_type_besid
     else:
         gap = (rounded_V - exact_V).norm() / exact_V.norm()
         assert 0 < canary.rounding == pytest.approx(gap.item(), rel=1e-3)
+
+
+@torch.no_grad()
+def test_rounding_beyond_what_may_be_excused_is_recorded_as_the_most_that_may(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee = bench.trainee(LORA, dtype=torch.bfloat16)
+    logits = trainee.method.logits
+
+    def worse(attached: Attached, token_ids_BT: torch.Tensor) -> torch.Tensor:
+        found_BTV = logits(attached, token_ids_BT)
+        return found_BTV * 2 if found_BTV.dtype == torch.bfloat16 else found_BTV
+
+    monkeypatch.setattr(trainee.method, "logits", worse)
+    assert record_canary(trainee, [5, 6, 7, 8]).rounding == MOST_ROUNDING
 
 
 @pytest.fixture

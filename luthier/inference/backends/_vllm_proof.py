@@ -15,13 +15,11 @@ from luthier.core.errors import SelfCheckError
 # vLLM's number of tokens whose log-probabilities may be asked for is 20 unless it is told otherwise.
 _MAX_CANDIDATES = 16
 # Gaps are shares of the recorded logits' norm. Serving in bfloat16 what was recorded in float32 makes 0.0035
-# on SmolLM2-135M; where bfloat16 was recorded too, its own rounding comes on top.
+# on SmolLM2-135M; where an older record was computed in bfloat16 too, its own rounding comes on top.
 _NOISE = 0.01
 _ROUNDED_NOISE = 0.02
-# However far the model is from its base. Where its weights amplify rounding, what training measured of that
-# counts, and twice.
+# However far the model is from its base, unless training measured that its weights amplify rounding more.
 _TOLERANCE = 0.1
-_LARGEST_RATIO = 2.0
 
 
 def ask(canary: Canary, name: str) -> dict[str, Any]:
@@ -84,8 +82,9 @@ def check(canary: Canary, model: Mapping[int, float], base: Mapping[int, float])
     norm = math.hypot(*recorded.values())
     gap = _distance(recorded, model) / norm
     base_gap = _distance(recorded, base) / norm
-    noise = _NOISE if canary.precision == "float32" else _ROUNDED_NOISE
-    largest = max(_TOLERANCE, _LARGEST_RATIO * canary.rounding)
+    is_exact = canary.precision == "float32" or canary.rounding > 0
+    noise = _NOISE if is_exact else _ROUNDED_NOISE
+    largest = max(_TOLERANCE, canary.allowed_rounding)
     # Beyond rounding it must be nearer to what was recorded than its base is.
     if gap > max(noise, min(base_gap / 2, largest)):
         raise SelfCheckError(

@@ -15,9 +15,10 @@ from luthier.modeling.kernels._threads import launch
 UNSOUND = -1
 # Numbers whose masses are added up at a time.
 BLOCK = 256
-# Most nuclei lie within ten nats of the likeliest token: those with at least that share of its probability,
-# and so many of them, are looked at.
-LEAST_LIKELY, _MOST_LIKELY = math.exp(-10.0), 16384
+# Most nuclei lie within so many nats of the likeliest token: those with at least that share of its
+# probability, and so many of them, are looked at.
+NUCLEUS_NATS = 10.0
+LEAST_LIKELY, _MOST_LIKELY = math.exp(-NUCLEUS_NATS), 16384
 
 
 def find_best(logits_RV: torch.Tensor, out_R: torch.Tensor) -> torch.Tensor:
@@ -44,6 +45,13 @@ def find_best(logits_RV: torch.Tensor, out_R: torch.Tensor) -> torch.Tensor:
     largest_R, ids_R = logits_RV.max(dim=-1)
     # A NaN anywhere in a row is its maximum.
     return out_R.copy_(ids_R.masked_fill(~torch.isfinite(largest_R), UNSOUND))
+
+
+def prepare_choices(dtype: torch.dtype) -> None:
+    """Have the kernels for logits of a type on the CPU, compiled now where the disk has none."""
+    if kernels.is_compiled(torch.empty(0, dtype=dtype)):
+        for name in kernels.CHOOSING:
+            kernels.compiled_address(name, dtype)
 
 
 def can_draw(logits_RV: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels._threads import Launcher
+from luthier.modeling.kernels.choosing import prepare_choices
 from luthier.modeling.kernels.products import TILE_INPUTS, has_tiles
 from luthier.modeling.kernels.served_rows import (
     BOTTLENECK_ENTRIES,
@@ -124,6 +125,8 @@ class CompiledOps:
         self.max_alone = 512 if self._attend_stretches is None else 1
         addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
         launchers = [Launcher(one) for one in addresses]
+        # Not at the first step, whose thread answers everybody.
+        prepare_choices(like.dtype)
         self._norm, self._attend, self._low_rank, self._bottleneck, self._gate = launchers
         self._epsilon = kernels.float_bits(shape.epsilon)
         self._scale = kernels.float_bits(shape.size**-0.5)

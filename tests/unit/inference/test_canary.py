@@ -92,7 +92,13 @@ def test_as_much_rounding_is_allowed_for_as_training_measured_and_no_more_than_e
 ):
     logits_V = torch.randn(300, generator=torch.Generator().manual_seed(0))
     canary = canary_of(logits_V, "bfloat16")
-    for rounding, scale, is_served in ((0.0, 1.15, False), (0.1, 1.15, True), (0.1, 1.25, False)):
+    for rounding, scale, is_served in (
+        (0.0, 1.15, False),
+        (0.1, 1.15, True),
+        (0.1, 1.25, False),
+        (0.25, 1.2, True),
+        (0.25, 1.3, False),
+    ):
         measured = canary.model_copy(update={"rounding": rounding})
 
         def prove(measured: Canary = measured, served_V: torch.Tensor = logits_V * scale) -> None:

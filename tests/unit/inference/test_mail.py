@@ -18,8 +18,12 @@ def run_in_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
     done = loop.create_future()
 
     def run() -> None:
-        work()
-        loop.call_soon_threadsafe(done.set_result, None)
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - pytest's own are not exceptions of another kind
+            loop.call_soon_threadsafe(done.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(done.set_result, None)
 
     threading.Thread(target=run).start()
     return done
@@ -57,12 +61,37 @@ def test_what_is_held_back_wakes_the_loop_once_when_it_is_handed_over(
 def test_a_loop_is_rung_once_until_it_delivers() -> None:
     async def main() -> list[int]:
         queue, mail = asyncio.Queue[int](), own_mail()
-        for number in range(200_000):
-            # More rings than a pipe holds bytes, had each been one.
+        for number in range(3):
             mail.post(queue, number)
-        return [await asyncio.wait_for(queue.get(), 5) for _ in range(200_000)]
+        assert os.read(mail._heard, 100) == b"!"
+        # As if nothing had been read.
+        mail._is_rung = False
+        mail.post(queue, 3)
+        return [await asyncio.wait_for(queue.get(), 5) for _ in range(4)]
 
-    assert asyncio.run(main()) == list(range(200_000))
+    assert asyncio.run(main()) == [0, 1, 2, 3]
+
+
+def test_what_is_held_back_for_a_loop_that_is_gone_rings_nobody_elses_pipe() -> None:
+    async def main() -> Mail[int]:
+        mail = own_mail()
+        mail.post(asyncio.Queue(), 1)
+        return mail
+
+    loop = asyncio.new_event_loop()
+    with holding_back():
+        mail = loop.run_until_complete(main())
+        loop.close()
+        del loop
+        gc.collect()
+        heard, bell = os.pipe()
+        os.set_blocking(heard, False)
+        # The number that the bell had is somebody else's now.
+        os.dup2(bell, mail._bell)
+    with pytest.raises(BlockingIOError):
+        os.read(heard, 1)
+    for end in {heard, bell, mail._bell}:
+        os.close(end)
 
 
 def test_what_was_posted_before_a_fault_arrives_all_the_same() -> None:

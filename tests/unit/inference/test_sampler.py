@@ -170,6 +170,24 @@ def test_penalties_and_biases_move_the_choice_and_not_the_reported_logprobs() ->
     assert choose(logits([9.0, 1.0, -80.0]), [row])[0].token_id == 2
 
 
+def test_a_fault_in_drawing_ends_nobodys_answer_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [sequence(temperature=1.0, seed=1), sequence(temperature=0.0), sequence(temperature=1.0, seed=2)]
+    logits_BV = logits(*[[1.0, 9.0, 2.0]] * 3)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError("a secret")
+
+    monkeypatch.setattr(sampler, "draw", broken)
+    assert choose(logits_BV, rows)[1].token_id == 1
+    assert [row.told for row in rows] == [[], [], []]
+    invert = sampler._invert
+    faulty = iter([True, False])
+    monkeypatch.setattr(sampler, "_invert", lambda *given: broken() if next(faulty) else invert(*given))
+    choose(logits_BV, rows)
+    assert [len(row.told) for row in rows] == [1, 0, 0]
+    assert "secret" not in rows[0].told[0].error.message
+
+
 def test_rows_drawn_at_once_are_drawn_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     steps = 3 * torch.randn(40, 4, 700)

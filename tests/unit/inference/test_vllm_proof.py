@@ -36,11 +36,13 @@ def test_another_model_in_its_place_is_found_even_where_it_is_near() -> None:
             _vllm_proof.check(CANARY, told(noise=7.0), base)
 
 
-def test_rounding_is_allowed_for_more_where_the_record_is_rounded() -> None:
+def test_rounding_is_allowed_for_more_where_an_older_record_is_rounded() -> None:
     rounded = CANARY.model_copy(update={"precision": "bfloat16"})
     _vllm_proof.check(rounded, told(noise=0.4), told(noise=0.1))
-    with pytest.raises(SelfCheckError):
-        _vllm_proof.check(CANARY, told(noise=0.4), told(noise=0.1))
+    computed_in_float32 = rounded.model_copy(update={"rounding": 0.004})
+    for record in (CANARY, computed_in_float32):
+        with pytest.raises(SelfCheckError):
+            _vllm_proof.check(record, told(noise=0.4), told(noise=0.1))
 
 
 def test_rounding_that_training_measured_is_allowed_for_short_of_what_the_base_says() -> None:

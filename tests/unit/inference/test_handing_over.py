@@ -1,0 +1,68 @@
+"""Events of a step are handed over before the next one computes, and nobody waits for longer than that."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.inference import engine as engine_module
+from luthier.inference import lane as lane_module
+from luthier.inference.bases import pack
+from luthier.inference.engine import EngineCore
+from luthier.inference.sequence import SamplingOptions, Sequence
+from luthier.modeling.kernels._threads import Program
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.unit.inference.artifacts import load_plain
+from tests.unit.inference.test_engine import KEYS, MAX_ROWS, PLENTY, FakeRunner, ask
+from tests.unit.inference.test_lane import Ids
+
+
+def sequence(prompt_ids: list[int]) -> Sequence:
+    """Return a request for some tokens of the bare base."""
+    served = type("Served", (), {"adapter": None})
+    options = SamplingOptions(max_tokens=9, temperature=0.0)
+    return Sequence((BASE_ID, None), served, prompt_ids, options, Ids(), frozenset(), lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lane_hands_over_right_before_the_kernels_of_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    base = load_plain(build_tiny_base(tmp_path / BASE_ID)).to(dtype)
+    lane = pack(base, tmp_path / BASE_ID, [5, 6, 7], max_rows=4, max_cache_tokens=512).lane
+    lane.add(sequence([5, 6, 7]))
+    for _ in range(2):
+        # The second writes the program down, which runs the layers.
+        lane.step()
+    order: list[str] = []
+    run_layers, run_program = lane.model.run_layers, Program.run
+
+    def layers(*given: Any) -> torch.Tensor:
+        order.append("layers")
+        return run_layers(*given)
+
+    def program(self: Program) -> None:
+        order.append("program")
+        run_program(self)
+
+    monkeypatch.setattr(lane_module, "hand_over", lambda: order.append("hand over"))
+    monkeypatch.setattr(lane.model, "run_layers", layers)
+    monkeypatch.setattr(Program, "run", program)
+    lane.step()
+    assert order == ["hand over", "layers" if lane.model._programs is None else "program"]
+    # A prompt beside a row that answers.
+    lane.add(sequence([9, 8, 7, 6]))
+    order.clear()
+    lane.step()
+    assert order == ["hand over", "layers"]
+
+
+def test_an_engine_hands_over_before_a_group_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = FakeRunner()
+    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
+    monkeypatch.setattr(engine_module, "hand_over", lambda: runner.calls.append(("hand over", KEYS[0], 0)))
+    core.add(ask(KEYS[0], [5, 6], 3).sequence)
+    while core.has_work:
+        core.step()
+    assert [name for name, _, _ in runner.calls] == ["hand over", "prefill", *["hand over", "step"] * 2]
