@@ -102,7 +102,9 @@ class Publisher:
         job = session.get_one(Job, self.lease.job_id, with_for_update=True)
         others = [kept for kept in job.save_points if kept["key"] != key]
         save_points = [*others, {"key": key, "step": step}]
-        leases.update_job(session, self.lease, save_points=save_points[-_NUM_SAVE_POINTS:])
+        # The note of its step may still wait to be written, and is never if the job stops here.
+        reached = max(job.step, step)
+        leases.update_job(session, self.lease, save_points=save_points[-_NUM_SAVE_POINTS:], step=reached)
         return [str(dropped["key"]) for dropped in save_points[:-_NUM_SAVE_POINTS]]
 
     def checkpoint(self, event: CheckpointEvent, *, total_steps: int) -> None:
