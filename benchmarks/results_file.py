@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a measurement depends on beside its rows: other code means another measurement. Calibrations, which no
-# training run loads, decide no measurement; a test holds it.
-_LEFT_OUT = "calibrate"
-_CODE = ("luthier/methods", "luthier/modeling", "luthier/training", "benchmarks/peers")
+# What a measurement of training depends on beside its rows: other code means another measurement.
+_TRAINING = ("luthier/methods", "luthier/modeling", "luthier/training", "benchmarks/peers")
+# Files of these folders that begin so, calibrations and what serves alone, no training run loads: they decide
+# no measurement of it. A test holds it.
+_NOT_TRAINING = ("calibrate", "logits", "packed_", "serving")
 
 
 # Raised when what is stored changes its shape.
@@ -57,14 +58,18 @@ class ResultsFile:
         temporary.replace(self.path)
 
 
-def code_digest(folders: tuple[str, ...] = _CODE) -> str:
-    """Name the code that decides a measurement, training's unless other folders are named."""
+def code_digest(folders: tuple[str, ...] = _TRAINING, left_out: tuple[str, ...] = _NOT_TRAINING) -> str:
+    """Name the code that decides a measurement, training's unless other folders are named.
+
+    Args:
+        folders: below the repository's root.
+        left_out: what the names of files begin with that decide nothing.
+    """
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.name.startswith(_LEFT_OUT):
-                continue
-            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+            if not path.name.startswith(left_out):
+                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
 
 

@@ -50,7 +50,9 @@ def measure_short_job(
     """
     row = ROWS["lora-trl"]
     print(f"\nShort job of {workload.rows.num_rows} rows beside a TRL script ({SHORT_JOB})", flush=True)
-    found = results.row(SHORT_JOB, fingerprint_of(asdict(row), workload.digest, code_digest()))
+    # Its model is served too: what serves alone decides as well.
+    code = code_digest(left_out=())
+    found = results.row(SHORT_JOB, fingerprint_of(asdict(row), workload.digest, code))
     found["workload"] = workload.describe()
     spec = make_spec(workload, row.tuning)
     start = write_start(workload, spec, scratch / "start")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from benchmarks.results_file import ROOT, ResultsFile, code_digest
+from benchmarks.results_file import ROOT, ResultsFile
 from benchmarks.serve import alias, churn, front, memory, prefill, publish
 from benchmarks.serve.base_copy import copy_without_end
 from benchmarks.serve.bench import Bench
@@ -21,7 +21,7 @@ from benchmarks.serve.process import SideFailedError
 from benchmarks.serve.prompts import Prompts
 from benchmarks.serve.rows import NUM_NEW_TOKENS, NUM_PAIRS, NUM_PROMPT_TOKENS, STREAM_ROWS
 from benchmarks.serve.streams import measure_streams
-from benchmarks.serve.table import CODE, make_table
+from benchmarks.serve.table import make_table, serving_code
 from benchmarks.workload import find_base
 from luthier.core.settings import Settings
 from luthier.data.tokens import Tokenizer
@@ -91,9 +91,9 @@ def _measure(name: str, bench: Bench) -> bool:
         found = _OTHER_ROWS[name](bench) if row is None else measure_streams(row, bench)
     except SideFailedError as error:
         print(f"  {name} broke off: {error}", flush=True)
-        bench.keep(name, {"failed": str(error), "code": code_digest(CODE)})
+        bench.keep(name, {"failed": str(error), "code": serving_code()})
         return False
-    bench.keep(name, found | {"code": code_digest(CODE)})
+    bench.keep(name, found | {"code": serving_code()})
     return True
 
 

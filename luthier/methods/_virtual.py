@@ -26,14 +26,13 @@ def check_init_text(value: str | None, info: ValidationInfo) -> str | None:
     return value
 
 
-def resolve_num_tokens(params: Any, workload: Workload, sizes: tuple[int, int, int]) -> int:
+def resolve_num_tokens(params: Any, workload: Workload, wanted: int) -> int:
     """Return how many virtual tokens a job has.
 
     Args:
         params: with `num_virtual_tokens`, a number or "auto".
         workload: what is to be trained on what.
-        sizes: "auto" for fewer than 100 rows, for fewer than 2,000, and for more; at most an eighth of
-            the context.
+        wanted: what "auto" is, unless that is more than an eighth of the context.
 
     Returns:
         The number, at least 1.
@@ -44,18 +43,25 @@ def resolve_num_tokens(params: Any, workload: Workload, sizes: tuple[int, int, i
     context_length = workload.base.context_length
     num_tokens = params.num_virtual_tokens
     if num_tokens == "auto":
-        few, usual, many = sizes
-        wanted = few if workload.num_rows < 100 else usual if workload.num_rows < 2000 else many
         num_tokens = max(1, min(wanted, context_length // _MAX_AUTO_SHARE))
     check_room(num_tokens, context_length)
     return num_tokens
 
 
-def most_tokens(params: Any, base: BaseFacts, sizes: tuple[int, int, int]) -> int:
-    """Return the most virtual tokens that a job may come to have, before its rows are known."""
+def most_tokens(params: Any, base: BaseFacts, most: int) -> int:
+    """Return the most virtual tokens that a job may come to have, before its rows are known.
+
+    Args:
+        params: with `num_virtual_tokens`, a number or "auto".
+        base: what is to be trained.
+        most: what "auto" is at most, in a context that is long enough.
+
+    Returns:
+        The number, at least 1.
+    """
     if params.num_virtual_tokens != "auto":
         return int(params.num_virtual_tokens)
-    return max(1, min(max(sizes), base.context_length // _MAX_AUTO_SHARE))
+    return max(1, min(most, base.context_length // _MAX_AUTO_SHARE))
 
 
 def check_room(num_virtual_tokens: int, context_length: int) -> None:

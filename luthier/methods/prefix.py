@@ -99,7 +99,9 @@ class Prefix(Method):
         Raises:
             InvalidValueError: when the virtual tokens fill the whole context.
         """
-        num_tokens = resolve_num_tokens(params, workload, _AUTO_TOKENS)
+        few, usual, many = _AUTO_TOKENS
+        wanted = few if workload.num_rows < 100 else usual if workload.num_rows < 2000 else many
+        num_tokens = resolve_num_tokens(params, workload, wanted)
         width = params.projection_dim if params.projection else None
         if params.projection and not isinstance(width, int):
             width = min(workload.base.hidden_size, _LARGEST_AUTO_WIDTH)
@@ -107,7 +109,7 @@ class Prefix(Method):
 
     def num_reserved_positions(self, params: PrefixParams, *, base: BaseFacts) -> int:
         """Return the virtual tokens, or the most that "auto" takes."""
-        return most_tokens(params, base, _AUTO_TOKENS)
+        return most_tokens(params, base, max(_AUTO_TOKENS))
 
     def base_learning_rate(self, params: PrefixParams, *, base: BaseFacts) -> float:
         """Return the peak rate: keys and values have sizes about 1 and want large steps, a network small."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 # However many rows there are.
-_AUTO_TOKENS = (100, 100, 100)
+_AUTO_TOKENS = 100
 
 
 class PromptParams(MethodParams):
