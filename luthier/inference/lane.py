@@ -346,7 +346,7 @@ class Lane:
             if before:
                 self.model.step(before)
             # A copy: they lie where the next step writes its own.
-            return self.model.step(last).wide().clone()
+            return self.model.step(last).held_RV.to(torch.float32, copy=True)
         finally:
             for chain in chains:
                 self._pool.release(chain)

@@ -88,6 +88,34 @@ def _narrow_middle(sums_at, num_rows, first_rank, middle_at, width, data):
 
 
 @inlined
+def _clear_middle(num_rows, first_rank, middle_at, width):
+    """Let 16 ranks that there are not be zeros in the middle."""
+    for i in range(num_rows):
+        row = carray(at_int64(middle_at + (i * width + first_rank) * 2), TILE_ROWS // 4)
+        for four in range(TILE_ROWS // 4):
+            row[four] = 0
+
+
+@inlined
+def _fill_middle(
+    a_at, num_ranks, size, x_at, num_tokens, whole_at, tiles_at, sums_at, middle_at, width, data
+):
+    """Write the products of up to `STRETCH_BLOCK` tokens with all ranks; 16 ranks at a time."""
+    for first_rank in range(0, width, TILE_ROWS):
+        if first_rank >= num_ranks:
+            _clear_middle(num_tokens, first_rank, middle_at, width)
+            continue
+        _lay_ranks(a_at + first_rank * size * 2, min(TILE_ROWS, num_ranks - first_rank), size, tiles_at)
+        for row in range(0, num_tokens, TILE_ROWS):
+            num_rows = min(TILE_ROWS, num_tokens - row)
+            if row == 0 or num_rows < TILE_ROWS:
+                configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
+            rows_at = x_at + row * size * 2
+            multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, num_rows, sums_at)
+            _narrow_middle(sums_at, num_rows, first_rank, middle_at + row * width * 2, width, data)
+
+
+@inlined
 def _add_sums(sums_at, num_rows, num_columns, factors_at, out_at, out_width, data):
     """Add sums [rows, 64] to columns of the result, and multiply these by their factors if there are any."""
     sums = carray(at_float32(sums_at), num_rows * PANEL_OUTPUTS)
@@ -138,17 +166,11 @@ def add_low_rank_stretches(data):
             token, rest = stretches[number, 1] + first, num_tokens % TILE_ROWS
             if rest != 0:
                 describe_tiles(whole_at + 64, rest)
-            for first_rank in range(0, middle_width, TILE_ROWS):
-                ranks_at = entries[0] + first_rank * size * 2
-                _lay_ranks(ranks_at, max(min(TILE_ROWS, num_ranks - first_rank), 0), size, tiles_at)
-                for row in range(0, num_tokens, TILE_ROWS):
-                    num_rows = min(TILE_ROWS, num_tokens - row)
-                    if row == 0 or num_rows < TILE_ROWS:
-                        configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
-                    rows_at = x_at + (token + row) * size * 2
-                    multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, num_rows, sums_at)
-                    place = middle_at + row * middle_width * 2
-                    _narrow_middle(sums_at, num_rows, first_rank, place, middle_width, data)
+            rows_at = x_at + token * size * 2
+            _fill_middle(
+                entries[0], num_ranks, size, rows_at, num_tokens, whole_at, tiles_at, sums_at,
+                middle_at, middle_width, data,
+            )  # fmt: skip
             block_bytes = num_ranks * PANEL_OUTPUTS * 2
             for block in range((num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS):
                 first_column = block * PANEL_OUTPUTS
