@@ -114,12 +114,6 @@ class Settings(BaseSettings):
         ge=1,
         description="Tokens, of prompts and answers, whose keys and values the inference server may hold.",
     )
-    stream_events_per_second: int = Field(
-        0,
-        ge=0,
-        description="Events that all streams of an inference server send together: of many streams each is "
-        "told a few tokens at a time, at least every 50 ms. 0: every token as it comes.",
-    )
     max_waiting_requests: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
 
     max_upload_bytes: int = Field(512 * MIB, ge=1, description="Largest body of POST /v1/files.")

@@ -167,12 +167,7 @@ class Service:
     async def _answer(self, asking: _Asking, stack: contextlib.ExitStack) -> Response:
         """Answer, with all that has to be given back on the stack, which a stream takes over."""
         request, shape = asking.request, asking.shape
-        generation = Generation(
-            asking.ready,
-            asking.plan,
-            project_id=asking.target.project_id,
-            is_stream=asking.is_stream,
-        )
+        generation = Generation(asking.ready, asking.plan, project_id=asking.target.project_id)
         headers = {HEADER_DIGEST: asking.ready.served.full_digest}
         generation.submit(self._engine)
         self._open.add(generation)

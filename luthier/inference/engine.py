@@ -23,7 +23,6 @@ from luthier.inference.faults import log_fault, to_told
 from luthier.inference.lane import Lane
 from luthier.inference.mail import hand_over, holding_back
 from luthier.inference.measures import StepMeasures
-from luthier.inference.pace import Pace
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
 from luthier.modeling.kernels._threads import use_threads
@@ -62,15 +61,11 @@ class EngineCore:
         runner: what runs the model.
         max_batch_rows: rows of one group.
         max_cache_tokens: tokens that the caches of all groups together may come to hold.
-        pace: how often answers are told of new text; at every token when left out.
     """
 
-    def __init__(
-        self, runner: RunnerLike, *, max_batch_rows: int, max_cache_tokens: int, pace: Pace | None = None
-    ) -> None:
+    def __init__(self, runner: RunnerLike, *, max_batch_rows: int, max_cache_tokens: int) -> None:
         self._runner = runner
         self.measures = StepMeasures()
-        self._pace = Pace() if pace is None else pace
         # The lanes that have work; others are forgotten, so that a model that leaves frees its memory.
         self._lanes: list[Lane] = []
         self.scheduler = Scheduler(
@@ -104,7 +99,7 @@ class EngineCore:
             return
         lane.add(sequence)
         if lane not in self._lanes:
-            lane.measures, lane.pace = self.measures, self._pace
+            lane.measures = self.measures
             self._lanes.append(lane)
 
     def drain(self) -> list[Sequence]:
@@ -183,9 +178,8 @@ class EngineCore:
     def _accept(self, sequences: list[Sequence], logits_BV: torch.Tensor) -> None:
         choices = sampler.choose(Logits.of(logits_BV), sequences)
         self.measures.count_step(len(sequences), sequences)
-        gap_seconds = self._pace.gap_seconds(len(sequences))
         for sequence, choice in zip(sequences, choices, strict=True):
-            sequence.accept(choice, gap_seconds)
+            sequence.accept(choice)
 
     def _drop_done(self, group: Group) -> bool:
         rows = [row for row, sequence in enumerate(group.sequences) if not sequence.is_done]

@@ -32,12 +32,9 @@ class Generation:
         ready: the model that answers.
         plan: prompts, and how to sample the answers to them.
         project_id: who asks.
-        is_stream: whether text is told as it comes.
     """
 
-    def __init__(
-        self, ready: ReadyModel, plan: Plan, *, project_id: str = "", is_stream: bool = True
-    ) -> None:
+    def __init__(self, ready: ReadyModel, plan: Plan, *, project_id: str = "") -> None:
         self._mail = own_mail()
         self._events: asyncio.Queue[IndexedEvent] = asyncio.Queue()
         self.num_prompt_tokens = sum(map(len, plan.prompts))
@@ -56,7 +53,6 @@ class Generation:
                 decoder=StreamDecoder(base.tokenizer, shown=plan.shown_token_ids),
                 stop_token_ids=base.tokenizer.stop_token_ids,
                 emit=partial(self._emit, index),
-                is_told_whole=not is_stream,
                 num_virtual_tokens=ready.num_virtual_tokens,
                 project_id=project_id,
                 grammar=None if plan.grammar is None else plan.grammar.start(),

@@ -16,7 +16,6 @@ from luthier.inference import sampler
 from luthier.inference.faults import to_told
 from luthier.inference.mail import hand_over
 from luthier.inference.measures import StepMeasures
-from luthier.inference.pace import Pace
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.scoring import score_stretch
 from luthier.inference.sequence import Sequence
@@ -72,7 +71,7 @@ class Lane:
         self._waiting = WaitingLine()
         self._rows: list[_Row] = []
         # The engine's own, once the lane has work.
-        self.measures, self.pace = StepMeasures(), Pace()
+        self.measures = StepMeasures()
 
     @property
     def has_work(self) -> bool:
@@ -259,7 +258,6 @@ class Lane:
         self._rows.remove(row)
         self._pool.release(row.chain)
         row.sequence.interrupted_tokens = row.tokens
-        row.sequence.tell_held()
         self._waiting.add_first(row.sequence)
 
     def _run(self, work: list[tuple[_Row, Stretch]]) -> None:
@@ -283,10 +281,9 @@ class Lane:
         self.measures.count_step(len(work), sequences)
         if not answering:
             return
-        gap_seconds = self.pace.gap_seconds(len(self._rows))
         for row, choice in zip(answering, sampler.choose(logits, sequences), strict=True):
             if not row.sequence.is_done:
-                row.sequence.accept(choice, gap_seconds)
+                row.sequence.accept(choice)
                 row.tokens.append(choice.token_id)
 
     def _fail(self, row: _Row, error: Exception) -> None:

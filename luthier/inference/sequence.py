@@ -138,7 +138,6 @@ class Sequence:
         decoder: turns tokens into text without cutting characters.
         stop_token_ids: tokens that end an answer and have no text.
         emit: takes each event; called on the engine's thread.
-        is_told_whole: whether nobody reads the text before the answer is whole.
         num_virtual_tokens: tokens that these weights put before every prompt.
         project_id: who asks, so that one project's many requests need not hold up another's.
         grammar: what the text must be, None where it is free; this sequence's own.
@@ -151,13 +150,12 @@ class Sequence:
     decoder: TextDecoder
     stop_token_ids: frozenset[int]
     emit: Callable[[SequenceEvent], None]
-    is_told_whole: bool = False
     num_virtual_tokens: int = 0
     project_id: str = ""
     grammar: Grammar | None = None
     num_completion_tokens: int = 0
     last_token_id: int = -1
-    # By the monotonic clock, in seconds; the second one as the measures have set it.
+    # By the monotonic clock, in seconds: for measures alone.
     made_at: float = field(default_factory=time.monotonic)
     last_token_at: float = 0.0
     is_finished: bool = False
@@ -173,9 +171,6 @@ class Sequence:
     _is_prompt_scored: bool = False
     _num_decoded: int = 0
     _held_choices: list[ChoiceAt] = field(default_factory=list)
-    # Text that is certain and not told of yet, and when the last one was.
-    _held_texts: list[str] = field(default_factory=list)
-    _told_at: float = 0.0
 
     def __post_init__(self) -> None:
         self._stops = StopMatcher(self.options.stop)
@@ -206,7 +201,6 @@ class Sequence:
     def fail(self, error: LuthierError) -> None:
         """End without an answer, or in the middle of one."""
         if not self.is_finished:
-            self.tell_held()
             self.is_finished = True
             self.emit(Failure(error))
 
@@ -229,13 +223,8 @@ class Sequence:
         if self.options.max_tokens == 0:
             self._finish("length", "")
 
-    def accept(self, choice: Choice, gap_seconds: float = 0.0) -> None:
-        """Add a token to the answer and emit what became certain by it; nothing after a failure.
-
-        Args:
-            choice: the token.
-            gap_seconds: text that comes sooner than this after the last piece is held for the next one.
-        """
+    def accept(self, choice: Choice) -> None:
+        """Add a token to the answer and emit what became certain by it; nothing after a failure."""
         if self.is_finished:
             return
         self.num_completion_tokens += 1
@@ -261,19 +250,7 @@ class Sequence:
             text += self._push_text(self.decoder.flush())
             self._finish("stop" if self._stops.is_hit else "length", text)
         elif text:
-            self._held_texts.append(text)
-            if not self.is_told_whole and self.last_token_at - self._told_at >= gap_seconds:
-                self.tell_held()
-
-    def tell_held(self) -> None:
-        """Emit the text that was held back, if there is any: nobody knows when more will come."""
-        if self._held_texts and not self.is_told_whole:
-            self._emit_piece(self._take_held())
-
-    def _take_held(self) -> str:
-        text = "".join(self._held_texts)
-        self._held_texts.clear()
-        return text
+            self._emit_piece(text)
 
     def _push_grammar(self, grammar: Grammar, token_id: int) -> bool:
         try:
@@ -290,11 +267,10 @@ class Sequence:
     def _emit_piece(self, text: str) -> None:
         choices = tuple(self._held_choices)
         self._held_choices.clear()
-        self._told_at = self.last_token_at
         self.emit(Piece(text, choices))
 
     def _finish(self, reason: FinishReason, text: str) -> None:
-        text = self._take_held() + text + self._stops.flush()
+        text += self._stops.flush()
         if self._stops.is_hit:
             # Tokens that lie wholly in the stop text are no part of the answer.
             end = self._stops.num_released

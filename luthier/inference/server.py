@@ -35,7 +35,6 @@ from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
 from luthier.inference.app import Service, build_app
 from luthier.inference.engine import Engine, EngineCore
-from luthier.inference.pace import Pace
 from luthier.inference.runner import Runner
 
 _LOG = logging.getLogger(__name__)
@@ -149,10 +148,7 @@ async def serve(settings: Settings) -> None:
     socket_path = None if is_tcp else Path(listener.getsockname())
     engine = Engine(
         EngineCore(
-            Runner(),
-            max_batch_rows=settings.max_batch_rows,
-            max_cache_tokens=settings.max_cache_tokens,
-            pace=Pace(settings.stream_events_per_second),
+            Runner(), max_batch_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens
         ),
         max_waiting=settings.max_waiting_requests,
         num_threads=settings.num_threads or _default_num_threads(settings),

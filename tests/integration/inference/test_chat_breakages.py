@@ -94,10 +94,10 @@ def test_27_a_stream_flushes_every_token_unbuffered_uncompressed_and_ends_with_d
 ) -> None:
     has_read, accept = threading.Event(), Sequence.accept
 
-    def wait_at_fifth(self: Any, *given: Any) -> None:
+    def wait_at_fifth(self: Any, choice: Any) -> None:
         if self.num_completion_tokens == 4:
             assert has_read.wait(30), "the fourth token was not sent before the fifth"
-        accept(self, *given)
+        accept(self, choice)
 
     monkeypatch.setattr(Sequence, "accept", wait_at_fifth)
     body = {
@@ -275,10 +275,10 @@ def test_37_a_failure_in_a_stream_is_an_error_that_the_sdk_raises_and_one_before
     accept = Sequence.accept
     fails_at = 3
 
-    def fail(self: Any, *given: Any) -> None:
+    def fail(self: Any, choice: Any) -> None:
         if self.num_completion_tokens == fails_at:
             self.fail(UnavailableError("It broke."))
-        accept(self, *given)
+        accept(self, choice)
 
     monkeypatch.setattr(Sequence, "accept", fail)
     options: Any = {"model": "tiny-llama", "messages": SKY, "logit_bias": {"40": 100}}

@@ -150,10 +150,10 @@ def test_a_stream_that_breaks_off_says_so_by_its_events(
 
     accept = Sequence.accept
 
-    def fail_at_third(self: Any, *given: Any) -> None:
+    def fail_at_third(self: Any, choice: Any) -> None:
         if self.num_completion_tokens == 3:
             self.fail(UnavailableError("It broke."))
-        accept(self, *given)
+        accept(self, choice)
 
     monkeypatch.setattr(Sequence, "accept", fail_at_third)
     events = list(sdk.responses.create(model="m", input="the sky", stream=True, temperature=0))
