@@ -1,5 +1,6 @@
 """benchmarks/results/*.json: all that is measured, written after every run: a stop loses nothing."""
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -9,9 +10,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # What a measurement of training depends on beside its rows: other code means another measurement.
 _TRAINING = ("luthier/methods", "luthier/modeling", "luthier/training", "benchmarks/peers")
-# Files of these folders that begin so, calibrations and what serves alone, no training run loads: they decide
-# no measurement of it. A test holds it.
-_NOT_TRAINING = ("calibrate", "logits", "packed_", "serving")
+# Of these, calibrations and what serves alone, no training run loads: they decide no measurement of it. A
+# test holds it.
+_NOT_TRAINING = (
+    "luthier/training/calibrate*",
+    "luthier/modeling/logits.py",
+    "luthier/modeling/packed_*",
+    "luthier/modeling/kernels/serving*",
+    "benchmarks/peers/*serv*",
+)
+# What a job takes from its upload to the first token of its model hangs on all of it.
+_JOB = (*_TRAINING, "luthier/data", "luthier/inference", "api", "services", "worker")
 
 
 # Raised when what is stored changes its shape.
@@ -35,19 +44,20 @@ class ResultsFile:
             if (found.get("format"), found.get("machine")) == (_FORMAT, machine):
                 self.content = found
 
-    def row(self, name: str, fingerprint: str) -> dict[str, Any]:
+    def row(self, name: str, fingerprint: str, code: str | None = None) -> dict[str, Any]:
         """Return what is stored of a row, to be filled; empty when it was measured on something else.
 
         Args:
             name: the row's.
             fingerprint: names rows, settings and code.
+            code: names the code alone; training's when left out.
 
         Returns:
             A dictionary in the file's content.
         """
         rows: dict[str, dict[str, Any]] = self.content["rows"]
         if rows.get(name, {}).get("fingerprint") != fingerprint:
-            rows[name] = {"fingerprint": fingerprint, "code": code_digest()}
+            rows[name] = {"fingerprint": fingerprint, "code": code or code_digest()}
         return rows[name]
 
     def save(self) -> None:
@@ -63,14 +73,20 @@ def code_digest(folders: tuple[str, ...] = _TRAINING, left_out: tuple[str, ...] 
 
     Args:
         folders: below the repository's root.
-        left_out: what the names of files begin with that decide nothing.
+        left_out: patterns of the paths of files that decide nothing.
     """
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if not path.name.startswith(left_out):
-                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+            name = path.relative_to(ROOT).as_posix()
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in left_out):
+                found.update(name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def job_digest() -> str:
+    """Name the code that decides how long a job takes, from its upload to an answer."""
+    return code_digest(_JOB, left_out=())
 
 
 def fingerprint_of(*parts: Any) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.contestants import Order, run_peer, saving_to
 from benchmarks.machine import StolenTime
 from benchmarks.pairs import choose_variant, median_interval
-from benchmarks.results_file import ResultsFile, code_digest, fingerprint_of
+from benchmarks.results_file import ResultsFile, fingerprint_of, job_digest
 from benchmarks.rows import ROWS, SHORT_JOB, SHORT_JOB_BAR, Row, Variant
 from benchmarks.workload import Workload, learning_rates, make_spec, write_start
 from luthier.client import LuthierClient
@@ -50,9 +50,8 @@ def measure_short_job(
     """
     row = ROWS["lora-trl"]
     print(f"\nShort job of {workload.rows.num_rows} rows beside a TRL script ({SHORT_JOB})", flush=True)
-    # Its model is served too: what serves alone decides as well.
-    code = code_digest(left_out=())
-    found = results.row(SHORT_JOB, fingerprint_of(asdict(row), workload.digest, code))
+    code = job_digest()
+    found = results.row(SHORT_JOB, fingerprint_of(asdict(row), workload.digest, code), code)
     found["workload"] = workload.describe()
     spec = make_spec(workload, row.tuning)
     start = write_start(workload, spec, scratch / "start")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.results_file import code_digest
+from benchmarks.results_file import code_digest, job_digest
 from benchmarks.rows import GROWTH, ROWS, SHORT_JOB
 
 _HEADER = (
@@ -33,12 +33,16 @@ def make_table(content: dict[str, Any]) -> str:
     if SHORT_JOB in rows:
         lines += ["", *_short_job_lines(rows[SHORT_JOB])]
     if GROWTH in rows and "summary" in rows[GROWTH]:
-        lines += ["", *_growth_lines(rows[GROWTH]["summary"])]
+        lines += ["", *_growth_lines(rows[GROWTH])]
     lines += ["", "Every setting of every peer, one run each:", ""]
     lines += [
         line for name in [*ROWS, SHORT_JOB] if name in rows for line in _variant_lines(name, rows[name])
     ]
     return "\n".join(lines) + "\n"
+
+
+def _label(name: str, found: dict[str, Any], code: str) -> str:
+    return name if found["code"] == code else f"{name} (of older code)"
 
 
 def _row_line(name: str, found: dict[str, Any]) -> str:
@@ -50,11 +54,9 @@ def _row_line(name: str, found: dict[str, Any]) -> str:
     speed, ratio = summary["tokens_per_second"], summary["ratio"]
     memory, share = summary["memory_bytes"], summary["gemm_roofline_share"]
     losses = summary["losses"]
-    if found["code"] != code_digest():
-        name += " (of older code)"
     bar = "" if summary["memory_bar"] is None else f" ({summary['memory_bar']})"
     cells = [
-        name,
+        _label(name, found, code_digest()),
         f"{speed['ours']:.0f}",
         f"{speed['peer']:.0f}" + ("" if summary["has_equal_tokens"] else " (unequal tokens!)"),
         summary["peer_variant"],
@@ -86,17 +88,19 @@ def _short_job_lines(found: dict[str, Any]) -> list[str]:
         return [f"Short job: {found.get('failed', 'not finished')}."]
     summary = found["summary"]
     seconds, ratio = summary["total_seconds"], summary["ratio"]
+    label, num_rows = _label("Short job", found, job_digest()), found["workload"]["rows"]
     return [
-        f"Short job of {found['workload']['rows']} rows, upload to first token: {seconds['ours']:.1f} s; "
+        f"{label} of {num_rows} rows, upload to first token: {seconds['ours']:.1f} s; "
         f"TRL's script ({summary['peer_variant']}), start to saved adapter: {seconds['peer']:.1f} s; "
         f"{ratio['median']:.2f} times ({ratio['low']:.2f} to {ratio['high']:.2f}), bar {summary['bar']:g}."
     ]
 
 
-def _growth_lines(summary: dict[str, Any]) -> list[str]:
-    largest = summary["largest_step_tokens"]
+def _growth_lines(found: dict[str, Any]) -> list[str]:
+    summary = found["summary"]
+    label, largest = _label("Growth", found, code_digest()), summary["largest_step_tokens"]
     return [
-        f"Growth: ten times the rows takes {summary['rows_x10_seconds_per_token_ratio']:.3f} times the "
+        f"{label}: ten times the rows takes {summary['rows_x10_seconds_per_token_ratio']:.3f} times the "
         f"seconds a token and {summary['rows_x10_memory_ratio']:.3f} times the memory (largest steps of "
         f"{largest['rows x10']} and {largest['rows x1']} tokens); rows of four times the length take "
         f"{100 * summary['length_x4_gap']:+.1f} % beside a T + b T^2 fitted on three lengths "

@@ -177,7 +177,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     configure_logs(settings.log_level)
     try:
-        # uvicorn's own choice: uvloop where there is one, whose way to a socket is half as long.
+        # uvicorn's own choice, as in the API: uvloop where there is one.
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
             runner.run(_serve_and_exit(settings))
     except LuthierError as error:

@@ -85,9 +85,9 @@ class Prefix(Method):
     def resolve(self, params: PrefixParams, workload: Workload) -> PrefixParams:
         """Replace every "auto".
 
-        More rows carry more than a short prefix holds, and a longer one costs attention only: 16, 32 or 64
-        tokens, at most an eighth of the context. A projection is as wide as the model, at most 512, the
-        width of the paper.
+        More rows carry more than a short prefix holds, and a longer one costs attention only: 16 tokens for
+        fewer than 100 rows, 32 for fewer than 2,000, 64 for more, at most an eighth of the context. A
+        projection is as wide as the model, at most 512, the width of the paper.
 
         Args:
             params: the parameters as asked for.

@@ -29,10 +29,6 @@ class Logits:
         best_R = torch.empty(len(held_RV), dtype=torch.int64, device=held_RV.device)
         return cls(held_RV, find_best(held_RV, best_R).tolist())
 
-    def wide(self) -> torch.Tensor:
-        """Return logits_RV as float32, a copy where they are of another type."""
-        return self.held_RV.float()
-
     def row(self, index: int) -> torch.Tensor:
         """Return one row's logits as float32."""
         return self.held_RV[index].float()

@@ -88,12 +88,12 @@ def _narrow_middle(sums_at, num_rows, first_rank, middle_at, width, data):
 
 
 @inlined
-def _clear_middle(num_rows, first_rank, middle_at, width):
-    """Let 16 ranks that there are not be zeros in the middle."""
-    for i in range(num_rows):
-        row = carray(at_int64(middle_at + (i * width + first_rank) * 2), TILE_ROWS // 4)
-        for four in range(TILE_ROWS // 4):
-            row[four] = 0
+def _clear_middle(num_tokens, first_rank, middle_at, width):
+    """Let 16 ranks that there are not be zeros in the middle: what lies there may be no number."""
+    for i in range(num_tokens):
+        fours = carray(at_int64(middle_at + (i * width + first_rank) * 2), TILE_ROWS // 4)
+        for place in range(TILE_ROWS // 4):
+            fours[place] = 0
 
 
 @inlined

@@ -48,11 +48,11 @@ def test_the_default_start_is_a_real_one(name: str) -> None:
     assert check_tuning({"type": name})["init"] == {"prefix": "examples", "prompt": "vocabulary"}[name]
 
 
-@pytest.mark.parametrize(("name", "expected"), [("prefix", [16, 32, 64]), ("prompt", [100, 100, 100])])
+@pytest.mark.parametrize(("name", "expected"), [("prefix", [16, 32, 32, 64]), ("prompt", [100] * 4)])
 def test_rows_and_a_short_context_decide_how_many_virtual_tokens_there_are(
     name: str, expected: list[int]
 ) -> None:
-    assert [resolve({"type": name}, num_rows=n).num_virtual_tokens for n in (20, 500, 50_000)] == expected
+    assert [resolve({"type": name}, num_rows=n).num_virtual_tokens for n in (99, 100, 1999, 2000)] == expected
     assert resolve({"type": name}, num_rows=50_000, context_length=64).num_virtual_tokens == 8
     assert resolve({"type": name}, context_length=4).num_virtual_tokens == 1
     assert resolve({"type": name, "num_virtual_tokens": 3}).num_virtual_tokens == 3

@@ -61,7 +61,7 @@ def test_a_base_is_packed_only_where_every_part_is_known(tmp_path: Path, name: s
     packed = PackedLlama(model, num_pages=8)
     with torch.inference_mode():
         expected_TV = model(torch.tensor([IDS])).logits[0]
-    logits_1V = packed.step([Stretch(IDS, 0, PAGES)]).wide()
+    logits_1V = packed.step([Stretch(IDS, 0, PAGES)]).held_RV.float()
     torch.testing.assert_close(logits_1V[0], expected_TV[-1], atol=1e-4, rtol=1e-4)
 
 
@@ -96,6 +96,6 @@ def test_an_adapter_says_what_its_method_says_however_its_tokens_are_cut(
     cuts = [0, 7, 8, 9, 21, 22, 38, 39, 40]
     for begin, end in itertools.pairwise(cuts):
         stretch = Stretch(IDS[begin:end], start + begin, PAGES, adapter.described)
-        logits_1V = packed.step([stretch]).wide()
+        logits_1V = packed.step([stretch]).held_RV.float()
         torch.testing.assert_close(logits_1V[0], expected_TV[end - 1], atol=2e-4, rtol=1e-4)
     assert adapter.num_bytes > 0

@@ -66,13 +66,13 @@ def run_both_ways(base: PackedLlama, step: list[Stretch]) -> tuple[torch.Tensor,
     programs = base._programs
     assert programs is not None
     told = base.step(step)
-    as_program = told.wide()
+    as_program = told.held_RV.float()
     after = base.pages.keys.clone(), base.pages.values.clone()
     base.pages.keys.copy_(keys)
     base.pages.values.copy_(values)
     base._programs = None
     again = base.step(step)
-    launched = again.wide()
+    launched = again.held_RV.float()
     base._programs = programs
     assert told.best == again.best == launched.argmax(dim=-1).tolist()
     assert torch.equal(after[0], base.pages.keys)

@@ -69,6 +69,9 @@ def test_updates_of_stretches_are_those_of_plain_operators(names: list[str], num
     torch.set_num_threads(num_threads)
     try:
         ops = CompiledOps(SHAPE, WIDTHS, torch.empty(1, dtype=torch.bfloat16), 1024)
+        # Threads' memory holds what was there before.
+        ops._scratch_of_threads()
+        ops._scratch.fill_(torch.nan)
         for layer in range(2):
             for sites in GROUPS:
                 x_NK = draw(ends[-1] + 1, INPUTS[sites.start], seed=layer).bfloat16()
