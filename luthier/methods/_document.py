@@ -37,7 +37,8 @@ def _artifact(method: Method) -> str:
     if method.is_whole_model:
         return "The artifact is a whole model, which `AutoModelForCausalLM.from_pretrained` loads."
     if method.library_name == "peft":
-        return "The artifact loads in PEFT with `PeftModel.from_pretrained`."
+        called = "" if method.loading == Method.loading else "; its card says how to call it"
+        return f"The artifact loads in PEFT with `PeftModel.from_pretrained`{called}."
     return "The artifact does not load in PEFT; its card says how to load it."
 
 

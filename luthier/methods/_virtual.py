@@ -12,6 +12,20 @@ from luthier.methods.base import Workload
 NumVirtualTokens = Annotated[int, Field(ge=1, le=1024)] | Auto
 InitText = Annotated[str, StringConstraints(min_length=1, max_length=10_000)] | None
 
+# In every artifact's card, and in docs/methods.md; a test runs it.
+ANSWER = '''\
+def answer(model, ids_1T, num_tokens):
+    """Return ids [1, T] with the likeliest tokens after them."""
+    for _ in range(num_tokens):
+        ids_1T = torch.cat([ids_1T, model(input_ids=ids_1T).logits[:, -1:].argmax(-1)], dim=1)
+    return ids_1T
+'''
+LOADING = (
+    "Load it with `peft.PeftModel.from_pretrained(base, folder)`, and call the model itself: PEFT's "
+    "`generate` gives other answers with transformers 5 (peft 0.21, transformers 5.24). The likeliest answer, "
+    f"for one text:\n\n```python\n{ANSWER}```"
+)
+
 # A longer automatic prefix would crowd out the rows themselves.
 _MAX_AUTO_SHARE = 8
 
@@ -22,7 +36,7 @@ def check_init_text(value: str | None, info: ValidationInfo) -> str | None:
     if init == "text" and value is None:
         raise PydanticCustomError("missing", "is required with init 'text'")
     if value is not None and init is not None and init != "text":
-        raise ValueError('is used by init "text" alone; set init to "text" or leave it out')
+        raise ValueError('It is used by init "text" alone; set init to "text" or leave it out')
     return value
 
 

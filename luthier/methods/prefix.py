@@ -16,6 +16,7 @@ from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._peft import peft_type
 from luthier.methods._virtual import (
+    LOADING,
     InitText,
     NumVirtualTokens,
     check_init_text,
@@ -68,7 +69,7 @@ class PrefixParams(MethodParams):
     @classmethod
     def _width_has_its_network(cls, value: int | str | None, info: ValidationInfo) -> int | str | None:
         if isinstance(value, int) and not info.data.get("projection", True):
-            raise ValueError("is the width of the projection; set projection to true or leave it out")
+            raise ValueError("It is the width of the projection; set projection to true or leave it out")
         return value
 
 
@@ -81,6 +82,7 @@ class Prefix(Method):
     shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
     starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
     starts_as_base: ClassVar[bool] = False
+    loading: ClassVar[str] = LOADING
 
     def resolve(self, params: PrefixParams, workload: Workload) -> PrefixParams:
         """Replace every "auto".

@@ -16,6 +16,7 @@ from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods._peft import peft_type
 from luthier.methods._virtual import (
+    LOADING,
     InitText,
     NumVirtualTokens,
     check_init_text,
@@ -62,6 +63,7 @@ class Prompt(Method):
     shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
     starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
     starts_as_base: ClassVar[bool] = False
+    loading: ClassVar[str] = LOADING
     # What moves is so little that it is slow: on labels nine passes gave three times the accuracy that three
     # did (docs/methods.md).
     auto_passes: ClassVar[int] = 3

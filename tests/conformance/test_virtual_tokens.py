@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, MambaConfig
 
 from luthier.core.errors import InvalidValueError
 from luthier.methods import Start, discover
+from luthier.methods._virtual import ANSWER
 from tests.tiny_methods import LLAMA, ROWS, Bench, Case, batch, rows_of, train
 from tests.tiny_shapes import NUM_POSITIONS, SHAPES
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the sky is blue"
 NUM_TOKENS = 9
 
@@ -221,3 +224,26 @@ def test_a_base_with_recurrent_layers_is_refused(bench: Bench, name: str) -> Non
     with pytest.raises(InvalidValueError, match="recurrent") as caught:
         method.attach(AutoModelForCausalLM.from_config(config).eval(), params, bench.start(case))
     assert caught.value.param == "tuning.type"
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_the_answer_of_the_card_is_the_trained_models(bench: Bench, tmp_path: Path, name: str) -> None:
+    trainee = bench.trained(Case(LLAMA, {"type": name}), 2)
+    trainee.method.save(trainee.attached, tmp_path)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(bench.bases[LLAMA]), str(tmp_path)
+    )
+    scope: dict[str, Any] = {"torch": torch}
+    exec(ANSWER, scope)
+    tokens = first = batch(1).token_ids_BT[:, :5]
+    with torch.no_grad():
+        found = scope["answer"](loaded.eval(), first, 8)
+        for _ in range(8):
+            following = trainee.method.logits(trainee.attached, tokens)[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, following], dim=1)
+    assert torch.equal(found, tokens)
+
+
+def test_the_cards_and_the_document_hold_one_answer() -> None:
+    assert ANSWER in (ROOT / "docs" / "methods.md").read_text()
+    assert all(ANSWER in discover()[name].loading for name in ("prefix", "prompt"))
