@@ -22,8 +22,8 @@ def answer(model, ids_1T, num_tokens):
 '''
 LOADING = (
     "Load it with `peft.PeftModel.from_pretrained(base, folder)`, and call the model itself: PEFT's "
-    "`generate` gives other answers with transformers 5 (peft 0.21, transformers 5.24). The likeliest answer, "
-    f"for one text:\n\n```python\n{ANSWER}```"
+    "`generate` gives other answers with transformers 5 (peft 0.21, transformers 5.24). The likeliest answer "
+    f"to one text:\n\n```python\n{ANSWER}```"
 )
 
 # A longer automatic prefix would crowd out the rows themselves.
