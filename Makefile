@@ -29,6 +29,7 @@ $(STAMP):
 	  $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[torch,local,dev]' \
 	    | sed -u -e '/^Requirement already satisfied/d' -e 's/^\(.\{118\}\).*/\1/' -e 's/^/  /'; \
 	  echo "Installing packages into .venv: done in $$((SECONDS - start)) s"
+	@echo "Compiling kernels (once; about a minute)"
 	@$(BIN)/python -m luthier.modeling.kernels
 	@rm -f .venv/.setup-* && touch $@
 

@@ -145,7 +145,7 @@ def estimate(
         peak_memory_bytes=price.peak_memory_bytes if price else None,
         measured=measured if price else None,
         reason=None if price else reason or "No row is left to train on.",
-        warnings=_warnings(resolved, training, num_train_rows, cost, base),
+        warnings=_warnings(spec, resolved, training, num_train_rows, cost, base),
     )
 
 
@@ -249,11 +249,21 @@ def _artifact_bytes(
 
 
 def _warnings(
-    spec: TrainingSpec, training: RowCounts, num_train_rows: int, cost: MethodCost, base: BaseFacts
+    asked: TrainingSpec,
+    spec: TrainingSpec,
+    training: RowCounts,
+    num_train_rows: int,
+    cost: MethodCost,
+    base: BaseFacts,
 ) -> list[str]:
-    """Say what would end the job, or change its rows, as far as it was counted."""
+    """Say what would end the job, or change it, as far as it was counted."""
     found: list[str] = []
     limit, too_long = spec.training.max_length, spec.training.too_long
+    if asked.training.max_length is not None and limit is not None and asked.training.max_length > limit:
+        found.append(
+            f"training.max_length {asked.training.max_length} is more than the base has room for: {limit} "
+            "tokens would be taken."
+        )
     if training.num_faulty:
         found.append(
             f"{training.num_faulty} of the {training.num_read} rows counted can't be trained on: the base's "

@@ -29,10 +29,16 @@ class FileReport(Frozen):
 
 
 class PrepareReport(Frozen):
-    """Prepare's part of a report; `validation` is about a validation file, absent without one."""
+    """Prepare's part of a report; `validation` is about a validation file, absent without one.
+
+    `num_train_rows` and `num_validation_rows` are what a split and dropped rows left; jobs that were prepared
+    before these were told have None.
+    """
 
     training: FileReport
     validation: FileReport | None = None
+    num_train_rows: int | None = None
+    num_validation_rows: int | None = None
     tokenize_seconds: float
 
 

@@ -122,6 +122,15 @@ def confirm(session: Session, device: Device, state: MemoryState, order: MemoryO
     )
 
 
+def forget_all(session: Session) -> None:
+    """Take every server out of the ledger; only where none of them can still run."""
+    session.execute(
+        delete(MemoryGrant)
+        .where(MemoryGrant.kind == memory.SERVING)
+        .execution_options(synchronize_session=False)
+    )
+
+
 def forget(session: Session, device: Device, server_id: str) -> None:
     """Take a server out of the ledger whose process has ended."""
     session.execute(

@@ -42,6 +42,8 @@ def print_estimate(found: dict[str, Any]) -> None:
         f"tokens: {found['tokens']} an epoch ({found['supervised_tokens']} supervised), "
         f"{found['trained_tokens']} in {found['steps']} steps"
     )
+    chosen = found["hyperparameters"] | {"learning_rate": found["training"]["learning_rate"]}
+    print(f"hyperparameters: {printable(json.dumps(chosen))}")
     print(f"tuning: {printable(json.dumps(found['tuning']))}")
     print(
         f"trained parameters: {found['num_trained_parameters']}, artifact: {_size(found['artifact_bytes'])}"

@@ -21,6 +21,11 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{file['num_supervised_tokens']} supervised, {file['num_truncated']} rows truncated, "
                 f"{file['num_dropped']} dropped"
             )
+    # A report of an older version has no such member.
+    if prepare.get("num_validation_rows") is not None:
+        print(
+            f"rows: {prepare['num_train_rows']} to train on, {prepare['num_validation_rows']} to validate on"
+        )
     if run is None:
         print("Training has not been scored yet.")
         return
@@ -37,7 +42,8 @@ def print_report(report: dict[str, Any]) -> None:
     seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in run["seconds"].items())
     print(f"seconds: {seconds}")
     print(f"bytes: artifact {_cell(run['artifact_bytes'])}, full copy {run['full_copy_bytes']}, ", end="")
-    print(f"peak memory {run['peak_memory_bytes']}\n")
+    print(f"peak memory {run['peak_memory_bytes']}")
+    print(f"seed {run['seed']}, base {run['base_digest']}, rows {run['data_sha256']}\n")
     rows = [
         (evaluation["step"], *(_cell(evaluation[score]) for score in _SCORES))
         for evaluation in run["evaluations"]

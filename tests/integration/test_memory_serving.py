@@ -194,6 +194,20 @@ def test_a_server_that_has_started_anew_takes_the_place_of_the_one_before(
     assert _serving(context) == {"server-2": 10 * _GB}
 
 
+def test_servers_of_an_earlier_run_are_forgotten_and_jobs_are_not(
+    client: openai.OpenAI, context: WorkerContext, server: StandIn
+) -> None:
+    _queue(client, context, 2)
+    assert claim(context) is not None
+    assert _serving(context)
+    with context.database.transaction() as session:
+        serving.forget_all(session)
+    assert _serving(context) == {}
+    with context.database.transaction() as session:
+        (left,) = session.scalars(select(MemoryGrant)).all()
+        assert (left.kind, left.num_bytes) == (memory.JOB, 2 * _GB)
+
+
 def test_several_servers_share_what_jobs_leave(context: WorkerContext) -> None:
     def state(number: int, held: int, version: int) -> MemoryState:
         return MemoryState(

@@ -34,6 +34,9 @@ from worker.parents import check_parents
 
 _log = structlog.get_logger()
 
+# Of rows that are too long, in an event.
+_MAX_LINES_TOLD = 5
+
 TRAIN_FILE = "train.safetensors"
 VALIDATION_FILE = "validation.safetensors"
 
@@ -64,6 +67,7 @@ class _Claimed:
 class _Prepared:
     spec: TrainingSpec
     base: BaseFacts
+    asked_length: int | None
     prepared_key: str
     report: PrepareReport
     need: MemoryNeed
@@ -188,10 +192,14 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
     context.storage.put_folder(folder / "prepared", key)
     shutil.rmtree(folder / "prepared")
     report = PrepareReport(
-        training=train_report, validation=validation_report, tokenize_seconds=tokenize_seconds
+        training=train_report,
+        validation=validation_report,
+        num_train_rows=num_examples,
+        num_validation_rows=0 if validation is None else validation.num_rows // rows_per_example,
+        tokenize_seconds=tokenize_seconds,
     )
     need = _tell_need(context, spec, base, train, validation)
-    return _Prepared(spec, base, key, report, need)
+    return _Prepared(spec, base, options.max_length, key, report, need)
 
 
 def _tell_need(
@@ -231,9 +239,26 @@ def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
             peak_bytes=prepared.need.peak_bytes,
             least_bytes=prepared.need.least_bytes,
         )
-        dropped, truncated = prepared.report.training.num_dropped, prepared.report.training.num_truncated
-        if dropped or truncated:
-            told = (
-                f"Rows longer than the limit: {truncated} truncated, {dropped} dropped (training.too_long)."
-            )
-            events.append(session, lease.job_id, [NewEvent(told, level="warn", data={})])
+        told = [_tell_too_long(prepared.report.training), _tell_limit(prepared)]
+        found = [NewEvent(one, level="warn", data={}) for one in told if one]
+        events.append(session, lease.job_id, found)
+
+
+def _tell_too_long(rows: FileReport) -> str:
+    """Return what became of rows that are too long, with the first of their lines; empty where none is."""
+    if not (rows.num_dropped or rows.num_truncated):
+        return ""
+    lines = sorted({*rows.dropped_lines, *rows.truncated_lines})[:_MAX_LINES_TOLD]
+    more = ", …" if rows.num_dropped + rows.num_truncated > len(lines) else ""
+    return (
+        f"Rows longer than the limit: {rows.num_truncated} truncated, {rows.num_dropped} dropped "
+        f"(training.too_long); line {', '.join(map(str, lines))}{more}."
+    )
+
+
+def _tell_limit(prepared: _Prepared) -> str:
+    """Return that the longest row may be shorter than was asked for; empty where it may not."""
+    asked, taken = prepared.asked_length, prepared.spec.training.max_length
+    if asked is None or taken is None or asked <= taken:
+        return ""
+    return f"training.max_length {asked} is more than the base has room for: {taken} tokens are taken."

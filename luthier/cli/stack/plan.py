@@ -82,13 +82,14 @@ def service_environment(
     return environment
 
 
-def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
+def service_plan(environment: dict[str, str], *, host: str, port: int, is_alone: bool) -> Plan:
     """Return the steps and processes of the service itself, without database and broker.
 
     Args:
         environment: from `service_environment`.
         host: address that the API binds.
         port: its port.
+        is_alone: whether nobody else uses its database.
 
     Returns:
         The plan.
@@ -105,7 +106,11 @@ def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
         ),
         steps=(
             Step("migrate", (python, "-m", "db.migrate"), running_environment),
-            Step("bootstrap", (python, "-m", "services.bootstrap"), environment),
+            Step(
+                "bootstrap",
+                (python, "-m", "services.bootstrap", *(["--alone"] if is_alone else [])),
+                environment,
+            ),
         ),
         late=(
             ProcessSpec(

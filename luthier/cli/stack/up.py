@@ -89,7 +89,8 @@ def _start(
     secrets = load_secrets(home)
     servers: list[ProcessSpec] = []
     database_url = settings.database_url.get_secret_value()
-    if "database_url" not in settings.model_fields_set:
+    is_alone = "database_url" not in settings.model_fields_set
+    if is_alone:
         postgres = open_postgres(home, run, secrets, say=say)
         database_url = postgres.url()
         servers.append(postgres.spec())
@@ -104,7 +105,7 @@ def _start(
     say("Starting " + (", ".join(spec.name for spec in servers) or "on the operator's database and broker"))
     supervisor.start(servers)
     _fetch_base(supervisor, settings, environment)
-    plan = make_plan(environment, host=host, port=port)
+    plan = make_plan(environment, host=host, port=port, is_alone=is_alone)
     # The inference server takes longest to load and needs no database: it loads beside the rest.
     supervisor.start(plan.early)
     supervisor.wait_ready([spec.name for spec in servers])

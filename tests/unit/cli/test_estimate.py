@@ -16,6 +16,8 @@ def _estimate(**changes: Any) -> dict[str, Any]:
         "supervised_tokens": 300,
         "trained_tokens": 2700,
         "steps": 12,
+        "hyperparameters": {"n_epochs": 3, "batch_size": 8},
+        "training": {"learning_rate": 0.001},
         "tuning": {"type": "lora", "rank": 16},
         "num_trained_parameters": 4,
         "artifact_bytes": 1024**2,
@@ -33,6 +35,7 @@ def test_seconds_and_memory_are_printed_with_what_they_rest_on(capsys: pytest.Ca
     told = capsys.readouterr().out
     assert "rows: 9000, 4000 of them counted; 8990 to train on" in told
     assert "seconds: 3.5 (load 1.0, train 2.5); memory: 3.0 MiB" in told
+    assert 'hyperparameters: {"n_epochs": 3, "batch_size": 8, "learning_rate": 0.001}' in told
     assert "warning: Too long." in told
     assert "\x1b" not in told
 

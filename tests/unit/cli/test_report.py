@@ -39,6 +39,9 @@ def _run(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         "artifact_bytes": None,
         "full_copy_bytes": 400,
         "peak_memory_bytes": 7,
+        "seed": 1,
+        "base_digest": "sha256:b",
+        "data_sha256": "d",
         "evaluations": evaluations,
     }
 
@@ -46,8 +49,10 @@ def _run(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
 def test_what_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(_report(prepare=None, run=None))
     assert capsys.readouterr().out == "The job's files are not prepared yet.\n"
-    print_report(_report(prepare={"training": _FILE, "validation": None}, run=None))
+    prepared = {"training": _FILE, "validation": None, "num_train_rows": 22, "num_validation_rows": 2}
+    print_report(_report(prepare=prepared, run=None))
     told = capsys.readouterr().out
+    assert "rows: 22 to train on, 2 to validate on" in told
     assert "training file: 24 rows, 900 tokens, 300 supervised, 1 rows truncated, 2 dropped" in told
     assert told.endswith("Training has not been scored yet.\n")
 
