@@ -27,6 +27,8 @@ from luthier.core.errors import (
 _log = structlog.get_logger()
 _RETRY_AFTER_SECONDS = 1
 _LOCATIONS = {"body", "query", "path", "header"}
+# What pydantic calls a dictionary or a model is an object to whoever writes JSON.
+_OBJECT_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
 
 
 def to_response(error: LuthierError) -> JSONResponse:
@@ -58,7 +60,8 @@ def from_validation(request: Request, errors: Sequence[Any]) -> LuthierError:
         return UnknownParameterError(f"Unknown parameter: '{param}'. {advice}", param=param)
     if param is None and kind == "model_attributes_type":
         return InvalidTypeError("Send a JSON object as the body, with Content-Type: application/json.")
-    reason = str(first["msg"]).removeprefix("Value error, ")
+    is_no_object = kind in _OBJECT_TYPES
+    reason = "Send a JSON object." if is_no_object else str(first["msg"]).removeprefix("Value error, ")
     text = f"Invalid value for '{param}': {reason}" if param else reason
     if kind.endswith("_type") or kind.endswith("_parsing"):
         return InvalidTypeError(text, param=param)

@@ -105,6 +105,7 @@ def test_a_cancelled_job_ends_and_frees_its_file(client: openai.OpenAI, file_id:
         ({"tuning": {"type": "lora", "rank": 0}}, "tuning.rank", "invalid_value"),
         ({"tuning": {"type": "lora", "rnak": 8}}, "tuning.rnak", "unknown_parameter"),
         ({"tuning": {"type": "sorcery"}}, "tuning.type", None),
+        ({"tuning": "lora"}, "tuning", "invalid_type"),
         ({"training": {"max_length": 3}}, "training.max_length", "invalid_value"),
         ({"training": {"patients": 3}}, "training.patients", "unknown_parameter"),
         ({"training": {"patience": 3}}, "training.patience", "invalid_value"),
