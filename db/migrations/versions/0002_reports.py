@@ -25,7 +25,11 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("UPDATE jobs SET report = (report -> 'prepare') - 'tokenize_seconds' WHERE report ? 'prepare'")
+    op.execute(
+        "UPDATE jobs SET report = jsonb_build_object("
+        "'training', report #> '{prepare,training}', 'validation', report #> '{prepare,validation}') "
+        "WHERE report ? 'prepare'"
+    )
     op.drop_index("ix_jobs_result_file_id", table_name="jobs")
     op.drop_constraint("fk_jobs_result_file_id", "jobs", type_="foreignkey")
     op.drop_column("jobs", "result_file_id")
