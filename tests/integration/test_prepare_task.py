@@ -12,7 +12,7 @@ from db.migrate import alembic_config
 from db.session import Database
 from luthier.core.specs import TrainingSpec
 from tests.conftest import Api
-from tests.rows import colour_rows, jsonl
+from tests.rows import chat_row, colour_rows, jsonl
 from worker.app import work
 from worker.context import WorkerContext
 from worker.run import Ending
@@ -21,8 +21,8 @@ from worker.tasks import train as train_module
 from worker.tasks.prepare import prepare
 
 
-def _create(api: Api, **body: object) -> dict[str, Any]:
-    files = {"file": ("rows.jsonl", jsonl(colour_rows(24)))}
+def _create(api: Api, rows: list[dict[str, Any]] | None = None, **body: object) -> dict[str, Any]:
+    files = {"file": ("rows.jsonl", jsonl(rows or colour_rows(24)))}
     url = f"{api.base_url}/v1"
     file = httpx2.post(f"{url}/files", headers=api.headers, data={"purpose": "fine-tune"}, files=files).json()
     asked = {"model": "tiny-llama", "training_file": file["id"], **body}
@@ -63,6 +63,26 @@ def test_rows_that_virtual_tokens_push_out_of_the_context_are_found_by_prepare_w
     assert failed["error"]["code"] == "invalid_training_file"
     assert "Line 1:" in failed["error"]["message"]
     assert "more than the 10 allowed" in failed["error"]["message"]
+
+
+def test_events_name_lines_that_are_too_long_and_a_limit_that_the_base_has_no_room_for(
+    api: Api, context: WorkerContext
+) -> None:
+    rows = [*colour_rows(22), chat_row("what?", "the sky is blue. " * 100), *colour_rows(2)]
+    job = _create(api, rows, training={"max_length": 5000, "too_long": "drop"})
+    prepare(context, job["id"])
+    told = [event["message"] for event in _get(api, f"{job['id']}/events")["data"]]
+    assert "Rows longer than the limit: 0 truncated, 1 dropped (training.too_long); line 23." in told
+    assert "training.max_length 5000 is more than the base has room for: 256 tokens are taken." in told
+
+
+def test_a_report_tells_what_a_split_leaves_on_each_side(api: Api, context: WorkerContext) -> None:
+    job = _create(api, training={"validation_split": 0.25})
+    prepare(context, job["id"])
+    found = _get(api, f"{job['id']}/report")["prepare"]
+    assert found["validation"] is None
+    assert found["num_validation_rows"] > 0
+    assert found["num_train_rows"] + found["num_validation_rows"] == found["training"]["num_rows"] == 24
 
 
 def test_the_files_own_hashes_and_the_seconds_are_in_the_report(api: Api, context: WorkerContext) -> None:
