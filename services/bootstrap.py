@@ -1,7 +1,8 @@
 """`python -m services.bootstrap`: the first rows of an installation, and stored secrets under today's key.
 
-Running it again changes nothing. `--alone` says that no other process of the installation runs: what the
-servers of an earlier run held of the memory is then free at once, not when their rows lapse.
+Running it again changes nothing. `--alone` says that whatever stands in the ledger of memory for inference
+servers is of an earlier run: no worker runs, which alone enters them. It is then free at once, and not when
+the rows lapse.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def ensure_first_rows(session: Session, settings: Settings) -> None:
 def main() -> None:
     """Bootstrap the database that the settings name."""
     parser = argparse.ArgumentParser(prog="python -m services.bootstrap")
-    parser.add_argument("--alone", action="store_true", help="no other process of the installation runs")
+    parser.add_argument("--alone", action="store_true", help="no worker of the installation runs")
     is_alone = parser.parse_args().alone
     settings = Settings()
     database = Database(settings.database_url.get_secret_value(), pool_size=1)

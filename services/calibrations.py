@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pydantic import ValidationError
-from sqlalchemy import case, func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -73,10 +73,9 @@ def is_recorded(
     precision: Precision,
     num_threads: int,
     code_version: str,
-    kept_seconds: float,
     retry_seconds: float,
 ) -> bool:
-    """Whether a machine has measured a base with this code not long ago, or has failed to a short while ago.
+    """Whether a machine has measured a base with this code, or has failed to a short while ago.
 
     Args:
         session: the session.
@@ -85,7 +84,6 @@ def is_recorded(
         precision: as a job asks for it.
         num_threads: of a training child.
         code_version: names the code.
-        kept_seconds: after which a base is measured again: the machine may have been busy with other things.
         retry_seconds: after which a failed probe is tried again.
 
     Returns:
@@ -100,7 +98,7 @@ def is_recorded(
             CalibrationRow.precision == precision,
             CalibrationRow.num_threads == num_threads,
             CalibrationRow.code_version == code_version,
-            age < case((CalibrationRow.constants.is_not(None), kept_seconds), else_=retry_seconds),
+            or_(CalibrationRow.constants.is_not(None), age < retry_seconds),
         )
     )
     return found is not None

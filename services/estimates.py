@@ -145,7 +145,7 @@ def estimate(
         peak_memory_bytes=price.peak_memory_bytes if price else None,
         measured=measured if price else None,
         reason=None if price else reason or "No row is left to train on.",
-        warnings=_warnings(spec, resolved, training, num_train_rows, cost, base),
+        warnings=_warnings(spec.training.max_length, resolved, training, num_train_rows, cost, base),
     )
 
 
@@ -248,8 +248,27 @@ def _artifact_bytes(
     return cost.num_saved * size + sum(path.stat().st_size for path in taken_over if path.is_file())
 
 
+def tell_limit(asked: int | None, resolved: TrainingSpec) -> str:
+    """Return that rows may be no longer than the base has room for; empty where they may be as asked.
+
+    Args:
+        asked: `training.max_length` of the request.
+        resolved: with what it became.
+
+    Returns:
+        A sentence, or nothing.
+    """
+    limit = resolved.training.max_length
+    if asked is None or limit is None or asked <= limit:
+        return ""
+    return (
+        f"training.max_length is {limit}, not {asked}: the base's context has no more room for a row "
+        "(virtual tokens take some of it)."
+    )
+
+
 def _warnings(
-    asked: TrainingSpec,
+    asked_max_length: int | None,
     spec: TrainingSpec,
     training: RowCounts,
     num_train_rows: int,
@@ -259,11 +278,7 @@ def _warnings(
     """Say what would end the job, or change it, as far as it was counted."""
     found: list[str] = []
     limit, too_long = spec.training.max_length, spec.training.too_long
-    if asked.training.max_length is not None and limit is not None and asked.training.max_length > limit:
-        found.append(
-            f"training.max_length {asked.training.max_length} is more than the base has room for: {limit} "
-            "tokens would be taken."
-        )
+    found += [told] if (told := tell_limit(asked_max_length, spec)) else []
     if training.num_faulty:
         found.append(
             f"{training.num_faulty} of the {training.num_read} rows counted can't be trained on: the base's "

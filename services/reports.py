@@ -31,8 +31,8 @@ class FileReport(Frozen):
 class PrepareReport(Frozen):
     """Prepare's part of a report; `validation` is about a validation file, absent without one.
 
-    `num_train_rows` and `num_validation_rows` are what a split and dropped rows left; jobs that were prepared
-    before these were told have None.
+    `num_train_rows` and `num_validation_rows` are what a split and dropped rows left, preferences where the
+    job learns from them. What older versions stored lacks them.
     """
 
     training: FileReport

@@ -123,7 +123,7 @@ def confirm(session: Session, device: Device, state: MemoryState, order: MemoryO
 
 
 def forget_all(session: Session) -> None:
-    """Take every server out of the ledger; only where none of them can still run."""
+    """Take every server out of the ledger; only while no worker runs, which would enter those that do."""
     session.execute(
         delete(MemoryGrant)
         .where(MemoryGrant.kind == memory.SERVING)

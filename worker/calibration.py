@@ -37,7 +37,7 @@ _LOOK_SECONDS = 0.2
 # Until the spares of a worker that has just started have done their imports, beside which all looks slow.
 _SETTLING_SECONDS = 15.0
 _MAX_SECONDS = 300.0
-_RETRY_SECONDS, _KEPT_SECONDS = 3600.0, 86_400.0
+_RETRY_SECONDS = 3600.0
 _MAX_TOLD = 300
 _MEASURED_CODE = ("methods", "modeling", "training")
 _PRECISIONS: tuple[Precision, ...] = ("auto", "float32")
@@ -62,7 +62,7 @@ def calibrate_for_ever(context: WorkerContext) -> None:
 
 
 def calibrate_when_idle(context: WorkerContext) -> bool:
-    """Measure one base that this machine has not measured with this code for long, if no job waits or runs.
+    """Measure one base that this machine has not measured with this code, if no job waits or runs.
 
     Args:
         context: the worker's parts.
@@ -109,7 +109,6 @@ def _is_known(context: WorkerContext, base: BaseFacts, precision: Precision) -> 
             precision=precision,
             num_threads=context.num_threads,
             code_version=code_version(),
-            kept_seconds=_KEPT_SECONDS,
             retry_seconds=_RETRY_SECONDS,
         )
 

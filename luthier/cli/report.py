@@ -43,7 +43,9 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"seconds: {seconds}")
     print(f"bytes: artifact {_cell(run['artifact_bytes'])}, full copy {run['full_copy_bytes']}, ", end="")
     print(f"peak memory {run['peak_memory_bytes']}")
-    print(f"seed {run['seed']}, base {run['base_digest']}, rows {run['data_sha256']}\n")
+    print(
+        f"seed: {run['seed']}; SHA-256 of the base: {run['base_digest']}, of the rows: {run['data_sha256']}\n"
+    )
     rows = [
         (evaluation["step"], *(_cell(evaluation[score]) for score in _SCORES))
         for evaluation in run["evaluations"]

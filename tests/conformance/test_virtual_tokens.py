@@ -241,7 +241,9 @@ def test_the_answer_of_the_card_is_the_trained_models(bench: Bench, tmp_path: Pa
         for _ in range(8):
             following = trainee.method.logits(trainee.attached, tokens)[:, -1:].argmax(-1)
             tokens = torch.cat([tokens, following], dim=1)
+        own = scope["answer"](bench.load(LLAMA), first, 8)
     assert torch.equal(found, tokens)
+    assert not torch.equal(found, own)
 
 
 def test_the_cards_and_the_document_hold_one_answer() -> None:

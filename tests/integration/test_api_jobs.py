@@ -70,6 +70,14 @@ def test_a_cancelled_job_ends_and_frees_its_file(client: openai.OpenAI, file_id:
     assert client.files.delete(file_id).deleted
 
 
+@pytest.mark.parametrize("name", ["tuning", "training", "method"])
+def test_what_is_no_object_is_told_in_the_words_of_json(api: Api, file_id: str, name: str) -> None:
+    answer = _post(api, {"model": "tiny-llama", "training_file": file_id, name: "lora"})
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (name, "invalid_type")
+    assert error["message"].endswith("Send a JSON object.")
+
+
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [
@@ -105,7 +113,6 @@ def test_a_cancelled_job_ends_and_frees_its_file(client: openai.OpenAI, file_id:
         ({"tuning": {"type": "lora", "rank": 0}}, "tuning.rank", "invalid_value"),
         ({"tuning": {"type": "lora", "rnak": 8}}, "tuning.rnak", "unknown_parameter"),
         ({"tuning": {"type": "sorcery"}}, "tuning.type", None),
-        ({"tuning": "lora"}, "tuning", "invalid_type"),
         ({"training": {"max_length": 3}}, "training.max_length", "invalid_value"),
         ({"training": {"patients": 3}}, "training.patients", "unknown_parameter"),
         ({"training": {"patience": 3}}, "training.patience", "invalid_value"),

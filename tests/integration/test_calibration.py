@@ -1,12 +1,11 @@
 """A worker measures its bases while it has no job, and estimates rest on what it found."""
 
 import threading
-from datetime import timedelta
 from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 
 from db.session import Database
 from db.tables import Calibration as CalibrationRow
@@ -107,27 +106,6 @@ def test_what_is_measured_is_not_measured_again_until_base_or_code_change(
         pass
     assert len(probes) == 6
     assert len(_rows(database)) == 2
-
-
-@pytest.mark.parametrize(
-    ("hours", "constants", "is_due"), [(0.5, None, False), (2, None, True), (2, {}, False), (25, {}, True)]
-)
-def test_a_base_is_measured_again_after_a_day_and_a_failed_probe_after_an_hour(
-    context: WorkerContext,
-    database: Database,
-    monkeypatch: pytest.MonkeyPatch,
-    hours: float,
-    constants: dict[str, Any] | None,
-    is_due: bool,
-) -> None:
-    monkeypatch.setattr(calibration, "_probe", lambda *_: (None, "out of order"))
-    while calibrate_when_idle(context):
-        pass
-    values = {"measured_at": func.now() - timedelta(hours=hours)}
-    values |= {} if constants is None else {"constants": constants}
-    with database.transaction() as session:
-        session.execute(update(CalibrationRow).values(**values))
-    assert calibrate_when_idle(context) is is_due
 
 
 def test_a_failed_probe_is_the_reason_that_an_estimate_gives_and_its_words_are_the_operators(

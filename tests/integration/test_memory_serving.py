@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from db.memory_tables import MemoryGrant
 from db.tables import Job
 from luthier.core.devices import Device
 from luthier.core.inference import MEMORY_PATH, MemoryOrder, MemoryState
-from services import memory, serving
+from services import bootstrap, memory, serving
 from tests.rows import colour_rows, jsonl
 from worker.app import sweep
 from worker.context import WorkerContext
@@ -206,6 +207,25 @@ def test_servers_of_an_earlier_run_are_forgotten_and_jobs_are_not(
     with context.database.transaction() as session:
         (left,) = session.scalars(select(MemoryGrant)).all()
         assert (left.kind, left.num_bytes) == (memory.JOB, 2 * _GB)
+
+
+@pytest.mark.parametrize(("arguments", "left"), [([], ["server-1"]), (["--alone"], [])])
+def test_bootstrap_forgets_servers_only_when_it_is_told_that_no_worker_runs(
+    context: WorkerContext,
+    server: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    left: list[str],
+) -> None:
+    balance(context)
+    settings = context.settings
+    monkeypatch.setenv("LUTHIER_DATABASE_URL", settings.database_url.get_secret_value())
+    monkeypatch.setenv("LUTHIER_SECRET_KEY", settings.secret_key.get_secret_value())
+    monkeypatch.setenv("LUTHIER_BASES_DIR", str(settings.bases_dir))
+    monkeypatch.setenv("LUTHIER_MODELS_FILE", str(settings.models_file))
+    monkeypatch.setattr(sys, "argv", ["bootstrap", *arguments])
+    bootstrap.main()
+    assert list(_serving(context)) == left
 
 
 def test_several_servers_share_what_jobs_leave(context: WorkerContext) -> None:

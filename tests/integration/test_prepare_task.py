@@ -65,15 +65,23 @@ def test_rows_that_virtual_tokens_push_out_of_the_context_are_found_by_prepare_w
     assert "more than the 10 allowed" in failed["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("too_long", "num_long", "what"),
+    [
+        ("drop", 1, "0 truncated, 1 dropped (training.too_long); line 23"),
+        ("truncate", 7, "7 truncated, 0 dropped (training.too_long); line 23, 24, 25, 26, 27, …"),
+    ],
+)
 def test_events_name_lines_that_are_too_long_and_a_limit_that_the_base_has_no_room_for(
-    api: Api, context: WorkerContext
+    api: Api, context: WorkerContext, too_long: str, num_long: int, what: str
 ) -> None:
-    rows = [*colour_rows(22), chat_row("what?", "the sky is blue. " * 100), *colour_rows(2)]
-    job = _create(api, rows, training={"max_length": 5000, "too_long": "drop"})
+    rows = [*colour_rows(22), *[chat_row("what?", "the sky is blue. " * 100)] * num_long]
+    tuning = {"type": "prompt", "num_virtual_tokens": 6}
+    job = _create(api, rows, tuning=tuning, training={"max_length": 5000, "too_long": too_long})
     prepare(context, job["id"])
     told = [event["message"] for event in _get(api, f"{job['id']}/events")["data"]]
-    assert "Rows longer than the limit: 0 truncated, 1 dropped (training.too_long); line 23." in told
-    assert "training.max_length 5000 is more than the base has room for: 256 tokens are taken." in told
+    assert f"Rows of the training file longer than the limit: {what}." in told
+    assert any(message.startswith("training.max_length is 250, not 5000:") for message in told)
 
 
 def test_a_report_tells_what_a_split_leaves_on_each_side(api: Api, context: WorkerContext) -> None:

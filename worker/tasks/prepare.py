@@ -22,6 +22,7 @@ from luthier.data.split import split_rows
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
 from services import calibrations, events, leases, models, reports
+from services.estimates import tell_limit
 from services.events import NewEvent
 from services.leases import Lease, LeaseLostError
 from services.memory_needs import MemoryNeed, tell_need
@@ -34,8 +35,7 @@ from worker.parents import check_parents
 
 _log = structlog.get_logger()
 
-# Of rows that are too long, in an event.
-_MAX_LINES_TOLD = 5
+_MAX_LINES_IN_EVENT = 5
 
 TRAIN_FILE = "train.safetensors"
 VALIDATION_FILE = "validation.safetensors"
@@ -67,7 +67,7 @@ class _Claimed:
 class _Prepared:
     spec: TrainingSpec
     base: BaseFacts
-    asked_length: int | None
+    asked_max_length: int | None
     prepared_key: str
     report: PrepareReport
     need: MemoryNeed
@@ -199,7 +199,14 @@ def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, f
         tokenize_seconds=tokenize_seconds,
     )
     need = _tell_need(context, spec, base, train, validation)
-    return _Prepared(spec, base, options.max_length, key, report, need)
+    return _Prepared(
+        spec=spec,
+        base=base,
+        asked_max_length=options.max_length,
+        prepared_key=key,
+        report=report,
+        need=need,
+    )
 
 
 def _tell_need(
@@ -239,26 +246,22 @@ def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
             peak_bytes=prepared.need.peak_bytes,
             least_bytes=prepared.need.least_bytes,
         )
-        told = [_tell_too_long(prepared.report.training), _tell_limit(prepared)]
+        told = [
+            _tell_too_long("training", prepared.report.training),
+            _tell_too_long("validation", prepared.report.validation),
+            tell_limit(prepared.asked_max_length, prepared.spec),
+        ]
         found = [NewEvent(one, level="warn", data={}) for one in told if one]
         events.append(session, lease.job_id, found)
 
 
-def _tell_too_long(rows: FileReport) -> str:
-    """Return what became of rows that are too long, with the first of their lines; empty where none is."""
-    if not (rows.num_dropped or rows.num_truncated):
+def _tell_too_long(purpose: Purpose, rows: FileReport | None) -> str:
+    """Return what became of a file's rows that are too long, with the first lines; empty where none is."""
+    if rows is None or not (rows.num_dropped or rows.num_truncated):
         return ""
-    lines = sorted({*rows.dropped_lines, *rows.truncated_lines})[:_MAX_LINES_TOLD]
+    lines = sorted({*rows.dropped_lines, *rows.truncated_lines})[:_MAX_LINES_IN_EVENT]
     more = ", …" if rows.num_dropped + rows.num_truncated > len(lines) else ""
     return (
-        f"Rows longer than the limit: {rows.num_truncated} truncated, {rows.num_dropped} dropped "
-        f"(training.too_long); line {', '.join(map(str, lines))}{more}."
+        f"Rows of the {purpose} file longer than the limit: {rows.num_truncated} truncated, "
+        f"{rows.num_dropped} dropped (training.too_long); line {', '.join(map(str, lines))}{more}."
     )
-
-
-def _tell_limit(prepared: _Prepared) -> str:
-    """Return that the longest row may be shorter than was asked for; empty where it may not."""
-    asked, taken = prepared.asked_length, prepared.spec.training.max_length
-    if asked is None or taken is None or asked <= taken:
-        return ""
-    return f"training.max_length {asked} is more than the base has room for: {taken} tokens are taken."

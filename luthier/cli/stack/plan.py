@@ -89,7 +89,7 @@ def service_plan(environment: dict[str, str], *, host: str, port: int, is_alone:
         environment: from `service_environment`.
         host: address that the API binds.
         port: its port.
-        is_alone: whether nobody else uses its database.
+        is_alone: whether the database is the home's own, so that no worker runs on it yet.
 
     Returns:
         The plan.

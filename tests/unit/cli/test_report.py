@@ -66,6 +66,9 @@ def test_scores_are_a_table_and_answers_stand_below_escaped(capsys: pytest.Captu
     lines = capsys.readouterr().out.splitlines()
     assert "steps: 3 of 9, result: 2" in lines
     assert "Enough." in lines
+    assert "seed: 1; SHA-256 of the base: sha256:b, of the rows: d" in lines
+    # As an older version stored it.
+    assert not [line for line in lines if line.startswith("rows:")]
     assert [line.split() for line in lines if line.startswith(("0 ", "2 "))] == [
         ["0", "3.0000", "-", "-", "-"],
         ["2", "1.5000", "-", "-", "0.1000"],
