@@ -20,7 +20,7 @@ _NOT_TRAINING = (
     "benchmarks/peers/*serv*",
 )
 # What a job takes from its upload to the first token of its model hangs on all of it.
-_JOB = (*_TRAINING, "luthier/data", "luthier/inference", "api", "services", "worker")
+_JOB = ("luthier", "api", "db", "services", "worker", "benchmarks/peers")
 
 
 # Raised when what is stored changes its shape.

@@ -278,7 +278,9 @@ def _warnings(
     """Say what would end the job, or change it, as far as it was counted."""
     found: list[str] = []
     limit, too_long = spec.training.max_length, spec.training.too_long
-    found += [told] if (told := tell_limit(asked_max_length, spec)) else []
+    cut_limit = tell_limit(asked_max_length, spec)
+    if cut_limit:
+        found.append(cut_limit)
     if training.num_faulty:
         found.append(
             f"{training.num_faulty} of the {training.num_read} rows counted can't be trained on: the base's "
