@@ -1,4 +1,4 @@
-"""Engine and sessions. `transaction` is the only commit in the project."""
+"""Engine and sessions. `transaction` is the only place where several statements are committed together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +34,8 @@ class Database:
             connect_args={"connect_timeout": _POOL_TIMEOUT_SECONDS},
         )
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        alone = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._sessions_of_statements = sessionmaker(alone, expire_on_commit=False)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -46,15 +48,23 @@ class Database:
             UnavailableError: when the database can't be reached or no connection is free in 3 s; nothing
                 was committed, unless the connection broke during the commit itself.
         """
-        try:
-            with self._sessions.begin() as session:
-                yield session
-        except (OperationalError, InterfaceError, PoolTimeoutError) as error:
-            raise UnavailableError("The database can't be reached right now; try again.") from error
-        except DBAPIError as error:
-            if error.connection_invalidated:
-                raise UnavailableError("The database can't be reached right now; try again.") from error
-            raise
+        with _telling_of_absence(), self._sessions.begin() as session:
+            yield session
+
+    @contextmanager
+    def statements(self) -> Iterator[Session]:
+        """Open a session of which each statement is a transaction of its own: for a few that read.
+
+        It spares the answers to BEGIN and COMMIT, each of which takes as long as a statement.
+
+        Yields:
+            The session.
+
+        Raises:
+            UnavailableError: when the database can't be reached or no connection is free in 3 s.
+        """
+        with _telling_of_absence(), self._sessions_of_statements() as session:
+            yield session
 
     def forget_connections(self) -> None:
         """Drop the pool without closing it: for a process just forked, whose sockets are its parent's."""
@@ -63,3 +73,15 @@ class Database:
     def close(self) -> None:
         """Close every pooled connection."""
         self.engine.dispose()
+
+
+@contextmanager
+def _telling_of_absence() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+        raise UnavailableError("The database can't be reached right now; try again.") from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise UnavailableError("The database can't be reached right now; try again.") from error
+        raise

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import timedelta
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db.tables import ApiKey, Organization, Project
@@ -17,7 +17,22 @@ from luthier.core.ids import new_id
 from luthier.core.keys import hash_api_key, is_well_formed, key_prefix, new_api_key
 from services.scope import Scope
 
+# Once a minute is enough to say when a key was last used, and spares a write per request.
 _LAST_USED_RESOLUTION = timedelta(minutes=1)
+_IS_DUE = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - _LAST_USED_RESOLUTION)
+# Built once: that takes longer than it runs, and every request does so.
+_FIND = (
+    select(
+        ApiKey.id,
+        ApiKey.organization_id,
+        Organization.slug,
+        ApiKey.project_id,
+        ApiKey.is_admin,
+        _IS_DUE,
+    )
+    .join(Organization, Organization.id == ApiKey.organization_id)
+    .where(ApiKey.key_hash == bindparam("key_hash"), ApiKey.deleted_at.is_(None))
+)
 
 
 def authenticate(session: Session, key: str) -> Scope:
@@ -36,20 +51,14 @@ def authenticate(session: Session, key: str) -> Scope:
     unknown = UnauthenticatedError("Incorrect API key provided. Make one with `luthier keys create`.")
     if not is_well_formed(key):
         raise unknown
-    # Once a minute is enough to say when a key was last used, and spares a write per request.
-    is_due = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - _LAST_USED_RESOLUTION)
-    row = session.execute(
-        select(ApiKey, Organization.slug, is_due)
-        .join(Organization, Organization.id == ApiKey.organization_id)
-        .where(ApiKey.key_hash == hash_api_key(key), ApiKey.deleted_at.is_(None))
-    ).one_or_none()
+    row = session.execute(_FIND, {"key_hash": hash_api_key(key)}).one_or_none()
     if row is None:
         raise unknown
-    api_key, slug, is_due_now = row
-    if is_due_now:
+    key_id, organization_id, slug, project_id, is_admin, is_due = row
+    if is_due:
         # Asked again under the lock of the row, so that of requests at once a single one writes.
-        session.execute(update(ApiKey).where(ApiKey.id == api_key.id, is_due).values(last_used_at=func.now()))
-    return Scope(api_key.organization_id, slug, api_key.project_id, api_key.id, api_key.is_admin)
+        session.execute(update(ApiKey).where(ApiKey.id == key_id, _IS_DUE).values(last_used_at=func.now()))
+    return Scope(organization_id, slug, project_id, key_id, is_admin)
 
 
 def _require_admin(scope: Scope) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 
 import anyio
 from fastapi import APIRouter, Request
@@ -28,23 +27,13 @@ router = APIRouter(prefix="/v1", tags=["inference"])
 _MAX_BODY_BYTES = 8 * 1024 * 1024
 
 
-async def _told(reply: Reply) -> AsyncIterator[bytes]:
-    """Pass an answer's pieces on; one that breaks off in a stream ends with an error that clients read."""
-    try:
-        async for piece in reply.body:
-            yield piece
-    except UnavailableError as error:
-        if not reply.headers.get("content-type", "").startswith("text/event-stream"):
-            raise
-        yield f"data: {json.dumps(error.to_body())}\n\n".encode()
-
-
 class _PassedOn(StreamingResponse):
     """An upstream's answer on its way to the client; the upstream is told when the client has left."""
 
     def __init__(self, reply: Reply) -> None:
-        super().__init__(_told(reply), reply.status, dict(reply.headers))
+        super().__init__(reply.body, reply.status, dict(reply.headers))
         self._body = reply.body
+        self._is_event_stream = reply.headers.get("content-type", "").startswith("text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, and close the upstream's whatever happens."""
@@ -53,6 +42,19 @@ class _PassedOn(StreamingResponse):
         finally:
             with anyio.CancelScope(shield=True):
                 await self._body.aclose()
+
+    async def stream_response(self, send: Send) -> None:
+        """Pass the pieces on; a stream that breaks off ends with an error that clients read."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for piece in self._body:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except UnavailableError as error:
+            if not self._is_event_stream:
+                raise
+            told = f"data: {json.dumps(error.to_body())}\n\n".encode()
+            await send({"type": "http.response.body", "body": told, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _read_body(request: Request) -> bytes:
@@ -105,7 +107,8 @@ async def _answer(request: Request, parts: Parts, path: str) -> Response:
     body = await _read_body(request)
 
     def resolve() -> ModelTarget:
-        with parts.database.transaction() as session:
+        # Nothing here belongs together: the name is resolved by one statement.
+        with parts.database.statements() as session:
             scope = keys.authenticate(session, key)
             return models.resolve(session, scope, parts.catalogue, _model_name(body))
 

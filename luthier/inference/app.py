@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,21 +20,23 @@ from starlette.types import ASGIApp
 from luthier.core.clock import now_seconds
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
-from luthier.core.inference import HEADER_DIGEST, MEMORY_PATH, ModelTarget
+from luthier.core.inference import CHANNEL_PATH, HEADER_CHANNEL, HEADER_DIGEST, MEMORY_PATH, ModelTarget
 from luthier.core.settings import Settings
-from luthier.inference.answers import ChatShape, CompletionShape, Shape, Usage
+from luthier.inference.answers import ChatShape, CompletionShape, Shape
 from luthier.inference.bases import ReadyModel
+from luthier.inference.channels import Channels
 from luthier.inference.engine import Engine
 from luthier.inference.generation import Generation
 from luthier.inference.grammar import Grammars
 from luthier.inference.memory_routes import MemoryRoutes
 from luthier.inference.models import Models, read_target
-from luthier.inference.parts import Part, collect, read_parts
+from luthier.inference.parts import collect
 from luthier.inference.plans import Plan, plan_chat, plan_completion
 from luthier.inference.protocol import ChatRequest, parse_chat, parse_completion
 from luthier.inference.response_answers import ResponseShape
 from luthier.inference.responses import parse_response
 from luthier.inference.status import Status
+from luthier.inference.streamed import StreamedAnswer, usage_of
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
@@ -75,6 +78,7 @@ class Service:
         self._engine = engine
         self._open: set[Generation] = set()
         self._grammars = Grammars()
+        self._channels = Channels()
         self.models = Models(settings, engine)
         self.status = Status(settings, engine, self.models)
         self.memory = MemoryRoutes(settings, self.models)
@@ -152,11 +156,18 @@ class Service:
             asking = _Asking(request, target, ready, shape, plan, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
+    async def channel(self, request: Request) -> Response:
+        """Answer GET /internal/channel: a response that lasts until its reader leaves."""
+        channel_id, channel = self._channels.open(request.headers)
+        forget = partial(self._channels.forget, channel_id)
+        return EventStream(channel.pieces(), {}, forget, media_type="application/octet-stream")
+
     def interrupt(self) -> None:
         """End every open answer with an error; the process is going to stop."""
         self._engine.close()
         for generation in list(self._open):
             generation.interrupt()
+        self._channels.close()
 
     async def _hold(self, request: Request, target: ModelTarget, stack: contextlib.ExitStack) -> ReadyModel:
         """Return the target's model, which stays in memory until the stack is closed."""
@@ -173,38 +184,22 @@ class Service:
         self._open.add(generation)
         stack.callback(self._open.discard, generation)
         stack.callback(generation.cancel)
-        parts = read_parts(generation.events(), asking.plan.make_reader)
+        plan = asking.plan
         if not asking.is_stream:
-            answers = await while_connected(request, collect(parts, asking.plan.num_choices))
-            counted = _usage(generation)
+            collecting = collect(generation.events(), plan.make_reader, plan.num_choices)
+            answers = await while_connected(request, collecting)
+            counted = usage_of(generation)
             if sum(len(answer.choices) for answer in answers) > _MAX_CHOICES_AT_ONCE:
                 return json_response(await asyncio.to_thread(shape.whole, answers, counted), headers=headers)
             return json_response(shape.whole(answers, counted), headers=headers)
+        streamed = StreamedAnswer(shape, generation, plan.make_reader)
         # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
-        first = await while_connected(request, anext(parts))
-        return EventStream(_stream(shape, generation, first, parts), headers, stack.pop_all().close)
-
-
-async def _stream(
-    shape: Shape, generation: Generation, first: Part, parts: AsyncIterator[Part]
-) -> AsyncIterator[bytes]:
-    try:
-        for event in shape.first_events(len(generation.sequences)):
-            yield event
-        for event in shape.part_events(first):
-            yield event
-        async for part in parts:
-            for event in shape.part_events(part):
-                yield event
-        for event in shape.last_events(_usage(generation)):
-            yield event
-    except LuthierError as error:
-        for event in shape.error_events(error):
-            yield event
-
-
-def _usage(generation: Generation) -> Usage:
-    return Usage(generation.num_prompt_tokens, generation.num_completion_tokens)
+        begun = await while_connected(request, streamed.start())
+        place = self._channels.find(request.headers)
+        if place is None:
+            return EventStream(streamed.events(begun), headers, stack.pop_all().close)
+        headers[HEADER_CHANNEL] = place.channel_id
+        return EventStream(streamed.sent_by(place, begun), headers, stack.pop_all().close)
 
 
 def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:
@@ -229,6 +224,7 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
         ("/healthz", service.status.health, "GET"),
         ("/internal/state", service.status.state, "GET"),
         ("/metrics", service.status.metrics, "GET"),
+        (CHANNEL_PATH, service.channel, "GET"),
         (MEMORY_PATH, service.memory.tell, "GET"),
         (MEMORY_PATH, service.memory.obey, "POST"),
         ("/v1/chat/completions", service.chat, "POST"),

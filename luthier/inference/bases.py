@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.load import load_base
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
+from luthier.modeling.packed_memory import SpareMemory
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,13 +36,14 @@ _LOG = logging.getLogger(__name__)
 class PackedWeights:
     """Weights that are laid out for serving, and the rows that run on them.
 
-    `folder` and `shape` are those of the files that they were read from.
+    `folder` and `shape` are those of the files that they were read from; `spare` is memory for adapters.
     """
 
     lane: Lane
     folder: Path
     shape: BaseShape
     logits_V: torch.Tensor
+    spare: SpareMemory = field(default_factory=SpareMemory)
 
 
 @dataclass(eq=False)

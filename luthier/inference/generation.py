@@ -1,7 +1,7 @@
 """A request's answers between the engine's thread and the event loop: submit, follow, cancel."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -36,7 +36,8 @@ class Generation:
 
     def __init__(self, ready: ReadyModel, plan: Plan, *, project_id: str = "") -> None:
         self._mail = own_mail()
-        self._events: asyncio.Queue[IndexedEvent] = asyncio.Queue()
+        self._arrived: asyncio.Queue[IndexedEvent] = asyncio.Queue()
+        self._take: Callable[[IndexedEvent], None] = self._arrived.put_nowait
         self.num_prompt_tokens = sum(map(len, plan.prompts))
         self._num_open = plan.num_choices
         self._echoes = {
@@ -78,7 +79,7 @@ class Generation:
         first = self.sequences[0]
         if first.options.max_tokens == 0 and not first.wants_prompt_scores:
             for index in range(len(self.sequences)):
-                self._events.put_nowait((index, Finish("length", 0)))
+                self._take((index, Finish("length", 0)))
             return
         engine.submit(self.sequences)
 
@@ -91,7 +92,12 @@ class Generation:
         """End the answers with an error at once, without waiting for the engine's thread."""
         self.cancel()
         error = UnavailableError("The model server is shutting down; try again.")
-        self._events.put_nowait((0, Failure(error)))
+        self._take((0, Failure(error)))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any of the answers that were read is not whole."""
+        return self._num_open > 0
 
     async def events(self) -> AsyncIterator[IndexedEvent]:
         """Follow the answers until every one is whole.
@@ -103,24 +109,58 @@ class Generation:
             LuthierError: what the engine failed with.
         """
         while self._num_open:
-            index, event = await self._events.get()
-            if isinstance(event, Failure):
-                raise event.error
-            echo = self._echoes.get(index)
-            if echo is not None and index not in self._is_echoed:
-                self._is_echoed.add(index)
-                yield index, _echo_piece(echo, event)
-            if isinstance(event, PromptScored):
-                continue
-            if isinstance(event, Finish):
-                self._num_open -= 1
-            elif echo is not None and event.choices:
-                event = _move(event, len(echo.text))
-            yield index, event
+            for found in self.read(await self.arrived()):
+                yield found
+
+    async def arrived(self) -> IndexedEvent:
+        """Return the next event as it came from the engine, to be read."""
+        return await self._arrived.get()
+
+    def follow(self, take: Callable[[IndexedEvent], None]) -> None:
+        """Hand over all events that `arrived` has not returned, now and as they come.
+
+        Args:
+            take: called with each, on the loop's thread; it may not raise.
+        """
+        while not self._arrived.empty():
+            take(self._arrived.get_nowait())
+        self._take = take
+
+    def read(self, arrived: IndexedEvent) -> list[IndexedEvent]:
+        """Return what an event from the engine tells of its answer.
+
+        Args:
+            arrived: the events in the order of their arrival.
+
+        Returns:
+            Pieces and ends, each with its choice's index.
+
+        Raises:
+            LuthierError: what the engine failed with.
+        """
+        index, event = arrived
+        if isinstance(event, Failure):
+            raise event.error
+        found: list[IndexedEvent] = []
+        echo = self._echoes.get(index)
+        if echo is not None and index not in self._is_echoed:
+            self._is_echoed.add(index)
+            found.append((index, _echo_piece(echo, event)))
+        if isinstance(event, PromptScored):
+            return found
+        if isinstance(event, Finish):
+            self._num_open -= 1
+        elif echo is not None and event.choices:
+            event = _move(event, len(echo.text))
+        return [*found, (index, event)]
+
+    def _deliver(self, arrived: IndexedEvent) -> None:
+        # Looked up when it arrives: who takes it may have changed since it was posted.
+        self._take(arrived)
 
     def _emit(self, index: int, event: SequenceEvent) -> None:
         try:
-            self._mail.post(self._events, (index, event))
+            self._mail.post(self._deliver, (index, event))
         except RuntimeError:
             # The loop is closed: the process is ending and nobody waits for this answer.
             self.sequences[index].cancel()

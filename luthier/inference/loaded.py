@@ -20,6 +20,7 @@ from luthier.inference.lane import Lane
 from luthier.inference.loading import EngineLike, Kind, RowLimits, load, measure, remove
 from luthier.inference.memory import NoRoomError
 from luthier.inference.sequence import ModelKey
+from luthier.inference.spares import Spares
 
 MAX_INSTALLED = 16
 # A pin that no request has renewed for so long is let go of: the model may be deleted, or asked elsewhere.
@@ -117,6 +118,7 @@ class LoadedArtifacts:
         self._num_evictions: Counter[Kind] = Counter()
         # Of bases on their way, which are no entries.
         self._expected_bytes = 0
+        self._spares = Spares()
         # Two who looked for room at once would both take what there is.
         self._making_way = asyncio.Lock()
         # The one unused for longest first.
@@ -213,6 +215,8 @@ class LoadedArtifacts:
         """
         async with self._making_way:
             missing = await self._fit(num_bytes + self.loading_bytes)
+            if missing > 0 and self._spares.drop():
+                missing = await self._fit(num_bytes + self.loading_bytes)
             # Nobody leaves for one that comes in none the more.
             if 0 < missing <= self.leaving_bytes:
                 await self.give_back(missing)
@@ -312,6 +316,9 @@ class LoadedArtifacts:
             loading.add_done_callback(lambda _: self._on_loaded(entry))
         return entry
 
+    async def _has_room(self, num_bytes: int) -> bool:
+        return await self._fit(num_bytes + self.loading_bytes) <= 0
+
     @asynccontextmanager
     async def _opening(self, num_bytes: int) -> AsyncIterator[None]:
         """Let the plain path's weights of a packed base be loaded, if there is room for them."""
@@ -328,6 +335,8 @@ class LoadedArtifacts:
         # A fresh entry may stand in the place of one that failed and was let go.
         if entry.is_ready:
             self._num_loads[entry.kind] += 1
+            if entry.kind is Kind.PACKED and entry.served.base.packed is not None:
+                self._spares.prepare_soon(entry.served.base.packed.spare, self._has_room)
         elif self._entries.get(entry.served.key) is entry:
             del self._entries[entry.served.key]
         # Whoever wanted it may have left meanwhile: it is idle from now on.

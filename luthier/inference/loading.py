@@ -186,14 +186,17 @@ def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> PackedAdapt
     if parts is None or not can_lay_out(parts, model):
         return None
     _check_finite(parts)
-    return lay_out(parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"))
+    return lay_out(
+        parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"), packed.spare.take
+    )
 
 
 def _check_finite(parts: ServedParts) -> None:
     """Check every number; a probe alone may not meet one that is not finite."""
     # A sum is not finite if any number is not, and takes one pass; one that overflows is looked at closely.
-    for tensor in parts.tensors:
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in parts.tensors])
+    for place in (~torch.isfinite(sums)).nonzero().flatten().tolist():
+        if not torch.isfinite(parts.tensors[place]).all():
             raise SelfCheckError("The model's weights are not finite; it is not served.")
 
 

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ _write.restype = ctypes.c_ssize_t
 
 
 class Mail(Generic[EventT]):
-    """Events for the queues of one event loop.
+    """Events for those who live on one event loop.
 
     Args:
         loop: the running loop; it is not held, or no loop would ever be let go of.
@@ -35,7 +35,7 @@ class Mail(Generic[EventT]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._posted: deque[tuple[asyncio.Queue[EventT], EventT]] = deque()
+        self._posted: deque[tuple[Callable[[EventT], None], EventT]] = deque()
         self._is_rung = False
         self._heard, self._bell = os.pipe()
         for end in (self._heard, self._bell):
@@ -43,12 +43,12 @@ class Mail(Generic[EventT]):
             weakref.finalize(loop, os.close, end)
         loop.add_reader(self._heard, self._deliver)
 
-    def post(self, queue: "asyncio.Queue[EventT]", event: EventT) -> None:
-        """Put an event into a queue of the loop; from any thread.
+    def post(self, take: Callable[[EventT], None], event: EventT) -> None:
+        """Let somebody on the loop have an event; from any thread.
 
         Args:
-            queue: one of that loop.
-            event: what to put.
+            take: called with the event on the loop's thread; it may not raise.
+            event: what happened.
 
         Raises:
             RuntimeError: when the loop is closed.
@@ -56,7 +56,7 @@ class Mail(Generic[EventT]):
         loop = self._loop()
         if loop is None or loop.is_closed():
             raise RuntimeError("The event loop is closed.")
-        self._posted.append((queue, event))
+        self._posted.append((take, event))
         held: set[Mail[Any]] | None = getattr(_HELD, "mails", None)
         if held is None:
             self.ring()
@@ -76,8 +76,8 @@ class Mail(Generic[EventT]):
         # First, so that what is posted from now on rings again: once too often does no harm.
         self._is_rung = False
         while self._posted:
-            queue, event = self._posted.popleft()
-            queue.put_nowait(event)
+            take, event = self._posted.popleft()
+            take(event)
 
 
 _HELD = threading.local()

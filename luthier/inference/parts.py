@@ -6,7 +6,7 @@ from typing import Literal
 
 from luthier.inference.call_reader import CallArguments, CallBegun, CallReader, ReadPart
 from luthier.inference.generation import IndexedEvent
-from luthier.inference.sequence import ChoiceAt, Finish, Piece
+from luthier.inference.sequence import ChoiceAt, Finish, Piece, SequenceEvent
 
 EndReason = Literal["stop", "length", "tool_calls"]
 
@@ -56,25 +56,24 @@ class _Reading:
         return parts
 
 
-async def read_parts(
-    events: AsyncIterator[IndexedEvent], make_reader: Callable[[], CallReader | None]
-) -> AsyncIterator[Part]:
-    """Read the events of a generation.
+class PartReader:
+    """Read the events of all choices of a generation.
 
     Args:
-        events: of all its choices.
         make_reader: makes what reads one choice's text, None where that has no calls.
-
-    Yields:
-        Each part, a choice's last one an Ended.
     """
-    readings: dict[int, _Reading] = {}
-    async for index, event in events:
+
+    def __init__(self, make_reader: Callable[[], CallReader | None]) -> None:
+        self._make_reader = make_reader
+        self._readings: dict[int, _Reading] = {}
+
+    def read(self, index: int, event: SequenceEvent) -> list[Part]:
+        """Return the parts that an event of a choice brings; each choice's last one is an Ended."""
         assert isinstance(event, Piece | Finish)
-        if index not in readings:
-            readings[index] = _Reading(make_reader())
-        for part in readings[index].read(index, event):
-            yield part
+        reading = self._readings.get(index)
+        if reading is None:
+            reading = self._readings[index] = _Reading(self._make_reader())
+        return reading.read(index, event)
 
 
 @dataclass
@@ -109,17 +108,22 @@ class WholeAnswer:
             self.reason = content.reason
 
 
-async def collect(parts: AsyncIterator[Part], num_choices: int) -> list[WholeAnswer]:
+async def collect(
+    events: AsyncIterator[IndexedEvent], make_reader: Callable[[], CallReader | None], num_choices: int
+) -> list[WholeAnswer]:
     """Put the parts of all choices together.
 
     Args:
-        parts: of all choices.
+        events: of all choices.
+        make_reader: as PartReader takes it.
         num_choices: how many there are.
 
     Returns:
         The choices, in order.
     """
+    reader = PartReader(make_reader)
     answers = [WholeAnswer() for _ in range(num_choices)]
-    async for part in parts:
-        answers[part.index].add(part)
+    async for index, event in events:
+        for part in reader.read(index, event):
+            answers[part.index].add(part)
     return answers

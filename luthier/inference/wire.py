@@ -35,9 +35,14 @@ class EventStream(StreamingResponse):
     """A stream that gives its rows back however it ends, even when the client left before it began."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], headers: dict[str, str], close: Callable[[], None]
+        self,
+        events: AsyncIterator[bytes],
+        headers: dict[str, str],
+        close: Callable[[], None],
+        *,
+        media_type: str = "text/event-stream",
     ) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS | headers)
+        super().__init__(events, media_type=media_type, headers=_STREAM_HEADERS | headers)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

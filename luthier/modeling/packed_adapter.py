@@ -94,7 +94,10 @@ def can_lay_out(parts: ServedParts, base: PackedLlama) -> bool:
 
 
 def lay_out(
-    parts: ServedParts, base: PackedLlama, read_weight: Callable[[str], torch.Tensor]
+    parts: ServedParts,
+    base: PackedLlama,
+    read_weight: Callable[[str], torch.Tensor],
+    take_memory: Callable[[int], torch.Tensor] = take_large,
 ) -> PackedAdapter:
     """Lay an artifact's parts out beside a base. Touches nothing of the base; any thread may call it.
 
@@ -102,6 +105,7 @@ def lay_out(
         parts: of the kind that `can_lay_out` tells.
         base: the base.
         read_weight: gives a linear layer's weight [O, K] by its path, for DoRA's norms.
+        take_memory: gives so many bytes on a CPU, at a multiple of 64.
 
     Returns:
         The adapter; input vectors are still to be run by the base.
@@ -122,7 +126,7 @@ def lay_out(
         bottlenecks[layer][half] = _bottleneck_site(bottleneck, base)
     has_sites = bool(parts.low_ranks or parts.bottlenecks)
     if has_sites:
-        _lay_together(low_ranks, bottlenecks, base.device)
+        _lay_together(low_ranks, bottlenecks, base.device, take_memory)
     updates = []
     for part, layer, number in placed:
         laid = low_ranks[layer][number]
@@ -144,6 +148,7 @@ def _lay_together(
     low_ranks: list[list[LowRankSite | None]],
     bottlenecks: list[list[BottleneckSite | None]],
     device: torch.device,
+    take_memory: Callable[[int], torch.Tensor],
 ) -> None:
     """Move all numbers into one piece of memory, in the order in which a step reads them.
 
@@ -152,7 +157,7 @@ def _lay_together(
     """
     num_bytes = sum(_room_for(one) for one in _all_sites(low_ranks, bottlenecks))
     room = (
-        take_large(num_bytes)
+        take_memory(num_bytes)
         if device.type == "cpu"
         else torch.empty(num_bytes, dtype=torch.uint8, device=device)
     )
@@ -170,9 +175,9 @@ def _move(sites: list[Any], number: int, room: torch.Tensor) -> torch.Tensor:
         return room
     moved = {}
     for name, tensor in _tensors_of(site).items():
-        own, room = room.tensor_split([_aligned(tensor.nbytes)])
-        place = own[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        place = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         moved[name] = place if tensor.is_meta else place.copy_(tensor)
+        room = room[_aligned(tensor.nbytes) :]
     sites[number] = replace(site, **moved)
     return room
 

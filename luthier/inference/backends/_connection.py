@@ -43,6 +43,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._is_drained = True
         self._waiter: asyncio.Future[None] | None = None
+        self._waits_until = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._pieces: list[bytes] = []
         self._num_waiting = 0
         self._is_paused = False
@@ -53,6 +55,8 @@ class Connection(asyncio.Protocol):
         # Whether the server goes on listening after the last answer.
         self._is_kept = True
         self.is_over = True
+        # Of a body that comes by another way than this connection.
+        self._is_fed = self._is_fed_whole = False
         self.status = 0
         self.headers: dict[str, str] = {}
 
@@ -70,6 +74,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._pieces, self._num_waiting = [], 0
         self.is_over = self._has_head = self._is_kept = False
+        self._is_fed = self._is_fed_whole = False
         self._begin_head()
         self._transport.write(request)
 
@@ -100,13 +105,32 @@ class Connection(asyncio.Protocol):
             TimeoutError: when nothing came for so long; the connection is closed.
         """
         while not self._pieces:
-            if self.is_over:
+            if self.is_over and (self._is_fed_whole or not self._is_fed):
                 return None
             await self._wait(seconds)
         content = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self._num_waiting = [], 0
         self._go_on_reading()
         return content
+
+    def expect_feed(self) -> None:
+        """Wait for the body by `feed`; the answer is over when that has ended, and on this connection too."""
+        self._is_fed = True
+
+    def feed(self, content: bytes) -> None:
+        """Take a piece of the body that came by another way; an empty one ends it."""
+        if content:
+            self._pieces.append(content)
+        else:
+            self._is_fed_whole = True
+        self._wake()
+
+    def break_feed(self) -> None:
+        """Take no more of the body that came by another way: it broke off, unless it was whole."""
+        if self._is_fed and not self._is_fed_whole:
+            self._break_off()
+            self.close()
+            self._wake()
 
     def close(self) -> None:
         """Leave at once, whatever the server is doing."""
@@ -126,18 +150,34 @@ class Connection(asyncio.Protocol):
             raise self._fault
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
-        timer = loop.call_later(seconds, self._time_out)
+        self._waits_until = loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._waits_until:
+            self._set_timer(loop)
         try:
             await self._waiter
         finally:
-            timer.cancel()
             self._waiter = None
 
-    def _time_out(self) -> None:
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the loop look whether a wait has lasted too long; not one timer a wait, as most are short."""
+        self._stop_timer()
+        self._timer = loop.call_at(self._waits_until, self._time_out, loop)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
         # What came in the same turn of the loop came in time.
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(TimeoutError())
-            self.close()
+        if self._waiter is None or self._waiter.done():
+            return
+        if loop.time() < self._waits_until:
+            self._set_timer(loop)
+            return
+        self._waiter.set_exception(TimeoutError())
+        self.close()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -187,6 +227,7 @@ class Connection(asyncio.Protocol):
         elif not self.is_over:
             self._break_off()
         self._transport = None
+        self._stop_timer()
         self._on_lost(self)
         self._wake()
 

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from luthier.core.errors import LuthierError, UnavailableError
@@ -78,6 +78,19 @@ class Answer:
         return b"".join([piece async for piece in self])
 
 
+class Feed(Protocol):
+    """Another way by which an answer's body may come than the answer's own connection."""
+
+    def attach(self, connection: Connection) -> None:
+        """Feed a connection from now on; its request is about to be sent."""
+
+    def accept(self, connection: Connection) -> None:
+        """Let the connection, whose head has come, wait for the feed, if that is how the body comes."""
+
+    def detach(self) -> None:
+        """Feed nobody any more."""
+
+
 class HttpClient:
     """A client of one server, without a limit of connections; nothing is connected before the first request.
 
@@ -96,13 +109,20 @@ class HttpClient:
         self._open: set[Connection] = set()
         self._idle: deque[tuple[Connection, float]] = deque()
 
-    async def post(self, path: str, content: bytes, headers: Mapping[str, str] = _NO_HEADERS) -> Answer:
+    async def post(
+        self,
+        path: str,
+        content: bytes,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        feed: Feed | None = None,
+    ) -> Answer:
         """Post JSON and return as soon as the answer's headers are there.
 
         Args:
             path: where to.
             content: the JSON.
             headers: more of them.
+            feed: another way by which the body may come.
 
         Returns:
             The answer, its body still to be read.
@@ -112,7 +132,22 @@ class HttpClient:
             UnavailableError: when it left before its first byte.
         """
         more = {"content-type": "application/json", "content-length": str(len(content)), **headers}
-        return await self._send(self._head("POST", path, more) + content, _READ_SECONDS)
+        return await self._send(self._head("POST", path, more) + content, _READ_SECONDS, feed)
+
+    async def follow(self, path: str, headers: Mapping[str, str]) -> Answer:
+        """Get something that comes over time, and return as soon as its headers are there.
+
+        Args:
+            path: where.
+            headers: more of them.
+
+        Returns:
+            The answer, its body still to be read.
+
+        Raises:
+            UnavailableError: when the server can't be reached or leaves before that.
+        """
+        return await self._send(self._head("GET", path, headers), CONNECT_SECONDS)
 
     async def get(self, path: str) -> tuple[int, bytes]:
         """Get something that a server tells at once.
@@ -145,8 +180,26 @@ class HttpClient:
         first = f"{method} {self._place.prefix}{path} HTTP/1.1\r\n"
         return first.encode("ascii") + _to_lines({**self._headers, **headers}) + b"\r\n"
 
-    async def _send(self, request: bytes, seconds: float) -> Answer:
+    async def _send(self, request: bytes, seconds: float, feed: Feed | None = None) -> Answer:
         connection = await self._connect()
+        if feed is None:
+            await self._read_head(connection, request, seconds)
+            return Answer(connection, self._release)
+        feed.attach(connection)
+        try:
+            await self._read_head(connection, request, seconds)
+        except BaseException:
+            feed.detach()
+            raise
+        feed.accept(connection)
+
+        def release(connection: Connection) -> None:
+            feed.detach()
+            self._release(connection)
+
+        return Answer(connection, release)
+
+    async def _read_head(self, connection: Connection, request: bytes, seconds: float) -> None:
         try:
             connection.send(request)
             await connection.read_head(seconds)
@@ -159,7 +212,6 @@ class HttpClient:
         except BaseException:
             connection.close()
             raise
-        return Answer(connection, self._release)
 
     async def _connect(self) -> Connection:
         """Return an idle connection, the last used first, or a new one."""

@@ -41,15 +41,15 @@ def test_what_is_held_back_wakes_the_loop_once_when_it_is_handed_over(
         def post() -> None:
             with holding_back():
                 for number in range(3):
-                    mail.post(queue, number)
+                    mail.post(queue.put_nowait, number)
                 assert rings == []
                 hand_over()
                 assert rings == [3]
                 hand_over()
-                mail.post(queue, 3)
+                mail.post(queue.put_nowait, 3)
                 assert len(rings) == 1
             assert len(rings) == 2
-            mail.post(queue, 4)
+            mail.post(queue.put_nowait, 4)
 
         await run_in_thread(post)
         assert len(rings) == 3
@@ -62,11 +62,11 @@ def test_a_loop_is_rung_once_until_it_delivers() -> None:
     async def main() -> list[int]:
         queue, mail = asyncio.Queue[int](), own_mail()
         for number in range(3):
-            mail.post(queue, number)
+            mail.post(queue.put_nowait, number)
         assert os.read(mail._heard, 100) == b"!"
         # As if nothing had been read.
         mail._is_rung = False
-        mail.post(queue, 3)
+        mail.post(queue.put_nowait, 3)
         return [await asyncio.wait_for(queue.get(), 5) for _ in range(4)]
 
     assert asyncio.run(main()) == [0, 1, 2, 3]
@@ -75,7 +75,7 @@ def test_a_loop_is_rung_once_until_it_delivers() -> None:
 def test_what_is_held_back_for_a_loop_that_is_gone_rings_nobody_elses_pipe() -> None:
     async def main() -> Mail[int]:
         mail = own_mail()
-        mail.post(asyncio.Queue(), 1)
+        mail.post(asyncio.Queue[int]().put_nowait, 1)
         return mail
 
     loop = asyncio.new_event_loop()
@@ -100,7 +100,7 @@ def test_what_was_posted_before_a_fault_arrives_all_the_same() -> None:
 
         def post() -> None:
             with pytest.raises(ValueError, match="fault"), holding_back():
-                mail.post(queue, 1)
+                mail.post(queue.put_nowait, 1)
                 raise ValueError("fault")
 
         await run_in_thread(post)
@@ -123,7 +123,7 @@ def test_a_ring_keeps_the_interpreter() -> None:
             before = sys.getswitchinterval()
             sys.setswitchinterval(5.0)
             try:
-                mail.post(asyncio.Queue(), 1)
+                mail.post(asyncio.Queue[int]().put_nowait, 1)
                 end = time.perf_counter() + 0.05
                 while time.perf_counter() < end:
                     pass
@@ -146,11 +146,11 @@ def test_a_loop_that_is_gone_takes_nothing_and_leaves_no_pipe() -> None:
     mail = loop.run_until_complete(main())
     loop.close()
     with pytest.raises(RuntimeError, match="closed"):
-        mail.post(asyncio.Queue(), 1)
+        mail.post(asyncio.Queue[int]().put_nowait, 1)
     os.fstat(mail._bell)
     del loop
     gc.collect()
     with pytest.raises(RuntimeError, match="closed"):
-        mail.post(asyncio.Queue(), 1)
+        mail.post(asyncio.Queue[int]().put_nowait, 1)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(mail._bell)

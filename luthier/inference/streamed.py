@@ -1,0 +1,131 @@
+"""An answer on its way out as server-sent events: in its own response, or by a channel."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from luthier.core.errors import LuthierError
+from luthier.inference.answers import Shape, Usage
+from luthier.inference.call_reader import CallReader
+from luthier.inference.channels import Place
+from luthier.inference.faults import to_told
+from luthier.inference.generation import Generation, IndexedEvent
+from luthier.inference.parts import Part, PartReader
+
+_LOG = logging.getLogger(__name__)
+
+
+class StreamedAnswer:
+    """The answers to one request, from the engine's events to bytes.
+
+    Args:
+        shape: how they leave.
+        generation: of them.
+        make_reader: as PartReader takes it.
+    """
+
+    def __init__(
+        self, shape: Shape, generation: Generation, make_reader: Callable[[], CallReader | None]
+    ) -> None:
+        self._shape = shape
+        self._generation = generation
+        self._reader = PartReader(make_reader)
+        self._is_over = False
+
+    async def start(self) -> bytes:
+        """Wait for the first part.
+
+        Returns:
+            The events up to it.
+
+        Raises:
+            LuthierError: what the engine failed with before.
+        """
+        parts: list[Part] = []
+        while not parts:
+            parts = self._read_parts(await self._generation.arrived())
+        return b"".join(self._shape.first_events(len(self._generation.sequences))) + self._encode(parts)
+
+    async def events(self, begun: bytes) -> AsyncIterator[bytes]:
+        """Follow the answers to their end.
+
+        Args:
+            begun: what `start` returned.
+
+        Yields:
+            Events, some together; a failure of the engine as the last one.
+        """
+        yield begun
+        while not self._is_over:
+            content = self._read(await self._generation.arrived())
+            if content:
+                yield content
+
+    async def sent_by(self, place: Place, begun: bytes) -> AsyncIterator[bytes]:
+        """Send the answers by a channel.
+
+        Each event is sent in the turn of the loop in which it arrives, without a task that would have to be
+        woken for it.
+
+        Args:
+            place: where to.
+            begun: what `start` returned.
+
+        Yields:
+            Nothing; it lasts as long as the answers do.
+        """
+        channel, number = place.channel, place.number
+        ended = asyncio.Event()
+
+        def take(arrived: IndexedEvent) -> None:
+            if ended.is_set():
+                return
+            channel.write(number, self._read_safely(arrived))
+            if self._is_over:
+                channel.end(number)
+                ended.set()
+
+        channel.write(number, begun)
+        if self._is_over:
+            channel.end(number)
+            return
+        try:
+            self._generation.follow(take)
+            # True, always; a function without a `yield` would be no iterator.
+            if not await ended.wait():
+                yield b""
+        finally:
+            # A client that left: what comes until the engine hears of it is for nobody.
+            ended.set()
+
+    def _read_safely(self, arrived: IndexedEvent) -> bytes:
+        try:
+            return self._read(arrived)
+        except Exception as error:  # noqa: BLE001 - others' events are delivered in the same turn
+            return self._fail(to_told(_LOG, "A stream", error))
+
+    def _read(self, arrived: IndexedEvent) -> bytes:
+        try:
+            return self._encode(self._read_parts(arrived))
+        except LuthierError as error:
+            return self._fail(error)
+
+    def _fail(self, error: LuthierError) -> bytes:
+        self._is_over = True
+        return b"".join(self._shape.error_events(error))
+
+    def _read_parts(self, arrived: IndexedEvent) -> list[Part]:
+        found = self._generation.read(arrived)
+        return [part for index, event in found for part in self._reader.read(index, event)]
+
+    def _encode(self, parts: list[Part]) -> bytes:
+        events = [event for part in parts for event in self._shape.part_events(part)]
+        if not self._generation.is_open:
+            self._is_over = True
+            events += self._shape.last_events(usage_of(self._generation))
+        return b"".join(events)
+
+
+def usage_of(generation: Generation) -> Usage:
+    """Return the tokens of a generation so far."""
+    return Usage(generation.num_prompt_tokens, generation.num_completion_tokens)

@@ -1,0 +1,298 @@
+"""Streams that come by a channel: framed, told apart, ended, and broken off with it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from luthier.core.errors import InvalidRequestError, UnavailableError
+from luthier.core.inference import CHANNEL_PATH, HEADER_CHANNEL, HEADER_STREAM
+from luthier.inference.backends import _channel
+from luthier.inference.backends._channel import ChannelClient
+from luthier.inference.backends._http import Answer, HttpClient
+from luthier.inference.channels import Channels
+from luthier.inference.frames import MAX_NUMBER, FrameReader, to_frame
+
+ID = "0123456789abcdef" * 2
+CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+
+
+def test_frames_are_read_wherever_they_are_cut() -> None:
+    frames = [(1, b"one"), (MAX_NUMBER, b""), (7, b"x" * 300)]
+    content = b"".join(to_frame(*frame) for frame in frames)
+    for cut in range(len(content) + 1):
+        reader = FrameReader()
+        assert [*reader.read(content[:cut]), *reader.read(content[cut:])] == frames
+    reader = FrameReader()
+    assert [frame for place in range(len(content)) for frame in reader.read(content[place:][:1])] == frames
+
+
+def test_a_channel_tells_all_that_was_written_at_once_and_then_ends() -> None:
+    async def main() -> list[bytes]:
+        channels = Channels()
+        channel_id, channel = channels.open({HEADER_CHANNEL: ID})
+        assert channel_id == ID
+        place = channels.find({HEADER_CHANNEL: ID, HEADER_STREAM: "7"})
+        assert place is not None
+        assert (place.channel, place.channel_id, place.number) == (channel, ID, 7)
+        told = channel.pieces()
+        channel.write(7, b"a")
+        # Would be the end.
+        channel.write(7, b"")
+        channel.write(8, b"b")
+        pieces = [await anext(told)]
+        channel.end(7)
+        channels.close()
+        return [*pieces, *[piece async for piece in told]]
+
+    assert asyncio.run(main()) == [to_frame(7, b"a") + to_frame(8, b"b"), to_frame(7, b"")]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {HEADER_STREAM: "7"},
+        {HEADER_CHANNEL: ID},
+        {HEADER_CHANNEL: "f" * 32, HEADER_STREAM: "7"},
+        {HEADER_CHANNEL: ID, HEADER_STREAM: "-1"},
+        {HEADER_CHANNEL: ID, HEADER_STREAM: str(MAX_NUMBER + 1)},
+    ],
+)
+def test_a_stream_that_names_no_open_channel_has_no_place_there(headers: dict[str, str]) -> None:
+    channels = Channels()
+    channels.open({HEADER_CHANNEL: ID})
+    assert channels.find(headers) is None
+
+
+def test_a_channel_that_is_gone_has_no_place_for_streams() -> None:
+    channels = Channels()
+    channels.open({HEADER_CHANNEL: ID})
+    channels.forget(ID)
+    assert channels.find({HEADER_CHANNEL: ID, HEADER_STREAM: "7"}) is None
+
+
+@pytest.mark.parametrize("channel_id", ["", "x" * 32, "a" * 31, ID])
+def test_a_channel_needs_an_id_of_its_own(channel_id: str) -> None:
+    channels = Channels()
+    channels.open({HEADER_CHANNEL: ID})
+    with pytest.raises(InvalidRequestError, match="32 hexadecimal digits"):
+        channels.open({HEADER_CHANNEL: channel_id})
+
+
+class _Server:
+    """A server with channels, whose answers the test writes: `channel` and `answers`, by stream number."""
+
+    def __init__(self, *, has_channels: bool = True) -> None:
+        self.has_channels = has_channels
+        self.channel_id: str | None = None
+        self.channel: asyncio.StreamWriter | None = None
+        self.answers: dict[str, asyncio.StreamWriter] = {}
+        self.left: list[str] = []
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                await self._take(await _read_request(reader), writer)
+        for number, answer in self.answers.items():
+            if answer is writer:
+                self.left.append(number)
+        writer.close()
+
+    async def _take(self, headers: dict[str, str], writer: asyncio.StreamWriter) -> None:
+        if headers["path"] == CHANNEL_PATH:
+            if not self.has_channels:
+                writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+                return
+            self.channel_id, self.channel = headers[HEADER_CHANNEL], writer
+            writer.write(f"{CHUNKED}\r\n".encode())
+            return
+        number = headers.get(HEADER_STREAM, "none")
+        self.answers[number] = writer
+        told = f"{HEADER_CHANNEL}: {headers[HEADER_CHANNEL]}\r\n" if HEADER_CHANNEL in headers else ""
+        writer.write(f"{CHUNKED}{told}\r\n".encode())
+
+    def send(self, number: str, content: bytes) -> None:
+        """Send a frame by the channel."""
+        assert self.channel is not None
+        frame = to_frame(int(number), content)
+        self.channel.write(b"%x\r\n%s\r\n" % (len(frame), frame))
+
+    def end_answer(self, number: str) -> None:
+        """End a stream's own answer."""
+        self.answers[number].write(b"0\r\n\r\n")
+
+    def break_off(self) -> None:
+        """End the channel."""
+        assert self.channel is not None
+        self.channel.transport.abort()
+
+
+async def _read_request(reader: asyncio.StreamReader) -> dict[str, str]:
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines if line)
+    await reader.readexactly(int(headers.get("content-length", "0")))
+    return {"path": first.split(" ")[1], **headers}
+
+
+class _Asker:
+    """What EngineBackend does of it."""
+
+    def __init__(self, client: HttpClient) -> None:
+        self._client = client
+        self.channel = ChannelClient(client)
+
+    async def ask(self) -> Answer:
+        feed = self.channel.offer()
+        return await self._client.post("/v1/completions", b"{}", feed.headers, feed)
+
+    async def open(self, server: _Server) -> None:
+        """Ask once, so that the channel is opened, and wait until it is."""
+        answer = await self.ask()
+        assert list(server.answers) == ["none"]
+        server.answers["none"].write(b"3\r\nown\r\n0\r\n\r\n")
+        assert await answer.read() == b"own"
+        async with asyncio.timeout(10):
+            while self.channel._open is None:
+                await asyncio.sleep(0.01)
+
+
+Check = Callable[[_Server, _Asker], Awaitable[None]]
+Run = Callable[[_Server, Check], None]
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    """Return what runs a check of a client beside a server."""
+
+    def run(server: _Server, check: Check) -> None:
+        async def serve() -> None:
+            path = tmp_path / "s.sock"
+            async with await asyncio.start_unix_server(server, path):
+                client = HttpClient(f"unix://{path}", {})
+                asker = _Asker(client)
+                await check(server, asker)
+                await asker.channel.aclose()
+                await client.aclose()
+
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            runner.run(asyncio.wait_for(serve(), 30))
+
+    return run
+
+
+def test_streams_of_one_channel_are_told_apart_and_end_each_for_itself(run: Run) -> None:
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        first, second = [await asker.ask() for _ in range(2)]
+        one, two = list(server.answers)[1:]
+        server.send(one, b"a")
+        server.send(two, b"b")
+        server.send(one, b"c")
+        assert await anext(second) == b"b"
+        # Its own answer may end before the channel has brought everything.
+        server.end_answer(one)
+        await asyncio.sleep(0.05)
+        server.send(one, b"d")
+        server.send(one, b"")
+        assert await first.read() == b"acd"
+        # Or after.
+        server.send(two, b"")
+        reading = asyncio.ensure_future(second.read())
+        await asyncio.sleep(0.05)
+        assert not reading.done()
+        server.end_answer(two)
+        assert await reading == b""
+        # What is for nobody hurts nobody.
+        server.send(one, b"late")
+        # Both connections are used again.
+        assert len({id(writer) for writer in server.answers.values()}) == 2
+        third = await asker.ask()
+        assert len({id(writer) for writer in server.answers.values()}) == 2
+        number = list(server.answers)[-1]
+        server.send(number, b"e")
+        server.send(number, b"")
+        server.end_answer(number)
+        assert await third.read() == b"e"
+
+    run(_Server(), check)
+
+
+def test_a_channel_that_breaks_off_ends_what_came_by_it_and_is_opened_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_channel, "_RETRY_SECONDS", 0.0)
+
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        before = server.channel_id
+        begun, waiting = [await asker.ask() for _ in range(2)]
+        one, two = list(server.answers)[1:]
+        server.send(one, b"a")
+        # Over by its own answer, but not by the channel.
+        server.end_answer(two)
+        assert await anext(begun) == b"a"
+        server.break_off()
+        for answer in (begun, waiting):
+            with pytest.raises(UnavailableError, match="broke off"):
+                await anext(answer)
+        server.answers.clear()
+        await asker.open(server)
+        assert server.channel_id != before
+        again = await asker.ask()
+        [number] = list(server.answers)[1:]
+        server.send(number, b"b")
+        server.send(number, b"")
+        server.end_answer(number)
+        assert await again.read() == b"b"
+
+    run(_Server(), check)
+
+
+def test_a_stream_breaks_off_with_its_own_answer(run: Run) -> None:
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        answer = await asker.ask()
+        number = list(server.answers)[-1]
+        server.send(number, b"a")
+        assert await anext(answer) == b"a"
+        server.answers[number].transport.abort()
+        with pytest.raises(UnavailableError, match="broke off"):
+            await anext(answer)
+
+    run(_Server(), check)
+
+
+def test_a_reader_that_leaves_is_seen_by_the_server(run: Run) -> None:
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        answer = await asker.ask()
+        number = list(server.answers)[-1]
+        server.send(number, b"a")
+        assert await anext(answer) == b"a"
+        await answer.aclose()
+        async with asyncio.timeout(10):
+            while number not in server.left:
+                await asyncio.sleep(0.01)
+        # The channel goes on without it.
+        server.send(number, b"b")
+        other = await asker.ask()
+        number = list(server.answers)[-1]
+        server.send(number, b"c")
+        assert await anext(other) == b"c"
+
+    run(_Server(), check)
+
+
+def test_a_server_without_channels_answers_all_the_same(run: Run) -> None:
+    async def check(server: _Server, asker: _Asker) -> None:
+        for _ in range(3):
+            answer = await asker.ask()
+            assert list(server.answers) == ["none"]
+            server.answers["none"].write(b"3\r\nown\r\n0\r\n\r\n")
+            assert await answer.read() == b"own"
+
+    run(_Server(has_channels=False), check)
