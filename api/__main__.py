@@ -7,6 +7,7 @@ import uvicorn
 
 from api.deps import Parts
 from api.main import create_app, make_parts
+from luthier.core.garbage import freeze_garbage
 from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
 
@@ -45,6 +46,7 @@ def main() -> None:
         server_header=False,
         timeout_graceful_shutdown=_GRACEFUL_SECONDS,
     )
+    freeze_garbage()
     _Server(config, parts).run()
 
 

@@ -55,6 +55,8 @@ class Database:
     def statements(self) -> Iterator[Session]:
         """Open a session of which each statement is a transaction of its own: for a few that read.
 
+        What one of them writes stays, whatever becomes of the others.
+
         It spares the answers to BEGIN and COMMIT, each of which takes as long as a statement.
 
         Yields:

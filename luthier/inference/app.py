@@ -41,6 +41,7 @@ from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
     FaultGate,
+    SentElsewhere,
     TokenGate,
     json_response,
     read_body,
@@ -71,15 +72,18 @@ class Service:
     Args:
         settings: the server's.
         engine: the engine's thread.
+        on_first_base: called in a thread once a base is loaded, before anything else is.
     """
 
-    def __init__(self, settings: Settings, engine: Engine) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, on_first_base: Callable[[], None] | None = None
+    ) -> None:
         self._settings = settings
         self._engine = engine
         self._open: set[Generation] = set()
         self._grammars = Grammars()
         self._channels = Channels()
-        self.models = Models(settings, engine)
+        self.models = Models(settings, engine, on_first_base)
         self.status = Status(settings, engine, self.models)
         self.memory = MemoryRoutes(settings, self.models)
 
@@ -199,7 +203,7 @@ class Service:
         if place is None:
             return EventStream(streamed.events(begun), headers, stack.pop_all().close)
         headers[HEADER_CHANNEL] = place.channel_id
-        return EventStream(streamed.sent_by(place, begun), headers, stack.pop_all().close)
+        return SentElsewhere(partial(streamed.send, place, begun), headers, stack.pop_all().close)
 
 
 def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:

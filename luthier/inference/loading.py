@@ -194,10 +194,11 @@ def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> PackedAdapt
 def _check_finite(parts: ServedParts) -> None:
     """Check every number; a probe alone may not meet one that is not finite."""
     # A sum is not finite if any number is not, and takes one pass; one that overflows is looked at closely.
-    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in parts.tensors])
-    for place in (~torch.isfinite(sums)).nonzero().flatten().tolist():
-        if not torch.isfinite(parts.tensors[place]).all():
-            raise SelfCheckError("The model's weights are not finite; it is not served.")
+    tensors = parts.tensors
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+    suspects = (~torch.isfinite(torch.stack(sums))).nonzero().flatten().tolist() if sums else []
+    if not all(bool(torch.isfinite(tensors[place]).all()) for place in suspects):
+        raise SelfCheckError("The model's weights are not finite; it is not served.")
 
 
 def _read_weight(folder: Path, name: str) -> torch.Tensor:

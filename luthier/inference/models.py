@@ -4,7 +4,7 @@ Runs on the event loop; whatever takes long goes to a thread, so that nobody els
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -72,10 +72,14 @@ class Models:
     Args:
         settings: says where bases and artifacts lie, and how much memory whole models may take.
         engine: the engine's thread.
+        on_first_base: called in a thread once a base is loaded, before anything else is.
     """
 
-    def __init__(self, settings: Settings, engine: EngineLike) -> None:
+    def __init__(
+        self, settings: Settings, engine: EngineLike, on_first_base: Callable[[], None] | None = None
+    ) -> None:
         self._settings = settings
+        self._on_first_base = on_first_base
         device = torch.device(bases.choose_device(settings))
         self.ceiling = Ceiling(
             engine.call,
@@ -90,6 +94,7 @@ class Models:
             limits=RowLimits(max_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens),
             max_waiting=settings.max_waiting_requests,
             fit=self.ceiling.fit,
+            has_room=self.ceiling.has_room,
         )
         self._storage: Storage | None = None
         self._bases: dict[str, LoadedBase] = {}
@@ -131,7 +136,11 @@ class Models:
                 if not await self.loaded.make_way(num_bytes):
                     raise NoRoomError("The model server has no memory for this base now; try again.")
                 with self.loaded.expecting(num_bytes):
-                    self._bases[base_id] = await asyncio.to_thread(bases.load, self._settings, base_id)
+                    loaded = await asyncio.to_thread(bases.load, self._settings, base_id)
+                on_first_base, self._on_first_base = self._on_first_base, None
+                if on_first_base is not None:
+                    await asyncio.to_thread(on_first_base)
+                self._bases[base_id] = loaded
                 # What was read of it is gone, and should not count as held.
                 await asyncio.to_thread(self.ceiling.trim)
             return self._bases[base_id]

@@ -31,6 +31,7 @@ import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
 from luthier.core.errors import LuthierError
+from luthier.core.garbage import freeze_garbage
 from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
 from luthier.inference.app import Service, build_app
@@ -153,7 +154,7 @@ async def serve(settings: Settings) -> None:
         max_waiting=settings.max_waiting_requests,
         num_threads=settings.num_threads or _default_num_threads(settings),
     )
-    service = Service(settings, engine)
+    service = Service(settings, engine, freeze_garbage)
     engine.start()
     config = uvicorn.Config(
         build_app(service, settings, token=token),

@@ -1,6 +1,5 @@
 """An answer on its way out as server-sent events: in its own response, or by a channel."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 
@@ -61,8 +60,8 @@ class StreamedAnswer:
             if content:
                 yield content
 
-    async def sent_by(self, place: Place, begun: bytes) -> AsyncIterator[bytes]:
-        """Send the answers by a channel.
+    async def send(self, place: Place, begun: bytes) -> None:
+        """Send the answers by a channel, until they are whole or nobody reads it any more.
 
         Each event is sent in the turn of the loop in which it arrives, without a task that would have to be
         woken for it.
@@ -70,33 +69,27 @@ class StreamedAnswer:
         Args:
             place: where to.
             begun: what `start` returned.
-
-        Yields:
-            Nothing; it lasts as long as the answers do.
         """
         channel, number = place.channel, place.number
-        ended = asyncio.Event()
+        with channel.ending() as end:
 
-        def take(arrived: IndexedEvent) -> None:
-            if ended.is_set():
-                return
-            channel.write(number, self._read_safely(arrived))
-            if self._is_over:
-                channel.end(number)
-                ended.set()
+            def take(arrived: IndexedEvent) -> None:
+                # What comes after a failure, or when the client has left, is for nobody.
+                if not end.is_set():
+                    tell(self._read_safely(arrived))
 
-        channel.write(number, begun)
-        if self._is_over:
-            channel.end(number)
-            return
-        try:
+            def tell(content: bytes) -> None:
+                channel.write(number, content)
+                if self._is_over:
+                    channel.end(number)
+                    end.set()
+
+            tell(begun)
             self._generation.follow(take)
-            # True, always; a function without a `yield` would be no iterator.
-            if not await ended.wait():
-                yield b""
-        finally:
-            # A client that left: what comes until the engine hears of it is for nobody.
-            ended.set()
+            try:
+                await end.wait()
+            finally:
+                end.set()
 
     def _read_safely(self, arrived: IndexedEvent) -> bytes:
         try:

@@ -53,6 +53,26 @@ class EventStream(StreamingResponse):
             self._close()
 
 
+class SentElsewhere(EventStream):
+    """The response of a stream whose events leave by another one; it lasts as long as they do."""
+
+    def __init__(
+        self, send: Callable[[], Awaitable[None]], headers: dict[str, str], close: Callable[[], None]
+    ) -> None:
+        super().__init__(_Silence(send), headers, close)
+
+
+class _Silence(AsyncIterator[bytes]):
+    """Nothing, until some work is done."""
+
+    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._work = work
+
+    async def __anext__(self) -> bytes:
+        await self._work()
+        raise StopAsyncIteration
+
+
 async def while_connected(request: Request, work: Awaitable[ResultT]) -> ResultT:
     """Await work unless the client leaves first.
 

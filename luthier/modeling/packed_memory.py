@@ -4,55 +4,76 @@ Memory that a process takes for the first time has to be found and cleared by th
 virtual machine that takes longer than to lay an adapter out there.
 """
 
+import ctypes
 import threading
+import time
 
 import torch
 
 from luthier.modeling.kernels.page_memory import take_large
 
-# What an adapter may leave unused of a spare memory that it takes, as a share.
+# What an adapter may leave unused of a spare piece that it takes, as a share.
 _MOST_UNUSED = 0.05
 # Less is found at once.
 _LEAST_BYTES = 1 << 20
+# Pieces for adapters that come one right after the other, unless they are large.
+_MOST_PIECES, _MOST_BYTES = 4, 1 << 26
+# So much is touched at a time, and so long others have the processor then: a tenth of a thread's time or so.
+_STRIDE_BYTES, _REST_SECONDS = 1 << 21, 0.02
 
 
 class SpareMemory:
-    """One piece of memory on a CPU that nobody uses yet; any thread may call it."""
+    """Pieces of memory on a CPU that nobody uses yet, all of one size; any thread may call it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spare: torch.Tensor | None = None
+        self._pieces: list[torch.Tensor] = []
         # What was taken last: adapters of one base are often alike.
         self.wanted_bytes = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes that are spare now."""
-        spare = self._spare
-        return 0 if spare is None else len(spare)
+        with self._lock:
+            return sum(map(len, self._pieces))
 
     def take(self, num_bytes: int) -> torch.Tensor:
-        """Return memory [num_bytes], uint8, in large pages: the spare one if it is about as large."""
+        """Return memory [num_bytes], uint8, in large pages: a spare piece if they are about as large."""
         with self._lock:
             self.wanted_bytes = num_bytes
-            spare = self._spare
-            if spare is not None and num_bytes <= len(spare) <= num_bytes * (1 + _MOST_UNUSED):
-                self._spare = None
-                return spare[:num_bytes]
+            if self._pieces and num_bytes <= len(self._pieces[-1]) <= num_bytes * (1 + _MOST_UNUSED):
+                return self._pieces.pop()[:num_bytes]
         return take_large(num_bytes)
 
-    def prepare(self) -> None:
-        """Have memory of the size that was taken last. Takes as long as the system does to find it."""
-        num_bytes = self.wanted_bytes
-        if num_bytes < _LEAST_BYTES or num_bytes == self.num_bytes:
-            return
-        self.drop()
-        memory = take_large(num_bytes)
-        memory.zero_()
+    def prepare(self) -> bool:
+        """Have one more piece of the size that was taken last, unless there are enough.
+
+        It takes its time, and gives the processor to others meanwhile.
+
+        Returns:
+            Whether there is one more now.
+
+        Raises:
+            OSError: when the system has no memory.
+        """
         with self._lock:
-            self._spare = memory
+            num_bytes = self.wanted_bytes
+            if self._pieces and len(self._pieces[0]) != num_bytes:
+                self._pieces.clear()
+            num_wanted = max(1, min(_MOST_PIECES, _MOST_BYTES // max(num_bytes, 1)))
+            if num_bytes < _LEAST_BYTES or len(self._pieces) >= num_wanted:
+                return False
+        memory = take_large(num_bytes)
+        # Not by an operator of torch, which would make a team of threads of its own for this one.
+        for start in range(0, num_bytes, _STRIDE_BYTES):
+            ctypes.memset(memory.data_ptr() + start, 0, min(_STRIDE_BYTES, num_bytes - start))
+            time.sleep(_REST_SECONDS)
+        with self._lock:
+            if num_bytes == self.wanted_bytes:
+                self._pieces.append(memory)
+        return True
 
     def drop(self) -> None:
-        """Give it back."""
+        """Give them back."""
         with self._lock:
-            self._spare = None
+            self._pieces.clear()

@@ -13,10 +13,13 @@ from luthier.core.errors import UnavailableError
 from luthier.core.inference import CHANNEL_PATH, HEADER_CHANNEL, HEADER_STREAM
 from luthier.inference.backends._connection import Connection
 from luthier.inference.backends._http import HttpClient
+from luthier.inference.channels import QUIET_SECONDS
 from luthier.inference.frames import MAX_NUMBER, FrameReader
 
-# Before a channel is opened again that broke off, or that the server would not open.
-_RETRY_SECONDS = 1.0
+# Before a channel is opened again that broke off, and before a server that has none is asked again.
+_RETRY_SECONDS, _REFUSED_SECONDS = 1.0, 60.0
+# A channel is lost when so many signs of life have not come.
+_SILENCE_SECONDS = 3 * QUIET_SECONDS
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -33,6 +36,7 @@ class ChannelClient:
         self._task: asyncio.Task[None] | None = None
         self._retry_at = 0.0
         self._last_number = 0
+        self._is_closed = False
 
     def offer(self) -> "ChannelFeed":
         """Return a feed for one more answer."""
@@ -42,22 +46,27 @@ class ChannelClient:
         return ChannelFeed(self._open, self._last_number)
 
     async def aclose(self) -> None:
-        """Leave the channel; the answers that come by it break off."""
+        """Leave the channel, and open none any more; the answers that come by it break off."""
+        self._is_closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     def _open_soon(self) -> None:
         """Open the channel beside the request that wants it, which does not wait for it."""
-        if (self._task is None or self._task.done()) and time.monotonic() >= self._retry_at:
+        is_free = self._task is None or self._task.done()
+        if is_free and not self._is_closed and time.monotonic() >= self._retry_at:
             self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        channel = _OpenChannel(secrets.token_hex(16))
+        channel, retry_seconds = _OpenChannel(secrets.token_hex(16)), _RETRY_SECONDS
+        headers = {HEADER_CHANNEL: channel.id}
         try:
-            answer = await self._client.follow(CHANNEL_PATH, {HEADER_CHANNEL: channel.id})
+            answer = await self._client.follow(CHANNEL_PATH, headers, _SILENCE_SECONDS)
             try:
-                if answer.status == 200:
+                if answer.status == 404:
+                    retry_seconds = _REFUSED_SECONDS
+                elif answer.status == 200:
                     self._open = channel
                     async for piece in answer:
                         channel.take(piece)
@@ -68,7 +77,7 @@ class ChannelClient:
             pass
         finally:
             self._open = None
-            self._retry_at = time.monotonic() + _RETRY_SECONDS
+            self._retry_at = time.monotonic() + retry_seconds
             channel.break_off()
 
 

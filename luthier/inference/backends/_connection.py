@@ -11,6 +11,11 @@ import httptools
 
 # So much of an answer may wait for its reader before the server has to wait.
 _MAX_WAITING_BYTES = 256 * 1024
+# And so much of one that comes by another way, which can't wait.
+_MAX_FED_BYTES = 16 * 1024 * 1024
+# What is still to come by another way when the answer is over here was sent before that.
+_REST_SECONDS = 5.0
+_LEAST_SECONDS = 0.001
 # Names and values of an answer's headers.
 _MAX_HEAD_BYTES = 64 * 1024
 
@@ -45,6 +50,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._waits_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._pieces: list[bytes] = []
         self._num_waiting = 0
         self._is_paused = False
@@ -107,7 +113,7 @@ class Connection(asyncio.Protocol):
         while not self._pieces:
             if self.is_over and (self._is_fed_whole or not self._is_fed):
                 return None
-            await self._wait(seconds)
+            await self._wait(min(seconds, _REST_SECONDS) if self.is_over else seconds)
         content = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self._num_waiting = [], 0
         self._go_on_reading()
@@ -118,11 +124,17 @@ class Connection(asyncio.Protocol):
         self._is_fed = True
 
     def feed(self, content: bytes) -> None:
-        """Take a piece of the body that came by another way; an empty one ends it."""
-        if content:
-            self._pieces.append(content)
-        else:
+        """Take a piece of the body that came by another way; an empty one ends it.
+
+        An answer that nobody reads breaks off when too much of it waits.
+        """
+        if not content:
             self._is_fed_whole = True
+        elif self._num_waiting <= _MAX_FED_BYTES:
+            self._pieces.append(content)
+            self._num_waiting += len(content)
+        else:
+            self.break_feed()
         self._wake()
 
     def break_feed(self) -> None:
@@ -151,7 +163,7 @@ class Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
         self._waits_until = loop.time() + seconds
-        if self._timer is None or self._timer.when() > self._waits_until:
+        if self._timer is None or self._timer_at > self._waits_until:
             self._set_timer(loop)
         try:
             await self._waiter
@@ -161,7 +173,9 @@ class Connection(asyncio.Protocol):
     def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let the loop look whether a wait has lasted too long; not one timer a wait, as most are short."""
         self._stop_timer()
-        self._timer = loop.call_at(self._waits_until, self._time_out, loop)
+        # Not at once, however little is left: that is no timer to every loop.
+        self._timer_at = max(self._waits_until, loop.time() + _LEAST_SECONDS)
+        self._timer = loop.call_at(self._timer_at, self._time_out, loop)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

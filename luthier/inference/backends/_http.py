@@ -42,6 +42,8 @@ class Answer:
 
     def __init__(self, connection: Connection, release: Callable[[Connection], None]) -> None:
         self.status, self.headers = connection.status, connection.headers
+        # The longest silence.
+        self.seconds = _READ_SECONDS
         self._connection: Connection | None = connection
         self._release = release
 
@@ -52,7 +54,7 @@ class Answer:
         if self._connection is None:
             raise StopAsyncIteration
         try:
-            piece = await self._connection.read(_READ_SECONDS)
+            piece = await self._connection.read(self.seconds)
         except (BrokenError, TimeoutError) as error:
             await self.aclose()
             raise UnavailableError(
@@ -134,12 +136,13 @@ class HttpClient:
         more = {"content-type": "application/json", "content-length": str(len(content)), **headers}
         return await self._send(self._head("POST", path, more) + content, _READ_SECONDS, feed)
 
-    async def follow(self, path: str, headers: Mapping[str, str]) -> Answer:
+    async def follow(self, path: str, headers: Mapping[str, str], seconds: float) -> Answer:
         """Get something that comes over time, and return as soon as its headers are there.
 
         Args:
             path: where.
             headers: more of them.
+            seconds: the longest silence of its body.
 
         Returns:
             The answer, its body still to be read.
@@ -147,7 +150,9 @@ class HttpClient:
         Raises:
             UnavailableError: when the server can't be reached or leaves before that.
         """
-        return await self._send(self._head("GET", path, headers), CONNECT_SECONDS)
+        answer = await self._send(self._head("GET", path, headers), CONNECT_SECONDS)
+        answer.seconds = seconds
+        return answer
 
     async def get(self, path: str) -> tuple[int, bytes]:
         """Get something that a server tells at once.

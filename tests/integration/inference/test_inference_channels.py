@@ -132,11 +132,14 @@ def test_what_fails_later_ends_its_stream_with_an_error_and_nobody_elses(
 
     async def work(backend: EngineBackend) -> tuple[bytes, bytes]:
         await open_channel(backend)
-        other = await ask(backend, COMPLETIONS, {"prompt": "a", "max_tokens": 40})
+        other = await ask(backend, COMPLETIONS, {"prompt": "a", "max_tokens": 200})
+        assert is_by_channel(other)
         monkeypatch.setattr(lane.sampler, "choose", fail)
         failing = await ask(backend, COMPLETIONS, {"prompt": "b", "max_tokens": 77})
         assert is_by_channel(failing)
         told = b"".join([piece async for piece in failing.body])
+        # The other one was in the middle of its answer.
+        assert any(generation.is_open for generation in served.service._open)
         return told, b"".join([piece async for piece in other.body])
 
     told, other = with_backend(served.url, work)
@@ -147,23 +150,26 @@ def test_what_fails_later_ends_its_stream_with_an_error_and_nobody_elses(
 def test_a_reader_who_leaves_gives_its_row_back(served: Served) -> None:
     async def work(backend: EngineBackend) -> None:
         await open_channel(backend)
-        served.runner.gate.clear()
-        try:
-            asking = asyncio.ensure_future(ask(backend, COMPLETIONS, {"prompt": "a", "max_tokens": 200}))
-            await asyncio.sleep(0.1)
-        finally:
-            served.runner.gate.set()
-        reply = await asking
+        reply = await ask(backend, COMPLETIONS, {"prompt": "a", "max_tokens": 230})
         assert is_by_channel(reply)
         assert await anext(reply.body)
-        [generation] = served.service._open
-        await reply.body.aclose()
-        async with asyncio.timeout(10):
-            while served.service._open:
-                await asyncio.sleep(0.01)
-        assert generation.num_completion_tokens < 200
+        served.runner.gate.clear()
+        try:
+            [generation] = served.service._open
+            await reply.body.aclose()
+            async with asyncio.timeout(10):
+                while served.service._open:
+                    await asyncio.sleep(0.01)
+        finally:
+            served.runner.gate.set()
+        assert generation.num_completion_tokens < 230
 
     with_backend(served.url, work)
+
+
+def test_a_channel_whose_reader_has_left_is_forgotten(served: Served) -> None:
+    with_backend(served.url, open_channel)
+    wait_until(lambda: not served.service._channels._channels, "the channel's end")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

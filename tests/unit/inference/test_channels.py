@@ -10,11 +10,12 @@ import uvloop
 
 from luthier.core.errors import InvalidRequestError, UnavailableError
 from luthier.core.inference import CHANNEL_PATH, HEADER_CHANNEL, HEADER_STREAM
-from luthier.inference.backends import _channel
+from luthier.inference import channels as channels_module
+from luthier.inference.backends import _channel, _connection
 from luthier.inference.backends._channel import ChannelClient
 from luthier.inference.backends._http import Answer, HttpClient
 from luthier.inference.channels import Channels
-from luthier.inference.frames import MAX_NUMBER, FrameReader, to_frame
+from luthier.inference.frames import MAX_NUMBER, SIGN_OF_LIFE, FrameReader, to_frame
 
 ID = "0123456789abcdef" * 2
 CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
@@ -59,6 +60,7 @@ def test_a_channel_tells_all_that_was_written_at_once_and_then_ends() -> None:
         {HEADER_CHANNEL: ID},
         {HEADER_CHANNEL: "f" * 32, HEADER_STREAM: "7"},
         {HEADER_CHANNEL: ID, HEADER_STREAM: "-1"},
+        {HEADER_CHANNEL: ID, HEADER_STREAM: "0"},
         {HEADER_CHANNEL: ID, HEADER_STREAM: str(MAX_NUMBER + 1)},
     ],
 )
@@ -73,6 +75,47 @@ def test_a_channel_that_is_gone_has_no_place_for_streams() -> None:
     channels.open({HEADER_CHANNEL: ID})
     channels.forget(ID)
     assert channels.find({HEADER_CHANNEL: ID, HEADER_STREAM: "7"}) is None
+
+
+def test_a_channel_that_nobody_reads_any_more_ends_its_streams() -> None:
+    async def main() -> None:
+        channels = Channels()
+        _, channel = channels.open({HEADER_CHANNEL: ID})
+        with channel.ending() as before, channel.ending() as ended:
+            pass
+        with channel.ending() as before:
+            assert not before.is_set()
+            channels.forget(ID)
+            assert before.is_set()
+        assert not ended.is_set()
+        # One that was about to begin.
+        with channel.ending() as after:
+            assert after.is_set()
+
+    asyncio.run(main())
+
+
+def test_a_channel_gives_signs_of_life_while_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels_module, "QUIET_SECONDS", 0.02)
+
+    async def main() -> None:
+        _, channel = Channels().open({HEADER_CHANNEL: ID})
+        told = channel.pieces()
+        assert [await anext(told) for _ in range(2)] == [SIGN_OF_LIFE] * 2
+        channel.write(1, b"a")
+        assert await anext(told) == to_frame(1, b"a")
+
+    asyncio.run(main())
+    assert list(FrameReader().read(SIGN_OF_LIFE)) == [(0, b"")]
+
+
+def test_no_channel_is_opened_or_found_once_all_were_ended() -> None:
+    channels = Channels()
+    channels.open({HEADER_CHANNEL: ID})
+    channels.close()
+    assert channels.find({HEADER_CHANNEL: ID, HEADER_STREAM: "7"}) is None
+    with pytest.raises(UnavailableError):
+        channels.open({HEADER_CHANNEL: "f" * 32})
 
 
 @pytest.mark.parametrize("channel_id", ["", "x" * 32, "a" * 31, ID])
@@ -92,6 +135,7 @@ class _Server:
         self.channel: asyncio.StreamWriter | None = None
         self.answers: dict[str, asyncio.StreamWriter] = {}
         self.left: list[str] = []
+        self.num_refused = 0
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -105,6 +149,7 @@ class _Server:
     async def _take(self, headers: dict[str, str], writer: asyncio.StreamWriter) -> None:
         if headers["path"] == CHANNEL_PATH:
             if not self.has_channels:
+                self.num_refused += 1
                 writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
                 return
             self.channel_id, self.channel = headers[HEADER_CHANNEL], writer
@@ -266,6 +311,68 @@ def test_a_stream_breaks_off_with_its_own_answer(run: Run) -> None:
     run(_Server(), check)
 
 
+def test_a_channel_that_is_lost_on_the_way_is_known_by_its_silence(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_channel, "_SILENCE_SECONDS", 0.3)
+
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        answer = await asker.ask()
+        number = list(server.answers)[-1]
+        for _ in range(4):
+            await asyncio.sleep(0.15)
+            server.send("0", b"")
+        server.send(number, b"a")
+        assert await anext(answer) == b"a"
+        with pytest.raises(UnavailableError, match="broke off"):
+            await anext(answer)
+
+    run(_Server(), check)
+
+
+def test_what_does_not_come_after_its_own_answer_has_ended_is_not_waited_for_long(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_connection, "_REST_SECONDS", 0.2)
+
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        answer = await asker.ask()
+        number = list(server.answers)[-1]
+        server.send(number, b"a")
+        assert await anext(answer) == b"a"
+        server.end_answer(number)
+        with pytest.raises(UnavailableError, match="broke off"):
+            await asyncio.wait_for(anext(answer), 5)
+
+    run(_Server(), check)
+
+
+def test_what_nobody_reads_breaks_off_before_it_takes_all_memory(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_connection, "_MAX_FED_BYTES", 10_000)
+
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        slow, quick = [await asker.ask() for _ in range(2)]
+        one, two = list(server.answers)[1:]
+        for _ in range(30):
+            server.send(one, b"x" * 1000)
+            server.send(two, b"y" * 1000)
+            assert await anext(quick) == b"y" * 1000
+        server.send(two, b"")
+        server.end_answer(two)
+        assert await quick.read() == b""
+        # What had come before is told.
+        assert len(await anext(slow)) == 11_000
+        with pytest.raises(UnavailableError, match="broke off"):
+            await anext(slow)
+
+    run(_Server(), check)
+
+
 def test_a_reader_that_leaves_is_seen_by_the_server(run: Run) -> None:
     async def check(server: _Server, asker: _Asker) -> None:
         await asker.open(server)
@@ -294,5 +401,11 @@ def test_a_server_without_channels_answers_all_the_same(run: Run) -> None:
             assert list(server.answers) == ["none"]
             server.answers["none"].write(b"3\r\nown\r\n0\r\n\r\n")
             assert await answer.read() == b"own"
+
+        assert server.num_refused == 1
+        await asker.channel.aclose()
+        asker.channel._retry_at = 0.0
+        assert (await asker.ask()).status == 200
+        assert server.num_refused == 1
 
     run(_Server(has_channels=False), check)

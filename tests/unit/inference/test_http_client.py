@@ -394,3 +394,44 @@ def test_a_header_cannot_bring_lines_of_its_own(run: Run) -> None:
         assert server.num_connections == 0
 
     run(_answer_all, check)
+
+
+def test_a_silence_is_counted_anew_from_each_piece(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_http, "_READ_SECONDS", 0.4)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _read_request(reader)
+        writer.write(CHUNKED)
+        for _ in range(4):
+            await asyncio.sleep(0.25)
+            writer.write(b"1\r\na\r\n")
+        await reader.read()
+
+    async def check(client: HttpClient, _server: _Server) -> None:
+        answer = await client.post("/", b"{}")
+        assert [await anext(answer) for _ in range(4)] == [b"a"] * 4
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        with pytest.raises(UnavailableError, match="broke off"):
+            await anext(answer)
+        assert loop.time() - begun >= 0.39
+
+    run(talk, check)
+
+
+def test_a_shorter_patience_is_not_kept_waiting_by_a_longer_one(run: Run) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _read_request(reader)
+        writer.write(CHUNKED + b"1\r\na\r\n")
+        await asyncio.sleep(0.1)
+        writer.write(b"1\r\nb\r\n")
+        await reader.read()
+
+    async def check(client: HttpClient, _server: _Server) -> None:
+        answer = await client.post("/", b"{}")
+        assert [await anext(answer) for _ in range(2)] == [b"a", b"b"]
+        answer.seconds = 0.1
+        with pytest.raises(UnavailableError, match="broke off"):
+            await asyncio.wait_for(anext(answer), 5)
+
+    run(talk, check)

@@ -1,6 +1,9 @@
 """Memory for the next adapter: prepared after one was loaded, where there is room, and missed by nobody."""
 
 import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,32 +35,54 @@ async def _prepared(kept: Spares) -> None:
     await asyncio.wait_for(kept._preparing, 10)
 
 
-def test_memory_is_prepared_where_there_is_room_and_dropped_when_it_is_missed() -> None:
+def test_memory_is_prepared_piece_by_piece_where_there_is_room() -> None:
     asked: list[int] = []
 
-    async def has_room(num_bytes: int) -> bool:
+    @asynccontextmanager
+    async def reserving(num_bytes: int) -> AsyncIterator[bool]:
         asked.append(num_bytes)
-        return len(asked) > 1
+        yield len(asked) > 1
 
     async def run() -> None:
-        kept, spare = Spares(), SpareMemory()
+        kept, spare = Spares(reserving), SpareMemory()
         spare.take(MIB)
-        kept.prepare_soon(spare, has_room)
+        kept.prepare_soon(spare)
         await _prepared(kept)
-        assert spare.num_bytes == 0
-        assert not kept.drop()
-        kept.prepare_soon(spare, has_room)
-        # One at a time.
+        assert (spare.num_bytes, kept.drop()) == (0, 0)
+        kept.prepare_soon(spare)
+        # One after the other.
         running = kept._preparing
-        kept.prepare_soon(spare, has_room)
+        kept.prepare_soon(spare)
         assert kept._preparing is running
         await _prepared(kept)
-        assert spare.num_bytes == MIB
-        assert kept.drop()
+        assert kept.num_bytes == spare.num_bytes == 4 * MIB
+        assert kept.drop() == 4 * MIB
         assert spare.num_bytes == 0
-        assert asked == [MIB, MIB]
+        assert asked == [MIB] * 6
 
     asyncio.run(run())
+
+
+def test_a_system_without_memory_is_told_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_num_bytes: int) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    @asynccontextmanager
+    async def reserving(_num_bytes: int) -> AsyncIterator[bool]:
+        yield True
+
+    async def run() -> None:
+        kept, spare = Spares(reserving), SpareMemory()
+        spare.take(MIB)
+        monkeypatch.setattr(packed_memory, "take_large", refuse)
+        kept.prepare_soon(spare)
+        await _prepared(kept)
+        assert spare.num_bytes == 0
+
+    asyncio.run(run())
+    assert "no memory" in caplog.text
 
 
 def test_a_loaded_adapter_leaves_memory_for_the_next_which_leaves_before_any_adapter_does(
@@ -78,6 +103,10 @@ def test_a_loaded_adapter_leaves_memory_for_the_next_which_leaves_before_any_ada
             held = sum(entry.num_bytes for entry in self.loaded._entries.values() if entry.loading.done())
             return held + spare.num_bytes + num_bytes - self.num_bytes
 
+        def has_room(self, num_bytes: int) -> bool:
+            held = sum(entry.num_bytes for entry in self.loaded._entries.values() if entry.loading.done())
+            return held + spare.num_bytes + num_bytes <= self.num_bytes
+
     async def run() -> None:
         room = Room()
         room.loaded = LoadedArtifacts(
@@ -87,6 +116,7 @@ def test_a_loaded_adapter_leaves_memory_for_the_next_which_leaves_before_any_ada
             limits=RowLimits(max_rows=4, max_cache_tokens=256),
             max_waiting=100,
             fit=room.fit,
+            has_room=room.has_room,
         )
         room.loaded.release(await room.loaded.hold(served_by(base, adapters[0])))
         await _prepared(room.loaded._spares)
@@ -94,8 +124,18 @@ def test_a_loaded_adapter_leaves_memory_for_the_next_which_leaves_before_any_ada
         # Room for one more adapter, if nothing is spare.
         [entry] = room.loaded._entries.values()
         room.num_bytes = 2 * entry.num_bytes
+        assert room.loaded.idle_bytes == room.loaded.leaving_bytes == entry.num_bytes + spare.num_bytes
         room.loaded.release(await room.loaded.hold(served_by(base, adapters[1])))
         assert len(room.loaded.digests) == 2
         assert spare.num_bytes == 0
+        # Nor is any prepared while there is no room.
+        await _prepared(room.loaded._spares)
+        assert spare.num_bytes == 0
+        room.num_bytes = 10**9
+        room.loaded._spares.prepare_soon(spare)
+        await _prepared(room.loaded._spares)
+        assert spare.num_bytes > 0
+        await room.loaded.give_back(1)
+        assert (spare.num_bytes, len(room.loaded.digests)) == (0, 2)
 
     asyncio.run(run())

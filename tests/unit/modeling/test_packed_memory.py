@@ -1,5 +1,9 @@
 """Spare memory for adapters: taken by those that it fits, once, and given back when asked."""
 
+import threading
+from pathlib import Path
+
+import pytest
 import torch
 
 from luthier.modeling.packed_memory import SpareMemory
@@ -14,17 +18,13 @@ def test_memory_is_there_whether_any_is_spare_or_not() -> None:
     assert spare.num_bytes == 0
 
 
-def test_what_is_prepared_is_as_large_as_the_last_and_is_taken_once() -> None:
+def test_what_is_prepared_is_as_large_as_the_last_and_each_piece_is_taken_once() -> None:
     spare = SpareMemory()
-    spare.prepare()
-    assert spare.num_bytes == 0
+    assert not spare.prepare()
     first = spare.take(3 * MIB)
-    spare.prepare()
+    assert spare.prepare()
     assert spare.num_bytes == 3 * MIB
-    held = spare._spare
-    assert held is not None
-    spare.prepare()
-    assert spare._spare is held
+    [held] = spare._pieces
     # A little smaller is as good.
     second = spare.take(3 * MIB - 64)
     assert (second.data_ptr(), len(second)) == (held.data_ptr(), 3 * MIB - 64)
@@ -33,14 +33,25 @@ def test_what_is_prepared_is_as_large_as_the_last_and_is_taken_once() -> None:
     assert len({one.data_ptr() for one in (first, second, third)}) == 3
 
 
-def test_memory_of_another_size_is_left_alone() -> None:
+@pytest.mark.parametrize(("num_bytes", "num_pieces"), [(MIB, 4), (24 * MIB, 2), (100 * MIB, 1)])
+def test_there_are_a_few_pieces_and_fewer_of_large_ones(num_bytes: int, num_pieces: int) -> None:
+    spare = SpareMemory()
+    # Not touched, so that it is no matter how large it is.
+    spare.wanted_bytes = num_bytes
+    spare._pieces = [torch.empty(num_bytes, dtype=torch.uint8)] * (num_pieces - 1)
+    assert spare.prepare()
+    assert len(spare._pieces) == num_pieces
+    assert not spare.prepare()
+    assert len(spare._pieces) == num_pieces
+
+
+def test_memory_of_another_size_is_left_alone_until_the_next_is_prepared() -> None:
     spare = SpareMemory()
     spare.take(3 * MIB)
     spare.prepare()
     assert len(spare.take(2 * MIB)) == 2 * MIB
     assert len(spare.take(4 * MIB)) == 4 * MIB
     assert spare.num_bytes == 3 * MIB
-    # The next one is prepared for the last.
     spare.prepare()
     assert spare.num_bytes == 4 * MIB
 
@@ -48,9 +59,24 @@ def test_memory_of_another_size_is_left_alone() -> None:
 def test_little_is_not_prepared_and_what_is_dropped_is_gone() -> None:
     spare = SpareMemory()
     spare.take(MIB // 2)
-    spare.prepare()
+    assert not spare.prepare()
     assert spare.num_bytes == 0
     spare.take(3 * MIB)
     spare.prepare()
     spare.drop()
     assert spare.num_bytes == 0
+
+
+def test_to_prepare_memory_makes_no_team_of_threads() -> None:
+    before_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        spare = SpareMemory()
+        spare.take(8 * MIB)
+        before = len(list(Path("/proc/self/task").iterdir()))
+        thread = threading.Thread(target=spare.prepare)
+        thread.start()
+        thread.join()
+        assert len(list(Path("/proc/self/task").iterdir())) == before
+    finally:
+        torch.set_num_threads(before_threads)

@@ -1,0 +1,36 @@
+"""What is done once, when the first base is in memory and nothing else is."""
+
+import asyncio
+import gc
+from pathlib import Path
+
+from luthier.core.garbage import freeze_garbage
+from luthier.inference.models import Models
+from tests.inference_server import make_settings
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.unit.inference.test_loaded import InlineEngine
+
+
+def test_the_first_base_alone_is_told_and_before_anybody_gets_it(tmp_path: Path) -> None:
+    for base_id in (BASE_ID, "tiny-twin"):
+        build_tiny_base(tmp_path / "bases" / base_id)
+    told: list[list[str]] = []
+
+    async def run() -> None:
+        models = Models(make_settings(tmp_path), InlineEngine(), lambda: told.append(models.base_ids))
+        await asyncio.gather(models.get_base(BASE_ID), models.get_base("tiny-twin"))
+        await models.get_base(BASE_ID)
+        assert sorted(models.base_ids) == sorted([BASE_ID, "tiny-twin"])
+
+    asyncio.run(run())
+    assert told in ([[]], [[BASE_ID]], [["tiny-twin"]])
+
+
+def test_what_is_there_is_not_looked_at_again() -> None:
+    before = gc.get_freeze_count()
+    try:
+        freeze_garbage()
+        assert gc.get_freeze_count() > before
+        assert len(gc.get_objects()) < gc.get_freeze_count() / 10
+    finally:
+        gc.unfreeze()
