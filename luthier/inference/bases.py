@@ -22,9 +22,9 @@ from luthier.inference.forward import Prefix, count_virtual_tokens
 from luthier.inference.lane import Lane
 from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
+from luthier.inference.weights import load_weights
 from luthier.modeling.kernels.choosing import prepare_choices
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
-from luthier.modeling.load import load_base
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
 from luthier.modeling.packed_memory import SpareMemory
@@ -195,7 +195,7 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
     folder = base_folder(settings.bases_dir, base_id)
     device, dtype = torch.device(choose_device(settings)), _choose_dtype(settings)
     tokenizer = Tokenizer.load(folder)
-    model = load_base(folder, dtype=dtype, device=str(device))
+    model = load_weights(folder, dtype=dtype, device=device)
     base = LoadedBase(
         facts=_within_positions(facts, model),
         tokenizer=tokenizer,

@@ -32,10 +32,6 @@ _SETTINGS = {
 }
 
 
-async def _fit_anything(_num_bytes: int) -> int:
-    return 0
-
-
 # While weights are laid out, what was read of them is there too.
 _LOADED_TIMES = {Kind.WHOLE: 2, Kind.PACKED: 1}
 _NAMES = {Kind.WHOLE: "fully tuned models", Kind.PACKED: "adapters"}
@@ -106,8 +102,8 @@ class LoadedArtifacts:
         limits: RowLimits,
         max_waiting: int,
         max_installed: int = MAX_INSTALLED,
-        fit: Callable[[int], Awaitable[int]] = _fit_anything,
-        has_room: Callable[[int], bool] = lambda _: True,
+        fit: Callable[[int], Awaitable[int]],
+        has_room: Callable[[int], bool],
     ) -> None:
         self._engine = engine
         self._limits = limits

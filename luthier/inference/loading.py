@@ -27,10 +27,10 @@ from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
 from luthier.inference.proofs import check_base, check_canary, check_probe, read_canary
 from luthier.inference.slots import ArtifactSlots
+from luthier.inference.weights import load_weights
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
 from luthier.methods._served import ServedParts
-from luthier.modeling.load import load_base
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
 from luthier.modeling.packed_llama import can_pack_llama
 
@@ -239,7 +239,7 @@ def _open_slots(base: LoadedBase, packed: PackedWeights) -> None:
     """Load the plain path's weights of a packed base, for an artifact with no place in the packed."""
     with _OPENING:
         if base.slots is None:
-            model = load_base(packed.folder, dtype=base.dtype, device=str(base.device))
+            model = load_weights(packed.folder, dtype=base.dtype, device=base.device)
             base.slots = ArtifactSlots(model, base_digest=base.facts.digest, probe_ids=base.probe_ids)
 
 

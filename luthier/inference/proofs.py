@@ -106,7 +106,7 @@ def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[
     logits_V = run(canary.token_ids).cpu()
     if max(canary.candidates) >= len(logits_V) or min(canary.candidates) < 0:
         raise ArtifactCorruptError("The artifact has another vocabulary than its base.")
-    recorded = torch.tensor(canary.logits)
+    recorded = torch.tensor(canary.logits, dtype=torch.float32)
     gap = float((logits_V[canary.candidates] - recorded).norm() / recorded.norm())
     is_exact = dtype is torch.float32 and canary.precision == "float32"
     largest = max(_ROUNDED_CANARY_TOLERANCE, canary.allowed_rounding)

@@ -109,7 +109,8 @@ def _weigh(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     if options.logit_bias:
         if sequence.bias is None:
             ids, values = zip(*options.logit_bias, strict=True)
-            sequence.bias = torch.tensor(ids, device=device), torch.tensor(values, device=device)
+            values_K = torch.tensor(values, dtype=torch.float32, device=device)
+            sequence.bias = torch.tensor(ids, device=device), values_K
         logits_V.index_add_(0, *sequence.bias)
     if sequence.token_counts:
         ids_K = torch.tensor(list(sequence.token_counts), device=device)

@@ -15,7 +15,8 @@ from luthier.inference.proofs import (
     read_canary,
 )
 from luthier.inference.slots import probe
-from luthier.modeling.load import load_base, read_header
+from luthier.inference.weights import load_weights
+from luthier.modeling.load import read_header
 
 
 def measure_whole(folder: Path, dtype: torch.dtype) -> int:
@@ -65,7 +66,7 @@ def load_whole(
     manifest = check_base(folder, base_digest)
     check_finite_weights(folder, manifest.digested)
     try:
-        return load_base(folder, dtype=dtype, device=str(device), refuse_extra=True)
+        return load_weights(folder, dtype=dtype, device=device, refuse_extra=True)
     except (RuntimeError, TypeError, IndexError, BaseUnavailableError) as error:
         raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
 

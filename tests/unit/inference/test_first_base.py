@@ -1,8 +1,10 @@
-"""What is done once, when the first base is in memory and nothing else is."""
+"""Bases that are asked for at once, and what is done when the first is in memory and nothing else is."""
 
 import asyncio
 import gc
 from pathlib import Path
+
+import torch
 
 from luthier.core.garbage import freeze_garbage
 from luthier.inference.models import Models
@@ -23,7 +25,23 @@ def test_the_first_base_alone_is_told_and_before_anybody_gets_it(tmp_path: Path)
         assert sorted(models.base_ids) == sorted([BASE_ID, "tiny-twin"])
 
     asyncio.run(run())
-    assert told in ([[]], [[BASE_ID]], [["tiny-twin"]])
+    assert told == [[]]
+
+
+def test_bases_that_are_loaded_at_once_leave_each_other_whole(tmp_path: Path) -> None:
+    # transformers' own loading does not: with two threads some weights come out as missing, from then on.
+    base_ids = [f"tiny-{number}" for number in range(4)]
+    for base_id in base_ids:
+        build_tiny_base(tmp_path / "bases" / base_id)
+
+    async def run() -> None:
+        for _ in range(3):
+            models = Models(make_settings(tmp_path), InlineEngine())
+            bases = await asyncio.gather(*map(models.get_base, base_ids))
+            logits = [base.probe_logits() for base in bases]
+            assert all(torch.equal(one, logits[0]) for one in logits)
+
+    asyncio.run(run())
 
 
 def test_what_is_there_is_not_looked_at_again() -> None:

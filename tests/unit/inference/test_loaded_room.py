@@ -28,6 +28,7 @@ class Room:
             limits=RowLimits(max_rows=4, max_cache_tokens=256),
             max_waiting=100,
             fit=self._fit,
+            has_room=bool,
         )
 
     async def _fit(self, num_bytes: int) -> int:

@@ -1,0 +1,34 @@
+"""Loading a model's weights, one at a time in a process."""
+
+import threading
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from luthier.modeling.load import load_base
+
+# transformers changes torch itself while it builds a model, its initialisers and its default type. Of two
+# threads that do so at once each may put the other's changes back, and no model can be loaded any more.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def load_weights(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, refuse_extra: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model as `load_base` does; any thread may call it.
+
+    Args:
+        folder: config.json and safetensors weights.
+        dtype: type of the weights at rest.
+        device: where they are to lie.
+        refuse_extra: also refuse tensors that the architecture has no place for.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        BaseUnavailableError: when the folder can't be read as a model, or lacks some of its tensors.
+    """
+    with _ONE_AT_A_TIME:
+        return load_base(folder, dtype=dtype, device=str(device), refuse_extra=refuse_extra)
