@@ -72,7 +72,7 @@ class Service:
     Args:
         settings: the server's.
         engine: the engine's thread.
-        on_first_base: called in a thread once a base is loaded, before anything else is.
+        on_first_base: as Models takes it.
     """
 
     def __init__(

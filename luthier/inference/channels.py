@@ -26,7 +26,7 @@ class Channel:
 
     def __init__(self) -> None:
         self._frames: list[bytes] = []
-        self._is_written = asyncio.Event()
+        self._written = asyncio.Event()
         self._is_closed = self._is_lost = False
         # Of the streams that leave here: set when a stream has ended, or nobody reads the channel any more.
         self._ends: set[asyncio.Event] = set()
@@ -43,7 +43,7 @@ class Channel:
     def close(self) -> None:
         """End the channel once what was written has left."""
         self._is_closed = True
-        self._is_written.set()
+        self._written.set()
 
     def lose(self) -> None:
         """End the streams that leave here: nobody reads them any more."""
@@ -76,18 +76,18 @@ class Channel:
         while self._frames or not self._is_closed:
             try:
                 async with asyncio.timeout(QUIET_SECONDS):
-                    await self._is_written.wait()
+                    await self._written.wait()
             except TimeoutError:
                 yield SIGN_OF_LIFE
                 continue
-            self._is_written.clear()
+            self._written.clear()
             frames, self._frames = self._frames, []
             if frames:
                 yield b"".join(frames)
 
     def _add(self, frame: bytes) -> None:
         self._frames.append(frame)
-        self._is_written.set()
+        self._written.set()
 
 
 class Place(NamedTuple):

@@ -325,6 +325,7 @@ class LoadedArtifacts:
             yield taken > 0
         finally:
             self._expected_bytes -= taken
+            self._tell_waiting()
 
     @asynccontextmanager
     async def _opening(self, num_bytes: int) -> AsyncIterator[None]:

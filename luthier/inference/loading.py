@@ -27,7 +27,7 @@ from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
 from luthier.inference.proofs import check_base, check_canary, check_probe, read_canary
 from luthier.inference.slots import ArtifactSlots
-from luthier.inference.weights import load_weights
+from luthier.inference.weights import in_turn, load_weights
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
 from luthier.methods._served import ServedParts
@@ -115,11 +115,11 @@ async def load(
             return ReadyModel(served, lane=lane, adapter=adapter)
         if served.base.slots is None:
             async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
-                await asyncio.to_thread(_open_slots, served.base, packed)
+                await in_turn(_open_slots, served.base, packed)
     else:
         await _check(served)
     if kind is Kind.WHOLE:
-        return await asyncio.to_thread(_load_whole, served, limits)
+        return await in_turn(_load_whole, served, limits)
     slots, digest = served.base.plain, copy.digest
     installing = engine.call(lambda: slots.install(digest, copy.folder))
     return ReadyModel(served, prefix=await asyncio.wrap_future(installing))

@@ -5,6 +5,7 @@ Runs on the event loop; whatever takes long goes to a thread, so that nobody els
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 
@@ -21,12 +22,14 @@ from luthier.core.inference import (
     ModelTarget,
 )
 from luthier.core.settings import Settings
+from luthier.core.specs import BaseFacts
 from luthier.inference import bases
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.copies import Copy, drop_unused, fetch_artifact, link_artifact, mark_used, verify_copy
 from luthier.inference.loaded import LoadedArtifacts
 from luthier.inference.loading import EngineLike, RowLimits
 from luthier.inference.memory import Ceiling, LaneLike, NoRoomError, measure_used, trim
+from luthier.inference.weights import in_turn
 from luthier.storage.store import Storage
 
 
@@ -72,7 +75,7 @@ class Models:
     Args:
         settings: says where bases and artifacts lie, and how much memory whole models may take.
         engine: the engine's thread.
-        on_first_base: called in a thread once a base is loaded, before anything else is.
+        on_first_base: called in a thread when a base was loaded, before anybody has it or anything else is.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Models:
         self._bases: dict[str, LoadedBase] = {}
         self._served: dict[tuple[str, str], ServedModel] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
 
     def _lanes(self) -> list[LaneLike]:
         """Return all lanes in memory; also on the engine's thread."""
@@ -128,22 +132,38 @@ class Models:
             ModelNotFoundError: when it has not been fetched.
             NoRoomError: when jobs that are training leave it no memory.
         """
-        # Before a lock is made for it: unknown names must not pile up.
         facts = await asyncio.to_thread(bases.get_base_facts, self._settings, base_id)
-        async with self._locks.setdefault(base_id, asyncio.Lock()):
-            if base_id not in self._bases:
-                num_bytes = bases.loading_bytes(self._settings, facts)
-                if not await self.loaded.make_way(num_bytes):
-                    raise NoRoomError("The model server has no memory for this base now; try again.")
-                with self.loaded.expecting(num_bytes):
-                    loaded = await asyncio.to_thread(bases.load, self._settings, base_id)
-                on_first_base, self._on_first_base = self._on_first_base, None
-                if on_first_base is not None:
-                    await asyncio.to_thread(on_first_base)
-                self._bases[base_id] = loaded
-                # What was read of it is gone, and should not count as held.
-                await asyncio.to_thread(self.ceiling.trim)
-            return self._bases[base_id]
+        if base_id not in self._bases:
+            loading = self._loading.get(base_id)
+            if loading is None:
+                loading = self._loading[base_id] = asyncio.ensure_future(self._load_base(base_id, facts))
+                loading.add_done_callback(partial(self._end_loading, base_id))
+            # Whoever asked may leave; the next one finds what he waited for.
+            await asyncio.shield(loading)
+        return self._bases[base_id]
+
+    async def _load_base(self, base_id: str, facts: BaseFacts) -> None:
+        num_bytes = bases.loading_bytes(self._settings, facts)
+        if not await self.loaded.make_way(num_bytes):
+            raise NoRoomError("The model server has no memory for this base now; try again.")
+        with self.loaded.expecting(num_bytes):
+            self._bases[base_id] = await in_turn(self._load_and_tell, base_id)
+        # What was read of it is gone, and should not count as held.
+        await asyncio.to_thread(self.ceiling.trim)
+
+    def _load_and_tell(self, base_id: str) -> LoadedBase:
+        """Load a base, and tell of the first while nobody has it and no weights are on their way."""
+        base = bases.load(self._settings, base_id)
+        on_first_base, self._on_first_base = self._on_first_base, None
+        if on_first_base is not None:
+            on_first_base()
+        return base
+
+    def _end_loading(self, base_id: str, loading: "asyncio.Task[None]") -> None:
+        del self._loading[base_id]
+        if not loading.cancelled():
+            # Everybody who waited may have left.
+            loading.exception()
 
     async def get(self, target: ModelTarget) -> ServedModel:
         """Return the model that a target names, its base loaded and its artifact on the local disk.

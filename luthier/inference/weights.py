@@ -1,16 +1,43 @@
 """Loading a model's weights, one at a time in a process."""
 
+import asyncio
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from luthier.modeling.kernels._threads import use_threads
 from luthier.modeling.load import load_base
+
+ParamT = ParamSpec("ParamT")
+ResultT = TypeVar("ResultT")
 
 # transformers changes torch itself while it builds a model, its initialisers and its default type. Of two
 # threads that do so at once each may put the other's changes back, and no model can be loaded any more.
 _ONE_AT_A_TIME = threading.Lock()
+# Who waits for his turn holds no thread that others need.
+_THREAD = ThreadPoolExecutor(1, thread_name_prefix="weights", initializer=use_threads, initargs=(1,))
+
+
+async def in_turn(
+    work: Callable[ParamT, ResultT], *arguments: ParamT.args, **options: ParamT.kwargs
+) -> ResultT:
+    """Run work that loads weights in the one thread for that, after all that was asked for before.
+
+    Args:
+        work: what to do.
+        *arguments: its own.
+        **options: its own.
+
+    Returns:
+        Its result.
+    """
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_THREAD, lambda: work(*arguments, **options))
 
 
 def load_weights(

@@ -14,8 +14,8 @@ from luthier.modeling.kernels.page_memory import take_large
 
 # What an adapter may leave unused of a spare piece that it takes, as a share.
 _MOST_UNUSED = 0.05
-# Less is found at once.
-_LEAST_BYTES = 1 << 20
+# Less is found at once, and lies in small pages.
+_LEAST_BYTES = 1 << 21
 # Pieces for adapters that come one right after the other, unless they are large.
 _MOST_PIECES, _MOST_BYTES = 4, 1 << 26
 # So much is touched at a time, and so long others have the processor then: a tenth of a thread's time or so.
@@ -28,14 +28,15 @@ class SpareMemory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pieces: list[torch.Tensor] = []
+        self._num_pending = self._num_drops = 0
         # What was taken last: adapters of one base are often alike.
         self.wanted_bytes = 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are spare now."""
+        """Bytes that are spare now, or about to be."""
         with self._lock:
-            return sum(map(len, self._pieces))
+            return sum(map(len, self._pieces)) + self._num_pending
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """Return memory [num_bytes], uint8, in large pages: a spare piece if they are about as large."""
@@ -57,23 +58,31 @@ class SpareMemory:
             OSError: when the system has no memory.
         """
         with self._lock:
-            num_bytes = self.wanted_bytes
+            num_bytes, num_drops = self.wanted_bytes, self._num_drops
             if self._pieces and len(self._pieces[0]) != num_bytes:
                 self._pieces.clear()
-            num_wanted = max(1, min(_MOST_PIECES, _MOST_BYTES // max(num_bytes, 1)))
+            num_wanted = min(_MOST_PIECES, _MOST_BYTES // max(num_bytes, 1))
             if num_bytes < _LEAST_BYTES or len(self._pieces) >= num_wanted:
                 return False
-        memory = take_large(num_bytes)
-        # Not by an operator of torch, which would make a team of threads of its own for this one.
-        for start in range(0, num_bytes, _STRIDE_BYTES):
-            ctypes.memset(memory.data_ptr() + start, 0, min(_STRIDE_BYTES, num_bytes - start))
-            time.sleep(_REST_SECONDS)
+            self._num_pending = num_bytes
+        try:
+            memory = take_large(num_bytes)
+            # Not by an operator of torch, which would make a team of threads of its own for this one.
+            for start in range(0, num_bytes, _STRIDE_BYTES):
+                ctypes.memset(memory.data_ptr() + start, 0, min(_STRIDE_BYTES, num_bytes - start))
+                time.sleep(_REST_SECONDS)
+                if self._num_drops != num_drops:
+                    return False
+        finally:
+            self._num_pending = 0
         with self._lock:
-            if num_bytes == self.wanted_bytes:
+            is_wanted = (num_bytes, num_drops) == (self.wanted_bytes, self._num_drops)
+            if is_wanted:
                 self._pieces.append(memory)
-        return True
+        return is_wanted
 
     def drop(self) -> None:
-        """Give them back."""
+        """Give them back, and what is being prepared."""
         with self._lock:
+            self._num_drops += 1
             self._pieces.clear()

@@ -13,8 +13,10 @@ import httptools
 _MAX_WAITING_BYTES = 256 * 1024
 # And so much of one that comes by another way, which can't wait.
 _MAX_FED_BYTES = 16 * 1024 * 1024
-# What is still to come by another way when the answer is over here was sent before that.
+# The longest wait for one end of an answer that came by another way when the other one is here.
 _REST_SECONDS = 5.0
+# After a wait that was too long: what the process could not look at while it stood still may have come.
+_LAST_LOOK_SECONDS = 0.05
 _LEAST_SECONDS = 0.001
 # Names and values of an answer's headers.
 _MAX_HEAD_BYTES = 64 * 1024
@@ -48,7 +50,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._is_drained = True
         self._waiter: asyncio.Future[None] | None = None
-        self._waits_until = 0.0
+        self._waits_until, self._is_last_look = 0.0, False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._pieces: list[bytes] = []
@@ -62,7 +64,7 @@ class Connection(asyncio.Protocol):
         self._is_kept = True
         self.is_over = True
         # Of a body that comes by another way than this connection.
-        self._is_fed = self._is_fed_whole = False
+        self._is_fed = self._is_fed_whole = self._is_feed_lost = False
         self.status = 0
         self.headers: dict[str, str] = {}
 
@@ -80,7 +82,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._pieces, self._num_waiting = [], 0
         self.is_over = self._has_head = self._is_kept = False
-        self._is_fed = self._is_fed_whole = False
+        self._is_fed = self._is_fed_whole = self._is_feed_lost = False
         self._begin_head()
         self._transport.write(request)
 
@@ -113,7 +115,9 @@ class Connection(asyncio.Protocol):
         while not self._pieces:
             if self.is_over and (self._is_fed_whole or not self._is_fed):
                 return None
-            await self._wait(min(seconds, _REST_SECONDS) if self.is_over else seconds)
+            # Of the two ends of a fed answer each was sent together with the other.
+            is_ending = self.is_over or self._is_fed_whole
+            await self._wait(min(seconds, _REST_SECONDS) if is_ending else seconds)
         content = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self._num_waiting = [], 0
         self._go_on_reading()
@@ -122,12 +126,17 @@ class Connection(asyncio.Protocol):
     def expect_feed(self) -> None:
         """Wait for the body by `feed`; the answer is over when that has ended, and on this connection too."""
         self._is_fed = True
+        if self._is_feed_lost:
+            self._break_off_fed()
 
     def feed(self, content: bytes) -> None:
         """Take a piece of the body that came by another way; an empty one ends it.
 
         An answer that nobody reads breaks off when too much of it waits.
         """
+        if self._is_feed_lost:
+            # What comes after a gap is no part of the answer, its end least of all.
+            return
         if not content:
             self._is_fed_whole = True
         elif self._num_waiting <= _MAX_FED_BYTES:
@@ -139,10 +148,15 @@ class Connection(asyncio.Protocol):
 
     def break_feed(self) -> None:
         """Take no more of the body that came by another way: it broke off, unless it was whole."""
-        if self._is_fed and not self._is_fed_whole:
-            self._break_off()
-            self.close()
-            self._wake()
+        if not self._is_fed_whole:
+            self._is_feed_lost = True
+            if self._is_fed:
+                self._break_off_fed()
+
+    def _break_off_fed(self) -> None:
+        self._break_off()
+        self.close()
+        self._wake()
 
     def close(self) -> None:
         """Leave at once, whatever the server is doing."""
@@ -162,7 +176,7 @@ class Connection(asyncio.Protocol):
             raise self._fault
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
-        self._waits_until = loop.time() + seconds
+        self._waits_until, self._is_last_look = loop.time() + seconds, False
         if self._timer is None or self._timer_at > self._waits_until:
             self._set_timer(loop)
         try:
@@ -187,6 +201,8 @@ class Connection(asyncio.Protocol):
         # What came in the same turn of the loop came in time.
         if self._waiter is None or self._waiter.done():
             return
+        if loop.time() >= self._waits_until and not self._is_last_look:
+            self._waits_until, self._is_last_look = loop.time() + _LAST_LOOK_SECONDS, True
         if loop.time() < self._waits_until:
             self._set_timer(loop)
             return

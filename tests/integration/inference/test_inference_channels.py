@@ -134,12 +134,19 @@ def test_what_fails_later_ends_its_stream_with_an_error_and_nobody_elses(
         await open_channel(backend)
         other = await ask(backend, COMPLETIONS, {"prompt": "a", "max_tokens": 200})
         assert is_by_channel(other)
-        monkeypatch.setattr(lane.sampler, "choose", fail)
-        failing = await ask(backend, COMPLETIONS, {"prompt": "b", "max_tokens": 77})
+        # Both are under way at the moment of the failure.
+        served.runner.gate.clear()
+        try:
+            monkeypatch.setattr(lane.sampler, "choose", fail)
+            asking = asyncio.ensure_future(ask(backend, COMPLETIONS, {"prompt": "b", "max_tokens": 77}))
+            async with asyncio.timeout(20):
+                while len(served.service._open) < 2:
+                    await asyncio.sleep(0.01)
+        finally:
+            served.runner.gate.set()
+        failing = await asking
         assert is_by_channel(failing)
         told = b"".join([piece async for piece in failing.body])
-        # The other one was in the middle of its answer.
-        assert any(generation.is_open for generation in served.service._open)
         return told, b"".join([piece async for piece in other.body])
 
     told, other = with_backend(served.url, work)

@@ -28,6 +28,7 @@ class _Server:
         self.answers: dict[str, asyncio.StreamWriter] = {}
         self.left: list[str] = []
         self.num_refused = 0
+        self.holds_heads, self.held_head = False, b""
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -50,7 +51,11 @@ class _Server:
         number = headers.get(HEADER_STREAM, "none")
         self.answers[number] = writer
         told = f"{HEADER_CHANNEL}: {headers[HEADER_CHANNEL]}\r\n" if HEADER_CHANNEL in headers else ""
-        writer.write(f"{CHUNKED}{told}\r\n".encode())
+        head = f"{CHUNKED}{told}\r\n".encode()
+        if self.holds_heads:
+            self.held_head = head
+        else:
+            writer.write(head)
 
     def send(self, number: str, content: bytes) -> None:
         """Send a frame by the channel."""
@@ -206,14 +211,15 @@ def test_a_stream_breaks_off_with_its_own_answer(run: Run) -> None:
 def test_a_channel_that_is_lost_on_the_way_is_known_by_its_silence(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_channel, "_SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(_channel, "_SILENCE_SECONDS", 1.5)
 
     async def check(server: _Server, asker: _Asker) -> None:
         await asker.open(server)
         answer = await asker.ask()
         number = list(server.answers)[-1]
-        for _ in range(4):
-            await asyncio.sleep(0.15)
+        # Longer than that in all.
+        for _ in range(18):
+            await asyncio.sleep(0.1)
             server.send("0", b"")
         server.send(number, b"a")
         assert await anext(answer) == b"a"
@@ -261,6 +267,56 @@ def test_what_nobody_reads_breaks_off_before_it_takes_all_memory(
         assert len(await anext(slow)) == 11_000
         with pytest.raises(UnavailableError, match="broke off"):
             await anext(slow)
+
+    run(_Server(), check)
+
+
+@pytest.mark.parametrize("when", ["after its own answer", "before its head"])
+def test_what_broke_off_is_not_whole_though_its_end_comes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.setattr(_connection, "_MAX_FED_BYTES", 10_000)
+
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        server.holds_heads = when == "before its head"
+        asking = asyncio.ensure_future(asker.ask())
+        async with asyncio.timeout(10):
+            while len(server.answers) == 1:
+                await asyncio.sleep(0.01)
+        number = list(server.answers)[-1]
+        if not server.holds_heads:
+            answer = await asking
+            server.end_answer(number)
+            await asyncio.sleep(0.05)
+        for _ in range(30):
+            server.send(number, b"x" * 1000)
+        server.send(number, b"")
+        await asyncio.sleep(0.05)
+        if server.holds_heads:
+            server.answers[number].write(server.held_head + b"0\r\n\r\n")
+            answer = await asking
+        assert len(await anext(answer)) == 11_000
+        with pytest.raises(UnavailableError, match="broke off"):
+            await anext(answer)
+
+    run(_Server(), check)
+
+
+def test_an_answer_whose_own_end_is_lost_is_not_waited_for_long(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_connection, "_REST_SECONDS", 0.2)
+
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        answer = await asker.ask()
+        number = list(server.answers)[-1]
+        server.send(number, b"a")
+        server.send(number, b"")
+        assert await anext(answer) == b"a"
+        with pytest.raises(UnavailableError, match="broke off"):
+            await asyncio.wait_for(anext(answer), 5)
 
     run(_Server(), check)
 

@@ -2,11 +2,16 @@
 
 import asyncio
 import gc
+import threading
 from pathlib import Path
 
+import pytest
 import torch
 
 from luthier.core.garbage import freeze_garbage
+from luthier.core.settings import Settings
+from luthier.inference import bases
+from luthier.inference.bases import LoadedBase
 from luthier.inference.models import Models
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
@@ -28,6 +33,36 @@ def test_the_first_base_alone_is_told_and_before_anybody_gets_it(tmp_path: Path)
     assert told == [[]]
 
 
+def test_who_leaves_while_a_base_is_loaded_leaves_it_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_tiny_base(tmp_path / "bases" / BASE_ID)
+    begun, may_end, num_loads = threading.Event(), threading.Event(), []
+    load = bases.load
+
+    def load_slowly(settings: Settings, base_id: str) -> LoadedBase:
+        num_loads.append(base_id)
+        begun.set()
+        assert may_end.wait(30)
+        return load(settings, base_id)
+
+    monkeypatch.setattr(bases, "load", load_slowly)
+
+    async def run() -> None:
+        models = Models(make_settings(tmp_path), InlineEngine())
+        leaving = asyncio.ensure_future(models.get_base(BASE_ID))
+        assert await asyncio.to_thread(begun.wait, 30)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        next_one = asyncio.ensure_future(models.get_base(BASE_ID))
+        await asyncio.sleep(0.05)
+        may_end.set()
+        assert (await next_one).facts.id == BASE_ID
+
+    asyncio.run(run())
+    assert num_loads == [BASE_ID]
+
+
 def test_bases_that_are_loaded_at_once_leave_each_other_whole(tmp_path: Path) -> None:
     # transformers' own loading does not: with two threads some weights come out as missing, from then on.
     base_ids = [f"tiny-{number}" for number in range(4)]
@@ -37,8 +72,8 @@ def test_bases_that_are_loaded_at_once_leave_each_other_whole(tmp_path: Path) ->
     async def run() -> None:
         for _ in range(3):
             models = Models(make_settings(tmp_path), InlineEngine())
-            bases = await asyncio.gather(*map(models.get_base, base_ids))
-            logits = [base.probe_logits() for base in bases]
+            loaded = await asyncio.gather(*map(models.get_base, base_ids))
+            logits = [base.probe_logits() for base in loaded]
             assert all(torch.equal(one, logits[0]) for one in logits)
 
     asyncio.run(run())

@@ -28,6 +28,7 @@ MIB = 1 << 20
 def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spares, "_DELAY_SECONDS", 0.0)
     monkeypatch.setattr(packed_memory, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(packed_memory, "_REST_SECONDS", 0.0)
 
 
 async def _prepared(kept: Spares) -> None:
