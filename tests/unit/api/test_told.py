@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import pytest
+from starlette.types import Message
 
-from api.routes.chat import _told
+from api.routes.chat import _PassedOn
 from luthier.core.errors import UnavailableError
 from luthier.inference.backends.base import Reply
 
@@ -27,10 +28,20 @@ class _Broken:
 
 
 def _read(content_type: str) -> list[bytes]:
-    async def read() -> list[bytes]:
-        return [piece async for piece in _told(Reply(200, {"content-type": content_type}, _Broken()))]
+    sent: list[Message] = []
 
-    return asyncio.run(read())
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def read() -> None:
+        await _PassedOn(Reply(200, {"content-type": content_type}, _Broken())).stream_response(send)
+
+    asyncio.run(read())
+    begin, *pieces, end = sent
+    assert (begin["type"], begin["status"]) == ("http.response.start", 200)
+    assert (b"content-type", content_type.encode()) in begin["headers"]
+    assert (end["body"], end["more_body"]) == (b"", False)
+    return [piece["body"] for piece in pieces]
 
 
 def test_a_stream_ends_with_an_error_that_says_so() -> None:
