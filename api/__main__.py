@@ -1,6 +1,8 @@
 """`python -m api`: run the API under uvicorn."""
 
 import argparse
+import asyncio
+import socket
 from types import FrameType
 
 import uvicorn
@@ -12,6 +14,8 @@ from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
 
 _GRACEFUL_SECONDS = 5
+# Answers that last longer end with an error while there is time to tell it.
+_ANSWER_SECONDS = 4
 
 
 class _Server(uvicorn.Server):
@@ -20,11 +24,27 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
         super().__init__(config)
         self._parts = parts
+        self._ending: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and remember the loop for the signals."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, streams first; uvicorn calls this from its signal handler, on the loop's thread."""
         self._parts.hub.close_streams()
+        self._loop.call_soon_threadsafe(self._end_answers_soon)
         super().handle_exit(sig, frame)
+
+    def _end_answers_soon(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._end_answers())
+
+    async def _end_answers(self) -> None:
+        """Leave the inference servers; whoever still waits for one of them is told that it broke off."""
+        await asyncio.sleep(_ANSWER_SECONDS)
+        await self._parts.backend.aclose()
 
 
 def main() -> None:

@@ -25,7 +25,6 @@ from luthier.core.errors import (
 )
 
 _log = structlog.get_logger()
-_RETRY_AFTER_SECONDS = 1
 _LOCATIONS = {"body", "query", "path", "header"}
 # What pydantic calls a dictionary or a model is an object to whoever writes JSON.
 _OBJECT_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
@@ -35,7 +34,7 @@ def to_response(error: LuthierError) -> JSONResponse:
     """Return the answer for a failure."""
     headers = {}
     if error.retryable:
-        headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
+        headers["Retry-After"] = str(error.retry_after_seconds)
     elif error.http_status in (408, 409, 429) or error.http_status >= 500:
         # The SDKs repeat these by themselves; a permanent refusal says that it is one.
         headers["x-should-retry"] = "false"

@@ -114,7 +114,8 @@ def _run(options: argparse.Namespace, home: Path) -> int:
             say(f"\nServing at {service.base_url} until Ctrl-C; the key is in {home / 'connection.json'}.")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
-    say(f"\nThe service is stopped. `luthier up --home {options.home}` brings it and the new model back.")
+    command = f"{Path(sys.executable).parent / 'luthier'} up --home {options.home}"
+    say(f"\nThe service is stopped. `{command}` brings it and the new model back.")
     return 0 if is_good else 1
 
 

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from api.breaking_off import RESPONSES_PATH, StreamEnd
 from api.deps import Parts, PartsDep, bearer_key
 from luthier.core.errors import (
     InvalidRequestError,
@@ -30,9 +31,10 @@ _MAX_BODY_BYTES = 8 * 1024 * 1024
 class _PassedOn(StreamingResponse):
     """An upstream's answer on its way to the client; the upstream is told when the client has left."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply, path: str) -> None:
         super().__init__(reply.body, reply.status, dict(reply.headers))
         self._body = reply.body
+        self._end = StreamEnd(path)
         self._is_event_stream = reply.headers.get("content-type", "").startswith("text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,11 +50,12 @@ class _PassedOn(StreamingResponse):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for piece in self._body:
+                self._end.pass_on(piece)
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         except UnavailableError as error:
             if not self._is_event_stream:
                 raise
-            told = f"data: {json.dumps(error.to_body())}\n\n".encode()
+            told = self._end.broken_off(error)
             await send({"type": "http.response.body", "body": told, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -113,7 +116,7 @@ async def _answer(request: Request, parts: Parts, path: str) -> Response:
             return models.resolve(session, scope, parts.catalogue, _model_name(body))
 
     target = await run_in_threadpool(resolve)
-    return _PassedOn(await _ask(request, parts, path, body, target))
+    return _PassedOn(await _ask(request, parts, path, body, target), path)
 
 
 @router.post("/chat/completions")
@@ -131,4 +134,4 @@ async def create_completion(request: Request, parts: PartsDep) -> Response:
 @router.post("/responses")
 async def create_response(request: Request, parts: PartsDep) -> Response:
     """Answer an input, streamed or whole, with a base or a tuned model; nothing is kept."""
-    return await _answer(request, parts, "/v1/responses")
+    return await _answer(request, parts, RESPONSES_PATH)

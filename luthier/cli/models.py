@@ -58,7 +58,8 @@ def unpin_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key
 def _pin(name: str, home: Home, base_url: BaseUrl, api_key: ApiKey, *, is_pinned: bool) -> None:
     with options.open_client(base_url, api_key, home) as client:
         model = client.pin_model(name, is_pinned=is_pinned)
-    print(f"{model['id']} is {'pinned' if model['pinned'] else 'not pinned'}.")
+    stays = "stays in memory once it is there" if model["pinned"] else "may leave the memory when it is idle"
+    print(f"{model['id']} {stays}.")
 
 
 def _note(model: dict[str, Any]) -> str:

@@ -24,6 +24,8 @@ class LuthierError(Exception):
     type: ClassVar[str] = "server_error"
     # Whether the same request may succeed later without a change by the caller.
     retryable: ClassVar[bool] = False
+    # When, if it may; SDKs wait for that long.
+    retry_after_seconds: ClassVar[int] = 1
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

@@ -23,7 +23,6 @@ from luthier.inference.faults import log_fault, to_told
 _LOG = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * MIB
-_RETRY_AFTER_SECONDS = 1
 # Where a request's scope keeps the fault that is in the log already.
 _LOGGED = "luthier.logged_fault"
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -133,7 +132,7 @@ def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | No
 
 
 def _error_response(error: LuthierError) -> Response:
-    headers = {"retry-after": str(_RETRY_AFTER_SECONDS)} if error.retryable else None
+    headers = {"retry-after": str(error.retry_after_seconds)} if error.retryable else None
     return json_response(error.to_body(), status=error.http_status, headers=headers)
 
 

@@ -10,6 +10,9 @@ from luthier.core.inference import ModelTarget
 class NotAcceptedError(UnavailableError):
     """A server that never got the request, so that another may be asked in its place."""
 
+    # One that died is back after some five; two repetitions of an SDK's should last as long.
+    retry_after_seconds = 5
+
 
 class Health(NamedTuple):
     """How a server is.

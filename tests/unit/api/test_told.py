@@ -10,10 +10,13 @@ from api.routes.chat import _PassedOn
 from luthier.core.errors import UnavailableError
 from luthier.inference.backends.base import Reply
 
+CHAT = "/v1/chat/completions"
+STREAM = "text/event-stream; charset=utf-8"
+
 
 class _Broken:
-    def __init__(self) -> None:
-        self._pieces = iter([b'data: {"id": 1}\n\n'])
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = iter(pieces)
 
     def __aiter__(self) -> "_Broken":
         return self
@@ -27,14 +30,15 @@ class _Broken:
         pass
 
 
-def _read(content_type: str) -> list[bytes]:
+def _read(content_type: str, path: str = CHAT, pieces: list[bytes] | None = None) -> list[bytes]:
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
     async def read() -> None:
-        await _PassedOn(Reply(200, {"content-type": content_type}, _Broken())).stream_response(send)
+        reply = Reply(200, {"content-type": content_type}, _Broken(pieces or [b'data: {"id": 1}\n\n']))
+        await _PassedOn(reply, path).stream_response(send)
 
     asyncio.run(read())
     begin, *pieces, end = sent
@@ -55,3 +59,28 @@ def test_a_stream_ends_with_an_error_that_says_so() -> None:
 def test_a_whole_answer_is_cut_and_not_ended_by_something_else() -> None:
     with pytest.raises(UnavailableError):
         _read("application/json")
+
+
+def test_a_stream_of_a_response_ends_as_responses_do() -> None:
+    created = {"type": "response.created", "sequence_number": 0, "response": {"id": "resp_1", "output": []}}
+    pieces = [
+        b"event: response.created\ndata: %b\n\n" % json.dumps(created, separators=(",", ":")).encode(),
+        b'event: a\ndata: {"type":"a","sequence_number":1}\n\n'
+        b'event: b\ndata: {"type":"b","sequence_number":12}\n\n',
+    ]
+    *passed, last = _read(STREAM, "/v1/responses", pieces)
+    assert passed == pieces
+    told, failed = [event.split(b"\n") for event in last.removesuffix(b"\n\n").split(b"\n\n")]
+    assert (told[0], failed[0]) == (b"event: error", b"event: response.failed")
+    error, response = (json.loads(lines[1].removeprefix(b"data: ")) for lines in (told, failed))
+    assert (error["type"], error["sequence_number"], error["code"]) == ("error", 13, "service_unavailable")
+    assert (response["type"], response["sequence_number"]) == ("response.failed", 14)
+    assert response["response"]["id"] == "resp_1"
+    assert response["response"]["status"] == "failed"
+    assert "broke off" in response["response"]["error"]["message"]
+
+
+def test_a_response_whose_beginning_came_in_parts_ends_with_an_error_alone() -> None:
+    last = _read(STREAM, "/v1/responses", [b"event: response.cre", b"ated\n"])[-1]
+    assert last.startswith(b"event: error\n")
+    assert b"response.failed" not in last
