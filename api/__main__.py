@@ -24,6 +24,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
         super().__init__(config)
         self._parts = parts
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -34,7 +35,9 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, streams first; uvicorn calls this from its signal handler, on the loop's thread."""
         self._parts.hub.close_streams()
-        self._loop.call_soon_threadsafe(self._end_answers_soon)
+        # A signal may come before the start; nobody waits for an answer then.
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end_answers_soon)
         super().handle_exit(sig, frame)
 
     def _end_answers_soon(self) -> None:

@@ -1,4 +1,8 @@
-"""What a stream ends with when its inference server broke off, in the shape of its endpoint."""
+"""What a stream ends with when its inference server broke off, in the shape of its endpoint.
+
+`luthier/inference/response_answers.py: error_events` makes the same of a failure in the server itself, which
+knows the answer; here only its bytes are known, and torch is out of reach.
+"""
 
 import json
 import re

@@ -20,8 +20,8 @@ _BF16_BYTES = 2
 class Limits:
     """Rates of this machine at this moment; copies count what is read and what is written.
 
-    A step reads its weights and writes next to nothing, and processors have lanes for either direction: what
-    a copy moves both ways together can't be read.
+    A step reads its weights and writes next to nothing. What a copy moves both ways together may be more
+    than can be read, as processors have lanes for either direction.
     """
 
     copy_gigabytes_per_second: float

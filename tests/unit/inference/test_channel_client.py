@@ -101,6 +101,11 @@ class _Asker:
             while self.channel._open is None:
                 await asyncio.sleep(0.01)
 
+    async def begin(self, server: _Server) -> tuple[Answer, str]:
+        """Open the channel and ask for one stream by it; return its answer and its number."""
+        await self.open(server)
+        return await self.ask(), list(server.answers)[-1]
+
 
 Check = Callable[[_Server, _Asker], Awaitable[None]]
 Run = Callable[[_Server, Check], None]
@@ -196,9 +201,7 @@ def test_a_channel_that_breaks_off_ends_what_came_by_it_and_is_opened_again(
 
 def test_a_stream_breaks_off_with_its_own_answer(run: Run) -> None:
     async def check(server: _Server, asker: _Asker) -> None:
-        await asker.open(server)
-        answer = await asker.ask()
-        number = list(server.answers)[-1]
+        answer, number = await asker.begin(server)
         server.send(number, b"a")
         assert await anext(answer) == b"a"
         server.answers[number].transport.abort()
@@ -214,9 +217,7 @@ def test_a_channel_that_is_lost_on_the_way_is_known_by_its_silence(
     monkeypatch.setattr(_channel, "_SILENCE_SECONDS", 1.5)
 
     async def check(server: _Server, asker: _Asker) -> None:
-        await asker.open(server)
-        answer = await asker.ask()
-        number = list(server.answers)[-1]
+        answer, number = await asker.begin(server)
         # Longer than that in all.
         for _ in range(18):
             await asyncio.sleep(0.1)
@@ -235,9 +236,7 @@ def test_what_does_not_come_after_its_own_answer_has_ended_is_not_waited_for_lon
     monkeypatch.setattr(_connection, "_REST_SECONDS", 0.2)
 
     async def check(server: _Server, asker: _Asker) -> None:
-        await asker.open(server)
-        answer = await asker.ask()
-        number = list(server.answers)[-1]
+        answer, number = await asker.begin(server)
         server.send(number, b"a")
         assert await anext(answer) == b"a"
         server.end_answer(number)
@@ -309,9 +308,7 @@ def test_an_answer_whose_own_end_is_lost_is_not_waited_for_long(
     monkeypatch.setattr(_connection, "_REST_SECONDS", 0.2)
 
     async def check(server: _Server, asker: _Asker) -> None:
-        await asker.open(server)
-        answer = await asker.ask()
-        number = list(server.answers)[-1]
+        answer, number = await asker.begin(server)
         server.send(number, b"a")
         server.send(number, b"")
         assert await anext(answer) == b"a"
@@ -323,9 +320,7 @@ def test_an_answer_whose_own_end_is_lost_is_not_waited_for_long(
 
 def test_a_reader_that_leaves_is_seen_by_the_server(run: Run) -> None:
     async def check(server: _Server, asker: _Asker) -> None:
-        await asker.open(server)
-        answer = await asker.ask()
-        number = list(server.answers)[-1]
+        answer, number = await asker.begin(server)
         server.send(number, b"a")
         assert await anext(answer) == b"a"
         await answer.aclose()

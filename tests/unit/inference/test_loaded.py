@@ -4,7 +4,7 @@ import asyncio
 import gc
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -85,23 +85,28 @@ def base(base_folder: Path) -> LoadedBase:
     )
 
 
+async def fit_anything(_num_bytes: int) -> int:
+    """Find room for whatever comes."""
+    return 0
+
+
 def make_loaded(
-    max_whole_bytes: int, *, engine: InlineEngine | None = None, **limits: int
+    max_whole_bytes: int,
+    *,
+    engine: InlineEngine | None = None,
+    fit: Callable[[int], Awaitable[int]] = fit_anything,
+    has_room: Callable[[int], bool] = bool,
+    **limits: int,
 ) -> LoadedArtifacts:
     return LoadedArtifacts(
         engine or InlineEngine(),
         max_whole_bytes=max_whole_bytes,
         max_adapter_bytes=10**9,
         limits=RowLimits(max_rows=4, max_cache_tokens=256),
-        fit=fit_anything,
-        has_room=bool,
+        fit=fit,
+        has_room=has_room,
         **({"max_waiting": 100} | limits),
     )
-
-
-async def fit_anything(_num_bytes: int) -> int:
-    """Find room for whatever comes."""
-    return 0
 
 
 def served_by(base: LoadedBase, artifact: Artifact) -> ServedModel:

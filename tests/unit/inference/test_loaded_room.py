@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from luthier.inference.bases import LoadedBase
-from luthier.inference.loaded import LoadedArtifacts
-from luthier.inference.loading import RowLimits
 from luthier.inference.memory import NoRoomError
 from luthier.inference.whole import measure_whole
 from tests.unit.inference.artifacts import Artifact
-from tests.unit.inference.test_loaded import InlineEngine, base, base_folder, served_by, settle, wholes
+from tests.unit.inference.test_loaded import base, base_folder, make_loaded, served_by, settle, wholes
 
 __all__ = ["base", "base_folder", "wholes"]
 
@@ -21,15 +19,7 @@ class Room:
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self.loaded = LoadedArtifacts(
-            InlineEngine(),
-            max_whole_bytes=10**9,
-            max_adapter_bytes=10**9,
-            limits=RowLimits(max_rows=4, max_cache_tokens=256),
-            max_waiting=100,
-            fit=self._fit,
-            has_room=bool,
-        )
+        self.loaded = make_loaded(10**9, fit=self._fit)
 
     async def _fit(self, num_bytes: int) -> int:
         await asyncio.sleep(0)

@@ -12,13 +12,12 @@ import pytest
 from luthier.inference import spares
 from luthier.inference.bases import LoadedBase, pack
 from luthier.inference.loaded import LoadedArtifacts
-from luthier.inference.loading import RowLimits
 from luthier.inference.spares import Spares
 from luthier.modeling import packed_memory
 from luthier.modeling.packed_memory import SpareMemory
 from tests.unit.inference.artifacts import build_method_artifact, load_plain
 from tests.unit.inference.test_foundations import base
-from tests.unit.inference.test_loaded import PROBE_IDS, InlineEngine, base_folder, served_by
+from tests.unit.inference.test_loaded import PROBE_IDS, base_folder, make_loaded, served_by
 
 __all__ = ["base", "base_folder"]
 MIB = 1 << 20
@@ -110,15 +109,7 @@ def test_a_loaded_adapter_leaves_memory_for_the_next_which_leaves_before_any_ada
 
     async def run() -> None:
         room = Room()
-        room.loaded = LoadedArtifacts(
-            InlineEngine(),
-            max_whole_bytes=10**9,
-            max_adapter_bytes=10**9,
-            limits=RowLimits(max_rows=4, max_cache_tokens=256),
-            max_waiting=100,
-            fit=room.fit,
-            has_room=room.has_room,
-        )
+        room.loaded = make_loaded(10**9, fit=room.fit, has_room=room.has_room)
         room.loaded.release(await room.loaded.hold(served_by(base, adapters[0])))
         await _prepared(room.loaded._spares)
         assert spare.num_bytes > 0
