@@ -27,10 +27,13 @@ from luthier.modeling.packed_llama import PackedLlama, Stretch
 
 _LOG = logging.getLogger(__name__)
 
-# Prompt tokens of one step, and those of a prompt that is longer than that: what they add to the time
-# between two tokens of everybody else is what a small model takes for them.
+# Prompt tokens of one step: what they add to the time between two tokens of everybody else is what a small
+# model takes for them.
 MAX_PROMPT_TOKENS = 256
-MAX_LONG_TOKENS = 64
+# Tokens of a prompt that is run at once, and those of a step's stretch of a longer one. Who comes beside a
+# long prompt waits for what is left of such a stretch, so these are fewer.
+MAX_SHORT_TOKENS = 64
+MAX_LONG_TOKENS = 48
 # Steps that a long prompt may be passed over in favour of short ones.
 _MAX_PASSED_OVER = 4
 
@@ -211,14 +214,14 @@ class Lane:
         work = [(row, stretch) for row, stretch in work if row in self._rows]
         budget = MAX_PROMPT_TOKENS
         prompts = [row for row in self._rows if row.num_left > 1]
-        short = [row for row in prompts if row.num_left <= MAX_LONG_TOKENS]
+        short = [row for row in prompts if row.num_left <= MAX_SHORT_TOKENS]
         for row in prompts:
-            is_long = row.num_left > MAX_LONG_TOKENS
+            is_long = row.num_left > MAX_SHORT_TOKENS
             if is_long and short and row.num_passed_over < _MAX_PASSED_OVER:
                 row.num_passed_over += 1
                 continue
             row.num_passed_over = 0
-            count = min(row.num_left, budget, MAX_LONG_TOKENS)
+            count = min(row.num_left, budget, MAX_LONG_TOKENS if is_long else MAX_SHORT_TOKENS)
             if count <= 0:
                 break
             work.append((row, self._stretch(row, count)))

@@ -85,3 +85,17 @@ class Machine:
     def prefetch(self, address: ir.Value) -> None:
         """Ask for a line of memory that is read soon and kept near."""
         prefetch(self._builder, self.pointer(address))
+
+    def opaque(self, value: ir.Value) -> ir.Value:
+        """Return a whole number of which the compiler knows nothing.
+
+        It would make rows that are equally far apart one out of the other, each waiting for the last.
+        """
+        kind = ir.FunctionType(I64, [I64])
+        return self._builder.asm(kind, "", "=r,0", [value], side_effect=False)
+
+    def prefetch_here(self, address: ir.Value) -> None:
+        """Ask for a line as `prefetch` does, between these loads: else the compiler asks for many at once."""
+        self.prefetch(address)
+        # No instruction, but nothing of memory is moved across it.
+        self._builder.asm(ir.FunctionType(VOID, []), "", "", [], side_effect=True)

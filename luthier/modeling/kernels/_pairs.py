@@ -17,7 +17,6 @@ from numba.extending import intrinsic
 from luthier.modeling.kernels._machine import (
     BITS,
     HALVES,
-    STEP_BYTES,
     SUMS,
     TILE_BYTES,
     Machine,
@@ -25,7 +24,6 @@ from luthier.modeling.kernels._machine import (
 from luthier.modeling.kernels._memory import I64, LANES, Body, loop, rounded_bits, sum_lanes
 
 # How far ahead of its use a single row's weight is asked for; measured.
-_AHEAD = 4096
 _AHEAD_OF_ROWS = 2048
 # How many steps of 32 inputs before their use weights are asked for while several blocks of rows pass by.
 _STEPS_AHEAD = 4
@@ -159,37 +157,6 @@ def _places_ahead(
         own = builder.select(builder.icmp_signed("<", own, last), own, last)
         places.append(builder.add(distance, builder.mul(own, I64(TILE_BYTES))))
     return places
-
-
-@intrinsic
-def multiply_row(_context, weights, x, num_steps, out):
-    """Write the products of one row with a panel, 64 float32."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        weights, x, num_steps, out = arguments
-        machine = Machine(builder)
-
-        def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
-            sums = list(held)
-            place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
-            inputs = builder.add(x, builder.mul(index, I64(64)))
-            for number in range(LANES):
-                pairs = machine.repeated(builder.add(inputs, I64(4 * number)))
-                for tile in range(4):
-                    line = builder.add(place, I64(tile * TILE_BYTES + 64 * number))
-                    machine.prefetch(builder.add(line, I64(_AHEAD)))
-                    line_bits = builder.load(machine.pointer(line, BITS), align=64)
-                    sums[tile] = machine.multiply_pairs(sums[tile], pairs, line_bits)
-            return sums
-
-        zeros = [ir.Constant(SUMS, [0.0] * LANES)] * 4
-        _, sums = loop(builder, I64(0), num_steps, 1, zeros, step)
-        for tile, total in enumerate(sums):
-            place = machine.pointer(builder.add(out, I64(64 * tile)), SUMS)
-            builder.store(total, place, align=4)
-        return I64(0)
-
-    return types.int64(*[types.int64] * 4), generate
 
 
 @intrinsic

@@ -10,6 +10,7 @@ are shared out among the threads.
 import numpy as np
 from numba import carray
 
+from luthier.modeling.kernels._few_rows import multiply_row
 from luthier.modeling.kernels._language import (
     Kernel,
     at,
@@ -21,7 +22,7 @@ from luthier.modeling.kernels._language import (
     share,
 )
 from luthier.modeling.kernels._machine import TILE_ROWS
-from luthier.modeling.kernels._pairs import multiply_row, round_lanes
+from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
     configure_tiles,

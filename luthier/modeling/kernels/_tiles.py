@@ -19,6 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from luthier.modeling.kernels._few_rows import emit_few_rows
 from luthier.modeling.kernels._machine import (
     HAS_UNIT,
     I8,
@@ -80,15 +81,7 @@ def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out):
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         if not HAS_UNIT:
-            emit_rows(
-                builder,
-                arguments,
-                num_tiles=4,
-                step_bytes=STEP_BYTES,
-                out_stride=PANEL_OUTPUTS * 4,
-                sizes=(4, 2, 1),
-                steps_together=1,
-            )
+            emit_few_rows(builder, arguments)
             return I64(0)
         weights, x, stride, num_steps, _, out = arguments
         machine = Machine(builder)
