@@ -25,8 +25,10 @@ _MOST_ROWS = 8
 _SIZES = (_MOST_ROWS, 4, 2, 1)
 _OUT_BYTES = PANEL_OUTPUTS * 4
 _TILES_OF_PANEL = STEP_BYTES // TILE_BYTES
-# How far ahead of its use a weight is asked for: the next 32 inputs' are.
+# How far ahead of its use a weight of few rows is asked for: the next 32 inputs' are.
 _AHEAD = STEP_BYTES
+# Steps of 32 inputs whose weights stay near while more rows than that pass by; the next are asked for.
+_STEPS_TOGETHER = 3
 _ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
 
@@ -34,7 +36,8 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
     """Emit the products of up to 16 rows with a panel, as float32 [rows, 64].
 
     Up to eight rows take as long as memory, and their weights are read a tile after the other. More take as
-    long as their products: two tiles at a time, whose weights serve twice as often.
+    long as their products: two tiles at a time, whose weights serve twice as often, and some steps at a time,
+    between which sums stay in registers.
 
     Args:
         builder: where the code goes.
@@ -53,67 +56,103 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
     loop(builder, I64(0), num_rows, 1, [], clear)
     with builder.if_else(builder.icmp_signed(">", num_rows, I64(_MOST_ROWS))) as (many, few):
         with many:
-            _emit_steps(builder, operands, num_tiles=2)
+            _emit_steps(builder, operands, num_tiles=2, num_together=_STEPS_TOGETHER)
         with few:
-            _emit_steps(builder, operands, num_tiles=1)
+            _emit_steps(builder, operands, num_tiles=1, num_together=1)
 
 
-def _emit_steps(builder: ir.IRBuilder, operands: tuple[ir.Value, ...], *, num_tiles: int) -> None:
-    """Emit all products, some tiles at a time with all rows, before the next; sums are kept in memory."""
+def _emit_steps(
+    builder: ir.IRBuilder, operands: tuple[ir.Value, ...], *, num_tiles: int, num_together: int
+) -> None:
+    """Emit all products: some steps, and of these some tiles, with all rows before the next."""
     weights, x, stride, num_steps, num_rows, out = operands
 
-    def step(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        of_step = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
-        inputs = builder.add(x, builder.mul(index, I64(64)))
+    def some_steps(begin: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        end = builder.add(begin, I64(num_together))
+        end = builder.select(builder.icmp_signed("<", end, num_steps), end, num_steps)
 
         def some_tiles(tile: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            place = builder.add(of_step, builder.mul(tile, I64(TILE_BYTES)))
-            target = builder.add(out, builder.mul(tile, I64(64)))
+            places = (weights, x, stride, out, tile, begin, end)
             row: ir.Value = I64(0)
             for size in _SIZES:
-                body = _block(builder, size, num_tiles, (place, inputs, stride, target))
+                body = _block(builder, size, num_tiles, num_together, places)
                 row, _ = loop(builder, row, num_rows, size, [], body)
             return []
 
         loop(builder, I64(0), I64(_TILES_OF_PANEL), num_tiles, [], some_tiles)
         return []
 
-    loop(builder, I64(0), num_steps, 1, [], step)
+    last = builder.add(num_steps, I64(num_together - 1))
+    loop(builder, I64(0), last, num_together, [], some_steps)
 
 
-def _block(builder: ir.IRBuilder, size: int, num_tiles: int, places: tuple[ir.Value, ...]) -> Body:
-    """Return what multiplies a block of rows with some tiles; of what comes next it asks for one."""
-    place, inputs, stride, target = places
+def _block(
+    builder: ir.IRBuilder, size: int, num_tiles: int, num_together: int, places: tuple[ir.Value, ...]
+) -> Body:
+    """Return what adds the products of a block of rows with some tiles of some steps to their sums."""
+    weights, x, stride, out, tile, begin, end = places
     machine = Machine(builder)
 
     def body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        own = builder.add(target, builder.mul(row, I64(_OUT_BYTES)))
         firsts = [
-            machine.opaque(builder.add(inputs, builder.mul(stride, builder.add(row, I64(number)))))
+            machine.opaque(builder.add(x, builder.mul(stride, builder.add(row, I64(number)))))
             for number in range(size)
         ]
-        of_block = builder.mul(builder.udiv(row, I64(_MOST_ROWS)), I64(TILE_BYTES))
-        ahead = builder.add(builder.add(place, I64(_AHEAD)), of_block)
+        own = builder.add(out, builder.add(builder.mul(row, I64(_OUT_BYTES)), builder.mul(tile, I64(64))))
         held = [
-            machine.pointer(builder.add(own, I64(number * _OUT_BYTES + 64 * tile)), SUMS)
+            machine.pointer(builder.add(own, I64(number * _OUT_BYTES + 64 * which)), SUMS)
             for number in range(size)
-            for tile in range(num_tiles)
+            for which in range(num_tiles)
         ]
-        sums = [builder.load(one, align=4) for one in held]
-        for line in range(LANES):
-            machine.prefetch_here(builder.add(ahead, I64(64 * line)))
-            lines = [builder.add(place, I64(64 * line + tile * TILE_BYTES)) for tile in range(num_tiles)]
-            weights = [builder.load(machine.pointer(one, BITS), align=4) for one in lines]
-            for number, first in enumerate(firsts):
-                pair = machine.repeated(builder.add(first, I64(4 * line)))
-                for tile, weight in enumerate(weights):
-                    which = number * num_tiles + tile
-                    sums[which] = machine.multiply_pairs(sums[which], pair, weight)
+        # The blocks and steps that pass before the next weights are wanted ask for these in turn, in the
+        # order in which they lie.
+        turn = builder.add(tile, builder.udiv(row, I64(_MOST_ROWS)))
+
+        def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
+            place = builder.add(place, builder.mul(tile, I64(TILE_BYTES)))
+            across = builder.mul(index, I64(64))
+            inputs = [builder.add(first, across) for first in firsts]
+            if num_tiles == 1:
+                ahead = builder.add(place, I64(_AHEAD))
+            else:
+                number = builder.add(builder.mul(turn, I64(num_together)), builder.sub(index, begin))
+                ahead = builder.add(
+                    weights, builder.mul(builder.add(begin, I64(num_together)), I64(STEP_BYTES))
+                )
+                ahead = builder.add(ahead, builder.mul(number, I64(TILE_BYTES)))
+            return _emit_lines(builder, place, inputs, ahead, sums)
+
+        before = [builder.load(one, align=4) for one in held]
+        _, sums = loop(builder, begin, end, 1, before, step)
         for one, total in zip(held, sums, strict=True):
             builder.store(total, one, align=4)
         return []
 
     return body
+
+
+def _emit_lines(
+    builder: ir.IRBuilder,
+    place: ir.Value,
+    inputs: list[ir.Value],
+    ahead: ir.Value,
+    sums: list[ir.Value],
+) -> list[ir.Value]:
+    """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row."""
+    machine = Machine(builder)
+    sums = list(sums)
+    num_tiles = len(sums) // len(inputs)
+    for line in range(LANES):
+        machine.prefetch_behind(builder.add(ahead, I64(64 * line)))
+        tiles = [builder.add(place, I64(64 * line + which * TILE_BYTES)) for which in range(num_tiles)]
+        weights = [builder.load(machine.pointer(one, BITS), align=4) for one in tiles]
+        for row, first in enumerate(inputs):
+            pair = machine.repeated(builder.add(first, I64(4 * line)))
+            for which, weight in enumerate(weights):
+                own = row * num_tiles + which
+                sums[own] = machine.multiply_pairs(sums[own], pair, weight)
+    return sums
 
 
 @intrinsic
@@ -131,7 +170,7 @@ def multiply_row(_context, weights, x, num_steps, out):
             for tile in range(_TILES_OF_PANEL):
                 for number in range(LANES):
                     line = builder.add(place, I64(tile * TILE_BYTES + 64 * number))
-                    machine.prefetch_here(builder.add(line, I64(_AHEAD)))
+                    machine.prefetch_behind(builder.add(line, I64(_AHEAD)))
                     weight = builder.load(machine.pointer(line, BITS), align=4)
                     pair = machine.repeated(builder.add(inputs, I64(4 * number)))
                     # Two sums a tile, so that one needn't wait for the other.

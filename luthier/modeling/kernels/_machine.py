@@ -94,8 +94,12 @@ class Machine:
         kind = ir.FunctionType(I64, [I64])
         return self._builder.asm(kind, "", "=r,0", [value], side_effect=False)
 
-    def prefetch_here(self, address: ir.Value) -> None:
-        """Ask for a line as `prefetch` does, between these loads: else the compiler asks for many at once."""
-        self.prefetch(address)
+    def prefetch_behind(self, address: ir.Value) -> None:
+        """Ask for a line between the loads around, into the cache behind the nearest.
+
+        The nearest has few lines on their way at a time, and whoever asks for one more waits. The compiler
+        would move many to one place.
+        """
+        prefetch(self._builder, self.pointer(address), is_nearest=False)
         # No instruction, but nothing of memory is moved across it.
         self._builder.asm(ir.FunctionType(VOID, []), "", "", [], side_effect=True)

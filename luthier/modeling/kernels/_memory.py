@@ -37,9 +37,9 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.V
     return builder.call(function, arguments)
 
 
-def prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
-    """Ask for a line of memory that is read soon and kept near."""
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, I32(0), I32(3), I32(1)])
+def prefetch(builder: ir.IRBuilder, place: ir.Value, *, is_nearest: bool = True) -> None:
+    """Ask for a line of memory that is read soon: into the nearest cache, or the one behind it."""
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, I32(0), I32(3 if is_nearest else 2), I32(1)])
 
 
 def constant(kind: ir.Type, number: float) -> ir.Constant:

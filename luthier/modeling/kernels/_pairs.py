@@ -76,7 +76,10 @@ def emit_rows(
         def together(size: int) -> Body:
             def body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
                 first = builder.add(x, builder.mul(row, stride))
-                starts = [builder.add(first, builder.mul(stride, I64(number))) for number in range(size)]
+                starts = [
+                    machine.opaque(builder.add(first, builder.mul(stride, I64(number))))
+                    for number in range(size)
+                ]
                 ahead = _places_ahead(builder, row, num_rows, sizes[0], num_tiles, step_bytes)
 
                 def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
@@ -117,7 +120,7 @@ def _emit_step(
     for number in range(LANES):
         line = builder.add(place, I64(64 * number))
         for offset in ahead:
-            machine.prefetch(builder.add(line, offset))
+            machine.prefetch_behind(builder.add(line, offset))
         tiles = [builder.add(line, I64(tile * TILE_BYTES)) for tile in range(num_tiles)]
         weights = [builder.load(machine.pointer(tile, BITS), align=4) for tile in tiles]
         for row, first in enumerate(inputs):

@@ -21,7 +21,7 @@ from luthier.modeling.kernels._language import (
     open_table,
     share,
 )
-from luthier.modeling.kernels._machine import TILE_ROWS
+from luthier.modeling.kernels._machine import HAS_UNIT, TILE_ROWS
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
@@ -35,7 +35,7 @@ from luthier.modeling.kernels.products import PANEL_OUTPUTS, TILE_INPUTS
 
 _BLOCK_ROWS = 2 * TILE_ROWS
 _PANEL_BYTES = 2 * PANEL_OUTPUTS
-_HALF_BYTES = 2048
+_HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, 2048
 _LANES = 16
 
 
@@ -68,11 +68,33 @@ def _write(sums_at, num_rows, width, num_columns, out_at, out_stride, data):
                 target[j] = narrow(source[j], target)
 
 
+@inlined
+def _multiply_halves(table, data):
+    """Write the products of more than 16 rows without a matrix unit; halves of panels are shared out."""
+    num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
+    x_at, weight_at, out_at = table[5], table[6], table[7]
+    sums_at, num_steps = sums_of_panel(), num_inputs // TILE_INPUTS
+    x_stride, out_stride = num_inputs * 2, num_outputs * 2
+    begin, end = share(table, (num_outputs + _HALF - 1) // _HALF)
+    for half in range(begin, end):
+        weights_at = weight_at + half // 2 * num_inputs * _PANEL_BYTES + half % 2 * _HALF_BYTES
+        num_columns = min(_HALF, num_outputs - half * _HALF)
+        # It stays near the processor while all blocks of rows pass by.
+        for row in range(0, num_rows, _BLOCK_ROWS):
+            num_seen = min(_BLOCK_ROWS, num_rows - row)
+            multiply_half_panel(weights_at, x_at + row * x_stride, x_stride, num_steps, num_seen, sums_at)
+            target_at = out_at + row * out_stride + half * _HALF * 2
+            _write(sums_at, num_seen, _HALF, num_columns, target_at, out_stride, data)
+
+
 @Kernel
 def tile_product(data):
     """Write x [N, K] times a weight [O, K]; K is a multiple of 32. Only for bfloat16."""
     table = open_table(data)
     num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
+    if not HAS_UNIT and num_rows > TILE_ROWS:
+        _multiply_halves(table, data)
+        return
     x_at, weight_at, out_at = table[5], table[6], table[7]
     sums_at = sums_of_panel()
     whole_at = sums_at + PANEL_SUMS * 4
@@ -95,8 +117,8 @@ def tile_product(data):
             continue
         # Half a panel stays near the processor while all blocks of rows pass by.
         for half in range(2):
-            first_column = half * PANEL_OUTPUTS // 2
-            half_columns = min(PANEL_OUTPUTS // 2, max(num_columns - first_column, 0))
+            first_column = half * _HALF
+            half_columns = min(_HALF, max(num_columns - first_column, 0))
             for block in range(num_blocks):
                 first = block * _BLOCK_ROWS
                 rows_at, target_at = x_at + first * x_stride, out_at + first * out_stride + column * 2
@@ -109,7 +131,7 @@ def tile_product(data):
                         weights_at + half * _HALF_BYTES, rows_at, x_stride, num_steps, num_seen, sums_at
                     )
                     target_at += first_column * 2
-                    _write(sums_at, num_seen, PANEL_OUTPUTS // 2, half_columns, target_at, out_stride, data)
+                    _write(sums_at, num_seen, _HALF, half_columns, target_at, out_stride, data)
                 elif half == 0:
                     multiply_panel(weights_at, rows_at, x_stride, num_steps, num_seen, sums_at)
                     _write(sums_at, num_seen, PANEL_OUTPUTS, num_columns, target_at, out_stride, data)

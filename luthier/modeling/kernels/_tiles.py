@@ -163,7 +163,8 @@ def multiply_four_blocks(_context, weights, x, stride, num_steps, out):
 
 @intrinsic
 def multiply_half_panel(_context, weights, x, stride, num_steps, num_rows, out):
-    """Write the products of 17 to 32 rows with half a panel, float32 [rows, 32]."""
+    """Write the products of 17 to 32 rows with half a panel, float32 [rows, 32]; without a matrix unit of
+    any number of rows up to that."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         if not HAS_UNIT:
