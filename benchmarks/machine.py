@@ -78,15 +78,24 @@ class StolenTime:
 
 def describe_machine() -> dict[str, Any]:
     """Return the processor, its cores, the memory and torch's version."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
     memory = Path("/proc/meminfo").read_text().split()
     return {
-        "processor": next((line.split(":", 1)[1].strip() for line in info if "model name" in line), "?"),
+        "processor": _name_processor(Path("/proc/cpuinfo").read_text()),
         "num_cores": os.cpu_count(),
         "memory_gib": round(int(memory[1]) / 1024**2, 1),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
+
+
+def _name_processor(info: str) -> str:
+    """Return the processor's name and, as a virtual machine's may be that of many, its family and model."""
+    facts = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    found = {name.strip(): value.strip() for name, value in facts.items()}
+    name = found.get("model name", "?")
+    if "cpu family" in found and "model" in found:
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
 
 
 def read_shape(base: Path) -> Shape:

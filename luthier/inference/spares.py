@@ -50,11 +50,11 @@ class Spares:
 
     async def _prepare(self, spare: SpareMemory) -> None:
         await asyncio.sleep(_DELAY_SECONDS)
-        is_missing = True
-        while is_missing:
+        has_more = True
+        while has_more and spare.is_missing:
             async with self._reserving(spare.wanted_bytes) as has_room:
                 try:
-                    is_missing = has_room and await asyncio.to_thread(spare.prepare)
+                    has_more = has_room and await asyncio.to_thread(spare.prepare)
                 except OSError as error:
                     _LOG.warning("The system has no memory for the next adapter yet: %s.", error)
                     return

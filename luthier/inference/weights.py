@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from luthier.modeling.kernels._threads import use_threads
 from luthier.modeling.load import load_base
 
-ParamT = ParamSpec("ParamT")
+ArgumentsT = TypeVarTuple("ArgumentsT")
 ResultT = TypeVar("ResultT")
 
 # transformers changes torch itself while it builds a model, its initialisers and its default type. Of two
@@ -23,21 +23,17 @@ _ONE_AT_A_TIME = threading.Lock()
 _THREAD = ThreadPoolExecutor(1, thread_name_prefix="weights", initializer=use_threads, initargs=(1,))
 
 
-async def in_turn(
-    work: Callable[ParamT, ResultT], *arguments: ParamT.args, **options: ParamT.kwargs
-) -> ResultT:
+async def in_turn(work: Callable[[*ArgumentsT], ResultT], *arguments: *ArgumentsT) -> ResultT:
     """Run work that loads weights in the one thread for that, after all that was asked for before.
 
     Args:
         work: what to do.
         *arguments: its own.
-        **options: its own.
 
     Returns:
         Its result.
     """
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_THREAD, lambda: work(*arguments, **options))
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, work, *arguments)
 
 
 def load_weights(

@@ -46,6 +46,17 @@ class SpareMemory:
                 return self._pieces.pop()[:num_bytes]
         return take_large(num_bytes)
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether one more piece of the size that was taken last is to be prepared."""
+        with self._lock:
+            return self._is_missing()
+
+    def _is_missing(self) -> bool:
+        num_bytes = self.wanted_bytes
+        num_ready = sum(len(piece) == num_bytes for piece in self._pieces)
+        return num_bytes >= _LEAST_BYTES and num_ready < min(_MOST_PIECES, _MOST_BYTES // num_bytes)
+
     def prepare(self) -> bool:
         """Have one more piece of the size that was taken last, unless there are enough.
 
@@ -61,8 +72,7 @@ class SpareMemory:
             num_bytes, num_drops = self.wanted_bytes, self._num_drops
             if self._pieces and len(self._pieces[0]) != num_bytes:
                 self._pieces.clear()
-            num_wanted = min(_MOST_PIECES, _MOST_BYTES // max(num_bytes, 1))
-            if num_bytes < _LEAST_BYTES or len(self._pieces) >= num_wanted:
+            if not self._is_missing():
                 return False
             self._num_pending = num_bytes
         try:

@@ -58,7 +58,7 @@ def test_memory_is_prepared_piece_by_piece_where_there_is_room() -> None:
         assert kept.num_bytes == spare.num_bytes == 4 * MIB
         assert kept.drop() == 4 * MIB
         assert spare.num_bytes == 0
-        assert asked == [MIB] * 6
+        assert asked == [MIB] * 5
 
     asyncio.run(run())
 
