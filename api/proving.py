@@ -21,34 +21,37 @@ _BUSY_STATUS = 503
 _BODY = {"prompt": "a", "max_tokens": 1}
 
 
-async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") -> None:
-    """Have a model loaded by the server that will be asked for it. A base proves nothing and is left alone.
+async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") -> bool:
+    """Have a model loaded by the server that will be asked for it. A base has nothing to prove.
 
     Args:
         backend: the inference servers.
         target: what a name resolved to.
         param: the request's field that named it.
 
+    Returns:
+        Whether it answered, False when no server could be asked or was too busy to load it.
+
     Raises:
         ModelNotAvailableError: when the server can't serve it, whatever the reason that it gives.
     """
     if target.artifact is None:
-        return
+        return True
     body = json.dumps(_BODY | {"model": target.model}).encode()
     try:
         reply = await backend.complete("/v1/completions", body, target)
     except UnavailableError:
-        return
+        return False
     except LuthierError as error:
         if error.retryable and not isinstance(error, ArtifactCorruptError):
-            return
+            return False
         raise _refusal(target, error.message, param) from error
     try:
         if reply.status < 400:
-            return
+            return True
         content = b"".join([piece async for piece in reply.body])
     except UnavailableError:
-        return
+        return False
     finally:
         await reply.body.aclose()
     with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -56,6 +59,7 @@ async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") 
         is_for_now = reply.status == _BUSY_STATUS and error_object["code"] == OutOfMemoryError.code
         if error_object["code"] in _FATAL and not is_for_now:
             raise _refusal(target, str(error_object["message"]), param)
+    return False
 
 
 def _refusal(target: ModelTarget, why: str, param: str) -> ModelNotAvailableError:

@@ -107,3 +107,6 @@ def _print_alias(alias: dict[str, Any], *, as_json: bool) -> None:
         print_json(alias)
         return
     print(f"{printable(alias['name'])} is {printable(alias['model'])} now, version {alias['version']}.")
+    # A service of an older version does not say it.
+    if not alias.get("proved", True):
+        print("No inference server could load it just now: its first request will tell whether it answers.")

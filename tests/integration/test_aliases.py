@@ -45,7 +45,7 @@ def test_an_alias_answers_under_its_name_with_what_it_points_to_and_goes_back(
 ) -> None:
     made = ours.put("prod", V1)
     assert (made["object"], made["name"], made["model"], made["version"]) == ("alias", "prod", V1, 1)
-    assert made["digest"] == DIGESTS[V1]
+    assert (made["digest"], made["proved"]) == (DIGESTS[V1], True)
     assert _asked(api, ours, "prod") == ("prod", DIGESTS[V1])
     assert ours.put("prod", V1) == made
     assert ours.put("prod", V2)["version"] == 2
@@ -319,6 +319,10 @@ def test_an_alias_is_pointed_only_to_what_a_server_could_load(ours: Aliases, api
     assert (status, code, param) == (400, "model_not_available", "model")
     assert "not finite" in message
     assert ours.ok("GET", "/aliases/prod")["model"] == V1
-    # A server that is busy says nothing about the model.
+    # A server that is busy says nothing about the model, and the answer says that.
     api.backend.answer = b'{"error": {"code": "rate_limit_exceeded", "message": "Busy."}}'
-    assert ours.put("prod", V2)["model"] == V2
+    pointed = ours.put("prod", V2)
+    assert (pointed["model"], pointed["proved"]) == (V2, False)
+    assert ours.ok("POST", "/aliases/prod/rollback")["proved"] is False
+    # A base has nothing to prove.
+    assert ours.put("prod", TINY_BASE)["proved"] is True

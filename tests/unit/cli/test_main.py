@@ -188,6 +188,16 @@ def test_an_alias_is_changed_as_asked(
     assert (json.loads(request.content) if request.content else None) == body
 
 
+@pytest.mark.parametrize("command", [["put", "a", "m"], ["rollback", "a"]])
+def test_a_target_that_no_server_could_load_is_told(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    _serve(monkeypatch, {"name": "a", "model": "m", "version": 2, "proved": False})
+    told = runner.invoke(app, ["aliases", *command]).output
+    assert told.startswith("a is m now, version 2.\nNo inference server could load it")
+
+
+
 @pytest.mark.parametrize("command", [["list"], ["history", "prod"]])
 def test_aliases_and_their_history_are_tables_or_json(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch, command: list[str]
