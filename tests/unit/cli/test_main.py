@@ -197,7 +197,6 @@ def test_a_target_that_no_server_could_load_is_told(
     assert told.startswith("a is m now, version 2.\nNo inference server could load it")
 
 
-
 @pytest.mark.parametrize("command", [["list"], ["history", "prod"]])
 def test_aliases_and_their_history_are_tables_or_json(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch, command: list[str]
