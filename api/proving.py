@@ -21,7 +21,7 @@ _BUSY_STATUS = 503
 _BODY = {"prompt": "a", "max_tokens": 1}
 
 
-async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") -> bool:
+async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") -> bool | None:
     """Have a model loaded by the server that will be asked for it. A base has nothing to prove.
 
     Args:
@@ -30,13 +30,14 @@ async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") 
         param: the request's field that named it.
 
     Returns:
-        Whether it answered, False when no server could be asked or was too busy to load it.
+        Whether a server has answered with it, which one that is away, busy or at fault has not; None for a
+        base.
 
     Raises:
         ModelNotAvailableError: when the server can't serve it, whatever the reason that it gives.
     """
     if target.artifact is None:
-        return True
+        return None
     body = json.dumps(_BODY | {"model": target.model}).encode()
     try:
         reply = await backend.complete("/v1/completions", body, target)

@@ -32,8 +32,11 @@ class ResultsFile:
 
     Args:
         path: the file; read if it is there.
-        machine: what describe_machine returned; results of another machine are not gone on with.
+        machine: what describe_machine returned.
         fresh: forget what was measured before.
+
+    Raises:
+        SystemExit: when the file holds what another machine measured, which is not lost for this one's.
     """
 
     def __init__(self, path: Path, machine: dict[str, Any], *, fresh: bool) -> None:
@@ -41,8 +44,14 @@ class ResultsFile:
         self.content: dict[str, Any] = {"format": _FORMAT, "machine": machine, "rows": {}}
         if not fresh and path.exists():
             found = json.loads(path.read_text())
-            if (found.get("format"), found.get("machine")) == (_FORMAT, machine):
-                self.content = found
+            if found.get("format") != _FORMAT:
+                return
+            if found["machine"] != machine:
+                raise SystemExit(
+                    f"{path} is of another machine ({found['machine']['processor']}; this one is "
+                    f"{machine['processor']}). Move it and its table, or begin it again with --fresh."
+                )
+            self.content = found
 
     def row(self, name: str, fingerprint: str, code: str | None = None) -> dict[str, Any]:
         """Return what is stored of a row, to be filled; empty when it was measured on something else.

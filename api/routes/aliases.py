@@ -48,13 +48,13 @@ async def roll_back_alias(
 ) -> dict[str, Any]:
     """Point an alias to what it pointed to before, or to what a version did; the next request sees it.
 
-    The model is loaded and proved first, as a PUT does; `proved` says whether a server could be asked.
+    The model is loaded and proved first, as a PUT does; `proved` says whether a server has answered with it.
     """
     number = None if body is None else body.version
     for _ in range(_MOST_ROLLBACKS):
         way = await run_in_threadpool(_find_way_back, parts, scope, name, number)
         target = None if way.model is None else await run_in_threadpool(_target, parts, scope, way.model)
-        is_proved = target is not None and await prove(parts.backend, target, param="version")
+        is_proved = False if target is None else await prove(parts.backend, target, param="version")
         # Where it was pointed elsewhere meanwhile, what was proved may not be what is before it now.
         alias = await run_in_threadpool(_roll_back, parts, scope, name, way)
         if alias is not None:
@@ -73,10 +73,10 @@ async def put_alias(name: str, body: PutAliasBody, scope: ScopeApartDep, parts: 
     """Point an alias to a model, made now when it is new; the next request sees it.
 
     The model is loaded and proved first, so that no request waits for it, or meets one that can't answer;
-    `proved` says whether a server could be asked.
+    `proved` says whether a server has answered with it.
     """
     target = await run_in_threadpool(_target, parts, scope, body.model)
-    is_proved = target is not None and await prove(parts.backend, target)
+    is_proved = False if target is None else await prove(parts.backend, target)
     alias = await run_in_threadpool(_put, parts, scope, name, body.model)
     return alias | {"proved": is_proved}
 

@@ -107,6 +107,6 @@ def _print_alias(alias: dict[str, Any], *, as_json: bool) -> None:
         print_json(alias)
         return
     print(f"{printable(alias['name'])} is {printable(alias['model'])} now, version {alias['version']}.")
-    # A service of an older version does not say it.
-    if not alias.get("proved", True):
-        print("No inference server could load it just now: its first request will tell whether it answers.")
+    # Null of a base; a service of an older version does not say it.
+    if alias.get("proved") is False:
+        print("No inference server has answered with it yet: its first request will tell whether one can.")

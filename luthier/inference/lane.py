@@ -30,8 +30,8 @@ _LOG = logging.getLogger(__name__)
 # Prompt tokens of one step: what they add to the time between two tokens of everybody else is what a small
 # model takes for them.
 MAX_PROMPT_TOKENS = 256
-# Tokens of a prompt that is run at once, and those of a step's stretch of a longer one. Who comes beside a
-# long prompt waits for what is left of such a stretch, so these are fewer.
+# Tokens of a prompt, or of what is left of one, that are run at once, and those of a step's stretch where
+# more are left. Who comes beside a long prompt waits for the end of such a stretch, so these are fewer.
 MAX_SHORT_TOKENS = 64
 MAX_LONG_TOKENS = 48
 # Steps that a long prompt may be passed over in favour of short ones.

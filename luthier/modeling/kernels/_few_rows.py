@@ -27,7 +27,7 @@ _OUT_BYTES = PANEL_OUTPUTS * 4
 _TILES_OF_PANEL = STEP_BYTES // TILE_BYTES
 # How far ahead of its use a weight of few rows is asked for: the next 32 inputs' are.
 _AHEAD = STEP_BYTES
-# Steps of 32 inputs whose weights stay near while more rows than that pass by; the next are asked for.
+# Steps of 32 inputs whose weights stay near while more than `_MOST_ROWS` pass by; the next are asked for.
 _STEPS_TOGETHER = 3
 _ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
@@ -75,7 +75,7 @@ def _emit_steps(
             places = (weights, x, stride, out, tile, begin, end)
             row: ir.Value = I64(0)
             for size in _SIZES:
-                body = _block(builder, size, num_tiles, num_together, places)
+                body = _block(builder, size, num_tiles, places)
                 row, _ = loop(builder, row, num_rows, size, [], body)
             return []
 
@@ -86,9 +86,7 @@ def _emit_steps(
     loop(builder, I64(0), last, num_together, [], some_steps)
 
 
-def _block(
-    builder: ir.IRBuilder, size: int, num_tiles: int, num_together: int, places: tuple[ir.Value, ...]
-) -> Body:
+def _block(builder: ir.IRBuilder, size: int, num_tiles: int, places: tuple[ir.Value, ...]) -> Body:
     """Return what adds the products of a block of rows with some tiles of some steps to their sums."""
     weights, x, stride, out, tile, begin, end = places
     machine = Machine(builder)
@@ -104,8 +102,8 @@ def _block(
             for number in range(size)
             for which in range(num_tiles)
         ]
-        # The blocks and steps that pass before the next weights are wanted ask for these in turn, in the
-        # order in which they lie.
+        # Of more than `_MOST_ROWS`, the blocks and steps that pass before the next weights are wanted ask for
+        # these in turn, in the order in which they lie.
         turn = builder.add(tile, builder.udiv(row, I64(_MOST_ROWS)))
 
         def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
@@ -116,10 +114,8 @@ def _block(
             if num_tiles == 1:
                 ahead = builder.add(place, I64(_AHEAD))
             else:
-                number = builder.add(builder.mul(turn, I64(num_together)), builder.sub(index, begin))
-                ahead = builder.add(
-                    weights, builder.mul(builder.add(begin, I64(num_together)), I64(STEP_BYTES))
-                )
+                number = builder.add(builder.mul(turn, builder.sub(end, begin)), builder.sub(index, begin))
+                ahead = builder.add(weights, builder.mul(end, I64(STEP_BYTES)))
                 ahead = builder.add(ahead, builder.mul(number, I64(TILE_BYTES)))
             return _emit_lines(builder, place, inputs, ahead, sums)
 

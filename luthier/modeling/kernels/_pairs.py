@@ -23,10 +23,11 @@ from luthier.modeling.kernels._machine import (
 )
 from luthier.modeling.kernels._memory import I64, LANES, Body, loop, rounded_bits, sum_lanes
 
-# How far ahead of its use a single row's weight is asked for; measured.
+# How far ahead of their use an adapter's rows are asked for; measured.
 _AHEAD_OF_ROWS = 2048
-# How many steps of 32 inputs before their use weights are asked for while several blocks of rows pass by.
-_STEPS_AHEAD = 4
+# How many steps' weights, of 32 inputs each, are taken at a time, and how many before their use they are
+# asked for while several blocks of rows pass by.
+_STEPS_TOGETHER = 4
 
 
 def emit_rows(
@@ -37,7 +38,6 @@ def emit_rows(
     step_bytes: int,
     out_stride: int,
     sizes: tuple[int, ...],
-    steps_together: int = 4,
 ) -> None:
     """Emit the products of rows with some tiles of outputs, as float32.
 
@@ -53,8 +53,6 @@ def emit_rows(
         out_stride: from the products of one row to those of the next.
         sizes: how many rows are multiplied together, the last 1 unless their number is known; their sums
             must find room in registers.
-        steps_together: how many steps' weights are taken at a time. The fewer, the evener memory is asked;
-            the more, the less often sums are put down and taken up again.
     """
     weights, x, stride, num_steps, num_rows, out = operands
     machine = Machine(builder)
@@ -70,7 +68,7 @@ def emit_rows(
         return []
 
     def some_steps(begin: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        end = builder.add(begin, I64(steps_together))
+        end = builder.add(begin, I64(_STEPS_TOGETHER))
         end = builder.select(builder.icmp_signed("<", end, num_steps), end, num_steps)
 
         def together(size: int) -> Body:
@@ -102,8 +100,8 @@ def emit_rows(
         return []
 
     loop(builder, I64(0), num_rows, 1, [], clear)
-    last = builder.add(num_steps, I64(steps_together - 1))
-    loop(builder, I64(0), last, steps_together, [], some_steps)
+    last = builder.add(num_steps, I64(_STEPS_TOGETHER - 1))
+    loop(builder, I64(0), last, _STEPS_TOGETHER, [], some_steps)
 
 
 def _emit_step(
@@ -153,7 +151,7 @@ def _places_ahead(
     last = builder.sub(after, I64(1))
     last = builder.select(builder.icmp_signed("<", last, first), first, last)
     is_alone = builder.icmp_signed("==", blocks, I64(1))
-    distance = builder.select(is_alone, I64(step_bytes), I64(_STEPS_AHEAD * step_bytes))
+    distance = builder.select(is_alone, I64(step_bytes), I64(_STEPS_TOGETHER * step_bytes))
     places = []
     for tile in range(num_tiles):
         own = builder.add(first, I64(tile))

@@ -1,7 +1,7 @@
 """The compiled product of a step's rows with a weight in the layout of matrix tiles (_tiles.py).
 
 A decode step has few rows and reads each weight once, so it takes as long as memory does. Panels of outputs
-are shared out among the threads.
+are shared out among the threads, of many rows without a matrix unit halves of panels.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
@@ -126,7 +126,7 @@ def tile_product(data):
                 if is_last and has_shorter:
                     configure_tiles(whole_at + 64)
                 num_seen = rest if is_last else _BLOCK_ROWS
-                if num_seen > TILE_ROWS:
+                if HAS_UNIT and num_seen > TILE_ROWS:
                     multiply_half_panel(
                         weights_at + half * _HALF_BYTES, rows_at, x_stride, num_steps, num_seen, sums_at
                     )

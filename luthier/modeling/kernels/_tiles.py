@@ -4,8 +4,8 @@ A tile is 16 rows of 64 bytes in a register of the processor's matrix unit (Inte
 in panels of 64 outputs, [O/64, K/32, 4, 16, 16, 2]: of a panel and 32 inputs four tiles of 16 outputs, of a
 tile 16 pairs of inputs, of a pair 16 outputs. So it is read from its begin to its end. A processor without a
 matrix unit, but with products of pairs (AVX-512 BF16), reads the same layout a line of 16 outputs at a time
-(_pairs.py). All addresses are int64 and all strides bytes. LLVM makes these instructions only where the
-processor has them.
+(_few_rows.py, _pairs.py). All addresses are int64 and all strides bytes. LLVM makes these instructions only
+where the processor has them.
 """
 
 # What an intrinsic takes is in its arguments, which only the generated code reads.

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import results_file
 from benchmarks.growth import cut_to_length, fit, repeat, summarise, with_largest_step_of
+from benchmarks.machine import _name_processor
 from benchmarks.pairs import compare_losses, median_interval
 from benchmarks.results_file import ResultsFile
 from benchmarks.roofline import Shape, step_flops
@@ -125,4 +126,21 @@ def test_a_stopped_measurement_goes_on_and_other_code_begins_again(tmp_path):
     first.save()
     assert ResultsFile(first.path, machine, fresh=False).row("lora", "print-1")["pairs"] == [1, 2]
     assert "pairs" not in ResultsFile(first.path, machine, fresh=False).row("lora", "print-2")
-    assert "pairs" not in ResultsFile(first.path, {"processor": "two"}, fresh=False).row("lora", "print-1")
+    with pytest.raises(SystemExit, match="is of another machine"):
+        ResultsFile(first.path, {"processor": "two"}, fresh=False)
+    assert "pairs" not in ResultsFile(first.path, {"processor": "two"}, fresh=True).row("lora", "print-1")
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n",
+            "AMD EPYC (family 25, model 17)",
+        ),
+        ("processor\t: 0\nmodel name\t: Some: one\n", "Some: one"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "?"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(info: str, name: str):
+    assert _name_processor(info) == name

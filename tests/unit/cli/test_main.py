@@ -194,7 +194,7 @@ def test_a_target_that_no_server_could_load_is_told(
 ) -> None:
     _serve(monkeypatch, {"name": "a", "model": "m", "version": 2, "proved": False})
     told = runner.invoke(app, ["aliases", *command]).output
-    assert told.startswith("a is m now, version 2.\nNo inference server could load it")
+    assert told.startswith("a is m now, version 2.\nNo inference server has answered with it yet")
 
 
 @pytest.mark.parametrize("command", [["list"], ["history", "prod"]])

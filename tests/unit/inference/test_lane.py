@@ -11,11 +11,13 @@ import torch
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
-from luthier.inference.lane import MAX_LONG_TOKENS, Lane
+from luthier.inference.lane import MAX_LONG_TOKENS, MAX_SHORT_TOKENS, Lane
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.sequence import Failure, Finish, ModelKey, SamplingOptions, Sequence, SequenceEvent
 from luthier.methods import discover, method_of_artifact
+from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
+from luthier.modeling.packed_llama import Stretch
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import (
     all_tunings,
@@ -202,7 +204,34 @@ def test_a_long_prompt_runs_in_stretches_while_others_answer_and_short_ones_go_b
     run_dry(lane)
     for asked in (running, long, short):
         assert asked.token_ids == asked.expected
-    assert len(PROMPTS[4]) > MAX_LONG_TOKENS
+    assert len(PROMPTS[4]) > MAX_SHORT_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "stretches"),
+    [
+        (MAX_LONG_TOKENS + 1, [MAX_LONG_TOKENS + 1]),
+        (MAX_SHORT_TOKENS, [MAX_SHORT_TOKENS]),
+        (MAX_SHORT_TOKENS + 1, [MAX_LONG_TOKENS, MAX_SHORT_TOKENS + 1 - MAX_LONG_TOKENS]),
+        (MAX_LONG_TOKENS + MAX_SHORT_TOKENS, [MAX_LONG_TOKENS, MAX_SHORT_TOKENS]),
+    ],
+)
+def test_a_prompt_is_run_at_once_or_in_stretches_and_its_rest_at_once(
+    base_folder: Path, models: list[Model], num_tokens: int, stretches: list[int]
+) -> None:
+    lane, seen = make_lane(base_folder), []
+    step = lane.model.step
+
+    def see(work: list[Stretch], **options: Any) -> Logits:
+        seen.extend(len(one) for one in work)
+        return step(work, **options)
+
+    lane.model.step = see  # type: ignore[method-assign,assignment]
+    asked = ask(models[0], 4, max_tokens=1)
+    asked.sequence.prompt_ids = PROMPTS[4][:num_tokens]
+    lane.add(asked.sequence)
+    run_dry(lane)
+    assert seen == stretches
 
 
 def test_a_long_prompt_is_not_passed_over_for_ever(base_folder: Path, models: list[Model]) -> None:
