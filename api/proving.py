@@ -1,5 +1,6 @@
 """Having an inference server load a model and prove it, before a name is pointed to it."""
 
+import asyncio
 import contextlib
 import json
 
@@ -17,6 +18,8 @@ from luthier.inference.backends.base import Backend
 # What says something about the model; anything else (a busy server, one that is away) says nothing.
 _FATAL = {error.code for error in (ArtifactCorruptError, SelfCheckError, OutOfMemoryError)}
 _BUSY_STATUS = 503
+# A server may take as long as that, for what is not in its memory; shorter than clients commonly wait.
+_SECONDS = 45.0
 # The least that every backend answers.
 _BODY = {"prompt": "a", "max_tokens": 1}
 
@@ -30,14 +33,22 @@ async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") 
         param: the request's field that named it.
 
     Returns:
-        Whether a server has answered with it, which one that is away, busy or at fault has not; None for a
-        base.
+        Whether a server has answered with it in time, which one that is away, busy or at fault has not; None
+        for a base.
 
     Raises:
         ModelNotAvailableError: when the server can't serve it, whatever the reason that it gives.
     """
     if target.artifact is None:
         return None
+    try:
+        async with asyncio.timeout(_SECONDS):
+            return await _ask(backend, target, param)
+    except TimeoutError:
+        return False
+
+
+async def _ask(backend: Backend, target: ModelTarget, param: str) -> bool:
     body = json.dumps(_BODY | {"model": target.model}).encode()
     try:
         reply = await backend.complete("/v1/completions", body, target)

@@ -57,7 +57,41 @@ class Target:
         return cls(version.model_id, version.base_id, version.digest)
 
 
-def put(session: Session, scope: Scope, catalogue: Catalogue, name: str, model_name: str) -> Pointing:
+@dataclass(frozen=True)
+class Seen:
+    """Which alias had a name, at which of its versions, when somebody looked; None where there was none."""
+
+    alias_id: str | None
+    version: int | None
+
+
+def see(session: Session, scope: Scope, name: str) -> Seen:
+    """Return what an alias is now, for a `put` that takes its time.
+
+    Args:
+        session: the session.
+        scope: the caller.
+        name: the alias.
+
+    Returns:
+        What it is.
+    """
+    return _seen(find_alias(session, scope.project_id, name))
+
+
+def _seen(alias: Alias | None) -> Seen:
+    return Seen(None, None) if alias is None else Seen(alias.id, alias.version)
+
+
+def put(
+    session: Session,
+    scope: Scope,
+    catalogue: Catalogue,
+    name: str,
+    model_name: str,
+    *,
+    seen: Seen | None = None,
+) -> Pointing:
     """Point an alias to a model, and make it when the project has none of that name.
 
     Args:
@@ -66,18 +100,27 @@ def put(session: Session, scope: Scope, catalogue: Catalogue, name: str, model_n
         catalogue: the bases there are.
         name: the alias.
         model_name: a base, a name mapped to one, or a tuned model or checkpoint that the project may call.
+        seen: what the alias was when this was asked for; None where that is now.
 
     Returns:
         The alias; with no new version where it pointed to these weights already.
 
     Raises:
-        InvalidValueError: when the name can't be an alias, or the target is one.
+        InvalidValueError: when the name can't be an alias, the target is one, or somebody has pointed the
+            alias elsewhere since: what was asked for later is not undone.
         ModelNotAvailableError: when there is no such target.
     """
     alias = _find_locked(session, scope, name)
     if alias is None:
         _check_name(catalogue, name)
     target = _find_target(session, scope, catalogue, model_name)
+    if seen not in (None, _seen(alias)) and not _points_to(session, alias, target):
+        # Not an error that clients repeat by themselves.
+        raise InvalidValueError(
+            f"name: {name} was changed by somebody else while {model_name} was loaded for it, and stays so; "
+            f"send the request again if {name} is still to point there.",
+            param="name",
+        )
     return point(session, scope, name, alias, target)
 
 
@@ -152,7 +195,7 @@ def point(
     Returns:
         The alias.
     """
-    if alias is not None and Target.of_version(get_version(session, alias, alias.version)) == target:
+    if alias is not None and _points_to(session, alias, target):
         return _with_targets(session, [alias])[0]
     # The clock and not the transaction's time: that of one which waited for the lock is before its
     # forerunner's.
@@ -179,6 +222,10 @@ def point(
     )
     session.flush()
     return _with_targets(session, [alias])[0]
+
+
+def _points_to(session: Session, alias: Alias | None, target: Target) -> bool:
+    return alias is not None and Target.of_version(get_version(session, alias, alias.version)) == target
 
 
 def get_version(session: Session, alias: Alias, number: int) -> AliasVersion:

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
@@ -44,7 +44,11 @@ def list_alias_versions(
 
 @router.post("/{name}/rollback")
 async def roll_back_alias(
-    name: str, scope: ScopeApartDep, parts: PartsDep, body: RollBackAliasBody | None = None
+    name: str,
+    request: Request,
+    scope: ScopeApartDep,
+    parts: PartsDep,
+    body: RollBackAliasBody | None = None,
 ) -> dict[str, Any]:
     """Point an alias to what it pointed to before, or to what a version did; the next request sees it.
 
@@ -55,6 +59,7 @@ async def roll_back_alias(
         way = await run_in_threadpool(_find_way_back, parts, scope, name, number)
         target = None if way.model is None else await run_in_threadpool(_target, parts, scope, way.model)
         is_proved = False if target is None else await prove(parts.backend, target, param="version")
+        await _check_client(request)
         # Where it was pointed elsewhere meanwhile, what was proved may not be what is before it now.
         alias = await run_in_threadpool(_roll_back, parts, scope, name, way)
         if alias is not None:
@@ -69,15 +74,19 @@ def retrieve_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str,
 
 
 @router.put("/{name}")
-async def put_alias(name: str, body: PutAliasBody, scope: ScopeApartDep, parts: PartsDep) -> dict[str, Any]:
+async def put_alias(
+    name: str, body: PutAliasBody, request: Request, scope: ScopeApartDep, parts: PartsDep
+) -> dict[str, Any]:
     """Point an alias to a model, made now when it is new; the next request sees it.
 
     The model is loaded and proved first, so that no request waits for it, or meets one that can't answer;
     `proved` says whether a server has answered with it.
     """
+    seen = await run_in_threadpool(_see, parts, scope, name)
     target = await run_in_threadpool(_target, parts, scope, body.model)
     is_proved = False if target is None else await prove(parts.backend, target)
-    alias = await run_in_threadpool(_put, parts, scope, name, body.model)
+    await _check_client(request)
+    alias = await run_in_threadpool(_put, parts, scope, name, body.model, seen)
     return alias | {"proved": is_proved}
 
 
@@ -99,9 +108,20 @@ def _target(parts: Parts, scope: Scope, model: str) -> ModelTarget | None:
     return None
 
 
-def _put(parts: Parts, scope: Scope, name: str, model: str) -> dict[str, Any]:
+async def _check_client(request: Request) -> None:
+    """Let nothing be changed for a client that has left while it waited: it takes that for failed."""
+    if await request.is_disconnected():
+        raise UnavailableError("The client has left; the alias points where it did.")
+
+
+def _see(parts: Parts, scope: Scope, name: str) -> aliases.Seen:
     with parts.database.transaction() as session:
-        return alias_object(aliases.put(session, scope, parts.catalogue, name, model))
+        return aliases.see(session, scope, name)
+
+
+def _put(parts: Parts, scope: Scope, name: str, model: str, seen: aliases.Seen) -> dict[str, Any]:
+    with parts.database.transaction() as session:
+        return alias_object(aliases.put(session, scope, parts.catalogue, name, model, seen=seen))
 
 
 @router.delete("/{name}")

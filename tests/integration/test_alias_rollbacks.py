@@ -1,10 +1,15 @@
-"""The way back: an alias is pointed to what it pointed to before only where that could be loaded."""
+"""The way back and forth: an alias is pointed only to what could be loaded, and by whom it was last asked."""
 
+import asyncio
+import threading
+import time
 from itertools import cycle
 
+import httpx2
 import pytest
 from sqlalchemy import select
 
+from api import proving
 from db.tables import Model
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends.base import Reply
@@ -89,3 +94,68 @@ def test_a_rollback_whose_alias_is_pointed_elsewhere_every_time_gives_up(
     assert versions[-2:] == [V2, V1]
     assert set(versions[:-2]) <= {CHECKPOINT, V1, V2}
     assert ours.ok("GET", "/aliases/prod")["model"] == versions[0]
+
+
+def test_a_put_does_not_undo_what_was_asked_for_while_its_model_was_loaded(
+    ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours.put("prod", V1)
+    answer, parts, scope = api.backend.complete, api.parts, scope_of(api)
+
+    def meanwhile(model: str) -> None:
+        async def put(path: str, body: bytes, target: ModelTarget) -> Reply:
+            monkeypatch.undo()
+            with parts.database.transaction() as session:
+                aliases.put(session, scope, parts.catalogue, "prod", model)
+            return await answer(path, body, target)
+
+        monkeypatch.setattr(api.backend, "complete", put)
+
+    meanwhile(CHECKPOINT)
+    status, code, param, message = ours.refused("PUT", "/aliases/prod", {"model": V2})
+    # 409 and 503 would be sent again by clients themselves.
+    assert (status, code, param) == (400, "invalid_value", "name")
+    assert "changed by somebody else" in message
+    assert ours.ok("GET", "/aliases/prod")["model"] == CHECKPOINT
+    # Where both want the same there is nothing to undo.
+    meanwhile(V2)
+    assert ours.put("prod", V2)["version"] == 3
+
+
+def test_a_server_that_is_silent_holds_an_alias_up_for_a_while_and_no_longer(
+    ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours.put("prod", V1)
+
+    async def say_nothing(path: str, body: bytes, target: ModelTarget) -> Reply:
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits so long")
+
+    monkeypatch.setattr(api.backend, "complete", say_nothing)
+    monkeypatch.setattr(proving, "_SECONDS", 0.05)
+    pointed = ours.put("prod", V2)
+    assert (pointed["model"], pointed["proved"]) == (V2, False)
+
+
+def test_a_client_that_has_left_changes_nothing(
+    ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours.put("prod", V1)
+    answer, has_left, answered = api.backend.complete, threading.Event(), threading.Event()
+
+    async def take_time(path: str, body: bytes, target: ModelTarget) -> Reply:
+        await asyncio.to_thread(has_left.wait, 30)
+        reply = await answer(path, body, target)
+        answered.set()
+        return reply
+
+    monkeypatch.setattr(api.backend, "complete", take_time)
+    url = f"{api.base_url}/v1/aliases/prod"
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.put(url, json={"model": V2}, headers=api.headers, timeout=0.3)
+    has_left.set()
+    assert answered.wait(30)
+    monkeypatch.undo()
+    for _ in range(20):
+        assert [one["model"] for one in ours.ok("GET", "/aliases/prod/versions")["data"]] == [V1]
+        time.sleep(0.02)
