@@ -58,7 +58,7 @@ async def roll_back_alias(
     for _ in range(_MOST_ROLLBACKS):
         way = await run_in_threadpool(_find_way_back, parts, scope, name, number)
         target = None if way.model is None else await run_in_threadpool(_target, parts, scope, way.model)
-        is_proved = False if target is None else await prove(parts.backend, target, param="version")
+        is_proved = None if target is None else await prove(parts.backend, target, param="version")
         await _check_client(request)
         # Where it was pointed elsewhere meanwhile, what was proved may not be what is before it now.
         alias = await run_in_threadpool(_roll_back, parts, scope, name, way)
@@ -84,7 +84,7 @@ async def put_alias(
     """
     seen = await run_in_threadpool(_see, parts, scope, name)
     target = await run_in_threadpool(_target, parts, scope, body.model)
-    is_proved = False if target is None else await prove(parts.backend, target)
+    is_proved = None if target is None else await prove(parts.backend, target)
     await _check_client(request)
     alias = await run_in_threadpool(_put, parts, scope, name, body.model, seen)
     return alias | {"proved": is_proved}

@@ -326,3 +326,6 @@ def test_an_alias_is_pointed_only_to_what_a_server_could_load(ours: Aliases, api
     assert ours.ok("POST", "/aliases/prod/rollback")["proved"] is False
     # A base has nothing to prove.
     assert ours.put("prod", TINY_BASE)["proved"] is None
+    ours.put("prod", V1)
+    back = ours.ok("POST", "/aliases/prod/rollback")
+    assert (back["model"], back["proved"]) == (TINY_BASE, None)
