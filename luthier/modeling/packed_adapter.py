@@ -14,16 +14,15 @@ import torch
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
+from luthier.modeling.kernels.blocks import lie_in_pairs, shape_of_blocks, to_blocks
 from luthier.modeling.kernels.laying import Update, lay_low_ranks
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.served_rows import (
     ACTIVATIONS,
-    BLOCK,
     NUM_SITES,
     BottleneckSite,
     Described,
     LowRankSite,
-    to_blocks,
 )
 from luthier.modeling.packed_llama import MAX_MIDDLE, PackedLlama
 
@@ -226,9 +225,9 @@ def _low_rank_site(
         scaled_OR = part.b_OR.float() * part.scale
         whole_OK = read_weight(part.module).float() + scaled_OR @ part.a_RK.float()
         factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).to(base.device).contiguous()
-    (rank, num_inputs), num_blocks = part.a_RK.shape, -(-len(part.b_OR) // BLOCK)
-    filled = _filled_up(rank)
-    shapes = ((filled, num_inputs), (num_blocks, filled, BLOCK))
+    filled, num_inputs = _filled_up(part.a_RK.shape[0]), part.a_RK.shape[1]
+    are_pairs = lie_in_pairs(base.embedding_VD)
+    shapes = ((filled, num_inputs), shape_of_blocks(filled, len(part.b_OR), are_pairs=are_pairs))
     a_FK, blocks = (torch.empty(shape, dtype=base.dtype, device="meta") for shape in shapes)
     return LowRankSite(a_FK, blocks, factor_O)
 

@@ -34,12 +34,17 @@ class PackedLinear:
         self._packed = _pack(weight_OK) if is_packed and self.tiled is None else None
         self._weight = weight_OK.clone() if self._packed is None and self.tiled is None else None
 
-    def __call__(self, x_NK: torch.Tensor, out_NO: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the product in x's type: `out_NO` where it was written there, else a new tensor."""
+    def __call__(
+        self, x_NK: torch.Tensor, out_NO: torch.Tensor | None = None, following: tuple[int, int] = (0, 0)
+    ) -> torch.Tensor:
+        """Return the product in x's type: `out_NO` where it was written there, else a new tensor.
+
+        `following` is as `TiledWeight.times` takes it.
+        """
         if self.tiled is not None:
             if out_NO is None:
                 out_NO = x_NK.new_empty(len(x_NK), self.num_outputs)
-            return self.tiled.times(x_NK, out_NO)
+            return self.tiled.times(x_NK, out_NO, following)
         if self._packed is not None:
             return _product(x_NK, self._packed)
         assert self._weight is not None

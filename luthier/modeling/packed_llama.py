@@ -2,8 +2,8 @@
 
 A step runs tokens of many sequences at once: rows of one token, each with an adapter of its own, through the
 kernels of kernels/serving.py, and stretches of prompts through products over the whole stretch. All share
-the products with the base's weights, so that these are read once a step. A step of single rows alone is a
-program that was written down before (packed_program.py).
+the products with the base's weights, so that these are read once a step. On a CPU a step is a program of
+kernels, of single rows alone one that was written down before (packed_program.py).
 
 Legend: N tokens of a step (M single ones first, then T of each stretch), D hidden size, E columns of q, k
 and v, K attended columns, F feed-forward size, H key heads, C head size, V vocabulary, R asked-for rows.
@@ -30,6 +30,7 @@ from luthier.modeling.kernels.served_rows import (
     SingleRows,
     StretchRows,
     TokenRows,
+    region_entry,
     token_rows,
 )
 from luthier.modeling.kernels.serving import CompiledOps, Ops
@@ -115,6 +116,12 @@ class Work:
             [one.tokens for one in self.chunks],
             [one.stretch.first for one in self.chunks],
         )
+
+    def following(self, layer: int, sites: slice) -> tuple[int, int]:
+        """What a product of all tokens with weights of a layer asks for: the low-rank updates after it."""
+        if self.chunks or not self.rows.has_low_ranks:
+            return 0, 0
+        return self.rows.table_M.data_ptr(), region_entry(layer, sites)
 
 
 def can_pack_llama(causal_lm: "PreTrainedModel") -> bool:
@@ -225,7 +232,11 @@ class PackedLlama:
         self.embed([*singles, *chunks], buffers.stream_ND)
         if on_launch is not None:
             on_launch()
-        change_ND = self.run_layers(buffers, Work(rows, tokens, places))
+        work = Work(rows, tokens, places)
+        if self._programs is not None and self._programs.can_write(self, work):
+            change_ND = self._programs.run_layers(self, buffers, work)
+        else:
+            change_ND = self.run_layers(buffers, work)
         return self._logits(buffers.stream_ND, change_ND, stretches, singles, places)
 
     def make_buffers(self, num_tokens: int) -> Buffers:
@@ -276,22 +287,24 @@ class PackedLlama:
 
     def _attend(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
         normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
-        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE)
+        following = [work.following(layer, sites) for sites in (ATTENTION_IN, ATTENTION_OUT)]
+        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, following[0])
         self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
         self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
         if work.stretches is not None:
             self.ops.attend_stretches(qkv_NE, work.tokens, work.stretches, self.pages, layer, attended_NK)
-        out_ND = block.attention_out(attended_NK, buffers.change_ND)
+        out_ND = block.attention_out(attended_NK, buffers.change_ND, following[1])
         self._add_low_ranks(out_ND, attended_NK, work, layer, ATTENTION_OUT)
         self._add_bottlenecks(out_ND, normed_ND, work, layer, 0)
         return out_ND
 
     def _feed_forward(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
         normed_ND, hidden_NF = buffers.normed_ND, buffers.hidden_NF
-        gate_up_NF = block.feed_forward_in(normed_ND, buffers.gate_up_NF)
+        following = [work.following(layer, sites) for sites in (FEED_FORWARD_IN, FEED_FORWARD_OUT)]
+        gate_up_NF = block.feed_forward_in(normed_ND, buffers.gate_up_NF, following[0])
         self._add_low_ranks(gate_up_NF, normed_ND, work, layer, FEED_FORWARD_IN)
         self.ops.gate(gate_up_NF, hidden_NF)
-        out_ND = block.feed_forward_out(hidden_NF, buffers.change_ND)
+        out_ND = block.feed_forward_out(hidden_NF, buffers.change_ND, following[1])
         self._add_low_ranks(out_ND, hidden_NF, work, layer, FEED_FORWARD_OUT)
         self._add_bottlenecks(out_ND, normed_ND, work, layer, 1)
         return out_ND

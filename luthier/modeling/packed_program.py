@@ -1,8 +1,9 @@
-"""Steps of single rows of a packed base, each written down once as a program of compiled kernels.
+"""Steps of a packed base as programs of compiled kernels.
 
 A step is some three hundred kernels. Launched one by one from Python they cost as much as a third of the
-work, and each may wait for Python's lock; as a program they are one call. What changes from step to step,
-tokens, places and adapters, lies at addresses that stay.
+work, and each may wait for Python's lock; as a program they are one call. Steps of single rows are written
+down once: what changes from one to the next, tokens, places and adapters, lies at addresses that stay. Those
+with stretches are written down each time, which between kernels would take twice as long.
 
 Legend: M rows of one token each, W pages of the longest sequence, V vocabulary.
 """
@@ -15,13 +16,13 @@ import torch
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels.choosing import find_best
-from luthier.modeling.kernels.served_rows import PAGE_SIZE, SingleRows, TokenRows
+from luthier.modeling.kernels.served_rows import PAGE_SIZE, STRETCH_RANK, SingleRows, TokenRows
 from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.logits import Logits
 
 if TYPE_CHECKING:
     from luthier.modeling.kernels._threads import Program
-    from luthier.modeling.packed_llama import PackedLlama, Stretch
+    from luthier.modeling.packed_llama import Buffers, PackedLlama, Stretch, Work
 
 # Rows of the widest program.
 MAX_ROWS = 64
@@ -75,6 +76,25 @@ class DecodePrograms:
             on_launch()
         program.run()
         return Logits(self._logits_MV[:num_rows], self._best_M[:num_rows].tolist())
+
+    @staticmethod
+    def can_write(llama: "PackedLlama", work: "Work") -> bool:
+        """Whether all that a step's layers do with stretches is done by kernels."""
+        adapters = [one.stretch.adapter for one in work.chunks]
+        are_known = all(
+            one is None or (one.max_rank <= STRETCH_RANK and not one.has_bottlenecks) for one in adapters
+        )
+        return isinstance(llama.ops, CompiledOps) and llama.ops.has_stretches and are_known
+
+    @staticmethod
+    def run_layers(llama: "PackedLlama", buffers: "Buffers", work: "Work") -> torch.Tensor:
+        """Run all layers, as `PackedLlama.run_layers` does, in one call."""
+        from luthier.modeling.kernels._threads import recording
+
+        with recording(kernels.compiled_address("run_program", llama.dtype)) as program:
+            change_ND = llama.run_layers(buffers, work)
+        program.run()
+        return change_ND
 
     def _program(self, llama: "PackedLlama", rows: SingleRows) -> "Program":
         assert isinstance(llama.ops, CompiledOps)

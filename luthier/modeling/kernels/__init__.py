@@ -48,6 +48,16 @@ def is_compiled(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in _TYPES and _find_compiled() is not None
 
 
+@cache
+def has_pairs() -> bool:
+    """Whether compiled kernels multiply pairs of bfloat16."""
+    if _find_compiled() is None:
+        return False
+    from luthier.modeling.kernels._machine import HAS_PAIRS
+
+    return HAS_PAIRS
+
+
 def compiled_address(name: str, dtype: torch.dtype) -> int:
     """Return the address of a kernel's machine code for numbers of a type; only where `is_compiled`."""
     return int(getattr(_find_compiled(), name).address(is_bfloat16=dtype == torch.bfloat16))

@@ -1,5 +1,6 @@
 """All kernels as compiled loops for a CPU."""
 
+from luthier.modeling.kernels._attend_pages import attend_pages
 from luthier.modeling.kernels._choosing import draw, find_best
 from luthier.modeling.kernels._heads import (
     merge_heads,
@@ -22,7 +23,7 @@ from luthier.modeling.kernels._rows import (
     rms_norm_backward,
     softmax_loss,
 )
-from luthier.modeling.kernels._serving import add_bottleneck, add_low_rank, add_rms_norm, attend_pages
+from luthier.modeling.kernels._serving import add_bottleneck, add_low_rank, add_rms_norm
 from luthier.modeling.kernels._stretch_attention import attend_stretches
 from luthier.modeling.kernels._stretches import add_low_rank_stretches
 

@@ -28,7 +28,7 @@ _TILES_OF_PANEL = STEP_BYTES // TILE_BYTES
 # How far ahead of its use a weight of few rows is asked for: the next 32 inputs' are.
 _AHEAD = STEP_BYTES
 # Steps of 32 inputs whose weights stay near while more than `_MOST_ROWS` pass by; the next are asked for.
-_STEPS_TOGETHER = 3
+STEPS_TOGETHER = 3
 _ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
 
@@ -42,9 +42,12 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
     Args:
         builder: where the code goes.
         operands: the weights' address, the rows' and their stride, the steps of 32 inputs, the number of
-            rows, and where the products go.
+            rows, where the products go, and the address of other addresses, 0 for none: of more than eight
+            rows, what lies there, as many bytes as the weights of `STEPS_TOGETHER` steps, is asked for
+            during these.
     """
-    num_rows, out = operands[4:]
+    products, asked = operands[:-1], operands[-1]
+    num_rows, out = products[4:]
     machine = Machine(builder)
 
     def clear(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
@@ -55,27 +58,43 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
 
     loop(builder, I64(0), num_rows, 1, [], clear)
     with builder.if_else(builder.icmp_signed(">", num_rows, I64(_MOST_ROWS))) as (many, few):
-        with many:
-            _emit_steps(builder, operands, num_tiles=2, num_together=_STEPS_TOGETHER)
+        with many, builder.if_else(builder.icmp_signed("!=", asked, I64(0))) as (asking, others):
+            with asking:
+                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
+            with others:
+                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER)
         with few:
-            _emit_steps(builder, operands, num_tiles=1, num_together=1)
+            _emit_steps(builder, products, num_tiles=1, num_together=1)
 
 
 def _emit_steps(
-    builder: ir.IRBuilder, operands: tuple[ir.Value, ...], *, num_tiles: int, num_together: int
+    builder: ir.IRBuilder,
+    operands: tuple[ir.Value, ...],
+    *,
+    num_tiles: int,
+    num_together: int,
+    asked: ir.Value | None = None,
 ) -> None:
-    """Emit all products: some steps, and of these some tiles, with all rows before the next."""
+    """Emit all products: some steps, and of these some tiles, with all rows before the next.
+
+    `asked` is as `emit_few_rows` takes it, None for none.
+    """
     weights, x, stride, num_steps, num_rows, out = operands
+    machine = Machine(builder)
 
     def some_steps(begin: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
         end = builder.add(begin, I64(num_together))
         end = builder.select(builder.icmp_signed("<", end, num_steps), end, num_steps)
+        other: ir.Value | None = None
+        if asked is not None:
+            place = builder.mul(builder.udiv(begin, I64(num_together)), I64(8))
+            other = builder.load(machine.pointer(builder.add(asked, place), I64), align=8)
 
         def some_tiles(tile: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             places = (weights, x, stride, out, tile, begin, end)
             row: ir.Value = I64(0)
             for size in _SIZES:
-                body = _block(builder, size, num_tiles, places)
+                body = _block(builder, size, num_tiles, places, other)
                 row, _ = loop(builder, row, num_rows, size, [], body)
             return []
 
@@ -86,8 +105,13 @@ def _emit_steps(
     loop(builder, I64(0), last, num_together, [], some_steps)
 
 
-def _block(builder: ir.IRBuilder, size: int, num_tiles: int, places: tuple[ir.Value, ...]) -> Body:
-    """Return what adds the products of a block of rows with some tiles of some steps to their sums."""
+def _block(
+    builder: ir.IRBuilder, size: int, num_tiles: int, places: tuple[ir.Value, ...], other: ir.Value | None
+) -> Body:
+    """Return what adds the products of a block of rows with some tiles of some steps to their sums.
+
+    `other` is where something else begins that is asked for.
+    """
     weights, x, stride, out, tile, begin, end = places
     machine = Machine(builder)
 
@@ -112,11 +136,13 @@ def _block(builder: ir.IRBuilder, size: int, num_tiles: int, places: tuple[ir.Va
             across = builder.mul(index, I64(64))
             inputs = [builder.add(first, across) for first in firsts]
             if num_tiles == 1:
-                ahead = builder.add(place, I64(_AHEAD))
+                ahead = [builder.add(place, I64(_AHEAD))]
             else:
                 number = builder.add(builder.mul(turn, builder.sub(end, begin)), builder.sub(index, begin))
-                ahead = builder.add(weights, builder.mul(end, I64(STEP_BYTES)))
-                ahead = builder.add(ahead, builder.mul(number, I64(TILE_BYTES)))
+                begins = [builder.add(weights, builder.mul(end, I64(STEP_BYTES)))]
+                if other is not None:
+                    begins.append(other)
+                ahead = [builder.add(one, builder.mul(number, I64(TILE_BYTES))) for one in begins]
             return _emit_lines(builder, place, inputs, ahead, sums)
 
         before = [builder.load(one, align=4) for one in held]
@@ -132,7 +158,7 @@ def _emit_lines(
     builder: ir.IRBuilder,
     place: ir.Value,
     inputs: list[ir.Value],
-    ahead: ir.Value,
+    ahead: list[ir.Value],
     sums: list[ir.Value],
 ) -> list[ir.Value]:
     """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row."""
@@ -140,7 +166,8 @@ def _emit_lines(
     sums = list(sums)
     num_tiles = len(sums) // len(inputs)
     for line in range(LANES):
-        machine.prefetch_behind(builder.add(ahead, I64(64 * line)))
+        for one in ahead:
+            machine.prefetch_behind(builder.add(one, I64(64 * line)))
         tiles = [builder.add(place, I64(64 * line + which * TILE_BYTES)) for which in range(num_tiles)]
         weights = [builder.load(machine.pointer(one, BITS), align=4) for one in tiles]
         for row, first in enumerate(inputs):

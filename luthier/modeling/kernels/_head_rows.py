@@ -33,6 +33,7 @@ from luthier.modeling.kernels._memory import (
     loop,
     multiply_add,
     sum_lanes,
+    transposed,
 )
 
 
@@ -96,6 +97,46 @@ def _turning(*, is_inverse: bool) -> Any:
 
 
 turn_row, turn_row_back = _turning(is_inverse=False), _turning(is_inverse=True)
+
+
+@intrinsic
+def transpose_pairs(_context, source, source_stride, target):
+    """Write 16 rows of 16 pairs of bfloat16, so many bytes apart, as 16 columns, one row after the other."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        source, stride, target = arguments
+        # What is moved are 32 bits, whatever they mean.
+        floats = Memory(builder, is_bfloat16=False)
+        starts = [builder.add(source, builder.mul(stride, I64(row))) for row in range(LANES)]
+        rows = [builder.bitcast(floats.load(start, I64(0), LANES), WIDE_BITS) for start in starts]
+        for row, column in enumerate(transposed(builder, rows)):
+            floats.store(builder.bitcast(column, VECTOR), target, I64(LANES * row))
+        return I64(0)
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def transpose_scaled(_context, source, factors, target, target_stride, like):
+    """Write 16 rows of 16 float32, one after the other, as 16 columns, so many bytes apart; number i of each
+    row is multiplied by factor i."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        source, factors, target, stride = arguments[:4]
+        floats = Memory(builder, is_bfloat16=False)
+        held = Memory(builder, is_bfloat16=is_bfloat16(like))
+        factor = floats.load(factors, I64(0), LANES)
+        rows = [
+            builder.bitcast(builder.fmul(floats.load(source, I64(LANES * row), LANES), factor), WIDE_BITS)
+            for row in range(LANES)
+        ]
+        for row, column in enumerate(transposed(builder, rows)):
+            held.store(
+                builder.bitcast(column, VECTOR), builder.add(target, builder.mul(stride, I64(row))), I64(0)
+            )
+        return I64(0)
+
+    return types.int64(*[types.int64] * 4, like), generate
 
 
 def exponential_16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from luthier.modeling.kernels._language import ONE, Kernel, at, at_int64, narrow, open_table, share
+from luthier.modeling.kernels._machine import BITS, HAS_PAIRS, Machine
 from luthier.modeling.kernels._memory import (
     I64,
     LANES,
@@ -27,7 +28,8 @@ from luthier.modeling.kernels._memory import (
     row_starts,
     transposed,
 )
-from luthier.modeling.kernels.served_rows import BLOCK
+from luthier.modeling.kernels._pairs import paired_bits
+from luthier.modeling.kernels.blocks import BLOCK
 
 # Numbers of an update, laid out for serving and for training.
 _NUM_FACTS = 9
@@ -62,7 +64,10 @@ def _turn_scaled(
     _context, like, source, stride, num_rows, num_numbers, num_written, scale, target, target_stride
 ):
     """Write up to 16 numbers of up to 16 rows of float32, times a scale, as `like` holds them: a row for each
-    place in the source's rows, `num_written` of them, 16 numbers in each. What there is not are zeros."""
+    place in the source's rows, `num_written` of them, 16 numbers in each. What there is not are zeros.
+
+    Where adapters lie in pairs two such rows are one of 16 pairs, and so far apart as two.
+    """
 
     def generate(_target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, stride, num_rows, num_numbers, num_written, scale, target, target_stride = arguments[1:]
@@ -75,13 +80,32 @@ def _turn_scaled(
             own_count = builder.select(is_there, num_numbers, I64(0))
             row = floats.load_some(start, I64(0), lanes_below(builder, own_count))
             rows.append(builder.bitcast(builder.fmul(row, factor), WIDE_BITS))
-        for number, column in enumerate(transposed(builder, rows)):
+        columns = transposed(builder, rows)
+        if is_bfloat16(signature.args[0]) and HAS_PAIRS:
+            machine = Machine(builder)
+            for number in range(0, LANES, 2):
+                with builder.if_then(builder.icmp_signed("<", I64(number), num_written)):
+                    place = builder.add(target, builder.mul(target_stride, I64(number)))
+                    bits = paired_bits(builder, columns[number], columns[number + 1])
+                    builder.store(bits, machine.pointer(place, BITS), align=4)
+            return I64(0)
+        for number, column in enumerate(columns):
             with builder.if_then(builder.icmp_signed("<", I64(number), num_written)):
                 place = builder.add(target, builder.mul(target_stride, I64(number)))
                 held.store(builder.bitcast(column, VECTOR), place, I64(0))
         return I64(0)
 
     return types.int64(like, *[types.int64] * 8), generate
+
+
+def _columns_apart(data):
+    """Return how many numbers a column is behind the one before it."""
+
+
+@overload(_columns_apart, inline="always")
+def _columns_apart_overload(data):
+    apart = 2 if is_bfloat16(data) and HAS_PAIRS else 1
+    return lambda data: apart  # noqa: ARG005
 
 
 @Kernel
@@ -112,7 +136,7 @@ def lay_low_ranks(data):
                     rank - first,
                     filled - first,
                     facts[i, 8],
-                    blocks_at + (row * BLOCK + column % BLOCK) * size,
+                    blocks_at + (row * BLOCK + column % BLOCK * _columns_apart(data)) * size,
                     BLOCK * size,
                 )
 

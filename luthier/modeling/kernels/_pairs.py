@@ -21,10 +21,8 @@ from luthier.modeling.kernels._machine import (
     TILE_BYTES,
     Machine,
 )
-from luthier.modeling.kernels._memory import I64, LANES, Body, loop, rounded_bits, sum_lanes
+from luthier.modeling.kernels._memory import I64, LANES, Body, loop, rounded_bits
 
-# How far ahead of their use an adapter's rows are asked for; measured.
-_AHEAD_OF_ROWS = 2048
 # How many steps' weights, of 32 inputs each, are taken at a time, and how many before their use they are
 # asked for while several blocks of rows pass by.
 _STEPS_TOGETHER = 4
@@ -160,6 +158,13 @@ def _places_ahead(
     return places
 
 
+def paired_bits(builder: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> ir.Value:
+    """Return the bits of two vectors of 16 float32 as 16 pairs of bfloat16."""
+    even, odd = (rounded_bits(builder, builder.bitcast(one, BITS)) for one in (even, odd))
+    low = builder.lshr(even, ir.Constant(BITS, [16] * LANES))
+    return builder.or_(low, builder.and_(odd, ir.Constant(BITS, [-65536] * LANES)))
+
+
 @intrinsic
 def pair_rows(_context, source, target):
     """Write two rows of 16 float32, one after the other, as one row of 16 pairs of bfloat16."""
@@ -167,59 +172,14 @@ def pair_rows(_context, source, target):
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         machine = Machine(builder)
         even, odd = (
-            rounded_bits(builder, builder.load(machine.pointer(place, BITS), align=4))
+            builder.load(machine.pointer(place, SUMS), align=4)
             for place in (arguments[0], builder.add(arguments[0], I64(64)))
         )
-        upper = ir.Constant(BITS, [-65536] * LANES)
-        low = builder.lshr(even, ir.Constant(BITS, [16] * LANES))
-        pairs = builder.or_(low, builder.and_(odd, upper))
+        pairs = paired_bits(builder, even, odd)
         builder.store(pairs, machine.pointer(arguments[1], BITS), align=4)
         return I64(0)
 
     return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
-def dot_pairs(_context, first, num_rows, x, size, out):
-    """Write the products of rows of bfloat16, which lie one after the other, with x; 32 inputs at a time."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        first, num_rows, x, size, out = arguments
-        machine = Machine(builder)
-
-        def row_body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            start = builder.add(first, builder.mul(builder.mul(row, size), I64(2)))
-
-            def multiply(num_sums: int) -> Any:
-                def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                    across = builder.mul(index, I64(2))
-                    found = []
-                    for number, total in enumerate(sums):
-                        place = builder.add(across, I64(64 * number))
-                        line = builder.add(start, place)
-                        if num_sums > 1:
-                            machine.prefetch(builder.add(line, I64(_AHEAD_OF_ROWS)))
-                        held, factor = (
-                            builder.load(machine.pointer(one, BITS), align=2)
-                            for one in (line, builder.add(x, place))
-                        )
-                        found.append(machine.multiply_pairs(total, held, factor))
-                    return found
-
-                return body
-
-            zeros = [ir.Constant(SUMS, [0.0] * LANES)] * 2
-            index, sums = loop(builder, I64(0), size, 64, zeros, multiply(2))
-            _, last = loop(builder, index, size, 32, sums[:1], multiply(1))
-            total = sum_lanes(builder, builder.fadd(last[0], sums[1]))
-            place = builder.add(out, builder.mul(row, I64(4)))
-            builder.store(total, machine.pointer(place, ir.FloatType()), align=4)
-            return []
-
-        loop(builder, I64(0), num_rows, 1, [], row_body)
-        return I64(0)
-
-    return types.int64(*[types.int64] * 5), generate
 
 
 @intrinsic
@@ -237,24 +197,6 @@ def interleave(_context, even, odd, target):
         return I64(0)
 
     return types.int64(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def add_lanes(_context, source, target):
-    """Add 16 float32 to 16 bfloat16."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        machine = Machine(builder)
-        sixteen = ir.Constant(BITS, [16] * LANES)
-        place = machine.pointer(arguments[1], HALVES)
-        held = builder.shl(builder.zext(builder.load(place, align=2), BITS), sixteen)
-        source = builder.load(machine.pointer(arguments[0], SUMS), align=4)
-        total = builder.fadd(builder.bitcast(held, SUMS), source)
-        bits = rounded_bits(builder, builder.bitcast(total, BITS))
-        builder.store(builder.trunc(builder.lshr(bits, sixteen), HALVES), place, align=2)
-        return I64(0)
-
-    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic

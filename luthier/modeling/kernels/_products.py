@@ -10,11 +10,12 @@ are shared out among the threads, of many rows without a matrix unit halves of p
 import numpy as np
 from numba import carray
 
-from luthier.modeling.kernels._few_rows import multiply_row
+from luthier.modeling.kernels._few_rows import STEPS_TOGETHER, multiply_row
 from luthier.modeling.kernels._language import (
     Kernel,
     at,
     at_float32,
+    at_int64,
     at_uint8,
     inlined,
     narrow,
@@ -24,7 +25,9 @@ from luthier.modeling.kernels._language import (
 from luthier.modeling.kernels._machine import HAS_UNIT, TILE_ROWS
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._tiles import (
+    MOST_ADDRESSES,
     PANEL_SUMS,
+    addresses_of_steps,
     configure_tiles,
     multiply_half_panel,
     multiply_panel,
@@ -37,6 +40,7 @@ _BLOCK_ROWS = 2 * TILE_ROWS
 _PANEL_BYTES = 2 * PANEL_OUTPUTS
 _HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, 2048
 _LANES = 16
+_LINE = 64
 
 
 @inlined
@@ -87,9 +91,35 @@ def _multiply_halves(table, data):
             _write(sums_at, num_seen, _HALF, num_columns, target_at, out_stride, data)
 
 
+@inlined
+def _fill_asked(table, panel, num_panels, num_parts, asked_at, otherwise):
+    """Write what this thread asks for during the parts of its panel of a number, out of so many.
+
+    What the next kernel reads of the adapters of this thread's rows is parted among the parts of all its
+    panels, one row after the other.
+    """
+    adapters, entry = carray(at_int64(table[8]), table[2]), table[9]
+    asked = carray(at_int64(asked_at), num_parts)
+    first_row, last_row = share(table, table[2])
+    num_rows, whole = last_row - first_row, num_panels * num_parts
+    for part in range(num_parts):
+        place = panel * num_parts + part
+        row = place * num_rows // whole
+        begin = (row * whole + num_rows - 1) // num_rows
+        end = ((row + 1) * whole + num_rows - 1) // num_rows
+        asked[part] = otherwise
+        if adapters[first_row + row] != 0:
+            region = carray(at_int64(adapters[first_row + row] + entry * 8), 2)
+            asked[part] = region[0] + region[1] * (place - begin) // (end - begin) // _LINE * _LINE
+
+
 @Kernel
 def tile_product(data):
-    """Write x [N, K] times a weight [O, K]; K is a multiple of 32. Only for bfloat16."""
+    """Write x [N, K] times a weight [O, K]; K is a multiple of 32. Only for bfloat16.
+
+    Of 9 to 16 rows without a matrix unit: the table may have the address of the rows' adapters, and the
+    entry of their tables at which stands what the next kernel reads of them; it is asked for meanwhile.
+    """
     table = open_table(data)
     num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
     if not HAS_UNIT and num_rows > TILE_ROWS:
@@ -108,8 +138,14 @@ def tile_product(data):
     if num_rows > 1:
         configure_tiles(whole_at if num_blocks > 1 else whole_at + 64)
     begin, end = share(table, (num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS)
+    num_parts = (num_steps + STEPS_TOGETHER - 1) // STEPS_TOGETHER
+    first_row, last_row = share(table, num_rows)
+    may_ask = table[8] != 0 and first_row < last_row and num_parts <= MOST_ADDRESSES
+    asked_at = addresses_of_steps() if may_ask else 0
     for panel in range(begin, end):
         weights_at, column = weight_at + panel * panel_bytes, panel * PANEL_OUTPUTS
+        if may_ask:
+            _fill_asked(table, panel - begin, end - begin, num_parts, asked_at, weights_at)
         num_columns = min(PANEL_OUTPUTS, num_outputs - column)
         if num_rows == 1:
             multiply_row(weights_at, x_at, num_steps, sums_at)
@@ -133,7 +169,7 @@ def tile_product(data):
                     target_at += first_column * 2
                     _write(sums_at, num_seen, _HALF, half_columns, target_at, out_stride, data)
                 elif half == 0:
-                    multiply_panel(weights_at, rows_at, x_stride, num_steps, num_seen, sums_at)
+                    multiply_panel(weights_at, rows_at, x_stride, num_steps, num_seen, sums_at, asked_at)
                     _write(sums_at, num_seen, PANEL_OUTPUTS, num_columns, target_at, out_stride, data)
                 if is_last and has_shorter:
                     configure_tiles(whole_at)

@@ -14,6 +14,7 @@ Legend: C head size, Q queries of a block, 16.
 import numpy as np
 from numba import carray
 
+from luthier.modeling.kernels._head_rows import copy_row, transpose_pairs, transpose_scaled, turn_row
 from luthier.modeling.kernels._language import (
     Kernel,
     at,
@@ -22,12 +23,10 @@ from luthier.modeling.kernels._language import (
     at_int64,
     exponential,
     inlined,
-    narrow,
     number,
     open_table,
     share,
     thread_number,
-    wide,
 )
 from luthier.modeling.kernels._machine import TILE_BYTES, TILE_ROWS
 from luthier.modeling.kernels._pairs import pair_rows
@@ -45,18 +44,6 @@ from luthier.modeling.kernels.served_rows import ATTENTION_BLOCKS, ATTENTION_KEY
 
 _QUERIES = 16
 _LOWEST = np.float32(-np.inf)
-
-
-@inlined
-def _lay_query(source, first, cosine, sine, half, scale, tiles, column):
-    """Turn a query, scale it, and lay it as a column of pairs into tiles."""
-    for c in range(half):
-        low, high = wide(source[first + c]), wide(source[first + half + c])
-        for place, value in (
-            (c, (low * cosine[c] - high * sine[c]) * scale),
-            (half + c, (high * cosine[c] + low * sine[c]) * scale),
-        ):
-            tiles[(place // 2 * _QUERIES + column) * 2 + place % 2] = narrow(value, tiles)
 
 
 @inlined
@@ -136,23 +123,28 @@ def _mix(weights_at, turned_at, size, num_steps, factors, mixed, block, sums_at)
 
 
 @inlined
-def _lay_queries(qkv, first_row, some, num_places, heads, tables, scale, queries_at, last_keys, data):
+def _lay_queries(qkv_at, first_row, some, num_blocks, heads, tables, scale, room, last_keys, data):
     """Lay the queries of some blocks, and note the last key that each may see.
 
-    Queries of a token stand side by side; those after a stretch's last repeat it.
+    Queries of a token stand side by side; those after a stretch's last repeat it. `room` is where the blocks
+    go, and where one may lie until then.
     """
     num_queries, position, head, num_columns, groups, size = heads
+    queries_at, turned_at = room
     half = size // 2
-    for place in range(num_places):
-        query = min(some * _QUERIES + place, num_queries - 1)
-        token, group = query // groups, query % groups
-        last_keys[place] = position + token
-        cosine = carray(at_float32(tables[0] + last_keys[place] * half * 4), half)
-        sine = carray(at_float32(tables[1] + last_keys[place] * half * 4), half)
-        first = (first_row + token) * num_columns + (head * groups + group) * size
-        block_at = queries_at + place // _QUERIES * size * _QUERIES * 2
-        tiles = carray(at(block_at, data), size * _QUERIES)
-        _lay_query(qkv, first, cosine, sine, half, scale, tiles, place % _QUERIES)
+    for block in range(num_blocks):
+        for column in range(_QUERIES):
+            place = block * _QUERIES + column
+            query = min(some * _QUERIES + place, num_queries - 1)
+            token, group = query // groups, query % groups
+            last_keys[place] = position + token
+            angle = last_keys[place] * half * 4
+            source_at = qkv_at + ((first_row + token) * num_columns + (head * groups + group) * size) * 2
+            target_at = turned_at + column * size * 2
+            turn_row(source_at, target_at, tables[0] + angle, tables[1] + angle, half, scale, data)
+        block_at = queries_at + block * size * _QUERIES * 2
+        for first in range(0, size, TILE_INPUTS):
+            transpose_pairs(turned_at + first * 2, size * 2, block_at + first * _QUERIES * 2)
 
 
 @inlined
@@ -197,17 +189,25 @@ def _score_block(
 
 
 @inlined
-def _write_mixed(mixed, state_at, some, num_places, heads, first_row, num_kv_heads, out):
-    """Write what the queries of some blocks mixed, by the sums of their weights."""
+def _write_mixed(mixed_at, state_at, some, num_blocks, heads, first_row, num_kv_heads, rows_at, out_at, data):
+    """Write what the queries of some blocks mixed, by the sums of their weights.
+
+    `rows_at` has room for a block's.
+    """
     num_queries, _, head, _, groups, size = heads
-    for place in range(min(num_places, num_queries - some * _QUERIES)):
-        query, block, q = some * _QUERIES + place, place // _QUERIES, place % _QUERIES
-        totals = carray(at_float32(state_at + block * 128 + 64), _QUERIES)
-        inverse = np.float32(1.0) / totals[q]
-        row = first_row + query // groups
-        first = (row * num_kv_heads * groups + head * groups + query % groups) * size
-        for c in range(size):
-            out[first + c] = narrow(mixed[(block * size + c) * _QUERIES + q] * inverse, out)
+    for block in range(num_blocks):
+        totals_at = state_at + block * 128 + 64
+        totals = carray(at_float32(totals_at), _QUERIES)
+        for q in range(_QUERIES):
+            totals[q] = np.float32(1.0) / totals[q]
+        for first in range(0, size, 16):
+            source_at = mixed_at + (block * size + first) * _QUERIES * 4
+            transpose_scaled(source_at, totals_at, rows_at + first * 2, size * 2, data)
+        begin = (some + block) * _QUERIES
+        for query in range(begin, min(begin + _QUERIES, num_queries)):
+            row = first_row + query // groups
+            place = (row * num_kv_heads * groups + head * groups + query % groups) * size
+            copy_row(rows_at + (query - begin) * size * 2, out_at + place * 2, size, data)
 
 
 def floats_of_attention(size: int) -> int:
@@ -236,11 +236,10 @@ def attend_stretches(data):
     num_stretches, num_kv_heads, groups, size = table[2], table[3], table[4], table[5]
     scale, max_pages, num_parts, num_rows = number(table[6]), table[7], table[8], table[9]
     num_columns = (groups + 2) * num_kv_heads * size
-    qkv = carray(at(table[10], data), num_rows * num_columns)
     stretches = carray(at_int64(table[11]), (num_stretches, 3))
     pages_NW = carray(at_int64(table[12]), (num_rows, max_pages))
     tables, key_pages, value_pages = (table[13], table[14]), table[15], table[16]
-    out = carray(at(table[17], data), num_rows * groups * num_kv_heads * size)
+    qkv_at, out_at = table[10], table[17]
     own_memory = table[18] + thread_number(table) * table[19] * 4
     queries_at, mixed_at, state_at, scores_at, weights_at, turned_at, last_at = _share_out(own_memory, size)
     query_bytes = size * _QUERIES * 2
@@ -262,10 +261,11 @@ def attend_stretches(data):
         first_block, last_block = num_blocks * part // num_parts, num_blocks * (part + 1) // num_parts
         for some in range(first_block, last_block, ATTENTION_BLOCKS):
             num_some = min(ATTENTION_BLOCKS, last_block - some)
-            num_places = num_some * _QUERIES
-            _lay_queries(qkv, first_row, some, num_places, heads, tables, scale, queries_at, last_keys, data)
+            # Nothing is mixed yet, and there is room.
+            room = (queries_at, mixed_at)
+            _lay_queries(qkv_at, first_row, some, num_some, heads, tables, scale, room, last_keys, data)
             _begin_blocks(num_some, size, mixed, state_at)
-            num_keys = last_keys[num_places - 1] + 1
+            num_keys = last_keys[num_some * _QUERIES - 1] + 1
             for first_key in range(0, num_keys, ATTENTION_KEYS):
                 num_seen = min(ATTENTION_KEYS, num_keys - first_key)
                 num_pages = (num_seen + PAGE_SIZE - 1) // PAGE_SIZE
@@ -297,5 +297,8 @@ def attend_stretches(data):
                     for pair in range(num_steps * 16):
                         pair_rows(scores_at + pair * 128, weights_at + pair * 64)
                     _mix(weights_at, turned_at, size, num_steps, factors, mixed, block, sums_at)
-            _write_mixed(mixed, state_at, some, num_places, heads, first_row, num_kv_heads, out)
+            # No query is scored any more.
+            _write_mixed(
+                mixed_at, state_at, some, num_some, heads, first_row, num_kv_heads, queries_at, out_at, data
+            )
     release_tiles()

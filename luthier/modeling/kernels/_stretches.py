@@ -1,8 +1,8 @@
 """The compiled low-rank updates of stretches of tokens, each with an adapter of its own, in tiles or pairs.
 
-An adapter lies as the kernels of single rows read it (served_rows.py); what of it a stretch needs is laid
-into tiles as it is used, which costs less than one block of 16 tokens. Pairs of a stretch and a site are
-shared out among the threads.
+An adapter lies as the kernels of single rows read it (served_rows.py). Its ranks are laid into tiles as they
+are used, which costs less than one block of 16 tokens; its outputs are read as they lie. Pairs of a stretch
+and a site are shared out among the threads.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
@@ -22,30 +22,26 @@ from luthier.modeling.kernels._language import (
     open_table,
     share,
     thread_number,
-    wide,
 )
 from luthier.modeling.kernels._machine import TILE_ROWS
-from luthier.modeling.kernels._pairs import add_lanes, interleave
+from luthier.modeling.kernels._pair_updates import add_pairs_to_rows
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
     configure_tiles,
-    multiply_panel,
     multiply_tile,
     release_tiles,
     sums_of_panel,
 )
-from luthier.modeling.kernels.products import PANEL_OUTPUTS, TILE_INPUTS
+from luthier.modeling.kernels.products import TILE_INPUTS
 from luthier.modeling.kernels.served_rows import STRETCH_BLOCK, STRETCH_RANK
 
 _MIDDLE_BYTES = STRETCH_BLOCK * STRETCH_RANK * 2
-_BLOCK_BYTES = PANEL_OUTPUTS * STRETCH_RANK * 2
-_ZEROS_BYTES = 64
 
 
 def floats_of_low_rank(num_inputs: int) -> int:
-    """Return the memory that a thread needs, in float32 numbers: middle, block, zeros, and ranks in tiles."""
-    return (_MIDDLE_BYTES + _BLOCK_BYTES + _ZEROS_BYTES) // 4 + num_inputs * TILE_ROWS // 2
+    """Return the memory that a thread needs, in float32 numbers: middle, and ranks in tiles."""
+    return _MIDDLE_BYTES // 4 + num_inputs * TILE_ROWS // 2
 
 
 @inlined
@@ -64,20 +60,6 @@ def _lay_ranks(a_at, num_ranks, size, tiles_at):
 
 
 @inlined
-def _lay_block(block_at, num_ranks, num_steps, panel_at, zeros_at):
-    """Lay a block [ranks, 64] of outputs into a panel; ranks that there are not are zeros."""
-    for pair in range(num_steps * TILE_ROWS):
-        even = block_at + 2 * pair * PANEL_OUTPUTS * 2
-        is_there = 2 * pair < num_ranks
-        for tile in range(4):
-            # Ranks are even in number.
-            first = even + tile * 32 if is_there else zeros_at
-            second = even + PANEL_OUTPUTS * 2 + tile * 32 if is_there else zeros_at
-            place = (pair // TILE_ROWS * 4 + tile) * 1024 + pair % TILE_ROWS * 64
-            interleave(first, second, panel_at + place)
-
-
-@inlined
 def _narrow_middle(sums_at, num_rows, first_rank, middle_at, width, data):
     """Round the products with 16 ranks into the columns of the middle that are theirs."""
     sums = carray(at_float32(sums_at), num_rows * TILE_ROWS)
@@ -88,23 +70,11 @@ def _narrow_middle(sums_at, num_rows, first_rank, middle_at, width, data):
 
 
 @inlined
-def _clear_middle(num_tokens, first_rank, middle_at, width):
-    """Let 16 ranks that there are not be zeros in the middle: what lies there may be no number."""
-    for i in range(num_tokens):
-        fours = carray(at_int64(middle_at + (i * width + first_rank) * 2), TILE_ROWS // 4)
-        for place in range(TILE_ROWS // 4):
-            fours[place] = 0
-
-
-@inlined
 def _fill_middle(
     a_at, num_ranks, size, x_at, num_tokens, whole_at, tiles_at, sums_at, middle_at, width, data
 ):
     """Write the products of up to `STRETCH_BLOCK` tokens with all ranks; 16 ranks at a time."""
     for first_rank in range(0, width, TILE_ROWS):
-        if first_rank >= num_ranks:
-            _clear_middle(num_tokens, first_rank, middle_at, width)
-            continue
         _lay_ranks(a_at + first_rank * size * 2, min(TILE_ROWS, num_ranks - first_rank), size, tiles_at)
         for row in range(0, num_tokens, TILE_ROWS):
             num_rows = min(TILE_ROWS, num_tokens - row)
@@ -113,23 +83,6 @@ def _fill_middle(
             rows_at = x_at + row * size * 2
             multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, num_rows, sums_at)
             _narrow_middle(sums_at, num_rows, first_rank, middle_at + row * width * 2, width, data)
-
-
-@inlined
-def _add_sums(sums_at, num_rows, num_columns, factors_at, out_at, out_width, data):
-    """Add sums [rows, 64] to columns of the result, and multiply these by their factors if there are any."""
-    sums = carray(at_float32(sums_at), num_rows * PANEL_OUTPUTS)
-    whole = num_columns // 16 * 16
-    for i in range(num_rows):
-        for column in range(0, whole, 16):
-            add_lanes(sums_at + (i * PANEL_OUTPUTS + column) * 4, out_at + (i * out_width + column) * 2)
-        out = carray(at(out_at + i * out_width * 2, data), num_columns)
-        for column in range(whole, num_columns):
-            out[column] = narrow(wide(out[column]) + sums[i * PANEL_OUTPUTS + column], out)
-        if factors_at != 0:
-            factors = carray(at_float32(factors_at), num_columns)
-            for column in range(num_columns):
-                out[column] = narrow(wide(out[column]) * factors[column], out)
 
 
 @Kernel
@@ -141,15 +94,10 @@ def add_low_rank_stretches(data):
     stretches = carray(at_int64(table[9]), (num_stretches, 3))
     widths = carray(at_int64(table[10]), num_sites)
     middle_at = table[11] + thread_number(table) * table[12] * 4
-    panel_at = middle_at + _MIDDLE_BYTES
-    zeros_at = panel_at + _BLOCK_BYTES
-    tiles_at = zeros_at + _ZEROS_BYTES
+    tiles_at = middle_at + _MIDDLE_BYTES
     sums_at = sums_of_panel()
     whole_at = sums_at + PANEL_SUMS * 4
     describe_tiles(whole_at, TILE_ROWS)
-    zeros = carray(at_int64(zeros_at), 4)
-    for place in range(4):
-        zeros[place] = 0
     begin, end = share(table, num_stretches * num_sites)
     for item in range(begin, end):
         number, site = item // num_sites, item % num_sites
@@ -159,8 +107,7 @@ def add_low_rank_stretches(data):
             continue
         for before in range(site):
             column += widths[before]
-        num_steps = (num_ranks + TILE_INPUTS - 1) // TILE_INPUTS
-        middle_width = num_steps * TILE_INPUTS
+        middle_width = (num_ranks + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
         for first in range(0, stretches[number, 2], STRETCH_BLOCK):
             num_tokens = min(STRETCH_BLOCK, stretches[number, 2] - first)
             token, rest = stretches[number, 1] + first, num_tokens % TILE_ROWS
@@ -171,18 +118,8 @@ def add_low_rank_stretches(data):
                 entries[0], num_ranks, size, rows_at, num_tokens, whole_at, tiles_at, sums_at,
                 middle_at, middle_width, data,
             )  # fmt: skip
-            block_bytes = num_ranks * PANEL_OUTPUTS * 2
-            for block in range((num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS):
-                first_column = block * PANEL_OUTPUTS
-                num_columns = min(PANEL_OUTPUTS, num_outputs - first_column)
-                _lay_block(entries[1] + block * block_bytes, num_ranks, num_steps, panel_at, zeros_at)
-                factors_at = 0 if entries[3] == 0 else entries[3] + first_column * 4
-                for row in range(0, num_tokens, TILE_ROWS):
-                    num_rows = min(TILE_ROWS, num_tokens - row)
-                    if row == 0 or num_rows < TILE_ROWS:
-                        configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
-                    rows_at = middle_at + row * middle_width * 2
-                    multiply_panel(panel_at, rows_at, middle_width * 2, num_steps, num_rows, sums_at)
-                    place = out_at + ((token + row) * width + column + first_column) * 2
-                    _add_sums(sums_at, num_rows, num_columns, factors_at, place, width, data)
+            add_pairs_to_rows(
+                entries[1], num_ranks, middle_at, middle_width * 2, num_tokens,
+                out_at + (token * width + column) * 2, width * 2, num_outputs, entries[3], 0,
+            )  # fmt: skip
     release_tiles()

@@ -35,6 +35,9 @@ from luthier.modeling.kernels.products import PANEL_OUTPUTS
 # Sums of a panel: float32, for 16 rows [16, 64], for 32 rows and half its outputs [32, 32].
 PANEL_SUMS = TILE_ROWS * PANEL_OUTPUTS
 
+# Of what is asked for while a panel is multiplied; a panel with more steps asks for nothing.
+MOST_ADDRESSES = 256
+
 # Tiles of sums 0 to 3; of two blocks of rows 4 and 5; of weights 6 and 7.
 _ROWS, _WEIGHTS = (4, 5), (6, 7)
 
@@ -47,6 +50,16 @@ def sums_of_panel(_context):
         memory = cgutils.alloca_once(builder, ir.ArrayType(I8, PANEL_SUMS * 4 + 128))
         memory.align = 64
         return builder.ptrtoint(memory, I64)
+
+    return types.int64(), generate
+
+
+@intrinsic
+def addresses_of_steps(_context):
+    """Return the address of memory of the kernel's own: for `MOST_ADDRESSES` addresses."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(I64, MOST_ADDRESSES)), I64)
 
     return types.int64(), generate
 
@@ -76,14 +89,17 @@ def release_tiles(_context):
 
 
 @intrinsic
-def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out):
-    """Write the products of up to 16 rows with a panel, float32 [rows, 64]; steps are of 32 inputs."""
+def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out, asked):
+    """Write the products of up to 16 rows with a panel, float32 [rows, 64]; steps are of 32 inputs.
+
+    `asked` is as `emit_few_rows` takes it.
+    """
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         if not HAS_UNIT:
             emit_few_rows(builder, arguments)
             return I64(0)
-        weights, x, stride, num_steps, _, out = arguments
+        weights, x, stride, num_steps, _, out, _ = arguments
         machine = Machine(builder)
         for tile in range(4):
             machine.zero(tile)
@@ -102,7 +118,7 @@ def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out):
             machine.store(tile, builder.add(out, I64(tile * 64)), PANEL_OUTPUTS * 4)
         return I64(0)
 
-    return types.int64(*[types.int64] * 6), generate
+    return types.int64(*[types.int64] * 7), generate
 
 
 @intrinsic

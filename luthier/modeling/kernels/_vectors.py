@@ -25,6 +25,7 @@ from luthier.modeling.kernels._memory import (
     Memory,
     broadcast,
     is_bfloat16,
+    lanes_below,
     loop,
     multiply_add,
 )
@@ -35,7 +36,7 @@ _NUM_SUMS = 4
 _AHEAD = 1024
 
 
-def _sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+def sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     """Return the sums of the numbers of four vectors, as a vector of four."""
 
     def shuffled(a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
@@ -89,7 +90,7 @@ def _emit_dots(
     memory = Memory(builder, is_bfloat16=False)
     for which in others:
         own = slice(which * _NUM_SUMS, (which + 1) * _NUM_SUMS)
-        total = _sum_four(builder, vectors[own])
+        total = sum_four(builder, vectors[own])
         for row, single in enumerate(rest[own]):
             both = builder.fadd(builder.extract_element(total, I32(row)), single)
             total = builder.insert_element(total, both, I32(row))
@@ -132,7 +133,7 @@ def dot_rows(_context, first, num_rows, x, size, out, like):
             index, sums = loop(builder, I64(0), size, width, zeros, multiply(LANES, _NUM_SUMS))
             index, first_sum = loop(builder, index, size, LANES, sums[:1], multiply(LANES, 1))
             _, rest = loop(builder, index, size, 1, [F32(0.0)], multiply(1, 1))
-            total = _sum_four(builder, [*first_sum, *sums[1:]])
+            total = sum_four(builder, [*first_sum, *sums[1:]])
             for lane in range(_NUM_SUMS):
                 rest = [builder.fadd(rest[0], builder.extract_element(total, I32(lane)))]
             memory.store(rest[0], out, row)
@@ -240,6 +241,33 @@ def _additions_to(num_outs: int) -> Any:
 add_rows_to_1, add_rows_to_2, add_rows_to_3, add_rows_to_4 = (
     _additions_to(number) for number in (1, 2, 3, 4)
 )
+
+
+@intrinsic
+def highest_of(_context, numbers, count):
+    """Return the highest of some float32 numbers, at least one; what is no number is passed over."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        numbers, count = arguments
+        floats = Memory(builder, is_bfloat16=False)
+        lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
+
+        def higher(a: ir.Value, b: ir.Value) -> ir.Value:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            return [higher(floats.load(numbers, index, LANES), held[0])]
+
+        index, found = loop(builder, I64(0), count, LANES, [lowest], step)
+        mask = lanes_below(builder, builder.sub(count, index))
+        rest = builder.select(mask, floats.load_some(numbers, index, mask), lowest)
+        highest = higher(rest, found[0])
+        for apart in (8, 4, 2, 1):
+            others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ apart for lane in range(LANES)])
+            highest = higher(highest, builder.shuffle_vector(highest, highest, others))
+        return builder.extract_element(highest, I32(0))
+
+    return types.float32(types.int64, types.int64), generate
 
 
 @intrinsic

@@ -10,13 +10,13 @@ import torch
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels._threads import launch
-from luthier.modeling.kernels.served_rows import BLOCK, to_blocks
+from luthier.modeling.kernels.blocks import lie_in_pairs, shape_of_blocks, to_blocks
 
 
 class Update(NamedTuple):
     """`scale * b a` beside a layer, as an artifact holds it and where it goes.
 
-    `a_FK` and `blocks` [blocks, F, 64] of a type that a base is served in, contiguous; whatever is in them
+    `a_FK` and `blocks` (blocks.py) of a type that a base is served in, contiguous; whatever is in them
     is written over.
     """
 
@@ -109,11 +109,11 @@ def _wide_facts(update: WideUpdate) -> list[int]:
 
 
 def _check(update: Update, like: torch.Tensor) -> None:
-    (rank, num_inputs), num_outputs = update.a_RK.shape, len(update.b_OR)
-    filled, (num_blocks, block_rank, block) = len(update.a_FK), update.blocks.shape
-    fits = update.b_OR.shape[1] == rank <= filled == block_rank and update.a_FK.shape[1] == num_inputs
-    are_whole = block == BLOCK and (num_blocks - 1) * BLOCK < num_outputs <= num_blocks * BLOCK
-    if not (fits and are_whole and _are_alike((update.a_FK, update.blocks), like)):
+    (rank, num_inputs), num_outputs, filled = update.a_RK.shape, len(update.b_OR), len(update.a_FK)
+    fits = update.b_OR.shape[1] == rank <= filled and update.a_FK.shape[1] == num_inputs and filled % 2 == 0
+    expected = shape_of_blocks(filled, num_outputs, are_pairs=lie_in_pairs(update.blocks))
+    are_alike = _are_alike((update.a_FK, update.blocks), like)
+    if not (fits and update.blocks.shape == expected and are_alike):
         raise ValueError("A low-rank update does not fit the place where it is to go.")
 
 
@@ -130,6 +130,7 @@ def _facts(update: Update) -> list[int]:
 
 def _lay_plainly(update: Update) -> None:
     rank, like = len(update.a_RK), update.blocks
-    scaled_RO = (update.b_OR.float() * update.scale).t().to(device=like.device, dtype=like.dtype)
+    filled_FO = like.new_zeros(len(update.a_FK), len(update.b_OR))
+    filled_FO[:rank] = (update.b_OR.float() * update.scale).t()
     update.a_FK[:rank], update.a_FK[rank:] = update.a_RK, 0
-    update.blocks[:, :rank], update.blocks[:, rank:] = to_blocks(scaled_RO), 0
+    update.blocks.copy_(to_blocks(filled_FO))

@@ -53,12 +53,16 @@ class TiledWeight:
         self._memory = memory.view(torch.bfloat16).view(parts.shape).copy_(parts)
         self._launcher = Launcher(kernels.compiled_address("tile_product", torch.bfloat16))
 
-    def times(self, x_NK: torch.Tensor, out_NO: torch.Tensor) -> torch.Tensor:
+    def times(
+        self, x_NK: torch.Tensor, out_NO: torch.Tensor, following: tuple[int, int] = (0, 0)
+    ) -> torch.Tensor:
         """Write `x W'` into out.
 
         Args:
             x_NK: the rows.
             out_NO: where the product goes.
+            following: what is asked for meanwhile (served_rows.py): the address of the N rows' adapters, 0
+                for none, and the entry of a region in their tables.
 
         Returns:
             out.
@@ -71,7 +75,7 @@ class TiledWeight:
         if not (is_like and has_shape and x_NK.is_contiguous() and out_NO.is_contiguous()):
             raise ValueError("A product in tiles takes contiguous bfloat16 rows of the weight's shape.")
         addresses = (x_NK.data_ptr(), self._memory.data_ptr(), out_NO.data_ptr())
-        self._launcher.run((len(x_NK), self.num_inputs, self.num_outputs, *addresses))
+        self._launcher.run((len(x_NK), self.num_inputs, self.num_outputs, *addresses, *following))
         return out_NO
 
 

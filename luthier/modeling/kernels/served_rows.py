@@ -1,12 +1,13 @@
 """What is given to a decode step's kernels: adapters as tables, pages of keys and values, rows of one token.
 
-An adapter is described by a table of int64 that the kernels read. Each layer has the entries of seven
-linear sites (q, k, v, o, gate, up, down), four numbers each: addresses of A [R, inputs] and of B with its
-scale in it, in blocks [blocks, R, 64] of its outputs, R, and the address of float32 factors of the outputs
-or 0; R is 0 where there is no update. Then those of two bottlenecks (after attention, after the
-feed-forward), seven numbers each: addresses of down [M, D], its float32 bias, up in blocks [blocks, M, 64],
-its float32 bias, then M, the activation's number, and whether it reads the half's input. R and M are
-multiples of 4, filled up with zeros.
+An adapter is described by a table of int64 that the kernels read. Each layer has the entries of seven linear
+sites (q, k, v, o, gate, up, down), four numbers each: addresses of A [R, inputs] and of B with its scale in
+it, in blocks of its outputs (blocks.py), R, and the address of float32 factors of the outputs or 0; R is 0
+where there is no update. Then those of two bottlenecks (after attention, after the feed-forward), seven
+numbers each: addresses of down [M, D], its float32 bias, up in blocks, its float32 bias, then M, the
+activation's number, and whether it reads the half's input. R and M are multiples of 4, filled up with zeros.
+Last come the regions of the sites that share an input (q, k and v; o; gate and up; down), two numbers each:
+where what is read of them begins and how many bytes it is, which a product asks for before it is wanted.
 
 Legend: N tokens, M rows of one token (in a bottleneck its width), D hidden size, K inputs and O outputs of a
 site, R ranks, E columns of q, k and v, H key heads, C head size, S tokens of a page, W pages of the longest
@@ -20,25 +21,33 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from luthier.modeling.kernels.blocks import check_blocks, times_blocks
 from luthier.modeling.kernels.page_memory import discard
 
 PAGE_SIZE = 16
 NUM_SITES = 7
-# Columns that a kernel sums up at a time.
-BLOCK = 64
 # Queries of a key head that a kernel attends with at a time.
 MAX_QUERIES = 4
 # Tokens of a stretch, and ranks, that a kernel takes at a time.
 STRETCH_BLOCK, STRETCH_RANK = 64, 128
 # Blocks of 16 queries, and keys, that a kernel attends with at a time.
 ATTENTION_BLOCKS, ATTENTION_KEYS = 16, 128
+# Bytes between two parts of an adapter that lie together.
+_MOST_BETWEEN = 4096
 ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
-SITE_ENTRIES, BOTTLENECK_ENTRIES = 4, 7
-LAYER_ENTRIES = NUM_SITES * SITE_ENTRIES + 2 * BOTTLENECK_ENTRIES
-
 # Sites that share an input and are one product: slices of the seven.
 ATTENTION_IN, ATTENTION_OUT = slice(0, 3), slice(3, 4)
 FEED_FORWARD_IN, FEED_FORWARD_OUT = slice(4, 6), slice(6, 7)
+_GROUPS = (ATTENTION_IN, ATTENTION_OUT, FEED_FORWARD_IN, FEED_FORWARD_OUT)
+
+SITE_ENTRIES, BOTTLENECK_ENTRIES, REGION_ENTRIES = 4, 7, 2
+_REGIONS_AT = NUM_SITES * SITE_ENTRIES + 2 * BOTTLENECK_ENTRIES
+LAYER_ENTRIES = _REGIONS_AT + len(_GROUPS) * REGION_ENTRIES
+
+
+def region_entry(layer: int, sites: slice) -> int:
+    """Return the place in an adapter's table of the region of sites that share an input."""
+    return layer * LAYER_ENTRIES + _REGIONS_AT + _GROUPS.index(sites) * REGION_ENTRIES
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,13 @@ class LowRankSite:
     @property
     def entries(self) -> list[int]:
         """The numbers that describe it."""
+        check_blocks(self.b)
         factor = 0 if self.factor_O is None else self.factor_O.data_ptr()
         return [self.a_RK.data_ptr(), self.b.data_ptr(), self.a_RK.shape[0], factor]
 
     def add_to(self, out_NO: torch.Tensor, x_NK: torch.Tensor) -> None:
         """Add the update to a layer's results, in place."""
-        out_NO += _times_blocks(torch.mm(x_NK, self.a_RK.t()), self.b, out_NO.shape[1])
+        out_NO += times_blocks(torch.mm(x_NK, self.a_RK.t()), self.b, out_NO.shape[1])
         if self.factor_O is not None:
             out_NO.mul_(self.factor_O)
 
@@ -76,6 +86,7 @@ class BottleneckSite:
     @property
     def entries(self) -> list[int]:
         """The numbers that describe it."""
+        check_blocks(self.up)
         tensors = (self.down_MD, self.down_M, self.up, self.up_D)
         kind = ACTIVATIONS[self.activation]
         return [*(one.data_ptr() for one in tensors), self.down_MD.shape[0], kind, int(self.is_parallel)]
@@ -85,25 +96,21 @@ class BottleneckSite:
         x_ND = input_ND if self.is_parallel else out_ND
         middle_NM = torch.mm(x_ND, self.down_MD.t()).float() + self.down_M
         act = torch.tanh if self.activation == "tanh" else getattr(functional, self.activation)
-        product_ND = _times_blocks(act(middle_NM).to(out_ND.dtype), self.up, out_ND.shape[1])
+        product_ND = times_blocks(act(middle_NM).to(out_ND.dtype), self.up, out_ND.shape[1])
         change_ND = product_ND.float() + self.up_D
         out_ND.copy_(out_ND.float() + change_ND)
 
 
-def to_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """Return a matrix [R, columns] in blocks [blocks, R, 64] of its columns, filled up with zeros.
-
-    A block is read from its begin to its end, where rows that lie far apart would be read in short pieces.
-    """
-    num_blocks = -(-rows.shape[1] // BLOCK)
-    filled = functional.pad(rows, (0, num_blocks * BLOCK - rows.shape[1]))
-    return filled.view(rows.shape[0], num_blocks, BLOCK).transpose(0, 1).contiguous()
-
-
-def _times_blocks(x_NR: torch.Tensor, blocks: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """Return the product with a matrix in blocks, [N, columns]."""
-    product = torch.matmul(x_NR, blocks)
-    return product.transpose(0, 1).reshape(len(x_NR), -1)[:, :num_columns]
+def _region_of(sites: Sequence[LowRankSite]) -> list[int]:
+    """Return where sites' numbers begin and how many bytes they are, if they lie together: else a part."""
+    if not sites:
+        return [0, 0]
+    begin = end = sites[0].a_RK.data_ptr()
+    for part in (part for site in sites for part in (site.a_RK, site.b)):
+        if not 0 <= part.data_ptr() - end < _MOST_BETWEEN:
+            break
+        end = part.data_ptr() + part.nbytes
+    return [begin, end - begin]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +131,8 @@ class Described:
                 entries += [0] * SITE_ENTRIES if site is None else site.entries
             for one in bottlenecks:
                 entries += [0] * BOTTLENECK_ENTRIES if one is None else one.entries
+            for group in _GROUPS:
+                entries += _region_of([site for site in sites[group] if site is not None])
         object.__setattr__(self, "table", torch.tensor(entries, dtype=torch.int64))
         object.__setattr__(self, "has_low_ranks", any(map(any, self.low_ranks)))
         object.__setattr__(self, "has_bottlenecks", any(map(any, self.bottlenecks)))

@@ -305,6 +305,11 @@ class CompiledOps:
         )
 
     @property
+    def has_stretches(self) -> bool:
+        """Whether kernels do all that is asked for stretches, of ranks up to `STRETCH_RANK`."""
+        return self._stretches is not None and self._attend_stretches is not None
+
+    @property
     def memory_at(self) -> int:
         """Where the kernels' own memory lies; it moves when threads are added."""
         return self._scratch_of_threads()[0]

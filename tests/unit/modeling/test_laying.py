@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels.blocks import lie_in_pairs, of_blocks, shape_of_blocks, times_blocks, to_blocks
 from luthier.modeling.kernels.laying import Update, WideUpdate, lay_low_ranks, widen_low_ranks
-from luthier.modeling.kernels.served_rows import BLOCK
+from luthier.modeling.kernels.served_rows import Described, LowRankSite
 
 
 def _go(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,10 +22,10 @@ def _update(rank: int, filled: int, num_outputs: int, dtype: torch.dtype, source
     generator = torch.Generator().manual_seed(rank)
     a_RK = torch.randn(rank, 24, generator=generator).to(source)
     b_OR = torch.randn(num_outputs, rank, generator=generator).to(source)
-    num_blocks = -(-num_outputs // BLOCK)
+    are_pairs = lie_in_pairs(torch.empty(0, dtype=dtype))
+    shapes = (filled, 24), shape_of_blocks(filled, num_outputs, are_pairs=are_pairs)
     # What was there before must not show through.
-    places = torch.full((filled, 24), 7.0), torch.full((num_blocks, filled, BLOCK), 7.0)
-    return Update(a_RK, b_OR, 0.3, *(place.to(dtype) for place in places))
+    return Update(a_RK, b_OR, 0.3, *(torch.full(shape, 7.0, dtype=dtype) for shape in shapes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,12 +44,12 @@ def test_numbers_come_to_their_places_rounded_once(
     lay_low_ranks(updates)
     for update in updates:
         rank, filled, num_outputs = len(update.a_RK), len(update.a_FK), len(update.b_OR)
-        missing_ranks, missing = filled - rank, -num_outputs % BLOCK
+        missing_ranks, missing = filled - rank, -num_outputs % 64
         expected_FK = functional.pad(update.a_RK.to(dtype), (0, 0, 0, missing_ranks))
         scaled_RO = (update.b_OR.float() * torch.tensor(0.3)).t().to(dtype)
         expected_FO = functional.pad(scaled_RO, (0, missing, 0, missing_ranks))
         assert torch.equal(update.a_FK, expected_FK)
-        assert torch.equal(update.blocks.transpose(0, 1).reshape(filled, -1), expected_FO)
+        assert torch.equal(of_blocks(update.blocks, num_outputs + missing), expected_FO)
 
 
 def test_an_update_that_does_not_fit_its_place_is_refused_and_nothing_is_written() -> None:
@@ -64,6 +65,26 @@ def test_an_update_that_does_not_fit_its_place_is_refused_and_nothing_is_written
         with pytest.raises(ValueError, match="does not fit"):
             lay_low_ranks([good, bad])
     assert bool((good.a_FK == 7).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(4, 64), (8, 100), (4, 3)])
+def test_a_matrix_comes_out_of_its_blocks_as_it_went_in(
+    dtype: torch.dtype, num_rows: int, num_columns: int
+) -> None:
+    rows = torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    blocks, x_NR = to_blocks(rows), torch.ones(2, num_rows, dtype=dtype)
+    assert blocks.shape == shape_of_blocks(num_rows, num_columns, are_pairs=lie_in_pairs(rows))
+    assert torch.equal(of_blocks(blocks, num_columns), rows)
+    torch.testing.assert_close(times_blocks(x_NR, blocks, num_columns), x_NR @ rows)
+
+
+def test_blocks_that_the_kernels_would_read_in_another_order_are_refused() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        are_pairs = lie_in_pairs(torch.empty(0, dtype=dtype))
+        wrong = torch.zeros(shape_of_blocks(4, 64, are_pairs=not are_pairs), dtype=dtype)
+        with pytest.raises(ValueError, match="other blocks"):
+            Described([[LowRankSite(torch.zeros(4, 32, dtype=dtype), wrong), *[None] * 6]], [[None, None]])
 
 
 def _wide_update(rank: int, num_outputs: int, dtype: torch.dtype, source: torch.dtype) -> WideUpdate:

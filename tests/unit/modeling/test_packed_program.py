@@ -11,6 +11,13 @@ from luthier.core.shapes import read_shape
 from luthier.methods import method_of_artifact
 from luthier.modeling import packed_program
 from luthier.modeling.kernels.products import can_tile
+from luthier.modeling.kernels.served_rows import (
+    ATTENTION_IN,
+    ATTENTION_OUT,
+    FEED_FORWARD_IN,
+    FEED_FORWARD_OUT,
+    region_entry,
+)
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
 from luthier.modeling.packed_llama import PackedLlama, Stretch
 from tests.tiny import BASE_ID, build_tiny_base
@@ -85,6 +92,36 @@ def test_steps_of_any_rows_and_adapters_agree(base: PackedLlama, adapters: list[
         mixed = adapters if seed % 2 else []
         as_program, launched = run_both_ways(base, make_step(seed, num_rows, mixed))
         assert torch.equal(as_program, launched)
+
+
+def test_steps_with_stretches_agree(base: PackedLlama, adapters: list[PackedAdapter]) -> None:
+    programs = base._programs
+    assert programs is not None
+    for number in (0, 1):
+        described = adapters[number].described
+        stretches = [
+            Stretch(list(range(9)), 5, [150, 151], described),
+            Stretch(list(range(20)), 0, [152, 153], None, wants_all_logits=True),
+        ]
+        rows = [Stretch([token], 3 * token, [token, 40 + token], described) for token in range(1, 4)]
+        for step in (stretches, [*rows, *stretches]):
+            as_program, launched = run_both_ways(base, step)
+            assert torch.equal(as_program, launched)
+
+
+def test_an_adapter_tells_where_what_is_read_together_lies(adapters: list[PackedAdapter]) -> None:
+    described = adapters[0].described
+    assert described is not None
+    for layer, all_sites in enumerate(described.low_ranks):
+        for group in (ATTENTION_IN, ATTENTION_OUT, FEED_FORWARD_IN, FEED_FORWARD_OUT):
+            entry = region_entry(layer, group)
+            begin, num_bytes = described.table[entry : entry + 2].tolist()
+            sites = [site for site in all_sites[group] if site is not None]
+            if not sites:
+                assert (begin, num_bytes) == (0, 0)
+                continue
+            assert begin == sites[0].a_RK.data_ptr()
+            assert begin + num_bytes == sites[-1].b.data_ptr() + sites[-1].b.nbytes
 
 
 def test_programs_are_made_anew_for_other_threads(base: PackedLlama, adapters: list[PackedAdapter]) -> None:

@@ -50,6 +50,24 @@ def test_products_of_any_number_of_rows_are_the_plain_ones(num_outputs: int, num
         torch.testing.assert_close(found_NO, expected_NO, rtol=2**-7, atol=1e-3)
 
 
+@needs_tiles
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 32), (100, 96), (200, 576), (64, 32 * 800)])
+def test_what_is_asked_for_meanwhile_changes_no_product(num_outputs: int, num_inputs: int) -> None:
+    """Regions of any length, among them none and those of no adapter."""
+    tiled = TiledWeight(draw(num_outputs, num_inputs))
+    region = draw(70_000)
+    for num_rows in (1, 8, 9, 13, 16, 17):
+        x_NK = draw(num_rows, num_inputs, seed=num_rows)
+        plain_NO, found_NO = (torch.zeros(num_rows, num_outputs, dtype=torch.bfloat16) for _ in range(2))
+        lengths = [0 if row % 3 == 0 else 8_000 * (row % 17) for row in range(num_rows)]
+        tables = [torch.tensor([7, region.data_ptr(), length]) for length in lengths]
+        addresses_N = torch.tensor([0 if row % 5 == 4 else one.data_ptr() for row, one in enumerate(tables)])
+        tiled.times(x_NK, plain_NO)
+        tiled.times(x_NK, found_NO, (addresses_N.data_ptr(), 1))
+        assert torch.equal(found_NO, plain_NO)
+
+
 def _run(code: str, folder: Path, **variables: str) -> None:
     environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)} | variables
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from luthier.modeling import kernels
+from luthier.modeling.kernels.blocks import to_blocks
 from luthier.modeling.kernels.served_rows import (
     ACTIVATIONS,
     FEED_FORWARD_IN,
@@ -17,7 +18,6 @@ from luthier.modeling.kernels.served_rows import (
     LowRankSite,
     Pages,
     SingleRows,
-    to_blocks,
     token_rows,
 )
 from luthier.modeling.kernels.serving import CompiledOps

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from luthier.modeling.kernels.blocks import to_blocks
 from luthier.modeling.kernels.products import has_tiles
 from luthier.modeling.kernels.served_rows import (
     ATTENTION_IN,
@@ -13,7 +14,6 @@ from luthier.modeling.kernels.served_rows import (
     HeadShape,
     LowRankSite,
     StretchRows,
-    to_blocks,
 )
 from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.kernels.serving_plain import PlainOps

@@ -1,0 +1,339 @@
+"""The compiled attention of a decode step: each row has one token, and pages of keys and values.
+
+Pairs of a row and a key head are shared out among the threads. In bfloat16 products are those of pairs where
+the processor has these (_row_attention.py).
+"""
+
+# numba reads the loops themselves and takes their types from the arguments.
+# ruff: noqa: ARG001, ARG005
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import numpy as np
+from numba import carray, types
+from numba.extending import overload
+
+from luthier.modeling.kernels._head_rows import copy_row, turn_row
+from luthier.modeling.kernels._language import (
+    Kernel,
+    at,
+    at_float32,
+    at_int64,
+    exponential,
+    inlined,
+    narrow,
+    number,
+    open_table,
+    share,
+    thread_number,
+    wide,
+)
+from luthier.modeling.kernels._machine import HAS_PAIRS
+from luthier.modeling.kernels._memory import LANES, item_size
+from luthier.modeling.kernels._pairs import round_lanes
+from luthier.modeling.kernels._row_attention import (
+    add_values_to_1,
+    add_values_to_2,
+    add_values_to_3,
+    add_values_to_4,
+    score_keys_with_1,
+    score_keys_with_2,
+    score_keys_with_3,
+    score_keys_with_4,
+)
+from luthier.modeling.kernels._vectors import (
+    add_rows_to_1,
+    add_rows_to_2,
+    add_rows_to_3,
+    add_rows_to_4,
+    ask_for,
+    dot_four_rows_with_1,
+    dot_four_rows_with_2,
+    dot_four_rows_with_3,
+    dot_four_rows_with_4,
+    highest_of,
+)
+from luthier.modeling.kernels.products import TILE_INPUTS
+from luthier.modeling.kernels.served_rows import MAX_QUERIES
+
+
+def _turn_query(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
+    """Write a query turned by its position, times a scale: as it is held if taken by pairs, else float32."""
+
+
+@inlined
+def _turn_widened(source_at, target_at, cosine_at, sine_at, half, scale, data):
+    source, target = carray(at(source_at, data), 2 * half), carray(at_float32(target_at), 2 * half)
+    cosine, sine = carray(at_float32(cosine_at), half), carray(at_float32(sine_at), half)
+    for c in range(half):
+        low, high = wide(source[c]), wide(source[half + c])
+        target[c] = (low * cosine[c] - high * sine[c]) * scale
+        target[half + c] = (high * cosine[c] + low * sine[c]) * scale
+
+
+@overload(_turn_query, inline="always")
+def _turn_query_overload(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
+    def widened(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
+        _turn_widened(source_at, target_at, cosine_at, sine_at, half, scale, data)
+
+    def either(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
+        if by_pairs:
+            turn_row(source_at, target_at, cosine_at, sine_at, half, scale, data)
+        else:
+            _turn_widened(source_at, target_at, cosine_at, sine_at, half, scale, data)
+
+    return either if data.dtype == types.uint16 and HAS_PAIRS else widened
+
+
+@inlined
+def _to_weights(scores_at, num_keys):
+    """Turn scores into weights: their softmax."""
+    scores = carray(at_float32(scores_at), num_keys)
+    highest = highest_of(scores_at, num_keys)
+    total = np.float32(0.0)
+    for j in range(num_keys):
+        scores[j] = exponential(scores[j] - highest)
+        total += scores[j]
+    inverse = np.float32(1.0) / total
+    for j in range(num_keys):
+        scores[j] *= inverse
+
+
+def _are_paired(data):
+    """Whether rows of such numbers, 32 of them or a multiple, attend by pairs."""
+
+
+@overload(_are_paired, inline="always")
+def _are_paired_overload(data):
+    found = data.dtype == types.uint16 and HAS_PAIRS
+    return lambda data: found
+
+
+def _score_keys(by_pairs, num_queries, keys_at, size, queries_at, scores_at, stride, data):
+    """Write the products of four keys with up to `MAX_QUERIES` queries of a key head."""
+
+
+@inlined
+def _score_widened(num_queries, keys_at, size, queries_at, scores_at, stride, data):
+    if num_queries == 1:
+        dot_four_rows_with_1(keys_at, size, queries_at, size, size, scores_at, stride, data)
+    elif num_queries == 2:
+        dot_four_rows_with_2(keys_at, size, queries_at, size, size, scores_at, stride, data)
+    elif num_queries == 3:
+        dot_four_rows_with_3(keys_at, size, queries_at, size, size, scores_at, stride, data)
+    else:
+        dot_four_rows_with_4(keys_at, size, queries_at, size, size, scores_at, stride, data)
+
+
+@inlined
+def _score_paired(num_queries, keys_at, size, queries_at, scores_at, stride):
+    if num_queries == 1:
+        score_keys_with_1(keys_at, size, queries_at, scores_at, 4 * stride)
+    elif num_queries == 2:
+        score_keys_with_2(keys_at, size, queries_at, scores_at, 4 * stride)
+    elif num_queries == 3:
+        score_keys_with_3(keys_at, size, queries_at, scores_at, 4 * stride)
+    else:
+        score_keys_with_4(keys_at, size, queries_at, scores_at, 4 * stride)
+
+
+@overload(_score_keys, inline="always")
+def _score_keys_overload(by_pairs, num_queries, keys_at, size, queries_at, scores_at, stride, data):
+    def widened(by_pairs, num_queries, keys_at, size, queries_at, scores_at, stride, data):
+        _score_widened(num_queries, keys_at, size, queries_at, scores_at, stride, data)
+
+    def either(by_pairs, num_queries, keys_at, size, queries_at, scores_at, stride, data):
+        if by_pairs:
+            _score_paired(num_queries, keys_at, size, queries_at, scores_at, stride)
+        else:
+            _score_widened(num_queries, keys_at, size, queries_at, scores_at, stride, data)
+
+    return either if data.dtype == types.uint16 and HAS_PAIRS else widened
+
+
+@inlined
+def _score_page(
+    by_pairs,
+    num_queries,
+    keys_at,
+    num_keys,
+    size,
+    queries_at,
+    scores_at,
+    scores_stride,
+    next_values,
+    next_keys,
+    data,
+):
+    """Write the products of a page's keys with queries, and ask for as much of what is read next."""
+    row_bytes = size * item_size(data)
+    for four in range(0, num_keys, 4):
+        offset = four * row_bytes
+        ask_for(next_values + offset, row_bytes // 16)
+        ask_for(next_keys + offset, row_bytes // 16)
+        _score_keys(
+            by_pairs,
+            num_queries,
+            keys_at + offset,
+            size,
+            queries_at,
+            scores_at + 4 * four,
+            scores_stride,
+            data,
+        )
+
+
+def _add_values(by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
+    """Add the values of a page to the totals of up to `MAX_QUERIES` queries, each times its weights.
+
+    Weights begin where the page's do, rounded to bfloat16 where they are taken by pairs.
+    """
+
+
+@inlined
+def _add_widened(num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
+    if num_queries == 1:
+        add_rows_to_1(values_at, size, weights_at, stride, num_values, totals_at, size, size, data)
+    elif num_queries == 2:
+        add_rows_to_2(values_at, size, weights_at, stride, num_values, totals_at, size, size, data)
+    elif num_queries == 3:
+        add_rows_to_3(values_at, size, weights_at, stride, num_values, totals_at, size, size, data)
+    else:
+        add_rows_to_4(values_at, size, weights_at, stride, num_values, totals_at, size, size, data)
+
+
+@inlined
+def _add_paired(num_queries, values_at, size, weights_at, stride, num_values, totals_at):
+    if num_queries == 1:
+        add_values_to_1(values_at, size, weights_at, 4 * stride, num_values, totals_at)
+    elif num_queries == 2:
+        add_values_to_2(values_at, size, weights_at, 4 * stride, num_values, totals_at)
+    elif num_queries == 3:
+        add_values_to_3(values_at, size, weights_at, 4 * stride, num_values, totals_at)
+    else:
+        add_values_to_4(values_at, size, weights_at, 4 * stride, num_values, totals_at)
+
+
+@overload(_add_values, inline="always")
+def _add_values_overload(
+    by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data
+):
+    def widened(by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
+        _add_widened(num_queries, values_at, size, weights_at, stride, num_values, totals_at, data)
+
+    def either(by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
+        if by_pairs:
+            _add_paired(num_queries, values_at, size, weights_at, stride, num_values, totals_at)
+        else:
+            _add_widened(num_queries, values_at, size, weights_at, stride, num_values, totals_at, data)
+
+    return either if data.dtype == types.uint16 and HAS_PAIRS else widened
+
+
+def _round_weights(weights_at, num_keys, data):
+    """Write weights where they lie as bfloat16."""
+
+
+@overload(_round_weights, inline="always")
+def _round_weights_overload(weights_at, num_keys, data):
+    def rounded(weights_at, num_keys, data):
+        # Behind those that are rounded with the last there is room, and what lies there is not read.
+        for j in range(0, num_keys, LANES):
+            round_lanes(weights_at + 4 * j, weights_at + 2 * j)
+
+    return rounded if data.dtype == types.uint16 and HAS_PAIRS else lambda weights_at, num_keys, data: None
+
+
+@inlined
+def _place_of(pair, page, pages_MW, num_kv_heads, head_bytes):
+    """Return how far behind all pages' begin the keys of a page lie, of a pair of a row and a key head."""
+    return (pages_MW[pair // num_kv_heads, page] * num_kv_heads + pair % num_kv_heads) * head_bytes
+
+
+@inlined
+def _attend(by_pairs, pair, end, num_queries, num_keys, shape, pages_MW, key_pages, value_pages, room, data):
+    """Let some turned queries of a pair of a row and a key head attend; their totals are float32.
+
+    `shape` is key heads, head size and tokens of a page; `room` the queries, the totals and the weights, and
+    numbers from one query's weights to the next one's. The last pair of all is before `end`.
+    """
+    num_kv_heads, size, page_size = shape
+    queries_at, totals_at, weights_at, longest = room
+    head_bytes = page_size * size * item_size(data)
+    num_pages = (num_keys + page_size - 1) // page_size
+    for page in range(num_pages):
+        place = _place_of(pair, page, pages_MW, num_kv_heads, head_bytes)
+        # What is read next: these keys' values, and the next page's keys, or those of the next pair.
+        is_last = page + 1 == num_pages
+        next_pair, next_page = (min(pair + 1, end - 1), 0) if is_last else (pair, page + 1)
+        next_place = _place_of(next_pair, next_page, pages_MW, num_kv_heads, head_bytes)
+        num_seen = min(page_size, num_keys - page * page_size)
+        _score_page(
+            by_pairs, num_queries, key_pages + place, num_seen, size, queries_at,
+            weights_at + page * page_size * 4, longest, value_pages + place, key_pages + next_place, data,
+        )  # fmt: skip
+    totals_C = carray(at_float32(totals_at), num_queries * size)
+    for c in range(num_queries * size):
+        totals_C[c] = np.float32(0.0)
+    for which in range(num_queries):
+        own_at = weights_at + 4 * which * longest
+        _to_weights(own_at, num_keys)
+        if by_pairs:
+            _round_weights(own_at, num_keys, data)
+    weight_bytes = item_size(data) if by_pairs else 4
+    for page in range(num_pages):
+        values_at = value_pages + _place_of(pair, page, pages_MW, num_kv_heads, head_bytes)
+        num_seen = min(page_size, num_keys - page * page_size)
+        factors_at = weights_at + page * page_size * weight_bytes
+        _add_values(by_pairs, num_queries, values_at, size, factors_at, longest, num_seen, totals_at, data)
+
+
+@Kernel
+def attend_pages(data):
+    """Put each row's key and value into its page, or attend to all of the row's pages, or both.
+
+    Pages are [pages, key heads, tokens of a page, C]; a row's are named in `pages_MW`, and its token is
+    number `positions_M[i]` of its sequence. Rows of one sequence are put in one call and attend in another,
+    for they see each other. Queries that share a key head read its pages together.
+    """
+    table = open_table(data)
+    num_rows, num_kv_heads, groups, size = table[2], table[3], table[4], table[5]
+    scale, page_size, max_pages, half = number(table[6]), table[7], table[8], table[5] // 2
+    positions_M = carray(at_int64(table[10]), num_rows)
+    pages_MW = carray(at_int64(table[13]), (num_rows, max_pages))
+    key_pages, value_pages = table[14], table[15]
+    out = carray(at(table[16], data), num_rows * groups * num_kv_heads * size)
+    puts, attends, longest = table[19], table[20], table[21]
+    queries_at = table[17] + thread_number(table) * table[18] * 4
+    totals_at = queries_at + 4 * MAX_QUERIES * size
+    weights_at = totals_at + 4 * MAX_QUERIES * size
+    totals_C = carray(at_float32(totals_at), MAX_QUERIES * size)
+    vector_bytes = size * item_size(data)
+    by_pairs = _are_paired(data) and size % TILE_INPUTS == 0
+    query_bytes = vector_bytes if by_pairs else 4 * size
+    begin, end = share(table, num_rows * num_kv_heads)
+    for pair in range(begin, end):
+        i, head = pair // num_kv_heads, pair % num_kv_heads
+        position = positions_M[i]
+        cosine_at, sine_at = table[11] + position * half * 4, table[12] + position * half * 4
+        row_at = table[9] + i * (groups + 2) * num_kv_heads * vector_bytes
+        if puts != 0:
+            place = _place_of(pair, position // page_size, pages_MW, num_kv_heads, page_size * vector_bytes)
+            place += position % page_size * vector_bytes
+            key_at = row_at + (groups * num_kv_heads + head) * vector_bytes
+            turn_row(key_at, key_pages + place, cosine_at, sine_at, half, np.float32(1.0), data)
+            copy_row(key_at + num_kv_heads * vector_bytes, value_pages + place, size, data)
+        if attends == 0:
+            continue
+        for group in range(0, groups, MAX_QUERIES):
+            num_queries, first = min(MAX_QUERIES, groups - group), head * groups + group
+            for which in range(num_queries):
+                query_at = row_at + (first + which) * vector_bytes
+                target_at = queries_at + which * query_bytes
+                _turn_query(by_pairs, query_at, target_at, cosine_at, sine_at, half, scale, data)
+            _attend(
+                by_pairs, pair, end, num_queries, position + 1, (num_kv_heads, size, page_size), pages_MW,
+                key_pages, value_pages, (queries_at, totals_at, weights_at, longest), data,
+            )  # fmt: skip
+            first_out = (i * groups * num_kv_heads + first) * size
+            for c in range(num_queries * size):
+                out[first_out + c] = narrow(totals_C[c], out)
