@@ -16,6 +16,7 @@ from luthier.data.render import ChatTemplate
 from luthier.data.tokens import StreamDecoder, Tokenizer
 from luthier.inference.bases import pack
 from luthier.inference.lane import Lane
+from luthier.inference.probing import Text, probe
 from luthier.inference.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent
 from luthier.methods import method_of_artifact
 from luthier.modeling.load import load_base
@@ -104,7 +105,7 @@ class Answerer:
         attached = method.load(load_base(self._base_folder, dtype=self._dtype, device="cpu"), self._artifact)
         with torch.inference_mode():
             expected_V = method.logits(attached, torch.tensor([prompt]))[0, -1].float()
-        found_V = self._lane.probe((prompt, self._adapter))[0]
+        found_V = probe(self._lane, [Text(prompt, self._adapter)])[0].last_V
         gap = float((found_V - expected_V).norm() / expected_V.norm())
         if not gap <= _TOLERANCE[self._dtype]:
             raise SystemExit(

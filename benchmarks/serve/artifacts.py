@@ -31,6 +31,8 @@ _ZERO_STD = 0.01
 # Of what starts at random numbers, as a share of their own spread.
 _SHARE = 0.1
 _MAX_SECONDS = 3600.0
+# As many as training takes.
+_CANARY_TOKENS, _CANARY_CANDIDATES = 12, 32
 
 
 def make_artifacts(
@@ -95,15 +97,15 @@ def publish_twin(model: Published, number: int, objects: Path) -> Published:
     Returns:
         The twin.
     """
+    from luthier.core.canary import CANARY_NAME
     from luthier.storage.manifests import read_manifest, seal_folder
 
     name = f"{model.name}-twin-{number}"
     final = objects / f"{model.prefix}-twin-{number}"
     building = final.with_name(f".{final.name}.building")
     building.mkdir(parents=True)
-    for path in model.folder.iterdir():
-        if path.name == WEIGHTS:
-            os.link(path, building / path.name)
+    for name_of_file in (WEIGHTS, CANARY_NAME):
+        os.link(model.folder / name_of_file, building / name_of_file)
     config = json.loads((model.folder / _CONFIG).read_text())
     # PEFT's own field for a version, which nothing reads here.
     (building / _CONFIG).write_text(json.dumps(config | {"revision": str(number)}))
@@ -158,17 +160,37 @@ def _make_kind(kind: str, count: int, order: dict[str, Any]) -> list[Published]:
 def _publish(
     method: Any, attached: Any, name: str, kind: str, folder: Path, storage: Any, *, base_digest: str
 ) -> Published:
+    from luthier.core.canary import CANARY_NAME
     from luthier.storage.manifests import seal_folder
 
     building, final = folder / f".{name}", folder / name
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     digested = method.save(attached, building)
+    (building / CANARY_NAME).write_text(_record(method, attached).model_dump_json())
     manifest = seal_folder(building, final, digested=digested, base_digest=base_digest)
     prefix = f"projects/proj_bench/jobs/{name}/e1/model"
     storage.put_folder(final, prefix)
     num_bytes = (final / WEIGHTS).stat().st_size
     return Published(name, kind, prefix, manifest.digest, final, num_bytes, attached.num_trained_parameters)
+
+
+def _record(method: Any, attached: Any) -> Any:
+    """Return what training would record of a model: what it says after a short text."""
+    import torch
+
+    from luthier.core.canary import Canary
+
+    token_ids = list(range(100, 100 + _CANARY_TOKENS))
+    with torch.no_grad():
+        logits_V = method.logits(attached, torch.tensor([token_ids]))[0, -1]
+    values, candidates = logits_V.topk(_CANARY_CANDIDATES)
+    return Canary(
+        token_ids=token_ids,
+        candidates=candidates.tolist(),
+        logits=values.tolist(),
+        precision="float32",
+    )
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from luthier.data.tokens import Tokenizer
 from luthier.inference.copies import Copy
 from luthier.inference.forward import Prefix, count_virtual_tokens
 from luthier.inference.lane import Lane
+from luthier.inference.probing import Text, probe
 from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.weights import load_weights
@@ -252,7 +253,7 @@ def pack(
     # One page more than whole tokens need: a token of a row may begin a new one.
     packed = PackedLlama(model, num_pages=-(-max_cache_tokens // PAGE_SIZE) + 1)
     lane = Lane(packed, max_rows=max_rows)
-    return PackedWeights(lane, folder, read_shape(folder), lane.probe((probe_ids, None))[0])
+    return PackedWeights(lane, folder, read_shape(folder), probe(lane, [Text(probe_ids, None)])[0].last_V)
 
 
 def max_whole_bytes(settings: Settings) -> int:

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from luthier.core.errors import ArtifactCorruptError
+from luthier.inference.mapped_file import map_file
 from luthier.storage.manifests import MANIFEST_NAME, Manifest, read_manifest, verify_folder
 from luthier.storage.store import Storage
 
+# A file from this size on is hashed in one piece.
+_LARGE_BYTES = 1 << 20
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -48,12 +51,19 @@ class Copy:
         if stamps is not None and stamps == self.stamps:
             return
         try:
-            is_right = verify_folder(self.folder).digest == self.digest
+            is_right = verify_folder(self.folder, self._map_large()).digest == self.digest
         except OSError as error:
             raise ArtifactCorruptError("The artifact's local copy vanished.") from error
         if not is_right:
             raise ArtifactCorruptError("The artifact's local copy was replaced by another.")
         self.stamps = stamps
+
+    def _map_large(self) -> dict[str, memoryview]:
+        """Return the content of the large files, to be hashed in one piece each: between two pieces this
+        thread would wait for the interpreter, which others have."""
+        paths = [(name, self.folder / name) for name in self.names]
+        large = [(name, path) for name, path in paths if path.stat().st_size >= _LARGE_BYTES]
+        return {name: map_file(path) for name, path in large}
 
     def look(self) -> tuple[_Stamp, ...] | None:
         """Return what the files look like; None when one is not there."""
@@ -193,8 +203,12 @@ def drop_unused(cache_dir: Path, *, max_kept: int, in_use: set[str]) -> None:
         max_kept: copies that may stay.
         in_use: digests whose copies stay in any case.
     """
-    copies = [path for path in cache_dir.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    idle = [path for path in copies if f"sha256:{path.name}" not in in_use]
-    idle.sort(key=lambda path: path.stat().st_mtime_ns)
-    for path in idle[: max(0, len(copies) - max_kept)]:
-        shutil.rmtree(path, ignore_errors=True)
+    with os.scandir(cache_dir) as entries:
+        copies = [entry for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    num_left = len(copies) - max_kept
+    if num_left <= 0:
+        return
+    idle = [entry for entry in copies if f"sha256:{entry.name}" not in in_use]
+    idle.sort(key=lambda entry: entry.stat().st_mtime_ns)
+    for entry in idle[:num_left]:
+        shutil.rmtree(entry.path, ignore_errors=True)

@@ -7,6 +7,8 @@ Legend: R rows of logits, V vocabulary, L layers, N virtual tokens, H key heads,
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -202,7 +204,7 @@ class Lane:
         num_shared = chain.num_named * PAGE_SIZE
         num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
         if adapter is not None and num_shared < num_virtual:
-            _write_virtual(self.model, adapter, chain.pages, num_shared)
+            write_virtual(self.model, adapter, chain.pages, num_shared)
         return _Row(sequence, adapter, tokens, chain, max(num_shared, num_virtual))
 
     def _plan(self) -> list[tuple[_Row, Stretch]]:
@@ -305,60 +307,37 @@ class Lane:
         vectors_ND = adapter.embeddings_ND
         if vectors_ND is None:
             return
-        chain = self._borrow(len(vectors_ND))
-        try:
+        with self.borrowing(len(vectors_ND)) as (pages,):
             for first in range(0, len(vectors_ND), MAX_PROMPT_TOKENS):
                 part_ND = vectors_ND[first : first + MAX_PROMPT_TOKENS]
-                self.model.step([Stretch(part_ND, first, chain.pages, wants_logits=False)])
-            adapter.take_key_values(*self.model.pages.read(chain.pages, len(vectors_ND)))
-        finally:
-            self._pool.release(chain)
+                self.model.step([Stretch(part_ND, first, pages, wants_logits=False)])
+            adapter.take_key_values(*self.model.pages.read(pages, len(vectors_ND)))
 
-    @torch.inference_mode()
-    def probe(self, *texts: tuple[list[int], PackedAdapter | None]) -> torch.Tensor:
-        """Return what models say after short texts, by the ways that requests go: the last tokens alone.
+    @contextmanager
+    def borrowing(self, *lengths: int) -> Iterator[list[list[int]]]:
+        """Lend pages whose content nobody is to share, for sequences of so many tokens.
 
         Args:
-            *texts: tokens, and what lies on the base, prepared; all run beside each other.
+            *lengths: of the sequences.
 
-        Returns:
-            logits_RV, float32, a row a text.
+        Yields:
+            The pages of each.
 
         Raises:
             OutOfMemoryError: when the pages are too few.
         """
         chains: list[Chain] = []
         try:
-            before, last = [], []
-            for token_ids, adapter in texts:
-                num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
-                chain = self._borrow(num_virtual + len(token_ids))
-                chains.append(chain)
-                described = None
-                if adapter is not None:
-                    described = adapter.described
-                    _write_virtual(self.model, adapter, chain.pages, 0)
-                if len(token_ids) > 1:
-                    beginning = token_ids[:-1]
-                    before.append(Stretch(beginning, num_virtual, chain.pages, described, wants_logits=False))
-                end = num_virtual + len(token_ids) - 1
-                last.append(Stretch(token_ids[-1:], end, chain.pages, described))
-            if before:
-                self.model.step(before)
-            # A copy: they lie where the next step writes its own.
-            return self.model.step(last).held_RV.to(torch.float32, copy=True)
+            for num_tokens in lengths:
+                chains.append(Chain(None))
+                while not self._pool.extend(chains[-1], num_tokens):
+                    if not self._rows:
+                        raise _too_large(num_tokens)
+                    self._interrupt(self._rows[-1])
+            yield [chain.pages for chain in chains]
         finally:
             for chain in chains:
                 self._pool.release(chain)
-
-    def _borrow(self, num_tokens: int) -> Chain:
-        """Return pages whose content nobody is to share."""
-        chain = Chain(None)
-        while not self._pool.extend(chain, num_tokens):
-            if not self._rows:
-                raise _too_large(num_tokens)
-            self._interrupt(self._rows[-1])
-        return chain
 
 
 def _score(work: list[tuple[_Row, Stretch]], logits: Logits) -> Logits:
@@ -374,8 +353,15 @@ def _score(work: list[tuple[_Row, Stretch]], logits: Logits) -> Logits:
     return Logits(logits.held_RV[last], [logits.best[row] for row in last])
 
 
-def _write_virtual(model: PackedLlama, adapter: PackedAdapter, pages: list[int], start: int) -> None:
-    """Put an adapter's keys and values from a position on into the first pages of a sequence."""
+def write_virtual(model: PackedLlama, adapter: PackedAdapter, pages: list[int], start: int) -> None:
+    """Put an adapter's keys and values from a position on into the first pages of a sequence.
+
+    Args:
+        model: the base.
+        adapter: one without any changes nothing.
+        pages: the sequence's.
+        start: the first position that is written.
+    """
     if adapter.keys_NLHC is None or adapter.values_NLHC is None:
         return
     positions = torch.arange(start, adapter.num_virtual_tokens)

@@ -25,11 +25,22 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
-from luthier.inference.proofs import check_base, check_canary, check_probe, read_canary
+from luthier.inference.mapped_file import map_file
+from luthier.inference.probing import NUM_BEGUN, Text, probe
+from luthier.inference.proofs import (
+    check_base,
+    check_both_ways,
+    check_canary,
+    check_finite_logits,
+    check_probe,
+    read_canary,
+)
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.weights import in_turn, load_weights
+from luthier.inference.weights_file import tensors_of
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
+from luthier.methods._peft import WEIGHTS_NAME
 from luthier.methods._served import ServedParts
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
 from luthier.modeling.packed_llama import can_pack_llama
@@ -107,12 +118,9 @@ async def load(
     """
     copy, packed = _copy_of(served), served.base.packed
     if kind is Kind.PACKED and packed is not None:
-        adapter = await _lay_out_checked(served, packed)
+        adapter = await _lay_out_checked(engine, served, packed)
         if adapter is not None:
-            lane, canary = packed.lane, read_canary(copy.folder)
-            proving = engine.call(lambda: _prove(lane, adapter, served.base.probe_ids, None, canary))
-            await asyncio.wrap_future(proving)
-            return ReadyModel(served, lane=lane, adapter=adapter)
+            return ReadyModel(served, lane=packed.lane, adapter=adapter)
         if served.base.slots is None:
             async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
                 await in_turn(_open_slots, served.base, packed)
@@ -156,32 +164,58 @@ async def _check(served: ServedModel) -> None:
         await asyncio.to_thread(copy.check)
 
 
-async def _lay_out_checked(served: ServedModel, packed: PackedWeights) -> PackedAdapter | None:
-    """Lay an artifact out while its files are checked; what was laid of other bytes is thrown away."""
+async def _lay_out_checked(
+    engine: EngineLike, served: ServedModel, packed: PackedWeights
+) -> PackedAdapter | None:
+    """Lay an artifact out and let it prove itself while its files are checked.
+
+    What was made of other bytes is thrown away. None where only the plain path can serve it.
+    """
     # Another server that links or drops the same files touches them too.
     for _ in range(_MOST_LOADS):
-        before = await asyncio.to_thread(_look, served)
-        laying = asyncio.to_thread(_lay_out, _copy_of(served), packed, served.base.facts.digest)
-        checked, adapter = await asyncio.gather(_check(served), laying, return_exceptions=True)
+        checking, making = _check(served), _lay_out_proved(engine, served, packed)
+        checked, made = await asyncio.gather(checking, making, return_exceptions=True)
         # Whatever else went wrong may be the damaged files' doing.
-        for told in (checked, adapter):
+        for told in (checked, made):
             if isinstance(told, BaseException):
                 raise told
-        assert not isinstance(adapter, BaseException)
-        if None not in before and await asyncio.to_thread(_look, served) == before:
-            return adapter
-    # They were read twice, and may not have been the same.
+        assert not isinstance(made, BaseException)
+        if made.is_of_one_state:
+            return made.adapter
     raise ArtifactCorruptError("The artifact's files changed while they were read; ask again.")
 
 
-def _look(served: ServedModel) -> list[object]:
-    return [copy.look() for copy in served.copies]
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """An adapter, None where only the plain path can serve the artifact; what training recorded; and whether
+    the files stayed as they were, so that what was read is what is checked."""
+
+    adapter: PackedAdapter | None
+    canary: Canary | None
+    is_of_one_state: bool
+
+
+async def _lay_out_proved(engine: EngineLike, served: ServedModel, packed: PackedWeights) -> _Made:
+    made = await asyncio.to_thread(_make, _copy_of(served), packed, served.base.facts.digest)
+    adapter = made.adapter
+    if adapter is not None:
+        proving = engine.call(lambda: _prove(packed.lane, adapter, served.base.probe_ids, made.canary))
+        await asyncio.wrap_future(proving)
+    return made
+
+
+def _make(copy: Copy, packed: PackedWeights, base_digest: str) -> _Made:
+    before = copy.look()
+    adapter = _lay_out(copy, packed, base_digest)
+    canary = None if adapter is None else read_canary(copy.folder)
+    return _Made(adapter, canary, before is not None and copy.look() == before)
 
 
 def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> PackedAdapter | None:
-    """Read an artifact and lay it out beside its base; None where only the plain path can serve it."""
+    """Lay an artifact out beside its base; None where only the plain path can serve it."""
     check_base(copy.folder, base_digest)
-    parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape)
+    weights = tensors_of(map_file(copy.folder / WEIGHTS_NAME))
+    parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape, weights)
     model = packed.lane.model
     if parts is None or not can_lay_out(parts, model):
         return None
@@ -210,29 +244,28 @@ def _read_weight(folder: Path, name: str) -> torch.Tensor:
     raise ArtifactCorruptError("The base has no layer that the artifact is for.")
 
 
-def _prove(
-    lane: Lane,
-    adapter: PackedAdapter | None,
-    probe_ids: list[int],
-    base_logits_V: torch.Tensor | None,
-    canary: Canary | None,
-) -> None:
-    """Let a model on a lane prove itself: finite, another than its base, and as training recorded it.
-
-    `base_logits_V` is what the base of a model with weights of its own says; without it the lane's own base
-    answers beside the adapter.
-    """
-    texts = [(probe_ids, adapter)]
-    if adapter is not None:
-        lane.prepare(adapter)
-    if base_logits_V is None:
-        texts.append((probe_ids, None))
-    if canary is not None:
-        texts.append((canary.token_ids, adapter))
+def _prove(lane: Lane, adapter: PackedAdapter, probe_ids: list[int], canary: Canary | None) -> None:
+    """Let an adapter on a lane prove itself: finite, another than its base, and as training recorded it."""
+    lane.prepare(adapter)
+    # Training's text is as good as any.
+    token_ids = probe_ids if canary is None else canary.token_ids
     # All at once: each weight is read once for them.
-    logits_RV = lane.probe(*texts)
-    check_probe(logits_RV[0], logits_RV[1] if base_logits_V is None else base_logits_V)
-    check_canary(canary, lane.model.dtype, lambda _token_ids: logits_RV[-1])
+    said, base_said = probe(lane, [Text(token_ids, adapter), Text(token_ids[:NUM_BEGUN], None)])
+    check_probe(said.begun_BV, base_said.begun_BV)
+    check_finite_logits(said.last_V)
+    check_canary(canary, lane.model.dtype, lambda _token_ids: said.last_V)
+    check_both_ways(said, base_said, dtype=lane.model.dtype, canary=canary)
+
+
+def _prove_whole(
+    lane: Lane, probe_ids: list[int], base_logits_V: torch.Tensor, canary: Canary | None
+) -> None:
+    """Let weights of their own prove themselves as an adapter does, beside what their base says."""
+    texts = [Text(probe_ids, None), *([] if canary is None else [Text(canary.token_ids, None)])]
+    said = probe(lane, texts)
+    check_probe(said[0].last_V, base_logits_V)
+    check_canary(canary, lane.model.dtype, lambda _token_ids: said[-1].last_V)
+    check_both_ways(said[0], None, dtype=lane.model.dtype, canary=canary)
 
 
 def _open_slots(base: LoadedBase, packed: PackedWeights) -> None:
@@ -259,12 +292,12 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
         prove_whole(whole, folder, base.probe_ids, base.probe_logits())
     if can_pack:
         packed = _pack_whole(whole, folder, base.probe_ids, limits)
-        _prove(packed.lane, None, base.probe_ids, base.probe_logits(), read_canary(folder))
+        _prove_whole(packed.lane, base.probe_ids, base.probe_logits(), read_canary(folder))
         if served.foundation is None:
             return ReadyModel(served, lane=packed.lane)
         adapter = _lay_out(copy, packed, served.foundation.digest)
         if adapter is not None:
-            _prove(packed.lane, adapter, base.probe_ids, None, read_canary(copy.folder))
+            _prove(packed.lane, adapter, base.probe_ids, read_canary(copy.folder))
             return ReadyModel(served, lane=packed.lane, adapter=adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)

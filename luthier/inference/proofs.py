@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
+from luthier.inference.probing import Said
 from luthier.storage.manifests import Manifest, read_manifest
 
 # How far served logits may be from recorded ones, as the norm of the gap relative to that of the logits. In
@@ -106,22 +107,53 @@ def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[
     logits_V = run(canary.token_ids).cpu()
     if max(canary.candidates) >= len(logits_V) or min(canary.candidates) < 0:
         raise ArtifactCorruptError("The artifact has another vocabulary than its base.")
-    recorded = torch.tensor(canary.logits, dtype=torch.float32)
-    gap = float((logits_V[canary.candidates] - recorded).norm() / recorded.norm())
+    gap = _gap(logits_V[canary.candidates], torch.tensor(canary.logits, dtype=torch.float32))
     is_exact = dtype is torch.float32 and canary.precision == "float32"
-    largest = max(_ROUNDED_CANARY_TOLERANCE, canary.allowed_rounding)
-    if not gap <= (_CANARY_TOLERANCE if is_exact else largest):
+    if not gap <= (_CANARY_TOLERANCE if is_exact else _largest_rounded_gap(canary)):
         raise SelfCheckError(
             f"The model does not say what training recorded of it (logits {gap:.2g} apart); it is not served."
         )
+
+
+def check_both_ways(said: Said, base_said: Said | None, *, dtype: torch.dtype, canary: Canary | None) -> None:
+    """Check that a token says the same by itself as at the begin of a text: other code runs it.
+
+    Args:
+        said: what the model says of a text.
+        base_said: what its base says of the same begin; None for a model with weights of its own.
+        dtype: type of the weights that are served.
+        canary: what training recorded; it tells how far off rounding may be.
+
+    Raises:
+        SelfCheckError: when the two are far apart or not finite, or the base answers one of the ways.
+    """
+    gap = _gap(said.alone_V, said.begun_BV[0])
+    if not gap <= (_CANARY_TOLERANCE if dtype is torch.float32 else _largest_rounded_gap(canary)):
+        raise SelfCheckError(
+            f"The model says something else token by token than at once (logits {gap:.2g} apart); it is not "
+            "served."
+        )
+    # Of a smaller change rounding may leave nothing on one of the ways.
+    is_changed = base_said is not None and _gap(said.begun_BV[0], base_said.begun_BV[0]) > _CANARY_TOLERANCE
+    if is_changed and base_said is not None and torch.equal(said.alone_V, base_said.alone_V):
+        raise SelfCheckError("Token by token the base answers for the model; it is not served.")
+
+
+def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return how far logits are apart, as a share of the expected ones' norm."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def _largest_rounded_gap(canary: Canary | None) -> float:
+    return max(_ROUNDED_CANARY_TOLERANCE, 0.0 if canary is None else canary.allowed_rounding)
 
 
 def check_probe(logits_V: torch.Tensor, base_logits_V: torch.Tensor) -> None:
     """Check what a model says about a short text beside what its base says.
 
     Args:
-        logits_V: the model's, float32.
-        base_logits_V: the base's, float32.
+        logits_V: the model's, float32, after one token or several.
+        base_logits_V: the base's, float32, after as many.
 
     Raises:
         ArtifactCorruptError: when the vocabularies differ.
@@ -129,7 +161,19 @@ def check_probe(logits_V: torch.Tensor, base_logits_V: torch.Tensor) -> None:
     """
     if logits_V.shape != base_logits_V.shape:
         raise ArtifactCorruptError("The artifact has another vocabulary than its base.")
-    if not bool(torch.isfinite(logits_V).all()):
-        raise SelfCheckError("The model's logits are not finite; it is not served.")
+    check_finite_logits(logits_V)
     if torch.equal(logits_V, base_logits_V):
         raise SelfCheckError("The model's artifact changes nothing about its base; it is not served.")
+
+
+def check_finite_logits(logits_V: torch.Tensor) -> None:
+    """Check that a model says numbers.
+
+    Args:
+        logits_V: the model's, float32.
+
+    Raises:
+        SelfCheckError: when one of them is not finite.
+    """
+    if not bool(torch.isfinite(logits_V).all()):
+        raise SelfCheckError("The model's logits are not finite; it is not served.")

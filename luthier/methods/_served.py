@@ -91,12 +91,15 @@ class ServedParts:
         return [tensor for tensor in found if tensor is not None]
 
 
-def read_lora(folder: Path, shape: BaseShape) -> ServedParts | None:
+def read_lora(
+    folder: Path, shape: BaseShape, weights: dict[str, torch.Tensor] | None = None
+) -> ServedParts | None:
     """Read an adapter in PEFT's layout.
 
     Args:
         folder: the artifact.
         shape: of its base.
+        weights: the tensors of its weights file where they have been read already.
 
     Returns:
         Its parts; None when its configuration has something that PEFT alone knows.
@@ -106,7 +109,8 @@ def read_lora(folder: Path, shape: BaseShape) -> ServedParts | None:
     """
     try:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
-        weights = load_file(folder / WEIGHTS_NAME)
+        if weights is None:
+            weights = load_file(folder / WEIGHTS_NAME)
         if any(config.get(name) for name in _UNKNOWN_WHEN_SET) or config.get("bias", "none") != "none":
             return None
         root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
@@ -148,12 +152,15 @@ def _is_target(path: str, target: str | list[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in target)
 
 
-def read_bottleneck_parts(folder: Path, shape: BaseShape) -> ServedParts:
+def read_bottleneck_parts(
+    folder: Path, shape: BaseShape, weights: dict[str, torch.Tensor] | None = None
+) -> ServedParts:
     """Read an adapter of bottleneck layers (docs/adapter-format.md).
 
     Args:
         folder: the artifact.
         shape: of its base.
+        weights: the tensors of its weights file where they have been read already.
 
     Returns:
         Its parts.
@@ -166,7 +173,8 @@ def read_bottleneck_parts(folder: Path, shape: BaseShape) -> ServedParts:
 
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_bytes())
-        weights = load_file(folder / WEIGHTS_NAME)
+        # A copy: what is taken for a bottleneck is missed afterwards.
+        weights = load_file(folder / WEIGHTS_NAME) if weights is None else dict(weights)
         is_ours = (config["adapter_type"], config["format_version"]) == (ADAPTER_TYPE, FORMAT_VERSION)
         if not is_ours or config["activation"] not in ACTIVATIONS:
             raise ArtifactCorruptError("The adapter's configuration does not fit this base.")

@@ -20,6 +20,7 @@ from luthier.methods._peft import peft_type, write_adapter
 from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from luthier.methods._served import ServedParts
@@ -161,11 +162,13 @@ class Lora(Method):
 
         return install_lora(causal_lm, folder)
 
-    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
+    def read_parts(
+        self, folder: Path, shape: BaseShape, weights: "dict[str, torch.Tensor] | None" = None
+    ) -> "ServedParts | None":
         """Read the updates of the linear layers."""
         from luthier.methods._served import read_lora
 
-        return read_lora(folder, shape)
+        return read_lora(folder, shape, weights)
 
 
 def _count(chosen: dict[str, tuple[int, int]], params: LoraParams) -> int:

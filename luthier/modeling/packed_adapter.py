@@ -5,10 +5,10 @@ layers, H key heads, C head size.
 """
 
 import itertools
+import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,8 +68,8 @@ class PackedAdapter:
         found = (self.keys_NLHC, self.values_NLHC, self.embeddings_ND)
         tensors = [one for one in found if one is not None]
         if self.described is not None:
-            for one in _all_sites(self.described.low_ranks, self.described.bottlenecks):
-                tensors += _tensors_of(one).values()
+            sites = itertools.chain(*self.described.low_ranks, *self.described.bottlenecks)
+            tensors += [tensor for site in sites if site is not None for tensor in site.tensors.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def take_key_values(self, keys_NLHC: torch.Tensor, values_NLHC: torch.Tensor) -> None:
@@ -112,29 +112,18 @@ def lay_out(
     Raises:
         ArtifactCorruptError: when two parts claim one place.
     """
-    low_ranks: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
-    bottlenecks: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]
     places: set[str] = set()
-    placed: list[tuple[LowRankPart, int, int]] = []
-    for low_rank in parts.low_ranks:
-        layer, site = _place(low_rank.module, _SITES, base, places)
-        low_ranks[layer][site] = _low_rank_site(low_rank, base, read_weight)
-        placed.append((low_rank, layer, site))
-    for bottleneck in parts.bottlenecks:
-        layer, half = _place(bottleneck.module, _HALVES, base, places)
-        bottlenecks[layer][half] = _bottleneck_site(bottleneck, base)
-    has_sites = bool(parts.low_ranks or parts.bottlenecks)
-    if has_sites:
-        _lay_together(low_ranks, bottlenecks, base.device, take_memory)
-    updates = []
-    for part, layer, number in placed:
-        laid = low_ranks[layer][number]
-        assert laid is not None
-        updates.append(Update(part.a_RK, part.b_OR, part.scale, laid.a_RK, laid.b))
-    lay_low_ranks(updates)
+    low_ranks = {
+        _place(one.module, _SITES, base, places): _plan(one, base, read_weight) for one in parts.low_ranks
+    }
+    bottlenecks = {
+        _place(one.module, _HALVES, base, places): _bottleneck_site(one, base) for one in parts.bottlenecks
+    }
+    has_sites = bool(low_ranks or bottlenecks)
+    described = _lay_together(low_ranks, bottlenecks, base, take_memory) if has_sites else None
     embeddings_ND = parts.embeddings_ND
     adapter = PackedAdapter(
-        Described(low_ranks, bottlenecks) if has_sites else None,
+        described,
         embeddings_ND=None if embeddings_ND is None else _typed(embeddings_ND, base),
     )
     if parts.key_values:
@@ -143,57 +132,63 @@ def lay_out(
     return adapter
 
 
+class _Room:
+    """Memory that is given out from its begin to its end, every piece from the begin of a line on."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+        self._begin = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return room for numbers, whatever is in it."""
+        size = dtype.itemsize
+        typed = self._typed.get(dtype)
+        if typed is None:
+            whole = len(self._memory) // size * size
+            typed = self._typed[dtype] = self._memory[:whole].view(dtype)
+        count, begin = math.prod(shape), self._begin // size
+        self._begin += _aligned(count * size)
+        return typed[begin : begin + count].view(shape)
+
+    def move(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of numbers in this room."""
+        return self.take(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
 def _lay_together(
-    low_ranks: list[list[LowRankSite | None]],
-    bottlenecks: list[list[BottleneckSite | None]],
-    device: torch.device,
+    low_ranks: dict[tuple[int, int], "_Plan"],
+    bottlenecks: dict[tuple[int, int], BottleneckSite],
+    base: PackedLlama,
     take_memory: Callable[[int], torch.Tensor],
-) -> None:
-    """Move all numbers into one piece of memory, in the order in which a step reads them.
+) -> Described:
+    """Lay all numbers into one piece of memory, in the order in which a step reads them.
 
-    So the processor, which looks ahead, has one row's next site on the way while it works on the last. What
-    has a shape and no numbers yet gets its place.
+    So the processor, which looks ahead, has one row's next site on the way while it works on the last.
     """
-    num_bytes = sum(_room_for(one) for one in _all_sites(low_ranks, bottlenecks))
-    room = (
-        take_memory(num_bytes)
-        if device.type == "cpu"
-        else torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    num_bytes = sum(one.num_bytes for one in low_ranks.values())
+    num_bytes += sum(_aligned(one.nbytes) for site in bottlenecks.values() for one in site.tensors.values())
+    on_cpu = base.device.type == "cpu"
+    room = _Room(
+        take_memory(num_bytes) if on_cpu else torch.empty(num_bytes, dtype=torch.uint8, device=base.device)
     )
-    for sites, halves in zip(low_ranks, bottlenecks, strict=True):
-        steps = ((sites, range(4)), (halves, range(1)), (sites, range(4, NUM_SITES)), (halves, range(1, 2)))
-        for kind, numbers in steps:
+    laid: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
+    halves: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]
+    updates = []
+    for layer in range(base.num_layers):
+        for half, numbers in enumerate((range(4), range(4, NUM_SITES))):
             for number in numbers:
-                room = _move(kind, number, room)
-
-
-def _move(sites: list[Any], number: int, room: torch.Tensor) -> torch.Tensor:
-    """Move a site's numbers to the begin of some room, and return what is left of it."""
-    site = sites[number]
-    if site is None:
-        return room
-    moved = {}
-    for name, tensor in _tensors_of(site).items():
-        place = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        moved[name] = place if tensor.is_meta else place.copy_(tensor)
-        room = room[_aligned(tensor.nbytes) :]
-    sites[number] = replace(site, **moved)
-    return room
-
-
-def _all_sites(
-    low_ranks: Sequence[Sequence[LowRankSite | None]], bottlenecks: Sequence[Sequence[BottleneckSite | None]]
-) -> list[LowRankSite | BottleneckSite]:
-    return [one for one in itertools.chain(*low_ranks, *bottlenecks) if one is not None]
-
-
-def _tensors_of(site: LowRankSite | BottleneckSite) -> dict[str, torch.Tensor]:
-    held = ((one.name, getattr(site, one.name)) for one in fields(site))
-    return {name: value for name, value in held if isinstance(value, torch.Tensor)}
-
-
-def _room_for(site: LowRankSite | BottleneckSite) -> int:
-    return sum(_aligned(one.nbytes) for one in _tensors_of(site).values())
+                plan = low_ranks.get((layer, number))
+                if plan is not None:
+                    site = laid[layer][number] = plan.take(room)
+                    part = plan.part
+                    updates.append(Update(part.a_RK, part.b_OR, part.scale, site.a_RK, site.b))
+            bottleneck = bottlenecks.get((layer, half))
+            if bottleneck is not None:
+                moved = {name: room.move(one) for name, one in bottleneck.tensors.items()}
+                halves[layer][half] = replace(bottleneck, **moved)
+    lay_low_ranks(updates)
+    return Described(laid, halves)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -215,21 +210,38 @@ def _place(module: str, names: dict[str, int], base: PackedLlama, taken: set[str
     return place
 
 
-def _low_rank_site(
-    part: LowRankPart, base: PackedLlama, read_weight: Callable[[str], torch.Tensor]
-) -> LowRankSite:
-    """Return a site of which the factors are there, and of the update only its shapes."""
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The shapes that an update is laid out in, and its factors."""
+
+    part: LowRankPart
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    factor_O: torch.Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        numbers = sum(_aligned(math.prod(shape) * self.dtype.itemsize) for shape in self.shapes)
+        return numbers + (0 if self.factor_O is None else _aligned(self.factor_O.nbytes))
+
+    def take(self, room: _Room) -> LowRankSite:
+        """Return the site in some room, where its numbers are still to be written but for the factors."""
+        a_FK, blocks = (room.take(shape, self.dtype) for shape in self.shapes)
+        return LowRankSite(a_FK, blocks, None if self.factor_O is None else room.move(self.factor_O))
+
+
+def _plan(part: LowRankPart, base: PackedLlama, read_weight: Callable[[str], torch.Tensor]) -> _Plan:
     factor_O = None
     if part.magnitude_O is not None:
         # The norm of every output's whole weight (Liu et al. 2024, arXiv 2402.09353, section 4.1).
         scaled_OR = part.b_OR.float() * part.scale
         whole_OK = read_weight(part.module).float() + scaled_OR @ part.a_RK.float()
         factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).to(base.device).contiguous()
-    filled, num_inputs = _filled_up(part.a_RK.shape[0]), part.a_RK.shape[1]
-    are_pairs = lie_in_pairs(base.embedding_VD)
-    shapes = ((filled, num_inputs), shape_of_blocks(filled, len(part.b_OR), are_pairs=are_pairs))
-    a_FK, blocks = (torch.empty(shape, dtype=base.dtype, device="meta") for shape in shapes)
-    return LowRankSite(a_FK, blocks, factor_O)
+    (rank, num_inputs), num_outputs = part.a_RK.shape, part.b_OR.shape[0]
+    filled, are_pairs = _filled_up(rank), lie_in_pairs(base.embedding_VD)
+    shapes = (filled, num_inputs), shape_of_blocks(filled, num_outputs, are_pairs=are_pairs)
+    return _Plan(part, base.dtype, shapes, factor_O)
 
 
 def _bottleneck_site(part: BottleneckPart, base: PackedLlama) -> BottleneckSite:

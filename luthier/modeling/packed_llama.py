@@ -52,7 +52,8 @@ class Stretch:
 
     `tokens` are ids, or vectors [T, D] in their place; `first` is the position of the first, and all before
     it are in `pages`, which reach to the last. `adapter` is what these rows bear. Logits are wanted after its
-    last token, after all of them, or not at all.
+    last token, after all of them, or not at all; after some of its first tokens, too, of which the last is
+    none.
     """
 
     tokens: Sequence[int] | torch.Tensor
@@ -61,6 +62,7 @@ class Stretch:
     adapter: Described | None = None
     wants_logits: bool = True
     wants_all_logits: bool = False
+    num_first_logits: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -68,7 +70,15 @@ class Stretch:
     @property
     def num_logits(self) -> int:
         """Rows of logits that it gets."""
-        return len(self.tokens) if self.wants_all_logits else int(self.wants_logits)
+        return len(self.wanted)
+
+    @property
+    def wanted(self) -> list[int]:
+        """The places of its tokens after which logits are wanted, in order."""
+        count = len(self.tokens)
+        if self.wants_all_logits:
+            return list(range(count))
+        return [*range(self.num_first_logits), *([count - 1] if self.wants_logits else [])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,12 +346,9 @@ class PackedLlama:
         singles: list[Stretch],
         places: list[Chunk],
     ) -> Logits:
-        ends = {id(one): row + 1 for row, one in enumerate(singles)}
-        ends |= {id(chunk.stretch): chunk.tokens.stop for chunk in places}
-        wanted: list[int] = []
-        for one in stretches:
-            end = ends[id(one)]
-            wanted.extend(range(end - one.num_logits, end))
+        begins = {id(one): row for row, one in enumerate(singles)}
+        begins |= {id(chunk.stretch): chunk.tokens.start for chunk in places}
+        wanted = [begins[id(one)] + place for one in stretches for place in one.wanted]
         if not wanted:
             return Logits(stream_ND.new_empty(0, self.vocabulary_size), [])
         wanted_R = torch.tensor(wanted, device=self.device)

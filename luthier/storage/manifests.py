@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -143,11 +143,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactCorruptError(f"{folder.name} has no manifest that can be read.") from error
 
 
-def verify_folder(folder: Path) -> Manifest:
+def verify_folder(folder: Path, read: Mapping[str, memoryview] | None = None) -> Manifest:
     """Read a folder's manifest and check every file's size and sha256, and the digest.
 
     Args:
         folder: a sealed folder.
+        read: the content of files that have been read already, by name; they are not read again.
 
     Returns:
         The manifest.
@@ -157,8 +158,12 @@ def verify_folder(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
+        path, content = folder / name, (read or {}).get(name)
+        if content is None and (not path.is_file() or path.stat().st_size != entry.bytes):
+            found = None
+        else:
+            found = file_sha256(path) if content is None else hashlib.sha256(content).hexdigest()
+        if found != entry.sha256:
             raise ArtifactCorruptError(f"{folder.name}/{name} does not match its manifest.")
     if compute_digest(manifest.files, manifest.digested, manifest.base_digest) != manifest.digest:
         raise ArtifactCorruptError(f"The digest in the manifest of {folder.name} does not match its files.")

@@ -49,12 +49,16 @@ def lay_low_ranks(updates: Sequence[Update]) -> None:
     Raises:
         ValueError: when a tensor's shape, type or device does not fit the others'.
     """
+    if not updates:
+        return
+    like = updates[0].a_FK
+    are_pairs = lie_in_pairs(like)
     for update in updates:
-        _check(update, updates[0].a_FK)
+        _check(update, like, are_pairs=are_pairs)
     if not all(map(_is_compiled, updates)):
         for update in updates:
             _lay_plainly(update)
-    elif updates:
+    else:
         facts = torch.tensor([_facts(update) for update in updates])
         address = kernels.compiled_address("lay_low_ranks", updates[0].a_FK.dtype)
         launch(address, [len(updates), facts.data_ptr()])
@@ -108,12 +112,12 @@ def _wide_facts(update: WideUpdate) -> list[int]:
     return [*(one.data_ptr() for one in tensors), *sizes, kernels.float_bits(update.scale)]
 
 
-def _check(update: Update, like: torch.Tensor) -> None:
-    (rank, num_inputs), num_outputs, filled = update.a_RK.shape, len(update.b_OR), len(update.a_FK)
-    fits = update.b_OR.shape[1] == rank <= filled and update.a_FK.shape[1] == num_inputs and filled % 2 == 0
-    expected = shape_of_blocks(filled, num_outputs, are_pairs=lie_in_pairs(update.blocks))
-    are_alike = _are_alike((update.a_FK, update.blocks), like)
-    if not (fits and update.blocks.shape == expected and are_alike):
+def _check(update: Update, like: torch.Tensor, *, are_pairs: bool) -> None:
+    (rank, num_inputs), (filled, num_places) = update.a_RK.shape, update.a_FK.shape
+    num_outputs, width = update.b_OR.shape
+    fits = width == rank <= filled and num_inputs == num_places and filled % 2 == 0
+    expected = shape_of_blocks(filled, num_outputs, are_pairs=are_pairs)
+    if not (fits and update.blocks.shape == expected and _are_alike((update.a_FK, update.blocks), like)):
         raise ValueError("A low-rank update does not fit the place where it is to go.")
 
 
@@ -124,7 +128,7 @@ def _is_compiled(update: Update) -> bool:
 
 def _facts(update: Update) -> list[int]:
     tensors = (update.a_RK, update.b_OR, update.a_FK, update.blocks)
-    sizes = (len(update.a_RK), *update.a_FK.shape, len(update.b_OR))
+    sizes = (update.a_RK.shape[0], *update.a_FK.shape, update.b_OR.shape[0])
     return [*(one.data_ptr() for one in tensors), *sizes, kernels.float_bits(update.scale)]
 
 

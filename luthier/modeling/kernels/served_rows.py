@@ -59,6 +59,12 @@ class LowRankSite:
     factor_O: torch.Tensor | None = None
 
     @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that it holds, by the fields' names."""
+        own = {"a_RK": self.a_RK, "b": self.b}
+        return own if self.factor_O is None else own | {"factor_O": self.factor_O}
+
+    @property
     def entries(self) -> list[int]:
         """The numbers that describe it."""
         check_blocks(self.b)
@@ -82,6 +88,11 @@ class BottleneckSite:
     up_D: torch.Tensor
     activation: str
     is_parallel: bool
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that it holds, by the fields' names."""
+        return {"down_MD": self.down_MD, "down_M": self.down_M, "up": self.up, "up_D": self.up_D}
 
     @property
     def entries(self) -> list[int]:
@@ -136,7 +147,7 @@ class Described:
         object.__setattr__(self, "table", torch.tensor(entries, dtype=torch.int64))
         object.__setattr__(self, "has_low_ranks", any(map(any, self.low_ranks)))
         object.__setattr__(self, "has_bottlenecks", any(map(any, self.bottlenecks)))
-        ranks = [len(site.a_RK) for sites in self.low_ranks for site in sites if site is not None]
+        ranks = [site.a_RK.shape[0] for sites in self.low_ranks for site in sites if site is not None]
         object.__setattr__(self, "max_rank", max(ranks, default=0))
 
     def add_low_ranks_to(

@@ -15,6 +15,7 @@ from luthier.inference.bases import LoadedBase, ServedModel
 from luthier.inference.copies import verify_copy
 from luthier.inference.loading import Kind
 from luthier.inference.models import read_target
+from luthier.inference.probing import Text, probe
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.whole import measure_whole
 from luthier.methods import discover
@@ -76,7 +77,7 @@ def test_an_artifact_on_a_whole_model_gives_the_logits_that_its_method_gives_the
         loaded = make_loaded(2**24, max_waiting=4)
         ready = await loaded.hold(served(base, artifact, whole))
         assert ready.lane is not None
-        logits_V = ready.lane.probe((IDS, ready.adapter))[0]
+        logits_V = probe(ready.lane, [Text(IDS, ready.adapter)])[0].last_V
         assert torch.allclose(logits_V, expected_V, atol=1e-4)
         assert not torch.allclose(logits_V, method_logits(base_folder, artifact.folder, IDS)[-1], atol=1e-2)
         # It is counted as the whole model that it holds, and touches nothing of the base.
