@@ -1,7 +1,7 @@
-"""From an artifact's verified copy to weights that answer: measured, read, laid out, proved, and taken away.
+"""From an artifact's copy to weights that answer: measured, verified, laid out, proved, and taken away.
 
-Reading and laying out take a thread of their own; only the proof runs on the engine's thread, as one short
-prompt between two steps. Nothing here counts memory or decides who leaves.
+Verifying and laying out take a thread each; only the proof runs on the engine's thread, as one step of short
+texts between two others. Nothing here counts memory or decides who leaves.
 
 Legend: `V` vocabulary.
 """
@@ -29,7 +29,6 @@ from luthier.inference.mapped_file import map_file
 from luthier.inference.probing import NUM_BEGUN, Text, probe
 from luthier.inference.proofs import (
     check_base,
-    check_both_ways,
     check_canary,
     check_finite_logits,
     check_probe,
@@ -50,6 +49,8 @@ ResultT = TypeVar("ResultT")
 _OPENING = threading.Lock()
 # How often files that are touched meanwhile are read before they are given up.
 _MOST_LOADS = 3
+# Of a text that training recorded; it takes some twelve.
+_MOST_CANARY_TOKENS = 64
 
 
 class EngineLike(Protocol):
@@ -173,56 +174,60 @@ async def _lay_out_checked(
     """
     # Another server that links or drops the same files touches them too.
     for _ in range(_MOST_LOADS):
+        before = await asyncio.to_thread(_copy_of(served).look)
         checking, making = _check(served), _lay_out_proved(engine, served, packed)
-        checked, made = await asyncio.gather(checking, making, return_exceptions=True)
+        checked, adapter = await asyncio.gather(checking, making, return_exceptions=True)
         # Whatever else went wrong may be the damaged files' doing.
-        for told in (checked, made):
+        for told in (checked, adapter):
             if isinstance(told, BaseException):
                 raise told
-        assert not isinstance(made, BaseException)
-        if made.is_of_one_state:
-            return made.adapter
+        assert not isinstance(adapter, BaseException)
+        if before is not None and await asyncio.to_thread(_copy_of(served).look) == before:
+            return adapter
+    # They were read twice, and may not have been the same.
     raise ArtifactCorruptError("The artifact's files changed while they were read; ask again.")
 
 
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """An adapter, None where only the plain path can serve the artifact; what training recorded; and whether
-    the files stayed as they were, so that what was read is what is checked."""
-
-    adapter: PackedAdapter | None
-    canary: Canary | None
-    is_of_one_state: bool
-
-
-async def _lay_out_proved(engine: EngineLike, served: ServedModel, packed: PackedWeights) -> _Made:
-    made = await asyncio.to_thread(_make, _copy_of(served), packed, served.base.facts.digest)
-    adapter = made.adapter
-    if adapter is not None:
-        proving = engine.call(lambda: _prove(packed.lane, adapter, served.base.probe_ids, made.canary))
-        await asyncio.wrap_future(proving)
-    return made
+async def _lay_out_proved(
+    engine: EngineLike, served: ServedModel, packed: PackedWeights
+) -> PackedAdapter | None:
+    copy, lane, probe_ids = _copy_of(served), packed.lane, served.base.probe_ids
+    made = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
+    if made is None:
+        return None
+    adapter, canary = made
+    await asyncio.wrap_future(engine.call(lambda: _prove(lane, adapter, probe_ids, canary)))
+    return adapter
 
 
-def _make(copy: Copy, packed: PackedWeights, base_digest: str) -> _Made:
-    before = copy.look()
-    adapter = _lay_out(copy, packed, base_digest)
-    canary = None if adapter is None else read_canary(copy.folder)
-    return _Made(adapter, canary, before is not None and copy.look() == before)
+def _lay_out(
+    copy: Copy, packed: PackedWeights, base_digest: str
+) -> tuple[PackedAdapter, Canary | None] | None:
+    """Lay an artifact out beside its base, and read what training recorded of it.
 
-
-def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> PackedAdapter | None:
-    """Lay an artifact out beside its base; None where only the plain path can serve it."""
+    None where only the plain path can serve it.
+    """
     check_base(copy.folder, base_digest)
-    weights = tensors_of(map_file(copy.folder / WEIGHTS_NAME))
+    path, model = copy.folder / WEIGHTS_NAME, packed.lane.model
+    weights = tensors_of(map_file(path)) if path.is_file() else None
     parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape, weights)
-    model = packed.lane.model
     if parts is None or not can_lay_out(parts, model):
         return None
     _check_finite(parts)
-    return lay_out(
+    adapter = lay_out(
         parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"), packed.spare.take
     )
+    canary = read_canary(copy.folder)
+    if canary is not None:
+        _check_tokens(canary, model.vocabulary_size)
+    return adapter, canary
+
+
+def _check_tokens(canary: Canary, vocabulary_size: int) -> None:
+    """Check a text before the engine runs it, of files whose hash is still to come."""
+    are_known = min(canary.token_ids) >= 0 and max(canary.token_ids) < vocabulary_size
+    if not are_known or len(canary.token_ids) > _MOST_CANARY_TOKENS:
+        raise ArtifactCorruptError("What training recorded of the model is no short text of its base.")
 
 
 def _check_finite(parts: ServedParts) -> None:
@@ -247,14 +252,18 @@ def _read_weight(folder: Path, name: str) -> torch.Tensor:
 def _prove(lane: Lane, adapter: PackedAdapter, probe_ids: list[int], canary: Canary | None) -> None:
     """Let an adapter on a lane prove itself: finite, another than its base, and as training recorded it."""
     lane.prepare(adapter)
-    # Training's text is as good as any.
+    # Training's text is as good as any, and of its base the begin is enough where it tells a difference.
     token_ids = probe_ids if canary is None else canary.token_ids
-    # All at once: each weight is read once for them.
-    said, base_said = probe(lane, [Text(token_ids, adapter), Text(token_ids[:NUM_BEGUN], None)])
-    check_probe(said.begun_BV, base_said.begun_BV)
-    check_finite_logits(said.last_V)
+    own, is_whole = Text(token_ids, adapter), canary is None
+    base_ids = token_ids if is_whole else token_ids[: NUM_BEGUN + 1]
+    said, base_said = probe(lane, [own, Text(base_ids, None)])
+    check_finite_logits(torch.cat([said.begun_BV, said.last_V[None]]))
+    if not is_whole and torch.equal(said.begun_BV, base_said.begun_BV):
+        said, base_said = probe(lane, [own, Text(token_ids, None)])
+        is_whole = True
+    if is_whole:
+        check_probe(said.last_V, base_said.last_V)
     check_canary(canary, lane.model.dtype, lambda _token_ids: said.last_V)
-    check_both_ways(said, base_said, dtype=lane.model.dtype, canary=canary)
 
 
 def _prove_whole(
@@ -265,7 +274,6 @@ def _prove_whole(
     said = probe(lane, texts)
     check_probe(said[0].last_V, base_logits_V)
     check_canary(canary, lane.model.dtype, lambda _token_ids: said[-1].last_V)
-    check_both_ways(said[0], None, dtype=lane.model.dtype, canary=canary)
 
 
 def _open_slots(base: LoadedBase, packed: PackedWeights) -> None:
@@ -295,9 +303,10 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
         _prove_whole(packed.lane, base.probe_ids, base.probe_logits(), read_canary(folder))
         if served.foundation is None:
             return ReadyModel(served, lane=packed.lane)
-        adapter = _lay_out(copy, packed, served.foundation.digest)
-        if adapter is not None:
-            _prove(packed.lane, adapter, base.probe_ids, read_canary(copy.folder))
+        made = _lay_out(copy, packed, served.foundation.digest)
+        if made is not None:
+            adapter, canary = made
+            _prove(packed.lane, adapter, base.probe_ids, canary)
             return ReadyModel(served, lane=packed.lane, adapter=adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)

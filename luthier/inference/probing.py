@@ -1,6 +1,6 @@
-"""What models on a lane say about short texts, by both ways that requests go: as a stretch, and row by row.
+"""What models on a lane say about short texts, by the ways that requests go: a stretch, then a row.
 
-Legend: `V` vocabulary, `B` the first two tokens of a text, or its only one.
+Legend: `V` vocabulary, `B` the first tokens of a text that are looked at.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from luthier.inference.lane import Lane, write_virtual
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import Stretch
 
+# After how many of a text's first tokens it is looked at, if it has more.
 NUM_BEGUN = 2
 
 
@@ -25,12 +26,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Said:
-    """Logits, float32: after a text's first tokens and after its last, as they are in the text, and after its
-    first as a row by itself."""
+    """Logits, float32: after a text's first tokens, of a stretch, and after its last, of a row by itself.
+
+    `begun_BV` has fewer rows where a text has no more tokens than are looked at.
+    """
 
     begun_BV: torch.Tensor
     last_V: torch.Tensor
-    alone_V: torch.Tensor
 
 
 @torch.inference_mode()
@@ -47,24 +49,27 @@ def probe(lane: Lane, texts: Sequence[Text]) -> list[Said]:
     Raises:
         OutOfMemoryError: when the pages are too few.
     """
-    # Each as a whole, and its first token by itself.
-    parts = [(ids, text.adapter) for text in texts for ids in (text.token_ids, text.token_ids[:1])]
-    firsts = [0 if adapter is None else adapter.num_virtual_tokens for _, adapter in parts]
-    lengths = [first + len(ids) for first, (ids, _) in zip(firsts, parts, strict=True)]
+    firsts = [0 if text.adapter is None else text.adapter.num_virtual_tokens for text in texts]
+    lengths = [first + len(text.token_ids) for first, text in zip(firsts, texts, strict=True)]
     with lane.borrowing(*lengths) as all_pages:
         stretches = []
-        for (ids, adapter), first, pages in zip(parts, firsts, all_pages, strict=True):
+        for text, first, pages in zip(texts, firsts, all_pages, strict=True):
+            adapter, end = text.adapter, len(text.token_ids) - 1
+            described = None if adapter is None else adapter.described
             if adapter is not None:
                 write_virtual(lane.model, adapter, pages, 0)
-            described, num_begun = (
-                None if adapter is None else adapter.described,
-                min(NUM_BEGUN, len(ids) - 1),
-            )
-            stretches.append(Stretch(ids, first, pages, described, num_first_logits=num_begun))
+            if end > 0:
+                begin = Stretch(
+                    text.token_ids[:end],
+                    first,
+                    pages,
+                    described,
+                    wants_logits=False,
+                    num_first_logits=min(NUM_BEGUN, end),
+                )
+                stretches.append(begin)
+            stretches.append(Stretch(text.token_ids[end:], first + end, pages, described))
         # A copy: they lie where the next step writes its own.
         logits_RV = lane.model.step(stretches).held_RV.to(torch.float32, copy=True)
-    rows = logits_RV.split([one.num_logits for one in stretches])
-    return [
-        Said(whole_RV[:NUM_BEGUN], whole_RV[-1], alone_1V[0])
-        for whole_RV, alone_1V in zip(rows[::2], rows[1::2], strict=True)
-    ]
+    counts = [min(NUM_BEGUN, len(text.token_ids) - 1) + 1 for text in texts]
+    return [Said(own_RV[:-1], own_RV[-1]) for own_RV in logits_RV.split(counts)]

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
-from luthier.inference.probing import Said
 from luthier.storage.manifests import Manifest, read_manifest
 
 # How far served logits may be from recorded ones, as the norm of the gap relative to that of the logits. In
@@ -115,30 +114,6 @@ def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[
         )
 
 
-def check_both_ways(said: Said, base_said: Said | None, *, dtype: torch.dtype, canary: Canary | None) -> None:
-    """Check that a token says the same by itself as at the begin of a text: other code runs it.
-
-    Args:
-        said: what the model says of a text.
-        base_said: what its base says of the same begin; None for a model with weights of its own.
-        dtype: type of the weights that are served.
-        canary: what training recorded; it tells how far off rounding may be.
-
-    Raises:
-        SelfCheckError: when the two are far apart or not finite, or the base answers one of the ways.
-    """
-    gap = _gap(said.alone_V, said.begun_BV[0])
-    if not gap <= (_CANARY_TOLERANCE if dtype is torch.float32 else _largest_rounded_gap(canary)):
-        raise SelfCheckError(
-            f"The model says something else token by token than at once (logits {gap:.2g} apart); it is not "
-            "served."
-        )
-    # Of a smaller change rounding may leave nothing on one of the ways.
-    is_changed = base_said is not None and _gap(said.begun_BV[0], base_said.begun_BV[0]) > _CANARY_TOLERANCE
-    if is_changed and base_said is not None and torch.equal(said.alone_V, base_said.alone_V):
-        raise SelfCheckError("Token by token the base answers for the model; it is not served.")
-
-
 def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return how far logits are apart, as a share of the expected ones' norm."""
     return float((found - expected).norm() / expected.norm())
@@ -152,8 +127,8 @@ def check_probe(logits_V: torch.Tensor, base_logits_V: torch.Tensor) -> None:
     """Check what a model says about a short text beside what its base says.
 
     Args:
-        logits_V: the model's, float32, after one token or several.
-        base_logits_V: the base's, float32, after as many.
+        logits_V: the model's, float32.
+        base_logits_V: the base's, float32.
 
     Raises:
         ArtifactCorruptError: when the vocabularies differ.

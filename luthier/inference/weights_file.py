@@ -1,5 +1,6 @@
 """The tensors of a safetensors file that lies in memory, where they are laid out from without a copy."""
 
+import ctypes
 import json
 import math
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from luthier.core.errors import ArtifactCorruptError
+from luthier.inference.mapped_file import address_of
 
 # The format's own name of what may be there besides tensors, and of its types (safetensors, "Format").
 _METADATA = "__metadata__"
@@ -33,15 +35,23 @@ def tensors_of(content: memoryview) -> dict[str, torch.Tensor]:
             raise ValueError("the header is longer than the file")
         header = json.loads(bytes(content[_LENGTH_BYTES:begin]))
         header.pop(_METADATA, None)
-        numbers = torch.frombuffer(content, dtype=torch.uint8)[begin:]
+        numbers = _bytes_of(content)[begin:]
         whole = {
             dtype: numbers[: len(numbers) // dtype.itemsize * dtype.itemsize].view(dtype)
             for dtype in _TYPES.values()
             if begin % dtype.itemsize == 0
         }
         return {name: _tensor(numbers, whole, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactCorruptError("The artifact's weights are no safetensors file.") from error
+
+
+def _bytes_of(content: memoryview) -> torch.Tensor:
+    """Return bytes as a tensor, which nobody may write: torch knows no such tensors, and would warn."""
+    view = (ctypes.c_uint8 * len(content)).from_address(address_of(content))
+    # The memory lives as long as the tensor.
+    view.held = content  # type: ignore[attr-defined]
+    return torch.frombuffer(view, dtype=torch.uint8)
 
 
 def _tensor(

@@ -124,7 +124,8 @@ def lay_out(
     embeddings_ND = parts.embeddings_ND
     adapter = PackedAdapter(
         described,
-        embeddings_ND=None if embeddings_ND is None else _typed(embeddings_ND, base),
+        # A copy: the base runs them when the file that they lie in may be another.
+        embeddings_ND=None if embeddings_ND is None else _typed(embeddings_ND.clone(), base),
     )
     if parts.key_values:
         by_layer = ([pair[kind].transpose(0, 1) for pair in parts.key_values] for kind in (0, 1))

@@ -52,8 +52,7 @@ class Stretch:
 
     `tokens` are ids, or vectors [T, D] in their place; `first` is the position of the first, and all before
     it are in `pages`, which reach to the last. `adapter` is what these rows bear. Logits are wanted after its
-    last token, after all of them, or not at all; after some of its first tokens, too, of which the last is
-    none.
+    last token, after all of them, or not at all, and after some of its first tokens besides.
     """
 
     tokens: Sequence[int] | torch.Tensor
@@ -216,7 +215,7 @@ class PackedLlama:
         """Run tokens, and put their keys and values into their sequences' pages.
 
         Args:
-            stretches: at most one a sequence.
+            stretches: of each sequence one, or some tokens and a last one after them.
             on_launch: called when all is prepared, before the long work without the interpreter's lock.
 
         Returns:
@@ -240,12 +239,12 @@ class PackedLlama:
         tokens = self._place_tokens(singles, chunks)
         buffers = self.make_buffers(sum(len(one) for one in stretches))
         self.embed([*singles, *chunks], buffers.stream_ND)
-        if on_launch is not None:
-            on_launch()
         work = Work(rows, tokens, places)
         if self._programs is not None and self._programs.can_write(self, work):
-            change_ND = self._programs.run_layers(self, buffers, work)
+            change_ND = self._programs.run_layers(self, buffers, work, on_launch)
         else:
+            if on_launch is not None:
+                on_launch()
             change_ND = self.run_layers(buffers, work)
         return self._logits(buffers.stream_ND, change_ND, stretches, singles, places)
 

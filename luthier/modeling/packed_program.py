@@ -87,12 +87,19 @@ class DecodePrograms:
         return isinstance(llama.ops, CompiledOps) and llama.ops.has_stretches and are_known
 
     @staticmethod
-    def run_layers(llama: "PackedLlama", buffers: "Buffers", work: "Work") -> torch.Tensor:
-        """Run all layers, as `PackedLlama.run_layers` does, in one call."""
+    def run_layers(
+        llama: "PackedLlama",
+        buffers: "Buffers",
+        work: "Work",
+        on_launch: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Run all layers, as `PackedLlama.run_layers` does, in one call; `on_launch` is called before it."""
         from luthier.modeling.kernels._threads import recording
 
         with recording(kernels.compiled_address("run_program", llama.dtype)) as program:
             change_ND = llama.run_layers(buffers, work)
+        if on_launch is not None:
+            on_launch()
         program.run()
         return change_ND
 

@@ -21,13 +21,13 @@ from luthier.modeling.kernels.products import PANEL_OUTPUTS
 
 # Rows that are multiplied together: their sums for two tiles of 16 outputs, and the weights of these, must
 # find room in 32 registers.
-_MOST_ROWS = 8
-_SIZES = (_MOST_ROWS, 4, 2, 1)
+MOST_ROWS = 8
+_SIZES = (MOST_ROWS, 4, 2, 1)
 _OUT_BYTES = PANEL_OUTPUTS * 4
 _TILES_OF_PANEL = STEP_BYTES // TILE_BYTES
 # How far ahead of its use a weight of few rows is asked for: the next 32 inputs' are.
 _AHEAD = STEP_BYTES
-# Steps of 32 inputs whose weights stay near while more than `_MOST_ROWS` pass by; the next are asked for.
+# Steps of 32 inputs whose weights stay near while more than `MOST_ROWS` pass by; the next are asked for.
 STEPS_TOGETHER = 3
 _ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
@@ -57,7 +57,7 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
         return []
 
     loop(builder, I64(0), num_rows, 1, [], clear)
-    with builder.if_else(builder.icmp_signed(">", num_rows, I64(_MOST_ROWS))) as (many, few):
+    with builder.if_else(builder.icmp_signed(">", num_rows, I64(MOST_ROWS))) as (many, few):
         with many, builder.if_else(builder.icmp_signed("!=", asked, I64(0))) as (asking, others):
             with asking:
                 _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
@@ -126,9 +126,9 @@ def _block(
             for number in range(size)
             for which in range(num_tiles)
         ]
-        # Of more than `_MOST_ROWS`, the blocks and steps that pass before the next weights are wanted ask for
+        # Of more than `MOST_ROWS`, the blocks and steps that pass before the next weights are wanted ask for
         # these in turn, in the order in which they lie.
-        turn = builder.add(tile, builder.udiv(row, I64(_MOST_ROWS)))
+        turn = builder.add(tile, builder.udiv(row, I64(MOST_ROWS)))
 
         def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))

@@ -82,10 +82,6 @@ class Machine:
         pair = self._builder.load(self.pointer(address, I32), align=2)
         return broadcast(self._builder, pair)
 
-    def prefetch(self, address: ir.Value) -> None:
-        """Ask for a line of memory that is read soon and kept near."""
-        prefetch(self._builder, self.pointer(address))
-
     def opaque(self, value: ir.Value) -> ir.Value:
         """Return a whole number of which the compiler knows nothing.
 

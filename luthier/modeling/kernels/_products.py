@@ -10,7 +10,7 @@ are shared out among the threads, of many rows without a matrix unit halves of p
 import numpy as np
 from numba import carray
 
-from luthier.modeling.kernels._few_rows import STEPS_TOGETHER, multiply_row
+from luthier.modeling.kernels._few_rows import MOST_ROWS, STEPS_TOGETHER, multiply_row
 from luthier.modeling.kernels._language import (
     Kernel,
     at,
@@ -110,6 +110,8 @@ def _fill_asked(table, panel, num_panels, num_parts, asked_at, otherwise):
         asked[part] = otherwise
         if adapters[first_row + row] != 0:
             region = carray(at_int64(adapters[first_row + row] + entry * 8), 2)
+            if region[1] == 0:
+                continue
             asked[part] = region[0] + region[1] * (place - begin) // (end - begin) // _LINE * _LINE
 
 
@@ -140,7 +142,8 @@ def tile_product(data):
     begin, end = share(table, (num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS)
     num_parts = (num_steps + STEPS_TOGETHER - 1) // STEPS_TOGETHER
     first_row, last_row = share(table, num_rows)
-    may_ask = table[8] != 0 and first_row < last_row and num_parts <= MOST_ADDRESSES
+    takes_long = not HAS_UNIT and num_rows > MOST_ROWS
+    may_ask = takes_long and table[8] != 0 and first_row < last_row and num_parts <= MOST_ADDRESSES
     asked_at = addresses_of_steps() if may_ask else 0
     for panel in range(begin, end):
         weights_at, column = weight_at + panel * panel_bytes, panel * PANEL_OUTPUTS

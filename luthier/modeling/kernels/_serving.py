@@ -1,7 +1,7 @@
 """Compiled kernels of a decode step: each row has one token, and maybe an adapter of its own.
 
 A row's adapter is a table of int64 (served_rows.py says what stands where), 0 for none, so that rows of any
-mix of adapters are one call. Rows, or pairs of a row and a key head, are shared out among the threads.
+mix of adapters are one call. Rows are shared out among the threads. How they attend is in _attend_pages.py.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.

@@ -107,7 +107,7 @@ class CompiledOps:
         widest = max(*site_widths, shape.num_heads * shape.size)
         needed = max(
             MAX_QUERIES * (self._longest + 2 * shape.size),
-            max_middle + max(site_widths) + widest,
+            widest + max_middle + max(*site_widths, max_middle // 2),
             floats_of_low_rank(widest),
             floats_of_attention(shape.size),
         )

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,33 @@ def test_what_was_laid_out_of_files_that_were_touched_meanwhile_never_answers(
         assert len(laid) == 2
     else:
         assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
+
+
+def test_what_is_laid_out_of_files_that_were_touched_after_their_check_never_answers(
+    served: Served, folder: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = build_artifact(tmp_path / "a", base_folder, seed=29)
+    prefix = "projects/p/touched-after"
+    Storage.open(f"file://{folder}/objects").put_folder(tmp_path / "a", prefix)
+    target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
+    check, lay_out, checks = loading._check, loading._lay_out, []
+    was_touched = threading.Event()
+
+    async def touch(served: Any) -> None:
+        await check(served)
+        checks.append(served)
+        os.utime(served.copy.folder / WEIGHTS_NAME, ns=(len(checks), len(checks)))
+        was_touched.set()
+
+    def wait(*arguments: Any) -> Any:
+        assert was_touched.wait(10)
+        return lay_out(*arguments)
+
+    monkeypatch.setattr(loading, "_check", touch)
+    monkeypatch.setattr(loading, "_lay_out", wait)
+    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], max_tokens=2)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
+    assert len(checks) >= 3
 
 
 @pytest.mark.usefixtures("_copies")

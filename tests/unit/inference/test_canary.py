@@ -14,8 +14,7 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
 from luthier.inference.loading import _prove
-from luthier.inference.probing import Said
-from luthier.inference.proofs import check_both_ways, check_canary, read_canary
+from luthier.inference.proofs import check_canary, read_canary
 from luthier.methods import method_of_artifact
 from luthier.modeling.packed_adapter import lay_out
 from tests.tiny import BASE_ID, build_tiny_base
@@ -75,41 +74,26 @@ def test_an_adapter_that_changes_nothing_is_told_beside_its_base(
             _prove(packed.lane, adapter, PROBE_IDS, canary)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["add_low_rank", "add_stretches"])
+@pytest.mark.parametrize("num_tokens", [1, 2, len(IDS)])
 def test_an_adapter_that_one_of_the_ways_leaves_out_is_not_served(
-    tmp_path: Path, base_folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, base_folder: Path, way: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = build_method_artifact(tmp_path / "a", base_folder, {"type": "lora", "rank": 2}, seed=1)
-    plain = load_plain(base_folder).to(dtype)
-    packed = pack(plain, base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
+    packed = pack(load_plain(base_folder), base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
     parts = method_of_artifact(made.folder).read_parts(made.folder, read_shape(base_folder))
     assert parts is not None
     nothing: Any = None
     adapter = lay_out(parts, packed.lane.model, nothing)
-    _prove(packed.lane, adapter, PROBE_IDS, None)
-    for name, told in (("add_low_rank", "oken by token"), ("add_stretches", "oken by token|changes nothing")):
-        with monkeypatch.context() as changed:
-            changed.setattr(packed.lane.model.ops, name, lambda *_: None)
-            with pytest.raises(SelfCheckError, match=told):
-                _prove(packed.lane, adapter, PROBE_IDS, None)
-
-
-def said(first_V: torch.Tensor, alone_V: torch.Tensor) -> Said:
-    return Said(first_V[None], first_V, alone_V)
-
-
-def test_a_small_change_that_one_of_the_ways_leaves_out_is_told_from_rounding() -> None:
-    base_V = torch.randn(300, generator=torch.Generator().manual_seed(0))
-    changed_V = base_V * 1.01
-    base = said(base_V, base_V)
-    check_both_ways(said(changed_V, changed_V), base, dtype=torch.bfloat16, canary=None)
-    check_both_ways(said(base_V * 1.0001, base_V), base, dtype=torch.bfloat16, canary=None)
-    check_both_ways(said(changed_V, base_V), None, dtype=torch.bfloat16, canary=None)
-    with pytest.raises(SelfCheckError, match="the base answers"):
-        check_both_ways(said(changed_V, base_V), base, dtype=torch.bfloat16, canary=None)
-    for wrong_V in (base_V * 1.01, base_V * torch.nan):
-        with pytest.raises(SelfCheckError, match="token by token"):
-            check_both_ways(said(base_V, wrong_V), base, dtype=torch.float32, canary=None)
+    ids = IDS[:num_tokens]
+    canary = canary_of(method_logits(base_folder, made.folder, ids)[-1]).model_copy(update={"token_ids": ids})
+    _prove(packed.lane, adapter, PROBE_IDS, canary)
+    if num_tokens < 3 and way == "add_stretches":
+        # All that there is are rows.
+        return
+    monkeypatch.setattr(packed.lane.model.ops, way, lambda *_: None)
+    with pytest.raises(SelfCheckError, match=r"training recorded|changes nothing"):
+        _prove(packed.lane, adapter, PROBE_IDS, canary)
 
 
 def test_rounding_is_allowed_for_where_either_side_rounds() -> None:

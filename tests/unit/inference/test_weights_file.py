@@ -1,13 +1,17 @@
 """A weights file in memory has the tensors that its own library reads; what is no such file is told."""
 
 import json
+import mmap
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
+from luthier.inference import mapped_file
 from luthier.inference.mapped_file import map_file
 from luthier.inference.weights_file import tensors_of
 
@@ -67,7 +71,9 @@ def test_a_tensor_that_is_not_in_the_file_is_refused(tmp_path: Path, entry: obje
 
 
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
-    for number, (header, length) in enumerate(((b"{", None), ([], None), ({}, 1 << 40), (b"\xff\xfe", None))):
+    deep = b"[" * 100_000
+    given = ((b"{", None), ([], None), ({}, 1 << 40), (b"\xff\xfe", None), (deep, None))
+    for number, (header, length) in enumerate(given):
         path = write(tmp_path / str(number), header, b"", length=length)
         with pytest.raises(ArtifactCorruptError, match="no safetensors file"):
             tensors_of(map_file(path))
@@ -76,5 +82,22 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         tensors_of(map_file(tmp_path / "short"))
     (tmp_path / "empty").touch()
     for name in ("empty", "missing"):
-        with pytest.raises(ArtifactCorruptError, match="can't be read"):
+        with pytest.raises(ArtifactCorruptError, match=f"{name} can't be read"):
             map_file(tmp_path / name)
+
+
+def test_a_file_that_is_cut_short_while_it_is_mapped_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever read it there would be ended by the system."""
+    path, map_whole = tmp_path / "a", mmap.mmap
+    path.write_bytes(b"a" * 100_000)
+
+    def cut(*arguments: Any, **options: Any) -> mmap.mmap:
+        mapped = map_whole(*arguments, **options)
+        os.truncate(path, 10)
+        return mapped
+
+    monkeypatch.setattr(mapped_file.mmap, "mmap", cut)
+    with pytest.raises(ArtifactCorruptError, match="can't be read"):
+        map_file(path)

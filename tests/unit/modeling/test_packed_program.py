@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.core.shapes import read_shape
 from luthier.methods import method_of_artifact
 from luthier.modeling import packed_program
+from luthier.modeling.kernels._threads import Program
+from luthier.modeling.kernels.blocks import to_blocks
 from luthier.modeling.kernels.products import can_tile
 from luthier.modeling.kernels.served_rows import (
     ATTENTION_IN,
     ATTENTION_OUT,
     FEED_FORWARD_IN,
     FEED_FORWARD_OUT,
+    Described,
+    LowRankSite,
     region_entry,
 )
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
@@ -34,12 +39,16 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
 
 
-@pytest.fixture
-def base(base_folder: Path) -> PackedLlama:
-    base = PackedLlama(load_plain(base_folder).bfloat16(), num_pages=200)
+def fill_pages(base: PackedLlama) -> None:
     generator = torch.Generator().manual_seed(0)
     for pages in (base.pages.keys, base.pages.values):
         pages.copy_(torch.randn(pages.shape, generator=generator))
+
+
+@pytest.fixture
+def base(base_folder: Path) -> PackedLlama:
+    base = PackedLlama(load_plain(base_folder).bfloat16(), num_pages=200)
+    fill_pages(base)
     return base
 
 
@@ -94,19 +103,88 @@ def test_steps_of_any_rows_and_adapters_agree(base: PackedLlama, adapters: list[
         assert torch.equal(as_program, launched)
 
 
-def test_steps_with_stretches_agree(base: PackedLlama, adapters: list[PackedAdapter]) -> None:
-    programs = base._programs
-    assert programs is not None
-    for number in (0, 1):
-        described = adapters[number].described
-        stretches = [
-            Stretch(list(range(9)), 5, [150, 151], described),
-            Stretch(list(range(20)), 0, [152, 153], None, wants_all_logits=True),
-        ]
-        rows = [Stretch([token], 3 * token, [token, 40 + token], described) for token in range(1, 4)]
-        for step in (stretches, [*rows, *stretches]):
-            as_program, launched = run_both_ways(base, step)
+@pytest.fixture
+def wide_base() -> PackedLlama:
+    """A base with heads that the kernels of stretches take."""
+    config = LlamaConfig(
+        vocab_size=70,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    base = PackedLlama(LlamaForCausalLM(config).bfloat16().eval(), num_pages=200)
+    fill_pages(base)
+    return base
+
+
+def make_adapter(base: PackedLlama, rank: int, seed: int) -> Described:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = (96, 96, 96, 96, 96, 96, 160)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.2).bfloat16()
+
+    def site(width: int, outputs: int) -> LowRankSite:
+        return LowRankSite(draw(rank, width), to_blocks(draw(rank, outputs)))
+
+    layers = [list(map(site, inputs, base.site_widths)) for _ in range(2)]
+    return Described(layers, [[None, None]] * 2)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_steps_with_stretches_are_programs_and_agree(
+    wide_base: PackedLlama, monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    runs: list[int] = []
+    run = Program.run
+
+    def count(program: Program) -> None:
+        runs.append(len(program))
+        run(program)
+
+    monkeypatch.setattr(Program, "run", count)
+    adapters = [None, make_adapter(wide_base, 4, 1), make_adapter(wide_base, 20, 2)]
+    stretches = [
+        Stretch(list(range(9)), 5, [150, 151], adapters[1]),
+        Stretch(list(range(20)), 0, [152, 153], None, wants_all_logits=True),
+        Stretch(list(range(33)), 3, [154, 155, 156], adapters[2], num_first_logits=2),
+    ]
+    rows = [Stretch([token], 3 * token, [token, 40 + token], adapters[token % 3]) for token in range(1, 5)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for number, step in enumerate((stretches, [*rows, *stretches], [*stretches, *rows])):
+            as_program, launched = run_both_ways(wide_base, step)
             assert torch.equal(as_program, launched)
+            assert len(runs) == number + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_last_token_after_a_stretch_sees_it_as_it_would_a_step_later(wide_base: PackedLlama) -> None:
+    described, tokens = make_adapter(wide_base, 4, 3), list(range(1, 22))
+    begin = Stretch(tokens[:-1], 2, [150, 151], described, wants_logits=False, num_first_logits=2)
+    last = Stretch(tokens[-1:], 22, [150, 151], described)
+    wide_base.pages.keys.zero_()
+    wide_base.pages.values.zero_()
+    together = wide_base.step([begin, last]).held_RV.float().clone()
+    first = wide_base.step([begin]).held_RV.float().clone()
+    after = wide_base.step([last]).held_RV.float().clone()
+    torch.testing.assert_close(together, torch.cat([first, after]), rtol=0.05, atol=0.05)
+    assert not torch.allclose(together[2], together[1], atol=0.05)
+
+
+def test_steps_whose_adapters_are_not_all_kernels_are_launched(
+    base: PackedLlama, adapters: list[PackedAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Program, "run", lambda _: pytest.fail("it is no program"))
+    base.step([Stretch(list(range(9)), 5, [150, 151], adapters[1].described)])
 
 
 def test_an_adapter_tells_where_what_is_read_together_lies(adapters: list[PackedAdapter]) -> None:
