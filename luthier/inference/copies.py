@@ -51,19 +51,12 @@ class Copy:
         if stamps is not None and stamps == self.stamps:
             return
         try:
-            is_right = verify_folder(self.folder, self._map_large()).digest == self.digest
+            is_right = verify_folder(self.folder, _map_large).digest == self.digest
         except OSError as error:
             raise ArtifactCorruptError("The artifact's local copy vanished.") from error
         if not is_right:
             raise ArtifactCorruptError("The artifact's local copy was replaced by another.")
         self.stamps = stamps
-
-    def _map_large(self) -> dict[str, memoryview]:
-        """Return the content of the large files, to be hashed in one piece each: between two pieces this
-        thread would wait for the interpreter, which others have."""
-        paths = [(name, self.folder / name) for name in self.names]
-        large = [(name, path) for name, path in paths if path.stat().st_size >= _LARGE_BYTES]
-        return {name: map_file(path) for name, path in large}
 
     def look(self) -> tuple[_Stamp, ...] | None:
         """Return what the files look like; None when one is not there."""
@@ -72,6 +65,12 @@ class Copy:
         except OSError:
             return None
         return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in facts)
+
+
+def _map_large(path: Path) -> memoryview | None:
+    """Return the content of a large file, which is hashed in one piece: between two pieces this thread would
+    wait for the interpreter, which others have."""
+    return map_file(path) if path.stat().st_size >= _LARGE_BYTES else None
 
 
 def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy | None:
@@ -145,9 +144,8 @@ def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) 
             # Another process may have fetched it meanwhile.
             copy = verify_copy(folder)
             if copy is None or copy.digest != digest:
+                # They were hashed as they came, which says nothing of what was written.
                 copy = _copy_of(folder, storage.fetch_folder(prefix, folder))
-                # They were hashed as they came.
-                copy.stamps = copy.look()
     if copy.digest != digest:
         shutil.rmtree(folder, ignore_errors=True)
         raise ArtifactCorruptError("The stored artifact is not the one that the model was published with.")

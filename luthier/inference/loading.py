@@ -1,6 +1,6 @@
 """From an artifact's copy to weights that answer: measured, verified, laid out, proved, and taken away.
 
-Verifying and laying out take a thread each; only the proof runs on the engine's thread, as one step of short
+Verifying and laying out take a thread each; only the proof runs on the engine's thread, as a step of short
 texts between two others. Nothing here counts memory or decides who leaves.
 
 Legend: `V` vocabulary.
@@ -32,6 +32,7 @@ from luthier.inference.proofs import (
     check_canary,
     check_finite_logits,
     check_probe,
+    check_row,
     read_canary,
 )
 from luthier.inference.slots import ArtifactSlots
@@ -219,14 +220,15 @@ def _lay_out(
     )
     canary = read_canary(copy.folder)
     if canary is not None:
-        _check_tokens(canary, model.vocabulary_size)
+        _check_tokens(canary, model.vocabulary_size, model.context_length - adapter.num_virtual_tokens)
     return adapter, canary
 
 
-def _check_tokens(canary: Canary, vocabulary_size: int) -> None:
+def _check_tokens(canary: Canary, vocabulary_size: int, num_positions: int) -> None:
     """Check a text before the engine runs it, of files whose hash is still to come."""
-    are_known = min(canary.token_ids) >= 0 and max(canary.token_ids) < vocabulary_size
-    if not are_known or len(canary.token_ids) > _MOST_CANARY_TOKENS:
+    ids = canary.token_ids
+    are_known = min(ids) >= 0 and max(ids) < vocabulary_size
+    if not are_known or len(ids) > min(_MOST_CANARY_TOKENS, num_positions):
         raise ArtifactCorruptError("What training recorded of the model is no short text of its base.")
 
 
@@ -252,17 +254,20 @@ def _read_weight(folder: Path, name: str) -> torch.Tensor:
 def _prove(lane: Lane, adapter: PackedAdapter, probe_ids: list[int], canary: Canary | None) -> None:
     """Let an adapter on a lane prove itself: finite, another than its base, and as training recorded it."""
     lane.prepare(adapter)
-    # Training's text is as good as any, and of its base the begin is enough where it tells a difference.
-    token_ids = probe_ids if canary is None else canary.token_ids
-    own, is_whole = Text(token_ids, adapter), canary is None
-    base_ids = token_ids if is_whole else token_ids[: NUM_BEGUN + 1]
-    said, base_said = probe(lane, [own, Text(base_ids, None)])
-    check_finite_logits(torch.cat([said.begun_BV, said.last_V[None]]))
-    if not is_whole and torch.equal(said.begun_BV, base_said.begun_BV):
-        said, base_said = probe(lane, [own, Text(token_ids, None)])
-        is_whole = True
-    if is_whole:
-        check_probe(said.last_V, base_said.last_V)
+    # Training's text is as good as any.
+    ids = probe_ids if canary is None else canary.token_ids
+    both = (adapter, None)
+    begins = Text(ids, adapter), Text(ids[:NUM_BEGUN], None, ends_in_row=False)
+    said, base_said, row, base_row = probe(lane, [*begins, *(Text(ids[:1], one) for one in both)])
+    check_finite_logits(torch.cat([said.begun_BV, said.last_V[None], row.last_V[None]]))
+    count = min(len(said.begun_BV), len(base_said.begun_BV))
+    found_BV, base_BV = said.begun_BV[:count], base_said.begun_BV[:count]
+    check_row(found_BV[0], base_BV[0], row.last_V, base_row.last_V)
+    if torch.equal(found_BV, base_BV):
+        # Rounding may leave nothing of a small change so early.
+        wholes = [Text(ids, one, ends_in_row=False, num_begun=len(ids)) for one in both]
+        found, expected = probe(lane, wholes)
+        check_probe(found.begun_BV, expected.begun_BV)
     check_canary(canary, lane.model.dtype, lambda _token_ids: said.last_V)
 
 

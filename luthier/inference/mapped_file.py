@@ -16,8 +16,8 @@ _MADV_POPULATE_READ = 22
 def map_file(path: Path) -> memoryview:
     """Map a file into memory, all of it at once: page by page it would take several times as long.
 
-    Other threads run meanwhile. What can't be read is found here, where whoever reads later would be ended
-    by the system.
+    Other threads run meanwhile. What can't be read is found here (but for older systems), where whoever reads
+    later would be ended by the system.
 
     Args:
         path: the file; who changes it meanwhile changes what is seen.

@@ -119,8 +119,27 @@ def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def _largest_rounded_gap(canary: Canary | None) -> float:
-    return max(_ROUNDED_CANARY_TOLERANCE, 0.0 if canary is None else canary.allowed_rounding)
+def _largest_rounded_gap(canary: Canary) -> float:
+    return max(_ROUNDED_CANARY_TOLERANCE, canary.allowed_rounding)
+
+
+def check_row(
+    begun_V: torch.Tensor, base_begun_V: torch.Tensor, row_V: torch.Tensor, base_row_V: torch.Tensor
+) -> None:
+    """Check that a token by itself, which other code runs, has the adapter that it has in a stretch.
+
+    Args:
+        begun_V: what the model says after a text's first token, float32.
+        base_begun_V: what the base says after it.
+        row_V: what the model says after the same token as a row by itself.
+        base_row_V: what the base says after that.
+
+    Raises:
+        SelfCheckError: when the base answers for the model there.
+    """
+    # Of a smaller change rounding may leave nothing on one of the ways.
+    if _gap(begun_V, base_begun_V) > _CANARY_TOLERANCE and torch.equal(row_V, base_row_V):
+        raise SelfCheckError("Token by token the base answers for the model; it is not served.")
 
 
 def check_probe(logits_V: torch.Tensor, base_logits_V: torch.Tensor) -> None:

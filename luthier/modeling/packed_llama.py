@@ -215,7 +215,7 @@ class PackedLlama:
         """Run tokens, and put their keys and values into their sequences' pages.
 
         Args:
-            stretches: of each sequence one, or some tokens and a last one after them.
+            stretches: of each sequence one, or one of several tokens and a last token after it.
             on_launch: called when all is prepared, before the long work without the interpreter's lock.
 
         Returns:

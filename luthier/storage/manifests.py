@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -143,12 +143,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactCorruptError(f"{folder.name} has no manifest that can be read.") from error
 
 
-def verify_folder(folder: Path, read: Mapping[str, memoryview] | None = None) -> Manifest:
+def verify_folder(
+    folder: Path, map_file: Callable[[Path], memoryview | None] = lambda _path: None
+) -> Manifest:
     """Read a folder's manifest and check every file's size and sha256, and the digest.
 
     Args:
         folder: a sealed folder.
-        read: the content of files that have been read already, by name; they are not read again.
+        map_file: gives a file's content in memory, to be hashed in one piece, or None for one that is read.
 
     Returns:
         The manifest.
@@ -158,10 +160,9 @@ def verify_folder(folder: Path, read: Mapping[str, memoryview] | None = None) ->
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path, content = folder / name, (read or {}).get(name)
-        if content is None and (not path.is_file() or path.stat().st_size != entry.bytes):
-            found = None
-        else:
+        path, found = folder / name, None
+        if path.is_file() and path.stat().st_size == entry.bytes:
+            content = map_file(path)
             found = file_sha256(path) if content is None else hashlib.sha256(content).hexdigest()
         if found != entry.sha256:
             raise ArtifactCorruptError(f"{folder.name}/{name} does not match its manifest.")

@@ -10,7 +10,7 @@ from luthier.core.errors import SelfCheckError
 from luthier.training.agreement import ComputesInFloat32, relative_gap
 from luthier.training.trainee import Trainee
 
-# With the three that a server runs on the base they are no more than 16 rows, which are multiplied together.
+# With the four that a server runs besides they are 16 rows, which are multiplied together.
 _NUM_TOKENS = 12
 _NUM_CANDIDATES = 32
 

@@ -74,25 +74,38 @@ def test_an_adapter_that_changes_nothing_is_told_beside_its_base(
             _prove(packed.lane, adapter, PROBE_IDS, canary)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["add_low_rank", "add_stretches"])
-@pytest.mark.parametrize("num_tokens", [1, 2, len(IDS)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, len(IDS)])
 def test_an_adapter_that_one_of_the_ways_leaves_out_is_not_served(
-    tmp_path: Path, base_folder: Path, way: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    base_folder: Path,
+    dtype: torch.dtype,
+    way: str,
+    num_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With a recorded text of so many tokens, or without one."""
     made = build_method_artifact(tmp_path / "a", base_folder, {"type": "lora", "rank": 2}, seed=1)
-    packed = pack(load_plain(base_folder), base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
+    plain = load_plain(base_folder).to(dtype)
+    packed = pack(plain, base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
     parts = method_of_artifact(made.folder).read_parts(made.folder, read_shape(base_folder))
     assert parts is not None
     nothing: Any = None
     adapter = lay_out(parts, packed.lane.model, nothing)
-    ids = IDS[:num_tokens]
-    canary = canary_of(method_logits(base_folder, made.folder, ids)[-1]).model_copy(update={"token_ids": ids})
+    ids, canary = IDS[:num_tokens], None
+    if ids:
+        recorded = canary_of(method_logits(base_folder, made.folder, ids)[-1])
+        canary = recorded.model_copy(update={"token_ids": ids})
     _prove(packed.lane, adapter, PROBE_IDS, canary)
-    if num_tokens < 3 and way == "add_stretches":
-        # All that there is are rows.
-        return
+    # Programs that were written down would run what is left out.
+    monkeypatch.setattr(packed.lane.model, "_programs", None)
     monkeypatch.setattr(packed.lane.model.ops, way, lambda *_: None)
-    with pytest.raises(SelfCheckError, match=r"training recorded|changes nothing"):
+    if num_tokens == 1 and way == "add_stretches":
+        # All that there is are rows.
+        _prove(packed.lane, adapter, PROBE_IDS, canary)
+        return
+    with pytest.raises(SelfCheckError, match=r"training recorded|changes nothing|Token by token"):
         _prove(packed.lane, adapter, PROBE_IDS, canary)
 
 

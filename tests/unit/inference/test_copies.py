@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,9 +55,9 @@ def test_a_copy_that_nobody_touched_is_not_read_again_and_one_that_was_is(
     assert copy is not None
     readings = []
 
-    def count(folder: Path, read: Mapping[str, memoryview] | None = None) -> Manifest:
+    def count(folder: Path, map_file: Callable[[Path], memoryview | None]) -> Manifest:
         readings.append(folder)
-        return verify_folder(folder, read)
+        return verify_folder(folder, map_file)
 
     verify_folder = copies.verify_folder
     monkeypatch.setattr(copies, "verify_folder", count)

@@ -181,10 +181,15 @@ def test_a_last_token_after_a_stretch_sees_it_as_it_would_a_step_later(wide_base
 
 
 def test_steps_whose_adapters_are_not_all_kernels_are_launched(
-    base: PackedLlama, adapters: list[PackedAdapter], monkeypatch: pytest.MonkeyPatch
+    wide_base: PackedLlama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Program, "run", lambda _: pytest.fail("it is no program"))
-    base.step([Stretch(list(range(9)), 5, [150, 151], adapters[1].described)])
+    runs: list[Program] = []
+    monkeypatch.setattr(Program, "run", lambda program: runs.append(program))  # noqa: PLW0108
+    tokens = list(range(9))
+    wide_base.step([Stretch(tokens, 5, [150, 151], make_adapter(wide_base, 132, 4))])
+    assert not runs
+    wide_base.step([Stretch(tokens, 5, [150, 151], make_adapter(wide_base, 128, 4))])
+    assert len(runs) == 1
 
 
 def test_an_adapter_tells_where_what_is_read_together_lies(adapters: list[PackedAdapter]) -> None:
