@@ -69,7 +69,8 @@ class Stretch:
     @property
     def num_logits(self) -> int:
         """Rows of logits that it gets."""
-        return len(self.wanted)
+        # Not by the places themselves: each row of each step is asked.
+        return len(self.tokens) if self.wants_all_logits else self.num_first_logits + int(self.wants_logits)
 
     @property
     def wanted(self) -> list[int]:
