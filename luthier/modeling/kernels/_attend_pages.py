@@ -9,7 +9,7 @@ the processor has these (_row_attention.py).
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import numpy as np
-from numba import carray, types
+from numba import carray
 from numba.extending import overload
 
 from luthier.modeling.kernels._head_rows import copy_row, turn_row
@@ -27,7 +27,7 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
-from luthier.modeling.kernels._machine import HAS_PAIRS
+from luthier.modeling.kernels._machine import takes_pairs
 from luthier.modeling.kernels._memory import LANES, item_size
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._row_attention import (
@@ -81,7 +81,7 @@ def _turn_query_overload(by_pairs, source_at, target_at, cosine_at, sine_at, hal
         else:
             _turn_widened(source_at, target_at, cosine_at, sine_at, half, scale, data)
 
-    return either if data.dtype == types.uint16 and HAS_PAIRS else widened
+    return either if takes_pairs(data) else widened
 
 
 @inlined
@@ -104,7 +104,7 @@ def _are_paired(data):
 
 @overload(_are_paired, inline="always")
 def _are_paired_overload(data):
-    found = data.dtype == types.uint16 and HAS_PAIRS
+    found = takes_pairs(data)
     return lambda data: found
 
 
@@ -147,7 +147,7 @@ def _score_keys_overload(by_pairs, num_queries, keys_at, size, queries_at, score
         else:
             _score_widened(num_queries, keys_at, size, queries_at, scores_at, stride, data)
 
-    return either if data.dtype == types.uint16 and HAS_PAIRS else widened
+    return either if takes_pairs(data) else widened
 
 
 @inlined
@@ -226,7 +226,7 @@ def _add_values_overload(
         else:
             _add_widened(num_queries, values_at, size, weights_at, stride, num_values, totals_at, data)
 
-    return either if data.dtype == types.uint16 and HAS_PAIRS else widened
+    return either if takes_pairs(data) else widened
 
 
 def _round_weights(weights_at, num_keys, data):
@@ -240,7 +240,7 @@ def _round_weights_overload(weights_at, num_keys, data):
         for j in range(0, num_keys, LANES):
             round_lanes(weights_at + 4 * j, weights_at + 2 * j)
 
-    return rounded if data.dtype == types.uint16 and HAS_PAIRS else lambda weights_at, num_keys, data: None
+    return rounded if takes_pairs(data) else lambda weights_at, num_keys, data: None
 
 
 @inlined

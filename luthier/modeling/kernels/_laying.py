@@ -13,7 +13,7 @@ from numba import carray, types
 from numba.extending import intrinsic, overload
 
 from luthier.modeling.kernels._language import ONE, Kernel, at, at_int64, narrow, open_table, share
-from luthier.modeling.kernels._machine import BITS, HAS_PAIRS, Machine
+from luthier.modeling.kernels._machine import BITS, Machine, takes_pairs
 from luthier.modeling.kernels._memory import (
     I64,
     LANES,
@@ -81,7 +81,7 @@ def _turn_scaled(
             row = floats.load_some(start, I64(0), lanes_below(builder, own_count))
             rows.append(builder.bitcast(builder.fmul(row, factor), WIDE_BITS))
         columns = transposed(builder, rows)
-        if is_bfloat16(signature.args[0]) and HAS_PAIRS:
+        if takes_pairs(signature.args[0]):
             machine = Machine(builder)
             for number in range(0, LANES, 2):
                 with builder.if_then(builder.icmp_signed("<", I64(number), num_written)):
@@ -104,7 +104,7 @@ def _columns_apart(data):
 
 @overload(_columns_apart, inline="always")
 def _columns_apart_overload(data):
-    apart = 2 if is_bfloat16(data) and HAS_PAIRS else 1
+    apart = 2 if takes_pairs(data) else 1
     return lambda data: apart  # noqa: ARG005
 
 

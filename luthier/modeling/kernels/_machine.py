@@ -1,5 +1,7 @@
 """The processor's own instructions as LLVM names them: for matrix tiles and for pairs of bfloat16."""
 
+from typing import Any
+
 from llvmlite import ir
 
 from luthier.modeling.kernels._language import has_feature
@@ -12,6 +14,7 @@ from luthier.modeling.kernels._memory import (
     WIDE_BITS,
     broadcast,
     call,
+    is_bfloat16,
     prefetch,
 )
 from luthier.modeling.kernels.products import PANEL_OUTPUTS
@@ -27,6 +30,11 @@ TILE_ROWS = 16
 TILE_BYTES = 1024
 # Of a panel and 32 inputs.
 STEP_BYTES = PANEL_OUTPUTS // TILE_ROWS * TILE_BYTES
+
+
+def takes_pairs(like: Any) -> bool:
+    """Whether what a kernel's pointer is to is multiplied by pairs here, and adapters lie in pairs."""
+    return is_bfloat16(like) and HAS_PAIRS
 
 
 class _BFloat16(ir.Type):

@@ -1,8 +1,9 @@
-"""Low-rank updates and bottlenecks of rows by pairs of bfloat16 (AVX-512 BF16), without a matrix unit.
+"""Low-rank updates and bottlenecks of rows by pairs of bfloat16 (AVX-512 BF16).
 
-`dot_fours` is the way in: the products of a row with an adapter's rows. `add_pairs` is the way out, by a
-matrix [R, columns] that lies in pairs of its rows, [columns/64, R/2, 64, 2] (blocks.py): one
-instruction multiplies a pair of a row's numbers with 16 columns. All addresses are int64, all strides bytes.
+`dot_fours` is the way in: the products of a row with an adapter's rows. `add_pairs_to_row` and
+`add_pairs_to_rows` are the way out, by a matrix [R, columns] that lies in pairs of its rows,
+[columns/64, R/2, 64, 2] (blocks.py): one instruction multiplies a pair of a row's numbers with 16 columns.
+All addresses are int64, all strides bytes.
 """
 
 # What an intrinsic takes is in its arguments, which only the generated code reads.

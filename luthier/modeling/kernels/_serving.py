@@ -11,7 +11,7 @@ mix of adapters are one call. Rows are shared out among the threads. How they at
 import math
 
 import numpy as np
-from numba import carray, types
+from numba import carray
 from numba.extending import overload
 
 from luthier.modeling.kernels._language import (
@@ -28,7 +28,7 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
-from luthier.modeling.kernels._machine import HAS_PAIRS
+from luthier.modeling.kernels._machine import takes_pairs
 from luthier.modeling.kernels._memory import item_size
 from luthier.modeling.kernels._pair_updates import add_pairs_to_row, dot_fours
 from luthier.modeling.kernels._vectors import (
@@ -71,11 +71,6 @@ def _widen(source_at, target_at, size, data):
         target[j] = wide(source[j])
 
 
-def _is_paired(data):
-    """Whether adapters of such numbers lie in pairs."""
-    return data.dtype == types.uint16 and HAS_PAIRS
-
-
 def _dot_rows(first, num_rows, x_at, wide_at, size, out_at, data):
     """Write the products of rows with x, float32 numbers at out; `wide_at` has room for x in float32."""
 
@@ -93,7 +88,7 @@ def _dot_rows_overload(first, num_rows, x_at, wide_at, size, out_at, data):
             _widen(x_at, wide_at, size, data)
             dot_rows(first, num_rows, wide_at, size, out_at, data)
 
-    return paired if _is_paired(data) else widened
+    return paired if takes_pairs(data) else widened
 
 
 def _add_middle(blocks_at, middle_at, num_rows, out_at, size, factors_at, bias_at, data):
@@ -134,7 +129,7 @@ def _add_middle_overload(blocks_at, middle_at, num_rows, out_at, size, factors_a
             rounded[j] = narrow(middle[j], rounded)
         add_pairs_to_row(blocks_at, num_rows, rounded_at, 0, 1, out_at, 0, size, factors_at, bias_at)
 
-    return paired if _is_paired(data) else widened
+    return paired if takes_pairs(data) else widened
 
 
 @Kernel
