@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.machine import gemm_peaks
 from benchmarks.roofline import Shape
+from luthier.modeling.kernels.products import can_tile, tiled_bytes
 
 _NUM_BYTES = 512 * 1024 * 1024
 _SECONDS_A_MEASURE = 0.5
@@ -56,10 +57,13 @@ class Work:
 
     @property
     def step_bytes(self) -> float:
-        """Bytes that a step of one token a stream reads at half way, in bf16: weights, keys and values."""
+        """Bytes that a step of one token a stream reads at half way: weights, keys and values.
+
+        All as bf16, but for the base's weights where ours lie dense: peers read more than these.
+        """
         length = self.num_prompt + self.num_new / 2
         cached = 2 * self.shape.layers * self.shape.key_value * length * self.num_streams
-        return _BF16_BYTES * (self.base_weights + self.adapter_weights + cached)
+        return _BF16_BYTES * (self.adapter_weights + cached) + _bytes_of_weight() * self.base_weights
 
     @property
     def step_flops(self) -> float:
@@ -71,6 +75,12 @@ class Work:
         """Operations of the products over all prompts; the output layer is needed at their ends alone."""
         body = self.shape.body_weights * self.num_streams + self.row_weights
         return 2.0 * body * self.num_prompt
+
+
+def _bytes_of_weight() -> float:
+    """Return the bytes in which our engine reads a weight of the base here."""
+    weight_OK = torch.empty(1024, 1024, dtype=torch.bfloat16)
+    return tiled_bytes(weight_OK) / weight_OK.numel() if can_tile(weight_OK) else _BF16_BYTES
 
 
 def best_tokens_per_second(work: Work, limits: Limits) -> dict[str, float]:

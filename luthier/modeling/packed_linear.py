@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch.nn import functional
 
+from luthier.modeling.kernels.dense import UnevenWeightError
 from luthier.modeling.kernels.products import TiledWeight, can_tile
 
 _LOG = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class PackedLinear:
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
         self.num_outputs, self.num_inputs = weight_OK.shape
-        self.tiled = TiledWeight(weight_OK, memory) if can_tile(weight_OK) else None
+        self.tiled = _tile(weight_OK, memory)
         is_packed = weight_OK.device.type == "cpu" and can_pack(weight_OK.dtype)
         self._packed = _pack(weight_OK) if is_packed and self.tiled is None else None
         self._weight = weight_OK.clone() if self._packed is None and self.tiled is None else None
@@ -49,6 +50,17 @@ class PackedLinear:
             return _product(x_NK, self._packed)
         assert self._weight is not None
         return functional.linear(x_NK, self._weight)
+
+
+def _tile(weight_OK: torch.Tensor, memory: torch.Tensor | None) -> TiledWeight | None:
+    """Return a weight in tiles, None where there are none or it is not one for them; the log says if not."""
+    if not can_tile(weight_OK):
+        return None
+    try:
+        return TiledWeight(weight_OK, memory)
+    except UnevenWeightError as error:
+        _LOG.warning("A weight %s stays as it is, slower: %s", tuple(weight_OK.shape), error)
+        return None
 
 
 @cache

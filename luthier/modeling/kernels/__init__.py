@@ -28,7 +28,14 @@ CHOOSING = ("find_best", "draw")
 # What lays low-rank updates out for it and for a training step (laying.py).
 LAYING = ("lay_low_ranks", "widen_low_ranks")
 # Those that work on weights in the layout of tiles, and what runs a step of them; for bfloat16 alone.
-TILED = ("tile_product", "add_low_rank_stretches", "attend_stretches", "run_program")
+TILED = (
+    "find_upper_bytes",
+    "lay_dense",
+    "tile_product",
+    "add_low_rank_stretches",
+    "attend_stretches",
+    "run_program",
+)
 
 
 @cache

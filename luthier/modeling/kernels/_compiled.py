@@ -2,6 +2,7 @@
 
 from luthier.modeling.kernels._attend_pages import attend_pages
 from luthier.modeling.kernels._choosing import draw, find_best
+from luthier.modeling.kernels._dense import find_upper_bytes, lay_dense
 from luthier.modeling.kernels._heads import (
     merge_heads,
     merge_heads_backward,
@@ -40,8 +41,10 @@ __all__ = [
     "causal_softmax_backward",
     "draw",
     "find_best",
+    "find_upper_bytes",
     "gated_silu",
     "gated_silu_backward",
+    "lay_dense",
     "lay_low_ranks",
     "merge_heads",
     "merge_heads_backward",

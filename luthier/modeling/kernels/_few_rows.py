@@ -15,7 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from luthier.modeling.kernels._machine import BITS, STEP_BYTES, SUMS, TILE_BYTES, Machine
+from luthier.modeling.kernels._lines import Lines, lines_of
+from luthier.modeling.kernels._machine import STEP_BYTES, SUMS, TILE_BYTES, Machine
 from luthier.modeling.kernels._memory import I64, LANES, Body, loop
 from luthier.modeling.kernels.products import PANEL_OUTPUTS
 
@@ -25,8 +26,6 @@ MOST_ROWS = 8
 _SIZES = (MOST_ROWS, 4, 2, 1)
 _OUT_BYTES = PANEL_OUTPUTS * 4
 _TILES_OF_PANEL = STEP_BYTES // TILE_BYTES
-# How far ahead of its use a weight of few rows is asked for: the next 32 inputs' are.
-_AHEAD = STEP_BYTES
 # Steps of 32 inputs whose weights stay near while more than `MOST_ROWS` pass by; the next are asked for.
 STEPS_TOGETHER = 3
 _ZERO = ir.Constant(SUMS, [0.0] * LANES)
@@ -41,12 +40,13 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
 
     Args:
         builder: where the code goes.
-        operands: the weights' address, the rows' and their stride, the steps of 32 inputs, the number of
-            rows, where the products go, and the address of other addresses, 0 for none: of more than eight
-            rows, what lies there, as many bytes as the weights of `STEPS_TOGETHER` steps, is asked for
-            during these.
+        operands: the panel's address and its weights', the rows' and their stride, the steps of 32 inputs,
+            the number of rows, where the products go, and the address of other addresses, 0 for none: of
+            more than eight rows, what lies there, `STEPS_TOGETHER` times `STEP_BYTES`, is asked for during
+            as many steps.
     """
-    products, asked = operands[:-1], operands[-1]
+    header, *products, asked = operands
+    lines = lines_of(builder, header)
     num_rows, out = products[4:]
     machine = Machine(builder)
 
@@ -60,16 +60,17 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
     with builder.if_else(builder.icmp_signed(">", num_rows, I64(MOST_ROWS))) as (many, few):
         with many, builder.if_else(builder.icmp_signed("!=", asked, I64(0))) as (asking, others):
             with asking:
-                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
+                _emit_steps(builder, products, lines, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
             with others:
-                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER)
+                _emit_steps(builder, products, lines, num_tiles=2, num_together=STEPS_TOGETHER)
         with few:
-            _emit_steps(builder, products, num_tiles=1, num_together=1)
+            _emit_steps(builder, products, lines, num_tiles=1, num_together=1)
 
 
 def _emit_steps(
     builder: ir.IRBuilder,
-    operands: tuple[ir.Value, ...],
+    operands: list[ir.Value],
+    lines: Lines,
     *,
     num_tiles: int,
     num_together: int,
@@ -94,7 +95,7 @@ def _emit_steps(
             places = (weights, x, stride, out, tile, begin, end)
             row: ir.Value = I64(0)
             for size in _SIZES:
-                body = _block(builder, size, num_tiles, places, other)
+                body = _block(builder, size, num_tiles, lines, places, other)
                 row, _ = loop(builder, row, num_rows, size, [], body)
             return []
 
@@ -106,7 +107,12 @@ def _emit_steps(
 
 
 def _block(
-    builder: ir.IRBuilder, size: int, num_tiles: int, places: tuple[ir.Value, ...], other: ir.Value | None
+    builder: ir.IRBuilder,
+    size: int,
+    num_tiles: int,
+    lines: Lines,
+    places: tuple[ir.Value, ...],
+    other: ir.Value | None,
 ) -> Body:
     """Return what adds the products of a block of rows with some tiles of some steps to their sums.
 
@@ -131,19 +137,21 @@ def _block(
         turn = builder.add(tile, builder.udiv(row, I64(MOST_ROWS)))
 
         def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
-            place = builder.add(place, builder.mul(tile, I64(TILE_BYTES)))
+            place = builder.add(weights, builder.mul(index, I64(lines.step_bytes)))
+            place = builder.add(place, builder.mul(tile, I64(lines.tile_bytes)))
             across = builder.mul(index, I64(64))
             inputs = [builder.add(first, across) for first in firsts]
+            beside = None
             if num_tiles == 1:
-                ahead = [builder.add(place, I64(_AHEAD))]
+                ahead = builder.add(place, I64(lines.step_bytes))
             else:
                 number = builder.add(builder.mul(turn, builder.sub(end, begin)), builder.sub(index, begin))
-                begins = [builder.add(weights, builder.mul(end, I64(STEP_BYTES)))]
+                ahead = builder.add(weights, builder.mul(end, I64(lines.step_bytes)))
+                ahead = builder.add(ahead, builder.mul(number, I64(lines.tile_bytes)))
                 if other is not None:
-                    begins.append(other)
-                ahead = [builder.add(one, builder.mul(number, I64(TILE_BYTES))) for one in begins]
-            return _emit_lines(builder, place, inputs, ahead, sums)
+                    beside = builder.add(other, builder.mul(number, I64(TILE_BYTES)))
+            tiles = [builder.add(place, I64(which * lines.tile_bytes)) for which in range(num_tiles)]
+            return _emit_lines(builder, lines, tiles, inputs, ahead, beside, sums)
 
         before = [builder.load(one, align=4) for one in held]
         _, sums = loop(builder, begin, end, 1, before, step)
@@ -156,45 +164,46 @@ def _block(
 
 def _emit_lines(
     builder: ir.IRBuilder,
-    place: ir.Value,
+    lines: Lines,
+    tiles: list[ir.Value],
     inputs: list[ir.Value],
-    ahead: list[ir.Value],
+    ahead: ir.Value,
+    beside: ir.Value | None,
     sums: list[ir.Value],
 ) -> list[ir.Value]:
-    """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row."""
+    """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row.
+
+    Meanwhile a tile's weights are asked for from `ahead` on, and as many lines as they have from `beside`.
+    """
     machine = Machine(builder)
-    sums = list(sums)
-    num_tiles = len(sums) // len(inputs)
-    for line in range(LANES):
-        for one in ahead:
-            machine.prefetch_behind(builder.add(one, I64(64 * line)))
-        tiles = [builder.add(place, I64(64 * line + which * TILE_BYTES)) for which in range(num_tiles)]
-        weights = [builder.load(machine.pointer(one, BITS), align=4) for one in tiles]
-        for row, first in enumerate(inputs):
-            pair = machine.repeated(builder.add(first, I64(4 * line)))
-            for which, weight in enumerate(weights):
-                own = row * num_tiles + which
-                sums[own] = machine.multiply_pairs(sums[own], pair, weight)
+    for line, weights in enumerate(lines.of_tiles(builder, tiles)):
+        asked = lines.asked_at(line)
+        if asked is not None:
+            machine.prefetch_behind(builder.add(ahead, I64(asked)))
+        if beside is not None:
+            machine.prefetch_behind(builder.add(beside, I64(64 * line)))
+        sums = machine.multiply_line(sums, inputs, 4 * line, weights)
     return sums
 
 
 @intrinsic
-def multiply_row(_context, weights, x, num_steps, out):
-    """Write the products of one row with a panel, 64 float32."""
+def multiply_row(_context, header, weights, x, num_steps, out):
+    """Write the products of one row with the panel that begins at an address, 64 float32."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        weights, x, num_steps, out = arguments
-        machine = Machine(builder)
+        header, weights, x, num_steps, out = arguments
+        machine, lines = Machine(builder), lines_of(builder, header)
 
         def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
             sums = list(held)
-            place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
+            place = builder.add(weights, builder.mul(index, I64(lines.step_bytes)))
             inputs = builder.add(x, builder.mul(index, I64(64)))
             for tile in range(_TILES_OF_PANEL):
-                for number in range(LANES):
-                    line = builder.add(place, I64(tile * TILE_BYTES + 64 * number))
-                    machine.prefetch_behind(builder.add(line, I64(_AHEAD)))
-                    weight = builder.load(machine.pointer(line, BITS), align=4)
+                begin = builder.add(place, I64(tile * lines.tile_bytes))
+                for number, (weight,) in enumerate(lines.of_tiles(builder, [begin])):
+                    asked = lines.asked_at(number)
+                    if asked is not None:
+                        machine.prefetch_behind(builder.add(begin, I64(lines.step_bytes + asked)))
                     pair = machine.repeated(builder.add(inputs, I64(4 * number)))
                     # Two sums a tile, so that one needn't wait for the other.
                     own = 2 * tile + number % 2
@@ -208,4 +217,4 @@ def multiply_row(_context, weights, x, num_steps, out):
             builder.store(total, place, align=4)
         return I64(0)
 
-    return types.int64(*[types.int64] * 4), generate
+    return types.int64(*[types.int64] * 5), generate

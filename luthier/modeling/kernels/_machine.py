@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 
 from luthier.modeling.kernels._language import has_feature
 from luthier.modeling.kernels._memory import (
@@ -19,6 +19,10 @@ from luthier.modeling.kernels._memory import (
 )
 from luthier.modeling.kernels.products import PANEL_OUTPUTS
 
+# Addresses that an instruction's text may use, of 16 that there are, and pairs that are held at a time.
+_MOST_ADDRESSES, _MOST_PAIRS = 8, 3
+# Without it only empty assembly is taken.
+binding.initialize_native_asmparser()
 VOID, I8 = ir.VoidType(), ir.IntType(8)
 SUMS, BITS, HALVES = VECTOR, WIDE_BITS, ir.VectorType(I16, LANES)
 
@@ -85,6 +89,44 @@ class Machine:
         weights, pair = (self._builder.bitcast(one, _PAIRS) for one in (weights, pair))
         return self._call("llvm.x86.avx512bf16.dpbf16ps.512", SUMS, sums, weights, pair)
 
+    def multiply_line(
+        self, sums: list[ir.Value], rows: list[ir.Value], offset: int, weights: list[ir.Value]
+    ) -> list[ir.Value]:
+        """Add the products of a pair of each row and lines of weights to sums, in just this order.
+
+        A compiler puts what adds to a sum near to what added to it before, and the processor waits.
+
+        Args:
+            sums: of each row those with all lines.
+            rows: their addresses.
+            offset: bytes from these to the pairs.
+            weights: the lines.
+
+        Returns:
+            The sums.
+        """
+        if len(rows) > _MOST_ADDRESSES:
+            pairs = [self.repeated(self._builder.add(row, I64(offset))) for row in rows]
+            both = [(pair, line) for pair in pairs for line in weights]
+            return [self.multiply_pairs(one, *operands) for one, operands in zip(sums, both, strict=True)]
+        num_sums, num_pairs = len(sums), min(len(rows), _MOST_PAIRS)
+        # Operands by their numbers: sums and pairs, which are written, sums as they were, lines, rows.
+        first_line = 2 * num_sums + num_pairs
+        first_row = first_line + len(weights)
+        text = []
+        for row in range(len(rows)):
+            pair = f"${num_sums + row % num_pairs}"
+            text.append(f"vpbroadcastd {offset}(${first_row + row}), {pair}")
+            for line in range(len(weights)):
+                text.append(f"vdpbf16ps ${first_line + line}, {pair}, ${row * len(weights) + line}")
+        outputs = num_sums + num_pairs
+        constraints = ["=&v"] * outputs + [str(number) for number in range(num_sums)]
+        constraints += ["v"] * len(weights) + ["r"] * len(rows)
+        operands = [*sums, *weights, *rows]
+        kind = ir.FunctionType(ir.LiteralStructType([SUMS] * outputs), [one.type for one in operands])
+        made = self._builder.asm(kind, "; ".join(text), ",".join(constraints), operands, side_effect=False)
+        return [self._builder.extract_value(made, number) for number in range(num_sums)]
+
     def repeated(self, address: ir.Value) -> ir.Value:
         """Return a pair of bfloat16 in memory 16 times."""
         pair = self._builder.load(self.pointer(address, I32), align=2)
@@ -106,4 +148,4 @@ class Machine:
         """
         prefetch(self._builder, self.pointer(address), is_nearest=False)
         # No instruction, but nothing of memory is moved across it.
-        self._builder.asm(ir.FunctionType(VOID, []), "", "", [], side_effect=True)
+        self._builder.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], side_effect=True)

@@ -14,13 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from luthier.modeling.kernels._machine import (
-    BITS,
-    HALVES,
-    SUMS,
-    TILE_BYTES,
-    Machine,
-)
+from luthier.modeling.kernels._lines import Lines
+from luthier.modeling.kernels._machine import BITS, HALVES, SUMS, Machine
 from luthier.modeling.kernels._memory import I64, LANES, Body, loop, rounded_bits
 
 # How many steps' weights, of 32 inputs each, are taken at a time, and how many before their use they are
@@ -31,6 +26,7 @@ _STEPS_TOGETHER = 4
 def emit_rows(
     builder: ir.IRBuilder,
     operands: tuple[ir.Value, ...],
+    lines: Lines,
     *,
     num_tiles: int,
     step_bytes: int,
@@ -46,6 +42,7 @@ def emit_rows(
         builder: where the code goes.
         operands: the weights' address, the rows' and their stride, the steps of 32 inputs, the number of
             rows, and where the products go.
+        lines: how the weights lie.
         num_tiles: tiles of 16 outputs side by side.
         step_bytes: from the weights of one step to those of the next.
         out_stride: from the products of one row to those of the next.
@@ -76,12 +73,13 @@ def emit_rows(
                     machine.opaque(builder.add(first, builder.mul(stride, I64(number))))
                     for number in range(size)
                 ]
-                ahead = _places_ahead(builder, row, num_rows, sizes[0], num_tiles, step_bytes)
+                ahead = _places_ahead(builder, lines, row, num_rows, sizes[0], num_tiles, step_bytes)
 
                 def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                     place = builder.add(weights, builder.mul(index, I64(step_bytes)))
+                    tiles = [builder.add(place, I64(tile * lines.tile_bytes)) for tile in range(num_tiles)]
                     inputs = [builder.add(start, builder.mul(index, I64(64))) for start in starts]
-                    return _emit_step(machine, builder, place, inputs, ahead, sums)
+                    return _emit_step(machine, builder, lines, place, tiles, inputs, ahead, sums)
 
                 places = [target_of(row, which, tile) for which in range(size) for tile in range(num_tiles)]
                 before = [builder.load(one, align=4) for one in places]
@@ -105,30 +103,25 @@ def emit_rows(
 def _emit_step(
     machine: Machine,
     builder: ir.IRBuilder,
+    lines: Lines,
     place: ir.Value,
+    tiles: list[ir.Value],
     inputs: list[ir.Value],
     ahead: list[ir.Value],
     sums: list[ir.Value],
 ) -> list[ir.Value]:
     """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row."""
-    sums = list(sums)
-    num_tiles = len(sums) // len(inputs)
-    for number in range(LANES):
-        line = builder.add(place, I64(64 * number))
-        for offset in ahead:
-            machine.prefetch_behind(builder.add(line, offset))
-        tiles = [builder.add(line, I64(tile * TILE_BYTES)) for tile in range(num_tiles)]
-        weights = [builder.load(machine.pointer(tile, BITS), align=4) for tile in tiles]
-        for row, first in enumerate(inputs):
-            pairs = machine.repeated(builder.add(first, I64(4 * number)))
-            for tile, weight in enumerate(weights):
-                own = row * num_tiles + tile
-                sums[own] = machine.multiply_pairs(sums[own], pairs, weight)
+    for number, weights in enumerate(lines.of_tiles(builder, tiles)):
+        asked = lines.asked_at(number)
+        for offset in ahead if asked is not None else ():
+            machine.prefetch_behind(builder.add(builder.add(place, I64(asked)), offset))
+        sums = machine.multiply_line(sums, inputs, 4 * number, weights)
     return sums
 
 
 def _places_ahead(
     builder: ir.IRBuilder,
+    lines: Lines,
     row: ir.Value,
     num_rows: ir.Value,
     size: int,
@@ -154,7 +147,7 @@ def _places_ahead(
     for tile in range(num_tiles):
         own = builder.add(first, I64(tile))
         own = builder.select(builder.icmp_signed("<", own, last), own, last)
-        places.append(builder.add(distance, builder.mul(own, I64(TILE_BYTES))))
+        places.append(builder.add(distance, builder.mul(own, I64(lines.tile_bytes))))
     return places
 
 

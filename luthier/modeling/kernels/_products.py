@@ -1,4 +1,4 @@
-"""The compiled product of a step's rows with a weight in the layout of matrix tiles (_tiles.py).
+"""The compiled product of a step's rows with a weight in tiles (_tiles.py), which may lie dense (dense.py).
 
 A decode step has few rows and reads each weight once, so it takes as long as memory does. Panels of outputs
 are shared out among the threads, of many rows without a matrix unit halves of panels.
@@ -10,6 +10,7 @@ are shared out among the threads, of many rows without a matrix unit halves of p
 import numpy as np
 from numba import carray
 
+from luthier.modeling.kernels._dense import add_exceptions
 from luthier.modeling.kernels._few_rows import MOST_ROWS, STEPS_TOGETHER, multiply_row
 from luthier.modeling.kernels._language import (
     Kernel,
@@ -22,7 +23,8 @@ from luthier.modeling.kernels._language import (
     open_table,
     share,
 )
-from luthier.modeling.kernels._machine import HAS_UNIT, TILE_ROWS
+from luthier.modeling.kernels._lines import LIE_DENSE
+from luthier.modeling.kernels._machine import HAS_UNIT, STEP_BYTES, TILE_ROWS
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._tiles import (
     MOST_ADDRESSES,
@@ -34,11 +36,14 @@ from luthier.modeling.kernels._tiles import (
     release_tiles,
     sums_of_panel,
 )
+from luthier.modeling.kernels.dense import DENSE_STEP_BYTES, HEADER_BYTES
 from luthier.modeling.kernels.products import PANEL_OUTPUTS, TILE_INPUTS
 
 _BLOCK_ROWS = 2 * TILE_ROWS
-_PANEL_BYTES = 2 * PANEL_OUTPUTS
-_HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, 2048
+# What a panel begins with, and of 32 inputs its weights and half of these.
+_HEADER_BYTES = HEADER_BYTES if LIE_DENSE else 0
+_STEP_BYTES = DENSE_STEP_BYTES if LIE_DENSE else STEP_BYTES
+_HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, _STEP_BYTES // 2
 _LANES = 16
 _LINE = 64
 
@@ -73,22 +78,24 @@ def _write(sums_at, num_rows, width, num_columns, out_at, out_stride, data):
 
 
 @inlined
-def _multiply_halves(table, data):
-    """Write the products of more than 16 rows without a matrix unit; halves of panels are shared out."""
+def _multiply_half(table, half, data):
+    """Write the products of any number of rows with half a panel, without a matrix unit."""
     num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
     x_at, weight_at, out_at = table[5], table[6], table[7]
     sums_at, num_steps = sums_of_panel(), num_inputs // TILE_INPUTS
     x_stride, out_stride = num_inputs * 2, num_outputs * 2
-    begin, end = share(table, (num_outputs + _HALF - 1) // _HALF)
-    for half in range(begin, end):
-        weights_at = weight_at + half // 2 * num_inputs * _PANEL_BYTES + half % 2 * _HALF_BYTES
-        num_columns = min(_HALF, num_outputs - half * _HALF)
-        # It stays near the processor while all blocks of rows pass by.
-        for row in range(0, num_rows, _BLOCK_ROWS):
-            num_seen = min(_BLOCK_ROWS, num_rows - row)
-            multiply_half_panel(weights_at, x_at + row * x_stride, x_stride, num_steps, num_seen, sums_at)
-            target_at = out_at + row * out_stride + half * _HALF * 2
-            _write(sums_at, num_seen, _HALF, num_columns, target_at, out_stride, data)
+    header_at, own = weight_at + half // 2 * (_HEADER_BYTES + num_steps * _STEP_BYTES), half % 2
+    weights_at = header_at + _HEADER_BYTES + own * _HALF_BYTES
+    num_columns = min(_HALF, num_outputs - half * _HALF)
+    # It stays near the processor while all blocks of rows pass by.
+    for row in range(0, num_rows, _BLOCK_ROWS):
+        num_seen = min(_BLOCK_ROWS, num_rows - row)
+        rows_at = x_at + row * x_stride
+        multiply_half_panel(header_at, weights_at, rows_at, x_stride, num_steps, num_seen, sums_at)
+        if LIE_DENSE:
+            add_exceptions(header_at, own, own + 1, rows_at, x_stride, num_seen, sums_at)
+        target_at = out_at + row * out_stride + half * _HALF * 2
+        _write(sums_at, num_seen, _HALF, num_columns, target_at, out_stride, data)
 
 
 @inlined
@@ -115,23 +122,51 @@ def _fill_asked(table, panel, num_panels, num_parts, asked_at, otherwise):
             asked[part] = region[0] + region[1] * (place - begin) // (end - begin) // _LINE * _LINE
 
 
-@Kernel
-def tile_product(data):
-    """Write x [N, K] times a weight [O, K]; K is a multiple of 32. Only for bfloat16.
+@inlined
+def _multiply_by_pairs(table, data):
+    """Write the products of any number of rows without a matrix unit.
 
-    Of 9 to 16 rows without a matrix unit: the table may have the address of the rows' adapters, and the
-    entry of their tables at which stands what the next kernel reads of them; it is asked for meanwhile.
+    Halves of panels are shared out, so that no thread waits for another's last panel. A thread multiplies
+    those that are whole as one, but more than 16 rows with each half by itself.
     """
-    table = open_table(data)
     num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
-    if not HAS_UNIT and num_rows > TILE_ROWS:
-        _multiply_halves(table, data)
+    x_at, sums_at, num_steps = table[5], sums_of_panel(), num_inputs // TILE_INPUTS
+    x_stride, out_stride = num_inputs * 2, num_outputs * 2
+    first, last = share(table, (num_outputs + _HALF - 1) // _HALF)
+    begin, end = (first + 1) // 2, last // 2
+    for half in range(first, last):
+        if num_rows > TILE_ROWS or half < 2 * begin or half >= 2 * end:
+            _multiply_half(table, half, data)
+    if num_rows > TILE_ROWS:
         return
-    x_at, weight_at, out_at = table[5], table[6], table[7]
-    sums_at = sums_of_panel()
+    num_parts = (num_steps + STEPS_TOGETHER - 1) // STEPS_TOGETHER
+    first_row, last_row = share(table, num_rows)
+    has_asked = table[8] != 0 and first_row < last_row and num_parts <= MOST_ADDRESSES
+    may_ask = num_rows > MOST_ROWS and has_asked
+    asked_at = addresses_of_steps() if may_ask else 0
+    for panel in range(begin, end):
+        header_at = table[6] + panel * (_HEADER_BYTES + num_steps * _STEP_BYTES)
+        weights_at = header_at + _HEADER_BYTES
+        if may_ask:
+            _fill_asked(table, panel - begin, end - begin, num_parts, asked_at, weights_at)
+        if num_rows == 1:
+            multiply_row(header_at, weights_at, x_at, num_steps, sums_at)
+        else:
+            multiply_panel(header_at, weights_at, x_at, x_stride, num_steps, num_rows, sums_at, asked_at)
+        if LIE_DENSE:
+            add_exceptions(header_at, 0, 2, x_at, x_stride, num_rows, sums_at)
+        column = panel * PANEL_OUTPUTS
+        num_columns = min(PANEL_OUTPUTS, num_outputs - column)
+        _write(sums_at, num_rows, PANEL_OUTPUTS, num_columns, table[7] + column * 2, out_stride, data)
+
+
+@inlined
+def _multiply_by_unit(table, data):
+    """Write the products of any number of rows by a matrix unit."""
+    num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
+    x_at, out_at, sums_at = table[5], table[7], sums_of_panel()
     whole_at = sums_at + PANEL_SUMS * 4
-    num_steps = num_inputs // TILE_INPUTS
-    x_stride, out_stride, panel_bytes = num_inputs * 2, num_outputs * 2, num_inputs * _PANEL_BYTES
+    num_steps, x_stride, out_stride = num_inputs // TILE_INPUTS, num_inputs * 2, num_outputs * 2
     num_blocks = (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
     rest = num_rows - (num_blocks - 1) * _BLOCK_ROWS
     describe_tiles(whole_at, _BLOCK_ROWS)
@@ -140,18 +175,11 @@ def tile_product(data):
     if num_rows > 1:
         configure_tiles(whole_at if num_blocks > 1 else whole_at + 64)
     begin, end = share(table, (num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS)
-    num_parts = (num_steps + STEPS_TOGETHER - 1) // STEPS_TOGETHER
-    first_row, last_row = share(table, num_rows)
-    takes_long = not HAS_UNIT and num_rows > MOST_ROWS
-    may_ask = takes_long and table[8] != 0 and first_row < last_row and num_parts <= MOST_ADDRESSES
-    asked_at = addresses_of_steps() if may_ask else 0
     for panel in range(begin, end):
-        weights_at, column = weight_at + panel * panel_bytes, panel * PANEL_OUTPUTS
-        if may_ask:
-            _fill_asked(table, panel - begin, end - begin, num_parts, asked_at, weights_at)
+        weights_at, column = table[6] + panel * num_steps * _STEP_BYTES, panel * PANEL_OUTPUTS
         num_columns = min(PANEL_OUTPUTS, num_outputs - column)
         if num_rows == 1:
-            multiply_row(weights_at, x_at, num_steps, sums_at)
+            multiply_row(0, weights_at, x_at, num_steps, sums_at)
             _write(sums_at, 1, PANEL_OUTPUTS, num_columns, out_at + column * 2, out_stride, data)
             continue
         # Half a panel stays near the processor while all blocks of rows pass by.
@@ -165,16 +193,28 @@ def tile_product(data):
                 if is_last and has_shorter:
                     configure_tiles(whole_at + 64)
                 num_seen = rest if is_last else _BLOCK_ROWS
-                if HAS_UNIT and num_seen > TILE_ROWS:
-                    multiply_half_panel(
-                        weights_at + half * _HALF_BYTES, rows_at, x_stride, num_steps, num_seen, sums_at
-                    )
-                    target_at += first_column * 2
+                if num_seen > TILE_ROWS:
+                    half_at, target_at = weights_at + half * _HALF_BYTES, target_at + first_column * 2
+                    multiply_half_panel(0, half_at, rows_at, x_stride, num_steps, num_seen, sums_at)
                     _write(sums_at, num_seen, _HALF, half_columns, target_at, out_stride, data)
                 elif half == 0:
-                    multiply_panel(weights_at, rows_at, x_stride, num_steps, num_seen, sums_at, asked_at)
+                    multiply_panel(0, weights_at, rows_at, x_stride, num_steps, num_seen, sums_at, 0)
                     _write(sums_at, num_seen, PANEL_OUTPUTS, num_columns, target_at, out_stride, data)
                 if is_last and has_shorter:
                     configure_tiles(whole_at)
     if num_rows > 1:
         release_tiles()
+
+
+@Kernel
+def tile_product(data):
+    """Write x [N, K] times a weight [O, K]; K is a multiple of 32. Only for bfloat16.
+
+    Of 9 to 16 rows without a matrix unit: the table may have the address of the rows' adapters, and the
+    entry of their tables at which stands what the next kernel reads of them; it is asked for meanwhile.
+    """
+    table = open_table(data)
+    if HAS_UNIT:
+        _multiply_by_unit(table, data)
+    else:
+        _multiply_by_pairs(table, data)

@@ -1,8 +1,8 @@
-"""Products with weights in the layout of matrix tiles, on processors with products of pairs of bfloat16.
+"""Products with weights in tiles, on processors with products of pairs of bfloat16.
 
 Read at the speed of memory, which a decode step's products take as long as. A matrix unit is used where there
 is one; its instructions need a permission that Linux gives a process once (Documentation/arch/x86/xstate.rst,
-"Using dynamic features").
+"Using dynamic features"). Elsewhere weights lie dense if the processor can read them so (dense.py).
 
 Legend: N rows, K inputs, O outputs.
 """
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels._threads import Launcher
+from luthier.modeling.kernels.dense import dense_bytes, lay_dense
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.panel_products import come_out_right
 
@@ -28,7 +29,7 @@ _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 
 
 class TiledWeight:
-    """A weight that lies as `_tiles.py` describes, its outputs filled up with zeros to a multiple of 64.
+    """A weight in tiles (_tiles.py), its outputs filled up with zeros to a multiple of 64.
 
     Args:
         weight_OK: bfloat16, K a multiple of 32; copied.
@@ -37,6 +38,7 @@ class TiledWeight:
     Raises:
         RuntimeError: where there are no such products, by `has_tiles`.
         ValueError: when the memory does not begin at a multiple of 64 bytes.
+        UnevenWeightError: when it would not gain by lying dense.
     """
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
@@ -47,10 +49,14 @@ class TiledWeight:
             memory = take_large(tiled_bytes(weight_OK))
         if memory.data_ptr() % _LINE:
             raise ValueError(f"Memory for a weight in tiles begins at a multiple of {_LINE} bytes.")
-        missing = -self.num_outputs % PANEL_OUTPUTS
-        filled = functional.pad(weight_OK, (0, 0, 0, missing)) if missing else weight_OK
-        parts = filled.view(-1, 4, 16, self.num_inputs // TILE_INPUTS, 16, 2).permute(0, 3, 1, 4, 2, 5)
-        self._memory = memory.view(torch.bfloat16).view(parts.shape).copy_(parts)
+        self._memory, self._exceptions = memory, None
+        if lie_dense():
+            self._exceptions = lay_dense(weight_OK, memory)
+        else:
+            missing = -self.num_outputs % PANEL_OUTPUTS
+            filled = functional.pad(weight_OK, (0, 0, 0, missing)) if missing else weight_OK
+            parts = filled.view(-1, 4, 16, self.num_inputs // TILE_INPUTS, 16, 2).permute(0, 3, 1, 4, 2, 5)
+            memory.view(torch.bfloat16).view(parts.shape).copy_(parts)
         self._launcher = Launcher(kernels.compiled_address("tile_product", torch.bfloat16))
 
     def times(
@@ -80,8 +86,10 @@ class TiledWeight:
 
 
 def tiled_bytes(weight_OK: torch.Tensor) -> int:
-    """Return the memory of a weight in this layout."""
+    """Return the memory of a weight in tiles."""
     num_outputs, num_inputs = weight_OK.shape
+    if lie_dense():
+        return dense_bytes(num_outputs, num_inputs)
     return -(-num_outputs // PANEL_OUTPUTS) * PANEL_OUTPUTS * num_inputs * 2
 
 
@@ -89,6 +97,14 @@ def can_tile(weight_OK: torch.Tensor) -> bool:
     """Whether a weight can be laid out so here."""
     has_shape = weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % TILE_INPUTS == 0
     return has_shape and weight_OK.device.type == "cpu" and has_tiles()
+
+
+@cache
+def lie_dense() -> bool:
+    """Whether weights in tiles lie dense here; only where there are such."""
+    from luthier.modeling.kernels._lines import LIE_DENSE
+
+    return LIE_DENSE
 
 
 @cache
