@@ -39,6 +39,7 @@ class Limits:
 class Work:
     """Streams that run together: each goes on from a prompt by some tokens.
 
+    `base_weight_bytes` are those that a weight of the base is read in.
     `adapter_weights` are the numbers of all distinct artifacts that lie in linear layers, `row_weights`
     those that the tokens of all streams meet: one stream's artifact for each.
     """
@@ -49,6 +50,7 @@ class Work:
     num_new: int
     adapter_weights: int
     row_weights: int
+    base_weight_bytes: float = _BF16_BYTES
 
     @property
     def base_weights(self) -> int:
@@ -59,11 +61,11 @@ class Work:
     def step_bytes(self) -> float:
         """Bytes that a step of one token a stream reads at half way: weights, keys and values.
 
-        All as bf16, but for the base's weights where ours lie dense: peers read more than these.
+        All as bf16, but for the base's weights as our engine reads them: peers may read more.
         """
         length = self.num_prompt + self.num_new / 2
         cached = 2 * self.shape.layers * self.shape.key_value * length * self.num_streams
-        return _BF16_BYTES * (self.adapter_weights + cached) + _bytes_of_weight() * self.base_weights
+        return _BF16_BYTES * (self.adapter_weights + cached) + self.base_weight_bytes * self.base_weights
 
     @property
     def step_flops(self) -> float:
@@ -77,8 +79,8 @@ class Work:
         return 2.0 * body * self.num_prompt
 
 
-def _bytes_of_weight() -> float:
-    """Return the bytes in which our engine reads a weight of the base here."""
+def bytes_of_base_weight() -> float:
+    """Return the bytes in which our engine reads a weight of a base here, where it lies as most do."""
     weight_OK = torch.empty(1024, 1024, dtype=torch.bfloat16)
     return tiled_bytes(weight_OK) / weight_OK.numel() if can_tile(weight_OK) else _BF16_BYTES
 

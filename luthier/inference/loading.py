@@ -1,14 +1,14 @@
 """From an artifact's copy to weights that answer: measured, verified, laid out, proved, and taken away.
 
-Verifying and laying out take a thread each; only the proof runs on the engine's thread, as a step of short
-texts between two others. Nothing here counts memory or decides who leaves.
+Verifying and laying out take a thread each; the proof after them runs on the engine's thread, as a step of
+short texts between two others. Nothing here counts memory or decides who leaves.
 
 Legend: `V` vocabulary.
 """
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
-from luthier.inference.mapped_file import map_file
+from luthier.inference.mapped_file import address_of, map_file
 from luthier.inference.probing import NUM_BEGUN, Text, probe
 from luthier.inference.proofs import (
     check_base,
@@ -37,11 +37,12 @@ from luthier.inference.proofs import (
 )
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.weights import in_turn, load_weights
-from luthier.inference.weights_file import tensors_of
+from luthier.inference.weights_file import header_of, tensors_of
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
-from luthier.methods._peft import WEIGHTS_NAME
+from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
 from luthier.methods._served import ServedParts
+from luthier.modeling.alike import Layout
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
 from luthier.modeling.packed_llama import can_pack_llama
 
@@ -52,6 +53,7 @@ _OPENING = threading.Lock()
 _MOST_LOADS = 3
 # Of a text that training recorded; it takes some twelve.
 _MOST_CANARY_TOKENS = 64
+_NOT_FINITE = "The model's weights are not finite; it is not served."
 
 
 class EngineLike(Protocol):
@@ -169,14 +171,15 @@ async def _check(served: ServedModel) -> None:
 async def _lay_out_checked(
     engine: EngineLike, served: ServedModel, packed: PackedWeights
 ) -> PackedAdapter | None:
-    """Lay an artifact out and let it prove itself while its files are checked.
+    """Lay an artifact out while its files are checked, and let it prove itself when they were.
 
     What was made of other bytes is thrown away. None where only the plain path can serve it.
     """
     # Another server that links or drops the same files touches them too.
     for _ in range(_MOST_LOADS):
         before = await asyncio.to_thread(_copy_of(served).look)
-        checking, making = _check(served), _lay_out_proved(engine, served, packed)
+        checking = asyncio.ensure_future(_check(served))
+        making = _lay_out_proved(engine, served, packed, checking)
         checked, adapter = await asyncio.gather(checking, making, return_exceptions=True)
         # Whatever else went wrong may be the damaged files' doing.
         for told in (checked, adapter):
@@ -190,13 +193,15 @@ async def _lay_out_checked(
 
 
 async def _lay_out_proved(
-    engine: EngineLike, served: ServedModel, packed: PackedWeights
+    engine: EngineLike, served: ServedModel, packed: PackedWeights, checking: Awaitable[None]
 ) -> PackedAdapter | None:
     copy, lane, probe_ids = _copy_of(served), packed.lane, served.base.probe_ids
     made = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
     if made is None:
         return None
     adapter, canary = made
+    # Beside the hash the engine's threads would have to share their processors, and wait for each other.
+    await checking
     await asyncio.wrap_future(engine.call(lambda: _prove(lane, adapter, probe_ids, canary)))
     return adapter
 
@@ -209,23 +214,52 @@ def _lay_out(
     None where only the plain path can serve it.
     """
     check_base(copy.folder, base_digest)
-    path, model = copy.folder / WEIGHTS_NAME, packed.lane.model
-    weights = tensors_of(map_file(path)) if path.is_file() else None
-    parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape, weights)
-    if parts is None or not can_lay_out(parts, model):
+    adapter = _lay_parts(copy, packed)
+    if adapter is None:
         return None
-    _check_finite(parts)
-    adapter = lay_out(
-        parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"), packed.spare.take
-    )
+    model = packed.lane.model
     canary = read_canary(copy.folder)
     if canary is not None:
         _check_tokens(canary, model.vocabulary_size, model.context_length - adapter.num_virtual_tokens)
     return adapter, canary
 
 
+def _lay_parts(copy: Copy, packed: PackedWeights) -> PackedAdapter | None:
+    """Lay an artifact's numbers out: as those of an earlier one did, where their files are alike."""
+    path, model, method = copy.folder / WEIGHTS_NAME, packed.lane.model, method_of_artifact(copy.folder)
+    content = map_file(path) if path.is_file() else None
+    key = None if content is None else _likeness(method.name, copy.folder, content)
+    layout = None if key is None else packed.layouts.find(key)
+    if content is not None and layout is not None:
+        adapter, are_finite = layout.lay(address_of(content), packed.spare.take)
+        if not are_finite:
+            raise SelfCheckError(_NOT_FINITE)
+        return adapter
+    weights = None if content is None else tensors_of(content)
+    parts = method.read_parts(copy.folder, packed.shape, weights)
+    if parts is None or not can_lay_out(parts, model):
+        return None
+    _check_finite(parts)
+    adapter = lay_out(
+        parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"), packed.spare.take
+    )
+    if content is not None and key is not None:
+        begin = address_of(content)
+        layout = Layout.of(parts, adapter, model, range(begin, begin + len(content)))
+        if layout is not None:
+            packed.layouts.keep(key, layout)
+    return adapter
+
+
+def _likeness(method: str, folder: Path, content: memoryview) -> Hashable:
+    """Return what says all of how an adapter lies: its file's length, as its header may lie of it, too."""
+    path = folder / CONFIG_NAME
+    configuration = path.read_bytes() if path.is_file() else b""
+    return method, configuration, len(content), header_of(content)
+
+
 def _check_tokens(canary: Canary, vocabulary_size: int, num_positions: int) -> None:
-    """Check a text before the engine runs it, of files whose hash is still to come."""
+    """Check a text before the engine runs it: a hash says whose it is, and not that it is one."""
     ids = canary.token_ids
     are_known = min(ids) >= 0 and max(ids) < vocabulary_size
     if not are_known or len(ids) > min(_MOST_CANARY_TOKENS, num_positions):
@@ -239,7 +273,7 @@ def _check_finite(parts: ServedParts) -> None:
     sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
     suspects = (~torch.isfinite(torch.stack(sums))).nonzero().flatten().tolist() if sums else []
     if not all(bool(torch.isfinite(tensors[place]).all()) for place in suspects):
-        raise SelfCheckError("The model's weights are not finite; it is not served.")
+        raise SelfCheckError(_NOT_FINITE)
 
 
 def _read_weight(folder: Path, name: str) -> torch.Tensor:

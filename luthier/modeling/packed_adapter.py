@@ -133,6 +133,28 @@ def lay_out(
     return adapter
 
 
+def updates_of(parts: ServedParts, laid: PackedAdapter, base: PackedLlama) -> list[Update]:
+    """Return where the low-rank updates of an artifact were laid out from, and where they went.
+
+    Args:
+        parts: what was given to `lay_out`.
+        laid: what came of it.
+        base: the base.
+
+    Returns:
+        One for each part.
+    """
+    updates = []
+    for part in parts.low_ranks:
+        place = _site_of(part.module, _SITES, base)
+        assert place is not None
+        assert laid.described is not None
+        site = laid.described.low_ranks[place[0]][place[1]]
+        assert site is not None
+        updates.append(Update(part.a_RK, part.b_OR, part.scale, site.a_RK, site.b))
+    return updates
+
+
 class _Room:
     """Memory that is given out from its begin to its end, every piece from the begin of a line on."""
 

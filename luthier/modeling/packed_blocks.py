@@ -46,8 +46,11 @@ class WeightMemory:
         weight_OK = weights[0] if len(weights) == 1 else torch.cat(weights)
         if self._room is None or not can_tile(weight_OK):
             return PackedLinear(weight_OK)
-        own, self._room = self._room.tensor_split([tiled_bytes(weight_OK)])
-        return PackedLinear(weight_OK, own)
+        own, rest = self._room.tensor_split([tiled_bytes(weight_OK)])
+        made = PackedLinear(weight_OK, own)
+        if made.tiled is not None:
+            self._room = rest
+        return made
 
 
 def linears_of(layer: torch.nn.Module) -> list[torch.Tensor]:

@@ -53,13 +53,13 @@ class PackedLinear:
 
 
 def _tile(weight_OK: torch.Tensor, memory: torch.Tensor | None) -> TiledWeight | None:
-    """Return a weight in tiles, None where there are none or it is not one for them; the log says if not."""
+    """Return a weight in tiles, None where there are none or it is too uneven to lie so."""
     if not can_tile(weight_OK):
         return None
     try:
         return TiledWeight(weight_OK, memory)
     except UnevenWeightError as error:
-        _LOG.warning("A weight %s stays as it is, slower: %s", tuple(weight_OK.shape), error)
+        _LOG.info("A weight %s does not lie in tiles: %s", tuple(weight_OK.shape), error)
         return None
 
 

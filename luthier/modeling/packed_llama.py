@@ -9,6 +9,7 @@ Legend: N tokens of a step (M single ones first, then T of each stretch), D hidd
 and v, K attended columns, F feed-forward size, H key heads, C head size, V vocabulary, R asked-for rows.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -41,6 +42,8 @@ from luthier.modeling.packed_program import DecodePrograms
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
+
+_LOG = logging.getLogger(__name__)
 
 # The widest rank or bottleneck of an adapter that is served here; wider ones go by the plain path.
 MAX_MIDDLE = 1024
@@ -183,7 +186,14 @@ class PackedLlama:
             like=self._norm_D,
         )
         products = (self._head, *(one for block in self._blocks for one in block.products))
-        self._is_tiled = all(one.tiled is not None for one in products)
+        num_tiled = sum(one.tiled is not None for one in products)
+        self._is_tiled = num_tiled == len(products)
+        if 0 < num_tiled < len(products):
+            _LOG.warning(
+                "%d of %d weights do not lie in tiles, so every step is launched kernel by kernel, slower.",
+                len(products) - num_tiled,
+                len(products),
+            )
         self._programs = DecodePrograms(self) if self._is_tiled else None
 
     @property

@@ -52,8 +52,8 @@ from luthier.modeling.kernels._vectors import (
     dot_four_rows_with_4,
     highest_of,
 )
-from luthier.modeling.kernels.products import TILE_INPUTS
 from luthier.modeling.kernels.served_rows import MAX_QUERIES
+from luthier.modeling.kernels.shapes import TILE_INPUTS
 
 
 def _turn_query(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):

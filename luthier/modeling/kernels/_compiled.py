@@ -2,7 +2,7 @@
 
 from luthier.modeling.kernels._attend_pages import attend_pages
 from luthier.modeling.kernels._choosing import draw, find_best
-from luthier.modeling.kernels._dense import find_upper_bytes, lay_dense
+from luthier.modeling.kernels._dense import find_upper_bytes, lay_panels
 from luthier.modeling.kernels._heads import (
     merge_heads,
     merge_heads_backward,
@@ -44,8 +44,8 @@ __all__ = [
     "find_upper_bytes",
     "gated_silu",
     "gated_silu_backward",
-    "lay_dense",
     "lay_low_ranks",
+    "lay_panels",
     "merge_heads",
     "merge_heads_backward",
     "panel_low_rank",

@@ -21,12 +21,13 @@ from luthier.modeling.kernels.dense import (
     DENSE_TILE_BYTES,
     EXCEPTIONS,
     HEADER_BYTES,
+    NUM_BYTES,
 )
-from luthier.modeling.kernels.products import PANEL_OUTPUTS, TILE_INPUTS
+from luthier.modeling.kernels.shapes import PANEL_OUTPUTS, TILE_INPUTS
 
 _HALF = PANEL_OUTPUTS // 2
 _TILE_OUTPUTS, _LINE = 16, 64
-_NUM_BYTES, _NUM_CODES = 256, 16
+_NUM_CODES = 16
 
 
 @inlined
@@ -38,28 +39,28 @@ def _upper_byte(bits):
 def find_upper_bytes(data):
     """Write each panel's header but for where its exceptions begin.
 
-    The table has O, K, the addresses of the weight and of the panels, and of room, int64 [panels, 2, 256] of
-    zeros. Of a panel's the first 256 are the codes of bytes afterwards, -1 for those of exceptions.
+    The table has O, K, the addresses of the weight, of headers one behind the other, and of room, int64
+    [panels, 2, 256] of zeros. Of a panel's the first 256 are the codes of bytes afterwards, -1 for those of
+    exceptions.
     """
     table = open_table(data)
-    num_outputs, num_inputs, weight_at, panels_at, room_at = table[2], table[3], table[4], table[5], table[6]
-    panel_bytes = HEADER_BYTES + num_inputs // TILE_INPUTS * DENSE_STEP_BYTES
+    num_outputs, num_inputs, weight_at, headers_at, room_at = table[2], table[3], table[4], table[5], table[6]
     begin, end = share(table, (num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS)
     for panel in range(begin, end):
-        counts = carray(at_int64(room_at + panel * 2 * _NUM_BYTES * 8), (2, _NUM_BYTES))
+        counts = carray(at_int64(room_at + panel * 2 * NUM_BYTES * 8), (2, NUM_BYTES))
         for output in range(min(PANEL_OUTPUTS, num_outputs - panel * PANEL_OUTPUTS)):
             row, half = panel * PANEL_OUTPUTS + output, output // _HALF
             weight = carray(at(weight_at + row * num_inputs * 2, data), num_inputs)
             for k in range(num_inputs):
                 counts[half, _upper_byte(weight[k])] += 1
-        header_at = panels_at + panel * panel_bytes
+        header_at = headers_at + panel * HEADER_BYTES
         upper_bytes, numbers = carray(at_uint8(header_at), _NUM_CODES), carray(at_int64(header_at), 8)
         # What has a code is counted no more: it is no exception.
         upper_bytes[0] = np.uint8(0)
         counts[0, 0] = counts[1, 0] = 0
         for code in range(1, _NUM_CODES):
             best = 0
-            for byte in range(_NUM_BYTES):
+            for byte in range(NUM_BYTES):
                 if counts[0, byte] + counts[1, byte] > counts[0, best] + counts[1, best]:
                     best = byte
             # Without a number left this is 0, whose code is the last that is written below.
@@ -67,17 +68,20 @@ def find_upper_bytes(data):
             counts[0, best] = counts[1, best] = 0
         for half in range(2):
             numbers[COUNT + half] = 0
-            for byte in range(_NUM_BYTES):
+            for byte in range(NUM_BYTES):
                 numbers[COUNT + half] += counts[half, byte]
-        for byte in range(_NUM_BYTES):
+        for byte in range(NUM_BYTES):
             counts[0, byte] = -1
         for code in range(_NUM_CODES - 1, -1, -1):
             counts[0, upper_bytes[code]] = code
 
 
 @Kernel
-def lay_dense(data):
-    """Write each panel's tiles, and its exceptions where its header says; the table is that from before."""
+def lay_panels(data):
+    """Write each panel's tiles behind its header, and its exceptions where that says.
+
+    The table has O, K, the addresses of the weight and of the panels, and of the codes (`find_upper_bytes`).
+    """
     table = open_table(data)
     num_outputs, num_inputs, weight_at, panels_at, room_at = table[2], table[3], table[4], table[5], table[6]
     num_steps = num_inputs // TILE_INPUTS
@@ -85,7 +89,7 @@ def lay_dense(data):
     begin, end = share(table, (num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS)
     for panel in range(begin, end):
         header_at, num_found = panels_at + panel * panel_bytes, 0
-        codes = carray(at_int64(room_at + panel * 2 * _NUM_BYTES * 8), _NUM_BYTES)
+        codes = carray(at_int64(room_at + panel * 2 * NUM_BYTES * 8), NUM_BYTES)
         numbers = carray(at_int64(header_at), HEADER_BYTES // 8)
         exceptions = carray(at_int64(numbers[EXCEPTIONS]), numbers[COUNT] + numbers[COUNT + 1])
         for output in range(PANEL_OUTPUTS):
@@ -133,7 +137,9 @@ def _add_products(_context, sums, sums_stride, x, x_stride, num_rows, lane, bits
                     own = builder.add(row, I64(number))
                     place = machine.pointer(builder.add(sums, builder.mul(own, sums_stride)), SUMS)
                     pair = machine.repeated(builder.add(x, builder.mul(own, x_stride)))
-                    total = machine.multiply_pairs(builder.load(place, align=4), pair, line)
+                    before = builder.load(place, align=4)
+                    # The other sums stay as they are even if the row is infinite there.
+                    total = builder.select(is_own, machine.multiply_pairs(before, pair, line), before)
                     builder.store(total, place, align=4)
                 return []
 

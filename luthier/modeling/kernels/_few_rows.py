@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from luthier.modeling.kernels._lines import Lines, lines_of
 from luthier.modeling.kernels._machine import STEP_BYTES, SUMS, TILE_BYTES, Machine
 from luthier.modeling.kernels._memory import I64, LANES, Body, loop
-from luthier.modeling.kernels.products import PANEL_OUTPUTS
+from luthier.modeling.kernels.shapes import PANEL_OUTPUTS
 
 # Rows that are multiplied together: their sums for two tiles of 16 outputs, and the weights of these, must
 # find room in 32 registers.
@@ -173,7 +173,7 @@ def _emit_lines(
 ) -> list[ir.Value]:
     """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row.
 
-    Meanwhile a tile's weights are asked for from `ahead` on, and as many lines as they have from `beside`.
+    Meanwhile a tile's weights are asked for from `ahead` on, and 16 lines from `beside` on.
     """
     machine = Machine(builder)
     for line, weights in enumerate(lines.of_tiles(builder, tiles)):
@@ -186,35 +186,46 @@ def _emit_lines(
     return sums
 
 
-@intrinsic
-def multiply_row(_context, header, weights, x, num_steps, out):
-    """Write the products of one row with the panel that begins at an address, 64 float32."""
+def _row_product(num_tiles: int) -> Any:
+    """Return an intrinsic that multiplies one row with the first tiles of every step of a panel.
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        header, weights, x, num_steps, out = arguments
-        machine, lines = Machine(builder), lines_of(builder, header)
+    Sums are the same for any number of tiles, and so however panels are shared out.
+    """
 
-        def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
-            sums = list(held)
-            place = builder.add(weights, builder.mul(index, I64(lines.step_bytes)))
-            inputs = builder.add(x, builder.mul(index, I64(64)))
-            for tile in range(_TILES_OF_PANEL):
-                begin = builder.add(place, I64(tile * lines.tile_bytes))
-                for number, (weight,) in enumerate(lines.of_tiles(builder, [begin])):
-                    asked = lines.asked_at(number)
-                    if asked is not None:
-                        machine.prefetch_behind(builder.add(begin, I64(lines.step_bytes + asked)))
-                    pair = machine.repeated(builder.add(inputs, I64(4 * number)))
-                    # Two sums a tile, so that one needn't wait for the other.
-                    own = 2 * tile + number % 2
-                    sums[own] = machine.multiply_pairs(sums[own], pair, weight)
-            return sums
+    @intrinsic
+    def multiply(_context, header, weights, x, num_steps, out):
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            header, weights, x, num_steps, out = arguments
+            machine, lines = Machine(builder), lines_of(builder, header)
 
-        _, sums = loop(builder, I64(0), num_steps, 1, [_ZERO] * (2 * _TILES_OF_PANEL), step)
-        for tile in range(_TILES_OF_PANEL):
-            total = builder.fadd(sums[2 * tile], sums[2 * tile + 1])
-            place = machine.pointer(builder.add(out, I64(64 * tile)), SUMS)
-            builder.store(total, place, align=4)
-        return I64(0)
+            def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+                sums = list(held)
+                place = builder.add(weights, builder.mul(index, I64(lines.step_bytes)))
+                inputs = builder.add(x, builder.mul(index, I64(64)))
+                for tile in range(num_tiles):
+                    begin = builder.add(place, I64(tile * lines.tile_bytes))
+                    for number, (weight,) in enumerate(lines.of_tiles(builder, [begin])):
+                        asked = lines.asked_at(number)
+                        if asked is not None:
+                            machine.prefetch_behind(builder.add(begin, I64(lines.step_bytes + asked)))
+                        pair = machine.repeated(builder.add(inputs, I64(4 * number)))
+                        # Two sums a tile, so that one needn't wait for the other.
+                        own = 2 * tile + number % 2
+                        sums[own] = machine.multiply_pairs(sums[own], pair, weight)
+                return sums
 
-    return types.int64(*[types.int64] * 5), generate
+            _, sums = loop(builder, I64(0), num_steps, 1, [_ZERO] * (2 * num_tiles), step)
+            for tile in range(num_tiles):
+                total = builder.fadd(sums[2 * tile], sums[2 * tile + 1])
+                place = machine.pointer(builder.add(out, I64(64 * tile)), SUMS)
+                builder.store(total, place, align=4)
+            return I64(0)
+
+        return types.int64(*[types.int64] * 5), generate
+
+    return multiply
+
+
+# Write the products of one row with the panel that begins at an address, or from other weights on with half
+# of it: 64 float32, or 32.
+multiply_row, multiply_half_row = _row_product(_TILES_OF_PANEL), _row_product(_TILES_OF_PANEL // 2)

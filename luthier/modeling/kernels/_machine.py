@@ -1,4 +1,4 @@
-"""The processor's own instructions as LLVM names them: for matrix tiles and for pairs of bfloat16."""
+"""The processor's own instructions, as LLVM names them or as text: for matrix tiles and pairs of bfloat16."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from luthier.modeling.kernels._memory import (
     is_bfloat16,
     prefetch,
 )
-from luthier.modeling.kernels.products import PANEL_OUTPUTS
+from luthier.modeling.kernels.shapes import PANEL_OUTPUTS
 
 # Addresses that an instruction's text may use, of 16 that there are, and pairs that are held at a time.
 _MOST_ADDRESSES, _MOST_PAIRS = 8, 3
@@ -92,9 +92,10 @@ class Machine:
     def multiply_line(
         self, sums: list[ir.Value], rows: list[ir.Value], offset: int, weights: list[ir.Value]
     ) -> list[ir.Value]:
-        """Add the products of a pair of each row and lines of weights to sums, in just this order.
+        """Add the products of a pair of each row and lines of weights to sums, of up to 8 rows in this order.
 
-        A compiler puts what adds to a sum near to what added to it before, and the processor waits.
+        A compiler puts what adds to a sum near to what added to it before, and the processor waits. It does
+        not know that these instructions read the rows: the kernel that they are in may not write them.
 
         Args:
             sums: of each row those with all lines.

@@ -1,7 +1,7 @@
 """The compiled product of a step's rows with a weight in tiles (_tiles.py), which may lie dense (dense.py).
 
 A decode step has few rows and reads each weight once, so it takes as long as memory does. Panels of outputs
-are shared out among the threads, of many rows without a matrix unit halves of panels.
+are shared out among the threads, without a matrix unit halves of panels.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
@@ -11,7 +11,12 @@ import numpy as np
 from numba import carray
 
 from luthier.modeling.kernels._dense import add_exceptions
-from luthier.modeling.kernels._few_rows import MOST_ROWS, STEPS_TOGETHER, multiply_row
+from luthier.modeling.kernels._few_rows import (
+    MOST_ROWS,
+    STEPS_TOGETHER,
+    multiply_half_row,
+    multiply_row,
+)
 from luthier.modeling.kernels._language import (
     Kernel,
     at,
@@ -37,7 +42,7 @@ from luthier.modeling.kernels._tiles import (
     sums_of_panel,
 )
 from luthier.modeling.kernels.dense import DENSE_STEP_BYTES, HEADER_BYTES
-from luthier.modeling.kernels.products import PANEL_OUTPUTS, TILE_INPUTS
+from luthier.modeling.kernels.shapes import PANEL_OUTPUTS, TILE_INPUTS
 
 _BLOCK_ROWS = 2 * TILE_ROWS
 # What a panel begins with, and of 32 inputs its weights and half of these.
@@ -91,7 +96,10 @@ def _multiply_half(table, half, data):
     for row in range(0, num_rows, _BLOCK_ROWS):
         num_seen = min(_BLOCK_ROWS, num_rows - row)
         rows_at = x_at + row * x_stride
-        multiply_half_panel(header_at, weights_at, rows_at, x_stride, num_steps, num_seen, sums_at)
+        if num_rows == 1:
+            multiply_half_row(header_at, weights_at, rows_at, num_steps, sums_at)
+        else:
+            multiply_half_panel(header_at, weights_at, rows_at, x_stride, num_steps, num_seen, sums_at)
         if LIE_DENSE:
             add_exceptions(header_at, own, own + 1, rows_at, x_stride, num_seen, sums_at)
         target_at = out_at + row * out_stride + half * _HALF * 2

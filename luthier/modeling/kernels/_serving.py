@@ -36,7 +36,7 @@ from luthier.modeling.kernels._vectors import (
     dot_rows,
 )
 from luthier.modeling.kernels.blocks import BLOCK
-from luthier.modeling.kernels.products import TILE_INPUTS
+from luthier.modeling.kernels.shapes import TILE_INPUTS
 
 
 @Kernel

@@ -39,8 +39,8 @@ from luthier.modeling.kernels._tiles import (
     release_tiles,
     sums_of_panel,
 )
-from luthier.modeling.kernels.products import TILE_INPUTS
 from luthier.modeling.kernels.served_rows import ATTENTION_BLOCKS, ATTENTION_KEYS, PAGE_SIZE
+from luthier.modeling.kernels.shapes import TILE_INPUTS
 
 _QUERIES = 16
 _LOWEST = np.float32(-np.inf)

@@ -33,8 +33,8 @@ from luthier.modeling.kernels._tiles import (
     release_tiles,
     sums_of_panel,
 )
-from luthier.modeling.kernels.products import TILE_INPUTS
 from luthier.modeling.kernels.served_rows import STRETCH_BLOCK, STRETCH_RANK
+from luthier.modeling.kernels.shapes import TILE_INPUTS
 
 _MIDDLE_BYTES = STRETCH_BLOCK * STRETCH_RANK * 2
 

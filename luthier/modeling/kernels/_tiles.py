@@ -31,7 +31,7 @@ from luthier.modeling.kernels._machine import (
 )
 from luthier.modeling.kernels._memory import I64, loop
 from luthier.modeling.kernels._pairs import emit_rows
-from luthier.modeling.kernels.products import PANEL_OUTPUTS
+from luthier.modeling.kernels.shapes import PANEL_OUTPUTS
 
 # Sums of a panel: float32, for 16 rows [16, 64], for 32 rows and half its outputs [32, 32].
 PANEL_SUMS = TILE_ROWS * PANEL_OUTPUTS

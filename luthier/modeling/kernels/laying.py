@@ -55,13 +55,38 @@ def lay_low_ranks(updates: Sequence[Update]) -> None:
     are_pairs = lie_in_pairs(like)
     for update in updates:
         _check(update, like, are_pairs=are_pairs)
-    if not all(map(_is_compiled, updates)):
+    if not are_laid_by_kernel(updates):
         for update in updates:
             _lay_plainly(update)
     else:
-        facts = torch.tensor([_facts(update) for update in updates])
-        address = kernels.compiled_address("lay_low_ranks", updates[0].a_FK.dtype)
-        launch(address, [len(updates), facts.data_ptr()])
+        lay_facts(torch.tensor([facts_of(update) for update in updates]), like.dtype)
+
+
+def are_laid_by_kernel(updates: Sequence[Update]) -> bool:
+    """Whether `facts_of` these updates may be given to `lay_facts`."""
+    return all(map(_is_compiled, updates))
+
+
+def facts_of(update: Update) -> list[int]:
+    """Return what the kernel is told of an update that it can read: four addresses, of `a_RK`, `b_OR`, `a_FK`
+    and `blocks`, and further numbers, which do not depend on where anything lies."""
+    tensors = (update.a_RK, update.b_OR, update.a_FK, update.blocks)
+    sizes = (update.a_RK.shape[0], *update.a_FK.shape, update.b_OR.shape[0])
+    return [*(one.data_ptr() for one in tensors), *sizes, kernels.float_bits(update.scale), 0]
+
+
+def lay_facts(facts_UF: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Write updates where they go.
+
+    Args:
+        facts_UF: int64, of each what `facts_of` tells. Nothing tells whether the addresses are right.
+        dtype: of the places.
+
+    Returns:
+        Whether all numbers that were read are finite.
+    """
+    launch(kernels.compiled_address("lay_low_ranks", dtype), [len(facts_UF), facts_UF.data_ptr()])
+    return not bool(facts_UF[:, -1].any())
 
 
 def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:
@@ -109,7 +134,7 @@ def _are_alike(places: Sequence[torch.Tensor], like: torch.Tensor) -> bool:
 def _wide_facts(update: WideUpdate) -> list[int]:
     tensors = (update.a_RK, update.b_OR, update.a_place_RK, update.b_place_OR)
     sizes = (*update.a_RK.shape, len(update.b_OR), update.b_place_OR.stride(0))
-    return [*(one.data_ptr() for one in tensors), *sizes, kernels.float_bits(update.scale)]
+    return [*(one.data_ptr() for one in tensors), *sizes, kernels.float_bits(update.scale), 0]
 
 
 def _check(update: Update, like: torch.Tensor, *, are_pairs: bool) -> None:
@@ -124,12 +149,6 @@ def _check(update: Update, like: torch.Tensor, *, are_pairs: bool) -> None:
 def _is_compiled(update: Update) -> bool:
     are_written = update.a_FK.is_contiguous() and update.blocks.is_contiguous()
     return _are_read(update.a_RK, update.b_OR) and are_written and kernels.is_compiled(update.a_FK)
-
-
-def _facts(update: Update) -> list[int]:
-    tensors = (update.a_RK, update.b_OR, update.a_FK, update.blocks)
-    sizes = (update.a_RK.shape[0], *update.a_FK.shape, update.b_OR.shape[0])
-    return [*(one.data_ptr() for one in tensors), *sizes, kernels.float_bits(update.scale)]
 
 
 def _lay_plainly(update: Update) -> None:

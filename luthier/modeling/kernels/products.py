@@ -19,10 +19,9 @@ from luthier.modeling.kernels._threads import Launcher
 from luthier.modeling.kernels.dense import dense_bytes, lay_dense
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.panel_products import come_out_right
+from luthier.modeling.kernels.shapes import PANEL_OUTPUTS, TILE_INPUTS
 
 _LOG = logging.getLogger(__name__)
-# Outputs of a panel, and inputs of a tile: a weight's inputs must be a multiple of these.
-PANEL_OUTPUTS, TILE_INPUTS = 64, 32
 _LINE = 64
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) by its number on x86-64.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
@@ -37,8 +36,8 @@ class TiledWeight:
 
     Raises:
         RuntimeError: where there are no such products, by `has_tiles`.
-        ValueError: when the memory does not begin at a multiple of 64 bytes.
-        UnevenWeightError: when it would not gain by lying dense.
+        ValueError: when the memory is not so many bytes, or does not begin at a multiple of 64.
+        UnevenWeightError: when it would not gain by lying dense; nothing was written.
     """
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
@@ -49,9 +48,11 @@ class TiledWeight:
             memory = take_large(tiled_bytes(weight_OK))
         if memory.data_ptr() % _LINE:
             raise ValueError(f"Memory for a weight in tiles begins at a multiple of {_LINE} bytes.")
-        self._memory, self._exceptions = memory, None
+        self._memory = memory
+        # Of a weight that lies dense, which points to them.
+        self.exceptions_E = torch.empty(0, dtype=torch.int64)
         if lie_dense():
-            self._exceptions = lay_dense(weight_OK, memory)
+            self.exceptions_E = lay_dense(weight_OK, memory)
         else:
             missing = -self.num_outputs % PANEL_OUTPUTS
             filled = functional.pad(weight_OK, (0, 0, 0, missing)) if missing else weight_OK
@@ -133,7 +134,14 @@ def has_tiles() -> bool:
 def _largest_gap(num_rows: int) -> float:
     """Return by how much a product of random numbers is off, as a share of the largest number."""
     generator = torch.Generator().manual_seed(num_rows)
-    weight_OK = torch.randn(80, 5 * TILE_INPUTS, generator=generator).bfloat16()
+    shape = (80, 5 * TILE_INPUTS)
+    # Seven upper bytes of either sign. Dense, of the great numbers' two more one has a code, and the other's
+    # are exceptions, in whatever tile: no sum is right without them.
+    exponents = torch.randint(-13, 1, shape, generator=generator)
+    weight_OK = torch.randn(shape, generator=generator).sign() * 1.5 * 2.0**exponents
+    places = torch.arange(7, weight_OK.numel(), 397)
+    weight_OK.view(-1)[places] = torch.where(places % 2 == 0, 96.0, -96.0)
+    weight_OK = weight_OK.bfloat16()
     x_NK = torch.randn(num_rows, 5 * TILE_INPUTS, generator=generator).bfloat16()
     expected_NO = functional.linear(x_NK.float(), weight_OK.float())
     found_NO = TiledWeight(weight_OK).times(x_NK, x_NK.new_empty(num_rows, 80)).float()

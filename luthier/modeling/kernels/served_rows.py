@@ -150,6 +150,33 @@ class Described:
         ranks = [site.a_RK.shape[0] for sites in self.low_ranks for site in sites if site is not None]
         object.__setattr__(self, "max_rank", max(ranks, default=0))
 
+    @classmethod
+    def at(
+        cls, table: torch.Tensor, low_ranks: Sequence[Sequence[LowRankSite | None]], max_rank: int
+    ) -> "Described":
+        """Return an adapter of low-rank updates alone whose table is known, and nothing of it worked out.
+
+        Args:
+            table: int64.
+            low_ranks: its sites by layer, which the table has the addresses of.
+            max_rank: the largest of their ranks.
+
+        Returns:
+            It.
+        """
+        made = object.__new__(cls)
+        facts = {
+            "low_ranks": low_ranks,
+            "bottlenecks": [(None, None)] * len(low_ranks),
+            "table": table,
+            "has_low_ranks": True,
+            "has_bottlenecks": False,
+            "max_rank": max_rank,
+        }
+        for name, value in facts.items():
+            object.__setattr__(made, name, value)
+        return made
+
     def add_low_ranks_to(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, layer: int, sites: slice, widths: Sequence[int]
     ) -> None:
@@ -255,8 +282,11 @@ class SingleRows:
 
     def __post_init__(self, memory_M: torch.Tensor | None) -> None:
         addresses = [0 if one is None else one.table.data_ptr() for one in self.adapters]
-        table_M = torch.tensor(addresses, dtype=torch.int64)
-        object.__setattr__(self, "table_M", table_M if memory_M is None else memory_M.copy_(table_M))
+        if memory_M is not None:
+            # Each step does this, and a tensor is made in ten times the time.
+            memory_M.numpy()[:] = addresses
+        table_M = torch.tensor(addresses, dtype=torch.int64) if memory_M is None else memory_M
+        object.__setattr__(self, "table_M", table_M)
         object.__setattr__(self, "has_low_ranks", any(one and one.has_low_ranks for one in self.adapters))
         object.__setattr__(self, "has_bottlenecks", any(one and one.has_bottlenecks for one in self.adapters))
 

@@ -15,7 +15,7 @@ import torch
 from luthier.modeling import kernels
 from luthier.modeling.kernels._threads import Launcher
 from luthier.modeling.kernels.choosing import prepare_choices
-from luthier.modeling.kernels.products import TILE_INPUTS, has_tiles
+from luthier.modeling.kernels.products import has_tiles
 from luthier.modeling.kernels.served_rows import (
     BOTTLENECK_ENTRIES,
     LAYER_ENTRIES,
@@ -31,6 +31,7 @@ from luthier.modeling.kernels.served_rows import (
     TokenRows,
 )
 from luthier.modeling.kernels.serving_plain import attend_at_once
+from luthier.modeling.kernels.shapes import TILE_INPUTS
 
 
 class Ops(Protocol):

@@ -1,0 +1,187 @@
+"""An adapter that is laid out as an earlier one was is laid out as if it had come first."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
+from luthier.modeling import kernels
+from luthier.modeling.alike import Layout, Layouts
+from luthier.modeling.kernels.page_memory import take_large
+from luthier.modeling.packed_adapter import PackedAdapter, lay_out
+from luthier.modeling.packed_llama import PackedLlama, Stretch
+
+pytestmark = pytest.mark.skipif(
+    not kernels.is_compiled(torch.empty(1)), reason="without numba nothing is laid out by a kernel"
+)
+_SHAPES = {"self_attn.q_proj": (64, 64), "self_attn.o_proj": (64, 64), "mlp.down_proj": (64, 96)}
+_RANKS = {"self_attn.q_proj": 3, "self_attn.o_proj": 8, "mlp.down_proj": 16}
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
+def base(request: pytest.FixtureRequest) -> PackedLlama:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    return PackedLlama(LlamaForCausalLM(config).to(request.param).eval(), num_pages=16)
+
+
+class File:
+    """The numbers of an adapter, drawn, one behind the other as in a file."""
+
+    def __init__(self, seed: int, *, with_magnitudes: bool = False) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        count = 2 * sum(_RANKS[name] * sum(shape) for name, shape in _SHAPES.items())
+        self.numbers = torch.randn(count + 7, generator=generator) * 0.3
+        parts, begin = [], 7
+        for layer in range(2):
+            for name, (num_outputs, num_inputs) in _SHAPES.items():
+                rank = _RANKS[name]
+                a_RK = self.numbers[begin : begin + rank * num_inputs].view(rank, num_inputs)
+                begin += a_RK.numel()
+                b_OR = self.numbers[begin : begin + rank * num_outputs].view(num_outputs, rank)
+                begin += b_OR.numel()
+                magnitude_O = torch.ones(num_outputs) if with_magnitudes else None
+                parts.append(LowRankPart(f"model.layers.{layer}.{name}", a_RK, b_OR, 0.5, magnitude_O))
+        self.parts = ServedParts(tuple(parts))
+
+    @property
+    def place(self) -> range:
+        return range(self.numbers.data_ptr(), self.numbers.data_ptr() + self.numbers.nbytes)
+
+
+def read_weight(path: str) -> torch.Tensor:
+    return torch.ones(_SHAPES[path.split(".", 3)[3]])
+
+
+def layout_of(base: PackedLlama, file: File) -> Layout | None:
+    return Layout.of(file.parts, lay_out(file.parts, base, read_weight), base, file.place)
+
+
+def logits_of(base: PackedLlama, adapter: PackedAdapter) -> torch.Tensor:
+    """Run a stretch, then a row behind it, whose kernels read the table in another way."""
+    pages = [1, 2]
+    begun = Stretch([5, 6, 7, 8], 0, pages, adapter.described, wants_all_logits=True)
+    return torch.cat(
+        [base.step([one]).held_RV.clone() for one in (begun, Stretch([9], 4, pages, adapter.described))]
+    )
+
+
+def test_numbers_and_answers_are_those_of_an_adapter_that_came_first(base: PackedLlama) -> None:
+    layout = layout_of(base, File(1))
+    assert layout is not None
+    other = File(2)
+    expected = lay_out(other.parts, base, read_weight)
+    taken: list[torch.Tensor] = []
+
+    def take(num_bytes: int) -> torch.Tensor:
+        # What was there before must not show through.
+        taken.append(take_large(num_bytes).fill_(0x41))
+        return taken[-1]
+
+    found, are_finite = layout.lay(other.place.start, take)
+    assert are_finite
+    assert found.described is not None
+    assert expected.described is not None
+    for own, theirs in zip(found.described.low_ranks, expected.described.low_ranks, strict=True):
+        for site, like in zip(own, theirs, strict=True):
+            assert (site is None) == (like is None)
+            if site is not None and like is not None:
+                assert torch.equal(site.a_RK, like.a_RK)
+                assert torch.equal(site.b, like.b)
+                assert site.factor_O is None
+    assert (found.described.max_rank, found.num_bytes) == (expected.described.max_rank, expected.num_bytes)
+    # Numbers that are no addresses are the same, and of addresses the distances.
+    tables = [one.described.table for one in (found, expected) if one.described is not None]
+    begins = [table[table > 2**32].min() for table in tables]
+    moved = [
+        torch.where(table > 2**32, table - begin, table) for table, begin in zip(tables, begins, strict=True)
+    ]
+    assert torch.equal(*moved)
+    assert begins[0] == taken[0].data_ptr()
+    assert torch.equal(logits_of(base, found), logits_of(base, expected))
+    assert not torch.equal(logits_of(base, found), logits_of(base, lay_out(File(3).parts, base, read_weight)))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_found_wherever_it_stands(base: PackedLlama, wrong: float) -> None:
+    layout, other = layout_of(base, File(1)), File(2)
+    assert layout is not None
+    _, are_finite = layout.lay(other.place.start, take_large)
+    assert are_finite
+    for place in (7, 8, 40, 7 + 3 * 64, 7 + 3 * 64 + 1, len(other.numbers) // 2, len(other.numbers) - 1):
+        before = other.numbers[place].item()
+        other.numbers[place] = wrong
+        _, are_finite = layout.lay(other.place.start, take_large)
+        assert not are_finite
+        other.numbers[place] = before
+    # What lies beside its tensors is none of its numbers.
+    other.numbers[:7] = wrong
+    assert layout.lay(other.place.start, take_large)[1]
+
+
+def _with_magnitudes(file: File) -> ServedParts:
+    return File(1, with_magnitudes=True).parts
+
+
+def _with_bottleneck(file: File) -> ServedParts:
+    down = BottleneckPart(
+        "model.layers.0.mlp",
+        torch.randn(4, 64),
+        torch.zeros(4),
+        torch.randn(64, 4),
+        torch.zeros(64),
+        "gelu",
+        is_parallel=False,
+    )
+    return ServedParts(file.parts.low_ranks, (down,))
+
+
+def _with_virtual_tokens(file: File) -> ServedParts:
+    return ServedParts(file.parts.low_ranks, embeddings_ND=torch.zeros(2, 64))
+
+
+def _of_another_type(file: File) -> ServedParts:
+    return ServedParts(
+        tuple(
+            LowRankPart(one.module, one.a_RK.double().float().bfloat16(), one.b_OR.bfloat16(), one.scale)
+            for one in file.parts.low_ranks
+        )
+    )
+
+
+def _from_elsewhere(file: File) -> ServedParts:
+    return ServedParts(
+        tuple(
+            LowRankPart(one.module, one.a_RK.clone(), one.b_OR.clone(), one.scale)
+            for one in file.parts.low_ranks
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [_with_magnitudes, _with_bottleneck, _with_virtual_tokens, _of_another_type, _from_elsewhere]
+)
+def test_what_takes_more_than_to_move_numbers_has_no_layout(
+    base: PackedLlama, change: Callable[[File], ServedParts]
+) -> None:
+    file = File(1)
+    parts = change(file)
+    assert Layout.of(parts, lay_out(parts, base, read_weight), base, file.place) is None
+
+
+def test_only_so_many_layouts_are_kept(base: PackedLlama) -> None:
+    layout, layouts = layout_of(base, File(1)), Layouts()
+    assert layout is not None
+    for number in range(20):
+        layouts.keep(number, layout)
+    assert [number for number in range(20) if layouts.find(number) is not None] == list(range(4, 20))
