@@ -7,11 +7,12 @@ Legend: `V` vocabulary.
 """
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -180,61 +181,76 @@ async def _lay_out_checked(
         before = await asyncio.to_thread(_copy_of(served).look)
         checking = asyncio.ensure_future(_check(served))
         making = _lay_out_proved(engine, served, packed, checking)
-        checked, adapter = await asyncio.gather(checking, making, return_exceptions=True)
+        checked, laid = await asyncio.gather(checking, making, return_exceptions=True)
         # Whatever else went wrong may be the damaged files' doing.
-        for told in (checked, adapter):
+        for told in (checked, laid):
             if isinstance(told, BaseException):
                 raise told
-        assert not isinstance(adapter, BaseException)
+        assert not isinstance(laid, BaseException)
         if before is not None and await asyncio.to_thread(_copy_of(served).look) == before:
-            return adapter
+            if laid is None:
+                return None
+            if laid.layout is not None:
+                # Not before: it was made of what may have been other bytes.
+                packed.layouts.keep(laid.key, laid.layout)
+            return laid.adapter
     # They were read twice, and may not have been the same.
     raise ArtifactCorruptError("The artifact's files changed while they were read; ask again.")
 
 
 async def _lay_out_proved(
     engine: EngineLike, served: ServedModel, packed: PackedWeights, checking: Awaitable[None]
-) -> PackedAdapter | None:
+) -> "_Laid | None":
     copy, lane, probe_ids = _copy_of(served), packed.lane, served.base.probe_ids
-    made = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
-    if made is None:
+    laid = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
+    if laid is None:
         return None
-    adapter, canary = made
     # Beside the hash the engine's threads would have to share their processors, and wait for each other.
     await checking
-    await asyncio.wrap_future(engine.call(lambda: _prove(lane, adapter, probe_ids, canary)))
-    return adapter
+    await asyncio.wrap_future(engine.call(lambda: _prove(lane, laid.adapter, probe_ids, laid.canary)))
+    return laid
 
 
-def _lay_out(
-    copy: Copy, packed: PackedWeights, base_digest: str
-) -> tuple[PackedAdapter, Canary | None] | None:
+@dataclass(frozen=True)
+class _Laid:
+    """An adapter, what training recorded of it, and how it was laid out if that was worked out for it."""
+
+    adapter: PackedAdapter
+    canary: Canary | None
+    key: Hashable = None
+    layout: Layout | None = None
+
+
+def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> _Laid | None:
     """Lay an artifact out beside its base, and read what training recorded of it.
 
     None where only the plain path can serve it.
     """
     check_base(copy.folder, base_digest)
-    adapter = _lay_parts(copy, packed)
-    if adapter is None:
+    laid = _lay_parts(copy, packed)
+    if laid is None:
         return None
-    model = packed.lane.model
+    model, adapter = packed.lane.model, laid.adapter
     canary = read_canary(copy.folder)
     if canary is not None:
         _check_tokens(canary, model.vocabulary_size, model.context_length - adapter.num_virtual_tokens)
-    return adapter, canary
+    return replace(laid, canary=canary)
 
 
-def _lay_parts(copy: Copy, packed: PackedWeights) -> PackedAdapter | None:
+def _lay_parts(copy: Copy, packed: PackedWeights) -> _Laid | None:
     """Lay an artifact's numbers out: as those of an earlier one did, where their files are alike."""
     path, model, method = copy.folder / WEIGHTS_NAME, packed.lane.model, method_of_artifact(copy.folder)
     content = map_file(path) if path.is_file() else None
     key = None if content is None else _likeness(method.name, copy.folder, content)
     layout = None if key is None else packed.layouts.find(key)
-    if content is not None and layout is not None:
-        adapter, are_finite = layout.lay(address_of(content), packed.spare.take)
+    file = range(0)
+    if content is not None:
+        file = range(address_of(content), address_of(content) + len(content))
+    if layout is not None:
+        adapter, are_finite = layout.lay(file, packed.spare.take)
         if not are_finite:
             raise SelfCheckError(_NOT_FINITE)
-        return adapter
+        return _Laid(adapter, None)
     weights = None if content is None else tensors_of(content)
     parts = method.read_parts(copy.folder, packed.shape, weights)
     if parts is None or not can_lay_out(parts, model):
@@ -243,19 +259,16 @@ def _lay_parts(copy: Copy, packed: PackedWeights) -> PackedAdapter | None:
     adapter = lay_out(
         parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"), packed.spare.take
     )
-    if content is not None and key is not None:
-        begin = address_of(content)
-        layout = Layout.of(parts, adapter, model, range(begin, begin + len(content)))
-        if layout is not None:
-            packed.layouts.keep(key, layout)
-    return adapter
+    return _Laid(adapter, None, key, Layout.of(parts, adapter, model, file))
 
 
 def _likeness(method: str, folder: Path, content: memoryview) -> Hashable:
-    """Return what says all of how an adapter lies: its file's length, as its header may lie of it, too."""
+    """Return what says all of how an adapter lies: its file's length, too, for a header may say too much."""
     path = folder / CONFIG_NAME
     configuration = path.read_bytes() if path.is_file() else b""
-    return method, configuration, len(content), header_of(content)
+    # Digests: headers are tens of kilobytes, and may be far more.
+    texts = (configuration, header_of(content))
+    return method, len(content), *(hashlib.sha256(text).digest() for text in texts)
 
 
 def _check_tokens(canary: Canary, vocabulary_size: int, num_positions: int) -> None:
@@ -344,9 +357,8 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
             return ReadyModel(served, lane=packed.lane)
         made = _lay_out(copy, packed, served.foundation.digest)
         if made is not None:
-            adapter, canary = made
-            _prove(packed.lane, adapter, base.probe_ids, canary)
-            return ReadyModel(served, lane=packed.lane, adapter=adapter)
+            _prove(packed.lane, made.adapter, base.probe_ids, made.canary)
+            return ReadyModel(served, lane=packed.lane, adapter=made.adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)
     slots = ArtifactSlots(whole, base_digest=served.foundation.digest, probe_ids=base.probe_ids)

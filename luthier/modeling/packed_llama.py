@@ -36,6 +36,7 @@ from luthier.modeling.kernels.served_rows import (
 )
 from luthier.modeling.kernels.serving import CompiledOps, Ops
 from luthier.modeling.kernels.serving_plain import PlainOps
+from luthier.modeling.kernels.shapes import LONG_ROWS
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_blocks import Block, WeightMemory, linears_of, pack_block
 from luthier.modeling.packed_program import DecodePrograms
@@ -186,12 +187,12 @@ class PackedLlama:
             like=self._norm_D,
         )
         products = (self._head, *(one for block in self._blocks for one in block.products))
-        num_tiled = sum(one.tiled is not None for one in products)
-        self._is_tiled = num_tiled == len(products)
-        if 0 < num_tiled < len(products):
+        self._is_tiled = all(one.tiled is not None for one in products)
+        num_uneven = sum(one.is_uneven for one in products)
+        if num_uneven:
             _LOG.warning(
-                "%d of %d weights do not lie in tiles, so every step is launched kernel by kernel, slower.",
-                len(products) - num_tiled,
+                "%d of %d weights are too uneven to lie in tiles: steps are launched by kernel, slower.",
+                num_uneven,
                 len(products),
             )
         self._programs = DecodePrograms(self) if self._is_tiled else None
@@ -309,7 +310,9 @@ class PackedLlama:
         normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
         following = [work.following(layer, sites) for sites in (ATTENTION_IN, ATTENTION_OUT)]
         qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, following[0])
-        self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
+        # After a product that has asked for the adapters.
+        attending = (work.tokens, self.pages) if following[0][0] and len(work.rows) in LONG_ROWS else None
+        self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN, attending)
         self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
         if work.stretches is not None:
             self.ops.attend_stretches(qkv_NE, work.tokens, work.stretches, self.pages, layer, attended_NK)
@@ -330,10 +333,16 @@ class PackedLlama:
         return out_ND
 
     def _add_low_ranks(
-        self, out_NO: torch.Tensor, x_NK: torch.Tensor, work: Work, layer: int, sites: slice
+        self,
+        out_NO: torch.Tensor,
+        x_NK: torch.Tensor,
+        work: Work,
+        layer: int,
+        sites: slice,
+        attending: tuple[TokenRows, Pages] | None = None,
     ) -> None:
         if work.rows.has_low_ranks:
-            self.ops.add_low_rank(out_NO, x_NK, work.rows, layer, sites)
+            self.ops.add_low_rank(out_NO, x_NK, work.rows, layer, sites, attending)
         if work.stretches is not None:
             self.ops.add_stretches(out_NO, x_NK, work.stretches, layer, sites)
 

@@ -77,7 +77,11 @@ class DecodePrograms:
         if any(isinstance(one.tokens, torch.Tensor) for one in stretches):
             llama.embed(stretches, self._buffers.stream_ND[:num_rows])
         else:
-            np.take(self._vectors, [one.tokens[0] for one in stretches], axis=0, out=self._stream[:num_rows])
+            ids = [one.tokens[0] for one in stretches]
+            if min(ids) < 0 or max(ids) >= len(self._vectors):
+                raise IndexError("A token is none of the base's.")
+            # All are there: any other mode would copy them once more.
+            np.take(self._vectors, ids, axis=0, out=self._stream[:num_rows], mode="clip")
         program = self._program(llama, rows)
         if on_launch is not None:
             on_launch()

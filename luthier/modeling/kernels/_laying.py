@@ -35,7 +35,7 @@ from luthier.modeling.kernels._pairs import paired_bits
 from luthier.modeling.kernels.blocks import BLOCK
 
 # Numbers of an update, laid out for serving and for training.
-NUM_FACTS = 10
+_NUM_FACTS = 10
 _INFINITE = 0x7F800000
 
 
@@ -140,7 +140,7 @@ def lay_low_ranks(data):
     """
     table = open_table(data)
     num_updates = table[2]
-    facts = carray(at_int64(table[3]), (num_updates, NUM_FACTS))
+    facts = carray(at_int64(table[3]), (num_updates, _NUM_FACTS))
     size = item_size(data)
     begin, end = share(table, num_updates)
     for i in range(begin, end):
@@ -168,7 +168,7 @@ def lay_low_ranks(data):
                     blocks_at + (row * BLOCK + column % BLOCK * _columns_apart(data)) * size,
                     BLOCK * size,
                 )
-        facts[i, NUM_FACTS - 1] = wrong
+        facts[i, _NUM_FACTS - 1] = wrong
 
 
 @Kernel
@@ -176,7 +176,7 @@ def widen_low_ranks(data):
     """Write every update's `a` [R, K], and `scale * b` [O, R] into columns of a wide weight."""
     table = open_table(data)
     num_updates = table[2]
-    facts = carray(at_int64(table[3]), (num_updates, NUM_FACTS))
+    facts = carray(at_int64(table[3]), (num_updates, _NUM_FACTS))
     size = item_size(data)
     begin, end = share(table, num_updates)
     for i in range(begin, end):

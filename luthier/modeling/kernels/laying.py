@@ -12,6 +12,10 @@ from luthier.modeling import kernels
 from luthier.modeling.kernels._threads import launch
 from luthier.modeling.kernels.blocks import lie_in_pairs, shape_of_blocks, to_blocks
 
+# Of an update's facts: the addresses that its numbers are read from and written to, ranks filled up, and
+# whether the kernel met one that is not finite.
+FROM, TO, FILLED, WRONG = slice(0, 2), slice(2, 4), 5, -1
+
 
 class Update(NamedTuple):
     """`scale * b a` beside a layer, as an artifact holds it and where it goes.
@@ -86,7 +90,7 @@ def lay_facts(facts_UF: torch.Tensor, dtype: torch.dtype) -> bool:
         Whether all numbers that were read are finite.
     """
     launch(kernels.compiled_address("lay_low_ranks", dtype), [len(facts_UF), facts_UF.data_ptr()])
-    return not bool(facts_UF[:, -1].any())
+    return not bool(facts_UF[:, WRONG].any())
 
 
 def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:

@@ -15,7 +15,7 @@ row.
 """
 
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -164,17 +164,10 @@ class Described:
         Returns:
             It.
         """
-        made = object.__new__(cls)
-        facts = {
-            "low_ranks": low_ranks,
-            "bottlenecks": [(None, None)] * len(low_ranks),
-            "table": table,
-            "has_low_ranks": True,
-            "has_bottlenecks": False,
-            "max_rank": max_rank,
-        }
-        for name, value in facts.items():
-            object.__setattr__(made, name, value)
+        made, nothing = object.__new__(cls), [(None, None)] * len(low_ranks)
+        values = (low_ranks, nothing, table, True, False, max_rank)
+        for one, value in zip(fields(cls), values, strict=True):
+            object.__setattr__(made, one.name, value)
         return made
 
     def add_low_ranks_to(

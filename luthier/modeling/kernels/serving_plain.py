@@ -83,7 +83,13 @@ class PlainOps:
         _plain.gated_silu(gate_up_NF, out_NF, out_NF.shape[1])
 
     def add_low_rank(
-        self, out_NO: torch.Tensor, x_NK: torch.Tensor, rows: SingleRows, layer: int, sites: slice
+        self,
+        out_NO: torch.Tensor,
+        x_NK: torch.Tensor,
+        rows: SingleRows,
+        layer: int,
+        sites: slice,
+        attending: tuple[TokenRows, Pages] | None = None,  # noqa: ARG002 - nothing is asked for here
     ) -> None:
         """Add the rows' low-rank updates to the first M results of layers that share an input."""
         for adapter, own in _by_adapter(rows):

@@ -2,3 +2,6 @@
 
 # Outputs of a panel, and inputs of a tile: a weight's inputs must be a multiple of these.
 PANEL_OUTPUTS, TILE_INPUTS = 64, 32
+# Rows of a step whose products take longer than to read the weight, so that without a matrix unit a product
+# asks meanwhile for what the next kernel reads.
+LONG_ROWS = range(9, 17)

@@ -1,6 +1,7 @@
 """An adapter that is laid out as an earlier one was is laid out as if it had come first."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def base(request: pytest.FixtureRequest) -> PackedLlama:
 class File:
     """The numbers of an adapter, drawn, one behind the other as in a file."""
 
-    def __init__(self, seed: int, *, with_magnitudes: bool = False) -> None:
+    def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         count = 2 * sum(_RANKS[name] * sum(shape) for name, shape in _SHAPES.items())
         self.numbers = torch.randn(count + 7, generator=generator) * 0.3
@@ -50,13 +51,13 @@ class File:
                 begin += a_RK.numel()
                 b_OR = self.numbers[begin : begin + rank * num_outputs].view(num_outputs, rank)
                 begin += b_OR.numel()
-                magnitude_O = torch.ones(num_outputs) if with_magnitudes else None
-                parts.append(LowRankPart(f"model.layers.{layer}.{name}", a_RK, b_OR, 0.5, magnitude_O))
+                parts.append(LowRankPart(f"model.layers.{layer}.{name}", a_RK, b_OR, 0.5))
         self.parts = ServedParts(tuple(parts))
+        self.length = self.numbers.nbytes
 
     @property
     def place(self) -> range:
-        return range(self.numbers.data_ptr(), self.numbers.data_ptr() + self.numbers.nbytes)
+        return range(self.numbers.data_ptr(), self.numbers.data_ptr() + self.length)
 
 
 def read_weight(path: str) -> torch.Tensor:
@@ -88,7 +89,7 @@ def test_numbers_and_answers_are_those_of_an_adapter_that_came_first(base: Packe
         taken.append(take_large(num_bytes).fill_(0x41))
         return taken[-1]
 
-    found, are_finite = layout.lay(other.place.start, take)
+    found, are_finite = layout.lay(other.place, take)
     assert are_finite
     assert found.described is not None
     assert expected.described is not None
@@ -116,21 +117,22 @@ def test_numbers_and_answers_are_those_of_an_adapter_that_came_first(base: Packe
 def test_a_number_that_is_not_finite_is_found_wherever_it_stands(base: PackedLlama, wrong: float) -> None:
     layout, other = layout_of(base, File(1)), File(2)
     assert layout is not None
-    _, are_finite = layout.lay(other.place.start, take_large)
+    _, are_finite = layout.lay(other.place, take_large)
     assert are_finite
     for place in (7, 8, 40, 7 + 3 * 64, 7 + 3 * 64 + 1, len(other.numbers) // 2, len(other.numbers) - 1):
         before = other.numbers[place].item()
         other.numbers[place] = wrong
-        _, are_finite = layout.lay(other.place.start, take_large)
+        _, are_finite = layout.lay(other.place, take_large)
         assert not are_finite
         other.numbers[place] = before
     # What lies beside its tensors is none of its numbers.
     other.numbers[:7] = wrong
-    assert layout.lay(other.place.start, take_large)[1]
+    assert layout.lay(other.place, take_large)[1]
 
 
 def _with_magnitudes(file: File) -> ServedParts:
-    return File(1, with_magnitudes=True).parts
+    parts = [replace(one, magnitude_O=torch.ones(len(one.b_OR))) for one in file.parts.low_ranks]
+    return ServedParts(tuple(parts))
 
 
 def _with_bottleneck(file: File) -> ServedParts:
@@ -151,25 +153,35 @@ def _with_virtual_tokens(file: File) -> ServedParts:
 
 
 def _of_another_type(file: File) -> ServedParts:
-    return ServedParts(
-        tuple(
-            LowRankPart(one.module, one.a_RK.double().float().bfloat16(), one.b_OR.bfloat16(), one.scale)
-            for one in file.parts.low_ranks
-        )
-    )
+    def half(tensor: torch.Tensor) -> torch.Tensor:
+        held = tensor.view(torch.bfloat16).flatten()[: tensor.numel()].view(tensor.shape)
+        return held.nan_to_num_(0.1, 0.1, 0.1).clamp_(-1, 1)
+
+    parts = [replace(one, a_RK=half(one.a_RK), b_OR=half(one.b_OR)) for one in file.parts.low_ranks]
+    assert all(one.a_RK.data_ptr() in file.place for one in parts)
+    return ServedParts(tuple(parts))
 
 
 def _from_elsewhere(file: File) -> ServedParts:
-    return ServedParts(
-        tuple(
-            LowRankPart(one.module, one.a_RK.clone(), one.b_OR.clone(), one.scale)
-            for one in file.parts.low_ranks
-        )
-    )
+    parts = [replace(one, a_RK=one.a_RK.clone(), b_OR=one.b_OR.clone()) for one in file.parts.low_ranks]
+    return ServedParts(tuple(parts))
+
+
+def _beyond_the_end(file: File) -> ServedParts:
+    file.length -= 1
+    return file.parts
 
 
 @pytest.mark.parametrize(
-    "change", [_with_magnitudes, _with_bottleneck, _with_virtual_tokens, _of_another_type, _from_elsewhere]
+    "change",
+    [
+        _with_magnitudes,
+        _with_bottleneck,
+        _with_virtual_tokens,
+        _of_another_type,
+        _from_elsewhere,
+        _beyond_the_end,
+    ],
 )
 def test_what_takes_more_than_to_move_numbers_has_no_layout(
     base: PackedLlama, change: Callable[[File], ServedParts]
@@ -179,9 +191,19 @@ def test_what_takes_more_than_to_move_numbers_has_no_layout(
     assert Layout.of(parts, lay_out(parts, base, read_weight), base, file.place) is None
 
 
+def test_a_file_of_another_length_is_refused(base: PackedLlama) -> None:
+    layout, other = layout_of(base, File(1)), File(2)
+    assert layout is not None
+    other.length -= 4
+    with pytest.raises(ValueError, match="as long"):
+        layout.lay(other.place, take_large)
+
+
 def test_only_so_many_layouts_are_kept(base: PackedLlama) -> None:
     layout, layouts = layout_of(base, File(1)), Layouts()
     assert layout is not None
     for number in range(20):
         layouts.keep(number, layout)
-    assert [number for number in range(20) if layouts.find(number) is not None] == list(range(4, 20))
+        # Who is asked for stays.
+        assert layouts.find(0) is layout
+    assert [number for number in range(20) if layouts.find(number) is not None] == [0, *range(5, 20)]

@@ -156,6 +156,22 @@ def test_weights_that_are_no_numbers_stay_visible_in_their_output(
     assert torch.isfinite(found_NO[:, torch.arange(64) != 5]).all()
 
 
+@pytest.mark.parametrize("num_rows", [1, 8, 13, 40])
+def test_an_infinite_input_leaves_other_outputs_than_an_exceptions_infinite(num_rows: int) -> None:
+    weight_OK = draw_even(64, 64)
+    weight_OK[5, 7] = 2.0**60
+    tiled = TiledWeight(weight_OK)
+    assert len(tiled.exceptions_E) == 1
+    x_NK = draw(num_rows, 64, seed=1)
+    x_NK[:, 7] = float("inf")
+    found_NO = tiled.times(x_NK, torch.zeros(num_rows, 64, dtype=torch.bfloat16))
+    others = torch.arange(64) != 5
+    assert torch.equal(
+        found_NO[:, others], (weight_OK[:, 7].sign() * float("inf"))[others].expand(num_rows, -1)
+    )
+    assert not torch.isfinite(found_NO[:, 5]).any()
+
+
 def uneven(num_outputs: int, num_inputs: int) -> torch.Tensor:
     """Return a weight whose upper bytes are some sixty, one as frequent as the other."""
     exponents = torch.arange(num_inputs) % 60 - 30
@@ -196,7 +212,7 @@ def test_a_base_with_an_uneven_weight_answers_as_before_and_the_log_says_so(
     down.data[:, 40:] = (down.data[:, 40:].float() * 2.0**-40).bfloat16()
     with caplog.at_level(logging.WARNING):
         packed = PackedLlama(causal_lm, num_pages=8)
-    assert "1 of 9 weights do not lie in tiles" in caplog.text
+    assert "1 of 9 weights are too uneven" in caplog.text
     ids = [5, 6, 7, 8, 9]
     found = packed.step([Stretch(ids[:4], 0, [1], wants_all_logits=True)]).held_RV.float()
     last = packed.step([Stretch(ids[4:], 4, [1])]).held_RV.float()

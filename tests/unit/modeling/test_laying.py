@@ -6,7 +6,14 @@ from torch.nn import functional
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels.blocks import lie_in_pairs, of_blocks, shape_of_blocks, times_blocks, to_blocks
-from luthier.modeling.kernels.laying import Update, WideUpdate, lay_low_ranks, widen_low_ranks
+from luthier.modeling.kernels.laying import (
+    Update,
+    WideUpdate,
+    facts_of,
+    lay_facts,
+    lay_low_ranks,
+    widen_low_ranks,
+)
 from luthier.modeling.kernels.served_rows import Described, LowRankSite
 
 
@@ -50,6 +57,24 @@ def test_numbers_come_to_their_places_rounded_once(
         expected_FO = functional.pad(scaled_RO, (0, missing, 0, missing_ranks))
         assert torch.equal(update.a_FK, expected_FK)
         assert torch.equal(of_blocks(update.blocks, num_outputs + missing), expected_FO)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_told_wherever_it_stands(dtype: torch.dtype, wrong: float) -> None:
+    """In whole vectors and in what is left of them, of inputs, outputs and ranks."""
+    if not kernels.is_compiled(torch.empty(1)):
+        pytest.skip("numba is not installed")
+    for rank, filled, num_outputs in ((1, 4, 3), (5, 8, 100), (17, 20, 16)):
+        update = _update(rank, filled, num_outputs, dtype, torch.float32)
+        assert lay_facts(torch.tensor([facts_of(update)]), dtype)
+        for tensor in (update.a_RK, update.b_OR):
+            numbers = tensor.view(-1)
+            for place in range(0, len(numbers), 1 if len(numbers) < 200 else 7):
+                before = numbers[place].item()
+                numbers[place] = wrong
+                assert not lay_facts(torch.tensor([facts_of(update)]), dtype)
+                numbers[place] = before
 
 
 def test_an_update_that_does_not_fit_its_place_is_refused_and_nothing_is_written() -> None:
