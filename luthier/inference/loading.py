@@ -240,12 +240,12 @@ def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> _Laid | Non
 def _lay_parts(copy: Copy, packed: PackedWeights) -> _Laid | None:
     """Lay an artifact's numbers out: as those of an earlier one did, where their files are alike."""
     path, model, method = copy.folder / WEIGHTS_NAME, packed.lane.model, method_of_artifact(copy.folder)
-    content = map_file(path) if path.is_file() else None
-    key = None if content is None else _likeness(method.name, copy.folder, content)
-    layout = None if key is None else packed.layouts.find(key)
-    file = range(0)
-    if content is not None:
+    content, key, layout, file = None, None, None, range(0)
+    if path.is_file():
+        content = map_file(path)
         file = range(address_of(content), address_of(content) + len(content))
+        key = _likeness(method.name, copy.folder, content)
+        layout = packed.layouts.find(key)
     if layout is not None:
         adapter, are_finite = layout.lay(file, packed.spare.take)
         if not are_finite:

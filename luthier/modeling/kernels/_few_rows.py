@@ -18,11 +18,9 @@ from numba.extending import intrinsic
 from luthier.modeling.kernels._lines import Lines, lines_of
 from luthier.modeling.kernels._machine import STEP_BYTES, SUMS, TILE_BYTES, Machine
 from luthier.modeling.kernels._memory import I64, LANES, Body, loop
-from luthier.modeling.kernels.shapes import PANEL_OUTPUTS
+from luthier.modeling.kernels._pairs import emit_lines
+from luthier.modeling.kernels.shapes import MOST_ROWS, PANEL_OUTPUTS
 
-# Rows that are multiplied together: their sums for two tiles of 16 outputs, and the weights of these, must
-# find room in 32 registers.
-MOST_ROWS = 8
 _SIZES = (MOST_ROWS, 4, 2, 1)
 _OUT_BYTES = PANEL_OUTPUTS * 4
 _TILES_OF_PANEL = STEP_BYTES // TILE_BYTES
@@ -151,7 +149,7 @@ def _block(
                 if other is not None:
                     beside = builder.add(other, builder.mul(number, I64(TILE_BYTES)))
             tiles = [builder.add(place, I64(which * lines.tile_bytes)) for which in range(num_tiles)]
-            return _emit_lines(builder, lines, tiles, inputs, ahead, beside, sums)
+            return emit_lines(builder, lines, tiles, inputs, [ahead], sums, beside=beside)
 
         before = [builder.load(one, align=4) for one in held]
         _, sums = loop(builder, begin, end, 1, before, step)
@@ -160,30 +158,6 @@ def _block(
         return []
 
     return body
-
-
-def _emit_lines(
-    builder: ir.IRBuilder,
-    lines: Lines,
-    tiles: list[ir.Value],
-    inputs: list[ir.Value],
-    ahead: ir.Value,
-    beside: ir.Value | None,
-    sums: list[ir.Value],
-) -> list[ir.Value]:
-    """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row.
-
-    Meanwhile a tile's weights are asked for from `ahead` on, and 16 lines from `beside` on.
-    """
-    machine = Machine(builder)
-    for line, weights in enumerate(lines.of_tiles(builder, tiles)):
-        asked = lines.asked_at(line)
-        if asked is not None:
-            machine.prefetch_behind(builder.add(ahead, I64(asked)))
-        if beside is not None:
-            machine.prefetch_behind(builder.add(beside, I64(64 * line)))
-        sums = machine.multiply_line(sums, inputs, 4 * line, weights)
-    return sums
 
 
 def _row_product(num_tiles: int) -> Any:

@@ -17,7 +17,7 @@ from luthier.modeling.kernels._memory import (
     is_bfloat16,
     prefetch,
 )
-from luthier.modeling.kernels.shapes import PANEL_OUTPUTS
+from luthier.modeling.kernels.shapes import PANEL_OUTPUTS, TILE_ROWS
 
 # Addresses that an instruction's text may use, of 16 that there are, and pairs that are held at a time.
 _MOST_ADDRESSES, _MOST_PAIRS = 8, 3
@@ -30,7 +30,6 @@ SUMS, BITS, HALVES = VECTOR, WIDE_BITS, ir.VectorType(I16, LANES)
 # the features that kernels are compiled for, since their code is kept on disk under these.
 HAS_PAIRS = has_feature("avx512bf16")
 HAS_UNIT = has_feature("amx-tile") and has_feature("amx-bf16")
-TILE_ROWS = 16
 TILE_BYTES = 1024
 # Of a panel and 32 inputs.
 STEP_BYTES = PANEL_OUTPUTS // TILE_ROWS * TILE_BYTES

@@ -79,7 +79,8 @@ def emit_rows(
                     place = builder.add(weights, builder.mul(index, I64(step_bytes)))
                     tiles = [builder.add(place, I64(tile * lines.tile_bytes)) for tile in range(num_tiles)]
                     inputs = [builder.add(start, builder.mul(index, I64(64))) for start in starts]
-                    return _emit_step(machine, builder, lines, place, tiles, inputs, ahead, sums)
+                    places_ahead = [builder.add(place, distance) for distance in ahead]
+                    return emit_lines(builder, lines, tiles, inputs, places_ahead, sums)
 
                 places = [target_of(row, which, tile) for which in range(size) for tile in range(num_tiles)]
                 before = [builder.load(one, align=4) for one in places]
@@ -100,21 +101,27 @@ def emit_rows(
     loop(builder, I64(0), last, _STEPS_TOGETHER, [], some_steps)
 
 
-def _emit_step(
-    machine: Machine,
+def emit_lines(
     builder: ir.IRBuilder,
     lines: Lines,
-    place: ir.Value,
     tiles: list[ir.Value],
     inputs: list[ir.Value],
     ahead: list[ir.Value],
     sums: list[ir.Value],
+    *,
+    beside: ir.Value | None = None,
 ) -> list[ir.Value]:
-    """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row."""
+    """Emit the products of 32 inputs of some rows with tiles; the sums come tile by tile of each row.
+
+    Meanwhile a tile's weights are asked for from each of `ahead` on, and 16 lines from `beside` on.
+    """
+    machine = Machine(builder)
     for number, weights in enumerate(lines.of_tiles(builder, tiles)):
         asked = lines.asked_at(number)
-        for offset in ahead if asked is not None else ():
-            machine.prefetch_behind(builder.add(builder.add(place, I64(asked)), offset))
+        for place in ahead if asked is not None else ():
+            machine.prefetch_behind(builder.add(place, I64(asked)))
+        if beside is not None:
+            machine.prefetch_behind(builder.add(beside, I64(64 * number)))
         sums = machine.multiply_line(sums, inputs, 4 * number, weights)
     return sums
 

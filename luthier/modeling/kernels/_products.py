@@ -12,7 +12,6 @@ from numba import carray
 
 from luthier.modeling.kernels._dense import add_exceptions
 from luthier.modeling.kernels._few_rows import (
-    MOST_ROWS,
     STEPS_TOGETHER,
     multiply_half_row,
     multiply_row,
@@ -29,7 +28,7 @@ from luthier.modeling.kernels._language import (
     share,
 )
 from luthier.modeling.kernels._lines import LIE_DENSE
-from luthier.modeling.kernels._machine import HAS_UNIT, STEP_BYTES, TILE_ROWS
+from luthier.modeling.kernels._machine import HAS_UNIT, STEP_BYTES
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._tiles import (
     MOST_ADDRESSES,
@@ -42,7 +41,7 @@ from luthier.modeling.kernels._tiles import (
     sums_of_panel,
 )
 from luthier.modeling.kernels.dense import DENSE_STEP_BYTES, HEADER_BYTES
-from luthier.modeling.kernels.shapes import PANEL_OUTPUTS, TILE_INPUTS
+from luthier.modeling.kernels.shapes import MOST_ROWS, PANEL_OUTPUTS, TILE_INPUTS, TILE_ROWS
 
 _BLOCK_ROWS = 2 * TILE_ROWS
 # What a panel begins with, and of 32 inputs its weights and half of these.

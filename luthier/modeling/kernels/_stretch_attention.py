@@ -28,7 +28,7 @@ from luthier.modeling.kernels._language import (
     share,
     thread_number,
 )
-from luthier.modeling.kernels._machine import TILE_BYTES, TILE_ROWS
+from luthier.modeling.kernels._machine import TILE_BYTES
 from luthier.modeling.kernels._pairs import pair_rows
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
@@ -40,7 +40,7 @@ from luthier.modeling.kernels._tiles import (
     sums_of_panel,
 )
 from luthier.modeling.kernels.served_rows import ATTENTION_BLOCKS, ATTENTION_KEYS, PAGE_SIZE
-from luthier.modeling.kernels.shapes import TILE_INPUTS
+from luthier.modeling.kernels.shapes import TILE_INPUTS, TILE_ROWS
 
 _QUERIES = 16
 _LOWEST = np.float32(-np.inf)

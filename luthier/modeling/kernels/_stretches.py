@@ -23,7 +23,6 @@ from luthier.modeling.kernels._language import (
     share,
     thread_number,
 )
-from luthier.modeling.kernels._machine import TILE_ROWS
 from luthier.modeling.kernels._pair_updates import add_pairs_to_rows
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
@@ -34,7 +33,7 @@ from luthier.modeling.kernels._tiles import (
     sums_of_panel,
 )
 from luthier.modeling.kernels.served_rows import STRETCH_BLOCK, STRETCH_RANK
-from luthier.modeling.kernels.shapes import TILE_INPUTS
+from luthier.modeling.kernels.shapes import TILE_INPUTS, TILE_ROWS
 
 _MIDDLE_BYTES = STRETCH_BLOCK * STRETCH_RANK * 2
 

@@ -26,12 +26,11 @@ from luthier.modeling.kernels._machine import (
     I8,
     STEP_BYTES,
     TILE_BYTES,
-    TILE_ROWS,
     Machine,
 )
 from luthier.modeling.kernels._memory import I64, loop
 from luthier.modeling.kernels._pairs import emit_rows
-from luthier.modeling.kernels.shapes import PANEL_OUTPUTS
+from luthier.modeling.kernels.shapes import PANEL_OUTPUTS, TILE_ROWS
 
 # Sums of a panel: float32, for 16 rows [16, 64], for 32 rows and half its outputs [32, 32].
 PANEL_SUMS = TILE_ROWS * PANEL_OUTPUTS

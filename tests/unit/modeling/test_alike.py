@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
 from luthier.modeling import kernels
@@ -13,6 +12,7 @@ from luthier.modeling.alike import Layout, Layouts
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
 from luthier.modeling.packed_llama import PackedLlama, Stretch
+from tests.unit.modeling.small_llama import small_llama
 
 pytestmark = pytest.mark.skipif(
     not kernels.is_compiled(torch.empty(1)), reason="without numba nothing is laid out by a kernel"
@@ -23,17 +23,7 @@ _RANKS = {"self_attn.q_proj": 3, "self_attn.o_proj": 8, "mlp.down_proj": 16}
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
 def base(request: pytest.FixtureRequest) -> PackedLlama:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    return PackedLlama(LlamaForCausalLM(config).to(request.param).eval(), num_pages=16)
+    return PackedLlama(small_llama(request.param), num_pages=16)
 
 
 class File:

@@ -1,11 +1,9 @@
 """Dense weights are the weights, bit for bit; one that would not gain by lying so lies otherwise."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.modeling.kernels import products
 from luthier.modeling.kernels.dense import UnevenWeightError, dense_bytes, lay_dense
@@ -13,19 +11,12 @@ from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.products import TiledWeight, can_tile
 from luthier.modeling.packed_linear import PackedLinear
 from luthier.modeling.packed_llama import PackedLlama, Stretch
+from tests.unit.modeling.small_llama import small_llama
 
 pytestmark = pytest.mark.skipif(
     not (can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)) and products.lie_dense()),
     reason="the processor has none of the instructions that dense weights are read with",
 )
-
-
-@pytest.fixture(params=[1, 2, 5])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -195,17 +186,7 @@ def test_uneven_weights_lie_otherwise_and_nothing_was_written() -> None:
 def test_a_base_with_an_uneven_weight_answers_as_before_and_the_log_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    causal_lm = LlamaForCausalLM(config).bfloat16().eval()
+    causal_lm = small_llama(torch.bfloat16)
     # Wide, and of no great effect.
     down = causal_lm.model.layers[0].mlp.down_proj.weight
     down.data = uneven(64, 96).float().clamp(-0.02, 0.02).bfloat16()
