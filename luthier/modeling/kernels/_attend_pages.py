@@ -1,7 +1,7 @@
 """The compiled attention of a decode step: each row has one token, and pages of keys and values.
 
-Pairs of a row and a key head are shared out among the threads. In bfloat16 products are those of pairs where
-the processor has these (_row_attention.py).
+Pairs of a row and a key head are shared out among the threads, or whole rows where the table says so. In
+bfloat16 products are those of pairs where the processor has these (_row_attention.py).
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
@@ -310,7 +310,11 @@ def attend_pages(data):
     vector_bytes = size * item_size(data)
     by_pairs = _are_paired(data) and size % TILE_INPUTS == 0
     query_bytes = vector_bytes if by_pairs else 4 * size
-    begin, end = share(table, num_rows * num_kv_heads)
+    if table[22] != 0:
+        first_row, last_row = share(table, num_rows)
+        begin, end = first_row * num_kv_heads, last_row * num_kv_heads
+    else:
+        begin, end = share(table, num_rows * num_kv_heads)
     for pair in range(begin, end):
         i, head = pair // num_kv_heads, pair % num_kv_heads
         position = positions_M[i]

@@ -44,11 +44,15 @@ def _meet(_context: Any, address: Any) -> Any:
 
 @Kernel
 def run_program(data):
-    """Run the kernels whose addresses are named, each with the table of the same number."""
+    """Run the kernels whose addresses are named, each with the table of the same number.
+
+    Threads meet after those that say so.
+    """
     table = open_table(data)
     num_kernels, barrier = table[2], table[3]
     addresses, tables_at = carray(at_int64(table[4]), num_kernels), table[5]
+    meets = carray(at_int64(table[6]), num_kernels)
     for number in range(num_kernels):
         _run_kernel(addresses[number], tables_at + number * TABLE_SIZE * 8)
-        if barrier != 0:
+        if barrier != 0 and meets[number] != 0:
             _meet(barrier)

@@ -92,15 +92,16 @@ class Launcher:
         self._pointer = self._table.ctypes.data
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
-    def run(self, arguments: Sequence[int]) -> None:
+    def run(self, arguments: Sequence[int], num_rows: int = 0) -> None:
         """Run the kernel over all its rows and return when it is done; in `recording` only write it down.
 
         Args:
             arguments: the table's numbers after the first two.
+            num_rows: as `Program.add` takes it.
         """
         program: Program | None = getattr(_RECORDING, "program", None)
         if program is not None:
-            program.add(self._address, arguments)
+            program.add(self._address, arguments, num_rows)
             return
         pool, num_threads = _pool_of_now()
         self._table[_FIRST_ARGUMENT : _FIRST_ARGUMENT + len(arguments)] = arguments
@@ -127,11 +128,22 @@ class Program:
         self._arguments: list[Sequence[int]] = []
         self._tables = np.zeros((0, TABLE_SIZE), dtype=np.int64)
         self._addresses = np.zeros(0, dtype=np.int64)
+        # As `add` takes them.
+        self._num_rows: list[int] = []
+        self._meets = np.zeros(0, dtype=np.int64)
 
-    def add(self, kernel: int, arguments: Sequence[int]) -> None:
-        """Write a kernel down, by its address."""
+    def add(self, kernel: int, arguments: Sequence[int], num_rows: int = 0) -> None:
+        """Write a kernel down.
+
+        Args:
+            kernel: its address.
+            arguments: the table's numbers after the first two.
+            num_rows: rows of which each thread takes the share that `_language.share` tells, and reads and
+                writes what is of these alone; 0 where it does otherwise.
+        """
         self._kernels.append(kernel)
         self._arguments.append(arguments)
+        self._num_rows.append(num_rows)
 
     def __len__(self) -> int:
         return len(self._kernels)
@@ -143,6 +155,10 @@ class Program:
         for table, arguments in zip(self._tables, self._arguments, strict=True):
             table[_FIRST_ARGUMENT : _FIRST_ARGUMENT + len(arguments)] = arguments
         self._arguments.clear()
+        # Who goes on with the rows that it has need not wait for the others.
+        after = [*self._num_rows[1:], 0]
+        meets = [not own or own != next_own for own, next_own in zip(self._num_rows, after, strict=True)]
+        self._meets = np.array(meets, dtype=np.int64)
 
     def run(self) -> None:
         """Run all kernels in order and return when the last is done."""
@@ -151,7 +167,8 @@ class Program:
         self._tables[:, :_FIRST_ARGUMENT] = thread_functions
         barrier = 0 if pool is None else pool.barrier_address
         addresses, tables = self._addresses.ctypes.data, self._tables.ctypes.data
-        self._launcher.run((len(self._addresses), barrier, addresses, tables))
+        meets = self._meets.ctypes.data
+        self._launcher.run((len(self._addresses), barrier, addresses, tables, meets))
 
 
 _RECORDING = threading.local()

@@ -161,7 +161,8 @@ class CompiledOps:
                 change or stream_ND.data_ptr(),
                 weight_D.data_ptr(),
                 out_ND.data_ptr(),
-            )
+            ),
+            num_rows,
         )
 
     def attend(
@@ -185,6 +186,8 @@ class CompiledOps:
         out_NK: torch.Tensor,
     ) -> None:
         shape = self._shape
+        # Pairs of a row and a key head are shared out; whole rows, where each thread has as many of these.
+        by_rows = tokens.are_alone and num_rows % torch.get_num_threads() == 0
         self._attend.run(
             (
                 num_rows,
@@ -205,7 +208,9 @@ class CompiledOps:
                 *self._scratch_of_threads(),
                 *parts,
                 self._longest,
-            )
+                int(by_rows),
+            ),
+            num_rows if by_rows else 0,
         )
 
     def attend_stretches(
@@ -251,7 +256,7 @@ class CompiledOps:
     def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
         """Write silu(gate) * up."""
         num_rows, size = out_NF.shape
-        self._gate.run((num_rows, size, size, gate_up_NF.data_ptr(), out_NF.data_ptr()))
+        self._gate.run((num_rows, size, size, gate_up_NF.data_ptr(), out_NF.data_ptr()), num_rows)
 
     def add_low_rank(
         self,
@@ -289,7 +294,8 @@ class CompiledOps:
                 self._widths.data_ptr() + 8 * sites.start,
                 *self._scratch_of_threads(),
                 *asked,
-            )
+            ),
+            len(rows),
         )
 
     def add_stretches(
@@ -331,7 +337,8 @@ class CompiledOps:
                 out_ND.data_ptr(),
                 rows.table_M.data_ptr(),
                 *self._scratch_of_threads(),
-            )
+            ),
+            len(rows),
         )
 
     @property
