@@ -1,6 +1,7 @@
 """transformers and PEFT in process. See _serving.py.
 
-Options: way (generate, batching, adapter_names, groups, load_adapter), attention, compile.
+Options: way (generate, batching, adapter_names, groups, load_adapter), attention, compile, lookup (tokens
+that `generate` guesses from what was said before).
 """
 
 import os
@@ -44,7 +45,7 @@ def _continue(model, prompts: list[list[int]], num_new: int, **more) -> list[lis
             do_sample=False,
             **more,
         )
-    return [row[-num_new:].tolist() for row in found]
+    return [row[input_ids.shape[1] :].tolist() for row in found]
 
 
 def _generate(order: dict) -> dict:
@@ -55,6 +56,8 @@ def _generate(order: dict) -> dict:
         os.environ["TORCHINDUCTOR_FREEZING"] = "1"
         more = {"cache_implementation": "static"}
         model.forward = torch.compile(model.forward, dynamic=False)
+    if "lookup" in order["options"]:
+        more = {"prompt_lookup_num_tokens": order["options"]["lookup"]}
 
     def run(prompts, num_new, **_models):
         return {"tokens": _continue(model, prompts, num_new, **more)}

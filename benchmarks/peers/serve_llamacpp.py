@@ -1,16 +1,22 @@
-"""llama.cpp by llama-cpp-python, one stream, on a GGUF of the base in bf16. See _serving.py."""
+"""llama.cpp by llama-cpp-python, one stream, on a GGUF of the base in bf16. See _serving.py.
+
+Options: Llama's own, and lookup (tokens that are guessed from what was said before).
+"""
 
 from pathlib import Path
 
 from _serving import serve
 from gguf_file import write_gguf
 from llama_cpp import Llama
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 
 def _load(order: dict) -> dict:
     path = Path(order["scratch"]) / "base-bf16.gguf"
     if not path.exists():
         write_gguf(Path(order["base"]), path)
+    options = dict(order["options"])
+    lookup = options.pop("lookup", None)
     model = Llama(
         str(path),
         n_ctx=order["max_length"],
@@ -19,7 +25,8 @@ def _load(order: dict) -> dict:
         n_batch=512,
         seed=0,
         verbose=False,
-        **order["options"],
+        draft_model=LlamaPromptLookupDecoding(num_pred_tokens=lookup) if lookup else None,
+        **options,
     )
 
     def run(prompts, num_new, **_models):

@@ -66,9 +66,12 @@ class OurServer:
         place: base, artifacts, threads.
         client: who asks.
         name: of its folder.
+        settings: of its own, by their environment variables.
     """
 
-    def __init__(self, place: Place, client: Client, name: str = "ours") -> None:
+    def __init__(
+        self, place: Place, client: Client, name: str = "ours", settings: Mapping[str, str] | None = None
+    ) -> None:
         folder = place.run_dir / name
         folder.mkdir(parents=True, exist_ok=True)
         self.place = place
@@ -85,6 +88,7 @@ class OurServer:
             "LUTHIER_CACHE_DIR": str(folder / "cache"),
             "LUTHIER_HOME": str(folder),
             "LUTHIER_DEVICE": "cpu",
+            **(settings or {}),
         }
         self.process = Process(
             [sys.executable, "-m", "luthier.inference.server"], environment, folder / "log"
@@ -188,18 +192,21 @@ def completion_body(model: str, prompt: list[int] | str, *, num_new: int) -> dic
 
 
 @contextmanager
-def our_server(place: Place, client: Client, name: str = "ours") -> Iterator[OurServer]:
+def our_server(
+    place: Place, client: Client, name: str = "ours", settings: Mapping[str, str] | None = None
+) -> Iterator[OurServer]:
     """Run a server for the length of a block, with nothing loaded but the base.
 
     Args:
         place: base, artifacts, threads.
         client: who asks.
         name: of its folder.
+        settings: as OurServer takes them.
 
     Yields:
         The server, ready.
     """
-    server = OurServer(place, client, f"{name}-{os.urandom(3).hex()}")
+    server = OurServer(place, client, f"{name}-{os.urandom(3).hex()}", settings)
     try:
         yield server
     finally:

@@ -12,6 +12,8 @@ NUM_PROMPT_TOKENS = 64
 NUM_NEW_TOKENS = 128
 # Pages of 256 tokens of transformers' paged cache; by itself it takes nine tenths of the free memory.
 NUM_CACHE_PAGES = 64
+# Tokens that a peer guesses at a time: few, as many as ours at most, and its own default.
+_LOOKUPS = (3, 7, 10)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class StreamRow:
     """Streams that run together: how many on how many tuned models of which methods, each on one of its own.
 
     `models` is empty where all streams run on the base. `beside` names another of our own rows that is run in
-    the same turns.
+    the same turns; with `is_also_plain` our server runs once more, guessing nothing of what comes next.
     """
 
     name: str
@@ -55,6 +57,7 @@ class StreamRow:
     models: dict[str, int]
     contests: tuple[Contest, ...]
     beside: str | None = None
+    is_also_plain: bool = False
 
 
 def _vllm(**options: Any) -> Contest:
@@ -95,6 +98,28 @@ _LLAMA_CPP = Contest(
     (Setting("as it comes", {}), Setting("flash attention", {"flash_attn": True})),
 )
 
+# The same peers, guessing as ours does.
+_HF_LOOKUP = Contest(
+    "hf-lookup",
+    "transformers `generate`, prompt lookup",
+    "serving",
+    "serve_hf",
+    tuple(
+        Setting(f"sdpa, {number} tokens", {"way": "generate", "attention": "sdpa", "lookup": number})
+        for number in _LOOKUPS
+    ),
+)
+_LLAMA_CPP_LOOKUP = Contest(
+    "llama-cpp-lookup",
+    "llama.cpp, bf16 GGUF, prompt lookup",
+    "llamacpp",
+    "serve_llamacpp",
+    tuple(
+        Setting(f"flash attention, {number} tokens", {"flash_attn": True, "lookup": number})
+        for number in _LOOKUPS
+    ),
+)
+
 STREAM_ROWS: dict[str, StreamRow] = {
     row.name: row
     for row in (
@@ -117,7 +142,13 @@ STREAM_ROWS: dict[str, StreamRow] = {
             "one stream on the base",
             1,
             {},
-            (_hf("generate", "transformers `generate`", compiled=True), _LLAMA_CPP),
+            (
+                _hf("generate", "transformers `generate`", compiled=True),
+                _LLAMA_CPP,
+                _HF_LOOKUP,
+                _LLAMA_CPP_LOOKUP,
+            ),
+            is_also_plain=True,
         ),
         StreamRow(
             "mixed-16",

@@ -55,6 +55,10 @@ def measure_streams(row: StreamRow, bench: Bench) -> dict[str, Any]:
         sides: dict[str, tuple[Contestant, list[Published | None]]] = {OURS: (ours, models)}
         if row.beside is not None:
             sides[f"{OURS}, {row.beside}"] = (ours, _models_of(STREAM_ROWS[row.beside], bench))
+        if row.is_also_plain:
+            ours.pause()
+            sides[f"{OURS}, guessing nothing"] = (_start_plain(row, bench, stack), models)
+            ours.resume()
         # What a new process pays once is no row's concern.
         ours.run(_streams(models, bench))
         ours.pause()
@@ -68,6 +72,16 @@ def measure_streams(row: StreamRow, bench: Bench) -> dict[str, Any]:
             bench.keep(row.name, found)
         _run_rounds(row, bench, sides, found)
     return found
+
+
+def _start_plain(row: StreamRow, bench: Bench, stack: ExitStack) -> Ours:
+    """Start our server as it is without guesses, and let it stand still when it has run once."""
+    plain = {"LUTHIER_MAX_DRAFT_TOKENS": "0"}
+    server = stack.enter_context(our_server(bench.place, bench.client, f"{row.name}-plain", plain))
+    side = Ours(server, bench.tokenizer)
+    side.run(_streams(_models_of(row, bench), bench))
+    side.pause()
+    return side
 
 
 def _models_of(row: StreamRow, bench: Bench) -> list[Published | None]:

@@ -109,6 +109,13 @@ class Settings(BaseSettings):
     max_batch_rows: int = Field(
         16, ge=1, description="Requests that are decoded together: on one base, or of one model."
     )
+    max_draft_tokens: int = Field(
+        7,
+        ge=0,
+        le=15,
+        description="Tokens of an answer that are guessed from what was said before, and checked in one step "
+        "with the next one; 0: none.",
+    )
     max_cache_tokens: int = Field(
         65536,
         ge=1,

@@ -215,6 +215,7 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
             base.probe_ids,
             max_rows=settings.max_batch_rows,
             max_cache_tokens=settings.max_cache_tokens,
+            max_draft_tokens=settings.max_draft_tokens,
         )
     else:
         base.slots = ArtifactSlots(model, base_digest=facts.digest, probe_ids=base.probe_ids)
@@ -239,7 +240,13 @@ def _within_positions(facts: BaseFacts, model: PreTrainedModel) -> BaseFacts:
 
 
 def pack(
-    model: PreTrainedModel, folder: Path, probe_ids: list[int], *, max_rows: int, max_cache_tokens: int
+    model: PreTrainedModel,
+    folder: Path,
+    probe_ids: list[int],
+    *,
+    max_rows: int,
+    max_cache_tokens: int,
+    max_draft_tokens: int = 0,
 ) -> PackedWeights:
     """Lay weights out for serving. They are copied; the model may be let go of.
 
@@ -249,13 +256,15 @@ def pack(
         probe_ids: tokens of a short text.
         max_rows: rows that run at a time.
         max_cache_tokens: tokens whose keys and values may be held.
+        max_draft_tokens: as Lane takes it; none on a GPU, where nobody has measured what they cost.
 
     Returns:
         The weights with a lane of their own.
     """
     # One page more than whole tokens need: a token of a row may begin a new one.
     packed = PackedLlama(model, num_pages=-(-max_cache_tokens // PAGE_SIZE) + 1)
-    lane = Lane(packed, max_rows=max_rows)
+    is_measured = packed.device.type == "cpu"
+    lane = Lane(packed, max_rows=max_rows, max_draft_tokens=max_draft_tokens if is_measured else 0)
     return PackedWeights(lane, folder, read_shape(folder), probe(lane, [Text(probe_ids, None)])[0].last_V)
 
 

@@ -9,21 +9,22 @@ Legend: R rows of logits, V vocabulary, L layers, N virtual tokens, H key heads,
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
 
 from luthier.core.errors import OutOfMemoryError
 from luthier.inference import sampler
+from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
 from luthier.inference.faults import to_told
 from luthier.inference.mail import hand_over
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
-from luthier.inference.scoring import score_stretch
+from luthier.inference.rows import Row, Work, score_prompts, take_guesses
 from luthier.inference.sequence import Sequence
 from luthier.inference.waiting import WaitingLine
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
-from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama, Stretch
 
@@ -40,41 +41,23 @@ MAX_LONG_TOKENS = 48
 _MAX_PASSED_OVER = 4
 
 
-@dataclass(eq=False)
-class _Row:
-    """A sequence that has pages.
-
-    `tokens` are its virtual ones, as negative numbers, its prompt and its answer; the first `num_done` of
-    them are in its pages.
-    """
-
-    sequence: Sequence
-    adapter: PackedAdapter | None
-    tokens: list[int]
-    chain: Chain
-    num_done: int
-    num_passed_over: int = 0
-
-    @property
-    def num_left(self) -> int:
-        """Tokens that are still to be run; 1 while it answers."""
-        return len(self.tokens) - self.num_done
-
-
 class Lane:
     """The rows of one packed base, and who waits for one.
 
     Args:
         model: the base.
         max_rows: rows that run at a time.
+        max_draft_tokens: of an answer that are guessed at a time, to be checked in the step of the token
+            before them.
     """
 
-    def __init__(self, model: PackedLlama, *, max_rows: int) -> None:
+    def __init__(self, model: PackedLlama, *, max_rows: int, max_draft_tokens: int = 0) -> None:
         self.model = model
         self._max_rows = max_rows
+        self._max_draft_tokens = max_draft_tokens
         self._pool = PagePool(model.pages.num_pages, PAGE_SIZE)
         self._waiting = WaitingLine()
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         # The engine's own, once the lane has work.
         self.measures = StepMeasures()
 
@@ -200,14 +183,14 @@ class Lane:
 
     def _begin(
         self, sequence: Sequence, adapter: PackedAdapter | None, tokens: list[int], chain: Chain
-    ) -> _Row:
+    ) -> Row:
         num_shared = chain.num_named * PAGE_SIZE
         num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
         if adapter is not None and num_shared < num_virtual:
             write_virtual(self.model, adapter, chain.pages, num_shared)
-        return _Row(sequence, adapter, tokens, chain, max(num_shared, num_virtual))
+        return Row(sequence, adapter, tokens, chain, max(num_shared, num_virtual))
 
-    def _plan(self) -> list[tuple[_Row, Stretch]]:
+    def _plan(self) -> Work:
         work = []
         for row in list(self._rows):
             if row.num_left == 1 and self._has_pages(row):
@@ -216,6 +199,8 @@ class Lane:
         work = [(row, stretch) for row, stretch in work if row in self._rows]
         budget = MAX_PROMPT_TOKENS
         prompts = [row for row in self._rows if row.num_left > 1]
+        if not prompts:
+            return self._with_guesses(work)
         short = [row for row in prompts if row.num_left <= MAX_SHORT_TOKENS]
         for row in prompts:
             is_long = row.num_left > MAX_SHORT_TOKENS
@@ -230,7 +215,32 @@ class Lane:
             budget -= count
         return work
 
-    def _stretch(self, row: _Row, count: int) -> Stretch:
+    def _with_guesses(self, work: Work) -> Work:
+        """Let tokens that are likely to come next run with those that are known."""
+        if not self._max_draft_tokens or any(stretch.wants_all_logits for _, stretch in work):
+            return work
+        chance, room, found = least_chance(len(work)), room_for_guesses(len(work)), []
+        for row, stretch in work:
+            own = self._guess(row, room, chance)
+            room -= len(own)
+            tokens = [*stretch.tokens, *own]
+            longer = replace(stretch, tokens=tokens, num_first_logits=len(own), by_rows=True)
+            found.append((row, longer if own else stretch))
+        return found
+
+    def _guess(self, row: Row, most: int, chance: float) -> list[int]:
+        sequence = row.sequence
+        num_left = sequence.options.max_tokens - sequence.num_completion_tokens - 1
+        most = min(most, num_left, self._max_draft_tokens)
+        # Nobody's next token shall lack a page for what may be none.
+        if most <= 0 or self._pool.num_free <= len(self._rows):
+            return []
+        if row.drafter is None:
+            row.drafter = Drafter(row.tokens)
+        found = row.drafter.guess(most, least_chance=chance)
+        return found if self._pool.extend(row.chain, len(row.tokens) + len(found)) else []
+
+    def _stretch(self, row: Row, count: int) -> Stretch:
         end = row.num_done + count
         described = None if row.adapter is None else row.adapter.described
         return Stretch(
@@ -242,7 +252,7 @@ class Lane:
             wants_all_logits=row.sequence.wants_prompt_scores,
         )
 
-    def _has_pages(self, row: _Row) -> bool:
+    def _has_pages(self, row: Row) -> bool:
         """Make sure that a row has a page for its next token, taken from the youngest row if need be."""
         if row not in self._rows:
             return False
@@ -257,7 +267,7 @@ class Lane:
                 return False
         return True
 
-    def _interrupt(self, row: _Row) -> None:
+    def _interrupt(self, row: Row) -> None:
         """Take a row's pages; it waits before all others and is run again up to where it was."""
         self.measures.num_preempted += 1
         self._rows.remove(row)
@@ -265,7 +275,7 @@ class Lane:
         row.sequence.interrupted_tokens = row.tokens
         self._waiting.add_first(row.sequence)
 
-    def _run(self, work: list[tuple[_Row, Stretch]]) -> None:
+    def _run(self, work: Work) -> None:
         try:
             logits = self.model.step([stretch for _, stretch in work], on_launch=hand_over)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
@@ -277,21 +287,30 @@ class Lane:
                 self._run([one])
             return
         for row, stretch in work:
-            row.num_done += len(stretch)
+            # Of guesses it is not known yet whether they are in their places.
+            row.num_done += 1 if stretch.by_rows else len(stretch)
             self._pool.name(row.chain, row.tokens, row.num_done)
         if any(stretch.wants_all_logits for _, stretch in work):
-            logits = _score(work, logits)
-        answering = [row for row, stretch in work if stretch.wants_logits]
-        sequences = [row.sequence for row in answering]
+            logits = score_prompts(work, logits)
+        answering = [(row, stretch) for row, stretch in work if stretch.wants_logits]
+        sequences = [row.sequence for row, _ in answering]
         self.measures.count_step(len(work), sequences)
         if not answering:
             return
-        for row, choice in zip(answering, sampler.choose(logits, sequences), strict=True):
-            if not row.sequence.is_done:
-                row.sequence.accept(choice)
-                row.tokens.append(choice.token_id)
+        sizes = [len(stretch) if stretch.by_rows else 1 for _, stretch in answering]
+        places = list(accumulate(sizes, initial=0))[:-1]
+        choices = sampler.choose(logits, sequences, places)
+        for (row, stretch), choice, place in zip(answering, choices, places, strict=True):
+            if row.sequence.is_done:
+                continue
+            row.sequence.accept(choice)
+            row.add(choice.token_id)
+            if stretch.by_rows:
+                num_right = take_guesses(row, stretch, choice, logits, place)
+                self._pool.name(row.chain, row.tokens, row.num_done)
+                self.measures.count_guesses(len(stretch) - 1, num_right)
 
-    def _fail(self, row: _Row, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception) -> None:
         row.sequence.fail(to_told(_LOG, "A step, whose answer ends with an error,", error))
 
     @torch.inference_mode()
@@ -338,19 +357,6 @@ class Lane:
         finally:
             for chain in chains:
                 self._pool.release(chain)
-
-
-def _score(work: list[tuple[_Row, Stretch]], logits: Logits) -> Logits:
-    """Tell the rows that want it of their prompts, and return the logits that answers go on from."""
-    last, end = [], 0
-    for row, stretch in work:
-        begin, end = end, end + stretch.num_logits
-        if stretch.wants_all_logits:
-            num_virtual = 0 if row.adapter is None else row.adapter.num_virtual_tokens
-            score_stretch(row.sequence, stretch.first - num_virtual, logits.held_RV[begin:end].float())
-        if stretch.wants_logits:
-            last.append(end - 1)
-    return Logits(logits.held_RV[last], [logits.best[row] for row in last])
 
 
 def write_virtual(model: PackedLlama, adapter: PackedAdapter, pages: list[int], start: int) -> None:

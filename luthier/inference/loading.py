@@ -12,7 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -151,10 +151,11 @@ def remove(engine: EngineLike, ready: ReadyModel) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RowLimits:
-    """How many rows, and tokens of all of them, run on one model's own weights."""
+    """How many rows, tokens of all of them, and guesses of each run on one model's own weights."""
 
     max_rows: int
     max_cache_tokens: int
+    max_draft_tokens: int = 0
 
 
 def _copy_of(served: ServedModel) -> Copy:
@@ -370,8 +371,6 @@ def _pack_whole(
     whole: PreTrainedModel, folder: Path, probe_ids: list[int], limits: RowLimits
 ) -> PackedWeights:
     try:
-        return pack(
-            whole, folder, probe_ids, max_rows=limits.max_rows, max_cache_tokens=limits.max_cache_tokens
-        )
+        return pack(whole, folder, probe_ids, **asdict(limits))
     except (RuntimeError, TypeError, IndexError) as error:
         raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error

@@ -44,6 +44,7 @@ class StepMeasures:
         self.num_tokens = 0
         self.num_prompt_tokens = 0
         self.num_preempted = 0
+        self.num_guesses = self.num_right_guesses = 0
         self.rows = Histogram(_ROW_BOUNDS)
         self.first_token_seconds = Histogram(_FIRST_TOKEN_BOUNDS)
         self.between_tokens_seconds = Histogram(_BETWEEN_BOUNDS)
@@ -77,6 +78,13 @@ class StepMeasures:
             sequence.last_token_at = now
         if times:
             self.between_tokens_seconds.observe(now - since, times)
+
+    def count_guesses(self, num_guesses: int, num_right: int) -> None:
+        """Count guesses of an answer's next tokens; those that were right came with the token before them."""
+        self.num_guesses += num_guesses
+        self.num_right_guesses += num_right
+        self.num_tokens += num_right
+        self.between_tokens_seconds.observe(0.0, num_right)
 
 
 class Exposition:

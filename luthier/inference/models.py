@@ -94,7 +94,11 @@ class Models:
             engine,
             max_whole_bytes=bases.max_whole_bytes(settings),
             max_adapter_bytes=bases.max_adapter_bytes(settings),
-            limits=RowLimits(max_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens),
+            limits=RowLimits(
+                max_rows=settings.max_batch_rows,
+                max_cache_tokens=settings.max_cache_tokens,
+                max_draft_tokens=settings.max_draft_tokens,
+            ),
             max_waiting=settings.max_waiting_requests,
             fit=self.ceiling.fit,
             has_room=self.ceiling.has_room,

@@ -4,6 +4,7 @@ Legend: `B` rows, `V` vocabulary, `K` tokens that a draw is made from.
 """
 
 import logging
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ _MIN_TEMPERATURE = 1e-5
 
 
 @torch.inference_mode()
-def choose(logits: Logits, sequences: list[Sequence]) -> list[Choice]:
+def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | None = None) -> list[Choice]:
     """Choose a token for every row.
 
     A row's choice depends on its own logits, options, grammar and generator only, so a seed gives the same
@@ -31,17 +32,19 @@ def choose(logits: Logits, sequences: list[Sequence]) -> list[Choice]:
     means nothing) and nobody else's.
 
     Args:
-        logits: of B rows, on any device; left as they are.
+        logits: of B rows or more, on any device; left as they are.
         sequences: the B rows' sequences.
+        places: which rows of the logits they are, in order; the first B when left out.
 
     Returns:
         B choices, with log-probabilities where a sequence asks for them.
     """
-    choices = [Choice(token_id) for token_id in logits.best]
+    places = range(len(sequences)) if places is None else places
+    choices = [Choice(logits.best[place]) for place in places]
     drawn: list[int] = []
     draws_at_once = can_draw(logits.held_RV)
-    for row, sequence in enumerate(sequences):
-        if logits.best[row] == UNSOUND:
+    for row, (place, sequence) in enumerate(zip(places, sequences, strict=True)):
+        if logits.best[place] == UNSOUND:
             # The greedy choice alone would hide it.
             sequence.fail(SelfCheckError("The model's logits are not finite; the answer was stopped."))
         elif sequence.is_plainly_greedy or sequence.is_done:
@@ -49,20 +52,26 @@ def choose(logits: Logits, sequences: list[Sequence]) -> list[Choice]:
         elif draws_at_once and sequence.is_plainly_drawn:
             drawn.append(row)
         else:
-            choices[row] = _choose_row(logits.row(row), sequence, choices[row])
+            choices[row] = _choose_row(logits.row(place), sequence, choices[row])
     if drawn:
-        _draw_rows(logits, drawn, sequences, choices)
+        _draw_rows(logits, drawn, places, sequences, choices)
     return choices
 
 
-def _draw_rows(logits: Logits, rows: list[int], sequences: list[Sequence], choices: list[Choice]) -> None:
+def _draw_rows(
+    logits: Logits,
+    rows: list[int],
+    places: SequenceOf[int],
+    sequences: list[Sequence],
+    choices: list[Choice],
+) -> None:
     """Draw the tokens of rows of which nothing else is asked, and put them among the choices."""
     found: list[int | None] = [None] * len(rows)
     try:
         found = draw(
             logits.held_RV,
-            rows,
-            [logits.best[row] for row in rows],
+            [places[row] for row in rows],
+            [logits.best[places[row]] for row in rows],
             temperatures=[_temperature(sequences[row]) for row in rows],
             top_p=[sequences[row].options.top_p for row in rows],
             points=[float(_point(sequences[row], logits.held_RV.device)) for row in rows],
@@ -71,7 +80,7 @@ def _draw_rows(logits: Logits, rows: list[int], sequences: list[Sequence], choic
         log_fault(_LOG, "Drawing tokens at once", error)
     for row, token_id in zip(rows, found, strict=True):
         if token_id is None:
-            choices[row] = _choose_row(logits.row(row), sequences[row], choices[row])
+            choices[row] = _choose_row(logits.row(places[row]), sequences[row], choices[row])
         else:
             choices[row] = Choice(token_id)
 

@@ -58,6 +58,8 @@ class Status:
         told.number("prompt_tokens_total", "counter", "Tokens of prompts.", steps.num_prompt_tokens)
         told.number("steps_total", "counter", "Forward passes of a batch.", steps.num_steps)
         told.number("preemptions_total", "counter", "Rows that lost their pages.", steps.num_preempted)
+        told.number("guessed_tokens_total", "counter", "Tokens that were guessed.", steps.num_guesses)
+        told.number("right_guesses_total", "counter", "Those that came.", steps.num_right_guesses)
         told.number("rows_running", "gauge", "Answers that are made now.", self._engine.num_rows)
         told.number("rows_waiting", "gauge", "Answers that wait for a row.", self._engine.num_waiting)
         told.number("rows_max", "gauge", "Rows of one batch.", self._settings.max_batch_rows)

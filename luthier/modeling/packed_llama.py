@@ -56,7 +56,8 @@ class Stretch:
 
     `tokens` are ids, or vectors [T, D] in their place; `first` is the position of the first, and all before
     it are in `pages`, which reach to the last. `adapter` is what these rows bear. Logits are wanted after its
-    last token, after all of them, or not at all, and after some of its first tokens besides.
+    last token, after all of them, or not at all, and after some of its first tokens besides. `by_rows` says
+    that its tokens are few and run as single rows do, where a step is a program.
     """
 
     tokens: Sequence[int] | torch.Tensor
@@ -66,6 +67,7 @@ class Stretch:
     wants_logits: bool = True
     wants_all_logits: bool = False
     num_first_logits: int = 0
+    by_rows: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)

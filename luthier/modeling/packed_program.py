@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 # Rows of the widest program.
 MAX_ROWS = 64
-# Programs that are kept, some 70 kB each for 30 layers: one for each number of rows and kinds of adapters.
-_MAX_PROGRAMS = 64
+# Programs that are kept, some 70 kB each for 30 layers: one for each number of rows, kinds of adapters, and
+# whether rows are of one sequence.
+_MAX_PROGRAMS = 128
 
 
 class DecodePrograms:
@@ -51,15 +52,17 @@ class DecodePrograms:
         # As bytes, for numpy knows no bfloat16; its calls take a tenth of the time of torch's.
         self._vectors = llama.embedding_VD.view(torch.uint8).numpy()
         self._stream = self._buffers.stream_ND.view(torch.uint8).numpy()
-        self._programs: OrderedDict[tuple[int, bool, bool], Program] = OrderedDict()
+        self._programs: OrderedDict[tuple[int, bool, bool, bool], Program] = OrderedDict()
         # The threads, and where the kernels' own memory lies.
         self._recorded_for = (0, 0)
 
     @staticmethod
     def can_run(llama: "PackedLlama", stretches: Sequence["Stretch"]) -> bool:
         """Whether a step is one of these: single rows, each of which wants its logits."""
-        is_narrow = 0 < len(stretches) <= MAX_ROWS and isinstance(llama.ops, CompiledOps)
-        return is_narrow and all(len(one) == 1 and one.num_logits == 1 for one in stretches)
+        is_narrow = 0 < sum(map(len, stretches)) <= MAX_ROWS and isinstance(llama.ops, CompiledOps)
+        return is_narrow and all(
+            one.num_logits == len(one) and (one.by_rows or len(one) == 1) for one in stretches
+        )
 
     def step(
         self,
@@ -68,21 +71,23 @@ class DecodePrograms:
         on_launch: Callable[[], None] | None = None,
     ) -> Logits:
         """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
-        num_rows = len(stretches)
-        for row, one in enumerate(stretches):
-            width = one.first // PAGE_SIZE + 1
-            self._positions[row] = one.first
-            self._pages[row, :width] = one.pages[:width]
-        rows = SingleRows([one.adapter for one in stretches], self._adapters_M[:num_rows])
+        num_rows = 0
+        for one in stretches:
+            begin, num_rows = num_rows, num_rows + len(one)
+            width = (one.first + len(one) - 1) // PAGE_SIZE + 1
+            self._positions[begin:num_rows] = range(one.first, one.first + len(one))
+            self._pages[begin:num_rows, :width] = one.pages[:width]
+        adapters = [one.adapter for one in stretches for _ in range(len(one))]
+        rows = SingleRows(adapters, self._adapters_M[:num_rows])
         if any(isinstance(one.tokens, torch.Tensor) for one in stretches):
             llama.embed(stretches, self._buffers.stream_ND[:num_rows])
         else:
-            ids = [one.tokens[0] for one in stretches]
+            ids = [token for one in stretches for token in one.tokens]
             if min(ids) < 0 or max(ids) >= len(self._vectors):
                 raise IndexError("A token is none of the base's.")
             # All are there: any other mode would copy them once more.
             np.take(self._vectors, ids, axis=0, out=self._stream[:num_rows], mode="clip")
-        program = self._program(llama, rows)
+        program = self._program(llama, rows, are_alone=num_rows == len(stretches))
         if on_launch is not None:
             on_launch()
         program.run()
@@ -114,26 +119,26 @@ class DecodePrograms:
         program.run()
         return change_ND
 
-    def _program(self, llama: "PackedLlama", rows: SingleRows) -> "Program":
+    def _program(self, llama: "PackedLlama", rows: SingleRows, *, are_alone: bool) -> "Program":
         assert isinstance(llama.ops, CompiledOps)
         recorded_for = torch.get_num_threads(), llama.ops.memory_at
         if recorded_for != self._recorded_for:
             self._programs.clear()
             self._recorded_for = recorded_for
-        key = len(rows), rows.has_low_ranks, rows.has_bottlenecks
-        program = self._programs.pop(key, None) or self._record(llama, rows)
+        key = len(rows), rows.has_low_ranks, rows.has_bottlenecks, are_alone
+        program = self._programs.pop(key, None) or self._record(llama, rows, are_alone=are_alone)
         self._programs[key] = program
         if len(self._programs) > _MAX_PROGRAMS:
             self._programs.popitem(last=False)
         return program
 
-    def _record(self, llama: "PackedLlama", rows: SingleRows) -> "Program":
+    def _record(self, llama: "PackedLlama", rows: SingleRows, *, are_alone: bool) -> "Program":
         from luthier.modeling.kernels._threads import recording
         from luthier.modeling.packed_llama import Work
 
         num_rows = len(rows)
         buffers = self._buffers.first(num_rows)
-        tokens = TokenRows(self._positions_M[:num_rows], self._pages_MW[:num_rows], num_rows, are_alone=True)
+        tokens = TokenRows(self._positions_M[:num_rows], self._pages_MW[:num_rows], num_rows, are_alone)
         runner = kernels.compiled_address("run_program", llama.dtype)
         with recording(runner) as program:
             change_MD = llama.run_layers(buffers, Work(rows, tokens))
@@ -142,7 +147,7 @@ class DecodePrograms:
             find_best(logits_MV, self._best_M[:num_rows])
         # Two norms, attention, a gate and four products a block, and what adapters add; a norm, the head and
         # the likeliest tokens.
-        num_kernels = 8 + 4 * rows.has_low_ranks + 2 * rows.has_bottlenecks
+        num_kernels = 8 + 4 * rows.has_low_ranks + 2 * rows.has_bottlenecks + (not are_alone)
         if len(program) != llama.num_layers * num_kernels + 3:
             raise RuntimeError(f"A step of {len(program)} kernels was recorded, not what a step has.")
         return program

@@ -124,11 +124,11 @@ def test_what_fails_later_ends_its_stream_with_an_error_and_nobody_elses(
 ) -> None:
     choose = lane.sampler.choose
 
-    def fail(logits: Any, sequences: list[Any]) -> Any:
+    def fail(logits: Any, sequences: list[Any], *places: Any) -> Any:
         for one in sequences:
             if one.num_completion_tokens == 2 and one.options.max_tokens == 77:
                 one.fail(LuthierError("a fault"))
-        return choose(logits, sequences)
+        return choose(logits, sequences, *places)
 
     async def work(backend: EngineBackend) -> tuple[bytes, bytes]:
         await open_channel(backend)

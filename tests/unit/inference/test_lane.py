@@ -88,10 +88,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
 
 
-def make_lane(base_folder: Path, *, max_rows: int = 8, max_cache_tokens: int = 2048) -> Lane:
-    model = load_plain(base_folder)
+def make_lane(
+    base_folder: Path, *, max_rows: int = 8, max_cache_tokens: int = 2048, max_draft_tokens: int = 0
+) -> Lane:
     limits = {"max_rows": max_rows, "max_cache_tokens": max_cache_tokens}
-    return pack(model, base_folder, PROBE_IDS, **limits).lane
+    model = load_plain(base_folder)
+    return pack(model, base_folder, PROBE_IDS, **limits, max_draft_tokens=max_draft_tokens).lane
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +143,8 @@ def test_300_random_mixes_answer_token_by_token_as_each_method_does_alone(
     base_folder: Path, models: list[Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lanes = [
-        make_lane(base_folder, max_rows=rows, max_cache_tokens=tokens)
-        for rows, tokens in ((8, 2048), (5, 240), (3, 208))
+        make_lane(base_folder, max_rows=rows, max_cache_tokens=tokens, max_draft_tokens=drafts)
+        for rows, tokens, drafts in ((8, 2048, 0), (8, 2048, 7), (5, 240, 3), (3, 208, 7))
     ]
     assert all(model.adapter is None or model.adapter.num_bytes > 0 for model in models)
     num_shared: list[int] = []
@@ -169,6 +171,8 @@ def test_300_random_mixes_answer_token_by_token_as_each_method_does_alone(
     # Rows were pushed out and pages shared, or the equality above says less than it seems.
     assert sum(lane.measures.num_preempted for lane in lanes) > 10
     assert sum(count > 0 for count in num_shared) > 100
+    num_right = sum(lane.measures.num_right_guesses for lane in lanes)
+    assert 100 < num_right < sum(lane.measures.num_guesses for lane in lanes) - 100
     # Nothing is lost: all pages can be had again.
     assert all(lane._pool.num_free == lane._pool.num_pages for lane in lanes)
 

@@ -1,0 +1,84 @@
+"""A lane's rows, and what is read from a step's logits about them."""
+
+from dataclasses import dataclass
+
+from luthier.inference import sampler
+from luthier.inference.drafts import Drafter
+from luthier.inference.pages import Chain
+from luthier.inference.scoring import score_stretch
+from luthier.inference.sequence import Choice, Sequence
+from luthier.modeling.logits import Logits
+from luthier.modeling.packed_adapter import PackedAdapter
+from luthier.modeling.packed_llama import Stretch
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence that has pages.
+
+    `tokens` are its virtual ones, as negative numbers, its prompt and its answer; the first `num_done` of
+    them are in its pages.
+    """
+
+    sequence: Sequence
+    adapter: PackedAdapter | None
+    tokens: list[int]
+    chain: Chain
+    num_done: int
+    num_passed_over: int = 0
+    # Made when something is to be guessed for the first time.
+    drafter: Drafter | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are still to be run; 1 while it answers."""
+        return len(self.tokens) - self.num_done
+
+    def add(self, token_id: int) -> None:
+        """Take the next token of the answer."""
+        self.tokens.append(token_id)
+        if self.drafter is not None:
+            self.drafter.add(token_id)
+
+
+# The rows of a step, and of each the tokens that it runs.
+Work = list[tuple[Row, Stretch]]
+
+
+def score_prompts(work: Work, logits: Logits) -> Logits:
+    """Tell the rows that want it of their prompts, and return the logits that answers go on from."""
+    last, end = [], 0
+    for row, stretch in work:
+        begin, end = end, end + stretch.num_logits
+        if stretch.wants_all_logits:
+            num_virtual = 0 if row.adapter is None else row.adapter.num_virtual_tokens
+            score_stretch(row.sequence, stretch.first - num_virtual, logits.held_RV[begin:end].float())
+        if stretch.wants_logits:
+            last.append(end - 1)
+    return Logits(logits.held_RV[last], [logits.best[row] for row in last])
+
+
+def take_guesses(row: Row, stretch: Stretch, choice: Choice, logits: Logits, place: int) -> int:
+    """Go on with the choices after guesses, as long as these are what was chosen.
+
+    Args:
+        row: who guessed; it has taken the first choice.
+        stretch: its last token and the guesses after it.
+        choice: the first one.
+        logits: of the step.
+        place: of the first choice in these.
+
+    Returns:
+        How many guesses were right.
+    """
+    num_right = 0
+    for guess in stretch.tokens[1:]:
+        if row.sequence.is_done or choice.token_id != guess:
+            break
+        num_right += 1
+        (choice,) = sampler.choose(logits, [row.sequence], [place + num_right])
+        if not row.sequence.is_done:
+            row.sequence.accept(choice)
+            row.add(choice.token_id)
+    row.num_done += num_right
+    return num_right

@@ -1,0 +1,276 @@
+"""Guesses of an answer's next tokens: what is guessed, and that answers stay what they were."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from luthier.inference.bases import pack
+from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
+from luthier.inference.lane import Lane
+from luthier.inference.sequence import Finish, ModelKey, Piece, SamplingOptions, Sequence, SequenceEvent
+from luthier.modeling.packed_llama import Stretch
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.unit.inference.artifacts import greedy, load_plain
+from tests.unit.inference.test_lane import Ids, ServedStub, run_dry
+
+ALL = {"most": 9, "least_chance": 0.0}
+NUM_TOKENS = 60
+PROMPT = [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_what_followed_the_same_tokens_before_is_guessed() -> None:
+    drafter = Drafter([1, 2, 3, 4, 5, 6, 1, 2, 3])
+    assert drafter.guess(3, least_chance=0.0) == [4, 5, 6]
+    assert drafter.guess(0, least_chance=0.0) == []
+
+
+def test_the_longest_tokens_that_came_before_decide_and_of_equals_the_last() -> None:
+    assert Drafter([1, 2, 3, 7, 0, 2, 3, 8, 1, 2, 3]).guess(1, least_chance=0.0) == [7]
+    assert Drafter([2, 3, 7, 0, 2, 3, 8, 1, 2, 3]).guess(1, least_chance=0.0) == [8]
+
+
+def test_what_repeats_at_once_is_guessed_round_and_round() -> None:
+    assert Drafter([9, 1, 2, 3, 1, 2, 3]).guess(7, least_chance=0.0) == [1, 2, 3, 1, 2, 3, 1]
+    assert Drafter([4, 4, 4]).guess(3, least_chance=0.0) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("tokens", [[], [1], [1, 2], [1, 2, 3, 4], [1, 2, 3, 2]])
+def test_nothing_is_guessed_from_nothing(tokens: list[int]) -> None:
+    assert Drafter(tokens).guess(**ALL) == []
+
+
+def test_a_token_that_has_no_meaning_is_never_guessed() -> None:
+    drafter = Drafter([5, 6, -1, -2, 5, 6])
+    assert drafter.guess(**ALL) == []
+    assert Drafter([5, 6, 7, -1, 5, 6]).guess(**ALL) == [7]
+
+
+def test_guesses_that_were_right_let_more_be_guessed_and_wrong_ones_fewer() -> None:
+    drafter = Drafter([1, 2, 3, 1, 2])
+    before = len(drafter.guess(9, least_chance=0.4))
+    for token in (3, 1, 2, 3, 1, 2):
+        drafter.add(token)
+    after = len(drafter.guess(9, least_chance=0.4))
+    assert before < after
+    for other in (70, 71, 72):
+        # It comes back to where a token is expected, and another one comes.
+        for token in (other, 1, 2):
+            drafter.add(token)
+    assert len(drafter.guess(9, least_chance=0.4)) < after
+
+
+def test_a_guess_must_be_the_likelier_the_more_rows_there_are() -> None:
+    chances = [least_chance(count) for count in range(1, 17)]
+    assert chances == sorted(chances) and 0.0 < chances[0] < 0.2 and chances[-1] > 0.6
+    assert [room_for_guesses(count) for count in (1, 15, 16, 40)] == [15, 1, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
+
+
+@pytest.fixture(scope="module")
+def expected(base_folder: Path) -> list[int]:
+    """What the base says: it comes to repeat itself, or nothing is right to guess."""
+    answer = greedy(load_plain(base_folder), PROMPT, NUM_TOKENS)
+    assert len(set(answer)) < len(answer) / 2
+    return answer
+
+
+def make_lane(base_folder: Path, *, max_draft_tokens: int, max_cache_tokens: int = 2048) -> Lane:
+    limits = {"max_rows": 4, "max_cache_tokens": max_cache_tokens, "max_draft_tokens": max_draft_tokens}
+    return pack(load_plain(base_folder), base_folder, [5, 6, 7], **limits).lane
+
+
+def ask(
+    options: SamplingOptions, stops: frozenset[int] = frozenset()
+) -> tuple[Sequence, list[SequenceEvent]]:
+    events: list[SequenceEvent] = []
+    return (
+        Sequence(
+            key=ModelKey((BASE_ID, None)),
+            served=ServedStub(None),
+            prompt_ids=PROMPT,
+            options=options,
+            decoder=Ids(),
+            stop_token_ids=stops,
+            emit=events.append,
+        ),
+        events,
+    )
+
+
+def text_of(events: list[SequenceEvent]) -> list[int]:
+    return [ord(one) - 0x4E00 for event in events for one in getattr(event, "text", "")]
+
+
+def plain(max_tokens: int, **options: object) -> SamplingOptions:
+    return SamplingOptions(**({"max_tokens": max_tokens, "temperature": 0.0} | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 30, 31, 32, 33, 34, NUM_TOKENS])
+def test_an_answer_is_the_same_in_fewer_steps_and_ends_where_it_should(
+    base_folder: Path, expected: list[int], max_tokens: int
+) -> None:
+    steps = []
+    for max_draft_tokens in (0, 7):
+        lane = make_lane(base_folder, max_draft_tokens=max_draft_tokens)
+        sequence, events = ask(plain(max_tokens))
+        lane.add(sequence)
+        run_dry(lane)
+        assert text_of(events) == expected[:max_tokens]
+        assert events[-1] == Finish("length", max_tokens)
+        assert lane.measures.num_tokens == max_tokens
+        steps.append(lane.measures.num_steps)
+    assert steps[0] == max_tokens
+    assert steps[1] < steps[0] or max_tokens < 3
+    assert max_tokens < NUM_TOKENS or steps[1] < steps[0] / 2
+
+
+def test_an_answer_that_ends_among_guesses_ends_there(base_folder: Path, expected: list[int]) -> None:
+    # A token that is far along, so that guesses around it are right.
+    first_at = {token: expected.index(token) for token in expected}
+    token, place = max(first_at.items(), key=lambda item: item[1])
+    lane = make_lane(base_folder, max_draft_tokens=7)
+    sequence, events = ask(plain(NUM_TOKENS), frozenset({token}))
+    lane.add(sequence)
+    run_dry(lane)
+    assert text_of(events) == expected[:place]
+    assert events[-1] == Finish("stop", place + 1)
+    stop = "".join(chr(0x4E00 + one) for one in expected[40:43])
+    whole = "".join(chr(0x4E00 + one) for one in expected)
+    sequence, events = ask(plain(NUM_TOKENS, stop=(stop,)))
+    lane.add(sequence)
+    run_dry(lane)
+    assert text_of(events) == expected[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.5, "seed": 3},
+        {"temperature": 0.3, "seed": 4, "top_p": 0.8},
+        {"num_logprobs": 2},
+        {"presence_penalty": 0.2, "frequency_penalty": 0.1},
+        {"logit_bias": ((9, 1.0),)},
+        {"num_prompt_logprobs": 0, "num_logprobs": 0},
+    ],
+)
+def test_a_choice_is_made_when_the_token_before_it_is_known(
+    base_folder: Path, options: dict[str, object]
+) -> None:
+    told, logprobs = [], []
+    for max_draft_tokens in (0, 7):
+        lane = make_lane(base_folder, max_draft_tokens=max_draft_tokens)
+        sequence, events = ask(plain(NUM_TOKENS, **options))
+        lane.add(sequence)
+        run_dry(lane)
+        told.append(text_of(events))
+        held = [one.choice for event in events if isinstance(event, Piece) for one in event.choices]
+        logprobs.append([choice.logprob for choice in held])
+        assert (lane.measures.num_guesses > 0) == (max_draft_tokens > 0)
+    assert told[0] == told[1] and len(told[0]) == NUM_TOKENS
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+    assert len(logprobs[0]) == (NUM_TOKENS if "num_logprobs" in options else 0)
+
+
+def test_a_grammar_decides_after_guesses_too(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alternating:
+        """Only even tokens after odd ones, and the other way round."""
+
+        is_finished = False
+
+        def __init__(self) -> None:
+            self.last = 1
+
+        def allows(self, token_id: int) -> bool:
+            return token_id % 2 != self.last % 2
+
+        def mask(self) -> npt.NDArray[np.bool_]:
+            return np.arange(1000) % 2 != self.last % 2
+
+        def push(self, token_id: int) -> None:
+            assert self.allows(token_id)
+            self.last = token_id
+
+    def same(_: Drafter, most: int, *, least_chance: float) -> list[int]:
+        return [row.tokens[-2] for row in lane._rows][:1] * min(most, 3)
+
+    told = []
+    for max_draft_tokens in (0, 7):
+        lane = make_lane(base_folder, max_draft_tokens=max_draft_tokens)
+        events: list[SequenceEvent] = []
+        sequence, _ = ask(plain(NUM_TOKENS))
+        sequence.emit, sequence.grammar = events.append, Alternating()
+        sequence.is_plainly_greedy = False
+        if max_draft_tokens:
+            monkeypatch.setattr(Drafter, "guess", same)
+        lane.add(sequence)
+        run_dry(lane)
+        told.append(text_of(events))
+    assert told[0] == told[1] and len(told[0]) == NUM_TOKENS
+    assert lane.measures.num_guesses > 0
+
+
+def test_wrong_guesses_are_in_no_page_that_is_shared(
+    base_folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(_: Drafter, most: int, *, least_chance: float) -> list[int]:
+        return [1] * min(most, 5)
+
+    lane = make_lane(base_folder, max_draft_tokens=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(Drafter, "guess", wrong)
+        sequence, events = ask(plain(NUM_TOKENS))
+        lane.add(sequence)
+        run_dry(lane)
+    assert text_of(events) == expected
+    assert lane.measures.num_guesses > 100
+    again, events = ask(plain(8))
+    again.prompt_ids = [*PROMPT, *expected[: NUM_TOKENS - 8]]
+    lane.add(again)
+    lane.step()
+    # All but the last page came from the answer before.
+    [row] = lane._rows
+    assert row.chain.num_named >= 3
+    run_dry(lane)
+    assert text_of(events) == expected[NUM_TOKENS - 8 :]
+
+
+def test_guesses_take_no_page_that_another_row_needs(base_folder: Path, expected: list[int]) -> None:
+    # Two answers of 67 tokens have ten pages; one more is for a token of a row may begin a new one.
+    lane = make_lane(base_folder, max_draft_tokens=7, max_cache_tokens=160)
+    asked = [ask(plain(NUM_TOKENS)) for _ in range(2)]
+    for sequence, _ in asked:
+        lane.add(sequence)
+    run_dry(lane)
+    assert all(text_of(events) == expected for _, events in asked)
+    assert lane.measures.num_preempted == 0
+    assert lane._pool.num_free == lane._pool.num_pages
+
+
+def test_guesses_that_can_not_be_run_end_their_own_answer_alone(
+    base_folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = make_lane(base_folder, max_draft_tokens=7)
+    step = lane.model.step
+    bad, bad_events = ask(plain(NUM_TOKENS))
+    good, events = ask(plain(NUM_TOKENS))
+
+    def failing(stretches: list[Stretch], **how: object) -> object:
+        pages = next((row.chain.pages for row in lane._rows if row.sequence is bad), None)
+        if any(one.by_rows and one.pages is pages for one in stretches):
+            raise RuntimeError("the guess is broken")
+        return step(stretches, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lane.model, "step", failing)
+    for sequence in (bad, good):
+        lane.add(sequence)
+    run_dry(lane)
+    assert text_of(events) == expected
+    assert type(bad_events[-1]).__name__ == "Failure"
