@@ -12,8 +12,9 @@ NUM_PROMPT_TOKENS = 64
 NUM_NEW_TOKENS = 128
 # Pages of 256 tokens of transformers' paged cache; by itself it takes nine tenths of the free memory.
 NUM_CACHE_PAGES = 64
-# Tokens that a peer guesses at a time: few, as many as ours at most, and its own default.
-_LOOKUPS = (3, 7, 10)
+# Tokens that a peer guesses at a time: what llama-cpp-python advises without a GPU, as many as ours at most,
+# and the default of both.
+_LOOKUPS = (2, 7, 10)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ _LLAMA_CPP_LOOKUP = Contest(
     "llamacpp",
     "serve_llamacpp",
     tuple(
-        Setting(f"flash attention, {number} tokens", {"flash_attn": True, "lookup": number})
+        Setting(f"{name}, {number} tokens", options | {"lookup": number})
+        for name, options in (("as it comes", {}), ("flash attention", {"flash_attn": True}))
         for number in _LOOKUPS
     ),
 )

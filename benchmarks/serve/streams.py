@@ -199,29 +199,32 @@ def _run_rounds(
         for name in order:
             side, models = sides[name]
             fresh = prompts
-            if name not in found["peers"] and name != OURS:
+            if name == f"{OURS}, {row.beside}":
                 # Our own server must not meet a prompt twice.
                 fresh = _streams(models, bench).prompts
             with _awake(side):
                 # What stood still has cold caches, and ours may have let go of what it has no room for.
                 _warm(side, models, bench)
                 runs[name] = side.run(Streams(fresh, models, bench.options.new_tokens))
-        rounds.append(_tell_round(runs, limits, stolen.share(), bench))
+        rounds.append(_tell_round(runs, row.beside, limits, stolen.share(), bench))
         found["summary"] = summarise(found, _models_of(row, bench), bench.shape)
         bench.keep(row.name, found)
         _print_round(len(rounds), rounds[-1])
 
 
 def _tell_round(
-    runs: dict[str, dict[str, Any]], limits: Limits, stolen_share: float, bench: Bench
+    runs: dict[str, dict[str, Any]], beside: str | None, limits: Limits, stolen_share: float, bench: Bench
 ) -> dict[str, Any]:
-    """Return a round as it is stored: without the answers' tokens, with how far they agree with ours."""
+    """Return a round as it is stored: without the answers' tokens, with how far they agree with ours.
+
+    The row `beside` ours had other prompts.
+    """
     ours = texts_as_tokens(runs[OURS]["answers"], bench.tokenizer)
     told: dict[str, Any] = {}
     for name, run in runs.items():
         one = {key: value for key, value in run.items() if key != "answers"}
         one["tokens_per_second"] = sum(run["num_tokens"]) / run["seconds"]
-        if name != OURS and not name.startswith(f"{OURS},"):
+        if name not in (OURS, f"{OURS}, {beside}"):
             one["agreement"] = agreement(ours, texts_as_tokens(run["answers"], bench.tokenizer))
         told[name] = one
     return {"runs": told, "limits": asdict(limits), "stolen_share": stolen_share}

@@ -114,7 +114,7 @@ class Settings(BaseSettings):
         ge=0,
         le=15,
         description="Tokens of an answer that are guessed from what was said before, and checked in one step "
-        "with the next one; 0: none.",
+        "with the next one; 0: none. On a CPU alone.",
     )
     max_cache_tokens: int = Field(
         65536,

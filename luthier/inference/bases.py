@@ -27,6 +27,7 @@ from luthier.inference.weights import load_weights
 from luthier.modeling.alike import Layouts
 from luthier.modeling.kernels.choosing import prepare_choices
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
+from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
 from luthier.modeling.packed_memory import SpareMemory
@@ -256,15 +257,15 @@ def pack(
         probe_ids: tokens of a short text.
         max_rows: rows that run at a time.
         max_cache_tokens: tokens whose keys and values may be held.
-        max_draft_tokens: as Lane takes it; none on a GPU, where nobody has measured what they cost.
+        max_draft_tokens: as Lane takes it; none without compiled steps, where nobody has measured them.
 
     Returns:
         The weights with a lane of their own.
     """
     # One page more than whole tokens need: a token of a row may begin a new one.
     packed = PackedLlama(model, num_pages=-(-max_cache_tokens // PAGE_SIZE) + 1)
-    is_measured = packed.device.type == "cpu"
-    lane = Lane(packed, max_rows=max_rows, max_draft_tokens=max_draft_tokens if is_measured else 0)
+    is_compiled = isinstance(packed.ops, CompiledOps)
+    lane = Lane(packed, max_rows=max_rows, max_draft_tokens=max_draft_tokens if is_compiled else 0)
     return PackedWeights(lane, folder, read_shape(folder), probe(lane, [Text(probe_ids, None)])[0].last_V)
 
 

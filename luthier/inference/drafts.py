@@ -7,17 +7,20 @@ and its yield: Saxena 2023, "Prompt Lookup Decoding"; Leviathan et al. 2023, arX
 guesses in one step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # Tokens that must have stood together before, at least, and at most: the longest that have say what follows.
 _FEWEST, _MOST = 2, 4
 # How far one guess moves what is thought of the next.
 _NEWS = 0.25
 # What is thought of the first.
-_START = 0.5
+_START = 0.25
+# Tokens before the first guess that are looked back on: to take them in is a few milliseconds of everybody's.
+_MOST_BEFORE = 4096
 
-# What a step takes whatever its rows, in rows: measured, 8 to 9.
-_FIXED_ROWS = 8
+# What a step takes whatever its rows, in rows; and what a second row takes, as a share of a step of one.
+# Measured (docs/decisions/0035), with something to spare.
+_FIXED_ROWS, _SECOND_ROW = 8, 0.35
 # Rows that guesses fill a step up to: above, each more costs as much as it brings at best.
 _MOST_ROWS = 16
 
@@ -29,11 +32,13 @@ def room_for_guesses(num_rows: int) -> int:
 
 def least_chance(num_rows: int) -> float:
     """Return how likely a guess must be right to be worth its row, in a step of so many others."""
-    return num_rows / (num_rows + _FIXED_ROWS)
+    return _SECOND_ROW if num_rows == 1 else num_rows / (num_rows + _FIXED_ROWS)
 
 
 class Drafter:
     """The guesses of one answer, and how often they were right.
+
+    `chance` is what is thought of the next one.
 
     Args:
         tokens: the answer's with its prompt, as far as they are; negative ones have no meaning.
@@ -45,8 +50,8 @@ class Drafter:
         self._next_of: dict[tuple[int, ...], int] = {}
         # The place that the next token is guessed from, None for no guess.
         self._source: int | None = None
-        self._chance = _START
-        for token in tokens:
+        self.chance = _START
+        for token in tokens[-_MOST_BEFORE:]:
             self._add(token)
         self._seek()
 
@@ -54,16 +59,16 @@ class Drafter:
         """Take the token that came next, and learn from it whether the guess was right."""
         if self._source is not None:
             is_right = self._tokens[self._source] == token
-            self._chance += _NEWS * (is_right - self._chance)
+            self.chance += _NEWS * (is_right - self.chance)
         self._add(token)
         self._seek()
 
-    def guess(self, most: int, *, least_chance: float) -> list[int]:
+    def guess(self, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
         """Return the next tokens as far as they are likely enough.
 
         Args:
             most: of them.
-            least_chance: that a guess and all before it are right.
+            least_chance: that a guess and all before it are right, by how many these are.
 
         Returns:
             The tokens in order, none where there is nothing to guess from.
@@ -71,8 +76,8 @@ class Drafter:
         found: list[int] = []
         if self._source is None:
             return found
-        chance = self._chance
-        while len(found) < most and chance >= least_chance:
+        chance = self.chance
+        while len(found) < most and chance >= least_chance(len(found)):
             place = self._source + len(found)
             # What repeats at once is guessed from the guesses themselves.
             beyond = place - len(self._tokens)
@@ -80,7 +85,7 @@ class Drafter:
             if token < 0:
                 break
             found.append(token)
-            chance *= self._chance
+            chance *= self.chance
         return found
 
     def _add(self, token: int) -> None:

@@ -9,19 +9,18 @@ Legend: R rows of logits, V vocabulary, L layers, N virtual tokens, H key heads,
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import accumulate
 
 import torch
 
 from luthier.core.errors import OutOfMemoryError
 from luthier.inference import sampler
-from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
-from luthier.inference.faults import to_told
+from luthier.inference.drafts import least_chance, room_for_guesses
+from luthier.inference.faults import log_fault, to_told
 from luthier.inference.mail import hand_over
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
-from luthier.inference.rows import Row, Work, score_prompts, take_guesses
+from luthier.inference.rows import Row, Work, score_prompts, take_guesses, with_guesses
 from luthier.inference.sequence import Sequence
 from luthier.inference.waiting import WaitingLine
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
@@ -217,27 +216,27 @@ class Lane:
 
     def _with_guesses(self, work: Work) -> Work:
         """Let tokens that are likely to come next run with those that are known."""
-        if not self._max_draft_tokens or any(stretch.wants_all_logits for _, stretch in work):
+        has_room = self._max_draft_tokens and room_for_guesses(len(work))
+        if not has_room or any(stretch.wants_all_logits for _, stretch in work):
             return work
-        chance, room, found = least_chance(len(work)), room_for_guesses(len(work)), []
-        for row, stretch in work:
-            own = self._guess(row, room, chance)
-            room -= len(own)
-            tokens = [*stretch.tokens, *own]
-            longer = replace(stretch, tokens=tokens, num_first_logits=len(own), by_rows=True)
-            found.append((row, longer if own else stretch))
-        return found
+        guesses: dict[int, list[int]] = {}
+        # Whoever is guessed best has the room first.
+        for row, _ in sorted(work, key=lambda one: -one[0].drafter.chance):
+            num_rows = len(work) + sum(map(len, guesses.values()))
+            guesses[id(row)] = self._guess(row, room_for_guesses(num_rows), num_rows)
+        return [
+            (row, with_guesses(stretch, own) if (own := guesses[id(row)]) else stretch)
+            for row, stretch in work
+        ]
 
-    def _guess(self, row: Row, most: int, chance: float) -> list[int]:
+    def _guess(self, row: Row, most: int, num_rows: int) -> list[int]:
         sequence = row.sequence
         num_left = sequence.options.max_tokens - sequence.num_completion_tokens - 1
         most = min(most, num_left, self._max_draft_tokens)
         # Nobody's next token shall lack a page for what may be none.
         if most <= 0 or self._pool.num_free <= len(self._rows):
             return []
-        if row.drafter is None:
-            row.drafter = Drafter(row.tokens)
-        found = row.drafter.guess(most, least_chance=chance)
+        found = row.drafter.guess(most, least_chance=lambda count: least_chance(num_rows + count))
         return found if self._pool.extend(row.chain, len(row.tokens) + len(found)) else []
 
     def _stretch(self, row: Row, count: int) -> Stretch:
@@ -279,6 +278,11 @@ class Lane:
         try:
             logits = self.model.step([stretch for _, stretch in work], on_launch=hand_over)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
+            if any(stretch.by_rows for _, stretch in work):
+                # Nobody's answer shall end for what it would not have run without guesses.
+                log_fault(_LOG, "A step with guesses", error)
+                self._run([(row, self._stretch(row, 1) if one.by_rows else one) for row, one in work])
+                return
             if len(work) == 1:
                 self._fail(work[0][0], error)
                 return

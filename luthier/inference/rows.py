@@ -1,6 +1,6 @@
 """A lane's rows, and what is read from a step's logits about them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luthier.inference import sampler
 from luthier.inference.drafts import Drafter
@@ -26,8 +26,7 @@ class Row:
     chain: Chain
     num_done: int
     num_passed_over: int = 0
-    # Made when something is to be guessed for the first time.
-    drafter: Drafter | None = None
+    _drafter: Drafter | None = None
 
     @property
     def num_left(self) -> int:
@@ -37,8 +36,15 @@ class Row:
     def add(self, token_id: int) -> None:
         """Take the next token of the answer."""
         self.tokens.append(token_id)
-        if self.drafter is not None:
-            self.drafter.add(token_id)
+        if self._drafter is not None:
+            self._drafter.add(token_id)
+
+    @property
+    def drafter(self) -> Drafter:
+        """What guesses its next tokens, made when something is to be guessed for the first time."""
+        if self._drafter is None:
+            self._drafter = Drafter(self.tokens)
+        return self._drafter
 
 
 # The rows of a step, and of each the tokens that it runs.
@@ -58,6 +64,12 @@ def score_prompts(work: Work, logits: Logits) -> Logits:
     return Logits(logits.held_RV[last], [logits.best[row] for row in last])
 
 
+def with_guesses(stretch: Stretch, guesses: list[int]) -> Stretch:
+    """Return a row's last token with guesses of those after it, each to be checked by the one before."""
+    tokens = [*stretch.tokens, *guesses]
+    return replace(stretch, tokens=tokens, num_first_logits=len(guesses), by_rows=True)
+
+
 def take_guesses(row: Row, stretch: Stretch, choice: Choice, logits: Logits, place: int) -> int:
     """Go on with the choices after guesses, as long as these are what was chosen.
 
@@ -75,10 +87,11 @@ def take_guesses(row: Row, stretch: Stretch, choice: Choice, logits: Logits, pla
     for guess in stretch.tokens[1:]:
         if row.sequence.is_done or choice.token_id != guess:
             break
+        (choice,) = sampler.choose(logits, [row.sequence], [place + num_right + 1])
+        if row.sequence.is_done:
+            break
         num_right += 1
-        (choice,) = sampler.choose(logits, [row.sequence], [place + num_right])
-        if not row.sequence.is_done:
-            row.sequence.accept(choice)
-            row.add(choice.token_id)
+        row.sequence.accept(choice)
+        row.add(choice.token_id)
     row.num_done += num_right
     return num_right

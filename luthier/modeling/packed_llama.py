@@ -236,13 +236,16 @@ class PackedLlama:
             Those that each stretch wants, in order; they may be overwritten by the next step.
 
         Raises:
-            ValueError: when a stretch reaches beyond its pages or the context.
+            ValueError: when a stretch reaches beyond its pages or the context, or runs by rows and does not
+                want all logits.
         """
         for one in stretches:
             end = one.first + len(one)
             # The kernels read and write where these point.
             if end > self.context_length or end > len(one.pages) * PAGE_SIZE:
                 raise ValueError("A stretch is longer than its pages, or than the context.")
+            if one.by_rows and one.num_logits != len(one):
+                raise ValueError("A stretch that runs by rows wants the logits after each of them.")
         if self._programs is not None and self._programs.can_run(self, stretches):
             return self._programs.step(self, stretches, on_launch)
         singles = [one for one in stretches if len(one) == 1]

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # Rows of the widest program.
 MAX_ROWS = 64
-# Programs that are kept, some 70 kB each for 30 layers: one for each number of rows, kinds of adapters, and
-# whether rows are of one sequence.
+# Programs that are kept, some 70 kB each for 30 layers: the last used of one for each number of rows, kinds
+# of adapters, and whether rows are of one sequence.
 _MAX_PROGRAMS = 128
 
 
@@ -58,7 +58,7 @@ class DecodePrograms:
 
     @staticmethod
     def can_run(llama: "PackedLlama", stretches: Sequence["Stretch"]) -> bool:
-        """Whether a step is one of these: single rows, each of which wants its logits."""
+        """Whether a step is one of these: single rows, or few of one sequence, that all want their logits."""
         is_narrow = 0 < sum(map(len, stretches)) <= MAX_ROWS and isinstance(llama.ops, CompiledOps)
         return is_narrow and all(
             one.num_logits == len(one) and (one.by_rows or len(one) == 1) for one in stretches

@@ -1,4 +1,4 @@
-"""The compiled kernel that runs other kernels one after another, all threads meeting between two."""
+"""The compiled kernel that runs others one after another; threads meet where one reads what another wrote."""
 
 # What an intrinsic takes is in its arguments, which only the generated code reads; numba reads the loops.
 # ruff: noqa: ARG001

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,27 +140,46 @@ def test_threads_meet_only_where_one_reads_what_another_wrote(
         assert all(programs._programs[(num_rows, False, False, True)]._meets)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_rows_of_one_sequence_say_what_each_says_a_step_later(
-    base: PackedLlama, adapters: list[PackedAdapter]
+    base: PackedLlama, adapters: list[PackedAdapter], num_threads: int
 ) -> None:
     programs = base._programs
     assert programs is not None
-    for count, adapter in ((2, None), (5, adapters[0].described), (8, adapters[1].described)):
-        # Across the border of a page, and beside a row of another sequence.
-        tokens = [(7 * number) % 40 for number in range(count)]
-        beside = Stretch([3], 20, [8, 9])
-        longer = Stretch(tokens, 14, [0, 1, 2], adapter, num_first_logits=count - 1, by_rows=True)
-        assert programs.can_run(base, [beside, longer])
-        told = base.step([beside, longer])
-        together, best = told.held_RV.float().clone(), told.best
-        alone = []
-        for number, token in enumerate(tokens):
-            rows = [Stretch([3], 20, [8, 9]), Stretch([token], 14 + number, [0, 1, 2], adapter)]
-            found = base.step(rows)
-            alone.append(found.held_RV[1].float().clone())
-            assert torch.allclose(found.held_RV[0].float(), together[0], rtol=0.05, atol=0.05)
-        assert torch.allclose(torch.stack(alone), together[1:], rtol=0.05, atol=0.05)
-        assert len(best) == 1 + count
+    with threads(num_threads):
+        for count, adapter in ((2, None), (5, adapters[0].described), (8, adapters[1].described)):
+            # Across the border of a page, and beside a row of another sequence.
+            tokens = [(7 * number + 3) % 40 for number in range(count)]
+            beside = Stretch([3], 20, [8, 9])
+            longer = Stretch(tokens, 14, [0, 1, 2], adapter, num_first_logits=count - 1, by_rows=True)
+            assert programs.can_run(base, [beside, longer])
+            told = base.step([beside, longer])
+            together = told.held_RV.float().clone()
+            assert told.best == together.argmax(dim=-1).tolist()
+            alone = []
+            for number, token in enumerate(tokens):
+                rows = [Stretch([3], 20, [8, 9]), Stretch([token], 14 + number, [0, 1, 2], adapter)]
+                found = base.step(rows).held_RV.float().clone()
+                alone.append(found[1])
+                assert gap(found[0], together[0]) < 0.02
+            assert gap(torch.stack(alone), together[1:]) < 0.02
+            # Any other token before would have been seen.
+            other = base.step([beside, replace(longer, tokens=[tokens[0] + 1, *tokens[1:]])])
+            assert gap(other.held_RV[2:].float(), together[2:]) > 0.05
+
+
+def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_rows_of_one_sequence_attend_when_all_are_in_their_pages(base: PackedLlama) -> None:
+    programs = base._programs
+    assert programs is not None
+    base.step([Stretch([3, 4, 5, 6], 14, [0, 1, 2], num_first_logits=3, by_rows=True)])
+    [program] = programs._programs.values()
+    assert len(program) == base.num_layers * 9 + 3 and all(program._meets)
+    with pytest.raises(ValueError, match="wants the logits"):
+        base.step([Stretch([3, 4], 14, [0, 1, 2], by_rows=True)])
 
 
 @pytest.fixture
