@@ -219,20 +219,21 @@ class Lane:
         has_room = self._max_draft_tokens and room_for_guesses(len(work))
         if not has_room or any(stretch.wants_all_logits for _, stretch in work):
             return work
-        guesses: dict[int, list[int]] = {}
+        guesses: dict[Row, list[int]] = {}
+        num_rows = len(work)
         # Whoever is guessed best has the room first.
         for row, _ in sorted(work, key=lambda one: -one[0].drafter.chance):
-            num_rows = len(work) + sum(map(len, guesses.values()))
-            guesses[id(row)] = self._guess(row, room_for_guesses(num_rows), num_rows)
+            guesses[row] = self._guess(row, num_rows)
+            num_rows += len(guesses[row])
         return [
-            (row, with_guesses(stretch, own) if (own := guesses[id(row)]) else stretch)
-            for row, stretch in work
+            (row, with_guesses(stretch, own) if (own := guesses[row]) else stretch) for row, stretch in work
         ]
 
-    def _guess(self, row: Row, most: int, num_rows: int) -> list[int]:
+    def _guess(self, row: Row, num_rows: int) -> list[int]:
+        """Return a row's guesses for a step that has so many rows already, and pages for them."""
         sequence = row.sequence
         num_left = sequence.options.max_tokens - sequence.num_completion_tokens - 1
-        most = min(most, num_left, self._max_draft_tokens)
+        most = min(room_for_guesses(num_rows), num_left, self._max_draft_tokens)
         # Nobody's next token shall lack a page for what may be none.
         if most <= 0 or self._pool.num_free <= len(self._rows):
             return []

@@ -17,7 +17,13 @@ import torch
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels.choosing import find_best
-from luthier.modeling.kernels.served_rows import PAGE_SIZE, STRETCH_RANK, SingleRows, TokenRows
+from luthier.modeling.kernels.served_rows import (
+    PAGE_SIZE,
+    STRETCH_RANK,
+    Described,
+    SingleRows,
+    TokenRows,
+)
 from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.logits import Logits
 
@@ -71,13 +77,14 @@ class DecodePrograms:
         on_launch: Callable[[], None] | None = None,
     ) -> Logits:
         """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
-        num_rows = 0
+        adapters: list[Described | None] = []
         for one in stretches:
-            begin, num_rows = num_rows, num_rows + len(one)
-            width = (one.first + len(one) - 1) // PAGE_SIZE + 1
-            self._positions[begin:num_rows] = range(one.first, one.first + len(one))
-            self._pages[begin:num_rows, :width] = one.pages[:width]
-        adapters = [one.adapter for one in stretches for _ in range(len(one))]
+            for position in range(one.first, one.first + len(one)):
+                row, width = len(adapters), position // PAGE_SIZE + 1
+                self._positions[row] = position
+                self._pages[row, :width] = one.pages[:width]
+                adapters.append(one.adapter)
+        num_rows = len(adapters)
         rows = SingleRows(adapters, self._adapters_M[:num_rows])
         if any(isinstance(one.tokens, torch.Tensor) for one in stretches):
             llama.embed(stretches, self._buffers.stream_ND[:num_rows])

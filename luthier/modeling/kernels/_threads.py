@@ -92,16 +92,16 @@ class Launcher:
         self._pointer = self._table.ctypes.data
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
-    def run(self, arguments: Sequence[int], num_rows: int = 0) -> None:
+    def run(self, arguments: Sequence[int], *, by_rows: bool = False) -> None:
         """Run the kernel over all its rows and return when it is done; in `recording` only write it down.
 
         Args:
             arguments: the table's numbers after the first two.
-            num_rows: as `Program.add` takes it.
+            by_rows: as `Program.add` takes it.
         """
         program: Program | None = getattr(_RECORDING, "program", None)
         if program is not None:
-            program.add(self._address, arguments, num_rows)
+            program.add(self._address, arguments, by_rows=by_rows)
             return
         pool, num_threads = _pool_of_now()
         self._table[_FIRST_ARGUMENT : _FIRST_ARGUMENT + len(arguments)] = arguments
@@ -128,22 +128,22 @@ class Program:
         self._arguments: list[Sequence[int]] = []
         self._tables = np.zeros((0, TABLE_SIZE), dtype=np.int64)
         self._addresses = np.zeros(0, dtype=np.int64)
-        # As `add` takes them.
+        # Of kernels that go by rows.
         self._num_rows: list[int] = []
         self._meets = np.zeros(0, dtype=np.int64)
 
-    def add(self, kernel: int, arguments: Sequence[int], num_rows: int = 0) -> None:
+    def add(self, kernel: int, arguments: Sequence[int], *, by_rows: bool = False) -> None:
         """Write a kernel down.
 
         Args:
             kernel: its address.
             arguments: the table's numbers after the first two.
-            num_rows: rows of which each thread takes the share that `_language.share` tells, and reads and
-                writes what is of these alone; 0 where it does otherwise.
+            by_rows: whether the first argument is a number of rows, of which each thread takes the share that
+                `_language.share` tells, and reads and writes what is of these alone.
         """
         self._kernels.append(kernel)
         self._arguments.append(arguments)
-        self._num_rows.append(num_rows)
+        self._num_rows.append(arguments[0] if by_rows else 0)
 
     def __len__(self) -> int:
         return len(self._kernels)

@@ -162,7 +162,7 @@ class CompiledOps:
                 weight_D.data_ptr(),
                 out_ND.data_ptr(),
             ),
-            num_rows,
+            by_rows=True,
         )
 
     def attend(
@@ -210,7 +210,7 @@ class CompiledOps:
                 self._longest,
                 int(by_rows),
             ),
-            num_rows if by_rows else 0,
+            by_rows=by_rows,
         )
 
     def attend_stretches(
@@ -256,7 +256,7 @@ class CompiledOps:
     def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
         """Write silu(gate) * up."""
         num_rows, size = out_NF.shape
-        self._gate.run((num_rows, size, size, gate_up_NF.data_ptr(), out_NF.data_ptr()), num_rows)
+        self._gate.run((num_rows, size, size, gate_up_NF.data_ptr(), out_NF.data_ptr()), by_rows=True)
 
     def add_low_rank(
         self,
@@ -295,7 +295,7 @@ class CompiledOps:
                 *self._scratch_of_threads(),
                 *asked,
             ),
-            len(rows),
+            by_rows=True,
         )
 
     def add_stretches(
@@ -338,7 +338,7 @@ class CompiledOps:
                 rows.table_M.data_ptr(),
                 *self._scratch_of_threads(),
             ),
-            len(rows),
+            by_rows=True,
         )
 
     @property

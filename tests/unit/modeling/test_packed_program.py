@@ -2,8 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,16 +77,6 @@ def make_step(seed: int, num_rows: int, adapters: list[PackedAdapter]) -> list[S
     ]
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run_both_ways(base: PackedLlama, step: list[Stretch]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a step's logits as a program, and as single launches on the same pages."""
     keys, values = base.pages.keys.clone(), base.pages.values.clone()
@@ -109,17 +97,16 @@ def run_both_ways(base: PackedLlama, step: list[Stretch]) -> tuple[torch.Tensor,
     return as_program, launched
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_steps_of_any_rows_and_adapters_agree(
-    base: PackedLlama, adapters: list[PackedAdapter], num_threads: int
-) -> None:
-    with threads(num_threads):
-        for seed, num_rows in enumerate((1, 3, 3, 16, 1, 64, 3, 4, 2, 6)):
-            mixed = adapters if seed % 2 else []
-            as_program, launched = run_both_ways(base, make_step(seed, num_rows, mixed))
-            assert torch.equal(as_program, launched)
+@pytest.mark.usefixtures("num_threads")
+def test_steps_of_any_rows_and_adapters_agree(base: PackedLlama, adapters: list[PackedAdapter]) -> None:
+    for seed, num_rows in enumerate((1, 3, 3, 16, 1, 64, 3, 4, 2, 6)):
+        mixed = adapters if seed % 2 else []
+        as_program, launched = run_both_ways(base, make_step(seed, num_rows, mixed))
+        assert torch.equal(as_program, launched)
 
 
+@pytest.mark.parametrize("num_threads", [2], indirect=True)
+@pytest.mark.usefixtures("num_threads")
 @pytest.mark.parametrize(("num_rows", "num_fewer"), [(4, 4), (3, 3)])
 def test_threads_meet_only_where_one_reads_what_another_wrote(
     base: PackedLlama, adapters: list[PackedAdapter], num_rows: int, num_fewer: int
@@ -130,42 +117,40 @@ def test_threads_meet_only_where_one_reads_what_another_wrote(
         Stretch([3], 5, [3 * row, 3 * row + 1], adapters[0].described if row else None)
         for row in range(num_rows)
     ]
-    with threads(2):
-        base.step(step)
-        [program] = programs._programs.values()
-        # A row's updates and what follows on that row; attention where both threads have as many rows.
-        assert len(program) - program._meets.sum() == num_fewer * base.num_layers
-        plain = [Stretch([3], 5, [3 * row, 3 * row + 1]) for row in range(num_rows)]
-        base.step(plain)
-        assert all(programs._programs[(num_rows, False, False, True)]._meets)
+    base.step(step)
+    [program] = programs._programs.values()
+    # A row's updates and what follows on that row; attention where both threads have as many rows.
+    assert len(program) - program._meets.sum() == num_fewer * base.num_layers
+    plain = [Stretch([3], 5, [3 * row, 3 * row + 1]) for row in range(num_rows)]
+    base.step(plain)
+    assert all(programs._programs[(num_rows, False, False, True)]._meets)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.usefixtures("num_threads")
 def test_rows_of_one_sequence_say_what_each_says_a_step_later(
-    base: PackedLlama, adapters: list[PackedAdapter], num_threads: int
+    base: PackedLlama, adapters: list[PackedAdapter]
 ) -> None:
     programs = base._programs
     assert programs is not None
-    with threads(num_threads):
-        for count, adapter in ((2, None), (5, adapters[0].described), (8, adapters[1].described)):
-            # Across the border of a page, and beside a row of another sequence.
-            tokens = [(7 * number + 3) % 40 for number in range(count)]
-            beside = Stretch([3], 20, [8, 9])
-            longer = Stretch(tokens, 14, [0, 1, 2], adapter, num_first_logits=count - 1, by_rows=True)
-            assert programs.can_run(base, [beside, longer])
-            told = base.step([beside, longer])
-            together = told.held_RV.float().clone()
-            assert told.best == together.argmax(dim=-1).tolist()
-            alone = []
-            for number, token in enumerate(tokens):
-                rows = [Stretch([3], 20, [8, 9]), Stretch([token], 14 + number, [0, 1, 2], adapter)]
-                found = base.step(rows).held_RV.float().clone()
-                alone.append(found[1])
-                assert gap(found[0], together[0]) < 0.02
-            assert gap(torch.stack(alone), together[1:]) < 0.02
-            # Any other token before would have been seen.
-            other = base.step([beside, replace(longer, tokens=[tokens[0] + 1, *tokens[1:]])])
-            assert gap(other.held_RV[2:].float(), together[2:]) > 0.05
+    for count, adapter in ((2, None), (5, adapters[0].described), (8, adapters[1].described)):
+        # Across the border of a page, and beside a row of another sequence.
+        tokens = [(7 * number + 3) % 40 for number in range(count)]
+        beside = Stretch([3], 20, [8, 9])
+        longer = Stretch(tokens, 14, [0, 1, 2], adapter, num_first_logits=count - 1, by_rows=True)
+        assert programs.can_run(base, [beside, longer])
+        told = base.step([beside, longer])
+        together = told.held_RV.float().clone()
+        assert told.best == together.argmax(dim=-1).tolist()
+        alone = []
+        for number, token in enumerate(tokens):
+            rows = [Stretch([3], 20, [8, 9]), Stretch([token], 14 + number, [0, 1, 2], adapter)]
+            found = base.step(rows).held_RV.float().clone()
+            alone.append(found[1])
+            assert gap(found[0], together[0]) < 0.02
+        assert gap(torch.stack(alone), together[1:]) < 0.02
+        # Any other token before would have been seen.
+        other = base.step([beside, replace(longer, tokens=[tokens[0] + 1, *tokens[1:]])])
+        assert gap(other.held_RV[2:].float(), together[2:]) > 0.05
 
 
 def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -216,7 +201,7 @@ def make_adapter(base: PackedLlama, rank: int, seed: int) -> Described:
     return Described(layers, [[None, None]] * 2)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.usefixtures("num_threads")
 def test_steps_with_stretches_are_programs_and_agree(
     wide_base: PackedLlama, monkeypatch: pytest.MonkeyPatch, num_threads: int
 ) -> None:
@@ -235,11 +220,10 @@ def test_steps_with_stretches_are_programs_and_agree(
         Stretch(list(range(33)), 3, [154, 155, 156], adapters[2], num_first_logits=2),
     ]
     rows = [Stretch([token], 3 * token, [token, 40 + token], adapters[token % 3]) for token in range(1, 5)]
-    with threads(num_threads):
-        for number, step in enumerate((stretches, [*rows, *stretches], [*stretches, *rows])):
-            as_program, launched = run_both_ways(wide_base, step)
-            assert torch.equal(as_program, launched)
-            assert len(runs) == number + 1
+    for number, step in enumerate((stretches, [*rows, *stretches], [*stretches, *rows])):
+        as_program, launched = run_both_ways(wide_base, step)
+        assert torch.equal(as_program, launched)
+        assert len(runs) == number + 1
 
 
 def test_a_last_token_after_a_stretch_sees_it_as_it_would_a_step_later(wide_base: PackedLlama) -> None:
