@@ -3,6 +3,7 @@ the API, prepare, the training child and the engine all go through it. Never tor
 """
 
 import codecs
+import contextlib
 import functools
 import json
 import re
@@ -75,6 +76,8 @@ class Tokenizer:
         self.stop_token_ids = frozenset(stop_token_ids)
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         self._added = inner.get_added_tokens_decoder()
+        # Texts of tokens that mean the same wherever they stand, of those that answers had so far.
+        self.plain_texts: dict[int, str] = {}
         # The state of the decoder alone: writing out a whole tokenizer takes a while.
         decoder = inner.decoder
         steps = _decoder_steps(None if decoder is None else json.loads(decoder.__getstate__()))
@@ -230,6 +233,12 @@ class Tokenizer:
         """Return one token as text; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    def note_text(self, token_id: int) -> None:
+        """Keep a token's text in `plain_texts`, if it is no mark and its bytes are whole characters."""
+        if not self.is_special(token_id):
+            with contextlib.suppress(UnicodeDecodeError):
+                self.plain_texts[token_id] = self.token_bytes(token_id).decode()
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of tokens as a reader of an answer sees it.
 
@@ -265,17 +274,28 @@ class StreamDecoder:
         self._skip_special = skip_special
         self._shown = shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # Whether the bytes so far end within a character.
+        self._is_within = False
         self._is_at_start = tokenizer.strips_first_space
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is certain now; empty within a character."""
+        if not (self._is_within or self._is_at_start):
+            # All but a few tokens of most answers: whatever else is asked takes several times as long.
+            known = self._tokenizer.plain_texts.get(token_id)
+            if known is not None:
+                return known
         if self._skip_special and token_id not in self._shown and self._tokenizer.is_special(token_id):
             return ""
         content = self._tokenizer.token_bytes(token_id)
         if self._is_at_start and content:
             self._is_at_start = False
             content = content.removeprefix(b" ")
-        return self._utf8.decode(content)
+        text = self._utf8.decode(content)
+        self._is_within = bool(self._utf8.getstate()[0])
+        if not self._is_within:
+            self._tokenizer.note_text(token_id)
+        return text
 
     def flush(self) -> str:
         """Return what is left at the end: U+FFFD for a character that was never completed, or nothing."""

@@ -6,7 +6,7 @@ Shapes: OpenAI's API reference, "Chat completions" and "Completions (legacy)".
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,6 +18,8 @@ from luthier.inference.parts import Ended, EndReason, Part, WholeAnswer
 from luthier.inference.sampler import MIN_LOGPROB
 from luthier.inference.sequence import Choice, ChoiceAt
 
+# A text that stands nowhere else in an event.
+_NO_TEXT = "\0text\0"
 DONE_EVENT = b"data: [DONE]\n\n"
 
 
@@ -91,6 +93,7 @@ class ChoicesShape(Shape):
     with_logprobs: bool
     # Streams that end with a usage chunk say `usage: null` in all others.
     with_usage: bool
+    _around_texts: dict[int, tuple[bytes, bytes]] = field(default_factory=dict, init=False, repr=False)
 
     object_name = ""
     chunk_object_name = ""
@@ -102,7 +105,13 @@ class ChoicesShape(Shape):
 
     def part_events(self, part: Part) -> list[bytes]:
         """Return the event of a part, or of the end of a choice."""
-        return [self._event(self._part_choice(part))]
+        if self.with_logprobs or not isinstance(part.content, str):
+            return [self._event(self._part_choice(part))]
+        around = self._around_texts.get(part.index)
+        if around is None:
+            around = self._around_texts[part.index] = self._around_text(part.index)
+        before, after = around
+        return [before + encode_json(part.content) + after]
 
     def last_events(self, counted: Usage) -> list[bytes]:
         """Return the usage, where it was asked for, and the end of the stream."""
@@ -121,6 +130,12 @@ class ChoicesShape(Shape):
     @abstractmethod
     def _part_choice(self, part: Part) -> dict[str, Any]:
         """Return the choice of a chunk."""
+
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        """Return what comes before and after a text in its event, which are the same for all of a choice."""
+        event = self._event(self._part_choice(Part(index, _NO_TEXT)))
+        before, _, after = event.partition(encode_json(_NO_TEXT))
+        return before, after
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         frame = self._frame(self.chunk_object_name, [choice])

@@ -41,12 +41,12 @@ from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     EventStream,
     FaultGate,
-    SentElsewhere,
     TokenGate,
     json_response,
     read_body,
     while_connected,
 )
+from luthier.inference.written import WrittenStream
 
 _LOG = logging.getLogger(__name__)
 
@@ -201,9 +201,10 @@ class Service:
         begun = await while_connected(request, streamed.start())
         place = self._channels.find(request.headers)
         if place is None:
-            return EventStream(streamed.events(begun), headers, stack.pop_all().close)
+            return WrittenStream(partial(streamed.send, begun), headers, stack.pop_all().close)
         headers[HEADER_CHANNEL] = place.channel_id
-        return SentElsewhere(partial(streamed.send, place, begun), headers, stack.pop_all().close)
+        # Its own body stays empty, and lasts as long as what is sent by the channel.
+        return WrittenStream(lambda _: streamed.send(begun, place), headers, stack.pop_all().close)
 
 
 def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:

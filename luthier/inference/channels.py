@@ -8,7 +8,7 @@ beside it, without a body: it tells status and headers, and whether its client h
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from luthier.core.errors import InvalidRequestError, UnavailableError
@@ -96,6 +96,18 @@ class Place(NamedTuple):
     channel: Channel
     channel_id: str
     number: int
+
+    def write(self, content: bytes) -> None:
+        """Send a piece of the stream."""
+        self.channel.write(self.number, content)
+
+    def end(self) -> None:
+        """Send the stream's end."""
+        self.channel.end(self.number)
+
+    def ending(self) -> AbstractContextManager[asyncio.Event]:
+        """Hold what says that the stream has no more to send, or nobody to send to."""
+        return self.channel.ending()
 
 
 class Channels:

@@ -348,6 +348,9 @@ class Engine:
                 is_idle = not self._core.has_work
                 if is_idle:
                     hand_over()
+                elif self._inbox.empty():
+                    # Asked first, as an exception each step takes longer.
+                    return
                 item = self._inbox.get(block=is_idle)
                 if item is None:
                     return

@@ -176,4 +176,4 @@ def _echo_piece(echo: Echo, event: PromptScored | Piece | Finish) -> Piece:
 def _move(piece: Piece, num_characters: int) -> Piece:
     """Return a piece whose choices count from the beginning of the echo before it."""
     moved = (replace(held, start=held.start + num_characters) for held in piece.choices)
-    return replace(piece, choices=tuple(moved))
+    return piece._replace(choices=tuple(moved))

@@ -9,7 +9,6 @@ Legend: R rows of logits, V vocabulary, L layers, N virtual tokens, H key heads,
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 
 import torch
 
@@ -25,7 +24,8 @@ from luthier.inference.sequence import Sequence
 from luthier.inference.waiting import WaitingLine
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.packed_adapter import PackedAdapter
-from luthier.modeling.packed_llama import PackedLlama, Stretch
+from luthier.modeling.packed_llama import PackedLlama
+from luthier.modeling.packed_work import Stretch
 
 _LOG = logging.getLogger(__name__)
 
@@ -120,15 +120,15 @@ class Lane:
         self._waiting.drop_done()
         gone = [row for row in self._rows if row.sequence.is_done]
         for row in gone:
-            self._pool.release(row.chain)
+            self._release(row)
         if gone:
-            self._rows = [row for row in self._rows if not row.sequence.is_done]
+            self._rows = [row for row in self._rows if not row.has_left]
 
     def drain(self) -> list[Sequence]:
         """Forget everybody and return them."""
         found = [row.sequence for row in self._rows] + self._waiting.drain()
         for row in self._rows:
-            self._pool.release(row.chain)
+            self._release(row)
         self._rows.clear()
         return found
 
@@ -136,7 +136,6 @@ class Lane:
         """Let nobody share pages of an adapter that leaves the memory."""
         self._pool.forget(sequence_key)
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """Run the next tokens of all rows that have their turn.
 
@@ -195,7 +194,7 @@ class Lane:
             if row.num_left == 1 and self._has_pages(row):
                 work.append((row, self._stretch(row, 1)))
         # A row that was planned may have lost its pages to one that came before it.
-        work = [(row, stretch) for row, stretch in work if row in self._rows]
+        work = [(row, stretch) for row, stretch in work if not row.has_left]
         budget = MAX_PROMPT_TOKENS
         prompts = [row for row in self._rows if row.num_left > 1]
         if not prompts:
@@ -242,19 +241,18 @@ class Lane:
 
     def _stretch(self, row: Row, count: int) -> Stretch:
         end = row.num_done + count
-        described = None if row.adapter is None else row.adapter.described
         return Stretch(
             row.tokens[row.num_done : end],
             row.num_done,
             row.chain.pages,
-            described,
-            wants_logits=end == len(row.tokens),
-            wants_all_logits=row.sequence.wants_prompt_scores,
+            None if row.adapter is None else row.adapter.described,
+            end == len(row.tokens),
+            row.sequence.wants_prompt_scores,
         )
 
     def _has_pages(self, row: Row) -> bool:
         """Make sure that a row has a page for its next token, taken from the youngest row if need be."""
-        if row not in self._rows:
+        if row.has_left:
             return False
         while not self._pool.extend(row.chain, len(row.tokens)):
             if len(self._rows) == 1:
@@ -263,7 +261,7 @@ class Lane:
                 self.sweep()
                 return False
             self._interrupt(self._rows[-1])
-            if row not in self._rows:
+            if row.has_left:
                 return False
         return True
 
@@ -271,9 +269,13 @@ class Lane:
         """Take a row's pages; it waits before all others and is run again up to where it was."""
         self.measures.num_preempted += 1
         self._rows.remove(row)
-        self._pool.release(row.chain)
+        self._release(row)
         row.sequence.interrupted_tokens = row.tokens
         self._waiting.add_first(row.sequence)
+
+    def _release(self, row: Row) -> None:
+        row.has_left = True
+        self._pool.release(row.chain)
 
     def _run(self, work: Work) -> None:
         try:
@@ -291,19 +293,23 @@ class Lane:
             for one in work:
                 self._run([one])
             return
+        answering: Work = []
+        places: list[int] = []
+        num_chosen = 0
         for row, stretch in work:
             # Of guesses it is not known yet whether they are in their places.
             row.num_done += 1 if stretch.by_rows else len(stretch)
-            self._pool.name(row.chain, row.tokens, row.num_done)
+            if len(stretch) > 1 or row.num_done % PAGE_SIZE == 0:
+                # Only full pages get names.
+                self._pool.name(row.chain, row.tokens, row.num_done)
+            if stretch.wants_logits:
+                answering.append((row, stretch))
+                places.append(num_chosen)
+                num_chosen += len(stretch) if stretch.by_rows else 1
         if any(stretch.wants_all_logits for _, stretch in work):
             logits = score_prompts(work, logits)
-        answering = [(row, stretch) for row, stretch in work if stretch.wants_logits]
         sequences = [row.sequence for row, _ in answering]
         self.measures.count_step(len(work), sequences)
-        if not answering:
-            return
-        sizes = [len(stretch) if stretch.by_rows else 1 for _, stretch in answering]
-        places = list(accumulate(sizes, initial=0))[:-1]
         choices = sampler.choose(logits, sequences, places)
         for (row, stretch), choice, place in zip(answering, choices, places, strict=True):
             if row.sequence.is_done:
@@ -364,6 +370,7 @@ class Lane:
                 self._pool.release(chain)
 
 
+@torch.inference_mode()
 def write_virtual(model: PackedLlama, adapter: PackedAdapter, pages: list[int], start: int) -> None:
     """Put an adapter's keys and values from a position on into the first pages of a sequence.
 

@@ -62,7 +62,7 @@ class StepMeasures:
         self.rows.observe(num_rows)
         since, times = 0.0, 0
         for sequence in sequences:
-            if sequence.is_done:
+            if sequence.is_finished or sequence.is_cancelled:
                 continue
             self.num_tokens += 1
             if sequence.num_completion_tokens == 0:

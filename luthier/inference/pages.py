@@ -115,6 +115,8 @@ class PagePool:
             False when there are too few, and nothing has changed.
         """
         missing = -(-num_tokens // self._page_size) - len(chain.pages)
+        if missing <= 0:
+            return True
         if missing > self.num_free:
             return False
         for _ in range(missing):

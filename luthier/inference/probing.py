@@ -10,7 +10,7 @@ import torch
 
 from luthier.inference.lane import Lane, write_virtual
 from luthier.modeling.packed_adapter import PackedAdapter
-from luthier.modeling.packed_llama import Stretch
+from luthier.modeling.packed_work import Stretch
 
 # After how many of a text's first tokens it is looked at.
 NUM_BEGUN = 2

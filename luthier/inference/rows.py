@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from luthier.inference import sampler
 from luthier.inference.drafts import Drafter
 from luthier.inference.pages import Chain
@@ -9,10 +11,10 @@ from luthier.inference.scoring import score_stretch
 from luthier.inference.sequence import Choice, Sequence
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter
-from luthier.modeling.packed_llama import Stretch
+from luthier.modeling.packed_work import Stretch
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Row:
     """A sequence that has pages.
 
@@ -26,6 +28,8 @@ class Row:
     chain: Chain
     num_done: int
     num_passed_over: int = 0
+    # Whether its pages were taken from it, or given back.
+    has_left: bool = False
     _drafter: Drafter | None = None
 
     @property
@@ -51,6 +55,7 @@ class Row:
 Work = list[tuple[Row, Stretch]]
 
 
+@torch.inference_mode()
 def score_prompts(work: Work, logits: Logits) -> Logits:
     """Tell the rows that want it of their prompts, and return the logits that answers go on from."""
     last, end = [], 0

@@ -23,7 +23,6 @@ MIN_LOGPROB = -9999.0
 _MIN_TEMPERATURE = 1e-5
 
 
-@torch.inference_mode()
 def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | None = None) -> list[Choice]:
     """Choose a token for every row.
 
@@ -40,7 +39,19 @@ def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | 
         B choices, with log-probabilities where a sequence asks for them.
     """
     places = range(len(sequences)) if places is None else places
-    choices = [Choice(logits.best[place]) for place in places]
+    best = logits.best
+    choices = [Choice(best[place]) for place in places]
+    if min(best, default=0) != UNSOUND and all(one.is_plainly_greedy for one in sequences):
+        return choices
+    with torch.inference_mode():
+        _choose_others(logits, places, sequences, choices)
+    return choices
+
+
+def _choose_others(
+    logits: Logits, places: SequenceOf[int], sequences: list[Sequence], choices: list[Choice]
+) -> None:
+    """Choose for the rows that are not plainly the likeliest token's, in place."""
     drawn: list[int] = []
     draws_at_once = can_draw(logits.held_RV)
     for row, (place, sequence) in enumerate(zip(places, sequences, strict=True)):
@@ -55,7 +66,6 @@ def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | 
             choices[row] = _choose_row(logits.row(place), sequence, choices[row])
     if drawn:
         _draw_rows(logits, drawn, places, sequences, choices)
-    return choices
 
 
 def _draw_rows(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -76,8 +76,7 @@ class SamplingOptions:
         return self.num_logprobs is None and not self.logit_bias and not self.has_penalties
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A chosen token; log-probabilities (nats) are those of the model before temperature and top_p."""
 
     token_id: int
@@ -100,8 +99,7 @@ class PromptScored:
     choices: tuple[Choice, ...]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """New text of the answer, and the choices that were made for it when they were asked for."""
 
     text: str
@@ -175,6 +173,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self._stops = StopMatcher(self.options.stop)
         # Asked of every row at every step.
+        self._has_penalties = self.options.has_penalties
         is_plain = self.options.is_plain and self.grammar is None
         self.is_plainly_greedy = is_plain and self.options.temperature == 0.0
         self.is_plainly_drawn = is_plain and self.options.temperature > 0.0
@@ -237,7 +236,7 @@ class Sequence:
             return
         if self.grammar is not None and not self._push_grammar(self.grammar, choice.token_id):
             return
-        if self.options.has_penalties:
+        if self._has_penalties:
             self.token_counts[choice.token_id] = self.token_counts.get(choice.token_id, 0) + 1
         if self.options.num_logprobs is not None:
             self._held_choices.append(ChoiceAt(choice, self._num_decoded))
@@ -262,11 +261,13 @@ class Sequence:
 
     def _push_text(self, text: str) -> str:
         self._num_decoded += len(text)
-        return self._stops.push(text)
+        return self._stops.push(text) if self.options.stop else text
 
     def _emit_piece(self, text: str) -> None:
-        choices = tuple(self._held_choices)
-        self._held_choices.clear()
+        choices: tuple[ChoiceAt, ...] = ()
+        if self._held_choices:
+            choices = tuple(self._held_choices)
+            self._held_choices.clear()
         self.emit(Piece(text, choices))
 
     def _finish(self, reason: FinishReason, text: str) -> None:

@@ -1,17 +1,32 @@
-"""An answer on its way out as server-sent events: in its own response, or by a channel."""
+"""An answer on its way out as server-sent events, to its own response or to a channel."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from luthier.core.errors import LuthierError
 from luthier.inference.answers import Shape, Usage
 from luthier.inference.call_reader import CallReader
-from luthier.inference.channels import Place
 from luthier.inference.faults import to_told
 from luthier.inference.generation import Generation, IndexedEvent
 from luthier.inference.parts import Part, PartReader
 
 _LOG = logging.getLogger(__name__)
+
+
+class Outlet(Protocol):
+    """What a stream is written to."""
+
+    def write(self, content: bytes) -> None:
+        """Send a piece of the stream; an empty one is none."""
+
+    def end(self) -> None:
+        """Send the stream's end."""
+
+    def ending(self) -> AbstractContextManager[asyncio.Event]:
+        """Hold what says that the stream has no more to send, or nobody to send to."""
 
 
 class StreamedAnswer:
@@ -45,33 +60,17 @@ class StreamedAnswer:
             parts = self._read_parts(await self._generation.arrived())
         return b"".join(self._shape.first_events(len(self._generation.sequences))) + self._encode(parts)
 
-    async def events(self, begun: bytes) -> AsyncIterator[bytes]:
-        """Follow the answers to their end.
-
-        Args:
-            begun: what `start` returned.
-
-        Yields:
-            Events, some together; a failure of the engine as the last one.
-        """
-        yield begun
-        while not self._is_over:
-            content = self._read(await self._generation.arrived())
-            if content:
-                yield content
-
-    async def send(self, place: Place, begun: bytes) -> None:
-        """Send the answers by a channel, until they are whole or nobody reads it any more.
+    async def send(self, begun: bytes, outlet: Outlet) -> None:
+        """Send the answers, until they are whole or nobody reads them any more; a failure as the last event.
 
         Each event is sent in the turn of the loop in which it arrives, without a task that would have to be
         woken for it.
 
         Args:
-            place: where to.
             begun: what `start` returned.
+            outlet: where to.
         """
-        channel, number = place.channel, place.number
-        with channel.ending() as end:
+        with outlet.ending() as end:
 
             def take(arrived: IndexedEvent) -> None:
                 # What comes after a failure, or when the client has left, is for nobody.
@@ -79,9 +78,9 @@ class StreamedAnswer:
                     tell(self._read_safely(arrived))
 
             def tell(content: bytes) -> None:
-                channel.write(number, content)
+                outlet.write(content)
                 if self._is_over:
-                    channel.end(number)
+                    outlet.end()
                     end.set()
 
             tell(begun)

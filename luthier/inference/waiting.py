@@ -63,7 +63,7 @@ class WaitingLine:
 
     def drop_done(self) -> None:
         """Forget those that want no answer any more, wherever they stand."""
-        if not any(sequence.is_done for sequence in self._all()):
+        if not self or not any(sequence.is_done for sequence in self._all()):
             return
         self._returned = deque(sequence for sequence in self._returned if not sequence.is_done)
         for project, line in list(self._projects.items()):

@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * MIB
 # Where a request's scope keeps the fault that is in the log already.
 _LOGGED = "luthier.logged_fault"
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 ResultT = TypeVar("ResultT")
 
@@ -41,7 +41,7 @@ class EventStream(StreamingResponse):
         *,
         media_type: str = "text/event-stream",
     ) -> None:
-        super().__init__(events, media_type=media_type, headers=_STREAM_HEADERS | headers)
+        super().__init__(events, media_type=media_type, headers=STREAM_HEADERS | headers)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,26 +50,6 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._close()
-
-
-class SentElsewhere(EventStream):
-    """The response of a stream whose events leave by another one; it lasts as long as they do."""
-
-    def __init__(
-        self, send: Callable[[], Awaitable[None]], headers: dict[str, str], close: Callable[[], None]
-    ) -> None:
-        super().__init__(_Silence(send), headers, close)
-
-
-class _Silence(AsyncIterator[bytes]):
-    """Nothing, until some work is done."""
-
-    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
-        self._work = work
-
-    async def __anext__(self) -> bytes:
-        await self._work()
-        raise StopAsyncIteration
 
 
 async def while_connected(request: Request, work: Awaitable[ResultT]) -> ResultT:

@@ -11,8 +11,6 @@ and v, K attended columns, F feed-forward size, H key heads, C head size, V voca
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,13 +23,10 @@ from luthier.modeling.kernels.served_rows import (
     FEED_FORWARD_IN,
     FEED_FORWARD_OUT,
     PAGE_SIZE,
-    Described,
     HeadShape,
     Pages,
     SingleRows,
-    StretchRows,
     TokenRows,
-    region_entry,
     token_rows,
 )
 from luthier.modeling.kernels.serving import CompiledOps, Ops
@@ -40,6 +35,7 @@ from luthier.modeling.kernels.shapes import LONG_ROWS
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_blocks import Block, WeightMemory, linears_of, pack_block
 from luthier.modeling.packed_program import DecodePrograms
+from luthier.modeling.packed_work import Buffers, Chunk, Stretch, Work
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
@@ -48,96 +44,6 @@ _LOG = logging.getLogger(__name__)
 
 # The widest rank or bottleneck of an adapter that is served here; wider ones go by the plain path.
 MAX_MIDDLE = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class Stretch:
-    """Tokens of one sequence that are run now.
-
-    `tokens` are ids, or vectors [T, D] in their place; `first` is the position of the first, and all before
-    it are in `pages`, which reach to the last. `adapter` is what these rows bear. Logits are wanted after its
-    last token, after all of them, or not at all, and after some of its first tokens besides. `by_rows` says
-    that its tokens are few and run as single rows do, where a step is a program.
-    """
-
-    tokens: Sequence[int] | torch.Tensor
-    first: int
-    pages: Sequence[int]
-    adapter: Described | None = None
-    wants_logits: bool = True
-    wants_all_logits: bool = False
-    num_first_logits: int = 0
-    by_rows: bool = False
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def num_logits(self) -> int:
-        """Rows of logits that it gets."""
-        # Not by the places themselves: each row of each step is asked.
-        return len(self.tokens) if self.wants_all_logits else self.num_first_logits + int(self.wants_logits)
-
-    @property
-    def wanted(self) -> list[int]:
-        """The places of its tokens after which logits are wanted, in order."""
-        count = len(self.tokens)
-        if self.wants_all_logits:
-            return list(range(count))
-        return [*range(self.num_first_logits), *([count - 1] if self.wants_logits else [])]
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """A stretch of several tokens and its place among a step's tokens."""
-
-    stretch: Stretch
-    tokens: slice
-
-
-@dataclass(frozen=True, eq=False)
-class Buffers:
-    """What a step's layers read and write, used by all of them in turn."""
-
-    stream_ND: torch.Tensor
-    normed_ND: torch.Tensor
-    attended_NK: torch.Tensor
-    hidden_NF: torch.Tensor
-    # What products write; None where they return memory of their own.
-    change_ND: torch.Tensor | None
-    qkv_NE: torch.Tensor | None
-    gate_up_NF: torch.Tensor | None
-
-    def first(self, num_rows: int) -> "Buffers":
-        """Return those of a step with fewer rows, in the same memory."""
-        held = (getattr(self, one.name) for one in fields(self))
-        return Buffers(*(None if one is None else one[:num_rows] for one in held))
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What a step runs: single rows first, then the tokens of stretches."""
-
-    rows: SingleRows
-    tokens: TokenRows
-    chunks: Sequence[Chunk] = ()
-
-    @cached_property
-    def stretches(self) -> StretchRows | None:
-        """The adapters of the stretches; None where there is none."""
-        if not self.chunks:
-            return None
-        return StretchRows(
-            [one.stretch.adapter for one in self.chunks],
-            [one.tokens for one in self.chunks],
-            [one.stretch.first for one in self.chunks],
-        )
-
-    def following(self, layer: int, sites: slice) -> tuple[int, int]:
-        """What a product of all tokens with weights of a layer asks for: the low-rank updates after it."""
-        if self.chunks or not self.rows.has_low_ranks:
-            return 0, 0
-        return self.rows.table_M.data_ptr(), region_entry(layer, sites)
 
 
 def can_pack_llama(causal_lm: "PreTrainedModel") -> bool:
@@ -178,6 +84,8 @@ class PackedLlama:
             sine_TC,
             float(body.norm.variance_epsilon),
         )
+        # Positions that a sequence may have.
+        self.context_length = len(cosine_TC)
         wide, half = config.intermediate_size, config.hidden_size
         self.site_widths = (*self.heads.widths, half, wide, wide, half)
         self.ops: Ops = self._make_ops()
@@ -214,17 +122,11 @@ class PackedLlama:
         """Logits of a row."""
         return self._head.num_outputs
 
-    @property
-    def context_length(self) -> int:
-        """Positions that a sequence may have."""
-        return len(self.heads.cosine_TC)
-
     def _make_ops(self) -> Ops:
         if kernels.is_compiled(self._norm_D):
             return CompiledOps(self.heads, self.site_widths, self._norm_D, MAX_MIDDLE)
         return PlainOps(self.heads, self.site_widths)
 
-    @torch.inference_mode()
     def step(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None = None) -> Logits:
         """Run tokens, and put their keys and values into their sequences' pages.
 
@@ -240,7 +142,7 @@ class PackedLlama:
                 want all logits.
         """
         for one in stretches:
-            end = one.first + len(one)
+            end = one.first + len(one.tokens)
             # The kernels read and write where these point.
             if end > self.context_length or end > len(one.pages) * PAGE_SIZE:
                 raise ValueError("A stretch is longer than its pages, or than the context.")
@@ -248,6 +150,10 @@ class PackedLlama:
                 raise ValueError("A stretch that runs by rows wants the logits after each of them.")
         if self._programs is not None and self._programs.can_run(self, stretches):
             return self._programs.step(self, stretches, on_launch)
+        return self._step_stretches(stretches, on_launch)
+
+    @torch.inference_mode()
+    def _step_stretches(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None) -> Logits:
         singles = [one for one in stretches if len(one) == 1]
         # Those whose tokens attend by themselves come first.
         chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)

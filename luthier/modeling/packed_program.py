@@ -26,10 +26,11 @@ from luthier.modeling.kernels.served_rows import (
 )
 from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.logits import Logits
+from luthier.modeling.packed_work import Buffers, Stretch, Work
 
 if TYPE_CHECKING:
     from luthier.modeling.kernels._threads import Program
-    from luthier.modeling.packed_llama import Buffers, PackedLlama, Stretch, Work
+    from luthier.modeling.packed_llama import PackedLlama
 
 # Rows of the widest program.
 MAX_ROWS = 64
@@ -49,13 +50,17 @@ class DecodePrograms:
     def __init__(self, llama: "PackedLlama") -> None:
         self._buffers = llama.make_buffers(MAX_ROWS)
         self._logits_MV = llama.embedding_VD.new_empty(MAX_ROWS, llama.vocabulary_size)
+        # By the number of rows. Between two steps the weights have gone through the processor's caches and
+        # nothing else is left there: each call of torch then takes tens of microseconds, so a step has none.
+        self._logits = [self._logits_MV[:num_rows] for num_rows in range(MAX_ROWS + 1)]
         self._best_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         num_pages = -(-llama.context_length // PAGE_SIZE)
         self._positions_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         self._pages_MW = torch.zeros(MAX_ROWS, num_pages, dtype=torch.int64)
         self._adapters_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         self._positions, self._pages = self._positions_M.numpy(), self._pages_MW.numpy()
-        # As bytes, for numpy knows no bfloat16; its calls take a tenth of the time of torch's.
+        self._adapters, self._best = self._adapters_M.numpy(), self._best_M.numpy()
+        # As bytes, for numpy knows no bfloat16.
         self._vectors = llama.embedding_VD.view(torch.uint8).numpy()
         self._stream = self._buffers.stream_ND.view(torch.uint8).numpy()
         self._programs: OrderedDict[tuple[int, bool, bool, bool], Program] = OrderedDict()
@@ -63,45 +68,54 @@ class DecodePrograms:
         self._recorded_for = (0, 0)
 
     @staticmethod
-    def can_run(llama: "PackedLlama", stretches: Sequence["Stretch"]) -> bool:
+    def can_run(llama: "PackedLlama", stretches: Sequence[Stretch]) -> bool:
         """Whether a step is one of these: single rows, or few of one sequence, that all want their logits."""
-        is_narrow = 0 < sum(map(len, stretches)) <= MAX_ROWS and isinstance(llama.ops, CompiledOps)
-        return is_narrow and all(
-            one.num_logits == len(one) and (one.by_rows or len(one) == 1) for one in stretches
-        )
+        num_rows = 0
+        for one in stretches:
+            count = len(one.tokens)
+            if one.num_logits != count or not (one.by_rows or count == 1):
+                return False
+            num_rows += count
+        return 0 < num_rows <= MAX_ROWS and isinstance(llama.ops, CompiledOps)
 
     def step(
         self,
         llama: "PackedLlama",
-        stretches: Sequence["Stretch"],
+        stretches: Sequence[Stretch],
         on_launch: Callable[[], None] | None = None,
     ) -> Logits:
         """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
+        ids: list[int] = []
+        positions: list[int] = []
         adapters: list[Described | None] = []
         for one in stretches:
-            for position in range(one.first, one.first + len(one)):
-                row, width = len(adapters), position // PAGE_SIZE + 1
-                self._positions[row] = position
-                self._pages[row, :width] = one.pages[:width]
+            pages, position = one.pages, one.first
+            for token in one.tokens:
+                width = position // PAGE_SIZE + 1
+                self._pages[len(ids), :width] = pages[:width]
+                ids.append(token)
+                positions.append(position)
                 adapters.append(one.adapter)
-        num_rows = len(adapters)
-        rows = SingleRows(adapters, self._adapters_M[:num_rows])
+                position += 1
+        num_rows = len(ids)
+        self._positions[:num_rows] = positions
+        self._adapters[:num_rows] = [0 if one is None else one.address for one in adapters]
         if any(isinstance(one.tokens, torch.Tensor) for one in stretches):
-            llama.embed(stretches, self._buffers.stream_ND[:num_rows])
+            with torch.inference_mode():
+                llama.embed(stretches, self._buffers.stream_ND[:num_rows])
         else:
-            ids = [token for one in stretches for token in one.tokens]
             if min(ids) < 0 or max(ids) >= len(self._vectors):
                 raise IndexError("A token is none of the base's.")
             # All are there: any other mode would copy them once more.
             np.take(self._vectors, ids, axis=0, out=self._stream[:num_rows], mode="clip")
-        program = self._program(llama, rows, are_alone=num_rows == len(stretches))
+        program = self._program(llama, adapters, are_alone=num_rows == len(stretches))
         if on_launch is not None:
             on_launch()
         program.run()
-        return Logits(self._logits_MV[:num_rows], self._best_M[:num_rows].tolist())
+        return Logits(self._logits[num_rows], self._best[:num_rows].tolist())
 
     @staticmethod
-    def can_write(llama: "PackedLlama", work: "Work") -> bool:
+    def can_write(llama: "PackedLlama", work: Work) -> bool:
         """Whether all that a step's layers do with stretches is done by kernels."""
         adapters = [one.stretch.adapter for one in work.chunks]
         are_known = all(
@@ -112,8 +126,8 @@ class DecodePrograms:
     @staticmethod
     def run_layers(
         llama: "PackedLlama",
-        buffers: "Buffers",
-        work: "Work",
+        buffers: Buffers,
+        work: Work,
         on_launch: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Run all layers, as `PackedLlama.run_layers` does, in one call; `on_launch` is called before it."""
@@ -126,24 +140,31 @@ class DecodePrograms:
         program.run()
         return change_ND
 
-    def _program(self, llama: "PackedLlama", rows: SingleRows, *, are_alone: bool) -> "Program":
+    def _program(
+        self, llama: "PackedLlama", adapters: Sequence[Described | None], *, are_alone: bool
+    ) -> "Program":
         assert isinstance(llama.ops, CompiledOps)
         recorded_for = torch.get_num_threads(), llama.ops.memory_at
         if recorded_for != self._recorded_for:
             self._programs.clear()
             self._recorded_for = recorded_for
-        key = len(rows), rows.has_low_ranks, rows.has_bottlenecks, are_alone
-        program = self._programs.pop(key, None) or self._record(llama, rows, are_alone=are_alone)
+        has_low_ranks = any(one is not None and one.has_low_ranks for one in adapters)
+        has_bottlenecks = any(one is not None and one.has_bottlenecks for one in adapters)
+        key = len(adapters), has_low_ranks, has_bottlenecks, are_alone
+        program = self._programs.pop(key, None) or self._record(llama, adapters, are_alone=are_alone)
         self._programs[key] = program
         if len(self._programs) > _MAX_PROGRAMS:
             self._programs.popitem(last=False)
         return program
 
-    def _record(self, llama: "PackedLlama", rows: SingleRows, *, are_alone: bool) -> "Program":
+    @torch.inference_mode()
+    def _record(
+        self, llama: "PackedLlama", adapters: Sequence[Described | None], *, are_alone: bool
+    ) -> "Program":
         from luthier.modeling.kernels._threads import recording
-        from luthier.modeling.packed_llama import Work
 
-        num_rows = len(rows)
+        num_rows = len(adapters)
+        rows = SingleRows(adapters, self._adapters_M[:num_rows])
         buffers = self._buffers.first(num_rows)
         tokens = TokenRows(self._positions_M[:num_rows], self._pages_MW[:num_rows], num_rows, are_alone)
         runner = kernels.compiled_address("run_program", llama.dtype)

@@ -276,15 +276,18 @@ def attend_stretches(data):
                 )
                 for block in range(num_some):
                     own_last = carray(at_int64(last_at + block * _QUERIES * 8), _QUERIES)
-                    if first_key > own_last[_QUERIES - 1]:
+                    # Pages after the last query of a block are none of its own.
+                    num_own = min(num_pages, (own_last[_QUERIES - 1] - first_key) // PAGE_SIZE + 1)
+                    if num_own <= 0:
                         continue
+                    own_steps = (num_own + 1) // 2
                     own_at = queries_at + block * query_bytes
                     _score_block(
                         key_pages,
                         own_pages,
                         first_key,
-                        num_pages,
-                        num_steps,
+                        num_own,
+                        own_steps,
                         head,
                         size,
                         own_at,
@@ -293,10 +296,10 @@ def attend_stretches(data):
                     )
                     highest = carray(at_float32(state_at + block * 128), _QUERIES)
                     totals = carray(at_float32(state_at + block * 128 + 64), _QUERIES)
-                    _weigh(scores, num_steps * 32, highest, totals, factors)
-                    for pair in range(num_steps * 16):
+                    _weigh(scores, own_steps * 32, highest, totals, factors)
+                    for pair in range(own_steps * 16):
                         pair_rows(scores_at + pair * 128, weights_at + pair * 64)
-                    _mix(weights_at, turned_at, size, num_steps, factors, mixed, block, sums_at)
+                    _mix(weights_at, turned_at, size, own_steps, factors, mixed, block, sums_at)
             # No query is scored any more.
             _write_mixed(
                 mixed_at, state_at, some, num_some, heads, first_row, num_kv_heads, queries_at, out_at, data

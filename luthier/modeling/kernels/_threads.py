@@ -131,6 +131,9 @@ class Program:
         # Of kernels that go by rows.
         self._num_rows: list[int] = []
         self._meets = np.zeros(0, dtype=np.int64)
+        # Where the arrays lie, and the functions of the pool that the tables name.
+        self._places: tuple[int, int, int] = (0, 0, 0)
+        self._thread_functions = (0, 0)
 
     def add(self, kernel: int, arguments: Sequence[int], *, by_rows: bool = False) -> None:
         """Write a kernel down.
@@ -159,16 +162,19 @@ class Program:
         after = [*self._num_rows[1:], 0]
         meets = [not own or own != next_own for own, next_own in zip(self._num_rows, after, strict=True)]
         self._meets = np.array(meets, dtype=np.int64)
+        arrays = (self._addresses, self._tables, self._meets)
+        addresses, tables, meets_at = (one.ctypes.data for one in arrays)
+        self._places = addresses, tables, meets_at
 
     def run(self) -> None:
         """Run all kernels in order and return when the last is done."""
         pool, _ = _pool_of_now()
         thread_functions = (0, 0) if pool is None else (pool.thread_num_address, pool.num_threads_address)
-        self._tables[:, :_FIRST_ARGUMENT] = thread_functions
+        if thread_functions != self._thread_functions:
+            self._tables[:, :_FIRST_ARGUMENT] = self._thread_functions = thread_functions
         barrier = 0 if pool is None else pool.barrier_address
-        addresses, tables = self._addresses.ctypes.data, self._tables.ctypes.data
-        meets = self._meets.ctypes.data
-        self._launcher.run((len(self._addresses), barrier, addresses, tables, meets))
+        addresses, tables, meets = self._places
+        self._launcher.run((len(self._kernels), barrier, addresses, tables, meets))
 
 
 _RECORDING = threading.local()

@@ -126,11 +126,15 @@ def _region_of(sites: Sequence[LowRankSite]) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Described:
-    """An adapter in memory: per layer its seven sites and two bottlenecks, None where there is none."""
+    """An adapter in memory: per layer its seven sites and two bottlenecks, None where there is none.
+
+    `address` is that of its table.
+    """
 
     low_ranks: Sequence[Sequence[LowRankSite | None]]
     bottlenecks: Sequence[Sequence[BottleneckSite | None]]
     table: torch.Tensor = field(init=False)
+    address: int = field(init=False)
     has_low_ranks: bool = field(init=False)
     has_bottlenecks: bool = field(init=False)
     max_rank: int = field(init=False)
@@ -145,6 +149,7 @@ class Described:
             for group in _GROUPS:
                 entries += _region_of([site for site in sites[group] if site is not None])
         object.__setattr__(self, "table", torch.tensor(entries, dtype=torch.int64))
+        object.__setattr__(self, "address", self.table.data_ptr())
         object.__setattr__(self, "has_low_ranks", any(map(any, self.low_ranks)))
         object.__setattr__(self, "has_bottlenecks", any(map(any, self.bottlenecks)))
         ranks = [site.a_RK.shape[0] for sites in self.low_ranks for site in sites if site is not None]
@@ -165,7 +170,7 @@ class Described:
             It.
         """
         made, nothing = object.__new__(cls), [(None, None)] * len(low_ranks)
-        values = (low_ranks, nothing, table, True, False, max_rank)
+        values = (low_ranks, nothing, table, table.data_ptr(), True, False, max_rank)
         for one, value in zip(fields(cls), values, strict=True):
             object.__setattr__(made, one.name, value)
         return made
@@ -274,11 +279,10 @@ class SingleRows:
     has_bottlenecks: bool = field(init=False)
 
     def __post_init__(self, memory_M: torch.Tensor | None) -> None:
-        addresses = [0 if one is None else one.table.data_ptr() for one in self.adapters]
+        addresses = [0 if one is None else one.address for one in self.adapters]
+        table_M = torch.tensor(addresses, dtype=torch.int64)
         if memory_M is not None:
-            # Each step does this, and a tensor is made in ten times the time.
-            memory_M.numpy()[:] = addresses
-        table_M = torch.tensor(addresses, dtype=torch.int64) if memory_M is None else memory_M
+            table_M = memory_M.copy_(table_M)
         object.__setattr__(self, "table_M", table_M)
         object.__setattr__(self, "has_low_ranks", any(one and one.has_low_ranks for one in self.adapters))
         object.__setattr__(self, "has_bottlenecks", any(one and one.has_bottlenecks for one in self.adapters))
@@ -303,7 +307,7 @@ class StretchRows:
 
     def __post_init__(self) -> None:
         rows = [
-            (one.table.data_ptr(), tokens.start, tokens.stop - tokens.start)
+            (one.address, tokens.start, tokens.stop - tokens.start)
             for one, tokens in zip(self.adapters, self.tokens, strict=True)
             if one is not None and 0 < one.max_rank <= STRETCH_RANK
         ]

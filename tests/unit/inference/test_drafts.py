@@ -13,7 +13,7 @@ from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
 from luthier.inference.lane import Lane
 from luthier.inference.sequence import Finish, ModelKey, Piece, SamplingOptions, Sequence, SequenceEvent
 from luthier.modeling.kernels.products import can_tile
-from luthier.modeling.packed_llama import Stretch
+from luthier.modeling.packed_work import Stretch
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import greedy, load_plain
 from tests.unit.inference.test_lane import Ids, ServedStub, run_dry

@@ -17,7 +17,7 @@ from luthier.inference.sequence import Failure, Finish, ModelKey, SamplingOption
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
-from luthier.modeling.packed_llama import Stretch
+from luthier.modeling.packed_work import Stretch
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import (
     all_tunings,

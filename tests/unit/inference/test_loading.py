@@ -22,7 +22,7 @@ from luthier.methods import method_of_artifact
 from luthier.modeling import kernels
 from luthier.modeling.alike import Layout
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
-from luthier.modeling.packed_llama import Stretch
+from luthier.modeling.packed_work import Stretch
 from luthier.storage.manifests import read_manifest, seal_folder
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import WEIGHTS_NAME, build_method_artifact, load_plain

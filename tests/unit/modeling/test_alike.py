@@ -11,7 +11,8 @@ from luthier.modeling import kernels
 from luthier.modeling.alike import Layout, Layouts
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
-from luthier.modeling.packed_llama import PackedLlama, Stretch
+from luthier.modeling.packed_llama import PackedLlama
+from luthier.modeling.packed_work import Stretch
 from tests.unit.modeling.small_llama import small_llama
 
 pytestmark = pytest.mark.skipif(

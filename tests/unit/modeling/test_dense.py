@@ -10,7 +10,8 @@ from luthier.modeling.kernels.dense import UnevenWeightError, dense_bytes, lay_d
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.products import TiledWeight, can_tile
 from luthier.modeling.packed_linear import PackedLinear
-from luthier.modeling.packed_llama import PackedLlama, Stretch
+from luthier.modeling.packed_llama import PackedLlama
+from luthier.modeling.packed_work import Stretch
 from tests.unit.modeling.small_llama import small_llama
 
 pytestmark = pytest.mark.skipif(

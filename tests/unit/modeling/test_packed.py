@@ -14,7 +14,8 @@ from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.kernels.serving_plain import PlainOps
 from luthier.modeling.packed_adapter import can_lay_out, lay_out
 from luthier.modeling.packed_linear import PackedLinear
-from luthier.modeling.packed_llama import PackedLlama, Stretch, can_pack_llama
+from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
+from luthier.modeling.packed_work import Stretch
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
 from tests.unit.inference.artifacts import all_tunings, build_method_artifact, load_plain, tuning_name

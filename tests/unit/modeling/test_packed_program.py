@@ -25,7 +25,8 @@ from luthier.modeling.kernels.served_rows import (
     region_entry,
 )
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
-from luthier.modeling.packed_llama import PackedLlama, Stretch
+from luthier.modeling.packed_llama import PackedLlama
+from luthier.modeling.packed_work import Stretch
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_plain
 

@@ -1,0 +1,145 @@
+"""Streams that are written to as their events arrive, by the event loop's callbacks, not by a task each.
+
+To wake a task, and to go from it through a generator and the frameworks' own coroutines, takes longer than
+to send a token. So a piece is sent in the turn of the loop in which it came; what can't be, because the
+client does not read, is left to a task.
+"""
+
+import asyncio
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from luthier.inference.wire import STREAM_HEADERS, while_connected
+
+
+class ResponseOutlet:
+    """The body of a response as something to write to.
+
+    Args:
+        send: the response's.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._ending = asyncio.Event()
+        self._fault: Exception | None = None
+        # What came since the client was found not to read, and what waits for it to.
+        self._held: list[bytes] = []
+        self._late: asyncio.Task[None] | None = None
+
+    def write(self, content: bytes) -> None:
+        """Send a piece, at once unless the client is slow to read."""
+        if not content:
+            return
+        if self._late is not None:
+            self._held.append(content)
+            return
+        # As a task would run it, up to where it has to wait, which it hardly ever has.
+        sending = self._begin(content)
+        try:
+            awaited = sending.send(None)
+        except StopIteration:
+            return
+        except Exception as error:  # noqa: BLE001 - other streams are written to in the same turn
+            self._fault = error
+            self._ending.set()
+            return
+        self._late = asyncio.ensure_future(self._catch_up(sending, awaited))
+
+    def end(self) -> None:
+        """Nothing: a response's end is sent by whoever made it."""
+
+    @contextmanager
+    def ending(self) -> Iterator[asyncio.Event]:
+        """Hold what says that there is no more to send.
+
+        Yields:
+            It.
+        """
+        yield self._ending
+
+    async def drain(self) -> None:
+        """Wait until all that was written is sent.
+
+        Raises:
+            Exception: what a piece could not be sent for.
+        """
+        if self._fault is not None:
+            raise self._fault
+        if self._late is not None:
+            await self._late
+
+    def close(self) -> None:
+        """Send nothing more."""
+        if self._late is not None:
+            self._late.cancel()
+
+    def _begin(self, content: bytes) -> Coroutine[Any, None, None]:
+        message: Message = {"type": "http.response.body", "body": content, "more_body": True}
+        # Of whatever web server or framework, it is made by `async def`.
+        return cast(Coroutine[Any, None, None], self._send(message))
+
+    async def _catch_up(self, sending: Coroutine[Any, None, None], awaited: Any) -> None:
+        await _go_on(sending, awaited)
+        while self._held:
+            content = b"".join(self._held)
+            self._held.clear()
+            await self._begin(content)
+        self._late = None
+
+
+@types.coroutine
+def _go_on(sending: Coroutine[Any, None, None], awaited: Any) -> Generator[Any, None, None]:
+    """Go on with a coroutine that was run up to where it awaits something."""
+    try:
+        yield awaited
+    except BaseException:
+        sending.close()
+        raise
+    yield from sending
+
+
+class WrittenStream(Response):
+    """A stream that somebody writes; it gives its rows back however it ends, as EventStream does.
+
+    Args:
+        write: writes all of it, and returns.
+        headers: beside those of every stream.
+        close: called at the end.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        write: Callable[[ResponseOutlet], Awaitable[None]],
+        headers: dict[str, str],
+        close: Callable[[], None],
+    ) -> None:
+        super().__init__(headers=STREAM_HEADERS | headers)
+        del self.headers["content-length"]
+        self._write, self._close = write, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream, until it is whole or its client has left."""
+        outlet = ResponseOutlet(send)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await while_connected(Request(scope, receive), self._fill(outlet))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientDisconnect:
+            # Nobody reads it any more.
+            pass
+        finally:
+            outlet.close()
+            self._close()
+
+    async def _fill(self, outlet: ResponseOutlet) -> None:
+        await self._write(outlet)
+        await outlet.drain()
