@@ -72,6 +72,10 @@ class Shape(ABC):
     def part_events(self, part: Part) -> list[bytes]:
         """Return the events of a part."""
 
+    def text_event(self, index: int, text: str) -> bytes:
+        """Return the events of a part that is text alone."""
+        return b"".join(self.part_events(Part(index, text)))
+
     @abstractmethod
     def last_events(self, counted: Usage) -> list[bytes]:
         """Return the events after the last part."""
@@ -105,13 +109,17 @@ class ChoicesShape(Shape):
 
     def part_events(self, part: Part) -> list[bytes]:
         """Return the event of a part, or of the end of a choice."""
-        if self.with_logprobs or not isinstance(part.content, str):
-            return [self._event(self._part_choice(part))]
-        around = self._around_texts.get(part.index)
+        return [self._event(self._part_choice(part))]
+
+    def text_event(self, index: int, text: str) -> bytes:
+        """Return the event of a part that is text alone."""
+        if self.with_logprobs:
+            return super().text_event(index, text)
+        around = self._around_texts.get(index)
         if around is None:
-            around = self._around_texts[part.index] = self._around_text(part.index)
+            around = self._around_texts[index] = self._around_text(index)
         before, after = around
-        return [before + encode_json(part.content) + after]
+        return before + encode_json(text) + after
 
     def last_events(self, counted: Usage) -> list[bytes]:
         """Return the usage, where it was asked for, and the end of the stream."""

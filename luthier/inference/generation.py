@@ -95,6 +95,11 @@ class Generation:
         self._take((0, Failure(error)))
 
     @property
+    def has_echoes(self) -> bool:
+        """Whether answers begin with their prompts."""
+        return bool(self._echoes)
+
+    @property
     def is_open(self) -> bool:
         """Whether any of the answers that were read is not whole."""
         return self._num_open > 0

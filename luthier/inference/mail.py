@@ -53,11 +53,15 @@ class Mail(Generic[EventT]):
         Raises:
             RuntimeError: when the loop is closed.
         """
+        held: set[Mail[Any]] | None = getattr(_HELD, "mails", None)
+        if held is not None and self in held:
+            # The loop was there when the first event was held back; the next one after these is told if not.
+            self._posted.append((take, event))
+            return
         loop = self._loop()
         if loop is None or loop.is_closed():
             raise RuntimeError("The event loop is closed.")
         self._posted.append((take, event))
-        held: set[Mail[Any]] | None = getattr(_HELD, "mails", None)
         if held is None:
             self.ring()
         else:

@@ -65,7 +65,10 @@ class PartReader:
 
     def __init__(self, make_reader: Callable[[], CallReader | None]) -> None:
         self._make_reader = make_reader
-        self._readings: dict[int, _Reading] = {}
+        first = make_reader()
+        self._readings = {0: _Reading(first)}
+        # Whether a piece's text is a part as it is.
+        self.passes_text = first is None
 
     def read(self, index: int, event: SequenceEvent) -> list[Part]:
         """Return the parts that an event of a choice brings; each choice's last one is an Ended."""

@@ -12,6 +12,7 @@ from luthier.inference.call_reader import CallReader
 from luthier.inference.faults import to_told
 from luthier.inference.generation import Generation, IndexedEvent
 from luthier.inference.parts import Part, PartReader
+from luthier.inference.sequence import Piece
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class StreamedAnswer:
         self._shape = shape
         self._generation = generation
         self._reader = PartReader(make_reader)
+        self._passes_text = self._reader.passes_text and not generation.has_echoes
         self._is_over = False
 
     async def start(self) -> bytes:
@@ -75,32 +77,33 @@ class StreamedAnswer:
             def take(arrived: IndexedEvent) -> None:
                 # What comes after a failure, or when the client has left, is for nobody.
                 if not end.is_set():
-                    tell(self._read_safely(arrived))
+                    outlet.write(self._read(arrived))
+                    end_if_over()
 
-            def tell(content: bytes) -> None:
-                outlet.write(content)
+            def end_if_over() -> None:
                 if self._is_over:
                     outlet.end()
                     end.set()
 
-            tell(begun)
+            outlet.write(begun)
+            end_if_over()
             self._generation.follow(take)
             try:
                 await end.wait()
             finally:
                 end.set()
 
-    def _read_safely(self, arrived: IndexedEvent) -> bytes:
-        try:
-            return self._read(arrived)
-        except Exception as error:  # noqa: BLE001 - others' events are delivered in the same turn
-            return self._fail(to_told(_LOG, "A stream", error))
-
     def _read(self, arrived: IndexedEvent) -> bytes:
+        index, event = arrived
         try:
+            if self._passes_text and isinstance(event, Piece) and not event.choices:
+                # Nearly every event is one: all that others need takes several times as long.
+                return self._shape.text_event(index, event.text)
             return self._encode(self._read_parts(arrived))
         except LuthierError as error:
             return self._fail(error)
+        except Exception as error:  # noqa: BLE001 - others' events are delivered in the same turn
+            return self._fail(to_told(_LOG, "A stream", error))
 
     def _fail(self, error: LuthierError) -> bytes:
         self._is_over = True

@@ -25,6 +25,9 @@ _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * MIB
 # Where a request's scope keeps the fault that is in the log already.
 _LOGGED = "luthier.logged_fault"
+# And the web server's own `send`: each layer of a framework passes all that is sent through another
+# coroutine, to know of the response's start alone.
+SEND = "luthier.send"
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 ResultT = TypeVar("ResultT")
@@ -152,6 +155,7 @@ class FaultGate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope[SEND] = send
         try:
             await self._app(scope, receive, send)
         except Exception as error:  # noqa: BLE001 - the process must outlive any fault of one request

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from luthier.inference.wire import STREAM_HEADERS, while_connected
+from luthier.inference.wire import SEND, STREAM_HEADERS, while_connected
 
 
 class ResponseOutlet:
@@ -128,7 +128,7 @@ class WrittenStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream, until it is whole or its client has left."""
-        outlet = ResponseOutlet(send)
+        outlet = ResponseOutlet(scope.get(SEND, send))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await while_connected(Request(scope, receive), self._fill(outlet))

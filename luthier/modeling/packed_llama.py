@@ -164,12 +164,12 @@ class PackedLlama:
         self.embed([*singles, *chunks], buffers.stream_ND)
         work = Work(rows, tokens, places)
         if self._programs is not None and self._programs.can_write(self, work):
-            change_ND = self._programs.run_layers(self, buffers, work, on_launch)
+            self._programs.run_layers(self, buffers, work, on_launch)
         else:
             if on_launch is not None:
                 on_launch()
-            change_ND = self.run_layers(buffers, work)
-        return self._logits(buffers.stream_ND, change_ND, stretches, singles, places)
+            self.run_layers(buffers, work)
+        return self._logits(buffers, work, stretches, singles)
 
     def make_buffers(self, num_tokens: int) -> Buffers:
         """Return what a step of so many tokens works in."""
@@ -194,17 +194,19 @@ class PackedLlama:
                 out_ND[first : first + len(one)] = one.tokens
             first += len(one)
 
-    def run_layers(self, buffers: Buffers, work: Work) -> torch.Tensor:
-        """Run all blocks over the stream; return the last change [N, D], which is still to be added to it."""
+    def run_layers(self, buffers: Buffers, work: Work) -> None:
+        """Run all blocks over the stream, the last one up to what its tokens attend to."""
         change_ND: torch.Tensor | None = None
         for layer, block in enumerate(self._blocks):
-            stream_ND, normed_ND = buffers.stream_ND, buffers.normed_ND
-            self.ops.add_norm(stream_ND, change_ND, block.attention_norm_D, normed_ND)
-            change_ND = self._attend(layer, block, buffers, work)
-            self.ops.add_norm(stream_ND, change_ND, block.feed_forward_norm_D, normed_ND)
-            change_ND = self._feed_forward(layer, block, buffers, work)
-        assert change_ND is not None
-        return change_ND
+            self.ops.add_norm(buffers.stream_ND, change_ND, block.attention_norm_D, buffers.normed_ND)
+            self._attend(layer, block, buffers, work)
+            if layer < self.num_layers - 1:
+                change_ND = self._go_on(layer, block, buffers, work)
+
+    def finish_layers(self, buffers: Buffers, work: Work) -> torch.Tensor:
+        """Run the rest of the last block, for all tokens or some; return its change [N, D], which is still to
+        be added to the stream."""
+        return self._go_on(self.num_layers - 1, self._blocks[-1], buffers, work)
 
     def run_head(
         self,
@@ -217,23 +219,24 @@ class PackedLlama:
         self.ops.add_norm(stream_RD, change_RD, self._norm_D, normed_RD)
         return self._head(normed_RD, out_RV)
 
-    def _attend(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
+    def _attend(self, layer: int, block: Block, buffers: Buffers, work: Work) -> None:
         normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
-        following = [work.following(layer, sites) for sites in (ATTENTION_IN, ATTENTION_OUT)]
-        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, following[0])
+        following = work.following(layer, ATTENTION_IN)
+        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, following)
         # After a product that has asked for the adapters.
-        attending = (work.tokens, self.pages) if following[0][0] and len(work.rows) in LONG_ROWS else None
+        attending = (work.tokens, self.pages) if following[0] and len(work.rows) in LONG_ROWS else None
         self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN, attending)
         self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
         if work.stretches is not None:
             self.ops.attend_stretches(qkv_NE, work.tokens, work.stretches, self.pages, layer, attended_NK)
-        out_ND = block.attention_out(attended_NK, buffers.change_ND, following[1])
+
+    def _go_on(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
+        """Run a block from what its tokens attend to on."""
+        normed_ND, attended_NK, hidden_NF = buffers.normed_ND, buffers.attended_NK, buffers.hidden_NF
+        out_ND = block.attention_out(attended_NK, buffers.change_ND, work.following(layer, ATTENTION_OUT))
         self._add_low_ranks(out_ND, attended_NK, work, layer, ATTENTION_OUT)
         self._add_bottlenecks(out_ND, normed_ND, work, layer, 0)
-        return out_ND
-
-    def _feed_forward(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
-        normed_ND, hidden_NF = buffers.normed_ND, buffers.hidden_NF
+        self.ops.add_norm(buffers.stream_ND, out_ND, block.feed_forward_norm_D, normed_ND)
         following = [work.following(layer, sites) for sites in (FEED_FORWARD_IN, FEED_FORWARD_OUT)]
         gate_up_NF = block.feed_forward_in(normed_ND, buffers.gate_up_NF, following[0])
         self._add_low_ranks(gate_up_NF, normed_ND, work, layer, FEED_FORWARD_IN)
@@ -269,21 +272,26 @@ class PackedLlama:
                 site.add_to(out_ND[chunk.tokens], input_ND[chunk.tokens])
 
     def _logits(
-        self,
-        stream_ND: torch.Tensor,
-        change_ND: torch.Tensor,
-        stretches: Sequence[Stretch],
-        singles: list[Stretch],
-        places: list[Chunk],
+        self, buffers: Buffers, work: Work, stretches: Sequence[Stretch], singles: list[Stretch]
     ) -> Logits:
+        """Return the logits that are wanted, for which alone the last block is run to its end."""
         begins = {id(one): row for row, one in enumerate(singles)}
-        begins |= {id(chunk.stretch): chunk.tokens.start for chunk in places}
+        begins |= {id(chunk.stretch): chunk.tokens.start for chunk in work.chunks}
         wanted = [begins[id(one)] + place for one in stretches for place in one.wanted]
         if not wanted:
-            return Logits(stream_ND.new_empty(0, self.vocabulary_size), [])
+            return Logits(self.embedding_VD.new_empty(0, self.vocabulary_size), [])
         wanted_R = torch.tensor(wanted, device=self.device)
-        own_RD = stream_ND[wanted_R]
-        return Logits.of(self.run_head(own_RD, change_ND[wanted_R], torch.empty_like(own_RD)))
+        if any(one.wants_all_logits or one.num_first_logits for one in stretches):
+            # Of what stretches say the proof of an adapter is to hear as it is made.
+            change_ND = self.finish_layers(buffers, work)
+            stream_RD, change_RD = buffers.stream_ND[wanted_R], change_ND[wanted_R]
+        else:
+            own = self.make_buffers(len(wanted))
+            for name in ("stream_ND", "normed_ND", "attended_NK"):
+                torch.index_select(getattr(buffers, name), 0, wanted_R, out=getattr(own, name))
+            rows = SingleRows([one.adapter for one in stretches for _ in one.wanted])
+            stream_RD, change_RD = own.stream_ND, self.finish_layers(own, Work(rows, work.tokens))
+        return Logits.of(self.run_head(stream_RD, change_RD, torch.empty_like(stream_RD)))
 
     def _attends_at_once(self, chunk: Stretch) -> bool:
         return chunk.first + len(chunk) > self.ops.max_alone

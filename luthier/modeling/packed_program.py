@@ -58,8 +58,9 @@ class DecodePrograms:
         self._positions_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         self._pages_MW = torch.zeros(MAX_ROWS, num_pages, dtype=torch.int64)
         self._adapters_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
-        self._positions, self._pages = self._positions_M.numpy(), self._pages_MW.numpy()
-        self._adapters, self._best = self._adapters_M.numpy(), self._best_M.numpy()
+        self._pages = self._pages_MW.numpy()
+        numbers = (self._positions_M, self._adapters_M, self._best_M)
+        self._positions, self._adapters, self._best = (memoryview(one.numpy()) for one in numbers)
         # As bytes, for numpy knows no bfloat16.
         self._vectors = llama.embedding_VD.view(torch.uint8).numpy()
         self._stream = self._buffers.stream_ND.view(torch.uint8).numpy()
@@ -86,20 +87,17 @@ class DecodePrograms:
     ) -> Logits:
         """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
         ids: list[int] = []
-        positions: list[int] = []
         adapters: list[Described | None] = []
         for one in stretches:
-            pages, position = one.pages, one.first
-            for token in one.tokens:
-                width = position // PAGE_SIZE + 1
-                self._pages[len(ids), :width] = pages[:width]
+            pages, adapter = one.pages, one.adapter
+            for position, token in enumerate(one.tokens, one.first):
+                row, width = len(ids), position // PAGE_SIZE + 1
+                self._pages[row, :width] = pages[:width]
+                self._positions[row] = position
+                self._adapters[row] = 0 if adapter is None else adapter.address
                 ids.append(token)
-                positions.append(position)
-                adapters.append(one.adapter)
-                position += 1
+                adapters.append(adapter)
         num_rows = len(ids)
-        self._positions[:num_rows] = positions
-        self._adapters[:num_rows] = [0 if one is None else one.address for one in adapters]
         if any(isinstance(one.tokens, torch.Tensor) for one in stretches):
             with torch.inference_mode():
                 llama.embed(stretches, self._buffers.stream_ND[:num_rows])
@@ -129,16 +127,15 @@ class DecodePrograms:
         buffers: Buffers,
         work: Work,
         on_launch: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
+    ) -> None:
         """Run all layers, as `PackedLlama.run_layers` does, in one call; `on_launch` is called before it."""
         from luthier.modeling.kernels._threads import recording
 
         with recording(kernels.compiled_address("run_program", llama.dtype)) as program:
-            change_ND = llama.run_layers(buffers, work)
+            llama.run_layers(buffers, work)
         if on_launch is not None:
             on_launch()
         program.run()
-        return change_ND
 
     def _program(
         self, llama: "PackedLlama", adapters: Sequence[Described | None], *, are_alone: bool
@@ -169,7 +166,9 @@ class DecodePrograms:
         tokens = TokenRows(self._positions_M[:num_rows], self._pages_MW[:num_rows], num_rows, are_alone)
         runner = kernels.compiled_address("run_program", llama.dtype)
         with recording(runner) as program:
-            change_MD = llama.run_layers(buffers, Work(rows, tokens))
+            work = Work(rows, tokens)
+            llama.run_layers(buffers, work)
+            change_MD = llama.finish_layers(buffers, work)
             logits_MV = self._logits_MV[:num_rows]
             llama.run_head(buffers.stream_ND, change_MD, buffers.normed_ND, logits_MV)
             find_best(logits_MV, self._best_M[:num_rows])
