@@ -3,7 +3,6 @@ the API, prepare, the training child and the engine all go through it. Never tor
 """
 
 import codecs
-import contextlib
 import functools
 import json
 import re
@@ -78,6 +77,8 @@ class Tokenizer:
         self._added = inner.get_added_tokens_decoder()
         # Texts of tokens that mean the same wherever they stand, of those that answers had so far.
         self.plain_texts: dict[int, str] = {}
+        # Those of them that are parts of characters, or marks.
+        self._others: set[int] = set()
         # The state of the decoder alone: writing out a whole tokenizer takes a while.
         decoder = inner.decoder
         steps = _decoder_steps(None if decoder is None else json.loads(decoder.__getstate__()))
@@ -235,9 +236,15 @@ class Tokenizer:
 
     def note_text(self, token_id: int) -> None:
         """Keep a token's text in `plain_texts`, if it is no mark and its bytes are whole characters."""
-        if not self.is_special(token_id):
-            with contextlib.suppress(UnicodeDecodeError):
+        if token_id in self._others:
+            return
+        try:
+            if not self.is_special(token_id):
                 self.plain_texts[token_id] = self.token_bytes(token_id).decode()
+                return
+        except UnicodeDecodeError:
+            pass
+        self._others.add(token_id)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of tokens as a reader of an answer sees it.

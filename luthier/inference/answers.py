@@ -97,7 +97,9 @@ class ChoicesShape(Shape):
     with_logprobs: bool
     # Streams that end with a usage chunk say `usage: null` in all others.
     with_usage: bool
-    _around_texts: dict[int, tuple[bytes, bytes]] = field(default_factory=dict, init=False, repr=False)
+    _around_texts: dict[int, tuple[bytes, bytes]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     object_name = ""
     chunk_object_name = ""

@@ -39,8 +39,8 @@ from luthier.inference.status import Status
 from luthier.inference.streamed import StreamedAnswer, usage_of
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
-    EventStream,
     FaultGate,
+    PieceStream,
     TokenGate,
     json_response,
     read_body,
@@ -62,7 +62,7 @@ class _Asking:
     target: ModelTarget
     ready: ReadyModel
     shape: Shape
-    plan: Plan
+    planning: Coroutine[Any, Any, Plan]
     is_stream: bool
 
 
@@ -93,7 +93,6 @@ class Service:
         asked = parse_chat(await read_body(request))
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            plan = await self._plan_chat(asked, ready)
             shape = ChatShape(
                 id=new_id("chat_completion"),
                 created=now_seconds(),
@@ -104,7 +103,8 @@ class Service:
                 with_usage=asked.stream_options.include_usage,
                 with_content=asked.tools.mode != "required",
             )
-            asking = _Asking(request, target, ready, shape, plan, is_stream=asked.stream)
+            planning = self._plan_chat(asked, ready)
+            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
     async def response(self, request: Request) -> Response:
@@ -113,12 +113,6 @@ class Service:
         asked = parse_response(await read_body(request))
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            try:
-                plan = await self._plan_chat(asked.chat, ready)
-            except LuthierError as error:
-                if (error.param or "").startswith("messages"):
-                    error.param = "input"
-                raise
             shape = ResponseShape(
                 now_seconds(),
                 target.model,
@@ -126,7 +120,8 @@ class Service:
                 ready.base.tokenizer,
                 with_logprobs=asked.chat.logprobs,
             )
-            asking = _Asking(request, target, ready, shape, plan, is_stream=asked.chat.stream)
+            planning = self._plan_response(asked.chat, ready)
+            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.chat.stream)
             return await self._answer(asking, stack)
 
     async def _plan_chat(self, asked: ChatRequest, ready: ReadyModel) -> Plan:
@@ -139,15 +134,20 @@ class Service:
             grammars=self._grammars,
         )
 
+    async def _plan_response(self, asked: ChatRequest, ready: ReadyModel) -> Plan:
+        try:
+            return await self._plan_chat(asked, ready)
+        except LuthierError as error:
+            if (error.param or "").startswith("messages"):
+                error.param = "input"
+            raise
+
     async def completion(self, request: Request) -> Response:
         """Answer POST /v1/completions."""
         target = read_target(request.headers)
         asked = parse_completion(await read_body(request))
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            plan = await asyncio.to_thread(
-                plan_completion, asked, ready, max_cache_tokens=self._settings.max_cache_tokens
-            )
             shape = CompletionShape(
                 id=new_id("completion"),
                 created=now_seconds(),
@@ -157,14 +157,17 @@ class Service:
                 with_logprobs=asked.logprobs is not None,
                 with_usage=asked.stream_options.include_usage,
             )
-            asking = _Asking(request, target, ready, shape, plan, is_stream=asked.stream)
+            planning = asyncio.to_thread(
+                plan_completion, asked, ready, max_cache_tokens=self._settings.max_cache_tokens
+            )
+            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
     async def channel(self, request: Request) -> Response:
         """Answer GET /internal/channel: a response that lasts until its reader leaves."""
         channel_id, channel = self._channels.open(request.headers)
         forget = partial(self._channels.forget, channel_id)
-        return EventStream(channel.pieces(), {}, forget, media_type="application/octet-stream")
+        return PieceStream(channel.pieces(), forget)
 
     def interrupt(self) -> None:
         """End every open answer with an error; the process is going to stop."""
@@ -182,13 +185,14 @@ class Service:
     async def _answer(self, asking: _Asking, stack: contextlib.ExitStack) -> Response:
         """Answer, with all that has to be given back on the stack, which a stream takes over."""
         request, shape = asking.request, asking.shape
-        generation = Generation(asking.ready, asking.plan, project_id=asking.target.project_id)
         headers = {HEADER_DIGEST: asking.ready.served.full_digest}
-        generation.submit(self._engine)
+        with self._engine.expecting():
+            plan = await asking.planning
+            generation = Generation(asking.ready, plan, project_id=asking.target.project_id)
+            generation.submit(self._engine)
         self._open.add(generation)
         stack.callback(self._open.discard, generation)
         stack.callback(generation.cancel)
-        plan = asking.plan
         if not asking.is_stream:
             collecting = collect(generation.events(), plan.make_reader, plan.num_choices)
             answers = await while_connected(request, collecting)

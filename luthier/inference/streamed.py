@@ -9,7 +9,7 @@ from typing import Protocol
 from luthier.core.errors import LuthierError
 from luthier.inference.answers import Shape, Usage
 from luthier.inference.call_reader import CallReader
-from luthier.inference.faults import to_told
+from luthier.inference.faults import log_fault, to_told
 from luthier.inference.generation import Generation, IndexedEvent
 from luthier.inference.parts import Part, PartReader
 from luthier.inference.sequence import Piece
@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Outlet(Protocol):
-    """What a stream is written to."""
+    """What a stream is written to; what can't be sent ends it, and raises nothing."""
 
     def write(self, content: bytes) -> None:
         """Send a piece of the stream; an empty one is none."""
@@ -76,9 +76,15 @@ class StreamedAnswer:
 
             def take(arrived: IndexedEvent) -> None:
                 # What comes after a failure, or when the client has left, is for nobody.
-                if not end.is_set():
+                if end.is_set():
+                    return
+                try:
                     outlet.write(self._read(arrived))
-                    end_if_over()
+                except Exception as error:  # noqa: BLE001 - others' events are delivered in the same turn
+                    # Not even a failure could be told.
+                    log_fault(_LOG, "A stream", error)
+                    self._is_over = True
+                end_if_over()
 
             def end_if_over() -> None:
                 if self._is_over:
@@ -102,7 +108,7 @@ class StreamedAnswer:
             return self._encode(self._read_parts(arrived))
         except LuthierError as error:
             return self._fail(error)
-        except Exception as error:  # noqa: BLE001 - others' events are delivered in the same turn
+        except Exception as error:  # noqa: BLE001 - its client is told, and nobody else's stream ends
             return self._fail(to_told(_LOG, "A stream", error))
 
     def _fail(self, error: LuthierError) -> bytes:

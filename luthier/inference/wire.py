@@ -33,22 +33,17 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 ResultT = TypeVar("ResultT")
 
 
-class EventStream(StreamingResponse):
-    """A stream that gives its rows back however it ends, even when the client left before it began."""
+class PieceStream(StreamingResponse):
+    """A stream of bytes; `close` is called however it ends, even when the client left before it began."""
 
-    def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        headers: dict[str, str],
-        close: Callable[[], None],
-        *,
-        media_type: str = "text/event-stream",
-    ) -> None:
-        super().__init__(events, media_type=media_type, headers=STREAM_HEADERS | headers)
+    media_type = "application/octet-stream"
+
+    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        super().__init__(pieces, headers=STREAM_HEADERS)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
+        """Send the pieces."""
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -35,7 +35,7 @@ class ResponseOutlet:
 
     def write(self, content: bytes) -> None:
         """Send a piece, at once unless the client is slow to read."""
-        if not content:
+        if not content or self._ending.is_set():
             return
         if self._late is not None:
             self._held.append(content)
@@ -47,8 +47,7 @@ class ResponseOutlet:
         except StopIteration:
             return
         except Exception as error:  # noqa: BLE001 - other streams are written to in the same turn
-            self._fault = error
-            self._ending.set()
+            self._fail(error)
             return
         self._late = asyncio.ensure_future(self._catch_up(sending, awaited))
 
@@ -70,15 +69,21 @@ class ResponseOutlet:
         Raises:
             Exception: what a piece could not be sent for.
         """
-        if self._fault is not None:
-            raise self._fault
         if self._late is not None:
             await self._late
+        if self._fault is not None:
+            raise self._fault
 
     def close(self) -> None:
         """Send nothing more."""
+        self._ending.set()
         if self._late is not None:
             self._late.cancel()
+
+    def _fail(self, error: Exception) -> None:
+        self._fault = error
+        self._held.clear()
+        self._ending.set()
 
     def _begin(self, content: bytes) -> Coroutine[Any, None, None]:
         message: Message = {"type": "http.response.body", "body": content, "more_body": True}
@@ -86,11 +91,14 @@ class ResponseOutlet:
         return cast(Coroutine[Any, None, None], self._send(message))
 
     async def _catch_up(self, sending: Coroutine[Any, None, None], awaited: Any) -> None:
-        await _go_on(sending, awaited)
-        while self._held:
-            content = b"".join(self._held)
-            self._held.clear()
-            await self._begin(content)
+        try:
+            await _go_on(sending, awaited)
+            while self._held:
+                content = b"".join(self._held)
+                self._held.clear()
+                await self._begin(content)
+        except Exception as error:  # noqa: BLE001 - whoever made the response is told of it
+            self._fail(error)
         self._late = None
 
 
@@ -106,7 +114,7 @@ def _go_on(sending: Coroutine[Any, None, None], awaited: Any) -> Generator[Any, 
 
 
 class WrittenStream(Response):
-    """A stream that somebody writes; it gives its rows back however it ends, as EventStream does.
+    """A stream that somebody writes; it gives its rows back however it ends.
 
     Args:
         write: writes all of it, and returns.

@@ -274,7 +274,7 @@ class PackedLlama:
     def _logits(
         self, buffers: Buffers, work: Work, stretches: Sequence[Stretch], singles: list[Stretch]
     ) -> Logits:
-        """Return the logits that are wanted, for which alone the last block is run to its end."""
+        """Run the last block to its end, for the wanted logits alone unless some lie within a stretch."""
         begins = {id(one): row for row, one in enumerate(singles)}
         begins |= {id(chunk.stretch): chunk.tokens.start for chunk in work.chunks}
         wanted = [begins[id(one)] + place for one in stretches for place in one.wanted]
@@ -282,7 +282,7 @@ class PackedLlama:
             return Logits(self.embedding_VD.new_empty(0, self.vocabulary_size), [])
         wanted_R = torch.tensor(wanted, device=self.device)
         if any(one.wants_all_logits or one.num_first_logits for one in stretches):
-            # Of what stretches say the proof of an adapter is to hear as it is made.
+            # As the stretch that they are: the proof of an adapter hears what stretches' kernels make of it.
             change_ND = self.finish_layers(buffers, work)
             stream_RD, change_RD = buffers.stream_ND[wanted_R], change_ND[wanted_R]
         else:
@@ -290,6 +290,7 @@ class PackedLlama:
             for name in ("stream_ND", "normed_ND", "attended_NK"):
                 torch.index_select(getattr(buffers, name), 0, wanted_R, out=getattr(own, name))
             rows = SingleRows([one.adapter for one in stretches for _ in one.wanted])
+            # Nothing attends any more: the tokens, which are others than these, are not read.
             stream_RD, change_RD = own.stream_ND, self.finish_layers(own, Work(rows, work.tokens))
         return Logits.of(self.run_head(stream_RD, change_RD, torch.empty_like(stream_RD)))
 

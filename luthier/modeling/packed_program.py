@@ -51,7 +51,7 @@ class DecodePrograms:
         self._buffers = llama.make_buffers(MAX_ROWS)
         self._logits_MV = llama.embedding_VD.new_empty(MAX_ROWS, llama.vocabulary_size)
         # By the number of rows. Between two steps the weights have gone through the processor's caches and
-        # nothing else is left there: each call of torch then takes tens of microseconds, so a step has none.
+        # nothing else is left there: each call that makes a tensor then takes tens of microseconds.
         self._logits = [self._logits_MV[:num_rows] for num_rows in range(MAX_ROWS + 1)]
         self._best_M = torch.zeros(MAX_ROWS, dtype=torch.int64)
         num_pages = -(-llama.context_length // PAGE_SIZE)
@@ -128,7 +128,7 @@ class DecodePrograms:
         work: Work,
         on_launch: Callable[[], None] | None = None,
     ) -> None:
-        """Run all layers, as `PackedLlama.run_layers` does, in one call; `on_launch` is called before it."""
+        """Run the layers, as `PackedLlama.run_layers` does, in one call; `on_launch` is called before it."""
         from luthier.modeling.kernels._threads import recording
 
         with recording(kernels.compiled_address("run_program", llama.dtype)) as program:

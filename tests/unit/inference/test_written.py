@@ -134,9 +134,11 @@ def test_what_the_server_fails_with_ends_this_stream_and_is_told(is_late: bool) 
             with outlet.ending() as end:
                 # Others are written to in the same turn: it never raises.
                 outlet.write(b"piece")
+                assert end.is_set() == (not is_late)
                 client.reads.set()
-                if not is_late:
-                    await end.wait()
+                await end.wait()
+                outlet.write(b"more")
+                assert outlet._held == []
 
         closed: list[str] = []
         stream = WrittenStream(write, {}, lambda: closed.append("closed"))

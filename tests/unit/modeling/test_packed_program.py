@@ -106,6 +106,34 @@ def test_steps_of_any_rows_and_adapters_agree(base: PackedLlama, adapters: list[
         assert torch.equal(as_program, launched)
 
 
+@pytest.mark.usefixtures("num_threads")
+def test_last_tokens_say_alone_what_they_say_among_all(
+    base: PackedLlama, adapters: list[PackedAdapter]
+) -> None:
+    """Of rows and stretches that are laid in another order than given, each with weights of its own."""
+    lengths = (1, 5, 20, 1, 2, 9, 33)
+    mixed = [None, *(one.described for one in adapters)]
+
+    def step(*, wants_all: bool) -> list[Stretch]:
+        return [
+            Stretch(
+                [(7 * row + 3 * place) % 40 for place in range(length)],
+                0,
+                [3 * row, 3 * row + 1, 3 * row + 2],
+                mixed[row % len(mixed)],
+                wants_all_logits=wants_all,
+            )
+            for row, length in enumerate(lengths)
+        ]
+
+    alone_RV = base.step(step(wants_all=False)).held_RV.float().clone()
+    ends = [sum(lengths[: row + 1]) - 1 for row in range(len(lengths))]
+    among_RV = base.step(step(wants_all=True)).held_RV[ends].float()
+    distances_RR = torch.cdist(alone_RV, among_RV) / among_RV.norm(dim=-1)
+    assert distances_RR.argmin(dim=-1).tolist() == list(range(len(lengths)))
+    assert distances_RR.diagonal().max() < 0.02
+
+
 @pytest.mark.parametrize("num_threads", [2], indirect=True)
 @pytest.mark.usefixtures("num_threads")
 @pytest.mark.parametrize(("num_rows", "num_fewer"), [(4, 4), (3, 3)])
