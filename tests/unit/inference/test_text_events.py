@@ -1,0 +1,33 @@
+"""A text on its way out: what is made once for all of an answer's chunks gives the bytes of each."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.data.tokens import Tokenizer
+from luthier.inference.answers import ChatShape, ChoicesShape, CompletionShape
+from luthier.inference.parts import Part
+from tests.tiny import BASE_ID, build_tiny_base
+
+TEXTS = ["a", "", ' "quoted" \\ and {"content":null}', "zwölf 🧵\n\t", "\0text\0", "</s>\u2028"]
+
+
+@pytest.mark.parametrize("with_usage", [True, False])
+@pytest.mark.parametrize("with_logprobs", [True, False])
+@pytest.mark.parametrize("make", [ChatShape, CompletionShape])
+def test_a_text_is_the_event_of_its_part(
+    tmp_path: Path, make: Any, with_usage: bool, with_logprobs: bool
+) -> None:
+    shape: ChoicesShape = make(
+        id="chatcmpl-1",
+        created=7,
+        model='ft:base:text"null',
+        fingerprint="fp_1",
+        tokenizer=Tokenizer.load(build_tiny_base(tmp_path / BASE_ID)),
+        with_logprobs=with_logprobs,
+        with_usage=with_usage,
+    )
+    for index in (0, 2, 0):
+        for text in TEXTS:
+            assert shape.text_event(index, text) == b"".join(shape.part_events(Part(index, text)))
