@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from luthier.core.inference import HEADER_DIGEST
 
 _DATA = b"data: "
-_BUFFER = bytearray(1 << 16)
+_BUFFER = memoryview(bytearray(1 << 16))
 
 
 class _Connection(asyncio.BufferedProtocol):
@@ -45,7 +45,7 @@ class _Connection(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.WriteTransport)
         transport.write(self._request)
 
-    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Return where the next block is put."""
         return _BUFFER
 

@@ -299,8 +299,7 @@ class Lane:
         for row, stretch in work:
             # Of guesses it is not known yet whether they are in their places.
             row.num_done += 1 if stretch.by_rows else len(stretch)
-            if (row.chain.num_named + 1) * PAGE_SIZE <= row.num_done:
-                self._pool.name(row.chain, row.tokens, row.num_done)
+            self._pool.name(row.chain, row.tokens, row.num_done)
             if stretch.wants_logits:
                 answering.append((row, stretch))
                 places.append(num_chosen)

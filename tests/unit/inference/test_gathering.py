@@ -1,48 +1,32 @@
 """Requests that come together are begun together."""
 
 import threading
-from typing import Any, cast
 
 import pytest
 
 from luthier.inference import engine as engine_module
 from luthier.inference.engine import Engine, EngineCore
-from luthier.inference.sequence import SamplingOptions, Sequence
+from luthier.inference.sequence import Sequence
+from tests.unit.inference.test_engine import KEYS, MAX_ROWS, PLENTY, FakeRunner, ask
 
 
-class _Core:
-    """Does all that came at once, and notes how many that were."""
+class _Core(EngineCore):
+    """Tells of its first step, and how many had come by then."""
 
     def __init__(self) -> None:
-        self.waiting: list[Sequence] = []
-        self.steps: list[int] = []
+        super().__init__(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
         self.has_stepped = threading.Event()
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.waiting)
-
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.num_first = 0
 
     def step(self) -> bool:
-        self.steps.append(len(self.waiting))
-        self.waiting.clear()
-        self.has_stepped.set()
-        return True
-
-    def drain(self) -> list[Sequence]:
-        return self.waiting
+        if not self.has_stepped.is_set():
+            self.num_first = self.num_waiting
+            self.has_stepped.set()
+        return super().step()
 
 
-def make_sequence() -> Sequence:
-    nothing: Any = None
-    options = SamplingOptions(max_tokens=1)
-    return Sequence(("base", None), None, [1], options, nothing, frozenset(), lambda _: None)
+def one() -> list[Sequence]:
+    return [ask(KEYS[0], [1], 2).sequence]
 
 
 @pytest.mark.parametrize("are_expected", [True, False])
@@ -50,32 +34,32 @@ def test_who_is_expected_is_run_with_the_first(are_expected: bool, monkeypatch: 
     # Long enough for any machine: an engine that expects nobody must not wait at all.
     monkeypatch.setattr(engine_module, "_GATHER_SECONDS", 3600.0)
     core = _Core()
-    engine = Engine(cast(EngineCore, core), max_waiting=9)
+    engine = Engine(core, max_waiting=9)
     engine.start()
     try:
         if are_expected:
             with engine.expecting():
-                engine.submit([make_sequence()])
+                engine.submit(one())
                 assert not core.has_stepped.wait(0.05)
-                engine.submit([make_sequence()])
+                engine.submit(one())
         else:
-            engine.submit([make_sequence()])
+            engine.submit(one())
         assert core.has_stepped.wait(30)
     finally:
         engine.close()
         engine.join(timeout_seconds=10)
-    assert core.steps[0] == (2 if are_expected else 1)
+    assert core.num_first == (2 if are_expected else 1)
 
 
 def test_an_idle_engine_waits_for_a_moment_at_most() -> None:
     core = _Core()
-    engine = Engine(cast(EngineCore, core), max_waiting=9)
+    engine = Engine(core, max_waiting=9)
     engine.start()
     try:
         with engine.expecting():
-            engine.submit([make_sequence()])
+            engine.submit(one())
             assert core.has_stepped.wait(30)
     finally:
         engine.close()
         engine.join(timeout_seconds=10)
-    assert core.steps[0] == 1
+    assert core.num_first == 1
