@@ -18,6 +18,7 @@ from luthier.inference.bases import pack
 from luthier.inference.lane import Lane
 from luthier.inference.probing import Text, probe
 from luthier.inference.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent
+from luthier.inference.trials import prepare
 from luthier.methods import method_of_artifact
 from luthier.modeling.load import load_base
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
@@ -32,6 +33,7 @@ class _Served:
     """What a lane asks of a model."""
 
     adapter: PackedAdapter | None
+    trial: None = None
 
 
 class Answerer:
@@ -124,7 +126,7 @@ def _lay_out(artifact: Path, base_folder: Path, lane: Lane) -> PackedAdapter:
             return weight
 
     adapter = lay_out(parts, lane.model, read_weight)
-    lane.prepare(adapter)
+    prepare(lane, adapter)
     return adapter
 
 

@@ -189,7 +189,7 @@ class Service:
         with self._engine.expecting():
             plan = await asking.planning
             generation = Generation(asking.ready, plan, project_id=asking.target.project_id)
-            generation.submit(self._engine)
+            await generation.submit(self._engine)
         self._open.add(generation)
         stack.callback(self._open.discard, generation)
         stack.callback(generation.cancel)

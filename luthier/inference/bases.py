@@ -23,6 +23,7 @@ from luthier.inference.lane import Lane
 from luthier.inference.probing import Text, probe
 from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
+from luthier.inference.trials import Trial
 from luthier.inference.weights import load_weights
 from luthier.modeling.alike import Layouts
 from luthier.modeling.kernels.choosing import prepare_choices
@@ -123,9 +124,10 @@ class ServedModel:
 class ReadyModel:
     """A served model in memory.
 
-    In a `lane` its rows run beside those of others and bear its `adapter`. Without one it runs alone:
-    `prefix` lies before every sequence; `whole` are weights of its own, in place of its base's, with what
-    lies on them switched on for good.
+    In a `lane` its rows run beside those of others and bear its `adapter`, whose `trial` may still be to
+    come: then it is part of the first step of these rows. Without a lane it runs alone: `prefix` lies before
+    every sequence; `whole` are weights of its own, in place of its base's, with what lies on them switched on
+    for good.
     """
 
     served: ServedModel
@@ -133,6 +135,7 @@ class ReadyModel:
     whole: PreTrainedModel | None = None
     lane: Lane | None = None
     adapter: PackedAdapter | None = None
+    trial: Trial | None = None
 
     @property
     def base(self) -> LoadedBase:

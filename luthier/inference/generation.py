@@ -44,6 +44,7 @@ class Generation:
             index: plan.echoes[index // plan.n] for index in range(plan.num_choices) if plan.echoes
         }
         self._is_echoed: set[int] = set()
+        self._trial = ready.trial
         base = ready.base
         self.sequences = [
             Sequence(
@@ -66,8 +67,8 @@ class Generation:
         """Tokens made so far, those that end an answer included."""
         return sum(sequence.num_completion_tokens for sequence in self.sequences)
 
-    def submit(self, engine: Engine) -> None:
-        """Hand the sequences to the engine.
+    async def submit(self, engine: Engine) -> None:
+        """Hand the sequences to the engine, and wait for the model's proof where they ask it for nothing.
 
         Args:
             engine: the engine's thread.
@@ -75,9 +76,12 @@ class Generation:
         Raises:
             TooManyRequestsError: when too many wait already.
             UnavailableError: when the engine is closed.
+            SelfCheckError: when the model can't prove itself.
         """
         first = self.sequences[0]
         if first.options.max_tokens == 0 and not first.wants_prompt_scores:
+            if self._trial is not None:
+                await asyncio.wrap_future(self._trial.told)
             for index in range(len(self.sequences)):
                 self._take((index, Finish("length", 0)))
             return

@@ -8,21 +8,23 @@ Legend: R rows of logits, V vocabulary, L layers, N virtual tokens, H key heads,
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
+from collections.abc import Sequence as Several
+from contextlib import ExitStack, contextmanager
 
 from luthier.core.errors import OutOfMemoryError
 from luthier.inference import sampler
 from luthier.inference.drafts import least_chance, room_for_guesses
 from luthier.inference.faults import log_fault, to_told
+from luthier.inference.lane_memory import LaneMemory
 from luthier.inference.mail import hand_over
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.rows import Row, Work, score_prompts, take_guesses, with_guesses
 from luthier.inference.sequence import Sequence
+from luthier.inference.trials import Trial
 from luthier.inference.waiting import WaitingLine
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
+from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama
 from luthier.modeling.packed_work import Stretch
@@ -55,15 +57,18 @@ class Lane:
         self._max_rows = max_rows
         self._max_draft_tokens = max_draft_tokens
         self._pool = PagePool(model.pages.num_pages, PAGE_SIZE)
+        self.memory = LaneMemory(model, self._pool)
         self._waiting = WaitingLine()
         self._rows: list[Row] = []
+        # Proofs that are to be given in the next step.
+        self._trials: list[Trial] = []
         # The engine's own, once the lane has work.
         self.measures = StepMeasures()
 
     @property
     def has_work(self) -> bool:
         """Whether anything waits or runs."""
-        return bool(self._rows or self._waiting)
+        return bool(self._rows or self._waiting or self._trials)
 
     @property
     def num_waiting(self) -> int:
@@ -75,45 +80,26 @@ class Lane:
         """Sequences that have a row."""
         return len(self._rows)
 
-    @property
-    def growing_bytes(self) -> int:
-        """Memory of pages that have none yet, and may take some."""
-        return 0 if self._is_allocated else self._pool.num_growing * self.model.pages.page_bytes
-
-    @property
-    def spare_bytes(self) -> int:
-        """Memory of pages that nobody uses, with what they may grow by, beyond what one long answer needs."""
-        if self._is_allocated:
-            return 0
-        num_used = self._pool.num_warm - self._pool.num_unused
-        num_spare = min(self._pool.num_free, self._pool.num_free + num_used - self._num_least_pages)
-        return max(0, num_spare) * self.model.pages.page_bytes
-
-    def limit_memory(self, num_bytes: int) -> None:
-        """Let pages that nobody uses take no more than so much, beside what one long answer needs.
-
-        Args:
-            num_bytes: as `spare_bytes` counts them.
-        """
-        if self._is_allocated:
-            return
-        num_used = self._pool.num_warm - self._pool.num_unused
-        num_pages = max(num_used, self._num_least_pages) + num_bytes // self.model.pages.page_bytes
-        self.model.pages.discard(self._pool.limit_warm(num_pages))
-
-    @property
-    def _is_allocated(self) -> bool:
-        """Whether all pages have memory from the start, as on a GPU."""
-        return self.model.device.type != "cpu"
-
-    @property
-    def _num_least_pages(self) -> int:
-        """Pages without which an answer of any length might fail."""
-        return min(self._pool.num_pages, -(-self.model.context_length // PAGE_SIZE) + 1)
-
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for a row."""
+        """Let a sequence wait for a row; with the first of an adapter comes its proof."""
+        trial: Trial | None = sequence.served.trial
+        if trial is not None and trial.error is not None:
+            sequence.fail(trial.error)
+            return
+        if trial is not None and not trial.is_begun:
+            trial.is_begun = True
+            self._trials.append(trial)
         self._waiting.add(sequence)
+
+    def try_out(self, trial: Trial) -> None:
+        """Let an adapter prove itself now, unless it does so with a sequence that came for it."""
+        if trial.is_begun:
+            return
+        trial.is_begun = True
+        with ExitStack() as stack:
+            trial.set_up(self, stack)
+            if trial.error is None:
+                self._run([], [trial])
 
     def sweep(self) -> None:
         """Let go of the rows, and of those who wait, whose answers are not wanted any more."""
@@ -130,6 +116,9 @@ class Lane:
         for row in self._rows:
             self._release(row)
         self._rows.clear()
+        for trial in self._trials:
+            trial.abandon()
+        self._trials.clear()
         return found
 
     def forget(self, sequence_key: object) -> None:
@@ -137,18 +126,29 @@ class Lane:
         self._pool.forget(sequence_key)
 
     def step(self) -> bool:
-        """Run the next tokens of all rows that have their turn.
+        """Run the next tokens of all rows that have their turn, and the proofs of new adapters.
 
         Returns:
             Whether there were any.
         """
         self.sweep()
+        if not self._trials:
+            return self._step([])
+        trials, self._trials = self._trials, []
+        with ExitStack() as stack:
+            for trial in trials:
+                trial.set_up(self, stack)
+                if trial.error is not None:
+                    self._refuse(trial, trial.error)
+            return self._step([trial for trial in trials if trial.error is None])
+
+    def _step(self, trials: Several[Trial]) -> bool:
         self._admit()
         work = self._plan()
-        if work:
-            self._run(work)
+        if work or trials:
+            self._run(work, trials)
             self.sweep()
-        return bool(work)
+        return bool(work or trials)
 
     def _admit(self) -> None:
         while len(self._rows) < self._max_rows:
@@ -185,7 +185,7 @@ class Lane:
         num_shared = chain.num_named * PAGE_SIZE
         num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
         if adapter is not None and num_shared < num_virtual:
-            write_virtual(self.model, adapter, chain.pages, num_shared)
+            adapter.write_virtual(self.model.pages, chain.pages, num_shared)
         return Row(sequence, adapter, tokens, chain, max(num_shared, num_virtual))
 
     def _plan(self) -> Work:
@@ -277,33 +277,32 @@ class Lane:
         row.has_left = True
         self._pool.release(row.chain)
 
-    def _run(self, work: Work) -> None:
+    def _run(self, work: Work, trials: Several[Trial] = ()) -> None:
+        stretches = [stretch for _, stretch in work]
+        for trial in trials:
+            stretches += trial.stretches
         try:
-            logits = self.model.step([stretch for _, stretch in work], on_launch=hand_over)
+            logits = self.model.step(stretches, on_launch=hand_over)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
-            if any(stretch.by_rows for _, stretch in work):
-                # Nobody's answer shall end for what it would not have run without guesses.
-                log_fault(_LOG, "A step with guesses", error)
-                self._run([(row, self._stretch(row, 1) if one.by_rows else one) for row, one in work])
-                return
-            if len(work) == 1:
-                self._fail(work[0][0], error)
-                return
-            # Whose fault it was is found by running each alone; what they wrote is written again.
-            for one in work:
-                self._run([one])
+            self._run_apart(work, trials, error)
+            return
+        if trials:
+            logits = self._judge(work, trials, logits)
+        if not work:
             return
         answering: Work = []
         places: list[int] = []
         num_chosen = 0
         for row, stretch in work:
+            count = (len(stretch) if stretch.by_rows else 1) if stretch.wants_logits else 0
             # Of guesses it is not known yet whether they are in their places.
             row.num_done += 1 if stretch.by_rows else len(stretch)
-            self._pool.name(row.chain, row.tokens, row.num_done)
-            if stretch.wants_logits:
-                answering.append((row, stretch))
-                places.append(num_chosen)
-                num_chosen += len(stretch) if stretch.by_rows else 1
+            if not row.sequence.is_finished:
+                self._pool.name(row.chain, row.tokens, row.num_done)
+                if count:
+                    answering.append((row, stretch))
+                    places.append(num_chosen)
+            num_chosen += count
         if any(stretch.wants_all_logits for _, stretch in work):
             logits = score_prompts(work, logits)
         sequences = [row.sequence for row, _ in answering]
@@ -319,27 +318,44 @@ class Lane:
                 self._pool.name(row.chain, row.tokens, row.num_done)
                 self.measures.count_guesses(len(stretch) - 1, num_right)
 
+    def _run_apart(self, work: Work, trials: Several[Trial], error: Exception) -> None:
+        """Find whose fault a step's failure was by running each alone; what they wrote is written again."""
+        if any(stretch.by_rows for _, stretch in work):
+            # Nobody's answer shall end for what it would not have run without guesses.
+            log_fault(_LOG, "A step with guesses", error)
+            self._run([(row, self._stretch(row, 1) if one.by_rows else one) for row, one in work], trials)
+        elif len(work) + len(trials) > 1:
+            for trial in trials:
+                self._run([], [trial])
+            for one in work:
+                if not one[0].sequence.is_finished:
+                    self._run([one])
+        elif work:
+            self._fail(work[0][0], error)
+        else:
+            self._refuse(trials[0], error)
+
+    def _judge(self, work: Work, trials: Several[Trial], logits: Logits) -> Logits:
+        """Let proofs be judged, and return the logits of the others; whose proof fails gets no token."""
+        first = sum(stretch.num_logits for _, stretch in work)
+        # Copies: a proof may take another step, which may write where these lie.
+        held_RV, rest_RV = logits.held_RV[:first].clone(), logits.held_RV[first:].clone()
+        counts = [sum(one.num_logits for one in trial.stretches) for trial in trials]
+        for trial, own_RV in zip(trials, rest_RV.split(counts), strict=True):
+            trial.judge(self, own_RV)
+            if trial.error is not None:
+                self._refuse(trial, trial.error)
+        return Logits(held_RV, logits.best[:first])
+
+    def _refuse(self, trial: Trial, error: Exception) -> None:
+        """End the answers of an adapter that could not prove itself."""
+        told = trial.fail(error)
+        for sequence in (*(row.sequence for row in self._rows), *self._waiting):
+            if sequence.served.trial is trial:
+                sequence.fail(told)
+
     def _fail(self, row: Row, error: Exception) -> None:
         row.sequence.fail(to_told(_LOG, "A step, whose answer ends with an error,", error))
-
-    @torch.inference_mode()
-    def prepare(self, adapter: PackedAdapter) -> None:
-        """Run an adapter's input vectors, so that it has keys and values from then on.
-
-        Args:
-            adapter: laid out on this lane's base; one without input vectors is left as it is.
-
-        Raises:
-            OutOfMemoryError: when the pages are too few for them.
-        """
-        vectors_ND = adapter.embeddings_ND
-        if vectors_ND is None:
-            return
-        with self.borrowing(len(vectors_ND)) as (pages,):
-            for first in range(0, len(vectors_ND), MAX_PROMPT_TOKENS):
-                part_ND = vectors_ND[first : first + MAX_PROMPT_TOKENS]
-                self.model.step([Stretch(part_ND, first, pages, wants_logits=False)])
-            adapter.take_key_values(*self.model.pages.read(pages, len(vectors_ND)))
 
     @contextmanager
     def borrowing(self, *lengths: int) -> Iterator[list[list[int]]]:
@@ -366,25 +382,6 @@ class Lane:
         finally:
             for chain in chains:
                 self._pool.release(chain)
-
-
-@torch.inference_mode()
-def write_virtual(model: PackedLlama, adapter: PackedAdapter, pages: list[int], start: int) -> None:
-    """Put an adapter's keys and values from a position on into the first pages of a sequence.
-
-    Args:
-        model: the base.
-        adapter: one without any changes nothing.
-        pages: the sequence's.
-        start: the first position that is written.
-    """
-    if adapter.keys_NLHC is None or adapter.values_NLHC is None:
-        return
-    positions = torch.arange(start, adapter.num_virtual_tokens)
-    page_N = torch.tensor(pages)[positions // PAGE_SIZE]
-    model.pages.write_all(
-        page_N, positions % PAGE_SIZE, adapter.keys_NLHC[start:], adapter.values_NLHC[start:]
-    )
 
 
 def _too_large(num_tokens: int) -> OutOfMemoryError:

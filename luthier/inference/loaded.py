@@ -6,16 +6,14 @@ of the process (memory.py).
 """
 
 import asyncio
-import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from luthier.core.errors import OutOfMemoryError, TooManyRequestsError
 from luthier.core.settings import MIB
 from luthier.inference.bases import ReadyModel, ServedModel
+from luthier.inference.entries import Entry, Held
 from luthier.inference.lane import Lane
 from luthier.inference.loading import EngineLike, Kind, RowLimits, load, measure, remove
 from luthier.inference.memory import NoRoomError
@@ -23,8 +21,6 @@ from luthier.inference.sequence import ModelKey
 from luthier.inference.spares import Spares
 
 MAX_INSTALLED = 16
-# A pin that no request has renewed for so long is let go of: the model may be deleted, or asked elsewhere.
-_PIN_SECONDS = 86_400.0
 
 _SETTINGS = {
     Kind.WHOLE: "LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES",
@@ -35,48 +31,6 @@ _SETTINGS = {
 # While weights are laid out, what was read of them is there too.
 _LOADED_TIMES = {Kind.WHOLE: 2, Kind.PACKED: 1}
 _NAMES = {Kind.WHOLE: "fully tuned models", Kind.PACKED: "adapters"}
-
-
-@dataclass(eq=False)
-class _Entry:
-    """An artifact in memory, or on its way there. `num_bytes` is 0 for one that lies on a plain base."""
-
-    served: ServedModel
-    kind: Kind
-    num_bytes: int
-    loading: "asyncio.Task[ReadyModel]"
-    num_holders: int = 0
-    # A moment of the monotonic clock.
-    pinned_until: float = 0.0
-
-    def pin(self, *, is_pinned: bool) -> None:
-        """Let it stay from now on, or leave when it is idle."""
-        self.pinned_until = time.monotonic() + _PIN_SECONDS if is_pinned else 0.0
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether it stays when nobody needs it."""
-        return time.monotonic() < self.pinned_until
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nobody needs it now, and it may leave."""
-        return self.num_holders == 0 and not self.is_pinned and self.loading.done()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is in memory and proved."""
-        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
-
-
-class Held(NamedTuple):
-    """Artifacts of one kind: in memory, with their bytes and the most these may be, and over all time."""
-
-    num_models: int
-    num_bytes: int
-    max_bytes: int
-    num_loads: int
-    num_evictions: int
 
 
 class LoadedArtifacts:
@@ -121,7 +75,7 @@ class LoadedArtifacts:
         # Two who looked for room at once would both take what there is.
         self._making_way = asyncio.Lock()
         # The one unused for longest first.
-        self._entries: OrderedDict[ModelKey, _Entry] = OrderedDict()
+        self._entries: OrderedDict[ModelKey, Entry] = OrderedDict()
         # Held by whoever waits for memory: asyncio's locks are fair, so that nobody overtakes.
         self._turns = {kind: asyncio.Lock() for kind in self._max_bytes}
         # One for each kind of waiter, who may clear his own alone.
@@ -235,11 +189,11 @@ class LoadedArtifacts:
             is_pinned: whether it stays when nobody holds it, for a day or until it is held without that.
 
         Returns:
-            The model, ready to answer.
+            The model, ready to answer: its sequences fail where it can't prove itself.
 
         Raises:
             ArtifactCorruptError: when the artifact's files don't fit the base or each other.
-            SelfCheckError: when it can't prove itself.
+            SelfCheckError: when it can't prove itself, and that is known before it is asked.
             OutOfMemoryError: when it is larger than all that its kind may take.
             TooManyRequestsError: when too many wait for models already.
         """
@@ -265,7 +219,8 @@ class LoadedArtifacts:
     def release(self, ready: ReadyModel) -> None:
         """Say that a request needs a model no longer."""
         entry = self._entries.get(ready.served.key)
-        if entry is not None:
+        # Where it failed its proof another may be on its way in its place.
+        if entry is not None and entry.is_of(ready):
             self._release(entry)
 
     async def _wait(self, served: ServedModel, *, is_pinned: bool) -> ReadyModel:
@@ -274,19 +229,19 @@ class LoadedArtifacts:
         entry.num_holders += 1
         entry.pin(is_pinned=is_pinned)
         try:
-            return await asyncio.shield(entry.loading)
+            return await asyncio.shield(entry.laid)
         except BaseException:
             self._release(entry)
             raise
 
-    def _find(self, served: ServedModel) -> _Entry | None:
+    def _find(self, served: ServedModel) -> Entry | None:
         """Return an artifact in memory, unless it is one of those for whose memory somebody waits."""
         entry = self._entries.get(served.key)
         if entry is None or (entry.kind in self._turns and self._turns[entry.kind].locked()):
             return None
         return entry
 
-    async def _find_room(self, served: ServedModel) -> _Entry:
+    async def _find_room(self, served: ServedModel) -> Entry:
         kind, num_bytes = await asyncio.to_thread(measure, served)
         if kind is Kind.INSTALLED:
             return self._enter(served, kind, 0)
@@ -295,7 +250,7 @@ class LoadedArtifacts:
                 await self._make_room(kind, num_bytes)
             return self._enter(served, kind, num_bytes)
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         entry.num_holders -= 1
         self._tell_waiting()
 
@@ -303,15 +258,23 @@ class LoadedArtifacts:
         for event in self._released.values():
             event.set()
 
-    def _enter(self, served: ServedModel, kind: Kind, num_bytes: int) -> _Entry:
+    def _enter(self, served: ServedModel, kind: Kind, num_bytes: int) -> Entry:
         entry = self._entries.get(served.key)
         if entry is None:
             if kind is Kind.INSTALLED:
                 self._leave_idle(kind, lambda: self._num_installed < self._max_installed)
+            laid = asyncio.get_running_loop().create_future()
             loading = asyncio.ensure_future(
-                load(self._engine, served, kind, self._limits, opening=self._opening)
+                load(
+                    self._engine,
+                    served,
+                    kind,
+                    self._limits,
+                    opening=self._opening,
+                    on_laid=laid.set_result,
+                )
             )
-            entry = self._entries[served.key] = _Entry(served, kind, num_bytes, loading)
+            entry = self._entries[served.key] = Entry(served, kind, num_bytes, loading, laid)
             loading.add_done_callback(lambda _: self._on_loaded(entry))
         return entry
 
@@ -339,7 +302,8 @@ class LoadedArtifacts:
     def _num_installed(self) -> int:
         return sum(entry.kind is Kind.INSTALLED for entry in self._entries.values())
 
-    def _on_loaded(self, entry: _Entry) -> None:
+    def _on_loaded(self, entry: Entry) -> None:
+        entry.end_waiting()
         # A fresh entry may stand in the place of one that failed and was let go.
         if entry.is_ready:
             self._num_loads[entry.kind] += 1
@@ -394,7 +358,7 @@ class LoadedArtifacts:
                 self._drop(key, entry)
         return is_enough()
 
-    def _drop(self, key: ModelKey, entry: _Entry) -> None:
+    def _drop(self, key: ModelKey, entry: Entry) -> None:
         del self._entries[key]
         self._num_evictions[entry.kind] += 1
         remove(self._engine, entry.loading.result())

@@ -1,7 +1,7 @@
 """From an artifact's copy to weights that answer: measured, verified, laid out, proved, and taken away.
 
-Verifying and laying out take a thread each; the proof after them runs on the engine's thread, as a step of
-short texts between two others. Nothing here counts memory or decides who leaves.
+Verifying and laying out take a thread each; the proof after them (trials.py) is part of the first step that
+the model is asked in. Nothing here counts memory or decides who leaves.
 
 Legend: `V` vocabulary.
 """
@@ -9,7 +9,7 @@ Legend: `V` vocabulary.
 import asyncio
 import hashlib
 import threading
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
@@ -27,16 +27,15 @@ from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, Serve
 from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
 from luthier.inference.mapped_file import address_of, map_file
-from luthier.inference.probing import NUM_BEGUN, Text, probe
+from luthier.inference.probing import Text, probe
 from luthier.inference.proofs import (
     check_base,
     check_canary,
-    check_finite_logits,
     check_probe,
-    check_row,
     read_canary,
 )
 from luthier.inference.slots import ArtifactSlots
+from luthier.inference.trials import Trial
 from luthier.inference.weights import in_turn, load_weights
 from luthier.inference.weights_file import header_of, tensors_of
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
@@ -54,6 +53,8 @@ _OPENING = threading.Lock()
 _MOST_LOADS = 3
 # Of a text that training recorded; it takes some twelve.
 _MOST_CANARY_TOKENS = 64
+# How long a proof waits for the request that its adapter was loaded for.
+_ASKING_SECONDS = 0.005
 _NOT_FINITE = "The model's weights are not finite; it is not served."
 
 
@@ -104,6 +105,7 @@ async def load(
     limits: "RowLimits",
     *,
     opening: Callable[[int], AbstractAsyncContextManager[None]],
+    on_laid: Callable[[ReadyModel], None],
 ) -> ReadyModel:
     """Bring a model into memory and let it prove itself.
 
@@ -113,9 +115,10 @@ async def load(
         kind: what `measure` told.
         limits: of rows on weights of their own.
         opening: entered while weights of so many bytes more are loaded beside it.
+        on_laid: takes a model that may be asked at once, as its proof is part of the first step.
 
     Returns:
-        The model, ready to answer.
+        The model, proved and ready to answer.
 
     Raises:
         ArtifactCorruptError: when the artifact's files don't fit the base or each other.
@@ -123,9 +126,16 @@ async def load(
     """
     copy, packed = _copy_of(served), served.base.packed
     if kind is Kind.PACKED and packed is not None:
-        adapter = await _lay_out_checked(engine, served, packed)
-        if adapter is not None:
-            return ReadyModel(served, lane=packed.lane, adapter=adapter)
+        laid = await _lay_out_checked(served, packed)
+        if laid is not None:
+            trial = Trial(laid.adapter, served.base.probe_ids, laid.canary)
+            ready = ReadyModel(served, lane=packed.lane, adapter=laid.adapter, trial=trial)
+            on_laid(ready)
+            await _try_out(engine, packed.lane, trial)
+            if laid.layout is not None:
+                # Not before: it was made of what may have been no adapter.
+                packed.layouts.keep(laid.key, laid.layout)
+            return ready
         if served.base.slots is None:
             async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
                 await in_turn(_open_slots, served.base, packed)
@@ -170,46 +180,35 @@ async def _check(served: ServedModel) -> None:
         await asyncio.to_thread(copy.check)
 
 
-async def _lay_out_checked(
-    engine: EngineLike, served: ServedModel, packed: PackedWeights
-) -> PackedAdapter | None:
-    """Lay an artifact out while its files are checked, and let it prove itself when they were.
+async def _lay_out_checked(served: ServedModel, packed: PackedWeights) -> "_Laid | None":
+    """Lay an artifact out while its files are checked; what was made of other bytes is thrown away.
 
-    What was made of other bytes is thrown away. None where only the plain path can serve it.
+    None where only the plain path can serve it.
     """
+    copy = _copy_of(served)
     # Another server that links or drops the same files touches them too.
     for _ in range(_MOST_LOADS):
-        before = await asyncio.to_thread(_copy_of(served).look)
-        checking = asyncio.ensure_future(_check(served))
-        making = _lay_out_proved(engine, served, packed, checking)
-        checked, laid = await asyncio.gather(checking, making, return_exceptions=True)
+        before = await asyncio.to_thread(copy.look)
+        making = asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
+        checked, laid = await asyncio.gather(_check(served), making, return_exceptions=True)
         # Whatever else went wrong may be the damaged files' doing.
         for told in (checked, laid):
             if isinstance(told, BaseException):
                 raise told
         assert not isinstance(laid, BaseException)
-        if before is not None and await asyncio.to_thread(_copy_of(served).look) == before:
-            if laid is None:
-                return None
-            if laid.layout is not None:
-                # Not before: it was made of what may have been other bytes.
-                packed.layouts.keep(laid.key, laid.layout)
-            return laid.adapter
+        if before is not None and await asyncio.to_thread(copy.look) == before:
+            return laid
     # They were read twice, and may not have been the same.
     raise ArtifactCorruptError("The artifact's files changed while they were read; ask again.")
 
 
-async def _lay_out_proved(
-    engine: EngineLike, served: ServedModel, packed: PackedWeights, checking: Awaitable[None]
-) -> "_Laid | None":
-    copy, lane, probe_ids = _copy_of(served), packed.lane, served.base.probe_ids
-    laid = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
-    if laid is None:
-        return None
-    # Beside the hash the engine's threads would have to share their processors, and wait for each other.
-    await checking
-    await asyncio.wrap_future(engine.call(lambda: _prove(lane, laid.adapter, probe_ids, laid.canary)))
-    return laid
+async def _try_out(engine: EngineLike, lane: Lane, trial: Trial) -> None:
+    """Wait for an adapter's proof: in the first step of whoever asked for it, else in one of its own."""
+    told = asyncio.wrap_future(trial.told)
+    await asyncio.wait({told}, timeout=_ASKING_SECONDS)
+    if not told.done():
+        engine.call(lambda: lane.try_out(trial))
+    await told
 
 
 @dataclass(frozen=True)
@@ -299,26 +298,6 @@ def _read_weight(folder: Path, name: str) -> torch.Tensor:
     raise ArtifactCorruptError("The base has no layer that the artifact is for.")
 
 
-def _prove(lane: Lane, adapter: PackedAdapter, probe_ids: list[int], canary: Canary | None) -> None:
-    """Let an adapter on a lane prove itself: finite, another than its base, and as training recorded it."""
-    lane.prepare(adapter)
-    # Training's text is as good as any.
-    ids = probe_ids if canary is None else canary.token_ids
-    both = (adapter, None)
-    begins = Text(ids, adapter), Text(ids[:NUM_BEGUN], None, ends_in_row=False)
-    said, base_said, row, base_row = probe(lane, [*begins, *(Text(ids[:1], one) for one in both)])
-    check_finite_logits(torch.cat([said.begun_BV, said.last_V[None], row.last_V[None]]))
-    count = min(len(said.begun_BV), len(base_said.begun_BV))
-    found_BV, base_BV = said.begun_BV[:count], base_said.begun_BV[:count]
-    check_row(found_BV[0], base_BV[0], row.last_V, base_row.last_V)
-    if torch.equal(found_BV, base_BV):
-        # Rounding may leave nothing of a small change so early.
-        wholes = [Text(ids, one, ends_in_row=False, num_begun=len(ids)) for one in both]
-        found, expected = probe(lane, wholes)
-        check_probe(found.begun_BV, expected.begun_BV)
-    check_canary(canary, lane.model.dtype, lambda _token_ids: said.last_V)
-
-
 def _prove_whole(
     lane: Lane, probe_ids: list[int], base_logits_V: torch.Tensor, canary: Canary | None
 ) -> None:
@@ -358,7 +337,10 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
             return ReadyModel(served, lane=packed.lane)
         made = _lay_out(copy, packed, served.foundation.digest)
         if made is not None:
-            _prove(packed.lane, made.adapter, base.probe_ids, made.canary)
+            trial = Trial(made.adapter, base.probe_ids, made.canary)
+            # Nobody else has the lane yet.
+            packed.lane.try_out(trial)
+            trial.told.result()
             return ReadyModel(served, lane=packed.lane, adapter=made.adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)

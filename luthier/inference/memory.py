@@ -35,7 +35,7 @@ class NoRoomError(OutOfMemoryError):
 
 
 class LaneLike(Protocol):
-    """What the ceiling asks of luthier.inference.lane.Lane."""
+    """What the ceiling asks of luthier.inference.lane_memory.LaneMemory."""
 
     @property
     def growing_bytes(self) -> int:
@@ -45,7 +45,7 @@ class LaneLike(Protocol):
     def spare_bytes(self) -> int:
         """Memory of pages that nobody uses, those that may yet be used included, beyond what it must have."""
 
-    def limit_memory(self, num_bytes: int) -> None:
+    def limit(self, num_bytes: int) -> None:
         """Let pages take no more than so much beside those in use."""
 
 
@@ -131,7 +131,7 @@ class Ceiling:
 
     def _free_pages(self) -> None:
         for lane in self._lanes():
-            lane.limit_memory(2**62)
+            lane.limit(2**62)
 
     def _limit_pages(self, left_bytes: int) -> None:
         """Let lanes grow by what is left, in equal parts; or take what is missing of one after the other."""
@@ -141,7 +141,7 @@ class Ceiling:
             warm_bytes = lane.spare_bytes - lane.growing_bytes
             taken_bytes = min(max(0, warm_bytes), missing_bytes)
             missing_bytes -= taken_bytes
-            lane.limit_memory(max(0, warm_bytes - taken_bytes + max(0, left_bytes) // len(lanes)))
+            lane.limit(max(0, warm_bytes - taken_bytes + max(0, left_bytes) // len(lanes)))
 
 
 def identify(settings: Settings, device: torch.device) -> tuple[str, str, str]:

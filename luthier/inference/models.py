@@ -110,9 +110,9 @@ class Models:
         self._loading: dict[str, asyncio.Task[None]] = {}
 
     def _lanes(self) -> list[LaneLike]:
-        """Return all lanes in memory; also on the engine's thread."""
+        """Return the memory of all lanes; also on the engine's thread."""
         of_bases = [base.packed.lane for base in list(self._bases.values()) if base.packed is not None]
-        return [*of_bases, *self.loaded.lanes]
+        return [lane.memory for lane in (*of_bases, *self.loaded.lanes)]
 
     def is_loaded(self, base_id: str) -> bool:
         """Whether a base is in memory."""

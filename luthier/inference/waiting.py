@@ -24,6 +24,12 @@ class WaitingLine:
     def __bool__(self) -> bool:
         return bool(self._projects or self._returned)
 
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._returned
+        for line in self._projects.values():
+            for waiting in line.values():
+                yield from waiting
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait behind those of its project and model."""
         line = self._projects.setdefault(sequence.project_id, OrderedDict())
@@ -63,7 +69,7 @@ class WaitingLine:
 
     def drop_done(self) -> None:
         """Forget those that want no answer any more, wherever they stand."""
-        if not self or not any(sequence.is_done for sequence in self._all()):
+        if not self or not any(sequence.is_done for sequence in self):
             return
         self._returned = deque(sequence for sequence in self._returned if not sequence.is_done)
         for project, line in list(self._projects.items()):
@@ -73,18 +79,12 @@ class WaitingLine:
                     del line[key]
             if not line:
                 del self._projects[project]
-        self._num_waiting = sum(1 for _ in self._all())
+        self._num_waiting = sum(1 for _ in self)
 
     def drain(self) -> list[Sequence]:
         """Forget everybody and return them."""
-        waiting = list(self._all())
+        waiting = list(self)
         self._projects.clear()
         self._returned.clear()
         self._num_waiting = 0
         return waiting
-
-    def _all(self) -> Iterator[Sequence]:
-        yield from self._returned
-        for line in self._projects.values():
-            for waiting in line.values():
-                yield from waiting

@@ -7,7 +7,7 @@ layers, H key heads, C head size.
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,11 @@ from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.served_rows import (
     ACTIVATIONS,
     NUM_SITES,
+    PAGE_SIZE,
     BottleneckSite,
     Described,
     LowRankSite,
+    Pages,
 )
 from luthier.modeling.packed_llama import MAX_MIDDLE, PackedLlama
 
@@ -75,6 +77,21 @@ class PackedAdapter:
     def take_key_values(self, keys_NLHC: torch.Tensor, values_NLHC: torch.Tensor) -> None:
         """Keep what the base made of the input vectors in their place."""
         self.keys_NLHC, self.values_NLHC, self.embeddings_ND = keys_NLHC, values_NLHC, None
+
+    @torch.inference_mode()
+    def write_virtual(self, pages: Pages, owned: Sequence[int], first: int = 0) -> None:
+        """Put its keys and values into the first pages of a sequence, where it has any.
+
+        Args:
+            pages: the base's.
+            owned: the sequence's.
+            first: the first position that is written.
+        """
+        if self.keys_NLHC is None or self.values_NLHC is None:
+            return
+        positions = torch.arange(first, self.num_virtual_tokens)
+        page_N = torch.tensor(owned)[positions // PAGE_SIZE]
+        pages.write_all(page_N, positions % PAGE_SIZE, self.keys_NLHC[first:], self.values_NLHC[first:])
 
 
 def can_lay_out(parts: ServedParts, base: PackedLlama) -> bool:

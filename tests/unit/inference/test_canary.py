@@ -13,10 +13,11 @@ from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
-from luthier.inference.loading import _prove
+from luthier.inference.lane import Lane
 from luthier.inference.proofs import check_canary, read_canary
+from luthier.inference.trials import Trial
 from luthier.methods import method_of_artifact
-from luthier.modeling.packed_adapter import lay_out
+from luthier.modeling.packed_adapter import PackedAdapter, lay_out
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_logits
 
@@ -32,6 +33,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def canary_of(logits_V: torch.Tensor, precision: str = "float32") -> Canary:
     values, candidates = logits_V.topk(8)
     return Canary(token_ids=IDS, candidates=candidates.tolist(), logits=values.tolist(), precision=precision)
+
+
+def give_proof(lane: Lane, adapter: PackedAdapter, canary: Canary | None) -> None:
+    trial = Trial(adapter, PROBE_IDS, canary)
+    lane.try_out(trial)
+    trial.told.result(timeout=0)
 
 
 def test_an_adapter_is_served_as_it_was_trained_and_refused_with_another_scale(
@@ -50,7 +57,7 @@ def test_an_adapter_is_served_as_it_was_trained_and_refused_with_another_scale(
         assert parts is not None
         nothing: Any = None
         adapter = lay_out(parts, packed.lane.model, nothing)
-        _prove(packed.lane, adapter, PROBE_IDS, canary)
+        give_proof(packed.lane, adapter, canary)
 
     prove(made.folder)
     with pytest.raises(SelfCheckError, match="training recorded"):
@@ -71,7 +78,7 @@ def test_an_adapter_that_changes_nothing_is_told_beside_its_base(
     adapter = lay_out(parts, packed.lane.model, nothing)
     for canary in (None, canary_of(method_logits(base_folder, made.folder, IDS)[-1])):
         with pytest.raises(SelfCheckError, match="changes nothing"):
-            _prove(packed.lane, adapter, PROBE_IDS, canary)
+            give_proof(packed.lane, adapter, canary)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,16 +104,16 @@ def test_an_adapter_that_one_of_the_ways_leaves_out_is_not_served(
     if ids:
         recorded = canary_of(method_logits(base_folder, made.folder, ids)[-1])
         canary = recorded.model_copy(update={"token_ids": ids})
-    _prove(packed.lane, adapter, PROBE_IDS, canary)
+    give_proof(packed.lane, adapter, canary)
     # Programs that were written down would run what is left out.
     monkeypatch.setattr(packed.lane.model, "_programs", None)
     monkeypatch.setattr(packed.lane.model.ops, way, lambda *_: None)
     if num_tokens == 1 and way == "add_stretches":
         # All that there is are rows.
-        _prove(packed.lane, adapter, PROBE_IDS, canary)
+        give_proof(packed.lane, adapter, canary)
         return
     with pytest.raises(SelfCheckError, match=r"training recorded|changes nothing|Token by token"):
-        _prove(packed.lane, adapter, PROBE_IDS, canary)
+        give_proof(packed.lane, adapter, canary)
 
 
 def test_rounding_is_allowed_for_where_either_side_rounds() -> None:

@@ -14,6 +14,7 @@ from luthier.inference.bases import pack
 from luthier.inference.lane import MAX_LONG_TOKENS, MAX_SHORT_TOKENS, Lane
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.sequence import Failure, Finish, ModelKey, SamplingOptions, Sequence, SequenceEvent
+from luthier.inference.trials import Trial, prepare
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
@@ -80,6 +81,7 @@ class ServedStub:
     """The part of a ready model that a lane looks at."""
 
     adapter: PackedAdapter | None
+    trial: Trial | None = None
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> list[
         parts = method_of_artifact(artifact.folder).read_parts(artifact.folder, read_shape(base_folder))
         assert parts is not None
         adapter = lay_out(parts, lane.model, weights.__getitem__)
-        lane.prepare(adapter)
+        prepare(lane, adapter)
         answers = [method_greedy(base_folder, artifact.folder, prompt, NUM_TOKENS) for prompt in PROMPTS]
         found.append(Model((BASE_ID, artifact.digest), adapter, answers))
     # They differ at all, or equality with them says nothing.

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from luthier.core.specs import BaseFacts
 from luthier.inference import loading
 from luthier.inference.bases import PackedWeights, pack
 from luthier.inference.copies import Copy, _copy_in
+from luthier.inference.loading import Kind, RowLimits
 from luthier.methods import method_of_artifact
 from luthier.modeling import kernels
 from luthier.modeling.alike import Layout
@@ -64,9 +66,13 @@ def load(packed: PackedWeights, base_folder: Path, copy: Copy, engine: Any) -> P
     served: Any = SimpleNamespace(
         copy=copy, copies=(copy,), base=SimpleNamespace(facts=facts, probe_ids=[5, 6, 7])
     )
-    adapter = asyncio.run(loading._lay_out_checked(engine, served, packed))
-    assert adapter is not None
-    return adapter
+    served.base.packed = packed
+    limits, laid = RowLimits(max_rows=1, max_cache_tokens=1), []
+    ready = asyncio.run(
+        loading.load(engine, served, Kind.PACKED, limits, opening=nullcontext, on_laid=laid.append)
+    )
+    assert laid == [ready] and ready.adapter is not None
+    return ready.adapter
 
 
 def change(

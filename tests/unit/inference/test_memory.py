@@ -18,19 +18,19 @@ class FakeLane:
 
     def __init__(self, *, used: int, unused: int, cold: int, least: int = 0) -> None:
         self.used, self.unused, self.cold, self.least = used, unused, cold, least
-        self.limit = used + unused + cold
+        self.bound = used + unused + cold
 
     @property
     def growing_bytes(self) -> int:
-        return max(0, min(self.cold, self.limit - self.used - self.unused))
+        return max(0, min(self.cold, self.bound - self.used - self.unused))
 
     @property
     def spare_bytes(self) -> int:
         return self.unused + self.growing_bytes - max(0, self.least - self.used)
 
-    def limit_memory(self, num_bytes: int) -> None:
-        self.limit = min(max(self.used, self.least) + num_bytes, self.used + self.unused + self.cold)
-        dropped = max(0, min(self.unused, self.used + self.unused - self.limit))
+    def limit(self, num_bytes: int) -> None:
+        self.bound = min(max(self.used, self.least) + num_bytes, self.used + self.unused + self.cold)
+        dropped = max(0, min(self.unused, self.used + self.unused - self.bound))
         self.unused, self.cold = self.unused - dropped, self.cold + dropped
 
 

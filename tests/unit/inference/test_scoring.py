@@ -23,6 +23,7 @@ from luthier.inference.sequence import (
     Sequence,
     SequenceEvent,
 )
+from luthier.inference.trials import prepare
 from luthier.methods import method_of_artifact
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
@@ -54,6 +55,7 @@ class Model:
     key: tuple[str, str]
     adapter: PackedAdapter
     folder: Path
+    trial: None = None
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> list[
         parts = method_of_artifact(artifact.folder).read_parts(artifact.folder, read_shape(base_folder))
         assert parts is not None
         adapter = lay_out(parts, lane.model, weights.__getitem__)
-        lane.prepare(adapter)
+        prepare(lane, adapter)
         found.append(Model((BASE_ID, artifact.digest), adapter, artifact.folder))
     return found
 
@@ -91,7 +93,7 @@ def ask(
 ) -> tuple[Sequence, list[SequenceEvent]]:
     events: list[SequenceEvent] = []
     options = SamplingOptions(max_tokens, temperature=0.0, num_prompt_logprobs=num_prompt_logprobs)
-    served = SimpleNamespace(adapter=model.adapter)
+    served = SimpleNamespace(adapter=model.adapter, trial=None)
     asked = Sequence(model.key, served, prompt, options, Ids(), frozenset({2}), events.append)
     return asked, events
 

@@ -30,6 +30,10 @@ def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_memory, "_REST_SECONDS", 0.0)
 
 
+async def _loaded(loaded: LoadedArtifacts) -> None:
+    await asyncio.wait([entry.loading for entry in loaded._entries.values()])
+
+
 async def _prepared(kept: Spares) -> None:
     assert kept._preparing is not None
     await asyncio.wait_for(kept._preparing, 10)
@@ -111,6 +115,7 @@ def test_a_loaded_adapter_leaves_memory_for_the_next_which_leaves_before_any_ada
         room = Room()
         room.loaded = make_loaded(10**9, fit=room.fit, has_room=room.has_room)
         room.loaded.release(await room.loaded.hold(served_by(base, adapters[0])))
+        await _loaded(room.loaded)
         await _prepared(room.loaded._spares)
         assert spare.num_bytes > 0
         # Room for one more adapter, if nothing is spare.
@@ -120,6 +125,7 @@ def test_a_loaded_adapter_leaves_memory_for_the_next_which_leaves_before_any_ada
         room.loaded.release(await room.loaded.hold(served_by(base, adapters[1])))
         assert len(room.loaded.digests) == 2
         assert spare.num_bytes == 0
+        await _loaded(room.loaded)
         # Nor is any prepared while there is no room.
         await _prepared(room.loaded._spares)
         assert spare.num_bytes == 0

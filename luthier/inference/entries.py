@@ -1,0 +1,82 @@
+"""An artifact in memory, or on its way there: who holds it, and whether it may leave."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from luthier.inference.bases import ReadyModel, ServedModel
+from luthier.inference.loading import Kind
+
+# A pin that no request has renewed for so long is let go of: the model may be deleted, or asked elsewhere.
+_PIN_SECONDS = 86_400.0
+
+
+class Held(NamedTuple):
+    """Artifacts of one kind: in memory, with their bytes and the most these may be, and over all time."""
+
+    num_models: int
+    num_bytes: int
+    max_bytes: int
+    num_loads: int
+    num_evictions: int
+
+
+@dataclass(eq=False)
+class Entry:
+    """An artifact in memory, or on its way there.
+
+    `num_bytes` is 0 for one that lies on a plain base. `loading` ends with its proof; `laid` has the model
+    as soon as it may be asked, which may be before that.
+    """
+
+    served: ServedModel
+    kind: Kind
+    num_bytes: int
+    loading: "asyncio.Task[ReadyModel]"
+    laid: "asyncio.Future[ReadyModel]"
+    num_holders: int = 0
+    # A moment of the monotonic clock.
+    pinned_until: float = 0.0
+
+    def pin(self, *, is_pinned: bool) -> None:
+        """Let it stay from now on, or leave when it is idle."""
+        self.pinned_until = time.monotonic() + _PIN_SECONDS if is_pinned else 0.0
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it stays when nobody needs it."""
+        return time.monotonic() < self.pinned_until
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody needs it now, and it may leave."""
+        return self.num_holders == 0 and not self.is_pinned and self.loading.done()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is in memory and proved."""
+        return _has_result(self.loading)
+
+    def is_of(self, ready: ReadyModel) -> bool:
+        """Whether a model is the one that lies here."""
+        return _has_result(self.laid) and self.laid.result() is ready
+
+    def end_waiting(self) -> None:
+        """Let those who wait for it know how its loading ended."""
+        if self.laid.done():
+            return
+        if self.is_ready:
+            self.laid.set_result(self.loading.result())
+        elif self.loading.cancelled():
+            self.laid.cancel()
+        else:
+            error = self.loading.exception()
+            assert error is not None
+            self.laid.set_exception(error)
+            # Whoever waited for it may have left.
+            self.laid.exception()
+
+
+def _has_result(future: "asyncio.Future[ReadyModel]") -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
