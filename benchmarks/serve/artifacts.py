@@ -32,7 +32,7 @@ _ZERO_STD = 0.01
 _SHARE = 0.1
 _MAX_SECONDS = 3600.0
 # As many as training takes.
-_CANARY_TOKENS, _CANARY_CANDIDATES = 12, 32
+_CANARY_TOKENS, _CANARY_CANDIDATES = 4, 32
 
 
 def make_artifacts(
@@ -110,7 +110,9 @@ def publish_twin(model: Published, number: int, objects: Path) -> Published:
     # PEFT's own field for a version, which nothing reads here.
     (building / _CONFIG).write_text(json.dumps(config | {"revision": str(number)}))
     base_digest = read_manifest(model.folder).base_digest
-    manifest = seal_folder(building, final, digested=[WEIGHTS, _CONFIG], base_digest=base_digest)
+    manifest = seal_folder(
+        building, final, digested=[WEIGHTS, _CONFIG], base_digest=base_digest, in_pieces=True
+    )
     return Published(
         name,
         model.kind,
@@ -168,7 +170,7 @@ def _publish(
     building.mkdir(parents=True)
     digested = method.save(attached, building)
     (building / CANARY_NAME).write_text(_record(method, attached).model_dump_json())
-    manifest = seal_folder(building, final, digested=digested, base_digest=base_digest)
+    manifest = seal_folder(building, final, digested=digested, base_digest=base_digest, in_pieces=True)
     prefix = f"projects/proj_bench/jobs/{name}/e1/model"
     storage.put_folder(final, prefix)
     num_bytes = (final / WEIGHTS).stat().st_size

@@ -51,7 +51,7 @@ ResultT = TypeVar("ResultT")
 _OPENING = threading.Lock()
 # How often files that are touched meanwhile are read before they are given up.
 _MOST_LOADS = 3
-# Of a text that training recorded; it takes some twelve.
+# Of a text that training recorded; it takes four, and took up to sixteen.
 _MOST_CANARY_TOKENS = 64
 # How long a proof waits for the request that its adapter was loaded for.
 _ASKING_SECONDS = 0.005

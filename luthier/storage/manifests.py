@@ -11,21 +11,27 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from luthier.core.errors import ArtifactCorruptError
+from luthier.storage.pieces import file_pieces
 
 MANIFEST_NAME = "manifest.json"
 _CHUNK_BYTES = 1024 * 1024
 
 
 class FileEntry(BaseModel):
-    """One file of a folder; `sha256` is 64 hex digits."""
+    """One file of a folder; `sha256` is 64 hex digits.
+
+    `pieces` are the same of its pieces (pieces.py), None where only the whole was hashed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sha256: str
     bytes: int
+    pieces: list[str] | None = None
 
 
 class Manifest(BaseModel):
@@ -85,13 +91,23 @@ def write_file_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> N
 
 def compute_digest(files: dict[str, FileEntry], digested: Iterable[str], base_digest: str | None) -> str:
     """Return `sha256:…` over the named files' hashes and the base's digest, in canonical JSON."""
-    content = {"base": base_digest, "files": {name: files[name].sha256 for name in sorted(digested)}}
+    names = sorted(digested)
+    content: dict[str, Any] = {"base": base_digest, "files": {name: files[name].sha256 for name in names}}
+    pieces = {name: found for name in names if (found := files[name].pieces) is not None}
+    if pieces:
+        # Whoever reads a file checks these in place of the whole.
+        content["pieces"] = pieces
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     return "sha256:" + hashlib.sha256(canonical).hexdigest()
 
 
 def seal_folder(
-    building: Path, final: Path, *, digested: Iterable[str] | None = None, base_digest: str | None = None
+    building: Path,
+    final: Path,
+    *,
+    digested: Iterable[str] | None = None,
+    base_digest: str | None = None,
+    in_pieces: bool = False,
 ) -> Manifest:
     """Make a finished folder durable: fsync its files, write the manifest last, rename into place.
 
@@ -100,6 +116,7 @@ def seal_folder(
         final: the name under which it exists from now on; an older folder of that name is replaced.
         digested: names of the files that the digest covers; all when None.
         base_digest: the base's digest, for folders whose meaning depends on one.
+        in_pieces: whether large files are hashed in pieces too, for those that must be read soon.
 
     Returns:
         The manifest, which is also in the folder as manifest.json.
@@ -109,7 +126,8 @@ def seal_folder(
         if path.is_file() and path.name != MANIFEST_NAME:
             fsync_path(path)
             name = path.relative_to(building).as_posix()
-            files[name] = FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
+            pieces = file_pieces(path) if in_pieces else None
+            files[name] = FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size, pieces=pieces)
     names = sorted(files) if digested is None else sorted(digested)
     manifest = Manifest(
         digest=compute_digest(files, names, base_digest),
@@ -117,7 +135,9 @@ def seal_folder(
         digested=names,
         files=files,
     )
-    write_file_atomically(building / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+    write_file_atomically(
+        building / MANIFEST_NAME, manifest.model_dump_json(indent=1, exclude_defaults=True).encode()
+    )
     if final.exists():
         shutil.rmtree(final)
     building.rename(final)
@@ -143,14 +163,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactCorruptError(f"{folder.name} has no manifest that can be read.") from error
 
 
-def verify_folder(
-    folder: Path, map_file: Callable[[Path], memoryview | None] = lambda _path: None
-) -> Manifest:
+def is_file_of(path: Path, entry: FileEntry) -> bool:
+    """Whether a file is there and has the size and the sha256 of an entry."""
+    return path.is_file() and path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
+
+
+def verify_folder(folder: Path, is_right: Callable[[Path, FileEntry], bool] = is_file_of) -> Manifest:
     """Read a folder's manifest and check every file's size and sha256, and the digest.
 
     Args:
         folder: a sealed folder.
-        map_file: gives a file's content in memory, to be hashed in one piece, or None for one that is read.
+        is_right: tells whether a file is there and that of its entry.
 
     Returns:
         The manifest.
@@ -160,11 +183,7 @@ def verify_folder(
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path, found = folder / name, None
-        if path.is_file() and path.stat().st_size == entry.bytes:
-            content = map_file(path)
-            found = file_sha256(path) if content is None else hashlib.sha256(content).hexdigest()
-        if found != entry.sha256:
+        if not is_right(folder / name, entry):
             raise ArtifactCorruptError(f"{folder.name}/{name} does not match its manifest.")
     if compute_digest(manifest.files, manifest.digested, manifest.base_digest) != manifest.digest:
         raise ArtifactCorruptError(f"The digest in the manifest of {folder.name} does not match its files.")

@@ -57,7 +57,9 @@ def write_artifact(
     (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
     (building / CANARY_NAME).write_text(canary.model_dump_json(exclude_defaults=True) + "\n")
     shutil.copyfile(log, building / LOG_NAME)
-    return seal_folder(building, folder, digested=digested, base_digest=origin.spec.ground_digest)
+    return seal_folder(
+        building, folder, digested=digested, base_digest=origin.spec.ground_digest, in_pieces=True
+    )
 
 
 def take_over_artifact(
@@ -86,7 +88,14 @@ def take_over_artifact(
     # Not written in place: other folders may hold the same file.
     (building / CARD_NAME).unlink()
     (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
-    return seal_folder(building, folder, digested=manifest.digested, base_digest=manifest.base_digest)
+    return seal_folder(
+        building,
+        folder,
+        digested=manifest.digested,
+        base_digest=manifest.base_digest,
+        # As it was: the digest covers them.
+        in_pieces=any(entry.pieces for entry in manifest.files.values()),
+    )
 
 
 def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
