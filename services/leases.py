@@ -357,7 +357,8 @@ def _crashed(session: Session, job: Job, error: LuthierError, max_attempts: int)
     else:
         job.status = WAITS_AS[JobStatus(job.status)].value
         goes_on = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"
-        told = NewEvent(f"{error.message} The job {goes_on} its last save point.", level="warn", data={})
+        where = "its last save point" if job.save_points else "its beginning"
+        told = NewEvent(f"{error.message} The job {goes_on} {where}.", level="warn", data={})
     session.flush()
     events.append(session, job.id, [told])
     return JobStatus(job.status)

@@ -51,12 +51,13 @@ def find(session: Session, scope: Scope, name: str, *, for_update: bool = False)
     return session.scalar(statement.with_for_update() if for_update else statement)
 
 
-def get_own(session: Session, scope: Scope, name: str) -> Model:
+def get_own(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
     """Return the project's tuned model or checkpoint of that name.
 
     Args:
         session: the session.
         scope: the caller.
+        catalogue: the bases there are.
         name: the public name.
 
     Returns:
@@ -64,7 +65,7 @@ def get_own(session: Session, scope: Scope, name: str) -> Model:
 
     Raises:
         PermissionDeniedError: when it is another project's, which lets this one call it and no more.
-        InvalidValueError: when the name is an alias or a base.
+        InvalidValueError: when the name is an alias, a base's, or mapped to a base.
         ModelNotFoundError: when there is none.
     """
     model = names.find_callable(session, scope, name)
@@ -75,7 +76,7 @@ def get_own(session: Session, scope: Scope, name: str) -> Model:
                 "GET /v1/aliases tells it.",
                 param="model",
             )
-        if session.get(Base, name) is not None:
+        if names.find_base(session, catalogue, name) is not None:
             raise InvalidValueError(
                 f"{name} is a base model; only tuned models are pinned and downloaded here.", param="model"
             )
@@ -119,12 +120,13 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
     )
 
 
-def pin(session: Session, scope: Scope, name: str, *, is_pinned: bool) -> Model:
+def pin(session: Session, scope: Scope, catalogue: Catalogue, name: str, *, is_pinned: bool) -> Model:
     """Let inference servers keep a model in memory from its next request on, or no longer.
 
     Args:
         session: the session.
         scope: the caller.
+        catalogue: the bases there are.
         name: the public name of the project's own model or checkpoint.
         is_pinned: which of both; asking for what is so already changes nothing.
 
@@ -136,7 +138,7 @@ def pin(session: Session, scope: Scope, name: str, *, is_pinned: bool) -> Model:
         PermissionDeniedError: when it is another project's.
         ModelNotFoundError: when there is none.
     """
-    found = get_own(session, scope, name)
+    found = get_own(session, scope, catalogue, name)
     model = session.get_one(Model, found.id, with_for_update=True, populate_existing=True)
     if (model.pinned_at is not None) is not is_pinned:
         model.pinned_at = func.now() if is_pinned else None
@@ -277,7 +279,7 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
         if names.find_base(session, catalogue, name) is not None:
             raise PermissionDeniedError(f"{name} is a base model; bases can't be deleted.", param="model")
         # Not the project's own: it says whether that is all.
-        get_own(session, scope, name)
+        get_own(session, scope, catalogue, name)
         raise names.unknown_model(name)
     parents.check_unneeded(session, model)
     model.deleted_at = func.now()

@@ -46,7 +46,7 @@ def _named_object(named: names.Named, scope: Scope) -> dict[str, Any]:
 
 def _artifact_key(parts: Parts, scope: Scope, name: str) -> str:
     with parts.database.transaction() as session:
-        return models.get_own(session, scope, name).artifact_key
+        return models.get_own(session, scope, parts.catalogue, name).artifact_key
 
 
 @router.get("/{model}/files")
@@ -78,15 +78,17 @@ async def download_model_file(
 
 
 @router.put("/{model}/pin")
-def pin_model(model: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def pin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
     """Let inference servers keep a tuned model in memory from its next request on."""
-    return tuned_model_object(models.pin(session, scope, model, is_pinned=True), scope.organization_slug)
+    found = models.pin(session, scope, parts.catalogue, model, is_pinned=True)
+    return tuned_model_object(found, scope.organization_slug)
 
 
 @router.delete("/{model}/pin")
-def unpin_model(model: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def unpin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
     """Let a tuned model leave the memory again when others need its room."""
-    return tuned_model_object(models.pin(session, scope, model, is_pinned=False), scope.organization_slug)
+    found = models.pin(session, scope, parts.catalogue, model, is_pinned=False)
+    return tuned_model_object(found, scope.organization_slug)
 
 
 # As a path and after all others: the SDKs before 3 send a slash in a name as it is.

@@ -50,6 +50,8 @@ from luthier.inference.written import WrittenStream
 
 _LOG = logging.getLogger(__name__)
 
+# So often it is looked whether models in memory, or their copies on this disk, were deleted.
+TIDY_SECONDS = 60.0
 # Log-probabilities of so many tokens take a few milliseconds to spell out; streams shall not wait for more.
 _MAX_CHOICES_AT_ONCE = 1000
 
@@ -189,7 +191,7 @@ class Service:
         with self._engine.expecting():
             plan = await asking.planning
             generation = Generation(asking.ready, plan, project_id=asking.target.project_id)
-            await generation.submit(self._engine)
+            generation.submit(self._engine)
         self._open.add(generation)
         stack.callback(self._open.discard, generation)
         stack.callback(generation.cancel)
@@ -225,9 +227,13 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        preload = asyncio.create_task(_preload(service.models, settings.preload_base))
+        tasks = [
+            asyncio.create_task(_preload(service.models, settings.preload_base)),
+            asyncio.create_task(_tidy(service.models)),
+        ]
         yield
-        preload.cancel()
+        for task in tasks:
+            task.cancel()
 
     routes: list[tuple[str, Callable[[Request], Coroutine[Any, Any, Response]], str]] = [
         ("/healthz", service.status.health, "GET"),
@@ -258,3 +264,13 @@ async def _preload(models: Models, base_id: str) -> None:
         _LOG.error("The base could not be loaded: %s", error.message)
     else:
         _LOG.info("The base %s is loaded.", base_id)
+
+
+async def _tidy(models: Models) -> None:
+    """Let deleted models leave memory and disk, from time to time."""
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        try:
+            await models.tidy()
+        except (LuthierError, OSError) as error:
+            _LOG.warning("Deleted models are looked for again later: %s", error)

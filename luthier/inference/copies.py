@@ -10,8 +10,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from luthier.core.errors import ArtifactCorruptError
@@ -40,13 +40,14 @@ _Stamp = tuple[str, int, int, int, int]
 class Copy:
     """An artifact's files on this disk.
 
-    `names` are those of its files; `stamps` are what they looked like right before they were verified, None
-    until then.
+    `names` are those of its files and `prefix` is where it is published, None where that is not known;
+    `stamps` are what the files looked like right before they were verified, None until then.
     """
 
     folder: Path
     digest: str
     names: tuple[str, ...]
+    prefix: str | None = field(default=None, compare=False)
     stamps: tuple[_Stamp, ...] | None = field(default=None, compare=False)
 
     def check(self) -> None:
@@ -120,7 +121,7 @@ def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -
     except (OSError, ArtifactCorruptError):
         # On another disk, or damaged: fetching tells.
         return None
-    return copy if copy.digest == digest else None
+    return replace(copy, prefix=prefix) if copy.digest == digest else None
 
 
 def _link_files(published: Path, names: tuple[str, ...], folder: Path) -> None:
@@ -167,7 +168,7 @@ def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) 
     if copy.digest != digest:
         shutil.rmtree(folder, ignore_errors=True)
         raise ArtifactCorruptError("The stored artifact is not the one that the model was published with.")
-    return copy
+    return replace(copy, prefix=prefix)
 
 
 @contextlib.contextmanager
@@ -209,6 +210,44 @@ def mark_used(folder: Path) -> None:
     # A copy that is gone is missed when it is loaded, if it has to be.
     with contextlib.suppress(OSError):
         os.utime(folder)
+
+
+def find_deleted(storage: Storage, copies: Iterable[Copy]) -> list[Copy]:
+    """Return those of some copies whose artifact is not published any more. Blocks.
+
+    Args:
+        storage: where artifacts are published.
+        copies: of which those that are not known to have been published anywhere are passed over.
+
+    Returns:
+        The copies, which nobody will ask for again.
+
+    Raises:
+        UnavailableError: when storage can't be used right now.
+    """
+    return [copy for copy in copies if copy.prefix is not None and not storage.has_folder(copy.prefix)]
+
+
+def drop_orphans(storage: Storage, cache_dir: Path, known: Collection[str]) -> None:
+    """Delete copies of earlier processes that were second names of files which have no other name now.
+
+    Args:
+        storage: where artifacts are published; only of what is on the cache's disk can this be told.
+        cache_dir: the server's copies, one folder per digest.
+        known: digests of the copies that this process has had to do with, which stay.
+    """
+    root = storage.local_root
+    if root is None or not root.is_dir() or not cache_dir.is_dir():
+        return
+    if root.stat().st_dev != cache_dir.stat().st_dev:
+        return
+    with os.scandir(cache_dir) as entries:
+        folders = [Path(entry.path) for entry in entries if _DIGEST.fullmatch(f"sha256:{entry.name}")]
+    for folder in folders:
+        # Another process may drop it at the same moment.
+        with contextlib.suppress(OSError):
+            if f"sha256:{folder.name}" not in known and (folder / MANIFEST_NAME).stat().st_nlink == 1:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def drop_unused(cache_dir: Path, *, max_kept: int, in_use: set[str]) -> None:

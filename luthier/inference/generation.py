@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 
-from luthier.core.errors import UnavailableError
+from luthier.core.errors import LuthierError, UnavailableError
 from luthier.data.tokens import StreamDecoder
 from luthier.inference.bases import ReadyModel
 from luthier.inference.echoes import Echo
@@ -67,8 +67,8 @@ class Generation:
         """Tokens made so far, those that end an answer included."""
         return sum(sequence.num_completion_tokens for sequence in self.sequences)
 
-    async def submit(self, engine: Engine) -> None:
-        """Hand the sequences to the engine, and wait for the model's proof where they ask it for nothing.
+    def submit(self, engine: Engine) -> None:
+        """Hand the sequences to the engine; those that ask it for nothing end with the model's proof.
 
         Args:
             engine: the engine's thread.
@@ -76,16 +76,20 @@ class Generation:
         Raises:
             TooManyRequestsError: when too many wait already.
             UnavailableError: when the engine is closed.
-            SelfCheckError: when the model can't prove itself.
         """
         first = self.sequences[0]
         if first.options.max_tokens == 0 and not first.wants_prompt_scores:
-            if self._trial is not None:
-                await asyncio.wrap_future(self._trial.told)
-            for index in range(len(self.sequences)):
-                self._take((index, Finish("length", 0)))
+            if self._trial is None:
+                self._end_empty(None)
+            else:
+                self._trial.told.add_done_callback(lambda told: self._end_empty(told.exception()))
             return
         engine.submit(self.sequences)
+
+    def _end_empty(self, error: BaseException | None) -> None:
+        """End answers of no tokens, on any thread."""
+        for index in range(len(self.sequences)):
+            self._emit(index, Failure(error) if isinstance(error, LuthierError) else Finish("length", 0))
 
     def cancel(self) -> None:
         """Give the rows back; harmless when the answers are whole."""

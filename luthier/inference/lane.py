@@ -3,7 +3,7 @@
 A step runs the next token of every row that answers, and a bounded stretch of prompts, so that running
 answers never stall behind a long one. Only the engine's thread may call it.
 
-Legend: R rows of logits, V vocabulary, L layers, N virtual tokens, H key heads, C head size.
+Legend: R rows of logits, V vocabulary.
 """
 
 import logging
@@ -19,15 +19,14 @@ from luthier.inference.lane_memory import LaneMemory
 from luthier.inference.mail import hand_over
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
-from luthier.inference.rows import Row, Work, score_prompts, take_guesses, with_guesses
+from luthier.inference.rows import Row, Work, next_stretch, score_prompts, take_guesses, with_guesses
 from luthier.inference.sequence import Sequence
-from luthier.inference.trials import Trial
+from luthier.inference.trials import Trial, told_of
 from luthier.inference.waiting import WaitingLine
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama
-from luthier.modeling.packed_work import Stretch
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,6 +61,7 @@ class Lane:
         self._rows: list[Row] = []
         # Proofs that are to be given in the next step.
         self._trials: list[Trial] = []
+        self._is_lending = False
         # The engine's own, once the lane has work.
         self.measures = StepMeasures()
 
@@ -96,10 +96,8 @@ class Lane:
         if trial.is_begun:
             return
         trial.is_begun = True
-        with ExitStack() as stack:
-            trial.set_up(self, stack)
-            if trial.error is None:
-                self._run([], [trial])
+        with told_of([trial]), ExitStack() as stack:
+            self._run([], self._set_up([trial], stack))
 
     def sweep(self) -> None:
         """Let go of the rows, and of those who wait, whose answers are not wanted any more."""
@@ -117,7 +115,7 @@ class Lane:
             self._release(row)
         self._rows.clear()
         for trial in self._trials:
-            trial.abandon()
+            trial.end()
         self._trials.clear()
         return found
 
@@ -135,14 +133,30 @@ class Lane:
         if not self._trials:
             return self._step([])
         trials, self._trials = self._trials, []
-        with ExitStack() as stack:
-            for trial in trials:
+        with told_of(trials), ExitStack() as stack:
+            return self._step(self._set_up(trials, stack))
+
+    def _set_up(self, trials: Several[Trial], stack: ExitStack) -> list[Trial]:
+        """Return proofs with all that their step needs; those that can't have it are refused."""
+        ready: list[Trial] = []
+        for trial in trials:
+            try:
                 trial.set_up(self, stack)
-                if trial.error is not None:
-                    self._refuse(trial, trial.error)
-            return self._step([trial for trial in trials if trial.error is None])
+            except Exception as error:  # noqa: BLE001 - nobody else's step shall fail for it
+                if not (ready and isinstance(error, OutOfMemoryError)):
+                    self._refuse(trial, error)
+                    continue
+                # It may be for want of the pages that the others have.
+                self._run([], ready)
+                stack.close()
+                ready = self._set_up([trial], stack)
+            else:
+                ready.append(trial)
+        return ready
 
     def _step(self, trials: Several[Trial]) -> bool:
+        # Pages that are lent to proofs are there again after the step.
+        self._is_lending = bool(trials)
         self._admit()
         work = self._plan()
         if work or trials:
@@ -169,7 +183,7 @@ class Lane:
             spare = len(self._rows)
             if self._pool.num_free - spare < -(-(len(tokens) + 1) // PAGE_SIZE) - len(chain.pages):
                 self._pool.release(chain)
-                if not self._rows:
+                if not self._rows and not self._is_lending:
                     # Nothing will ever leave for it.
                     self._waiting.pop().fail(_too_large(len(tokens)))
                     continue
@@ -192,7 +206,7 @@ class Lane:
         work = []
         for row in list(self._rows):
             if row.num_left == 1 and self._has_pages(row):
-                work.append((row, self._stretch(row, 1)))
+                work.append((row, next_stretch(row, 1)))
         # A row that was planned may have lost its pages to one that came before it.
         work = [(row, stretch) for row, stretch in work if not row.has_left]
         budget = MAX_PROMPT_TOKENS
@@ -209,7 +223,7 @@ class Lane:
             count = min(row.num_left, budget, MAX_LONG_TOKENS if is_long else MAX_SHORT_TOKENS)
             if count <= 0:
                 break
-            work.append((row, self._stretch(row, count)))
+            work.append((row, next_stretch(row, count)))
             budget -= count
         return work
 
@@ -239,23 +253,12 @@ class Lane:
         found = row.drafter.guess(most, least_chance=lambda count: least_chance(num_rows + count))
         return found if self._pool.extend(row.chain, len(row.tokens) + len(found)) else []
 
-    def _stretch(self, row: Row, count: int) -> Stretch:
-        end = row.num_done + count
-        return Stretch(
-            row.tokens[row.num_done : end],
-            row.num_done,
-            row.chain.pages,
-            None if row.adapter is None else row.adapter.described,
-            end == len(row.tokens),
-            row.sequence.wants_prompt_scores,
-        )
-
     def _has_pages(self, row: Row) -> bool:
         """Make sure that a row has a page for its next token, taken from the youngest row if need be."""
         if row.has_left:
             return False
         while not self._pool.extend(row.chain, len(row.tokens)):
-            if len(self._rows) == 1:
+            if len(self._rows) == 1 and not self._is_lending:
                 # Nobody will ever leave for it.
                 row.sequence.fail(_too_large(len(row.tokens)))
                 self.sweep()
@@ -278,6 +281,8 @@ class Lane:
         self._pool.release(row.chain)
 
     def _run(self, work: Work, trials: Several[Trial] = ()) -> None:
+        if not work and not trials:
+            return
         stretches = [stretch for _, stretch in work]
         for trial in trials:
             stretches += trial.stretches
@@ -323,7 +328,7 @@ class Lane:
         if any(stretch.by_rows for _, stretch in work):
             # Nobody's answer shall end for what it would not have run without guesses.
             log_fault(_LOG, "A step with guesses", error)
-            self._run([(row, self._stretch(row, 1) if one.by_rows else one) for row, one in work], trials)
+            self._run([(row, next_stretch(row, 1) if one.by_rows else one) for row, one in work], trials)
         elif len(work) + len(trials) > 1:
             for trial in trials:
                 self._run([], [trial])
@@ -342,9 +347,10 @@ class Lane:
         held_RV, rest_RV = logits.held_RV[:first].clone(), logits.held_RV[first:].clone()
         counts = [sum(one.num_logits for one in trial.stretches) for trial in trials]
         for trial, own_RV in zip(trials, rest_RV.split(counts), strict=True):
-            trial.judge(self, own_RV)
-            if trial.error is not None:
-                self._refuse(trial, trial.error)
+            try:
+                trial.judge(self, own_RV)
+            except Exception as error:  # noqa: BLE001 - nobody else's answer shall end for it
+                self._refuse(trial, error)
         return Logits(held_RV, logits.best[:first])
 
     def _refuse(self, trial: Trial, error: Exception) -> None:

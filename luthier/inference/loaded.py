@@ -152,6 +152,21 @@ class LoadedArtifacts:
             # Rows whose client has left may hold them until the engine's next turn.
             await asyncio.wrap_future(self._engine.sweep())
 
+    def forget(self, digest: str) -> bool:
+        """Drop an artifact that nobody will ask for again, pinned or not, unless it is answering just now.
+
+        Args:
+            digest: the artifact's.
+
+        Returns:
+            Whether nothing lies on it any more.
+        """
+        for key, entry in list(self._entries.items()):
+            if key[1] == digest and entry.num_holders == 0 and entry.is_ready:
+                self._drop(key, entry)
+        self._tell_waiting()
+        return digest not in self.digests
+
     def wake(self) -> None:
         """Let those who wait for room look again."""
         self._tell_waiting()
@@ -222,6 +237,9 @@ class LoadedArtifacts:
         # Where it failed its proof another may be on its way in its place.
         if entry is not None and entry.is_of(ready):
             self._release(entry)
+        else:
+            # What failed its proof leaves the memory now.
+            self._tell_waiting()
 
     async def _wait(self, served: ServedModel, *, is_pinned: bool) -> ReadyModel:
         entry = self._find(served) or await self._find_room(served)

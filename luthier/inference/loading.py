@@ -206,8 +206,14 @@ async def _try_out(engine: EngineLike, lane: Lane, trial: Trial) -> None:
     """Wait for an adapter's proof: in the first step of whoever asked for it, else in one of its own."""
     told = asyncio.wrap_future(trial.told)
     await asyncio.wait({told}, timeout=_ASKING_SECONDS)
-    if not told.done():
-        engine.call(lambda: lane.try_out(trial))
+    try:
+        if not told.done():
+            await asyncio.wrap_future(engine.call(lambda: lane.try_out(trial)))
+    except BaseException:
+        # The engine has ended; what it had begun it has told of.
+        if not trial.is_begun:
+            trial.end()
+        raise
     await told
 
 

@@ -1,4 +1,4 @@
-"""A file in memory, where it is hashed in one piece and read from at the same time. Never torch."""
+"""A file in memory, where it is hashed and read from at the same time. Never torch."""
 
 import ctypes
 import errno

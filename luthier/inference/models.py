@@ -4,6 +4,7 @@ Runs on the event loop; whatever takes long goes to a thread, so that nobody els
 """
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -25,7 +26,16 @@ from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
 from luthier.inference import bases
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
-from luthier.inference.copies import Copy, drop_unused, fetch_artifact, link_artifact, mark_used, verify_copy
+from luthier.inference.copies import (
+    Copy,
+    drop_orphans,
+    drop_unused,
+    fetch_artifact,
+    find_deleted,
+    link_artifact,
+    mark_used,
+    verify_copy,
+)
 from luthier.inference.loaded import LoadedArtifacts
 from luthier.inference.loading import EngineLike, RowLimits
 from luthier.inference.memory import Ceiling, LaneLike, NoRoomError, measure_used, trim
@@ -221,6 +231,30 @@ class Models:
     def release(self, ready: ReadyModel) -> None:
         """Say that a request needs a model no longer."""
         self.loaded.release(ready)
+
+    async def tidy(self) -> None:
+        """Let go of artifacts that were deleted where they were published: in memory, and on this disk.
+
+        Raises:
+            UnavailableError: when storage can't be used right now.
+        """
+        if self._storage is None:
+            self._storage = await asyncio.to_thread(Storage.open, self._settings.storage_url)
+        storage, cache_dir = self._storage, self._settings.cache_dir / "artifacts"
+        copies = {copy.digest: copy for served in self._served.values() for copy in served.copies}
+        held = set(self.loaded.digests)
+
+        def find() -> list[Copy]:
+            drop_orphans(storage, cache_dir, copies)
+            wanted = (copy for digest, copy in copies.items() if digest in held or copy.folder.is_dir())
+            return find_deleted(storage, wanted)
+
+        for copy in await asyncio.to_thread(find):
+            # One that is answering just now is found again.
+            if self.loaded.forget(copy.digest):
+                for key in [key for key in self._served if key[1] == copy.digest]:
+                    del self._served[key]
+                await asyncio.to_thread(shutil.rmtree, copy.folder, ignore_errors=True)
 
     async def _restore(self, target: ModelTarget, failed: ServedModel) -> ServedModel | None:
         """Fetch a model's artifact anew, unless its copy is whole, so that another would be no better."""

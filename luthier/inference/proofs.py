@@ -17,7 +17,7 @@ from luthier.storage.manifests import Manifest, read_manifest
 # How far served logits may be from recorded ones, as the norm of the gap relative to that of the logits. In
 # bfloat16 on either side rounding alone makes about 0.02; another adapter, or a wrong scale, makes more than
 # the larger number wherever it changes answers at all.
-_CANARY_TOLERANCE = 1e-3
+CANARY_TOLERANCE = 1e-3
 _ROUNDED_CANARY_TOLERANCE = 0.1
 
 
@@ -106,20 +106,20 @@ def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[
     logits_V = run(canary.token_ids).cpu()
     if max(canary.candidates) >= len(logits_V) or min(canary.candidates) < 0:
         raise ArtifactCorruptError("The artifact has another vocabulary than its base.")
-    gap = _gap(logits_V[canary.candidates], torch.tensor(canary.logits, dtype=torch.float32))
+    gap = gap_between(logits_V[canary.candidates], torch.tensor(canary.logits, dtype=torch.float32))
     is_exact = dtype is torch.float32 and canary.precision == "float32"
-    if not gap <= (_CANARY_TOLERANCE if is_exact else _largest_rounded_gap(canary)):
+    if not gap <= (CANARY_TOLERANCE if is_exact else _largest_roundedgap_between(canary)):
         raise SelfCheckError(
             f"The model does not say what training recorded of it (logits {gap:.2g} apart); it is not served."
         )
 
 
-def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return how far logits are apart, as a share of the expected ones' norm."""
+def gap_between(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return how far logits are apart, as the norm of their gap over the norm of those expected."""
     return float((found - expected).norm() / expected.norm())
 
 
-def _largest_rounded_gap(canary: Canary) -> float:
+def _largest_roundedgap_between(canary: Canary) -> float:
     return max(_ROUNDED_CANARY_TOLERANCE, canary.allowed_rounding)
 
 
@@ -138,7 +138,7 @@ def check_row(
         SelfCheckError: when the base answers for the model there.
     """
     # Of a smaller change rounding may leave nothing on one of the ways.
-    if _gap(begun_V, base_begun_V) > _CANARY_TOLERANCE and torch.equal(row_V, base_row_V):
+    if gap_between(begun_V, base_begun_V) > CANARY_TOLERANCE and torch.equal(row_V, base_row_V):
         raise SelfCheckError("Token by token the base answers for the model; it is not served.")
 
 

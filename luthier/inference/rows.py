@@ -55,6 +55,19 @@ class Row:
 Work = list[tuple[Row, Stretch]]
 
 
+def next_stretch(row: Row, count: int) -> Stretch:
+    """Return so many of the tokens that a row is still to run."""
+    end = row.num_done + count
+    return Stretch(
+        row.tokens[row.num_done : end],
+        row.num_done,
+        row.chain.pages,
+        None if row.adapter is None else row.adapter.described,
+        end == len(row.tokens),
+        row.sequence.wants_prompt_scores,
+    )
+
+
 @torch.inference_mode()
 def score_prompts(work: Work, logits: Logits) -> Logits:
     """Tell the rows that want it of their prompts, and return the logits that answers go on from."""

@@ -3,12 +3,14 @@
 A proof alone takes nearly as long as a step of many rows, for both read all weights. So it is part of the
 step of the request that the adapter was loaded for, of which no token is taken before the proof is right.
 
-Legend: `R` rows of logits, `V` vocabulary.
+Legend: `R` rows of logits, `B` the first tokens of a text that are looked at, `V` vocabulary, `N` input
+vectors, `D` hidden size.
 """
 
 import logging
-from concurrent.futures import Future
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +19,14 @@ from luthier.core.canary import Canary
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.inference.faults import to_told
 from luthier.inference.probing import NUM_BEGUN, Asked, Text, ask
-from luthier.inference.proofs import check_canary, check_finite_logits, check_probe, check_row
+from luthier.inference.proofs import (
+    CANARY_TOLERANCE,
+    check_canary,
+    check_finite_logits,
+    check_probe,
+    check_row,
+    gap_between,
+)
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_work import Stretch
 
@@ -33,7 +42,7 @@ _MAX_VECTORS = 256
 class Trial:
     """A proof: logits are finite, others than the base's, and those that training recorded.
 
-    Only the engine's thread may call its methods.
+    Only the engine's thread may call its methods, but `end` where no lane has taken it.
 
     Args:
         adapter: laid out on a lane's base.
@@ -63,26 +72,25 @@ class Trial:
         self._wholes = [Text(ids, one, ends_in_row=False, num_begun=len(ids)) for one in both]
 
     def set_up(self, lane: "Lane", stack: ExitStack) -> None:
-        """Take all that a step needs for it, so that it can fail by itself.
+        """Take all that a step needs for it.
 
         Args:
             lane: the adapter's.
-            stack: closed when the step is over, which tells what came of the proof.
+            stack: closed when the step is over, which gives the pages back.
+
+        Raises:
+            OutOfMemoryError: when the pages are too few.
         """
-        stack.callback(self._tell)
-        try:
-            prepare(lane, self.adapter)
-            # Those of the whole texts serve for their beginnings too.
-            lengths = [text.num_positions for text in (*self._wholes, *self._texts[2:])]
-            self._pages = stack.enter_context(lane.borrowing(*lengths))
-            self._asked = Asked(lane.model, self._texts, self._pages)
-        except Exception as error:  # noqa: BLE001 - nobody else's step shall fail for it
-            self.fail(error)
+        prepare(lane, self.adapter)
+        # Those of the whole texts serve for their beginnings too.
+        lengths = [text.num_positions for text in (*self._wholes, *self._texts[2:])]
+        self._pages = stack.enter_context(lane.borrowing(*lengths))
+        self._asked = Asked(lane.model, self._texts, self._pages)
 
     @property
     def stretches(self) -> list[Stretch]:
-        """What the step runs for it; nothing once it has failed."""
-        return [] if self._asked is None or self.error is not None else self._asked.stretches
+        """What the step runs for it."""
+        return [] if self._asked is None else self._asked.stretches
 
     def judge(self, lane: "Lane", logits_RV: torch.Tensor) -> None:
         """Look at what the step says; it may take another one.
@@ -90,22 +98,34 @@ class Trial:
         Args:
             lane: the adapter's.
             logits_RV: of the proof's stretches.
+
+        Raises:
+            ArtifactCorruptError: when the vocabularies differ.
+            SelfCheckError: when the adapter does not prove itself.
         """
-        try:
-            self._check(lane, logits_RV)
-        except Exception as error:  # noqa: BLE001 - nobody else's step shall fail for it
-            self.fail(error)
-        else:
-            self._is_right = True
+        self._check(lane, logits_RV)
+        self._is_right = True
 
     def fail(self, error: Exception) -> LuthierError:
-        """Keep what it failed with, and return what is told of that."""
+        """Say what it failed with, and return what is told of that."""
         self.error = to_told(_LOG, "The proof of an adapter", error)
+        self._tell()
         return self.error
 
-    def abandon(self) -> None:
-        """Say that there will be no step for it."""
+    def end(self) -> None:
+        """Tell what came of it; unless it was judged, that there will be no step for it."""
+        self._asked, self._pages = None, []
+        if not self._is_right and self.error is None:
+            self.error = UnavailableError("The model could not be proved; try again.")
         self._tell()
+
+    def _tell(self) -> None:
+        # Two threads may give it up at once.
+        with suppress(InvalidStateError):
+            if self.error is None:
+                self.told.set_result(None)
+            else:
+                self.told.set_exception(self.error)
 
     @torch.inference_mode()
     def _check(self, lane: "Lane", logits_RV: torch.Tensor) -> None:
@@ -115,22 +135,22 @@ class Trial:
         count = min(len(said.begun_BV), len(base_said.begun_BV))
         found_BV, base_BV = said.begun_BV[:count], base_said.begun_BV[:count]
         check_row(found_BV[0], base_BV[0], row.last_V, base_row.last_V)
-        if torch.equal(found_BV, base_BV):
-            # Rounding may leave nothing of a small change so early.
+        if gap_between(found_BV, base_BV) <= CANARY_TOLERANCE:
+            # So early rounding may leave nothing of a small change, or make one where there is none: beside
+            # others the two are not in like places. In a step of their own they are.
             found, expected = ask(lane.model, self._wholes, self._pages[:2])
             check_probe(found.begun_BV, expected.begun_BV)
         check_canary(self._canary, lane.model.dtype, lambda _token_ids: said.last_V)
 
-    def _tell(self) -> None:
-        self._asked, self._pages = None, []
-        if self.told.done():
-            return
-        if self._is_right:
-            self.told.set_result(None)
-            return
-        if self.error is None:
-            self.error = UnavailableError("The model could not be proved; try again.")
-        self.told.set_exception(self.error)
+
+@contextmanager
+def told_of(trials: Sequence[Trial]) -> Iterator[None]:
+    """Tell what came of some proofs in the end, however it comes."""
+    try:
+        yield
+    finally:
+        for trial in trials:
+            trial.end()
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.storage.pieces import file_pieces
+from luthier.storage.pieces import piece_bytes
 
 MANIFEST_NAME = "manifest.json"
 _CHUNK_BYTES = 1024 * 1024
@@ -47,6 +47,10 @@ class Manifest(BaseModel):
     digested: list[str]
     files: dict[str, FileEntry]
 
+    def to_json(self) -> bytes:
+        """Return the content of its file. Older readers refuse fields that they don't know."""
+        return self.model_dump_json(indent=1, exclude_defaults=True).encode()
+
 
 class _Buffer(threading.local):
     """A thread's own memory for what it hashes: new memory takes the system as long as the hash itself."""
@@ -61,11 +65,28 @@ _BUFFER = _Buffer()
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file as 64 hex digits, read in pieces."""
-    found, buffer = hashlib.sha256(), _BUFFER.content
+    return _hash(path, in_pieces=False)[0]
+
+
+def _hash(path: Path, *, in_pieces: bool) -> tuple[str, list[str] | None]:
+    """Return the sha256 of a file, and those of its pieces if they are wanted and several."""
+    whole, buffer = hashlib.sha256(), memoryview(_BUFFER.content)
+    size = piece_bytes(path.stat().st_size)
+    pieces: list[str] = []
+    piece, num_left = hashlib.sha256(), size
     with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            found.update(memoryview(buffer)[:count])
-    return found.hexdigest()
+        while count := stream.readinto(buffer[: min(len(buffer), num_left)]):
+            whole.update(buffer[:count])
+            if not in_pieces:
+                continue
+            piece.update(buffer[:count])
+            num_left -= count
+            if num_left == 0:
+                pieces.append(piece.hexdigest())
+                piece, num_left = hashlib.sha256(), size
+    if num_left < size:
+        pieces.append(piece.hexdigest())
+    return whole.hexdigest(), pieces if len(pieces) > 1 else None
 
 
 def fsync_path(path: Path) -> None:
@@ -126,8 +147,8 @@ def seal_folder(
         if path.is_file() and path.name != MANIFEST_NAME:
             fsync_path(path)
             name = path.relative_to(building).as_posix()
-            pieces = file_pieces(path) if in_pieces else None
-            files[name] = FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size, pieces=pieces)
+            sha256, pieces = _hash(path, in_pieces=in_pieces)
+            files[name] = FileEntry(sha256=sha256, bytes=path.stat().st_size, pieces=pieces)
     names = sorted(files) if digested is None else sorted(digested)
     manifest = Manifest(
         digest=compute_digest(files, names, base_digest),
@@ -135,9 +156,7 @@ def seal_folder(
         digested=names,
         files=files,
     )
-    write_file_atomically(
-        building / MANIFEST_NAME, manifest.model_dump_json(indent=1, exclude_defaults=True).encode()
-    )
+    write_file_atomically(building / MANIFEST_NAME, manifest.to_json())
     if final.exists():
         shutil.rmtree(final)
     building.rename(final)

@@ -9,36 +9,26 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 
-_MIB = 1 << 20
-_LEAST_BYTES = 2 * _MIB
-_MOST_PIECES = 64
-# Threads that help the one that asks: more than a disk gives work for are of no use.
-_MOST_HELPERS = 7
+MIB = 1 << 20
+# Part of the format of what is published: never to be changed.
+_LEAST_BYTES, _MOST_PIECES = 2 * MIB, 64
+# Threads that check one file: more than a disk gives work for are of no use.
+_MOST_THREADS = 8
 
 
 def piece_bytes(num_bytes: int) -> int:
     """Return the size of the pieces of a file of so many bytes, of which the last may be shorter."""
-    return max(_LEAST_BYTES, -(-num_bytes // (_MOST_PIECES * _MIB)) * _MIB)
+    return max(_LEAST_BYTES, -(-num_bytes // (_MOST_PIECES * MIB)) * MIB)
 
 
-def file_pieces(path: Path) -> list[str] | None:
-    """Return the sha256 of each piece of a file as 64 hex digits; None for one that is a single piece."""
-    num_bytes = path.stat().st_size
-    size = piece_bytes(num_bytes)
-    if num_bytes <= size:
-        return None
-    with path.open("rb") as stream:
-        return [hashlib.sha256(piece).hexdigest() for piece in iter(lambda: stream.read(size), b"")]
-
-
-def are_pieces(content: memoryview, pieces: Sequence[str]) -> bool:
+def are_pieces(content: memoryview, pieces: Sequence[str], num_threads: int | None = None) -> bool:
     """Whether bytes are those whose pieces were hashed.
 
     Args:
         content: all of a file.
-        pieces: what `file_pieces` said of it.
+        pieces: the sha256 of each piece as 64 hex digits, as its manifest says.
+        num_threads: that may check them; as many as there are processors when left out.
 
     Returns:
         Whether every piece is there and none is left.
@@ -46,25 +36,23 @@ def are_pieces(content: memoryview, pieces: Sequence[str]) -> bool:
     size = piece_bytes(len(content))
     if len(pieces) != -(-len(content) // size):
         return False
+    num_threads = min(_MOST_THREADS, num_threads or len(os.sched_getaffinity(0)))
     # Threads share it: each takes the next place that is left.
     places = iter(range(len(pieces)))
-    helping = [_helpers().submit(_are_right, content, size, pieces, places) for _ in range(_num_helpers())]
-    found = [_are_right(content, size, pieces, places)]
+    helping = [_helpers().submit(_count, content, size, pieces, places) for _ in range(num_threads - 1)]
+    num_right = _count(content, size, pieces, places)
     # Who has not begun by now has nothing to do.
-    return all([*found, *(one.result() for one in helping if not one.cancel())])
+    return num_right + sum(one.result() for one in helping if not one.cancel()) == len(pieces)
 
 
-def _are_right(content: memoryview, size: int, pieces: Sequence[str], places: Iterator[int]) -> bool:
-    return all(
+def _count(content: memoryview, size: int, pieces: Sequence[str], places: Iterator[int]) -> int:
+    """Return how many of the places that this thread took hold the right piece."""
+    return sum(
         hashlib.sha256(content[place * size : (place + 1) * size]).hexdigest() == pieces[place]
         for place in places
     )
 
 
-def _num_helpers() -> int:
-    return min(_MOST_HELPERS, len(os.sched_getaffinity(0)) - 1)
-
-
 @cache
 def _helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, _num_helpers()), thread_name_prefix="hashing")
+    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="hashing")

@@ -321,6 +321,25 @@ class Storage:
                 raise ArtifactCorruptError(f"Another folder is published under {prefix}.") from error
         self.settle(key)
 
+    def has_folder(self, prefix: str) -> bool:
+        """Tell whether a folder is published.
+
+        Args:
+            prefix: where it would be.
+
+        Returns:
+            Whether its manifest is there.
+
+        Raises:
+            UnavailableError: when storage can't be used right now.
+        """
+        with _answered():
+            try:
+                obstore.head(self.objects, f"{prefix}/{MANIFEST_NAME}")
+            except _MISSING:
+                return False
+        return True
+
     def read_manifest(self, prefix: str) -> Manifest:
         """Read the manifest of a published folder.
 
@@ -359,7 +378,7 @@ class Storage:
         building.mkdir(parents=True)
         for name, entry in manifest.files.items():
             self.fetch_file(f"{prefix}/{name}", building / name, sha256=entry.sha256)
-        (building / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1))
+        (building / MANIFEST_NAME).write_bytes(manifest.to_json())
         shutil.rmtree(destination, ignore_errors=True)
         building.rename(destination)
         return read_manifest(destination)

@@ -280,7 +280,7 @@ def test_an_attempt_that_breaks_off_or_lacks_a_part_while_pausing_leaves_the_job
         assert _outcomes(context, job_id)[-1] == outcome
         client.fine_tuning.jobs.resume(job_id)
     messages = _messages(client, job_id)
-    assert "Gone. The job is paused at its last save point." in messages
+    assert "Gone. The job is paused at its beginning." in messages
     assert "The job waits: Storage is away." in messages
 
 

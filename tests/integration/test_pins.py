@@ -29,3 +29,8 @@ def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(
     assert not asked(V1).is_pinned
     assert ours.refused("PUT", "/models/letters/pin")[:3] == (400, "invalid_value", "model")
     assert ours.refused("PUT", "/models/nobody/pin")[:2] == (404, "model_not_found")
+    # A base, by its own name and by one that is mapped to it.
+    for name in (TINY_BASE, "gpt-4o-mini-2024-07-18"):
+        for method, path in (("PUT", f"/models/{name}/pin"), ("GET", f"/models/{name}/files")):
+            refused = ours.refused(method, path)
+            assert refused[:3] == (400, "invalid_value", "model") and "is a base model" in refused[3]

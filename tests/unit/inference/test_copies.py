@@ -9,8 +9,17 @@ import pytest
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.inference import copies
-from luthier.inference.copies import drop_unused, fetch_artifact, link_artifact, mark_used, verify_copy
-from luthier.storage.manifests import MANIFEST_NAME, Manifest, seal_folder
+from luthier.inference.copies import (
+    Copy,
+    drop_orphans,
+    drop_unused,
+    fetch_artifact,
+    find_deleted,
+    link_artifact,
+    mark_used,
+    verify_copy,
+)
+from luthier.storage.manifests import MANIFEST_NAME, FileEntry, Manifest, seal_folder
 from luthier.storage.store import Storage
 
 NAME = "adapter_model.safetensors"
@@ -55,9 +64,9 @@ def test_a_copy_that_nobody_touched_is_not_read_again_and_one_that_was_is(
     assert copy is not None
     readings = []
 
-    def count(folder: Path, map_file: Callable[[Path], memoryview | None]) -> Manifest:
+    def count(folder: Path, is_right: Callable[[Path, FileEntry], bool]) -> Manifest:
         readings.append(folder)
-        return verify_folder(folder, map_file)
+        return verify_folder(folder, is_right)
 
     verify_folder = copies.verify_folder
     monkeypatch.setattr(copies, "verify_folder", count)
@@ -142,3 +151,42 @@ def test_where_files_get_no_second_name_nothing_is_left_behind(
     monkeypatch.setattr(os, "link", refuse)
     assert link_artifact(storage, "projects/p/a", digest, tmp_path / "cache") is None
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def link(storage: Storage, tmp_path: Path, name: str) -> Copy:
+    digest = build(tmp_path / name, name.encode()).digest
+    storage.put_folder(tmp_path / name, f"projects/p/{name}")
+    copy = link_artifact(storage, f"projects/p/{name}", digest, tmp_path / "cache")
+    assert copy is not None and copy.folder.is_dir()
+    return copy
+
+
+def test_copies_of_what_is_not_published_any_more_are_told_from_others(tmp_path: Path) -> None:
+    storage = Storage.open(f"file://{tmp_path}/objects")
+    kept, deleted = link(storage, tmp_path, "a"), link(storage, tmp_path, "b")
+    fetched = build(tmp_path / "c", b"c").digest
+    storage.put_folder(tmp_path / "c", "projects/p/c")
+    other = fetch_artifact(storage, "projects/p/c", fetched, tmp_path / "cache")
+    unknown = verify_copy(other.folder)
+    assert unknown is not None
+    for name in ("b", "c"):
+        storage.delete_prefix(f"projects/p/{name}")
+    assert find_deleted(storage, [kept, deleted, other, unknown]) == [deleted, other]
+
+
+def test_orphans_of_earlier_processes_are_dropped_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, cache = Storage.open(f"file://{tmp_path}/objects"), tmp_path / "cache"
+    drop_orphans(storage, cache, ())
+    kept, deleted, known = (link(storage, tmp_path, name) for name in "abc")
+    (cache / "notes").mkdir()
+    for name in "bc":
+        storage.delete_prefix(f"projects/p/{name}")
+    drop_orphans(storage, cache, {known.digest})
+    assert [copy.folder.is_dir() for copy in (kept, deleted, known)] == [True, False, True]
+    assert (cache / "notes").is_dir()
+    # Where artifacts lie elsewhere each copy has one name.
+    monkeypatch.setattr(storage, "local_root", None)
+    drop_orphans(storage, cache, ())
+    assert known.folder.is_dir()

@@ -9,20 +9,11 @@ import pytest
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.inference.copies import _copy_in
-from luthier.storage import pieces
 from luthier.storage.manifests import MANIFEST_NAME, read_manifest, seal_folder, verify_folder
-from luthier.storage.pieces import are_pieces, file_pieces, piece_bytes
+from luthier.storage.pieces import are_pieces, piece_bytes
 
 MIB = 1 << 20
 SIZE = 5 * MIB + 3
-
-
-@pytest.fixture(params=[1, 2, 5])
-def num_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(pieces, "_num_helpers", lambda: request.param - 1)
-    pieces._helpers.cache_clear()
-    count: int = request.param
-    return count
 
 
 def seal(folder: Path, content: bytes, *, in_pieces: bool = True) -> Path:
@@ -34,6 +25,10 @@ def seal(folder: Path, content: bytes, *, in_pieces: bool = True) -> Path:
     return folder
 
 
+def pieces_of(folder: Path, content: bytes) -> list[str] | None:
+    return read_manifest(seal(folder, content)).files["weights"].pieces
+
+
 def test_pieces_are_few_and_cover_a_file(tmp_path: Path) -> None:
     assert [piece_bytes(size) for size in (1, SIZE, 128 * MIB, 128 * MIB + 1, 14_000 * MIB)] == [
         2 * MIB,
@@ -43,35 +38,36 @@ def test_pieces_are_few_and_cover_a_file(tmp_path: Path) -> None:
         219 * MIB,
     ]
     content = os.urandom(SIZE)
-    (tmp_path / "a").write_bytes(content)
-    parts = [content[first : first + 2 * MIB] for first in range(0, SIZE, 2 * MIB)]
-    assert file_pieces(tmp_path / "a") == [hashlib.sha256(part).hexdigest() for part in parts]
-    (tmp_path / "b").write_bytes(content[: 2 * MIB])
-    assert file_pieces(tmp_path / "b") is None
+    for size in (SIZE, 4 * MIB):
+        parts = [content[first : min(size, first + 2 * MIB)] for first in range(0, size, 2 * MIB)]
+        found = pieces_of(tmp_path / str(size), content[:size])
+        assert found == [hashlib.sha256(part).hexdigest() for part in parts]
+    assert pieces_of(tmp_path / "b", content[: 2 * MIB]) is None
+    assert pieces_of(tmp_path / "c", b"") is None
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 5, None])
 def test_a_changed_bit_of_any_piece_is_found_by_any_number_of_threads(
-    tmp_path: Path, num_threads: int
+    tmp_path: Path, num_threads: int | None
 ) -> None:
     content = bytearray(os.urandom(SIZE))
-    (tmp_path / "a").write_bytes(content)
-    expected = file_pieces(tmp_path / "a")
-    assert expected is not None and num_threads > 0
-    assert are_pieces(memoryview(content), expected)
+    expected = pieces_of(tmp_path / "a", bytes(content))
+    assert expected is not None
+    assert are_pieces(memoryview(content), expected, num_threads)
     for place in (0, 2 * MIB - 1, 2 * MIB, 4 * MIB + 5, SIZE - 1):
         content[place] ^= 1
-        assert not are_pieces(memoryview(content), expected)
+        assert not are_pieces(memoryview(content), expected, num_threads)
         content[place] ^= 1
     for wrong in ([], expected[:-1], [*expected, expected[-1]], expected[::-1]):
-        assert not are_pieces(memoryview(content), wrong)
-    assert not are_pieces(memoryview(content)[:-1], expected)
-    assert are_pieces(memoryview(content), expected)
+        assert not are_pieces(memoryview(content), wrong, num_threads)
+    assert not are_pieces(memoryview(content)[:-1], expected, num_threads)
+    assert are_pieces(memoryview(content), expected, num_threads)
 
 
-def test_a_copy_is_checked_by_its_pieces_which_its_digest_covers(tmp_path: Path, num_threads: int) -> None:
+def test_a_copy_is_checked_by_its_pieces_which_its_digest_covers(tmp_path: Path) -> None:
     folder = seal(tmp_path / "a", os.urandom(SIZE))
     manifest = read_manifest(folder)
-    assert manifest == verify_folder(folder) and num_threads > 0
+    assert manifest == verify_folder(folder)
     found = manifest.files["weights"].pieces
     assert found is not None and len(found) == 3 and manifest.files["small"].pieces is None
     _copy_in(folder).check()

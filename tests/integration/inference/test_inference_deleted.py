@@ -1,0 +1,84 @@
+"""Deleted models leave memory and disk, and nobody else notices."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from luthier.core.inference import ModelTarget
+from luthier.inference.loading import Kind
+from luthier.methods import discover
+from luthier.storage.store import Storage
+from tests.inference_server import BARE, CHAT, Served, wait_until
+from tests.unit.inference.artifacts import build_method_artifact
+
+WHOLE = next(name for name, method in discover().items() if method.is_whole_model)
+
+
+def publish(folder: Path, base_folder: Path, name: str, method: str, seed: int) -> ModelTarget:
+    artifact = build_method_artifact(folder / name, base_folder, {"type": method}, seed=seed)
+    prefix = f"projects/p/{name}"
+    Storage.open(f"file://{folder}/objects").put_folder(artifact.folder, prefix)
+    return BARE.model_copy(update={"model": name, "artifact": prefix, "digest": artifact.digest})
+
+
+def tidy(served: Served) -> None:
+    asyncio.run_coroutine_threadsafe(served.service.models.tidy(), served.loop).result(30)
+
+
+def copy_of(folder: Path, target: ModelTarget) -> Path:
+    return folder / "cache" / "artifacts" / str(target.digest).removeprefix("sha256:")
+
+
+@pytest.mark.parametrize("method", ["lora", WHOLE])
+def test_a_deleted_model_leaves_memory_and_disk_and_another_stays(
+    served: Served, folder: Path, base_folder: Path, method: str
+) -> None:
+    storage, kind = Storage.open(f"file://{folder}/objects"), Kind.WHOLE if method == WHOLE else Kind.PACKED
+    deleted = publish(folder, base_folder, f"deleted-{method}", method, 71)
+    deleted = deleted.model_copy(update={"is_pinned": True})
+    kept = publish(folder, base_folder, f"kept-{method}", method, 72)
+    texts = {target.model: served.chat("the sky", target, max_tokens=4) for target in (deleted, kept)}
+    loaded = served.service.models.loaded
+    wait_until(lambda: {deleted.digest, kept.digest} <= set(loaded.digests), "both are loaded")
+    tidy(served)
+    assert {deleted.digest, kept.digest} <= set(loaded.digests)
+    held = loaded.tell(kind).num_bytes
+    storage.delete_prefix(str(deleted.artifact))
+    tidy(served)
+    assert deleted.digest not in loaded.digests and loaded.tell(kind).num_bytes < held
+    assert not copy_of(folder, deleted).exists()
+    assert kept.digest in loaded.digests and copy_of(folder, kept).is_dir()
+    again = served.chat("the sky", kept, max_tokens=4)
+    assert again["choices"] == texts[kept.model]["choices"]
+
+
+def test_an_answer_that_is_being_made_is_made_to_its_end(
+    served: Served, folder: Path, base_folder: Path
+) -> None:
+    target = publish(folder, base_folder, "answering", "lora", 73)
+    expected = served.chat("the sea", target, max_tokens=6)["choices"]
+    found: list[object] = []
+    served.runner.gate.clear()
+    with served.runner.gate_lanes():
+        number = served.runner.num_steps
+        asking = threading.Thread(
+            target=lambda: found.append(served.chat("the sea", target, max_tokens=6)["choices"])
+        )
+        asking.start()
+        wait_until(lambda: served.runner.num_steps > number, "a step has begun")
+        Storage.open(f"file://{folder}/objects").delete_prefix(str(target.artifact))
+        tidy(served)
+        assert target.digest in served.service.models.loaded.digests
+        served.runner.gate.set()
+        asking.join(30)
+    assert found == [expected]
+    wait_until(lambda: gone(served, target), "it leaves once it has answered")
+    response = served.post(CHAT, target, messages=[{"role": "user", "content": "the sea"}])
+    assert response.json()["error"]["code"] == "artifact_corrupt"
+
+
+def gone(served: Served, target: ModelTarget) -> bool:
+    tidy(served)
+    return target.digest not in served.service.models.loaded.digests
