@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from luthier.storage.store import Storage
 
 # A file from this size on is mapped.
 _LARGE_BYTES = 1 << 20
+# How long nobody must have wanted a copy of an earlier process before it may be dropped.
+_ORPHAN_SECONDS = 600.0
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -246,7 +249,10 @@ def drop_orphans(storage: Storage, cache_dir: Path, known: Collection[str]) -> N
     for folder in folders:
         # Another process may drop it at the same moment.
         with contextlib.suppress(OSError):
-            if f"sha256:{folder.name}" not in known and (folder / MANIFEST_NAME).stat().st_nlink == 1:
+            has_other_name = (folder / MANIFEST_NAME).stat().st_nlink > 1
+            # One that another process has just fetched has one name too.
+            is_idle = time.time() - folder.stat().st_mtime > _ORPHAN_SECONDS
+            if f"sha256:{folder.name}" not in known and not has_other_name and is_idle:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -211,6 +211,7 @@ async def _try_out(engine: EngineLike, lane: Lane, trial: Trial) -> None:
             await asyncio.wrap_future(engine.call(lambda: lane.try_out(trial)))
     except BaseException:
         # The engine has ended; what it had begun it has told of.
+        told.cancel()
         if not trial.is_begun:
             trial.end()
         raise

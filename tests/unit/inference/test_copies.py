@@ -179,12 +179,14 @@ def test_orphans_of_earlier_processes_are_dropped_and_nothing_else_is(
 ) -> None:
     storage, cache = Storage.open(f"file://{tmp_path}/objects"), tmp_path / "cache"
     drop_orphans(storage, cache, ())
-    kept, deleted, known = (link(storage, tmp_path, name) for name in "abc")
+    kept, deleted, known, _ = found = [link(storage, tmp_path, name) for name in "abcd"]
     (cache / "notes").mkdir()
-    for name in "bc":
+    for name in "bcd":
         storage.delete_prefix(f"projects/p/{name}")
+    for copy in (kept, deleted, known):
+        os.utime(copy.folder, (0, 0))
     drop_orphans(storage, cache, {known.digest})
-    assert [copy.folder.is_dir() for copy in (kept, deleted, known)] == [True, False, True]
+    assert [copy.folder.is_dir() for copy in found] == [True, False, True, True]
     assert (cache / "notes").is_dir()
     # Where artifacts lie elsewhere each copy has one name.
     monkeypatch.setattr(storage, "local_root", None)
