@@ -59,7 +59,7 @@ class _Connection:
         return self._socket.fileno()
 
     def receive(self) -> bool:
-        """Take a block; return whether all has come, after which the server closes the connection."""
+        """Take a block; return whether the server has closed the connection, for all has come."""
         assert self._socket is not None
         try:
             count = self._socket.recv_into(_BUFFER)
@@ -174,7 +174,7 @@ def _run(order: dict[str, Any]) -> dict[str, Any]:
     later = [(request.get("at_seconds", 0.0), number) for number, request in enumerate(requests)]
     heapq.heapify(later)
     waiting: deque[int] = deque()
-    found: list[_Connection] = [_Connection(order["url"])] * len(requests)
+    found: dict[int, _Connection] = {}
     is_open: dict[int, _Connection] = {}
     poll = select.epoll()
     begin = time.perf_counter()
@@ -201,7 +201,7 @@ def _run(order: dict[str, Any]) -> dict[str, Any]:
                 is_open.pop(place).close()
     seconds = time.perf_counter() - begin
     poll.close()
-    return {"answers": [_read(one, begin) for one in found], "seconds": seconds}
+    return {"answers": [_read(found[number], begin) for number in range(len(requests))], "seconds": seconds}
 
 
 def main() -> None:

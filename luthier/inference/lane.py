@@ -343,10 +343,10 @@ class Lane:
     def _judge(self, work: Work, trials: Several[Trial], logits: Logits) -> Logits:
         """Let proofs be judged, and return the logits of the others; whose proof fails gets no token."""
         first = sum(stretch.num_logits for _, stretch in work)
-        # Copies: a proof may take another step, which may write where these lie.
-        held_RV, rest_RV = logits.held_RV[:first].clone(), logits.held_RV[first:].clone()
         counts = [sum(one.num_logits for one in trial.stretches) for trial in trials]
-        for trial, own_RV in zip(trials, rest_RV.split(counts), strict=True):
+        # A copy: a proof may take another step, which may write where these lie.
+        held_RV, *proofs = logits.held_RV.clone().split([first, *counts])
+        for trial, own_RV in zip(trials, proofs, strict=True):
             try:
                 trial.judge(self, own_RV)
             except Exception as error:  # noqa: BLE001 - nobody else's answer shall end for it

@@ -34,7 +34,7 @@ class NoRoomError(OutOfMemoryError):
     retryable = True
 
 
-class LaneLike(Protocol):
+class LaneMemoryLike(Protocol):
     """What the ceiling asks of luthier.inference.lane_memory.LaneMemory."""
 
     @property
@@ -63,7 +63,7 @@ class Ceiling:
     def __init__(
         self,
         call: Callable[[Callable[[], None]], "Future[None]"],
-        lanes: Callable[[], list[LaneLike]],
+        lanes: Callable[[], list[LaneMemoryLike]],
         measure: Callable[[], int],
         trim: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.monotonic,

@@ -38,7 +38,7 @@ from luthier.inference.copies import (
 )
 from luthier.inference.loaded import LoadedArtifacts
 from luthier.inference.loading import EngineLike, RowLimits
-from luthier.inference.memory import Ceiling, LaneLike, NoRoomError, measure_used, trim
+from luthier.inference.memory import Ceiling, LaneMemoryLike, NoRoomError, measure_used, trim
 from luthier.inference.weights import in_turn
 from luthier.storage.store import Storage
 
@@ -119,7 +119,7 @@ class Models:
         self._locks: dict[str, asyncio.Lock] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
 
-    def _lanes(self) -> list[LaneLike]:
+    def _lanes(self) -> list[LaneMemoryLike]:
         """Return the memory of all lanes; also on the engine's thread."""
         of_bases = [base.packed.lane for base in list(self._bases.values()) if base.packed is not None]
         return [lane.memory for lane in (*of_bases, *self.loaded.lanes)]
@@ -245,6 +245,9 @@ class Models:
         held = set(self.loaded.digests)
 
         def find() -> list[Copy]:
+            if storage.is_empty():
+                # Rather away than deleted to the last file: what is in memory is all that answers.
+                return []
             drop_orphans(storage, cache_dir, copies)
             wanted = (copy for digest, copy in copies.items() if digest in held or copy.folder.is_dir())
             return find_deleted(storage, wanted)

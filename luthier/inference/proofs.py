@@ -108,7 +108,7 @@ def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[
         raise ArtifactCorruptError("The artifact has another vocabulary than its base.")
     gap = gap_between(logits_V[canary.candidates], torch.tensor(canary.logits, dtype=torch.float32))
     is_exact = dtype is torch.float32 and canary.precision == "float32"
-    if not gap <= (CANARY_TOLERANCE if is_exact else _largest_roundedgap_between(canary)):
+    if not gap <= (CANARY_TOLERANCE if is_exact else _largest_rounded_gap(canary)):
         raise SelfCheckError(
             f"The model does not say what training recorded of it (logits {gap:.2g} apart); it is not served."
         )
@@ -119,7 +119,7 @@ def gap_between(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def _largest_roundedgap_between(canary: Canary) -> float:
+def _largest_rounded_gap(canary: Canary) -> float:
     return max(_ROUNDED_CANARY_TOLERANCE, canary.allowed_rounding)
 
 

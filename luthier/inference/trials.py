@@ -92,6 +92,7 @@ class Trial:
         """What the step runs for it."""
         return [] if self._asked is None else self._asked.stretches
 
+    @torch.inference_mode()
     def judge(self, lane: "Lane", logits_RV: torch.Tensor) -> None:
         """Look at what the step says; it may take another one.
 
@@ -103,7 +104,18 @@ class Trial:
             ArtifactCorruptError: when the vocabularies differ.
             SelfCheckError: when the adapter does not prove itself.
         """
-        self._check(lane, logits_RV)
+        assert self._asked is not None
+        said, base_said, row, base_row = self._asked.read(logits_RV)
+        check_finite_logits(torch.cat([said.begun_BV, said.last_V[None], row.last_V[None]]))
+        count = min(len(said.begun_BV), len(base_said.begun_BV))
+        found_BV, base_BV = said.begun_BV[:count], base_said.begun_BV[:count]
+        check_row(found_BV[0], base_BV[0], row.last_V, base_row.last_V)
+        if gap_between(found_BV, base_BV) <= CANARY_TOLERANCE:
+            # So early rounding may leave nothing of a small change, or make one where there is none: beside
+            # others the two are not in like places. In a step of their own they are.
+            found, expected = ask(lane.model, self._wholes, self._pages[:2])
+            check_probe(found.begun_BV, expected.begun_BV)
+        check_canary(self._canary, lane.model.dtype, lambda _token_ids: said.last_V)
         self._is_right = True
 
     def fail(self, error: Exception) -> LuthierError:
@@ -126,21 +138,6 @@ class Trial:
                 self.told.set_result(None)
             else:
                 self.told.set_exception(self.error)
-
-    @torch.inference_mode()
-    def _check(self, lane: "Lane", logits_RV: torch.Tensor) -> None:
-        assert self._asked is not None
-        said, base_said, row, base_row = self._asked.read(logits_RV)
-        check_finite_logits(torch.cat([said.begun_BV, said.last_V[None], row.last_V[None]]))
-        count = min(len(said.begun_BV), len(base_said.begun_BV))
-        found_BV, base_BV = said.begun_BV[:count], base_said.begun_BV[:count]
-        check_row(found_BV[0], base_BV[0], row.last_V, base_row.last_V)
-        if gap_between(found_BV, base_BV) <= CANARY_TOLERANCE:
-            # So early rounding may leave nothing of a small change, or make one where there is none: beside
-            # others the two are not in like places. In a step of their own they are.
-            found, expected = ask(lane.model, self._wholes, self._pages[:2])
-            check_probe(found.begun_BV, expected.begun_BV)
-        check_canary(self._canary, lane.model.dtype, lambda _token_ids: said.last_V)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-MIB = 1 << 20
+from luthier.core.settings import MIB
+
 # Part of the format of what is published: never to be changed.
 _LEAST_BYTES, _MOST_PIECES = 2 * MIB, 64
 # Threads that check one file: more than a disk gives work for are of no use.

@@ -321,6 +321,21 @@ class Storage:
                 raise ArtifactCorruptError(f"Another folder is published under {prefix}.") from error
         self.settle(key)
 
+    def is_empty(self) -> bool:
+        """Tell whether nothing is stored at all, as where a disk is not mounted.
+
+        Returns:
+            Whether there is no object.
+
+        Raises:
+            UnavailableError: when storage can't be used right now.
+        """
+        with _answered():
+            try:
+                return not any(batch for batch in obstore.list(self.objects))
+            except _MISSING:
+                return True
+
     def has_folder(self, prefix: str) -> bool:
         """Tell whether a folder is published.
 

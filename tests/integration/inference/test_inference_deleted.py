@@ -3,10 +3,15 @@
 import asyncio
 import threading
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
+from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
+from luthier.core.settings import Settings
+from luthier.inference import app as app_module
+from luthier.inference.app import build_app
 from luthier.inference.loading import Kind
 from luthier.methods import discover
 from luthier.storage.store import Storage
@@ -82,3 +87,44 @@ def test_an_answer_that_is_being_made_is_made_to_its_end(
 def gone(served: Served, target: ModelTarget) -> bool:
     tidy(served)
     return target.digest not in served.service.models.loaded.digests
+
+
+def test_models_stay_while_storage_is_away(served: Served, folder: Path, base_folder: Path) -> None:
+    target = publish(folder, base_folder, "staying", "lora", 74)
+    expected = served.chat("the sea", target, max_tokens=4)["choices"]
+    objects = folder / "objects"
+    objects.rename(folder / "elsewhere")
+    try:
+        tidy(served)
+        # As a disk that is not mounted.
+        objects.mkdir()
+        tidy(served)
+        assert copy_of(folder, target).is_dir()
+        assert served.chat("the sea", target, max_tokens=4)["choices"] == expected
+    finally:
+        objects.rmdir()
+        (folder / "elsewhere").rename(objects)
+
+
+def test_a_server_looks_for_deleted_models_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = threading.Semaphore(0)
+
+    async def look() -> None:
+        looked.release()
+        raise UnavailableError("Storage is away.")
+
+    async def run() -> None:
+        service, told = MagicMock(), asyncio.Queue[dict[str, str]]()
+        service.models.tidy = look
+        settings = Settings(_env_file=None, preload_base="")
+        received = asyncio.Queue[dict[str, str]]()
+        app = build_app(service, settings, token=None)
+        received.put_nowait({"type": "lifespan.startup"})
+        serving = asyncio.create_task(app({"type": "lifespan"}, received.get, told.put))
+        for _ in range(2):
+            assert await asyncio.to_thread(looked.acquire, timeout=30)
+        received.put_nowait({"type": "lifespan.shutdown"})
+        await asyncio.wait_for(serving, 30)
+
+    monkeypatch.setattr(app_module, "TIDY_SECONDS", 0.01)
+    asyncio.run(run())

@@ -17,11 +17,8 @@ from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts
 from luthier.data.tokens import Tokenizer
 from luthier.inference.bases import LoadedBase, ServedModel, pack
-from luthier.inference.copies import verify_copy
 from luthier.inference.generation import Generation
 from luthier.inference.lane import Lane
-from luthier.inference.loaded import LoadedArtifacts
-from luthier.inference.loading import RowLimits
 from luthier.inference.plans import Plan
 from luthier.inference.sequence import Failure, Finish, SamplingOptions
 from luthier.inference.trials import Trial
@@ -44,6 +41,7 @@ from tests.unit.inference.test_lane import (
     models,
     run_dry,
 )
+from tests.unit.inference.test_loaded import InlineEngine, make_loaded, served_by
 
 __all__ = ["base_folder", "models"]
 
@@ -214,20 +212,16 @@ def test_a_lane_that_is_given_up_says_so_to_those_who_wait_for_a_proof(
         trial.told.result(timeout=0)
 
 
-class LateEngine:
+class LateEngine(InlineEngine):
     """Does what it is asked when it is told to."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
 
     def call(self, work: Callable[[], Any]) -> Future[Any]:
         done: Future[Any] = Future()
         self._calls.append((work, done))
-        return done
-
-    def sweep(self) -> Future[None]:
-        done: Future[None] = Future()
-        done.set_result(None)
         return done
 
     async def work(self, error: Exception | None = None) -> None:
@@ -256,35 +250,19 @@ def base(base_folder: Path) -> LoadedBase:
     )
 
 
-def served_by(base: LoadedBase, base_folder: Path, folder: Path, scale: float) -> ServedModel:
+def published(base: LoadedBase, base_folder: Path, folder: Path, scale: float) -> ServedModel:
     tuning = {"type": "lora", "rank": 2}
-    made = build_method_artifact(folder, base_folder, tuning, seed=1, scale=scale)
-    return ServedModel(base, made.digest, verify_copy(made.folder))
-
-
-def make_loaded(engine: LateEngine) -> LoadedArtifacts:
-    async def fit(_num_bytes: int) -> int:
-        return 0
-
-    return LoadedArtifacts(
-        engine,
-        max_whole_bytes=0,
-        max_adapter_bytes=10**9,
-        limits=RowLimits(max_rows=4, max_cache_tokens=256),
-        max_waiting=9,
-        fit=fit,
-        has_room=bool,
-    )
+    return served_by(base, build_method_artifact(folder, base_folder, tuning, seed=1, scale=scale))
 
 
 def test_a_model_may_be_asked_before_its_proof_and_a_failed_one_is_forgotten_but_not_its_successor(
     base: LoadedBase, base_folder: Path, tmp_path: Path
 ) -> None:
-    served = served_by(base, base_folder, tmp_path / "a", scale=0.0)
+    served = published(base, base_folder, tmp_path / "a", scale=0.0)
 
     async def run() -> None:
         engine = LateEngine()
-        loaded = make_loaded(engine)
+        loaded = make_loaded(0, engine=engine)
         first = await loaded.hold(served)
         assert first.trial is not None and first.lane is not None and not first.trial.told.done()
         [entry] = loaded._entries.values()
@@ -310,9 +288,9 @@ def test_an_answer_of_no_tokens_waits_for_the_proof(
 ) -> None:
     async def run(scale: float, error: Exception | None = None) -> list[Any]:
         engine: Any = LateEngine()
-        served = served_by(base, base_folder, tmp_path / str(scale), scale)
+        served = published(base, base_folder, tmp_path / str(scale), scale)
         served = replace(served, base=replace(base, tokenizer=Tokenizer.load(base_folder)))
-        ready = await make_loaded(engine).hold(served)
+        ready = await make_loaded(0, engine=engine).hold(served)
         generation = Generation(ready, Plan([[5, 6]], SamplingOptions(max_tokens=0)))
         generation.submit(engine)
         following = asyncio.create_task(anext(generation.events()))
