@@ -31,7 +31,6 @@ from luthier.modeling.kernels.served_rows import (
 )
 from luthier.modeling.kernels.serving import CompiledOps, Ops
 from luthier.modeling.kernels.serving_plain import PlainOps
-from luthier.modeling.kernels.shapes import LONG_ROWS
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_blocks import Block, WeightMemory, linears_of, pack_block
 from luthier.modeling.packed_program import DecodePrograms
@@ -221,11 +220,8 @@ class PackedLlama:
 
     def _attend(self, layer: int, block: Block, buffers: Buffers, work: Work) -> None:
         normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
-        following = work.following(layer, ATTENTION_IN)
-        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, following)
-        # After a product that has asked for the adapters.
-        attending = (work.tokens, self.pages) if following[0] and len(work.rows) in LONG_ROWS else None
-        self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN, attending)
+        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, work.following(layer, ATTENTION_IN))
+        self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
         self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
         if work.stretches is not None:
             self.ops.attend_stretches(qkv_NE, work.tokens, work.stretches, self.pages, layer, attended_NK)
@@ -253,10 +249,9 @@ class PackedLlama:
         work: Work,
         layer: int,
         sites: slice,
-        attending: tuple[TokenRows, Pages] | None = None,
     ) -> None:
         if work.rows.has_low_ranks:
-            self.ops.add_low_rank(out_NO, x_NK, work.rows, layer, sites, attending)
+            self.ops.add_low_rank(out_NO, x_NK, work.rows, layer, sites)
         if work.stretches is not None:
             self.ops.add_stretches(out_NO, x_NK, work.stretches, layer, sites)
 

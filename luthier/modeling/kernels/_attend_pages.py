@@ -45,7 +45,7 @@ from luthier.modeling.kernels._vectors import (
     add_rows_to_2,
     add_rows_to_3,
     add_rows_to_4,
-    ask_for,
+    ask_behind,
     dot_four_rows_with_1,
     dot_four_rows_with_2,
     dot_four_rows_with_3,
@@ -54,6 +54,10 @@ from luthier.modeling.kernels._vectors import (
 )
 from luthier.modeling.kernels.served_rows import MAX_QUERIES
 from luthier.modeling.kernels.shapes import TILE_INPUTS
+
+# How far ahead of their use pages are asked for; measured. The processor foresees nothing of what lies in
+# pages, and its nearest cache waits for too few lines at a time to have them come as fast as memory gives.
+_AHEAD_BYTES = 1 << 16
 
 
 def _turn_query(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
@@ -151,35 +155,14 @@ def _score_keys_overload(by_pairs, num_queries, keys_at, size, queries_at, score
 
 
 @inlined
-def _score_page(
-    by_pairs,
-    num_queries,
-    keys_at,
-    num_keys,
-    size,
-    queries_at,
-    scores_at,
-    scores_stride,
-    next_values,
-    next_keys,
-    data,
-):
-    """Write the products of a page's keys with queries, and ask for as much of what is read next."""
+def _score_page(by_pairs, num_queries, keys_at, num_keys, size, queries_at, scores_at, scores_stride, data):
+    """Write the products of a page's keys with queries."""
     row_bytes = size * item_size(data)
     for four in range(0, num_keys, 4):
-        offset = four * row_bytes
-        ask_for(next_values + offset, row_bytes // 16)
-        ask_for(next_keys + offset, row_bytes // 16)
         _score_keys(
-            by_pairs,
-            num_queries,
-            keys_at + offset,
-            size,
-            queries_at,
-            scores_at + 4 * four,
-            scores_stride,
-            data,
-        )
+            by_pairs, num_queries, keys_at + four * row_bytes, size, queries_at, scores_at + 4 * four,
+            scores_stride, data,
+        )  # fmt: skip
 
 
 def _add_values(by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
@@ -244,33 +227,57 @@ def _round_weights_overload(weights_at, num_keys, data):
 
 
 @inlined
-def _place_of(pair, page, pages_MW, num_kv_heads, head_bytes):
-    """Return how far behind all pages' begin the keys of a page lie, of a pair of a row and a key head."""
-    return (pages_MW[pair // num_kv_heads, page] * num_kv_heads + pair % num_kv_heads) * head_bytes
+def _place_of(row, head, page, shape, pages_MW, data):
+    """Return how far behind all pages' begin the keys of a row's page and a key head lie, and their bytes."""
+    num_kv_heads, size, page_size = shape
+    head_bytes = page_size * size * item_size(data)
+    return (pages_MW[row, page] * num_kv_heads + head) * head_bytes, head_bytes
 
 
 @inlined
-def _attend(by_pairs, pair, end, num_queries, num_keys, shape, pages_MW, key_pages, value_pages, room, data):
-    """Let some turned queries of a pair of a row and a key head attend; their totals are float32.
+def _ask_ahead(ahead, last_pair, shape, positions_M, pages_MW, key_pages, value_pages, data):
+    """Ask for the part of a page that `ahead` names, and return the one that is read after it.
+
+    A part is a row, a key head, and which one of all its pages' keys, and then of all its pages' values.
+    """
+    row, head, part = ahead
+    num_kv_heads, _, page_size = shape
+    if row * num_kv_heads + head >= last_pair:
+        return ahead
+    num_pages = positions_M[row] // page_size + 1
+    is_value = part >= num_pages
+    page, pages = (part - num_pages, value_pages) if is_value else (part, key_pages)
+    place, num_bytes = _place_of(row, head, page, shape, pages_MW, data)
+    ask_behind(pages + place, num_bytes // 64)
+    if part + 1 < 2 * num_pages:
+        return row, head, part + 1
+    return (row, head + 1, 0) if head + 1 < num_kv_heads else (row + 1, 0, 0)
+
+
+@inlined
+def _attend(
+    by_pairs, row, head, last_pair, num_queries, asks, ahead, shape, positions_M, pages_MW, key_pages,
+    value_pages, room, data,
+):  # fmt: skip
+    """Let some turned queries of a row and a key head attend; their totals are float32.
 
     `shape` is key heads, head size and tokens of a page; `room` the queries, the totals and the weights, and
-    numbers from one query's weights to the next one's. The last pair of all is before `end`.
+    numbers from one query's weights to the next one's. With every page that is read one is asked for, as
+    `_ask_ahead` does, unless others of these queries have asked: return where that has come to.
     """
-    num_kv_heads, size, page_size = shape
+    _, size, page_size = shape
     queries_at, totals_at, weights_at, longest = room
-    head_bytes = page_size * size * item_size(data)
+    num_keys = positions_M[row] + 1
     num_pages = (num_keys + page_size - 1) // page_size
     for page in range(num_pages):
-        place = _place_of(pair, page, pages_MW, num_kv_heads, head_bytes)
-        # What is read next: these keys' values, and the next page's keys, or those of the next pair.
-        is_last = page + 1 == num_pages
-        next_pair, next_page = (min(pair + 1, end - 1), 0) if is_last else (pair, page + 1)
-        next_place = _place_of(next_pair, next_page, pages_MW, num_kv_heads, head_bytes)
+        if asks:
+            ahead = _ask_ahead(ahead, last_pair, shape, positions_M, pages_MW, key_pages, value_pages, data)
+        place, _ = _place_of(row, head, page, shape, pages_MW, data)
         num_seen = min(page_size, num_keys - page * page_size)
+        scores_at = weights_at + page * page_size * 4
         _score_page(
-            by_pairs, num_queries, key_pages + place, num_seen, size, queries_at,
-            weights_at + page * page_size * 4, longest, value_pages + place, key_pages + next_place, data,
-        )  # fmt: skip
+            by_pairs, num_queries, key_pages + place, num_seen, size, queries_at, scores_at, longest, data
+        )
     totals_C = carray(at_float32(totals_at), num_queries * size)
     for c in range(num_queries * size):
         totals_C[c] = np.float32(0.0)
@@ -281,10 +288,13 @@ def _attend(by_pairs, pair, end, num_queries, num_keys, shape, pages_MW, key_pag
             _round_weights(own_at, num_keys, data)
     weight_bytes = item_size(data) if by_pairs else 4
     for page in range(num_pages):
-        values_at = value_pages + _place_of(pair, page, pages_MW, num_kv_heads, head_bytes)
+        if asks:
+            ahead = _ask_ahead(ahead, last_pair, shape, positions_M, pages_MW, key_pages, value_pages, data)
+        place, _ = _place_of(row, head, page, shape, pages_MW, data)
+        values_at, factors_at = value_pages + place, weights_at + page * page_size * weight_bytes
         num_seen = min(page_size, num_keys - page * page_size)
-        factors_at = weights_at + page * page_size * weight_bytes
         _add_values(by_pairs, num_queries, values_at, size, factors_at, longest, num_seen, totals_at, data)
+    return ahead
 
 
 @Kernel
@@ -310,18 +320,23 @@ def attend_pages(data):
     vector_bytes = size * item_size(data)
     by_pairs = _are_paired(data) and size % TILE_INPUTS == 0
     query_bytes = vector_bytes if by_pairs else 4 * size
+    shape, room = (num_kv_heads, size, page_size), (queries_at, totals_at, weights_at, longest)
     if table[22] != 0:
         first_row, last_row = share(table, num_rows)
         begin, end = first_row * num_kv_heads, last_row * num_kv_heads
     else:
         begin, end = share(table, num_rows * num_kv_heads)
+    ahead = (begin // num_kv_heads, begin % num_kv_heads, 0)
+    if attends != 0:
+        for _ in range(_AHEAD_BYTES // (page_size * vector_bytes)):
+            ahead = _ask_ahead(ahead, end, shape, positions_M, pages_MW, key_pages, value_pages, data)
     for pair in range(begin, end):
         i, head = pair // num_kv_heads, pair % num_kv_heads
         position = positions_M[i]
         cosine_at, sine_at = table[11] + position * half * 4, table[12] + position * half * 4
         row_at = table[9] + i * (groups + 2) * num_kv_heads * vector_bytes
         if puts != 0:
-            place = _place_of(pair, position // page_size, pages_MW, num_kv_heads, page_size * vector_bytes)
+            place, _ = _place_of(i, head, position // page_size, shape, pages_MW, data)
             place += position % page_size * vector_bytes
             key_at = row_at + (groups * num_kv_heads + head) * vector_bytes
             turn_row(key_at, key_pages + place, cosine_at, sine_at, half, np.float32(1.0), data)
@@ -334,9 +349,9 @@ def attend_pages(data):
                 query_at = row_at + (first + which) * vector_bytes
                 target_at = queries_at + which * query_bytes
                 _turn_query(by_pairs, query_at, target_at, cosine_at, sine_at, half, scale, data)
-            _attend(
-                by_pairs, pair, end, num_queries, position + 1, (num_kv_heads, size, page_size), pages_MW,
-                key_pages, value_pages, (queries_at, totals_at, weights_at, longest), data,
+            ahead = _attend(
+                by_pairs, i, head, end, num_queries, group == 0, ahead, shape, positions_M, pages_MW,
+                key_pages, value_pages, room, data,
             )  # fmt: skip
             first_out = (i * groups * num_kv_heads + first) * size
             for c in range(num_queries * size):

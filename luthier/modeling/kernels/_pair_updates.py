@@ -30,16 +30,14 @@ _ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
 
 @intrinsic
-def dot_fours(_context, first, num_rows, x, size, out, asked, most_bytes):
+def dot_fours(_context, first, num_rows, x, size, out):
     """Write the products of rows of bfloat16, which lie one after the other, with x, as float32.
 
-    Rows are a multiple of 4, their numbers one of 32. `asked` is the address of an address for each four
-    rows, 0 for none: of what begins there as many bytes as the rows have, or the most, are asked for
-    meanwhile. Where there is none, the next four rows are.
+    Rows are a multiple of 4, their numbers one of 32.
     """
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        first, num_rows, x, size, out, asked, most_bytes = arguments
+        first, num_rows, x, size, out = arguments
         machine, floats = Machine(builder), Memory(builder, is_bfloat16=False)
         row_bytes = builder.mul(size, I64(2))
         four_bytes = builder.mul(row_bytes, I64(_FOUR))
@@ -50,13 +48,8 @@ def dot_fours(_context, first, num_rows, x, size, out, asked, most_bytes):
                 machine.opaque(builder.add(start, builder.mul(row_bytes, I64(number))))
                 for number in range(_FOUR)
             ]
-            # The four rows after these, in the order in which they lie, or something else.
-            is_given = builder.icmp_signed("!=", asked, I64(0))
-            place = builder.select(is_given, builder.add(asked, builder.mul(row, I64(8 // _FOUR))), out)
-            other = builder.select(is_given, builder.load(machine.pointer(place, I64), align=4), I64(0))
-            is_other = builder.icmp_signed("!=", other, I64(0))
-            ahead = builder.select(is_other, other, builder.add(start, four_bytes))
-            most = builder.select(is_other, most_bytes, four_bytes)
+            # The four rows after these, in the order in which they lie.
+            ahead = builder.add(start, four_bytes)
 
             def multiply(num_lines: int) -> Body:
                 def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
@@ -67,8 +60,6 @@ def dot_fours(_context, first, num_rows, x, size, out, asked, most_bytes):
                         for number, own in enumerate(starts):
                             which = _FOUR * line + number
                             behind = builder.add(builder.mul(across, I64(_FOUR)), I64(64 * which))
-                            is_within = builder.icmp_signed("<", behind, most)
-                            behind = builder.select(is_within, behind, I64(0))
                             machine.prefetch_behind(builder.add(ahead, behind))
                             held = builder.load(machine.pointer(builder.add(own, place), BITS), align=2)
                             found[which] = machine.multiply_pairs(found[which], held, factor)
@@ -85,7 +76,7 @@ def dot_fours(_context, first, num_rows, x, size, out, asked, most_bytes):
         loop(builder, I64(0), num_rows, _FOUR, [], four_rows)
         return I64(0)
 
-    return types.int64(*[types.int64] * 7), generate
+    return types.int64(*[types.int64] * 5), generate
 
 
 def _additions(doc: str, *, is_alone: bool) -> Any:

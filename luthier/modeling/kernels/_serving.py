@@ -28,19 +28,15 @@ from luthier.modeling.kernels._language import (
     thread_number,
     wide,
 )
-from luthier.modeling.kernels._machine import HAS_UNIT, takes_pairs
+from luthier.modeling.kernels._machine import takes_pairs
 from luthier.modeling.kernels._memory import item_size
 from luthier.modeling.kernels._pair_updates import add_pairs_to_row, dot_fours
-from luthier.modeling.kernels._tiles import addresses_of_steps
 from luthier.modeling.kernels._vectors import (
     add_rows,
     dot_rows,
 )
 from luthier.modeling.kernels.blocks import BLOCK
 from luthier.modeling.kernels.shapes import TILE_INPUTS
-
-# Pages of a row that are asked for before it attends.
-_MOST_PAGES = 64
 
 
 @Kernel
@@ -75,22 +71,19 @@ def _widen(source_at, target_at, size, data):
         target[j] = wide(source[j])
 
 
-def _dot_rows(first, num_rows, x_at, wide_at, size, out_at, asked, most_bytes, data):
-    """Write the products of rows with x, float32 numbers at out; `wide_at` has room for x in float32.
-
-    `asked` and `most_bytes` are as `dot_fours` takes them.
-    """
+def _dot_rows(first, num_rows, x_at, wide_at, size, out_at, data):
+    """Write the products of rows with x, float32 numbers at out; `wide_at` has room for x in float32."""
 
 
 @overload(_dot_rows, inline="always")
-def _dot_rows_overload(first, num_rows, x_at, wide_at, size, out_at, asked, most_bytes, data):
-    def widened(first, num_rows, x_at, wide_at, size, out_at, asked, most_bytes, data):
+def _dot_rows_overload(first, num_rows, x_at, wide_at, size, out_at, data):
+    def widened(first, num_rows, x_at, wide_at, size, out_at, data):
         _widen(x_at, wide_at, size, data)
         dot_rows(first, num_rows, wide_at, size, out_at, data)
 
-    def paired(first, num_rows, x_at, wide_at, size, out_at, asked, most_bytes, data):
+    def paired(first, num_rows, x_at, wide_at, size, out_at, data):
         if size % TILE_INPUTS == 0:
-            dot_fours(first, num_rows, x_at, size, out_at, asked, most_bytes)
+            dot_fours(first, num_rows, x_at, size, out_at)
         else:
             _widen(x_at, wide_at, size, data)
             dot_rows(first, num_rows, wide_at, size, out_at, data)
@@ -139,27 +132,9 @@ def _add_middle_overload(blocks_at, middle_at, num_rows, out_at, size, factors_a
     return paired if takes_pairs(data) else widened
 
 
-@inlined
-def _list_pages(table, row, list_at):
-    """Write the addresses of a row's pages of keys, then those of values, up to the list's end; then 0."""
-    num_pages = carray(at_int64(table[15]), row + 1)[row] // table[19] + 1
-    pages = carray(at_int64(table[13] + row * table[14] * 8), num_pages)
-    addresses = carray(at_int64(list_at), _MOST_PAGES)
-    for place in range(_MOST_PAGES):
-        addresses[place] = 0
-        if place < num_pages:
-            addresses[place] = table[16] + pages[place] * table[18]
-        elif place < 2 * num_pages:
-            addresses[place] = table[17] + pages[place - num_pages] * table[18]
-
-
 @Kernel
 def add_low_rank(data):
-    """Add `B (A x)` to the columns of each site, and multiply them by the site's factors where it has any.
-
-    The table may go on with where the rows' sequences lie, which attend next: then the adapters are near, and
-    this thread asks for its rows' pages meanwhile.
-    """
+    """Add `B (A x)` to the columns of each site, and multiply them by the site's factors where it has any."""
     table = open_table(data)
     num_rows, size, width, num_sites, first_entry = table[2], table[3], table[4], table[5], table[6]
     x_at, out_at = table[7], table[8]
@@ -169,14 +144,10 @@ def add_low_rank(data):
     middle_at = wide_at + size * 4
     bytes_each = item_size(data)
     begin, end = share(table, num_rows)
-    pages_at = addresses_of_steps() if table[13] != 0 and not HAS_UNIT else 0
     for i in range(begin, end):
         if adapters[i] == 0:
             continue
         entries = carray(at_int64(adapters[i] + first_entry * 8), num_sites * 4)
-        asked = pages_at
-        if pages_at != 0:
-            _list_pages(table, i, pages_at)
         own_at = out_at + i * width * bytes_each
         for site in range(num_sites):
             num_outputs, rank = widths[site], entries[4 * site + 2]
@@ -186,10 +157,7 @@ def add_low_rank(data):
                     entries[4 * site + 1],
                     entries[4 * site + 3],
                 )
-                here_at, now = x_at + i * size * bytes_each, 0
-                if pages_at != 0 and asked + rank * 2 <= pages_at + _MOST_PAGES * 8:
-                    now, asked = asked, asked + rank * 2
-                _dot_rows(rows_at, rank, here_at, wide_at, size, middle_at, now, table[18], data)
+                _dot_rows(rows_at, rank, x_at + i * size * bytes_each, wide_at, size, middle_at, data)
                 _add_middle(blocks_at, middle_at, rank, own_at, num_outputs, factors_at, 0, data)
             own_at += num_outputs * bytes_each
 
@@ -226,7 +194,7 @@ def add_bottleneck(data):
             continue
         own_at = out_at + i * size * bytes_each
         x_at = own_at if entries[6] == 0 else input_at + i * size * bytes_each
-        _dot_rows(entries[0], middle_size, x_at, wide_at, size, middle_at, 0, 0, data)
+        _dot_rows(entries[0], middle_size, x_at, wide_at, size, middle_at, data)
         middle = carray(at_float32(middle_at), middle_size)
         down_bias = carray(at_float32(entries[1]), middle_size)
         for j in range(middle_size):

@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from luthier.modeling.kernels._machine import Machine
 from luthier.modeling.kernels._memory import (
     F32,
     I32,
@@ -283,6 +284,24 @@ def ask_for(_context, place, num_lines):
 
         num_numbers = builder.mul(arguments[1], I64(LANES))
         loop(builder, I64(0), num_numbers, LANES, [], ask)
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def ask_behind(_context, place, num_lines):
+    """Ask for lines of memory, of 64 bytes, that are read later, into the cache behind the nearest."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        place, num_lines = arguments
+        machine = Machine(builder)
+
+        def ask(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            machine.prefetch_behind(builder.add(place, builder.mul(line, I64(4 * LANES))))
+            return []
+
+        loop(builder, I64(0), num_lines, 1, [], ask)
         return ir.Constant(I64, 0)
 
     return types.int64(types.int64, types.int64), generate

@@ -77,12 +77,8 @@ class Ops(Protocol):
         rows: SingleRows,
         layer: int,
         sites: slice,
-        attending: tuple[TokenRows, Pages] | None = None,
     ) -> None:
-        """Add the rows' low-rank updates to the first M results of layers that share an input.
-
-        Where the rows' tokens and pages are given the adapters are near, and these pages are read next.
-        """
+        """Add the rows' low-rank updates to the first M results of layers that share an input."""
 
     def add_stretches(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
@@ -265,22 +261,8 @@ class CompiledOps:
         rows: SingleRows,
         layer: int,
         sites: slice,
-        attending: tuple[TokenRows, Pages] | None = None,
     ) -> None:
         """Add the rows' low-rank updates to the first M results of layers that share an input."""
-        asked: tuple[int, ...] = (0,) * 7
-        if attending is not None:
-            tokens, pages = attending
-            keys, values = pages.keys[layer], pages.values[layer]
-            asked = (
-                tokens.pages_NW.data_ptr(),
-                tokens.pages_NW.shape[1],
-                tokens.positions_N.data_ptr(),
-                keys.data_ptr(),
-                values.data_ptr(),
-                keys[0].nbytes,
-                PAGE_SIZE,
-            )
         self._low_rank.run(
             (
                 len(rows),
@@ -293,7 +275,6 @@ class CompiledOps:
                 rows.table_M.data_ptr(),
                 self._widths.data_ptr() + 8 * sites.start,
                 *self._scratch_of_threads(),
-                *asked,
             ),
             by_rows=True,
         )

@@ -89,7 +89,6 @@ class PlainOps:
         rows: SingleRows,
         layer: int,
         sites: slice,
-        attending: tuple[TokenRows, Pages] | None = None,  # noqa: ARG002 - nothing is asked for here
     ) -> None:
         """Add the rows' low-rank updates to the first M results of layers that share an input."""
         for adapter, own in _by_adapter(rows):

@@ -5,6 +5,3 @@ PANEL_OUTPUTS, TILE_INPUTS = 64, 32
 # Rows of a tile. Rows that are multiplied together by pairs: their sums for two tiles of 16 outputs, and the
 # weights of these, must find room in 32 registers.
 TILE_ROWS, MOST_ROWS = 16, 8
-# Rows of a step whose products take longer than to read the weight, so that without a matrix unit a product
-# asks meanwhile for what the next kernel reads.
-LONG_ROWS = range(MOST_ROWS + 1, TILE_ROWS + 1)

@@ -68,18 +68,6 @@ def test_low_ranks_of_rows_are_those_of_plain_operators(size: int, ranks: tuple[
         plain.add_low_rank(expected_NO, x_NK, rows, 0, sites)
         assert_alike(found_NO, expected_NO, before_NO)
         assert torch.equal(found_NO[[1, 4]], before_NO[[1, 4]])
-        # Pages that are asked for meanwhile change nothing: few and many, in any order.
-        pages = Pages(num_layers=1, num_pages=80, num_kv_heads=1, head_size=size // 2, like=LIKE)
-        places = [(0, [7]), (20, [3, 2]), (1100, list(range(70, 0, -1))), (15, [79])]
-        tokens = token_rows(
-            [(first, 1, numbers) for first, numbers in places],
-            device=LIKE.device,
-            num_attending=4,
-            are_alone=True,
-        )
-        asked_NO = before_NO.clone()
-        compiled.add_low_rank(asked_NO, x_NK, rows, 0, sites, (tokens, pages))
-        assert torch.equal(asked_NO, found_NO)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
