@@ -144,7 +144,8 @@ def add_low_rank(data):
     middle_at = wide_at + size * 4
     bytes_each = item_size(data)
     begin, end = share(table, num_rows)
-    for i in range(begin, end):
+    # The last first: it was asked for last, and going the other way would push out what is still near.
+    for i in range(end - 1, begin - 1, -1):
         if adapters[i] == 0:
             continue
         entries = carray(at_int64(adapters[i] + first_entry * 8), num_sites * 4)
