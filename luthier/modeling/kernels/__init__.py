@@ -60,7 +60,7 @@ def has_pairs() -> bool:
     """Whether compiled kernels multiply pairs of bfloat16."""
     if _find_compiled() is None:
         return False
-    from luthier.modeling.kernels._machine import HAS_PAIRS
+    from luthier.modeling.kernels._features import HAS_PAIRS
 
     return HAS_PAIRS
 

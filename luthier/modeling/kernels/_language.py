@@ -24,10 +24,9 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload
 
-from luthier.modeling.kernels._memory import rounded_bits
+from luthier.modeling.kernels._memory import to_bfloat16
 from luthier.modeling.kernels._threads import TABLE_SIZE
 
 # Between which numbers the exponential is taken; and ln 2 in two parts, so that a whole number times the
@@ -63,16 +62,6 @@ def _keep_code() -> None:
     if root != numba.config.CACHE_DIR:
         root = str(Path(root) / "luthier" / "kernels")
     numba.config.CACHE_DIR = str(Path(root) / digest.hexdigest()[:16])
-
-
-def has_feature(name: str) -> bool:
-    """Whether kernels are compiled for a processor that has something, by LLVM's name for it.
-
-    Not what the processor has: numba may be told to leave it out, and the compiler then dies of it.
-    """
-    asked = numba.config.CPU_FEATURES
-    features: str = get_host_cpu_features() if asked is None else asked
-    return f"+{name}" in features.split(",")
 
 
 def _compile(body: Callable[..., None], signature: Any) -> Any:
@@ -219,8 +208,7 @@ def _to_bfloat16(_context: Any, value: Any) -> Any:
     """Return the bits of the nearest bfloat16, of two equally near ones the even."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        rounded = rounded_bits(builder, builder.bitcast(arguments[0], _I32))
-        return builder.trunc(builder.lshr(rounded, _I32(16)), _I16)
+        return to_bfloat16(builder, arguments[0])
 
     return types.uint16(types.float32), generate
 

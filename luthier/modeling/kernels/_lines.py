@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from llvmlite import ir
 
-from luthier.modeling.kernels._language import has_feature
-from luthier.modeling.kernels._machine import BITS, HAS_PAIRS, HAS_UNIT, I8, STEP_BYTES, TILE_BYTES, Machine
+from luthier.modeling.kernels._features import HAS_PAIRS, HAS_UNIT, has_feature
+from luthier.modeling.kernels._machine import BITS, I8, STEP_BYTES, TILE_BYTES, Machine
 from luthier.modeling.kernels._memory import I16, I32, I64, LANES, call
 from luthier.modeling.kernels.dense import DENSE_STEP_BYTES, DENSE_TILE_BYTES
 

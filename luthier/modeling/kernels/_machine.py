@@ -4,14 +4,14 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from luthier.modeling.kernels._language import has_feature
+from luthier.modeling.kernels._features import HAS_PAIRS
 from luthier.modeling.kernels._memory import (
-    I16,
     I32,
     I64,
     LANES,
     VECTOR,
     WIDE_BITS,
+    BFloat16,
     broadcast,
     call,
     is_bfloat16,
@@ -24,12 +24,8 @@ _MOST_ADDRESSES, _MOST_PAIRS = 8, 3
 # Without it only empty assembly is taken.
 binding.initialize_native_asmparser()
 VOID, I8 = ir.VoidType(), ir.IntType(8)
-SUMS, BITS, HALVES = VECTOR, WIDE_BITS, ir.VectorType(I16, LANES)
+SUMS, BITS = VECTOR, WIDE_BITS
 
-# Whether products of pairs can be made here, and whether there is a matrix unit (products.py): by nothing but
-# the features that kernels are compiled for, since their code is kept on disk under these.
-HAS_PAIRS = has_feature("avx512bf16")
-HAS_UNIT = has_feature("amx-tile") and has_feature("amx-bf16")
 TILE_BYTES = 1024
 # Of a panel and 32 inputs.
 STEP_BYTES = PANEL_OUTPUTS // TILE_ROWS * TILE_BYTES
@@ -40,14 +36,7 @@ def takes_pairs(like: Any) -> bool:
     return is_bfloat16(like) and HAS_PAIRS
 
 
-class _BFloat16(ir.Type):
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-
-_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+_PAIRS = ir.VectorType(BFloat16(), 2 * LANES)
 
 
 class Machine:

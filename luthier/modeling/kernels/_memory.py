@@ -13,9 +13,18 @@ from llvmlite import ir
 from numba import types
 from numba.extending import overload
 
+from luthier.modeling.kernels._features import HAS_PAIRS
+
 I64, I32, I16, F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
 LANES = 16
-VECTOR, WIDE_BITS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+VECTOR, WIDE_BITS, HALVES = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
+
+
+class BFloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
 
 
 def item_size(like):
@@ -51,6 +60,20 @@ def rounded_bits(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     """Return the bits of float32 with the nearest bfloat16, of two the even one, in their upper half."""
     odd = builder.and_(builder.lshr(bits, constant(bits.type, 16)), constant(bits.type, 1))
     return builder.add(bits, builder.add(odd, constant(bits.type, 0x7FFF)))
+
+
+def to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return the bits of the bfloat16 nearest to a float32, or to 16, of two equally near the even one.
+
+    The processor's own instruction takes what is nearer to 0 than normal numbers are for 0.
+    """
+    is_vector = isinstance(value.type, ir.VectorType)
+    halves, bits = (HALVES, WIDE_BITS) if is_vector else (I16, I32)
+    # Of one number by its bits: the compiler makes more of a loop of these.
+    if HAS_PAIRS and is_vector:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(BFloat16(), LANES)), halves)
+    upper = builder.lshr(rounded_bits(builder, builder.bitcast(value, bits)), constant(bits, 16))
+    return builder.trunc(upper, halves)
 
 
 class Memory:
@@ -118,12 +141,7 @@ class Memory:
 
     def _narrow(self, value: ir.Value) -> ir.Value:
         """Return float32 as it is held: of two equally near bfloat16 the even one."""
-        if not self._is_bfloat16:
-            return value
-        builder, is_vector = self._builder, isinstance(value.type, ir.VectorType)
-        wide = WIDE_BITS if is_vector else I32
-        upper = builder.lshr(rounded_bits(builder, builder.bitcast(value, wide)), constant(wide, 16))
-        return builder.trunc(upper, ir.VectorType(I16, LANES) if is_vector else I16)
+        return to_bfloat16(self._builder, value) if self._is_bfloat16 else value
 
     def _pointer(self, address: ir.Value, index: ir.Value, held: ir.Type) -> ir.Value:
         builder = self._builder

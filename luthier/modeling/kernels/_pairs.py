@@ -15,8 +15,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from luthier.modeling.kernels._lines import Lines
-from luthier.modeling.kernels._machine import BITS, HALVES, SUMS, Machine
-from luthier.modeling.kernels._memory import I64, LANES, Body, loop, rounded_bits
+from luthier.modeling.kernels._machine import BITS, SUMS, Machine
+from luthier.modeling.kernels._memory import HALVES, I64, LANES, Body, loop, rounded_bits, to_bfloat16
 
 # How many steps' weights, of 32 inputs each, are taken at a time, and how many before their use they are
 # asked for while several blocks of rows pass by.
@@ -205,9 +205,8 @@ def round_lanes(_context, source, target):
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         machine = Machine(builder)
-        bits = rounded_bits(builder, builder.load(machine.pointer(arguments[0], BITS), align=4))
-        halves = builder.trunc(builder.lshr(bits, ir.Constant(BITS, [16] * LANES)), HALVES)
-        builder.store(halves, machine.pointer(arguments[1], HALVES), align=2)
+        floats = builder.load(machine.pointer(arguments[0], SUMS), align=4)
+        builder.store(to_bfloat16(builder, floats), machine.pointer(arguments[1], HALVES), align=2)
         return I64(0)
 
     return types.int64(types.int64, types.int64), generate

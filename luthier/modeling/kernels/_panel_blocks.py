@@ -17,8 +17,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from luthier.modeling.kernels._machine import BITS, HALVES, SUMS, Machine
+from luthier.modeling.kernels._machine import BITS, SUMS, Machine
 from luthier.modeling.kernels._memory import (
+    HALVES,
     I32,
     I64,
     LANES,

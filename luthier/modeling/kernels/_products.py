@@ -11,6 +11,7 @@ import numpy as np
 from numba import carray
 
 from luthier.modeling.kernels._dense import add_exceptions
+from luthier.modeling.kernels._features import HAS_UNIT
 from luthier.modeling.kernels._few_rows import (
     STEPS_TOGETHER,
     multiply_half_row,
@@ -28,7 +29,7 @@ from luthier.modeling.kernels._language import (
     share,
 )
 from luthier.modeling.kernels._lines import LIE_DENSE
-from luthier.modeling.kernels._machine import HAS_UNIT, STEP_BYTES
+from luthier.modeling.kernels._machine import STEP_BYTES
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._tiles import (
     MOST_ADDRESSES,

@@ -67,8 +67,8 @@ def _lay_values(values_at, num_seen, size, turned_at, first, data):
 
 @inlined
 def _hide(scores, first_key, num_keys, last_keys):
-    """Give keys that a query is not to see the lowest score."""
-    for j in range(num_keys):
+    """Give keys that a query is not to see the lowest score; the first query sees the fewest."""
+    for j in range(max(last_keys[0] + 1 - first_key, 0), num_keys):
         for q in range(_QUERIES):
             if first_key + j > last_keys[q]:
                 scores[j * _QUERIES + q] = _LOWEST

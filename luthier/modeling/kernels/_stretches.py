@@ -8,22 +8,19 @@ and a site are shared out among the threads.
 # numba reads the loops themselves and takes their types from the arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
-import numpy as np
 from numba import carray
 
 from luthier.modeling.kernels._language import (
     Kernel,
-    at,
-    at_float32,
-    at_int32,
     at_int64,
     inlined,
-    narrow,
     open_table,
     share,
     thread_number,
 )
 from luthier.modeling.kernels._pair_updates import add_pairs_to_rows
+from luthier.modeling.kernels._pairs import round_lanes
+from luthier.modeling.kernels._panel_blocks import lay_pairs
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
@@ -36,6 +33,7 @@ from luthier.modeling.kernels.served_rows import STRETCH_BLOCK, STRETCH_RANK
 from luthier.modeling.kernels.shapes import TILE_INPUTS, TILE_ROWS
 
 _MIDDLE_BYTES = STRETCH_BLOCK * STRETCH_RANK * 2
+_LINE = 64
 
 
 def floats_of_low_rank(num_inputs: int) -> int:
@@ -45,33 +43,13 @@ def floats_of_low_rank(num_inputs: int) -> int:
 
 @inlined
 def _lay_ranks(a_at, num_ranks, size, tiles_at):
-    """Lay up to 16 rows [ranks, K] into tiles, a tile for 32 inputs; other rows are zeros."""
-    num_pairs = size // 2
-    tiles = carray(at_int32(tiles_at), num_pairs * TILE_ROWS)
-    for rank in range(TILE_ROWS):
-        if rank < num_ranks:
-            row = carray(at_int32(a_at + rank * size * 2), num_pairs)
-            for pair in range(num_pairs):
-                tiles[pair * TILE_ROWS + rank] = row[pair]
-        else:
-            for pair in range(num_pairs):
-                tiles[pair * TILE_ROWS + rank] = np.int32(0)
+    """Lay up to 16 rows [ranks, K] into tiles, a tile for 32 inputs; further rows repeat the last."""
+    for first in range(0, size, TILE_INPUTS):
+        lay_pairs(a_at + first * 2, size * 2, num_ranks, tiles_at + first * TILE_ROWS * 2, _LINE)
 
 
 @inlined
-def _narrow_middle(sums_at, num_rows, first_rank, middle_at, width, data):
-    """Round the products with 16 ranks into the columns of the middle that are theirs."""
-    sums = carray(at_float32(sums_at), num_rows * TILE_ROWS)
-    middle = carray(at(middle_at, data), num_rows * width)
-    for i in range(num_rows):
-        for rank in range(TILE_ROWS):
-            middle[i * width + first_rank + rank] = narrow(sums[i * TILE_ROWS + rank], middle)
-
-
-@inlined
-def _fill_middle(
-    a_at, num_ranks, size, x_at, num_tokens, whole_at, tiles_at, sums_at, middle_at, width, data
-):
+def _fill_middle(a_at, num_ranks, size, x_at, num_tokens, whole_at, tiles_at, sums_at, middle_at, width):
     """Write the products of up to `STRETCH_BLOCK` tokens with all ranks; 16 ranks at a time."""
     for first_rank in range(0, width, TILE_ROWS):
         _lay_ranks(a_at + first_rank * size * 2, min(TILE_ROWS, num_ranks - first_rank), size, tiles_at)
@@ -81,7 +59,9 @@ def _fill_middle(
                 configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
             rows_at = x_at + row * size * 2
             multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, num_rows, sums_at)
-            _narrow_middle(sums_at, num_rows, first_rank, middle_at + row * width * 2, width, data)
+            for i in range(num_rows):
+                # What repeats a rank is not read.
+                round_lanes(sums_at + i * _LINE, middle_at + ((row + i) * width + first_rank) * 2)
 
 
 @Kernel
@@ -115,7 +95,7 @@ def add_low_rank_stretches(data):
             rows_at = x_at + token * size * 2
             _fill_middle(
                 entries[0], num_ranks, size, rows_at, num_tokens, whole_at, tiles_at, sums_at,
-                middle_at, middle_width, data,
+                middle_at, middle_width,
             )  # fmt: skip
             add_pairs_to_rows(
                 entries[1], num_ranks, middle_at, middle_width * 2, num_tokens,

@@ -19,10 +19,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from luthier.modeling.kernels._features import HAS_UNIT
 from luthier.modeling.kernels._few_rows import emit_few_rows
 from luthier.modeling.kernels._lines import PlainLines, lines_of
 from luthier.modeling.kernels._machine import (
-    HAS_UNIT,
     I8,
     STEP_BYTES,
     TILE_BYTES,

@@ -300,7 +300,7 @@ def _may_multiply() -> bool:
     """Whether the kernels' processor has products of pairs, and no matrix unit."""
     if not kernels.is_compiled(torch.empty(1)):
         return False
-    from luthier.modeling.kernels._machine import HAS_PAIRS, HAS_UNIT
+    from luthier.modeling.kernels._features import HAS_PAIRS, HAS_UNIT
 
     return HAS_PAIRS and not HAS_UNIT
 

@@ -113,7 +113,7 @@ def _may_use_tiles() -> bool:
     """Whether the kernels' processor has the instructions and the system lets this process use its unit."""
     if not kernels.is_compiled(torch.empty(1)):
         return False
-    from luthier.modeling.kernels._machine import HAS_PAIRS, HAS_UNIT
+    from luthier.modeling.kernels._features import HAS_PAIRS, HAS_UNIT
 
     if not HAS_PAIRS:
         return False

@@ -69,7 +69,7 @@ def test_the_code_for_a_matrix_unit_is_compiled_on_any_processor(tmp_path: Path)
     code = (
         "import torch\n"
         "from luthier.modeling import kernels\n"
-        "from luthier.modeling.kernels._machine import HAS_UNIT\n"
+        "from luthier.modeling.kernels._features import HAS_UNIT\n"
         "assert HAS_UNIT\n"
         "for name in kernels.TILED:\n"
         "    assert kernels.compiled_address(name, torch.bfloat16)\n"
@@ -90,7 +90,7 @@ def test_pairs_give_what_a_matrix_unit_gives_where_it_is_left_out(tmp_path: Path
     torch.save((weight_OK, x_NK, TiledWeight(weight_OK).times(x_NK, out_NO)), tmp_path / "given.pt")
     code = (
         "import pathlib, sys, torch\n"
-        "from luthier.modeling.kernels._machine import HAS_UNIT\n"
+        "from luthier.modeling.kernels._features import HAS_UNIT\n"
         "from luthier.modeling.kernels.products import TiledWeight\n"
         "assert not HAS_UNIT\n"
         f"weight, x, expected = torch.load({str(tmp_path / 'given.pt')!r})\n"
