@@ -155,6 +155,10 @@ class LuthierClient:
         """Let servers keep a tuned model in memory from its next request on, or no longer; return it."""
         return self._ask("PUT" if is_pinned else "DELETE", f"/models/{quote(name, safe='')}/pin")
 
+    def delete_model(self, name: str) -> None:
+        """Delete a tuned model or a checkpoint with its files."""
+        self._ask("DELETE", f"/models/{quote(name, safe='')}")
+
     # ---- aliases
 
     def put_alias(self, name: str, model: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from api.breaking_off import RESPONSES_PATH, StreamEnd
 from api.deps import Parts, PartsDep, bearer_key
+from api.passing import PieceSender
+from api.requests import SEND_PIECE
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
@@ -33,12 +35,14 @@ class _PassedOn(StreamingResponse):
 
     def __init__(self, reply: Reply, path: str) -> None:
         super().__init__(reply.body, reply.status, dict(reply.headers))
-        self._body = reply.body
+        self._body, self._pass_to = reply.body, reply.pass_to
         self._end = StreamEnd(path)
+        self._scope: Scope = {}
         self._is_event_stream = reply.headers.get("content-type", "").startswith("text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, and close the upstream's whatever happens."""
+        self._scope = scope
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -48,15 +52,27 @@ class _PassedOn(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         """Pass the pieces on; a stream that breaks off ends with an error that clients read."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        sender = PieceSender(self._scope.get(SEND_PIECE, send))
+
+        def take(piece: bytes) -> bool:
+            is_sent = sender.try_send(piece)
+            if is_sent:
+                self._end.pass_on(piece)
+            return is_sent
+
+        if self._pass_to is not None:
+            self._pass_to(take)
         try:
             async for piece in self._body:
                 self._end.pass_on(piece)
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await sender.send(piece)
+            await sender.drain()
         except UnavailableError as error:
             if not self._is_event_stream:
                 raise
-            told = self._end.broken_off(error)
-            await send({"type": "http.response.body", "body": told, "more_body": True})
+            await sender.send(self._end.broken_off(error))
+        finally:
+            sender.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -1,4 +1,4 @@
-"""`luthier models`: what can be called, its files, and what stays in memory."""
+"""`luthier models`: what can be called, its files, what stays in memory, and what goes."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +8,7 @@ import typer
 from luthier.cli import options
 from luthier.cli.options import ApiKey, BaseUrl, Home, Json
 
-models_app = typer.Typer(help="List, download and pin models.", no_args_is_help=True)
+models_app = typer.Typer(help="List, download, pin and delete models.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The model's name.")]
 
@@ -53,6 +53,16 @@ def pin_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key: 
 def unpin_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None) -> None:
     """Let a tuned model leave the memory again when others need its room."""
     _pin(name, home, base_url, api_key, is_pinned=False)
+
+
+@models_app.command("delete")
+def delete_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None) -> None:
+    """Delete a tuned model with its files; refused while an alias points to it."""
+    from luthier.cli.output import printable
+
+    with options.open_client(base_url, api_key, home) as client:
+        client.delete_model(name)
+    print(f"Deleted {printable(name)}")
 
 
 def _pin(name: str, home: Home, base_url: BaseUrl, api_key: ApiKey, *, is_pinned: bool) -> None:

@@ -50,7 +50,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._is_drained = True
         self._waiter: asyncio.Future[None] | None = None
-        self._waits_until, self._is_last_look = 0.0, False
+        self._wait_seconds = self._waits_until = 0.0
+        self._is_last_look = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._pieces: list[bytes] = []
@@ -65,6 +66,7 @@ class Connection(asyncio.Protocol):
         self.is_over = True
         # Of a body that comes by another way than this connection.
         self._is_fed = self._is_fed_whole = self._is_feed_lost = False
+        self._take: Callable[[bytes], bool] | None = None
         self.status = 0
         self.headers: dict[str, str] = {}
 
@@ -83,6 +85,7 @@ class Connection(asyncio.Protocol):
         self._pieces, self._num_waiting = [], 0
         self.is_over = self._has_head = self._is_kept = False
         self._is_fed = self._is_fed_whole = self._is_feed_lost = False
+        self._take = None
         self._begin_head()
         self._transport.write(request)
 
@@ -129,6 +132,10 @@ class Connection(asyncio.Protocol):
         if self._is_feed_lost:
             self._break_off_fed()
 
+    def pass_to(self, take: Callable[[bytes], bool]) -> None:
+        """Offer what is fed to somebody while a reader waits for it; what is not taken wakes the reader."""
+        self._take = take
+
     def feed(self, content: bytes) -> None:
         """Take a piece of the body that came by another way; an empty one ends it.
 
@@ -139,12 +146,23 @@ class Connection(asyncio.Protocol):
             return
         if not content:
             self._is_fed_whole = True
+        elif self._pass_on(content):
+            return
         elif self._num_waiting <= _MAX_FED_BYTES:
             self._pieces.append(content)
             self._num_waiting += len(content)
         else:
             self.break_feed()
         self._wake()
+
+    def _pass_on(self, content: bytes) -> bool:
+        is_awaited = self._waiter is not None and not self._waiter.done() and not self._pieces
+        if self._take is None or not is_awaited or not self._take(content):
+            return False
+        # The reader was not woken, and waits for the next piece from now on.
+        loop = asyncio.get_running_loop()
+        self._waits_until, self._is_last_look = loop.time() + self._wait_seconds, False
+        return True
 
     def break_feed(self) -> None:
         """Take no more of the body that came by another way: it broke off, unless it was whole."""
@@ -176,6 +194,7 @@ class Connection(asyncio.Protocol):
             raise self._fault
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
+        self._wait_seconds = seconds
         self._waits_until, self._is_last_look = loop.time() + seconds, False
         if self._timer is None or self._timer_at > self._waits_until:
             self._set_timer(loop)

@@ -69,6 +69,11 @@ class Answer:
             raise StopAsyncIteration
         return piece
 
+    def pass_to(self, take: Callable[[bytes], bool]) -> None:
+        """Offer pieces to somebody as they come, where they come by a channel."""
+        if self._connection is not None:
+            self._connection.pass_to(take)
+
     async def aclose(self) -> None:
         """Drop the connection unless the answer is whole; harmless when it was read or closed before."""
         connection, self._connection = self._connection, None

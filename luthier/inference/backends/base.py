@@ -1,6 +1,6 @@
 """What a backend is: a client of some inference server that speaks OpenAI's protocol. Never torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from luthier.core.errors import UnavailableError
@@ -45,11 +45,15 @@ class Reply(NamedTuple):
     """An upstream's answer as it comes: status, the headers worth passing on, and the body in pieces.
 
     Whoever takes it runs `body` to its end or calls its `aclose`, which tells the upstream to stop.
+    `pass_to`, where there is one, takes a function that pieces are offered to as they come, on the loop's
+    thread, in place of waking who waits for the next one. What it says no to is read as ever; it may not
+    raise.
     """
 
     status: int
     headers: Mapping[str, str]
     body: Body
+    pass_to: Callable[[Callable[[bytes], bool]], None] | None = None
 
 
 class Backend(Protocol):

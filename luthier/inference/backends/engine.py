@@ -46,7 +46,7 @@ class EngineBackend:
         headers = {**target.to_headers(), **feed.headers}
         answer = await self._client.post(path, body, headers, feed)
         passed = {name: value for name, value in answer.headers.items() if name in _PASSED_HEADERS}
-        return Reply(answer.status, passed, answer)
+        return Reply(answer.status, passed, answer, answer.pass_to)
 
     async def health(self) -> Health:
         """Ask the server how it is.

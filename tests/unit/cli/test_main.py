@@ -188,6 +188,13 @@ def test_an_alias_is_changed_as_asked(
     assert (json.loads(request.content) if request.content else None) == body
 
 
+def test_a_model_is_deleted_by_its_name(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = _serve(monkeypatch, {"id": "ft:a:p::1", "deleted": True})
+    assert runner.invoke(app, ["models", "delete", "ft:a:p::1"]).output == "Deleted ft:a:p::1\n"
+    [request] = requests
+    assert (request.method, request.url.raw_path) == ("DELETE", b"/v1/models/ft%3Aa%3Ap%3A%3A1")
+
+
 @pytest.mark.parametrize("command", [["put", "a", "m"], ["rollback", "a"]])
 def test_a_target_that_no_server_could_load_is_told(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch, command: list[str]

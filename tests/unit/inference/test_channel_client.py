@@ -10,7 +10,7 @@ import uvloop
 
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import CHANNEL_PATH, HEADER_CHANNEL, HEADER_STREAM
-from luthier.inference.backends import _channel, _connection
+from luthier.inference.backends import _channel, _connection, _http
 from luthier.inference.backends._channel import ChannelClient
 from luthier.inference.backends._http import Answer, HttpClient
 from luthier.inference.frames import to_frame
@@ -129,6 +129,41 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
             runner.run(asyncio.wait_for(serve(), 30))
 
     return run
+
+
+def test_pieces_that_are_taken_as_they_come_wake_no_reader_and_others_are_read_in_their_order(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(server: _Server, asker: _Asker) -> None:
+        answer, number = await asker.begin(server)
+        taken: list[bytes] = []
+
+        def take(piece: bytes) -> bool:
+            if piece == b"no":
+                return False
+            taken.append(piece)
+            return True
+
+        answer.pass_to(take)
+        server.send(number, b"before")
+        # Nobody waits yet: it is the reader's.
+        await asyncio.sleep(0.05)
+        assert await anext(answer) == b"before"
+        reading = asyncio.ensure_future(anext(answer))
+        await asyncio.sleep(0.05)
+        for piece in (b"a", b"b", b"c"):
+            server.send(number, piece)
+            # Longer in all than the longest silence.
+            await asyncio.sleep(0.2)
+        assert (taken, reading.done()) == ([b"a", b"b", b"c"], False)
+        server.send(number, b"no")
+        assert await reading == b"no"
+        server.send(number, b"")
+        server.end_answer(number)
+        assert (await answer.read(), taken) == (b"", [b"a", b"b", b"c"])
+
+    monkeypatch.setattr(_http, "_READ_SECONDS", 0.4)
+    run(_Server(), check)
 
 
 def test_streams_of_one_channel_are_told_apart_and_end_each_for_itself(run: Run) -> None:
