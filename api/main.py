@@ -106,6 +106,7 @@ def create_app(parts: Parts) -> FastAPI:
         allow_headers=["*"],
         expose_headers=_EXPOSED_HEADERS,
     )
+    # Pieces of streams pass by all that stand behind it (SEND_PIECE): what looks at bodies comes before it.
     app.add_middleware(RequestIdMiddleware)
     # What lists models and answers is asked by clients that add parameters of their own.
     for module in (health, models, chat):

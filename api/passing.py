@@ -23,6 +23,7 @@ class PieceSender:
         self._send = send
         self._late: asyncio.Task[None] | None = None
         self._fault: Exception | None = None
+        self._is_sending = False
 
     def try_send(self, piece: bytes) -> bool:
         """Send a piece now.
@@ -33,11 +34,11 @@ class PieceSender:
         Returns:
             False when nothing was sent: pieces before it are still on their way, or could not be sent.
         """
-        if self._late is not None or self._fault is not None:
+        if self._is_sending or self._late is not None or self._fault is not None:
             return False
         # As a task would run it, up to where it has to wait, which it hardly ever has.
-        sending = self._begin(piece)
         try:
+            sending = self._begin(piece)
             awaited = sending.send(None)
         except StopIteration:
             return True
@@ -56,8 +57,12 @@ class PieceSender:
         Raises:
             Exception: what one of them could not be sent for.
         """
-        await self.drain()
-        await self._begin(piece)
+        self._is_sending = True
+        try:
+            await self.drain()
+            await self._begin(piece)
+        finally:
+            self._is_sending = False
 
     async def drain(self) -> None:
         """Wait until all is sent.
@@ -80,7 +85,8 @@ class PieceSender:
             await _go_on(sending, awaited)
         except Exception as error:  # noqa: BLE001 - whoever sends the next piece is told
             self._fault = error
-        self._late = None
+        finally:
+            self._late = None
 
     def _begin(self, piece: bytes) -> Coroutine[Any, None, None]:
         message: Message = {"type": "http.response.body", "body": piece, "more_body": True}

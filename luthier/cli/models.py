@@ -57,7 +57,7 @@ def unpin_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key
 
 @models_app.command("delete")
 def delete_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None) -> None:
-    """Delete a tuned model with its files; refused while an alias points to it."""
+    """Delete a tuned model with its files; refused while an alias, a job or another model needs it."""
     from luthier.cli.output import printable
 
     with options.open_client(base_url, api_key, home) as client:

@@ -19,7 +19,17 @@ from luthier.inference.lane_memory import LaneMemory
 from luthier.inference.mail import hand_over
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
-from luthier.inference.rows import Row, Work, next_stretch, score_prompts, take_guesses, with_guesses
+from luthier.inference.rows import (
+    MAX_PROMPT_TOKENS,
+    MAX_SHORT_TOKENS,
+    Row,
+    Work,
+    most_of_long,
+    next_stretch,
+    score_prompts,
+    take_guesses,
+    with_guesses,
+)
 from luthier.inference.sequence import Sequence
 from luthier.inference.trials import Trial, told_of
 from luthier.inference.waiting import WaitingLine
@@ -30,13 +40,6 @@ from luthier.modeling.packed_llama import PackedLlama
 
 _LOG = logging.getLogger(__name__)
 
-# Prompt tokens of one step: what they add to the time between two tokens of everybody else is what a small
-# model takes for them.
-MAX_PROMPT_TOKENS = 256
-# Tokens of a prompt, or of what is left of one, that are run at once, and those of a step's stretch where
-# more are left. Who comes beside a long prompt waits for the end of such a stretch, so these are fewer.
-MAX_SHORT_TOKENS = 64
-MAX_LONG_TOKENS = 48
 # Steps that a long prompt may be passed over in favour of short ones.
 _MAX_PASSED_OVER = 4
 
@@ -220,7 +223,7 @@ class Lane:
                 row.num_passed_over += 1
                 continue
             row.num_passed_over = 0
-            count = min(row.num_left, budget, MAX_LONG_TOKENS if is_long else MAX_SHORT_TOKENS)
+            count = min(row.num_left, budget, most_of_long(row.num_done) if is_long else MAX_SHORT_TOKENS)
             if count <= 0:
                 break
             work.append((row, next_stretch(row, count)))

@@ -84,8 +84,11 @@ class Room:
         is_context = self.ready.base.facts.context_length <= self.max_cache_tokens
         whose = "This model's context is" if is_context else "This server's memory for one answer is"
         beside = f" beside the model's own {num_virtual}" if num_virtual else ""
+        # A smaller answer helps only a prompt that fits by itself.
+        is_prompt = length + 1 > self._limit
+        answer = "" if is_prompt else f" and the answer was given {wanted}"
+        advice = "Shorten the prompt" if is_prompt else "Shorten the prompt or lower max_tokens"
         raise ContextLengthExceededError(
-            f"{whose} {self._limit} tokens{beside}; the prompt has {how}{length} and the answer was given "
-            f"{wanted}. Shorten the prompt or lower max_tokens.",
+            f"{whose} {self._limit} tokens{beside}; the prompt has {how}{length}{answer}. {advice}.",
             param=self.param,
         )

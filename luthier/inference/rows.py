@@ -13,6 +13,23 @@ from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_work import Stretch
 
+# Prompt tokens of one step: what they add to the time between two tokens of everybody else is what a small
+# model takes for them.
+MAX_PROMPT_TOKENS = 256
+# Tokens of a prompt, or of what is left of one, that are run at once.
+MAX_SHORT_TOKENS = 64
+# And those of a step's stretch of a prompt of which more are left. Who comes beside it waits for the end of
+# the stretch, so they are few, and fewer the more they attend to: no more than so many pairs of a token and
+# what it sees, but as many as kernels take at a time.
+MAX_LONG_TOKENS = 48
+_MAX_LONG_PAIRS, _FEWEST = 1 << 16, 16
+
+
+def most_of_long(num_done: int) -> int:
+    """Return how many tokens of a long prompt are run at once behind so many."""
+    fitting = _MAX_LONG_PAIRS // (num_done + 1) // _FEWEST * _FEWEST
+    return max(_FEWEST, min(MAX_LONG_TOKENS, fitting))
+
 
 @dataclass(eq=False, slots=True)
 class Row:

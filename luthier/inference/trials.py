@@ -27,6 +27,7 @@ from luthier.inference.proofs import (
     check_row,
     gap_between,
 )
+from luthier.inference.rows import MAX_PROMPT_TOKENS
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_work import Stretch
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from luthier.inference.lane import Lane
 
 _LOG = logging.getLogger(__name__)
-
-# Vectors of an adapter that are run at once.
-_MAX_VECTORS = 256
 
 
 class Trial:
@@ -165,7 +163,7 @@ def prepare(lane: "Lane", adapter: PackedAdapter) -> None:
     if vectors_ND is None:
         return
     with lane.borrowing(len(vectors_ND)) as (pages,):
-        for first in range(0, len(vectors_ND), _MAX_VECTORS):
-            part_ND = vectors_ND[first : first + _MAX_VECTORS]
+        for first in range(0, len(vectors_ND), MAX_PROMPT_TOKENS):
+            part_ND = vectors_ND[first : first + MAX_PROMPT_TOKENS]
             model.step([Stretch(part_ND, first, pages, wants_logits=False)])
         adapter.take_key_values(*model.pages.read(pages, len(vectors_ND)))

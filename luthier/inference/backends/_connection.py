@@ -4,10 +4,15 @@ A token of a stream passes here on its way to a client, so it may cost no more t
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import cast
 
 import httptools
+
+from luthier.inference.faults import log_fault
+
+_LOG = logging.getLogger(__name__)
 
 # So much of an answer may wait for its reader before the server has to wait.
 _MAX_WAITING_BYTES = 256 * 1024
@@ -157,8 +162,15 @@ class Connection(asyncio.Protocol):
 
     def _pass_on(self, content: bytes) -> bool:
         is_awaited = self._waiter is not None and not self._waiter.done() and not self._pieces
-        if self._take is None or not is_awaited or not self._take(content):
+        if self._take is None or not is_awaited:
             return False
+        try:
+            if not self._take(content):
+                return False
+        except Exception as error:  # noqa: BLE001 - others are fed in the same turn; this one has a gap now
+            log_fault(_LOG, "A piece that was passed on", error)
+            self.break_feed()
+            return True
         # The reader was not woken, and waits for the next piece from now on.
         loop = asyncio.get_running_loop()
         self._waits_until, self._is_last_look = loop.time() + self._wait_seconds, False

@@ -17,6 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from luthier.modeling.kernels._language import EXP_HIGHEST, EXP_LOWEST, LN2_HIGH, LN2_LOW, LOG2_E
+from luthier.modeling.kernels._machine import Machine
 from luthier.modeling.kernels._memory import (
     F32,
     I64,
@@ -35,6 +36,7 @@ from luthier.modeling.kernels._memory import (
     sum_lanes,
     transposed,
 )
+from luthier.modeling.kernels._pairs import paired_bits
 
 
 @intrinsic
@@ -155,6 +157,58 @@ def exponential_16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     biased = builder.add(builder.fptosi(n, WIDE_BITS), constant(WIDE_BITS, 127))
     power = builder.bitcast(builder.shl(biased, constant(WIDE_BITS, 23)), VECTOR)
     return builder.fmul(p, power)
+
+
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Return the larger numbers; those of b where a's is none."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@intrinsic
+def weigh_columns(_context, scores, num_keys, highest, totals, factors, weights):
+    """Turn scores of 16 queries, float32 [keys, 16], into weights beside each query's highest so far.
+
+    Weights go as bfloat16 pairs of two keys, [keys / 2, 16, 2]; keys are a multiple of 4, and one whose score
+    is the lowest weighs nothing. `highest` and the sums of weights, `totals`, go on, and `factors` get what
+    all that was summed before is to be multiplied by.
+    """
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        scores, num_keys, highest, totals, factors, weights = arguments
+        floats, machine = Memory(builder, is_bfloat16=False), Machine(builder)
+        before = floats.load(highest, I64(0), LANES)
+
+        def row(index: ir.Value, number: int) -> ir.Value:
+            place = builder.mul(builder.add(index, I64(number)), I64(LANES))
+            return floats.load(scores, place, LANES)
+
+        def find(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            return [_larger(builder, row(index, number), one) for number, one in enumerate(held)]
+
+        _, found = loop(builder, I64(0), num_keys, 4, [before] * 4, find)
+        top = _larger(builder, _larger(builder, *found[:2]), _larger(builder, *found[2:]))
+        factor = exponential_16(builder, builder.fsub(before, top))
+        lowest, zero = constant(VECTOR, float("-inf")), constant(VECTOR, 0.0)
+
+        def weigh(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            both = []
+            for number in range(2):
+                score = row(index, number)
+                weight = exponential_16(builder, builder.fsub(score, top))
+                # The exponential ends above 0. What is no number stays visible.
+                counts = builder.fcmp_unordered(">", score, lowest)
+                both.append(builder.select(counts, weight, zero))
+            place = builder.add(weights, builder.mul(index, I64(2 * LANES)))
+            builder.store(paired_bits(builder, *both), machine.pointer(place, WIDE_BITS), align=4)
+            return [builder.fadd(*one) for one in zip(sums, both, strict=True)]
+
+        total = builder.fmul(floats.load(totals, I64(0), LANES), factor)
+        _, sums = loop(builder, I64(0), num_keys, 2, [total, zero], weigh)
+        for vector, place in ((top, highest), (builder.fadd(*sums), totals), (factor, factors)):
+            floats.store(vector, place, I64(0))
+        return I64(0)
+
+    return types.int64(*[types.int64] * 6), generate
 
 
 class _Row:

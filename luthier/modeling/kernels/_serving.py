@@ -144,7 +144,8 @@ def add_low_rank(data):
     middle_at = wide_at + size * 4
     bytes_each = item_size(data)
     begin, end = share(table, num_rows)
-    # The last first: it was asked for last, and going the other way would push out what is still near.
+    # The last first: where a product asked for the rows' adapters (_products.py) it asked for that last, and
+    # the other way would push out what is still near.
     for i in range(end - 1, begin - 1, -1):
         if adapters[i] == 0:
             continue

@@ -14,14 +14,19 @@ Legend: C head size, Q queries of a block, 16.
 import numpy as np
 from numba import carray
 
-from luthier.modeling.kernels._head_rows import copy_row, transpose_pairs, transpose_scaled, turn_row
+from luthier.modeling.kernels._head_rows import (
+    copy_row,
+    transpose_pairs,
+    transpose_scaled,
+    turn_row,
+    weigh_columns,
+)
 from luthier.modeling.kernels._language import (
     Kernel,
     at,
     at_float32,
     at_int32,
     at_int64,
-    exponential,
     inlined,
     number,
     open_table,
@@ -29,7 +34,6 @@ from luthier.modeling.kernels._language import (
     thread_number,
 )
 from luthier.modeling.kernels._machine import TILE_BYTES
-from luthier.modeling.kernels._pairs import pair_rows
 from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
     PANEL_SUMS,
@@ -72,29 +76,6 @@ def _hide(scores, first_key, num_keys, last_keys):
         for q in range(_QUERIES):
             if first_key + j > last_keys[q]:
                 scores[j * _QUERIES + q] = _LOWEST
-
-
-@inlined
-def _weigh(scores, num_keys, highest, totals, factors):
-    """Turn scores into weights beside the highest score so far; factors are for what was summed before."""
-    for q in range(_QUERIES):
-        factors[q] = highest[q]
-    for j in range(num_keys):
-        for q in range(_QUERIES):
-            score = scores[j * _QUERIES + q]
-            highest[q] = score if score > highest[q] else highest[q]
-    for q in range(_QUERIES):
-        factors[q] = exponential(factors[q] - highest[q])
-        totals[q] *= factors[q]
-    for j in range(num_keys):
-        for q in range(_QUERIES):
-            score = scores[j * _QUERIES + q]
-            weight = exponential(score - highest[q])
-            # The exponential ends above 0. Were all scores the lowest, the sum of weights would be 0, and the
-            # result no number.
-            weight = weight if score > _LOWEST or score != score else np.float32(0.0)  # noqa: PLR0124
-            scores[j * _QUERIES + q] = weight
-            totals[q] += weight
 
 
 @inlined
@@ -244,9 +225,9 @@ def attend_stretches(data):
     queries_at, mixed_at, state_at, scores_at, weights_at, turned_at, last_at = _share_out(own_memory, size)
     query_bytes = size * _QUERIES * 2
     mixed = carray(at_float32(mixed_at), ATTENTION_BLOCKS * size * _QUERIES)
-    scores = carray(at_float32(scores_at), ATTENTION_KEYS * _QUERIES)
     last_keys = carray(at_int64(last_at), ATTENTION_BLOCKS * _QUERIES)
-    factors = carray(at_float32(last_at + ATTENTION_BLOCKS * _QUERIES * 8), _QUERIES)
+    factors_at = last_at + ATTENTION_BLOCKS * _QUERIES * 8
+    factors = carray(at_float32(factors_at), _QUERIES)
     sums_at = sums_of_panel()
     describe_tiles(sums_at + PANEL_SUMS * 4, 16)
     configure_tiles(sums_at + PANEL_SUMS * 4)
@@ -294,11 +275,10 @@ def attend_stretches(data):
                         own_last,
                         scores_at,
                     )
-                    highest = carray(at_float32(state_at + block * 128), _QUERIES)
-                    totals = carray(at_float32(state_at + block * 128 + 64), _QUERIES)
-                    _weigh(scores, own_steps * 32, highest, totals, factors)
-                    for pair in range(own_steps * 16):
-                        pair_rows(scores_at + pair * 128, weights_at + pair * 64)
+                    own_state_at = state_at + block * 128
+                    weigh_columns(
+                        scores_at, own_steps * 32, own_state_at, own_state_at + 64, factors_at, weights_at
+                    )
                     _mix(weights_at, turned_at, size, own_steps, factors, mixed, block, sums_at)
             # No query is scored any more.
             _write_mixed(

@@ -117,7 +117,7 @@ class CompiledOps:
             floats_of_low_rank(widest),
             floats_of_attention(shape.size),
         )
-        # Each thread's part begins a cache line, and another's is as far.
+        # Each thread's part begins a cache line, which kernels write whole, and another's is as far.
         self._scratch_width = -(-needed // 16) * 16 + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
         in_tiles_too = like.dtype == torch.bfloat16 and has_tiles()

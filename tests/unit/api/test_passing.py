@@ -54,6 +54,8 @@ def test_while_a_client_does_not_read_nothing_passes_what_waits() -> None:
         await asyncio.sleep(0.01)
         assert client.got == []
         client.reads.set()
+        await asyncio.sleep(0)
+        assert not sender.try_send(b"c")
         await sending
         assert client.got == [b"a", b"b"]
         assert sender.try_send(b"c")

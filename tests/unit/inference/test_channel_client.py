@@ -139,30 +139,41 @@ def test_pieces_that_are_taken_as_they_come_wake_no_reader_and_others_are_read_i
         taken: list[bytes] = []
 
         def take(piece: bytes) -> bool:
-            if piece == b"no":
-                return False
             taken.append(piece)
-            return True
+            return piece != b"no"
 
         answer.pass_to(take)
-        server.send(number, b"before")
-        # Nobody waits yet: it is the reader's.
-        await asyncio.sleep(0.05)
-        assert await anext(answer) == b"before"
         reading = asyncio.ensure_future(anext(answer))
         await asyncio.sleep(0.05)
-        for piece in (b"a", b"b", b"c"):
-            server.send(number, piece)
-            # Longer in all than the longest silence.
-            await asyncio.sleep(0.2)
-        assert (taken, reading.done()) == ([b"a", b"b", b"c"], False)
         server.send(number, b"no")
         assert await reading == b"no"
-        server.send(number, b"")
-        server.end_answer(number)
-        assert (await answer.read(), taken) == (b"", [b"a", b"b", b"c"])
+        reading = asyncio.ensure_future(anext(answer))
+        for piece in (b"a", b"b", b"c"):
+            await asyncio.sleep(0.2)
+            server.send(number, piece)
+        await asyncio.sleep(0.2)
+        # It waits longer in all than the longest silence, and no longer than that.
+        assert (taken, reading.done()) == ([b"no", b"a", b"b", b"c"], False)
+        with pytest.raises(UnavailableError):
+            await reading
 
     monkeypatch.setattr(_http, "_READ_SECONDS", 0.4)
+    run(_Server(), check)
+
+
+def test_what_fails_on_a_piece_ends_its_own_stream_alone(run: Run) -> None:
+    async def check(server: _Server, asker: _Asker) -> None:
+        await asker.open(server)
+        first, second = [await asker.ask() for _ in range(2)]
+        first.pass_to(lambda piece: bool(1 // len(piece[1:])))
+        reading, other = (asyncio.ensure_future(anext(answer)) for answer in (first, second))
+        await asyncio.sleep(0.05)
+        for number in list(server.answers)[1:]:
+            server.send(number, b"a")
+        with pytest.raises(UnavailableError, match="broke off"):
+            await reading
+        assert await other == b"a"
+
     run(_Server(), check)
 
 

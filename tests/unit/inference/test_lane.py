@@ -11,8 +11,9 @@ import torch
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
-from luthier.inference.lane import MAX_LONG_TOKENS, MAX_SHORT_TOKENS, Lane
+from luthier.inference.lane import Lane
 from luthier.inference.pages import Chain, PagePool
+from luthier.inference.rows import MAX_LONG_TOKENS, MAX_SHORT_TOKENS, most_of_long
 from luthier.inference.sequence import Failure, Finish, ModelKey, SamplingOptions, Sequence, SequenceEvent
 from luthier.inference.trials import Trial, prepare
 from luthier.methods import discover, method_of_artifact
@@ -321,3 +322,11 @@ def test_what_was_asked_is_given_back_whole_when_the_lane_is_emptied(
     lane.step()
     assert set(lane.drain()) == {one.sequence for one in asked}
     assert not lane.has_work and lane._pool.num_free == lane._pool.num_pages
+
+
+def test_the_farther_a_long_prompt_has_come_the_fewer_of_its_tokens_run_at_once() -> None:
+    counts = [most_of_long(num_done) for num_done in range(0, 9000, 100)]
+    assert counts[0] == MAX_LONG_TOKENS and counts == sorted(counts, reverse=True)
+    assert set(counts) == {16, 32, 48}
+    # 16 are what kernels take at a time; more are no more work than so many pairs.
+    assert all(count == 16 or count * 100 * place <= 1 << 16 for place, count in enumerate(counts))

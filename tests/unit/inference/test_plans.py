@@ -78,9 +78,10 @@ def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers() ->
         )
     assert (caught.value.http_status, caught.value.param) == (400, "messages")
     asked = parse_completion(b'{"model": "m", "prompt": ["a", "abcdef"], "max_tokens": 15}')
-    with pytest.raises(ContextLengthExceededError) as caught:
+    with pytest.raises(ContextLengthExceededError, match="has 6 and the answer was given 15") as caught:
         plan_completion(asked, ready, max_cache_tokens=20)
     assert caught.value.param == "prompt"
+    assert "lower max_tokens" in caught.value.message
     assert plan_completion(asked, ready, max_cache_tokens=21).options.max_tokens == 15
 
 
@@ -138,7 +139,7 @@ def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised() -> No
     ready.base.tokenizer.encode = None
     asked = chat([{"role": "user", "content": "z" * 400}])
     limits: Any = {"max_tokens_default": 9, "max_cache_tokens": 999, "grammars": Grammars()}
-    with pytest.raises(ContextLengthExceededError, match="has at least 102 and") as caught:
+    with pytest.raises(ContextLengthExceededError, match=r"has at least 102\. Shorten") as caught:
         plan_chat(asked, ready, **limits)
     assert caught.value.param == "messages"
     asked_text = parse_completion(json.dumps({"model": "m", "prompt": ["z" * 400]}).encode())
