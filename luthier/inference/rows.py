@@ -21,8 +21,8 @@ MAX_SHORT_TOKENS = 64
 # And those of a step's stretch of a prompt of which more are left. Who comes beside it waits for the end of
 # the stretch, so they are few, and fewer the more they attend to: no more than so many pairs of a token and
 # what it sees, but as many as kernels take at a time.
-MAX_LONG_TOKENS = 48
-_MAX_LONG_PAIRS, _FEWEST = 1 << 16, 16
+MAX_LONG_TOKENS = 32
+_MAX_LONG_PAIRS, _FEWEST = 1 << 17, 16
 
 
 def most_of_long(num_done: int) -> int:

@@ -20,6 +20,7 @@ from luthier.modeling.kernels._language import EXP_HIGHEST, EXP_LOWEST, LN2_HIGH
 from luthier.modeling.kernels._machine import Machine
 from luthier.modeling.kernels._memory import (
     F32,
+    HALVES,
     I64,
     LANES,
     VECTOR,
@@ -209,6 +210,43 @@ def weigh_columns(_context, scores, num_keys, highest, totals, factors, weights)
         return I64(0)
 
     return types.int64(*[types.int64] * 6), generate
+
+
+@intrinsic
+def lay_columns(_context, first, second, num_first, num_second, size, target, stride):
+    """Write two pages of 16 rows of bfloat16 as columns of 32, so many bytes apart.
+
+    `size`, of a row, is a multiple of 16. Rows after the first so many of a page become zeros.
+    """
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        first, second, num_first, num_second, size, target, stride = arguments
+        machine, row_bytes = Machine(builder), builder.mul(size, I64(2))
+        pages = ((first, num_first), (second, num_second))
+
+        def sixteen(column: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            across = builder.mul(column, I64(2))
+
+            def held(start: ir.Value, count: ir.Value, row: int) -> ir.Value:
+                place = builder.add(start, builder.add(builder.mul(row_bytes, I64(row)), across))
+                halves = builder.load(machine.pointer(place, HALVES), align=2)
+                is_there = builder.icmp_signed("<", I64(row), count)
+                return builder.zext(builder.select(is_there, halves, constant(HALVES, 0)), WIDE_BITS)
+
+            pairs = [
+                builder.or_(held(*page, row), builder.shl(held(*page, row + 1), constant(WIDE_BITS, 16)))
+                for page in pages
+                for row in range(0, LANES, 2)
+            ]
+            for number, line in enumerate(transposed(builder, pairs)):
+                place = builder.add(target, builder.mul(stride, builder.add(column, I64(number))))
+                builder.store(line, machine.pointer(place, WIDE_BITS), align=4)
+            return []
+
+        loop(builder, I64(0), size, LANES, [], sixteen)
+        return I64(0)
+
+    return types.int64(*[types.int64] * 7), generate
 
 
 class _Row:

@@ -16,6 +16,7 @@ from numba import carray
 
 from luthier.modeling.kernels._head_rows import (
     copy_row,
+    lay_columns,
     transpose_pairs,
     transpose_scaled,
     turn_row,
@@ -23,9 +24,7 @@ from luthier.modeling.kernels._head_rows import (
 )
 from luthier.modeling.kernels._language import (
     Kernel,
-    at,
     at_float32,
-    at_int32,
     at_int64,
     inlined,
     number,
@@ -43,30 +42,12 @@ from luthier.modeling.kernels._tiles import (
     release_tiles,
     sums_of_panel,
 )
+from luthier.modeling.kernels._vectors import ask_behind
 from luthier.modeling.kernels.served_rows import ATTENTION_BLOCKS, ATTENTION_KEYS, PAGE_SIZE
 from luthier.modeling.kernels.shapes import TILE_INPUTS, TILE_ROWS
 
 _QUERIES = 16
 _LOWEST = np.float32(-np.inf)
-
-
-@inlined
-def _lay_values(values_at, num_seen, size, turned_at, first, data):
-    """Lay the values of a page as columns; those after the sequence's end are zeros."""
-    values = carray(at(values_at, data), PAGE_SIZE * size)
-    pairs = carray(at_int32(turned_at), ATTENTION_KEYS * size // 2)
-    for j in range(0, PAGE_SIZE, 2):
-        place, even, odd = (first + j) // 2, j * size, (j + 1) * size
-        if j + 1 < num_seen:
-            for c in range(size):
-                pair = np.int32(values[even + c]) | (np.int32(values[odd + c]) << np.int32(16))
-                pairs[c * ATTENTION_KEYS // 2 + place] = pair
-        elif j < num_seen:
-            for c in range(size):
-                pairs[c * ATTENTION_KEYS // 2 + place] = np.int32(values[even + c])
-        else:
-            for c in range(size):
-                pairs[c * ATTENTION_KEYS // 2 + place] = np.int32(0)
 
 
 @inlined
@@ -140,15 +121,31 @@ def _begin_blocks(num_blocks, size, mixed, state_at):
 
 
 @inlined
-def _lay_some_values(value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at, data):
-    """Lay the values of some keys; `head` is the key head and how many there are."""
-    for page in range(num_steps * 2):
-        num_held = max(min(PAGE_SIZE, num_seen - page * PAGE_SIZE), 0)
-        values_at = value_pages
-        if num_held > 0:
-            place = own_pages[first_key // PAGE_SIZE + page] * head[1] + head[0]
-            values_at += place * PAGE_SIZE * size * 2
-        _lay_values(values_at, num_held, size, turned_at, page * PAGE_SIZE, data)
+def _ask_for_keys(key_pages, value_pages, own_pages, first_key, num_keys, head, size):
+    """Ask for the keys and values that are next, of which the processor foresees nothing."""
+    head_bytes = PAGE_SIZE * size * 2
+    for key in range(first_key, min(first_key + ATTENTION_KEYS, num_keys), PAGE_SIZE):
+        place = (own_pages[key // PAGE_SIZE] * head[1] + head[0]) * head_bytes
+        ask_behind(key_pages + place, head_bytes // 64)
+        ask_behind(value_pages + place, head_bytes // 64)
+
+
+@inlined
+def _lay_values(value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at):
+    """Lay the values of some keys as columns, zeros after the last; `head` is the key head and how many there
+    are."""
+    for step in range(num_steps):
+        first_page = first_key // PAGE_SIZE + 2 * step
+        num_left = num_seen - 2 * step * PAGE_SIZE
+        first_at = value_pages + (own_pages[first_page] * head[1] + head[0]) * PAGE_SIZE * size * 2
+        second_at = first_at
+        if num_left > PAGE_SIZE:
+            place = own_pages[first_page + 1] * head[1] + head[0]
+            second_at = value_pages + place * PAGE_SIZE * size * 2
+        lay_columns(
+            first_at, second_at, num_left, num_left - PAGE_SIZE, size,
+            turned_at + step * 2 * PAGE_SIZE * 2, ATTENTION_KEYS * 2,
+        )  # fmt: skip
 
 
 @inlined
@@ -252,9 +249,9 @@ def attend_stretches(data):
                 num_pages = (num_seen + PAGE_SIZE - 1) // PAGE_SIZE
                 # Whole tiles of weights: 32 keys.
                 num_steps = (num_pages + 1) // 2
-                _lay_some_values(
-                    value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at, data
-                )
+                next_key = first_key + ATTENTION_KEYS
+                _ask_for_keys(key_pages, value_pages, own_pages, next_key, num_keys, head, size)
+                _lay_values(value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at)
                 for block in range(num_some):
                     own_last = carray(at_int64(last_at + block * _QUERIES * 8), _QUERIES)
                     # Pages after the last query of a block are none of its own.

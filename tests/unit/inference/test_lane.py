@@ -327,6 +327,6 @@ def test_what_was_asked_is_given_back_whole_when_the_lane_is_emptied(
 def test_the_farther_a_long_prompt_has_come_the_fewer_of_its_tokens_run_at_once() -> None:
     counts = [most_of_long(num_done) for num_done in range(0, 9000, 100)]
     assert counts[0] == MAX_LONG_TOKENS and counts == sorted(counts, reverse=True)
-    assert set(counts) == {16, 32, 48}
+    assert set(counts) == {16, 32}
     # 16 are what kernels take at a time; more are no more work than so many pairs.
-    assert all(count == 16 or count * 100 * place <= 1 << 16 for place, count in enumerate(counts))
+    assert all(count == 16 or count * 100 * place <= 1 << 17 for place, count in enumerate(counts))
