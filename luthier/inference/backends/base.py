@@ -47,7 +47,7 @@ class Reply(NamedTuple):
     Whoever takes it runs `body` to its end or calls its `aclose`, which tells the upstream to stop.
     `pass_to`, where there is one, takes a function that pieces are offered to as they come, on the loop's
     thread, in place of waking who waits for the next one. What it says no to is read as ever; it may not
-    raise.
+    raise. Whoever puts something over `body` that changes pieces leaves it out.
     """
 
     status: int

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 
 import pytest
 from starlette.types import Message
 
+from api.requests import SEND_PIECE
 from api.routes.chat import _PassedOn
 from luthier.core.errors import UnavailableError
 from luthier.inference.backends.base import Reply
@@ -84,3 +86,51 @@ def test_a_response_whose_beginning_came_in_parts_ends_with_an_error_alone() -> 
     last = _read(STREAM, "/v1/responses", [b"event: response.cre", b"ated\n"])[-1]
     assert last.startswith(b"event: error\n")
     assert b"response.failed" not in last
+
+
+class _Passing(_Broken):
+    """A body that offers its pieces as they come, and breaks off after those that were not taken."""
+
+    def __init__(self, pieces: list[bytes], sent: list[bytes]) -> None:
+        super().__init__([])
+        self._offered, self._sent = pieces, sent
+        self.take: Callable[[bytes], bool] = lambda _piece: False
+
+    def pass_to(self, take: Callable[[bytes], bool]) -> None:
+        self.take = take
+
+    async def __anext__(self) -> bytes:
+        for number, piece in enumerate(self._offered):
+            assert self.take(piece)
+            # It has left before the call returned.
+            assert self._sent == self._offered[: number + 1]
+        return await super().__anext__()
+
+
+def test_pieces_that_come_by_a_channel_leave_at_once_past_all_layers_and_their_break_is_told() -> None:
+    pieces = [b'event: a\ndata: {"type":"a","sequence_number":%d}\n\n' % number for number in range(3)]
+    told: list[Message] = []
+    sent: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        told.append(message)
+
+    async def send_piece(message: Message) -> None:
+        sent.append(message["body"])
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def read() -> None:
+        body = _Passing(pieces, sent)
+        reply = Reply(200, {"content-type": STREAM}, body, body.pass_to)
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, SEND_PIECE: send_piece}
+        await _PassedOn(reply, "/v1/responses")(scope, receive, send)
+
+    asyncio.run(read())
+    assert [message["type"] for message in told] == ["http.response.start", "http.response.body"]
+    assert (sent[:3], told[1]["more_body"]) == (pieces, False)
+    # It goes on from the numbers of what was passed by.
+    (last,) = sent[3:]
+    assert json.loads(last.split(b"data: ")[1])["sequence_number"] == 3
