@@ -5,11 +5,11 @@ as fast as it comes.
 """
 
 import asyncio
-import types
-from collections.abc import Coroutine, Generator
-from typing import Any, cast
+from collections.abc import Awaitable
 
-from starlette.types import Message, Send
+from starlette.types import Send
+
+from luthier.inference.sending import piece_message, send_now
 
 
 class PieceSender:
@@ -36,16 +36,13 @@ class PieceSender:
         """
         if self._is_sending or self._late is not None or self._fault is not None:
             return False
-        # As a task would run it, up to where it has to wait, which it hardly ever has.
         try:
-            sending = self._begin(piece)
-            awaited = sending.send(None)
-        except StopIteration:
-            return True
+            rest = send_now(self._send, piece)
         except Exception as error:  # noqa: BLE001 - other streams are sent in the same turn; `send` raises it
             self._fault = error
             return False
-        self._late = asyncio.create_task(self._finish(sending, awaited))
+        if rest is not None:
+            self._late = asyncio.create_task(self._finish(rest))
         return True
 
     async def send(self, piece: bytes) -> None:
@@ -60,7 +57,7 @@ class PieceSender:
         self._is_sending = True
         try:
             await self.drain()
-            await self._begin(piece)
+            await self._send(piece_message(piece))
         finally:
             self._is_sending = False
 
@@ -80,26 +77,10 @@ class PieceSender:
         if self._late is not None:
             self._late.cancel()
 
-    async def _finish(self, sending: Coroutine[Any, None, None], awaited: Any) -> None:
+    async def _finish(self, rest: Awaitable[None]) -> None:
         try:
-            await _go_on(sending, awaited)
+            await rest
         except Exception as error:  # noqa: BLE001 - whoever sends the next piece is told
             self._fault = error
         finally:
             self._late = None
-
-    def _begin(self, piece: bytes) -> Coroutine[Any, None, None]:
-        message: Message = {"type": "http.response.body", "body": piece, "more_body": True}
-        # Of whatever web server, it is made by `async def`.
-        return cast(Coroutine[Any, None, None], self._send(message))
-
-
-@types.coroutine
-def _go_on(sending: Coroutine[Any, None, None], awaited: Any) -> Generator[Any, None, None]:
-    """Go on with a coroutine that was run up to where it awaits something."""
-    try:
-        yield awaited
-    except BaseException:
-        sending.close()
-        raise
-    yield from sending

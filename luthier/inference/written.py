@@ -6,15 +6,14 @@ client does not read, is left to a task.
 """
 
 import asyncio
-import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from luthier.inference.sending import piece_message, send_now
 from luthier.inference.wire import SEND, STREAM_HEADERS, while_connected
 
 
@@ -40,16 +39,13 @@ class ResponseOutlet:
         if self._late is not None:
             self._held.append(content)
             return
-        # As a task would run it, up to where it has to wait, which it hardly ever has.
-        sending = self._begin(content)
         try:
-            awaited = sending.send(None)
-        except StopIteration:
-            return
+            rest = send_now(self._send, content)
         except Exception as error:  # noqa: BLE001 - other streams are written to in the same turn
             self._fail(error)
             return
-        self._late = asyncio.ensure_future(self._catch_up(sending, awaited))
+        if rest is not None:
+            self._late = asyncio.ensure_future(self._catch_up(rest))
 
     def end(self) -> None:
         """Nothing: a response's end is sent by whoever made it."""
@@ -85,32 +81,16 @@ class ResponseOutlet:
         self._held.clear()
         self._ending.set()
 
-    def _begin(self, content: bytes) -> Coroutine[Any, None, None]:
-        message: Message = {"type": "http.response.body", "body": content, "more_body": True}
-        # Of whatever web server or framework, it is made by `async def`.
-        return cast(Coroutine[Any, None, None], self._send(message))
-
-    async def _catch_up(self, sending: Coroutine[Any, None, None], awaited: Any) -> None:
+    async def _catch_up(self, rest: Awaitable[None]) -> None:
         try:
-            await _go_on(sending, awaited)
+            await rest
             while self._held:
                 content = b"".join(self._held)
                 self._held.clear()
-                await self._begin(content)
+                await self._send(piece_message(content))
         except Exception as error:  # noqa: BLE001 - whoever made the response is told of it
             self._fail(error)
         self._late = None
-
-
-@types.coroutine
-def _go_on(sending: Coroutine[Any, None, None], awaited: Any) -> Generator[Any, None, None]:
-    """Go on with a coroutine that was run up to where it awaits something."""
-    try:
-        yield awaited
-    except BaseException:
-        sending.close()
-        raise
-    yield from sending
 
 
 class WrittenStream(Response):

@@ -312,7 +312,7 @@ def softmax_row(_context, scores, seen, size, like):
         row = _Row(builder, Memory(builder, is_bfloat16=is_bfloat16(like)), seen, size)
 
         def larger(found: list[ir.Value], highest: ir.Value) -> ir.Value:
-            return builder.select(builder.fcmp_ordered(">", found[0], highest), found[0], highest)
+            return _larger(builder, found[0], highest)
 
         lowest = constant(VECTOR, float("-inf"))
         highest = row.fold([scores], lowest, larger)

@@ -166,23 +166,6 @@ def paired_bits(builder: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> ir.Valu
 
 
 @intrinsic
-def pair_rows(_context, source, target):
-    """Write two rows of 16 float32, one after the other, as one row of 16 pairs of bfloat16."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        machine = Machine(builder)
-        even, odd = (
-            builder.load(machine.pointer(place, SUMS), align=4)
-            for place in (arguments[0], builder.add(arguments[0], I64(64)))
-        )
-        pairs = paired_bits(builder, even, odd)
-        builder.store(pairs, machine.pointer(arguments[1], BITS), align=4)
-        return I64(0)
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
 def interleave(_context, even, odd, target):
     """Write two rows of 16 bfloat16 as one row of 16 pairs."""
 
