@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.event_hub import EventHub
+from api.resolving import Resolver
 from db.session import Database
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import UnauthenticatedError, UnavailableError
@@ -42,13 +43,14 @@ class Parts:
     hub: EventHub
     ring: Ring
     sealer: Sealer
+    resolver: Resolver
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
     reports: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_REPORTS))
 
 
-def get_parts(request: Request) -> Parts:
-    """Return the process's parts."""
+async def get_parts(request: Request) -> Parts:
+    """Return the process's parts; async, as it would take a thread's turn otherwise."""
     parts: Parts = request.app.state.parts
     return parts
 

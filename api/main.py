@@ -6,13 +6,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import anyio.to_thread
 from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from api import errors
 from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
 from api.paths import EncodedSlashMiddleware
 from api.queries import refuse_unknown_query
-from api.requests import BodyLimitMiddleware, RequestIdMiddleware
+from api.requests import SEND_PIECE, BodyLimitMiddleware, RequestIdMiddleware
+from api.resolving import Resolver
 from api.routes import (
     aliases,
     chat,
@@ -54,11 +56,13 @@ _EXPOSED_HEADERS = (
 def make_parts(settings: Settings) -> Parts:
     """Make the parts of one API process; nothing is connected yet."""
     database_url = settings.database_url.get_secret_value()
+    database, catalogue = Database(database_url, pool_size=_POOL_SIZE), load_catalogue(settings.models_file)
     return Parts(
         settings=settings,
-        database=Database(database_url, pool_size=_POOL_SIZE),
+        database=database,
         storage=Storage.open(settings.storage_url),
-        catalogue=load_catalogue(settings.models_file),
+        catalogue=catalogue,
+        resolver=Resolver(database, catalogue),
         backend=open_all(settings),
         hub=EventHub(database_url),
         sealer=Sealer(settings.secret_key.get_secret_value()),
@@ -79,9 +83,18 @@ def _lifespan(parts: Parts) -> Callable[[FastAPI], AbstractAsyncContextManager[N
     return run
 
 
+class _App(FastAPI):
+    """The application, all of whose layers pieces of streams pass by (api/requests.py: SEND_PIECE)."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        scope[SEND_PIECE] = send
+        await super().__call__(scope, receive, send)
+
+
 def create_app(parts: Parts) -> FastAPI:
     """Return the application over the given parts."""
-    app = FastAPI(
+    app = _App(
         title="Luthier",
         description="Fine-tuning jobs as an API, in OpenAI's shapes.",
         version="0.1.0",
@@ -106,10 +119,10 @@ def create_app(parts: Parts) -> FastAPI:
         allow_headers=["*"],
         expose_headers=_EXPOSED_HEADERS,
     )
-    # Pieces of streams pass by all that stand behind it (SEND_PIECE): what looks at bodies comes before it.
     app.add_middleware(RequestIdMiddleware)
-    # What lists models and answers is asked by clients that add parameters of their own.
-    for module in (health, models, chat):
+    # Routes are tried in order: those first that are asked most. What answers and lists models is asked by
+    # clients that add parameters of their own.
+    for module in (chat, health, models):
         app.include_router(module.router)
     for module in (
         files,

@@ -16,8 +16,8 @@ from luthier.core.ids import new_id
 # Routes that take more bound it themselves, while they read.
 _UNLIMITED_PATHS = re.compile(r"/v1/(files|uploads/[^/]+/parts|chat/completions|completions)")
 _MAX_BODY_BYTES = 1024 * 1024
-# Where a request's scope keeps a `send` that passes by all who only look at an answer's start: each layer of
-# a framework passes every piece of a stream through another coroutine.
+# Where a request's scope keeps the web server's own `send`, for pieces of a stream that has begun: each layer
+# of a framework passes every one through another coroutine. No layer may be added that looks at bodies.
 SEND_PIECE = "luthier.send_piece"
 
 
@@ -76,6 +76,5 @@ class RequestIdMiddleware:
                 message = {**message, "headers": headers}
             await send(message)
 
-        scope[SEND_PIECE] = send
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             await self._app(scope, receive, send_with_id)

@@ -1,9 +1,9 @@
 """API keys: made once, stored as a hash, looked up by it, revoked at once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 
-from sqlalchemy import bindparam, func, or_, select, update
+from sqlalchemy import ARRAY, Text, any_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db.tables import ApiKey, Organization, Project
@@ -23,15 +23,16 @@ _IS_DUE = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - 
 # Built once: that takes longer than it runs, and every request does so.
 _FIND = (
     select(
-        ApiKey.id,
+        ApiKey.key_hash,
         ApiKey.organization_id,
         Organization.slug,
         ApiKey.project_id,
+        ApiKey.id,
         ApiKey.is_admin,
         _IS_DUE,
     )
     .join(Organization, Organization.id == ApiKey.organization_id)
-    .where(ApiKey.key_hash == bindparam("key_hash"), ApiKey.deleted_at.is_(None))
+    .where(ApiKey.key_hash == any_(bindparam("key_hashes", type_=ARRAY(Text))), ApiKey.deleted_at.is_(None))
 )
 
 
@@ -48,17 +49,38 @@ def authenticate(session: Session, key: str) -> Scope:
     Raises:
         UnauthenticatedError: when the key is malformed, unknown or revoked.
     """
-    unknown = UnauthenticatedError("Incorrect API key provided. Make one with `luthier keys create`.")
-    if not is_well_formed(key):
-        raise unknown
-    row = session.execute(_FIND, {"key_hash": hash_api_key(key)}).one_or_none()
-    if row is None:
-        raise unknown
-    key_id, organization_id, slug, project_id, is_admin, is_due = row
-    if is_due:
-        # Asked again under the lock of the row, so that of requests at once a single one writes.
-        session.execute(update(ApiKey).where(ApiKey.id == key_id, _IS_DUE).values(last_used_at=func.now()))
-    return Scope(organization_id, slug, project_id, key_id, is_admin)
+    scope = authenticate_all(session, [key])[key]
+    if scope is None:
+        raise unknown_key()
+    return scope
+
+
+def authenticate_all(session: Session, keys: Collection[str]) -> dict[str, Scope | None]:
+    """Find the projects that keys open; by one statement.
+
+    Args:
+        session: the session.
+        keys: in plain text, as they came in requests.
+
+    Returns:
+        The scope of each, None for one that is malformed, unknown or revoked.
+    """
+    hashes = {key: hash_api_key(key) for key in keys if is_well_formed(key)}
+    rows = session.execute(_FIND, {"key_hashes": [*hashes.values()]}).all() if hashes else []
+    scopes: dict[str | None, Scope] = {}
+    for key_hash, organization_id, slug, project_id, key_id, is_admin, is_due in rows:
+        scopes[key_hash] = Scope(organization_id, slug, project_id, key_id, is_admin)
+        if is_due:
+            # Asked again under the lock of the row, so that of requests at once a single one writes.
+            session.execute(
+                update(ApiKey).where(ApiKey.id == key_id, _IS_DUE).values(last_used_at=func.now())
+            )
+    return {key: scopes.get(hashes.get(key)) for key in keys}
+
+
+def unknown_key() -> UnauthenticatedError:
+    """Return the error for a key that opens nothing."""
+    return UnauthenticatedError("Incorrect API key provided. Make one with `luthier keys create`.")
 
 
 def _require_admin(scope: Scope) -> None:

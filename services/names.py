@@ -1,9 +1,11 @@
 """Public names: what each stands for, for a project and at a moment. A name stands for what it says, or for
 nothing; never for the base instead."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Select, Text, and_, bindparam, case, literal, or_, select
+from sqlalchemy import ARRAY, ColumnElement, Select, Text, and_, bindparam, case, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from db.alias_tables import Alias
@@ -43,23 +45,26 @@ def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
     return session.get(Base, entry.id)
 
 
-def _build_look_up() -> Select[Alias | None, Model | None, Model | None, Base | None]:
-    """Build the statement of `look_up`, once: that takes longer than it runs."""
-    name, project_id, base_id = (bindparam(key, type_=Text) for key in ("name", "project_id", "base_id"))
+def _build_look_up() -> Select[int, Alias | None, Model | None, Model | None, Base | None]:
+    """Build the statement of `look_up_all`, once: that takes longer than it runs."""
+    asked = (
+        func.unnest(*(bindparam(key, type_=ARRAY(Text)) for key in ("project_ids", "names", "base_ids")))
+        .table_valued("project_id", "name", "base_id", with_ordinality="number")
+        .render_derived("asked")
+        .c
+    )
     bearer, whole = aliased(Model), aliased(Model)
-    borne = select(bearer.id).where(bearer.name == name, bearer.deleted_at.is_(None)).scalar_subquery()
+    borne = select(bearer.id).where(bearer.name == asked.name, bearer.deleted_at.is_(None)).scalar_subquery()
     is_alias = Alias.id.is_not(None)
+    is_same = and_(Alias.name == asked.name, Alias.project_id == asked.project_id)
+    model_id = case((is_alias, Alias.model_id), else_=borne)
     return (
-        select(Alias, Model, whole, Base)
-        .select_from(select(literal(1)).subquery())
-        .outerjoin(
-            Alias, and_(Alias.name == name, Alias.project_id == project_id, Alias.deleted_at.is_(None))
-        )
-        .outerjoin(
-            Model, and_(Model.id == case((is_alias, Alias.model_id), else_=borne), is_callable(project_id))
-        )
+        select(asked.number, Alias, Model, whole, Base)
+        .outerjoin(Alias, and_(is_same, Alias.deleted_at.is_(None)))
+        .outerjoin(Model, and_(Model.id == model_id, is_callable(asked.project_id)))
         .outerjoin(whole, whole.id == Model.foundation_model_id)
-        .outerjoin(Base, Base.id == case((is_alias, Alias.base_id), else_=base_id))
+        .outerjoin(Base, Base.id == case((is_alias, Alias.base_id), else_=asked.base_id))
+        .order_by(asked.number)
     )
 
 
@@ -78,26 +83,41 @@ class Named:
     foundation: Model | None = None
     base: Base | None = None
 
+    @property
+    def is_callable(self) -> bool:
+        """Whether there is a model or a base."""
+        return self.model is not None or self.base is not None
 
-def look_up(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Named:
-    """Tell what a name stands for: first the project's aliases, then its models, then the bases.
+
+class Asked(NamedTuple):
+    """A name, and the project that asks what it stands for."""
+
+    project_id: str
+    name: str
+
+
+def look_up_all(session: Session, catalogue: Catalogue, asked: Sequence[Asked]) -> list[Named]:
+    """Tell what names stand for: first the project's aliases, then its models, then the bases.
 
     It is one statement, and so one moment: while an alias is pointed elsewhere, its old target is found or
     its new one.
 
     Args:
         session: the session.
-        scope: the caller.
         catalogue: the bases there are.
-        name: the public name.
+        asked: the public names.
 
     Returns:
-        What was found.
+        What was found, in their order.
     """
-    entry = catalogue.bases.get(catalogue.aliases.get(name, name))
-    asked = {"name": name, "project_id": scope.project_id, "base_id": None if entry is None else entry.id}
-    found = session.execute(_LOOK_UP, asked).one()
-    return Named(*found[:3], base=_if_offered(catalogue, found[3]))
+    entries = [catalogue.bases.get(catalogue.aliases.get(one.name, one.name)) for one in asked]
+    columns = {
+        "project_ids": [one.project_id for one in asked],
+        "names": [one.name for one in asked],
+        "base_ids": [None if entry is None else entry.id for entry in entries],
+    }
+    found = session.execute(_LOOK_UP, columns).all()
+    return [Named(*row[1:4], base=_if_offered(catalogue, row[4])) for row in found]
 
 
 def _if_offered(catalogue: Catalogue, base: Base | None) -> Base | None:
@@ -119,12 +139,17 @@ def get_named(session: Session, scope: Scope, catalogue: Catalogue, name: str) -
     Raises:
         ModelNotFoundError: when nothing that the project may call has the name.
     """
-    named = look_up(session, scope, catalogue, name)
-    if named.model is not None or named.base is not None:
+    (named,) = look_up_all(session, catalogue, [Asked(scope.project_id, name)])
+    if named.is_callable:
         return named
+    raise not_callable(named, name)
+
+
+def not_callable(named: Named, name: str) -> ModelNotFoundError:
+    """Return the error for a name behind which there is neither a model nor a base."""
     if named.alias is None:
-        raise unknown_model(name)
-    raise ModelNotFoundError(
+        return unknown_model(name)
+    return ModelNotFoundError(
         f"The alias `{name}` points to a model that is gone, or that this project may not call any more. "
         f"PUT /v1/aliases/{name} another.",
         param="model",
@@ -142,4 +167,4 @@ def list_aliased(session: Session, scope: Scope, catalogue: Catalogue) -> list[N
         .order_by(Alias.created_at.desc(), Alias.id.desc())
     ).all()
     found = [Named(alias, model, base=_if_offered(catalogue, base)) for alias, model, base in rows]
-    return [named for named in found if named.model is not None or named.base is not None]
+    return [named for named in found if named.is_callable]

@@ -24,6 +24,7 @@ for _name in [name for name in os.environ if name.startswith("LUTHIER_")]:
 from api.deps import Parts  # noqa: E402
 from api.event_hub import EventHub  # noqa: E402
 from api.main import create_app  # noqa: E402
+from api.resolving import Resolver  # noqa: E402
 from db.migrate import upgrade  # noqa: E402
 from db.session import Database  # noqa: E402
 from luthier.bases.catalogue import load_catalogue  # noqa: E402
@@ -207,11 +208,13 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
     bells: list[str] = []
     backend = FakeBackend()
     url = settings.database_url.get_secret_value()
+    catalogue = load_catalogue(settings.models_file)
     parts = Parts(
         settings=settings,
         database=database,
         storage=Storage.open(settings.storage_url),
-        catalogue=load_catalogue(settings.models_file),
+        catalogue=catalogue,
+        resolver=Resolver(database, catalogue),
         backend=backend,
         hub=EventHub(url),
         ring=bells.append,

@@ -1,76 +1,92 @@
 """Chat, completions and responses: the name is resolved here, the answer is the inference server's."""
 
-import asyncio
 import json
 
-import anyio
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from api.breaking_off import RESPONSES_PATH, StreamEnd
 from api.deps import Parts, PartsDep, bearer_key
+from api.leaving import UntilLeft
 from api.passing import PieceSender
 from api.requests import SEND_PIECE
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
+    LuthierError,
     MissingParameterError,
     TooLargeError,
     UnavailableError,
 )
 from luthier.core.inference import ModelTarget
-from luthier.inference.backends.base import Reply
-from services import keys, models
+from luthier.inference.backends.base import Backend, Reply
+from services.targets import Call
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 
 _MAX_BODY_BYTES = 8 * 1024 * 1024
+_MAX_SHORT_BYTES = 16 * 1024
 
 
-class _PassedOn(StreamingResponse):
-    """An upstream's answer on its way to the client; the upstream is told when the client has left."""
+class _PassedOn(Response):
+    """An inference server's answer, asked for and passed on; the server is told when the client has left.
 
-    def __init__(self, reply: Reply, path: str) -> None:
-        super().__init__(reply.body, reply.status, dict(reply.headers))
-        self._body, self._pass_to = reply.body, reply.pass_to
-        self._end = StreamEnd(path)
-        self._scope: Scope = {}
-        self._is_event_stream = reply.headers.get("content-type", "").startswith("text/event-stream")
+    Args:
+        backend: who is asked.
+        path: of the endpoint.
+        body: of the request, as it came.
+        target: what the name in it stands for.
+    """
+
+    def __init__(self, backend: Backend, path: str, body: bytes, target: ModelTarget) -> None:
+        super().__init__()
+        self._backend, self._path, self._target = backend, path, target
+        self._asked = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer, and close the upstream's whatever happens."""
-        self._scope = scope
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._body.aclose()
+        """Ask, and pass on what comes.
 
-    async def stream_response(self, send: Send) -> None:
+        Args:
+            scope: the request's.
+            receive: tells when its client leaves.
+            send: takes the answer.
+
+        Raises:
+            LuthierError: what the server could not be asked for, or why it broke off in the middle of an
+                answer that is no stream.
+        """
+        async with UntilLeft(receive):
+            reply = await self._backend.complete(self._path, self._asked, self._target)
+            try:
+                await self._pass_on(reply, scope, send)
+            finally:
+                await reply.body.aclose()
+
+    async def _pass_on(self, reply: Reply, scope: Scope, send: Send) -> None:
         """Pass the pieces on; a stream that breaks off ends with an error that clients read."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        sender = PieceSender(self._scope.get(SEND_PIECE, send))
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers.items()]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        end, sender = StreamEnd(self._path), PieceSender(scope.get(SEND_PIECE, send))
 
         def take(piece: bytes) -> bool:
             is_sent = sender.try_send(piece)
             if is_sent:
-                self._end.pass_on(piece)
+                end.pass_on(piece)
             return is_sent
 
-        if self._pass_to is not None:
-            self._pass_to(take)
+        if reply.pass_to is not None:
+            reply.pass_to(take)
         try:
-            async for piece in self._body:
-                self._end.pass_on(piece)
+            async for piece in reply.body:
+                end.pass_on(piece)
                 await sender.send(piece)
             await sender.drain()
         except UnavailableError as error:
-            if not self._is_event_stream:
+            if not reply.headers.get("content-type", "").startswith("text/event-stream"):
                 raise
-            await sender.send(self._end.broken_off(error))
+            await sender.send(end.broken_off(error))
         finally:
             sender.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -85,54 +101,30 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _model_name(body: bytes) -> str:
+def _model_name(body: bytes) -> str | LuthierError:
+    """Return the name that a request asks for, or what is wrong with it: whoever has no key isn't told."""
     try:
         parsed = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError("The body is no valid JSON; send a JSON object.") from error
+    except (ValueError, RecursionError):
+        return InvalidRequestError("The body is no valid JSON; send a JSON object.")
     if not isinstance(parsed, dict):
-        raise InvalidTypeError("The body must be a JSON object.")
+        return InvalidTypeError("The body must be a JSON object.")
     model = parsed.get("model")
     if model is None:
-        raise MissingParameterError("Missing required parameter: 'model'.", param="model")
+        return MissingParameterError("Missing required parameter: 'model'.", param="model")
     if not isinstance(model, str):
-        raise InvalidTypeError("Invalid type for 'model': expected a string.", param="model")
+        return InvalidTypeError("Invalid type for 'model': expected a string.", param="model")
     return model
-
-
-async def _has_left(request: Request) -> None:
-    """Return once the client has gone; the request's body has been read, so nothing else can come."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _ask(request: Request, parts: Parts, path: str, body: bytes, target: ModelTarget) -> Reply:
-    """Ask the inference server, which hears at once when the client no longer waits for the answer."""
-    asking = asyncio.ensure_future(parts.backend.complete(path, body, target))
-    leaving = asyncio.ensure_future(_has_left(request))
-    try:
-        await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not asking.done():
-            raise ClientDisconnect
-        return asking.result()
-    finally:
-        leaving.cancel()
-        asking.cancel()
-        await asyncio.gather(leaving, asking, return_exceptions=True)
 
 
 async def _answer(request: Request, parts: Parts, path: str) -> Response:
     key = bearer_key(request)
     body = await _read_body(request)
-
-    def resolve() -> ModelTarget:
-        # Nothing here belongs together: the name is resolved by one statement.
-        with parts.database.statements() as session:
-            scope = keys.authenticate(session, key)
-            return models.resolve(session, scope, parts.catalogue, _model_name(body))
-
-    target = await run_in_threadpool(resolve)
-    return _PassedOn(await _ask(request, parts, path, body, target), path)
+    # Read in a thread of its own, a short one would take longer; a long one would hold up others' streams.
+    is_short = len(body) <= _MAX_SHORT_BYTES
+    name = _model_name(body) if is_short else await run_in_threadpool(_model_name, body)
+    target = await parts.resolver.resolve(Call(key, name))
+    return _PassedOn(parts.backend, path, body, target)
 
 
 @router.post("/chat/completions")

@@ -15,9 +15,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from benchmarks.contestants import quiet_environment
-from benchmarks.serve.contestants import free_port
 from benchmarks.serve.engine import COMPLETIONS, OurServer, completion_body
-from benchmarks.serve.process import Process, SideFailedError
+from benchmarks.serve.process import Process, SideFailedError, free_port
 from benchmarks.serve.prompts import Prompt
 from benchmarks.serve.published import Published
 from benchmarks.throw_away import throw_away_postgres
@@ -89,6 +88,7 @@ def api_in_front(server: OurServer, models: Sequence[Published] = ()) -> Iterato
                 "LUTHIER_STORAGE_URL": f"file://{server.place.objects}",
                 "LUTHIER_BASES_DIR": str(server.place.bases_dir),
                 "LUTHIER_INFERENCE_URL": server.url,
+                "LUTHIER_INTERNAL_TOKEN": server.token,
             }
             log = folder / "api.log"
             process = Process([sys.executable, "-m", "api", "--port", str(port)], environment, log)

@@ -1,7 +1,6 @@
 """Whoever runs streams: our server, a peer's process, a peer's server. All answer the same question alike."""
 
 import json
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 from benchmarks.contestants import SCRIPTS, ensure_environment, quiet_environment
 from benchmarks.serve.engine import COMPLETIONS, Client, OurServer, completion_body
 from benchmarks.serve.figures import percentile
-from benchmarks.serve.process import Process, SideFailedError
+from benchmarks.serve.process import Process, SideFailedError, free_port
 from benchmarks.serve.prompts import Prompt
 from benchmarks.serve.published import Published
 from benchmarks.serve.rows import NUM_CACHE_PAGES, Contest, Setting
@@ -220,13 +219,6 @@ class TransformersServe:
 def _environment(setting: Setting, num_threads: int) -> dict[str, str]:
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if setting.sleeps else {}
     return quiet_environment(num_threads) | waiting
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _count(answer: dict[str, Any], tokens: list[int], num_new: int) -> int:

@@ -1,6 +1,7 @@
 """Our side: the real inference server's process on its Unix socket, and the client that asks it."""
 
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import quiet_environment
-from benchmarks.serve.process import Process, SideFailedError
+from benchmarks.serve.process import Process, SideFailedError, free_port
 from benchmarks.serve.prompts import Prompt
 from benchmarks.serve.published import Published
-from luthier.core.inference import ModelTarget
+from luthier.core.inference import HEADER_TOKEN, ModelTarget
 
 _START_SECONDS = 180.0
 _POLL_SECONDS = 0.05
@@ -67,19 +68,29 @@ class OurServer:
         client: who asks.
         name: of its folder.
         settings: of its own, by their environment variables.
+        is_tcp: whether it listens on TCP, in place of a Unix socket.
     """
 
     def __init__(
-        self, place: Place, client: Client, name: str = "ours", settings: Mapping[str, str] | None = None
+        self,
+        place: Place,
+        client: Client,
+        name: str = "ours",
+        settings: Mapping[str, str] | None = None,
+        *,
+        is_tcp: bool = False,
     ) -> None:
         folder = place.run_dir / name
         folder.mkdir(parents=True, exist_ok=True)
         self.place = place
         # Short: a socket's path has 107 bytes at most.
-        self.url = f"unix://{place.run_dir}/{name}.sock"
+        self.url = f"http://127.0.0.1:{free_port()}" if is_tcp else f"unix://{place.run_dir}/{name}.sock"
+        # What requests over TCP are let in by.
+        self.token = secrets.token_hex(16) if is_tcp else ""
         self._client = client
         environment = quiet_environment(place.num_threads) | {
             "LUTHIER_INFERENCE_URL": self.url,
+            "LUTHIER_INTERNAL_TOKEN": self.token,
             "LUTHIER_INFERENCE_DTYPE": place.dtype,
             "LUTHIER_NUM_THREADS": str(place.num_threads),
             "LUTHIER_BASES_DIR": str(place.bases_dir),
@@ -101,8 +112,7 @@ class OurServer:
         one = self.request(None, Prompt([1, 2, 3], ""), num_new=1)
         while time.monotonic() < deadline:
             self.process.check()
-            path = Path(self.url.removeprefix("unix://"))
-            if path.exists() and self.send([one])["answers"][0]["error"] is None:
+            if self.send([one])["answers"][0]["error"] is None:
                 return
             time.sleep(_POLL_SECONDS)
         raise SideFailedError(f"our server was not ready within {_START_SECONDS:.0f} s")
@@ -128,7 +138,7 @@ class OurServer:
         )
         return {
             "path": COMPLETIONS,
-            "headers": target.to_headers(),
+            "headers": target.to_headers() | ({HEADER_TOKEN: self.token} if self.token else {}),
             "body": completion_body(name, prompt.token_ids, num_new=num_new),
             "at_seconds": at_seconds,
         }
@@ -193,7 +203,12 @@ def completion_body(model: str, prompt: list[int] | str, *, num_new: int) -> dic
 
 @contextmanager
 def our_server(
-    place: Place, client: Client, name: str = "ours", settings: Mapping[str, str] | None = None
+    place: Place,
+    client: Client,
+    name: str = "ours",
+    settings: Mapping[str, str] | None = None,
+    *,
+    is_tcp: bool = False,
 ) -> Iterator[OurServer]:
     """Run a server for the length of a block, with nothing loaded but the base.
 
@@ -202,11 +217,12 @@ def our_server(
         client: who asks.
         name: of its folder.
         settings: as OurServer takes them.
+        is_tcp: so too.
 
     Yields:
         The server, ready.
     """
-    server = OurServer(place, client, f"{name}-{os.urandom(3).hex()}", settings)
+    server = OurServer(place, client, f"{name}-{os.urandom(3).hex()}", settings, is_tcp=is_tcp)
     try:
         yield server
     finally:

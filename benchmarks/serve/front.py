@@ -15,6 +15,11 @@ from benchmarks.serve.rows import NUM_STREAMS
 NAME = "front"
 
 
+# How the engine listens. Clients of the API come over TCP; asked over TCP too, the engine alone differs from
+# the API in nothing else. To its Unix socket, on which one machine has it, no client but the API comes.
+_ADDRESSES = ("tcp", "unix")
+
+
 def measure_front(bench: Bench) -> dict[str, Any]:
     """Run the base's streams through the API and straight into the engine, in turn.
 
@@ -22,11 +27,24 @@ def measure_front(bench: Bench) -> dict[str, Any]:
         bench: the run.
 
     Returns:
-        Every pair and the `summary`; a ratio is the API's tokens a second over the engine's.
+        For an engine on TCP, and for one on its Unix socket, every pair and the `summary`; a ratio is the
+        API's tokens a second over the engine's.
     """
     print(f"\n{NUM_STREAMS} streams through the API beside the engine alone ({NAME})", flush=True)
+    found: dict[str, Any] = {"num_streams": NUM_STREAMS}
+    for address in _ADDRESSES:
+        print(f"  the engine on {address}", flush=True)
+        found[address] = _measure(bench, is_tcp=address == "tcp")
+        bench.keep(NAME, found)
+    return found
+
+
+def _measure(bench: Bench, *, is_tcp: bool) -> dict[str, Any]:
     pairs: list[dict[str, Any]] = []
-    with our_server(bench.place, bench.client, NAME) as server, api_in_front(server) as api:
+    with (
+        our_server(bench.place, bench.client, NAME, is_tcp=is_tcp) as server,
+        api_in_front(server) as api,
+    ):
         _run(bench, server, api)
         _run(bench, server)
         for number in range(bench.options.pairs):
@@ -36,23 +54,12 @@ def measure_front(bench: Bench) -> dict[str, Any]:
             pair["ratio"] = pair["api"]["tokens_per_second"] / pair["engine"]["tokens_per_second"]
             pairs.append(pair | {"stolen_share": stolen.share()})
             print(f"  pair {number + 1}: {pairs[-1]}", flush=True)
-    found = {
-        "num_streams": NUM_STREAMS,
-        "pairs": pairs,
-        "summary": {
-            "tokens_per_second": {
-                who: statistics.median(pair[who]["tokens_per_second"] for pair in pairs)
-                for who in ("engine", "api")
-            },
-            "first_token_seconds_p50": {
-                who: statistics.median(pair[who]["first_token_seconds_p50"] for pair in pairs)
-                for who in ("engine", "api")
-            },
-            "ratio": asdict(median_interval([pair["ratio"] for pair in pairs])),
-        },
+    summary: dict[str, Any] = {
+        figure: {who: statistics.median(pair[who][figure] for pair in pairs) for who in ("engine", "api")}
+        for figure in ("tokens_per_second", "first_token_seconds_p50")
     }
-    bench.keep(NAME, found)
-    return found
+    summary["ratio"] = asdict(median_interval([pair["ratio"] for pair in pairs]))
+    return {"pairs": pairs, "summary": summary}
 
 
 def _run(bench: Bench, server: OurServer, api: Api | None = None) -> dict[str, Any]:

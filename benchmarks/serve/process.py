@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -19,6 +20,13 @@ _STOP_SECONDS = 10.0
 
 class SideFailedError(Exception):
     """A process of ours or of a peer does not run here; the message holds its last words, in one line."""
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Process:

@@ -189,13 +189,16 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _front_lines(found: dict[str, Any]) -> list[str]:
-    summary = found["summary"]
-    speeds, firsts = summary["tokens_per_second"], summary["first_token_seconds_p50"]
-    return [
-        f"{found['num_streams']} streams through the API {speeds['api']:.0f} tokens/s, into the engine alone "
-        f"{speeds['engine']:.0f}: {_interval(summary['ratio'], 3)} times; first token "
-        f"{1000 * firsts['api']:.0f} and {1000 * firsts['engine']:.0f} ms."
-    ]
+    lines = []
+    for address, title in (("tcp", "over TCP, as the API is"), ("unix", "on its Unix socket")):
+        summary = found[address]["summary"]
+        speeds, firsts = summary["tokens_per_second"], summary["first_token_seconds_p50"]
+        lines.append(
+            f"{found['num_streams']} streams through the API {speeds['api']:.0f} tokens/s, into the engine "
+            f"alone, {title}, {speeds['engine']:.0f}: {_interval(summary['ratio'], 3)} times; first token "
+            f"{1000 * firsts['api']:.0f} and {1000 * firsts['engine']:.0f} ms."
+        )
+    return lines
 
 
 def _alias_lines(found: dict[str, Any]) -> list[str]:

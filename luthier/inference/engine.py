@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 MAX_PREFILL_TOKENS = 8192
 # How long an idle engine waits for requests that came with the first one and are about to be submitted: a
 # step of that one alone would take longer than its share of a step of them all.
-_GATHER_SECONDS, _POLL_SECONDS = 0.002, 0.0002
+_GATHER_SECONDS, _QUIET_SECONDS, _POLL_SECONDS = 0.006, 0.0005, 0.0001
 # Full batches that may be live at once.
 MAX_LIVE_BATCHES = 8
 
@@ -361,15 +361,17 @@ class Engine:
 
     def _take_inbox(self) -> None:
         """Move what came in to the scheduler; sleep in the queue while there is nothing to do."""
-        ready_at = 0.0
+        ready_at = quiet_at = 0.0
         while not self._is_closed:
             if not self._core.has_work:
                 hand_over()
                 item = self._inbox.get()
+                quiet_at = time.monotonic() + _QUIET_SECONDS
                 ready_at = time.monotonic() + _GATHER_SECONDS
             elif not self._inbox.empty():
                 item = self._inbox.get()
-            elif ready_at and self._num_expected and time.monotonic() < ready_at:
+                quiet_at = time.monotonic() + _QUIET_SECONDS
+            elif (now := time.monotonic()) < ready_at and (self._num_expected or now < quiet_at):
                 # Who comes with others is run with them.
                 time.sleep(_POLL_SECONDS)
                 continue

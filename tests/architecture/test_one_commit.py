@@ -10,7 +10,7 @@ _MAY_COMMIT = {"db/session.py", "db/migrate.py", "db/migrations/env.py"}
 _MAY_AUTOCOMMIT = {"api/event_hub.py", "luthier/cli/stack/postgres.py"}
 # Sessions whose statements do not belong together: where they are made, and who may take one.
 _MAY_ISOLATE = {"db/session.py"}
-_MAY_TAKE_STATEMENTS = {"api/routes/chat.py"}
+_MAY_TAKE_STATEMENTS = {"api/resolving.py"}
 
 
 def _calls(name: str) -> list[ast.Call]:

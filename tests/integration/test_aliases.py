@@ -1,15 +1,11 @@
 """Aliases: names that are pointed to models while they answer, over HTTP and real PostgreSQL."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
 from urllib.parse import quote
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import select, text
 
-from db.session import Database
 from db.tables import Checkpoint, Model
 from luthier.core.errors import ModelInUseError
 from luthier.core.ids import new_id
@@ -17,6 +13,7 @@ from services import aliases, checkpoints, models
 from services.scope import Scope
 from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
 from tests.conftest import TINY_BASE, Api, wait_until
+from tests.statements import counted
 
 
 @pytest.fixture
@@ -233,26 +230,12 @@ def test_an_alias_is_its_projects_own_and_ends_with_what_it_may_call(
     ours.ok("DELETE", f"/models/{V2}")
 
 
-@contextmanager
-def _counted(database: Database) -> Iterator[list[str]]:
-    statements: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        statements.append(statement)
-
-    event.listen(database.engine, "before_cursor_execute", note)
-    try:
-        yield statements
-    finally:
-        event.remove(database.engine, "before_cursor_execute", note)
-
-
 def test_every_name_is_resolved_by_one_statement(api: Api, ours: Aliases, scope: Scope) -> None:
     ours.put("prod", V1)
     ours.put("plain", TINY_BASE)
     parts = api.parts
     for name, digest in (("prod", DIGESTS[V1]), ("plain", None), (V2, DIGESTS[V2]), (TINY_BASE, None)):
-        with parts.database.transaction() as session, _counted(parts.database) as statements:
+        with parts.database.transaction() as session, counted(parts.database) as statements:
             target = models.resolve(session, scope, parts.catalogue, name)
         assert (target.model, target.base_id, target.digest) == (name, TINY_BASE, digest)
         assert len(statements) == 1, statements

@@ -68,6 +68,7 @@ class ChannelClient:
                     retry_seconds = _REFUSED_SECONDS
                 elif answer.status == 200:
                     self._open = channel
+                    answer.pass_to(channel.take)
                     async for piece in answer:
                         channel.take(piece)
             finally:
@@ -90,12 +91,13 @@ class _OpenChannel:
         self._connections: dict[int, Connection] = {}
         self._is_open = True
 
-    def take(self, piece: bytes) -> None:
-        """Hand out what came; what is for an answer that nobody reads any more is dropped."""
+    def take(self, piece: bytes) -> bool:
+        """Hand out what came, always; what is for an answer that nobody reads any more is dropped."""
         for number, content in self._reader.read(piece):
             connection = self._connections.get(number)
             if connection is not None:
                 connection.feed(content)
+        return True
 
     def attach(self, number: int, connection: Connection) -> None:
         """Feed a connection from now on, unless nothing will come any more."""

@@ -72,6 +72,8 @@ class Connection(asyncio.Protocol):
         # Of a body that comes by another way than this connection.
         self._is_fed = self._is_fed_whole = self._is_feed_lost = False
         self._take: Callable[[bytes], bool] | None = None
+        # Whether what came is for a reader.
+        self._has_news = True
         self.status = 0
         self.headers: dict[str, str] = {}
 
@@ -138,7 +140,7 @@ class Connection(asyncio.Protocol):
             self._break_off_fed()
 
     def pass_to(self, take: Callable[[bytes], bool]) -> None:
-        """Offer what is fed to somebody while a reader waits for it; what is not taken wakes the reader."""
+        """Offer what comes to somebody while a reader waits for it; what is not taken wakes the reader."""
         self._take = take
 
     def feed(self, content: bytes) -> None:
@@ -151,7 +153,7 @@ class Connection(asyncio.Protocol):
             return
         if not content:
             self._is_fed_whole = True
-        elif self._pass_on(content):
+        elif self._take is not None and self._is_passed_on(content, self._take):
             return
         elif self._num_waiting <= _MAX_FED_BYTES:
             self._pieces.append(content)
@@ -160,16 +162,17 @@ class Connection(asyncio.Protocol):
             self.break_feed()
         self._wake()
 
-    def _pass_on(self, content: bytes) -> bool:
-        is_awaited = self._waiter is not None and not self._waiter.done() and not self._pieces
-        if self._take is None or not is_awaited:
+    def _is_passed_on(self, content: bytes, take: Callable[[bytes], bool]) -> bool:
+        """Offer a piece to who takes it in its reader's place; whether the reader need not be woken."""
+        if self._waiter is None or self._waiter.done() or self._pieces:
             return False
         try:
-            if not self._take(content):
+            if not take(content):
                 return False
         except Exception as error:  # noqa: BLE001 - others are fed in the same turn; this one has a gap now
             log_fault(_LOG, "A piece that was passed on", error)
-            self.break_feed()
+            self._is_feed_lost = True
+            self._break_off_fed()
             return True
         # The reader was not woken, and waits for the next piece from now on.
         loop = asyncio.get_running_loop()
@@ -272,13 +275,15 @@ class Connection(asyncio.Protocol):
             # Nobody asked for it: the connection can't be trusted.
             self.close()
             return
+        self._has_news = True
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             # What follows a whole answer does not belong to it.
             self._is_kept = False
             self.close()
-        self._wake()
+        if self._has_news or self._pieces or self.is_over:
+            self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the answer: whole where only the connection's end could tell its length, broken otherwise."""
@@ -324,7 +329,13 @@ class Connection(asyncio.Protocol):
         self._has_length = has_no_body or "chunked" in encoding or "content-length" in self.headers
 
     def on_body(self, body: bytes) -> None:
-        """Keep a piece of the body."""
+        """Keep a piece of the body, unless somebody takes it."""
+        if self._fault is not None:
+            # What comes after a gap is no part of the answer.
+            raise self._fault
+        if self._take is not None and self._is_passed_on(body, self._take):
+            self._has_news = False
+            return
         self._pieces.append(body)
         self._num_waiting += len(body)
         if self._num_waiting > _MAX_WAITING_BYTES and not self._is_paused and self._transport is not None:

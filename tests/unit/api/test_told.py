@@ -3,14 +3,17 @@
 import asyncio
 import json
 from collections.abc import Callable
+from typing import cast
 
 import pytest
-from starlette.types import Message
+from starlette.types import Message, Send
 
+from api.breaking_off import RESPONSES_PATH
 from api.requests import SEND_PIECE
 from api.routes.chat import _PassedOn
 from luthier.core.errors import UnavailableError
-from luthier.inference.backends.base import Reply
+from luthier.core.inference import ModelTarget
+from luthier.inference.backends.base import Backend, Reply
 
 CHAT = "/v1/chat/completions"
 STREAM = "text/event-stream; charset=utf-8"
@@ -32,17 +35,36 @@ class _Broken:
         pass
 
 
+class _Server:
+    """A backend that answers as it is told."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+
+    async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
+        return self._reply
+
+
+async def _stay() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def _pass_on(reply: Reply, path: str, send: Send, send_piece: Send | None = None) -> None:
+    target = ModelTarget(model="m", base_id="b", project_id="p")
+    answer = _PassedOn(cast("Backend", _Server(reply)), path, b"{}", target)
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}}
+    await answer(scope if send_piece is None else scope | {SEND_PIECE: send_piece}, _stay, send)
+
+
 def _read(content_type: str, path: str = CHAT, pieces: list[bytes] | None = None) -> list[bytes]:
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    async def read() -> None:
-        reply = Reply(200, {"content-type": content_type}, _Broken(pieces or [b'data: {"id": 1}\n\n']))
-        await _PassedOn(reply, path).stream_response(send)
-
-    asyncio.run(read())
+    reply = Reply(200, {"content-type": content_type}, _Broken(pieces or [b'data: {"id": 1}\n\n']))
+    asyncio.run(_pass_on(reply, path, send))
     begin, *pieces, end = sent
     assert (begin["type"], begin["status"]) == ("http.response.start", 200)
     assert (b"content-type", content_type.encode()) in begin["headers"]
@@ -118,15 +140,11 @@ def test_pieces_that_come_by_a_channel_leave_at_once_past_all_layers_and_their_b
     async def send_piece(message: Message) -> None:
         sent.append(message["body"])
 
-    async def receive() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
     async def read() -> None:
         body = _Passing(pieces, sent)
-        reply = Reply(200, {"content-type": STREAM}, body, body.pass_to)
-        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, SEND_PIECE: send_piece}
-        await _PassedOn(reply, "/v1/responses")(scope, receive, send)
+        await _pass_on(
+            Reply(200, {"content-type": STREAM}, body, body.pass_to), RESPONSES_PATH, send, send_piece
+        )
 
     asyncio.run(read())
     assert [message["type"] for message in told] == ["http.response.start", "http.response.body"]

@@ -31,7 +31,7 @@ def one() -> list[Sequence]:
 
 @pytest.mark.parametrize("are_expected", [True, False])
 def test_who_is_expected_is_run_with_the_first(are_expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Long enough for any machine: an engine that expects nobody must not wait at all.
+    # Long enough for any machine: an engine that expects nobody waits for a moment of quiet alone.
     monkeypatch.setattr(engine_module, "_GATHER_SECONDS", 3600.0)
     core = _Core()
     engine = Engine(core, max_waiting=9)
@@ -63,3 +63,21 @@ def test_an_idle_engine_waits_for_a_moment_at_most() -> None:
         engine.close()
         engine.join(timeout_seconds=10)
     assert core.num_first == 1
+
+
+def test_who_follows_at_once_is_run_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What comes later than that, on a machine that stands still, is no matter of this test.
+    monkeypatch.setattr(engine_module, "_GATHER_SECONDS", 2.0)
+    monkeypatch.setattr(engine_module, "_QUIET_SECONDS", 0.5)
+    core = _Core()
+    engine = Engine(core, max_waiting=9)
+    engine.start()
+    try:
+        for _ in range(3):
+            engine.submit(one())
+            assert not core.has_stepped.wait(0.01)
+        assert core.has_stepped.wait(30)
+    finally:
+        engine.close()
+        engine.join(timeout_seconds=10)
+    assert core.num_first == 3
