@@ -8,7 +8,7 @@ from starlette.types import Receive
 
 
 class UntilLeft:
-    """A block that ends, where it waits, once the client of its request has left; it is told by `has_left`.
+    """A block that ends, where it waits, once the client of its request has left.
 
     Args:
         receive: the web server's; the request's body has been read, so that nothing else can come.
@@ -16,7 +16,7 @@ class UntilLeft:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self.has_left = False
+        self._has_left = False
 
     async def __aenter__(self) -> Self:
         task = asyncio.current_task()
@@ -29,7 +29,7 @@ class UntilLeft:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self._watch.cancel()
-        if not self.has_left:
+        if not self._has_left:
             return False
         is_asked_only_here = self._task.uncancel() == 0
         return is_asked_only_here and isinstance(error, asyncio.CancelledError)
@@ -37,5 +37,5 @@ class UntilLeft:
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.has_left = True
+        self._has_left = True
         self._task.cancel()

@@ -34,6 +34,19 @@ _FIND = (
     .join(Organization, Organization.id == ApiKey.organization_id)
     .where(ApiKey.key_hash == any_(bindparam("key_hashes", type_=ARRAY(Text))), ApiKey.deleted_at.is_(None))
 )
+# A row that is locked is being noted by somebody else, or is held by what no request shall wait for.
+_NOTE_USE = (
+    update(ApiKey)
+    .where(
+        ApiKey.id.in_(
+            select(ApiKey.id)
+            .where(ApiKey.id == any_(bindparam("due_ids", type_=ARRAY(Text))), _IS_DUE)
+            .with_for_update(skip_locked=True)
+        )
+    )
+    .values(last_used_at=func.now())
+    .execution_options(synchronize_session=False)
+)
 
 
 def authenticate(session: Session, key: str) -> Scope:
@@ -56,7 +69,7 @@ def authenticate(session: Session, key: str) -> Scope:
 
 
 def authenticate_all(session: Session, keys: Collection[str]) -> dict[str, Scope | None]:
-    """Find the projects that keys open; by one statement.
+    """Find the projects that keys open; by one statement, and once a minute a second.
 
     Args:
         session: the session.
@@ -68,13 +81,13 @@ def authenticate_all(session: Session, keys: Collection[str]) -> dict[str, Scope
     hashes = {key: hash_api_key(key) for key in keys if is_well_formed(key)}
     rows = session.execute(_FIND, {"key_hashes": [*hashes.values()]}).all() if hashes else []
     scopes: dict[str | None, Scope] = {}
+    due: list[str] = []
     for key_hash, organization_id, slug, project_id, key_id, is_admin, is_due in rows:
         scopes[key_hash] = Scope(organization_id, slug, project_id, key_id, is_admin)
         if is_due:
-            # Asked again under the lock of the row, so that of requests at once a single one writes.
-            session.execute(
-                update(ApiKey).where(ApiKey.id == key_id, _IS_DUE).values(last_used_at=func.now())
-            )
+            due.append(key_id)
+    if due:
+        session.execute(_NOTE_USE, {"due_ids": due})
     return {key: scopes.get(hashes.get(key)) for key in keys}
 
 

@@ -9,8 +9,11 @@ from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, LuthierError
 from luthier.core.inference import ModelTarget
 from services import keys, models
-from services.names import Asked
+from services.names import Asked, unknown_model
 from services.scope import Scope
+
+# No model has a longer one; others' requests would wait for the statement that holds it.
+_MAX_NAME_CHARACTERS = 1024
 
 
 class Call(NamedTuple):
@@ -46,6 +49,8 @@ def _to_asked(scope: Scope | None, name: str | LuthierError) -> Asked | LuthierE
         return keys.unknown_key()
     if isinstance(name, LuthierError):
         return name
+    if len(name) > _MAX_NAME_CHARACTERS:
+        return unknown_model(name)
     if not _is_storable(name):
         return InvalidValueError("A model's name has no NUL and no half of a surrogate pair.", param="model")
     return Asked(scope.project_id, name)

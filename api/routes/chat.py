@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from api.breaking_off import RESPONSES_PATH, StreamEnd
-from api.deps import Parts, PartsDep, bearer_key
+from api.deps import Parts, PartsDep, bearer_key, get_scope_apart
 from api.leaving import UntilLeft
 from api.passing import PieceSender
 from api.requests import SEND_PIECE
@@ -121,8 +121,12 @@ async def _answer(request: Request, parts: Parts, path: str) -> Response:
     key = bearer_key(request)
     body = await _read_body(request)
     # Read in a thread of its own, a short one would take longer; a long one would hold up others' streams.
-    is_short = len(body) <= _MAX_SHORT_BYTES
-    name = _model_name(body) if is_short else await run_in_threadpool(_model_name, body)
+    if len(body) <= _MAX_SHORT_BYTES:
+        name = _model_name(body)
+    else:
+        # Nobody without a key makes work of this size.
+        await get_scope_apart(request, parts)
+        name = await run_in_threadpool(_model_name, body)
     target = await parts.resolver.resolve(Call(key, name))
     return _PassedOn(parts.backend, path, body, target)
 

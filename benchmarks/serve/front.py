@@ -13,10 +13,8 @@ from benchmarks.serve.engine import OurServer, our_server
 from benchmarks.serve.rows import NUM_STREAMS
 
 NAME = "front"
-
-
-# How the engine listens. Clients of the API come over TCP; asked over TCP too, the engine alone differs from
-# the API in nothing else. To its Unix socket, on which one machine has it, no client but the API comes.
+# How the engine listens. Over TCP both are asked alike, as clients ask the API, which asks the engine so too,
+# as in a cluster. On one machine the engine has a Unix socket, and no client but the API.
 _ADDRESSES = ("tcp", "unix")
 
 

@@ -191,6 +191,9 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
 def _front_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     for address, title in (("tcp", "over TCP, as the API is"), ("unix", "on its Unix socket")):
+        if address not in found:
+            # It was stopped before.
+            continue
         summary = found[address]["summary"]
         speeds, firsts = summary["tokens_per_second"], summary["first_token_seconds_p50"]
         lines.append(

@@ -1,14 +1,19 @@
 """Requests that are looked up together, in real PostgreSQL: each is told its own, whoever the others are."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
 
+import httpx2
 import pytest
 from sqlalchemy import text
 
 from api.resolving import Resolver
 from db.session import Database
 from luthier.core.errors import (
+    InvalidRequestError,
     InvalidValueError,
     MissingParameterError,
     ModelNotFoundError,
@@ -17,8 +22,8 @@ from luthier.core.errors import (
 )
 from luthier.core.inference import ModelTarget
 from luthier.core.keys import new_api_key
-from services.targets import Call
-from tests.aliases import DIGESTS, V1, V2, Aliases, make_ours
+from services.targets import Call, find_targets
+from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours
 from tests.conftest import TINY_BASE, Api
 from tests.statements import counted
 
@@ -92,20 +97,157 @@ def test_more_than_go_together_are_looked_up_after_each_other(
     assert len(statements) == 2 * 3
 
 
-def test_what_is_changed_before_a_request_is_seen_by_it_also_beside_a_look_up(
-    api: Api, ours: Aliases
+def test_who_comes_some_turns_later_goes_with_the_first(api: Api, ours: Aliases) -> None:
+    async def check() -> None:
+        resolve = api.parts.resolver.resolve
+        first = asyncio.create_task(resolve(Call(api.key, V1)))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        assert (await resolve(Call(api.key, V2))).digest == DIGESTS[V2]
+        assert (await first).digest == DIGESTS[V1]
+
+    with counted(api.parts.database) as statements:
+        asyncio.run(check())
+    assert len(statements) == 2, statements
+
+
+def test_requests_that_keep_coming_are_not_waited_for_for_long(
+    api: Api, ours: Aliases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        resolve = api.parts.resolver.resolve
+        coming = [asyncio.create_task(resolve(Call(api.key, V1)))]
+        while not coming[0].done():
+            await asyncio.sleep(0)
+            coming.append(asyncio.create_task(resolve(Call(api.key, V1))))
+        await asyncio.gather(*coming)
+        assert len(coming) < 10**6
+
+    monkeypatch.setattr("api.resolving.MAX_TOGETHER", 10**6)
+    asyncio.run(check())
+
+
+class _Held:
+    """`find_targets`, which tells when it has read, and then waits until it may go on; the first, or all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, are_all: bool = False) -> None:
+        self.has_read, self.may_go_on = threading.Event(), threading.Event()
+        self._find, self._are_all = find_targets, are_all
+        monkeypatch.setattr("api.resolving.find_targets", self)
+
+    def __call__(self, *given: Any) -> Any:
+        found = self._find(*given)
+        if self._are_all or not self.has_read.is_set():
+            self.has_read.set()
+            assert self.may_go_on.wait(30)
+        return found
+
+
+def test_who_comes_while_another_is_looked_up_sees_what_was_changed_before(
+    api: Api, ours: Aliases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours.put("prod", V1)
+    held = _Held(monkeypatch)
 
     async def check() -> None:
-        for model in (V2, V1, V2, V1):
-            # One that is under way, and one that comes after the change.
-            before = asyncio.create_task(api.parts.resolver.resolve(Call(api.key, "prod")))
-            await asyncio.to_thread(ours.put, "prod", model)
-            assert (await api.parts.resolver.resolve(Call(api.key, "prod"))).digest == DIGESTS[model]
-            assert (await before).digest in (DIGESTS[V1], DIGESTS[V2])
+        resolve = api.parts.resolver.resolve
+        before = asyncio.create_task(resolve(Call(api.key, "prod")))
+        await asyncio.to_thread(held.has_read.wait, 30)
+        await asyncio.to_thread(ours.put, "prod", V2)
+        after = asyncio.create_task(resolve(Call(api.key, "prod")))
+        await asyncio.sleep(0)
+        held.may_go_on.set()
+        assert ((await before).digest, (await after).digest) == (DIGESTS[V1], DIGESTS[V2])
 
     asyncio.run(check())
+
+
+def test_a_look_that_hangs_holds_up_its_own_requests_and_these_are_told(
+    api: Api, ours: Aliases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.resolving._PATIENCE_SECONDS", 0.5)
+    held = _Held(monkeypatch)
+
+    async def check() -> None:
+        resolve = api.parts.resolver.resolve
+        stuck = asyncio.create_task(resolve(Call(api.key, V1)))
+        await asyncio.to_thread(held.has_read.wait, 30)
+        for _ in range(3):
+            assert (await resolve(Call(api.key, V2))).digest == DIGESTS[V2]
+        with pytest.raises(UnavailableError, match="in time"):
+            await stuck
+        held.may_go_on.set()
+        assert (await resolve(Call(api.key, V1))).digest == DIGESTS[V1]
+
+    asyncio.run(check())
+
+
+def test_when_all_looks_hang_the_rest_is_told_in_time_and_goes_on_after(
+    api: Api, ours: Aliases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.resolving._PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("api.resolving._OVERDUE_SECONDS", 0.01)
+    monkeypatch.setattr("api.resolving._MAX_LOOKS", 2)
+    held = _Held(monkeypatch, are_all=True)
+
+    async def check() -> None:
+        resolve = api.parts.resolver.resolve
+        stuck = []
+        for _ in range(4):
+            stuck.append(asyncio.create_task(resolve(Call(api.key, V1))))
+            await asyncio.sleep(0.05)
+        assert [type(one) for one in await asyncio.gather(*stuck, return_exceptions=True)] == [
+            UnavailableError
+        ] * 4
+        held.may_go_on.set()
+        assert (await resolve(Call(api.key, V1))).digest == DIGESTS[V1]
+
+    asyncio.run(check())
+
+
+def test_what_fails_on_one_request_fails_no_other(
+    api: Api, ours: Aliases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(session: Any, catalogue: Any, calls: Sequence[Call]) -> Any:
+        if any(call.name == V2 for call in calls):
+            raise RuntimeError("odd")
+        return find_targets(session, catalogue, calls)
+
+    monkeypatch.setattr("api.resolving.find_targets", find)
+    found = _resolve(api.parts.resolver, [Call(api.key, name) for name in (V1, V2, TINY_BASE)])
+    assert [type(one) for one in found] == [ModelTarget, RuntimeError, ModelTarget]
+
+
+def test_what_is_shared_with_one_project_is_shared_with_no_other_of_those_who_ask_with_it(
+    api: Api, ours: Aliases
+) -> None:
+    granted, other = (ours.ok("POST", "/keys", {"name": name, "project": name}) for name in ("a", "b"))
+    path = f"/fine_tuning/checkpoints/{quote(CHECKPOINT, safe='')}/permissions"
+    ours.ok("POST", path, {"project_ids": [granted["project_id"]]})
+    keys = [other["key"], granted["key"], other["key"], api.key]
+    found = _resolve(api.parts.resolver, [Call(key, CHECKPOINT) for key in keys])
+    assert [type(one) for one in found] == [ModelNotFoundError, ModelTarget, ModelNotFoundError, ModelTarget]
+
+
+def test_a_name_longer_than_any_is_nobodys(api: Api, ours: Aliases) -> None:
+    found = _resolve(api.parts.resolver, [Call(api.key, "x" * 10**6), Call(api.key, V1)])
+    assert [type(one) for one in found] == [ModelNotFoundError, ModelTarget]
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_long_body_is_read_for_known_keys_alone(
+    api: Api, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def name_of(body: bytes) -> InvalidRequestError:
+        read.append(len(body))
+        return InvalidRequestError("It was read.")
+
+    monkeypatch.setattr("api.routes.chat._model_name", name_of)
+    headers = api.headers if is_known else {"Authorization": f"Bearer {new_api_key()}"}
+    answer = httpx2.post(f"{api.base_url}/v1/completions", headers=headers, content=b"[" * 20_000)
+    assert (answer.status_code, read) == ((400, [20_000]) if is_known else (401, []))
 
 
 def test_a_client_that_leaves_while_it_is_looked_up_holds_up_nobody(api: Api, ours: Aliases) -> None:

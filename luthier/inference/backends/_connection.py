@@ -343,8 +343,8 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
-        """Note the answer's end."""
-        if self._has_head:
+        """Note the answer's end, unless there is a gap before it."""
+        if self._has_head and self._fault is None:
             self.is_over = True
             self._is_kept = self._has_length and self._parser.should_keep_alive()
             self._go_on_reading()

@@ -45,8 +45,9 @@ def test_pieces_are_taken_until_one_is_not_and_the_rest_is_read_in_order(run: Ru
     run(talk, check)
 
 
+@pytest.mark.parametrize("rest", [b"1\r\n2\r\n0\r\n\r\n", b"0\r\n\r\n", b""])
 def test_an_answer_whose_piece_could_not_be_taken_has_a_gap_and_ends_there(
-    run: Run, caplog: pytest.LogCaptureFixture
+    run: Run, caplog: pytest.LogCaptureFixture, rest: bytes
 ) -> None:
     may_go_on = asyncio.Event()
 
@@ -54,7 +55,7 @@ def test_an_answer_whose_piece_could_not_be_taken_has_a_gap_and_ends_there(
         await read_request(reader)
         writer.write(CHUNKED)
         await may_go_on.wait()
-        writer.write(b"1\r\n1\r\n1\r\n2\r\n0\r\n\r\n")
+        writer.write(b"1\r\n1\r\n" + rest)
         await reader.read()
 
     async def check(client: HttpClient, server: Server) -> None:
