@@ -82,6 +82,8 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     if error.status_code == 404:
         path = shown_path(request.scope)[:120]
         message, code = f"Unknown request URL: {request.method} {path}.", "unknown_url"
+        if not path.startswith("/v1/"):
+            message += " A client's base URL ends in /v1."
     elif error.status_code == 405:
         message, code = f"{request.method} is not allowed for this URL.", "method_not_supported"
     else:

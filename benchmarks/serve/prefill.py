@@ -11,13 +11,14 @@ from benchmarks.serve.figures import percentile
 
 NAME = "prefill"
 _SHORT_TOKENS = 32
-_NUM_SHORT = 3
-# When the short request comes, as a share of the long prompt's own time to first token.
-_SHARE = 0.2
+_NUM_SHORT = 6
+# When short requests come, one by one, as shares of the long prompt's own time to first token: a step
+# takes longer the more of the prompt is before it, and who comes early in a step waits longer.
+_SHARES = (0.08, 0.24, 0.4, 0.56, 0.72, 0.88)
 
 
 def measure_prefill(bench: Bench) -> dict[str, Any]:
-    """Ask a short question alone, and then in the middle of a long prompt's prefill, in turn.
+    """Ask short questions alone, and then at moments of a long prompt's prefill, in turn.
 
     Args:
         bench: the run.
@@ -62,12 +63,15 @@ def _idle(server: OurServer, bench: Bench) -> dict[str, float]:
 
 def _busy(server: OurServer, bench: Bench, alone: float) -> dict[str, float]:
     (long,) = bench.prompts.take(1, num_tokens=bench.options.long_prompt_tokens)
-    (short,) = bench.prompts.take(1, num_tokens=_SHORT_TOKENS)
+    shorts = bench.prompts.take(len(_SHARES), num_tokens=_SHORT_TOKENS)
     told = server.send(
         [
             server.request(None, long, num_new=1),
-            server.request(None, short, num_new=1, at_seconds=_SHARE * alone),
+            *(
+                server.request(None, short, num_new=1, at_seconds=share * alone)
+                for share, short in zip(_SHARES, shorts, strict=True)
+            ),
         ]
     )
-    long_seconds, busy_seconds = map(first_token_of, told["answers"])
-    return {"busy_seconds": busy_seconds, "long_seconds": long_seconds}
+    long_seconds, *busy_seconds = map(first_token_of, told["answers"])
+    return {"busy_seconds": percentile(busy_seconds, 0.5), "long_seconds": long_seconds}

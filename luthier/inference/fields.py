@@ -3,10 +3,12 @@
 Shared by all endpoints; knows none of their fields.
 """
 
+import difflib
 import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from luthier.core.errors import (
     InvalidRequestError,
@@ -34,6 +36,9 @@ IGNORED_FIELDS = frozenset(
         "moderation",
     }
 )
+
+# How alike a field must be to one that there is, and how many letters of it are compared.
+_LIKENESS, _MAX_LETTERS = 0.7, 80
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -142,22 +147,38 @@ def validate(model: type[ModelT], fields: Any, prefix: str = "") -> ModelT:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _to_request_error(error, prefix) from error
+        raise _to_request_error(error, model, prefix) from error
 
 
-def _to_request_error(error: ValidationError, prefix: str) -> LuthierError:
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+def _to_request_error(error: ValidationError, model: type[BaseModel], prefix: str) -> LuthierError:
+    first = error.errors(include_input=False, include_url=False)[0]
     # A union adds the name of its member to the place; clients know field names and positions only.
     place = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
     if len(place) > 1 and place[0] == "prompt":
         place = [part for part in place if part not in {"str", "list"}]
     param = (prefix + ".".join(place)).removesuffix(".")
     kind = first["type"]
-    message = f"{param[:120]}: {first['msg']}."
     if kind == "missing":
-        return MissingParameterError(message, param=param)
+        return MissingParameterError(f"Missing required parameter: {param[:120]!r}.", param=param)
     if kind == "extra_forbidden":
-        return UnknownParameterError(f"The field {param[:80]!r} is unknown.", param=param[:80])
+        advice = _advise(place[0], model) if len(place) == 1 else "Leave it out."
+        return UnknownParameterError(f"Unknown parameter: {param[:80]!r}. {advice}", param=param[:80])
+    message = f"{param[:120]}: {_explain(first)}."
     if kind.endswith("_type") or kind.endswith("_parsing"):
         return InvalidTypeError(message, param=param)
     return InvalidValueError(message, param=param)
+
+
+def _advise(name: str, model: type[BaseModel]) -> str:
+    near = difflib.get_close_matches(name[:_MAX_LETTERS], model.model_fields, n=1, cutoff=_LIKENESS)
+    return f"Did you mean {near[0]!r}?" if near else "Leave it out."
+
+
+def _explain(found: ErrorDetails) -> str:
+    """Return what is wrong, of lists in a client's words: what the service calls a tuple is one in JSON."""
+    context = found.get("ctx", {})
+    if found["type"] == "too_long":
+        return f"send at most {context['max_length']} entries"
+    if found["type"] == "too_short":
+        return f"send at least {context['min_length']} of them"
+    return found["msg"]

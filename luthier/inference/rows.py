@@ -22,7 +22,7 @@ MAX_SHORT_TOKENS = 64
 # the stretch, so they are few, and fewer the more they attend to: no more than so many pairs of a token and
 # what it sees, but as many as kernels take at a time.
 MAX_LONG_TOKENS = 32
-_MAX_LONG_PAIRS, _FEWEST = 1 << 17, 16
+_MAX_LONG_PAIRS, _FEWEST = 1 << 16, 16
 
 
 def most_of_long(num_done: int) -> int:

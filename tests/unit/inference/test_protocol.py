@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from luthier.core.errors import InvalidRequestError
+from luthier.core.errors import InvalidRequestError, UnknownParameterError
 from luthier.inference.fields import IGNORED_FIELDS
 from luthier.inference.protocol import parse_chat, parse_completion
+from luthier.inference.responses import parse_response
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -275,3 +276,28 @@ def test_a_prompt_of_the_wrong_type_names_its_position() -> None:
 
 def test_completions_default_to_sixteen_tokens() -> None:
     assert completion().max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"temprature": 1}, "Unknown parameter: 'temprature'. Did you mean 'temperature'?"),
+        ({"colour": 1}, "Unknown parameter: 'colour'. Leave it out."),
+        (
+            {"stream": True, "stream_options": {"usage": 1}},
+            "Unknown parameter: 'stream_options.usage'. Leave it out.",
+        ),
+        ({"stop": list("abcde")}, "stop: send at most 4 entries."),
+        ({"messages": []}, "messages: send at least 1 of them."),
+        ({"messages": None}, "Missing required parameter: 'messages'."),
+    ],
+)
+def test_a_refusal_says_what_to_do(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**fields)
+    assert caught.value.message == told
+
+
+def test_a_field_of_another_endpoint_is_told_by_its_name_here() -> None:
+    with pytest.raises(UnknownParameterError, match="Did you mean 'max_output_tokens'"):
+        parse_response(b'{"model": "m", "input": "hi", "max_tokens": 5}')
