@@ -281,7 +281,7 @@ def test_completions_default_to_sixteen_tokens() -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"temprature": 1}, "Unknown parameter: 'temprature'. Did you mean 'temperature'?"),
+        ({"temperature_": 1}, "Unknown parameter: 'temperature_'. Did you mean 'temperature'?"),
         ({"colour": 1}, "Unknown parameter: 'colour'. Leave it out."),
         (
             {"stream": True, "stream_options": {"usage": 1}},
