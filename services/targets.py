@@ -49,10 +49,11 @@ def _to_asked(scope: Scope | None, name: str | LuthierError) -> Asked | LuthierE
         return keys.unknown_key()
     if isinstance(name, LuthierError):
         return name
-    if len(name) > _MAX_NAME_CHARACTERS:
-        return unknown_model(name)
+    # First: an error that repeats such a name could not be sent.
     if not _is_storable(name):
         return InvalidValueError("A model's name has no NUL and no half of a surrogate pair.", param="model")
+    if len(name) > _MAX_NAME_CHARACTERS:
+        return unknown_model(name)
     return Asked(scope.project_id, name)
 
 

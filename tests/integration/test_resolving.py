@@ -230,8 +230,9 @@ def test_what_is_shared_with_one_project_is_shared_with_no_other_of_those_who_as
 
 
 def test_a_name_longer_than_any_is_nobodys(api: Api, ours: Aliases) -> None:
-    found = _resolve(api.parts.resolver, [Call(api.key, "x" * 10**6), Call(api.key, V1)])
-    assert [type(one) for one in found] == [ModelNotFoundError, ModelTarget]
+    names = ["x" * 10**6, "\ud800" * 2000, V1]
+    found = _resolve(api.parts.resolver, [Call(api.key, name) for name in names])
+    assert [type(one) for one in found] == [ModelNotFoundError, InvalidValueError, ModelTarget]
 
 
 @pytest.mark.parametrize("is_known", [False, True])
@@ -285,3 +286,10 @@ def test_a_key_that_is_revoked_opens_nothing_from_the_next_request_on(api: Api, 
     ours.ok("DELETE", f"/keys/{made['id']}")
     (refused,) = _resolve(api.parts.resolver, [call])
     assert isinstance(refused, UnauthenticatedError)
+
+
+def test_a_url_without_v1_is_told_where_a_base_url_ends(api: Api) -> None:
+    for path, is_told in (("/chat/completions", True), ("/v1/chat/completion", False)):
+        error = httpx2.post(f"{api.base_url}{path}", headers=api.headers, json={}).json()["error"]
+        assert error["code"] == "unknown_url"
+        assert error["message"].endswith("A client's base URL ends in /v1.") is is_told
