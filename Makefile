@@ -49,7 +49,6 @@ check: setup ## Check format, lint, types, imports, docstrings, spelling, Docker
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
-	$(BIN)/pydoclint -q luthier services db api worker
 	$(BIN)/codespell
 	if [ -f Dockerfile ]; then $(BIN)/hadolint Dockerfile; fi
 

@@ -15,11 +15,7 @@ RESPONSES_PATH = "/v1/responses"
 
 
 class StreamEnd:
-    """Watches a stream's pieces pass, for the case that it breaks off.
-
-    Args:
-        path: of the endpoint.
-    """
+    """Watches a stream's pieces pass, for the case that it breaks off."""
 
     def __init__(self, path: str) -> None:
         self._is_response = path == RESPONSES_PATH
@@ -32,9 +28,6 @@ class StreamEnd:
 
     def broken_off(self, error: LuthierError) -> bytes:
         """Return the events that say so.
-
-        Args:
-            error: what happened.
 
         Returns:
             For responses `error` and `response.failed`, which go on from the numbers that were sent; for all

@@ -90,9 +90,6 @@ SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 def bearer_key(request: Request) -> str:
     """Return the key of a request.
 
-    Args:
-        request: the request.
-
     Returns:
         The key in plain text.
 

@@ -73,9 +73,6 @@ def _join_continued(parameters: dict[str, str]) -> str | None:
 def parse_disposition(header: bytes) -> tuple[str, str | None]:
     """Read the header of one part of a form.
 
-    Args:
-        header: its value, raw.
-
     Returns:
         The field's name, and the name of its file; None when the part is no file.
     """
@@ -96,7 +93,6 @@ def clean_filename(name: str, *, param: str) -> str:
 
     Args:
         name: the name; a path is kept whole, since nothing here opens it.
-        param: the field that an error names.
 
     Returns:
         The name, or `upload` when nothing is left.

@@ -37,14 +37,6 @@ class _Input:
 async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
     """Tell what a job would take; nothing is stored. Few at a time: others wait without a thread.
 
-    Args:
-        parts: the process's parts.
-        scope: the caller.
-        request: what is asked for.
-
-    Returns:
-        The estimate.
-
     Raises:
         LuthierError: what creating the job would raise; and when the base is not on this machine.
         UnavailableError: when others are estimated for longer than one can wait.

@@ -49,9 +49,6 @@ class EventHub:
     def subscribe(self, job_id: str) -> Iterator[asyncio.Event]:
         """Give an event that is set whenever the job has news.
 
-        Args:
-            job_id: the job's id.
-
         Yields:
             The event; the subscriber clears it before it looks.
         """

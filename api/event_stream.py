@@ -66,7 +66,6 @@ def event_stream_response(parts: Parts, job_id: str, last_event_id: str | None) 
     """Answer with a job's events from the one after `last_event_id` on, until the job has ended.
 
     Args:
-        parts: the process's parts.
         job_id: a job that the caller may see.
         last_event_id: the Last-Event-ID header of a client that comes back.
 

@@ -16,7 +16,6 @@ def nearest_field(request: Request, path: Sequence[str]) -> str | None:
 
     Args:
         request: as it was routed.
-        path: of the unknown field.
 
     Returns:
         The dotted path of a field that there is, or None when no name is like it.

@@ -77,7 +77,6 @@ class Incoming:
 
     Args:
         storage: where the bytes go.
-        key: the object's key.
         max_bytes: the most that may come.
         too_large: what is raised when more comes.
     """
@@ -209,7 +208,6 @@ async def receiving(
     Args:
         request: its body not yet read.
         storage: where the bytes go.
-        key: the object's key.
         max_bytes: the most that the object may have.
         max_body_bytes: the most that the whole body may be declared to have.
         too_large: what is raised when it is more.

@@ -127,8 +127,6 @@ async def read_form(content_type: str, chunks: AsyncIterator[bytes], *, fields: 
     """Parse a form while it arrives; memory stays at about one chunk.
 
     Args:
-        content_type: the request's Content-Type.
-        chunks: its body.
         fields: what an error says that the form should have.
 
     Yields:

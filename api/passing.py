@@ -13,11 +13,7 @@ from luthier.inference.sending import piece_message, send_now
 
 
 class PieceSender:
-    """Sends the pieces of one answer's body, in order.
-
-    Args:
-        send: the web server's.
-    """
+    """Sends the pieces of one answer's body, in order."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

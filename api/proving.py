@@ -27,11 +27,6 @@ _BODY = {"prompt": "a", "max_tokens": 1}
 async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") -> bool | None:
     """Have a model loaded by the server that will be asked for it. A base has nothing to prove.
 
-    Args:
-        backend: the inference servers.
-        target: what a name resolved to.
-        param: the request's field that named it.
-
     Returns:
         Whether a server has answered with it in time, which one that is away, busy or at fault has not; None
         for a base.

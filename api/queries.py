@@ -11,9 +11,6 @@ _READ_BY_ROUTES = {"/v1/fine_tuning/jobs": "metadata"}
 def refuse_unknown_query(request: Request) -> None:
     """Refuse a request with a query parameter that its route does not have, by the served OpenAPI document.
 
-    Args:
-        request: As it was routed.
-
     Raises:
         UnknownParameterError: names the first, and those there are.
     """

@@ -34,10 +34,6 @@ def _names_tag(header: str, etag: str, *, is_weak_enough: bool) -> bool:
 def parse_range(header: str, size_bytes: int) -> tuple[int, int] | None:
     """Read a Range (RFC 9110, 14.1.2 and 14.2).
 
-    Args:
-        header: the header's value.
-        size_bytes: size of what is asked for.
-
     Returns:
         Start and end (exclusive) of the one range asked for; None to send all: for several ranges, for
         another unit than bytes, and for what is no range at all.
@@ -84,10 +80,6 @@ async def stored_bytes(
     Args:
         request: GET or HEAD, with its Range and its conditions.
         storage: where the object is.
-        key: the object's key.
-        size_bytes: its size.
-        sha256: its hash, which is the ETag.
-        filename: the name for Content-Disposition.
 
     Returns:
         200 with all bytes, 206 with a range, 304, or 416 for a range outside; to HEAD no bytes.

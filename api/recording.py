@@ -19,9 +19,7 @@ async def record_stored(
     """Write the row of bytes that are durable.
 
     Args:
-        parts: the process's parts.
         storage_key: the bytes' key.
-        record: writes the row.
         is_recorded: whether the row is there, asked when the answer to its commit was lost.
 
     Returns:

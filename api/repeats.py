@@ -37,12 +37,6 @@ def _num_retries(request: Request) -> int:
 async def read_sent(request: Request) -> Sent:
     """Return what tells a request from another.
 
-    Args:
-        request: the request.
-
-    Returns:
-        Its marks.
-
     Raises:
         InvalidValueError: when its Idempotency-Key is empty or too long.
     """
@@ -62,12 +56,7 @@ def act_on_job(
     """Do what a client asks of a job, once: the same request again finds it done, which is no fault.
 
     Args:
-        session: the session.
-        scope: the caller.
-        sent: the request.
         verb: the last part of its path, such as `cancel`.
-        job_id: whose job.
-        act: does it.
 
     Returns:
         The job as it is now.

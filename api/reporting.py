@@ -50,15 +50,8 @@ async def report_apart(
     """Report on a file; nothing is stored. Few at a time: others wait without a thread.
 
     Args:
-        parts: the process's parts.
-        scope: the caller.
         request: the report is given up when its client has left.
-        file_id: the file.
         base: the base whose template and tokenizer are used; the preloaded one when None.
-        validation_file_id: another file, for the overlap.
-
-    Returns:
-        The report.
 
     Raises:
         NotFoundError: when there is no such file.

@@ -35,7 +35,6 @@ class Resolver:
 
     Args:
         database: where they are.
-        catalogue: the bases there are.
     """
 
     def __init__(self, database: Database, catalogue: Catalogue) -> None:

@@ -23,7 +23,6 @@ async def turn(places: asyncio.Semaphore, *, told: str) -> AsyncIterator[None]:
     """Hold one of a few places; others wait for it without a thread.
 
     Args:
-        places: the places.
         told: what a client hears who has waited for longer than one can.
 
     Yields:
@@ -50,14 +49,6 @@ async def run_apart(work: Callable[[], T]) -> T:
 
 def get_base_here(parts: Parts, base_id: str, *, param: str) -> BaseFacts:
     """Return the facts of a base that is on this machine.
-
-    Args:
-        parts: the process's parts.
-        base_id: the base.
-        param: the field that names it.
-
-    Returns:
-        Its facts.
 
     Raises:
         ModelNotAvailableError: when it is not here.

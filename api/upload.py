@@ -39,9 +39,6 @@ def _too_large(max_bytes: int) -> TooLargeError:
 def read_expires_after(fields: dict[str, str]) -> int | None:
     """Read after how many seconds a file is to expire.
 
-    Args:
-        fields: a form's fields by name.
-
     Returns:
         The seconds, or None when the form does not say.
 
@@ -155,8 +152,6 @@ async def receive_file(
     Args:
         request: the POST, its body not yet read.
         storage: where the bytes go.
-        settings: the limits.
-        file_id: the id the file will have.
         storage_key: the key its bytes will have.
 
     Returns:

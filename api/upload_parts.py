@@ -64,7 +64,6 @@ async def receive_part(request: Request, storage: Storage, *, part_id: str, stor
     Args:
         request: the POST, its body not yet read.
         storage: where the bytes go.
-        part_id: the id the part will have.
         storage_key: the key its bytes will have.
 
     Returns:
@@ -124,10 +123,8 @@ async def assemble(
 
     Args:
         storage: where the parts are, and where the object goes.
-        parts: the parts in the order of the file.
         check: what the whole is judged by.
         md5: what the whole must hash to, 32 hex digits, or None.
-        storage_key: the object's key.
 
     Returns:
         What the check found, and the hash.

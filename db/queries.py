@@ -77,9 +77,7 @@ def page(
     """Read one page by keyset over (created_at, id), which stays right while rows are inserted.
 
     Args:
-        session: the session.
         statement: the rows to page through, not yet ordered.
-        table: the table whose columns order them.
         after: the row that ended the page before, or what selects its two columns (and no row, so an empty
             page, when it is not there), or None.
         limit: rows of the page; 0 gives an empty page.
@@ -105,8 +103,6 @@ def find_cursor(
     """Find the row that ended the page before; one that was deleted since still marks its place.
 
     Args:
-        session: the session.
-        table: the listed rows' table.
         after: the row's id, or None for the first page.
         is_listed: whether a row is in the list, deleted or not.
 

@@ -18,7 +18,6 @@ class Database:
 
     Args:
         url: `postgresql+psycopg://…`; a plain `postgresql://` is taken as that.
-        pool_size: connections kept, and the most that are opened.
     """
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
@@ -41,9 +40,6 @@ class Database:
     def transaction(self) -> Iterator[Session]:
         """Open a session, commit it at the end, roll it back when the body raises.
 
-        Yields:
-            The session.
-
         Raises:
             UnavailableError: when the database can't be reached or no connection is free in 3 s; nothing
                 was committed, unless the connection broke during the commit itself.
@@ -58,9 +54,6 @@ class Database:
         What one of them writes stays, whatever becomes of the others.
 
         It spares the answers to BEGIN and COMMIT, each of which takes as long as a statement.
-
-        Yields:
-            The session.
 
         Raises:
             UnavailableError: when the database can't be reached or no connection is free in 3 s.

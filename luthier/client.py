@@ -47,8 +47,6 @@ class LuthierClient:
 
     Args:
         base_url: as printed by `luthier up`, ending in /v1.
-        api_key: the key.
-        transport: another way to send requests, for tests.
         sleep: waits between attempts to reconnect, in seconds.
     """
 
@@ -84,7 +82,6 @@ class LuthierClient:
         """Make a key; the answer's `key` is shown this once.
 
         Args:
-            name: what the key is for.
             project: the project it opens, made when there is none of that name; the caller's when None.
 
         Returns:
@@ -190,7 +187,6 @@ class LuthierClient:
         A lost connection is made again from the event after the last one seen, so none is missed or doubled.
 
         Args:
-            job_id: the job.
             last_event_id: the stream's id of the last event that is known already.
 
         Yields:
@@ -245,12 +241,8 @@ class LuthierClient:
         """Download every file of a tuned model, verified; what is there already is not fetched again.
 
         Args:
-            model: the model's name.
             folder: where the files go; made when absent.
             on_progress: is told a file's name, bytes done and bytes in all.
-
-        Returns:
-            The files' paths.
 
         Raises:
             ApiError: when the service refuses.

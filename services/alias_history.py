@@ -29,11 +29,7 @@ def list_versions(
     """Return a page of what an alias has pointed to, newest first, and whether more follow.
 
     Args:
-        session: the session.
-        scope: the caller.
-        name: the alias.
         after: id of the version that ended the page before.
-        limit: versions of the page.
 
     Returns:
         The versions, and whether more follow.
@@ -75,15 +71,8 @@ def find_way_back(
     """Return where a rollback of an alias goes; nothing is changed.
 
     Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
-        name: the alias.
         number: the version; the one before when None, counted from what a rollback restored: one rollback
             after another goes further back.
-
-    Returns:
-        The way.
 
     Raises:
         NotFoundError: when there is no such alias.
@@ -111,10 +100,6 @@ def roll_back(
     """Point an alias to what an earlier version pointed to, as a new version.
 
     Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
-        name: the alias.
         way: what `find_way_back` told.
 
     Returns:

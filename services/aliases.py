@@ -68,11 +68,6 @@ class Seen:
 def see(session: Session, scope: Scope, name: str) -> Seen:
     """Return what an alias is now, for a `put` that takes its time.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        name: the alias.
-
     Returns:
         What it is.
     """
@@ -95,10 +90,6 @@ def put(
     """Point an alias to a model, and make it when the project has none of that name.
 
     Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
-        name: the alias.
         model_name: a base, a name mapped to one, or a tuned model or checkpoint that the project may call.
         seen: what the alias was when this was asked for; None where that is now.
 
@@ -185,15 +176,8 @@ def point(
     """Point an alias, locked, or a new one to a target; to the one that it has, and nothing is changed.
 
     Args:
-        session: the session.
-        scope: the caller.
-        name: the alias.
         alias: its row, None for a new one.
-        target: the target.
         restored_number: the version that the target is taken from, in a rollback.
-
-    Returns:
-        The alias.
     """
     if alias is not None and _points_to(session, alias, target):
         return _with_targets(session, [alias])[0]
@@ -231,14 +215,6 @@ def _points_to(session: Session, alias: Alias | None, target: Target) -> bool:
 def get_version(session: Session, alias: Alias, number: int) -> AliasVersion:
     """Return an alias's version of that number.
 
-    Args:
-        session: the session.
-        alias: the alias.
-        number: the version's.
-
-    Returns:
-        The row.
-
     Raises:
         InvalidValueError: when it has none.
     """
@@ -274,13 +250,7 @@ def get_row(session: Session, scope: Scope, name: str, *, for_update: bool = Fal
     """Return an alias's row.
 
     Args:
-        session: the session.
-        scope: the caller.
-        name: the alias.
         for_update: let no one else change it until the transaction ends.
-
-    Returns:
-        The row.
 
     Raises:
         NotFoundError: when the project has none of that name.
@@ -293,11 +263,6 @@ def get_row(session: Session, scope: Scope, name: str, *, for_update: bool = Fal
 
 def get(session: Session, scope: Scope, name: str) -> Pointing:
     """Return an alias of the project.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        name: the alias.
 
     Returns:
         The alias and what it points to.
@@ -312,10 +277,7 @@ def list_(session: Session, scope: Scope, *, after: str | None, limit: int) -> t
     """Return a page of the project's aliases, newest first, and whether more follow.
 
     Args:
-        session: the session.
-        scope: the caller.
         after: id of the alias that ended the page before.
-        limit: aliases of the page.
 
     Returns:
         The aliases, and whether more follow.
@@ -331,14 +293,6 @@ def list_(session: Session, scope: Scope, *, after: str | None, limit: int) -> t
 
 def delete(session: Session, scope: Scope, name: str) -> Alias:
     """Make an alias unknown; what it points to stays.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        name: the alias.
-
-    Returns:
-        The row.
 
     Raises:
         NotFoundError: when there is no such alias.

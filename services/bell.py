@@ -65,9 +65,6 @@ class Bell:
     """Rings for jobs from a thread of its own, so that a broker that hangs holds up nobody.
 
     A bell that can't be rung is logged and forgotten, and so are those that pile up behind it.
-
-    Args:
-        app: the Celery application.
     """
 
     def __init__(self, app: Celery) -> None:

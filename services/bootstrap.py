@@ -29,7 +29,6 @@ def ensure_first_rows(session: Session, settings: Settings) -> None:
     """Make the first organization, its project, the first admin key, and rows for bases fetched here.
 
     Args:
-        session: the session.
         settings: `bootstrap_api_key` is stored as a hash when it is not known yet; when it is empty no
             key is made.
 

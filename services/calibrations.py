@@ -39,15 +39,8 @@ def record(
     """Keep what a probe measured, in place of what the machine measured before.
 
     Args:
-        session: the session.
-        hostname: the machine's.
-        worker_id: whose training child it was.
-        base: what was measured.
         precision: as a job asks for it.
-        num_threads: of the child.
-        code_version: names the code that was measured.
         constants: the result; None when the probe failed.
-        error: why it failed.
     """
     values = {
         "worker_id": worker_id,
@@ -78,13 +71,8 @@ def is_recorded(
     """Whether a machine has measured a base with this code, or has failed to a short while ago.
 
     Args:
-        session: the session.
-        hostname: the machine's.
         base: the base as it is on the machine.
         precision: as a job asks for it.
-        num_threads: of a training child.
-        code_version: names the code.
-        retry_seconds: after which a failed probe is tried again.
 
     Returns:
         Whether there is nothing to do.
@@ -110,7 +98,6 @@ def find_measured(
     """Return the newest calibration of a base, or why there is none.
 
     Args:
-        session: the session.
         base: the base as the API has it.
         precision: as the job asks for it.
         hostname: a machine whose own calibration goes before newer ones.

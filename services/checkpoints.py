@@ -27,9 +27,6 @@ def retire(session: Session, job_id: str, *, keep: int, spared_step: int | None)
     Needed are those that others go on from, and those that an alias points to.
 
     Args:
-        session: the session.
-        job_id: the job's id.
-        keep: how many stay.
         spared_step: the step of the one that stays in any case, in place of an older one of the newest.
 
     Returns:

@@ -35,10 +35,6 @@ def start(
     """Say what a complete has to put together, and keep the parts from being tidied meanwhile.
 
     Args:
-        session: the session.
-        scope: the caller.
-        upload_id: the upload's id.
-        part_ids: the parts in the order of the file.
         md5: what the whole must hash to, 32 hex digits, or None.
 
     Returns:
@@ -107,10 +103,6 @@ def finish(
     """Make the file of an upload exist, and the upload completed.
 
     Args:
-        session: the session.
-        scope: the caller.
-        upload_id: the upload's id.
-        stored: the parts put together, durable and checked.
         part_ids: the parts, as `start` was told.
         md5: the hash, as `start` was told.
 

@@ -36,13 +36,7 @@ class ClaimedDelivery:
 
 
 def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
-    """Note whom a job's end is to be told, in the transaction in which it ends; every end comes by here.
-
-    Args:
-        session: the session.
-        job_id: the job.
-        status: the terminal status that it takes.
-    """
+    """Note whom a job's end is to be told, in the transaction in which it ends; every end comes by here."""
     event_type = event_type_of(status)
     endpoints = session.execute(
         select(WebhookEndpoint.id, WebhookEndpoint.organization_id, WebhookEndpoint.project_id)
@@ -77,8 +71,6 @@ def claim_due(
     """Take deliveries that are due; they are due again when their try is not heard of in time.
 
     Args:
-        session: the session.
-        sealer: opens the secrets that sign.
         limit: how many at most.
         timeout_seconds: how long one try may take.
 
@@ -135,16 +127,7 @@ def _find_secrets(
 
 
 def prune(session: Session, *, kept_seconds: float, limit: int) -> int:
-    """Forget deliveries that finished long ago.
-
-    Args:
-        session: the session.
-        kept_seconds: how long they are kept.
-        limit: how many at once.
-
-    Returns:
-        How many are gone.
-    """
+    """Forget deliveries that finished long ago."""
     finished = (
         select(WebhookDelivery.id)
         .where(WebhookDelivery.finished_at < func.now() - timedelta(seconds=kept_seconds))
@@ -167,9 +150,6 @@ def record(session: Session, claimed: ClaimedDelivery, outcome: Outcome, *, chan
     A try that took so long that another one has begun writes nothing.
 
     Args:
-        session: the session.
-        claimed: the try.
-        outcome: what came of it.
         chance: a random number from 0 to 1, for the pause before the next.
     """
     delivery = session.scalar(

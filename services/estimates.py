@@ -77,17 +77,9 @@ def estimate(
 
     Args:
         spec: as the request made it.
-        base: the fetched base.
-        shape: of the base.
         base_folder: where it lies.
-        training: the training file's rows.
         validation: the validation file's, if there is one.
-        measured: the calibration to rest on.
-        reason: why there is none.
         memory_bytes: memory of the training device, where it is known.
-
-    Returns:
-        The estimate.
 
     Raises:
         InvalidRequestError: when a parameter does not fit the base.
@@ -253,10 +245,6 @@ def tell_limit(asked: int | None, resolved: TrainingSpec) -> str:
 
     Args:
         asked: `training.max_length` of the request.
-        resolved: with what it became.
-
-    Returns:
-        A sentence, or nothing.
     """
     limit = resolved.training.max_length
     if asked is None or limit is None or asked <= limit:

@@ -86,14 +86,7 @@ def get(session: Session, scope: Scope, file_id: str, *, param: str = "id", for_
     """Return a file of the project; with `for_share` it can't be deleted until the transaction ends.
 
     Args:
-        session: the session.
-        scope: the caller.
-        file_id: the file's id.
-        param: the field that an error names.
         for_share: keep it from being deleted until the transaction ends.
-
-    Returns:
-        The row.
 
     Raises:
         NotFoundError: when there is none of that id, or it has expired.
@@ -116,10 +109,7 @@ def list_(
     """Return a page of the project's files, and whether more follow.
 
     Args:
-        session: the session.
-        scope: the caller.
         after: id of the object that ended the page before.
-        limit: objects of the page.
         is_ascending: oldest first instead of newest first.
         purpose: only files of this purpose.
 
@@ -140,14 +130,6 @@ def list_(
 
 def delete(session: Session, scope: Scope, file_id: str) -> File:
     """Make a file unknown; the caller deletes its bytes after the commit.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        file_id: the file's id.
-
-    Returns:
-        The row.
 
     Raises:
         NotFoundError: when there is none of that id, or it has expired.
@@ -188,10 +170,6 @@ def _mark_deleted(session: Session, row: File) -> None:
 
 def delete_expired(session: Session, *, limit: int) -> list[str]:
     """Delete files that have expired, as their users would; one that an unfinished job reads waits for it.
-
-    Args:
-        session: the session.
-        limit: files at once.
 
     Returns:
         Their ids. The bytes are deleted with those of other deleted files.

@@ -28,7 +28,6 @@ class Sending:
         route: such as `POST /v1/fine_tuning/jobs`.
         key: the Idempotency-Key, if any.
         body_sha256: hex digest of the request's body.
-        num_retries: the client's count of retries of this request.
         arrived_at: when it arrived, on this process's monotonic clock, in seconds.
     """
 
@@ -44,11 +43,6 @@ def find_earlier(session: Session, scope: Scope, sending: Sending) -> str | None
 
     The caller holds the lock taken here until its transaction ends, so that twins sent at the same
     time make one thing.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        sending: the request.
 
     Returns:
         The id, or None.

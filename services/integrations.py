@@ -19,11 +19,6 @@ _ALIVE = timedelta(minutes=1)
 def checked(session: Session, settings: Settings, request: NewJob) -> NewJob:
     """Return the request with its integrations checked, or refuse it.
 
-    Args:
-        session: the session.
-        settings: the operator's, which say what is set up.
-        request: what is asked for.
-
     Returns:
         The same, the integrations complete.
 

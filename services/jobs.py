@@ -98,12 +98,6 @@ class CheckedJob:
 def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob) -> CheckedJob:
     """Check all that can be told of a request without its rows; nothing is stored.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
-        request: what is asked for.
-
     Returns:
         What the job would be.
 
@@ -151,11 +145,7 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
     """Make a job, to be prepared by a worker.
 
     Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
         ring: how a worker is woken once this is committed.
-        request: what is asked for.
 
     Returns:
         The job, in `validating_files`.
@@ -199,15 +189,6 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
 def get(session: Session, scope: Scope, job_id: str, *, for_update: bool = False) -> Job:
     """Return a job of the project.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        job_id: the job's id.
-        for_update: lock it until the transaction ends.
-
-    Returns:
-        The row.
-
     Raises:
         NotFoundError: when there is none of that id.
     """
@@ -231,10 +212,7 @@ def list_(
     """Return a page of the project's jobs, newest first, and whether more follow.
 
     Args:
-        session: the session.
-        scope: the caller.
         after: id of the job that ended the page before.
-        limit: jobs of the page.
         metadata: pairs that all must be in a job's metadata.
         has_no_metadata: only jobs without any.
 
@@ -268,11 +246,7 @@ def list_events(
     """Return a page of a job's events, newest first, and whether more follow.
 
     Args:
-        session: the session.
-        scope: the caller.
-        job_id: the job's id.
         after: id of the object that ended the page before.
-        limit: objects of the page.
 
     Returns:
         The rows, and whether more follow.
@@ -296,11 +270,7 @@ def list_checkpoints(
     """Return a page of a job's checkpoints with their models' names, highest step first.
 
     Args:
-        session: the session.
-        scope: the caller.
-        job_id: the job's id.
         after: id of the object that ended the page before.
-        limit: objects of the page.
 
     Returns:
         Each row with its model's name, and whether more follow.
@@ -324,14 +294,6 @@ def list_checkpoints(
 
 def cancel(session: Session, scope: Scope, job_id: str) -> Job:
     """End a job at once; its worker sees it within a second and kills the training process.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        job_id: the job's id.
-
-    Returns:
-        The row, cancelled.
 
     Raises:
         NotFoundError: when the project has no such job.

@@ -53,7 +53,6 @@ def authenticate(session: Session, key: str) -> Scope:
     """Find the project that a key opens.
 
     Args:
-        session: the session.
         key: the key in plain text, as it came in the request.
 
     Returns:
@@ -72,7 +71,6 @@ def authenticate_all(session: Session, keys: Collection[str]) -> dict[str, Scope
     """Find the projects that keys open; by one statement, and once a minute a second.
 
     Args:
-        session: the session.
         keys: in plain text, as they came in requests.
 
     Returns:
@@ -107,9 +105,7 @@ def create(
     """Make a key, and its project when no project of that name is there yet.
 
     Args:
-        session: the session.
         scope: the caller, who must hold an admin key.
-        name: what the key is for.
         project_name: the project that the key opens; the caller's own when None.
         is_admin: whether the key may manage keys.
 
@@ -178,10 +174,6 @@ def ensure_project(session: Session, organization_id: str, name: str) -> Project
 def list_(session: Session, scope: Scope) -> Sequence[tuple[ApiKey, str]]:
     """List the organization's keys, newest first.
 
-    Args:
-        session: the session.
-        scope: the caller.
-
     Returns:
         The rows, each with its project's name.
 
@@ -200,11 +192,6 @@ def list_(session: Session, scope: Scope) -> Sequence[tuple[ApiKey, str]]:
 
 def revoke(session: Session, scope: Scope, key_id: str) -> None:
     """Make a key useless from the next request on.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        key_id: the key's id.
 
     Raises:
         PermissionDeniedError: when the caller is no admin.

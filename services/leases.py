@@ -109,10 +109,7 @@ def claim_for_training(
     """Take the oldest queued job if the worker has a free slot and the job's memory can be had.
 
     Args:
-        session: the session.
         worker_id: who asks; its row is locked so that two of its processes can't take the same slot.
-        num_slots: jobs that it trains at the same time.
-        lease_seconds: how long the claim holds without a heartbeat.
         device: where the job would run; None where its memory is not known, so that nobody counts it.
         tells: whether jobs that must wait for memory are told so.
 
@@ -169,11 +166,6 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
 def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
     """Keep a lease, and what the ledger of memory gave under it.
 
-    Args:
-        session: the session.
-        lease: the claim.
-        lease_seconds: how long the claim holds from now on.
-
     Returns:
         The job's status, by which its attempt learns that it is to be paused.
 
@@ -187,11 +179,6 @@ def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
 
 def update_job(session: Session, lease: Lease, **values: Any) -> JobStatus:
     """Write columns of a job under the fence.
-
-    Args:
-        session: the session.
-        lease: the claim.
-        **values: columns of the job.
 
     Returns:
         The job's status after it.
@@ -223,13 +210,6 @@ def _lost(lease: Lease) -> LeaseLostError:
 def hold(session: Session, lease: Lease) -> Job:
     """Return an attempt's job, as it is now and locked until the transaction ends.
 
-    Args:
-        session: the session.
-        lease: the claim.
-
-    Returns:
-        The row.
-
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
     """
@@ -255,12 +235,7 @@ def leave(
     """End an attempt: set the job's next status and give the lease up.
 
     Args:
-        session: the session.
-        lease: the claim.
-        status: what the job becomes.
         outcome: a word for the attempt's row, such as `succeeded`, `stopped`, `crashed`.
-        event: what users are told.
-        **values: further columns of the job.
 
     Raises:
         LeaseLostError: when the job is not this attempt's any more; nothing is written.
@@ -282,12 +257,6 @@ def leave(
 def wait_again(session: Session, lease: Lease, *, outcome: str, event: NewEvent) -> JobStatus:
     """End an attempt before its job's end: the job waits for another, or is paused if that was asked for.
 
-    Args:
-        session: the session.
-        lease: the claim.
-        outcome: a word for the attempt's row.
-        event: what users are told.
-
     Returns:
         What the job is now.
 
@@ -301,11 +270,6 @@ def wait_again(session: Session, lease: Lease, *, outcome: str, event: NewEvent)
 
 def fail(session: Session, lease: Lease, error: LuthierError) -> None:
     """End a job with a reason.
-
-    Args:
-        session: the session.
-        lease: the claim.
-        error: why.
 
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
@@ -324,13 +288,7 @@ def retry_or_fail(session: Session, lease: Lease, error: LuthierError, *, max_at
     """After an attempt that broke off: another one, or the end when it was the last.
 
     Args:
-        session: the session.
-        lease: the claim.
         error: what happened; the job's error if it was the last attempt.
-        max_attempts: crashes after which a job is failed.
-
-    Returns:
-        The job's new status.
 
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
@@ -366,11 +324,6 @@ def _crashed(session: Session, job: Job, error: LuthierError, max_attempts: int)
 
 def sweep(session: Session, *, max_attempts: int, limit: int = 100) -> Sequence[str]:
     """Take jobs away from workers whose lease has run out.
-
-    Args:
-        session: the session.
-        max_attempts: crashes after which a job is failed.
-        limit: jobs taken at once.
 
     Returns:
         Ids of the jobs that were taken; two sweepers never take the same one.

@@ -35,9 +35,7 @@ def list_untidied(session: Session, *, grace_seconds: float, limit: int) -> list
     """Return ended jobs whose working copies (tokenised rows, save points) are still in storage.
 
     Args:
-        session: the session.
         grace_seconds: how long ago they ended: a worker that has not heard of it may still write.
-        limit: jobs at once.
 
     Returns:
         The jobs, those that ended first before others.
@@ -76,9 +74,7 @@ def list_untidied_uploads(session: Session, *, grace_seconds: float, limit: int)
     """Return uploads at their end whose parts may still be in storage; what has lapsed is expired first.
 
     Args:
-        session: the session.
         grace_seconds: how long ago they ended: a part may still be on its way into storage.
-        limit: uploads at once.
 
     Returns:
         The uploads, those that ended first before others.

@@ -80,7 +80,6 @@ def choose(session: Session, device: Device, *, lease_seconds: float, tells: boo
     wait for serving alone, whose part does not end: it gets what there is.
 
     Args:
-        session: the session.
         device: where the job would run; locked until the transaction ends if any job waits.
         lease_seconds: after which a waiting job that nobody looked at again counts as gone.
         tells: whether serving has given back what it can, so that jobs which must wait are told so; once for

@@ -41,8 +41,6 @@ def tell_need(
     """Tell what a job's training process needs.
 
     Args:
-        spec: resolved.
-        base: the base.
         base_folder: where it lies.
         training: of the rows to train on, or a sample with the longest ones.
         validation: of the rows to score, if there are any.

@@ -54,15 +54,6 @@ def find(session: Session, scope: Scope, name: str, *, for_update: bool = False)
 def get_own(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
     """Return the project's tuned model or checkpoint of that name.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
-        name: the public name.
-
-    Returns:
-        The row.
-
     Raises:
         PermissionDeniedError: when it is another project's, which lets this one call it and no more.
         InvalidValueError: when the name is an alias, a base's, or mapped to a base.
@@ -91,12 +82,6 @@ def get_own(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
 def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> ModelTarget:
     """Turn a public name into what the inference server runs; by one statement.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
-        name: the public name.
-
     Returns:
         What the inference server runs, under the name that was asked for.
 
@@ -114,11 +99,6 @@ def resolve_all(
     session: Session, catalogue: Catalogue, asked: Sequence[names.Asked]
 ) -> dict[names.Asked, ModelTarget | ModelNotFoundError]:
     """Turn public names into what the inference server runs, as `resolve` does one; by one statement.
-
-    Args:
-        session: the session.
-        catalogue: the bases there are.
-        asked: the public names, with the projects that ask.
 
     Returns:
         What each stands for, or why it can't be called.
@@ -149,14 +129,8 @@ def pin(session: Session, scope: Scope, catalogue: Catalogue, name: str, *, is_p
     """Let inference servers keep a model in memory from its next request on, or no longer.
 
     Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
         name: the public name of the project's own model or checkpoint.
         is_pinned: which of both; asking for what is so already changes nothing.
-
-    Returns:
-        The row.
 
     Raises:
         InvalidValueError: when the name is a base's or an alias.
@@ -202,18 +176,7 @@ def register(
     checkpoint any more, and the step gets a model of its own.
 
     Args:
-        session: the session.
-        job: the job.
-        spec: its resolved spec.
-        name: the public name.
         kind: `tuned` or `checkpoint`.
-        step: the step it was made at.
-        artifact_key: storage prefix of the artifact.
-        artifact_digest: its manifest's digest.
-        metrics: its scores.
-
-    Returns:
-        The checkpoint.
     """
     if spec.base is None:
         raise ValueError("a job that trains has a resolved spec")
@@ -284,15 +247,6 @@ def end_permissions(session: Session, model_ids: Sequence[str]) -> None:
 
 def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
     """Make a tuned model unknown; the caller deletes its bytes after the commit.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
-        name: the public name.
-
-    Returns:
-        The row.
 
     Raises:
         ModelNotFoundError: when the project has no such model.

@@ -102,11 +102,6 @@ def look_up_all(session: Session, catalogue: Catalogue, asked: Sequence[Asked]) 
     It is one statement, and so one moment: while an alias is pointed elsewhere, its old target is found or
     its new one.
 
-    Args:
-        session: the session.
-        catalogue: the bases there are.
-        asked: the public names.
-
     Returns:
         What was found, in their order.
     """
@@ -126,12 +121,6 @@ def _if_offered(catalogue: Catalogue, base: Base | None) -> Base | None:
 
 def get_named(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Named:
     """Return what a name stands for, with a model or a base in it.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
-        name: the public name.
 
     Returns:
         What was found.

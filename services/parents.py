@@ -49,14 +49,8 @@ def find_origin(
     elsewhere, until the transaction ends.
 
     Args:
-        session: the session.
-        scope: the caller.
-        catalogue: the bases there are.
         name: a base, a mapped name, a tuned model or checkpoint of the caller's project, or an alias of one.
         tuning: the request's object as it came.
-
-    Returns:
-        The origin.
 
     Raises:
         ModelNotAvailableError: when there is no such model, or no job can start from it here.
@@ -122,10 +116,6 @@ def _check_base(session: Session, catalogue: Catalogue, model: Model) -> None:
 def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArtifact]:
     """Return where the artifacts lie that a job builds on, by the spec's own member.
 
-    Args:
-        session: the session.
-        spec: the job's.
-
     Returns:
         `parent` and `foundation`, each where the spec has it.
     """
@@ -141,7 +131,6 @@ def check_unneeded(session: Session, model: Model) -> None:
     """Refuse to let a model go that others go on from, or that an alias of its project points to.
 
     Args:
-        session: the session.
         model: the model, locked against jobs that would start from it meanwhile.
 
     Raises:

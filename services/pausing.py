@@ -23,11 +23,6 @@ STOPS_ATTEMPT = frozenset({JobStatus.PAUSING, JobStatus.QUEUED})
 def pause(session: Session, scope: Scope, job_id: str) -> Job:
     """Have a job wait: a queued one at once, a running one at its next step.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        job_id: the job's id.
-
     Returns:
         The row, `paused`, or `pausing` until its worker has stored a save point.
 
@@ -65,10 +60,7 @@ def resume(session: Session, scope: Scope, ring: Ring, job_id: str) -> Job:
     """Let a paused job, or one that is about to be, go on from its newest save point.
 
     Args:
-        session: the session.
-        scope: the caller.
         ring: how a worker is woken once this is committed.
-        job_id: the job's id.
 
     Returns:
         The row, `queued`. If it was pausing, its attempt still ends first, and then another takes it.
@@ -101,10 +93,6 @@ def _place(job: Job) -> str:
 
 def end_stopped(session: Session, lease: Lease) -> JobStatus:
     """End an attempt that was asked to stop; whether by a pause or by its worker, the job's row says.
-
-    Args:
-        session: the session.
-        lease: the claim.
 
     Returns:
         What the job is now: paused, or queued.

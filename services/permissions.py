@@ -23,9 +23,7 @@ def create(
     """Let projects call a model of the caller's project.
 
     Args:
-        session: the session.
         scope: the caller, of the project that owns the model.
-        model_name: the model's or checkpoint's name.
         project_ids: the projects, all of the caller's organization.
 
     Returns:
@@ -100,11 +98,8 @@ def list_(
     """Return a page of a model's permissions, and whether more follow.
 
     Args:
-        session: the session.
         scope: the caller, of the project that owns the model.
-        model_name: the model's or checkpoint's name.
         after: id of the permission that ended the page before.
-        limit: permissions of the page.
         is_ascending: oldest first instead of newest first.
         project_id: only this project's.
 
@@ -131,10 +126,7 @@ def delete(session: Session, scope: Scope, model_name: str, permission_id: str) 
     """Take a permission back; the project's next request finds no such model.
 
     Args:
-        session: the session.
         scope: the caller, of the project that owns the model.
-        model_name: the model's or checkpoint's name.
-        permission_id: the permission.
 
     Raises:
         ModelNotFoundError: when the caller's project has no such model.

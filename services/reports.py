@@ -50,10 +50,6 @@ def with_prepare(report: PrepareReport) -> dict[str, Any]:
 def with_run(report: RunReport, tokenize_seconds: float) -> ColumnElement[Any]:
     """Return the column with the run's part put into it.
 
-    Args:
-        report: the training process's own, so far.
-        tokenize_seconds: what prepare took, which that process can't know.
-
     Returns:
         An expression for an update of the job.
     """

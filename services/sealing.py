@@ -16,13 +16,6 @@ def reseal(session: Session, sealer: Sealer) -> int:
 
     What is under it already stays as it is; old secrets that sign no more are erased.
 
-    Args:
-        session: the session.
-        sealer: the keys.
-
-    Returns:
-        Endpoints that were changed.
-
     Raises:
         SecretKeyError: when there are secrets and no key, or one was sealed with another key; nothing is
             changed then.
@@ -51,7 +44,6 @@ def reseal_secret(sealer: Sealer, stored: str) -> str:
     """Bring one stored secret under the first key.
 
     Args:
-        sealer: the keys.
         stored: sealed with any of them, or plain as older versions stored it.
 
     Returns:

@@ -28,9 +28,7 @@ def plan(session: Session, device: Device, state: MemoryState, *, lease_seconds:
     waited for `memory.PATIENCE_SECONDS` for all that it could ever give back.
 
     Args:
-        session: the session.
         device: what it holds memory of; locked until the transaction ends.
-        state: what the server said of itself just now.
         lease_seconds: after which its row lapses, unless it is planned again.
 
     Returns:
@@ -100,14 +98,7 @@ def _count_until_confirmed(
 
 
 def confirm(session: Session, device: Device, state: MemoryState, order: MemoryOrder) -> None:
-    """Count what a server agreed to, unless it was told something newer meanwhile.
-
-    Args:
-        session: the session.
-        device: what it holds memory of.
-        state: what the server said after it was told.
-        order: what it was told.
-    """
+    """Count what a server agreed to, unless it was told something newer meanwhile."""
     if state.version != order.version:
         return
     session.execute(

@@ -30,8 +30,6 @@ def find_targets(
 
     Args:
         session: the session; what is read need not be of one moment.
-        catalogue: the bases there are.
-        calls: of anybody.
 
     Returns:
         What runs for each, or why nothing does.

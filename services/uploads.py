@@ -80,14 +80,6 @@ def _has_lapsed() -> ColumnElement[bool]:
 def get(session: Session, scope: Scope, upload_id: str) -> Upload:
     """Return an upload of the project, locked until the transaction ends; what has lapsed is now expired.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        upload_id: the upload's id.
-
-    Returns:
-        The row.
-
     Raises:
         NotFoundError: when there is none of that id.
     """
@@ -102,14 +94,6 @@ def get(session: Session, scope: Scope, upload_id: str) -> Upload:
 
 def get_open(session: Session, scope: Scope, upload_id: str) -> Upload:
     """Return an upload that still takes parts, locked until the transaction ends.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        upload_id: the upload's id.
-
-    Returns:
-        The row.
 
     Raises:
         NotFoundError: when there is none of that id.
@@ -146,15 +130,6 @@ def _not_pending(upload_id: str, status: UploadStatus) -> InvalidUploadStateErro
 def record_part(session: Session, scope: Scope, upload_id: str, stored: StoredPart) -> UploadPart:
     """Make a part of an upload exist.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        upload_id: the upload's id.
-        stored: what is durable.
-
-    Returns:
-        The row.
-
     Raises:
         NotFoundError: when there is no upload of that id.
         InvalidUploadStateError: when it takes no more parts.
@@ -187,11 +162,6 @@ def record_part(session: Session, scope: Scope, upload_id: str, stored: StoredPa
 
 def cancel(session: Session, scope: Scope, upload_id: str) -> tuple[Upload, list[str]]:
     """End an upload for which nothing more is to come.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        upload_id: the upload's id.
 
     Returns:
         The upload, and the keys of its parts, which nobody needs any more.

@@ -44,10 +44,6 @@ def _check_event_types(event_types: Sequence[str]) -> list[str]:
 def check_event_type(event_type: str, *, param: str) -> None:
     """Refuse a type of event that this service never sends.
 
-    Args:
-        event_type: the type.
-        param: the field that names it.
-
     Raises:
         InvalidValueError: when it is none of EVENT_TYPES; the message lists them.
     """
@@ -68,13 +64,7 @@ def create(
     """Register a receiver.
 
     Args:
-        session: the session.
-        scope: the caller.
-        rules: which URLs the operator allows.
-        sealer: seals its secret.
-        name: what people call it.
         url: where events are sent.
-        event_types: which of them.
 
     Returns:
         The row, and its secret, which nobody is told again.
@@ -114,15 +104,6 @@ def create(
 def get(session: Session, scope: Scope, endpoint_id: str, *, for_update: bool = False) -> WebhookEndpoint:
     """Return an endpoint of the project.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        endpoint_id: its id.
-        for_update: lock it until the transaction ends.
-
-    Returns:
-        The row.
-
     Raises:
         NotFoundError: when there is none of that id.
     """
@@ -138,10 +119,7 @@ def list_(
     """Return a page of the project's endpoints, newest first, and whether more follow.
 
     Args:
-        session: the session.
-        scope: the caller.
         after: id of the endpoint that ended the page before.
-        limit: endpoints of the page.
 
     Returns:
         The rows, and whether more follow.
@@ -160,16 +138,6 @@ def change(
     session: Session, scope: Scope, rules: TargetRules, endpoint_id: str, wanted: EndpointChange
 ) -> WebhookEndpoint:
     """Change an endpoint; what still waits to be sent goes to its new URL.
-
-    Args:
-        session: the session.
-        scope: the caller.
-        rules: which URLs the operator allows.
-        endpoint_id: its id.
-        wanted: what is to be changed.
-
-    Returns:
-        The row.
 
     Raises:
         NotFoundError: when the project has no such endpoint.
@@ -200,10 +168,6 @@ def rotate_secret(
     """Give an endpoint a new signing secret.
 
     Args:
-        session: the session.
-        scope: the caller.
-        sealer: seals the new one.
-        endpoint_id: its id.
         keeps_old: whether the one before signs as well for 24 hours more; one that can't be opened does not.
 
     Returns:
@@ -234,11 +198,6 @@ def rotate_secret(
 def delete(session: Session, scope: Scope, endpoint_id: str) -> None:
     """Forget an endpoint and its secrets; what waited to be sent to it never is.
 
-    Args:
-        session: the session.
-        scope: the caller.
-        endpoint_id: its id.
-
     Raises:
         NotFoundError: when the project has no such endpoint.
     """
@@ -256,11 +215,6 @@ def delete(session: Session, scope: Scope, endpoint_id: str) -> None:
 
 def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> tuple[str, ...]:
     """Return the secrets that sign at a moment, the newest first.
-
-    Args:
-        endpoint: whose.
-        sealer: opens them.
-        now: the moment.
 
     Returns:
         One, or two while the one before still signs and can be opened.

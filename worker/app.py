@@ -62,9 +62,6 @@ def _claim_next(context: WorkerContext) -> Claimed | None:
 def sweep(context: WorkerContext) -> list[str]:
     """Say that the worker lives, take jobs from dead ones, tell serving its memory, and find what waits.
 
-    Args:
-        context: the worker's parts.
-
     Returns:
         Ids of waiting jobs, at most as many as this worker could take now.
     """
@@ -98,7 +95,6 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
     deliveries of webhooks that finished long ago are forgotten.
 
     Args:
-        context: the worker's parts.
         grace_seconds: how long ago a job or an upload must have ended.
     """
     with context.database.transaction() as session:

@@ -16,14 +16,6 @@ _log = structlog.get_logger()
 def ensure_jobs_base(context: WorkerContext, lease: Lease, entry: CatalogueEntry) -> BaseFacts:
     """Have a job's base on this machine.
 
-    Args:
-        context: the worker's parts.
-        lease: the claim on the job.
-        entry: the base's, of the catalogue.
-
-    Returns:
-        Its facts.
-
     Raises:
         BaseUnavailableError: when the base can't be fetched; the message says what to do.
         LeaseLostError: when the job is not this attempt's any more.

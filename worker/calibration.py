@@ -64,9 +64,6 @@ def calibrate_for_ever(context: WorkerContext) -> None:
 def calibrate_when_idle(context: WorkerContext) -> bool:
     """Measure one base that this machine has not measured with this code, if no job waits or runs.
 
-    Args:
-        context: the worker's parts.
-
     Returns:
         Whether something was measured and kept; False when there is nothing to do, or a job came first.
     """

@@ -179,12 +179,8 @@ def start_child(run_dir: Path, num_threads: int, spare: "WarmSpare | None" = Non
     Must be called from the main thread: the kernel ties the child's life to the thread that made it.
 
     Args:
-        run_dir: the run directory, complete.
         num_threads: CPU threads it may use.
         spare: where a process with its imports done may wait.
-
-    Yields:
-        The running process.
     """
     child = _take(run_dir, num_threads, spare) if spare is not None else None
     if child is None:

@@ -36,12 +36,6 @@ def deliver_for_ever(context: WorkerContext) -> None:
 def deliver_due(context: WorkerContext) -> int:
     """Send what is due, once each.
 
-    Args:
-        context: the worker's parts.
-
-    Returns:
-        How many were tried.
-
     Raises:
         UnavailableError: when the database is away; what came of a try and is not written is tried again.
     """

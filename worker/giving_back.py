@@ -15,8 +15,6 @@ def give_back(context: WorkerContext, lease: Lease, error: LuthierError) -> None
     """Let a job wait for a better time; one that was asked to pause is paused.
 
     Args:
-        context: the worker's parts.
-        lease: the claim.
         error: what is away; users are told.
     """
     told = NewEvent(f"The job waits: {error.message}", level="warn", data={})

@@ -17,12 +17,7 @@ _log = structlog.get_logger()
 
 
 class LeaseKeeper:
-    """Renews one lease and notices when it is lost (cancelled, taken, ended), and when a pause is asked for.
-
-    Args:
-        context: the worker's parts.
-        lease: the claim.
-    """
+    """Renews one lease; notices when it is lost (cancelled, taken, ended) or when a pause is requested."""
 
     def __init__(self, context: WorkerContext, lease: Lease) -> None:
         self._context = context
@@ -74,10 +69,6 @@ class LeaseKeeper:
 @contextmanager
 def kept_lease(context: WorkerContext, lease: Lease) -> Iterator[LeaseKeeper]:
     """Keep a lease for as long as a block runs.
-
-    Args:
-        context: the worker's parts.
-        lease: the claim.
 
     Yields:
         The keeper, whose `check` tells whether the lease still holds.

@@ -80,9 +80,6 @@ class Outbox:
     def write_once(self, write: Callable[[Session], T]) -> T:
         """Do as `write` does, but leave it at one try.
 
-        Args:
-            write: what more.
-
         Returns:
             What `write` returned.
 
@@ -99,9 +96,6 @@ class Outbox:
 
     def patiently(self, act: Callable[[], T]) -> T:
         """Do something, again after a pause while what it needs is away, as long as the lease holds.
-
-        Args:
-            act: what is done.
 
         Returns:
             What `act` returned.

@@ -13,11 +13,6 @@ from worker.context import WorkerContext
 def fetch_parents(context: WorkerContext, spec: TrainingSpec, run_dir: Path) -> dict[str, str]:
     """Copy what a job goes on from, and what that lies on, beside its rows.
 
-    Args:
-        context: the worker's parts.
-        spec: the job's.
-        run_dir: the run directory.
-
     Returns:
         `parent_path` and `foundation_path` of the run's inputs, each where there is one.
 
@@ -42,8 +37,6 @@ def check_parents(context: WorkerContext, spec: TrainingSpec, base: BaseFacts) -
     """Check by their manifests, before a training slot is taken, that a job can go on from what it names.
 
     Args:
-        context: the worker's parts.
-        spec: the job's.
         base: the base as it is here.
 
     Raises:

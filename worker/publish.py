@@ -51,11 +51,6 @@ class Publisher:
         storage: where bytes go.
         outbox: what the attempt has told so far, written along with each row.
         lease: the claim; all writes are under its fence.
-        spec: what is trained.
-        model_name: the name that the result will bear.
-        prefix: storage prefix of this attempt's objects.
-        run_dir: the run directory.
-        tokenize_seconds: what prepare took, for the report.
     """
 
     storage: Storage
@@ -75,7 +70,6 @@ class Publisher:
         """Keep a save point where another worker finds it, and drop the ones before the last two.
 
         Args:
-            event: names it.
             is_needed: whether the job stops at it: then storage that is away is waited for.
         """
         key = f"{self.prefix}/save_points/step-{event.step:06d}"

@@ -86,11 +86,8 @@ class TrainingRun:
     """One attempt at a job.
 
     Args:
-        context: the worker's parts.
         lease: the claim; all writes are under its fence.
         keeper: keeps the lease meanwhile, and knows when it is lost.
-        outbox: what the attempt tells.
-        publisher: takes what the process makes.
         tracking: passes the metrics on to the job's trackers; None has none.
     """
 
@@ -109,9 +106,6 @@ class TrainingRun:
 
     def supervise(self, child: TrainingChild) -> Ending:
         """Follow a training process until it has ended and what it made is published.
-
-        Args:
-            child: the running process.
 
         Returns:
             How the attempt ended; the job's row already says so.

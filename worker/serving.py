@@ -28,11 +28,7 @@ def look_once(context: WorkerContext) -> None:
 
 
 def balance(context: WorkerContext) -> None:
-    """Let serving have what jobs leave, and give back what a waiting job needs, as far as it can.
-
-    Args:
-        context: the worker's parts.
-    """
+    """Let serving have what jobs leave, and give back what a waiting job needs, as far as it can."""
     if context.device is None:
         return
     for url in context.settings.inference_urls:

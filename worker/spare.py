@@ -23,9 +23,7 @@ class SpareRun:
     """A run that a spare was asked for: of subprocess.Popen what a TrainingChild needs.
 
     Args:
-        spare: the process that was asked.
         answers: what it tells of the run's process; closed with the run's end.
-        stdout: the run's events.
     """
 
     def __init__(self, spare: "subprocess.Popen[bytes]", answers: socket.socket, stdout: IO[bytes]) -> None:
@@ -110,9 +108,6 @@ class WarmSpare:
 
     def take(self, run_dir: Path) -> SpareRun | None:
         """Have a run made.
-
-        Args:
-            run_dir: the run directory, complete.
 
         Returns:
             The run, after whose end `rest` is called; None when no spare waits.

@@ -42,10 +42,7 @@ class TrackerThread:
     """One tracker at work, or broken and silent.
 
     Args:
-        tracker: which.
-        config: what the client says of it.
         run: the job as it sees it.
-        settings: the operator's.
     """
 
     def __init__(self, tracker: Tracker, config: TrackerConfig, run: TrackedRun, settings: Settings) -> None:
@@ -94,7 +91,6 @@ class Tracking:
     """The trackers of one attempt.
 
     Args:
-        threads: theirs.
         find_status: reads the job's status when the attempt is over.
     """
 
@@ -103,12 +99,7 @@ class Tracking:
         self._find_status = find_status
 
     def take(self, event: TrainingEvent, *, tell: Callable[..., Any]) -> None:
-        """Pass on what an event measures, and tell once of each tracker that fails.
-
-        Args:
-            event: what the training process says.
-            tell: gathers an event of the job.
-        """
+        """Pass on what an event measures, and tell once of each tracker that fails."""
         if not self._threads:
             return
         measured = _measured(event)
@@ -152,14 +143,7 @@ def start_tracking(
     """Begin to follow an attempt.
 
     Args:
-        context: the worker's parts.
-        lease: the claim.
-        project_id: whose job it is.
-        spec: resolved.
         integrations: the job's, as they were checked when it was made.
-
-    Returns:
-        The trackers at work.
     """
     run = TrackedRun(lease.job_id, project_id, spec.base_id, _parameters(spec))
     trackers = discover()

@@ -34,10 +34,7 @@ class _PassedOn(Response):
     """An inference server's answer, asked for and passed on; the server is told when the client has left.
 
     Args:
-        backend: who is asked.
-        path: of the endpoint.
         body: of the request, as it came.
-        target: what the name in it stands for.
     """
 
     def __init__(self, backend: Backend, path: str, body: bytes, target: ModelTarget) -> None:
@@ -49,9 +46,7 @@ class _PassedOn(Response):
         """Ask, and pass on what comes.
 
         Args:
-            scope: the request's.
             receive: tells when its client leaves.
-            send: takes the answer.
 
         Raises:
             LuthierError: what the server could not be asked for, or why it broke off in the middle of an

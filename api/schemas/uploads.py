@@ -40,9 +40,6 @@ class CreateUploadBody(_Body):
         Args:
             max_bytes: the largest file that may be sent in parts.
 
-        Returns:
-            The request for services.uploads.
-
         Raises:
             InvalidValueError: when the file is too large, or its purpose, type or name is no good.
             UnsupportedValueError: when the purpose is one that the service keeps to itself.

@@ -60,9 +60,6 @@ class Catalogue(BaseModel):
         Args:
             name: a base's id, or a mapped name such as `gpt-4o-mini-2024-07-18`.
 
-        Returns:
-            The catalogue's entry.
-
         Raises:
             ModelNotAvailableError: when no base has that name; the message lists those there are.
         """

@@ -37,7 +37,6 @@ def ensure_base(entry: CatalogueEntry, bases_dir: Path, *, log: Log, verify: boo
     Two processes that ask for the same base fetch it once: the second waits for the first.
 
     Args:
-        entry: the catalogue's entry.
         bases_dir: folder of all bases; made when absent.
         log: is told each stage in a sentence, with its seconds when it is done.
         verify: whether to hash a base that is there already, in place of trusting its files' sizes.

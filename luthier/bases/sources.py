@@ -41,7 +41,6 @@ def fetch_source(entry: CatalogueEntry, building: Path, scratch: Path, log: Log)
     """Put a base's files into a folder.
 
     Args:
-        entry: the catalogue's entry.
         building: the empty folder that becomes the base.
         scratch: an empty folder on the same file system for what is on the way.
         log: is told each stage.

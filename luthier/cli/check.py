@@ -13,9 +13,6 @@ _CHUNK_BYTES = 1024 * 1024
 def check_file(path: Path) -> None:
     """Check a file and print its facts.
 
-    Args:
-        path: the file.
-
     Raises:
         InvalidValueError: when it can't be read.
         InvalidFileFormatError: when it breaks the format; names line, column and rule.

@@ -10,10 +10,6 @@ from luthier.core.errors import InvalidValueError
 def read_object(option: str, text: str | None) -> dict[str, Any] | None:
     """Read an option that holds a JSON object.
 
-    Args:
-        option: its name, for the message.
-        text: what was given.
-
     Returns:
         The object, None when nothing was given.
 

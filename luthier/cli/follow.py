@@ -13,8 +13,6 @@ def follow(client: LuthierClient, job_id: str, *, as_json: bool) -> int:
     """Print a job's events until it ends.
 
     Args:
-        client: the service.
-        job_id: the job.
         as_json: whether to print each event as a line of JSON.
 
     Returns:

@@ -28,8 +28,6 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, empt
     """Print rows under titles, in columns that are never cut, so that ids can be copied.
 
     Args:
-        titles: the columns' titles.
-        rows: the cells, turned into text.
         empty: the sentence that is printed when there is no row.
     """
     cells = [[printable(cell) for cell in row] for row in rows]

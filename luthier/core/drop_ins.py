@@ -10,12 +10,8 @@ def find_drop_ins(package: str, folders: Iterable[str], attribute: str) -> dict[
     """Return the objects of a drop-in folder by their `name`, in the order of the names.
 
     Args:
-        package: its dotted name.
         folders: the package's `__path__`.
         attribute: what each file calls its object. Files that begin with `_`, and base.py, are skipped.
-
-    Returns:
-        The objects.
     """
     found = {}
     for module in pkgutil.iter_modules(list(folders)):

@@ -153,12 +153,6 @@ _ADAPTER: TypeAdapter[TrainingEvent] = TypeAdapter(TrainingEvent)
 def parse_event(line: bytes | str) -> TrainingEvent:
     """Read one line of the child's standard output.
 
-    Args:
-        line: a JSON object.
-
-    Returns:
-        The event.
-
     Raises:
         pydantic.ValidationError: when the line is no event.
     """

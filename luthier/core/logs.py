@@ -9,11 +9,7 @@ import structlog
 
 
 def configure_logs(level: str) -> None:
-    """Send structlog's and the standard library's logs to standard error as JSON lines.
-
-    Args:
-        level: debug, info, warning or error.
-    """
+    """Send structlog's and the standard library's logs to standard error as JSON lines."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -43,9 +39,6 @@ def configure_logs(level: str) -> None:
 
 def origin(error: BaseException) -> dict[str, str]:
     """Return what a log may say of an error whose text may hold a user's words or a key.
-
-    Args:
-        error: the error, once it was raised.
 
     Returns:
         Its type, and the file, line and function that raised it.

@@ -99,17 +99,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Pricing:
-    """One job's costs on a calibrated machine.
-
-    Args:
-        calibration: the machine's constants for this base.
-        cost: the method's part.
-        num_layers: of the base.
-        hidden_size: of the base.
-        vocabulary_size: of the base.
-        artifact_bytes: of one checkpoint.
-        is_whole_model: whether weights of the base are trained.
-    """
+    """One job's costs on a calibrated machine."""
 
     calibration: Calibration
     cost: MethodCost

@@ -30,7 +30,6 @@ def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> Non
 
     Args:
         parent_pid: the parent's pid as the parent knew it, to catch a parent that is gone already.
-        signal_number: what the kernel sends.
 
     Raises:
         OSError: when the kernel refuses.

@@ -17,9 +17,6 @@ def check_input_purpose(purpose: str) -> str:
     Args:
         purpose: as the client wrote it.
 
-    Returns:
-        The same.
-
     Raises:
         UnsupportedValueError: when only the service makes files of that purpose.
         InvalidValueError: when there is none of that name.
@@ -44,7 +41,6 @@ def check_mime_type(mime_type: str, purpose: str) -> None:
 
     Args:
         mime_type: as the client wrote it.
-        purpose: a checked purpose.
 
     Raises:
         InvalidValueError: when it is a picture, a sound or the like for training.

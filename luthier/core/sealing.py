@@ -40,9 +40,6 @@ class Sealer:
     def seal(self, text: str) -> str:
         """Seal a text.
 
-        Args:
-            text: what is secret.
-
         Returns:
             A token of printable characters, as it may be stored.
 
@@ -56,9 +53,6 @@ class Sealer:
 
         Args:
             sealed: from `seal`.
-
-        Returns:
-            The text.
 
         Raises:
             SecretKeyError: when there is no key, or it was sealed with none of them, or not at all.

@@ -77,9 +77,6 @@ def read_shape(folder: Path) -> BaseShape:
     Args:
         folder: holds config.json and safetensors files, of which only the headers are read.
 
-    Returns:
-        The shape.
-
     Raises:
         BaseUnavailableError: when they can't be read.
     """

@@ -43,10 +43,6 @@ TERMINAL_STATUSES = frozenset(status for status, targets in TRANSITIONS.items() 
 def check_transition(source: JobStatus, target: JobStatus) -> None:
     """Refuse a change of status that the table does not hold.
 
-    Args:
-        source: the status the job has.
-        target: the status it is asked to take.
-
     Raises:
         InvalidTransitionError: when `target` does not follow `source`.
     """

@@ -83,7 +83,6 @@ def count_rows(
     """Count the tokens of a file's rows.
 
     Args:
-        path: the file, checked at upload.
         base_folder: a fetched base, for its template and tokenizer.
         max_length: longest row in tokens.
         too_long: what would be done with a longer row; with "error" it is left out here, and told.
@@ -91,9 +90,6 @@ def count_rows(
         max_seconds: after so long no more rows are begun; those counted are an even sample.
         purpose: which of a job's files it is, for the error.
         wants_pairs: whether the job learns from preferences, each of which is two rows of tokens.
-
-    Returns:
-        The counts.
 
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.

@@ -88,9 +88,6 @@ class _Rendered(NamedTuple):
 class Examiner:
     """Examine rows with a base's template and tokenizer.
 
-    Args:
-        base_folder: a fetched base.
-
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
     """
@@ -103,9 +100,6 @@ class Examiner:
 
     def examine(self, batch: Batch) -> Examined:
         """Examine rows.
-
-        Args:
-            batch: the rows.
 
         Returns:
             What was found; nothing of it depends on other batches.

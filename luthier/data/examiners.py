@@ -43,7 +43,6 @@ class Examiners:
     """Examine batches here or in processes; what is found is the same. A context: its end is theirs.
 
     Args:
-        base_folder: a fetched base.
         num_processes: how many; 0 for none.
     """
 
@@ -79,9 +78,6 @@ class Examiners:
 
     def examine(self, batches: Iterator[Batch]) -> Iterator[Examined]:
         """Yield what is found of each batch, in order; few are taken ahead.
-
-        Args:
-            batches: the rows.
 
         Yields:
             What was found.

@@ -23,9 +23,6 @@ _Compare = Callable[[_Numbers, _Numbers], npt.NDArray[np.bool_]]
 def group_near(signatures: Signatures) -> _Numbers:
     """Group rows so that near-duplicates, and theirs in turn, are in one group.
 
-    Args:
-        signatures: of the rows.
-
     Returns:
         The number of each row's group, int64 [N].
     """
@@ -47,9 +44,6 @@ def group_beside_template(signatures: Signatures) -> _Numbers:
 
     What most of the rows share is left out. A part of a signature is a draw from a row's word triples, so
     the parts that are not shared are draws from what the template does not bring.
-
-    Args:
-        signatures: of the rows of one group.
 
     Returns:
         The number of each row's group, int64 [N].

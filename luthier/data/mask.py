@@ -47,10 +47,6 @@ class RenderedRow(NamedTuple):
 def render_row(template: ChatTemplate, row: Row) -> RenderedRow:
     """Render a row and find its trained turns; of a preference the conversation that is preferred.
 
-    Args:
-        template: the base's.
-        row: the row, an assistant's turn last.
-
     Returns:
         The text and the spans of the trained turns.
 
@@ -65,10 +61,6 @@ def render_row(template: ChatTemplate, row: Row) -> RenderedRow:
 
 def render_parts(template: ChatTemplate, row: Row) -> tuple[RenderedRow, ...]:
     """Render all that a row becomes: one text, of a preference two, the preferred first.
-
-    Args:
-        template: the base's.
-        row: the row, an assistant's turn last.
 
     Returns:
         Each text and the spans of its trained turns.
@@ -88,8 +80,6 @@ def render_turns(
     """Render a conversation and find its trained turns.
 
     Args:
-        template: the base's.
-        turns: the conversation, an assistant's turn last.
         tools: definitions of tools, as OpenAI has them.
 
     Returns:
@@ -156,10 +146,6 @@ def _render_plain(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encoding]:
     """Make tokens of rendered rows.
 
-    Args:
-        tokenizer: the base's.
-        rows: from render_row.
-
     Returns:
         The tokens of each row, their spans within the row's text.
     """
@@ -215,8 +201,6 @@ def mask_tokens(
     """Mark the tokens of a row that are learnt.
 
     Args:
-        encoding: of the row's text.
-        spans: from render_row.
         stop_token_ids: tokens that end an assistant's turn.
 
     Returns:

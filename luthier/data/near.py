@@ -92,9 +92,6 @@ class Signer:
     def sign(self, texts: Sequence[str]) -> Signatures:
         """Make the signatures of texts.
 
-        Args:
-            texts: the texts.
-
         Returns:
             uint32 [len(texts), SIGNATURE_PARTS].
         """

@@ -11,10 +11,6 @@ _PREFERENCE = "preference"
 def learns_from(format_name: str, *, wants_pairs: bool) -> bool:
     """Say whether rows of a format are of the kind that a job learns from.
 
-    Args:
-        format_name: of a row format.
-        wants_pairs: whether the job is of method dpo.
-
     Returns:
         Whether they are.
     """
@@ -22,15 +18,7 @@ def learns_from(format_name: str, *, wants_pairs: bool) -> bool:
 
 
 def tell_wrong_format(purpose: Purpose, format_name: str) -> str:
-    """Say what is wrong with a file whose rows its job does not learn from, and what to do.
-
-    Args:
-        purpose: which of a job's files it is.
-        format_name: of its rows.
-
-    Returns:
-        A sentence or two.
-    """
+    """Say what is wrong with a file whose rows its job does not learn from, and what to do."""
     if format_name == _PREFERENCE:
         return (
             f"The {purpose} file holds preferences (input, preferred_output, non_preferred_output), which "

@@ -32,9 +32,6 @@ def make_pair_plan(lengths: NDArray[np.int64], *, batch_size: int, num_epochs: i
 
     Args:
         lengths: tokens of every row, int64[N], N even.
-        batch_size: pairs of a step.
-        num_epochs: passes over the pairs.
-        seed: the job's.
 
     Returns:
         A plan whose steps hold row numbers, two a pair.
@@ -56,7 +53,6 @@ def split_pairs(
     """Split a step's rows as luthier.data.plan.split_micro does, without parting a pair.
 
     Args:
-        row_numbers: rows of one step, two a pair.
         lengths: tokens of every row.
         max_tokens: bound on rows times longest; a single longer pair is a part of its own.
 

@@ -42,7 +42,6 @@ def make_plan(lengths: NDArray[np.int64], *, batch_size: int, num_epochs: int, s
         lengths: tokens of every row, int64[N].
         batch_size: rows of a step; the last step of an epoch may have fewer.
         num_epochs: passes over the rows; each has an order of its own.
-        seed: the job's.
 
     Returns:
         The plan; every row is in exactly one step of each epoch.
@@ -76,7 +75,6 @@ def split_micro(
     """Split a step's rows so that no part has more than `max_tokens` with its padding.
 
     Args:
-        row_numbers: rows of one step.
         lengths: tokens of every row.
         max_tokens: bound on rows times longest; a single longer row is a part of its own.
 

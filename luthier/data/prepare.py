@@ -57,7 +57,6 @@ def prepare_rows(
     """Render, tokenise and mask every row of a file.
 
     Args:
-        path: the file, checked at upload.
         base_folder: a fetched base, for its template and tokenizer.
         max_length: longest row in tokens.
         too_long: what to do with a longer row: fail, keep its beginning, or leave it out.

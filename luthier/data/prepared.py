@@ -93,7 +93,6 @@ def write_prepared(rows: PreparedRows, path: Path) -> None:
     """Write rows to a safetensors file that exists whole or not at all.
 
     Args:
-        rows: the rows.
         path: the file; an older one is replaced.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -113,12 +112,6 @@ def write_prepared(rows: PreparedRows, path: Path) -> None:
 
 def read_prepared(path: Path) -> PreparedRows:
     """Read what write_prepared wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The rows.
 
     Raises:
         ValueError: when the arrays do not belong together.

@@ -16,7 +16,6 @@ def count_prepared(rows: PreparedRows, *, has_pairs: bool, max_examples: int = M
 
     Args:
         rows: the rows; of preferences two beside each other.
-        has_pairs: whether they are preferences.
         max_examples: examples that are looked at; of more, an even choice by length with the longest.
 
     Returns:

@@ -12,7 +12,6 @@ def check_sample_prompts(prompts: Sequence[str], base_folder: Path, *, max_token
     """Render each prompt as a user's message, as it is rendered again whenever the model answers it.
 
     Args:
-        prompts: the texts.
         base_folder: a fetched base, for its template and tokenizer.
         max_tokens: the base's context length; an answer needs at least one token of it.
 

@@ -34,7 +34,6 @@ def recognise(line: bytes, number: int) -> RowFormat | Fault:
     """Tell the format of a file by its first row.
 
     Args:
-        line: the row, a JSON object.
         number: of the line, from 1.
 
     Returns:
@@ -50,8 +49,6 @@ def explain_row(row_format: RowFormat, line: bytes, number: int) -> list[Fault]:
     """Say what is wrong with a row that the file's format refused.
 
     Args:
-        row_format: of the file.
-        line: the row.
         number: of the line, from 1.
 
     Returns:

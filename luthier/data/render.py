@@ -79,9 +79,6 @@ def content_text(content: Any) -> str:
     Args:
         content: a string, or a list of `{"type": "text", "text": …}` parts; None counts as empty.
 
-    Returns:
-        The text.
-
     Raises:
         InvalidValueError: for a part that is not text.
     """
@@ -175,7 +172,6 @@ class ChatTemplate:
     """A base's chat template, compiled.
 
     Args:
-        source: the template's text.
         special_tokens: names such as `bos_token` and their texts, which templates refer to.
     """
 
@@ -195,9 +191,6 @@ class ChatTemplate:
 
         Args:
             base_folder: holds chat_template.jinja, or tokenizer_config.json with `chat_template`.
-
-        Returns:
-            The compiled template.
 
         Raises:
             BaseUnavailableError: when the base has no template, or one that can't be compiled.

@@ -39,16 +39,11 @@ def report_on_file(
     """Report on a file.
 
     Args:
-        path: the file, checked at upload.
         base_folder: a fetched base, for its template and tokenizer.
         context_length: of the base, in tokens.
         validation_path: another file, of which it is told which rows the first shares with it.
-        is_given_up: asked now and then whether anybody still waits.
         num_processes: that share the work, 0 for none; by the larger file and the machine's cores when None.
             The report is the same.
-
-    Returns:
-        The report.
 
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.

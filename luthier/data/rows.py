@@ -19,7 +19,6 @@ def read_raw_rows(path: Path, limits: Limits = CHECKED) -> Iterator[RawRow | Fau
     """Yield the rows of a file, unread.
 
     Args:
-        path: the file.
         limits: what it may cost; next to none for a file that was checked before.
 
     Yields:
@@ -55,11 +54,7 @@ def locate(fault: Fault, raw: RawRow) -> Fault:
 
 
 class FileRows:
-    """The rows of a file, read one by one. The first row decides the format.
-
-    Args:
-        path: the file.
-    """
+    """The rows of a file, read one by one. The first row decides the format."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -97,10 +92,6 @@ class FileRows:
 def read_row(row_format: RowFormat, raw: RawRow) -> tuple[RawRow, Row] | list[Fault]:
     """Read one row of a file.
 
-    Args:
-        row_format: of the file.
-        raw: the row.
-
     Returns:
         The row and its place, which is the raw row without its content; or its faults.
     """
@@ -122,9 +113,6 @@ def find_file_format(path: Path) -> RowFormat | None:
 @contextmanager
 def as_json_lines(path: Path) -> Iterator[Path]:
     """Hold a file of rows as JSON lines: itself where it is such, else a copy for as long as it is held.
-
-    Args:
-        path: the file.
 
     Yields:
         A file with a row a line, in the same order; where a row has a fault, its line is `null`.

@@ -56,11 +56,7 @@ class SeenExactly:
 
 
 class SeenNearly:
-    """Signatures of the last rows, and by each band the last row that had it.
-
-    Args:
-        num_rows: how many rows are remembered.
-    """
+    """Signatures of the last rows, and by each band the last row that had it."""
 
     def __init__(self, num_rows: int = WINDOW_ROWS) -> None:
         self._num_rows = num_rows
@@ -89,10 +85,6 @@ class SeenNearly:
 
     def find_and_add(self, signatures: Signatures, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return for each row the number of an earlier near-duplicate, -1 without one, and add all rows.
-
-        Args:
-            signatures: of the rows.
-            numbers: of the rows, ascending.
 
         Returns:
             int64 [N].

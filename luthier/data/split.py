@@ -24,7 +24,6 @@ def split_rows(
     are made by one template, such rows are compared by what the template does not bring.
 
     Args:
-        rows: the rows, of any order.
         share: of rows to hold back, above 0 and at most 0.5; at least one group is held back.
         rows_per_example: how many rows in a row are one example, which is never parted.
 

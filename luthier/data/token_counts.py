@@ -30,7 +30,6 @@ class TokenCounts:
         """Count one row.
 
         Args:
-            line: the row's number.
             lengths: tokens of its conversation; of both for a preference.
             num_supervised: tokens that are learnt, of all conversations together.
         """

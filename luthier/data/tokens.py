@@ -64,7 +64,6 @@ class Tokenizer:
 
     Args:
         inner: the pipeline of the `tokenizers` library.
-        stop_token_ids: ids that end an assistant's turn.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, stop_token_ids: Iterable[int] = ()) -> None:
@@ -139,9 +138,6 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode many texts at once, on all cores.
-
-        Args:
-            texts: the texts.
 
         Returns:
             For each the ids, int32 [T], and the spans of characters, int64 [T, 2].

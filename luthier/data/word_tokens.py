@@ -98,9 +98,6 @@ class WordTokens:
     def count(self, row: RenderedRow) -> RowTokens | None:
         """Count a row's tokens.
 
-        Args:
-            row: from render_row.
-
         Returns:
             What `encode_rows` and `mask_tokens` make of it; None when it has to be asked of them.
         """

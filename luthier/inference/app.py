@@ -72,8 +72,6 @@ class Service:
     """The endpoints, over the models and the engine.
 
     Args:
-        settings: the server's.
-        engine: the engine's thread.
         on_first_base: as Models takes it.
     """
 
@@ -217,8 +215,6 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
     """Put the endpoints together.
 
     Args:
-        service: the endpoints.
-        settings: says which base to load at start.
         token: what requests must bear; None on a Unix socket, whose mode is the guard.
 
     Returns:

@@ -168,7 +168,6 @@ def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
 
     Args:
         settings: says where bases lie.
-        base_id: the base's id.
 
     Returns:
         What is known of it.
@@ -191,7 +190,6 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
 
     Args:
         settings: says where bases lie, the device and the type of the weights.
-        base_id: the base's id.
 
     Returns:
         The base, ready to answer.
@@ -258,7 +256,6 @@ def pack(
         model: of the kind that `can_pack_llama` tells.
         folder: the files that it was read from.
         probe_ids: tokens of a short text.
-        max_rows: rows that run at a time.
         max_cache_tokens: tokens whose keys and values may be held.
         max_draft_tokens: as Lane takes it; none without compiled steps, where nobody has measured them.
 

@@ -25,13 +25,8 @@ def calls_alone(syntax: CallSyntax, tools: Sequence[Tool], tokenizer: Tokenizer,
     """Write the grammar of an answer that is calls and nothing else.
 
     Args:
-        syntax: how the base writes them.
         tools: those that may be called, at least one.
-        tokenizer: the base's.
         is_parallel: whether there may be several calls.
-
-    Returns:
-        The grammar.
 
     Raises:
         InvalidValueError: when the parameters of a tool are nested too deeply.

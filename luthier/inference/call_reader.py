@@ -39,7 +39,6 @@ class CallReader:
     """Part one answer's text.
 
     Args:
-        syntax: how the model writes calls.
         names: the tools there are; what calls another one is text.
         is_parallel: whether there may be more than one call; what follows the first is left out else.
     """
@@ -63,9 +62,6 @@ class CallReader:
 
     def push(self, text: str) -> list[ReadPart]:
         """Take more text.
-
-        Args:
-            text: any piece of the answer.
 
         Returns:
             What is certain now.

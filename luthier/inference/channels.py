@@ -53,11 +53,7 @@ class Channel:
 
     @contextmanager
     def ending(self) -> Iterator[asyncio.Event]:
-        """Hold what says that a stream has no more to send, or nobody to send to.
-
-        Yields:
-            It.
-        """
+        """Hold what says that a stream has no more to send, or nobody to send to."""
         end = asyncio.Event()
         if self._is_lost:
             end.set()
@@ -119,12 +115,6 @@ class Channels:
 
     def open(self, headers: Mapping[str, str]) -> tuple[str, Channel]:
         """Open the channel that a request's headers name.
-
-        Args:
-            headers: by lower-case name.
-
-        Returns:
-            Its id and itself.
 
         Raises:
             InvalidRequestError: when they name none, or one that is open.

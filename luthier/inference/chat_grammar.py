@@ -28,7 +28,6 @@ def choose_grammar(
         answer: the form that it shall have, if any.
         tools: what it may or must call.
         syntax: how the base writes calls, None where that is unknown.
-        tokenizer: the base's.
         compile_grammar: compiles a grammar; its second argument is the field that an error names.
 
     Returns:

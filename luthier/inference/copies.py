@@ -102,9 +102,7 @@ def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -
 
     Args:
         storage: where artifacts are published.
-        prefix: the artifact's folder there.
         digest: the digest that its manifest must have.
-        cache_dir: the server's own copies, one folder per digest.
 
     Returns:
         The copy, not verified; None where it is to be fetched, or to be told why it can't be.
@@ -146,12 +144,7 @@ def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) 
 
     Args:
         storage: where artifacts are published.
-        prefix: the artifact's folder there.
         digest: the digest that its manifest must have.
-        cache_dir: the server's own copies, one folder per digest.
-
-    Returns:
-        The verified copy.
 
     Raises:
         ArtifactCorruptError: when the stored bytes are missing, damaged or of another digest.
@@ -236,7 +229,6 @@ def drop_orphans(storage: Storage, cache_dir: Path, known: Collection[str]) -> N
 
     Args:
         storage: where artifacts are published; only of what is on the cache's disk can this be told.
-        cache_dir: the server's copies, one folder per digest.
         known: digests of the copies that this process has had to do with, which stay.
     """
     root = storage.local_root
@@ -260,9 +252,7 @@ def drop_unused(cache_dir: Path, *, max_kept: int, in_use: set[str]) -> None:
     """Delete the copies unused for longest until no more than a number are left.
 
     Args:
-        cache_dir: the server's copies, one folder per digest.
         max_kept: copies that may stay.
-        in_use: digests whose copies stay in any case.
     """
     with os.scandir(cache_dir) as entries:
         copies = [entry for entry in entries if not entry.name.startswith(".") and entry.is_dir()]

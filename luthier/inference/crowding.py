@@ -50,8 +50,6 @@ class Crowding:
     """Tells from what steps took how many threads the next ones run on: by halves down to 1, and up again.
 
     Args:
-        num_threads: the most.
-        read: what threads ran and waited so far.
         now: a clock, in seconds.
     """
 
@@ -69,11 +67,7 @@ class Crowding:
         self._changed_at = -_LONGEST_STAY
 
     def note(self, seconds: float) -> None:
-        """Take account of a step; `num_threads` is for the next one.
-
-        Args:
-            seconds: what the step took.
-        """
+        """Take account of a step; `num_threads` is for the next one."""
         if self._most == 1:
             return
         self._busy_seconds += seconds

@@ -67,7 +67,6 @@ class Drafter:
         """Return the next tokens as far as they are likely enough.
 
         Args:
-            most: of them.
             least_chance: that a guess and all before it are right, by how many these are.
 
         Returns:

@@ -17,7 +17,6 @@ def make_echo(tokenizer: Tokenizer, prompt: str | list[int], *, with_starts: boo
     """Return what an answer begins with.
 
     Args:
-        tokenizer: the base's.
         prompt: as the client sent it, a text or its token ids.
         with_starts: whether to find out where the tokens begin.
 

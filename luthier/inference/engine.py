@@ -62,8 +62,6 @@ class EngineCore:
     """Scheduler, runner and sampler put together, one piece of work at a time.
 
     Args:
-        runner: what runs the model.
-        max_batch_rows: rows of one group.
         max_cache_tokens: tokens that the caches of all groups together may come to hold.
     """
 
@@ -225,7 +223,6 @@ class Engine:
     """The engine's thread.
 
     Args:
-        core: the work.
         max_waiting: sequences that may wait for a row; more are refused.
         num_threads: that torch uses on this thread; None for what it has.
     """
@@ -296,9 +293,6 @@ class Engine:
 
     def call(self, work: Callable[[], ResultT]) -> Future[ResultT]:
         """Let the engine's thread do something between two steps, after all that was handed over before.
-
-        Args:
-            work: what to do.
 
         Returns:
             Its result, when it is done.

@@ -10,9 +10,7 @@ def log_fault(logger: logging.Logger, what: str, error: BaseException) -> None:
     """Log a fault that no `LuthierError` names.
 
     Args:
-        logger: the caller's.
         what: what failed, as the beginning of a sentence.
-        error: the fault.
     """
     places = "".join(traceback.format_tb(error.__traceback__))
     logger.error("%s failed with %s:\n%s", what, type(error).__name__, places)
@@ -22,9 +20,7 @@ def to_told(logger: logging.Logger, what: str, error: BaseException) -> LuthierE
     """Return what whoever asked is told of an error; a fault that no `LuthierError` names is logged.
 
     Args:
-        logger: the caller's.
         what: what failed, as the beginning of a sentence.
-        error: the error.
 
     Returns:
         The error itself where it is one that users are told.

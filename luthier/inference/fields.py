@@ -81,7 +81,6 @@ def drop_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], pr
     """Take away fields that say "not used".
 
     Args:
-        fields: the fields, which lose them.
         neutral: of each such field the values that mean so.
         prefix: of the fields' names, such as `messages.0.`.
 
@@ -134,12 +133,8 @@ def validate(model: type[ModelT], fields: Any, prefix: str = "") -> ModelT:
     """Check fields by a model.
 
     Args:
-        model: says what they are.
         fields: as the client sent them, nulls gone.
         prefix: of the fields' names, such as `tools.0.`.
-
-    Returns:
-        The checked value.
 
     Raises:
         InvalidRequestError: naming the first field that breaks a rule.

@@ -38,7 +38,6 @@ def forward(
     """Run tokens after those that a cache holds; the cache grows by them.
 
     Args:
-        model: any causal language model.
         past: keys and values of W - T tokens.
         ids_BT: int64 token ids.
         mask_BW: int64, 1 where a token is real.
@@ -66,7 +65,6 @@ def run_prompts(
     """Run whole prompts, each after the same prefix.
 
     Args:
-        model: any causal language model.
         prompts: token ids of B prompts, T in the longest.
         prefix: what lies before each; empty for nothing.
 
@@ -98,7 +96,6 @@ def run_prompts_whole(
     They are run in stretches, so that the logits of only a few tokens are in memory at a time.
 
     Args:
-        model: any causal language model.
         prompts: token ids of B prompts.
         prefix: what lies before each; empty for nothing.
         see: takes the place of a stretch's first token in the prompts and logits_BTV, float32, in order;

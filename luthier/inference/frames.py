@@ -29,9 +29,6 @@ class FrameReader:
     def read(self, piece: bytes) -> Iterator[tuple[int, bytes]]:
         """Take the next bytes.
 
-        Args:
-            piece: what came.
-
         Yields:
             The number and the content of each frame that is whole.
         """

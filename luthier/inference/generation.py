@@ -29,9 +29,7 @@ class Generation:
     """The answers to one request, as their events arrive. Belongs to the event loop it was made on.
 
     Args:
-        ready: the model that answers.
         plan: prompts, and how to sample the answers to them.
-        project_id: who asks.
     """
 
     def __init__(self, ready: ReadyModel, plan: Plan, *, project_id: str = "") -> None:
@@ -69,9 +67,6 @@ class Generation:
 
     def submit(self, engine: Engine) -> None:
         """Hand the sequences to the engine; those that ask it for nothing end with the model's proof.
-
-        Args:
-            engine: the engine's thread.
 
         Raises:
             TooManyRequestsError: when too many wait already.
@@ -141,9 +136,6 @@ class Generation:
 
     def read(self, arrived: IndexedEvent) -> list[IndexedEvent]:
         """Return what an event from the engine tells of its answer.
-
-        Args:
-            arrived: the events in the order of their arrival.
 
         Returns:
             Pieces and ends, each with its choice's index.

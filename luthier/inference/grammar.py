@@ -32,9 +32,6 @@ def json_rule(schema: dict[str, Any], *, param: str) -> str:
         schema: a JSON schema; `{}` for any value.
         param: the field that it comes from, for the error.
 
-    Returns:
-        The rule's right side.
-
     Raises:
         InvalidValueError: when the schema is nested too deeply to be written down.
     """
@@ -49,7 +46,6 @@ class TokenGrammar:
     """One answer's place in a grammar; for the engine's thread only.
 
     Args:
-        matcher: this answer's own.
         stop_token_ids: tokens that end an answer.
     """
 
@@ -150,9 +146,6 @@ class Grammars:
         """Compile a grammar for a tokenizer. Takes up to a second for a tokenizer that is new.
 
         Args:
-            lark: the grammar.
-            tokenizer: of the base that answers.
-            tokenizer_digest: tells it from any other.
             param: the field that the grammar comes from, for the error.
 
         Returns:

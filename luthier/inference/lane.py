@@ -48,8 +48,6 @@ class Lane:
     """The rows of one packed base, and who waits for one.
 
     Args:
-        model: the base.
-        max_rows: rows that run at a time.
         max_draft_tokens: of an answer that are guessed at a time, to be checked in the step of the token
             before them.
     """
@@ -369,9 +367,6 @@ class Lane:
     @contextmanager
     def borrowing(self, *lengths: int) -> Iterator[list[list[int]]]:
         """Lend pages whose content nobody is to share, for sequences of so many tokens.
-
-        Args:
-            *lengths: of the sequences.
 
         Yields:
             The pages of each.

@@ -6,12 +6,7 @@ from luthier.modeling.packed_llama import PackedLlama
 
 
 class LaneMemory:
-    """Pages of a base, of which those that were never used have no memory yet where the system can do so.
-
-    Args:
-        model: the base.
-        pool: who has which page.
-    """
+    """Pages of a base, of which those that were never used have no memory yet where the system can do so."""
 
     def __init__(self, model: PackedLlama, pool: PagePool) -> None:
         self._pages, self._pool = model.pages, pool

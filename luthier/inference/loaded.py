@@ -37,9 +37,7 @@ class LoadedArtifacts:
     """The artifacts of all bases.
 
     Args:
-        engine: the engine's thread.
         max_whole_bytes: memory for the weights of whole models.
-        max_adapter_bytes: memory for adapters beside packed bases.
         limits: of the rows on whole models.
         max_waiting: requests that may wait for what is not in memory yet; more are refused.
         max_installed: artifacts that may lie on plain bases; the one unused for longest leaves first.
@@ -124,9 +122,6 @@ class LoadedArtifacts:
 
         Args:
             num_bytes: for which `make_way` made room just before.
-
-        Yields:
-            Nothing.
         """
         self._expected_bytes += num_bytes
         try:
@@ -155,9 +150,6 @@ class LoadedArtifacts:
     def forget(self, digest: str) -> bool:
         """Drop an artifact that nobody will ask for again, pinned or not, unless it is answering just now.
 
-        Args:
-            digest: the artifact's.
-
         Returns:
             Whether nothing lies on it any more.
         """
@@ -173,9 +165,6 @@ class LoadedArtifacts:
 
     async def make_way(self, num_bytes: int) -> bool:
         """Make room below the ceiling, by pages and idle artifacts; who asked takes it before he waits again.
-
-        Args:
-            num_bytes: what is about to be loaded.
 
         Returns:
             Whether there is room now; else there may be once a request has ended.
@@ -200,7 +189,6 @@ class LoadedArtifacts:
         """Return a model in memory, which stays there until it is released as often as it was held.
 
         Args:
-            served: the model.
             is_pinned: whether it stays when nobody holds it, for a day or until it is held without that.
 
         Returns:

@@ -79,9 +79,6 @@ class Kind(Enum):
 def measure(served: ServedModel) -> tuple[Kind, int]:
     """Tell how a model will lie in memory. Reads headers only; any thread may call it.
 
-    Args:
-        served: a model with an artifact.
-
     Returns:
         Its kind, and the bytes that it will take: exact for whole models, 0 for those on a plain base.
 
@@ -110,10 +107,7 @@ async def load(
     """Bring a model into memory and let it prove itself.
 
     Args:
-        engine: the engine's thread.
-        served: the model.
         kind: what `measure` told.
-        limits: of rows on weights of their own.
         opening: entered while weights of so many bytes more are loaded beside it.
         on_laid: takes a model that may be asked at once, as its proof is part of the first step.
 

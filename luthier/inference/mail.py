@@ -48,7 +48,6 @@ class Mail(Generic[EventT]):
 
         Args:
             take: called with the event on the loop's thread; it may not raise.
-            event: what happened.
 
         Raises:
             RuntimeError: when the loop is closed.
@@ -99,11 +98,7 @@ def own_mail() -> "Mail[Any]":
 
 @contextmanager
 def holding_back() -> Iterator[None]:
-    """Wake no loop for what this thread posts before `hand_over` or the end.
-
-    Yields:
-        Nothing.
-    """
+    """Wake no loop for what this thread posts before `hand_over` or the end."""
     outer = getattr(_HELD, "mails", None)
     _HELD.mails = set()
     try:

@@ -18,11 +18,7 @@ _BETWEEN_BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25,
 
 
 class Histogram:
-    """How often values lay at or below each of some bounds, and their sum.
-
-    Args:
-        bounds: ascending.
-    """
+    """How often values lay at or below each of some bounds, and their sum."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
@@ -53,7 +49,6 @@ class StepMeasures:
         """Count a step, before its tokens are handed to their answers.
 
         Args:
-            num_rows: rows that ran, of prompts and of answers.
             sequences: those that get a token; whoever wants none any more is not counted.
             now: the monotonic clock, in seconds; read when None.
         """
@@ -97,9 +92,7 @@ class Exposition:
         """Add a counter or a gauge.
 
         Args:
-            name: without the prefix.
             kind: `counter` or `gauge`.
-            meaning: one line.
             values: the value, or one for each kind of models.
         """
         self._head(name, kind, meaning)

@@ -53,8 +53,6 @@ class Ceiling:
     """How much this process may hold, and how much it does.
 
     Args:
-        call: runs work on the engine's thread.
-        lanes: returns the lanes in memory.
         measure: returns the bytes that the process has of the device.
         trim: gives back what was freed, which allocators may keep.
         now: seconds on a clock that never goes back.

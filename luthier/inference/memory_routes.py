@@ -15,12 +15,7 @@ from luthier.inference.wire import json_response, read_body
 
 
 class MemoryRoutes:
-    """The endpoints of the ledger.
-
-    Args:
-        settings: the server's.
-        models: what is in memory.
-    """
+    """The endpoints of the ledger."""
 
     def __init__(self, settings: Settings, models: Models) -> None:
         self._models = models

@@ -46,9 +46,6 @@ from luthier.storage.store import Storage
 def read_target(headers: Mapping[str, str]) -> ModelTarget:
     """Read the target from a request's headers.
 
-    Args:
-        headers: the request's, by lower-case name.
-
     Returns:
         What the API resolved the public model name to.
 
@@ -84,7 +81,6 @@ class Models:
 
     Args:
         settings: says where bases and artifacts lie, and how much memory whole models may take.
-        engine: the engine's thread.
         on_first_base: called in a thread when a base was loaded, before anybody has it or anything else is.
     """
 
@@ -136,9 +132,6 @@ class Models:
     async def get_base(self, base_id: str) -> LoadedBase:
         """Return a base, loaded on its first use.
 
-        Args:
-            base_id: the base's id.
-
         Returns:
             The base, ready to answer.
 
@@ -182,9 +175,6 @@ class Models:
     async def get(self, target: ModelTarget) -> ServedModel:
         """Return the model that a target names, its base loaded and its artifact on the local disk.
 
-        Args:
-            target: base, artifact and digest.
-
         Returns:
             The model, to be held before it answers.
 
@@ -204,9 +194,6 @@ class Models:
 
     async def hold(self, target: ModelTarget) -> ReadyModel:
         """Return the model that a target names in memory, where it stays until it is released.
-
-        Args:
-            target: base, artifact and digest.
 
         Returns:
             The model, ready to answer.

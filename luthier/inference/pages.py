@@ -25,7 +25,6 @@ class PagePool:
     """Pages by number.
 
     Args:
-        num_pages: how many there are.
         page_size: tokens of each.
     """
 
@@ -108,7 +107,6 @@ class PagePool:
         """Give a sequence pages for a number of tokens in all.
 
         Args:
-            chain: the sequence's.
             num_tokens: tokens that it shall have room for.
 
         Returns:
@@ -129,9 +127,7 @@ class PagePool:
         """Let others share the pages that are full by now.
 
         Args:
-            chain: the sequence's.
             tokens: its tokens.
-            num_done: how many of them are in the pages.
         """
         while chain.beginning is not None and (chain.num_named + 1) * self._page_size <= num_done:
             begin = chain.num_named * self._page_size

@@ -119,10 +119,6 @@ async def collect(
     Args:
         events: of all choices.
         make_reader: as PartReader takes it.
-        num_choices: how many there are.
-
-    Returns:
-        The choices, in order.
     """
     reader = PartReader(make_reader)
     answers = [WholeAnswer() for _ in range(num_choices)]

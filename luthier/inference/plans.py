@@ -80,14 +80,8 @@ def plan_chat(
     """Turn a chat request into a plan of one prompt.
 
     Args:
-        request: the checked request.
-        ready: the model that shall answer.
         max_tokens_default: answer length in tokens when the request names none.
         max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
-        grammars: those that are compiled already.
-
-    Returns:
-        The plan.
 
     Raises:
         ContextLengthExceededError: when prompt and answer don't fit the base's context, or the server.
@@ -145,12 +139,7 @@ def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_
     """Turn a completion request into a plan.
 
     Args:
-        request: the checked request.
-        ready: the model that shall answer.
         max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
-
-    Returns:
-        The plan.
 
     Raises:
         ContextLengthExceededError: when a prompt and its answer don't fit the base's context, or the server.

@@ -24,13 +24,6 @@ _ROUNDED_CANARY_TOLERANCE = 0.1
 def check_base(folder: Path, base_digest: str) -> Manifest:
     """Check that an artifact was trained on a base.
 
-    Args:
-        folder: the artifact's verified folder.
-        base_digest: the base's digest.
-
-    Returns:
-        The artifact's manifest.
-
     Raises:
         ArtifactCorruptError: when its manifest names another base.
     """
@@ -44,7 +37,6 @@ def check_finite_weights(folder: Path, names: list[str]) -> None:
     """Check every tensor of an artifact; a probe alone may not meet a value that is not finite.
 
     Args:
-        folder: the artifact's folder.
         names: names of its files; those that are not safetensors hold no weights.
 
     Raises:
@@ -69,12 +61,6 @@ def check_finite_weights(folder: Path, names: list[str]) -> None:
 def read_canary(folder: Path) -> Canary | None:
     """Return what training recorded of a model, None for artifacts that are older than canaries.
 
-    Args:
-        folder: the artifact's verified folder.
-
-    Returns:
-        The canary.
-
     Raises:
         ArtifactCorruptError: when the file is no canary.
     """
@@ -95,7 +81,6 @@ def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[
 
     Args:
         canary: what training recorded; None checks nothing.
-        dtype: type of the weights that are served.
         run: gives logits_V, float32, after a text.
 
     Raises:
@@ -130,9 +115,7 @@ def check_row(
 
     Args:
         begun_V: what the model says after a text's first token, float32.
-        base_begun_V: what the base says after it.
         row_V: what the model says after the same token as a row by itself.
-        base_row_V: what the base says after that.
 
     Raises:
         SelfCheckError: when the base answers for the model there.

@@ -47,10 +47,6 @@ class ResponseShape(Shape):
 
     Args:
         created: in seconds since 1970.
-        model: the public name.
-        echo: what the answer repeats of the request.
-        tokenizer: of the base, for log-probabilities.
-        with_logprobs: whether they are wanted.
     """
 
     def __init__(

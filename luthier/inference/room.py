@@ -13,10 +13,8 @@ class Room:
     """Room for one prompt and its answer.
 
     Args:
-        ready: the model that shall answer.
         max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
         max_tokens: of the answer, None where the request names no number.
-        param: the request's field that a refusal names.
     """
 
     ready: ReadyModel
@@ -48,9 +46,6 @@ class Room:
     def check(self, token_ids: Sequence[int]) -> None:
         """Refuse a prompt that does not fit.
 
-        Args:
-            token_ids: the prompt's.
-
         Raises:
             ContextLengthExceededError: when it does not fit.
         """
@@ -60,11 +55,7 @@ class Room:
         """Return how many tokens an answer may have.
 
         Args:
-            token_ids: its prompt, which fits.
             default: where the request names no number; less where that does not fit.
-
-        Returns:
-            The number.
         """
         if self.max_tokens is not None:
             return self.max_tokens

@@ -111,9 +111,6 @@ def take_guesses(row: Row, stretch: Stretch, choice: Choice, logits: Logits, pla
     Args:
         row: who guessed; it has taken the first choice.
         stretch: its last token and the guesses after it.
-        choice: the first one.
-        logits: of the step.
-        place: of the first choice in these.
 
     Returns:
         How many guesses were right.

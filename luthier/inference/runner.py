@@ -38,9 +38,6 @@ class Runner:
     def prefill(self, sequences: list[Sequence]) -> tuple[Batch, torch.Tensor]:
         """Run the prompts of sequences of one model, and score those of which this is asked.
 
-        Args:
-            sequences: B sequences of one key.
-
         Returns:
             The new rows' state and the logits of the token after each prompt, float32 [B, V].
         """
@@ -89,7 +86,6 @@ class Runner:
         """Drop all rows but these, and the padding that the rest no longer needs.
 
         Args:
-            batch: the rows' state.
             rows: positions of the rows that stay, at least one.
         """
         index = torch.tensor(rows, device=batch.mask_BW.device)
@@ -106,7 +102,6 @@ class Runner:
         """Append the rows of another batch of the same model, padding the shorter of the two.
 
         Args:
-            batch: the rows' state, which takes the others in.
             other: the rows to append; not to be used afterwards.
         """
         width = max(batch.mask_BW.shape[1], other.mask_BW.shape[1])

@@ -32,7 +32,6 @@ def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | 
 
     Args:
         logits: of B rows or more, on any device; left as they are.
-        sequences: the B rows' sequences.
         places: which rows of the logits they are, in order; the first B when left out.
 
     Returns:

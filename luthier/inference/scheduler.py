@@ -36,7 +36,6 @@ class Scheduler:
     """Order of work over waiting sequences and live groups.
 
     Args:
-        max_batch_rows: rows of one group.
         max_live_rows: rows of all groups together.
         max_cache_tokens: tokens that the caches of all groups together may come to hold, padding counted;
             it bounds their memory. A sequence that exceeds it alone runs alone.

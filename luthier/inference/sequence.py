@@ -130,7 +130,6 @@ class Sequence:
 
     Args:
         key: which weights answer; sequences of one key may share a batch.
-        served: what the runner needs to find those weights.
         prompt_ids: the prompt's tokens, at least one.
         options: how to sample and when to end.
         decoder: turns tokens into text without cutting characters.

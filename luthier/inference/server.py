@@ -125,9 +125,6 @@ def _default_num_threads(settings: Settings) -> int:
 async def serve(settings: Settings) -> None:
     """Serve until TERM or INT.
 
-    Args:
-        settings: the server's.
-
     Raises:
         LuthierError: when the settings can't be served: no token for TCP, or a socket in use.
     """

@@ -37,7 +37,6 @@ class ArtifactSlots:
     """The artifacts on one base. Only the engine's thread may call it, `activate` before each forward.
 
     Args:
-        model: the base's weights, in evaluation mode.
         base_digest: the base's digest, which every artifact must name.
         probe_ids: tokens of a short text on which a new artifact has to prove itself.
     """
@@ -57,10 +56,6 @@ class ArtifactSlots:
 
     def install(self, digest: str, folder: Path) -> Prefix:
         """Lay an artifact on the base, switched off.
-
-        Args:
-            digest: the artifact's digest.
-            folder: its verified folder.
 
         Returns:
             What lies before every sequence of this artifact; empty for nothing.
@@ -121,9 +116,7 @@ def probe(model: PreTrainedModel, ids: list[int], prefix: Prefix) -> torch.Tenso
     """Return what a model says after a short text.
 
     Args:
-        model: any causal language model.
         ids: the text's tokens.
-        prefix: what lies before it.
 
     Returns:
         logits_V, float32.

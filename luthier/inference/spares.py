@@ -32,11 +32,7 @@ class Spares:
         return sum(spare.num_bytes for spare in self._held)
 
     def prepare_soon(self, spare: SpareMemory) -> None:
-        """Have memory ready for adapters as large as the last one.
-
-        Args:
-            spare: the base's.
-        """
+        """Have memory ready for adapters as large as the last one."""
         if self._preparing is None or self._preparing.done():
             self._held.add(spare)
             self._preparing = asyncio.ensure_future(self._prepare(spare))

@@ -15,13 +15,7 @@ from luthier.inference.wire import json_response
 
 
 class Status:
-    """The endpoints that tell of the process.
-
-    Args:
-        settings: the server's.
-        engine: the engine's thread.
-        models: what is loaded.
-    """
+    """The endpoints that tell of the process."""
 
     def __init__(self, settings: Settings, engine: Engine, models: Models) -> None:
         self._settings = settings

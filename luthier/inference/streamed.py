@@ -34,8 +34,6 @@ class StreamedAnswer:
     """The answers to one request, from the engine's events to bytes.
 
     Args:
-        shape: how they leave.
-        generation: of them.
         make_reader: as PartReader takes it.
     """
 

@@ -66,13 +66,7 @@ def render_calls(
     """Render messages, those that have calls in place of a text included.
 
     Args:
-        template: the base's.
-        messages: the conversation.
-        tools: definitions of tools.
         add_generation_prompt: whether to open an assistant's turn at the end.
-
-    Returns:
-        The text.
 
     Raises:
         InvalidValueError: when the template refuses the messages.
@@ -90,10 +84,6 @@ def render_calls(
 @functools.lru_cache(maxsize=64)
 def find_syntax(template: ChatTemplate, tokenizer: Tokenizer) -> CallSyntax | None:
     """Find out how a base writes calls.
-
-    Args:
-        template: the base's.
-        tokenizer: the base's, which knows what ends a turn.
 
     Returns:
         The syntax; None where the template writes no calls, or not as JSON.

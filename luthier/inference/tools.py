@@ -79,12 +79,6 @@ class _NamedChoice(BaseModel):
 def read_chat_tools(fields: dict[str, Any]) -> Tools:
     """Check `tools`, `tool_choice` and `parallel_tool_calls` of a chat and take them out of its fields.
 
-    Args:
-        fields: the request's, nulls gone.
-
-    Returns:
-        The tools.
-
     Raises:
         InvalidRequestError: naming the field that breaks a rule.
     """
@@ -99,9 +93,6 @@ def read_chat_tools(fields: dict[str, Any]) -> Tools:
 
 def read_response_tools(fields: dict[str, Any]) -> Tools:
     """Check the same of a response, whose tools and choice name their function without an object around it.
-
-    Args:
-        fields: the request's, nulls gone.
 
     Returns:
         The tools, their definitions as chats write them.

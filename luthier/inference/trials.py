@@ -43,7 +43,6 @@ class Trial:
     Only the engine's thread may call its methods, but `end` where no lane has taken it.
 
     Args:
-        adapter: laid out on a lane's base.
         probe_ids: the text that it is asked about where training recorded none.
         canary: what training recorded; None for artifacts that are older than that.
     """
@@ -73,7 +72,6 @@ class Trial:
         """Take all that a step needs for it.
 
         Args:
-            lane: the adapter's.
             stack: closed when the step is over, which gives the pages back.
 
         Raises:
@@ -93,10 +91,6 @@ class Trial:
     @torch.inference_mode()
     def judge(self, lane: "Lane", logits_RV: torch.Tensor) -> None:
         """Look at what the step says; it may take another one.
-
-        Args:
-            lane: the adapter's.
-            logits_RV: of the proof's stretches.
 
         Raises:
             ArtifactCorruptError: when the vocabularies differ.

@@ -24,15 +24,7 @@ _THREAD = ThreadPoolExecutor(1, thread_name_prefix="weights", initializer=use_th
 
 
 async def in_turn(work: Callable[[*ArgumentsT], ResultT], *arguments: *ArgumentsT) -> ResultT:
-    """Run work that loads weights in the one thread for that, after all that was asked for before.
-
-    Args:
-        work: what to do.
-        *arguments: its own.
-
-    Returns:
-        Its result.
-    """
+    """Run work that loads weights in the one thread for that, after all that was asked for before."""
     return await asyncio.get_running_loop().run_in_executor(_THREAD, work, *arguments)
 
 
@@ -42,8 +34,6 @@ def load_weights(
     """Load a causal language model as `load_base` does; any thread may call it.
 
     Args:
-        folder: config.json and safetensors weights.
-        dtype: type of the weights at rest.
         device: where they are to lie.
         refuse_extra: also refuse tensors that the architecture has no place for.
 

@@ -27,9 +27,6 @@ def tensors_of(content: memoryview) -> dict[str, torch.Tensor]:
     Args:
         content: the file's bytes.
 
-    Returns:
-        The tensors by name.
-
     Raises:
         ArtifactCorruptError: when it is no such file, or has tensors of another type than weights have.
     """

@@ -22,13 +22,6 @@ from luthier.modeling.load import read_header
 def measure_whole(folder: Path, dtype: torch.dtype) -> int:
     """Return how many bytes a whole model's weights will take in memory.
 
-    Args:
-        folder: the model's folder.
-        dtype: the type that they are served in.
-
-    Returns:
-        Bytes.
-
     Raises:
         ArtifactCorruptError: when a weights file has no header that can be read.
     """
@@ -51,7 +44,6 @@ def load_whole(
     """Load a whole model, which is still to prove itself. Takes seconds; any thread may call it.
 
     Args:
-        folder: the artifact's verified folder.
         dtype: the type to serve in, whatever was trained in.
         device: where to serve.
         base_digest: the digest of the base that it was made from.

@@ -57,9 +57,6 @@ async def while_connected(request: Request, work: Awaitable[ResultT]) -> ResultT
         request: the client's, its body read.
         work: what to await; cancelled when the client leaves.
 
-    Returns:
-        The work's result.
-
     Raises:
         ClientDisconnect: when the client left.
     """
@@ -86,12 +83,6 @@ async def _disconnected(request: Request) -> None:
 
 async def read_body(request: Request) -> bytes:
     """Read a request's body.
-
-    Args:
-        request: the client's.
-
-    Returns:
-        The body.
 
     Raises:
         TooLargeError: when it is longer than MAX_BODY_BYTES.
@@ -136,11 +127,7 @@ async def _on_fault(request: Request, error: Exception) -> Response:
 
 
 class FaultGate:
-    """Log a fault by its kind and place, and keep it from the web server, which would log its text too.
-
-    Args:
-        app: the app behind it, with EXCEPTION_HANDLERS.
-    """
+    """Log a fault by its kind and place, and keep it from the web server, which would log its text too."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -164,7 +151,6 @@ class TokenGate:
     """Let only requests pass that bear the internal token.
 
     Args:
-        app: the app behind it.
         token: the token, not empty.
     """
 

@@ -18,11 +18,7 @@ from luthier.inference.wire import SEND, STREAM_HEADERS, while_connected
 
 
 class ResponseOutlet:
-    """The body of a response as something to write to.
-
-    Args:
-        send: the response's.
-    """
+    """The body of a response as something to write to."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -52,11 +48,7 @@ class ResponseOutlet:
 
     @contextmanager
     def ending(self) -> Iterator[asyncio.Event]:
-        """Hold what says that there is no more to send.
-
-        Yields:
-            It.
-        """
+        """Hold what says that there is no more to send."""
         yield self._ending
 
     async def drain(self) -> None:

@@ -55,11 +55,8 @@ class Bottleneck(nn.Module):
     """`x + up(act(down(x)))`; or, in parallel, a module's result plus `up(act(down(its input)))`.
 
     Args:
-        size: D.
-        width: M.
         activation: a key of `ACTIVATIONS`.
         placement: where it stands; "parallel" reads its module's input, the others its result.
-        dropout: share of the update's numbers dropped in training.
     """
 
     def __init__(
@@ -109,10 +106,6 @@ class Site:
 def find_sites(causal_lm: "PreTrainedModel", placement: str) -> list[Site]:
     """List where the bottlenecks of a placement go, block by block.
 
-    Args:
-        causal_lm: the base.
-        placement: houlsby, pfeiffer or parallel.
-
     Returns:
         The sites. After the attention and the feed-forward half (houlsby) or the latter (pfeiffer), on
         the half's result as it joins the stream; around the feed-forward module (parallel).
@@ -149,10 +142,7 @@ def write_bottlenecks(
     """Write the bottlenecks that lie on a base, in the format of docs/adapter-format.md.
 
     Args:
-        causal_lm: the base with its bottlenecks.
-        folder: an existing folder.
         sites: where they are.
-        base_id: names the base.
 
     Returns:
         Names of the two files.
@@ -184,10 +174,6 @@ def read_bottlenecks(
 ) -> tuple[list[Site], list[Bottleneck], dict[str, Any]]:
     """Read an artifact's bottlenecks, frozen, on the base's device; the base is not touched.
 
-    Args:
-        causal_lm: the base that they are for.
-        folder: the artifact.
-
     Returns:
         Their sites, they themselves in evaluation mode, and the configuration.
 
@@ -214,10 +200,6 @@ def read_bottlenecks(
 def take_bottlenecks(causal_lm: "PreTrainedModel", folder: Path) -> None:
     """Fill the bottlenecks that lie on a base with an artifact's tensors.
 
-    Args:
-        causal_lm: the base with bottlenecks of the artifact's kind.
-        folder: the artifact.
-
     Raises:
         ArtifactCorruptError: when it holds others than these.
     """
@@ -240,12 +222,7 @@ def _is_alike(one: Bottleneck, other: Bottleneck) -> bool:
 
 
 class InstalledBottlenecks(Installed):
-    """An artifact's bottlenecks beside a base; their hooks are there only while it is on.
-
-    Args:
-        causal_lm: the base.
-        folder: the artifact.
-    """
+    """An artifact's bottlenecks beside a base; their hooks are there only while it is on."""
 
     def __init__(self, causal_lm: "PreTrainedModel", folder: Path) -> None:
         sites, bottlenecks, _ = read_bottlenecks(causal_lm, folder)

@@ -23,9 +23,6 @@ def parameter_schemas() -> dict[str, dict[str, Any]]:
 def method_of_artifact(folder: Path) -> Method:
     """Return the method that made an artifact.
 
-    Args:
-        folder: an artifact's folder.
-
     Returns:
         The one method that recognises it.
 

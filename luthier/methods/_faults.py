@@ -25,9 +25,7 @@ def first_fault(error: ValidationError, tuning: dict[str, Any], known: Sequence[
     one that reaches deepest into what was sent is the one that was meant.
 
     Args:
-        error: of the validation of that object.
         tuning: the object as it came.
-        known: names of the fields that its method has.
 
     Returns:
         The error; its `param` is the field's path, such as `tuning.target_modules.1`.

@@ -15,7 +15,6 @@ def inherit_tuning(asked: dict[str, Any], parent: dict[str, Any], *, name: str) 
     Args:
         asked: the request's object as it came; `{}` asks for nothing, "auto" of a shape for the parent's.
         parent: the resolved `tuning` of the job that made the artifact.
-        name: the artifact's public name, for messages.
 
     Returns:
         The parent's type and all that shapes its weights or says where they began; the rest as asked for,

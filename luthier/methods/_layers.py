@@ -21,9 +21,6 @@ _FEED_FORWARD = re.compile(
 def linear_shapes(causal_lm: "PreTrainedModel") -> dict[str, tuple[int, int]]:
     """List the base's linear layers, the output layer left out.
 
-    Args:
-        causal_lm: the base, with nothing attached.
-
     Returns:
         Module path to (inputs, outputs), in the model's order. GPT-2's Conv1D counts as linear.
     """

@@ -50,13 +50,6 @@ class InstalledLora(Installed):
 def install_lora(causal_lm: "PreTrainedModel", folder: Path) -> InstalledLora:
     """Build an artifact's layers on a base that bears none, and leave them off.
 
-    Args:
-        causal_lm: the base, everything on it switched off.
-        folder: an artifact in PEFT's layout.
-
-    Returns:
-        The layers.
-
     Raises:
         ArtifactCorruptError: when the files can't be read or don't fit the base.
     """
@@ -79,10 +72,6 @@ def install_lora(causal_lm: "PreTrainedModel", folder: Path) -> InstalledLora:
 
 def take_lora(attached: Attached, folder: Path) -> None:
     """Fill the layers of an attached model with a saved adapter's tensors.
-
-    Args:
-        attached: PEFT's model, whose layers have the adapter's shapes.
-        folder: an artifact in PEFT's layout.
 
     Raises:
         ArtifactCorruptError: when the tensors are not those of these layers.

@@ -27,9 +27,6 @@ _REPETITION = re.compile(r"[*+]|\{\d*,\d*\}|\{\d+\}")
 def check_pattern(pattern: str) -> None:
     """Refuse what does not compile, or is built to backtrack.
 
-    Args:
-        pattern: what a user wrote.
-
     Raises:
         ValueError: says what is wrong, as the end of a sentence that begins with the field.
     """
@@ -43,9 +40,6 @@ def check_pattern(pattern: str) -> None:
 
 def nests_quantifiers(pattern: str) -> bool:
     """Whether a repeated group holds a repetition, which is how matching becomes exponential.
-
-    Args:
-        pattern: a regular expression that compiles.
 
     Returns:
         True for such as `(a+)+`; `(a+)?` is none, for it repeats nothing.
@@ -78,10 +72,6 @@ def nests_quantifiers(pattern: str) -> bool:
 
 def match_paths(pattern: str, paths: list[str]) -> list[str]:
     """Return the paths that a pattern matches as a whole.
-
-    Args:
-        pattern: a regular expression that compiles.
-        paths: names of modules.
 
     Returns:
         The matching ones, in their order.

@@ -15,8 +15,6 @@ def write_adapter(folder: Path, weights: "dict[str, torch.Tensor]", config: dict
     """Write an adapter's weights and its configuration.
 
     Args:
-        folder: an existing folder.
-        weights: tensors by the names that PEFT gives them.
         config: the configuration as PEFT's `to_dict` returns it.
 
     Returns:

@@ -50,7 +50,6 @@ def resolve_spec(
 
     Args:
         spec: the spec as the request made it.
-        base: the fetched base.
         num_rows: training rows; pairs when the objective is dpo.
         num_tokens: tokens of those rows, one epoch.
         num_threads: CPU threads of every attempt.
@@ -106,7 +105,6 @@ def room_in_context(spec: TrainingSpec, base: BaseFacts) -> int:
 
     Args:
         spec: the job's, resolved or not.
-        base: the fetched base.
 
     Returns:
         Tokens, at least 1.

@@ -97,8 +97,6 @@ def read_lora(
     """Read an adapter in PEFT's layout.
 
     Args:
-        folder: the artifact.
-        shape: of its base.
         weights: the tensors of its weights file where they have been read already.
 
     Returns:
@@ -158,12 +156,7 @@ def read_bottleneck_parts(
     """Read an adapter of bottleneck layers (docs/adapter-format.md).
 
     Args:
-        folder: the artifact.
-        shape: of its base.
         weights: the tensors of its weights file where they have been read already.
-
-    Returns:
-        Its parts.
 
     Raises:
         ArtifactCorruptError: when the files can't be read or don't fit the base.

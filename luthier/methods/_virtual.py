@@ -45,7 +45,6 @@ def resolve_num_tokens(params: Any, workload: Workload, wanted: int) -> int:
 
     Args:
         params: with `num_virtual_tokens`, a number or "auto".
-        workload: what is to be trained on what.
         wanted: what "auto" is, unless that is more than an eighth of the context.
 
     Returns:
@@ -67,7 +66,6 @@ def most_tokens(params: Any, base: BaseFacts, most: int) -> int:
 
     Args:
         params: with `num_virtual_tokens`, a number or "auto".
-        base: what is to be trained.
         most: what "auto" is at most, in a context that is long enough.
 
     Returns:

@@ -131,10 +131,6 @@ def check_length(attached: Attached, token_ids_BT: torch.Tensor) -> None:
 
     Learned positions would end there, and rotary ones go on silently into what the base never saw.
 
-    Args:
-        attached: the model.
-        token_ids_BT: rows, with their padding.
-
     Raises:
         InvalidValueError: when they are too long.
     """
@@ -188,7 +184,6 @@ def run_for_key_values(causal_lm: "PreTrainedModel", **inputs: torch.Tensor) -> 
     """Run the base over one sequence and return the keys and values that it keeps.
 
     Args:
-        causal_lm: the base, nothing switched on.
         **inputs: `input_ids` [1, N] or `inputs_embeds` [1, N, D].
 
     Returns:
@@ -218,7 +213,6 @@ def check_fits(key_values: KeyValues, shape: KeyValueShape) -> None:
 
     Args:
         key_values: what the base keeps of some tokens.
-        shape: what its configuration says.
 
     Raises:
         InvalidValueError: when they differ.
@@ -276,8 +270,6 @@ def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.
     """Read the vectors of an artifact onto the base's device, in the base's type.
 
     Args:
-        folder: an artifact's folder.
-        causal_lm: the base that they are meant for.
         width: numbers that each virtual token must have.
 
     Returns:
@@ -293,7 +285,6 @@ def take_encoded(attached: Attached, folder: Path) -> None:
     """Let PEFT's encoder give what an artifact holds.
 
     Args:
-        attached: a freshly attached model.
         folder: an artifact of as many virtual tokens.
 
     Raises:
@@ -316,7 +307,6 @@ def read_vectors(folder: Path, width: int, weights: dict[str, torch.Tensor] | No
     """Read the vectors of an artifact as they are.
 
     Args:
-        folder: an artifact's folder.
         width: numbers that each virtual token must have.
         weights: the tensors of its weights file where they have been read already.
 

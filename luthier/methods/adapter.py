@@ -114,7 +114,6 @@ class Adapter(Method):
 
         Args:
             params: the parameters as asked for.
-            workload: what is to be trained on what.
 
         Returns:
             The parameters as numbers.

@@ -138,7 +138,6 @@ class Method(ABC):
 
         Args:
             params: an instance of this method's `Params`.
-            workload: what is to be trained on what.
 
         Returns:
             The same parameters without "auto".
@@ -158,11 +157,6 @@ class Method(ABC):
 
         Args:
             causal_lm: the base; its layers may be replaced in place, its weights are never changed.
-            params: resolved parameters.
-            start: what the first values depend on.
-
-        Returns:
-            The attached model.
 
         Raises:
             InvalidValueError: when the parameters don't fit this base; `param` is `tuning.<field>`.
@@ -181,10 +175,6 @@ class Method(ABC):
     def cost(self, params: Any, shape: BaseShape) -> MethodCost:
         """Tell what training takes beside the base, by formula, without torch and without the base.
 
-        Args:
-            params: resolved parameters.
-            shape: of the base.
-
         Returns:
             The method's part; its `num_parameters` are what `count_parameters` returns.
 
@@ -195,10 +185,6 @@ class Method(ABC):
     @abstractmethod
     def save(self, attached: Attached, folder: Path) -> list[str]:
         """Write the trained weights and their configuration into a folder.
-
-        Args:
-            attached: the model to save.
-            folder: an existing folder.
 
         Returns:
             Names of the written files, which decide what the artifact is.
@@ -212,10 +198,6 @@ class Method(ABC):
     def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
         """Put a saved artifact on a base, frozen, ready to answer.
 
-        Args:
-            causal_lm: the base that it was trained on.
-            folder: an artifact's folder.
-
         Returns:
             The attached model in evaluation mode.
         """
@@ -227,7 +209,6 @@ class Method(ABC):
 
         Args:
             attached: what `attach` returned, with the artifact's shaping parameters.
-            folder: an artifact of this method.
 
         Raises:
             ArtifactCorruptError: when its tensors are not those that the model has.
@@ -244,11 +225,6 @@ class Method(ABC):
 
         Args:
             causal_lm: the base, which may bear other artifacts of any method, all switched off.
-            folder: an artifact's folder.
-            name: tells it from the others.
-
-        Returns:
-            The artifact in memory.
 
         Raises:
             ArtifactCorruptError: when it is a whole model, or its tensors don't fit the base, which is then
@@ -268,8 +244,6 @@ class Method(ABC):
         file: artifacts that are alike in these but for numbers are laid out as one.
 
         Args:
-            folder: an artifact of this method.
-            shape: of its base.
             weights: the tensors of its weights file where they have been read already.
 
         Returns:
@@ -284,7 +258,6 @@ class Method(ABC):
         """Run the tuned model up to its output layer.
 
         Args:
-            attached: the model.
             token_ids_BT: int64, padded on the right; causal, so real positions never see the padding.
 
         Returns:
@@ -297,7 +270,6 @@ class Method(ABC):
         """Run the whole tuned model.
 
         Args:
-            attached: the model.
             token_ids_BT: int64, padded on the right.
 
         Returns:
@@ -317,9 +289,6 @@ class Method(ABC):
         attached: Attached,  # noqa: ARG002
     ) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
         """Return what is put before every layer's own keys and values, or None.
-
-        Args:
-            attached: the model.
 
         Returns:
             A pair a layer, each [key/value heads, virtual tokens, head size], differentiable with respect

@@ -121,7 +121,6 @@ class Full(Method):
 
         Args:
             attached: the model; the base that it came from is where `name_or_path` says.
-            folder: an existing folder.
 
         Returns:
             Names of all files: config.json, model.safetensors and what the base's folder has.
@@ -159,7 +158,6 @@ class Full(Method):
 
         Args:
             causal_lm: a model of the same kind on the device and in the type that are wanted.
-            folder: an artifact's folder.
 
         Returns:
             The loaded model, frozen, in evaluation mode.
@@ -199,7 +197,6 @@ def _frozen(weights: Mapping[str, Any], freeze: str | list[str] | None) -> set[i
     """Return the ids of the weights that stay.
 
     Args:
-        weights: the base's, by their paths.
         freeze: names, each one or several whole components of a path; or a pattern that matches a weight's
             path, or that of a module around it, as a whole.
 

@@ -93,7 +93,6 @@ class Prefix(Method):
 
         Args:
             params: the parameters as asked for.
-            workload: what is to be trained on what.
 
         Returns:
             The parameters as numbers.
@@ -124,10 +123,6 @@ class Prefix(Method):
 
         With a projection of width p that is its embedding and its two layers in place of what they make:
         `n·kv + (kv + 1)·p + (p + 1)·2·L·kv`; what is saved is `2·L·n·kv` either way.
-
-        Args:
-            causal_lm: the base.
-            params: resolved parameters.
 
         Returns:
             The number of trained parameters.

@@ -76,7 +76,6 @@ class Prompt(Method):
 
         Args:
             params: the parameters as asked for.
-            workload: what is to be trained on what.
 
         Returns:
             The parameters as numbers.

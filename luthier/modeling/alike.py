@@ -31,13 +31,8 @@ class Layout:
     """Where the numbers of adapters with files that are alike come from, and where they go.
 
     Args:
-        file_bytes: the length of the file.
         facts_UF: int64, of the updates, addresses counted from where file and memory begin.
-        table: the adapter's table, addresses counted likewise.
-        is_address: which of the table's numbers are addresses.
         places: of each layer's sites, where `a` and `b` lie in memory.
-        num_bytes: the memory.
-        dtype: of the numbers there.
     """
 
     def __init__(
@@ -58,12 +53,6 @@ class Layout:
     @classmethod
     def of(cls, parts: ServedParts, laid: PackedAdapter, base: PackedLlama, file: range) -> "Layout | None":
         """Return how an adapter was laid out.
-
-        Args:
-            parts: its parts, which lie in a file's memory.
-            laid: what was made of them.
-            base: the base beside which it lies.
-            file: the addresses of the file's memory.
 
         Returns:
             The layout; None where more is to be done than to move the numbers of updates.

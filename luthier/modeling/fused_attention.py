@@ -158,13 +158,9 @@ def _attend_segment_backward(
     """Write the gradients of a segment's tokens.
 
     Args:
-        gradient_NK: of the result.
         saved: what `_attend_segment` returned.
         from_after: float32, the gradients of all of this segment's keys and values that came from the
             segment after it, which sees them; empty when there is none.
-        segment: the segment.
-        heads: the heads.
-        to_qkv_NE: the segment's part of it is written.
 
     Returns:
         float32, the gradients of the keys and values before the segment's own; empty when there are none.

@@ -28,7 +28,6 @@ class FusedLinear(ABC):
 
     Args:
         layers: PEFT's LoRA layers, or bare linear ones, whose weights may be trained.
-        adapter: name of the adapter that is trained.
     """
 
     def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
@@ -228,7 +227,6 @@ def fuse_linear(layers: Sequence[nn.Module], adapter: str) -> FusedLinear:
 
     Args:
         layers: PEFT's LoRA layers, or bare linear ones, whose weights may be trained.
-        adapter: name of the adapter that is trained.
 
     Returns:
         The fused layer; the plain layers' weights are views of its.

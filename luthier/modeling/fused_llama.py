@@ -71,8 +71,6 @@ class FusedLlama:
     """Runs a tuned Llama up to its output layer, by fused layers.
 
     Args:
-        method: how it is tuned.
-        attached: the base with the method's parameters.
         adapter: name of the adapter that is trained, where PEFT's layers are in it.
     """
 
@@ -224,8 +222,6 @@ def fuse(method: Method, attached: Attached, adapter: str = "default") -> FusedL
     """Return the fast path for a tuned model, or None when it is not of the kind that the fast path knows.
 
     Args:
-        method: how the model is tuned.
-        attached: the base with the method's parameters.
         adapter: name of the adapter that is trained, where PEFT's layers are in it.
 
     Returns:

@@ -33,8 +33,6 @@ def load_base(
     """Load a causal language model with every weight frozen.
 
     Args:
-        folder: a fetched base, with config.json and safetensors weights.
-        dtype: type of the weights at rest.
         device: `cpu`, `cuda` or `cuda:N`.
         refuse_extra: also refuse tensors that the architecture has no place for.
 
@@ -79,13 +77,6 @@ def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     The library maps the files into memory, and what it has converted stays resident beside them until the
     end: three times the memory of bf16 weights from float32 files. Here one tensor at a time is read.
 
-    Args:
-        folder: a base, with one or several safetensors files.
-        dtype: what floating-point tensors become.
-
-    Returns:
-        Tensors by name.
-
     Raises:
         OSError: when there is no such file or it can't be read.
         ValueError: when a header is none.
@@ -99,12 +90,6 @@ def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def iterate_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Read all weights of a folder, one in memory at a time, in the type of the file.
-
-    Args:
-        folder: a base, with one or several safetensors files.
-
-    Yields:
-        Names and tensors.
 
     Raises:
         OSError: when there is no such file or it can't be read.
@@ -120,9 +105,6 @@ def iterate_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     """Read the start of a safetensors file: 8 bytes for the header's size, then the header as JSON.
-
-    Args:
-        stream: the file from its beginning.
 
     Returns:
         What it says of each tensor by name, and where in the file the numbers begin.

@@ -80,13 +80,7 @@ class PackedAdapter:
 
     @torch.inference_mode()
     def write_virtual(self, pages: Pages, owned: Sequence[int], first: int = 0) -> None:
-        """Put its keys and values into the first pages of a sequence, where it has any.
-
-        Args:
-            pages: the base's.
-            owned: the sequence's.
-            first: the first position that is written.
-        """
+        """Put its keys and values into the first pages of a sequence, where it has any."""
         if self.keys_NLHC is None or self.values_NLHC is None:
             return
         positions = torch.arange(first, self.num_virtual_tokens)
@@ -119,7 +113,6 @@ def lay_out(
 
     Args:
         parts: of the kind that `can_lay_out` tells.
-        base: the base.
         read_weight: gives a linear layer's weight [O, K] by its path, for DoRA's norms.
         take_memory: gives so many bytes on a CPU, at a multiple of 64.
 
@@ -155,8 +148,6 @@ def updates_of(parts: ServedParts, laid: PackedAdapter, base: PackedLlama) -> li
 
     Args:
         parts: what was given to `lay_out`.
-        laid: what came of it.
-        base: the base.
 
     Returns:
         One for each part.

@@ -167,12 +167,6 @@ def seal_folder(
 def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest without checking the files.
 
-    Args:
-        folder: a sealed folder.
-
-    Returns:
-        The manifest.
-
     Raises:
         ArtifactCorruptError: when there is none or it can't be read.
     """
@@ -191,11 +185,7 @@ def verify_folder(folder: Path, is_right: Callable[[Path, FileEntry], bool] = is
     """Read a folder's manifest and check every file's size and sha256, and the digest.
 
     Args:
-        folder: a sealed folder.
         is_right: tells whether a file is there and that of its entry.
-
-    Returns:
-        The manifest.
 
     Raises:
         ArtifactCorruptError: when the manifest is absent, or a file is missing, changed or unlisted in size.

@@ -117,7 +117,6 @@ class Storage:
     """One root of objects. Keys are relative, `/`-separated, and made by this service only.
 
     Args:
-        objects: the obstore store, already at the root's prefix.
         local_root: the root folder when objects are local files, else None.
     """
 
@@ -132,9 +131,6 @@ class Storage:
         Args:
             url: `file:///folder` (made when absent; a relative `file://folder` is taken from the working
                 folder) or `s3://bucket/prefix` with credentials in the usual AWS_* variables.
-
-        Returns:
-            The storage.
 
         Raises:
             LuthierError: when the scheme is unknown.
@@ -172,7 +168,6 @@ class Storage:
         """Yield the bytes `start` to `end` (exclusive) of an object, in chunks of about 1 MiB.
 
         Args:
-            key: the object's key.
             start: first byte.
             end: byte after the last.
 
@@ -197,8 +192,6 @@ class Storage:
         """Copy an object to a local file, which exists only when it is whole.
 
         Args:
-            key: the object's key.
-            destination: the local file.
             sha256: what its bytes must hash to, 64 hex digits; a mismatch is fetched once more.
 
         Raises:
@@ -232,12 +225,6 @@ class Storage:
     @contextmanager
     def local_file(self, key: str) -> Iterator[Path]:
         """Hold an object as a local file, to be read only: itself where objects are such, else a copy.
-
-        Args:
-            key: the object's key.
-
-        Yields:
-            The file.
 
         Raises:
             ArtifactCorruptError: when the object is not there.
@@ -292,9 +279,6 @@ class Storage:
         Args:
             folder: a folder sealed by `seal_folder`; it is verified first.
             prefix: where it goes; a folder of the same digest that is there already is left alone.
-
-        Returns:
-            The manifest.
 
         Raises:
             ArtifactCorruptError: when the folder does not match its manifest, or another one is there.
@@ -361,9 +345,6 @@ class Storage:
         Args:
             prefix: where it was published.
 
-        Returns:
-            The manifest.
-
         Raises:
             ArtifactCorruptError: when there is none, or it can't be read.
         """
@@ -380,9 +361,6 @@ class Storage:
         Args:
             prefix: where it was published.
             destination: the local folder, which exists only when it is whole.
-
-        Returns:
-            The manifest.
 
         Raises:
             ArtifactCorruptError: when a file is missing or does not match.

@@ -23,7 +23,6 @@ def check_integrations(integrations: Sequence[dict[str, Any]], settings: Setting
 
     Args:
         integrations: as they came.
-        settings: the operator's.
 
     Returns:
         The same, with null for what is unset.
@@ -68,12 +67,7 @@ def parse_config(tracker: Tracker, config: Any, at: str) -> TrackerConfig:
     """Read the configuration of one integration.
 
     Args:
-        tracker: the tracker that it names.
-        config: its member of that name.
         at: where it is, for the error.
-
-    Returns:
-        The configuration.
 
     Raises:
         InvalidRequestError: names the first offending field.

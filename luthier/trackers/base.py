@@ -28,14 +28,7 @@ class TrackerConfig(BaseModel):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A job as a tracker sees it; no text of its rows or prompts.
-
-    Args:
-        job_id: the job, also the run's id.
-        project_id: whose it is.
-        base_id: what is tuned.
-        parameters: names and values of what decides the result.
-    """
+    """A job as a tracker sees it; no text of its rows or prompts."""
 
     job_id: str
     project_id: str

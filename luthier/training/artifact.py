@@ -40,11 +40,7 @@ def write_artifact(
     Args:
         folder: its final place; an older one there is replaced.
         trainee: the model as it is now.
-        origin: what the card and the digest name.
-        step: steps done.
-        metrics: scores at this step, for the card.
         log: the run's log so far, one JSON object a line.
-        canary: what the model says, for whoever serves it.
 
     Returns:
         The manifest; its digest covers weights, configuration and base digest.
@@ -69,11 +65,6 @@ def take_over_artifact(
 
     Args:
         source: its folder, whose files may be links to other places; gone afterwards.
-        folder: its final place.
-        trainee: the model, for the card.
-        origin: what the card names.
-        step: steps that the artifact has seen.
-        metrics: its scores, for the card.
 
     Returns:
         The manifest; its digest is that of the source.

@@ -57,7 +57,6 @@ def assemble(
     """Load the base, attach the method, put back a save point.
 
     Args:
-        job: what is to be trained.
         writer: where events go.
         stop: asked between steps.
         started_at: when the run began, on the monotonic clock.

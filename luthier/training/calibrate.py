@@ -58,11 +58,8 @@ def calibrate(
     """Measure a base on this machine.
 
     Args:
-        folder: the fetched base.
         device: `auto`, `cpu` or `cuda`.
         precision: as a job asks for it.
-        num_threads: CPU threads.
-        skipped: variants that were measured before.
 
     Returns:
         The constants; variants for which no time was left are absent.

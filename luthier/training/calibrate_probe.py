@@ -32,7 +32,6 @@ def cut_base(causal_lm: "PreTrainedModel", num_layers: int) -> "PreTrainedModel"
     """Build a base of the first layers alone, over the same memory.
 
     Args:
-        causal_lm: a base with nothing attached.
         num_layers: layers of the copy, at most as many as it has.
 
     Returns:
@@ -79,10 +78,7 @@ def random_batch(num_rows: int, num_tokens: int, num_supervised: int, vocabulary
     """Return rows of random tokens.
 
     Args:
-        num_rows: B.
-        num_tokens: T.
         num_supervised: supervised tokens of each row, at its end.
-        vocabulary_size: of the base.
 
     Returns:
         The batch, the same every time.
@@ -98,13 +94,8 @@ class Cut:
     """A method on a cut copy, ready to train.
 
     Args:
-        causal_lm: the copy.
-        method: how it is tuned.
-        params: resolved parameters.
-        start: what the first values depend on.
         shape: of the whole base.
         device: where it lies.
-        sample: rows on which shortcuts are tried out.
     """
 
     def __init__(

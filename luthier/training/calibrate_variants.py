@@ -39,7 +39,6 @@ class Clock:
 
     Args:
         device: where it runs.
-        num_threads: that work.
     """
 
     def __init__(self, device: str, num_threads: int) -> None:

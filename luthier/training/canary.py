@@ -24,9 +24,6 @@ def record_canary(trainee: Trainee, general_ids: list[int]) -> Canary:
         trainee: the model; unchanged afterwards.
         general_ids: tokens of a text that no user wrote.
 
-    Returns:
-        The canary.
-
     Raises:
         SelfCheckError: when the logits are not finite.
     """

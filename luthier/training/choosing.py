@@ -30,9 +30,6 @@ def judge(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Verdic
     Args:
         options: `patience`, `keep_best` and `max_forgetting` of them.
         evaluations: in order; the base's, at step 0, is no candidate.
-
-    Returns:
-        The verdict.
     """
     best: Evaluation | None = None
     last: Evaluation | None = None

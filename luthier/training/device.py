@@ -37,9 +37,6 @@ def choose_machine(
         num_threads: CPU threads; they decide the order of sums.
         begun_in: the type that an earlier attempt took; `auto` follows it.
 
-    Returns:
-        The machine.
-
     Raises:
         InvalidRequestError: when CUDA is asked for and there is none.
         UnsuitableMachineError: when `auto` must follow a type that this machine would have to emulate.

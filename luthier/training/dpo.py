@@ -78,11 +78,6 @@ class Preferences:
 def pair_loss(trainee: Trainee, part: PairBatch, beta: float) -> PairLoss:
     """Score some pairs.
 
-    Args:
-        trainee: the model.
-        part: the pairs.
-        beta: weight of the distance from the reference.
-
     Returns:
         The sum of -log sigmoid(margin), in float32, and the margins.
     """
@@ -99,8 +94,6 @@ def compute_pair_gradients(
 
     Args:
         trainee: the model; gradients that it had are forgotten.
-        parts: the step's pairs.
-        beta: weight of the distance from the reference.
         num_pairs: pairs in all parts together.
         num_supervised: supervised tokens in all parts together.
 
@@ -141,8 +134,6 @@ def reference_log_likelihoods(
 
     Args:
         reference: that model; in evaluation mode meanwhile.
-        rows: pairs of rows.
-        max_tokens: bound on a part with its padding.
         pad_id: token on the right of shorter rows.
         should_stop: asked between parts.
 

@@ -44,9 +44,7 @@ def evaluate(
     """Score all rows.
 
     Args:
-        trainee: the model, in evaluation mode.
         rows: rows with at least one supervised token in all.
-        max_tokens: bound on a part with its padding.
         pad_id: token on the right of shorter rows.
         should_stop: asked between parts.
 
@@ -81,11 +79,7 @@ def evaluate_pairs(
     """Score all pairs.
 
     Args:
-        trainee: the model, in evaluation mode.
-        rows: pairs of rows.
         reference_N: the reference's log-likelihood of every row.
-        beta: weight of the distance from the reference.
-        max_tokens: bound on a part with its padding.
         pad_id: token on the right of shorter rows.
         should_stop: asked between parts.
 
@@ -127,11 +121,7 @@ class Examiner:
         Args:
             trainee: the model; in evaluation mode meanwhile.
             step: steps done; 0 for the base, or whatever else training starts from.
-            epoch: epochs done.
             loss_before: the loss on the general text at step 0; None when this is that step.
-
-        Returns:
-            The evaluation.
 
         Raises:
             StoppedError: when TERM came; nothing is kept of it.

@@ -32,9 +32,6 @@ def fork_runs(run: Run, stop: StopRequest) -> int:
     Args:
         run: makes the run of a directory, its events written to a descriptor; tells whether it succeeded.
         stop: of this process. It leaves at once while it waits; in a run TERM is the run's.
-
-    Returns:
-        The exit code.
     """
     ended: int | None = None
     # A copy that neither a run nor what it starts takes for its standard input.

@@ -26,7 +26,6 @@ def general_rows(tokenizer: Tokenizer, room: int) -> PreparedRows:
     """Turn the passages into rows of which every token but the first is predicted.
 
     Args:
-        tokenizer: the base's.
         room: tokens that a row may have; longer passages are cut into several rows.
 
     Returns:

@@ -24,12 +24,9 @@ class MicroBatches:
     """Cuts steps into parts and computes their gradients, whose sum does not depend on the cut.
 
     Args:
-        job: what is trained.
-        trainee: the model.
         machine: where it runs.
         writer: told when parts become smaller.
         pad_id: token on the right of shorter rows.
-        max_tokens: bound on a part with its padding.
         num_halvings: how often it was halved already, in all attempts.
         preferences: set when the rows are pairs.
     """

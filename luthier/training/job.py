@@ -61,13 +61,6 @@ def read_inputs(folder: Path) -> RunInputs:
 def read_job(folder: Path, inputs: RunInputs) -> Job:
     """Read the rest of a run directory and settle the plan.
 
-    Args:
-        folder: the run directory.
-        inputs: its inputs.json.
-
-    Returns:
-        The job.
-
     Raises:
         LuthierError: when the spec is not resolved.
         InvalidTrainingFileError: when no token is supervised.

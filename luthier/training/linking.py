@@ -11,12 +11,7 @@ _SEAL_NAME = "seal.json"
 
 
 def link_folder(source: Path, destination: Path) -> None:
-    """Give the files of a folder, which nobody changes any more, a second place.
-
-    Args:
-        source: the folder.
-        destination: made here, on the same file system.
-    """
+    """Give the files of a folder, which nobody changes any more, a second place."""
     destination.mkdir()
     for path in sorted(source.rglob("*")):
         second = destination / path.relative_to(source)
@@ -30,7 +25,6 @@ def pack_folder(source: Path, destination: Path) -> None:
     """Put a sealed folder into another one that is yet to be sealed.
 
     Args:
-        source: the sealed folder.
         destination: made here; its manifest bears another name.
     """
     link_folder(source, destination)
@@ -42,7 +36,6 @@ def unpack_folder(source: Path, destination: Path) -> None:
 
     Args:
         source: its `destination`.
-        destination: made here, a sealed folder again.
     """
     link_folder(source, destination)
     (destination / _SEAL_NAME).rename(destination / MANIFEST_NAME)

@@ -38,19 +38,12 @@ class Loop:
     """Everything that the steps of one run share.
 
     Args:
-        job: what to train.
         trainee: the model, restored when a save point was there.
-        optimizer: over its parameters, restored too.
         save_points: where to write them.
-        publisher: writes checkpoints and the result.
-        micro_batches: computes gradients.
-        examiner: scores the model.
         writer: where events go.
         stop: asked between steps.
-        progress: what is done already.
         machine: where it runs; the type of its weights is kept for the next attempt.
         ledger: sums over all attempts.
-        log: the run's history.
         clock: seconds from any start, never going back.
     """
 

@@ -83,7 +83,6 @@ def gather_supervised(outputs_BTD: torch.Tensor, batch: Batch) -> tuple[torch.Te
     Args:
         outputs_BTD: the model's output before its output layer, or its logits, up to the last column that is
             needed, or more.
-        batch: the rows.
 
     Returns:
         outputs_ND and targets_N: position t predicts token t + 1.
@@ -98,7 +97,6 @@ def head_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch
     """Score hidden states against their targets through a bias-free output layer.
 
     Args:
-        hidden_ND: hidden states of supervised positions.
         weight_VD: the output layer's weight; it gets a gradient if it requires one, in its own type.
         targets_N: int64, the tokens to be predicted.
 

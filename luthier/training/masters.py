@@ -17,8 +17,6 @@ def start_masters(optimizer: torch.optim.Optimizer, attached: Attached, folder: 
 
     Args:
         optimizer: before its first step; one without masters is left as it is.
-        attached: the base with what is trained.
-        folder: the base's.
 
     Returns:
         How many weights have such masters.

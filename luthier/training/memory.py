@@ -36,13 +36,7 @@ def needed_bytes(base: BaseFacts, machine: Machine, *, num_trained: int, num_tok
     """Estimate what a step takes: weights, what is trained with its optimizer, and activations.
 
     Args:
-        base: the base.
-        machine: decides the type of the weights.
-        num_trained: trained parameters.
         num_tokens: padded tokens that are in memory at once.
-
-    Returns:
-        Bytes.
     """
     size = machine.dtype.itemsize
     weights = base.num_parameters * size
@@ -72,14 +66,9 @@ def out_of_memory(
     """Build the error that names the estimated need beside what there was.
 
     Args:
-        base: the base.
         machine: where it ran.
-        num_trained: trained parameters.
         num_tokens: padded tokens that were in memory at once.
         what: what did not fit, the start of a sentence.
-
-    Returns:
-        The error.
     """
     need = needed_bytes(base, machine, num_trained=num_trained, num_tokens=num_tokens)
     return OutOfMemoryError(

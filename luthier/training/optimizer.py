@@ -15,7 +15,6 @@ def build_optimizer(
     Args:
         parameters: float32 or bf16 parameters, in a stable order.
         learning_rate: the peak rate; every step sets its own.
-        weight_decay: decoupled decay per unit of rate.
         device: where the parameters lie.
 
     Returns:
@@ -40,8 +39,6 @@ def learning_rate_at(step: int, *, num_steps: int, peak: float, warmup_ratio: fl
     Args:
         step: 1 for the first step.
         num_steps: steps of the whole run.
-        peak: the highest rate.
-        warmup_ratio: share of steps that rise.
 
     Returns:
         The rate, above 0.

@@ -20,9 +20,6 @@ from luthier.training.trainee import Trainee
 def check_parent(job: Job) -> None:
     """Check the artifacts that a job goes on from, as far as their files tell.
 
-    Args:
-        job: whose run directory names them.
-
     Raises:
         ArtifactCorruptError: when files do not match their manifest.
         UnsuitableParentError: when an artifact is another than the spec names, or lies on other weights.
@@ -44,10 +41,6 @@ def check_parent(job: Job) -> None:
 def ground_folder(job: Job, method: Method) -> Path:
     """Return where the weights lie that a method is put on: the base's, or a whole model's in their place.
 
-    Args:
-        job: what is trained, its parent checked.
-        method: how.
-
     Returns:
         The folder of the base, of the foundation, or, where every weight is tuned, of the parent.
     """
@@ -61,11 +54,6 @@ def ground_folder(job: Job, method: Method) -> Path:
 
 def take_parents_weights(job: Job, method: Method, attached: Attached) -> None:
     """Let a freshly attached model start as the parent, where the parent's weights are its method's own.
-
-    Args:
-        job: what is trained.
-        method: how.
-        attached: on the ground of the job.
 
     Raises:
         UnsuitableParentError: when the parent's tensors are not those of this model.
@@ -81,10 +69,6 @@ def take_parents_weights(job: Job, method: Method, attached: Attached) -> None:
 @torch.no_grad()
 def prove_start(job: Job, trainee: Trainee) -> None:
     """Compare the model before its first step with the parent as its users load it.
-
-    Args:
-        job: what is trained.
-        trainee: the model, its parent's weights taken.
 
     Raises:
         SelfCheckError: when the logits differ.

@@ -26,12 +26,9 @@ class Publisher:
     memory by then.
 
     Args:
-        job: what is trained.
-        trainee: the model.
         writer: where events go.
         samples: rows on which results are proved before anything is published.
         general_ids: tokens of the bundled general text, for the canary.
-        log: the run's log file.
     """
 
     def __init__(
@@ -69,12 +66,7 @@ class Publisher:
         """Write the model as it is under its step, and say so.
 
         Args:
-            step: steps done.
-            metrics: scores at this step.
             is_chosen: whether it would be the result if training ended now.
-
-        Returns:
-            Its manifest.
 
         Raises:
             SelfCheckError: when the model that was trained is not the one that would be published.
@@ -99,14 +91,6 @@ class Publisher:
     def write_result(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
         """Make the model as it is now the result, once it is proved.
 
-        Args:
-            folder: the result's place.
-            step: steps done.
-            metrics: scores at this step.
-
-        Returns:
-            Its manifest.
-
         Raises:
             SelfCheckError: when what was saved is not what was trained.
         """
@@ -115,26 +99,13 @@ class Publisher:
         return manifest
 
     def take_chosen(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
-        """Make the chosen checkpoint, proved when it was chosen, the result.
-
-        Args:
-            folder: the result's place.
-            step: the checkpoint's.
-            metrics: its scores.
-
-        Returns:
-            Its manifest.
-        """
+        """Make the chosen checkpoint, proved when it was chosen, the result."""
         return take_over_artifact(
             self._chosen, folder, self._trainee, self._job.origin, step=step, metrics=metrics
         )
 
     def restore_chosen(self, kept: Path | None) -> None:
-        """Put back the chosen checkpoint as a save point holds it, or none.
-
-        Args:
-            kept: its folder in the save point.
-        """
+        """Put back the chosen checkpoint as a save point holds it, or none."""
         shutil.rmtree(self._chosen, ignore_errors=True)
         if kept is not None and kept.exists():
             unpack_folder(kept, self._chosen)

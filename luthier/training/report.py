@@ -23,8 +23,6 @@ class Ledger:
     """Sums that go on from those of the attempt before.
 
     Args:
-        progress: what the save point held.
-        device: whose memory is watched.
         clock: seconds from any start, never going back.
     """
 
@@ -98,19 +96,10 @@ def build_report(
     """Gather the child's part of a job's report, as it stands after a step.
 
     Args:
-        job: what is trained on what.
-        trainee: the model in training.
         machine: where it is trained.
         ledger: sums over all attempts.
-        step: steps done.
-        num_halvings: how often parts of batches were halved.
         result_step: the step whose weights became the model, once that is settled.
-        stopped_early: why training ended before its last step.
         artifact_bytes: size of the newest artifact's weights and configuration.
-        artifact_digest: the result's digest, once there is one.
-
-    Returns:
-        The report.
     """
     spec, base = job.spec, job.origin.base
     return RunReport(

@@ -22,11 +22,6 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def run(folder: Path, events: int, stop: StopRequest) -> bool:
     """Train what a run directory asks for; tell it all in events.
 
-    Args:
-        folder: the run directory.
-        events: descriptor for the event lines.
-        stop: set by TERM.
-
     Returns:
         True when the run finished or was stopped, False when it failed (after a `failed` event).
     """

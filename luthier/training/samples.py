@@ -28,9 +28,7 @@ class SamplePrompts:
     """User messages as the base's chat template renders them.
 
     Args:
-        prompts: the messages.
         base_folder: holds the chat template; read only when there are messages.
-        tokenizer: the base's.
         context_length: the base's, in tokens, virtual tokens included.
         room: what virtual tokens leave of it.
 
@@ -66,8 +64,6 @@ class SamplePrompts:
         """Let the model answer every prompt.
 
         Args:
-            method: how it is tuned.
-            attached: the model, in evaluation mode.
             should_stop: asked between tokens.
 
         Returns:
@@ -109,7 +105,6 @@ def generate(
 
     Args:
         method: how the model is tuned; its virtual tokens lie before every prompt.
-        attached: the model, in evaluation mode, gradients switched off.
         prompts: at least one, each of at least one token.
         context_length: the base's; virtual tokens, prompt and answer share it.
         stop_token_ids: ids that end an answer, and are no part of it.

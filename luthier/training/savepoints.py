@@ -67,13 +67,8 @@ class SavePoints:
         """Make the state after a step durable and drop all but the newest two.
 
         Args:
-            progress: what is done.
             trainee: the model, between steps.
-            optimizer: over the trainee's parameters.
             chosen: folder of the checkpoint that may become the result though training went on.
-
-        Returns:
-            The sealed folder.
         """
         building = self._folder / f".step-{progress.step:06d}.building"
         shutil.rmtree(building, ignore_errors=True)
@@ -127,8 +122,6 @@ class SavePoints:
 
         Args:
             save_point: what `find` returned.
-            trainee: the freshly attached model.
-            optimizer: fresh, over the trainee's parameters.
 
         Raises:
             ArtifactCorruptError: when it holds other parameters than the model.

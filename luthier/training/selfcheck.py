@@ -24,7 +24,6 @@ def check_artifact(trainee: Trainee, folder: Path, sample: Batch) -> None:
     Args:
         trainee: the model at the end of training; unchanged afterwards.
         folder: the artifact as it was written.
-        sample: rows to compare on.
 
     Raises:
         SelfCheckError: when weights or logits are not finite, when the artifact gives the base's logits, or
@@ -56,9 +55,6 @@ def check_artifact(trainee: Trainee, folder: Path, sample: Batch) -> None:
 
 def bare_base(trainee: Trainee) -> PreTrainedModel:
     """Build the base that a trainee's model lies on, without the method and without a copy of a weight.
-
-    Args:
-        trainee: a model whose base is frozen.
 
     Returns:
         The base in evaluation mode; its parameters are the trainee's own, so they must not be changed.

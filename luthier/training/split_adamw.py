@@ -29,7 +29,6 @@ class SplitAdamW(torch.optim.Optimizer):
     Args:
         parameters: bf16 and float32 parameters.
         learning_rate: the peak rate; every step sets its own.
-        weight_decay: decoupled decay per unit of rate.
 
     Raises:
         ValueError: when a parameter has another type.

@@ -44,7 +44,6 @@ def compute_gradients(trainee: Trainee, parts: Iterable[Batch], *, num_supervise
 
     Args:
         trainee: the model; gradients that it had are forgotten.
-        parts: the step's rows.
         num_supervised: supervised tokens in all parts together.
 
     Returns:
@@ -83,11 +82,7 @@ def apply_gradients(
     """Clip the gradients to a norm, update the parameters and drop the gradients.
 
     Args:
-        trainee: the model with gradients filled.
-        optimizer: over the trainee's parameters.
         scores: what `compute_gradients` returned, finite.
-        learning_rate: the rate of this step.
-        max_grad_norm: the norm that gradients are scaled down to.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

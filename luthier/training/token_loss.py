@@ -58,10 +58,6 @@ class _TokenLoss(torch.autograd.Function):
 def row_log_likelihoods(trainee: Trainee, batch: Batch) -> torch.Tensor:
     """Score the supervised tokens of each row.
 
-    Args:
-        trainee: the model.
-        batch: rows on the CPU.
-
     Returns:
         Sums of log-likelihoods, float32 [B]; differentiable unless gradients are switched off.
     """

@@ -19,8 +19,6 @@ class Trainee:
     """The model in training.
 
     Args:
-        method: how it is tuned.
-        attached: the base with the method's parameters.
         device: where it lies.
         sample: a short batch on which shortcuts are tried out.
     """
@@ -51,9 +49,6 @@ class Trainee:
     def loss(self, batch: Batch) -> Loss:
         """Score a batch's supervised tokens.
 
-        Args:
-            batch: rows on the CPU.
-
         Returns:
             Sums over the supervised tokens; differentiable unless gradients are switched off.
         """
@@ -66,9 +61,6 @@ class Trainee:
         """Run a batch for its supervised tokens alone.
 
         What no score depends on does not run; tokens that all rows begin with run once on the fast path.
-
-        Args:
-            batch: rows on the CPU.
 
         Returns:
             hidden_ND before the output layer, and targets_N, the tokens to be predicted.
@@ -109,9 +101,6 @@ class Trainee:
 
         A step of one part leaves gradients in the type of the parameters. The second part turns the sums
         into float32, in which a bf16 gradient is then added as soon as it is there.
-
-        Args:
-            loss: the part's share of the step's loss.
         """
         for parameter in self.parameters:
             if parameter.grad is not None and parameter.grad.dtype != torch.float32:
@@ -128,9 +117,6 @@ class Trainee:
         """Compare every shortcut in use with the whole model, with the parameters as they are now.
 
         At the start an update may be zero, and then a shortcut that gets it wrong agrees too.
-
-        Args:
-            samples: rows to compare on.
 
         Raises:
             SelfCheckError: when a shortcut gives other results than the model, or the model none.

@@ -25,12 +25,7 @@ def payload(event_id: str, event_type: str, *, created_at: int, job_id: str) -> 
 
     Args:
         event_id: `evt_…`, the same for every endpoint that hears of it.
-        event_type: one of EVENT_TYPES.
         created_at: when the job ended, in Unix seconds.
-        job_id: the job.
-
-    Returns:
-        JSON.
     """
     event = {
         "id": event_id,
@@ -48,8 +43,6 @@ class Message:
 
     Args:
         webhook_id: the delivery's id, the same in every try.
-        url: the receiver's.
-        body: what is sent.
         secrets: the active signing secrets, newest first.
     """
 

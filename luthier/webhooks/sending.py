@@ -36,7 +36,6 @@ async def resolve_host(host: str, port: int) -> Sequence[str]:
     end of the loop that asked, or use up the threads that others need.
 
     Args:
-        host: the host.
         port: the port to be called.
 
     Returns:
@@ -88,9 +87,7 @@ async def send(
 
     Args:
         message: what is sent, and where to.
-        rules: what the operator allows beyond the open internet.
         timeout_seconds: for all of it, from the resolver to the answer's status.
-        resolve: asks for a host's addresses.
         transport: sends the request; a fresh connection when None.
 
     Returns:

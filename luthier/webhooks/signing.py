@@ -57,12 +57,8 @@ def signed_headers(
 
     Args:
         signing_secrets: every secret that is active; each signs, and a receiver accepts any.
-        webhook_id: the delivery's id.
         timestamp: when this try is sent, in Unix seconds.
         body: the very bytes that are sent.
-
-    Returns:
-        The headers by name.
     """
     signatures = [
         sign(secret, webhook_id=webhook_id, timestamp=timestamp, body=body) for secret in signing_secrets

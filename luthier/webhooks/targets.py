@@ -82,7 +82,6 @@ class TargetRules:
     """What an operator allows beyond https to the open internet.
 
     Args:
-        allow_http: whether http:// is allowed.
         hosts: names that may be called whatever they resolve to.
         networks: addresses that may be called although they are internal.
     """
@@ -97,10 +96,6 @@ class TargetRules:
 
         Args:
             allow_http: as it is set.
-            allowed_targets: names, addresses and CIDRs, separated by commas.
-
-        Returns:
-            The rules.
         """
         hosts, networks = set(), []
         for entry in filter(None, (part.strip().lower() for part in allowed_targets.split(","))):
@@ -119,10 +114,6 @@ class TargetRules:
 
 def check_url(text: str, rules: TargetRules) -> httpx2.URL:
     """Check what can be told of a receiver's URL without asking a name server.
-
-    Args:
-        text: the URL.
-        rules: what the operator allows.
 
     Returns:
         The URL, as it will be called.
@@ -172,11 +163,6 @@ def internal_target(host: str) -> InvalidValueError:
 
 def permitted_addresses(host: str, found: Sequence[str], rules: TargetRules) -> list[Address]:
     """Return the addresses that a name resolved to, all of which must be permitted.
-
-    Args:
-        host: the name.
-        found: what the resolver answered.
-        rules: what the operator allows.
 
     Returns:
         The addresses, in the resolver's order.

@@ -76,10 +76,6 @@ class _Prepared:
 def prepare(context: WorkerContext, job_id: str) -> bool:
     """Prepare one job, if it still waits for that: it ends up `queued`, or `failed` with a reason.
 
-    Args:
-        context: the worker's parts.
-        job_id: the job.
-
     Returns:
         Whether it is queued now, which nobody else has heard of yet.
     """

@@ -64,12 +64,7 @@ class Claimed:
 
 
 def train(context: WorkerContext, claimed: Claimed) -> None:
-    """Run a claimed job to an end.
-
-    Args:
-        context: the worker's parts.
-        claimed: the job, under this attempt's lease.
-    """
+    """Run a claimed job to an end."""
     log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.epoch)
     run_dir = context.settings.runs_dir.absolute() / claimed.lease.job_id / f"e{claimed.lease.epoch}"
     tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)

@@ -21,7 +21,6 @@ def run_doctor(home: Path, *, base_url: str | None, api_key: str | None, as_json
         home: the absolute home.
         base_url: the option, if it was given.
         api_key: the option, if it was given.
-        as_json: whether to print JSON.
 
     Returns:
         The exit code: 1 when a check failed.

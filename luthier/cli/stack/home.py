@@ -68,9 +68,6 @@ def load_secrets(home: Path, *, only_reads: bool = False) -> Secrets:
         home: the home, whose lock is held, by another process too when it is only read.
         only_reads: write nothing; the sealing key of a home that has none yet is empty then.
 
-    Returns:
-        The secrets.
-
     Raises:
         StackError: when the file is there and can't be read, or is missing and must not be made.
     """
@@ -185,9 +182,6 @@ def run_folder(home: Path) -> Iterator[Path]:
 
     Args:
         home: the home, whose lock is held; a link in it leads to the folder.
-
-    Yields:
-        The folder.
 
     Raises:
         StackError: when no writable place has a short enough path.

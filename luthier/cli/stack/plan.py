@@ -49,10 +49,6 @@ def service_environment(
     Args:
         settings: what the operator has set, by environment or .env.
         home: the absolute home.
-        run: the short folder for sockets.
-        secrets: the home's own.
-        database_url: the database, embedded or the operator's.
-        redis_url: the broker, embedded or the operator's.
 
     Returns:
         Names and values, all paths absolute.
@@ -87,12 +83,7 @@ def service_plan(environment: dict[str, str], *, host: str, port: int, is_alone:
 
     Args:
         environment: from `service_environment`.
-        host: address that the API binds.
-        port: its port.
         is_alone: whether the database is the home's own, so that no worker runs on it yet.
-
-    Returns:
-        The plan.
     """
     python = sys.executable
     inference_environment = {k: v for k, v in environment.items() if k not in _NOT_FOR_INFERENCE}
@@ -173,7 +164,6 @@ def answers(url: str, path: str, *contents: bytes) -> bool:
 
     Args:
         url: `http://host:port` or `unix:///path.sock`.
-        path: the path to ask for.
         *contents: bytes of which one must be in the body.
 
     Returns:

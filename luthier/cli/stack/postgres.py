@@ -112,12 +112,6 @@ def _ensure_role_and_database(execute: Callable[[str], object], password: str) -
 def open_postgres(home: Path, run: Path, secrets: Secrets, *, say: Callable[[str], None]) -> Postgres:
     """Prepare the embedded server of a home: programs, user, and a data folder made at the first call.
 
-    Args:
-        home: the home, whose lock is held.
-        run: the short folder for sockets.
-        secrets: the home's own.
-        say: takes a line for the terminal.
-
     Returns:
         The server, not started.
 
@@ -203,9 +197,6 @@ def end_leftover(data: Path) -> None:
     When the number in postmaster.pid was given to another process since, PostgreSQL would refuse to start.
     The file is not removed, for it also guards against orphans of the old server; it is made to name us,
     the new server's parent, which PostgreSQL takes for stale.
-
-    Args:
-        data: the data folder.
 
     Raises:
         StackError: when the old server can't be ended.

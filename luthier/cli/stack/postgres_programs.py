@@ -33,9 +33,6 @@ def find_user(data: Path) -> UnixUser:
     Args:
         data: the data folder, made already or not.
 
-    Returns:
-        The user.
-
     Raises:
         StackError: when none of the usual users exists.
     """

@@ -77,15 +77,11 @@ def spawn(
     """Start a process in a session of its own that ends when this process does.
 
     Args:
-        command: program and arguments.
         environment: the whole environment.
         log_path: file to which standard output and error are appended.
         user: who runs it, when it is not who runs us.
         folder: its working folder; ours when None.
         death_signal: what the kernel sends it when we die.
-
-    Returns:
-        The running process.
     """
     descriptor = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -34,7 +34,6 @@ class Kept:
     """One process that is kept alive.
 
     Args:
-        spec: what it is.
         log_path: where its output goes.
     """
 
@@ -54,8 +53,6 @@ class Supervisor:
     """Starts processes and keeps them alive until it is told to stop.
 
     Args:
-        logs: folder of the log files, one per process.
-        say: takes a line for the terminal.
         now: the monotonic clock, in seconds.
     """
 
@@ -111,8 +108,6 @@ class Supervisor:
         """Run a command to its end while keeping the others alive.
 
         Args:
-            name: its name, which is its log's too.
-            command: program and arguments.
             environment: the whole environment.
 
         Raises:

@@ -44,9 +44,6 @@ def up(
 
     Args:
         home: the absolute home.
-        host: address that the API binds.
-        port: its port.
-        settings: what the operator has set.
         make_plan: returns the processes to run; tests pass their own.
 
     Raises:

@@ -58,9 +58,6 @@ def answers_ping(socket_path: Path) -> bool:
 def open_valkey(run: Path) -> Valkey:
     """Find the wheel's server.
 
-    Args:
-        run: the short folder for sockets.
-
     Returns:
         The server, not started.
 

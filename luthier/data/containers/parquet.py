@@ -49,7 +49,6 @@ def read_parquet(path: Path, limits: Limits) -> Iterator[RawRow | Fault]:
     """Yield the rows of a Parquet file.
 
     Args:
-        path: the file.
         limits: the longest row, and how much the file may expand to.
 
     Yields:

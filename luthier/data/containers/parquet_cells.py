@@ -38,9 +38,6 @@ def count_values(array: pa.Array) -> int:
 def measure_rows(array: pa.Array) -> npt.NDArray[np.int64]:
     """Measure each value of an array.
 
-    Args:
-        array: of a readable type.
-
     Returns:
         Two rows of numbers, (2, values): bytes of the texts in each value, and the values in it.
     """

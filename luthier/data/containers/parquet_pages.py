@@ -51,10 +51,6 @@ class ColumnPlace(NamedTuple):
 def read_places(source: BinaryIO, file_bytes: int) -> list[list[ColumnPlace]]:
     """Read from the table of contents where the columns of each row group lie.
 
-    Args:
-        source: the file.
-        file_bytes: its size.
-
     Returns:
         The places, for each row group in the order of its columns.
 
@@ -87,11 +83,7 @@ def measure_column(source: BinaryIO, place: ColumnPlace) -> ColumnPages:
     """Add up the pages of a column by their headers.
 
     Args:
-        source: the file.
         place: where its pages are.
-
-    Returns:
-        The sums.
 
     Raises:
         ValueError: when a page is not where it should be, or its header can't be read.
@@ -138,8 +130,6 @@ def find_longest(source: BinaryIO, pages: ColumnPages, codec: int) -> int:
     """Look for the longest text of a column's dictionary.
 
     Args:
-        source: the file.
-        pages: of the column.
         codec: of the column, as Parquet numbers them.
 
     Returns:

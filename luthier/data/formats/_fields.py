@@ -15,7 +15,6 @@ class FieldsFormat(ABC):
     """A format whose row is an object of texts.
 
     Args:
-        name: of the format.
         required: keys that every row has.
         learnt: the one of them that is learnt, which may not be empty.
         optional: keys that a row may have; null counts as absent.

@@ -77,7 +77,6 @@ def parse_line(line: bytes, number: int) -> dict[str, Any] | Fault:
     """Parse one line strictly.
 
     Args:
-        line: without its line end.
         number: of the line, from 1.
 
     Returns:

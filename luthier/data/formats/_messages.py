@@ -32,7 +32,6 @@ def check_messages(messages: list[Any], path: str, *, is_parallel_allowed: bool 
     """Check messages one by one and, when each is sound, between each other.
 
     Args:
-        messages: of a row.
         path: of the list, such as `messages`.
         is_parallel_allowed: whether one message may call two tools.
 
@@ -198,11 +197,7 @@ def to_turns(messages: list[dict[str, Any]], *, is_trained: bool = True) -> list
     chat templates know no others.
 
     Args:
-        messages: checked.
         is_trained: whether assistant messages are trained where their weight does not say otherwise.
-
-    Returns:
-        The turns.
     """
     turns: list[Turn] = []
     call_id = ""

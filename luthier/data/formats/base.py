@@ -119,18 +119,12 @@ class RowFormat(Protocol):
     def accepts(self, line: bytes) -> bool:
         """Say fast whether a line breaks no rule.
 
-        Args:
-            line: a JSON object, without a line end.
-
         Returns:
             Whether `read` would read it.
         """
 
     def read(self, line: bytes) -> Row | None:
         """Read a line fast.
-
-        Args:
-            line: a JSON object, without a line end.
 
         Returns:
             The row, or None when the line breaks a rule.
@@ -140,11 +134,7 @@ class RowFormat(Protocol):
         """Say slowly and exactly what is wrong with a line that `read` refused.
 
         Args:
-            line: without its line end.
             number: of the line, from 1.
-
-        Returns:
-            At least one fault.
         """
 
 

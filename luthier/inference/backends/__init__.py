@@ -38,13 +38,9 @@ def open_backend(name: str, url: str, token: str, settings: Settings | None = No
     """Open a client of an inference server.
 
     Args:
-        name: the backend's file name.
         url: where the server listens.
         token: the internal token, sent over TCP only.
         settings: what the backend needs beyond that, where it does.
-
-    Returns:
-        The client.
 
     Raises:
         LuthierError: when there is no such backend; the message lists those there are.

@@ -33,7 +33,6 @@ class EndingBody:
     """A body whose end somebody is told of, once, however it ends.
 
     Args:
-        body: the pieces.
         on_end: called at the end, when reading fails, and when nobody reads on.
     """
 

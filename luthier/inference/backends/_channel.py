@@ -24,11 +24,7 @@ _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class ChannelClient:
-    """A channel, opened when it is first wanted, and again where it broke off.
-
-    Args:
-        client: of the server.
-    """
+    """A channel, opened when it is first wanted, and again where it broke off."""
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
@@ -126,7 +122,6 @@ class ChannelFeed:
 
     Args:
         channel: None where none is open.
-        number: the answer's.
     """
 
     def __init__(self, channel: _OpenChannel | None, number: int) -> None:

@@ -99,9 +99,6 @@ class Connection(asyncio.Protocol):
     async def read_head(self, seconds: float) -> None:
         """Wait for `status` and `headers`.
 
-        Args:
-            seconds: the longest silence.
-
         Raises:
             BrokenError: when the connection ended first.
             TimeoutError: when nothing came for so long; the connection is closed.
@@ -111,9 +108,6 @@ class Connection(asyncio.Protocol):
 
     async def read(self, seconds: float) -> bytes | None:
         """Return what has come of the body, waiting for the first of it.
-
-        Args:
-            seconds: the longest silence.
 
         Returns:
             Bytes, or None once the answer is over.

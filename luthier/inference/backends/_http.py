@@ -127,8 +127,6 @@ class HttpClient:
 
         Args:
             path: where to.
-            content: the JSON.
-            headers: more of them.
             feed: another way by which the body may come.
 
         Returns:
@@ -146,8 +144,6 @@ class HttpClient:
 
         Args:
             path: where.
-            headers: more of them.
-            seconds: the longest silence of its body.
 
         Returns:
             The answer, its body still to be read.

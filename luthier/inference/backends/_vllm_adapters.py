@@ -50,7 +50,6 @@ class Adapters:
     """The adapters of one server.
 
     Args:
-        server: vLLM.
         max_loaded: adapters that may be loaded; more only while all of them answer.
         now: a monotonic clock, in seconds.
     """
@@ -69,7 +68,6 @@ class Adapters:
         """Make sure that an adapter is loaded, where it stays until it is released.
 
         Args:
-            name: the adapter's in vLLM.
             load: loads it; may be called when it is loaded already.
             is_pinned: whether it stays when nobody holds it.
 

@@ -47,12 +47,6 @@ class Artifacts:
     def prepare(self, target: ModelTarget) -> Adapter:
         """Make sure that a model's artifact lies in the folder, verified, and that vLLM can serve it.
 
-        Args:
-            target: a model with an artifact.
-
-        Returns:
-            The adapter.
-
         Raises:
             UnsupportedValueError: when vLLM can't serve its method.
             InvalidRequestError: when it is a whole model, which needs a server of its own.

@@ -41,9 +41,6 @@ def ask(canary: Canary, name: str) -> dict[str, Any]:
 def read(content: bytes) -> dict[int, float]:
     """Return the log-probabilities of an answer, by token id.
 
-    Args:
-        content: vLLM's JSON.
-
     Returns:
         Those of the first token's place.
 
@@ -66,9 +63,7 @@ def check(canary: Canary, model: Mapping[int, float], base: Mapping[int, float])
     """Check that a model says what training recorded of it, and not what its base says.
 
     Args:
-        canary: what training recorded.
         model: the served model's log-probabilities by token id.
-        base: those of the base that it lies on.
 
     Raises:
         SelfCheckError: when it says something else.

@@ -29,12 +29,6 @@ def served_name(digest: str) -> str:
 def read_models(content: bytes) -> Served:
     """Read what GET /v1/models answers.
 
-    Args:
-        content: the body.
-
-    Returns:
-        The names.
-
     Raises:
         UnavailableError: when it is no list of models.
     """
@@ -50,7 +44,6 @@ def read_health(served: Served, metrics: bytes) -> Health:
     """Put together how a server is.
 
     Args:
-        served: its models.
         metrics: what GET /metrics answers; what is not there counts as none.
 
     Returns:

@@ -127,7 +127,6 @@ class Renaming:
     """Turn vLLM's answers into this service's.
 
     Args:
-        model: the public name that was asked for.
         digest: of what answers; None where it is not known.
     """
 
@@ -137,12 +136,6 @@ class Renaming:
 
     def whole(self, content: bytes) -> bytes:
         """Return a whole answer, or a stream's chunk, under the public name and with OpenAI's fields alone.
-
-        Args:
-            content: vLLM's JSON.
-
-        Returns:
-            Ours.
 
         Raises:
             LuthierError: when it tells a failure, or is no JSON.
@@ -171,12 +164,7 @@ def _trim(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RenamedStream:
-    """A stream of events, each renamed.
-
-    Args:
-        body: vLLM's events.
-        rename: turns an event's JSON into ours.
-    """
+    """A stream of events, each renamed."""
 
     def __init__(self, body: Body, rename: Callable[[bytes], bytes]) -> None:
         self._body = body
@@ -208,15 +196,7 @@ class RenamedStream:
 
 
 def read_error(status: int, content: bytes) -> LuthierError:
-    """Return vLLM's refusal as one of ours.
-
-    Args:
-        status: HTTP's.
-        content: its body.
-
-    Returns:
-        The error to raise.
-    """
+    """Return vLLM's refusal as one of ours."""
     try:
         told = json.loads(content)["error"]
         message, param = str(told["message"])[:_MAX_TOLD_CHARS], told.get("param")

@@ -65,7 +65,6 @@ class Backend(Protocol):
         Args:
             path: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
             body: JSON as the client sent it.
-            target: what the public model name resolved to.
 
         Returns:
             The answer, its body still to be read.

@@ -65,7 +65,6 @@ class VllmBackend:
         Args:
             path: `/v1/chat/completions` or `/v1/completions`.
             body: JSON as the client sent it.
-            target: what the public model name resolved to.
 
         Returns:
             The answer under the public name, its body still to be read.

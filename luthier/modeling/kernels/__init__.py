@@ -73,9 +73,6 @@ def compiled_address(name: str, dtype: torch.dtype) -> int:
 def float_bits(value: float) -> int:
     """Return a number as kernels read it from their table: the bits of a float32.
 
-    Args:
-        value: the number.
-
     Returns:
         The bits, as a whole number with a sign.
 
@@ -90,7 +87,6 @@ def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: to
     """Run a compiled kernel.
 
     Args:
-        name: which.
         arguments: in the order of its table; tensors go as addresses, floats as the bits of a float32.
         like: a tensor of the type that it works on.
     """
@@ -128,9 +124,7 @@ def rms_norm(
     """Normalise rows by their root mean square (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     Args:
-        x_ND: the rows.
         weight_D: factor of every column.
-        epsilon: added to the mean square.
         width: K, columns of the result; those beyond D are not written.
 
     Returns:
@@ -173,7 +167,6 @@ def gated_silu(gate_up_NF: torch.Tensor, width: int) -> torch.Tensor:
     """Return silu(gate) * up (Shazeer 2020, arXiv 2002.05202) in the first columns of out_NK.
 
     Args:
-        gate_up_NF: gate and up side by side.
         width: K, columns of the result; those beyond its half are not written.
 
     Returns:
@@ -226,13 +219,8 @@ def split_heads(
     Args:
         qkv_NE: queries, keys and values of all heads side by side.
         cosine_TC: float32, of half a head's size.
-        sine_TC: the same.
-        scale: factor of the queries.
         num_kv_heads: key heads; each serves the same number of query heads.
         start: rows left free before the keys and values, for virtual tokens.
-
-    Returns:
-        query_PQC, key_PSC and value_PSC.
     """
     num_tokens, half = cosine_TC.shape
     num_pairs = qkv_NE.shape[0] // num_tokens * num_kv_heads
@@ -290,9 +278,6 @@ def merge_heads(attended_PQC: torch.Tensor, num_tokens: int, num_kv_heads: int, 
     """Write the heads' results as rows of tokens.
 
     Args:
-        attended_PQC: one result a query.
-        num_tokens: T.
-        num_kv_heads: key heads of a row.
         out_NK: of the same type; columns beyond the heads' are not written.
     """
     num_pairs, num_queries, size = attended_PQC.shape

@@ -77,11 +77,7 @@ _keep_code()
 
 
 class Kernel:
-    """One kernel, compiled for each type when it is first wanted.
-
-    Args:
-        body: a function of the typed pointer.
-    """
+    """One kernel, compiled for each type when it is first wanted."""
 
     def __init__(self, body: Callable[..., None]) -> None:
         self.name = body.__name__

@@ -45,7 +45,6 @@ class DenseLines:
 
     Args:
         builder: where the code goes, outside of its loops.
-        header: address of the panel's header.
     """
 
     step_bytes, tile_bytes = DENSE_STEP_BYTES, DENSE_TILE_BYTES

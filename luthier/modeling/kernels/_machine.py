@@ -87,12 +87,7 @@ class Machine:
 
         Args:
             sums: of each row those with all lines.
-            rows: their addresses.
             offset: bytes from these to the pairs.
-            weights: the lines.
-
-        Returns:
-            The sums.
         """
         if len(rows) > _MOST_ADDRESSES:
             pairs = [self.repeated(self._builder.add(row, I64(offset))) for row in rows]

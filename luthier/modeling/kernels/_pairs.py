@@ -42,7 +42,6 @@ def emit_rows(
         builder: where the code goes.
         operands: the weights' address, the rows' and their stride, the steps of 32 inputs, the number of
             rows, and where the products go.
-        lines: how the weights lie.
         num_tiles: tiles of 16 outputs side by side.
         step_bytes: from the weights of one step to those of the next.
         out_stride: from the products of one row to those of the next.

@@ -43,7 +43,6 @@ def _emit_sums(
 
     Args:
         builder: where the code goes.
-        num_rows: rows of the block.
         num_tiles: T; their sums and a line must find room in registers.
         operands: of each panel its address, its pairs, the rows' address, their stride and that of their
             pairs; then the address of the sums so far, float32, and their stride.

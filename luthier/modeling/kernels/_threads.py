@@ -25,11 +25,7 @@ TABLE_SIZE = 24
 
 
 class _Pool:
-    """The entries of a loaded libgomp.
-
-    Args:
-        library: it.
-    """
+    """The entries of a loaded libgomp."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.parallel = library.GOMP_parallel
@@ -96,7 +92,6 @@ class Launcher:
         """Run the kernel over all its rows and return when it is done; in `recording` only write it down.
 
         Args:
-            arguments: the table's numbers after the first two.
             by_rows: as `Program.add` takes it.
         """
         program: Program | None = getattr(_RECORDING, "program", None)
@@ -139,8 +134,6 @@ class Program:
         """Write a kernel down.
 
         Args:
-            kernel: its address.
-            arguments: the table's numbers after the first two.
             by_rows: whether the first argument is a number of rows, of which each thread takes the share that
                 `_language.share` tells, and reads and writes what is of these alone.
         """
@@ -210,12 +203,7 @@ def recording(runner: int) -> Iterator[Program]:
 
 
 def launch(address: int, arguments: Sequence[int]) -> None:
-    """Run a kernel as this thread's launcher of it does.
-
-    Args:
-        address: of its machine code.
-        arguments: the table's numbers after the first two.
-    """
+    """Run a kernel as this thread's launcher of it does."""
     launcher = _LAUNCHERS.by_address.get(address)
     if launcher is None:
         launcher = _LAUNCHERS.by_address[address] = Launcher(address)

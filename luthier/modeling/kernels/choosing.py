@@ -25,11 +25,7 @@ def find_best(logits_RV: torch.Tensor, out_R: torch.Tensor) -> torch.Tensor:
     """Write the likeliest token of each row, of equals the first, and `UNSOUND` where there is none.
 
     Args:
-        logits_RV: of any float type, contiguous.
         out_R: int64, contiguous, on the same device.
-
-    Returns:
-        out_R.
 
     Raises:
         ValueError: when the result does not fit.
@@ -73,8 +69,6 @@ def draw(
     A row's token depends on what is given for it alone.
 
     Args:
-        logits_RV: on the CPU, contiguous.
-        rows: M of the rows.
         best: their likeliest tokens; all of these are finite.
         temperatures: above 0.
         top_p: of the mass; below 1 a token is drawn from the fewest likeliest that reach it, at least one

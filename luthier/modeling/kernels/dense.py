@@ -50,11 +50,7 @@ def dense_bytes(num_outputs: int, num_inputs: int) -> int:
     """Return the memory of a weight that lies so, without its exceptions.
 
     Args:
-        num_outputs: O.
         num_inputs: K, a multiple of 32.
-
-    Returns:
-        Bytes.
     """
     panel_bytes = HEADER_BYTES + num_inputs // TILE_INPUTS * DENSE_STEP_BYTES
     return -(-num_outputs // PANEL_OUTPUTS) * panel_bytes

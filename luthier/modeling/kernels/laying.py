@@ -84,7 +84,6 @@ def lay_facts(facts_UF: torch.Tensor, dtype: torch.dtype) -> bool:
 
     Args:
         facts_UF: int64, of each what `facts_of` tells. Nothing tells whether the addresses are right.
-        dtype: of the places.
 
     Returns:
         Whether all numbers that were read are finite.
@@ -95,9 +94,6 @@ def lay_facts(facts_UF: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:
     """Write updates where they go, `b` times its scale, in the type that is there.
-
-    Args:
-        updates: to places of one type and device.
 
     Raises:
         ValueError: when a tensor's shape or type does not fit the others'.

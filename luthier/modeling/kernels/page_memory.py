@@ -40,7 +40,6 @@ def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:
 
     Args:
         whole_LPX: layers, pages, and any further sizes; contiguous.
-        pages: numbers along P.
 
     Raises:
         OSError: when the system refuses; what was asked for is not free then.

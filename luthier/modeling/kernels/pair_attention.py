@@ -39,7 +39,6 @@ def attend(
     Args:
         query_PQC: scaled; with keys and values such as `can_attend` says yes to.
         key_PSC: of the `start` and the tokens.
-        value_PSC: the same.
         num_tokens: tokens of the queries.
         start: keys that all queries see.
 
@@ -72,16 +71,8 @@ def attend_backward(
     """Return the gradients of queries, keys and values from that of `attend`'s result.
 
     Args:
-        gradient_PQC: of what was attended to.
         query_PQC: as `attend` had it.
-        key_PSC: the same.
-        value_PSC: the same.
-        weights_PQW: what it returned.
         num_tokens: as it had it.
-        start: the same.
-
-    Returns:
-        to_query_PQC, to_key_PSC and to_value_PSC.
 
     Raises:
         ValueError: when a tensor is of another shape or type, or the processor has no products of pairs.

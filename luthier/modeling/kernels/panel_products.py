@@ -64,7 +64,6 @@ class PanelProducts:
 
     Args:
         weight_OD: bfloat16; read at every product, never copied.
-        parts: what it is made of.
 
     Raises:
         ValueError: for what `can_multiply` says no to.
@@ -240,11 +239,7 @@ def scratch(num_bytes: int) -> int:
 
 
 class _TorchProducts:
-    """The same products by torch.
-
-    Args:
-        weight_OD: of any type, anywhere.
-    """
+    """The same products by torch."""
 
     def __init__(self, weight_OD: torch.Tensor) -> None:
         self._weight_OD = weight_OD
@@ -315,9 +310,7 @@ def come_out_right(what: str, gaps: Iterable[float], *, largest: float = _LARGES
     """Whether results tried out are near enough to float32's; says so in the log where they are not.
 
     Args:
-        what: is tried, for the log.
         gaps: by how much each is off, as a share of the largest number.
-        largest: gap that is rounding.
 
     Returns:
         Whether all are.

@@ -66,13 +66,9 @@ class TiledWeight:
         """Write `x W'` into out.
 
         Args:
-            x_NK: the rows.
             out_NO: where the product goes.
             following: what is asked for meanwhile (served_rows.py): the address of the N rows' adapters, 0
                 for none, and the entry of a region in their tables.
-
-        Returns:
-            out.
 
         Raises:
             ValueError: unless both are bfloat16, contiguous and of the product's shape.

@@ -164,10 +164,6 @@ class Described:
         Args:
             table: int64.
             low_ranks: its sites by layer, which the table has the addresses of.
-            max_rank: the largest of their ranks.
-
-        Returns:
-            It.
         """
         made, nothing = object.__new__(cls), [(None, None)] * len(low_ranks)
         values = (low_ranks, nothing, table, table.data_ptr(), True, False, max_rank)
@@ -358,7 +354,6 @@ def turn(heads: torch.Tensor, positions_N: torch.Tensor, shape: HeadShape) -> to
     Args:
         heads: [N, heads, C].
         positions_N: int64, on the same device.
-        shape: of the heads.
 
     Returns:
         The same shape and type.

@@ -95,9 +95,7 @@ class CompiledOps:
     """The compiled kernels.
 
     Args:
-        shape: of the heads.
         site_widths: outputs of each of the seven sites.
-        like: a tensor of the weights' type.
         max_middle: the largest rank or bottleneck width that a row may have.
     """
 

@@ -26,7 +26,6 @@ class PlainOps:
     """What `serving.Ops` asks for.
 
     Args:
-        shape: of the heads.
         site_widths: outputs of each of the seven sites.
     """
 
