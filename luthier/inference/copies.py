@@ -87,7 +87,7 @@ def _is_right(path: Path, entry: FileEntry) -> bool:
     """
     if entry.bytes < _LARGE_BYTES:
         return is_file_of(path, entry)
-    if not path.is_file() or path.stat().st_size != entry.bytes:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.bytes:
         return False
     content = map_file(path)
     if entry.pieces is not None:
@@ -131,6 +131,8 @@ def _link_files(published: Path, names: tuple[str, ...], folder: Path) -> None:
     try:
         for name in names:
             (building / name).parent.mkdir(parents=True, exist_ok=True)
+            if (published / name).is_symlink():
+                raise ArtifactCorruptError(f"{name} is published as a link.")
             os.link(published / name, building / name)
         # Another process may have been first.
         if not folder.is_dir():

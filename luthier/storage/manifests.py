@@ -4,22 +4,32 @@ A folder without a manifest that verifies does not exist: that is how save point
 and bases survive a crash at any moment. Only the local file system here; storage/store.py moves bytes.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.storage.pieces import piece_bytes
 
 MANIFEST_NAME = "manifest.json"
 _CHUNK_BYTES = 1024 * 1024
+_MAX_FILES = 10_000
+_MAX_NAME_LENGTH = 200
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a manifest may name a file so: relative, within its folder, no unfinished file of a store."""
+    is_plain = 0 < len(name) <= _MAX_NAME_LENGTH and name != MANIFEST_NAME and not set(name) & set("\0#\\")
+    return is_plain and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 class FileEntry(BaseModel):
@@ -46,6 +56,17 @@ class Manifest(BaseModel):
     base_digest: str | None
     digested: list[str]
     files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Manifest":
+        """Refuse names that are paths elsewhere: whoever wrote the manifest chose them."""
+        if len(self.files) > _MAX_FILES:
+            raise ValueError(f"a manifest names at most {_MAX_FILES} files")
+        if not all(_is_file_name(name) for name in self.files):
+            raise ValueError("a manifest names files within its folder, by at most 200 characters each")
+        if not self.files.keys() >= set(self.digested):
+            raise ValueError("the digest covers a file that the manifest does not name")
+        return self
 
     def to_json(self) -> bytes:
         """Return the content of its file. Older readers refuse fields that they don't know."""
@@ -87,6 +108,34 @@ def _hash(path: Path, *, in_pieces: bool) -> tuple[str, list[str] | None]:
     if num_left < size:
         pieces.append(piece.hexdigest())
     return whole.hexdigest(), pieces if len(pieces) > 1 else None
+
+
+def open_regular(root: Path, name: str) -> BinaryIO:
+    """Open a regular file below a folder, following no link on the way.
+
+    Raises:
+        FileNotFoundError: when there is none; a link, a pipe or a socket is none.
+    """
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # Without O_NONBLOCK a named pipe would be waited for.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        *folders, last = name.split("/")
+        for folder in folders:
+            below = os.open(folder, flags | os.O_DIRECTORY, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        stream = os.fdopen(os.open(last, flags, dir_fd=descriptor), "rb")
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise FileNotFoundError(errno.ENOENT, "no regular file", name) from error
+        raise
+    finally:
+        os.close(descriptor)
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise FileNotFoundError(errno.ENOENT, "no regular file", name)
+    return stream
 
 
 def fsync_path(path: Path) -> None:
@@ -178,7 +227,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 def is_file_of(path: Path, entry: FileEntry) -> bool:
     """Whether a file is there and has the size and the sha256 of an entry."""
-    return path.is_file() and path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
+    try:
+        # A link may lead out of the folder, and what it leads to may change.
+        status = path.lstat()
+    except OSError:
+        return False
+    is_file = stat.S_ISREG(status.st_mode) and status.st_size == entry.bytes
+    return is_file and file_sha256(path) == entry.sha256
 
 
 def verify_folder(folder: Path, is_right: Callable[[Path, FileEntry], bool] = is_file_of) -> Manifest:

@@ -25,6 +25,7 @@ from luthier.storage.manifests import (
     Manifest,
     file_sha256,
     fsync_path,
+    open_regular,
     read_manifest,
     verify_folder,
 )
@@ -211,8 +212,8 @@ class Storage:
         try:
             with _answered():
                 if self.local_root is not None:
-                    # The system copies a file several times faster than it streams through here.
-                    shutil.copyfile(self.local_root / key, temporary)
+                    with open_regular(self.local_root, key) as source, temporary.open("wb") as target:
+                        shutil.copyfileobj(source, target, _CHUNK_BYTES)
                 else:
                     with temporary.open("wb") as target:
                         for chunk in obstore.get(self.objects, key).stream(min_chunk_size=_CHUNK_BYTES):

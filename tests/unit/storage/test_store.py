@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -105,6 +106,44 @@ def test_a_changed_object_is_never_fetched(storage: Storage, tmp_path: Path) -> 
     with pytest.raises(ArtifactCorruptError, match="weights"):
         storage.fetch_folder("models/one", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../out", "/tmp/out", "a/../../out", "a//b", "./a", "a#1", "manifest.json", "", "a\\b", "a" * 201],
+)
+def test_a_manifest_that_names_a_path_elsewhere_is_refused_and_nothing_is_written(
+    storage: Storage, tmp_path: Path, name: str
+) -> None:
+    assert storage.local_root is not None
+    storage.put_folder(_sealed(tmp_path), "p")
+    entry = {"sha256": "0" * 64, "bytes": 3}
+    (tmp_path / "objects" / "out").write_bytes(b"abc")
+    for files, digested in (({name: entry}, [name]), ({"weights": entry}, [name])):
+        content = {"digest": "sha256:0", "base_digest": None, "digested": digested, "files": files}
+        (storage.local_root / "p" / MANIFEST_NAME).write_text(json.dumps(content))
+        with pytest.raises(ArtifactCorruptError, match="No artifact is published"):
+            storage.fetch_folder("p", tmp_path / "copies" / "copy")
+    assert not (tmp_path / "copies").exists()
+
+
+@pytest.mark.parametrize("place", ["p/weights", "p"])
+def test_links_in_storage_are_not_followed(storage: Storage, tmp_path: Path, place: str) -> None:
+    assert storage.local_root is not None
+    storage.put_folder(_sealed(tmp_path), "p")
+    linked = storage.local_root / place
+    linked.rename(tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactCorruptError, match="missing"):
+        storage.fetch_folder("p", tmp_path / "copy")
+
+
+def test_a_link_is_no_file_of_a_published_folder(storage: Storage, tmp_path: Path) -> None:
+    folder = _sealed(tmp_path)
+    (folder / "weights").rename(tmp_path / "elsewhere")
+    (folder / "weights").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactCorruptError, match="does not match"):
+        storage.put_folder(folder, "p")
 
 
 def test_what_has_no_manifest_does_not_exist(storage: Storage, tmp_path: Path) -> None:
