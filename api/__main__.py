@@ -10,6 +10,7 @@ import uvicorn
 from api.deps import Parts
 from api.main import create_app, make_parts
 from luthier.core.garbage import freeze_garbage
+from luthier.core.http_limits import limited_protocol, raise_open_file_limit
 from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
 
@@ -58,6 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = Settings()
     configure_logs(settings.log_level)
+    raise_open_file_limit()
     parts = make_parts(settings)
     config = uvicorn.Config(
         create_app(parts),
@@ -67,6 +69,8 @@ def main() -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        http=limited_protocol(settings),
+        ws="none",
         timeout_graceful_shutdown=_GRACEFUL_SECONDS,
     )
     freeze_garbage()

@@ -187,6 +187,14 @@ class TooLargeError(LuthierError):
     type = "invalid_request_error"
 
 
+class HeadersTooLargeError(LuthierError):
+    """Request line and headers over the limit; the connection is closed."""
+
+    code = "headers_too_large"
+    http_status = 431
+    type = "invalid_request_error"
+
+
 class RangeNotSatisfiableError(LuthierError):
     """A range that begins behind the end of what is asked for."""
 

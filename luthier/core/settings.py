@@ -123,6 +123,19 @@ class Settings(BaseSettings):
     )
     max_waiting_requests: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
 
+    max_connections: int = Field(
+        1000, ge=1, description="Connections that an API or inference server serves; more are answered 503."
+    )
+    max_header_bytes: int = Field(
+        65536, ge=1024, description="Largest request line and headers; more is answered 431."
+    )
+    header_timeout_seconds: float = Field(
+        10.0, gt=0, description="How long a client may take to send whole headers."
+    )
+    body_timeout_seconds: float = Field(
+        30.0, gt=0, description="How long a client may pause in a request's body."
+    )
+
     max_upload_bytes: int = Field(512 * MIB, ge=1, description="Largest body of POST /v1/files.")
     max_large_upload_bytes: int = Field(
         8192 * MIB, ge=1, description="Largest file of POST /v1/uploads, all its parts together."

@@ -32,6 +32,7 @@ from uvicorn.loops.auto import auto_loop_factory
 
 from luthier.core.errors import LuthierError
 from luthier.core.garbage import freeze_garbage
+from luthier.core.http_limits import limited_protocol, raise_open_file_limit
 from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
 from luthier.inference.app import Service, build_app
@@ -158,6 +159,9 @@ async def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        # A Unix socket has its mode as guard, and the API alone behind it.
+        http=limited_protocol(settings) if is_tcp else "httptools",
+        ws="none",
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
     _LOG.info("Serving on %s.", settings.inference_url)
@@ -174,6 +178,7 @@ def main() -> None:
     # Deprecations inside transformers and PEFT are no news for an operator.
     warnings.filterwarnings("ignore", category=FutureWarning)
     configure_logs(settings.log_level)
+    raise_open_file_limit()
     try:
         # uvicorn's own choice, as in the API: uvloop where there is one.
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:

@@ -1,0 +1,152 @@
+"""The HTTP protocol of our servers: uvicorn's on httptools, with limits on headers, silence and connections.
+
+It bounds what a proxy usually bounds, so that a server is safe without one. No routes and no keys here.
+"""
+
+import asyncio
+import json
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from luthier.core.errors import HeadersTooLargeError, UnavailableError
+from luthier.core.settings import Settings
+
+# Connections beyond the limit that are answered 503; any further one is closed at once.
+_NUM_REFUSED = 256
+_MAX_OPEN_FILES = 65536
+# A body is looked at so often within the time that it may be silent.
+_NUM_LOOKS = 4
+
+_busy = UnavailableError("Too many connections are open; try again.")
+_BUSY_RESPONSE = JSONResponse(_busy.to_body(), _busy.http_status, {"retry-after": "1", "connection": "close"})
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What one connection may hold of a server, and how many there may be. Times in seconds."""
+
+    max_connections: int
+    max_header_bytes: int
+    header_seconds: float
+    body_seconds: float
+
+
+def limited_protocol(settings: Settings) -> type[HttpToolsProtocol]:
+    """Return the protocol class for uvicorn's `http`, with the limits that the settings name."""
+    limits = HttpLimits(
+        max_connections=settings.max_connections,
+        max_header_bytes=settings.max_header_bytes,
+        header_seconds=settings.header_timeout_seconds,
+        body_seconds=settings.body_timeout_seconds,
+    )
+    return type("LimitedHttpProtocol", (_LimitedHttpProtocol,), {"limits": limits})
+
+
+def raise_open_file_limit() -> None:
+    """Let this process open as many files and connections as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class _LimitedHttpProtocol(HttpToolsProtocol):
+    """One connection.
+
+    Headers must be complete within `header_seconds` of the connection, or of the first byte of a later
+    request. A body must not be silent for `body_seconds` while the server reads it, and must end within
+    that time once the request has been answered.
+    """
+
+    limits: ClassVar[HttpLimits]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start to wait for headers."""
+        super().connection_made(transport)
+        self._num_header_bytes = 0
+        self._awaits_headers = True
+        self._has_body_bytes = False
+        self._num_silent_looks = 0
+        self._timer: asyncio.TimerHandle | None = None
+        if len(self.connections) > self.limits.max_connections + _NUM_REFUSED:
+            transport.abort()
+        else:
+            self._arm(self.limits.header_seconds, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came; of headers no more than the limit."""
+        while data and not self.transport.is_closing():
+            piece, data = data, b""
+            if self._awaits_headers:
+                room = self.limits.max_header_bytes - self._num_header_bytes
+                if room == 0:
+                    self._refuse_headers()
+                    return
+                piece, data = piece[:room], piece[room:]
+                self._num_header_bytes += len(piece)
+            self._has_body_bytes = True
+            super().data_received(piece)
+        if self._timer is None and not self.transport.is_closing():
+            if not self._awaits_headers:
+                self._arm(self.limits.body_seconds / _NUM_LOOKS, self._look_at_body)
+            elif self._num_header_bytes:
+                self._arm(self.limits.header_seconds, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        """Start the request, or answer it 503 where too many connections are open."""
+        self._disarm()
+        self._awaits_headers, self._num_header_bytes, self._num_silent_looks = False, 0, 0
+        is_busy = len(self.connections) > self.limits.max_connections
+        self.app = _BUSY_RESPONSE if is_busy else self.config.loaded_app
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Wait for the headers of the next request, without a limit of time until its first byte."""
+        self._disarm()
+        self._awaits_headers = True
+        super().on_message_complete()
+
+    def _look_at_body(self) -> None:
+        cycle = self.cycle
+        # The server reads no more for now, or the client waits for the server's 100.
+        is_held_up = self.flow.read_paused or cycle.waiting_for_100_continue
+        is_alive = (self._has_body_bytes or is_held_up) and not cycle.response_complete
+        self._num_silent_looks = 0 if is_alive else self._num_silent_looks + 1
+        self._has_body_bytes = False
+        if self._num_silent_looks < _NUM_LOOKS:
+            self._arm(self.limits.body_seconds / _NUM_LOOKS, self._look_at_body)
+        else:
+            self.transport.close()
+
+    def _refuse_headers(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            limit = self.limits.max_header_bytes
+            error = HeadersTooLargeError(
+                f"The headers are larger than {limit} bytes; send fewer or shorter ones."
+            )
+            body = json.dumps(error.to_body()).encode()
+            head = (
+                f"HTTP/1.1 {error.http_status} Request Header Fields Too Large\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _arm(self, seconds: float, act: Callable[[], None]) -> None:
+        self._disarm()
+        self._timer = self.loop.call_later(seconds, act)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
