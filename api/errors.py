@@ -7,6 +7,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -98,10 +99,10 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 def _methods_of(request: Request) -> list[str]:
     """Return what a URL takes: the framework names the methods of one of its routes alone."""
     found: set[str] = set()
-    for route in request.app.routes:
+    for route in iter_route_contexts(request.app.routes):
         match, _ = route.matches(request.scope)
         if match is not Match.NONE:
-            found |= getattr(route, "methods", None) or set()
+            found |= route.methods or set()
     return sorted(found)
 
 

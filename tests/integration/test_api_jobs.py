@@ -240,6 +240,18 @@ def test_what_is_no_route_or_no_json_is_told_in_the_one_shape(api: Api) -> None:
         assert answer.headers["x-request-id"]
 
 
+def test_a_refused_method_is_answered_with_those_there_are(api: Api) -> None:
+    for method, path, allowed in (
+        ("PUT", "/v1/files", "GET, POST"),
+        ("POST", "/v1/files/file-1", "DELETE, GET"),
+        ("GET", "/v1/fine_tuning/jobs/ftjob-1/cancel", "POST"),
+        ("GET", "/v1/chat/completions", "POST"),
+    ):
+        answer = httpx2.request(method, api.base_url + path, headers=api.headers)
+        assert answer.status_code == 405, answer.text
+        assert answer.headers["allow"] == allowed
+
+
 def test_an_unknown_model_is_never_answered_by_the_base(api: Api, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(
