@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 from celery import Celery
-from kombu.exceptions import OperationalError
+from celery.exceptions import OperationalError
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 

@@ -17,7 +17,7 @@ def _default_bases_dir() -> Path:
 
 def _default_models_file() -> Path:
     local = Path("models.toml")
-    return local if local.exists() else Path(__file__).resolve().parents[2] / "models.toml"
+    return local if local.exists() else Path(__file__).resolve().parents[1] / "bases" / "models.toml"
 
 
 class Settings(BaseSettings):

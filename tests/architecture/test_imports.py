@@ -8,6 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.architecture.sources import ROOT, python_files, tree_of
 
@@ -86,3 +89,18 @@ def test_services_move_no_bytes(name: str) -> None:
         alias.name for node in ast.walk(tree_of(name)) if isinstance(node, ast.Import) for alias in node.names
     }
     assert not [m for m in modules if m.startswith(("luthier.storage", "obstore", "httpx2", "shutil"))]
+
+
+def test_constraints_pin_every_dependency_but_torch_within_its_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [Requirement(text) for text in project["dependencies"]]
+    declared += [Requirement(text) for texts in project["optional-dependencies"].values() for text in texts]
+    pinned: dict[str, set[Version]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        requirement = Requirement(line)
+        [exact] = requirement.specifier
+        pinned.setdefault(canonicalize_name(requirement.name), set()).add(Version(exact.version))
+    for requirement in declared:
+        if requirement.name != "torch":
+            versions = pinned[canonicalize_name(requirement.name)]
+            assert all(version in requirement.specifier for version in versions), requirement

