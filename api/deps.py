@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import Depends, Request
 from sqlalchemy.orm import Session
@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.event_hub import EventHub
 from api.resolving import Resolver
+from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import UnauthenticatedError, UnavailableError
@@ -44,6 +45,7 @@ class Parts:
     ring: Ring
     sealer: Sealer
     resolver: Resolver
+    usage: UsageRecorder
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
     reports: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_REPORTS))
@@ -106,7 +108,8 @@ def bearer_key(request: Request) -> str:
 
 def get_scope(request: Request, session: SessionDep) -> Scope:
     """Return the caller's scope, read in the request's own transaction."""
-    return keys.authenticate(session, bearer_key(request))
+    request.state.caller = keys.authenticate(session, bearer_key(request))
+    return cast(Scope, request.state.caller)
 
 
 ScopeDep = Annotated[Scope, Depends(get_scope)]
@@ -120,7 +123,8 @@ async def get_scope_apart(request: Request, parts: PartsDep) -> Scope:
         with parts.database.transaction() as session:
             return keys.authenticate(session, key)
 
-    return await run_in_threadpool(read)
+    request.state.caller = await run_in_threadpool(read)
+    return cast(Scope, request.state.caller)
 
 
 ScopeApartDep = Annotated[Scope, Depends(get_scope_apart)]

@@ -9,11 +9,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from api import errors
+from api.access_log import RequestLogMiddleware
 from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
 from api.paths import EncodedSlashMiddleware
 from api.queries import refuse_unknown_query
-from api.requests import SEND_PIECE, BodyLimitMiddleware, RequestIdMiddleware
+from api.requests import SEND_PIECE, BodyLimitMiddleware
 from api.resolving import Resolver
 from api.routes import (
     aliases,
@@ -27,9 +28,11 @@ from api.routes import (
     permissions,
     reports_of_files,
     uploads,
+    usage,
     webhooks,
 )
 from api.schemas.errors import ErrorBody
+from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
 from luthier.core.sealing import Sealer
@@ -63,6 +66,7 @@ def make_parts(settings: Settings) -> Parts:
         storage=Storage.open(settings.storage_url),
         catalogue=catalogue,
         resolver=Resolver(database, catalogue),
+        usage=UsageRecorder(database),
         backend=open_all(settings),
         hub=EventHub(database_url),
         sealer=Sealer(settings.secret_key.get_secret_value()),
@@ -75,8 +79,10 @@ def _lifespan(parts: Parts) -> Callable[[FastAPI], AbstractAsyncContextManager[N
     async def run(_app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = _NUM_THREADS
         parts.hub.start()
+        parts.usage.start()
         yield
         await parts.hub.stop()
+        await parts.usage.stop()
         await parts.backend.aclose()
         parts.database.close()
 
@@ -119,7 +125,7 @@ def create_app(parts: Parts) -> FastAPI:
         allow_headers=["*"],
         expose_headers=_EXPOSED_HEADERS,
     )
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestLogMiddleware, is_logged=parts.settings.log_level in {"debug", "info"})
     # Routes are tried in order: those first that are asked most. What answers and lists models is asked by
     # clients that add parameters of their own.
     for module in (chat, health, models):
@@ -134,6 +140,7 @@ def create_app(parts: Parts) -> FastAPI:
         permissions,
         webhooks,
         aliases,
+        usage,
     ):
         app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
     return app

@@ -47,5 +47,6 @@ class EncodedSlashMiddleware:
         if scope["type"] == "http":
             path, num_found = _ENCODED_SLASH.subn(quote(_SLASH), shown_path(scope))
             if num_found:
-                scope = {**scope, "path": unquote(path)}
+                # In place: what is outside of the routes finds there which one was taken.
+                scope["path"] = unquote(path)
         await self._app(scope, receive, send)

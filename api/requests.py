@@ -1,17 +1,11 @@
-"""What every request passes through: its id, and a limit on its body.
-
-Pure ASGI: a BaseHTTPMiddleware would hide a client that leaves.
-"""
+"""A limit on the body of every request."""
 
 import re
-import time
 
-import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import to_response
 from luthier.core.errors import TooLargeError
-from luthier.core.ids import new_id
 
 # Routes that take more bound it themselves, while they read.
 _UNLIMITED_PATHS = re.compile(r"/v1/(files|uploads/[^/]+/parts|chat/completions|completions)")
@@ -53,28 +47,3 @@ class BodyLimitMiddleware:
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         await self._app(scope, receive_whole, send)
-
-
-class RequestIdMiddleware:
-    """Adds `x-request-id` to every answer and to every log line of the request, and notes when it came."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = new_id("request")
-        # What answers outside of this middleware, after a fault, finds the id here.
-        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=time.monotonic())
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            await self._app(scope, receive, send_with_id)

@@ -320,13 +320,24 @@ class Calibration(Table):
 
 
 class UsageEvent(Owned, Table):
-    """What was used, for accounts; append-only."""
+    """What was used, for accounts; append-only.
+
+    Of kind `training` it is one job, of kind `inference` the answers of one key and model within a second or
+    so; the last four columns belong to the latter.
+    """
 
     __tablename__ = "usage_events"
-    __table_args__ = (Index("ix_usage_events_project", "project_id", "created_at"),)
+    __table_args__ = (
+        Index("ix_usage_events_project", "project_id", "created_at"),
+        Index("ix_usage_events_organization", "organization_id", "created_at"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
     quantity: Mapped[int]
     unit: Mapped[str]
     job_id: Mapped[str | None]
     model: Mapped[str | None]
+    num_requests: Mapped[int | None]
+    input_tokens: Mapped[int | None]
+    input_cached_tokens: Mapped[int | None]
+    output_tokens: Mapped[int | None]

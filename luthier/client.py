@@ -5,11 +5,11 @@ has, but for the few reads that the command line needs without it.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx2
 
@@ -97,6 +97,29 @@ class LuthierClient:
     def revoke_key(self, key_id: str) -> None:
         """Make a key useless."""
         self._ask("DELETE", f"/keys/{quote(key_id, safe='')}")
+
+    # ---- usage
+
+    def list_usage(self, *, start_time: int, group_by: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Return the usage of inference since then, a bucket for each day (UTC).
+
+        Args:
+            start_time: in Unix seconds.
+            group_by: of `project_id`, `api_key_id` and `model`.
+        """
+        buckets: list[dict[str, Any]] = []
+        page: str | None = ""
+        while page is not None:
+            query = [
+                ("start_time", str(start_time)),
+                ("limit", "31"),
+                *(("group_by", name) for name in group_by),
+            ]
+            query += [("page", page)] if page else []
+            answer = self._ask("GET", f"/organization/usage/completions?{urlencode(query)}")
+            buckets += answer["data"]
+            page = answer["next_page"]
+        return buckets
 
     # ---- jobs and models
 

@@ -25,6 +25,7 @@ from api.deps import Parts  # noqa: E402
 from api.event_hub import EventHub  # noqa: E402
 from api.main import create_app  # noqa: E402
 from api.resolving import Resolver  # noqa: E402
+from api.usage_recorder import UsageRecorder  # noqa: E402
 from db.migrate import upgrade  # noqa: E402
 from db.session import Database  # noqa: E402
 from luthier.bases.catalogue import load_catalogue  # noqa: E402
@@ -215,6 +216,7 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         storage=Storage.open(settings.storage_url),
         catalogue=catalogue,
         resolver=Resolver(database, catalogue),
+        usage=UsageRecorder(database),
         backend=backend,
         hub=EventHub(url),
         ring=bells.append,

@@ -73,6 +73,21 @@ def check(file: Annotated[Path, typer.Argument(help="Training file, one JSON obj
     check_file(file)
 
 
+@app.command()
+def usage(
+    days: Annotated[int, typer.Option(help="Days to show, today among them.", min=1, max=366)] = 7,
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show requests and tokens by day, project, key and model; an admin key sees all projects."""
+    from luthier.cli.usage import show_usage
+
+    with options.open_client(base_url, api_key, home) as client:
+        show_usage(client, days=days, as_json=as_json)
+
+
 @keys_app.command("create")
 def create_key(
     name: Annotated[str, typer.Option(help="What the key is for.")],

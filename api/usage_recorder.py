@@ -1,0 +1,63 @@
+"""Collects the usage of this process's requests and stores it every second, away from the event loop."""
+
+import asyncio
+
+import structlog
+from starlette.concurrency import run_in_threadpool
+
+from db.session import Database
+from luthier.core.errors import UnavailableError
+from services import usage
+from services.usage import TokenCounts, UsageOwner
+
+_FLUSH_SECONDS = 1.0
+_log = structlog.get_logger()
+
+
+class UsageRecorder:
+    """Counts by key and model. A process that is killed loses those of its last second."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._counts: dict[UsageOwner, TokenCounts] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to store."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Store what is left."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self.flush()
+
+    def add(self, owner: UsageOwner, counts: TokenCounts) -> None:
+        """Count a request; called on the event loop."""
+        self._counts.setdefault(owner, TokenCounts()).add(counts)
+
+    async def flush(self) -> None:
+        """Store what was counted; kept for the next time while the database can't be reached."""
+        counts, self._counts = self._counts, {}
+        if not counts:
+            return
+        # Not cancelled in the middle: what it stored would be stored again.
+        await asyncio.shield(self._store(counts))
+
+    async def _store(self, counts: dict[UsageOwner, TokenCounts]) -> None:
+        try:
+            await run_in_threadpool(self._write, counts)
+        except UnavailableError:
+            _log.warning("usage could not be stored yet", num_owners=len(counts))
+            for owner, used in counts.items():
+                self.add(owner, used)
+
+    def _write(self, counts: dict[UsageOwner, TokenCounts]) -> None:
+        with self._database.transaction() as session:
+            usage.record(session, counts)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(_FLUSH_SECONDS)
+            await self.flush()
