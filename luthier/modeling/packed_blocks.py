@@ -46,11 +46,8 @@ class WeightMemory:
         weight_OK = weights[0] if len(weights) == 1 else torch.cat(weights)
         if self._room is None or not can_tile(weight_OK):
             return PackedLinear(weight_OK)
-        own, rest = self._room.tensor_split([tiled_bytes(weight_OK)])
-        made = PackedLinear(weight_OK, own)
-        if made.tiled is not None:
-            self._room = rest
-        return made
+        own, self._room = self._room.tensor_split([tiled_bytes(weight_OK)])
+        return PackedLinear(weight_OK, own)
 
 
 def linears_of(layer: torch.nn.Module) -> list[torch.Tensor]:

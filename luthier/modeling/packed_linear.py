@@ -14,7 +14,6 @@ from functools import cache
 import torch
 from torch.nn import functional
 
-from luthier.modeling.kernels.dense import UnevenWeightError
 from luthier.modeling.kernels.products import TiledWeight, can_tile
 
 _LOG = logging.getLogger(__name__)
@@ -30,8 +29,7 @@ class PackedLinear:
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
         self.num_outputs, self.num_inputs = weight_OK.shape
-        self.tiled = _tile(weight_OK, memory)
-        self.is_uneven = self.tiled is None and can_tile(weight_OK)
+        self.tiled = TiledWeight(weight_OK, memory) if can_tile(weight_OK) else None
         is_packed = weight_OK.device.type == "cpu" and can_pack(weight_OK.dtype)
         self._packed = _pack(weight_OK) if is_packed and self.tiled is None else None
         self._weight = weight_OK.clone() if self._packed is None and self.tiled is None else None
@@ -51,17 +49,6 @@ class PackedLinear:
             return _product(x_NK, self._packed)
         assert self._weight is not None
         return functional.linear(x_NK, self._weight)
-
-
-def _tile(weight_OK: torch.Tensor, memory: torch.Tensor | None) -> TiledWeight | None:
-    """Return a weight in tiles, None where there are none or it is too uneven to lie so."""
-    if not can_tile(weight_OK):
-        return None
-    try:
-        return TiledWeight(weight_OK, memory)
-    except UnevenWeightError as error:
-        _LOG.info("A weight %s does not lie in tiles: %s", tuple(weight_OK.shape), error)
-        return None
 
 
 @cache

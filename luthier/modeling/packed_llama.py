@@ -9,7 +9,6 @@ Legend: N tokens of a step (M single ones first, then T of each stretch), D hidd
 and v, K attended columns, F feed-forward size, H key heads, C head size, V vocabulary, R asked-for rows.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -38,8 +37,6 @@ from luthier.modeling.packed_work import Buffers, Chunk, Stretch, Work
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
-
-_LOG = logging.getLogger(__name__)
 
 # The widest rank or bottleneck of an adapter that is served here; wider ones go by the plain path.
 MAX_MIDDLE = 1024
@@ -97,13 +94,6 @@ class PackedLlama:
         )
         products = (self._head, *(one for block in self._blocks for one in block.products))
         self._is_tiled = all(one.tiled is not None for one in products)
-        num_uneven = sum(one.is_uneven for one in products)
-        if num_uneven:
-            _LOG.warning(
-                "%d of %d weights are too uneven to lie in tiles: steps are launched by kernel, slower.",
-                num_uneven,
-                len(products),
-            )
         self._programs = DecodePrograms(self) if self._is_tiled else None
 
     @property

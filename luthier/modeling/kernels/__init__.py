@@ -29,8 +29,6 @@ CHOOSING = ("find_best", "draw")
 LAYING = ("lay_low_ranks", "widen_low_ranks")
 # Those that work on weights in the layout of tiles, and what runs a step of them; for bfloat16 alone.
 TILED = (
-    "find_upper_bytes",
-    "lay_panels",
     "tile_product",
     "add_low_rank_stretches",
     "attend_stretches",

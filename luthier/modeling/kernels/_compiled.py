@@ -2,7 +2,6 @@
 
 from luthier.modeling.kernels._attend_pages import attend_pages
 from luthier.modeling.kernels._choosing import draw, find_best
-from luthier.modeling.kernels._dense import find_upper_bytes, lay_panels
 from luthier.modeling.kernels._heads import (
     merge_heads,
     merge_heads_backward,
@@ -41,11 +40,9 @@ __all__ = [
     "causal_softmax_backward",
     "draw",
     "find_best",
-    "find_upper_bytes",
     "gated_silu",
     "gated_silu_backward",
     "lay_low_ranks",
-    "lay_panels",
     "merge_heads",
     "merge_heads_backward",
     "panel_low_rank",

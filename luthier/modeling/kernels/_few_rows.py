@@ -15,8 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from luthier.modeling.kernels._lines import Lines, lines_of
-from luthier.modeling.kernels._machine import STEP_BYTES, SUMS, TILE_BYTES, Machine
+from luthier.modeling.kernels._machine import LINE_BYTES, STEP_BYTES, SUMS, TILE_BYTES, Machine
 from luthier.modeling.kernels._memory import I64, LANES, Body, loop
 from luthier.modeling.kernels._pairs import emit_lines
 from luthier.modeling.kernels.shapes import MOST_ROWS, PANEL_OUTPUTS
@@ -38,13 +37,12 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
 
     Args:
         builder: where the code goes.
-        operands: the panel's address and its weights', the rows' and their stride, the steps of 32 inputs,
+        operands: the panel's address, the rows' and their stride, the steps of 32 inputs,
             the number of rows, where the products go, and the address of other addresses, 0 for none: of
             more than eight rows, what lies there, `STEPS_TOGETHER` times `STEP_BYTES`, is asked for during
             as many steps.
     """
-    header, *products, asked = operands
-    lines = lines_of(builder, header)
+    *products, asked = operands
     num_rows, out = products[4:]
     machine = Machine(builder)
 
@@ -58,17 +56,16 @@ def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None
     with builder.if_else(builder.icmp_signed(">", num_rows, I64(MOST_ROWS))) as (many, few):
         with many, builder.if_else(builder.icmp_signed("!=", asked, I64(0))) as (asking, others):
             with asking:
-                _emit_steps(builder, products, lines, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
+                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
             with others:
-                _emit_steps(builder, products, lines, num_tiles=2, num_together=STEPS_TOGETHER)
+                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER)
         with few:
-            _emit_steps(builder, products, lines, num_tiles=1, num_together=1)
+            _emit_steps(builder, products, num_tiles=1, num_together=1)
 
 
 def _emit_steps(
     builder: ir.IRBuilder,
     operands: list[ir.Value],
-    lines: Lines,
     *,
     num_tiles: int,
     num_together: int,
@@ -93,7 +90,7 @@ def _emit_steps(
             places = (weights, x, stride, out, tile, begin, end)
             row: ir.Value = I64(0)
             for size in _SIZES:
-                body = _block(builder, size, num_tiles, lines, places, other)
+                body = _block(builder, size, num_tiles, places, other)
                 row, _ = loop(builder, row, num_rows, size, [], body)
             return []
 
@@ -108,7 +105,6 @@ def _block(
     builder: ir.IRBuilder,
     size: int,
     num_tiles: int,
-    lines: Lines,
     places: tuple[ir.Value, ...],
     other: ir.Value | None,
 ) -> Body:
@@ -135,21 +131,21 @@ def _block(
         turn = builder.add(tile, builder.udiv(row, I64(MOST_ROWS)))
 
         def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            place = builder.add(weights, builder.mul(index, I64(lines.step_bytes)))
-            place = builder.add(place, builder.mul(tile, I64(lines.tile_bytes)))
+            place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
+            place = builder.add(place, builder.mul(tile, I64(TILE_BYTES)))
             across = builder.mul(index, I64(64))
             inputs = [builder.add(first, across) for first in firsts]
             beside = None
             if num_tiles == 1:
-                ahead = builder.add(place, I64(lines.step_bytes))
+                ahead = builder.add(place, I64(STEP_BYTES))
             else:
                 number = builder.add(builder.mul(turn, builder.sub(end, begin)), builder.sub(index, begin))
-                ahead = builder.add(weights, builder.mul(end, I64(lines.step_bytes)))
-                ahead = builder.add(ahead, builder.mul(number, I64(lines.tile_bytes)))
+                ahead = builder.add(weights, builder.mul(end, I64(STEP_BYTES)))
+                ahead = builder.add(ahead, builder.mul(number, I64(TILE_BYTES)))
                 if other is not None:
                     beside = builder.add(other, builder.mul(number, I64(TILE_BYTES)))
-            tiles = [builder.add(place, I64(which * lines.tile_bytes)) for which in range(num_tiles)]
-            return emit_lines(builder, lines, tiles, inputs, [ahead], sums, beside=beside)
+            tiles = [builder.add(place, I64(which * TILE_BYTES)) for which in range(num_tiles)]
+            return emit_lines(builder, tiles, inputs, [ahead], sums, beside=beside)
 
         before = [builder.load(one, align=4) for one in held]
         _, sums = loop(builder, begin, end, 1, before, step)
@@ -167,21 +163,20 @@ def _row_product(num_tiles: int) -> Any:
     """
 
     @intrinsic
-    def multiply(_context, header, weights, x, num_steps, out):
+    def multiply(_context, weights, x, num_steps, out):
         def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            header, weights, x, num_steps, out = arguments
-            machine, lines = Machine(builder), lines_of(builder, header)
+            weights, x, num_steps, out = arguments
+            machine = Machine(builder)
 
             def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
                 sums = list(held)
-                place = builder.add(weights, builder.mul(index, I64(lines.step_bytes)))
+                place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
                 inputs = builder.add(x, builder.mul(index, I64(64)))
                 for tile in range(num_tiles):
-                    begin = builder.add(place, I64(tile * lines.tile_bytes))
-                    for number, (weight,) in enumerate(lines.of_tiles(builder, [begin])):
-                        asked = lines.asked_at(number)
-                        if asked is not None:
-                            machine.prefetch_behind(builder.add(begin, I64(lines.step_bytes + asked)))
+                    begin = builder.add(place, I64(tile * TILE_BYTES))
+                    for number in range(LANES):
+                        weight = machine.line(begin, number)
+                        machine.prefetch_behind(builder.add(begin, I64(STEP_BYTES + LINE_BYTES * number)))
                         pair = machine.repeated(builder.add(inputs, I64(4 * number)))
                         # Two sums a tile, so that one needn't wait for the other.
                         own = 2 * tile + number % 2
@@ -195,11 +190,11 @@ def _row_product(num_tiles: int) -> Any:
                 builder.store(total, place, align=4)
             return I64(0)
 
-        return types.int64(*[types.int64] * 5), generate
+        return types.int64(*[types.int64] * 4), generate
 
     return multiply
 
 
-# Write the products of one row with the panel that begins at an address, or from other weights on with half
-# of it: 64 float32, or 32.
+# Write the products of one row with the panel, or the half of one, that begins at an address: 64 float32, or
+# 32.
 multiply_row, multiply_half_row = _row_product(_TILES_OF_PANEL), _row_product(_TILES_OF_PANEL // 2)

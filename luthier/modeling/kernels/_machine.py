@@ -26,7 +26,8 @@ binding.initialize_native_asmparser()
 VOID, I8 = ir.VoidType(), ir.IntType(8)
 SUMS, BITS = VECTOR, WIDE_BITS
 
-TILE_BYTES = 1024
+# A line of a tile is a pair of inputs for each of 16 outputs.
+TILE_BYTES, LINE_BYTES = 1024, 64
 # Of a panel and 32 inputs.
 STEP_BYTES = PANEL_OUTPUTS // TILE_ROWS * TILE_BYTES
 
@@ -110,6 +111,11 @@ class Machine:
         kind = ir.FunctionType(ir.LiteralStructType([SUMS] * outputs), [one.type for one in operands])
         made = self._builder.asm(kind, "; ".join(text), ",".join(constraints), operands, side_effect=False)
         return [self._builder.extract_value(made, number) for number in range(num_sums)]
+
+    def line(self, tile: ir.Value, number: int) -> ir.Value:
+        """Return a line of the tile that begins at an address."""
+        place = self._builder.add(tile, I64(LINE_BYTES * number))
+        return self._builder.load(self.pointer(place, BITS), align=4)
 
     def repeated(self, address: ir.Value) -> ir.Value:
         """Return a pair of bfloat16 in memory 16 times."""

@@ -14,8 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from luthier.modeling.kernels._lines import Lines
-from luthier.modeling.kernels._machine import BITS, SUMS, Machine
+from luthier.modeling.kernels._machine import BITS, LINE_BYTES, SUMS, TILE_BYTES, Machine
 from luthier.modeling.kernels._memory import HALVES, I64, LANES, Body, loop, rounded_bits, to_bfloat16
 
 # How many steps' weights, of 32 inputs each, are taken at a time, and how many before their use they are
@@ -26,7 +25,6 @@ _STEPS_TOGETHER = 4
 def emit_rows(
     builder: ir.IRBuilder,
     operands: tuple[ir.Value, ...],
-    lines: Lines,
     *,
     num_tiles: int,
     step_bytes: int,
@@ -72,14 +70,14 @@ def emit_rows(
                     machine.opaque(builder.add(first, builder.mul(stride, I64(number))))
                     for number in range(size)
                 ]
-                ahead = _places_ahead(builder, lines, row, num_rows, sizes[0], num_tiles, step_bytes)
+                ahead = _places_ahead(builder, row, num_rows, sizes[0], num_tiles, step_bytes)
 
                 def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                     place = builder.add(weights, builder.mul(index, I64(step_bytes)))
-                    tiles = [builder.add(place, I64(tile * lines.tile_bytes)) for tile in range(num_tiles)]
+                    tiles = [builder.add(place, I64(tile * TILE_BYTES)) for tile in range(num_tiles)]
                     inputs = [builder.add(start, builder.mul(index, I64(64))) for start in starts]
                     places_ahead = [builder.add(place, distance) for distance in ahead]
-                    return emit_lines(builder, lines, tiles, inputs, places_ahead, sums)
+                    return emit_lines(builder, tiles, inputs, places_ahead, sums)
 
                 places = [target_of(row, which, tile) for which in range(size) for tile in range(num_tiles)]
                 before = [builder.load(one, align=4) for one in places]
@@ -102,7 +100,6 @@ def emit_rows(
 
 def emit_lines(
     builder: ir.IRBuilder,
-    lines: Lines,
     tiles: list[ir.Value],
     inputs: list[ir.Value],
     ahead: list[ir.Value],
@@ -115,19 +112,18 @@ def emit_lines(
     Meanwhile a tile's weights are asked for from each of `ahead` on, and 16 lines from `beside` on.
     """
     machine = Machine(builder)
-    for number, weights in enumerate(lines.of_tiles(builder, tiles)):
-        asked = lines.asked_at(number)
-        for place in ahead if asked is not None else ():
-            machine.prefetch_behind(builder.add(place, I64(asked)))
+    for number in range(LANES):
+        weights = [machine.line(tile, number) for tile in tiles]
+        for place in ahead:
+            machine.prefetch_behind(builder.add(place, I64(LINE_BYTES * number)))
         if beside is not None:
-            machine.prefetch_behind(builder.add(beside, I64(64 * number)))
+            machine.prefetch_behind(builder.add(beside, I64(LINE_BYTES * number)))
         sums = machine.multiply_line(sums, inputs, 4 * number, weights)
     return sums
 
 
 def _places_ahead(
     builder: ir.IRBuilder,
-    lines: Lines,
     row: ir.Value,
     num_rows: ir.Value,
     size: int,
@@ -153,7 +149,7 @@ def _places_ahead(
     for tile in range(num_tiles):
         own = builder.add(first, I64(tile))
         own = builder.select(builder.icmp_signed("<", own, last), own, last)
-        places.append(builder.add(distance, builder.mul(own, I64(lines.tile_bytes))))
+        places.append(builder.add(distance, builder.mul(own, I64(TILE_BYTES))))
     return places
 
 

@@ -1,4 +1,4 @@
-"""The compiled product of a step's rows with a weight in tiles (_tiles.py), which may lie dense (dense.py).
+"""The compiled product of a step's rows with a weight in tiles (_tiles.py).
 
 A decode step has few rows and reads each weight once, so it takes as long as memory does. Panels of outputs
 are shared out among the threads, without a matrix unit halves of panels.
@@ -10,7 +10,6 @@ are shared out among the threads, without a matrix unit halves of panels.
 import numpy as np
 from numba import carray
 
-from luthier.modeling.kernels._dense import add_exceptions
 from luthier.modeling.kernels._features import HAS_UNIT
 from luthier.modeling.kernels._few_rows import (
     STEPS_TOGETHER,
@@ -28,7 +27,6 @@ from luthier.modeling.kernels._language import (
     open_table,
     share,
 )
-from luthier.modeling.kernels._lines import LIE_DENSE
 from luthier.modeling.kernels._machine import STEP_BYTES
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._tiles import (
@@ -41,14 +39,10 @@ from luthier.modeling.kernels._tiles import (
     release_tiles,
     sums_of_panel,
 )
-from luthier.modeling.kernels.dense import DENSE_STEP_BYTES, HEADER_BYTES
 from luthier.modeling.kernels.shapes import MOST_ROWS, PANEL_OUTPUTS, TILE_INPUTS, TILE_ROWS
 
 _BLOCK_ROWS = 2 * TILE_ROWS
-# What a panel begins with, and of 32 inputs its weights and half of these.
-_HEADER_BYTES = HEADER_BYTES if LIE_DENSE else 0
-_STEP_BYTES = DENSE_STEP_BYTES if LIE_DENSE else STEP_BYTES
-_HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, _STEP_BYTES // 2
+_HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, STEP_BYTES // 2
 _LANES = 16
 _LINE = 64
 
@@ -89,19 +83,16 @@ def _multiply_half(table, half, data):
     x_at, weight_at, out_at = table[5], table[6], table[7]
     sums_at, num_steps = sums_of_panel(), num_inputs // TILE_INPUTS
     x_stride, out_stride = num_inputs * 2, num_outputs * 2
-    header_at, own = weight_at + half // 2 * (_HEADER_BYTES + num_steps * _STEP_BYTES), half % 2
-    weights_at = header_at + _HEADER_BYTES + own * _HALF_BYTES
+    weights_at = weight_at + half // 2 * num_steps * STEP_BYTES + half % 2 * _HALF_BYTES
     num_columns = min(_HALF, num_outputs - half * _HALF)
     # It stays near the processor while all blocks of rows pass by.
     for row in range(0, num_rows, _BLOCK_ROWS):
         num_seen = min(_BLOCK_ROWS, num_rows - row)
         rows_at = x_at + row * x_stride
         if num_rows == 1:
-            multiply_half_row(header_at, weights_at, rows_at, num_steps, sums_at)
+            multiply_half_row(weights_at, rows_at, num_steps, sums_at)
         else:
-            multiply_half_panel(header_at, weights_at, rows_at, x_stride, num_steps, num_seen, sums_at)
-        if LIE_DENSE:
-            add_exceptions(header_at, own, own + 1, rows_at, x_stride, num_seen, sums_at)
+            multiply_half_panel(weights_at, rows_at, x_stride, num_steps, num_seen, sums_at)
         target_at = out_at + row * out_stride + half * _HALF * 2
         _write(sums_at, num_seen, _HALF, num_columns, target_at, out_stride, data)
 
@@ -153,16 +144,13 @@ def _multiply_by_pairs(table, data):
     may_ask = num_rows > MOST_ROWS and has_asked
     asked_at = addresses_of_steps() if may_ask else 0
     for panel in range(begin, end):
-        header_at = table[6] + panel * (_HEADER_BYTES + num_steps * _STEP_BYTES)
-        weights_at = header_at + _HEADER_BYTES
+        weights_at = table[6] + panel * num_steps * STEP_BYTES
         if may_ask:
             _fill_asked(table, panel - begin, end - begin, num_parts, asked_at, weights_at)
         if num_rows == 1:
-            multiply_row(header_at, weights_at, x_at, num_steps, sums_at)
+            multiply_row(weights_at, x_at, num_steps, sums_at)
         else:
-            multiply_panel(header_at, weights_at, x_at, x_stride, num_steps, num_rows, sums_at, asked_at)
-        if LIE_DENSE:
-            add_exceptions(header_at, 0, 2, x_at, x_stride, num_rows, sums_at)
+            multiply_panel(weights_at, x_at, x_stride, num_steps, num_rows, sums_at, asked_at)
         column = panel * PANEL_OUTPUTS
         num_columns = min(PANEL_OUTPUTS, num_outputs - column)
         _write(sums_at, num_rows, PANEL_OUTPUTS, num_columns, table[7] + column * 2, out_stride, data)
@@ -184,10 +172,10 @@ def _multiply_by_unit(table, data):
         configure_tiles(whole_at if num_blocks > 1 else whole_at + 64)
     begin, end = share(table, (num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS)
     for panel in range(begin, end):
-        weights_at, column = table[6] + panel * num_steps * _STEP_BYTES, panel * PANEL_OUTPUTS
+        weights_at, column = table[6] + panel * num_steps * STEP_BYTES, panel * PANEL_OUTPUTS
         num_columns = min(PANEL_OUTPUTS, num_outputs - column)
         if num_rows == 1:
-            multiply_row(0, weights_at, x_at, num_steps, sums_at)
+            multiply_row(weights_at, x_at, num_steps, sums_at)
             _write(sums_at, 1, PANEL_OUTPUTS, num_columns, out_at + column * 2, out_stride, data)
             continue
         # Half a panel stays near the processor while all blocks of rows pass by.
@@ -203,10 +191,10 @@ def _multiply_by_unit(table, data):
                 num_seen = rest if is_last else _BLOCK_ROWS
                 if num_seen > TILE_ROWS:
                     half_at, target_at = weights_at + half * _HALF_BYTES, target_at + first_column * 2
-                    multiply_half_panel(0, half_at, rows_at, x_stride, num_steps, num_seen, sums_at)
+                    multiply_half_panel(half_at, rows_at, x_stride, num_steps, num_seen, sums_at)
                     _write(sums_at, num_seen, _HALF, half_columns, target_at, out_stride, data)
                 elif half == 0:
-                    multiply_panel(0, weights_at, rows_at, x_stride, num_steps, num_seen, sums_at, 0)
+                    multiply_panel(weights_at, rows_at, x_stride, num_steps, num_seen, sums_at, 0)
                     _write(sums_at, num_seen, PANEL_OUTPUTS, num_columns, target_at, out_stride, data)
                 if is_last and has_shorter:
                     configure_tiles(whole_at)

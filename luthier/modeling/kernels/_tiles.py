@@ -4,8 +4,8 @@ A tile is 16 rows of 64 bytes in a register of the processor's matrix unit (Inte
 in panels of 64 outputs, [O/64, K/32, 4, 16, 16, 2]: of a panel and 32 inputs four tiles of 16 outputs, of a
 tile 16 pairs of inputs, of a pair 16 outputs. So it is read from its begin to its end. A processor without a
 matrix unit, but with products of pairs (AVX-512 BF16), reads the same order a line of 16 outputs at a time
-(_few_rows.py, _pairs.py), where it can from lines that lie dense (_lines.py). All addresses are int64 and all
-strides bytes. LLVM makes these instructions only where the processor has them.
+(_few_rows.py, _pairs.py). All addresses are int64 and all strides bytes. LLVM makes these instructions only
+where the processor has them.
 """
 
 # What an intrinsic takes is in its arguments, which only the generated code reads.
@@ -21,7 +21,6 @@ from numba.extending import intrinsic
 
 from luthier.modeling.kernels._features import HAS_UNIT
 from luthier.modeling.kernels._few_rows import emit_few_rows
-from luthier.modeling.kernels._lines import PlainLines, lines_of
 from luthier.modeling.kernels._machine import (
     I8,
     STEP_BYTES,
@@ -89,7 +88,7 @@ def release_tiles(_context):
 
 
 @intrinsic
-def multiply_panel(_context, header, weights, x, stride, num_steps, num_rows, out, asked):
+def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out, asked):
     """Write the products of up to 16 rows with the panel that begins at an address, float32 [rows, 64];
     steps are of 32 inputs.
 
@@ -100,7 +99,7 @@ def multiply_panel(_context, header, weights, x, stride, num_steps, num_rows, ou
         if not HAS_UNIT:
             emit_few_rows(builder, arguments)
             return I64(0)
-        _, weights, x, stride, num_steps, _, out, _ = arguments
+        weights, x, stride, num_steps, _, out, _ = arguments
         machine = Machine(builder)
         for tile in range(4):
             machine.zero(tile)
@@ -119,7 +118,7 @@ def multiply_panel(_context, header, weights, x, stride, num_steps, num_rows, ou
             machine.store(tile, builder.add(out, I64(tile * 64)), PANEL_OUTPUTS * 4)
         return I64(0)
 
-    return types.int64(*[types.int64] * 8), generate
+    return types.int64(*[types.int64] * 7), generate
 
 
 @intrinsic
@@ -129,7 +128,7 @@ def multiply_tile(_context, weights, x, stride, num_steps, num_rows, out):
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         if not HAS_UNIT:
             widths = {"num_tiles": 1, "step_bytes": TILE_BYTES, "out_stride": 64}
-            emit_rows(builder, arguments, PlainLines(), **widths, sizes=(16, 4, 1))
+            emit_rows(builder, arguments, **widths, sizes=(16, 4, 1))
             return I64(0)
         weights, x, stride, num_steps, _, out = arguments
         machine = Machine(builder)
@@ -157,7 +156,7 @@ def multiply_four_blocks(_context, weights, x, stride, num_steps, out):
         if not HAS_UNIT:
             operands = (weights, x, stride, num_steps, I64(4 * TILE_ROWS), out)
             widths = {"num_tiles": 1, "step_bytes": TILE_BYTES, "out_stride": 64}
-            emit_rows(builder, operands, PlainLines(), **widths, sizes=(16,))
+            emit_rows(builder, operands, **widths, sizes=(16,))
             return I64(0)
         machine = Machine(builder)
         starts = [builder.add(x, builder.mul(stride, I64(TILE_ROWS * tile))) for tile in range(4)]
@@ -181,17 +180,16 @@ def multiply_four_blocks(_context, weights, x, stride, num_steps, out):
 
 
 @intrinsic
-def multiply_half_panel(_context, header, weights, x, stride, num_steps, num_rows, out):
+def multiply_half_panel(_context, weights, x, stride, num_steps, num_rows, out):
     """Write the products of 17 to 32 rows with half of the panel that begins at an address, float32
     [rows, 32]; without a matrix unit of any number of rows up to that."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         if not HAS_UNIT:
-            lines = lines_of(builder, arguments[0])
-            widths = {"num_tiles": 2, "step_bytes": lines.step_bytes, "out_stride": 128}
-            emit_rows(builder, arguments[1:], lines, **widths, sizes=(8, 4, 1))
+            widths = {"num_tiles": 2, "step_bytes": STEP_BYTES, "out_stride": 128}
+            emit_rows(builder, arguments, **widths, sizes=(8, 4, 1))
             return I64(0)
-        _, weights, x, stride, num_steps, _, out = arguments
+        weights, x, stride, num_steps, _, out = arguments
         machine = Machine(builder)
         for tile in range(4):
             machine.zero(tile)
@@ -214,4 +212,4 @@ def multiply_half_panel(_context, header, weights, x, stride, num_steps, num_row
             machine.store(tile, builder.add(out, I64(first)), 128)
         return I64(0)
 
-    return types.int64(*[types.int64] * 7), generate
+    return types.int64(*[types.int64] * 6), generate

@@ -2,7 +2,7 @@
 
 Read at the speed of memory, which a decode step's products take as long as. A matrix unit is used where there
 is one; its instructions need a permission that Linux gives a process once (Documentation/arch/x86/xstate.rst,
-"Using dynamic features"). Elsewhere weights lie dense if the processor can read them so (dense.py).
+"Using dynamic features").
 
 Legend: N rows, K inputs, O outputs.
 """
@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from luthier.modeling import kernels
 from luthier.modeling.kernels._threads import Launcher
-from luthier.modeling.kernels.dense import dense_bytes, lay_dense
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.panel_products import come_out_right
 from luthier.modeling.kernels.shapes import PANEL_OUTPUTS, TILE_INPUTS
@@ -37,7 +36,6 @@ class TiledWeight:
     Raises:
         RuntimeError: where there are no such products, by `has_tiles`.
         ValueError: when the memory is not so many bytes, or does not begin at a multiple of 64.
-        UnevenWeightError: when it would not gain by lying dense; nothing was written.
     """
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
@@ -49,15 +47,10 @@ class TiledWeight:
         if memory.data_ptr() % _LINE:
             raise ValueError(f"Memory for a weight in tiles begins at a multiple of {_LINE} bytes.")
         self._memory = memory
-        # Of a weight that lies dense, which points to them.
-        self.exceptions_E = torch.empty(0, dtype=torch.int64)
-        if lie_dense():
-            self.exceptions_E = lay_dense(weight_OK, memory)
-        else:
-            missing = -self.num_outputs % PANEL_OUTPUTS
-            filled = functional.pad(weight_OK, (0, 0, 0, missing)) if missing else weight_OK
-            parts = filled.view(-1, 4, 16, self.num_inputs // TILE_INPUTS, 16, 2).permute(0, 3, 1, 4, 2, 5)
-            memory.view(torch.bfloat16).view(parts.shape).copy_(parts)
+        missing = -self.num_outputs % PANEL_OUTPUTS
+        filled = functional.pad(weight_OK, (0, 0, 0, missing)) if missing else weight_OK
+        parts = filled.view(-1, 4, 16, self.num_inputs // TILE_INPUTS, 16, 2).permute(0, 3, 1, 4, 2, 5)
+        memory.view(torch.bfloat16).view(parts.shape).copy_(parts)
         self._launcher = Launcher(kernels.compiled_address("tile_product", torch.bfloat16))
 
     def times(
@@ -85,8 +78,6 @@ class TiledWeight:
 def tiled_bytes(weight_OK: torch.Tensor) -> int:
     """Return the memory of a weight in tiles."""
     num_outputs, num_inputs = weight_OK.shape
-    if lie_dense():
-        return dense_bytes(num_outputs, num_inputs)
     return -(-num_outputs // PANEL_OUTPUTS) * PANEL_OUTPUTS * num_inputs * 2
 
 
@@ -94,14 +85,6 @@ def can_tile(weight_OK: torch.Tensor) -> bool:
     """Whether a weight can be laid out so here."""
     has_shape = weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % TILE_INPUTS == 0
     return has_shape and weight_OK.device.type == "cpu" and has_tiles()
-
-
-@cache
-def lie_dense() -> bool:
-    """Whether weights in tiles lie dense here; only where there are such."""
-    from luthier.modeling.kernels._lines import LIE_DENSE
-
-    return LIE_DENSE
 
 
 @cache
@@ -130,15 +113,7 @@ def has_tiles() -> bool:
 def _largest_gap(num_rows: int) -> float:
     """Return by how much a product of random numbers is off, as a share of what its parts come to."""
     generator = torch.Generator().manual_seed(num_rows)
-    shape = (80, 5 * TILE_INPUTS)
-    # Seven upper bytes of either sign, and any lower ones. Of the great numbers' two, one has a code where
-    # weights lie dense, and the other's are exceptions, in whatever tile: no sum is right without them.
-    exponents = torch.randint(-13, 1, shape, generator=generator)
-    fractions = 1 + torch.randint(0, 128, shape, generator=generator) / 128
-    weight_OK = torch.randn(shape, generator=generator).sign() * fractions * 2.0**exponents
-    places = torch.arange(7, weight_OK.numel(), 397)
-    weight_OK.view(-1)[places] = torch.where(places % 2 == 0, 96.0, -96.0)
-    weight_OK = weight_OK.bfloat16()
+    weight_OK = torch.randn(80, 5 * TILE_INPUTS, generator=generator).bfloat16()
     x_NK = torch.randn(num_rows, 5 * TILE_INPUTS, generator=generator).bfloat16()
     expected_NO = functional.linear(x_NK.float(), weight_OK.float())
     parts_NO = functional.linear(x_NK.float().abs(), weight_OK.float().abs())

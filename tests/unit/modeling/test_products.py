@@ -102,36 +102,6 @@ def test_pairs_give_what_a_matrix_unit_gives_where_it_is_left_out(tmp_path: Path
     _run(code, tmp_path / "cache", NUMBA_CPU_FEATURES=left)
 
 
-@pytest.mark.skipif(
-    not (can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)) and products.lie_dense()),
-    reason="weights lie plain here anyway",
-)
-@pytest.mark.parametrize("num_outputs", [100, 200])
-def test_plain_lines_give_what_dense_ones_give(tmp_path: Path, num_outputs: int) -> None:
-    """On processors that can't look 64 bytes up at once the same code reads weights as they are."""
-    weight_OK, rows = draw(num_outputs, 160), (1, 5, 8, 13, 16, 37)
-    given = [
-        (x_NK, TiledWeight(weight_OK).times(x_NK, torch.zeros(len(x_NK), num_outputs).bfloat16()))
-        for x_NK in (draw(count, 160, seed=count) for count in rows)
-    ]
-    torch.save((weight_OK, given), tmp_path / "given.pt")
-    code = (
-        "import torch\n"
-        "from luthier.modeling.kernels._lines import LIE_DENSE\n"
-        "from luthier.modeling.kernels.products import TiledWeight\n"
-        "assert not LIE_DENSE\n"
-        f"weight, given = torch.load({str(tmp_path / 'given.pt')!r})\n"
-        "for count in (1, 2):\n"
-        "    torch.set_num_threads(count)\n"
-        "    for x, expected in given:\n"
-        "        found = TiledWeight(weight).times(x, torch.zeros_like(expected))\n"
-        "        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)\n"
-    )
-    host = get_host_cpu_features().split(",")
-    left = ",".join("-avx512vbmi" if name == "+avx512vbmi" else name for name in host)
-    _run(code, tmp_path / "cache", NUMBA_CPU_FEATURES=left)
-
-
 @needs_tiles
 @pytest.mark.parametrize("num_rows", [1, 8, 13, 20, 40])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
