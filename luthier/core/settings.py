@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     )
     inference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: float32 on a CPU, bfloat16 on a GPU; bfloat16 is much faster on a CPU with AMX or "
+        description="auto: float32 on a CPU, bfloat16 on a GPU; bfloat16 is much faster on a CPU with "
         "AVX-512 BF16.",
     )
     inference_max_whole_models_bytes: int = Field(

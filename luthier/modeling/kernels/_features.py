@@ -16,5 +16,5 @@ def has_feature(name: str) -> bool:
 
 # Whether products of pairs of bfloat16 can be made here, and 16 numbers be rounded to it at once.
 HAS_PAIRS = has_feature("avx512bf16")
-# Whether there is a matrix unit (products.py).
+# Whether there is a matrix unit (Intel AMX), which oneDNN's products use.
 HAS_UNIT = has_feature("amx-tile") and has_feature("amx-bf16")

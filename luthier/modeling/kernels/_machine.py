@@ -1,4 +1,4 @@
-"""The processor's own instructions, as LLVM names them or as text: for matrix tiles and pairs of bfloat16."""
+"""The processor's own instructions, as LLVM names them or as text: for pairs of bfloat16."""
 
 from typing import Any
 
@@ -55,24 +55,6 @@ class Machine:
 
     def pointer(self, address: ir.Value, held: ir.Type = I8) -> ir.Value:
         return self._builder.inttoptr(address, held.as_pointer())
-
-    def configure(self, address: ir.Value) -> None:
-        self._call("llvm.x86.ldtilecfg", VOID, self.pointer(address))
-
-    def release(self) -> None:
-        self._call("llvm.x86.tilerelease", VOID)
-
-    def zero(self, tile: int) -> None:
-        self._call("llvm.x86.tilezero", VOID, I8(tile))
-
-    def load(self, tile: int, address: ir.Value, stride: ir.Value) -> None:
-        self._call("llvm.x86.tileloadd64", VOID, I8(tile), self.pointer(address), stride)
-
-    def store(self, tile: int, address: ir.Value, stride: int) -> None:
-        self._call("llvm.x86.tilestored64", VOID, I8(tile), self.pointer(address), I64(stride))
-
-    def multiply(self, sums: int, rows: int, weights: int) -> None:
-        self._call("llvm.x86.tdpbf16ps", VOID, I8(sums), I8(rows), I8(weights))
 
     def multiply_pairs(self, sums: ir.Value, weights: ir.Value, pair: ir.Value) -> ir.Value:
         weights, pair = (self._builder.bitcast(one, _PAIRS) for one in (weights, pair))

@@ -1,16 +1,14 @@
 """The compiled product of a step's rows with a weight in tiles (_tiles.py).
 
 A decode step has few rows and reads each weight once, so it takes as long as memory does. Panels of outputs
-are shared out among the threads, without a matrix unit halves of panels.
+are shared out among the threads in halves.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
-import numpy as np
 from numba import carray
 
-from luthier.modeling.kernels._features import HAS_UNIT
 from luthier.modeling.kernels._few_rows import (
     STEPS_TOGETHER,
     multiply_half_row,
@@ -21,7 +19,6 @@ from luthier.modeling.kernels._language import (
     at,
     at_float32,
     at_int64,
-    at_uint8,
     inlined,
     narrow,
     open_table,
@@ -31,12 +28,9 @@ from luthier.modeling.kernels._machine import STEP_BYTES
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._tiles import (
     MOST_ADDRESSES,
-    PANEL_SUMS,
     addresses_of_steps,
-    configure_tiles,
     multiply_half_panel,
     multiply_panel,
-    release_tiles,
     sums_of_panel,
 )
 from luthier.modeling.kernels.shapes import MOST_ROWS, PANEL_OUTPUTS, TILE_INPUTS, TILE_ROWS
@@ -45,21 +39,6 @@ _BLOCK_ROWS = 2 * TILE_ROWS
 _HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, STEP_BYTES // 2
 _LANES = 16
 _LINE = 64
-
-
-@inlined
-def describe_tiles(shape_at, num_rows):
-    """Write the shapes of tiles, 64 bytes a row, for a block of up to 32 rows."""
-    shape = carray(at_uint8(shape_at), 64)
-    for i in range(64):
-        shape[i] = np.uint8(0)
-    upper, lower = min(num_rows, TILE_ROWS), num_rows - TILE_ROWS
-    shape[0] = np.uint8(1)
-    for tile in range(8):
-        shape[16 + 2 * tile] = np.uint8(64)
-        # Tiles of sums 0 to 3 and of rows 4 and 5; the others hold weights. Up to 16 rows use 0 to 4.
-        is_lower = tile in (2, 3, 5) and num_rows > TILE_ROWS
-        shape[48 + tile] = np.uint8(TILE_ROWS if tile >= 6 else lower if is_lower else upper)
 
 
 @inlined
@@ -78,7 +57,7 @@ def _write(sums_at, num_rows, width, num_columns, out_at, out_stride, data):
 
 @inlined
 def _multiply_half(table, half, data):
-    """Write the products of any number of rows with half a panel, without a matrix unit."""
+    """Write the products of any number of rows with half a panel."""
     num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
     x_at, weight_at, out_at = table[5], table[6], table[7]
     sums_at, num_steps = sums_of_panel(), num_inputs // TILE_INPUTS
@@ -121,13 +100,16 @@ def _fill_asked(table, panel, num_panels, num_parts, asked_at, otherwise):
             asked[part] = region[0] + region[1] * (place - begin) // (end - begin) // _LINE * _LINE
 
 
-@inlined
-def _multiply_by_pairs(table, data):
-    """Write the products of any number of rows without a matrix unit.
+@Kernel
+def tile_product(data):
+    """Write x [N, K] times a weight [O, K]; K is a multiple of 32. Only for bfloat16.
 
     Halves of panels are shared out, so that no thread waits for another's last panel. A thread multiplies
-    those that are whole as one, but more than 16 rows with each half by itself.
+    those that are whole as one, but more than 16 rows with each half by itself. Of 9 to 16 rows the table
+    may have the address of the rows' adapters, and the entry of their tables at which is what the next kernel
+    reads of them; it is asked for meanwhile.
     """
+    table = open_table(data)
     num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
     x_at, sums_at, num_steps = table[5], sums_of_panel(), num_inputs // TILE_INPUTS
     x_stride, out_stride = num_inputs * 2, num_outputs * 2
@@ -154,63 +136,3 @@ def _multiply_by_pairs(table, data):
         column = panel * PANEL_OUTPUTS
         num_columns = min(PANEL_OUTPUTS, num_outputs - column)
         _write(sums_at, num_rows, PANEL_OUTPUTS, num_columns, table[7] + column * 2, out_stride, data)
-
-
-@inlined
-def _multiply_by_unit(table, data):
-    """Write the products of any number of rows by a matrix unit."""
-    num_rows, num_inputs, num_outputs = table[2], table[3], table[4]
-    x_at, out_at, sums_at = table[5], table[7], sums_of_panel()
-    whole_at = sums_at + PANEL_SUMS * 4
-    num_steps, x_stride, out_stride = num_inputs // TILE_INPUTS, num_inputs * 2, num_outputs * 2
-    num_blocks = (num_rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS
-    rest = num_rows - (num_blocks - 1) * _BLOCK_ROWS
-    describe_tiles(whole_at, _BLOCK_ROWS)
-    describe_tiles(whole_at + 64, rest)
-    has_shorter = num_blocks > 1 and rest < _BLOCK_ROWS
-    if num_rows > 1:
-        configure_tiles(whole_at if num_blocks > 1 else whole_at + 64)
-    begin, end = share(table, (num_outputs + PANEL_OUTPUTS - 1) // PANEL_OUTPUTS)
-    for panel in range(begin, end):
-        weights_at, column = table[6] + panel * num_steps * STEP_BYTES, panel * PANEL_OUTPUTS
-        num_columns = min(PANEL_OUTPUTS, num_outputs - column)
-        if num_rows == 1:
-            multiply_row(weights_at, x_at, num_steps, sums_at)
-            _write(sums_at, 1, PANEL_OUTPUTS, num_columns, out_at + column * 2, out_stride, data)
-            continue
-        # Half a panel stays near the processor while all blocks of rows pass by.
-        for half in range(2):
-            first_column = half * _HALF
-            half_columns = min(_HALF, max(num_columns - first_column, 0))
-            for block in range(num_blocks):
-                first = block * _BLOCK_ROWS
-                rows_at, target_at = x_at + first * x_stride, out_at + first * out_stride + column * 2
-                is_last = block == num_blocks - 1
-                if is_last and has_shorter:
-                    configure_tiles(whole_at + 64)
-                num_seen = rest if is_last else _BLOCK_ROWS
-                if num_seen > TILE_ROWS:
-                    half_at, target_at = weights_at + half * _HALF_BYTES, target_at + first_column * 2
-                    multiply_half_panel(half_at, rows_at, x_stride, num_steps, num_seen, sums_at)
-                    _write(sums_at, num_seen, _HALF, half_columns, target_at, out_stride, data)
-                elif half == 0:
-                    multiply_panel(weights_at, rows_at, x_stride, num_steps, num_seen, sums_at, 0)
-                    _write(sums_at, num_seen, PANEL_OUTPUTS, num_columns, target_at, out_stride, data)
-                if is_last and has_shorter:
-                    configure_tiles(whole_at)
-    if num_rows > 1:
-        release_tiles()
-
-
-@Kernel
-def tile_product(data):
-    """Write x [N, K] times a weight [O, K]; K is a multiple of 32. Only for bfloat16.
-
-    Of 9 to 16 rows without a matrix unit: the table may have the address of the rows' adapters, and the
-    entry of their tables at which stands what the next kernel reads of them; it is asked for meanwhile.
-    """
-    table = open_table(data)
-    if HAS_UNIT:
-        _multiply_by_unit(table, data)
-    else:
-        _multiply_by_pairs(table, data)

@@ -1,4 +1,4 @@
-"""The compiled attention of stretches of tokens to all of their sequences so far, in tiles or pairs.
+"""The compiled attention of stretches of tokens to all of their sequences so far, in pairs.
 
 Keys are taken some at a time and the sums are rescaled as larger scores come (Milakov and Gimelshein 2018,
 arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135), so nothing grows with the sequence. Queries are the
@@ -33,13 +33,9 @@ from luthier.modeling.kernels._language import (
     thread_number,
 )
 from luthier.modeling.kernels._machine import TILE_BYTES
-from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
-    PANEL_SUMS,
-    configure_tiles,
     multiply_four_blocks,
     multiply_tile,
-    release_tiles,
     sums_of_panel,
 )
 from luthier.modeling.kernels._vectors import ask_behind
@@ -226,8 +222,6 @@ def attend_stretches(data):
     factors_at = last_at + ATTENTION_BLOCKS * _QUERIES * 8
     factors = carray(at_float32(factors_at), _QUERIES)
     sums_at = sums_of_panel()
-    describe_tiles(sums_at + PANEL_SUMS * 4, 16)
-    configure_tiles(sums_at + PANEL_SUMS * 4)
     begin, end = share(table, num_stretches * num_kv_heads * num_parts)
     for item in range(begin, end):
         part, head = item % num_parts, (item // num_parts % num_kv_heads, num_kv_heads)
@@ -281,4 +275,3 @@ def attend_stretches(data):
             _write_mixed(
                 mixed_at, state_at, some, num_some, heads, first_row, num_kv_heads, queries_at, out_at, data
             )
-    release_tiles()

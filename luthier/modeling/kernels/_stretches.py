@@ -1,4 +1,4 @@
-"""The compiled low-rank updates of stretches of tokens, each with an adapter of its own, in tiles or pairs.
+"""The compiled low-rank updates of stretches of tokens, each with an adapter of its own, in pairs.
 
 An adapter lies as the kernels of single rows read it (served_rows.py). Its ranks are laid into tiles as they
 are used, which costs less than one block of 16 tokens; its outputs are read as they lie. Pairs of a stretch
@@ -21,12 +21,8 @@ from luthier.modeling.kernels._language import (
 from luthier.modeling.kernels._pair_updates import add_pairs_to_rows
 from luthier.modeling.kernels._pairs import round_lanes
 from luthier.modeling.kernels._panel_blocks import lay_pairs
-from luthier.modeling.kernels._products import describe_tiles
 from luthier.modeling.kernels._tiles import (
-    PANEL_SUMS,
-    configure_tiles,
     multiply_tile,
-    release_tiles,
     sums_of_panel,
 )
 from luthier.modeling.kernels.served_rows import STRETCH_BLOCK, STRETCH_RANK
@@ -49,14 +45,12 @@ def _lay_ranks(a_at, num_ranks, size, tiles_at):
 
 
 @inlined
-def _fill_middle(a_at, num_ranks, size, x_at, num_tokens, whole_at, tiles_at, sums_at, middle_at, width):
+def _fill_middle(a_at, num_ranks, size, x_at, num_tokens, tiles_at, sums_at, middle_at, width):
     """Write the products of up to `STRETCH_BLOCK` tokens with all ranks; 16 ranks at a time."""
     for first_rank in range(0, width, TILE_ROWS):
         _lay_ranks(a_at + first_rank * size * 2, min(TILE_ROWS, num_ranks - first_rank), size, tiles_at)
         for row in range(0, num_tokens, TILE_ROWS):
             num_rows = min(TILE_ROWS, num_tokens - row)
-            if row == 0 or num_rows < TILE_ROWS:
-                configure_tiles(whole_at if num_rows == TILE_ROWS else whole_at + 64)
             rows_at = x_at + row * size * 2
             multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, num_rows, sums_at)
             for i in range(num_rows):
@@ -75,8 +69,6 @@ def add_low_rank_stretches(data):
     middle_at = table[11] + thread_number(table) * table[12] * 4
     tiles_at = middle_at + _MIDDLE_BYTES
     sums_at = sums_of_panel()
-    whole_at = sums_at + PANEL_SUMS * 4
-    describe_tiles(whole_at, TILE_ROWS)
     begin, end = share(table, num_stretches * num_sites)
     for item in range(begin, end):
         number, site = item // num_sites, item % num_sites
@@ -89,16 +81,13 @@ def add_low_rank_stretches(data):
         middle_width = (num_ranks + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
         for first in range(0, stretches[number, 2], STRETCH_BLOCK):
             num_tokens = min(STRETCH_BLOCK, stretches[number, 2] - first)
-            token, rest = stretches[number, 1] + first, num_tokens % TILE_ROWS
-            if rest != 0:
-                describe_tiles(whole_at + 64, rest)
+            token = stretches[number, 1] + first
             rows_at = x_at + token * size * 2
             _fill_middle(
-                entries[0], num_ranks, size, rows_at, num_tokens, whole_at, tiles_at, sums_at,
+                entries[0], num_ranks, size, rows_at, num_tokens, tiles_at, sums_at,
                 middle_at, middle_width,
             )  # fmt: skip
             add_pairs_to_rows(
                 entries[1], num_ranks, middle_at, middle_width * 2, num_tokens,
                 out_at + (token * width + column) * 2, width * 2, num_outputs, entries[3], 0,
             )  # fmt: skip
-    release_tiles()

@@ -1,14 +1,10 @@
-"""Products with weights in tiles, on processors with products of pairs of bfloat16.
+"""Products with weights in tiles, on processors with products of pairs of bfloat16 (AVX-512 BF16).
 
-Read at the speed of memory, which a decode step's products take as long as. A matrix unit is used where there
-is one; its instructions need a permission that Linux gives a process once (Documentation/arch/x86/xstate.rst,
-"Using dynamic features").
+Read at the speed of memory, which a decode step's products take as long as.
 
 Legend: N rows, K inputs, O outputs.
 """
 
-import ctypes
-import logging
 from functools import cache
 
 import torch
@@ -20,10 +16,7 @@ from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.panel_products import come_out_right
 from luthier.modeling.kernels.shapes import PANEL_OUTPUTS, TILE_INPUTS
 
-_LOG = logging.getLogger(__name__)
 _LINE = 64
-# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) by its number on x86-64.
-_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 
 
 class TiledWeight:
@@ -39,8 +32,8 @@ class TiledWeight:
     """
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
-        if not _may_use_tiles():
-            raise RuntimeError("This processor or system has no products of bfloat16 pairs for this process.")
+        if not kernels.has_pairs():
+            raise RuntimeError("This processor has no products of bfloat16 pairs.")
         self.num_outputs, self.num_inputs = weight_OK.shape
         if memory is None:
             memory = take_large(tiled_bytes(weight_OK))
@@ -88,25 +81,10 @@ def can_tile(weight_OK: torch.Tensor) -> bool:
 
 
 @cache
-def _may_use_tiles() -> bool:
-    """Whether the kernels' processor has the instructions and the system lets this process use its unit."""
-    if not kernels.is_compiled(torch.empty(1)):
-        return False
-    from luthier.modeling.kernels._features import HAS_PAIRS, HAS_UNIT
-
-    if not HAS_PAIRS:
-        return False
-    if HAS_UNIT and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA) != 0:
-        _LOG.warning("The system does not let this process use matrix tiles; other products run, slower.")
-        return False
-    return True
-
-
-@cache
 def has_tiles() -> bool:
-    """Whether products in this layout run here: processor and system let them, and some come out right."""
-    return _may_use_tiles() and come_out_right(
-        "Products of tiles or pairs", map(_largest_gap, (1, 3, 7, 8, 13, 21, 40)), largest=2**-8
+    """Whether products in this layout run here: the processor has them, and some come out right."""
+    return kernels.has_pairs() and come_out_right(
+        "Products of pairs", map(_largest_gap, (1, 3, 7, 8, 13, 21, 40)), largest=2**-8
     )
 
 

@@ -1,14 +1,7 @@
 """Products in the layout of tiles are the plain ones; where a processor has none, other products run."""
 
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from numba.core.codegen import get_host_cpu_features
 
 from luthier.modeling.kernels import products
 from luthier.modeling.kernels.page_memory import take_large
@@ -57,49 +50,6 @@ def test_what_is_asked_for_meanwhile_changes_no_product(num_outputs: int, num_in
         tiled.times(x_NK, plain_NO)
         tiled.times(x_NK, found_NO, (addresses_N.data_ptr(), 1))
         assert torch.equal(found_NO, plain_NO)
-
-
-def _run(code: str, folder: Path, **variables: str) -> None:
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)} | variables
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions are those of x86-64")
-def test_the_code_for_a_matrix_unit_is_compiled_on_any_processor(tmp_path: Path) -> None:
-    code = (
-        "import torch\n"
-        "from luthier.modeling import kernels\n"
-        "from luthier.modeling.kernels._features import HAS_UNIT\n"
-        "assert HAS_UNIT\n"
-        "for name in kernels.TILED:\n"
-        "    assert kernels.compiled_address(name, torch.bfloat16)\n"
-    )
-    features = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "amx-tile", "amx-bf16", "fma"]
-    asked = ",".join(f"+{name}" for name in features)
-    _run(code, tmp_path, NUMBA_CPU_NAME="sapphirerapids", NUMBA_CPU_FEATURES=asked)
-
-
-@pytest.mark.skipif(
-    not (can_tile(torch.zeros(1, 32, dtype=torch.bfloat16)) and "+amx-bf16" in get_host_cpu_features()),
-    reason="the processor has no matrix unit to leave out",
-)
-@pytest.mark.parametrize("num_rows", [1, 5, 8, 13, 37])
-def test_pairs_give_what_a_matrix_unit_gives_where_it_is_left_out(tmp_path: Path, num_rows: int) -> None:
-    weight_OK, x_NK = draw(100, 160), draw(num_rows, 160, seed=1)
-    out_NO = torch.zeros(num_rows, 100, dtype=torch.bfloat16)
-    torch.save((weight_OK, x_NK, TiledWeight(weight_OK).times(x_NK, out_NO)), tmp_path / "given.pt")
-    code = (
-        "import pathlib, sys, torch\n"
-        "from luthier.modeling.kernels._features import HAS_UNIT\n"
-        "from luthier.modeling.kernels.products import TiledWeight\n"
-        "assert not HAS_UNIT\n"
-        f"weight, x, expected = torch.load({str(tmp_path / 'given.pt')!r})\n"
-        "found = TiledWeight(weight).times(x, torch.zeros_like(expected))\n"
-        "torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)\n"
-    )
-    host = get_host_cpu_features().split(",")
-    left = ",".join(f"-{name[1:]}" if name.startswith("+amx") else name for name in host)
-    _run(code, tmp_path / "cache", NUMBA_CPU_FEATURES=left)
 
 
 @needs_tiles
