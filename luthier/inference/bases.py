@@ -25,7 +25,6 @@ from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.trials import Trial
 from luthier.inference.weights import load_weights
-from luthier.modeling.alike import Layouts
 from luthier.modeling.kernels.choosing import prepare_choices
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.kernels.serving import CompiledOps
@@ -40,8 +39,7 @@ _LOG = logging.getLogger(__name__)
 class PackedWeights:
     """Weights that are laid out for serving, and the rows that run on them.
 
-    `folder` and `shape` are those of the files that they were read from; `spare` is memory for adapters, and
-    `layouts` are how those lay that there were lately.
+    `folder` and `shape` are those of the files that they were read from; `spare` is memory for adapters.
     """
 
     lane: Lane
@@ -49,7 +47,6 @@ class PackedWeights:
     shape: BaseShape
     logits_V: torch.Tensor
     spare: SpareMemory = field(default_factory=SpareMemory)
-    layouts: Layouts = field(default_factory=Layouts)
 
 
 @dataclass(eq=False)

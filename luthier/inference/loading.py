@@ -7,12 +7,11 @@ Legend: `V` vocabulary.
 """
 
 import asyncio
-import hashlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -26,7 +25,7 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
-from luthier.inference.mapped_file import address_of, map_file
+from luthier.inference.mapped_file import map_file
 from luthier.inference.probing import Text, probe
 from luthier.inference.proofs import (
     check_base,
@@ -37,12 +36,11 @@ from luthier.inference.proofs import (
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.trials import Trial
 from luthier.inference.weights import in_turn, load_weights
-from luthier.inference.weights_file import header_of, tensors_of
+from luthier.inference.weights_file import tensors_of
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
-from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
+from luthier.methods._peft import WEIGHTS_NAME
 from luthier.methods._served import ServedParts
-from luthier.modeling.alike import Layout
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
 from luthier.modeling.packed_llama import can_pack_llama
 
@@ -126,9 +124,6 @@ async def load(
             ready = ReadyModel(served, lane=packed.lane, adapter=laid.adapter, trial=trial)
             on_laid(ready)
             await _try_out(engine, packed.lane, trial)
-            if laid.layout is not None:
-                # Not before: it was made of what may have been no adapter.
-                packed.layouts.keep(laid.key, laid.layout)
             return ready
         if served.base.slots is None:
             async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
@@ -214,12 +209,10 @@ async def _try_out(engine: EngineLike, lane: Lane, trial: Trial) -> None:
 
 @dataclass(frozen=True)
 class _Laid:
-    """An adapter, what training recorded of it, and how it was laid out if that was worked out for it."""
+    """An adapter, and what training recorded of it."""
 
     adapter: PackedAdapter
     canary: Canary | None
-    key: Hashable = None
-    layout: Layout | None = None
 
 
 def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> _Laid | None:
@@ -228,48 +221,27 @@ def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> _Laid | Non
     None where only the plain path can serve it.
     """
     check_base(copy.folder, base_digest)
-    laid = _lay_parts(copy, packed)
-    if laid is None:
+    adapter = _lay_parts(copy, packed)
+    if adapter is None:
         return None
-    model, adapter = packed.lane.model, laid.adapter
+    model = packed.lane.model
     canary = read_canary(copy.folder)
     if canary is not None:
         _check_tokens(canary, model.vocabulary_size, model.context_length - adapter.num_virtual_tokens)
-    return replace(laid, canary=canary)
+    return _Laid(adapter, canary)
 
 
-def _lay_parts(copy: Copy, packed: PackedWeights) -> _Laid | None:
-    """Lay an artifact's numbers out: as those of an earlier one did, where their files are alike."""
-    path, model, method = copy.folder / WEIGHTS_NAME, packed.lane.model, method_of_artifact(copy.folder)
-    content, key, layout, file = None, None, None, range(0)
-    if path.is_file():
-        content = map_file(path)
-        file = range(address_of(content), address_of(content) + len(content))
-        key = _likeness(method.name, copy.folder, content)
-        layout = packed.layouts.find(key)
-    if layout is not None:
-        adapter, are_finite = layout.lay(file, packed.spare.take)
-        if not are_finite:
-            raise SelfCheckError(_NOT_FINITE)
-        return _Laid(adapter, None)
-    weights = None if content is None else tensors_of(content)
-    parts = method.read_parts(copy.folder, packed.shape, weights)
+def _lay_parts(copy: Copy, packed: PackedWeights) -> PackedAdapter | None:
+    """Lay an artifact's numbers out; None where only the plain path can serve it."""
+    path, model = copy.folder / WEIGHTS_NAME, packed.lane.model
+    weights = tensors_of(map_file(path)) if path.is_file() else None
+    parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape, weights)
     if parts is None or not can_lay_out(parts, model):
         return None
     _check_finite(parts)
-    adapter = lay_out(
+    return lay_out(
         parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"), packed.spare.take
     )
-    return _Laid(adapter, None, key, Layout.of(parts, adapter, model, file))
-
-
-def _likeness(method: str, folder: Path, content: memoryview) -> Hashable:
-    """Return what says all of how an adapter lies: its file's length, too, for a header may say too much."""
-    path = folder / CONFIG_NAME
-    configuration = path.read_bytes() if path.is_file() else b""
-    # Digests: headers are tens of kilobytes, and may be far more.
-    texts = (configuration, header_of(content))
-    return method, len(content), *(hashlib.sha256(text).digest() for text in texts)
 
 
 def _check_tokens(canary: Canary, vocabulary_size: int, num_positions: int) -> None:

@@ -16,11 +16,6 @@ _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LENGTH_BYTES = 8
 
 
-def header_of(content: memoryview) -> bytes:
-    """Return what a safetensors file says of its tensors, as it stands there; nothing of it is checked."""
-    return bytes(content[: _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")])
-
-
 def tensors_of(content: memoryview) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file, in the memory that the file lies in.
 

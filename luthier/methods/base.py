@@ -240,9 +240,6 @@ class Method(ABC):
     ) -> "ServedParts | None":
         """Read a saved artifact as a server lays it out beside others; never called for whole models.
 
-        Low-rank parts alone may depend on nothing but the configuration (`_peft.CONFIG_NAME`) and the weights
-        file: artifacts that are alike in these but for numbers are laid out as one.
-
         Args:
             weights: the tensors of its weights file where they have been read already.
 

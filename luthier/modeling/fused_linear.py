@@ -12,15 +12,32 @@ along), O outputs, R ranks side by side.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from luthier.modeling.kernels.laying import WideUpdate
 from luthier.modeling.kernels.panel_products import PanelProducts, Part, can_multiply
 
 # Products run well on rows of whole cache lines.
 _ALIGN = 32
+
+
+class WideUpdate(NamedTuple):
+    """`scale * b a` beside a layer, as it is trained and where a training step's wide product reads it."""
+
+    a_RK: torch.Tensor
+    b_OR: torch.Tensor
+    scale: float
+    a_place_RK: torch.Tensor
+    b_place_OR: torch.Tensor
+
+
+def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:
+    """Write updates where the wide product reads them, `b` times its scale, in the type that is there."""
+    for update in updates:
+        update.a_place_RK.copy_(update.a_RK)
+        update.b_place_OR.copy_(update.b_OR * update.scale)
 
 
 class FusedLinear(ABC):

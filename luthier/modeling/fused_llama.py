@@ -24,8 +24,7 @@ from luthier.modeling.fused_layers import (
     LinearAdd,
     NormLinear,
 )
-from luthier.modeling.fused_linear import FusedLinear, fuse_linear
-from luthier.modeling.kernels.laying import widen_low_ranks
+from luthier.modeling.fused_linear import FusedLinear, fuse_linear, widen_low_ranks
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

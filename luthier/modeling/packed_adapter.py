@@ -15,7 +15,6 @@ import torch
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
 from luthier.modeling.kernels.blocks import lie_in_pairs, shape_of_blocks, to_blocks
-from luthier.modeling.kernels.laying import Update, lay_low_ranks
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.served_rows import (
     ACTIVATIONS,
@@ -143,26 +142,6 @@ def lay_out(
     return adapter
 
 
-def updates_of(parts: ServedParts, laid: PackedAdapter, base: PackedLlama) -> list[Update]:
-    """Return where the low-rank updates of an artifact were laid out from, and where they went.
-
-    Args:
-        parts: what was given to `lay_out`.
-
-    Returns:
-        One for each part.
-    """
-    updates = []
-    for part in parts.low_ranks:
-        place = _site_of(part.module, _SITES, base)
-        assert place is not None
-        assert laid.described is not None
-        site = laid.described.low_ranks[place[0]][place[1]]
-        assert site is not None
-        updates.append(Update(part.a_RK, part.b_OR, part.scale, site.a_RK, site.b))
-    return updates
-
-
 class _Room:
     """Memory that is given out from its begin to its end, every piece from the begin of a line on."""
 
@@ -205,20 +184,16 @@ def _lay_together(
     )
     laid: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
     halves: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]
-    updates = []
     for layer in range(base.num_layers):
         for half, numbers in enumerate((range(4), range(4, NUM_SITES))):
             for number in numbers:
                 plan = low_ranks.get((layer, number))
                 if plan is not None:
-                    site = laid[layer][number] = plan.take(room)
-                    part = plan.part
-                    updates.append(Update(part.a_RK, part.b_OR, part.scale, site.a_RK, site.b))
+                    laid[layer][number] = plan.lay(room)
             bottleneck = bottlenecks.get((layer, half))
             if bottleneck is not None:
                 moved = {name: room.move(one) for name, one in bottleneck.tensors.items()}
                 halves[layer][half] = replace(bottleneck, **moved)
-    lay_low_ranks(updates)
     return Described(laid, halves)
 
 
@@ -256,9 +231,14 @@ class _Plan:
         numbers = sum(_aligned(math.prod(shape) * self.dtype.itemsize) for shape in self.shapes)
         return numbers + (0 if self.factor_O is None else _aligned(self.factor_O.nbytes))
 
-    def take(self, room: _Room) -> LowRankSite:
-        """Return the site in some room, where its numbers are still to be written but for the factors."""
+    def lay(self, room: _Room) -> LowRankSite:
+        """Write the update into some room, ranks filled up with zeros."""
         a_FK, blocks = (room.take(shape, self.dtype) for shape in self.shapes)
+        rank = len(self.part.a_RK)
+        a_FK[:rank], a_FK[rank:] = self.part.a_RK, 0
+        b_FO = blocks.new_zeros(len(a_FK), len(self.part.b_OR))
+        b_FO[:rank] = (self.part.b_OR.float() * self.part.scale).t()
+        blocks.copy_(to_blocks(b_FO))
         return LowRankSite(a_FK, blocks, None if self.factor_O is None else room.move(self.factor_O))
 
 

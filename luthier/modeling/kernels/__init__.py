@@ -25,8 +25,6 @@ _FLOAT32, _INT32 = struct.Struct("=f"), struct.Struct("=i")
 SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "gated_silu")
 # What chooses tokens (choosing.py).
 CHOOSING = ("find_best", "draw")
-# What lays low-rank updates out for it and for a training step (laying.py).
-LAYING = ("lay_low_ranks", "widen_low_ranks")
 # Those that work on weights in the layout of tiles, and what runs a step of them; for bfloat16 alone.
 TILED = (
     "tile_product",

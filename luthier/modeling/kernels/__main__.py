@@ -50,7 +50,7 @@ def _call_all(dtype: torch.dtype) -> None:
     weights_PQS = kernels.causal_softmax_(torch.zeros(2, 8, 4, dtype=dtype), 4, 0)
     kernels.causal_softmax_backward_(weights_PQS.clone(), weights_PQS, 4, 0)
     kernels.softmax_loss_(x_ND, torch.zeros(8, dtype=torch.int64), keeps_gradient=True)
-    for name in (*kernels.SERVING, *kernels.CHOOSING, *kernels.LAYING):
+    for name in (*kernels.SERVING, *kernels.CHOOSING):
         kernels.compiled_address(name, dtype)
     if dtype == torch.bfloat16:
         # Compiles and tries products by panels and attention by pairs where there are such.

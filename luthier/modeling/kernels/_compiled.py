@@ -8,7 +8,6 @@ from luthier.modeling.kernels._heads import (
     split_heads,
     split_heads_backward,
 )
-from luthier.modeling.kernels._laying import lay_low_ranks, widen_low_ranks
 from luthier.modeling.kernels._pair_attention import attend_pairs, attend_pairs_backward
 from luthier.modeling.kernels._panel_products import panel_product
 from luthier.modeling.kernels._panel_updates import panel_low_rank, panel_update_gradients
@@ -42,7 +41,6 @@ __all__ = [
     "find_best",
     "gated_silu",
     "gated_silu_backward",
-    "lay_low_ranks",
     "merge_heads",
     "merge_heads_backward",
     "panel_low_rank",
@@ -55,5 +53,4 @@ __all__ = [
     "split_heads",
     "split_heads_backward",
     "tile_product",
-    "widen_low_ranks",
 ]

@@ -15,7 +15,7 @@ row.
 """
 
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field
 
 import numpy as np
 import torch
@@ -154,22 +154,6 @@ class Described:
         object.__setattr__(self, "has_bottlenecks", any(map(any, self.bottlenecks)))
         ranks = [site.a_RK.shape[0] for sites in self.low_ranks for site in sites if site is not None]
         object.__setattr__(self, "max_rank", max(ranks, default=0))
-
-    @classmethod
-    def at(
-        cls, table: torch.Tensor, low_ranks: Sequence[Sequence[LowRankSite | None]], max_rank: int
-    ) -> "Described":
-        """Return an adapter of low-rank updates alone whose table is known, and nothing of it worked out.
-
-        Args:
-            table: int64.
-            low_ranks: its sites by layer, which the table has the addresses of.
-        """
-        made, nothing = object.__new__(cls), [(None, None)] * len(low_ranks)
-        values = (low_ranks, nothing, table, table.data_ptr(), True, False, max_rank)
-        for one, value in zip(fields(cls), values, strict=True):
-            object.__setattr__(made, one.name, value)
-        return made
 
     def add_low_ranks_to(
         self, out_NO: torch.Tensor, x_NK: torch.Tensor, layer: int, sites: slice, widths: Sequence[int]
