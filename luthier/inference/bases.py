@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
-from luthier.modeling.packed_memory import SpareMemory
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,14 +38,13 @@ _LOG = logging.getLogger(__name__)
 class PackedWeights:
     """Weights that are laid out for serving, and the rows that run on them.
 
-    `folder` and `shape` are those of the files that they were read from; `spare` is memory for adapters.
+    `folder` and `shape` are those of the files that they were read from.
     """
 
     lane: Lane
     folder: Path
     shape: BaseShape
     logits_V: torch.Tensor
-    spare: SpareMemory = field(default_factory=SpareMemory)
 
 
 @dataclass(eq=False)

@@ -18,7 +18,6 @@ from luthier.inference.lane import Lane
 from luthier.inference.loading import EngineLike, Kind, RowLimits, load, measure, remove
 from luthier.inference.memory import NoRoomError
 from luthier.inference.sequence import ModelKey
-from luthier.inference.spares import Spares
 
 MAX_INSTALLED = 16
 
@@ -42,7 +41,6 @@ class LoadedArtifacts:
         max_waiting: requests that may wait for what is not in memory yet; more are refused.
         max_installed: artifacts that may lie on plain bases; the one unused for longest leaves first.
         fit: makes room for so many more bytes of the process, and returns how many are missing all the same.
-        has_room: tells whether there is room for them without that.
     """
 
     def __init__(
@@ -55,7 +53,6 @@ class LoadedArtifacts:
         max_waiting: int,
         max_installed: int = MAX_INSTALLED,
         fit: Callable[[int], Awaitable[int]],
-        has_room: Callable[[int], bool],
     ) -> None:
         self._engine = engine
         self._limits = limits
@@ -63,13 +60,11 @@ class LoadedArtifacts:
         self._max_waiting = max_waiting
         self._max_installed = max_installed
         self._fit = fit
-        self._has_room = has_room
         self._num_waiting = 0
         self._num_loads: Counter[Kind] = Counter()
         self._num_evictions: Counter[Kind] = Counter()
         # Of bases on their way, which are no entries.
         self._expected_bytes = 0
-        self._spares = Spares(self._reserving)
         # Two who looked for room at once would both take what there is.
         self._making_way = asyncio.Lock()
         # The one unused for longest first.
@@ -131,19 +126,17 @@ class LoadedArtifacts:
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of the artifacts that may leave now, and of memory for the next ones."""
-        idle = sum(entry.num_bytes for entry in self._entries.values() if entry.is_idle)
-        return idle + self._spares.num_bytes
+        """Bytes of the artifacts that may leave now."""
+        return sum(entry.num_bytes for entry in self._entries.values() if entry.is_idle)
 
     @property
     def leaving_bytes(self) -> int:
-        """Bytes of the artifacts that may leave once nobody asks them anything, and of spare memory."""
-        leaving = sum(entry.num_bytes for entry in self._entries.values() if not entry.is_pinned)
-        return leaving + self._spares.num_bytes
+        """Bytes of the artifacts that may leave once nobody asks them anything."""
+        return sum(entry.num_bytes for entry in self._entries.values() if not entry.is_pinned)
 
     async def give_back(self, num_bytes: int) -> None:
-        """Drop spare memory, then idle artifacts, the one unused for longest first, until so much is free."""
-        if self._drop_idle(num_bytes - self._spares.drop()):
+        """Drop idle artifacts, the one unused for longest first, until so much is free."""
+        if self._drop_idle(num_bytes):
             # Rows whose client has left may hold them until the engine's next turn.
             await asyncio.wrap_future(self._engine.sweep())
 
@@ -285,18 +278,6 @@ class LoadedArtifacts:
         return entry
 
     @asynccontextmanager
-    async def _reserving(self, num_bytes: int) -> AsyncIterator[bool]:
-        """Count bytes as on their way, if there is room for them as things are."""
-        async with self._making_way:
-            taken = num_bytes if self._has_room(num_bytes + self.loading_bytes) else 0
-            self._expected_bytes += taken
-        try:
-            yield taken > 0
-        finally:
-            self._expected_bytes -= taken
-            self._tell_waiting()
-
-    @asynccontextmanager
     async def _opening(self, num_bytes: int) -> AsyncIterator[None]:
         """Let the plain path's weights of a packed base be loaded, if there is room for them."""
         if not await self.make_way(num_bytes):
@@ -313,8 +294,6 @@ class LoadedArtifacts:
         # A fresh entry may stand in the place of one that failed and was let go.
         if entry.is_ready:
             self._num_loads[entry.kind] += 1
-            if entry.kind is Kind.PACKED and entry.served.base.packed is not None:
-                self._spares.prepare_soon(entry.served.base.packed.spare)
         elif self._entries.get(entry.served.key) is entry:
             del self._entries[entry.served.key]
         # Whoever wanted it may have left meanwhile: it is idle from now on.

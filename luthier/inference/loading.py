@@ -239,9 +239,7 @@ def _lay_parts(copy: Copy, packed: PackedWeights) -> PackedAdapter | None:
     if parts is None or not can_lay_out(parts, model):
         return None
     _check_finite(parts)
-    return lay_out(
-        parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"), packed.spare.take
-    )
+    return lay_out(parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"))
 
 
 def _check_tokens(canary: Canary, vocabulary_size: int, num_positions: int) -> None:

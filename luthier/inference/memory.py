@@ -120,10 +120,6 @@ class Ceiling:
             await asyncio.to_thread(self.trim)
         return self._missing(num_bytes)
 
-    def has_room(self, num_bytes: int) -> bool:
-        """Tell whether so many bytes more stay below the ceiling as things are."""
-        return not self.is_set or self._missing(num_bytes) <= 0
-
     def _missing(self, num_bytes: int) -> int:
         return self.used_bytes + self.growing_bytes + num_bytes - self._max_bytes
 

@@ -107,7 +107,6 @@ class Models:
             ),
             max_waiting=settings.max_waiting_requests,
             fit=self.ceiling.fit,
-            has_room=self.ceiling.has_room,
         )
         self._storage: Storage | None = None
         self._bases: dict[str, LoadedBase] = {}

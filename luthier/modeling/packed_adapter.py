@@ -106,14 +106,12 @@ def lay_out(
     parts: ServedParts,
     base: PackedLlama,
     read_weight: Callable[[str], torch.Tensor],
-    take_memory: Callable[[int], torch.Tensor] = take_large,
 ) -> PackedAdapter:
     """Lay an artifact's parts out beside a base. Touches nothing of the base; any thread may call it.
 
     Args:
         parts: of the kind that `can_lay_out` tells.
         read_weight: gives a linear layer's weight [O, K] by its path, for DoRA's norms.
-        take_memory: gives so many bytes on a CPU, at a multiple of 64.
 
     Returns:
         The adapter; input vectors are still to be run by the base.
@@ -129,7 +127,7 @@ def lay_out(
         _place(one.module, _HALVES, base, places): _bottleneck_site(one, base) for one in parts.bottlenecks
     }
     has_sites = bool(low_ranks or bottlenecks)
-    described = _lay_together(low_ranks, bottlenecks, base, take_memory) if has_sites else None
+    described = _lay_together(low_ranks, bottlenecks, base) if has_sites else None
     embeddings_ND = parts.embeddings_ND
     adapter = PackedAdapter(
         described,
@@ -170,7 +168,6 @@ def _lay_together(
     low_ranks: dict[tuple[int, int], "_Plan"],
     bottlenecks: dict[tuple[int, int], BottleneckSite],
     base: PackedLlama,
-    take_memory: Callable[[int], torch.Tensor],
 ) -> Described:
     """Lay all numbers into one piece of memory, in the order in which a step reads them.
 
@@ -180,7 +177,7 @@ def _lay_together(
     num_bytes += sum(_aligned(one.nbytes) for site in bottlenecks.values() for one in site.tensors.values())
     on_cpu = base.device.type == "cpu"
     room = _Room(
-        take_memory(num_bytes) if on_cpu else torch.empty(num_bytes, dtype=torch.uint8, device=base.device)
+        take_large(num_bytes) if on_cpu else torch.empty(num_bytes, dtype=torch.uint8, device=base.device)
     )
     laid: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
     halves: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]

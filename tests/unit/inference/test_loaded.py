@@ -95,7 +95,6 @@ def make_loaded(
     *,
     engine: InlineEngine | None = None,
     fit: Callable[[int], Awaitable[int]] = fit_anything,
-    has_room: Callable[[int], bool] = bool,
     **limits: int,
 ) -> LoadedArtifacts:
     return LoadedArtifacts(
@@ -104,7 +103,6 @@ def make_loaded(
         max_adapter_bytes=10**9,
         limits=RowLimits(max_rows=4, max_cache_tokens=256),
         fit=fit,
-        has_room=has_room,
         **({"max_waiting": 100} | limits),
     )
 
