@@ -7,15 +7,17 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from luthier.bases.catalogue import FACTS_NAME, CatalogueEntry, base_folder
 from luthier.bases.sources import CONFIG_FILES, TOKENIZER_FILES, Log, fetch_source, stage
 from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError
+from luthier.core.shapes import read_tensor_shapes
 from luthier.core.specs import BaseFacts
 from luthier.storage.manifests import (
     FileEntry,
@@ -28,7 +30,6 @@ from luthier.storage.manifests import (
 )
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
-_MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
 def ensure_base(entry: CatalogueEntry, bases_dir: Path, *, log: Log, verify: bool = False) -> BaseFacts:
@@ -139,8 +140,10 @@ def _read_facts(
         positions = int(shape.get("max_position_embeddings", entry.context_length))
         context_length = _check_context(entry, positions, log)
         num_layers, hidden_size = int(shape["num_hidden_layers"]), int(shape["hidden_size"])
-        num_parameters = sum(_num_parameters(building / name) for name in weights)
-    except (KeyError, TypeError, ValueError, struct.error) as error:
+        num_parameters = sum(
+            math.prod(shape) for name in weights for shape in read_tensor_shapes(building / name).values()
+        )
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise BaseUnavailableError(
             f"config.json or the weights of {entry.id} can't be read ({type(error).__name__}: {error})."
         ) from error
@@ -167,17 +170,3 @@ def _check_context(entry: CatalogueEntry, positions: int, log: Log) -> int:
     if entry.context_length < positions:
         log(f"{entry.id} is limited to {entry.context_length} of its {positions} positions by models.toml.")
     return entry.context_length
-
-
-def _num_parameters(path: Path) -> int:
-    """Return the number of values in a safetensors file, from its header alone.
-
-    The header is 8 bytes of length (little-endian), then that many bytes of JSON
-    (https://github.com/huggingface/safetensors, "Format").
-    """
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path.name} is no safetensors file")
-        header = json.loads(stream.read(length))
-    return sum(math.prod(item["shape"]) for name, item in header.items() if name != "__metadata__")

@@ -2,15 +2,15 @@
 
 import json
 import re
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from luthier.core.errors import BaseUnavailableError
 
-_MAX_HEADER_BYTES = 100 * 1024 * 1024
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 # Buffers that older libraries wrote among the weights.
@@ -84,10 +84,13 @@ def read_shape(folder: Path) -> BaseShape:
         config = json.loads((folder / "config.json").read_bytes())
         config = config.get("text_config") or config
         weights = {
-            name: weight for path in sorted(folder.glob("*.safetensors")) for name, weight in _read(path)
+            name: Weight(shape)
+            for path in sorted(folder.glob("*.safetensors"))
+            for name, shape in read_tensor_shapes(path).items()
+            if not _NO_WEIGHTS.search(name)
         }
         return _shape(config, weights)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BaseUnavailableError(
             f"The files of the base {folder.name} can't be read: {type(error).__name__}. Fetch it again."
         ) from error
@@ -112,14 +115,12 @@ def _shape(config: dict[str, Any], weights: dict[str, Weight]) -> BaseShape:
     )
 
 
-def _read(path: Path) -> list[tuple[str, Weight]]:
-    with path.open("rb") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        if size > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path.name}: the header is too long")
-        header = json.loads(stream.read(size))
-    return [
-        (name, Weight(tuple(entry["shape"])))
-        for name, entry in header.items()
-        if name != "__metadata__" and not _NO_WEIGHTS.search(name)
-    ]
+def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a safetensors file's tensors by name, from its header alone.
+
+    Raises:
+        OSError: when there is no such file or it can't be read.
+        SafetensorError: when it is no whole file of that format.
+    """
+    with safe_open(path, framework="numpy") as stored:
+        return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118

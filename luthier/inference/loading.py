@@ -25,7 +25,6 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
-from luthier.inference.mapped_file import map_file
 from luthier.inference.probing import Text, probe
 from luthier.inference.proofs import (
     check_base,
@@ -36,10 +35,8 @@ from luthier.inference.proofs import (
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.trials import Trial
 from luthier.inference.weights import in_turn, load_weights
-from luthier.inference.weights_file import tensors_of
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
-from luthier.methods._peft import WEIGHTS_NAME
 from luthier.methods._served import ServedParts
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
 from luthier.modeling.packed_llama import can_pack_llama
@@ -233,9 +230,8 @@ def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> _Laid | Non
 
 def _lay_parts(copy: Copy, packed: PackedWeights) -> PackedAdapter | None:
     """Lay an artifact's numbers out; None where only the plain path can serve it."""
-    path, model = copy.folder / WEIGHTS_NAME, packed.lane.model
-    weights = tensors_of(map_file(path)) if path.is_file() else None
-    parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape, weights)
+    model = packed.lane.model
+    parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape)
     if parts is None or not can_lay_out(parts, model):
         return None
     _check_finite(parts)

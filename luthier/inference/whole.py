@@ -4,9 +4,11 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError
+from luthier.core.shapes import read_tensor_shapes
 from luthier.inference.proofs import (
     check_base,
     check_canary,
@@ -16,7 +18,6 @@ from luthier.inference.proofs import (
 )
 from luthier.inference.slots import probe
 from luthier.inference.weights import load_weights
-from luthier.modeling.load import read_header
 
 
 def measure_whole(folder: Path, dtype: torch.dtype) -> int:
@@ -26,8 +27,12 @@ def measure_whole(folder: Path, dtype: torch.dtype) -> int:
         ArtifactCorruptError: when a weights file has no header that can be read.
     """
     try:
-        num_values = sum(_count_numbers(path) for path in folder.glob("*.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        num_values = sum(
+            prod(shape)
+            for path in folder.glob("*.safetensors")
+            for shape in read_tensor_shapes(path).values()
+        )
+    except (OSError, SafetensorError) as error:
         raise ArtifactCorruptError("The artifact's weights can't be read.") from error
     if num_values == 0:
         raise ArtifactCorruptError("The artifact has no weights.")
@@ -85,9 +90,3 @@ def prove_whole(
         raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
     check_probe(logits_V, base_logits_V)
     check_canary(read_canary(folder), model.dtype, lambda token_ids: probe(model, token_ids, ()))
-
-
-def _count_numbers(path: Path) -> int:
-    with path.open("rb") as stream:
-        header, _ = read_header(stream)
-    return sum(prod(entry["shape"]) for entry in header.values())

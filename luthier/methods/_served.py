@@ -91,13 +91,8 @@ class ServedParts:
         return [tensor for tensor in found if tensor is not None]
 
 
-def read_lora(
-    folder: Path, shape: BaseShape, weights: dict[str, torch.Tensor] | None = None
-) -> ServedParts | None:
+def read_lora(folder: Path, shape: BaseShape) -> ServedParts | None:
     """Read an adapter in PEFT's layout.
-
-    Args:
-        weights: the tensors of its weights file where they have been read already.
 
     Returns:
         Its parts; None when its configuration has something that PEFT alone knows.
@@ -107,8 +102,7 @@ def read_lora(
     """
     try:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
-        if weights is None:
-            weights = load_file(folder / WEIGHTS_NAME)
+        weights = load_file(folder / WEIGHTS_NAME)
         if any(config.get(name) for name in _UNKNOWN_WHEN_SET) or config.get("bias", "none") != "none":
             return None
         root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
@@ -150,13 +144,8 @@ def _is_target(path: str, target: str | list[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in target)
 
 
-def read_bottleneck_parts(
-    folder: Path, shape: BaseShape, weights: dict[str, torch.Tensor] | None = None
-) -> ServedParts:
+def read_bottleneck_parts(folder: Path, shape: BaseShape) -> ServedParts:
     """Read an adapter of bottleneck layers (docs/adapter-format.md).
-
-    Args:
-        weights: the tensors of its weights file where they have been read already.
 
     Raises:
         ArtifactCorruptError: when the files can't be read or don't fit the base.
@@ -166,8 +155,7 @@ def read_bottleneck_parts(
 
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_bytes())
-        # A copy: what is taken for a bottleneck is missed afterwards.
-        weights = load_file(folder / WEIGHTS_NAME) if weights is None else dict(weights)
+        weights = load_file(folder / WEIGHTS_NAME)
         is_ours = (config["adapter_type"], config["format_version"]) == (ADAPTER_TYPE, FORMAT_VERSION)
         if not is_ours or config["activation"] not in ACTIVATIONS:
             raise ArtifactCorruptError("The adapter's configuration does not fit this base.")

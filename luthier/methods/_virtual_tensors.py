@@ -303,12 +303,11 @@ def take_encoded(attached: Attached, folder: Path) -> None:
         encoder.embedding.weight.copy_(saved_NF)
 
 
-def read_vectors(folder: Path, width: int, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+def read_vectors(folder: Path, width: int) -> torch.Tensor:
     """Read the vectors of an artifact as they are.
 
     Args:
         width: numbers that each virtual token must have.
-        weights: the tensors of its weights file where they have been read already.
 
     Returns:
         [N, width].
@@ -317,7 +316,7 @@ def read_vectors(folder: Path, width: int, weights: dict[str, torch.Tensor] | No
         ArtifactCorruptError: when the file can't be read or holds anything else.
     """
     try:
-        tensors = load_file(folder / WEIGHTS_NAME) if weights is None else dict(weights)
+        tensors = load_file(folder / WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
         raise ArtifactCorruptError("The artifact's weights can't be read.") from error
     vectors = tensors.pop(SAVED_NAME, None)

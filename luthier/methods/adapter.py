@@ -27,7 +27,6 @@ from luthier.methods._peft import CONFIG_NAME
 from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from luthier.methods._served import ServedParts
@@ -225,13 +224,11 @@ class Adapter(Method):
 
         return InstalledBottlenecks(causal_lm, folder)
 
-    def read_parts(
-        self, folder: Path, shape: BaseShape, weights: "dict[str, torch.Tensor] | None" = None
-    ) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
         """Read the bottlenecks."""
         from luthier.methods._served import read_bottleneck_parts
 
-        return read_bottleneck_parts(folder, shape, weights)
+        return read_bottleneck_parts(folder, shape)
 
 
 def _count(size: int, params: AdapterParams) -> int:

@@ -232,16 +232,8 @@ class Method(ABC):
         """
         raise ArtifactCorruptError(f"An artifact of {self.name} is a model of its own and lies on no base.")
 
-    def read_parts(
-        self,
-        folder: Path,  # noqa: ARG002
-        shape: BaseShape,  # noqa: ARG002
-        weights: "dict[str, torch.Tensor] | None" = None,  # noqa: ARG002
-    ) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":  # noqa: ARG002
         """Read a saved artifact as a server lays it out beside others; never called for whole models.
-
-        Args:
-            weights: the tensors of its weights file where they have been read already.
 
         Returns:
             Its parts; None when only `install` can serve it.

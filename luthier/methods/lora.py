@@ -20,7 +20,6 @@ from luthier.methods._peft import peft_type, write_adapter
 from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from luthier.methods._served import ServedParts
@@ -162,13 +161,11 @@ class Lora(Method):
 
         return install_lora(causal_lm, folder)
 
-    def read_parts(
-        self, folder: Path, shape: BaseShape, weights: "dict[str, torch.Tensor] | None" = None
-    ) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
         """Read the updates of the linear layers."""
         from luthier.methods._served import read_lora
 
-        return read_lora(folder, shape, weights)
+        return read_lora(folder, shape)
 
 
 def _count(chosen: dict[str, tuple[int, int]], params: LoraParams) -> int:

@@ -216,15 +216,13 @@ class Prefix(Method):
             [(key.contiguous(), value.contiguous()) for key, value in unpack(saved_NF, shape)]
         )
 
-    def read_parts(
-        self, folder: Path, shape: BaseShape, weights: "dict[str, torch.Tensor] | None" = None
-    ) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
         """Read the keys and values."""
         from luthier.methods._served import ServedParts
         from luthier.methods._virtual_tensors import KeyValueShape, read_vectors, unpack
 
         kept = KeyValueShape.of_shape(shape)
-        saved_NF = read_vectors(folder, 2 * kept.num_layers * kept.width, weights)
+        saved_NF = read_vectors(folder, 2 * kept.num_layers * kept.width)
         return ServedParts(key_values=tuple(unpack(saved_NF, kept)))
 
     def hidden_states(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":

@@ -169,14 +169,12 @@ class Prompt(Method):
         saved_ND = read_saved(folder, causal_lm, causal_lm.get_input_embeddings().embedding_dim)
         return InstalledVirtualTokens(run_for_key_values(causal_lm, inputs_embeds=saved_ND[None]))
 
-    def read_parts(
-        self, folder: Path, shape: BaseShape, weights: "dict[str, torch.Tensor] | None" = None
-    ) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
         """Read the input vectors."""
         from luthier.methods._served import ServedParts
         from luthier.methods._virtual_tensors import read_vectors
 
-        return ServedParts(embeddings_ND=read_vectors(folder, shape.hidden_size, weights))
+        return ServedParts(embeddings_ND=read_vectors(folder, shape.hidden_size))
 
     def hidden_states(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
         """Run the layers over vectors and sequence, and leave out the vectors' own results."""

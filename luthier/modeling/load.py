@@ -103,7 +103,7 @@ def iterate_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from _read_file(path)
 
 
-def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+def _read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     """Read the start of a safetensors file: 8 bytes for the header's size, then the header as JSON.
 
     Returns:
@@ -125,7 +125,7 @@ def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
 def _read_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Read the tensors of one file, one at a time."""
     with path.open("rb") as stream:
-        header, start = read_header(stream)
+        header, start = _read_header(stream)
         for name, facts in header.items():
             if facts["dtype"] not in _TYPES:
                 raise ValueError(f"{path.name}: {name} is of type {facts['dtype']}, which is not read here.")
