@@ -110,9 +110,7 @@ def publish_twin(model: Published, number: int, objects: Path) -> Published:
     # PEFT's own field for a version, which nothing reads here.
     (building / _CONFIG).write_text(json.dumps(config | {"revision": str(number)}))
     base_digest = read_manifest(model.folder).base_digest
-    manifest = seal_folder(
-        building, final, digested=[WEIGHTS, _CONFIG], base_digest=base_digest, in_pieces=True
-    )
+    manifest = seal_folder(building, final, digested=[WEIGHTS, _CONFIG], base_digest=base_digest)
     return Published(
         name,
         model.kind,
@@ -170,7 +168,7 @@ def _publish(
     building.mkdir(parents=True)
     digested = method.save(attached, building)
     (building / CANARY_NAME).write_text(_record(method, attached).model_dump_json())
-    manifest = seal_folder(building, final, digested=digested, base_digest=base_digest, in_pieces=True)
+    manifest = seal_folder(building, final, digested=digested, base_digest=base_digest)
     prefix = f"projects/proj_bench/jobs/{name}/e1/model"
     storage.put_folder(final, prefix)
     num_bytes = (final / WEIGHTS).stat().st_size

@@ -6,7 +6,6 @@ are published on the same disk its files are second names of theirs, which costs
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -16,20 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.inference.mapped_file import map_file
 from luthier.storage.manifests import (
     MANIFEST_NAME,
-    FileEntry,
     Manifest,
-    is_file_of,
     read_manifest,
     verify_folder,
 )
-from luthier.storage.pieces import are_pieces
 from luthier.storage.store import Storage
 
-# A file from this size on is mapped.
-_LARGE_BYTES = 1 << 20
 # How long nobody must have wanted a copy of an earlier process before it may be dropped.
 _ORPHAN_SECONDS = 600.0
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -64,7 +57,7 @@ class Copy:
         if stamps is not None and stamps == self.stamps:
             return
         try:
-            is_right = verify_folder(self.folder, _is_right).digest == self.digest
+            is_right = verify_folder(self.folder).digest == self.digest
         except OSError as error:
             raise ArtifactCorruptError("The artifact's local copy vanished.") from error
         if not is_right:
@@ -78,21 +71,6 @@ class Copy:
         except OSError:
             return None
         return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in facts)
-
-
-def _is_right(path: Path, entry: FileEntry) -> bool:
-    """Whether a file is that of an entry; a large one is mapped, and hashed by several threads if it may be.
-
-    Else in one call: between two this thread would wait for the interpreter, which others have.
-    """
-    if entry.bytes < _LARGE_BYTES:
-        return is_file_of(path, entry)
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.bytes:
-        return False
-    content = map_file(path)
-    if entry.pieces is not None:
-        return are_pieces(content, entry.pieces)
-    return hashlib.sha256(content).hexdigest() == entry.sha256
 
 
 def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy | None:

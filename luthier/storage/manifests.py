@@ -10,18 +10,15 @@ import json
 import os
 import shutil
 import stat
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.storage.pieces import piece_bytes
 
 MANIFEST_NAME = "manifest.json"
-_CHUNK_BYTES = 1024 * 1024
 _MAX_FILES = 10_000
 _MAX_NAME_LENGTH = 200
 
@@ -35,7 +32,7 @@ def _is_file_name(name: str) -> bool:
 class FileEntry(BaseModel):
     """One file of a folder; `sha256` is 64 hex digits.
 
-    `pieces` are the same of its pieces (pieces.py), None where only the whole was hashed.
+    `pieces` are read alone: earlier versions hashed large files in pieces too, and their digests cover them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,41 +70,10 @@ class Manifest(BaseModel):
         return self.model_dump_json(indent=1, exclude_defaults=True).encode()
 
 
-class _Buffer(threading.local):
-    """A thread's own memory for what it hashes: new memory takes the system as long as the hash itself."""
-
-    def __init__(self) -> None:
-        # Between two pieces a thread waits for the interpreter, so there are few.
-        self.content = bytearray(1 << 20)
-
-
-_BUFFER = _Buffer()
-
-
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as 64 hex digits, read in pieces."""
-    return _hash(path, in_pieces=False)[0]
-
-
-def _hash(path: Path, *, in_pieces: bool) -> tuple[str, list[str] | None]:
-    """Return the sha256 of a file, and those of its pieces if they are wanted and several."""
-    whole, buffer = hashlib.sha256(), memoryview(_BUFFER.content)
-    size = piece_bytes(path.stat().st_size)
-    pieces: list[str] = []
-    piece, num_left = hashlib.sha256(), size
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer[: min(len(buffer), num_left)]):
-            whole.update(buffer[:count])
-            if not in_pieces:
-                continue
-            piece.update(buffer[:count])
-            num_left -= count
-            if num_left == 0:
-                pieces.append(piece.hexdigest())
-                piece, num_left = hashlib.sha256(), size
-    if num_left < size:
-        pieces.append(piece.hexdigest())
-    return whole.hexdigest(), pieces if len(pieces) > 1 else None
+    """Return the sha256 of a file as 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_regular(root: Path, name: str) -> BinaryIO:
@@ -165,7 +131,6 @@ def compute_digest(files: dict[str, FileEntry], digested: Iterable[str], base_di
     content: dict[str, Any] = {"base": base_digest, "files": {name: files[name].sha256 for name in names}}
     pieces = {name: found for name in names if (found := files[name].pieces) is not None}
     if pieces:
-        # Whoever reads a file checks these in place of the whole.
         content["pieces"] = pieces
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     return "sha256:" + hashlib.sha256(canonical).hexdigest()
@@ -177,7 +142,7 @@ def seal_folder(
     *,
     digested: Iterable[str] | None = None,
     base_digest: str | None = None,
-    in_pieces: bool = False,
+    known: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
     """Make a finished folder durable: fsync its files, write the manifest last, rename into place.
 
@@ -186,7 +151,7 @@ def seal_folder(
         final: the name under which it exists from now on; an older folder of that name is replaced.
         digested: names of the files that the digest covers; all when None.
         base_digest: the base's digest, for folders whose meaning depends on one.
-        in_pieces: whether large files are hashed in pieces too, for those that must be read soon.
+        known: entries of files that were verified just now, which are not hashed again.
 
     Returns:
         The manifest, which is also in the folder as manifest.json.
@@ -196,8 +161,8 @@ def seal_folder(
         if path.is_file() and path.name != MANIFEST_NAME:
             fsync_path(path)
             name = path.relative_to(building).as_posix()
-            sha256, pieces = _hash(path, in_pieces=in_pieces)
-            files[name] = FileEntry(sha256=sha256, bytes=path.stat().st_size, pieces=pieces)
+            entry = (known or {}).get(name)
+            files[name] = entry or FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
     names = sorted(files) if digested is None else sorted(digested)
     manifest = Manifest(
         digest=compute_digest(files, names, base_digest),
@@ -236,18 +201,15 @@ def is_file_of(path: Path, entry: FileEntry) -> bool:
     return is_file and file_sha256(path) == entry.sha256
 
 
-def verify_folder(folder: Path, is_right: Callable[[Path, FileEntry], bool] = is_file_of) -> Manifest:
+def verify_folder(folder: Path) -> Manifest:
     """Read a folder's manifest and check every file's size and sha256, and the digest.
-
-    Args:
-        is_right: tells whether a file is there and that of its entry.
 
     Raises:
         ArtifactCorruptError: when the manifest is absent, or a file is missing, changed or unlisted in size.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        if not is_right(folder / name, entry):
+        if not is_file_of(folder / name, entry):
             raise ArtifactCorruptError(f"{folder.name}/{name} does not match its manifest.")
     if compute_digest(manifest.files, manifest.digested, manifest.base_digest) != manifest.digest:
         raise ArtifactCorruptError(f"The digest in the manifest of {folder.name} does not match its files.")

@@ -53,9 +53,7 @@ def write_artifact(
     (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
     (building / CANARY_NAME).write_text(canary.model_dump_json(exclude_defaults=True) + "\n")
     shutil.copyfile(log, building / LOG_NAME)
-    return seal_folder(
-        building, folder, digested=digested, base_digest=origin.spec.ground_digest, in_pieces=True
-    )
+    return seal_folder(building, folder, digested=digested, base_digest=origin.spec.ground_digest)
 
 
 def take_over_artifact(
@@ -84,8 +82,7 @@ def take_over_artifact(
         folder,
         digested=manifest.digested,
         base_digest=manifest.base_digest,
-        # As it was: the digest covers them.
-        in_pieces=any(entry.pieces for entry in manifest.files.values()),
+        known={name: manifest.files[name] for name in manifest.digested},
     )
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from luthier.inference.copies import (
     mark_used,
     verify_copy,
 )
-from luthier.storage.manifests import MANIFEST_NAME, FileEntry, Manifest, seal_folder
+from luthier.storage.manifests import MANIFEST_NAME, Manifest, seal_folder
 from luthier.storage.store import Storage
 
 NAME = "adapter_model.safetensors"
@@ -64,9 +63,9 @@ def test_a_copy_that_nobody_touched_is_not_read_again_and_one_that_was_is(
     assert copy is not None
     readings = []
 
-    def count(folder: Path, is_right: Callable[[Path, FileEntry], bool]) -> Manifest:
+    def count(folder: Path) -> Manifest:
         readings.append(folder)
-        return verify_folder(folder, is_right)
+        return verify_folder(folder)
 
     verify_folder = copies.verify_folder
     monkeypatch.setattr(copies, "verify_folder", count)

@@ -1,5 +1,7 @@
 """Folders prove themselves: what is not whole does not exist."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,40 @@ def test_an_atomic_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"two"
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def _written_by_an_earlier_version(folder: Path, content: bytes, pieces: list[bytes]) -> str:
+    """Write a folder whose manifest has the hashes of pieces of a file, as the format once had."""
+    folder.mkdir()
+    (folder / "weights").write_bytes(content)
+    sha256, hashed = hashlib.sha256(content).hexdigest(), [hashlib.sha256(one).hexdigest() for one in pieces]
+    covered = {"base": None, "files": {"weights": sha256}, "pieces": {"weights": hashed}}
+    canonical = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    digest = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+    entry = {"sha256": sha256, "bytes": len(content), "pieces": hashed}
+    manifest = {"digest": digest, "base_digest": None, "digested": ["weights"], "files": {"weights": entry}}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return digest
+
+
+def test_an_artifact_whose_manifest_lists_pieces_still_verifies_and_keeps_its_digest(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    expected = _written_by_an_earlier_version(tmp_path / "a", content, [content[:700_000], content[700_000:]])
+    manifest = verify_folder(tmp_path / "a")
+    assert manifest.digest == expected
+    (tmp_path / "a" / "weights").rename(tmp_path / "weights")
+    (tmp_path / "a").joinpath("weights").write_bytes(content[:-1] + b"x")
+    with pytest.raises(ArtifactCorruptError, match="weights"):
+        verify_folder(tmp_path / "a")
+    # Sealed again under another card, it is the same artifact.
+    (tmp_path / "weights").replace(tmp_path / "a" / "weights")
+    known = {name: manifest.files[name] for name in manifest.digested}
+    again = seal_folder(tmp_path / "a", tmp_path / "b", digested=manifest.digested, known=known)
+    assert again.digest == expected
+    assert verify_folder(tmp_path / "b") == again
+
+
+def test_a_manifest_of_today_lists_no_pieces(tmp_path: Path) -> None:
+    seal_folder(_folder(tmp_path, weights=bytes(5 << 20)), tmp_path / "final")
+    entries = json.loads((tmp_path / "final" / MANIFEST_NAME).read_text())["files"]
+    assert all(set(entry) == {"sha256", "bytes"} for entry in entries.values())
