@@ -54,12 +54,12 @@ class GatedRunner(Runner):
         """Let the lanes of packed models stand still too, in their requests' steps."""
         run = Lane._run
 
-        def gated(lane: Lane, work: list[Any], trials: Any = ()) -> None:
+        def gated(lane: Lane, work: list[Any]) -> None:
             if work:
                 self.num_prefills += sum(row.sequence.num_completion_tokens == 0 for row, _ in work)
                 self.num_steps += 1
                 assert self.gate.wait(30)
-            run(lane, work, trials)
+            run(lane, work)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Lane, "_run", gated)

@@ -16,9 +16,8 @@ from luthier.data.render import ChatTemplate
 from luthier.data.tokens import StreamDecoder, Tokenizer
 from luthier.inference.bases import pack
 from luthier.inference.lane import Lane
-from luthier.inference.probing import Text, probe
 from luthier.inference.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent
-from luthier.inference.trials import prepare
+from luthier.inference.verification import Text, prepare, probe
 from luthier.methods import method_of_artifact
 from luthier.modeling.load import load_base
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
@@ -33,7 +32,6 @@ class _Served:
     """What a lane asks of a model."""
 
     adapter: PackedAdapter | None
-    trial: None = None
 
 
 class Answerer:

@@ -20,10 +20,9 @@ from luthier.data.tokens import Tokenizer
 from luthier.inference.copies import Copy
 from luthier.inference.forward import Prefix, count_virtual_tokens
 from luthier.inference.lane import Lane
-from luthier.inference.probing import Text, probe
 from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
-from luthier.inference.trials import Trial
+from luthier.inference.verification import Text, probe
 from luthier.inference.weights import load_weights
 from luthier.modeling.kernels.choosing import prepare_choices
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
@@ -119,10 +118,9 @@ class ServedModel:
 class ReadyModel:
     """A served model in memory.
 
-    In a `lane` its rows run beside those of others and bear its `adapter`, whose `trial` may still be to
-    come: then it is part of the first step of these rows. Without a lane it runs alone: `prefix` lies before
-    every sequence; `whole` are weights of its own, in place of its base's, with what lies on them switched on
-    for good.
+    In a `lane` its rows run beside those of others and bear its `adapter`. Without a lane it runs alone:
+    `prefix` lies before every sequence; `whole` are weights of its own, in place of its base's, with what
+    lies on them switched on for good.
     """
 
     served: ServedModel
@@ -130,7 +128,6 @@ class ReadyModel:
     whole: PreTrainedModel | None = None
     lane: Lane | None = None
     adapter: PackedAdapter | None = None
-    trial: Trial | None = None
 
     @property
     def base(self) -> LoadedBase:

@@ -26,15 +26,13 @@ class Held(NamedTuple):
 class Entry:
     """An artifact in memory, or on its way there.
 
-    `num_bytes` is 0 for one that lies on a plain base. `loading` ends with its proof; `laid` has the model
-    as soon as it may be asked, which may be before that.
+    `num_bytes` is 0 for one that lies on a plain base. `loading` ends with its verification.
     """
 
     served: ServedModel
     kind: Kind
     num_bytes: int
     loading: "asyncio.Task[ReadyModel]"
-    laid: "asyncio.Future[ReadyModel]"
     num_holders: int = 0
     # A moment of the monotonic clock.
     pinned_until: float = 0.0
@@ -55,28 +53,6 @@ class Entry:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is in memory and proved."""
-        return _has_result(self.loading)
-
-    def is_of(self, ready: ReadyModel) -> bool:
-        """Whether a model is the one that lies here."""
-        return _has_result(self.laid) and self.laid.result() is ready
-
-    def end_waiting(self) -> None:
-        """Let those who wait for it know how its loading ended."""
-        if self.laid.done():
-            return
-        if self.is_ready:
-            self.laid.set_result(self.loading.result())
-        elif self.loading.cancelled():
-            self.laid.cancel()
-        else:
-            error = self.loading.exception()
-            assert error is not None
-            self.laid.set_exception(error)
-            # Whoever waited for it may have left.
-            self.laid.exception()
-
-
-def _has_result(future: "asyncio.Future[ReadyModel]") -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
+        """Whether it is in memory and verified."""
+        done = self.loading.done() and not self.loading.cancelled()
+        return done and self.loading.exception() is None

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 
-from luthier.core.errors import LuthierError, UnavailableError
+from luthier.core.errors import UnavailableError
 from luthier.data.tokens import StreamDecoder
 from luthier.inference.bases import ReadyModel
 from luthier.inference.echoes import Echo
@@ -42,7 +42,6 @@ class Generation:
             index: plan.echoes[index // plan.n] for index in range(plan.num_choices) if plan.echoes
         }
         self._is_echoed: set[int] = set()
-        self._trial = ready.trial
         base = ready.base
         self.sequences = [
             Sequence(
@@ -66,7 +65,7 @@ class Generation:
         return sum(sequence.num_completion_tokens for sequence in self.sequences)
 
     def submit(self, engine: Engine) -> None:
-        """Hand the sequences to the engine; those that ask it for nothing end with the model's proof.
+        """Hand the sequences to the engine; those that ask it for nothing end at once.
 
         Raises:
             TooManyRequestsError: when too many wait already.
@@ -74,17 +73,10 @@ class Generation:
         """
         first = self.sequences[0]
         if first.options.max_tokens == 0 and not first.wants_prompt_scores:
-            if self._trial is None:
-                self._end_empty(None)
-            else:
-                self._trial.told.add_done_callback(lambda told: self._end_empty(told.exception()))
+            for index in range(len(self.sequences)):
+                self._emit(index, Finish("length", 0))
             return
         engine.submit(self.sequences)
-
-    def _end_empty(self, error: BaseException | None) -> None:
-        """End answers of no tokens, on any thread."""
-        for index in range(len(self.sequences)):
-            self._emit(index, Failure(error) if isinstance(error, LuthierError) else Finish("length", 0))
 
     def cancel(self) -> None:
         """Give the rows back; harmless when the answers are whole."""

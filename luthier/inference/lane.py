@@ -8,8 +8,7 @@ Legend: R rows of logits, V vocabulary.
 
 import logging
 from collections.abc import Iterator
-from collections.abc import Sequence as Several
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from luthier.core.errors import OutOfMemoryError
 from luthier.inference import sampler
@@ -31,10 +30,8 @@ from luthier.inference.rows import (
     with_guesses,
 )
 from luthier.inference.sequence import Sequence
-from luthier.inference.trials import Trial, told_of
 from luthier.inference.waiting import WaitingLine
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
-from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama
 
@@ -60,16 +57,13 @@ class Lane:
         self.memory = LaneMemory(model, self._pool)
         self._waiting = WaitingLine()
         self._rows: list[Row] = []
-        # Proofs that are to be given in the next step.
-        self._trials: list[Trial] = []
-        self._is_lending = False
         # The engine's own, once the lane has work.
         self.measures = StepMeasures()
 
     @property
     def has_work(self) -> bool:
         """Whether anything waits or runs."""
-        return bool(self._rows or self._waiting or self._trials)
+        return bool(self._rows or self._waiting)
 
     @property
     def num_waiting(self) -> int:
@@ -82,23 +76,8 @@ class Lane:
         return len(self._rows)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for a row; with the first of an adapter comes its proof."""
-        trial: Trial | None = sequence.served.trial
-        if trial is not None and trial.error is not None:
-            sequence.fail(trial.error)
-            return
-        if trial is not None and not trial.is_begun:
-            trial.is_begun = True
-            self._trials.append(trial)
+        """Let a sequence wait for a row."""
         self._waiting.add(sequence)
-
-    def try_out(self, trial: Trial) -> None:
-        """Let an adapter prove itself now, unless it does so with a sequence that came for it."""
-        if trial.is_begun:
-            return
-        trial.is_begun = True
-        with told_of([trial]), ExitStack() as stack:
-            self._run([], self._set_up([trial], stack))
 
     def sweep(self) -> None:
         """Let go of the rows, and of those who wait, whose answers are not wanted any more."""
@@ -115,9 +94,6 @@ class Lane:
         for row in self._rows:
             self._release(row)
         self._rows.clear()
-        for trial in self._trials:
-            trial.end()
-        self._trials.clear()
         return found
 
     def forget(self, sequence_key: object) -> None:
@@ -125,45 +101,18 @@ class Lane:
         self._pool.forget(sequence_key)
 
     def step(self) -> bool:
-        """Run the next tokens of all rows that have their turn, and the proofs of new adapters.
+        """Run the next tokens of all rows that have their turn.
 
         Returns:
             Whether there were any.
         """
         self.sweep()
-        if not self._trials:
-            return self._step([])
-        trials, self._trials = self._trials, []
-        with told_of(trials), ExitStack() as stack:
-            return self._step(self._set_up(trials, stack))
-
-    def _set_up(self, trials: Several[Trial], stack: ExitStack) -> list[Trial]:
-        """Return proofs with all that their step needs; those that can't have it are refused."""
-        ready: list[Trial] = []
-        for trial in trials:
-            try:
-                trial.set_up(self, stack)
-            except Exception as error:  # noqa: BLE001 - nobody else's step shall fail for it
-                if not (ready and isinstance(error, OutOfMemoryError)):
-                    self._refuse(trial, error)
-                    continue
-                # It may be for want of the pages that the others have.
-                self._run([], ready)
-                stack.close()
-                ready = self._set_up([trial], stack)
-            else:
-                ready.append(trial)
-        return ready
-
-    def _step(self, trials: Several[Trial]) -> bool:
-        # Pages that are lent to proofs are there again after the step.
-        self._is_lending = bool(trials)
         self._admit()
         work = self._plan()
-        if work or trials:
-            self._run(work, trials)
+        if work:
+            self._run(work)
             self.sweep()
-        return bool(work or trials)
+        return bool(work)
 
     def _admit(self) -> None:
         while len(self._rows) < self._max_rows:
@@ -184,7 +133,7 @@ class Lane:
             spare = len(self._rows)
             if self._pool.num_free - spare < -(-(len(tokens) + 1) // PAGE_SIZE) - len(chain.pages):
                 self._pool.release(chain)
-                if not self._rows and not self._is_lending:
+                if not self._rows:
                     # Nothing will ever leave for it.
                     self._waiting.pop().fail(_too_large(len(tokens)))
                     continue
@@ -259,7 +208,7 @@ class Lane:
         if row.has_left:
             return False
         while not self._pool.extend(row.chain, len(row.tokens)):
-            if len(self._rows) == 1 and not self._is_lending:
+            if len(self._rows) == 1:
                 # Nobody will ever leave for it.
                 row.sequence.fail(_too_large(len(row.tokens)))
                 self.sweep()
@@ -281,20 +230,11 @@ class Lane:
         row.has_left = True
         self._pool.release(row.chain)
 
-    def _run(self, work: Work, trials: Several[Trial] = ()) -> None:
-        if not work and not trials:
-            return
-        stretches = [stretch for _, stretch in work]
-        for trial in trials:
-            stretches += trial.stretches
+    def _run(self, work: Work) -> None:
         try:
-            logits = self.model.step(stretches, on_launch=hand_over)
+            logits = self.model.step([stretch for _, stretch in work], on_launch=hand_over)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
-            self._run_apart(work, trials, error)
-            return
-        if trials:
-            logits = self._judge(work, trials, logits)
-        if not work:
+            self._run_apart(work, error)
             return
         answering: Work = []
         places: list[int] = []
@@ -324,42 +264,18 @@ class Lane:
                 self._pool.name(row.chain, row.tokens, row.num_done)
                 self.measures.count_guesses(len(stretch) - 1, num_right)
 
-    def _run_apart(self, work: Work, trials: Several[Trial], error: Exception) -> None:
+    def _run_apart(self, work: Work, error: Exception) -> None:
         """Find whose fault a step's failure was by running each alone; what they wrote is written again."""
         if any(stretch.by_rows for _, stretch in work):
             # Nobody's answer shall end for what it would not have run without guesses.
             log_fault(_LOG, "A step with guesses", error)
-            self._run([(row, next_stretch(row, 1) if one.by_rows else one) for row, one in work], trials)
-        elif len(work) + len(trials) > 1:
-            for trial in trials:
-                self._run([], [trial])
+            self._run([(row, next_stretch(row, 1) if one.by_rows else one) for row, one in work])
+        elif len(work) > 1:
             for one in work:
                 if not one[0].sequence.is_finished:
                     self._run([one])
-        elif work:
-            self._fail(work[0][0], error)
         else:
-            self._refuse(trials[0], error)
-
-    def _judge(self, work: Work, trials: Several[Trial], logits: Logits) -> Logits:
-        """Let proofs be judged, and return the logits of the others; whose proof fails gets no token."""
-        first = sum(stretch.num_logits for _, stretch in work)
-        counts = [sum(one.num_logits for one in trial.stretches) for trial in trials]
-        # A copy: a proof may take another step, which may write where these lie.
-        held_RV, *proofs = logits.held_RV.clone().split([first, *counts])
-        for trial, own_RV in zip(trials, proofs, strict=True):
-            try:
-                trial.judge(self, own_RV)
-            except Exception as error:  # noqa: BLE001 - nobody else's answer shall end for it
-                self._refuse(trial, error)
-        return Logits(held_RV, logits.best[:first])
-
-    def _refuse(self, trial: Trial, error: Exception) -> None:
-        """End the answers of an adapter that could not prove itself."""
-        told = trial.fail(error)
-        for sequence in (*(row.sequence for row in self._rows), *self._waiting):
-            if sequence.served.trial is trial:
-                sequence.fail(told)
+            self._fail(work[0][0], error)
 
     def _fail(self, row: Row, error: Exception) -> None:
         row.sequence.fail(to_told(_LOG, "A step, whose answer ends with an error,", error))

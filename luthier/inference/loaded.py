@@ -185,11 +185,11 @@ class LoadedArtifacts:
             is_pinned: whether it stays when nobody holds it, for a day or until it is held without that.
 
         Returns:
-            The model, ready to answer: its sequences fail where it can't prove itself.
+            The model, verified and ready to answer.
 
         Raises:
             ArtifactCorruptError: when the artifact's files don't fit the base or each other.
-            SelfCheckError: when it can't prove itself, and that is known before it is asked.
+            SelfCheckError: when it is not what training recorded.
             OutOfMemoryError: when it is larger than all that its kind may take.
             TooManyRequestsError: when too many wait for models already.
         """
@@ -215,12 +215,8 @@ class LoadedArtifacts:
     def release(self, ready: ReadyModel) -> None:
         """Say that a request needs a model no longer."""
         entry = self._entries.get(ready.served.key)
-        # Where it failed its proof another may be on its way in its place.
-        if entry is not None and entry.is_of(ready):
+        if entry is not None:
             self._release(entry)
-        else:
-            # What failed its proof leaves the memory now.
-            self._tell_waiting()
 
     async def _wait(self, served: ServedModel, *, is_pinned: bool) -> ReadyModel:
         entry = self._find(served) or await self._find_room(served)
@@ -228,7 +224,7 @@ class LoadedArtifacts:
         entry.num_holders += 1
         entry.pin(is_pinned=is_pinned)
         try:
-            return await asyncio.shield(entry.laid)
+            return await asyncio.shield(entry.loading)
         except BaseException:
             self._release(entry)
             raise
@@ -262,18 +258,10 @@ class LoadedArtifacts:
         if entry is None:
             if kind is Kind.INSTALLED:
                 self._leave_idle(kind, lambda: self._num_installed < self._max_installed)
-            laid = asyncio.get_running_loop().create_future()
             loading = asyncio.ensure_future(
-                load(
-                    self._engine,
-                    served,
-                    kind,
-                    self._limits,
-                    opening=self._opening,
-                    on_laid=laid.set_result,
-                )
+                load(self._engine, served, kind, self._limits, opening=self._opening)
             )
-            entry = self._entries[served.key] = Entry(served, kind, num_bytes, loading, laid)
+            entry = self._entries[served.key] = Entry(served, kind, num_bytes, loading)
             loading.add_done_callback(lambda _: self._on_loaded(entry))
         return entry
 
@@ -290,7 +278,6 @@ class LoadedArtifacts:
         return sum(entry.kind is Kind.INSTALLED for entry in self._entries.values())
 
     def _on_loaded(self, entry: Entry) -> None:
-        entry.end_waiting()
         # A fresh entry may stand in the place of one that failed and was let go.
         if entry.is_ready:
             self._num_loads[entry.kind] += 1

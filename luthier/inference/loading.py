@@ -1,7 +1,6 @@
-"""From an artifact's copy to weights that answer: measured, verified, laid out, proved, and taken away.
+"""From an artifact's copy to weights that answer: measured, checked, packed, verified, and taken away.
 
-Verifying and laying out take a thread each; the proof after them (trials.py) is part of the first step that
-the model is asked in. Nothing here counts memory or decides who leaves.
+Nothing here counts memory or decides who leaves.
 
 Legend: `V` vocabulary.
 """
@@ -25,7 +24,6 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
-from luthier.inference.probing import Text, probe
 from luthier.inference.proofs import (
     check_base,
     check_canary,
@@ -33,7 +31,7 @@ from luthier.inference.proofs import (
     read_canary,
 )
 from luthier.inference.slots import ArtifactSlots
-from luthier.inference.trials import Trial
+from luthier.inference.verification import Text, probe, verify_adapter
 from luthier.inference.weights import in_turn, load_weights
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
@@ -44,12 +42,8 @@ from luthier.modeling.packed_llama import can_pack_llama
 ResultT = TypeVar("ResultT")
 
 _OPENING = threading.Lock()
-# How often files that are touched meanwhile are read before they are given up.
-_MOST_LOADS = 3
 # Of a text that training recorded; it takes four, and took up to sixteen.
 _MOST_CANARY_TOKENS = 64
-# How long a proof waits for the request that its adapter was loaded for.
-_ASKING_SECONDS = 0.005
 _NOT_FINITE = "The model's weights are not finite; it is not served."
 
 
@@ -97,36 +91,34 @@ async def load(
     limits: "RowLimits",
     *,
     opening: Callable[[int], AbstractAsyncContextManager[None]],
-    on_laid: Callable[[ReadyModel], None],
 ) -> ReadyModel:
-    """Bring a model into memory and let it prove itself.
+    """Bring a model into memory and verify it.
 
     Args:
         kind: what `measure` told.
         opening: entered while weights of so many bytes more are loaded beside it.
-        on_laid: takes a model that may be asked at once, as its proof is part of the first step.
 
     Returns:
-        The model, proved and ready to answer.
+        The model, ready to answer.
 
     Raises:
         ArtifactCorruptError: when the artifact's files don't fit the base or each other.
-        SelfCheckError: when it can't prove itself.
+        SelfCheckError: when it is not what training recorded.
     """
     copy, packed = _copy_of(served), served.base.packed
+    await _check(served)
     if kind is Kind.PACKED and packed is not None:
-        laid = await _lay_out_checked(served, packed)
+        laid = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
+        # They may have been changed while they were read.
+        await _check(served)
         if laid is not None:
-            trial = Trial(laid.adapter, served.base.probe_ids, laid.canary)
-            ready = ReadyModel(served, lane=packed.lane, adapter=laid.adapter, trial=trial)
-            on_laid(ready)
-            await _try_out(engine, packed.lane, trial)
-            return ready
+            adapter, canary, lane = laid.adapter, laid.canary, packed.lane
+            verifying = engine.call(lambda: verify_adapter(lane, adapter, served.base.probe_ids, canary))
+            await asyncio.wrap_future(verifying)
+            return ReadyModel(served, lane=lane, adapter=adapter)
         if served.base.slots is None:
             async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
                 await in_turn(_open_slots, served.base, packed)
-    else:
-        await _check(served)
     if kind is Kind.WHOLE:
         return await in_turn(_load_whole, served, limits)
     slots, digest = served.base.plain, copy.digest
@@ -164,44 +156,6 @@ async def _check(served: ServedModel) -> None:
     """Make sure that the files are those of the artifacts."""
     for copy in served.copies:
         await asyncio.to_thread(copy.check)
-
-
-async def _lay_out_checked(served: ServedModel, packed: PackedWeights) -> "_Laid | None":
-    """Lay an artifact out while its files are checked; what was made of other bytes is thrown away.
-
-    None where only the plain path can serve it.
-    """
-    copy = _copy_of(served)
-    # Another server that links or drops the same files touches them too.
-    for _ in range(_MOST_LOADS):
-        before = await asyncio.to_thread(copy.look)
-        making = asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
-        checked, laid = await asyncio.gather(_check(served), making, return_exceptions=True)
-        # Whatever else went wrong may be the damaged files' doing.
-        for told in (checked, laid):
-            if isinstance(told, BaseException):
-                raise told
-        assert not isinstance(laid, BaseException)
-        if before is not None and await asyncio.to_thread(copy.look) == before:
-            return laid
-    # They were read twice, and may not have been the same.
-    raise ArtifactCorruptError("The artifact's files changed while they were read; ask again.")
-
-
-async def _try_out(engine: EngineLike, lane: Lane, trial: Trial) -> None:
-    """Wait for an adapter's proof: in the first step of whoever asked for it, else in one of its own."""
-    told = asyncio.wrap_future(trial.told)
-    await asyncio.wait({told}, timeout=_ASKING_SECONDS)
-    try:
-        if not told.done():
-            await asyncio.wrap_future(engine.call(lambda: lane.try_out(trial)))
-    except BaseException:
-        # The engine has ended; what it had begun it has told of.
-        told.cancel()
-        if not trial.is_begun:
-            trial.end()
-        raise
-    await told
 
 
 @dataclass(frozen=True)
@@ -304,10 +258,8 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
             return ReadyModel(served, lane=packed.lane)
         made = _lay_out(copy, packed, served.foundation.digest)
         if made is not None:
-            trial = Trial(made.adapter, base.probe_ids, made.canary)
             # Nobody else has the lane yet.
-            packed.lane.try_out(trial)
-            trial.told.result()
+            verify_adapter(packed.lane, made.adapter, base.probe_ids, made.canary)
             return ReadyModel(served, lane=packed.lane, adapter=made.adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)

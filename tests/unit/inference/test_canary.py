@@ -15,7 +15,7 @@ from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
 from luthier.inference.lane import Lane
 from luthier.inference.proofs import check_canary, read_canary
-from luthier.inference.trials import Trial
+from luthier.inference.verification import verify_adapter
 from luthier.methods import method_of_artifact
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
 from tests.tiny import BASE_ID, build_tiny_base
@@ -36,9 +36,7 @@ def canary_of(logits_V: torch.Tensor, precision: str = "float32") -> Canary:
 
 
 def give_proof(lane: Lane, adapter: PackedAdapter, canary: Canary | None) -> None:
-    trial = Trial(adapter, PROBE_IDS, canary)
-    lane.try_out(trial)
-    trial.told.result(timeout=0)
+    verify_adapter(lane, adapter, PROBE_IDS, canary)
 
 
 def test_an_adapter_is_served_as_it_was_trained_and_refused_with_another_scale(

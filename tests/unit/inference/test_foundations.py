@@ -15,8 +15,8 @@ from luthier.inference.bases import LoadedBase, ServedModel
 from luthier.inference.copies import verify_copy
 from luthier.inference.loading import Kind
 from luthier.inference.models import read_target
-from luthier.inference.probing import Text, probe
 from luthier.inference.slots import ArtifactSlots
+from luthier.inference.verification import Text, probe
 from luthier.inference.whole import measure_whole
 from luthier.methods import discover
 from tests.tiny import BASE_ID, build_tiny_base

@@ -20,7 +20,7 @@ from tests.unit.inference.test_lane import Ids
 
 def sequence(prompt_ids: list[int]) -> Sequence:
     """Return a request for some tokens of the bare base."""
-    served = type("Served", (), {"adapter": None, "trial": None})
+    served = type("Served", (), {"adapter": None})
     options = SamplingOptions(max_tokens=9, temperature=0.0)
     return Sequence((BASE_ID, None), served, prompt_ids, options, Ids(), frozenset(), lambda _: None)
 

@@ -15,7 +15,7 @@ from luthier.inference.lane import Lane
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.rows import MAX_LONG_TOKENS, MAX_SHORT_TOKENS, most_of_long
 from luthier.inference.sequence import Failure, Finish, ModelKey, SamplingOptions, Sequence, SequenceEvent
-from luthier.inference.trials import Trial, prepare
+from luthier.inference.verification import prepare, verify_adapter
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
@@ -82,7 +82,6 @@ class ServedStub:
     """The part of a ready model that a lane looks at."""
 
     adapter: PackedAdapter | None
-    trial: Trial | None = None
 
 
 @pytest.fixture(scope="module")
@@ -330,3 +329,21 @@ def test_the_farther_a_long_prompt_has_come_the_fewer_of_its_tokens_run_at_once(
     assert set(counts) == {16, 32}
     # 16 are what kernels take at a time; more are no more work than so many pairs.
     assert all(count == 16 or count * 100 * place <= 1 << 16 for place, count in enumerate(counts))
+
+
+def test_verification_takes_pages_from_running_answers_which_stay_what_they_were(
+    base_folder: Path, models: list[Model]
+) -> None:
+    # The longest prompt, its answer and virtual tokens take nearly all of the pages.
+    lane = make_lane(base_folder, max_cache_tokens=192)
+    for model in models[1:]:
+        running = ask(models[0], 4)
+        lane.add(running.sequence)
+        for _ in range(4):
+            lane.step()
+        assert model.adapter is not None
+        verify_adapter(lane, model.adapter, PROBE_IDS, None)
+        run_dry(lane)
+        assert running.token_ids == running.expected
+    assert lane.measures.num_preempted > 0
+    assert lane._pool.num_free == lane._pool.num_pages

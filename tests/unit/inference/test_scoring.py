@@ -23,7 +23,7 @@ from luthier.inference.sequence import (
     Sequence,
     SequenceEvent,
 )
-from luthier.inference.trials import prepare
+from luthier.inference.verification import prepare
 from luthier.methods import method_of_artifact
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, lay_out
@@ -55,7 +55,6 @@ class Model:
     key: tuple[str, str]
     adapter: PackedAdapter
     folder: Path
-    trial: None = None
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,7 @@ def ask(
 ) -> tuple[Sequence, list[SequenceEvent]]:
     events: list[SequenceEvent] = []
     options = SamplingOptions(max_tokens, temperature=0.0, num_prompt_logprobs=num_prompt_logprobs)
-    served = SimpleNamespace(adapter=model.adapter, trial=None)
+    served = SimpleNamespace(adapter=model.adapter)
     asked = Sequence(model.key, served, prompt, options, Ids(), frozenset({2}), events.append)
     return asked, events
 
