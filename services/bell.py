@@ -12,7 +12,6 @@ from typing import Any
 
 import structlog
 from celery import Celery
-from celery.exceptions import OperationalError
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
@@ -43,6 +42,11 @@ def make_celery(redis_url: str) -> Celery:
         worker_prefetch_multiplier=1,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
+        # Workers try again for ever: jobs start at their sweeps meanwhile.
+        broker_connection_max_retries=None,
+        # Nobody who can write to the broker shall stop, grow or ask a worker.
+        worker_enable_remote_control=False,
+        worker_send_task_events=False,
         accept_content=["json"],
         task_protocol=2,
         worker_hijack_root_logger=False,
@@ -88,8 +92,8 @@ class Bell:
             job_id = waiting.get()
             try:
                 self._app.send_task(TASK_NAME, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
-            except (OperationalError, OSError) as error:
-                # Answered: the row is committed, and idle workers look for it at every sweep.
+            except Exception as error:  # noqa: BLE001
+                # Whatever it is, the next one is tried too: the row is committed, and workers look for it.
                 _log.warning("bell not rung", job_id=job_id, error=type(error).__name__)
 
 

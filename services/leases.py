@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -56,21 +56,21 @@ def beat(session: Session, worker_id: str, *, hostname: str, num_slots: int, fac
     )
 
 
-def list_waiting(session: Session, *, limit: int) -> Sequence[str]:
-    """Return ids of jobs that a worker could take now: those to prepare, then the queue; oldest first."""
-    return session.scalars(
-        select(Job.id)
-        .where(
-            or_(
-                (Job.status == JobStatus.QUEUED) & Job.lease_owner.is_(None),
-                (Job.status == JobStatus.VALIDATING_FILES)
-                & or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()),
-            )
-        )
-        # Files are checked before anything is trained: a long queue must not hide a broken file.
-        .order_by(Job.status == JobStatus.QUEUED, Job.created_at)
-        .limit(limit)
-    ).all()
+def list_unchecked(session: Session, *, limit: int) -> Sequence[str]:
+    """Return ids of jobs whose files nobody checks yet, the oldest first."""
+    return session.scalars(select(Job.id).where(_is_unchecked()).order_by(Job.created_at).limit(limit)).all()
+
+
+def is_work_waiting(session: Session) -> bool:
+    """Whether a job waits for a worker, to have its files checked or to be trained."""
+    waiting = select(Job.id).where(or_(_is_unchecked(), memory.is_queued())).limit(1)
+    return session.scalar(waiting) is not None
+
+
+def _is_unchecked() -> ColumnElement[bool]:
+    return (Job.status == JobStatus.VALIDATING_FILES) & or_(
+        Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()
+    )
 
 
 def is_at_work(session: Session, worker_id: str) -> bool:
@@ -82,13 +82,7 @@ def is_at_work(session: Session, worker_id: str) -> bool:
 def claim_for_preparing(session: Session, job_id: str, worker_id: str, lease_seconds: float) -> Lease | None:
     """Take a job whose files are to be checked; None when there is nothing (or nobody) to do it for."""
     job = session.scalar(
-        select(Job)
-        .where(
-            Job.id == job_id,
-            Job.status == JobStatus.VALIDATING_FILES,
-            or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()),
-        )
-        .with_for_update(skip_locked=True)
+        select(Job).where(Job.id == job_id, _is_unchecked()).with_for_update(skip_locked=True)
     )
     if job is None:
         return None

@@ -90,7 +90,7 @@ def choose(session: Session, device: Device, *, lease_seconds: float, tells: boo
     """
     candidates = session.execute(
         select(Job.id, Job.peak_bytes, Job.least_bytes)
-        .where(_is_queued())
+        .where(is_queued())
         .order_by(Job.created_at)
         .limit(_MAX_CANDIDATES)
     ).all()
@@ -131,7 +131,7 @@ def _is_rough(job: Job) -> bool:
 def find_oldest(session: Session) -> Job | None:
     """Return the oldest queued job, locked, whatever it needs; None when none waits."""
     return session.scalar(
-        select(Job).where(_is_queued()).order_by(Job.created_at).limit(1).with_for_update(skip_locked=True)
+        select(Job).where(is_queued()).order_by(Job.created_at).limit(1).with_for_update(skip_locked=True)
     )
 
 
@@ -146,17 +146,18 @@ def find_waiting(device: Device) -> Select[Any]:
     return (
         select(MemoryGrant)
         .join(Job, Job.id == MemoryGrant.holder_id)
-        .where(is_waiting, _is_queued())
+        .where(is_waiting, is_queued())
         .order_by(Job.created_at)
     )
 
 
-def _is_queued() -> ColumnElement[bool]:
+def is_queued() -> ColumnElement[bool]:
+    """Select the jobs that wait to be trained."""
     return (Job.status == JobStatus.QUEUED) & Job.lease_owner.is_(None) & Job.deleted_at.is_(None)
 
 
 def _take(session: Session, job_id: str) -> Job | None:
-    statement = select(Job).where(Job.id == job_id, _is_queued()).with_for_update(skip_locked=True)
+    statement = select(Job).where(Job.id == job_id, is_queued()).with_for_update(skip_locked=True)
     return session.scalar(statement.execution_options(populate_existing=True))
 
 

@@ -1,70 +1,38 @@
-"""The Celery application of a worker: bells in, jobs out, a sweep for what no bell announced.
+"""A worker: processes that take jobs from Postgres by themselves, and the threads beside them.
 
-A bell only says "look". Whichever bell wakes a process, it prepares the job that the bell names if that
-still waits, and then trains queued jobs until there is none or no slot is free.
+A job is claimed from the database, at every sweep or when a message comes; the message says only "look".
+This main process trains nothing: it starts the processes that do (worker/processes.py), heartbeats, takes
+jobs from workers that are gone, measures, and sends webhooks.
 """
 
-import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import structlog
-from celery import Celery
-from celery.signals import worker_process_init, worker_ready, worker_shutting_down
 
 from luthier.core.errors import LuthierError
 from luthier.core.logs import configure_logs
-from luthier.core.process import die_with_parent
 from luthier.core.settings import Settings
 from services import deliveries, files, leases, leftovers, memory, models
-from services.bell import TASK_NAME, make_celery
 from services.uploads import storage_prefix
+from worker.broker import consume_for_ever
 from worker.calibration import calibrate_for_ever
 from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_for_ever
+from worker.processes import JobProcesses, run_job_process
 from worker.serving import balance
-from worker.tasks.prepare import prepare
-from worker.tasks.train import Claimed, claim, train
 
 _log = structlog.get_logger()
 _TIDIED_AT_ONCE = 10
 # Rows alone, with no bytes to wait for.
 _DELIVERIES_AT_ONCE = 1000
+# How soon a TERM is seen, and a process that has ended is missed.
+_LOOK_SECONDS = 0.2
 
 
-def work(context: WorkerContext, job_id: str | None) -> None:
-    """Do what there is to do: prepare the job that was announced, then train while jobs are queued.
-
-    Others hear of a job that was prepared here once this process has looked and taken another, or none: its
-    spare has begun with the imports.
-    """
-    is_unheard = job_id is not None and prepare(context, job_id)
-    claimed = None
-    try:
-        claimed = _claim_next(context)
-    finally:
-        if job_id is not None and is_unheard and (claimed is None or claimed.lease.job_id != job_id):
-            context.ring(job_id)
-    while claimed is not None:
-        train(context, claimed)
-        context.keep_spare()
-        claimed = _claim_next(context)
-    if context.stopping.is_set() and context.spare is not None:
-        context.spare.stop()
-
-
-def _claim_next(context: WorkerContext) -> Claimed | None:
-    return None if context.stopping.is_set() else claim(context)
-
-
-def sweep(context: WorkerContext) -> list[str]:
-    """Say that the worker lives, take jobs from dead ones, tell serving its memory, and find what waits.
-
-    Returns:
-        Ids of waiting jobs, at most as many as this worker could take now.
-    """
+def sweep(context: WorkerContext) -> None:
+    """Say that the worker lives, take jobs from dead ones, and tell serving its memory."""
     settings = context.settings
     with context.database.transaction() as session:
         leases.beat(
@@ -83,8 +51,6 @@ def sweep(context: WorkerContext) -> list[str]:
     if lost:
         _log.warning("jobs taken from workers that stopped answering", job_ids=lost)
     balance(context)
-    with context.database.transaction() as session:
-        return list(leases.list_waiting(session, limit=settings.training_slots + 1))
 
 
 def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
@@ -130,126 +96,51 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
 
 
 def _sweep_for_ever(context: WorkerContext) -> None:
-    """Ring for waiting jobs at every sweep; runs in a thread of the main process."""
+    """Sweep until the worker stops; runs in a thread, which no fault ends: jobs are lost without its beat."""
     while not context.stopping.wait(context.settings.sweep_seconds):
         try:
-            for job_id in sweep(context):
-                context.ring(job_id)
+            sweep(context)
             tidy(context, grace_seconds=2 * context.settings.lease_seconds)
         except LuthierError as error:
             _log.warning("sweep put off", reason=error.message)
-        except Exception:
-            # A worker without its sweep is deaf and looks dead: better ended, and started anew.
-            _log.exception("the sweep has broken, the worker ends")
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise
+        except Exception:  # noqa: BLE001
+            _log.exception("sweep put off")
 
 
-def _tell_processes_to_stop(pids: list[int]) -> None:
-    # Not SIGUSR1: Celery's pool takes that for its own time limits, after our handler is set.
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGUSR2)
-        except ProcessLookupError:
-            continue
+def run(settings: Settings, *, has_broker: bool = True) -> None:
+    """Work until TERM.
 
-
-def _child_pids() -> list[int]:
-    children = Path(f"/proc/{os.getpid()}/task")
-    return [int(pid) for thread in children.iterdir() for pid in (thread / "children").read_text().split()]
-
-
-def make_worker(settings: Settings) -> Celery:
-    """Return the Celery application of a worker process.
-
-    Its pool has a process per training slot and one more, so that files are checked while jobs train.
+    Args:
+        has_broker: whether messages from the broker wake the worker between its looks into Postgres.
     """
-    context = make_context(settings)
-    app = make_celery(settings.redis_url.get_secret_value())
-    app.conf.update(worker_concurrency=settings.training_slots + 1)
-    main_pid = os.getpid()
-
-    @app.task(name=TASK_NAME, ignore_result=True)
-    def wake(job_id: str) -> None:
-        work(context, job_id)
-
-    def start_process(**_: object) -> None:
-        # A pool process must not outlive the main one: a training process hangs on its life.
-        die_with_parent(main_pid)
-        # The parent's sockets are not ours to use.
-        context.database.forget_connections()
-        signal.signal(signal.SIGUSR2, lambda *_: context.stopping.set())
-        # The first job would wait for its imports otherwise.
-        context.keep_spare()
-
-    def start_sweeping(**_: object) -> None:
-        _log.info("worker ready", worker_id=context.worker_id)
-        threading.Thread(target=_sweep_for_ever, args=(context,), daemon=True).start()
-        threading.Thread(target=calibrate_for_ever, args=(context,), daemon=True).start()
-        threading.Thread(target=deliver_for_ever, args=(context,), daemon=True).start()
-
-    def stop(**_: object) -> None:
-        # Celery now waits for running tasks; a training one ends once it knows that it should.
-        context.stopping.set()
-        _tell_processes_to_stop(_child_pids())
-
-    worker_process_init.connect(start_process, weak=False)
-    worker_ready.connect(start_sweeping, weak=False)
-    worker_shutting_down.connect(stop, weak=False)
-    return app
-
-
-def run_without_broker(settings: Settings) -> None:
-    """Work by looking into Postgres alone: no Celery, no Redis, one job at a time."""
+    started_at = time.monotonic()
     context = make_context(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: context.stopping.set())
-    # The sweep's bells ring nobody: this thread looks by itself.
-    context.ring = lambda _job_id: None
-    threading.Thread(target=_sweep_for_ever, args=(context,), daemon=True).start()
-    threading.Thread(target=calibrate_for_ever, args=(context,), daemon=True).start()
-    threading.Thread(target=deliver_for_ever, args=(context,), daemon=True).start()
-    context.keep_spare()
-    _log.info("worker ready, without a broker", worker_id=context.worker_id)
-    before: list[str] = []
+    processes = JobProcesses(context.worker_id, settings.training_slots + 1, has_broker=has_broker)
+    woken = threading.Event()
+    threads = [_sweep_for_ever, calibrate_for_ever, deliver_for_ever]
+    for target in threads:
+        threading.Thread(target=target, args=(context,), daemon=True).start()
+    if has_broker:
+        threading.Thread(target=consume_for_ever, args=(context, woken.set), daemon=True).start()
+    _log.info("worker ready", worker_id=context.worker_id, has_broker=has_broker)
     while not context.stopping.is_set():
-        waiting: list[str] = []
-        try:
-            with context.database.transaction() as session:
-                waiting = list(leases.list_waiting(session, limit=1))
-            work(context, waiting[0] if waiting else None)
-        except LuthierError as error:
-            _log.warning("look put off", reason=error.message)
-        # One that waits for memory is the same again; so may one be that was just prepared, which costs it a
-        # sweep at most.
-        if not waiting or waiting == before:
-            context.stopping.wait(context.settings.sweep_seconds)
-        before = waiting
-
-
-def run(settings: Settings) -> None:
-    """Work until TERM: bells from the broker, and a sweep."""
-    started_at = time.monotonic()
-    app = make_worker(settings)
-    app.worker_main(
-        [
-            "worker",
-            "--loglevel=WARNING",
-            "--pool=prefork",
-            "--without-gossip",
-            "--without-mingle",
-            "--without-heartbeat",
-            f"--hostname=luthier-{os.getpid()}@%h",
-        ]
-    )
+        processes.keep_running()
+        if woken.wait(_LOOK_SECONDS):
+            woken.clear()
+            processes.wake()
+    processes.stop()
     _log.info("worker stopped", seconds=round(time.monotonic() - started_at))
 
 
 def main(arguments: list[str]) -> None:
-    """Run a worker; `--no-broker` looks into Postgres only."""
+    """Run a worker; `--no-broker` looks into Postgres only. `--process` is what a worker starts itself."""
     settings = Settings()
     configure_logs(settings.log_level)
-    if "--no-broker" in arguments:
-        run_without_broker(settings)
+    has_broker = "--no-broker" not in arguments
+    if "--process" in arguments:
+        worker_id, parent_pid = arguments[-2:]
+        run_job_process(settings, worker_id, int(parent_pid), has_broker=has_broker)
     else:
-        run(settings)
+        run(settings, has_broker=has_broker)

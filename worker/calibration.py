@@ -203,7 +203,7 @@ def _is_wanted(context: WorkerContext) -> bool:
 
 def _has_work(database: Database, worker_id: str) -> bool:
     with database.transaction() as session:
-        return bool(leases.list_waiting(session, limit=1)) or leases.is_at_work(session, worker_id)
+        return leases.is_work_waiting(session) or leases.is_at_work(session, worker_id)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

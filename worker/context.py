@@ -75,12 +75,16 @@ class WorkerContext:
         return int(self.facts["memory_bytes"])
 
 
-def make_context(settings: Settings) -> WorkerContext:
-    """Make the parts of a worker; nothing is connected yet."""
+def make_context(settings: Settings, *, worker_id: str | None = None) -> WorkerContext:
+    """Make the parts of a worker, or of one of its processes; nothing is connected yet.
+
+    Args:
+        worker_id: the worker that the process belongs to; None makes a new one.
+    """
     hostname = socket.gethostname()
     return WorkerContext(
         settings=settings,
-        worker_id=f"{hostname}-{os.getpid()}-{secrets.token_hex(4)}",
+        worker_id=worker_id or f"{hostname}-{os.getpid()}-{secrets.token_hex(4)}",
         hostname=hostname,
         database=Database(settings.database_url.get_secret_value(), pool_size=_POOL_SIZE),
         storage=Storage.open(settings.storage_url),

@@ -19,8 +19,9 @@ from services.bell import Bell, make_celery
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
-from worker.app import sweep, tidy, work
+from worker.app import sweep, tidy
 from worker.context import WorkerContext, make_context
+from worker.processes import work
 from worker.tasks.prepare import prepare
 
 
@@ -116,7 +117,7 @@ def test_storage_that_is_away_costs_a_job_no_attempt(client: openai.OpenAI, cont
         for _ in range(5):
             assert train_next(context)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
-    work(context, None)
+    work(context)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
     with context.database.transaction() as session:
         assert session.get_one(Job, job_id).num_crashes == 0
@@ -136,12 +137,12 @@ def test_a_lease_is_kept_while_a_run_directory_is_filled(
     def slow(prefix: str, destination: Path) -> object:
         deadline = time.monotonic() + 2 * context.settings.lease_seconds
         while time.monotonic() < deadline:
-            assert sweep(context) is not None
+            sweep(context)
             time.sleep(0.3)
         return fetch(prefix, destination)
 
     monkeypatch.setattr(context.storage, "fetch_folder", slow)
-    work(context, None)
+    work(context)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
     with context.database.transaction() as session:
         assert session.get_one(Job, job_id).lease_epoch == 2
@@ -155,7 +156,7 @@ def test_a_training_file_that_changed_in_storage_is_never_trained_on(
     assert root is not None
     (stored,) = (path for path in root.rglob("file-*") if path.is_file())
     stored.write_bytes(stored.read_bytes().replace(b"red", b"rad"))
-    work(context, job_id)
+    work(context)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "failed"
     assert job.error is not None

@@ -9,8 +9,8 @@ from sqlalchemy import update
 from db.session import Database
 from db.tables import File
 from tests.rows import colour_rows, jsonl, preference_row
-from worker.app import work
 from worker.context import WorkerContext
+from worker.processes import work
 
 
 def upload(client: openai.OpenAI, content: bytes) -> str:
@@ -39,7 +39,7 @@ def test_preferences_make_a_model_and_rewards_are_told(client: openai.OpenAI, co
     assert job.method.dpo is not None
     assert job.method.dpo.hyperparameters is not None
     assert (job.method.type, job.method.dpo.hyperparameters.beta) == ("dpo", "auto")
-    work(context, job.id)
+    work(context)
     job = client.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "succeeded", job.error
     assert job.method is not None
@@ -106,7 +106,7 @@ def test_in_files_whose_format_nobody_noted_prepare_finds_rows_of_the_other_kind
         (of_chats, "learns from preferences"),
         (of_pairs, "belong to jobs of method dpo"),
     ):
-        work(context, job.id)
+        work(context)
         failed = client.fine_tuning.jobs.retrieve(job.id)
         assert failed.status == "failed"
         assert failed.error is not None

@@ -17,10 +17,11 @@ from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
-from worker.app import tidy, work
+from worker.app import tidy
 from worker.context import WorkerContext
 from worker.keeper import kept_lease
 from worker.parents import fetch_parents
+from worker.processes import work
 from worker.run import Ending
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
@@ -114,14 +115,14 @@ def test_a_job_goes_on_from_a_model_through_the_real_training_process(
     api: Api, client: openai.OpenAI, context: WorkerContext, jobs: Jobs
 ) -> None:
     first = jobs.create(tuning={"rank": 2, "target_modules": ["q_proj", "v_proj"]})
-    work(context, first)
+    work(context)
     parent = jobs.name(first)
     second = jobs.create(parent, suffix="more")
     shown = httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{second}", headers=api.headers).json()
     assert shown["model"] == "tiny-llama"
     assert shown["started_from"] == {"name": parent, "digest": jobs.row(parent).artifact_digest}
     assert (shown["tuning"]["rank"], shown["tuning"]["target_modules"]) == (2, ["q_proj", "v_proj"])
-    work(context, second)
+    work(context)
     job = client.fine_tuning.jobs.retrieve(second)
     assert job.status == "succeeded", job.error
     child = jobs.row(jobs.name(second))

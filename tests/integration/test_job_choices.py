@@ -8,8 +8,8 @@ from luthier.client import LuthierClient
 from luthier.methods import discover
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
-from worker.app import work
 from worker.context import WorkerContext
+from worker.processes import work
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(
         seed=1,
         extra_body={"training": training, "hyperparameters": {"n_epochs": 30, "batch_size": 8}},
     ).id
-    work(context, job_id)
+    work(context)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", job.error
     with LuthierClient(f"{api.base_url}/v1", api.key) as ours:
@@ -78,7 +78,7 @@ def test_a_job_by_every_method_becomes_a_model_whose_report_names_its_size(
         seed=1,
         extra_body={"tuning": {"type": method}, "hyperparameters": {"n_epochs": 1, "batch_size": 4}},
     ).id
-    work(context, job_id)
+    work(context)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", job.error
     assert "auto" not in str(job.to_dict()["tuning"])

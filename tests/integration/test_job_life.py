@@ -19,8 +19,9 @@ from services.leases import LeaseLostError
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.training import train_next
-from worker.app import sweep, tidy, work
+from worker.app import sweep, tidy
 from worker.context import WorkerContext, make_context
+from worker.processes import work
 from worker.tasks.prepare import prepare
 
 
@@ -48,7 +49,7 @@ def test_a_job_becomes_a_model_that_peft_loads(
     api: Api, client: openai.OpenAI, context: WorkerContext, tmp_path: Path
 ) -> None:
     job_id = _create(client, colour_rows(24), training={"validation_split": 0.2}, suffix="mine")
-    work(context, job_id)
+    work(context)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", job.error
     assert job.fine_tuned_model is not None
@@ -145,7 +146,7 @@ def test_live_events_arrive_in_order_and_end_with_done(
 
     reader = threading.Thread(target=follow)
     reader.start()
-    work(context, job_id)
+    work(context)
     reader.join(timeout=30)
     assert not reader.is_alive()
     ids = [int(line[4:]) for line in lines if line.startswith("id: ")]
@@ -179,7 +180,7 @@ def test_rows_that_cannot_be_trained_on_fail_the_job_by_line(
     told: str,
 ) -> None:
     job_id = _create(client, rows, **body)
-    work(context, job_id)
+    work(context)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "failed"
     assert job.error is not None
@@ -239,7 +240,7 @@ def test_a_killed_child_goes_on_from_its_save_point_to_the_same_bytes(
     run.join(timeout=60)
     job = client.fine_tuning.jobs.retrieve(disturbed)
     assert job.status == "queued"
-    work(context, None)
+    work(context)
     job = client.fine_tuning.jobs.retrieve(disturbed)
     assert job.status == "succeeded", job.error
     messages = _messages(client, disturbed)
@@ -249,7 +250,7 @@ def test_a_killed_child_goes_on_from_its_save_point_to_the_same_bytes(
     assert len(models) == 1
 
     undisturbed = _prepare_long_job(client, context)
-    work(context, None)
+    work(context)
     assert client.fine_tuning.jobs.retrieve(undisturbed).status == "succeeded"
     first, second = _digests(context)
     assert first == second

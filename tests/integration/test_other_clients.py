@@ -16,8 +16,9 @@ from tests.conftest import Api
 from tests.environments import make_environment, make_node_folder
 from tests.rows import colour_rows, jsonl
 from tests.stack import Stack, stack_folder
-from worker.app import sweep, work
+from worker.app import sweep
 from worker.context import make_context
+from worker.processes import work
 
 pytestmark = pytest.mark.full
 _CLIENTS = Path(__file__).parents[1] / "clients"
@@ -42,7 +43,8 @@ def run_beside_worker(
     ) as process:
         while process.poll() is None:
             if api.bells:
-                work(context, api.bells.pop(0))
+                api.bells.clear()
+                work(context)
             else:
                 context.stopping.wait(0.05)
         output, errors = process.communicate()

@@ -13,8 +13,8 @@ from db.session import Database
 from luthier.core.specs import TrainingSpec
 from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
-from worker.app import work
 from worker.context import WorkerContext
+from worker.processes import work
 from worker.run import Ending
 from worker.tasks import prepare as prepare_module
 from worker.tasks import train as train_module
@@ -138,13 +138,13 @@ def test_others_hear_of_a_job_only_where_its_worker_can_not_take_it(
     assert train_module.claim(context) is not None
     api.bells.clear()
     # The only slot is taken; others may have one.
-    work(context, second)
+    work(context)
     assert (run, api.bells) == ([], [second])
     third = _create(api)["id"]
     api.bells.clear()
     context.settings = context.settings.model_copy(update={"training_slots": 2})
     # The older job goes first, so others hear of the newer one.
-    work(context, third)
+    work(context)
     assert (run, api.bells) == ([second], [third])
 
 
@@ -152,9 +152,9 @@ def test_nobody_is_rung_for_where_the_process_that_prepared_a_job_trains_it(
     api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_module, "_run", lambda *_: Ending.SUCCEEDED)
-    job = _create(api)["id"]
+    _create(api)
     api.bells.clear()
-    work(context, job)
+    work(context)
     assert api.bells == []
 
 

@@ -19,8 +19,9 @@ from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.receiver import running_receiver
 from tests.sdk_calls import ABSENT, CALLS, NOTES, RESOURCES, ROWS, World
-from worker.app import sweep, work
+from worker.app import sweep
 from worker.context import make_context
+from worker.processes import work
 
 _TABLE = Path(__file__).parents[2] / "docs" / "sdk-calls.md"
 # Members that our objects have beside OpenAI's (docs/api.md), and optional ones that they leave out.
@@ -80,7 +81,7 @@ def world(api: Api, settings: Settings) -> Iterator[World]:
             "training": {"precision": "float32"},
         },
     )
-    work(context, job.id)
+    work(context)
     done = strict.fine_tuning.jobs.retrieve(job.id)
     assert done.fine_tuned_model is not None, done.error
     checkpoints = strict.fine_tuning.jobs.checkpoints.list(job.id).data

@@ -17,8 +17,9 @@ from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from tests.stack import ROOT, is_alive
 from tests.tiny import build_tiny_base, build_tiny_run
-from worker.app import sweep, work
+from worker.app import sweep
 from worker.context import WorkerContext, make_context
+from worker.processes import work
 from worker.spare import SpareRun, WarmSpare
 from worker.tasks.prepare import prepare
 
@@ -102,16 +103,14 @@ def test_jobs_in_a_row_are_run_by_one_spare_and_idle_bells_start_none(
     prepare(context, second)
     waiting = spare.pid
     assert waiting is not None
-    work(context, first)
+    work(context)
     assert [client.fine_tuning.jobs.retrieve(job).status for job in (first, second)] == ["succeeded"] * 2
     pids = [None if run is None else run.pid for run in spare.taken]
     assert len(pids) == 2
     assert len({*pids, waiting, None}) == 4
     assert spare.pid == waiting
     spare.stop()
-    # The same bell once more, and a look without one.
-    work(context, first)
-    work(context, None)
+    work(context)
     assert spare.pid is None
 
 
@@ -135,7 +134,7 @@ def test_a_pause_and_a_cancel_reach_a_process_that_had_waited(
     # A waiting process hangs on the thread that made it, so that one works.
     acting = threading.Thread(target=act)
     acting.start()
-    work(context, None)
+    work(context)
     acting.join(timeout=30)
     assert client.fine_tuning.jobs.retrieve(paused).status == "paused"
     assert client.fine_tuning.jobs.retrieve(cancelled).status == "cancelled"
@@ -152,7 +151,7 @@ def test_a_worker_that_stops_keeps_no_process_waiting(context: WorkerContext, sp
     pid = spare.pid
     assert pid is not None
     context.stopping.set()
-    work(context, None)
+    work(context)
     context.keep_spare()
     assert spare.pid is None
     assert not is_alive(pid)

@@ -1,0 +1,73 @@
+"""Workers as processes of their own, for tests that kill, stop and starve them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier.core.settings import Settings
+from tests.stack import ROOT, descendants
+
+
+@dataclass
+class Worker:
+    """A running `python -m worker`."""
+
+    process: "subprocess.Popen[bytes]"
+    log_path: Path
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to the worker and every process below it."""
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+
+def environment_of(settings: Settings, **changes: object) -> dict[str, str]:
+    """Return the environment in which a process reads these settings."""
+    values = settings.model_copy(update=changes).model_dump(exclude_unset=True)
+    found = {name: value for name, value in os.environ.items() if not name.startswith("LUTHIER_")}
+    for name, value in values.items():
+        text = value.get_secret_value() if hasattr(value, "get_secret_value") else value
+        found[f"LUTHIER_{name.upper()}"] = str(text) if not isinstance(text, dict) else json.dumps(text)
+    return found
+
+
+@contextlib.contextmanager
+def running_worker(
+    settings: Settings, log_path: Path, *arguments: str, **environment: str
+) -> Iterator[Worker]:
+    """Run a worker over the settings; killed at the end if it still runs.
+
+    Args:
+        log_path: where its output goes.
+        *arguments: of `python -m worker`.
+        **environment: further variables.
+    """
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker", *arguments],
+            cwd=ROOT,
+            env=environment_of(settings) | environment,
+            stdout=log,
+            stderr=log,
+        )
+    worker = Worker(process, log_path)
+    try:
+        yield worker
+    finally:
+        worker.signal_all(signal.SIGCONT)
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
