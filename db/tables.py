@@ -15,6 +15,10 @@ NAMING = {
 }
 
 
+# Deleted rows whose bytes may still be in storage.
+_BYTES_LEFT = text("deleted_at IS NOT NULL AND bytes_deleted_at IS NULL")
+
+
 class Table(DeclarativeBase):
     """Base of all tables: text for strings, jsonb for objects, timestamps with zone."""
 
@@ -83,6 +87,7 @@ class File(Owned, Table):
             "expires_at",
             postgresql_where=text("expires_at IS NOT NULL AND deleted_at IS NULL"),
         ),
+        Index("ix_files_undeleted_bytes", "deleted_at", postgresql_where=_BYTES_LEFT),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     filename: Mapped[str]
@@ -141,6 +146,12 @@ class Job(Owned, Table):
             "created_at",
             postgresql_where=text("status IN ('validating_files', 'queued', 'running', 'pausing')"),
         ),
+        # What has ended and has working copies left in storage.
+        Index(
+            "ix_jobs_untidied",
+            "finished_at",
+            postgresql_where=text("finished_at IS NOT NULL AND tidied_at IS NULL"),
+        ),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     status: Mapped[str]
@@ -151,8 +162,8 @@ class Job(Owned, Table):
         ForeignKey("models.id", name="fk_jobs_parent_model_id", use_alter=True), index=True
     )
     spec: Mapped[dict[str, Any]]
-    training_file_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
-    validation_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    training_file_id: Mapped[str] = mapped_column(ForeignKey("files.id"), index=True)
+    validation_file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"), index=True)
     suffix: Mapped[str | None]
     seed: Mapped[int]
     # `metadata` is taken by SQLAlchemy.
@@ -228,6 +239,7 @@ class Model(Owned, Table):
     __table_args__ = (
         Index("uq_models_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
         Index("ix_models_project", "project_id", "created_at", postgresql_where=text("deleted_at IS NULL")),
+        Index("ix_models_undeleted_bytes", "deleted_at", postgresql_where=_BYTES_LEFT),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]

@@ -4,7 +4,7 @@ Every write of an attempt names the lease epoch that its claim got. A worker tha
 declared dead writes nothing any more, because the epoch has moved on. All times are the database's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -71,6 +71,12 @@ def _is_unchecked() -> ColumnElement[bool]:
     return (Job.status == JobStatus.VALIDATING_FILES) & or_(
         Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()
     )
+
+
+def list_held(session: Session, job_ids: Collection[str]) -> set[tuple[str, int]]:
+    """Return which of some jobs an attempt holds, each with the number of its claim."""
+    held = select(Job.id, Job.lease_epoch).where(Job.id.in_(job_ids), Job.lease_owner.is_not(None))
+    return {(job_id, epoch) for job_id, epoch in session.execute(held)}
 
 
 def is_at_work(session: Session, worker_id: str) -> bool:

@@ -1,5 +1,6 @@
 """What ended jobs and uploads leave in storage: what of it lives on, and that the rest is gone."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -31,7 +32,9 @@ class EndedUpload:
     kept_key: str | None
 
 
-def list_untidied(session: Session, *, grace_seconds: float, limit: int) -> list[EndedJob]:
+def list_untidied(
+    session: Session, *, grace_seconds: float, limit: int, skipped: Collection[str] = ()
+) -> list[EndedJob]:
     """Return ended jobs whose working copies (tokenised rows, save points) are still in storage.
 
     Args:
@@ -47,6 +50,7 @@ def list_untidied(session: Session, *, grace_seconds: float, limit: int) -> list
             Job.status.in_(TERMINAL_STATUSES),
             Job.tidied_at.is_(None),
             Job.finished_at < func.now() - timedelta(seconds=grace_seconds),
+            Job.id.not_in(skipped),
         )
         .order_by(Job.finished_at)
         .limit(limit)
@@ -70,7 +74,9 @@ def mark_tidied(session: Session, job_id: str) -> None:
     )
 
 
-def list_untidied_uploads(session: Session, *, grace_seconds: float, limit: int) -> list[EndedUpload]:
+def list_untidied_uploads(
+    session: Session, *, grace_seconds: float, limit: int, skipped: Collection[str] = ()
+) -> list[EndedUpload]:
     """Return uploads at their end whose parts may still be in storage; what has lapsed is expired first.
 
     Args:
@@ -87,6 +93,7 @@ def list_untidied_uploads(session: Session, *, grace_seconds: float, limit: int)
             Upload.status != UploadStatus.PENDING.value,
             Upload.tidied_at.is_(None),
             Upload.ended_at <= func.now() - timedelta(seconds=grace_seconds),
+            Upload.id.not_in(skipped),
         )
         .order_by(Upload.ended_at)
         .limit(limit)

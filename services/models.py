@@ -1,7 +1,7 @@
 """Models: names that can be called. A name resolves to a base and an artifact, or to nothing; never to the
 base instead."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import exists, func, or_, select, update
@@ -277,11 +277,13 @@ def get_name(session: Session, model_id: str) -> str:
     return session.get_one(Model, model_id).name
 
 
-def list_undeleted_bytes(session: Session, *, limit: int) -> list[tuple[str, str]]:
-    """Return id and storage place of deleted models whose bytes may still be there."""
+def list_undeleted_bytes(
+    session: Session, *, limit: int, skipped: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """Return id and storage prefix of deleted models whose bytes may still be there, less the skipped ids."""
     rows = session.execute(
         select(Model.id, Model.artifact_key)
-        .where(Model.deleted_at.is_not(None), Model.bytes_deleted_at.is_(None))
+        .where(Model.deleted_at.is_not(None), Model.bytes_deleted_at.is_(None), Model.id.not_in(skipped))
         .order_by(Model.deleted_at)
         .limit(limit)
     ).all()

@@ -8,103 +8,29 @@ jobs from workers that are gone, measures, and sends webhooks.
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
-from luthier.core.errors import LuthierError
 from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
-from services import deliveries, files, leases, leftovers, memory, models
-from services.uploads import storage_prefix
 from worker.broker import consume_for_ever
 from worker.calibration import calibrate_for_ever
 from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_for_ever
+from worker.maintenance import beat, collect_garbage, repeat, take_lost_jobs
 from worker.processes import JobProcesses, run_job_process
 from worker.serving import balance
 
 _log = structlog.get_logger()
-_TIDIED_AT_ONCE = 10
-# Rows alone, with no bytes to wait for.
-_DELIVERIES_AT_ONCE = 1000
 # How soon a TERM is seen, and a process that has ended is missed.
 _LOOK_SECONDS = 0.2
 
 
 def sweep(context: WorkerContext) -> None:
-    """Say that the worker lives, take jobs from dead ones, and tell serving its memory."""
-    settings = context.settings
-    with context.database.transaction() as session:
-        leases.beat(
-            session,
-            context.worker_id,
-            hostname=context.hostname,
-            num_slots=settings.training_slots,
-            facts=context.facts,
-        )
-        if context.device is not None:
-            # A device that no job has asked for yet is there too.
-            memory.lock_device(session, context.device)
-    with context.database.transaction() as session:
-        lost = leases.sweep(session, max_attempts=settings.max_attempts)
-        memory.forget_lapsed(session)
-    if lost:
-        _log.warning("jobs taken from workers that stopped answering", job_ids=lost)
-    balance(context)
-
-
-def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
-    """Delete from storage what no row needs any more, however often that was tried before.
-
-    That is what ended jobs worked with (tokenised rows, save points, what no row names), the parts of ended
-    uploads, and the bytes of deleted files and models. Files that have expired are deleted first, and
-    deliveries of webhooks that finished long ago are forgotten.
-
-    Args:
-        grace_seconds: how long ago a job or an upload must have ended.
-    """
-    with context.database.transaction() as session:
-        files.delete_expired(session, limit=_TIDIED_AT_ONCE)
-        deliveries.prune(
-            session, kept_seconds=context.settings.webhook_kept_seconds, limit=_DELIVERIES_AT_ONCE
-        )
-        uploads_ended = leftovers.list_untidied_uploads(
-            session, grace_seconds=grace_seconds, limit=_TIDIED_AT_ONCE
-        )
-    with context.database.transaction() as session:
-        ended = leftovers.list_untidied(session, grace_seconds=grace_seconds, limit=_TIDIED_AT_ONCE)
-        files_gone = files.list_undeleted_bytes(session, limit=_TIDIED_AT_ONCE)
-        models_gone = models.list_undeleted_bytes(session, limit=_TIDIED_AT_ONCE)
-    for file_id, key in files_gone:
-        context.storage.delete(key)
-        with context.database.transaction() as session:
-            files.mark_bytes_deleted(session, file_id)
-    for model_id, prefix in models_gone:
-        context.storage.delete_prefix(prefix)
-        with context.database.transaction() as session:
-            models.mark_bytes_deleted(session, model_id)
-    for upload in uploads_ended:
-        prefix = storage_prefix(upload.project_id, upload.upload_id)
-        context.storage.delete_all_but(prefix, [upload.kept_key] if upload.kept_key else [])
-        with context.database.transaction() as session:
-            leftovers.mark_upload_tidied(session, upload.upload_id)
-    for job in ended:
-        prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
-        context.storage.delete_all_but(prefix, job.kept_prefixes)
-        with context.database.transaction() as session:
-            leftovers.mark_tidied(session, job.job_id)
-
-
-def _sweep_for_ever(context: WorkerContext) -> None:
-    """Sweep until the worker stops; runs in a thread, which no fault ends: jobs are lost without its beat."""
-    while not context.stopping.wait(context.settings.sweep_seconds):
-        try:
-            sweep(context)
-            tidy(context, grace_seconds=2 * context.settings.lease_seconds)
-        except LuthierError as error:
-            _log.warning("sweep put off", reason=error.message)
-        except Exception:  # noqa: BLE001
-            _log.exception("sweep put off")
+    """Record that the worker lives, and take jobs from dead ones."""
+    beat(context)
+    take_lost_jobs(context)
 
 
 def run(settings: Settings, *, has_broker: bool = True) -> None:
@@ -119,8 +45,15 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
         signal.signal(number, lambda *_: context.stopping.set())
     processes = JobProcesses(context.worker_id, settings.training_slots + 1, has_broker=has_broker)
     woken = threading.Event()
-    threads = [_sweep_for_ever, calibrate_for_ever, deliver_for_ever]
-    for target in threads:
+    parts: dict[str, Callable[[WorkerContext], object]] = {
+        "heartbeat": beat,
+        "taking of lost jobs": take_lost_jobs,
+        "balance of memory with serving": balance,
+        "garbage collection": collect_garbage,
+    }
+    for what, act in parts.items():
+        threading.Thread(target=repeat, args=(context, what, act), daemon=True).start()
+    for target in (calibrate_for_ever, deliver_for_ever):
         threading.Thread(target=target, args=(context,), daemon=True).start()
     if has_broker:
         threading.Thread(target=consume_for_ever, args=(context, woken.set), daemon=True).start()

@@ -18,8 +18,8 @@ from luthier.trackers import discover
 from services.bell import Bell, Ring, make_celery
 from worker.spare import WarmSpare
 
-# One for the task, one for its heartbeat while it prepares, one for the sweep, one for webhooks.
-_POOL_SIZE = 4
+# In the main process one for each thread of maintenance, for webhooks and for calibration; jobs need fewer.
+_POOL_SIZE = 7
 
 
 def _facts() -> dict[str, Any]:
@@ -55,6 +55,9 @@ class WorkerContext:
     # The inference servers that serve from it, by URL, as this process saw them last.
     serving_ids: dict[str, str] = field(default_factory=dict)
     has_looked_at_serving: bool = False
+    # Rows whose bytes could not be deleted, and when that is tried again; and when orphans are looked for.
+    undeletable: dict[str, float] = field(default_factory=dict)
+    orphans_due_at: float = 0.0
 
     def keep_spare(self) -> None:
         """Let a process wait for the next run, where that is wanted; from the main thread alone."""

@@ -155,6 +155,9 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(30.0, gt=0, description="How long a claim holds without a heartbeat.")
     heartbeat_seconds: float = Field(5.0, gt=0, description="Seconds between heartbeats of a running job.")
     sweep_seconds: float = Field(5.0, gt=0, description="Seconds between a worker's looks into Postgres.")
+    orphan_seconds: float = Field(
+        24 * 3600.0, ge=0, description="Age from which a stored file that has no row is deleted."
+    )
     control_seconds: float = Field(
         1.0, gt=0, description="Seconds between looks at whether a running job was cancelled or paused."
     )

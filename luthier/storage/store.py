@@ -8,8 +8,10 @@ import asyncio
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -259,16 +261,32 @@ class Storage:
         for path in self._list(prefix):
             if not any(path == kept or path.startswith(kept + "/") for kept in kept_prefixes):
                 self.delete(path)
-        self._delete_unfinished(prefix)
+        self.delete_unfinished(prefix)
 
-    def _delete_unfinished(self, prefix: str) -> None:
-        """Delete what a process that died had begun to write into a local folder."""
+    def delete_unfinished(self, prefix: str, *, age_seconds: float = 0.0) -> None:
+        """Delete what a process that died had begun to write into a local folder, if it is old enough."""
         if self.local_root is None:
             return
+        newest = time.time() - age_seconds
         with _answered():
             for path in (self.local_root / prefix).rglob("*#*"):
-                if _UNFINISHED.search(path.name) and path.is_file():
+                if _UNFINISHED.search(path.name) and path.is_file() and path.stat().st_mtime <= newest:
                     path.unlink(missing_ok=True)
+
+    def list_prefixes(self, prefix: str) -> list[str]:
+        """Return the prefixes one level below a prefix."""
+        with _answered():
+            try:
+                return list(obstore.list_with_delimiter(self.objects, prefix + "/")["common_prefixes"])
+            except _MISSING:
+                return []
+
+    def list_old(self, prefix: str, *, age_seconds: float) -> Iterator[str]:
+        """Yield the keys under a prefix whose objects were last written so many seconds ago or earlier."""
+        newest = datetime.now(UTC) - timedelta(seconds=age_seconds)
+        with _answered():
+            for batch in obstore.list(self.objects, prefix + "/"):
+                yield from (meta["path"] for meta in batch if meta["last_modified"] <= newest)
 
     def _list(self, prefix: str) -> list[str]:
         with _answered():

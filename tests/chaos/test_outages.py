@@ -19,8 +19,9 @@ from services.bell import Bell, make_celery
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
-from worker.app import sweep, tidy
+from worker.app import sweep
 from worker.context import WorkerContext, make_context
+from worker.maintenance import tidy
 from worker.processes import work
 from worker.tasks.prepare import prepare
 

@@ -8,8 +8,8 @@ from sqlalchemy import text
 from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
-from worker.app import tidy
 from worker.context import WorkerContext, make_context
+from worker.maintenance import tidy
 
 ROWS = jsonl(colour_rows())
 DAY = 24 * 3600

@@ -17,9 +17,9 @@ from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
-from worker.app import tidy
 from worker.context import WorkerContext
 from worker.keeper import kept_lease
+from worker.maintenance import tidy
 from worker.parents import fetch_parents
 from worker.processes import work
 from worker.run import Ending

@@ -19,8 +19,9 @@ from services.leases import LeaseLostError
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.training import train_next
-from worker.app import sweep, tidy
+from worker.app import sweep
 from worker.context import WorkerContext, make_context
+from worker.maintenance import tidy
 from worker.processes import work
 from worker.tasks.prepare import prepare
 

@@ -19,7 +19,6 @@ from luthier.core.devices import Device
 from luthier.core.inference import MEMORY_PATH, MemoryOrder, MemoryState
 from services import bootstrap, memory, serving
 from tests.rows import colour_rows, jsonl
-from worker.app import sweep
 from worker.context import WorkerContext
 from worker.serving import balance
 from worker.tasks.prepare import prepare
@@ -117,7 +116,7 @@ def _waits_told(client: openai.OpenAI, job_id: str) -> list[str]:
 def test_serving_may_have_all_until_a_job_needs_it_and_gives_back_what_is_idle(
     client: openai.OpenAI, context: WorkerContext, server: StandIn
 ) -> None:
-    sweep(context)
+    balance(context)
     assert server.orders[-1].max_bytes == 10 * _GB
     assert _serving(context) == {"server-1": 10 * _GB}
     job_id = _queue(client, context, 6)
@@ -128,11 +127,11 @@ def test_serving_may_have_all_until_a_job_needs_it_and_gives_back_what_is_idle(
     assert _waits_told(client, job_id) == []
     assert 0.9 * _GB < server.idle < _GB
     assert server.orders[-1].max_bytes == 10 * _GB - memory.wanted_bytes(*_peak_of(context, job_id))
-    sweep(context)
+    balance(context)
     assert _serving(context)["server-1"] == server.orders[-1].max_bytes
     with context.database.transaction() as session:
         memory.release(session, job_id, claimed.lease.epoch)
-    sweep(context)
+    balance(context)
     assert server.orders[-1].max_bytes == 10 * _GB
 
 

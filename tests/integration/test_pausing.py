@@ -20,9 +20,10 @@ from tests.integration.stoppable_child import Attempt
 from tests.integration.training_script import Script
 from tests.rows import colour_rows, jsonl
 from worker import outbox
-from worker.app import sweep, tidy
+from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.giving_back import give_back
+from worker.maintenance import tidy
 from worker.run import Ending
 from worker.tasks.prepare import prepare
 

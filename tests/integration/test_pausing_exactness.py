@@ -12,8 +12,9 @@ from services import leases
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
-from worker.app import sweep, tidy
+from worker.app import sweep
 from worker.context import WorkerContext
+from worker.maintenance import tidy
 from worker.processes import work
 from worker.tasks.prepare import prepare
 

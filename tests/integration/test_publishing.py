@@ -17,9 +17,10 @@ from luthier.core.events import StoppedEvent
 from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
-from worker.app import sweep, tidy
+from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.keeper import kept_lease
+from worker.maintenance import tidy
 from worker.run import Ending
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run

@@ -21,9 +21,9 @@ from services.sealing import reseal
 from tests.conftest import serve_api
 from tests.integration.hooks import create_job, the_delivery, wind
 from tests.receiver import Receiver
-from worker.app import tidy
 from worker.context import WorkerContext
 from worker.delivering import deliver_due
+from worker.maintenance import tidy
 
 
 @pytest.fixture

@@ -1,0 +1,172 @@
+"""Maintenance goes past what it can't delete, leaves nothing over, and scans no table."""
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from sqlalchemy import event, text
+
+from luthier.core.errors import UnavailableError
+from luthier.core.ids import new_id
+from services import files, leases
+from services.scope import Scope
+from tests.conftest import Api
+from tests.integration.hooks import create_job
+from tests.rows import colour_rows, jsonl
+from worker.app import sweep
+from worker.context import WorkerContext
+from worker.maintenance import (
+    collect_garbage,
+    delete_orphans,
+    remove_stale_runs,
+    repeat,
+    take_lost_jobs,
+    tidy,
+)
+from worker.tasks.prepare import prepare
+
+
+def _delete_file(client: openai.OpenAI, api: Api) -> Path:
+    """Delete a file whose bytes stay, and return where they are."""
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
+    with pytest.MonkeyPatch.context() as broken:
+
+        def away(*_: object) -> None:
+            raise UnavailableError("away")
+
+        broken.setattr(api.parts.storage, "delete", away)
+        client.files.delete(file.id)
+    assert api.parts.storage.local_root is not None
+    (path,) = api.parts.storage.local_root.rglob(file.id)
+    return path
+
+
+def test_garbage_collection_goes_past_what_it_can_not_delete(
+    api: Api, client: openai.OpenAI, context: WorkerContext
+) -> None:
+    first, second = _delete_file(client, api), _delete_file(client, api)
+    # A folder can't be deleted as a file is.
+    first.unlink()
+    (first / "below").mkdir(parents=True)
+    tidy(context, grace_seconds=0)
+    assert first.exists()
+    assert not second.exists()
+
+
+def test_a_part_of_maintenance_that_breaks_is_done_again_and_stops_no_other(context: WorkerContext) -> None:
+    context.settings = context.settings.model_copy(update={"sweep_seconds": 0.01})
+    calls: list[str] = []
+
+    def broken(_: WorkerContext) -> None:
+        calls.append("broken")
+        if len(calls) >= 3:
+            context.stopping.set()
+        raise ValueError("a row that nobody thought of")
+
+    repeat(context, "test", broken)
+    assert calls == ["broken"] * 3
+
+
+def test_run_directories_that_no_attempt_holds_are_removed(
+    client: openai.OpenAI, context: WorkerContext
+) -> None:
+    job_id = create_job(client)
+    prepare(context, job_id)
+    with context.database.transaction() as session:
+        taken = leases.claim_for_training(session, context.worker_id, 1, 30)
+    assert taken is not None
+    runs = context.settings.runs_dir
+    held, older = runs / job_id / f"e{taken[0].epoch}", runs / job_id / f"e{taken[0].epoch - 1}"
+    unknown, another = runs / "ftjob-unknown" / "e3", runs / "notes" / "e3"
+    for folder in (held, older, unknown, another):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"x")
+    remove_stale_runs(context)
+    assert (held / "weights").exists()
+    assert (another / "weights").exists()
+    assert not older.exists()
+    assert not unknown.parent.exists()
+
+
+def test_objects_of_files_without_a_row_are_deleted_once_they_are_old(
+    api: Api, client: openai.OpenAI, context: WorkerContext
+) -> None:
+    kept = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
+    root = api.parts.storage.local_root
+    assert root is not None
+    (path,) = root.rglob(kept.id)
+    without_row, fresh = path.with_name(new_id("file")), path.with_name(new_id("file"))
+    unfinished = path.with_name(f"{new_id('file')}#123456")
+    for made in (without_row, fresh, unfinished):
+        made.write_bytes(b"{}\n")
+    day_ago = time.time() - context.settings.orphan_seconds - 1
+    for old in (path, without_row, unfinished):
+        os.utime(old, (day_ago, day_ago))
+    delete_orphans(context)
+    assert path.exists()
+    assert fresh.exists()
+    assert not without_row.exists()
+    assert not unfinished.exists()
+
+
+def test_a_sweep_waits_for_no_storage(api: Api, client: openai.OpenAI, context: WorkerContext) -> None:
+    _delete_file(client, api)
+    hangs, may_end = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        hangs.set()
+        may_end.wait(30)
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(context.storage, "delete", hang)
+        collecting = threading.Thread(target=collect_garbage, args=(context,))
+        collecting.start()
+        assert hangs.wait(10)
+        sweep(context)
+        may_end.set()
+        collecting.join(30)
+    assert not collecting.is_alive()
+
+
+def _plans(context: WorkerContext, act: Any) -> list[str]:
+    """Return PostgreSQL's plans of what is asked, with other ways than indexes made dear."""
+    plans: list[str] = []
+
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
+            with connection.connection.cursor() as own:
+                own.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off")
+                own.execute(f"EXPLAIN {statement}", parameters)
+                plans.append("\n".join(row[0] for row in own.fetchall()))
+
+    event.listen(context.database.engine, "before_cursor_execute", explain)
+    try:
+        act()
+    finally:
+        event.remove(context.database.engine, "before_cursor_execute", explain)
+    return plans
+
+
+def test_a_sweep_and_a_deleted_file_scan_no_table(client: openai.OpenAI, context: WorkerContext) -> None:
+    """Not by the clock, which tells little of so few rows: by what PostgreSQL says it will do."""
+    plans = _plans(context, lambda: tidy(context, grace_seconds=0))
+    for index in ("ix_jobs_untidied", "ix_files_undeleted_bytes", "ix_models_undeleted_bytes"):
+        assert any(index in plan for plan in plans), (index, plans)
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
+    plans += _plans(context, lambda: take_lost_jobs(context))
+    with context.database.transaction() as session:
+        row = session.execute(text("SELECT organization_id, project_id FROM files")).first()
+    assert row is not None
+    scope = Scope(row[0], "personal", row[1], None)
+
+    def delete() -> None:
+        with context.database.transaction() as session:
+            files.delete(session, scope, file.id)
+
+    plans += _plans(context, delete)
+    scans = [line for plan in plans for line in plan.splitlines() if "Seq Scan on" in line]
+    assert [line for line in scans if "jobs" in line or "files" in line or "models" in line] == []

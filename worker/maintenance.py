@@ -1,0 +1,217 @@
+"""What a worker does beside jobs: its heartbeat, jobs of dead workers, and garbage collection.
+
+Each part runs in a loop of its own, so that none waits for storage or an inference server because another
+does.
+"""
+
+import contextlib
+import itertools
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+from sqlalchemy.orm import Session
+
+from luthier.core.errors import LuthierError, UnavailableError
+from services import deliveries, files, leases, leftovers, memory, models
+from services.uploads import storage_prefix
+from worker.context import WorkerContext
+
+_log = structlog.get_logger()
+T = TypeVar("T")
+_TIDIED_AT_ONCE = 10
+# Rows alone, with no bytes to wait for.
+_DELIVERIES_AT_ONCE = 1000
+# After so many failures in a round storage itself is taken to be away.
+_MAX_FAILURES = 3
+_RETRY_SECONDS = 600.0
+_ORPHANS_EVERY_SECONDS = 3600.0
+_IDS_AT_ONCE = 500
+_JOB_FOLDER = re.compile(r"ftjob-[\w-]+")
+_ATTEMPT_FOLDER = re.compile(r"e(\d+)")
+
+
+def repeat(context: WorkerContext, what: str, act: Callable[[WorkerContext], object]) -> None:
+    """Do something now and at every sweep until the worker stops, whatever it raises; runs in a thread."""
+    while True:
+        try:
+            act(context)
+        except LuthierError as error:
+            _log.warning(f"{what} put off", reason=error.message)
+        except Exception:  # noqa: BLE001
+            # The other parts, and the jobs of this worker, go on.
+            _log.exception(f"{what} failed")
+        if context.stopping.wait(context.settings.sweep_seconds):
+            return
+
+
+def beat(context: WorkerContext) -> None:
+    """Record that the worker is alive."""
+    with context.database.transaction() as session:
+        leases.beat(
+            session,
+            context.worker_id,
+            hostname=context.hostname,
+            num_slots=context.settings.training_slots,
+            facts=context.facts,
+        )
+        if context.device is not None:
+            # A device that no job has asked for yet is there too.
+            memory.lock_device(session, context.device)
+
+
+def take_lost_jobs(context: WorkerContext) -> None:
+    """Take jobs, and memory, from workers that stopped answering."""
+    with context.database.transaction() as session:
+        lost = leases.sweep(session, max_attempts=context.settings.max_attempts)
+        memory.forget_lapsed(session)
+    if lost:
+        _log.warning("jobs taken from workers that stopped answering", job_ids=lost)
+
+
+@dataclass(frozen=True)
+class _Garbage:
+    """Bytes that no row needs any more."""
+
+    row_id: str
+    delete: Callable[[], None]
+    mark: Callable[[Session], None]
+
+
+def collect_garbage(context: WorkerContext) -> None:
+    """Delete what nothing needs any more: from storage, and run directories of attempts that are over."""
+    tidy(context, grace_seconds=2 * context.settings.lease_seconds)
+    remove_stale_runs(context)
+    now = time.monotonic()
+    if now >= context.orphans_due_at:
+        context.orphans_due_at = now + _ORPHANS_EVERY_SECONDS
+        delete_orphans(context)
+
+
+def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
+    """Delete from storage what no row needs any more, however often that was tried before.
+
+    That is what ended jobs worked with (tokenised rows, save points, what no row names), the parts of ended
+    uploads, and the bytes of deleted files and models. Files that have expired are deleted first, and
+    deliveries of webhooks that finished long ago are forgotten. What can't be deleted is passed over, and
+    tried again later.
+
+    Args:
+        grace_seconds: how long ago a job or an upload must have ended.
+
+    Raises:
+        UnavailableError: when storage or database seem to be away.
+    """
+    with context.database.transaction() as session:
+        files.delete_expired(session, limit=_TIDIED_AT_ONCE)
+        deliveries.prune(
+            session, kept_seconds=context.settings.webhook_kept_seconds, limit=_DELIVERIES_AT_ONCE
+        )
+    failures = 0
+    for garbage in _find_garbage(context, grace_seconds):
+        try:
+            garbage.delete()
+        except (UnavailableError, OSError) as error:
+            context.undeletable[garbage.row_id] = time.monotonic() + _RETRY_SECONDS
+            failures += 1
+            _log.warning("not deleted, tried again later", row_id=garbage.row_id, reason=str(error))
+            if failures >= _MAX_FAILURES:
+                raise
+            continue
+        with context.database.transaction() as session:
+            garbage.mark(session)
+
+
+def _find_garbage(context: WorkerContext, grace_seconds: float) -> Iterator[_Garbage]:
+    now, storage = time.monotonic(), context.storage
+    context.undeletable = {row: due for row, due in context.undeletable.items() if due > now}
+    skipped, limit = list(context.undeletable), _TIDIED_AT_ONCE
+    with context.database.transaction() as session:
+        uploads_ended = leftovers.list_untidied_uploads(
+            session, grace_seconds=grace_seconds, limit=limit, skipped=skipped
+        )
+    with context.database.transaction() as session:
+        ended = leftovers.list_untidied(session, grace_seconds=grace_seconds, limit=limit, skipped=skipped)
+        files_gone = files.list_undeleted_bytes(session, limit=limit, skipped=skipped)
+        models_gone = models.list_undeleted_bytes(session, limit=limit, skipped=skipped)
+    for file_id, key in files_gone:
+        yield _Garbage(
+            file_id, partial(storage.delete, key), partial(files.mark_bytes_deleted, row_id=file_id)
+        )
+    for model_id, prefix in models_gone:
+        yield _Garbage(
+            model_id,
+            partial(storage.delete_prefix, prefix),
+            partial(models.mark_bytes_deleted, row_id=model_id),
+        )
+    for upload in uploads_ended:
+        prefix = storage_prefix(upload.project_id, upload.upload_id)
+        yield _Garbage(
+            upload.upload_id,
+            partial(storage.delete_all_but, prefix, [upload.kept_key] if upload.kept_key else []),
+            partial(leftovers.mark_upload_tidied, upload_id=upload.upload_id),
+        )
+    for job in ended:
+        prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
+        yield _Garbage(
+            job.job_id,
+            partial(storage.delete_all_but, prefix, job.kept_prefixes),
+            partial(leftovers.mark_tidied, job_id=job.job_id),
+        )
+
+
+def remove_stale_runs(context: WorkerContext) -> None:
+    """Remove run directories of attempts that hold no job: their processes were killed."""
+    found = [
+        (job.name, int(match[1]), folder)
+        for job in _folders(context.settings.runs_dir, _JOB_FOLDER)
+        for folder in _folders(job, _ATTEMPT_FOLDER)
+        if (match := _ATTEMPT_FOLDER.fullmatch(folder.name))
+    ]
+    # The database is asked after the disk: an attempt has its lease before its folder.
+    for some in _batched(found, _IDS_AT_ONCE):
+        with context.database.transaction() as session:
+            held = leases.list_held(session, {job_id for job_id, _, _ in some})
+        for job_id, epoch, folder in some:
+            if (job_id, epoch) not in held:
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()  # unless another attempt of this job is at work in it
+
+
+def _folders(parent: Path, pattern: re.Pattern[str]) -> list[Path]:
+    try:
+        return [path for path in parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir()]
+    except OSError:
+        return []
+
+
+def delete_orphans(context: WorkerContext) -> None:
+    """Delete old objects of files that have no row: the API died between their bytes and their row."""
+    for prefix in context.storage.list_prefixes("projects"):
+        age_seconds = context.settings.orphan_seconds
+        context.storage.delete_unfinished(f"{prefix}/files", age_seconds=age_seconds)
+        old = context.storage.list_old(f"{prefix}/files", age_seconds=age_seconds)
+        for keys in _batched(old, _IDS_AT_ONCE):
+            with context.database.transaction() as session:
+                named = files.list_known(session, {_file_id(key) for key in keys})
+            for key in keys:
+                if _file_id(key) not in named:
+                    context.storage.delete(key)
+                    _log.info("an object without a row was deleted", key=key)
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _file_id(key: str) -> str:
+    return key.rpartition("/")[2]
