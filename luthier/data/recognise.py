@@ -55,7 +55,9 @@ def explain_row(row_format: RowFormat, line: bytes, number: int) -> list[Fault]:
         At least one fault; one alone when the row is of another format.
     """
     row = parse_line(line, number)
-    if isinstance(row, dict) and not row_format.signature & row.keys():
+    if isinstance(row, Fault):
+        return [row]
+    if not row_format.signature & row.keys():
         other = find_format(row)
         if other is not None and other.name != row_format.name and other.signature <= row.keys():
             told = (
@@ -63,4 +65,4 @@ def explain_row(row_format: RowFormat, line: bytes, number: int) -> list[Fault]:
                 f"{row_format.name}: a file has one format. Put such rows into a file of their own."
             )
             return [Fault(number, None, None, "row.other_format", told)]
-    return row_format.explain(line, number)
+    return row_format.explain(row, number)

@@ -54,7 +54,7 @@ def first_fault(error: ValidationError, tuning: dict[str, Any], known: Sequence[
 def _advice(path: _Path, known: Sequence[str]) -> str:
     if len(path) > 1:
         return "Leave it out."
-    near = difflib.get_close_matches(str(path[0]), known, n=1)
+    near = difflib.get_close_matches(str(path[0])[:_MAX_CHARACTERS], known, n=1)
     advice = f"Did you mean '{near[0]}'?" if near else "Leave it out."
     return f"{advice} This type of tuning takes: {', '.join(known)}."
 

@@ -76,6 +76,11 @@ class CsvReader:
 
     def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
         """Yield the rows that end in the next bytes."""
+        if self._is_open and b'"' not in chunk and b'"' not in self._tail:
+            # All of it is within one cell, however many lines it has.
+            self._num_lines += chunk.count(b"\n")
+            self._extend_tail(chunk)
+            return
         lines = chunk.split(b"\n")
         last = lines.pop()
         for line in lines:

@@ -67,11 +67,8 @@ class FieldsFormat(ABC):
         texts = {key: "" if value is None else str(value) for key, value in fields.items()}
         return texts if texts[self._learnt] else None
 
-    def explain(self, line: bytes, number: int) -> list[Fault]:
-        """Return the faults of a line that `read` refused."""
-        row = parse_line(line, number)
-        if isinstance(row, Fault):
-            return [row]
+    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
+        """Return the faults of a row that `read` refused."""
         faults = [Fault(number, None, field, rule, message) for field, rule, message in self._check(row)]
         told = f"The line can't be read as a row of the format {self.name}."
         return faults or [Fault(number, None, None, "row.unreadable", told)]

@@ -1,9 +1,13 @@
 """A line to a JSON value with everything refused that JSON leaves open; the slow path that finds faults."""
 
 import json
+import re
 from typing import Any, NoReturn
 
 from luthier.data.formats.base import Fault, escape_text
+
+_MAX_KEYS = 10_000
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class _RefusedError(ValueError):
@@ -17,13 +21,15 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in content if keys.count(key) > 1)
-        raise _RefusedError(
-            "json.duplicate_key", f'The key "{escape_text(twice)}" appears twice in one object; remove one.'
-        )
+    if len(pairs) > _MAX_KEYS:
+        raise _RefusedError("json.keys", f"An object has more than {_MAX_KEYS} keys; split it.")
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise _RefusedError(
+                "json.duplicate_key", f'The key "{escape_text(key)}" appears twice in one object; remove one.'
+            )
+        content[key] = value
     return content
 
 
@@ -56,8 +62,9 @@ def _decode(line: bytes, number: int) -> str | Fault:
 def _load(text: str, number: int) -> Any | Fault:
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-        # Python's reader lets lone surrogates through, which no tokenizer can take.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if _SURROGATE.search(text):
+            # Python's reader lets lone surrogates through, which no tokenizer can take.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         return _syntax_fault(text, number, error)
     except _RefusedError as error:

@@ -1,8 +1,9 @@
 """OpenAI's messages: every rule of one message, and the rules between them. The slow and exact reader."""
 
+import itertools
 from typing import Any
 
-from luthier.data.formats._tools import Broken, check_called, check_calls, to_call
+from luthier.data.formats._tools import MAX_BROKEN, Broken, check_called, check_calls, to_call
 from luthier.data.formats.base import Turn, escape_text, tell_choice
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -46,6 +47,8 @@ def check_each(messages: list[Any], path: str, *, is_parallel_allowed: bool) -> 
     """Check messages one by one."""
     broken: list[Broken] = []
     for place, message in enumerate(messages):
+        if len(broken) >= MAX_BROKEN:
+            break
         here = f"{path}[{place}]"
         found = _check_message(message, here)
         if not found and not is_parallel_allowed and len(message.get("tool_calls") or ()) > 1:
@@ -161,16 +164,18 @@ def check_answers(messages: list[dict[str, Any]], path: str) -> list[Broken]:
     broken: list[Broken] = []
     open_calls: dict[tuple[str, str], str] = {}
     for place, message in enumerate(messages):
+        if len(broken) >= MAX_BROKEN:
+            break
         here = f"{path}[{place}]"
         role = message["role"]
         if role == "assistant":
-            for field in open_calls.values():
+            for field in itertools.islice(open_calls.values(), MAX_BROKEN):
                 told = "This call is not answered before the assistant's next message: add the tool's answer."
                 broken.append((field, "tool_call.unanswered", told))
             open_calls.clear()
             for number, call in enumerate(message.get("tool_calls") or ()):
                 field = f"{here}.tool_calls[{number}].id"
-                if ("tool", call["id"]) in open_calls:
+                if ("tool", call["id"]) in open_calls and len(broken) < MAX_BROKEN:
                     broken.append((field, "tool_call.id_twice", "Two calls of one message have this id."))
                 open_calls["tool", call["id"]] = field
             if message.get("function_call") is not None:

@@ -10,6 +10,8 @@ from luthier.data.formats.base import ToolCall, escape_text
 Broken = tuple[str, str, str]
 
 MAX_TOOLS = 128
+# A row with this many broken rules is checked no further.
+MAX_BROKEN = 20
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _NAME_RULE = "it has letters, digits, _ and -, at most 64 of them."
 _FUNCTION_KEYS = frozenset({"name", "description", "parameters", "strict"})
@@ -38,6 +40,8 @@ def check_definitions(row: dict[str, Any], prefix: str = "") -> list[Broken]:
     broken: list[Broken] = []
     names: set[str] = set()
     for place, item in enumerate(given):
+        if len(broken) >= MAX_BROKEN:
+            break
         path = f"{prefix}{key}[{place}]"
         function = item
         if key == "tools":
@@ -122,6 +126,8 @@ def check_calls(calls: Any, path: str) -> list[Broken]:
         return [(path, "tool_calls.type", '"tool_calls" must be a list with at least one call.')]
     broken: list[Broken] = []
     for place, call in enumerate(calls):
+        if len(broken) >= MAX_BROKEN:
+            break
         broken += _check_call(call, f"{path}[{place}]")
     return broken
 

@@ -130,10 +130,11 @@ class RowFormat(Protocol):
             The row, or None when the line breaks a rule.
         """
 
-    def explain(self, line: bytes, number: int) -> list[Fault]:
-        """Say slowly and exactly what is wrong with a line that `read` refused.
+    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
+        """Say slowly and exactly what is wrong with a row that `read` refused.
 
         Args:
+            row: as `parse_line` returns it.
             number: of the line, from 1.
         """
 

@@ -103,11 +103,8 @@ class ChatFormat:
         row = self._read_any(line)
         return None if row is None else Row(to_turns(row["messages"]), to_definitions(row))
 
-    def explain(self, line: bytes, number: int) -> list[Fault]:
-        """Return the faults of a line that `read` refused."""
-        row = parse_line(line, number)
-        if isinstance(row, Fault):
-            return [row]
+    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
+        """Return the faults of a row that `read` refused."""
         faults = [Fault(number, None, field, rule, message) for field, rule, message in _check_row(row)]
         return faults or [
             Fault(number, None, None, "row.unreadable", "The line can't be read as a chat row.")

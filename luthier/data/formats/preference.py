@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier.data.formats._json_line import parse_line
 from luthier.data.formats._messages import check_answers, check_each, to_turns
-from luthier.data.formats._tools import Broken, check_definitions, to_definitions
+from luthier.data.formats._tools import MAX_BROKEN, Broken, check_definitions, to_definitions
 from luthier.data.formats.base import Fault, Row, escape_text
 
 _INPUT_KEYS = ("messages", "tools", "parallel_tool_calls")
@@ -38,11 +38,8 @@ class PreferenceFormat:
         preferred, rejected = (to_turns(row[output]) for output in _OUTPUTS)
         return Row([*prompt, *preferred], to_definitions(row["input"]), [*prompt, *rejected])
 
-    def explain(self, line: bytes, number: int) -> list[Fault]:
-        """Return the faults of a line that `read` refused."""
-        row = parse_line(line, number)
-        if isinstance(row, Fault):
-            return [row]
+    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
+        """Return the faults of a row that `read` refused."""
         faults = [Fault(number, None, *broken) for broken in _check_row(row)]
         told = "The line can't be read as a preference."
         return faults or [Fault(number, None, None, "row.unreadable", told)]
@@ -115,6 +112,8 @@ def _check_output(given: Any, path: str, *, is_parallel_allowed: bool) -> list[B
         return [(path, "output.type", told)]
     broken: list[Broken] = []
     for place, message in enumerate(given):
+        if len(broken) >= MAX_BROKEN:
+            break
         role = message.get("role") if isinstance(message, dict) else None
         if isinstance(role, str) and role not in ("assistant", "tool"):
             told = "An output holds messages of the assistant and of tools alone."
@@ -130,7 +129,8 @@ def _check_output(given: Any, path: str, *, is_parallel_allowed: bool) -> list[B
 
 def _check_joined(messages: list[Any], row: dict[str, Any]) -> list[Broken]:
     """Check the order of calls and answers over the input and each output."""
-    broken: list[Broken] = []
+    # A fault within the input is found with each output; an object keeps the order of its keys.
+    broken: dict[Broken, None] = {}
     num_input = len(messages)
     for output in _OUTPUTS:
         for field, rule, told in check_answers([*messages, *row[output]], ""):
@@ -138,9 +138,8 @@ def _check_joined(messages: list[Any], row: dict[str, Any]) -> list[Broken]:
             number, rest = field[1:].split("]", 1)
             place = int(number)
             where = f"input.messages[{place}]" if place < num_input else f"{output}[{place - num_input}]"
-            if (where + rest, rule, told) not in broken:
-                broken.append((where + rest, rule, told))
-    return broken
+            broken[where + rest, rule, told] = None
+    return list(broken)
 
 
 FORMAT = PreferenceFormat()

@@ -6,11 +6,12 @@ answer it. A row may have `id`, which is not used, a `system` text, and `tools`:
 functions alone, as a list or as its JSON text. Every turn of the assistant is learnt.
 """
 
+import itertools
 import json
 from typing import Any
 
 from luthier.data.formats._json_line import parse_line
-from luthier.data.formats._tools import Broken, check_definitions, check_name
+from luthier.data.formats._tools import MAX_BROKEN, Broken, check_definitions, check_name
 from luthier.data.formats.base import Fault, Row, ToolCall, Turn, escape_text, tell_choice
 
 _ROLES = {
@@ -47,11 +48,8 @@ class ShareGptFormat:
         row = self._read_any(line)
         return None if row is None else _make_row(row)
 
-    def explain(self, line: bytes, number: int) -> list[Fault]:
-        """Return the faults of a line that `read` refused."""
-        row = parse_line(line, number)
-        if isinstance(row, Fault):
-            return [row]
+    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
+        """Return the faults of a row that `read` refused."""
         faults = [Fault(number, None, field, rule, message) for field, rule, message in _check_row(row)]
         told = "The line can't be read as a ShareGPT row."
         return faults or [Fault(number, None, None, "row.unreadable", told)]
@@ -79,6 +77,8 @@ def _check_row(row: dict[str, Any]) -> list[Broken]:
         what = "is missing" if "conversations" not in row else "must be a list with at least one turn"
         return [*broken, ("conversations", "messages.type", f'"conversations" {what}.')]
     for place, turn in enumerate(turns):
+        if len(broken) >= MAX_BROKEN:
+            break
         broken += _check_turn(turn, f"conversations[{place}]")
     if broken:
         return broken
@@ -108,7 +108,8 @@ def _check_call(text: str, path: str) -> list[Broken]:
     if calls is None:
         told = 'A call must be the JSON text {"name": "...", "arguments": {...}}, or a list of such.'
         return [(path, "tool_call.arguments", told)]
-    return [fault for call in calls for fault in check_name(call.get("name"), path)]
+    faults = (fault for call in calls for fault in check_name(call.get("name"), path))
+    return list(itertools.islice(faults, MAX_BROKEN))
 
 
 def _check_order(row: dict[str, Any], roles: list[str]) -> list[Broken]:
@@ -118,6 +119,8 @@ def _check_order(row: dict[str, Any], roles: list[str]) -> list[Broken]:
         told = '"system" and a turn of the system: leave one of them out.'
         broken.append(("system", "messages.system_twice", told))
     for place, role in enumerate(roles):
+        if len(broken) >= MAX_BROKEN:
+            break
         if role == "tool" and (place == 0 or roles[place - 1] not in ("call", "assistant", "tool")):
             told = "A tool answers the assistant: it follows a call, the assistant or another answer."
             broken.append((f"conversations[{place}].from", "tool.no_call", told))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from luthier.data.formats.base import Row, Turn
 from luthier.data.formats.chat import FORMAT
+from luthier.data.recognise import explain_row
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
@@ -16,7 +17,7 @@ def read(row):
 
 
 def explain(row):
-    return FORMAT.explain(json.dumps(row).encode(), 7)
+    return explain_row(FORMAT, json.dumps(row).encode(), 7)
 
 
 def test_turns_keep_role_text_name_and_whether_they_are_trained():
@@ -127,7 +128,7 @@ MESSAGES = st.fixed_dictionaries(
 @given(st.fixed_dictionaries({"messages": st.lists(MESSAGES, max_size=4) | VALUES}) | VALUES)
 def test_the_fast_reader_and_the_slow_one_agree_on_every_row(row):
     line = json.dumps(row).encode()
-    faults = FORMAT.explain(line, 1)
+    faults = explain_row(FORMAT, line, 1)
     is_unexplained = [fault.rule for fault in faults] == ["row.unreadable"]
     # A line that the slow path finds nothing wrong with must be one that the fast path reads.
     assert (FORMAT.read(line) is not None) == is_unexplained

@@ -6,6 +6,7 @@ import pytest
 
 from luthier.data.formats.base import ToolCall, Turn
 from luthier.data.formats.chat import FORMAT
+from luthier.data.recognise import explain_row
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -35,7 +36,7 @@ def faults(row):
     line = json.dumps(row).encode()
     assert (FORMAT.read(line) is None) == (not FORMAT.accepts(line))
     assert FORMAT.read(line) is None
-    return [(fault.field, fault.rule) for fault in FORMAT.explain(line, 3)]
+    return [(fault.field, fault.rule) for fault in explain_row(FORMAT, line, 3)]
 
 
 def test_a_call_its_answer_and_the_tools_come_through():
@@ -175,7 +176,7 @@ def test_two_calls_at_once_contradict_parallel_tool_calls_false():
 def test_what_is_no_text_is_refused_by_name_with_its_field(kind):
     parts = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "data:image/png;base64,AAAA"}}]
     line = json.dumps({"messages": [{"role": "user", "content": parts}, ANSWER]}).encode()
-    [fault] = FORMAT.explain(line, 5)
+    [fault] = explain_row(FORMAT, line, 5)
     assert (fault.line, fault.field) == (5, "messages[0].content[1].type")
     assert f'not supported ("{kind}")' in str(fault)
     assert not FORMAT.accepts(line)

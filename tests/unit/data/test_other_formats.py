@@ -18,7 +18,7 @@ def read(name, row):
 
 def faults(name, row):
     assert read(name, row) is None
-    return [(fault.field, fault.rule) for fault in discover()[name].explain(json.dumps(row).encode(), 2)]
+    return [(fault.field, fault.rule) for fault in explain_row(discover()[name], json.dumps(row).encode(), 2)]
 
 
 def asked(question, answer, *, is_plain=False):

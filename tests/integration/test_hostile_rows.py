@@ -1,0 +1,89 @@
+"""An upload whose one line is as large as a line may be, in the shapes that are dearest to check, is answered
+in seconds: the check of a row is linear in its bytes.
+
+Seconds are the processor's, of this process and of those that it started, so that a busy machine fails none.
+"""
+
+import resource
+from itertools import count
+
+import httpx2
+import pytest
+
+from tests.conftest import Api
+
+LINE_BYTES = 8 * 1024 * 1024 - 1024
+# A quiet machine takes 3 s at most.
+MAX_PROCESSOR_SECONDS = 10.0
+
+USER, ASSISTANT = b'{"role":"user","content":"x"}', b'{"role":"assistant","content":"x"}'
+CALL = b'{"id":"c%d","type":"function","function":{"name":"f","arguments":"{}"}}'
+ANSWER = b'{"role":"tool","tool_call_id":"a","content":"x"}'
+
+
+def fill(item: bytes) -> bytes:
+    """Return a line's worth of one item, between commas; a `%d` in it becomes its number."""
+    items: list[bytes] = []
+    num_bytes = 0
+    for number in count():
+        if num_bytes >= LINE_BYTES:
+            return b",".join(items)
+        items.append(item % number if b"%d" in item else item)
+        num_bytes += len(items[-1]) + 1
+    raise AssertionError
+
+
+def chat(messages: bytes, rest: bytes = b"") -> bytes:
+    return b'{"messages":[' + messages + b"]" + rest + b"}"
+
+
+def preference(question: bytes, answers: bytes) -> bytes:
+    outputs = b'"preferred_output":[' + answers + b'],"non_preferred_output":[' + answers + b"]"
+    return b'{"input":{"messages":[' + question + b"]}," + outputs + b"}"
+
+
+def calls(calls: bytes) -> bytes:
+    return USER + b',{"role":"assistant","tool_calls":[' + calls + b"]}," + ASSISTANT
+
+
+# Made when they are needed: together they are large.
+SHAPES = {
+    "a key twice": lambda: b"{" + fill(b'"k%d":0') + b',"k1":0}',
+    "a key twice among the last keys": lambda: b"{" + fill(b'"k%d":0') + b',"z":0,"z":0}',
+    "keys of a message": lambda: chat(b"{" + fill(b'"k%d":0') + b"}"),
+    "messages that are none": lambda: chat(fill(b"{}")),
+    "numbers for messages": lambda: chat(fill(b"1")),
+    "calls that are none": lambda: chat(calls(fill(b"{}"))),
+    "calls that nothing answers": lambda: chat(calls(fill(CALL))),
+    "answers to no call": lambda: chat(fill(ANSWER)),
+    "tools": lambda: chat(ASSISTANT, b',"tools":[' + fill(b"{}") + b"]"),
+    "answers to no call, of a preference": lambda: preference(fill(ANSWER)[: -len(ANSWER) - 1], ASSISTANT),
+    "lists in lists": lambda: chat(b"[" * LINE_BYTES),
+    "long numbers": lambda: chat(fill(b"1" * 4000)),
+    "one long number": lambda: chat(b"1" * LINE_BYTES),
+    "halves of characters": lambda: chat(b'"' + b"\\ud83d" * (LINE_BYTES // 6) + b'"'),
+    "turns of tools": lambda: b'{"conversations":[' + fill(b'{"from":"tool","value":"x"}') + b"]}",
+    "one record of lines": lambda: b'prompt,completion\na,"' + b"\n" * LINE_BYTES,
+}
+
+
+def processor_seconds() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_hostile_line_is_refused_in_seconds(shape: str, api: Api) -> None:
+    line = SHAPES[shape]()[: 8 * 1024 * 1024]
+    before = processor_seconds()
+    answer = httpx2.post(
+        f"{api.base_url}/v1/files",
+        headers=api.headers,
+        data={"purpose": "fine-tune"},
+        files={"file": ("rows.jsonl", line)},
+        timeout=120,
+    )
+    taken = processor_seconds() - before
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_file_format"), answer.text
+    assert len(answer.text) < 2000
+    assert taken < MAX_PROCESSOR_SECONDS
