@@ -6,7 +6,6 @@ The API names its target in headers. A worker asks for the server's memory, and 
 from pydantic import BaseModel, ConfigDict, Field
 
 MEMORY_PATH = "/internal/memory"
-CHANNEL_PATH = "/internal/channel"
 
 HEADER_TOKEN = "x-luthier-token"
 HEADER_BASE = "x-luthier-base"
@@ -17,9 +16,6 @@ HEADER_FOUNDATION_DIGEST = "x-luthier-foundation-digest"
 HEADER_MODEL = "x-luthier-model"
 HEADER_PROJECT = "x-luthier-project"
 HEADER_PINNED = "x-luthier-pinned"
-# By which channel, and under which number there, a stream may be sent; an answer that has the first one is.
-HEADER_CHANNEL = "x-luthier-channel"
-HEADER_STREAM = "x-luthier-stream"
 
 
 class ModelTarget(BaseModel):

@@ -20,11 +20,10 @@ from starlette.types import ASGIApp
 from luthier.core.clock import now_seconds
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
-from luthier.core.inference import CHANNEL_PATH, HEADER_CHANNEL, HEADER_DIGEST, MEMORY_PATH, ModelTarget
+from luthier.core.inference import HEADER_DIGEST, MEMORY_PATH, ModelTarget
 from luthier.core.settings import Settings
 from luthier.inference.answers import ChatShape, CompletionShape, Shape
 from luthier.inference.bases import ReadyModel
-from luthier.inference.channels import Channels
 from luthier.inference.engine import Engine
 from luthier.inference.generation import Generation
 from luthier.inference.grammar import Grammars
@@ -40,7 +39,6 @@ from luthier.inference.streamed import StreamedAnswer, usage_of
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     FaultGate,
-    PieceStream,
     TokenGate,
     json_response,
     read_body,
@@ -82,7 +80,6 @@ class Service:
         self._engine = engine
         self._open: set[Generation] = set()
         self._grammars = Grammars()
-        self._channels = Channels()
         self.models = Models(settings, engine, on_first_base)
         self.status = Status(settings, engine, self.models)
         self.memory = MemoryRoutes(settings, self.models)
@@ -163,18 +160,11 @@ class Service:
             asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
-    async def channel(self, request: Request) -> Response:
-        """Answer GET /internal/channel: a response that lasts until its reader leaves."""
-        channel_id, channel = self._channels.open(request.headers)
-        forget = partial(self._channels.forget, channel_id)
-        return PieceStream(channel.pieces(), forget)
-
     def interrupt(self) -> None:
         """End every open answer with an error; the process is going to stop."""
         self._engine.close()
         for generation in list(self._open):
             generation.interrupt()
-        self._channels.close()
 
     async def _hold(self, request: Request, target: ModelTarget, stack: contextlib.ExitStack) -> ReadyModel:
         """Return the target's model, which stays in memory until the stack is closed."""
@@ -203,12 +193,7 @@ class Service:
         streamed = StreamedAnswer(shape, generation, plan.make_reader)
         # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
         begun = await while_connected(request, streamed.start())
-        place = self._channels.find(request.headers)
-        if place is None:
-            return WrittenStream(partial(streamed.send, begun), headers, stack.pop_all().close)
-        headers[HEADER_CHANNEL] = place.channel_id
-        # Its own body stays empty, and lasts as long as what is sent by the channel.
-        return WrittenStream(lambda _: streamed.send(begun, place), headers, stack.pop_all().close)
+        return WrittenStream(partial(streamed.send, begun), headers, stack.pop_all().close)
 
 
 def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:
@@ -235,7 +220,6 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
         ("/healthz", service.status.health, "GET"),
         ("/internal/state", service.status.state, "GET"),
         ("/metrics", service.status.metrics, "GET"),
-        (CHANNEL_PATH, service.channel, "GET"),
         (MEMORY_PATH, service.memory.tell, "GET"),
         (MEMORY_PATH, service.memory.obey, "POST"),
         ("/v1/chat/completions", service.chat, "POST"),

@@ -6,12 +6,12 @@ Knows nothing of models or answers.
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
 
 from luthier.core.errors import LuthierError, NotFoundError, TooLargeError, UnauthenticatedError
@@ -31,23 +31,6 @@ SEND = "luthier.send"
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 ResultT = TypeVar("ResultT")
-
-
-class PieceStream(StreamingResponse):
-    """A stream of bytes; `close` is called however it ends, even when the client left before it began."""
-
-    media_type = "application/octet-stream"
-
-    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(pieces, headers=STREAM_HEADERS)
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the pieces."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._close()
 
 
 async def while_connected(request: Request, work: Awaitable[ResultT]) -> ResultT:

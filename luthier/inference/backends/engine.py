@@ -5,7 +5,6 @@ import json
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import HEADER_DIGEST, HEADER_TOKEN, ModelTarget
 from luthier.core.settings import Settings
-from luthier.inference.backends._channel import ChannelClient
 from luthier.inference.backends._http import HttpClient, is_local
 from luthier.inference.backends.base import Health, Reply
 
@@ -25,7 +24,6 @@ class EngineBackend:
 
     def __init__(self, url: str, token: str = "") -> None:
         self._client = HttpClient(url, {} if is_local(url) else {HEADER_TOKEN: token})
-        self._channel = ChannelClient(self._client)
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
         """Send a request and return as soon as the answer's headers are there.
@@ -41,9 +39,7 @@ class EngineBackend:
             NotAcceptedError: when the server can't be reached, so that another may be asked.
             UnavailableError: when it left before its first byte.
         """
-        feed = self._channel.offer()
-        headers = {**target.to_headers(), **feed.headers}
-        answer = await self._client.post(path, body, headers, feed)
+        answer = await self._client.post(path, body, target.to_headers())
         passed = {name: value for name, value in answer.headers.items() if name in _PASSED_HEADERS}
         return Reply(answer.status, passed, answer, answer.pass_to)
 
@@ -72,7 +68,6 @@ class EngineBackend:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._channel.aclose()
         await self._client.aclose()
 
 
