@@ -6,7 +6,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import anyio.to_thread
 from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Receive, Scope, Send
 
 from api import errors
 from api.access_log import RequestLogMiddleware
@@ -14,7 +13,7 @@ from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
 from api.paths import EncodedSlashMiddleware
 from api.queries import refuse_unknown_query
-from api.requests import SEND_PIECE, BodyLimitMiddleware
+from api.requests import BodyLimitMiddleware
 from api.resolving import Resolver
 from api.routes import (
     aliases,
@@ -89,18 +88,9 @@ def _lifespan(parts: Parts) -> Callable[[FastAPI], AbstractAsyncContextManager[N
     return run
 
 
-class _App(FastAPI):
-    """The application, all of whose layers pieces of streams pass by (api/requests.py: SEND_PIECE)."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        scope[SEND_PIECE] = send
-        await super().__call__(scope, receive, send)
-
-
 def create_app(parts: Parts) -> FastAPI:
     """Return the application over the given parts."""
-    app = _App(
+    app = FastAPI(
         title="Luthier",
         description="Fine-tuning jobs as an API, in OpenAI's shapes.",
         version="0.1.0",

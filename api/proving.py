@@ -53,16 +53,10 @@ async def _ask(backend: Backend, target: ModelTarget, param: str) -> bool:
         if error.retryable and not isinstance(error, ArtifactCorruptError):
             return False
         raise _refusal(target, error.message, param) from error
-    try:
-        if reply.status < 400:
-            return True
-        content = b"".join([piece async for piece in reply.body])
-    except UnavailableError:
-        return False
-    finally:
-        await reply.body.aclose()
+    if reply.status < 400:
+        return True
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        error_object = json.loads(content)["error"]
+        error_object = json.loads(reply.content)["error"]
         is_for_now = reply.status == _BUSY_STATUS and error_object["code"] == OutOfMemoryError.code
         if error_object["code"] in _FATAL and not is_for_now:
             raise _refusal(target, str(error_object["message"]), param)

@@ -10,9 +10,6 @@ from luthier.core.errors import TooLargeError
 # Routes that take more bound it themselves, while they read.
 _UNLIMITED_PATHS = re.compile(r"/v1/(files|uploads/[^/]+/parts|chat/completions|completions)")
 _MAX_BODY_BYTES = 1024 * 1024
-# Where a request's scope keeps the web server's own `send`, for pieces of a stream that has begun: each layer
-# of a framework passes every one through another coroutine. No layer may be added that looks at bodies.
-SEND_PIECE = "luthier.send_piece"
 
 
 class BodyLimitMiddleware:

@@ -1,7 +1,6 @@
 """Stand-ins where a unit of the service is tested without its neighbour."""
 
 import json
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from luthier.core.inference import ModelTarget
@@ -19,11 +18,7 @@ class FakeBackend:
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
         """Remember the request and answer."""
         self.asked.append((path, body, target))
-
-        async def content() -> AsyncGenerator[bytes]:
-            yield self.answer
-
-        return Reply(self.status, {"content-type": "application/json"}, content())
+        return Reply(self.status, {"content-type": "application/json"}, self.answer)
 
     async def health(self) -> Health:
         """Return that all is well."""

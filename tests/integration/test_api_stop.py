@@ -44,13 +44,16 @@ class _Silent:
                 threading.Thread(target=self._talk, args=(self._listener.accept()[0],), daemon=True).start()
 
     def _talk(self, connection: socket.socket) -> None:
-        with suppress(OSError):
-            while request := connection.recv(65536):
-                if not request.startswith(b"POST"):
+        with suppress(OSError), connection.makefile("rb") as received:
+            while first := received.readline():
+                lines = [line.lower() for line in iter(received.readline, b"\r\n")]
+                lengths = [int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length:")]
+                body = received.read(sum(lengths))
+                if not first.startswith(b"POST"):
                     connection.sendall(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
                     continue
                 self.num_asked += 1
-                if b'"stream": true' in request or b'"stream":true' in request:
+                if json.loads(body)["stream"]:
                     connection.sendall(_STREAM)
 
     def close(self) -> None:

@@ -10,10 +10,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 
 from luthier.core.errors import LuthierError, OutOfMemoryError, TooManyRequestsError, UnavailableError
 from luthier.core.inference import ModelTarget
-from luthier.inference.backends._bodies import EndingBody, ReadBody
 from luthier.inference.backends.base import Backend, Health, NotAcceptedError, Reply
 
 # How old a server's word may be before it is asked again, and before a request waits for the answer.
@@ -120,18 +120,18 @@ class SeveralBackends:
         self._now = now
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
-        """Send a request to the best server and return as soon as the answer's headers are there.
+        """Send a request to the best server; return its answer, of a stream once its headers have come.
 
         Args:
             path: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
             body: JSON as the client sent it.
 
         Returns:
-            The answer, its body still to be read.
+            The answer; the caller closes a stream.
 
         Raises:
             NotAcceptedError: when none of the servers can be reached.
-            UnavailableError: when the one that was sent the request left before its first byte.
+            UnavailableError: when the one that was sent the request disconnected in the middle.
         """
         await self._look()
         refusal: Reply | None = None
@@ -143,8 +143,8 @@ class SeveralBackends:
                 continue
             if reply.status not in (TooManyRequestsError.http_status, UnavailableError.http_status):
                 return reply
-            refusal, may_ask_another = await _read_refusal(reply)
-            if not may_ask_another:
+            refusal = reply
+            if not _may_ask_another(reply):
                 break
         if refusal is not None:
             return refusal
@@ -186,17 +186,17 @@ class SeveralBackends:
         """Return a server's answer, None when it never got the request."""
         server.send(target.digest, self._now())
         server.num_open += 1
-        is_begun = False
-        try:
-            reply = await server.backend.complete(path, body, target)
-            is_begun = True
-        except NotAcceptedError:
-            server.failed(self._now())
-            return None
-        finally:
-            if not is_begun:
-                server.end()
-        return reply._replace(body=EndingBody(reply.body, server.end))
+        async with AsyncExitStack() as stack:
+            stack.callback(server.end)
+            try:
+                reply = await server.backend.complete(path, body, target)
+            except NotAcceptedError:
+                server.failed(self._now())
+                return None
+            if reply.events is None:
+                return reply
+            stack.push_async_callback(reply.aclose)
+            return reply._replace(aclose=stack.pop_all().aclose)
 
     def _in_order(self, target: ModelTarget) -> list[_Server]:
         """Return the servers, the best one for a model first, those that are down last."""
@@ -240,14 +240,12 @@ def _weight(name: str, server: str) -> bytes:
     return hashlib.sha256(f"{name} {server}".encode()).digest()
 
 
-async def _read_refusal(reply: Reply) -> tuple[Reply, bool]:
-    """Return a refusal with its body in memory, and whether another server may be asked instead."""
-    content = b"".join([piece async for piece in reply.body])
+def _may_ask_another(refusal: Reply) -> bool:
+    """Return whether another server may be asked instead of the one that refused."""
     try:
-        code = json.loads(content)["error"]["code"]
+        code = json.loads(refusal.content)["error"]["code"]
     except (ValueError, KeyError, TypeError):
-        code = None
+        return False
     # Not a damaged artifact, which every server finds damaged.
-    has_no_room = reply.status == UnavailableError.http_status and code == OutOfMemoryError.code
-    may_ask_another = has_no_room or code in (TooManyRequestsError.code, UnavailableError.code)
-    return reply._replace(body=ReadBody(content)), may_ask_another
+    has_no_room = refusal.status == UnavailableError.http_status and code == OutOfMemoryError.code
+    return has_no_room or code in (TooManyRequestsError.code, UnavailableError.code)

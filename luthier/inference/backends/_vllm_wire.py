@@ -5,8 +5,10 @@ vLLM ignores fields that it does not know, so they are refused here. Nothing tha
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
+
+from httpx2 import ServerSentEvent
 
 from luthier.core.errors import (
     ContextLengthExceededError,
@@ -18,7 +20,6 @@ from luthier.core.errors import (
     UnknownParameterError,
     UnsupportedValueError,
 )
-from luthier.inference.backends.base import Body
 from luthier.inference.fields import IGNORED_FIELDS, drop_ignored, drop_neutral, read_object
 
 CHAT = "/v1/chat/completions"
@@ -151,6 +152,18 @@ class Renaming:
         told |= {"model": self._model, "system_fingerprint": self._fingerprint}
         return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
 
+    async def events(self, events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[bytes]:
+        """Yield a stream's events under the public name; a failure that vLLM sends is one of ours."""
+        async for event in events:
+            if event.data == "[DONE]":
+                yield b"data: [DONE]\n\n"
+                continue
+            try:
+                content = self.whole(event.data.encode())
+            except LuthierError as error:
+                content = json.dumps(error.to_body()).encode()
+            yield b"data: " + content + b"\n\n"
+
 
 def _trim(choice: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: choice[name] for name in _CHOICE_FIELDS if name in choice}
@@ -161,38 +174,6 @@ def _trim(choice: Mapping[str, Any]) -> dict[str, Any]:
                 message.pop("tool_calls", None)
             told[part] = message
     return told
-
-
-class RenamedStream:
-    """A stream of events, each renamed."""
-
-    def __init__(self, body: Body, rename: Callable[[bytes], bytes]) -> None:
-        self._body = body
-        self._rename = rename
-        self._rest = b""
-
-    def __aiter__(self) -> "RenamedStream":
-        return self
-
-    async def __anext__(self) -> bytes:
-        while True:
-            piece = await anext(self._body)
-            *events, self._rest = (self._rest + piece.replace(b"\r\n", b"\n")).split(b"\n\n")
-            if events:
-                return b"".join(self._event(event) for event in events)
-
-    async def aclose(self) -> None:
-        """Stop reading."""
-        await self._body.aclose()
-
-    def _event(self, event: bytes) -> bytes:
-        data = event.strip().removeprefix(b"data:").strip()
-        if data == b"[DONE]":
-            return b"data: [DONE]\n\n"
-        try:
-            return b"data: " + self._rename(data) + b"\n\n"
-        except LuthierError as error:
-            return f"data: {json.dumps(error.to_body())}\n\n".encode()
 
 
 def read_error(status: int, content: bytes) -> LuthierError:

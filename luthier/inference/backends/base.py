@@ -1,6 +1,6 @@
 """What a backend is: a client of some inference server that speaks OpenAI's protocol. Never torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from luthier.core.errors import UnavailableError
@@ -28,50 +28,40 @@ class Health(NamedTuple):
     serves: frozenset[str] | None = None
 
 
-class Body(Protocol):
-    """An asynchronous iterator of bytes that can be closed at any moment."""
-
-    def __aiter__(self) -> "Body":
-        """Return itself."""
-
-    async def __anext__(self) -> bytes:
-        """Return the next piece."""
-
-    async def aclose(self) -> None:
-        """Stop reading; harmless at the end, and when nothing was read."""
+async def _nothing_to_close() -> None:
+    """Close what was read already."""
 
 
 class Reply(NamedTuple):
-    """An upstream's answer as it comes: status, the headers worth passing on, and the body in pieces.
+    """An upstream's answer: its status, the headers worth passing on, and its body.
 
-    Whoever takes it runs `body` to its end or calls its `aclose`, which tells the upstream to stop.
-    `pass_to`, where there is one, takes a function that pieces are offered to as they come, on the loop's
-    thread, in place of waking who waits for the next one. What it says no to is read as ever; it may not
-    raise. Whoever puts something over `body` that changes pieces leaves it out.
+    `content` is the whole body, except of a stream of server-sent events, whose pieces `events` yields as
+    they come. Who takes a stream calls `aclose` in every case; before the end it makes the upstream stop.
     """
 
     status: int
     headers: Mapping[str, str]
-    body: Body
-    pass_to: Callable[[Callable[[bytes], bool]], None] | None = None
+    content: bytes = b""
+    events: AsyncIterator[bytes] | None = None
+    aclose: Callable[[], Awaitable[None]] = _nothing_to_close
 
 
 class Backend(Protocol):
     """A client of an inference server. A backend's file also has `open_backend(url, token)`."""
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
-        """Send a request and return as soon as the answer's headers are there.
+        """Send a request and return its answer, of a stream as soon as its headers have come.
 
         Args:
             path: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
             body: JSON as the client sent it.
 
         Returns:
-            The answer, its body still to be read.
+            The answer; the caller closes a stream.
 
         Raises:
             NotAcceptedError: when the server can't be reached, so that another may be asked.
-            UnavailableError: when it left before its first byte.
+            UnavailableError: when it disconnected in the middle.
         """
 
     async def health(self) -> Health:

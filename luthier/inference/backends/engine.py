@@ -5,7 +5,7 @@ import json
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import HEADER_DIGEST, HEADER_TOKEN, ModelTarget
 from luthier.core.settings import Settings
-from luthier.inference.backends._http import HttpClient, is_local
+from luthier.inference.backends._client import InferenceClient, is_local
 from luthier.inference.backends.base import Health, Reply
 
 _STATE_PATH = "/internal/state"
@@ -23,25 +23,28 @@ class EngineBackend:
     """
 
     def __init__(self, url: str, token: str = "") -> None:
-        self._client = HttpClient(url, {} if is_local(url) else {HEADER_TOKEN: token})
+        self._client = InferenceClient(url, {} if is_local(url) else {HEADER_TOKEN: token})
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
-        """Send a request and return as soon as the answer's headers are there.
+        """Send a request and return its answer, of a stream as soon as its headers have come.
 
         Args:
             path: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
             body: JSON as the client sent it.
 
         Returns:
-            The answer, its body still to be read; closing the body stops the server's work.
+            The answer; to close a stream stops the server's work.
 
         Raises:
             NotAcceptedError: when the server can't be reached, so that another may be asked.
-            UnavailableError: when it left before its first byte.
+            UnavailableError: when it disconnected in the middle.
         """
-        answer = await self._client.post(path, body, target.to_headers())
-        passed = {name: value for name, value in answer.headers.items() if name in _PASSED_HEADERS}
-        return Reply(answer.status, passed, answer, answer.pass_to)
+        response = await self._client.post(path, body, target.to_headers())
+        status = response.status_code
+        passed = {name: value for name, value in response.headers.items() if name in _PASSED_HEADERS}
+        if not passed.get("content-type", "").startswith("text/event-stream"):
+            return Reply(status, passed, await self._client.read(response))
+        return Reply(status, passed, events=self._client.pieces(response), aclose=response.aclose)
 
     async def health(self) -> Health:
         """Ask the server how it is.

@@ -8,6 +8,7 @@ machine, so it belongs on an internal network.
 import asyncio
 import json
 import time
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -21,19 +22,17 @@ from luthier.core.errors import (
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
 from luthier.inference.backends import _vllm_proof
-from luthier.inference.backends._bodies import EndingBody, ReadBody
-from luthier.inference.backends._http import HttpClient
+from luthier.inference.backends._client import InferenceClient
 from luthier.inference.backends._vllm_adapters import Adapters, Release
 from luthier.inference.backends._vllm_artifacts import Artifacts
 from luthier.inference.backends._vllm_state import Served, read_health, read_models, served_name
 from luthier.inference.backends._vllm_wire import (
     COMPLETIONS,
-    RenamedStream,
     Renaming,
     read_error,
     read_request,
 )
-from luthier.inference.backends.base import Body, Health, Reply
+from luthier.inference.backends.base import Health, Reply
 
 _KNOWN_SECONDS = 10.0
 
@@ -53,25 +52,25 @@ class VllmBackend:
 
     def __init__(self, url: str, token: str, settings: Settings) -> None:
         self._settings = settings
-        self._client = HttpClient(url, {"authorization": f"Bearer {token}"} if token else {})
+        self._client = InferenceClient(url, {"authorization": f"Bearer {token}"} if token else {})
         self._artifacts = Artifacts(settings)
         self._adapters = Adapters(self, max_loaded=settings.vllm_max_adapters)
         self._known = Served(frozenset(), frozenset())
         self._known_at = -_KNOWN_SECONDS
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
-        """Send a request and return as soon as the answer's headers are there.
+        """Send a request and return its answer, of a stream as soon as its headers have come.
 
         Args:
             path: `/v1/chat/completions` or `/v1/completions`.
             body: JSON as the client sent it.
 
         Returns:
-            The answer under the public name, its body still to be read.
+            The answer under the public name; the caller closes a stream.
 
         Raises:
             NotAcceptedError: when the server can't be reached, so that another may be asked.
-            UnavailableError: when it left before its first byte.
+            UnavailableError: when it disconnected in the middle.
             ModelNotFoundError: when it serves another base.
             UnsupportedValueError: when vLLM can't serve the model, or what the request asks.
             LuthierError: what vLLM refuses.
@@ -174,27 +173,25 @@ class VllmBackend:
             raise UnsupportedValueError(
                 "max_tokens must be at least 1: vLLM gives no answer without a token.", param="max_tokens"
             )
-        answer = await self._client.post(path, json.dumps(asked).encode())
-        if answer.status != 200:
-            content = await answer.read()
-            if answer.status == 404:
+        response = await self._client.post(path, json.dumps(asked).encode())
+        async with AsyncExitStack() as stack:
+            # Or vLLM would continue an answer that is read by no client.
+            stack.push_async_callback(response.aclose)
+            if response.status_code == 404:
                 raise _Missing
-            raise read_error(answer.status, content)
-        try:
+            if response.status_code != 200:
+                raise read_error(response.status_code, await self._client.read(response))
             digest = target.digest or await asyncio.to_thread(self._artifacts.base_digest, target.base_id)
-        except BaseException:
-            # Or vLLM would go on for nobody.
-            await answer.aclose()
-            raise
-        headers = {} if digest is None else {HEADER_DIGEST: digest}
-        renaming = Renaming(target.model, digest)
-        if not asked.get("stream"):
-            whole = renaming.whole(await answer.read())
-            release()
-            return Reply(200, headers | {"content-type": "application/json"}, ReadBody(whole))
-        headers |= {"content-type": "text/event-stream", "cache-control": "no-cache"}
-        renamed: Body = RenamedStream(answer, renaming.whole)
-        return Reply(200, headers, EndingBody(renamed, release))
+            headers = {} if digest is None else {HEADER_DIGEST: digest}
+            renaming = Renaming(target.model, digest)
+            if not asked.get("stream"):
+                whole = renaming.whole(await self._client.read(response))
+                release()
+                return Reply(200, headers | {"content-type": "application/json"}, whole)
+            headers |= {"content-type": "text/event-stream", "cache-control": "no-cache"}
+            events = renaming.events(self._client.events(response))
+            stack.callback(release)
+            return Reply(200, headers, events=events, aclose=stack.pop_all().aclose)
 
     async def _list_lately(self) -> Served:
         """Return what it served some seconds ago; the names of its own hardly ever change."""
@@ -210,8 +207,8 @@ class VllmBackend:
         return self._known
 
     async def _post(self, path: str, content: dict[str, str] | dict[str, Any]) -> tuple[int, bytes]:
-        answer = await self._client.post(path, json.dumps(content).encode())
-        return answer.status, await answer.read()
+        response = await self._client.post(path, json.dumps(content).encode())
+        return response.status_code, await self._client.read(response)
 
     def _not_served(self, name: str) -> ModelNotFoundError:
         return ModelNotFoundError(

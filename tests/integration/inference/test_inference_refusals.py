@@ -221,11 +221,11 @@ def test_a_client_that_leaves_frees_its_row(served: Served, is_stream: bool) -> 
         )
         if is_stream:
             reply = await asked
-            async for chunk in reply.body:
+            async for chunk in reply.events:
                 assert chunk.startswith(b"data: ")
                 break
             served.runner.gate.clear()
-            await reply.body.aclose()
+            await reply.aclose()
         else:
             while served.core.num_rows == 0:
                 await asyncio.sleep(0.001)
@@ -251,7 +251,7 @@ def test_a_stream_whose_reader_is_cancelled_frees_its_row(served: Served) -> Non
         served.runner.gate.clear()
 
         async def read() -> None:
-            async for _ in reply.body:
+            async for _ in reply.events:
                 pass
 
         reader = asyncio.create_task(read())

@@ -66,7 +66,7 @@ def processes(folder: Path, base_folder: Path) -> Iterator[Processes]:
 async def _chat(backend: Backend, target: ModelTarget) -> Reply:
     body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "temperature": 0}
     reply = await backend.complete(CHAT, json.dumps(body).encode(), target)
-    content = json.loads(b"".join([piece async for piece in reply.body]))
+    content = json.loads(reply.content)
     assert reply.status == 200, content
     return reply
 
@@ -75,7 +75,7 @@ async def _stream(backend: Backend, target: ModelTarget) -> Reply:
     # Enough work for seconds, so that the kill comes in the middle of it.
     body = {"model": "m", "prompt": ["a"] * 128, "max_tokens": 250, "stream": True}
     reply = await backend.complete(COMPLETIONS, json.dumps(body).encode(), target)
-    assert (await anext(reply.body)).startswith(b"data: ")
+    assert (await anext(reply.events)).startswith(b"data: ")
     return reply
 
 
@@ -100,12 +100,12 @@ def test_a_model_stays_where_it_is_and_a_killed_process_takes_only_its_own_reque
         # Until it is gone its socket still takes connections, which then end.
         await asyncio.to_thread(processes.running[holder].wait)
         with pytest.raises(UnavailableError, match="broke off in the middle"):
-            async for _ in lost.body:
+            async for _ in lost.events:
                 pass
         await _chat(backend, target)
         assert processes.holders(target) == [other]
         last = b""
-        async for piece in kept.body:
+        async for piece in kept.events:
             last = piece
         assert last.endswith(b"data: [DONE]\n\n")
         assert (await backend.health()).is_ready

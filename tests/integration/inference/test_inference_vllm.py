@@ -102,7 +102,7 @@ async def ask(backend: Backend, target: ModelTarget, path: str = CHAT, **body: A
 
 
 async def read(reply: Reply) -> Any:
-    return json.loads(b"".join([piece async for piece in reply.body]))
+    return json.loads(reply.content)
 
 
 def name_of(target: ModelTarget) -> str:
@@ -152,7 +152,7 @@ def test_a_stream_is_renamed_event_by_event_and_closing_it_stops_vllm(bench: Ben
 
     async def run(backend: Backend) -> None:
         reply = await ask(backend, tuned, stream=True)
-        content = b"".join([piece async for piece in reply.body]).decode()
+        content = b"".join([piece async for piece in reply.events]).decode()
         *events, last = content.removesuffix("\n\n").split("\n\n")
         assert last == "data: [DONE]"
         chunks = [json.loads(event.removeprefix("data: ")) for event in events]
@@ -160,8 +160,8 @@ def test_a_stream_is_renamed_event_by_event_and_closing_it_stops_vllm(bench: Ben
         assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == f"I am {name_of(tuned)}"
         bench.vllm.gate.clear()
         reply = await ask(backend, tuned, stream=True)
-        await anext(reply.body)
-        await reply.body.aclose()
+        await anext(reply.events)
+        await reply.aclose()
         bench.vllm.gate.set()
         while bench.vllm.num_running:
             await asyncio.sleep(0.01)
@@ -181,7 +181,7 @@ def test_the_adapter_unused_for_longest_leaves_and_one_that_answers_or_is_pinned
         # One is pinned and two answers: there is one more for a while.
         await read(await ask(backend, three))
         assert set(bench.vllm.adapters) == {name_of(one), name_of(two), name_of(three)}
-        await running.body.aclose()
+        await running.aclose()
         await read(await ask(backend, four))
         assert set(bench.vllm.adapters) == {name_of(one), name_of(four)}
         # The first is no longer pinned: it is the one used last, so the other one leaves.

@@ -148,7 +148,7 @@ def test_base_and_adapter_answer_by_vllm_itself(url: str, base_folder: Path, tmp
             content = await read(reply)
             assert (content["model"], content["usage"]["completion_tokens"] > 0) == (target.model, True)
             streamed = await ask(backend, target, stream=True, **wanted)
-            pieces = b"".join([piece async for piece in streamed.body]).decode().split("\n\n")
+            pieces = b"".join([piece async for piece in streamed.events]).decode().split("\n\n")
             assert pieces[-2] == "data: [DONE]"
             chunks = [json.loads(piece.removeprefix("data: ")) for piece in pieces[:-2]]
             text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)

@@ -39,15 +39,14 @@ class PlayedServer:
             raise NotAcceptedError("down")
         self.asked.append(target.model)
         refusal = self.refuses_with
+        if refusal is not None:
+            return Reply(refusal.http_status, {}, json.dumps(refusal.to_body()).encode())
 
-        async def content() -> AsyncGenerator[bytes]:
-            if refusal is not None:
-                yield json.dumps(refusal.to_body()).encode()
-                return
+        async def events() -> AsyncGenerator[bytes]:
             yield b"a"
             yield b"b"
 
-        return Reply(200 if refusal is None else refusal.http_status, {}, content())
+        return Reply(200, {}, events=events())
 
     async def health(self) -> Health:
         self.num_looks += 1
@@ -76,7 +75,8 @@ class Stage:
         counts = [len(server.asked) for server in self.servers]
         reply = await self.client.complete("/v1/completions", b"{}", target)
         assert reply.status == 200
-        assert b"".join([piece async for piece in reply.body]) == b"ab"
+        assert b"".join([piece async for piece in reply.events]) == b"ab"
+        await reply.aclose()
         changed = [len(server.asked) > count for server, count in zip(self.servers, counts, strict=True)]
         assert sum(changed) == 1
         return changed.index(True)
@@ -143,8 +143,8 @@ async def test_the_bare_base_goes_to_the_least_loaded_with_open_requests_counted
     third = await stage.client.complete("/v1/completions", b"{}", BARE)
     assert sorted(len(server.asked) for server in stage.servers) == [1, 2]
     for reply in (first, second, third):
-        await reply.body.aclose()
-        await reply.body.aclose()
+        await reply.aclose()
+        await reply.aclose()
     assert await stage.ask(BARE) == 1
 
 
@@ -200,14 +200,13 @@ async def test_a_refusal_for_want_of_room_is_asked_elsewhere_and_another_is_not(
     stage = Stage(full, PlayedServer())
     reply = await stage.client.complete("/v1/completions", b"{}", tuned("m"))
     assert reply.status == 200
-    await reply.body.aclose()
+    await reply.aclose()
     for error in (TooManyRequestsError("full"), ArtifactCorruptError("damaged")):
         servers = (PlayedServer(refuses_with=error), PlayedServer(refuses_with=error))
         stage = Stage(*servers)
         reply = await stage.client.complete("/v1/completions", b"{}", tuned("m"))
         assert reply.status == error.http_status
-        content = b"".join([piece async for piece in reply.body])
-        assert json.loads(content) == error.to_body()
+        assert json.loads(reply.content) == error.to_body()
         is_damaged = isinstance(error, ArtifactCorruptError)
         assert sum(len(server.asked) for server in servers) == (1 if is_damaged else 2)
 

@@ -1,0 +1,94 @@
+"""Passes an inference server's answer on to the client. Never looks a key or a name up."""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from luthier.core.errors import LuthierError, UnavailableError
+from luthier.core.inference import ModelTarget
+from luthier.inference.backends.base import Backend
+from luthier.inference.streaming import EventStream, while_connected
+
+_END_OF_EVENT = b"\n\n"
+_NUMBER = re.compile(rb'"sequence_number":(\d+)')
+RESPONSES_PATH = "/v1/responses"
+
+
+async def ask(request: Request, backend: Backend, path: str, body: bytes, target: ModelTarget) -> Response:
+    """Return an inference server's answer, which stops when the client disconnects.
+
+    Args:
+        request: the client's, its body read.
+        backend: the servers.
+        path: of the endpoint.
+        body: the request's, as it came.
+        target: what the name in it stands for.
+
+    Raises:
+        LuthierError: why no server could be asked, or why it broke off before its stream began.
+    """
+    reply = await while_connected(request, backend.complete(path, body, target))
+    if reply.events is None:
+        return Response(reply.content, reply.status, dict(reply.headers))
+    return EventStream(_relay(path, reply.events), reply.aclose, reply.headers)
+
+
+async def _relay(path: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield whole events; a stream that breaks off ends with an error event in its endpoint's shape."""
+    rest = first = last = b""
+    try:
+        async for piece in pieces:
+            events, end, rest = (rest + piece).rpartition(_END_OF_EVENT)
+            if end:
+                last = events + end
+                first = first or last
+                yield last
+    except UnavailableError as error:
+        yield _failed_response(error, first, last) if path == RESPONSES_PATH else _failed_chunk(error)
+
+
+def _failed_chunk(error: LuthierError) -> bytes:
+    """Return the event that SDKs know a failure by."""
+    return f"data: {json.dumps(error.to_body())}\n\n".encode()
+
+
+def _failed_response(error: LuthierError, first: bytes, last: bytes) -> bytes:
+    """Return `error` and `response.failed`, which continue the numbers of the events that were sent.
+
+    `luthier/inference/response_answers.py: error_events` makes the same of a failure in the server itself.
+
+    Args:
+        error: what happened.
+        first: the events that were sent first, with the response as it began.
+        last: those that were sent last.
+    """
+    numbers = _NUMBER.findall(last)
+    number = int(numbers[-1]) + 1 if numbers else 0
+    events = _event("error", number, {"code": error.code, "message": error.message, "param": error.param})
+    response = _response_of(first)
+    if response is not None:
+        failure = {"code": "server_error", "message": error.message}
+        failed = {"response": response | {"status": "failed", "error": failure}}
+        events += _event("response.failed", number + 1, failed)
+    return events
+
+
+def _event(kind: str, number: int, fields: dict[str, Any]) -> bytes:
+    content = {"type": kind, "sequence_number": number} | fields
+    return f"event: {kind}\ndata: {json.dumps(content)}\n\n".encode()
+
+
+def _response_of(events: bytes) -> dict[str, Any] | None:
+    """Return the response that a stream's first event has; None where no event was sent."""
+    for line in events.split(b"\n"):
+        if line.startswith(b"data: "):
+            try:
+                found = json.loads(line.removeprefix(b"data: "))["response"]
+            except (ValueError, KeyError, TypeError):
+                return None
+            return found if isinstance(found, dict) else None
+    return None
