@@ -203,11 +203,16 @@ class Attempt(Owned, Table):
     """One claim of a job by a worker: from which step, and how it ended."""
 
     __tablename__ = "attempts"
-    __table_args__ = (UniqueConstraint("job_id", "lease_epoch"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "lease_epoch"),
+        Index("ix_attempts_turns", "project_id", "stage", "created_at"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     lease_epoch: Mapped[int]
     worker_id: Mapped[str]
+    # "prepare" or "train"
+    stage: Mapped[str] = mapped_column(server_default="train")
     start_step: Mapped[int | None]
     end_step: Mapped[int | None]
     ended_at: Mapped[datetime | None]

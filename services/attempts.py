@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import Attempt, Job
 from luthier.core.ids import new_id
+from luthier.core.states import JobStatus
 
 # Outcome of an attempt that was asked to stop and has not ended yet.
 STOPPING = "stopping"
@@ -22,6 +23,7 @@ def record(session: Session, job: Job, worker_id: str) -> None:
             job_id=job.id,
             lease_epoch=job.lease_epoch,
             worker_id=worker_id,
+            stage="prepare" if job.status == JobStatus.VALIDATING_FILES else "train",
         )
     )
     session.flush()

@@ -19,6 +19,7 @@ from luthier.core.errors import LuthierError, WorkerCrashedError
 from luthier.core.states import TERMINAL_STATUSES, JobStatus
 from services import attempts, deliveries, events, memory
 from services.events import NewEvent
+from services.turns import by_turns
 
 
 class LeaseLostError(LuthierError):
@@ -57,8 +58,9 @@ def beat(session: Session, worker_id: str, *, hostname: str, num_slots: int, fac
 
 
 def list_unchecked(session: Session, *, limit: int) -> Sequence[str]:
-    """Return ids of jobs whose files nobody checks yet, the oldest first."""
-    return session.scalars(select(Job.id).where(_is_unchecked()).order_by(Job.created_at).limit(limit)).all()
+    """Return ids of jobs whose files nobody checks yet, projects in turn."""
+    unchecked = select(Job.id).where(_is_unchecked())
+    return session.scalars(unchecked.order_by(*by_turns("prepare")).limit(limit)).all()
 
 
 def is_work_waiting(session: Session) -> bool:

@@ -21,6 +21,7 @@ from luthier.core.errors import OutOfMemoryError
 from luthier.core.states import JobStatus
 from services import events
 from services.events import NewEvent
+from services.turns import by_turns
 
 JOB, SERVING = "job", "serving"
 # What a job asks for beyond its estimated peak.
@@ -73,7 +74,7 @@ def _is_too_large(least_bytes: int | None, device: Device) -> bool:
 
 
 def choose(session: Session, device: Device, *, lease_seconds: float, tells: bool) -> tuple[Job, int] | None:
-    """Return the oldest queued job that fits on a device now, locked; one that never fits anywhere, too.
+    """Return the first queued job in turn that fits on a device now, locked; one that never fits, too.
 
     Jobs that don't fit yet are noted as waiting. Others may go before them until the first in line has waited
     for `PATIENCE_SECONDS` for what other jobs hold: then it is its turn. One whose number is rough does not
@@ -91,7 +92,7 @@ def choose(session: Session, device: Device, *, lease_seconds: float, tells: boo
     candidates = session.execute(
         select(Job.id, Job.peak_bytes, Job.least_bytes)
         .where(is_queued())
-        .order_by(Job.created_at)
+        .order_by(*by_turns("train"))
         .limit(_MAX_CANDIDATES)
     ).all()
     if not candidates:
@@ -129,10 +130,13 @@ def _is_rough(job: Job) -> bool:
 
 
 def find_oldest(session: Session) -> Job | None:
-    """Return the oldest queued job, locked, whatever it needs; None when none waits."""
-    return session.scalar(
-        select(Job).where(is_queued()).order_by(Job.created_at).limit(1).with_for_update(skip_locked=True)
-    )
+    """Return the queued job whose turn it is, locked, whatever it needs; None when none waits."""
+    in_turn = select(Job.id).where(is_queued()).order_by(*by_turns("train")).limit(_MAX_CANDIDATES)
+    for job_id in session.scalars(in_turn).all():
+        job = _take(session, job_id)
+        if job is not None:
+            return job
+    return None
 
 
 def is_waited_for(session: Session, device: Device) -> bool:
