@@ -13,6 +13,9 @@ from luthier.core.errors import BaseUnavailableError
 
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+_EXPERTS = re.compile(r"\.experts\.")
+# A router's weight is no linear layer in transformers.
+_ROUTER = re.compile(r"\.(gate|router)$")
 # Buffers that older libraries wrote among the weights.
 _NO_WEIGHTS = re.compile(r"\.(inv_freq|attn\.(masked_)?bias)$")
 _HEAD = "lm_head.weight"
@@ -59,15 +62,25 @@ class BaseShape:
         return self.num_kv_heads * self.head_size
 
     @cached_property
+    def has_experts(self) -> bool:
+        """Whether blocks are mixtures of experts, whose weights the model keeps outside of linear layers."""
+        return any(_EXPERTS.search(name) for name in self.weights)
+
+    @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path to (inputs, outputs) of the linear layers in the blocks, in the files' order."""
+        """Module path to (inputs, outputs) of the linear layers in the blocks, in the files' order.
+
+        Experts and their routers are left out, whatever their files call them: the model has no such layers.
+        """
         found: dict[str, tuple[int, int]] = {}
         for name, weight in self.weights.items():
-            if len(weight.shape) == 2 and name.endswith(".weight") and _IN_A_BLOCK.search(name):
-                first, second = weight.shape
-                found[name.removesuffix(".weight")] = (
-                    (first, second) if self.is_transposed else (second, first)
-                )
+            path = name.removesuffix(".weight")
+            if len(weight.shape) != 2 or path == name or not _IN_A_BLOCK.search(name):
+                continue
+            if self.has_experts and (_EXPERTS.search(name) or _ROUTER.search(path)):
+                continue
+            first, second = weight.shape
+            found[path] = (first, second) if self.is_transposed else (second, first)
         return found
 
 

@@ -39,8 +39,13 @@ def linear_shapes(causal_lm: "PreTrainedModel") -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def has_experts(causal_lm: "PreTrainedModel") -> bool:
+    """Whether blocks are mixtures of experts, whose weights the model keeps outside of linear layers."""
+    return any(".experts." in name for name, _ in causal_lm.named_parameters())
+
+
 def choose_layers(
-    shapes: dict[str, tuple[int, int]], target_modules: str | list[str]
+    shapes: dict[str, tuple[int, int]], target_modules: str | list[str], *, has_experts: bool = False
 ) -> dict[str, tuple[int, int]]:
     """Pick the layers that `target_modules` names.
 
@@ -53,8 +58,8 @@ def choose_layers(
         The chosen part of `shapes`; never empty.
 
     Raises:
-        InvalidValueError: when a name or pattern matches no linear layer (lists the names there are), or
-            when matching the pattern takes too long.
+        InvalidValueError: when a name or pattern matches no linear layer (lists the names there are), when
+            matching the pattern takes too long, or when a group has experts, which are no linear layers.
     """
     if isinstance(target_modules, list):
         for wanted in target_modules:
@@ -65,6 +70,12 @@ def choose_layers(
             for path, shape in shapes.items()
             if any(_ends_with(path, wanted) for wanted in target_modules)
         }
+    if has_experts and target_modules in {"all-linear", "mlp"}:
+        raise InvalidValueError(
+            f"'{target_modules}' names this base's experts too, which low-rank updates can't train here. "
+            "Use 'attention', or name the layers.",
+            param=PARAM,
+        )
     if target_modules == "all-linear":
         chosen = dict(shapes)
     elif target_modules in {"attention", "mlp"}:

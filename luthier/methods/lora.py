@@ -14,7 +14,7 @@ from luthier.core.errors import InvalidValueError
 from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
-from luthier.methods._layers import PARAM, choose_layers, linear_shapes, shortest_names
+from luthier.methods._layers import PARAM, choose_layers, has_experts, linear_shapes, shortest_names
 from luthier.methods._patterns import check_pattern
 from luthier.methods._peft import peft_type, write_adapter
 from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
@@ -84,7 +84,7 @@ class Lora(Method):
 
     def count_parameters(self, causal_lm: "PreTrainedModel", params: LoraParams) -> int:
         """Return the sum of rank * (inputs + outputs) over the chosen layers; DoRA adds the outputs."""
-        return _count(choose_layers(linear_shapes(causal_lm), params.target_modules), params)
+        return _count(_choose(causal_lm, params), params)
 
     @property
     def probes(self) -> dict[str, dict[str, Any]]:
@@ -97,7 +97,7 @@ class Lora(Method):
 
     def cost(self, params: LoraParams, shape: BaseShape) -> MethodCost:
         """Return the parameters of the chosen layers, all of which every token meets."""
-        chosen = choose_layers(shape.linear_shapes, params.target_modules)
+        chosen = choose_layers(shape.linear_shapes, params.target_modules, has_experts=shape.has_experts)
         _check_rank(int(_number(params.rank)), chosen)
         variant = "lora with dora" if params.use_dora else "lora with dropout" if params.dropout else "lora"
         count = _count(chosen, params)
@@ -109,7 +109,7 @@ class Lora(Method):
         from peft import LoraConfig, get_peft_model
 
         shapes = linear_shapes(causal_lm)
-        chosen = choose_layers(shapes, params.target_modules)
+        chosen = _choose(causal_lm, params)
         rank = int(_number(params.rank))
         _check_rank(rank, chosen)
         config = LoraConfig(
@@ -166,6 +166,11 @@ class Lora(Method):
         from luthier.methods._served import read_lora
 
         return read_lora(folder, shape)
+
+
+def _choose(causal_lm: "PreTrainedModel", params: LoraParams) -> dict[str, tuple[int, int]]:
+    experts = has_experts(causal_lm)
+    return choose_layers(linear_shapes(causal_lm), params.target_modules, has_experts=experts)
 
 
 def _count(chosen: dict[str, tuple[int, int]], params: LoraParams) -> int:

@@ -229,7 +229,9 @@ def fuse(method: Method, attached: Attached, adapter: str = "default") -> FusedL
     if not is_known_base(attached.causal_lm, adapter):
         return None
     fused = FusedLlama(method, attached, adapter)
-    reached = {id(parameter) for parameter in fused.parameters}
+    # An output layer of its own gets its gradient from the loss (luthier/training/loss.py).
+    head = attached.causal_lm.get_output_embeddings()
+    reached = {id(parameter) for parameter in [*fused.parameters, head.weight]}
     trained = [parameter for _, parameter in attached.named_trained_parameters()]
     has_virtual = method.virtual_embeddings(attached) is not None
     if has_virtual or method.virtual_key_values(attached) is not None:

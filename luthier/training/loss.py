@@ -40,9 +40,12 @@ class _HeadLoss(torch.autograd.Function):
         num_right = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
         for_hidden, for_weight, _ = context.needs_input_grad
         gradient_ND = torch.empty_like(hidden_ND) if for_hidden else None
-        gradient_VD = torch.zeros_like(weight_VD) if for_weight else None
+        parts = chunks(hidden_ND.shape[0], weight_VD.shape[0])
+        # Several chunks are summed in float32: in bf16 each sum would round what was summed before.
+        sum_type = torch.float32 if len(parts) > 1 else weight_VD.dtype
+        gradient_VD = torch.zeros_like(weight_VD, dtype=sum_type) if for_weight else None
         products = products_with(weight_VD)
-        for part in chunks(hidden_ND.shape[0], weight_VD.shape[0]):
+        for part in parts:
             logits_NV = products.product(hidden_ND[part].contiguous())
             nll_N, is_right_N = softmax_loss_(
                 logits_NV, targets_N[part], keeps_gradient=for_hidden or for_weight
@@ -53,9 +56,9 @@ class _HeadLoss(torch.autograd.Function):
             if gradient_ND is not None:
                 gradient_ND[part] = products.input_gradient(logits_NV)
             if gradient_VD is not None:
-                gradient_VD.addmm_(logits_NV.t(), hidden_ND[part])
+                gradient_VD += logits_NV.t() @ hidden_ND[part]
         # Kept by hand, for they are scaled in place: the weight's is as large as the weight.
-        context.gradients = (gradient_ND, gradient_VD)
+        context.gradients = (gradient_ND, None if gradient_VD is None else gradient_VD.to(weight_VD.dtype))
         context.mark_non_differentiable(num_right)
         return nll_sum, num_right
 

@@ -14,6 +14,9 @@ from luthier.training.agreement import ComputesInFloat32, agrees, is_as_exact, i
 from luthier.training.batches import Batch
 from luthier.training.loss import Loss, full_logits_loss, gather_supervised, head_loss
 
+# What configurations call a cap or a factor on logits: Gemma 2 and 3, Cohere, Granite.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
 
 class Trainee:
     """The model in training.
@@ -139,9 +142,7 @@ class Trainee:
                 "The fast path for this architecture gives other results than the plain one. Nothing is "
                 "published; please report it."
             )
-        if self.head_weight_VD is None:
-            return
-        if not agrees(expected_BTD @ self.head_weight_VD.T, self.logits(sample)):
+        if self.head_weight_VD is not None and not self._is_product_with(self.head_weight_VD, sample):
             raise SelfCheckError(
                 "The model's output layer gives other logits than the loss was computed from. Nothing is "
                 "published; please report it."
@@ -193,17 +194,27 @@ class Trainee:
             return None
         return fused if self._is_like_plain(fused, sample, expected_BTD) else None
 
-    @torch.no_grad()
     def _find_plain_head(self, sample: Batch) -> torch.Tensor | None:
         """Return the output layer's weight when logits are its product with the hidden states alone.
 
-        Some models scale, cap or shift their logits. Trying it on a row tells, for any architecture.
+        Some models scale, cap or shift their logits. The configuration names the usual ways, which a sample
+        of small logits would not show; the sample shows the others.
         """
         head = self.attached.causal_lm.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.bias is not None:
             return None
-        found_BTV = head(self.method.hidden_states(self.attached, sample.token_ids_BT))
-        return head.weight if agrees(found_BTV, self.logits(sample)) else None
+        config = self.attached.causal_lm.config
+        if any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_TRANSFORMS):
+            return None
+        return head.weight if self._is_product_with(head.weight, sample) else None
+
+    @torch.no_grad()
+    def _is_product_with(self, head_weight_VD: torch.Tensor, sample: Batch) -> bool:
+        """Whether logits are the product of hidden states and a weight, in float32: a soft cap passes for
+        rounding in bf16."""
+        with ComputesInFloat32():
+            hidden_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
+            return agrees(hidden_BTD @ head_weight_VD.T, self.logits(sample))
 
 
 def _widen_gradient(parameter: torch.nn.Parameter) -> None:

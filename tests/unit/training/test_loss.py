@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from luthier.training import loss as loss_module
 from luthier.training.batches import Batch, collate
@@ -154,3 +155,21 @@ def test_scoring_makes_no_gradient_even_where_the_head_is_trained(
     trained = head_loss(hidden_ND, weight_VD, targets_N)
     assert asked == [False, True]
     assert torch.equal(scored.nll_sum, trained.nll_sum.detach())
+
+
+def test_a_bf16_heads_gradient_loses_nothing_by_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden_ND, weight_VD = torch.randn(640, 16).bfloat16(), torch.randn(50, 16).bfloat16().requires_grad_()
+    targets_N = torch.randint(5, (640,))
+    exact_VD = weight_VD.detach().double().requires_grad_()
+    logits_NV = hidden_ND.double() @ exact_VD.t()
+    functional.cross_entropy(logits_NV, targets_N, reduction="sum").backward()
+    assert exact_VD.grad is not None
+
+    def error() -> float:
+        (found,) = torch.autograd.grad(head_loss(hidden_ND, weight_VD, targets_N).nll_sum, weight_VD)
+        return float((found.double() - exact_VD.grad).norm() / exact_VD.grad.norm())
+
+    at_once = error()
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", 2 * 50)
+    assert error() <= 1.1 * at_once
