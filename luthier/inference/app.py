@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -52,6 +53,12 @@ _LOG = logging.getLogger(__name__)
 TIDY_SECONDS = 60.0
 # Log-probabilities of so many tokens take a few milliseconds to spell out; streams shall not wait for more.
 _MAX_CHOICES_AT_ONCE = 1000
+# A body of this length is parsed in a millisecond or two.
+_MAX_BYTES_ON_LOOP = 64 * 1024
+# Few, so that the memory of large bodies is that of two.
+_NUM_PARSERS = 2
+
+AskedT = TypeVar("AskedT")
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Service:
         self._engine = engine
         self._open: set[Generation] = set()
         self._grammars = Grammars()
+        self._parsers = ThreadPoolExecutor(_NUM_PARSERS, "parse")
         self.models = Models(settings, engine, on_first_base)
         self.status = Status(settings, engine, self.models)
         self.memory = MemoryRoutes(settings, self.models)
@@ -87,7 +95,7 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
         target = read_target(request.headers)
-        asked = parse_chat(await read_body(request))
+        asked = await self._read(request, parse_chat)
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
             shape = ChatShape(
@@ -107,7 +115,7 @@ class Service:
     async def response(self, request: Request) -> Response:
         """Answer POST /v1/responses."""
         target = read_target(request.headers)
-        asked = parse_response(await read_body(request))
+        asked = await self._read(request, parse_response)
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
             shape = ResponseShape(
@@ -142,7 +150,7 @@ class Service:
     async def completion(self, request: Request) -> Response:
         """Answer POST /v1/completions."""
         target = read_target(request.headers)
-        asked = parse_completion(await read_body(request))
+        asked = await self._read(request, parse_completion)
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
             shape = CompletionShape(
@@ -165,6 +173,14 @@ class Service:
         self._engine.close()
         for generation in list(self._open):
             generation.interrupt()
+
+    async def _read(self, request: Request, parse: Callable[[bytes], AskedT]) -> AskedT:
+        """Return the checked request; a large one is parsed in a thread, beside the streams."""
+        body = await read_body(request)
+        if len(body) <= _MAX_BYTES_ON_LOOP:
+            return parse(body)
+        parsing = asyncio.get_running_loop().run_in_executor(self._parsers, parse, body)
+        return await while_connected(request, parsing)
 
     async def _hold(self, request: Request, target: ModelTarget, stack: contextlib.ExitStack) -> ReadyModel:
         """Return the target's model, which stays in memory until the stack is closed."""

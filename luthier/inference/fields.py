@@ -5,6 +5,7 @@ Shared by all endpoints; knows none of their fields.
 
 import difflib
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -40,21 +41,33 @@ IGNORED_FIELDS = frozenset(
 # How alike a field must be to one that there is, and how many letters of it are compared.
 _LIKENESS, _MAX_LETTERS = 0.7, 80
 
+# Of a request's body: token ids of a batch of prompts are the most that a client needs.
+MAX_VALUES = 250_000
+_MAX_DEPTH = 64
+_MAX_NAMES = 4096
+_MAX_NAME_CHARS = 1000
+_MAX_PARAM_CHARS = 200
+
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """Read a body's JSON object.
+def read_object(body: bytes, ignored: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Read a body's JSON object, in memory that is linear in the body's bytes.
 
     Args:
-        body: as the client sent it.
+        ignored: fields that are dropped unread.
 
     Returns:
         Its fields without those that are null, which means "unset" on this wire.
 
     Raises:
-        InvalidRequestError: when it is no JSON object, or holds text that no tokenizer can take.
+        InvalidRequestError: when it is no JSON object, has too many or too deeply nested values, or has text
+            that no tokenizer can take.
     """
+    if max_num_values(body) > MAX_VALUES:
+        raise InvalidRequestError(
+            f"The body has more than {MAX_VALUES} JSON values; send several requests with less in each."
+        )
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -62,8 +75,29 @@ def read_object(body: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidRequestError("The body must be a JSON object.")
     fields = without_nulls(content)
-    _refuse_unreadable_text(fields)
+    drop_ignored(fields, ignored)
+    _check_names_and_texts(fields)
     return fields
+
+
+def max_num_values(text: bytes) -> int:
+    """Return a number of values that a JSON text has at most, counted in its bytes before it is parsed.
+
+    Commas within strings are told from others only when the count is above MAX_VALUES with them.
+    """
+    found = _count_separators(text)
+    if found <= MAX_VALUES:
+        return found
+    without_escapes = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    num_quotes = without_escapes.count(b'"')
+    if num_quotes > 4 * MAX_VALUES:
+        # Each value and each name is one string at most.
+        return num_quotes // 2
+    return _count_separators(b"".join(without_escapes.split(b'"')[::2]))
+
+
+def _count_separators(text: bytes) -> int:
+    return 1 + sum(text.count(separator) for separator in (b",", b"[", b"{"))
 
 
 def without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
@@ -98,34 +132,61 @@ def drop_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], pr
             )
 
 
-def _refuse_unreadable_text(fields: dict[str, Any]) -> None:
-    """Refuse texts that JSON can spell and no tokenizer can take, as training does with its rows.
+def _check_names_and_texts(fields: dict[str, Any]) -> None:
+    """Refuse what is nested too deeply, names too long or too many, and texts that no tokenizer can take.
 
-    It walks with a list of its own: JSON as deep as the parser allows must not exhaust Python's stack.
+    It walks by iterators: an entry that is not reached costs nothing. Paths are joined for a refusal alone.
     """
-    remaining: list[tuple[str, Any]] = [("", fields)]
-    while remaining:
-        param, value = remaining.pop()
-        if isinstance(value, str):
-            _refuse_unreadable(value, param)
-        elif isinstance(value, list):
-            remaining.extend((f"{param}.{i}", item) for i, item in enumerate(value))
-        elif isinstance(value, dict):
-            for name in value:
-                # An unreadable name can't be told either; its place is the object that holds it.
-                _refuse_unreadable(name, param or None)
-            remaining.extend((f"{param}.{name}" if param else name, item) for name, item in value.items())
+    path: list[str | int] = []
+    open_values: list[Iterator[tuple[str | int, Any]]] = [_entries(fields, path)]
+    while open_values:
+        for name, value in open_values[-1]:
+            if isinstance(name, str):
+                # An unreadable name can't be shown either; its place is the object that holds it.
+                _check_name(name, path)
+            if isinstance(value, str):
+                _refuse_unreadable(value, [*path, name])
+            elif isinstance(value, list | dict):
+                path.append(name)
+                open_values.append(_entries(value, path))
+                break
+        else:
+            open_values.pop()
+            if path:
+                path.pop()
 
 
-def _refuse_unreadable(text: str, param: str | None) -> None:
+def _entries(value: list[Any] | dict[str, Any], path: Sequence[str | int]) -> Iterator[tuple[str | int, Any]]:
+    if len(path) >= _MAX_DEPTH:
+        raise InvalidValueError(f"The value is nested more than {_MAX_DEPTH} deep.", param=_to_param(path))
+    if isinstance(value, list):
+        return iter(enumerate(value))
+    if len(value) > _MAX_NAMES:
+        raise InvalidValueError(f"An object may have {_MAX_NAMES} names at most.", param=_to_param(path))
+    return iter(value.items())
+
+
+def _check_name(name: str, path: Sequence[str | int]) -> None:
+    if len(name) > _MAX_NAME_CHARS:
+        raise InvalidValueError(
+            f"A name may have {_MAX_NAME_CHARS} characters at most.", param=_to_param(path)
+        )
+    _refuse_unreadable(name, path)
+
+
+def _to_param(path: Sequence[str | int]) -> str | None:
+    return ".".join(str(part) for part in path)[:_MAX_PARAM_CHARS] or None
+
+
+def _refuse_unreadable(text: str, path: Sequence[str | int]) -> None:
     if "\x00" in text:
-        raise InvalidValueError("The text holds a NUL character; remove it.", param=param)
+        raise InvalidValueError("The text holds a NUL character; remove it.", param=_to_param(path))
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidValueError(
             "The text holds an escape of half a character (a lone surrogate); write the whole pair.",
-            param=param,
+            param=_to_param(path),
         ) from None
 
 
@@ -151,7 +212,7 @@ def _to_request_error(error: ValidationError, model: type[BaseModel], prefix: st
     place = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
     if len(place) > 1 and place[0] == "prompt":
         place = [part for part in place if part not in {"str", "list"}]
-    param = (prefix + ".".join(place)).removesuffix(".")
+    param = (prefix + ".".join(place)).removesuffix(".")[:_MAX_PARAM_CHARS]
     kind = first["type"]
     if kind == "missing":
         return MissingParameterError(f"Missing required parameter: {param[:120]!r}.", param=param)

@@ -1,5 +1,6 @@
 """The messages of a chat as clients write them, checked and flattened to what a template takes."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -10,7 +11,14 @@ from luthier.core.errors import (
     MissingParameterError,
     UnsupportedValueError,
 )
-from luthier.inference.fields import drop_ignored, drop_neutral, validate, without_nulls
+from luthier.inference.fields import (
+    MAX_VALUES,
+    drop_ignored,
+    drop_neutral,
+    max_num_values,
+    validate,
+    without_nulls,
+)
 from luthier.inference.json_object import load
 
 # Parts of an earlier answer that clients send back as they got them.
@@ -105,6 +113,19 @@ def flatten_message(message: Any, param: str) -> Any:
     return fields
 
 
+def check_arguments(messages: Sequence[ChatMessage], param: str) -> None:
+    """Refuse calls whose arguments, JSON within a text, have too many values in all."""
+    calls = [call for message in messages for call in message.tool_calls]
+    if sum(max_num_values(call.function.arguments.encode()) for call in calls) > MAX_VALUES:
+        raise _too_many_values(param)
+
+
+def _too_many_values(param: str) -> InvalidValueError:
+    return InvalidValueError(
+        f"The arguments of tool calls may have {MAX_VALUES} JSON values in all.", param=param
+    )
+
+
 def _check_calls(fields: dict[str, Any], param: str) -> None:
     """Check what only the messages of one role have, and that arguments are what templates can write."""
     for name, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
@@ -118,6 +139,8 @@ def _check_calls(fields: dict[str, Any], param: str) -> None:
         raise InvalidTypeError("tool_calls must be a list.", param=f"{param}.tool_calls")
     for i, call in enumerate(fields.get("tool_calls", [])):
         checked = validate(ToolCall, call, f"{param}.tool_calls.{i}.")
+        if max_num_values(checked.function.arguments.encode()) > MAX_VALUES:
+            raise _too_many_values(f"{param}.tool_calls.{i}.function.arguments")
         if not isinstance(load(checked.function.arguments), dict):
             raise InvalidValueError(
                 "The arguments of a tool call must be a string that holds a JSON object.",

@@ -5,14 +5,14 @@ in the sets below. Nothing here renders, tokenises or answers.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.core.errors import InvalidTypeError, InvalidValueError, UnsupportedValueError
-from luthier.inference.fields import IGNORED_FIELDS, drop_ignored, drop_neutral, read_object, validate
+from luthier.inference.fields import IGNORED_FIELDS, drop_neutral, read_object, validate
 from luthier.inference.formats import AnswerFormat, read_chat_format
-from luthier.inference.messages import ChatMessage, flatten_messages
+from luthier.inference.messages import ChatMessage, check_arguments, flatten_messages
 from luthier.inference.tools import Tools, read_chat_tools
 
 # Fields of OpenAI's API that are accepted only with the values that mean "not used".
@@ -26,12 +26,15 @@ _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
 
+MAX_MESSAGES = 4096
 _MAX_STOPS = 4
 _MAX_BIASES = 1024
 _MAX_BIAS = 100.0
 # Answers of one request, over all its prompts.
 _MAX_CHOICES = 128
 _INT64 = 2**63
+# The first fault is all that is reported: others are not collected.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -52,7 +55,7 @@ class SamplingRequest(BaseModel):
     temperature: float = Field(1.0, ge=0.0, le=2.0)
     top_p: float = Field(1.0, ge=0.0, le=1.0)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    stop: tuple[str, ...] = Field((), max_length=_MAX_STOPS, strict=False)
+    stop: tuple[str, ...] = Field((), max_length=_MAX_STOPS, strict=False, fail_fast=True)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -63,7 +66,7 @@ class SamplingRequest(BaseModel):
 class ChatRequest(SamplingRequest):
     """A checked chat request; `max_tokens` holds whichever of the two names the client used."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -74,7 +77,7 @@ class ChatRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     """A checked completion request; each prompt is a text or a list of token ids."""
 
-    prompt: list[str | list[int]] = Field(min_length=1, max_length=_MAX_CHOICES)
+    prompt: list[str | TokenIds] = Field(min_length=1, max_length=_MAX_CHOICES, fail_fast=True)
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=0, le=20)
@@ -110,6 +113,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     request = validate(ChatRequest, fields)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidValueError("top_logprobs needs logprobs: true.", param="top_logprobs")
+    check_arguments(request.messages, "messages")
     return request
 
 
@@ -146,8 +150,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 
 def _read_fields(body: bytes, neutral: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    fields = read_object(body)
-    drop_ignored(fields, IGNORED_FIELDS)
+    fields = read_object(body, IGNORED_FIELDS)
     drop_neutral(fields, neutral)
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]

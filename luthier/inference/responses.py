@@ -16,15 +16,14 @@ from luthier.core.errors import (
 )
 from luthier.inference.fields import (
     IGNORED_FIELDS,
-    drop_ignored,
     drop_neutral,
     read_object,
     validate,
     without_nulls,
 )
 from luthier.inference.formats import AnswerFormat, read_response_format
-from luthier.inference.messages import ChatMessage, flatten_message
-from luthier.inference.protocol import ChatRequest, StreamOptions
+from luthier.inference.messages import ChatMessage, check_arguments, flatten_message
+from luthier.inference.protocol import MAX_MESSAGES, ChatRequest, StreamOptions
 from luthier.inference.tools import Tools, read_response_tools
 
 _IGNORED = (IGNORED_FIELDS - {"metadata"}) | {
@@ -42,6 +41,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # What rests on responses that a server has kept; this one keeps none.
 _KEPT = ("previous_response_id", "conversation")
+_MAX_INCLUDED = 16
 _LOGPROBS = "message.output_text.logprobs"
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
 # Of items that were another response's output.
@@ -56,7 +56,7 @@ class _Fields(BaseModel):
     temperature: float = Field(1.0, ge=0.0, le=2.0)
     top_p: float = Field(1.0, ge=0.0, le=1.0)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: list[str] = []
+    include: list[str] = Field([], max_length=_MAX_INCLUDED)
     metadata: dict[str, str] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -82,8 +82,7 @@ def parse_response(body: bytes) -> ResponseRequest:
     Raises:
         InvalidRequestError: naming the first field that breaks a rule.
     """
-    fields = read_object(body)
-    drop_ignored(fields, _IGNORED)
+    fields = read_object(body, _IGNORED)
     drop_neutral(fields, _NEUTRAL)
     for name in _KEPT:
         if name in fields:
@@ -157,6 +156,8 @@ def _read_input(given: Any) -> list[ChatMessage]:
         return [ChatMessage(role="user", content=given)]
     if not isinstance(given, list) or not given:
         raise InvalidTypeError("input must be a text, or a list with at least one item.", param="input")
+    if len(given) > MAX_MESSAGES:
+        raise InvalidValueError(f"input may have {MAX_MESSAGES} items at most.", param="input")
     messages: list[ChatMessage] = []
     is_open = False
     for i, item in enumerate(given):
@@ -167,6 +168,7 @@ def _read_input(given: Any) -> list[ChatMessage]:
         else:
             messages.append(message)
         is_open = message.role == "assistant"
+    check_arguments(messages, "input")
     return messages
 
 

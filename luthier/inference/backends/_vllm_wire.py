@@ -20,7 +20,7 @@ from luthier.core.errors import (
     UnknownParameterError,
     UnsupportedValueError,
 )
-from luthier.inference.fields import IGNORED_FIELDS, drop_ignored, drop_neutral, read_object
+from luthier.inference.fields import IGNORED_FIELDS, drop_neutral, read_object
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -95,8 +95,7 @@ def read_request(path: str, body: bytes, *, max_tokens_default: int) -> dict[str
             f"This server answers {CHAT} and {COMPLETIONS} alone. An operator offers {path} by the backend "
             "engine (LUTHIER_INFERENCE_BACKEND)."
         )
-    fields = read_object(body)
-    drop_ignored(fields, IGNORED_FIELDS)
+    fields = read_object(body, IGNORED_FIELDS)
     drop_neutral(fields, _NEUTRAL[path])
     fields.pop("model", None)
     unknown = sorted(fields.keys() - _PASSED[path])
