@@ -11,8 +11,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.metrics import ApiMetrics
 from luthier.core.ids import new_id
 
 # What proxies log for a client that left before its answer.
@@ -25,8 +27,9 @@ class RequestLogMiddleware:
     Routes add to `request.state`: `caller` (a services.scope.Scope), `model` and `usage`.
     """
 
-    def __init__(self, app: ASGIApp, *, is_logged: bool) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: ApiMetrics, is_logged: bool) -> None:
         self._app = app
+        self._metrics = metrics
         self._is_logged = is_logged
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,14 +42,17 @@ class RequestLogMiddleware:
         # What answers outside of this middleware, after a fault, finds the id here.
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, arrived_at=arrived_at)
-        status, is_complete = _CLIENT_LEFT, False
+        status, is_complete, is_stream = _CLIENT_LEFT, False, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, is_complete
+            nonlocal status, is_complete, is_stream
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 message = {**message, "headers": headers}
+                is_stream = Headers(raw=headers).get("content-type", "").startswith("text/event-stream")
+                if is_stream:
+                    self._metrics.open_streams.inc()
             else:
                 is_complete = not message.get("more_body", False)
             await send(message)
@@ -59,8 +65,12 @@ class RequestLogMiddleware:
             status = 500
             raise
         finally:
+            seconds = time.monotonic() - arrived_at
+            if is_stream:
+                self._metrics.open_streams.dec()
+            self._metrics.observe_request(scope["method"], route_template(scope), status, seconds)
             if self._is_logged:
-                _write(scope, status, is_complete, time.monotonic() - arrived_at)
+                _write(scope, status, is_complete, seconds)
 
 
 def route_template(scope: Scope) -> str | None:

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.event_hub import EventHub
+from api.metrics import ApiMetrics
 from api.resolving import Resolver
 from api.usage_recorder import UsageRecorder
 from db.session import Database
@@ -46,6 +47,7 @@ class Parts:
     sealer: Sealer
     resolver: Resolver
     usage: UsageRecorder
+    metrics: ApiMetrics
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
     reports: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_REPORTS))

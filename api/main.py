@@ -11,6 +11,7 @@ from api import errors
 from api.access_log import RequestLogMiddleware
 from api.deps import NUM_TURNS, Parts
 from api.event_hub import EventHub
+from api.metrics import ApiMetrics
 from api.paths import EncodedSlashMiddleware
 from api.queries import refuse_unknown_query
 from api.requests import BodyLimitMiddleware
@@ -23,6 +24,7 @@ from api.routes import (
     jobs,
     keys,
     methods,
+    metrics,
     models,
     permissions,
     reports_of_files,
@@ -66,6 +68,7 @@ def make_parts(settings: Settings) -> Parts:
         catalogue=catalogue,
         resolver=Resolver(database, catalogue),
         usage=UsageRecorder(database),
+        metrics=ApiMetrics(database, lease_seconds=settings.lease_seconds),
         backend=open_all(settings),
         hub=EventHub(database_url),
         sealer=Sealer(settings.secret_key.get_secret_value()),
@@ -115,10 +118,11 @@ def create_app(parts: Parts) -> FastAPI:
         allow_headers=["*"],
         expose_headers=_EXPOSED_HEADERS,
     )
-    app.add_middleware(RequestLogMiddleware, is_logged=parts.settings.log_level in {"debug", "info"})
+    is_logged = parts.settings.log_level in {"debug", "info"}
+    app.add_middleware(RequestLogMiddleware, metrics=parts.metrics, is_logged=is_logged)
     # Routes are tried in order: those first that are asked most. What answers and lists models is asked by
     # clients that add parameters of their own.
-    for module in (chat, health, models):
+    for module in (chat, health, metrics, models):
         app.include_router(module.router)
     for module in (
         files,

@@ -24,6 +24,7 @@ for _name in [name for name in os.environ if name.startswith("LUTHIER_")]:
 from api.deps import Parts  # noqa: E402
 from api.event_hub import EventHub  # noqa: E402
 from api.main import create_app  # noqa: E402
+from api.metrics import ApiMetrics  # noqa: E402
 from api.resolving import Resolver  # noqa: E402
 from api.usage_recorder import UsageRecorder  # noqa: E402
 from db.migrate import upgrade  # noqa: E402
@@ -217,6 +218,7 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         catalogue=catalogue,
         resolver=Resolver(database, catalogue),
         usage=UsageRecorder(database),
+        metrics=ApiMetrics(database, lease_seconds=settings.lease_seconds),
         backend=backend,
         hub=EventHub(url),
         ring=bells.append,

@@ -19,6 +19,7 @@ from worker.calibration import calibrate_for_ever
 from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_for_ever
 from worker.maintenance import beat, collect_garbage, repeat, take_lost_jobs
+from worker.metrics import serve_metrics
 from worker.processes import JobProcesses, run_job_process
 from worker.serving import balance
 
@@ -57,6 +58,7 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
         threading.Thread(target=target, args=(context,), daemon=True).start()
     if has_broker:
         threading.Thread(target=consume_for_ever, args=(context, woken.set), daemon=True).start()
+    serve_metrics(context)
     _log.info("worker ready", worker_id=context.worker_id, has_broker=has_broker)
     while not context.stopping.is_set():
         processes.keep_running()

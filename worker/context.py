@@ -18,8 +18,8 @@ from luthier.trackers import discover
 from services.bell import Bell, Ring, make_celery
 from worker.spare import WarmSpare
 
-# In the main process one for each thread of maintenance, for webhooks and for calibration; jobs need fewer.
-_POOL_SIZE = 7
+# In the main process one for each thread of maintenance, webhooks, calibration, metrics; jobs need fewer.
+_POOL_SIZE = 8
 
 
 def _facts() -> dict[str, Any]:

@@ -191,6 +191,14 @@ class Settings(BaseSettings):
         "base64 of 32 bytes. Keys after a comma only open what was sealed before.",
     )
 
+    metrics_token: SecretStr = Field(
+        SecretStr(""),
+        description="A bearer token that reads GET /metrics of the API; an admin key does too.",
+    )
+    worker_metrics_address: str = Field(
+        "", description="HOST:PORT on which a worker answers GET /metrics, without a key; empty: nowhere."
+    )
+
     wandb_api_key: SecretStr = Field(
         SecretStr(""), description="Lets jobs name wandb among their integrations; for API and workers."
     )

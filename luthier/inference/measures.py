@@ -1,16 +1,18 @@
 """What the engine's steps are counted by, and how Prometheus reads it. No tensors, no HTTP.
 
-The engine's thread alone writes, once a step, and takes no lock; whoever reads may see a step half counted.
-The text is Prometheus' exposition format 0.0.4.
+The engine's thread alone writes, once a step, and takes no lock; a reader may see a step half counted.
 """
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from luthier.inference.sequence import Sequence
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "luthier_inference_"
 _ROW_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)
 _FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -82,37 +84,47 @@ class StepMeasures:
         self.between_tokens_seconds.observe(0.0, num_right)
 
 
-class Exposition:
-    """The text that Prometheus reads, metric by metric."""
+class MetricsCollector(Collector):
+    """What prometheus-client asks for the metrics of the moment; it keeps no numbers of its own.
 
-    def __init__(self) -> None:
-        self._lines: list[str] = []
+    Args:
+        read: yields them, each of a name after `luthier_inference_`.
+    """
 
-    def number(self, name: str, kind: str, meaning: str, values: int | Mapping[str, int]) -> None:
-        """Add a counter or a gauge.
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
 
-        Args:
-            kind: `counter` or `gauge`.
-            values: the value, or one for each kind of models.
-        """
-        self._head(name, kind, meaning)
-        if not isinstance(values, Mapping):
-            self._lines.append(f"{_PREFIX}{name} {values}")
-            return
-        self._lines += [f'{_PREFIX}{name}{{kind="{label}"}} {value}' for label, value in values.items()]
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics of this moment."""
+        return self._read()
 
-    def histogram(self, name: str, meaning: str, histogram: Histogram) -> None:
-        """Add a histogram."""
-        self._head(name, "histogram", meaning)
-        total = 0
-        for bound, count in zip((*histogram.bounds, "+Inf"), list(histogram.counts), strict=True):
-            total += count
-            self._lines.append(f'{_PREFIX}{name}_bucket{{le="{bound}"}} {total}')
-        self._lines += [f"{_PREFIX}{name}_sum {histogram.sum!r}", f"{_PREFIX}{name}_count {total}"]
 
-    def text(self) -> str:
-        """Return all of it."""
-        return "\n".join(self._lines) + "\n"
+def counter(name: str, meaning: str, values: int | Mapping[str, int]) -> Metric:
+    """Return a counter, or one for each kind of models; `name` without `_total`."""
+    return _with_values(CounterMetricFamily, name, meaning, values)
 
-    def _head(self, name: str, kind: str, meaning: str) -> None:
-        self._lines += [f"# HELP {_PREFIX}{name} {meaning}", f"# TYPE {_PREFIX}{name} {kind}"]
+
+def gauge(name: str, meaning: str, values: int | Mapping[str, int]) -> Metric:
+    """Return a gauge, or one for each kind of models."""
+    return _with_values(GaugeMetricFamily, name, meaning, values)
+
+
+def histogram(name: str, meaning: str, measured: Histogram) -> Metric:
+    """Return a histogram; a bound counts all that is at or below it."""
+    bounds = [*(str(float(bound)) for bound in measured.bounds), "+Inf"]
+    buckets = [*zip(bounds, accumulate(list(measured.counts)), strict=True)]
+    return HistogramMetricFamily(_PREFIX + name, meaning, buckets=buckets, sum_value=measured.sum)
+
+
+def _with_values(
+    family: type[CounterMetricFamily | GaugeMetricFamily],
+    name: str,
+    meaning: str,
+    values: int | Mapping[str, int],
+) -> Metric:
+    if not isinstance(values, Mapping):
+        return family(_PREFIX + name, meaning, value=values)
+    made = family(_PREFIX + name, meaning, labels=["kind"])
+    for kind, value in values.items():
+        made.add_metric([kind], value)
+    return made

@@ -3,13 +3,18 @@
 Read on the event loop while the engine's thread works; nothing here waits for that thread.
 """
 
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
 
 from luthier.core.settings import Settings
 from luthier.inference.engine import Engine
 from luthier.inference.loading import Kind
-from luthier.inference.measures import CONTENT_TYPE, Exposition
+from luthier.inference.measures import MetricsCollector, counter, gauge, histogram
 from luthier.inference.models import Models
 from luthier.inference.wire import json_response
 
@@ -21,6 +26,8 @@ class Status:
         self._settings = settings
         self._engine = engine
         self._models = models
+        self._registry = CollectorRegistry()
+        self._registry.register(MetricsCollector(self._collect))
 
     @property
     def is_ready(self) -> bool:
@@ -45,42 +52,36 @@ class Status:
             }
         )
 
-    async def metrics(self, _request: Request) -> Response:
+    async def metrics(self, request: Request) -> Response:
         """Tell Prometheus what the process has done and holds."""
-        told, steps = Exposition(), self._engine.measures
-        told.number("tokens_generated_total", "counter", "Tokens of answers.", steps.num_tokens)
-        told.number("prompt_tokens_total", "counter", "Tokens of prompts.", steps.num_prompt_tokens)
-        told.number("steps_total", "counter", "Forward passes of a batch.", steps.num_steps)
-        told.number("preemptions_total", "counter", "Rows that lost their pages.", steps.num_preempted)
-        told.number("guessed_tokens_total", "counter", "Tokens that were guessed.", steps.num_guesses)
-        told.number("right_guesses_total", "counter", "Those that came.", steps.num_right_guesses)
-        told.number("rows_running", "gauge", "Answers that are made now.", self._engine.num_rows)
-        told.number("rows_waiting", "gauge", "Answers that wait for a row.", self._engine.num_waiting)
-        told.number("rows_max", "gauge", "Rows of one batch.", self._settings.max_batch_rows)
-        told.histogram("batch_rows", "Rows of a step.", steps.rows)
-        told.histogram(
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self._registry), media_type=media_type)
+
+    def _collect(self) -> Iterator[Metric]:
+        steps, loaded = self._engine.measures, self._models.loaded
+        yield counter("tokens_generated", "Tokens of answers.", steps.num_tokens)
+        yield counter("prompt_tokens", "Tokens of prompts.", steps.num_prompt_tokens)
+        yield counter("steps", "Forward passes of a batch.", steps.num_steps)
+        yield counter("preemptions", "Rows that lost their pages.", steps.num_preempted)
+        yield counter("guessed_tokens", "Tokens that were guessed.", steps.num_guesses)
+        yield counter("right_guesses", "Those that came.", steps.num_right_guesses)
+        yield gauge("rows_running", "Answers that are made now.", self._engine.num_rows)
+        yield gauge("rows_waiting", "Answers that wait for a row.", self._engine.num_waiting)
+        yield gauge("rows_max", "Rows of one batch.", self._settings.max_batch_rows)
+        yield histogram("batch_rows", "Rows of a step.", steps.rows)
+        yield histogram(
             "time_to_first_token_seconds",
             "From a request's model being in memory to its first token.",
             steps.first_token_seconds,
         )
-        told.histogram(
+        yield histogram(
             "time_between_tokens_seconds", "Between two tokens of an answer.", steps.between_tokens_seconds
         )
-        self._tell_models(told)
-        return Response(told.text(), media_type=CONTENT_TYPE)
-
-    def _tell_models(self, told: Exposition) -> None:
-        loaded = self._models.loaded
-        told.number("bases", "gauge", "Bases in memory.", len(self._models.base_ids))
-        told.number(
-            "requests_waiting_for_models", "gauge", "Requests that wait for room.", loaded.num_waiting
-        )
+        yield gauge("bases", "Bases in memory.", len(self._models.base_ids))
+        yield gauge("requests_waiting_for_models", "Requests that wait for room.", loaded.num_waiting)
         held = {kind.value: loaded.tell(kind) for kind in Kind}
-        for name, kind, meaning, values in (
-            ("models", "gauge", "Tuned models in memory.", {k: v.num_models for k, v in held.items()}),
-            ("model_bytes", "gauge", "Memory of these.", {k: v.num_bytes for k, v in held.items()}),
-            ("model_bytes_max", "gauge", "Memory for these.", {k: v.max_bytes for k, v in held.items()}),
-            ("model_loads_total", "counter", "Loads.", {k: v.num_loads for k, v in held.items()}),
-            ("model_evictions_total", "counter", "Evictions.", {k: v.num_evictions for k, v in held.items()}),
-        ):
-            told.number(name, kind, meaning, values)
+        yield gauge("models", "Tuned models in memory.", {k: v.num_models for k, v in held.items()})
+        yield gauge("model_bytes", "Memory of these.", {k: v.num_bytes for k, v in held.items()})
+        yield gauge("model_bytes_max", "Memory for these.", {k: v.max_bytes for k, v in held.items()})
+        yield counter("model_loads", "Loads.", {k: v.num_loads for k, v in held.items()})
+        yield counter("model_evictions", "Evictions.", {k: v.num_evictions for k, v in held.items()})

@@ -1,8 +1,15 @@
 """Steps are counted once each, and told as Prometheus reads them."""
 
-from typing import Any
+from prometheus_client import CollectorRegistry, generate_latest
 
-from luthier.inference.measures import Exposition, Histogram, StepMeasures
+from luthier.inference.measures import (
+    Histogram,
+    MetricsCollector,
+    StepMeasures,
+    counter,
+    gauge,
+    histogram,
+)
 from luthier.inference.sequence import Choice, SamplingOptions, Sequence
 
 
@@ -67,28 +74,30 @@ def test_an_answer_that_nobody_wants_and_a_step_of_prompts_count_no_token() -> N
 
 
 def test_the_text_is_prometheus_own() -> None:
-    told = Exposition()
-    told.number("steps_total", "counter", "Steps.", 3)
-    values: dict[str, Any] = {"packed": 2, "whole": 0}
-    told.number("models", "gauge", "Models.", values)
-    histogram = Histogram((0.5, 1.0))
+    measured = Histogram((0.5, 1.0))
     for value in (0.25, 0.5, 0.75, 4.0):
-        histogram.observe(value)
-    told.histogram("wait_seconds", "Waits.", histogram)
+        measured.observe(value)
+    registry = CollectorRegistry()
+    metrics = [
+        counter("steps", "Steps.", 3),
+        gauge("models", "Models.", {"packed": 2, "whole": 0}),
+        histogram("wait_seconds", "Waits.", measured),
+    ]
+    registry.register(MetricsCollector(lambda: metrics))
     # A bound counts what lies at or below it, and everything that a smaller bound counts.
-    assert told.text() == (
+    assert generate_latest(registry).decode() == (
         "# HELP luthier_inference_steps_total Steps.\n"
         "# TYPE luthier_inference_steps_total counter\n"
-        "luthier_inference_steps_total 3\n"
+        "luthier_inference_steps_total 3.0\n"
         "# HELP luthier_inference_models Models.\n"
         "# TYPE luthier_inference_models gauge\n"
-        'luthier_inference_models{kind="packed"} 2\n'
-        'luthier_inference_models{kind="whole"} 0\n'
+        'luthier_inference_models{kind="packed"} 2.0\n'
+        'luthier_inference_models{kind="whole"} 0.0\n'
         "# HELP luthier_inference_wait_seconds Waits.\n"
         "# TYPE luthier_inference_wait_seconds histogram\n"
-        'luthier_inference_wait_seconds_bucket{le="0.5"} 2\n'
-        'luthier_inference_wait_seconds_bucket{le="1.0"} 3\n'
-        'luthier_inference_wait_seconds_bucket{le="+Inf"} 4\n'
+        'luthier_inference_wait_seconds_bucket{le="0.5"} 2.0\n'
+        'luthier_inference_wait_seconds_bucket{le="1.0"} 3.0\n'
+        'luthier_inference_wait_seconds_bucket{le="+Inf"} 4.0\n'
+        "luthier_inference_wait_seconds_count 4.0\n"
         "luthier_inference_wait_seconds_sum 5.5\n"
-        "luthier_inference_wait_seconds_count 4\n"
     )

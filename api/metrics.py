@@ -1,0 +1,85 @@
+"""The API's metrics for Prometheus: its requests, and at each scrape the jobs and workers of the database."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from db.session import Database
+from luthier.core.errors import LuthierError
+from services import metrics
+from services.usage import TokenCounts
+
+_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class ApiMetrics:
+    """The metrics of one API process.
+
+    Labels are routes' templates and status codes, never ids, names or paths: their number is bounded.
+    """
+
+    def __init__(self, database: Database, *, lease_seconds: float) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Histogram(
+            "http_server_request_duration_seconds",
+            "From a request's arrival to the end of its answer, a stream's too.",
+            ["method", "route", "status"],
+            buckets=_BOUNDS,
+            registry=self.registry,
+        )
+        self.open_streams = Gauge(
+            "luthier_open_streams", "Event streams that are being sent.", registry=self.registry
+        )
+        self._tokens = Counter(
+            "luthier_tokens", "Tokens of answered requests.", ["kind"], registry=self.registry
+        )
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_QueueCollector(database, lease_seconds))
+
+    def observe_request(self, method: str, route: str | None, status: int, seconds: float) -> None:
+        """Count a request at its end; `route` is None where no route has its path."""
+        self._requests.labels(method, route or "none", str(status)).observe(seconds)
+
+    def count_tokens(self, counts: TokenCounts) -> None:
+        """Count the tokens of an answer; cached ones are among the input's."""
+        self._tokens.labels("input").inc(counts.input_tokens)
+        self._tokens.labels("input_cached").inc(counts.input_cached_tokens)
+        self._tokens.labels("output").inc(counts.output_tokens)
+
+
+class _QueueCollector(Collector):
+    def __init__(self, database: Database, lease_seconds: float) -> None:
+        self._database = database
+        self._lease_seconds = lease_seconds
+
+    def collect(self) -> Iterable[Metric]:
+        """Read the database; without it the rest of the metrics is still there."""
+        try:
+            with self._database.transaction() as session:
+                found = metrics.read_queue(session, lease_seconds=self._lease_seconds)
+        except LuthierError:
+            yield GaugeMetricFamily("luthier_database_up", "Whether the database answers.", value=0)
+            return
+        yield GaugeMetricFamily("luthier_database_up", "Whether the database answers.", value=1)
+        jobs = GaugeMetricFamily("luthier_jobs", "Jobs that are to be worked on.", labels=["state"])
+        for state, number in found.num_jobs.items():
+            jobs.add_metric([state], number)
+        yield jobs
+        for name, meaning, value in (
+            (
+                "queue_wait_seconds",
+                "Age of the oldest queued job.",
+                found.oldest_queued_seconds,
+            ),
+            ("lease_age_seconds", "Since the oldest lease was renewed.", found.oldest_lease_seconds),
+            ("workers", "Workers that live.", found.num_workers),
+            ("training_slots", "Jobs that they train at the same time.", found.num_slots),
+            ("training_slots_free", "Slots without a job.", found.num_free_slots),
+        ):
+            yield GaugeMetricFamily(f"luthier_{name}", meaning, value=value)
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: a registration must not ask the database."""
+        return ()

@@ -1,0 +1,33 @@
+"""Metrics for Prometheus. They span all projects: an admin key reads them, or a token of their own."""
+
+import hmac
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client.exposition import choose_encoder
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import PartsDep, bearer_key, get_scope_apart
+from luthier.core.errors import PermissionDeniedError
+
+router = APIRouter(tags=["health"])
+
+
+async def check_metrics_reader(request: Request, parts: PartsDep) -> None:
+    """Let pass who sends `LUTHIER_METRICS_TOKEN` or an admin key."""
+    token = parts.settings.metrics_token.get_secret_value()
+    if token and hmac.compare_digest(bearer_key(request).encode(), token.encode()):
+        return
+    if not (await get_scope_apart(request, parts)).is_admin:
+        raise PermissionDeniedError("This key can't read metrics; use an admin key or LUTHIER_METRICS_TOKEN.")
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(
+    request: Request, parts: PartsDep, _reader: Annotated[None, Depends(check_metrics_reader)]
+) -> Response:
+    """Report requests, jobs and workers in Prometheus' text format."""
+    encode, media_type = choose_encoder(request.headers.get("accept", ""))
+    # In a thread: it asks the database.
+    return Response(await run_in_threadpool(encode, parts.metrics.registry), media_type=media_type)
