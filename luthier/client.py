@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 
 import httpx2
 
-from luthier.core.errors import ArtifactCorruptError, LuthierError
+from luthier.core.errors import ArtifactCorruptError, InvalidValueError, LuthierError
 
 _CHUNK_BYTES = 256 * 1024
 _TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
@@ -121,7 +121,69 @@ class LuthierClient:
             page = answer["next_page"]
         return buckets
 
+    # ---- files
+
+    def upload_file(self, path: Path, *, purpose: str) -> dict[str, Any]:
+        """Upload a file and return its object; it is read while it is sent.
+
+        Raises:
+            InvalidValueError: when it can't be read.
+            ApiError: when the service refuses it; the message names each broken line.
+        """
+        try:
+            with path.open("rb") as stream:
+                files = {"purpose": (None, purpose), "file": (path.name, stream, "application/octet-stream")}
+                return self._ask("POST", "/files", files=files)
+        except OSError as error:
+            raise InvalidValueError(f"{path} can't be read: {error.strerror}.", param="file") from error
+
+    def list_files(self) -> list[dict[str, Any]]:
+        """Return all files of the project, newest first."""
+        return self._all("/files")
+
+    def delete_file(self, file_id: str) -> None:
+        """Delete a file."""
+        self._ask("DELETE", f"/files/{quote(file_id, safe='')}")
+
+    # ---- answers
+
+    def stream_chat(self, body: dict[str, Any]) -> Iterator[str]:
+        """Yield the pieces of a chat's answer as they come.
+
+        Args:
+            body: as of POST …/chat/completions, without `stream`.
+
+        Raises:
+            ApiError: when the service refuses, or the answer breaks off.
+            NotRunningError: when the connection is lost.
+        """
+        url = f"{self.base_url}/chat/completions"
+        try:
+            with self._http.stream("POST", url, json={**body, "stream": True}) as response:
+                _check(response)
+                for item in httpx2.EventSource(response):
+                    if item.data == "[DONE]":
+                        return
+                    chunk = json.loads(item.data)
+                    if "error" in chunk:
+                        raise ApiError(response.status_code, str(chunk["error"]["message"]))
+                    for choice in chunk["choices"]:
+                        yield choice["delta"].get("content") or ""
+        except httpx2.TransportError as error:
+            raise NotRunningError(
+                f"The connection to {self.base_url} was lost ({type(error).__name__})."
+            ) from error
+        raise NotRunningError("The answer broke off: its stream ended without [DONE].")
+
     # ---- jobs and models
+
+    def create_job(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Make a job and return it."""
+        return self._ask("POST", "/fine_tuning/jobs", body=body)
+
+    def list_checkpoints(self, job_id: str) -> list[dict[str, Any]]:
+        """Return all checkpoints of a job, highest step first."""
+        return self._all(f"/fine_tuning/jobs/{quote(job_id, safe='')}/checkpoints")
 
     def list_jobs(self, *, limit: int = 20) -> list[dict[str, Any]]:
         """Return the newest jobs."""
@@ -346,11 +408,12 @@ class LuthierClient:
         *,
         params: dict[str, str] | None = None,
         body: dict[str, Any] | None = None,
+        files: dict[str, Any] | None = None,
         root: str | None = None,
     ) -> dict[str, Any]:
         try:
             url = (self.base_url if root is None else root) + path
-            response = self._http.request(method, url, params=params, json=body)
+            response = self._http.request(method, url, params=params, json=body, files=files)
         except httpx2.TransportError as error:
             raise NotRunningError(
                 f"Nothing answers at {self.base_url} ({type(error).__name__}). Start it with `luthier up`, "

@@ -2,7 +2,7 @@
 
 import time
 
-from luthier.cli.output import print_json, print_table
+from luthier.cli.output import print_json, print_table, size
 from luthier.cli.settings import read_settings
 
 
@@ -29,7 +29,7 @@ def print_bases(*, as_json: bool) -> None:
             base["id"],
             "yes" if base["is_fetched"] else "no",
             base["context_length"],
-            f"{base['memory_gib']:g} GiB",
+            size(round(base["memory_gib"] * 1024**3)),
             base["licence"],
             base["source"],
         )

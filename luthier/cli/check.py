@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from luthier.cli.settings import read_settings
-from luthier.core.errors import InvalidValueError
+from luthier.core.errors import InvalidFileFormatError, InvalidValueError
 from luthier.core.specs import MIN_TRAINING_ROWS
 
 _CHUNK_BYTES = 1024 * 1024
@@ -15,9 +15,9 @@ def check_file(path: Path) -> None:
 
     Raises:
         InvalidValueError: when it can't be read.
-        InvalidFileFormatError: when it breaks the format; names line, column and rule.
+        InvalidFileFormatError: when it breaks the format; names line, column and rule of every fault found.
     """
-    from luthier.data.validate import FileChecker
+    from luthier.data.validate import MAX_FAULTS, FileChecker
 
     settings = read_settings()
     checker = FileChecker(
@@ -31,9 +31,17 @@ def check_file(path: Path) -> None:
             while chunk := stream.read(_CHUNK_BYTES):
                 sha256.update(chunk)
                 checker.feed(chunk)
+        facts = checker.finish(path)
     except OSError as error:
         raise InvalidValueError(f"{path} can't be read: {error.strerror}.") from error
-    facts = checker.finish(path)
+    except InvalidFileFormatError as error:
+        if len(error.faults) < 2:
+            raise
+        count = f"{MAX_FAULTS} or more" if len(error.faults) == MAX_FAULTS else len(error.faults)
+        listed = "\n".join(error.faults)
+        raise InvalidFileFormatError(
+            f"{path} breaks the format in {count} places:\n{listed}", param="file"
+        ) from error
     print(
         f"{path}: {facts.num_rows} rows of the format {facts.format} in {facts.container}, "
         f"{facts.num_bytes} bytes, sha256 {sha256.hexdigest()}"

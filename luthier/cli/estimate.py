@@ -3,30 +3,7 @@
 import json
 from typing import Any
 
-from luthier.cli.output import printable
-from luthier.core.errors import InvalidValueError
-
-
-def read_object(option: str, text: str | None) -> dict[str, Any] | None:
-    """Read an option that holds a JSON object.
-
-    Returns:
-        The object, None when nothing was given.
-
-    Raises:
-        InvalidValueError: when it is no JSON object.
-    """
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InvalidValueError(f"--{option} is no JSON: {error}", param=option) from error
-    if not isinstance(value, dict):
-        raise InvalidValueError(
-            f'--{option} must be a JSON object, such as {{"type": "lora"}}.', param=option
-        )
-    return value
+from luthier.cli.output import printable, size
 
 
 def print_estimate(found: dict[str, Any]) -> None:
@@ -41,22 +18,16 @@ def print_estimate(found: dict[str, Any]) -> None:
     chosen = found["hyperparameters"] | {"learning_rate": found["training"]["learning_rate"]}
     print(f"hyperparameters: {printable(json.dumps(chosen))}")
     print(f"tuning: {printable(json.dumps(found['tuning']))}")
-    print(
-        f"trained parameters: {found['num_trained_parameters']}, artifact: {_size(found['artifact_bytes'])}"
-    )
+    print(f"trained parameters: {found['num_trained_parameters']}, artifact: {size(found['artifact_bytes'])}")
     seconds, calibration = found["seconds"], found["calibration"]
     if seconds is None:
         print(f"seconds and memory are not known. {printable(found['reason'])}")
     else:
         phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items() if name != "total")
-        print(f"seconds: {seconds['total']:.1f} ({phases}); memory: {_size(found['peak_memory_bytes'])}")
+        print(f"seconds: {seconds['total']:.1f} ({phases}); memory: {size(found['peak_memory_bytes'])}")
         print(
             f"as measured on {printable(calibration['hostname'])}: {printable(calibration['device'])}, "
             f"{printable(calibration['precision'])}, {calibration['num_threads']} threads"
         )
     for warning in found["warnings"]:
         print(f"warning: {printable(warning)}")
-
-
-def _size(num_bytes: int | None) -> str:
-    return "unknown" if num_bytes is None else f"{num_bytes / 1024**2:,.1f} MiB"

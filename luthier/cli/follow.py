@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from luthier.cli.output import local_time, printable
@@ -25,12 +25,25 @@ def follow(client: LuthierClient, job_id: str, *, as_json: bool) -> int:
     elif sys.stdout.isatty():
         _show_progress(events, job_id)
     else:
-        for event in events:
+        for event in thinned(events):
             print(event_line(event), flush=True)
     job = client.get_job(job_id)
     if not as_json:
         print(outcome_line(job))
     return 0 if job["status"] == "succeeded" else 1
+
+
+def thinned(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the first step, the last one, and about 20 between them; every event of another kind."""
+    next_step = 0
+    for event in events:
+        metrics = _metrics(event)
+        if "step" in metrics and "total_steps" in metrics:
+            step, total = metrics["step"], metrics["total_steps"]
+            if next_step > step != total:
+                continue
+            next_step = step + max(1, total // 20)
+        yield event
 
 
 def event_line(event: dict[str, Any]) -> str:
@@ -49,7 +62,8 @@ def event_line(event: dict[str, Any]) -> str:
 def outcome_line(job: dict[str, Any]) -> str:
     """Return how a job ended, and with what model or fault, as one line."""
     if job["status"] == "succeeded":
-        return f"Succeeded: {printable(job.get('fine_tuned_model'))}"
+        name = printable(job.get("fine_tuned_model"))
+        return f"Succeeded: {name}\nTalk to it: luthier chat {name}"
     error = job.get("error") or {}
     reason = (
         f" ({printable(error.get('code'))}): {printable(error.get('message'))}" if error.get("code") else ""

@@ -2,12 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from luthier.cli import options
 from luthier.cli.aliases import aliases_app
+from luthier.cli.files import files_app
+from luthier.cli.jobs import jobs_app
 from luthier.cli.models import models_app
 from luthier.cli.options import ApiKey, BaseUrl, Home, Json
 from luthier.core.errors import LuthierError
@@ -16,27 +18,60 @@ app = typer.Typer(
     name="luthier",
     help="Fine-tuning jobs as an API, with the weights in your own hands.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 keys_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 bases_app = typer.Typer(help="List and fetch base models.", no_args_is_help=True)
-jobs_app = typer.Typer(
-    help="List, follow, pause, resume, cancel, estimate and report on fine-tuning jobs.", no_args_is_help=True
-)
 app.add_typer(keys_app, name="keys")
 app.add_typer(bases_app, name="bases")
+app.add_typer(files_app, name="files")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(models_app, name="models")
 app.add_typer(aliases_app, name="aliases")
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        import importlib.metadata
+
+        print(importlib.metadata.version("luthier"))
+        raise typer.Exit
+
+
+@app.callback()
+def luthier(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tuning jobs as an API, with the weights in your own hands."""
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
-    import importlib.metadata
+    _print_version(True)
 
-    print(importlib.metadata.version("luthier"))
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A base, a tuned model, a checkpoint or an alias.")],
+    message: Annotated[str | None, typer.Argument(help="One message; without it, a conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", min=1)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 for the likeliest answer.", min=0, max=2)
+    ] = None,
+    home: Home = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Talk to a model; answers are printed as they come."""
+    from luthier.cli.chat import chat_with
+
+    parameters = {"max_tokens": max_tokens, "temperature": temperature}
+    with options.open_client(base_url, api_key, home) as client:
+        chat_with(client, model, message, system=system, parameters=parameters)
 
 
 @app.command()
@@ -154,151 +189,6 @@ def fetch_base(base_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     from luthier.cli.bases import fetch
 
     fetch(base_id)
-
-
-@jobs_app.command("list")
-def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    as_json: Json = False,
-) -> None:
-    """List the newest jobs."""
-    from luthier.cli.output import local_time, print_json, print_table
-
-    with options.open_client(base_url, api_key, home) as client:
-        jobs = client.list_jobs(limit=limit)
-    if as_json:
-        print_json(jobs)
-        return
-    rows = [
-        (
-            job["id"],
-            job["status"],
-            job["model"],
-            job.get("fine_tuned_model") or "-",
-            local_time(job["created_at"]),
-        )
-        for job in jobs
-    ]
-    print_table(("ID", "STATUS", "BASE", "MODEL", "CREATED"), rows, empty="There are no jobs.")
-
-
-@jobs_app.command("follow")
-def follow_job(
-    job_id: Annotated[str, typer.Argument(metavar="ID")],
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    as_json: Json = False,
-) -> None:
-    """Show a job's progress until it ends; exit code 0 when it succeeded. Ctrl-C leaves the job running."""
-    from luthier.cli.follow import follow
-
-    with options.open_client(base_url, api_key, home) as client:
-        raise typer.Exit(follow(client, job_id, as_json=as_json))
-
-
-@jobs_app.command("cancel")
-def cancel_job(
-    job_id: Annotated[str, typer.Argument(metavar="ID")],
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    as_json: Json = False,
-) -> None:
-    """Cancel a job that has not ended; checkpoints it has published stay callable."""
-    with options.open_client(base_url, api_key, home) as client:
-        _print_status(client.cancel_job(job_id), as_json=as_json)
-
-
-@jobs_app.command("pause")
-def pause_job(
-    job_id: Annotated[str, typer.Argument(metavar="ID")],
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    as_json: Json = False,
-) -> None:
-    """Pause a job that is queued or running; it keeps its work and gives its place to others."""
-    with options.open_client(base_url, api_key, home) as client:
-        _print_status(client.pause_job(job_id), as_json=as_json)
-
-
-@jobs_app.command("resume")
-def resume_job(
-    job_id: Annotated[str, typer.Argument(metavar="ID")],
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    as_json: Json = False,
-) -> None:
-    """Let a paused job go on from where it stopped."""
-    with options.open_client(base_url, api_key, home) as client:
-        _print_status(client.resume_job(job_id), as_json=as_json)
-
-
-def _print_status(job: dict[str, Any], *, as_json: bool) -> None:
-    from luthier.cli.output import print_json
-
-    if as_json:
-        print_json(job)
-        return
-    print(f"{job['id']} is {job['status']}.")
-
-
-@jobs_app.command("estimate")
-def estimate_job(
-    training_file: Annotated[str, typer.Argument(metavar="FILE_ID", help="An uploaded training file.")],
-    model: Annotated[str, typer.Option(help="Base to tune.")],
-    tuning: Annotated[str | None, typer.Option(help="The request's `tuning`, as JSON.")] = None,
-    training: Annotated[str | None, typer.Option(help="The request's `training`, as JSON.")] = None,
-    hyperparameters: Annotated[str | None, typer.Option(help="The same of `hyperparameters`.")] = None,
-    method: Annotated[str | None, typer.Option(help='The same of `method`, as {"type": "dpo"}.')] = None,
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    as_json: Json = False,
-) -> None:
-    """Tell what a job would take, without making it."""
-    from luthier.cli.estimate import print_estimate, read_object
-    from luthier.cli.output import print_json
-
-    objects = {
-        "tuning": tuning,
-        "training": training,
-        "hyperparameters": hyperparameters,
-        "method": method,
-    }
-    body: dict[str, object] = {"model": model, "training_file": training_file}
-    body |= {name: value for name, text in objects.items() if (value := read_object(name, text)) is not None}
-    with options.open_client(base_url, api_key, home) as client:
-        found = client.estimate_job(body)
-    if as_json:
-        print_json(found)
-        return
-    print_estimate(found)
-
-
-@jobs_app.command("report")
-def report_job(
-    job_id: Annotated[str, typer.Argument(metavar="ID")],
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a job's files held, how its training went and what it cost."""
-    from luthier.cli.output import print_json
-    from luthier.cli.report import print_report
-
-    with options.open_client(base_url, api_key, home) as client:
-        report = client.get_report(job_id)
-    if as_json:
-        print_json(report)
-        return
-    print_report(report)
 
 
 def main() -> None:

@@ -19,6 +19,18 @@ def printable(text: object) -> str:
     )
 
 
+def size(num_bytes: int | None) -> str:
+    """Return a number of bytes such as `12.3 MiB`, or a dash."""
+    if num_bytes is None:
+        return "-"
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"
+
+
 def local_time(seconds: int | None) -> str:
     """Return a Unix time as local date and time, or a dash."""
     return "-" if seconds is None else datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

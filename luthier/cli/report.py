@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from luthier.cli.output import print_table, printable
+from luthier.cli.output import print_table, printable, size
 
 _SCORES = ("valid_loss", "valid_mean_token_accuracy", "general_loss", "forgetting")
 
@@ -41,8 +41,8 @@ def print_report(report: dict[str, Any]) -> None:
         print(printable(run["stopped_early"]))
     seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in run["seconds"].items())
     print(f"seconds: {seconds}")
-    print(f"bytes: artifact {_cell(run['artifact_bytes'])}, full copy {run['full_copy_bytes']}, ", end="")
-    print(f"peak memory {run['peak_memory_bytes']}")
+    print(f"artifact: {size(run['artifact_bytes'])}, a full copy: {size(run['full_copy_bytes'])}, ", end="")
+    print(f"peak memory: {size(run['peak_memory_bytes'])}")
     print(
         f"seed: {run['seed']}; SHA-256 of the base: {run['base_digest']}, of the rows: {run['data_sha256']}\n"
     )

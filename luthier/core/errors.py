@@ -3,6 +3,7 @@ into a failed job only by the worker. Messages say what is wrong and what to do,
 datasets, prompts or answers beyond 40 escaped characters.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
@@ -76,9 +77,17 @@ class UnsupportedValueError(InvalidRequestError):
 
 
 class InvalidFileFormatError(InvalidRequestError):
-    """An uploaded file whose lines break the format; nothing of it is kept."""
+    """An uploaded file whose lines break the format; nothing of it is kept.
+
+    Args:
+        faults: a sentence for each fault that was found; the message quotes the first few.
+    """
 
     code = "invalid_file_format"
+
+    def __init__(self, message: str, *, param: str | None = None, faults: Sequence[str] = ()) -> None:
+        super().__init__(message, param=param)
+        self.faults = faults
 
 
 class InvalidFilePurposeError(InvalidRequestError):

@@ -163,5 +163,7 @@ class FileChecker:
             return InvalidFileFormatError(str(self._faults[0]), param="file")
         count = f"{num_faults} or more" if num_faults == MAX_FAULTS else str(num_faults)
         return InvalidFileFormatError(
-            f"The file breaks the format in {count} places. {tell_faults(self._faults)}", param="file"
+            f"The file breaks the format in {count} places. {tell_faults(self._faults)}",
+            param="file",
+            faults=[str(fault) for fault in self._faults],
         )

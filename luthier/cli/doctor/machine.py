@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from luthier.cli.doctor.finding import Finding
+from luthier.cli.output import size
 
 _GIB = 1024**3
 _PROBE_SECONDS = 60.0
@@ -70,7 +71,7 @@ def check_device() -> Finding:
         return Finding("device", "fail", f"torch does not load: {reason[:200]}", "run `make setup`")
     facts = json.loads(result.stdout)
     if facts["devices"]:
-        names = ", ".join(f"{d['name']} ({d['bytes'] / _GIB:.0f} GiB)" for d in facts["devices"])
+        names = ", ".join(f"{d['name']} ({size(d['bytes'])})" for d in facts["devices"])
         return Finding("device", "ok", f"{names}; bfloat16: {'yes' if facts['bf16'] else 'no'}")
     has_bf16 = any(flag in _cpu_flags() for flag in ("amx_bf16", "avx512_bf16"))
     detail = f"CPU; bfloat16 in hardware: {'yes' if has_bf16 else 'no'}"
@@ -94,7 +95,7 @@ def check_memory() -> Finding:
     page = os.sysconf("SC_PAGE_SIZE")
     total = os.sysconf("SC_PHYS_PAGES") * page
     available = os.sysconf("SC_AVPHYS_PAGES") * page
-    detail = f"{total / _GIB:.1f} GiB, {available / _GIB:.1f} GiB free; {len(os.sched_getaffinity(0))} cores"
+    detail = f"{size(total)}, {size(available)} free; {len(os.sched_getaffinity(0))} cores"
     if total < 4 * _GIB:
         return Finding("memory", "warn", detail, "training the small base takes about 4 GiB")
     return Finding("memory", "ok", detail)
@@ -104,7 +105,7 @@ def check_disk(home: Path) -> Finding:
     """The disk that holds the home has room."""
     existing = next(path for path in (home, *home.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    detail = f"{free / _GIB:.1f} GiB free under {existing}"
+    detail = f"{size(free)} free under {existing}"
     if free < 1 * _GIB:
         return Finding("disk", "fail", detail, "free some space, or choose another --home")
     if free < 5 * _GIB:

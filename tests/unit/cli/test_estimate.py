@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from luthier.cli.estimate import print_estimate, read_object
+from luthier.cli.estimate import print_estimate
+from luthier.cli.job_request import job_body
 from luthier.core.errors import InvalidValueError
 
 
@@ -45,12 +46,26 @@ def test_without_a_measurement_the_reason_is_printed(capsys: pytest.CaptureFixtu
     print_estimate(_estimate(**nothing, reason="No worker has measured it.", warnings=[]))
     told = capsys.readouterr().out
     assert "not known. No worker has measured it." in told
-    assert "artifact: unknown" in told
+    assert "artifact: -" in told
+
+
+def _body(**options: str) -> dict[str, Any]:
+    given = dict.fromkeys(("method", "tuning", "training", "hyperparameters"), None) | options
+    return job_body("base", **given)
 
 
 def test_an_option_must_hold_a_json_object() -> None:
-    assert read_object("tuning", None) is None
-    assert read_object("tuning", '{"type": "full"}') == {"type": "full"}
+    assert _body() == {"model": "base"}
+    assert _body(tuning='{"type": "full"}')["tuning"] == {"type": "full"}
     for wrong in ("{", "[1]"):
         with pytest.raises(InvalidValueError, match="--tuning"):
-            read_object("tuning", wrong)
+            _body(tuning=wrong)
+
+
+def test_a_method_is_a_way_to_tune_an_objective_or_the_requests_own_object() -> None:
+    assert _body(method="prefix") == {"model": "base", "tuning": {"type": "prefix"}}
+    assert _body(method="lora", tuning='{"rank": 4}')["tuning"] == {"type": "lora", "rank": 4}
+    assert _body(method="dpo") == {"model": "base", "method": {"type": "dpo"}}
+    assert _body(method='{"type": "dpo"}')["method"] == {"type": "dpo"}
+    with pytest.raises(InvalidValueError, match=r"lora.*full"):
+        _body(method="lora", tuning='{"type": "full"}')
