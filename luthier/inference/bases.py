@@ -242,7 +242,7 @@ def pack(
     max_cache_tokens: int,
     max_draft_tokens: int = 0,
 ) -> PackedWeights:
-    """Lay weights out for serving. They are copied; the model may be let go of.
+    """Pack weights for serving. The model is used up by it.
 
     Args:
         model: of the kind that `can_pack_llama` tells.
@@ -295,8 +295,8 @@ def choose_device(settings: Settings) -> str:
 
 
 def loading_bytes(settings: Settings, facts: BaseFacts) -> int:
-    """Return the memory that loading a base takes: its weights, and their copy that is laid out."""
-    return 2 * facts.num_parameters * _choose_dtype(settings).itemsize
+    """Return the memory that loading a base takes: its weights, and what of them is packed at a time."""
+    return 3 * facts.num_parameters * _choose_dtype(settings).itemsize // 2
 
 
 def _choose_dtype(settings: Settings) -> torch.dtype:

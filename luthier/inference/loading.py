@@ -263,6 +263,9 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
             return ReadyModel(served, lane=packed.lane, adapter=made.adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)
+    if can_pack:
+        # What was packed is used up.
+        whole = load_weights(folder, dtype=base.dtype, device=base.device)
     slots = ArtifactSlots(whole, base_digest=served.foundation.digest, probe_ids=base.probe_ids)
     prefix = slots.install(copy.digest, copy.folder)
     return ReadyModel(served, prefix=prefix, whole=slots.activate(copy.digest))

@@ -262,9 +262,12 @@ def _is_known(module: nn.Module, adapter: str) -> bool:
     """Whether a module is none that changes what the layers do, or one that the fused layers know."""
     if hasattr(module, "placement") and hasattr(module, "down"):
         return module.placement in {"houlsby", "pfeiffer"} and isinstance(module.dropout, nn.Identity)
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        # A quantised layer, say, whose weight is no matrix [outputs, inputs].
+        return False
     if not hasattr(module, "lora_A"):
         return True
-    if adapter not in module.lora_A or not isinstance(module.base_layer, nn.Linear):
+    if adapter not in module.lora_A or type(module.base_layer) is not nn.Linear:
         return False
     return (
         not module.lora_variant

@@ -59,9 +59,9 @@ def linears_of(layer: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def pack_block(layer: torch.nn.Module, memory: WeightMemory) -> Block:
-    """Return a Llama's block with its weights laid into memory."""
+    """Return a Llama's block with its weights copied into memory; the layer's own are given back."""
     query, key, value, out, gate, up, down = linears_of(layer)
-    return Block(
+    block = Block(
         attention_norm_D=layer.input_layernorm.weight.detach(),
         attention_in=memory.lay(query, key, value),
         attention_out=memory.lay(out),
@@ -69,3 +69,6 @@ def pack_block(layer: torch.nn.Module, memory: WeightMemory) -> Block:
         feed_forward_in=memory.lay(gate, up),
         feed_forward_out=memory.lay(down),
     )
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    return block

@@ -54,7 +54,8 @@ class PackedLlama:
     """The base. Only one thread may call `step` at a time.
 
     Args:
-        causal_lm: the base, of the kind that `can_pack_llama` tells; its weights are copied.
+        causal_lm: the base, of the kind that `can_pack_llama` tells. It loses the weights of its layers one
+            by one as they are packed, so that they are never in memory twice; it can't be used afterwards.
         num_pages: pages of keys and values, of `PAGE_SIZE` tokens each.
     """
 

@@ -55,7 +55,7 @@ def choose_machine(
     elif precision == "bfloat16":
         dtype = torch.bfloat16
     else:
-        gains = torch.cuda.is_bf16_supported() if on_cuda else _cpu_multiplies_bf16()
+        gains = gpu_multiplies_bf16() if on_cuda else cpu_multiplies_bf16()
         if begun_in == "bfloat16" and not gains:
             raise UnsuitableMachineError(
                 "The job was begun in bfloat16, which this worker's hardware does not multiply. It goes on "
@@ -75,7 +75,12 @@ def peak_memory_bytes(device: str) -> int:
     return 0
 
 
-def _cpu_multiplies_bf16() -> bool:
+def gpu_multiplies_bf16() -> bool:
+    """Whether the CUDA device multiplies bf16 in hardware; older ones emulate it, many times slower."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def cpu_multiplies_bf16() -> bool:
     if sys.platform != "linux":
         return False
     for line in Path("/proc/cpuinfo").read_text().splitlines():

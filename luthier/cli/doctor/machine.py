@@ -23,7 +23,7 @@ for i in range(torch.cuda.device_count() if cuda else 0):
     p = torch.cuda.get_device_properties(i)
     devices.append({"name": p.name, "bytes": p.total_memory})
 print(json.dumps({"build": torch.version.cuda, "devices": devices,
-                  "bf16": torch.cuda.is_bf16_supported() if cuda else None}))
+                  "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if cuda else None}))
 """
 
 

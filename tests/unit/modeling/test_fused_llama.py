@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, Start, Workload, check_tuning, parse_tuning
@@ -207,6 +208,19 @@ def test_it_sees_parameters_as_the_optimizer_left_them(base: Path, kind: str) ->
 )
 def test_it_steps_aside_for_what_it_does_not_know(base: Path, tuning: dict[str, Any]) -> None:
     assert fuse(*attach(base, **tuning)) is None
+
+
+class _Quantised(nn.Linear):
+    """As bitsandbytes' layers are: linear by their class, with a weight in a form of their own."""
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_it_steps_aside_for_quantised_layers(base: Path, has_adapter: bool) -> None:
+    method, attached = attach(base, type="lora", rank=2, target_modules=["q_proj", "v_proj"])
+    attention = attached.causal_lm.model.layers[1].self_attn
+    layer = attention.q_proj.base_layer if has_adapter else attention.o_proj
+    layer.__class__ = _Quantised
+    assert fuse(method, attached) is None
 
 
 def test_it_steps_aside_for_other_architectures() -> None:

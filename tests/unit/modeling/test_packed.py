@@ -13,6 +13,7 @@ from luthier.modeling import kernels, packed_linear
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.kernels.serving_plain import PlainOps
 from luthier.modeling.packed_adapter import can_lay_out, lay_out
+from luthier.modeling.packed_blocks import WeightMemory
 from luthier.modeling.packed_linear import PackedLinear
 from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
 from luthier.modeling.packed_work import Stretch
@@ -59,11 +60,32 @@ def test_a_base_is_packed_only_where_every_part_is_known(tmp_path: Path, name: s
     assert can_pack_llama(model) == name.startswith("llama")
     if not can_pack_llama(model):
         return
-    packed = PackedLlama(model, num_pages=8)
     with torch.inference_mode():
         expected_TV = model(torch.tensor([IDS])).logits[0]
+    packed = PackedLlama(model, num_pages=8)
     logits_1V = packed.step([Stretch(IDS, 0, PAGES)]).held_RV.float()
     torch.testing.assert_close(logits_1V[0], expected_TV[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_never_in_memory_twice_while_a_base_is_packed(
+    base_folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_plain(base_folder).to(dtype)
+    lay, held = WeightMemory.lay, []
+
+    def count(memory: WeightMemory, *weights: torch.Tensor) -> PackedLinear:
+        linears = [one for name, one in model.model.layers.named_parameters() if "norm" not in name]
+        held.append(sum(one.untyped_storage().nbytes() for one in linears))
+        return lay(memory, *weights)
+
+    monkeypatch.setattr(WeightMemory, "lay", count)
+    PackedLlama(model, num_pages=8)
+    # Four products a layer, then the output layer.
+    num_layers = len(model.model.layers)
+    expected = [held[0] * (num_layers - layer) // num_layers for layer in range(num_layers + 1)]
+    assert held[0] > 0
+    assert held[::4] == expected
 
 
 @pytest.mark.parametrize("way", ["compiled", "compiled-at-once", "plain"])

@@ -21,7 +21,7 @@ def _settings_of_torch() -> Iterator[None]:
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, *, gains: bool, begun_in: str | None, asked: str = "auto") -> str:
-    monkeypatch.setattr(device_module, "_cpu_multiplies_bf16", lambda: gains)
+    monkeypatch.setattr(device_module, "cpu_multiplies_bf16", lambda: gains)
     return choose_machine("cpu", asked, 1, begun_in=begun_in).precision  # type: ignore[arg-type]
 
 
@@ -44,3 +44,11 @@ def test_a_machine_that_cannot_keep_it_says_so_and_leaves_the_job_to_another(
     assert caught.value.retryable
     # Whoever asked for the type gets it, however slow.
     assert choose(monkeypatch, gains=False, begun_in="bfloat16", asked="bfloat16") == "bfloat16"
+
+
+def test_a_gpu_that_only_emulates_bfloat16_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch answers for a Turing or Volta card, which emulates the type."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    found = choose_machine("cuda", "auto", 1)
+    assert (found.device, found.precision) == ("cuda", "float32")
