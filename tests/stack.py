@@ -64,7 +64,13 @@ class Stack:
         self.home = folder / "home"
         self.port = free_port()
         self.command = command(self.home, self.port)
-        self.environment = {**os.environ, "STATE_DIRECTORY": str(folder / "state"), "PYTHONUNBUFFERED": "1"}
+        self.environment = {
+            **os.environ,
+            "STATE_DIRECTORY": str(folder / "state"),
+            "PYTHONUNBUFFERED": "1",
+            # A tiny base would be timed at every start, for nothing.
+            "LUTHIER_INFERENCE_DTYPE": "float32",
+        }
         self.output_path = folder / "output"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -71,8 +71,8 @@ class Settings(BaseSettings):
     )
     inference_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: float32 on a CPU, bfloat16 on a GPU; bfloat16 is much faster on a CPU with "
-        "AVX-512 BF16.",
+        description="auto: bfloat16 where it is faster, which is timed when a base is first loaded on a CPU, "
+        "else float32; a model that bfloat16 rounds too much is served in float32.",
     )
     inference_max_whole_models_bytes: int = Field(
         0,

@@ -2,8 +2,9 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from luthier.inference.lane import Lane
 from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.verification import Text, probe
+from luthier.inference.weight_type import choose_dtype, find_dtype, name_of
 from luthier.inference.weights import load_weights
 from luthier.modeling.kernels.choosing import prepare_choices
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
@@ -50,7 +52,8 @@ class PackedWeights:
 class LoadedBase:
     """A base that can answer: packed where its architecture is known, else by the plain path.
 
-    Only the engine's thread may touch lane and slots, and the weights behind them.
+    Only the engine's thread may touch lane and slots, and the weights behind them. `load_exact` loads it in
+    float32 where it is served in bfloat16 by the server's own choice, and `exact` is what that gave.
     """
 
     facts: BaseFacts
@@ -61,6 +64,8 @@ class LoadedBase:
     probe_ids: list[int]
     slots: ArtifactSlots | None = None
     packed: PackedWeights | None = None
+    load_exact: "Callable[[], LoadedBase] | None" = None
+    exact: "LoadedBase | None" = None
 
     def probe_logits(self) -> torch.Tensor:
         """Return what the base says after the probe, float32 of the vocabulary's size."""
@@ -110,8 +115,8 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """The first 12 hex digits of the digest that answers."""
-        return self.full_digest.removeprefix("sha256:")[:12]
+        """The first 12 hex digits of the digest that answers, and the type of the weights."""
+        return f"{self.full_digest.removeprefix('sha256:')[:12]}-{name_of(self.base.dtype)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,11 +182,12 @@ def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
     return facts
 
 
-def load(settings: Settings, base_id: str) -> LoadedBase:
-    """Load a fetched base onto the device of the settings. Takes seconds; any thread may call it.
+def load(settings: Settings, base_id: str, dtype: torch.dtype | None = None) -> LoadedBase:
+    """Load a fetched base onto the device of the settings. Takes seconds; only one thread may call it.
 
     Args:
         settings: says where bases lie, the device and the type of the weights.
+        dtype: another type than that.
 
     Returns:
         The base, ready to answer.
@@ -191,7 +197,9 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
     """
     facts = get_base_facts(settings, base_id)
     folder = base_folder(settings.bases_dir, base_id)
-    device, dtype = torch.device(choose_device(settings)), _choose_dtype(settings)
+    device = torch.device(choose_device(settings))
+    may_choose = dtype is None and settings.inference_dtype == "auto" and device.type == "cpu"
+    dtype = dtype or choose_dtype(settings, facts, device.type)
     tokenizer = Tokenizer.load(folder)
     model = load_weights(folder, dtype=dtype, device=device)
     base = LoadedBase(
@@ -201,6 +209,9 @@ def load(settings: Settings, base_id: str) -> LoadedBase:
         device=device,
         dtype=dtype,
         probe_ids=tokenizer.encode("Hello, who is there?"),
+        load_exact=partial(load, settings, base_id, torch.float32)
+        if may_choose and dtype is not torch.float32
+        else None,
     )
     if can_pack_llama(model):
         base.packed = pack(
@@ -296,10 +307,5 @@ def choose_device(settings: Settings) -> str:
 
 def loading_bytes(settings: Settings, facts: BaseFacts) -> int:
     """Return the memory that loading a base takes: its weights, and what of them is packed at a time."""
-    return 3 * facts.num_parameters * _choose_dtype(settings).itemsize // 2
-
-
-def _choose_dtype(settings: Settings) -> torch.dtype:
-    if settings.inference_dtype == "auto":
-        return torch.float32 if choose_device(settings) == "cpu" else torch.bfloat16
-    return torch.bfloat16 if settings.inference_dtype == "bfloat16" else torch.float32
+    dtype = find_dtype(settings, facts, choose_device(settings)) or torch.float32
+    return 3 * facts.num_parameters * dtype.itemsize // 2

@@ -6,6 +6,7 @@ are published on the same disk its files are second names of theirs, which costs
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -20,11 +21,14 @@ from luthier.storage.manifests import (
     Manifest,
     read_manifest,
     verify_folder,
+    write_file_atomically,
 )
 from luthier.storage.store import Storage
 
 # How long nobody must have wanted a copy of an earlier process before it may be dropped.
 _ORPHAN_SECONDS = 600.0
+# Beside a copy's files, which its manifest names.
+_VERIFIED_NAME = ".verified.json"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -63,6 +67,30 @@ class Copy:
         if not is_right:
             raise ArtifactCorruptError("The artifact's local copy was replaced by another.")
         self.stamps = stamps
+
+    def verified_with(self, base: str) -> str | None:
+        """Return the type in which the artifact is served on a base, None until it was verified on it.
+
+        Args:
+            base: digest of what it is served on.
+        """
+        try:
+            kept = json.loads((self.folder / _VERIFIED_NAME).read_bytes())
+            return str(kept["dtype"]) if kept["base"] == base else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note_verified(self, base: str, dtype: str) -> None:
+        """Keep beside the copy that the artifact was verified in float32, and the type it is served in.
+
+        Args:
+            base: digest of what it is served on.
+            dtype: bfloat16, or float32 where its check fails in bfloat16.
+        """
+        # A copy that is gone is fetched, and verified, again.
+        with contextlib.suppress(OSError):
+            content = json.dumps({"base": base, "dtype": dtype}).encode()
+            write_file_atomically(self.folder / _VERIFIED_NAME, content)
 
     def look(self) -> tuple[_Stamp, ...] | None:
         """Return what the files look like; None when one is not there."""

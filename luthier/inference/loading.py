@@ -6,11 +6,12 @@ Legend: `V` vocabulary.
 """
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -20,7 +21,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from luthier.core.canary import Canary
-from luthier.core.errors import ArtifactCorruptError, SelfCheckError
+from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfCheckError
+from luthier.core.settings import MIB
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
 from luthier.inference.lane import Lane
@@ -32,12 +34,15 @@ from luthier.inference.proofs import (
 )
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.verification import Text, probe, verify_adapter
-from luthier.inference.weights import in_turn, load_weights
+from luthier.inference.weight_type import name_of
+from luthier.inference.weights import available_bytes, in_turn, load_weights
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
 from luthier.methods._served import ServedParts
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
 from luthier.modeling.packed_llama import can_pack_llama
+
+_LOG = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
@@ -45,6 +50,9 @@ _OPENING = threading.Lock()
 # Of a text that training recorded; it takes four, and took up to sixteen.
 _MOST_CANARY_TOKENS = 64
 _NOT_FINITE = "The model's weights are not finite; it is not served."
+
+
+Opening = Callable[[int], AbstractAsyncContextManager[None]]
 
 
 class EngineLike(Protocol):
@@ -90,9 +98,12 @@ async def load(
     kind: Kind,
     limits: "RowLimits",
     *,
-    opening: Callable[[int], AbstractAsyncContextManager[None]],
+    opening: Opening,
 ) -> ReadyModel:
     """Bring a model into memory and verify it.
+
+    On a base that is served in bfloat16 by the server's own choice a model is verified in float32 too, once
+    for its copy. One that fails in bfloat16 alone is served in float32.
 
     Args:
         kind: what `measure` told.
@@ -105,6 +116,80 @@ async def load(
         ArtifactCorruptError: when the artifact's files don't fit the base or each other.
         SelfCheckError: when it is not what training recorded.
     """
+    base, copy = served.base, _copy_of(served)
+    if base.load_exact is None:
+        return await _load(engine, served, kind, limits, opening)
+    ground = base.facts.digest if served.foundation is None else served.foundation.digest
+    verified = await asyncio.to_thread(copy.verified_with, ground)
+    if verified is None:
+        if not await _verify_exactly(engine, served, kind, limits, opening):
+            return await _load(engine, served, kind, limits, opening)
+        try:
+            ready = await _load(engine, served, kind, limits, opening)
+        except SelfCheckError as error:
+            _LOG.warning("The model %s fails its check in bfloat16 alone: %s", copy.digest, error.message)
+            verified = name_of(torch.float32)
+        else:
+            verified = name_of(base.dtype)
+        await asyncio.to_thread(copy.note_verified, ground, verified)
+        if verified == name_of(base.dtype):
+            return ready
+    elif verified == name_of(base.dtype):
+        return await _load(engine, served, kind, limits, opening)
+    exact = await _open_exact(base, opening)
+    _LOG.warning("The model %s is served in float32: it fails its check in bfloat16.", copy.digest)
+    return await _load(engine, replace(served, base=exact), kind, limits, opening)
+
+
+async def _verify_exactly(
+    engine: EngineLike, served: ServedModel, kind: Kind, limits: "RowLimits", opening: Opening
+) -> bool:
+    """Load a model in float32, which verifies it, and let it go; False where there is no memory for that."""
+    try:
+        exact = replace(served, base=await _open_exact(served.base, opening))
+        _, num_bytes = await asyncio.to_thread(measure, exact)
+        async with opening(2 * num_bytes if kind is Kind.WHOLE else num_bytes):
+            remove(engine, await _load(engine, exact, kind, limits, opening))
+    except OutOfMemoryError as error:
+        digest = _copy_of(served).digest
+        _LOG.warning(
+            "The model %s is verified in bfloat16 alone for want of memory: %s", digest, error.message
+        )
+        return False
+    return True
+
+
+async def _open_exact(base: LoadedBase, opening: Opening) -> LoadedBase:
+    """Return a base in float32, loaded beside it on its first use.
+
+    Raises:
+        OutOfMemoryError: when there is no memory for it.
+    """
+    if base.exact is None:
+        num_bytes = base.facts.num_parameters * torch.float32.itemsize
+        if 3 * num_bytes // 2 > await asyncio.to_thread(available_bytes):
+            raise OutOfMemoryError(f"{base.facts.id} takes {num_bytes / MIB:.0f} MiB more in float32.")
+        async with opening(3 * num_bytes // 2):
+            await in_turn(_load_exact, base)
+    assert base.exact is not None
+    return base.exact
+
+
+def _load_exact(base: LoadedBase) -> None:
+    # Another may have asked for it just before.
+    if base.exact is None and base.load_exact is not None:
+        base.exact = base.load_exact()
+        num_bytes = base.facts.num_parameters * torch.float32.itemsize
+        _LOG.info(
+            "%s is in memory in float32 too, %.0f MiB: models are verified in it.",
+            base.facts.id,
+            num_bytes / MIB,
+        )
+
+
+async def _load(
+    engine: EngineLike, served: ServedModel, kind: Kind, limits: "RowLimits", opening: Opening
+) -> ReadyModel:
     copy, packed = _copy_of(served), served.base.packed
     await _check(served)
     if kind is Kind.PACKED and packed is not None:

@@ -48,7 +48,7 @@ def load_base(
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model_class = _class_of(config)
+        model_class = class_of(config)
         model, found = model_class.from_pretrained(
             None,
             config=config,
@@ -139,7 +139,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def _class_of(config: "PretrainedConfig") -> Any:
+def class_of(config: "PretrainedConfig") -> Any:
     """Return the library's own class for a configuration; code that comes with a base is never run."""
     import transformers
 

@@ -73,7 +73,7 @@ def test_an_answer_says_which_digest_made_it(
     assert target.digest is not None
     response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], max_tokens=1)
     assert response.headers[HEADER_DIGEST] == target.digest
-    assert response.json()["system_fingerprint"] == target.digest.removeprefix("sha256:")[:12]
+    assert response.json()["system_fingerprint"] == target.digest.removeprefix("sha256:")[:12] + "-float32"
 
 
 def test_a_whole_chat_has_openais_shape(served: Served) -> None:

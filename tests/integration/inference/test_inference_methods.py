@@ -144,7 +144,7 @@ def test_an_answer_says_which_artifact_made_it(served: Served, cases: dict[str, 
         response = served.post(CHAT, case.target, messages=messages, max_tokens=1, temperature=0)
         if case.target.digest is not None:
             assert response.headers[HEADER_DIGEST] == case.target.digest
-            fingerprint = case.target.digest.removeprefix("sha256:")[:12]
+            fingerprint = case.target.digest.removeprefix("sha256:")[:12] + "-float32"
             assert response.json()["system_fingerprint"] == fingerprint
 
 

@@ -23,6 +23,7 @@ def start_process(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
         "LUTHIER_CACHE_DIR": str(folder / "cache"),
         "LUTHIER_PRELOAD_BASE": BASE_ID,
         "LUTHIER_NUM_THREADS": "1",
+        "LUTHIER_INFERENCE_DTYPE": "float32",
     } | environment
     return subprocess.Popen(
         [sys.executable, "-m", "luthier.inference.server"], env=os.environ | values, stderr=subprocess.PIPE
