@@ -9,7 +9,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -37,15 +36,14 @@ from luthier.inference.response_answers import ResponseShape
 from luthier.inference.responses import parse_response
 from luthier.inference.status import Status
 from luthier.inference.streamed import StreamedAnswer, usage_of
+from luthier.inference.streaming import EventStream, while_connected
 from luthier.inference.wire import (
     EXCEPTION_HANDLERS,
     FaultGate,
     TokenGate,
     json_response,
     read_body,
-    while_connected,
 )
-from luthier.inference.written import WrittenStream
 
 _LOG = logging.getLogger(__name__)
 
@@ -194,8 +192,8 @@ class Service:
         headers = {HEADER_DIGEST: asking.ready.served.full_digest}
         with self._engine.expecting():
             plan = await asking.planning
-            generation = Generation(asking.ready, plan, project_id=asking.target.project_id)
-            generation.submit(self._engine)
+            generation = Generation(self._engine, asking.ready, plan, project_id=asking.target.project_id)
+            generation.submit()
         self._open.add(generation)
         stack.callback(self._open.discard, generation)
         stack.callback(generation.cancel)
@@ -209,7 +207,12 @@ class Service:
         streamed = StreamedAnswer(shape, generation, plan.make_reader)
         # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
         begun = await while_connected(request, streamed.start())
-        return WrittenStream(partial(streamed.send, begun), headers, stack.pop_all().close)
+        release = stack.pop_all()
+
+        async def close() -> None:
+            release.close()
+
+        return EventStream(streamed.pieces(begun), close, headers)
 
 
 def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:

@@ -20,9 +20,9 @@ import torch
 from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
 from luthier.inference import sampler
 from luthier.inference.crowding import Crowding
+from luthier.inference.event_bridge import EventBridge
 from luthier.inference.faults import log_fault, to_told
 from luthier.inference.lane import Lane
-from luthier.inference.mail import hand_over, holding_back
 from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
@@ -68,6 +68,7 @@ class EngineCore:
     def __init__(self, runner: RunnerLike, *, max_batch_rows: int, max_cache_tokens: int) -> None:
         self._runner = runner
         self.measures = StepMeasures()
+        self.events = EventBridge()
         # The lanes that have work; others are forgotten, so that a model that leaves frees its memory.
         self._lanes: list[Lane] = []
         self.scheduler = Scheduler(
@@ -101,7 +102,7 @@ class EngineCore:
             return
         lane.add(sequence)
         if lane not in self._lanes:
-            lane.measures = self.measures
+            lane.measures, lane.on_launch = self.measures, self.events.flush
             self._lanes.append(lane)
 
     def drain(self) -> list[Sequence]:
@@ -154,7 +155,7 @@ class EngineCore:
             lane.sweep()
 
     def _prefill(self, sequences: list[Sequence]) -> None:
-        hand_over()
+        self.events.flush()
         batch, logits_BV = self._runner.prefill(sequences)
         self._accept(sequences, logits_BV)
         group = Group(sequences[0].key, sequences, batch)
@@ -171,7 +172,7 @@ class EngineCore:
         if not self._drop_done(group):
             self.scheduler.end(group)
             return
-        hand_over()
+        self.events.flush()
         logits_BV = self._runner.step(group.batch, [sequence.last_token_id for sequence in group.sequences])
         self._accept(group.sequences, logits_BV)
         if not self._drop_done(group):
@@ -256,6 +257,11 @@ class Engine:
         return self._core.num_rows
 
     @property
+    def events(self) -> EventBridge:
+        """What its sequences' events leave by."""
+        return self._core.events
+
+    @property
     def measures(self) -> StepMeasures:
         """What its steps are counted by."""
         return self._core.measures
@@ -326,21 +332,21 @@ class Engine:
             torch.get_num_threads()
             torch.set_num_threads(self._num_threads)
         crowding = Crowding(torch.get_num_threads())
-        with holding_back():
-            try:
-                while not self._is_closed:
-                    self._take_inbox()
-                    started_at = time.monotonic()
-                    if not self._core.step():
-                        hand_over()
-                    num_threads = crowding.num_threads
-                    crowding.note(time.monotonic() - started_at)
-                    if crowding.num_threads != num_threads:
-                        use_threads(crowding.num_threads)
-            finally:
-                # However it ends, nobody is left to wait.
-                self._is_closed = True
-                self._fail_all()
+        try:
+            while not self._is_closed:
+                self._take_inbox()
+                started_at = time.monotonic()
+                if not self._core.step():
+                    self.events.flush()
+                num_threads = crowding.num_threads
+                crowding.note(time.monotonic() - started_at)
+                if crowding.num_threads != num_threads:
+                    use_threads(crowding.num_threads)
+        finally:
+            # However it ends, nobody is left to wait.
+            self._is_closed = True
+            self._fail_all()
+            self.events.flush()
 
     def _fail_all(self) -> None:
         error = UnavailableError("The model server was stopped; try again.")
@@ -358,7 +364,7 @@ class Engine:
         ready_at = quiet_at = 0.0
         while not self._is_closed:
             if not self._core.has_work:
-                hand_over()
+                self.events.flush()
                 item = self._inbox.get()
                 quiet_at = time.monotonic() + _QUIET_SECONDS
                 ready_at = time.monotonic() + _GATHER_SECONDS
@@ -374,5 +380,5 @@ class Engine:
             if isinstance(item, Sequence):
                 self._core.add(item)
             elif item is not None:
-                hand_over()
+                self.events.flush()
                 item.run()

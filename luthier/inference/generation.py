@@ -1,7 +1,8 @@
 """A request's answers between the engine's thread and the event loop: submit, follow, cancel."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,6 @@ from luthier.data.tokens import StreamDecoder
 from luthier.inference.bases import ReadyModel
 from luthier.inference.echoes import Echo
 from luthier.inference.engine import Engine
-from luthier.inference.mail import own_mail
 from luthier.inference.plans import Plan
 from luthier.inference.sequence import (
     ChoiceAt,
@@ -32,10 +32,11 @@ class Generation:
         plan: prompts, and how to sample the answers to them.
     """
 
-    def __init__(self, ready: ReadyModel, plan: Plan, *, project_id: str = "") -> None:
-        self._mail = own_mail()
-        self._arrived: asyncio.Queue[IndexedEvent] = asyncio.Queue()
-        self._take: Callable[[IndexedEvent], None] = self._arrived.put_nowait
+    def __init__(self, engine: Engine, ready: ReadyModel, plan: Plan, *, project_id: str = "") -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._arrived: deque[IndexedEvent] = deque()
+        self._has_arrived = asyncio.Event()
         self.num_prompt_tokens = sum(map(len, plan.prompts))
         self._num_open = plan.num_choices
         self._echoes = {
@@ -64,7 +65,7 @@ class Generation:
         """Tokens made so far, those that end an answer included."""
         return sum(sequence.num_completion_tokens for sequence in self.sequences)
 
-    def submit(self, engine: Engine) -> None:
+    def submit(self) -> None:
         """Hand the sequences to the engine; those that ask it for nothing end at once.
 
         Raises:
@@ -74,9 +75,9 @@ class Generation:
         first = self.sequences[0]
         if first.options.max_tokens == 0 and not first.wants_prompt_scores:
             for index in range(len(self.sequences)):
-                self._emit(index, Finish("length", 0))
+                self._deliver((index, Finish("length", 0)))
             return
-        engine.submit(self.sequences)
+        self._engine.submit(self.sequences)
 
     def cancel(self) -> None:
         """Give the rows back; harmless when the answers are whole."""
@@ -87,7 +88,7 @@ class Generation:
         """End the answers with an error at once, without waiting for the engine's thread."""
         self.cancel()
         error = UnavailableError("The model server is shutting down; try again.")
-        self._take((0, Failure(error)))
+        self._deliver((0, Failure(error)))
 
     @property
     def has_echoes(self) -> bool:
@@ -109,35 +110,30 @@ class Generation:
             LuthierError: what the engine failed with.
         """
         while self._num_open:
-            for found in self.read(await self.arrived()):
+            for found in await self.next_events():
                 yield found
 
-    async def arrived(self) -> IndexedEvent:
-        """Return the next event as it came from the engine, to be read."""
-        return await self._arrived.get()
-
-    def follow(self, take: Callable[[IndexedEvent], None]) -> None:
-        """Hand over all events that `arrived` has not returned, now and as they come.
-
-        Args:
-            take: called with each, on the loop's thread; it may not raise.
-        """
-        while not self._arrived.empty():
-            take(self._arrived.get_nowait())
-        self._take = take
-
-    def read(self, arrived: IndexedEvent) -> list[IndexedEvent]:
-        """Return what an event from the engine tells of its answer.
-
-        Returns:
-            Pieces and ends, each with its choice's index.
+    async def next_events(self) -> list[IndexedEvent]:
+        """Wait for events and return all that have arrived: pieces and ends, each with its choice's index.
 
         Raises:
-            LuthierError: what the engine failed with.
+            LuthierError: what the engine failed with, once what came before has been returned.
         """
-        index, event = arrived
-        if isinstance(event, Failure):
-            raise event.error
+        while not self._arrived:
+            self._has_arrived.clear()
+            await self._has_arrived.wait()
+        found: list[IndexedEvent] = []
+        while self._arrived:
+            index, event = self._arrived[0]
+            if isinstance(event, Failure):
+                if found:
+                    break
+                raise event.error
+            self._arrived.popleft()
+            found += self._read(index, event)
+        return found
+
+    def _read(self, index: int, event: PromptScored | Piece | Finish) -> list[IndexedEvent]:
         found: list[IndexedEvent] = []
         echo = self._echoes.get(index)
         if echo is not None and index not in self._is_echoed:
@@ -152,15 +148,11 @@ class Generation:
         return [*found, (index, event)]
 
     def _deliver(self, arrived: IndexedEvent) -> None:
-        # Looked up when it arrives: who takes it may have changed since it was posted.
-        self._take(arrived)
+        self._arrived.append(arrived)
+        self._has_arrived.set()
 
     def _emit(self, index: int, event: SequenceEvent) -> None:
-        try:
-            self._mail.post(self._deliver, (index, event))
-        except RuntimeError:
-            # The loop is closed: the process is ending and nobody waits for this answer.
-            self.sequences[index].cancel()
+        self._engine.events.add(self._loop, self._deliver, (index, event))
 
 
 def _echo_piece(echo: Echo, event: PromptScored | Piece | Finish) -> Piece:

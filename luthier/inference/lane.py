@@ -7,7 +7,7 @@ Legend: R rows of logits, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from luthier.core.errors import OutOfMemoryError
@@ -15,7 +15,6 @@ from luthier.inference import sampler
 from luthier.inference.drafts import least_chance, room_for_guesses
 from luthier.inference.faults import log_fault, to_told
 from luthier.inference.lane_memory import LaneMemory
-from luthier.inference.mail import hand_over
 from luthier.inference.measures import StepMeasures
 from luthier.inference.pages import Chain, PagePool
 from luthier.inference.rows import (
@@ -59,6 +58,8 @@ class Lane:
         self._rows: list[Row] = []
         # The engine's own, once the lane has work.
         self.measures = StepMeasures()
+        # Called right before the kernels of a step.
+        self.on_launch: Callable[[], None] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -232,7 +233,7 @@ class Lane:
 
     def _run(self, work: Work) -> None:
         try:
-            logits = self.model.step([stretch for _, stretch in work], on_launch=hand_over)
+            logits = self.model.step([stretch for _, stretch in work], on_launch=self.on_launch)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
             self._run_apart(work, error)
             return

@@ -1,13 +1,11 @@
-"""HTTP's own business: bodies, errors, streams, clients that leave, the internal token.
+"""HTTP's own business: bodies, errors, the internal token.
 
 Knows nothing of models or answers.
 """
 
-import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,43 +23,6 @@ _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * MIB
 # Where a request's scope keeps the fault that is in the log already.
 _LOGGED = "luthier.logged_fault"
-# And the web server's own `send`: each layer of a framework passes all that is sent through another
-# coroutine, to know of the response's start alone.
-SEND = "luthier.send"
-STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-
-ResultT = TypeVar("ResultT")
-
-
-async def while_connected(request: Request, work: Awaitable[ResultT]) -> ResultT:
-    """Await work unless the client leaves first.
-
-    Args:
-        request: the client's, its body read.
-        work: what to await; cancelled when the client leaves.
-
-    Raises:
-        ClientDisconnect: when the client left.
-    """
-    task = asyncio.ensure_future(_as_coroutine(work))
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _as_coroutine(work: Awaitable[ResultT]) -> ResultT:
-    return await work
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def read_body(request: Request) -> bytes:
@@ -120,7 +81,6 @@ class FaultGate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[SEND] = send
         try:
             await self._app(scope, receive, send)
         except Exception as error:  # noqa: BLE001 - the process must outlive any fault of one request

@@ -279,3 +279,37 @@ def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
         await backend.aclose()
 
     asyncio.run(ask())
+
+
+def test_a_client_that_does_not_read_holds_up_no_other_and_gets_all_in_order(served: Served) -> None:
+    body = {
+        "model": "m",
+        "prompt": ["a"] * 48,
+        "max_tokens": 200,
+        "logprobs": 5,
+        "temperature": 0,
+        "stream": True,
+    }
+
+    async def run() -> list[bytes]:
+        backend = open_backend("engine", served.url, "")
+        reply = await backend.complete(COMPLETIONS, json.dumps(body).encode(), BARE)
+        # More than sockets hold: the server waits with what is left until it is read.
+        await asyncio.to_thread(wait_until, lambda: not served.core.has_work, "all tokens")
+        assert served.service._open
+        assert (await asyncio.to_thread(served.chat, "a", max_tokens=1))["choices"]
+        pieces = [piece async for piece in reply.events]
+        await reply.aclose()
+        await backend.aclose()
+        return pieces
+
+    content = b"".join(asyncio.run(asyncio.wait_for(run(), 60)))
+    *events, last = content.removesuffix(b"\n\n").split(b"\n\n")
+    assert last == b"data: [DONE]"
+    places: dict[int, int] = dict.fromkeys(range(48), 0)
+    for event in events:
+        (choice,) = json.loads(event.removeprefix(b"data: "))["choices"]
+        for place in (choice["logprobs"] or {"text_offset": []})["text_offset"]:
+            assert place >= places[choice["index"]]
+            places[choice["index"]] = place
+    wait_until(lambda: not served.service._open, "the stream's end")

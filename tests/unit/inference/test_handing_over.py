@@ -1,15 +1,15 @@
 """Events of a step are handed over before the next one computes, and nobody waits for longer than that."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from luthier.inference import engine as engine_module
-from luthier.inference import lane as lane_module
 from luthier.inference.bases import pack
 from luthier.inference.engine import EngineCore
+from luthier.inference.event_bridge import EventBridge
 from luthier.inference.sequence import SamplingOptions, Sequence
 from luthier.modeling.kernels._threads import Program
 from tests.tiny import BASE_ID, build_tiny_base
@@ -46,7 +46,7 @@ def test_a_lane_hands_over_right_before_the_kernels_of_every_step(
         order.append("program")
         run_program(self)
 
-    monkeypatch.setattr(lane_module, "hand_over", lambda: order.append("hand over"))
+    lane.on_launch = lambda: order.append("hand over")
     monkeypatch.setattr(lane.model, "run_layers", layers)
     monkeypatch.setattr(Program, "run", program)
     lane.step()
@@ -61,8 +61,31 @@ def test_a_lane_hands_over_right_before_the_kernels_of_every_step(
 def test_an_engine_hands_over_before_a_group_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = FakeRunner()
     core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    monkeypatch.setattr(engine_module, "hand_over", lambda: runner.calls.append(("hand over", KEYS[0], 0)))
+    monkeypatch.setattr(core.events, "flush", lambda: runner.calls.append(("hand over", KEYS[0], 0)))
     core.add(ask(KEYS[0], [5, 6], 3).sequence)
     while core.has_work:
         core.step()
     assert [name for name, _, _ in runner.calls] == ["hand over", "prefill", *["hand over", "step"] * 2]
+
+
+def test_a_loop_is_woken_once_for_all_events_of_a_flush_and_a_closed_one_never(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bridge, taken, calls = EventBridge(), [], []
+
+    async def follow() -> None:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *given: calls.append(wake(*given)))
+        for event in range(3):
+            bridge.add(loop, taken.append, event)
+        assert not calls
+        bridge.flush()
+        await asyncio.sleep(0)
+        assert (taken, len(calls)) == ([0, 1, 2], 1)
+        bridge.add(loop, taken.append, 3)
+        monkeypatch.undo()
+
+    asyncio.run(follow())
+    bridge.flush()
+    assert taken == [0, 1, 2]
