@@ -19,7 +19,6 @@ from luthier.data.near import SIGNATURE_PARTS, Signatures, Signer, row_key, row_
 from luthier.data.render import ChatTemplate
 from luthier.data.rows import locate, read_row
 from luthier.data.tokens import Encoding, Tokenizer
-from luthier.data.word_tokens import RowTokens, WordTokens, cuts_at_words
 
 MAX_SHOWN_CHARS = 4000
 
@@ -42,6 +41,11 @@ class Counted(NamedTuple):
 
     number: int
     lengths: list[int]
+    num_supervised: int
+
+
+class _RowTokens(NamedTuple):
+    length: int
     num_supervised: int
 
 
@@ -95,7 +99,6 @@ class Examiner:
     def __init__(self, base_folder: Path) -> None:
         self._template = ChatTemplate.load(base_folder)
         self._tokenizer = Tokenizer.load(base_folder)
-        self._words = WordTokens(self._tokenizer) if cuts_at_words(self._tokenizer) else None
         self._signer = Signer()
 
     def examine(self, batch: Batch) -> Examined:
@@ -158,7 +161,7 @@ class Examiner:
             if refusal is not None:
                 faults.append((place, _fault(raw, refusal.param, "row.mask", refusal.message)))
                 continue
-            counts = [one for one in found if isinstance(one, RowTokens)]
+            counts = [one for one in found if isinstance(one, _RowTokens)]
             if not all(one.num_supervised for one in counts):
                 faults.append((place, _fault(raw, "messages", "row.nothing_supervised", NOTHING_SUPERVISED)))
             counted.append(
@@ -166,22 +169,17 @@ class Examiner:
             )
         return counted
 
-    def _count_tokens(self, rendered: Sequence[RenderedRow]) -> list[RowTokens | InvalidValueError]:
+    def _count_tokens(self, rendered: Sequence[RenderedRow]) -> list[_RowTokens | InvalidValueError]:
         """Count the tokens of each text, or say why it can't be told which of them are learnt."""
-        counted = [None if self._words is None else self._words.count(one) for one in rendered]
-        others = [one for one, found in zip(rendered, counted, strict=True) if found is None]
-        encodings = iter(encode_rows(self._tokenizer, others) if others else ())
-        return [
-            self._mask(one, next(encodings)) if found is None else found
-            for one, found in zip(rendered, counted, strict=True)
-        ]
+        encodings = encode_rows(self._tokenizer, rendered)
+        return [self._mask(one, encoding) for one, encoding in zip(rendered, encodings, strict=True)]
 
-    def _mask(self, one: RenderedRow, encoding: Encoding) -> RowTokens | InvalidValueError:
+    def _mask(self, one: RenderedRow, encoding: Encoding) -> _RowTokens | InvalidValueError:
         try:
             mask = mask_tokens(encoding, one.spans, self._tokenizer.stop_token_ids)
         except InvalidValueError as error:
             return error
-        return RowTokens(len(encoding.ids), int(mask.sum()))
+        return _RowTokens(len(encoding.ids), int(mask.sum()))
 
     def _show(self, parts: Sequence[RenderedRow]) -> list[ShownText]:
         encodings = encode_rows(self._tokenizer, parts)
