@@ -1,23 +1,16 @@
 """A file of a local folder being written piece by piece: whole and durable under its name, or not there.
 
-Large files go past the page cache (open(2), O_DIRECT): filling the cache costs the processor several times
-what the copy to the disk does, and at the end the whole file would have to be waited for at once. Nothing
-here knows what the bytes are.
+Nothing here knows what the bytes are.
 """
 
-import errno
-import fcntl
-import mmap
 import os
 import secrets
 import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from luthier.storage.manifests import fsync_path
-
-_BUFFER_BYTES = 4 * 1024 * 1024
-# Absent where the system has no such thing; then all writes go through the page cache.
-_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class LocalSink:
@@ -31,10 +24,7 @@ class LocalSink:
         self._path = path
         # What a process that dies leaves behind is known by this end of its name, and deleted.
         self._unfinished = path.with_name(f"{path.name}#{secrets.randbits(63)}")
-        self._descriptor: int | None = None
-        # Memory of its own pages: direct writes ask for such addresses and lengths.
-        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
-        self._num_waiting = 0
+        self._file: BinaryIO | None = None
         # Who waits for a write in a thread may be cancelled, and abort while that write still goes on.
         self._lock = threading.Lock()
         self._is_aborted = False
@@ -42,21 +32,12 @@ class LocalSink:
     def write(self, chunk: bytes) -> None:
         """Append bytes.
 
-        Args:
-            chunk: any number of bytes.
-
         Raises:
             OSError: when the disk refuses them.
         """
         with self._lock:
-            rest = memoryview(chunk)
-            while rest and not self._is_aborted:
-                num_bytes = min(len(rest), _BUFFER_BYTES - self._num_waiting)
-                self._buffer[self._num_waiting : self._num_waiting + num_bytes] = rest[:num_bytes]
-                self._num_waiting += num_bytes
-                rest = rest[num_bytes:]
-                if self._num_waiting == _BUFFER_BYTES:
-                    self._write_out()
+            if not self._is_aborted:
+                self._open().write(chunk)
 
     def close(self) -> None:
         """Make the file exist, durably: first its bytes, then its name.
@@ -67,12 +48,10 @@ class LocalSink:
         with self._lock:
             if self._is_aborted:
                 return
-            descriptor = self._open()
-            # The end is no whole number of pages.
-            _leave_direct(descriptor)
-            self._write_out()
-            os.fsync(descriptor)
-            self._close()
+            file = self._open()
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
             self._unfinished.replace(self._path)
         fsync_path(self._path.parent)
 
@@ -80,49 +59,16 @@ class LocalSink:
         """Leave nothing behind, also of a file that was closed."""
         with self._lock:
             self._is_aborted = True
-            self._close()
+            if self._file is not None:
+                # What a full disk did not take is not wanted.
+                with suppress(OSError):
+                    self._file.close()
             self._unfinished.unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
 
-    def _open(self) -> int:
-        """Return the file's descriptor; it is made when it is first needed."""
-        if self._descriptor is None:
+    def _open(self) -> BinaryIO:
+        """Return the open file; it is made when it is first needed."""
+        if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            try:
-                self._descriptor = os.open(self._unfinished, flags | _DIRECT, 0o666)
-            except OSError as error:
-                # A file system that has no direct writes; some have made the file all the same.
-                if error.errno != errno.EINVAL:
-                    raise
-                self._unfinished.unlink(missing_ok=True)
-                self._descriptor = os.open(self._unfinished, flags, 0o666)
-        return self._descriptor
-
-    def _write_out(self) -> None:
-        descriptor = self._open()
-        with memoryview(self._buffer) as waiting:
-            num_written = 0
-            while num_written < self._num_waiting:
-                try:
-                    num_written += os.write(descriptor, waiting[num_written : self._num_waiting])
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not _leave_direct(descriptor):
-                        raise
-        self._num_waiting = 0
-
-    def _close(self) -> None:
-        # At once, and not when the collector comes by.
-        self._buffer.close()
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)
-
-
-def _leave_direct(descriptor: int) -> bool:
-    """Let a file's next writes go through the page cache; False when they do already."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if not flags & _DIRECT:
-        return False
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
-    return True
+            self._file = self._unfinished.open("xb")
+        return self._file
