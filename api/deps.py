@@ -1,6 +1,7 @@
 """What routes are given: the process's parts, a session, and the caller's scope."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, cast
@@ -11,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.event_hub import EventHub
 from api.metrics import ApiMetrics
+from api.project_places import ProjectPlaces
 from api.resolving import Resolver
 from api.usage_recorder import UsageRecorder
 from db.session import Database
@@ -31,6 +33,9 @@ _TURN_SECONDS = 3.0
 NUM_ESTIMATES = 2
 # Reports on files that are made at the same time: each takes cores and memory for as long as its file is.
 NUM_REPORTS = 2
+# Large files whose rows are checked at the same time, each by a process: of one project, and of all.
+NUM_PROJECT_CHECKS = 2
+NUM_CHECKS = 2 * (os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,9 @@ class Parts:
     metrics: ApiMetrics
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
+    checks: ProjectPlaces = field(
+        default_factory=lambda: ProjectPlaces(NUM_PROJECT_CHECKS, NUM_CHECKS, what="large files are checked")
+    )
     reports: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_REPORTS))
 
 

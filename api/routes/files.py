@@ -52,7 +52,12 @@ async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -
     file_id = new_id("file")
     storage_key = f"projects/{scope.project_id}/files/{file_id}"
     stored = await receive_file(
-        request, parts.storage, parts.settings, file_id=file_id, storage_key=storage_key
+        request,
+        parts.storage,
+        parts.settings,
+        lambda: parts.checks.hold(scope.project_id),
+        file_id=file_id,
+        storage_key=storage_key,
     )
 
     return await record_stored(

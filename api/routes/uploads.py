@@ -20,7 +20,7 @@ from db.tables import File
 from db.upload_tables import UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
-from luthier.data.intake import RowLimits, open_check
+from luthier.data.intake import open_check, row_limits
 from services import completing, uploads
 from services.completing import Assembly
 from services.files import StoredFile
@@ -98,14 +98,22 @@ def _md5(body: CompleteUploadBody) -> str | None:
 
 
 async def _assemble(
-    parts: Parts, assembly: Assembly, body: CompleteUploadBody, *, file_id: str, storage_key: str
+    parts: Parts,
+    scope: Scope,
+    assembly: Assembly,
+    body: CompleteUploadBody,
+    *,
+    file_id: str,
+    storage_key: str,
 ) -> StoredFile:
     """Put an upload's parts together under the file's key."""
     upload = assembly.upload
     facts = await assemble(
         parts.storage,
         assembly.parts,
-        check=open_check(upload.purpose, RowLimits.of(parts.settings)),
+        check=open_check(
+            upload.purpose, row_limits(parts.settings), lambda: parts.checks.hold(scope.project_id)
+        ),
         md5=_md5(body),
         storage_key=storage_key,
     )
@@ -142,7 +150,7 @@ async def complete_upload(
     file_id = new_id("file")
     storage_key = f"{storage_prefix(scope.project_id, upload_id)}/{file_id}"
     try:
-        stored = await _assemble(parts, assembly, body, file_id=file_id, storage_key=storage_key)
+        stored = await _assemble(parts, scope, assembly, body, file_id=file_id, storage_key=storage_key)
     except ArtifactCorruptError:
         # A twin of this request may have been faster, and have dropped the parts.
         assembly = await run_in_threadpool(_begin, parts, scope, upload_id, body)

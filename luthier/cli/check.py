@@ -17,14 +17,10 @@ def check_file(path: Path) -> None:
         InvalidValueError: when it can't be read.
         InvalidFileFormatError: when it breaks the format; names line, column and rule of every fault found.
     """
+    from luthier.data.intake import row_limits
     from luthier.data.validate import MAX_FAULTS, FileChecker
 
-    settings = read_settings()
-    checker = FileChecker(
-        max_line_bytes=settings.max_line_bytes,
-        max_expanded_bytes=settings.max_expanded_bytes,
-        max_expansion_ratio=settings.max_expansion_ratio,
-    )
+    checker = FileChecker(row_limits(read_settings()))
     sha256 = hashlib.sha256()
     try:
         with path.open("rb") as stream:

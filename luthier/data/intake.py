@@ -3,40 +3,29 @@
 Uploads know no more of rows than this. Another kind of check begins here, in `open_check`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 from luthier.core.errors import InvalidFileFormatError
 from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
-from luthier.data.plain_chat import count_plain_rows
-from luthier.data.plain_rows import MAX_HELD_BLOCKS, RowCounter
+from luthier.data.check_process import CheckProcess
+from luthier.data.containers import gzip_stream, parquet
+from luthier.data.containers.base import MIB, Limits
 from luthier.data.validate import FileChecker, FileFacts
 
-# The first bytes are given on as they come: they tell what the file is.
-_HEAD_BYTES = 4096
-# What is kept of a line that has not ended; a longer one is judged as it comes.
-_MAX_REST_BYTES = 1024 * 1024
-# Plain rows of a larger file are counted in a process of their own, which takes a moment to start.
-_MAX_BYTES_COUNTED_HERE = 32 * 1024 * 1024
+# A larger file is checked in a process of its own, which takes a moment to start.
+_MAX_BYTES_HERE = MIB
+
+# Holds a place for one such process; raises where there is none.
+TakePlace = Callable[[], AbstractContextManager[object]]
 
 
-@dataclass(frozen=True)
-class RowLimits:
-    """What rows of a training file may cost their check.
-
-    The longest row, and what a compressed file may expand to, in bytes and as a multiple of its size.
-    """
-
-    max_line_bytes: int
-    max_expanded_bytes: int
-    max_expansion_ratio: float
-
-    @classmethod
-    def of(cls, settings: Settings) -> "RowLimits":
-        """Return the limits that an operator has set."""
-        return cls(settings.max_line_bytes, settings.max_expanded_bytes, settings.max_expansion_ratio)
+def row_limits(settings: Settings) -> Limits:
+    """Return what rows of a training file may cost their check, as an operator has set it."""
+    return Limits(settings.max_line_bytes, settings.max_expanded_bytes, settings.max_expansion_ratio)
 
 
 class Check(Protocol):
@@ -49,9 +38,6 @@ class Check(Protocol):
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes.
 
-        Args:
-            chunk: any number of bytes.
-
         Raises:
             InvalidFileFormatError: once the file is known to break its format.
         """
@@ -62,96 +48,72 @@ class Check(Protocol):
         Args:
             path: the whole file, which is read where `needs_file` is True.
 
-        Returns:
-            What is known of the file.
-
         Raises:
             InvalidFileFormatError: when the file breaks its format.
         """
 
+    def stop(self) -> None:
+        """End what `feed` or `finish` is doing in another thread."""
+
     def close(self) -> None:
-        """Let go of what the check holds; after this it judges nothing any more."""
+        """Release what the check holds, once nobody feeds it any more."""
 
 
 class RowCheck:
-    """The check of a training file: every row of it, in blocks of whole lines.
+    """The check of a training file: every row of it, a small file's here, others' in a process.
 
     Args:
-        limits: what its rows may cost.
+        take_place: asked before a process is started.
     """
 
-    def __init__(self, limits: RowLimits) -> None:
-        self._checker = FileChecker(
-            max_line_bytes=limits.max_line_bytes,
-            max_expanded_bytes=limits.max_expanded_bytes,
-            max_expansion_ratio=limits.max_expansion_ratio,
-        )
-        self._counter = RowCounter()
-        self._num_bytes = 0
-        # The begin of a line; given on as it is once it is long.
-        self._rest = b""
-        self._is_within_line = False
-
-    @property
-    def needs_file(self) -> bool:
-        """Whether what came is Parquet, which `finish` reads from the whole file."""
-        self._end_counts(0)
-        self._give_rest()
-        return self._checker.needs_file
+    def __init__(self, limits: Limits, take_place: TakePlace = nullcontext) -> None:
+        self._limits = limits
+        self._take_place = take_place
+        self._held = ExitStack()
+        # The beginning of the file, until it is known where it is checked.
+        self._waiting = bytearray()
+        self._process: CheckProcess | None = None
+        self.needs_file = False
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
-        is_head = self._num_bytes < _HEAD_BYTES
-        self._num_bytes += len(chunk)
-        if is_head:
-            self._is_within_line = not chunk.endswith(b"\n")
-            self._checker.feed(chunk)
-            return
-        end = chunk.rfind(b"\n") + 1
-        if end == 0:
-            self._rest += chunk
-            if len(self._rest) > _MAX_REST_BYTES:
-                self._end_counts(0)
-                self._give_rest()
-            return
-        start = 0
-        if self._is_within_line:
-            start = chunk.find(b"\n") + 1
-            self._end_counts(0)
-            self._checker.feed(self._rest + chunk[:start])
-            self._rest, self._is_within_line = b"", False
-        if start < end:
-            self._take_lines(b"".join((self._rest, memoryview(chunk)[start:end])))
-        self._rest = chunk[end:]
+        if self._process is not None:
+            self._process.feed(chunk)
+        elif not self.needs_file:
+            self._waiting += chunk
+            self.needs_file = self._waiting.startswith(parquet.MAGIC)
+            is_packed = self._waiting.startswith(gzip_stream.MAGIC)
+            if self.needs_file:
+                self._waiting.clear()
+            elif is_packed or len(self._waiting) > _MAX_BYTES_HERE:
+                self._start(None).feed(bytes(self._waiting))
+                self._waiting.clear()
 
-    def _take_lines(self, lines: bytes) -> None:
-        if self._num_bytes <= _MAX_BYTES_COUNTED_HERE or not self._checker.takes_plain_rows:
-            self._end_counts(0)
-            num_rows = count_plain_rows(lines) if self._checker.takes_plain_rows else None
-            self._checker.take_lines(lines, num_rows)
-            return
-        self._end_counts(MAX_HELD_BLOCKS - 1)
-        self._counter.put(lines)
-
-    def _end_counts(self, num_left: int) -> None:
-        """Take what was counted, but for the last blocks."""
-        while self._counter.num_held > num_left:
-            self._checker.take_lines(*self._counter.take())
-
-    def _give_rest(self) -> None:
-        if self._rest:
-            self._checker.feed(self._rest)
-            self._rest, self._is_within_line = b"", True
+    def _start(self, path: Path | None) -> CheckProcess:
+        self._held.enter_context(self._take_place())
+        self._process = CheckProcess(self._limits, path)
+        return self._process
 
     def finish(self, path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow."""
-        self._end_counts(0)
-        self._give_rest()
-        return self._checker.finish(path)
+        if self.needs_file and path is not None:
+            self._start(path)
+        if self._process is not None:
+            return self._process.finish()
+        checker = FileChecker(self._limits)
+        checker.feed(bytes(self._waiting))
+        return checker.finish()
+
+    def stop(self) -> None:
+        """End the process, if there is one; who waits for it is refused."""
+        if self._process is not None:
+            self._process.kill()
 
     def close(self) -> None:
-        """End the process that counted, if there is one."""
-        self._counter.close()
+        """End the process and give its place back."""
+        if self._process is not None:
+            self._process.close()
+        self._held.close()
 
 
 class OpaqueCheck:
@@ -172,33 +134,24 @@ class OpaqueCheck:
             raise InvalidFileFormatError("The file is empty.", param="file")
         return FileFacts(0, self._num_bytes)
 
+    def stop(self) -> None:
+        """Do nothing: nothing takes long."""
+
     def close(self) -> None:
         """Do nothing: nothing is held."""
 
 
-def open_check(purpose: str, limits: RowLimits) -> Check:
-    """Begin the check of a file.
-
-    Args:
-        purpose: what the file is for; only training files have rows to check.
-        limits: what rows may cost.
-
-    Returns:
-        The check, yet to be fed.
-    """
-    return RowCheck(limits) if purpose == FINE_TUNE else OpaqueCheck()
+def open_check(purpose: str, limits: Limits, take_place: TakePlace = nullcontext) -> Check:
+    """Begin the check of a file; only training files have rows to check."""
+    return RowCheck(limits, take_place) if purpose == FINE_TUNE else OpaqueCheck()
 
 
 class UndecidedCheck:
-    """The check of a file whose purpose follows its bytes: a fault of its rows counts once that is known.
+    """The check of a file whose purpose follows its bytes: a fault of its rows counts once that is known."""
 
-    Args:
-        limits: what rows may cost.
-    """
-
-    def __init__(self, limits: RowLimits) -> None:
+    def __init__(self, limits: Limits, take_place: TakePlace = nullcontext) -> None:
         self._opaque = OpaqueCheck()
-        self._rows = open_check(FINE_TUNE, limits)
+        self._rows = RowCheck(limits, take_place)
         self._fault: InvalidFileFormatError | None = None
         self._purpose = FINE_TUNE
 
@@ -223,12 +176,6 @@ class UndecidedCheck:
     def finish(self, path: Path | None = None, /) -> FileFacts:
         """Say that no more bytes follow.
 
-        Args:
-            path: the whole file, which is read where `needs_file` is True.
-
-        Returns:
-            What is known of the file.
-
         Raises:
             InvalidFileFormatError: when a training file breaks its format, or the file is empty.
         """
@@ -238,6 +185,10 @@ class UndecidedCheck:
             raise self._fault
         return self._rows.finish(path)
 
+    def stop(self) -> None:
+        """End the check of its rows."""
+        self._rows.stop()
+
     def close(self) -> None:
-        """Let go of what the check of its rows holds."""
+        """Release what the check of its rows holds."""
         self._rows.close()

@@ -3,6 +3,7 @@
 Only what can be told from the text alone; what needs a template or a tokenizer is found by prepare.
 """
 
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from luthier.data.recognise import explain_row, recognise
 from luthier.data.rows import locate
 
 MAX_FAULTS = 20
+# What a row counts for at least in what a file may hold: it costs its check and what reads it later as much.
+_MIN_ROW_BYTES = 200
 
 
 class FileFacts(NamedTuple):
@@ -37,22 +40,12 @@ class FileChecker:
     `needs_file` is True, and `finish` is given its path.
 
     Args:
-        max_line_bytes: longest row, its newline not counted; longer ones are a fault and not kept.
-        max_expanded_bytes: what a compressed file may expand to.
-        max_expansion_ratio: the same as a multiple of its size, beyond the first 16 MiB.
-        row_format: the format that all rows must have; the first row's when None.
+        limits: what the file may cost; the longest row is kept, a longer one is a fault.
     """
 
-    def __init__(
-        self,
-        *,
-        max_line_bytes: int = 8 * 1024 * 1024,
-        max_expanded_bytes: int = 8 * 1024 * 1024 * 1024,
-        max_expansion_ratio: float = 100.0,
-        row_format: RowFormat | None = None,
-    ) -> None:
-        self._limits = Limits(max_line_bytes, max_expanded_bytes, max_expansion_ratio)
-        self._format = row_format
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._format: RowFormat | None = None
         self._stream = RowStream(self._limits)
         self._num_bytes = 0
         self._num_rows = 0
@@ -75,30 +68,6 @@ class FileChecker:
         self._num_bytes += len(chunk)
         for item in self._stream.feed(chunk):
             self._take(item)
-
-    @property
-    def takes_plain_rows(self) -> bool:
-        """Whether these are lines of chat rows as they are, and the next byte begins one."""
-        is_chat = self._format is not None and self._format.name == "chat"
-        return is_chat and self._stream.is_between_lines
-
-    def take_lines(self, lines: bytes, num_plain_rows: int | None) -> None:
-        """Take the next bytes, whole lines all: what is plainly written was judged at once.
-
-        Args:
-            lines: each with its line end.
-            num_plain_rows: what `count_plain_rows` says of them.
-
-        Raises:
-            InvalidFileFormatError: as `feed` does.
-        """
-        is_short = len(lines) <= self._limits.max_row_bytes
-        if num_plain_rows is None or not is_short or not self.takes_plain_rows:
-            self.feed(lines)
-            return
-        self._num_bytes += len(lines)
-        self._num_rows += num_plain_rows
-        self._stream.skip_lines(num_plain_rows)
 
     def finish(self, path: Path | None = None) -> FileFacts:
         """Say that no more bytes follow.
@@ -134,14 +103,22 @@ class FileChecker:
             raise InvalidFileFormatError(
                 "The file is Parquet, which can't be checked as it comes here; send JSON lines.", param="file"
             )
-        for item in read_parquet(path, self._limits):
-            self._take(item)
+        self._num_bytes = path.stat().st_size
+        with closing(read_parquet(path, self._limits)) as items:
+            for item in items:
+                self._take(item)
 
     def _take(self, item: RawRow | Fault) -> None:
         if isinstance(item, Fault):
             self._add(item)
             return
         self._num_rows += 1
+        if self._num_rows * _MIN_ROW_BYTES > self._limits.max_expanded_bytes:
+            raise InvalidFileFormatError(
+                f"The file has more than {self._num_rows - 1} rows; split it, or ask the operator to raise "
+                "LUTHIER_MAX_EXPANDED_BYTES.",
+                param="file",
+            )
         if self._format is None:
             found = recognise(item.content, item.number)
             if isinstance(found, Fault):

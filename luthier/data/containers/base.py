@@ -23,7 +23,7 @@ class Limits:
 
 
 # For files that were checked when they came: only what no machine can hold is refused.
-CHECKED = Limits(max_row_bytes=1024 * MIB, max_expanded_bytes=2**60, max_expansion_ratio=float("inf"))
+CHECKED = Limits(max_row_bytes=1024 * MIB, max_expanded_bytes=2**60, max_expansion_ratio=2.0**60)
 
 
 class RawRow(NamedTuple):

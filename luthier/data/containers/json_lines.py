@@ -25,15 +25,6 @@ class JsonLinesReader:
         self._num_waiting = 0
         self._first_blank: int | None = None
 
-    @property
-    def is_between_lines(self) -> bool:
-        """Whether the next byte begins a line, and no blank one waits to be a fault."""
-        return self._num_waiting == 0 and self._first_blank is None
-
-    def skip_lines(self, num_lines: int) -> None:
-        """Count lines that were judged elsewhere; only while `is_between_lines`."""
-        self._num_lines += num_lines
-
     def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
         """Yield the rows that end in the next bytes."""
         lines = chunk.split(b"\n")

@@ -65,17 +65,6 @@ class RowStream:
         name = "parquet" if self.is_parquet else self._reader.name if self._reader else ""
         return f"{name}+gzip" if self._gunzip else name
 
-    @property
-    def is_between_lines(self) -> bool:
-        """Whether these are JSON lines as they are, and the next byte begins one."""
-        reader = self._reader
-        return self._gunzip is None and isinstance(reader, JsonLinesReader) and reader.is_between_lines
-
-    def skip_lines(self, num_lines: int) -> None:
-        """Count lines that were judged elsewhere; only while `is_between_lines`."""
-        assert isinstance(self._reader, JsonLinesReader), "only lines can be skipped"
-        self._reader.skip_lines(num_lines)
-
     def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
         """Yield the rows that end in the next bytes; of Parquet none, it is read from the whole file.
 

@@ -9,7 +9,8 @@ from obstore.store import MemoryStore
 from api.incoming import StoredBytes
 from api.upload_parts import assemble
 from luthier.core.errors import ArtifactCorruptError, InvalidFileFormatError, InvalidValueError, LuthierError
-from luthier.data.intake import RowLimits, open_check
+from luthier.data.containers.base import Limits
+from luthier.data.intake import open_check
 from luthier.storage.store import Storage
 from services.uploads import StoredPart
 from tests.rows import colour_rows, jsonl
@@ -26,7 +27,7 @@ def _stored(storage: Storage, *pieces: bytes) -> list[StoredPart]:
 
 
 def _assemble(storage: Storage, parts: list[StoredPart], md5: str | None = None) -> StoredBytes:
-    check = open_check("fine-tune", RowLimits(1 << 20, 2**33, 100.0))
+    check = open_check("fine-tune", Limits(1 << 20))
     return asyncio.run(assemble(storage, parts, check=check, md5=md5, storage_key="u/file"))
 
 

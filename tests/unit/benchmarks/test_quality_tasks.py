@@ -14,6 +14,7 @@ from benchmarks.quality.routing import make_routing
 from benchmarks.quality.routing_words import DESKS
 from benchmarks.quality.scores import ORDER_SCHEMA
 from benchmarks.quality.task import Row, Task, with_examples
+from luthier.data.containers.base import Limits
 from luthier.data.validate import FileChecker
 
 _NUM_ROWS, _NUM_QUESTIONS = 500, 200
@@ -105,7 +106,7 @@ def test_optional_members_come_in_some_orders_and_not_in_others() -> None:
 
 
 def test_the_service_accepts_the_training_rows(task: Task) -> None:
-    checker = FileChecker(max_line_bytes=1024 * 1024)
+    checker = FileChecker(Limits(1024 * 1024))
     checker.feed("".join(f"{row.to_line()}\n" for row in task.rows).encode())
     assert checker.finish().num_rows == _NUM_ROWS
 

@@ -121,7 +121,7 @@ def test_any_bytes_give_the_same_rows_and_faults_wherever_they_are_cut(content, 
 
 
 def told(content, *, path=None, **limits):
-    checker = FileChecker(**limits)
+    checker = FileChecker(Limits(**limits))
     with pytest.raises(InvalidFileFormatError) as caught:
         checker.feed(content)
         checker.finish(path)
@@ -183,12 +183,12 @@ def test_a_cell_can_not_add_keys_to_its_row():
 def test_a_row_over_the_limit_is_a_fault_and_not_kept():
     long = json.dumps({"prompt": "x" * 100_000, "completion": "c"})
     for content in (f"[{CHAT}, {long}, {CHAT}]", f"prompt,completion\np,{'x' * 100_000}\n"):
-        assert "longer than 2000 bytes" in told(content.encode(), max_line_bytes=2000)
+        assert "longer than 2000 bytes" in told(content.encode(), max_row_bytes=2000)
 
 
 @pytest.mark.parametrize("opening", [b'[{"text": "', b'text\n"'], ids=["array", "csv"])
 def test_memory_stays_constant_over_an_endless_row(opening):
-    checker = FileChecker(max_line_bytes=64 * 1024)
+    checker = FileChecker(Limits(64 * 1024))
     chunk = b"z" * (256 * 1024)
     tracemalloc.start()
     checker.feed(opening)

@@ -4,11 +4,12 @@ import pytest
 
 from luthier.core.errors import InvalidFileFormatError, InvalidValueError, UnsupportedValueError
 from luthier.core.purposes import INPUT_PURPOSES, OUTPUT_PURPOSES, check_input_purpose, check_mime_type
-from luthier.data.intake import RowLimits, UndecidedCheck, open_check
+from luthier.data.containers.base import Limits
+from luthier.data.intake import UndecidedCheck, open_check
 from luthier.data.validate import FileFacts
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-LIMITS = RowLimits(max_line_bytes=1000, max_expanded_bytes=100_000, max_expansion_ratio=100.0)
+LIMITS = Limits(max_row_bytes=1000, max_expanded_bytes=100_000, max_expansion_ratio=100.0)
 OPAQUE = b"\x89PNG\x00 no rows at all\n"
 
 

@@ -11,7 +11,6 @@ import pytest
 from luthier.core.errors import InvalidFileFormatError
 from luthier.data.containers.base import Limits, RawRow
 from luthier.data.containers.parquet import read_parquet
-from luthier.data.containers.parquet_pages import find_longest, measure_column, read_places
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault
 from luthier.data.rows import FileRows
@@ -28,7 +27,7 @@ def write(path, table, **options):
 
 
 def check(path, **limits):
-    checker = FileChecker(**limits)
+    checker = FileChecker(Limits(**limits))
     checker.feed(path.read_bytes())
     assert checker.needs_file
     return checker.finish(path)
@@ -140,11 +139,11 @@ def test_few_bytes_that_stand_for_many_take_no_memory(tmp_path):
         "cells": (pa.table({"text": bigs}), "parquet.expansion"),
         "nested": (listed(turns, 512), "parquet.expansion"),
         "mixed": (listed(pa.concat_arrays([turns, own]), 514), "parquet.expansion"),
-        "row": (listed(turns, 1), "line.too_long"),
-        "texts": (listed(bigs, 1), "line.too_long"),
-        "values": (listed(pa.nulls(3_000_000, pa.string()), 1), "parquet.values"),
-        "more-values": (listed(pa.nulls(5_000_000, pa.string()), 1), "parquet.values"),
-        "page": (pa.table({"text": ["x" * (100 * 2**20)]}), "parquet.expansion"),
+        "row": (listed(turns, 1), "parquet.limits"),
+        "texts": (listed(bigs, 1), "parquet.limits"),
+        "values": (listed(pa.nulls(3_000_000, pa.string()), 1), "line.too_long"),
+        "more-values": (listed(pa.nulls(5_000_000, pa.string()), 1), "line.too_long"),
+        "page": (pa.table({"text": ["x" * (100 * 2**20)]}), "line.too_long"),
     }
     for name, (table, _) in files.items():
         # Without the types of the table, which would have it read as it was made.
@@ -155,11 +154,13 @@ def test_few_bytes_that_stand_for_many_take_no_memory(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for line, (name, (_, rule)) in zip(done.stdout.splitlines(), files.items(), strict=True):
         assert line.split()[::2] == [name, rule], line
-        assert int(line.split()[1]) < 256, line
+        assert int(line.split()[1]) < 16, line
 
 
 def test_the_sizes_that_a_table_of_contents_claims_are_not_believed(tmp_path):
-    path = write(tmp_path / "rows", pa.table({"text": ["x" * (20 * 2**20)]}), compression="zstd")
+    path = write(
+        tmp_path / "rows", pa.table({"text": ["x" * 2**20] * 20}), compression="zstd", use_dictionary=False
+    )
     claimed = pq.ParquetFile(path).metadata.row_group(0).total_byte_size
     # Numbers are zigzags of seven bits a byte; the smaller one is as long as what it takes the place of.
     truth = [claimed * 2 >> shift & 127 for shift in (0, 7, 14, 21)]
@@ -173,35 +174,9 @@ def test_the_sizes_that_a_table_of_contents_claims_are_not_believed(tmp_path):
         check(path)
 
 
-@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd", "brotli", "lz4"])
-def test_the_longest_text_of_a_dictionary_is_found(tmp_path, codec):
-    table = pa.table({"text": ["a" * 10, "b" * 300, None, "c" * 299] * 100})
-    path = write(tmp_path / "rows", table, compression=codec)
-    with path.open("rb") as source:
-        [[place]] = read_places(source, path.stat().st_size)
-        pages = measure_column(source, place)
-        longest = find_longest(source, pages, place.codec)
-    assert (pages.num_by_dictionary, longest, pages.is_mixed) == (400, 300, False)
-
-
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-def test_pages_add_up_to_what_an_honest_writer_claims(tmp_path, version):
-    table = pa.table({"text": [f"text {number}" for number in range(50_000)]})
-    path = write(tmp_path / "rows", table, data_page_version=version, row_group_size=20_000)
-    for index in range(3):
-        group = pq.ParquetFile(path).metadata.row_group(index)
-        with path.open("rb") as source:
-            pages = measure_column(source, read_places(source, path.stat().st_size)[index][0])
-        # The claim counts the headers too.
-        assert 0.99 * group.total_byte_size < pages.num_bytes < group.total_byte_size
-        assert pages.num_values == group.num_rows
-
-
-def test_a_column_of_deltas_is_refused_whose_pages_expand(tmp_path):
+def test_a_column_of_deltas_is_read(tmp_path):
     options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
-    path = write(tmp_path / "rows", [{"text": "t"}] * 50, **options)
-    with pytest.raises(InvalidFileFormatError, match="DELTA_BYTE_ARRAY"):
-        check(path)
+    assert check(write(tmp_path / "rows", [{"text": "t"}] * 50, **options)).num_rows == 50
 
 
 def test_a_long_row_is_told_and_those_around_it_are_read(tmp_path):
@@ -256,23 +231,12 @@ def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(tmp_path):
     assert [row.number for row in rows] == list(range(2, 91))
 
 
-_DAMAGED = """
-import sys
-from pathlib import Path
-from luthier.data.containers.base import Limits
-from luthier.data.containers.parquet import read_parquet
-
-path = Path(sys.argv[1])
-whole = path.read_bytes()
-begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-for place in range(begin, len(whole) - 8, 3):
-    for value in (29, 255):
-        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
-        list(read_parquet(path, Limits()))
-"""
-
-
 def test_a_damaged_table_of_contents_is_a_fault_and_ends_no_process(tmp_path):
     rows = [{"messages": [USER, ANSWER]}] * 20
     path = write(tmp_path / "rows", rows, store_schema=False, row_group_size=10)
-    subprocess.run([sys.executable, "-c", _DAMAGED, str(path)], check=True, capture_output=True)
+    whole = path.read_bytes()
+    begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for place in range(begin, len(whole) - 8, (len(whole) - begin) // 8):
+        path.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        found = list(read_parquet(path, Limits()))
+        assert len(found) == 20 or any(isinstance(one, Fault) for one in found), place

@@ -8,20 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.core.errors import InvalidFileFormatError
+from luthier.data.containers.base import Limits
 from luthier.data.validate import MAX_FAULTS, FileChecker, FileFacts
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
 
 def check(content: bytes, *, chunk_bytes: int = 1 << 20, max_line_bytes: int = 4096) -> FileFacts:
-    checker = FileChecker(max_line_bytes=max_line_bytes)
+    checker = FileChecker(Limits(max_line_bytes))
     for start in range(0, len(content), chunk_bytes):
         checker.feed(content[start : start + chunk_bytes])
     return checker.finish()
 
 
 def outcome(content: bytes, cuts: list[int], max_line_bytes: int = 200) -> FileFacts | str:
-    checker = FileChecker(max_line_bytes=max_line_bytes)
+    checker = FileChecker(Limits(max_line_bytes))
     places = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
     try:
         for start, end in itertools.pairwise(places):
@@ -155,7 +156,7 @@ def test_no_more_than_forty_characters_of_a_row_are_told():
 
 
 def test_memory_stays_constant_over_an_endless_line():
-    checker = FileChecker(max_line_bytes=64 * 1024)
+    checker = FileChecker(Limits(64 * 1024))
     chunk = b"z" * (256 * 1024)
     tracemalloc.start()
     for _ in range(200):
@@ -165,3 +166,13 @@ def test_memory_stays_constant_over_an_endless_line():
     with pytest.raises(InvalidFileFormatError, match="longer than 65536 bytes"):
         checker.finish()
     assert peak_bytes < 2 * 1024 * 1024
+
+
+def test_a_row_counts_for_200_bytes_of_what_a_file_may_hold() -> None:
+    row = b'{"text": "t"}\n'
+    checker = FileChecker(Limits(max_expanded_bytes=20_000))
+    checker.feed(row * 100)
+    assert checker.finish().num_rows == 100
+    checker = FileChecker(Limits(max_expanded_bytes=20_000))
+    with pytest.raises(InvalidFileFormatError, match="more than 100 rows"):
+        checker.feed(row * 101)

@@ -8,6 +8,7 @@ import pytest
 from examples.support import generate
 from examples.support.generate import FOLDER, NUM_ROWS, SYSTEM, Row, make_data_set
 from examples.support.score import ALLOWED, KEYS, parse_answer
+from luthier.data.containers.base import Limits
 from luthier.data.validate import FileChecker
 
 FILES = ("train", "validation", "heldout")
@@ -43,7 +44,7 @@ def test_the_generator_is_repeatable_and_its_seed_matters(rows: dict[str, list[R
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_service_accepts_every_file(name: str) -> None:
-    checker = FileChecker(max_line_bytes=1024 * 1024)
+    checker = FileChecker(Limits(1024 * 1024))
     checker.feed((FOLDER / f"{name}.jsonl").read_bytes())
     assert checker.finish().num_rows == NUM_ROWS[name]
 

@@ -1,0 +1,132 @@
+"""Checking a file's rows in a process of its own: `python -m luthier.data.check_process`, by `CheckProcess`.
+
+Reading JSON holds Python's lock, which the event loop needs. The process has the file on stdin, or its path,
+and nothing else: no settings, no secrets. It answers with one line, and ends with its starter: then its pipes
+end.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from luthier.core.errors import InvalidFileFormatError, UnavailableError
+from luthier.core.process import bare_environment
+from luthier.data.containers.base import Limits
+from luthier.data.validate import FileChecker, FileFacts
+
+_READ_BYTES = 256 * 1024
+
+
+class _Question(msgspec.Struct):
+    """What may the file cost, and where it is when it does not come on stdin."""
+
+    limits: Limits
+    path: str | None
+
+
+class _Answer(msgspec.Struct):
+    """The facts of a file, or what is wrong with it."""
+
+    facts: FileFacts | None = None
+    fault: str = ""
+
+
+class CheckProcess:
+    """One process that checks one file. Its methods block; `kill` may be called from another thread.
+
+    Args:
+        path: the whole file, which then is not fed.
+    """
+
+    def __init__(self, limits: Limits, path: Path | None) -> None:
+        question = msgspec.json.encode(_Question(limits, None if path is None else str(path)))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "luthier.data.check_process", question.decode()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                env=bare_environment(),
+                # A Ctrl-C is for the starter, which may finish what it received.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UnavailableError(
+                "No process could be started to check the file's rows; try again. Operator: the machine is "
+                "short of memory, or of processes."
+            ) from error
+        assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
+        self._input, self._output = self._process.stdin, self._process.stdout
+
+    def feed(self, chunk: bytes) -> None:
+        """Hand over the next bytes.
+
+        Raises:
+            InvalidFileFormatError: when the process has refused the file already.
+            UnavailableError: when it has ended without an answer.
+        """
+        rest = memoryview(chunk)
+        try:
+            while rest:
+                rest = rest[self._input.write(rest) :]
+        except BrokenPipeError:
+            self.finish()
+
+    def finish(self) -> FileFacts:
+        """Wait for the answer.
+
+        Raises:
+            InvalidFileFormatError: when the file breaks its format.
+            UnavailableError: when the process has ended without an answer.
+        """
+        self._input.close()
+        content = self._output.read()
+        if not content:
+            raise UnavailableError(
+                "The process that checked the file's rows has ended; try again. Operator: see whether the "
+                "machine is short of memory."
+            )
+        answer = msgspec.json.decode(content, type=_Answer)
+        if answer.facts is None:
+            raise InvalidFileFormatError(answer.fault, param="file")
+        return answer.facts
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process, and release its pipes; no other thread may use it any more."""
+        self._process.kill()
+        self._process.wait()
+        self._input.close()
+        self._output.close()
+
+
+def _check(question: _Question) -> FileFacts:
+    checker = FileChecker(question.limits)
+    if question.path is not None:
+        path = Path(question.path)
+        with path.open("rb") as source:
+            checker.feed(source.read(_READ_BYTES))
+        return checker.finish(path)
+    while chunk := os.read(sys.stdin.fileno(), _READ_BYTES):
+        checker.feed(chunk)
+    return checker.finish()
+
+
+def main() -> None:
+    """Check the file, and write the answer on stdout."""
+    try:
+        answer = _Answer(_check(msgspec.json.decode(sys.argv[1], type=_Question)))
+    except InvalidFileFormatError as error:
+        answer = _Answer(fault=error.message)
+    sys.stdout.buffer.write(msgspec.json.encode(answer))
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
