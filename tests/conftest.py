@@ -49,6 +49,14 @@ TINY_BASE = BASE_ID
 _START_SECONDS = 60.0
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the tests of benchmarks and examples, which guard no product code, to `make test-full`."""
+    for item in items:
+        if item.path.parent.name in {"benchmarks", "examples"}:
+            item.add_marker(pytest.mark.full)
+
+
 def wait_until(condition: object, *, seconds: float = _START_SECONDS, what: str = "condition") -> None:
     """Poll until a condition holds, and fail the test when it does not in time."""
     assert callable(condition)

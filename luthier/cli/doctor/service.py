@@ -28,15 +28,17 @@ def check_home(home: Path) -> Finding:
 
 def check_left_databases() -> list[Finding]:
     """Databases that root keeps outside the homes belong to homes that are still there."""
-    left = [
-        path.parent
+    left = {
+        path.parent: path.read_text().strip()
         for path in sorted(state_root().glob("*/home"))
         if os.access(path, os.R_OK) and not Path(path.read_text().strip()).exists()
-    ]
+    }
     if not left:
         return []
-    advice = "when they are not needed any more: rm -r " + " ".join(map(str, left))
-    return [Finding("old databases", "warn", f"{len(left)} belong to homes that are gone", advice)]
+    named = ", ".join(f"{folder} (of {home})" for folder, home in left.items())
+    # A home may be on a disk that is not mounted now, or in a container: nothing is proposed for removal.
+    advice = "mount the disk of a home that is still used; ask the owner of a home before its database goes"
+    return [Finding("old databases", "warn", f"their homes are not found here: {named}", advice)]
 
 
 def check_database(home: Path, settings: Settings) -> Finding:
