@@ -15,7 +15,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.metrics import ApiMetrics
+from api.usage_recorder import UsageRecorder
 from luthier.core.ids import new_id
+from services.scope import Scope as Caller
+from services.usage import TokenCounts, UsageOwner
 
 # What proxies log for a client that left before its answer.
 _CLIENT_LEFT = 499
@@ -27,8 +30,9 @@ class RequestLogMiddleware:
     Routes add to `request.state`: `caller` (a services.scope.Scope), `model` and `usage`.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: ApiMetrics, is_logged: bool) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: ApiMetrics, usage: UsageRecorder, is_logged: bool) -> None:
         self._app = app
+        self._usage = usage
         self._metrics = metrics
         self._is_logged = is_logged
 
@@ -69,8 +73,20 @@ class RequestLogMiddleware:
             if is_stream:
                 self._metrics.open_streams.dec()
             self._metrics.observe_request(scope["method"], route_template(scope), status, seconds)
+            self._count_tokens(state)
             if self._is_logged:
                 _write(scope, status, is_complete, seconds)
+
+    def _count_tokens(self, state: dict[str, Any]) -> None:
+        used: TokenCounts | None = state.get("usage")
+        caller: Caller | None = state.get("caller")
+        # Nothing is known of a request that was refused, or whose client left before its answer began.
+        if used is None or caller is None or not used.num_requests:
+            return
+        self._metrics.count_tokens(used)
+        assert caller.key_id is not None
+        owner = UsageOwner(caller.organization_id, caller.project_id, caller.key_id, state["model"])
+        self._usage.add(owner, used)
 
 
 def route_template(scope: Scope) -> str | None:

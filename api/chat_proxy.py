@@ -9,16 +9,20 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from luthier.core.errors import LuthierError, UnavailableError
-from luthier.core.inference import ModelTarget
+from luthier.core.inference import HEADER_USAGE, USAGE_EVENT, ModelTarget, TokenUsage
 from luthier.inference.backends.base import Backend
 from luthier.inference.streaming import EventStream, while_connected
+from services.usage import TokenCounts
 
 _END_OF_EVENT = b"\n\n"
+_USAGE = _END_OF_EVENT + USAGE_EVENT
 _NUMBER = re.compile(rb'"sequence_number":(\d+)')
 RESPONSES_PATH = "/v1/responses"
 
 
-async def ask(request: Request, backend: Backend, path: str, body: bytes, target: ModelTarget) -> Response:
+async def ask(
+    request: Request, backend: Backend, path: str, body: bytes, target: ModelTarget, usage: TokenCounts
+) -> Response:
     """Return an inference server's answer, which stops when the client disconnects.
 
     Args:
@@ -27,24 +31,51 @@ async def ask(request: Request, backend: Backend, path: str, body: bytes, target
         path: of the endpoint.
         body: the request's, as it came.
         target: what the name in it stands for.
+        usage: what the answer used is added to it as it becomes known.
 
     Raises:
         LuthierError: why no server could be asked, or why it broke off before its stream began.
     """
     reply = await while_connected(request, backend.complete(path, body, target))
+    headers = dict(reply.headers)
+    used = headers.pop(HEADER_USAGE, None)
+    if used is not None:
+        _set(usage, TokenUsage.from_text(used))
     if reply.events is None:
-        return Response(reply.content, reply.status, dict(reply.headers))
-    return EventStream(_relay(path, reply.events), reply.aclose, reply.headers)
+        return Response(reply.content, reply.status, headers)
+    usage.num_requests = 1
+    return EventStream(_relay(path, reply.events, usage), reply.aclose, headers)
 
 
-async def _relay(path: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield whole events; a stream that breaks off ends with an error event in its endpoint's shape."""
+def _set(usage: TokenCounts, used: TokenUsage) -> None:
+    usage.num_requests = 1
+    usage.input_tokens, usage.input_cached_tokens, usage.output_tokens = used
+
+
+def _take_usage(events: bytes, usage: TokenCounts) -> bytes:
+    """Return the events without the one that says what the stream used."""
+    before, _, rest = (_END_OF_EVENT + events).partition(_USAGE)
+    text, _, after = rest.partition(_END_OF_EVENT)
+    _set(usage, TokenUsage.from_text(text.decode()))
+    return (before + _END_OF_EVENT + after).removeprefix(_END_OF_EVENT)
+
+
+async def _relay(path: str, pieces: AsyncIterator[bytes], usage: TokenCounts) -> AsyncIterator[bytes]:
+    """Yield whole events; a stream that breaks off ends with an error event in its endpoint's shape.
+
+    Until the stream says what it used, each event counts as a token: so a client that leaves is counted, too.
+    """
     rest = first = last = b""
+    is_reported = False
     try:
         async for piece in pieces:
             events, end, rest = (rest + piece).rpartition(_END_OF_EVENT)
             if end:
                 last = events + end
+                if _USAGE in last or last.startswith(USAGE_EVENT):
+                    last, is_reported = _take_usage(last, usage), True
+                elif not is_reported:
+                    usage.output_tokens += last.count(_END_OF_EVENT)
                 first = first or last
                 yield last
     except UnavailableError as error:

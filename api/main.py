@@ -119,7 +119,7 @@ def create_app(parts: Parts) -> FastAPI:
         expose_headers=_EXPOSED_HEADERS,
     )
     is_logged = parts.settings.log_level in {"debug", "info"}
-    app.add_middleware(RequestLogMiddleware, metrics=parts.metrics, is_logged=is_logged)
+    app.add_middleware(RequestLogMiddleware, metrics=parts.metrics, usage=parts.usage, is_logged=is_logged)
     # Routes are tried in order: those first that are asked most. What answers and lists models is asked by
     # clients that add parameters of their own.
     for module in (chat, health, metrics, models):

@@ -1,7 +1,7 @@
 """What requests for answers mean: whose they are, and what runs for them; many of them by two statements."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
@@ -16,11 +16,16 @@ from services.scope import Scope
 _MAX_NAME_CHARACTERS = 1024
 
 
-class Call(NamedTuple):
-    """A request's key in plain text, and the public name that it asks for, or what is wrong with that."""
+@dataclass
+class Call:
+    """A request's key in plain text, and the public name that it asks for, or what is wrong with that.
+
+    `caller` is set once the key was looked up; None where it opens nothing.
+    """
 
     key: str
     name: str | LuthierError
+    caller: Scope | None = None
 
 
 def find_targets(
@@ -35,7 +40,9 @@ def find_targets(
         What runs for each, or why nothing does.
     """
     scopes = keys.authenticate_all(session, {call.key for call in calls})
-    asked = [_to_asked(scopes[call.key], call.name) for call in calls]
+    for call in calls:
+        call.caller = scopes[call.key]
+    asked = [_to_asked(call.caller, call.name) for call in calls]
     names = dict.fromkeys(one for one in asked if isinstance(one, Asked))
     targets = models.resolve_all(session, catalogue, [*names]) if names else {}
     return [targets[one] if isinstance(one, Asked) else one for one in asked]

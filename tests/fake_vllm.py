@@ -17,6 +17,8 @@ from starlette.routing import Route
 
 from luthier.core.canary import CANARY_NAME
 
+_USAGE = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+
 
 def refusal(status: int, message: str) -> JSONResponse:
     error = {"message": message, "type": "some", "param": None, "code": status}
@@ -90,14 +92,14 @@ class FakeVllm:
             return refusal(400, "This model's maximum context length is 256 tokens.")
         is_chat = request.url.path.endswith("chat/completions")
         if asked.get("stream"):
-            return StreamingResponse(self._events(name, is_chat), media_type="text/event-stream")
+            return StreamingResponse(self._events(name, is_chat, asked), media_type="text/event-stream")
         self.num_running += 1
         await asyncio.to_thread(self.gate.wait)
         self.num_running -= 1
         message = {"role": "assistant", "content": f"I am {name}", "tool_calls": [], "reasoning": None}
         said = {"message": message} if is_chat else {"text": f"I am {name}"}
         choice = {"index": 0, "finish_reason": "stop", "stop_reason": 7, "token_ids": None, **said}
-        return JSONResponse(self._object(name, [choice]) | {"usage": {"total_tokens": 3}})
+        return JSONResponse(self._object(name, [choice]) | {"usage": _USAGE})
 
     def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -110,13 +112,15 @@ class FakeVllm:
             "kv_transfer_params": None,
         }
 
-    async def _events(self, name: str, is_chat: bool) -> AsyncGenerator[str]:
+    async def _events(self, name: str, is_chat: bool, asked: dict[str, Any]) -> AsyncGenerator[str]:
         self.num_running += 1
         try:
             for word in ("I am ", name):
                 said = {"delta": {"content": word}} if is_chat else {"text": word}
                 yield f"data: {json.dumps(self._object(name, [{'index': 0, **said}]))}\n\n"
                 await asyncio.to_thread(self.gate.wait)
+            if asked.get("stream_options", {}).get("include_usage"):
+                yield f"data: {json.dumps(self._object(name, []) | {'usage': _USAGE})}\n\n"
             yield "data: [DONE]\n\n"
         finally:
             self.num_running -= 1

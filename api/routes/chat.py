@@ -16,6 +16,7 @@ from luthier.core.errors import (
     TooLargeError,
 )
 from services.targets import Call
+from services.usage import TokenCounts
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 
@@ -58,8 +59,14 @@ async def _answer(request: Request, parts: Parts, path: str) -> Response:
         # Nobody without a key makes work of this size.
         await get_scope_apart(request, parts)
         name = await run_in_threadpool(_model_name, body)
-    target = await parts.resolver.resolve(Call(key, name))
-    return await ask(request, parts.backend, path, body, target)
+    call = Call(key, name)
+    try:
+        target = await parts.resolver.resolve(call)
+    finally:
+        request.state.caller = call.caller
+    usage = TokenCounts()
+    request.state.model, request.state.usage = target.model, usage
+    return await ask(request, parts.backend, path, body, target, usage)
 
 
 @router.post("/chat/completions")

@@ -3,6 +3,8 @@
 The API names its target in headers. A worker asks for the server's memory, and tells it a ceiling.
 """
 
+from typing import NamedTuple
+
 from pydantic import BaseModel, ConfigDict, Field
 
 MEMORY_PATH = "/internal/memory"
@@ -16,6 +18,33 @@ HEADER_FOUNDATION_DIGEST = "x-luthier-foundation-digest"
 HEADER_MODEL = "x-luthier-model"
 HEADER_PROJECT = "x-luthier-project"
 HEADER_PINNED = "x-luthier-pinned"
+# What an answer used: of a whole one all of it, of a stream what its prompts took. A request with it asks a
+# stream for an event that says what it used in all.
+HEADER_USAGE = "x-luthier-usage"
+# Begins that event, a comment, which the API takes out. No text of an answer looks like it: a line break
+# is escaped in JSON.
+USAGE_EVENT = b": usage "
+
+
+class TokenUsage(NamedTuple):
+    """Tokens of a request; cached ones are among the input's."""
+
+    input_tokens: int
+    input_cached_tokens: int
+    output_tokens: int
+
+    def to_text(self) -> str:
+        """Return it as header and event have it."""
+        return ",".join(map(str, self))
+
+    def to_event(self) -> bytes:
+        """Return the event that goes before a stream's last one."""
+        return USAGE_EVENT + self.to_text().encode() + b"\n\n"
+
+    @classmethod
+    def from_text(cls, text: str) -> "TokenUsage":
+        """Read what a header or an event has."""
+        return cls(*map(int, text.split(",")))
 
 
 class ModelTarget(BaseModel):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from luthier.core.errors import LuthierError
+from luthier.core.inference import TokenUsage
 from luthier.data.tokens import Tokenizer
 from luthier.inference.call_reader import CallBegun
 from luthier.inference.parts import Ended, EndReason, Part, WholeAnswer
@@ -38,6 +39,11 @@ class Usage(NamedTuple):
 
     num_prompt_tokens: int
     num_completion_tokens: int
+
+
+def token_usage(counted: Usage) -> TokenUsage:
+    """Return what the API counts of an answer."""
+    return TokenUsage(counted.num_prompt_tokens, 0, counted.num_completion_tokens)
 
 
 def usage(counted: Usage) -> dict[str, Any]:

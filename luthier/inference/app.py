@@ -20,9 +20,9 @@ from starlette.types import ASGIApp
 from luthier.core.clock import now_seconds
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
-from luthier.core.inference import HEADER_DIGEST, MEMORY_PATH, ModelTarget
+from luthier.core.inference import HEADER_DIGEST, HEADER_USAGE, MEMORY_PATH, ModelTarget, TokenUsage
 from luthier.core.settings import Settings
-from luthier.inference.answers import ChatShape, CompletionShape, Shape
+from luthier.inference.answers import ChatShape, CompletionShape, Shape, token_usage
 from luthier.inference.bases import ReadyModel
 from luthier.inference.engine import Engine
 from luthier.inference.generation import Generation
@@ -201,12 +201,15 @@ class Service:
             collecting = collect(generation.events(), plan.make_reader, plan.num_choices)
             answers = await while_connected(request, collecting)
             counted = usage_of(generation)
+            headers[HEADER_USAGE] = token_usage(counted).to_text()
             if sum(len(answer.choices) for answer in answers) > _MAX_CHOICES_AT_ONCE:
                 return json_response(await asyncio.to_thread(shape.whole, answers, counted), headers=headers)
             return json_response(shape.whole(answers, counted), headers=headers)
-        streamed = StreamedAnswer(shape, generation, plan.make_reader)
+        reports_usage = HEADER_USAGE in request.headers
+        streamed = StreamedAnswer(shape, generation, plan.make_reader, reports_usage=reports_usage)
         # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
         begun = await while_connected(request, streamed.start())
+        headers[HEADER_USAGE] = TokenUsage(generation.num_prompt_tokens, 0, 0).to_text()
         release = stack.pop_all()
 
         async def close() -> None:

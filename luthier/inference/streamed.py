@@ -3,7 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from luthier.inference.answers import Shape, Usage
+from luthier.inference.answers import Shape, Usage, token_usage
 from luthier.inference.call_reader import CallReader
 from luthier.inference.faults import to_told
 from luthier.inference.generation import Generation, IndexedEvent
@@ -18,11 +18,18 @@ class StreamedAnswer:
 
     Args:
         make_reader: as PartReader takes it.
+        reports_usage: whether an event of the usage goes before the last ones.
     """
 
     def __init__(
-        self, shape: Shape, generation: Generation, make_reader: Callable[[], CallReader | None]
+        self,
+        shape: Shape,
+        generation: Generation,
+        make_reader: Callable[[], CallReader | None],
+        *,
+        reports_usage: bool = False,
     ) -> None:
+        self._reports_usage = reports_usage
         self._shape = shape
         self._generation = generation
         self._reader = PartReader(make_reader)
@@ -65,7 +72,10 @@ class StreamedAnswer:
             for part in self._reader.read(index, event):
                 events += self._shape.part_events(part)
         if not self._generation.is_open:
-            events += self._shape.last_events(usage_of(self._generation))
+            counted = usage_of(self._generation)
+            if self._reports_usage:
+                events.append(token_usage(counted).to_event())
+            events += self._shape.last_events(counted)
         return events
 
 

@@ -20,6 +20,7 @@ from luthier.core.errors import (
     UnknownParameterError,
     UnsupportedValueError,
 )
+from luthier.core.inference import TokenUsage
 from luthier.inference.fields import IGNORED_FIELDS, drop_neutral, read_object
 
 CHAT = "/v1/chat/completions"
@@ -128,10 +129,13 @@ class Renaming:
 
     Args:
         digest: of what answers; None where it is not known.
+        shows_usage: whether a stream's client asked for its usage, for which vLLM is asked in any case.
     """
 
-    def __init__(self, model: str, digest: str | None) -> None:
+    def __init__(self, model: str, digest: str | None, *, shows_usage: bool) -> None:
         self._model = model
+        self._shows_usage = shows_usage
+        self.used = TokenUsage(0, 0, 0)
         self._fingerprint = None if digest is None else digest.removeprefix("sha256:")[:12]
 
     def whole(self, content: bytes) -> bytes:
@@ -146,6 +150,8 @@ class Renaming:
                 raise read_error(500, content)
             told = {name: answer[name] for name in _ANSWER_FIELDS if name in answer}
             told["choices"] = [_trim(choice) for choice in answer["choices"]]
+            if told.get("usage") is not None:
+                self.used = _read_usage(told["usage"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LuthierError("The model server's answer could not be read.") from error
         told |= {"model": self._model, "system_fingerprint": self._fingerprint}
@@ -155,13 +161,28 @@ class Renaming:
         """Yield a stream's events under the public name; a failure that vLLM sends is one of ours."""
         async for event in events:
             if event.data == "[DONE]":
-                yield b"data: [DONE]\n\n"
+                yield self.used.to_event() + b"data: [DONE]\n\n"
                 continue
             try:
                 content = self.whole(event.data.encode())
+                if not self._shows_usage and _is_usage_alone(content):
+                    continue
             except LuthierError as error:
                 content = json.dumps(error.to_body()).encode()
             yield b"data: " + content + b"\n\n"
+
+
+def _read_usage(usage: Any) -> TokenUsage:
+    details = usage.get("prompt_tokens_details") or {}
+    return TokenUsage(
+        usage.get("prompt_tokens") or 0,
+        details.get("cached_tokens") or 0,
+        usage.get("completion_tokens") or 0,
+    )
+
+
+def _is_usage_alone(content: bytes) -> bool:
+    return b'"choices":[]' in content
 
 
 def _trim(choice: Mapping[str, Any]) -> dict[str, Any]:

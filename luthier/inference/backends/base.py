@@ -35,6 +35,7 @@ async def _nothing_to_close() -> None:
 class Reply(NamedTuple):
     """An upstream's answer: its status, the headers worth passing on, and its body.
 
+    The header HEADER_USAGE says what it used, of a stream its prompts, which then ends with an event of it.
     `content` is the whole body, except of a stream of server-sent events, whose pieces `events` yields as
     they come. Who takes a stream calls `aclose` in every case; before the end it makes the upstream stop.
     """

@@ -3,14 +3,14 @@
 import json
 
 from luthier.core.errors import UnavailableError
-from luthier.core.inference import HEADER_DIGEST, HEADER_TOKEN, ModelTarget
+from luthier.core.inference import HEADER_DIGEST, HEADER_TOKEN, HEADER_USAGE, ModelTarget
 from luthier.core.settings import Settings
 from luthier.inference.backends._client import InferenceClient, is_local
 from luthier.inference.backends.base import Health, Reply
 
 _STATE_PATH = "/internal/state"
 _PASSED_HEADERS = frozenset(
-    {"content-type", "retry-after", "cache-control", "x-accel-buffering", HEADER_DIGEST}
+    {"content-type", "retry-after", "cache-control", "x-accel-buffering", HEADER_DIGEST, HEADER_USAGE}
 )
 
 
@@ -39,7 +39,7 @@ class EngineBackend:
             NotAcceptedError: when the server can't be reached, so that another may be asked.
             UnavailableError: when it disconnected in the middle.
         """
-        response = await self._client.post(path, body, target.to_headers())
+        response = await self._client.post(path, body, target.to_headers() | {HEADER_USAGE: "1"})
         status = response.status_code
         passed = {name: value for name, value in response.headers.items() if name in _PASSED_HEADERS}
         if not passed.get("content-type", "").startswith("text/event-stream"):

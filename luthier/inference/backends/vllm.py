@@ -19,7 +19,7 @@ from luthier.core.errors import (
     UnavailableError,
     UnsupportedValueError,
 )
-from luthier.core.inference import HEADER_DIGEST, ModelTarget
+from luthier.core.inference import HEADER_DIGEST, HEADER_USAGE, ModelTarget
 from luthier.core.settings import Settings
 from luthier.inference.backends import _vllm_proof
 from luthier.inference.backends._client import InferenceClient
@@ -173,6 +173,10 @@ class VllmBackend:
             raise UnsupportedValueError(
                 "max_tokens must be at least 1: vLLM gives no answer without a token.", param="max_tokens"
             )
+        is_stream = bool(asked.get("stream"))
+        shows_usage = bool(asked.get("stream_options", {}).get("include_usage"))
+        if is_stream:
+            asked |= {"stream_options": {"include_usage": True}}
         response = await self._client.post(path, json.dumps(asked).encode())
         async with AsyncExitStack() as stack:
             # Or vLLM would continue an answer that is read by no client.
@@ -183,11 +187,12 @@ class VllmBackend:
                 raise read_error(response.status_code, await self._client.read(response))
             digest = target.digest or await asyncio.to_thread(self._artifacts.base_digest, target.base_id)
             headers = {} if digest is None else {HEADER_DIGEST: digest}
-            renaming = Renaming(target.model, digest)
-            if not asked.get("stream"):
+            renaming = Renaming(target.model, digest, shows_usage=shows_usage)
+            if not is_stream:
                 whole = renaming.whole(await self._client.read(response))
                 release()
-                return Reply(200, headers | {"content-type": "application/json"}, whole)
+                headers |= {"content-type": "application/json", HEADER_USAGE: renaming.used.to_text()}
+                return Reply(200, headers, whole)
             headers |= {"content-type": "text/event-stream", "cache-control": "no-cache"}
             events = renaming.events(self._client.events(response))
             stack.callback(release)

@@ -131,7 +131,7 @@ def test_base_and_adapter_answer_under_their_public_names_with_openai_s_fields_a
                     "message": {"role": "assistant", "content": f"I am {name_of(tuned)}"},
                 }
             ],
-            "usage": {"total_tokens": 3},
+            "usage": {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3},
             "system_fingerprint": str(tuned.digest)[7:19],
         }
         await read(await ask(backend, tuned, COMPLETIONS))
@@ -153,11 +153,15 @@ def test_a_stream_is_renamed_event_by_event_and_closing_it_stops_vllm(bench: Ben
     async def run(backend: Backend) -> None:
         reply = await ask(backend, tuned, stream=True)
         content = b"".join([piece async for piece in reply.events]).decode()
-        *events, last = content.removesuffix("\n\n").split("\n\n")
-        assert last == "data: [DONE]"
+        *events, used, last = content.removesuffix("\n\n").split("\n\n")
+        # vLLM was asked for its usage, the client did not.
+        assert (used, last) == (": usage 2,0,1", "data: [DONE]")
         chunks = [json.loads(event.removeprefix("data: ")) for event in events]
         assert [chunk["model"] for chunk in chunks] == ["ft:one"] * 2
         assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == f"I am {name_of(tuned)}"
+        reply = await ask(backend, tuned, stream=True, stream_options={"include_usage": True})
+        content = b"".join([piece async for piece in reply.events]).decode()
+        assert json.loads(content.split("\n\n")[2].removeprefix("data: "))["usage"]["completion_tokens"] == 1
         bench.vllm.gate.clear()
         reply = await ask(backend, tuned, stream=True)
         await anext(reply.events)

@@ -13,6 +13,7 @@ from api.chat_proxy import RESPONSES_PATH, ask
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends.base import Backend, Reply
+from services.usage import TokenCounts
 
 CHAT = "/v1/chat/completions"
 STREAM = "text/event-stream; charset=utf-8"
@@ -46,8 +47,11 @@ async def _stay() -> Message:
     raise AssertionError
 
 
-def _read(path: str = CHAT, pieces: tuple[bytes, ...] = (b'data: {"id": 1}\n\n',)) -> list[bytes]:
+def _read(
+    path: str = CHAT, pieces: tuple[bytes, ...] = (b'data: {"id": 1}\n\n',), usage: TokenCounts | None = None
+) -> list[bytes]:
     sent: list[Message] = []
+    counts = usage or TokenCounts()
     server = _Server(list(pieces))
 
     async def send(message: Message) -> None:
@@ -56,7 +60,7 @@ def _read(path: str = CHAT, pieces: tuple[bytes, ...] = (b'data: {"id": 1}\n\n',
     async def run() -> None:
         target = ModelTarget(model="m", base_id="b", project_id="p")
         scope = {"type": "http", "headers": [], "asgi": {"version": "3.0", "spec_version": "2.3"}}
-        answer = await ask(Request(scope, _stay), cast("Backend", server), path, b"{}", target)
+        answer = await ask(Request(scope, _stay), cast("Backend", server), path, b"{}", target, counts)
         await answer(scope, _stay, send)
 
     asyncio.run(run())
@@ -109,3 +113,20 @@ def test_a_response_of_whose_beginning_nothing_was_sent_ends_with_an_error_alone
     (last,) = _read(RESPONSES_PATH, (b"event: response.cre", b"ated\n"))
     assert last.startswith(b"event: error\n")
     assert b"response.failed" not in last
+
+
+@pytest.mark.parametrize("num_bytes", [1, 7, 1000])
+def test_the_event_of_usage_is_counted_and_not_passed_on_however_it_comes(num_bytes: int) -> None:
+    text = b'data: {"a": ": usage 9,9,9"}\n\n'
+    stream = text + b": usage 5,2,3\n\ndata: [DONE]\n\n"
+    pieces = tuple(stream[at : at + num_bytes] for at in range(0, len(stream), num_bytes))
+    usage = TokenCounts()
+    *passed, _broken_off = _read(pieces=pieces, usage=usage)
+    assert b"".join(passed) == text + b"data: [DONE]\n\n"
+    assert usage == TokenCounts(1, 5, 2, 3)
+
+
+def test_a_stream_that_breaks_off_counts_its_events() -> None:
+    usage = TokenCounts()
+    _read(pieces=(b"data: 1\n\n", b"data: 2\n\ndata: 3\n\n"), usage=usage)
+    assert (usage.num_requests, usage.output_tokens) == (1, 3)
