@@ -318,7 +318,9 @@ def _crashed(session: Session, job: Job, error: LuthierError, max_attempts: int)
         job.status = WAITS_AS[JobStatus(job.status)].value
         goes_on = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"
         where = "its last save point" if job.save_points else "its beginning"
-        told = NewEvent(f"{error.message} The job {goes_on} {where}.", level="warn", data={})
+        told = NewEvent(
+            f"{error.message} The job {goes_on} {where}.", level="warn", data={"code": error.code}
+        )
     session.flush()
     events.append(session, job.id, [told])
     return JobStatus(job.status)

@@ -8,13 +8,14 @@ from enum import StrEnum
 from sqlalchemy import func
 
 from luthier.core import errors
-from luthier.core.errors import JobError, WorkerCrashedError
+from luthier.core.errors import JobError, StalledError, WorkerCrashedError
 from luthier.core.events import (
     CheckpointEvent,
     EvaluatedEvent,
     FailedEvent,
     FinishedEvent,
     MessageEvent,
+    ProgressEvent,
     SavePointEvent,
     StartedEvent,
     StepEvent,
@@ -34,7 +35,8 @@ from worker.tracking import Tracking
 
 # Metrics are written in batches, at most two a second.
 _FLUSH_SECONDS = 0.5
-_MAX_STOP_SECONDS = 30.0
+# A process may be silent for so many times its longest silence that something came after.
+_STALL_FACTOR = 5.0
 
 
 class Ending(StrEnum):
@@ -102,6 +104,9 @@ class TrainingRun:
     _ending: Ending | None = field(default=None, init=False)
     _is_stop_asked: bool = field(default=False, init=False)
     _worker_stops_at: float | None = field(default=None, init=False)
+    # When the process last showed that it goes on, and the longest that it had been silent before.
+    _progress_at: float = field(default=0.0, init=False)
+    _longest_silence: float = field(default=0.0, init=False)
     _failure: JobError | None = field(default=None, init=False)
 
     def supervise(self, child: TrainingChild) -> Ending:
@@ -115,9 +120,12 @@ class TrainingRun:
             LuthierError: when the job must fail.
         """
         flushed_at = 0.0
+        self._progress_at = time.monotonic()
         while (exit_code := child.exit_code()) is None:
             for event in child.poll_events(_FLUSH_SECONDS):
+                came_at = time.monotonic()
                 self._take(event)
+                self._note_progress(event, came_at)
             if self._ending is not None:
                 # The lease is given up, so there is nothing left to keep; the process has said all it had to.
                 return self._ending
@@ -127,8 +135,34 @@ class TrainingRun:
                 flushed_at = now
             self.keeper.check()
             self._pass_on_stop(child, now)
+            if now - self._progress_at > self._stall_seconds:
+                child.kill_group()
+                return self._end_stalled()
         self.keeper.check()
         return self._end_without_a_word(exit_code)
+
+    def _note_progress(self, event: TrainingEvent, came_at: float) -> None:
+        """Restart the stall timer once an event is dealt with: storing an artifact is no silence."""
+        if self._is_stop_asked and isinstance(event, StepEvent | ProgressEvent):
+            # It was to finish one step and save.
+            return
+        self._longest_silence = max(self._longest_silence, came_at - self._progress_at)
+        self._progress_at = time.monotonic()
+
+    @property
+    def _stall_seconds(self) -> float:
+        return max(self.context.settings.stall_seconds, _STALL_FACTOR * self._longest_silence)
+
+    def _end_stalled(self) -> Ending:
+        self.outbox.flush()
+        if self._is_stop_asked:
+            return self._end_stopped()
+        return self._retry_or_fail(
+            StalledError(
+                f"Training made no progress for {self._stall_seconds:.0f} s after step {self._step}, and was "
+                "ended (LUTHIER_STALL_SECONDS)."
+            )
+        )
 
     def _pass_on_stop(self, child: TrainingChild, now: float) -> None:
         is_worker_stopping = self.context.stopping.is_set()
@@ -138,12 +172,12 @@ class TrainingRun:
             job_id, epoch = self.lease.job_id, self.lease.epoch
             self.outbox.write(lambda session: attempts.note_stopping(session, job_id, epoch))
         if not is_worker_stopping:
-            # A pause may take as long as a step and its save point do.
+            # A pause may take as long as a step and its save point do, but may not stall.
             return
         if self._worker_stops_at is None:
-            self._worker_stops_at = now + _MAX_STOP_SECONDS
+            self._worker_stops_at = now + self.context.settings.stop_seconds
         elif now > self._worker_stops_at:
-            child.kill()
+            child.kill_group()
 
     def _take(self, event: TrainingEvent) -> None:
         if self.tracking is not None:
@@ -164,6 +198,8 @@ class TrainingRun:
                 self._ending = Ending.SUCCEEDED
             case StoppedEvent():
                 self._ending = self._end_stopped()
+            case ProgressEvent():
+                pass
             case MessageEvent():
                 self.outbox.tell(event.message, level=event.level)
             case FailedEvent():
@@ -213,9 +249,11 @@ class TrainingRun:
             # It was asked to stop before its first step, or ran out of time to: nobody's crash.
             return self._end_stopped()
         how = f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
-        error = self._failure or WorkerCrashedError(
-            f"The training process ended {how} after step {self._step}."
+        return self._retry_or_fail(
+            self._failure or WorkerCrashedError(f"The training process ended {how} after step {self._step}.")
         )
+
+    def _retry_or_fail(self, error: JobError) -> Ending:
         max_attempts = self.context.settings.max_attempts
         status = self.outbox.write(
             lambda session: leases.retry_or_fail(session, self.lease, error, max_attempts=max_attempts)

@@ -304,6 +304,12 @@ class WorkerCrashedError(JobError):
     code = "worker_crashed"
 
 
+class StalledError(JobError):
+    """Training, or the check of a file, made no progress for too long in every attempt."""
+
+    code = "stalled"
+
+
 class ArtifactCorruptError(JobError):
     """Stored bytes that do not match their manifest."""
 

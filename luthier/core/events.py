@@ -115,6 +115,12 @@ class StoppedEvent(_Event):
     step: int
 
 
+class ProgressEvent(_Event):
+    """Work goes on within a step or an evaluation; sent now and then, and of no interest to users."""
+
+    type: Literal["progress"] = "progress"
+
+
 class MessageEvent(_Event):
     """A sentence for the user, such as a save point that was damaged and skipped."""
 
@@ -142,6 +148,7 @@ TrainingEvent = Annotated[
     | CheckpointEvent
     | FinishedEvent
     | StoppedEvent
+    | ProgressEvent
     | MessageEvent
     | FailedEvent,
     Field(discriminator="type"),

@@ -155,6 +155,17 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(30.0, gt=0, description="How long a claim holds without a heartbeat.")
     heartbeat_seconds: float = Field(5.0, gt=0, description="Seconds between heartbeats of a running job.")
     sweep_seconds: float = Field(5.0, gt=0, description="Seconds between a worker's looks into Postgres.")
+    stall_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="How long training, or the check of a file, may make no progress before it is ended and "
+        "tried again; five times its longest silence so far, where that is more.",
+    )
+    stop_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="How long a training process may take to save when its worker stops; then it is killed.",
+    )
     orphan_seconds: float = Field(
         24 * 3600.0, ge=0, description="Age from which a stored file that has no row is deleted."
     )

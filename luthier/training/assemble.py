@@ -84,7 +84,7 @@ def assemble(
     causal_lm = load_base(base if has_base_to_score else ground, dtype=machine.dtype, device=machine.device)
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
-    examiner = _examiner(job, machine, tokenizer, pad_id, stop, room=_room(job, params))
+    examiner = _examiner(job, machine, tokenizer, pad_id, stop, writer, room=_room(job, params))
     ledger.add_seconds("load", time.monotonic() - started_at)
     start_evaluation = None
     if has_base_to_score:
@@ -209,9 +209,15 @@ def _examiner(
     tokenizer: Tokenizer,
     pad_id: int,
     stop: StopRequest,
+    writer: EventWriter,
     *,
     room: int,
 ) -> Examiner:
+    def should_stop() -> bool:
+        # It is asked between all parts, of which there may be many.
+        writer.note_progress()
+        return stop.is_set
+
     base = job.origin.base
     prompts = SamplePrompts(
         job.spec.training.sample_prompts,
@@ -227,7 +233,7 @@ def _examiner(
         prompts=prompts,
         max_tokens=max_part_tokens(base, machine),
         pad_id=pad_id,
-        should_stop=lambda: stop.is_set,
+        should_stop=should_stop,
     )
 
 

@@ -2,8 +2,11 @@
 
 import os
 import sys
+import time
 
-from luthier.core.events import MessageEvent, TrainingEvent
+from luthier.core.events import MessageEvent, ProgressEvent, TrainingEvent
+
+_PROGRESS_SECONDS = 15.0
 
 
 class EventWriter:
@@ -17,12 +20,19 @@ class EventWriter:
     def __init__(self, descriptor: int, job_id: str) -> None:
         self.job_id = job_id
         self._descriptor = descriptor
+        self._emitted_at = time.monotonic()
 
     def emit(self, event: TrainingEvent) -> None:
         """Write one event; what was not measured is left out."""
+        self._emitted_at = time.monotonic()
         line = event.model_dump_json(exclude_none=True).encode() + b"\n"
         while line:
             line = line[os.write(self._descriptor, line) :]
+
+    def note_progress(self) -> None:
+        """Write that work goes on, unless something was written a moment ago."""
+        if time.monotonic() - self._emitted_at >= _PROGRESS_SECONDS:
+            self.emit(ProgressEvent(job_id=self.job_id))
 
     def say(self, message: str, level: str = "info") -> None:
         """Write a sentence for the user."""

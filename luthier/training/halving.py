@@ -98,12 +98,14 @@ class MicroBatches:
     def _pairs(self, rows: NDArray[np.int64], preferences: Preferences) -> Iterator[PairBatch]:
         for part in split_pairs(rows, self._lengths, self.max_tokens):
             self._rows = part
+            self._writer.note_progress()
             batch = collate(self._job.rows, part, self._pad_id)
             yield PairBatch(batch, preferences.reference_of(part))
 
     def _parts(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
         for part in split_micro(rows, self._lengths, self.max_tokens):
             self._rows = part
+            self._writer.note_progress()
             yield collate(self._job.rows, part, self._pad_id)
 
     @property

@@ -1,0 +1,106 @@
+"""What makes no progress is ended by name and tried again: real processes that hang, a timer of a second."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from db.tables import Job
+from tests.conftest import Api
+from tests.integration.hooks import create_job
+from tests.stack import is_alive
+from worker.child import TrainingChild
+from worker.context import WorkerContext
+from worker.keeper import kept_lease
+from worker.run import Ending
+from worker.tasks.prepare import prepare
+from worker.tasks.train import claim, make_run
+
+# Says that it started, takes a step, and then hangs, or steps for ever; it never answers TERM.
+_PROGRAM = """
+import json, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+job_id, hangs = sys.argv[1], sys.argv[2] == "hangs"
+def say(**event):
+    print(json.dumps({"job_id": job_id, **event}), flush=True)
+say(type="started", start_step=0, total_steps=1000, device="cpu", precision="float32", load_seconds=1.0,
+    num_trained_parameters=1)
+step = 0
+while True:
+    step += 1
+    say(type="step", step=step, total_steps=1000, epoch=1.0, metrics={"train_loss": 1.0}, learning_rate=1e-3,
+        grad_norm=1.0, num_tokens=1, num_supervised_tokens=1, tokens_per_second=1.0, seconds_left=1.0,
+        peak_memory_bytes=1)
+    time.sleep(3600 if hangs else 0.05)
+"""
+
+
+@pytest.fixture
+def client(api: Api) -> openai.OpenAI:
+    # Not the strict one: the SDK's types lack `pausing` and `paused`.
+    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+
+
+@pytest.fixture
+def context(context: WorkerContext) -> WorkerContext:
+    context.settings = context.settings.model_copy(update={"stall_seconds": 1.0, "max_attempts": 2})
+    return context
+
+
+def _queue(client: openai.OpenAI, context: WorkerContext) -> str:
+    job_id = create_job(client)
+    prepare(context, job_id)
+    return job_id
+
+
+def _attempt(
+    client: openai.OpenAI, context: WorkerContext, folder: Path, *, how: str, is_paused: bool = False
+) -> Ending:
+    """Follow one attempt over a process that never ends by itself."""
+    claimed = claim(context)
+    assert claimed is not None
+    command = [sys.executable, "-c", _PROGRAM, claimed.lease.job_id, how]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    child = TrainingChild(process)
+    try:
+        with kept_lease(context, claimed.lease) as keeper:
+            keeper.on_pause = child.ask_to_stop
+            if is_paused:
+                client.fine_tuning.jobs.pause(claimed.lease.job_id)
+            ending = make_run(context, claimed, folder, keeper).supervise(child)
+    finally:
+        child.kill()
+    assert not is_alive(process.pid)
+    return ending
+
+
+def test_training_that_stalls_is_ended_tried_again_and_fails_by_name(
+    client: openai.OpenAI, context: WorkerContext, tmp_path: Path
+) -> None:
+    job_id = _queue(client, context)
+    assert _attempt(client, context, tmp_path, how="hangs") is Ending.CRASHED
+    (told,) = [e for e in client.fine_tuning.jobs.list_events(job_id) if (e.data or {}).get("code")]  # type: ignore[attr-defined]
+    assert told.data["code"] == "stalled"  # type: ignore[index]
+    assert told.message == (
+        "Training made no progress for 1 s after step 1, and was ended (LUTHIER_STALL_SECONDS). "
+        "The job goes on from its beginning."
+    )
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
+    assert _attempt(client, context, tmp_path, how="hangs") is Ending.FAILED
+    failed = client.fine_tuning.jobs.retrieve(job_id)
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert failed.error.code == "stalled"
+
+
+@pytest.mark.parametrize("how", ["hangs", "steps"])
+def test_a_pause_that_the_process_does_not_answer_ends_it_and_is_nobodys_crash(
+    client: openai.OpenAI, context: WorkerContext, tmp_path: Path, how: str
+) -> None:
+    job_id = _queue(client, context)
+    assert _attempt(client, context, tmp_path, how=how, is_paused=True) is Ending.PAUSED
+    with context.database.transaction() as session:
+        job = session.get_one(Job, job_id)
+        assert (job.status, job.num_crashes, job.lease_owner) == ("paused", 0, None)
