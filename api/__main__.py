@@ -12,6 +12,7 @@ from api.main import create_app, make_parts
 from luthier.core.garbage import freeze_garbage
 from luthier.core.http_limits import limited_protocol, raise_open_file_limit
 from luthier.core.logs import configure_logs
+from luthier.core.process import hide_memory
 from luthier.core.settings import Settings
 
 _GRACEFUL_SECONDS = 5
@@ -57,6 +58,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
+    # Training processes run as the same user.
+    hide_memory()
     settings = Settings()
     configure_logs(settings.log_level)
     raise_open_file_limit()

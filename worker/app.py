@@ -13,6 +13,7 @@ from collections.abc import Callable
 import structlog
 
 from luthier.core.logs import configure_logs
+from luthier.core.process import hide_memory
 from luthier.core.settings import Settings
 from worker.broker import consume_for_ever
 from worker.calibration import calibrate_for_ever
@@ -71,6 +72,8 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run a worker; `--no-broker` looks into Postgres only. `--process` is what a worker starts itself."""
+    # A training process runs as the same user.
+    hide_memory()
     settings = Settings()
     configure_logs(settings.log_level)
     has_broker = "--no-broker" not in arguments

@@ -1,7 +1,9 @@
-"""The training process: started with no secret, in a group of its own, and dead when its parent is.
+"""The training process: no secret in its environment, in a group of its own, and dead when its parent is.
 
-The parent never imports torch. It reads the child's event lines and signals it: TERM asks for a save
-point and a clean end, KILL ends it at once.
+It runs as the user of its worker, so it may read what that user may: the home with its secrets, and all of a
+storage on the same disk. The memory and the environment of worker and API are hidden from it, and what it
+names in events must be in its run directory. The parent never imports torch. It reads the child's event lines
+and signals it: TERM asks for a save point and a clean end, KILL ends it at once.
 """
 
 import contextlib
@@ -31,8 +33,10 @@ _log = structlog.get_logger()
 _ALLOWED_VARIABLES = frozenset(
     {"PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
     | {"XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
-    | {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NUMBA_CACHE_DIR"}
+    | {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR"}
+    | {"CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 )
+_ALLOWED_PREFIXES = ("NCCL_",)
 # An event may hold a whole report: some 50 evaluations with 5 long prompts and their answers each.
 _MAX_LINE_BYTES = 16 * 1024 * 1024
 
@@ -46,7 +50,11 @@ def child_environment(num_threads: int) -> dict[str, str]:
     Returns:
         The whole environment.
     """
-    allowed = {name: value for name, value in os.environ.items() if name in _ALLOWED_VARIABLES}
+    allowed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ALLOWED_VARIABLES or name.startswith(_ALLOWED_PREFIXES)
+    }
     return allowed | {
         "OMP_NUM_THREADS": str(num_threads),
         # numpy's own products are small, and a process forks best without the threads that it would start.

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from db.tables import Job, UsageEvent
-from luthier.core.errors import ArtifactCorruptError, UnavailableError
+from luthier.core.errors import ArtifactCorruptError, SelfCheckError, UnavailableError
 from luthier.core.events import CheckpointEvent, FinishedEvent, SavePointEvent
 from luthier.core.ids import new_id
 from luthier.core.reports import Evaluation
@@ -75,7 +75,7 @@ class Publisher:
         key = f"{self.prefix}/save_points/step-{event.step:06d}"
 
         def keep() -> list[str]:
-            self.storage.put_folder(self.run_dir / event.path, key)
+            self.storage.put_folder(self._folder(event.path), key)
             return self.outbox.write_once(partial(self._record_save_point, key=key, step=event.step))
 
         try:
@@ -91,6 +91,17 @@ class Publisher:
         else:
             self._kept_save_points.add(key)
             self._drop(dropped)
+
+    def _folder(self, path: str) -> Path:
+        """Return a folder that the process names, which must be one of its run directory.
+
+        Raises:
+            SelfCheckError: when it is elsewhere, or a link leads elsewhere.
+        """
+        folder = self.run_dir / path
+        if not folder.resolve().is_relative_to(self.run_dir.resolve()) or ".." in Path(path).parts:
+            raise SelfCheckError("The training process named a folder outside of its run directory.")
+        return folder
 
     def _record_save_point(self, session: Session, *, key: str, step: int) -> list[str]:
         job = session.get_one(Job, self.lease.job_id, with_for_update=True)
@@ -110,11 +121,12 @@ class Publisher:
 
     def _publish_checkpoint(self, event: CheckpointEvent, result_step: int | None) -> None:
         key = f"{self.prefix}/checkpoints/step-{event.step:06d}"
-        manifest = self._publish(self.run_dir / event.path, key)
+        folder = self._folder(event.path)
+        manifest = self._publish(folder, key)
         retired = self.outbox.write(
             lambda session: self._register_checkpoint(session, event, key, manifest.digest, result_step)
         )
-        shutil.rmtree(self.run_dir / event.path)
+        shutil.rmtree(folder)
         self._drop(retired)
 
     def _register_checkpoint(
@@ -156,7 +168,7 @@ class Publisher:
         dropped = self.outbox.write(lambda session: self._reuse_checkpoint(session, event, table))
         if dropped is None:
             key = f"{self.prefix}/artifact"
-            manifest = self._publish(self.run_dir / event.path, key)
+            manifest = self._publish(self._folder(event.path), key)
             dropped = self.outbox.write(
                 lambda session: self._register_result(session, event, table, key, manifest.digest)
             )

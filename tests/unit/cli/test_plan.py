@@ -51,6 +51,17 @@ def test_the_homes_key_seals_secrets_unless_the_operator_has_one(monkeypatch: py
     assert _environment(Settings())["LUTHIER_SECRET_KEY"] == "theirs"
 
 
+@pytest.mark.parametrize(("set_to", "seconds"), [(None, 5.0), ("600", 600.0)])
+def test_a_worker_has_as_long_to_stop_as_its_jobs_have_to_save(
+    monkeypatch: pytest.MonkeyPatch, set_to: str | None, seconds: float
+) -> None:
+    if set_to is not None:
+        monkeypatch.setenv("LUTHIER_STOP_SECONDS", set_to)
+    (worker,) = [spec for spec in _plan().late if spec.name == "worker"]
+    assert float(worker.environment["LUTHIER_STOP_SECONDS"]) == seconds
+    assert worker.stop_seconds == seconds + 1
+
+
 def test_what_the_operator_has_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_STORAGE_URL", "s3://bucket/prefix")
     monkeypatch.setenv("LUTHIER_RUNS_DIR", "/scratch")
