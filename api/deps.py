@@ -56,7 +56,12 @@ class Parts:
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
     checks: ProjectPlaces = field(
-        default_factory=lambda: ProjectPlaces(NUM_PROJECT_CHECKS, NUM_CHECKS, what="large files are checked")
+        default_factory=lambda: ProjectPlaces(
+            NUM_PROJECT_CHECKS, NUM_CHECKS, what="large files being checked"
+        )
+    )
+    project_reports: ProjectPlaces = field(
+        default_factory=lambda: ProjectPlaces(1, 64, what="reports on files being made")
     )
     reports: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_REPORTS))
 

@@ -14,7 +14,7 @@ class ProjectPlaces:
     Args:
         num_per_project: places of one project.
         num_in_all: places of all projects together.
-        what: what takes one, for the refusal, such as "large files are checked".
+        what: what takes one, for the refusal, such as "large files being checked".
     """
 
     def __init__(self, num_per_project: int, num_in_all: int, *, what: str) -> None:
@@ -33,12 +33,12 @@ class ProjectPlaces:
         with self._lock:
             if self._held[project_id] >= self._num_per_project:
                 raise TooManyRequestsError(
-                    f"{self._held[project_id]} of this project's {self._what}, and the limit is "
+                    f"This project has {self._held[project_id]} {self._what}, and the limit is "
                     f"{self._num_per_project} at a time; try again when one of them is done."
                 )
             if self._held.total() >= self._num_in_all:
                 raise UnavailableError(
-                    f"{self._held.total()} {self._what}, the most at a time here; try again."
+                    f"There are {self._held.total()} {self._what}, the most at a time here; try again."
                 )
             self._held[project_id] += 1
         try:

@@ -1,4 +1,4 @@
-"""Reporting on a file: its rows are read in a thread of their own, with no session open."""
+"""Reporting on a file: its rows are read by a process of their own, with no session open."""
 
 import asyncio
 import threading
@@ -23,11 +23,13 @@ from luthier.core.errors import (
     NotFoundError,
 )
 from luthier.core.specs import BaseFacts
-from luthier.data.report import report_on_file
+from luthier.data.report_process import report_in_process
 from services import files
 from services.scope import Scope
 
 _LOOK_SECONDS = 1.0
+# Of a file that takes longer the report is one of its first rows.
+_MAX_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,16 @@ async def report_apart(
         InvalidRequestError: when a file holds no rows, or the base is unknown or not on this machine.
         UnavailableError: when others are reported on for longer than one can wait.
     """
-    async with turn(parts.reports, told="Other files are being reported on; try again."):
-        has_left = threading.Event()
-        watcher = asyncio.create_task(_watch(request, has_left))
-        try:
-            return await run_apart(lambda: _report(parts, scope, file_id, base, validation_file_id, has_left))
-        finally:
-            watcher.cancel()
+    with parts.project_reports.hold(scope.project_id):
+        async with turn(parts.reports, told="Other files are being reported on; try again."):
+            has_left = threading.Event()
+            watcher = asyncio.create_task(_watch(request, has_left))
+            try:
+                return await run_apart(
+                    lambda: _report(parts, scope, file_id, base, validation_file_id, has_left)
+                )
+            finally:
+                watcher.cancel()
 
 
 async def _watch(request: Request, has_left: threading.Event) -> None:
@@ -87,11 +92,12 @@ def _report(
         path = _hold(parts, stack, file)
         validation_path = None if validation is None else _hold(parts, stack, validation)
         try:
-            report = report_on_file(
+            report = report_in_process(
                 path,
                 base_folder(parts.settings.bases_dir, facts.id),
                 context_length=facts.context_length,
                 validation_path=validation_path,
+                max_seconds=_MAX_SECONDS,
                 is_given_up=has_left.is_set,
             )
         except FileNotFoundError as error:

@@ -15,7 +15,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -71,15 +70,14 @@ def report_once(path: Path, folder: Path) -> dict[str, Any]:
 
     Returns:
         Rows, tokens, seconds, seconds of all cores together, and the peak of memory above the imports in
-        bytes; processes that share the work are counted in whole.
+        bytes.
     """
     from luthier.data.report import report_on_file
 
-    before = _status_bytes("self", "VmRSS")
-    with _Peak() as peak:
-        begin, cpu_begin = time.perf_counter(), _cpu_seconds()
-        found = report_on_file(path, folder, context_length=8192)
-        seconds, cpu_seconds = time.perf_counter() - begin, _cpu_seconds() - cpu_begin
+    before = _status_bytes("VmRSS")
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    found = report_on_file(path, folder, context_length=8192)
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     assert found.tokens is not None
     return {
         "rows": found.rows,
@@ -87,57 +85,14 @@ def report_once(path: Path, folder: Path) -> dict[str, Any]:
         "repeats": found.duplicates.exact.rows,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "memory_bytes": _status_bytes("self", "VmHWM") + peak.children_bytes - before,
+        "memory_bytes": _status_bytes("VmHWM") - before,
     }
 
 
-def _cpu_seconds() -> float:
-    """Return the seconds of this process and of its children that have ended."""
-    return sum(os.times()[:4])
-
-
-class _Peak:
-    """The most memory that this process's children had together, looked at twenty times a second."""
-
-    def __init__(self) -> None:
-        self.children_bytes = 0
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> "_Peak":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._is_over.wait(0.05):
-            children = [
-                pid
-                for path in Path("/proc/self/task").glob("*/children")
-                for pid in _read_or_empty(path).split()
-            ]
-            self.children_bytes = max(
-                self.children_bytes, sum(_status_bytes(pid, "VmRSS") for pid in children)
-            )
-
-
-def _read_or_empty(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        # A thread or a process that has just ended.
-        return ""
-
-
-def _status_bytes(process: str, name: str) -> int:
-    """Return a number of a process's status; 0 of one that has ended."""
-    for line in _read_or_empty(Path(f"/proc/{process}/status")).splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _status_bytes(name: str) -> int:
+    """Return a number of this process's status."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def _run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:

@@ -99,6 +99,10 @@ class DataReport(Frozen):
 
     version: int = REPORT_VERSION
     format: str | None
+    is_sample: bool = Field(
+        default=False,
+        description="Whether only the first rows were read, since all would have taken too long.",
+    )
     rows: int
     rows_with_faults: int
     num_faults: int

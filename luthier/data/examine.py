@@ -1,12 +1,10 @@
-"""What a report takes of each row: its faults, by what it is compared, its tokens. A batch of rows at a time,
-which depends on no other, so that processes can share the work.
-"""
+"""What a report takes of each row, a batch at a time: its faults, by what it is compared, its tokens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +13,7 @@ from luthier.data.containers.base import RawRow
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault, Row
 from luthier.data.mask import NOTHING_SUPERVISED, RenderedRow, encode_rows, mask_tokens, render_parts
-from luthier.data.near import SIGNATURE_PARTS, Signatures, Signer, row_key, row_text
+from luthier.data.near import Signatures, Signer, row_key, row_text
 from luthier.data.render import ChatTemplate
 from luthier.data.rows import locate, read_row
 from luthier.data.tokens import Encoding, Tokenizer
@@ -23,7 +21,8 @@ from luthier.data.tokens import Encoding, Tokenizer
 MAX_SHOWN_CHARS = 4000
 
 
-class Batch(msgspec.Struct, array_like=True):
+@dataclass
+class Batch:
     """Rows that follow each other in a file, or faults in their place.
 
     `format_name` is that of the file. `num_shown` is how many rows at most are wanted with their texts.
@@ -57,24 +56,21 @@ class ShownText(NamedTuple):
     supervised: list[tuple[int, int]]
 
 
-class Examined(msgspec.Struct, array_like=True):
+@dataclass
+class Examined:
     """What was taken of a batch.
 
-    `numbers` are the rows' that could be read, `keys` and `signatures` (uint32, SIGNATURE_PARTS each) say
+    `numbers` are the rows' that could be read, `keys` and `signatures` (uint32 [N, parts]) say
     what is in them. `counted` are those of them that the template renders. `faults` are in the order of the
     rows, `shown` the first rows by their numbers.
     """
 
     numbers: list[int]
     keys: list[int]
-    signatures: bytes
+    signatures: Signatures
     counted: list[Counted]
     faults: list[Fault]
     shown: list[tuple[int, list[ShownText]]]
-
-    def signatures_array(self) -> Signatures:
-        """Return the signatures, uint32 [N, SIGNATURE_PARTS]."""
-        return np.frombuffer(self.signatures, np.uint32).reshape(-1, SIGNATURE_PARTS)
 
 
 # A fault and the place of its row in the batch.
@@ -125,7 +121,7 @@ class Examiner:
         examined = Examined(
             numbers=[raw.number for _, raw, _ in rows],
             keys=[row_key(row) for _, _, row in rows],
-            signatures=signatures.tobytes(),
+            signatures=signatures,
             counted=[],
             faults=[],
             shown=[],

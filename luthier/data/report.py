@@ -3,6 +3,8 @@
 No torch: the template by jinja2, tokens by the `tokenizers` library. Never in a log: texts are in a report.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.core.data_reports import DataReport, FaultTold, PairTold, Repeats, Repetition, Shown, ShownRow
-from luthier.core.errors import UnavailableError
 from luthier.data.containers.base import RawRow
-from luthier.data.examine import Batch, Examined
-from luthier.data.examiners import Examiners, num_processes_for
+from luthier.data.examine import Batch, Examined, Examiner
 from luthier.data.formats.base import Fault
 from luthier.data.rows import FileRows
 from luthier.data.seen import SeenExactly, SeenNearly
@@ -24,7 +24,7 @@ MAX_FAULTS = 100
 MAX_PAIRS = 20
 NUM_SHOWN = 5
 _BATCH_ROWS = 256
-_BATCH_BYTES = 8 * 1024 * 1024
+_BATCH_BYTES = 1024 * 1024
 
 
 def report_on_file(
@@ -33,41 +33,44 @@ def report_on_file(
     *,
     context_length: int,
     validation_path: Path | None = None,
-    is_given_up: Callable[[], bool] = lambda: False,
-    num_processes: int | None = None,
+    max_seconds: float = math.inf,
 ) -> DataReport:
     """Report on a file.
 
     Args:
+        path: the file, checked at upload.
         base_folder: a fetched base, for its template and tokenizer.
         context_length: of the base, in tokens.
         validation_path: another file, of which it is told which rows the first shares with it.
-        num_processes: that share the work, 0 for none; by the larger file and the machine's cores when None.
-            The report is the same.
+        max_seconds: after so long no more rows are read: the report is one of those before. The validation
+            file has half of it.
 
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
         InvalidFileFormatError: when a file is none of rows.
-        UnavailableError: when nobody waits any more, or a process that read rows was ended.
     """
-    if num_processes is None:
-        num_processes = num_processes_for(*filter(None, (path, validation_path)))
-    with Examiners(base_folder, num_processes) as examiners:
-        overlap = None
-        if validation_path is not None:
-            overlap = _Overlap()
-            for examined in examiners.examine(_batches(FileRows(validation_path), is_given_up)):
-                overlap.add(examined)
-        reporter = _Reporter(TokenCounts(context_length), overlap)
-        rows = FileRows(path)
-        for examined in examiners.examine(_batches(rows, is_given_up, reporter.num_to_show)):
-            reporter.add(examined)
-    return reporter.result(None if rows.format is None else rows.format.name)
+    began = time.monotonic()
+    examiner = Examiner(base_folder)
+    is_sample = False
+    overlap = None
+    if validation_path is not None:
+        overlap = _Overlap()
+        for batch in _batches(FileRows(validation_path)):
+            if time.monotonic() > began + max_seconds / 2:
+                is_sample = True
+                break
+            overlap.add(examiner.examine(batch))
+    reporter = _Reporter(TokenCounts(context_length), overlap)
+    rows = FileRows(path)
+    for batch in _batches(rows, reporter.num_to_show):
+        if reporter.num_rows and time.monotonic() > began + max_seconds:
+            is_sample = True
+            break
+        reporter.add(examiner.examine(batch))
+    return reporter.result(None if rows.format is None else rows.format.name, is_sample=is_sample)
 
 
-def _batches(
-    rows: FileRows, is_given_up: Callable[[], bool], num_to_show: Callable[[], int] | None = None
-) -> Iterator[Batch]:
+def _batches(rows: FileRows, num_to_show: Callable[[], int] | None = None) -> Iterator[Batch]:
     """Yield a file's rows in batches of bounded size, cut at the same places in any run.
 
     Without `num_to_show` they are only to be compared.
@@ -76,8 +79,6 @@ def _batches(
     num_bytes = 0
 
     def batch() -> Batch:
-        if is_given_up():
-            raise UnavailableError("The report was given up, since nobody waits for it.")
         name = "" if rows.format is None else rows.format.name
         num_shown = 0 if num_to_show is None else num_to_show()
         return Batch(name, items, num_shown, is_compared_only=num_to_show is None)
@@ -119,7 +120,7 @@ class _Overlap:
         """Take rows of the validation file."""
         for number, key in zip(examined.numbers, examined.keys, strict=True):
             self._exactly.find_or_add(key, number)
-        self._nearly.find_and_add(examined.signatures_array(), np.array(examined.numbers, np.int64))
+        self._nearly.find_and_add(examined.signatures, np.array(examined.numbers, np.int64))
 
     def look_up(self, numbers: list[int], keys: list[int], signatures: npt.NDArray[np.uint32]) -> None:
         nearly = self._nearly.find(signatures).tolist()
@@ -151,7 +152,7 @@ class _Reporter:
 
     def add(self, examined: Examined) -> None:
         self.num_rows += len(examined.numbers)
-        self._look_for_repeats(examined.numbers, examined.keys, examined.signatures_array())
+        self._look_for_repeats(examined.numbers, examined.keys, examined.signatures)
         for fault in examined.faults:
             self._add_fault(fault)
         for number, lengths, num_supervised in examined.counted:
@@ -203,9 +204,10 @@ class _Reporter:
             )
             self.faults.append(told)
 
-    def result(self, format_name: str | None) -> DataReport:
+    def result(self, format_name: str | None, *, is_sample: bool) -> DataReport:
         return DataReport(
             format=format_name,
+            is_sample=is_sample,
             rows=self.num_rows,
             rows_with_faults=self.num_faulty_rows,
             num_faults=self.num_faults,

@@ -19,7 +19,7 @@ from api import reporting
 from luthier.core.data_reports import DataReport
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
-from luthier.data.report import report_on_file
+from luthier.data.report_process import report_in_process
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
 from worker.context import WorkerContext
@@ -97,9 +97,9 @@ def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
 
     def watched(path: Path, *given: Any, **options: Any) -> DataReport:
         read.append(path)
-        return report_on_file(path, *given, **options)
+        return report_in_process(path, *given, **options)
 
-    monkeypatch.setattr(reporting, "report_on_file", watched)
+    monkeypatch.setattr(reporting, "report_in_process", watched)
     assert _report(api, file_id).status_code == 200
     assert read == [stored]
     stored.unlink()
@@ -122,14 +122,28 @@ def test_a_report_whose_client_has_left_is_given_up(api: Api, monkeypatch: pytes
         given_up.set()
         raise UnavailableError("nobody waits")
 
-    monkeypatch.setattr(reporting, "report_on_file", slow)
+    monkeypatch.setattr(reporting, "report_in_process", slow)
     url = httpx2.URL(api.base_url)
     with socket.create_connection((url.host, url.port)) as connection:
         asked = f"GET /v1/files/{file_id}/report?base=tiny-llama HTTP/1.1\r\nHost: {url.host}\r\n"
         connection.sendall(f"{asked}Authorization: Bearer {api.key}\r\n\r\n".encode())
         wait_until(begun.is_set, what="the report is begun")
+        refused = _report(api, file_id)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert "has 1 reports on files being made" in refused.text
     wait_until(given_up.is_set, what="the report is given up")
     wait_until(lambda: not api.parts.reports.locked(), what="its place is free")
+
+
+def test_a_report_on_a_file_that_takes_too_long_is_one_of_its_first_rows(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_id = _upload(api, jsonl(colour_rows(700))).json()["id"]
+    whole = _report(api, file_id).json()
+    monkeypatch.setattr(reporting, "_MAX_SECONDS", 0.0)
+    sample = _report(api, file_id).json()
+    assert (whole["is_sample"], whole["rows"]) == (False, 700)
+    assert (sample["is_sample"], sample["rows"]) == (True, 256)
 
 
 def _as_csv(rows: list[dict[str, str]]) -> bytes:

@@ -92,7 +92,7 @@ def test_a_third_large_upload_of_a_project_is_refused_until_one_is_done(api: Api
         error = refused.json()["error"]
         assert (refused.status_code, error["code"]) == (429, "rate_limit_exceeded")
         assert refused.headers["retry-after"]
-        assert error["message"].startswith("2 of this project's large files are checked, and the limit is 2")
+        assert error["message"].startswith("This project has 2 large files being checked, and the limit is 2")
         assert _upload(api, ROWS[: len(ROWS) // 100]).status_code == 200
         second.close()
         wait_until(lambda: len(_checking()) == 1, what="one file is checked")

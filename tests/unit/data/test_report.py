@@ -5,9 +5,10 @@ import tracemalloc
 
 import pytest
 
-from luthier.core.errors import UnavailableError
+from luthier.core.errors import BaseUnavailableError, UnavailableError
 from luthier.data.examine import MAX_SHOWN_CHARS
 from luthier.data.report import MAX_FAULTS, report_on_file
+from luthier.data.report_process import report_in_process
 from luthier.data.tokens import Tokenizer
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.tiny import build_tiny_base
@@ -160,18 +161,29 @@ def test_memory_does_not_grow_with_the_rows(report):
     assert peak_bytes(1500) - peak_bytes(500) < 4 * 1024 * 1024
 
 
-def test_a_report_that_nobody_waits_for_ends_at_its_next_batch(base, tmp_path):
+def test_a_process_says_what_is_wrong_with_a_base_and_where_it_failed_without_the_text(base, tmp_path, capfd):
+    def report(path, folder, is_given_up=lambda: False):
+        return report_in_process(
+            path,
+            folder,
+            context_length=256,
+            validation_path=None,
+            max_seconds=60,
+            is_given_up=is_given_up,
+        )
+
     path = tmp_path / "rows"
-    path.write_bytes(jsonl(colour_rows(1000)))
-    asked = []
-
-    def is_given_up():
-        asked.append(True)
-        return len(asked) == 2
-
+    path.write_bytes(jsonl(colour_rows(9)))
+    assert report(path, base) == report_on_file(path, base, context_length=256)
+    with pytest.raises(BaseUnavailableError, match="no chat template"):
+        report(path, tmp_path)
+    with pytest.raises(RuntimeError, match=r"failed with IsADirectoryError at \S+\.py:\d+ \w+\.$"):
+        report(tmp_path, base)
+    with pytest.raises(FileNotFoundError):
+        report(tmp_path / "none", base)
     with pytest.raises(UnavailableError):
-        report_on_file(path, base, context_length=256, is_given_up=is_given_up)
-    assert len(asked) == 2
+        report(path, base, is_given_up=lambda: True)
+    assert not any("Traceback" in printed for printed in capfd.readouterr())
 
 
 def test_all_faults_of_an_array_name_row_and_line(report):
