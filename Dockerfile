@@ -34,13 +34,13 @@ WORKDIR /app
 # Packages before sources: a change of code rebuilds neither. The project is installed empty here.
 FROM base AS api-packages
 COPY pyproject.toml constraints.txt ./
-RUN touch README.md LICENSE && pip install --constraint constraints.txt .
+RUN touch README.md LICENSE NOTICE && pip install --constraint constraints.txt .
 
 FROM base AS torch-packages
 ARG TORCH_INDEX=""
 RUN if [ -n "${TORCH_INDEX}" ]; then pip install --index-url="${TORCH_INDEX}" "torch>=2.10"; fi
 COPY pyproject.toml constraints.txt ./
-RUN touch README.md LICENSE && pip install --constraint constraints.txt "/app[torch]"
+RUN touch README.md LICENSE NOTICE && pip install --constraint constraints.txt "/app[torch]"
 
 # The API; also runs `python -m db.migrate` and `python -m services.bootstrap`.
 FROM api-packages AS api

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
+from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
@@ -102,6 +103,12 @@ def get_session(
 
 # scope="function": the commit comes before the answer, so that a failed one is never answered 200.
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
+
+
+# Puts the key into the OpenAPI document; the guards below read and check it.
+bearer_scheme = HTTPBearer(
+    auto_error=False, scheme_name="ApiKey", description="A key of `luthier keys create`, as a bearer token."
+)
 
 
 def bearer_key(request: Request) -> str:

@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio.to_thread
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Security
 from starlette.middleware.cors import CORSMiddleware
 
 from api import errors
 from api.access_log import RequestLogMiddleware
-from api.deps import NUM_TURNS, Parts
+from api.deps import NUM_TURNS, Parts, bearer_scheme
 from api.event_hub import EventHub
 from api.metrics import ApiMetrics
 from api.paths import EncodedSlashMiddleware
@@ -26,6 +26,7 @@ from api.routes import (
     methods,
     metrics,
     models,
+    pages,
     permissions,
     reports_of_files,
     uploads,
@@ -102,7 +103,8 @@ def create_app(parts: Parts) -> FastAPI:
         redirect_slashes=False,
         # In place of the 422 that the framework would document and this service never sends.
         responses={"default": {"model": ErrorBody, "description": "Refused or failed"}},
-        # The pages that FastAPI brings load scripts from elsewhere; /openapi.json stays.
+        servers=[{"url": "/", "description": "The service that this document comes from"}],
+        # The page that FastAPI brings loads scripts from elsewhere: api/routes/pages.py has another.
         docs_url=None,
         redoc_url=None,
     )
@@ -122,8 +124,10 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_middleware(RequestLogMiddleware, metrics=parts.metrics, usage=parts.usage, is_logged=is_logged)
     # Routes are tried in order: those first that are asked most. What answers and lists models is asked by
     # clients that add parameters of their own.
-    for module in (chat, health, metrics, models):
+    for module in (health, pages):
         app.include_router(module.router)
+    for module in (metrics, chat, models):
+        app.include_router(module.router, dependencies=[Security(bearer_scheme)])
     for module in (
         files,
         uploads,
@@ -136,5 +140,7 @@ def create_app(parts: Parts) -> FastAPI:
         aliases,
         usage,
     ):
-        app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
+        app.include_router(
+            module.router, dependencies=[Depends(refuse_unknown_query), Security(bearer_scheme)]
+        )
     return app

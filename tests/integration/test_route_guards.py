@@ -12,7 +12,7 @@ from api.main import create_app
 from tests.conftest import Api
 
 # Probes, documents and the page that says what this is: nothing of a project is in them.
-_OPEN = {"/healthz", "/readyz", "/openapi.json"}
+_OPEN = {"/", "/docs", "/docs/{name}", "/healthz", "/readyz", "/openapi.json"}
 # They look the key up together with the model's name; metrics have a token of their own.
 _OWN_GUARD = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/metrics"}
 
