@@ -14,7 +14,6 @@ from starlette.concurrency import run_in_threadpool
 from api.event_hub import EventHub
 from api.metrics import ApiMetrics
 from api.project_places import ProjectPlaces
-from api.resolving import Resolver
 from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import Catalogue
@@ -51,7 +50,6 @@ class Parts:
     hub: EventHub
     ring: Ring
     sealer: Sealer
-    resolver: Resolver
     usage: UsageRecorder
     metrics: ApiMetrics
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))

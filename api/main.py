@@ -15,7 +15,6 @@ from api.metrics import ApiMetrics
 from api.paths import EncodedSlashMiddleware
 from api.queries import refuse_unknown_query
 from api.requests import BodyLimitMiddleware
-from api.resolving import Resolver
 from api.routes import (
     aliases,
     chat,
@@ -67,7 +66,6 @@ def make_parts(settings: Settings) -> Parts:
         database=database,
         storage=Storage.open(settings.storage_url),
         catalogue=catalogue,
-        resolver=Resolver(database, catalogue),
         usage=UsageRecorder(database),
         metrics=ApiMetrics(database, lease_seconds=settings.lease_seconds),
         backend=open_all(settings),

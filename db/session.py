@@ -1,4 +1,4 @@
-"""Engine and sessions. `transaction` is the only place where several statements are committed together."""
+"""Engine and sessions. `transaction` is the only place that commits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +33,6 @@ class Database:
             connect_args={"connect_timeout": _POOL_TIMEOUT_SECONDS},
         )
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
-        alone = self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._sessions_of_statements = sessionmaker(alone, expire_on_commit=False)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -45,20 +43,6 @@ class Database:
                 was committed, unless the connection broke during the commit itself.
         """
         with _telling_of_absence(), self._sessions.begin() as session:
-            yield session
-
-    @contextmanager
-    def statements(self) -> Iterator[Session]:
-        """Open a session of which each statement is a transaction of its own: for a few that read.
-
-        What one of them writes stays, whatever becomes of the others.
-
-        It spares the answers to BEGIN and COMMIT, each of which takes as long as a statement.
-
-        Raises:
-            UnavailableError: when the database can't be reached or no connection is free in 3 s.
-        """
-        with _telling_of_absence(), self._sessions_of_statements() as session:
             yield session
 
     def forget_connections(self) -> None:

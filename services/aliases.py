@@ -1,6 +1,6 @@
 """Aliases: a project's own names for models, what each pointed to, and the way back.
 
-What a request's name stands for is in services/names.py: look_up_all.
+What a request's name stands for is in services/names.py: look_up.
 """
 
 import re

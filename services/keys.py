@@ -1,9 +1,9 @@
 """API keys: made once, stored as a hash, looked up by it, revoked at once."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
-from sqlalchemy import ARRAY, Text, any_, bindparam, func, or_, select, update
+from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db.tables import ApiKey, Organization, Project
@@ -23,7 +23,6 @@ _IS_DUE = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - 
 # Built once: that takes longer than it runs, and every request does so.
 _FIND = (
     select(
-        ApiKey.key_hash,
         ApiKey.organization_id,
         Organization.slug,
         ApiKey.project_id,
@@ -32,7 +31,7 @@ _FIND = (
         _IS_DUE,
     )
     .join(Organization, Organization.id == ApiKey.organization_id)
-    .where(ApiKey.key_hash == any_(bindparam("key_hashes", type_=ARRAY(Text))), ApiKey.deleted_at.is_(None))
+    .where(ApiKey.key_hash == bindparam("key_hash"), ApiKey.deleted_at.is_(None))
 )
 # A row that is locked is being noted by somebody else, or is held by what no request shall wait for.
 _NOTE_USE = (
@@ -40,7 +39,7 @@ _NOTE_USE = (
     .where(
         ApiKey.id.in_(
             select(ApiKey.id)
-            .where(ApiKey.id == any_(bindparam("due_ids", type_=ARRAY(Text))), _IS_DUE)
+            .where(ApiKey.id == bindparam("key_id"), _IS_DUE)
             .with_for_update(skip_locked=True)
         )
     )
@@ -61,32 +60,15 @@ def authenticate(session: Session, key: str) -> Scope:
     Raises:
         UnauthenticatedError: when the key is malformed, unknown or revoked.
     """
-    scope = authenticate_all(session, [key])[key]
-    if scope is None:
+    row = (
+        session.execute(_FIND, {"key_hash": hash_api_key(key)}).one_or_none() if is_well_formed(key) else None
+    )
+    if row is None:
         raise unknown_key()
-    return scope
-
-
-def authenticate_all(session: Session, keys: Collection[str]) -> dict[str, Scope | None]:
-    """Find the projects that keys open; by one statement, and once a minute a second.
-
-    Args:
-        keys: in plain text, as they came in requests.
-
-    Returns:
-        The scope of each, None for one that is malformed, unknown or revoked.
-    """
-    hashes = {key: hash_api_key(key) for key in keys if is_well_formed(key)}
-    rows = session.execute(_FIND, {"key_hashes": [*hashes.values()]}).all() if hashes else []
-    scopes: dict[str | None, Scope] = {}
-    due: list[str] = []
-    for key_hash, organization_id, slug, project_id, key_id, is_admin, is_due in rows:
-        scopes[key_hash] = Scope(organization_id, slug, project_id, key_id, is_admin)
-        if is_due:
-            due.append(key_id)
-    if due:
-        session.execute(_NOTE_USE, {"due_ids": due})
-    return {key: scopes.get(hashes.get(key)) for key in keys}
+    organization_id, slug, project_id, key_id, is_admin, is_due = row
+    if is_due:
+        session.execute(_NOTE_USE, {"key_id": key_id})
+    return Scope(organization_id, slug, project_id, key_id, is_admin)
 
 
 def unknown_key() -> UnauthenticatedError:

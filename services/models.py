@@ -12,7 +12,7 @@ from db.permission_tables import CheckpointPermission
 from db.queries import find_alias
 from db.tables import Base, Checkpoint, Job, Model
 from luthier.bases.catalogue import Catalogue
-from luthier.core.errors import InvalidValueError, ModelNotFoundError, PermissionDeniedError
+from luthier.core.errors import InvalidValueError, PermissionDeniedError
 from luthier.core.ids import new_id, new_model_suffix
 from luthier.core.inference import ModelTarget
 from luthier.core.specs import BaseFacts, TrainingSpec
@@ -88,32 +88,13 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
     Raises:
         ModelNotFoundError: when the project has no such model; the base never answers instead.
     """
-    asked = names.Asked(scope.project_id, name)
-    target = resolve_all(session, catalogue, [asked])[asked]
-    if isinstance(target, ModelNotFoundError):
-        raise target
-    return target
-
-
-def resolve_all(
-    session: Session, catalogue: Catalogue, asked: Sequence[names.Asked]
-) -> dict[names.Asked, ModelTarget | ModelNotFoundError]:
-    """Turn public names into what the inference server runs, as `resolve` does one; by one statement.
-
-    Returns:
-        What each stands for, or why it can't be called.
-    """
-    found = names.look_up_all(session, catalogue, asked)
-    return {one: _target_of(one, named) for one, named in zip(asked, found, strict=True)}
-
-
-def _target_of(asked: names.Asked, named: names.Named) -> ModelTarget | ModelNotFoundError:
-    model, foundation, (project_id, name) = named.model, named.foundation, asked
+    named = names.look_up(session, catalogue, scope.project_id, name)
+    model, foundation = named.model, named.foundation
     if model is not None:
         return ModelTarget(
             model=name,
             base_id=model.base_id,
-            project_id=project_id,
+            project_id=scope.project_id,
             artifact=model.artifact_key,
             digest=model.artifact_digest,
             foundation=None if foundation is None else foundation.artifact_key,
@@ -121,8 +102,8 @@ def _target_of(asked: names.Asked, named: names.Named) -> ModelTarget | ModelNot
             is_pinned=model.pinned_at is not None,
         )
     if named.base is not None:
-        return ModelTarget(model=name, base_id=named.base.id, project_id=project_id)
-    return names.not_callable(named, name)
+        return ModelTarget(model=name, base_id=named.base.id, project_id=scope.project_id)
+    raise names.not_callable(named, name)
 
 
 def pin(session: Session, scope: Scope, catalogue: Catalogue, name: str, *, is_pinned: bool) -> Model:

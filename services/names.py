@@ -1,11 +1,9 @@
 """Public names: what each stands for, for a project and at a moment. A name stands for what it says, or for
 nothing; never for the base instead."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from sqlalchemy import ARRAY, ColumnElement, Select, Text, and_, bindparam, case, func, or_, select
+from sqlalchemy import ColumnElement, Select, Text, and_, bindparam, case, literal, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from db.alias_tables import Alias
@@ -45,26 +43,22 @@ def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
     return session.get(Base, entry.id)
 
 
-def _build_look_up() -> Select[int, Alias | None, Model | None, Model | None, Base | None]:
-    """Build the statement of `look_up_all`, once: that takes longer than it runs."""
-    asked = (
-        func.unnest(*(bindparam(key, type_=ARRAY(Text)) for key in ("project_ids", "names", "base_ids")))
-        .table_valued("project_id", "name", "base_id", with_ordinality="number")
-        .render_derived("asked")
-        .c
-    )
+def _build_look_up() -> Select[Alias | None, Model | None, Model | None, Base | None]:
+    """Build the statement of `look_up`, once: that takes longer than it runs."""
+    project_id, name, base_id = (bindparam(key, type_=Text) for key in ("project_id", "name", "base_id"))
+    one_row = select(literal(1)).subquery()
     bearer, whole = aliased(Model), aliased(Model)
-    borne = select(bearer.id).where(bearer.name == asked.name, bearer.deleted_at.is_(None)).scalar_subquery()
+    borne = select(bearer.id).where(bearer.name == name, bearer.deleted_at.is_(None)).scalar_subquery()
     is_alias = Alias.id.is_not(None)
-    is_same = and_(Alias.name == asked.name, Alias.project_id == asked.project_id)
+    is_same = and_(Alias.name == name, Alias.project_id == project_id)
     model_id = case((is_alias, Alias.model_id), else_=borne)
     return (
-        select(asked.number, Alias, Model, whole, Base)
+        select(Alias, Model, whole, Base)
+        .select_from(one_row)
         .outerjoin(Alias, and_(is_same, Alias.deleted_at.is_(None)))
-        .outerjoin(Model, and_(Model.id == model_id, is_callable(asked.project_id)))
+        .outerjoin(Model, and_(Model.id == model_id, is_callable(project_id)))
         .outerjoin(whole, whole.id == Model.foundation_model_id)
-        .outerjoin(Base, Base.id == case((is_alias, Alias.base_id), else_=asked.base_id))
-        .order_by(asked.number)
+        .outerjoin(Base, Base.id == case((is_alias, Alias.base_id), else_=base_id))
     )
 
 
@@ -89,30 +83,16 @@ class Named:
         return self.model is not None or self.base is not None
 
 
-class Asked(NamedTuple):
-    """A name, and the project that asks what it stands for."""
-
-    project_id: str
-    name: str
-
-
-def look_up_all(session: Session, catalogue: Catalogue, asked: Sequence[Asked]) -> list[Named]:
-    """Tell what names stand for: first the project's aliases, then its models, then the bases.
+def look_up(session: Session, catalogue: Catalogue, project_id: str, name: str) -> Named:
+    """Return what a name stands for: first the project's aliases, then its models, then the bases.
 
     It is one statement, and so one moment: while an alias is pointed elsewhere, its old target is found or
     its new one.
-
-    Returns:
-        What was found, in their order.
     """
-    entries = [catalogue.bases.get(catalogue.aliases.get(one.name, one.name)) for one in asked]
-    columns = {
-        "project_ids": [one.project_id for one in asked],
-        "names": [one.name for one in asked],
-        "base_ids": [None if entry is None else entry.id for entry in entries],
-    }
-    found = session.execute(_LOOK_UP, columns).all()
-    return [Named(*row[1:4], base=_if_offered(catalogue, row[4])) for row in found]
+    entry = catalogue.bases.get(catalogue.aliases.get(name, name))
+    values = {"project_id": project_id, "name": name, "base_id": None if entry is None else entry.id}
+    alias, model, foundation, base = session.execute(_LOOK_UP, values).one()
+    return Named(alias, model, foundation, _if_offered(catalogue, base))
 
 
 def _if_offered(catalogue: Catalogue, base: Base | None) -> Base | None:
@@ -128,7 +108,7 @@ def get_named(session: Session, scope: Scope, catalogue: Catalogue, name: str) -
     Raises:
         ModelNotFoundError: when nothing that the project may call has the name.
     """
-    (named,) = look_up_all(session, catalogue, [Asked(scope.project_id, name)])
+    named = look_up(session, catalogue, scope.project_id, name)
     if named.is_callable:
         return named
     raise not_callable(named, name)

@@ -25,7 +25,6 @@ from api.deps import Parts  # noqa: E402
 from api.event_hub import EventHub  # noqa: E402
 from api.main import create_app  # noqa: E402
 from api.metrics import ApiMetrics  # noqa: E402
-from api.resolving import Resolver  # noqa: E402
 from api.usage_recorder import UsageRecorder  # noqa: E402
 from db.migrate import upgrade  # noqa: E402
 from db.session import Database  # noqa: E402
@@ -224,7 +223,6 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         database=database,
         storage=Storage.open(settings.storage_url),
         catalogue=catalogue,
-        resolver=Resolver(database, catalogue),
         usage=UsageRecorder(database),
         metrics=ApiMetrics(database, lease_seconds=settings.lease_seconds),
         backend=backend,

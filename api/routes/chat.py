@@ -7,7 +7,8 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from api.chat_proxy import RESPONSES_PATH, ask
-from api.deps import Parts, PartsDep, bearer_key, get_scope_apart
+from api.deps import Parts, PartsDep, bearer_key
+from api.target_resolver import authenticate, resolve_target
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
@@ -15,7 +16,6 @@ from luthier.core.errors import (
     MissingParameterError,
     TooLargeError,
 )
-from services.targets import Call
 from services.usage import TokenCounts
 
 router = APIRouter(prefix="/v1", tags=["inference"])
@@ -50,20 +50,16 @@ def _model_name(body: bytes) -> str | LuthierError:
 
 
 async def _answer(request: Request, parts: Parts, path: str) -> Response:
-    key = bearer_key(request)
+    bearer_key(request)
     body = await _read_body(request)
     # Read in a thread of its own, a short one would take longer; a long one would hold up others' streams.
     if len(body) <= _MAX_SHORT_BYTES:
         name = _model_name(body)
     else:
         # Nobody without a key makes work of this size.
-        await get_scope_apart(request, parts)
+        await authenticate(request, parts)
         name = await run_in_threadpool(_model_name, body)
-    call = Call(key, name)
-    try:
-        target = await parts.resolver.resolve(call)
-    finally:
-        request.state.caller = call.caller
+    target = await resolve_target(request, parts, name)
     usage = TokenCounts()
     request.state.model, request.state.usage = target.model, usage
     return await ask(request, parts.backend, path, body, target, usage)

@@ -8,9 +8,6 @@ from tests.architecture.sources import ROOMS, python_files, tree_of
 _MAY_COMMIT = {"db/session.py", "db/migrate.py", "db/migrations/env.py"}
 # The LISTEN connection only reads; the embedded server's role and database are made outside transactions.
 _MAY_AUTOCOMMIT = {"api/event_hub.py", "luthier/cli/stack/postgres.py"}
-# Sessions whose statements do not belong together: where they are made, and who may take one.
-_MAY_ISOLATE = {"db/session.py"}
-_MAY_TAKE_STATEMENTS = {"api/resolving.py"}
 
 
 def _calls(name: str) -> list[ast.Call]:
@@ -34,19 +31,13 @@ def test_no_connection_commits_by_itself_where_the_service_writes() -> None:
     commits = {
         name
         for name in python_files(*ROOMS)
-        if any(keyword.arg == "autocommit" for call in _calls(name) for keyword in call.keywords)
+        if any(
+            keyword.arg in {"autocommit", "isolation_level"}
+            for call in _calls(name)
+            for keyword in call.keywords
+        )
     }
     assert commits == _MAY_AUTOCOMMIT
-    isolated = {
-        name
-        for name in python_files(*ROOMS)
-        if any(keyword.arg == "isolation_level" for call in _calls(name) for keyword in call.keywords)
-    }
-    assert isolated == _MAY_ISOLATE
-    taken = {
-        name for name in python_files(*ROOMS) if any(_method(call) == "statements" for call in _calls(name))
-    }
-    assert taken == _MAY_TAKE_STATEMENTS
 
 
 def test_there_is_no_middleware_that_hides_a_disconnect() -> None:
