@@ -11,6 +11,7 @@ from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from api.body_budget import BodyBudget
 from api.event_hub import EventHub
 from api.metrics import ApiMetrics
 from api.project_places import ProjectPlaces
@@ -52,6 +53,7 @@ class Parts:
     sealer: Sealer
     usage: UsageRecorder
     metrics: ApiMetrics
+    bodies: BodyBudget = field(default_factory=BodyBudget)
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
     checks: ProjectPlaces = field(

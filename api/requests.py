@@ -8,7 +8,7 @@ from api.errors import to_response
 from luthier.core.errors import TooLargeError
 
 # Routes that take more bound it themselves, while they read.
-_UNLIMITED_PATHS = re.compile(r"/v1/(files|uploads/[^/]+/parts|chat/completions|completions)")
+_UNLIMITED_PATHS = re.compile(r"/v1/(files|uploads/[^/]+/parts|chat/completions|completions|responses)")
 _MAX_BODY_BYTES = 1024 * 1024
 
 

@@ -1,0 +1,95 @@
+"""Reads the body of a request for an answer: the key first, then bytes, within a budget. Knows no models."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import Parts, bearer_key
+from api.target_resolver import authenticate
+from luthier.core.errors import (
+    InvalidRequestError,
+    InvalidTypeError,
+    LuthierError,
+    MissingParameterError,
+    TooLargeError,
+)
+from luthier.core.keys import is_well_formed
+from luthier.core.settings import MIB
+from services import keys
+from services.names import unknown_model
+
+_MAX_BODY_BYTES = 8 * MIB
+# Read before the key is looked up, and not counted: connections bound how many there are.
+_MAX_UNCOUNTED_BYTES = 16 * 1024
+# Parsed on the event loop; more would hold up the streams on it.
+_MAX_INLINE_BYTES = 64 * 1024
+# No model has a longer one.
+_MAX_NAME_CHARACTERS = 1024
+
+
+@asynccontextmanager
+async def read_body(request: Request, parts: Parts) -> AsyncIterator[bytes]:
+    """Yield a request's body, which may be let go of when the block ends.
+
+    Raises:
+        UnauthenticatedError: when the key is missing or malformed; of a large body also when it is unknown.
+        TooLargeError: when the body is larger than its limit.
+        TooManyRequestsError: when the project's bodies pass their share of the memory for bodies.
+        UnavailableError: when all bodies pass it.
+    """
+    if not is_well_formed(bearer_key(request)):
+        raise keys.unknown_key()
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) <= _MAX_UNCOUNTED_BYTES:
+        yield await _read(request, lambda _: None)
+        return
+    caller = await authenticate(request, parts)
+    if declared.isdecimal() and int(declared) > _MAX_BODY_BYTES:
+        raise _too_large()
+    with parts.bodies.hold(caller.project_id) as count:
+        yield await _read(request, count)
+
+
+async def _read(request: Request, count: Callable[[int], None]) -> bytes:
+    chunks, num_bytes = [], 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > _MAX_BODY_BYTES:
+            raise _too_large()
+        count(len(chunk))
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large() -> TooLargeError:
+    return TooLargeError(f"The request is larger than {_MAX_BODY_BYTES} bytes.", param="messages")
+
+
+class _Named(msgspec.Struct):
+    """The one field that the API reads; the inference server reads the others."""
+
+    model: str | None = None
+
+
+async def read_model_name(body: bytes) -> str | LuthierError:
+    """Return the name that a request asks for, or what is wrong with it: only a caller with a key is told."""
+    if len(body) <= _MAX_INLINE_BYTES:
+        return _model_name(body)
+    return await run_in_threadpool(_model_name, body)
+
+
+def _model_name(body: bytes) -> str | LuthierError:
+    try:
+        name = msgspec.json.decode(body, type=_Named).model
+    except msgspec.ValidationError as error:
+        if str(error).endswith("`$.model`"):
+            return InvalidTypeError("Invalid type for 'model': expected a string.", param="model")
+        return InvalidTypeError("The body must be a JSON object.")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return InvalidRequestError("The body is no valid JSON; send a JSON object.")
+    if name is None:
+        return MissingParameterError("Missing required parameter: 'model'.", param="model")
+    return name if len(name) <= _MAX_NAME_CHARACTERS else unknown_model(name)
