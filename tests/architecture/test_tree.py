@@ -10,7 +10,6 @@ _REGISTRY_HOSTS = [
     for parts in (
         ("pypi", "org"),
         ("pythonhosted", "org"),
-        ("download.pytorch", "org"),
         ("huggingface", "co"),
         ("npmjs", "org"),
         ("docker", "io"),
