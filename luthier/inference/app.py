@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -25,6 +26,7 @@ from luthier.core.settings import Settings
 from luthier.inference.answers import ChatShape, CompletionShape, Shape, token_usage
 from luthier.inference.bases import ReadyModel
 from luthier.inference.engine import Engine
+from luthier.inference.fair_executor import FairExecutor
 from luthier.inference.generation import Generation
 from luthier.inference.grammar import Grammars
 from luthier.inference.memory_routes import MemoryRoutes
@@ -53,6 +55,8 @@ TIDY_SECONDS = 60.0
 _MAX_CHOICES_AT_ONCE = 1000
 # A body of this length is parsed in a millisecond or two.
 _MAX_BYTES_ON_LOOP = 64 * 1024
+# Nor do grammars of schemas take the threads that others plan in and that load models.
+_NUM_COMPILERS = 2
 # Few, so that the memory of large bodies is that of two.
 _NUM_PARSERS = 2
 
@@ -85,6 +89,7 @@ class Service:
         self._engine = engine
         self._open: set[Generation] = set()
         self._grammars = Grammars()
+        self._compilers = FairExecutor(_NUM_COMPILERS, "compile")
         self._parsers = ThreadPoolExecutor(_NUM_PARSERS, "parse")
         self.models = Models(settings, engine, on_first_base)
         self.status = Status(settings, engine, self.models)
@@ -106,7 +111,7 @@ class Service:
                 with_usage=asked.stream_options.include_usage,
                 with_content=asked.tools.mode != "required",
             )
-            planning = self._plan_chat(asked, ready)
+            planning = self._plan_chat(asked, ready, target.project_id)
             asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
@@ -123,12 +128,12 @@ class Service:
                 ready.base.tokenizer,
                 with_logprobs=asked.chat.logprobs,
             )
-            planning = self._plan_response(asked.chat, ready)
+            planning = self._plan_response(asked.chat, ready, target.project_id)
             asking = _Asking(request, target, ready, shape, planning, is_stream=asked.chat.stream)
             return await self._answer(asking, stack)
 
-    async def _plan_chat(self, asked: ChatRequest, ready: ReadyModel) -> Plan:
-        return await asyncio.to_thread(
+    async def _plan_chat(self, asked: ChatRequest, ready: ReadyModel, project_id: str) -> Plan:
+        plan = partial(
             plan_chat,
             asked,
             ready,
@@ -136,10 +141,13 @@ class Service:
             max_cache_tokens=self._settings.max_cache_tokens,
             grammars=self._grammars,
         )
+        if asked.has_schema:
+            return await self._compilers.run(project_id, plan)
+        return await asyncio.to_thread(plan)
 
-    async def _plan_response(self, asked: ChatRequest, ready: ReadyModel) -> Plan:
+    async def _plan_response(self, asked: ChatRequest, ready: ReadyModel, project_id: str) -> Plan:
         try:
-            return await self._plan_chat(asked, ready)
+            return await self._plan_chat(asked, ready, project_id)
         except LuthierError as error:
             if (error.param or "").startswith("messages"):
                 error.param = "input"
@@ -191,7 +199,7 @@ class Service:
         request, shape = asking.request, asking.shape
         headers = {HEADER_DIGEST: asking.ready.served.full_digest}
         with self._engine.expecting():
-            plan = await asking.planning
+            plan = await while_connected(request, asking.planning)
             generation = Generation(self._engine, asking.ready, plan, project_id=asking.target.project_id)
             generation.submit()
         self._open.add(generation)

@@ -8,6 +8,7 @@ from luthier.data.tokens import Tokenizer
 from luthier.inference.call_grammar import arguments_schema, calls_after_text, calls_alone, calls_or_answer
 from luthier.inference.formats import AnswerFormat
 from luthier.inference.grammar import CompiledGrammar, json_rule
+from luthier.inference.schema_budget import SchemaBudget
 from luthier.inference.tool_calls import CallSyntax
 from luthier.inference.tools import Tool, Tools
 
@@ -37,6 +38,9 @@ def choose_grammar(
         InvalidValueError: when a schema can't be enforced, or calls are required and their syntax is unknown.
     """
     must_call = tools.mode == "required"
+    budget = SchemaBudget()
+    if answer is not None:
+        budget.take(answer.schema, param=answer.param)
     if syntax is None or not tools.callable:
         if must_call:
             raise InvalidValueError(
@@ -51,7 +55,7 @@ def choose_grammar(
     if answer is not None:
         # Alone first, so that a fault of its own is told by its name.
         compile_grammar(f"start: {answer.to_rule()}", answer.param)
-    enforced = _enforceable(tools.callable, compile_grammar)
+    enforced = _enforceable(tools.callable, budget, compile_grammar)
     if must_call:
         lark = calls_alone(syntax, enforced, tokenizer, is_parallel=tools.is_parallel)
     elif answer is not None:
@@ -61,11 +65,12 @@ def choose_grammar(
     return compile_grammar(lark, "tools")
 
 
-def _enforceable(tools: Sequence[Tool], compile_grammar: Compile) -> list[Tool]:
+def _enforceable(tools: Sequence[Tool], budget: SchemaBudget, compile_grammar: Compile) -> list[Tool]:
     """Return the tools; those that are not strict and whose schema can't be enforced take any object."""
     enforced = []
     for tool in tools:
         try:
+            budget.take(tool.parameters or {}, param=tool.param)
             compile_grammar(f"start: {json_rule(arguments_schema(tool), param=tool.param)}", tool.param)
             enforced.append(tool)
         except InvalidValueError:

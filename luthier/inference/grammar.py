@@ -7,6 +7,7 @@ written in llguidance's dialect of Lark, in which `%json` takes a JSON schema.
 import hashlib
 import json
 import threading
+import time
 from collections import OrderedDict
 from typing import Any
 
@@ -17,10 +18,21 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from luthier.core.errors import InvalidValueError, LuthierError
 from luthier.data.tokens import Tokenizer
 
-_MAX_KEPT = 64
+# A grammar's memory grows with the time that it took: 100 to 200 MiB a second.
+_MAX_KEPT, _MAX_KEPT_SECONDS = 64, 1.0
 _MAX_TOLD_CHARS = 160
-# Of one or two kB each; a pattern can ask for any number of them.
-_MAX_LEXER_STATES = 50_000
+# States are of one or two kB each; a pattern can ask for any number of them. With these, and a budget of
+# schemas, no shape that was found takes more than 2 s and 50 MiB to compile or 100 ms for one token
+# (fuel 1,000,000 and 500,000 symbols, the library's own: 300 MiB and 0.6 s for a token).
+_LIMITS = LLParserLimits(
+    verbose_errors=False,
+    initial_lexer_fuel=300_000,
+    max_grammar_size=60_000,
+    max_lexer_states=20_000,
+    step_max_items=8_000,
+)
+# Of all grammars of a request; one that has begun is not broken off.
+COMPILE_SECONDS = 5.0
 # A model that may write any whitespace between two tokens of JSON can write nothing else for ever.
 _WHITESPACE = r"[ ]|\n[ ]{0,40}"
 
@@ -139,14 +151,22 @@ class Grammars:
         self._lock = threading.Lock()
         self._tokenizers: dict[str, LLTokenizer] = {}
         self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
+        self._seconds: dict[str, float] = {}
 
     def compile(
-        self, lark: str, tokenizer: Tokenizer, tokenizer_digest: str, *, param: str
+        self,
+        lark: str,
+        tokenizer: Tokenizer,
+        tokenizer_digest: str,
+        *,
+        param: str,
+        deadline: float | None = None,
     ) -> CompiledGrammar:
         """Compile a grammar for a tokenizer. Takes up to a second for a tokenizer that is new.
 
         Args:
             param: the field that the grammar comes from, for the error.
+            deadline: of time.monotonic(), after which none is compiled that is not kept.
 
         Returns:
             The grammar, ready for answers to start from.
@@ -169,21 +189,35 @@ class Grammars:
                 stops = sorted(tokenizer.stop_token_ids)
                 inner = LLTokenizer(_Vocabulary(tokenizer), tokenizer.vocab_size, stops)  # type: ignore[arg-type]
                 self._tokenizers[tokenizer_digest] = inner
-        limits = LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
+        began = time.monotonic()
+        if deadline is not None and began > deadline:
+            raise InvalidValueError(
+                f"The request's schemas take more than {COMPILE_SECONDS:.0f} s to compile. Simplify them.",
+                param=param,
+            )
         # Silent: its warnings would quote answers on the server's stderr.
-        matcher = LLMatcher(inner, lark, log_level=0, limits=limits)
+        matcher = LLMatcher(inner, lark, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise InvalidValueError(f"The schema can't be enforced: {_reason(matcher)}", param=param)
         compiled = CompiledGrammar(matcher, tokenizer.stop_token_ids)
         with self._lock:
             self._kept[key] = compiled
-            while len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
+            self._seconds[key] = time.monotonic() - began
+            self._drop_oldest()
         return compiled
+
+    def _drop_oldest(self) -> None:
+        while len(self._kept) > _MAX_KEPT or (
+            len(self._kept) > 1 and sum(self._seconds.values()) > _MAX_KEPT_SECONDS
+        ):
+            key, _ = self._kept.popitem(last=False)
+            del self._seconds[key]
 
 
 def _reason(matcher: LLMatcher) -> str:
     """Return the library's first line, less its position in a grammar that the client never saw."""
     line = matcher.get_error().partition("\n")[0]
+    if "panic" in line or "fuel" in line or "too big" in line:
+        return "it is too complex."
     _, mark, told = line.partition("failed to compile JSON schema: ")
     return (told if mark else line)[:_MAX_TOLD_CHARS] or "it is too complex."

@@ -4,6 +4,7 @@ Blocks for long texts; the server calls it in threads. Submits nothing.
 """
 
 import hashlib
+import time
 from dataclasses import dataclass, replace
 
 from luthier.core.errors import InvalidValueError
@@ -12,7 +13,7 @@ from luthier.inference.bases import ReadyModel
 from luthier.inference.call_reader import CallReader
 from luthier.inference.chat_grammar import choose_grammar
 from luthier.inference.echoes import Echo, make_echo
-from luthier.inference.grammar import CompiledGrammar, Grammars
+from luthier.inference.grammar import COMPILE_SECONDS, CompiledGrammar, Grammars
 from luthier.inference.protocol import ChatRequest, CompletionRequest, SamplingRequest
 from luthier.inference.room import Room
 from luthier.inference.sequence import SamplingOptions
@@ -103,8 +104,11 @@ def plan_chat(
     options = _options(request, ready, max_tokens, num_logprobs)
     syntax = find_syntax(base.template, base.tokenizer) if offered else None
 
+    deadline = time.monotonic() + COMPILE_SECONDS
+
     def compile_grammar(lark: str, param: str) -> CompiledGrammar:
-        return grammars.compile(lark, base.tokenizer, base.facts.tokenizer_digest, param=param)
+        digest = base.facts.tokenizer_digest
+        return grammars.compile(lark, base.tokenizer, digest, param=param, deadline=deadline)
 
     grammar = choose_grammar(request.response_format, request.tools, syntax, base.tokenizer, compile_grammar)
     return Plan(

@@ -73,6 +73,12 @@ class ChatRequest(SamplingRequest):
     response_format: AnswerFormat | None = None
     tools: Tools = Tools()
 
+    @property
+    def has_schema(self) -> bool:
+        """Whether answers may be held to a schema, which has to be compiled."""
+        must_call = self.tools.mode == "required"
+        return self.response_format is not None or must_call or any(t.is_strict for t in self.tools.callable)
+
 
 class CompletionRequest(SamplingRequest):
     """A checked completion request; each prompt is a text or a list of token ids."""

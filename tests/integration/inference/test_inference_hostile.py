@@ -2,15 +2,22 @@
 
 import asyncio
 import json
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import httpx2
+import openai
 import pytest
 
+from luthier.inference import grammar
 from tests.inference_server import BARE, CHAT, COMPLETIONS, Served
+from tests.tools_base import WITH_TOOLS, open_tools_client
 
 _MIB = 1024 * 1024
 _HELLO = [{"role": "user", "content": "a"}]
@@ -119,3 +126,119 @@ def test_of_many_faults_only_the_first_is_collected(
 def test_a_body_with_more_commas_in_its_texts_than_it_may_have_values_is_answered(served: Served) -> None:
     response = served.post(CHAT, messages=[{"role": "user", "content": ',[{\\"' * 60_000}])
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def _any_of(count: int, group: int) -> dict[str, Any]:
+    return {"anyOf": [{"type": "object", "properties": {f"a{group}_{i}": {}}} for i in range(count)]}
+
+
+def _answer_in(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+_DIVISORS = {"type": "object", "properties": {f"p{i}": {"multipleOf": 999_983 - i} for i in range(8)}}
+_SCHEMAS = {
+    "divisor": {"type": "integer", "multipleOf": 999_983},
+    "divisors": _DIVISORS | {"required": list(_DIVISORS["properties"])},
+    "common multiple": {"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]},
+    "product": {"allOf": [_any_of(20, group) for group in range(3)]},
+    "product of members": {"allOf": [{"properties": {"x": _any_of(20, group)}} for group in range(3)]},
+    "long constant": {"const": "x" * 200_000},
+    "many constants": {"enum": [f"v{i}" for i in range(30_000)]},
+}
+
+
+@pytest.mark.parametrize("schema", _SCHEMAS.values(), ids=_SCHEMAS)
+def test_a_dear_schema_is_refused_in_our_words(served: Served, schema: dict[str, Any]) -> None:
+    began = time.process_time()
+    response = served.post(CHAT, messages=_HELLO, max_tokens=1, response_format=_answer_in(schema))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"].startswith("response_format")
+    assert "panic" not in error["message"] and "assertion" not in error["message"]
+    # Minutes for some, without a budget.
+    assert time.process_time() - began < 5
+
+
+def test_a_compile_holds_up_no_other_project_and_no_chat_without_a_schema(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_slowly(tokenizer: Any, lark: str, **options: Any) -> Any:
+        if "slow" in lark:
+            started.release()
+            assert gate.wait(60)
+        return compile_grammar(tokenizer, lark, **options)
+
+    compile_grammar = grammar.LLMatcher
+    gate, started = threading.Event(), threading.Semaphore(0)
+    monkeypatch.setattr("luthier.inference.grammar.LLMatcher", compile_slowly)
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            slow = [
+                pool.submit(served.chat, "a", max_tokens=1, response_format=_answer_in({"const": f"slow{i}"}))
+                for i in range(8)
+            ]
+            assert started.acquire(timeout=60)
+            assert served.chat("a", max_tokens=1)["choices"]
+            other = BARE.model_copy(update={"project_id": "proj_2"})
+            assert served.chat("a", other, max_tokens=1, response_format=_answer_in({"const": "b"}))[
+                "choices"
+            ]
+            assert not started.acquire(blocking=False)
+        finally:
+            gate.set()
+        assert all(future.result()["choices"] for future in slow)
+
+
+def test_a_client_that_leaves_gives_its_place_among_compiles_up(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    gate, started = threading.Event(), threading.Event()
+
+    def compile_slowly(tokenizer: Any, lark: str, **options: Any) -> Any:
+        compiled.append(lark)
+        started.set()
+        assert gate.wait(60)
+        return compile_grammar(tokenizer, lark, **options)
+
+    compile_grammar = grammar.LLMatcher
+    monkeypatch.setattr("luthier.inference.grammar.LLMatcher", compile_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            first = pool.submit(
+                served.chat, "a", max_tokens=1, response_format=_answer_in({"const": "first"})
+            )
+            assert started.wait(60)
+            with pytest.raises(httpx2.TimeoutException):
+                served.client.post(
+                    CHAT,
+                    json={"model": "m", "messages": _HELLO, "response_format": _answer_in({"const": "gone"})},
+                    headers=BARE.to_headers(),
+                    timeout=0.3,
+                )
+        finally:
+            gate.set()
+        assert first.result()["choices"]
+    assert served.chat("a", max_tokens=1, response_format=_answer_in({"const": "last"}))["choices"]
+    assert not any("gone" in lark for lark in compiled)
+
+
+def test_tools_are_compiled_within_one_budget(served: Served, sdk: openai.OpenAI, folder: Path) -> None:
+    open_tools_client(sdk, folder / "bases")
+    # Each within the budget alone; 128 of them would be half a minute and gigabytes.
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": f"f{i}",
+                "strict": True,
+                "parameters": {"type": "object", "properties": {"a": {"multipleOf": 49_999 - i}}},
+            },
+        }
+        for i in range(3)
+    ]
+    response = served.post(CHAT, WITH_TOOLS, messages=_HELLO, tools=tools, tool_choice="required")
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "tools.1.function.parameters")
+    assert "multipleOf" in error["message"]
