@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
-from luthier.modeling.kernels.blocks import lie_in_pairs, shape_of_blocks, to_blocks
+from luthier.modeling.kernels.blocks import BLOCK, by_blocks, lie_in_pairs, shape_of_blocks, to_blocks
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.served_rows import (
     ACTIVATIONS,
@@ -233,9 +234,10 @@ class _Plan:
         a_FK, blocks = (room.take(shape, self.dtype) for shape in self.shapes)
         rank = len(self.part.a_RK)
         a_FK[:rank], a_FK[rank:] = self.part.a_RK, 0
-        b_FO = blocks.new_zeros(len(a_FK), len(self.part.b_OR))
-        b_FO[:rank] = (self.part.b_OR.float() * self.part.scale).t()
-        blocks.copy_(to_blocks(b_FO))
+        scaled_OR = self.part.b_OR.float() * self.part.scale
+        filled_OF = functional.pad(scaled_OR, (0, len(a_FK) - rank, 0, -len(scaled_OR) % BLOCK))
+        # Rounded to the type that is there as it is copied.
+        blocks.copy_(by_blocks(filled_OF, are_pairs=blocks.dim() == 4))
         return LowRankSite(a_FK, blocks, None if self.factor_O is None else room.move(self.factor_O))
 
 

@@ -28,13 +28,14 @@ def shape_of_blocks(num_rows: int, num_columns: int, *, are_pairs: bool) -> tupl
 
 def to_blocks(rows: torch.Tensor) -> torch.Tensor:
     """Return a matrix [R, columns] in blocks, filled up with zeros; R is even."""
-    num_rows, num_columns = rows.shape
-    num_blocks = -(-num_columns // BLOCK)
-    filled = functional.pad(rows, (0, num_blocks * BLOCK - num_columns))
-    blocks = filled.view(num_rows, num_blocks, BLOCK).transpose(0, 1)
-    if not lie_in_pairs(rows):
-        return blocks.contiguous()
-    return blocks.reshape(num_blocks, num_rows // 2, 2, BLOCK).transpose(2, 3).contiguous()
+    filled = functional.pad(rows, (0, -rows.shape[1] % BLOCK))
+    return by_blocks(filled.t(), are_pairs=lie_in_pairs(rows)).contiguous()
+
+
+def by_blocks(columns: torch.Tensor, *, are_pairs: bool) -> torch.Tensor:
+    """Return a view of a matrix's columns [columns, R] in the order of blocks; they fill whole blocks."""
+    shape = (-1, BLOCK, columns.shape[1] // 2, 2) if are_pairs else (-1, BLOCK, columns.shape[1])
+    return columns.view(shape).transpose(1, 2)
 
 
 def of_blocks(blocks: torch.Tensor, num_columns: int) -> torch.Tensor:
