@@ -56,7 +56,7 @@ def main() -> None:
             base_id=facts.id,
             objects=scratch / "objects",
             num_threads=options.threads,
-            dtype="bfloat16",
+            dtype=options.dtype,
             run_dir=scratch,
         )
         base = copy_without_end(fetched, place.bases_dir)
@@ -112,6 +112,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--settings", type=int, default=10, help="tried of each peer, at most (%(default)s)")
     parser.add_argument("--base", default=Settings().preload_base)
     parser.add_argument("--threads", type=int, default=2, help="of every side (%(default)s)")
+    parser.add_argument("--dtype", default="auto", help="of our server: auto, bfloat16 (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--out", type=Path, default=None, help="results file")
     options = parser.parse_args()

@@ -10,7 +10,6 @@ import torch
 
 from benchmarks.machine import gemm_peaks
 from benchmarks.roofline import Shape
-from luthier.modeling.kernels.products import can_tile, tiled_bytes
 
 _NUM_BYTES = 512 * 1024 * 1024
 _SECONDS_A_MEASURE = 0.5
@@ -39,7 +38,6 @@ class Limits:
 class Work:
     """Streams that run together: each goes on from a prompt by some tokens.
 
-    `base_weight_bytes` are those that a weight of the base is read in.
     `adapter_weights` are the numbers of all distinct artifacts that lie in linear layers, `row_weights`
     those that the tokens of all streams meet: one stream's artifact for each.
     """
@@ -50,7 +48,6 @@ class Work:
     num_new: int
     adapter_weights: int
     row_weights: int
-    base_weight_bytes: float = _BF16_BYTES
 
     @property
     def base_weights(self) -> int:
@@ -61,11 +58,11 @@ class Work:
     def step_bytes(self) -> float:
         """Bytes that a step of one token a stream reads at half way: weights, keys and values.
 
-        All as bf16, but for the base's weights as our engine reads them: peers may read more.
+        All as bf16.
         """
         length = self.num_prompt + self.num_new / 2
         cached = 2 * self.shape.layers * self.shape.key_value * length * self.num_streams
-        return _BF16_BYTES * (self.adapter_weights + cached) + self.base_weight_bytes * self.base_weights
+        return _BF16_BYTES * (self.adapter_weights + cached + self.base_weights)
 
     @property
     def step_flops(self) -> float:
@@ -77,12 +74,6 @@ class Work:
         """Operations of the products over all prompts; the output layer is needed at their ends alone."""
         body = self.shape.body_weights * self.num_streams + self.row_weights
         return 2.0 * body * self.num_prompt
-
-
-def bytes_of_base_weight() -> float:
-    """Return the bytes in which our engine reads a weight of a base here, where it lies as most do."""
-    weight_OK = torch.empty(1024, 1024, dtype=torch.bfloat16)
-    return tiled_bytes(weight_OK) / weight_OK.numel() if can_tile(weight_OK) else _BF16_BYTES
 
 
 def best_tokens_per_second(work: Work, limits: Limits) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.pairs import MAX_STOLEN, median_interval
 from benchmarks.roofline import Shape
-from benchmarks.serve.limits import Limits, Work, best_tokens_per_second, bytes_of_base_weight
+from benchmarks.serve.limits import Limits, Work, best_tokens_per_second
 from benchmarks.serve.published import Published
 
 OURS = "ours"
@@ -36,9 +36,8 @@ def summarise(found: dict[str, Any], models: Sequence[Published | None], shape: 
     weights = sum(
         model.num_parameters for model in models if model is not None and model.kind in ("lora", "adapter")
     )
-    base_weight_bytes = bytes_of_base_weight()
     sizes = (found["num_streams"], found["num_prompt_tokens"], num_new, weights, weights)
-    work = Work(shape, *sizes, base_weight_bytes)
+    work = Work(shape, *sizes)
     bounds = [best_tokens_per_second(work, Limits(**one["limits"])) for one in rounds]
 
     def median(name: str, key: str) -> float:
@@ -54,7 +53,6 @@ def summarise(found: dict[str, Any], models: Sequence[Published | None], shape: 
         "limit_tokens_per_second": {
             key: statistics.median(bound[key] for bound in bounds) for key in bounds[0]
         },
-        "base_weight_bytes": base_weight_bytes,
         "share_of_limit": {name: {key: share(name, key) for key in ("steps", "run")} for name in names},
         "ours": {
             key: median(OURS, key)
