@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.events import Metrics
 from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
@@ -89,15 +91,14 @@ def take_over_artifact(
 def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
     """Return a model card: a YAML header that hubs read, then what a person wants to know."""
     spec, base = origin.spec, origin.base
-    header: dict[str, Any] = {
-        "base_model": base.id,
-        **({"library_name": trainee.method.library_name} if trainee.method.library_name else {}),
-        "license": base.licence,
-        "pipeline_tag": "text-generation",
-        "tags": ["luthier", trainee.method.name],
-    }
-    # JSON is YAML: quoted like this no value can break out of its line.
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
+    header = ModelCardData(
+        base_model=base.id,
+        library_name=trainee.method.library_name or None,
+        license=base.licence,
+        pipeline_tag="text-generation",
+        tags=["luthier", trainee.method.name],
+    )
+    lines = ["---", header.to_yaml(), "---", ""]
     lines += [f"# {_code(origin.inputs.model_name)}", ""]
     lines += [
         f"{trainee.method.title}, tuned from {_code(base.id)} by job {_code(origin.inputs.job_id)}.",

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import yaml
 
 from luthier.core.events import Metrics
 from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
@@ -48,7 +49,12 @@ def test_a_card_names_the_library_and_the_call_that_load_its_artifact(
     spec = TrainingSpec(base=base, base_id="b", tuning={"type": name}, seed=1)
     trainee = SimpleNamespace(method=discover()[name], attached=SimpleNamespace(num_trained_parameters=3))
     card = _card(Origin(inputs, spec, base), cast(Trainee, trainee), 4, Metrics(train_loss=1.0))
-    header = card.split("---")[1]
-    assert (f'library_name: "{library}"' in header) == (library is not None)
-    assert ("library_name" in header) == (library is not None)
+    header = yaml.safe_load(card.split("---")[1])
+    assert header == {
+        "base_model": "b",
+        **({} if library is None else {"library_name": library}),
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": ["luthier", name],
+    }
     assert call in card.split("## Loading")[1]
