@@ -59,7 +59,7 @@ class Tracker(ABC):
     # As `integrations` name it, also the member that holds its configuration.
     name: ClassVar[str]
     Config: ClassVar[type[TrackerConfig]] = TrackerConfig
-    # The package that a worker needs for it, and the extra of ours that brings it; None needs none.
+    # The package that a worker needs for it, which the extra of the tracker's name brings; None needs none.
     package: ClassVar[str | None] = None
 
     @abstractmethod

@@ -4,12 +4,11 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 from pydantic import Field
 
 from luthier.core.settings import Settings
-from luthier.trackers._event_file import record, scalars_event, start_event, version_event
 from luthier.trackers.base import RunStatus, TrackedRun, Tracker, TrackerConfig, TrackerRun
 
 # Parts of a path: none may lead out of the folder.
@@ -24,25 +23,29 @@ class TensorboardConfig(TrackerConfig):
 
 
 class _Run(TrackerRun):
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, path_prefix: str) -> None:
+        # Only where the tracker is used: the package is optional.
+        from tensorboardX.event_file_writer import EventsWriter
+
+        self._writer = EventsWriter(path_prefix, f".{os.getpid()}.{time.monotonic_ns()}")
         self._is_begun = False
 
-    def _write(self, data: bytes) -> None:
-        self._file.write(record(data))
-
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
         now = time.time()
         if not self._is_begun:
             self._is_begun = True
-            self._write(version_event(now))
-            self._write(start_event(now, step))
-        self._write(scalars_event(now, step, metrics))
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=now, step=step, session_log=start))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.write_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
         # A step is at least tens of milliseconds: who looks sees it now.
-        self._file.flush()
+        self._writer.flush()
 
     def close(self, _status: RunStatus) -> None:
-        self._file.close()
+        self._writer.close()
 
 
 class Tensorboard(Tracker):
@@ -50,6 +53,7 @@ class Tensorboard(Tracker):
 
     name = "tensorboard"
     Config = TensorboardConfig
+    package = "tensorboardX"
 
     def missing_setting(self, settings: Settings) -> str | None:
         return None if settings.tensorboard_dir else "LUTHIER_TENSORBOARD_DIR"
@@ -58,9 +62,7 @@ class Tensorboard(Tracker):
         name = run.job_id if config.name is None else f"{config.name}-{run.job_id}"
         folder = Path(settings.tensorboard_dir) / run.project_id / config.project / name
         folder.mkdir(parents=True, exist_ok=True)
-        # The time is part of the name by convention, and puts the attempts' files in order.
-        path = folder / f"events.out.tfevents.{time.time_ns() // 1000:018d}.{os.getpid()}"
-        return _Run(path.open("xb"))
+        return _Run(str(folder / "events"))
 
 
 TRACKER = Tensorboard()

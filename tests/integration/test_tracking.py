@@ -20,7 +20,7 @@ from luthier.trackers import discover
 from luthier.trackers.base import RunStatus, TrackedRun, Tracker, TrackerConfig, TrackerRun
 from services.leases import Lease
 from tests.conftest import Api
-from tests.event_files import read_events
+from tests.event_files import read_events, scalars
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
@@ -125,13 +125,13 @@ def test_tensorboard_shows_the_curves_of_a_job(
     (path,) = (tmp_path / "curves").rglob("*tfevents*")
     assert path.parent.name == f"first-{job.id}"
     assert path.parent.parent.name == "mine"
-    events = [event for event in read_events(path) if event.kind == "scalars"]
-    steps = [event for event in events if "train_loss" in event.values]
-    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
+    events = [(event.step, scalars(event)) for event in read_events(path) if scalars(event)]
+    steps = [(step, values) for step, values in events if "train_loss" in values]
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
     # The script's losses are 1 / step, here as 32-bit floats.
-    assert [round(event.values["train_loss"] * event.step, 5) for event in steps] == [1.0] * 6
-    assert {"learning_rate", "grad_norm", "train_mean_token_accuracy", "epoch"} <= set(steps[0].values)
-    scores = {event.step: event.values["valid_loss"] for event in events if "valid_loss" in event.values}
+    assert [round(values["train_loss"] * step, 5) for step, values in steps] == [1.0] * 6
+    assert {"learning_rate", "grad_norm", "train_mean_token_accuracy", "epoch"} <= set(steps[0][1])
+    scores = {step: values["valid_loss"] for step, values in events if "valid_loss" in values}
     assert scores == {0: 9.0, 2: 2.5, 4: 2.0, 6: 1.5}
 
 
