@@ -7,9 +7,11 @@ from contextlib import contextmanager
 import psycopg
 import structlog
 
+from db.connection import KEEPALIVE
 from services.events import CHANNEL
 
 _RECONNECT_SECONDS = 1.0
+_CONNECT_SECONDS = 3
 _log = structlog.get_logger()
 
 
@@ -70,7 +72,9 @@ class EventHub:
     async def _listen(self) -> None:
         while True:
             try:
-                connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
+                connection = await psycopg.AsyncConnection.connect(
+                    self._url, autocommit=True, connect_timeout=_CONNECT_SECONDS, **KEEPALIVE
+                )
                 async with connection:
                     await connection.execute(f"LISTEN {CHANNEL}".encode())
                     # What was said while nobody listened is found by looking.

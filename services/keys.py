@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from sqlalchemy import bindparam, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from db.tables import ApiKey, Organization, Project
@@ -143,14 +144,15 @@ def insert_key(
 
 def ensure_project(session: Session, organization_id: str, name: str) -> Project:
     """Return the organization's project of that name, made now when there is none."""
-    project = session.scalar(
-        select(Project).where(Project.organization_id == organization_id, Project.name == name)
+    # Of two who ask at once, the second waits for the first and then finds the same.
+    session.execute(
+        insert(Project)
+        .values(id=new_id("project"), organization_id=organization_id, name=name)
+        .on_conflict_do_nothing(index_elements=["organization_id", "name"])
     )
-    if project is None:
-        project = Project(id=new_id("project"), organization_id=organization_id, name=name)
-        session.add(project)
-        session.flush()
-    return project
+    return session.scalars(
+        select(Project).where(Project.organization_id == organization_id, Project.name == name)
+    ).one()
 
 
 def list_(session: Session, scope: Scope) -> Sequence[tuple[ApiKey, str]]:

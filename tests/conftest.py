@@ -3,6 +3,7 @@ an API served over HTTP. What a test starts, it stops."""
 
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
@@ -31,7 +32,7 @@ from db.session import Database  # noqa: E402
 from luthier.bases.catalogue import load_catalogue  # noqa: E402
 from luthier.cli.stack.home import load_secrets  # noqa: E402
 from luthier.cli.stack.postgres import open_postgres  # noqa: E402
-from luthier.cli.stack.processes import spawn  # noqa: E402
+from luthier.cli.stack.processes import ProcessSpec, spawn  # noqa: E402
 from luthier.core.keys import new_api_key  # noqa: E402
 from luthier.core.sealing import Sealer, new_secret_key  # noqa: E402
 from luthier.core.settings import Settings  # noqa: E402
@@ -66,11 +67,35 @@ def wait_until(condition: object, *, seconds: float = _START_SECONDS, what: str 
         time.sleep(0.02)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
-    """The test session's PostgreSQL."""
+    """An embedded PostgreSQL of the tests."""
 
     owner_url: str
+    socket_folder: Path
+    spec: ProcessSpec
+    log_path: Path
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.process = spawn(
+            # Databases come and go with every test; no test pulls the plug of the machine.
+            tuple("fsync=off" if part == "fsync=on" else part for part in self.spec.command),
+            environment=self.spec.environment,
+            log_path=self.log_path,
+            user=self.spec.user,
+            folder=self.spec.folder,
+            death_signal=self.spec.death_signal,
+        )
+        assert self.spec.is_ready is not None
+        wait_until(self.spec.is_ready, what="PostgreSQL answers")
+
+    def stop(self, number: int | None = None) -> None:
+        """Stop it, in order or by a signal of a test's choice."""
+        assert self.process is not None
+        self.process.send_signal(self.spec.stop_signal if number is None else number)
+        self.process.wait(timeout=30)
 
     def url(self, name: str) -> str:
         """Return SQLAlchemy's URL of one of its databases."""
@@ -84,8 +109,8 @@ class Server:
             connection.execute(statement.encode())
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Server]:
+@contextmanager
+def running_postgres() -> Iterator[Server]:
     """A real PostgreSQL with a migrated template database, stopped at the end."""
     # Not pytest's own folder: its path is too long for a socket, and another user can't enter it.
     folder = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
@@ -93,31 +118,19 @@ def postgres() -> Iterator[Server]:
     before = os.environ.get("STATE_DIRECTORY")
     os.environ["STATE_DIRECTORY"] = str(folder / "state")
     secrets = load_secrets(folder)
-    server = open_postgres(folder, folder, secrets, say=lambda _line: None)
-    spec = server.spec()
-    server.prepare()
-    process = spawn(
-        # Databases come and go with every test; no test pulls the plug of the machine.
-        tuple("fsync=off" if part == "fsync=on" else part for part in spec.command),
-        environment=spec.environment,
-        log_path=folder / "postgres.log",
-        user=spec.user,
-        folder=spec.folder,
-        death_signal=spec.death_signal,
-    )
+    postgres = open_postgres(folder, folder, secrets, say=lambda _line: None)
+    url = f"postgresql://postgres:{secrets.postgres_password}@/postgres?host={postgres.socket_folder}"
+    server = Server(url, postgres.socket_folder, postgres.spec(), folder / "postgres.log")
+    postgres.prepare()
+    server.start()
     try:
-        wait_until(spec.is_ready, what="PostgreSQL answers")
-        found = Server(
-            f"postgresql://postgres:{secrets.postgres_password}@/postgres?host={server.socket_folder}"
-        )
-        found.execute("CREATE DATABASE template_luthier")
-        database = Database(found.url("template_luthier"), pool_size=1)
+        server.execute("CREATE DATABASE template_luthier")
+        database = Database(server.url("template_luthier"), pool_size=1, answer_seconds=None)
         upgrade(database)
         database.close()
-        yield found
+        yield server
     finally:
-        process.send_signal(spec.stop_signal)
-        process.wait(timeout=30)
+        server.stop()
         shutil.rmtree(folder)
         if before is None:
             del os.environ["STATE_DIRECTORY"]
@@ -125,12 +138,20 @@ def postgres() -> Iterator[Server]:
             os.environ["STATE_DIRECTORY"] = before
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """The test session's PostgreSQL."""
+    with running_postgres() as server:
+        yield server
+
+
 @contextmanager
 def fresh_database(postgres: Server) -> Iterator[Database]:
     """Hold a fresh, migrated database."""
     name = f"t{time.monotonic_ns()}"
     postgres.execute(f"CREATE DATABASE {name} TEMPLATE template_luthier")
-    opened = Database(postgres.url(name), pool_size=24)
+    # A machine that is busy with tests may answer slowly.
+    opened = Database(postgres.url(name), pool_size=24, answer_seconds=30)
     try:
         yield opened
     finally:
