@@ -193,7 +193,17 @@ class Job(Owned, Table):
     lease_owner: Mapped[str | None]
     lease_epoch: Mapped[int] = mapped_column(server_default="0")
     lease_expires_at: Mapped[datetime | None]
+    # Since the newest save point: training processes that died, workers that stopped answering, and tries in
+    # a row at something that was away or refused.
     num_crashes: Mapped[int] = mapped_column(server_default="0")
+    num_losses: Mapped[int] = mapped_column(server_default="0")
+    num_faults: Mapped[int] = mapped_column(server_default="0")
+    # Ids of workers that take it again only when no other can.
+    avoided_workers: Mapped[list[Any]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
+    # Nobody claims it before.
+    not_before: Mapped[datetime | None]
+    # What it was told last that it waits for.
+    waits_for: Mapped[str | None]
     # When what an ended job no longer needs was deleted from storage.
     tidied_at: Mapped[datetime | None]
     last_event_seq: Mapped[int] = mapped_column(server_default="0")
@@ -312,6 +322,12 @@ class Worker(Table):
     facts: Mapped[dict[str, Any]]
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    # Jobs whose training process died before it said anything, since the last that did say something.
+    deaths: Mapped[list[Any]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
+    num_quarantines: Mapped[int] = mapped_column(server_default="0")
+    # None: it may claim jobs to train.
+    quarantine_reason: Mapped[str | None]
+    quarantined_until: Mapped[datetime | None]
 
 
 class Calibration(Table):

@@ -4,20 +4,20 @@ Every write of an attempt names the lease epoch that its claim got. A worker tha
 declared dead writes nothing any more, because the epoch has moved on. All times are the database's.
 """
 
+import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import ColumnElement, func, or_, select, true, update
 from sqlalchemy.orm import Session
 
-from db.tables import Job, Worker
+from db.tables import Job
 from luthier.core.devices import Device
-from luthier.core.errors import LuthierError, WorkerCrashedError
+from luthier.core.errors import LuthierError, UnavailableError, WorkerCrashedError
 from luthier.core.states import TERMINAL_STATUSES, JobStatus
-from services import attempts, deliveries, events, memory
+from services import attempts, deliveries, events, memory, workers
 from services.events import NewEvent
 from services.turns import by_turns
 
@@ -26,6 +26,23 @@ class LeaseLostError(LuthierError):
     """The job is no longer this attempt's: cancelled, taken by another worker, or ended."""
 
     code = "lease_lost"
+
+
+# What a job's row says after progress: a newer save point, or files that were checked.
+PROGRESS: dict[str, Any] = {
+    "num_crashes": 0,
+    "num_losses": 0,
+    "num_faults": 0,
+    "avoided_workers": [],
+    "waits_for": None,
+}
+# Workers that stopped answering, without a newer save point in between, after which a job is failed.
+_MAX_LOSSES = 10
+# Tries in a row at what refuses, after which a job is failed.
+_MAX_FAULTS = 8
+_MAX_PAUSE_SECONDS = 300.0
+_LOSS_PAUSE_SECONDS = 5.0
+_ANY = true()
 
 
 # What a job waits as when its attempt ends before it does: one that is being paused is paused.
@@ -47,20 +64,12 @@ class Lease:
     worker_id: str
 
 
-def beat(session: Session, worker_id: str, *, hostname: str, num_slots: int, facts: dict[str, Any]) -> None:
-    """Say that a worker is alive, and what it has."""
-    values = {"hostname": hostname, "num_slots": num_slots, "facts": facts, "heartbeat_at": func.now()}
-    session.execute(
-        insert(Worker)
-        .values(id=worker_id, **values)
-        .on_conflict_do_update(index_elements=[Worker.id], set_=values)
-    )
-
-
-def list_unchecked(session: Session, *, limit: int) -> Sequence[str]:
-    """Return ids of jobs whose files nobody checks yet, projects in turn."""
-    unchecked = select(Job.id).where(_is_unchecked())
-    return session.scalars(unchecked.order_by(*by_turns("prepare")).limit(limit)).all()
+def list_unchecked(
+    session: Session, worker_id: str, *, limit: int, can_run: ColumnElement[bool]
+) -> Sequence[str]:
+    """Return ids of jobs whose files nobody checks yet and the worker may check, projects in turn."""
+    fitting = select(Job.id).where(_is_unchecked(), workers.may_take(worker_id), can_run)
+    return session.scalars(fitting.order_by(*by_turns("prepare")).limit(limit)).all()
 
 
 def is_work_waiting(session: Session) -> bool:
@@ -70,9 +79,8 @@ def is_work_waiting(session: Session) -> bool:
 
 
 def _is_unchecked() -> ColumnElement[bool]:
-    return (Job.status == JobStatus.VALIDATING_FILES) & or_(
-        Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()
-    )
+    # One whose lease has run out is the sweep's to give back.
+    return (Job.status == JobStatus.VALIDATING_FILES) & Job.lease_owner.is_(None) & memory.is_due()
 
 
 def list_held(session: Session, job_ids: Collection[str]) -> set[tuple[str, int]]:
@@ -94,8 +102,6 @@ def claim_for_preparing(session: Session, job_id: str, worker_id: str, lease_sec
     )
     if job is None:
         return None
-    if job.lease_owner is not None:
-        attempts.end(session, job.id, job.lease_epoch, "crashed")
     return _take(session, job, worker_id, lease_seconds)
 
 
@@ -107,6 +113,7 @@ def claim_for_training(
     *,
     device: Device | None = None,
     tells: bool = True,
+    can_run: ColumnElement[bool] = _ANY,
 ) -> tuple[Lease, Job] | None:
     """Take the oldest queued job if the worker has a free slot and the job's memory can be had.
 
@@ -114,33 +121,32 @@ def claim_for_training(
         worker_id: who asks; its row is locked so that two of its processes can't take the same slot.
         device: where the job would run; None where its memory is not known, so that nobody counts it.
         tells: whether jobs that must wait for memory are told so.
+        can_run: which jobs the machine can run, as `workers.can_run` selects them.
 
     Returns:
         The lease and the job, now `running`; None when there is no job, no slot or no memory.
     """
-    # The row is there before the first heartbeat too: it is the lock of the worker's slots.
-    session.execute(
-        insert(Worker)
-        .values(id=worker_id, hostname="", num_slots=num_slots, facts={})
-        .on_conflict_do_nothing(index_elements=[Worker.id])
-    )
-    session.execute(select(Worker.id).where(Worker.id == worker_id).with_for_update())
+    worker = workers.lock(session, worker_id)
+    if worker.quarantine_reason is not None:
+        return None
     num_running = session.scalar(
         select(func.count())
         .select_from(Job)
         .where(
+            # A job whose lease has run out is its worker's until the sweep takes it: the database may have
+            # been away, and its process trains on.
             Job.lease_owner == worker_id,
             # A queued one with a lease was resumed while its attempt was stopping.
             Job.status.in_([JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.QUEUED]),
-            Job.lease_expires_at > func.now(),
         )
     )
     if num_running is not None and num_running >= num_slots:
         return None
+    fits = workers.may_take(worker_id) & can_run
     if device is None:
-        job, num_bytes = memory.find_oldest(session), 0
+        job, num_bytes = memory.find_oldest(session, fits), 0
     else:
-        chosen = memory.choose(session, device, lease_seconds=lease_seconds, tells=tells)
+        chosen = memory.choose(session, device, lease_seconds=lease_seconds, tells=tells, fits=fits)
         job, num_bytes = chosen or (None, 0)
     if job is None:
         return None
@@ -286,48 +292,127 @@ def fail(session: Session, lease: Lease, error: LuthierError) -> None:
     )
 
 
-def retry_or_fail(session: Session, lease: Lease, error: LuthierError, *, max_attempts: int) -> JobStatus:
-    """After an attempt that broke off: another one, or the end when it was the last.
+def retry_or_fail(
+    session: Session, lease: Lease, error: LuthierError, *, max_attempts: int, pause_seconds: float = 0.0
+) -> JobStatus:
+    """After an attempt whose process broke off: another one, or the end when it was the last.
+
+    The next attempt is another worker's, while one lives that can run it. Crashes on one worker alone fail a
+    job only when that is the only one alive.
 
     Args:
         error: what happened; the job's error if it was the last attempt.
+        max_attempts: crashes after which a job is failed.
+        pause_seconds: how long the attempt after the next one waits; it doubles from then on.
+
+    Returns:
+        The job's new status.
 
     Raises:
         LeaseLostError: when the job is not this attempt's any more.
     """
-    return _crashed(session, hold(session, lease), error, max_attempts)
-
-
-def _crashed(session: Session, job: Job, error: LuthierError, max_attempts: int) -> JobStatus:
-    # What was asked to stop, by its worker or by a pause, and did not get to it is nobody's crash.
-    is_stopping = attempts.is_stopping(session, job) or job.status in (JobStatus.PAUSING, JobStatus.QUEUED)
-    if not is_stopping:
-        job.num_crashes += 1
-    attempts.end(session, job.id, job.lease_epoch, "stopped" if is_stopping else "crashed")
-    job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
-    if not is_stopping and job.num_crashes >= max_attempts:
-        message = (
-            f"{error.message} This was attempt {job.num_crashes} of {max_attempts}, so the job has failed."
-        )
-        job.status = JobStatus.FAILED.value
-        job.finished_at = func.now()
-        job.error = {"code": error.code, "message": message, "param": error.param}
-        told = NewEvent(message, level="error", data={"code": error.code})
-        deliveries.enqueue(session, job.id, JobStatus.FAILED)
-    else:
-        job.status = WAITS_AS[JobStatus(job.status)].value
-        goes_on = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"
-        where = "its last save point" if job.save_points else "its beginning"
-        told = NewEvent(
-            f"{error.message} The job {goes_on} {where}.", level="warn", data={"code": error.code}
-        )
+    job = hold(session, lease)
+    if _is_stopping(session, job):
+        return _end_broken(session, job, error, outcome="stopped")
+    job.num_crashes += 1
+    _avoid(job, lease.worker_id)
+    if job.num_crashes > 1:
+        _pause(job, pause_seconds, job.num_crashes - 1)
     session.flush()
-    events.append(session, job.id, [told])
+    is_last = job.num_crashes >= max_attempts and (
+        len(job.avoided_workers) > 1
+        or session.scalar(select(Job.id).where(Job.id == job.id, workers.is_avoided_by_others())) is not None
+    )
+    if is_last:
+        tail = f"This was attempt {job.num_crashes} of {max_attempts}, so the job has failed."
+        return _end_failed(session, job, error, f"{error.message} {tail}")
+    return _end_broken(session, job, error, outcome="crashed")
+
+
+def _is_stopping(session: Session, job: Job) -> bool:
+    """Whether an attempt was asked to stop, by its worker or by a pause: its end is nobody's crash."""
+    return attempts.is_stopping(session, job) or job.status in (JobStatus.PAUSING, JobStatus.QUEUED)
+
+
+def _avoid(job: Job, worker_id: str) -> None:
+    if worker_id not in job.avoided_workers:
+        job.avoided_workers = [*job.avoided_workers, worker_id]
+
+
+def _pause(job: Job, seconds: float, num_before: int) -> None:
+    """Let a job wait, twice as long each time, and not as long as others that met the same."""
+    pause_seconds = min(_MAX_PAUSE_SECONDS, seconds * 2 ** (num_before - 1)) * random.uniform(0.75, 1.25)
+    job.not_before = func.now() + timedelta(seconds=pause_seconds)
+
+
+def _end_failed(session: Session, job: Job, error: LuthierError, message: str) -> JobStatus:
+    attempts.end(session, job.id, job.lease_epoch, "crashed")
+    job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
+    job.status = JobStatus.FAILED.value
+    job.finished_at = func.now()
+    job.error = {"code": error.code, "message": message, "param": error.param}
+    deliveries.enqueue(session, job.id, JobStatus.FAILED)
+    session.flush()
+    events.append(session, job.id, [NewEvent(message, level="error", data={"code": error.code})])
+    return JobStatus.FAILED
+
+
+def _end_broken(session: Session, job: Job, error: LuthierError, *, outcome: str) -> JobStatus:
+    attempts.end(session, job.id, job.lease_epoch, outcome)
+    job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
+    job.status = WAITS_AS[JobStatus(job.status)].value
+    goes_on = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"
+    where = "its last save point" if job.save_points else "its beginning"
+    session.flush()
+    message = f"{error.message} The job {goes_on} {where}."
+    events.append(session, job.id, [NewEvent(message, level="warn", data={"code": error.code})])
     return JobStatus(job.status)
 
 
-def sweep(session: Session, *, max_attempts: int, limit: int = 100) -> Sequence[str]:
+def put_off(
+    session: Session, lease: Lease, error: LuthierError, *, pause_seconds: float, is_machine: bool
+) -> JobStatus:
+    """End an attempt that lacked something: the job waits, longer each time.
+
+    What is only away is waited for without an end. What refuses, or lacks here, fails the job by its name
+    after some tries.
+
+    Args:
+        error: what is away, refuses or lacks.
+        pause_seconds: the first pause.
+        is_machine: whether it is this worker's machine that lacks it, so that another one is better.
+
+    Returns:
+        The job's new status.
+
+    Raises:
+        LeaseLostError: when the job is not this attempt's any more.
+    """
+    job = hold(session, lease)
+    is_new = job.waits_for != error.message
+    job.num_faults = 1 if is_new else job.num_faults + 1
+    job.waits_for = error.message
+    if is_machine:
+        _avoid(job, lease.worker_id)
+    _pause(job, pause_seconds, job.num_faults)
+    session.flush()
+    if job.num_faults >= _MAX_FAULTS and not (isinstance(error, UnavailableError) and error.retryable):
+        fail(session, lease, error)
+        return JobStatus.FAILED
+    told = NewEvent(f"The job waits: {error.message}", level="warn", data={}) if is_new else None
+    status = WAITS_AS[JobStatus(job.status)]
+    leave(session, lease, status, outcome="unavailable", event=told)
+    return status
+
+
+def sweep(session: Session, *, limit: int = 100) -> Sequence[str]:
     """Take jobs away from workers whose lease has run out.
+
+    That is no crash of the job. Who calls this has seen the database for as long as a lease lasts: after an
+    outage, those who train are the first to renew.
+
+    Args:
+        limit: jobs taken at once.
 
     Returns:
         Ids of the jobs that were taken; two sweepers never take the same one.
@@ -342,6 +427,17 @@ def sweep(session: Session, *, max_attempts: int, limit: int = 100) -> Sequence[
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
+    error = WorkerCrashedError("The worker stopped answering.")
     for job in lost:
-        _crashed(session, job, WorkerCrashedError("The worker stopped answering."), max_attempts)
+        if _is_stopping(session, job):
+            _end_broken(session, job, error, outcome="stopped")
+            continue
+        job.num_losses += 1
+        if job.num_losses >= _MAX_LOSSES:
+            tail = f"That was the case in {job.num_losses} attempts without progress, so the job has failed."
+            _end_failed(session, job, error, f"{error.message} {tail}")
+            continue
+        if job.num_losses > 2:
+            _pause(job, _LOSS_PAUSE_SECONDS, job.num_losses - 2)
+        _end_broken(session, job, error, outcome="lost")
     return [job.id for job in lost]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, case, delete, func, select, tuple_, update
+from sqlalchemy import ColumnElement, Select, case, delete, func, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -73,7 +73,14 @@ def _is_too_large(least_bytes: int | None, device: Device) -> bool:
     return (least_bytes or 0) > device.total_bytes
 
 
-def choose(session: Session, device: Device, *, lease_seconds: float, tells: bool) -> tuple[Job, int] | None:
+def choose(
+    session: Session,
+    device: Device,
+    *,
+    lease_seconds: float,
+    tells: bool,
+    fits: ColumnElement[bool],
+) -> tuple[Job, int] | None:
     """Return the first queued job in turn that fits on a device now, locked; one that never fits, too.
 
     Jobs that don't fit yet are noted as waiting. Others may go before them until the first in line has waited
@@ -85,13 +92,14 @@ def choose(session: Session, device: Device, *, lease_seconds: float, tells: boo
         lease_seconds: after which a waiting job that nobody looked at again counts as gone.
         tells: whether serving has given back what it can, so that jobs which must wait are told so; once for
             each change of what they wait for.
+        fits: which jobs the worker may take and its machine can run.
 
     Returns:
         The job and what it gets; None when none waits, or none fits.
     """
     candidates = session.execute(
         select(Job.id, Job.peak_bytes, Job.least_bytes)
-        .where(is_queued())
+        .where(is_queued(), fits)
         .order_by(*by_turns("train"))
         .limit(_MAX_CANDIDATES)
     ).all()
@@ -129,9 +137,9 @@ def _is_rough(job: Job) -> bool:
     return (job.least_bytes or 0) < (job.peak_bytes or 0)
 
 
-def find_oldest(session: Session) -> Job | None:
-    """Return the queued job whose turn it is, locked, whatever it needs; None when none waits."""
-    in_turn = select(Job.id).where(is_queued()).order_by(*by_turns("train")).limit(_MAX_CANDIDATES)
+def find_oldest(session: Session, fits: ColumnElement[bool]) -> Job | None:
+    """Return the queued job whose turn it is, locked, whatever memory it needs; None when none waits."""
+    in_turn = select(Job.id).where(is_queued(), fits).order_by(*by_turns("train")).limit(_MAX_CANDIDATES)
     for job_id in session.scalars(in_turn).all():
         job = _take(session, job_id)
         if job is not None:
@@ -157,7 +165,12 @@ def find_waiting(device: Device) -> Select[Any]:
 
 def is_queued() -> ColumnElement[bool]:
     """Select the jobs that wait to be trained."""
-    return (Job.status == JobStatus.QUEUED) & Job.lease_owner.is_(None) & Job.deleted_at.is_(None)
+    return (Job.status == JobStatus.QUEUED) & Job.lease_owner.is_(None) & Job.deleted_at.is_(None) & is_due()
+
+
+def is_due() -> ColumnElement[bool]:
+    """Select the jobs that are not waiting for a later time."""
+    return or_(Job.not_before.is_(None), Job.not_before <= func.now())
 
 
 def _take(session: Session, job_id: str) -> Job | None:

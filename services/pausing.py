@@ -75,6 +75,7 @@ def resume(session: Session, scope: Scope, ring: Ring, job_id: str) -> Job:
         how = f"has already ended with status {status.value}" if status.is_terminal else f"is {status.value}"
         raise InvalidTransitionError(f"Job {job.id} {how}; only a paused job can be resumed.")
     job.status = JobStatus.QUEUED.value
+    job.not_before = None
     ring_after_commit(session, ring, job.id)
     return _changed(session, job, "The job was resumed")
 

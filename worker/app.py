@@ -5,6 +5,7 @@ This main process trains nothing: it starts the processes that do (worker/proces
 jobs from workers that are gone, measures, and sends webhooks.
 """
 
+import contextlib
 import signal
 import threading
 import time
@@ -12,9 +13,11 @@ from collections.abc import Callable
 
 import structlog
 
+from luthier.core.errors import UnavailableError
 from luthier.core.logs import configure_logs
 from luthier.core.process import hide_memory
 from luthier.core.settings import Settings
+from services import workers
 from worker.broker import consume_for_ever
 from worker.calibration import calibrate_for_ever
 from worker.context import WorkerContext, make_context
@@ -67,6 +70,8 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
             woken.clear()
             processes.wake()
     processes.stop()
+    with contextlib.suppress(UnavailableError), context.database.transaction() as session:
+        workers.retire(session, context.worker_id)
     _log.info("worker stopped", seconds=round(time.monotonic() - started_at))
 
 

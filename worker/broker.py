@@ -10,7 +10,6 @@ from typing import Any
 import structlog
 from celery.worker import WorkController
 from celery.worker.consumer import Consumer
-from kombu.message import Message
 
 from services.bell import TASK_NAME, make_celery
 from worker.context import WorkerContext
@@ -25,9 +24,9 @@ def consume_for_ever(context: WorkerContext, wake: Callable[[], None]) -> None:
     """
 
     class WakeConsumer(Consumer):
-        def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Message], None]:
-            def take(message: Message) -> None:
-                message.ack_log_error(_log, self.connection_errors)  # type: ignore[no-untyped-call]
+        def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Any], None]:
+            def take(message: Any) -> None:
+                message.ack_log_error(_log, self.connection_errors)
                 if isinstance(message.headers, dict) and message.headers.get("task") == TASK_NAME:
                     wake()
 

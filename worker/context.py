@@ -4,22 +4,28 @@ import os
 import secrets
 import socket
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+from sqlalchemy import ColumnElement
+
 from db.session import Database
-from luthier.bases.catalogue import Catalogue, load_catalogue
+from luthier.bases.catalogue import Catalogue, find_base_facts, load_catalogue
 from luthier.core.devices import NVIDIA_DRIVER, Device, find_device
 from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.storage.store import Storage
 from luthier.trackers import discover
+from services import workers
 from services.bell import Bell, Ring, make_celery
 from worker.spare import WarmSpare
 
 # In the main process one for each thread of maintenance, webhooks, calibration, metrics; jobs need fewer.
 _POOL_SIZE = 8
+_MIN_ANSWER_SECONDS = 4.0
 
 
 def _facts() -> dict[str, Any]:
@@ -34,6 +40,31 @@ def _facts() -> dict[str, Any]:
     }
 
 
+class Watch:
+    """For how long a sweeper has seen the database without a gap.
+
+    A lease that ran out while the database was away, or while the sweeper itself stood still, says nothing of
+    who holds it. So nothing is taken until both have been there for as long as a lease lasts.
+
+    Args:
+        lease_seconds: how long a lease lasts.
+        clock: the time in seconds.
+    """
+
+    def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._since = self._last = clock()
+
+    def has_seen_a_lease(self) -> bool:
+        """Note that the database answers; return whether it has for as long as a lease lasts."""
+        now = self._clock()
+        if now - self._last > self._lease_seconds / 2:
+            self._since = now
+        self._last = now
+        return now - self._since >= self._lease_seconds
+
+
 @dataclass
 class WorkerContext:
     """The parts of a worker, and whether it has been asked to stop."""
@@ -46,6 +77,7 @@ class WorkerContext:
     catalogue: Catalogue
     ring: Ring
     sealer: Sealer
+    watch: Watch
     facts: dict[str, Any] = field(default_factory=_facts)
     stopping: threading.Event = field(default_factory=threading.Event)
     # None where no process shall wait for a run.
@@ -58,6 +90,19 @@ class WorkerContext:
     # Rows whose bytes could not be deleted, and when that is tried again; and when orphans are looked for.
     undeletable: dict[str, float] = field(default_factory=dict)
     orphans_due_at: float = 0.0
+    # Ids of jobs whose specification this version can't read.
+    unreadable: set[str] = field(default_factory=set)
+
+    def list_bases(self) -> dict[str, str | None]:
+        """Return the bases of the catalogue, each with its digest here, None where it would be fetched."""
+        found = {
+            base_id: find_base_facts(self.settings.bases_dir, base_id) for base_id in self.catalogue.bases
+        }
+        return {base_id: None if facts is None else facts.digest for base_id, facts in found.items()}
+
+    def can_run(self) -> ColumnElement[bool]:
+        """Select the jobs that this machine can run."""
+        return workers.can_run(self.list_bases(), self.unreadable)
 
     def keep_spare(self) -> None:
         """Let a process wait for the next run, where that is wanted; from the main thread alone."""
@@ -89,11 +134,17 @@ def make_context(settings: Settings, *, worker_id: str | None = None) -> WorkerC
         settings=settings,
         worker_id=worker_id or f"{hostname}-{os.getpid()}-{secrets.token_hex(4)}",
         hostname=hostname,
-        database=Database(settings.database_url.get_secret_value(), pool_size=_POOL_SIZE),
+        database=Database(
+            settings.database_url.get_secret_value(),
+            pool_size=_POOL_SIZE,
+            # A lease outlasts three renewals that have no answer.
+            answer_seconds=max(_MIN_ANSWER_SECONDS, settings.lease_seconds / 3),
+        ),
         storage=Storage.open(settings.storage_url),
         catalogue=load_catalogue(settings.models_file),
         device=find_device(settings),
         spare=WarmSpare(settings.warm_spare_seconds) if settings.warm_spare_seconds else None,
+        watch=Watch(settings.lease_seconds),
         sealer=Sealer(settings.secret_key.get_secret_value()),
         ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
     )

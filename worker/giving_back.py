@@ -1,30 +1,43 @@
-"""Giving a job back when a part of the service is away: nobody's crash, and nothing is lost."""
+"""Giving a job back when something is away, refuses or lacks: no crash, and nothing is lost."""
 
 import structlog
 
-from luthier.core.errors import LuthierError, UnavailableError
+from luthier.core.errors import (
+    BaseUnavailableError,
+    LuthierError,
+    StorageFullError,
+    UnavailableError,
+    UnsuitableMachineError,
+)
 from services import leases
-from services.events import NewEvent
 from services.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()
+
+# What this machine lacks, and another one may have.
+_OF_THIS_MACHINE = (BaseUnavailableError, StorageFullError, UnsuitableMachineError)
+# After these a job is tried again, later or elsewhere.
+GIVEN_BACK = (UnavailableError, *_OF_THIS_MACHINE)
 
 
 def give_back(context: WorkerContext, lease: Lease, error: LuthierError) -> None:
     """Let a job wait for a better time; one that was asked to pause is paused.
 
     Args:
-        error: what is away; users are told.
+        error: what is away, refuses or lacks; users are told.
     """
-    told = NewEvent(f"The job waits: {error.message}", level="warn", data={})
     try:
         with context.database.transaction() as session:
-            leases.wait_again(session, lease, outcome="unavailable", event=told)
+            leases.put_off(
+                session,
+                lease,
+                error,
+                pause_seconds=context.settings.sweep_seconds,
+                is_machine=isinstance(error, _OF_THIS_MACHINE),
+            )
     except UnavailableError:
-        # The database itself is away: the lease runs out, and whoever reaches it then goes on.
+        # The database itself is away: the lease runs out, and who reaches it then goes on.
         _log.warning("not given back, the database is away", job_id=lease.job_id)
     except LeaseLostError:
         _log.info("the job is no longer ours", job_id=lease.job_id)
-    # What is away is not asked again at once.
-    context.stopping.wait(context.settings.sweep_seconds)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import structlog
 
-from luthier.core.errors import UnavailableError
 from services import leases, pausing
 from services.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
@@ -53,13 +52,14 @@ class LeaseKeeper:
                 if status in pausing.STOPS_ATTEMPT and not self.is_pause_asked:
                     self._is_pause_asked.set()
                     self.on_pause()
-            except UnavailableError as error:
-                # The work goes on while the database is away; the lease's own end decides whose job it is.
-                _log.warning("lease not renewed", job_id=self._lease.job_id, reason=error.message)
             except LeaseLostError:
                 self._is_lost.set()
                 self.on_lost()
                 return
+            except Exception as error:  # noqa: BLE001
+                # Whatever the database answers, or does not: the work goes on, and the lease is renewed as
+                # soon as that can be; its own end decides whose job it is.
+                _log.warning("lease not renewed", job_id=self._lease.job_id, error=type(error).__name__)
 
     def stop(self) -> None:
         """End the renewing."""

@@ -19,7 +19,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from luthier.core.errors import LuthierError, UnavailableError
-from services import deliveries, files, leases, leftovers, memory, models
+from services import deliveries, files, leases, leftovers, memory, models, workers
 from services.uploads import storage_prefix
 from worker.context import WorkerContext
 
@@ -54,12 +54,12 @@ def repeat(context: WorkerContext, what: str, act: Callable[[WorkerContext], obj
 def beat(context: WorkerContext) -> None:
     """Record that the worker is alive."""
     with context.database.transaction() as session:
-        leases.beat(
+        workers.beat(
             session,
             context.worker_id,
             hostname=context.hostname,
             num_slots=context.settings.training_slots,
-            facts=context.facts,
+            facts=context.facts | {"bases": context.list_bases()},
         )
         if context.device is not None:
             # A device that no job has asked for yet is there too.
@@ -67,9 +67,13 @@ def beat(context: WorkerContext) -> None:
 
 
 def take_lost_jobs(context: WorkerContext) -> None:
-    """Take jobs, and memory, from workers that stopped answering."""
+    """Take jobs, and memory, from workers that stopped answering, and tell jobs that no worker can run."""
     with context.database.transaction() as session:
-        lost = leases.sweep(session, max_attempts=context.settings.max_attempts)
+        workers.tell_waiting(session)
+    if not context.watch.has_seen_a_lease():
+        return
+    with context.database.transaction() as session:
+        lost = leases.sweep(session)
         memory.forget_lapsed(session)
     if lost:
         _log.warning("jobs taken from workers that stopped answering", job_ids=lost)

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from db.session import Database
 from db.tables import Job
-from luthier.core.errors import UnavailableError
+from luthier.core.errors import StorageFullError, UnavailableError
 from services import events, leases
 from services.events import NewEvent
 from services.leases import Lease
@@ -107,7 +107,9 @@ class Outbox:
         for pause_seconds in _PAUSES_SECONDS:
             try:
                 return act()
-            except UnavailableError:
+            except (UnavailableError, StorageFullError) as error:
+                if not error.retryable:
+                    raise
                 time.sleep(pause_seconds)
                 self._keeper.check()
         return act()

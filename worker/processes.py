@@ -57,7 +57,9 @@ def work(context: WorkerContext) -> None:
 def _prepare_next(context: WorkerContext) -> str | None:
     """Check files until a job is queued; return its id, or None when no job is left to check."""
     with context.database.transaction() as session:
-        unchecked = leases.list_unchecked(session, limit=_UNCHECKED_AT_ONCE)
+        unchecked = leases.list_unchecked(
+            session, context.worker_id, limit=_UNCHECKED_AT_ONCE, can_run=context.can_run()
+        )
     for job_id in unchecked:
         if context.stopping.is_set():
             return None

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from db.tables import Job, UsageEvent
-from luthier.core.errors import ArtifactCorruptError, SelfCheckError, UnavailableError
+from luthier.core.errors import ArtifactCorruptError, SelfCheckError, StorageFullError, UnavailableError
 from luthier.core.events import CheckpointEvent, FinishedEvent, SavePointEvent
 from luthier.core.ids import new_id
 from luthier.core.reports import Evaluation
@@ -80,7 +80,7 @@ class Publisher:
 
         try:
             dropped = self.outbox.patiently(keep) if is_needed else keep()
-        except UnavailableError as error:
+        except (UnavailableError, StorageFullError) as error:
             told = f"The save point at step {event.step} was not kept: {error.message}"
             self.outbox.tell(told, level="warn")
         except (ArtifactCorruptError, FileNotFoundError):
@@ -109,7 +109,10 @@ class Publisher:
         save_points = [*others, {"key": key, "step": step}]
         # The note of its step may still wait to be written, and is never if the job stops here.
         reached = max(job.step, step)
-        leases.update_job(session, self.lease, save_points=save_points[-_NUM_SAVE_POINTS:], step=reached)
+        is_newer = all(int(str(kept["step"])) < step for kept in others)
+        progress = leases.PROGRESS if is_newer else {}
+        kept_points = save_points[-_NUM_SAVE_POINTS:]
+        leases.update_job(session, self.lease, save_points=kept_points, step=reached, **progress)
         return [str(dropped["key"]) for dropped in save_points[:-_NUM_SAVE_POINTS]]
 
     def checkpoint(self, event: CheckpointEvent, *, total_steps: int) -> None:

@@ -8,6 +8,7 @@ from datetime import timedelta
 from enum import StrEnum
 
 from sqlalchemy import func
+from sqlalchemy.orm import Session
 
 from luthier.core import errors
 from luthier.core.errors import JobError, StalledError, WorkerCrashedError
@@ -27,13 +28,15 @@ from luthier.core.events import (
 from luthier.core.process import CHILD_LOG_NAME
 from luthier.core.reports import Evaluation
 from luthier.core.states import JobStatus
-from services import attempts, leases, pausing, reports
+from services import attempts, leases, pausing, reports, workers
 from services.leases import Lease
 from worker.child import TrainingChild
 from worker.context import WorkerContext
+from worker.giving_back import GIVEN_BACK
 from worker.keeper import LeaseKeeper
 from worker.outbox import Outbox
 from worker.publish import Publisher
+from worker.quarantine import check_machine
 from worker.tracking import Tracking
 
 # Metrics are written in batches, at most two a second.
@@ -104,6 +107,7 @@ class TrainingRun:
     publisher: Publisher
     tracking: Tracking | None = None
     _step: int = field(default=0, init=False)
+    _has_started: bool = field(default=False, init=False)
     _total_steps: int = field(default=0, init=False)
     _ending: Ending | None = field(default=None, init=False)
     _is_stop_asked: bool = field(default=False, init=False)
@@ -222,9 +226,15 @@ class TrainingRun:
                 self._failure = _job_error(event)
 
     def _started(self, event: StartedEvent) -> None:
+        self._has_started = True
         self._step, self._total_steps = event.start_step, event.total_steps
         job_id, epoch = self.lease.job_id, self.lease.epoch
-        self.outbox.write(lambda session: attempts.note_start(session, job_id, epoch, event.start_step))
+
+        def note(session: Session) -> None:
+            attempts.note_start(session, job_id, epoch, event.start_step)
+            workers.note_life(session, self.lease.worker_id)
+
+        self.outbox.write(note)
         self.outbox.note(total_steps=event.total_steps, step=event.start_step)
         if event.start_step > 0:
             message = f"Going on from the save point at step {event.start_step} of {event.total_steps}"
@@ -256,19 +266,35 @@ class TrainingRun:
         status = self.outbox.write(lambda session: pausing.end_stopped(session, self.lease))
         return Ending.PAUSED if status is JobStatus.PAUSED else Ending.GIVEN_BACK
 
+    def _crash(self, session: Session, error: JobError) -> JobStatus:
+        settings = self.context.settings
+        status = leases.retry_or_fail(
+            session,
+            self.lease,
+            error,
+            max_attempts=settings.max_attempts,
+            pause_seconds=settings.sweep_seconds,
+        )
+        if not self._has_started:
+            workers.note_death(
+                session, self.lease.worker_id, self.lease.job_id, pause_seconds=settings.lease_seconds
+            )
+        return status
+
     def _end_without_a_word(self, exit_code: int) -> Ending:
         self.outbox.flush()
         if self._is_stop_asked or self.keeper.is_pause_asked:
             # It was asked to stop before its first step, or ran out of time to: nobody's crash.
             return self._end_stopped()
+        if not self._has_started and self._failure is None:
+            check_machine(self.context)
         how = f"by signal {-exit_code}" if exit_code < 0 else f"with exit code {exit_code}"
         return self._retry_or_fail(
             self._failure or WorkerCrashedError(f"The training process ended {how} after step {self._step}.")
         )
 
     def _retry_or_fail(self, error: JobError) -> Ending:
-        max_attempts = self.context.settings.max_attempts
-        status = self.outbox.write(
-            lambda session: leases.retry_or_fail(session, self.lease, error, max_attempts=max_attempts)
-        )
+        if isinstance(error, GIVEN_BACK):
+            raise error
+        status = self.outbox.write(lambda session: self._crash(session, error))
         return Ending.FAILED if status is JobStatus.FAILED else Ending.CRASHED

@@ -229,6 +229,13 @@ class UnavailableError(LuthierError):
     retryable = True
 
 
+class StorageRefusedError(UnavailableError):
+    """Storage that answers, and refuses: rights, credentials, bucket or folder; only an operator can help."""
+
+    code = "storage_refused"
+    retryable = False
+
+
 class SecretKeyError(LuthierError):
     """The key that seals stored secrets is missing, malformed or another one; only an operator can help."""
 

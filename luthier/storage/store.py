@@ -5,6 +5,7 @@ Nothing here knows a row or a request.
 """
 
 import asyncio
+import errno
 import re
 import shutil
 import tempfile
@@ -17,10 +18,25 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    GenericError,
+    NotFoundError,
+    NotSupportedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnknownConfigurationKeyError,
+)
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from luthier.core.errors import ArtifactCorruptError, LuthierError, UnavailableError
+from luthier.core.errors import (
+    ArtifactCorruptError,
+    LuthierError,
+    StorageFullError,
+    StorageRefusedError,
+    UnavailableError,
+)
 from luthier.storage.local_sink import LocalSink
 from luthier.storage.manifests import (
     MANIFEST_NAME,
@@ -41,17 +57,61 @@ _UNFINISHED = re.compile(r"#\d+$")
 _WRITER_BUFFER_BYTES = 8 * 1024 * 1024
 
 
+# What an operator has to mend; a local folder raises Python's own kinds.
+_REFUSALS = (
+    PermissionDeniedError,
+    UnauthenticatedError,
+    NotSupportedError,
+    UnknownConfigurationKeyError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
+# A refusal that obstore has no kind for: an answer of S3 with another code of 400 to 499, or to go elsewhere.
+_REFUSED_ANSWER = re.compile(r"status code: 4(?!08|29)\d\d|redirect", re.IGNORECASE)
+_NOWHERE = (
+    "The bucket or folder of files and models does not exist; the operator must check LUTHIER_STORAGE_URL."
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Turn what storage itself failed at into an error that says so; a missing object is the caller's."""
+    """Turn what storage itself failed at into an error that says so; a missing object is the caller's.
+
+    Raises:
+        StorageFullError: when a local disk is full.
+        StorageRefusedError: when trying again does not help.
+        UnavailableError: when it may.
+    """
     try:
         yield
     except _MISSING:
         raise
     except (BaseError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise StorageFullError(
+                "The disk of files and models is full; the operator must make room."
+            ) from error
+        is_refused = isinstance(error, _REFUSALS) or getattr(error, "errno", None) == errno.EROFS
+        if is_refused or (isinstance(error, GenericError) and _REFUSED_ANSWER.search(str(error))):
+            raise StorageRefusedError(
+                f"The storage of files and models refuses what it is asked ({type(error).__name__}); the "
+                "operator must check LUTHIER_STORAGE_URL, its credentials and rights."
+            ) from error
         raise UnavailableError(
             "The storage of files and models can't be used right now; try again."
         ) from error
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """Do as `_answered`; what is missing when an object is written is the bucket."""
+    try:
+        with _answered():
+            yield
+    except _MISSING as error:
+        raise StorageRefusedError(_NOWHERE) from error
 
 
 class Sink(Protocol):
@@ -77,12 +137,12 @@ class _LocalSink:
         self._file = LocalSink(path)
 
     async def write(self, chunk: bytes) -> None:
-        with _answered():
+        with _written():
             await asyncio.to_thread(self._file.write, chunk)
 
     async def close(self) -> None:
         # The flush of a file must not hold up the event loop.
-        with _answered():
+        with _written():
             await asyncio.to_thread(self._file.close)
 
     async def abort(self) -> None:
@@ -101,11 +161,11 @@ class _RemoteSink:
         )
 
     async def write(self, chunk: bytes) -> None:
-        with _answered():
+        with _written():
             await self._writer.write(chunk)
 
     async def close(self) -> None:
-        with _answered():
+        with _written():
             await self._writer.close()
 
     async def abort(self) -> None:
@@ -163,7 +223,7 @@ class Storage:
 
     def put_bytes(self, key: str, content: bytes) -> None:
         """Write a small object whole."""
-        with _answered():
+        with _written():
             obstore.put(self.objects, key, content)
             self.settle(key)
 
@@ -304,6 +364,15 @@ class Storage:
             UnavailableError: when storage can't be used right now.
         """
         manifest = verify_folder(folder)
+        try:
+            self._put_files(folder, prefix, manifest)
+        except _MISSING as error:
+            if all((folder / name).exists() for name in manifest.files):
+                raise StorageRefusedError(_NOWHERE) from error
+            raise
+        return manifest
+
+    def _put_files(self, folder: Path, prefix: str, manifest: Manifest) -> None:
         with _answered():
             for name in manifest.files:
                 key = f"{prefix}/{name}"
@@ -312,7 +381,6 @@ class Storage:
                 if obstore.head(self.objects, key)["size"] != manifest.files[name].bytes:
                     raise ArtifactCorruptError(f"{name} was cut while it was published.")
             self._commit_manifest(folder, prefix, manifest)
-        return manifest
 
     def _commit_manifest(self, folder: Path, prefix: str, manifest: Manifest) -> None:
         """Put the manifest if there is none: of two publishers of one prefix only the first commits."""

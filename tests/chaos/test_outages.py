@@ -104,12 +104,21 @@ def _break(monkeypatch: pytest.MonkeyPatch, context: WorkerContext, name: str) -
     monkeypatch.setattr(context.storage, name, away)
 
 
+def _end_pause(context: WorkerContext, job_id: str) -> None:
+    """Let the time come at which a job that was put off is tried again."""
+    with context.database.transaction() as session:
+        job = session.get_one(Job, job_id)
+        assert job.not_before is not None
+        job.not_before = None
+
+
 def test_storage_that_is_away_costs_a_job_no_attempt(client: openai.OpenAI, context: WorkerContext) -> None:
     job_id = _create(client)
     with pytest.MonkeyPatch.context() as broken:
         _break(broken, context, "fetch_file")
         for _ in range(5):
             prepare(context, job_id)
+            _end_pause(context, job_id)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert (job.status, job.error) == ("validating_files", None)
     prepare(context, job_id)
@@ -117,6 +126,7 @@ def test_storage_that_is_away_costs_a_job_no_attempt(client: openai.OpenAI, cont
         _break(broken, context, "fetch_folder")
         for _ in range(5):
             assert train_next(context)
+            _end_pause(context, job_id)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
     work(context)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"

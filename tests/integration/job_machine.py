@@ -14,7 +14,7 @@ from luthier.core.errors import NonFiniteLossError, WorkerCrashedError
 from luthier.core.ids import new_id
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
-from services import attempts, events, files, leases, models, pausing
+from services import attempts, events, files, leases, models, pausing, workers
 from services.events import NewEvent
 from services.files import StoredFile
 from services.leases import LeaseLostError
@@ -147,11 +147,10 @@ class JobMachine(JobModel):
     def _claim_to_prepare(self, job: Known, worker: str) -> None:
         with self.transaction() as session:
             lease = leases.claim_for_preparing(session, job.id, worker, 60)
-        if job.lease is not None and not job.is_expired:
+        if job.lease is not None:
             assert lease is None
             return
         assert lease is not None
-        self.lose(job)
         job.lease, job.epoch = lease, job.epoch + 1
 
     @precondition(lambda self: self.preparing())
@@ -164,7 +163,16 @@ class JobMachine(JobModel):
         with self.transaction() as session:
             if is_good:
                 told = NewEvent("Files validated, moving job to queued state", data={})
-                leases.leave(session, job.lease, S.QUEUED, outcome="prepared", event=told, prepared_key="k")
+                leases.leave(
+                    session,
+                    job.lease,
+                    S.QUEUED,
+                    outcome="prepared",
+                    event=told,
+                    prepared_key="k",
+                    **leases.PROGRESS,
+                )
+                self.after_progress(job)
             else:
                 leases.fail(session, job.lease, NonFiniteLossError("Line 3."))
         self.left(job, S.QUEUED if is_good else S.FAILED)
@@ -172,13 +180,15 @@ class JobMachine(JobModel):
     @precondition(lambda self: self.in_status(S.QUEUED))
     @rule(worker=st.sampled_from(_WORKERS))
     def claim_to_train(self, worker: str) -> None:
+        self._beat()
         with self.transaction() as session:
             taken = leases.claim_for_training(session, worker, 1, 60)
-        is_busy = any(
-            job.lease is not None and job.lease.worker_id == worker and not job.is_expired
-            for job in self.held()
-        )
-        waiting = [job for job in self.in_status(S.QUEUED) if job.lease is None]
+        is_busy = any(job.lease is not None and job.lease.worker_id == worker for job in self.held())
+        waiting = [
+            job
+            for job in self.in_status(S.QUEUED)
+            if job.lease is None and (worker not in job.avoided or len(job.avoided) == len(_WORKERS))
+        ]
         if is_busy or not waiting:
             assert taken is None
             return
@@ -191,6 +201,12 @@ class JobMachine(JobModel):
         job.lease, job.epoch = lease, job.epoch + 1
         job.status = S.RUNNING
         assert lease.epoch == job.epoch
+
+    def _beat(self) -> None:
+        """Both workers live, whatever they do."""
+        with self.transaction() as session:
+            for worker in _WORKERS:
+                workers.beat(session, worker, hostname="here", num_slots=1, facts={})
 
     @precondition(lambda self: self.held())
     @rule(data=st.data())
@@ -217,7 +233,8 @@ class JobMachine(JobModel):
             else:
                 job.steps_kept = [*job.steps_kept, job.step][-2:]
                 points = [{"key": f"k{step}", "step": step} for step in job.steps_kept]
-                leases.update_job(session, job.lease, save_points=points)
+                leases.update_job(session, job.lease, save_points=points, **leases.PROGRESS)
+                self.after_progress(job)
 
     def _register(self, session: Any, job: Known, kind: str) -> str:
         assert job.lease is not None
@@ -279,14 +296,17 @@ class JobMachine(JobModel):
     @rule(data=st.data())
     def crash_as_often_as_it_may(self, data: Any) -> None:
         job = data.draw(st.sampled_from(self.held()))
+        assert job.lease is not None
         job.num_crashes = MAX_ATTEMPTS - 1
+        job.avoided = set(_WORKERS) - {job.lease.worker_id}
         with self.transaction() as session:
-            statement = text("UPDATE jobs SET num_crashes = :num WHERE id = :id")
-            session.execute(statement, {"num": job.num_crashes, "id": job.id})
+            row = session.get_one(Job, job.id)
+            row.num_crashes, row.avoided_workers = job.num_crashes, sorted(job.avoided)
         self._end_before_the_end(job, "crashed")
 
     def _end_before_the_end(self, job: Known, how: str) -> None:
         assert job.lease is not None
+        self._beat()
         with self.transaction() as session:
             if how == "stopped":
                 status = pausing.end_stopped(session, job.lease)
@@ -303,8 +323,8 @@ class JobMachine(JobModel):
     # ---- time
 
     @precondition(lambda self: self.held() or self.preparing())
-    @rule(data=st.data(), is_taken_over=st.booleans())
-    def let_a_lease_run_out(self, data: Any, is_taken_over: bool) -> None:
+    @rule(data=st.data())
+    def let_a_lease_run_out(self, data: Any) -> None:
         job = data.draw(st.sampled_from([*self.held(), *self.preparing()]))
         job.is_expired = True
         with self.transaction() as session:
@@ -312,19 +332,16 @@ class JobMachine(JobModel):
                 text("UPDATE jobs SET lease_expires_at = now() - interval '1 second' WHERE id = :id"),
                 {"id": job.id},
             )
-        if is_taken_over and job.status is S.VALIDATING_FILES:
-            # Another finds it before any sweep does.
-            self._claim_to_prepare(job, _WORKERS[1])
 
     @precondition(lambda self: any(job.is_expired for job in self.jobs.values()))
     @rule()
     def sweep(self) -> None:
         expired = [job for job in self.jobs.values() if job.lease is not None and job.is_expired]
         with self.transaction() as session:
-            taken = leases.sweep(session, max_attempts=MAX_ATTEMPTS)
+            taken = leases.sweep(session)
         assert set(taken) == {job.id for job in expired}
         for job in expired:
-            self.left(job, self.after_crash(job))
+            self.left(job, self.after_loss(job))
 
     @precondition(lambda self: self.zombies)
     @rule(data=st.data())

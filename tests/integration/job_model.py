@@ -44,6 +44,8 @@ class Known:
     has_started: bool = False
     is_stopping: bool = False
     num_crashes: int = 0
+    num_losses: int = 0
+    avoided: set[str] = field(default_factory=set)
     epoch: int = 0
     step: int = 0
     num_events: int = 2
@@ -126,11 +128,23 @@ class JobModel(RuleBasedStateMachine):
         job.num_events += 1
 
     def after_crash(self, job: Known) -> JobStatus:
+        assert job.lease is not None
         if not job.is_stopping and job.status not in (S.PAUSING, S.QUEUED):
             job.num_crashes += 1
-            if job.num_crashes >= MAX_ATTEMPTS:
+            job.avoided.add(job.lease.worker_id)
+            # Both workers live, so one alone fails no job.
+            if job.num_crashes >= MAX_ATTEMPTS and len(job.avoided) > 1:
                 return S.FAILED
         return leases.WAITS_AS[job.status]
+
+    def after_loss(self, job: Known) -> JobStatus:
+        if not job.is_stopping and job.status not in (S.PAUSING, S.QUEUED):
+            job.num_losses += 1
+        return leases.WAITS_AS[job.status]
+
+    def after_progress(self, job: Known) -> None:
+        job.num_crashes = job.num_losses = 0
+        job.avoided = set()
 
     # ---- what is always true
 
@@ -162,7 +176,8 @@ class JobModel(RuleBasedStateMachine):
         job = self.jobs[row.id]
         assert row.status == job.status.value
         assert row.lease_epoch == job.epoch
-        assert row.num_crashes == job.num_crashes
+        assert (row.num_crashes, row.num_losses) == (job.num_crashes, job.num_losses)
+        assert set(row.avoided_workers) == job.avoided
         assert row.step == job.step
         assert [point["step"] for point in row.save_points] == job.steps_kept
         assert seqs == list(range(1, row.last_event_seq + 1))

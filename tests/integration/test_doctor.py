@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from luthier.cli.doctor.service import check_api
+from luthier.cli.doctor.service import check_api, check_database
 from luthier.core.errors import UnavailableError
+from luthier.core.settings import Settings
+from services import workers
 from tests.conftest import Api
 
 
@@ -22,3 +24,21 @@ def test_a_service_whose_inference_server_is_away_is_told_apart_from_one_that_ha
     monkeypatch.setattr(api.backend, "health", is_away)
     assert statuses() == {"api": "ok", "key": "ok", "inference": "fail"}
     assert statuses("lt_wrong") == {"api": "ok", "key": "fail"}
+
+
+def test_a_worker_that_claims_nothing_is_named_with_its_reason(
+    api: Api, settings: Settings, tmp_path: Path
+) -> None:
+    def found() -> list[tuple[str, str]]:
+        return [(one.name, one.status) for one in check_database(tmp_path, settings)]
+
+    assert found() == [("database", "ok"), ("workers", "warn")]
+    with api.parts.database.transaction() as session:
+        for worker_id in ("good", "bad"):
+            workers.beat(session, worker_id, hostname=worker_id, num_slots=1, facts={})
+    assert found() == [("database", "ok"), ("workers", "ok")]
+    with api.parts.database.transaction() as session:
+        workers.quarantine(session, "bad", "no driver", pause_seconds=30)
+    bad = check_database(tmp_path, settings)[1]
+    assert (bad.name, bad.status) == ("worker", "fail")
+    assert bad.detail.startswith("bad claims nothing to train: no driver")

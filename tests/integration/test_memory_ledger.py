@@ -17,7 +17,7 @@ from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
 from worker.app import sweep
-from worker.context import WorkerContext
+from worker.context import Watch, WorkerContext
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim
 
@@ -148,6 +148,7 @@ def test_a_grant_that_nobody_renews_lapses(client: openai.OpenAI, context: Worke
 
     wait_until(is_claimed, seconds=10, what="the bytes are free")
     assert leases_of[0].job_id == second
+    context.watch = Watch(0)
     sweep(context)
     assert list(_held(context.database)) == [second]
 

@@ -251,11 +251,11 @@ def test_a_pausing_job_whose_worker_is_lost_keeps_its_place_and_that_is_no_crash
         for verb in verbs:
             getattr(client.fine_tuning.jobs, verb)(job_id)
         with context.database.transaction() as session:
-            assert leases.sweep(session, max_attempts=3) == []
+            assert leases.sweep(session) == []
             late = "UPDATE jobs SET lease_expires_at = now() - interval '1 second' WHERE id = :id"
             session.execute(text(late), {"id": job_id})
         with context.database.transaction() as session:
-            assert leases.sweep(session, max_attempts=3) == [job_id]
+            assert leases.sweep(session) == [job_id]
         _assert_held_by_nobody(context, job_id, status)
         if status == "paused":
             client.fine_tuning.jobs.resume(job_id)

@@ -43,7 +43,7 @@ def _train(context: WorkerContext) -> str:
 def _prepare(context: WorkerContext) -> str:
     """Claim the next job whose files are to be checked and queue it; return its id."""
     with context.database.transaction() as session:
-        [job_id] = leases.list_unchecked(session, limit=1)
+        [job_id] = leases.list_unchecked(session, context.worker_id, limit=1, can_run=context.can_run())
         lease = leases.claim_for_preparing(session, job_id, "one", 30)
         assert lease is not None
         leases.leave(session, lease, leases.JobStatus.QUEUED, outcome="prepared")

@@ -10,6 +10,7 @@ import openai
 import pytest
 from sqlalchemy import text
 
+from db.tables import Job
 from db.webhook_tables import WebhookDelivery
 from luthier.core.errors import (
     InvalidTrainingFileError,
@@ -28,7 +29,7 @@ from tests.integration.training_script import Script, ScriptedChild
 from tests.receiver import Receiver
 from worker import delivering
 from worker.app import sweep
-from worker.context import WorkerContext
+from worker.context import Watch, WorkerContext
 from worker.delivering import deliver_due
 from worker.keeper import kept_lease
 from worker.tasks.prepare import prepare
@@ -96,6 +97,9 @@ def _crash(_client: openai.OpenAI, context: WorkerContext, job_id: str) -> None:
 
 def _vanish(_client: openai.OpenAI, context: WorkerContext, job_id: str) -> None:
     _take(context, job_id, seconds=-1)
+    with context.database.transaction() as session:
+        session.get_one(Job, job_id).num_losses = 9
+    context.watch = Watch(0)
     sweep(context)
 
 

@@ -34,6 +34,10 @@ class ScriptedChild:
     def exit_code(self) -> int | None:
         return None if self._left else 0
 
+    def kill_group(self) -> None: ...
+
+    def ask_to_stop(self) -> None: ...
+
 
 class Script:
     """Writes the events of one attempt, and their folders into its run directory.

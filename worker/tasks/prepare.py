@@ -10,7 +10,7 @@ import structlog
 
 from db.tables import File, Job
 from luthier.bases.catalogue import base_folder
-from luthier.core.errors import InvalidTrainingFileError, LuthierError, UnavailableError
+from luthier.core.errors import BaseUnavailableError, InvalidTrainingFileError, LuthierError
 from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.data.objectives import Purpose
@@ -29,9 +29,10 @@ from services.memory_needs import MemoryNeed, tell_need
 from services.reports import FileReport, PrepareReport
 from worker.bases import ensure_jobs_base
 from worker.context import WorkerContext
-from worker.giving_back import give_back
+from worker.giving_back import GIVEN_BACK, give_back
 from worker.keeper import kept_lease
 from worker.parents import check_parents
+from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
 
 _log = structlog.get_logger()
 
@@ -79,7 +80,11 @@ def prepare(context: WorkerContext, job_id: str) -> bool:
     Returns:
         Whether it is queued now, which nobody else has heard of yet.
     """
-    claimed = _load(context, job_id)
+    try:
+        claimed = _load(context, job_id)
+    except UnreadableSpecError as error:
+        skip_unreadable(context, error)
+        return False
     if claimed is None:
         return False
     # Its imports are done while the files are looked at. A bell that finds nothing to do starts none.
@@ -88,7 +93,7 @@ def prepare(context: WorkerContext, job_id: str) -> bool:
         try:
             with kept_lease(context, claimed.lease):
                 prepared = _run(context, claimed)
-        except (LeaseLostError, UnavailableError):
+        except (LeaseLostError, *GIVEN_BACK):
             raise
         except LuthierError as error:
             with context.database.transaction() as session:
@@ -98,7 +103,7 @@ def prepare(context: WorkerContext, job_id: str) -> bool:
     except LeaseLostError:
         _log.info("prepared for nothing, the job is no longer ours", job_id=job_id)
         return False
-    except UnavailableError as error:
+    except GIVEN_BACK as error:
         give_back(context, claimed.lease, error)
         return False
     return True
@@ -115,7 +120,7 @@ def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
         return _Claimed(
             lease=lease,
             project_id=job.project_id,
-            spec=TrainingSpec.model_validate(job.spec),
+            spec=read_spec(job),
             training=_Input.of(training),
             validation=None if validation is None else _Input.of(validation),
         )
@@ -124,7 +129,9 @@ def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
 def _run(context: WorkerContext, claimed: _Claimed) -> _Prepared:
     entry = context.catalogue.bases.get(claimed.spec.base_id)
     if entry is None:
-        raise LuthierError(f"The base {claimed.spec.base_id} is no longer in this worker's models.toml.")
+        raise BaseUnavailableError(
+            f"The base {claimed.spec.base_id} is no longer in this worker's models.toml."
+        )
     base = ensure_jobs_base(context, claimed.lease, entry)
     check_parents(context, claimed.spec, base)
     with tempfile.TemporaryDirectory(prefix="luthier-prepare-") as folder:
@@ -238,6 +245,7 @@ def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
             event=NewEvent("Files validated, moving job to queued state", data={}),
             spec=prepared.spec.model_dump(mode="json"),
             prepared_key=prepared.prepared_key,
+            **leases.PROGRESS,
             report=reports.with_prepare(prepared.report),
             peak_bytes=prepared.need.peak_bytes,
             least_bytes=prepared.need.least_bytes,

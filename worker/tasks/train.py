@@ -29,13 +29,15 @@ from services.leases import Lease, LeaseLostError
 from worker.bases import ensure_jobs_base
 from worker.child import start_child
 from worker.context import WorkerContext
-from worker.giving_back import give_back
+from worker.giving_back import GIVEN_BACK, give_back
 from worker.keeper import LeaseKeeper, kept_lease
 from worker.outbox import Outbox
 from worker.parents import fetch_parents
 from worker.publish import Publisher
+from worker.quarantine import may_claim
 from worker.run import Ending, TrainingRun
 from worker.serving import balance, look_once
+from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
 from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
 from worker.tracking import Tracking, start_tracking
 
@@ -73,7 +75,7 @@ def train(context: WorkerContext, claimed: Claimed) -> None:
             with kept_lease(context, claimed.lease) as keeper:
                 ending = _run(context, claimed, run_dir, keeper, tracking)
             log.info("attempt ended", ending=ending.value)
-        except (LeaseLostError, UnavailableError):
+        except (LeaseLostError, *GIVEN_BACK):
             raise
         except LuthierError as error:
             log.info("attempt failed", code=error.code)
@@ -81,7 +83,7 @@ def train(context: WorkerContext, claimed: Claimed) -> None:
                 leases.fail(session, claimed.lease, error)
     except LeaseLostError:
         log.info("the job is no longer ours")
-    except UnavailableError as error:
+    except GIVEN_BACK as error:
         give_back(context, claimed.lease, error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -101,6 +103,8 @@ def claim(context: WorkerContext) -> Claimed | None:
 
     Each try is one short transaction. Between two of them serving gives back what it can.
     """
+    if not may_claim(context):
+        return None
     look_once(context)
     claimed, is_waiting = _try_to_claim(context, tells=False)
     if is_waiting:
@@ -111,6 +115,14 @@ def claim(context: WorkerContext) -> Claimed | None:
 
 def _try_to_claim(context: WorkerContext, *, tells: bool) -> tuple[Claimed | None, bool]:
     """Claim a job, or return whether one waits for memory."""
+    while True:
+        try:
+            return _try_once(context, tells=tells)
+        except UnreadableSpecError as error:
+            skip_unreadable(context, error)
+
+
+def _try_once(context: WorkerContext, *, tells: bool) -> tuple[Claimed | None, bool]:
     settings, device = context.settings, context.device
     with context.database.transaction() as session:
         taken = leases.claim_for_training(
@@ -120,6 +132,7 @@ def _try_to_claim(context: WorkerContext, *, tells: bool) -> tuple[Claimed | Non
             settings.lease_seconds,
             device=device,
             tells=tells,
+            can_run=context.can_run(),
         )
         if taken is None:
             return None, device is not None and memory.is_waited_for(session, device)
@@ -129,7 +142,7 @@ def _try_to_claim(context: WorkerContext, *, tells: bool) -> tuple[Claimed | Non
         made = Claimed(
             lease=lease,
             project_id=job.project_id,
-            spec=TrainingSpec.model_validate(job.spec),
+            spec=read_spec(job),
             model_name=models.make_name(job.base_id, organization.slug, job.suffix),
             prepared_key=job.prepared_key,
             save_points=list(job.save_points),

@@ -40,7 +40,7 @@ def run_doctor(home: Path, *, base_url: str | None, api_key: str | None, as_json
 def _findings(home: Path, base_url: str | None, api_key: str | None) -> Iterator[Finding]:
     yield machine.check_python()
     yield machine.check_packages()
-    yield _guarded("device", machine.check_device)
+    yield from _guarded("device", lambda: [machine.check_device()])
     yield machine.check_memory()
     yield machine.check_disk(home)
     try:
@@ -50,15 +50,15 @@ def _findings(home: Path, base_url: str | None, api_key: str | None) -> Iterator
         return
     yield service.check_home(home)
     yield from service.check_left_databases()
-    yield _guarded("database", lambda: service.check_database(home, settings))
+    yield from _guarded("database", lambda: service.check_database(home, settings))
     yield service.check_broker(home, settings)
     yield service.check_storage(home, settings)
     yield from service.check_bases(settings)
     yield from service.check_api(home, base_url, api_key)
 
 
-def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
+def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
     except (OSError, ValueError, StackError, subprocess.TimeoutExpired) as error:
-        return Finding(name, "fail", f"{type(error).__name__}: {error}", "see the message")
+        return [Finding(name, "fail", f"{type(error).__name__}: {error}", "see the message")]

@@ -17,6 +17,11 @@ from luthier.core.settings import Settings
 from luthier.storage.manifests import verify_folder
 from luthier.storage.store import Storage
 
+_WORKERS = """
+SELECT hostname, quarantine_reason, coalesce(extract(epoch FROM quarantined_until - now()), 0)::int
+FROM workers WHERE heartbeat_at > now() - interval '30 seconds' ORDER BY hostname, id
+"""
+
 
 def check_home(home: Path) -> Finding:
     """Whether a service runs on the home."""
@@ -41,31 +46,49 @@ def check_left_databases() -> list[Finding]:
     return [Finding("old databases", "warn", f"their homes are not found here: {named}", advice)]
 
 
-def check_database(home: Path, settings: Settings) -> Finding:
-    """The database answers and holds the schema."""
+def check_database(home: Path, settings: Settings) -> list[Finding]:
+    """The database answers and holds the schema, and a worker is alive that may train."""
     import psycopg
 
     is_embedded = "database_url" not in settings.model_fields_set
     if is_embedded and find_lock_holder(home) is None:
-        return not_running("database")
+        return [not_running("database")]
     url = settings.database_url.get_secret_value()
     if is_embedded:
         try:
             secrets = load_secrets(home, only_reads=True)
         except StackError as error:
-            return Finding("database", "fail", error.message, "restore secrets.json from a backup")
+            return [Finding("database", "fail", error.message, "restore secrets.json from a backup")]
         url = database_url((home / RUN_LINK_NAME).resolve(), secrets)
     try:
         with psycopg.connect(url.replace("+psycopg", "", 1), connect_timeout=3) as connection:
             version = connection.info.server_version // 10000
             found = connection.execute("SELECT to_regclass('alembic_version')").fetchone()
             if found is None or found[0] is None:
-                return Finding("database", "fail", "no schema", "run `python -m db.migrate`")
+                return [Finding("database", "fail", "no schema", "run `python -m db.migrate`")]
             row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            workers = connection.execute(_WORKERS).fetchall()
     except psycopg.Error as error:
         reason = str(error).strip().splitlines()[0][:200]
-        return Finding("database", "fail", reason, "see HOME/logs/postgres.log, or LUTHIER_DATABASE_URL")
-    return Finding("database", "ok", f"PostgreSQL {version}, schema {row[0] if row else 'empty'}")
+        return [Finding("database", "fail", reason, "see HOME/logs/postgres.log, or LUTHIER_DATABASE_URL")]
+    schema = row[0] if row else "empty"
+    return [Finding("database", "ok", f"PostgreSQL {version}, schema {schema}"), *_check_workers(workers)]
+
+
+def _check_workers(workers: list[tuple[str, str | None, int]]) -> list[Finding]:
+    if not workers:
+        return [Finding("workers", "warn", "none is alive, so jobs wait", "start one: `python -m worker`")]
+    bad = [
+        Finding(
+            "worker",
+            "fail",
+            f"{hostname} claims nothing to train: {reason} (tested again in {max(seconds, 0)} s)",
+            "mend what the reason names, such as the driver, the packages or the memory, and restart it",
+        )
+        for hostname, reason, seconds in workers
+        if reason is not None
+    ]
+    return bad or [Finding("workers", "ok", f"{len(workers)} alive")]
 
 
 def check_broker(home: Path, settings: Settings) -> Finding:
