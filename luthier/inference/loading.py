@@ -122,18 +122,25 @@ async def load(
     ground = base.facts.digest if served.foundation is None else served.foundation.digest
     verified = await asyncio.to_thread(copy.verified_with, ground)
     if verified is None:
-        if not await _verify_exactly(engine, served, kind, limits, opening):
-            return await _load(engine, served, kind, limits, opening)
-        try:
-            ready = await _load(engine, served, kind, limits, opening)
-        except SelfCheckError as error:
-            _LOG.warning("The model %s fails its check in bfloat16 alone: %s", copy.digest, error.message)
-            verified = name_of(torch.float32)
-        else:
-            verified = name_of(base.dtype)
-        await asyncio.to_thread(copy.note_verified, ground, verified)
-        if verified == name_of(base.dtype):
-            return ready
+        # Once for both.
+        await _check(served)
+        is_exact, found = await asyncio.gather(
+            _verify_exactly(engine, served, kind, limits, opening),
+            _load(engine, served, kind, limits, opening),
+            return_exceptions=True,
+        )
+        if isinstance(is_exact, BaseException):
+            if not isinstance(found, BaseException):
+                remove(engine, found)
+            raise is_exact
+        if not isinstance(found, BaseException):
+            if is_exact:
+                await asyncio.to_thread(copy.note_verified, ground, name_of(base.dtype))
+            return found
+        if not (is_exact and isinstance(found, SelfCheckError)):
+            raise found
+        _LOG.warning("The model %s fails its check in bfloat16 alone: %s", copy.digest, found.message)
+        await asyncio.to_thread(copy.note_verified, ground, name_of(torch.float32))
     elif verified == name_of(base.dtype):
         return await _load(engine, served, kind, limits, opening)
     exact = await _open_exact(base, opening)
