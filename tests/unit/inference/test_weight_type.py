@@ -1,0 +1,114 @@
+"""Which type a base is served in: the faster one of both numbers of sequences, found once a processor."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.core.specs import BaseFacts
+from luthier.inference import loading, weight_type
+from luthier.inference.bases import LoadedBase, pack
+from luthier.inference.weight_type import choose_dtype, find_dtype
+from tests.inference_server import make_settings
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.unit.inference.artifacts import build_method_artifact, load_plain
+from tests.unit.inference.test_loaded import PROBE_IDS, make_loaded, served_by
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> BaseFacts:
+    base_folder = build_tiny_base(tmp_path / "bases" / BASE_ID)
+    return BaseFacts.model_validate_json((base_folder / "base.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "expected"),
+    [([0.5, 0.3], torch.bfloat16), ([0.5, 1.2], torch.float32), ([1.2, 0.3], torch.float32)],
+)
+def test_bfloat16_is_taken_where_it_is_faster_for_1_and_for_16_sequences(
+    tmp_path: Path,
+    facts: BaseFacts,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    bfloat16: list[float],
+    expected: torch.dtype,
+) -> None:
+    caplog.set_level(logging.INFO)
+    settings = make_settings(tmp_path, inference_dtype="auto")
+    timed = []
+
+    def time_products(folder: Path, *, is_packed: bool) -> list[list[float]]:
+        timed.append((folder.name, is_packed))
+        return [[1.0, 1.0], bfloat16]
+
+    monkeypatch.setattr(weight_type, "_time_products", time_products)
+    assert find_dtype(settings, facts, "cpu") is None
+    assert choose_dtype(settings, facts, "cpu") is expected
+    [line] = [one.getMessage() for one in caplog.records]
+    assert f"is served in {str(expected).removeprefix('torch.')}" in line
+    # Found once for this processor and this base.
+    assert choose_dtype(settings, facts, "cpu") is expected
+    assert timed == [(BASE_ID, True)]
+    other = facts.model_copy(update={"digest": "sha256:" + "b" * 64})
+    assert find_dtype(settings, other, "cpu") is None
+    for asked in ("float32", "bfloat16"):
+        named = settings.model_copy(update={"inference_dtype": asked})
+        assert find_dtype(named, facts, "cpu") is getattr(torch, asked)
+
+
+def test_products_of_both_types_are_timed_for_each_number_of_sequences(
+    tmp_path: Path, facts: BaseFacts
+) -> None:
+    folder = tmp_path / "bases" / facts.id
+    for is_packed in (True, False):
+        found = weight_type._time_products(folder, is_packed=is_packed)
+        assert len(found) == 2
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found)
+
+
+def test_a_gpu_that_only_emulates_bfloat16_serves_in_float32(
+    tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(tmp_path, inference_dtype="auto")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert find_dtype(settings, facts, "cuda") is torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert find_dtype(settings, facts, "cuda") is torch.bfloat16
+
+
+def test_without_memory_for_the_base_in_float32_a_model_is_verified_in_bfloat16_alone_and_the_log_says_so(
+    tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "bases" / facts.id
+    nothing: Any = None
+
+    def load_exact() -> LoadedBase:
+        raise AssertionError("there is no memory for it")
+
+    base = LoadedBase(
+        facts=facts,
+        tokenizer=nothing,
+        template=nothing,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        probe_ids=PROBE_IDS,
+        packed=pack(load_plain(folder).bfloat16(), folder, PROBE_IDS, max_rows=4, max_cache_tokens=256),
+        load_exact=load_exact,
+    )
+    artifact = build_method_artifact(tmp_path / "a", folder, {"type": "lora", "rank": 2}, seed=1)
+    monkeypatch.setattr(loading, "available_bytes", lambda: 0)
+    served = served_by(base, artifact)
+
+    async def run() -> None:
+        loaded = make_loaded(0)
+        loaded.release(await loaded.hold(served))
+        assert loaded.digests == [artifact.digest]
+
+    asyncio.run(run())
+    assert f"{artifact.digest} is verified in bfloat16 alone for want of memory" in caplog.text
+    # It is tried again when it is loaded next.
+    assert served.copy is not None
+    assert served.copy.verified_with(facts.digest) is None
