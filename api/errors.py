@@ -20,10 +20,9 @@ from luthier.core.errors import (
     InvalidTypeError,
     InvalidValueError,
     LuthierError,
-    MissingParameterError,
-    UnknownParameterError,
     error_body,
 )
+from luthier.core.field_errors import field_error
 
 _log = structlog.get_logger()
 _LOCATIONS = {"body", "query", "path", "header"}
@@ -52,20 +51,13 @@ def from_validation(request: Request, errors: Sequence[Any]) -> LuthierError:
     kind: str = first["type"]
     if kind == "json_invalid":
         return InvalidRequestError("The body is no valid JSON; send a JSON object.")
-    if kind == "missing":
-        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
-    if kind == "extra_forbidden":
-        near = nearest_field(request, path)
-        advice = f"Did you mean '{near}'?" if near else "Leave it out."
-        return UnknownParameterError(f"Unknown parameter: '{param}'. {advice}", param=param)
     if param is None and kind == "model_attributes_type":
         return InvalidTypeError("Send a JSON object as the body, with Content-Type: application/json.")
     is_no_object = kind in _OBJECT_TYPES
     reason = "Send a JSON object." if is_no_object else str(first["msg"]).removeprefix("Value error, ")
     text = f"Invalid value for '{param}': {reason}" if param else reason
-    if kind.endswith("_type") or kind.endswith("_parsing"):
-        return InvalidTypeError(text, param=param)
-    return InvalidValueError(text, param=param)
+    near = nearest_field(request, path) if kind == "extra_forbidden" else None
+    return field_error(kind, param, text, advice=f"Did you mean '{near}'?" if near else "Leave it out.")
 
 
 async def _on_luthier_error(_request: Request, error: Exception) -> JSONResponse:

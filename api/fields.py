@@ -1,14 +1,12 @@
 """Which of the fields that a body has was meant by one that it does not have."""
 
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from fastapi import Request
 from pydantic import BaseModel
 
-_LIKENESS = 0.7
-_MAX_LETTERS = 80
+from luthier.core.field_errors import nearest_name
 
 
 def nearest_field(request: Request, path: Sequence[str]) -> str | None:
@@ -22,11 +20,8 @@ def nearest_field(request: Request, path: Sequence[str]) -> str | None:
     """
     body = getattr(request.scope.get("route"), "body_field", None)
     known = [] if body is None else list(_paths(body.field_info.annotation))
-    # No longer than a field's name is long: to compare a million letters takes its time.
-    near = difflib.get_close_matches(
-        path[-1][:_MAX_LETTERS], {one[-1] for one in known}, n=1, cutoff=_LIKENESS
-    )
-    alike = [one for one in known if one[-1] in near]
+    near = nearest_name(path[-1], {one[-1] for one in known})
+    alike = [one for one in known if one[-1] == near]
     found = min(alike, key=lambda one: one[:-1] != tuple(path[:-1]), default=None)
     return None if found is None else ".".join(found)
 

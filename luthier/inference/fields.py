@@ -3,7 +3,6 @@
 Shared by all endpoints; knows none of their fields.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -13,13 +12,11 @@ from pydantic_core import ErrorDetails
 
 from luthier.core.errors import (
     InvalidRequestError,
-    InvalidTypeError,
     InvalidValueError,
     LuthierError,
-    MissingParameterError,
-    UnknownParameterError,
     UnsupportedValueError,
 )
+from luthier.core.field_errors import advise, field_error
 
 # Sent unasked by SDKs and frameworks; they change nothing about a text answer here.
 IGNORED_FIELDS = frozenset(
@@ -37,9 +34,6 @@ IGNORED_FIELDS = frozenset(
         "moderation",
     }
 )
-
-# How alike a field must be to one that there is, and how many letters of it are compared.
-_LIKENESS, _MAX_LETTERS = 0.7, 80
 
 # Of a request's body: token ids of a batch of prompts are the most that a client needs.
 MAX_VALUES = 250_000
@@ -214,20 +208,10 @@ def _to_request_error(error: ValidationError, model: type[BaseModel], prefix: st
         place = [part for part in place if part not in {"str", "list"}]
     param = (prefix + ".".join(place)).removesuffix(".")[:_MAX_PARAM_CHARS]
     kind = first["type"]
-    if kind == "missing":
-        return MissingParameterError(f"Missing required parameter: {param[:120]!r}.", param=param)
     if kind == "extra_forbidden":
-        advice = _advise(place[0], model) if len(place) == 1 else "Leave it out."
-        return UnknownParameterError(f"Unknown parameter: {param[:80]!r}. {advice}", param=param[:80])
-    message = f"{param[:120]}: {_explain(first)}."
-    if kind.endswith("_type") or kind.endswith("_parsing"):
-        return InvalidTypeError(message, param=param)
-    return InvalidValueError(message, param=param)
-
-
-def _advise(name: str, model: type[BaseModel]) -> str:
-    near = difflib.get_close_matches(name[:_MAX_LETTERS], model.model_fields, n=1, cutoff=_LIKENESS)
-    return f"Did you mean {near[0]!r}?" if near else "Leave it out."
+        advice = advise(place[0], model.model_fields) if len(place) == 1 else "Leave it out."
+        return field_error(kind, param[:80], "", advice=advice)
+    return field_error(kind, param, f"{param[:120]}: {_explain(first)}.")
 
 
 def _explain(found: ErrorDetails) -> str:

@@ -1,18 +1,12 @@
 """From what pydantic finds in a `tuning` object to the one error that names its field, for every method."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from luthier.core.errors import (
-    InvalidRequestError,
-    InvalidTypeError,
-    InvalidValueError,
-    MissingParameterError,
-    UnknownParameterError,
-)
+from luthier.core.errors import InvalidRequestError
+from luthier.core.field_errors import advise, field_error, shown_part
 
 _Path = tuple[str | int, ...]
 _MAX_CHARACTERS = 40
@@ -34,29 +28,25 @@ def first_fault(error: ValidationError, tuning: dict[str, Any], known: Sequence[
     field = faults[0][0][:1]
     path = max((path for path, _ in faults if path[:1] == field), key=len)
     of_path = [fault for found, fault in faults if found == path]
-    param = ".".join(["tuning", *(_shown(part) for part in path)])
+    param = ".".join(["tuning", *(shown_part(part) for part in path)])
     kinds = {str(fault["type"]) for fault in of_path}
-    if "extra_forbidden" in kinds:
-        return UnknownParameterError(f"Unknown parameter: '{param}'. {_advice(path, known)}", param=param)
-    if "missing" in kinds:
-        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
+    for kind in ("extra_forbidden", "missing"):
+        if kind in kinds:
+            return field_error(kind, param, "", advice=_advice(path, known))
     value = _value_at(path, tuning)
     rules = sorted({str(fault["msg"]).removeprefix("Value error, ") for fault in of_path})
     shown = repr(value)[:_MAX_CHARACTERS]
     message = f"Invalid value for '{param}': {shown}. {'; or: '.join(rules)}."
     # A number out of its range breaks a bound; the other branch of the union ("auto") is then no type fault.
     is_out_of_range = any(not kind.endswith(("_type", "_parsing", "literal_error")) for kind in kinds)
-    if is_out_of_range or isinstance(value, str):
-        return InvalidValueError(message, param=param)
-    return InvalidTypeError(message, param=param)
+    is_value = is_out_of_range or isinstance(value, str)
+    return field_error("value_error" if is_value else "value_type", param, message)
 
 
 def _advice(path: _Path, known: Sequence[str]) -> str:
     if len(path) > 1:
         return "Leave it out."
-    near = difflib.get_close_matches(str(path[0])[:_MAX_CHARACTERS], known, n=1)
-    advice = f"Did you mean '{near[0]}'?" if near else "Leave it out."
-    return f"{advice} This type of tuning takes: {', '.join(known)}."
+    return f"{advise(str(path[0]), known)} This type of tuning takes: {', '.join(known)}."
 
 
 def _path(location: Sequence[str | int], kind: str, tuning: dict[str, Any]) -> _Path:
@@ -82,7 +72,3 @@ def _value_at(path: _Path, tuning: dict[str, Any]) -> Any:
     for part in path:
         value = value[part] if _has(value, part) else None
     return value
-
-
-def _shown(part: str | int) -> str:
-    return str(part).encode("unicode_escape").decode()[:_MAX_CHARACTERS]

@@ -7,12 +7,10 @@ from pydantic import ValidationError
 
 from luthier.core.errors import (
     InvalidRequestError,
-    InvalidTypeError,
     InvalidValueError,
-    MissingParameterError,
-    UnknownParameterError,
     UnsupportedValueError,
 )
+from luthier.core.field_errors import field_error, shown_part
 from luthier.core.settings import Settings
 from luthier.trackers._discover import discover
 from luthier.trackers.base import Tracker, TrackerConfig
@@ -49,17 +47,14 @@ def _tracker_of(wanted: dict[str, Any], at: str) -> Tracker:
     trackers = discover()
     name = wanted.get("type")
     if name is None:
-        raise MissingParameterError(f"Missing required parameter: '{at}.type'.", param=f"{at}.type")
+        raise field_error("missing", f"{at}.type", "")
     if not isinstance(name, str) or name not in trackers:
         raise InvalidValueError(
             f"Invalid value for '{at}.type': use one of {', '.join(trackers)}.", param=f"{at}.type"
         )
     for member in wanted:
         if member not in ("type", name):
-            shown = member.encode("unicode_escape").decode()[:40]
-            raise UnknownParameterError(
-                f"Unknown parameter: '{at}.{shown}'. Leave it out.", param=f"{at}.{shown}"
-            )
+            raise field_error("extra_forbidden", f"{at}.{shown_part(member)}", "")
     return trackers[name]
 
 
@@ -74,7 +69,7 @@ def parse_config(tracker: Tracker, config: Any, at: str) -> TrackerConfig:
     """
     at = f"{at}.{tracker.name}"
     if config is None:
-        raise MissingParameterError(f"Missing required parameter: '{at}'.", param=at)
+        raise field_error("missing", at, "")
     try:
         return tracker.Config.model_validate(config)
     except ValidationError as error:
@@ -83,11 +78,5 @@ def parse_config(tracker: Tracker, config: Any, at: str) -> TrackerConfig:
 
 def _first_fault(error: ValidationError, at: str) -> InvalidRequestError:
     fault = error.errors()[0]
-    shown = [str(part).encode("unicode_escape").decode()[:40] for part in fault["loc"]]
-    param = ".".join([at, *shown])
-    if fault["type"] == "missing":
-        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
-    if fault["type"] == "extra_forbidden":
-        return UnknownParameterError(f"Unknown parameter: '{param}'. Leave it out.", param=param)
-    cls = InvalidTypeError if fault["type"].endswith("_type") else InvalidValueError
-    return cls(f"Invalid value for '{param}': {fault['msg']}.", param=param)
+    param = ".".join([at, *(shown_part(part) for part in fault["loc"])])
+    return field_error(fault["type"], param, f"Invalid value for '{param}': {fault['msg']}.")
