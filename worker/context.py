@@ -48,18 +48,22 @@ class Watch:
 
     Args:
         lease_seconds: how long a lease lasts.
+        sweep_seconds: how long the sweeper waits between its looks.
         clock: the time in seconds.
     """
 
-    def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, lease_seconds: float, sweep_seconds: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._lease_seconds = lease_seconds
+        self._max_gap_seconds = max(lease_seconds / 2, 2 * sweep_seconds)
         self._clock = clock
         self._since = self._last = clock()
 
     def has_seen_a_lease(self) -> bool:
         """Note that the database answers; return whether it has for as long as a lease lasts."""
         now = self._clock()
-        if now - self._last > self._lease_seconds / 2:
+        if now - self._last > self._max_gap_seconds:
             self._since = now
         self._last = now
         return now - self._since >= self._lease_seconds
@@ -144,7 +148,7 @@ def make_context(settings: Settings, *, worker_id: str | None = None) -> WorkerC
         catalogue=load_catalogue(settings.models_file),
         device=find_device(settings),
         spare=WarmSpare(settings.warm_spare_seconds) if settings.warm_spare_seconds else None,
-        watch=Watch(settings.lease_seconds),
+        watch=Watch(settings.lease_seconds, settings.sweep_seconds),
         sealer=Sealer(settings.secret_key.get_secret_value()),
         ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
     )

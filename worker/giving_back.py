@@ -1,5 +1,9 @@
 """Giving a job back when something is away, refuses or lacks: no crash, and nothing is lost."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import structlog
 
 from luthier.core.errors import (
@@ -19,6 +23,17 @@ _log = structlog.get_logger()
 _OF_THIS_MACHINE = (BaseUnavailableError, StorageFullError, UnsuitableMachineError)
 # After these a job is tried again, later or elsewhere.
 GIVEN_BACK = (UnavailableError, *_OF_THIS_MACHINE)
+
+
+@contextmanager
+def full_disk_named() -> Iterator[None]:
+    """Turn a disk of this machine that has no room left into the error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageFullError("The worker's disk is full; the operator must make room.") from error
 
 
 def give_back(context: WorkerContext, lease: Lease, error: LuthierError) -> None:

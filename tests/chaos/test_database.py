@@ -148,7 +148,7 @@ def _count_renewals(monkeypatch: pytest.MonkeyPatch) -> list[Lease]:
 
 def test_nothing_is_taken_until_the_database_was_seen_for_a_whole_lease() -> None:
     now = 0.0
-    watch = Watch(30, clock=lambda: now)
+    watch = Watch(30, 5, clock=lambda: now)
     taken = []
     for now in (0, 5, 10, 15, 20, 25, 30, 35, 100, 105, 110, 115, 120, 125, 130, 135):
         if watch.has_seen_a_lease():

@@ -1,5 +1,6 @@
 """Workers that lack something, can't read a job, or break every process that they start."""
 
+import errno
 import http.server
 import signal
 import threading
@@ -218,6 +219,21 @@ def test_pauses_grow_and_progress_ends_them(client: openai.OpenAI, context: Work
     assert prepare(context, job_id)
     with context.database.transaction() as session:
         assert session.get_one(Job, job_id).num_faults == 0
+
+
+def test_a_full_disk_of_a_worker_fails_a_job_by_name_after_some_tries(
+    client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = _create(client)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("worker.tasks.prepare.prepare_rows", full)
+    assert _try_until_the_end(client, context, job_id) <= 8
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.error is not None
+    assert job.error.code == "storage_full"
 
 
 def _raise_away(*_: object, **__: object) -> None:

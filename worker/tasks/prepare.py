@@ -29,7 +29,7 @@ from services.memory_needs import MemoryNeed, tell_need
 from services.reports import FileReport, PrepareReport
 from worker.bases import ensure_jobs_base
 from worker.context import WorkerContext
-from worker.giving_back import GIVEN_BACK, give_back
+from worker.giving_back import GIVEN_BACK, full_disk_named, give_back
 from worker.keeper import kept_lease
 from worker.parents import check_parents
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
@@ -91,7 +91,7 @@ def prepare(context: WorkerContext, job_id: str) -> bool:
     context.keep_spare()
     try:
         try:
-            with kept_lease(context, claimed.lease):
+            with full_disk_named(), kept_lease(context, claimed.lease):
                 prepared = _run(context, claimed)
         except (LeaseLostError, *GIVEN_BACK):
             raise

@@ -5,7 +5,6 @@ under the claim's fence. A job that is given back goes on from its newest save p
 """
 
 import contextlib
-import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from luthier.core.errors import (
     BaseUnavailableError,
     LuthierError,
     OutOfMemoryError,
-    StorageFullError,
     UnavailableError,
 )
 from luthier.core.specs import RunInputs, TrainingSpec
@@ -29,7 +27,7 @@ from services.leases import Lease, LeaseLostError
 from worker.bases import ensure_jobs_base
 from worker.child import start_child
 from worker.context import WorkerContext
-from worker.giving_back import GIVEN_BACK, give_back
+from worker.giving_back import GIVEN_BACK, full_disk_named, give_back
 from worker.keeper import LeaseKeeper, kept_lease
 from worker.outbox import Outbox
 from worker.parents import fetch_parents
@@ -72,7 +70,7 @@ def train(context: WorkerContext, claimed: Claimed) -> None:
     tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
     try:
         try:
-            with kept_lease(context, claimed.lease) as keeper:
+            with full_disk_named(), kept_lease(context, claimed.lease) as keeper:
                 ending = _run(context, claimed, run_dir, keeper, tracking)
             log.info("attempt ended", ending=ending.value)
         except (LeaseLostError, *GIVEN_BACK):
@@ -85,11 +83,6 @@ def train(context: WorkerContext, claimed: Claimed) -> None:
         log.info("the job is no longer ours")
     except GIVEN_BACK as error:
         give_back(context, claimed.lease, error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        full = StorageFullError("The worker's disk is full; the operator must make room.")
-        give_back(context, claimed.lease, full)
     finally:
         tracking.end()
         _release_memory(context, claimed.lease)
