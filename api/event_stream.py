@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from api.deps import Parts
 from api.schemas.jobs import event_object
 from db.tables import Job
-from luthier.core.errors import InvalidValueError
+from luthier.core.errors import InvalidValueError, UnavailableError
 from luthier.core.states import JobStatus
 from services import events, jobs
 from services.scope import Scope
@@ -54,7 +54,8 @@ async def _stream(parts: Parts, job_id: str, last_seq: int) -> AsyncIterator[byt
                 yield b"data: [DONE]\n\n"
                 return
             if parts.hub.closing.is_set():
-                yield b"retry: 1000\n: the server is stopping, reconnect\n\n"
+                error = UnavailableError("The service is shutting down; connect again with Last-Event-ID.")
+                yield f"retry: 1000\nevent: error\ndata: {json.dumps(error.to_body())}\n\n".encode()
                 return
             try:
                 await asyncio.wait_for(woken.wait(), _LOOK_SECONDS)

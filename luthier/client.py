@@ -291,6 +291,9 @@ class LuthierClient:
                 with self._http.stream("GET", path, params={"stream": "true"}, headers=headers) as response:
                     _check(response)
                     for item in httpx2.EventSource(response):
+                        if item.event == "error":
+                            # The service is shutting down.
+                            break
                         num_losses = 0
                         if item.data == "[DONE]":
                             return
@@ -305,7 +308,7 @@ class LuthierClient:
                     raise
                 num_losses = self._after_loss(num_losses, error)
             else:
-                # The service closed the stream without a word: it is stopping.
+                # The stream ended before the job: the service is shutting down.
                 num_losses = self._after_loss(num_losses, None)
 
     def _after_loss(self, num_losses: int, error: Exception | None) -> int:

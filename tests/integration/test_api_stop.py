@@ -1,4 +1,4 @@
-"""A stop of the API: answers that last longer than it waits end with an error in OpenAI's shape."""
+"""A stop of the API: what lasts longer than it waits ends with an error in OpenAI's shape."""
 
 import json
 import os
@@ -18,7 +18,8 @@ import pytest
 from db.session import Database
 from luthier.core.settings import Settings
 from services.bootstrap import ensure_first_rows
-from tests.conftest import wait_until
+from tests.aliases import make_ours
+from tests.conftest import Api, wait_until
 from tests.stack import free_port
 from tests.tiny import BASE_ID
 
@@ -106,12 +107,28 @@ def test_answers_that_a_stop_does_not_wait_for_end_with_an_error(
             running.send_signal(signal.SIGTERM)
             first, *_, last = streamed.result().text.strip().split("\n\n")
             assert first == "data: {}"
-            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "service_unavailable"
+            error = json.loads(last.removeprefix("data: "))["error"]
+            assert (error["code"], "shutting down" in error["message"]) == ("service_unavailable", True)
             assert whole.result().status_code == 503
-            assert whole.result().json()["error"]["code"] == "service_unavailable"
+            error = whole.result().json()["error"]
+            assert (error["code"], "shutting down" in error["message"]) == ("service_unavailable", True)
             assert {"x-request-id", "retry-after"} <= set(whole.result().headers)
         assert running.wait(timeout=15) in (0, -signal.SIGTERM)
         assert "Traceback" not in log.read_text()
     finally:
         running.kill()
         running.wait(timeout=15)
+
+
+def test_a_stream_of_a_jobs_events_says_that_the_service_stops(api: Api) -> None:
+    make_ours(api)
+    jobs = httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs", headers=api.headers).json()["data"]
+    url = f"{api.base_url}/v1/fine_tuning/jobs/{jobs[0]['id']}/events"
+    with httpx2.stream("GET", url, params={"stream": "true"}, headers=api.headers, timeout=30) as response:
+        events = iter(httpx2.EventSource(response))
+        assert next(events).id
+        api.parts.hub.close_streams()
+        last = [*events][-1]
+    error = json.loads(last.data)["error"]
+    assert (last.event, error["code"]) == ("error", "service_unavailable")
+    assert "shutting down" in error["message"]

@@ -20,8 +20,8 @@ def _client(answer: Callable[[httpx2.Request], httpx2.Response]) -> LuthierClien
     )
 
 
-def _stream(*items: tuple[str, str]) -> httpx2.Response:
-    body = "".join(f"id: {id_}\ndata: {data}\n\n" for id_, data in items)
+def _stream(*items: tuple[str, str], end: str = "") -> httpx2.Response:
+    body = "".join(f"id: {id_}\ndata: {data}\n\n" for id_, data in items) + end
     return httpx2.Response(200, content=body.encode(), headers={"content-type": "text/event-stream"})
 
 
@@ -84,7 +84,8 @@ def test_events_go_on_after_a_lost_connection_without_a_gap_or_a_repeat() -> Non
         if len(asked_from) == 3:
             return _refusal(503)
         if last == "":
-            return _stream(("1", '{"n": 1}'), ("2", '{"n": 2}'))
+            shutdown = 'event: error\ndata: {"error": {"code": "service_unavailable"}}\n\n'
+            return _stream(("1", '{"n": 1}'), ("2", '{"n": 2}'), end=shutdown)
         return _stream(("3", '{"n": 3}'), ("4", "[DONE]"))
 
     events = list(_client(answer).follow_events("ftjob-1"))
