@@ -3,13 +3,12 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts
-from api.schemas.jobs import event_object
+from api.schemas.jobs import EventObject, event_object
 from db.tables import Job
 from luthier.core.errors import InvalidValueError, UnavailableError
 from luthier.core.states import JobStatus
@@ -31,7 +30,7 @@ async def read_job(parts: Parts, scope: Scope, job_id: str) -> Job:
     return await run_in_threadpool(read)
 
 
-def _read_news(parts: Parts, job_id: str, seq: int) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
+def _read_news(parts: Parts, job_id: str, seq: int) -> tuple[list[tuple[int, EventObject]], bool]:
     with parts.database.transaction() as session:
         # The status is read first: a job seen as ended has no event after those read next.
         job = session.get(Job, job_id)

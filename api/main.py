@@ -14,6 +14,7 @@ from api.event_hub import EventHub
 from api.metrics import ApiMetrics
 from api.paths import EncodedSlashMiddleware
 from api.queries import refuse_unknown_query
+from api.readiness import Readiness
 from api.requests import BodyLimitMiddleware
 from api.routes import (
     aliases,
@@ -107,6 +108,7 @@ def create_app(parts: Parts) -> FastAPI:
         redoc_url=None,
     )
     app.state.parts = parts
+    app.state.readiness = Readiness(parts)
     errors.install(app)
     app.add_middleware(EncodedSlashMiddleware)
     app.add_middleware(BodyLimitMiddleware)

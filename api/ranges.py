@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -70,6 +71,14 @@ def _asked_range(request: Request, etag: str, size_bytes: int) -> tuple[int, int
     if request.headers.get("if-range", etag).strip() != etag:
         return None
     return parse_range(asked, size_bytes)
+
+
+# How an operation that sends a file's bytes documents its answer.
+BYTES_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+    206: {"description": "The range that was asked for"},
+    304: {"description": "The client has this content"},
+}
 
 
 async def stored_bytes(

@@ -1,15 +1,22 @@
 """Aliases: names of a project's own that are pointed to models, and back."""
 
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
 from api.proving import prove
-from api.schemas.aliases import PutAliasBody, RollBackAliasBody, alias_object, alias_version_object
-from api.schemas.pages import list_object
+from api.schemas.aliases import (
+    AliasObject,
+    AliasVersionObject,
+    PutAliasBody,
+    RollBackAliasBody,
+    alias_object,
+    alias_version_object,
+)
+from api.schemas.pages import DeletedObject, ListPage, list_object
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, UnavailableError
 from luthier.core.inference import ModelTarget
 from services import alias_history, aliases, models
@@ -27,7 +34,7 @@ Limit = Annotated[int, Query(ge=0, le=100)]
 @router.get("")
 def list_aliases(
     session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
-) -> dict[str, Any]:
+) -> ListPage[AliasObject]:
     """List the project's aliases, newest first."""
     rows, has_more = aliases.list_(session, scope, after=after, limit=limit)
     return list_object([alias_object(row) for row in rows], has_more=has_more, with_ids=True)
@@ -36,7 +43,7 @@ def list_aliases(
 @router.get("/{name}/versions")
 def list_alias_versions(
     name: str, session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
-) -> dict[str, Any]:
+) -> ListPage[AliasVersionObject]:
     """List what an alias has pointed to, newest first."""
     rows, has_more = alias_history.list_versions(session, scope, name, after=after, limit=limit)
     return list_object([alias_version_object(row) for row in rows], has_more=has_more, with_ids=True)
@@ -49,7 +56,7 @@ async def roll_back_alias(
     scope: ScopeApartDep,
     parts: PartsDep,
     body: RollBackAliasBody | None = None,
-) -> dict[str, Any]:
+) -> AliasObject:
     """Point an alias to what it pointed to before, or to what a version did; the next request sees it.
 
     The model is loaded and proved first, as a PUT does; `proved` says whether a server has answered with it.
@@ -63,12 +70,12 @@ async def roll_back_alias(
         # Where it was pointed elsewhere meanwhile, what was proved may not be what is before it now.
         alias = await run_in_threadpool(_roll_back, parts, scope, name, way)
         if alias is not None:
-            return alias | {"proved": is_proved}
+            return {**alias, "proved": is_proved}
     raise UnavailableError(f"{name} is pointed elsewhere again and again; try once more.")
 
 
 @router.get("/{name}")
-def retrieve_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def retrieve_alias(name: str, session: SessionDep, scope: ScopeDep) -> AliasObject:
     """Describe one alias."""
     return alias_object(aliases.get(session, scope, name))
 
@@ -76,7 +83,7 @@ def retrieve_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str,
 @router.put("/{name}")
 async def put_alias(
     name: str, body: PutAliasBody, request: Request, scope: ScopeApartDep, parts: PartsDep
-) -> dict[str, Any]:
+) -> AliasObject:
     """Point an alias to a model, made now when it is new; the next request sees it.
 
     The model is loaded and proved first, so that no request waits for it, or meets one that can't answer;
@@ -87,7 +94,7 @@ async def put_alias(
     is_proved = None if target is None else await prove(parts.backend, target)
     await _check_client(request)
     alias = await run_in_threadpool(_put, parts, scope, name, body.model, seen)
-    return alias | {"proved": is_proved}
+    return {**alias, "proved": is_proved}
 
 
 def _find_way_back(parts: Parts, scope: Scope, name: str, number: int | None) -> WayBack:
@@ -95,7 +102,7 @@ def _find_way_back(parts: Parts, scope: Scope, name: str, number: int | None) ->
         return alias_history.find_way_back(session, scope, parts.catalogue, name, number)
 
 
-def _roll_back(parts: Parts, scope: Scope, name: str, way: WayBack) -> dict[str, Any] | None:
+def _roll_back(parts: Parts, scope: Scope, name: str, way: WayBack) -> AliasObject | None:
     with parts.database.transaction() as session:
         pointing = alias_history.roll_back(session, scope, parts.catalogue, name, way)
         return None if pointing is None else alias_object(pointing)
@@ -119,13 +126,13 @@ def _see(parts: Parts, scope: Scope, name: str) -> aliases.Seen:
         return aliases.see(session, scope, name)
 
 
-def _put(parts: Parts, scope: Scope, name: str, model: str, seen: aliases.Seen) -> dict[str, Any]:
+def _put(parts: Parts, scope: Scope, name: str, model: str, seen: aliases.Seen) -> AliasObject:
     with parts.database.transaction() as session:
         return alias_object(aliases.put(session, scope, parts.catalogue, name, model, seen=seen))
 
 
 @router.delete("/{name}")
-def delete_alias(name: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def delete_alias(name: str, session: SessionDep, scope: ScopeDep) -> DeletedObject:
     """Forget an alias; the model that it points to stays."""
     alias = aliases.delete(session, scope, name)
     return {"id": alias.id, "object": "alias", "name": alias.name, "deleted": True}

@@ -1,15 +1,22 @@
 """Chat, completions and responses: the name is resolved here, the answer is the inference server's."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from api.chat_proxy import RESPONSES_PATH, ask
 from api.chat_request import read_body, read_model_name
 from api.deps import Parts, PartsDep
+from api.schemas.answers import EVENT_STREAM, ChatCompletion, Completion, ResponseObject
 from api.target_resolver import resolve_target
 from services.usage import TokenCounts
 
 router = APIRouter(prefix="/v1", tags=["inference"])
+
+
+def _answered_by(model: Any) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": model, "content": EVENT_STREAM}}
 
 
 async def _answer(request: Request, parts: Parts, path: str) -> Response:
@@ -20,19 +27,19 @@ async def _answer(request: Request, parts: Parts, path: str) -> Response:
         return await ask(request, parts.backend, path, body, target, usage)
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=_answered_by(ChatCompletion))
 async def create_chat_completion(request: Request, parts: PartsDep) -> Response:
     """Answer a chat, streamed or whole, with a base or a tuned model."""
     return await _answer(request, parts, "/v1/chat/completions")
 
 
-@router.post("/completions")
+@router.post("/completions", responses=_answered_by(Completion))
 async def create_completion(request: Request, parts: PartsDep) -> Response:
     """Continue a text, streamed or whole, with a base or a tuned model."""
     return await _answer(request, parts, "/v1/completions")
 
 
-@router.post("/responses")
+@router.post("/responses", responses=_answered_by(ResponseObject))
 async def create_response(request: Request, parts: PartsDep) -> Response:
     """Answer an input, streamed or whole, with a base or a tuned model; nothing is kept."""
     return await _answer(request, parts, RESPONSES_PATH)

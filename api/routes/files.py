@@ -1,16 +1,16 @@
 """Files: upload, list, retrieve, content, delete."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.ranges import stored_bytes
+from api.ranges import BYTES_ANSWER, stored_bytes
 from api.recording import drop_stored, record_stored
-from api.schemas.files import file_object
-from api.schemas.pages import list_object
+from api.schemas.files import FileObject, file_object
+from api.schemas.pages import DeletedObject, ListPage, list_object
 from api.upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
 from db.tables import File
 from luthier.core.ids import new_id
@@ -47,7 +47,7 @@ _FORM = {
 
 
 @router.post("", openapi_extra=_FORM)
-async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -> FileObject:
     """Upload a file (multipart: `purpose` and `file`); a line that breaks the format is refused by number."""
     file_id = new_id("file")
     storage_key = f"projects/{scope.project_id}/files/{file_id}"
@@ -76,7 +76,7 @@ def list_files(
     limit: Annotated[int, Query(ge=0, le=10000)] = 10000,
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
-) -> dict[str, Any]:
+) -> ListPage[FileObject]:
     """List the project's files, newest first unless asked otherwise."""
     rows, has_more = files.list_(
         session, scope, after=after, limit=limit, is_ascending=order == "asc", purpose=purpose
@@ -85,7 +85,7 @@ def list_files(
 
 
 @router.get("/{file_id}")
-def retrieve_file(file_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def retrieve_file(file_id: str, session: SessionDep, scope: ScopeDep) -> FileObject:
     """Describe one file."""
     return file_object(files.get(session, scope, file_id))
 
@@ -96,7 +96,7 @@ def _get(parts: Parts, scope: Scope, file_id: str) -> File:
 
 
 @router.head("/{file_id}/content", include_in_schema=False)
-@router.get("/{file_id}/content")
+@router.get("/{file_id}/content", response_class=Response, responses=BYTES_ANSWER)
 async def file_content(file_id: str, request: Request, parts: PartsDep, scope: ScopeApartDep) -> Response:
     """Send a file's bytes as they were uploaded, whole or a range of them."""
     row = await run_in_threadpool(_get, parts, scope, file_id)
@@ -116,7 +116,7 @@ def _delete(parts: Parts, scope: Scope, file_id: str) -> str:
 
 
 @router.delete("/{file_id}")
-async def delete_file(file_id: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+async def delete_file(file_id: str, parts: PartsDep, scope: ScopeApartDep) -> DeletedObject:
     """Delete a file, its bytes included, unless an unfinished job reads it."""
     storage_key = await run_in_threadpool(_delete, parts, scope, file_id)
     # What storage can't delete now, a worker does later: the row says that the bytes may still be there.

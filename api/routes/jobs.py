@@ -11,9 +11,18 @@ from api.deps import PartsDep, ScopeApartDep, ScopeDep, SessionDep
 from api.estimating import estimate_apart
 from api.event_stream import event_stream_response, read_job
 from api.repeats import SentDep, act_on_job
+from api.schemas.answers import EVENT_STREAM
 from api.schemas.estimates import JobEstimate, estimate_object
-from api.schemas.jobs import CreateJobBody, checkpoint_object, event_object, job_object
-from api.schemas.pages import list_object
+from api.schemas.jobs import (
+    CheckpointObject,
+    CreateJobBody,
+    EventObject,
+    JobObject,
+    checkpoint_object,
+    event_object,
+    job_object,
+)
+from api.schemas.pages import ListPage, list_object
 from api.schemas.reports import JobReport, report_object
 from luthier.core.errors import InvalidValueError
 from services import idempotency, integrations, jobs, pausing
@@ -27,7 +36,7 @@ Limit = Annotated[int, Query(ge=0, le=1000)]
 @router.post("")
 def create_job(
     body: CreateJobBody, sent: SentDep, session: SessionDep, scope: ScopeDep, parts: PartsDep
-) -> dict[str, Any]:
+) -> JobObject:
     """Create a job; the same create sent again, because its answer was lost, makes no second one."""
     sending = sent.to(_CREATE_ROUTE)
     earlier = idempotency.find_earlier(session, scope, sending)
@@ -67,7 +76,7 @@ def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
 @router.get("")
 def list_jobs(
     request: Request, session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
-) -> dict[str, Any]:
+) -> ListPage[JobObject]:
     """List the project's jobs, newest first."""
     metadata, has_no_metadata = _metadata_filter(request)
     rows, has_more = jobs.list_(
@@ -77,22 +86,20 @@ def list_jobs(
 
 
 @router.get("/{fine_tuning_job_id}")
-def retrieve_job(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def retrieve_job(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> JobObject:
     """Describe one job."""
     return job_object(jobs.get(session, scope, fine_tuning_job_id))
 
 
 @router.post("/{fine_tuning_job_id}/cancel")
-def cancel_job(
-    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep
-) -> dict[str, Any]:
+def cancel_job(fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep) -> JobObject:
     """Cancel a job that has not ended; published checkpoints stay callable."""
     act = partial(jobs.cancel, session, scope, fine_tuning_job_id)
     return job_object(act_on_job(session, scope, sent, "cancel", fine_tuning_job_id, act))
 
 
 @router.post("/{fine_tuning_job_id}/pause")
-def pause_job(fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def pause_job(fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep) -> JobObject:
     """Pause a job that is queued or running; its slot is given back, and nothing of it is lost."""
     act = partial(pausing.pause, session, scope, fine_tuning_job_id)
     return job_object(act_on_job(session, scope, sent, "pause", fine_tuning_job_id, act))
@@ -101,7 +108,7 @@ def pause_job(fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope
 @router.post("/{fine_tuning_job_id}/resume")
 def resume_job(
     fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep, parts: PartsDep
-) -> dict[str, Any]:
+) -> JobObject:
     """Let a paused job go on from its newest save point."""
     act = partial(pausing.resume, session, scope, parts.ring, fine_tuning_job_id)
     return job_object(act_on_job(session, scope, sent, "resume", fine_tuning_job_id, act))
@@ -114,7 +121,7 @@ def list_checkpoints(
     scope: ScopeDep,
     after: str | None = None,
     limit: Limit = 10,
-) -> dict[str, Any]:
+) -> ListPage[CheckpointObject]:
     """List a job's checkpoints, highest step first."""
     rows, has_more = jobs.list_checkpoints(session, scope, fine_tuning_job_id, after=after, limit=limit)
     data = [checkpoint_object(checkpoint, name) for checkpoint, name in rows]
@@ -122,13 +129,16 @@ def list_checkpoints(
 
 
 # Documented by the schema, not checked against it: a report of an older version is served as it is.
-@router.get("/{fine_tuning_job_id}/report", responses={200: {"model": JobReport}})
+@router.get("/{fine_tuning_job_id}/report", response_model=None, responses={200: {"model": JobReport}})
 def retrieve_report(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
     """Tell what a job's files held, how training went and what it cost, as far as it is known."""
     return report_object(jobs.get(session, scope, fine_tuning_job_id))
 
 
-@router.get("/{fine_tuning_job_id}/events")
+_EVENTS: dict[int | str, dict[str, Any]] = {200: {"model": ListPage[EventObject], "content": EVENT_STREAM}}
+
+
+@router.get("/{fine_tuning_job_id}/events", responses=_EVENTS)
 async def list_events(
     fine_tuning_job_id: str,
     request: Request,
@@ -143,7 +153,7 @@ async def list_events(
         await read_job(parts, scope, fine_tuning_job_id)
         return event_stream_response(parts, fine_tuning_job_id, request.headers.get("last-event-id"))
 
-    def read() -> dict[str, Any]:
+    def read() -> ListPage[EventObject]:
         with parts.database.transaction() as session:
             rows, has_more = jobs.list_events(session, scope, fine_tuning_job_id, after=after, limit=limit)
             return list_object([event_object(row) for row in rows], has_more=has_more)

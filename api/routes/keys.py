@@ -1,18 +1,17 @@
 """API keys; ours, not OpenAI's. All of it asks for an admin key."""
 
-from typing import Any
-
 from fastapi import APIRouter
 
 from api.deps import ScopeDep, SessionDep
-from api.schemas.keys import CreateKeyBody, key_object
+from api.schemas.keys import CreateKeyBody, KeyObject, key_object
+from api.schemas.pages import DeletedObject, ListPage, list_object
 from services import keys
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
 
 @router.post("")
-def create_key(body: CreateKeyBody, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def create_key(body: CreateKeyBody, session: SessionDep, scope: ScopeDep) -> KeyObject:
     """Make a key; its plain text is in this answer and nowhere else."""
     row, project_name, key = keys.create(
         session, scope, name=body.name, project_name=body.project, is_admin=body.is_admin
@@ -21,14 +20,14 @@ def create_key(body: CreateKeyBody, session: SessionDep, scope: ScopeDep) -> dic
 
 
 @router.get("")
-def list_keys(session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def list_keys(session: SessionDep, scope: ScopeDep) -> ListPage[KeyObject]:
     """List the organization's keys."""
     data = [key_object(row, project_name) for row, project_name in keys.list_(session, scope)]
-    return {"object": "list", "data": data, "has_more": False}
+    return list_object(data, has_more=False)
 
 
 @router.delete("/{key_id}")
-def revoke_key(key_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def revoke_key(key_id: str, session: SessionDep, scope: ScopeDep) -> DeletedObject:
     """Revoke a key; it opens nothing from the next request on."""
     keys.revoke(session, scope, key_id)
     return {"id": key_id, "object": "api_key", "deleted": True}

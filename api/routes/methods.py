@@ -1,18 +1,16 @@
 """Ways to tune: which there are, and what each takes."""
 
-from typing import Any
-
 from fastapi import APIRouter
 
 from api.deps import ScopeDep
-from api.schemas.methods import method_object
-from api.schemas.pages import list_object
+from api.schemas.methods import MethodObject, method_object
+from api.schemas.pages import ListPage, list_object
 from luthier.methods import discover
 
 router = APIRouter(prefix="/v1/fine_tuning/methods", tags=["fine_tuning"])
 
 
 @router.get("")
-def list_methods(_scope: ScopeDep) -> dict[str, Any]:
+def list_methods(_scope: ScopeDep) -> ListPage[MethodObject]:
     """List the methods that a job's `tuning` may name, each with the JSON schema of that object."""
     return list_object([method_object(method) for method in discover().values()], has_more=False)

@@ -1,10 +1,10 @@
 """Metrics for Prometheus. They span all projects: an admin key reads them, or a token of their own."""
 
 import hmac
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 from starlette.concurrency import run_in_threadpool
 
@@ -12,6 +12,8 @@ from api.deps import PartsDep, bearer_key, get_scope_apart
 from luthier.core.errors import PermissionDeniedError
 
 router = APIRouter(tags=["health"])
+
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 async def check_metrics_reader(request: Request, parts: PartsDep) -> None:
@@ -23,7 +25,7 @@ async def check_metrics_reader(request: Request, parts: PartsDep) -> None:
         raise PermissionDeniedError("This key can't read metrics; use an admin key or LUTHIER_METRICS_TOKEN.")
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=Response, responses=_TEXT)
 async def metrics(
     request: Request, parts: PartsDep, _reader: Annotated[None, Depends(check_metrics_reader)]
 ) -> Response:

@@ -1,15 +1,22 @@
 """Models: bases, tuned models and checkpoints, and the files of a tuned one."""
 
 from contextlib import suppress
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.ranges import stored_bytes
-from api.schemas.models import aliased_object, base_model_object, model_files_object, tuned_model_object
+from api.ranges import BYTES_ANSWER, stored_bytes
+from api.schemas.models import (
+    ModelFilesPage,
+    ModelObject,
+    aliased_object,
+    base_model_object,
+    model_files_object,
+    tuned_model_object,
+)
+from api.schemas.pages import DeletedObject, ListPage, list_object
 from luthier.core.errors import NotFoundError, UnavailableError
 from services import models, names
 from services.scope import Scope
@@ -18,7 +25,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
+def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ListPage[ModelObject]:
     """List every name that can be called: aliases, tuned models, checkpoints, bases, names mapped to them."""
     bases = {base.id: base for base in models.list_bases(session)}
     aliased = names.list_aliased(session, scope, parts.catalogue)
@@ -30,10 +37,10 @@ def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[s
         for alias, target in parts.catalogue.aliases.items()
         if target in bases
     ]
-    return {"object": "list", "data": data, "has_more": False}
+    return list_object(data, has_more=False)
 
 
-def _named_object(named: names.Named, scope: Scope) -> dict[str, Any]:
+def _named_object(named: names.Named, scope: Scope) -> ModelObject:
     if named.model is not None:
         described = tuned_model_object(named.model, scope.organization_slug)
     else:
@@ -50,14 +57,14 @@ def _artifact_key(parts: Parts, scope: Scope, name: str) -> str:
 
 
 @router.get("/{model}/files")
-async def list_model_files(model: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+async def list_model_files(model: str, parts: PartsDep, scope: ScopeApartDep) -> ModelFilesPage:
     """List the files of a tuned model with their sizes and hashes."""
     key = await run_in_threadpool(_artifact_key, parts, scope, model)
     return model_files_object(await run_in_threadpool(parts.storage.read_manifest, key))
 
 
 @router.head("/{model}/files/{name:path}", include_in_schema=False)
-@router.get("/{model}/files/{name:path}")
+@router.get("/{model}/files/{name:path}", response_class=Response, responses=BYTES_ANSWER)
 async def download_model_file(
     model: str, name: str, request: Request, parts: PartsDep, scope: ScopeApartDep
 ) -> Response:
@@ -78,14 +85,14 @@ async def download_model_file(
 
 
 @router.put("/{model}/pin")
-def pin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
+def pin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ModelObject:
     """Let inference servers keep a tuned model in memory from its next request on."""
     found = models.pin(session, scope, parts.catalogue, model, is_pinned=True)
     return tuned_model_object(found, scope.organization_slug)
 
 
 @router.delete("/{model}/pin")
-def unpin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
+def unpin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ModelObject:
     """Let a tuned model leave the memory again when others need its room."""
     found = models.pin(session, scope, parts.catalogue, model, is_pinned=False)
     return tuned_model_object(found, scope.organization_slug)
@@ -93,12 +100,12 @@ def unpin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDe
 
 # As a path and after all others: the SDKs before 3 send a slash in a name as it is.
 @router.get("/{model:path}")
-def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> dict[str, Any]:
+def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ModelObject:
     """Describe one model."""
     named = names.get_named(session, scope, parts.catalogue, model)
     described = _named_object(named, scope)
     if named.base is not None and described["id"] != model:
-        described |= {"id": model, "base_model": named.base.id}
+        described = {**described, "id": model, "base_model": named.base.id}
     return described
 
 
@@ -108,7 +115,7 @@ def _delete(parts: Parts, scope: Scope, name: str) -> str:
 
 
 @router.delete("/{model:path}")
-async def delete_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+async def delete_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> DeletedObject:
     """Delete a tuned model or checkpoint, its bytes included."""
     artifact_key = await run_in_threadpool(_delete, parts, scope, model)
     # What storage can't delete now, a worker does later.

@@ -3,13 +3,13 @@
 A name in these paths may hold `:`, and `/` where a client escaped it: the server has decoded it by then.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
 from api.deps import ScopeDep, SessionDep
-from api.schemas.pages import list_object
-from api.schemas.permissions import CreatePermissionsBody, permission_object
+from api.schemas.pages import DeletedObject, ListPage, list_object
+from api.schemas.permissions import CreatePermissionsBody, PermissionObject, permission_object
 from services import permissions
 
 router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["fine_tuning"])
@@ -21,7 +21,7 @@ Limit = Annotated[int, Query(ge=0, le=100)]
 @router.post(_PATH)
 def create_permissions(
     fine_tuned_model_checkpoint: str, body: CreatePermissionsBody, session: SessionDep, scope: ScopeDep
-) -> dict[str, Any]:
+) -> ListPage[PermissionObject]:
     """Let projects call a model; one that may already keeps its permission."""
     rows = permissions.create(session, scope, fine_tuned_model_checkpoint, body.project_ids)
     return list_object([permission_object(row) for row in rows], has_more=False, with_ids=True)
@@ -36,7 +36,7 @@ def list_permissions(
     limit: Limit = 10,
     order: Literal["ascending", "descending"] = "descending",
     project_id: str | None = None,
-) -> dict[str, Any]:
+) -> ListPage[PermissionObject]:
     """List who may call a model, newest first unless told otherwise."""
     rows, has_more = permissions.list_(
         session,
@@ -53,7 +53,7 @@ def list_permissions(
 @router.delete(_PATH + "/{permission_id}")
 def delete_permission(
     fine_tuned_model_checkpoint: str, permission_id: str, session: SessionDep, scope: ScopeDep
-) -> dict[str, Any]:
+) -> DeletedObject:
     """Take a permission back."""
     permissions.delete(session, scope, fine_tuned_model_checkpoint, permission_id)
     return {"id": permission_id, "object": "checkpoint.permission", "deleted": True}

@@ -1,7 +1,5 @@
 """Uploads: large files in parts. Create, add parts, complete, cancel; and a look at one, which is ours."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -12,6 +10,8 @@ from api.recording import drop_stored, record_stored
 from api.schemas.uploads import (
     CompleteUploadBody,
     CreateUploadBody,
+    UploadObject,
+    UploadPartObject,
     upload_object,
     upload_part_object,
 )
@@ -48,14 +48,14 @@ _PART_FORM = {
 @router.post("")
 def create_upload(
     body: CreateUploadBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
-) -> dict[str, Any]:
+) -> UploadObject:
     """Begin a file that is sent in parts; it waits for them for an hour."""
     new = body.to_new_upload(parts.settings.max_large_upload_bytes)
     return upload_object(uploads.create(session, scope, new))
 
 
 @router.get("/{upload_id}")
-def retrieve_upload(upload_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def retrieve_upload(upload_id: str, session: SessionDep, scope: ScopeDep) -> UploadObject:
     """Describe one upload."""
     upload = uploads.get(session, scope, upload_id)
     return upload_object(upload, completing.find_file(session, upload))
@@ -64,7 +64,7 @@ def retrieve_upload(upload_id: str, session: SessionDep, scope: ScopeDep) -> dic
 @router.post("/{upload_id}/parts", openapi_extra=_PART_FORM)
 async def create_part(
     upload_id: str, request: Request, parts: PartsDep, scope: ScopeApartDep
-) -> dict[str, Any]:
+) -> UploadPartObject:
     """Add a part (multipart: `data`, at most 64 MiB); parts may come at the same time, in any order."""
 
     def check() -> None:
@@ -132,7 +132,7 @@ async def _assemble(
 
 def _finish(
     session: Session, scope: Scope, upload_id: str, body: CompleteUploadBody, stored: StoredFile
-) -> dict[str, Any]:
+) -> UploadObject:
     upload, file = completing.finish(
         session, scope, upload_id, stored, part_ids=body.part_ids, md5=_md5(body)
     )
@@ -142,7 +142,7 @@ def _finish(
 @router.post("/{upload_id}/complete")
 async def complete_upload(
     upload_id: str, body: CompleteUploadBody, parts: PartsDep, scope: ScopeApartDep
-) -> dict[str, Any]:
+) -> UploadObject:
     """Make the parts a file, checked line by line; the same complete sent again answers the same file."""
     assembly = await run_in_threadpool(_begin, parts, scope, upload_id, body)
     if assembly.is_done:
@@ -170,10 +170,10 @@ async def complete_upload(
 
 
 @router.post("/{upload_id}/cancel")
-async def cancel_upload(upload_id: str, parts: PartsDep, scope: ScopeApartDep) -> dict[str, Any]:
+async def cancel_upload(upload_id: str, parts: PartsDep, scope: ScopeApartDep) -> UploadObject:
     """End an upload; its parts are deleted, and it takes no more."""
 
-    def cancel() -> tuple[dict[str, Any], list[str]]:
+    def cancel() -> tuple[UploadObject, list[str]]:
         with parts.database.transaction() as session:
             upload, keys = uploads.cancel(session, scope, upload_id)
             return upload_object(upload), keys

@@ -1,16 +1,19 @@
 """Webhook endpoints: who is told of a job's end, and a test of whether it arrives."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.schemas.pages import list_object
+from api.schemas.pages import DeletedObject, ListPage, list_object
 from api.schemas.webhooks import (
     ChangeEndpointBody,
     CreateEndpointBody,
+    EndpointObject,
+    EndpointTestObject,
+    EventTypesPage,
     RotateSecretBody,
     TestEndpointBody,
     endpoint_object,
@@ -40,7 +43,7 @@ def _rules(parts: Parts) -> TargetRules:
 
 
 @router.get("/webhook_event_types")
-def list_event_types(_scope: ScopeDep) -> dict[str, Any]:
+def list_event_types(_scope: ScopeDep) -> EventTypesPage:
     """List the types of events that this service sends."""
     return {"object": "list", "data": list(EVENT_TYPES)}
 
@@ -48,7 +51,7 @@ def list_event_types(_scope: ScopeDep) -> dict[str, Any]:
 @router.post("/webhook_endpoints")
 def create_endpoint(
     body: CreateEndpointBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
-) -> dict[str, Any]:
+) -> EndpointObject:
     """Register a receiver; its signing secret is in this answer and nowhere else."""
     endpoint, secret = webhooks.create(
         session,
@@ -65,14 +68,14 @@ def create_endpoint(
 @router.get("/webhook_endpoints")
 def list_endpoints(
     session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
-) -> dict[str, Any]:
+) -> ListPage[EndpointObject]:
     """List the project's endpoints, newest first."""
     rows, has_more = webhooks.list_(session, scope, after=after, limit=limit)
     return list_object([endpoint_object(row) for row in rows], has_more=has_more, with_ids=True)
 
 
 @router.get("/webhook_endpoints/{webhook_endpoint_id}")
-def retrieve_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def retrieve_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> EndpointObject:
     """Describe one endpoint."""
     return endpoint_object(webhooks.get(session, scope, webhook_endpoint_id))
 
@@ -84,14 +87,14 @@ def change_endpoint(
     session: SessionDep,
     scope: ScopeDep,
     parts: PartsDep,
-) -> dict[str, Any]:
+) -> EndpointObject:
     """Change an endpoint's name, URL or types."""
     wanted = EndpointChange(body.name, body.url, body.event_types)
     return endpoint_object(webhooks.change(session, scope, _rules(parts), webhook_endpoint_id, wanted))
 
 
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")
-def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> DeletedObject:
     """Forget an endpoint; nothing more is sent to it."""
     webhooks.delete(session, scope, webhook_endpoint_id)
     return {"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
@@ -104,7 +107,7 @@ def rotate_endpoint_secret(
     scope: ScopeDep,
     parts: PartsDep,
     body: RotateSecretBody | None = None,
-) -> dict[str, Any]:
+) -> EndpointObject:
     """Give an endpoint a new signing secret, which is in this answer and nowhere else."""
     keeps_old = body is not None and bool(body.keep_old_secret_active_for_24_hours)
     endpoint, secret = webhooks.rotate_secret(
@@ -125,7 +128,7 @@ def _sample(parts: Parts, scope: Scope, endpoint_id: str, event_type: str) -> Me
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/test")
 async def test_endpoint(
     webhook_endpoint_id: str, body: TestEndpointBody, parts: PartsDep, scope: ScopeApartDep
-) -> dict[str, Any]:
+) -> EndpointTestObject:
     """Send a sample event at once, a single time, and say what the receiver answered."""
     message = await run_in_threadpool(_sample, parts, scope, webhook_endpoint_id, body.event_type)
     timeout_seconds = parts.settings.webhook_timeout_seconds

@@ -1,8 +1,9 @@
 """What clients say of aliases and hear of them."""
 
-from typing import Any
+from typing import Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from services.alias_history import PastPointing
 from services.aliases import Pointing
@@ -22,7 +23,34 @@ class RollBackAliasBody(BaseModel):
     version: int | None = Field(None, ge=1, le=2**31 - 1, strict=True)
 
 
-def alias_object(pointing: Pointing) -> dict[str, Any]:
+class AliasObject(TypedDict):
+    """A project's own name for a model; `proved` is in the answers that pointed it, see docs/api.md."""
+
+    id: str
+    object: Literal["alias"]
+    name: str
+    model: str | None
+    digest: str | None
+    version: int
+    created_at: int
+    updated_at: int
+    proved: NotRequired[bool | None]
+
+
+class AliasVersionObject(TypedDict):
+    """What an alias pointed to."""
+
+    id: str
+    object: Literal["alias.version"]
+    version: int
+    model: str | None
+    digest: str | None
+    restored_version: int | None
+    created_at: int
+    created_by_key_id: str | None
+
+
+def alias_object(pointing: Pointing) -> AliasObject:
     """Return an alias as clients see it."""
     alias = pointing.alias
     return {
@@ -37,7 +65,7 @@ def alias_object(pointing: Pointing) -> dict[str, Any]:
     }
 
 
-def alias_version_object(past: PastPointing) -> dict[str, Any]:
+def alias_version_object(past: PastPointing) -> AliasVersionObject:
     """Return a version of an alias as clients see it."""
     version = past.version
     return {

@@ -1,11 +1,27 @@
 """The file object."""
 
-from typing import Any
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from db.tables import File
 
 
-def file_object(file: File) -> dict[str, Any]:
+class FileObject(TypedDict):
+    """A stored file."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    status_details: None
+
+
+def file_object(file: File) -> FileObject:
     """Return a file as clients see it; `status` is `processed`, since a stored file has been checked."""
     return {
         "id": file.id,

@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from typing_extensions import TypedDict
 
 from api.schemas.ignored import JOB_FIELDS, without_ignored
 from db.tables import Checkpoint, Job, JobEvent
@@ -169,7 +170,59 @@ def _seconds(moment: datetime | None) -> int | None:
     return None if moment is None else int(moment.timestamp())
 
 
-def job_object(job: Job) -> dict[str, Any]:
+class JobObject(TypedDict):
+    """A fine-tuning job; `started_from`, `tuning` and `training` are ours. "auto" is not resolved yet."""
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    finished_at: int | None
+    estimated_finish: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: str
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    result_files: list[str]
+    error: dict[str, Any] | None
+    hyperparameters: dict[str, Any]
+    method: dict[str, Any]
+    seed: int
+    integrations: list[Any]
+    metadata: dict[str, str] | None
+    user_provided_suffix: str | None
+    started_from: dict[str, str] | None
+    tuning: dict[str, Any]
+    training: dict[str, Any]
+
+
+class EventObject(TypedDict):
+    """What happened to a job."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: dict[str, Any] | None
+
+
+class CheckpointObject(TypedDict):
+    """A checkpoint of a job; metrics that were not measured are absent."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: dict[str, Any]
+
+
+def job_object(job: Job) -> JobObject:
     """Return a job as clients see it.
 
     `started_from`, `tuning` and `training` are ours; the rest is OpenAI's. "auto" stands where prepare has
@@ -182,7 +235,7 @@ def job_object(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "object": "fine_tuning.job",
-        "created_at": _seconds(job.created_at),
+        "created_at": int(job.created_at.timestamp()),
         "finished_at": _seconds(job.finished_at),
         "estimated_finish": _seconds(job.estimated_finish_at),
         "model": job.base_id,
@@ -211,12 +264,12 @@ def _started_from(spec: TrainingSpec) -> dict[str, str] | None:
     return None if spec.parent is None else {"name": spec.parent.name, "digest": spec.parent.digest}
 
 
-def event_object(event: JobEvent) -> dict[str, Any]:
+def event_object(event: JobEvent) -> EventObject:
     """Return an event as clients see it."""
     return {
         "id": event.id,
         "object": "fine_tuning.job.event",
-        "created_at": _seconds(event.created_at),
+        "created_at": int(event.created_at.timestamp()),
         "level": event.level,
         "message": event.message,
         "type": event.type,
@@ -224,12 +277,12 @@ def event_object(event: JobEvent) -> dict[str, Any]:
     }
 
 
-def checkpoint_object(checkpoint: Checkpoint, model_name: str) -> dict[str, Any]:
+def checkpoint_object(checkpoint: Checkpoint, model_name: str) -> CheckpointObject:
     """Return a checkpoint as clients see it; metrics that were not measured are absent."""
     return {
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",
-        "created_at": _seconds(checkpoint.created_at),
+        "created_at": int(checkpoint.created_at.timestamp()),
         "fine_tuned_model_checkpoint": model_name,
         "fine_tuning_job_id": checkpoint.job_id,
         "step_number": checkpoint.step_number,

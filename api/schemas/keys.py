@@ -1,8 +1,9 @@
 """What clients say of API keys and hear of them."""
 
-from typing import Any
+from typing import Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from db.tables import ApiKey
 
@@ -16,9 +17,24 @@ class CreateKeyBody(BaseModel):
     is_admin: bool = Field(False, strict=True)
 
 
-def key_object(key: ApiKey, project_name: str, plain_text: str | None = None) -> dict[str, Any]:
+class KeyObject(TypedDict):
+    """An API key; `key` is its plain text, in the answer that made it alone."""
+
+    id: str
+    object: Literal["api_key"]
+    name: str
+    prefix: str
+    project: str
+    project_id: str
+    is_admin: bool
+    created_at: int
+    last_used_at: int | None
+    key: NotRequired[str]
+
+
+def key_object(key: ApiKey, project_name: str, plain_text: str | None = None) -> KeyObject:
     """Return a key as clients see it; `key` itself is there only in the answer that made it."""
-    body: dict[str, Any] = {
+    body: KeyObject = {
         "id": key.id,
         "object": "api_key",
         "name": key.name,

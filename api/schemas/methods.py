@@ -1,11 +1,24 @@
 """The method object."""
 
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from luthier.methods import Method
 
 
-def method_object(method: Method) -> dict[str, Any]:
+class MethodObject(TypedDict):
+    """A way to tune."""
+
+    id: str
+    object: Literal["fine_tuning.method"]
+    title: str
+    parameters: dict[str, Any]
+    is_whole_model: bool
+    loads_in_peft: bool
+
+
+def method_object(method: Method) -> MethodObject:
     """Return a way to tune as clients see it; `parameters` is the JSON schema of a job's `tuning`."""
     return {
         "id": method.name,

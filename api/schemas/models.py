@@ -1,13 +1,48 @@
 """The model object."""
 
-from typing import Any
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from db.alias_tables import Alias
 from db.tables import Base, Model
 from luthier.storage.manifests import Manifest
 
 
-def tuned_model_object(model: Model, organization_slug: str) -> dict[str, Any]:
+class ModelObject(TypedDict):
+    """A name that can be called: a base, a tuned model, a checkpoint, an alias or a name mapped to a base."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    base_model: str | None
+    digest: str
+    job: NotRequired[str]
+    pinned: NotRequired[bool]
+    context_length: NotRequired[int]
+    alias_of: NotRequired[str]
+
+
+class ModelFileObject(TypedDict):
+    """A file of a tuned model."""
+
+    name: str
+    object: Literal["model.file"]
+    bytes: int
+    sha256: str
+
+
+class ModelFilesPage(TypedDict):
+    """The files of a tuned model."""
+
+    object: Literal["list"]
+    digest: str
+    data: list[ModelFileObject]
+    has_more: Literal[False]
+
+
+def tuned_model_object(model: Model, organization_slug: str) -> ModelObject:
     """Return a tuned model or checkpoint as clients see it; others than OpenAI's four are ours."""
     return {
         "id": model.name,
@@ -21,7 +56,7 @@ def tuned_model_object(model: Model, organization_slug: str) -> dict[str, Any]:
     }
 
 
-def base_model_object(base: Base) -> dict[str, Any]:
+def base_model_object(base: Base) -> ModelObject:
     """Return a base model as clients see it."""
     return {
         "id": base.id,
@@ -34,9 +69,10 @@ def base_model_object(base: Base) -> dict[str, Any]:
     }
 
 
-def aliased_object(alias: Alias, target: dict[str, Any], organization_slug: str) -> dict[str, Any]:
+def aliased_object(alias: Alias, target: ModelObject, organization_slug: str) -> ModelObject:
     """Return an alias as a model that clients may call: its target's object, and the target's name."""
-    return target | {
+    return {
+        **target,
         "id": alias.name,
         "created": int(alias.created_at.timestamp()),
         "owned_by": organization_slug,
@@ -45,7 +81,7 @@ def aliased_object(alias: Alias, target: dict[str, Any], organization_slug: str)
     }
 
 
-def model_files_object(manifest: Manifest) -> dict[str, Any]:
+def model_files_object(manifest: Manifest) -> ModelFilesPage:
     """Return the list of an artifact's files, the manifest itself left out."""
     return {
         "object": "list",

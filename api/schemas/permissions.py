@@ -1,8 +1,9 @@
 """What clients say of checkpoint permissions and hear of them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from db.permission_tables import CheckpointPermission
 
@@ -16,7 +17,16 @@ class CreatePermissionsBody(BaseModel):
     )
 
 
-def permission_object(permission: CheckpointPermission) -> dict[str, Any]:
+class PermissionObject(TypedDict):
+    """That a project may call a model."""
+
+    id: str
+    object: Literal["checkpoint.permission"]
+    created_at: int
+    project_id: str
+
+
+def permission_object(permission: CheckpointPermission) -> PermissionObject:
     """Return a permission as clients see it."""
     return {
         "id": permission.id,

@@ -1,11 +1,12 @@
 """What clients say of uploads and hear of them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from api.disposition import clean_filename
-from api.schemas.files import file_object
+from api.schemas.files import FileObject, file_object
 from api.upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS
 from db.tables import File
 from db.upload_tables import Upload, UploadPart
@@ -70,7 +71,30 @@ class CompleteUploadBody(_Body):
     md5: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{32}$")] | None = None
 
 
-def upload_object(upload: Upload, file: File | None = None) -> dict[str, Any]:
+class UploadObject(TypedDict):
+    """A file that is sent in parts."""
+
+    id: str
+    object: Literal["upload"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: str
+    file: FileObject | None
+
+
+class UploadPartObject(TypedDict):
+    """A part of an upload."""
+
+    id: str
+    object: Literal["upload.part"]
+    created_at: int
+    upload_id: str
+
+
+def upload_object(upload: Upload, file: File | None = None) -> UploadObject:
     """Return an upload as clients see it, with the file that came of it."""
     return {
         "id": upload.id,
@@ -85,7 +109,7 @@ def upload_object(upload: Upload, file: File | None = None) -> dict[str, Any]:
     }
 
 
-def upload_part_object(part: UploadPart) -> dict[str, Any]:
+def upload_part_object(part: UploadPart) -> UploadPartObject:
     """Return a part as clients see it."""
     return {
         "id": part.id,

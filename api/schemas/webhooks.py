@@ -1,8 +1,9 @@
 """What clients say of webhook endpoints and hear of them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from db.webhook_tables import WebhookEndpoint
 from luthier.webhooks.signing import shown_hint
@@ -43,9 +44,40 @@ class TestEndpointBody(_Body):
     event_type: str
 
 
-def endpoint_object(endpoint: WebhookEndpoint, secret: str | None = None) -> dict[str, Any]:
+class EndpointObject(TypedDict):
+    """A receiver of webhooks; `signing_secret` is in the answers that made one alone."""
+
+    id: str
+    object: Literal["webhook_endpoint"]
+    name: str
+    url: str
+    event_types: list[str]
+    created_at: int
+    updated_at: int
+    signing_secret_hint: str | None
+    signing_secret: NotRequired[str]
+
+
+class EndpointTestObject(TypedDict):
+    """What a receiver answered to a test."""
+
+    object: Literal["webhook_endpoint.test"]
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: bool
+
+
+class EventTypesPage(TypedDict):
+    """The types of events that this service sends."""
+
+    object: Literal["list"]
+    data: list[str]
+
+
+def endpoint_object(endpoint: WebhookEndpoint, secret: str | None = None) -> EndpointObject:
     """Return an endpoint as clients see it; the secret is in the answers that made it and nowhere else."""
-    body: dict[str, Any] = {
+    body: EndpointObject = {
         "id": endpoint.id,
         "object": "webhook_endpoint",
         "name": endpoint.name,

@@ -8,8 +8,6 @@ import pytest
 
 from tests.conftest import Api
 
-_ANSWERED_BY_MODELS = {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
-
 
 def test_the_page_at_the_root_says_where_things_are_to_people_and_to_programs(api: Api) -> None:
     page = httpx2.get(api.base_url, headers={"accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
@@ -49,3 +47,17 @@ def test_the_document_says_how_to_authenticate_and_where(document: dict[str, Any
             assert (operation.get("security") == [{"ApiKey": []}]) == path.startswith(("/v1/", "/metrics")), (
                 path
             )
+
+
+def test_every_answer_has_a_named_model(document: dict[str, Any]) -> None:
+    operations = [(path, one) for path, methods in document["paths"].items() for one in methods.values()]
+    assert len(operations) > 50
+    for path, operation in operations:
+        answers = {status: one for status, one in operation["responses"].items() if status.startswith("2")}
+        contents = [one.get("content", {}) for status, one in answers.items() if status == "200"]
+        assert contents != [{}], path
+        for content in contents:
+            if "application/json" in content:
+                assert set(content["application/json"]["schema"]) == {"$ref"}, path
+        refused = operation["responses"]["default"]["content"]["application/json"]["schema"]
+        assert refused == {"$ref": "#/components/schemas/ErrorBody"}
