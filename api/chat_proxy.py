@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from luthier.core.errors import LuthierError, UnavailableError
-from luthier.core.inference import HEADER_USAGE, USAGE_EVENT, ModelTarget, TokenUsage
+from luthier.core.inference import HEADER_MODEL, HEADER_USAGE, USAGE_EVENT, ModelTarget, TokenUsage
 from luthier.inference.backends.base import Backend
 from luthier.inference.streaming import EventStream, while_connected
 from services.usage import TokenCounts
@@ -38,6 +38,7 @@ async def ask(
     """
     reply = await while_connected(request, backend.complete(path, body, target))
     headers = dict(reply.headers)
+    headers[HEADER_MODEL] = target.resolved_model or target.model
     used = headers.pop(HEADER_USAGE, None)
     if used is not None:
         _set(usage, TokenUsage.from_text(used))

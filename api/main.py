@@ -53,6 +53,7 @@ _EXPOSED_HEADERS = (
     "retry-after",
     "x-should-retry",
     "x-luthier-digest",
+    "x-luthier-model",
     "etag",
     "content-range",
 )

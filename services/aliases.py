@@ -133,16 +133,17 @@ def _check_name(catalogue: Catalogue, name: str) -> None:
         raise InvalidValueError(
             "name: tuned models' names begin with 'ft:'; choose another beginning.", param="name"
         )
-    if name in catalogue.bases or name in catalogue.aliases:
+    # A name that the operator maps to a base may be one: clients send it already.
+    if name in catalogue.bases:
         raise InvalidValueError(
-            f"name: {name} already stands for a base model, by this service's models.toml; choose another.",
+            f"name: {name} is a base model's id; choose another.",
             param="name",
         )
 
 
 def _find_target(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Target:
     """Return what a name stands for that is no alias; a model can't be deleted until the transaction ends."""
-    if find_alias(session, scope.project_id, name) is not None:
+    if name not in catalogue.aliases and find_alias(session, scope.project_id, name) is not None:
         raise InvalidValueError(
             f"model: {name} is an alias itself; name the model that it points to (GET /v1/aliases tells it).",
             param="model",

@@ -100,9 +100,11 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
             foundation=None if foundation is None else foundation.artifact_key,
             foundation_digest=None if foundation is None else foundation.artifact_digest,
             is_pinned=model.pinned_at is not None,
+            resolved_model=model.name,
         )
     if named.base is not None:
-        return ModelTarget(model=name, base_id=named.base.id, project_id=scope.project_id)
+        base_id = named.base.id
+        return ModelTarget(model=name, base_id=base_id, project_id=scope.project_id, resolved_model=base_id)
     raise names.not_callable(named, name)
 
 

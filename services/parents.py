@@ -45,8 +45,8 @@ def find_origin(
 ) -> Origin:
     """Tell where a job starts that names a base or a tuned model.
 
-    An alias stands for what it points to now. A tuned model can't be deleted, and an alias not pointed
-    elsewhere, until the transaction ends.
+    An alias stands for what it points to now, unless its name is mapped to a base. A tuned model can't be
+    deleted, and an alias not pointed elsewhere, until the transaction ends.
 
     Args:
         name: a base, a mapped name, a tuned model or checkpoint of the caller's project, or an alias of one.
@@ -56,7 +56,7 @@ def find_origin(
         ModelNotAvailableError: when there is no such model, or no job can start from it here.
         InvalidRequestError: when the tuning is wrong, or contradicts the model's; names the member.
     """
-    model, base_name = _follow(session, scope, name)
+    model, base_name = _follow(session, scope, catalogue, name)
     if model is None:
         return Origin(catalogue.resolve(base_name).id, check_tuning(tuning))
     _check_base(session, catalogue, model)
@@ -74,8 +74,14 @@ def find_origin(
     return Origin(model.base_id, check_tuning(tuning), parent, foundation=parent)
 
 
-def _follow(session: Session, scope: Scope, name: str) -> tuple[Model | None, str]:
-    """Return the project's model that a name stands for, locked, or None and what may be a base's name."""
+def _follow(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> tuple[Model | None, str]:
+    """Return the project's model that a name stands for, locked, or None and what may be a base's name.
+
+    A mapped name means the operator's base here, also where an alias of that name answers requests: or the
+    jobs of a client that always sends it would start from its last model without being asked to.
+    """
+    if name in catalogue.aliases:
+        return None, name
     alias = find_alias(session, scope.project_id, name, for_share=True)
     if alias is not None and alias.base_id is not None:
         return None, alias.base_id

@@ -30,12 +30,14 @@ def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ListPa
     bases = {base.id: base for base in models.list_bases(session)}
     aliased = names.list_aliased(session, scope, parts.catalogue)
     data = [_named_object(named, scope) for named in aliased]
+    # The project's own alias answers for these.
+    shadowed = {model["id"] for model in data}
     data += [tuned_model_object(model, scope.organization_slug) for model in models.list_(session, scope)]
     data += [base_model_object(base) for base in bases.values() if base.id in parts.catalogue.bases]
     data += [
         {**base_model_object(bases[target]), "id": alias, "base_model": target}
         for alias, target in parts.catalogue.aliases.items()
-        if target in bases
+        if target in bases and alias not in shadowed
     ]
     return list_object(data, has_more=False)
 

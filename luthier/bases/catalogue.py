@@ -65,13 +65,14 @@ class Catalogue(BaseModel):
         """
         entry = self.bases.get(self.aliases.get(name, name))
         if entry is None:
-            known = ", ".join(sorted(self.bases))
+            mapped = (f"{name} ({base_id})" for name, base_id in self.aliases.items())
+            known = ", ".join([*sorted(self.bases), *sorted(mapped)])
             if name.startswith("ft:"):
                 told = f"No tuned model of this project is called {name[:120]!r}; GET /v1/models lists them."
             else:
                 told = f"The base model {name[:80]!r} is unknown."
             raise ModelNotAvailableError(
-                f"{told} Known bases: {known}. An operator adds bases and names for them in models.toml.",
+                f"{told} Known bases, and names for them: {known}. An operator adds to them in models.toml.",
                 param="model",
             )
         return entry

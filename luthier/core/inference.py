@@ -66,6 +66,8 @@ class ModelTarget(BaseModel):
     foundation: str | None = None
     foundation_digest: str | None = None
     is_pinned: bool = False
+    # The name of what answers, where `model` is an alias or a mapped name; the server does not need it.
+    resolved_model: str | None = None
 
     def to_headers(self) -> dict[str, str]:
         """Return the headers that carry this target to the inference server."""

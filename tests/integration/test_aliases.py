@@ -76,8 +76,28 @@ def test_an_alias_answers_under_its_name_with_what_it_points_to_and_goes_back(
     assert ours.put("prod", V2)["version"] == 1
 
 
+def test_an_alias_may_have_a_mapped_name_which_then_answers_requests_and_starts_no_job(ours: Aliases) -> None:
+    name, chat = "gpt-4o-mini-2024-07-18", {"messages": [{"role": "user", "content": "a"}]}
+    answer = ours.ask("POST", "/chat/completions", {"model": name} | chat)
+    assert answer.headers["x-luthier-model"] == TINY_BASE
+    ours.put(name, V1)
+    # Clients send what they always sent, and the answer says what answered.
+    answer = ours.ask("POST", "/chat/completions", {"model": name} | chat)
+    assert answer.headers["x-luthier-model"] == V1
+    listed = [model for model in ours.ok("GET", "/models")["data"] if model["id"] == name]
+    assert [model["alias_of"] for model in listed] == [V1]
+    file_id = ours.ok("GET", "/files")["data"][0]["id"]
+    job = ours.ok("POST", "/fine_tuning/jobs", {"model": name, "training_file": file_id})
+    assert (job["model"], job["started_from"]) == (TINY_BASE, None)
+    job = ours.ok("POST", "/fine_tuning/jobs", {"model": V1, "training_file": file_id})
+    assert job["started_from"]["name"] == V1
+    assert ours.ok("DELETE", f"/aliases/{name}")["deleted"] is True
+    answer = ours.ask("POST", "/chat/completions", {"model": name} | chat)
+    assert answer.headers["x-luthier-model"] == TINY_BASE
+
+
 def test_names_and_targets_that_can_t_be_are_told_by_field(ours: Aliases) -> None:
-    taken = (TINY_BASE, "gpt-4o-mini-2024-07-18", V1, "FT:x")
+    taken = (TINY_BASE, V1, "FT:x")
     for name in (*taken, "-x", "a b", "ä", "a//b", "a/", "a/.", ":a", "x" * 129):
         refused = ours.refused("PUT", f"/aliases/{quote(name, safe='')}", {"model": V1})
         assert refused[:3] == (400, "invalid_value", "name"), name
