@@ -12,6 +12,7 @@ from luthier.core.errors import InvalidValueError
 from luthier.data.containers.base import RawRow
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault, Row
+from luthier.data.marks import SPLIT, without_splits
 from luthier.data.mask import NOTHING_SUPERVISED, RenderedRow, encode_rows, mask_tokens, render_parts
 from luthier.data.near import Signatures, Signer, row_key, row_text
 from luthier.data.render import ChatTemplate
@@ -192,7 +193,12 @@ def _fault(raw: RawRow, field: str | None, rule: str, message: str) -> Fault:
 def _show(text: str, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> ShownText:
     """Return a text with the parts of it whose tokens are learnt, cut at a bounded length."""
     parts: list[tuple[int, int]] = []
-    for start, end in np.minimum(encoding.spans[mask], MAX_SHOWN_CHARS).tolist():
+    spans = encoding.spans[mask]
+    if SPLIT in text:
+        # Readers see a text without the splits of marks that a message spells.
+        num_splits = np.cumsum([0] + [char == SPLIT for char in text])
+        spans, text = spans - num_splits[spans], without_splits(text)
+    for start, end in np.minimum(spans, MAX_SHOWN_CHARS).tolist():
         if start == end:
             continue
         if parts and start <= parts[-1][1]:

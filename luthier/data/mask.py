@@ -36,12 +36,14 @@ class RenderedRow(NamedTuple):
     """A conversation as text, and where its trained turns are.
 
     `cut` is where the text is parted before it is made into tokens: after the prompt of a plain row, which
-    a model will be asked with by itself. 0 where there is no such place.
+    a model will be asked with by itself. 0 where there is no such place. `is_raw`: no template wrote it, so
+    its tokens begin as the base's raw text does.
     """
 
     text: str
     spans: list[Span]
     cut: int = 0
+    is_raw: bool = False
 
 
 def render_row(template: ChatTemplate, row: Row) -> RenderedRow:
@@ -140,7 +142,7 @@ def _render_plain(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
         )
     prompt = "".join(turn.content or "" for turn in turns[:-1])
     text = f"{prompt}{turns[-1].content or ''}{end_of_text}"
-    return RenderedRow(text, [Span(len(turns) - 1, len(prompt), len(text))], len(prompt))
+    return RenderedRow(text, [Span(len(turns) - 1, len(prompt), len(text))], len(prompt), is_raw=True)
 
 
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encoding]:
@@ -149,15 +151,19 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encod
     Returns:
         The tokens of each row, their spans within the row's text.
     """
-    texts: list[str] = []
-    for row in rows:
-        texts += [row.text[: row.cut], row.text[row.cut :]] if row.cut else [row.text]
-    encodings = iter(tokenizer.encode_batch(texts))
+    firsts = [row.text[: row.cut] if row.cut else row.text for row in rows]
+    rests = iter(tokenizer.encode_batch([row.text[row.cut :] for row in rows if row.cut]))
+    templated = iter(
+        tokenizer.encode_batch([text for text, row in zip(firsts, rows, strict=True) if not row.is_raw])
+    )
+    raw = iter(
+        tokenizer.encode_raw_batch([text for text, row in zip(firsts, rows, strict=True) if row.is_raw])
+    )
     found: list[Encoding] = []
     for row in rows:
-        encoding = next(encodings)
+        encoding = next(raw if row.is_raw else templated)
         if row.cut:
-            rest = next(encodings)
+            rest = next(rests)
             encoding = Encoding(
                 np.concatenate([encoding.ids, rest.ids]),
                 np.concatenate([encoding.spans, rest.spans + row.cut]),

@@ -20,6 +20,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.core.errors import BaseUnavailableError, InvalidValueError
+from luthier.data.marks import Marks
 
 MAX_RENDERED_CHARS = 32 * 1024 * 1024
 MAX_RENDER_SECONDS = 20.0
@@ -173,9 +174,13 @@ class ChatTemplate:
 
     Args:
         special_tokens: names such as `bos_token` and their texts, which templates refer to.
+        marks: special tokens, which stay text where a message spells them.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str] | None = None, marks: Marks | None = None
+    ) -> None:
+        self._marks = marks or Marks()
         self._special_tokens = dict(special_tokens or {})
         self._source = source
         try:
@@ -190,7 +195,8 @@ class ChatTemplate:
         """Read the template of a fetched base.
 
         Args:
-            base_folder: holds chat_template.jinja, or tokenizer_config.json with `chat_template`.
+            base_folder: holds chat_template.jinja, or tokenizer_config.json with `chat_template`; its
+                tokenizer.json names the special tokens.
 
         Raises:
             BaseUnavailableError: when the base has no template, or one that can't be compiled.
@@ -202,7 +208,7 @@ class ChatTemplate:
                 f"The base {base_folder.name} has no chat template. Choose its chat (instruct) version, or "
                 "put a chat_template.jinja into the base's folder and name that folder in models.toml."
             )
-        return cls(source, _special_tokens(config))
+        return cls(source, _special_tokens(config), Marks.load(base_folder))
 
     def has_place_for(self, what: str) -> bool:
         """Whether the template names `tools`, `tool_calls` or `reasoning_content` at all.
@@ -268,7 +274,8 @@ class ChatTemplate:
             tools: definitions of tools as OpenAI has them.
 
         Returns:
-            The text, special tokens spelled out.
+            The text, the template's special tokens spelled out. Those that a message or a tool spells are
+            split (luthier.data.marks), so that Tokenizer.encode takes them for text.
 
         Raises:
             InvalidValueError: when the template refuses the messages or writes too much (param `messages`).
@@ -276,7 +283,11 @@ class ChatTemplate:
         has_calls = any(message.get("tool_calls") for message in messages)
         as_text = has_calls and self._wants_argument_texts
         plain = [_plain_message(message, with_argument_texts=as_text) for message in messages]
-        return self._render(plain, add_generation_prompt=add_generation_prompt, tools=tools)
+        return self._render(
+            self._marks.as_text(plain),
+            add_generation_prompt=add_generation_prompt,
+            tools=self._marks.as_text(tools),
+        )
 
     def _render(
         self,

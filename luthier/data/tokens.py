@@ -15,6 +15,7 @@ import numpy.typing as npt
 import tokenizers
 
 from luthier.core.errors import BaseUnavailableError
+from luthier.data.marks import Marks
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "\u2581"
@@ -59,14 +60,59 @@ def _as_ids(value: Any) -> list[int]:
     return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
 
 
+def _find_id(inner: tokenizers.Tokenizer, token: Any) -> int | None:
+    """Return the id of a token as tokenizer_config.json names it: a text, or an object with one."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return inner.token_to_id(text) if isinstance(text, str) else None
+
+
+def _leading_ids(inner: tokenizers.Tokenizer) -> list[int]:
+    """Return the ids that the pipeline's post-processor puts before a text."""
+    bare, whole = (inner.encode("a", add_special_tokens=added).ids for added in (False, True))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start])
+    return []
+
+
+def _find_raw_prefix(inner: tokenizers.Tokenizer, names: dict[str, Any]) -> list[int] | None:
+    """Return what raw text begins with by `add_bos_token`; None where that is not said."""
+    if names.get("add_bos_token") is False:
+        return []
+    bos_id = _find_id(inner, names.get("bos_token"))
+    if names.get("add_bos_token") is True and bos_id is not None:
+        return [bos_id]
+    return None
+
+
+def _join(pieces: Sequence[str], encodings: Sequence[Encoding]) -> Encoding:
+    """Join the encodings of a text's pieces, between which the text has one character more."""
+    if len(encodings) == 1:
+        return encodings[0]
+    starts = [0]
+    for piece in pieces[:-1]:
+        starts.append(starts[-1] + len(piece) + 1)
+    return Encoding(
+        np.concatenate([encoding.ids for encoding in encodings]),
+        np.concatenate([encoding.spans + start for encoding, start in zip(encodings, starts, strict=True)]),
+    )
+
+
 class Tokenizer:
     """A base's tokenizer, read from its tokenizer.json.
 
     Args:
         inner: the pipeline of the `tokenizers` library.
+        raw_prefix_ids: what a text without a template begins with, such as `<bos>`; None: what the
+            pipeline's own post-processor puts before a text.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, stop_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        stop_token_ids: Iterable[int] = (),
+        raw_prefix_ids: Sequence[int] | None = None,
+    ) -> None:
         # A tokenizer.json may carry truncation or padding left over from training; both alter rows silently.
         inner.no_truncation()
         inner.no_padding()
@@ -74,6 +120,8 @@ class Tokenizer:
         self.stop_token_ids = frozenset(stop_token_ids)
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         self._added = inner.get_added_tokens_decoder()
+        self._marks = Marks(token.content for token in self._added.values() if token.special)
+        self.raw_prefix_ids = _leading_ids(inner) if raw_prefix_ids is None else list(raw_prefix_ids)
         # Texts of tokens that mean the same wherever they stand, of those that answers had so far.
         self.plain_texts: dict[int, str] = {}
         # Those of them that are parts of characters, or marks.
@@ -127,14 +175,35 @@ class Tokenizer:
             for source in (config, text_config, generation)
             for token_id in _as_ids(source.get("eos_token_id"))
         }
-        eos = _read_json(base_folder / "tokenizer_config.json").get("eos_token")
-        eos_id = inner.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
-        return cls(inner, stops if eos_id is None else stops | {eos_id})
+        names = _read_json(base_folder / "tokenizer_config.json")
+        eos_id = _find_id(inner, names.get("eos_token"))
+        return cls(inner, stops if eos_id is None else stops | {eos_id}, _find_raw_prefix(inner, names))
 
     def encode(self, text: str) -> list[int]:
-        """Return a text's token ids. Special tokens spelled out in the text are recognised; none is added."""
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
-        return ids
+        """Return the token ids of a rendered text.
+
+        Special tokens spelled out in the text are recognised, but for those that a message spelled
+        (luthier.data.marks); none is added.
+        """
+        pieces = self._marks.split(text)
+        return [i for piece in pieces for i in self._inner.encode(piece, add_special_tokens=False).ids]
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Return the token ids of a text without a template, after what the base has before such texts."""
+        ids = self.encode(text)
+        num_prefix = len(self.raw_prefix_ids)
+        return ids if ids[:num_prefix] == self.raw_prefix_ids else self.raw_prefix_ids + ids
+
+    def encode_raw_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Do as encode_raw for many texts; what is put before one has the span (-1, -1)."""
+        prefix = np.asarray(self.raw_prefix_ids, np.int32)
+        spans = np.full((len(prefix), 2), -1, np.int64)
+        return [
+            encoding
+            if np.array_equal(encoding.ids[: len(prefix)], prefix)
+            else Encoding(np.concatenate([prefix, encoding.ids]), np.concatenate([spans, encoding.spans]))
+            for encoding in self.encode_batch(texts)
+        ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode many texts at once, on all cores.
@@ -142,6 +211,11 @@ class Tokenizer:
         Returns:
             For each the ids, int32 [T], and the spans of characters, int64 [T, 2].
         """
+        split = [self._marks.split(text) for text in texts]
+        encodings = iter(self._encode_pieces([piece for pieces in split for piece in pieces]))
+        return [_join(pieces, [next(encodings) for _ in pieces]) for pieces in split]
+
+    def _encode_pieces(self, texts: Sequence[str]) -> list[Encoding]:
         if not self._is_byte_level:
             encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
             return [self._with_spans(encoding) for encoding in encodings]

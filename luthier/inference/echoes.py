@@ -26,8 +26,8 @@ def make_echo(tokenizer: Tokenizer, prompt: str | list[int], *, with_starts: boo
     if isinstance(prompt, str):
         if not with_starts:
             return Echo(prompt)
-        [encoding] = tokenizer.encode_batch([prompt])
-        return Echo(prompt, tuple(encoding.spans[:, 0].tolist()))
+        [encoding] = tokenizer.encode_raw_batch([prompt])
+        return Echo(prompt, tuple(encoding.spans[:, 0].clip(0).tolist()))
     decoder = StreamDecoder(tokenizer, skip_special=False)
     pieces, starts, end = [], [], 0
     for token_id in prompt:

@@ -153,7 +153,7 @@ def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_
     room = Room(ready, max_cache_tokens, request.max_tokens, "prompt")
     prompts = []
     for i, item in enumerate(request.prompt):
-        prompt = room.encode(item) if isinstance(item, str) else item
+        prompt = room.encode_raw(item) if isinstance(item, str) else item
         if not prompt:
             raise InvalidValueError("A prompt must have at least one token.", param=f"prompt.{i}")
         if not all(0 <= token_id < tokenizer.vocab_size for token_id in prompt):

@@ -1,10 +1,11 @@
 """Whether prompts and the answers to them fit: the base's context, and what the server can hold."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from luthier.core.errors import ContextLengthExceededError
+from luthier.data.marks import without_splits
 from luthier.inference.bases import ReadyModel
 
 
@@ -23,23 +24,27 @@ class Room:
     param: str
 
     def encode(self, text: str) -> list[int]:
-        """Tokenise a prompt that fits.
+        """Tokenise a rendered prompt that fits.
 
         Args:
             text: the prompt. One whose length tells that it can't fit is refused before it is tokenised,
                 which takes seconds for megabytes.
 
-        Returns:
-            Its token ids.
-
         Raises:
             ContextLengthExceededError: when it does not fit.
         """
+        return self._encode(text, self.ready.base.tokenizer.encode)
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Do as `encode` for a prompt without a template."""
+        return self._encode(text, self.ready.base.tokenizer.encode_raw)
+
+    def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         base = self.ready.base
         # No token without a byte: a shorter text needs no further look.
         if len(text) > self._limit and base.token_bounds is not None:
-            self._check(base.token_bounds.min_num_tokens(text), "at least ")
-        token_ids = base.tokenizer.encode(text)
+            self._check(base.token_bounds.min_num_tokens(without_splits(text)), "at least ")
+        token_ids = encode(text)
         self.check(token_ids)
         return token_ids
 

@@ -27,8 +27,10 @@ def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | 
     """Choose a token for every row.
 
     A row's choice depends on its own logits, options, grammar and generator only, so a seed gives the same
-    answer in any batch. A row that can't be chosen for ends its own sequence with an error (its choice then
-    means nothing) and nobody else's.
+    answer in any batch on a CPU. On CUDA products depend on the batch, so logits may differ in the last bits,
+    and with them a choice between tokens that are nearly as likely.
+    A row that can't be chosen for ends its own sequence with an error (its choice then means nothing) and
+    nobody else's.
 
     Args:
         logits: of B rows or more, on any device; left as they are.

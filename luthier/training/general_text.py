@@ -23,7 +23,7 @@ def general_passages() -> list[str]:
 
 
 def general_rows(tokenizer: Tokenizer, room: int) -> PreparedRows:
-    """Turn the passages into rows of which every token but the first is predicted.
+    """Turn the passages into rows, which begin as raw text does; all tokens but the first are predicted.
 
     Args:
         room: tokens that a row may have; longer passages are cut into several rows.
@@ -31,12 +31,13 @@ def general_rows(tokenizer: Tokenizer, room: int) -> PreparedRows:
     Returns:
         The rows; their lines are the passages' numbers, from 1.
     """
-    limit = max(2, min(_MAX_ROW_TOKENS, room))
+    prefix = np.asarray(tokenizer.raw_prefix_ids, np.int32)
+    limit = max(2, min(_MAX_ROW_TOKENS, room) - len(prefix))
     tokens, lines = [], []
     for number, encoding in enumerate(tokenizer.encode_batch(general_passages()), start=1):
         for start in range(0, len(encoding.ids), limit):
             piece = encoding.ids[start : start + limit]
             if len(piece) > 1:
-                tokens.append(piece)
+                tokens.append(np.concatenate([prefix, piece]))
                 lines.append(number)
     return join_rows(tokens, [np.arange(len(row)) > 0 for row in tokens], lines)

@@ -1,4 +1,7 @@
-"""Rendering and token ids are those of transformers, on the tiny base and on every fetched one."""
+"""Rendering and token ids are those of transformers, on the tiny base and on every fetched one.
+
+Of messages that spell a special token the ids differ on purpose: transformers takes them for the token.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +18,7 @@ from luthier.data.tokens import Tokenizer
 from tests.tiny import build_tiny_base
 
 SYSTEM = {"role": "system", "content": "You are terse."}
-USER = {"role": "user", "content": "Give me 3 names,\n\n  12 towns  and 7 <|im_end|> marks: né 🎉 日本\t{}"}
+USER = {"role": "user", "content": "Give me 3 names,\n\n  12 towns  and 7 <|im_x|> marks: né 🎉 日本\t{}"}
 ASSISTANT = {"role": "assistant", "content": '{"names": ["Zoë", "Ås"],\n    "n": 12}'}
 CONVERSATIONS = [[USER], [SYSTEM, USER], [USER, ASSISTANT], [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]]
 

@@ -28,6 +28,7 @@ def make_ready(*, context_length: int = 100, num_virtual_tokens: int = 0) -> Any
     """Return a model of which a token is a character."""
     tokenizer = SimpleNamespace(
         encode=lambda text: [ord(letter) for letter in text],
+        encode_raw=lambda text: [ord(letter) for letter in text],
         vocab_size=128,
     )
     facts = SimpleNamespace(context_length=context_length)
@@ -136,7 +137,7 @@ def test_a_bias_of_a_token_that_the_base_does_not_have_is_refused() -> None:
 def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised() -> None:
     ready = make_ready()
     ready.base.token_bounds = TokenBounds(4)
-    ready.base.tokenizer.encode = None
+    ready.base.tokenizer.encode = ready.base.tokenizer.encode_raw = None
     asked = chat([{"role": "user", "content": "z" * 400}])
     limits: Any = {"max_tokens_default": 9, "max_cache_tokens": 999, "grammars": Grammars()}
     with pytest.raises(ContextLengthExceededError, match=r"has at least 102\. Shorten") as caught:
