@@ -3,6 +3,7 @@
 Uploads know no more of rows than this. Another kind of check begins here, in `open_check`.
 """
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -13,11 +14,13 @@ from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
 from luthier.data.check_process import CheckProcess
 from luthier.data.containers import gzip_stream, parquet
-from luthier.data.containers.base import MIB, Limits
+from luthier.data.containers.base import Limits
 from luthier.data.validate import FileChecker, FileFacts
 
 # A larger file is checked in a process of its own, which takes a moment to start.
-_MAX_BYTES_HERE = MIB
+_MAX_BYTES_HERE = 256 * 1024
+# Small ones are checked one at a time: more threads would keep the interpreter's lock from the event loop.
+_ONE_HERE = threading.Lock()
 
 # Holds a place for one such process; raises where there is none.
 TakePlace = Callable[[], AbstractContextManager[object]]
@@ -101,8 +104,9 @@ class RowCheck:
         if self._process is not None:
             return self._process.finish()
         checker = FileChecker(self._limits)
-        checker.feed(bytes(self._waiting))
-        return checker.finish()
+        with _ONE_HERE:
+            checker.feed(bytes(self._waiting))
+            return checker.finish()
 
     def stop(self) -> None:
         """End the process, if there is one; who waits for it is refused."""
