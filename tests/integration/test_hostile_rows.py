@@ -48,21 +48,15 @@ def calls(calls: bytes) -> bytes:
 
 # Made when they are needed: together they are large.
 SHAPES = {
-    "a key twice": lambda: b"{" + fill(b'"k%d":0') + b',"k1":0}',
     "a key twice among the last keys": lambda: b"{" + fill(b'"k%d":0') + b',"z":0,"z":0}',
-    "keys of a message": lambda: chat(b"{" + fill(b'"k%d":0') + b"}"),
     "messages that are none": lambda: chat(fill(b"{}")),
     "numbers for messages": lambda: chat(fill(b"1")),
     "calls that are none": lambda: chat(calls(fill(b"{}"))),
     "calls that nothing answers": lambda: chat(calls(fill(CALL))),
-    "answers to no call": lambda: chat(fill(ANSWER)),
     "tools": lambda: chat(ASSISTANT, b',"tools":[' + fill(b"{}") + b"]"),
     "answers to no call, of a preference": lambda: preference(fill(ANSWER)[: -len(ANSWER) - 1], ASSISTANT),
     "lists in lists": lambda: chat(b"[" * LINE_BYTES),
     "long numbers": lambda: chat(fill(b"1" * 4000)),
-    "one long number": lambda: chat(b"1" * LINE_BYTES),
-    "halves of characters": lambda: chat(b'"' + b"\\ud83d" * (LINE_BYTES // 6) + b'"'),
-    "turns of tools": lambda: b'{"conversations":[' + fill(b'{"from":"tool","value":"x"}') + b"]}",
     "one record of lines": lambda: b'prompt,completion\na,"' + b"\n" * LINE_BYTES,
 }
 
