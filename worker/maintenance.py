@@ -59,7 +59,7 @@ def beat(context: WorkerContext) -> None:
             context.worker_id,
             hostname=context.hostname,
             num_slots=context.settings.training_slots,
-            facts=context.facts | {"bases": context.list_bases()},
+            facts=context.facts | {"bases": context.list_bases(), "device": str(context.device)},
         )
         if context.device is not None:
             # A device that no job has asked for yet is there too.

@@ -81,7 +81,7 @@ def test_jobs_start_by_the_sweep_when_the_broker_is_killed_and_never_comes_back(
     settings: Settings, client: openai.OpenAI, broker: Broker, tmp_path: Path
 ) -> None:
     with running_worker(_with_broker(settings, broker), tmp_path / "worker.log") as worker:
-        _wait_for_success(client, _create(client))
+        wait_until(lambda: "Connected to" in worker.log(), what="the worker reads messages")
         broker.process.send_signal(signal.SIGKILL)
         broker.process.wait()
         _wait_for_success(client, _create(client))
@@ -145,7 +145,7 @@ def test_forged_doubled_and_hostile_messages_harm_neither_job_nor_worker(
 ) -> None:
     pidbox = {"method": "shutdown", "arguments": {}, "destination": None, "pattern": None, "matcher": None}
     with running_worker(_with_broker(settings, broker), tmp_path / "worker.log") as worker:
-        _wait_for_success(client, _create(client))
+        wait_until(lambda: "Connected to" in worker.log(), what="the worker reads messages")
         job_id = _create(client)
         for message in _hostile_messages(job_id):
             broker.client.lpush(QUEUE, message)
