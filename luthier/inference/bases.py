@@ -53,7 +53,8 @@ class LoadedBase:
     """A base that can answer: packed where its architecture is known, else by the plain path.
 
     Only the engine's thread may touch lane and slots, and the weights behind them. `load_exact` loads it in
-    float32 where it is served in bfloat16 by the server's own choice, and `exact` is what that gave.
+    float32 where it is served in bfloat16 by the server's own choice; `exact` is what that gave, while that
+    is in memory.
     """
 
     facts: BaseFacts
@@ -65,7 +66,7 @@ class LoadedBase:
     slots: ArtifactSlots | None = None
     packed: PackedWeights | None = None
     load_exact: "Callable[[], LoadedBase] | None" = None
-    exact: "LoadedBase | None" = None
+    exact: "Callable[[], LoadedBase | None]" = lambda: None
 
     def probe_logits(self) -> torch.Tensor:
         """Return what the base says after the probe, float32 of the vocabulary's size."""

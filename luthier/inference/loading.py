@@ -8,6 +8,7 @@ Legend: `V` vocabulary.
 import asyncio
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
@@ -47,6 +48,8 @@ _LOG = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 _OPENING = threading.Lock()
+# How long a base stays in float32 for the next model that is to be verified.
+_EXACT_SECONDS = 600.0
 # Of a text that training recorded; it takes four, and took up to sixteen.
 _MOST_CANARY_TOKENS = 64
 _NOT_FINITE = "The model's weights are not finite; it is not served."
@@ -167,31 +170,39 @@ async def _verify_exactly(
 
 
 async def _open_exact(base: LoadedBase, opening: Opening) -> LoadedBase:
-    """Return a base in float32, loaded beside it on its first use.
+    """Return a base in float32, loaded beside it where it is not in memory.
+
+    It leaves when no model has wanted it for a while, and none is served on it.
 
     Raises:
         OutOfMemoryError: when there is no memory for it.
     """
-    if base.exact is None:
+    exact = base.exact()
+    if exact is None:
         num_bytes = base.facts.num_parameters * torch.float32.itemsize
         if 3 * num_bytes // 2 > await asyncio.to_thread(available_bytes):
             raise OutOfMemoryError(f"{base.facts.id} takes {num_bytes / MIB:.0f} MiB more in float32.")
         async with opening(3 * num_bytes // 2):
-            await in_turn(_load_exact, base)
-    assert base.exact is not None
-    return base.exact
+            exact = await in_turn(_load_exact, base)
+    # The timer's reference.
+    asyncio.get_running_loop().call_later(_EXACT_SECONDS, lambda _: None, exact)
+    return exact
 
 
-def _load_exact(base: LoadedBase) -> None:
+def _load_exact(base: LoadedBase) -> LoadedBase:
     # Another may have asked for it just before.
-    if base.exact is None and base.load_exact is not None:
-        base.exact = base.load_exact()
-        num_bytes = base.facts.num_parameters * torch.float32.itemsize
-        _LOG.info(
-            "%s is in memory in float32 too, %.0f MiB: models are verified in it.",
-            base.facts.id,
-            num_bytes / MIB,
-        )
+    exact = base.exact()
+    if exact is not None:
+        return exact
+    assert base.load_exact is not None
+    exact = base.load_exact()
+    base.exact = weakref.ref(exact)
+    _LOG.info(
+        "%s is in memory in float32 too (%.0f MiB): models are verified in it.",
+        base.facts.id,
+        base.facts.num_parameters * torch.float32.itemsize / MIB,
+    )
+    return exact
 
 
 async def _load(

@@ -116,7 +116,9 @@ class Models:
 
     def _lanes(self) -> list[LaneMemoryLike]:
         """Return the memory of all lanes; also on the engine's thread."""
-        loaded = [one for base in list(self._bases.values()) for one in (base, base.exact) if one is not None]
+        loaded = [
+            one for base in list(self._bases.values()) for one in (base, base.exact()) if one is not None
+        ]
         of_bases = [base.packed.lane for base in loaded if base.packed is not None]
         return [lane.memory for lane in (*of_bases, *self.loaded.lanes)]
 

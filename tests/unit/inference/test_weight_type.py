@@ -1,6 +1,7 @@
 """Which type a base is served in: the faster one of both numbers of sequences, found once a processor."""
 
 import asyncio
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 from luthier.core.specs import BaseFacts
-from luthier.inference import loading, weight_type
+from luthier.inference import bases, loading, weight_type
 from luthier.inference.bases import LoadedBase, pack
 from luthier.inference.weight_type import choose_dtype, find_dtype
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_plain
-from tests.unit.inference.test_loaded import PROBE_IDS, make_loaded, served_by
+from tests.unit.inference.test_loaded import PROBE_IDS, make_loaded, served_by, settle
 
 
 @pytest.fixture
@@ -112,3 +113,34 @@ def test_without_memory_for_the_base_in_float32_a_model_is_verified_in_bfloat16_
     # It is tried again when it is loaded next.
     assert served.copy is not None
     assert served.copy.verified_with(facts.digest) is None
+
+
+def test_the_base_in_float32_leaves_when_no_model_wants_it_and_a_model_that_is_served_on_it_keeps_it(
+    tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(tmp_path, inference_dtype="auto")
+    monkeypatch.setattr(weight_type, "_time_products", lambda *_, **__: [[1.0, 1.0], [0.5, 0.5]])
+    monkeypatch.setattr(loading, "_EXACT_SECONDS", 0.0)
+    base, tuning = bases.load(settings, BASE_ID), {"type": "lora", "rank": 2}
+    folder = tmp_path / "bases" / facts.id
+    models = [
+        served_by(base, build_method_artifact(tmp_path / str(seed), folder, tuning, seed=seed))
+        for seed in (1, 2)
+    ]
+
+    async def run() -> None:
+        loaded = make_loaded(0)
+        ready = await loaded.hold(models[0])
+        assert ready.base is base
+        await settle()
+        gc.collect()
+        assert base.exact() is None
+        assert models[1].copy is not None
+        models[1].copy.note_verified(facts.digest, "float32")
+        kept = await loaded.hold(models[1])
+        await settle()
+        gc.collect()
+        assert kept.base is base.exact()
+        assert kept.served.fingerprint.endswith("-float32")
+
+    asyncio.run(run())
