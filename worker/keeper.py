@@ -13,6 +13,8 @@ from services.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()
+# A process may be silent for so many times its longest silence that something came after.
+STALL_FACTOR = 5.0
 
 
 class LeaseKeeper:

@@ -10,8 +10,7 @@ from enum import StrEnum
 from sqlalchemy import func
 from sqlalchemy.orm import Session
 
-from luthier.core import errors
-from luthier.core.errors import JobError, StalledError, WorkerCrashedError
+from luthier.core.errors import JobError, StalledError, WorkerCrashedError, make_job_error
 from luthier.core.events import (
     CheckpointEvent,
     EvaluatedEvent,
@@ -33,7 +32,7 @@ from services.leases import Lease
 from worker.child import TrainingChild
 from worker.context import WorkerContext
 from worker.giving_back import GIVEN_BACK
-from worker.keeper import LeaseKeeper
+from worker.keeper import STALL_FACTOR, LeaseKeeper
 from worker.outbox import Outbox
 from worker.publish import Publisher
 from worker.quarantine import check_machine
@@ -42,8 +41,6 @@ from worker.tracking import Tracking
 # Metrics are written in batches, at most two a second.
 _FLUSH_SECONDS = 0.5
 _MAX_LOG_BYTES = 16 * 1024 * 1024
-# A process may be silent for so many times its longest silence that something came after.
-_STALL_FACTOR = 5.0
 
 
 class Ending(StrEnum):
@@ -54,13 +51,6 @@ class Ending(StrEnum):
     GIVEN_BACK = "given_back"
     PAUSED = "paused"
     CRASHED = "crashed"
-
-
-def _job_error(event: FailedEvent) -> JobError:
-    classes = {
-        cls.code: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, JobError)
-    }
-    return classes.get(event.code, JobError)(event.message, param=event.param)
 
 
 def _scores_told(evaluation: Evaluation, whose: str) -> str | None:
@@ -160,7 +150,7 @@ class TrainingRun:
 
     @property
     def _stall_seconds(self) -> float:
-        return max(self.context.settings.stall_seconds, _STALL_FACTOR * self._longest_silence)
+        return max(self.context.settings.stall_seconds, STALL_FACTOR * self._longest_silence)
 
     def _end_stalled(self) -> Ending:
         self.outbox.flush()
@@ -222,8 +212,8 @@ class TrainingRun:
             case FailedEvent():
                 self.outbox.flush()
                 if not event.is_retryable:
-                    raise _job_error(event)
-                self._failure = _job_error(event)
+                    raise make_job_error(event.code, event.message, event.param)
+                self._failure = make_job_error(event.code, event.message, event.param)
 
     def _started(self, event: StartedEvent) -> None:
         self._has_started = True

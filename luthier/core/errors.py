@@ -329,3 +329,11 @@ class SelfCheckError(JobError):
     """A step that could not prove itself, such as an adapter that leaves the logits unchanged."""
 
     code = "self_check_failed"
+
+
+def make_job_error(code: str | None, message: str, param: str | None) -> JobError:
+    """Return the failure of a job that another process names by its code."""
+    classes = {
+        cls.code: cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, JobError)
+    }
+    return classes.get(code, JobError)(message, param=param)

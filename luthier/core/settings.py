@@ -151,6 +151,13 @@ class Settings(BaseSettings):
         1024, ge=1, description="Answer length in tokens when a chat request names none."
     )
 
+    max_training_rows: int = Field(5_000_000, ge=1, description="Most rows of one file of a job.")
+    max_training_tokens: int = Field(
+        1_000_000_000, ge=1, description="Most tokens of one file of a job, before its epochs."
+    )
+    max_prepare_bytes: int = Field(
+        2048 * MIB, ge=256 * MIB, description="Memory that the check of a job's files may take."
+    )
     training_slots: int = Field(1, ge=1, description="Jobs that one worker trains at the same time.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a claim holds without a heartbeat.")
     heartbeat_seconds: float = Field(5.0, gt=0, description="Seconds between heartbeats of a running job.")

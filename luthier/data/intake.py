@@ -28,7 +28,12 @@ TakePlace = Callable[[], AbstractContextManager[object]]
 
 def row_limits(settings: Settings) -> Limits:
     """Return what rows of a training file may cost their check, as an operator has set it."""
-    return Limits(settings.max_line_bytes, settings.max_expanded_bytes, settings.max_expansion_ratio)
+    return Limits(
+        settings.max_line_bytes,
+        settings.max_expanded_bytes,
+        settings.max_expansion_ratio,
+        settings.max_training_rows,
+    )
 
 
 class Check(Protocol):

@@ -1,7 +1,7 @@
 """From a checked file to tokens and mask, with every fault that only a template or a tokenizer shows."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from luthier.core.specs import TooLong
 from luthier.data.containers.base import RawRow
 from luthier.data.formats.base import Fault, Row, tell_faults
 from luthier.data.mask import NOTHING_SUPERVISED, RenderedRow, encode_rows, mask_tokens, render_parts
-from luthier.data.near import Signer, row_text
+from luthier.data.near import SIGNATURE_PARTS, Signer, row_text
 from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
-from luthier.data.prepared import PreparedRows, join_rows
+from luthier.data.prepared import PreparedRows, RowWriter
 from luthier.data.render import ChatTemplate
 from luthier.data.rows import FileRows, locate
 from luthier.data.tokens import Encoding, Tokenizer
@@ -28,6 +28,28 @@ from luthier.data.tokens import Encoding, Tokenizer
 _BATCH_ROWS = 256
 _MAX_FAULTS = 20
 _MAX_LINES_TOLD = 20
+
+
+@dataclass(frozen=True, slots=True)
+class RowLimits:
+    """How many rows, and how many tokens before epochs, one file of a job may have."""
+
+    max_rows: int = 5_000_000
+    max_tokens: int = 1_000_000_000
+
+    def check(self, num_rows: int, num_tokens: int, purpose: Purpose) -> None:
+        """Refuse a file that has more, as far as it is read."""
+        limits = (
+            ("rows", num_rows, self.max_rows, "LUTHIER_MAX_TRAINING_ROWS"),
+            ("tokens", num_tokens, self.max_tokens, "LUTHIER_MAX_TRAINING_TOKENS"),
+        )
+        for what, num, most, setting in limits:
+            if num > most:
+                raise _error_for(
+                    purpose,
+                    f"The {purpose} file has more than {most} {what}, the limit of one file: {num} in its "
+                    f"first {num_rows} rows. Split it, or ask the operator to raise {setting}.",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +75,8 @@ def prepare_rows(
     purpose: Purpose,
     with_signatures: bool = False,
     wants_pairs: bool = False,
+    limits: RowLimits = RowLimits(),
+    note_progress: Callable[[], None] = lambda: None,
 ) -> tuple[PreparedRows, PreparedReport]:
     """Render, tokenise and mask every row of a file.
 
@@ -64,14 +88,16 @@ def prepare_rows(
         with_signatures: whether the rows bear what near-duplicates are found by, for a split.
         wants_pairs: whether the job learns from preferences, each of which becomes a pair of rows
             (luthier.data.pairs).
+        limits: how many rows and tokens the file may have.
+        note_progress: called every few hundred rows.
 
     Returns:
         The rows, in the file's order, and the report, whose rows are those of the file.
 
     Raises:
         InvalidTrainingFileError: for faults in a training file (param `training_file`): the first with
-            their lines, and their number; for preferences where the job learns from examples, and for
-            examples where it learns from preferences.
+            their lines, and their number; for more rows or tokens than allowed; for preferences where the
+            job learns from examples, and for examples where it learns from preferences.
         InvalidValidationFileError: the same for a validation file (param `validation_file`).
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
     """
@@ -82,15 +108,18 @@ def prepare_rows(
         too_long=too_long,
         with_signatures=with_signatures,
     )
-    rows = FileRows(path)
+    rows, num_rows = FileRows(path), 0
     items = iter(rows)
     while batch := list(itertools.islice(items, _BATCH_ROWS)):
         if rows.format is not None and not learns_from(rows.format.name, wants_pairs=wants_pairs):
             raise _error_for(purpose, tell_wrong_format(purpose, rows.format.name))
         preparation.add_batch(batch)
+        num_rows += len(batch)
+        limits.check(num_rows, preparation.rows.num_tokens, purpose)
+        note_progress()
     if preparation.num_faults:
         raise _file_error(purpose, preparation.num_faults, preparation.faults)
-    if not preparation.lines:
+    if not preparation.rows.num_rows:
         raise _empty_error(purpose, preparation.num_dropped, max_length)
     return preparation.result()
 
@@ -103,10 +132,11 @@ class _Preparation:
     too_long: TooLong
     with_signatures: bool
     signer: Signer = field(default_factory=Signer)
-    signatures: list[npt.NDArray[np.uint32]] = field(default_factory=list)
-    tokens: list[npt.NDArray[np.int32]] = field(default_factory=list)
-    supervised: list[npt.NDArray[np.bool_]] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
+    rows: RowWriter = field(default_factory=RowWriter)
+    # The bytes of uint32 [N, K].
+    signatures: bytearray = field(default_factory=bytearray)
+    # Rows of the file that were kept; of preferences each is two of `rows`.
+    num_kept: int = 0
     faults: list[Fault] = field(default_factory=list)
     num_faults: int = 0
     num_truncated: int = 0
@@ -127,7 +157,7 @@ class _Preparation:
                 self._add_fault(place, error.param, "row.mask", error.message)
                 continue
             if self._add_row(place, encoding, mask) and signature is not None:
-                self.signatures.append(signature)
+                self.signatures += signature.tobytes()
 
     def _render(
         self, batch: list[tuple[RawRow, Row] | Fault]
@@ -148,6 +178,7 @@ class _Preparation:
         """Keep a row, cut where that was asked for, and return whether it was kept."""
         if not self._is_to_be_kept(place, len(encoding.ids), [mask], "messages"):
             return False
+        self.num_kept += 1
         self._keep(place.number, encoding, mask)
         return True
 
@@ -179,10 +210,7 @@ class _Preparation:
         return True
 
     def _keep(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> None:
-        # Copies, so that a cut row does not keep the whole one alive.
-        self.tokens.append(encoding.ids[: self.max_length].copy())
-        self.supervised.append(mask[: self.max_length].copy())
-        self.lines.append(number)
+        self.rows.add(encoding.ids[: self.max_length], mask[: self.max_length], number)
 
     def _too_long_message(self, num_tokens: int) -> str:
         return (
@@ -199,11 +227,10 @@ class _Preparation:
             self.faults.append(fault)
 
     def result(self) -> tuple[PreparedRows, PreparedReport]:
-        rows = join_rows(
-            self.tokens, self.supervised, self.lines, self.signatures if self.with_signatures else None
-        )
+        signatures = np.frombuffer(self.signatures, np.uint32).reshape(-1, SIGNATURE_PARTS)
+        rows = self.rows.finish(signatures if self.with_signatures else None)
         report = PreparedReport(
-            num_rows=len(set(self.lines)),
+            num_rows=self.num_kept,
             num_tokens=rows.num_tokens,
             num_supervised_tokens=rows.num_supervised_tokens,
             num_truncated=self.num_truncated,
@@ -239,9 +266,10 @@ class _PairPreparation(_Preparation):
                 continue
             if not self._is_to_be_kept(place, longest, masks, "preferred_output"):
                 continue
+            self.num_kept += 1
             for encoding, mask in zip(both, masks, strict=True):
                 self._keep(place.number, encoding, mask)
-                self.signatures += [] if signature is None else [signature]
+                self.signatures += b"" if signature is None else signature.tobytes()
 
     def _are_equal_when_cut(
         self, place: RawRow, both: Sequence[Encoding], masks: Sequence[npt.NDArray[np.bool_]]

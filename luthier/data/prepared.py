@@ -1,13 +1,20 @@
-"""Prepared rows: tokens and mask of a file as flat arrays, in memory and as one safetensors file."""
+"""Prepared rows: tokens and mask of a file as flat arrays, mapped and as one safetensors file."""
 
+import json
 import os
+import tempfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+
+_DTYPES = {"int64": "I64", "int32": "I32", "bool": "BOOL"}
+_WRITTEN_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +59,57 @@ class PreparedRows:
 
     def select(self, indices: Sequence[int]) -> "PreparedRows":
         """Return the named rows, in the order named, as a copy."""
-        rows = [self.row(index) for index in indices]
-        return join_rows(
-            [tokens for tokens, _ in rows],
-            [mask for _, mask in rows],
-            [int(self.lines[i]) for i in indices],
-            None if self.signatures is None else [self.signatures[i] for i in indices],
+        writer = RowWriter()
+        for index in indices:
+            writer.add(*self.row(index), int(self.lines[index]))
+        return writer.finish(None if self.signatures is None else self.signatures[list(indices)])
+
+
+class RowWriter:
+    """Rows that are laid one after the other as they come, their tokens and masks in files without a name.
+
+    So memory holds 12 bytes a row, however many tokens there are.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the rows are
+        self._supervised = tempfile.TemporaryFile()  # noqa: SIM115
+        self._ends, self._lines = array("q", [0]), array("i")
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows were added."""
+        return len(self._lines)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens they have."""
+        return self._ends[-1]
+
+    def add(self, tokens: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], line: int) -> None:
+        """Add a row: its tokens, int32 [T], which of them are learnt, bool [T], and its line from 1."""
+        self._tokens.write(np.ascontiguousarray(tokens, np.int32).data)
+        self._supervised.write(np.ascontiguousarray(supervised, np.bool_).data)
+        self._ends.append(self._ends[-1] + len(tokens))
+        self._lines.append(line)
+
+    def finish(self, signatures: npt.NDArray[np.uint32] | None = None) -> PreparedRows:
+        """Return the rows; no more are added."""
+        return PreparedRows(
+            tokens=_mapped(self._tokens, np.int32),
+            supervised=_mapped(self._supervised, np.bool_),
+            offsets=np.array(self._ends, np.int64),
+            lines=np.array(self._lines, np.int32),
+            signatures=signatures,
         )
+
+
+def _mapped(file: IO[bytes], dtype: Any) -> npt.NDArray[Any]:
+    """Return what a file holds as an array, read when it is needed."""
+    file.flush()
+    if file.tell() == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(file, dtype, mode="r")
 
 
 def join_rows(
@@ -74,9 +125,6 @@ def join_rows(
         supervised: of each row, bool [T].
         lines: of each row, from 1.
         signatures: of each row, uint32 [K], where they are known.
-
-    Returns:
-        The rows as flat arrays.
     """
     offsets = np.zeros(len(lines) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in tokens], out=offsets[1:])
@@ -90,22 +138,34 @@ def join_rows(
 
 
 def write_prepared(rows: PreparedRows, path: Path) -> None:
-    """Write rows to a safetensors file that exists whole or not at all.
+    """Write rows to a safetensors file that exists whole or not at all, without a copy in memory.
+
+    The format: 8 bytes of length (little-endian), a header of that length in JSON, then the tensors, those of
+    the larger alignment first (https://github.com/huggingface/safetensors, "Format").
 
     Args:
-        path: the file; an older one is replaced.
+        path: an older one is replaced.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    arrays = {
-        "tokens": rows.tokens,
-        "supervised": rows.supervised,
+    arrays: dict[str, npt.NDArray[Any]] = {
         "offsets": rows.offsets,
+        "tokens": rows.tokens,
         "lines": rows.lines,
+        "supervised": rows.supervised,
     }
-    save_file(arrays, temporary)
-    # The library makes it private to its owner; the child may run as another user.
-    temporary.chmod(0o644)
-    with temporary.open("rb") as stream:
+    header: dict[str, Any] = {}
+    end = 0
+    for name, values in arrays.items():
+        place = [end, end := end + values.nbytes]
+        header[name] = {"dtype": _DTYPES[values.dtype.name], "shape": [len(values)], "data_offsets": place}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    with temporary.open("wb") as stream:
+        stream.write(len(content).to_bytes(8, "little") + content)
+        for values in arrays.values():
+            for start in range(0, len(values), _WRITTEN_AT_ONCE):
+                stream.write(np.ascontiguousarray(values[start : start + _WRITTEN_AT_ONCE]).data)
+        stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
 

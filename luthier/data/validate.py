@@ -113,6 +113,12 @@ class FileChecker:
             self._add(item)
             return
         self._num_rows += 1
+        if self._num_rows > self._limits.max_rows:
+            raise InvalidFileFormatError(
+                f"The file has more than {self._limits.max_rows} rows, the limit of one file; split it, or "
+                "ask the operator to raise LUTHIER_MAX_TRAINING_ROWS.",
+                param="file",
+            )
         if self._num_rows * _MIN_ROW_BYTES > self._limits.max_expanded_bytes:
             raise InvalidFileFormatError(
                 f"The file has more than {self._num_rows - 1} rows; split it, or ask the operator to raise "

@@ -1,16 +1,23 @@
 """The task that prepares a job, with real PostgreSQL and storage: what it finds, keeps and passes on."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 from alembic import command
 from sqlalchemy import text
 
 from db.migrate import alembic_config
 from db.session import Database
+from luthier.core.settings import MIB
 from luthier.core.specs import TrainingSpec
+from luthier.data.prepare import RowLimits
+from luthier.data.prepare_process import ANSWER_NAME, QUESTION_NAME, Question
 from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
 from worker.context import WorkerContext
@@ -133,6 +140,8 @@ def test_others_hear_of_a_job_only_where_its_worker_can_not_take_it(
         return Ending.SUCCEEDED
 
     monkeypatch.setattr(train_module, "_run", note)
+    # Nothing keeps the lease of the first.
+    context.settings = context.settings.model_copy(update={"lease_seconds": 60.0})
     first, second = _create(api)["id"], _create(api)["id"]
     prepare(context, first)
     assert train_module.claim(context) is not None
@@ -190,3 +199,61 @@ def test_a_report_of_the_first_schema_is_carried_into_the_second_and_back(
         again = connection.scalar(read)
     assert again["prepare"]["training"] == after["prepare"]["training"] == before["training"]
     assert _get(api, f"{job['id']}/report")["prepare"]["tokenize_seconds"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "limit", "told"),
+    [
+        ("max_training_rows", 20, "more than 20 rows, the limit of one file: 24 in its first 24 rows"),
+        ("max_training_tokens", 100, "more than 100 tokens, the limit of one file"),
+    ],
+)
+def test_a_file_over_a_limit_fails_by_name_limit_and_what_to_do(
+    api: Api, context: WorkerContext, setting: str, limit: int, told: str
+) -> None:
+    context.settings = context.settings.model_copy(update={setting: limit})
+    job = _create(api)
+    prepare(context, job["id"])
+    error = _get(api, job["id"])["error"]
+    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+    assert told in error["message"]
+    assert f"Split it, or ask the operator to raise LUTHIER_{setting.upper()}." in error["message"]
+
+
+def test_a_check_that_takes_more_memory_than_it_may_fails_by_name(api: Api, context: WorkerContext) -> None:
+    context.settings = context.settings.model_copy(update={"max_prepare_bytes": 24 * MIB})
+    job = _create(api, colour_rows(20_000), training={"validation_split": 0.5})
+    prepare(context, job["id"])
+    error = _get(api, job["id"])["error"]
+    assert error["code"] == "out_of_memory"
+    assert "LUTHIER_MAX_PREPARE_BYTES" in error["message"]
+
+
+def _peak_bytes(folder: Path, base: Path, num_rows: int) -> int:
+    """Prepare a file of tiny rows in a process, and return the most memory that it had."""
+    folder.mkdir()
+    (folder / "training").write_bytes(b'{"text":"a b"}\n' * num_rows)
+    question = Question(
+        base_folder=str(base),
+        max_length=256,
+        too_long="error",
+        has_pairs=False,
+        validation_split=0.0,
+        has_validation_file=False,
+        limits=RowLimits(),
+        max_memory_bytes=2048 * MIB,
+    )
+    (folder / QUESTION_NAME).write_bytes(msgspec.json.encode(question))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "luthier.data.prepare_process", str(folder)], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    assert b'"num_train_rows":%d' % num_rows in (folder / ANSWER_NAME).read_bytes()
+    return usage.ru_maxrss * 1024
+
+
+def test_memory_hardly_grows_with_the_rows_of_a_file(tiny_base: Path, tmp_path: Path) -> None:
+    few = _peak_bytes(tmp_path / "few", tiny_base / "tiny-llama", 5_000)
+    many = _peak_bytes(tmp_path / "many", tiny_base / "tiny-llama", 80_000)
+    assert (many - few) / 75_000 < 100, "bytes a row"

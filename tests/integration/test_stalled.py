@@ -1,14 +1,17 @@
 """What makes no progress is ended by name and tried again: real processes that hang, a timer of a second."""
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import openai
 import pytest
 
 from db.tables import Job
-from tests.conftest import Api
+from luthier.storage.store import Storage
+from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job
 from tests.stack import is_alive
 from worker.child import TrainingChild
@@ -47,6 +50,16 @@ def client(api: Api) -> openai.OpenAI:
 def context(context: WorkerContext) -> WorkerContext:
     context.settings = context.settings.model_copy(update={"stall_seconds": 1.0, "max_attempts": 2})
     return context
+
+
+@pytest.fixture
+def pipe_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that checks files hangs: its training file is a pipe that nothing is written to."""
+
+    def lay_pipe(_storage: Storage, _key: str, destination: Path, **_: object) -> None:
+        os.mkfifo(destination)
+
+    monkeypatch.setattr(Storage, "fetch_file", lay_pipe)
 
 
 def _queue(client: openai.OpenAI, context: WorkerContext) -> str:
@@ -104,3 +117,54 @@ def test_a_pause_that_the_process_does_not_answer_ends_it_and_is_nobodys_crash(
     with context.database.transaction() as session:
         job = session.get_one(Job, job_id)
         assert (job.status, job.num_crashes, job.lease_owner) == ("paused", 0, None)
+
+
+def _check_in_thread(context: WorkerContext, job_id: str) -> threading.Thread:
+    thread = threading.Thread(target=prepare, args=(context, job_id))
+    thread.start()
+    return thread
+
+
+def _job(context: WorkerContext, job_id: str) -> Job:
+    with context.database.transaction() as session:
+        return session.get_one(Job, job_id)
+
+
+def test_a_check_of_files_that_stalls_is_ended_tried_again_and_fails_by_name(
+    client: openai.OpenAI, context: WorkerContext, pipe_for_a_file: None
+) -> None:
+    job_id = create_job(client)
+    prepare(context, job_id)
+    assert (_job(context, job_id).status, _job(context, job_id).num_crashes) == ("validating_files", 1)
+    prepare(context, job_id)
+    failed = client.fine_tuning.jobs.retrieve(job_id)
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert failed.error.code == "stalled"
+    assert "made no progress for 1 s" in failed.error.message
+    assert not any(context.settings.runs_dir.rglob("*"))
+
+
+@pytest.mark.parametrize("how", ["cancel", "stop"])
+def test_a_check_of_files_ends_at_once_when_its_job_is_cancelled_or_its_worker_stops(
+    client: openai.OpenAI, context: WorkerContext, pipe_for_a_file: None, how: str
+) -> None:
+    context.settings = context.settings.model_copy(update={"stall_seconds": 600.0, "control_seconds": 0.1})
+    job_id = create_job(client)
+    thread = _check_in_thread(context, job_id)
+    wait_until(lambda: any(context.settings.runs_dir.rglob("question.json")))
+    if how == "cancel":
+        client.fine_tuning.jobs.cancel(job_id)
+    else:
+        context.stopping.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    job = _job(context, job_id)
+    assert (job.status, job.num_crashes, job.error) == (
+        "cancelled" if how == "cancel" else "validating_files",
+        0,
+        None,
+    )
+    if how == "stop":
+        assert job.lease_owner is None
+    assert not any(context.settings.runs_dir.rglob("*"))

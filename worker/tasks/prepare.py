@@ -1,8 +1,7 @@
 """Prepare: check a job's files for good, count them, put numbers where "auto" stood. No torch, no slot."""
 
+import contextlib
 import shutil
-import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,15 +9,13 @@ import structlog
 
 from db.tables import File, Job
 from luthier.bases.catalogue import base_folder
-from luthier.core.errors import BaseUnavailableError, InvalidTrainingFileError, LuthierError
-from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, TrainingSpec
+from luthier.core.errors import BaseUnavailableError, LuthierError, StalledError, WorkerCrashedError
+from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.data.objectives import Purpose
-from luthier.data.prepare import prepare_rows
-from luthier.data.prepared import PreparedRows, write_prepared
-from luthier.data.prepared_counts import count_prepared
+from luthier.data.prepare import PreparedReport, RowLimits
+from luthier.data.prepare_process import ROWS_FOLDER, Prepared, Question, to_counts
 from luthier.data.prompts import check_sample_prompts
-from luthier.data.split import split_rows
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
 from services import calibrations, events, leases, models, reports
@@ -30,16 +27,14 @@ from services.reports import FileReport, PrepareReport
 from worker.bases import ensure_jobs_base
 from worker.context import WorkerContext
 from worker.giving_back import GIVEN_BACK, full_disk_named, give_back
-from worker.keeper import kept_lease
+from worker.keeper import LeaseKeeper, kept_lease
 from worker.parents import check_parents
+from worker.preparing import StoppedError, run_prepare
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
 
 _log = structlog.get_logger()
 
 _MAX_LINES_IN_EVENT = 5
-
-TRAIN_FILE = "train.safetensors"
-VALIDATION_FILE = "validation.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,23 +85,41 @@ def prepare(context: WorkerContext, job_id: str) -> bool:
     # Its imports are done while the files are looked at. A bell that finds nothing to do starts none.
     context.keep_spare()
     try:
-        try:
-            with full_disk_named(), kept_lease(context, claimed.lease):
-                prepared = _run(context, claimed)
-        except (LeaseLostError, *GIVEN_BACK):
-            raise
-        except LuthierError as error:
-            with context.database.transaction() as session:
-                leases.fail(session, claimed.lease, error)
-            return False
-        _apply(context, claimed.lease, prepared)
+        return _prepare(context, claimed)
     except LeaseLostError:
         _log.info("prepared for nothing, the job is no longer ours", job_id=job_id)
-        return False
     except GIVEN_BACK as error:
         give_back(context, claimed.lease, error)
-        return False
-    return True
+    return False
+
+
+def _prepare(context: WorkerContext, claimed: _Claimed) -> bool:
+    lease = claimed.lease
+    try:
+        with full_disk_named(), kept_lease(context, lease) as keeper:
+            prepared = _run(context, claimed, keeper)
+    except (LeaseLostError, *GIVEN_BACK):
+        raise
+    except StoppedError:
+        told = NewEvent("The worker is stopping; the job's files are checked by another", data={})
+        with context.database.transaction() as session:
+            leases.wait_again(session, lease, outcome="given_back", event=told)
+    except (StalledError, WorkerCrashedError) as error:
+        with context.database.transaction() as session:
+            leases.retry_or_fail(
+                session,
+                lease,
+                error,
+                max_attempts=context.settings.max_attempts,
+                pause_seconds=context.settings.sweep_seconds,
+            )
+    except LuthierError as error:
+        with context.database.transaction() as session:
+            leases.fail(session, lease, error)
+    else:
+        _apply(context, lease, prepared)
+        return True
+    return False
 
 
 def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
@@ -126,7 +139,7 @@ def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
         )
 
 
-def _run(context: WorkerContext, claimed: _Claimed) -> _Prepared:
+def _run(context: WorkerContext, claimed: _Claimed, keeper: LeaseKeeper) -> _Prepared:
     entry = context.catalogue.bases.get(claimed.spec.base_id)
     if entry is None:
         raise BaseUnavailableError(
@@ -134,102 +147,95 @@ def _run(context: WorkerContext, claimed: _Claimed) -> _Prepared:
         )
     base = ensure_jobs_base(context, claimed.lease, entry)
     check_parents(context, claimed.spec, base)
-    with tempfile.TemporaryDirectory(prefix="luthier-prepare-") as folder:
-        return _prepare_files(context, claimed, base, Path(folder))
+    # Where run directories are, so that what a kill leaves is removed with theirs.
+    runs, lease = context.settings.runs_dir.absolute(), claimed.lease
+    folder = runs / lease.job_id / f"e{lease.epoch}"
+    folder.mkdir(parents=True)
+    try:
+        return _prepare_files(context, claimed, keeper, base, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # unless another attempt of this job is at work in it
 
 
-def _prepare_files(context: WorkerContext, claimed: _Claimed, base: BaseFacts, folder: Path) -> _Prepared:
-    options = claimed.spec.training
-    max_length = row_limit(claimed.spec, base)
-    location = base_folder(context.settings.bases_dir, base.id)
-
+def _prepare_files(
+    context: WorkerContext, claimed: _Claimed, keeper: LeaseKeeper, base: BaseFacts, folder: Path
+) -> _Prepared:
+    settings, options = context.settings, claimed.spec.training
+    location = base_folder(settings.bases_dir.absolute(), base.id)
     check_sample_prompts(options.sample_prompts, location, max_tokens=room_in_context(claimed.spec, base))
-    tokenize_seconds = 0.0
-    rows_per_example = 1 if claimed.spec.dpo is None else 2
-
-    def read(file: _Input, purpose: Purpose) -> tuple[PreparedRows, FileReport]:
-        nonlocal tokenize_seconds
-        source = folder / f"{purpose}.rows"
-        context.storage.fetch_file(file.storage_key, source, sha256=file.sha256)
-        began = time.monotonic()
-        rows, found = prepare_rows(
-            source,
-            location,
-            max_length=max_length,
+    files = {"training": claimed.training, "validation": claimed.validation}
+    for purpose, file in files.items():
+        if file is not None:
+            context.storage.fetch_file(file.storage_key, folder / purpose, sha256=file.sha256)
+            keeper.check()
+    found = run_prepare(
+        context,
+        keeper,
+        folder,
+        Question(
+            base_folder=str(location),
+            max_length=row_limit(claimed.spec, base),
             too_long=options.too_long,
-            purpose=purpose,
-            with_signatures=purpose == "training" and options.validation_split > 0,
-            wants_pairs=claimed.spec.dpo is not None,
-        )
-        tokenize_seconds += time.monotonic() - began
-        return rows, FileReport(file_id=file.file_id, sha256=file.sha256, **asdict(found))
-
-    train, train_report = read(claimed.training, "training")
-    validation: PreparedRows | None = None
-    validation_report: FileReport | None = None
-    if claimed.validation is not None:
-        validation, validation_report = read(claimed.validation, "validation")
-    elif options.validation_split > 0:
-        train, validation = split_rows(train, options.validation_split, rows_per_example=rows_per_example)
-    num_examples = train.num_rows // rows_per_example
-    if num_examples < MIN_TRAINING_ROWS:
-        raise InvalidTrainingFileError(
-            f"Only {num_examples} rows are left to train on, and a job needs at least {MIN_TRAINING_ROWS}.",
-            param="training_file",
-        )
+            has_pairs=claimed.spec.dpo is not None,
+            validation_split=options.validation_split,
+            has_validation_file=claimed.validation is not None,
+            limits=RowLimits(settings.max_training_rows, settings.max_training_tokens),
+            max_memory_bytes=settings.max_prepare_bytes,
+        ),
+    )
     spec = resolve_spec(
         claimed.spec,
         base=base,
-        num_rows=num_examples,
-        num_tokens=train.num_tokens,
+        num_rows=found.num_train_rows,
+        num_tokens=found.num_train_tokens,
         num_threads=context.num_threads,
         memory_bytes=context.training_memory_bytes,
     )
-    building = folder / "building"
-    building.mkdir()
-    write_prepared(train, building / TRAIN_FILE)
-    if validation is not None:
-        write_prepared(validation, building / VALIDATION_FILE)
-    seal_folder(building, folder / "prepared", base_digest=base.digest)
+    seal_folder(folder / ROWS_FOLDER, folder / "prepared", base_digest=base.digest)
+    keeper.check()
     key = f"projects/{claimed.project_id}/jobs/{claimed.lease.job_id}/e{claimed.lease.epoch}/prepared"
     context.storage.put_folder(folder / "prepared", key)
-    shutil.rmtree(folder / "prepared")
     report = PrepareReport(
-        training=train_report,
-        validation=validation_report,
-        num_train_rows=num_examples,
-        num_validation_rows=0 if validation is None else validation.num_rows // rows_per_example,
-        tokenize_seconds=tokenize_seconds,
+        training=_to_report(claimed.training, found.training),
+        validation=None
+        if claimed.validation is None or found.validation is None
+        else _to_report(claimed.validation, found.validation),
+        num_train_rows=found.num_train_rows,
+        num_validation_rows=found.num_validation_rows,
+        tokenize_seconds=found.tokenize_seconds,
     )
-    need = _tell_need(context, spec, base, train, validation)
     return _Prepared(
         spec=spec,
         base=base,
         asked_max_length=options.max_length,
         prepared_key=key,
         report=report,
-        need=need,
+        need=_tell_need(context, spec, base, found),
     )
+
+
+def _to_report(file: _Input, found: PreparedReport) -> FileReport:
+    return FileReport(file_id=file.file_id, sha256=file.sha256, **asdict(found))
 
 
 def _tell_need(
     context: WorkerContext,
     spec: TrainingSpec,
     base: BaseFacts,
-    train: PreparedRows,
-    validation: PreparedRows | None,
+    found: Prepared,
 ) -> MemoryNeed:
     with context.database.transaction() as session:
         measured, _ = calibrations.find_measured(
             session, base, spec.training.precision, hostname=context.hostname
         )
-    has_pairs = spec.dpo is not None
     return tell_need(
         spec,
         base=base,
         base_folder=base_folder(context.settings.bases_dir, base.id),
-        training=count_prepared(train, has_pairs=has_pairs),
-        validation=None if validation is None else count_prepared(validation, has_pairs=has_pairs),
+        training=to_counts(found.training_counts),
+        validation=None if found.validation_counts is None else to_counts(found.validation_counts),
         measured=measured,
     )
 

@@ -22,6 +22,7 @@ from luthier.core.errors import (
     UnavailableError,
 )
 from luthier.core.specs import RunInputs, TrainingSpec
+from luthier.data.prepare_process import TRAIN_FILE, VALIDATION_FILE
 from services import leases, memory, models, reports
 from services.leases import Lease, LeaseLostError
 from worker.bases import ensure_jobs_base
@@ -36,7 +37,6 @@ from worker.quarantine import may_claim
 from worker.run import Ending, TrainingRun
 from worker.serving import balance, look_once
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
-from worker.tasks.prepare import TRAIN_FILE, VALIDATION_FILE
 from worker.tracking import Tracking, start_tracking
 
 _log = structlog.get_logger()

@@ -11,7 +11,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a file may cost its reader, in bytes.
+    """What a file may cost its reader, in bytes and rows.
 
     `max_row_bytes` is the longest row. What a compressed file holds may be `max_expanded_bytes` in all, and
     beyond the first 16 MiB `max_expansion_ratio` times what it came as.
@@ -20,10 +20,13 @@ class Limits:
     max_row_bytes: int = 8 * MIB
     max_expanded_bytes: int = 8 * 1024 * MIB
     max_expansion_ratio: float = 100.0
+    max_rows: int = 5_000_000
 
 
 # For files that were checked when they came: only what no machine can hold is refused.
-CHECKED = Limits(max_row_bytes=1024 * MIB, max_expanded_bytes=2**60, max_expansion_ratio=2.0**60)
+CHECKED = Limits(
+    max_row_bytes=1024 * MIB, max_expanded_bytes=2**60, max_expansion_ratio=2.0**60, max_rows=2**60
+)
 
 
 class RawRow(NamedTuple):
