@@ -15,6 +15,7 @@ from api.body_budget import BodyBudget
 from api.event_hub import EventHub
 from api.metrics import ApiMetrics
 from api.project_places import ProjectPlaces
+from api.shares import ProjectLimit
 from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import Catalogue
@@ -53,6 +54,8 @@ class Parts:
     sealer: Sealer
     usage: UsageRecorder
     metrics: ApiMetrics
+    event_streams: ProjectLimit = field(default_factory=lambda: ProjectLimit(50, "event streams"))
+    webhook_tests: ProjectLimit = field(default_factory=lambda: ProjectLimit(1, "tests of webhooks"))
     bodies: BodyBudget = field(default_factory=BodyBudget)
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))

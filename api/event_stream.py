@@ -4,15 +4,15 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 
-from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts
 from api.schemas.jobs import EventObject, event_object
 from db.tables import Job
-from luthier.core.errors import InvalidValueError, UnavailableError
+from luthier.core.errors import InvalidValueError, UnauthenticatedError, UnavailableError
 from luthier.core.states import JobStatus
-from services import events, jobs
+from luthier.inference.streaming import EventStream
+from services import events, jobs, keys
 from services.scope import Scope
 
 # How often a stream looks by itself, which is also how often an idle one shows that it lives.
@@ -30,8 +30,12 @@ async def read_job(parts: Parts, scope: Scope, job_id: str) -> Job:
     return await run_in_threadpool(read)
 
 
-def _read_news(parts: Parts, job_id: str, seq: int) -> tuple[list[tuple[int, EventObject]], bool]:
+def _read_news(
+    parts: Parts, scope: Scope, job_id: str, seq: int
+) -> tuple[list[tuple[int, EventObject]], bool]:
     with parts.database.transaction() as session:
+        # A key that was revoked meanwhile sees no more.
+        keys.check_still_valid(session, scope)
         # The status is read first: a job seen as ended has no event after those read next.
         job = session.get(Job, job_id)
         is_over = job is None or JobStatus(job.status).is_terminal
@@ -39,11 +43,15 @@ def _read_news(parts: Parts, job_id: str, seq: int) -> tuple[list[tuple[int, Eve
         return [(row.seq, event_object(row)) for row in rows], is_over
 
 
-async def _stream(parts: Parts, job_id: str, last_seq: int) -> AsyncIterator[bytes]:
+async def _stream(parts: Parts, scope: Scope, job_id: str, last_seq: int) -> AsyncIterator[bytes]:
     with parts.hub.subscribe(job_id) as woken:
         while True:
             woken.clear()
-            news, is_over = await run_in_threadpool(_read_news, parts, job_id, last_seq)
+            try:
+                news, is_over = await run_in_threadpool(_read_news, parts, scope, job_id, last_seq)
+            except UnauthenticatedError as revoked:
+                yield f"event: error\ndata: {json.dumps(revoked.to_body())}\n\n".encode()
+                return
             for number, event in news:
                 yield f"id: {number}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
                 last_seq = number
@@ -62,7 +70,7 @@ async def _stream(parts: Parts, job_id: str, last_seq: int) -> AsyncIterator[byt
                 yield b": still here\n\n"
 
 
-def event_stream_response(parts: Parts, job_id: str, last_event_id: str | None) -> StreamingResponse:
+def event_stream_response(parts: Parts, scope: Scope, job_id: str, last_event_id: str | None) -> EventStream:
     """Answer with a job's events from the one after `last_event_id` on, until the job has ended.
 
     Args:
@@ -74,11 +82,16 @@ def event_stream_response(parts: Parts, job_id: str, last_event_id: str | None) 
 
     Raises:
         InvalidValueError: when `last_event_id` is no number.
+        TooManyRequestsError: when the project has too many open streams.
     """
     seq = 0
     if last_event_id:
         if not last_event_id.isdecimal() or len(last_event_id) > 18:
             raise InvalidValueError("Last-Event-ID: send the id of the last event as it came.")
         seq = int(last_event_id)
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(parts, job_id, seq), headers=headers, media_type="text/event-stream")
+    parts.event_streams.take(scope.project_id)
+
+    async def release() -> None:
+        parts.event_streams.release(scope.project_id)
+
+    return EventStream(_stream(parts, scope, job_id, seq), release, {})

@@ -113,10 +113,10 @@ def create_app(parts: Parts) -> FastAPI:
     errors.install(app)
     app.add_middleware(EncodedSlashMiddleware)
     app.add_middleware(BodyLimitMiddleware)
-    # A page of any origin may ask, as of OpenAI's service: nothing is told by cookie, a key opens everything.
+    origins = [origin.strip() for origin in parts.settings.cors_origins.split(",") if origin.strip()]
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=["*"],
+        allow_origins=origins,
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=_EXPOSED_HEADERS,

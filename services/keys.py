@@ -72,6 +72,17 @@ def authenticate(session: Session, key: str) -> Scope:
     return Scope(organization_id, slug, project_id, key_id, is_admin)
 
 
+def check_still_valid(session: Session, scope: Scope) -> None:
+    """Refuse a caller whose key was revoked since it was looked up.
+
+    Raises:
+        UnauthenticatedError: when it was.
+    """
+    valid = select(ApiKey.id).where(ApiKey.id == scope.key_id, ApiKey.deleted_at.is_(None))
+    if session.scalar(valid) is None:
+        raise unknown_key()
+
+
 def unknown_key() -> UnauthenticatedError:
     """Return the error for a key that opens nothing."""
     return UnauthenticatedError("Incorrect API key provided. Make one with `luthier keys create`.")

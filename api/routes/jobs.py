@@ -151,7 +151,7 @@ async def list_events(
     """List a job's events, newest first; with stream=true, send them as they happen, oldest first."""
     if stream:
         await read_job(parts, scope, fine_tuning_job_id)
-        return event_stream_response(parts, fine_tuning_job_id, request.headers.get("last-event-id"))
+        return event_stream_response(parts, scope, fine_tuning_job_id, request.headers.get("last-event-id"))
 
     def read() -> ListPage[EventObject]:
         with parts.database.transaction() as session:

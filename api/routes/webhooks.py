@@ -132,7 +132,8 @@ async def test_endpoint(
     """Send a sample event at once, a single time, and say what the receiver answered."""
     message = await run_in_threadpool(_sample, parts, scope, webhook_endpoint_id, body.event_type)
     timeout_seconds = parts.settings.webhook_timeout_seconds
-    outcome = await send(message, _rules(parts), timeout_seconds=timeout_seconds)
+    with parts.webhook_tests.hold(scope.project_id):
+        outcome = await send(message, _rules(parts), timeout_seconds=timeout_seconds)
     if outcome.status_code is None:
         raise WebhookUnreachableError(f"The endpoint gave no answer: {outcome.error}.")
     return {
@@ -140,5 +141,5 @@ async def test_endpoint(
         "webhook_endpoint_id": webhook_endpoint_id,
         "event_type": body.event_type,
         "status_code": outcome.status_code,
-        "success": True,
+        "success": 200 <= outcome.status_code < 300,
     }

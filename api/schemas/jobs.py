@@ -278,7 +278,13 @@ def event_object(event: JobEvent) -> EventObject:
 
 
 def checkpoint_object(checkpoint: Checkpoint, model_name: str) -> CheckpointObject:
-    """Return a checkpoint as clients see it; metrics that were not measured are absent."""
+    """Return a checkpoint as clients see it; metrics that were not measured are absent.
+
+    The validation rows are scored whole or not at all, so `valid_loss` and `full_valid_loss` say the same.
+    """
+    names = ("loss", "mean_token_accuracy")
+    whole = {f"valid_{name}": checkpoint.metrics.get(f"full_valid_{name}") for name in names}
+    measured = {name: value for name, value in whole.items() if value is not None}
     return {
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",
@@ -286,5 +292,5 @@ def checkpoint_object(checkpoint: Checkpoint, model_name: str) -> CheckpointObje
         "fine_tuned_model_checkpoint": model_name,
         "fine_tuning_job_id": checkpoint.job_id,
         "step_number": checkpoint.step_number,
-        "metrics": checkpoint.metrics,
+        "metrics": measured | checkpoint.metrics,
     }

@@ -4,6 +4,7 @@ import logging
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -14,7 +15,7 @@ def configure_logs(level: str) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
+        _without_text,
     ]
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],
@@ -35,6 +36,25 @@ def configure_logs(level: str) -> None:
     for library in ("httpx2", "httpcore2"):
         # They log every URL, and at `debug` every header: a webhook's may hold a receiver's token.
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def _without_text(
+    _logger: Any, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Replace an exception by its types and frames: its text may quote a row, a prompt or a key."""
+    found = event.pop("exc_info", None)
+    if found is True:
+        found = sys.exc_info()
+    error = found[1] if isinstance(found, tuple) else found
+    if not isinstance(error, BaseException):
+        return event
+    frames = traceback.extract_tb(error.__traceback__)
+    event["trace"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    event["error_type"] = type(error).__name__
+    cause = error.__cause__ or error.__context__
+    if cause is not None:
+        event["caused_by"] = type(cause).__name__
+    return event
 
 
 def origin(error: BaseException) -> dict[str, str]:

@@ -123,6 +123,9 @@ class Settings(BaseSettings):
     )
     max_waiting_requests: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
 
+    cors_origins: str = Field(
+        "", description="Origins whose pages may ask the API, separated by commas; * for all, empty for none."
+    )
     max_connections: int = Field(
         1000, ge=1, description="Connections that an API or inference server serves; more are answered 503."
     )
@@ -219,6 +222,9 @@ class Settings(BaseSettings):
 
     wandb_api_key: SecretStr = Field(
         SecretStr(""), description="Lets jobs name wandb among their integrations; for API and workers."
+    )
+    wandb_entity: str = Field(
+        "", description="The entity (team or user) that all jobs' runs go to; empty: the key's own."
     )
     wandb_base_url: str = Field("", description="A Weights & Biases server of one's own; empty: theirs.")
     mlflow_tracking_uri: str = Field(

@@ -39,6 +39,7 @@ def check_integrations(integrations: Sequence[dict[str, Any]], settings: Setting
                 f"{at}.type: {tracker.name} is not set up here. Operator: set {missing} for API and workers.",
                 param=f"{at}.type",
             )
+        tracker.check(config, settings, f"{at}.{tracker.name}")
         checked.append({"type": tracker.name, tracker.name: config.model_dump(mode="json")})
     return checked
 

@@ -70,6 +70,13 @@ class Tracker(ABC):
     def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
         """Begin a run, or go on with the one of an earlier attempt."""
 
+    def check(self, config: TrackerConfig, settings: Settings, at: str) -> None:  # noqa: B027
+        """Refuse a configuration that the operator does not allow; by default none.
+
+        Args:
+            at: where it is, for the error.
+        """
+
     def is_installed(self) -> bool:
         """Whether this machine has the package that it needs."""
         return self.package is None or find_spec(self.package) is not None

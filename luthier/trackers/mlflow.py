@@ -1,7 +1,7 @@
 """MLflow, by its official package (`pip install 'luthier[mlflow]'` on the workers).
 
-`project` is the experiment's name. Credentials are MLflow's own variables (MLFLOW_TRACKING_TOKEN and its
-kin) in the worker's environment.
+The experiment's name is PROJECT_ID/`project`. Credentials are MLflow's own variables (MLFLOW_TRACKING_TOKEN
+and its kin) in the worker's environment.
 """
 
 import importlib
@@ -57,8 +57,10 @@ class Mlflow(Tracker):
         assert isinstance(config, MlflowConfig)
         # By name: the package is optional, and this file is named like it.
         client = importlib.import_module("mlflow").MlflowClient(tracking_uri=settings.mlflow_tracking_uri)
-        experiment = client.get_experiment_by_name(config.project)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.project)
+        # Experiments of different projects are apart, whatever they are called.
+        name = f"{run.project_id}/{config.project}"
+        experiment = client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
         earlier = client.search_runs([experiment_id], f"tags.`{_JOB_TAG}` = '{run.job_id}'", max_results=1)
         if earlier:
             return _Run(client, earlier[0].info.run_id)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from luthier.core.errors import UnsupportedValueError
 from luthier.core.settings import Settings
 from luthier.trackers.base import RunStatus, Tags, Text, TrackedRun, Tracker, TrackerConfig, TrackerRun
 
@@ -41,6 +42,14 @@ class Wandb(Tracker):
     def missing_setting(self, settings: Settings) -> str | None:
         return None if settings.wandb_api_key.get_secret_value() else "LUTHIER_WANDB_API_KEY"
 
+    def check(self, config: TrackerConfig, settings: Settings, at: str) -> None:
+        assert isinstance(config, WandbConfig)
+        if config.entity not in (None, settings.wandb_entity):
+            raise UnsupportedValueError(
+                f"{at}.entity: runs go to the operator's own entity (LUTHIER_WANDB_ENTITY); leave it out.",
+                param=f"{at}.entity",
+            )
+
     def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
         assert isinstance(config, WandbConfig)
         # By name: the package is optional, and this folder is named like it.
@@ -50,8 +59,10 @@ class Wandb(Tracker):
         kept = os.environ.get("WANDB_DIR")
         scratch = None if kept else tempfile.TemporaryDirectory(prefix="luthier-wandb-")
         started = wandb.init(
-            project=config.project,
-            entity=config.entity,
+            # W&B's names have no slash. Projects of different tenants are apart, whatever they are called.
+            project=f"{run.project_id}-{config.project}",
+            # The operator's, whose key it is; a job may repeat it and name no other.
+            entity=settings.wandb_entity or None,
             name=config.name or run.job_id,
             tags=[*run.tags, *(config.tags or [])],
             id=run.job_id,

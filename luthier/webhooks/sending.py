@@ -24,6 +24,7 @@ _CONNECT_SECONDS = 5.0
 _MAX_ADDRESSES = 3
 # Names that are asked for at the same time, among them those whose name servers hang for minutes.
 _MAX_ASKING = 256
+NO_PUBLIC_ADDRESS = "its name leads to no permitted address"
 _asking = threading.BoundedSemaphore(_MAX_ASKING)
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -98,8 +99,9 @@ async def send(
             return await _send(message, rules, resolve, transport)
     except TimeoutError:
         return Outcome(error=f"no answer within {timeout_seconds:g} seconds")
-    except InvalidValueError as error:
-        return Outcome(error=error.message)
+    except InvalidValueError:
+        # The same as for a name that there is not: a tenant must not learn which internal names exist.
+        return Outcome(error=NO_PUBLIC_ADDRESS)
     except (OSError, httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
         return Outcome(error=_told(error))
 
@@ -111,7 +113,7 @@ def _told(error: BaseException) -> str:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return "its certificate could not be verified"
         if isinstance(cause, socket.gaierror):
-            return "its name could not be resolved"
+            return NO_PUBLIC_ADDRESS
         cause = cause.__cause__ or cause.__context__
     return f"it could not be reached ({type(error).__name__})"
 

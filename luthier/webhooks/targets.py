@@ -60,6 +60,18 @@ def is_internal(address: Address) -> bool:
     return any(address in network for network in _INTERNAL if network.version == address.version)
 
 
+def _is_own(address: Address) -> bool:
+    """Whether an address is one of this machine's, also where it is public."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        # A socket can be bound to the machine's own addresses alone.
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
+
+
 def _literal(host: str) -> Address | None:
     """Return the address that a host is written as, in any spelling that a resolver takes for one."""
     try:
@@ -109,7 +121,7 @@ class TargetRules:
         """Whether a host may be called at an address that it resolved to."""
         inner = getattr(address, "ipv4_mapped", None) or address
         listed = any(inner in network for network in self.networks if network.version == inner.version)
-        return host in self.hosts or listed or not is_internal(address)
+        return host in self.hosts or listed or not (is_internal(address) or _is_own(address))
 
 
 def check_url(text: str, rules: TargetRules) -> httpx2.URL:

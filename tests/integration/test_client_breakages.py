@@ -21,7 +21,9 @@ import pytest
 import structlog
 
 from api.schemas.ignored import JOB_FIELDS
+from db.session import Database
 from db.tables import Job
+from luthier.core.settings import Settings
 from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
 from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl
@@ -252,7 +254,20 @@ def test_45_an_answer_to_a_fault_of_ours_has_an_id_too(api: Api, monkeypatch: py
         assert ask(api, "GET", path, headers=headers).headers["x-request-id"]
 
 
-def test_47_a_page_of_another_origin_may_ask_with_the_sdks_headers(api: Api) -> None:
+def test_47_a_page_of_another_origin_may_ask_with_the_sdks_headers(
+    settings: Settings, database: Database
+) -> None:
+    allowing = settings.model_copy(update={"cors_origins": "https://other.example, https://app.example"})
+    with serve_api(allowing, database) as api:
+        _check_cors(api)
+
+
+def test_a_page_of_an_origin_that_is_not_listed_may_not_ask(api: Api) -> None:
+    answer = ask(api, "GET", "/models", headers={"Origin": "https://app.example"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def _check_cors(api: Api) -> None:
     asked = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
     preflight = httpx2.request(
         "OPTIONS",
@@ -264,13 +279,13 @@ def test_47_a_page_of_another_origin_may_ask_with_the_sdks_headers(api: Api) -> 
         },
     )
     assert preflight.status_code == 200
-    assert preflight.headers["access-control-allow-origin"] == "*"
+    assert preflight.headers["access-control-allow-origin"] == "https://app.example"
     assert set(asked.split(",")) <= set(preflight.headers["access-control-allow-headers"].split(","))
     assert "POST" in preflight.headers["access-control-allow-methods"]
     assert preflight.headers["x-request-id"]
     for headers in ({}, {"Authorization": "Bearer nothing"}):
         answer = ask(api, "GET", "/fine_tuning/jobs", headers={"Origin": "https://app.example"} | headers)
-        assert answer.headers["access-control-allow-origin"] == "*"
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
         assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
         assert "access-control-allow-credentials" not in answer.headers
 

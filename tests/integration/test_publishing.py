@@ -161,6 +161,7 @@ def test_the_best_checkpoint_outlives_newer_ones_and_becomes_the_model(start: Ca
     assert work.artifacts() == ["step-000002", "step-000004", "step-000005", "step_metrics.csv"]
     checkpoint = work.client.fine_tuning.jobs.checkpoints.list(work.job_id).data[-1]
     assert (checkpoint.step_number, checkpoint.metrics.full_valid_loss) == (2, 1)
+    assert checkpoint.metrics.valid_loss == 1
     messages = work.messages()
     assert "The checkpoint of step 2 is the model, now under the model's name" in messages
     assert len([message for message in messages if message.startswith("New fine-tuned model created")]) == 1

@@ -347,7 +347,9 @@ def test_a_tracker_that_no_worker_has_is_refused(
 
 
 def test_the_sdks_own_wandb_integration_is_echoed_without_a_secret(api: Api) -> None:
-    settings = api.parts.settings.model_copy(update={"wandb_api_key": SecretStr("not-for-clients")})
+    secret = SecretStr("not-for-clients")
+    update = {"wandb_api_key": secret, "wandb_entity": "entity"}
+    settings = api.parts.settings.model_copy(update=update)
     object.__setattr__(api.parts, "settings", settings)
     strict = openai.OpenAI(
         base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
@@ -363,3 +365,14 @@ def test_the_sdks_own_wandb_integration_is_echoed_without_a_secret(api: Api) -> 
     assert job.integrations[0].wandb.model_dump() == wandb
     raw = httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{job.id}", headers=api.headers)
     assert "not-for-clients" not in raw.text
+    # The operator's key may write to more entities than the operator's own.
+    refused = httpx2.post(
+        f"{api.base_url}/v1/fine_tuning/jobs",
+        headers=api.headers,
+        json={
+            "model": "tiny-llama",
+            "training_file": file.id,
+            "integrations": [{"type": "wandb", "wandb": wandb | {"entity": "another"}}],
+        },
+    )
+    assert refused.json()["error"]["param"] == "integrations.0.wandb.entity"

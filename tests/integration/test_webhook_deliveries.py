@@ -360,4 +360,7 @@ def test_what_is_known_is_written_while_another_receivers_name_server_hangs(
     finally:
         may_answer.set()
         thread.join(timeout=30)
-    assert outcomes() == [("delivered", None), (None, "its name could not be resolved")]
+    assert outcomes() == [
+        ("delivered", None),
+        (None, "its name leads to no permitted address"),
+    ]

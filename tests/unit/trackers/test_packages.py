@@ -41,12 +41,19 @@ def test_wandb_runs_bear_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch
     _module(monkeypatch, "wandb", init=calls.init, Settings=SimpleNamespace)
     tracker = discover()["wandb"]
     config = tracker.Config.model_validate({"project": "p", "entity": "e", "tags": ["mine"]})
-    settings = Settings(_env_file=None, wandb_api_key=SecretStr("secret"), wandb_base_url="https://w.example")
+    settings = Settings(
+        _env_file=None,
+        wandb_api_key=SecretStr("secret"),
+        wandb_base_url="https://w.example",
+        wandb_entity="e",
+    )
     opened = tracker.open(config, _RUN, settings)
     opened.log(3, {"train_loss": 0.5})
     opened.close("failed")
     (_, _, begun), (_, (metrics,), at), (_, _, ended) = calls.made
-    assert (begun["project"], begun["entity"], begun["name"], begun["id"]) == ("p", "e", "ftjob-1", "ftjob-1")
+    # Two tenants' projects of one name are apart.
+    assert (begun["project"], begun["entity"]) == (f"{_RUN.project_id}-p", "e")
+    assert begun["name"] == begun["id"] == "ftjob-1"
     assert begun["resume"] == "allow"
     assert begun["tags"] == ["luthier/finetune", "luthier/tiny", "luthier/ftjob-1", "mine"]
     assert begun["config"] == {"n_epochs": 2, "seed": 7}
@@ -113,3 +120,4 @@ def test_an_mlflow_run_is_gone_on_with_by_a_later_attempt(monkeypatch: pytest.Mo
         ("train_loss", 0.25, 2),
     ]
     assert run["status"] == "FINISHED"
+    assert FakeMlflowClient.experiments == [f"{_RUN.project_id}/p"]
