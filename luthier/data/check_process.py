@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from luthier.core.errors import InvalidFileFormatError, UnavailableError
+from luthier.core.logs import origin
 from luthier.core.process import bare_environment
 from luthier.data.containers.base import Limits
 from luthier.data.validate import FileChecker, FileFacts
@@ -28,10 +29,15 @@ class _Question(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    """The facts of a file, or what is wrong with it."""
+    """The facts of a file; or what is wrong with it; or where a fault of our own was raised.
+
+    Of the latter there is no text: it may quote a row.
+    """
 
     facts: FileFacts | None = None
     fault: str = ""
+    error_type: str = ""
+    raised_at: str = ""
 
 
 class CheckProcess:
@@ -81,6 +87,7 @@ class CheckProcess:
         Raises:
             InvalidFileFormatError: when the file breaks its format.
             UnavailableError: when the process has ended without an answer.
+            RuntimeError: when it failed as nobody expected; names kind and place.
         """
         self._input.close()
         content = self._output.read()
@@ -90,6 +97,10 @@ class CheckProcess:
                 "machine is short of memory."
             )
         answer = msgspec.json.decode(content, type=_Answer)
+        if answer.error_type:
+            raise RuntimeError(
+                f"The process that checks rows failed with {answer.error_type} at {answer.raised_at}."
+            )
         if answer.facts is None:
             raise InvalidFileFormatError(answer.fault, param="file")
         return answer.facts
@@ -124,6 +135,9 @@ def main() -> None:
         answer = _Answer(_check(msgspec.json.decode(sys.argv[1], type=_Question)))
     except InvalidFileFormatError as error:
         answer = _Answer(fault=error.message)
+    except Exception as error:  # noqa: BLE001 - the parent raises it; a traceback could quote a row
+        found = origin(error)
+        answer = _Answer(error_type=found["error_type"], raised_at=found["raised_at"])
     sys.stdout.buffer.write(msgspec.json.encode(answer))
     sys.stdout.buffer.flush()
 

@@ -1,9 +1,18 @@
 """The seam between bytes and rows: which files are looked into, and what becomes of the others."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from luthier.core.errors import InvalidFileFormatError, InvalidValueError, UnsupportedValueError
+from luthier.core.errors import (
+    InvalidFileFormatError,
+    InvalidValueError,
+    UnavailableError,
+    UnsupportedValueError,
+)
 from luthier.core.purposes import INPUT_PURPOSES, OUTPUT_PURPOSES, check_input_purpose, check_mime_type
+from luthier.data.check_process import CheckProcess
 from luthier.data.containers.base import Limits
 from luthier.data.intake import UndecidedCheck, open_check
 from luthier.data.validate import FileFacts
@@ -79,3 +88,17 @@ def test_only_what_can_never_be_rows_is_refused_by_its_mime_type() -> None:
     check_mime_type("image/png", "vision")
     with pytest.raises(InvalidValueError, match="image/png"):
         check_mime_type("image/png", "fine-tune")
+
+
+def test_a_process_that_fails_or_ends_is_no_fault_of_the_file(tmp_path: Path, capfd: Any) -> None:
+    failing = CheckProcess(LIMITS, tmp_path / "none")
+    with pytest.raises(RuntimeError, match=r"failed with FileNotFoundError at \S+\.py:\d+ \w+\.$"):
+        failing.finish()
+    failing.close()
+    killed = CheckProcess(LIMITS, None)
+    killed.kill()
+    with pytest.raises(UnavailableError, match="has ended"):
+        for _ in range(99):
+            killed.feed(b'{"text": "a row"}\n' * 10_000)
+    killed.close()
+    assert not any("Traceback" in printed for printed in capfd.readouterr())
