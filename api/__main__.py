@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import signal
 import socket
 from types import FrameType
 
@@ -9,6 +10,7 @@ import uvicorn
 
 from api.deps import Parts
 from api.main import create_app, make_parts
+from luthier.bases.catalogue import read_again
 from luthier.core.garbage import freeze_garbage
 from luthier.core.http_limits import limited_protocol, raise_open_file_limit
 from luthier.core.logs import configure_logs
@@ -32,6 +34,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and remember the loop for the signals."""
         self._loop = asyncio.get_running_loop()
+        self._loop.add_signal_handler(signal.SIGHUP, self._read_catalogue)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -41,6 +44,9 @@ class _Server(uvicorn.Server):
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end_answers_soon)
         super().handle_exit(sig, frame)
+
+    def _read_catalogue(self) -> None:
+        self._parts.catalogue = read_again(self._parts.settings.models_file, self._parts.catalogue)
 
     def _end_answers_soon(self) -> None:
         if self._ending is None:

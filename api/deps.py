@@ -40,9 +40,12 @@ NUM_PROJECT_CHECKS = 2
 NUM_CHECKS = 2 * (os.cpu_count() or 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parts:
-    """What one API process is made of; made once at start and passed to every route."""
+    """What one API process is made of; made once at start and passed to every route.
+
+    SIGHUP replaces the catalogue, and nothing else.
+    """
 
     settings: Settings
     database: Database

@@ -49,6 +49,8 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: context.stopping.set())
     processes = JobProcesses(context.worker_id, settings.training_slots + 1, has_broker=has_broker)
+    is_catalogue_due = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: is_catalogue_due.set())
     woken = threading.Event()
     parts: dict[str, Callable[[WorkerContext], object]] = {
         "heartbeat": beat,
@@ -66,6 +68,10 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     _log.info("worker ready", worker_id=context.worker_id, has_broker=has_broker)
     while not context.stopping.is_set():
         processes.keep_running()
+        if is_catalogue_due.is_set():
+            is_catalogue_due.clear()
+            context.read_catalogue()
+            processes.read_catalogue()
         if woken.wait(_LOOK_SECONDS):
             woken.clear()
             processes.wake()

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import ColumnElement
 
 from db.session import Database
-from luthier.bases.catalogue import Catalogue, find_base_facts, load_catalogue
+from luthier.bases.catalogue import Catalogue, find_base_facts, load_catalogue, read_again
 from luthier.core.devices import NVIDIA_DRIVER, Device, find_device
 from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
@@ -107,6 +107,10 @@ class WorkerContext:
     def can_run(self) -> ColumnElement[bool]:
         """Select the jobs that this machine can run."""
         return workers.can_run(self.list_bases(), self.unreadable)
+
+    def read_catalogue(self) -> None:
+        """Take the catalogue as it is now; a broken one changes nothing."""
+        self.catalogue = read_again(self.settings.models_file, self.catalogue)
 
     def keep_spare(self) -> None:
         """Let a process wait for the next run, where that is wanted; from the main thread alone."""

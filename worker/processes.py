@@ -27,6 +27,8 @@ _log = structlog.get_logger()
 # A process that ended is started again, but not over and over at once.
 _RESTART_SECONDS = 5.0
 _UNCHECKED_AT_ONCE = 20
+# What a worker writes to the standard input of its processes.
+_WAKE, _READ_CATALOGUE = b"\n", b"c"
 
 
 def work(context: WorkerContext) -> None:
@@ -80,6 +82,8 @@ def run_job_process(settings: Settings, worker_id: str, parent_pid: int, *, has_
     signal.set_wakeup_fd(on_signal)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: context.stopping.set())
+    # Its worker answers it, and tells of it by the standard input.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The first job would wait for its imports otherwise.
     context.keep_spare()
     while not context.stopping.is_set():
@@ -88,8 +92,11 @@ def run_job_process(settings: Settings, worker_id: str, parent_pid: int, *, has_
         except LuthierError as error:
             _log.warning("look put off", reason=error.message)
         ready, _, _ = select.select([0, signalled], [], [], settings.sweep_seconds)
-        if 0 in ready and not os.read(0, 4096):
+        messages = os.read(0, 4096) if 0 in ready else _WAKE
+        if not messages:
             break
+        if _READ_CATALOGUE in messages:
+            context.read_catalogue()
 
 
 @dataclass
@@ -131,10 +138,17 @@ class JobProcesses:
 
     def wake(self) -> None:
         """Let each look now."""
+        self._send(_WAKE)
+
+    def read_catalogue(self) -> None:
+        """Let each take the catalogue as it is now, once it has nothing else to do."""
+        self._send(_READ_CATALOGUE)
+
+    def _send(self, message: bytes) -> None:
         for running in self._running:
             try:
                 if running is not None:
-                    running.input.write(b"\n")
+                    running.input.write(message)
             except (BlockingIOError, BrokenPipeError):
                 # It has not read the last ones yet, or has just ended.
                 continue

@@ -1,5 +1,6 @@
 """models.toml: which base models there are, where each comes from, and which names are mapped to them."""
 
+import logging
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +13,7 @@ from luthier.core.specs import BaseFacts
 
 FACTS_NAME = "base.json"
 
+_LOG = logging.getLogger(__name__)
 _SOURCE = re.compile(
     r"(?P<hf>hf:[\w.-]+/[\w.-]+@[\w.-]+)|(?P<path>path:.+)|(?P<pypi>pypi:[\w.-]+==[\w.]+#.+)"
 )
@@ -102,6 +104,17 @@ def load_catalogue(path: Path) -> Catalogue:
         if target not in bases:
             raise LuthierError(f"{path}: the name {alias!r} is mapped to {target!r}, which is no base here.")
     return catalogue
+
+
+def read_again(path: Path, before: Catalogue) -> Catalogue:
+    """Return the catalogue as it is now, or the one before where the file is broken; logs which."""
+    try:
+        found = load_catalogue(path)
+    except LuthierError as error:
+        _LOG.error("The catalogue of bases is broken, and stays as it was. %s", error.message)
+        return before
+    _LOG.info("The catalogue of bases was read again: %d bases.", len(found.bases))
+    return found
 
 
 def base_folder(bases_dir: Path, base_id: str) -> Path:

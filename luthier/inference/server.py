@@ -112,6 +112,8 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        # The API and workers read models.toml again; this process reads nothing of it.
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
         yield
 
     def _on_signal(self) -> None:
