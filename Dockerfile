@@ -28,6 +28,7 @@ ENV PYTHONUNBUFFERED=1 \
 RUN groupadd --gid 10001 luthier \
  && useradd --uid 10001 --gid 10001 --no-log-init --home-dir /var/lib/luthier --shell /usr/sbin/nologin luthier \
  && mkdir -p /var/lib/luthier/objects /var/lib/luthier/bases /var/lib/luthier/runs /var/lib/luthier/cache \
+      /var/lib/luthier/scratch \
  && chown -R luthier:luthier /var/lib/luthier
 WORKDIR /app
 

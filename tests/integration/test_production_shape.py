@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[2]
 _COMPOSE = ROOT / "docker-compose.yml"
 _VARIABLES = {
     "POSTGRES_PASSWORD": "unused",
+    "POSTGRES_SUPERUSER_PASSWORD": "of-the-superuser",
+    "VALKEY_PASSWORD": "of-valkey",
     "LUTHIER_INTERNAL_TOKEN": "an-internal-token",
     "LUTHIER_BOOTSTRAP_API_KEY": new_api_key(),
     "LUTHIER_SECRET_KEY": new_secret_key(),
@@ -161,13 +163,13 @@ def shape(postgres: Server) -> Iterator[Shape]:
         f'[bases.{BASE_ID}]\nsource = "path:{source}"\nlicence = "Apache-2.0"\n'
         "context_length = 256\nmemory_gib = 0.1\n"
     )
-    for name in ("objects", "bases", "runs", "cache"):
+    for name in ("objects", "bases", "runs", "cache", "scratch"):
         (folder / "state" / name).mkdir(parents=True)
     valkey = open_valkey(folder)
     api_port, inference_port = str(free_port()), str(free_port())
     renamed = {
         "postgresql+psycopg://luthier:unused@postgres:5432/luthier": postgres.url(database),
-        "redis://redis:6379/0": valkey.url(),
+        "redis://:of-valkey@redis:6379/0": valkey.url(),
         "/var/lib/luthier": str(folder / "state"),
         "deploy/health.py": str(ROOT / "deploy" / "health.py"),
         "http://inference:8001": f"http://127.0.0.1:{inference_port}",
@@ -252,7 +254,14 @@ def _status(client: httpx2.Client, base_url: str, job: str) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["POSTGRES_PASSWORD", "LUTHIER_INTERNAL_TOKEN", "LUTHIER_BOOTSTRAP_API_KEY", "LUTHIER_SECRET_KEY"],
+    [
+        "POSTGRES_PASSWORD",
+        "POSTGRES_SUPERUSER_PASSWORD",
+        "VALKEY_PASSWORD",
+        "LUTHIER_INTERNAL_TOKEN",
+        "LUTHIER_BOOTSTRAP_API_KEY",
+        "LUTHIER_SECRET_KEY",
+    ],
 )
 def test_a_missing_secret_is_refused_before_anything_starts(name: str) -> None:
     for value in ({}, {name: ""}):
@@ -281,6 +290,30 @@ def test_every_service_of_ours_is_hardened_and_only_the_api_is_published() -> No
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
         assert ("ports" in service) == (name == "api"), name
+
+
+def test_the_services_role_is_no_superuser_and_its_passwords_stay_apart() -> None:
+    services = read_compose(_VARIABLES)
+    database = services["postgres"]
+    superuser = database["environment"]["POSTGRES_USER"]
+    url = services["api"]["environment"]["LUTHIER_DATABASE_URL"]
+    assert f"//{superuser}:" not in url
+    assert "of-the-superuser" not in str({name: one for name, one in services.items() if name != "postgres"})
+    script = database["volumes"][0].split(":")[0]
+    assert "NOSUPERUSER" in (ROOT / script).read_text()
+    broker = services["redis"]
+    assert broker["command"][-2:] == ["--requirepass", "of-valkey"]
+    assert ":of-valkey@redis" in services["worker"]["environment"]["LUTHIER_REDIS_URL"]
+
+
+def test_every_service_has_a_limit_of_processes_and_no_large_file_goes_to_memory() -> None:
+    for name, service in read_compose(_VARIABLES).items():
+        assert service["pids_limit"] > 0, name
+        for mount in service.get("tmpfs", []):
+            assert ":size=" in mount, name
+        folder = service.get("environment", {}).get("TMPDIR", "/tmp")
+        if name in {"api", "worker", "inference", "fetch"}:
+            assert any(volume.split(":")[1] == folder for volume in service["volumes"]), name
 
 
 def test_commands_and_health_checks_of_the_file_are_those_of_the_images() -> None:
