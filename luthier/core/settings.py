@@ -29,6 +29,11 @@ class Settings(BaseSettings):
     database_url: SecretStr = Field(
         SecretStr("postgresql+psycopg://luthier@127.0.0.1/luthier"), description="PostgreSQL 15 or newer."
     )
+    database_user: str = Field(
+        "",
+        description="As root: the system user who runs the database of `luthier up`; empty: luthier, made "
+        "when absent, or postgres where only that is there.",
+    )
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey, for the bells only."
     )

@@ -49,6 +49,7 @@ def _findings(home: Path, base_url: str | None, api_key: str | None) -> Iterator
         yield Finding("settings", "fail", error.message, "correct the environment or .env")
         return
     yield service.check_home(home)
+    yield from service.check_mode(home)
     yield from service.check_left_databases()
     yield from _guarded("database", lambda: service.check_database(home, settings))
     yield service.check_broker(home, settings)

@@ -7,7 +7,13 @@ from pathlib import Path
 from luthier.bases.catalogue import base_folder, find_base_facts, load_catalogue
 from luthier.cli.connection import find_connection
 from luthier.cli.doctor.finding import START_ADVICE, Finding, not_running
-from luthier.cli.stack.home import RUN_LINK_NAME, StackError, find_lock_holder, load_secrets
+from luthier.cli.stack.home import (
+    RUN_LINK_NAME,
+    StackError,
+    find_lock_holder,
+    is_open_to_others,
+    load_secrets,
+)
 from luthier.cli.stack.postgres import database_url
 from luthier.cli.stack.postgres_programs import state_root
 from luthier.cli.stack.valkey import SOCKET_NAME, answers_ping
@@ -29,6 +35,13 @@ def check_home(home: Path) -> Finding:
     if holder is None:
         return Finding("service", "warn", f"not running on {home}", START_ADVICE)
     return Finding("service", "ok", f"running on {home} (process {holder})")
+
+
+def check_mode(home: Path) -> list[Finding]:
+    """No other user of the machine can enter the home."""
+    if not home.exists() or not is_open_to_others(home):
+        return []
+    return [Finding("home", "warn", f"other users can enter {home}", f"chmod 700 {home}")]
 
 
 def check_left_databases() -> list[Finding]:

@@ -136,6 +136,11 @@ def locked_home(home: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_open_to_others(home: Path) -> bool:
+    """Whether other users can enter a home, and read files and models there."""
+    return bool(home.stat().st_mode & 0o077)
+
+
 def find_lock_holder(home: Path) -> int | None:
     """Return the pid of the `luthier up` that runs on a home, or None when none does."""
     try:

@@ -15,7 +15,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from luthier.cli.stack.home import Secrets, StackError
-from luthier.cli.stack.postgres_programs import ENVIRONMENT, find_programs, find_user, run_as, state_root
+from luthier.cli.stack.postgres_programs import (
+    ENVIRONMENT,
+    call_as,
+    find_programs,
+    find_user,
+    run_as,
+    state_root,
+)
 from luthier.cli.stack.processes import ProcessSpec, UnixUser
 from luthier.storage.manifests import fsync_path
 
@@ -65,7 +72,7 @@ class Postgres:
     def prepare(self) -> None:
         """Make the socket's folder and wait for a server that a killed run left behind."""
         _make_owned_folder(self.socket_folder, self.user)
-        end_leftover(self.data)
+        end_leftover(self.data, self.user)
 
     def is_ready(self) -> bool:
         """Whether the server takes connections; makes the service's role and database when it does."""
@@ -109,7 +116,9 @@ def _ensure_role_and_database(execute: Callable[[str], object], password: str) -
         execute(f"CREATE DATABASE {_DATABASE} OWNER {_ROLE}")
 
 
-def open_postgres(home: Path, run: Path, secrets: Secrets, *, say: Callable[[str], None]) -> Postgres:
+def open_postgres(
+    home: Path, run: Path, secrets: Secrets, *, say: Callable[[str], None], user_name: str = ""
+) -> Postgres:
     """Prepare the embedded server of a home: programs, user, and a data folder made at the first call.
 
     Returns:
@@ -121,12 +130,12 @@ def open_postgres(home: Path, run: Path, secrets: Secrets, *, say: Callable[[str
     is_root = os.geteuid() == 0
     state = _state_folder(secrets.home_id, home) if is_root else home
     data = state / "postgres"
-    user = find_user(data) if is_root else None
+    user = find_user(data, user_name, say) if is_root else None
     programs = find_programs(user)
     server = Postgres(programs, data, run / _SOCKET_FOLDER, user, secrets)
     _make_owned_folder(server.socket_folder, user)
     if data.exists():
-        _check_version(data, programs)
+        _check_version(data, programs, user)
     else:
         say("Making the database (once)")
         _init_data(server)
@@ -137,6 +146,9 @@ def _state_folder(home_id: str, home: Path) -> Path:
     folder = state_root() / home_id
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        # The database's user passes through, whatever the umask.
+        folder.chmod(0o755)
+        folder.parent.chmod(folder.parent.stat().st_mode | 0o111)
         (folder / "home").write_text(f"{home}\n")
     except OSError as error:
         raise StackError(
@@ -158,29 +170,31 @@ def _init_data(server: Postgres) -> None:
     if building.exists():
         shutil.rmtree(building)
     _make_owned_folder(building, server.user)
-    password_file = server.socket_folder / "password"
-    password_file.touch(mode=0o600)
-    password_file.write_text(server.secrets.postgres_password + "\n")
+    # In memory, so that nothing is written into a folder that the user can change.
+    password = os.memfd_create("password")
+    os.write(password, f"{server.secrets.postgres_password}\n".encode())
     if server.user is not None:
-        os.chown(password_file, server.user.uid, server.user.gid)
+        os.fchown(password, server.user.uid, server.user.gid)
     # The builtin locale keeps the order of indexes independent of the system's C library.
     locale = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     result = run_as(
         [
             *(str(server.programs / "initdb"), "-D", str(building), "-U", _OWNER, *locale),
-            *("--auth=scram-sha-256", f"--pwfile={password_file}"),
+            *("--auth=scram-sha-256", f"--pwfile=/proc/self/fd/{password}"),
         ],
         server.user,
+        descriptors=(password,),
     )
-    password_file.unlink()
+    os.close(password)
     if result.returncode != 0:
         raise StackError(f"The database could not be made in {building}: {result.stderr.strip()[-500:]}")
     building.rename(server.data)
     fsync_path(server.data.parent)
 
 
-def _check_version(data: Path, programs: Path) -> None:
-    have = (data / "PG_VERSION").read_text().strip()
+def _check_version(data: Path, programs: Path, user: UnixUser | None = None) -> None:
+    # By the user, who may have made a link of it.
+    have = run_as(["cat", str(data / "PG_VERSION")], user).stdout.strip()[:16]
     output = run_as([str(programs / "postgres"), "--version"], None).stdout
     program = output.rsplit(" ", 1)[-1].split(".")[0].strip()
     if have != program:
@@ -191,16 +205,24 @@ def _check_version(data: Path, programs: Path) -> None:
         )
 
 
-def end_leftover(data: Path) -> None:
+def end_leftover(data: Path, user: UnixUser | None = None) -> None:
     """Wait for a server that a killed run left on this data to end, and end it when it does not.
 
     When the number in postmaster.pid was given to another process since, PostgreSQL would refuse to start.
     The file is not removed, for it also guards against orphans of the old server; it is made to name us,
     the new server's parent, which PostgreSQL takes for stale.
 
+    Args:
+        user: who runs the server, and looks and writes here in root's place: the folder is theirs.
+
     Raises:
         StackError: when the old server can't be ended.
     """
+    our_pid = os.getpid()
+    call_as(user, lambda: _end_leftover(data, our_pid))
+
+
+def _end_leftover(data: Path, our_pid: int) -> None:
     pid_file = data / "postmaster.pid"
     deadline = time.monotonic() + _LEFTOVER_SECONDS
     while True:
@@ -212,7 +234,7 @@ def end_leftover(data: Path) -> None:
         if not Path(f"/proc/{pid}").exists():
             return
         if not _is_server_on(pid, data):
-            pid_file.write_text(f"{os.getpid()}\n{rest}")
+            pid_file.write_text(f"{our_pid}\n{rest}")
             return
         if time.monotonic() > deadline + 2.0:
             raise StackError(f"A PostgreSQL server (process {pid}) still runs on {data}: end it first.")

@@ -10,6 +10,7 @@ import os
 import pwd
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from luthier.cli.stack.processes import UnixUser
 from luthier.core.process import die_with_parent
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
-# In this order: one made for the purpose, the system's own database user, the user that owns nothing.
-_USERS_INSTEAD_OF_ROOT = ("luthier", "postgres", "nobody")
+# One made for the purpose, else the system's own database user. Not nobody, whom other services share.
+_OWN_USER = "luthier"
+_USERS_INSTEAD_OF_ROOT = (_OWN_USER, "postgres")
+_USERADD = ("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", _OWN_USER)
 
 
 def state_root() -> Path:
@@ -27,26 +30,39 @@ def state_root() -> Path:
     return Path(os.environ.get("STATE_DIRECTORY") or "/var/lib/luthier")
 
 
-def find_user(data: Path) -> UnixUser:
-    """Choose who runs the server in root's place: the data's owner, else the first user that is there.
+def find_user(data: Path, name: str, say: Callable[[str], None]) -> UnixUser:
+    """Choose who runs the server in root's place: the data's owner, the named user, or one that is made.
 
     Args:
         data: the data folder, made already or not.
+        name: the operator's choice (LUTHIER_DATABASE_USER), empty: `luthier`, else `postgres`.
+        say: takes a line for the terminal.
 
     Raises:
-        StackError: when none of the usual users exists.
+        StackError: when the user does not exist, and can't be made.
     """
     if data.exists():
-        status = data.stat()
+        status = data.lstat()
         return UnixUser(status.st_uid, status.st_gid)
-    for name in _USERS_INSTEAD_OF_ROOT:
+    for known in (name,) if name else _USERS_INSTEAD_OF_ROOT:
         with contextlib.suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            return UnixUser(entry.pw_uid, entry.pw_gid)
+            return _user_of(known)
+    try:
+        if not name and subprocess.run(_USERADD, capture_output=True, check=False).returncode == 0:
+            say(f"Made the system user {_OWN_USER}, who runs the database: PostgreSQL does not run as root")
+            return _user_of(_OWN_USER)
+    except (OSError, KeyError):
+        pass  # said below
     raise StackError(
-        "PostgreSQL does not run as root and there is no user `nobody` to run it. Run `luthier up` as an "
-        "ordinary user."
+        f"PostgreSQL does not run as root, and there is no user `{name or _OWN_USER}` to run it. Make one: "
+        f"`{' '.join(_USERADD[:-1])} {name or _OWN_USER}`. Or name one that exists by LUTHIER_DATABASE_USER, "
+        "or run `luthier up` as an ordinary user."
     )
+
+
+def _user_of(name: str) -> UnixUser:
+    entry = pwd.getpwnam(name)
+    return UnixUser(entry.pw_uid, entry.pw_gid)
 
 
 def find_programs(user: UnixUser | None) -> Path:
@@ -80,6 +96,9 @@ def find_programs(user: UnixUser | None) -> Path:
         (building / "bin").mkdir()
         for name in ("initdb", "postgres"):
             shutil.copy2(tree / "bin" / name, building / "bin" / name)
+        # Others than root run them, whatever the umask.
+        for folder in (copy.parent, building, building / "bin"):
+            folder.chmod(0o755)
         try:
             building.rename(copy)
         except OSError:
@@ -93,8 +112,48 @@ def find_programs(user: UnixUser | None) -> Path:
     return copy / "bin"
 
 
-def run_as(command: list[str], user: UnixUser | None) -> "subprocess.CompletedProcess[str]":
-    """Run a program to its end as a user (ourselves when None), with its output taken as text."""
+def call_as(user: UnixUser | None, act: Callable[[], None]) -> None:
+    """Do something as a user (ourselves when None), in a process of its own, which their links can't mislead.
+
+    Raises:
+        StackError: with the message of the one that `act` raised, or when it broke off otherwise.
+    """
+    if user is None:
+        act()
+        return
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        told = "1"
+        try:
+            os.setgroups([])
+            os.setgid(user.gid)
+            os.setuid(user.uid)
+            act()
+            told = ""
+        except StackError as error:
+            told = str(error)
+        except OSError as error:
+            told = f"The database's folder can't be used by its user ({error.strerror})."
+        finally:
+            os.write(write_end, told.encode())
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as answer:
+        told = answer.read().decode()
+    os.waitpid(pid, 0)
+    if told:
+        raise StackError(told)
+
+
+def run_as(
+    command: list[str], user: UnixUser | None, *, descriptors: tuple[int, ...] = ()
+) -> "subprocess.CompletedProcess[str]":
+    """Run a program to its end as a user (ourselves when None), with its output taken as text.
+
+    Args:
+        descriptors: open files that it keeps.
+    """
     return subprocess.run(
         command,
         user=user.uid if user else None,
@@ -105,6 +164,7 @@ def run_as(command: list[str], user: UnixUser | None) -> "subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
+        pass_fds=descriptors,
         # An initdb must not go on writing below a folder that the next run removes.
         preexec_fn=partial(die_with_parent, os.getpid()),
     )

@@ -1,6 +1,7 @@
 """`luthier up`: the whole service of one home in the foreground, from nothing to `Ready:` and back."""
 
 import contextlib
+import os
 import shlex
 import socket
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from luthier.cli.stack.home import (
     CONNECTION_NAME,
     StackError,
+    is_open_to_others,
     load_secrets,
     locked_home,
     run_folder,
@@ -50,11 +52,15 @@ def up(
         StackError: when the service can't start; says what to do.
     """
     started_at = time.monotonic()
+    # Files and models are nobody else's to read, whatever the umask of who starts us.
+    os.umask(0o077)
     with locked_home(home), run_folder(home) as run:
         _check_port(host, port)
         logs = home / "logs"
         logs.mkdir(exist_ok=True, mode=0o700)
         say(f"Home: {home}")
+        if is_open_to_others(home):
+            say(f"Warning: other users of this machine can enter {home}: `chmod 700 {home}` keeps them out")
         supervisor = Supervisor(logs, say=say)
         with supervisor.signals():
             try:
@@ -88,7 +94,7 @@ def _start(
     database_url = settings.database_url.get_secret_value()
     is_alone = "database_url" not in settings.model_fields_set
     if is_alone:
-        postgres = open_postgres(home, run, secrets, say=say)
+        postgres = open_postgres(home, run, secrets, say=say, user_name=settings.database_user)
         database_url = postgres.url()
         servers.append(postgres.spec())
     redis_url = settings.redis_url.get_secret_value()

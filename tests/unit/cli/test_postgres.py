@@ -1,15 +1,20 @@
 """What a killed server leaves behind does not block the next one."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from luthier.cli.stack import postgres
-from luthier.cli.stack.home import StackError
-from luthier.cli.stack.postgres import end_leftover
+from luthier.cli.stack import postgres, postgres_programs
+from luthier.cli.stack.home import Secrets, StackError
+from luthier.cli.stack.postgres import end_leftover, open_postgres
+from luthier.cli.stack.postgres_programs import find_user
+from luthier.cli.stack.processes import UnixUser
 
 
 def _write_pid(data: Path, pid: int) -> Path:
@@ -72,3 +77,58 @@ def test_data_of_another_version_is_refused_with_what_to_do(tmp_path: Path) -> N
     (programs / "postgres").chmod(0o755)
     with pytest.raises(StackError, match=r"made by PostgreSQL 9, and version 18 .* pg_dump"):
         postgres._check_version(tmp_path, programs)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that any user may pass through, which pytest's own are not."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root acts for another user")
+# A user of no name, who owns nothing.
+_USER = UnixUser(64_123, 64_123)
+
+
+@as_root
+def test_a_link_of_the_databases_user_leads_root_to_no_other_file(open_folder: Path) -> None:
+    target = open_folder / "preload"
+    target.write_text(f"{os.getppid()}\nof root\n")
+    data = open_folder / "data"
+    data.mkdir()
+    (data / "postmaster.pid").symlink_to(target)
+    os.chown(data, _USER.uid, _USER.gid)
+    with pytest.raises(StackError, match="can't be used by its user"):
+        end_leftover(data, _USER)
+    assert target.read_text() == f"{os.getppid()}\nof root\n"
+    assert target.stat().st_uid == 0
+
+
+@as_root
+def test_the_first_password_is_written_into_no_folder_of_the_databases_user(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(open_folder / "state"))
+    target = open_folder / "target"
+    target.write_text("of root")
+    run = open_folder / "run"
+    (run / "pg").mkdir(parents=True)
+    (run / "pg" / "password").symlink_to(target)
+    secrets = Secrets("id", "lt_key", "owner-password", "role-password", "key")
+    server = open_postgres(open_folder, run, secrets, say=lambda _line: None)
+    assert (server.data / "PG_VERSION").exists()
+    assert (target.read_text(), target.stat().st_uid) == ("of root", 0)
+
+
+def test_nobody_runs_the_database_only_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = {"nobody": UnixUser(65534, 65534)}
+    monkeypatch.setattr(postgres_programs, "_user_of", lambda name: users[name])
+    monkeypatch.setattr(postgres_programs, "_USERADD", ("false", "luthier"))
+    with pytest.raises(StackError, match="LUTHIER_DATABASE_USER"):
+        find_user(tmp_path / "data", "", lambda _line: None)
+    assert find_user(tmp_path / "data", "nobody", lambda _line: None) == users["nobody"]
