@@ -5,6 +5,7 @@ import ipaddress
 import pytest
 
 from luthier.core.errors import InvalidValueError
+from luthier.webhooks import targets
 from luthier.webhooks.targets import TargetRules, check_url, is_internal, permitted_addresses
 
 _INTERNAL = [
@@ -154,3 +155,15 @@ def test_a_name_with_one_internal_address_among_others_is_refused() -> None:
         ipaddress.ip_address("1.1.1.1"),
         ipaddress.ip_address("8.8.8.8"),
     ]
+
+
+def test_the_machines_own_address_is_no_target_also_where_it_is_public(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Loopback stands for a public address that this machine has.
+    monkeypatch.setattr(targets, "is_internal", lambda _address: False)
+    own, other = (ipaddress.ip_address(text) for text in ("127.0.0.1", "1.1.1.1"))
+    assert not TargetRules().permits("hooks.example", own)
+    assert TargetRules().permits("hooks.example", other)
+    listed = TargetRules.parse(allow_http=False, allowed_targets="127.0.0.1")
+    assert listed.permits("hooks.example", own)
