@@ -23,6 +23,7 @@ from tests.conftest import Api, Server, fresh_database, make_settings, running_p
 from tests.proxy import StallingProxy, stalling_proxy
 from tests.rows import colour_rows, jsonl
 from tests.workers import running_worker
+from worker.app import sweep
 from worker.context import Watch, make_context
 from worker.keeper import LeaseKeeper
 
@@ -156,11 +157,36 @@ def test_nothing_is_taken_until_the_database_was_seen_for_a_whole_lease() -> Non
     assert taken == [30, 35, 130, 135]
 
 
+def test_a_sweeper_that_has_just_come_back_takes_nothing_from_anybody(api: Api, settings: Settings) -> None:
+    job_id = _create(_client(api))
+    with api.parts.database.transaction() as session:
+        assert leases.claim_for_preparing(session, job_id, "worker", -1) is not None
+    context = make_context(settings)
+
+    def holder() -> tuple[str | None, int]:
+        with api.parts.database.transaction() as session:
+            row = session.get_one(Job, job_id)
+            return row.lease_owner, row.num_crashes
+
+    sweep(context)
+    assert holder() == ("worker", 0)
+    deadline = time.monotonic() + settings.lease_seconds + 60
+    while holder()[0] is not None and time.monotonic() < deadline:
+        sweep(context)
+        time.sleep(0.2)
+    assert holder() == (None, 0)
+    context.database.close()
+
+
+@pytest.mark.full
 def test_an_outage_of_two_leases_is_no_crash_of_the_jobs_that_trained(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     with running_postgres() as server, fresh_database(server) as database:
-        settings = make_settings(database, tiny_base, tmp_path).model_copy(update={"lease_seconds": 2})
+        # Renewed once a second: who sweeps is most often back before who renews.
+        slow = {"lease_seconds": 4, "control_seconds": 1, "heartbeat_seconds": 1}
+        settings = make_settings(database, tiny_base, tmp_path).model_copy(update=slow)
+        sweeper = make_context(settings)
         with (
             serve_api(settings, database) as api,
             running_worker(settings, tmp_path / "a.log", "--no-broker"),
@@ -175,9 +201,12 @@ def test_an_outage_of_two_leases_is_no_crash_of_the_jobs_that_trained(
 
             wait_until(lambda: min(steps()) > 5, seconds=120, what="both train")
             assert max(steps()) < 190, "too late: one is nearly done"
+            sweep(sweeper)
             server.stop()
             time.sleep(2 * settings.lease_seconds)
             server.start()
+            sweep(sweeper)
+            sweeper.database.close()
             undisturbed = _create(client, n_epochs=10)
             jobs = [*disturbed, undisturbed]
 
