@@ -229,7 +229,7 @@ def test_a_full_disk_of_a_worker_fails_a_job_by_name_after_some_tries(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("worker.tasks.prepare.prepare_rows", full)
+    monkeypatch.setattr("worker.tasks.prepare.ensure_jobs_base", full)
     assert _try_until_the_end(client, context, job_id) <= 8
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.error is not None
