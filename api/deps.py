@@ -61,6 +61,8 @@ class Parts:
     webhook_tests: ProjectLimit = field(default_factory=lambda: ProjectLimit(1, "tests of webhooks"))
     bodies: BodyBudget = field(default_factory=BodyBudget)
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
+    # Projects of which an estimate is being made.
+    estimating: set[str] = field(default_factory=set)
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
     checks: ProjectPlaces = field(
         default_factory=lambda: ProjectPlaces(

@@ -1,6 +1,8 @@
-"""Estimating a job: its rows are counted in a thread, in bounded time, with no session open."""
+"""Estimating a job: its rows are counted in a thread, in bounded time and memory, with no session open."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,14 +10,15 @@ from api.deps import Parts
 from api.turns import get_base_here, run_apart, turn
 from db.tables import File
 from luthier.bases.catalogue import base_folder
+from luthier.core.errors import TooManyRequestsError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
-from luthier.data.count import RowCounts, count_rows
+from luthier.data.count import SAMPLE_BYTES, RowCounts, count_rows
 from luthier.data.objectives import Purpose
 from luthier.data.prompts import check_sample_prompts
 from luthier.methods import room_in_context, row_limit
-from services import calibrations, integrations, jobs
-from services.estimates import Estimate, estimate
+from services import integrations, jobs, speeds
+from services.estimates import Estimate, Grounds, estimate
 from services.jobs import NewJob
 from services.scope import Scope
 
@@ -25,24 +28,34 @@ _MAX_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class _Input:
-    id: str
     storage_key: str
-    sha256: str
+    num_bytes: int
+    num_rows: int
 
     @classmethod
     def of(cls, file: File) -> "_Input":
-        return cls(file.id, file.storage_key, file.sha256)
+        return cls(file.storage_key, file.num_bytes, file.num_rows)
 
 
 async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
-    """Tell what a job would take; nothing is stored. Few at a time: others wait without a thread.
+    """Estimate what a job would take; nothing is stored. One for a project and few at a time.
 
     Raises:
         LuthierError: what creating the job would raise; and when the base is not on this machine.
+        TooManyRequestsError: when another estimate of the project is being made.
         UnavailableError: when others are estimated for longer than one can wait.
     """
-    async with turn(parts.estimates, told="Other estimates are being made; try again."):
-        return await run_apart(lambda: _estimate(parts, scope, request))
+    if scope.project_id in parts.estimating:
+        raise TooManyRequestsError(
+            "Another estimate of this project is being made, and a project has one at a time; send it again "
+            "once that has been answered."
+        )
+    parts.estimating.add(scope.project_id)
+    try:
+        async with turn(parts.estimates, told="Other estimates are being made; try again."):
+            return await run_apart(lambda: _estimate(parts, scope, request))
+    finally:
+        parts.estimating.discard(scope.project_id)
 
 
 def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
@@ -51,12 +64,11 @@ def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
         checked = jobs.check(session, scope, parts.catalogue, request)
         training = _Input.of(checked.training_file)
         validation = None if checked.validation_file is None else _Input.of(checked.validation_file)
-        memory_bytes = calibrations.find_worker_memory(session)
+        memory_bytes = speeds.find_worker_memory(session)
     spec = checked.spec
     base = get_base_here(parts, spec.base_id, param="model")
-    with parts.database.transaction() as session:
-        measured, reason = calibrations.find_measured(session, base, spec.training.precision)
-    if measured is not None and measured.constants.device != "cpu":
+    grounds = _find_grounds(parts, spec, base)
+    if grounds is not None and grounds.device.device != "cpu":
         # Of a GPU's memory prepare knows nothing either.
         memory_bytes = None
     folder = base_folder(parts.settings.bases_dir, base.id)
@@ -70,21 +82,28 @@ def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
         validation=(
             None if validation is None else _count(parts, validation, "validation", spec, folder, base)
         ),
-        measured=measured,
-        reason=reason,
+        grounds=grounds,
         memory_bytes=memory_bytes,
     )
+
+
+def _find_grounds(parts: Parts, spec: TrainingSpec, base: BaseFacts) -> Grounds | None:
+    with parts.database.transaction() as session:
+        finished, device = speeds.list_finished(session, base, spec.training.precision)
+        device = device or speeds.find_speed(session)
+    return None if device is None else Grounds(device, finished)
 
 
 def _count(
     parts: Parts, file: _Input, purpose: Purpose, spec: TrainingSpec, folder: Path, base: BaseFacts
 ) -> RowCounts:
-    with tempfile.TemporaryDirectory(prefix="luthier-estimate-") as scratch:
-        path = Path(scratch) / "rows.jsonl"
-        parts.storage.fetch_file(file.storage_key, path, sha256=file.sha256)
+    is_whole = parts.storage.local_root is not None or file.num_bytes <= SAMPLE_BYTES
+    with _rows_here(parts, file, is_whole=is_whole) as path:
         return count_rows(
             path,
             folder,
+            num_rows=file.num_rows,
+            is_whole=is_whole,
             max_length=row_limit(spec, base),
             too_long=spec.training.too_long,
             max_rows=MAX_ROWS,
@@ -92,3 +111,16 @@ def _count(
             purpose=purpose,
             wants_pairs=spec.dpo is not None,
         )
+
+
+@contextmanager
+def _rows_here(parts: Parts, file: _Input, *, is_whole: bool) -> Iterator[Path]:
+    """Hold a file's rows on this machine: the file itself, or a copy of its beginning."""
+    if is_whole:
+        with parts.storage.local_file(file.storage_key) as path:
+            yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="luthier-estimate-") as beginning:
+        beginning.write(parts.storage.read_start(file.storage_key, SAMPLE_BYTES))
+        beginning.flush()
+        yield Path(beginning.name)

@@ -1,9 +1,9 @@
 """How near estimates come to what is then measured: `python -m benchmarks.estimate`.
 
-For every method: the estimate that the service would give after a calibration, and short real runs of the
-training process over the same rows; with `--dpo` over pairs of our preference set (preference_set.py).
-Medians of the runs; the bars are 30 % for seconds, 15 % for memory.
-Stopped, it goes on from the runs it has.
+For every method: what the service would estimate before any job has finished on the base, and after one
+over twice as many rows has; beside short runs of the training process, with `--dpo` over pairs of our
+preference set (preference_set.py). Medians of the runs; the bars are 35 % for seconds before, 20 % after,
+15 % for memory. Stopped, it continues from the runs it has.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from typing import Any
 from benchmarks.preference_set import make_preferences
 from benchmarks.results_file import ROOT, ResultsFile, fingerprint_of
 from benchmarks.workload import find_base
-from luthier.core.estimates import Calibration
+from luthier.core.cost_model import DeviceSpeed
 from luthier.core.events import FailedEvent, FinishedEvent, parse_event
+from luthier.core.reports import RunReport
 from luthier.core.settings import Settings
 from luthier.core.shapes import read_shape
 from luthier.core.specs import (
@@ -35,8 +36,8 @@ from luthier.data.count import count_rows
 from luthier.data.prepare import prepare_rows
 from luthier.data.prepared import write_prepared
 from luthier.methods import check_tuning, discover
-from services.calibrations import Measured
-from services.estimates import Estimate, estimate
+from services.estimates import Estimate, Grounds, estimate
+from services.speeds import finished_job
 from worker.child import child_environment
 
 RESULTS = ROOT / "benchmarks" / "results" / "estimate.json"
@@ -44,7 +45,7 @@ NUM_ROWS = 24
 NUM_RUNS = 5
 MAX_LENGTH = 1024
 SEED = 7
-MAX_SECONDS_OFF, MAX_BYTES_OFF = 0.30, 0.15
+MAX_OFF_BEFORE, MAX_OFF_AFTER, MAX_BYTES_OFF = 0.35, 0.20, 0.15
 
 
 def main() -> None:
@@ -56,12 +57,10 @@ def main() -> None:
     results = ResultsFile(options.out, describe_machine(), fresh=options.fresh)
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as scratch:
         data = Path(scratch) / "rows.jsonl"
-        data.write_bytes(_make_rows(options))
-        row = results.row(
-            "calibration", fingerprint_of(facts.digest, options.threads, options.precision, _code())
-        )
-        if "constants" not in row:
-            row["constants"] = _calibrate(folder, options)
+        data.write_bytes(_make_rows(options, options.rows))
+        row = results.row("speed", fingerprint_of(facts.digest, options.threads, options.precision))
+        if "device" not in row:
+            row["device"] = _measure_speed(options)
             results.save()
         for name in options.only or list(discover()):
             _measure(options, results, name, facts, folder, data, Path(scratch))
@@ -69,12 +68,12 @@ def main() -> None:
     print(f"{options.out} written")
 
 
-def _make_rows(options: argparse.Namespace) -> bytes:
+def _make_rows(options: argparse.Namespace, num_rows: int) -> bytes:
     if options.dpo:
-        pairs, _ = make_preferences(options.rows, 1)
+        pairs, _ = make_preferences(num_rows, 1)
         return b"".join(json.dumps(row).encode() + b"\n" for row in pairs)
     with options.data.open("rb") as stream:
-        return b"".join(line for line, _ in zip(stream, range(options.rows), strict=False))
+        return b"".join(line for line, _ in zip(stream, range(num_rows), strict=False))
 
 
 def _parse_options() -> argparse.Namespace:
@@ -92,26 +91,15 @@ def _parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _code() -> str:
-    from worker.calibration import code_version
-
-    return code_version()
-
-
-def _calibrate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the constants as a worker gets them: once more where kernels were compiled on the way."""
-    asked = [str(folder), "auto", options.precision, str(options.threads)]
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "luthier.training", "--calibrate", *asked],
-            env=child_environment(options.threads),
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-        found: dict[str, Any] = json.loads(done.stdout)
-        if not found["is_cold"]:
-            break
-    print(f"calibrated in {found['probe_seconds']:.2f} s beside imports and loading", flush=True)
+def _measure_speed(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the speed of the device as a worker measures it."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "luthier.training", "--measure-speed", "auto", str(options.threads)],
+        env=child_environment(options.threads),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -125,25 +113,41 @@ def _measure(
     scratch: Path,
 ) -> None:
     """Estimate one method and train it as often as is asked for, but what was measured before."""
-    calibration = results.content["rows"]["calibration"]
-    told = _estimate(name, options, facts, folder, data, calibration["constants"])
-    spec = told.spec
+    speed = DeviceSpeed.model_validate(results.content["rows"]["speed"]["device"])
     row_name = f"{name}, dpo" if options.dpo else name
-    row = results.row(row_name, fingerprint_of(spec.model_dump(mode="json"), calibration["fingerprint"]))
-    seconds = told.seconds
-    row["estimate"] = {
-        "seconds": None if seconds is None else seconds.model_dump(exclude={"tokenize"}),
-        "peak_memory_bytes": told.peak_memory_bytes,
-        "artifact_bytes": told.artifact_bytes,
-        "num_trained_parameters": told.num_trained_parameters,
-        "steps": told.num_steps,
-        "reason": told.reason,
-    }
+    earlier = scratch / f"{row_name}-earlier.jsonl"
+    earlier.write_bytes(_make_rows(options, 2 * options.rows))
+    before = _estimate(name, options, facts, folder, data, options.rows, Grounds(speed))
+    spec = before.spec
+    row = results.row(row_name, fingerprint_of(spec.model_dump(mode="json"), facts.digest))
     runs: list[dict[str, Any]] = row.setdefault("runs", [])
+    if "earlier" not in row:
+        earlier_spec = _estimate(name, options, facts, folder, earlier, 2 * options.rows, Grounds(speed)).spec
+        row["earlier"] = _train(scratch / f"{row_name}-earlier", earlier_spec, folder, earlier)
     while len(runs) < options.runs:
         runs.append(_train(scratch / f"{row_name}-{len(runs)}", spec, folder, data))
         results.save()
-        print(f"  {row_name}: {json.dumps(runs[-1]['seconds'])} {runs[-1]['peak_memory_bytes']}", flush=True)
+        print(f"  {row_name}: {json.dumps(runs[-1]['report']['seconds'])}", flush=True)
+    finished = [
+        finished_job(
+            RunReport.model_validate(row["earlier"]["report"]),
+            num_scored_tokens=0,
+            num_rows_tokens=row["earlier"]["num_tokens"],
+        )
+    ]
+    after = _estimate(name, options, facts, folder, data, options.rows, Grounds(speed, finished))
+    row["estimate"] = {
+        "before": _phases(before),
+        "after": _phases(after),
+        "peak_memory_bytes": before.peak_memory_bytes,
+        "artifact_bytes": before.artifact_bytes,
+    }
+    results.save()
+
+
+def _phases(found: Estimate) -> dict[str, float]:
+    assert found.seconds is not None
+    return found.seconds.model_dump(exclude={"tokenize"})
 
 
 def _estimate(
@@ -152,7 +156,8 @@ def _estimate(
     facts: BaseFacts,
     folder: Path,
     data: Path,
-    constants: dict[str, Any],
+    num_rows: int,
+    grounds: Grounds,
 ) -> Estimate:
     spec = TrainingSpec(
         base_id=facts.id,
@@ -165,9 +170,10 @@ def _estimate(
     counts = count_rows(
         data,
         folder,
+        num_rows=num_rows,
         max_length=MAX_LENGTH,
         too_long="drop",
-        max_rows=options.rows,
+        max_rows=num_rows,
         max_seconds=60.0,
         wants_pairs=options.dpo,
     )
@@ -178,8 +184,7 @@ def _estimate(
         base_folder=folder,
         training=counts,
         validation=None,
-        measured=Measured(Calibration.model_validate(constants), "benchmark", "here", 0),
-        reason="",
+        grounds=grounds,
         memory_bytes=None,
     )
 
@@ -211,42 +216,32 @@ def _train(folder: Path, spec: TrainingSpec, base: Path, data: Path) -> dict[str
         if isinstance(event, FailedEvent):
             raise SystemExit(f"{event.code}: {event.message}")
         if isinstance(event, FinishedEvent):
-            report = event.report
-            return {
-                "seconds": report.seconds.model_dump(exclude={"tokenize"}),
-                "peak_memory_bytes": report.peak_memory_bytes,
-                "artifact_bytes": report.artifact_bytes,
-                "num_trained_parameters": report.num_trained_parameters,
-                "steps": report.steps_done,
-                "path": report.path,
-            }
+            return {"report": event.report.model_dump(mode="json"), "num_tokens": rows.num_tokens}
     raise SystemExit(f"The training process ended early: {(folder / 'log').read_text()[-500:]}")
 
 
 def make_table(rows: dict[str, Any]) -> str:
     """Return the results as a Markdown table: estimates, medians of the runs, and errors."""
-    lines = [
-        "| method | runs | s: estimate | measured | error | train only | MiB: estimate | measured | error |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = "method | runs | s: measured | before a job | error | after one | error"
+    lines = [f"| {columns} | MiB: measured | estimate | error |", "|---" * 10 + "|"]
     for name, row in sorted(rows.items()):
-        runs, told = row.get("runs"), row.get("estimate")
-        if not runs or told["seconds"] is None:
+        if "estimate" not in row:
             continue
-        measured = {
-            phase: statistics.median(run["seconds"][phase] for run in runs) for phase in told["seconds"]
-        }
-        total = statistics.median(sum(run["seconds"].values()) for run in runs)
-        peak = statistics.median(run["peak_memory_bytes"] for run in runs)
-        estimated = sum(told["seconds"].values())
-        off = _off(estimated, total, MAX_SECONDS_OFF)
-        train_off = _off(told["seconds"]["train"], measured["train"], MAX_SECONDS_OFF)
-        bytes_off = _off(told["peak_memory_bytes"], peak, MAX_BYTES_OFF)
-        lines.append(
-            f"| {name} | {len(runs)} | {estimated:.1f} | {total:.1f} | {off} | {train_off} | "
-            f"{told['peak_memory_bytes'] / 2**20:,.0f} | {peak / 2**20:,.0f} | {bytes_off} |"
-        )
+        reports, told = [run["report"] for run in row["runs"]], row["estimate"]
+        seconds = statistics.median(_total(report["seconds"]) for report in reports)
+        peak = statistics.median(report["peak_memory_bytes"] for report in reports)
+        cells = [name, str(len(reports)), f"{seconds:.1f}"]
+        for phase, most in (("before", MAX_OFF_BEFORE), ("after", MAX_OFF_AFTER)):
+            total = _total(told[phase])
+            cells += [f"{total:.1f}", _off(total, seconds, most)]
+        need = told["peak_memory_bytes"]
+        cells += [f"{peak / 2**20:,.0f}", f"{need / 2**20:,.0f}", _off(need, peak, MAX_BYTES_OFF)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _total(phases: dict[str, float]) -> float:
+    return sum(seconds for phase, seconds in phases.items() if phase != "tokenize")
 
 
 def _off(estimated: float, measured: float, most: float) -> str:

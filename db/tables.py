@@ -146,6 +146,12 @@ class Job(Owned, Table):
             "created_at",
             postgresql_where=text("status IN ('validating_files', 'queued', 'running', 'pausing')"),
         ),
+        Index(
+            "ix_jobs_speeds",
+            "base_id",
+            "finished_at",
+            postgresql_where=text("status = 'succeeded'"),
+        ),
         # What has ended and has working copies left in storage.
         Index(
             "ix_jobs_untidied",
@@ -328,28 +334,6 @@ class Worker(Table):
     # None: it may claim jobs to train.
     quarantine_reason: Mapped[str | None]
     quarantined_until: Mapped[datetime | None]
-
-
-class Calibration(Table):
-    """What training costs on a base, as one machine measured it; the newest of each kind is kept.
-
-    `constants` is a luthier.core.estimates.Calibration, None when the probe failed; `error` says why.
-    """
-
-    __tablename__ = "calibrations"
-    __table_args__ = (UniqueConstraint("hostname", "base_id", "precision", "num_threads"),)
-    id: Mapped[str] = mapped_column(primary_key=True)
-    hostname: Mapped[str]
-    worker_id: Mapped[str]
-    base_id: Mapped[str] = mapped_column(index=True)
-    base_digest: Mapped[str]
-    # As jobs ask for it: "auto", "float32" or "bfloat16".
-    precision: Mapped[str]
-    num_threads: Mapped[int]
-    code_version: Mapped[str]
-    constants: Mapped[dict[str, Any] | None]
-    error: Mapped[str | None]
-    measured_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class UsageEvent(Owned, Table):

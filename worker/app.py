@@ -2,7 +2,7 @@
 
 A job is claimed from the database, at every sweep or when a message comes; the message says only "look".
 This main process trains nothing: it starts the processes that do (worker/processes.py), heartbeats, takes
-jobs from workers that are gone, measures, and sends webhooks.
+jobs from workers that are gone, sends webhooks.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from luthier.core.process import hide_memory
 from luthier.core.settings import Settings
 from services import workers
 from worker.broker import consume_for_ever
-from worker.calibration import calibrate_for_ever
 from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_for_ever
 from worker.maintenance import beat, collect_garbage, repeat, take_lost_jobs
 from worker.metrics import serve_metrics
 from worker.processes import JobProcesses, run_job_process
 from worker.serving import balance
+from worker.speed import measure_once
 
 _log = structlog.get_logger()
 # How soon a TERM is seen, and a process that has ended is missed.
@@ -60,7 +60,7 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     }
     for what, act in parts.items():
         threading.Thread(target=repeat, args=(context, what, act), daemon=True).start()
-    for target in (calibrate_for_ever, deliver_for_ever):
+    for target in (measure_once, deliver_for_ever):
         threading.Thread(target=target, args=(context,), daemon=True).start()
     if has_broker:
         threading.Thread(target=consume_for_ever, args=(context, woken.set), daemon=True).start()

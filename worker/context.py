@@ -23,7 +23,7 @@ from services import workers
 from services.bell import Bell, Ring, make_celery
 from worker.spare import WarmSpare
 
-# In the main process one for each thread of maintenance, webhooks, calibration, metrics; jobs need fewer.
+# In the main process one for each thread of maintenance, webhooks, metrics; jobs need fewer.
 _POOL_SIZE = 8
 _MIN_ANSWER_SECONDS = 4.0
 

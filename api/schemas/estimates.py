@@ -5,8 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.core.specs import Auto, Hyperparameters, TrainingOptions
-from services.calibrations import Measured
-from services.estimates import Estimate
+from services.estimates import Estimate, Grounds
 
 
 class _Told(BaseModel):
@@ -35,15 +34,15 @@ class SecondsTold(_Told):
     save: float
 
 
-class CalibrationTold(_Told):
-    """The measurement that seconds and memory rest on."""
+class BasisTold(_Told):
+    """What seconds and memory rest on."""
 
-    worker: str
-    hostname: str
-    measured_at: int
     device: str
     precision: str
     num_threads: int
+    finished_jobs: int = Field(
+        description="Finished jobs on this base and device; 0: only the device was measured."
+    )
 
 
 class JobEstimate(_Told):
@@ -66,7 +65,7 @@ class JobEstimate(_Told):
     artifact_bytes: int | None
     seconds: SecondsTold | None
     peak_memory_bytes: int | None
-    calibration: CalibrationTold | None
+    basis: BasisTold | None
     reason: str | None = Field(description="Why seconds and memory are null.")
     warnings: list[str]
 
@@ -98,7 +97,7 @@ def estimate_object(found: Estimate, training_file: str, validation_file: str | 
         artifact_bytes=found.artifact_bytes,
         seconds=_seconds(found),
         peak_memory_bytes=found.peak_memory_bytes,
-        calibration=_calibration(found.measured),
+        basis=_basis(found.grounds),
         reason=found.reason,
         warnings=found.warnings,
     )
@@ -111,15 +110,13 @@ def _seconds(found: Estimate) -> SecondsTold | None:
     return SecondsTold(total=round(sum(phases.values()), 2), **{k: round(v, 2) for k, v in phases.items()})
 
 
-def _calibration(measured: Measured | None) -> CalibrationTold | None:
-    if measured is None:
+def _basis(grounds: Grounds | None) -> BasisTold | None:
+    if grounds is None:
         return None
-    constants = measured.constants
-    return CalibrationTold(
-        worker=measured.worker_id,
-        hostname=measured.hostname,
-        measured_at=measured.measured_at,
-        device=constants.device,
-        precision=constants.precision,
-        num_threads=constants.num_threads,
+    device = grounds.device
+    return BasisTold(
+        device=device.device,
+        precision=device.precision,
+        num_threads=device.num_threads,
+        finished_jobs=len(grounds.finished),
     )

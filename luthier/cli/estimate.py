@@ -19,15 +19,17 @@ def print_estimate(found: dict[str, Any]) -> None:
     print(f"hyperparameters: {printable(json.dumps(chosen))}")
     print(f"tuning: {printable(json.dumps(found['tuning']))}")
     print(f"trained parameters: {found['num_trained_parameters']}, artifact: {size(found['artifact_bytes'])}")
-    seconds, calibration = found["seconds"], found["calibration"]
+    seconds, basis = found["seconds"], found["basis"]
     if seconds is None:
         print(f"seconds and memory are not known. {printable(found['reason'])}")
     else:
         phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items() if name != "total")
         print(f"seconds: {seconds['total']:.1f} ({phases}); memory: {size(found['peak_memory_bytes'])}")
+        jobs = basis["finished_jobs"]
+        grounds = f"{jobs} finished job{'s' * (jobs != 1)}" if jobs else "a measured product, no job yet"
         print(
-            f"as measured on {printable(calibration['hostname'])}: {printable(calibration['device'])}, "
-            f"{printable(calibration['precision'])}, {calibration['num_threads']} threads"
+            f"by {grounds} on {printable(basis['device'])} in {printable(basis['precision'])} with "
+            f"{basis['num_threads']} threads"
         )
     for warning in found["warnings"]:
         print(f"warning: {printable(warning)}")

@@ -49,6 +49,7 @@ class BaseShape:
     head_size: int
     vocabulary_size: int
     is_transposed: bool
+    is_llama: bool
     weights: dict[str, Weight]
 
     @property
@@ -124,6 +125,7 @@ def _shape(config: dict[str, Any], weights: dict[str, Weight]) -> BaseShape:
         head_size=config.get("head_dim") or hidden_size // num_heads,
         vocabulary_size=config["vocab_size"],
         is_transposed=config.get("model_type") in _TRANSPOSED,
+        is_llama=config.get("model_type") == "llama",
         weights=weights,
     )
 

@@ -10,20 +10,15 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
 
 from luthier.core.errors import InvalidTrainingFileError, LuthierError, OutOfMemoryError, StorageFullError
 from luthier.core.specs import MIN_TRAINING_ROWS, TooLong
-from luthier.data.count import RowCounts
 from luthier.data.objectives import Purpose
 from luthier.data.prepare import PreparedReport, RowLimits, prepare_rows
 from luthier.data.prepared import PreparedRows, write_prepared
-from luthier.data.prepared_counts import count_prepared
 from luthier.data.split import split_rows
 
 QUESTION_NAME, ANSWER_NAME, ROWS_FOLDER = "question.json", "answer.json", "building"
@@ -54,9 +49,6 @@ class Prepared(msgspec.Struct):
     num_train_tokens: int
     num_validation_rows: int
     tokenize_seconds: float
-    # The members of a RowCounts, its arrays as lists.
-    training_counts: dict[str, Any]
-    validation_counts: dict[str, Any] | None
 
 
 class Failure(msgspec.Struct):
@@ -135,10 +127,6 @@ def _prepare(question: Question, folder: Path) -> Prepared:
         num_train_tokens=train.num_tokens,
         num_validation_rows=0 if validation is None else validation.num_rows // per_example,
         tokenize_seconds=tokenize_seconds,
-        training_counts=_to_members(count_prepared(train, has_pairs=question.has_pairs)),
-        validation_counts=None
-        if validation is None
-        else _to_members(count_prepared(validation, has_pairs=question.has_pairs)),
     )
 
 
@@ -163,17 +151,6 @@ def _read(question: Question, folder: Path, purpose: Purpose) -> tuple[PreparedR
         limits=question.limits,
         note_progress=note_progress,
     )
-
-
-def _to_members(counts: RowCounts) -> dict[str, Any]:
-    arrays = {"lengths": counts.lengths.tolist(), "supervised": counts.supervised.tolist()}
-    return asdict(counts) | arrays
-
-
-def to_counts(members: dict[str, Any]) -> RowCounts:
-    """Return the counts that an answer holds."""
-    arrays = {name: np.array(members[name], np.int64) for name in ("lengths", "supervised")}
-    return RowCounts(**members | arrays)
 
 
 if __name__ == "__main__":

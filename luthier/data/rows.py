@@ -1,9 +1,7 @@
 """The rows of a file on disk, whatever its container and format: for prepare, estimates and reports."""
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from luthier.data.containers.base import CHECKED, Limits, RawRow
@@ -99,38 +97,3 @@ def read_row(row_format: RowFormat, raw: RawRow) -> tuple[RawRow, Row] | list[Fa
     if row is not None:
         return raw._replace(content=b""), row
     return [locate(fault, raw) for fault in explain_row(row_format, raw.content, raw.number)]
-
-
-def find_file_format(path: Path) -> RowFormat | None:
-    """Return the format of a file by its first row that is one; None when it has no such row."""
-    rows = FileRows(path)
-    for _ in rows:
-        if rows.format is not None:
-            return rows.format
-    return None
-
-
-@contextmanager
-def as_json_lines(path: Path) -> Iterator[Path]:
-    """Hold a file of rows as JSON lines: itself where it is such, else a copy for as long as it is held.
-
-    Yields:
-        A file with a row a line, in the same order; where a row has a fault, its line is `null`.
-
-    Raises:
-        InvalidFileFormatError: when the file is none of rows.
-    """
-    stream = RowStream(CHECKED)
-    with path.open("rb") as source:
-        while not stream.container and (chunk := source.read(_CHUNK_BYTES)):
-            next(stream.feed(chunk), None)
-    if stream.container in ("", "jsonl"):
-        yield path
-        return
-    with tempfile.NamedTemporaryFile(prefix="luthier-rows-", suffix=".jsonl") as copy:
-        for raw in read_raw_rows(path):
-            # Between the members of an object JSON may have newlines, within its texts it has none.
-            line = b"null" if isinstance(raw, Fault) else raw.content.replace(b"\n", b" ")
-            copy.write(line + b"\n")
-        copy.flush()
-        yield Path(copy.name)

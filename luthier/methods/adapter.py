@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from luthier.core.cost_model import MethodCost
 from luthier.core.errors import InvalidValueError
-from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._peft import CONFIG_NAME
@@ -139,25 +139,13 @@ class Adapter(Method):
         size = causal_lm.config.get_text_config().hidden_size
         return len(find_sites(causal_lm, params.placement)) * _count(size, params)
 
-    @property
-    def probes(self) -> dict[str, dict[str, Any]]:
-        """Name the fast form and the one that the fast path leaves to the plain one."""
-        parallel = {"type": "adapter", "placement": "parallel"}
-        return {"adapter": {"type": "adapter"}, "adapter on the plain path": parallel}
-
     def cost(self, params: AdapterParams, shape: BaseShape) -> MethodCost:
         """Return the bottlenecks of all blocks, which every token meets."""
         _check_dim(int(_number(params.bottleneck_dim)), shape.hidden_size)
         num_sites = (2 if params.placement == "houlsby" else 1) * shape.num_layers
         count = num_sites * _count(shape.hidden_size, params)
         is_plain = params.placement == "parallel" or bool(params.dropout)
-        return MethodCost(
-            variant="adapter on the plain path" if is_plain else "adapter",
-            num_parameters=count,
-            num_saved=count,
-            num_token_parameters=count,
-            uses_peft=False,
-        )
+        return MethodCost(num_parameters=count, num_saved=count, is_fused=not is_plain)
 
     def attach(self, causal_lm: "PreTrainedModel", params: AdapterParams, start: Start) -> Attached:
         """Put bottlenecks into every block: `down` drawn from the seed, `up` zero, all float32."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from luthier.core.cost_model import MethodCost
 from luthier.core.errors import ArtifactCorruptError
-from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 
@@ -165,11 +165,6 @@ class Method(ABC):
     @abstractmethod
     def count_parameters(self, causal_lm: "PreTrainedModel", params: Any) -> int:
         """Return how many parameters `attach` would train on this base, by formula, without attaching."""
-
-    @property
-    def probes(self) -> dict[str, dict[str, Any]]:
-        """Name the variants whose costs differ in kind, not in width alone, each by a `tuning` object."""
-        return {self.name: {"type": self.name}}
 
     @abstractmethod
     def cost(self, params: Any, shape: BaseShape) -> MethodCost:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 
+from luthier.core.cost_model import MethodCost
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
-from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods._patterns import MATCH_SECONDS, check_pattern, match_paths
@@ -93,16 +93,12 @@ class Full(Method):
         return sum(weight.numel() for weight in causal_lm.parameters() if id(weight) not in frozen)
 
     def cost(self, params: FullParams, shape: BaseShape) -> MethodCost:
-        """Return the weights that are not frozen; tokens meet those of the linear layers."""
+        """Return the weights that are not frozen."""
         frozen = _frozen(shape.weights, params.freeze)
         trained = {id(weight): weight for weight in shape.weights.values() if id(weight) not in frozen}
-        linear = {id(shape.weights[f"{path}.weight"]) for path in shape.linear_shapes}
         return MethodCost(
-            variant=self.name,
             num_parameters=sum(weight.num_numbers for weight in trained.values()),
             num_saved=shape.num_parameters,
-            num_token_parameters=sum(trained[one].num_numbers for one in linear & set(trained)),
-            uses_peft=False,
         )
 
     def attach(self, causal_lm: "PreTrainedModel", params: FullParams, start: Start) -> Attached:

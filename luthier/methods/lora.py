@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 
+from luthier.core.cost_model import MethodCost
 from luthier.core.errors import InvalidValueError
-from luthier.core.estimates import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._layers import PARAM, choose_layers, has_experts, linear_shapes, shortest_names
@@ -86,22 +86,13 @@ class Lora(Method):
         """Return the sum of rank * (inputs + outputs) over the chosen layers; DoRA adds the outputs."""
         return _count(_choose(causal_lm, params), params)
 
-    @property
-    def probes(self) -> dict[str, dict[str, Any]]:
-        """Name the fast form, the one with dropout, which the fast path leaves to the plain one, and DoRA."""
-        return {
-            "lora": {"type": "lora"},
-            "lora with dropout": {"type": "lora", "dropout": 0.05},
-            "lora with dora": {"type": "lora", "use_dora": True},
-        }
-
     def cost(self, params: LoraParams, shape: BaseShape) -> MethodCost:
         """Return the parameters of the chosen layers, all of which every token meets."""
         chosen = choose_layers(shape.linear_shapes, params.target_modules, has_experts=shape.has_experts)
         _check_rank(int(_number(params.rank)), chosen)
-        variant = "lora with dora" if params.use_dora else "lora with dropout" if params.dropout else "lora"
+        is_fused = not params.use_dora and not params.dropout
         count = _count(chosen, params)
-        return MethodCost(variant=variant, num_parameters=count, num_saved=count, num_token_parameters=count)
+        return MethodCost(num_parameters=count, num_saved=count, is_fused=is_fused)
 
     def attach(self, causal_lm: "PreTrainedModel", params: LoraParams, start: Start) -> Attached:
         """Replace the chosen layers by PEFT's, with A drawn from the seed and B zero."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from luthier.core.estimates import MethodCost
+from luthier.core.cost_model import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._peft import peft_type
@@ -136,7 +136,6 @@ class Prefix(Method):
         """Return what is trained; every token sees the virtual keys, and none meets the parameters."""
         num_tokens = resolved(params.num_virtual_tokens)
         return MethodCost(
-            variant=self.name,
             num_parameters=_count(params, shape.num_layers, shape.key_value_width),
             num_saved=2 * shape.num_layers * num_tokens * shape.key_value_width,
             num_virtual_keys=num_tokens,

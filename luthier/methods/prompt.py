@@ -7,11 +7,11 @@ an artifact becomes keys and values once, and serves as the cached start of a se
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from luthier.core.estimates import MethodCost
+from luthier.core.cost_model import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods._peft import peft_type
@@ -101,18 +101,11 @@ class Prompt(Method):
         """Return virtual tokens times the size of an input vector."""
         return resolved(params.num_virtual_tokens) * causal_lm.get_input_embeddings().embedding_dim
 
-    @property
-    def probes(self) -> dict[str, dict[str, Any]]:
-        """Name one variant, with one vector: more of them are counted as the tokens that they are."""
-        return {self.name: {"type": self.name, "num_virtual_tokens": 1}}
-
     def cost(self, params: PromptParams, shape: BaseShape) -> MethodCost:
         """Return the vectors, which run before every row as tokens do."""
         num_tokens = resolved(params.num_virtual_tokens)
         count = num_tokens * shape.hidden_size
-        return MethodCost(
-            variant=self.name, num_parameters=count, num_saved=count, num_virtual_tokens=num_tokens
-        )
+        return MethodCost(num_parameters=count, num_saved=count, num_virtual_tokens=num_tokens)
 
     def attach(self, causal_lm: "PreTrainedModel", params: PromptParams, start: Start) -> Attached:
         """Put PEFT's encoder beside the base, with its first values as `init` says."""

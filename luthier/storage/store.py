@@ -251,6 +251,18 @@ class Storage:
             yield bytes(chunk)
             position = stop
 
+    def read_start(self, key: str, num_bytes: int) -> bytes:
+        """Return an object's first bytes; it must have as many.
+
+        Raises:
+            ArtifactCorruptError: when the object is not there.
+        """
+        try:
+            with _answered():
+                return bytes(obstore.get_range(self.objects, key, start=0, end=num_bytes))
+        except _MISSING as error:
+            raise ArtifactCorruptError(f"The stored object {key} is missing.") from error
+
     def fetch_file(self, key: str, destination: Path, *, sha256: str | None = None) -> None:
         """Copy an object to a local file, which exists only when it is whole.
 

@@ -1,6 +1,6 @@
 """`python -P -m luthier.training RUN_DIR [RUN_DIR …]`;
 or `--forks`: imports done, a process for each run that is asked for (forks.py);
-or `--calibrate BASE_FOLDER DEVICE PRECISION NUM_THREADS`: the constants that estimates rest on.
+or `--measure-speed DEVICE NUM_THREADS`: the speed of a matrix product, for estimates.
 
 Exit code 0: every run finished or was stopped; 1: one failed, after its `failed` event.
 """
@@ -23,11 +23,10 @@ def main() -> int:
     parser.add_argument("run_directories", nargs="*", type=Path, metavar="RUN_DIR")
     parser.add_argument("--forks", action="store_true", help="import, then fork a process for each run")
     parser.add_argument(
-        "--calibrate",
-        nargs="+",
-        metavar="ARGUMENT",
-        help="BASE_FOLDER DEVICE PRECISION NUM_THREADS, and variants that were measured before: measure what "
-        "training costs, and print it as one line",
+        "--measure-speed",
+        nargs=2,
+        metavar=("DEVICE", "NUM_THREADS"),
+        help="print how fast matrix products are",
     )
     arguments = parser.parse_args()
     # Before anything slow: from here TERM is heard, and stray prints can't break the event lines.
@@ -42,10 +41,11 @@ def main() -> int:
     # products. A step has about thirty of them, over and over; the next step has another number of rows.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
 
-    if arguments.calibrate:
-        from luthier.training.calibrate import write_calibration
+    if arguments.measure_speed:
+        from luthier.training.speed import measure_speed
 
-        write_calibration(arguments.calibrate, events)
+        device, num_threads = arguments.measure_speed
+        os.write(events, measure_speed(device, int(num_threads)).model_dump_json().encode())
         return 0
 
     # A process that waits for runs has nothing to save.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.core.cost_model import max_part_tokens
 from luthier.core.errors import InvalidValueError, LuthierError
 from luthier.core.events import StartedEvent
 from luthier.core.reports import Evaluation
@@ -29,7 +30,6 @@ from luthier.training.halving import MicroBatches
 from luthier.training.job import Job
 from luthier.training.loop import Loop
 from luthier.training.masters import start_masters
-from luthier.training.memory import max_part_tokens
 from luthier.training.optimizer import build_optimizer
 from luthier.training.parent import check_parent, ground_folder, prove_start, take_parents_weights
 from luthier.training.progress import Progress
@@ -143,7 +143,7 @@ def assemble(
             machine,
             writer,
             pad_id=pad_id,
-            max_tokens=progress.max_part_tokens or max_part_tokens(job.origin.base, machine),
+            max_tokens=progress.max_part_tokens or max_part_tokens(job.origin.base, machine.device),
             num_halvings=progress.micro_batch_halvings,
             preferences=examiner.preferences,
         ),
@@ -231,7 +231,7 @@ def _examiner(
         validation=None if job.spec.dpo is not None else job.validation,
         general=general_rows(tokenizer, room),
         prompts=prompts,
-        max_tokens=max_part_tokens(base, machine),
+        max_tokens=max_part_tokens(base, machine.device),
         pad_id=pad_id,
         should_stop=should_stop,
     )

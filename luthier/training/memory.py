@@ -9,9 +9,7 @@ from luthier.core.errors import OutOfMemoryError
 from luthier.core.specs import BaseFacts
 from luthier.training.device import Machine
 
-# What the activations of one part of a batch may take, and what one token of one layer takes per hidden
-# number, in bytes: measured on Llama shapes in bf16, without checkpointing.
-_ACTIVATION_BYTES = {"cpu": 1536 * 1024**2, "cuda": 16 * 1024**3}
+# What one token of one layer takes per hidden number, in bytes, in bf16 and without checkpointing.
 _BYTES_PER_TOKEN_LAYER_HIDDEN = 60
 # A trained number in float32, its gradient, and AdamW's two averages.
 _BYTES_PER_TRAINED = 16
@@ -24,12 +22,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def max_part_tokens(base: BaseFacts, machine: Machine) -> int:
-    """Return the padded tokens of one part; decided by base and kind of device alone, so resumes agree."""
-    per_token = base.num_layers * base.hidden_size * _BYTES_PER_TOKEN_LAYER_HIDDEN
-    return max(256, min(16384, _ACTIVATION_BYTES[machine.device] // per_token))
 
 
 def needed_bytes(base: BaseFacts, machine: Machine, *, num_trained: int, num_tokens: int) -> int:

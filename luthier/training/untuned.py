@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from luthier.core.estimates import MethodCost
+from luthier.core.cost_model import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, MethodParams, Start, Workload
@@ -42,7 +42,7 @@ class Untuned(Method):
 
     def cost(self, params: MethodParams, shape: BaseShape) -> MethodCost:  # noqa: ARG002
         """Return that nothing is trained."""
-        return MethodCost(variant=self.name, num_parameters=0, num_saved=0)
+        return MethodCost(num_parameters=0, num_saved=0)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:  # noqa: ARG002
         """Write nothing: there is nothing beside the base."""

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.core.shapes import BaseShape, Weight, read_shape
-from luthier.methods import Workload, check_tuning, discover, parse_tuning
+from luthier.methods import Workload, check_tuning, parse_tuning
 from tests.tiny_methods import CASES, METHODS, Bench, Case, variants
 from tests.tiny_shapes import SHAPES, facts_of
 
@@ -41,6 +41,7 @@ def _shape_of(model: LlamaForCausalLM) -> BaseShape:
         head_size=64,
         vocabulary_size=49152,
         is_transposed=False,
+        is_llama=True,
         weights={name: own[id(one)] for name, one in named},
     )
 
@@ -50,8 +51,6 @@ def test_the_count_without_torch_is_the_count_with_it(bench: Bench, case: Case) 
     method, params = case.settle()
     cost = method.cost(params, read_shape(bench.bases[case.shape]))
     assert cost.num_parameters == method.count_parameters(bench.load(case.shape), params)
-    assert cost.num_token_parameters <= cost.num_parameters
-    assert cost.variant in method.probes
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -86,18 +85,3 @@ def test_a_shape_read_from_files_has_every_weight_once(bench: Bench, name: str) 
     shape, model = read_shape(bench.bases[name]), bench.load(name)
     assert shape.num_parameters == sum(one.numel() for one in model.parameters())
     assert shape.num_layers == model.config.get_text_config().num_hidden_layers
-
-
-def test_every_probe_is_a_tuning_that_its_method_takes_and_names_itself() -> None:
-    for method in discover().values():
-        assert method.name in method.probes
-        for variant, tuning in method.probes.items():
-            found, params = parse_tuning(check_tuning(tuning))
-            assert found is method
-            resolved = method.resolve(params, Workload(facts_of("llama"), num_rows=500, num_tokens=9))
-            assert method.cost(resolved, _shape_of(_llama())).variant == variant
-
-
-def _llama() -> LlamaForCausalLM:
-    with torch.device("meta"):
-        return LlamaForCausalLM(_SMOLLM2)

@@ -1,5 +1,11 @@
 """An estimate over HTTP: what a create checks, the same numbers as prepare's, and nothing stored."""
 
+import gzip
+import tempfile
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,7 +19,10 @@ from luthier.client import LuthierClient
 from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
+from tests.training import train_next
+from worker.app import sweep
 from worker.context import make_context
+from worker.speed import measure_once
 from worker.tasks.prepare import prepare
 
 
@@ -165,3 +174,81 @@ def test_a_base_that_the_api_does_not_have_is_said_so(api: Api, settings: Settin
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "model_not_available", "model")
     assert "luthier bases fetch tiny-llama" in error["message"]
+
+
+def test_a_large_file_is_neither_copied_nor_kept_in_memory(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 30 MB of rows, plain and packed, an estimate holds a few at a time and writes no temporary file."""
+    plain = jsonl(colour_rows(12)) * 20_000
+    monkeypatch.setattr(estimating, "MAX_ROWS", 200)
+    for content in (plain, gzip.compress(plain)):
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        made = httpx2.post(
+            f"{api.base_url}/v1/files",
+            headers=api.headers,
+            data={"purpose": "fine-tune"},
+            files={"file": ("rows.jsonl", content)},
+            timeout=120,
+        ).json()
+        # Where there is no such folder nothing temporary can be written.
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+        tracemalloc.start()
+        try:
+            found = _estimate(api, made["id"])
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak_bytes < 24 * 1024**2
+        assert (found["rows"]["total"], found["rows"]["counted"]) == (240_000, 200)
+        assert any("first 200 rows" in warning for warning in found["warnings"]) == (content is not plain)
+
+
+def test_a_project_has_one_estimate_at_a_time(
+    api: Api, file_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_end = threading.Event(), threading.Event()
+    count = estimating.count_rows
+
+    def slow(*args: Any, **options: Any) -> Any:
+        began.set()
+        may_end.wait(30)
+        return count(*args, **options)
+
+    monkeypatch.setattr(estimating, "count_rows", slow)
+    body = {"model": "tiny-llama", "training_file": file_id}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(_post, api, "/estimate", body)
+        assert began.wait(30)
+        second = _post(api, "/estimate", body)
+        may_end.set()
+        assert first.result().status_code == 200
+    assert (second.status_code, second.headers["retry-after"]) == (429, "1")
+    assert "one at a time" in second.json()["error"]["message"]
+    assert _post(api, "/estimate", body).status_code == 200
+
+
+def test_seconds_come_from_the_device_and_then_from_finished_jobs(
+    api: Api, settings: Settings, file_id: str
+) -> None:
+    """Without any measurement there are none, and no worker has to load a base to give them."""
+    unknown = _estimate(api, file_id)
+    assert (unknown["seconds"], unknown["peak_memory_bytes"], unknown["basis"]) == (None, None, None)
+    assert "No worker has measured" in unknown["reason"]
+    context = make_context(settings)
+    measure_once(context)
+    sweep(context)
+    measured = _estimate(api, file_id)
+    assert measured["basis"]["finished_jobs"] == 0
+    assert measured["seconds"]["total"] > 0
+    assert measured["peak_memory_bytes"] > 0
+    job = _post(api, "", {"model": "tiny-llama", "training_file": file_id}).json()
+    prepare(context, job["id"])
+    assert train_next(context)
+    url = f"{api.base_url}/v1/fine_tuning/jobs/{job['id']}"
+    run = httpx2.get(f"{url}/report", headers=api.headers).json()["run"]
+    after = _estimate(api, file_id)
+    assert after["basis"]["finished_jobs"] == 1
+    # The same job again takes what the first one took.
+    for phase in ("load", "train", "evaluate", "save"):
+        assert after["seconds"][phase] == pytest.approx(run["seconds"][phase], rel=0.2, abs=0.02), phase

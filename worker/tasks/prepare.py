@@ -10,19 +10,19 @@ import structlog
 from db.tables import File, Job
 from luthier.bases.catalogue import base_folder
 from luthier.core.errors import BaseUnavailableError, LuthierError, StalledError, WorkerCrashedError
+from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.data.objectives import Purpose
 from luthier.data.prepare import PreparedReport, RowLimits
-from luthier.data.prepare_process import ROWS_FOLDER, Prepared, Question, to_counts
+from luthier.data.prepare_process import ROWS_FOLDER, Question
 from luthier.data.prompts import check_sample_prompts
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
-from services import calibrations, events, leases, models, reports
-from services.estimates import tell_limit
+from services import events, leases, models, reports, speeds
+from services.estimates import MemoryNeed, need_memory, tell_limit
 from services.events import NewEvent
 from services.leases import Lease, LeaseLostError
-from services.memory_needs import MemoryNeed, tell_need
 from services.reports import FileReport, PrepareReport
 from worker.bases import ensure_jobs_base
 from worker.context import WorkerContext
@@ -212,7 +212,7 @@ def _prepare_files(
         asked_max_length=options.max_length,
         prepared_key=key,
         report=report,
-        need=_tell_need(context, spec, base, found),
+        need=_need_memory(context, spec, base, found.training.longest_tokens),
     )
 
 
@@ -220,23 +220,20 @@ def _to_report(file: _Input, found: PreparedReport) -> FileReport:
     return FileReport(file_id=file.file_id, sha256=file.sha256, **asdict(found))
 
 
-def _tell_need(
-    context: WorkerContext,
-    spec: TrainingSpec,
-    base: BaseFacts,
-    found: Prepared,
-) -> MemoryNeed:
+def _need_memory(context: WorkerContext, spec: TrainingSpec, base: BaseFacts, longest: int) -> MemoryNeed:
     with context.database.transaction() as session:
-        measured, _ = calibrations.find_measured(
-            session, base, spec.training.precision, hostname=context.hostname
-        )
-    return tell_need(
+        speed = speeds.find_speed(session, hostname=context.hostname, num_threads=context.num_threads)
+    device = speed.device if speed else "cuda" if context.settings.device == "cuda" else "cpu"
+    precision = spec.training.precision
+    if precision == "auto":
+        precision = speed.precision if speed else "float32"  # type: ignore[assignment]
+    return need_memory(
         spec,
         base=base,
-        base_folder=base_folder(context.settings.bases_dir, base.id),
-        training=to_counts(found.training_counts),
-        validation=None if found.validation_counts is None else to_counts(found.validation_counts),
-        measured=measured,
+        shape=read_shape(base_folder(context.settings.bases_dir, base.id)),
+        longest=longest,
+        device=device,
+        precision=precision,
     )
 
 

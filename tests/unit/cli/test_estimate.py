@@ -24,7 +24,7 @@ def _estimate(**changes: Any) -> dict[str, Any]:
         "artifact_bytes": 1024**2,
         "seconds": {"total": 3.5, "load": 1.0, "train": 2.5},
         "peak_memory_bytes": 3 * 1024**2,
-        "calibration": {"hostname": "h\x1b[1m", "device": "cpu", "precision": "float32", "num_threads": 2},
+        "basis": {"device": "cpu\x1b[1m", "precision": "float32", "num_threads": 2, "finished_jobs": 1},
         "reason": None,
         "warnings": ["Too long."],
         **changes,
@@ -37,12 +37,13 @@ def test_seconds_and_memory_are_printed_with_what_they_rest_on(capsys: pytest.Ca
     assert "rows: 9000, 4000 of them counted; 8990 to train on" in told
     assert "seconds: 3.5 (load 1.0, train 2.5); memory: 3.0 MiB" in told
     assert 'hyperparameters: {"n_epochs": 3, "batch_size": 8, "learning_rate": 0.001}' in told
+    assert "by 1 finished job on cpu" in told
     assert "warning: Too long." in told
     assert "\x1b" not in told
 
 
 def test_without_a_measurement_the_reason_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    nothing = dict.fromkeys(("seconds", "peak_memory_bytes", "calibration", "artifact_bytes"))
+    nothing = dict.fromkeys(("seconds", "peak_memory_bytes", "basis", "artifact_bytes"))
     print_estimate(_estimate(**nothing, reason="No worker has measured it.", warnings=[]))
     told = capsys.readouterr().out
     assert "not known. No worker has measured it." in told

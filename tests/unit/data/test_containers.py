@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from luthier.core.errors import InvalidFileFormatError
 from luthier.data.containers.base import RawRow
 from luthier.data.containers.stream import RowStream
-from luthier.data.rows import Limits, as_json_lines, read_raw_rows
+from luthier.data.rows import Limits, read_raw_rows
 from luthier.data.validate import FileChecker
 
 ROWS = [
@@ -218,15 +218,6 @@ def test_a_file_of_equal_short_rows_is_no_bomb():
     checker = FileChecker()
     checker.feed(gzip.compress(f"{CHAT}\n".encode() * 10_000))
     assert checker.finish().num_rows == 10_000
-
-
-def test_any_container_is_held_as_json_lines(tmp_path):
-    for name in ("array in lines", "csv, gzip", "jsonl"):
-        path = tmp_path / "rows"
-        path.write_bytes(FILES[name])
-        with as_json_lines(path) as lines:
-            assert [json.loads(line) for line in lines.read_bytes().splitlines()] == ROWS
-            assert (lines == path) == (name == "jsonl")
 
 
 def test_files_on_disk_are_read_as_streams_are(tmp_path):

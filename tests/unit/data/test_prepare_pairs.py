@@ -104,24 +104,18 @@ def test_an_estimate_counts_the_pairs_and_tokens_that_prepare_finds(
     given = [preference_row(f"colour of {n}?", "it is red", f"no idea {n}") for n in range(3)]
     given.append(preference_row("the sky?", "blue " * 40, "green"))
     rows, _ = prepare(tmp_path, base, given, too_long=too_long, max_length=64)
-    limits: dict[str, Any] = {"max_length": 64, "too_long": too_long, "max_rows": 100, "max_seconds": 60.0}
+    limits: dict[str, Any] = {
+        "num_rows": 4,
+        "max_length": 64,
+        "too_long": too_long,
+        "max_rows": 100,
+        "max_seconds": 60.0,
+    }
     path = tmp_path / "rows.jsonl"
     counts = count_rows(path, base, wants_pairs=True, **limits)
     assert (counts.num_rows, counts.num_too_long, counts.num_kept) == (4, 1, num_kept)
-    assert len(counts.lengths) == rows.num_rows == 2 * num_kept
-    assert counts.lengths.sum() == rows.num_tokens
-    # Two a pair beside each other, whatever the order of the pairs.
-    pairs = counts.lengths.reshape(-1, 2).tolist()
-    assert sorted(pairs) == sorted(rows.lengths.reshape(-1, 2).tolist())
-    kept = [rows.row(index) for index in range(rows.num_rows)]
-    num_before = min(int(mask.argmax()) - 1 for _, mask in kept)
-    beginnings = np.array([ids[:num_before] for ids, _ in kept])
-    is_shared = (beginnings == beginnings[0]).all(axis=0)
-    assert counts.num_shared == (num_before if is_shared.all() else is_shared.argmin()) > 0
-    assert counts.pair_shared is not None
-    assert len(counts.pair_shared) == num_kept
-    assert (counts.pair_shared >= counts.num_shared).all()
-    assert counts.pair_shared.max() > counts.num_shared
+    assert counts.num_tokens == rows.num_tokens
+    assert counts.longest == rows.lengths.max()
     with pytest.raises(InvalidValueError, match="belong to jobs of method dpo") as refused:
         count_rows(path, base, purpose="validation", **limits)
     assert refused.value.param == "validation_file"

@@ -1,0 +1,48 @@
+"""The speed of this machine's device: measured once by a short process, kept in the worker's row.
+
+Until a job has finished on a base, estimates of seconds rest on it.
+"""
+
+import os
+import subprocess
+import sys
+
+import structlog
+from pydantic import ValidationError
+
+from luthier.core.cost_model import DeviceSpeed
+from luthier.core.errors import LuthierError
+from services import speeds
+from worker.child import child_environment
+from worker.context import WorkerContext
+
+_log = structlog.get_logger()
+_MAX_SECONDS = 120.0
+
+
+def measure_once(context: WorkerContext) -> None:
+    """Put the device's speed among the worker's facts: as a worker of this machine measured it, or anew."""
+    try:
+        with context.database.transaction() as session:
+            speed = speeds.find_speed(session, hostname=context.hostname, num_threads=context.num_threads)
+        speed = speed or _measure(context)
+    except (LuthierError, OSError, subprocess.SubprocessError, ValidationError) as error:
+        # Jobs need no estimates, and a job that finishes tells more.
+        _log.warning("speed of the device not measured", reason=type(error).__name__)
+        return
+    context.facts["speed"] = speed.model_dump()
+
+
+def _measure(context: WorkerContext) -> DeviceSpeed:
+    asked = [context.settings.device, str(context.num_threads)]
+    command = [sys.executable, "-P", "-m", "luthier.training", "--measure-speed", *asked]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=child_environment(context.num_threads),
+        timeout=_MAX_SECONDS,
+        check=True,
+    )
+    return DeviceSpeed.model_validate_json(done.stdout)
