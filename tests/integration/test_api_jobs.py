@@ -308,7 +308,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_that_the_sdk_raises(
         raise UnavailableError("The inference server left.")
 
     async def complete(path: str, body: bytes, target: object) -> Reply:
-        return Reply(200, {"content-type": "text/event-stream"}, broken())
+        return Reply(200, {"content-type": "text/event-stream"}, events=broken())
 
     api.backend.complete = complete  # type: ignore[method-assign, assignment]
     stream = client.chat.completions.create(
