@@ -215,6 +215,5 @@ def test_prepare_notes_what_a_job_needs(api: Api, client: openai.OpenAI, context
         row = session.get_one(Job, job.id)
         assert row.peak_bytes is not None
         assert row.least_bytes is not None
-        # Nothing is measured here: a process with its libraries, and the tiny base's weights.
-        assert 500_000_000 < row.peak_bytes < 700_000_000
-        assert 0 < row.least_bytes < 100_000_000
+        # A process with its libraries, and the tiny base; the least is with one row at a time.
+        assert 500_000_000 < row.least_bytes < row.peak_bytes < 700_000_000
