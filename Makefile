@@ -60,7 +60,8 @@ demo: ## Set up, train the bundled data on the small base, and compare it with t
 	@$(BIN)/python -m examples.demo
 
 test: setup ## Run the tests (at most 15 minutes).
-	$(BIN)/python -m pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile
+	@# Two processes of one thread each: threads that wait for one another on shared cores cost minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile
 
 test-full: setup test-lowest ## Run all tests: soaks, thousands of cases, lowest versions, an accelerator if there is one.
 	$(BIN)/python -m pytest

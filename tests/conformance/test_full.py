@@ -142,7 +142,7 @@ def test_a_freeze_that_names_nothing_or_everything_is_refused(
     assert caught.value.param == "tuning.freeze"
 
 
-@pytest.mark.parametrize("freeze", ["(a", "(a+)+", "", [], 3])
+@pytest.mark.parametrize("freeze", ["(a", "", [], 3])
 def test_a_freeze_that_can_not_be_meant_is_refused_with_the_request(freeze: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check_tuning({"type": "full", "freeze": freeze})

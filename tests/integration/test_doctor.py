@@ -8,7 +8,7 @@ from luthier.cli.doctor.service import check_api, check_database
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
 from services import workers
-from tests.conftest import Api
+from tests.conftest import Api, wait_until
 
 
 def test_a_service_whose_inference_server_is_away_is_told_apart_from_one_that_has_one(
@@ -22,7 +22,8 @@ def test_a_service_whose_inference_server_is_away_is_told_apart_from_one_that_ha
 
     assert statuses() == {"api": "ok", "key": "ok", "inference": "ok"}
     monkeypatch.setattr(api.backend, "health", is_away)
-    assert statuses() == {"api": "ok", "key": "ok", "inference": "fail"}
+    # Readiness is looked at once a second at most.
+    wait_until(lambda: statuses()["inference"] == "fail", what="the inference server is away")
     assert statuses("lt_wrong") == {"api": "ok", "key": "fail"}
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import structlog
 from pydantic import SecretStr
 
 from db.tables import Worker
-from luthier.core.events import EvaluatedEvent, Metrics, StepEvent
+from luthier.core.events import EvaluatedEvent, FailedEvent, Metrics, StepEvent
 from luthier.core.reports import Evaluation, SampleAnswer
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts, DpoOptions, TrainingOptions, TrainingSpec, TunedModel
@@ -168,7 +169,8 @@ def test_a_tracker_hears_how_the_job_ended(
     monkeypatch.setitem(discover(), "broken", Listening())
     job = _create(client, {"type": "broken", "broken": {"project": "p"}})
     prepare(context, job.id)
-    context.catalogue = context.catalogue.model_copy(update={"bases": {}})
+    failure = FailedEvent(job_id=job.id, code="non_finite_loss", message="The loss is not finite.")
+    monkeypatch.setattr("worker.tasks.train.start_child", lambda *_: nullcontext(ScriptedChild([failure])))
     assert train_next(context)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "failed"
     assert statuses == ["failed"]

@@ -34,7 +34,9 @@ def to_blocks(rows: torch.Tensor) -> torch.Tensor:
 
 def by_blocks(columns: torch.Tensor, *, are_pairs: bool) -> torch.Tensor:
     """Return a view of a matrix's columns [columns, R] in the order of blocks; they fill whole blocks."""
-    shape = (-1, BLOCK, columns.shape[1] // 2, 2) if are_pairs else (-1, BLOCK, columns.shape[1])
+    num_columns, num_rows = columns.shape
+    by_block = (num_columns // BLOCK, BLOCK)
+    shape = (*by_block, num_rows // 2, 2) if are_pairs else (*by_block, num_rows)
     return columns.view(shape).transpose(1, 2)
 
 
