@@ -61,7 +61,7 @@ async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimat
 def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
     with parts.database.transaction() as session:
         request = integrations.checked(session, parts.settings, request)
-        checked = jobs.check(session, scope, parts.catalogue, request)
+        checked = jobs.check(session, scope, parts.catalogue, parts.settings, request)
         training = _Input.of(checked.training_file)
         validation = None if checked.validation_file is None else _Input.of(checked.validation_file)
         memory_bytes = speeds.find_worker_memory(session)

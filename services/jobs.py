@@ -8,16 +8,19 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session, aliased
 
 from db.queries import find_cursor, find_owned, page
-from db.tables import Checkpoint, File, Job, JobEvent, Model
-from luthier.bases.catalogue import Catalogue
+from db.tables import Base, Checkpoint, File, Job, JobEvent, Model
+from luthier.bases.catalogue import Catalogue, base_folder, find_base_facts
 from luthier.core.errors import (
     InvalidFilePurposeError,
     InvalidTransitionError,
     InvalidValueError,
+    ModelNotAvailableError,
     NotFoundError,
     TooFewRowsError,
 )
 from luthier.core.ids import new_id
+from luthier.core.settings import Settings
+from luthier.core.shapes import read_shape
 from luthier.core.specs import (
     MIN_TRAINING_ROWS,
     DpoOptions,
@@ -27,7 +30,8 @@ from luthier.core.specs import (
 )
 from luthier.core.states import JobStatus, check_transition
 from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
-from services import attempts, deliveries, events, files, parents
+from luthier.methods import parse_tuning, resolve_spec
+from services import attempts, deliveries, events, files, parents, workers
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
 from services.scope import Scope
@@ -95,18 +99,50 @@ class CheckedJob:
     validation_file: File | None
 
 
-def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob) -> CheckedJob:
+def _check_base_is_fetched(session: Session, settings: Settings, base_id: str) -> None:
+    """Refuse a base that no machine has, unless workers may fetch bases for jobs."""
+    is_fetched = (
+        settings.fetch_on_demand
+        or find_base_facts(settings.bases_dir, base_id) is not None
+        or session.get(Base, base_id) is not None
+        or workers.has_fetched(session, base_id)
+    )
+    if not is_fetched:
+        raise ModelNotAvailableError(
+            f"model: no machine of this service has fetched {base_id}, and workers fetch no base for a job "
+            f"here. Operator: luthier bases fetch {base_id}, or set LUTHIER_FETCH_ON_DEMAND.",
+            param="model",
+        )
+
+
+def _check_fits_base(settings: Settings, spec: TrainingSpec, training_file: File) -> None:
+    """Refuse a tuning that does not fit the base's layers, where the base's files are on this machine."""
+    base = find_base_facts(settings.bases_dir, spec.base_id)
+    if base is None:
+        return
+    # The numbers that "auto" becomes do not decide whether the layers exist.
+    resolved = resolve_spec(
+        spec, base=base, num_rows=training_file.num_rows, num_tokens=training_file.num_bytes, num_threads=1
+    )
+    method, params = parse_tuning(resolved.tuning)
+    method.cost(params, read_shape(base_folder(settings.bases_dir, base.id)))
+
+
+def check(
+    session: Session, scope: Scope, catalogue: Catalogue, settings: Settings, request: NewJob
+) -> CheckedJob:
     """Check all that can be told of a request without its rows; nothing is stored.
 
     Returns:
         What the job would be.
 
     Raises:
-        ModelNotAvailableError: when the base is unknown.
+        ModelNotAvailableError: when the base is unknown, or no machine has it.
         InvalidRequestError: when a file is unknown, has another purpose, rows of the wrong kind or too few
             of them, or when a parameter of the method is wrong; names the field.
     """
     origin = parents.find_origin(session, scope, catalogue, request.model, request.tuning)
+    _check_base_is_fetched(session, settings, origin.base_id)
     wants_pairs = request.dpo is not None
     training_file = _get_input_file(
         session, scope, request.training_file_id, "training", wants_pairs=wants_pairs
@@ -138,10 +174,13 @@ def check(session: Session, scope: Scope, catalogue: Catalogue, request: NewJob)
         parent=origin.parent,
         foundation=origin.foundation,
     )
+    _check_fits_base(settings, spec, training_file)
     return CheckedJob(spec, training_file, validation_file)
 
 
-def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, request: NewJob) -> Job:
+def create(
+    session: Session, scope: Scope, catalogue: Catalogue, settings: Settings, ring: Ring, request: NewJob
+) -> Job:
     """Make a job, to be prepared by a worker.
 
     Args:
@@ -154,7 +193,7 @@ def create(session: Session, scope: Scope, catalogue: Catalogue, ring: Ring, req
         ModelNotAvailableError: when the base is unknown.
         InvalidRequestError: when `check` refuses it.
     """
-    checked = check(session, scope, catalogue, request)
+    checked = check(session, scope, catalogue, settings, request)
     training_file = checked.training_file
     job = Job(
         id=new_id("job"),

@@ -70,6 +70,12 @@ def _has_base() -> ColumnElement[bool]:
     return or_(~Worker.facts.has_key("bases"), Worker.facts["bases"].has_key(Job.base_id))
 
 
+def has_fetched(session: Session, base_id: str) -> bool:
+    """Return whether a live worker says that it has a base, not only that it would fetch it."""
+    has_it = Worker.facts["bases"][base_id].astext.is_not(None)
+    return session.scalar(select(Worker.id).where(_is_alive(), has_it).limit(1)) is not None
+
+
 def is_avoided_by_others() -> ColumnElement[bool]:
     """Select the jobs that no other live worker could take over from their last one."""
     other = select(Worker.id).where(

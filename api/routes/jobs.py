@@ -43,7 +43,7 @@ def create_job(
     if earlier is not None:
         return job_object(jobs.get(session, scope, earlier))
     wanted = integrations.checked(session, parts.settings, body.to_new_job())
-    job = jobs.create(session, scope, parts.catalogue, parts.ring, wanted)
+    job = jobs.create(session, scope, parts.catalogue, parts.settings, parts.ring, wanted)
     idempotency.remember(session, scope, sending, resource_id=job.id)
     return job_object(job)
 

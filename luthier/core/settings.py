@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     models_file: Path = Field(
         default_factory=_default_models_file, description="The catalogue of base models (models.toml)."
     )
+    fetch_on_demand: bool = Field(
+        False,
+        description="Whether a job may name a base of models.toml that no machine has fetched; a worker then "
+        "fetches it.",
+    )
     runs_dir: Path = Field(Path(".luthier/runs"), description="A worker's scratch: run directories.")
     cache_dir: Path = Field(Path(".luthier/cache"), description="The inference server's copies of artifacts.")
     max_cached_artifacts: int = Field(

@@ -11,13 +11,14 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 
 from api import estimating
 from db.session import Database
-from db.tables import File, IdempotencyKey, Job, JobEvent
+from db.tables import Base, File, IdempotencyKey, Job, JobEvent
 from luthier.client import LuthierClient
 from luthier.core.settings import Settings
+from services import workers
 from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.training import train_next
@@ -126,7 +127,7 @@ def test_files_of_others_are_not_there_and_a_key_is_needed(api: Api) -> None:
     assert httpx2.post(f"{api.base_url}/v1/fine_tuning/jobs/estimate", json=body).status_code == 401
 
 
-def test_parameters_that_only_the_base_refuses_are_refused(api: Api, file_id: str) -> None:
+def test_parameters_that_only_the_base_refuses_are_refused_by_create_too(api: Api, file_id: str) -> None:
     body = {"model": "tiny-llama", "training_file": file_id}
     for tuning, param in (
         ({"rank": 200}, "tuning.rank"),
@@ -134,8 +135,32 @@ def test_parameters_that_only_the_base_refuses_are_refused(api: Api, file_id: st
         ({"type": "adapter", "bottleneck_dim": 8192}, "tuning.bottleneck_dim"),
         ({"type": "full", "freeze": ["sky"]}, "tuning.freeze"),
     ):
-        answer = _post(api, "/estimate", body | {"tuning": tuning})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+        for path in ("/estimate", ""):
+            answer = _post(api, path, body | {"tuning": tuning})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_a_base_that_no_machine_has_fetched_makes_no_job(
+    api: Api, file_id: str, tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.parts.settings, "bases_dir", tmp_path / "empty")
+    with database.transaction() as session:
+        session.execute(delete(Base))
+    body = {"model": "tiny-llama", "training_file": file_id}
+    error = _post(api, "", body).json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_available", "model")
+    assert "luthier bases fetch tiny-llama" in error["message"]
+
+    def announce(digest: str | None) -> int:
+        with database.transaction() as session:
+            facts = {"bases": {"tiny-llama": digest}}
+            workers.beat(session, "w", hostname="h", num_slots=1, facts=facts)
+        return _post(api, "", body).status_code
+
+    assert (announce(None), announce("sha256:0")) == (400, 200)
+    assert announce(None) == 400
+    monkeypatch.setattr(api.parts.settings, "fetch_on_demand", True)
+    assert _post(api, "", body).status_code == 200
 
 
 @pytest.mark.parametrize(("too_long", "num_left"), [("error", 20), ("drop", 20), ("truncate", 24)])
