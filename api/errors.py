@@ -33,7 +33,8 @@ _OBJECT_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
 def to_response(error: LuthierError) -> JSONResponse:
     """Return the answer for a failure."""
     headers = {}
-    if error.retryable:
+    # A job waits for room on the disk; a client that sends its upload again only loads the service.
+    if error.retryable and error.http_status != 507:
         headers["Retry-After"] = str(error.retry_after_seconds)
     elif error.http_status in (408, 409, 429) or error.http_status >= 500:
         # The SDKs repeat these by themselves; a permanent refusal says that it is one.

@@ -308,6 +308,7 @@ class IdempotencyKey(Owned, Table):
             postgresql_where=text("key IS NOT NULL"),
         ),
         Index("ix_idempotency_keys_body", "created_by_key_id", "route", "body_sha256", "created_at"),
+        Index("ix_idempotency_keys_age", "created_at"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     route: Mapped[str]

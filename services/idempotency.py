@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from db.queries import lock_key
@@ -18,6 +18,7 @@ from luthier.core.ids import new_id
 from services.scope import Scope
 
 _RETRY_WINDOW = timedelta(minutes=10)
+_KEPT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,23 @@ def _is_the_same(sending: Sending) -> list[ColumnElement[bool]]:
         IdempotencyKey.num_retries > 0,
         IdempotencyKey.created_at > func.clock_timestamp() - waited,
     ]
+
+
+def prune(session: Session, *, limit: int) -> int:
+    """Delete keys that are older than a day, at most `limit`; return how many."""
+    old = (
+        select(IdempotencyKey.id)
+        .where(IdempotencyKey.created_at < func.now() - _KEPT)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    gone = session.execute(
+        delete(IdempotencyKey)
+        .where(IdempotencyKey.id.in_(old))
+        .returning(IdempotencyKey.id)
+        .execution_options(synchronize_session=False)
+    ).all()
+    return len(gone)
 
 
 def remember(session: Session, scope: Scope, sending: Sending, *, resource_id: str) -> None:

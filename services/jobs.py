@@ -31,7 +31,7 @@ from luthier.core.specs import (
 from luthier.core.states import JobStatus, check_transition
 from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.methods import parse_tuning, resolve_spec
-from services import attempts, deliveries, events, files, parents, workers
+from services import attempts, deliveries, events, files, limits, parents, workers
 from services.bell import Ring, ring_after_commit
 from services.events import NewEvent
 from services.scope import Scope
@@ -192,8 +192,10 @@ def create(
     Raises:
         ModelNotAvailableError: when the base is unknown.
         InvalidRequestError: when `check` refuses it.
+        TooManyRequestsError: when as many jobs of the project wait as may.
     """
     checked = check(session, scope, catalogue, settings, request)
+    limits.check_queued_jobs(session, scope.project_id, settings.max_queued_jobs_per_project)
     training_file = checked.training_file
     job = Job(
         id=new_id("job"),

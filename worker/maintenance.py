@@ -19,7 +19,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from luthier.core.errors import LuthierError, UnavailableError
-from services import deliveries, files, leases, leftovers, memory, models, workers
+from services import deliveries, files, idempotency, leases, leftovers, memory, models, workers
 from services.uploads import storage_prefix
 from worker.context import WorkerContext
 
@@ -27,7 +27,7 @@ _log = structlog.get_logger()
 T = TypeVar("T")
 _TIDIED_AT_ONCE = 10
 # Rows alone, with no bytes to wait for.
-_DELIVERIES_AT_ONCE = 1000
+_ROWS_AT_ONCE = 1000
 # After so many failures in a round storage itself is taken to be away.
 _MAX_FAILURES = 3
 _RETRY_SECONDS = 600.0
@@ -102,9 +102,9 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
     """Delete from storage what no row needs any more, however often that was tried before.
 
     That is what ended jobs worked with (tokenised rows, save points, what no row names), the parts of ended
-    uploads, and the bytes of deleted files and models. Files that have expired are deleted first, and
-    deliveries of webhooks that finished long ago are forgotten. What can't be deleted is passed over, and
-    tried again later.
+    uploads, and the bytes of deleted files and models. Files that have expired are deleted first, and so are
+    old idempotency keys and deliveries of webhooks that finished long ago. What can't be deleted is passed
+    over, and tried again later.
 
     Args:
         grace_seconds: how long ago a job or an upload must have ended.
@@ -114,9 +114,8 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
     """
     with context.database.transaction() as session:
         files.delete_expired(session, limit=_TIDIED_AT_ONCE)
-        deliveries.prune(
-            session, kept_seconds=context.settings.webhook_kept_seconds, limit=_DELIVERIES_AT_ONCE
-        )
+        deliveries.prune(session, kept_seconds=context.settings.webhook_kept_seconds, limit=_ROWS_AT_ONCE)
+        idempotency.prune(session, limit=_ROWS_AT_ONCE)
     failures = 0
     for garbage in _find_garbage(context, grace_seconds):
         try:

@@ -4,18 +4,21 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.incoming import discard_rest
 from api.ranges import BYTES_ANSWER, stored_bytes
 from api.recording import drop_stored, record_stored
 from api.schemas.files import FileObject, file_object
 from api.schemas.pages import DeletedObject, ListPage, list_object
 from api.upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
 from db.tables import File
+from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.core.purposes import INPUT_PURPOSES
-from services import files
+from services import files, limits
 from services.scope import Scope
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -51,6 +54,22 @@ async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -
     """Upload a file (multipart: `purpose` and `file`); a line that breaks the format is refused by number."""
     file_id = new_id("file")
     storage_key = f"projects/{scope.project_id}/files/{file_id}"
+    limit = parts.settings.max_stored_bytes_per_project
+
+    def check_room() -> None:
+        parts.storage.check_free(parts.settings.min_free_bytes)
+        with parts.database.transaction() as session:
+            limits.check_stored_bytes(session, scope.project_id, limit, num_new_bytes=1)
+
+    def record(session: Session) -> FileObject:
+        limits.check_stored_bytes(session, scope.project_id, limit, num_new_bytes=stored.num_bytes)
+        return file_object(files.record(session, scope, stored))
+
+    try:
+        await run_in_threadpool(check_room)
+    except LuthierError:
+        await discard_rest(request.stream())
+        raise
     stored = await receive_file(
         request,
         parts.storage,
@@ -61,10 +80,7 @@ async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -
     )
 
     return await record_stored(
-        parts,
-        storage_key,
-        lambda session: file_object(files.record(session, scope, stored)),
-        lambda session: session.get(File, file_id) is not None,
+        parts, storage_key, record, lambda session: session.get(File, file_id) is not None
     )
 
 

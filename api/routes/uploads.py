@@ -21,7 +21,7 @@ from db.upload_tables import UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
 from luthier.data.intake import open_check, row_limits
-from services import completing, uploads
+from services import completing, limits, uploads
 from services.completing import Assembly
 from services.files import StoredFile
 from services.scope import Scope
@@ -51,6 +51,12 @@ def create_upload(
 ) -> UploadObject:
     """Begin a file that is sent in parts; it waits for them for an hour."""
     new = body.to_new_upload(parts.settings.max_large_upload_bytes)
+    settings, project_id = parts.settings, scope.project_id
+    parts.storage.check_free(settings.min_free_bytes)
+    limits.check_open_uploads(session, project_id, settings.max_running_uploads_per_project)
+    limits.check_stored_bytes(
+        session, project_id, settings.max_stored_bytes_per_project, num_new_bytes=new.num_bytes
+    )
     return upload_object(uploads.create(session, scope, new))
 
 
@@ -70,6 +76,7 @@ async def create_part(
     def check() -> None:
         with parts.database.transaction() as session:
             uploads.get_open(session, scope, upload_id)
+        parts.storage.check_free(parts.settings.min_free_bytes)
 
     try:
         await run_in_threadpool(check)
@@ -89,6 +96,7 @@ async def create_part(
 
 
 def _begin(parts: Parts, scope: Scope, upload_id: str, body: CompleteUploadBody) -> Assembly:
+    parts.storage.check_free(parts.settings.min_free_bytes)
     with parts.database.transaction() as session:
         return completing.start(session, scope, upload_id, part_ids=body.part_ids, md5=_md5(body))
 

@@ -293,7 +293,7 @@ class StorageFullError(JobError):
     """A disk that has no room left; the operator must make some."""
 
     code = "storage_full"
-    http_status = 503
+    http_status = 507
     retryable = True
 
 

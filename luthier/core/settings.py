@@ -160,6 +160,20 @@ class Settings(BaseSettings):
     max_expansion_ratio: float = Field(
         100.0, gt=1, description="The same as a multiple of its size, beyond the first 16 MiB."
     )
+    max_queued_jobs_per_project: int = Field(
+        1000, ge=1, description="Jobs of a project that may wait or be paused; one more is answered 429."
+    )
+    max_running_uploads_per_project: int = Field(
+        16, ge=1, description="Uploads in parts that a project may have open; one more is answered 429."
+    )
+    max_stored_bytes_per_project: int = Field(
+        0, ge=0, description="Bytes of a project's files and open uploads; more is answered 413. 0: no limit."
+    )
+    min_free_bytes: int = Field(
+        256 * MIB,
+        ge=0,
+        description="Free bytes on the disk of a local storage below which uploads are answered 507.",
+    )
     max_tokens_default: int = Field(
         1024, ge=1, description="Answer length in tokens when a chat request names none."
     )

@@ -207,6 +207,22 @@ class Storage:
             return cls(from_url(url), None)
         raise LuthierError(f"LUTHIER_STORAGE_URL: {parts.scheme!r} is neither file:// nor s3://.")
 
+    def check_free(self, min_bytes: int) -> None:
+        """Refuse to begin an object on a local disk that has less than `min_bytes` free.
+
+        Raises:
+            StorageFullError: when it has less.
+        """
+        if self.local_root is None:
+            return
+        with _answered():
+            free = shutil.disk_usage(self.local_root).free
+        if free < min_bytes:
+            raise StorageFullError(
+                f"The disk of files and models has {free} bytes free, and {min_bytes} are kept "
+                "(LUTHIER_MIN_FREE_BYTES); the operator must make room."
+            )
+
     def settle(self, key: str) -> None:
         """Force a local object to disk; obstore's local store leaves that to its caller."""
         if self.local_root is None:

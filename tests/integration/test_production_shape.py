@@ -100,7 +100,14 @@ class Shape:
         declared = {
             key: self.localise(str(value)) for key, value in self.services[name]["environment"].items()
         }
-        image = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
+        # Kernels that were compiled before are found again: a minute less than in a new container.
+        caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        image = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),
+            "XDG_CACHE_HOME": caches,
+            "OMP_NUM_THREADS": "1",
+        }
         return image | {"LUTHIER_MODELS_FILE": str(self.folder / "models.toml")} | declared
 
     def command(self, words: list[str]) -> tuple[str, ...]:

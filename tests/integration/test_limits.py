@@ -1,0 +1,143 @@
+"""Limits of a project: refusals name limit, use and what to do, and concern no other project."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+from sqlalchemy import func, select, update
+
+from db.tables import IdempotencyKey
+from luthier.core.settings import Settings
+from tests.conftest import Api
+from tests.rows import colour_rows, jsonl
+from worker.context import WorkerContext
+from worker.maintenance import tidy
+
+ROWS = jsonl(colour_rows())
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(
+        update={
+            "max_queued_jobs_per_project": 2,
+            "max_running_uploads_per_project": 2,
+            "max_stored_bytes_per_project": 3 * len(ROWS),
+        }
+    )
+
+
+@pytest.fixture
+def other(api: Api, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
+    """A client of another project."""
+    answer = httpx2.post(
+        f"{api.base_url}/v1/keys", json={"name": "other", "project": "other"}, headers=api.headers
+    )
+    with client.with_options(api_key=answer.json()["key"]) as made:
+        yield made
+
+
+def _upload(client: openai.OpenAI) -> str:
+    return client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
+
+
+def _job(client: openai.OpenAI, file_id: str, **more: str) -> str:
+    return client.fine_tuning.jobs.create(model="tiny-llama", training_file=file_id, **more).id
+
+
+def _objects(api: Api) -> set[Path]:
+    root = api.parts.storage.local_root
+    assert root is not None
+    return {path for path in root.rglob("*") if path.is_file()}
+
+
+def test_no_more_jobs_wait_than_may_and_twins_do_not_pass_together(
+    client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    file_id = _upload(client)
+
+    def create(number: int) -> str:
+        try:
+            return _job(client, file_id, suffix=f"twin-{number}")
+        except openai.RateLimitError as error:
+            return error.message
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(create, range(6)))
+    made = [answer for answer in answers if answer.startswith("ftjob-")]
+    assert len(made) == 2
+    [refusal] = set(answers) - set(made)
+    assert "2 jobs" in refusal
+    assert "limit is 2" in refusal
+    assert "LUTHIER_MAX_QUEUED_JOBS_PER_PROJECT" in refusal
+    assert _job(other, _upload(other)).startswith("ftjob-")
+    client.fine_tuning.jobs.cancel(made[0])
+    assert _job(client, file_id).startswith("ftjob-")
+
+
+def test_no_more_uploads_are_open_than_may(client: openai.OpenAI, other: openai.OpenAI) -> None:
+    def create(of: openai.OpenAI) -> str:
+        return of.uploads.create(
+            bytes=len(ROWS), filename="rows.jsonl", mime_type="text/jsonl", purpose="fine-tune"
+        ).id
+
+    first, _ = create(client), create(client)
+    with pytest.raises(openai.RateLimitError, match="limit is 2") as caught:
+        create(client)
+    assert caught.value.response.headers["retry-after"]
+    assert create(other)
+    client.uploads.cancel(first)
+    assert create(client)
+
+
+def test_no_more_bytes_are_stored_than_may_and_nothing_of_a_refused_file_is_kept(
+    api: Api, client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    files = [_upload(client) for _ in range(3)]
+    before = _objects(api)
+    with pytest.raises(openai.APIStatusError) as caught:
+        _upload(client)
+    assert caught.value.status_code == 413
+    assert f"limit is {3 * len(ROWS)}" in caught.value.message
+    assert f"{3 * len(ROWS)} bytes" in caught.value.message
+    assert _objects(api) == before
+    assert _upload(other)
+    client.files.delete(files[0])
+    assert _upload(client)
+
+
+def test_an_upload_to_a_disk_that_is_nearly_full_is_refused_once_and_for_all(
+    api: Api, client: openai.OpenAI
+) -> None:
+    settings = api.parts.settings
+    object.__setattr__(api.parts, "settings", settings.model_copy(update={"min_free_bytes": 10**18}))
+    with pytest.raises(openai.InternalServerError) as caught:
+        _upload(client)
+    assert caught.value.status_code == 507
+    assert caught.value.code == "storage_full"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert "LUTHIER_MIN_FREE_BYTES" in caught.value.message
+    assert _objects(api) == set()
+
+
+def test_idempotency_keys_are_deleted_after_a_day(
+    api: Api, client: openai.OpenAI, context: WorkerContext
+) -> None:
+    file_id = _upload(client)
+    for key in ("old", "new"):
+        client.fine_tuning.jobs.create(
+            model="tiny-llama", training_file=file_id, extra_headers={"Idempotency-Key": key}
+        )
+    with api.parts.database.transaction() as session:
+        session.execute(
+            update(IdempotencyKey)
+            .where(IdempotencyKey.key == "old")
+            .values(created_at=func.now() - timedelta(hours=25))
+        )
+    tidy(context, grace_seconds=3600)
+    with api.parts.database.transaction() as session:
+        assert list(session.scalars(select(IdempotencyKey.key))) == ["new"]
