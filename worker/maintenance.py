@@ -94,7 +94,7 @@ def collect_garbage(context: WorkerContext) -> None:
     remove_stale_runs(context)
     now = time.monotonic()
     if now >= context.orphans_due_at:
-        context.orphans_due_at = now + _ORPHANS_EVERY_SECONDS
+        context.orphans_due_at = now + min(_ORPHANS_EVERY_SECONDS, context.settings.orphan_seconds)
         delete_orphans(context)
 
 
