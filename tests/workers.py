@@ -27,6 +27,13 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def signal_own(self, number: int) -> None:
+        """Send a signal to the worker and its own processes, as a terminal does."""
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(pid) == os.getpgid(self.process.pid):
+                    os.kill(pid, number)
+
     def log(self) -> str:
         return self.log_path.read_text()
 

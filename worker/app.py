@@ -46,7 +46,7 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     """
     started_at = time.monotonic()
     context = make_context(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, lambda *_: context.stopping.set())
     processes = JobProcesses(context.worker_id, settings.training_slots + 1, has_broker=has_broker)
     is_catalogue_due = threading.Event()

@@ -80,7 +80,7 @@ def run_job_process(settings: Settings, worker_id: str, parent_pid: int, *, has_
     signalled, on_signal = os.pipe()
     os.set_blocking(on_signal, False)
     signal.set_wakeup_fd(on_signal)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, lambda *_: context.stopping.set())
     # Its worker answers it, and tells of it by the standard input.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

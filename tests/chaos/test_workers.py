@@ -57,12 +57,12 @@ def other(settings: Settings, api: Api) -> Iterator[WorkerContext]:
     made.database.close()
 
 
-def _create(client: openai.OpenAI) -> str:
+def _create(client: openai.OpenAI, *, n_epochs: int = 1, batch_size: int = 4) -> str:
     file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
     return client.fine_tuning.jobs.create(
         model="tiny-llama",
         training_file=file.id,
-        hyperparameters={"n_epochs": 1, "batch_size": 4},
+        hyperparameters={"n_epochs": n_epochs, "batch_size": batch_size},
         extra_body={"training": {"precision": "float32"}},
     ).id
 
@@ -466,3 +466,23 @@ def test_a_worker_that_stood_still_for_three_leases_changes_nothing(
         assert (final.num_crashes, final.status) == (0, "succeeded")
     messages = _messages(client, job_id)
     assert messages.count("The job has successfully completed") == 1
+
+
+def test_quit_and_a_second_term_stop_a_worker_as_the_first_does(
+    client: openai.OpenAI, context: WorkerContext, settings: Settings, tmp_path: Path
+) -> None:
+    job_id = _create(client, n_epochs=50, batch_size=1)
+    prepare(context, job_id)
+    with running_worker(settings, tmp_path / "a.log", "--no-broker") as worker:
+        wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "running", what="it is taken")
+        wait_until(
+            lambda: any("Step" in told for told in _messages(client, job_id)), seconds=90, what="steps"
+        )
+        # A terminal sends QUIT to the worker and its processes; training has a group of its own.
+        for number in (signal.SIGQUIT, signal.SIGTERM, signal.SIGTERM):
+            worker.signal_own(number)
+        assert worker.process.wait(timeout=60) == 0, worker.log()
+    with context.database.transaction() as session:
+        found = session.get_one(Job, job_id)
+        assert (found.num_crashes, found.num_losses, found.status) == (0, 0, "queued")
+    assert any(told.startswith("The worker is stopping") for told in _messages(client, job_id))
