@@ -6,6 +6,7 @@ and blocks when idle.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from luthier.core.errors import LuthierError, TooManyRequestsError, UnavailableError
+from luthier.core.errors import LuthierError, UnavailableError
 from luthier.inference import sampler
 from luthier.inference.crowding import Crowding
 from luthier.inference.event_bridge import EventBridge
@@ -26,6 +27,7 @@ from luthier.inference.lane import Lane
 from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
 from luthier.inference.sequence import Sequence
+from luthier.inference.waiting import WaitingShares
 from luthier.modeling.kernels._threads import use_threads
 from luthier.modeling.logits import Logits
 
@@ -141,6 +143,7 @@ class EngineCore:
         try:
             return lane.step()
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one lane
+            _raise_sticky(error)
             told = to_told(_LOG, "A lane, whose answers all end with an error,", error)
             for sequence in lane.drain():
                 sequence.fail(told)
@@ -192,11 +195,18 @@ class EngineCore:
         return bool(rows)
 
     def _fail(self, work: Prefill | Group, error: Exception) -> None:
+        _raise_sticky(error)
         told = to_told(_LOG, "A step, whose answers end with an error,", error)
         for sequence in work.sequences:
             sequence.fail(told)
         if isinstance(work, Group):
             self.scheduler.end(work)
+
+
+def _raise_sticky(error: Exception) -> None:
+    """Raise a fault of the device again: every later call of this process would fail with it."""
+    if isinstance(error, torch.AcceleratorError):
+        raise error
 
 
 @dataclass(frozen=True)
@@ -224,14 +234,28 @@ class Engine:
     """The engine's thread.
 
     Args:
-        max_waiting: sequences that may wait for a row; more are refused.
+        max_waiting: sequences that may wait for a row; beyond them a project may have its share of as many.
+        on_death: called on the engine's thread when it ends by a fault.
+        stall_seconds: a step that lasts longer makes the engine not ready.
         num_threads: that torch uses on this thread; None for what it has.
     """
 
-    def __init__(self, core: EngineCore, *, max_waiting: int, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        *,
+        max_waiting: int,
+        num_threads: int | None = None,
+        on_death: Callable[[], None] | None = None,
+        stall_seconds: float = math.inf,
+    ) -> None:
         self._core = core
+        self._on_death = on_death
+        self._stall_seconds = stall_seconds
+        # When the work that runs now began; None while there is none.
+        self._busy_since: float | None = None
+        self._waiting_shares = WaitingShares(max_waiting)
         self._num_threads = num_threads
-        self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[Sequence | _Call[Any] | None] = queue.SimpleQueue()
         self._is_closed = False
         self._num_expected = 0
@@ -245,6 +269,12 @@ class Engine:
     def is_alive(self) -> bool:
         """Whether the thread runs and takes requests."""
         return self._thread.is_alive() and not self._is_closed
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether a step, or work between two steps, has not ended for too long."""
+        busy_since = self._busy_since
+        return busy_since is not None and time.monotonic() - busy_since > self._stall_seconds
 
     @property
     def num_waiting(self) -> int:
@@ -291,9 +321,7 @@ class Engine:
         """
         if not self.is_alive:
             raise UnavailableError("The model server is shutting down; try again.")
-        num_waiting = self.num_waiting
-        if num_waiting > 0 and num_waiting + len(sequences) > self._max_waiting:
-            raise TooManyRequestsError(f"{num_waiting} requests are waiting for the model server; try again.")
+        self._waiting_shares.take(sequences, self.num_waiting)
         for sequence in sequences:
             self._inbox.put(sequence)
 
@@ -332,21 +360,29 @@ class Engine:
             torch.get_num_threads()
             torch.set_num_threads(self._num_threads)
         crowding = Crowding(torch.get_num_threads())
+        is_dead = True
         try:
             while not self._is_closed:
                 self._take_inbox()
-                started_at = time.monotonic()
+                started_at = self._busy_since = time.monotonic()
                 if not self._core.step():
                     self.events.flush()
                 num_threads = crowding.num_threads
                 crowding.note(time.monotonic() - started_at)
                 if crowding.num_threads != num_threads:
                     use_threads(crowding.num_threads)
+            is_dead = False
+        except Exception as error:  # noqa: BLE001 - the process ends with it
+            log_fault(_LOG, "The engine's thread, which ends,", error)
         finally:
             # However it ends, nobody is left to wait.
             self._is_closed = True
-            self._fail_all()
-            self.events.flush()
+            try:
+                self._fail_all()
+                self.events.flush()
+            finally:
+                if is_dead and self._on_death is not None:
+                    self._on_death()
 
     def _fail_all(self) -> None:
         error = UnavailableError("The model server was stopped; try again.")
@@ -365,7 +401,9 @@ class Engine:
         while not self._is_closed:
             if not self._core.has_work:
                 self.events.flush()
+                self._busy_since = None
                 item = self._inbox.get()
+                self._busy_since = time.monotonic()
                 quiet_at = time.monotonic() + _QUIET_SECONDS
                 ready_at = time.monotonic() + _GATHER_SECONDS
             elif not self._inbox.empty():

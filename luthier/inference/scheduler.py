@@ -1,14 +1,18 @@
 """Which rows run next. Holds no tensors and never calls a model.
 
-Waiting sequences are grouped by model; a new arrival never waits for a running group to end: its prompt
-is run at the next turn, and live groups then take one decode step each, in turn.
+Projects take turns; waiting sequences are grouped by model; a new arrival never waits for a running group to
+end: its prompt is run at the next turn, and live groups then take one decode step each, in turn.
 """
 
-from collections import deque
+import itertools
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any
 
 from luthier.inference.sequence import ModelKey, Sequence
+
+# Of more than these the order of turns is forgotten.
+_MAX_PROJECTS = 1024
 
 
 @dataclass(eq=False)
@@ -51,6 +55,8 @@ class Scheduler:
         self._max_cache_tokens = max_cache_tokens
         self._max_prefill_tokens = max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
+        # Projects in the order in which they were served last.
+        self._served: OrderedDict[str, None] = OrderedDict()
         self._groups: deque[Group] = deque()
         # Groups that still have a step to take before the next prefill may hold them up.
         self._num_turns_left = 0
@@ -134,11 +140,12 @@ class Scheduler:
         room = min(self._max_batch_rows, self._max_live_rows - self.num_live_rows)
         if room <= 0:
             return []
-        key = self._waiting[0].key
+        waiting = self._in_turn()
+        key = waiting[0].key
         num_free_tokens = self._max_cache_tokens - self.num_reserved_tokens
         taken: list[Sequence] = []
         longest = 0
-        for sequence in self._waiting:
+        for sequence in waiting:
             if sequence.key != key:
                 continue
             longest = max(longest, len(sequence.prompt_ids))
@@ -153,7 +160,22 @@ class Scheduler:
                 break
         chosen = set(map(id, taken))
         self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in chosen)
+        for sequence in taken:
+            self._served[sequence.project_id] = None
+            self._served.move_to_end(sequence.project_id)
+        while len(self._served) > _MAX_PROJECTS:
+            self._served.popitem(last=False)
         return taken
+
+    def _in_turn(self) -> list[Sequence]:
+        """Return the waiting sequences by turns of projects; the one served longest ago is first."""
+        lines: dict[str, list[Sequence]] = {}
+        for sequence in self._waiting:
+            lines.setdefault(sequence.project_id, []).append(sequence)
+        turns = {project: turn for turn, project in enumerate(self._served)}
+        order = sorted(lines, key=lambda project: turns.get(project, -1))
+        rounds = itertools.zip_longest(*(lines[project] for project in order))
+        return [sequence for one in rounds for sequence in one if sequence is not None]
 
 
 def _count_reserved(sequences: list[Sequence]) -> int:

@@ -40,6 +40,11 @@ from luthier.inference.engine import Engine, EngineCore
 from luthier.inference.runner import Runner
 
 _LOG = logging.getLogger(__name__)
+
+# Of a step, or of a model that is put into place between two.
+_MAX_STALL_SECONDS = 120.0
+# EX_SOFTWARE of sysexits.h.
+_EXIT_DEAD = 70
 _BACKLOG = 1024
 _STOP_SECONDS = 2
 _SWITCH_SECONDS = 0.0005
@@ -125,6 +130,13 @@ def _default_num_threads(settings: Settings) -> int:
     return max(1, (os.cpu_count() or 1) // settings.inference_processes)
 
 
+def _exit_dead() -> None:
+    """End the process, which would answer 503 for ever; its supervisor starts another."""
+    _LOG.critical("The engine has ended; the process exits with status %d.", _EXIT_DEAD)
+    logging.shutdown()
+    os._exit(_EXIT_DEAD)
+
+
 async def serve(settings: Settings) -> None:
     """Serve until TERM or INT.
 
@@ -153,6 +165,8 @@ async def serve(settings: Settings) -> None:
         ),
         max_waiting=settings.max_waiting_requests,
         num_threads=settings.num_threads or _default_num_threads(settings),
+        on_death=_exit_dead,
+        stall_seconds=min(settings.stall_seconds, _MAX_STALL_SECONDS),
     )
     service = Service(settings, engine, freeze_garbage)
     engine.start()

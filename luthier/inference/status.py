@@ -31,9 +31,10 @@ class Status:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the engine runs and its preloaded base is in memory."""
+        """Whether the engine runs, its step is none that hangs, and its preloaded base is in memory."""
         base = self._settings.preload_base
-        return self._engine.is_alive and (not base or self._models.is_loaded(base))
+        is_running = self._engine.is_alive and not self._engine.is_stalled
+        return is_running and (not base or self._models.is_loaded(base))
 
     async def health(self, _request: Request) -> Response:
         """Say that the process answers, and whether its preloaded base does."""

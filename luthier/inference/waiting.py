@@ -1,11 +1,48 @@
 """Who waits, in a fair order: projects take turns, and in each project its models do. No tensors."""
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 
+from luthier.core.errors import TooManyRequestsError
 from luthier.inference.sequence import ModelKey, Sequence
 
 _Line = OrderedDict[ModelKey, deque[Sequence]]
+
+
+class WaitingShares:
+    """How many places among the waiting a project may have. For the event loop's thread.
+
+    Below `max_waiting` in all any project may wait. Beyond, one that has a share of them or more is refused,
+    and others are taken, so that none of them is kept out by a project that fills the places.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._submitted: list[Sequence] = []
+
+    def take(self, sequences: list[Sequence], num_waiting: int) -> None:
+        """Give the sequences of one request, which are one project's, their places.
+
+        Args:
+            num_waiting: sequences of all projects that have no row yet.
+
+        Raises:
+            TooManyRequestsError: when there is no place for them.
+        """
+        self._submitted = [
+            one for one in self._submitted if not one.is_done and not one.num_completion_tokens
+        ]
+        if num_waiting > 0 and num_waiting + len(sequences) > self._max_waiting:
+            waiting = Counter(one.project_id for one in self._submitted)
+            own = waiting[sequences[0].project_id]
+            share = self._max_waiting // max(2, len(waiting))
+            is_over = own > 0 and own + len(sequences) > share
+            if is_over or num_waiting + len(sequences) > 2 * self._max_waiting:
+                raise TooManyRequestsError(
+                    f"{num_waiting} requests are waiting for the model server, and {own} of this project have"
+                    " no answer yet; try again when some have ended."
+                )
+        self._submitted += sequences
 
 
 class WaitingLine:

@@ -1,5 +1,6 @@
 """The inference server as an operator starts it: its socket's guard, its token, its end on a signal."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,16 +8,20 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from luthier.core.inference import HEADER_TOKEN
 from tests.inference_server import BARE, COMPLETIONS, wait_until
 from tests.tiny import BASE_ID
 
 
-def start_process(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
+def start_process(
+    folder: Path, *, program: Sequence[str] = ("-m", "luthier.inference.server"), **environment: str
+) -> subprocess.Popen[bytes]:
     values = {
         "LUTHIER_BASES_DIR": str(folder / "bases"),
         "LUTHIER_STORAGE_URL": f"file://{folder}/objects",
@@ -25,9 +30,7 @@ def start_process(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
         "LUTHIER_NUM_THREADS": "1",
         "LUTHIER_INFERENCE_DTYPE": "float32",
     } | environment
-    return subprocess.Popen(
-        [sys.executable, "-m", "luthier.inference.server"], env=os.environ | values, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen([sys.executable, *program], env=os.environ | values, stderr=subprocess.PIPE)
 
 
 def test_the_process_guards_its_socket_and_stops_at_once_with_an_error_event(
@@ -112,3 +115,38 @@ def test_tcp_needs_the_token_in_settings_and_in_every_request_and_tells_what_was
     finally:
         process.kill()
         process.communicate()
+
+
+_DEAD_ENGINE = """
+from luthier.inference import engine, server
+
+def fail(*_):
+    raise RuntimeError("swordfish")
+
+engine.{where} = fail
+server.main()
+"""
+
+
+@pytest.mark.parametrize("where", ["EngineCore.add", "Scheduler.next_work", "EventBridge.flush"])
+def test_a_dead_engine_ends_its_process_which_says_why(folder: Path, base_folder: Path, where: str) -> None:
+    path = folder / "dead.sock"
+    process = start_process(
+        folder,
+        LUTHIER_INFERENCE_URL=f"unix://{path}",
+        program=["-c", _DEAD_ENGINE.format(where=where)],
+    )
+    try:
+        transport = httpx2.HTTPTransport(uds=str(path), retries=0)
+        body = {"model": "m", "prompt": "a", "max_tokens": 1}
+        with httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client:
+            while process.poll() is None:
+                with contextlib.suppress(httpx2.TransportError):
+                    client.post(COMPLETIONS, json=body, headers=BARE.to_headers())
+        assert process.wait(60) == 70
+        assert process.stderr is not None
+        log = process.stderr.read().decode()
+        assert "RuntimeError" in log and "engine" in log and "swordfish" not in log
+    finally:
+        process.kill()
+        process.wait()

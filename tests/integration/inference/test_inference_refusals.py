@@ -316,3 +316,27 @@ def test_a_client_that_does_not_read_holds_up_no_other_and_gets_all_in_order(ser
             assert place >= places[choice["index"]]
             places[choice["index"]] = place
     wait_until(lambda: not served.service._open, "the stream's end")
+
+
+def test_a_project_that_fills_the_waiting_places_keeps_no_other_project_out(served: Served) -> None:
+    other = BARE.model_copy(update={"project_id": "proj_2"})
+    served.runner.gate.clear()
+    before = served.runner.num_prefills
+    with ThreadPoolExecutor(8) as pool:
+        running = pool.submit(served.chat, "a", max_tokens=1)
+        wait_until(lambda: served.runner.num_prefills > before, "the first prefill")
+        prompts = ["a"] * 32
+        waiting = [pool.submit(served.post, COMPLETIONS, prompt=prompts, max_tokens=100) for _ in range(2)]
+        wait_until(lambda: served.engine.num_waiting == 64, "a full queue")
+        theirs = pool.submit(served.chat, "b", other, max_tokens=1)
+        wait_until(lambda: served.engine.num_waiting == 65 or theirs.done(), "the other project's chat")
+        refused = served.post(CHAT, messages=[{"role": "user", "content": "a"}])
+        served.runner.gate.set()
+        assert theirs.result()["choices"]
+        # It was next in turn: of those that came before it most still run.
+        assert not all(future.done() for future in waiting)
+        assert running.result()["choices"]
+        assert [len(future.result().json()["choices"]) for future in waiting] == [32, 32]
+    assert refused.status_code == 429
+    # With the one that runs.
+    assert "65 of this project have no answer yet" in refused.json()["error"]["message"]
