@@ -47,7 +47,8 @@ def test_no_sdk_repeats_a_permanent_refusal_or_waits_long_for_a_passing_one(cls:
     assert isinstance(body["code"], str)
     assert answer.status_code != 422
     is_repeated = answer.status_code in _REPEATED or answer.status_code >= 500
-    if error.retryable:
+    # A full disk passes for a job, which waits; an upload that is sent again only loads the service.
+    if error.retryable and answer.status_code != 507:
         assert is_repeated, "the SDKs would not repeat it"
         assert "x-should-retry" not in answer.headers
         assert 0 < int(answer.headers["retry-after"]) <= _LONGEST_WAIT_SECONDS
