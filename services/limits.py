@@ -1,17 +1,20 @@
-"""Limits of a project: its waiting jobs, stored bytes and open uploads; not what a request costs to compute.
+"""Limits of a project: its waiting jobs, stored bytes, open uploads and pinned models. Not costs of requests.
 
 Each is counted under a lock of the project that is held until the transaction ends, so that requests that
 arrive together can't pass together.
 """
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from collections.abc import Mapping
+
+from sqlalchemy import BigInteger, func, select
+from sqlalchemy.orm import Session, aliased
 
 from db.queries import lock_key
-from db.tables import File, Job
+from db.tables import File, Job, Model
 from db.upload_tables import Upload
-from luthier.core.errors import TooLargeError, TooManyRequestsError
+from luthier.core.errors import PinLimitError, TooLargeError, TooManyRequestsError
 from luthier.core.states import JobStatus
+from luthier.methods import discover
 from services.uploads import UploadStatus
 
 _WAITING = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED)
@@ -84,4 +87,42 @@ def check_stored_bytes(session: Session, project_id: str, limit: int, *, num_new
             f"This project's files and open uploads have {num_stored} bytes, and the limit is {limit}; delete"
             " files, cancel uploads, or ask the operator to raise LUTHIER_MAX_STORED_BYTES_PER_PROJECT.",
             param="file",
+        )
+
+
+def check_pinned_bytes(session: Session, model: Model, room_bytes: Mapping[str, int], share: float) -> None:
+    """Refuse a model, pinned just now, that takes its project's pinned models over their share of the memory.
+
+    Args:
+        room_bytes: memory of an inference server for models, by kind: `packed` (adapters) or `whole`.
+
+    Raises:
+        PinLimitError: when they take more, by the sizes of their artifacts.
+    """
+    lock_key(session, f"{model.project_id} pinned models")
+    weights = aliased(Model)
+    num_bytes = Job.report["run"]["artifact_bytes"].astext.cast(BigInteger)
+    pinned = session.execute(
+        select(Model.id, weights.method, func.coalesce(num_bytes, 0))
+        # An adapter on a fully tuned model has a copy of that one's weights.
+        .join(weights, weights.id == func.coalesce(Model.foundation_model_id, Model.id))
+        .join(Job, Job.id == weights.job_id)
+        .where(Model.project_id == model.project_id, Model.pinned_at.is_not(None), Model.deleted_at.is_(None))
+    ).all()
+    methods = discover()
+    own = next(method for model_id, method, _ in pinned if model_id == model.id)
+    is_whole = methods[own].is_whole_model
+    kind, setting = ("whole", "WHOLE_MODELS") if is_whole else ("packed", "ADAPTERS")
+    if kind not in room_bytes:
+        return
+    limit = int(share * room_bytes[kind])
+    sizes = {
+        model_id: size for model_id, method, size in pinned if methods[method].is_whole_model is is_whole
+    }
+    if sum(sizes.values()) > limit:
+        raise PinLimitError(
+            f"{model.name} has {sizes.pop(model.id)} bytes and the project's other pinned models of its kind "
+            f"have {sum(sizes.values())}; one project may pin {limit} bytes. Unpin another one, or ask the "
+            f"operator to raise LUTHIER_MAX_PINNED_SHARE or LUTHIER_INFERENCE_MAX_{setting}_BYTES.",
+            param="model",
         )

@@ -108,18 +108,23 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
     raise names.not_callable(named, name)
 
 
-def pin(session: Session, scope: Scope, catalogue: Catalogue, name: str, *, is_pinned: bool) -> Model:
-    """Let inference servers keep a model in memory from its next request on, or no longer.
-
-    Args:
-        name: the public name of the project's own model or checkpoint.
-        is_pinned: which of both; asking for what is so already changes nothing.
+def pin(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
+    """Let inference servers keep the project's own model in memory from its next request on.
 
     Raises:
         InvalidValueError: when the name is a base's or an alias.
         PermissionDeniedError: when it is another project's.
         ModelNotFoundError: when there is none.
     """
+    return _set_pinned(session, scope, catalogue, name, is_pinned=True)
+
+
+def unpin(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
+    """Let the project's own model leave memory when others need its room; raises as `pin` does."""
+    return _set_pinned(session, scope, catalogue, name, is_pinned=False)
+
+
+def _set_pinned(session: Session, scope: Scope, catalogue: Catalogue, name: str, *, is_pinned: bool) -> Model:
     found = get_own(session, scope, catalogue, name)
     model = session.get_one(Model, found.id, with_for_update=True, populate_existing=True)
     if (model.pinned_at is not None) is not is_pinned:

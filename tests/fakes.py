@@ -13,6 +13,7 @@ class FakeBackend:
 
     asked: list[tuple[str, bytes, ModelTarget]] = field(default_factory=list)
     status: int = 200
+    room_bytes: dict[str, int] = field(default_factory=dict)
     answer: bytes = json.dumps({"object": "chat.completion", "choices": []}).encode()
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
@@ -22,7 +23,9 @@ class FakeBackend:
 
     async def health(self) -> Health:
         """Return that all is well."""
-        return Health(is_ready=True, holds=frozenset(), num_running=0, num_waiting=0)
+        return Health(
+            is_ready=True, holds=frozenset(), num_running=0, num_waiting=0, room_bytes=self.room_bytes
+        )
 
     async def aclose(self) -> None:
         """Do nothing; there is no connection."""

@@ -1,5 +1,6 @@
 """Models: bases, tuned models and checkpoints, and the files of a tuned one."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 from fastapi import APIRouter, Request
@@ -18,7 +19,7 @@ from api.schemas.models import (
 )
 from api.schemas.pages import DeletedObject, ListPage, list_object
 from luthier.core.errors import NotFoundError, UnavailableError
-from services import models, names
+from services import limits, models, names
 from services.scope import Scope
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -86,17 +87,24 @@ async def download_model_file(
     )
 
 
+def _pin(parts: Parts, scope: Scope, name: str, room_bytes: Mapping[str, int]) -> ModelObject:
+    with parts.database.transaction() as session:
+        found = models.pin(session, scope, parts.catalogue, name)
+        limits.check_pinned_bytes(session, found, room_bytes, parts.settings.max_pinned_share)
+        return tuned_model_object(found, scope.organization_slug)
+
+
 @router.put("/{model}/pin")
-def pin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ModelObject:
+async def pin_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> ModelObject:
     """Let inference servers keep a tuned model in memory from its next request on."""
-    found = models.pin(session, scope, parts.catalogue, model, is_pinned=True)
-    return tuned_model_object(found, scope.organization_slug)
+    health = await parts.backend.health()
+    return await run_in_threadpool(_pin, parts, scope, model, health.room_bytes)
 
 
 @router.delete("/{model}/pin")
 def unpin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ModelObject:
     """Let a tuned model leave the memory again when others need its room."""
-    found = models.pin(session, scope, parts.catalogue, model, is_pinned=False)
+    found = models.unpin(session, scope, parts.catalogue, model)
     return tuned_model_object(found, scope.organization_slug)
 
 

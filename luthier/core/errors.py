@@ -120,6 +120,12 @@ class ModelInUseError(InvalidRequestError):
     code = "model_in_use"
 
 
+class PinLimitError(InvalidRequestError):
+    """A model that would take its project's pinned models over their share of the memory."""
+
+    code = "pin_limit_exceeded"
+
+
 class ContextLengthExceededError(InvalidRequestError):
     """A prompt, or prompt and answer together, longer than the base's context."""
 

@@ -96,6 +96,13 @@ class Settings(BaseSettings):
         description="Memory for adapters that lie on bases in each inference server; 0: an eighth of its "
         "share of the device's.",
     )
+    max_pinned_share: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="Share of an inference server's memory for adapters, and of that for fully tuned models, "
+        "that the pinned models of one project may take; for API and inference servers.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train and serve.")
     memory_reserve_bytes: int = Field(
         0,

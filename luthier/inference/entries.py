@@ -36,10 +36,12 @@ class Entry:
     num_holders: int = 0
     # A moment of the monotonic clock.
     pinned_until: float = 0.0
+    pinned_by: str = ""
 
-    def pin(self, *, is_pinned: bool) -> None:
-        """Let it stay from now on, or leave when it is idle."""
-        self.pinned_until = time.monotonic() + _PIN_SECONDS if is_pinned else 0.0
+    def pin(self, project_id: str | None) -> None:
+        """Let it stay from now on as a project's pinned model, or leave when it is idle."""
+        self.pinned_until = 0.0 if project_id is None else time.monotonic() + _PIN_SECONDS
+        self.pinned_by = project_id or ""
 
     @property
     def is_pinned(self) -> bool:

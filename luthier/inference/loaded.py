@@ -38,6 +38,7 @@ class LoadedArtifacts:
     Args:
         max_whole_bytes: memory for the weights of whole models.
         limits: of the rows on whole models.
+        max_pinned_share: of the memory of each kind, for the pinned models of one project.
         max_waiting: requests that may wait for what is not in memory yet; more are refused.
         max_installed: artifacts that may lie on plain bases; the one unused for longest leaves first.
         fit: makes room for so many more bytes of the process, and returns how many are missing all the same.
@@ -49,6 +50,7 @@ class LoadedArtifacts:
         *,
         max_whole_bytes: int,
         max_adapter_bytes: int,
+        max_pinned_share: float,
         limits: RowLimits,
         max_waiting: int,
         max_installed: int = MAX_INSTALLED,
@@ -57,6 +59,7 @@ class LoadedArtifacts:
         self._engine = engine
         self._limits = limits
         self._max_bytes = {Kind.WHOLE: max_whole_bytes, Kind.PACKED: max_adapter_bytes}
+        self._max_pinned_share = max_pinned_share
         self._max_waiting = max_waiting
         self._max_installed = max_installed
         self._fit = fit
@@ -178,11 +181,12 @@ class LoadedArtifacts:
             )
         return missing <= 0
 
-    async def hold(self, served: ServedModel, *, is_pinned: bool = False) -> ReadyModel:
+    async def hold(self, served: ServedModel, *, pinned_by: str | None = None) -> ReadyModel:
         """Return a model in memory, which stays there until it is released as often as it was held.
 
         Args:
-            is_pinned: whether it stays when nobody holds it, for a day or until it is held without that.
+            pinned_by: the project as whose pinned model it stays when nobody holds it, for a day or until it
+                is held without one; as far as that project's share of the memory goes.
 
         Returns:
             The model, verified and ready to answer.
@@ -200,7 +204,7 @@ class LoadedArtifacts:
         if entry is not None and entry.is_ready:
             self._entries.move_to_end(served.key)
             entry.num_holders += 1
-            entry.pin(is_pinned=is_pinned)
+            self._pin(entry, pinned_by)
             return entry.loading.result()
         # A name that outlived this wait would keep weights that are to leave.
         del entry
@@ -208,7 +212,7 @@ class LoadedArtifacts:
             raise TooManyRequestsError(f"{self._num_waiting} requests are waiting for models; try again.")
         self._num_waiting += 1
         try:
-            return await self._wait(served, is_pinned=is_pinned)
+            return await self._wait(served, pinned_by)
         finally:
             self._num_waiting -= 1
 
@@ -218,16 +222,26 @@ class LoadedArtifacts:
         if entry is not None:
             self._release(entry)
 
-    async def _wait(self, served: ServedModel, *, is_pinned: bool) -> ReadyModel:
+    async def _wait(self, served: ServedModel, pinned_by: str | None) -> ReadyModel:
         entry = self._find(served) or await self._find_room(served)
         self._entries.move_to_end(served.key)
         entry.num_holders += 1
-        entry.pin(is_pinned=is_pinned)
+        self._pin(entry, pinned_by)
         try:
             return await asyncio.shield(entry.loading)
         except BaseException:
             self._release(entry)
             raise
+
+    def _pin(self, entry: Entry, project_id: str | None) -> None:
+        """Pin an artifact unless its project's pinned ones would take more than their share with it."""
+        if project_id is not None:
+            others = (one for one in self._entries.values() if one is not entry and one.kind is entry.kind)
+            pinned = sum(one.num_bytes for one in others if one.is_pinned and one.pinned_by == project_id)
+            max_bytes = self._max_pinned_share * self._max_bytes.get(entry.kind, 0)
+            if pinned + entry.num_bytes > max_bytes:
+                project_id = None
+        entry.pin(project_id)
 
     def _find(self, served: ServedModel) -> Entry | None:
         """Return an artifact in memory, unless it is one of those for whose memory somebody waits."""

@@ -100,6 +100,7 @@ class Models:
             engine,
             max_whole_bytes=bases.max_whole_bytes(settings),
             max_adapter_bytes=bases.max_adapter_bytes(settings),
+            max_pinned_share=settings.max_pinned_share,
             limits=RowLimits(
                 max_rows=settings.max_batch_rows,
                 max_cache_tokens=settings.max_cache_tokens,
@@ -208,14 +209,15 @@ class Models:
             TooManyRequestsError: when too many wait for models already.
         """
         served = await self.get(target)
+        pinned_by = target.project_id if target.is_pinned else None
         try:
-            return await self.loaded.hold(served, is_pinned=target.is_pinned)
+            return await self.loaded.hold(served, pinned_by=pinned_by)
         except ArtifactCorruptError:
             # The copy on this disk may be at fault, which a new one heals.
             restored = await self._restore(target, served)
             if restored is None:
                 raise
-        return await self.loaded.hold(restored, is_pinned=target.is_pinned)
+        return await self.loaded.hold(restored, pinned_by=pinned_by)
 
     def release(self, ready: ReadyModel) -> None:
         """Say that a request needs a model no longer."""

@@ -50,6 +50,9 @@ class Status:
                 "digests": self._models.loaded.held,
                 "running": self._engine.num_rows,
                 "waiting": self._engine.num_waiting,
+                "room": {
+                    kind.value: self._models.loaded.tell(kind).max_bytes for kind in (Kind.PACKED, Kind.WHOLE)
+                },
             }
         )
 

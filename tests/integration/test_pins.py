@@ -1,9 +1,12 @@
 """A pinned model is asked for as one, whatever name it is called by; its own project alone may pin it."""
 
+from sqlalchemy import update
+
+from db.tables import Job
 from luthier.client import LuthierClient
 from luthier.core.inference import ModelTarget
 from tests.conftest import TINY_BASE, Api
-from tests.integration.test_aliases import V1, Aliases, ours, theirs
+from tests.integration.test_aliases import V1, V2, Aliases, ours, theirs
 
 __all__ = ["ours", "theirs"]
 
@@ -34,3 +37,19 @@ def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(
         for method, path in (("PUT", f"/models/{name}/pin"), ("GET", f"/models/{name}/files")):
             refused = ours.refused(method, path)
             assert refused[:3] == (400, "invalid_value", "model") and "is a base model" in refused[3]
+
+
+def test_one_project_pins_models_up_to_its_share_of_the_memory_and_is_told_the_limit(
+    ours: Aliases, api: Api
+) -> None:
+    with api.parts.database.transaction() as session:
+        session.execute(update(Job).values(report={"run": {"artifact_bytes": 3_000_000_000}}))
+    api.backend.room_bytes = {"packed": 16_000_000_000, "whole": 1}
+    assert ours.ok("PUT", f"/models/{V1}/pin")["pinned"] is True
+    status, code, param, message = ours.refused("PUT", f"/models/{V2}/pin")
+    assert (status, code, param) == (400, "pin_limit_exceeded", "model")
+    for part in ("3000000000 bytes", "4000000000 bytes", "Unpin another", "LUTHIER_MAX_PINNED_SHARE"):
+        assert part in message
+    assert ours.ok("GET", f"/models/{V2}")["pinned"] is False
+    ours.ok("DELETE", f"/models/{V1}/pin")
+    assert ours.ok("PUT", f"/models/{V2}/pin")["pinned"] is True

@@ -173,6 +173,12 @@ class SeveralBackends:
             num_running=sum(health.num_running for health in found),
             num_waiting=sum(health.num_waiting for health in found),
             serves=frozenset().union(*limited) if len(limited) == len(found) else None,
+            # What fits into the smallest fits everywhere.
+            room_bytes={
+                kind: min(health.room_bytes.get(kind, room) for health in found)
+                for health in found
+                for kind, room in health.room_bytes.items()
+            },
         )
 
     async def aclose(self) -> None:

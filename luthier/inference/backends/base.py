@@ -1,6 +1,7 @@
 """What a backend is: a client of some inference server that speaks OpenAI's protocol. Never torch."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from luthier.core.errors import UnavailableError
@@ -18,7 +19,8 @@ class Health(NamedTuple):
     """How a server is.
 
     `holds` are the digests of the artifacts in its memory and the ids of its bases. `serves` are the bases'
-    ids and whole models' digests that it can ever answer for, None where that is everything.
+    ids and whole models' digests that it can ever answer for, None where that is everything. `room_bytes` is
+    the memory for tuned models by kind, `packed` or `whole`, where the server limits it in bytes.
     """
 
     is_ready: bool
@@ -26,6 +28,7 @@ class Health(NamedTuple):
     num_running: int
     num_waiting: int
     serves: frozenset[str] | None = None
+    room_bytes: Mapping[str, int] = MappingProxyType({})
 
 
 async def _nothing_to_close() -> None:

@@ -65,6 +65,7 @@ class EngineBackend:
                 holds=frozenset([*found["bases"], *found["digests"]]),
                 num_running=int(found["running"]),
                 num_waiting=int(found["waiting"]),
+                room_bytes={kind: int(found["room"][kind]) for kind in found["room"]},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UnavailableError("The model server tells its state in a shape unknown here.") from error

@@ -8,7 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx2
@@ -31,6 +31,29 @@ def start_process(
         "LUTHIER_INFERENCE_DTYPE": "float32",
     } | environment
     return subprocess.Popen([sys.executable, *program], env=os.environ | values, stderr=subprocess.PIPE)
+
+
+@contextlib.contextmanager
+def served_process(folder: Path, name: str, **environment: str) -> Iterator[httpx2.Client]:
+    """Run a server on a socket of that name, once it is ready."""
+    path = folder / name
+    process = start_process(folder, LUTHIER_INFERENCE_URL=f"unix://{path}", **environment)
+    try:
+        transport = httpx2.HTTPTransport(uds=str(path))
+        with httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client:
+
+            def is_ready() -> bool:
+                assert process.poll() is None
+                try:
+                    return bool(client.get("/healthz").json()["ready"])
+                except httpx2.TransportError:
+                    return False
+
+            wait_until(is_ready, "the process")
+            yield client
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
 
 
 def test_the_process_guards_its_socket_and_stops_at_once_with_an_error_event(

@@ -101,6 +101,7 @@ def make_loaded(
         engine or InlineEngine(),
         max_whole_bytes=max_whole_bytes,
         max_adapter_bytes=10**9,
+        max_pinned_share=1.0,
         limits=RowLimits(max_rows=4, max_cache_tokens=256),
         fit=fit,
         **({"max_waiting": 100} | limits),
@@ -333,11 +334,11 @@ def test_a_pinned_model_never_leaves_and_what_it_holds_is_no_room_for_others(
     async def run() -> None:
         loaded = make_loaded(2 * num_bytes)
         first, second, third = (served_by(base, artifact) for artifact in wholes)
-        loaded.release(await loaded.hold(first, is_pinned=True))
+        loaded.release(await loaded.hold(first, pinned_by="p"))
         for other in (second, third, second):
             loaded.release(await loaded.hold(other))
             assert loaded.digests == [first.digest, other.digest]
-        loaded.release(await loaded.hold(second, is_pinned=True))
+        loaded.release(await loaded.hold(second, pinned_by="p"))
         with pytest.raises(OutOfMemoryError, match="Unpin"):
             await loaded.hold(third)
         loaded.release(await loaded.hold(first))

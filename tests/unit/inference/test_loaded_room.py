@@ -41,7 +41,7 @@ def test_idle_artifacts_are_given_back_and_held_and_pinned_ones_kept(
         held, idle, pinned = (served_by(base, artifact) for artifact in wholes)
         await loaded.hold(held)
         loaded.release(await loaded.hold(idle))
-        loaded.release(await loaded.hold(pinned, is_pinned=True))
+        loaded.release(await loaded.hold(pinned, pinned_by="p"))
         assert loaded.idle_bytes == _size(wholes[1])
         await loaded.give_back(10**9)
         assert loaded.digests == [held.digest, pinned.digest]
