@@ -84,6 +84,12 @@ class Settings(BaseSettings):
         description="auto: bfloat16 where it is faster, which is timed when a base is first loaded on a CPU, "
         "else float32; a model that bfloat16 rounds too much is served in float32.",
     )
+    inference_max_bases_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory for the weights of base models in each inference server; the one unused for "
+        "longest leaves first. 0: three quarters of its share of the device's.",
+    )
     inference_max_whole_models_bytes: int = Field(
         0,
         ge=0,

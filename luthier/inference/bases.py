@@ -68,6 +68,14 @@ class LoadedBase:
     load_exact: "Callable[[], LoadedBase] | None" = None
     exact: "Callable[[], LoadedBase | None]" = lambda: None
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its weights: packed, as the plain path needs them, and in float32 for verification."""
+        size = self.facts.num_parameters * self.dtype.itemsize
+        exact = self.exact()
+        copies = (self.packed is not None) + (self.slots is not None)
+        return copies * size + (0 if exact is None else exact.num_bytes)
+
     def probe_logits(self) -> torch.Tensor:
         """Return what the base says after the probe, float32 of the vocabulary's size."""
         if self.packed is not None:
@@ -273,6 +281,11 @@ def pack(
     return PackedWeights(lane, folder, read_shape(folder), probe(lane, [Text(probe_ids, None)])[0].last_V)
 
 
+def max_base_bytes(settings: Settings) -> int:
+    """Return how much memory bases may take; three quarters of its own where the operator named none."""
+    return settings.inference_max_bases_bytes or _memory_bytes(settings) * 3 // 4
+
+
 def max_whole_bytes(settings: Settings) -> int:
     """Return how much memory whole models may take.
 
@@ -306,7 +319,7 @@ def choose_device(settings: Settings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def loading_bytes(settings: Settings, facts: BaseFacts) -> int:
-    """Return the memory that loading a base takes: its weights, and what of them is packed at a time."""
+def weights_bytes(settings: Settings, facts: BaseFacts) -> int:
+    """Return the memory that a base's weights will take."""
     dtype = find_dtype(settings, facts, choose_device(settings)) or torch.float32
-    return 3 * facts.num_parameters * dtype.itemsize // 2
+    return facts.num_parameters * dtype.itemsize

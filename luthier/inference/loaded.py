@@ -155,6 +155,19 @@ class LoadedArtifacts:
         self._tell_waiting()
         return digest not in self.digests
 
+    def has_pinned(self, base_id: str) -> bool:
+        """Whether a pinned artifact is on a base."""
+        return any(entry.is_pinned for key, entry in self._entries.items() if key[0] == base_id)
+
+    def drop_base(self, base_id: str) -> bool:
+        """Drop all artifacts of a base, pinned ones too, unless one of them is needed or on its way."""
+        found = [(key, entry) for key, entry in self._entries.items() if key[0] == base_id]
+        if any(entry.num_holders > 0 or not entry.is_ready for _, entry in found):
+            return False
+        for key, entry in found:
+            self._drop(key, entry)
+        return True
+
     def wake(self) -> None:
         """Let those who wait for room look again."""
         self._tell_waiting()

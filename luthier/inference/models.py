@@ -5,12 +5,13 @@ Runs on the event loop; whatever takes long goes to a thread, so that nobody els
 
 import asyncio
 import shutil
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
 
-from luthier.core.errors import ArtifactCorruptError, InvalidRequestError
+from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, OutOfMemoryError
 from luthier.core.inference import (
     HEADER_ARTIFACT,
     HEADER_BASE,
@@ -22,7 +23,7 @@ from luthier.core.inference import (
     HEADER_PROJECT,
     ModelTarget,
 )
-from luthier.core.settings import Settings
+from luthier.core.settings import MIB, Settings
 from luthier.core.specs import BaseFacts
 from luthier.inference import bases
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
@@ -110,7 +111,12 @@ class Models:
             fit=self.ceiling.fit,
         )
         self._storage: Storage | None = None
-        self._bases: dict[str, LoadedBase] = {}
+        # The one unused for longest first.
+        self._bases: OrderedDict[str, LoadedBase] = OrderedDict()
+        self._max_base_bytes = bases.max_base_bytes(settings)
+        # Bytes of bases on their way, and requests that need a base, by its id.
+        self._coming: dict[str, int] = {}
+        self._num_users: Counter[str] = Counter()
         self._served: dict[tuple[str, str], ServedModel] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -140,7 +146,8 @@ class Models:
 
         Raises:
             ModelNotFoundError: when it has not been fetched.
-            NoRoomError: when jobs that are training leave it no memory.
+            OutOfMemoryError: when it is larger than all that bases may take.
+            NoRoomError: when other bases, or jobs that are training, leave it no memory now.
         """
         facts = await asyncio.to_thread(bases.get_base_facts, self._settings, base_id)
         if base_id not in self._bases:
@@ -153,13 +160,52 @@ class Models:
         return self._bases[base_id]
 
     async def _load_base(self, base_id: str, facts: BaseFacts) -> None:
-        num_bytes = bases.loading_bytes(self._settings, facts)
-        if not await self.loaded.make_way(num_bytes):
-            raise NoRoomError("The model server has no memory for this base now; try again.")
-        with self.loaded.expecting(num_bytes):
-            self._bases[base_id] = await in_turn(self._load_and_tell, base_id)
+        num_bytes = bases.weights_bytes(self._settings, facts)
+        self._make_room(num_bytes)
+        self._coming[base_id] = num_bytes
+        try:
+            # What of it is packed at a time is there too.
+            if not await self.loaded.make_way(3 * num_bytes // 2):
+                raise NoRoomError("The model server has no memory for this base now; try again.")
+            with self.loaded.expecting(3 * num_bytes // 2):
+                self._bases[base_id] = await in_turn(self._load_and_tell, base_id)
+        finally:
+            del self._coming[base_id]
         # What was read of it is gone, and should not count as held.
         await asyncio.to_thread(self.ceiling.trim)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Let bases leave that no request needs until another one fits.
+
+        The one unused for longest leaves first, one with pinned models after all others.
+
+        Raises:
+            OutOfMemoryError: when it is larger than all that bases may take.
+            NoRoomError: when bases that are needed now leave it no room.
+        """
+        if num_bytes > self._max_base_bytes:
+            raise OutOfMemoryError(
+                f"This base's weights take {num_bytes / MIB:.1f} MiB; the model server may keep "
+                f"{self._max_base_bytes / MIB:.1f} MiB of bases. An operator raises "
+                "LUTHIER_INFERENCE_MAX_BASES_BYTES."
+            )
+        for base_id in sorted(self._bases, key=self.loaded.has_pinned):
+            if self._num_base_bytes + num_bytes <= self._max_base_bytes:
+                break
+            # Without the preloaded one the process is not ready.
+            is_needed = base_id == self._settings.preload_base or self._num_users[base_id] > 0
+            if not is_needed and self.loaded.drop_base(base_id):
+                del self._bases[base_id]
+                self._served = {key: one for key, one in self._served.items() if key[0] != base_id}
+        if self._num_base_bytes + num_bytes > self._max_base_bytes:
+            raise NoRoomError(
+                f"Bases that are in use hold {self._num_base_bytes / MIB:.1f} MiB of the "
+                f"{self._max_base_bytes / MIB:.1f} MiB that the model server may keep of them; try again."
+            )
+
+    @property
+    def _num_base_bytes(self) -> int:
+        return sum(base.num_bytes for base in self._bases.values()) + sum(self._coming.values())
 
     def _load_and_tell(self, base_id: str) -> LoadedBase:
         """Load a base, and tell of the first while nobody has it and no weights are on their way."""
@@ -186,6 +232,7 @@ class Models:
             ArtifactCorruptError: when the artifact is missing or damaged.
         """
         base = self._bases.get(target.base_id) or await self.get_base(target.base_id)
+        self._bases.move_to_end(target.base_id)
         if target.artifact is None or target.digest is None:
             return ServedModel(base)
         served = self._served.get((target.base_id, target.digest))
@@ -208,6 +255,14 @@ class Models:
             OutOfMemoryError: when a whole model is larger than all of them may be.
             TooManyRequestsError: when too many wait for models already.
         """
+        self._num_users[target.base_id] += 1
+        try:
+            return await self._hold(target)
+        except BaseException:
+            self._num_users[target.base_id] -= 1
+            raise
+
+    async def _hold(self, target: ModelTarget) -> ReadyModel:
         served = await self.get(target)
         pinned_by = target.project_id if target.is_pinned else None
         try:
@@ -221,6 +276,7 @@ class Models:
 
     def release(self, ready: ReadyModel) -> None:
         """Say that a request needs a model no longer."""
+        self._num_users[ready.base.facts.id] -= 1
         self.loaded.release(ready)
 
     async def tidy(self) -> None:
