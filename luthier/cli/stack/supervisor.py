@@ -147,7 +147,10 @@ class Supervisor:
             if self._now() - told_at > 15.0:
                 told_at = self._now()
                 missing = ", ".join(kept.spec.name for kept in waiting if not kept.was_ready)
-                self._say(f"Still waiting for {missing}; logs are in {self._logs}")
+                self._say(
+                    f"Still waiting for {missing} (the first start compiles kernels for a minute or two); "
+                    f"logs are in {self._logs}"
+                )
 
     def keep(self) -> None:
         """Restart what dies until a stop is asked for."""
