@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from luthier.core.errors import InvalidValueError, LuthierError
+from luthier.core.errors import InvalidRequestError, InvalidValueError
 from luthier.data.tokens import Tokenizer
 
 # A grammar's memory grows with the time that it took: 100 to 200 MiB a second.
@@ -83,7 +83,7 @@ class TokenGrammar:
             bool, one for each token of the tokenizer, and up to 31 more that are False.
 
         Raises:
-            LuthierError: when the grammar has become too costly to follow.
+            InvalidRequestError: when the grammar has become too costly to follow.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -96,7 +96,7 @@ class TokenGrammar:
             token_id: one that is allowed, and does not end the answer.
 
         Raises:
-            LuthierError: when it is not allowed, or the grammar has become too costly to follow.
+            InvalidRequestError: when it is not allowed, or the grammar has become too costly to follow.
         """
         self._matcher.consume_token(token_id)
         self._check()
@@ -104,7 +104,7 @@ class TokenGrammar:
     def _check(self) -> None:
         # The matcher's own words quote the answer.
         if self._matcher.is_error():
-            raise LuthierError(
+            raise InvalidRequestError(
                 f"The answer could not be held to its format ({self._matcher.stop_reason()}). "
                 "Simplify the schema."
             )
@@ -200,6 +200,13 @@ class Grammars:
         if matcher.is_error():
             raise InvalidValueError(f"The schema can't be enforced: {_reason(matcher)}", param=param)
         compiled = CompiledGrammar(matcher, tokenizer.stop_token_ids)
+        try:
+            # What is too costly to begin is refused here, and costs the engine's thread nothing.
+            compiled.start().mask()
+        except InvalidRequestError as error:
+            raise InvalidValueError(
+                "The schema can't be enforced: it is too complex.", param=param
+            ) from error
         with self._lock:
             self._kept[key] = compiled
             self._seconds[key] = time.monotonic() - began

@@ -21,6 +21,9 @@ from luthier.inference.fields import (
 )
 from luthier.inference.json_object import load
 
+# Of all messages of a request: pydantic keeps the interpreter's lock while it checks them.
+_MAX_TOOL_CALLS = 4096
+
 # Parts of an earlier answer that clients send back as they got them.
 IGNORED_MESSAGE_FIELDS = frozenset({"refusal", "annotations", "audio", "reasoning_content"})
 _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {"function_call": ()}
@@ -79,6 +82,11 @@ def flatten_messages(messages: Any) -> Any:
     """
     if not isinstance(messages, list):
         return messages
+    calls = (message.get("tool_calls") for message in messages if isinstance(message, dict))
+    if sum(len(each) for each in calls if isinstance(each, list)) > _MAX_TOOL_CALLS:
+        raise InvalidValueError(
+            f"The messages may have {_MAX_TOOL_CALLS} tool calls in all.", param="messages"
+        )
     return [flatten_message(message, f"messages.{i}") for i, message in enumerate(messages)]
 
 

@@ -123,6 +123,12 @@ def test_of_many_faults_only_the_first_is_collected(
     assert peak[0] < 40 * _MIB
 
 
+def test_a_chat_has_a_bounded_number_of_tool_calls(served: Served) -> None:
+    messages = [{"role": "assistant", "tool_calls": [_call("{}")] * 2049}] * 2
+    error = served.post(CHAT, messages=messages).json()["error"]
+    assert (error["param"], error["message"]) == ("messages", "The messages may have 4096 tool calls in all.")
+
+
 def test_a_body_with_more_commas_in_its_texts_than_it_may_have_values_is_answered(served: Served) -> None:
     response = served.post(CHAT, messages=[{"role": "user", "content": ',[{\\"' * 60_000}])
     assert response.json()["error"]["code"] == "context_length_exceeded"
@@ -145,6 +151,8 @@ _SCHEMAS = {
     "product of members": {"allOf": [{"properties": {"x": _any_of(20, group)}} for group in range(3)]},
     "long constant": {"const": "x" * 200_000},
     "many constants": {"enum": [f"v{i}" for i in range(30_000)]},
+    # It can be compiled, and not one token of it can be chosen.
+    "optional members": {"properties": {f"p{i}": {"type": ["string", "null"]} for i in range(2000)}},
 }
 
 
