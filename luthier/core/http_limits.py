@@ -44,7 +44,7 @@ def limited_protocol(settings: Settings) -> type[HttpToolsProtocol]:
         header_seconds=settings.header_timeout_seconds,
         body_seconds=settings.body_timeout_seconds,
     )
-    return type("LimitedHttpProtocol", (_LimitedHttpProtocol,), {"limits": limits})
+    return type("LimitedHttpProtocol", (_LimitedHttpProtocol,), {"limits": limits, "idle": {}})
 
 
 def raise_open_file_limit() -> None:
@@ -64,6 +64,8 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
     """
 
     limits: ClassVar[HttpLimits]
+    # Without a request at the moment, the longest first: they give way where too many are open.
+    idle: ClassVar[dict["_LimitedHttpProtocol", None]]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start to wait for headers."""
@@ -73,14 +75,25 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         self._has_body_bytes = False
         self._num_silent_looks = 0
         self._timer: asyncio.TimerHandle | None = None
+        self.idle[self] = None
+        if len(self.connections) > self.limits.max_connections:
+            self._close_longest_idle()
         if len(self.connections) > self.limits.max_connections + _NUM_REFUSED:
             transport.abort()
         else:
             self._arm(self.limits.header_seconds, transport.close)
 
+    def _close_longest_idle(self) -> None:
+        longest = next(iter(self.idle))
+        if longest is not self:
+            del self.idle[longest]
+            self.connections.discard(longest)
+            longest.transport.close()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timer."""
         self._disarm()
+        self.idle.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -105,6 +118,7 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the request, or answer it 503 where too many connections are open."""
         self._disarm()
+        self.idle.pop(self, None)
         self._awaits_headers, self._num_header_bytes, self._num_silent_looks = False, 0, 0
         is_busy = len(self.connections) > self.limits.max_connections
         self.app = _BUSY_RESPONSE if is_busy else self.config.loaded_app
@@ -115,6 +129,12 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         self._disarm()
         self._awaits_headers = True
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self.idle[self] = None
 
     def _look_at_body(self) -> None:
         cycle = self.cycle

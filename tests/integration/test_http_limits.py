@@ -192,6 +192,15 @@ def test_connections_beyond_the_limit_are_refused_and_the_next_ones_are_served(a
     wait_until(lambda: _answers(port), "connections are served again")
 
 
+def test_connections_without_a_request_give_way_to_the_next_one(api: tuple[int, int]) -> None:
+    port = api[0]
+    with ExitStack() as held:
+        connections = [held.enter_context(_connection(port)) for _ in range(3 * _MAX_CONNECTIONS)]
+        for connection in connections[::2]:
+            connection.sendall(_HEALTH)
+        assert b"200 OK" in _ask(port, _HEALTH + b"connection: close\r\n\r\n")
+
+
 def test_a_process_may_open_as_many_files_as_the_system_allows(api: tuple[int, int]) -> None:
     limits = Path(f"/proc/{api[1]}/limits").read_text().splitlines()
     soft, hard = next(line.split()[3:5] for line in limits if line.startswith("Max open files"))
