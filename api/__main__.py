@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import signal
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
@@ -18,6 +19,9 @@ from luthier.core.process import hide_memory
 from luthier.core.settings import Settings
 
 _GRACEFUL_SECONDS = 5
+# By default a thread that computes may keep the interpreter from the event loop for 5 ms at each of its
+# system calls, and a loop that passes streams on makes some for every event.
+_SWITCH_SECONDS = 0.0005
 # Answers that last longer end with an error while there is time to tell it.
 _ANSWER_SECONDS = 4
 
@@ -69,6 +73,7 @@ def main() -> None:
     settings = Settings()
     configure_logs(settings.log_level)
     raise_open_file_limit()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     parts = make_parts(settings)
     config = uvicorn.Config(
         create_app(parts),
