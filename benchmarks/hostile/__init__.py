@@ -1,0 +1,1 @@
+"""A hostile client beside running streams: `python -m benchmarks.hostile`."""
