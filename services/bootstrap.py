@@ -1,11 +1,7 @@
 """`python -m services.bootstrap`: the first rows of an installation, and stored secrets under today's key.
 
-Running it again changes nothing. `--alone` says that whatever stands in the ledger of memory for inference
-servers is of an earlier run: no worker runs, which alone enters them. It is then free at once, and not when
-the rows lapse.
+Running it again changes nothing.
 """
-
-import argparse
 
 import structlog
 from sqlalchemy import select
@@ -19,7 +15,7 @@ from luthier.core.ids import new_id
 from luthier.core.keys import hash_api_key, is_well_formed
 from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
-from services import keys, models, serving
+from services import keys, models
 from services.sealing import reseal
 
 _FIRST_PROJECT = "personal"
@@ -64,17 +60,12 @@ def ensure_first_rows(session: Session, settings: Settings) -> None:
 
 def main() -> None:
     """Bootstrap the database that the settings name."""
-    parser = argparse.ArgumentParser(prog="python -m services.bootstrap")
-    parser.add_argument("--alone", action="store_true", help="no worker of the installation runs")
-    is_alone = parser.parse_args().alone
     settings = Settings()
     database = Database(settings.database_url.get_secret_value(), pool_size=1)
     sealer = Sealer(settings.secret_key.get_secret_value())
     with database.transaction() as session:
         ensure_first_rows(session, settings)
         reseal(session, sealer)
-        if is_alone:
-            serving.forget_all(session)
         bases = [base.id for base in models.list_bases(session)]
     structlog.get_logger().info("bootstrapped", organization=settings.organization, bases=bases)
 

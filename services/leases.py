@@ -5,7 +5,7 @@ declared dead writes nothing any more, because the epoch has moved on. All times
 """
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -112,15 +112,16 @@ def claim_for_training(
     lease_seconds: float,
     *,
     device: Device | None = None,
-    tells: bool = True,
+    lent: tuple[str, int] = ("", 0),
+    is_final: bool = True,
+    on_wait: Callable[[memory.Waiting], None] = lambda _: None,
     can_run: ColumnElement[bool] = _ANY,
 ) -> tuple[Lease, Job] | None:
-    """Take the oldest queued job if the worker has a free slot and the job's memory can be had.
+    """Take the queued job in turn if the worker has a free slot and the job's memory is free.
 
     Args:
         worker_id: who asks; its row is locked so that two of its processes can't take the same slot.
-        device: where the job would run; None where its memory is not known, so that nobody counts it.
-        tells: whether jobs that must wait for memory are told so.
+        device: this and the next three are as `memory.choose` takes them.
         can_run: which jobs the machine can run, as `workers.can_run` selects them.
 
     Returns:
@@ -143,13 +144,10 @@ def claim_for_training(
     if num_running is not None and num_running >= num_slots:
         return None
     fits = workers.may_take(worker_id) & can_run
-    if device is None:
-        job, num_bytes = memory.find_oldest(session, fits), 0
-    else:
-        chosen = memory.choose(session, device, lease_seconds=lease_seconds, tells=tells, fits=fits)
-        job, num_bytes = chosen or (None, 0)
-    if job is None:
+    chosen = memory.choose(session, device, fits=fits, lent=lent, is_final=is_final, on_wait=on_wait)
+    if chosen is None:
         return None
+    job, num_bytes = chosen
     is_first = job.started_at is None
     job.status = JobStatus.RUNNING.value
     job.started_at = job.started_at or func.now()
@@ -172,7 +170,7 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
 
 
 def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
-    """Keep a lease, and what the ledger of memory gave under it.
+    """Keep a lease, and the memory that was granted under it.
 
     Returns:
         The job's status, by which its attempt learns that it is to be paused.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, false, func, or_, select, true, update
+from sqlalchemy import BigInteger, ColumnElement, and_, delete, false, func, or_, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -74,6 +74,12 @@ def has_fetched(session: Session, base_id: str) -> bool:
     """Return whether a live worker says that it has a base, not only that it would fetch it."""
     has_it = Worker.facts["bases"][base_id].astext.is_not(None)
     return session.scalar(select(Worker.id).where(_is_alive(), has_it).limit(1)) is not None
+
+
+def has_device(session: Session, num_bytes: int) -> bool:
+    """Return whether a live worker has a device with so much memory for jobs and serving."""
+    is_large = Worker.facts["device_bytes"].astext.cast(BigInteger) >= num_bytes
+    return session.scalar(select(Worker.id).where(_is_alive(), is_large).limit(1)) is not None
 
 
 def is_avoided_by_others() -> ColumnElement[bool]:
@@ -194,7 +200,7 @@ def tell_waiting(session: Session) -> None:
             note_waiting(session, job_id, f"a worker that can train: {capable[0]}")
 
 
-def note_waiting(session: Session, job_id: str, what: str) -> None:
+def note_waiting(session: Session, job_id: str, what: str, data: dict[str, Any] | None = None) -> None:
     """Tell a job what it waits for, unless it was told that last."""
     changed = session.scalar(
         update(Job)
@@ -204,4 +210,4 @@ def note_waiting(session: Session, job_id: str, what: str) -> None:
         .execution_options(synchronize_session=False)
     )
     if changed is not None:
-        events.append(session, job_id, [NewEvent(f"The job waits for {what}", level="warn", data={})])
+        events.append(session, job_id, [NewEvent(f"The job waits for {what}", level="warn", data=data or {})])

@@ -24,7 +24,6 @@ from worker.delivering import deliver_for_ever
 from worker.maintenance import beat, collect_garbage, repeat, take_lost_jobs
 from worker.metrics import serve_metrics
 from worker.processes import JobProcesses, run_job_process
-from worker.serving import balance
 from worker.speed import measure_once
 
 _log = structlog.get_logger()
@@ -55,7 +54,6 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     parts: dict[str, Callable[[WorkerContext], object]] = {
         "heartbeat": beat,
         "taking of lost jobs": take_lost_jobs,
-        "balance of memory with serving": balance,
         "garbage collection": collect_garbage,
     }
     for what, act in parts.items():

@@ -88,9 +88,6 @@ class WorkerContext:
     spare: WarmSpare | None = None
     # None where nobody knows how much memory it has: then nobody counts it.
     device: Device | None = None
-    # The inference servers that serve from it, by URL, as this process saw them last.
-    serving_ids: dict[str, str] = field(default_factory=dict)
-    has_looked_at_serving: bool = False
     # Rows whose bytes could not be deleted, and when that is tried again; and when orphans are looked for.
     undeletable: dict[str, float] = field(default_factory=dict)
     orphans_due_at: float = 0.0

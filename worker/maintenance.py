@@ -53,17 +53,16 @@ def repeat(context: WorkerContext, what: str, act: Callable[[WorkerContext], obj
 
 def beat(context: WorkerContext) -> None:
     """Record that the worker is alive."""
+    found = context.device
+    device = {"device": str(found), "device_bytes": None if found is None else found.total_bytes}
     with context.database.transaction() as session:
         workers.beat(
             session,
             context.worker_id,
             hostname=context.hostname,
             num_slots=context.settings.training_slots,
-            facts=context.facts | {"bases": context.list_bases(), "device": str(context.device)},
+            facts=context.facts | {"bases": context.list_bases()} | device,
         )
-        if context.device is not None:
-            # A device that no job has asked for yet is there too.
-            memory.lock_device(session, context.device)
 
 
 def take_lost_jobs(context: WorkerContext) -> None:

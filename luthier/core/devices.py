@@ -14,43 +14,57 @@ from luthier.core.settings import Settings
 # Where a container's limit stands, in the second and the first version of control groups.
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _DEFAULT_RESERVED_SHARE = 10
+# NVML_DEVICE_UUID_V2_BUFFER_SIZE
+_UUID_BYTES = 96
 # There where a driver of GPUs is loaded, whether or not any is used.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
 class Device:
-    """A memory that training and serving share.
+    """A memory that training and serving share, split between them.
 
-    `name` is `cpu` or `cuda:N` with the driver's number N, `total_bytes` what the service may use of it.
+    `name` is `cpu`, or a GPU's UUID: its number says which it is in one container alone.
     """
 
     hostname: str
     name: str
-    total_bytes: int
+    training_bytes: int
+    serving_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What the service may use of it."""
+        return self.training_bytes + self.serving_bytes
 
     def __str__(self) -> str:
         return f"{self.hostname} {self.name}"
 
 
 def find_device(settings: Settings) -> Device | None:
-    """Tell which device this machine trains and serves on.
+    """Return the device that this machine trains and serves on.
 
     Args:
-        settings: the kind of device, and an operator's numbers of its memory.
+        settings: the kind of device, an operator's numbers of its memory, and serving's share.
 
     Returns:
         The device; None where it is a GPU whose memory its driver doesn't tell.
     """
-    hostname, gpu = socket.gethostname(), None
-    if settings.device != "cpu":
-        gpu = _find_gpu()
+    gpu = None if settings.device == "cpu" else _find_gpu()
     if gpu is None and settings.device == "cuda":
-        total = settings.device_memory_bytes
-        return Device(hostname, "cuda:0", total) if total else None
-    name, total = ("cpu", _main_memory_bytes()) if gpu is None else gpu
+        if not settings.device_memory_bytes:
+            return None
+        gpu = ("cuda", settings.device_memory_bytes)
+    name, total = gpu or ("cpu", _main_memory_bytes())
     reserved = settings.memory_reserve_bytes or total // _DEFAULT_RESERVED_SHARE
-    return Device(hostname, name, settings.device_memory_bytes or max(0, total - reserved))
+    total = settings.device_memory_bytes or max(0, total - reserved)
+    serving_bytes = int(settings.serving_memory_share * total)
+    return Device(socket.gethostname(), name, total - serving_bytes, serving_bytes)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return bytes as users read them."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 100_000_000 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _main_memory_bytes() -> int:
@@ -71,7 +85,7 @@ class _Memory(ctypes.Structure):
 
 
 def _find_gpu() -> tuple[str, int] | None:
-    """Return name and bytes of the first NVIDIA GPU that a process of ours would use, None without one.
+    """Return UUID and bytes of the first NVIDIA GPU that a process of ours would use, None without one.
 
     By NVML, https://docs.nvidia.com/deploy/nvml-api/: the functions' names, and 0 for success.
     """
@@ -83,15 +97,15 @@ def _find_gpu() -> tuple[str, int] | None:
     if not asked or library.nvmlInit_v2() != 0:
         return None
     try:
-        gpu, number, memory = ctypes.c_void_p(), ctypes.c_uint(), _Memory()
+        gpu, uuid, memory = ctypes.c_void_p(), ctypes.create_string_buffer(_UUID_BYTES), _Memory()
         if asked.isdigit():
             found = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(asked)), ctypes.byref(gpu))
         else:
             found = library.nvmlDeviceGetHandleByUUID(asked.encode(), ctypes.byref(gpu))
-        if found or library.nvmlDeviceGetIndex(gpu, ctypes.byref(number)):
+        if found or library.nvmlDeviceGetUUID(gpu, uuid, ctypes.c_uint(_UUID_BYTES)):
             return None
         if library.nvmlDeviceGetMemoryInfo(gpu, ctypes.byref(memory)):
             return None
-        return f"cuda:{number.value}", int(memory.total)
+        return uuid.value.decode(), int(memory.total)
     finally:
         library.nvmlShutdown()

@@ -1,13 +1,13 @@
 """What the service and the inference server say to each other beside OpenAI's protocol.
 
-The API names its target in headers. A worker asks for the server's memory, and tells it a ceiling.
+The API names its target in headers. A worker borrows memory for a job.
 """
 
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MEMORY_PATH = "/internal/memory"
+LOANS_PATH = "/internal/loans"
 
 HEADER_TOKEN = "x-luthier-token"
 HEADER_BASE = "x-luthier-base"
@@ -87,34 +87,26 @@ class ModelTarget(BaseModel):
         return headers
 
 
-class MemoryState(BaseModel):
-    """What a server holds of its device's memory.
+class LoanRequest(BaseModel):
+    """A request for bytes of a server's idle KV cache for a job on the same device; it replaces that loan.
 
-    `held_bytes` is what it has, and what it may yet take without passing its ceiling; `idle_bytes` of them it
-    would give back if it were asked now, all but `floor_bytes` once nobody asks it for anything. `version` is
-    that of the newest ceiling it was told, 0 if none. `server_id` names the process.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    server_id: str
-    hostname: str
-    device: str
-    held_bytes: int
-    idle_bytes: int
-    floor_bytes: int
-    version: int
-
-
-class MemoryOrder(BaseModel):
-    """A ceiling for a server: what it may hold for so many seconds, after which it forgets the ceiling.
-
-    It gives back what is idle beyond it, and takes nothing more. What it can't give back it keeps. An order
-    with a lower version than another one that it was told changes nothing.
+    `hostname` is None where the server is known to be on the job's machine. Less than `least_bytes` is of no
+    use; 0 for `num_bytes` gives the loan back. It lapses after so many seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: int = Field(ge=1)
-    max_bytes: int = Field(ge=0)
+    hostname: str | None
+    device: str
+    loan_id: str
+    num_bytes: int = Field(ge=0)
+    least_bytes: int = Field(ge=0)
     seconds: float = Field(gt=0)
+
+
+class MemoryLoan(BaseModel):
+    """What a server lends, 0 where it lends nothing."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lent_bytes: int

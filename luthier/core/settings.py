@@ -88,19 +88,19 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="Memory for the weights of base models in each inference server; the one unused for "
-        "longest leaves first. 0: three quarters of its share of the device's.",
+        "longest leaves first. 0: three quarters of what serving has.",
     )
     inference_max_whole_models_bytes: int = Field(
         0,
         ge=0,
-        description="Memory for the weights of fully tuned models in each inference server; 0: a quarter of "
-        "its share of the device's.",
+        description="Memory for the weights of fully tuned models in each inference server; 0: half of what "
+        "serving has.",
     )
     inference_max_adapters_bytes: int = Field(
         0,
         ge=0,
-        description="Memory for adapters that lie on bases in each inference server; 0: an eighth of its "
-        "share of the device's.",
+        description="Memory for adapters that lie on bases in each inference server; 0: a quarter of what "
+        "serving has.",
     )
     max_pinned_share: float = Field(
         0.25,
@@ -120,6 +120,13 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory that jobs and serving share, where the device's own less the reserve is wrong; "
         "0: that.",
+    )
+    serving_memory_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of that memory for serving, in equal parts where a machine has several inference "
+        "servers; the rest is for jobs. 0 where a machine only trains, 1 where it only serves.",
     )
     num_threads: int = Field(
         0,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,17 +20,24 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from luthier.core.clock import now_seconds
-from luthier.core.errors import LuthierError
+from luthier.core.errors import InvalidRequestError, LuthierError
 from luthier.core.ids import new_id
-from luthier.core.inference import HEADER_DIGEST, HEADER_USAGE, MEMORY_PATH, ModelTarget, TokenUsage
+from luthier.core.inference import (
+    HEADER_DIGEST,
+    HEADER_USAGE,
+    LOANS_PATH,
+    LoanRequest,
+    MemoryLoan,
+    ModelTarget,
+    TokenUsage,
+)
 from luthier.core.settings import Settings
 from luthier.inference.answers import ChatShape, CompletionShape, Shape, token_usage
-from luthier.inference.bases import ReadyModel
+from luthier.inference.bases import ReadyModel, find_serving_device
 from luthier.inference.engine import Engine
 from luthier.inference.fair_executor import FairExecutor
 from luthier.inference.generation import Generation
 from luthier.inference.grammar import Grammars
-from luthier.inference.memory_routes import MemoryRoutes
 from luthier.inference.models import Models, read_target
 from luthier.inference.parts import collect
 from luthier.inference.plans import Plan, plan_chat, plan_completion
@@ -93,7 +101,7 @@ class Service:
         self._parsers = ThreadPoolExecutor(_NUM_PARSERS, "parse")
         self.models = Models(settings, engine, on_first_base)
         self.status = Status(settings, engine, self.models)
-        self.memory = MemoryRoutes(settings, self.models)
+        self._device = find_serving_device(settings)
 
     async def chat(self, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
@@ -174,6 +182,16 @@ class Service:
             asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
             return await self._answer(asking, stack)
 
+    async def lend(self, request: Request) -> Response:
+        """Answer POST /internal/loans: lend idle pages to a job on the same device, or take them back."""
+        try:
+            asked = LoanRequest.model_validate_json(await read_body(request))
+        except ValidationError as error:
+            raise InvalidRequestError("The body is no request for a loan.") from error
+        is_here = asked.hostname in (None, self._device.hostname) and asked.device == self._device.name
+        lent_bytes = await self.models.lend(asked) if is_here else 0
+        return json_response(MemoryLoan(lent_bytes=lent_bytes).model_dump())
+
     def interrupt(self) -> None:
         """End every open answer with an error; the process is going to stop."""
         self._engine.close()
@@ -250,8 +268,7 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
         ("/healthz", service.status.health, "GET"),
         ("/internal/state", service.status.state, "GET"),
         ("/metrics", service.status.metrics, "GET"),
-        (MEMORY_PATH, service.memory.tell, "GET"),
-        (MEMORY_PATH, service.memory.obey, "POST"),
+        (LOANS_PATH, service.lend, "POST"),
         ("/v1/chat/completions", service.chat, "POST"),
         ("/v1/completions", service.completion, "POST"),
         ("/v1/responses", service.response, "POST"),

@@ -1,7 +1,6 @@
 """Bases in memory: weights, tokenizer and template of each, loaded once and shared by all its models."""
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.bases.catalogue import base_folder, find_base_facts
+from luthier.core.devices import Device, find_device
 from luthier.core.errors import ArtifactCorruptError, ModelNotFoundError
 from luthier.core.settings import Settings
 from luthier.core.shapes import BaseShape, read_shape
@@ -283,7 +283,7 @@ def pack(
 
 def max_base_bytes(settings: Settings) -> int:
     """Return how much memory bases may take; three quarters of its own where the operator named none."""
-    return settings.inference_max_bases_bytes or _memory_bytes(settings) * 3 // 4
+    return settings.inference_max_bases_bytes or serving_bytes(settings) * 3 // 4
 
 
 def max_whole_bytes(settings: Settings) -> int:
@@ -293,23 +293,31 @@ def max_whole_bytes(settings: Settings) -> int:
         settings: the operator's number, or 0, and the device.
 
     Returns:
-        Bytes; a quarter of the process's share of the device where the operator named none.
+        Bytes; half of the process's where the operator named none.
     """
-    return settings.inference_max_whole_models_bytes or _memory_bytes(settings) // 4
+    return settings.inference_max_whole_models_bytes or serving_bytes(settings) // 2
 
 
 def max_adapter_bytes(settings: Settings) -> int:
-    """Return how much memory adapters may take; an eighth of the process's where the operator named none."""
-    return settings.inference_max_adapters_bytes or _memory_bytes(settings) // 8
+    """Return how much memory adapters may take; a quarter of the process's where the operator named none."""
+    return settings.inference_max_adapters_bytes or serving_bytes(settings) // 4
 
 
-def _memory_bytes(settings: Settings) -> int:
-    """Return the memory of the device that is this process's share."""
-    if choose_device(settings) == "cpu":
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        total = torch.cuda.get_device_properties(choose_device(settings)).total_memory
-    return int(total) // settings.inference_processes
+def serving_bytes(settings: Settings) -> int:
+    """Return this process's part of the device's memory."""
+    return find_serving_device(settings).serving_bytes // settings.inference_processes
+
+
+def find_serving_device(settings: Settings) -> Device:
+    """Return the device that this process serves on."""
+    kind = choose_device(settings)
+    found = find_device(settings.model_copy(update={"device": kind}))
+    if found is None:
+        # Its driver does not say it.
+        total = torch.cuda.get_device_properties(kind).total_memory
+        found = find_device(settings.model_copy(update={"device": kind, "device_memory_bytes": total}))
+    assert found is not None
+    return found
 
 
 def choose_device(settings: Settings) -> str:

@@ -1,7 +1,7 @@
 """Artifacts in memory: loaded when first wanted, held while requests need them, dropped when unused.
 
 Runs on the event loop; loading.py brings them there and takes them away. Adapters beside packed bases and
-whole models have a budget of bytes each, those on plain bases a number; together they stay below the ceiling
+whole models have a budget of bytes each, those on plain bases a number; together they stay below the limit
 of the process (memory.py).
 """
 
@@ -42,6 +42,7 @@ class LoadedArtifacts:
         max_waiting: requests that may wait for what is not in memory yet; more are refused.
         max_installed: artifacts that may lie on plain bases; the one unused for longest leaves first.
         fit: makes room for so many more bytes of the process, and returns how many are missing all the same.
+        drop_base: drops a base that nobody needs, and returns whether there was one.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LoadedArtifacts:
         max_waiting: int,
         max_installed: int = MAX_INSTALLED,
         fit: Callable[[int], Awaitable[int]],
+        drop_base: Callable[[], bool] = lambda: False,
     ) -> None:
         self._engine = engine
         self._limits = limits
@@ -63,6 +65,7 @@ class LoadedArtifacts:
         self._max_waiting = max_waiting
         self._max_installed = max_installed
         self._fit = fit
+        self._drop_base = drop_base
         self._num_waiting = 0
         self._num_loads: Counter[Kind] = Counter()
         self._num_evictions: Counter[Kind] = Counter()
@@ -128,11 +131,6 @@ class LoadedArtifacts:
             self._expected_bytes -= num_bytes
 
     @property
-    def idle_bytes(self) -> int:
-        """Bytes of the artifacts that may leave now."""
-        return sum(entry.num_bytes for entry in self._entries.values() if entry.is_idle)
-
-    @property
     def leaving_bytes(self) -> int:
         """Bytes of the artifacts that may leave once nobody asks them anything."""
         return sum(entry.num_bytes for entry in self._entries.values() if not entry.is_pinned)
@@ -173,7 +171,7 @@ class LoadedArtifacts:
         self._tell_waiting()
 
     async def make_way(self, num_bytes: int) -> bool:
-        """Make room below the ceiling, by pages and idle artifacts; who asked takes it before he waits again.
+        """Make room below the limit, by pages, idle artifacts and bases; the caller takes it before it waits.
 
         Returns:
             Whether there is room now; else there may be once a request has ended.
@@ -187,10 +185,12 @@ class LoadedArtifacts:
             if 0 < missing <= self.leaving_bytes:
                 await self.give_back(missing)
                 missing = await self._fit(num_bytes + self.loading_bytes)
+            while missing > self.leaving_bytes and self._drop_base():
+                missing = await self._fit(num_bytes + self.loading_bytes)
         if missing > self.leaving_bytes:
             raise NoRoomError(
-                f"The model server has no memory for this model's {num_bytes / MIB:.1f} MiB while jobs are "
-                "training on the same device; try again when they have ended."
+                f"The model server has no memory for this model's {num_bytes / MIB:.1f} MiB beside what is "
+                "needed now; try again later. An operator raises LUTHIER_SERVING_MEMORY_SHARE."
             )
         return missing <= 0
 
@@ -285,12 +285,17 @@ class LoadedArtifacts:
         if entry is None:
             if kind is Kind.INSTALLED:
                 self._leave_idle(kind, lambda: self._num_installed < self._max_installed)
-            loading = asyncio.ensure_future(
-                load(self._engine, served, kind, self._limits, opening=self._opening)
-            )
+            loading = asyncio.ensure_future(self._load(served, kind))
             entry = self._entries[served.key] = Entry(served, kind, num_bytes, loading)
             loading.add_done_callback(lambda _: self._on_loaded(entry))
         return entry
+
+    async def _load(self, served: ServedModel, kind: Kind) -> ReadyModel:
+        ready = await load(self._engine, served, kind, self._limits, opening=self._opening)
+        if ready.has_own_weights:
+            # It has pages of its own.
+            await self._fit(self.loading_bytes)
+        return ready
 
     @asynccontextmanager
     async def _opening(self, num_bytes: int) -> AsyncIterator[None]:

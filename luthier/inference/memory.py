@@ -1,14 +1,11 @@
-"""What this process holds of its device's memory, and the ceiling that a worker may set on it.
+"""What this process may hold of its device's memory, and what of that it lends to jobs.
 
-The ceiling comes from the ledger in the database, which this process knows nothing of. Pages of keys and
-values that nobody uses are given back first, then idle artifacts (loaded.py); what answers need, never.
-Runs on the event loop; lanes are touched on the engine's thread alone.
+Pages of keys and values that nobody uses make room for what is loaded, and are lent; then idle artifacts and
+bases leave (loaded.py); what answers need, never. Runs on the event loop; lanes are touched on the engine's
+thread alone.
 """
 
 import asyncio
-import os
-import secrets
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,24 +15,22 @@ from typing import Protocol
 import torch
 
 from luthier.core.allocator import give_back_freed_memory
-from luthier.core.devices import find_device
 from luthier.core.errors import OutOfMemoryError
-from luthier.core.inference import MemoryOrder
-from luthier.core.settings import Settings
+from luthier.core.inference import LoanRequest
 
 # What a process takes of a GPU beside its tensors.
 _CUDA_CONTEXT_BYTES = 500_000_000
 
 
 class NoRoomError(OutOfMemoryError):
-    """A model for which there is no memory while jobs are training; later there may be."""
+    """A model for which there is no memory now; later there may be."""
 
     http_status = 503
     retryable = True
 
 
 class LaneMemoryLike(Protocol):
-    """What the ceiling asks of luthier.inference.lane_memory.LaneMemory."""
+    """What the limit asks of luthier.inference.lane_memory.LaneMemory."""
 
     @property
     def growing_bytes(self) -> int:
@@ -49,10 +44,11 @@ class LaneMemoryLike(Protocol):
         """Let pages take no more than so much beside those in use."""
 
 
-class Ceiling:
-    """How much this process may hold, and how much it does.
+class MemoryLimit:
+    """How much this process may hold, how much it does, and what it has lent.
 
     Args:
+        max_bytes: its part of the device.
         measure: returns the bytes that the process has of the device.
         trim: gives back what was freed, which allocators may keep.
         now: seconds on a clock that never goes back.
@@ -60,6 +56,7 @@ class Ceiling:
 
     def __init__(
         self,
+        max_bytes: int,
         call: Callable[[Callable[[], None]], "Future[None]"],
         lanes: Callable[[], list[LaneMemoryLike]],
         measure: Callable[[], int],
@@ -68,40 +65,39 @@ class Ceiling:
     ) -> None:
         self._call, self._lanes, self._measure, self._now = call, lanes, measure, now
         self.trim = trim
-        self.version = 0
-        self._max_bytes = 0
-        self._until = now()
+        self._own_bytes = max_bytes
+        # Bytes and the moment at which they come back, by id.
+        self._loans: dict[str, tuple[int, float]] = {}
 
     @property
-    def is_set(self) -> bool:
-        """Whether there is a ceiling now."""
-        return self._now() < self._until
+    def max_bytes(self) -> int:
+        """What the process may hold now."""
+        self._loans = {name: loan for name, loan in self._loans.items() if loan[1] > self._now()}
+        return self._own_bytes - sum(num_bytes for num_bytes, _ in self._loans.values())
 
-    def take(self, order: MemoryOrder) -> bool:
-        """Take a ceiling over, unless a newer one was told; return whether it was."""
-        if order.version <= self.version:
-            return False
-        self.version, self._max_bytes = order.version, order.max_bytes
-        self._until = self._now() + order.seconds
-        return True
+    async def lend(self, asked: LoanRequest, loading_bytes: int) -> int:
+        """Lend what pages can give up, in place of what the loan was before.
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes that the process has."""
-        return self._measure()
+        Args:
+            loading_bytes: what is on its way to the memory.
 
-    @property
-    def growing_bytes(self) -> int:
-        """Bytes that pages may come to take without a word."""
-        return sum(lane.growing_bytes for lane in self._lanes())
-
-    @property
-    def spare_bytes(self) -> int:
-        """Bytes that pages would give back."""
-        return sum(lane.spare_bytes for lane in self._lanes())
+        Returns:
+            The bytes that are lent; 0 where they are fewer than the job can use.
+        """
+        self._loans.pop(asked.loan_id, None)
+        spare_bytes = sum(lane.spare_bytes for lane in self._lanes())
+        num_bytes = min(asked.num_bytes, spare_bytes - self._missing(loading_bytes))
+        if num_bytes > 0 and num_bytes >= asked.least_bytes:
+            self._loans[asked.loan_id] = (num_bytes, self._now() + asked.seconds)
+        missing = await self.fit(loading_bytes)
+        if missing > 0 and asked.loan_id in self._loans:
+            # Answers took pages meanwhile.
+            less = asked.model_copy(update={"num_bytes": max(0, num_bytes - missing)})
+            return await self.lend(less, loading_bytes)
+        return self._loans.get(asked.loan_id, (0, 0.0))[0]
 
     async def fit(self, num_bytes: int) -> int:
-        """Bring pages to where so many more bytes stay below the ceiling, or as near as they can.
+        """Bring pages to where so many more bytes stay below the limit, or as near as they can.
 
         Args:
             num_bytes: what is about to be taken beside what the process has.
@@ -109,23 +105,19 @@ class Ceiling:
         Returns:
             The bytes by which it would still be too much; none or below where it fits.
         """
-        if self.version == 0:
-            return 0
-        if not self.is_set:
-            await asyncio.wrap_future(self._call(self._free_pages))
-            return 0
-        left = self._max_bytes - self.used_bytes - num_bytes
-        await asyncio.wrap_future(self._call(lambda: self._limit_pages(left)))
+        await asyncio.wrap_future(self.limit_pages(num_bytes))
         if self._missing(num_bytes) > 0:
             await asyncio.to_thread(self.trim)
         return self._missing(num_bytes)
 
-    def _missing(self, num_bytes: int) -> int:
-        return self.used_bytes + self.growing_bytes + num_bytes - self._max_bytes
+    def limit_pages(self, num_bytes: int) -> "Future[None]":
+        """Do as `fit` does, by pages alone and without waiting for the step that runs."""
+        left = self.max_bytes - self._measure() - num_bytes
+        return self._call(lambda: self._limit_pages(left))
 
-    def _free_pages(self) -> None:
-        for lane in self._lanes():
-            lane.limit(2**62)
+    def _missing(self, num_bytes: int) -> int:
+        growing_bytes = sum(lane.growing_bytes for lane in self._lanes())
+        return self._measure() + growing_bytes + num_bytes - self.max_bytes
 
     def _limit_pages(self, left_bytes: int) -> None:
         """Let lanes grow by what is left, in equal parts; or take what is missing of one after the other."""
@@ -136,15 +128,6 @@ class Ceiling:
             taken_bytes = min(max(0, warm_bytes), missing_bytes)
             missing_bytes -= taken_bytes
             lane.limit(max(0, warm_bytes - taken_bytes + max(0, left_bytes) // len(lanes)))
-
-
-def identify(settings: Settings, device: torch.device) -> tuple[str, str, str]:
-    """Return this process's id, its host's name and its device's, as the ledger has them."""
-    hostname = socket.gethostname()
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    found = find_device(settings.model_copy(update={"device": kind}))
-    name = found.name if found is not None else "cuda:0"
-    return f"{hostname}-{os.getpid()}-{secrets.token_hex(4)}", hostname, name
 
 
 def measure_used(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from luthier.core.inference import (
     HEADER_MODEL,
     HEADER_PINNED,
     HEADER_PROJECT,
+    LoanRequest,
     ModelTarget,
 )
 from luthier.core.settings import MIB, Settings
@@ -39,7 +40,7 @@ from luthier.inference.copies import (
 )
 from luthier.inference.loaded import LoadedArtifacts
 from luthier.inference.loading import EngineLike, RowLimits
-from luthier.inference.memory import Ceiling, LaneMemoryLike, NoRoomError, measure_used, trim
+from luthier.inference.memory import LaneMemoryLike, MemoryLimit, NoRoomError, measure_used, trim
 from luthier.inference.weights import in_turn
 from luthier.storage.store import Storage
 
@@ -91,7 +92,8 @@ class Models:
         self._settings = settings
         self._on_first_base = on_first_base
         device = torch.device(bases.choose_device(settings))
-        self.ceiling = Ceiling(
+        self.memory = MemoryLimit(
+            bases.serving_bytes(settings),
             engine.call,
             self._lanes,
             measure=lambda: measure_used(device),
@@ -108,7 +110,8 @@ class Models:
                 max_draft_tokens=settings.max_draft_tokens,
             ),
             max_waiting=settings.max_waiting_requests,
-            fit=self.ceiling.fit,
+            fit=self.memory.fit,
+            drop_base=self._drop_base,
         )
         self._storage: Storage | None = None
         # The one unused for longest first.
@@ -147,7 +150,7 @@ class Models:
         Raises:
             ModelNotFoundError: when it has not been fetched.
             OutOfMemoryError: when it is larger than all that bases may take.
-            NoRoomError: when other bases, or jobs that are training, leave it no memory now.
+            NoRoomError: when what is needed now leaves it no memory.
         """
         facts = await asyncio.to_thread(bases.get_base_facts, self._settings, base_id)
         if base_id not in self._bases:
@@ -172,12 +175,11 @@ class Models:
         finally:
             del self._coming[base_id]
         # What was read of it is gone, and should not count as held.
-        await asyncio.to_thread(self.ceiling.trim)
+        await asyncio.to_thread(self.memory.trim)
+        await self.memory.fit(self.loaded.loading_bytes)
 
     def _make_room(self, num_bytes: int) -> None:
         """Let bases leave that no request needs until another one fits.
-
-        The one unused for longest leaves first, one with pinned models after all others.
 
         Raises:
             OutOfMemoryError: when it is larger than all that bases may take.
@@ -189,19 +191,24 @@ class Models:
                 f"{self._max_base_bytes / MIB:.1f} MiB of bases. An operator raises "
                 "LUTHIER_INFERENCE_MAX_BASES_BYTES."
             )
-        for base_id in sorted(self._bases, key=self.loaded.has_pinned):
-            if self._num_base_bytes + num_bytes <= self._max_base_bytes:
-                break
-            # Without the preloaded one the process is not ready.
-            is_needed = base_id == self._settings.preload_base or self._num_users[base_id] > 0
-            if not is_needed and self.loaded.drop_base(base_id):
-                del self._bases[base_id]
-                self._served = {key: one for key, one in self._served.items() if key[0] != base_id}
+        while self._num_base_bytes + num_bytes > self._max_base_bytes and self._drop_base():
+            pass
         if self._num_base_bytes + num_bytes > self._max_base_bytes:
             raise NoRoomError(
                 f"Bases that are in use hold {self._num_base_bytes / MIB:.1f} MiB of the "
                 f"{self._max_base_bytes / MIB:.1f} MiB that the model server may keep of them; try again."
             )
+
+    def _drop_base(self) -> bool:
+        """Drop the idle base unused for longest, those with pinned models last; return whether one left."""
+        for base_id in sorted(self._bases, key=self.loaded.has_pinned):
+            # Without the preloaded one the process is not ready.
+            is_needed = base_id == self._settings.preload_base or self._num_users[base_id] > 0
+            if not is_needed and self.loaded.drop_base(base_id):
+                del self._bases[base_id]
+                self._served = {key: one for key, one in self._served.items() if key[0] != base_id}
+                return True
+        return False
 
     @property
     def _num_base_bytes(self) -> int:
@@ -279,12 +286,20 @@ class Models:
         self._num_users[ready.base.facts.id] -= 1
         self.loaded.release(ready)
 
+    async def lend(self, asked: LoanRequest) -> int:
+        """Lend memory to a job, or take it back; return the bytes that are lent."""
+        lent_bytes = await self.memory.lend(asked, self.loaded.loading_bytes)
+        self.loaded.wake()
+        return lent_bytes
+
     async def tidy(self) -> None:
         """Let go of artifacts that were deleted where they were published: in memory, and on this disk.
 
         Raises:
             UnavailableError: when storage can't be used right now.
         """
+        # Loans may have lapsed.
+        self.memory.limit_pages(self.loaded.loading_bytes)
         if self._storage is None:
             self._storage = await asyncio.to_thread(Storage.open, self._settings.storage_url)
         storage, cache_dir = self._storage, self._settings.cache_dir / "artifacts"

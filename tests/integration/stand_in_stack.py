@@ -37,7 +37,7 @@ time.sleep(1000)
 """
 
 
-def _plan(environment: dict[str, str], *, host: str, port: int, is_alone: bool) -> Plan:
+def _plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
     folder = Path(environment["LUTHIER_HOME"]) / "web"
     folder.mkdir(exist_ok=True)
     python = sys.executable

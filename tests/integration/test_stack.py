@@ -38,6 +38,8 @@ def test_state_and_key_survive_a_restart_and_a_stop_leaves_no_process(stack: Sta
     assert connection["base_url"] == f"http://127.0.0.1:{stack.port}/v1"
     assert stat.S_IMODE((stack.home / "connection.json").stat().st_mode) == 0o600
     assert connection["api_key"] not in stack.output()
+    # The default split of the memory.
+    assert "GB for serving (LUTHIER_SERVING_MEMORY_SHARE=0.5)" in stack.output()
     below = descendants(stack.running.pid)
     assert len(below) >= 5
 

@@ -25,17 +25,18 @@ from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.data.prepare_process import TRAIN_FILE, VALIDATION_FILE
 from services import leases, memory, models, reports
 from services.leases import Lease, LeaseLostError
+from services.memory import Waiting
 from worker.bases import ensure_jobs_base
 from worker.child import start_child
 from worker.context import WorkerContext
 from worker.giving_back import GIVEN_BACK, full_disk_named, give_back
 from worker.keeper import LeaseKeeper, kept_lease
+from worker.loans import Loan, borrow
 from worker.outbox import Outbox
 from worker.parents import fetch_parents
 from worker.publish import Publisher
 from worker.quarantine import may_claim
 from worker.run import Ending, TrainingRun
-from worker.serving import balance, look_once
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
 from worker.tracking import Tracking, start_tracking
 
@@ -56,6 +57,8 @@ class Claimed:
     integrations: list[dict[str, Any]]
     # Why no device has room for it, however long it waits.
     refusal: OutOfMemoryError | None = None
+    # What serving lent it.
+    loan: Loan | None = None
 
     @property
     def prefix(self) -> str:
@@ -85,38 +88,51 @@ def train(context: WorkerContext, claimed: Claimed) -> None:
         give_back(context, claimed.lease, error)
     finally:
         tracking.end()
-        _release_memory(context, claimed.lease)
+        _release_memory(context, claimed.lease, claimed.loan)
         shutil.rmtree(run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             run_dir.parent.rmdir()  # unless another attempt of this job is at work in it
 
 
 def claim(context: WorkerContext) -> Claimed | None:
-    """Take the oldest queued job that fits; None when none does, none waits or no slot is free.
+    """Take the queued job in turn; None when none fits, none waits or no slot is free.
 
-    Each try is one short transaction. Between two of them serving gives back what it can.
+    Each try is one short transaction. Between two of them serving is asked for what a job lacks.
     """
     if not may_claim(context):
         return None
-    look_once(context)
-    claimed, is_waiting = _try_to_claim(context, tells=False)
-    if is_waiting:
-        balance(context)
-        claimed, _ = _try_to_claim(context, tells=True)
+    claimed, waiting = _try_to_claim(context, None, is_final=False)
+    if waiting is None or context.device is None:
+        return claimed
+    loan = borrow(context, context.device, waiting)
+    try:
+        claimed, waiting = _try_to_claim(context, loan, is_final=True)
+        if waiting is not None:
+            with context.database.transaction() as session:
+                memory.note_waiting(session, context.device, waiting)
+    finally:
+        # Another may have taken the job meanwhile.
+        if loan is not None and (claimed is None or claimed.loan is None):
+            loan.end()
     return claimed
 
 
-def _try_to_claim(context: WorkerContext, *, tells: bool) -> tuple[Claimed | None, bool]:
-    """Claim a job, or return whether one waits for memory."""
+def _try_to_claim(
+    context: WorkerContext, loan: Loan | None, *, is_final: bool
+) -> tuple[Claimed | None, Waiting | None]:
+    """Claim a job, or return the first one that waits for memory."""
     while True:
         try:
-            return _try_once(context, tells=tells)
+            return _try_once(context, loan, is_final=is_final)
         except UnreadableSpecError as error:
             skip_unreadable(context, error)
 
 
-def _try_once(context: WorkerContext, *, tells: bool) -> tuple[Claimed | None, bool]:
+def _try_once(
+    context: WorkerContext, loan: Loan | None, *, is_final: bool
+) -> tuple[Claimed | None, Waiting | None]:
     settings, device = context.settings, context.device
+    waiting: list[Waiting] = []
     with context.database.transaction() as session:
         taken = leases.claim_for_training(
             session,
@@ -124,11 +140,13 @@ def _try_once(context: WorkerContext, *, tells: bool) -> tuple[Claimed | None, b
             settings.training_slots,
             settings.lease_seconds,
             device=device,
-            tells=tells,
+            lent=("", 0) if loan is None else (loan.job_id, loan.num_bytes),
+            is_final=is_final,
+            on_wait=waiting.append,
             can_run=context.can_run(),
         )
         if taken is None:
-            return None, device is not None and memory.is_waited_for(session, device)
+            return None, waiting[0] if waiting else None
         lease, job = taken
         organization = session.get_one(Organization, job.organization_id)
         assert job.prepared_key is not None, "a queued job has been prepared"
@@ -142,12 +160,15 @@ def _try_once(context: WorkerContext, *, tells: bool) -> tuple[Claimed | None, b
             tokenize_seconds=reports.get_tokenize_seconds(job),
             integrations=list(job.integrations or []),
             refusal=None if device is None else memory.find_refusal(job, device),
+            loan=loan if loan is not None and loan.job_id == job.id else None,
         )
-        return made, False
+        return made, None
 
 
-def _release_memory(context: WorkerContext, lease: Lease) -> None:
-    """End the attempt's grant, now that its process is gone."""
+def _release_memory(context: WorkerContext, lease: Lease, loan: Loan | None) -> None:
+    """End the attempt's grant and loan, now that its process is gone."""
+    if loan is not None:
+        loan.end()
     try:
         with context.database.transaction() as session:
             memory.release(session, lease.job_id, lease.epoch)

@@ -81,12 +81,11 @@ def service_environment(
     return environment
 
 
-def service_plan(environment: dict[str, str], *, host: str, port: int, is_alone: bool) -> Plan:
+def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
     """Return the steps and processes of the service itself, without database and broker.
 
     Args:
         environment: from `service_environment`.
-        is_alone: whether the database is the home's own, so that no worker runs on it yet.
     """
     python = sys.executable
     inference_environment = {k: v for k, v in environment.items() if k not in _NOT_FOR_INFERENCE}
@@ -100,11 +99,7 @@ def service_plan(environment: dict[str, str], *, host: str, port: int, is_alone:
         ),
         steps=(
             Step("migrate", (python, "-m", "db.migrate"), running_environment),
-            Step(
-                "bootstrap",
-                (python, "-m", "services.bootstrap", *(["--alone"] if is_alone else [])),
-                environment,
-            ),
+            Step("bootstrap", (python, "-m", "services.bootstrap"), environment),
         ),
         late=(
             ProcessSpec(

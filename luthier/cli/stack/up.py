@@ -23,6 +23,7 @@ from luthier.cli.stack.postgres import open_postgres
 from luthier.cli.stack.processes import ProcessSpec
 from luthier.cli.stack.supervisor import Stopped, Supervisor
 from luthier.cli.stack.valkey import open_valkey
+from luthier.core.devices import find_device, format_bytes
 from luthier.core.settings import Settings
 
 MakePlan = Callable[..., Plan]
@@ -61,6 +62,7 @@ def up(
         say(f"Home: {home}")
         if is_open_to_others(home):
             say(f"Warning: other users of this machine can enter {home}: `chmod 700 {home}` keeps them out")
+        _say_memory(settings)
         supervisor = Supervisor(logs, say=say)
         with supervisor.signals():
             try:
@@ -92,8 +94,7 @@ def _start(
     secrets = load_secrets(home)
     servers: list[ProcessSpec] = []
     database_url = settings.database_url.get_secret_value()
-    is_alone = "database_url" not in settings.model_fields_set
-    if is_alone:
+    if "database_url" not in settings.model_fields_set:
         postgres = open_postgres(home, run, secrets, say=say, user_name=settings.database_user)
         database_url = postgres.url()
         servers.append(postgres.spec())
@@ -108,7 +109,7 @@ def _start(
     say("Starting " + (", ".join(spec.name for spec in servers) or "on the operator's database and broker"))
     supervisor.start(servers)
     _fetch_base(supervisor, settings, environment)
-    plan = make_plan(environment, host=host, port=port, is_alone=is_alone)
+    plan = make_plan(environment, host=host, port=port)
     # The inference server takes longest to load and needs no database: it loads beside the rest.
     supervisor.start(plan.early)
     supervisor.wait_ready([spec.name for spec in servers])
@@ -118,6 +119,16 @@ def _start(
     supervisor.start(plan.late)
     supervisor.wait_ready()
     return settings.bootstrap_api_key.get_secret_value() or secrets.api_key
+
+
+def _say_memory(settings: Settings) -> None:
+    device = find_device(settings)
+    if device is not None:
+        say(
+            f"Memory of {device.name}: {format_bytes(device.training_bytes)} for jobs and "
+            f"{format_bytes(device.serving_bytes)} for serving "
+            f"(LUTHIER_SERVING_MEMORY_SHARE={settings.serving_memory_share:g})"
+        )
 
 
 def _run_step(supervisor: Supervisor, step: Step) -> None:

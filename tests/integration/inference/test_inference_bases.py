@@ -14,7 +14,7 @@ from tests.integration.inference.test_inference_process import served_process
 from tests.tiny import BASE_ID
 
 
-def _copy(base_folder: Path, base_id: str, **changes: int) -> int:
+def copy_base(base_folder: Path, base_id: str, **changes: int) -> int:
     """Write the tiny base once more, under another name; return the bytes of its weights."""
     folder = shutil.copytree(base_folder, base_folder.with_name(base_id))
     facts = BaseFacts.model_validate_json((folder / FACTS_NAME).read_bytes())
@@ -25,9 +25,9 @@ def _copy(base_folder: Path, base_id: str, **changes: int) -> int:
 
 @pytest.fixture
 def client(folder: Path, base_folder: Path) -> Iterator[httpx2.Client]:
-    size = _copy(base_folder, "tiny-b")
-    _copy(base_folder, "tiny-c")
-    _copy(base_folder, "tiny-large", num_parameters=size)  # four bytes each
+    size = copy_base(base_folder, "tiny-b")
+    copy_base(base_folder, "tiny-c")
+    copy_base(base_folder, "tiny-large", num_parameters=size)  # four bytes each
     # Two of them, and not three.
     limit = str(size * 5 // 2)
     with served_process(folder, "bases.sock", LUTHIER_INFERENCE_MAX_BASES_BYTES=limit) as client:

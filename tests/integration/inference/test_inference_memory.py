@@ -1,59 +1,73 @@
-"""What the inference server gives back when it is told to, over a real socket, and what answers then."""
+"""What the inference server lends to a job, over a real socket, and what answers meanwhile."""
 
-import asyncio
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from luthier.core.inference import MEMORY_PATH, MemoryState, ModelTarget
-from luthier.inference.bases import ReadyModel
-from tests.inference_server import Served
+from luthier.core.inference import LOANS_PATH, LoanRequest, ModelTarget
+from tests.inference_server import BARE, CHAT, Served
+from tests.integration.inference.test_inference_bases import copy_base
 
 
-def _tell(served: Served, max_bytes: int) -> MemoryState:
-    version = _ask(served).version + 1
-    body = {"version": version, "max_bytes": max_bytes, "seconds": 60}
-    answer = served.client.post(MEMORY_PATH, json=body)
+def _lend(served: Served, num_bytes: int, least_bytes: int = 1, **changes: Any) -> int:
+    asked = LoanRequest(
+        hostname=socket.gethostname(),
+        device="cpu",
+        loan_id="ftjob-1",
+        num_bytes=num_bytes,
+        least_bytes=least_bytes,
+        seconds=60,
+    )
+    answer = served.client.post(LOANS_PATH, json=asked.model_copy(update=changes).model_dump())
     assert answer.status_code == 200, answer.text
-    return MemoryState.model_validate_json(answer.content)
+    lent: int = answer.json()["lent_bytes"]
+    return lent
 
 
-def _ask(served: Served) -> MemoryState:
-    return MemoryState.model_validate_json(served.client.get(MEMORY_PATH).content)
-
-
-def _on_loop(served: Served, work: Any) -> Any:
-    return asyncio.run_coroutine_threadsafe(work, served.loop).result(30)
-
-
-def test_idle_artifacts_and_unused_pages_are_given_back_and_held_ones_answer_as_before(
+def test_unused_pages_are_lent_and_models_answer_as_before(
     served: Served, artifacts: list[tuple[ModelTarget, Path]]
 ) -> None:
     targets = [target for target, _ in artifacts]
     before = [served.chat("the sky", target, max_tokens=8)["choices"] for target in targets]
-    whole = _ask(served)
-    assert (whole.hostname, whole.device, whole.version) == (socket.gethostname(), "cpu", 0)
-    # 65536 tokens of the tiny base, of which hardly any have memory.
-    assert whole.idle_bytes > 10_000_000
-    held: ReadyModel = _on_loop(served, served.service.models.hold(targets[1]))
-    told = _tell(served, 0)
-    assert served.service.models.loaded.held == [targets[1].digest]
-    assert told.held_bytes < whole.held_bytes
-    assert told.floor_bytes <= told.held_bytes
-    assert served.chat("the sky", targets[1], max_tokens=8)["choices"] == before[1]
-    served.loop.call_soon_threadsafe(served.service.models.release, held)
-    refused = served.post("/v1/chat/completions", targets[0], messages=[{"role": "user", "content": "a"}])
-    assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "out_of_memory"
-    assert int(refused.headers["retry-after"]) > 0
-    assert _tell(served, 2**40).idle_bytes >= told.idle_bytes
+    assert _lend(served, 2**50, 2**50) == 0
+    # All that is not in use, but pages for one long answer.
+    lent = _lend(served, 2**50)
+    assert 10_000_000 < lent < 2**40
     assert [served.chat("the sky", target, max_tokens=8)["choices"] for target in targets] == before
+    held = served.service.models.loaded.held
+    assert set(held) >= {target.digest for target in targets}
+    assert _lend(served, 0, 0) == 0
+    # The same is there again.
+    assert _lend(served, lent // 2) == lent // 2
+    assert _lend(served, 0, 0) == 0
 
 
-@pytest.mark.parametrize("body", [{}, {"version": 0, "max_bytes": 1, "seconds": 1}, {"max_bytes": "x"}])
-def test_an_order_that_is_none_is_refused(served: Served, body: dict[str, Any]) -> None:
-    answer = served.client.post(MEMORY_PATH, json=body)
+def test_a_base_that_has_no_room_beside_a_loan_is_refused_until_it_is_given_back(
+    served: Served, base_folder: Path
+) -> None:
+    # As if it took 100 MB.
+    copy_base(base_folder, "tiny-large", num_parameters=25_000_000)
+    target = BARE.model_copy(update={"base_id": "tiny-large"})
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    assert _lend(served, 2**50) > 0
+    refused = served.post(CHAT, target, **body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
+    assert int(refused.headers["retry-after"]) > 0
+    assert _lend(served, 0, 0) == 0
+    assert served.post(CHAT, target, **body).status_code == 200
+
+
+def test_nothing_is_lent_to_a_job_on_another_device_or_host(served: Served) -> None:
+    assert _lend(served, 1_000_000, device="GPU-1") == 0
+    assert _lend(served, 1_000_000, hostname="elsewhere") == 0
+    assert _lend(served, 1_000_000, hostname=None) == 1_000_000
+    assert _lend(served, 0, 0) == 0
+
+
+@pytest.mark.parametrize("body", [{}, {"num_bytes": -1}, {"num_bytes": "x"}])
+def test_a_request_for_a_loan_that_is_none_is_refused(served: Served, body: dict[str, Any]) -> None:
+    answer = served.client.post(LOANS_PATH, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_request"

@@ -23,17 +23,9 @@ def _environment(settings: Settings) -> dict[str, str]:
     )
 
 
-def _plan(settings: Settings | None = None, *, is_alone: bool = True) -> Plan:
+def _plan(settings: Settings | None = None) -> Plan:
     environment = _environment(settings or Settings())
-    return service_plan(environment, host="127.0.0.1", port=8000, is_alone=is_alone)
-
-
-@pytest.mark.parametrize(("is_alone", "expected"), [(True, ("--alone",)), (False, ())])
-def test_what_earlier_servers_held_is_forgotten_only_where_nobody_else_runs(
-    is_alone: bool, expected: tuple[str, ...]
-) -> None:
-    bootstrap = next(step for step in _plan(is_alone=is_alone).steps if step.name == "bootstrap")
-    assert bootstrap.command[3:] == expected
+    return service_plan(environment, host="127.0.0.1", port=8000)
 
 
 def test_state_lies_under_the_home_by_absolute_paths() -> None:

@@ -1,4 +1,4 @@
-"""The ceiling of the inference server: what is given back, in which order, and what never is."""
+"""The memory limit of the inference server: what makes room and is lent, and what never is."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from luthier.core.inference import MemoryOrder
-from luthier.inference.memory import Ceiling, measure_used
+from luthier.core.inference import LoanRequest
+from luthier.inference.memory import MemoryLimit, measure_used
 from luthier.inference.pages import Chain, PagePool
 from luthier.modeling.kernels.page_memory import discard
 
@@ -37,14 +37,19 @@ class FakeLane:
 class Process:
     """A process of fixed weights and some lanes, at a time that the test sets."""
 
-    def __init__(self, *lanes: FakeLane, weights: int = 100) -> None:
+    def __init__(self, *lanes: FakeLane, max_bytes: int = 1000, weights: int = 100) -> None:
         self.lanes, self.weights, self.now = lanes, weights, 0.0
-        self.ceiling = Ceiling(
+        self.limit = MemoryLimit(
+            max_bytes,
             self._call,
             lambda: list(self.lanes),
-            measure=lambda: self.weights + sum(lane.used + lane.unused for lane in self.lanes),
+            measure=lambda: self.used,
             now=lambda: self.now,
         )
+
+    @property
+    def used(self) -> int:
+        return self.weights + sum(lane.used + lane.unused for lane in self.lanes)
 
     @staticmethod
     def _call(work: Callable[[], None]) -> "Future[None]":
@@ -53,49 +58,75 @@ class Process:
         done.set_result(None)
         return done
 
-    def obey(self, version: int, max_bytes: int, num_bytes: int = 0) -> int:
-        self.ceiling.take(MemoryOrder(version=version, max_bytes=max_bytes, seconds=10))
-        return asyncio.run(self.ceiling.fit(num_bytes))
+    def fit(self, num_bytes: int = 0) -> int:
+        return asyncio.run(self.limit.fit(num_bytes))
+
+    def lend(self, num_bytes: int, least_bytes: int = 1, loan_id: str = "a") -> int:
+        asked = LoanRequest(
+            hostname=None,
+            device="cpu",
+            loan_id=loan_id,
+            num_bytes=num_bytes,
+            least_bytes=least_bytes,
+            seconds=10,
+        )
+        return asyncio.run(self.limit.lend(asked, 0))
 
 
 def test_pages_that_were_never_used_are_given_up_first_then_those_that_nobody_uses() -> None:
     lane = FakeLane(used=10, unused=20, cold=70)
-    process = Process(lane)
-    assert process.obey(1, 150) == 0
+    process = Process(lane, max_bytes=200)
+    assert process.fit(50) == 0
     assert (lane.unused, lane.growing_bytes) == (20, 20)
-    assert process.obey(2, 120) == 0
+    assert process.fit(80) == 0
     assert (lane.unused, lane.growing_bytes) == (10, 0)
     # What answers use stays.
-    assert process.obey(3, 50) == 60
+    assert process.fit(150) == 60
     assert (lane.used, lane.unused, lane.growing_bytes) == (10, 0, 0)
-    assert process.obey(4, 1000) < 0
+    assert process.fit() == 0
     assert lane.growing_bytes == 90
 
 
 def test_one_long_answer_can_always_be_given() -> None:
     lane = FakeLane(used=10, unused=0, cold=90, least=40)
-    process = Process(lane)
-    assert process.obey(1, 110) == 30
+    process = Process(lane, max_bytes=110)
+    assert process.fit() == 30
     assert lane.growing_bytes == 30
-    assert process.ceiling.spare_bytes == 0
+    assert lane.spare_bytes == 0
+    assert process.lend(50) == 0
 
 
 def test_what_is_missing_is_taken_of_one_lane_after_the_other() -> None:
     first, second = FakeLane(used=0, unused=10, cold=0), FakeLane(used=0, unused=50, cold=0)
-    assert Process(first, second).obey(1, 125) == 0
+    assert Process(first, second, max_bytes=125).fit() == 0
     assert (first.unused, second.unused) == (0, 25)
 
 
-def test_an_older_order_that_comes_late_changes_nothing_and_a_ceiling_lapses() -> None:
-    lane = FakeLane(used=10, unused=0, cold=90)
-    process = Process(lane)
-    process.obey(5, 120)
-    assert process.obey(4, 200) == 0
-    assert (process.ceiling.version, lane.growing_bytes) == (5, 10)
-    process.now = 10.0
-    assert not process.ceiling.is_set
-    assert asyncio.run(process.ceiling.fit(10**6)) == 0
+def test_pages_are_lent_until_the_loan_is_given_back_or_lapses_and_never_taken_meanwhile() -> None:
+    lane = FakeLane(used=10, unused=20, cold=70)
+    process = Process(lane, max_bytes=200)
+    assert process.lend(60) == 60
+    # Whatever is asked for: the process and what it lent stay below its part together.
+    assert process.used + lane.growing_bytes + 60 <= 200
+    assert process.fit(50) == 20
+    assert process.lend(60) == 60
+    assert process.lend(0, 0) == 0
+    assert process.fit() == 0
     assert lane.growing_bytes == 90
+    assert process.lend(30) == 30
+    process.now = 10.0
+    assert process.fit() == 0
+    assert lane.growing_bytes == 90
+
+
+def test_no_more_is_lent_than_nobody_uses_and_nothing_where_that_is_of_no_use() -> None:
+    lane = FakeLane(used=10, unused=20, cold=70)
+    process = Process(lane, max_bytes=200)
+    assert process.lend(95, 95) == 0
+    assert (lane.unused, lane.growing_bytes) == (20, 70)
+    assert process.lend(50) == 50
+    assert process.lend(95, 1, "b") == 40
+    assert (lane.used, lane.unused, lane.growing_bytes) == (10, 0, 0)
 
 
 def test_pages_without_memory_are_taken_last_and_not_beyond_the_limit() -> None:

@@ -1,15 +1,15 @@
-"""The ledger of memory, with real PostgreSQL: who is given what of a device, and what who waits is told."""
+"""Memory of training, with real PostgreSQL: what a job is given of a device, and what waiting jobs say."""
 
 import threading
 from dataclasses import replace
 
 import openai
 import pytest
-from sqlalchemy import delete, select, text, update
+from sqlalchemy import delete, select, update
 
-from db.memory_tables import MemoryDevice, MemoryGrant
+from db.memory_tables import MemoryGrant
 from db.session import Database
-from db.tables import Job
+from db.tables import Job, Worker
 from luthier.core.devices import Device
 from services import leases, memory
 from services.leases import Lease
@@ -21,18 +21,21 @@ from worker.context import Watch, WorkerContext
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim
 
-_DEVICE = Device("here", "cpu", 10_000_000_000)
+_GB = 1_000_000_000
+DEVICE = Device("here", "cpu", training_bytes=10 * _GB, serving_bytes=5 * _GB)
 
 
 @pytest.fixture
 def context(context: WorkerContext) -> WorkerContext:
     with context.database.transaction() as session:
-        # This machine's own, from the worker's first sweep.
-        session.execute(delete(MemoryDevice))
-    return replace(context, device=_DEVICE)
+        # This machine's own device, from the worker's first sweep.
+        session.execute(delete(Worker))
+    return replace(context, device=DEVICE)
 
 
-def _queue(client: openai.OpenAI, context: WorkerContext, *sizes: float) -> list[str]:
+def queue(
+    client: openai.OpenAI, context: WorkerContext, *sizes: float, least: float | None = None
+) -> list[str]:
     """Prepare jobs that need so many GB, a margin included."""
     file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(12))), purpose="fine-tune")
     made = []
@@ -40,36 +43,42 @@ def _queue(client: openai.OpenAI, context: WorkerContext, *sizes: float) -> list
         job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id, seed=1)
         prepare(context, job.id)
         made.append(job.id)
-        peak = round(size * 1e9 / memory.MARGIN)
+        peak = round(size * _GB / memory.MARGIN) + 1
+        needs = {"peak_bytes": peak, "least_bytes": peak if least is None else round(least * _GB)}
         with context.database.transaction() as session:
-            session.execute(
-                update(Job).where(Job.id == job.id).values(peak_bytes=peak + 1, least_bytes=peak + 1)
-            )
+            session.execute(update(Job).where(Job.id == job.id).values(**needs))
     return made
 
 
-def _claim(database: Database, worker_id: str, device: Device = _DEVICE) -> Lease | None:
+def _claim(database: Database, worker_id: str, device: Device = DEVICE) -> Lease | None:
     with database.transaction() as session:
         taken = leases.claim_for_training(session, worker_id, 8, 30, device=device)
         return None if taken is None else taken[0]
 
 
-def _held(database: Database) -> dict[str, int]:
+def _release(database: Database, lease: Lease) -> None:
     with database.transaction() as session:
-        rows = session.scalars(select(MemoryGrant).where(memory.is_on(_DEVICE), MemoryGrant.num_bytes > 0))
-        return {row.holder_id: row.num_bytes for row in rows}
+        leases.leave(session, lease, leases.JobStatus.FAILED, outcome="failed")
+        memory.release(session, lease.job_id, lease.epoch)
 
 
-def _waits_told(client: openai.OpenAI, job_id: str) -> list[str]:
+def held(database: Database) -> dict[str, int]:
+    """Return what jobs hold of training's part."""
+    with database.transaction() as session:
+        return {row.job_id: row.num_bytes for row in session.scalars(select(MemoryGrant))}
+
+
+def waits(client: openai.OpenAI, job_id: str) -> list[str]:
+    """Return what a job's events say that it waits for."""
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
-    return [message for message in messages if message.startswith("Waiting for")]
+    return [message for message in messages if message.startswith("The job waits for")]
 
 
 def test_of_two_that_ask_at_once_for_the_last_bytes_one_gets_them(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    database, rounds = context.database, 6
-    _queue(client, context, *[6.0] * (rounds + 1))
+    database, rounds = context.database, 4
+    queue(client, context, *[6.0] * (rounds + 1))
     for _ in range(rounds):
         barrier = threading.Barrier(2)
         found: list[Lease] = []
@@ -86,56 +95,69 @@ def test_of_two_that_ask_at_once_for_the_last_bytes_one_gets_them(
         for thread in threads:
             thread.join()
         [lease] = found
-        assert sum(_held(database).values()) <= _DEVICE.total_bytes
-        with database.transaction() as session:
-            leases.leave(session, lease, leases.JobStatus.FAILED, outcome="failed")
-            memory.release(session, lease.job_id, lease.epoch)
+        assert sum(held(database).values()) <= DEVICE.training_bytes
+        _release(database, lease)
 
 
-def test_a_job_that_waits_is_told_once_and_starts_when_the_other_has_ended(
+def test_a_job_that_waits_says_for_what_once_and_starts_when_the_other_has_ended(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    first, second = _queue(client, context, 8.0, 3.2)
+    first, second = queue(client, context, 8.0, 3.2)
     lease = _claim(context.database, "other")
     assert lease is not None
     assert lease.job_id == first
     for _ in range(3):
         assert claim(context) is None
-    told = "Waiting for 3.2 GB on here cpu (another job holds 8.0 GB, all is 10.0 GB)"
-    assert _waits_told(client, second) == [told]
+    assert waits(client, second) == [
+        "The job waits for 3.2 GB of memory on here cpu: of training's 10.0 GB, 2.0 GB are free, other jobs "
+        "hold 8.0 GB, and serving can lend too little of its 5.0 GB"
+    ]
     assert client.fine_tuning.jobs.retrieve(second).status == "queued"
-    with context.database.transaction() as session:
-        memory.release(session, first, lease.epoch)
+    _release(context.database, lease)
     claimed = claim(context)
     assert claimed is not None
     assert claimed.lease.job_id == second
-    assert list(_held(context.database)) == [second]
+    assert list(held(context.database)) == [second]
 
 
-def test_a_job_that_fits_goes_before_one_that_waits_until_that_has_waited_long(
+def test_a_job_that_fits_once_others_have_ended_is_not_overtaken(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    running, large, small, late = _queue(client, context, 4.0, 9.0, 2.0, 2.0)
-    assert [_claim(context.database, "w").job_id for _ in range(2)] == [running, small]  # type: ignore[union-attr]
-    with context.database.transaction() as session:
-        session.execute(
-            text("UPDATE memory_grants SET since = now() - interval '1 hour' WHERE holder_id = :id"),
-            {"id": large},
-        )
+    running, large, small = queue(client, context, 4.0, 9.0, 2.0)
+    lease = _claim(context.database, "w")
+    assert lease is not None
+    assert lease.job_id == running
     assert _claim(context.database, "w") is None
-    with context.database.transaction() as session:
-        for job_id in (running, small):
-            memory.release(session, job_id, 2)
+    _release(context.database, lease)
     lease = _claim(context.database, "w")
     assert lease is not None
     assert lease.job_id == large
-    assert client.fine_tuning.jobs.retrieve(late).status == "queued"
+    assert client.fine_tuning.jobs.retrieve(small).status == "queued"
+
+
+def test_a_job_that_needs_some_of_serving_s_part_is_overtaken(
+    client: openai.OpenAI, context: WorkerContext
+) -> None:
+    large, small = queue(client, context, 12.0, 2.0)
+    lease = _claim(context.database, "w")
+    assert lease is not None
+    assert lease.job_id == small
+    assert client.fine_tuning.jobs.retrieve(large).status == "queued"
+
+
+def test_a_job_whose_peak_is_rough_starts_alone_with_what_there_is(
+    client: openai.OpenAI, context: WorkerContext
+) -> None:
+    [job_id] = queue(client, context, 12.0, least=9.0)
+    claimed = claim(context)
+    assert claimed is not None
+    assert held(context.database) == {job_id: 10 * _GB}
 
 
 def test_a_grant_that_nobody_renews_lapses(client: openai.OpenAI, context: WorkerContext) -> None:
-    first, second = _queue(client, context, 8.0, 8.0)
+    first, second = queue(client, context, 8.0, 8.0)
     with context.database.transaction() as session:
-        taken = leases.claim_for_training(session, "dead", 1, 0.3, device=_DEVICE)
+        taken = leases.claim_for_training(session, "dead", 1, 0.3, device=DEVICE)
         assert taken is not None
         assert taken[0].job_id == first
     assert _claim(context.database, "w") is None
@@ -150,24 +172,23 @@ def test_a_grant_that_nobody_renews_lapses(client: openai.OpenAI, context: Worke
     assert leases_of[0].job_id == second
     context.watch = Watch(0)
     sweep(context)
-    assert list(_held(context.database)) == [second]
+    assert list(held(context.database)) == [second]
 
 
 def test_a_renewed_lease_keeps_its_memory(client: openai.OpenAI, context: WorkerContext) -> None:
-    _queue(client, context, 8.0)
+    queue(client, context, 8.0, 8.0)
     with context.database.transaction() as session:
-        taken = leases.claim_for_training(session, "w", 1, 0.001, device=_DEVICE)
+        taken = leases.claim_for_training(session, "w", 1, 0.001, device=DEVICE)
         assert taken is not None
-    assert _held(context.database) == {}
     with context.database.transaction() as session:
         leases.renew(session, taken[0], 30)
-    assert list(_held(context.database)) == [taken[0].job_id]
+    assert _claim(context.database, "other") is None
 
 
 def test_the_release_of_an_old_attempt_frees_nothing_of_a_new_one(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    [job_id] = _queue(client, context, 4.0)
+    [job_id] = queue(client, context, 4.0)
     old = _claim(context.database, "w")
     assert old is not None
     with context.database.transaction() as session:
@@ -178,27 +199,27 @@ def test_the_release_of_an_old_attempt_frees_nothing_of_a_new_one(
     with context.database.transaction() as session:
         memory.release(session, job_id, old.epoch)
         memory.release(session, job_id, old.epoch)
-    assert list(_held(context.database)) == [job_id]
+    assert list(held(context.database)) == [job_id]
 
 
 def test_a_job_that_no_device_can_ever_hold_fails_at_once_with_the_numbers(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    [job_id] = _queue(client, context, 14.3)
+    [job_id] = queue(client, context, 20.0)
     assert train_next(context)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "failed"
     assert job.error is not None
     assert job.error.code == "out_of_memory"
-    assert "needs about 13.0 GB of memory, and here cpu has 10.0 GB" in job.error.message
-    assert _held(context.database) == {}
+    assert "needs about 18.2 GB of memory, and here cpu has 15.0 GB" in job.error.message
+    assert held(context.database) == {}
 
 
 def test_a_job_that_is_too_large_here_is_left_to_a_larger_device(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    [job_id] = _queue(client, context, 14.3)
-    larger = Device("there", "cpu", 20_000_000_000)
+    [job_id] = queue(client, context, 20.0)
+    larger = Device("there", "cpu", 25 * _GB, 5 * _GB)
     # A worker there, which never had a job, says that it lives.
     sweep(replace(context, device=larger))
     assert _claim(context.database, "w") is None
