@@ -111,7 +111,14 @@ def _hostile_lines(target: Target) -> list[bytes]:
     calls = b'{"role":"assistant","tool_calls":[' + _items(call) + b"]}"
     answers = _items(b'{"role":"tool","tool_call_id":"a","content":"x"}')
     outputs = b'"preferred_output":[%b],"non_preferred_output":[%b]' % (_ASSISTANT, _ASSISTANT)
-    messages = _items(b"{}"), _USER + b"," + calls, b"[" * (_LARGE - 1024), _items(b"1" * 4000)
+    messages = (
+        _items(b"{}"),
+        _items(b"{}", 3 * 120_000),
+        _USER + b"," + calls,
+        _USER + b',{"role":"assistant","tool_calls":[' + _items(call, 4 * MIB) + b"]}",
+        b"[" * (_LARGE - 1024),
+        _items(b"1" * 4000),
+    )
     lines = [b'{"messages":[' + each + b"]}" for each in messages]
     lines.append(b'{"input":{"messages":[' + answers + b"]}," + outputs + b"}")
     lines.append(b"{" + _items(b'"k%d":0') + b',"z":0,"z":0}')
@@ -208,7 +215,7 @@ ATTACKS = {
     "uploads": Attack("uploads of 8 MiB of ordinary rows", lambda t: [_upload(t, _rows(8000, _WORDS))]),
     "estimates": Attack("estimates of 8 MiB of ordinary rows", _with_file(ESTIMATE, 8000, _WORDS)),
     "C1": Attack("long names, long lists, depth", _names_and_lists, "large chats"),
-    "C2": Attack("lines of 8 MiB of six shapes", _hostile_lines, "uploads"),
+    "C2": Attack("lines of up to 8 MiB of eight shapes", _hostile_lines, "uploads"),
     "C3": Attack("schemas that are dear to compile", _schemas, "chats", num_open=6),
     "H1": Attack("headers, silence, 1,400 connections", _connections, "chats", num_open=1400),
     "H2": Attack("bodies of 8 MiB without a key", _without_key, "large chats", 100, 0.05),
