@@ -17,6 +17,7 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.core.field_errors import advise, field_error
+from luthier.core.json_values import MAX_VALUES, max_num_values
 
 # Sent unasked by SDKs and frameworks; they change nothing about a text answer here.
 IGNORED_FIELDS = frozenset(
@@ -35,8 +36,6 @@ IGNORED_FIELDS = frozenset(
     }
 )
 
-# Of a request's body: token ids of a batch of prompts are the most that a client needs.
-MAX_VALUES = 250_000
 _MAX_DEPTH = 64
 _MAX_NAMES = 4096
 _MAX_NAME_CHARS = 1000
@@ -72,26 +71,6 @@ def read_object(body: bytes, ignored: frozenset[str] = frozenset()) -> dict[str,
     drop_ignored(fields, ignored)
     _check_names_and_texts(fields)
     return fields
-
-
-def max_num_values(text: bytes) -> int:
-    """Return a number of values that a JSON text has at most, counted in its bytes before it is parsed.
-
-    Commas within strings are told from others only when the count is above MAX_VALUES with them.
-    """
-    found = _count_separators(text)
-    if found <= MAX_VALUES:
-        return found
-    without_escapes = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    num_quotes = without_escapes.count(b'"')
-    if num_quotes > 4 * MAX_VALUES:
-        # Each value and each name is one string at most.
-        return num_quotes // 2
-    return _count_separators(b"".join(without_escapes.split(b'"')[::2]))
-
-
-def _count_separators(text: bytes) -> int:
-    return 1 + sum(text.count(separator) for separator in (b",", b"[", b"{"))
 
 
 def without_nulls(fields: dict[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,8 @@ from luthier.core.errors import (
     MissingParameterError,
     UnsupportedValueError,
 )
-from luthier.inference.fields import (
-    MAX_VALUES,
-    drop_ignored,
-    drop_neutral,
-    max_num_values,
-    validate,
-    without_nulls,
-)
+from luthier.core.json_values import MAX_VALUES, max_num_values
+from luthier.inference.fields import drop_ignored, drop_neutral, validate, without_nulls
 from luthier.inference.json_object import load
 
 # Of all messages of a request: pydantic keeps the interpreter's lock while it checks them.

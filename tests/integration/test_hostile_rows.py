@@ -5,11 +5,14 @@ Seconds are the processor's, of this process and of those that it started, so th
 """
 
 import resource
+import tracemalloc
 from itertools import count
 
 import httpx2
 import pytest
 
+from luthier.core.errors import InvalidFileFormatError
+from luthier.data.validate import FileChecker
 from tests.conftest import Api
 
 LINE_BYTES = 8 * 1024 * 1024 - 1024
@@ -81,3 +84,19 @@ def test_a_hostile_line_is_refused_in_seconds(shape: str, api: Api) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_file_format"), answer.text
     assert len(answer.text) < 2000
     assert taken < MAX_PROCESSOR_SECONDS
+
+
+@pytest.mark.parametrize("shape", ["messages that are none", "a key twice among the last keys", "tools"])
+def test_a_line_of_millions_of_values_is_refused_before_they_are_made(shape: str) -> None:
+    line = SHAPES[shape]()
+    checker = FileChecker()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidFileFormatError, match="more than 250000 JSON values"):
+            checker.feed(line)
+            checker.finish()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # The line a few times over; its values would be 200 MiB.
+    assert peak < 6 * LINE_BYTES, f"{peak / LINE_BYTES:.1f}"

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any, NoReturn
 
+from luthier.core.json_values import MAX_VALUES, max_num_values
 from luthier.data.formats.base import Fault, escape_text
 
 _MAX_KEYS = 10_000
@@ -89,6 +90,9 @@ def parse_line(line: bytes, number: int) -> dict[str, Any] | Fault:
     Returns:
         The object, or the fault that keeps the line from being one.
     """
+    if max_num_values(line) > MAX_VALUES:
+        message = f"The line has more than {MAX_VALUES} JSON values; split it."
+        return Fault(number, None, None, "json.values", message)
     text = _decode(line, number)
     value = text if isinstance(text, Fault) else _load(text, number)
     if isinstance(value, Fault | dict):
