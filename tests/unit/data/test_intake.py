@@ -1,5 +1,6 @@
 """The seam between bytes and rows: which files are looked into, and what becomes of the others."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,14 @@ def test_a_process_that_fails_or_ends_is_no_fault_of_the_file(tmp_path: Path, ca
             killed.feed(b'{"text": "a row"}\n' * 10_000)
     killed.close()
     assert not any("Traceback" in printed for printed in capfd.readouterr())
+
+
+def test_a_check_of_a_large_file_yields_its_processor_to_the_steps_of_the_inference_server() -> None:
+    process = CheckProcess(Limits(), None)
+    try:
+        process.feed(b'{"text":"a"}\n')
+        process.finish()
+        # It has ended, and has not been waited for.
+        assert os.getpriority(os.PRIO_PROCESS, process._process.pid) > os.getpriority(os.PRIO_PROCESS, 0)
+    finally:
+        process.close()
