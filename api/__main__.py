@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -74,6 +75,8 @@ def main() -> None:
     configure_logs(settings.log_level)
     raise_open_file_limit()
     sys.setswitchinterval(_SWITCH_SECONDS)
+    # An estimate takes one processor from the streams, not all of them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parts = make_parts(settings)
     config = uvicorn.Config(
         create_app(parts),
