@@ -1,6 +1,8 @@
 """Real parts for tests: an embedded PostgreSQL with a fresh database per test, a catalogue with a tiny base,
 an API served over HTTP. What a test starts, it stops."""
 
+import asyncio
+import gc
 import os
 import shutil
 import subprocess
@@ -17,6 +19,8 @@ import psycopg
 import pytest
 import uvicorn
 
+# The collection of tests makes millions of objects, of which hardly any is garbage.
+gc.disable()
 # Before anything imports a hub client or a maths library.
 os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in [name for name in os.environ if name.startswith("LUTHIER_")]:
@@ -39,11 +43,14 @@ from luthier.core.settings import Settings  # noqa: E402
 from luthier.storage.store import Storage  # noqa: E402
 from services.bootstrap import ensure_first_rows  # noqa: E402
 from tests.fakes import FakeBackend  # noqa: E402
+from tests.folders import TEMPORARY_FOLDER, use_temporary_folder  # noqa: E402
 from tests.tiny import BASE_ID, build_tiny_base  # noqa: E402
 
 # Tests judge what is done, never how fast: the machine may be busy.
 hypothesis.settings.register_profile("luthier", deadline=None)
 hypothesis.settings.load_profile("luthier")
+
+use_temporary_folder()
 
 TINY_BASE = BASE_ID
 _START_SECONDS = 60.0
@@ -55,6 +62,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in {"benchmarks", "examples"}:
             item.add_marker(pytest.mark.full)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, and look no more at what the collection of tests has made."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def wait_until(condition: object, *, seconds: float = _START_SECONDS, what: str = "condition") -> None:
@@ -113,7 +127,7 @@ class Server:
 def running_postgres() -> Iterator[Server]:
     """A real PostgreSQL with a migrated template database, stopped at the end."""
     # Not pytest's own folder: its path is too long for a socket, and another user can't enter it.
-    folder = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="lt-", dir=TEMPORARY_FOLDER))
     folder.chmod(0o755)
     before = os.environ.get("STATE_DIRECTORY")
     os.environ["STATE_DIRECTORY"] = str(folder / "state")
@@ -149,7 +163,7 @@ def postgres() -> Iterator[Server]:
 def fresh_database(postgres: Server) -> Iterator[Database]:
     """Hold a fresh, migrated database."""
     name = f"t{time.monotonic_ns()}"
-    postgres.execute(f"CREATE DATABASE {name} TEMPLATE template_luthier")
+    postgres.execute(f"CREATE DATABASE {name} TEMPLATE template_luthier STRATEGY FILE_COPY")
     # A machine that is busy with tests may answer slowly.
     opened = Database(postgres.url(name), pool_size=24, answer_seconds=30)
     try:
@@ -230,6 +244,15 @@ def api(settings: Settings, database: Database) -> Iterator[Api]:
         yield served
 
 
+class _Server(uvicorn.Server):
+    """A server that stops within milliseconds when it is asked to: each test starts and stops one."""
+
+    async def main_loop(self) -> None:
+        """Serve until it is asked to stop."""
+        while not await self.on_tick(0):
+            await asyncio.sleep(0.01)
+
+
 @contextmanager
 def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
     """Serve the API over HTTP with real PostgreSQL and storage; the inference server is a fake."""
@@ -251,9 +274,7 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         ring=bells.append,
         sealer=Sealer(settings.secret_key.get_secret_value()),
     )
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(parts), port=0, log_config=None, timeout_graceful_shutdown=2)
-    )
+    server = _Server(uvicorn.Config(create_app(parts), port=0, log_config=None, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.folders import TEMPORARY_FOLDER
+
 ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 60.0
 
@@ -120,7 +122,7 @@ class Stack:
 @contextlib.contextmanager
 def stack_folder() -> Iterator[Path]:
     """Hold a folder for a stack. It is not pytest's own: the database's user must pass through it."""
-    folder = Path(tempfile.mkdtemp(prefix="stack-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="stack-", dir=TEMPORARY_FOLDER))
     folder.chmod(0o755)
     try:
         yield folder

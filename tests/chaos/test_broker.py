@@ -21,6 +21,7 @@ from luthier.cli.stack.valkey import open_valkey
 from luthier.core.settings import Settings
 from services.bell import QUEUE, TASK_NAME
 from tests.conftest import Api, wait_until
+from tests.folders import TEMPORARY_FOLDER
 from tests.rows import colour_rows, jsonl
 from tests.workers import running_worker
 
@@ -36,7 +37,7 @@ class Broker:
 
 @pytest.fixture
 def broker() -> Iterator[Broker]:
-    folder = Path(tempfile.mkdtemp(prefix="vk-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="vk-", dir=TEMPORARY_FOLDER))
     server = open_valkey(folder)
     spec = server.spec()
     process = spawn(spec.command, environment=spec.environment, log_path=folder / "log")

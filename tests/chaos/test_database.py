@@ -20,6 +20,7 @@ from luthier.core.settings import Settings
 from services import keys, leases
 from services.leases import Lease
 from tests.conftest import Api, Server, fresh_database, make_settings, running_postgres, serve_api, wait_until
+from tests.folders import TEMPORARY_FOLDER
 from tests.proxy import StallingProxy, stalling_proxy
 from tests.rows import colour_rows, jsonl
 from tests.workers import running_worker
@@ -33,7 +34,7 @@ _MAX_SECONDS = 8.0
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="px-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="px-", dir=TEMPORARY_FOLDER))
     yield folder
     shutil.rmtree(folder)
 

@@ -25,6 +25,7 @@ from luthier.core.inference import HEADER_TOKEN
 from luthier.core.keys import new_api_key
 from luthier.core.sealing import new_secret_key
 from tests.conftest import Server
+from tests.folders import TEMPORARY_FOLDER
 from tests.rows import colour_rows, jsonl
 from tests.stack import free_port, wait_until
 from tests.tiny import BASE_ID, build_tiny_base
@@ -162,7 +163,7 @@ def _until(condition: Callable[[], bool], what: str) -> None:
 @pytest.fixture(scope="module")
 def shape(postgres: Server) -> Iterator[Shape]:
     """The whole shape, started in the order of the file's conditions."""
-    folder = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="lt-", dir=TEMPORARY_FOLDER))
     database = "production_shape"
     postgres.execute(f"CREATE DATABASE {database}")
     source = build_tiny_base(folder / "source" / BASE_ID)

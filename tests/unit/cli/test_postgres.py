@@ -15,6 +15,7 @@ from luthier.cli.stack.home import Secrets, StackError
 from luthier.cli.stack.postgres import end_leftover, open_postgres
 from luthier.cli.stack.postgres_programs import find_user
 from luthier.cli.stack.processes import UnixUser
+from tests.folders import TEMPORARY_FOLDER
 
 
 def _write_pid(data: Path, pid: int) -> Path:
@@ -82,7 +83,7 @@ def test_data_of_another_version_is_refused_with_what_to_do(tmp_path: Path) -> N
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that any user may pass through, which pytest's own are not."""
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(dir=TEMPORARY_FOLDER))
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
