@@ -11,7 +11,7 @@ from luthier.data.tokens import StreamDecoder
 from luthier.inference.bases import ReadyModel
 from luthier.inference.echoes import Echo
 from luthier.inference.engine import Engine
-from luthier.inference.plans import Plan
+from luthier.inference.plans import MAX_LOGPROBS, Plan
 from luthier.inference.sequence import (
     ChoiceAt,
     Failure,
@@ -37,6 +37,8 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[IndexedEvent] = deque()
         self._has_arrived = asyncio.Event()
+        self._num_unread = 0
+        self._is_abandoned = False
         self.num_prompt_tokens = sum(map(len, plan.prompts))
         self._num_open = plan.num_choices
         self._echoes = {
@@ -130,6 +132,7 @@ class Generation:
                     break
                 raise event.error
             self._arrived.popleft()
+            self._num_unread -= _weigh(event)
             found += self._read(index, event)
         return found
 
@@ -148,11 +151,31 @@ class Generation:
         return [*found, (index, event)]
 
     def _deliver(self, arrived: IndexedEvent) -> None:
+        if self._is_abandoned:
+            return
+        self._num_unread += _weigh(arrived[1])
+        if self._num_unread > MAX_LOGPROBS:
+            # The client of a stream does not read: what it has not read is in memory, and grows.
+            self._is_abandoned = True
+            self.cancel()
+            self._arrived.clear()
+            error = UnavailableError("The stream was read too slowly; ask for less at once, or read faster.")
+            arrived = (arrived[0], Failure(error))
         self._arrived.append(arrived)
         self._has_arrived.set()
 
     def _emit(self, index: int, event: SequenceEvent) -> None:
         self._engine.events.add(self._loop, self._deliver, (index, event))
+
+
+def _weigh(event: SequenceEvent) -> int:
+    """Return what an event counts as in memory: itself, and its log-probabilities."""
+    if isinstance(event, PromptScored):
+        # The first has none, and the others have the same number each.
+        return 1 + len(event.choices) * (1 + len(event.choices[-1].top))
+    if isinstance(event, Piece) and event.choices:
+        return 1 + len(event.choices) * (1 + len(event.choices[-1].choice.top))
+    return 1
 
 
 def _echo_piece(echo: Echo, event: PromptScored | Piece | Finish) -> Piece:

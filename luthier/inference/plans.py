@@ -19,6 +19,9 @@ from luthier.inference.room import Room
 from luthier.inference.sequence import SamplingOptions
 from luthier.inference.tool_calls import CallSyntax, find_syntax, render_calls
 
+# About 150 bytes each are held for a whole answer, and for a stream whose client does not read.
+MAX_LOGPROBS = 2_000_000
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,8 +102,14 @@ def plan_chat(
             add_generation_prompt=True,
         )
     )
-    max_tokens = room.answer_length(prompt, max_tokens_default)
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    if num_logprobs is not None:
+        # An answer of unnamed length is as long as its log-probabilities may be, and is never refused.
+        max_tokens_default = min(max_tokens_default, MAX_LOGPROBS // (request.n * (1 + num_logprobs)))
+    max_tokens = room.answer_length(prompt, max_tokens_default)
+    if num_logprobs is not None:
+        param = "top_logprobs" if num_logprobs else "logprobs"
+        _check_num_logprobs(request, request.n * max_tokens, num_logprobs, param)
     options = _options(request, ready, max_tokens, num_logprobs)
     syntax = find_syntax(base.template, base.tokenizer) if offered else None
 
@@ -162,6 +171,9 @@ def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_
             )
         room.check(prompt)
         prompts.append(prompt)
+    if request.logprobs is not None:
+        num_tokens = len(prompts) * request.max_tokens + (sum(map(len, prompts)) if request.echo else 0)
+        _check_num_logprobs(request, request.n * num_tokens, request.logprobs, "logprobs")
     options = _options(request, ready, request.max_tokens, request.logprobs)
     # Harnesses count on a token for each that was made, the one that ends the text included.
     options = replace(options, reports_end=request.logprobs is not None)
@@ -170,6 +182,21 @@ def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_
     with_starts = request.logprobs is not None
     echoes = tuple(make_echo(tokenizer, item, with_starts=with_starts) for item in request.prompt)
     return Plan(prompts, replace(options, num_prompt_logprobs=request.logprobs), request.n, echoes)
+
+
+def _check_num_logprobs(request: SamplingRequest, num_tokens: int, num_top: int, param: str) -> None:
+    """Refuse a whole answer with more log-probabilities than the server holds for one request.
+
+    `num_tokens` are those of all answers, and of prompts that are scored.
+    """
+    count = num_tokens * (1 + num_top)
+    if not request.stream and count > MAX_LOGPROBS:
+        raise InvalidValueError(
+            f"An answer that is not streamed may have {MAX_LOGPROBS} log-probabilities at most: for each "
+            f"token of an answer, and of a prompt with echo, its own and {num_top} others. This could have "
+            f"{count}. Send stream: true, or lower n, the number of prompts, max_tokens or {param}.",
+            param=param,
+        )
 
 
 def _options(
