@@ -236,7 +236,7 @@ class Attempt(Owned, Table):
 
 
 class JobEvent(Owned, Table):
-    """What happened to a job; `seq` is gap-free per job from 1."""
+    """What happened to a job; `seq` counts per job from 1, and thinned steps leave gaps."""
 
     __tablename__ = "job_events"
     __table_args__ = (UniqueConstraint("job_id", "seq"),)

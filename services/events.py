@@ -1,16 +1,19 @@
-"""Events of a job: gap-free, in order, announced to whoever listens."""
+"""Events of a job: in order, announced to listeners; a long job's steps are thinned with age."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import select, text, update
+from sqlalchemy import Integer, and_, delete, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from db.tables import Job, JobEvent
 from luthier.core.ids import new_id
 
 CHANNEL = "luthier_job_events"
+# Of the steps that are as many events back, one in so many stays: some 3,000 events of a million steps.
+_KEPT_ONE_IN = {1_000: 10, 10_000: 100, 100_000: 1_000}
+_THIN_EVERY = 1_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,30 @@ def append(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
         )
         for offset, event in enumerate(events)
     )
+    if first // _THIN_EVERY != (owner.last_event_seq + 1) // _THIN_EVERY:
+        _thin(session, job_id, owner.last_event_seq)
     session.execute(text("SELECT pg_notify(:channel, :job)"), {"channel": CHANNEL, "job": job_id})
+
+
+def _thin(session: Session, job_id: str, last_seq: int) -> None:
+    """Delete old steps' events, without which a job of a million steps would keep as many rows."""
+    step = JobEvent.data["step"].astext.cast(Integer)
+    session.execute(
+        delete(JobEvent)
+        .where(
+            JobEvent.job_id == job_id,
+            JobEvent.type == "metrics",
+            # A step whose validation rows were all scored stays.
+            JobEvent.data["full_valid_loss"].astext.is_(None),
+            or_(
+                *(
+                    and_(JobEvent.seq <= last_seq - age, step % kept != 0)
+                    for age, kept in _KEPT_ONE_IN.items()
+                )
+            ),
+        )
+        .execution_options(synchronize_session=False)
+    )
 
 
 def list_after(session: Session, job_id: str, *, seq: int, limit: int) -> Sequence[JobEvent]:
@@ -68,7 +94,7 @@ def list_after(session: Session, job_id: str, *, seq: int, limit: int) -> Sequen
 
 
 def list_step_metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
-    """Return the data of a job's metrics events, one a step, in the order of the steps.
+    """Return the data of the metrics events that a job has kept, one a step, in the order of the steps.
 
     A step that an attempt did again after a save point counts as it was done last.
     """

@@ -1,4 +1,4 @@
-"""The result file of a job: OpenAI's step metrics, one row a step, as plain CSV."""
+"""The result file of a job: OpenAI's step metrics, one row a step that is kept, as plain CSV."""
 
 import csv
 import io

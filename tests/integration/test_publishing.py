@@ -275,6 +275,22 @@ def test_the_report_is_there_before_any_worker_and_hidden_from_other_projects(
     assert (theirs.status_code, theirs.json()["error"]["code"]) == (404, "not_found")
 
 
+def test_old_steps_of_a_long_job_are_thinned_in_its_events_and_its_file(start: Callable[..., Work]) -> None:
+    work = start()
+    # An evaluation at step 3,001, which one in 10 and one in 100 leave out.
+    work.attempt(_script([3.0, 2.0], 2), steps=3001, epochs=2)
+    listed = work.client.fine_tuning.jobs.list_events(work.job_id, limit=100)
+    steps = [event.data["step"] for event in listed if event.type == "metrics"][::-1]  # type: ignore[index]
+    assert len(steps) < 3000
+    assert steps == sorted(set(steps))
+    assert 3001 in steps
+    assert {step for step in steps if step <= 4000 and step != 3001} == set(range(10, 4001, 10))
+    assert steps[-990:] == list(range(6002 - 989, 6003))
+    [file_id] = work.client.fine_tuning.jobs.retrieve(work.job_id).result_files
+    rows = csv.DictReader(io.StringIO(work.client.files.content(file_id).read().decode()))
+    assert [int(row["step"]) for row in rows] == steps
+
+
 def test_step_metrics_are_a_file_of_the_jobs_project_with_a_row_a_step(start: Callable[..., Work]) -> None:
     work = start()
 
