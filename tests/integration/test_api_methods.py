@@ -1,5 +1,6 @@
 """The methods resource: every method with a schema that says what a create accepts."""
 
+import difflib
 from typing import Any
 
 import httpx2
@@ -9,7 +10,7 @@ import pytest
 from luthier.client import LuthierClient
 from luthier.core.errors import LuthierError
 from luthier.methods import check_tuning, discover
-from tests.conftest import Api
+from tests.conftest import TINY_BASE, Api
 
 
 @pytest.fixture
@@ -50,3 +51,22 @@ def test_the_schema_and_the_check_agree(methods: dict[str, dict[str, Any]]) -> N
                 jsonschema.validate(wrong, method["parameters"])
             with pytest.raises(LuthierError):
                 check_tuning(wrong)
+
+
+def test_a_name_of_any_length_is_compared_by_its_first_characters(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, lengths = difflib.get_close_matches, []
+
+    def count(word: str, *arguments: Any, **options: Any) -> list[str]:
+        lengths.append(len(word))
+        return compare(word, *arguments, **options)
+
+    monkeypatch.setattr(difflib, "get_close_matches", count)
+    tuning = {"type": "lora", "r" * 500_000: 1}
+    body = {"model": TINY_BASE, "training_file": "file-1", "tuning": tuning}
+    answer = httpx2.post(f"{api.base_url}/v1/fine_tuning/jobs", json=body, headers=api.headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith("tuning.rrr")
+    assert lengths
+    assert max(lengths) < 100

@@ -1,6 +1,7 @@
 """Maintenance goes past what it can't delete, leaves nothing over, and scans no table."""
 
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -12,11 +13,13 @@ from sqlalchemy import event, text
 
 from luthier.core.errors import UnavailableError
 from luthier.core.ids import new_id
+from luthier.core.settings import Settings
 from services import files, leases
 from services.scope import Scope
-from tests.conftest import Api
+from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job
 from tests.rows import colour_rows, jsonl
+from tests.workers import running_worker
 from worker.app import sweep
 from worker.context import WorkerContext
 from worker.maintenance import (
@@ -130,6 +133,33 @@ def test_a_sweep_waits_for_no_storage(api: Api, client: openai.OpenAI, context: 
         may_end.set()
         collecting.join(30)
     assert not collecting.is_alive()
+
+
+def test_a_worker_is_alive_all_the_while_that_its_storage_hangs(
+    api: Api, client: openai.OpenAI, settings: Settings, tmp_path: Path
+) -> None:
+    _delete_file(client, api)
+
+    def heartbeat() -> float:
+        with api.parts.database.transaction() as session:
+            return float(session.scalar(text("SELECT extract(epoch FROM max(heartbeat_at)) FROM workers")))
+
+    # Connections are made, and nothing is ever answered.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+        }
+        hanging = settings.model_copy(update={"storage_url": "s3://bucket/prefix"})
+        with running_worker(hanging, tmp_path / "worker.log", "--no-broker", **environment):
+            connection, _ = silent.accept()
+            with connection:
+                asked_at = heartbeat()
+                wait_until(lambda: heartbeat() > asked_at + 3, seconds=20, what="the worker is alive")
 
 
 def _plans(context: WorkerContext, act: Any) -> list[str]:

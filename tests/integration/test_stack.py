@@ -70,6 +70,15 @@ def test_no_process_outlives_a_killed_supervisor_and_the_next_start_works(stack:
     assert "start 2" in stack.log("migrate")
 
 
+def test_what_is_made_below_an_open_home_is_hidden_from_other_users_and_up_warns_of_it(stack: Stack) -> None:
+    stack.home.mkdir(mode=0o755)
+    stack.start().until_ready()
+    assert f"other users of this machine can enter {stack.home}" in stack.output()
+    # Made by the supervisor, and by a process of the service.
+    for made in (stack.home / "web", stack.home / "web" / "of-a-process"):
+        assert stat.S_IMODE(made.stat().st_mode) & 0o077 == 0, made
+
+
 def test_a_killed_process_is_started_again_and_said_so(stack: Stack) -> None:
     stack.start().until_ready()
     for name, part in (("api", "http.server"), ("valkey", "valkey-server"), ("postgres", "bin/postgres")):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import openai
@@ -117,6 +118,19 @@ def test_a_pause_that_the_process_does_not_answer_ends_it_and_is_nobodys_crash(
     with context.database.transaction() as session:
         job = session.get_one(Job, job_id)
         assert (job.status, job.num_crashes, job.lease_owner) == ("paused", 0, None)
+
+
+def test_a_worker_that_stops_waits_for_a_save_as_long_as_is_set(
+    client: openai.OpenAI, context: WorkerContext, tmp_path: Path
+) -> None:
+    context.settings = context.settings.model_copy(update={"stall_seconds": 600.0, "stop_seconds": 1.0})
+    job_id = _queue(client, context)
+    began = time.monotonic()
+    stop = threading.Timer(1, context.stopping.set)
+    stop.start()
+    assert _attempt(client, context, tmp_path, how="hangs") is not Ending.FAILED
+    assert time.monotonic() - began < 20
+    assert (_job(context, job_id).status, _job(context, job_id).num_crashes) == ("queued", 0)
 
 
 def _check_in_thread(context: WorkerContext, job_id: str) -> threading.Thread:

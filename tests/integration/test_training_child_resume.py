@@ -3,6 +3,8 @@
 import functools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,58 @@ def test_another_run_directory_goes_on_with_the_history_of_the_first(base: Path,
     assert finished(events).metrics == expected.metrics
     assert finished(events).digest == expected.digest
     assert log_of(folder) == log_of(first)
+
+
+# Runs copies of a directory, each in a process that is killed where it touches a file of its second save for
+# the n-th time, until there is no n-th time. It forks before it computes: autograd can't be forked after.
+_KILLED_IN_SAVES = """
+import itertools, os, shutil, signal, sys
+from pathlib import Path
+from tests.training_runs import run_here
+
+def kill_at(number):
+    touched = 0
+    def touch(_, arguments):
+        nonlocal touched
+        # The save at step 2.
+        if arguments and "step-000002" in str(arguments[0]):
+            touched += 1
+            if touched == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(touch)
+
+for number in itertools.count(1):
+    folder = Path(f"{sys.argv[1]}-{number}")
+    shutil.copytree(sys.argv[1], folder)
+    if (pid := os.fork()) == 0:
+        kill_at(number)
+        run_here(folder, kill_after=lambda event: event.type == "step" and event.step == 3)
+        os._exit(0)
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if exit_code == 0:
+        break
+    assert exit_code == -signal.SIGKILL
+"""
+
+
+@pytest.mark.full
+def test_a_run_that_is_killed_anywhere_in_a_save_gives_the_undisturbed_digest(
+    base: Path, tmp_path: Path
+) -> None:
+    settings = SETTINGS | {"training": SETTINGS["training"] | {"save_every_steps": 1}}
+    folder = build_tiny_run(tmp_path / "run", base, **settings)
+    subprocess.run([sys.executable, "-c", _KILLED_IN_SAVES, str(folder)], check=True, timeout=300)
+    expected = finished(run_here(folder)).digest
+    found = set()
+    for killed in sorted(tmp_path.glob("run-*")):
+        left = frozenset(path.relative_to(killed) for path in (killed / "save_points").rglob("*"))
+        if left not in found:
+            found.add(left)
+            events = run_here(killed)
+            # From the last save that was whole, or the one that had just become so.
+            assert started(events).start_step in {1, 2, 3}
+            assert finished(events).digest == expected
+    assert len(found) > 5
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from obstore.store import MemoryStore
 
 from luthier.core.errors import ArtifactCorruptError, LuthierError, UnavailableError
-from luthier.storage.manifests import MANIFEST_NAME, seal_folder
+from luthier.storage.manifests import MANIFEST_NAME, Manifest, compute_digest, seal_folder
 from luthier.storage.store import Storage
 
 
@@ -104,6 +104,22 @@ def test_a_manifest_that_names_a_path_elsewhere_is_refused_and_nothing_is_writte
         (storage.local_root / "p" / MANIFEST_NAME).write_text(json.dumps(content))
         with pytest.raises(ArtifactCorruptError, match="No artifact is published"):
             storage.fetch_folder("p", tmp_path / "copies" / "copy")
+    assert not (tmp_path / "copies").exists()
+
+
+def test_a_manifest_whose_hashes_are_right_writes_nothing_outside_of_its_folder(
+    storage: Storage, tmp_path: Path
+) -> None:
+    assert storage.local_root is not None
+    manifest = storage.put_folder(_sealed(tmp_path), "p")
+    (storage.local_root / "out").write_bytes(b"abc")
+    files = {"../out": manifest.files["weights"]}
+    forged = Manifest.model_construct(
+        digest=compute_digest(files, list(files), None), base_digest=None, digested=list(files), files=files
+    )
+    (storage.local_root / "p" / MANIFEST_NAME).write_bytes(forged.to_json())
+    with pytest.raises(ArtifactCorruptError):
+        storage.fetch_folder("p", tmp_path / "copies" / "copy")
     assert not (tmp_path / "copies").exists()
 
 
