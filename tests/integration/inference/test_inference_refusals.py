@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -340,3 +341,24 @@ def test_a_project_that_fills_the_waiting_places_keeps_no_other_project_out(serv
     assert refused.status_code == 429
     # With the one that runs.
     assert "65 of this project have no answer yet" in refused.json()["error"]["message"]
+
+
+def test_a_step_that_hangs_makes_the_server_unready_until_it_ends(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.engine, "_stall_seconds", 0.2, raising=False)
+
+    def is_ready() -> bool:
+        return bool(served.client.get("/healthz").json()["ready"])
+
+    served.runner.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.chat, "a", max_tokens=1)
+        try:
+            deadline = time.monotonic() + 15
+            while is_ready():
+                assert time.monotonic() < deadline, "ready though a step hangs"
+        finally:
+            served.runner.gate.set()
+        assert running.result()["choices"]
+    wait_until(is_ready, "ready again")
