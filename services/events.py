@@ -14,6 +14,7 @@ CHANNEL = "luthier_job_events"
 # Of the steps that are as many events back, one in so many stays: some 3,000 events of a million steps.
 _KEPT_ONE_IN = {1_000: 10, 10_000: 100, 100_000: 1_000}
 _THIN_EVERY = 1_000
+_MAX_THINNED = 5_000
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,23 @@ def append(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
 def _thin(session: Session, job_id: str, last_seq: int) -> None:
     """Delete old steps' events, without which a job of a million steps would keep as many rows."""
     step = JobEvent.data["step"].astext.cast(Integer)
-    session.execute(
-        delete(JobEvent)
+    is_left_out = (
+        and_(JobEvent.seq <= last_seq - age, step % kept != 0) for age, kept in _KEPT_ONE_IN.items()
+    )
+    thinned = (
+        select(JobEvent.id)
         .where(
             JobEvent.job_id == job_id,
             JobEvent.type == "metrics",
             # A step whose validation rows were all scored stays.
             JobEvent.data["full_valid_loss"].astext.is_(None),
-            or_(
-                *(
-                    and_(JobEvent.seq <= last_seq - age, step % kept != 0)
-                    for age, kept in _KEPT_ONE_IN.items()
-                )
-            ),
+            or_(*is_left_out),
         )
-        .execution_options(synchronize_session=False)
+        # A job that was begun before events were thinned has many more than a statement's timeout allows.
+        .limit(_MAX_THINNED)
+    )
+    session.execute(
+        delete(JobEvent).where(JobEvent.id.in_(thinned)).execution_options(synchronize_session=False)
     )
 
 

@@ -123,8 +123,12 @@ def base_folder(bases_dir: Path, base_id: str) -> Path:
 
 
 def find_base_facts(bases_dir: Path, base_id: str) -> BaseFacts | None:
-    """Return what is known of a base that has been fetched, or None when it has not."""
-    path = base_folder(bases_dir, base_id) / FACTS_NAME
-    if not path.is_file():
+    """Return what is known of a base, or None when it has not been fetched, or must be fetched again.
+
+    So one file that is cut off or can't be read costs its own base, and no worker.
+    """
+    try:
+        content = (base_folder(bases_dir, base_id) / FACTS_NAME).read_bytes()
+        return BaseFacts.model_validate_json(content)
+    except (OSError, ValueError):
         return None
-    return BaseFacts.model_validate_json(path.read_bytes())

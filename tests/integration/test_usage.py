@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx2
@@ -18,7 +18,8 @@ from tests.conftest import Api, wait_until
 from tests.integration.wire import ask
 from tests.stack import ROOT
 
-_NOON = int(datetime(2026, 11, 3, 12, tzinfo=UTC).timestamp())
+_TODAY = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0)
+_NOON = int((_TODAY - timedelta(days=29)).timestamp())
 _DAY, _HOUR = 86400, 3600
 
 

@@ -246,3 +246,13 @@ def test_a_folder_that_can_not_be_written_says_so(source, tmp_path):
 def test_fetching_never_loads_torch():
     code = "import sys, luthier.bases.fetch, luthier.data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_facts_that_are_cut_off_or_cannot_be_read_cost_their_own_base(source, bases_dir):
+    ensure_base(entry_for(f"path:{source}"), bases_dir)
+    facts = bases_dir / "tiny" / "base.json"
+    facts.write_bytes(facts.read_bytes()[:40])
+    assert find_base_facts(bases_dir, "tiny") is None
+    facts.unlink()
+    facts.mkdir()
+    assert find_base_facts(bases_dir, "tiny") is None
