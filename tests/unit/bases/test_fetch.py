@@ -249,7 +249,7 @@ def test_fetching_never_loads_torch():
 
 
 def test_facts_that_are_cut_off_or_cannot_be_read_cost_their_own_base(source, bases_dir):
-    ensure_base(entry_for(f"path:{source}"), bases_dir)
+    ensure_base(entry_for(f"path:{source}"), bases_dir, log=print)
     facts = bases_dir / "tiny" / "base.json"
     facts.write_bytes(facts.read_bytes()[:40])
     assert find_base_facts(bases_dir, "tiny") is None
