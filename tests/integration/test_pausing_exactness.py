@@ -18,7 +18,7 @@ from worker.maintenance import tidy
 from worker.processes import work
 from worker.tasks.prepare import prepare
 
-NUM_STEPS = 320
+NUM_STEPS = 120
 
 
 @pytest.fixture
