@@ -217,8 +217,8 @@ def _child_pid(job_id: str) -> int | None:
     return None
 
 
-def _prepare_long_job(client: openai.OpenAI, context: WorkerContext) -> str:
-    job_id = _create(client, colour_rows(40), hyperparameters={"n_epochs": 8, "batch_size": 1})
+def _prepare_long_job(client: openai.OpenAI, context: WorkerContext, n_epochs: int = 8) -> str:
+    job_id = _create(client, colour_rows(40), hyperparameters={"n_epochs": n_epochs, "batch_size": 1})
     prepare(context, job_id)
     return job_id
 
@@ -233,9 +233,9 @@ def _digests(context: WorkerContext) -> list[str]:
 def test_a_killed_child_goes_on_from_its_save_point_to_the_same_bytes(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    disturbed = _prepare_long_job(client, context)
+    disturbed = _prepare_long_job(client, context, n_epochs=3)
     run = _start_training(context)
-    _wait_for_step(context, disturbed, 20)
+    _wait_for_step(context, disturbed, 10)
     pid = _child_pid(disturbed)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
@@ -251,7 +251,7 @@ def test_a_killed_child_goes_on_from_its_save_point_to_the_same_bytes(
     models = [model.id for model in client.models.list() if model.id == job.fine_tuned_model]
     assert len(models) == 1
 
-    undisturbed = _prepare_long_job(client, context)
+    undisturbed = _prepare_long_job(client, context, n_epochs=3)
     work(context)
     assert client.fine_tuning.jobs.retrieve(undisturbed).status == "succeeded"
     first, second = _digests(context)
