@@ -157,7 +157,9 @@ def test_a_spare_that_is_asked_to_stop_lets_its_run_save_first(base: Path, tmp_p
     spare.stop()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "seconds", [0.0, 1.0, *(pytest.param(n, marks=pytest.mark.full) for n in (0.3, 2.0))]
+)
 def test_a_run_that_is_asked_to_stop_while_its_spare_imports_does_not_begin(
     seconds: float, base: Path, tmp_path: Path
 ) -> None:

@@ -151,7 +151,14 @@ server.main()
 """
 
 
-@pytest.mark.parametrize("where", ["EngineCore.add", "Scheduler.next_work", "EventBridge.flush"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "EngineCore.add",
+        pytest.param("Scheduler.next_work", marks=pytest.mark.full),
+        pytest.param("EventBridge.flush", marks=pytest.mark.full),
+    ],
+)
 def test_a_dead_engine_ends_its_process_which_says_why(folder: Path, base_folder: Path, where: str) -> None:
     path = folder / "dead.sock"
     process = start_process(
