@@ -2,6 +2,7 @@
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
+from weakref import ref
 
 from luthier.core.errors import TooManyRequestsError
 from luthier.inference.sequence import ModelKey, Sequence
@@ -18,7 +19,8 @@ class WaitingShares:
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
-        self._submitted: list[Sequence] = []
+        # A sequence holds its model's weights, which must be able to leave when it is done.
+        self._submitted: list[ref[Sequence]] = []
 
     def take(self, sequences: list[Sequence], num_waiting: int) -> None:
         """Give the sequences of one request, which are one project's, their places.
@@ -29,11 +31,13 @@ class WaitingShares:
         Raises:
             TooManyRequestsError: when there is no place for them.
         """
-        self._submitted = [
-            one for one in self._submitted if not one.is_done and not one.num_completion_tokens
+        unanswered = [
+            one
+            for reference in self._submitted
+            if (one := reference()) is not None and not one.is_done and not one.num_completion_tokens
         ]
         if num_waiting > 0 and num_waiting + len(sequences) > self._max_waiting:
-            waiting = Counter(one.project_id for one in self._submitted)
+            waiting = Counter(one.project_id for one in unanswered)
             own = waiting[sequences[0].project_id]
             share = self._max_waiting // max(2, len(waiting))
             is_over = own > 0 and own + len(sequences) > share
@@ -42,7 +46,7 @@ class WaitingShares:
                     f"{num_waiting} requests are waiting for the model server, and {own} of this project have"
                     " no answer yet; try again when some have ended."
                 )
-        self._submitted += sequences
+        self._submitted = [ref(one) for one in (*unanswered, *sequences)]
 
 
 class WaitingLine:

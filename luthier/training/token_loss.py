@@ -47,11 +47,15 @@ class _TokenLoss(torch.autograd.Function):
         weight = None
         if context.saved_tensors:
             hidden_ND, weight_VD, targets_N = context.saved_tensors
-            weight, products = torch.zeros_like(weight_VD), products_with(weight_VD)
-            for part in chunks(len(targets_N), weight_VD.shape[0]):
+            parts, products = chunks(len(targets_N), weight_VD.shape[0]), products_with(weight_VD)
+            # As in loss.py: several chunks are summed in float32.
+            sum_type = torch.float32 if len(parts) > 1 else weight_VD.dtype
+            weight = torch.zeros_like(weight_VD, dtype=sum_type)
+            for part in parts:
                 logits_NV = products.product(hidden_ND[part].contiguous())
                 softmax_loss_(logits_NV, targets_N[part], keeps_gradient=True)
-                weight.addmm_(logits_NV.mul_(scale_N1[part].to(logits_NV.dtype)).t(), hidden_ND[part])
+                weight += logits_NV.mul_(scale_N1[part].to(logits_NV.dtype)).t() @ hidden_ND[part]
+            weight = weight.to(weight_VD.dtype)
         return hidden, weight, None
 
 

@@ -1,9 +1,11 @@
 """Projects take turns, in each its models do, and whoever lost a row comes first."""
 
+import gc
+import weakref
 from typing import Any
 
 from luthier.inference.sequence import SamplingOptions, Sequence
-from luthier.inference.waiting import WaitingLine
+from luthier.inference.waiting import WaitingLine, WaitingShares
 
 
 def make_sequence(project: str, model: str = "m") -> Sequence:
@@ -77,3 +79,13 @@ def test_those_that_left_count_no_longer_wherever_they_stand() -> None:
     line.drop_done()
     assert len(line) == 2
     assert take_all(line) == [lost, first]
+
+
+def test_the_count_of_who_waits_keeps_no_sequence_and_so_no_weights() -> None:
+    shares = WaitingShares(4)
+    sequence = make_sequence("a")
+    gone = weakref.ref(sequence)
+    shares.take([sequence], 0)
+    del sequence
+    gc.collect()
+    assert gone() is None

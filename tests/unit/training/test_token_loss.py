@@ -43,3 +43,24 @@ def test_gradients_are_in_the_type_of_what_they_are_for() -> None:
     assert nll_N.dtype == torch.float32
     found = torch.autograd.grad(nll_N.sum(), (hidden_ND, weight_VD))
     assert {gradient.dtype for gradient in found} == {torch.bfloat16}
+
+
+def test_a_bf16_heads_gradient_loses_nothing_by_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden_ND, weight_VD = torch.randn(640, 16).bfloat16(), torch.randn(50, 16).bfloat16().requires_grad_()
+    # Few targets, so that the gradient is a sum of many like terms.
+    targets_N = torch.randint(5, (640,))
+    exact_VD = weight_VD.detach().double().requires_grad_()
+    logits_NV = hidden_ND.double() @ exact_VD.t()
+    torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum").backward()
+    exact = exact_VD.grad
+    assert exact is not None
+
+    def error() -> float:
+        nll_N = _TokenLoss.apply(hidden_ND, weight_VD, targets_N)
+        (found,) = torch.autograd.grad(nll_N.sum(), weight_VD)
+        return float((found.double() - exact).norm() / exact.norm())
+
+    at_once = error()
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", 2 * 50)
+    assert error() <= 1.1 * at_once
