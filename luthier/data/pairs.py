@@ -6,7 +6,7 @@ Row 2p and row 2p + 1 hold the same prompt with the two answers of pair p; super
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.plan import Plan, make_plan, order_epoch, split_micro
+from luthier.data.plan import Plan, make_plan, split_micro
 
 
 def pair_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -38,13 +38,6 @@ def make_pair_plan(lengths: NDArray[np.int64], *, batch_size: int, num_epochs: i
     """
     plan = make_plan(pair_lengths(lengths), batch_size=batch_size, num_epochs=num_epochs, seed=seed)
     return Plan([rows_of_pairs(pairs) for pairs in plan.steps], plan.steps_per_epoch, plan.num_epochs)
-
-
-def order_pairs(
-    lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """Deal the rows of one epoch into the batches of `make_pair_plan`, `batch_size` pairs each."""
-    return [rows_of_pairs(pairs) for pairs in order_epoch(pair_lengths(lengths), batch_size, seed, epoch)]
 
 
 def split_pairs(

@@ -268,7 +268,7 @@ class PackedLlama:
             return Logits(self.embedding_VD.new_empty(0, self.vocabulary_size), [])
         wanted_R = torch.tensor(wanted, device=self.device)
         if any(one.wants_all_logits or one.num_first_logits for one in stretches):
-            # As the stretch that they are: the proof of an adapter hears what stretches' kernels make of it.
+            # As the stretch that they are: a model is verified by what the kernels of stretches compute.
             change_ND = self.finish_layers(buffers, work)
             stream_RD, change_RD = buffers.stream_ND[wanted_R], change_ND[wanted_R]
         else:

@@ -10,8 +10,7 @@ from luthier.core.errors import SelfCheckError
 from luthier.training.agreement import ComputesInFloat32, relative_gap
 from luthier.training.trainee import Trainee
 
-# Each runs through all weights. A server runs them, and four more, in the first step of the model: every
-# token there is half a millisecond on two cores.
+# A server computes them, and four more, before a model is ready.
 _NUM_TOKENS = 4
 _NUM_CANDIDATES = 32
 

@@ -6,7 +6,6 @@ states and, where it is trained, to the output weight are made in the forward pa
 they are there. Legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +116,3 @@ def full_logits_loss(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> Loss:
     """Score logits as a model with an unusual output layer gives them (softcap, bias, scale)."""
     nll_sum = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
     return Loss(nll_sum, int((logits_NV.argmax(dim=-1) == targets_N).sum()), targets_N.shape[0])
-
-
-LossFunction = Callable[[Batch], Loss]

@@ -84,11 +84,6 @@ class Trainee:
             return self._fused.hidden_states(token_ids_BT)
         return self.method.hidden_states(self.attached, token_ids_BT)
 
-    @property
-    def has_plain_head(self) -> bool:
-        """Whether logits are a product with the output layer's weight, and no more."""
-        return self.head_weight_VD is not None
-
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits_BTV as the whole model gives them."""
         return self.method.logits(self.attached, batch.token_ids_BT.to(self.device))
