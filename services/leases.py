@@ -333,6 +333,8 @@ def _is_stopping(session: Session, job: Job) -> bool:
 
 
 def _avoid(job: Job, worker_id: str) -> None:
+    """Leave a job to other workers, for some minutes from when it may be tried again: now, or after a pause."""
+    job.not_before = func.now()
     if worker_id not in job.avoided_workers:
         job.avoided_workers = [*job.avoided_workers, worker_id]
 

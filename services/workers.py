@@ -28,6 +28,8 @@ _MAX_QUARANTINE_SECONDS = 3600.0
 # How long the test of one process of a worker keeps the others from testing too.
 _TEST_SECONDS = 180
 _WAITING_AT_ONCE = 50
+# How long a job that may be tried again is kept from the workers that it avoids.
+_AVOIDED_SECONDS = 300
 
 
 def beat(session: Session, worker_id: str, *, hostname: str, num_slots: int, facts: dict[str, Any]) -> None:
@@ -82,24 +84,36 @@ def has_device(session: Session, num_bytes: int) -> bool:
     return session.scalar(select(Worker.id).where(_is_alive(), is_large).limit(1)) is not None
 
 
+def _can_take_over() -> ColumnElement[bool]:
+    """Select the live workers that a job does not avoid and, by what they say of themselves, can run it."""
+    digest = Worker.facts["bases"][Job.base_id].astext
+    is_unchecked = Job.status == JobStatus.VALIDATING_FILES
+    device_bytes = Worker.facts["device_bytes"].astext.cast(BigInteger)
+    return and_(
+        _is_alive(),
+        _has_base(),
+        or_(is_unchecked, digest.is_(None), digest == Job.spec["base"]["digest"].astext),
+        or_(is_unchecked, device_bytes.is_(None), device_bytes >= func.coalesce(Job.least_bytes, 0)),
+        ~Job.avoided_workers.has_key(Worker.id),
+    )
+
+
 def is_avoided_by_others() -> ColumnElement[bool]:
     """Select the jobs that no other live worker could take over from their last one."""
-    other = select(Worker.id).where(
-        Worker.id != Job.lease_owner, _is_alive(), _has_base(), ~Job.avoided_workers.has_key(Worker.id)
-    )
-    return ~other.exists()
+    return ~select(Worker.id).where(Worker.id != Job.lease_owner, _can_take_over()).exists()
 
 
 def may_take(worker_id: str) -> ColumnElement[bool]:
-    """Select the jobs that a worker may take: not where it failed at one before, while others can take it."""
+    """Select the jobs that a worker may take.
+
+    One that failed there before is left to others that can run it, for some minutes: they may be busy, or lack
+    what they say nothing of.
+    """
+    is_over = func.coalesce(Job.not_before, Job.created_at) < func.now() - timedelta(seconds=_AVOIDED_SECONDS)
     other = select(Worker.id).where(
-        Worker.id != worker_id,
-        _is_alive(),
-        _has_base(),
-        Worker.quarantine_reason.is_(None),
-        ~Job.avoided_workers.has_key(Worker.id),
+        Worker.id != worker_id, Worker.quarantine_reason.is_(None), _can_take_over()
     )
-    return or_(~Job.avoided_workers.has_key(worker_id), ~other.exists())
+    return or_(~Job.avoided_workers.has_key(worker_id), is_over, ~other.exists())
 
 
 def can_run(bases: Mapping[str, str | None], unreadable: Collection[str]) -> ColumnElement[bool]:

@@ -1,5 +1,6 @@
 """Workers that lack something, can't read a job, or break every process that they start."""
 
+import dataclasses
 import errno
 import http.server
 import signal
@@ -7,12 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 import openai
 import pytest
-from sqlalchemy import text
+from sqlalchemy import func, text
 
 from db.tables import Attempt, Job, Worker
 from luthier.bases.catalogue import Catalogue
@@ -234,6 +236,49 @@ def test_a_full_disk_of_a_worker_fails_a_job_by_name_after_some_tries(
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.error is not None
     assert job.error.code == "storage_full"
+
+
+def _fail_on(context: WorkerContext, job_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare a job, and have it meet a full disk when it is to be trained."""
+    prepare(context, job_id)
+    with monkeypatch.context() as full:
+
+        def fill(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full.setattr("worker.tasks.train.start_child", fill)
+        claimed = claim(context)
+        assert claimed is not None
+        train(context, claimed)
+    _end_pause(context, job_id)
+
+
+def test_a_worker_takes_a_job_that_failed_there_again_where_the_others_have_too_little_memory(
+    client: openai.OpenAI, context: WorkerContext, other: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = _create(client)
+    _fail_on(context, job_id, monkeypatch)
+    sweep(other)
+    assert claim(context) is None
+    assert other.device is not None
+    other.device = dataclasses.replace(other.device, training_bytes=1, serving_bytes=0)
+    sweep(other)
+    assert claim(other) is None
+    claimed = claim(context)
+    assert claimed is not None
+    assert claimed.lease.job_id == job_id
+
+
+def test_a_worker_takes_a_job_that_failed_there_again_after_some_minutes(
+    client: openai.OpenAI, context: WorkerContext, other: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = _create(client)
+    _fail_on(context, job_id, monkeypatch)
+    sweep(other)
+    assert claim(context) is None
+    with context.database.transaction() as session:
+        session.get_one(Job, job_id).not_before = func.now() - timedelta(minutes=6)
+    assert claim(context) is not None
 
 
 def _raise_away(*_: object, **__: object) -> None:
