@@ -85,7 +85,9 @@ def _is_unchecked() -> ColumnElement[bool]:
 
 def list_held(session: Session, job_ids: Collection[str]) -> set[tuple[str, int]]:
     """Return which of some jobs an attempt holds, each with the number of its claim."""
-    held = select(Job.id, Job.lease_epoch).where(Job.id.in_(job_ids), Job.lease_owner.is_not(None))
+    # The attempt of one that was cancelled ends with its lease at the latest.
+    is_held = or_(Job.status.not_in(TERMINAL_STATUSES), Job.lease_expires_at > func.now())
+    held = select(Job.id, Job.lease_epoch).where(Job.id.in_(job_ids), Job.lease_owner.is_not(None), is_held)
     return {(job_id, epoch) for job_id, epoch in session.execute(held)}
 
 
@@ -333,7 +335,7 @@ def _is_stopping(session: Session, job: Job) -> bool:
 
 
 def _avoid(job: Job, worker_id: str) -> None:
-    """Leave a job to other workers, for some minutes from when it may be tried again: now, or after a pause."""
+    """Leave a job to other workers, for some minutes from when it may be tried again."""
     job.not_before = func.now()
     if worker_id not in job.avoided_workers:
         job.avoided_workers = [*job.avoided_workers, worker_id]

@@ -21,6 +21,8 @@ from services.events import NewEvent
 
 # A worker that was not heard of for so long counts as gone.
 ALIVE_SECONDS = 30
+# After so long nobody asks what it had.
+_KEPT_SECONDS = 24 * 3600
 # Training processes that died at once, of different jobs and in all, after which a worker is quarantined.
 _MAX_DEATHS_OF_JOBS = 2
 _MAX_DEATHS = 3
@@ -45,6 +47,12 @@ def beat(session: Session, worker_id: str, *, hostname: str, num_slots: int, fac
 def retire(session: Session, worker_id: str) -> None:
     """Forget a worker that has stopped in order, so that no job waits for it."""
     session.execute(delete(Worker).where(Worker.id == worker_id))
+
+
+def forget_gone(session: Session) -> None:
+    """Delete the rows of workers that were killed a day ago or more."""
+    is_gone = Worker.heartbeat_at < func.now() - timedelta(seconds=_KEPT_SECONDS)
+    session.execute(delete(Worker).where(is_gone).execution_options(synchronize_session=False))
 
 
 def lock(session: Session, worker_id: str) -> Worker:
@@ -106,8 +114,8 @@ def is_avoided_by_others() -> ColumnElement[bool]:
 def may_take(worker_id: str) -> ColumnElement[bool]:
     """Select the jobs that a worker may take.
 
-    One that failed there before is left to others that can run it, for some minutes: they may be busy, or lack
-    what they say nothing of.
+    One that failed there before is left to others that can run it, for some minutes: they may be busy, or
+    lack what they say nothing of.
     """
     is_over = func.coalesce(Job.not_before, Job.created_at) < func.now() - timedelta(seconds=_AVOIDED_SECONDS)
     other = select(Worker.id).where(

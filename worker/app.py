@@ -6,6 +6,7 @@ jobs from workers that are gone, sends webhooks.
 """
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -21,12 +22,14 @@ from services import workers
 from worker.broker import consume_for_ever
 from worker.context import WorkerContext, make_context
 from worker.delivering import deliver_for_ever
-from worker.maintenance import beat, collect_garbage, repeat, take_lost_jobs
+from worker.maintenance import beat, collect_garbage, remove_stale_runs, repeat, take_lost_jobs
 from worker.metrics import serve_metrics
 from worker.processes import JobProcesses, run_job_process
 from worker.speed import measure_once
 
 _log = structlog.get_logger()
+# A worker is heard of so often at least, however seldom it sweeps.
+_MAX_BEAT_SECONDS = workers.ALIVE_SECONDS / 6
 # How soon a TERM is seen, and a process that has ended is missed.
 _LOOK_SECONDS = 0.2
 
@@ -51,13 +54,14 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     is_catalogue_due = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: is_catalogue_due.set())
     woken = threading.Event()
-    parts: dict[str, Callable[[WorkerContext], object]] = {
-        "heartbeat": beat,
-        "taking of lost jobs": take_lost_jobs,
-        "garbage collection": collect_garbage,
+    parts: dict[str, tuple[Callable[[WorkerContext], object], float]] = {
+        "heartbeat": (beat, _MAX_BEAT_SECONDS),
+        "taking of lost jobs": (take_lost_jobs, math.inf),
+        "garbage collection": (collect_garbage, math.inf),
+        "removal of run directories": (remove_stale_runs, math.inf),
     }
-    for what, act in parts.items():
-        threading.Thread(target=repeat, args=(context, what, act), daemon=True).start()
+    for what, (act, max_seconds) in parts.items():
+        threading.Thread(target=repeat, args=(context, what, act, max_seconds), daemon=True).start()
     for target in (measure_once, deliver_for_ever):
         threading.Thread(target=target, args=(context,), daemon=True).start()
     if has_broker:

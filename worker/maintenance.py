@@ -6,6 +6,7 @@ does.
 
 import contextlib
 import itertools
+import math
 import re
 import shutil
 import time
@@ -37,8 +38,14 @@ _JOB_FOLDER = re.compile(r"ftjob-[\w-]+")
 _ATTEMPT_FOLDER = re.compile(r"e(\d+)")
 
 
-def repeat(context: WorkerContext, what: str, act: Callable[[WorkerContext], object]) -> None:
-    """Do something now and at every sweep until the worker stops, whatever it raises; runs in a thread."""
+def repeat(
+    context: WorkerContext, what: str, act: Callable[[WorkerContext], object], max_seconds: float = math.inf
+) -> None:
+    """Do something now and at every sweep until the worker stops, whatever it raises; runs in a thread.
+
+    Args:
+        max_seconds: how long it waits at most, however seldom sweeps are.
+    """
     while True:
         try:
             act(context)
@@ -47,7 +54,7 @@ def repeat(context: WorkerContext, what: str, act: Callable[[WorkerContext], obj
         except Exception:  # noqa: BLE001
             # The other parts, and the jobs of this worker, go on.
             _log.exception(f"{what} failed")
-        if context.stopping.wait(context.settings.sweep_seconds):
+        if context.stopping.wait(min(max_seconds, context.settings.sweep_seconds)):
             return
 
 
@@ -74,6 +81,7 @@ def take_lost_jobs(context: WorkerContext) -> None:
     with context.database.transaction() as session:
         lost = leases.sweep(session)
         memory.forget_lapsed(session)
+        workers.forget_gone(session)
     if lost:
         _log.warning("jobs taken from workers that stopped answering", job_ids=lost)
 
@@ -88,9 +96,8 @@ class _Garbage:
 
 
 def collect_garbage(context: WorkerContext) -> None:
-    """Delete what nothing needs any more: from storage, and run directories of attempts that are over."""
+    """Delete from storage what nothing needs any more."""
     tidy(context, grace_seconds=2 * context.settings.lease_seconds)
-    remove_stale_runs(context)
     now = time.monotonic()
     if now >= context.orphans_due_at:
         context.orphans_due_at = now + min(_ORPHANS_EVERY_SECONDS, context.settings.orphan_seconds)

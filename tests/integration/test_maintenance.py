@@ -4,24 +4,26 @@ import os
 import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, func, select, text
 
+from db.tables import Worker
 from luthier.core.errors import UnavailableError
 from luthier.core.ids import new_id
 from luthier.core.settings import Settings
-from services import files, leases
+from services import files, leases, workers
 from services.scope import Scope
 from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job
 from tests.rows import colour_rows, jsonl
 from tests.workers import running_worker
 from worker.app import sweep
-from worker.context import WorkerContext
+from worker.context import Watch, WorkerContext
 from worker.maintenance import (
     collect_garbage,
     delete_orphans,
@@ -93,6 +95,62 @@ def test_run_directories_that_no_attempt_holds_are_removed(
     assert (another / "weights").exists()
     assert not older.exists()
     assert not unknown.parent.exists()
+
+
+def test_the_run_directory_of_a_cancelled_job_is_removed_once_its_lease_is_over(
+    client: openai.OpenAI, context: WorkerContext
+) -> None:
+    job_id = create_job(client)
+    prepare(context, job_id)
+    with context.database.transaction() as session:
+        taken = leases.claim_for_training(session, context.worker_id, 1, 30)
+    assert taken is not None
+    folder = context.settings.runs_dir / job_id / f"e{taken[0].epoch}"
+    folder.mkdir(parents=True)
+    client.fine_tuning.jobs.cancel(job_id)
+    remove_stale_runs(context)
+    # Its process may still be at work in it.
+    assert folder.exists()
+    with context.database.transaction() as session:
+        session.execute(text("UPDATE jobs SET lease_expires_at = now() - interval '1 second'"))
+    remove_stale_runs(context)
+    assert not folder.parent.exists()
+
+
+def test_a_worker_that_sweeps_seldom_is_heard_of_and_removes_run_directories_while_storage_is_away(
+    api: Api, client: openai.OpenAI, settings: Settings, tmp_path: Path
+) -> None:
+    for _ in range(3):
+        broken = _delete_file(client, api)
+        # A folder can't be deleted as a file is.
+        broken.unlink()
+        (broken / "below").mkdir(parents=True)
+    stale = settings.runs_dir / "ftjob-unknown" / "e3"
+    stale.mkdir(parents=True)
+
+    def heartbeat() -> float:
+        with api.parts.database.transaction() as session:
+            found = session.scalar(text("SELECT extract(epoch FROM max(heartbeat_at)) FROM workers"))
+            return float(found or 0)
+
+    seldom = settings.model_copy(update={"sweep_seconds": 600})
+    with running_worker(seldom, tmp_path / "worker.log", "--no-broker") as worker:
+        wait_until(lambda: "garbage collection put off" in worker.log(), what="storage is asked")
+        wait_until(lambda: not stale.exists(), seconds=10, what="the run directory is removed")
+        first = heartbeat()
+        wait_until(lambda: heartbeat() > first, seconds=15, what="the worker is heard of again")
+
+
+def test_rows_of_workers_that_were_killed_are_deleted_after_a_day(context: WorkerContext) -> None:
+    with context.database.transaction() as session:
+        for worker_id in ("killed", "hidden"):
+            workers.beat(session, worker_id, hostname="h", num_slots=1, facts={})
+        for worker_id, hours in (("killed", 25), ("hidden", 1)):
+            session.get_one(Worker, worker_id).heartbeat_at = func.now() - timedelta(hours=hours)
+    context.watch = Watch(0.0)
+    sweep(context)
+    with context.database.transaction() as session:
+        assert set(session.scalars(select(Worker.id))) == {"hidden", context.worker_id}
 
 
 def test_objects_of_files_without_a_row_are_deleted_once_they_are_old(
