@@ -20,7 +20,8 @@ from luthier.core.settings import Settings
 from tests.stack import ROOT, Stack, descendants, is_alive, stack_folder, wait_until
 
 BASE = "smollm2-135m-instruct"
-NUM_ANSWERS = 8
+NUM_ROWS = 12
+NUM_ANSWERS = 4
 _TRAIN_FILE = ROOT / "examples" / "support" / "train.jsonl"
 _HELD_OUT_FILE = ROOT / "examples" / "support" / "heldout.jsonl"
 
@@ -85,7 +86,7 @@ def _wait(condition: Any, what: str, seconds: float = 300) -> None:
 def job(stack: Stack) -> Any:
     """A job whose training process and then whose worker were killed on the way."""
     client = openai.OpenAI(**_connection(stack), max_retries=2, timeout=60)
-    rows = _TRAIN_FILE.read_bytes().splitlines(keepends=True)[:24]
+    rows = _TRAIN_FILE.read_bytes().splitlines(keepends=True)[:NUM_ROWS]
     file = client.files.create(file=("rows.jsonl", b"".join(rows)), purpose="fine-tune")
     made = client.fine_tuning.jobs.create(
         model="gpt-4o-mini-2024-07-18",
@@ -95,10 +96,10 @@ def job(stack: Stack) -> Any:
         extra_body={"training": {"save_every_steps": 1}},
         hyperparameters={"n_epochs": 2, "batch_size": 4},
     )
-    _wait(lambda: _step(client, made.id) >= 3, "step 3")
+    _wait(lambda: _step(client, made.id) >= 2, "step 2")
     os.kill(stack.pid_of("luthier.training"), signal.SIGKILL)
     _wait(lambda: any(m.startswith("Going on from") for m in _messages(client, made.id)), "a resume")
-    _wait(lambda: _step(client, made.id) >= 6, "step 6")
+    _wait(lambda: _step(client, made.id) >= 4, "step 4")
     worker = stack.pid_of("-m\0worker")
     below = descendants(worker)
     os.kill(worker, signal.SIGKILL)
@@ -116,7 +117,7 @@ def test_a_job_survives_kills_and_makes_exactly_one_model(client: openai.OpenAI,
     tuned = [model.id for model in client.models.list() if model.id.startswith("ft:")]
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
     assert sorted(tuned) == sorted(c.fine_tuned_model_checkpoint for c in checkpoints)
-    assert [c.step_number for c in checkpoints] == [12, 6]
+    assert [c.step_number for c in checkpoints] == [6, 3]
     assert checkpoints[0].fine_tuned_model_checkpoint == job.fine_tuned_model
 
 
@@ -150,11 +151,13 @@ def test_the_command_line_prints_the_same_answer(client: openai.OpenAI, job: Any
 def test_answers_equal_the_downloaded_adapter_in_plain_peft(
     client: openai.OpenAI, job: Any, stack: Stack, base: Path, tmp_path: Path
 ) -> None:
-    """Log-probabilities within 1e-4 and equal greedy tokens over 8 answers, all in float32."""
+    """Log-probabilities within 1e-4 and equal greedy tokens over 4 answers, all in float32."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     connection = _connection(stack)
     with LuthierClient(connection["base_url"], connection["api_key"]) as ours:
         ours.download_model(job.fine_tuned_model, tmp_path / "adapter")
@@ -180,7 +183,8 @@ def test_answers_equal_the_downloaded_adapter_in_plain_peft(
             said, made.logits, made.sequences[0, len(prompt) :].tolist(), strict=True
         ):
             expected_V = torch.log_softmax(logits_1V[0].double(), dim=-1)
-            assert token.bytes == list(tokenizer.decode([expected_id]).encode())
+            # A token may be a part of a character, which decodes to no text of its own.
+            assert token.bytes == [byte_of[c] for c in tokenizer.convert_ids_to_tokens(expected_id)]
             assert token.logprob == pytest.approx(float(expected_V[expected_id]), abs=1e-4)
         assert len(said) >= 1
 
@@ -198,7 +202,7 @@ def test_all_answers_again_after_a_restart(client: openai.OpenAI, job: Any, stac
     assert {file.id for file in again.files.list()} == files
     assert again.fine_tuning.jobs.retrieve(job.id) == job
     assert _ask(again, job.fine_tuned_model, "Where is my parcel?").choices[0].message.content == answer
-    assert again.files.content(job.training_file).read().count(b"\n") == 24
+    assert again.files.content(job.training_file).read().count(b"\n") == NUM_ROWS
 
 
 def _num_spares(stack: Stack) -> int:
