@@ -204,6 +204,8 @@ class Job(Owned, Table):
     num_crashes: Mapped[int] = mapped_column(server_default="0")
     num_losses: Mapped[int] = mapped_column(server_default="0")
     num_faults: Mapped[int] = mapped_column(server_default="0")
+    # The code of what those tries met.
+    fault_code: Mapped[str | None]
     # Ids of workers that take it again only when no other can, or some minutes after `not_before`.
     avoided_workers: Mapped[list[Any]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
     # Nobody claims it before; a fault sets it.

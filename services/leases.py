@@ -33,6 +33,7 @@ PROGRESS: dict[str, Any] = {
     "num_crashes": 0,
     "num_losses": 0,
     "num_faults": 0,
+    "fault_code": None,
     "avoided_workers": [],
     "waits_for": None,
 }
@@ -297,8 +298,8 @@ def retry_or_fail(
 ) -> JobStatus:
     """After an attempt whose process broke off: another one, or the end when it was the last.
 
-    The next attempt is another worker's, while one lives that can run it. Crashes on one worker alone fail a
-    job only when that is the only one alive.
+    The next attempt is another worker's, while one lives that can run it. Crashes on one machine alone,
+    however often its worker was restarted, fail a job only when no other can run it.
 
     Args:
         error: what happened; the job's error if it was the last attempt.
@@ -320,7 +321,7 @@ def retry_or_fail(
         _pause(job, pause_seconds, job.num_crashes - 1)
     session.flush()
     is_last = job.num_crashes >= max_attempts and (
-        len(job.avoided_workers) > 1
+        len({workers.machine_of(worker_id) for worker_id in job.avoided_workers}) > 1
         or session.scalar(select(Job.id).where(Job.id == job.id, workers.is_avoided_by_others())) is not None
     )
     if is_last:
@@ -377,7 +378,7 @@ def put_off(
     """End an attempt that lacked something: the job waits, longer each time.
 
     What is only away is waited for without an end. What refuses, or lacks here, fails the job by its name
-    after some tries.
+    after some tries in a row; what else the job waits for between them is no end of the row.
 
     Args:
         error: what is away, refuses or lacks.
@@ -391,9 +392,10 @@ def put_off(
         LeaseLostError: when the job is not this attempt's any more.
     """
     job = hold(session, lease)
-    is_new = job.waits_for != error.message
+    # Not by its message, which may name a worker or a time.
+    is_new = job.fault_code != error.code
     job.num_faults = 1 if is_new else job.num_faults + 1
-    job.waits_for = error.message
+    job.fault_code = error.code
     if is_machine:
         _avoid(job, lease.worker_id)
     _pause(job, pause_seconds, job.num_faults)

@@ -5,6 +5,9 @@ fails for that. A worker whose training processes die at once is quarantined: wi
 nothing to train, until a test of its own succeeds. All times are the database's.
 """
 
+import os
+import re
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +33,7 @@ _MAX_QUARANTINE_SECONDS = 3600.0
 # How long the test of one process of a worker keeps the others from testing too.
 _TEST_SECONDS = 180
 _WAITING_AT_ONCE = 50
+_OF_A_PROCESS = re.compile(r"-\d+-[0-9a-f]{8}$")
 # How long a job that may be tried again is kept from the workers that it avoids.
 _AVOIDED_SECONDS = 300
 
@@ -42,6 +46,16 @@ def beat(session: Session, worker_id: str, *, hostname: str, num_slots: int, fac
         .values(id=worker_id, **values)
         .on_conflict_do_update(index_elements=[Worker.id], set_=values)
     )
+
+
+def make_id(hostname: str) -> str:
+    """Return a new worker's id, by which its machine is known when its row is gone."""
+    return f"{hostname}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def machine_of(worker_id: str) -> str:
+    """Return the host name in a worker's id: a worker that starts again has another id."""
+    return _OF_A_PROCESS.sub("", worker_id)
 
 
 def retire(session: Session, worker_id: str) -> None:

@@ -1,7 +1,6 @@
 """What one worker process is made of; passed to the tasks as a value."""
 
 import os
-import secrets
 import socket
 import threading
 import time
@@ -137,7 +136,7 @@ def make_context(settings: Settings, *, worker_id: str | None = None) -> WorkerC
     hostname = socket.gethostname()
     return WorkerContext(
         settings=settings,
-        worker_id=worker_id or f"{hostname}-{os.getpid()}-{secrets.token_hex(4)}",
+        worker_id=worker_id or workers.make_id(hostname),
         hostname=hostname,
         database=Database(
             settings.database_url.get_secret_value(),

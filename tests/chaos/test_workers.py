@@ -18,10 +18,11 @@ from sqlalchemy import func, text
 
 from db.tables import Attempt, Job, Worker
 from luthier.bases.catalogue import Catalogue
-from luthier.core.errors import UnavailableError
+from luthier.core.errors import StorageRefusedError, UnavailableError
 from luthier.core.settings import Settings
 from luthier.core.specs import TrainingSpec
 from luthier.storage.store import Storage
+from services import workers
 from tests.conftest import Api, wait_until
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
@@ -281,6 +282,24 @@ def test_a_worker_takes_a_job_that_failed_there_again_after_some_minutes(
     assert claim(context) is not None
 
 
+def test_a_fault_counts_on_though_its_words_change_and_the_job_waits_for_else_between(
+    client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = _create(client)
+    tries: list[int] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        tries.append(len(tries))
+        with context.database.transaction() as session:
+            workers.note_waiting(session, job_id, f"something else, try {len(tries)}")
+        raise StorageRefusedError(f"Storage refuses request {len(tries)}.")
+
+    monkeypatch.setattr("worker.tasks.prepare.ensure_jobs_base", refuse)
+    assert _try_until_the_end(client, context, job_id) == 8
+    # One event for all tries, and one for the end.
+    assert len([message for message in _messages(client, job_id) if "refuses" in message]) == 2
+
+
 def _raise_away(*_: object, **__: object) -> None:
     raise UnavailableError("away")
 
@@ -357,6 +376,32 @@ def test_no_worker_alone_fails_a_job_while_another_lives(
         session.get_one(Job, job_id).num_crashes = 7
     _let_die(context, monkeypatch)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
+
+
+def test_a_machine_whose_worker_is_restarted_fails_no_job_while_another_lives(
+    settings: Settings,
+    api: Api,
+    client: openai.OpenAI,
+    context: WorkerContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job_id = _create(client)
+    prepare(context, job_id)
+    with context.database.transaction() as session:
+        base = {"tiny-llama": None}
+        workers.beat(
+            session, "elsewhere-1-0123abcd", hostname="elsewhere", num_slots=1, facts={"bases": base}
+        )
+    _let_die(context, monkeypatch)
+    for num_crashes in (2, 3):
+        restarted = _make_context(settings, api)
+        _end_pause(context, job_id)
+        _let_die(restarted, monkeypatch)
+        with context.database.transaction() as session:
+            workers.retire(session, restarted.worker_id)
+            row = session.get_one(Job, job_id)
+            assert (row.num_crashes, row.status) == (num_crashes, "queued")
+        restarted.database.close()
 
 
 def _statuses(client: openai.OpenAI, jobs: list[str]) -> list[str]:
