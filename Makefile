@@ -46,9 +46,10 @@ upgrade: setup ## Take the newest versions that pyproject.toml allows into const
 	@touch constraints.txt && $(MAKE) --no-print-directory lock
 	@$(MAKE) --no-print-directory test
 
-test-lowest: ## Run the unit tests with the lowest versions that pyproject.toml allows, in .venv-lowest.
+test-lowest: setup ## Run the unit tests with the lowest versions that pyproject.toml allows, in .venv-lowest.
 	@if [ ! -x .venv-lowest/bin/python ]; then $(PYTHON) -m venv .venv-lowest; fi
-	.venv-lowest/bin/python .ci/lowest.py >.venv-lowest/constraints.txt
+	$(BIN)/$(LOCK) --resolution lowest-direct --output-file .venv-lowest/constraints.txt pyproject.toml
+	@sed -i.bak -E '/^(nvidia|cuda|triton)/d' .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint .venv-lowest/constraints.txt --editable '.[torch,local,dev,bench]'
 	.venv-lowest/bin/python -m pytest tests/unit tests/integration/test_api_jobs.py tests/integration/test_job_life.py \
