@@ -20,7 +20,7 @@ from luthier.core.process import hide_memory
 from luthier.core.settings import Settings
 from services import workers
 from worker.broker import consume_for_ever
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext, make_context, stop_on_signals
 from worker.delivering import deliver_for_ever
 from worker.maintenance import beat, collect_garbage, remove_stale_runs, repeat, take_lost_jobs
 from worker.metrics import serve_metrics
@@ -48,11 +48,11 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     """
     started_at = time.monotonic()
     context = make_context(settings)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, lambda *_: context.stopping.set())
+    stop_on_signals(context)
     processes = JobProcesses(context.worker_id, settings.training_slots + 1, has_broker=has_broker)
-    is_catalogue_due = threading.Event()
-    signal.signal(signal.SIGHUP, lambda *_: is_catalogue_due.set())
+    # No Event: a signal within its `clear` would wait for the lock that the interrupted thread holds.
+    hang_ups: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _: hang_ups.append(number))
     woken = threading.Event()
     parts: dict[str, tuple[Callable[[WorkerContext], object], float]] = {
         "heartbeat": (beat, _MAX_BEAT_SECONDS),
@@ -70,8 +70,8 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     _log.info("worker ready", worker_id=context.worker_id, has_broker=has_broker)
     while not context.stopping.is_set():
         processes.keep_running()
-        if is_catalogue_due.is_set():
-            is_catalogue_due.clear()
+        if hang_ups:
+            hang_ups.clear()
             context.read_catalogue()
             processes.read_catalogue()
         if woken.wait(_LOOK_SECONDS):

@@ -1,6 +1,7 @@
 """What one worker process is made of; passed to the tasks as a value."""
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -125,6 +126,20 @@ class WorkerContext:
         if self.settings.device == "cuda" or may_be_gpu:
             return None
         return int(self.facts["memory_bytes"])
+
+
+def stop_on_signals(context: WorkerContext) -> None:
+    """Set `context.stopping` at the first TERM, INT or QUIT. Main thread only."""
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        # A second signal may come within `set`, and would wait for the lock that the first one holds.
+        if not asked:
+            asked.append(number)
+            context.stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, stop)
 
 
 def make_context(settings: Settings, *, worker_id: str | None = None) -> WorkerContext:

@@ -19,7 +19,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.process import die_with_parent
 from luthier.core.settings import Settings
 from services import leases
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext, make_context, stop_on_signals
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, train
 
@@ -80,8 +80,7 @@ def run_job_process(settings: Settings, worker_id: str, parent_pid: int, *, has_
     signalled, on_signal = os.pipe()
     os.set_blocking(on_signal, False)
     signal.set_wakeup_fd(on_signal)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, lambda *_: context.stopping.set())
+    stop_on_signals(context)
     # Its worker answers it, and tells of it by the standard input.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The first job would wait for its imports otherwise.
