@@ -35,9 +35,10 @@ _TURN_SECONDS = 3.0
 NUM_ESTIMATES = 2
 # Reports on files that are made at the same time: each takes cores and memory for as long as its file is.
 NUM_REPORTS = 2
-# Large files whose rows are checked at the same time, each by a process: of one project, and of all.
+# Large files whose rows are checked at the same time, each by a process: of one project, and of all. Each
+# holds one of the 40 threads of the API, so that never all are held.
 NUM_PROJECT_CHECKS = 2
-NUM_CHECKS = 2 * (os.cpu_count() or 1)
+NUM_CHECKS = min(16, 2 * (os.cpu_count() or 1))
 
 
 @dataclass

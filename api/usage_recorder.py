@@ -38,7 +38,7 @@ class UsageRecorder:
         self._counts.setdefault(owner, TokenCounts()).add(counts)
 
     async def flush(self) -> None:
-        """Store what was counted; kept for the next time while the database can't be reached."""
+        """Store what was counted; kept for the next time while that fails."""
         counts, self._counts = self._counts, {}
         if not counts:
             return
@@ -50,8 +50,13 @@ class UsageRecorder:
             await run_in_threadpool(self._write, counts)
         except UnavailableError:
             _log.warning("usage could not be stored yet", num_owners=len(counts))
-            for owner, used in counts.items():
-                self.add(owner, used)
+        except Exception:  # noqa: BLE001
+            # Counting goes on for as long as the process lives.
+            _log.exception("usage could not be stored", num_owners=len(counts))
+        else:
+            return
+        for owner, used in counts.items():
+            self.add(owner, used)
 
     def _write(self, counts: dict[UsageOwner, TokenCounts]) -> None:
         with self._database.transaction() as session:

@@ -147,6 +147,11 @@ class Job(Owned, Table):
             postgresql_where=text("status IN ('validating_files', 'queued', 'running', 'pausing')"),
         ),
         Index(
+            "ix_jobs_waiting",
+            "project_id",
+            postgresql_where=text("status IN ('validating_files', 'queued', 'paused')"),
+        ),
+        Index(
             "ix_jobs_speeds",
             "base_id",
             "finished_at",

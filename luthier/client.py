@@ -17,6 +17,8 @@ from luthier.core.errors import ArtifactCorruptError, InvalidValueError, Luthier
 
 _CHUNK_BYTES = 256 * 1024
 _TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
+# The rows of a large file are checked before the answer, for as long as that takes.
+_UPLOAD_TIMEOUT = httpx2.Timeout(60.0, connect=5.0, read=None)
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 5.0
 _MAX_LOSSES_IN_A_ROW = 20
@@ -416,7 +418,8 @@ class LuthierClient:
     ) -> dict[str, Any]:
         try:
             url = (self.base_url if root is None else root) + path
-            response = self._http.request(method, url, params=params, json=body, files=files)
+            timeout = _TIMEOUT if files is None else _UPLOAD_TIMEOUT
+            response = self._http.request(method, url, params=params, json=body, files=files, timeout=timeout)
         except httpx2.TransportError as error:
             raise NotRunningError(
                 f"Nothing answers at {self.base_url} ({type(error).__name__}). Start it with `luthier up`, "

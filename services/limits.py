@@ -6,7 +6,7 @@ arrive together can't pass together.
 
 from collections.abc import Mapping
 
-from sqlalchemy import BigInteger, func, select
+from sqlalchemy import BigInteger, String, bindparam, func, select
 from sqlalchemy.orm import Session, aliased
 
 from db.queries import lock_key
@@ -17,7 +17,14 @@ from luthier.core.states import JobStatus
 from luthier.methods import discover
 from services.uploads import UploadStatus
 
-_WAITING = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED)
+# Written into the statement: PostgreSQL uses a partial index only by constants.
+_WAITING = bindparam(
+    "waiting",
+    [JobStatus.VALIDATING_FILES.value, JobStatus.QUEUED.value, JobStatus.PAUSED.value],
+    String,
+    expanding=True,
+    literal_execute=True,
+)
 
 
 def check_queued_jobs(session: Session, project_id: str, limit: int) -> None:

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import event, func, select, text, update
 
 from db.tables import IdempotencyKey
 from luthier.core.settings import Settings
@@ -77,6 +78,41 @@ def test_no_more_jobs_wait_than_may_and_twins_do_not_pass_together(
     assert _job(other, _upload(other)).startswith("ftjob-")
     client.fine_tuning.jobs.cancel(made[0])
     assert _job(client, file_id).startswith("ftjob-")
+
+
+def test_waiting_jobs_are_counted_without_a_visit_to_each_job_of_the_project(
+    api: Api, client: openai.OpenAI
+) -> None:
+    file_id = _upload(client)
+    first = _job(client, file_id)
+    seen: list[tuple[str, Any]] = []
+
+    def keep(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "count(*)" in statement and "jobs.project_id" in statement:
+            seen.append((statement, parameters))
+
+    with api.parts.database.transaction() as session:
+        engine = session.get_bind().engine
+        session.execute(
+            text(
+                "INSERT INTO jobs SELECT (jsonb_populate_record(j, jsonb_build_object('id', 'ftjob-' || n, "
+                "'status', 'succeeded'))).* FROM jobs j, generate_series(1, 2000) n WHERE j.id = :id"
+            ),
+            {"id": first},
+        )
+    event.listen(engine, "before_cursor_execute", keep)
+    try:
+        _job(client, file_id)
+    finally:
+        event.remove(engine, "before_cursor_execute", keep)
+    [(statement, parameters)] = seen
+    with api.parts.database.transaction() as session:
+        session.execute(text("ANALYZE jobs"))
+        # The plan of a statement that was prepared once for all parameters, as after its fifth use.
+        session.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
+        rows = session.connection().exec_driver_sql(f"EXPLAIN {statement}", parameters)
+        plan = "\n".join(row[0] for row in rows)
+    assert "ix_jobs_waiting" in plan, plan
 
 
 def test_no_more_uploads_are_open_than_may(client: openai.OpenAI, other: openai.OpenAI) -> None:

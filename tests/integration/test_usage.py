@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 
 from db.tables import Organization, UsageEvent
 from services import usage
@@ -189,3 +189,32 @@ def test_each_request_is_a_line_of_the_access_log_without_text_of_users(
     assert lines[2]["key_id"] is None
     assert all(line["duration_seconds"] >= 0 for line in lines)
     assert "secret" not in output
+
+
+def test_usage_that_could_not_be_stored_for_any_reason_is_stored_later(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.usage_recorder._FLUSH_SECONDS", 0.05)
+    key = _make_key(api, "violas")
+    database, num_failures = api.parts.database, 0
+    record = usage.record
+
+    def fail(session: Any, counts: Any) -> None:
+        nonlocal num_failures
+        num_failures += 1
+        session.execute(text("SELECT no_such_column FROM usage_events"))
+
+    with database.transaction() as session:
+        organization_id = session.scalars(select(Organization.id)).one()
+    monkeypatch.setattr(usage, "record", fail)
+    owner = UsageOwner(organization_id, key["project_id"], key["id"], "tiny-llama")
+    api.parts.usage.add(owner, TokenCounts(1, 2, 0, 3))
+    wait_until(lambda: num_failures > 0)
+    monkeypatch.setattr(usage, "record", record)
+
+    def is_stored() -> bool:
+        with database.transaction() as session:
+            stored = session.scalars(select(UsageEvent).where(UsageEvent.project_id == key["project_id"]))
+            return [event.model for event in stored] == ["tiny-llama"]
+
+    wait_until(is_stored)

@@ -40,6 +40,18 @@ def test_the_key_is_sent_and_an_error_keeps_its_code() -> None:
     assert (caught.value.status, caught.value.error_code, caught.value.param) == (404, "not_found", "id")
 
 
+def test_the_answer_to_an_upload_is_awaited_for_as_long_as_its_rows_are_checked(tmp_path: Path) -> None:
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        request.read()
+        assert request.extensions["timeout"]["read"] is None
+        assert request.extensions["timeout"]["write"] == 60
+        return httpx2.Response(200, json={"id": "file-1"})
+
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(_CONTENT)
+    assert _client(answer).upload_file(path, purpose="fine-tune") == {"id": "file-1"}
+
+
 def test_an_error_page_that_is_no_json_is_still_an_error() -> None:
     with pytest.raises(ApiError, match="502"):
         _client(lambda _: httpx2.Response(502, content=b"<html>")).list_jobs()
