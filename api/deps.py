@@ -38,7 +38,7 @@ NUM_REPORTS = 2
 # Large files whose rows are checked at the same time, each by a process: of one project, and of all. Each
 # holds one of the 40 threads of the API, so that never all are held.
 NUM_PROJECT_CHECKS = 2
-NUM_CHECKS = min(16, 2 * (os.cpu_count() or 1))
+NUM_CHECKS = min(16, max(8, 2 * (os.cpu_count() or 1)))
 
 
 @dataclass

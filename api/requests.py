@@ -1,19 +1,26 @@
-"""A limit on the body of every request."""
+"""A limit on the body of every request, and a key before a large one."""
 
 import re
+from contextlib import ExitStack
 
+from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.deps import get_parts
 from api.errors import to_response
-from luthier.core.errors import TooLargeError
+from api.target_resolver import authenticate
+from luthier.core.errors import LuthierError, TooLargeError
 
 # Routes that take more bound it themselves, while they read.
 _UNLIMITED_PATHS = re.compile(r"/v1/(files|uploads/[^/]+/parts|chat/completions|completions|responses)")
-_MAX_BODY_BYTES = 1024 * 1024
+# The largest job takes less. FastAPI parses a body on the event loop, which streams share.
+_MAX_BODY_BYTES = 256 * 1024
+# Read before the key is looked up, and not counted: connections bound how many there are.
+_MAX_UNCOUNTED_BYTES = 16 * 1024
 
 
 class BodyLimitMiddleware:
-    """Refuses a large JSON body before anything is parsed or anybody's key is looked at."""
+    """Reads a JSON body before anything is parsed: of a large one no more than its key allows."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -23,24 +30,43 @@ class BodyLimitMiddleware:
         if scope["type"] != "http" or _UNLIMITED_PATHS.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
-        body, is_complete = bytearray(), False
-        while not is_complete:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            is_complete = not message.get("more_body", False)
-            if len(body) > _MAX_BODY_BYTES:
-                error = TooLargeError(f"The body is larger than the limit of {_MAX_BODY_BYTES} bytes.")
+        with ExitStack() as held:
+            try:
+                body = await _read(Request(scope), receive, held)
+            except LuthierError as error:
                 await to_response(error)(scope, receive, send)
                 return
-        is_given = False
+            if body is None:
+                return
+            is_given = False
 
-        async def receive_whole() -> Message:
-            nonlocal is_given
-            if is_given:
-                return await receive()
-            is_given = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            async def receive_whole() -> Message:
+                nonlocal is_given
+                if is_given:
+                    return await receive()
+                is_given = True
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
 
-        await self._app(scope, receive_whole, send)
+            await self._app(scope, receive_whole, send)
+
+
+async def _read(request: Request, receive: Receive, held: ExitStack) -> bytearray | None:
+    """Return the body, None when the client has left; what is large is counted until `held` ends."""
+    body, count, is_complete = bytearray(), None, False
+    while not is_complete:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunk = message.get("body", b"")
+        body += chunk
+        is_complete = not message.get("more_body", False)
+        if len(body) > _MAX_BODY_BYTES:
+            raise TooLargeError(f"The body is larger than the limit of {_MAX_BODY_BYTES} bytes.")
+        if count is not None:
+            count(len(chunk))
+        elif len(body) > _MAX_UNCOUNTED_BYTES:
+            parts = await get_parts(request)
+            caller = await authenticate(request, parts)
+            count = held.enter_context(parts.bodies.hold(caller.project_id))
+            count(len(body))
+    return body

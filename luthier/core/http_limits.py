@@ -19,8 +19,11 @@ from luthier.core.settings import Settings
 # Connections beyond the limit that are answered 503; any further one is closed at once.
 _NUM_REFUSED = 256
 _MAX_OPEN_FILES = 65536
-# A body is looked at so often within the time that it may be silent.
+# A body is looked at so often within the time that it may be silent. Of a large one fewer bytes than these are
+# silence: a file that trickles would hold its place among those being checked for days.
 _NUM_LOOKS = 4
+_LARGE_BODY_BYTES = 256 * 1024
+_MIN_BYTES_A_LOOK = 1024
 
 _busy = UnavailableError("Too many connections are open; try again.")
 _BUSY_RESPONSE = JSONResponse(_busy.to_body(), _busy.http_status, {"retry-after": "1", "connection": "close"})
@@ -72,7 +75,7 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._num_header_bytes = 0
         self._awaits_headers = True
-        self._has_body_bytes = False
+        self._num_body_bytes = self._num_seen_bytes = 0
         self._num_silent_looks = 0
         self._timer: asyncio.TimerHandle | None = None
         self.idle[self] = None
@@ -107,7 +110,7 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
                     return
                 piece, data = piece[:room], piece[room:]
                 self._num_header_bytes += len(piece)
-            self._has_body_bytes = True
+            self._num_body_bytes += len(piece)
             super().data_received(piece)
         if self._timer is None and not self.transport.is_closing():
             if not self._awaits_headers:
@@ -120,6 +123,7 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         self._disarm()
         self.idle.pop(self, None)
         self._awaits_headers, self._num_header_bytes, self._num_silent_looks = False, 0, 0
+        self._num_body_bytes = self._num_seen_bytes = 0
         is_busy = len(self.connections) > self.limits.max_connections
         self.app = _BUSY_RESPONSE if is_busy else self.config.loaded_app
         super().on_headers_complete()
@@ -140,9 +144,11 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         cycle = self.cycle
         # The server reads no more for now, or the client waits for the server's 100.
         is_held_up = self.flow.read_paused or cycle.waiting_for_100_continue
-        is_alive = (self._has_body_bytes or is_held_up) and not cycle.response_complete
+        num_new = self._num_body_bytes - self._num_seen_bytes
+        min_new = _MIN_BYTES_A_LOOK if self._num_seen_bytes > _LARGE_BODY_BYTES else 1
+        is_alive = (num_new >= min_new or is_held_up) and not cycle.response_complete
         self._num_silent_looks = 0 if is_alive else self._num_silent_looks + 1
-        self._has_body_bytes = False
+        self._num_seen_bytes = self._num_body_bytes
         if self._num_silent_looks < _NUM_LOOKS:
             self._arm(self.limits.body_seconds / _NUM_LOOKS, self._look_at_body)
         else:

@@ -58,6 +58,16 @@ def test_a_body_that_says_that_it_is_too_large_is_refused_before_it_has_come(api
         assert status_of(connection) == 413
 
 
+@pytest.mark.parametrize("path", ["/v1/keys", "/v1/fine_tuning/jobs", "/v1/nowhere"])
+def test_any_routes_body_is_read_no_further_than_its_key_allows(api: Api, path: str) -> None:
+    with open_request(api, path, new_api_key(), 200_000) as connection:
+        connection.sendall(b" " * 20_000)
+        assert status_of(connection) == 401
+    with open_request(api, path, api.key, 300_000) as connection:
+        connection.sendall(b" " * 280_000)
+        assert status_of(connection) == 413
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_large_body_of_a_known_key_is_passed_on_as_it_came(api: Api, path: str) -> None:
     body = body_of(LARGE)

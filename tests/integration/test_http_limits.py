@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier.core.inference import HEADER_TOKEN
 from tests.stack import ROOT, free_port, wait_until
 
 _HEADER_SECONDS = _BODY_SECONDS = 1.0
@@ -169,6 +170,13 @@ def test_a_body_that_pauses_too_long_ends_its_connection_and_a_slow_one_does_not
             time.sleep(_BODY_SECONDS / 5)
             slow.sendall(bytes([byte]))
         assert b"401 " in _read_to_end(slow)
+
+
+def test_a_large_body_that_trickles_ends_its_connection(inference: int) -> None:
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{HEADER_TOKEN}: token\r\n".encode()
+    with _connection(inference) as connection:
+        connection.sendall(head + b"content-length: 2000000\r\n\r\n" + b" " * 300_000)
+        _trickle_until_closed(connection, b" ")
 
 
 def test_a_body_that_goes_on_after_the_answer_ends_its_connection(api: tuple[int, int]) -> None:
