@@ -19,8 +19,8 @@ from luthier.core.settings import Settings
 # Connections beyond the limit that are answered 503; any further one is closed at once.
 _NUM_REFUSED = 256
 _MAX_OPEN_FILES = 65536
-# A body is looked at so often within the time that it may be silent. Of a large one fewer bytes than these are
-# silence: a file that trickles would hold its place among those being checked for days.
+# A body is looked at so often within the time that it may be silent. Of a large one fewer bytes than these
+# are silence: a file that trickles would hold its place among those being checked for days.
 _NUM_LOOKS = 4
 _LARGE_BODY_BYTES = 256 * 1024
 _MIN_BYTES_A_LOOK = 1024

@@ -70,11 +70,9 @@ class LoadedBase:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of its weights: packed, as the plain path needs them, and in float32 for verification."""
-        size = self.facts.num_parameters * self.dtype.itemsize
-        exact = self.exact()
+        """Memory of its weights: packed, and as the plain path needs them."""
         copies = (self.packed is not None) + (self.slots is not None)
-        return copies * size + (0 if exact is None else exact.num_bytes)
+        return copies * self.facts.num_parameters * self.dtype.itemsize
 
     def probe_logits(self) -> torch.Tensor:
         """Return what the base says after the probe, float32 of the vocabulary's size."""

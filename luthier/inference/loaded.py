@@ -291,8 +291,8 @@ class LoadedArtifacts:
         return entry
 
     async def _load(self, served: ServedModel, kind: Kind) -> ReadyModel:
-        ready = await load(self._engine, served, kind, self._limits, opening=self._opening)
-        if ready.has_own_weights:
+        ready = await load(self._engine, served, kind, self._limits, opening=self._opening, spare=self._spare)
+        if ready.has_own_weights or served.base.exact() is not None:
             # It has pages of its own.
             await self._fit(self.loading_bytes)
         return ready
@@ -302,6 +302,16 @@ class LoadedArtifacts:
         """Let the plain path's weights of a packed base be loaded, if there is room for them."""
         if not await self.make_way(num_bytes):
             raise NoRoomError("The model server has no memory for this model's base now; try again.")
+        with self.expecting(num_bytes):
+            yield
+
+    @asynccontextmanager
+    async def _spare(self, num_bytes: int) -> AsyncIterator[None]:
+        """Let weights be loaded for a verification, for which no model and no base leaves."""
+        async with self._making_way:
+            missing = await self._fit(num_bytes + self.loading_bytes)
+        if missing > 0:
+            raise NoRoomError("The model server has no memory to spare.")
         with self.expecting(num_bytes):
             yield
 

@@ -102,6 +102,7 @@ async def load(
     limits: "RowLimits",
     *,
     opening: Opening,
+    spare: Opening,
 ) -> ReadyModel:
     """Bring a model into memory and verify it.
 
@@ -111,6 +112,7 @@ async def load(
     Args:
         kind: what `measure` told.
         opening: entered while weights of so many bytes more are loaded beside it.
+        spare: the same for a verification, which takes the place of no other model or base.
 
     Returns:
         The model, ready to answer.
@@ -128,7 +130,7 @@ async def load(
         # Once for both.
         await _check(served)
         is_exact, found = await asyncio.gather(
-            _verify_exactly(engine, served, kind, limits, opening),
+            _verify_exactly(engine, served, kind, limits, spare),
             _load(engine, served, kind, limits, opening),
             return_exceptions=True,
         )

@@ -81,6 +81,23 @@ def test_a_whole_model_that_would_pass_the_limit_waits_or_is_refused(
     asyncio.run(run())
 
 
+def test_no_model_leaves_for_another_ones_verification(base: LoadedBase, wholes: list[Artifact]) -> None:
+    size = _size(wholes[0])
+
+    async def run() -> None:
+        loaded = Room(2 * size).loaded
+        idle = served_by(base, wholes[0])
+        loaded.release(await loaded.hold(idle))
+        with pytest.raises(NoRoomError):
+            async with loaded._spare(2 * size):
+                pass
+        async with loaded._spare(size):
+            assert loaded.loading_bytes == size
+        assert loaded.digests == [idle.digest]
+
+    asyncio.run(run())
+
+
 def test_who_waits_for_room_looks_again_when_the_limit_rises(
     base: LoadedBase,
     wholes: list[Artifact],
