@@ -100,9 +100,10 @@ def test_usage_adds_up_to_the_tokens_of_the_answers_streamed_and_not(
             used.append(whole)
         used.append(whole)
     total_input, total_output = (sum(part) for part in zip(*used, strict=True))
+    # All is logged by then: what is written while the log is read may be lost to the reader.
+    wait_until(lambda: _reported(chat_api)[0] - reported[0] == len(used), what="usage is stored")
     assert [(line["input_tokens"], line["output_tokens"]) for line in logged(len(used))] == used
     assert all(line["model"] == "tiny-llama" and line["key_id"] and line["is_complete"] for line in logged(0))
-    wait_until(lambda: _reported(chat_api)[0] - reported[0] == len(used), what="usage is stored")
     assert [now - before for now, before in zip(_reported(chat_api), reported, strict=True)] == [
         len(used),
         total_input,
@@ -122,6 +123,7 @@ def test_a_stream_whose_client_leaves_is_logged_and_counted_as_far_as_it_came(
     url = f"{chat_api.base_url}/v1/completions"
     with httpx2.stream("POST", url, headers=chat_api.headers, json=body, timeout=60) as answer:
         assert next(answer.iter_lines()).startswith("data: ")
+    wait_until(lambda: _reported(chat_api)[0] - reported[0] == 1, what="usage is stored")
     (line,) = logged(1)
     assert line["status"] == 200
     assert (
