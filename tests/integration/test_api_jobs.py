@@ -152,7 +152,7 @@ def test_an_unknown_field_is_told_with_the_one_that_was_meant(
     assert error["message"].endswith(f"Did you mean '{meant}'?"), error
 
 
-@pytest.mark.parametrize("name", ["zzz", "n_epochs" * 100_000])
+@pytest.mark.parametrize("name", ["zzz", "n_epochs" * 25_000])
 def test_an_unknown_field_like_none_is_to_be_left_out(api: Api, name: str) -> None:
     error = _post(api, {"model": "m", "training_file": "f", name: 1}).json()["error"]
     assert error["message"].endswith("Leave it out.")
