@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from luthier.core.errors import TooManyRequestsError, UnavailableError
 from luthier.core.settings import MIB
 
+# Read of a body before its key is looked up, and not counted: connections bound how many there are.
+MAX_UNCOUNTED_BYTES = 16 * 1024
+
 
 class BodyBudget:
     """The bytes of large bodies in memory: over all requests, and of one project half of that.

@@ -7,6 +7,7 @@ import msgspec
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from api.body_budget import MAX_UNCOUNTED_BYTES
 from api.deps import Parts, bearer_key
 from api.target_resolver import authenticate
 from luthier.core.errors import (
@@ -22,8 +23,6 @@ from services import keys
 from services.names import unknown_model
 
 _MAX_BODY_BYTES = 8 * MIB
-# Read before the key is looked up, and not counted: connections bound how many there are.
-_MAX_UNCOUNTED_BYTES = 16 * 1024
 # Parsed on the event loop; more would hold up the streams on it.
 _MAX_INLINE_BYTES = 64 * 1024
 # No model has a longer one.
@@ -43,7 +42,7 @@ async def read_body(request: Request, parts: Parts) -> AsyncIterator[bytes]:
     if not is_well_formed(bearer_key(request)):
         raise keys.unknown_key()
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) <= _MAX_UNCOUNTED_BYTES:
+    if declared.isdecimal() and int(declared) <= MAX_UNCOUNTED_BYTES:
         yield await _read(request, lambda _: None)
         return
     caller = await authenticate(request, parts)

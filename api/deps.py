@@ -15,7 +15,6 @@ from api.body_budget import BodyBudget
 from api.event_hub import EventHub
 from api.metrics import ApiMetrics
 from api.project_places import ProjectPlaces
-from api.shares import ProjectLimit
 from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import Catalogue
@@ -58,12 +57,13 @@ class Parts:
     sealer: Sealer
     usage: UsageRecorder
     metrics: ApiMetrics
-    event_streams: ProjectLimit = field(default_factory=lambda: ProjectLimit(50, "event streams"))
-    webhook_tests: ProjectLimit = field(default_factory=lambda: ProjectLimit(1, "tests of webhooks"))
+    event_streams: ProjectPlaces = field(default_factory=lambda: ProjectPlaces(50, what="event streams"))
+    webhook_tests: ProjectPlaces = field(default_factory=lambda: ProjectPlaces(1, what="tests of webhooks"))
     bodies: BodyBudget = field(default_factory=BodyBudget)
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_TURNS))
-    # Projects of which an estimate is being made.
-    estimating: set[str] = field(default_factory=set)
+    project_estimates: ProjectPlaces = field(
+        default_factory=lambda: ProjectPlaces(1, what="estimates being made")
+    )
     estimates: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_ESTIMATES))
     checks: ProjectPlaces = field(
         default_factory=lambda: ProjectPlaces(

@@ -10,8 +10,7 @@ from api.deps import Parts
 from api.turns import get_base_here, run_apart, turn
 from db.tables import File
 from luthier.bases.catalogue import base_folder
-from luthier.core.errors import TooManyRequestsError
-from luthier.core.shapes import read_shape
+from luthier.core.shapes import BaseShape, read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.data.count import SAMPLE_BYTES, RowCounts, count_rows
 from luthier.data.objectives import Purpose
@@ -45,17 +44,9 @@ async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimat
         TooManyRequestsError: when another estimate of the project is being made.
         UnavailableError: when others are estimated for longer than one can wait.
     """
-    if scope.project_id in parts.estimating:
-        raise TooManyRequestsError(
-            "Another estimate of this project is being made, and a project has one at a time; send it again "
-            "once that has been answered."
-        )
-    parts.estimating.add(scope.project_id)
-    try:
+    with parts.project_estimates.hold(scope.project_id):
         async with turn(parts.estimates, told="Other estimates are being made; try again."):
             return await run_apart(lambda: _estimate(parts, scope, request))
-    finally:
-        parts.estimating.discard(scope.project_id)
 
 
 def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
@@ -67,16 +58,17 @@ def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
         memory_bytes = speeds.find_worker_memory(session)
     spec = checked.spec
     base = get_base_here(parts, spec.base_id, param="model")
-    grounds = _find_grounds(parts, spec, base)
+    folder = base_folder(parts.settings.bases_dir, base.id)
+    shape = read_shape(folder)
+    grounds = _find_grounds(parts, spec, base, shape)
     if grounds is not None and grounds.device.device != "cpu":
         # Of a GPU's memory prepare knows nothing either.
         memory_bytes = None
-    folder = base_folder(parts.settings.bases_dir, base.id)
     check_sample_prompts(spec.training.sample_prompts, folder, max_tokens=room_in_context(spec, base))
     return estimate(
         spec,
         base=base,
-        shape=read_shape(folder),
+        shape=shape,
         base_folder=folder,
         training=_count(parts, training, "training", spec, folder, base),
         validation=(
@@ -87,9 +79,9 @@ def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
     )
 
 
-def _find_grounds(parts: Parts, spec: TrainingSpec, base: BaseFacts) -> Grounds | None:
+def _find_grounds(parts: Parts, spec: TrainingSpec, base: BaseFacts, shape: BaseShape) -> Grounds | None:
     with parts.database.transaction() as session:
-        finished, device = speeds.list_finished(session, base, spec.training.precision)
+        finished, device = speeds.list_finished(session, base, shape, spec.training.precision)
         device = device or speeds.find_speed(session)
     return None if device is None else Grounds(device, finished)
 

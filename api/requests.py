@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.body_budget import MAX_UNCOUNTED_BYTES
 from api.deps import get_parts
 from api.errors import to_response
 from api.target_resolver import authenticate
@@ -15,8 +16,6 @@ from luthier.core.errors import LuthierError, TooLargeError
 _UNLIMITED_PATHS = re.compile(r"/v1/(files|uploads/[^/]+/parts|chat/completions|completions|responses)")
 # The largest job takes less. FastAPI parses a body on the event loop, which streams share.
 _MAX_BODY_BYTES = 256 * 1024
-# Read before the key is looked up, and not counted: connections bound how many there are.
-_MAX_UNCOUNTED_BYTES = 16 * 1024
 
 
 class BodyLimitMiddleware:
@@ -64,7 +63,7 @@ async def _read(request: Request, receive: Receive, held: ExitStack) -> bytearra
             raise TooLargeError(f"The body is larger than the limit of {_MAX_BODY_BYTES} bytes.")
         if count is not None:
             count(len(chunk))
-        elif len(body) > _MAX_UNCOUNTED_BYTES:
+        elif len(body) > MAX_UNCOUNTED_BYTES:
             parts = await get_parts(request)
             caller = await authenticate(request, parts)
             count = held.enter_context(parts.bodies.hold(caller.project_id))

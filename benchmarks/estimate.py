@@ -131,8 +131,10 @@ def _measure(
     finished = [
         finished_job(
             RunReport.model_validate(row["earlier"]["report"]),
+            read_shape(folder),
             num_scored_tokens=0,
-            num_rows_tokens=row["earlier"]["num_tokens"],
+            num_reference_tokens=row["earlier"]["num_tokens"],
+            tokens_per_example=row["earlier"]["num_tokens"] / (2 * options.rows),
         )
     ]
     after = _estimate(name, options, facts, folder, data, options.rows, Grounds(speed, finished))

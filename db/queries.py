@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, ScalarSelect, Select, select, text, tuple_
+from sqlalchemy import ColumnElement, ScalarSelect, Select, delete, select, text, tuple_
 from sqlalchemy.orm import Session
 
 from db.alias_tables import Alias, AliasVersion
@@ -51,6 +51,13 @@ def find_owned(
     if for_update or for_share:
         statement = statement.with_for_update(read=for_share)
     return session.scalar(statement)
+
+
+def delete_some(session: Session, table: Any, which: ColumnElement[bool], *, limit: int) -> int:
+    """Delete at most `limit` rows that nobody else has locked; return how many."""
+    chosen = select(table.id).where(which).limit(limit).with_for_update(skip_locked=True)
+    gone = delete(table).where(table.id.in_(chosen)).returning(table.id)
+    return len(session.execute(gone.execution_options(synchronize_session=False)).all())
 
 
 def find_alias(

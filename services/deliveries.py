@@ -6,9 +6,10 @@ They are written with the end itself and sent by any worker. No session is open 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import and_, delete, func, select
+from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
+from db.queries import delete_some
 from db.tables import Job
 from db.webhook_tables import WebhookDelivery, WebhookEndpoint
 from luthier.core.errors import InvalidValueError, SecretKeyError
@@ -127,21 +128,9 @@ def _find_secrets(
 
 
 def prune(session: Session, *, kept_seconds: float, limit: int) -> int:
-    """Forget deliveries that finished long ago."""
-    finished = (
-        select(WebhookDelivery.id)
-        .where(WebhookDelivery.finished_at < func.now() - timedelta(seconds=kept_seconds))
-        .order_by(WebhookDelivery.finished_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    gone = session.execute(
-        delete(WebhookDelivery)
-        .where(WebhookDelivery.id.in_(finished))
-        .returning(WebhookDelivery.id)
-        .execution_options(synchronize_session=False)
-    ).all()
-    return len(gone)
+    """Forget deliveries that finished long ago, at most `limit`; return how many."""
+    finished = WebhookDelivery.finished_at < func.now() - timedelta(seconds=kept_seconds)
+    return delete_some(session, WebhookDelivery, finished, limit=limit)
 
 
 def record(session: Session, claimed: ClaimedDelivery, outcome: Outcome, *, chance: float) -> None:

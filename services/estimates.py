@@ -126,9 +126,10 @@ def estimate(
             if validation
             else num_held_back * num_tokens / num_train_rows
         )
+        num_together = 1 if spec.dpo is None else 2
         work = Work(
             is_whole_model=method.is_whole_model,
-            num_tokens=num_tokens * epochs + cost.num_virtual_tokens * num_train_rows * epochs,
+            num_tokens=(num_tokens + cost.num_virtual_tokens * num_train_rows * num_together) * epochs,
             num_supervised_tokens=num_supervised * epochs,
             num_steps=num_steps,
             num_epochs=epochs,

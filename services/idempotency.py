@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
-from db.queries import lock_key
+from db.queries import delete_some, lock_key
 from db.tables import IdempotencyKey
 from luthier.core.errors import IdempotencyKeyReusedError
 from luthier.core.ids import new_id
@@ -94,19 +94,7 @@ def _is_the_same(sending: Sending) -> list[ColumnElement[bool]]:
 
 def prune(session: Session, *, limit: int) -> int:
     """Delete keys that are older than a day, at most `limit`; return how many."""
-    old = (
-        select(IdempotencyKey.id)
-        .where(IdempotencyKey.created_at < func.now() - _KEPT)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    gone = session.execute(
-        delete(IdempotencyKey)
-        .where(IdempotencyKey.id.in_(old))
-        .returning(IdempotencyKey.id)
-        .execution_options(synchronize_session=False)
-    ).all()
-    return len(gone)
+    return delete_some(session, IdempotencyKey, IdempotencyKey.created_at < func.now() - _KEPT, limit=limit)
 
 
 def remember(session: Session, scope: Scope, sending: Sending, *, resource_id: str) -> None:

@@ -9,8 +9,9 @@ from sqlalchemy.orm import Session
 from db.tables import Job, Worker
 from luthier.core.cost_model import DeviceSpeed, FinishedJob, Work
 from luthier.core.reports import RunReport
+from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts, Precision
-from luthier.methods import discover
+from luthier.methods import parse_tuning
 from services.reports import PrepareReport
 
 _MAX_JOBS = 40
@@ -42,7 +43,7 @@ def find_worker_memory(session: Session) -> int | None:
 
 
 def list_finished(
-    session: Session, base: BaseFacts, precision: Precision
+    session: Session, base: BaseFacts, shape: BaseShape, precision: Precision
 ) -> tuple[list[FinishedJob], DeviceSpeed | None]:
     """Return the newest jobs that succeeded on a base, all on the device of the newest, and that device.
 
@@ -75,38 +76,60 @@ def list_finished(
         )
         device = device or here
         if here == device and ran.steps_done > 0:
-            scored, of_rows = _scored_tokens(prepared), prepared.training.num_tokens
-            found.append(finished_job(ran, num_scored_tokens=scored, num_rows_tokens=of_rows))
+            found.append(_finished_job(ran, prepared, shape))
     return found, device
 
 
-def _scored_tokens(prepared: PrepareReport) -> int:
-    if prepared.validation is not None:
-        return prepared.validation.num_tokens
-    rows = prepared.training
-    return round((prepared.num_validation_rows or 0) * rows.num_tokens / max(1, rows.num_rows))
+def _finished_job(ran: RunReport, prepared: PrepareReport, shape: BaseShape) -> FinishedJob:
+    rows, validation = prepared.training, prepared.validation
+    num_held_back = prepared.num_validation_rows or 0
+    if validation is not None:
+        num_scored, num_reference = validation.num_tokens, rows.num_tokens + validation.num_tokens
+    else:
+        # Rows that are held back are among the file's.
+        num_scored = round(num_held_back * rows.num_tokens / max(1, rows.num_rows))
+        num_reference = rows.num_tokens
+    return finished_job(
+        ran,
+        shape,
+        num_scored_tokens=num_scored,
+        num_reference_tokens=num_reference,
+        tokens_per_example=rows.num_tokens / max(1, rows.num_rows),
+    )
 
 
-def finished_job(ran: RunReport, *, num_scored_tokens: int, num_rows_tokens: int) -> FinishedJob:
-    """Return what a job did and took, by its report.
+def finished_job(
+    ran: RunReport,
+    shape: BaseShape,
+    *,
+    num_scored_tokens: int,
+    num_reference_tokens: int,
+    tokens_per_example: float,
+) -> FinishedJob:
+    """Return what a job did and took, by its report, in the numbers of services.estimates.
 
     Args:
         num_scored_tokens: of the validation rows.
-        num_rows_tokens: of the training file's rows.
+        num_reference_tokens: of all rows, which a job on preferences scores by what it starts from.
+        tokens_per_example: of the training file's rows, without virtual tokens.
     """
     epochs: Any = ran.spec.hyperparameters.n_epochs
     has_pairs = ran.spec.dpo is not None
     num_evaluations = len(ran.evaluations) + (ran.base_evaluation is not None)
+    method, params = parse_tuning(ran.spec.tuning)
+    # The run counts the tokens of rows alone.
+    num_rows = ran.tokens_seen / max(1, tokens_per_example) * (2 if has_pairs else 1)
+    num_virtual = method.cost(params, shape).num_virtual_tokens * num_rows
     work = Work(
-        is_whole_model=discover()[ran.method].is_whole_model,
-        num_tokens=ran.tokens_seen,
+        is_whole_model=method.is_whole_model,
+        num_tokens=ran.tokens_seen + round(num_virtual),
         num_supervised_tokens=ran.supervised_tokens_seen,
         num_steps=ran.steps_done,
         num_epochs=max(1, num_evaluations - 1) if ran.stopped_early else epochs,
         num_evaluations=num_evaluations,
         num_scored_tokens=num_scored_tokens,
         num_prompts=len(ran.spec.training.sample_prompts),
-        num_reference_tokens=(num_rows_tokens + num_scored_tokens) if has_pairs else 0,
+        num_reference_tokens=num_reference_tokens if has_pairs else 0,
         num_parameters=ran.num_trained_parameters,
         artifact_bytes=ran.artifact_bytes or 0,
     )

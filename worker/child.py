@@ -11,7 +11,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from luthier.core.errors import SelfCheckError
 from luthier.core.events import TrainingEvent, parse_event
-from luthier.core.process import CHILD_LOG_NAME
+from luthier.core.process import CHILD_LOG_NAME, tied_python
 
 if TYPE_CHECKING:
     from worker.spare import SpareRun, WarmSpare
@@ -218,10 +217,9 @@ def _files_of(run_dir: Path) -> set[Path]:
 
 
 def _spawn(run_dir: Path, num_threads: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-P", "-m", "luthier.training", str(run_dir)]
     with (run_dir / CHILD_LOG_NAME).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
+            tied_python("-m", "luthier.training", str(run_dir)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

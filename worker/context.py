@@ -1,6 +1,8 @@
 """What one worker process is made of; passed to the tasks as a value."""
 
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -8,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import ColumnElement
@@ -21,6 +24,7 @@ from luthier.storage.store import Storage
 from luthier.trackers import discover
 from services import workers
 from services.bell import Bell, Ring, make_celery
+from services.leases import Lease
 from worker.spare import WarmSpare
 
 # In the main process one for each thread of maintenance, webhooks, metrics; jobs need fewer.
@@ -105,6 +109,10 @@ class WorkerContext:
         """Select the jobs that this machine can run."""
         return workers.can_run(self.list_bases(), self.unreadable)
 
+    def run_dir(self, lease: Lease) -> Path:
+        """Return where an attempt works; what a kill leaves there is removed by maintenance."""
+        return self.settings.runs_dir.absolute() / lease.job_id / f"e{lease.epoch}"
+
     def read_catalogue(self) -> None:
         """Take the catalogue as it is now; a broken one changes nothing."""
         self.catalogue = read_again(self.settings.models_file, self.catalogue)
@@ -126,6 +134,13 @@ class WorkerContext:
         if self.settings.device == "cuda" or may_be_gpu:
             return None
         return int(self.facts["memory_bytes"])
+
+
+def remove_run_dir(run_dir: Path) -> None:
+    """Remove where an attempt worked, and its job's folder unless another attempt is at work in it."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        run_dir.parent.rmdir()
 
 
 def stop_on_signals(context: WorkerContext) -> None:

@@ -8,14 +8,13 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import msgspec
 
 from luthier.core.errors import StalledError, WorkerCrashedError, make_job_error
-from luthier.core.process import bare_environment
+from luthier.core.process import bare_environment, tied_python
 from luthier.data.prepare_process import ANSWER_NAME, QUESTION_NAME, Answer, Prepared, Question, out_of_memory
 from worker.context import WorkerContext
 from worker.keeper import STALL_FACTOR, LeaseKeeper
@@ -43,10 +42,9 @@ def run_prepare(context: WorkerContext, keeper: LeaseKeeper, folder: Path, quest
         LeaseLostError: when the job was cancelled or taken away.
     """
     (folder / QUESTION_NAME).write_bytes(msgspec.json.encode(question))
-    command = [sys.executable, "-P", "-m", "luthier.data.prepare_process", str(folder)]
     with (folder / _LOG_NAME).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
+            tied_python("-m", "luthier.data.prepare_process", str(folder)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

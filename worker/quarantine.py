@@ -1,12 +1,11 @@
 """Whether this worker may claim jobs to train: not while its training processes die at once."""
 
-import os
 import subprocess
-import sys
 
 import structlog
 
 from luthier.core.errors import UnsuitableMachineError
+from luthier.core.process import tied_python
 from services import workers
 from worker.child import child_environment
 from worker.context import WorkerContext
@@ -61,10 +60,9 @@ def _quarantine(context: WorkerContext, fault: str) -> float:
 
 def test_machine(context: WorkerContext) -> str | None:
     """Start what a training process starts; return what is wrong, None when nothing is."""
-    command = [sys.executable, "-P", "-c", _TEST, context.settings.device]
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
+            tied_python("-c", _TEST, context.settings.device),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env=child_environment(context.num_threads),

@@ -7,11 +7,11 @@ import os
 import select
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import IO
 
+from luthier.core.process import tied_python
 from worker.child import child_environment
 
 _MAX_ANSWER_BYTES = 100
@@ -94,10 +94,9 @@ class WarmSpare:
             if self._process is None or self._process.poll() is not None:
                 self._end()
                 self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                command = [sys.executable, "-P", "-m", "luthier.training", "--forks"]
                 with theirs:
                     self._process = subprocess.Popen(
-                        [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
+                        tied_python("-m", "luthier.training", "--forks"),
                         stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,
                         # A run sets its own number of threads.

@@ -3,15 +3,14 @@
 Until a job has finished on a base, estimates of seconds rest on it.
 """
 
-import os
 import subprocess
-import sys
 
 import structlog
 from pydantic import ValidationError
 
 from luthier.core.cost_model import DeviceSpeed
 from luthier.core.errors import LuthierError
+from luthier.core.process import tied_python
 from services import speeds
 from worker.child import child_environment
 from worker.context import WorkerContext
@@ -34,10 +33,9 @@ def measure_once(context: WorkerContext) -> None:
 
 
 def _measure(context: WorkerContext) -> DeviceSpeed:
-    asked = [context.settings.device, str(context.num_threads)]
-    command = [sys.executable, "-P", "-m", "luthier.training", "--measure-speed", *asked]
+    asked = (context.settings.device, str(context.num_threads))
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "luthier.core.process", str(os.getpid()), *command],
+        tied_python("-m", "luthier.training", "--measure-speed", *asked),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

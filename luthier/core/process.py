@@ -26,6 +26,12 @@ def bare_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in _BARE_VARIABLES}
 
 
+def tied_python(*arguments: str) -> list[str]:
+    """Return the command that runs Python with arguments, and ends with the thread that starts it."""
+    python = [sys.executable, "-P"]
+    return [*python, "-m", "luthier.core.process", str(os.getpid()), *python, *arguments]
+
+
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
     """Ask the kernel to signal this process when its parent ends. Call it in the child, after any setuid.
 

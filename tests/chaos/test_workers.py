@@ -343,7 +343,7 @@ def _let_die(context: WorkerContext, monkeypatch: pytest.MonkeyPatch, *, is_mach
     with monkeypatch.context() as broken:
         claimed = claim(context)
         assert claimed is not None
-        broken.setattr("worker.child.sys.executable", "/bin/false")
+        broken.setattr("sys.executable", "/bin/false")
         if not is_machine:
             broken.setattr("worker.quarantine.test_machine", lambda _: None)
         train(context, claimed)
@@ -424,7 +424,7 @@ def test_ten_jobs_beside_a_worker_that_can_run_no_process_all_succeed_on_the_oth
         prepare(context, job_id)
     while set(_statuses(client, jobs)) != {"succeeded"}:
         with monkeypatch.context() as broken:
-            broken.setattr("worker.child.sys.executable", "/bin/false")
+            broken.setattr("sys.executable", "/bin/false")
             work(context)
         with monkeypatch.context() as well:
             well.setattr("worker.tasks.train.start_child", _scripted_child)
@@ -509,7 +509,7 @@ def test_a_worker_that_can_run_no_process_fails_no_job_and_tests_itself_before_i
 
     end_pauses()
     with monkeypatch.context() as broken:
-        broken.setattr("worker.child.sys.executable", "/bin/false")
+        broken.setattr("sys.executable", "/bin/false")
         assert claim(context) is None
     with context.database.transaction() as session:
         worker = session.get_one(Worker, context.worker_id)

@@ -250,30 +250,32 @@ def test_a_project_has_one_estimate_at_a_time(
         may_end.set()
         assert first.result().status_code == 200
     assert (second.status_code, second.headers["retry-after"]) == (429, "1")
-    assert "one at a time" in second.json()["error"]["message"]
+    assert "estimates being made, and the limit is 1 at a time" in second.json()["error"]["message"]
     assert _post(api, "/estimate", body).status_code == 200
 
 
+# With virtual tokens, which a run does not count among its own.
+@pytest.mark.parametrize("tuning", [{"type": "lora"}, {"type": "prompt"}], ids=lambda tuning: tuning["type"])
 def test_seconds_come_from_the_device_and_then_from_finished_jobs(
-    api: Api, settings: Settings, file_id: str
+    api: Api, settings: Settings, file_id: str, tuning: dict[str, str]
 ) -> None:
     """Without any measurement there are none, and no worker has to load a base to give them."""
-    unknown = _estimate(api, file_id)
+    unknown = _estimate(api, file_id, tuning=tuning)
     assert (unknown["seconds"], unknown["peak_memory_bytes"], unknown["basis"]) == (None, None, None)
     assert "No worker has measured" in unknown["reason"]
     context = make_context(settings)
     measure_once(context)
     sweep(context)
-    measured = _estimate(api, file_id)
+    measured = _estimate(api, file_id, tuning=tuning)
     assert measured["basis"]["finished_jobs"] == 0
     assert measured["seconds"]["total"] > 0
     assert measured["peak_memory_bytes"] > 0
-    job = _post(api, "", {"model": "tiny-llama", "training_file": file_id}).json()
+    job = _post(api, "", {"model": "tiny-llama", "training_file": file_id, "tuning": tuning}).json()
     prepare(context, job["id"])
     assert train_next(context)
     url = f"{api.base_url}/v1/fine_tuning/jobs/{job['id']}"
     run = httpx2.get(f"{url}/report", headers=api.headers).json()["run"]
-    after = _estimate(api, file_id)
+    after = _estimate(api, file_id, tuning=tuning)
     assert after["basis"]["finished_jobs"] == 1
     # The same job again takes what the first one took.
     for phase in ("load", "train", "evaluate", "save"):

@@ -293,7 +293,7 @@ def test_a_job_that_crashes_every_time_fails_after_its_last_attempt(
     client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = _prepare_long_job(client, context)
-    monkeypatch.setattr("worker.child.sys.executable", "/bin/false")
+    monkeypatch.setattr("sys.executable", "/bin/false")
     # The job's processes die, and the machine is well.
     monkeypatch.setattr("worker.quarantine.test_machine", lambda _: None)
     for _ in range(3):

@@ -1,7 +1,5 @@
 """Prepare: check a job's files for good, count them, put numbers where "auto" stood. No torch, no slot."""
 
-import contextlib
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from services.events import NewEvent
 from services.leases import Lease, LeaseLostError
 from services.reports import FileReport, PrepareReport
 from worker.bases import ensure_jobs_base
-from worker.context import WorkerContext
+from worker.context import WorkerContext, remove_run_dir
 from worker.giving_back import GIVEN_BACK, full_disk_named, give_back
 from worker.keeper import LeaseKeeper, kept_lease
 from worker.parents import check_parents
@@ -147,16 +145,12 @@ def _run(context: WorkerContext, claimed: _Claimed, keeper: LeaseKeeper) -> _Pre
         )
     base = ensure_jobs_base(context, claimed.lease, entry)
     check_parents(context, claimed.spec, base)
-    # Where run directories are, so that what a kill leaves is removed with theirs.
-    runs, lease = context.settings.runs_dir.absolute(), claimed.lease
-    folder = runs / lease.job_id / f"e{lease.epoch}"
+    folder = context.run_dir(claimed.lease)
     folder.mkdir(parents=True)
     try:
         return _prepare_files(context, claimed, keeper, base, folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()  # unless another attempt of this job is at work in it
+        remove_run_dir(folder)
 
 
 def _prepare_files(

@@ -4,7 +4,6 @@ Load, run, apply: a claim in one short transaction, a run with no session open, 
 under the claim's fence. A job that is given back goes on from its newest save point.
 """
 
-import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from services.leases import Lease, LeaseLostError
 from services.memory import Waiting
 from worker.bases import ensure_jobs_base
 from worker.child import start_child
-from worker.context import WorkerContext
+from worker.context import WorkerContext, remove_run_dir
 from worker.giving_back import GIVEN_BACK, full_disk_named, give_back
 from worker.keeper import LeaseKeeper, kept_lease
 from worker.loans import Loan, borrow
@@ -69,7 +68,7 @@ class Claimed:
 def train(context: WorkerContext, claimed: Claimed) -> None:
     """Run a claimed job to an end."""
     log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.epoch)
-    run_dir = context.settings.runs_dir.absolute() / claimed.lease.job_id / f"e{claimed.lease.epoch}"
+    run_dir = context.run_dir(claimed.lease)
     tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
     try:
         try:
@@ -89,9 +88,7 @@ def train(context: WorkerContext, claimed: Claimed) -> None:
     finally:
         tracking.end()
         _release_memory(context, claimed.lease, claimed.loan)
-        shutil.rmtree(run_dir, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            run_dir.parent.rmdir()  # unless another attempt of this job is at work in it
+        remove_run_dir(run_dir)
 
 
 def claim(context: WorkerContext) -> Claimed | None:

@@ -10,6 +10,12 @@ depends_on = None
 
 
 def upgrade() -> None:
+    create_tables()
+    op.add_column("jobs", sa.Column("peak_bytes", sa.BigInteger(), nullable=True))
+    op.add_column("jobs", sa.Column("least_bytes", sa.BigInteger(), nullable=True))
+
+
+def create_tables() -> None:
     op.create_table(
         "memory_devices",
         sa.Column("hostname", sa.Text(), nullable=False),
@@ -36,8 +42,6 @@ def upgrade() -> None:
             "hostname", "device", "kind", "holder_id", "lease_epoch", name="pk_memory_grants"
         ),
     )
-    op.add_column("jobs", sa.Column("peak_bytes", sa.BigInteger(), nullable=True))
-    op.add_column("jobs", sa.Column("least_bytes", sa.BigInteger(), nullable=True))
 
 
 def downgrade() -> None:

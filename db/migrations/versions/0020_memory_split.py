@@ -3,6 +3,8 @@
 Grants are those of attempts that run; no worker runs while it is applied.
 """
 
+import importlib
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -29,29 +31,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("memory_grants")
-    op.create_table(
-        "memory_devices",
-        sa.Column("hostname", sa.Text(), nullable=False),
-        sa.Column("device", sa.Text(), nullable=False),
-        sa.Column("total_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("seen_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.PrimaryKeyConstraint("hostname", "device", name="pk_memory_devices"),
-    )
-    op.create_table(
-        "memory_grants",
-        sa.Column("hostname", sa.Text(), nullable=False),
-        sa.Column("device", sa.Text(), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
-        sa.Column("holder_id", sa.Text(), nullable=False),
-        sa.Column("lease_epoch", sa.BigInteger(), server_default="0", nullable=False),
-        sa.Column("num_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("wanted_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("floor_bytes", sa.BigInteger(), server_default="0", nullable=False),
-        sa.Column("version", sa.BigInteger(), server_default="0", nullable=False),
-        sa.Column("told", sa.Text(), nullable=True),
-        sa.Column("since", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint(
-            "hostname", "device", "kind", "holder_id", "lease_epoch", name="pk_memory_grants"
-        ),
-    )
+    importlib.import_module("db.migrations.versions.0012_memory").create_tables()
