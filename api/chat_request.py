@@ -74,7 +74,7 @@ class _Named(msgspec.Struct):
 
 
 async def read_model_name(body: bytes) -> str | LuthierError:
-    """Return the name that a request asks for, or what is wrong with it: only a caller with a key is told."""
+    """Return the name that a request asks for, or what is wrong with it, for a caller with a key."""
     if len(body) <= _MAX_INLINE_BYTES:
         return _model_name(body)
     return await run_in_threadpool(_model_name, body)

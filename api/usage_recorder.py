@@ -51,7 +51,7 @@ class UsageRecorder:
         except UnavailableError:
             _log.warning("usage could not be stored yet", num_owners=len(counts))
         except Exception:  # noqa: BLE001
-            # Counting goes on for as long as the process lives.
+            # Counting continues for as long as the process lives.
             _log.exception("usage could not be stored", num_owners=len(counts))
         else:
             return

@@ -229,14 +229,14 @@ def make_table(rows: dict[str, Any]) -> str:
     for name, row in sorted(rows.items()):
         if "estimate" not in row:
             continue
-        reports, told = [run["report"] for run in row["runs"]], row["estimate"]
+        reports, estimates = [run["report"] for run in row["runs"]], row["estimate"]
         seconds = statistics.median(_total(report["seconds"]) for report in reports)
         peak = statistics.median(report["peak_memory_bytes"] for report in reports)
         cells = [name, str(len(reports)), f"{seconds:.1f}"]
         for phase, most in (("before", MAX_OFF_BEFORE), ("after", MAX_OFF_AFTER)):
-            total = _total(told[phase])
+            total = _total(estimates[phase])
             cells += [f"{total:.1f}", _off(total, seconds, most)]
-        need = told["peak_memory_bytes"]
+        need = estimates["peak_memory_bytes"]
         cells += [f"{peak / 2**20:,.0f}", f"{need / 2**20:,.0f}", _off(need, peak, MAX_BYTES_OFF)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -213,9 +213,9 @@ class Job(Owned, Table):
     fault_code: Mapped[str | None]
     # Ids of workers that take it again only when no other can, or some minutes after `not_before`.
     avoided_workers: Mapped[list[Any]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
-    # Nobody claims it before; a fault sets it.
+    # No worker claims it before; a fault sets it.
     not_before: Mapped[datetime | None]
-    # What it was told last that it waits for.
+    # What its last event of that kind says that it waits for.
     waits_for: Mapped[str | None]
     # When what an ended job no longer needs was deleted from storage.
     tidied_at: Mapped[datetime | None]

@@ -11,7 +11,7 @@ from db.tables import Job, JobEvent
 from luthier.core.ids import new_id
 
 CHANNEL = "luthier_job_events"
-# Of the steps that are as many events back, one in so many stays: some 3,000 events of a million steps.
+# Steps that are this many events old, and of how many one is kept: some 3,000 events of a million steps.
 _KEPT_ONE_IN = {1_000: 10, 10_000: 100, 100_000: 1_000}
 _THIN_EVERY = 1_000
 _MAX_THINNED = 5_000

@@ -68,7 +68,7 @@ class Lease:
 def list_unchecked(
     session: Session, worker_id: str, *, limit: int, can_run: ColumnElement[bool]
 ) -> Sequence[str]:
-    """Return ids of jobs whose files nobody checks yet and the worker may check, projects in turn."""
+    """Return ids of jobs whose files wait for a check that the worker may make, projects in turn."""
     fitting = select(Job.id).where(_is_unchecked(), workers.may_take(worker_id), can_run)
     return session.scalars(fitting.order_by(*by_turns("prepare")).limit(limit)).all()
 
@@ -331,7 +331,7 @@ def retry_or_fail(
 
 
 def _is_stopping(session: Session, job: Job) -> bool:
-    """Whether an attempt was asked to stop, by its worker or by a pause: its end is nobody's crash."""
+    """Whether an attempt was asked to stop, by its worker or by a pause: its end is no crash."""
     return attempts.is_stopping(session, job) or job.status in (JobStatus.PAUSING, JobStatus.QUEUED)
 
 
@@ -364,10 +364,10 @@ def _end_broken(session: Session, job: Job, error: LuthierError, *, outcome: str
     attempts.end(session, job.id, job.lease_epoch, outcome)
     job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
     job.status = WAITS_AS[JobStatus(job.status)].value
-    goes_on = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"
+    how = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"
     where = "its last save point" if job.save_points else "its beginning"
     session.flush()
-    message = f"{error.message} The job {goes_on} {where}."
+    message = f"{error.message} The job {how} {where}."
     events.append(session, job.id, [NewEvent(message, level="warn", data={"code": error.code})])
     return JobStatus(job.status)
 
@@ -403,9 +403,9 @@ def put_off(
     if job.num_faults >= _MAX_FAULTS and not (isinstance(error, UnavailableError) and error.retryable):
         fail(session, lease, error)
         return JobStatus.FAILED
-    told = NewEvent(f"The job waits: {error.message}", level="warn", data={}) if is_new else None
+    event = NewEvent(f"The job waits: {error.message}", level="warn", data={}) if is_new else None
     status = WAITS_AS[JobStatus(job.status)]
-    leave(session, lease, status, outcome="unavailable", event=told)
+    leave(session, lease, status, outcome="unavailable", event=event)
     return status
 
 

@@ -64,7 +64,7 @@ def choose(
     One that fits once others have ended is not overtaken. One that needs some of serving's part is.
 
     Args:
-        device: where the job would run; None where its memory is not known, so that nobody counts it.
+        device: where the job would run; None where its memory is not known and not counted.
         fits: which jobs the worker may take and its machine can run.
         lent: a job, and the bytes of serving's part that it may have.
         is_final: whether serving was asked for what a job lacks. One whose peak is rough then starts, alone,
@@ -114,7 +114,7 @@ def choose(
 
 
 def _lock(session: Session, device: Device) -> int:
-    """Let nobody else give out memory of a device until the transaction ends; return what jobs hold of it."""
+    """Lock a device's memory until the transaction ends; return what jobs hold of it."""
     lock_key(session, f"memory of {device}")
     is_on = (MemoryGrant.hostname == device.hostname) & (MemoryGrant.device == device.name)
     held = select(func.coalesce(func.sum(MemoryGrant.num_bytes), 0)).where(

@@ -24,7 +24,7 @@ from services.events import NewEvent
 
 # A worker that was not heard of for so long counts as gone.
 ALIVE_SECONDS = 30
-# After so long nobody asks what it had.
+# After this time its row is of no use.
 _KEPT_SECONDS = 24 * 3600
 # Training processes that died at once, of different jobs and in all, after which a worker is quarantined.
 _MAX_DEATHS_OF_JOBS = 2
@@ -205,7 +205,7 @@ class Quarantine:
 
 
 def find_quarantine(session: Session, worker_id: str) -> Quarantine | None:
-    """Return a worker's quarantine, None when it has none; who is told that it is due makes the test."""
+    """Return a worker's quarantine, None when it has none; the caller for whom it is due makes the test."""
     reason = session.scalar(select(Worker.quarantine_reason).where(Worker.id == worker_id))
     if reason is None:
         return None
@@ -237,7 +237,7 @@ def tell_waiting(session: Session) -> None:
 
 
 def note_waiting(session: Session, job_id: str, what: str, data: dict[str, Any] | None = None) -> None:
-    """Tell a job what it waits for, unless it was told that last."""
+    """Say in an event what a job waits for, unless its last such event says that."""
     changed = session.scalar(
         update(Job)
         .where(Job.id == job_id, Job.waits_for.is_distinct_from(what))

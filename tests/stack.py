@@ -6,12 +6,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.folders import TEMPORARY_FOLDER
+from tests.tiny import BASE_ID, CONTEXT_LENGTH, build_tiny_base
 
 ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 60.0
@@ -117,6 +119,35 @@ class Stack:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(timeout=30)
+
+
+def up_command(home: Path, port: int) -> list[str]:
+    """Return the command of the whole real service."""
+    return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
+
+
+@contextlib.contextmanager
+def tiny_stack(**environment: str) -> Iterator[Stack]:
+    """Hold the whole real service over the tiny base, ready."""
+    with stack_folder() as folder:
+        build_tiny_base(folder / "bases" / BASE_ID)
+        models_file = folder / "models.toml"
+        models_file.write_text(
+            f'[bases.{BASE_ID}]\nsource = "path:{folder / "bases" / BASE_ID}"\nlicence = "Apache-2.0"\n'
+            f"context_length = {CONTEXT_LENGTH}\nmemory_gib = 0.1\n"
+        )
+        made = Stack(folder, up_command)
+        made.environment |= {
+            "LUTHIER_BASES_DIR": str(folder / "bases"),
+            "LUTHIER_MODELS_FILE": str(models_file),
+            "LUTHIER_PRELOAD_BASE": BASE_ID,
+            "LUTHIER_NUM_THREADS": "1",
+            **environment,
+        }
+        try:
+            yield made.start().until_ready()
+        finally:
+            made.stop()
 
 
 @contextlib.contextmanager

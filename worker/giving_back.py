@@ -40,7 +40,7 @@ def give_back(context: WorkerContext, lease: Lease, error: LuthierError) -> None
     """Let a job wait for a better time; one that was asked to pause is paused.
 
     Args:
-        error: what is away, refuses or lacks; users are told.
+        error: what is away, refuses or lacks; users read its message.
     """
     try:
         with context.database.transaction() as session:
@@ -52,7 +52,7 @@ def give_back(context: WorkerContext, lease: Lease, error: LuthierError) -> None
                 is_machine=isinstance(error, _OF_THIS_MACHINE),
             )
     except UnavailableError:
-        # The database itself is away: the lease runs out, and who reaches it then goes on.
+        # The database itself is away: the lease runs out, and the worker that reaches it then continues.
         _log.warning("not given back, the database is away", job_id=lease.job_id)
     except LeaseLostError:
         _log.info("the job is no longer ours", job_id=lease.job_id)

@@ -13,7 +13,7 @@ from services.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()
-# A process may be silent for so many times its longest silence that something came after.
+# A process may be silent for this multiple of its longest silence so far.
 STALL_FACTOR = 5.0
 
 
@@ -59,7 +59,7 @@ class LeaseKeeper:
                 self.on_lost()
                 return
             except Exception as error:  # noqa: BLE001
-                # Whatever the database answers, or does not: the work goes on, and the lease is renewed as
+                # Whatever the database answers, or does not: the work continues, and the lease is renewed as
                 # soon as that can be; its own end decides whose job it is.
                 _log.warning("lease not renewed", job_id=self._lease.job_id, error=type(error).__name__)
 

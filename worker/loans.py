@@ -22,7 +22,7 @@ _CONNECT_SECONDS = 1.0
 # Giving back waits for the step that runs.
 _READ_SECONDS = 5.0
 _LOCAL_ORIGIN = "http://inference"
-# A worker that is slow to repeat a loan keeps it for so many leases.
+# In leases: how long a loan is kept that its worker is slow to repeat.
 _LEASES = 4
 
 

@@ -81,7 +81,7 @@ def run_job_process(settings: Settings, worker_id: str, parent_pid: int, *, has_
     os.set_blocking(on_signal, False)
     signal.set_wakeup_fd(on_signal)
     stop_on_signals(context)
-    # Its worker answers it, and tells of it by the standard input.
+    # Its worker answers it, and passes it on by the standard input.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The first job would wait for its imports otherwise.
     context.keep_spare()

@@ -26,7 +26,7 @@ def measure_once(context: WorkerContext) -> None:
             speed = speeds.find_speed(session, hostname=context.hostname, num_threads=context.num_threads)
         speed = speed or _measure(context)
     except (LuthierError, OSError, subprocess.SubprocessError, ValidationError) as error:
-        # Jobs need no estimates, and a job that finishes tells more.
+        # Jobs need no estimates, and a job that finishes says more.
         _log.warning("speed of the device not measured", reason=type(error).__name__)
         return
     context.facts["speed"] = speed.model_dump()

@@ -5,7 +5,7 @@ another project, or none, attacks it in each known way in turn (attacks.py). Bar
 stream is refused or breaks off, every attack is answered or refused, no stream pauses for more than 250 ms
 beyond the longest pause undisturbed, and the memory of API (with the processes that it starts) and inference
 server grows by at most 256 MiB. All share the machine's processors: a control sends as many bytes in harmless
-requests, so that what any client takes can be told from what an attack does.
+requests, so that what any client takes can be distinguished from what an attack does.
 """
 
 import argparse
@@ -171,9 +171,9 @@ class Run:
         if name not in ATTACKS:
             await asyncio.sleep(self._seconds)
             return {"statuses": {}, "num_bytes": 0}
-        told = await asyncio.to_thread(self._client.ask, {"run": name, "seconds": self._seconds})
+        answer = await asyncio.to_thread(self._client.ask, {"run": name, "seconds": self._seconds})
         await asyncio.sleep(_AFTERMATH_SECONDS)
-        return told
+        return answer
 
     async def _watch(self, name: str) -> dict[str, Any]:
         for pid in (self._pids["api"], self._pids["inference"]):

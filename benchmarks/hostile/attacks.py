@@ -82,7 +82,7 @@ def _ask(target: Target, path: str, rest: bytes) -> bytes:
 
 
 def _items(item: bytes, num_bytes: int = _LARGE - 1024) -> bytes:
-    """Return so many bytes of a list's items; a `%d` in one becomes its number."""
+    """Return `num_bytes` of a list's items; a `%d` in one becomes its number."""
     if b"%d" not in item:
         return b",".join([item] * (num_bytes // (len(item) + 1)))
     return b",".join(item % number for number in range(num_bytes // (len(item) + 6)))
@@ -243,10 +243,10 @@ class _Client:
         else:
             work = [self._send_in_turn(attack, numbers, i, deadline) for i in range(attack.num_open)]
         await asyncio.gather(*work)
-        told = {"statuses": dict(self._statuses), "num_bytes": self._num_bytes}
+        answer = {"statuses": dict(self._statuses), "num_bytes": self._num_bytes}
         for job_id in self.ids["ftjob"]:
             await self.send(self._target.port, _request(self._target, f"{JOBS}/{job_id}/cancel", b""))
-        return told
+        return answer
 
     async def _send_in_turn(self, attack: Attack, numbers: Iterator[int], i: int, deadline: float) -> None:
         await asyncio.sleep(i * attack.every_seconds)
@@ -307,12 +307,12 @@ def main() -> None:
     target = Target(**json.loads(sys.argv[1]))
     requests: list[bytes] = []
     for line in sys.stdin:
-        order, told = json.loads(line), {}
+        order, answer = json.loads(line), {}
         if "prepare" in order:
             requests = ATTACKS[order["prepare"]].build(target)
         else:
-            told = asyncio.run(_Client(target, requests).run(ATTACKS[order["run"]], order["seconds"]))
-        print(json.dumps(told), flush=True)
+            answer = asyncio.run(_Client(target, requests).run(ATTACKS[order["run"]], order["seconds"]))
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class LoanRequest(BaseModel):
     """A request for bytes of a server's idle KV cache for a job on the same device; it replaces that loan.
 
     `hostname` is None where the server is known to be on the job's machine. Less than `least_bytes` is of no
-    use; 0 for `num_bytes` gives the loan back. It lapses after so many seconds.
+    use; 0 for `num_bytes` gives the loan back. It lapses after `seconds`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -7,7 +7,7 @@ MAX_VALUES = 250_000
 def max_num_values(text: bytes) -> int:
     """Return a number of values that a JSON text has at most.
 
-    Commas within strings are told from others only when the count is above MAX_VALUES with them.
+    Commas within strings are left out only when the count is above MAX_VALUES with them.
     """
     found = _count_separators(text)
     if found <= MAX_VALUES:

@@ -89,7 +89,7 @@ class CheckProcess:
         Raises:
             InvalidFileFormatError: when the file breaks its format.
             UnavailableError: when the process has ended without an answer.
-            RuntimeError: when it failed as nobody expected; names kind and place.
+            RuntimeError: when it failed unexpectedly; names kind and place.
         """
         self._input.close()
         content = self._output.read()

@@ -2,7 +2,7 @@
 
 It may be ended at any moment, has a limit of memory, and is given no secret. FOLDER holds question.json and
 the files as `training` and `validation`; the process leaves answer.json and the prepared rows there, and
-writes a line to standard output now and then while it goes on.
+writes a line to standard output now and then while it makes progress.
 """
 
 import errno
@@ -78,22 +78,25 @@ def main(folder: Path) -> None:
     try:
         answer = Answer(prepared=_prepare(question, folder))
     except LuthierError as error:
-        answer = Answer(failure=Failure(error.code, error.message, error.param))
+        answer = Answer(failure=_failure(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        answer = Answer(failure=Failure(StorageFullError.code, "The worker's disk is full.", None))
+        answer = Answer(failure=_failure(StorageFullError("The worker's disk is full.")))
     except MemoryError:
-        told = out_of_memory(question.max_memory_bytes)
-        answer = Answer(failure=Failure(told.code, told.message, told.param))
+        answer = Answer(failure=_failure(out_of_memory(question.max_memory_bytes)))
     (folder / ANSWER_NAME).write_bytes(msgspec.json.encode(answer))
+
+
+def _failure(error: LuthierError) -> Failure:
+    return Failure(error.code, error.message, error.param)
 
 
 def out_of_memory(max_bytes: int) -> OutOfMemoryError:
     """Return the error of files whose preparation takes more memory than it may."""
     return OutOfMemoryError(
         f"The job's files take more than {max_bytes / 1e9:.1f} GB of memory to prepare "
-        "(LUTHIER_MAX_PREPARE_BYTES). Send fewer rows, or a validation_file in place of "
+        "(LUTHIER_MAX_PREPARE_BYTES). Send fewer rows, or a validation_file instead of "
         "training.validation_split.",
         param="training_file",
     )

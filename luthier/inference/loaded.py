@@ -42,7 +42,7 @@ class LoadedArtifacts:
         max_waiting: requests that may wait for what is not in memory yet; more are refused.
         max_installed: artifacts that may lie on plain bases; the one unused for longest leaves first.
         fit: makes room for so many more bytes of the process, and returns how many are missing all the same.
-        drop_base: drops a base that nobody needs, and returns whether there was one.
+        drop_base: drops a base that no request needs, and returns whether there was one.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class LoadedArtifacts:
         """Return a model in memory, which stays there until it is released as often as it was held.
 
         Args:
-            pinned_by: the project as whose pinned model it stays when nobody holds it, for a day or until it
+            pinned_by: the project as whose pinned model it stays when idle, for a day or until it
                 is held without one; as far as that project's share of the memory goes.
 
         Returns:

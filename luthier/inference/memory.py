@@ -1,6 +1,6 @@
 """What this process may hold of its device's memory, and what of that it lends to jobs.
 
-Pages of keys and values that nobody uses make room for what is loaded, and are lent; then idle artifacts and
+Unused pages of keys and values make room for what is loaded, and are lent; then idle artifacts and
 bases leave (loaded.py); what answers need, never. Runs on the event loop; lanes are touched on the engine's
 thread alone.
 """
@@ -76,7 +76,7 @@ class MemoryLimit:
         return self._own_bytes - sum(num_bytes for num_bytes, _ in self._loans.values())
 
     async def lend(self, asked: LoanRequest, loading_bytes: int) -> int:
-        """Lend what pages can give up, in place of what the loan was before.
+        """Lend what pages can give up; it replaces what the loan was before.
 
         Args:
             loading_bytes: what is on its way to the memory.
@@ -97,7 +97,7 @@ class MemoryLimit:
         return self._loans.get(asked.loan_id, (0, 0.0))[0]
 
     async def fit(self, num_bytes: int) -> int:
-        """Bring pages to where so many more bytes stay below the limit, or as near as they can.
+        """Shrink pages until `num_bytes` more stay below the limit, or as far as they can.
 
         Args:
             num_bytes: what is about to be taken beside what the process has.

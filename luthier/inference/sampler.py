@@ -30,7 +30,7 @@ def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | 
     answer in any batch on a CPU. On CUDA products depend on the batch, so logits may differ in the last bits,
     and with them a choice between tokens that are nearly as likely.
     A row that can't be chosen for ends its own sequence with an error (its choice then means nothing) and
-    nobody else's.
+    no other sequence.
 
     Args:
         logits: of B rows or more, on any device; left as they are.

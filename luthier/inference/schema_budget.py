@@ -85,5 +85,5 @@ def _num_places(divisor: Decimal) -> int:
 
 
 def _digits(divisor: Decimal, num_places: int) -> int:
-    """Return a number without its point, written with so many decimal places or with all that it has."""
+    """Return a number's digits without its point, at `num_places` decimal places or all that it has."""
     return int(divisor.scaleb(max(num_places, _num_places(divisor))))

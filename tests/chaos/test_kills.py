@@ -5,17 +5,15 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 
 from tests.rows import colour_rows, jsonl
-from tests.stack import Stack, stack_folder, wait_until
-from tests.tiny import BASE_ID, CONTEXT_LENGTH, build_tiny_base
+from tests.stack import Stack, tiny_stack, wait_until
+from tests.tiny import BASE_ID
 
 _PARTS = {
     "worker": "-m\0worker",
@@ -32,39 +30,19 @@ _LAST_JOBS_SECONDS = 400.0
 _TERMINAL = ("succeeded", "failed", "cancelled")
 
 
-def _command(home: Path, port: int) -> list[str]:
-    return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
-
-
 @pytest.fixture
 def stack() -> Iterator[Stack]:
-    with stack_folder() as folder:
-        build_tiny_base(folder / "bases" / BASE_ID)
-        models_file = folder / "models.toml"
-        models_file.write_text(
-            f'[bases.{BASE_ID}]\nsource = "path:{folder / "bases" / BASE_ID}"\nlicence = "Apache-2.0"\n'
-            f"context_length = {CONTEXT_LENGTH}\nmemory_gib = 0.1\n"
-        )
-        made = Stack(folder, _command)
-        made.environment |= {
-            "LUTHIER_BASES_DIR": str(folder / "bases"),
-            "LUTHIER_MODELS_FILE": str(models_file),
-            "LUTHIER_PRELOAD_BASE": BASE_ID,
-            "LUTHIER_NUM_THREADS": "1",
-            "LUTHIER_INFERENCE_DTYPE": "float32",
-            "LUTHIER_LEASE_SECONDS": "3",
-            "LUTHIER_HEARTBEAT_SECONDS": "0.5",
-            "LUTHIER_SWEEP_SECONDS": "0.5",
-            "LUTHIER_ORPHAN_SECONDS": "5",
-            # A kill is to meet a training process, and not one that waits.
-            "LUTHIER_WARM_SPARE_SECONDS": "0",
-            # How often a job is killed is not what is tested.
-            "LUTHIER_MAX_ATTEMPTS": "100",
-        }
-        try:
-            yield made.start().until_ready()
-        finally:
-            made.stop()
+    with tiny_stack(
+        LUTHIER_LEASE_SECONDS="3",
+        LUTHIER_HEARTBEAT_SECONDS="0.5",
+        LUTHIER_SWEEP_SECONDS="0.5",
+        LUTHIER_ORPHAN_SECONDS="5",
+        # A kill is to meet a training process, and not one that waits.
+        LUTHIER_WARM_SPARE_SECONDS="0",
+        # How often a job is killed is not what is tested.
+        LUTHIER_MAX_ATTEMPTS="100",
+    ) as made:
+        yield made
 
 
 def _client(stack: Stack) -> openai.OpenAI:

@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx2
 import pytest
 
-from tests.stack import Stack, descendants, is_alive, stack_folder, wait_until
-from tests.tiny import BASE_ID, CONTEXT_LENGTH, build_tiny_base
+from tests.stack import Stack, descendants, is_alive, tiny_stack, wait_until
+from tests.tiny import BASE_ID
 
 _PARTS = {
     "postgres": "bin/postgres",
@@ -22,30 +20,10 @@ _PARTS = {
 }
 
 
-def _command(home: Path, port: int) -> list[str]:
-    return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
-
-
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with stack_folder() as folder:
-        build_tiny_base(folder / "bases" / BASE_ID)
-        models_file = folder / "models.toml"
-        models_file.write_text(
-            f'[bases.{BASE_ID}]\nsource = "path:{folder / "bases" / BASE_ID}"\nlicence = "Apache-2.0"\n'
-            f"context_length = {CONTEXT_LENGTH}\nmemory_gib = 0.1\n"
-        )
-        made = Stack(folder, _command)
-        made.environment |= {
-            "LUTHIER_BASES_DIR": str(folder / "bases"),
-            "LUTHIER_MODELS_FILE": str(models_file),
-            "LUTHIER_PRELOAD_BASE": BASE_ID,
-            "LUTHIER_NUM_THREADS": "1",
-        }
-        try:
-            yield made.start().until_ready()
-        finally:
-            made.stop()
+    with tiny_stack() as made:
+        yield made
 
 
 def _chat(stack: Stack) -> int:

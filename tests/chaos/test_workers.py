@@ -113,8 +113,8 @@ def test_a_specification_that_a_worker_can_not_read_costs_that_job_only(
             ("queued", None, 0, None),
         ]
     for job_id in (unchecked, queued):
-        (told,) = [message for message in _messages(client, job_id) if "newer worker" in message]
-        assert field in told
+        (found,) = [message for message in _messages(client, job_id) if "newer worker" in message]
+        assert field in found
     # A newer worker takes it: what it can read it runs.
     _change_spec(
         context, queued, "jsonb_set(spec - 'sharpness', '{spec_version}', '1') #- '{training,sharpness}'"
@@ -318,8 +318,8 @@ def test_a_job_waits_for_a_worker_that_has_its_base(
         work(one)
     for job_id, status in ((unchecked, "validating_files"), (queued, "queued")):
         assert client.fine_tuning.jobs.retrieve(job_id).status == status
-        told = "The job waits for a worker that has the base model tiny-llama"
-        assert _messages(client, job_id).count(told) == 1
+        waiting = "The job waits for a worker that has the base model tiny-llama"
+        assert _messages(client, job_id).count(waiting) == 1
     other.catalogue = full
     claimed = claim(other)
     assert claimed is not None
@@ -431,8 +431,8 @@ def test_ten_jobs_beside_a_worker_that_can_run_no_process_all_succeed_on_the_oth
             claimed = claim(other)
             if claimed is not None:
                 train(other, claimed)
-    told = [message for job_id in jobs for message in _messages(client, job_id)]
-    assert [message for message in told if "claims nothing to train for" in message]
+    messages = [message for job_id in jobs for message in _messages(client, job_id)]
+    assert [message for message in messages if "claims nothing to train for" in message]
     with context.database.transaction() as session:
         assert session.query(Attempt).filter_by(outcome="crashed").count() == 0
 
@@ -470,8 +470,8 @@ def test_a_worker_whose_processes_die_at_once_stops_and_the_queue_is_done_by_the
     assert reason is not None
     assert "ends with exit code 1" in reason
     assert _statuses(client, jobs) == ["succeeded"] * 10
-    told = [message for job_id in jobs for message in _messages(client, job_id)]
-    assert [message for message in told if "claims nothing to train for" in message]
+    messages = [message for job_id in jobs for message in _messages(client, job_id)]
+    assert [message for message in messages if "claims nothing to train for" in message]
     with api.parts.database.transaction() as session:
         assert session.query(Attempt).filter_by(outcome="crashed").count() == 0
 
@@ -485,8 +485,10 @@ def test_a_worker_on_which_two_jobs_die_at_once_is_quarantined(
     for _ in range(2):
         _let_die(context, monkeypatch)
     assert claim(context) is None
-    told = [message for job_id in jobs for message in _messages(client, job_id)]
-    assert len([message for message in told if "its last 2 training processes died at once" in message]) == 1
+    messages = [message for job_id in jobs for message in _messages(client, job_id)]
+    assert (
+        len([message for message in messages if "its last 2 training processes died at once" in message]) == 1
+    )
     assert claim(other) is not None
 
 
@@ -566,7 +568,9 @@ def test_quit_and_a_second_term_stop_a_worker_as_the_first_does(
     with running_worker(settings, tmp_path / "a.log", "--no-broker") as worker:
         wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "running", what="it is taken")
         wait_until(
-            lambda: any("Step" in told for told in _messages(client, job_id)), seconds=90, what="steps"
+            lambda: any("Step" in message for message in _messages(client, job_id)),
+            seconds=90,
+            what="steps",
         )
         # A terminal sends QUIT to the worker and its processes; training has a group of its own.
         for number in (signal.SIGQUIT, signal.SIGTERM, signal.SIGTERM):
@@ -575,4 +579,4 @@ def test_quit_and_a_second_term_stop_a_worker_as_the_first_does(
     with context.database.transaction() as session:
         found = session.get_one(Job, job_id)
         assert (found.num_crashes, found.num_losses, found.status) == (0, 0, "queued")
-    assert any(told.startswith("The worker is stopping") for told in _messages(client, job_id))
+    assert any(message.startswith("The worker is stopping") for message in _messages(client, job_id))

@@ -17,7 +17,7 @@ import pytest
 from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.client import LuthierClient
 from luthier.core.settings import Settings
-from tests.stack import ROOT, Stack, descendants, is_alive, stack_folder, wait_until
+from tests.stack import ROOT, Stack, descendants, is_alive, stack_folder, up_command, wait_until
 
 BASE = "smollm2-135m-instruct"
 NUM_ROWS = 12
@@ -36,11 +36,8 @@ def base() -> Path:
 
 @pytest.fixture(scope="module")
 def stack(base: Path) -> Iterator[Stack]:
-    def command(home: Path, port: int) -> list[str]:
-        return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
-
     with stack_folder() as folder:
-        made = Stack(folder, command)
+        made = Stack(folder, up_command)
         made.environment |= {
             "LUTHIER_INFERENCE_DTYPE": "float32",
             # Short, so that a dead worker's job is taken over within seconds.

@@ -1,7 +1,6 @@
 """Two projects on the real service: what one of them queues keeps nothing of the other waiting behind it."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import pytest
 
 from luthier.core.settings import Settings
 from tests.rows import colour_rows, jsonl
-from tests.stack import Stack, stack_folder, wait_until
+from tests.stack import Stack, stack_folder, up_command, wait_until
 
 pytestmark = pytest.mark.full
 
@@ -26,19 +25,7 @@ _SECONDS = 600
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     with stack_folder() as folder:
-        made = Stack(
-            folder,
-            lambda home, port: [
-                sys.executable,
-                "-m",
-                "luthier.cli.main",
-                "up",
-                "--home",
-                str(home),
-                "--port",
-                str(port),
-            ],
-        )
+        made = Stack(folder, up_command)
         made.environment |= {"LUTHIER_BASES_DIR": str(Settings(_env_file=None).bases_dir)}
         try:
             yield made.start().until_ready()

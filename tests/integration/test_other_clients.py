@@ -15,7 +15,7 @@ from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.environments import make_environment, make_node_folder
 from tests.rows import colour_rows, jsonl
-from tests.stack import Stack, stack_folder
+from tests.stack import Stack, stack_folder, up_command
 from worker.app import sweep
 from worker.context import make_context
 from worker.processes import work
@@ -107,11 +107,8 @@ def test_dspys_bootstrap_finetune_tunes_the_small_base_and_asks_the_model(tmp_pa
     """
     python = make_environment(tmp_path / "environment", "dspy")
 
-    def command(home: Path, port: int) -> list[str]:
-        return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
-
     with stack_folder() as folder:
-        stack = Stack(folder, command)
+        stack = Stack(folder, up_command)
         try:
             stack.start().until_ready()
             connection = json.loads((stack.home / "connection.json").read_text())

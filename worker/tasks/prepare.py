@@ -99,9 +99,9 @@ def _prepare(context: WorkerContext, claimed: _Claimed) -> bool:
     except (LeaseLostError, *GIVEN_BACK):
         raise
     except StoppedError:
-        told = NewEvent("The worker is stopping; the job's files are checked by another", data={})
+        event = NewEvent("The worker is stopping; the job's files are checked by another", data={})
         with context.database.transaction() as session:
-            leases.wait_again(session, lease, outcome="given_back", event=told)
+            leases.wait_again(session, lease, outcome="given_back", event=event)
     except (StalledError, WorkerCrashedError) as error:
         with context.database.transaction() as session:
             leases.retry_or_fail(

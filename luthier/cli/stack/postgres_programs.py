@@ -19,7 +19,7 @@ from luthier.cli.stack.processes import UnixUser
 from luthier.core.process import die_with_parent
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
-# One made for the purpose, else the system's own database user. Not nobody, whom other services share.
+# One made for the purpose, else the system's own database user. Not `nobody`, which other services share.
 _OWN_USER = "luthier"
 _USERS_INSTEAD_OF_ROOT = (_OWN_USER, "postgres")
 _USERADD = ("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", _OWN_USER)
@@ -124,26 +124,26 @@ def call_as(user: UnixUser | None, act: Callable[[], None]) -> None:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        told = "1"
+        message = "1"
         try:
             os.setgroups([])
             os.setgid(user.gid)
             os.setuid(user.uid)
             act()
-            told = ""
+            message = ""
         except StackError as error:
-            told = str(error)
+            message = str(error)
         except OSError as error:
-            told = f"The database's folder can't be used by its user ({error.strerror})."
+            message = f"The database's folder can't be used by its user ({error.strerror})."
         finally:
-            os.write(write_end, told.encode())
+            os.write(write_end, message.encode())
             os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as answer:
-        told = answer.read().decode()
+        message = answer.read().decode()
     os.waitpid(pid, 0)
-    if told:
-        raise StackError(told)
+    if message:
+        raise StackError(message)
 
 
 def run_as(

@@ -53,7 +53,7 @@ def up(
         StackError: when the service can't start; says what to do.
     """
     started_at = time.monotonic()
-    # Files and models are nobody else's to read, whatever the umask of who starts us.
+    # No other user reads files and models, whatever the umask of the caller.
     os.umask(0o077)
     with locked_home(home), run_folder(home) as run:
         _check_port(host, port)
