@@ -12,7 +12,7 @@ from pathlib import Path
 from luthier.core.settings import Settings
 
 # Where a container's limit stands, in the second and the first version of control groups.
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _DEFAULT_RESERVED_SHARE = 10
 # NVML_DEVICE_UUID_V2_BUFFER_SIZE
 _UUID_BYTES = 96
@@ -70,7 +70,7 @@ def format_bytes(num_bytes: int) -> str:
 def _main_memory_bytes() -> int:
     """Return the machine's memory, or a container's limit where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _CGROUP_LIMITS:
+    for path in CGROUP_LIMITS:
         try:
             limit = path.read_text().strip()
         except OSError:

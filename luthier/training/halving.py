@@ -131,9 +131,8 @@ class MicroBatches:
     def _give_up(self, step: int) -> Exception:
         rows = "one row" if len(self._rows) == 1 else f"{len(self._rows)} rows"
         return out_of_memory(
-            self._job.origin.base,
+            self._job.origin,
             self._machine,
-            num_trained=self._trainee.attached.num_trained_parameters,
             num_tokens=self._num_tokens,
             what=f"Step {step}, with {rows} of {self._num_tokens} tokens at a time,",
         )

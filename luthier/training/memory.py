@@ -1,20 +1,17 @@
-"""Memory: how much a run needs, how much there is, and how to tell that it has run out."""
+"""Memory: how much there is, how to recognise that it has run out, and the error that says so."""
 
 import resource
 from pathlib import Path
 
 import torch
 
+from luthier.core.cost_model import peak_bytes
+from luthier.core.devices import CGROUP_LIMITS
 from luthier.core.errors import OutOfMemoryError
-from luthier.core.specs import BaseFacts
+from luthier.core.shapes import read_shape
+from luthier.methods import parse_tuning
+from luthier.training.artifact import Origin
 from luthier.training.device import Machine
-
-# What one token of one layer takes per hidden number, in bytes, in bf16 and without checkpointing.
-_BYTES_PER_TOKEN_LAYER_HIDDEN = 60
-# A trained number in float32, its gradient, and AdamW's two averages.
-_BYTES_PER_TRAINED = 16
-# Where a container's limit stands, in the second and the first version of control groups.
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -24,25 +21,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def needed_bytes(base: BaseFacts, machine: Machine, *, num_trained: int, num_tokens: int) -> int:
-    """Estimate what a step takes: weights, what is trained with its optimizer, and activations.
-
-    Args:
-        num_tokens: padded tokens that are in memory at once.
-    """
-    size = machine.dtype.itemsize
-    weights = base.num_parameters * size
-    # The measured bytes are for two-byte numbers.
-    activations = num_tokens * base.num_layers * base.hidden_size * _BYTES_PER_TOKEN_LAYER_HIDDEN * size // 2
-    return weights + num_trained * _BYTES_PER_TRAINED + activations
-
-
 def there_is_bytes(machine: Machine) -> int:
     """Return the memory that this process could have: the device's, or what system and limits leave."""
     if machine.device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
     limits = [_bytes_in("/proc/meminfo", "MemAvailable") + _bytes_in("/proc/self/status", "VmRSS")]
-    for path in _CGROUP_LIMITS:
+    for path in CGROUP_LIMITS:
         if path.is_file() and (limit := path.read_text().strip()).isdigit():
             limits.append(int(limit))
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
@@ -52,17 +36,25 @@ def there_is_bytes(machine: Machine) -> int:
     return min(limits)
 
 
-def out_of_memory(
-    base: BaseFacts, machine: Machine, *, num_trained: int, num_tokens: int, what: str
-) -> OutOfMemoryError:
-    """Build the error that names the estimated need beside what there was.
+def out_of_memory(origin: Origin, machine: Machine, *, num_tokens: int, what: str) -> OutOfMemoryError:
+    """Build the error that names the need, by the formula of estimates and admission, beside what there was.
 
     Args:
         machine: where it ran.
         num_tokens: padded tokens that were in memory at once.
         what: what did not fit, the start of a sentence.
     """
-    need = needed_bytes(base, machine, num_trained=num_trained, num_tokens=num_tokens)
+    method, params = parse_tuning(origin.spec.tuning)
+    shape = read_shape(Path(origin.inputs.base_path))
+    need = peak_bytes(
+        method.cost(params, shape),
+        shape,
+        device=machine.device,
+        precision=machine.precision,
+        is_whole_model=method.is_whole_model,
+        num_tokens=num_tokens,
+        longest=num_tokens,
+    )
     return OutOfMemoryError(
         f"{what} does not fit into memory: about {_mebibytes(need)} are needed and this worker's "
         f"{machine.device} has {_mebibytes(there_is_bytes(machine))} for it. Use a smaller "

@@ -95,9 +95,8 @@ def _out_of_memory(loop: Loop | None) -> OutOfMemoryError:
             "The device has too little memory to load this base. Use a smaller base, or a worker with more."
         )
     return out_of_memory(
-        loop.job.origin.base,
+        loop.job.origin,
         loop.machine,
-        num_trained=loop.trainee.attached.num_trained_parameters,
         num_tokens=0,
         what="The model, with what is trained and its optimizer,",
     )

@@ -192,9 +192,13 @@ def test_bytes_that_could_not_be_deleted_are_deleted_later(
     assert not [path for path in root.rglob("file-*") if path.is_file()]
 
 
-def test_a_large_body_is_refused_before_a_key_is_looked_at(api: Api) -> None:
+def test_a_large_body_is_refused_on_every_route_and_read_for_a_known_key_alone(api: Api) -> None:
+    content = b'{"a":"' + b"x" * 100_000 + b'"}'
     for path in ("/v1/fine_tuning/jobs", "/v1/keys", "/v1/nothing"):
-        answer = httpx2.post(api.base_url + path, content=b'{"a":"' + b"x" * 2_000_000 + b'"}')
+        url = api.base_url + path
+        answer = httpx2.post(url, content=content)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        answer = httpx2.post(url, content=content * 3, headers=api.headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "file_too_large")
 
 

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -169,8 +170,10 @@ def test_a_dead_engine_ends_its_process_which_says_why(folder: Path, base_folder
     try:
         transport = httpx2.HTTPTransport(uds=str(path), retries=0)
         body = {"model": "m", "prompt": "a", "max_tokens": 1}
-        with httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client:
+        deadline = time.monotonic() + 60
+        with httpx2.Client(transport=transport, base_url="http://inference", timeout=20) as client:
             while process.poll() is None:
+                assert time.monotonic() < deadline, "the process outlives its engine"
                 with contextlib.suppress(httpx2.TransportError):
                     client.post(COMPLETIONS, json=body, headers=BARE.to_headers())
         assert process.wait(60) == 70

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import torch
 
+from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.cost_model import max_part_tokens
-from luthier.core.specs import BaseFacts
+from luthier.core.shapes import read_shape
+from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
+from luthier.training.artifact import Origin
 from luthier.training.device import Machine
-from luthier.training.memory import needed_bytes, out_of_memory, there_is_bytes
+from luthier.training.memory import out_of_memory, there_is_bytes
+from services.estimates import need_memory
+from tests.tiny import build_tiny_base, build_tiny_run
 
 FACTS = BaseFacts(
     id="smollm2-135m-instruct",
@@ -20,18 +25,7 @@ FACTS = BaseFacts(
     num_layers=30,
     hidden_size=576,
 )
-BFLOAT16 = Machine(device="cpu", dtype=torch.bfloat16)
 FLOAT32 = Machine(device="cpu", dtype=torch.float32)
-
-
-def test_the_need_is_weights_and_what_is_trained_and_activations() -> None:
-    weights = 2 * FACTS.num_parameters
-    assert needed_bytes(FACTS, BFLOAT16, num_trained=0, num_tokens=0) == weights
-    assert needed_bytes(FACTS, FLOAT32, num_trained=0, num_tokens=0) == 2 * weights
-    # A float32 number, its gradient and two averages.
-    assert needed_bytes(FACTS, BFLOAT16, num_trained=1000, num_tokens=0) == weights + 16_000
-    small, large = (needed_bytes(FACTS, BFLOAT16, num_trained=0, num_tokens=n) for n in (500, 1000))
-    assert large - weights == 2 * (small - weights) == 60 * 30 * 576 * 1000
 
 
 def test_a_part_is_bounded_by_base_and_kind_of_device_alone() -> None:
@@ -50,7 +44,15 @@ def test_there_is_what_this_process_has_and_what_is_left() -> None:
     assert 10 * 1024**2 < there_is_bytes(FLOAT32) <= 1.05 * total
 
 
-def test_the_error_names_need_and_room() -> None:
-    error = out_of_memory(FACTS, BFLOAT16, num_trained=0, num_tokens=0, what="The base")
+def test_the_error_names_the_need_of_the_estimate_and_what_there_is(tmp_path: Path) -> None:
+    base = build_tiny_base(tmp_path / "base")
+    run = build_tiny_run(tmp_path / "run", base)
+    spec = TrainingSpec.model_validate_json((run / "spec.json").read_text())
+    inputs = RunInputs(job_id="j", model_name="m", base_path=str(base))
+    facts = BaseFacts.model_validate_json((base / FACTS_NAME).read_text())
+    error = out_of_memory(Origin(inputs, spec, facts), FLOAT32, num_tokens=64, what="Step 1")
+    need = need_memory(
+        spec, base=facts, shape=read_shape(base), longest=64, device="cpu", precision="float32"
+    ).least_bytes
     assert error.code == "out_of_memory"
-    assert "The base does not fit into memory: about 257 MiB are needed" in error.message
+    assert f"Step 1 does not fit into memory: about {need / 1024**2:,.0f} MiB are needed" in error.message
