@@ -1,7 +1,16 @@
 """What tests let a worker do."""
 
+from functools import cache
+
 from worker.context import WorkerContext
+from worker.spare import WarmSpare
 from worker.tasks.train import claim, train
+
+
+@cache
+def shared_spare() -> WarmSpare:
+    """Return what many tests' runs are forked from, so that each need not import torch and transformers."""
+    return WarmSpare(idle_seconds=3600)
 
 
 def train_next(context: WorkerContext) -> bool:

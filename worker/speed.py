@@ -23,7 +23,12 @@ def measure_once(context: WorkerContext) -> None:
     """Put the device's speed among the worker's facts: as a worker of this machine measured it, or anew."""
     try:
         with context.database.transaction() as session:
-            speed = speeds.find_speed(session, hostname=context.hostname, num_threads=context.num_threads)
+            speed = speeds.find_speed(
+                session,
+                hostname=context.hostname,
+                num_threads=context.num_threads,
+                device=context.settings.device,
+            )
         speed = speed or _measure(context)
     except (LuthierError, OSError, subprocess.SubprocessError, ValidationError) as error:
         # Jobs need no estimates, and a job that finishes says more.

@@ -13,7 +13,8 @@ from luthier.core.errors import BaseUnavailableError
 
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
-_EXPERTS = re.compile(r"\.experts\.")
+# GraniteMoE keeps all experts of a block in one weight, which it names after the block alone.
+EXPERTS = re.compile(r"\.(experts|block_sparse_moe)\.")
 # A router's weight is no linear layer in transformers.
 _ROUTER = re.compile(r"\.(gate|router)$")
 # Buffers that older libraries wrote among the weights.
@@ -65,7 +66,7 @@ class BaseShape:
     @cached_property
     def has_experts(self) -> bool:
         """Whether blocks are mixtures of experts, whose weights the model keeps outside of linear layers."""
-        return any(_EXPERTS.search(name) for name in self.weights)
+        return any(EXPERTS.search(name) for name in self.weights)
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -78,7 +79,7 @@ class BaseShape:
             path = name.removesuffix(".weight")
             if len(weight.shape) != 2 or path == name or not _IN_A_BLOCK.search(name):
                 continue
-            if self.has_experts and (_EXPERTS.search(name) or _ROUTER.search(path)):
+            if self.has_experts and (EXPERTS.search(name) or _ROUTER.search(path)):
                 continue
             first, second = weight.shape
             found[path] = (first, second) if self.is_transposed else (second, first)

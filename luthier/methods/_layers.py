@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 from luthier.core.errors import InvalidValueError
+from luthier.core.shapes import EXPERTS
 from luthier.methods._patterns import MATCH_SECONDS, match_paths
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def linear_shapes(causal_lm: "PreTrainedModel") -> dict[str, tuple[int, int]]:
 
 def has_experts(causal_lm: "PreTrainedModel") -> bool:
     """Whether blocks are mixtures of experts, whose weights the model keeps outside of linear layers."""
-    return any(".experts." in name for name, _ in causal_lm.named_parameters())
+    return any(EXPERTS.search(name) for name, _ in causal_lm.named_parameters())
 
 
 def choose_layers(

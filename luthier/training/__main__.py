@@ -50,8 +50,11 @@ def main() -> int:
 
     # A process that waits for runs has nothing to save.
     stop.leave_at_once = arguments.forks
+    # What an import makes stays; the collector would go through it again and again, a sixth of the time.
+    gc.disable()
     from luthier.training.run import run
 
+    gc.enable()
     if arguments.forks:
         from luthier.training.forks import fork_runs
 

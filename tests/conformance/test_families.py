@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteMoeConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import read_shape
@@ -31,6 +38,7 @@ _EXPERTS = {
     "qwen3-moe": Qwen3MoeConfig(
         **_SIZES, intermediate_size=80, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
     ),
+    "granite-moe": GraniteMoeConfig(**_SIZES, intermediate_size=80, num_local_experts=4),
 }
 
 

@@ -10,6 +10,7 @@ from luthier.core.settings import Settings
 from luthier.webhooks.events import EVENT_TYPES
 from tests.conftest import Api
 from tests.receiver import Receiver, running_receiver
+from tests.training import shared_spare
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 
@@ -27,6 +28,7 @@ def context(settings: Settings, api: Api) -> WorkerContext:
     """A worker that is known to be alive; its bells are noted beside the API's."""
     made = make_context(settings)
     made.ring = api.bells.append
+    made.spare = shared_spare()
     sweep(made)
     return made
 

@@ -21,7 +21,7 @@ from luthier.core.settings import Settings
 from services import workers
 from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
-from tests.training import train_next
+from tests.training import shared_spare, train_next
 from worker.app import sweep
 from worker.context import make_context
 from worker.speed import measure_once
@@ -264,6 +264,7 @@ def test_seconds_come_from_the_device_and_then_from_finished_jobs(
     assert (unknown["seconds"], unknown["peak_memory_bytes"], unknown["basis"]) == (None, None, None)
     assert "No worker has measured" in unknown["reason"]
     context = make_context(settings)
+    context.spare = shared_spare()
     measure_once(context)
     sweep(context)
     measured = _estimate(api, file_id, tuning=tuning)

@@ -220,6 +220,8 @@ def _child_pid(job_id: str) -> int | None:
 def _prepare_long_job(client: openai.OpenAI, context: WorkerContext, n_epochs: int = 8) -> str:
     job_id = _create(client, colour_rows(40), hyperparameters={"n_epochs": n_epochs, "batch_size": 1})
     prepare(context, job_id)
+    # A process of its own, which is found by its command line.
+    context.spare = None
     return job_id
 
 

@@ -16,6 +16,7 @@ from tests.conftest import Api
 from tests.environments import make_environment, make_node_folder
 from tests.rows import colour_rows, jsonl
 from tests.stack import Stack, stack_folder, up_command
+from tests.training import shared_spare
 from worker.app import sweep
 from worker.context import make_context
 from worker.processes import work
@@ -32,6 +33,7 @@ def run_beside_worker(
     rows.write_bytes(jsonl(colour_rows()))
     context = make_context(settings)
     context.ring = api.bells.append
+    context.spare = shared_spare()
     sweep(context)
     environment = os.environ | {
         "OPENAI_BASE_URL": f"{api.base_url}/v1",

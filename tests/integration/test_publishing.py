@@ -17,6 +17,7 @@ from luthier.core.events import CheckpointEvent, StoppedEvent
 from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
+from tests.training import shared_spare
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.keeper import kept_lease
@@ -35,6 +36,7 @@ def client(api: Api) -> openai.OpenAI:
 def context(settings: object, api: Api) -> WorkerContext:
     made = make_context(settings)  # type: ignore[arg-type]
     made.ring = api.bells.append
+    made.spare = shared_spare()
     sweep(made)
     return made
 

@@ -216,7 +216,12 @@ def _to_report(file: _Input, found: PreparedReport) -> FileReport:
 
 def _need_memory(context: WorkerContext, spec: TrainingSpec, base: BaseFacts, longest: int) -> MemoryNeed:
     with context.database.transaction() as session:
-        speed = speeds.find_speed(session, hostname=context.hostname, num_threads=context.num_threads)
+        speed = speeds.find_speed(
+            session,
+            hostname=context.hostname,
+            num_threads=context.num_threads,
+            device=context.settings.device,
+        )
     device = speed.device if speed else "cuda" if context.settings.device == "cuda" else "cpu"
     precision = spec.training.precision
     if precision == "auto":
