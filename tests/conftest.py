@@ -3,6 +3,7 @@ an API served over HTTP. What a test starts, it stops."""
 
 import asyncio
 import gc
+import inspect
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx2
 import hypothesis
 import psycopg
 import pytest
@@ -49,6 +51,8 @@ from tests.tiny import BASE_ID, build_tiny_base  # noqa: E402
 # Tests judge what is done, never how fast: the machine may be busy.
 hypothesis.settings.register_profile("luthier", deadline=None)
 hypothesis.settings.load_profile("luthier")
+# A client's default of five seconds would.
+inspect.signature(httpx2.get).parameters["timeout"].default.read = 60.0
 
 use_temporary_folder()
 
