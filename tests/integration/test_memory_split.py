@@ -157,7 +157,7 @@ def test_a_job_whose_peak_is_rough_starts_alone_with_what_there_is(
 def test_a_grant_that_nobody_renews_lapses(client: openai.OpenAI, context: WorkerContext) -> None:
     first, second = queue(client, context, 8.0, 8.0)
     with context.database.transaction() as session:
-        taken = leases.claim_for_training(session, "dead", 1, 0.3, device=DEVICE)
+        taken = leases.claim_for_training(session, "dead", 1, 3, device=DEVICE)
         assert taken is not None
         assert taken[0].job_id == first
     assert _claim(context.database, "w") is None
@@ -168,7 +168,7 @@ def test_a_grant_that_nobody_renews_lapses(client: openai.OpenAI, context: Worke
         leases_of.extend([] if lease is None else [lease])
         return lease is not None
 
-    wait_until(is_claimed, seconds=10, what="the bytes are free")
+    wait_until(is_claimed, seconds=30, what="the bytes are free")
     assert leases_of[0].job_id == second
     context.watch = Watch(0)
     sweep(context)
