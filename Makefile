@@ -62,7 +62,7 @@ demo: ## Set up, train the bundled data on the small base, and compare it with t
 
 test: setup ## Run the tests (15 minutes on two cores).
 	@# Two processes of one thread each: threads that wait for one another on shared cores cost minutes.
-	@# Some 300 Python processes start, and each compiles all modules where bytecode is not kept.
+	@# Hundreds of Python processes start, and each compiles all modules where bytecode is not kept.
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-full: setup test-lowest ## Run all tests: soaks, thousands of cases, lowest versions, an accelerator if there is one.

@@ -18,17 +18,21 @@ _MAX_JOBS = 40
 
 
 def find_speed(
-    session: Session, *, hostname: str | None = None, num_threads: int | None = None, device: str = "auto"
+    session: Session,
+    *,
+    hostname: str | None = None,
+    num_threads: int | None = None,
+    device_setting: str | None = None,
 ) -> DeviceSpeed | None:
-    """Return what the last living worker measured; with a host name, of that machine, threads and device."""
+    """Return what the last living worker measured; with a host name, one of that machine set up the same."""
     speed = Worker.facts["speed"]
     statement = select(speed).where(speed.is_not(None)).order_by(Worker.heartbeat_at.desc()).limit(1)
     if hostname is not None:
         statement = statement.where(
-            Worker.hostname == hostname, speed["num_threads"].as_integer() == num_threads
+            Worker.hostname == hostname,
+            speed["num_threads"].as_integer() == num_threads,
+            Worker.facts["device_setting"].as_string() == device_setting,
         )
-    if device != "auto":
-        statement = statement.where(speed["device"].as_string() == device)
     found = session.scalar(statement)
     try:
         return None if found is None else DeviceSpeed.model_validate(found)

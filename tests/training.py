@@ -2,15 +2,27 @@
 
 from functools import cache
 
-from worker.context import WorkerContext
+from luthier.core.settings import Settings
+from tests.conftest import Api
+from worker.app import sweep
+from worker.context import WorkerContext, make_context
 from worker.spare import WarmSpare
 from worker.tasks.train import claim, train
 
 
 @cache
-def shared_spare() -> WarmSpare:
+def fork_server() -> WarmSpare:
     """Return what many tests' runs are forked from, so that each need not import torch and transformers."""
     return WarmSpare(idle_seconds=3600)
+
+
+def make_worker(settings: Settings, api: Api) -> WorkerContext:
+    """Make a worker that is known to be alive; its notifications are noted beside the API's."""
+    made = make_context(settings)
+    made.ring = api.bells.append
+    made.spare = fork_server()
+    sweep(made)
+    return made
 
 
 def train_next(context: WorkerContext) -> bool:

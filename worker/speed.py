@@ -22,19 +22,23 @@ _MAX_SECONDS = 120.0
 def measure_once(context: WorkerContext) -> None:
     """Put the device's speed among the worker's facts: as a worker of this machine measured it, or anew."""
     try:
-        with context.database.transaction() as session:
-            speed = speeds.find_speed(
-                session,
-                hostname=context.hostname,
-                num_threads=context.num_threads,
-                device=context.settings.device,
-            )
-        speed = speed or _measure(context)
+        speed = known_speed(context) or _measure(context)
     except (LuthierError, OSError, subprocess.SubprocessError, ValidationError) as error:
         # Jobs need no estimates, and a job that finishes says more.
         _log.warning("speed of the device not measured", reason=type(error).__name__)
         return
-    context.facts["speed"] = speed.model_dump()
+    context.facts |= {"speed": speed.model_dump(), "device_setting": context.settings.device}
+
+
+def known_speed(context: WorkerContext) -> DeviceSpeed | None:
+    """Return what a worker of this machine that is set up like this one measured; None where none has."""
+    with context.database.transaction() as session:
+        return speeds.find_speed(
+            session,
+            hostname=context.hostname,
+            num_threads=context.num_threads,
+            device_setting=context.settings.device,
+        )
 
 
 def _measure(context: WorkerContext) -> DeviceSpeed:

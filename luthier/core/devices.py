@@ -6,13 +6,14 @@ Needs no torch: a GPU's memory is asked of its driver. What is held of it by who
 import ctypes
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.core.settings import Settings
 
 # Where a container's limit stands, in the second and the first version of control groups.
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _DEFAULT_RESERVED_SHARE = 10
 # NVML_DEVICE_UUID_V2_BUFFER_SIZE
 _UUID_BYTES = 96
@@ -67,17 +68,19 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 100_000_000 else f"{num_bytes / 1e6:.1f} MB"
 
 
+def container_limits() -> list[int]:
+    """Return the limits of memory that this process's container sets, in bytes; none outside of one."""
+    found: list[int] = []
+    for path in _CGROUP_LIMITS:
+        with suppress(OSError):
+            text = path.read_text().strip()
+            found += [int(text)] if text.isdigit() else []
+    return found
+
+
 def _main_memory_bytes() -> int:
     """Return the machine's memory, or a container's limit where that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in CGROUP_LIMITS:
-        try:
-            limit = path.read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            total = min(total, int(limit))
-    return total
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *container_limits()])
 
 
 class _Memory(ctypes.Structure):

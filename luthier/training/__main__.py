@@ -50,10 +50,12 @@ def main() -> int:
 
     # A process that waits for runs has nothing to save.
     stop.leave_at_once = arguments.forks
-    # What an import makes stays; the collector would go through it again and again, a sixth of the time.
+    # What an import makes stays, and the collector would go through it again and again.
     gc.disable()
     from luthier.training.run import run
 
+    if arguments.forks:
+        _import_all()
     gc.enable()
     if arguments.forks:
         from luthier.training.forks import fork_runs
@@ -62,7 +64,6 @@ def main() -> int:
             _log_into(folder)
             return run(folder, events, stop)
 
-        _import_all()
         return fork_runs(logged_run, stop)
     has_failed = False
     for folder in arguments.run_directories:

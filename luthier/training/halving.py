@@ -133,7 +133,8 @@ class MicroBatches:
         return out_of_memory(
             self._job.origin,
             self._machine,
-            num_tokens=self._num_tokens,
+            num_rows=len(self._rows),
+            longest=int(self._lengths[self._rows].max()),
             what=f"Step {step}, with {rows} of {self._num_tokens} tokens at a time,",
         )
 

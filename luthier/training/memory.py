@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from luthier.core.cost_model import peak_bytes
-from luthier.core.devices import CGROUP_LIMITS
+from luthier.core.devices import container_limits
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.shapes import read_shape
 from luthier.methods import parse_tuning
@@ -25,10 +25,8 @@ def there_is_bytes(machine: Machine) -> int:
     """Return the memory that this process could have: the device's, or what system and limits leave."""
     if machine.device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
-    limits = [_bytes_in("/proc/meminfo", "MemAvailable") + _bytes_in("/proc/self/status", "VmRSS")]
-    for path in CGROUP_LIMITS:
-        if path.is_file() and (limit := path.read_text().strip()).isdigit():
-            limits.append(int(limit))
+    available = _bytes_in("/proc/meminfo", "MemAvailable") + _bytes_in("/proc/self/status", "VmRSS")
+    limits = [available, *container_limits()]
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
@@ -36,24 +34,28 @@ def there_is_bytes(machine: Machine) -> int:
     return min(limits)
 
 
-def out_of_memory(origin: Origin, machine: Machine, *, num_tokens: int, what: str) -> OutOfMemoryError:
+def out_of_memory(
+    origin: Origin, machine: Machine, *, num_rows: int, longest: int, what: str
+) -> OutOfMemoryError:
     """Build the error that names the need, by the formula of estimates and admission, beside what there was.
 
     Args:
         machine: where it ran.
-        num_tokens: padded tokens that were in memory at once.
+        num_rows: rows that were in memory at once.
+        longest: tokens of the longest of them.
         what: what did not fit, the start of a sentence.
     """
     method, params = parse_tuning(origin.spec.tuning)
     shape = read_shape(Path(origin.inputs.base_path))
+    cost = method.cost(params, shape)
     need = peak_bytes(
-        method.cost(params, shape),
+        cost,
         shape,
         device=machine.device,
         precision=machine.precision,
         is_whole_model=method.is_whole_model,
-        num_tokens=num_tokens,
-        longest=num_tokens,
+        num_tokens=num_rows * (longest + cost.num_virtual_tokens),
+        longest=longest,
     )
     return OutOfMemoryError(
         f"{what} does not fit into memory: about {_mebibytes(need)} are needed and this worker's "

@@ -97,7 +97,8 @@ def _out_of_memory(loop: Loop | None) -> OutOfMemoryError:
     return out_of_memory(
         loop.job.origin,
         loop.machine,
-        num_tokens=0,
+        num_rows=0,
+        longest=0,
         what="The model, with what is trained and its optimizer,",
     )
 

@@ -18,7 +18,7 @@ from services import leases
 from services.bell import Bell, make_celery
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
-from tests.training import shared_spare, train_next
+from tests.training import fork_server, train_next
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.maintenance import tidy
@@ -35,7 +35,7 @@ def client(api: Api) -> openai.OpenAI:
 def context(settings: Settings, api: Api) -> WorkerContext:
     made = make_context(settings.model_copy(update={"sweep_seconds": 0.05}))
     made.ring = api.bells.append
-    made.spare = shared_spare()
+    made.spare = fork_server()
     return made
 
 

@@ -10,9 +10,8 @@ from luthier.core.settings import Settings
 from luthier.webhooks.events import EVENT_TYPES
 from tests.conftest import Api
 from tests.receiver import Receiver, running_receiver
-from tests.training import shared_spare
-from worker.app import sweep
-from worker.context import WorkerContext, make_context
+from tests.training import make_worker
+from worker.context import WorkerContext
 
 
 @pytest.fixture
@@ -25,12 +24,7 @@ def client(api: Api) -> openai.OpenAI:
 
 @pytest.fixture
 def context(settings: Settings, api: Api) -> WorkerContext:
-    """A worker that is known to be alive; its bells are noted beside the API's."""
-    made = make_context(settings)
-    made.ring = api.bells.append
-    made.spare = shared_spare()
-    sweep(made)
-    return made
+    return make_worker(settings, api)
 
 
 @pytest.fixture

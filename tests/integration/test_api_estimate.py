@@ -17,13 +17,14 @@ from api import estimating
 from db.session import Database
 from db.tables import Base, File, IdempotencyKey, Job, JobEvent
 from luthier.client import LuthierClient
+from luthier.core.cost_model import DeviceSpeed
 from luthier.core.settings import Settings
 from services import workers
 from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
-from tests.training import shared_spare, train_next
+from tests.training import fork_server, train_next
 from worker.app import sweep
-from worker.context import make_context
+from worker.context import WorkerContext, make_context
 from worker.speed import measure_once
 from worker.tasks.prepare import prepare
 
@@ -254,6 +255,25 @@ def test_a_project_has_one_estimate_at_a_time(
     assert _post(api, "/estimate", body).status_code == 200
 
 
+def test_a_speed_is_measured_once_for_a_machine_and_each_setting_of_its_device(
+    api: Api, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(context: WorkerContext) -> DeviceSpeed:
+        measured.append(context.settings.device)
+        return DeviceSpeed(
+            device="cpu", num_threads=context.num_threads, precision="float32", product_flops={"float32": 1e9}
+        )
+
+    monkeypatch.setattr("worker.speed._measure", measure)
+    for device in ("cpu", "auto", "cpu", "auto"):
+        context = make_context(settings.model_copy(update={"device": device}))
+        measure_once(context)
+        sweep(context)
+    assert measured == ["cpu", "auto"]
+
+
 # With virtual tokens, which a run does not count among its own.
 @pytest.mark.parametrize("tuning", [{"type": "lora"}, {"type": "prompt"}], ids=lambda tuning: tuning["type"])
 def test_seconds_come_from_the_device_and_then_from_finished_jobs(
@@ -264,7 +284,7 @@ def test_seconds_come_from_the_device_and_then_from_finished_jobs(
     assert (unknown["seconds"], unknown["peak_memory_bytes"], unknown["basis"]) == (None, None, None)
     assert "No worker has measured" in unknown["reason"]
     context = make_context(settings)
-    context.spare = shared_spare()
+    context.spare = fork_server()
     measure_once(context)
     sweep(context)
     measured = _estimate(api, file_id, tuning=tuning)

@@ -79,9 +79,11 @@ def test_a_job_that_would_wait_borrows_what_it_lacks_by_one_call_and_keeps_the_l
     claimed = claim(context)
     assert claimed is not None
     assert claimed.loan is not None
-    # What comes after it only repeats the loan.
     asked = server.asked[0]
-    assert _numbers([asked]) == [(200, 200)]
+    first, *repeats = _numbers(server.asked)
+    # A call for what a job lacks names the least; what repeats a loan does not.
+    assert first == (200, 200)
+    assert set(repeats) <= {(200, 0)}
     assert (asked.hostname, asked.device, asked.seconds) == ("here", "cpu", 2.0)
     # The rest is all of training's part.
     assert held(context.database)[job_id] == pytest.approx(10 * _GB, abs=10)

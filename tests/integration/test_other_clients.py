@@ -16,9 +16,7 @@ from tests.conftest import Api
 from tests.environments import make_environment, make_node_folder
 from tests.rows import colour_rows, jsonl
 from tests.stack import Stack, stack_folder, up_command
-from tests.training import shared_spare
-from worker.app import sweep
-from worker.context import make_context
+from tests.training import make_worker
 from worker.processes import work
 
 pytestmark = pytest.mark.full
@@ -31,10 +29,7 @@ def run_beside_worker(
     """Run a client, do its jobs meanwhile, and return what it printed."""
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(jsonl(colour_rows()))
-    context = make_context(settings)
-    context.ring = api.bells.append
-    context.spare = shared_spare()
-    sweep(context)
+    context = make_worker(settings, api)
     environment = os.environ | {
         "OPENAI_BASE_URL": f"{api.base_url}/v1",
         "OPENAI_API_KEY": api.key,

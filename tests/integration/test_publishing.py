@@ -17,9 +17,7 @@ from luthier.core.events import CheckpointEvent, StoppedEvent
 from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
-from tests.training import shared_spare
-from worker.app import sweep
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext
 from worker.keeper import kept_lease
 from worker.maintenance import tidy
 from worker.run import Ending
@@ -30,15 +28,6 @@ from worker.tasks.train import claim, make_run
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
-@pytest.fixture
-def context(settings: object, api: Api) -> WorkerContext:
-    made = make_context(settings)  # type: ignore[arg-type]
-    made.ring = api.bells.append
-    made.spare = shared_spare()
-    sweep(made)
-    return made
 
 
 @dataclass

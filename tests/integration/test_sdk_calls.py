@@ -19,9 +19,7 @@ from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.receiver import running_receiver
 from tests.sdk_calls import ABSENT, CALLS, NOTES, RESOURCES, ROWS, World
-from tests.training import shared_spare
-from worker.app import sweep
-from worker.context import make_context
+from tests.training import make_worker
 from worker.processes import work
 
 _TABLE = Path(__file__).parents[2] / "docs" / "sdk-calls.md"
@@ -69,10 +67,7 @@ def world(api: Api, settings: Settings) -> Iterator[World]:
         )
         for is_strict in (True, False)
     )
-    context = make_context(settings)
-    context.ring = api.bells.append
-    context.spare = shared_spare()
-    sweep(context)
+    context = make_worker(settings, api)
     file_id = strict.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
     job = strict.fine_tuning.jobs.create(
         model="tiny-llama",

@@ -17,7 +17,7 @@ from luthier.data.prepare_process import ROWS_FOLDER, Question
 from luthier.data.prompts import check_sample_prompts
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
-from services import events, leases, models, reports, speeds
+from services import events, leases, models, reports
 from services.estimates import MemoryNeed, need_memory, tell_limit
 from services.events import NewEvent
 from services.leases import Lease, LeaseLostError
@@ -29,6 +29,7 @@ from worker.keeper import LeaseKeeper, kept_lease
 from worker.parents import check_parents
 from worker.preparing import StoppedError, run_prepare
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
+from worker.speed import known_speed
 
 _log = structlog.get_logger()
 
@@ -215,13 +216,7 @@ def _to_report(file: _Input, found: PreparedReport) -> FileReport:
 
 
 def _need_memory(context: WorkerContext, spec: TrainingSpec, base: BaseFacts, longest: int) -> MemoryNeed:
-    with context.database.transaction() as session:
-        speed = speeds.find_speed(
-            session,
-            hostname=context.hostname,
-            num_threads=context.num_threads,
-            device=context.settings.device,
-        )
+    speed = known_speed(context)
     device = speed.device if speed else "cuda" if context.settings.device == "cuda" else "cpu"
     precision = spec.training.precision
     if precision == "auto":

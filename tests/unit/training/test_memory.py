@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from luthier.bases.catalogue import FACTS_NAME
@@ -44,15 +45,25 @@ def test_there_is_what_this_process_has_and_what_is_left() -> None:
     assert 10 * 1024**2 < there_is_bytes(FLOAT32) <= 1.05 * total
 
 
-def test_the_error_names_the_need_of_the_estimate_and_what_there_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tuning",
+    [{"type": "lora", "rank": 4}, {"type": "prompt", "num_virtual_tokens": 100}],
+    ids=lambda tuning: tuning["type"],
+)
+def test_the_error_names_the_need_of_the_estimate(tmp_path: Path, tuning: dict[str, object]) -> None:
     base = build_tiny_base(tmp_path / "base")
-    run = build_tiny_run(tmp_path / "run", base)
+    hyperparameters = {"n_epochs": 1, "batch_size": 64}
+    run = build_tiny_run(tmp_path / "run", base, tuning=tuning, hyperparameters=hyperparameters)
     spec = TrainingSpec.model_validate_json((run / "spec.json").read_text())
-    inputs = RunInputs(job_id="j", model_name="m", base_path=str(base))
     facts = BaseFacts.model_validate_json((base / FACTS_NAME).read_text())
-    error = out_of_memory(Origin(inputs, spec, facts), FLOAT32, num_tokens=64, what="Step 1")
+    origin = Origin(RunInputs(job_id="j", model_name="m", base_path=str(base)), spec, facts)
     need = need_memory(
-        spec, base=facts, shape=read_shape(base), longest=64, device="cpu", precision="float32"
-    ).least_bytes
-    assert error.code == "out_of_memory"
-    assert f"Step 1 does not fit into memory: about {need / 1024**2:,.0f} MiB are needed" in error.message
+        spec, base=facts, shape=read_shape(base), longest=90, device="cpu", precision="float32"
+    )
+    # What rows and virtual tokens add shows in the unit of the message.
+    assert need.peak_bytes - need.least_bytes > 20 * 1024**2
+    for num_rows, expected in ((1, need.least_bytes), (64, need.peak_bytes)):
+        error = out_of_memory(origin, FLOAT32, num_rows=num_rows, longest=90, what="Step 1")
+        assert error.code == "out_of_memory"
+        text = f"Step 1 does not fit into memory: about {expected / 1024**2:,.0f} MiB are needed"
+        assert text in error.message
