@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 # Set before transformers is imported: everything this process reads is on the local disk.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# OpenMP's threads spin while they wait for each other, some milliseconds by default; beside a training job on
-# the same cores a step then takes several times as long. A step parts work some hundred times, within a
-# fraction of a millisecond of each other: they spin about as long, then sleep.
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+# OpenMP threads spin while they wait for each other, some milliseconds by default; where another process has
+# a core, the spinning one takes what is left from the one it waits for, and a step of 20 ms took up to 600.
+# They spin about as long as the parts of a step differ, a fraction of a millisecond, then sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 import uvicorn
