@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # OpenMP threads spin while they wait for each other, some milliseconds by default; where another process has
-# a core, the spinning one takes what is left from the one it waits for, and a step of 20 ms took up to 600.
-# They spin about as long as the parts of a step differ, a fraction of a millisecond, then sleep.
+# a core, the spinning one takes what is left from the one it waits for, and a step takes ten times as long.
+# They spin about as long as the parts of a step differ, a fraction of a millisecond, then sleep. Measured by
+# the longest pauses of `python -m benchmarks.hostile`.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
