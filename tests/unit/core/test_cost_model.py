@@ -42,6 +42,14 @@ _MEASURED = {
 }
 
 
+# A day later, where a product ran at 921 GFLOP/s and all else was slower: the middle one of three runs.
+_OTHER_FLOPS = 921e9
+_OTHER_MEASURED = {
+    "lora": PhaseSeconds(load=2.84, train=2.44, evaluate=2.42, save=2.71),
+    "full": PhaseSeconds(load=2.65, train=4.14, evaluate=2.35, save=3.02),
+}
+
+
 def _work(*, is_whole_model: bool, scale: int = 1) -> Work:
     return Work(
         is_whole_model=is_whole_model,
@@ -58,10 +66,8 @@ def _work(*, is_whole_model: bool, scale: int = 1) -> Work:
     )
 
 
-def _predict(work: Work, method: str, finished: list[FinishedJob]) -> PhaseSeconds:
-    return predict_seconds(
-        work, method=method, has_pairs=False, shape=_SHAPE, flops=_FLOPS, finished=finished
-    )
+def _predict(work: Work, method: str, finished: list[FinishedJob], *, flops: float = _FLOPS) -> PhaseSeconds:
+    return predict_seconds(work, method=method, has_pairs=False, shape=_SHAPE, flops=flops, finished=finished)
 
 
 def _total(seconds: PhaseSeconds) -> float:
@@ -69,9 +75,12 @@ def _total(seconds: PhaseSeconds) -> float:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_before_a_job_has_finished_seconds_are_within_35_percent(method: str) -> None:
-    found = _predict(_work(is_whole_model=method == "full"), method, [])
-    assert _total(found) == pytest.approx(_total(_MEASURED[method]), rel=0.35)
+@pytest.mark.parametrize(("flops", "measured"), [(_FLOPS, _MEASURED), (_OTHER_FLOPS, _OTHER_MEASURED)])
+def test_before_a_job_has_finished_seconds_are_within_35_percent(
+    method: str, flops: float, measured: dict[str, PhaseSeconds]
+) -> None:
+    found = _predict(_work(is_whole_model=method == "full"), method, [], flops=flops)
+    assert _total(found) == pytest.approx(_total(measured[method]), rel=0.35)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
