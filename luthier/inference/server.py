@@ -23,8 +23,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # OpenMP threads spin while they wait for each other, some milliseconds by default; where another process has
 # a core, the spinning one takes what is left from the one it waits for, and a step takes ten times as long.
-# They spin about as long as the parts of a step differ, a fraction of a millisecond, then sleep. Measured by
-# the longest pauses of `python -m benchmarks.hostile`.
+# They spin a fraction of a millisecond, then sleep. With 100,000 turns, 16 undisturbed LoRA streams are
+# faster by a tenth (`python -m benchmarks.serve --row lora-16`), and pauses beside uploads longer by up
+# to 0.4 s (`python -m benchmarks.hostile`): the pauses count.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch

@@ -40,9 +40,7 @@ _MEASURED = {
     "lora": PhaseSeconds(load=1.55, train=1.78, evaluate=2.05, save=1.55),
     "full": PhaseSeconds(load=1.77, train=3.48, evaluate=1.92, save=1.66),
 }
-
-
-# A day later, where a product ran at 921 GFLOP/s and all else was slower: the middle one of three runs.
+# Measured again: a product ran at 921 GFLOP/s and yet all phases were slower. The middle run of three.
 _OTHER_FLOPS = 921e9
 _OTHER_MEASURED = {
     "lora": PhaseSeconds(load=2.84, train=2.44, evaluate=2.42, save=2.71),
