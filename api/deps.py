@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.body_budget import BodyBudget
-from api.event_hub import EventHub
 from api.metrics import ApiMetrics
 from api.project_places import ProjectPlaces
+from api.streaming.event_hub import EventHub
 from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import Catalogue

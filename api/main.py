@@ -10,7 +10,6 @@ from starlette.middleware.cors import CORSMiddleware
 from api import errors
 from api.access_log import RequestLogMiddleware
 from api.deps import NUM_TURNS, Parts, bearer_scheme
-from api.event_hub import EventHub
 from api.metrics import ApiMetrics
 from api.paths import EncodedSlashMiddleware
 from api.queries import refuse_unknown_query
@@ -34,6 +33,7 @@ from api.routes import (
     webhooks,
 )
 from api.schemas.errors import ErrorBody
+from api.streaming.event_hub import EventHub
 from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.body_budget import MAX_UNCOUNTED_BYTES
 from api.deps import get_parts
 from api.errors import to_response
-from api.target_resolver import authenticate
+from api.streaming.target_resolver import authenticate
 from luthier.core.errors import LuthierError, TooLargeError
 
 # Routes that take more bound it themselves, while they read.

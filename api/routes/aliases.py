@@ -6,8 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
+from api.alias_check import prove
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.proving import prove
 from api.schemas.aliases import (
     AliasObject,
     AliasVersionObject,

@@ -5,11 +5,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from api.chat_proxy import RESPONSES_PATH, ask
-from api.chat_request import read_body, read_model_name
 from api.deps import Parts, PartsDep
 from api.schemas.answers import EVENT_STREAM, ChatCompletion, Completion, ResponseObject
-from api.target_resolver import resolve_target
+from api.streaming.chat_proxy import RESPONSES_PATH, ask
+from api.streaming.chat_request import read_body, read_model_name
+from api.streaming.target_resolver import resolve_target
 from services.usage import TokenCounts
 
 router = APIRouter(prefix="/v1", tags=["inference"])

@@ -8,12 +8,12 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.incoming import discard_rest
-from api.ranges import BYTES_ANSWER, stored_bytes
-from api.recording import drop_stored, record_stored
 from api.schemas.files import FileObject, file_object
 from api.schemas.pages import DeletedObject, ListPage, list_object
-from api.upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
+from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
+from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
+from api.uploads.object_writer import discard_rest
+from api.uploads.upload_records import drop_stored, record_stored
 from db.tables import File
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id

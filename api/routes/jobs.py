@@ -8,9 +8,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.estimating import estimate_apart
-from api.event_stream import event_stream_response, read_job
-from api.repeats import SentDep, act_on_job
+from api.idempotency import SentDep, act_on_job
+from api.job_estimate import estimate_apart
 from api.schemas.answers import EVENT_STREAM
 from api.schemas.estimates import JobEstimate, estimate_object
 from api.schemas.jobs import (
@@ -24,6 +23,7 @@ from api.schemas.jobs import (
 )
 from api.schemas.pages import ListPage, list_object
 from api.schemas.reports import JobReport, report_object
+from api.streaming.event_stream import event_stream_response, read_job
 from luthier.core.errors import InvalidValueError
 from services import idempotency, integrations, jobs, pausing
 

@@ -8,7 +8,6 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.ranges import BYTES_ANSWER, stored_bytes
 from api.schemas.models import (
     ModelFilesPage,
     ModelObject,
@@ -18,6 +17,7 @@ from api.schemas.models import (
     tuned_model_object,
 )
 from api.schemas.pages import DeletedObject, ListPage, list_object
+from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from luthier.core.errors import NotFoundError, UnavailableError
 from services import limits, models, names
 from services.scope import Scope

@@ -5,8 +5,6 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.incoming import discard_rest
-from api.recording import drop_stored, record_stored
 from api.schemas.uploads import (
     CompleteUploadBody,
     CreateUploadBody,
@@ -15,7 +13,9 @@ from api.schemas.uploads import (
     upload_object,
     upload_part_object,
 )
-from api.upload_parts import assemble, receive_part
+from api.uploads.object_writer import discard_rest
+from api.uploads.part_upload import assemble, receive_part
+from api.uploads.upload_records import drop_stored, record_stored
 from db.tables import File
 from db.upload_tables import UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from api.disposition import clean_filename
 from api.schemas.files import FileObject, file_object
-from api.upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS
+from api.uploads.content_disposition import clean_filename
+from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS
 from db.tables import File
 from db.upload_tables import Upload, UploadPart
 from luthier.core.errors import InvalidValueError

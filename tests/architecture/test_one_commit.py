@@ -7,7 +7,7 @@ from tests.architecture.sources import ROOMS, python_files, tree_of
 # The transaction itself; migrations, which run in the engine's own.
 _MAY_COMMIT = {"db/session.py", "db/migrate.py", "db/migrations/env.py"}
 # The LISTEN connection only reads; the embedded server's role and database are made outside transactions.
-_MAY_AUTOCOMMIT = {"api/event_hub.py", "luthier/cli/stack/postgres.py"}
+_MAY_AUTOCOMMIT = {"api/streaming/event_hub.py", "luthier/cli/stack/postgres.py"}
 
 
 def _calls(name: str) -> list[ast.Call]:

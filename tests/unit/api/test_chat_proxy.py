@@ -9,7 +9,7 @@ import pytest
 from fastapi import Request
 from starlette.types import Message
 
-from api.chat_proxy import RESPONSES_PATH, ask
+from api.streaming.chat_proxy import RESPONSES_PATH, ask
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends.base import Backend, Reply

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.disposition import clean_filename, content_disposition, parse_disposition
+from api.uploads.content_disposition import clean_filename, content_disposition, parse_disposition
 from luthier.core.errors import InvalidValueError
 
 _SCRIPTS = [

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from api.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
+from api.uploads.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
 from luthier.core.errors import InvalidRequestError
 
 _TYPE = "multipart/form-data; boundary=xy"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.ranges import parse_range
+from api.streaming.byte_ranges import parse_range
 from luthier.core.errors import RangeNotSatisfiableError
 
 

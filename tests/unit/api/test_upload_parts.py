@@ -6,8 +6,8 @@ import hashlib
 import pytest
 from obstore.store import MemoryStore
 
-from api.incoming import StoredBytes
-from api.upload_parts import assemble
+from api.uploads.object_writer import StoredBytes
+from api.uploads.part_upload import assemble
 from luthier.core.errors import ArtifactCorruptError, InvalidFileFormatError, InvalidValueError, LuthierError
 from luthier.data.containers.base import Limits
 from luthier.data.intake import open_check

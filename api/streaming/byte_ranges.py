@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
-from api.disposition import content_disposition
 from api.errors import to_response
+from api.uploads.content_disposition import content_disposition
 from luthier.core.errors import PreconditionFailedError, RangeNotSatisfiableError
 from luthier.storage.store import Storage
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fastapi import Request
 
-from api.incoming import Incoming, StoredBytes, receiving
-from api.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
+from api.uploads.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
+from api.uploads.object_writer import Incoming, StoredBytes, receiving
 from luthier.core.errors import (
     InvalidFileFormatError,
     InvalidRequestError,

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.body_budget import MAX_UNCOUNTED_BYTES
 from api.deps import Parts, bearer_key
-from api.target_resolver import authenticate
+from api.streaming.target_resolver import authenticate
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,

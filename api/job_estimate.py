@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from api.concurrency import get_base_here, run_apart, turn
 from api.deps import Parts
-from api.turns import get_base_here, run_apart, turn
 from db.tables import File
 from luthier.bases.catalogue import base_folder
 from luthier.core.shapes import BaseShape, read_shape

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from api.disposition import parse_disposition
+from api.uploads.content_disposition import parse_disposition
 from luthier.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:

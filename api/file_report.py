@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fastapi import Request
 
+from api.concurrency import get_base_here, run_apart, turn
 from api.deps import Parts
 from api.schemas.file_reports import FileReportObject, file_report_object
-from api.turns import get_base_here, run_apart, turn
 from db.tables import File
 from luthier.bases.catalogue import base_folder
 from luthier.core.errors import (

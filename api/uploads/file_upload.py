@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 
 from fastapi import Request
 
-from api.disposition import clean_filename
-from api.incoming import Incoming, receiving
-from api.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
+from api.uploads.content_disposition import clean_filename
+from api.uploads.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
+from api.uploads.object_writer import Incoming, receiving
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,

@@ -1,0 +1,1 @@
+"""Answers that are streamed: chat through the inference server, job events, byte ranges of files."""
