@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock upgrade demo test test-full test-lowest check up bench-train bench-serve bench-gpu
+.PHONY: help setup lock upgrade demo test test-full test-lowest check lines up bench-train bench-serve bench-gpu
 
 # The first interpreter that can make an environment and for which every dependency has a wheel: CPython 3.11 to 3.14.
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.14 python3.11,$(shell $(name) -c \
@@ -75,6 +75,9 @@ check: setup ## Check format, lint, types, imports, docstrings, spelling, Docker
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
 	if [ -f Dockerfile ]; then $(BIN)/hadolint Dockerfile; fi
+
+lines: ## Count the lines of the product, of the tests and of what the inference server imports.
+	@$(BIN)/python -m pytest -s tests/architecture/test_sizes.py | grep -o 'product lines.*\|imports of.*'
 
 up: setup ## Run the service on this machine until Ctrl-C.
 	@exec $(BIN)/luthier up
