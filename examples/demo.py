@@ -172,7 +172,7 @@ def _tune(client: "OpenAI", file_ids: dict[str, str]) -> Training:
     """Create the job, follow it to its end, and time the first token of its model."""
     from examples.asking import await_first_token
     from examples.recorder import EventRecorder
-    from luthier.cli.follow import follow
+    from luthier.cli.commands.follow import follow
 
     created = time.monotonic()
     job = client.fine_tuning.jobs.create(

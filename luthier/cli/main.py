@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from luthier.cli import options
-from luthier.cli.aliases import aliases_app
-from luthier.cli.files import files_app
-from luthier.cli.jobs import jobs_app
-from luthier.cli.models import models_app
+from luthier.cli.commands.aliases import aliases_app
+from luthier.cli.commands.files import files_app
+from luthier.cli.commands.jobs import jobs_app
+from luthier.cli.commands.models import models_app
 from luthier.cli.options import ApiKey, BaseUrl, Home, Json
 from luthier.core.errors import LuthierError
 
@@ -67,7 +67,7 @@ def chat(
     api_key: ApiKey = None,
 ) -> None:
     """Talk to a model; answers are printed as they come."""
-    from luthier.cli.chat import chat_with
+    from luthier.cli.commands.chat import chat_with
 
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     with options.open_client(base_url, api_key, home) as client:
@@ -103,7 +103,7 @@ def doctor(
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="Training file, one JSON object a line.")]) -> None:
     """Check a training file's format on this machine, before any upload."""
-    from luthier.cli.check import check_file
+    from luthier.cli.commands.check import check_file
 
     check_file(file)
 
@@ -117,7 +117,7 @@ def usage(
     as_json: Json = False,
 ) -> None:
     """Show requests and tokens by day, project, key and model; an admin key sees all projects."""
-    from luthier.cli.usage import show_usage
+    from luthier.cli.commands.usage import show_usage
 
     with options.open_client(base_url, api_key, home) as client:
         show_usage(client, days=days, as_json=as_json)
@@ -178,7 +178,7 @@ def revoke_key(
 @bases_app.command("list")
 def list_bases(as_json: Json = False) -> None:
     """List the base models of models.toml and whether each is fetched."""
-    from luthier.cli.bases import print_bases
+    from luthier.cli.commands.bases import print_bases
 
     print_bases(as_json=as_json)
 
@@ -186,7 +186,7 @@ def list_bases(as_json: Json = False) -> None:
 @bases_app.command("fetch")
 def fetch_base(base_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Fetch a base model, and convert and seal it where that is needed."""
-    from luthier.cli.bases import fetch
+    from luthier.cli.commands.bases import fetch
 
     fetch(base_id)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.cli.follow import thinned
+from luthier.cli.commands.follow import thinned
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 

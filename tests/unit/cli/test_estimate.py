@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from luthier.cli.estimate import print_estimate
-from luthier.cli.job_request import job_body
+from luthier.cli.commands.estimate import print_estimate
+from luthier.cli.commands.job_request import job_body
 from luthier.core.errors import InvalidValueError
 
 

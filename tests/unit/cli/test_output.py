@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.cli.follow import duration, event_line, outcome_line
+from luthier.cli.commands.follow import duration, event_line, outcome_line
 from luthier.cli.output import print_table, printable
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from luthier.cli.report import print_report
+from luthier.cli.commands.report import print_report
 
 _FILE = {
     "num_rows": 24,

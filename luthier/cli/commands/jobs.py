@@ -43,9 +43,9 @@ def create_job(
     as_json: Json = False,
 ) -> None:
     """Upload a training file and make a job of it."""
-    from luthier.cli.files import uploaded_id
-    from luthier.cli.follow import follow
-    from luthier.cli.job_request import job_body
+    from luthier.cli.commands.files import uploaded_id
+    from luthier.cli.commands.follow import follow
+    from luthier.cli.commands.job_request import job_body
     from luthier.cli.output import print_json
 
     body = job_body(model, method=method, tuning=tuning, training=training, hyperparameters=hyperparameters)
@@ -137,7 +137,7 @@ def follow_job(
     as_json: Json = False,
 ) -> None:
     """Show a job's progress until it ends; exit code 0 when it succeeded. Ctrl-C leaves the job running."""
-    from luthier.cli.follow import follow
+    from luthier.cli.commands.follow import follow
 
     with options.open_client(base_url, api_key, home) as client:
         raise typer.Exit(follow(client, job_id, as_json=as_json))
@@ -205,8 +205,8 @@ def estimate_job(
     as_json: Json = False,
 ) -> None:
     """Show what a job would take, without making it."""
-    from luthier.cli.estimate import print_estimate
-    from luthier.cli.job_request import job_body
+    from luthier.cli.commands.estimate import print_estimate
+    from luthier.cli.commands.job_request import job_body
     from luthier.cli.output import print_json
 
     body = job_body(model, method=method, tuning=tuning, training=training, hyperparameters=hyperparameters)
@@ -228,8 +228,8 @@ def report_job(
     as_json: Json = False,
 ) -> None:
     """Show what a job's files held, how its training went and what it cost."""
+    from luthier.cli.commands.report import print_report
     from luthier.cli.output import print_json
-    from luthier.cli.report import print_report
 
     with options.open_client(base_url, api_key, home) as client:
         report = client.get_report(job_id)
