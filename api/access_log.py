@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.metrics import ApiMetrics
 from api.usage_recorder import UsageRecorder
 from luthier.core.ids import new_id
-from services.scope import Scope as Caller
-from services.usage import TokenCounts, UsageOwner
+from services.accounts.auth import Scope as Caller
+from services.accounts.usage import TokenCounts, UsageOwner
 
 # What proxies log for a client that left before its answer.
 _CLIENT_LEFT = 499
@@ -27,7 +27,7 @@ _CLIENT_LEFT = 499
 class RequestLogMiddleware:
     """Gives a request its id (`x-request-id`, and in every line of its log) and logs its end.
 
-    Routes add to `request.state`: `caller` (a services.scope.Scope), `model` and `usage`.
+    Routes add to `request.state`: `caller` (a services.accounts.auth.Scope), `model` and `usage`.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: ApiMetrics, usage: UsageRecorder, is_logged: bool) -> None:

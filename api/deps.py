@@ -23,9 +23,9 @@ from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.inference.backends.base import Backend
 from luthier.storage.store import Storage
-from services import keys
-from services.bell import Ring
-from services.scope import Scope
+from services.accounts import keys
+from services.accounts.auth import Scope
+from services.task_queue import Ring
 
 # Requests that hold a connection at the same time.
 NUM_TURNS = 16

@@ -24,8 +24,8 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import BaseFacts
 from luthier.data.report_process import report_in_process
-from services import files
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.files import files
 
 _LOOK_SECONDS = 1.0
 # Of a file that takes longer the report is one of its first rows.

@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 
 from db.tables import Job
 from luthier.core.errors import InvalidTransitionError, InvalidValueError
-from services import idempotency, jobs
-from services.idempotency import Sending
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.jobs import idempotency, jobs
+from services.jobs.idempotency import Sending
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from luthier.data.count import SAMPLE_BYTES, RowCounts, count_rows
 from luthier.data.objectives import Purpose
 from luthier.data.prompts import check_sample_prompts
 from luthier.methods import room_in_context, row_limit
-from services import integrations, jobs, speeds
-from services.estimates import Estimate, Grounds, estimate
-from services.jobs import NewJob
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.capacity import speeds
+from services.capacity.estimates import Estimate, Grounds, estimate
+from services.jobs import integrations, jobs
+from services.jobs.jobs import NewJob
 
 MAX_ROWS = 4000
 _MAX_SECONDS = 10.0

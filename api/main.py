@@ -41,7 +41,7 @@ from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.inference.backends import open_all
 from luthier.storage.store import Storage
-from services.bell import Bell, make_celery
+from services.task_queue import Bell, make_celery
 
 # Beside the requests that hold a connection all along, those that take one for a moment in one thread.
 _POOL_SIZE = NUM_TURNS + 8

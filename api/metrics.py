@@ -8,8 +8,8 @@ from prometheus_client.registry import Collector
 
 from db.session import Database
 from luthier.core.errors import LuthierError
-from services import metrics
-from services.usage import TokenCounts
+from services.accounts.usage import TokenCounts
+from services.capacity import metrics
 
 _BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 

@@ -7,8 +7,8 @@ from starlette.concurrency import run_in_threadpool
 
 from db.session import Database
 from luthier.core.errors import UnavailableError
-from services import usage
-from services.usage import TokenCounts, UsageOwner
+from services.accounts import usage
+from services.accounts.usage import TokenCounts, UsageOwner
 
 _FLUSH_SECONDS = 1.0
 _log = structlog.get_logger()

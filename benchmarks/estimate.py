@@ -36,8 +36,8 @@ from luthier.data.count import count_rows
 from luthier.data.prepare import prepare_rows
 from luthier.data.prepared import write_prepared
 from luthier.methods import check_tuning, discover
-from services.estimates import Estimate, Grounds, estimate
-from services.speeds import finished_job
+from services.capacity.estimates import Estimate, Grounds, estimate
+from services.capacity.speeds import finished_job
 from worker.child import child_environment
 
 RESULTS = ROOT / "benchmarks" / "results" / "estimate.json"

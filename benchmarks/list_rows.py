@@ -7,9 +7,9 @@ from db.tables import ApiKey, Organization
 from luthier.core.ids import new_id
 from luthier.core.specs import TrainingSpec
 from luthier.methods import check_tuning
-from services import files
-from services.files import StoredFile
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.files import files
+from services.files.files import StoredFile
 
 # One job a second into the past, a tenth of them without metadata. The keys of the filters: `team` has ten
 # values, `run` a thousand.

@@ -28,9 +28,9 @@ from benchmarks.throw_away import throw_away_postgres
 from db.session import Database
 from luthier.core.keys import new_api_key
 from luthier.core.settings import Settings
-from services import jobs
+from services.accounts.auth import Scope
 from services.bootstrap import ensure_first_rows
-from services.scope import Scope
+from services.jobs import jobs
 
 MAX_RATIO = 1.3
 _LIMIT = 20

@@ -15,8 +15,9 @@ from luthier.core.ids import new_id
 from luthier.core.keys import hash_api_key, is_well_formed
 from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
-from services import keys, models
-from services.sealing import reseal
+from services.accounts import keys
+from services.accounts.sealing import reseal
+from services.models import models
 
 _FIRST_PROJECT = "personal"
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import Base, Job, Model
 from luthier.core.ids import new_id
-from services.scope import Scope
+from services.accounts.auth import Scope
 from tests.conftest import TINY_BASE, Api
 from tests.rows import colour_rows, jsonl
 

@@ -18,7 +18,7 @@ from luthier.core.errors import UnavailableError
 from luthier.core.logs import configure_logs
 from luthier.core.process import hide_memory
 from luthier.core.settings import Settings
-from services import workers
+from services.capacity import workers
 from worker.broker import consume_for_ever
 from worker.context import WorkerContext, make_context, stop_on_signals
 from worker.delivering import deliver_for_ever

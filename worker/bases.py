@@ -5,9 +5,9 @@ import structlog
 from luthier.bases.catalogue import CatalogueEntry
 from luthier.bases.fetch import ensure_base
 from luthier.core.specs import BaseFacts
-from services import events, leases
-from services.events import NewEvent
-from services.leases import Lease
+from services.jobs import events, leases
+from services.jobs.events import NewEvent
+from services.jobs.leases import Lease
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

@@ -11,7 +11,7 @@ import structlog
 from celery.worker import WorkController
 from celery.worker.consumer import Consumer
 
-from services.bell import TASK_NAME, make_celery
+from services.task_queue import TASK_NAME, make_celery
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

@@ -22,9 +22,9 @@ from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.storage.store import Storage
 from luthier.trackers import discover
-from services import workers
-from services.bell import Bell, Ring, make_celery
-from services.leases import Lease
+from services.capacity import workers
+from services.jobs.leases import Lease
+from services.task_queue import Bell, Ring, make_celery
 from worker.spare import WarmSpare
 
 # In the main process one for each thread of maintenance, webhooks, metrics; jobs need fewer.

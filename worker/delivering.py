@@ -11,8 +11,8 @@ from luthier.core.logs import origin
 from luthier.webhooks.events import Outcome
 from luthier.webhooks.sending import send
 from luthier.webhooks.targets import TargetRules
-from services import deliveries
-from services.deliveries import ClaimedDelivery
+from services.webhooks import deliveries
+from services.webhooks.deliveries import ClaimedDelivery
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

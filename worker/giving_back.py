@@ -13,8 +13,8 @@ from luthier.core.errors import (
     UnavailableError,
     UnsuitableMachineError,
 )
-from services import leases
-from services.leases import Lease, LeaseLostError
+from services.jobs import leases
+from services.jobs.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

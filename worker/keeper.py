@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import structlog
 
-from services import leases, pausing
-from services.leases import Lease, LeaseLostError
+from services.jobs import leases, pausing
+from services.jobs.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from luthier.core.devices import Device
 from luthier.core.inference import HEADER_TOKEN, LOANS_PATH, LoanRequest, MemoryLoan
-from services.memory import Waiting
+from services.capacity.memory import Waiting
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

@@ -20,8 +20,12 @@ import structlog
 from sqlalchemy.orm import Session
 
 from luthier.core.errors import LuthierError, UnavailableError
-from services import deliveries, files, idempotency, leases, leftovers, memory, models, workers
-from services.uploads import storage_prefix
+from services.capacity import memory, workers
+from services.files import files, storage_gc
+from services.files.uploads import storage_prefix
+from services.jobs import idempotency, leases
+from services.models import models
+from services.webhooks import deliveries
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()
@@ -142,11 +146,11 @@ def _find_garbage(context: WorkerContext, grace_seconds: float) -> Iterator[_Gar
     context.undeletable = {row: due for row, due in context.undeletable.items() if due > now}
     skipped, limit = list(context.undeletable), _TIDIED_AT_ONCE
     with context.database.transaction() as session:
-        uploads_ended = leftovers.list_untidied_uploads(
+        uploads_ended = storage_gc.list_untidied_uploads(
             session, grace_seconds=grace_seconds, limit=limit, skipped=skipped
         )
     with context.database.transaction() as session:
-        ended = leftovers.list_untidied(session, grace_seconds=grace_seconds, limit=limit, skipped=skipped)
+        ended = storage_gc.list_untidied(session, grace_seconds=grace_seconds, limit=limit, skipped=skipped)
         files_gone = files.list_undeleted_bytes(session, limit=limit, skipped=skipped)
         models_gone = models.list_undeleted_bytes(session, limit=limit, skipped=skipped)
     for file_id, key in files_gone:
@@ -164,14 +168,14 @@ def _find_garbage(context: WorkerContext, grace_seconds: float) -> Iterator[_Gar
         yield _Garbage(
             upload.upload_id,
             partial(storage.delete_all_but, prefix, [upload.kept_key] if upload.kept_key else []),
-            partial(leftovers.mark_upload_tidied, upload_id=upload.upload_id),
+            partial(storage_gc.mark_upload_tidied, upload_id=upload.upload_id),
         )
     for job in ended:
         prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
         yield _Garbage(
             job.job_id,
             partial(storage.delete_all_but, prefix, job.kept_prefixes),
-            partial(leftovers.mark_tidied, job_id=job.job_id),
+            partial(storage_gc.mark_tidied, job_id=job.job_id),
         )
 
 

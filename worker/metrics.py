@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from luthier.core.errors import LuthierError
-from services import metrics
+from services.capacity import metrics
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 from db.session import Database
 from db.tables import Job
 from luthier.core.errors import StorageFullError, UnavailableError
-from services import events, leases
-from services.events import NewEvent
-from services.leases import Lease
+from services.jobs import events, leases
+from services.jobs.events import NewEvent
+from services.jobs.leases import Lease
 from worker.keeper import LeaseKeeper
 
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from pathlib import Path
 from luthier.core.errors import ArtifactCorruptError, UnsuitableParentError
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.storage.store import Storage
-from services import parents
-from services.parents import StoredArtifact
+from services.models import continuation
+from services.models.continuation import StoredArtifact
 from worker.context import WorkerContext
 
 
@@ -70,7 +70,7 @@ def _check_digest(artifact: StoredArtifact, digest: str) -> None:
 
 def _look_up(context: WorkerContext, spec: TrainingSpec) -> dict[str, StoredArtifact]:
     with context.database.transaction() as session:
-        return parents.list_artifacts(session, spec)
+        return continuation.list_artifacts(session, spec)
 
 
 def _fetch(storage: Storage, stored: dict[str, StoredArtifact], run_dir: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ import structlog
 from luthier.core.errors import LuthierError
 from luthier.core.process import die_with_parent
 from luthier.core.settings import Settings
-from services import leases
+from services.jobs import leases
 from worker.context import WorkerContext, make_context, stop_on_signals
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, train

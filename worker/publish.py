@@ -25,10 +25,12 @@ from luthier.core.states import JobStatus
 from luthier.storage.manifests import Manifest
 from luthier.storage.store import Storage
 from luthier.training.choosing import judge
-from services import checkpoints, events, files, leases, models, reports
-from services.events import NewEvent
-from services.files import StoredFile
-from services.leases import Lease
+from services.files import files
+from services.files.files import StoredFile
+from services.jobs import checkpoints, events, leases, reports
+from services.jobs.events import NewEvent
+from services.jobs.leases import Lease
+from services.models import models
 from worker.outbox import Outbox
 from worker.step_metrics import FILENAME, build_step_metrics
 

@@ -6,7 +6,7 @@ import structlog
 
 from luthier.core.errors import UnsuitableMachineError
 from luthier.core.process import tied_python
-from services import workers
+from services.capacity import workers
 from worker.child import child_environment
 from worker.context import WorkerContext
 

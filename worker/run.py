@@ -27,8 +27,9 @@ from luthier.core.events import (
 from luthier.core.process import CHILD_LOG_NAME
 from luthier.core.reports import Evaluation
 from luthier.core.states import JobStatus
-from services import attempts, leases, pausing, reports, workers
-from services.leases import Lease
+from services.capacity import workers
+from services.jobs import attempts, leases, pausing, reports
+from services.jobs.leases import Lease
 from worker.child import TrainingChild
 from worker.context import WorkerContext
 from worker.giving_back import GIVEN_BACK

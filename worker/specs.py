@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from db.tables import Job
 from luthier.core.specs import TrainingSpec
-from services import workers
+from services.capacity import workers
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

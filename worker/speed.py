@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from luthier.core.cost_model import DeviceSpeed
 from luthier.core.errors import LuthierError
 from luthier.core.process import tied_python
-from services import speeds
+from services.capacity import speeds
 from worker.child import child_environment
 from worker.context import WorkerContext
 

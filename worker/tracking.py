@@ -22,7 +22,7 @@ from luthier.core.specs import TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.trackers import discover
 from luthier.trackers.base import RunStatus, TrackedRun, Tracker, TrackerConfig
-from services.leases import Lease
+from services.jobs.leases import Lease
 from worker.context import WorkerContext
 
 _log = structlog.get_logger()

@@ -19,9 +19,9 @@ from api.schemas.aliases import (
 from api.schemas.pages import DeletedObject, ListPage, list_object
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, UnavailableError
 from luthier.core.inference import ModelTarget
-from services import alias_history, aliases, models
-from services.alias_history import WayBack
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.models import alias_history, aliases, models
+from services.models.alias_history import WayBack
 
 router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
 

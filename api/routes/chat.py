@@ -10,7 +10,7 @@ from api.schemas.answers import EVENT_STREAM, ChatCompletion, Completion, Respon
 from api.streaming.chat_proxy import RESPONSES_PATH, ask
 from api.streaming.chat_request import read_body, read_model_name
 from api.streaming.target_resolver import resolve_target
-from services.usage import TokenCounts
+from services.accounts.usage import TokenCounts
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 

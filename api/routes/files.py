@@ -18,8 +18,9 @@ from db.tables import File
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.core.purposes import INPUT_PURPOSES
-from services import files, limits
-from services.scope import Scope
+from services.accounts import limits
+from services.accounts.auth import Scope
+from services.files import files
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 

@@ -25,7 +25,7 @@ from api.schemas.pages import ListPage, list_object
 from api.schemas.reports import JobReport, report_object
 from api.streaming.event_stream import event_stream_response, read_job
 from luthier.core.errors import InvalidValueError
-from services import idempotency, integrations, jobs, pausing
+from services.jobs import idempotency, integrations, jobs, pausing
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine_tuning"])
 

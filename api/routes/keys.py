@@ -5,7 +5,7 @@ from fastapi import APIRouter
 from api.deps import ScopeDep, SessionDep
 from api.schemas.keys import CreateKeyBody, KeyObject, key_object
 from api.schemas.pages import DeletedObject, ListPage, list_object
-from services import keys
+from services.accounts import keys
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 

@@ -19,8 +19,9 @@ from api.schemas.models import (
 from api.schemas.pages import DeletedObject, ListPage, list_object
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from luthier.core.errors import NotFoundError, UnavailableError
-from services import limits, models, names
-from services.scope import Scope
+from services.accounts import limits
+from services.accounts.auth import Scope
+from services.models import models, names
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

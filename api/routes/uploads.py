@@ -21,11 +21,12 @@ from db.upload_tables import UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
 from luthier.data.intake import open_check, row_limits
-from services import completing, limits, uploads
-from services.completing import Assembly
-from services.files import StoredFile
-from services.scope import Scope
-from services.uploads import storage_prefix
+from services.accounts import limits
+from services.accounts.auth import Scope
+from services.files import completing, uploads
+from services.files.completing import Assembly
+from services.files.files import StoredFile
+from services.files.uploads import storage_prefix
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Query
 
 from api.deps import ScopeDep, SessionDep
 from api.schemas.usage import UsagePage, usage_page
-from services import usage
-from services.usage import BucketWidth, GroupBy, UsageQuery
+from services.accounts import usage
+from services.accounts.usage import BucketWidth, GroupBy, UsageQuery
 
 router = APIRouter(prefix="/v1/organization/usage", tags=["usage"])
 

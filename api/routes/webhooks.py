@@ -24,9 +24,9 @@ from luthier.core.ids import new_id
 from luthier.webhooks.events import EVENT_TYPES, Message, payload
 from luthier.webhooks.sending import send
 from luthier.webhooks.targets import TargetRules
-from services import webhooks
-from services.scope import Scope
-from services.webhooks import EndpointChange
+from services.accounts.auth import Scope
+from services.webhooks import endpoints
+from services.webhooks.endpoints import EndpointChange
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
 
@@ -53,7 +53,7 @@ def create_endpoint(
     body: CreateEndpointBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
 ) -> EndpointObject:
     """Register a receiver; its signing secret is in this answer and nowhere else."""
-    endpoint, secret = webhooks.create(
+    endpoint, secret = endpoints.create(
         session,
         scope,
         _rules(parts),
@@ -70,14 +70,14 @@ def list_endpoints(
     session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
 ) -> ListPage[EndpointObject]:
     """List the project's endpoints, newest first."""
-    rows, has_more = webhooks.list_(session, scope, after=after, limit=limit)
+    rows, has_more = endpoints.list_(session, scope, after=after, limit=limit)
     return list_object([endpoint_object(row) for row in rows], has_more=has_more, with_ids=True)
 
 
 @router.get("/webhook_endpoints/{webhook_endpoint_id}")
 def retrieve_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> EndpointObject:
     """Describe one endpoint."""
-    return endpoint_object(webhooks.get(session, scope, webhook_endpoint_id))
+    return endpoint_object(endpoints.get(session, scope, webhook_endpoint_id))
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}")
@@ -90,13 +90,13 @@ def change_endpoint(
 ) -> EndpointObject:
     """Change an endpoint's name, URL or types."""
     wanted = EndpointChange(body.name, body.url, body.event_types)
-    return endpoint_object(webhooks.change(session, scope, _rules(parts), webhook_endpoint_id, wanted))
+    return endpoint_object(endpoints.change(session, scope, _rules(parts), webhook_endpoint_id, wanted))
 
 
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")
 def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> DeletedObject:
     """Forget an endpoint; nothing more is sent to it."""
-    webhooks.delete(session, scope, webhook_endpoint_id)
+    endpoints.delete(session, scope, webhook_endpoint_id)
     return {"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
 
 
@@ -110,7 +110,7 @@ def rotate_endpoint_secret(
 ) -> EndpointObject:
     """Give an endpoint a new signing secret, which is in this answer and nowhere else."""
     keeps_old = body is not None and bool(body.keep_old_secret_active_for_24_hours)
-    endpoint, secret = webhooks.rotate_secret(
+    endpoint, secret = endpoints.rotate_secret(
         session, scope, parts.sealer, webhook_endpoint_id, keeps_old=keeps_old
     )
     return endpoint_object(endpoint, secret)
@@ -118,10 +118,10 @@ def rotate_endpoint_secret(
 
 def _sample(parts: Parts, scope: Scope, endpoint_id: str, event_type: str) -> Message:
     with parts.database.transaction() as session:
-        endpoint = webhooks.get(session, scope, endpoint_id)
-        webhooks.check_event_type(event_type, param="event_type")
+        endpoint = endpoints.get(session, scope, endpoint_id)
+        endpoints.check_event_type(event_type, param="event_type")
         body = payload(new_id("webhook_event"), event_type, created_at=now_seconds(), job_id=_SAMPLE_JOB)
-        secrets = webhooks.active_secrets(endpoint, parts.sealer, datetime.now(UTC))
+        secrets = endpoints.active_secrets(endpoint, parts.sealer, datetime.now(UTC))
         return Message(new_id("webhook_delivery"), endpoint.url, body, secrets)
 
 

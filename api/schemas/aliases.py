@@ -5,8 +5,8 @@ from typing import Literal, NotRequired
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from services.alias_history import PastPointing
-from services.aliases import Pointing
+from services.models.alias_history import PastPointing
+from services.models.aliases import Pointing
 
 
 class PutAliasBody(BaseModel):

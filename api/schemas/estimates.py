@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.core.specs import Auto, Hyperparameters, TrainingOptions
-from services.estimates import Estimate, Grounds
+from services.capacity.estimates import Estimate, Grounds
 
 
 class _Told(BaseModel):

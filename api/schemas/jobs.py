@@ -12,7 +12,7 @@ from db.tables import Checkpoint, Job, JobEvent
 from luthier.core.errors import InvalidValueError, UnsupportedValueError
 from luthier.core.specs import Auto, DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.methods import MAX_BETA
-from services.jobs import NewJob
+from services.jobs.jobs import NewJob
 
 _MAX_SEED = 2**31 - 1
 
@@ -75,7 +75,7 @@ class CreateJobBody(_Body):
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None
     metadata: dict[str, str] | None = None
-    # At most 5, each checked by the tracker that it names (services/integrations.py).
+    # At most 5, each checked by the tracker that it names (services/jobs/integrations.py).
     integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
     tuning: dict[str, Any] | None = None
     training: TrainingOptions | None = None
@@ -115,7 +115,7 @@ class CreateJobBody(_Body):
         """Translate the body.
 
         Returns:
-            The request for services.jobs, its method's parameters still to be checked.
+            The request for services.jobs.jobs, its method's parameters still to be checked.
 
         Raises:
             UnsupportedValueError: for what OpenAI's API has and this service does not (yet).

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from db.tables import Job
 from luthier.core.reports import RunReport
-from services.reports import PrepareReport
+from services.jobs.reports import PrepareReport
 
 
 class JobReport(BaseModel):

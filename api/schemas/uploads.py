@@ -12,7 +12,7 @@ from db.tables import File
 from db.upload_tables import Upload, UploadPart
 from luthier.core.errors import InvalidValueError
 from luthier.core.purposes import check_input_purpose, check_mime_type
-from services.uploads import MAX_PARTS, NewUpload
+from services.files.uploads import MAX_PARTS, NewUpload
 
 
 class _Body(BaseModel):

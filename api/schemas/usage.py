@@ -4,7 +4,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from services.usage import UsageBucket, UsageResult
+from services.accounts.usage import UsageBucket, UsageResult
 
 
 class UsageResultObject(TypedDict):

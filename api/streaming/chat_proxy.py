@@ -12,7 +12,7 @@ from luthier.core.errors import LuthierError, UnavailableError
 from luthier.core.inference import HEADER_MODEL, HEADER_USAGE, USAGE_EVENT, ModelTarget, TokenUsage
 from luthier.inference.backends.base import Backend
 from luthier.inference.streaming import EventStream, while_connected
-from services.usage import TokenCounts
+from services.accounts.usage import TokenCounts
 
 _END_OF_EVENT = b"\n\n"
 _USAGE = _END_OF_EVENT + USAGE_EVENT

@@ -19,8 +19,8 @@ from luthier.core.errors import (
 )
 from luthier.core.keys import is_well_formed
 from luthier.core.settings import MIB
-from services import keys
-from services.names import unknown_model
+from services.accounts import keys
+from services.models.names import unknown_model
 
 _MAX_BODY_BYTES = 8 * MIB
 # Parsed on the event loop; more would hold up the streams on it.

@@ -8,7 +8,7 @@ import psycopg
 import structlog
 
 from db.connection import KEEPALIVE
-from services.events import CHANNEL
+from services.jobs.events import CHANNEL
 
 _RECONNECT_SECONDS = 1.0
 _CONNECT_SECONDS = 3

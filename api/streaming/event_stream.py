@@ -12,8 +12,9 @@ from db.tables import Job
 from luthier.core.errors import InvalidValueError, UnauthenticatedError, UnavailableError
 from luthier.core.states import JobStatus
 from luthier.inference.streaming import EventStream
-from services import events, jobs, keys
-from services.scope import Scope
+from services.accounts import keys
+from services.accounts.auth import Scope
+from services.jobs import events, jobs
 
 # How often a stream looks by itself, which is also how often an idle one shows that it lives.
 _LOOK_SECONDS = 5.0

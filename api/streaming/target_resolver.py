@@ -10,8 +10,9 @@ from starlette.concurrency import run_in_threadpool
 from api.deps import Parts, bearer_key
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.core.inference import ModelTarget
-from services import keys, models
-from services.scope import Scope
+from services.accounts import keys
+from services.accounts.auth import Scope
+from services.models import models
 
 _TIMEOUT_SECONDS = 3.0
 

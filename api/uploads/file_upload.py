@@ -21,7 +21,7 @@ from luthier.core.settings import Settings
 from luthier.data.containers.base import Limits
 from luthier.data.intake import TakePlace, UndecidedCheck, open_check, row_limits
 from luthier.storage.store import Storage
-from services.files import StoredFile
+from services.files.files import StoredFile
 
 MIN_EXPIRES_AFTER_SECONDS, MAX_EXPIRES_AFTER_SECONDS = 3600, 30 * 24 * 3600
 

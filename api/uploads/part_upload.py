@@ -19,7 +19,7 @@ from luthier.core.settings import MIB
 from luthier.data.intake import Check
 from luthier.data.validate import FileFacts
 from luthier.storage.store import Storage
-from services.uploads import StoredPart
+from services.files.uploads import StoredPart
 
 # The SDKs cut files into parts of exactly this size.
 MAX_PART_BYTES = 64 * MIB

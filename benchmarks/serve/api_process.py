@@ -28,7 +28,7 @@ from luthier.core.keys import new_api_key
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
 from services.bootstrap import ensure_first_rows
-from services.models import record_base
+from services.models.models import record_base
 
 _START_SECONDS = 60.0
 _FASTER_DATABASE = ("fsync=off",)

@@ -1,6 +1,6 @@
 """The device that this machine trains and serves on: its name, and the memory that the service may use of it.
 
-Needs no torch: a GPU's memory is asked of its driver. What is held of it by whom is in services/memory.py.
+Needs no torch: the driver reports a GPU's memory. What jobs hold of it is in services/capacity/memory.py.
 """
 
 import ctypes

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from luthier.cli.stack.processes import spawn
 from luthier.cli.stack.valkey import open_valkey
 from luthier.core.settings import Settings
-from services.bell import QUEUE, TASK_NAME
+from services.task_queue import QUEUE, TASK_NAME
 from tests.conftest import Api, wait_until
 from tests.folders import TEMPORARY_FOLDER
 from tests.rows import colour_rows, jsonl

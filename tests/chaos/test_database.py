@@ -17,8 +17,9 @@ from db.session import Database
 from db.tables import Attempt, Job, Model
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
-from services import keys, leases
-from services.leases import Lease
+from services.accounts import keys
+from services.jobs import leases
+from services.jobs.leases import Lease
 from tests.conftest import Api, Server, fresh_database, make_settings, running_postgres, serve_api, wait_until
 from tests.folders import TEMPORARY_FOLDER
 from tests.proxy import StallingProxy, stalling_proxy

@@ -15,8 +15,8 @@ import pytest
 from db.tables import Attempt, Job
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
-from services import leases
-from services.bell import TASK_NAME, Bell, make_celery
+from services.jobs import leases
+from services.task_queue import TASK_NAME, Bell, make_celery
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from tests.training import fork_server, train_next

@@ -22,7 +22,7 @@ from luthier.core.errors import StorageRefusedError, UnavailableError
 from luthier.core.settings import Settings
 from luthier.core.specs import TrainingSpec
 from luthier.storage.store import Storage
-from services import workers
+from services.capacity import workers
 from tests.conftest import Api, wait_until
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl

@@ -1,4 +1,4 @@
-"""The life of jobs as a Hypothesis state machine: clients over HTTP, workers by services.leases, and time.
+"""The life of jobs as a Hypothesis state machine: clients over HTTP, workers by services.jobs.leases; time.
 
 After every act what the model says is held against what there is (job_model.py).
 """
@@ -14,10 +14,13 @@ from luthier.core.errors import NonFiniteLossError, WorkerCrashedError
 from luthier.core.ids import new_id
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
-from services import attempts, events, files, leases, models, pausing, workers
-from services.events import NewEvent
-from services.files import StoredFile
-from services.leases import LeaseLostError
+from services.capacity import workers
+from services.files import files
+from services.files.files import StoredFile
+from services.jobs import attempts, events, leases, pausing
+from services.jobs.events import NewEvent
+from services.jobs.leases import LeaseLostError
+from services.models import models
 from tests.integration.job_model import MAX_ATTEMPTS, JobModel, Known
 
 S = JobStatus

@@ -14,9 +14,9 @@ from db.tables import Attempt, File, Job
 from db.webhook_tables import WebhookDelivery
 from luthier.core.states import TRANSITIONS, JobStatus
 from luthier.webhooks.events import EVENT_TYPES
-from services import leases
-from services.leases import Lease
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.jobs import leases
+from services.jobs.leases import Lease
 from tests.conftest import Api
 
 S = JobStatus

@@ -13,7 +13,7 @@ from api import proving
 from db.tables import Model
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends.base import Reply
-from services import aliases
+from services.models import aliases
 from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
 from tests.conftest import TINY_BASE, Api
 

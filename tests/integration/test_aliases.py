@@ -9,8 +9,9 @@ from sqlalchemy import select, text
 from db.tables import Checkpoint, Model
 from luthier.core.errors import ModelInUseError
 from luthier.core.ids import new_id
-from services import aliases, checkpoints, models
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.jobs import checkpoints
+from services.models import aliases, models
 from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
 from tests.conftest import TINY_BASE, Api, wait_until
 from tests.statements import counted

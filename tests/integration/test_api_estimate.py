@@ -19,7 +19,7 @@ from db.tables import Base, File, IdempotencyKey, Job, JobEvent
 from luthier.client import LuthierClient
 from luthier.core.cost_model import DeviceSpeed
 from luthier.core.settings import Settings
-from services import workers
+from services.capacity import workers
 from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.training import fork_server, train_next

@@ -15,8 +15,9 @@ from db.tables import Job, Model
 from luthier.core.errors import ModelNotFoundError
 from luthier.core.ids import new_id
 from luthier.core.specs import BaseFacts, TrainingSpec
-from services import checkpoints, models, permissions
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.jobs import checkpoints
+from services.models import models, permissions
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 

@@ -244,7 +244,7 @@ def test_45_an_answer_to_a_fault_of_ours_has_an_id_too(api: Api, monkeypatch: py
     def break_down(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("services.jobs.list_", break_down)
+    monkeypatch.setattr("services.jobs.jobs.list_", break_down)
     with structlog.testing.capture_logs() as logs:
         answer = ask(api, "GET", "/fine_tuning/jobs")
     assert [line["request_id"] for line in logs] == [answer.headers["x-request-id"]]

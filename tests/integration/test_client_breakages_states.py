@@ -18,7 +18,7 @@ from db.tables import Model
 from luthier.client import LuthierClient
 from luthier.core.errors import NonFiniteLossError
 from luthier.core.states import JobStatus
-from services import leases
+from services.jobs import leases
 from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.integration.wire import ask, create_job

@@ -7,7 +7,7 @@ import pytest
 from luthier.cli.doctor.service import check_api, check_database
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
-from services import workers
+from services.capacity import workers
 from tests.conftest import Api, wait_until
 
 

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from db.tables import Job
-from services import files
-from services.files import StoredFile
+from services.files import files
+from services.files.files import StoredFile
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 

@@ -14,8 +14,8 @@ from sqlalchemy.exc import IntegrityError
 
 from db.tables import Attempt, Job, JobEvent, Model
 from luthier.core.errors import WorkerCrashedError
-from services import leases
-from services.leases import LeaseLostError
+from services.jobs import leases
+from services.jobs.leases import LeaseLostError
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.training import train_next

@@ -10,9 +10,9 @@ from sqlalchemy import text
 
 from db.tables import Checkpoint, Job, JobEvent
 from luthier.core.ids import new_id
-from services import events, jobs
-from services.events import NewEvent
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.jobs import events, jobs
+from services.jobs.events import NewEvent
 from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
 from tests.rows import colour_rows, jsonl
 
@@ -133,7 +133,7 @@ def test_checkpoints_are_paged_whole_though_new_ones_come_and_old_ones_are_retir
 
 def _add_checkpoint(session: Any, job_id: str, step: int) -> None:
     from luthier.core.specs import BaseFacts, TrainingSpec
-    from services import models
+    from services.models import models
 
     job = session.get_one(Job, job_id)
     base = BaseFacts(

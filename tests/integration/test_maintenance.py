@@ -16,8 +16,10 @@ from db.tables import Worker
 from luthier.core.errors import UnavailableError
 from luthier.core.ids import new_id
 from luthier.core.settings import Settings
-from services import files, leases, workers
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.capacity import workers
+from services.files import files
+from services.jobs import leases
 from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job
 from tests.rows import colour_rows, jsonl

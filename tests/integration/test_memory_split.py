@@ -11,8 +11,9 @@ from db.memory_tables import MemoryGrant
 from db.session import Database
 from db.tables import Job, Worker
 from luthier.core.devices import Device
-from services import leases, memory
-from services.leases import Lease
+from services.capacity import memory
+from services.jobs import leases
+from services.jobs.leases import Lease
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next

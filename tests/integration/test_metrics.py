@@ -11,7 +11,7 @@ from sqlalchemy import insert
 
 from db.tables import Worker
 from luthier.core.settings import Settings
-from services.usage import TokenCounts
+from services.accounts.usage import TokenCounts
 from tests.conftest import Api, wait_until
 from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl

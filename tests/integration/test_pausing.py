@@ -13,8 +13,8 @@ from db.tables import Attempt as AttemptRow
 from db.tables import Job
 from luthier.core.errors import JobError, UnavailableError, WorkerCrashedError
 from luthier.core.events import FailedEvent
-from services import leases
-from services.leases import LeaseLostError
+from services.jobs import leases
+from services.jobs.leases import LeaseLostError
 from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
 from tests.integration.stoppable_child import Attempt
 from tests.integration.training_script import Script

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import DateTime, text
 
 from db.tables import Attempt, Job, Model, Table
-from services import leases
+from services.jobs import leases
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next

@@ -19,7 +19,7 @@ from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts, DpoOptions, TrainingOptions, TrainingSpec, TunedModel
 from luthier.trackers import discover
 from luthier.trackers.base import RunStatus, TrackedRun, Tracker, TrackerConfig, TrackerRun
-from services.leases import Lease
+from services.jobs.leases import Lease
 from tests.conftest import Api
 from tests.event_files import read_events, scalars
 from tests.integration.training_script import Script, ScriptedChild

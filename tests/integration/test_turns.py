@@ -5,7 +5,7 @@ import openai
 from sqlalchemy import func, update
 
 from db.tables import Job
-from services import leases
+from services.jobs import leases
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext

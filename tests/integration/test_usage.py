@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import func, select, text, update
 
 from db.tables import Organization, UsageEvent
-from services import usage
-from services.usage import TokenCounts, UsageOwner
+from services.accounts import usage
+from services.accounts.usage import TokenCounts, UsageOwner
 from tests.conftest import Api, wait_until
 from tests.integration.wire import ask
 from tests.stack import ROOT

@@ -20,9 +20,10 @@ from luthier.core.errors import (
 from luthier.core.settings import Settings
 from luthier.core.states import JobStatus
 from luthier.webhooks.events import Outcome
-from services import deliveries, leases, webhooks
-from services.leases import Lease
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.jobs import leases
+from services.jobs.leases import Lease
+from services.webhooks import deliveries, endpoints
 from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job, the_delivery, wind
 from tests.integration.training_script import Script, ScriptedChild
@@ -318,7 +319,7 @@ def test_an_endpoint_is_not_deleted_between_an_end_and_its_delivery(
         deliveries.enqueue(ending, job_id, JobStatus.CANCELLED)
         with pytest.raises(UnavailableError), context.database.transaction() as deleting:
             deleting.execute(text("SET LOCAL lock_timeout = '50ms'"))
-            webhooks.delete(deleting, scope, endpoint.id)
+            endpoints.delete(deleting, scope, endpoint.id)
     client.webhooks.delete(endpoint.id)
     assert the_delivery(context).outcome == "endpoint_deleted"
 

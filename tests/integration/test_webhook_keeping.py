@@ -17,7 +17,7 @@ from db.webhook_tables import WebhookDelivery
 from luthier.core.errors import SecretKeyError
 from luthier.core.sealing import Sealer, new_secret_key
 from luthier.core.settings import Settings
-from services.sealing import reseal
+from services.accounts.sealing import reseal
 from tests.conftest import serve_api
 from tests.integration.hooks import create_job, the_delivery, wind
 from tests.receiver import Receiver

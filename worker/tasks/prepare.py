@@ -17,11 +17,12 @@ from luthier.data.prepare_process import ROWS_FOLDER, Question
 from luthier.data.prompts import check_sample_prompts
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
-from services import events, leases, models, reports
-from services.estimates import MemoryNeed, need_memory, tell_limit
-from services.events import NewEvent
-from services.leases import Lease, LeaseLostError
-from services.reports import FileReport, PrepareReport
+from services.capacity.estimates import MemoryNeed, need_memory, tell_limit
+from services.jobs import events, leases, reports
+from services.jobs.events import NewEvent
+from services.jobs.leases import Lease, LeaseLostError
+from services.jobs.reports import FileReport, PrepareReport
+from services.models import models
 from worker.bases import ensure_jobs_base
 from worker.context import WorkerContext, remove_run_dir
 from worker.giving_back import GIVEN_BACK, full_disk_named, give_back

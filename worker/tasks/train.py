@@ -22,9 +22,11 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.data.prepare_process import TRAIN_FILE, VALIDATION_FILE
-from services import leases, memory, models, reports
-from services.leases import Lease, LeaseLostError
-from services.memory import Waiting
+from services.capacity import memory
+from services.capacity.memory import Waiting
+from services.jobs import leases, reports
+from services.jobs.leases import Lease, LeaseLostError
+from services.models import models
 from worker.bases import ensure_jobs_base
 from worker.child import start_child
 from worker.context import WorkerContext, remove_run_dir

@@ -13,7 +13,7 @@ from api.streaming.chat_proxy import RESPONSES_PATH, ask
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends.base import Backend, Reply
-from services.usage import TokenCounts
+from services.accounts.usage import TokenCounts
 
 CHAT = "/v1/chat/completions"
 STREAM = "text/event-stream; charset=utf-8"

@@ -12,7 +12,7 @@ from luthier.core.errors import ArtifactCorruptError, InvalidFileFormatError, In
 from luthier.data.containers.base import Limits
 from luthier.data.intake import open_check
 from luthier.storage.store import Storage
-from services.uploads import StoredPart
+from services.files.uploads import StoredPart
 from tests.rows import colour_rows, jsonl
 
 ROWS = jsonl(colour_rows(30))

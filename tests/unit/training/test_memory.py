@@ -12,7 +12,7 @@ from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
 from luthier.training.artifact import Origin
 from luthier.training.device import Machine
 from luthier.training.memory import out_of_memory, there_is_bytes
-from services.estimates import need_memory
+from services.capacity.estimates import need_memory
 from tests.tiny import build_tiny_base, build_tiny_run
 
 FACTS = BaseFacts(

@@ -16,8 +16,8 @@ from luthier.core.errors import InvalidValueError, PermissionDeniedError
 from luthier.core.ids import new_id, new_model_suffix
 from luthier.core.inference import ModelTarget
 from luthier.core.specs import BaseFacts, TrainingSpec
-from services import names, parents
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.models import continuation, names
 
 
 def record_base(session: Session, facts: BaseFacts) -> None:
@@ -219,7 +219,7 @@ def register(
 def _is_needed(session: Session, model: Model) -> bool:
     # An alias of any project: its history says which weights it pointed to.
     pointing = exists().where(Alias.model_id == Model.id, Alias.deleted_at.is_(None))
-    is_needed = or_(parents.is_needed(), pointing)
+    is_needed = or_(continuation.is_needed(), pointing)
     return session.scalar(select(Model.id).where(Model.id == model.id, is_needed)) is not None
 
 
@@ -248,7 +248,7 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
         # Not the project's own: it says whether that is all.
         get_own(session, scope, catalogue, name)
         raise names.unknown_model(name)
-    parents.check_unneeded(session, model)
+    continuation.check_unneeded(session, model)
     model.deleted_at = func.now()
     checkpoint = session.scalar(
         select(Checkpoint).where(Checkpoint.model_id == model.id, Checkpoint.deleted_at.is_(None))

@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session
 
 from db.tables import Job, Worker
 from luthier.core.states import JobStatus
-from services import events
-from services.events import NewEvent
+from services.jobs import events
+from services.jobs.events import NewEvent
 
 # A worker that was not heard of for so long counts as gone.
 ALIVE_SECONDS = 30

@@ -11,7 +11,7 @@ from db.permission_tables import CheckpointPermission
 from db.tables import Base, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError
-from services.scope import Scope
+from services.accounts.auth import Scope
 
 
 def unknown_model(name: str) -> ModelNotFoundError:

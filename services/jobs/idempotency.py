@@ -15,7 +15,7 @@ from db.queries import delete_some, lock_key
 from db.tables import IdempotencyKey
 from luthier.core.errors import IdempotencyKeyReusedError
 from luthier.core.ids import new_id
-from services.scope import Scope
+from services.accounts.auth import Scope
 
 _RETRY_WINDOW = timedelta(minutes=10)
 _KEPT = timedelta(days=1)

@@ -1,4 +1,4 @@
-"""Jobs as a client sees them: create, read, cancel. What a worker does to a job is in services/leases.py."""
+"""Jobs as a client sees them: create, read, cancel. What a worker does is in services/jobs/leases.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,10 +31,15 @@ from luthier.core.specs import (
 from luthier.core.states import JobStatus, check_transition
 from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.methods import parse_tuning, resolve_spec
-from services import attempts, deliveries, events, files, limits, parents, workers
-from services.bell import Ring, ring_after_commit
-from services.events import NewEvent
-from services.scope import Scope
+from services.accounts import limits
+from services.accounts.auth import Scope
+from services.capacity import workers
+from services.files import files
+from services.jobs import attempts, events
+from services.jobs.events import NewEvent
+from services.models import continuation
+from services.task_queue import Ring, ring_after_commit
+from services.webhooks import deliveries
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class NewJob:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     dpo: DpoOptions | None = None
     metadata: dict[str, str] | None = None
-    # Checked by services.integrations before a job is made of it.
+    # Checked by services.jobs.integrations before a job is made of it.
     integrations: Sequence[dict[str, Any]] = ()
 
 
@@ -141,7 +146,7 @@ def check(
         InvalidRequestError: when a file is unknown, has another purpose, rows of the wrong kind or too few
             of them, or when a parameter of the method is wrong; names the field.
     """
-    origin = parents.find_origin(session, scope, catalogue, request.model, request.tuning)
+    origin = continuation.find_origin(session, scope, catalogue, request.model, request.tuning)
     _check_base_is_fetched(session, settings, origin.base_id)
     wants_pairs = request.dpo is not None
     training_file = _get_input_file(

@@ -9,11 +9,11 @@ from sqlalchemy.orm import Session
 from db.tables import Job
 from luthier.core.errors import InvalidTransitionError
 from luthier.core.states import JobStatus
-from services import attempts, events, jobs, leases
-from services.bell import Ring, ring_after_commit
-from services.events import NewEvent
-from services.leases import Lease
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.jobs import attempts, events, jobs, leases
+from services.jobs.events import NewEvent
+from services.jobs.leases import Lease
+from services.task_queue import Ring, ring_after_commit
 
 # Statuses in which the worker that holds a job is to stop its training process: the second is that of a
 # job which was resumed while it was pausing.

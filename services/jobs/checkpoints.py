@@ -1,13 +1,13 @@
 """Checkpoints of a job: which one was made at a step, and which ones make room for newer ones.
 
-How one is made callable is in services/models.py: register.
+How one is made callable is in services/models/models.py: register.
 """
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from db.tables import Checkpoint, Model
-from services import models, parents
+from services.models import continuation, models
 
 
 def find(session: Session, job_id: str, step: int) -> tuple[Checkpoint, Model] | None:
@@ -42,7 +42,7 @@ def retire(session: Session, job_id: str, *, keep: int, spared_step: int | None)
         .with_for_update(of=Model)
     ).all()
     ids = [model.id for _, model in rows]
-    needed = set(session.scalars(select(Model.id).where(Model.id.in_(ids), parents.is_needed())))
+    needed = set(session.scalars(select(Model.id).where(Model.id.in_(ids), continuation.is_needed())))
     prefixes = []
     for checkpoint, model in rows:
         if model.id in needed:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from db.tables import UsageEvent
 from luthier.core.errors import InvalidValueError
 from luthier.core.ids import new_id
-from services.scope import Scope
+from services.accounts.auth import Scope
 
 BucketWidth = Literal["1m", "1h", "1d"]
 GroupBy = Literal["project_id", "api_key_id", "model"]

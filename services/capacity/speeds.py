@@ -12,7 +12,7 @@ from luthier.core.reports import RunReport
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts, Precision
 from luthier.methods import parse_tuning
-from services.reports import PrepareReport
+from services.jobs.reports import PrepareReport
 
 _MAX_JOBS = 40
 
@@ -112,7 +112,7 @@ def finished_job(
     num_reference_tokens: int,
     tokens_per_example: float,
 ) -> FinishedJob:
-    """Return what a job did and took, by its report, in the numbers of services.estimates.
+    """Return what a job did and took, by its report, in the numbers of services.capacity.estimates.
 
     Args:
         num_scored_tokens: of the validation rows.

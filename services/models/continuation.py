@@ -15,8 +15,8 @@ from luthier.core.errors import ModelInUseError, ModelNotAvailableError
 from luthier.core.specs import TrainingSpec, TunedModel
 from luthier.core.states import TERMINAL_STATUSES
 from luthier.methods import check_tuning, discover, inherit_tuning
-from services.names import find_callable
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.models.names import find_callable
 
 _NUM_NAMED = 10
 

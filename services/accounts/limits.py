@@ -15,7 +15,7 @@ from db.upload_tables import Upload
 from luthier.core.errors import PinLimitError, TooLargeError, TooManyRequestsError
 from luthier.core.states import JobStatus
 from luthier.methods import discover
-from services.uploads import UploadStatus
+from services.files.uploads import UploadStatus
 
 # Written into the statement: PostgreSQL uses a partial index only by constants.
 _WAITING = bindparam(

@@ -1,6 +1,6 @@
 """Checkpoint permissions: another project of the organization may call a model, and nothing more.
 
-What a permission opens is in services/names.py: is_callable.
+What a permission opens is in services/models/names.py: is_callable.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from db.queries import find_cursor, find_owned, page
 from db.tables import Model, Project
 from luthier.core.errors import InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
-from services import models, names
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.models import models, names
 
 
 def create(

@@ -19,8 +19,8 @@ from db.tables import Job
 from luthier.core.devices import Device, format_bytes
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.states import JobStatus
-from services import workers
-from services.turns import by_turns
+from services.capacity import workers
+from services.jobs.queue_order import by_turns
 
 # What a job asks for beyond its estimated peak.
 MARGIN = 1.1

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from db.tables import File, Job, Model
 from db.upload_tables import Upload, UploadPart
 from luthier.core.states import TERMINAL_STATUSES
-from services import uploads
-from services.uploads import UploadStatus
+from services.files import uploads
+from services.files.uploads import UploadStatus
 
 
 @dataclass(frozen=True)

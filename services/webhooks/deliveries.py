@@ -18,7 +18,7 @@ from luthier.core.sealing import Sealer
 from luthier.core.states import JobStatus
 from luthier.webhooks.events import Message, Outcome, event_type_of, payload
 from luthier.webhooks.schedule import next_try
-from services.webhooks import active_secrets
+from services.webhooks.endpoints import active_secrets
 
 # Beside the receiver's own time: to claim, and to write down what came of it.
 _LEASE_MARGIN_SECONDS = 30.0

@@ -11,7 +11,7 @@ from db.queries import find_owned
 from db.upload_tables import Upload, UploadPart
 from luthier.core.errors import InvalidUploadStateError, InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
-from services.scope import Scope
+from services.accounts.auth import Scope
 
 LIFETIME = timedelta(hours=1)
 MAX_PARTS = 10_000

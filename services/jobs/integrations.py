@@ -10,7 +10,7 @@ from db.tables import Worker
 from luthier.core.errors import UnsupportedValueError
 from luthier.core.settings import Settings
 from luthier.trackers import check_integrations, discover
-from services.jobs import NewJob
+from services.jobs.jobs import NewJob
 
 # A worker that was not heard of for so long is not counted on.
 _ALIVE = timedelta(minutes=1)

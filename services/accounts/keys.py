@@ -16,7 +16,7 @@ from luthier.core.errors import (
 )
 from luthier.core.ids import new_id
 from luthier.core.keys import hash_api_key, is_well_formed, key_prefix, new_api_key
-from services.scope import Scope
+from services.accounts.auth import Scope
 
 # Once a minute is enough to say when a key was last used, and spares a write per request.
 _LAST_USED_RESOLUTION = timedelta(minutes=1)

@@ -1,4 +1,4 @@
-"""Webhook endpoints: a project's receivers of events. What is sent to them is in services/deliveries.py."""
+"""Webhook endpoints: a project's receivers of events. Deliveries: deliveries.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from luthier.core.sealing import Sealer
 from luthier.webhooks.events import EVENT_TYPES
 from luthier.webhooks.signing import new_secret, secret_hint
 from luthier.webhooks.targets import TargetRules, check_url
-from services.scope import Scope
-from services.sealing import reseal_secret
+from services.accounts.auth import Scope
+from services.accounts.sealing import reseal_secret
 
 _log = structlog.get_logger()
 

@@ -10,9 +10,9 @@ from db.queries import find_cursor
 from db.tables import Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, ModelNotAvailableError
-from services import aliases, models, names
-from services.aliases import Pointing, Target
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.models import aliases, models, names
+from services.models.aliases import Pointing, Target
 
 
 @dataclass(frozen=True)

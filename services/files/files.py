@@ -12,7 +12,7 @@ from db.queries import find_cursor, find_owned, page
 from db.tables import File, Job
 from luthier.core.errors import FileInUseError, NotFoundError
 from luthier.core.states import TERMINAL_STATUSES
-from services.scope import Scope
+from services.accounts.auth import Scope
 
 RESULTS_PURPOSE = "fine-tune-results"
 

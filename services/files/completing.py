@@ -10,10 +10,10 @@ from sqlalchemy.orm import Session
 from db.tables import File
 from db.upload_tables import Upload, UploadPart
 from luthier.core.errors import InvalidValueError
-from services import files, uploads
-from services.files import StoredFile
-from services.scope import Scope
-from services.uploads import StoredPart, UploadStatus
+from services.accounts.auth import Scope
+from services.files import files, uploads
+from services.files.files import StoredFile
+from services.files.uploads import StoredPart, UploadStatus
 
 # A complete that began in time may read its parts for this long after the upload would have expired.
 _MAX_COMPLETING = timedelta(minutes=15)

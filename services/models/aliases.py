@@ -1,6 +1,6 @@
 """Aliases: a project's own names for models, what each pointed to, and the way back.
 
-What a request's name stands for is in services/names.py: look_up.
+What a request's name stands for is in services/models/names.py: look_up.
 """
 
 import re
@@ -16,8 +16,8 @@ from db.tables import Base, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, ModelNotAvailableError, NotFoundError
 from luthier.core.ids import new_id
-from services import names
-from services.scope import Scope
+from services.accounts.auth import Scope
+from services.models import names
 
 _MAX_NAME_LENGTH = 128
 _PIECE = "[A-Za-z0-9][A-Za-z0-9._-]*"

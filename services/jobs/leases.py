@@ -17,9 +17,11 @@ from db.tables import Job
 from luthier.core.devices import Device
 from luthier.core.errors import LuthierError, UnavailableError, WorkerCrashedError
 from luthier.core.states import TERMINAL_STATUSES, JobStatus
-from services import attempts, deliveries, events, memory, workers
-from services.events import NewEvent
-from services.turns import by_turns
+from services.capacity import memory, workers
+from services.jobs import attempts, events
+from services.jobs.events import NewEvent
+from services.jobs.queue_order import by_turns
+from services.webhooks import deliveries
 
 
 class LeaseLostError(LuthierError):

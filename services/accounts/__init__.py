@@ -1,0 +1,1 @@
+"""Accounts: principals, API keys, limits, usage and sealed secrets."""

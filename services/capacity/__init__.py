@@ -1,0 +1,1 @@
+"""Capacity: workers, memory of devices, estimates and metrics."""

@@ -1,0 +1,1 @@
+"""Files and uploads: rows about bytes in storage, and storage's garbage."""

@@ -1,0 +1,1 @@
+"""Models: what a public name resolves to, and which models a project may call."""
