@@ -23,7 +23,7 @@ from luthier.core.errors import (
     NotFoundError,
 )
 from luthier.core.specs import BaseFacts
-from luthier.data.report_process import report_in_process
+from luthier.data.reports.process import report_in_process
 from services.accounts.auth import Scope
 from services.files import files
 

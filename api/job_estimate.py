@@ -12,9 +12,9 @@ from db.tables import File
 from luthier.bases.catalogue import base_folder
 from luthier.core.shapes import BaseShape, read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
-from luthier.data.count import SAMPLE_BYTES, RowCounts, count_rows
-from luthier.data.objectives import Purpose
-from luthier.data.prompts import check_sample_prompts
+from luthier.data.prepare.objectives import Purpose
+from luthier.data.prepare.row_counts import SAMPLE_BYTES, RowCounts, count_rows
+from luthier.data.prepare.sample_prompts import check_sample_prompts
 from luthier.methods import room_in_context, row_limit
 from services.accounts.auth import Scope
 from services.capacity import speeds

@@ -72,7 +72,7 @@ def report_once(path: Path, folder: Path) -> dict[str, Any]:
         Rows, tokens, seconds, seconds of all cores together, and the peak of memory above the imports in
         bytes.
     """
-    from luthier.data.report import report_on_file
+    from luthier.data.reports.report import report_on_file
 
     before = _status_bytes("VmRSS")
     begin, cpu_begin = time.perf_counter(), time.process_time()

@@ -32,9 +32,9 @@ from luthier.core.specs import (
     TrainingOptions,
     TrainingSpec,
 )
-from luthier.data.count import count_rows
-from luthier.data.prepare import prepare_rows
-from luthier.data.prepared import write_prepared
+from luthier.data.prepare.preparation import prepare_rows
+from luthier.data.prepare.prepared_rows import write_prepared
+from luthier.data.prepare.row_counts import count_rows
 from luthier.methods import check_tuning, discover
 from services.capacity.estimates import Estimate, Grounds, estimate
 from services.capacity.speeds import finished_job

@@ -20,7 +20,7 @@ from benchmarks.ours import run_ours
 from benchmarks.results_file import ResultsFile, code_digest, fingerprint_of
 from benchmarks.rows import GROWTH, LORA
 from benchmarks.workload import Workload, make_spec
-from luthier.data.prepared import PreparedRows, join_rows
+from luthier.data.prepare.prepared_rows import PreparedRows, join_rows
 
 LENGTHS = (128, 256, 384, 512)
 _STEPS_A_LENGTH = 4

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.workload import Workload
 from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StepEvent, parse_event
 from luthier.core.specs import RunInputs, TrainingSpec
-from luthier.data.prepared import write_prepared
+from luthier.data.prepare.prepared_rows import write_prepared
 from worker.spare import SpareRun, WarmSpare
 
 _IMPORT_SECONDS = 180.0

@@ -32,9 +32,9 @@ from luthier.core.specs import (
     TrainingOptions,
     TrainingSpec,
 )
-from luthier.data.pairs import make_pair_plan
-from luthier.data.prepare import prepare_rows
-from luthier.data.prepared import PreparedRows, write_prepared
+from luthier.data.prepare.preference_pairs import make_pair_plan
+from luthier.data.prepare.preparation import prepare_rows
+from luthier.data.prepare.prepared_rows import PreparedRows, write_prepared
 from luthier.methods import check_tuning, resolve_spec
 
 # Those whose first weights can be handed over to TRL.

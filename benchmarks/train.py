@@ -26,7 +26,7 @@ from benchmarks.workload import Workload, find_base, load_rows, make_workload
 from examples.local_service import ServiceFailedError
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
-from luthier.data.prepared import PreparedRows
+from luthier.data.prepare.prepared_rows import PreparedRows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train.json"

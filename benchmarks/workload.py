@@ -10,8 +10,8 @@ import numpy as np
 from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts, Hyperparameters, Precision, TrainingOptions, TrainingSpec
-from luthier.data.prepare import prepare_rows
-from luthier.data.prepared import PreparedRows
+from luthier.data.prepare.preparation import prepare_rows
+from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.methods import check_tuning, parse_tuning, resolve_spec
 
 MAX_LENGTH = 1024

@@ -16,8 +16,8 @@ import torch
 
 from luthier.core.inference import ModelTarget
 from luthier.core.settings import Settings
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.app import Service
 from luthier.inference.engine import Engine, EngineCore
 from luthier.inference.lane import Lane

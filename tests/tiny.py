@@ -23,7 +23,7 @@ from luthier.core.specs import (
     TrainingSpec,
     TunedModel,
 )
-from luthier.data.prepared import PreparedRows, join_rows, write_prepared
+from luthier.data.prepare.prepared_rows import PreparedRows, join_rows, write_prepared
 from luthier.methods import check_tuning, resolve_spec
 from luthier.storage.manifests import seal_folder
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from luthier.core.errors import UnsupportedValueError
-from luthier.data.prepared import PreparedRows
+from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.methods import (
     Attached,
     Installed,

@@ -1,4 +1,4 @@
-"""The process that checks a job's files (luthier/data/prepare_process.py), followed until its answer.
+"""The process that checks a job's files (luthier/data/prepare/process.py), followed until its answer.
 
 It is ended at once when the job is cancelled, when the worker stops, and when it makes no progress.
 """
@@ -15,7 +15,7 @@ import msgspec
 
 from luthier.core.errors import StalledError, WorkerCrashedError, make_job_error
 from luthier.core.process import bare_environment, tied_python
-from luthier.data.prepare_process import ANSWER_NAME, QUESTION_NAME, Answer, Prepared, Question, out_of_memory
+from luthier.data.prepare.process import ANSWER_NAME, QUESTION_NAME, Answer, Prepared, Question, out_of_memory
 from worker.context import WorkerContext
 from worker.keeper import STALL_FACTOR, LeaseKeeper
 
@@ -44,7 +44,7 @@ def run_prepare(context: WorkerContext, keeper: LeaseKeeper, folder: Path, quest
     (folder / QUESTION_NAME).write_bytes(msgspec.json.encode(question))
     with (folder / _LOG_NAME).open("ab") as log:
         process = subprocess.Popen(
-            tied_python("-m", "luthier.data.prepare_process", str(folder)),
+            tied_python("-m", "luthier.data.prepare.process", str(folder)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

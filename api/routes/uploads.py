@@ -20,7 +20,7 @@ from db.tables import File
 from db.upload_tables import UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
-from luthier.data.intake import open_check, row_limits
+from luthier.data.readers.upload_check import open_check, row_limits
 from services.accounts import limits
 from services.accounts.auth import Scope
 from services.files import completing, uploads

@@ -10,8 +10,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from luthier.core.errors import LuthierError
-from luthier.data.intake import Check
-from luthier.data.validate import FileFacts
+from luthier.data.readers.file_checker import FileFacts
+from luthier.data.readers.upload_check import Check
 from luthier.storage.store import Storage
 
 _BLOCK_BYTES = 1024 * 1024

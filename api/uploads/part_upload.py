@@ -16,8 +16,8 @@ from luthier.core.errors import (
     MissingParameterError,
 )
 from luthier.core.settings import MIB
-from luthier.data.intake import Check
-from luthier.data.validate import FileFacts
+from luthier.data.readers.file_checker import FileFacts
+from luthier.data.readers.upload_check import Check
 from luthier.storage.store import Storage
 from services.files.uploads import StoredPart
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from benchmarks.quality.task import Prompt, to_messages
 from luthier.core.shapes import read_shape
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import StreamDecoder, Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer
 from luthier.inference.bases import pack
 from luthier.inference.lane import Lane
 from luthier.inference.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent

@@ -13,8 +13,8 @@ from benchmarks.quality.recipes import Recipe
 from benchmarks.quality.task import Task
 from luthier.core.events import FailedEvent, FinishedEvent, StepEvent, parse_event
 from luthier.core.specs import BaseFacts, Hyperparameters, RunInputs, TrainingOptions, TrainingSpec
-from luthier.data.prepare import prepare_rows
-from luthier.data.prepared import write_prepared
+from luthier.data.prepare.preparation import prepare_rows
+from luthier.data.prepare.prepared_rows import write_prepared
 from luthier.methods import check_tuning, resolve_spec
 
 # Failures that say something about the settings and not about the machine: they are results.

@@ -24,7 +24,7 @@ from benchmarks.serve.streams import measure_streams
 from benchmarks.serve.table import make_table, serving_code
 from benchmarks.workload import find_base
 from luthier.core.settings import Settings
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 
 RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
 # Where tries go that are too short to be shown.

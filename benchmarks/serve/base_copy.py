@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 
 
 def copy_without_end(base: Path, bases_dir: Path) -> Path:

@@ -13,7 +13,7 @@ from benchmarks.serve.engine import Client, Place
 from benchmarks.serve.limits import Limits, measure_limits
 from benchmarks.serve.prompts import Prompts
 from benchmarks.serve.published import Published
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 
 
 @dataclass

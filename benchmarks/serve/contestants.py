@@ -14,7 +14,7 @@ from benchmarks.serve.process import Process, SideFailedError, free_port
 from benchmarks.serve.prompts import Prompt
 from benchmarks.serve.published import Published
 from benchmarks.serve.rows import NUM_CACHE_PAGES, Contest, Setting
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods.adapter import LOADER
 
 _START_SECONDS = 180.0

@@ -162,7 +162,8 @@ class RunInputs(Frozen):
     """The run directory's inputs.json: where the child finds what it reads. Paths are absolute.
 
     A run directory holds spec.json (TrainingSpec), inputs.json (this), train.safetensors and maybe
-    validation.safetensors (luthier.data.prepared); the child adds save_points/, checkpoints/ and artifact/.
+    validation.safetensors (luthier.data.prepare.prepared_rows); the child adds save_points/, checkpoints/
+    and artifact/.
     `parent_path` and `foundation_path` are the artifacts of the spec's members of those names, where it has
     them; they may be one folder.
     """

@@ -13,7 +13,7 @@ import msgspec
 
 from luthier.core.errors import LuthierError
 from luthier.core.inference import TokenUsage
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.call_reader import CallBegun
 from luthier.inference.parts import Ended, EndReason, Part, WholeAnswer
 from luthier.inference.sampler import MIN_LOGPROB

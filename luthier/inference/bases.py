@@ -15,9 +15,9 @@ from luthier.core.errors import ArtifactCorruptError, ModelNotFoundError
 from luthier.core.settings import Settings
 from luthier.core.shapes import BaseShape, read_shape
 from luthier.core.specs import BaseFacts
-from luthier.data.render import ChatTemplate
-from luthier.data.token_bounds import TokenBounds, find_bounds
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.token_bounds import TokenBounds, find_bounds
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.copies import Copy
 from luthier.inference.forward import Prefix, count_virtual_tokens
 from luthier.inference.lane import Lane

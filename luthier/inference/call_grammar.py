@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.formats import AnswerFormat
 from luthier.inference.grammar import json_rule
 from luthier.inference.tool_calls import CallSyntax

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.call_grammar import arguments_schema, calls_after_text, calls_alone, calls_or_answer
 from luthier.inference.formats import AnswerFormat
 from luthier.inference.grammar import CompiledGrammar, json_rule

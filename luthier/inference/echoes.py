@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from luthier.data.tokens import StreamDecoder, Tokenizer
+from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True)

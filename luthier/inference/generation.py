@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from luthier.core.errors import UnavailableError
-from luthier.data.tokens import StreamDecoder
+from luthier.data.rendering.tokenizer import StreamDecoder
 from luthier.inference.bases import ReadyModel
 from luthier.inference.echoes import Echo
 from luthier.inference.engine import Engine

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from luthier.core.errors import InvalidRequestError, InvalidValueError
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 
 # A grammar's memory grows with the time that it took: 100 to 200 MiB a second.
 _MAX_KEPT, _MAX_KEPT_SECONDS = 64, 1.0

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.render import ChatTemplate
+from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.inference.bases import ReadyModel
 from luthier.inference.call_reader import CallReader
 from luthier.inference.chat_grammar import choose_grammar

@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.answers import Shape, Usage, encode_json, token_logprobs
 from luthier.inference.call_reader import CallArguments, CallBegun
 from luthier.inference.parts import Ended, EndReason, Part, WholeAnswer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from luthier.core.errors import ContextLengthExceededError
-from luthier.data.marks import without_splits
+from luthier.data.rendering.special_tokens import without_splits
 from luthier.inference.bases import ReadyModel
 
 

@@ -17,7 +17,7 @@ ModelKey = tuple[str, str | None]
 
 
 class TextDecoder(Protocol):
-    """What luthier.data.tokens.StreamDecoder promises."""
+    """What luthier.data.rendering.tokenizer.StreamDecoder promises."""
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that is complete."""

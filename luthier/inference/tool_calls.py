@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Tokenizer
 
 _NAME = "probe_of_tools"
 _ARGUMENTS = {"probe_key": 7}

@@ -15,8 +15,8 @@ from luthier.core.cost_model import max_part_tokens
 from luthier.core.errors import InvalidValueError, LuthierError
 from luthier.core.events import StartedEvent
 from luthier.core.reports import Evaluation
-from luthier.data.prepared import PreparedRows
-from luthier.data.tokens import Tokenizer
+from luthier.data.prepare.prepared_rows import PreparedRows
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, MethodParams, Start, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training.artifact import LOG_NAME, TrainingLog

@@ -1,4 +1,4 @@
-"""The tensors of a micro-batch, and the plan of the steps that they belong to (luthier.data.plan).
+"""The tensors of a micro-batch, and the plan of its steps (luthier.data.prepare.batch_plan).
 
 Legend: B rows, T tokens.
 """
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from luthier.data.plan import Plan, make_plan, order_epoch, split_micro
-from luthier.data.prepared import PreparedRows
+from luthier.data.prepare.batch_plan import Plan, make_plan, order_epoch, split_micro
+from luthier.data.prepare.prepared_rows import PreparedRows
 
 __all__ = [
     "Batch",

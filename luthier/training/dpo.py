@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from luthier.data.pairs import split_pairs
-from luthier.data.prepared import PreparedRows
+from luthier.data.prepare.preference_pairs import split_pairs
+from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.training.batches import Batch, collate, row_lengths
 from luthier.training.step import StepScores, gradient_norm
 from luthier.training.stopping import StoppedError

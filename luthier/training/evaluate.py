@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from luthier.core.errors import NonFiniteLossError
 from luthier.core.reports import Evaluation
-from luthier.data.pairs import split_pairs
-from luthier.data.prepared import PreparedRows
+from luthier.data.prepare.preference_pairs import split_pairs
+from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.training.batches import collate, row_lengths, split_micro
 from luthier.training.dpo import PairBatch, PairSums, Preferences, pair_loss
 from luthier.training.samples import SamplePrompts

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from luthier.data.prepared import PreparedRows, join_rows
-from luthier.data.tokens import Tokenizer
+from luthier.data.prepare.prepared_rows import PreparedRows, join_rows
+from luthier.data.rendering.tokenizer import Tokenizer
 
 _PATH = Path(__file__).with_name("general_text.txt")
 # Enough for any passage; a base with a shorter context reads them in pieces.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from luthier.data.pairs import split_pairs
+from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.training.batches import Batch, collate, count_supervised, row_lengths, split_micro
 from luthier.training.device import Machine
 from luthier.training.dpo import PairBatch, Preferences, compute_pair_gradients

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from luthier.core.errors import InvalidTrainingFileError, InvalidValueError, LuthierError
 from luthier.core.specs import RunInputs, TrainingOptions, TrainingSpec
-from luthier.data.pairs import make_pair_plan
-from luthier.data.prepared import PreparedRows, read_prepared
+from luthier.data.prepare.preference_pairs import make_pair_plan
+from luthier.data.prepare.prepared_rows import PreparedRows, read_prepared
 from luthier.storage.manifests import file_sha256
 from luthier.training.artifact import Origin
 from luthier.training.batches import Plan, count_supervised, make_plan, row_lengths

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.reports import SampleAnswer
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, Method
 from luthier.training.stopping import StoppedError
 

@@ -20,7 +20,7 @@ from luthier.core.cost_model import (
 from luthier.core.reports import PhaseSeconds
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, Precision, TrainingSpec
-from luthier.data.count import RowCounts
+from luthier.data.prepare.row_counts import RowCounts
 from luthier.methods import Method, parse_tuning, resolve_spec
 
 # As training has it: weights of adapters are float32, whole models in the type that was trained in.

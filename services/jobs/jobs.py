@@ -29,7 +29,7 @@ from luthier.core.specs import (
     TrainingSpec,
 )
 from luthier.core.states import JobStatus, check_transition
-from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
+from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.methods import parse_tuning, resolve_spec
 from services.accounts import limits
 from services.accounts.auth import Scope

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault, Row
-from luthier.data.recognise import explain_row, find_format, recognise
+from luthier.data.readers.detect_format import explain_row, find_format, recognise
 
 GARBAGE = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b"[" * 10_000, b'{"\\ud800": 1}', b"\0"]
 

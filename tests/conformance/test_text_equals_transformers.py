@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from luthier.core.errors import InvalidValueError
 from luthier.core.settings import Settings
 from luthier.data.formats import discover
-from luthier.data.mask import render_row
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.loss_mask import render_row
+from luthier.data.rendering.tokenizer import Tokenizer
 from tests.tiny import build_tiny_base
 
 SYSTEM = {"role": "system", "content": "You are terse."}

@@ -19,7 +19,7 @@ from api import reporting
 from luthier.core.data_reports import DataReport
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
-from luthier.data.report_process import report_in_process
+from luthier.data.reports.process import report_in_process
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl
 from worker.context import WorkerContext

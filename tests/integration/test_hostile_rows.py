@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.validate import FileChecker
+from luthier.data.readers.file_checker import FileChecker
 from tests.conftest import Api
 
 LINE_BYTES = 8 * 1024 * 1024 - 1024

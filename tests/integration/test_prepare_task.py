@@ -16,8 +16,8 @@ from db.migrate import alembic_config
 from db.session import Database
 from luthier.core.settings import MIB
 from luthier.core.specs import TrainingSpec
-from luthier.data.prepare import RowLimits
-from luthier.data.prepare_process import ANSWER_NAME, QUESTION_NAME, Question
+from luthier.data.prepare.preparation import RowLimits
+from luthier.data.prepare.process import ANSWER_NAME, QUESTION_NAME, Question
 from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
 from worker.context import WorkerContext
@@ -245,7 +245,7 @@ def _peak_bytes(folder: Path, base: Path, num_rows: int) -> int:
     )
     (folder / QUESTION_NAME).write_bytes(msgspec.json.encode(question))
     process = subprocess.Popen(
-        [sys.executable, "-m", "luthier.data.prepare_process", str(folder)], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "luthier.data.prepare.process", str(folder)], stdout=subprocess.DEVNULL
     )
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0

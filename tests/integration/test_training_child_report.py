@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from luthier.core.events import EvaluatedEvent, StepEvent, TrainingEvent
 from luthier.core.reports import RunReport
 from luthier.core.specs import BaseFacts, TrainingSpec
-from luthier.data.prepared import PreparedRows, read_prepared
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.prepare.prepared_rows import PreparedRows, read_prepared
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, Method, Start, discover, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training import halving as halving_module

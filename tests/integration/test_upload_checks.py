@@ -53,7 +53,7 @@ def _checking() -> list[str]:
             parent = (path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1]
         except OSError:
             continue
-        if b"luthier.data.check_process" in command and int(parent) == _OWN_PID:
+        if b"luthier.data.readers.check_process" in command and int(parent) == _OWN_PID:
             found.append(path.parent.name)
     return found
 

@@ -11,10 +11,10 @@ from luthier.core.errors import BaseUnavailableError, LuthierError, StalledError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
-from luthier.data.objectives import Purpose
-from luthier.data.prepare import PreparedReport, RowLimits
-from luthier.data.prepare_process import ROWS_FOLDER, Question
-from luthier.data.prompts import check_sample_prompts
+from luthier.data.prepare.objectives import Purpose
+from luthier.data.prepare.preparation import PreparedReport, RowLimits
+from luthier.data.prepare.process import ROWS_FOLDER, Question
+from luthier.data.prepare.sample_prompts import check_sample_prompts
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
 from services.capacity.estimates import MemoryNeed, need_memory, tell_limit

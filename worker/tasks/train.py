@@ -21,7 +21,7 @@ from luthier.core.errors import (
     UnavailableError,
 )
 from luthier.core.specs import RunInputs, TrainingSpec
-from luthier.data.prepare_process import TRAIN_FILE, VALIDATION_FILE
+from luthier.data.prepare.process import TRAIN_FILE, VALIDATION_FILE
 from services.capacity import memory
 from services.capacity.memory import Waiting
 from services.jobs import leases, reports

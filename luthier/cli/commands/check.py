@@ -17,8 +17,8 @@ def check_file(path: Path) -> None:
         InvalidValueError: when it can't be read.
         InvalidFileFormatError: when it breaks the format; names line, column and rule of every fault found.
     """
-    from luthier.data.intake import row_limits
-    from luthier.data.validate import MAX_FAULTS, FileChecker
+    from luthier.data.readers.file_checker import MAX_FAULTS, FileChecker
+    from luthier.data.readers.upload_check import row_limits
 
     checker = FileChecker(row_limits(read_settings()))
     sha256 = hashlib.sha256()

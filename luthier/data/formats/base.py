@@ -67,7 +67,7 @@ class Turn:
         """Return the turn as a message of a chat template, in the shape that transformers documents.
 
         The arguments of a tool call are an object in it; what a template wants otherwise is the business
-        of luthier.data.render.
+        of luthier.data.rendering.chat_template.
         """
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.name is not None:

@@ -16,7 +16,7 @@ import httpx2
 import pytest
 import torch
 
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from tests.conftest import Api
 from tests.environments import make_environment, make_node_folder
 from tests.unit.inference.artifacts import greedy, load_plain

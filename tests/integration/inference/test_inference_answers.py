@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from tests.inference_server import BARE, CHAT, COMPLETIONS, Served, prompt_ids, wait_until
 from tests.tiny import CONTEXT_LENGTH
 from tests.unit.inference.artifacts import greedy, load_plain, load_reference

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference import loading as loading_module
 from luthier.inference.loading import Kind
 from luthier.inference.whole import measure_whole

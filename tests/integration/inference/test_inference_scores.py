@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from luthier.core.inference import ModelTarget
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.storage.store import Storage
 from tests.inference_server import BARE, COMPLETIONS, Served
 from tests.tiny import CONTEXT_LENGTH

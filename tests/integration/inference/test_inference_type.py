@@ -14,7 +14,7 @@ import torch
 
 from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.inference import ModelTarget
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.modeling import kernels
 from luthier.storage.manifests import read_manifest, seal_folder
 from luthier.storage.store import Storage

@@ -23,7 +23,7 @@ from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import SelfCheckError
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.backends import open_all
 from luthier.storage.manifests import read_manifest, seal_folder
 from luthier.storage.store import Storage

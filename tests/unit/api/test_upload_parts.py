@@ -9,8 +9,8 @@ from obstore.store import MemoryStore
 from api.uploads.object_writer import StoredBytes
 from api.uploads.part_upload import assemble
 from luthier.core.errors import ArtifactCorruptError, InvalidFileFormatError, InvalidValueError, LuthierError
-from luthier.data.containers.base import Limits
-from luthier.data.intake import open_check
+from luthier.data.readers.base import Limits
+from luthier.data.readers.upload_check import open_check
 from luthier.storage.store import Storage
 from services.files.uploads import StoredPart
 from tests.rows import colour_rows, jsonl

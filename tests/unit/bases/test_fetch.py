@@ -244,7 +244,9 @@ def test_a_folder_that_can_not_be_written_says_so(source, tmp_path):
 
 
 def test_fetching_never_loads_torch():
-    code = "import sys, luthier.bases.fetch, luthier.data.prepare; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, luthier.bases.fetch, luthier.data.prepare.preparation; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

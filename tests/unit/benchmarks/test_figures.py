@@ -16,7 +16,7 @@ from benchmarks.results_file import ResultsFile
 from benchmarks.roofline import Shape, step_flops
 from benchmarks.workload import Workload
 from luthier.core.specs import BaseFacts
-from luthier.data.prepared import join_rows
+from luthier.data.prepare.prepared_rows import join_rows
 
 # SmolLM2-135M-Instruct, from its config.json: 9 heads and 3 key/value heads of 64.
 SMOLLM2 = Shape(layers=30, hidden=576, intermediate=1536, query=576, key_value=192, vocabulary=49152)

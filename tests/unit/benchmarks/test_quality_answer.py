@@ -9,8 +9,8 @@ from benchmarks.quality.answer import Answerer
 from benchmarks.quality.task import Prompt, to_messages
 from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Start, Workload, check_tuning, discover, method_of_artifact, parse_tuning
 from luthier.modeling.load import load_base
 from tests.tiny import build_tiny_base

@@ -14,8 +14,8 @@ from benchmarks.quality.routing import make_routing
 from benchmarks.quality.routing_words import DESKS
 from benchmarks.quality.scores import ORDER_SCHEMA
 from benchmarks.quality.task import Row, Task, with_examples
-from luthier.data.containers.base import Limits
-from luthier.data.validate import FileChecker
+from luthier.data.readers.base import Limits
+from luthier.data.readers.file_checker import FileChecker
 
 _NUM_ROWS, _NUM_QUESTIONS = 500, 200
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from luthier.data.formats.base import Row, Turn
 from luthier.data.formats.chat import FORMAT
-from luthier.data.recognise import explain_row
+from luthier.data.readers.detect_format import explain_row
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.data.formats.base import ToolCall, Turn
 from luthier.data.formats.chat import FORMAT
-from luthier.data.recognise import explain_row
+from luthier.data.readers.detect_format import explain_row
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

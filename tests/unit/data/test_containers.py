@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.containers.base import RawRow
-from luthier.data.containers.stream import RowStream
-from luthier.data.rows import Limits, read_raw_rows
-from luthier.data.validate import FileChecker
+from luthier.data.readers.base import RawRow
+from luthier.data.readers.file_checker import FileChecker
+from luthier.data.readers.file_rows import Limits, read_raw_rows
+from luthier.data.readers.stream import RowStream
 
 ROWS = [
     {"prompt": "p", "completion": "c"},

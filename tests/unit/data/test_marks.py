@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from luthier.data.prepare import prepare_rows
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.prepare.preparation import prepare_rows
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.training.general_text import general_rows
 from tests.tiny import build_tiny_base
 from tests.tools_base import TOOLS_TEMPLATE

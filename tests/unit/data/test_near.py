@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from luthier.core.errors import InvalidTrainingFileError
 from luthier.data.formats.base import Row, Turn
-from luthier.data.grouping import group_beside_template, group_near
-from luthier.data.near import MIN_SIMILARITY, Signer, row_key, row_text, similarity
-from luthier.data.prepared import join_rows
-from luthier.data.seen import SeenExactly, SeenNearly
-from luthier.data.split import split_rows
+from luthier.data.prepare.grouping import group_beside_template, group_near
+from luthier.data.prepare.minhash import MIN_SIMILARITY, Signer, row_key, row_text, similarity
+from luthier.data.prepare.prepared_rows import join_rows
+from luthier.data.prepare.validation_split import split_rows
+from luthier.data.reports.dedup import SeenExactly, SeenNearly
 
 WORDS = [f"w{n}" for n in range(4000)]
 SIGNER = Signer()

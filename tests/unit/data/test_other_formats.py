@@ -6,7 +6,7 @@ import pytest
 
 from luthier.data.formats import discover
 from luthier.data.formats.base import Row, ToolCall, Turn
-from luthier.data.recognise import explain_row, find_format, recognise
+from luthier.data.readers.detect_format import explain_row, find_format, recognise
 
 
 def read(name, row):

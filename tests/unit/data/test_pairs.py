@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from luthier.data.pairs import make_pair_plan, pair_lengths, rows_of_pairs, split_pairs
+from luthier.data.prepare.preference_pairs import make_pair_plan, pair_lengths, rows_of_pairs, split_pairs
 
 LENGTHS = np.random.default_rng(3).integers(5, 90, 2 * 23)
 

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.containers.base import Limits, RawRow
-from luthier.data.containers.parquet import read_parquet
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault
-from luthier.data.rows import FileRows
-from luthier.data.validate import FileChecker
+from luthier.data.readers.base import Limits, RawRow
+from luthier.data.readers.file_checker import FileChecker
+from luthier.data.readers.file_rows import FileRows
+from luthier.data.readers.parquet import read_parquet
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a", "weight": 1}
@@ -102,9 +102,9 @@ _MEASURED = """
 import sys
 from pathlib import Path
 import pyarrow.compute, pyarrow.parquet
-from luthier.data.containers.base import Limits
+from luthier.data.readers.base import Limits
 from luthier.data.formats.base import Fault
-from luthier.data.containers.parquet import read_parquet
+from luthier.data.readers.parquet import read_parquet
 
 def peak_mib():
     status = Path("/proc/self/status").read_text()

@@ -6,10 +6,10 @@ import pytest
 
 from luthier.core.errors import InvalidTrainingFileError, InvalidValidationFileError, InvalidValueError
 from luthier.data.formats.chat import FORMAT
-from luthier.data.mask import render_turns
-from luthier.data.prepare import prepare_rows
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.prepare.preparation import prepare_rows
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.loss_mask import render_turns
+from luthier.data.rendering.tokenizer import Tokenizer
 from tests.tiny import build_tiny_base
 
 QUESTION = {"role": "user", "content": "what is the colour?"}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from luthier.core.errors import InvalidTrainingFileError, InvalidValueError
-from luthier.data.count import count_rows
-from luthier.data.prepare import PreparedReport, prepare_rows
-from luthier.data.prepared import PreparedRows
-from luthier.data.split import split_rows
-from luthier.data.tokens import Tokenizer
+from luthier.data.prepare.preparation import PreparedReport, prepare_rows
+from luthier.data.prepare.prepared_rows import PreparedRows
+from luthier.data.prepare.row_counts import count_rows
+from luthier.data.prepare.validation_split import split_rows
+from luthier.data.rendering.tokenizer import Tokenizer
 from tests.rows import preference_row
 from tests.tiny import build_tiny_base
 

@@ -3,8 +3,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from luthier.core.errors import InvalidTrainingFileError
-from luthier.data.prepared import join_rows, read_prepared, write_prepared
-from luthier.data.split import split_rows
+from luthier.data.prepare.prepared_rows import join_rows, read_prepared, write_prepared
+from luthier.data.prepare.validation_split import split_rows
 
 
 def rows_of(*contents):

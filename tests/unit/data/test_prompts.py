@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.prompts import check_sample_prompts
+from luthier.data.prepare.sample_prompts import check_sample_prompts
 from tests.tiny import build_tiny_base
 
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from luthier.core.errors import BaseUnavailableError, InvalidValueError
-from luthier.data import render
-from luthier.data.render import ChatTemplate
+from luthier.data.rendering import chat_template
+from luthier.data.rendering.chat_template import ChatTemplate
 from tests.tiny import build_tiny_base
 
 USER = {"role": "user", "content": "hi <b>"}
@@ -88,7 +88,7 @@ def test_a_template_that_refuses_is_an_error_of_the_messages(source, told):
 
 
 def test_a_template_that_writes_without_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(render, "MAX_RENDERED_CHARS", 1000)
+    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARS", 1000)
     with pytest.raises(InvalidValueError, match="too large"):
         ChatTemplate("{% for i in range(99999) %}xxxx{% endfor %}").render([], add_generation_prompt=False)
 

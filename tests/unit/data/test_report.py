@@ -6,10 +6,10 @@ import tracemalloc
 import pytest
 
 from luthier.core.errors import BaseUnavailableError, UnavailableError
-from luthier.data.examine import MAX_SHOWN_CHARS
-from luthier.data.report import MAX_FAULTS, report_on_file
-from luthier.data.report_process import report_in_process
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
+from luthier.data.reports.process import report_in_process
+from luthier.data.reports.report import MAX_FAULTS, report_on_file
+from luthier.data.reports.row_analysis import MAX_SHOWN_CHARS
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.tiny import build_tiny_base
 
@@ -38,7 +38,7 @@ def report(tmp_path, base):
 
 
 def test_tokens_are_counted_as_prepare_counts_them(report, base, tmp_path):
-    from luthier.data.prepare import prepare_rows
+    from luthier.data.prepare.preparation import prepare_rows
 
     rows = [*colour_rows(300), chat_row("what?", "a longer answer " * 9)]
     found = report(rows)
@@ -138,8 +138,8 @@ def test_plain_texts_are_learnt_without_a_template_and_end(report, base):
 
 def test_a_prompt_s_tokens_are_those_that_it_is_asked_with(base):
     from luthier.data.formats.completion import FORMAT
-    from luthier.data.mask import encode_rows, render_row
-    from luthier.data.render import ChatTemplate
+    from luthier.data.rendering.chat_template import ChatTemplate
+    from luthier.data.rendering.loss_mask import encode_rows, render_row
 
     tokenizer = Tokenizer.load(base)
     row = FORMAT.read(json.dumps({"prompt": "the an", "completion": "swer is"}).encode())

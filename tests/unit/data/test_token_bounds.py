@@ -5,8 +5,8 @@ import random
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from luthier.data import tokens
-from luthier.data.token_bounds import find_bounds
+from luthier.data.rendering import tokenizer as tokenizer_module
+from luthier.data.rendering.token_bounds import find_bounds
 
 CORPUS = ["the sky is blue and the sea is the same " * 3, "\u00e9t\u00e9 \uac01\uac02 \u1faa"]
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
@@ -19,7 +19,7 @@ def make(
     normalizer: object = None,
     alphabet: list[str] = ALPHABET,
     mark: AddedToken | None = None,
-) -> tokens.Tokenizer:
+) -> tokenizer_module.Tokenizer:
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizer, decoders.ByteLevel()
     if normalizer is not None:
@@ -29,10 +29,10 @@ def make(
     )
     inner.train_from_iterator(CORPUS, trainer)
     inner.add_special_tokens([mark or AddedToken("<|end|>", normalized=False)])
-    return tokens.Tokenizer(inner)
+    return tokenizer_module.Tokenizer(inner)
 
 
-def make_fallback(*, with_bytes: bool) -> tokens.Tokenizer:
+def make_fallback(*, with_bytes: bool) -> tokenizer_module.Tokenizer:
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] if with_bytes else ["<unk>"]
     pieces += ["\u2581", "\u2581\u2581", "t", "h", "e", "th", "the", "\u2581the"]
     merges = [("\u2581", "\u2581"), ("t", "h"), ("th", "e"), ("\u2581", "the")]
@@ -50,7 +50,7 @@ def make_fallback(*, with_bytes: bool) -> tokens.Tokenizer:
     inner.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    return tokens.Tokenizer(inner)
+    return tokenizer_module.Tokenizer(inner)
 
 
 SPLIT = pre_tokenizers.Split(Regex(r"\s+"), "isolated")
@@ -101,5 +101,5 @@ def test_no_text_has_fewer_tokens_than_its_bytes_tell(name: str) -> None:
         make_fallback(with_bytes=False),
     ],
 )
-def test_nothing_is_told_where_text_may_vanish(tokenizer: tokens.Tokenizer) -> None:
+def test_nothing_is_told_where_text_may_vanish(tokenizer: tokenizer_module.Tokenizer) -> None:
     assert find_bounds(tokenizer) is None

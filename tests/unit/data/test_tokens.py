@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from luthier.core.errors import BaseUnavailableError
-from luthier.data.tokens import StreamDecoder, Tokenizer
+from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer
 from tests.tiny import VOCAB_SIZE, build_tiny_base
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.containers.base import Limits
-from luthier.data.validate import MAX_FAULTS, FileChecker, FileFacts
+from luthier.data.readers.base import Limits
+from luthier.data.readers.file_checker import MAX_FAULTS, FileChecker, FileFacts
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 

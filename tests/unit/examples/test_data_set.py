@@ -8,8 +8,8 @@ import pytest
 from examples.support import generate
 from examples.support.generate import FOLDER, NUM_ROWS, SYSTEM, Row, make_data_set
 from examples.support.score import ALLOWED, KEYS, parse_answer
-from luthier.data.containers.base import Limits
-from luthier.data.validate import FileChecker
+from luthier.data.readers.base import Limits
+from luthier.data.readers.file_checker import FileChecker
 
 FILES = ("train", "validation", "heldout")
 

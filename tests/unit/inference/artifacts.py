@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, Start, Workload, discover, method_of_artifact, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.storage.manifests import Manifest, seal_folder

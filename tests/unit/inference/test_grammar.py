@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import InvalidValueError, LuthierError
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.grammar import Grammars, TokenGrammar, json_rule
 from tests.tiny import write_tokenizer
 

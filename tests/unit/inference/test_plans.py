@@ -8,8 +8,8 @@ import pytest
 
 from luthier.core.errors import ContextLengthExceededError, InvalidValueError
 from luthier.data.formats.chat import ChatFormat
-from luthier.data.render import ChatTemplate
-from luthier.data.token_bounds import TokenBounds
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.token_bounds import TokenBounds
 from luthier.inference.grammar import Grammars
 from luthier.inference.plans import plan_chat, plan_completion
 from luthier.inference.protocol import ChatRequest, parse_chat, parse_completion

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.answers import ChatShape, ChoicesShape, CompletionShape
 from luthier.inference.parts import Part
 from tests.tiny import BASE_ID, build_tiny_base

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.call_reader import CallArguments, CallBegun, CallReader
 from luthier.inference.chat_grammar import choose_grammar
 from luthier.inference.grammar import CompiledGrammar, Grammars

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luthier.core.specs import BaseFacts
-from luthier.data.pairs import rows_of_pairs
+from luthier.data.prepare.preference_pairs import rows_of_pairs
 from luthier.methods import Attached, Start, Workload, check_tuning, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training.batches import collate

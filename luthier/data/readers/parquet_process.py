@@ -1,4 +1,4 @@
-"""The process that reads a Parquet file on stdin: `python -m luthier.data.containers.parquet_reader LIMITS`.
+"""The process that reads a Parquet file on stdin: `python -m luthier.data.readers.parquet_process LIMITS`.
 
 Writes a line a row, a JSON object; in the place of a row that breaks a rule a JSON list, the fault's members.
 """
@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from luthier.data.containers.base import Limits, too_long
-from luthier.data.containers.parquet import MAX_MEMORY_BYTES, MAX_PROCESSOR_SECONDS, limits_fault
 from luthier.data.formats.base import Fault, RowFormat, escape_text
-from luthier.data.recognise import find_format
+from luthier.data.readers.base import Limits, too_long
+from luthier.data.readers.detect_format import find_format
+from luthier.data.readers.parquet import MAX_MEMORY_BYTES, MAX_PROCESSOR_SECONDS, limits_fault
 
 _MAX_BATCH_ROWS = 64
 # What the rows of a batch are meant to be together, by what the writer says of their group.

@@ -20,7 +20,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.core.errors import BaseUnavailableError, InvalidValueError
-from luthier.data.marks import Marks
+from luthier.data.rendering.special_tokens import Marks
 
 MAX_RENDERED_CHARS = 32 * 1024 * 1024
 MAX_RENDER_SECONDS = 20.0
@@ -275,7 +275,7 @@ class ChatTemplate:
 
         Returns:
             The text, the template's special tokens spelled out. Those that a message or a tool spells are
-            split (luthier.data.marks), so that Tokenizer.encode takes them for text.
+            split (luthier.data.rendering.special_tokens), so that Tokenizer.encode takes them for text.
 
         Raises:
             InvalidValueError: when the template refuses the messages or writes too much (param `messages`).

@@ -1,4 +1,4 @@
-"""Preparing a job's files in a process of its own: `python -m luthier.data.prepare_process FOLDER`.
+"""Preparing a job's files in a process of its own: `python -m luthier.data.prepare.process FOLDER`.
 
 It may be ended at any moment, has a limit of memory, and is given no secret. FOLDER holds question.json and
 the files as `training` and `validation`; the process leaves answer.json and the prepared rows there, and
@@ -16,10 +16,10 @@ import msgspec
 
 from luthier.core.errors import InvalidTrainingFileError, LuthierError, OutOfMemoryError, StorageFullError
 from luthier.core.specs import MIN_TRAINING_ROWS, TooLong
-from luthier.data.objectives import Purpose
-from luthier.data.prepare import PreparedReport, RowLimits, prepare_rows
-from luthier.data.prepared import PreparedRows, write_prepared
-from luthier.data.split import split_rows
+from luthier.data.prepare.objectives import Purpose
+from luthier.data.prepare.preparation import PreparedReport, RowLimits, prepare_rows
+from luthier.data.prepare.prepared_rows import PreparedRows, write_prepared
+from luthier.data.prepare.validation_split import split_rows
 
 QUESTION_NAME, ANSWER_NAME, ROWS_FOLDER = "question.json", "answer.json", "building"
 TRAIN_FILE = "train.safetensors"

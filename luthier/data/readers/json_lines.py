@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from luthier.data.containers.base import Limits, RawRow, too_long
 from luthier.data.formats.base import Fault
-from luthier.data.readers import clean_line, is_blank
+from luthier.data.readers.base import Limits, RawRow, too_long
+from luthier.data.readers.lines import clean_line, is_blank
 
 
 class JsonLinesReader:

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from luthier.data.tokens import Tokenizer, byte_of_char
+from luthier.data.rendering.tokenizer import Tokenizer, byte_of_char
 
 # Canonical composition makes at most three bytes one (U+212A is a K), and three letters of Hangul a third.
 _MAX_COMPOSED = 3

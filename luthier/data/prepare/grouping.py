@@ -8,7 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from luthier.data.near import MIN_SIMILARITY, NUM_BANDS, SIGNATURE_PARTS, Signatures, band_keys, similarity
+from luthier.data.prepare.minhash import (
+    MIN_SIMILARITY,
+    NUM_BANDS,
+    SIGNATURE_PARTS,
+    Signatures,
+    band_keys,
+    similarity,
+)
 
 # Rows of one band that are compared with each: linear time where thousands share it.
 _MAX_NEIGHBOURS = 64

@@ -23,7 +23,7 @@ class PreparedRows:
 
     `tokens` int32 [total], `supervised` bool [total] (which tokens are learnt), `offsets` int64 [N+1],
     `lines` int32 [N] (each row's line in its file, from 1). `signatures` uint32 [N, K] (see
-    luthier.data.near) are there only where rows are yet to be split, and are not written to disk.
+    luthier.data.prepare.minhash) are there only where rows are yet to be split, and are not written to disk.
     """
 
     tokens: npt.NDArray[np.int32]

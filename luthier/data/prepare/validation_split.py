@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.core.errors import InvalidTrainingFileError
-from luthier.data.grouping import group_beside_template, group_near
-from luthier.data.prepared import PreparedRows
+from luthier.data.prepare.grouping import group_beside_template, group_near
+from luthier.data.prepare.prepared_rows import PreparedRows
 
 # A group of so many rows, which no side of the split has room for, is taken for the work of one template.
 _MIN_TEMPLATE_ROWS = 32

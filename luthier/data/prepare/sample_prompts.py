@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Tokenizer
 
 
 def check_sample_prompts(prompts: Sequence[str], base_folder: Path, *, max_tokens: int) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.containers.base import Limits, RawRow
-from luthier.data.containers.parquet import read_parquet
-from luthier.data.containers.stream import RowStream
 from luthier.data.formats.base import Fault, RowFormat, tell_faults
-from luthier.data.recognise import explain_row, recognise
-from luthier.data.rows import locate
+from luthier.data.readers.base import Limits, RawRow
+from luthier.data.readers.detect_format import explain_row, recognise
+from luthier.data.readers.file_rows import locate
+from luthier.data.readers.parquet import read_parquet
+from luthier.data.readers.stream import RowStream
 
 MAX_FAULTS = 20
 # What a row counts for at least in what a file may hold: it costs its check and what reads it later as much.

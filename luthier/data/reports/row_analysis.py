@@ -9,15 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.core.errors import InvalidValueError
-from luthier.data.containers.base import RawRow
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault, Row
-from luthier.data.marks import SPLIT, without_splits
-from luthier.data.mask import NOTHING_SUPERVISED, RenderedRow, encode_rows, mask_tokens, render_parts
-from luthier.data.near import Signatures, Signer, row_key, row_text
-from luthier.data.render import ChatTemplate
-from luthier.data.rows import locate, read_row
-from luthier.data.tokens import Encoding, Tokenizer
+from luthier.data.prepare.minhash import Signatures, Signer, row_key, row_text
+from luthier.data.readers.base import RawRow
+from luthier.data.readers.file_rows import locate, read_row
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.loss_mask import (
+    NOTHING_SUPERVISED,
+    RenderedRow,
+    encode_rows,
+    mask_tokens,
+    render_parts,
+)
+from luthier.data.rendering.special_tokens import SPLIT, without_splits
+from luthier.data.rendering.tokenizer import Encoding, Tokenizer
 
 MAX_SHOWN_CHARS = 4000
 

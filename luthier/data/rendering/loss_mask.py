@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from luthier.core.errors import InvalidValueError
 from luthier.data.formats.base import Row, Turn
-from luthier.data.render import ChatTemplate
-from luthier.data.tokens import Encoding, Tokenizer
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.tokenizer import Encoding, Tokenizer
 
 # Told of a row with an empty mask, whoever finds it.
 NOTHING_SUPERVISED = "No token of the row is trained: leave out weight 0 on at least one assistant message."

@@ -1,4 +1,4 @@
-"""Checking a file's rows in a process of its own: `python -m luthier.data.check_process`, by `CheckProcess`.
+"""The process that checks a file's rows: `python -m luthier.data.readers.check_process`, by `CheckProcess`.
 
 Reading JSON holds Python's lock, which the event loop needs. The process has the file on stdin, or its path,
 and nothing else: no settings, no secrets. It answers with one line, and ends with its starter: then its pipes
@@ -15,8 +15,8 @@ import msgspec
 from luthier.core.errors import InvalidFileFormatError, UnavailableError
 from luthier.core.logs import origin
 from luthier.core.process import bare_environment
-from luthier.data.containers.base import Limits
-from luthier.data.validate import FileChecker, FileFacts
+from luthier.data.readers.base import Limits
+from luthier.data.readers.file_checker import FileChecker, FileFacts
 
 _READ_BYTES = 256 * 1024
 # The threads of an inference server's step wait for each other, and so for one whose processor another has.
@@ -53,7 +53,7 @@ class CheckProcess:
         question = msgspec.json.encode(_Question(limits, None if path is None else str(path)))
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "luthier.data.check_process", question.decode()],
+                [sys.executable, "-P", "-m", "luthier.data.readers.check_process", question.decode()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,

@@ -9,7 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from luthier.data.near import MIN_SIMILARITY, NUM_BANDS, SIGNATURE_PARTS, Signatures, band_keys, similarity
+from luthier.data.prepare.minhash import (
+    MIN_SIMILARITY,
+    NUM_BANDS,
+    SIGNATURE_PARTS,
+    Signatures,
+    band_keys,
+    similarity,
+)
 
 WINDOW_ROWS = 2**18
 _EXACT_SLOTS = 2**21

@@ -1,4 +1,4 @@
-"""A report made by a process of its own: `python -m luthier.data.report_process`, by `report_in_process`.
+"""A report made by a process of its own: `python -m luthier.data.reports.process`, by `report_in_process`.
 
 A report takes a core for as long as a minute, which a process that answers requests can't spare. The process
 has the files' and the base's paths and nothing else: no settings, no secrets.
@@ -22,7 +22,7 @@ from luthier.core.errors import (
 from luthier.core.logs import origin
 from luthier.core.process import bare_environment
 from luthier.core.specs import Frozen
-from luthier.data.report import report_on_file
+from luthier.data.reports.report import report_on_file
 
 # A process that is not done this long after its deadline is ended.
 _GRACE_SECONDS = 60.0

@@ -13,11 +13,11 @@ import numpy as np
 from luthier.core.errors import InvalidFileFormatError, InvalidValueError
 from luthier.core.specs import TooLong
 from luthier.data.formats.base import Fault, RowFormat
-from luthier.data.mask import RenderedRow, encode_rows, mask_tokens, render_parts
-from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
-from luthier.data.render import ChatTemplate
-from luthier.data.rows import FileRows
-from luthier.data.tokens import Encoding, Tokenizer
+from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
+from luthier.data.readers.file_rows import FileRows
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.loss_mask import RenderedRow, encode_rows, mask_tokens, render_parts
+from luthier.data.rendering.tokenizer import Encoding, Tokenizer
 
 # What is read of a file that can only be read from its beginning, unpacked.
 SAMPLE_BYTES = 64 * 1024 * 1024
@@ -32,11 +32,11 @@ _PACKED = (b"\x1f\x8b", b"PAR1")
 class RowCounts:
     """Tokens of the rows that would be trained on, as far as they were counted.
 
-    `num_tokens`, `num_supervised` and `longest` are after truncation; a row of preferences has those of both
-    its conversations (luthier.data.pairs). The other numbers are of the file's rows: `num_rows` are in it,
-    `num_read` were counted; of these `num_examples` would be trained on, `num_too_long` are over the limit,
-    `num_faulty` could not be rendered or have nothing to learn. `is_first_rows`: of a sample, that it is no
-    even one but the file's first rows.
+    `num_tokens`, `num_supervised` and `longest` are after truncation; a row of preferences counts both its
+    conversations (luthier.data.prepare.preference_pairs). The other numbers are rows of the file: `num_rows`
+    are in it, `num_read` were counted; of these `num_examples` would be trained on, `num_too_long` are over
+    the limit, `num_faulty` could not be rendered or have nothing to learn. `is_first_rows`: the sample is
+    not an even one but the file's first rows.
     """
 
     num_rows: int

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tokenizers
 
 from luthier.core.errors import BaseUnavailableError
-from luthier.data.marks import Marks
+from luthier.data.rendering.special_tokens import Marks
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "\u2581"
@@ -183,7 +183,7 @@ class Tokenizer:
         """Return the token ids of a rendered text.
 
         Special tokens spelled out in the text are recognised, but for those that a message spelled
-        (luthier.data.marks); none is added.
+        (luthier.data.rendering.special_tokens); none is added.
         """
         pieces = self._marks.split(text)
         return [i for piece in pieces for i in self._inner.encode(piece, add_special_tokens=False).ids]

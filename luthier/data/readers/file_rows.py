@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from luthier.data.containers.base import CHECKED, Limits, RawRow
-from luthier.data.containers.parquet import read_parquet
-from luthier.data.containers.stream import RowStream
 from luthier.data.formats.base import Fault, Row, RowFormat
-from luthier.data.recognise import explain_row, recognise
+from luthier.data.readers.base import CHECKED, Limits, RawRow
+from luthier.data.readers.detect_format import explain_row, recognise
+from luthier.data.readers.parquet import read_parquet
+from luthier.data.readers.stream import RowStream
 
 _CHUNK_BYTES = 1024 * 1024
 

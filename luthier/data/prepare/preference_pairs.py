@@ -6,7 +6,7 @@ Row 2p and row 2p + 1 hold the same prompt with the two answers of pair p; super
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.plan import Plan, make_plan, split_micro
+from luthier.data.prepare.batch_plan import Plan, make_plan, split_micro
 
 
 def pair_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -43,7 +43,7 @@ def make_pair_plan(lengths: NDArray[np.int64], *, batch_size: int, num_epochs: i
 def split_pairs(
     row_numbers: NDArray[np.int64], lengths: NDArray[np.int64], max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Split a step's rows as luthier.data.plan.split_micro does, without parting a pair.
+    """Split a step's rows as luthier.data.prepare.batch_plan.split_micro does, without parting a pair.
 
     Args:
         lengths: tokens of every row.

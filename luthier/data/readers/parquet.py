@@ -1,7 +1,7 @@
 """Parquet, read from a whole file: its table of contents is at its end.
 
 The library that reads it believes what a file claims of itself, and ends its process on some damage. So it
-runs in a process of its own (`luthier.data.containers.parquet_reader`) with limits on memory and processor
+runs in a process of its own (`luthier.data.readers.parquet_process`) with limits on memory and processor
 time, no settings and no secrets. The end of that process is a fault of the file.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from luthier.core.process import bare_environment
-from luthier.data.containers.base import Limits, RawRow
 from luthier.data.formats.base import Fault
+from luthier.data.readers.base import Limits, RawRow
 
 MAGIC = b"PAR1"
 # The memory that a row group and a batch of rows may take beyond the library itself.
@@ -27,7 +27,7 @@ def read_parquet(path: Path, limits: Limits) -> Generator[RawRow | Fault]:
 
     A table's null counts as an absent key, since its columns can't leave one out.
     """
-    command = [sys.executable, "-P", "-m", "luthier.data.containers.parquet_reader"]
+    command = [sys.executable, "-P", "-m", "luthier.data.readers.parquet_process"]
     # One handle: the file may be deleted while it is read.
     with path.open("rb") as source:
         process = subprocess.Popen(

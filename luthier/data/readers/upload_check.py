@@ -12,10 +12,10 @@ from typing import Protocol
 from luthier.core.errors import InvalidFileFormatError
 from luthier.core.purposes import FINE_TUNE
 from luthier.core.settings import Settings
-from luthier.data.check_process import CheckProcess
-from luthier.data.containers import gzip_stream, parquet
-from luthier.data.containers.base import Limits
-from luthier.data.validate import FileChecker, FileFacts
+from luthier.data.readers import gzip_stream, parquet
+from luthier.data.readers.base import Limits
+from luthier.data.readers.check_process import CheckProcess
+from luthier.data.readers.file_checker import FileChecker, FileFacts
 
 # A larger file is checked in a process of its own, which takes a moment to start.
 _MAX_BYTES_HERE = 256 * 1024

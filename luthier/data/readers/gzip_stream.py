@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Iterator
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.containers.base import MIB, Limits
+from luthier.data.readers.base import MIB, Limits
 
 MAGIC = b"\x1f\x8b"
 _BLOCK_BYTES = 256 * 1024

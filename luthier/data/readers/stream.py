@@ -6,12 +6,12 @@ A file's name and type say nothing: clients send both wrong.
 from collections.abc import Iterator
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.containers import gzip_stream, parquet
-from luthier.data.containers.base import ContainerReader, Limits, RawRow
-from luthier.data.containers.csv_table import CsvReader, find_header
-from luthier.data.containers.json_array import JsonArrayReader
-from luthier.data.containers.json_lines import JsonLinesReader
 from luthier.data.formats.base import Fault
+from luthier.data.readers import gzip_stream, parquet
+from luthier.data.readers.base import ContainerReader, Limits, RawRow
+from luthier.data.readers.csv_table import CsvReader, find_header
+from luthier.data.readers.json_array import JsonArrayReader
+from luthier.data.readers.json_lines import JsonLinesReader
 
 _BOM = b"\xef\xbb\xbf"
 _SPACES = b" \t\r\n"

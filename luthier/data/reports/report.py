@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.core.data_reports import DataReport, FaultTold, PairTold, Repeats, Repetition, Shown, ShownRow
-from luthier.data.containers.base import RawRow
-from luthier.data.examine import Batch, Examined, Examiner
 from luthier.data.formats.base import Fault
-from luthier.data.rows import FileRows
-from luthier.data.seen import SeenExactly, SeenNearly
-from luthier.data.token_counts import TokenCounts
+from luthier.data.readers.base import RawRow
+from luthier.data.readers.file_rows import FileRows
+from luthier.data.reports.dedup import SeenExactly, SeenNearly
+from luthier.data.reports.row_analysis import Batch, Examined, Examiner
+from luthier.data.reports.token_counts import TokenCounts
 
 MAX_FAULTS = 100
 MAX_PAIRS = 20

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import msgspec
 
-from luthier.data.containers.base import Limits, RawRow, too_long
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault, RowFormat, escape_text
-from luthier.data.recognise import find_format
+from luthier.data.readers.base import Limits, RawRow, too_long
+from luthier.data.readers.detect_format import find_format
 
 _DELIMITERS = (",", ";", "\t")
 # The module's own limit is 128 KiB for a cell; ours is that of a whole row.

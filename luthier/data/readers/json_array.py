@@ -6,8 +6,8 @@ Where an element ends is found by counting brackets outside of strings; whether 
 import re
 from collections.abc import Iterator
 
-from luthier.data.containers.base import Limits, RawRow, too_long
 from luthier.data.formats.base import Fault
+from luthier.data.readers.base import Limits, RawRow, too_long
 
 _STRUCTURE = re.compile(rb'["{}\[\],]')
 # The rest of a string, its closing quote included; and as much of it as is there.

@@ -15,15 +15,21 @@ from luthier.core.errors import (
     JobError,
 )
 from luthier.core.specs import TooLong
-from luthier.data.containers.base import RawRow
 from luthier.data.formats.base import Fault, Row, tell_faults
-from luthier.data.mask import NOTHING_SUPERVISED, RenderedRow, encode_rows, mask_tokens, render_parts
-from luthier.data.near import SIGNATURE_PARTS, Signer, row_text
-from luthier.data.objectives import Purpose, learns_from, tell_wrong_format
-from luthier.data.prepared import PreparedRows, RowWriter
-from luthier.data.render import ChatTemplate
-from luthier.data.rows import FileRows, locate
-from luthier.data.tokens import Encoding, Tokenizer
+from luthier.data.prepare.minhash import SIGNATURE_PARTS, Signer, row_text
+from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
+from luthier.data.prepare.prepared_rows import PreparedRows, RowWriter
+from luthier.data.readers.base import RawRow
+from luthier.data.readers.file_rows import FileRows, locate
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.loss_mask import (
+    NOTHING_SUPERVISED,
+    RenderedRow,
+    encode_rows,
+    mask_tokens,
+    render_parts,
+)
+from luthier.data.rendering.tokenizer import Encoding, Tokenizer
 
 _BATCH_ROWS = 256
 _MAX_FAULTS = 20
@@ -87,7 +93,7 @@ def prepare_rows(
         purpose: which of a job's files it is; decides the error.
         with_signatures: whether the rows bear what near-duplicates are found by, for a split.
         wants_pairs: whether the job learns from preferences, each of which becomes a pair of rows
-            (luthier.data.pairs).
+            (luthier.data.prepare.preference_pairs).
         limits: how many rows and tokens the file may have.
         note_progress: called every few hundred rows.
 

@@ -1,0 +1,1 @@
+"""From a checked file to prepared rows, and the order in which they are trained."""

@@ -1,0 +1,1 @@
+"""Messages to text, tokens and the mask of what is trained."""

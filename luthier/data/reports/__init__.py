@@ -1,0 +1,1 @@
+"""Reports on the rows of a file: faults, repeats, near-duplicates, tokens."""
