@@ -38,7 +38,7 @@ from luthier.data.prepare.row_counts import count_rows
 from luthier.methods import check_tuning, discover
 from services.capacity.estimates import Estimate, Grounds, estimate
 from services.capacity.speeds import finished_job
-from worker.child import child_environment
+from worker.training_process.child import child_environment
 
 RESULTS = ROOT / "benchmarks" / "results" / "estimate.json"
 NUM_ROWS = 24

@@ -8,7 +8,7 @@ from benchmarks.workload import Workload
 from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StepEvent, parse_event
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.data.prepare.prepared_rows import write_prepared
-from worker.spare import SpareRun, WarmSpare
+from worker.training_process.fork_server import SpareRun, WarmSpare
 
 _IMPORT_SECONDS = 180.0
 _IDLE_SECONDS = 3600.0

@@ -6,8 +6,8 @@ from luthier.core.settings import Settings
 from tests.conftest import Api
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
-from worker.spare import WarmSpare
 from worker.tasks.train import claim, train
+from worker.training_process.fork_server import WarmSpare
 
 
 @cache

@@ -21,11 +21,11 @@ from luthier.core.settings import Settings
 from services.capacity import workers
 from worker.broker import consume_for_ever
 from worker.context import WorkerContext, make_context, stop_on_signals
-from worker.delivering import deliver_for_ever
 from worker.maintenance import beat, collect_garbage, remove_stale_runs, repeat, take_lost_jobs
 from worker.metrics import serve_metrics
 from worker.processes import JobProcesses, run_job_process
 from worker.speed import measure_once
+from worker.webhook_dispatcher import deliver_for_ever
 
 _log = structlog.get_logger()
 # A worker is heard of so often at least, however seldom it sweeps.

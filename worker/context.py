@@ -25,7 +25,7 @@ from luthier.trackers import discover
 from services.capacity import workers
 from services.jobs.leases import Lease
 from services.task_queue import Bell, Ring, make_celery
-from worker.spare import WarmSpare
+from worker.training_process.fork_server import WarmSpare
 
 # In the main process one for each thread of maintenance, webhooks, metrics; jobs need fewer.
 _POOL_SIZE = 8

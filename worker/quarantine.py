@@ -7,8 +7,8 @@ import structlog
 from luthier.core.errors import UnsuitableMachineError
 from luthier.core.process import tied_python
 from services.capacity import workers
-from worker.child import child_environment
 from worker.context import WorkerContext
+from worker.training_process.child import child_environment
 
 _log = structlog.get_logger()
 _TEST_SECONDS = 120.0

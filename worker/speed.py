@@ -12,8 +12,8 @@ from luthier.core.cost_model import DeviceSpeed
 from luthier.core.errors import LuthierError
 from luthier.core.process import tied_python
 from services.capacity import speeds
-from worker.child import child_environment
 from worker.context import WorkerContext
+from worker.training_process.child import child_environment
 
 _log = structlog.get_logger()
 _MAX_SECONDS = 120.0

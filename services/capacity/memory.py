@@ -2,8 +2,8 @@
 
 A setting splits a device's bytes between training and serving (luthier/core/devices.py). Jobs are admitted to
 training's part under a lock of the device, so that two workers never both give out the last bytes; what
-serving lends to a job (worker/loans.py) is on top. A grant is under its attempt's fence, and lapses with its
-lease.
+serving lends to a job (worker/training_process/memory_loans.py) is on top. A grant is under its attempt's
+fence, and lapses with its lease.
 """
 
 from collections.abc import Callable

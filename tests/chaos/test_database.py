@@ -27,7 +27,7 @@ from tests.rows import colour_rows, jsonl
 from tests.workers import running_worker
 from worker.app import sweep
 from worker.context import Watch, make_context
-from worker.keeper import LeaseKeeper
+from worker.heartbeat import LeaseKeeper
 
 # A stalled database costs a request 5 s; this machine may be busy.
 _MAX_SECONDS = 8.0

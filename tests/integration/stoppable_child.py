@@ -7,16 +7,16 @@ from pathlib import Path
 from luthier.core.events import StoppedEvent, TrainingEvent
 from tests.integration.training_script import Script
 from worker.context import WorkerContext
-from worker.keeper import kept_lease
-from worker.run import Ending
+from worker.heartbeat import kept_lease
 from worker.tasks.train import claim, make_run
+from worker.training_process.supervisor import Ending
 
 _LOOK_SECONDS = 0.02
 _WAIT_SECONDS = 30.0
 
 
 class StoppableChild:
-    """A process that has said its first events; it duck-types worker.child.TrainingChild.
+    """A process that has said its first events; it duck-types worker.training_process.child.TrainingChild.
 
     Args:
         first: what it says before it is asked to stop.

@@ -25,7 +25,7 @@ from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
-from worker.keeper import kept_lease
+from worker.heartbeat import kept_lease
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
 

@@ -18,13 +18,13 @@ from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
 from worker.context import WorkerContext
-from worker.keeper import kept_lease
+from worker.heartbeat import kept_lease
 from worker.maintenance import tidy
-from worker.parents import fetch_parents
 from worker.processes import work
-from worker.run import Ending
+from worker.tasks.parent_models import fetch_parents
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
+from worker.training_process.supervisor import Ending
 
 
 @pytest.fixture

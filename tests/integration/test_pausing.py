@@ -19,13 +19,13 @@ from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
 from tests.integration.stoppable_child import Attempt
 from tests.integration.training_script import Script
 from tests.rows import colour_rows, jsonl
-from worker import outbox
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
-from worker.giving_back import give_back
 from worker.maintenance import tidy
-from worker.run import Ending
+from worker.requeue import give_back
 from worker.tasks.prepare import prepare
+from worker.training_process import event_buffer
+from worker.training_process.supervisor import Ending
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def test_storage_that_is_away_at_the_last_save_point_is_waited_for(
         return put(folder, key)
 
     monkeypatch.setattr(context.storage, "put_folder", away_twice)
-    monkeypatch.setattr(outbox, "_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(event_buffer, "_PAUSES_SECONDS", (0.01, 0.01))
     client.fine_tuning.jobs.pause(job_id)
     assert run.join() is Ending.PAUSED
     assert [point["step"] for point in _row(context, job_id).save_points] == [2]

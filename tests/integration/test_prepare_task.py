@@ -22,10 +22,10 @@ from tests.conftest import Api
 from tests.rows import chat_row, colour_rows, jsonl
 from worker.context import WorkerContext
 from worker.processes import work
-from worker.run import Ending
 from worker.tasks import prepare as prepare_module
 from worker.tasks import train as train_module
 from worker.tasks.prepare import prepare
+from worker.training_process.supervisor import Ending
 
 
 def _create(api: Api, rows: list[dict[str, Any]] | None = None, **body: object) -> dict[str, Any]:

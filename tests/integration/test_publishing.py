@@ -18,11 +18,11 @@ from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext
-from worker.keeper import kept_lease
+from worker.heartbeat import kept_lease
 from worker.maintenance import tidy
-from worker.run import Ending
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
+from worker.training_process.supervisor import Ending
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_a_crash_between_bytes_and_row_leaves_nothing_that_shows(
         raise ArtifactCorruptError("the worker dies here")
 
     with monkeypatch.context() as patched:
-        patched.setattr("worker.publish.leases.leave", crash)
+        patched.setattr("worker.training_process.publish.leases.leave", crash)
         with pytest.raises(ArtifactCorruptError):
             work.attempt(_script([5, 4, 3, 2, 1], 5))
     with work.context.database.transaction() as session:

@@ -15,12 +15,12 @@ from luthier.storage.store import Storage
 from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job
 from tests.stack import is_alive
-from worker.child import TrainingChild
 from worker.context import WorkerContext
-from worker.keeper import kept_lease
-from worker.run import Ending
+from worker.heartbeat import kept_lease
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
+from worker.training_process.child import TrainingChild
+from worker.training_process.supervisor import Ending
 
 # Says that it started, takes a step, and then hangs, or steps for ever; it never answers TERM.
 _PROGRAM = """

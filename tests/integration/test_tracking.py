@@ -25,12 +25,12 @@ from tests.event_files import read_events, scalars
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
-from worker import tracking
 from worker.context import WorkerContext
-from worker.keeper import kept_lease
+from worker.heartbeat import kept_lease
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
-from worker.tracking import TrackerThread, start_tracking
+from worker.training_process import tracking
+from worker.training_process.tracking import TrackerThread, start_tracking
 
 _BASE = BaseFacts(
     id="b",

@@ -15,8 +15,8 @@ from luthier.core.events import FinishedEvent, StoppedEvent, TrainingEvent, pars
 from tests.conftest import wait_until
 from tests.stack import is_alive
 from tests.tiny import build_tiny_base, build_tiny_run
-from worker.child import start_child
-from worker.spare import SpareRun, WarmSpare
+from worker.training_process.child import start_child
+from worker.training_process.fork_server import SpareRun, WarmSpare
 
 SETTINGS = {"num_rows": 12, "hyperparameters": {"n_epochs": 1, "batch_size": 4}}
 
@@ -233,7 +233,7 @@ def test_a_taken_process_is_not_replaced(why: str, tmp_path: Path, monkeypatch: 
         return subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, start_new_session=True)
 
     monkeypatch.setattr(WarmSpare, "take", sleeper)
-    monkeypatch.setattr("worker.child._spawn", sleeper)
+    monkeypatch.setattr("worker.training_process.child._spawn", sleeper)
     with start_child(tmp_path, 1, WarmSpare(idle_seconds=60)) as child:
         first = child.pid
         if why == "asked to stop":

@@ -20,12 +20,12 @@ from tests.tiny import build_tiny_base, build_tiny_run
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.processes import work
-from worker.spare import SpareRun, WarmSpare
 from worker.tasks.prepare import prepare
+from worker.training_process.fork_server import SpareRun, WarmSpare
 
 _PARENT = """
 import pathlib, sys, time
-from worker.spare import SpareRun, WarmSpare
+from worker.training_process.fork_server import SpareRun, WarmSpare
 spare = WarmSpare(idle_seconds=60)
 spare.start()
 print(spare.pid, flush=True)

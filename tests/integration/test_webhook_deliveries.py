@@ -28,13 +28,13 @@ from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job, the_delivery, wind
 from tests.integration.training_script import Script, ScriptedChild
 from tests.receiver import Receiver
-from worker import delivering
+from worker import webhook_dispatcher
 from worker.app import sweep
 from worker.context import Watch, WorkerContext
-from worker.delivering import deliver_due
-from worker.keeper import kept_lease
+from worker.heartbeat import kept_lease
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
+from worker.webhook_dispatcher import deliver_due
 
 
 @pytest.fixture
@@ -132,9 +132,9 @@ def test_a_workers_thread_sends_by_itself_and_outlives_a_fault(
             raise faults.pop(0)
         return deliver_due(context)
 
-    monkeypatch.setattr(delivering, "deliver_due", deliver)
+    monkeypatch.setattr(webhook_dispatcher, "deliver_due", deliver)
     context.settings = context.settings.model_copy(update={"sweep_seconds": 0.05})
-    thread = threading.Thread(target=delivering.deliver_for_ever, args=(context,), daemon=True)
+    thread = threading.Thread(target=webhook_dispatcher.deliver_for_ever, args=(context,), daemon=True)
     thread.start()
     client.fine_tuning.jobs.cancel(create_job(client))
     wait_until(lambda: receiver.received, what="the webhook has come")

@@ -22,8 +22,8 @@ from tests.conftest import serve_api
 from tests.integration.hooks import create_job, the_delivery, wind
 from tests.receiver import Receiver
 from worker.context import WorkerContext
-from worker.delivering import deliver_due
 from worker.maintenance import tidy
+from worker.webhook_dispatcher import deliver_due
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from luthier.storage.manifests import seal_folder
 
 
 class ScriptedChild:
-    """A process that has said everything already; it duck-types worker.child.TrainingChild.
+    """A process that has said everything already; it duck-types worker.training_process.child.TrainingChild.
 
     Args:
         events: what it says, one at each look.

@@ -23,14 +23,14 @@ from services.jobs.events import NewEvent
 from services.jobs.leases import Lease, LeaseLostError
 from services.jobs.reports import FileReport, PrepareReport
 from services.models import models
-from worker.bases import ensure_jobs_base
 from worker.context import WorkerContext, remove_run_dir
-from worker.giving_back import GIVEN_BACK, full_disk_named, give_back
-from worker.keeper import LeaseKeeper, kept_lease
-from worker.parents import check_parents
-from worker.preparing import StoppedError, run_prepare
+from worker.heartbeat import LeaseKeeper, kept_lease
+from worker.requeue import GIVEN_BACK, full_disk_named, give_back
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
 from worker.speed import known_speed
+from worker.tasks.base_models import ensure_jobs_base
+from worker.tasks.parent_models import check_parents
+from worker.tasks.prepare_process import StoppedError, run_prepare
 
 _log = structlog.get_logger()
 

@@ -27,19 +27,19 @@ from services.capacity.memory import Waiting
 from services.jobs import leases, reports
 from services.jobs.leases import Lease, LeaseLostError
 from services.models import models
-from worker.bases import ensure_jobs_base
-from worker.child import start_child
 from worker.context import WorkerContext, remove_run_dir
-from worker.giving_back import GIVEN_BACK, full_disk_named, give_back
-from worker.keeper import LeaseKeeper, kept_lease
-from worker.loans import Loan, borrow
-from worker.outbox import Outbox
-from worker.parents import fetch_parents
-from worker.publish import Publisher
+from worker.heartbeat import LeaseKeeper, kept_lease
 from worker.quarantine import may_claim
-from worker.run import Ending, TrainingRun
+from worker.requeue import GIVEN_BACK, full_disk_named, give_back
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
-from worker.tracking import Tracking, start_tracking
+from worker.tasks.base_models import ensure_jobs_base
+from worker.tasks.parent_models import fetch_parents
+from worker.training_process.child import start_child
+from worker.training_process.event_buffer import Outbox
+from worker.training_process.memory_loans import Loan, borrow
+from worker.training_process.publish import Publisher
+from worker.training_process.supervisor import Ending, TrainingRun
+from worker.training_process.tracking import Tracking, start_tracking
 
 _log = structlog.get_logger()
 

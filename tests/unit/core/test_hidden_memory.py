@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from worker.child import child_environment
+from worker.training_process.child import child_environment
 
 # As an ordinary user: nothing is hidden from root.
 _PROGRAM = """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from luthier.core.process import tied_python
-from worker.child import child_environment
+from worker.training_process.child import child_environment
 
 _MAX_ANSWER_BYTES = 100
 # Another thread may have read what one waits for.

@@ -12,7 +12,7 @@ from luthier.core.errors import StorageFullError, UnavailableError
 from services.jobs import events, leases
 from services.jobs.events import NewEvent
 from services.jobs.leases import Lease
-from worker.keeper import LeaseKeeper
+from worker.heartbeat import LeaseKeeper
 
 T = TypeVar("T")
 

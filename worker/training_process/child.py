@@ -24,7 +24,7 @@ from luthier.core.events import TrainingEvent, parse_event
 from luthier.core.process import CHILD_LOG_NAME, tied_python
 
 if TYPE_CHECKING:
-    from worker.spare import SpareRun, WarmSpare
+    from worker.training_process.fork_server import SpareRun, WarmSpare
 
 _log = structlog.get_logger()
 

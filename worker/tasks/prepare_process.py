@@ -17,7 +17,7 @@ from luthier.core.errors import StalledError, WorkerCrashedError, make_job_error
 from luthier.core.process import bare_environment, tied_python
 from luthier.data.prepare.process import ANSWER_NAME, QUESTION_NAME, Answer, Prepared, Question, out_of_memory
 from worker.context import WorkerContext
-from worker.keeper import STALL_FACTOR, LeaseKeeper
+from worker.heartbeat import STALL_FACTOR, LeaseKeeper
 
 _LOOK_SECONDS = 0.5
 _LOG_NAME = "prepare.log"

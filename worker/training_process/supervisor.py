@@ -30,14 +30,14 @@ from luthier.core.states import JobStatus
 from services.capacity import workers
 from services.jobs import attempts, leases, pausing, reports
 from services.jobs.leases import Lease
-from worker.child import TrainingChild
 from worker.context import WorkerContext
-from worker.giving_back import GIVEN_BACK
-from worker.keeper import STALL_FACTOR, LeaseKeeper
-from worker.outbox import Outbox
-from worker.publish import Publisher
+from worker.heartbeat import STALL_FACTOR, LeaseKeeper
 from worker.quarantine import check_machine
-from worker.tracking import Tracking
+from worker.requeue import GIVEN_BACK
+from worker.training_process.child import TrainingChild
+from worker.training_process.event_buffer import Outbox
+from worker.training_process.publish import Publisher
+from worker.training_process.tracking import Tracking
 
 # Metrics are written in batches, at most two a second.
 _FLUSH_SECONDS = 0.5

@@ -31,8 +31,8 @@ from services.jobs import checkpoints, events, leases, reports
 from services.jobs.events import NewEvent
 from services.jobs.leases import Lease
 from services.models import models
-from worker.outbox import Outbox
-from worker.step_metrics import FILENAME, build_step_metrics
+from worker.training_process.event_buffer import Outbox
+from worker.training_process.step_metrics import FILENAME, build_step_metrics
 
 _NUM_SAVE_POINTS = 2
 _NUM_CHECKPOINTS = 3

@@ -1,0 +1,1 @@
+"""The training process of a job: started, supervised, its events stored, its output published."""
