@@ -1,0 +1,159 @@
+"""The seam between the engine and what runs a model: all that a runner has to know.
+
+A runner holds one set of weights, a base's or a fully tuned model's, with the adapters on it, and keys and
+values in blocks. Which sequence has which blocks, and what runs next, is for the engine to say.
+
+Legend: L layers, R rows of logits, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from luthier.core.errors import LuthierError
+
+if TYPE_CHECKING:
+    import torch
+
+    from luthier.methods._served import ServedParts
+
+# What a runner calls an adapter; the engine only passes it back.
+AdapterId = int
+
+
+class UnsupportedAdapterError(LuthierError):
+    """A runner has no place for an adapter's rank or layers; `reference` serves it instead."""
+
+
+@dataclass(frozen=True)
+class RunnerLimits:
+    """What a runner can do, fixed when it is loaded.
+
+    Attributes:
+        dtype: of weights, keys and values, as torch names it.
+        context_length: positions of a sequence, virtual tokens included.
+        block_size: tokens whose keys and values one block holds, in all layers.
+        block_bytes: memory of a block once it is used.
+        max_sequences: chunks of one batch.
+        max_prefill_tokens: tokens of the batch's chunks that have more than one token, in all.
+        max_logit_rows: rows of logits of one batch.
+        mixes_adapters: whether a batch may hold chunks of different adapters; else all have the same.
+        max_draft_tokens: guessed tokens that one sequence may verify in a batch; 0: no speculation.
+        allocates_at_once: whether all blocks have memory from the start; unused ones then give none back.
+    """
+
+    dtype: str
+    vocabulary_size: int
+    context_length: int
+    block_size: int
+    num_blocks: int
+    block_bytes: int
+    max_sequences: int
+    max_prefill_tokens: int
+    max_logit_rows: int
+    mixes_adapters: bool = True
+    max_draft_tokens: int = 0
+    allocates_at_once: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenChunk:
+    """Tokens of one sequence that run in one batch.
+
+    Attributes:
+        token_ids: `-1 - i` is the adapter's virtual token `i`, whose keys and values the runner makes.
+        first_position: of the first token; keys and values of all before it are in the blocks.
+        block_table: the sequence's blocks from position 0 on, up to that of the chunk's last token at least.
+        adapter: None for the bare weights.
+        logits_from: the place in `token_ids` from which on logits are wanted; its length for none.
+    """
+
+    token_ids: Sequence[int]
+    first_position: int
+    block_table: Sequence[int]
+    adapter: AdapterId | None
+    logits_from: int
+
+    @property
+    def num_logit_rows(self) -> int:
+        """Rows of logits that it gets."""
+        return len(self.token_ids) - self.logits_from
+
+
+@dataclass(frozen=True, eq=False)
+class ScheduledBatch:
+    """What runs next: at most one chunk of each sequence."""
+
+    chunks: Sequence[TokenChunk]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSource:
+    """A verified artifact of a method that does not replace the weights.
+
+    Attributes:
+        folder: its files.
+        parts: the same, read; None where only the method itself can attach it.
+    """
+
+    folder: Path
+    parts: "ServedParts | None"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter on a runner; `num_virtual_tokens` precede every sequence of it."""
+
+    adapter: AdapterId
+    num_virtual_tokens: int
+    num_bytes: int
+
+
+class Logits(Protocol):
+    """Logits of a batch, of its chunks' wanted rows in order; valid until the runner's next `execute`."""
+
+    def greedy(self) -> list[int]:
+        """Return the likeliest token of each row, of equals the first; -1 where a row is not finite."""
+
+    def draw(
+        self,
+        rows: Sequence[int],
+        *,
+        temperatures: Sequence[float],
+        top_p: Sequence[float],
+        points: Sequence[float],
+    ) -> list[int | None]:
+        """Draw a token of each of some rows, at points of [0, 1) of its mass; None: the engine samples it."""
+
+    def rows(self, rows: Sequence[int]) -> "torch.Tensor":
+        """Return some rows, float32 [R, V], on the runner's device."""
+
+
+class ModelRunner(Protocol):
+    """One set of weights that answers. Called by one thread."""
+
+    limits: RunnerLimits
+
+    def add_adapter(self, source: AdapterSource) -> AdapterInfo:
+        """Put an adapter beside the weights.
+
+        Raises:
+            ArtifactCorruptError: when it does not fit the weights.
+            UnsupportedAdapterError: when this runner has no place for it.
+        """
+
+    def remove_adapter(self, adapter: AdapterId) -> None:
+        """Free an adapter that no sequence uses."""
+
+    def execute(self, batch: ScheduledBatch) -> Logits:
+        """Run a batch: write keys and values of its tokens into their blocks, return the wanted logits."""
+
+    def discard_blocks(self, blocks: Sequence[int]) -> None:
+        """Give the memory of unused blocks back, where they are not allocated at once."""
+
+    def set_num_threads(self, count: int) -> None:
+        """Run on so many threads from now on; nothing on CUDA."""
+
+    def close(self) -> None:
+        """Free the weights and all adapters."""
