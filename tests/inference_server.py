@@ -19,10 +19,10 @@ from luthier.core.settings import Settings
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.app import Service
-from luthier.inference.engine import Engine, EngineCore
-from luthier.inference.lane import Lane
+from luthier.inference.engine.engine import Engine, EngineCore
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.sequence import Sequence
 from luthier.inference.runner import Runner
-from luthier.inference.sequence import Sequence
 from tests.tiny import BASE_ID
 
 CHAT = "/v1/chat/completions"

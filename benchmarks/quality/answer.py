@@ -15,8 +15,8 @@ from luthier.core.shapes import read_shape
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer
 from luthier.inference.bases import pack
-from luthier.inference.lane import Lane
-from luthier.inference.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent
 from luthier.inference.verification import Text, prepare, probe
 from luthier.methods import method_of_artifact
 from luthier.modeling.load import load_base

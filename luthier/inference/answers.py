@@ -15,9 +15,9 @@ from luthier.core.errors import LuthierError
 from luthier.core.inference import TokenUsage
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.call_reader import CallBegun
+from luthier.inference.engine.sequence import Choice, ChoiceAt
 from luthier.inference.parts import Ended, EndReason, Part, WholeAnswer
 from luthier.inference.sampler import MIN_LOGPROB
-from luthier.inference.sequence import Choice, ChoiceAt
 
 # A text that stands nowhere else in an event.
 _NO_TEXT = "\0text\0"

@@ -34,7 +34,7 @@ from luthier.core.inference import (
 from luthier.core.settings import Settings
 from luthier.inference.answers import ChatShape, CompletionShape, Shape, token_usage
 from luthier.inference.bases import ReadyModel, find_serving_device
-from luthier.inference.engine import Engine
+from luthier.inference.engine.engine import Engine
 from luthier.inference.fair_executor import FairExecutor
 from luthier.inference.generation import Generation
 from luthier.inference.grammar import Grammars

@@ -19,9 +19,9 @@ from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.token_bounds import TokenBounds, find_bounds
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.copies import Copy
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.sequence import ModelKey
 from luthier.inference.forward import Prefix, count_virtual_tokens
-from luthier.inference.lane import Lane
-from luthier.inference.sequence import ModelKey
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.verification import Text, probe
 from luthier.inference.weight_type import choose_dtype, find_dtype, name_of

@@ -10,9 +10,8 @@ from luthier.core.errors import UnavailableError
 from luthier.data.rendering.tokenizer import StreamDecoder
 from luthier.inference.bases import ReadyModel
 from luthier.inference.echoes import Echo
-from luthier.inference.engine import Engine
-from luthier.inference.plans import MAX_LOGPROBS, Plan
-from luthier.inference.sequence import (
+from luthier.inference.engine.engine import Engine
+from luthier.inference.engine.sequence import (
     ChoiceAt,
     Failure,
     Finish,
@@ -21,6 +20,7 @@ from luthier.inference.sequence import (
     Sequence,
     SequenceEvent,
 )
+from luthier.inference.plans import MAX_LOGPROBS, Plan
 
 IndexedEvent = tuple[int, SequenceEvent]
 

@@ -13,11 +13,11 @@ from contextlib import asynccontextmanager, contextmanager
 from luthier.core.errors import OutOfMemoryError, TooManyRequestsError
 from luthier.core.settings import MIB
 from luthier.inference.bases import ReadyModel, ServedModel
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.sequence import ModelKey
 from luthier.inference.entries import Entry, Held
-from luthier.inference.lane import Lane
 from luthier.inference.loading import EngineLike, Kind, RowLimits, load, measure, remove
 from luthier.inference.memory import NoRoomError
-from luthier.inference.sequence import ModelKey
 
 MAX_INSTALLED = 16
 

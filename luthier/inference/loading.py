@@ -26,7 +26,7 @@ from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfChec
 from luthier.core.settings import MIB
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
-from luthier.inference.lane import Lane
+from luthier.inference.engine.scheduler import Lane
 from luthier.inference.proofs import (
     check_base,
     check_canary,

@@ -11,7 +11,7 @@ from itertools import accumulate
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from luthier.inference.sequence import Sequence
+from luthier.inference.engine.sequence import Sequence
 
 _PREFIX = "luthier_inference_"
 _ROW_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from luthier.inference.call_reader import CallArguments, CallBegun, CallReader, ReadPart
+from luthier.inference.engine.sequence import ChoiceAt, Finish, Piece, SequenceEvent
 from luthier.inference.generation import IndexedEvent
-from luthier.inference.sequence import ChoiceAt, Finish, Piece, SequenceEvent
 
 EndReason = Literal["stop", "length", "tool_calls"]
 

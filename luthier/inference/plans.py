@@ -13,10 +13,10 @@ from luthier.inference.bases import ReadyModel
 from luthier.inference.call_reader import CallReader
 from luthier.inference.chat_grammar import choose_grammar
 from luthier.inference.echoes import Echo, make_echo
+from luthier.inference.engine.sequence import SamplingOptions
 from luthier.inference.grammar import COMPILE_SECONDS, CompiledGrammar, Grammars
 from luthier.inference.protocol import ChatRequest, CompletionRequest, SamplingRequest
 from luthier.inference.room import Room
-from luthier.inference.sequence import SamplingOptions
 from luthier.inference.tool_calls import CallSyntax, find_syntax, render_calls
 
 # About 150 bytes each are held for a whole answer, and for a stream whose client does not read.

@@ -11,8 +11,8 @@ from luthier.core.ids import new_id
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.answers import Shape, Usage, encode_json, token_logprobs
 from luthier.inference.call_reader import CallArguments, CallBegun
+from luthier.inference.engine.sequence import ChoiceAt
 from luthier.inference.parts import Ended, EndReason, Part, WholeAnswer
-from luthier.inference.sequence import ChoiceAt
 
 
 class _Item:

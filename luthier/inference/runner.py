@@ -12,9 +12,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from luthier.inference.bases import ReadyModel
+from luthier.inference.engine.sequence import Sequence
 from luthier.inference.forward import forward, run_prompts, run_prompts_whole
 from luthier.inference.scoring import score_stretch
-from luthier.inference.sequence import Sequence
 
 
 @dataclass(eq=False)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from luthier.core.errors import LuthierError, SelfCheckError
+from luthier.inference.engine.sequence import Choice, Grammar, Sequence
 from luthier.inference.faults import log_fault, to_told
-from luthier.inference.sequence import Choice, Grammar, Sequence
 from luthier.modeling.kernels.choosing import NUCLEUS_NATS, UNSOUND, can_draw, draw
 from luthier.modeling.logits import Logits
 

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.inference.sequence import ModelKey, Sequence
+from luthier.inference.engine.sequence import ModelKey, Sequence
 
 # Of more than these the order of turns is forgotten.
 _MAX_PROJECTS = 1024

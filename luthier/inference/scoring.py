@@ -8,9 +8,9 @@ import logging
 import torch
 
 from luthier.core.errors import SelfCheckError
+from luthier.inference.engine.sequence import Choice, Sequence
 from luthier.inference.faults import to_told
 from luthier.inference.sampler import MIN_LOGPROB
-from luthier.inference.sequence import Choice, Sequence
 
 _LOG = logging.getLogger(__name__)
 

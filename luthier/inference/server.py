@@ -38,7 +38,7 @@ from luthier.core.http_limits import limited_protocol, raise_open_file_limit
 from luthier.core.logs import configure_logs
 from luthier.core.settings import Settings
 from luthier.inference.app import Service, build_app
-from luthier.inference.engine import Engine, EngineCore
+from luthier.inference.engine.engine import Engine, EngineCore
 from luthier.inference.runner import Runner
 
 _LOG = logging.getLogger(__name__)

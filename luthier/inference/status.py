@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from luthier.core.settings import Settings
-from luthier.inference.engine import Engine
+from luthier.inference.engine.engine import Engine
 from luthier.inference.loading import Kind
 from luthier.inference.measures import MetricsCollector, counter, gauge, histogram
 from luthier.inference.models import Models

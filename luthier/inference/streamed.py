@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Callable
 
 from luthier.inference.answers import Shape, Usage, token_usage
 from luthier.inference.call_reader import CallReader
+from luthier.inference.engine.sequence import Piece
 from luthier.inference.faults import to_told
 from luthier.inference.generation import Generation, IndexedEvent
 from luthier.inference.parts import PartReader
-from luthier.inference.sequence import Piece
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from luthier.core.canary import Canary
-from luthier.inference.lane import Lane
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.step import MAX_PROMPT_TOKENS
 from luthier.inference.proofs import (
     CANARY_TOLERANCE,
     check_canary,
@@ -21,7 +22,6 @@ from luthier.inference.proofs import (
     check_row,
     gap_between,
 )
-from luthier.inference.rows import MAX_PROMPT_TOKENS
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_work import Stretch
 

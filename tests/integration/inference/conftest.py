@@ -17,7 +17,7 @@ from luthier.core.inference import ModelTarget
 from luthier.inference import copies
 from luthier.inference.app import Service, build_app
 from luthier.inference.backends import open_backend
-from luthier.inference.engine import Engine, EngineCore
+from luthier.inference.engine.engine import Engine, EngineCore
 from luthier.inference.server import open_socket
 from luthier.storage.store import Storage
 from tests.conftest import Api, fresh_database, serve_api

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from luthier.core.errors import UnavailableError
 from luthier.inference.drafts import Drafter
-from luthier.inference.sequence import Sequence
+from luthier.inference.engine.sequence import Sequence
 from tests.conftest import Api
 from tests.tools_base import TOOLS_BASE_ID
 

@@ -146,7 +146,7 @@ def test_a_call_of_a_tool_comes_out_and_goes_in_again_with_its_answer(
 def test_a_stream_that_breaks_off_says_so_by_its_events(
     sdk: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.inference.sequence import Sequence
+    from luthier.inference.engine.sequence import Sequence
 
     accept = Sequence.accept
 

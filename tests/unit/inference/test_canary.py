@@ -13,7 +13,7 @@ from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
-from luthier.inference.lane import Lane
+from luthier.inference.engine.scheduler import Lane
 from luthier.inference.proofs import check_canary, read_canary
 from luthier.inference.verification import verify_adapter
 from luthier.methods import method_of_artifact

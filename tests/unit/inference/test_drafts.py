@@ -10,13 +10,20 @@ import torch
 
 from luthier.inference.bases import pack
 from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
-from luthier.inference.lane import Lane
-from luthier.inference.sequence import Finish, ModelKey, Piece, SamplingOptions, Sequence, SequenceEvent
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.sequence import (
+    Finish,
+    ModelKey,
+    Piece,
+    SamplingOptions,
+    Sequence,
+    SequenceEvent,
+)
 from luthier.modeling.kernels.products import can_tile
 from luthier.modeling.packed_work import Stretch
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import greedy, load_plain
-from tests.unit.inference.test_lane import Ids, ServedStub, run_dry
+from tests.unit.inference.test_scheduler import Ids, ServedStub, run_dry
 
 NUM_TOKENS = 60
 PROMPT = [5, 6, 7, 8, 9, 10, 11]

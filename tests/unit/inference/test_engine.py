@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import ArtifactCorruptError, TooManyRequestsError, UnavailableError
-from luthier.inference.engine import MAX_LIVE_BATCHES, Engine, EngineCore, _Call
-from luthier.inference.sequence import (
+from luthier.inference.engine.engine import MAX_LIVE_BATCHES, Engine, EngineCore, _Call
+from luthier.inference.engine.sequence import (
     Failure,
     Finish,
     ModelKey,

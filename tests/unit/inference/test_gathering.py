@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from luthier.inference import engine as engine_module
-from luthier.inference.engine import Engine, EngineCore
-from luthier.inference.sequence import Sequence
+from luthier.inference.engine import engine as engine_module
+from luthier.inference.engine.engine import Engine, EngineCore
+from luthier.inference.engine.sequence import Sequence
 from tests.unit.inference.test_engine import KEYS, MAX_ROWS, PLENTY, FakeRunner, ask
 
 

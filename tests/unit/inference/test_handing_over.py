@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from luthier.inference.bases import pack
-from luthier.inference.engine import EngineCore
+from luthier.inference.engine.engine import EngineCore
+from luthier.inference.engine.sequence import SamplingOptions, Sequence
 from luthier.inference.event_bridge import EventBridge
-from luthier.inference.sequence import SamplingOptions, Sequence
 from luthier.modeling.kernels._threads import Program
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import load_plain
 from tests.unit.inference.test_engine import KEYS, MAX_ROWS, PLENTY, FakeRunner, ask
-from tests.unit.inference.test_lane import Ids
+from tests.unit.inference.test_scheduler import Ids
 
 
 def sequence(prompt_ids: list[int]) -> Sequence:

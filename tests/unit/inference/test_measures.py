@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from luthier.inference.engine.sequence import Choice, SamplingOptions, Sequence
 from luthier.inference.measures import (
     Histogram,
     MetricsCollector,
@@ -10,7 +11,6 @@ from luthier.inference.measures import (
     gauge,
     histogram,
 )
-from luthier.inference.sequence import Choice, SamplingOptions, Sequence
 
 
 class _Silent:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from luthier.core.inference import LoanRequest
+from luthier.inference.engine.block_pool import Chain, PagePool
 from luthier.inference.memory import MemoryLimit, measure_used
-from luthier.inference.pages import Chain, PagePool
 from luthier.modeling.kernels.page_memory import discard
 
 

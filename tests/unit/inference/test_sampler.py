@@ -9,8 +9,8 @@ import torch
 
 from luthier.core.errors import SelfCheckError
 from luthier.inference import sampler
+from luthier.inference.engine.sequence import Choice, SamplingOptions, Sequence
 from luthier.inference.sampler import MIN_LOGPROB
-from luthier.inference.sequence import Choice, SamplingOptions, Sequence
 from luthier.modeling.logits import Logits
 
 

@@ -11,9 +11,8 @@ import torch
 from luthier.core.shapes import read_shape
 from luthier.inference import forward
 from luthier.inference.bases import pack
-from luthier.inference.lane import Lane
-from luthier.inference.runner import Runner
-from luthier.inference.sequence import (
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.sequence import (
     Choice,
     Failure,
     Finish,
@@ -23,6 +22,7 @@ from luthier.inference.sequence import (
     Sequence,
     SequenceEvent,
 )
+from luthier.inference.runner import Runner
 from luthier.inference.verification import prepare
 from luthier.methods import method_of_artifact
 from luthier.modeling.logits import Logits

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from luthier.inference.sequence import Choice, Finish, Piece, SamplingOptions, Sequence, SequenceEvent
+from luthier.inference.engine.sequence import Choice, Finish, Piece, SamplingOptions, Sequence, SequenceEvent
 
 END = 99
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from weakref import ref
 
 from luthier.core.errors import TooManyRequestsError
-from luthier.inference.sequence import ModelKey, Sequence
+from luthier.inference.engine.sequence import ModelKey, Sequence
 
 _Line = OrderedDict[ModelKey, deque[Sequence]]
 

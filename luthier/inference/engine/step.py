@@ -6,9 +6,9 @@ import torch
 
 from luthier.inference import sampler
 from luthier.inference.drafts import Drafter
-from luthier.inference.pages import Chain
+from luthier.inference.engine.block_pool import Chain
+from luthier.inference.engine.sequence import Choice, Sequence
 from luthier.inference.scoring import score_stretch
-from luthier.inference.sequence import Choice, Sequence
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_work import Stretch

@@ -1,6 +1,6 @@
 """Pages are shared by equal beginnings of one model alone, and used again when nobody needs them."""
 
-from luthier.inference.pages import Chain, PagePool
+from luthier.inference.engine.block_pool import Chain, PagePool
 
 TOKENS = list(range(100, 120))
 

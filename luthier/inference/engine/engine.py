@@ -21,13 +21,13 @@ import torch
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.inference import sampler
 from luthier.inference.crowding import Crowding
+from luthier.inference.engine.fair_queue import WaitingShares
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.sequence import Sequence
 from luthier.inference.event_bridge import EventBridge
 from luthier.inference.faults import log_fault, to_told
-from luthier.inference.lane import Lane
 from luthier.inference.measures import StepMeasures
 from luthier.inference.scheduler import Group, Prefill, Scheduler
-from luthier.inference.sequence import Sequence
-from luthier.inference.waiting import WaitingShares
 from luthier.modeling.kernels._threads import use_threads
 from luthier.modeling.logits import Logits
 

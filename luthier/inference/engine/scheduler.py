@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from luthier.core.errors import OutOfMemoryError
 from luthier.inference import sampler
 from luthier.inference.drafts import least_chance, room_for_guesses
-from luthier.inference.faults import log_fault, to_told
-from luthier.inference.lane_memory import LaneMemory
-from luthier.inference.measures import StepMeasures
-from luthier.inference.pages import Chain, PagePool
-from luthier.inference.rows import (
+from luthier.inference.engine.block_memory import LaneMemory
+from luthier.inference.engine.block_pool import Chain, PagePool
+from luthier.inference.engine.fair_queue import WaitingLine
+from luthier.inference.engine.sequence import Sequence
+from luthier.inference.engine.step import (
     MAX_PROMPT_TOKENS,
     MAX_SHORT_TOKENS,
     Row,
@@ -28,8 +28,8 @@ from luthier.inference.rows import (
     take_guesses,
     with_guesses,
 )
-from luthier.inference.sequence import Sequence
-from luthier.inference.waiting import WaitingLine
+from luthier.inference.faults import log_fault, to_told
+from luthier.inference.measures import StepMeasures
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama

@@ -1,6 +1,6 @@
 """The memory that a lane's pages take, and how much of it may be given to others."""
 
-from luthier.inference.pages import PagePool
+from luthier.inference.engine.block_pool import PagePool
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.packed_llama import PackedLlama
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.inference.engine import EngineCore
-from luthier.inference.sequence import Failure, Sequence
+from luthier.inference.engine.engine import EngineCore
+from luthier.inference.engine.sequence import Failure, Sequence
 from tests.unit.inference.test_engine import KEYS, MAX_ROWS, PLENTY, FakeRunner, ask, expected_answer
 
 

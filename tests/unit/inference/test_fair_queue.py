@@ -4,8 +4,8 @@ import gc
 import weakref
 from typing import Any
 
-from luthier.inference.sequence import SamplingOptions, Sequence
-from luthier.inference.waiting import WaitingLine, WaitingShares
+from luthier.inference.engine.fair_queue import WaitingLine, WaitingShares
+from luthier.inference.engine.sequence import SamplingOptions, Sequence
 
 
 def make_sequence(project: str, model: str = "m") -> Sequence:

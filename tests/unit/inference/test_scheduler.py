@@ -11,10 +11,17 @@ import torch
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
-from luthier.inference.lane import Lane
-from luthier.inference.pages import Chain, PagePool
-from luthier.inference.rows import MAX_LONG_TOKENS, MAX_SHORT_TOKENS, most_of_long
-from luthier.inference.sequence import Failure, Finish, ModelKey, SamplingOptions, Sequence, SequenceEvent
+from luthier.inference.engine.block_pool import Chain, PagePool
+from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.sequence import (
+    Failure,
+    Finish,
+    ModelKey,
+    SamplingOptions,
+    Sequence,
+    SequenceEvent,
+)
+from luthier.inference.engine.step import MAX_LONG_TOKENS, MAX_SHORT_TOKENS, most_of_long
 from luthier.inference.verification import prepare, verify_adapter
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.logits import Logits

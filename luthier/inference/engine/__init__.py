@@ -1,0 +1,1 @@
+"""The engine: schedule, execute, sample, deliver. Never HTTP, files, or how a model computes."""
