@@ -20,8 +20,8 @@ from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.app import Service
 from luthier.inference.engine.engine import Engine, EngineCore
-from luthier.inference.engine.scheduler import Lane
 from luthier.inference.engine.sequence import Sequence
+from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.runner import Runner
 from tests.tiny import BASE_ID
 
@@ -50,19 +50,19 @@ class GatedRunner(Runner):
         return super().step(batch, token_ids)
 
     @contextlib.contextmanager
-    def gate_lanes(self) -> Iterator[None]:
-        """Let the lanes of packed models stand still too, in their requests' steps."""
-        run = Lane._run
+    def gate_executors(self) -> Iterator[None]:
+        """Stop the steps of packed models too."""
+        run = BatchExecutor._run
 
-        def gated(lane: Lane, work: list[Any]) -> None:
-            if work:
-                self.num_prefills += sum(row.sequence.num_completion_tokens == 0 for row, _ in work)
+        def gated(executor: BatchExecutor, batch: list[Any]) -> None:
+            if batch:
+                self.num_prefills += sum(one.sequence.num_completion_tokens == 0 for one, _ in batch)
                 self.num_steps += 1
                 assert self.gate.wait(30)
-            run(lane, work)
+            run(executor, batch)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Lane, "_run", gated)
+            patch.setattr(BatchExecutor, "_run", gated)
             yield
 
 

@@ -1,4 +1,4 @@
-"""Greedy answers of a base or a tuned model, many at once, by the serving engine's own lane in this process.
+"""Greedy answers of a base or a tuned model, many at once, by the serving engine itself in this process.
 
 Legend: V vocabulary.
 """
@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from benchmarks.quality.task import Prompt, to_messages
 from luthier.core.shapes import read_shape
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer
 from luthier.inference.bases import pack
-from luthier.inference.engine.scheduler import Lane
 from luthier.inference.engine.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent
-from luthier.inference.verification import Text, prepare, probe
+from luthier.inference.engine.step import BatchExecutor
+from luthier.inference.verification import Text, probe
 from luthier.methods import method_of_artifact
 from luthier.modeling.load import load_base
-from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
+from luthier.modeling.protocols import AdapterInfo, AdapterSource
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _NUM_TOKENS_A_ROW = 2048
@@ -29,9 +28,9 @@ _PROBE_IDS = [5, 6, 7]
 
 @dataclass(frozen=True)
 class _Served:
-    """What a lane asks of a model."""
+    """What the scheduler asks of a model."""
 
-    adapter: PackedAdapter | None
+    adapter: AdapterInfo | None
 
 
 class Answerer:
@@ -62,8 +61,10 @@ class Answerer:
         folder = artifact if artifact is not None and is_whole else base_folder
         model = load_base(folder, dtype=dtype, device="cpu")
         cache_tokens = num_rows * _NUM_TOKENS_A_ROW
-        self._lane = pack(model, folder, _PROBE_IDS, max_rows=num_rows, max_cache_tokens=cache_tokens).lane
-        self._adapter = None if artifact is None or is_whole else _lay_out(artifact, base_folder, self._lane)
+        self._executor = pack(
+            model, folder, _PROBE_IDS, max_rows=num_rows, max_cache_tokens=cache_tokens
+        ).executor
+        self._adapter = None if artifact is None or is_whole else _add(artifact, base_folder, self._executor)
 
     def answer(self, prompts: Many[Prompt], *, max_new_tokens: int) -> list[str]:
         """Answer prompts greedily.
@@ -82,7 +83,7 @@ class Answerer:
         self._prove(token_ids[0])
         events: list[list[SequenceEvent]] = [[] for _ in prompts]
         for ids, own in zip(token_ids, events, strict=True):
-            self._lane.add(
+            self._executor.scheduler.add(
                 Sequence(
                     key=("base", None),
                     served=_Served(self._adapter),
@@ -93,8 +94,8 @@ class Answerer:
                     emit=own.append,
                 )
             )
-        while self._lane.has_work:
-            self._lane.step()
+        while self._executor.scheduler.has_work:
+            self._executor.step()
         return [_text_of(own) for own in events]
 
     def _prove(self, prompt: list[int]) -> None:
@@ -105,7 +106,7 @@ class Answerer:
         attached = method.load(load_base(self._base_folder, dtype=self._dtype, device="cpu"), self._artifact)
         with torch.inference_mode():
             expected_V = method.logits(attached, torch.tensor([prompt]))[0, -1].float()
-        found_V = probe(self._lane, [Text(prompt, self._adapter)])[0].last_V
+        found_V = probe(self._executor, [Text(prompt, self._adapter)])[0].last_V
         gap = float((found_V - expected_V).norm() / expected_V.norm())
         if not gap <= _TOLERANCE[self._dtype]:
             raise SystemExit(
@@ -113,19 +114,9 @@ class Answerer:
             )
 
 
-def _lay_out(artifact: Path, base_folder: Path, lane: Lane) -> PackedAdapter:
+def _add(artifact: Path, base_folder: Path, executor: BatchExecutor) -> AdapterInfo:
     parts = method_of_artifact(artifact).read_parts(artifact, read_shape(base_folder))
-    if parts is None or not can_lay_out(parts, lane.model):
-        raise SystemExit(f"{artifact}: the engine has no place for this artifact")
-
-    def read_weight(path: str) -> torch.Tensor:
-        with safe_open(base_folder / "model.safetensors", framework="pt") as stored:
-            weight: torch.Tensor = stored.get_tensor(f"{path}.weight")
-            return weight
-
-    adapter = lay_out(parts, lane.model, read_weight)
-    prepare(lane, adapter)
-    return adapter
+    return executor.runner.add_adapter(AdapterSource(artifact, parts))
 
 
 def _text_of(events: list[SequenceEvent]) -> str:

@@ -19,30 +19,30 @@ from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.token_bounds import TokenBounds, find_bounds
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.copies import Copy
-from luthier.inference.engine.scheduler import Lane
 from luthier.inference.engine.sequence import ModelKey
+from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.forward import Prefix, count_virtual_tokens
 from luthier.inference.slots import ArtifactSlots
 from luthier.inference.verification import Text, probe
 from luthier.inference.weight_type import choose_dtype, find_dtype, name_of
-from luthier.inference.weights import load_weights
+from luthier.inference.weights import load_weights, read_weight
 from luthier.modeling.kernels.choosing import prepare_choices
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
-from luthier.modeling.kernels.serving import CompiledOps
-from luthier.modeling.packed_adapter import PackedAdapter
 from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
+from luthier.modeling.packed_runner import PackedRunner
+from luthier.modeling.protocols import AdapterInfo
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeights:
-    """Weights that are laid out for serving, and the rows that run on them.
+    """Weights that are packed for serving, and the executor of their batches.
 
     `folder` and `shape` are those of the files that they were read from.
     """
 
-    lane: Lane
+    executor: BatchExecutor
     folder: Path
     shape: BaseShape
     logits_V: torch.Tensor
@@ -52,7 +52,7 @@ class PackedWeights:
 class LoadedBase:
     """A base that can answer: packed where its architecture is known, else by the plain path.
 
-    Only the engine's thread may touch lane and slots, and the weights behind them. `load_exact` loads it in
+    Only the engine's thread may touch executor, slots and the weights behind them. `load_exact` loads it in
     float32 where it is served in bfloat16 by the server's own choice; `exact` is what that gave, while that
     is in memory.
     """
@@ -130,16 +130,16 @@ class ServedModel:
 class ReadyModel:
     """A served model in memory.
 
-    In a `lane` its rows run beside those of others and bear its `adapter`. Without a lane it runs alone:
-    `prefix` lies before every sequence; `whole` are weights of its own, in place of its base's, with what
-    lies on them switched on for good.
+    With an `executor` its sequences run beside those of others, with its `adapter`. Without one it runs
+    alone: `prefix` lies before every sequence; `whole` are weights of its own instead of its base's, with
+    what is on them switched on for good.
     """
 
     served: ServedModel
     prefix: Prefix = ()
     whole: PreTrainedModel | None = None
-    lane: Lane | None = None
-    adapter: PackedAdapter | None = None
+    executor: BatchExecutor | None = None
+    adapter: AdapterInfo | None = None
 
     @property
     def base(self) -> LoadedBase:
@@ -150,8 +150,8 @@ class ReadyModel:
     def has_own_weights(self) -> bool:
         """Whether it runs on weights that no other model of its base does."""
         packed = self.base.packed
-        is_shared = self.lane is not None and packed is not None and self.lane is packed.lane
-        return self.whole is not None or (self.lane is not None and not is_shared)
+        is_shared = packed is not None and self.executor is packed.executor
+        return self.whole is not None or (self.executor is not None and not is_shared)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -267,16 +267,25 @@ def pack(
         folder: the files that it was read from.
         probe_ids: tokens of a short text.
         max_cache_tokens: tokens whose keys and values may be held.
-        max_draft_tokens: as Lane takes it; none without compiled steps, where nobody has measured them.
+        max_draft_tokens: as PackedRunner takes it.
 
     Returns:
-        The weights with a lane of their own.
+        The weights with an executor of their own.
     """
-    # One page more than whole tokens need: a token of a row may begin a new one.
-    packed = PackedLlama(model, num_pages=-(-max_cache_tokens // PAGE_SIZE) + 1)
-    is_compiled = isinstance(packed.ops, CompiledOps)
-    lane = Lane(packed, max_rows=max_rows, max_draft_tokens=max_draft_tokens if is_compiled else 0)
-    return PackedWeights(lane, folder, read_shape(folder), probe(lane, [Text(probe_ids, None)])[0].last_V)
+    # One block more than whole tokens need: a token of a sequence may begin a new one.
+    num_blocks = -(-max_cache_tokens // PAGE_SIZE) + 1
+    num_own = -(-model.config.max_position_embeddings // PAGE_SIZE)
+    packed = PackedLlama(model, num_pages=num_blocks + num_own)
+    runner = PackedRunner(
+        packed,
+        lambda path: read_weight(folder, path),
+        num_blocks=num_blocks,
+        max_sequences=max_rows,
+        max_draft_tokens=max_draft_tokens,
+    )
+    executor = BatchExecutor(runner)
+    [said] = probe(executor, [Text(probe_ids, None)])
+    return PackedWeights(executor, folder, read_shape(folder), said.last_V)
 
 
 def max_base_bytes(settings: Settings) -> int:

@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager, contextmanager
 from luthier.core.errors import OutOfMemoryError, TooManyRequestsError
 from luthier.core.settings import MIB
 from luthier.inference.bases import ReadyModel, ServedModel
-from luthier.inference.engine.scheduler import Lane
 from luthier.inference.engine.sequence import ModelKey
+from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.entries import Entry, Held
 from luthier.inference.loading import EngineLike, Kind, RowLimits, load, measure, remove
 from luthier.inference.memory import NoRoomError
@@ -106,10 +106,10 @@ class LoadedArtifacts:
         return Held(count, self.num_bytes(kind), self._max_bytes.get(kind, 0), loads, evictions)
 
     @property
-    def lanes(self) -> list[Lane]:
-        """The lanes of whole models in memory."""
+    def executors(self) -> list[BatchExecutor]:
+        """Those of whole models in memory."""
         ready = [entry.loading.result() for entry in list(self._entries.values()) if entry.is_ready]
-        return [one.lane for one in ready if one.lane is not None and one.has_own_weights]
+        return [one.executor for one in ready if one.executor is not None and one.has_own_weights]
 
     @property
     def loading_bytes(self) -> int:
@@ -212,7 +212,7 @@ class LoadedArtifacts:
         """
         if served.copy is None:
             packed = served.base.packed
-            return ReadyModel(served, lane=None if packed is None else packed.lane)
+            return ReadyModel(served, executor=None if packed is None else packed.executor)
         entry = self._find(served)
         if entry is not None and entry.is_ready:
             self._entries.move_to_end(served.key)

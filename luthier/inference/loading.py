@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from luthier.core.canary import Canary
@@ -26,7 +25,7 @@ from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfChec
 from luthier.core.settings import MIB
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
-from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.proofs import (
     check_base,
     check_canary,
@@ -34,14 +33,14 @@ from luthier.inference.proofs import (
     read_canary,
 )
 from luthier.inference.slots import ArtifactSlots
-from luthier.inference.verification import Text, probe, verify_adapter
+from luthier.inference.verification import Text, dtype_of, probe, verify_adapter
 from luthier.inference.weight_type import name_of
 from luthier.inference.weights import available_bytes, in_turn, load_weights
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
 from luthier.methods import method_of_artifact
 from luthier.methods._served import ServedParts
-from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
 from luthier.modeling.packed_llama import can_pack_llama
+from luthier.modeling.protocols import AdapterInfo, AdapterSource, UnsupportedAdapterError
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ class EngineLike(Protocol):
         """Run work on the engine's thread."""
 
     def sweep(self) -> Future[None]:
-        """Let go of all rows that nobody waits for."""
+        """Drop finished and cancelled sequences."""
 
 
 class Kind(Enum):
@@ -217,10 +216,10 @@ async def _load(
         # They may have been changed while they were read.
         await _check(served)
         if laid is not None:
-            adapter, canary, lane = laid.adapter, laid.canary, packed.lane
-            verifying = engine.call(lambda: verify_adapter(lane, adapter, served.base.probe_ids, canary))
-            await asyncio.wrap_future(verifying)
-            return ReadyModel(served, lane=lane, adapter=adapter)
+            executor, probe_ids = packed.executor, served.base.probe_ids
+            adding = engine.call(lambda: _add_verified(executor, laid, probe_ids))
+            adapter = await asyncio.wrap_future(adding)
+            return ReadyModel(served, executor=executor, adapter=adapter)
         if served.base.slots is None:
             async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
                 await in_turn(_open_slots, served.base, packed)
@@ -233,13 +232,13 @@ async def _load(
 
 def remove(engine: EngineLike, ready: ReadyModel) -> None:
     """Take a model off its base, after all that was asked of the engine before."""
-    served, digest, lane = ready.served, ready.served.digest, ready.lane
+    served, digest, executor, adapter = ready.served, ready.served.digest, ready.executor, ready.adapter
     if ready.has_own_weights or digest is None:
         return
-    if lane is None:
+    if executor is None or adapter is None:
         engine.call(lambda: served.base.plain.remove(digest))
     else:
-        engine.call(lambda: lane.forget(served.key))
+        engine.call(lambda: executor.remove_adapter(served.key, adapter))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,36 +264,43 @@ async def _check(served: ServedModel) -> None:
 
 @dataclass(frozen=True)
 class _Laid:
-    """An adapter, and what training recorded of it."""
+    """An adapter that is ready to be added, and what training recorded of it."""
 
-    adapter: PackedAdapter
+    source: AdapterSource
     canary: Canary | None
 
 
 def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> _Laid | None:
-    """Lay an artifact out beside its base, and read what training recorded of it.
+    """Prepare an artifact for its base's runner, and read what training recorded of it.
 
     None where only the plain path can serve it.
     """
     check_base(copy.folder, base_digest)
-    adapter = _lay_parts(copy, packed)
-    if adapter is None:
-        return None
-    model = packed.lane.model
-    canary = read_canary(copy.folder)
-    if canary is not None:
-        _check_tokens(canary, model.vocabulary_size, model.context_length - adapter.num_virtual_tokens)
-    return _Laid(adapter, canary)
-
-
-def _lay_parts(copy: Copy, packed: PackedWeights) -> PackedAdapter | None:
-    """Lay an artifact's numbers out; None where only the plain path can serve it."""
-    model = packed.lane.model
+    runner = packed.executor.runner
     parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape)
-    if parts is None or not can_lay_out(parts, model):
+    if parts is None:
         return None
     _check_finite(parts)
-    return lay_out(parts, model, lambda path: _read_weight(packed.folder, f"{path}.weight"))
+    try:
+        source = runner.prepare_adapter(AdapterSource(copy.folder, parts))
+    except UnsupportedAdapterError:
+        return None
+    canary = read_canary(copy.folder)
+    if canary is not None:
+        num_positions = runner.limits.context_length - parts.num_virtual_tokens
+        _check_tokens(canary, runner.limits.vocabulary_size, num_positions)
+    return _Laid(source, canary)
+
+
+def _add_verified(executor: BatchExecutor, laid: _Laid, probe_ids: list[int]) -> AdapterInfo:
+    """Add an adapter to a runner and verify it; one that fails does not stay."""
+    adapter = executor.runner.add_adapter(laid.source)
+    try:
+        verify_adapter(executor, adapter, probe_ids, laid.canary)
+    except BaseException:
+        executor.runner.remove_adapter(adapter.adapter)
+        raise
+    return adapter
 
 
 def _check_tokens(canary: Canary, vocabulary_size: int, num_positions: int) -> None:
@@ -315,23 +321,14 @@ def _check_finite(parts: ServedParts) -> None:
         raise SelfCheckError(_NOT_FINITE)
 
 
-def _read_weight(folder: Path, name: str) -> torch.Tensor:
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as stored:
-            if name in stored.keys():  # noqa: SIM118 - not a dict
-                tensor: torch.Tensor = stored.get_tensor(name)
-                return tensor
-    raise ArtifactCorruptError("The base has no layer that the artifact is for.")
-
-
 def _prove_whole(
-    lane: Lane, probe_ids: list[int], base_logits_V: torch.Tensor, canary: Canary | None
+    executor: BatchExecutor, probe_ids: list[int], base_logits_V: torch.Tensor, canary: Canary | None
 ) -> None:
     """Let weights of their own prove themselves as an adapter does, beside what their base says."""
     texts = [Text(probe_ids, None), *([] if canary is None else [Text(canary.token_ids, None)])]
-    said = probe(lane, texts)
+    said = probe(executor, texts)
     check_probe(said[0].last_V, base_logits_V)
-    check_canary(canary, lane.model.dtype, lambda _token_ids: said[-1].last_V)
+    check_canary(canary, dtype_of(executor), lambda _token_ids: said[-1].last_V)
 
 
 def _open_slots(base: LoadedBase, packed: PackedWeights) -> None:
@@ -358,14 +355,14 @@ def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
         prove_whole(whole, folder, base.probe_ids, base.probe_logits())
     if can_pack:
         packed = _pack_whole(whole, folder, base.probe_ids, limits)
-        _prove_whole(packed.lane, base.probe_ids, base.probe_logits(), read_canary(folder))
+        _prove_whole(packed.executor, base.probe_ids, base.probe_logits(), read_canary(folder))
         if served.foundation is None:
-            return ReadyModel(served, lane=packed.lane)
+            return ReadyModel(served, executor=packed.executor)
         made = _lay_out(copy, packed, served.foundation.digest)
         if made is not None:
-            # Nobody else has the lane yet.
-            verify_adapter(packed.lane, made.adapter, base.probe_ids, made.canary)
-            return ReadyModel(served, lane=packed.lane, adapter=made.adapter)
+            # No other thread has the executor yet.
+            adapter = _add_verified(packed.executor, made, base.probe_ids)
+            return ReadyModel(served, executor=packed.executor, adapter=adapter)
     if served.foundation is None:
         return ReadyModel(served, whole=whole)
     if can_pack:

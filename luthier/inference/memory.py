@@ -1,7 +1,7 @@
 """What this process may hold of its device's memory, and what of that it lends to jobs.
 
 Unused pages of keys and values make room for what is loaded, and are lent; then idle artifacts and
-bases leave (loaded.py); what answers need, never. Runs on the event loop; lanes are touched on the engine's
+bases leave (loaded.py); what answers need, never. Runs on the event loop; blocks are touched on the engine's
 thread alone.
 """
 
@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from luthier.core.allocator import give_back_freed_memory
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.inference import LoanRequest
+from luthier.inference.engine.block_memory import BlockMemory
 
 # What a process takes of a GPU beside its tensors.
 _CUDA_CONTEXT_BYTES = 500_000_000
@@ -27,21 +27,6 @@ class NoRoomError(OutOfMemoryError):
 
     http_status = 503
     retryable = True
-
-
-class LaneMemoryLike(Protocol):
-    """What the limit asks of luthier.inference.lane_memory.LaneMemory."""
-
-    @property
-    def growing_bytes(self) -> int:
-        """Memory of pages that were never used, and may be."""
-
-    @property
-    def spare_bytes(self) -> int:
-        """Memory of pages that nobody uses, those that may yet be used included, beyond what it must have."""
-
-    def limit(self, num_bytes: int) -> None:
-        """Let pages take no more than so much beside those in use."""
 
 
 class MemoryLimit:
@@ -58,12 +43,12 @@ class MemoryLimit:
         self,
         max_bytes: int,
         call: Callable[[Callable[[], None]], "Future[None]"],
-        lanes: Callable[[], list[LaneMemoryLike]],
+        memories: Callable[[], list[BlockMemory]],
         measure: Callable[[], int],
         trim: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._call, self._lanes, self._measure, self._now = call, lanes, measure, now
+        self._call, self._memories, self._measure, self._now = call, memories, measure, now
         self.trim = trim
         self._own_bytes = max_bytes
         # Bytes and the moment at which they come back, by id.
@@ -85,7 +70,7 @@ class MemoryLimit:
             The bytes that are lent; 0 where they are fewer than the job can use.
         """
         self._loans.pop(asked.loan_id, None)
-        spare_bytes = sum(lane.spare_bytes for lane in self._lanes())
+        spare_bytes = sum(one.spare_bytes for one in self._memories())
         num_bytes = min(asked.num_bytes, spare_bytes - self._missing(loading_bytes))
         if num_bytes > 0 and num_bytes >= asked.least_bytes:
             self._loans[asked.loan_id] = (num_bytes, self._now() + asked.seconds)
@@ -116,18 +101,18 @@ class MemoryLimit:
         return self._call(lambda: self._limit_pages(left))
 
     def _missing(self, num_bytes: int) -> int:
-        growing_bytes = sum(lane.growing_bytes for lane in self._lanes())
+        growing_bytes = sum(one.growing_bytes for one in self._memories())
         return self._measure() + growing_bytes + num_bytes - self.max_bytes
 
     def _limit_pages(self, left_bytes: int) -> None:
-        """Let lanes grow by what is left, in equal parts; or take what is missing of one after the other."""
-        lanes = self._lanes()
+        """Let block memories grow by equal parts of what is left, or shrink in order by what is missing."""
+        memories = self._memories()
         missing_bytes = max(0, -left_bytes)
-        for lane in lanes:
-            warm_bytes = lane.spare_bytes - lane.growing_bytes
+        for one in memories:
+            warm_bytes = one.spare_bytes - one.growing_bytes
             taken_bytes = min(max(0, warm_bytes), missing_bytes)
             missing_bytes -= taken_bytes
-            lane.limit(max(0, warm_bytes - taken_bytes + max(0, left_bytes) // len(lanes)))
+            one.limit(max(0, warm_bytes - taken_bytes + max(0, left_bytes) // len(memories)))
 
 
 def measure_used(device: torch.device) -> int:

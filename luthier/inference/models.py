@@ -38,9 +38,10 @@ from luthier.inference.copies import (
     mark_used,
     verify_copy,
 )
+from luthier.inference.engine.block_memory import BlockMemory
 from luthier.inference.loaded import LoadedArtifacts
 from luthier.inference.loading import EngineLike, RowLimits
-from luthier.inference.memory import LaneMemoryLike, MemoryLimit, NoRoomError, measure_used, trim
+from luthier.inference.memory import MemoryLimit, NoRoomError, measure_used, trim
 from luthier.inference.weights import in_turn
 from luthier.storage.store import Storage
 
@@ -95,7 +96,7 @@ class Models:
         self.memory = MemoryLimit(
             bases.serving_bytes(settings),
             engine.call,
-            self._lanes,
+            self._block_memories,
             measure=lambda: measure_used(device),
             trim=lambda: trim(device),
         )
@@ -124,13 +125,13 @@ class Models:
         self._locks: dict[str, asyncio.Lock] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
 
-    def _lanes(self) -> list[LaneMemoryLike]:
-        """Return the memory of all lanes; also on the engine's thread."""
+    def _block_memories(self) -> list[BlockMemory]:
+        """Return the memory of all runners' blocks; also called on the engine's thread."""
         loaded = [
             one for base in list(self._bases.values()) for one in (base, base.exact()) if one is not None
         ]
-        of_bases = [base.packed.lane for base in loaded if base.packed is not None]
-        return [lane.memory for lane in (*of_bases, *self.loaded.lanes)]
+        of_bases = [base.packed.executor for base in loaded if base.packed is not None]
+        return [executor.memory for executor in (*of_bases, *self.loaded.executors)]
 
     def is_loaded(self, base_id: str) -> bool:
         """Whether a base is in memory."""

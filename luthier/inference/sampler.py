@@ -12,8 +12,7 @@ import torch
 from luthier.core.errors import LuthierError, SelfCheckError
 from luthier.inference.engine.sequence import Choice, Grammar, Sequence
 from luthier.inference.faults import log_fault, to_told
-from luthier.modeling.kernels.choosing import NUCLEUS_NATS, UNSOUND, can_draw, draw
-from luthier.modeling.logits import Logits
+from luthier.modeling.protocols import Logits
 
 _LOG = logging.getLogger(__name__)
 
@@ -21,6 +20,10 @@ _LOG = logging.getLogger(__name__)
 MIN_LOGPROB = -9999.0
 # Below it only the likeliest token can come; float32 would take a much smaller one for 0.
 _MIN_TEMPERATURE = 1e-5
+# Tokens less likely than the likeliest by more are looked at only where the others are too few for `top_p`.
+_NUCLEUS_NATS = 10.0
+# What runners return for a row that is not finite.
+_NOT_FINITE = -1
 
 
 def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | None = None) -> list[Choice]:
@@ -40,31 +43,34 @@ def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | 
         B choices, with log-probabilities where a sequence asks for them.
     """
     places = range(len(sequences)) if places is None else places
-    best = logits.best
+    best = logits.greedy()
     choices = [Choice(best[place]) for place in places]
-    if min(best, default=0) != UNSOUND and all(one.is_plainly_greedy for one in sequences):
+    if min(best, default=0) != _NOT_FINITE and all(one.is_plainly_greedy for one in sequences):
         return choices
     with torch.inference_mode():
-        _choose_others(logits, places, sequences, choices)
+        _choose_others(logits, best, places, sequences, choices)
     return choices
 
 
 def _choose_others(
-    logits: Logits, places: SequenceOf[int], sequences: list[Sequence], choices: list[Choice]
+    logits: Logits,
+    best: SequenceOf[int],
+    places: SequenceOf[int],
+    sequences: list[Sequence],
+    choices: list[Choice],
 ) -> None:
     """Choose for the rows that are not plainly the likeliest token's, in place."""
     drawn: list[int] = []
-    draws_at_once = can_draw(logits.held_RV)
     for row, (place, sequence) in enumerate(zip(places, sequences, strict=True)):
-        if logits.best[place] == UNSOUND:
+        if best[place] == _NOT_FINITE:
             # The greedy choice alone would hide it.
             sequence.fail(SelfCheckError("The model's logits are not finite; the answer was stopped."))
         elif sequence.is_plainly_greedy or sequence.is_done:
             continue
-        elif draws_at_once and sequence.is_plainly_drawn:
+        elif sequence.is_plainly_drawn:
             drawn.append(row)
         else:
-            choices[row] = _choose_row(logits.row(place), sequence, choices[row])
+            choices[row] = _choose_row(logits, place, sequence, choices[row])
     if drawn:
         _draw_rows(logits, drawn, places, sequences, choices)
 
@@ -78,34 +84,36 @@ def _draw_rows(
 ) -> None:
     """Draw the tokens of rows of which nothing else is asked, and put them among the choices."""
     found: list[int | None] = [None] * len(rows)
+    points = [_point(sequences[row]) for row in rows]
     try:
-        found = draw(
-            logits.held_RV,
+        found = logits.draw(
             [places[row] for row in rows],
-            [logits.best[places[row]] for row in rows],
             temperatures=[_temperature(sequences[row]) for row in rows],
             top_p=[sequences[row].options.top_p for row in rows],
-            points=[float(_point(sequences[row], logits.held_RV.device)) for row in rows],
+            points=points,
         )
     except Exception as error:  # noqa: BLE001 - whose fault it was is found by drawing each alone
         log_fault(_LOG, "Drawing tokens at once", error)
-    for row, token_id in zip(rows, found, strict=True):
+    for row, token_id, point in zip(rows, found, points, strict=True):
         if token_id is None:
-            choices[row] = _choose_row(logits.row(places[row]), sequences[row], choices[row])
+            choices[row] = _choose_row(logits, places[row], sequences[row], choices[row], point)
         else:
             choices[row] = Choice(token_id)
 
 
-def _choose_row(logits_V: torch.Tensor, sequence: Sequence, best: Choice) -> Choice:
+def _choose_row(
+    logits: Logits, place: int, sequence: Sequence, best: Choice, point: float | None = None
+) -> Choice:
     try:
-        token_id = _choose_token(logits_V, sequence, best.token_id)
+        logits_V = logits.rows([place])[0]
+        token_id = _choose_token(logits_V, sequence, best.token_id, point)
         return _with_logprobs(token_id, logits_V, sequence.options.num_logprobs)
     except Exception as error:  # noqa: BLE001 - a fault of one row is not one of the others
         sequence.fail(to_told(_LOG, "A choice, whose answer ends with an error,", error))
     return best
 
 
-def _choose_token(logits_V: torch.Tensor, sequence: Sequence, best_id: int) -> int:
+def _choose_token(logits_V: torch.Tensor, sequence: Sequence, best_id: int, point: float | None) -> int:
     options, grammar = sequence.options, sequence.grammar
     is_changed = bool(options.logit_bias or sequence.token_counts)
     if is_changed:
@@ -118,7 +126,7 @@ def _choose_token(logits_V: torch.Tensor, sequence: Sequence, best_id: int) -> i
         logits_V = _restrict(logits_V, grammar)
     if options.temperature == 0.0:
         return int(logits_V.argmax())
-    return _draw(logits_V, sequence)
+    return _draw(logits_V, sequence, _point(sequence) if point is None else point)
 
 
 def _weigh(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
@@ -149,10 +157,9 @@ def _restrict(logits_V: torch.Tensor, grammar: Grammar) -> torch.Tensor:
     return logits_V.masked_fill(torch.from_numpy(is_out).to(logits_V.device), -torch.inf)
 
 
-def _draw(logits_V: torch.Tensor, sequence: Sequence) -> int:
+def _draw(logits_V: torch.Tensor, sequence: Sequence, point: float) -> int:
     # The largest becomes 0 before the division, so that a tiny temperature can't overflow.
     scaled_V = (logits_V - logits_V.max()) / _temperature(sequence)
-    point = _point(sequence, logits_V.device)
     if sequence.options.top_p >= 1.0:
         return _invert(torch.softmax(scaled_V, dim=-1), point)
     probs_K, ids_K = _nucleus(scaled_V, sequence.options.top_p)
@@ -163,21 +170,21 @@ def _temperature(sequence: Sequence) -> float:
     return max(sequence.options.temperature, _MIN_TEMPERATURE)
 
 
-def _point(sequence: Sequence, device: torch.device) -> torch.Tensor:
+def _point(sequence: Sequence) -> float:
     """Return a uniform float64 of [0, 1) from the sequence's own generator.
 
     One a token, whatever the vocabulary: a noise for each of its tokens takes milliseconds.
     """
     if sequence.generator is None:
-        sequence.generator = torch.Generator(device=device)
+        sequence.generator = torch.Generator()
         if sequence.options.seed is None:
             sequence.generator.seed()
         else:
             sequence.generator.manual_seed(sequence.options.seed)
-    return torch.rand(1, generator=sequence.generator, device=device, dtype=torch.float64)
+    return float(torch.rand(1, generator=sequence.generator, dtype=torch.float64))
 
 
-def _invert(probs_K: torch.Tensor, point: torch.Tensor) -> int:
+def _invert(probs_K: torch.Tensor, point: float) -> int:
     """Return the place at which the mass before it passes `point`, a share of the whole mass."""
     mass_K = probs_K.cumsum(dim=-1, dtype=torch.float64)
     place = int(torch.searchsorted(mass_K, point * mass_K[-1], right=True))
@@ -188,7 +195,7 @@ def _nucleus(scaled_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.
     """Return the fewest likeliest tokens whose mass reaches `top_p`, at least one (Holtzman et al. 2020,
     section 3.1), the likeliest first: probabilities [K] and ids [K]."""
     total = torch.logsumexp(scaled_V, dim=-1)
-    ids_K = torch.nonzero(scaled_V > -NUCLEUS_NATS).squeeze(-1)
+    ids_K = torch.nonzero(scaled_V > -_NUCLEUS_NATS).squeeze(-1)
     probs_K = (scaled_V[ids_K] - total).exp()
     if float(probs_K.sum()) < top_p:
         ids_K = torch.arange(scaled_V.shape[-1], device=scaled_V.device)

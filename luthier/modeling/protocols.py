@@ -6,7 +6,7 @@ values in blocks. Which sequence has which blocks, and what runs next, is for th
 Legend: L layers, R rows of logits, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -39,6 +39,9 @@ class RunnerLimits:
         max_prefill_tokens: tokens of the batch's chunks that have more than one token, in all.
         max_logit_rows: rows of logits of one batch.
         mixes_adapters: whether a batch may hold chunks of different adapters; else all have the same.
+        short_prompt_tokens: of a prompt, or of the rest of one, that run as one chunk.
+        long_chunk_tokens: of a chunk of a longer prompt, for whose end the other sequences wait.
+        max_chunk_pairs: of a token and one that it attends to, in such a chunk; it has 16 tokens at least.
         max_draft_tokens: guessed tokens that one sequence may verify in a batch; 0: no speculation.
         allocates_at_once: whether all blocks have memory from the start; unused ones then give none back.
     """
@@ -53,6 +56,9 @@ class RunnerLimits:
     max_prefill_tokens: int
     max_logit_rows: int
     mixes_adapters: bool = True
+    short_prompt_tokens: int = 64
+    long_chunk_tokens: int = 32
+    max_chunk_pairs: int = 1 << 16
     max_draft_tokens: int = 0
     allocates_at_once: bool = False
 
@@ -67,6 +73,7 @@ class TokenChunk:
         block_table: the sequence's blocks from position 0 on, up to that of the chunk's last token at least.
         adapter: None for the bare weights.
         logits_from: the place in `token_ids` from which on logits are wanted; its length for none.
+        num_draft_tokens: of the last tokens, those that are only guessed.
     """
 
     token_ids: Sequence[int]
@@ -74,6 +81,7 @@ class TokenChunk:
     block_table: Sequence[int]
     adapter: AdapterId | None
     logits_from: int
+    num_draft_tokens: int = 0
 
     @property
     def num_logit_rows(self) -> int:
@@ -135,8 +143,16 @@ class ModelRunner(Protocol):
 
     limits: RunnerLimits
 
+    def prepare_adapter(self, source: AdapterSource) -> AdapterSource:
+        """Return a source that `add_adapter` takes at once. Any thread may call it, beside `execute`.
+
+        Raises:
+            ArtifactCorruptError: when it does not fit the weights.
+            UnsupportedAdapterError: when this runner has no place for it.
+        """
+
     def add_adapter(self, source: AdapterSource) -> AdapterInfo:
-        """Put an adapter beside the weights.
+        """Put an adapter beside the weights, prepared where it is not yet.
 
         Raises:
             ArtifactCorruptError: when it does not fit the weights.
@@ -146,8 +162,12 @@ class ModelRunner(Protocol):
     def remove_adapter(self, adapter: AdapterId) -> None:
         """Free an adapter that no sequence uses."""
 
-    def execute(self, batch: ScheduledBatch) -> Logits:
-        """Run a batch: write keys and values of its tokens into their blocks, return the wanted logits."""
+    def execute(self, batch: ScheduledBatch, on_launch: Callable[[], None] | None = None) -> Logits:
+        """Run a batch: write keys and values of its tokens into their blocks, return the wanted logits.
+
+        Args:
+            on_launch: called when all is prepared, right before the long work without the interpreter's lock.
+        """
 
     def discard_blocks(self, blocks: Sequence[int]) -> None:
         """Give the memory of unused blocks back, where they are not allocated at once."""

@@ -65,6 +65,15 @@ def test_a_process_of_the_service_never_loads_torch(packages: tuple[str, ...]) -
     assert done.stdout.strip() == "[]"
 
 
+def test_the_scheduler_of_sequences_loads_no_torch() -> None:
+    program = "import luthier.inference.engine.scheduler, sys; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+
+
 def _imported_at_the_top(name: str) -> set[str]:
     found: set[str] = set()
     for statement in tree_of(name).body:

@@ -1,7 +1,7 @@
 """One thread owns the weights and makes the answers; the rest of the process talks to it by a queue.
 
-Sequences of packed models run in their lanes (lane.py), all rows of a lane in one step; those of other models
-in groups of one model each. `EngineCore` is the plain loop body, callable without a thread; `Engine` runs it
+Sequences of models with a runner behind the seam run in batches of their executor (step.py); those of other
+models in groups of one model each. `EngineCore` is the loop body, callable without a thread; `Engine` runs it
 and blocks when idle.
 """
 
@@ -22,8 +22,8 @@ from luthier.core.errors import LuthierError, UnavailableError
 from luthier.inference import sampler
 from luthier.inference.crowding import Crowding
 from luthier.inference.engine.fair_queue import WaitingShares
-from luthier.inference.engine.scheduler import Lane
 from luthier.inference.engine.sequence import Sequence
+from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.event_bridge import EventBridge
 from luthier.inference.faults import log_fault, to_told
 from luthier.inference.measures import StepMeasures
@@ -71,8 +71,8 @@ class EngineCore:
         self._runner = runner
         self.measures = StepMeasures()
         self.events = EventBridge()
-        # The lanes that have work; others are forgotten, so that a model that leaves frees its memory.
-        self._lanes: list[Lane] = []
+        # Those that have work; others are forgotten, so that a model that leaves frees its memory.
+        self._executors: list[BatchExecutor] = []
         self.scheduler = Scheduler(
             max_batch_rows=max_batch_rows,
             max_live_rows=MAX_LIVE_BATCHES * max_batch_rows,
@@ -83,50 +83,50 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether anything waits or runs."""
-        return bool(self._lanes) or self.scheduler.has_work
+        return bool(self._executors) or self.scheduler.has_work
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have no row yet."""
+        """Sequences that do not run yet."""
         # A copy: another thread may ask.
-        return self.scheduler.num_waiting + sum(lane.num_waiting for lane in list(self._lanes))
+        return self.scheduler.num_waiting + sum(one.scheduler.num_waiting for one in list(self._executors))
 
     @property
     def num_rows(self) -> int:
-        """Sequences that have a row."""
-        return self.scheduler.num_live_rows + sum(lane.num_rows for lane in list(self._lanes))
+        """Sequences that run."""
+        return self.scheduler.num_live_rows + sum(len(one.scheduler.running) for one in list(self._executors))
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for a row."""
-        lane: Lane | None = getattr(sequence.served, "lane", None)
-        if lane is None:
+        """Queue a sequence."""
+        executor: BatchExecutor | None = getattr(sequence.served, "executor", None)
+        if executor is None:
             self.scheduler.add(sequence)
             return
-        lane.add(sequence)
-        if lane not in self._lanes:
-            lane.measures, lane.on_launch = self.measures, self.events.flush
-            self._lanes.append(lane)
+        executor.scheduler.add(sequence)
+        if executor not in self._executors:
+            executor.measures, executor.on_launch = self.measures, self.events.flush
+            self._executors.append(executor)
 
     def drain(self) -> list[Sequence]:
-        """Forget everybody and return them."""
+        """Remove all sequences and return them."""
         sequences = self.scheduler.drain()
-        for lane in self._lanes:
-            sequences += lane.drain()
-        self._lanes.clear()
+        for executor in self._executors:
+            sequences += executor.scheduler.drain()
+        self._executors.clear()
         return sequences
 
     def step(self) -> bool:
-        """Do the next piece of work: a step of every lane, and one of a group.
+        """Do the next piece of work: a step of every runner, and one of a group.
 
-        A fault in one group ends that group's answers with an error and nobody else's.
+        A fault of one group ends the answers of that group alone.
 
         Returns:
             Whether there was any.
         """
         was_busy = False
-        for lane in self._lanes:
-            was_busy |= self._step_lane(lane)
-        self._lanes = [lane for lane in self._lanes if lane.has_work]
+        for executor in self._executors:
+            was_busy |= self._step(executor)
+        self._executors = [one for one in self._executors if one.scheduler.has_work]
         work = self.scheduler.next_work()
         if work is None:
             return was_busy
@@ -139,23 +139,23 @@ class EngineCore:
             self._fail(work, error)
         return True
 
-    def _step_lane(self, lane: Lane) -> bool:
+    def _step(self, executor: BatchExecutor) -> bool:
         try:
-            return lane.step()
-        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one lane
+            return executor.step()
+        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one runner
             _raise_sticky(error)
-            told = to_told(_LOG, "A lane, whose answers all end with an error,", error)
-            for sequence in lane.drain():
+            told = to_told(_LOG, "A batch executor, whose answers all end with an error,", error)
+            for sequence in executor.scheduler.drain():
                 sequence.fail(told)
             return True
 
     def sweep(self) -> None:
-        """Let go of the groups none of whose answers is wanted any more, and of the weights they hold."""
+        """Drop finished and cancelled sequences, and the references to weights that they hold."""
         for group in self.scheduler.groups:
             if all(sequence.is_done for sequence in group.sequences):
                 self.scheduler.end(group)
-        for lane in self._lanes:
-            lane.sweep()
+        for executor in self._executors:
+            executor.scheduler.sweep()
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         self.events.flush()
@@ -217,12 +217,12 @@ class _Call(Generic[ResultT]):
     future: Future[ResultT] = field(default_factory=Future)
 
     def run(self) -> None:
-        """Do the work and tell whoever waits for it."""
+        """Do the work and set its result."""
         if not self.future.set_running_or_notify_cancel():
             return
         try:
             result = self.work()
-        except Exception as error:  # noqa: BLE001 - the thread must outlive it; whoever waits gets it
+        except Exception as error:  # noqa: BLE001 - the thread must outlive it; the waiting thread gets it
             if not isinstance(error, LuthierError):
                 log_fault(_LOG, "Work between steps", error)
             self.future.set_exception(error)
@@ -234,7 +234,7 @@ class Engine:
     """The engine's thread.
 
     Args:
-        max_waiting: sequences that may wait for a row; beyond them a project may have its share of as many.
+        max_waiting: sequences that may wait; beyond them a project may have its share of as many.
         on_death: called on the engine's thread when it ends by a fault.
         stall_seconds: a step that lasts longer makes the engine not ready.
         num_threads: that torch uses on this thread; None for what it has.
@@ -278,12 +278,12 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have no row yet."""
+        """Sequences that do not run yet."""
         return self._inbox.qsize() + self._core.num_waiting
 
     @property
     def num_rows(self) -> int:
-        """Sequences that have a row."""
+        """Sequences that run."""
         return self._core.num_rows
 
     @property
@@ -326,7 +326,7 @@ class Engine:
             self._inbox.put(sequence)
 
     def call(self, work: Callable[[], ResultT]) -> Future[ResultT]:
-        """Let the engine's thread do something between two steps, after all that was handed over before.
+        """Run work on the engine's thread between two steps, after all that was submitted before.
 
         Returns:
             Its result, when it is done.
@@ -341,7 +341,7 @@ class Engine:
         return call.future
 
     def sweep(self) -> Future[None]:
-        """Let go of the rows that nobody waits for any more, and of the weights they hold."""
+        """Drop finished and cancelled sequences, and the references to weights that they hold."""
         return self.call(self._core.sweep)
 
     def close(self) -> None:
@@ -355,8 +355,8 @@ class Engine:
 
     def _run(self) -> None:
         if self._num_threads is not None:
-            # Each thread has a number of its own, which it takes over from whoever set one last when it is
-            # first asked for; so it is asked for before it is set.
+            # Each thread has a number of its own, which it copies from the last one set when it is first
+            # read; so it is read before it is set.
             torch.get_num_threads()
             torch.set_num_threads(self._num_threads)
         crowding = Crowding(torch.get_num_threads())
@@ -375,7 +375,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - the process ends with it
             log_fault(_LOG, "The engine's thread, which ends,", error)
         finally:
-            # However it ends, nobody is left to wait.
+            # However it ends, no request is left waiting.
             self._is_closed = True
             try:
                 self._fail_all()
@@ -410,7 +410,7 @@ class Engine:
                 item = self._inbox.get()
                 quiet_at = time.monotonic() + _QUIET_SECONDS
             elif (now := time.monotonic()) < ready_at and (self._num_expected or now < quiet_at):
-                # Who comes with others is run with them.
+                # Requests that arrive together run together.
                 time.sleep(_POLL_SECONDS)
                 continue
             else:

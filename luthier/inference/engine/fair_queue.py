@@ -1,4 +1,4 @@
-"""Who waits, in a fair order: projects take turns, and in each project its models do. No tensors."""
+"""The queue of waiting sequences: round-robin over projects, and over models within one. No tensors."""
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from weakref import ref
 from luthier.core.errors import TooManyRequestsError
 from luthier.inference.engine.sequence import ModelKey, Sequence
 
-_Line = OrderedDict[ModelKey, deque[Sequence]]
+_ModelQueues = OrderedDict[ModelKey, deque[Sequence]]
 
 
 class WaitingShares:
-    """How many places among the waiting a project may have. For the event loop's thread.
+    """Limits the waiting sequences of each project. For the event loop's thread.
 
-    Below `max_waiting` in all any project may wait. Beyond, one that has a share of them or more is refused,
-    and others are taken, so that none of them is kept out by a project that fills the places.
+    Below `max_waiting` in all every project is admitted. Above, a project that has its share or more is
+    refused and others are admitted, so that a project that fills the queue does not keep others out.
     """
 
     def __init__(self, max_waiting: int) -> None:
@@ -23,13 +23,13 @@ class WaitingShares:
         self._submitted: list[ref[Sequence]] = []
 
     def take(self, sequences: list[Sequence], num_waiting: int) -> None:
-        """Give the sequences of one request, which are one project's, their places.
+        """Admit the sequences of one request, all of one project.
 
         Args:
-            num_waiting: sequences of all projects that have no row yet.
+            num_waiting: sequences of all projects that do not run yet.
 
         Raises:
-            TooManyRequestsError: when there is no place for them.
+            TooManyRequestsError: when the queue is full for this project.
         """
         unanswered = [
             one
@@ -49,83 +49,83 @@ class WaitingShares:
         self._submitted = [ref(one) for one in (*unanswered, *sequences)]
 
 
-class WaitingLine:
-    """Sequences that wait for a row. One project's thousand requests hold up another's one by one turn."""
+class FairQueue:
+    """Sequences that wait for blocks. A thousand requests of one project delay another's by one turn."""
 
     def __init__(self) -> None:
-        self._projects: OrderedDict[str, _Line] = OrderedDict()
-        # Those that had a row and lost it, to be served before all others.
-        self._returned: deque[Sequence] = deque()
-        # Kept, not counted: other threads ask for it while the engine's changes the lines.
+        self._projects: OrderedDict[str, _ModelQueues] = OrderedDict()
+        # Served before all others.
+        self._preempted: deque[Sequence] = deque()
+        # Stored, not counted: other threads read it while the engine's changes the queue.
         self._num_waiting = 0
 
     def __len__(self) -> int:
         return self._num_waiting
 
     def __bool__(self) -> bool:
-        return bool(self._projects or self._returned)
+        return bool(self._projects or self._preempted)
 
     def __iter__(self) -> Iterator[Sequence]:
-        yield from self._returned
-        for line in self._projects.values():
-            for waiting in line.values():
+        yield from self._preempted
+        for models in self._projects.values():
+            for waiting in models.values():
                 yield from waiting
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait behind those of its project and model."""
-        line = self._projects.setdefault(sequence.project_id, OrderedDict())
-        line.setdefault(sequence.key, deque()).append(sequence)
+        """Queue a sequence behind those of its project and model."""
+        models = self._projects.setdefault(sequence.project_id, OrderedDict())
+        models.setdefault(sequence.key, deque()).append(sequence)
         self._num_waiting += 1
 
     def add_first(self, sequence: Sequence) -> None:
-        """Let a sequence that lost its row wait before all others."""
-        self._returned.appendleft(sequence)
+        """Queue a preempted sequence before all others."""
+        self._preempted.appendleft(sequence)
         self._num_waiting += 1
 
     def peek(self) -> Sequence | None:
-        """Return whose turn it is, None when nobody waits; those that want no answer any more are dropped."""
+        """Return the next sequence, None when the queue is empty; finished and cancelled ones are dropped."""
         self.drop_done()
-        if self._returned:
-            return self._returned[0]
+        if self._preempted:
+            return self._preempted[0]
         if not self._projects:
             return None
-        line = next(iter(self._projects.values()))
-        return next(iter(line.values()))[0]
+        models = next(iter(self._projects.values()))
+        return next(iter(models.values()))[0]
 
     def pop(self) -> Sequence:
-        """Take whom `peek` returned; his project and model are last in turn now."""
+        """Remove what `peek` returned; its project and model move to the end of the order."""
         self._num_waiting -= 1
-        if self._returned:
-            return self._returned.popleft()
-        project, line = next(iter(self._projects.items()))
-        key, waiting = next(iter(line.items()))
+        if self._preempted:
+            return self._preempted.popleft()
+        project, models = next(iter(self._projects.items()))
+        key, waiting = next(iter(models.items()))
         sequence = waiting.popleft()
-        line.move_to_end(key)
+        models.move_to_end(key)
         self._projects.move_to_end(project)
         if not waiting:
-            del line[key]
-        if not line:
+            del models[key]
+        if not models:
             del self._projects[project]
         return sequence
 
     def drop_done(self) -> None:
-        """Forget those that want no answer any more, wherever they stand."""
+        """Drop finished and cancelled sequences."""
         if not self or not any(sequence.is_done for sequence in self):
             return
-        self._returned = deque(sequence for sequence in self._returned if not sequence.is_done)
-        for project, line in list(self._projects.items()):
-            for key, waiting in list(line.items()):
-                line[key] = deque(sequence for sequence in waiting if not sequence.is_done)
-                if not line[key]:
-                    del line[key]
-            if not line:
+        self._preempted = deque(sequence for sequence in self._preempted if not sequence.is_done)
+        for project, models in list(self._projects.items()):
+            for key, waiting in list(models.items()):
+                models[key] = deque(sequence for sequence in waiting if not sequence.is_done)
+                if not models[key]:
+                    del models[key]
+            if not models:
                 del self._projects[project]
         self._num_waiting = sum(1 for _ in self)
 
     def drain(self) -> list[Sequence]:
-        """Forget everybody and return them."""
+        """Empty the queue and return its sequences."""
         waiting = list(self)
         self._projects.clear()
-        self._returned.clear()
+        self._preempted.clear()
         self._num_waiting = 0
         return waiting

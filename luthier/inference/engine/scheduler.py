@@ -1,308 +1,294 @@
-"""Continuous batching over one packed base: rows of any mix of adapters join and leave between steps.
+"""Continuous batching: which tokens of which sequences run next. Never tensors, nor how a model runs.
 
-A step runs the next token of every row that answers, and a bounded stretch of prompts, so that running
-answers never stall behind a long one. Only the engine's thread may call it.
-
-Legend: R rows of logits, V vocabulary.
+A batch has the next token of every sequence that answers and a bounded number of prompt tokens, so that
+running answers never stall behind a long prompt. Only the engine's thread may call it.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from luthier.core.errors import OutOfMemoryError
-from luthier.inference import sampler
-from luthier.inference.drafts import least_chance, room_for_guesses
-from luthier.inference.engine.block_memory import LaneMemory
-from luthier.inference.engine.block_pool import Chain, PagePool
-from luthier.inference.engine.fair_queue import WaitingLine
+from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
+from luthier.inference.engine.block_pool import BlockPool, BlockTable
+from luthier.inference.engine.fair_queue import FairQueue
 from luthier.inference.engine.sequence import Sequence
-from luthier.inference.engine.step import (
-    MAX_PROMPT_TOKENS,
-    MAX_SHORT_TOKENS,
-    Row,
-    Work,
-    most_of_long,
-    next_stretch,
-    score_prompts,
-    take_guesses,
-    with_guesses,
-)
-from luthier.inference.faults import log_fault, to_told
-from luthier.inference.measures import StepMeasures
-from luthier.modeling.kernels.served_rows import PAGE_SIZE
-from luthier.modeling.packed_adapter import PackedAdapter
-from luthier.modeling.packed_llama import PackedLlama
+from luthier.modeling.protocols import AdapterId, AdapterInfo, RunnerLimits, TokenChunk
 
-_LOG = logging.getLogger(__name__)
-
-# Steps that a long prompt may be passed over in favour of short ones.
-_MAX_PASSED_OVER = 4
+# Steps for which a long prompt may be deferred in favour of short ones.
+_MAX_DEFERRALS = 4
+# Kernels take so many tokens of a prompt at a time.
+_FEWEST_CHUNK_TOKENS = 16
 
 
-class Lane:
-    """The rows of one packed base, and who waits for one.
+@dataclass(eq=False, slots=True)
+class RunningSequence:
+    """A sequence that has blocks.
 
-    Args:
-        max_draft_tokens: of an answer that are guessed at a time, to be checked in the step of the token
-            before them.
+    `tokens` are its virtual ones, as negative numbers, its prompt and its answer; the keys and values of the
+    first `num_done` are in its blocks.
     """
 
-    def __init__(self, model: PackedLlama, *, max_rows: int, max_draft_tokens: int = 0) -> None:
-        self.model = model
-        self._max_rows = max_rows
-        self._max_draft_tokens = max_draft_tokens
-        self._pool = PagePool(model.pages.num_pages, PAGE_SIZE)
-        self.memory = LaneMemory(model, self._pool)
-        self._waiting = WaitingLine()
-        self._rows: list[Row] = []
-        # The engine's own, once the lane has work.
-        self.measures = StepMeasures()
-        # Called right before the kernels of a step.
-        self.on_launch: Callable[[], None] | None = None
+    sequence: Sequence
+    adapter: AdapterId | None
+    num_virtual: int
+    tokens: list[int]
+    table: BlockTable
+    num_done: int
+    num_deferrals: int = 0
+    # The number of the last batch that it was part of.
+    last_batch: int = 0
+    # Whether its blocks were freed.
+    has_left: bool = False
+    _drafter: Drafter | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are still to be run, without virtual ones; 1 while it answers."""
+        return len(self.tokens) - max(self.num_done, self.num_virtual)
+
+    def add(self, token_id: int) -> None:
+        """Append the next token of the answer."""
+        self.tokens.append(token_id)
+        if self._drafter is not None:
+            self._drafter.add(token_id)
+
+    @property
+    def drafter(self) -> Drafter:
+        """Proposes its next tokens; made when it is first asked for."""
+        if self._drafter is None:
+            self._drafter = Drafter(self.tokens)
+        return self._drafter
+
+    def next_chunk(self, count: int) -> TokenChunk:
+        """Return its next tokens, virtual ones before them not counted."""
+        begin, first = self.num_done, max(self.num_done, self.num_virtual)
+        end = first + count
+        if self.sequence.wants_prompt_scores:
+            logits_from = first - begin
+        else:
+            logits_from = end - begin - (end == len(self.tokens))
+        return TokenChunk(self.tokens[begin:end], begin, self.table.blocks, self.adapter, logits_from)
+
+
+# A batch: each sequence with its tokens.
+Scheduled = list[tuple[RunningSequence, TokenChunk]]
+
+
+class Scheduler:
+    """The running and the waiting sequences of one runner.
+
+    `num_preempted` counts sequences whose blocks were taken.
+    """
+
+    def __init__(self, limits: RunnerLimits) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        self.running: list[RunningSequence] = []
+        self.num_preempted = 0
+        self._queue = FairQueue()
+        self._num_batches = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether anything waits or runs."""
-        return bool(self._rows or self._waiting)
+        """Whether any sequence waits or runs."""
+        return bool(self.running or self._queue)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have no row yet."""
-        return len(self._waiting)
-
-    @property
-    def num_rows(self) -> int:
-        """Sequences that have a row."""
-        return len(self._rows)
+        """Sequences that do not run yet."""
+        return len(self._queue)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for a row."""
-        self._waiting.add(sequence)
+        """Queue a sequence."""
+        self._queue.add(sequence)
 
     def sweep(self) -> None:
-        """Let go of the rows, and of those who wait, whose answers are not wanted any more."""
-        self._waiting.drop_done()
-        gone = [row for row in self._rows if row.sequence.is_done]
-        for row in gone:
-            self._release(row)
+        """Drop the sequences that are finished or cancelled."""
+        self._queue.drop_done()
+        gone = [one for one in self.running if one.sequence.is_done]
+        for one in gone:
+            self._release(one)
         if gone:
-            self._rows = [row for row in self._rows if not row.has_left]
+            self.running = [one for one in self.running if not one.has_left]
 
     def drain(self) -> list[Sequence]:
-        """Forget everybody and return them."""
-        found = [row.sequence for row in self._rows] + self._waiting.drain()
-        for row in self._rows:
-            self._release(row)
-        self._rows.clear()
+        """Remove all sequences and return them."""
+        found = [one.sequence for one in self.running] + self._queue.drain()
+        for one in self.running:
+            self._release(one)
+        self.running.clear()
         return found
 
-    def forget(self, sequence_key: object) -> None:
-        """Let nobody share pages of an adapter that leaves the memory."""
-        self._pool.forget(sequence_key)
-
-    def step(self) -> bool:
-        """Run the next tokens of all rows that have their turn.
-
-        Returns:
-            Whether there were any.
-        """
+    def schedule(self) -> Scheduled:
+        """Admit what fits and return the next batch, empty when there is nothing to run."""
         self.sweep()
         self._admit()
-        work = self._plan()
-        if work:
-            self._run(work)
-            self.sweep()
-        return bool(work)
+        candidates = self.running
+        if not self.limits.mixes_adapters and candidates:
+            # The adapter whose sequence has not run for longest.
+            adapter = min(candidates, key=lambda one: one.last_batch).adapter
+            candidates = [one for one in candidates if one.adapter == adapter]
+        batch = self._plan(candidates)
+        self._num_batches += 1
+        for one, _ in batch:
+            one.last_batch = self._num_batches
+        return batch
 
     def _admit(self) -> None:
-        while len(self._rows) < self._max_rows:
-            sequence = self._waiting.peek()
+        while len(self.running) < self.limits.max_sequences:
+            sequence = self._queue.peek()
             if sequence is None:
                 return
-            adapter: PackedAdapter | None = sequence.served.adapter
+            info: AdapterInfo | None = sequence.served.adapter
+            num_virtual = 0 if info is None else info.num_virtual_tokens
             tokens = sequence.interrupted_tokens
             if tokens is None:
-                num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
                 tokens = [*range(-1, -num_virtual - 1, -1), *sequence.prompt_ids]
-            # Who wants to know of every token of the prompt has to run every one.
+            # Scores of all the prompt's tokens need all of them to run.
             shared = [] if sequence.wants_prompt_scores else tokens
-            # Not between projects: how soon an answer comes would tell what another one asks.
-            chain = self._pool.start(sequence.key, shared, owner=sequence.project_id)
-            # A page more than the prompt needs, and one for each row that runs, so that nobody is let in
-            # only to push somebody else out.
-            spare = len(self._rows)
-            if self._pool.num_free - spare < -(-(len(tokens) + 1) // PAGE_SIZE) - len(chain.pages):
-                self._pool.release(chain)
-                if not self._rows:
-                    # Nothing will ever leave for it.
-                    self._waiting.pop().fail(_too_large(len(tokens)))
+            # Not between projects: the time to the first token would reveal another project's prompts.
+            table = self.pool.start(sequence.key, shared, owner=sequence.project_id)
+            # A block more than the prompt needs, and one for each running sequence, so that admission does
+            # not lead to a preemption at once.
+            spare = len(self.running)
+            missing = -(-(len(tokens) + 1) // self.limits.block_size) - len(table.blocks)
+            if self.pool.num_free - spare < missing:
+                self.pool.release(table)
+                if not self.running:
+                    # No other will ever free blocks for it.
+                    self._queue.pop().fail(_too_large(len(tokens)))
                     continue
                 return
-            self._pool.extend(chain, len(tokens) + 1)
-            self._waiting.pop()
+            self.pool.extend(table, len(tokens) + 1)
+            self._queue.pop()
             sequence.interrupted_tokens = None
-            self._rows.append(self._begin(sequence, adapter, tokens, chain))
+            num_done = table.num_cached * self.limits.block_size
+            adapter = None if info is None else info.adapter
+            self.running.append(RunningSequence(sequence, adapter, num_virtual, tokens, table, num_done))
 
-    def _begin(
-        self, sequence: Sequence, adapter: PackedAdapter | None, tokens: list[int], chain: Chain
-    ) -> Row:
-        num_shared = chain.num_named * PAGE_SIZE
-        num_virtual = 0 if adapter is None else adapter.num_virtual_tokens
-        if adapter is not None and num_shared < num_virtual:
-            adapter.write_virtual(self.model.pages, chain.pages, num_shared)
-        return Row(sequence, adapter, tokens, chain, max(num_shared, num_virtual))
-
-    def _plan(self) -> Work:
-        work = []
-        for row in list(self._rows):
-            if row.num_left == 1 and self._has_pages(row):
-                work.append((row, next_stretch(row, 1)))
-        # A row that was planned may have lost its pages to one that came before it.
-        work = [(row, stretch) for row, stretch in work if not row.has_left]
-        budget = MAX_PROMPT_TOKENS
-        prompts = [row for row in self._rows if row.num_left > 1]
+    def _plan(self, candidates: list[RunningSequence]) -> Scheduled:
+        batch = []
+        for one in list(candidates):
+            if one.num_left == 1 and self._has_blocks(one):
+                batch.append((one, one.next_chunk(1)))
+        # One that was planned may have been preempted for one that came before it.
+        batch = [(one, chunk) for one, chunk in batch if not one.has_left]
+        prompts = [one for one in candidates if one.num_left > 1 and not one.has_left]
         if not prompts:
-            return self._with_guesses(work)
-        short = [row for row in prompts if row.num_left <= MAX_SHORT_TOKENS]
-        for row in prompts:
-            is_long = row.num_left > MAX_SHORT_TOKENS
-            if is_long and short and row.num_passed_over < _MAX_PASSED_OVER:
-                row.num_passed_over += 1
+            return self._with_drafts(batch)
+        return batch + self._plan_prompts(prompts, self.limits.max_logit_rows - len(batch))
+
+    def _plan_prompts(self, prompts: list[RunningSequence], num_logit_rows: int) -> Scheduled:
+        limits, budget = self.limits, self.limits.max_prefill_tokens
+        batch: Scheduled = []
+        has_short = any(one.num_left <= limits.short_prompt_tokens for one in prompts)
+        for one in prompts:
+            is_long = one.num_left > limits.short_prompt_tokens
+            if is_long and has_short and one.num_deferrals < _MAX_DEFERRALS:
+                one.num_deferrals += 1
                 continue
-            row.num_passed_over = 0
-            count = min(row.num_left, budget, most_of_long(row.num_done) if is_long else MAX_SHORT_TOKENS)
+            one.num_deferrals = 0
+            most = max_long_chunk(limits, one.num_done) if is_long else limits.short_prompt_tokens
+            count = min(one.num_left, budget, most)
+            if one.sequence.wants_prompt_scores:
+                count = min(count, num_logit_rows)
             if count <= 0:
                 break
-            work.append((row, next_stretch(row, count)))
+            batch.append((one, one.next_chunk(count)))
             budget -= count
-        return work
+            num_logit_rows -= batch[-1][1].num_logit_rows
+        return batch
 
-    def _with_guesses(self, work: Work) -> Work:
-        """Let tokens that are likely to come next run with those that are known."""
-        has_room = self._max_draft_tokens and room_for_guesses(len(work))
-        if not has_room or any(stretch.wants_all_logits for _, stretch in work):
-            return work
-        guesses: dict[Row, list[int]] = {}
-        num_rows = len(work)
-        # Whoever is guessed best has the room first.
-        for row, _ in sorted(work, key=lambda one: -one[0].drafter.chance):
-            guesses[row] = self._guess(row, num_rows)
-            num_rows += len(guesses[row])
-        return [
-            (row, with_guesses(stretch, own) if (own := guesses[row]) else stretch) for row, stretch in work
-        ]
+    def _with_drafts(self, batch: Scheduled) -> Scheduled:
+        """Add tokens that are likely to come next, to be verified by the same step."""
+        has_room = self.limits.max_draft_tokens and room_for_guesses(len(batch))
+        if not has_room or any(one.sequence.wants_prompt_scores for one, _ in batch):
+            return batch
+        drafts: dict[RunningSequence, list[int]] = {}
+        num_rows = len(batch)
+        # The best predicted sequence first.
+        for one, _ in sorted(batch, key=lambda pair: -pair[0].drafter.chance):
+            drafts[one] = self._propose(one, num_rows)
+            num_rows += len(drafts[one])
+        return [(one, with_drafts(chunk, drafts[one]) if drafts[one] else chunk) for one, chunk in batch]
 
-    def _guess(self, row: Row, num_rows: int) -> list[int]:
-        """Return a row's guesses for a step that has so many rows already, and pages for them."""
-        sequence = row.sequence
+    def _propose(self, one: RunningSequence, num_rows: int) -> list[int]:
+        """Return a sequence's draft tokens for a batch that has so many rows already, and blocks for them."""
+        sequence = one.sequence
         num_left = sequence.options.max_tokens - sequence.num_completion_tokens - 1
-        most = min(room_for_guesses(num_rows), num_left, self._max_draft_tokens)
-        # Nobody's next token shall lack a page for what may be none.
-        if most <= 0 or self._pool.num_free <= len(self._rows):
+        most = min(room_for_guesses(num_rows), num_left, self.limits.max_draft_tokens)
+        # Drafts take no block that a sequence's next token may need.
+        if most <= 0 or self.pool.num_free <= len(self.running):
             return []
-        found = row.drafter.guess(most, least_chance=lambda count: least_chance(num_rows + count))
-        return found if self._pool.extend(row.chain, len(row.tokens) + len(found)) else []
+        found = one.drafter.guess(most, least_chance=lambda count: least_chance(num_rows + count))
+        return found if self.pool.extend(one.table, len(one.tokens) + len(found)) else []
 
-    def _has_pages(self, row: Row) -> bool:
-        """Make sure that a row has a page for its next token, taken from the youngest row if need be."""
-        if row.has_left:
+    def _has_blocks(self, one: RunningSequence) -> bool:
+        """Allocate a block for a sequence's next token; the youngest sequences are preempted if need be."""
+        if one.has_left:
             return False
-        while not self._pool.extend(row.chain, len(row.tokens)):
-            if len(self._rows) == 1:
-                # Nobody will ever leave for it.
-                row.sequence.fail(_too_large(len(row.tokens)))
+        while not self.pool.extend(one.table, len(one.tokens)):
+            if len(self.running) == 1:
+                # No other will ever free blocks for it.
+                one.sequence.fail(_too_large(len(one.tokens)))
                 self.sweep()
                 return False
-            self._interrupt(self._rows[-1])
-            if row.has_left:
+            self._preempt(self.running[-1])
+            if one.has_left:
                 return False
         return True
 
-    def _interrupt(self, row: Row) -> None:
-        """Take a row's pages; it waits before all others and is run again up to where it was."""
-        self.measures.num_preempted += 1
-        self._rows.remove(row)
-        self._release(row)
-        row.sequence.interrupted_tokens = row.tokens
-        self._waiting.add_first(row.sequence)
+    def _preempt(self, one: RunningSequence) -> None:
+        """Free a sequence's blocks and queue it first; its tokens will be run again."""
+        self.num_preempted += 1
+        self.running.remove(one)
+        self._release(one)
+        one.sequence.interrupted_tokens = one.tokens
+        self._queue.add_first(one.sequence)
 
-    def _release(self, row: Row) -> None:
-        row.has_left = True
-        self._pool.release(row.chain)
+    def _release(self, one: RunningSequence) -> None:
+        one.has_left = True
+        self.pool.release(one.table)
 
-    def _run(self, work: Work) -> None:
-        try:
-            logits = self.model.step([stretch for _, stretch in work], on_launch=self.on_launch)
-        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one row
-            self._run_apart(work, error)
-            return
-        answering: Work = []
-        places: list[int] = []
-        num_chosen = 0
-        for row, stretch in work:
-            count = (len(stretch) if stretch.by_rows else 1) if stretch.wants_logits else 0
-            # Of guesses it is not known yet whether they are in their places.
-            row.num_done += 1 if stretch.by_rows else len(stretch)
-            if not row.sequence.is_finished:
-                self._pool.name(row.chain, row.tokens, row.num_done)
-                if count:
-                    answering.append((row, stretch))
-                    places.append(num_chosen)
-            num_chosen += count
-        if any(stretch.wants_all_logits for _, stretch in work):
-            logits = score_prompts(work, logits)
-        sequences = [row.sequence for row, _ in answering]
-        self.measures.count_step(len(work), sequences)
-        choices = sampler.choose(logits, sequences, places)
-        for (row, stretch), choice, place in zip(answering, choices, places, strict=True):
-            if row.sequence.is_done:
-                continue
-            row.sequence.accept(choice)
-            row.add(choice.token_id)
-            if stretch.by_rows:
-                num_right = take_guesses(row, stretch, choice, logits, place)
-                self._pool.name(row.chain, row.tokens, row.num_done)
-                self.measures.count_guesses(len(stretch) - 1, num_right)
-
-    def _run_apart(self, work: Work, error: Exception) -> None:
-        """Find whose fault a step's failure was by running each alone; what they wrote is written again."""
-        if any(stretch.by_rows for _, stretch in work):
-            # Nobody's answer shall end for what it would not have run without guesses.
-            log_fault(_LOG, "A step with guesses", error)
-            self._run([(row, next_stretch(row, 1) if one.by_rows else one) for row, one in work])
-        elif len(work) > 1:
-            for one in work:
-                if not one[0].sequence.is_finished:
-                    self._run([one])
-        else:
-            self._fail(work[0][0], error)
-
-    def _fail(self, row: Row, error: Exception) -> None:
-        row.sequence.fail(to_told(_LOG, "A step, whose answer ends with an error,", error))
+    def advance(self, one: RunningSequence, num_tokens: int) -> None:
+        """Note that keys and values of a sequence's next tokens are in its blocks."""
+        one.num_done += num_tokens
+        self.pool.cache_full_blocks(one.table, one.tokens, one.num_done)
 
     @contextmanager
-    def borrowing(self, *lengths: int) -> Iterator[list[list[int]]]:
-        """Lend pages whose content nobody is to share, for sequences of so many tokens.
+    def temporary_blocks(self, *lengths: int) -> Iterator[list[list[int]]]:
+        """Lend blocks that are never shared, for sequences of so many tokens.
 
         Yields:
-            The pages of each.
+            The blocks of each.
 
         Raises:
-            OutOfMemoryError: when the pages are too few.
+            OutOfMemoryError: when there are too few blocks.
         """
-        chains: list[Chain] = []
+        tables: list[BlockTable] = []
         try:
             for num_tokens in lengths:
-                chains.append(Chain(None))
-                while not self._pool.extend(chains[-1], num_tokens):
-                    if not self._rows:
+                tables.append(BlockTable(None))
+                while not self.pool.extend(tables[-1], num_tokens):
+                    if not self.running:
                         raise _too_large(num_tokens)
-                    self._interrupt(self._rows[-1])
-            yield [chain.pages for chain in chains]
+                    self._preempt(self.running[-1])
+            yield [table.blocks for table in tables]
         finally:
-            for chain in chains:
-                self._pool.release(chain)
+            for table in tables:
+                self.pool.release(table)
+
+
+def max_long_chunk(limits: RunnerLimits, num_done: int) -> int:
+    """Return how many tokens of a long prompt run at once after so many: fewer the more they attend to."""
+    fitting = limits.max_chunk_pairs // (num_done + 1) // _FEWEST_CHUNK_TOKENS * _FEWEST_CHUNK_TOKENS
+    return max(min(_FEWEST_CHUNK_TOKENS, limits.long_chunk_tokens), min(limits.long_chunk_tokens, fitting))
+
+
+def with_drafts(chunk: TokenChunk, drafts: list[int]) -> TokenChunk:
+    """Return a chunk with draft tokens after its last token, each to be verified by the one before."""
+    return replace(chunk, token_ids=[*chunk.token_ids, *drafts], num_draft_tokens=len(drafts))
 
 
 def _too_large(num_tokens: int) -> OutOfMemoryError:

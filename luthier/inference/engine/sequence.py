@@ -160,7 +160,7 @@ class Sequence:
     # The sampler's own, made at the first token: a generator, and `logit_bias` as tensors.
     generator: Any = None
     bias: Any = None
-    # All its tokens so far, while it waits for a row again that it had lost.
+    # All its tokens so far, while it waits after a preemption.
     interrupted_tokens: list[int] | None = None
     # How often each token came, where penalties ask for it.
     token_counts: dict[int, int] = field(default_factory=dict)

@@ -1,129 +1,129 @@
-"""A lane's rows, and what is read from a step's logits about them."""
+"""One runner and its scheduler: schedule, execute, sample, deliver. Never which model it is.
 
-from dataclasses import dataclass, replace
+Only the engine's thread may call it.
+"""
+
+import logging
+from collections.abc import Callable
 
 import torch
 
 from luthier.inference import sampler
-from luthier.inference.drafts import Drafter
-from luthier.inference.engine.block_pool import Chain
-from luthier.inference.engine.sequence import Choice, Sequence
+from luthier.inference.engine.block_memory import BlockMemory
+from luthier.inference.engine.scheduler import RunningSequence, Scheduled, Scheduler
+from luthier.inference.engine.sequence import Choice, ModelKey
+from luthier.inference.faults import log_fault, to_told
+from luthier.inference.measures import StepMeasures
 from luthier.inference.scoring import score_stretch
-from luthier.modeling.logits import Logits
-from luthier.modeling.packed_adapter import PackedAdapter
-from luthier.modeling.packed_work import Stretch
+from luthier.modeling.protocols import AdapterInfo, Logits, ModelRunner, ScheduledBatch, TokenChunk
 
-# Prompt tokens of one step: what they add to the time between two tokens of everybody else is what a small
-# model takes for them.
-MAX_PROMPT_TOKENS = 256
-# Tokens of a prompt, or of what is left of one, that are run at once.
-MAX_SHORT_TOKENS = 64
-# And those of a step's stretch of a prompt of which more are left. Who comes beside it waits for the end of
-# the stretch, so they are few, and fewer the more they attend to: no more than so many pairs of a token and
-# what it sees, but as many as kernels take at a time.
-MAX_LONG_TOKENS = 32
-_MAX_LONG_PAIRS, _FEWEST = 1 << 16, 16
+_LOG = logging.getLogger(__name__)
 
 
-def most_of_long(num_done: int) -> int:
-    """Return how many tokens of a long prompt are run at once behind so many."""
-    fitting = _MAX_LONG_PAIRS // (num_done + 1) // _FEWEST * _FEWEST
-    return max(_FEWEST, min(MAX_LONG_TOKENS, fitting))
+class BatchExecutor:
+    """Runs a scheduler's batches on its runner."""
 
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.scheduler = Scheduler(runner.limits)
+        self.memory = BlockMemory(runner, self.scheduler.pool)
+        # Replaced by the engine's own once there is work.
+        self.measures = StepMeasures()
+        # Called right before the kernels of a step.
+        self.on_launch: Callable[[], None] | None = None
 
-@dataclass(eq=False, slots=True)
-class Row:
-    """A sequence that has pages.
+    def remove_adapter(self, key: ModelKey, info: AdapterInfo) -> None:
+        """Free an adapter that no request needs, and drop its cached blocks."""
+        self.scheduler.sweep()
+        self.scheduler.pool.forget(key)
+        self.runner.remove_adapter(info.adapter)
 
-    `tokens` are its virtual ones, as negative numbers, its prompt and its answer; the first `num_done` of
-    them are in its pages.
-    """
+    def step(self) -> bool:
+        """Run the next batch; return whether there was one."""
+        batch = self.scheduler.schedule()
+        self.measures.num_preempted += self.scheduler.num_preempted
+        self.scheduler.num_preempted = 0
+        if batch:
+            self._run(batch)
+            self.scheduler.sweep()
+        return bool(batch)
 
-    sequence: Sequence
-    adapter: PackedAdapter | None
-    tokens: list[int]
-    chain: Chain
-    num_done: int
-    num_passed_over: int = 0
-    # Whether its pages were taken from it, or given back.
-    has_left: bool = False
-    _drafter: Drafter | None = None
+    def _run(self, batch: Scheduled) -> None:
+        try:
+            chunks = ScheduledBatch([chunk for _, chunk in batch])
+            logits = self.runner.execute(chunks, on_launch=self.on_launch)
+        except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one sequence
+            self._run_separately(batch, error)
+            return
+        answering: Scheduled = []
+        rows: list[int] = []
+        end = 0
+        for one, chunk in batch:
+            begin, end = end, end + chunk.num_logit_rows
+            # Whether drafts are right is not known yet.
+            num_known = len(chunk.token_ids) - chunk.num_draft_tokens
+            if one.sequence.is_finished:
+                one.num_done += num_known
+                continue
+            self.scheduler.advance(one, num_known)
+            if one.sequence.wants_prompt_scores:
+                _score(one, chunk, logits, begin, end)
+            if one.num_done == len(one.tokens):
+                answering.append((one, chunk))
+                rows.append(end - 1 - chunk.num_draft_tokens)
+        self._sample(batch, answering, rows, logits)
 
-    @property
-    def num_left(self) -> int:
-        """Tokens that are still to be run; 1 while it answers."""
-        return len(self.tokens) - self.num_done
+    def _sample(self, batch: Scheduled, answering: Scheduled, rows: list[int], logits: Logits) -> None:
+        sequences = [one.sequence for one, _ in answering]
+        self.measures.count_step(len(batch), sequences)
+        choices = sampler.choose(logits, sequences, rows)
+        for (one, chunk), choice, row in zip(answering, choices, rows, strict=True):
+            if one.sequence.is_done:
+                continue
+            one.sequence.accept(choice)
+            one.add(choice.token_id)
+            if chunk.num_draft_tokens:
+                num_right = _verify_drafts(one, chunk, choice, logits, row)
+                self.scheduler.advance(one, num_right)
+                self.measures.count_guesses(chunk.num_draft_tokens, num_right)
 
-    def add(self, token_id: int) -> None:
-        """Take the next token of the answer."""
-        self.tokens.append(token_id)
-        if self._drafter is not None:
-            self._drafter.add(token_id)
-
-    @property
-    def drafter(self) -> Drafter:
-        """What guesses its next tokens, made when something is to be guessed for the first time."""
-        if self._drafter is None:
-            self._drafter = Drafter(self.tokens)
-        return self._drafter
-
-
-# The rows of a step, and of each the tokens that it runs.
-Work = list[tuple[Row, Stretch]]
-
-
-def next_stretch(row: Row, count: int) -> Stretch:
-    """Return so many of the tokens that a row is still to run."""
-    end = row.num_done + count
-    return Stretch(
-        row.tokens[row.num_done : end],
-        row.num_done,
-        row.chain.pages,
-        None if row.adapter is None else row.adapter.described,
-        end == len(row.tokens),
-        row.sequence.wants_prompt_scores,
-    )
+    def _run_separately(self, batch: Scheduled, error: Exception) -> None:
+        """Find the sequence that made a step fail by running each alone; what they wrote is overwritten."""
+        if any(chunk.num_draft_tokens for _, chunk in batch):
+            # No answer may fail because of its drafts.
+            log_fault(_LOG, "A step with draft tokens", error)
+            self._run([(one, one.next_chunk(1) if chunk.num_draft_tokens else chunk) for one, chunk in batch])
+        elif len(batch) > 1:
+            for pair in batch:
+                if not pair[0].sequence.is_finished:
+                    self._run([pair])
+        else:
+            batch[0][0].sequence.fail(to_told(_LOG, "A step, whose answer ends with an error,", error))
 
 
 @torch.inference_mode()
-def score_prompts(work: Work, logits: Logits) -> Logits:
-    """Tell the rows that want it of their prompts, and return the logits that answers go on from."""
-    last, end = [], 0
-    for row, stretch in work:
-        begin, end = end, end + stretch.num_logits
-        if stretch.wants_all_logits:
-            num_virtual = 0 if row.adapter is None else row.adapter.num_virtual_tokens
-            score_stretch(row.sequence, stretch.first - num_virtual, logits.held_RV[begin:end].float())
-        if stretch.wants_logits:
-            last.append(end - 1)
-    return Logits(logits.held_RV[last], [logits.best[row] for row in last])
+def _score(one: RunningSequence, chunk: TokenChunk, logits: Logits, begin: int, end: int) -> None:
+    first = chunk.first_position + chunk.logits_from - one.num_virtual
+    score_stretch(one.sequence, first, logits.rows(range(begin, end)))
 
 
-def with_guesses(stretch: Stretch, guesses: list[int]) -> Stretch:
-    """Return a row's last token with guesses of those after it, each to be checked by the one before."""
-    tokens = [*stretch.tokens, *guesses]
-    return replace(stretch, tokens=tokens, num_first_logits=len(guesses), by_rows=True)
-
-
-def take_guesses(row: Row, stretch: Stretch, choice: Choice, logits: Logits, place: int) -> int:
-    """Go on with the choices after guesses, as long as these are what was chosen.
+def _verify_drafts(one: RunningSequence, chunk: TokenChunk, choice: Choice, logits: Logits, row: int) -> int:
+    """Accept the choices after drafts, as long as these are the tokens that were chosen.
 
     Args:
-        row: who guessed; it has taken the first choice.
-        stretch: its last token and the guesses after it.
+        choice: of `row`, already accepted.
 
     Returns:
-        How many guesses were right.
+        How many drafts were right.
     """
     num_right = 0
-    for guess in stretch.tokens[1:]:
-        if row.sequence.is_done or choice.token_id != guess:
+    for draft in chunk.token_ids[-chunk.num_draft_tokens :]:
+        if one.sequence.is_done or choice.token_id != draft:
             break
-        (choice,) = sampler.choose(logits, [row.sequence], [place + num_right + 1])
-        if row.sequence.is_done:
+        (choice,) = sampler.choose(logits, [one.sequence], [row + num_right + 1])
+        if one.sequence.is_done:
             break
         num_right += 1
-        row.sequence.accept(choice)
-        row.add(choice.token_id)
-    row.num_done += num_right
+        one.sequence.accept(choice)
+        one.add(choice.token_id)
     return num_right

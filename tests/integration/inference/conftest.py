@@ -82,7 +82,7 @@ def served(folder: Path, base_folder: Path) -> Iterator[Served]:
     thread.start()
     transport = httpx2.HTTPTransport(uds=str(folder / "s.sock"))
     with (
-        runner.gate_lanes(),
+        runner.gate_executors(),
         httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client,
     ):
         wait_until(lambda: server.started, "the server's start")

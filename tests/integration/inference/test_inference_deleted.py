@@ -66,7 +66,7 @@ def test_an_answer_that_is_being_made_is_made_to_its_end(
     expected = served.chat("the sea", target, max_tokens=6)["choices"]
     found: list[object] = []
     served.runner.gate.clear()
-    with served.runner.gate_lanes():
+    with served.runner.gate_executors():
         number = served.runner.num_steps
         asking = threading.Thread(
             target=lambda: found.append(served.chat("the sea", target, max_tokens=6)["choices"])

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
 from luthier.inference.bases import pack
-from luthier.inference.engine.scheduler import Lane
+from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.proofs import check_canary, read_canary
 from luthier.inference.verification import verify_adapter
 from luthier.methods import method_of_artifact
-from luthier.modeling.packed_adapter import PackedAdapter, lay_out
+from luthier.modeling.protocols import AdapterInfo, AdapterSource
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_logits
 
@@ -35,8 +34,8 @@ def canary_of(logits_V: torch.Tensor, precision: str = "float32") -> Canary:
     return Canary(token_ids=IDS, candidates=candidates.tolist(), logits=values.tolist(), precision=precision)
 
 
-def give_proof(lane: Lane, adapter: PackedAdapter, canary: Canary | None) -> None:
-    verify_adapter(lane, adapter, PROBE_IDS, canary)
+def give_proof(executor: BatchExecutor, adapter: AdapterInfo, canary: Canary | None) -> None:
+    verify_adapter(executor, adapter, PROBE_IDS, canary)
 
 
 def test_an_adapter_is_served_as_it_was_trained_and_refused_with_another_scale(
@@ -53,9 +52,8 @@ def test_an_adapter_is_served_as_it_was_trained_and_refused_with_another_scale(
     def prove(folder: Path) -> None:
         parts = method_of_artifact(folder).read_parts(folder, read_shape(base_folder))
         assert parts is not None
-        nothing: Any = None
-        adapter = lay_out(parts, packed.lane.model, nothing)
-        give_proof(packed.lane, adapter, canary)
+        adapter = packed.executor.runner.add_adapter(AdapterSource(made.folder, parts))
+        give_proof(packed.executor, adapter, canary)
 
     prove(made.folder)
     with pytest.raises(SelfCheckError, match="training recorded"):
@@ -72,11 +70,10 @@ def test_an_adapter_that_changes_nothing_is_told_beside_its_base(
     packed = pack(plain, base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
     parts = method_of_artifact(made.folder).read_parts(made.folder, read_shape(base_folder))
     assert parts is not None
-    nothing: Any = None
-    adapter = lay_out(parts, packed.lane.model, nothing)
+    adapter = packed.executor.runner.add_adapter(AdapterSource(made.folder, parts))
     for canary in (None, canary_of(method_logits(base_folder, made.folder, IDS)[-1])):
         with pytest.raises(SelfCheckError, match="changes nothing"):
-            give_proof(packed.lane, adapter, canary)
+            give_proof(packed.executor, adapter, canary)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,22 +93,21 @@ def test_an_adapter_that_one_of_the_ways_leaves_out_is_not_served(
     packed = pack(plain, base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
     parts = method_of_artifact(made.folder).read_parts(made.folder, read_shape(base_folder))
     assert parts is not None
-    nothing: Any = None
-    adapter = lay_out(parts, packed.lane.model, nothing)
+    adapter = packed.executor.runner.add_adapter(AdapterSource(made.folder, parts))
     ids, canary = IDS[:num_tokens], None
     if ids:
         recorded = canary_of(method_logits(base_folder, made.folder, ids)[-1])
         canary = recorded.model_copy(update={"token_ids": ids})
-    give_proof(packed.lane, adapter, canary)
+    give_proof(packed.executor, adapter, canary)
     # Programs that were written down would run what is left out.
-    monkeypatch.setattr(packed.lane.model, "_programs", None)
-    monkeypatch.setattr(packed.lane.model.ops, way, lambda *_: None)
+    monkeypatch.setattr(packed.executor.runner.model, "_programs", None)
+    monkeypatch.setattr(packed.executor.runner.model.ops, way, lambda *_: None)
     if num_tokens == 1 and way == "add_stretches":
         # All that there is are rows.
-        give_proof(packed.lane, adapter, canary)
+        give_proof(packed.executor, adapter, canary)
         return
     with pytest.raises(SelfCheckError, match=r"training recorded|changes nothing|Token by token"):
-        give_proof(packed.lane, adapter, canary)
+        give_proof(packed.executor, adapter, canary)
 
 
 def test_rounding_is_allowed_for_where_either_side_rounds() -> None:

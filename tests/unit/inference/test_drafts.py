@@ -10,7 +10,6 @@ import torch
 
 from luthier.inference.bases import pack
 from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
-from luthier.inference.engine.scheduler import Lane
 from luthier.inference.engine.sequence import (
     Finish,
     ModelKey,
@@ -19,6 +18,7 @@ from luthier.inference.engine.sequence import (
     Sequence,
     SequenceEvent,
 )
+from luthier.inference.engine.step import BatchExecutor
 from luthier.modeling.kernels.products import can_tile
 from luthier.modeling.packed_work import Stretch
 from tests.tiny import BASE_ID, build_tiny_base
@@ -99,9 +99,9 @@ def expected(base_folder: Path) -> list[int]:
     return answer
 
 
-def make_lane(base_folder: Path, *, max_draft_tokens: int, max_cache_tokens: int = 2048) -> Lane:
+def make_executor(base_folder: Path, *, max_draft_tokens: int, max_cache_tokens: int = 2048) -> BatchExecutor:
     limits = {"max_rows": 4, "max_cache_tokens": max_cache_tokens, "max_draft_tokens": max_draft_tokens}
-    return pack(load_plain(base_folder), base_folder, [5, 6, 7], **limits).lane
+    return pack(load_plain(base_folder), base_folder, [5, 6, 7], **limits).executor
 
 
 def ask(
@@ -136,14 +136,14 @@ def test_an_answer_is_the_same_in_fewer_steps_and_ends_where_it_should(
 ) -> None:
     steps = []
     for max_draft_tokens in (0, 7):
-        lane = make_lane(base_folder, max_draft_tokens=max_draft_tokens)
+        executor = make_executor(base_folder, max_draft_tokens=max_draft_tokens)
         sequence, events = ask(plain(max_tokens))
-        lane.add(sequence)
-        run_dry(lane)
+        executor.scheduler.add(sequence)
+        run_dry(executor)
         assert text_of(events) == expected[:max_tokens]
         assert events[-1] == Finish("length", max_tokens)
-        assert lane.measures.num_tokens == max_tokens
-        steps.append(lane.measures.num_steps)
+        assert executor.measures.num_tokens == max_tokens
+        steps.append(executor.measures.num_steps)
     assert steps[0] == max_tokens
     assert steps[1] < steps[0] or max_tokens < 3
     assert max_tokens < NUM_TOKENS or steps[1] < steps[0] / 2
@@ -153,17 +153,17 @@ def test_an_answer_that_ends_among_guesses_ends_there(base_folder: Path, expecte
     # A token that is far along, so that guesses around it are right.
     first_at = {token: expected.index(token) for token in expected}
     token, place = max(first_at.items(), key=lambda item: item[1])
-    lane = make_lane(base_folder, max_draft_tokens=7)
+    executor = make_executor(base_folder, max_draft_tokens=7)
     sequence, events = ask(plain(NUM_TOKENS), frozenset({token}))
-    lane.add(sequence)
-    run_dry(lane)
+    executor.scheduler.add(sequence)
+    run_dry(executor)
     assert text_of(events) == expected[:place]
     assert events[-1] == Finish("stop", place + 1)
     stop = "".join(chr(0x4E00 + one) for one in expected[40:43])
     whole = "".join(chr(0x4E00 + one) for one in expected)
     sequence, events = ask(plain(NUM_TOKENS, stop=(stop,)))
-    lane.add(sequence)
-    run_dry(lane)
+    executor.scheduler.add(sequence)
+    run_dry(executor)
     assert text_of(events) == expected[: whole.index(stop)]
 
 
@@ -183,14 +183,14 @@ def test_a_choice_is_made_when_the_token_before_it_is_known(
 ) -> None:
     told, logprobs = [], []
     for max_draft_tokens in (0, 7):
-        lane = make_lane(base_folder, max_draft_tokens=max_draft_tokens)
+        executor = make_executor(base_folder, max_draft_tokens=max_draft_tokens)
         sequence, events = ask(plain(NUM_TOKENS, **options))
-        lane.add(sequence)
-        run_dry(lane)
+        executor.scheduler.add(sequence)
+        run_dry(executor)
         told.append(text_of(events))
         held = [one.choice for event in events if isinstance(event, Piece) for one in event.choices]
         logprobs.append([choice.logprob for choice in held])
-        assert (lane.measures.num_guesses > 0) == (max_draft_tokens > 0)
+        assert (executor.measures.num_guesses > 0) == (max_draft_tokens > 0)
     assert told[0] == told[1] and len(told[0]) == NUM_TOKENS
     assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
     assert len(logprobs[0]) == (NUM_TOKENS if "num_logprobs" in options else 0)
@@ -216,22 +216,22 @@ def test_a_grammar_decides_after_guesses_too(base_folder: Path, monkeypatch: pyt
             self.last = token_id
 
     def same(_: Drafter, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
-        return [row.tokens[-2] for row in lane._rows][:1] * min(most, 3)
+        return [row.tokens[-2] for row in executor.scheduler.running][:1] * min(most, 3)
 
     told = []
     for max_draft_tokens in (0, 7):
-        lane = make_lane(base_folder, max_draft_tokens=max_draft_tokens)
+        executor = make_executor(base_folder, max_draft_tokens=max_draft_tokens)
         events: list[SequenceEvent] = []
         sequence, _ = ask(plain(NUM_TOKENS))
         sequence.emit, sequence.grammar = events.append, Alternating()
         sequence.is_plainly_greedy = False
         if max_draft_tokens:
             monkeypatch.setattr(Drafter, "guess", same)
-        lane.add(sequence)
-        run_dry(lane)
+        executor.scheduler.add(sequence)
+        run_dry(executor)
         told.append(text_of(events))
     assert told[0] == told[1] and len(told[0]) == NUM_TOKENS
-    assert lane.measures.num_guesses > 0
+    assert executor.measures.num_guesses > 0
 
 
 def test_wrong_guesses_are_in_no_page_that_is_shared(
@@ -240,22 +240,22 @@ def test_wrong_guesses_are_in_no_page_that_is_shared(
     def wrong(_: Drafter, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
         return [1] * min(most, 5)
 
-    lane = make_lane(base_folder, max_draft_tokens=7)
+    executor = make_executor(base_folder, max_draft_tokens=7)
     with monkeypatch.context() as patch:
         patch.setattr(Drafter, "guess", wrong)
         sequence, events = ask(plain(NUM_TOKENS))
-        lane.add(sequence)
-        run_dry(lane)
+        executor.scheduler.add(sequence)
+        run_dry(executor)
     assert text_of(events) == expected
-    assert lane.measures.num_guesses > 100
+    assert executor.measures.num_guesses > 100
     again, events = ask(plain(8))
     again.prompt_ids = [*PROMPT, *expected[: NUM_TOKENS - 8]]
-    lane.add(again)
-    lane.step()
+    executor.scheduler.add(again)
+    executor.step()
     # All but the last page came from the answer before.
-    [row] = lane._rows
-    assert row.chain.num_named >= 3
-    run_dry(lane)
+    [row] = executor.scheduler.running
+    assert row.table.num_cached >= 3
+    run_dry(executor)
     assert text_of(events) == expected[NUM_TOKENS - 8 :]
 
 
@@ -267,25 +267,25 @@ def test_guesses_take_no_page_that_another_row_needs(
 
     monkeypatch.setattr(Drafter, "guess", wrong)
     # Of three pages each has one. Who is ahead needs the last past 16 tokens; the other would guess into it.
-    lane = make_lane(base_folder, max_draft_tokens=7, max_cache_tokens=32)
+    executor = make_executor(base_folder, max_draft_tokens=7, max_cache_tokens=32)
     (ahead, events), (behind, _) = ask(plain(14)), ask(plain(NUM_TOKENS))
     ahead.prompt_ids = [*PROMPT, *expected[:6]]
     for sequence in (ahead, behind):
-        lane.add(sequence)
+        executor.scheduler.add(sequence)
     while ahead.num_completion_tokens < 6:
-        lane.step()
-    assert lane.measures.num_preempted == 0 and lane.num_rows == 2
+        executor.step()
+    assert executor.measures.num_preempted == 0 and len(executor.scheduler.running) == 2
     behind.cancel()
-    run_dry(lane)
+    run_dry(executor)
     assert text_of(events) == expected[6:20]
-    assert lane._pool.num_free == lane._pool.num_pages
+    assert executor.scheduler.pool.num_free == executor.scheduler.pool.num_blocks
 
 
 def test_guesses_that_can_not_be_run_end_nobodys_answer(
     base_folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lane = make_lane(base_folder, max_draft_tokens=7)
-    step, failures = lane.model.step, []
+    executor = make_executor(base_folder, max_draft_tokens=7)
+    step, failures = executor.runner.model.step, []
 
     def failing(stretches: list[Stretch], **how: object) -> object:
         if any(one.by_rows for one in stretches):
@@ -293,13 +293,13 @@ def test_guesses_that_can_not_be_run_end_nobodys_answer(
             raise RuntimeError("the guess is broken")
         return step(stretches, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lane.model, "step", failing)
+    monkeypatch.setattr(executor.runner.model, "step", failing)
     asked = [ask(plain(NUM_TOKENS)) for _ in range(2)]
     for sequence, _ in asked:
-        lane.add(sequence)
-    run_dry(lane)
+        executor.scheduler.add(sequence)
+    run_dry(executor)
     assert all(text_of(events) == expected for _, events in asked)
-    assert failures and lane.measures.num_guesses == 0
+    assert failures and executor.measures.num_guesses == 0
 
 
 @pytest.mark.skipif(
@@ -309,14 +309,14 @@ def test_a_program_of_steps_answers_with_guesses_as_without(base_folder: Path) -
     told, steps = [], []
     for max_draft_tokens in (0, 7):
         limits = {"max_rows": 4, "max_cache_tokens": 2048, "max_draft_tokens": max_draft_tokens}
-        lane = pack(load_plain(base_folder).bfloat16(), base_folder, [5, 6, 7], **limits).lane
-        assert lane.model._programs is not None
+        executor = pack(load_plain(base_folder).bfloat16(), base_folder, [5, 6, 7], **limits).executor
+        assert executor.runner.model._programs is not None
         sequence, events = ask(plain(NUM_TOKENS, num_logprobs=0))
-        lane.add(sequence)
-        run_dry(lane)
+        executor.scheduler.add(sequence)
+        run_dry(executor)
         held = [one.choice for event in events if isinstance(event, Piece) for one in event.choices]
         told.append([(choice.token_id, choice.logprob) for choice in held])
-        steps.append(lane.measures.num_steps)
+        steps.append(executor.measures.num_steps)
     # Of equally likely tokens rounding decides; up to there they are the same.
     same = [one for one, other in zip(*told, strict=True) if one[0] == other[0]]
     assert len(same) > NUM_TOKENS / 2 and steps[1] < steps[0] * 0.8
@@ -327,14 +327,14 @@ def test_a_program_of_steps_answers_with_guesses_as_without(base_folder: Path) -
 
 
 def test_guesses_go_to_the_answers_that_are_guessed_best(base_folder: Path) -> None:
-    lane = make_lane(base_folder, max_draft_tokens=7)
+    executor = make_executor(base_folder, max_draft_tokens=7)
     asked = [ask(plain(NUM_TOKENS)) for _ in range(4)]
     for sequence, _ in asked:
-        lane.add(sequence)
-    lane.step()
+        executor.scheduler.add(sequence)
+    executor.step()
     repeated = [[1, 2, 3] * 4, [4, 5, 6] * 4, [7, 8, 9] * 4, [10, 11, 12] * 4]
-    for row, tokens, chance in zip(lane._rows, repeated, (0.3, 0.99, 0.98, 0.3), strict=True):
+    for row, tokens, chance in zip(executor.scheduler.running, repeated, (0.3, 0.99, 0.98, 0.3), strict=True):
         row._drafter = Drafter(tokens)
         row.drafter.chance = chance
-    counts = [len(stretch) - 1 for _, stretch in lane._plan()]
+    counts = [chunk.num_draft_tokens for _, chunk in executor.scheduler.schedule()]
     assert counts == [0, 7, 5, 0]

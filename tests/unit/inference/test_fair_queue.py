@@ -4,7 +4,7 @@ import gc
 import weakref
 from typing import Any
 
-from luthier.inference.engine.fair_queue import WaitingLine, WaitingShares
+from luthier.inference.engine.fair_queue import FairQueue, WaitingShares
 from luthier.inference.engine.sequence import SamplingOptions, Sequence
 
 
@@ -22,7 +22,7 @@ def make_sequence(project: str, model: str = "m") -> Sequence:
     )
 
 
-def take_all(line: WaitingLine) -> list[Sequence]:
+def take_all(line: FairQueue) -> list[Sequence]:
     taken = []
     while line.peek() is not None:
         taken.append(line.pop())
@@ -30,7 +30,7 @@ def take_all(line: WaitingLine) -> list[Sequence]:
 
 
 def test_one_projects_crowd_holds_up_another_by_one_turn() -> None:
-    line = WaitingLine()
+    line = FairQueue()
     crowd, single = [make_sequence("a") for _ in range(3)], make_sequence("b")
     for sequence in (*crowd, single):
         line.add(sequence)
@@ -39,7 +39,7 @@ def test_one_projects_crowd_holds_up_another_by_one_turn() -> None:
 
 
 def test_the_models_of_a_project_take_turns() -> None:
-    line = WaitingLine()
+    line = FairQueue()
     first, second, other = make_sequence("a"), make_sequence("a"), make_sequence("a", "n")
     for sequence in (first, second, other):
         line.add(sequence)
@@ -47,7 +47,7 @@ def test_the_models_of_a_project_take_turns() -> None:
 
 
 def test_whoever_lost_a_row_is_served_before_all_others() -> None:
-    line = WaitingLine()
+    line = FairQueue()
     first, returned = make_sequence("a"), make_sequence("b")
     line.add(first)
     line.add_first(returned)
@@ -55,7 +55,7 @@ def test_whoever_lost_a_row_is_served_before_all_others() -> None:
 
 
 def test_those_that_left_are_passed_over() -> None:
-    line = WaitingLine()
+    line = FairQueue()
     gone, lost, here = make_sequence("a"), make_sequence("a"), make_sequence("b")
     line.add(gone)
     line.add(here)
@@ -69,7 +69,7 @@ def test_those_that_left_are_passed_over() -> None:
 
 
 def test_those_that_left_count_no_longer_wherever_they_stand() -> None:
-    line = WaitingLine()
+    line = FairQueue()
     first, gone, lost, other = (make_sequence(project) for project in ("a", "a", "b", "c"))
     for sequence in (first, gone, other):
         line.add(sequence)

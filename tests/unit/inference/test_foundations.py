@@ -76,8 +76,8 @@ def test_an_artifact_on_a_whole_model_gives_the_logits_that_its_method_gives_the
     async def run() -> None:
         loaded = make_loaded(2**24, max_waiting=4)
         ready = await loaded.hold(served(base, artifact, whole))
-        assert ready.lane is not None
-        logits_V = probe(ready.lane, [Text(IDS, ready.adapter)])[0].last_V
+        assert ready.executor is not None
+        logits_V = probe(ready.executor, [Text(IDS, ready.adapter)])[0].last_V
         assert torch.allclose(logits_V, expected_V, atol=1e-4)
         assert not torch.allclose(logits_V, method_logits(base_folder, artifact.folder, IDS)[-1], atol=1e-2)
         # It is counted as the whole model that it holds, and touches nothing of the base.

@@ -30,13 +30,13 @@ def test_a_lane_hands_over_right_before_the_kernels_of_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     base = load_plain(build_tiny_base(tmp_path / BASE_ID)).to(dtype)
-    lane = pack(base, tmp_path / BASE_ID, [5, 6, 7], max_rows=4, max_cache_tokens=512).lane
-    lane.add(sequence([5, 6, 7]))
+    executor = pack(base, tmp_path / BASE_ID, [5, 6, 7], max_rows=4, max_cache_tokens=512).executor
+    executor.scheduler.add(sequence([5, 6, 7]))
     for _ in range(2):
         # The second writes the program down, which runs the layers.
-        lane.step()
+        executor.step()
     order: list[str] = []
-    run_layers, run_program = lane.model.run_layers, Program.run
+    run_layers, run_program = executor.runner.model.run_layers, Program.run
 
     def layers(*given: Any) -> torch.Tensor:
         order.append("layers")
@@ -46,15 +46,15 @@ def test_a_lane_hands_over_right_before_the_kernels_of_every_step(
         order.append("program")
         run_program(self)
 
-    lane.on_launch = lambda: order.append("hand over")
-    monkeypatch.setattr(lane.model, "run_layers", layers)
+    executor.on_launch = lambda: order.append("hand over")
+    monkeypatch.setattr(executor.runner.model, "run_layers", layers)
     monkeypatch.setattr(Program, "run", program)
-    lane.step()
-    assert order == ["hand over", "layers" if lane.model._programs is None else "program"]
+    executor.step()
+    assert order == ["hand over", "layers" if executor.runner.model._programs is None else "program"]
     # A prompt beside a row that answers.
-    lane.add(sequence([9, 8, 7, 6]))
+    executor.scheduler.add(sequence([9, 8, 7, 6]))
     order.clear()
-    lane.step()
+    executor.step()
     assert order == ["hand over", "layers"]
 
 

@@ -179,7 +179,7 @@ def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtake
         await settle()
         assert not overtaking.done()
         # Weights are gone, not only forgotten, before others take their place.
-        weights = weakref.ref(ready_second.lane)
+        weights = weakref.ref(ready_second.executor)
         loaded.release(ready_second)
         del ready_second
         third_ready = await waiting
@@ -191,7 +191,7 @@ def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtake
         loaded.release(third_ready)
         loaded.release(await overtaking)
         assert loaded.digests == [first.digest, second.digest]
-        assert ready_first.lane is (await loaded.hold(first)).lane
+        assert ready_first.executor is (await loaded.hold(first)).executor
         told = loaded.tell(Kind.WHOLE)
         # The first three, then the second again; the second and the third left for each other.
         assert told == Held(2, 2 * num_bytes, 2 * num_bytes, num_loads=4, num_evictions=2)
@@ -235,7 +235,7 @@ def test_a_client_that_leaves_while_its_model_is_loaded_holds_nothing(
         await asyncio.gather(waiting, return_exceptions=True)
         # The place in the queue went with its owner.
         loaded.release(held)
-        assert (await asyncio.wait_for(loaded.hold(second), 10)).lane is held.lane
+        assert (await asyncio.wait_for(loaded.hold(second), 10)).executor is held.executor
 
     asyncio.run(run())
 
@@ -296,7 +296,7 @@ def test_a_whole_model_that_proves_nothing_is_refused_and_forgotten(
                 await loaded.hold(served_by(base, bad))
             assert (loaded.digests, loaded.num_bytes(Kind.WHOLE)) == ([], 0)
         ready: ReadyModel = await loaded.hold(served_by(base, wholes[0]))
-        assert ready.lane is not None
+        assert ready.executor is not None
 
     asyncio.run(run())
 
@@ -319,7 +319,7 @@ def test_a_whole_model_in_bf16_is_served_in_the_type_of_its_base(
     async def run() -> None:
         loaded = make_loaded(10**9)
         ready = await loaded.hold(served_by(base, Artifact(sealed.digest, tmp_path / "a")))
-        assert ready.lane is not None and ready.lane.model.dtype is torch.float32
+        assert ready.executor is not None and ready.executor.runner.model.dtype is torch.float32
         # Memory is that of the served type, not that of the file.
         assert loaded.num_bytes(Kind.WHOLE) == 4 * sum(weight.numel() for weight in weights.values())
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from luthier.core.inference import LoanRequest
-from luthier.inference.engine.block_pool import Chain, PagePool
+from luthier.inference.engine.block_pool import BlockPool, BlockTable
 from luthier.inference.memory import MemoryLimit, measure_used
 from luthier.modeling.kernels.page_memory import discard
 
 
-class FakeLane:
+class FakeMemory:
     """Pages in use, pages that nobody uses, and pages without memory, as bytes."""
 
     def __init__(self, *, used: int, unused: int, cold: int, least: int = 0) -> None:
@@ -35,21 +35,21 @@ class FakeLane:
 
 
 class Process:
-    """A process of fixed weights and some lanes, at a time that the test sets."""
+    """A process of fixed weights and some memories, at a time that the test sets."""
 
-    def __init__(self, *lanes: FakeLane, max_bytes: int = 1000, weights: int = 100) -> None:
-        self.lanes, self.weights, self.now = lanes, weights, 0.0
+    def __init__(self, *memories: FakeMemory, max_bytes: int = 1000, weights: int = 100) -> None:
+        self.memories, self.weights, self.now = memories, weights, 0.0
         self.limit = MemoryLimit(
             max_bytes,
             self._call,
-            lambda: list(self.lanes),
+            lambda: list(self.memories),
             measure=lambda: self.used,
             now=lambda: self.now,
         )
 
     @property
     def used(self) -> int:
-        return self.weights + sum(lane.used + lane.unused for lane in self.lanes)
+        return self.weights + sum(memory.used + memory.unused for memory in self.memories)
 
     @staticmethod
     def _call(work: Callable[[], None]) -> "Future[None]":
@@ -74,66 +74,66 @@ class Process:
 
 
 def test_pages_that_were_never_used_are_given_up_first_then_those_that_nobody_uses() -> None:
-    lane = FakeLane(used=10, unused=20, cold=70)
-    process = Process(lane, max_bytes=200)
+    memory = FakeMemory(used=10, unused=20, cold=70)
+    process = Process(memory, max_bytes=200)
     assert process.fit(50) == 0
-    assert (lane.unused, lane.growing_bytes) == (20, 20)
+    assert (memory.unused, memory.growing_bytes) == (20, 20)
     assert process.fit(80) == 0
-    assert (lane.unused, lane.growing_bytes) == (10, 0)
+    assert (memory.unused, memory.growing_bytes) == (10, 0)
     # What answers use stays.
     assert process.fit(150) == 60
-    assert (lane.used, lane.unused, lane.growing_bytes) == (10, 0, 0)
+    assert (memory.used, memory.unused, memory.growing_bytes) == (10, 0, 0)
     assert process.fit() == 0
-    assert lane.growing_bytes == 90
+    assert memory.growing_bytes == 90
 
 
 def test_one_long_answer_can_always_be_given() -> None:
-    lane = FakeLane(used=10, unused=0, cold=90, least=40)
-    process = Process(lane, max_bytes=110)
+    memory = FakeMemory(used=10, unused=0, cold=90, least=40)
+    process = Process(memory, max_bytes=110)
     assert process.fit() == 30
-    assert lane.growing_bytes == 30
-    assert lane.spare_bytes == 0
+    assert memory.growing_bytes == 30
+    assert memory.spare_bytes == 0
     assert process.lend(50) == 0
 
 
 def test_what_is_missing_is_taken_of_one_lane_after_the_other() -> None:
-    first, second = FakeLane(used=0, unused=10, cold=0), FakeLane(used=0, unused=50, cold=0)
+    first, second = FakeMemory(used=0, unused=10, cold=0), FakeMemory(used=0, unused=50, cold=0)
     assert Process(first, second, max_bytes=125).fit() == 0
     assert (first.unused, second.unused) == (0, 25)
 
 
 def test_pages_are_lent_until_the_loan_is_given_back_or_lapses_and_never_taken_meanwhile() -> None:
-    lane = FakeLane(used=10, unused=20, cold=70)
-    process = Process(lane, max_bytes=200)
+    memory = FakeMemory(used=10, unused=20, cold=70)
+    process = Process(memory, max_bytes=200)
     assert process.lend(60) == 60
     # Whatever is asked for: the process and what it lent stay below its part together.
-    assert process.used + lane.growing_bytes + 60 <= 200
+    assert process.used + memory.growing_bytes + 60 <= 200
     assert process.fit(50) == 20
     assert process.lend(60) == 60
     assert process.lend(0, 0) == 0
     assert process.fit() == 0
-    assert lane.growing_bytes == 90
+    assert memory.growing_bytes == 90
     assert process.lend(30) == 30
     process.now = 10.0
     assert process.fit() == 0
-    assert lane.growing_bytes == 90
+    assert memory.growing_bytes == 90
 
 
 def test_no_more_is_lent_than_nobody_uses_and_nothing_where_that_is_of_no_use() -> None:
-    lane = FakeLane(used=10, unused=20, cold=70)
-    process = Process(lane, max_bytes=200)
+    memory = FakeMemory(used=10, unused=20, cold=70)
+    process = Process(memory, max_bytes=200)
     assert process.lend(95, 95) == 0
-    assert (lane.unused, lane.growing_bytes) == (20, 70)
+    assert (memory.unused, memory.growing_bytes) == (20, 70)
     assert process.lend(50) == 50
     assert process.lend(95, 1, "b") == 40
-    assert (lane.used, lane.unused, lane.growing_bytes) == (10, 0, 0)
+    assert (memory.used, memory.unused, memory.growing_bytes) == (10, 0, 0)
 
 
 def test_pages_without_memory_are_taken_last_and_not_beyond_the_limit() -> None:
-    pool = PagePool(6, page_size=4)
-    one, two = Chain(None), Chain(None)
+    pool = BlockPool(6, block_size=4)
+    one, two = BlockTable(None), BlockTable(None)
     assert pool.extend(one, 12)
-    assert (one.pages, pool.num_warm, pool.num_growing) == ([0, 1, 2], 3, 3)
+    assert (one.blocks, pool.num_warm, pool.num_growing) == ([0, 1, 2], 3, 3)
     assert pool.limit_warm(4) == []
     assert (pool.num_free, pool.num_growing) == (1, 1)
     assert not pool.extend(two, 8)
@@ -146,16 +146,16 @@ def test_pages_without_memory_are_taken_last_and_not_beyond_the_limit() -> None:
 
 
 def test_what_is_known_of_a_page_goes_with_its_memory() -> None:
-    pool = PagePool(4, page_size=2)
-    chain = pool.start("a", [1, 2, 3, 4, 5])
-    assert pool.extend(chain, 5)
-    pool.name(chain, [1, 2, 3, 4, 5], 5)
-    pool.release(chain)
+    pool = BlockPool(4, block_size=2)
+    table = pool.start("a", [1, 2, 3, 4, 5])
+    assert pool.extend(table, 5)
+    pool.cache_full_blocks(table, [1, 2, 3, 4, 5], 5)
+    pool.release(table)
     again = pool.start("a", [1, 2, 3, 4, 5])
-    assert len(again.pages) == 2
+    assert len(again.blocks) == 2
     pool.release(again)
     pool.limit_warm(0)
-    assert pool.start("a", [1, 2, 3, 4, 5]).pages == []
+    assert pool.start("a", [1, 2, 3, 4, 5]).blocks == []
 
 
 def test_discarded_pages_lose_their_memory_and_others_keep_their_numbers() -> None:

@@ -11,6 +11,7 @@ from luthier.core.errors import SelfCheckError
 from luthier.inference import sampler
 from luthier.inference.engine.sequence import Choice, SamplingOptions, Sequence
 from luthier.inference.sampler import MIN_LOGPROB
+from luthier.modeling import logits as logits_module
 from luthier.modeling.logits import Logits
 
 
@@ -177,7 +178,7 @@ def test_a_fault_in_drawing_ends_nobodys_answer_but_its_own(monkeypatch: pytest.
     def broken(*_: Any, **__: Any) -> Any:
         raise MemoryError("a secret")
 
-    monkeypatch.setattr(sampler, "draw", broken)
+    monkeypatch.setattr(logits_module, "draw", broken)
     assert choose(logits_BV, rows)[1].token_id == 1
     assert [row.told for row in rows] == [[], [], []]
     invert = sampler._invert
@@ -198,7 +199,7 @@ def test_rows_drawn_at_once_are_drawn_as_one_by_one(monkeypatch: pytest.MonkeyPa
         return [[choice.token_id for choice in choose(step, rows)] for step in steps]
 
     at_once = draws()
-    monkeypatch.setattr(sampler, "can_draw", lambda _: False)
+    monkeypatch.setattr(logits_module, "can_draw", lambda _: False)
     assert draws() == at_once
 
 

@@ -11,7 +11,6 @@ import torch
 from luthier.core.shapes import read_shape
 from luthier.inference import forward
 from luthier.inference.bases import pack
-from luthier.inference.engine.scheduler import Lane
 from luthier.inference.engine.sequence import (
     Choice,
     Failure,
@@ -22,11 +21,11 @@ from luthier.inference.engine.sequence import (
     Sequence,
     SequenceEvent,
 )
+from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.runner import Runner
-from luthier.inference.verification import prepare
 from luthier.methods import method_of_artifact
 from luthier.modeling.logits import Logits
-from luthier.modeling.packed_adapter import PackedAdapter, lay_out
+from luthier.modeling.protocols import AdapterInfo, AdapterSource
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
 from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_greedy, method_logits
@@ -53,7 +52,8 @@ class Model:
     """What answers, and where its artifact lies."""
 
     key: tuple[str, str]
-    adapter: PackedAdapter
+    adapter: AdapterInfo
+    source: AdapterSource
     folder: Path
 
 
@@ -63,27 +63,26 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
 
 
-def make_lane(base_folder: Path, *, max_cache_tokens: int = 2048) -> Lane:
+def make_executor(
+    base_folder: Path, models: list[Model] | None = None, *, max_cache_tokens: int = 2048
+) -> BatchExecutor:
     limits = {"max_rows": 8, "max_cache_tokens": max_cache_tokens}
-    return pack(load_plain(base_folder), base_folder, [5, 6, 7], **limits).lane
+    executor = pack(load_plain(base_folder), base_folder, [5, 6, 7], **limits).executor
+    for model in models or ():
+        assert executor.runner.add_adapter(model.source) == model.adapter
+    return executor
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> list[Model]:
-    folder, plain, lane = (
-        tmp_path_factory.mktemp("artifacts"),
-        load_plain(base_folder),
-        make_lane(base_folder),
-    )
-    weights = {name: module.weight for name, module in plain.named_modules() if hasattr(module, "weight")}
+    folder, executor = tmp_path_factory.mktemp("artifacts"), make_executor(base_folder)
     found = []
     for seed, tuning in enumerate(TUNINGS):
         artifact = build_method_artifact(folder / tuning["type"], base_folder, tuning, seed=seed)
         parts = method_of_artifact(artifact.folder).read_parts(artifact.folder, read_shape(base_folder))
-        assert parts is not None
-        adapter = lay_out(parts, lane.model, weights.__getitem__)
-        prepare(lane, adapter)
-        found.append(Model((BASE_ID, artifact.digest), adapter, artifact.folder))
+        source = AdapterSource(artifact.folder, parts)
+        adapter = executor.runner.add_adapter(source)
+        found.append(Model((BASE_ID, artifact.digest), adapter, source, artifact.folder))
     return found
 
 
@@ -113,25 +112,25 @@ def check_scores(event: SequenceEvent, prompt: list[int], logits_TV: torch.Tenso
 def test_a_lane_scores_prompts_among_rows_that_answer_and_changes_none_of_them(
     base_folder: Path, models: list[Model], max_cache_tokens: int
 ) -> None:
-    lane = make_lane(base_folder, max_cache_tokens=max_cache_tokens)
+    executor = make_executor(base_folder, models, max_cache_tokens=max_cache_tokens)
     answered, scored = [], []
     for model in models:
         for prompt in PROMPTS:
             # The same prompt first without scores, so that there are pages to share.
             plain, events = ask(model, prompt, NUM_TOKENS, None)
             answered.append((model, prompt, NUM_TOKENS, events))
-            lane.add(plain)
-            lane.step()
+            executor.scheduler.add(plain)
+            executor.step()
             for max_tokens, num_top in ((0, 0), (NUM_TOKENS, 3)):
                 sequence, events = ask(model, prompt, max_tokens, num_top)
                 scored.append((model, prompt, num_top, events))
                 answered.append((model, prompt, max_tokens, events))
-                lane.add(sequence)
-                lane.step()
-    while lane.has_work:
-        lane.step()
-    assert lane._pool.num_free == lane._pool.num_pages
-    assert (lane.measures.num_preempted > 0) == (max_cache_tokens == 240)
+                executor.scheduler.add(sequence)
+                executor.step()
+    while executor.scheduler.has_work:
+        executor.step()
+    assert executor.scheduler.pool.num_free == executor.scheduler.pool.num_blocks
+    assert (executor.measures.num_preempted > 0) == (max_cache_tokens == 240)
     for model, prompt, num_top, events in scored:
         check_scores(events[0], prompt, method_logits(base_folder, model.folder, prompt), num_top)
     greedy_of = {
@@ -151,22 +150,22 @@ def test_a_lane_scores_prompts_among_rows_that_answer_and_changes_none_of_them(
 def test_a_prompt_whose_logits_are_not_finite_fails_alone(
     base_folder: Path, models: list[Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lane = make_lane(base_folder)
+    executor = make_executor(base_folder, models)
     bad, bad_events = ask(models[0], PROMPTS[1], 4, 1)
     good, good_events = ask(models[1], PROMPTS[1], 4, 1)
-    step = lane.model.step
+    step = executor.runner.model.step
 
     def poisoned(stretches: Any, **how: Any) -> Logits:
         logits: Logits = step(stretches, **how)
-        if stretches[0].adapter is models[0].adapter.described:
+        if stretches[0].adapter is executor.runner._adapters[models[0].adapter.adapter].described:
             logits.held_RV[1] = torch.nan
         return logits
 
-    monkeypatch.setattr(lane.model, "step", poisoned)
+    monkeypatch.setattr(executor.runner.model, "step", poisoned)
     for sequence in (bad, good):
-        lane.add(sequence)
+        executor.scheduler.add(sequence)
     for _ in range(20):
-        lane.step()
+        executor.step()
     assert [type(event) for event in bad_events] == [Failure]
     assert isinstance(good_events[0], PromptScored) and isinstance(good_events[-1], Finish)
 
