@@ -111,7 +111,11 @@ class PackedRunner:
 
     def _stretch(self, chunk: TokenChunk) -> Stretch:
         adapter = None if chunk.adapter is None else self._adapters[chunk.adapter]
-        if chunk.token_ids[0] < 0 and adapter is not None:
+        described = None if adapter is None else adapter.described
+        ids = chunk.token_ids
+        if len(ids) == 1 and ids[0] >= 0:
+            return Stretch(ids, chunk.first_position, chunk.block_table, described, chunk.logits_from == 0)
+        if ids[0] < 0 and adapter is not None:
             num_virtual = adapter.num_virtual_tokens - chunk.first_position
             if num_virtual >= len(chunk.token_ids):
                 raise ValueError("A chunk ends within an adapter's virtual tokens.")
@@ -131,7 +135,7 @@ class PackedRunner:
             chunk.token_ids,
             chunk.first_position,
             chunk.block_table,
-            None if adapter is None else adapter.described,
+            described,
             wants_logits=num_rows > 0,
             wants_all_logits=num_rows == count > 1 and not chunk.num_draft_tokens,
             num_first_logits=chunk.num_draft_tokens,

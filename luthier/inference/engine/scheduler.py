@@ -62,7 +62,8 @@ class RunningSequence:
 
     def next_chunk(self, count: int) -> TokenChunk:
         """Return its next tokens, virtual ones before them not counted."""
-        begin, first = self.num_done, max(self.num_done, self.num_virtual)
+        begin = self.num_done
+        first = begin if begin > self.num_virtual else self.num_virtual
         end = first + count
         if self.sequence.wants_prompt_scores:
             logits_from = first - begin
@@ -168,13 +169,15 @@ class Scheduler:
             self.running.append(RunningSequence(sequence, adapter, num_virtual, tokens, table, num_done))
 
     def _plan(self, candidates: list[RunningSequence]) -> Scheduled:
-        batch = []
+        batch, prompts = [], []
         for one in list(candidates):
-            if one.num_left == 1 and self._has_blocks(one):
+            if one.num_left > 1:
+                prompts.append(one)
+            elif self._has_blocks(one):
                 batch.append((one, one.next_chunk(1)))
         # One that was planned may have been preempted for one that came before it.
         batch = [(one, chunk) for one, chunk in batch if not one.has_left]
-        prompts = [one for one in candidates if one.num_left > 1 and not one.has_left]
+        prompts = [one for one in prompts if not one.has_left]
         if not prompts:
             return self._with_drafts(batch)
         return batch + self._plan_prompts(prompts, self.limits.max_logit_rows - len(batch))
@@ -254,7 +257,8 @@ class Scheduler:
     def advance(self, one: RunningSequence, num_tokens: int) -> None:
         """Note that keys and values of a sequence's next tokens are in its blocks."""
         one.num_done += num_tokens
-        self.pool.cache_full_blocks(one.table, one.tokens, one.num_done)
+        if one.num_done // self.limits.block_size > one.table.num_cached:
+            self.pool.cache_full_blocks(one.table, one.tokens, one.num_done)
 
     @contextmanager
     def temporary_blocks(self, *lengths: int) -> Iterator[list[list[int]]]:
