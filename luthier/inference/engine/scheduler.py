@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from luthier.core.errors import OutOfMemoryError
-from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
 from luthier.inference.engine.block_pool import BlockPool, BlockTable
 from luthier.inference.engine.fair_queue import FairQueue
+from luthier.inference.engine.ngram_proposer import NgramProposer, least_chance, room_for_drafts
 from luthier.inference.engine.sequence import Sequence
 from luthier.modeling.protocols import AdapterId, AdapterInfo, RunnerLimits, TokenChunk
 
@@ -40,7 +40,7 @@ class RunningSequence:
     last_batch: int = 0
     # Whether its blocks were freed.
     has_left: bool = False
-    _drafter: Drafter | None = None
+    _proposer: NgramProposer | None = None
 
     @property
     def num_left(self) -> int:
@@ -50,15 +50,15 @@ class RunningSequence:
     def add(self, token_id: int) -> None:
         """Append the next token of the answer."""
         self.tokens.append(token_id)
-        if self._drafter is not None:
-            self._drafter.add(token_id)
+        if self._proposer is not None:
+            self._proposer.add(token_id)
 
     @property
-    def drafter(self) -> Drafter:
+    def proposer(self) -> NgramProposer:
         """Proposes its next tokens; made when it is first asked for."""
-        if self._drafter is None:
-            self._drafter = Drafter(self.tokens)
-        return self._drafter
+        if self._proposer is None:
+            self._proposer = NgramProposer(self.tokens)
+        return self._proposer
 
     def next_chunk(self, count: int) -> TokenChunk:
         """Return its next tokens, virtual ones before them not counted."""
@@ -205,13 +205,13 @@ class Scheduler:
 
     def _with_drafts(self, batch: Scheduled) -> Scheduled:
         """Add tokens that are likely to come next, to be verified by the same step."""
-        has_room = self.limits.max_draft_tokens and room_for_guesses(len(batch))
+        has_room = self.limits.max_draft_tokens and room_for_drafts(len(batch))
         if not has_room or any(one.sequence.wants_prompt_scores for one, _ in batch):
             return batch
         drafts: dict[RunningSequence, list[int]] = {}
         num_rows = len(batch)
         # The best predicted sequence first.
-        for one, _ in sorted(batch, key=lambda pair: -pair[0].drafter.chance):
+        for one, _ in sorted(batch, key=lambda pair: -pair[0].proposer.chance):
             drafts[one] = self._propose(one, num_rows)
             num_rows += len(drafts[one])
         return [(one, with_drafts(chunk, drafts[one]) if drafts[one] else chunk) for one, chunk in batch]
@@ -220,11 +220,11 @@ class Scheduler:
         """Return a sequence's draft tokens for a batch that has so many rows already, and blocks for them."""
         sequence = one.sequence
         num_left = sequence.options.max_tokens - sequence.num_completion_tokens - 1
-        most = min(room_for_guesses(num_rows), num_left, self.limits.max_draft_tokens)
+        most = min(room_for_drafts(num_rows), num_left, self.limits.max_draft_tokens)
         # Drafts take no block that a sequence's next token may need.
         if most <= 0 or self.pool.num_free <= len(self.running):
             return []
-        found = one.drafter.guess(most, least_chance=lambda count: least_chance(num_rows + count))
+        found = one.proposer.propose(most, least_chance=lambda count: least_chance(num_rows + count))
         return found if self.pool.extend(one.table, len(one.tokens) + len(found)) else []
 
     def _has_blocks(self, one: RunningSequence) -> bool:

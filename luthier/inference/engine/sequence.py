@@ -136,7 +136,7 @@ class Sequence:
         stop_token_ids: tokens that end an answer and have no text.
         emit: takes each event; called on the engine's thread.
         num_virtual_tokens: tokens that these weights put before every prompt.
-        project_id: who asks, so that one project's many requests need not hold up another's.
+        project_id: for fairness between projects.
         grammar: what the text must be, None where it is free; this sequence's own.
     """
 
@@ -171,7 +171,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self._stops = StopMatcher(self.options.stop)
-        # Asked of every row at every step.
+        # Read at every step.
         self._has_penalties = self.options.has_penalties
         is_plain = self.options.is_plain and self.grammar is None
         self.is_plainly_greedy = is_plain and self.options.temperature == 0.0
@@ -179,7 +179,7 @@ class Sequence:
 
     @property
     def max_num_tokens(self) -> int:
-        """Virtual tokens and those of the prompt and the longest answer: what its row may come to hold."""
+        """Virtual tokens and those of the prompt and the longest answer."""
         return self.num_virtual_tokens + len(self.prompt_ids) + self.options.max_tokens
 
     @property
@@ -189,7 +189,7 @@ class Sequence:
 
     @property
     def wants_prompt_scores(self) -> bool:
-        """Whether the log-probabilities of the prompt's tokens are still to be told."""
+        """Whether the log-probabilities of the prompt's tokens are still missing."""
         return self.options.num_prompt_logprobs is not None and not self._is_prompt_scored
 
     def cancel(self) -> None:
@@ -203,10 +203,10 @@ class Sequence:
             self.emit(Failure(error))
 
     def take_prompt_choices(self, first: int, choices: list[Choice]) -> None:
-        """Take the scores of a stretch of the prompt; with the last one, emit all of them.
+        """Take the scores of a chunk of the prompt; with the last one, emit all of them.
 
         Args:
-            first: where the stretch begins; 0 begins anew, for a row that lost its place.
+            first: where the chunk begins; 0 begins anew, after a preemption.
             choices: of its tokens, in order.
         """
         if self.is_finished:

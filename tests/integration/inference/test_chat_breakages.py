@@ -17,7 +17,7 @@ from openai.types.responses import response_create_params
 from pydantic import BaseModel
 
 from luthier.core.errors import UnavailableError
-from luthier.inference.drafts import Drafter
+from luthier.inference.engine.ngram_proposer import NgramProposer
 from luthier.inference.engine.sequence import Sequence
 from tests.conftest import Api
 from tests.tools_base import TOOLS_BASE_ID
@@ -102,7 +102,7 @@ def test_27_a_stream_flushes_every_token_unbuffered_uncompressed_and_ends_with_d
 
     monkeypatch.setattr(Sequence, "accept", wait_at_fifth)
     # Tokens of one step leave together; here each is a step's only one.
-    monkeypatch.setattr(Drafter, "guess", lambda *_args, **_options: [])
+    monkeypatch.setattr(NgramProposer, "propose", lambda *_args, **_options: [])
     body = {
         "model": "tiny-llama",
         "messages": SKY,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from luthier.inference.bases import pack
-from luthier.inference.drafts import Drafter, least_chance, room_for_guesses
+from luthier.inference.engine.ngram_proposer import NgramProposer, least_chance, room_for_drafts
 from luthier.inference.engine.sequence import (
     Finish,
     ModelKey,
@@ -34,55 +34,55 @@ def always(_: int) -> float:
 
 
 def test_what_followed_the_same_tokens_before_is_guessed() -> None:
-    drafter = Drafter([1, 2, 3, 4, 5, 6, 1, 2, 3])
-    assert drafter.guess(3, least_chance=always) == [4, 5, 6]
-    assert drafter.guess(0, least_chance=always) == []
+    proposer = NgramProposer([1, 2, 3, 4, 5, 6, 1, 2, 3])
+    assert proposer.propose(3, least_chance=always) == [4, 5, 6]
+    assert proposer.propose(0, least_chance=always) == []
 
 
 def test_the_longest_tokens_that_came_before_decide_and_of_equals_the_last() -> None:
-    assert Drafter([1, 2, 3, 7, 0, 2, 3, 8, 1, 2, 3]).guess(1, least_chance=always) == [7]
-    assert Drafter([2, 3, 7, 0, 2, 3, 8, 1, 2, 3]).guess(1, least_chance=always) == [8]
+    assert NgramProposer([1, 2, 3, 7, 0, 2, 3, 8, 1, 2, 3]).propose(1, least_chance=always) == [7]
+    assert NgramProposer([2, 3, 7, 0, 2, 3, 8, 1, 2, 3]).propose(1, least_chance=always) == [8]
 
 
 def test_what_repeats_at_once_is_guessed_round_and_round() -> None:
-    assert Drafter([9, 1, 2, 3, 1, 2, 3]).guess(7, least_chance=always) == [1, 2, 3, 1, 2, 3, 1]
-    assert Drafter([4, 4, 4]).guess(3, least_chance=always) == [4, 4, 4]
+    assert NgramProposer([9, 1, 2, 3, 1, 2, 3]).propose(7, least_chance=always) == [1, 2, 3, 1, 2, 3, 1]
+    assert NgramProposer([4, 4, 4]).propose(3, least_chance=always) == [4, 4, 4]
 
 
 @pytest.mark.parametrize("tokens", [[], [1], [1, 2], [1, 2, 3, 4], [1, 2, 3, 2]])
 def test_nothing_is_guessed_from_nothing(tokens: list[int]) -> None:
-    assert Drafter(tokens).guess(9, least_chance=always) == []
+    assert NgramProposer(tokens).propose(9, least_chance=always) == []
 
 
 def test_a_token_that_has_no_meaning_is_never_guessed() -> None:
-    drafter = Drafter([5, 6, -1, -2, 5, 6])
-    assert drafter.guess(9, least_chance=always) == []
-    assert Drafter([5, 6, 7, -1, 5, 6]).guess(9, least_chance=always) == [7]
+    proposer = NgramProposer([5, 6, -1, -2, 5, 6])
+    assert proposer.propose(9, least_chance=always) == []
+    assert NgramProposer([5, 6, 7, -1, 5, 6]).propose(9, least_chance=always) == [7]
 
 
 def test_guesses_that_were_right_let_more_be_guessed_and_wrong_ones_fewer() -> None:
-    drafter = Drafter([1, 2, 3, 1, 2])
-    before = len(drafter.guess(9, least_chance=lambda _: 0.4))
+    proposer = NgramProposer([1, 2, 3, 1, 2])
+    before = len(proposer.propose(9, least_chance=lambda _: 0.4))
     for token in (3, 1, 2, 3, 1, 2):
-        drafter.add(token)
-    after = len(drafter.guess(9, least_chance=lambda _: 0.4))
+        proposer.add(token)
+    after = len(proposer.propose(9, least_chance=lambda _: 0.4))
     assert before < after
     for other in (70, 71, 72):
         # It comes back to where a token is expected, and another one comes.
         for token in (other, 1, 2):
-            drafter.add(token)
-    assert len(drafter.guess(9, least_chance=lambda _: 0.4)) < after
+            proposer.add(token)
+    assert len(proposer.propose(9, least_chance=lambda _: 0.4)) < after
 
 
 def test_a_guess_must_be_the_likelier_the_more_rows_there_are() -> None:
     chances = [least_chance(count) for count in range(1, 17)]
     # The second row alone is dearer: it takes what is made for one.
     assert chances[1:] == sorted(chances[1:]) and chances[0] > chances[1] > 0.1 and chances[-1] > 0.6
-    drafter = Drafter([1, 2, 3, 1, 2])
-    drafter.chance = 0.5
-    assert drafter.guess(9, least_chance=lambda count: (0.5, 0.3, 0.1)[count]) == [3]
-    assert drafter.guess(9, least_chance=lambda count: (0.5, 0.25, 0.13)[count]) == [3, 1]
-    assert [room_for_guesses(count) for count in (1, 15, 16, 40)] == [15, 1, 0, 0]
+    proposer = NgramProposer([1, 2, 3, 1, 2])
+    proposer.chance = 0.5
+    assert proposer.propose(9, least_chance=lambda count: (0.5, 0.3, 0.1)[count]) == [3]
+    assert proposer.propose(9, least_chance=lambda count: (0.5, 0.25, 0.13)[count]) == [3, 1]
+    assert [room_for_drafts(count) for count in (1, 15, 16, 40)] == [15, 1, 0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_a_grammar_decides_after_guesses_too(base_folder: Path, monkeypatch: pyt
             assert self.allows(token_id)
             self.last = token_id
 
-    def same(_: Drafter, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
+    def same(_: NgramProposer, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
         return [row.tokens[-2] for row in executor.scheduler.running][:1] * min(most, 3)
 
     told = []
@@ -226,7 +226,7 @@ def test_a_grammar_decides_after_guesses_too(base_folder: Path, monkeypatch: pyt
         sequence.emit, sequence.grammar = events.append, Alternating()
         sequence.is_plainly_greedy = False
         if max_draft_tokens:
-            monkeypatch.setattr(Drafter, "guess", same)
+            monkeypatch.setattr(NgramProposer, "propose", same)
         executor.scheduler.add(sequence)
         run_dry(executor)
         told.append(text_of(events))
@@ -237,12 +237,12 @@ def test_a_grammar_decides_after_guesses_too(base_folder: Path, monkeypatch: pyt
 def test_wrong_guesses_are_in_no_page_that_is_shared(
     base_folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(_: Drafter, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
+    def wrong(_: NgramProposer, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
         return [1] * min(most, 5)
 
     executor = make_executor(base_folder, max_draft_tokens=7)
     with monkeypatch.context() as patch:
-        patch.setattr(Drafter, "guess", wrong)
+        patch.setattr(NgramProposer, "propose", wrong)
         sequence, events = ask(plain(NUM_TOKENS))
         executor.scheduler.add(sequence)
         run_dry(executor)
@@ -262,10 +262,10 @@ def test_wrong_guesses_are_in_no_page_that_is_shared(
 def test_guesses_take_no_page_that_another_row_needs(
     base_folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(drafter: Drafter, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
-        return [1] * min(most, 7) if len(drafter._tokens) < len(PROMPT) + 6 else []
+    def wrong(proposer: NgramProposer, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
+        return [1] * min(most, 7) if len(proposer._tokens) < len(PROMPT) + 6 else []
 
-    monkeypatch.setattr(Drafter, "guess", wrong)
+    monkeypatch.setattr(NgramProposer, "propose", wrong)
     # Of three pages each has one. Who is ahead needs the last past 16 tokens; the other would guess into it.
     executor = make_executor(base_folder, max_draft_tokens=7, max_cache_tokens=32)
     (ahead, events), (behind, _) = ask(plain(14)), ask(plain(NUM_TOKENS))
@@ -334,7 +334,7 @@ def test_guesses_go_to_the_answers_that_are_guessed_best(base_folder: Path) -> N
     executor.step()
     repeated = [[1, 2, 3] * 4, [4, 5, 6] * 4, [7, 8, 9] * 4, [10, 11, 12] * 4]
     for row, tokens, chance in zip(executor.scheduler.running, repeated, (0.3, 0.99, 0.98, 0.3), strict=True):
-        row._drafter = Drafter(tokens)
-        row.drafter.chance = chance
+        row._proposer = NgramProposer(tokens)
+        row.proposer.chance = chance
     counts = [chunk.num_draft_tokens for _, chunk in executor.scheduler.schedule()]
     assert counts == [0, 7, 5, 0]
