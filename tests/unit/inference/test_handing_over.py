@@ -26,7 +26,7 @@ def sequence(prompt_ids: list[int]) -> Sequence:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_lane_hands_over_right_before_the_kernels_of_every_step(
+def test_events_are_handed_over_right_before_the_kernels_of_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     base = load_plain(build_tiny_base(tmp_path / BASE_ID)).to(dtype)

@@ -96,7 +96,7 @@ def test_one_long_answer_can_always_be_given() -> None:
     assert process.lend(50) == 0
 
 
-def test_what_is_missing_is_taken_of_one_lane_after_the_other() -> None:
+def test_what_is_missing_is_taken_of_one_runner_after_the_other() -> None:
     first, second = FakeMemory(used=0, unused=10, cold=0), FakeMemory(used=0, unused=50, cold=0)
     assert Process(first, second, max_bytes=125).fit() == 0
     assert (first.unused, second.unused) == (0, 25)

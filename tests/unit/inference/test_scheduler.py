@@ -200,7 +200,7 @@ def test_300_random_mixes_answer_token_by_token_as_each_method_does_alone(
     )
 
 
-def test_a_row_whose_client_leaves_gives_its_pages_back_before_the_next_step(
+def test_a_cancelled_sequence_frees_its_blocks_before_the_next_step(
     base_folder: Path, models: list[Model]
 ) -> None:
     executor = make_executor(base_folder, models)
@@ -215,7 +215,7 @@ def test_a_row_whose_client_leaves_gives_its_pages_back_before_the_next_step(
     assert staying.token_ids == staying.expected
 
 
-def test_a_long_prompt_runs_in_stretches_while_others_answer_and_short_ones_go_before_it(
+def test_a_long_prompt_runs_in_chunks_while_others_answer_and_short_ones_go_before_it(
     base_folder: Path, models: list[Model]
 ) -> None:
     executor = make_executor(base_folder, models)
@@ -249,7 +249,7 @@ def test_a_long_prompt_runs_in_stretches_while_others_answer_and_short_ones_go_b
         ),
     ],
 )
-def test_a_prompt_is_run_at_once_or_in_stretches_and_its_rest_at_once(
+def test_a_prompt_is_run_at_once_or_in_chunks_and_its_rest_at_once(
     base_folder: Path, models: list[Model], num_tokens: int, stretches: list[int]
 ) -> None:
     executor, seen = make_executor(base_folder, models), []
@@ -277,7 +277,7 @@ def test_a_long_prompt_is_not_passed_over_for_ever(base_folder: Path, models: li
     assert long.sequence.num_completion_tokens > 0
 
 
-def test_a_projects_crowd_does_not_keep_another_projects_request_from_a_row(
+def test_a_projects_crowd_does_not_keep_another_projects_request_waiting(
     base_folder: Path, models: list[Model]
 ) -> None:
     executor = make_executor(base_folder, models, max_rows=2)
@@ -290,7 +290,7 @@ def test_a_projects_crowd_does_not_keep_another_projects_request_from_a_row(
     run_dry(executor)
 
 
-def test_a_row_that_fails_in_a_step_fails_alone(
+def test_a_sequence_that_fails_in_a_step_fails_alone(
     base_folder: Path, models: list[Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = make_executor(base_folder, models)
@@ -312,7 +312,7 @@ def test_a_row_that_fails_in_a_step_fails_alone(
     assert isinstance(bad.events[-1], Failure)
 
 
-def test_a_row_whose_logits_are_not_finite_fails_alone(base_folder: Path, models: list[Model]) -> None:
+def test_a_sequence_whose_logits_are_not_finite_fails_alone(base_folder: Path, models: list[Model]) -> None:
     executor = make_executor(base_folder, models)
     bad, good = ask(models[1], 1), ask(models[2], 1)
     for asked in (bad, good):
@@ -325,7 +325,7 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(base_folder: Path, models
     assert isinstance(bad.events[-1], Failure)
 
 
-def test_an_answer_larger_than_all_pages_fails_with_the_setting_and_the_lane_goes_on(
+def test_an_answer_larger_than_all_blocks_fails_with_the_setting_and_others_continue(
     base_folder: Path, models: list[Model]
 ) -> None:
     executor = make_executor(base_folder, models, max_cache_tokens=64)
@@ -339,9 +339,7 @@ def test_an_answer_larger_than_all_pages_fails_with_the_setting_and_the_lane_goe
     assert small.token_ids == small.expected
 
 
-def test_what_was_asked_is_given_back_whole_when_the_lane_is_emptied(
-    base_folder: Path, models: list[Model]
-) -> None:
+def test_draining_returns_all_sequences_and_frees_all_blocks(base_folder: Path, models: list[Model]) -> None:
     executor = make_executor(base_folder, models, max_rows=1)
     asked = [ask(models[0], 1), ask(models[1], 1)]
     for one in asked:
@@ -362,7 +360,7 @@ def test_the_farther_a_long_prompt_has_come_the_fewer_of_its_tokens_run_at_once(
     assert all(count == 16 or count * 100 * place <= 1 << 16 for place, count in enumerate(counts))
 
 
-def test_verification_takes_pages_from_running_answers_which_stay_what_they_were(
+def test_verification_takes_blocks_from_running_answers_which_stay_what_they_were(
     base_folder: Path, models: list[Model]
 ) -> None:
     # The longest prompt, its answer and virtual tokens take nearly all of the pages.

@@ -109,7 +109,7 @@ def check_scores(event: SequenceEvent, prompt: list[int], logits_TV: torch.Tenso
 
 
 @pytest.mark.parametrize("max_cache_tokens", [2048, 240])
-def test_a_lane_scores_prompts_among_rows_that_answer_and_changes_none_of_them(
+def test_prompts_are_scored_among_answers_and_change_none_of_them(
     base_folder: Path, models: list[Model], max_cache_tokens: int
 ) -> None:
     executor = make_executor(base_folder, models, max_cache_tokens=max_cache_tokens)
