@@ -28,6 +28,7 @@ _TOO_FULL = {
     "luthier/core": 26,
     "luthier/data": 28,
     "luthier/inference": 59,
+    "luthier/modeling": 16,
     "luthier/modeling/kernels": 39,
     "luthier/training": 39,
     "services": 35,
