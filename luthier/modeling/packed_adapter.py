@@ -60,7 +60,7 @@ class PackedAdapter:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Tokens that lie before every sequence."""
+        """Tokens before every sequence."""
         virtual = self.keys_NLHC if self.embeddings_ND is None else self.embeddings_ND
         return 0 if virtual is None else len(virtual)
 

@@ -12,7 +12,7 @@ from luthier.modeling.kernels.serving import CompiledOps
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
 from luthier.modeling.packed_llama import PackedLlama
-from luthier.modeling.packed_work import Stretch
+from luthier.modeling.packed_work import Stretch as PackedChunk
 from luthier.modeling.protocols import (
     AdapterId,
     AdapterInfo,
@@ -29,7 +29,7 @@ _MAX_PREFILL_TOKENS = 256
 
 @dataclass(frozen=True, eq=False)
 class _PreparedSource(AdapterSource):
-    """One that is laid out for this runner's kernels."""
+    """One that is prepared for this runner's kernels."""
 
     packed: PackedAdapter
 
@@ -97,7 +97,7 @@ class PackedRunner:
         blocks = list(range(first_block, first_block + -(-len(vectors_ND) // PAGE_SIZE)))
         for first in range(0, len(vectors_ND), _MAX_PREFILL_TOKENS):
             part_ND = vectors_ND[first : first + _MAX_PREFILL_TOKENS]
-            self.model.step([Stretch(part_ND, first, blocks, wants_logits=False)])
+            self.model.step([PackedChunk(part_ND, first, blocks, wants_logits=False)])
         packed.take_key_values(*self.model.pages.read(blocks, len(vectors_ND)))
         self.discard_blocks(blocks)
 
@@ -107,14 +107,16 @@ class PackedRunner:
 
     def execute(self, batch: ScheduledBatch, on_launch: Callable[[], None] | None = None) -> Logits:
         """Run a batch; the logits may be overwritten by the next one."""
-        return self.model.step([self._stretch(one) for one in batch.chunks], on_launch=on_launch)
+        return self.model.step([self._pack_chunk(one) for one in batch.chunks], on_launch=on_launch)
 
-    def _stretch(self, chunk: TokenChunk) -> Stretch:
+    def _pack_chunk(self, chunk: TokenChunk) -> PackedChunk:
         adapter = None if chunk.adapter is None else self._adapters[chunk.adapter]
         described = None if adapter is None else adapter.described
         ids = chunk.token_ids
         if len(ids) == 1 and ids[0] >= 0:
-            return Stretch(ids, chunk.first_position, chunk.block_table, described, chunk.logits_from == 0)
+            return PackedChunk(
+                ids, chunk.first_position, chunk.block_table, described, chunk.logits_from == 0
+            )
         if ids[0] < 0 and adapter is not None:
             num_virtual = adapter.num_virtual_tokens - chunk.first_position
             if num_virtual >= len(chunk.token_ids):
@@ -131,7 +133,7 @@ class PackedRunner:
             raise ValueError(
                 "Logits are wanted of all tokens of a chunk, of the last, of drafts, or of none."
             )
-        return Stretch(
+        return PackedChunk(
             chunk.token_ids,
             chunk.first_position,
             chunk.block_table,
@@ -148,7 +150,7 @@ class PackedRunner:
             self.model.pages.discard(blocks)
 
     def set_num_threads(self, count: int) -> None:
-        """Run on so many threads from now on."""
+        """Set the number of threads."""
         use_threads(count)
 
     def close(self) -> None:

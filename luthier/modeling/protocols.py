@@ -42,7 +42,7 @@ class RunnerLimits:
         short_prompt_tokens: of a prompt, or of the rest of one, that run as one chunk.
         long_chunk_tokens: of a chunk of a longer prompt, for whose end the other sequences wait.
         max_chunk_pairs: of a token and one that it attends to, in such a chunk; it has 16 tokens at least.
-        max_draft_tokens: guessed tokens that one sequence may verify in a batch; 0: no speculation.
+        max_draft_tokens: draft tokens that one sequence may verify in a batch; 0: no speculation.
         allocates_at_once: whether all blocks have memory from the start; unused ones then give none back.
     """
 
@@ -73,7 +73,7 @@ class TokenChunk:
         block_table: the sequence's blocks from position 0 on, up to that of the chunk's last token at least.
         adapter: None for the bare weights.
         logits_from: the place in `token_ids` from which on logits are wanted; its length for none.
-        num_draft_tokens: of the last tokens, those that are only guessed.
+        num_draft_tokens: of the last tokens, those that are drafts.
     """
 
     token_ids: Sequence[int]
@@ -173,7 +173,7 @@ class ModelRunner(Protocol):
         """Give the memory of unused blocks back, where they are not allocated at once."""
 
     def set_num_threads(self, count: int) -> None:
-        """Run on so many threads from now on; nothing on CUDA."""
+        """Set the number of threads; nothing on CUDA."""
 
     def close(self) -> None:
         """Free the weights and all adapters."""

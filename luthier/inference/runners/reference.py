@@ -194,7 +194,7 @@ class ReferenceRunner:
             discard(part_PHSC[None], blocks)
 
     def set_num_threads(self, count: int) -> None:
-        """Run on so many threads from now on."""
+        """Set the number of threads."""
         torch.set_num_threads(count)
 
     def close(self) -> None:
