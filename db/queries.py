@@ -6,11 +6,21 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, ScalarSelect, Select, delete, select, text, tuple_
 from sqlalchemy.orm import Session
 
-from db.alias_tables import Alias, AliasVersion
-from db.permission_tables import CheckpointPermission
-from db.tables import ApiKey, Checkpoint, File, IdempotencyKey, Job, JobEvent, Model, UsageEvent
-from db.upload_tables import Upload
-from db.webhook_tables import WebhookEndpoint
+from db.tables import (
+    Alias,
+    AliasVersion,
+    ApiKey,
+    Checkpoint,
+    CheckpointPermission,
+    File,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    Model,
+    Upload,
+    UsageEvent,
+    WebhookEndpoint,
+)
 from luthier.core.errors import InvalidValueError
 
 OwnedRow = TypeVar(

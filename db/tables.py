@@ -3,8 +3,19 @@
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, DateTime, ForeignKey, Index, MetaData, Text, UniqueConstraint, func, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Index,
+    MetaData,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 NAMING = {
@@ -366,3 +377,183 @@ class UsageEvent(Owned, Table):
     input_tokens: Mapped[int | None]
     input_cached_tokens: Mapped[int | None]
     output_tokens: Mapped[int | None]
+
+
+class Alias(Owned, Table):
+    """A name that points to a model: to one of `models`, or to a base.
+
+    What it points to is one row, so that whoever reads it sees the old target or the new one.
+    """
+
+    __tablename__ = "aliases"
+    __table_args__ = (
+        Index(
+            "uq_aliases_name", "project_id", "name", unique=True, postgresql_where=text("deleted_at IS NULL")
+        ),
+        Index(
+            "ix_aliases_page", "project_id", "created_at", "id", postgresql_where=text("deleted_at IS NULL")
+        ),
+        Index("ix_aliases_model_id", "model_id", postgresql_where=text("deleted_at IS NULL")),
+        CheckConstraint("num_nonnulls(model_id, base_id) = 1", name="ck_aliases_target"),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
+    base_id: Mapped[str | None]
+    # The number of the version that says the same.
+    version: Mapped[int]
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class AliasVersion(Owned, Table):
+    """One target that an alias was pointed to, by whom and when; append-only, `number` gap-free from 1.
+
+    `digest` is that of the target's weights at the time; `restored_number` the version that a rollback took
+    the target from, which is itself no rollback.
+    """
+
+    __tablename__ = "alias_versions"
+    __table_args__ = (
+        UniqueConstraint("alias_id", "number"),
+        CheckConstraint("num_nonnulls(model_id, base_id) = 1", name="ck_alias_versions_target"),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    alias_id: Mapped[str] = mapped_column(ForeignKey("aliases.id"))
+    number: Mapped[int]
+    model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
+    base_id: Mapped[str | None]
+    digest: Mapped[str]
+    restored_number: Mapped[int | None]
+
+
+class CheckpointPermission(Owned, Table):
+    """The right of another project to call a model; `project_id` is the owner's, as everywhere."""
+
+    __tablename__ = "checkpoint_permissions"
+    __table_args__ = (
+        Index(
+            "uq_checkpoint_permissions_grantee",
+            "model_id",
+            "grantee_project_id",
+            unique=True,
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+        Index(
+            "ix_checkpoint_permissions_grantee",
+            "grantee_project_id",
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    grantee_project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+
+
+class WebhookEndpoint(Owned, Table):
+    """A client's receiver. Its secrets are sealed (luthier.core.sealing), empty once there is none."""
+
+    __tablename__ = "webhook_endpoints"
+    __table_args__ = (
+        Index(
+            "ix_webhook_endpoints_page",
+            "project_id",
+            "created_at",
+            "id",
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    url: Mapped[str]
+    event_types: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    secret: Mapped[str]
+    # The end of it, which is shown.
+    secret_hint: Mapped[str] = mapped_column(server_default="")
+    # The one before, which signs too until its time is over.
+    old_secret: Mapped[str | None]
+    old_secret_expires_at: Mapped[datetime | None]
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class WebhookDelivery(Owned, Table):
+    """One event for one endpoint, written in the transaction in which the job ended.
+
+    `next_try_at` is also the lease: who claims a delivery moves it on and counts the try, and its answer is
+    written only while `num_tries` is still that of its claim.
+    """
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index("ix_webhook_deliveries_due", "next_try_at", postgresql_where=text("finished_at IS NULL")),
+        Index(
+            "ix_webhook_deliveries_finished",
+            "finished_at",
+            postgresql_where=text("finished_at IS NOT NULL"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"), index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    event_id: Mapped[str]
+    event_type: Mapped[str]
+    num_tries: Mapped[int] = mapped_column(server_default="0")
+    next_try_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+    # "delivered", "given_up", "endpoint_deleted".
+    outcome: Mapped[str | None]
+    last_status_code: Mapped[int | None]
+    # Our own words, never the receiver's.
+    last_error: Mapped[str | None]
+
+
+class Upload(Owned, Table):
+    """A file that is sent in parts. Its parts, and the file's own bytes, lie under one prefix in storage.
+
+    `status` is `pending`, `completed`, `cancelled` or `expired`; the last is written when somebody looks.
+    """
+
+    __tablename__ = "uploads"
+    __table_args__ = (
+        Index("ix_uploads_untidied", "status", "ended_at", postgresql_where=text("tidied_at IS NULL")),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    mime_type: Mapped[str]
+    # What the client said that all parts together hold.
+    num_bytes: Mapped[int]
+    # When the file expires, in seconds after it is made; None: never.
+    file_expires_after_seconds: Mapped[int | None]
+    status: Mapped[str]
+    expires_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    # Until then its parts are being read by a complete that began in time.
+    busy_until: Mapped[datetime | None]
+    # What the complete that made the file named, so that the same one sent again is known.
+    part_ids: Mapped[list[Any] | None] = mapped_column(JSONB(none_as_null=True))
+    md5: Mapped[str | None]
+    file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    # When the bytes of its parts were deleted from storage.
+    tidied_at: Mapped[datetime | None]
+
+
+class UploadPart(Owned, Table):
+    """A piece of an upload, durable under `storage_key`; its place is said when the upload is completed."""
+
+    __tablename__ = "upload_parts"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), index=True)
+    num_bytes: Mapped[int]
+    storage_key: Mapped[str]
+
+
+class MemoryGrant(Table):
+    """What an attempt has of training's part of a device; it lapses unless it is renewed with its lease."""
+
+    __tablename__ = "memory_grants"
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    lease_epoch: Mapped[int] = mapped_column(primary_key=True)
+    hostname: Mapped[str]
+    device: Mapped[str]
+    num_bytes: Mapped[int]
+    expires_at: Mapped[datetime]

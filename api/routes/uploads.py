@@ -16,8 +16,7 @@ from api.schemas.uploads import (
 from api.uploads.object_writer import discard_rest
 from api.uploads.part_upload import assemble, receive_part
 from api.uploads.upload_records import drop_stored, record_stored
-from db.tables import File
-from db.upload_tables import UploadPart
+from db.tables import File, UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
 from luthier.data.readers.upload_check import open_check, row_limits

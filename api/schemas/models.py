@@ -4,8 +4,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from db.alias_tables import Alias
-from db.tables import Base, Model
+from db.tables import Alias, Base, Model
 from luthier.storage.manifests import Manifest
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from db.permission_tables import CheckpointPermission
+from db.tables import CheckpointPermission
 
 
 class CreatePermissionsBody(BaseModel):

@@ -8,8 +8,7 @@ from typing_extensions import TypedDict
 from api.schemas.files import FileObject, file_object
 from api.uploads.content_disposition import clean_filename
 from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS
-from db.tables import File
-from db.upload_tables import Upload, UploadPart
+from db.tables import File, Upload, UploadPart
 from luthier.core.errors import InvalidValueError
 from luthier.core.purposes import check_input_purpose, check_mime_type
 from services.files.uploads import MAX_PARTS, NewUpload

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from db.webhook_tables import WebhookEndpoint
+from db.tables import WebhookEndpoint
 from luthier.webhooks.signing import shown_hint
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]

@@ -3,8 +3,6 @@
 from alembic import context
 from sqlalchemy import Connection, create_engine
 
-# Tables are known to the metadata once their module is imported.
-from db import alias_tables, memory_tables, permission_tables, upload_tables, webhook_tables  # noqa: F401
 from db.tables import Table
 from luthier.core.settings import Settings
 

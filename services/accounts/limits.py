@@ -10,8 +10,7 @@ from sqlalchemy import BigInteger, String, bindparam, func, select
 from sqlalchemy.orm import Session, aliased
 
 from db.queries import lock_key
-from db.tables import File, Job, Model
-from db.upload_tables import Upload
+from db.tables import File, Job, Model, Upload
 from luthier.core.errors import PinLimitError, TooLargeError, TooManyRequestsError
 from luthier.core.states import JobStatus
 from luthier.methods import discover

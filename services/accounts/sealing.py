@@ -5,7 +5,7 @@ from datetime import datetime
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from db.webhook_tables import WebhookEndpoint
+from db.tables import WebhookEndpoint
 from luthier.core.errors import SecretKeyError
 from luthier.core.sealing import Sealer
 from luthier.webhooks.signing import is_secret

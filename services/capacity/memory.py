@@ -13,9 +13,8 @@ from datetime import timedelta
 from sqlalchemy import ColumnElement, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from db.memory_tables import MemoryGrant
 from db.queries import lock_key
-from db.tables import Job
+from db.tables import Job, MemoryGrant
 from luthier.core.devices import Device, format_bytes
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.states import JobStatus

@@ -7,8 +7,7 @@ from datetime import timedelta
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from db.tables import File
-from db.upload_tables import Upload, UploadPart
+from db.tables import File, Upload, UploadPart
 from luthier.core.errors import InvalidValueError
 from services.accounts.auth import Scope
 from services.files import files, uploads

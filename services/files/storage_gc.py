@@ -7,8 +7,7 @@ from datetime import timedelta
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from db.tables import File, Job, Model
-from db.upload_tables import Upload, UploadPart
+from db.tables import File, Job, Model, Upload, UploadPart
 from luthier.core.states import TERMINAL_STATUSES
 from services.files import uploads
 from services.files.uploads import UploadStatus

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db.queries import find_owned
-from db.upload_tables import Upload, UploadPart
+from db.tables import Upload, UploadPart
 from luthier.core.errors import InvalidUploadStateError, InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
 from services.accounts.auth import Scope

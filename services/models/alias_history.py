@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from db.alias_tables import AliasVersion
 from db.queries import find_cursor
-from db.tables import Model
+from db.tables import AliasVersion, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, ModelNotAvailableError
 from services.accounts.auth import Scope

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from db.alias_tables import Alias, AliasVersion
 from db.queries import find_alias, find_cursor, lock_key, page
-from db.tables import Base, Model
+from db.tables import Alias, AliasVersion, Base, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, ModelNotAvailableError, NotFoundError
 from luthier.core.ids import new_id

@@ -7,9 +7,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, exists, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from db.alias_tables import Alias
 from db.queries import find_alias
-from db.tables import Base, Job, Model
+from db.tables import Alias, Base, Job, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import ModelInUseError, ModelNotAvailableError
 from luthier.core.specs import TrainingSpec, TunedModel

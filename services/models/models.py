@@ -7,10 +7,8 @@ from typing import Any
 from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from db.alias_tables import Alias
-from db.permission_tables import CheckpointPermission
 from db.queries import find_alias
-from db.tables import Base, Checkpoint, Job, Model
+from db.tables import Alias, Base, Checkpoint, CheckpointPermission, Job, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, PermissionDeniedError
 from luthier.core.ids import new_id, new_model_suffix

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, Select, Text, and_, bindparam, case, literal, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from db.alias_tables import Alias
-from db.permission_tables import CheckpointPermission
-from db.tables import Base, Model
+from db.tables import Alias, Base, CheckpointPermission, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError
 from services.accounts.auth import Scope

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from db.permission_tables import CheckpointPermission
 from db.queries import find_cursor, find_owned, page
-from db.tables import Model, Project
+from db.tables import CheckpointPermission, Model, Project
 from luthier.core.errors import InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
 from services.accounts.auth import Scope

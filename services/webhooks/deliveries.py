@@ -10,8 +10,7 @@ from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
 from db.queries import delete_some
-from db.tables import Job
-from db.webhook_tables import WebhookDelivery, WebhookEndpoint
+from db.tables import Job, WebhookDelivery, WebhookEndpoint
 from luthier.core.errors import InvalidValueError, SecretKeyError
 from luthier.core.ids import new_id
 from luthier.core.sealing import Sealer

@@ -9,7 +9,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from db.queries import find_cursor, find_owned, lock_key, page
-from db.webhook_tables import WebhookDelivery, WebhookEndpoint
+from db.tables import WebhookDelivery, WebhookEndpoint
 from luthier.core.errors import InvalidRequestError, InvalidValueError, NotFoundError, SecretKeyError
 from luthier.core.ids import new_id
 from luthier.core.sealing import Sealer

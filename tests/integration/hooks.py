@@ -3,7 +3,7 @@
 import openai
 from sqlalchemy import text
 
-from db.webhook_tables import WebhookDelivery
+from db.tables import WebhookDelivery
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext
 

@@ -10,8 +10,7 @@ import httpx2
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 from sqlalchemy import text
 
-from db.tables import Attempt, File, Job
-from db.webhook_tables import WebhookDelivery
+from db.tables import Attempt, File, Job, WebhookDelivery
 from luthier.core.states import TRANSITIONS, JobStatus
 from luthier.webhooks.events import EVENT_TYPES
 from services.accounts.auth import Scope

@@ -7,9 +7,8 @@ import openai
 import pytest
 from sqlalchemy import delete, select, update
 
-from db.memory_tables import MemoryGrant
 from db.session import Database
-from db.tables import Job, Worker
+from db.tables import Job, MemoryGrant, Worker
 from luthier.core.devices import Device
 from services.capacity import memory
 from services.jobs import leases

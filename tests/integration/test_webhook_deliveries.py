@@ -10,8 +10,7 @@ import openai
 import pytest
 from sqlalchemy import text
 
-from db.tables import Job
-from db.webhook_tables import WebhookDelivery
+from db.tables import Job, WebhookDelivery
 from luthier.core.errors import (
     InvalidTrainingFileError,
     UnavailableError,

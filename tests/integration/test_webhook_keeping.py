@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from db.migrate import alembic_config
 from db.session import Database
-from db.webhook_tables import WebhookDelivery
+from db.tables import WebhookDelivery
 from luthier.core.errors import SecretKeyError
 from luthier.core.sealing import Sealer, new_secret_key
 from luthier.core.settings import Settings
