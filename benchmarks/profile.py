@@ -87,8 +87,8 @@ def profile_steps(folder: Path, *, by_shape: bool) -> dict[str, tuple[float, int
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from luthier.training import loop, step
-    from luthier.training.halving import MicroBatches
+    from luthier.training.loop import loop, step
+    from luthier.training.loop.gradient_accumulation import MicroBatches
     from luthier.training.run import run
     from luthier.training.signals import StopRequest
 

@@ -51,7 +51,7 @@ class Workload:
 
     def computed_tokens_of_steps(self) -> list[int]:
         """Return the tokens that our fast path runs in every step in one part: what rows share once."""
-        from luthier.training.batches import collate, make_plan
+        from luthier.training.model.batches import collate, make_plan
 
         plan = make_plan(self.rows.lengths, batch_size=self.batch_size, num_epochs=1, seed=self.seed)
         batches = [collate(self.rows, rows, 0) for rows in plan.steps]
@@ -129,7 +129,7 @@ def make_workload(
     Returns:
         The workload.
     """
-    from luthier.training.batches import make_plan
+    from luthier.training.model.batches import make_plan
 
     plan = make_plan(rows.lengths, batch_size=batch_size, num_epochs=1, seed=seed)
     ordered = rows.select(np.concatenate(plan.steps).tolist())
@@ -180,7 +180,7 @@ def find_base(base_id: str | None = None) -> tuple[BaseFacts, Path]:
 
 def learning_rates(spec: TrainingSpec, num_steps: int) -> list[float]:
     """Return the rate of every step of our run, for the peer to follow."""
-    from luthier.training.optimizer import learning_rate_at
+    from luthier.training.model.optimizer import learning_rate_at
 
     peak = spec.training.learning_rate
     assert peak is not None, "a resolved spec has a rate"
@@ -204,7 +204,7 @@ def write_start(workload: Workload, spec: TrainingSpec, folder: Path) -> Path | 
     """
     from luthier.methods.base import Start
     from luthier.modeling.load import load_base
-    from luthier.training.device import choose_machine
+    from luthier.training.model.device import choose_machine
 
     method, params = parse_tuning(spec.tuning)
     if method.name not in ("lora", "prefix", "prompt"):

@@ -27,10 +27,10 @@ from luthier.methods import (
     parse_tuning,
 )
 from luthier.modeling.load import load_base
-from luthier.training.batches import Batch, collate
-from luthier.training.optimizer import build_optimizer
-from luthier.training.step import StepScores, apply_gradients, compute_gradients
-from luthier.training.trainee import Trainee
+from luthier.training.loop.step import StepScores, apply_gradients, compute_gradients
+from luthier.training.model.batches import Batch, collate
+from luthier.training.model.optimizer import build_optimizer
+from luthier.training.model.training_model import Trainee
 from tests.tiny import build_tiny_rows
 from tests.tiny_shapes import SHAPES, facts_of
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from unittest import mock
 
 from luthier.core.events import FailedEvent, FinishedEvent, TrainingEvent, parse_event
-from luthier.training import assemble as assemble_module
-from luthier.training import general_text as general_text_module
+from luthier.training import build as assemble_module
 from luthier.training import run as run_module
 from luthier.training.emit import EventWriter
-from luthier.training.general_text import general_passages
+from luthier.training.loop import general_text as general_text_module
+from luthier.training.loop.general_text import general_passages
 from luthier.training.run import run
 from luthier.training.signals import StopRequest
 

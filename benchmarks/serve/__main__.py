@@ -29,7 +29,7 @@ from luthier.data.rendering.tokenizer import Tokenizer
 RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
 # Where tries go that are too short to be shown.
 TRY_RESULTS = ROOT / ".work" / "bench-serve.json"
-_TEXT = ROOT / "luthier" / "training" / "general_text.txt"
+_TEXT = ROOT / "luthier" / "training" / "loop" / "general_text.txt"
 _OTHER_ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     churn.NAME: churn.measure_churn,
     publish.NAME: publish.measure_publish,

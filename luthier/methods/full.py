@@ -2,7 +2,7 @@
 
 The result is a whole model in the type that it was trained in, which transformers loads by itself. The
 base's files are never touched; the base in memory becomes the result. Training in bf16 keeps float32
-masters beside the weights (luthier.training.trainee), for an update is often smaller than a bf16 rounding.
+masters beside the weights (luthier.training.model), for an update is often smaller than a bf16 rounding.
 """
 
 import json

@@ -229,7 +229,7 @@ def fuse(method: Method, attached: Attached, adapter: str = "default") -> FusedL
     if not is_known_base(attached.causal_lm, adapter):
         return None
     fused = FusedLlama(method, attached, adapter)
-    # An output layer of its own gets its gradient from the loss (luthier/training/loss.py).
+    # An output layer of its own gets its gradient from the loss (luthier/training/model/loss.py).
     head = attached.causal_lm.get_output_embeddings()
     reached = {id(parameter) for parameter in [*fused.parameters, head.weight]}
     trained = [parameter for _, parameter in attached.named_trained_parameters()]

@@ -58,7 +58,7 @@ def main() -> int:
         _import_all()
     gc.enable()
     if arguments.forks:
-        from luthier.training.forks import fork_runs
+        from luthier.training.fork_server import fork_runs
 
         def logged_run(folder: Path, events: int, stop: StopRequest) -> bool:
             _log_into(folder)

@@ -9,8 +9,8 @@ from luthier.core.specs import RunInputs, TrainingOptions, TrainingSpec
 from luthier.data.prepare.preference_pairs import make_pair_plan
 from luthier.data.prepare.prepared_rows import PreparedRows, read_prepared
 from luthier.storage.manifests import file_sha256
-from luthier.training.artifact import Origin
-from luthier.training.batches import Plan, count_supervised, make_plan, row_lengths
+from luthier.training.model.batches import Plan, count_supervised, make_plan, row_lengths
+from luthier.training.output.artifact import Origin
 
 SPEC_NAME = "spec.json"
 INPUTS_NAME = "inputs.json"

@@ -8,11 +8,11 @@ from safetensors import SafetensorError
 
 from luthier.core.errors import LuthierError, OutOfMemoryError, StorageFullError
 from luthier.core.events import FailedEvent, FinishedEvent, StoppedEvent
-from luthier.training.assemble import assemble
+from luthier.training.build import assemble
 from luthier.training.emit import EventWriter
 from luthier.training.job import read_inputs, read_job
-from luthier.training.loop import RESULT_NAME, Loop
-from luthier.training.memory import is_out_of_memory, out_of_memory
+from luthier.training.loop.loop import RESULT_NAME, Loop
+from luthier.training.model.memory import is_out_of_memory, out_of_memory
 from luthier.training.signals import StopRequest
 from luthier.training.stopping import StoppedError
 

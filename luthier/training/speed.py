@@ -5,7 +5,7 @@ import time
 import torch
 
 from luthier.core.cost_model import NUMBER_BYTES, DeviceSpeed
-from luthier.training.device import choose_machine
+from luthier.training.model.device import choose_machine
 
 # A micro-batch of rows and a linear layer of a small base, which a processor's caches do not hold.
 _TOKENS, _INPUTS, _OUTPUTS = 512, 1024, 2048

@@ -18,8 +18,8 @@ from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import read_shape
 from luthier.methods import Attached, check_tuning, discover, parse_tuning
 from luthier.modeling.load import load_base
-from luthier.training.loss import gather_supervised
-from luthier.training.trainee import Trainee
+from luthier.training.model.loss import gather_supervised
+from luthier.training.model.training_model import Trainee
 from tests.tiny import VOCAB_SIZE
 from tests.tiny_methods import Bench, Case, batch, everything
 

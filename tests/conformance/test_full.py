@@ -17,12 +17,12 @@ from luthier.methods import Attached, Start, check_tuning
 from luthier.methods.full import METHOD, FullParams
 from luthier.modeling.load import load_base
 from luthier.storage.manifests import verify_folder
-from luthier.training import loss as loss_module
-from luthier.training.batches import Batch, collate
-from luthier.training.optimizer import build_optimizer
-from luthier.training.selfcheck import check_artifact
-from luthier.training.step import StepScores, apply_gradients, compute_gradients
-from luthier.training.trainee import Trainee
+from luthier.training.loop.step import StepScores, apply_gradients, compute_gradients
+from luthier.training.model import loss as loss_module
+from luthier.training.model.batches import Batch, collate
+from luthier.training.model.optimizer import build_optimizer
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.verification import check_artifact
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows
 from tests.tiny_shapes import SHAPES, build_shape
 
@@ -243,7 +243,7 @@ def test_the_head_gets_its_gradient_without_all_logits_where_it_is_a_plain_produ
 ) -> None:
     monkeypatch.setattr(loss_module, "full_logits_loss", None)
     trainee = make(base)
-    monkeypatch.setattr("luthier.training.trainee.full_logits_loss", None)
+    monkeypatch.setattr("luthier.training.model.training_model.full_logits_loss", None)
     assert train(trainee, 1)
 
 

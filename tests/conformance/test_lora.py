@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luthier.core.errors import InvalidValueError, SelfCheckError
-from luthier.training.selfcheck import check_artifact
+from luthier.training.output.verification import check_artifact
 from tests.tiny_methods import LLAMA, Bench, Case, batch, train
 
 LORA = Case(LLAMA, {"type": "lora"})

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier.methods import Attached
-from luthier.training.optimizer import build_optimizer
+from luthier.training.model.optimizer import build_optimizer
 from tests.tiny_methods import CASES, METHODS, Bench, Case, batch, everything, step
 
 Parameters = dict[str, torch.Tensor]

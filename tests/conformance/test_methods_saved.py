@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from luthier.methods import discover, method_of_artifact
-from luthier.training.selfcheck import check_artifact
+from luthier.training.output.verification import check_artifact
 from tests.tiny_methods import CASES, LLAMA, METHODS, VARIANTS, Bench, Case, batch
 
 LOADED_BY_A_LIBRARY = [case for case in CASES if discover()[case.tuning["type"]].library_name is not None]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from luthier.training.optimizer import build_optimizer
-from luthier.training.step import compute_gradients
-from luthier.training.trainee import Trainee
+from luthier.training.loop.step import compute_gradients
+from luthier.training.model.optimizer import build_optimizer
+from luthier.training.model.training_model import Trainee
 from tests.tiny_methods import (
     CASES,
     DEFAULTS,

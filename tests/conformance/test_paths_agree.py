@@ -8,11 +8,11 @@ import torch
 from luthier.core.canary import MOST_ROUNDING
 from luthier.core.errors import SelfCheckError
 from luthier.methods import Attached
-from luthier.training import agreement
-from luthier.training.agreement import ComputesInFloat32, agrees, is_as_exact
-from luthier.training.batches import Batch
-from luthier.training.canary import record_canary
-from luthier.training.trainee import Trainee
+from luthier.training.model import agreement
+from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact
+from luthier.training.model.batches import Batch
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.canary import record_canary
 from tests.tiny_methods import CASES, LLAMA, VARIANTS, Bench, Case, batch, everything, train
 
 LORA = Case(LLAMA, {"type": "lora"})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from luthier.methods import Attached, Method
-from luthier.training.samples import MAX_NEW_TOKENS, generate
+from luthier.training.loop.sample_answers import MAX_NEW_TOKENS, generate
 from luthier.training.stopping import StoppedError
 from tests.tiny_methods import DEFAULTS, LLAMA, Bench, Case
 from tests.tiny_shapes import NUM_POSITIONS

@@ -10,8 +10,8 @@ import pytest
 from luthier.core.events import CheckpointEvent, TrainingEvent
 from luthier.core.specs import RunInputs
 from luthier.storage.manifests import verify_folder
-from luthier.training import evaluate as evaluate_module
-from luthier.training.evaluate import Scores
+from luthier.training.loop import evaluation as evaluate_module
+from luthier.training.loop.evaluation import Scores
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import failed, finished, run_here, run_killed_everywhere
 

@@ -9,9 +9,9 @@ import torch
 
 from luthier.core.events import MessageEvent, TrainingEvent
 from luthier.methods import discover
-from luthier.training.batches import Batch
-from luthier.training.loss import Loss
-from luthier.training.trainee import Trainee
+from luthier.training.model.batches import Batch
+from luthier.training.model.loss import Loss
+from luthier.training.model.training_model import Trainee
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import failed, finished, run_here
 

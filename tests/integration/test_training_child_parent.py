@@ -11,7 +11,7 @@ from luthier.core.reports import RunReport
 from luthier.core.specs import TrainingSpec
 from luthier.methods import discover
 from luthier.storage.manifests import read_manifest, seal_folder
-from luthier.training import parent as parent_module
+from luthier.training.model import continuation as parent_module
 from tests.tiny import Parent, build_tiny_base, build_tiny_run
 from tests.training_runs import failed, finished, run_here, run_killed_everywhere
 
@@ -221,7 +221,7 @@ def test_weights_that_mean_something_else_are_seen_by_their_logits(
 def test_a_run_that_learns_nothing_beyond_its_parent_fails(
     base: Path, tmp_path: Path, trained: dict[str, Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("luthier.training.loop.apply_gradients", lambda *_, **__: None)
+    monkeypatch.setattr("luthier.training.loop.loop.apply_gradients", lambda *_, **__: None)
     event = failed(run_here(go_on(tmp_path / "run", base, trained["lora"])))
     assert event.code == "self_check_failed"
     assert "started from" in event.message

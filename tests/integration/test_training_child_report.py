@@ -21,10 +21,10 @@ from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, Method, Start, discover, parse_tuning
 from luthier.modeling.load import load_base
-from luthier.training import halving as halving_module
-from luthier.training.batches import make_plan
-from luthier.training.general_text import general_passages, general_rows
-from luthier.training.step import StepScores
+from luthier.training.loop import gradient_accumulation as halving_module
+from luthier.training.loop.general_text import general_passages, general_rows
+from luthier.training.loop.step import StepScores
+from luthier.training.model.batches import make_plan
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import failed, finished, run_here
 

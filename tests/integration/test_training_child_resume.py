@@ -13,10 +13,10 @@ import pytest
 from luthier.core.events import StartedEvent, StoppedEvent, TrainingEvent
 from luthier.methods import discover
 from luthier.storage.manifests import verify_folder
-from luthier.training import assemble as assemble_module
-from luthier.training.halving import MicroBatches
-from luthier.training.loop import Loop
-from luthier.training.savepoints import SavePoints
+from luthier.training import build as assemble_module
+from luthier.training.loop.gradient_accumulation import MicroBatches
+from luthier.training.loop.loop import Loop
+from luthier.training.output.resume_state import SavePoints
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import finished, run_here, run_killed_everywhere
 

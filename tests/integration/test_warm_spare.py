@@ -80,11 +80,11 @@ def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> No
 def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_itself(tmp_path: Path) -> None:
     code = (
         "import os, pathlib\n"
-        "from luthier.training import forks\n"
+        "from luthier.training import fork_server\n"
         "from luthier.training.signals import StopRequest\n"
-        "forks.NVIDIA_DRIVER = pathlib.Path('/')\n"
+        "fork_server.NVIDIA_DRIVER = pathlib.Path('/')\n"
         "run = lambda folder, events, stop: os.write(events, f'{folder} {os.getpid()}'.encode()) < 0\n"
-        "raise SystemExit(forks.fork_runs(run, StopRequest()))\n"
+        "raise SystemExit(fork_server.fork_runs(run, StopRequest()))\n"
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     answers, their_answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

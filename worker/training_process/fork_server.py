@@ -1,4 +1,4 @@
-"""A spare: a process that has done the imports of training and forks one for each run (training/forks.py).
+"""A spare: a process that has done the imports of training and forks one a run (training/fork_server.py).
 
 It holds no job and touches no device. It may be gone at any time: then a run starts a process of its own.
 """

@@ -24,7 +24,7 @@ from luthier.core.specs import TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.storage.manifests import Manifest
 from luthier.storage.store import Storage
-from luthier.training.choosing import judge
+from luthier.training.loop.early_stopping import judge
 from services.files import files
 from services.files.files import StoredFile
 from services.jobs import checkpoints, events, leases, reports

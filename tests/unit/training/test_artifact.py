@@ -11,8 +11,8 @@ import yaml
 from luthier.core.events import Metrics
 from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
 from luthier.methods import discover
-from luthier.training.artifact import Origin, TrainingLog, _card, _code
-from luthier.training.trainee import Trainee
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.artifact import Origin, TrainingLog, _card, _code
 
 
 def test_a_log_goes_on_from_its_save_point_and_forgets_steps_that_will_be_done_again(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from luthier.core.reports import Evaluation
 from luthier.core.specs import TrainingOptions
-from luthier.training.choosing import Verdict, judge
+from luthier.training.loop.early_stopping import Verdict, judge
 
 
 def evaluations(losses: list[float | None], forgetting: list[float | None] | None = None) -> list[Evaluation]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from luthier.core.errors import UnsuitableMachineError
-from luthier.training import device as device_module
-from luthier.training.device import choose_machine
+from luthier.training.model import device as device_module
+from luthier.training.model.device import choose_machine
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from luthier.core.specs import BaseFacts
 from luthier.data.prepare.preference_pairs import rows_of_pairs
 from luthier.methods import Attached, Start, Workload, check_tuning, parse_tuning
 from luthier.modeling.load import load_base
-from luthier.training.batches import collate
-from luthier.training.dpo import PairBatch, compute_pair_gradients, pair_loss, reference_log_likelihoods
-from luthier.training.trainee import Trainee
-from luthier.training.untuned import Untuned
+from luthier.training.model.batches import collate
+from luthier.training.model.dpo import PairBatch, compute_pair_gradients, pair_loss, reference_log_likelihoods
+from luthier.training.model.training_model import Trainee
+from luthier.training.model.untuned import Untuned
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_pairs
 
 ROWS = build_tiny_pairs(6)

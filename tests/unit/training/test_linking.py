@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from luthier.storage.manifests import seal_folder, verify_folder
-from luthier.training.linking import link_folder, pack_folder, unpack_folder
+from luthier.training.output.hardlink import link_folder, pack_folder, unpack_folder
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_full_disk_is_called_by_its_name(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr("luthier.training.linking.shutil.copyfile", refuse)
+    monkeypatch.setattr("luthier.training.output.hardlink.shutil.copyfile", refuse)
     with pytest.raises(OSError, match="No space left") as raised:
         link_folder(sealed, tmp_path / "second")
     assert raised.value.errno == errno.ENOSPC

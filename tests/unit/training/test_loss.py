@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from luthier.training import loss as loss_module
-from luthier.training.batches import Batch, collate
-from luthier.training.loss import full_logits_loss, gather_supervised, head_loss
+from luthier.training.model import loss as loss_module
+from luthier.training.model.batches import Batch, collate
+from luthier.training.model.loss import full_logits_loss, gather_supervised, head_loss
 from tests.tiny import build_tiny_rows
 
 

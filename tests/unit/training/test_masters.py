@@ -7,8 +7,8 @@ import torch
 
 from luthier.methods import Attached
 from luthier.modeling.load import iterate_weights, load_base
-from luthier.training.masters import start_masters
-from luthier.training.split_adamw import SplitAdamW
+from luthier.training.model.master_weights import start_masters
+from luthier.training.model.split_adamw import SplitAdamW
 from tests.tiny import build_tiny_base
 
 

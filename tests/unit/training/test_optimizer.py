@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from luthier.training.optimizer import build_optimizer, learning_rate_at
-from luthier.training.split_adamw import SplitAdamW
+from luthier.training.model.optimizer import build_optimizer, learning_rate_at
+from luthier.training.model.split_adamw import SplitAdamW
 
 
 def rates(num_steps: int, warmup_ratio: float = 0.1) -> list[float]:

@@ -8,8 +8,8 @@ import pytest
 
 from luthier.core.errors import SelfCheckError
 from luthier.core.events import Metrics
-from luthier.training import publish
-from luthier.training.publish import Publisher
+from luthier.training.output import checkpoints as publish
+from luthier.training.output.checkpoints import Publisher
 
 
 class _Trainee:

@@ -3,8 +3,8 @@
 import pytest
 
 from luthier.core.reports import PhaseSeconds
-from luthier.training.progress import Progress
-from luthier.training.report import Ledger
+from luthier.training.loop.progress import Progress
+from luthier.training.loop.run_stats import Ledger
 
 
 class Clock:

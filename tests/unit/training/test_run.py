@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 
 from luthier.core.events import FailedEvent, StoppedEvent, TrainingEvent, parse_event
-from luthier.training import evaluate as evaluate_module
 from luthier.training import run as run_module
-from luthier.training.evaluate import evaluate
+from luthier.training.loop import evaluation as evaluate_module
+from luthier.training.loop.evaluation import evaluate
 from luthier.training.run import run
 from luthier.training.signals import StopRequest
 from luthier.training.stopping import StoppedError

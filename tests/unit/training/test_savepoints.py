@@ -12,13 +12,13 @@ from luthier.core.errors import ArtifactCorruptError
 from luthier.core.specs import BaseFacts
 from luthier.methods import Start, Workload, check_tuning, parse_tuning
 from luthier.modeling.load import load_base
-from luthier.training.batches import Batch, collate
-from luthier.training.optimizer import build_optimizer
-from luthier.training.progress import Progress
-from luthier.training.savepoints import SavePoints
-from luthier.training.split_adamw import SplitAdamW
-from luthier.training.step import apply_gradients, compute_gradients
-from luthier.training.trainee import Trainee
+from luthier.training.loop.progress import Progress
+from luthier.training.loop.step import apply_gradients, compute_gradients
+from luthier.training.model.batches import Batch, collate
+from luthier.training.model.optimizer import build_optimizer
+from luthier.training.model.split_adamw import SplitAdamW
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.resume_state import SavePoints
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows
 
 ROWS = build_tiny_rows(12)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from luthier.training import loss as loss_module
-from luthier.training.token_loss import _TokenLoss
+from luthier.training.model import loss as loss_module
+from luthier.training.model.token_loss import _TokenLoss
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,12 +11,12 @@ import torch
 from luthier.core.specs import BaseFacts
 from luthier.methods import Start, Workload, check_tuning, parse_tuning
 from luthier.modeling.load import load_base
-from luthier.training.batches import Batch, collate
-from luthier.training.optimizer import build_optimizer
-from luthier.training.selfcheck import bare_base, check_artifact
-from luthier.training.step import apply_gradients, compute_gradients
-from luthier.training.token_loss import row_log_likelihoods
-from luthier.training.trainee import Trainee
+from luthier.training.loop.step import apply_gradients, compute_gradients
+from luthier.training.model.batches import Batch, collate
+from luthier.training.model.optimizer import build_optimizer
+from luthier.training.model.token_loss import row_log_likelihoods
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.verification import bare_base, check_artifact
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows
 
 ROWS = build_tiny_rows(8)

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.core.errors import SelfCheckError
-from luthier.training.batches import Batch
-from luthier.training.trainee import Trainee
+from luthier.training.model.batches import Batch
+from luthier.training.model.training_model import Trainee
 
 # Reloaded weights are the same bytes, so only the order of sums could differ.
 _TOLERANCE = 1e-4

@@ -9,23 +9,23 @@ from luthier.core.errors import NonFiniteLossError, TooMuchForgettingError
 from luthier.core.events import EvaluatedEvent, Metrics, SavePointEvent, StepEvent
 from luthier.core.reports import Evaluation, RunReport
 from luthier.storage.manifests import Manifest
-from luthier.training.artifact import TrainingLog
-from luthier.training.batches import row_lengths
-from luthier.training.choosing import Verdict, judge
-from luthier.training.device import Machine, peak_memory_bytes
 from luthier.training.emit import EventWriter
-from luthier.training.evaluate import Examiner
-from luthier.training.halving import MicroBatches
 from luthier.training.job import Job
-from luthier.training.optimizer import learning_rate_at
-from luthier.training.progress import Pace, Progress
-from luthier.training.publish import Publisher
-from luthier.training.report import Ledger, build_report
-from luthier.training.savepoints import SavePoints
+from luthier.training.loop.early_stopping import Verdict, judge
+from luthier.training.loop.evaluation import Examiner
+from luthier.training.loop.gradient_accumulation import MicroBatches
+from luthier.training.loop.progress import Pace, Progress
+from luthier.training.loop.run_stats import Ledger, build_report
+from luthier.training.loop.step import apply_gradients
+from luthier.training.model.batches import row_lengths
+from luthier.training.model.device import Machine, peak_memory_bytes
+from luthier.training.model.optimizer import learning_rate_at
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.artifact import TrainingLog
+from luthier.training.output.checkpoints import Publisher
+from luthier.training.output.resume_state import SavePoints
 from luthier.training.signals import StopRequest
-from luthier.training.step import apply_gradients
 from luthier.training.stopping import StoppedError
-from luthier.training.trainee import Trainee
 
 SAVE_POINT_SECONDS = 30.0
 # A save point may cost a twentieth of the time at most, however large the model.

@@ -8,14 +8,14 @@ import torch
 from numpy.typing import NDArray
 
 from luthier.data.prepare.preference_pairs import split_pairs
-from luthier.training.batches import Batch, collate, count_supervised, row_lengths, split_micro
-from luthier.training.device import Machine
-from luthier.training.dpo import PairBatch, Preferences, compute_pair_gradients
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job
-from luthier.training.memory import is_out_of_memory, out_of_memory
-from luthier.training.step import StepScores, compute_gradients
-from luthier.training.trainee import Trainee
+from luthier.training.loop.step import StepScores, compute_gradients
+from luthier.training.model.batches import Batch, collate, count_supervised, row_lengths, split_micro
+from luthier.training.model.device import Machine
+from luthier.training.model.dpo import PairBatch, Preferences, compute_pair_gradients
+from luthier.training.model.memory import is_out_of_memory, out_of_memory
+from luthier.training.model.training_model import Trainee
 
 MAX_HALVINGS = 3
 

@@ -11,9 +11,9 @@ import torch
 
 from luthier.modeling.kernels import softmax_loss_
 from luthier.modeling.kernels.panel_products import products_with
-from luthier.training.batches import Batch
-from luthier.training.loss import chunks, gather_supervised
-from luthier.training.trainee import Trainee
+from luthier.training.model.batches import Batch
+from luthier.training.model.loss import chunks, gather_supervised
+from luthier.training.model.training_model import Trainee
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -19,27 +19,27 @@ from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, MethodParams, Start, parse_tuning
 from luthier.modeling.load import load_base
-from luthier.training.artifact import LOG_NAME, TrainingLog
-from luthier.training.batches import Batch, collate, row_lengths
-from luthier.training.device import Machine, choose_machine
-from luthier.training.dpo import Preferences, reference_log_likelihoods
 from luthier.training.emit import EventWriter
-from luthier.training.evaluate import Examiner
-from luthier.training.general_text import general_rows
-from luthier.training.halving import MicroBatches
 from luthier.training.job import Job
-from luthier.training.loop import Loop
-from luthier.training.masters import start_masters
-from luthier.training.optimizer import build_optimizer
-from luthier.training.parent import check_parent, ground_folder, prove_start, take_parents_weights
-from luthier.training.progress import Progress
-from luthier.training.publish import Publisher
-from luthier.training.report import Ledger
-from luthier.training.samples import SamplePrompts
-from luthier.training.savepoints import SavePoints
+from luthier.training.loop.evaluation import Examiner
+from luthier.training.loop.general_text import general_rows
+from luthier.training.loop.gradient_accumulation import MicroBatches
+from luthier.training.loop.loop import Loop
+from luthier.training.loop.progress import Progress
+from luthier.training.loop.run_stats import Ledger
+from luthier.training.loop.sample_answers import SamplePrompts
+from luthier.training.model.batches import Batch, collate, row_lengths
+from luthier.training.model.continuation import check_parent, ground_folder, prove_start, take_parents_weights
+from luthier.training.model.device import Machine, choose_machine
+from luthier.training.model.dpo import Preferences, reference_log_likelihoods
+from luthier.training.model.master_weights import start_masters
+from luthier.training.model.optimizer import build_optimizer
+from luthier.training.model.training_model import Trainee
+from luthier.training.model.untuned import Untuned
+from luthier.training.output.artifact import LOG_NAME, TrainingLog
+from luthier.training.output.checkpoints import Publisher
+from luthier.training.output.resume_state import SavePoints
 from luthier.training.signals import StopRequest
-from luthier.training.trainee import Trainee
-from luthier.training.untuned import Untuned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

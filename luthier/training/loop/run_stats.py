@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 
 from luthier.core.reports import PhaseSeconds, RunReport, StartedFrom
-from luthier.training.device import Machine, peak_memory_bytes
 from luthier.training.job import Job
-from luthier.training.progress import Progress
-from luthier.training.trainee import Trainee
+from luthier.training.loop.progress import Progress
+from luthier.training.model.device import Machine, peak_memory_bytes
+from luthier.training.model.training_model import Trainee
 
 Phase = Literal["load", "train", "evaluate", "save"]
 _PACKAGES = ("luthier", "torch", "transformers", "peft")

@@ -10,8 +10,8 @@ from luthier.core.devices import container_limits
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.shapes import read_shape
 from luthier.methods import parse_tuning
-from luthier.training.artifact import Origin
-from luthier.training.device import Machine
+from luthier.training.model.device import Machine
+from luthier.training.output.artifact import Origin
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from luthier.training.split_adamw import BETAS, EPSILON, SplitAdamW
+from luthier.training.model.split_adamw import BETAS, EPSILON, SplitAdamW
 
 
 def build_optimizer(

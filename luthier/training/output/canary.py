@@ -7,8 +7,8 @@ import torch
 
 from luthier.core.canary import MOST_ROUNDING, Canary
 from luthier.core.errors import SelfCheckError
-from luthier.training.agreement import ComputesInFloat32, relative_gap
-from luthier.training.trainee import Trainee
+from luthier.training.model.agreement import ComputesInFloat32, relative_gap
+from luthier.training.model.training_model import Trainee
 
 # A server computes them, and four more, before a model is ready.
 _NUM_TOKENS = 4

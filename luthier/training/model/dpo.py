@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows
-from luthier.training.batches import Batch, collate, row_lengths
-from luthier.training.step import StepScores, gradient_norm
+from luthier.training.loop.step import StepScores, gradient_norm
+from luthier.training.model.batches import Batch, collate, row_lengths
+from luthier.training.model.token_loss import row_log_likelihoods
+from luthier.training.model.training_model import Trainee
 from luthier.training.stopping import StoppedError
-from luthier.training.token_loss import row_log_likelihoods
-from luthier.training.trainee import Trainee
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.events import Metrics
 from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
 from luthier.storage.manifests import Manifest, seal_folder, verify_folder
-from luthier.training.trainee import Trainee
+from luthier.training.model.training_model import Trainee
 
 LOG_NAME = "training_log.jsonl"
 CARD_NAME = "README.md"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from luthier.training.batches import Batch
-from luthier.training.split_adamw import SplitAdamW
-from luthier.training.trainee import Trainee
+from luthier.training.model.batches import Batch
+from luthier.training.model.split_adamw import SplitAdamW
+from luthier.training.model.training_model import Trainee
 
 # What clipping adds to a norm before it divides by it, as torch does.
 _NORM_EPSILON = 1e-6

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.storage.manifests import seal_folder, verify_folder
-from luthier.training.linking import pack_folder
-from luthier.training.progress import Progress
-from luthier.training.trainee import Trainee
+from luthier.training.loop.progress import Progress
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.hardlink import pack_folder
 
 _NUM_KEPT = 2
 _WEIGHTS = "weights.safetensors"

@@ -6,7 +6,7 @@ import torch
 
 from luthier.methods import Attached
 from luthier.modeling.load import iterate_weights
-from luthier.training.split_adamw import SplitAdamW
+from luthier.training.model.split_adamw import SplitAdamW
 
 
 def start_masters(optimizer: torch.optim.Optimizer, attached: Attached, folder: Path) -> int:

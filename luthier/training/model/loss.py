@@ -13,7 +13,7 @@ import torch
 
 from luthier.modeling.kernels import softmax_loss_
 from luthier.modeling.kernels.panel_products import products_with
-from luthier.training.batches import Batch
+from luthier.training.model.batches import Batch
 
 # Logits held at a time, in numbers: 12 Mi of them are 48 MiB in float32. Products of fewer rows are slower.
 MAX_CHUNK_LOGITS = 12 * 1024 * 1024

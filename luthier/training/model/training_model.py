@@ -10,9 +10,9 @@ import torch
 from luthier.core.errors import SelfCheckError
 from luthier.methods import Attached, Method
 from luthier.modeling.fused_llama import FusedLlama, fuse
-from luthier.training.agreement import ComputesInFloat32, agrees, is_as_exact, is_low_precision
-from luthier.training.batches import Batch
-from luthier.training.loss import Loss, full_logits_loss, gather_supervised, head_loss
+from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact, is_low_precision
+from luthier.training.model.batches import Batch
+from luthier.training.model.loss import Loss, full_logits_loss, gather_supervised, head_loss
 
 # What configurations call a cap or a factor on logits: Gemma 2 and 3, Cohere, Granite.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")

@@ -12,11 +12,11 @@ from luthier.core.errors import NonFiniteLossError
 from luthier.core.reports import Evaluation
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows
-from luthier.training.batches import collate, row_lengths, split_micro
-from luthier.training.dpo import PairBatch, PairSums, Preferences, pair_loss
-from luthier.training.samples import SamplePrompts
+from luthier.training.loop.sample_answers import SamplePrompts
+from luthier.training.model.batches import collate, row_lengths, split_micro
+from luthier.training.model.dpo import PairBatch, PairSums, Preferences, pair_loss
+from luthier.training.model.training_model import Trainee
 from luthier.training.stopping import StoppedError
-from luthier.training.trainee import Trainee
 
 
 @dataclass(frozen=True)

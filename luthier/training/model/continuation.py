@@ -13,8 +13,8 @@ from luthier.core.specs import TunedModel
 from luthier.methods import Attached, Method, method_of_artifact
 from luthier.storage.manifests import verify_folder
 from luthier.training.job import Job
-from luthier.training.selfcheck import bare_base, logits_agree
-from luthier.training.trainee import Trainee
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.verification import bare_base, logits_agree
 
 
 def check_parent(job: Job) -> None:

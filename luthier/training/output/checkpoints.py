@@ -8,14 +8,14 @@ import torch
 from luthier.core.canary import Canary
 from luthier.core.events import CheckpointEvent, Metrics
 from luthier.storage.manifests import Manifest
-from luthier.training.artifact import take_over_artifact, write_artifact
-from luthier.training.batches import Batch
-from luthier.training.canary import record_canary
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job
-from luthier.training.linking import link_folder, unpack_folder
-from luthier.training.selfcheck import check_artifact
-from luthier.training.trainee import Trainee
+from luthier.training.model.batches import Batch
+from luthier.training.model.training_model import Trainee
+from luthier.training.output.artifact import take_over_artifact, write_artifact
+from luthier.training.output.canary import record_canary
+from luthier.training.output.hardlink import link_folder, unpack_folder
+from luthier.training.output.verification import check_artifact
 
 
 class Publisher:

@@ -1,0 +1,1 @@
+"""The steps of a run, with evaluations and what decides when it ends."""

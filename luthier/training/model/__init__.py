@@ -1,0 +1,1 @@
+"""What is trained: the model with its method, its batches, losses and optimizer."""
