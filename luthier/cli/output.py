@@ -1,7 +1,7 @@
-"""How commands print: tables for people, JSON for programs. A terminal sees users' text escaped only."""
+"""Output of commands: tables for people, JSON for programs. Control characters in users' text are escaped."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -37,11 +37,7 @@ def local_time(seconds: int | None) -> str:
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
-    """Print rows under titles, in columns that are never cut, so that ids can be copied.
-
-    Args:
-        empty: the sentence that is printed when there is no row.
-    """
+    """Print rows under titles, or `empty` when there are none. Columns are never cut: ids can be copied."""
     cells = [[printable(cell) for cell in row] for row in rows]
     if not cells:
         print(empty)
@@ -49,3 +45,22 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, empt
     widths = [max(len(row[i]) for row in [list(titles), *cells]) for i in range(len(titles))]
     for row in [list(titles), *cells]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_list(
+    items: Sequence[dict[str, Any]],
+    columns: Mapping[str, Callable[[dict[str, Any]], object]],
+    *,
+    empty: str,
+    as_json: bool,
+) -> None:
+    """Print a list of the service, as JSON or as a table of one row an item.
+
+    Args:
+        columns: the cell of an item, by the column's title.
+    """
+    if as_json:
+        print_json(items)
+        return
+    rows = [[cell(item) for cell in columns.values()] for item in items]
+    print_table(list(columns), rows, empty=empty)

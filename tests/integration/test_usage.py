@@ -1,6 +1,7 @@
 """Usage of inference: who used how many tokens of which model, and when."""
 
 import json
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -151,15 +152,20 @@ def test_the_sdk_and_the_command_line_read_it(api: Api, keys: list[Any]) -> None
     command = [sys.executable, "-m", "luthier.cli.main", "usage", "--days", "60"]
     options = ["--base-url", f"{api.base_url}/v1", "--api-key", api.key]
     table = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert [line.split()[1:] for line in table.splitlines()[1:]] == [
-        [keys[0]["project_id"], keys[0]["id"], "ft:tiny", "1", "7", "0", "3"],
-        [keys[0]["project_id"], keys[0]["id"], "tiny-llama", "3", "35", "5", "9"],
-        [keys[1]["project_id"], keys[1]["id"], "tiny-llama", "4", "40", "0", "4"],
+    owners = [[f"{key['project']} ({key['project_id']})", f"{key['name']} ({key['id']})"] for key in keys]
+    assert [re.split(r" {2,}", line)[1:] for line in table.splitlines()[1:]] == [
+        [*owners[0], "ft:tiny", "1", "7", "0", "3"],
+        [*owners[0], "tiny-llama", "3", "35", "5", "9"],
+        [*owners[1], "tiny-llama", "4", "40", "0", "4"],
     ]
-    told = subprocess.run(
+    printed = subprocess.run(
         [*command, *options, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert sum(len(bucket["results"]) for bucket in json.loads(told.stdout)) == 3
+    assert sum(len(bucket["results"]) for bucket in json.loads(printed.stdout)) == 3
+    # Only an admin key may read names.
+    options[-1] = keys[0]["key"]
+    table = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table.splitlines()[1].split()[1:3] == [keys[0]["project_id"], keys[0]["id"]]
 
 
 def test_each_request_is_a_line_of_the_access_log_without_text_of_users(

@@ -1,48 +1,45 @@
-"""`luthier bases`: the catalogue of base models and what of it is on this machine."""
+"""`luthier bases`: the catalogue of base models, and which of them are on this machine."""
 
 import time
+from typing import Annotated
 
-from luthier.cli.output import print_json, print_table, size
-from luthier.cli.settings import read_settings
+import typer
+
+from luthier.cli.options import Json
+from luthier.cli.output import print_list, size
+
+bases_app = typer.Typer(help="List and fetch base models.", no_args_is_help=True)
 
 
-def print_bases(*, as_json: bool) -> None:
-    """Print every base of the catalogue."""
+@bases_app.command("list")
+def list_bases(as_json: Json = False) -> None:
+    """List the base models of models.toml and whether each is fetched."""
     from luthier.bases.catalogue import find_base_facts, load_catalogue
+    from luthier.cli.settings import read_settings
 
     settings = read_settings()
     bases = []
     for entry in load_catalogue(settings.models_file).bases.values():
         facts = find_base_facts(settings.bases_dir, entry.id)
-        bases.append(
-            {
-                **entry.model_dump(exclude={"sha256"}),
-                "is_fetched": facts is not None,
-                "digest": facts.digest if facts else None,
-            }
-        )
-    if as_json:
-        print_json(bases)
-        return
-    rows = [
-        (
-            base["id"],
-            "yes" if base["is_fetched"] else "no",
-            base["context_length"],
-            size(round(base["memory_gib"] * 1024**3)),
-            base["licence"],
-            base["source"],
-        )
-        for base in bases
-    ]
-    titles = ("ID", "FETCHED", "CONTEXT", "MEMORY", "LICENCE", "SOURCE")
-    print_table(titles, rows, empty="models.toml lists no base.")
+        fetched = {"is_fetched": facts is not None, "digest": facts.digest if facts else None}
+        bases.append(entry.model_dump(exclude={"sha256"}) | fetched)
+    columns = {
+        "ID": lambda base: base["id"],
+        "FETCHED": lambda base: "yes" if base["is_fetched"] else "no",
+        "CONTEXT": lambda base: base["context_length"],
+        "MEMORY": lambda base: size(round(base["memory_gib"] * 1024**3)),
+        "LICENCE": lambda base: base["licence"],
+        "SOURCE": lambda base: base["source"],
+    }
+    print_list(bases, columns, empty="models.toml lists no base.", as_json=as_json)
 
 
-def fetch(base_id: str) -> None:
-    """Fetch one base, telling each stage with its seconds."""
+@bases_app.command("fetch")
+def fetch_base(base_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """Fetch a base model, and convert and seal it where that is needed."""
     from luthier.bases.catalogue import load_catalogue
     from luthier.bases.fetch import ensure_base
+    from luthier.cli.settings import read_settings
 
     started_at = time.monotonic()
     settings = read_settings()

@@ -3,20 +3,19 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+from luthier.cli.options import command_line
 from luthier.cli.output import local_time, printable
 from luthier.client import LuthierClient
 
 
-def follow(client: LuthierClient, job_id: str, *, as_json: bool) -> int:
-    """Print a job's events until it ends.
+def follow(client: LuthierClient, job_id: str, *, as_json: bool, home: Path | None = None) -> int:
+    """Print a job's events until it ends, and return the exit code: 0 when it succeeded, else 1.
 
     Args:
-        as_json: whether to print each event as a line of JSON.
-
-    Returns:
-        The exit code: 0 when the job succeeded, else 1.
+        home: the home that the user named, which the commands in the output then name too.
     """
     events = client.follow_events(job_id)
     if as_json:
@@ -29,7 +28,7 @@ def follow(client: LuthierClient, job_id: str, *, as_json: bool) -> int:
             print(event_line(event), flush=True)
     job = client.get_job(job_id)
     if not as_json:
-        print(outcome_line(job))
+        print(outcome_line(job, home))
     return 0 if job["status"] == "succeeded" else 1
 
 
@@ -59,11 +58,11 @@ def event_line(event: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def outcome_line(job: dict[str, Any]) -> str:
-    """Return how a job ended, and with what model or fault, as one line."""
+def outcome_line(job: dict[str, Any], home: Path | None = None) -> str:
+    """Return how a job ended, and its model or its error."""
     if job["status"] == "succeeded":
         name = printable(job.get("fine_tuned_model"))
-        return f"Succeeded: {name}\nTalk to it: luthier chat {name}"
+        return f"Succeeded: {name}\nTalk to it: {command_line(f'luthier chat {name}', home)}"
     error = job.get("error") or {}
     reason = (
         f" ({printable(error.get('code'))}): {printable(error.get('message'))}" if error.get("code") else ""

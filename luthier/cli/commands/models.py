@@ -1,12 +1,15 @@
-"""`luthier models`: what can be called, its files, what stays in memory, and what goes."""
+"""`luthier models`: list, download, pin and delete models."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli import options
-from luthier.cli.options import ApiKey, BaseUrl, Home, Json
+from luthier.cli.options import Json, client_command
+from luthier.cli.output import local_time, print_list, printable
+
+if TYPE_CHECKING:
+    from luthier.client import LuthierClient
 
 models_app = typer.Typer(help="List, download, pin and delete models.", no_args_is_help=True)
 
@@ -14,62 +17,56 @@ Name = Annotated[str, typer.Argument(help="The model's name.")]
 
 
 @models_app.command("list")
-def list_models(
-    home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None, as_json: Json = False
-) -> None:
+@client_command
+def list_models(client: "LuthierClient", as_json: Json = False) -> None:
     """List the models that can be called."""
-    from luthier.cli.output import local_time, print_json, print_table
-
-    with options.open_client(base_url, api_key, home) as client:
-        models = client.list_models()
-    if as_json:
-        print_json(models)
-        return
-    rows = [(model["id"], model["owned_by"], local_time(model["created"]), _note(model)) for model in models]
-    print_table(("NAME", "OWNER", "CREATED", "NOTE"), rows, empty="There are no models.")
+    columns = {
+        "NAME": lambda model: model["id"],
+        "OWNER": lambda model: model["owned_by"],
+        "CREATED": lambda model: local_time(model["created"]),
+        "NOTE": _note,
+    }
+    print_list(client.list_models(), columns, empty="There are no models.", as_json=as_json)
 
 
 @models_app.command("download")
+@client_command
 def download_model(
+    client: "LuthierClient",
     name: Name,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where its files go.")],
-    home: Home = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
 ) -> None:
-    """Download a tuned model's files, verified by sha256; a broken download goes on where it stopped."""
-    with options.open_client(base_url, api_key, home) as client:
-        for path in client.download_model(name, folder):
-            print(path)
+    """Download a tuned model's files, verified by sha256; an interrupted download is resumed."""
+    for path in client.download_model(name, folder):
+        print(path)
 
 
 @models_app.command("pin")
-def pin_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None) -> None:
+@client_command
+def pin_model(client: "LuthierClient", name: Name) -> None:
     """Let servers keep a tuned model in memory from its next request on."""
-    _pin(name, home, base_url, api_key, is_pinned=True)
+    model = client.pin_model(name)
+    print(f"{model['id']} stays in memory once it is there.")
 
 
 @models_app.command("unpin")
-def unpin_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None) -> None:
+@client_command
+def unpin_model(client: "LuthierClient", name: Name) -> None:
     """Let a tuned model leave the memory again when others need its room."""
-    _pin(name, home, base_url, api_key, is_pinned=False)
+    model = client.pin_model(name, is_pinned=False)
+    print(f"{model['id']} may leave the memory when it is idle.")
 
 
 @models_app.command("delete")
-def delete_model(name: Name, home: Home = None, base_url: BaseUrl = None, api_key: ApiKey = None) -> None:
-    """Delete a tuned model with its files; refused while an alias, a job or another model needs it."""
-    from luthier.cli.output import printable
-
-    with options.open_client(base_url, api_key, home) as client:
+@client_command
+def delete_models(
+    client: "LuthierClient",
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The models' names.")],
+) -> None:
+    """Delete tuned models with their files; refused while an alias, a job or another model needs one."""
+    for name in names:
         client.delete_model(name)
-    print(f"Deleted {printable(name)}")
-
-
-def _pin(name: str, home: Home, base_url: BaseUrl, api_key: ApiKey, *, is_pinned: bool) -> None:
-    with options.open_client(base_url, api_key, home) as client:
-        model = client.pin_model(name, is_pinned=is_pinned)
-    stays = "stays in memory once it is there" if model["pinned"] else "may leave the memory when it is idle"
-    print(f"{model['id']} {stays}.")
+        print(f"Deleted {printable(name)}")
 
 
 def _note(model: dict[str, Any]) -> str:

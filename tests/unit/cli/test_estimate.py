@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from luthier.cli.commands.estimate import print_estimate
-from luthier.cli.commands.job_request import job_body
+from luthier.cli.commands.jobs import job_body
+from luthier.cli.commands.reports import print_estimate
 from luthier.core.errors import InvalidValueError
 
 
@@ -33,21 +33,21 @@ def _estimate(**changes: Any) -> dict[str, Any]:
 
 def test_seconds_and_memory_are_printed_with_what_they_rest_on(capsys: pytest.CaptureFixture[str]) -> None:
     print_estimate(_estimate())
-    told = capsys.readouterr().out
-    assert "rows: 9000, 4000 of them counted; 8990 to train on" in told
-    assert "seconds: 3.5 (load 1.0, train 2.5); memory: 3.0 MiB" in told
-    assert 'hyperparameters: {"n_epochs": 3, "batch_size": 8, "learning_rate": 0.001}' in told
-    assert "by 1 finished job on cpu" in told
-    assert "warning: Too long." in told
-    assert "\x1b" not in told
+    printed = capsys.readouterr().out
+    assert "rows: 9000, 4000 of them counted; 8990 to train on" in printed
+    assert "seconds: 3.5 (load 1.0, train 2.5); memory: 3.0 MiB" in printed
+    assert 'hyperparameters: {"n_epochs": 3, "batch_size": 8, "learning_rate": 0.001}' in printed
+    assert "by 1 finished job on cpu" in printed
+    assert "warning: Too long." in printed
+    assert "\x1b" not in printed
 
 
 def test_without_a_measurement_the_reason_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     nothing = dict.fromkeys(("seconds", "peak_memory_bytes", "basis", "artifact_bytes"))
     print_estimate(_estimate(**nothing, reason="No worker has measured it.", warnings=[]))
-    told = capsys.readouterr().out
-    assert "not known. No worker has measured it." in told
-    assert "artifact: -" in told
+    printed = capsys.readouterr().out
+    assert "not known. No worker has measured it." in printed
+    assert "artifact: -" in printed
 
 
 def _body(**options: str) -> dict[str, Any]:

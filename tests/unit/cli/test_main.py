@@ -159,7 +159,7 @@ def test_a_jobs_verbs_are_posted_without_a_body_and_say_what_became_of_it(
 
 
 @pytest.mark.parametrize(
-    ("command", "method", "path", "body", "told"),
+    ("command", "method", "path", "body", "printed"),
     [
         (["put", "a/b", "m2"], "PUT", b"/v1/aliases/a%2Fb", {"model": "m2"}, "a/b is m2 now, version 2."),
         (["rollback", "a/b"], "POST", b"/v1/aliases/a%2Fb/rollback", {}, "a/b is m2 now, version 2."),
@@ -180,29 +180,42 @@ def test_an_alias_is_changed_as_asked(
     method: str,
     path: bytes,
     body: object,
-    told: str,
+    printed: str,
 ) -> None:
     requests = _serve(monkeypatch, {"name": "a/b", "model": "m2", "version": 2})
-    assert runner.invoke(app, ["aliases", *command]).output == told + "\n"
+    assert runner.invoke(app, ["aliases", *command]).output == printed + "\n"
     [request] = requests
     assert (request.method, request.url.raw_path) == (method, path)
     assert (json.loads(request.content) if request.content else None) == body
 
 
-def test_a_model_is_deleted_by_its_name(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = _serve(monkeypatch, {"id": "ft:a:p::1", "deleted": True})
-    assert runner.invoke(app, ["models", "delete", "ft:a:p::1"]).output == "Deleted ft:a:p::1\n"
-    [request] = requests
-    assert (request.method, request.url.raw_path) == ("DELETE", b"/v1/models/ft%3Aa%3Ap%3A%3A1")
+def test_models_are_deleted_by_their_names(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = _serve(monkeypatch, {"deleted": True})
+    printed = runner.invoke(app, ["models", "delete", "ft:a:p::1", "ft:a:p::2"]).output
+    assert printed == "Deleted ft:a:p::1\nDeleted ft:a:p::2\n"
+    assert [(request.method, request.url.raw_path) for request in requests] == [
+        ("DELETE", b"/v1/models/ft%3Aa%3Ap%3A%3A1"),
+        ("DELETE", b"/v1/models/ft%3Aa%3Ap%3A%3A2"),
+    ]
+
+
+def test_the_next_command_to_run_names_the_home_that_was_given(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = ["jobs", "create", "file-1", "--model", "m"]
+    for home in ([], ["--home", str(tmp_path)]):
+        _serve(monkeypatch, {"id": "ftjob-1", "model": "m"})
+        printed = runner.invoke(app, [*command, *home]).output
+        assert printed.endswith(f"Follow it: {' '.join(['luthier jobs follow ftjob-1', *home])}\n")
 
 
 @pytest.mark.parametrize("command", [["put", "a", "m"], ["rollback", "a"]])
-def test_a_target_that_no_server_could_load_is_told(
+def test_a_target_that_no_server_could_load_is_reported(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     _serve(monkeypatch, {"name": "a", "model": "m", "version": 2, "proved": False})
-    told = runner.invoke(app, ["aliases", *command]).output
-    assert told.startswith("a is m now, version 2.\nNo inference server has answered with it yet")
+    printed = runner.invoke(app, ["aliases", *command]).output
+    assert printed.startswith("a is m now, version 2.\nNo inference server has answered with it yet")
 
 
 @pytest.mark.parametrize("command", [["list"], ["history", "prod"]])

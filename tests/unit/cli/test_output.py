@@ -1,5 +1,7 @@
 """What reaches a terminal."""
 
+from pathlib import Path
+
 import pytest
 
 from luthier.cli.commands.follow import duration, event_line, outcome_line
@@ -42,7 +44,9 @@ def test_a_length_of_time_is_shown_as_on_a_clock(seconds: float, text: str) -> N
 
 
 def test_an_outcome_names_the_model_or_the_fault() -> None:
-    assert outcome_line({"status": "succeeded", "fine_tuned_model": "ft:a"}).startswith("Succeeded: ft:a\n")
+    succeeded = {"status": "succeeded", "fine_tuned_model": "ft:a"}
+    assert outcome_line(succeeded) == "Succeeded: ft:a\nTalk to it: luthier chat ft:a"
+    assert outcome_line(succeeded, Path("/my home")).endswith("luthier chat ft:a --home '/my home'")
     failed = {"status": "failed", "error": {"code": "out_of_memory", "message": "Too little memory."}}
     assert outcome_line(failed) == "Failed (out_of_memory): Too little memory."
     assert outcome_line({"status": "cancelled", "error": None}) == "Cancelled"

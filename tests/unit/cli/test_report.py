@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from luthier.cli.commands.report import print_report
+from luthier.cli.commands.reports import print_report
 
 _FILE = {
     "num_rows": 24,
@@ -51,10 +51,10 @@ def test_what_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == "The job's files are not prepared yet.\n"
     prepared = {"training": _FILE, "validation": None, "num_train_rows": 22, "num_validation_rows": 2}
     print_report(_report(prepare=prepared, run=None))
-    told = capsys.readouterr().out
-    assert "rows: 22 to train on, 2 to validate on" in told
-    assert "training file: 24 rows, 900 tokens, 300 supervised, 1 rows truncated, 2 dropped" in told
-    assert told.endswith("Training has not been scored yet.\n")
+    printed = capsys.readouterr().out
+    assert "rows: 22 to train on, 2 to validate on" in printed
+    assert "training file: 24 rows, 900 tokens, 300 supervised, 1 rows truncated, 2 dropped" in printed
+    assert printed.endswith("Training has not been scored yet.\n")
 
 
 def test_scores_are_a_table_and_answers_stand_below_escaped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
-"""`luthier jobs report`: what a job's files held, its scores step by step, what it cost."""
+"""The texts of `luthier jobs report` and `luthier jobs estimate`."""
 
+import json
 from typing import Any
 
 from luthier.cli.output import print_table, printable, size
@@ -8,7 +9,7 @@ _SCORES = ("valid_loss", "valid_mean_token_accuracy", "general_loss", "forgettin
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print a report as of GET …/jobs/{id}/report for a person; parts that aren't there yet are said so."""
+    """Print a job's report (GET …/jobs/{id}/report), and which parts of it do not exist yet."""
     prepare, run = report["prepare"], report["run"]
     if prepare is None:
         print("The job's files are not prepared yet.")
@@ -21,7 +22,7 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{file['num_supervised_tokens']} supervised, {file['num_truncated']} rows truncated, "
                 f"{file['num_dropped']} dropped"
             )
-    # A report of an older version has no such member.
+    # Reports of older versions have neither this nor `started_from`.
     if prepare.get("num_validation_rows") is not None:
         print(
             f"rows: {prepare['num_train_rows']} to train on, {prepare['num_validation_rows']} to validate on"
@@ -33,7 +34,6 @@ def print_report(report: dict[str, Any]) -> None:
         f"{printable(run['method'])}: {run['num_trained_parameters']} of {run['num_base_parameters']} "
         f"parameters trained, {printable(run['precision'])} on {printable(run['device'])}"
     )
-    # A report of an older version has no such member.
     if run.get("started_from"):
         print(f"started from: {printable(run['started_from']['name'])} ({run['started_from']['digest']})")
     print(f"steps: {run['steps_done']} of {run['steps_planned']}, result: {_cell(run['result_step'])}")
@@ -71,3 +71,32 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def print_estimate(found: dict[str, Any]) -> None:
+    """Print an estimate (POST …/jobs/estimate)."""
+    rows = found["rows"]
+    sampled = f", {rows['counted']} of them counted" if rows["is_sampled"] else ""
+    print(f"rows: {rows['total']}{sampled}; {rows['train']} to train on, {rows['validation']} to validate on")
+    print(
+        f"tokens: {found['tokens']} an epoch ({found['supervised_tokens']} supervised), "
+        f"{found['trained_tokens']} in {found['steps']} steps"
+    )
+    chosen = found["hyperparameters"] | {"learning_rate": found["training"]["learning_rate"]}
+    print(f"hyperparameters: {printable(json.dumps(chosen))}")
+    print(f"tuning: {printable(json.dumps(found['tuning']))}")
+    print(f"trained parameters: {found['num_trained_parameters']}, artifact: {size(found['artifact_bytes'])}")
+    seconds, basis = found["seconds"], found["basis"]
+    if seconds is None:
+        print(f"seconds and memory are not known. {printable(found['reason'])}")
+    else:
+        phases = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items() if name != "total")
+        print(f"seconds: {seconds['total']:.1f} ({phases}); memory: {size(found['peak_memory_bytes'])}")
+        jobs = basis["finished_jobs"]
+        grounds = f"{jobs} finished job{'s' * (jobs != 1)}" if jobs else "a measured product, no job yet"
+        print(
+            f"by {grounds} on {printable(basis['device'])} in {printable(basis['precision'])} with "
+            f"{basis['num_threads']} threads"
+        )
+    for warning in found["warnings"]:
+        print(f"warning: {printable(warning)}")
