@@ -13,10 +13,9 @@ import uvicorn
 from api.deps import Parts
 from api.main import create_app, make_parts
 from luthier.bases.catalogue import read_again
-from luthier.core.garbage import freeze_garbage
 from luthier.core.http_limits import limited_protocol, raise_open_file_limit
 from luthier.core.logs import configure_logs
-from luthier.core.process import hide_memory
+from luthier.core.runtime import freeze_garbage, hide_memory
 from luthier.core.settings import Settings
 
 _GRACEFUL_SECONDS = 5

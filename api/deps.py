@@ -19,10 +19,10 @@ from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import UnauthenticatedError, UnavailableError
-from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.inference.backends.base import Backend
 from luthier.storage.store import Storage
+from luthier.webhooks.sealing import Sealer
 from services.accounts import keys
 from services.accounts.auth import Scope
 from services.task_queue import Ring

@@ -21,8 +21,8 @@ from luthier.core.errors import (
     InvalidValueError,
     LuthierError,
     error_body,
+    field_error,
 )
-from luthier.core.field_errors import field_error
 
 _log = structlog.get_logger()
 _LOCATIONS = {"body", "query", "path", "header"}

@@ -6,7 +6,7 @@ from typing import Any, get_args
 from fastapi import Request
 from pydantic import BaseModel
 
-from luthier.core.field_errors import nearest_name
+from luthier.core.errors import nearest_name
 
 
 def nearest_field(request: Request, path: Sequence[str]) -> str | None:

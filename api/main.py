@@ -37,10 +37,10 @@ from api.streaming.event_hub import EventHub
 from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
-from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.inference.backends import open_all
 from luthier.storage.store import Storage
+from luthier.webhooks.sealing import Sealer
 from services.task_queue import Bell, make_celery
 
 # Beside the requests that hold a connection all along, those that take one for a moment in one thread.

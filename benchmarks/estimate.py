@@ -20,8 +20,7 @@ from benchmarks.preference_set import make_preferences
 from benchmarks.results_file import ROOT, ResultsFile, fingerprint_of
 from benchmarks.workload import find_base
 from luthier.core.cost_model import DeviceSpeed
-from luthier.core.events import FailedEvent, FinishedEvent, parse_event
-from luthier.core.reports import RunReport
+from luthier.core.events import FailedEvent, FinishedEvent, RunReport, parse_event
 from luthier.core.settings import Settings
 from luthier.core.shapes import read_shape
 from luthier.core.specs import (

@@ -26,7 +26,7 @@ from api.main import create_app, make_parts
 from benchmarks.list_rows import fill
 from benchmarks.throw_away import throw_away_postgres
 from db.session import Database
-from luthier.core.keys import new_api_key
+from luthier.core.ids import new_api_key
 from luthier.core.settings import Settings
 from services.accounts.auth import Scope
 from services.bootstrap import ensure_first_rows

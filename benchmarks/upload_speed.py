@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.results_file import ROOT
 from benchmarks.throw_away import throw_away_postgres
 from db.session import Database
-from luthier.core.keys import new_api_key
+from luthier.core.ids import new_api_key
 from luthier.core.settings import MIB, Settings
 from services.bootstrap import ensure_first_rows
 
@@ -140,7 +140,7 @@ def _process(
 ) -> Iterator[Side]:
     with (folder / f"{name}.log").open("wb") as log:
         running = subprocess.Popen(
-            [sys.executable, "-m", "luthier.core.process", str(os.getpid()), sys.executable, *command],
+            [sys.executable, "-m", "luthier.core.runtime", str(os.getpid()), sys.executable, *command],
             cwd=ROOT,
             env={**os.environ, **environment, "TMPDIR": str(folder)},
             stdout=log,

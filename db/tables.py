@@ -199,7 +199,7 @@ class Job(Owned, Table):
     least_bytes: Mapped[int | None]
     # The newest save points, oldest first: {"key": storage prefix, "step": number}.
     save_points: Mapped[list[Any]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
-    # {"prepare": what the files held, "run": luthier.core.reports.RunReport}, each once it is there; up to
+    # {"prepare": what the files held, "run": luthier.core.events.RunReport}, each once it is there; up to
     # a megabyte, so it is read only by who asks for it.
     report: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     # The step metrics of a job that succeeded, until a user deletes them.
@@ -450,7 +450,7 @@ class CheckpointPermission(Owned, Table):
 
 
 class WebhookEndpoint(Owned, Table):
-    """A client's receiver. Its secrets are sealed (luthier.core.sealing), empty once there is none."""
+    """A client's receiver. Its secrets are sealed (luthier.webhooks.sealing), empty once there is none."""
 
     __tablename__ = "webhook_endpoints"
     __table_args__ = (

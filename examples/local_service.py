@@ -16,7 +16,7 @@ from pathlib import Path
 
 from luthier.cli.stack.home import find_lock_holder
 from luthier.cli.stack.postgres_programs import state_root
-from luthier.core.process import die_with_parent
+from luthier.core.runtime import die_with_parent
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 20.0

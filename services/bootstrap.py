@@ -11,10 +11,9 @@ from db.session import Database
 from db.tables import ApiKey, Organization
 from luthier.bases.catalogue import find_base_facts, load_catalogue
 from luthier.core.errors import LuthierError
-from luthier.core.ids import new_id
-from luthier.core.keys import hash_api_key, is_well_formed
-from luthier.core.sealing import Sealer
+from luthier.core.ids import hash_api_key, is_well_formed, new_id
 from luthier.core.settings import Settings
+from luthier.webhooks.sealing import Sealer
 from services.accounts import keys
 from services.accounts.sealing import reseal
 from services.models import models

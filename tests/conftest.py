@@ -39,10 +39,10 @@ from luthier.bases.catalogue import load_catalogue  # noqa: E402
 from luthier.cli.stack.home import load_secrets  # noqa: E402
 from luthier.cli.stack.postgres import open_postgres  # noqa: E402
 from luthier.cli.stack.processes import ProcessSpec, spawn  # noqa: E402
-from luthier.core.keys import new_api_key  # noqa: E402
-from luthier.core.sealing import Sealer, new_secret_key  # noqa: E402
+from luthier.core.ids import new_api_key  # noqa: E402
 from luthier.core.settings import Settings  # noqa: E402
 from luthier.storage.store import Storage  # noqa: E402
+from luthier.webhooks.sealing import Sealer, new_secret_key  # noqa: E402
 from services.bootstrap import ensure_first_rows  # noqa: E402
 from tests.fakes import FakeBackend  # noqa: E402
 from tests.folders import TEMPORARY_FOLDER, use_temporary_folder  # noqa: E402

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from luthier.core.canary import CANARY_NAME
+from luthier.core.specs import CANARY_NAME
 
 _USAGE = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
 

@@ -16,7 +16,7 @@ import structlog
 
 from luthier.core.errors import UnavailableError
 from luthier.core.logs import configure_logs
-from luthier.core.process import hide_memory
+from luthier.core.runtime import hide_memory
 from luthier.core.settings import Settings
 from services.capacity import workers
 from worker.broker import consume_for_ever

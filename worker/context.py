@@ -18,10 +18,10 @@ from sqlalchemy import ColumnElement
 from db.session import Database
 from luthier.bases.catalogue import Catalogue, find_base_facts, load_catalogue, read_again
 from luthier.core.devices import NVIDIA_DRIVER, Device, find_device
-from luthier.core.sealing import Sealer
 from luthier.core.settings import Settings
 from luthier.storage.store import Storage
 from luthier.trackers import discover
+from luthier.webhooks.sealing import Sealer
 from services.capacity import workers
 from services.jobs.leases import Lease
 from services.task_queue import Bell, Ring, make_celery

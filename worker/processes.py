@@ -16,7 +16,7 @@ from typing import IO
 import structlog
 
 from luthier.core.errors import LuthierError
-from luthier.core.process import die_with_parent
+from luthier.core.runtime import die_with_parent
 from luthier.core.settings import Settings
 from services.jobs import leases
 from worker.context import WorkerContext, make_context, stop_on_signals

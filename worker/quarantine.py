@@ -5,7 +5,7 @@ import subprocess
 import structlog
 
 from luthier.core.errors import UnsuitableMachineError
-from luthier.core.process import tied_python
+from luthier.core.runtime import tied_python
 from services.capacity import workers
 from worker.context import WorkerContext
 from worker.training_process.child import child_environment

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from luthier.core.cost_model import DeviceSpeed
 from luthier.core.errors import LuthierError
-from luthier.core.process import tied_python
+from luthier.core.runtime import tied_python
 from services.capacity import speeds
 from worker.context import WorkerContext
 from worker.training_process.child import child_environment

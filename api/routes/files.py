@@ -17,7 +17,7 @@ from api.uploads.upload_records import drop_stored, record_stored
 from db.tables import File
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
-from luthier.core.purposes import INPUT_PURPOSES
+from luthier.data.readers.upload_check import INPUT_PURPOSES
 from services.accounts import limits
 from services.accounts.auth import Scope
 from services.files import files

@@ -18,9 +18,9 @@ from api.schemas.webhooks import (
     TestEndpointBody,
     endpoint_object,
 )
-from luthier.core.clock import now_seconds
 from luthier.core.errors import WebhookUnreachableError
 from luthier.core.ids import new_id
+from luthier.core.runtime import now_seconds
 from luthier.webhooks.events import EVENT_TYPES, Message, payload
 from luthier.webhooks.sending import send
 from luthier.webhooks.targets import TargetRules

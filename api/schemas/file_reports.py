@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from luthier.core.data_reports import DataReport
 from luthier.core.specs import BaseFacts
+from luthier.data.reports.file_report import DataReport
 
 
 class FileReportObject(DataReport):

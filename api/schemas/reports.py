@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from db.tables import Job
-from luthier.core.reports import RunReport
+from luthier.core.events import RunReport
 from services.jobs.reports import PrepareReport
 
 

@@ -10,7 +10,7 @@ from api.uploads.content_disposition import clean_filename
 from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS
 from db.tables import File, Upload, UploadPart
 from luthier.core.errors import InvalidValueError
-from luthier.core.purposes import check_input_purpose, check_mime_type
+from luthier.data.readers.upload_check import check_input_purpose, check_mime_type
 from services.files.uploads import MAX_PARTS, NewUpload
 
 

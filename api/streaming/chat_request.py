@@ -17,7 +17,7 @@ from luthier.core.errors import (
     MissingParameterError,
     TooLargeError,
 )
-from luthier.core.keys import is_well_formed
+from luthier.core.ids import is_well_formed
 from luthier.core.settings import MIB
 from services.accounts import keys
 from services.models.names import unknown_model

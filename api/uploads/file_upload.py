@@ -16,10 +16,15 @@ from luthier.core.errors import (
     TooLargeError,
     UnknownParameterError,
 )
-from luthier.core.purposes import check_input_purpose
 from luthier.core.settings import Settings
 from luthier.data.readers.base import Limits
-from luthier.data.readers.upload_check import TakePlace, UndecidedCheck, open_check, row_limits
+from luthier.data.readers.upload_check import (
+    TakePlace,
+    UndecidedCheck,
+    check_input_purpose,
+    open_check,
+    row_limits,
+)
 from luthier.storage.store import Storage
 from services.files.files import StoredFile
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.core.http_limits import raise_open_file_limit
-from luthier.core.keys import new_api_key
+from luthier.core.ids import new_api_key
 from luthier.core.settings import MIB
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"

@@ -23,8 +23,7 @@ from benchmarks.throw_away import throw_away_postgres
 from db.session import Database
 from db.tables import File, Job, Model, Project
 from luthier.bases.catalogue import find_base_facts
-from luthier.core.ids import new_id
-from luthier.core.keys import new_api_key
+from luthier.core.ids import new_api_key, new_id
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
 from services.bootstrap import ensure_first_rows

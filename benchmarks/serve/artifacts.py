@@ -97,7 +97,7 @@ def publish_twin(model: Published, number: int, objects: Path) -> Published:
     Returns:
         The twin.
     """
-    from luthier.core.canary import CANARY_NAME
+    from luthier.core.specs import CANARY_NAME
     from luthier.storage.manifests import read_manifest, seal_folder
 
     name = f"{model.name}-twin-{number}"
@@ -160,7 +160,7 @@ def _make_kind(kind: str, count: int, order: dict[str, Any]) -> list[Published]:
 def _publish(
     method: Any, attached: Any, name: str, kind: str, folder: Path, storage: Any, *, base_digest: str
 ) -> Published:
-    from luthier.core.canary import CANARY_NAME
+    from luthier.core.specs import CANARY_NAME
     from luthier.storage.manifests import seal_folder
 
     building, final = folder / f".{name}", folder / name
@@ -179,7 +179,7 @@ def _record(method: Any, attached: Any) -> Any:
     """Return what training would record of a model: what it says after a short text."""
     import torch
 
-    from luthier.core.canary import Canary
+    from luthier.core.specs import Canary
 
     token_ids = list(range(100, 100 + _CANARY_TOKENS))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.core.process import die_with_parent
+from luthier.core.runtime import die_with_parent
 
 # Compiling a peer's model takes minutes; hours mean that something hangs.
 MAX_SECONDS = 1800.0

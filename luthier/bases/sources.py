@@ -17,7 +17,7 @@ import httpx2
 
 from luthier.bases.catalogue import CatalogueEntry
 from luthier.core.errors import BaseUnavailableError
-from luthier.core.process import bare_environment, die_with_parent
+from luthier.core.runtime import bare_environment, die_with_parent
 from luthier.storage.manifests import file_sha256
 
 Log = Callable[[str], None]

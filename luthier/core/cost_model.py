@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier.core.reports import PhaseSeconds
+from luthier.core.events import PhaseSeconds
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts, Frozen
 

@@ -1,9 +1,11 @@
-"""Every failure that a user may see. Raised anywhere; turned into HTTP only by api/errors.py,
-into a failed job only by the worker. Messages say what is wrong and what to do, and hold no text of
-datasets, prompts or answers beyond 40 escaped characters.
+"""Every failure that a user may see, and the one error that names a field which pydantic refused.
+
+Raised anywhere; only api/errors.py turns it into HTTP, only the worker into a failed job. Messages say what
+is wrong and what to do, and hold no text of datasets, prompts or answers beyond 40 escaped characters.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 
@@ -343,3 +345,45 @@ def make_job_error(code: str | None, message: str, param: str | None) -> JobErro
         cls.code: cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, JobError)
     }
     return classes.get(code, JobError)(message, param=param)
+
+
+_LIKENESS = 0.7
+# No longer than a field's name is: comparing a million characters takes seconds.
+_MAX_CHARACTERS = 80
+_MAX_SHOWN_CHARACTERS = 40
+
+
+def field_error(
+    kind: str, param: str | None, message: str, *, advice: str = "Leave it out."
+) -> InvalidRequestError:
+    """Return the error of a finding.
+
+    Args:
+        kind: the finding's `type`, such as `missing` or `string_type`.
+        param: the field's dotted path.
+        message: what is wrong with the value, where there is one.
+        advice: what to do about a field that there is not.
+    """
+    if kind == "missing":
+        return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
+    if kind == "extra_forbidden":
+        return UnknownParameterError(f"Unknown parameter: '{param}'. {advice}", param=param)
+    is_type = kind.endswith(("_type", "_parsing"))
+    return (InvalidTypeError if is_type else InvalidValueError)(message, param=param)
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the name that is most like an unknown one, or None when none is like it."""
+    near = difflib.get_close_matches(name[:_MAX_CHARACTERS], list(known), n=1, cutoff=_LIKENESS)
+    return near[0] if near else None
+
+
+def advise(name: str, known: Iterable[str]) -> str:
+    """Say what to do about an unknown field, by the names that there are."""
+    near = nearest_name(name, known)
+    return f"Did you mean '{near}'?" if near else "Leave it out."
+
+
+def shown_part(part: str | int) -> str:
+    """Return a part of a field's path as errors show it: escaped, and cut."""
+    return str(part).encode("unicode_escape").decode()[:_MAX_SHOWN_CHARACTERS]

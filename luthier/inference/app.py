@@ -19,7 +19,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from luthier.core.clock import now_seconds
 from luthier.core.errors import InvalidRequestError, LuthierError
 from luthier.core.ids import new_id
 from luthier.core.inference import (
@@ -31,6 +30,7 @@ from luthier.core.inference import (
     ModelTarget,
     TokenUsage,
 )
+from luthier.core.runtime import now_seconds
 from luthier.core.settings import Settings
 from luthier.inference.answers import ChatShape, CompletionShape, Shape, token_usage
 from luthier.inference.bases import ReadyModel, find_serving_device

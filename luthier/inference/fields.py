@@ -15,9 +15,10 @@ from luthier.core.errors import (
     InvalidValueError,
     LuthierError,
     UnsupportedValueError,
+    advise,
+    field_error,
 )
-from luthier.core.field_errors import advise, field_error
-from luthier.core.json_values import MAX_VALUES, max_num_values
+from luthier.data.json_values import MAX_VALUES, max_num_values
 
 # Sent unasked by SDKs and frameworks; they change nothing about a text answer here.
 IGNORED_FIELDS = frozenset(

@@ -20,9 +20,9 @@ from typing import Protocol, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from luthier.core.canary import Canary
 from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfCheckError
 from luthier.core.settings import MIB
+from luthier.core.specs import Canary
 from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
 from luthier.inference.copies import Copy
 from luthier.inference.engine.step import BatchExecutor

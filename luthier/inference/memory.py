@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from luthier.core.allocator import give_back_freed_memory
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.inference import LoanRequest
+from luthier.core.runtime import give_back_freed_memory
 from luthier.inference.engine.block_memory import BlockMemory
 
 # What a process takes of a GPU beside its tensors.

@@ -11,7 +11,7 @@ from luthier.core.errors import (
     MissingParameterError,
     UnsupportedValueError,
 )
-from luthier.core.json_values import MAX_VALUES, max_num_values
+from luthier.data.json_values import MAX_VALUES, max_num_values
 from luthier.inference.fields import drop_ignored, drop_neutral, validate, without_nulls
 from luthier.inference.json_object import load
 

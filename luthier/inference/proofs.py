@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
+from luthier.core.specs import CANARY_NAME, Canary
 from luthier.storage.manifests import Manifest, read_manifest
 
 # How far served logits may be from recorded ones, as the norm of the gap relative to that of the logits. In

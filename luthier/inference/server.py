@@ -33,9 +33,9 @@ import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
 from luthier.core.errors import LuthierError
-from luthier.core.garbage import freeze_garbage
 from luthier.core.http_limits import limited_protocol, raise_open_file_limit
 from luthier.core.logs import configure_logs
+from luthier.core.runtime import freeze_garbage
 from luthier.core.settings import Settings
 from luthier.inference.app import Service, build_app
 from luthier.inference.engine.engine import Engine, EngineCore

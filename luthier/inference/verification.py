@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from luthier.core.canary import Canary
+from luthier.core.specs import Canary
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.proofs import (
     CANARY_TOLERANCE,

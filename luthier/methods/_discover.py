@@ -4,15 +4,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from luthier.core.drop_ins import find_drop_ins
 from luthier.core.errors import ArtifactCorruptError
+from luthier.core.plugins import discover_plugins
 from luthier.methods.base import Method
 
 
 @cache
 def discover() -> dict[str, Method]:
     """Return every method by its name, in the order of the names. A new file is a new method."""
-    return find_drop_ins("luthier.methods", [str(Path(__file__).parent)], "METHOD")
+    return discover_plugins("luthier.methods", [str(Path(__file__).parent)], "METHOD")
 
 
 def parameter_schemas() -> dict[str, dict[str, Any]]:

@@ -5,8 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from luthier.core.errors import InvalidRequestError
-from luthier.core.field_errors import advise, field_error, shown_part
+from luthier.core.errors import InvalidRequestError, advise, field_error, shown_part
 
 _Path = tuple[str | int, ...]
 _MAX_CHARACTERS = 40

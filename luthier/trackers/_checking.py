@@ -9,8 +9,9 @@ from luthier.core.errors import (
     InvalidRequestError,
     InvalidValueError,
     UnsupportedValueError,
+    field_error,
+    shown_part,
 )
-from luthier.core.field_errors import field_error, shown_part
 from luthier.core.settings import Settings
 from luthier.trackers._discover import discover
 from luthier.trackers.base import Tracker, TrackerConfig

@@ -3,11 +3,11 @@
 from functools import cache
 from pathlib import Path
 
-from luthier.core.drop_ins import find_drop_ins
+from luthier.core.plugins import discover_plugins
 from luthier.trackers.base import Tracker
 
 
 @cache
 def discover() -> dict[str, Tracker]:
     """Return every tracker by its name, in the order of the names. A new file is a new tracker."""
-    return find_drop_ins("luthier.trackers", [str(Path(__file__).parent)], "TRACKER")
+    return discover_plugins("luthier.trackers", [str(Path(__file__).parent)], "TRACKER")

@@ -11,8 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from luthier.core.allocator import keep_freed_memory
-from luthier.core.process import CHILD_LOG_NAME
+from luthier.core.runtime import CHILD_LOG_NAME, keep_freed_memory
 from luthier.training.emit import take_stdout
 from luthier.training.signals import StopRequest
 

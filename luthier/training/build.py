@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from luthier.core.cost_model import max_part_tokens
 from luthier.core.errors import InvalidValueError, LuthierError
-from luthier.core.events import StartedEvent
-from luthier.core.reports import Evaluation
+from luthier.core.events import Evaluation, StartedEvent
 from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, MethodParams, Start, parse_tuning

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from luthier.core.devices import NVIDIA_DRIVER
-from luthier.core.process import die_with_parent
+from luthier.core.runtime import die_with_parent
 from luthier.training.signals import StopRequest
 
 _MAX_PATH_BYTES = 4096

@@ -13,8 +13,8 @@ from functools import cache
 
 import httpx2
 
-from luthier.core.clock import now_seconds
 from luthier.core.errors import InvalidValueError
+from luthier.core.runtime import now_seconds
 from luthier.webhooks.events import Message, Outcome
 from luthier.webhooks.signing import signed_headers
 from luthier.webhooks.targets import TargetRules, check_url, host_of, permitted_addresses

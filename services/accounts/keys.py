@@ -14,8 +14,7 @@ from luthier.core.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from luthier.core.ids import new_id
-from luthier.core.keys import hash_api_key, is_well_formed, key_prefix, new_api_key
+from luthier.core.ids import hash_api_key, is_well_formed, key_prefix, new_api_key, new_id
 from services.accounts.auth import Scope
 
 # Once a minute is enough to say when a key was last used, and spares a write per request.

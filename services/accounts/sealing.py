@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import WebhookEndpoint
 from luthier.core.errors import SecretKeyError
-from luthier.core.sealing import Sealer
+from luthier.webhooks.sealing import Sealer
 from luthier.webhooks.signing import is_secret
 
 

@@ -17,7 +17,7 @@ from luthier.core.cost_model import (
     peak_bytes,
     predict_seconds,
 )
-from luthier.core.reports import PhaseSeconds
+from luthier.core.events import PhaseSeconds
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, Precision, TrainingSpec
 from luthier.data.prepare.row_counts import RowCounts

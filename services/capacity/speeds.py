@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import Job, Worker
 from luthier.core.cost_model import DeviceSpeed, FinishedJob, Work
-from luthier.core.reports import RunReport
+from luthier.core.events import RunReport
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts, Precision
 from luthier.methods import parse_tuning

@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, cast, func
 from sqlalchemy.dialects.postgresql import JSONB
 
 from db.tables import Job
-from luthier.core.reports import RunReport
+from luthier.core.events import RunReport
 from luthier.core.specs import Frozen
 
 

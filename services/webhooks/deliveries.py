@@ -13,10 +13,10 @@ from db.queries import delete_some
 from db.tables import Job, WebhookDelivery, WebhookEndpoint
 from luthier.core.errors import InvalidValueError, SecretKeyError
 from luthier.core.ids import new_id
-from luthier.core.sealing import Sealer
 from luthier.core.states import JobStatus
 from luthier.webhooks.events import Message, Outcome, event_type_of, payload
 from luthier.webhooks.schedule import next_try
+from luthier.webhooks.sealing import Sealer
 from services.webhooks.endpoints import active_secrets
 
 # Beside the receiver's own time: to claim, and to write down what came of it.

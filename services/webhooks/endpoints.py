@@ -12,8 +12,8 @@ from db.queries import find_cursor, find_owned, lock_key, page
 from db.tables import WebhookDelivery, WebhookEndpoint
 from luthier.core.errors import InvalidRequestError, InvalidValueError, NotFoundError, SecretKeyError
 from luthier.core.ids import new_id
-from luthier.core.sealing import Sealer
 from luthier.webhooks.events import EVENT_TYPES
+from luthier.webhooks.sealing import Sealer
 from luthier.webhooks.signing import new_secret, secret_hint
 from luthier.webhooks.targets import TargetRules, check_url
 from services.accounts.auth import Scope

@@ -25,8 +25,6 @@ _TOO_FULL = {
     "benchmarks": 26,
     "benchmarks/serve": 24,
     "luthier/cli": 18,
-    "luthier/core": 26,
-    "luthier/data": 28,
     "luthier/inference": 59,
     "luthier/modeling": 16,
     "luthier/modeling/kernels": 39,

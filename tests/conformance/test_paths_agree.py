@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from luthier.core.canary import MOST_ROUNDING
 from luthier.core.errors import SelfCheckError
+from luthier.core.specs import MOST_ROUNDING
 from luthier.methods import Attached
 from luthier.training.model import agreement
 from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from api.body_budget import BodyBudget
-from luthier.core.keys import new_api_key
+from luthier.core.ids import new_api_key
 from luthier.core.settings import MIB
 from tests.conftest import TINY_BASE, Api, wait_until
 

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from api import reporting
-from luthier.core.data_reports import DataReport
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
+from luthier.data.reports.file_report import DataReport
 from luthier.data.reports.process import report_in_process
 from tests.conftest import Api, wait_until
 from tests.rows import chat_row, colour_rows, jsonl

@@ -21,9 +21,9 @@ import yaml
 
 from luthier.cli.stack.processes import spawn
 from luthier.cli.stack.valkey import open_valkey
+from luthier.core.ids import new_api_key
 from luthier.core.inference import HEADER_TOKEN
-from luthier.core.keys import new_api_key
-from luthier.core.sealing import new_secret_key
+from luthier.webhooks.sealing import new_secret_key
 from tests.conftest import Server
 from tests.folders import TEMPORARY_FOLDER
 from tests.rows import colour_rows, jsonl

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from api.deps import NUM_TURNS
-from luthier.core.keys import new_api_key
+from luthier.core.ids import new_api_key
 from tests.aliases import CHECKPOINT, V1, V2, Aliases, make_ours
 from tests.conftest import TINY_BASE, Api
 

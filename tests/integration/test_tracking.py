@@ -13,8 +13,7 @@ import structlog
 from pydantic import SecretStr
 
 from db.tables import Worker
-from luthier.core.events import EvaluatedEvent, FailedEvent, Metrics, StepEvent
-from luthier.core.reports import Evaluation, SampleAnswer
+from luthier.core.events import EvaluatedEvent, Evaluation, FailedEvent, Metrics, SampleAnswer, StepEvent
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts, DpoOptions, TrainingOptions, TrainingSpec, TunedModel
 from luthier.trackers import discover

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from luthier.core.reports import RunReport
+from luthier.core.events import RunReport
 from luthier.core.specs import TrainingSpec
 from luthier.methods import discover
 from luthier.storage.manifests import read_manifest, seal_folder

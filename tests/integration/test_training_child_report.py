@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from luthier.core.events import EvaluatedEvent, StepEvent, TrainingEvent
-from luthier.core.reports import RunReport
+from luthier.core.events import EvaluatedEvent, RunReport, StepEvent, TrainingEvent
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.data.prepare.prepared_rows import PreparedRows, read_prepared
 from luthier.data.rendering.chat_template import ChatTemplate

@@ -57,7 +57,7 @@ class WatchedSpare(WarmSpare):
 def is_tied(pid: int) -> bool:
     """Tell whether a process has become a training process, which its parent's end then ends."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b"luthier.training" in command and b"luthier.core.process" not in command
+    return b"luthier.training" in command and b"luthier.core.runtime" not in command
 
 
 @pytest.fixture

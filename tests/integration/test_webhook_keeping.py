@@ -15,8 +15,8 @@ from db.migrate import alembic_config
 from db.session import Database
 from db.tables import WebhookDelivery
 from luthier.core.errors import SecretKeyError
-from luthier.core.sealing import Sealer, new_secret_key
 from luthier.core.settings import Settings
+from luthier.webhooks.sealing import Sealer, new_secret_key
 from services.accounts.sealing import reseal
 from tests.conftest import serve_api
 from tests.integration.hooks import create_job, the_delivery, wind

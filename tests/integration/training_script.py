@@ -6,14 +6,17 @@ from pathlib import Path
 from luthier.core.events import (
     CheckpointEvent,
     EvaluatedEvent,
+    Evaluation,
     FinishedEvent,
     Metrics,
+    PhaseSeconds,
+    RunReport,
+    SampleAnswer,
     SavePointEvent,
     StartedEvent,
     StepEvent,
     TrainingEvent,
 )
-from luthier.core.reports import Evaluation, PhaseSeconds, RunReport, SampleAnswer
 from luthier.core.specs import TrainingSpec
 from luthier.storage.manifests import seal_folder
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from luthier.core.errors import StalledError, WorkerCrashedError, make_job_error
-from luthier.core.process import bare_environment, tied_python
+from luthier.core.runtime import bare_environment, tied_python
 from luthier.data.prepare.process import ANSWER_NAME, QUESTION_NAME, Answer, Prepared, Question, out_of_memory
 from worker.context import WorkerContext
 from worker.heartbeat import STALL_FACTOR, LeaseKeeper

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from luthier.core.errors import SelfCheckError
 from luthier.core.events import TrainingEvent, parse_event
-from luthier.core.process import CHILD_LOG_NAME, tied_python
+from luthier.core.runtime import CHILD_LOG_NAME, tied_python
 
 if TYPE_CHECKING:
     from worker.training_process.fork_server import SpareRun, WarmSpare

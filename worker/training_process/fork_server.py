@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
-from luthier.core.process import tied_python
+from luthier.core.runtime import tied_python
 from worker.training_process.child import child_environment
 
 _MAX_ANSWER_BYTES = 100

@@ -17,9 +17,8 @@ from sqlalchemy.orm import Session
 
 from db.tables import Job, UsageEvent
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError, StorageFullError, UnavailableError
-from luthier.core.events import CheckpointEvent, FinishedEvent, SavePointEvent
+from luthier.core.events import CheckpointEvent, Evaluation, FinishedEvent, SavePointEvent
 from luthier.core.ids import new_id
-from luthier.core.reports import Evaluation
 from luthier.core.specs import TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.storage.manifests import Manifest

@@ -14,6 +14,7 @@ from luthier.core.errors import JobError, StalledError, WorkerCrashedError, make
 from luthier.core.events import (
     CheckpointEvent,
     EvaluatedEvent,
+    Evaluation,
     FailedEvent,
     FinishedEvent,
     MessageEvent,
@@ -24,8 +25,7 @@ from luthier.core.events import (
     StoppedEvent,
     TrainingEvent,
 )
-from luthier.core.process import CHILD_LOG_NAME
-from luthier.core.reports import Evaluation
+from luthier.core.runtime import CHILD_LOG_NAME
 from luthier.core.states import JobStatus
 from services.capacity import workers
 from services.jobs import attempts, leases, pausing, reports

@@ -18,9 +18,9 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 from luthier.core.errors import LuthierError
-from luthier.core.keys import new_api_key
-from luthier.core.sealing import new_secret_key
+from luthier.core.ids import new_api_key
 from luthier.storage.manifests import write_file_atomically
+from luthier.webhooks.sealing import new_secret_key
 
 CONNECTION_NAME = "connection.json"
 # A link in the home to the run folder, by which other commands find the sockets.

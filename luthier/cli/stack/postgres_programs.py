@@ -16,7 +16,7 @@ from pathlib import Path
 
 from luthier.cli.stack.home import StackError
 from luthier.cli.stack.processes import UnixUser
-from luthier.core.process import die_with_parent
+from luthier.core.runtime import die_with_parent
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 # One made for the purpose, else the system's own database user. Not `nobody`, which other services share.

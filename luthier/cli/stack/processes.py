@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from luthier.core.process import die_with_parent
+from luthier.core.runtime import die_with_parent
 
 _MAX_LOG_BYTES = 10 * 1024 * 1024
 _NUM_OLD_LOGS = 3

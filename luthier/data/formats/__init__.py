@@ -2,11 +2,11 @@
 
 import functools
 
-from luthier.core.drop_ins import find_drop_ins
+from luthier.core.plugins import discover_plugins
 from luthier.data.formats.base import RowFormat
 
 
 @functools.cache
 def discover() -> dict[str, RowFormat]:
     """Return the formats of this folder by name, found by their files."""
-    return find_drop_ins(__name__, __path__, "FORMAT")
+    return discover_plugins(__name__, __path__, "FORMAT")

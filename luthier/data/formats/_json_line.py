@@ -4,8 +4,8 @@ import json
 import re
 from typing import Any, NoReturn
 
-from luthier.core.json_values import MAX_VALUES, max_num_values
 from luthier.data.formats.base import Fault, escape_text
+from luthier.data.json_values import MAX_VALUES, max_num_values
 
 _MAX_KEYS = 10_000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

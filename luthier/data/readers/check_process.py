@@ -14,7 +14,7 @@ import msgspec
 
 from luthier.core.errors import InvalidFileFormatError, UnavailableError
 from luthier.core.logs import origin
-from luthier.core.process import bare_environment
+from luthier.core.runtime import bare_environment
 from luthier.data.readers.base import Limits
 from luthier.data.readers.file_checker import FileChecker, FileFacts
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from luthier.core.process import bare_environment
+from luthier.core.runtime import bare_environment
 from luthier.data.formats.base import Fault
 from luthier.data.readers.base import Limits, RawRow
 

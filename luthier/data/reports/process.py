@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 
-from luthier.core.data_reports import DataReport
 from luthier.core.errors import (
     BaseUnavailableError,
     InvalidFileFormatError,
@@ -20,8 +19,9 @@ from luthier.core.errors import (
     UnavailableError,
 )
 from luthier.core.logs import origin
-from luthier.core.process import bare_environment
+from luthier.core.runtime import bare_environment
 from luthier.core.specs import Frozen
+from luthier.data.reports.file_report import DataReport
 from luthier.data.reports.report import report_on_file
 
 # A process that is not done this long after its deadline is ended.

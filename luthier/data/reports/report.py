@@ -12,11 +12,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from luthier.core.data_reports import DataReport, FaultTold, PairTold, Repeats, Repetition, Shown, ShownRow
 from luthier.data.formats.base import Fault
 from luthier.data.readers.base import RawRow
 from luthier.data.readers.file_rows import FileRows
 from luthier.data.reports.dedup import SeenExactly, SeenNearly
+from luthier.data.reports.file_report import (
+    DataReport,
+    FaultTold,
+    PairTold,
+    Repeats,
+    Repetition,
+    Shown,
+    ShownRow,
+)
 from luthier.data.reports.row_analysis import Batch, Examined, Examiner
 from luthier.data.reports.token_counts import TokenCounts
 

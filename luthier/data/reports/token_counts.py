@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from luthier.core.data_reports import Bin, RowLength, TokensTold
+from luthier.data.reports.file_report import Bin, RowLength, TokensTold
 
 # Lengths up to this are counted one by one; longer rows are counted together, and the longest are kept.
 _MAX_LENGTH = 2**20

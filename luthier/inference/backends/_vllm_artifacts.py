@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from luthier.bases.catalogue import find_base_facts
-from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, UnsupportedValueError
 from luthier.core.inference import ModelTarget
 from luthier.core.settings import Settings
+from luthier.core.specs import CANARY_NAME, Canary
 from luthier.inference.backends._vllm_state import served_name
 from luthier.inference.copies import Copy, drop_unused, fetch_artifact, mark_used
 from luthier.methods import method_of_artifact

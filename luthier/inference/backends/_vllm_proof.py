@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from luthier.core.canary import Canary
 from luthier.core.errors import SelfCheckError
+from luthier.core.specs import Canary
 
 # vLLM's number of tokens whose log-probabilities may be asked for is 20 unless it is told otherwise.
 _MAX_CANDIDATES = 16

@@ -6,7 +6,7 @@ A function of the evaluations alone, which every save point holds: whoever resum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier.core.reports import Evaluation
+from luthier.core.events import Evaluation
 from luthier.core.specs import TrainingOptions
 
 

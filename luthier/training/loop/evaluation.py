@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from luthier.core.errors import NonFiniteLossError
-from luthier.core.reports import Evaluation
+from luthier.core.events import Evaluation
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.training.loop.sample_answers import SamplePrompts

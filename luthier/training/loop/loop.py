@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 
 from luthier.core.errors import NonFiniteLossError, TooMuchForgettingError
-from luthier.core.events import EvaluatedEvent, Metrics, SavePointEvent, StepEvent
-from luthier.core.reports import Evaluation, RunReport
+from luthier.core.events import EvaluatedEvent, Evaluation, Metrics, RunReport, SavePointEvent, StepEvent
 from luthier.storage.manifests import Manifest
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job

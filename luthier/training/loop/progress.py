@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict
 
-from luthier.core.events import Metrics, StepEvent
-from luthier.core.reports import Evaluation, PhaseSeconds
+from luthier.core.events import Evaluation, Metrics, PhaseSeconds, StepEvent
 
 _WINDOW_STEPS = 20
 

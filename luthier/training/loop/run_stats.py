@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from luthier.core.reports import PhaseSeconds, RunReport, StartedFrom
+from luthier.core.events import PhaseSeconds, RunReport, StartedFrom
 from luthier.training.job import Job
 from luthier.training.loop.progress import Progress
 from luthier.training.model.device import Machine, peak_memory_bytes

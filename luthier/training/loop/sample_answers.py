@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from luthier.core.errors import InvalidValueError
-from luthier.core.reports import SampleAnswer
+from luthier.core.events import SampleAnswer
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, Method

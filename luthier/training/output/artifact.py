@@ -8,9 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.events import Metrics
-from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
+from luthier.core.specs import CANARY_NAME, BaseFacts, Canary, RunInputs, TrainingSpec
 from luthier.storage.manifests import Manifest, seal_folder, verify_folder
 from luthier.training.model.training_model import Trainee
 

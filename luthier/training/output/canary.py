@@ -5,8 +5,8 @@ Legend: T tokens, V vocabulary.
 
 import torch
 
-from luthier.core.canary import MOST_ROUNDING, Canary
 from luthier.core.errors import SelfCheckError
+from luthier.core.specs import MOST_ROUNDING, Canary
 from luthier.training.model.agreement import ComputesInFloat32, relative_gap
 from luthier.training.model.training_model import Trainee
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from luthier.core.canary import Canary
 from luthier.core.events import CheckpointEvent, Metrics
+from luthier.core.specs import Canary
 from luthier.storage.manifests import Manifest
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job

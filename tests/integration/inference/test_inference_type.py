@@ -12,8 +12,8 @@ import httpx2
 import pytest
 import torch
 
-from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.inference import ModelTarget
+from luthier.core.specs import CANARY_NAME, Canary
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.modeling import kernels
 from luthier.storage.manifests import read_manifest, seal_folder

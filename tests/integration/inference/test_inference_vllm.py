@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import (
     ContextLengthExceededError,
     InvalidRequestError,
@@ -23,6 +22,7 @@ from luthier.core.errors import (
 )
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
+from luthier.core.specs import CANARY_NAME, Canary
 from luthier.inference.backends import open_all
 from luthier.inference.backends.base import Backend, Reply
 from luthier.inference.backends.vllm import VllmBackend

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from luthier.bases.catalogue import FACTS_NAME
-from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import SelfCheckError
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
+from luthier.core.specs import CANARY_NAME, Canary
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.backends import open_all
 from luthier.storage.manifests import read_manifest, seal_folder

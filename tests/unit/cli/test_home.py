@@ -19,7 +19,7 @@ from luthier.cli.stack.home import (
     run_folder,
     write_connection,
 )
-from luthier.core.keys import is_well_formed
+from luthier.core.ids import is_well_formed
 
 
 def _mode(path: Path) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 _TAKE_AND_FREE = """
 import resource, sys
-from luthier.core.allocator import keep_freed_memory
+from luthier.core.runtime import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -9,8 +9,15 @@ from pydantic import ValidationError
 
 from luthier.core.errors import InvalidTransitionError
 from luthier.core.events import StepEvent, parse_event
-from luthier.core.ids import PREFIXES, new_id, new_model_suffix
-from luthier.core.keys import hash_api_key, is_well_formed, key_prefix, new_api_key
+from luthier.core.ids import (
+    PREFIXES,
+    hash_api_key,
+    is_well_formed,
+    key_prefix,
+    new_api_key,
+    new_id,
+    new_model_suffix,
+)
 from luthier.core.states import TERMINAL_STATUSES, TRANSITIONS, JobStatus, check_transition
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from luthier.core.cost_model import FinishedJob, MethodCost, Work, peak_bytes, predict_seconds
-from luthier.core.reports import PhaseSeconds
+from luthier.core.events import PhaseSeconds
 from luthier.core.shapes import BaseShape, Weight
 
 _LAYER = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)} | {

@@ -11,7 +11,7 @@ from worker.training_process.child import child_environment
 _PROGRAM = """
 import ctypes, os, sys
 sys.path.insert(0, sys.argv[1])
-from luthier.core.process import hide_memory
+from luthier.core.runtime import hide_memory
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
     # A change of user hides memory too.

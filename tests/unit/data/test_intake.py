@@ -12,11 +12,17 @@ from luthier.core.errors import (
     UnavailableError,
     UnsupportedValueError,
 )
-from luthier.core.purposes import INPUT_PURPOSES, OUTPUT_PURPOSES, check_input_purpose, check_mime_type
 from luthier.data.readers.base import Limits
 from luthier.data.readers.check_process import CheckProcess
 from luthier.data.readers.file_checker import FileFacts
-from luthier.data.readers.upload_check import UndecidedCheck, open_check
+from luthier.data.readers.upload_check import (
+    INPUT_PURPOSES,
+    OUTPUT_PURPOSES,
+    UndecidedCheck,
+    check_input_purpose,
+    check_mime_type,
+    open_check,
+)
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 LIMITS = Limits(max_row_bytes=1000, max_expanded_bytes=100_000, max_expansion_ratio=100.0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from luthier.core.canary import CANARY_NAME, Canary
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
+from luthier.core.specs import CANARY_NAME, Canary
 from luthier.inference.bases import pack
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.proofs import check_canary, read_canary

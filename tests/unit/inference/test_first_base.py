@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier.core.garbage import freeze_garbage
+from luthier.core.runtime import freeze_garbage
 from luthier.core.settings import Settings
 from luthier.inference import bases
 from luthier.inference.bases import LoadedBase

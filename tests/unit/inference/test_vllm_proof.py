@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from luthier.core.canary import Canary
 from luthier.core.errors import SelfCheckError
+from luthier.core.specs import Canary
 from luthier.inference.backends import _vllm_proof
 
 _LOGITS = [20.0 - 0.7 * index for index in range(32)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.core.reports import Evaluation
+from luthier.core.events import Evaluation
 from luthier.core.specs import TrainingOptions
 from luthier.training.loop.early_stopping import Verdict, judge
 

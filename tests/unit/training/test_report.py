@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.core.reports import PhaseSeconds
+from luthier.core.events import PhaseSeconds
 from luthier.training.loop.progress import Progress
 from luthier.training.loop.run_stats import Ledger
 

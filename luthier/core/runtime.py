@@ -1,13 +1,69 @@
-"""Tying one process's life to another's (Linux prctl(2), PR_SET_PDEATHSIG).
+"""The running process: the clock, garbage collection, the C allocator, and a process's tie to its parent.
 
-`python -m luthier.core.process PARENT_PID COMMAND…` does it for a process that has threads: between fork
-and exec such a one may run no Python.
+`python -m luthier.core.runtime PARENT_PID COMMAND…` ties a command to its parent and then becomes it (Linux
+prctl(2), PR_SET_PDEATHSIG): a process that has threads may run no Python between fork and exec.
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
+import time
+from typing import Any
+
+
+def now_seconds() -> int:
+    """Return the current time as whole Unix seconds, the unit of every timestamp on the wire."""
+    return int(time.time())
+
+
+def freeze_garbage() -> None:
+    """Let the collector look at nothing of what is there now, for good.
+
+    Modules and what they made at their import are some hundred thousand objects. Each full collection goes
+    through all of them with the interpreter held, and every stream stands still for so long. What is in a
+    cycle now will never be freed by the collector: call it before anything is there that is to leave again.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+# Parameters of mallopt(3), from glibc's malloc.h.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+
+# The largest block that glibc lets come from its heap; larger ones are mapped one by one.
+_MAX_HEAP_BLOCK_BYTES = 32 * 1024**2
+
+
+def keep_freed_memory() -> bool:
+    """Keep freed memory in this process for the next step.
+
+    Returns:
+        Whether the C library took the settings; others than glibc don't know them.
+    """
+    mallopt = _find("mallopt")
+    if mallopt is None:
+        return False
+    settings = {
+        _TRIM_THRESHOLD: 2**31 - 1,
+        _TOP_PAD: 64 * 1024**2,
+        _MMAP_THRESHOLD: _MAX_HEAP_BLOCK_BYTES,
+    }
+    return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def give_back_freed_memory() -> None:
+    """Give the kernel what is free at the moment, so that what was needed once is not held for good."""
+    malloc_trim = _find("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _find(name: str) -> Any:
+    """Return a function of glibc; None where the C library is another one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
 
 # What a training process says beside its events goes here in its run directory.
 CHILD_LOG_NAME = "child.log"
@@ -29,7 +85,7 @@ def bare_environment() -> dict[str, str]:
 def tied_python(*arguments: str) -> list[str]:
     """Return the command that runs Python with arguments, and ends with the thread that starts it."""
     python = [sys.executable, "-P"]
-    return [*python, "-m", "luthier.core.process", str(os.getpid()), *python, *arguments]
+    return [*python, "-m", "luthier.core.runtime", str(os.getpid()), *python, *arguments]
 
 
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:

@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from luthier.core.errors import SecretKeyError
-from luthier.core.sealing import Sealer, new_secret_key
+from luthier.webhooks.sealing import Sealer, new_secret_key
 
 
 def test_what_is_sealed_is_opened_by_any_of_the_keys_and_sealed_by_the_first() -> None:

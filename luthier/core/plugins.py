@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def find_drop_ins(package: str, folders: Iterable[str], attribute: str) -> dict[str, Any]:
+def discover_plugins(package: str, folders: Iterable[str], attribute: str) -> dict[str, Any]:
     """Return the objects of a drop-in folder by their `name`, in the order of the names.
 
     Args:
