@@ -21,11 +21,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.contestants import Order, run_peer
-from benchmarks.ours import run_ours
-from benchmarks.rows import BATCH_SIZE, NUM_ROWS, ROWS, SEED, Row
-from benchmarks.train import RESULTS, ROOT
-from benchmarks.workload import (
+from benchmarks.results_file import ROOT
+from benchmarks.train.__main__ import RESULTS
+from benchmarks.train.contestants import Order, run_peer
+from benchmarks.train.ours import run_ours
+from benchmarks.train.rows import BATCH_SIZE, NUM_ROWS, ROWS, SEED, Row
+from benchmarks.train.workload import (
     Workload,
     find_base,
     learning_rates,

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import SCRIPTS, PeerFailedError, ensure_environment, quiet_environment
+from benchmarks.train.contestants import SCRIPTS, PeerFailedError, ensure_environment, quiet_environment
 from luthier.bases.catalogue import base_folder
 from luthier.core.settings import Settings
 

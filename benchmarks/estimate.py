@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.preference_set import make_preferences
 from benchmarks.results_file import ROOT, ResultsFile, fingerprint_of
-from benchmarks.workload import find_base
+from benchmarks.train.workload import find_base
 from luthier.core.cost_model import DeviceSpeed
 from luthier.core.events import FailedEvent, FinishedEvent, RunReport, parse_event
 from luthier.core.settings import Settings

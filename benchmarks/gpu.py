@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.contestants import PeerFailedError, ensure_environment
-from benchmarks.rows import ROWS
-from benchmarks.train import ROOT, parse_options, run_bench, runs_on
+from benchmarks.results_file import ROOT
+from benchmarks.train.__main__ import parse_options, run_bench, runs_on
+from benchmarks.train.contestants import PeerFailedError, ensure_environment
+from benchmarks.train.rows import ROWS
 
 RESULTS: Path = ROOT / "benchmarks" / "results" / "gpu.json"
 MAX_SECONDS = 600

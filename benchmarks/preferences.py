@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.agreement import MAX_GAP
-from benchmarks.contestants import Order, quiet_environment, run_peer
 from benchmarks.preference_set import make_preferences
-from benchmarks.workload import Workload, find_base, learning_rates, write_start
+from benchmarks.train.contestants import Order, quiet_environment, run_peer
+from benchmarks.train.workload import Workload, find_base, learning_rates, write_start
 from luthier.core.events import FailedEvent, FinishedEvent, StepEvent, TrainingEvent, parse_event
 from luthier.core.specs import (
     BaseFacts,

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.machine import gemm_peaks, read_shape
-from benchmarks.ours import write_run_directory
-from benchmarks.roofline import step_flops
-from benchmarks.rows import ADAPTER, BATCH_SIZE, LORA, ROWS, SEED
-from benchmarks.train import ROOT
-from benchmarks.workload import find_base, load_rows, make_spec, make_workload
+from benchmarks.machine import gemm_peaks, read_shape, step_flops
+from benchmarks.results_file import ROOT
+from benchmarks.train.ours import write_run_directory
+from benchmarks.train.rows import ADAPTER, BATCH_SIZE, LORA, ROWS, SEED
+from benchmarks.train.workload import find_base, load_rows, make_spec, make_workload
 
 TUNINGS: dict[str, dict[str, Any]] = {
     "lora": LORA,

@@ -22,9 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import quiet_environment
 from benchmarks.hostile.attacks import ATTACKS, CHAT, CLOSED, OPEN, Target
 from benchmarks.serve.process import Process
+from benchmarks.train.contestants import quiet_environment
 from examples.local_service import free_port, make_fresh_home, running_service
 from luthier.cli.stack.home import find_lock_holder
 from luthier.core.settings import MIB

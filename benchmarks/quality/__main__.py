@@ -27,10 +27,10 @@ from benchmarks.quality.routing import make_routing
 from benchmarks.quality.table import METRICS, render, write_into
 from benchmarks.quality.task import Prompt, Row, Task, with_examples
 from benchmarks.quality.train import Base, DivergedError, train
-from benchmarks.workload import find_base
+from benchmarks.results_file import ROOT
+from benchmarks.train.workload import find_base
 from luthier.methods import discover
 
-ROOT = Path(__file__).resolve().parents[2]
 SHOTS = {"0-shot": 0, "4-shot": 4}
 
 

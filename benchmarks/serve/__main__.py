@@ -13,16 +13,16 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from benchmarks.results_file import ROOT, ResultsFile
-from benchmarks.serve import alias, churn, front, memory, prefill, publish
-from benchmarks.serve.base_copy import copy_without_end
+from benchmarks.serve.artifacts import copy_without_end
 from benchmarks.serve.bench import Bench
 from benchmarks.serve.engine import Client, Place
+from benchmarks.serve.plan import NUM_NEW_TOKENS, NUM_PAIRS, NUM_PROMPT_TOKENS, STREAM_ROWS
 from benchmarks.serve.process import SideFailedError
 from benchmarks.serve.prompts import Prompts
-from benchmarks.serve.rows import NUM_NEW_TOKENS, NUM_PAIRS, NUM_PROMPT_TOKENS, STREAM_ROWS
-from benchmarks.serve.streams import measure_streams
+from benchmarks.serve.rows import alias, churn, front, memory, prefill, publish
+from benchmarks.serve.rows.streams import measure_streams
 from benchmarks.serve.table import make_table, serving_code
-from benchmarks.workload import find_base
+from benchmarks.train.workload import find_base
 from luthier.core.settings import Settings
 from luthier.data.rendering.tokenizer import Tokenizer
 

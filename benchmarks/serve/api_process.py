@@ -14,12 +14,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from benchmarks.contestants import quiet_environment
+from benchmarks.serve.artifacts import Published
 from benchmarks.serve.engine import COMPLETIONS, OurServer, completion_body
 from benchmarks.serve.process import Process, SideFailedError, free_port
 from benchmarks.serve.prompts import Prompt
-from benchmarks.serve.published import Published
 from benchmarks.throw_away import throw_away_postgres
+from benchmarks.train.contestants import quiet_environment
 from db.session import Database
 from db.tables import File, Job, Model, Project
 from luthier.bases.catalogue import find_base_facts

@@ -5,14 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import read_shape
+from benchmarks.machine import Shape, read_shape
 from benchmarks.results_file import ResultsFile
-from benchmarks.roofline import Shape
-from benchmarks.serve.artifacts import make_artifacts
+from benchmarks.serve.artifacts import Published, make_artifacts
 from benchmarks.serve.engine import Client, Place
 from benchmarks.serve.limits import Limits, measure_limits
 from benchmarks.serve.prompts import Prompts
-from benchmarks.serve.published import Published
 from luthier.data.rendering.tokenizer import Tokenizer
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.contestants import SCRIPTS, ensure_environment, quiet_environment
+from benchmarks.serve.artifacts import Published
 from benchmarks.serve.engine import COMPLETIONS, Client, OurServer, completion_body
 from benchmarks.serve.figures import percentile
+from benchmarks.serve.plan import NUM_CACHE_PAGES, Contest, Setting
 from benchmarks.serve.process import Process, SideFailedError, free_port
 from benchmarks.serve.prompts import Prompt
-from benchmarks.serve.published import Published
-from benchmarks.serve.rows import NUM_CACHE_PAGES, Contest, Setting
+from benchmarks.train.contestants import SCRIPTS, ensure_environment, quiet_environment
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods.adapter import LOADER
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import quiet_environment
+from benchmarks.serve.artifacts import Published
 from benchmarks.serve.process import Process, SideFailedError, free_port
 from benchmarks.serve.prompts import Prompt
-from benchmarks.serve.published import Published
+from benchmarks.train.contestants import quiet_environment
 from luthier.core.inference import HEADER_TOKEN, ModelTarget
 
 _START_SECONDS = 180.0

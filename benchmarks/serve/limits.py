@@ -8,8 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from benchmarks.machine import gemm_peaks
-from benchmarks.roofline import Shape
+from benchmarks.machine import Shape, gemm_peaks
 
 _NUM_BYTES = 512 * 1024 * 1024
 _SECONDS_A_MEASURE = 0.5

@@ -3,8 +3,8 @@
 from typing import Any
 
 from benchmarks.results_file import code_digest
-from benchmarks.serve import alias, churn, front, memory, prefill, publish
-from benchmarks.serve.rows import STREAM_ROWS
+from benchmarks.serve.plan import STREAM_ROWS
+from benchmarks.serve.rows import alias, churn, front, memory, prefill, publish
 
 # What a measurement of serving depends on.
 _CODE = ("luthier/methods", "luthier/modeling", "luthier/inference")

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks import results_file
-from benchmarks.growth import cut_to_length, fit, repeat, summarise, with_largest_step_of
-from benchmarks.machine import _name_processor
-from benchmarks.pairs import compare_losses, median_interval
+from benchmarks.machine import Shape, _name_processor, step_flops
 from benchmarks.results_file import ResultsFile
-from benchmarks.roofline import Shape, step_flops
-from benchmarks.workload import Workload
+from benchmarks.train.growth import cut_to_length, fit, repeat, summarise, with_largest_step_of
+from benchmarks.train.pairs import compare_losses, median_interval
+from benchmarks.train.workload import Workload
 from luthier.core.specs import BaseFacts
 from luthier.data.prepare.prepared_rows import join_rows
 

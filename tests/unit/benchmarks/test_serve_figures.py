@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.roofline import Shape
+from benchmarks.machine import Shape
 from benchmarks.serve.figures import agreement, percentile, slope, uniform_picks, zipf_picks
 from benchmarks.serve.limits import Limits, Work, best_tokens_per_second
 

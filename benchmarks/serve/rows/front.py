@@ -5,12 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.machine import StolenTime
-from benchmarks.pairs import median_interval
 from benchmarks.serve.api_process import Api, api_in_front
 from benchmarks.serve.bench import Bench
 from benchmarks.serve.contestants import read_answers
 from benchmarks.serve.engine import OurServer, our_server
-from benchmarks.serve.rows import NUM_STREAMS
+from benchmarks.serve.plan import NUM_STREAMS
+from benchmarks.train.pairs import median_interval
 
 NAME = "front"
 # How the engine listens. Over TCP both are asked alike, as clients ask the API, which asks the engine so too,

@@ -8,17 +8,16 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.contestants import PeerFailedError
 from benchmarks.machine import StolenTime
-from benchmarks.pairs import median_interval
-from benchmarks.serve.artifacts import publish_twin
+from benchmarks.serve.artifacts import Published, publish_twin
 from benchmarks.serve.bench import Bench
 from benchmarks.serve.contestants import PeerProcess
 from benchmarks.serve.engine import OurServer, first_token_of, our_server
 from benchmarks.serve.figures import percentile, uniform_picks, zipf_picks
+from benchmarks.serve.plan import Contest, Setting
 from benchmarks.serve.process import SideFailedError
-from benchmarks.serve.published import Published
-from benchmarks.serve.rows import Contest, Setting
+from benchmarks.train.contestants import PeerFailedError
+from benchmarks.train.pairs import median_interval
 
 NAME = "churn-200"
 # Loaded beside the one that a peer loads.

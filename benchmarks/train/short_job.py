@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contestants import Order, run_peer, saving_to
 from benchmarks.machine import StolenTime
-from benchmarks.pairs import choose_variant, median_interval
 from benchmarks.results_file import ResultsFile, fingerprint_of, job_digest
-from benchmarks.rows import ROWS, SHORT_JOB, SHORT_JOB_BAR, Row, Variant
-from benchmarks.workload import Workload, learning_rates, make_spec, write_start
+from benchmarks.train.contestants import Order, run_peer, saving_to
+from benchmarks.train.pairs import choose_variant, median_interval
+from benchmarks.train.rows import ROWS, SHORT_JOB, SHORT_JOB_BAR, Row, Variant
+from benchmarks.train.workload import Workload, learning_rates, make_spec, write_start
 from luthier.client import LuthierClient
 from luthier.core.errors import LuthierError
 

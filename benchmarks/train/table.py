@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.results_file import code_digest, job_digest
-from benchmarks.rows import GROWTH, ROWS, SHORT_JOB
+from benchmarks.train.rows import GROWTH, ROWS, SHORT_JOB
 
 _HEADER = (
     "| row | ours, tokens/s | peer, tokens/s | peer's best settings | times faster (95 %) | bar "

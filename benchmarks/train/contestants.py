@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workload import Workload
+from benchmarks.results_file import ROOT
+from benchmarks.train.workload import Workload
 
-ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".venv-peers"
 SCRIPTS = ROOT / "benchmarks" / "peers"
 # The slowest run of a full measurement takes minutes; hours mean that something hangs.

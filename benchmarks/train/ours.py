@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workload import Workload
+from benchmarks.train.workload import Workload
 from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StepEvent, parse_event
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.data.prepare.prepared_rows import write_prepared

@@ -5,11 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pairs import median_interval
 from benchmarks.serve.artifacts import publish_twin
 from benchmarks.serve.bench import Bench
 from benchmarks.serve.engine import our_server
 from benchmarks.serve.figures import percentile
+from benchmarks.train.pairs import median_interval
 from luthier.storage.store import Storage
 
 NAME = "publish"

@@ -13,22 +13,30 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.contestants import PeerFailedError
-from benchmarks.growth import measure_growth
 from benchmarks.machine import describe_machine
-from benchmarks.ours import OursFailedError
-from benchmarks.pairs import measure_row
-from benchmarks.results_file import ResultsFile
-from benchmarks.rows import BATCH_SIZE, GROWTH, NUM_PAIRS, NUM_ROWS, ROWS, SEED, SHORT_JOB, SHORT_JOB_ROWS
-from benchmarks.short_job import JobFailedError, measure_short_job
-from benchmarks.table import make_table
-from benchmarks.workload import Workload, find_base, load_rows, make_workload
+from benchmarks.results_file import ROOT, ResultsFile
+from benchmarks.train.contestants import PeerFailedError
+from benchmarks.train.growth import measure_growth
+from benchmarks.train.ours import OursFailedError
+from benchmarks.train.pairs import measure_row
+from benchmarks.train.rows import (
+    BATCH_SIZE,
+    GROWTH,
+    NUM_PAIRS,
+    NUM_ROWS,
+    ROWS,
+    SEED,
+    SHORT_JOB,
+    SHORT_JOB_ROWS,
+)
+from benchmarks.train.short_job import JobFailedError, measure_short_job
+from benchmarks.train.table import make_table
+from benchmarks.train.workload import Workload, find_base, load_rows, make_workload
 from examples.local_service import ServiceFailedError
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
 from luthier.data.prepare.prepared_rows import PreparedRows
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train.json"
 # Where tries go that are too short to be shown.
 TRY_RESULTS = ROOT / ".work" / "bench-train.json"

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import Order, PeerFailedError, run_peer
-from benchmarks.machine import StolenTime, gemm_peaks, read_shape
-from benchmarks.ours import run_ours
+from benchmarks.machine import StolenTime, gemm_peaks, read_shape, step_flops
 from benchmarks.results_file import ResultsFile, code_digest, fingerprint_of
-from benchmarks.roofline import step_flops
-from benchmarks.rows import Row, Variant
-from benchmarks.workload import Workload, learning_rates, make_spec, write_start
+from benchmarks.train.contestants import Order, PeerFailedError, run_peer
+from benchmarks.train.ours import run_ours
+from benchmarks.train.rows import Row, Variant
+from benchmarks.train.workload import Workload, learning_rates, make_spec, write_start
 
 # A pair during which the host took more than this share of the time is run again.
 MAX_STOLEN = 0.02

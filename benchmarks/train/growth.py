@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ours import run_ours
 from benchmarks.results_file import ResultsFile, code_digest, fingerprint_of
-from benchmarks.rows import GROWTH, LORA
-from benchmarks.workload import Workload, make_spec
+from benchmarks.train.ours import run_ours
+from benchmarks.train.rows import GROWTH, LORA
+from benchmarks.train.workload import Workload, make_spec
 from luthier.data.prepare.prepared_rows import PreparedRows, join_rows
 
 LENGTHS = (128, 256, 384, 512)

@@ -4,10 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.machine import StolenTime
-from benchmarks.pairs import median_interval
 from benchmarks.serve.bench import Bench
 from benchmarks.serve.engine import OurServer, first_token_of, our_server
 from benchmarks.serve.figures import percentile
+from benchmarks.train.pairs import median_interval
 
 NAME = "prefill"
 _SHORT_TOKENS = 32

@@ -1,0 +1,1 @@
+"""What is measured of serving, a file each."""

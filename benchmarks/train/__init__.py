@@ -1,0 +1,1 @@
+"""Training beside other trainers: `python -m benchmarks.train`."""
