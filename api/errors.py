@@ -1,19 +1,19 @@
 """Failures as OpenAI's error body: the only place that turns an error into HTTP."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import iter_route_contexts
+from pydantic import BaseModel, Field
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from api.fields import nearest_field
 from api.paths import shown_path
 from luthier.core.errors import (
     InvalidRequestError,
@@ -22,12 +22,28 @@ from luthier.core.errors import (
     LuthierError,
     error_body,
     field_error,
+    nearest_name,
 )
 
 _log = structlog.get_logger()
 _LOCATIONS = {"body", "query", "path", "header"}
-# What pydantic calls a dictionary or a model is an object to whoever writes JSON.
+# pydantic's dictionaries and models are objects in JSON.
 _OBJECT_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; docs/errors.md has every code."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="The offending field, dotted where it is inside another.")
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error answer."""
+
+    error: ErrorDetail
 
 
 def to_response(error: LuthierError) -> JSONResponse:
@@ -57,8 +73,27 @@ def from_validation(request: Request, errors: Sequence[Any]) -> LuthierError:
     is_no_object = kind in _OBJECT_TYPES
     reason = "Send a JSON object." if is_no_object else str(first["msg"]).removeprefix("Value error, ")
     text = f"Invalid value for '{param}': {reason}" if param else reason
-    near = nearest_field(request, path) if kind == "extra_forbidden" else None
+    near = _nearest_field(request, path) if kind == "extra_forbidden" else None
     return field_error(kind, param, text, advice=f"Did you mean '{near}'?" if near else "Leave it out.")
+
+
+def _nearest_field(request: Request, path: Sequence[str]) -> str | None:
+    """Return the dotted path of the field whose name is most like an unknown one's; of equals its sibling."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    known = [] if body is None else list(_field_paths(body.field_info.annotation))
+    near = nearest_name(path[-1], {one[-1] for one in known})
+    alike = [one for one in known if one[-1] == near]
+    found = min(alike, key=lambda one: one[:-1] != tuple(path[:-1]), default=None)
+    return None if found is None else ".".join(found)
+
+
+def _field_paths(annotation: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of each field of a type's models, nested ones too."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            for name, field in part.model_fields.items():
+                yield (*before, name)
+                yield from _field_paths(field.annotation, (*before, name))
 
 
 async def _on_luthier_error(_request: Request, error: Exception) -> JSONResponse:

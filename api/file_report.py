@@ -10,7 +10,7 @@ from fastapi import Request
 
 from api.concurrency import get_base_here, run_apart, turn
 from api.deps import Parts
-from api.schemas.file_reports import FileReportObject, file_report_object
+from api.schemas.files import FileReportObject, file_report_object
 from db.tables import File
 from luthier.bases.catalogue import base_folder
 from luthier.core.errors import (

@@ -32,7 +32,6 @@ from api.routes import (
     usage,
     webhooks,
 )
-from api.schemas.errors import ErrorBody
 from api.streaming.event_hub import EventHub
 from api.usage_recorder import UsageRecorder
 from db.session import Database
@@ -102,7 +101,7 @@ def create_app(parts: Parts) -> FastAPI:
         # A redirect would turn a POST into a GET in some clients.
         redirect_slashes=False,
         # In place of the 422 that the framework would document and this service never sends.
-        responses={"default": {"model": ErrorBody, "description": "Refused or failed"}},
+        responses={"default": {"model": errors.ErrorBody, "description": "Refused or failed"}},
         servers=[{"url": "/", "description": "The service that this document comes from"}],
         # The page that FastAPI brings loads scripts from elsewhere: api/routes/pages.py has another.
         docs_url=None,

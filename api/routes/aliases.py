@@ -16,7 +16,7 @@ from api.schemas.aliases import (
     alias_object,
     alias_version_object,
 )
-from api.schemas.pages import DeletedObject, ListPage, list_object
+from api.schemas.base import DeletedObject, ListPage, list_object
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, UnavailableError
 from luthier.core.inference import ModelTarget
 from services.accounts.auth import Scope

@@ -8,8 +8,8 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.files import FileObject, file_object
-from api.schemas.pages import DeletedObject, ListPage, list_object
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
 from api.uploads.object_writer import discard_rest

@@ -11,18 +11,19 @@ from api.deps import PartsDep, ScopeApartDep, ScopeDep, SessionDep
 from api.idempotency import SentDep, act_on_job
 from api.job_estimate import estimate_apart
 from api.schemas.answers import EVENT_STREAM
+from api.schemas.base import ListPage, list_object
 from api.schemas.estimates import JobEstimate, estimate_object
 from api.schemas.jobs import (
     CheckpointObject,
     CreateJobBody,
     EventObject,
     JobObject,
+    JobReport,
     checkpoint_object,
     event_object,
     job_object,
+    report_object,
 )
-from api.schemas.pages import ListPage, list_object
-from api.schemas.reports import JobReport, report_object
 from api.streaming.event_stream import event_stream_response, read_job
 from luthier.core.errors import InvalidValueError
 from services.jobs import idempotency, integrations, jobs, pausing

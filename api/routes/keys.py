@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 
 from api.deps import ScopeDep, SessionDep
-from api.schemas.keys import CreateKeyBody, KeyObject, key_object
-from api.schemas.pages import DeletedObject, ListPage, list_object
+from api.schemas.accounts import CreateKeyBody, KeyObject, key_object
+from api.schemas.base import DeletedObject, ListPage, list_object
 from services.accounts import keys
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])

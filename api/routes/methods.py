@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 
 from api.deps import ScopeDep
-from api.schemas.methods import MethodObject, method_object
-from api.schemas.pages import ListPage, list_object
+from api.schemas.base import ListPage, list_object
+from api.schemas.jobs import MethodObject, method_object
 from luthier.methods import discover
 
 router = APIRouter(prefix="/v1/fine_tuning/methods", tags=["fine_tuning"])

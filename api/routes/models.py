@@ -8,6 +8,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.models import (
     ModelFilesPage,
     ModelObject,
@@ -16,7 +17,6 @@ from api.schemas.models import (
     model_files_object,
     tuned_model_object,
 )
-from api.schemas.pages import DeletedObject, ListPage, list_object
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from luthier.core.errors import NotFoundError, UnavailableError
 from services.accounts import limits

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from api.deps import ScopeDep, SessionDep
-from api.schemas.pages import DeletedObject, ListPage, list_object
-from api.schemas.permissions import CreatePermissionsBody, PermissionObject, permission_object
+from api.schemas.base import DeletedObject, ListPage, list_object
+from api.schemas.models import CreatePermissionsBody, PermissionObject, permission_object
 from services.models import permissions
 
 router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["fine_tuning"])

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 
 from api.deps import PartsDep, ScopeApartDep
 from api.file_report import report_apart
-from api.schemas.file_reports import FileReportObject
+from api.schemas.files import FileReportObject
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 

@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.schemas.uploads import (
+from api.schemas.files import (
     CompleteUploadBody,
     CreateUploadBody,
     UploadObject,

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from api.deps import ScopeDep, SessionDep
-from api.schemas.usage import UsagePage, usage_page
+from api.schemas.accounts import UsagePage, usage_page
 from services.accounts import usage
 from services.accounts.usage import BucketWidth, GroupBy, UsageQuery
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
-from api.schemas.pages import DeletedObject, ListPage, list_object
+from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.webhooks import (
     ChangeEndpointBody,
     CreateEndpointBody,

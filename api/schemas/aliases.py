@@ -1,25 +1,24 @@
-"""What clients say of aliases and hear of them."""
+"""Aliases and their versions."""
 
 from typing import Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from typing_extensions import TypedDict
 
+from api.schemas.base import Body
 from services.models.alias_history import PastPointing
 from services.models.aliases import Pointing
 
 
-class PutAliasBody(BaseModel):
+class PutAliasBody(Body):
     """Body of PUT /v1/aliases/{name}."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str = Field(min_length=1, max_length=256)
 
 
-class RollBackAliasBody(BaseModel):
-    """Body of POST /v1/aliases/{name}/rollback, which may be left out: the version before, then."""
+class RollBackAliasBody(Body):
+    """Body of POST /v1/aliases/{name}/rollback; without one, the version before the present one."""
 
-    model_config = ConfigDict(extra="forbid")
     version: int | None = Field(None, ge=1, le=2**31 - 1, strict=True)
 
 

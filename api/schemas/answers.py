@@ -1,10 +1,10 @@
-"""Answers of models as OpenAI has them; documented here, made by the inference server."""
+"""Answers of models in OpenAI's shapes; documented here, built by the inference server."""
 
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-# What a stream's operation sends beside the whole answer.
+# The content type of an operation that may stream.
 EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
 

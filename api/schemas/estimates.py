@@ -1,18 +1,15 @@
-"""What clients hear of a job that they have not made: rows, tokens, steps, seconds, bytes."""
+"""The estimate of a job: rows, tokens, steps, seconds, bytes."""
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from api.schemas.base import Body
 from luthier.core.specs import Auto, Hyperparameters, TrainingOptions
 from services.capacity.estimates import Estimate, Grounds
 
 
-class _Told(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class RowsTold(_Told):
+class EstimateRows(Body):
     """Rows of the training file; of a sample all but `total` and `counted` are shares of the whole."""
 
     total: int
@@ -24,7 +21,7 @@ class RowsTold(_Told):
     faulty: int = Field(description="Refused by the base's template, or without a supervised token.")
 
 
-class SecondsTold(_Told):
+class EstimateSeconds(Body):
     """Seconds of the training process by phase."""
 
     total: float
@@ -34,8 +31,8 @@ class SecondsTold(_Told):
     save: float
 
 
-class BasisTold(_Told):
-    """What seconds and memory rest on."""
+class EstimateBasis(Body):
+    """What seconds and memory are computed from."""
 
     device: str
     precision: str
@@ -45,14 +42,14 @@ class BasisTold(_Told):
     )
 
 
-class JobEstimate(_Told):
+class JobEstimate(Body):
     """Answer of POST /v1/fine_tuning/jobs/estimate. Tokens are of one epoch, `trained_tokens` of all."""
 
     object: str = "fine_tuning.job.estimate"
     model: str
     training_file: str
     validation_file: str | None
-    rows: RowsTold
+    rows: EstimateRows
     tokens: int
     supervised_tokens: int
     trained_tokens: int
@@ -63,9 +60,9 @@ class JobEstimate(_Told):
     training: TrainingOptions
     num_trained_parameters: int
     artifact_bytes: int | None
-    seconds: SecondsTold | None
+    seconds: EstimateSeconds | None
     peak_memory_bytes: int | None
-    basis: BasisTold | None
+    basis: EstimateBasis | None
     reason: str | None = Field(description="Why seconds and memory are null.")
     warnings: list[str]
 
@@ -76,7 +73,7 @@ def estimate_object(found: Estimate, training_file: str, validation_file: str | 
         model=found.spec.base_id,
         training_file=training_file,
         validation_file=validation_file,
-        rows=RowsTold(
+        rows=EstimateRows(
             total=found.num_rows,
             counted=found.num_counted,
             is_sampled=found.num_counted < found.num_rows,
@@ -103,18 +100,20 @@ def estimate_object(found: Estimate, training_file: str, validation_file: str | 
     )
 
 
-def _seconds(found: Estimate) -> SecondsTold | None:
+def _seconds(found: Estimate) -> EstimateSeconds | None:
     if found.seconds is None:
         return None
     phases = found.seconds.model_dump(exclude={"tokenize"})
-    return SecondsTold(total=round(sum(phases.values()), 2), **{k: round(v, 2) for k, v in phases.items()})
+    return EstimateSeconds(
+        total=round(sum(phases.values()), 2), **{k: round(v, 2) for k, v in phases.items()}
+    )
 
 
-def _basis(grounds: Grounds | None) -> BasisTold | None:
+def _basis(grounds: Grounds | None) -> EstimateBasis | None:
     if grounds is None:
         return None
     device = grounds.device
-    return BasisTold(
+    return EstimateBasis(
         device=device.device,
         precision=device.precision,
         num_threads=device.num_threads,

@@ -1,27 +1,29 @@
-"""What clients say of jobs and hear of them: OpenAI's shapes, and our `tuning` and `training` beside them."""
+"""Fine-tuning jobs and methods: OpenAI's shapes, with our `tuning` and `training` beside them."""
 
 import secrets
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from typing_extensions import TypedDict
 
-from api.schemas.ignored import JOB_FIELDS, without_ignored
+from api.schemas.base import Body
 from db.tables import Checkpoint, Job, JobEvent
 from luthier.core.errors import InvalidValueError, UnsupportedValueError
+from luthier.core.events import RunReport
 from luthier.core.specs import Auto, DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
-from luthier.methods import MAX_BETA
+from luthier.methods import MAX_BETA, Method
 from services.jobs.jobs import NewJob
+from services.jobs.reports import PrepareReport
 
 _MAX_SEED = 2**31 - 1
+# Fields that real clients send and that mean nothing here (Azure's choice of a machine pool); all other
+# unknown fields are refused. Those of chats are in the inference server: luthier/inference/fields.py.
+IGNORED_JOB_FIELDS = frozenset({"trainingType"})
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class HyperparametersBody(_Body):
+class HyperparametersBody(Body):
     """OpenAI's three knobs, each a number or "auto"; null means unset."""
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto | None = None
@@ -29,33 +31,31 @@ class HyperparametersBody(_Body):
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | Auto | None = None
 
     def to_hyperparameters(self) -> Hyperparameters:
-        """Return them with "auto" for what is unset."""
-        return Hyperparameters(**{k: v for k, v in self.model_dump().items() if v is not None})
+        """Return them, with "auto" for what is unset."""
+        return Hyperparameters(
+            **self.model_dump(exclude_none=True, include=set(HyperparametersBody.model_fields))
+        )
 
 
 class DpoHyperparametersBody(HyperparametersBody):
-    """The three knobs, and how dearly a step away from the starting model is paid."""
+    """The three knobs, and the weight of the penalty on leaving the starting model."""
 
     beta: Annotated[float, Field(gt=0, le=MAX_BETA, allow_inf_nan=False)] | Auto | None = None
 
-    def to_hyperparameters(self) -> Hyperparameters:
-        """Return the three knobs, with "auto" for what is unset."""
-        return Hyperparameters(**self.model_dump(exclude_none=True, exclude={"beta"}))
 
-
-class DpoBody(_Body):
+class DpoBody(Body):
     """Configuration of training on preferences."""
 
     hyperparameters: DpoHyperparametersBody | None = None
 
 
-class SupervisedBody(_Body):
+class SupervisedBody(Body):
     """Configuration of supervised training."""
 
     hyperparameters: HyperparametersBody | None = None
 
 
-class MethodBody(_Body):
+class MethodBody(Body):
     """OpenAI's `method`; clients may send all three configurations, and the one named by `type` counts."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
@@ -64,7 +64,7 @@ class MethodBody(_Body):
     reinforcement: dict[str, Any] | None = None
 
 
-class CreateJobBody(_Body):
+class CreateJobBody(Body):
     """Body of POST /v1/fine_tuning/jobs. An explicit null means unset."""
 
     model: str = Field(min_length=1, max_length=256)
@@ -83,12 +83,14 @@ class CreateJobBody(_Body):
     @model_validator(mode="before")
     @classmethod
     def _drop_ignored(cls, body: Any) -> Any:
-        return without_ignored(body, JOB_FIELDS)
+        if not isinstance(body, Mapping):
+            return body
+        return {name: value for name, value in body.items() if name not in IGNORED_JOB_FIELDS}
 
     @field_validator("tuning", "training", mode="before")
     @classmethod
     def _drop_nulls(cls, value: Any) -> Any:
-        """An explicit null means unset inside of these, too, whatever their defaults are."""
+        """Inside these too an explicit null means unset, whatever the defaults are."""
         return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
     @field_validator("suffix")
@@ -112,14 +114,11 @@ class CreateJobBody(_Body):
         return metadata or None
 
     def to_new_job(self) -> NewJob:
-        """Translate the body.
-
-        Returns:
-            The request for services.jobs.jobs, its method's parameters still to be checked.
+        """Translate the body; its method's parameters are still to be checked.
 
         Raises:
             UnsupportedValueError: for what OpenAI's API has and this service does not (yet).
-            InvalidValueError: when two places say different things of the hyperparameters.
+            InvalidValueError: when the two places of hyperparameters contradict each other.
         """
         if self.method is not None and self.method.type == "reinforcement":
             raise UnsupportedValueError(
@@ -199,7 +198,7 @@ class JobObject(TypedDict):
 
 
 class EventObject(TypedDict):
-    """What happened to a job."""
+    """An event of a job."""
 
     id: str
     object: Literal["fine_tuning.job.event"]
@@ -223,11 +222,7 @@ class CheckpointObject(TypedDict):
 
 
 def job_object(job: Job) -> JobObject:
-    """Return a job as clients see it.
-
-    `started_from`, `tuning` and `training` are ours; the rest is OpenAI's. "auto" stands where prepare has
-    not yet put a number.
-    """
+    """Return a job as clients see it; values stay "auto" until prepare has resolved them."""
     spec = TrainingSpec.model_validate(job.spec)
     hyperparameters = spec.hyperparameters.model_dump(mode="json")
     objective = "supervised" if spec.dpo is None else "dpo"
@@ -260,7 +255,7 @@ def job_object(job: Job) -> JobObject:
 
 
 def _started_from(spec: TrainingSpec) -> dict[str, str] | None:
-    """Return the tuned model that a job goes on from, None for one that starts from its base."""
+    """Return the tuned model that a job continues, or None when it starts from its base."""
     return None if spec.parent is None else {"name": spec.parent.name, "digest": spec.parent.digest}
 
 
@@ -278,9 +273,9 @@ def event_object(event: JobEvent) -> EventObject:
 
 
 def checkpoint_object(checkpoint: Checkpoint, model_name: str) -> CheckpointObject:
-    """Return a checkpoint as clients see it; metrics that were not measured are absent.
+    """Return a checkpoint as clients see it.
 
-    The validation rows are scored whole or not at all, so `valid_loss` and `full_valid_loss` say the same.
+    Validation rows are scored all or not at all, so `valid_loss` and `full_valid_loss` are equal.
     """
     names = ("loss", "mean_token_accuracy")
     whole = {f"valid_{name}": checkpoint.metrics.get(f"full_valid_{name}") for name in names}
@@ -293,4 +288,47 @@ def checkpoint_object(checkpoint: Checkpoint, model_name: str) -> CheckpointObje
         "fine_tuning_job_id": checkpoint.job_id,
         "step_number": checkpoint.step_number,
         "metrics": measured | checkpoint.metrics,
+    }
+
+
+class JobReport(BaseModel):
+    """GET /v1/fine_tuning/jobs/{id}/report. A part that does not exist yet is null."""
+
+    object: Literal["fine_tuning.job.report"]
+    fine_tuning_job_id: str
+    prepare: PrepareReport | None = Field(description="What the files held; present once the job is queued.")
+    run: RunReport | None = Field(description="What training did; updated at every evaluation.")
+
+
+def report_object(job: Job) -> dict[str, Any]:
+    """Return a job's report as clients see it: a JobReport, unless an older version of Luthier stored it."""
+    parts = job.report or {}
+    return {
+        "object": "fine_tuning.job.report",
+        "fine_tuning_job_id": job.id,
+        "prepare": parts.get("prepare"),
+        "run": parts.get("run"),
+    }
+
+
+class MethodObject(TypedDict):
+    """A tuning method; `parameters` is the JSON schema of a job's `tuning`."""
+
+    id: str
+    object: Literal["fine_tuning.method"]
+    title: str
+    parameters: dict[str, Any]
+    is_whole_model: bool
+    loads_in_peft: bool
+
+
+def method_object(method: Method) -> MethodObject:
+    """Return a method as clients see it."""
+    return {
+        "id": method.name,
+        "object": "fine_tuning.method",
+        "title": method.title,
+        "parameters": method.Params.model_json_schema(),
+        "is_whole_model": method.is_whole_model,
+        "loads_in_peft": method.library_name == "peft",
     }

@@ -1,10 +1,12 @@
-"""The model object."""
+"""Models, their files, and the permissions to call them."""
 
-from typing import Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
-from db.tables import Alias, Base, Model
+from api.schemas.base import Body
+from db.tables import Alias, Base, CheckpointPermission, Model
 from luthier.storage.manifests import Manifest
 
 
@@ -42,7 +44,7 @@ class ModelFilesPage(TypedDict):
 
 
 def tuned_model_object(model: Model, organization_slug: str) -> ModelObject:
-    """Return a tuned model or checkpoint as clients see it; others than OpenAI's four are ours."""
+    """Return a tuned model or checkpoint as clients see it."""
     return {
         "id": model.name,
         "object": "model",
@@ -69,7 +71,7 @@ def base_model_object(base: Base) -> ModelObject:
 
 
 def aliased_object(alias: Alias, target: ModelObject, organization_slug: str) -> ModelObject:
-    """Return an alias as a model that clients may call: its target's object, and the target's name."""
+    """Return an alias as a callable model: its target's object and name."""
     return {
         **target,
         "id": alias.name,
@@ -81,7 +83,7 @@ def aliased_object(alias: Alias, target: ModelObject, organization_slug: str) ->
 
 
 def model_files_object(manifest: Manifest) -> ModelFilesPage:
-    """Return the list of an artifact's files, the manifest itself left out."""
+    """Return the list of an artifact's files, without the manifest."""
     return {
         "object": "list",
         "digest": manifest.digest,
@@ -90,4 +92,31 @@ def model_files_object(manifest: Manifest) -> ModelFilesPage:
             for name, entry in sorted(manifest.files.items())
         ],
         "has_more": False,
+    }
+
+
+class CreatePermissionsBody(Body):
+    """Body of POST /v1/fine_tuning/checkpoints/{name}/permissions."""
+
+    project_ids: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
+        min_length=1, max_length=100
+    )
+
+
+class PermissionObject(TypedDict):
+    """The permission of a project to call a model."""
+
+    id: str
+    object: Literal["checkpoint.permission"]
+    created_at: int
+    project_id: str
+
+
+def permission_object(permission: CheckpointPermission) -> PermissionObject:
+    """Return a permission as clients see it."""
+    return {
+        "id": permission.id,
+        "object": "checkpoint.permission",
+        "created_at": int(permission.created_at.timestamp()),
+        "project_id": permission.grantee_project_id,
     }

@@ -1,10 +1,11 @@
-"""What clients say of webhook endpoints and hear of them."""
+"""Webhook endpoints and their tests."""
 
 from typing import Annotated, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from typing_extensions import TypedDict
 
+from api.schemas.base import Body
 from db.tables import WebhookEndpoint
 from luthier.webhooks.signing import shown_hint
 
@@ -12,11 +13,7 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 EventTypes = Annotated[list[str], Field(min_length=1, max_length=64)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class CreateEndpointBody(_Body):
+class CreateEndpointBody(Body):
     """Body of POST /v1/webhook_endpoints."""
 
     name: Name
@@ -24,7 +21,7 @@ class CreateEndpointBody(_Body):
     event_types: EventTypes
 
 
-class ChangeEndpointBody(_Body):
+class ChangeEndpointBody(Body):
     """Body of POST /v1/webhook_endpoints/{id}; what is absent or null stays as it is."""
 
     name: Name | None = None
@@ -32,20 +29,20 @@ class ChangeEndpointBody(_Body):
     event_types: EventTypes | None = None
 
 
-class RotateSecretBody(_Body):
+class RotateSecretBody(Body):
     """Body of POST /v1/webhook_endpoints/{id}/rotate_secret, which may be left out."""
 
     keep_old_secret_active_for_24_hours: bool | None = None
 
 
-class TestEndpointBody(_Body):
+class TestEndpointBody(Body):
     """Body of POST /v1/webhook_endpoints/{id}/test."""
 
     event_type: str
 
 
 class EndpointObject(TypedDict):
-    """A receiver of webhooks; `signing_secret` is in the answers that made one alone."""
+    """A receiver of webhooks; `signing_secret` is only in the answers that made a secret."""
 
     id: str
     object: Literal["webhook_endpoint"]
@@ -59,7 +56,7 @@ class EndpointObject(TypedDict):
 
 
 class EndpointTestObject(TypedDict):
-    """What a receiver answered to a test."""
+    """A receiver's answer to a test."""
 
     object: Literal["webhook_endpoint.test"]
     webhook_endpoint_id: str
@@ -76,7 +73,7 @@ class EventTypesPage(TypedDict):
 
 
 def endpoint_object(endpoint: WebhookEndpoint, secret: str | None = None) -> EndpointObject:
-    """Return an endpoint as clients see it; the secret is in the answers that made it and nowhere else."""
+    """Return an endpoint as clients see it, with its secret in the answers that made one."""
     body: EndpointObject = {
         "id": endpoint.id,
         "object": "webhook_endpoint",

@@ -20,7 +20,7 @@ import openai
 import pytest
 import structlog
 
-from api.schemas.ignored import JOB_FIELDS
+from api.schemas.jobs import IGNORED_JOB_FIELDS
 from db.session import Database
 from db.tables import Job
 from luthier.core.settings import Settings
@@ -291,8 +291,8 @@ def _check_cors(api: Api) -> None:
 
 
 def test_unknown_fields_are_refused_but_for_those_that_are_named(api: Api, file_id: str) -> None:
-    job = create_job(api, file_id, **dict.fromkeys(JOB_FIELDS, 1))
-    assert not JOB_FIELDS & set(job)
+    job = create_job(api, file_id, **dict.fromkeys(IGNORED_JOB_FIELDS, 1))
+    assert not IGNORED_JOB_FIELDS & set(job)
     plain = {"model": "tiny-llama", "training_file": file_id}
     for extra, param in (
         ({"trainingtype": 1}, "trainingtype"),

@@ -1,14 +1,58 @@
-"""What clients read of usage, in OpenAI's shapes."""
+"""API keys and usage, the latter in OpenAI's shapes."""
 
-from typing import Literal
+from typing import Literal, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
+from api.schemas.base import Body
+from db.tables import ApiKey
 from services.accounts.usage import UsageBucket, UsageResult
 
 
+class CreateKeyBody(Body):
+    """Body of POST /v1/keys; `project` is the name of the project that the key opens, made when new."""
+
+    name: str = Field(min_length=1, max_length=64)
+    project: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    is_admin: bool = Field(False, strict=True)
+
+
+class KeyObject(TypedDict):
+    """An API key; `key`, its plain text, is only in the answer that made it."""
+
+    id: str
+    object: Literal["api_key"]
+    name: str
+    prefix: str
+    project: str
+    project_id: str
+    is_admin: bool
+    created_at: int
+    last_used_at: int | None
+    key: NotRequired[str]
+
+
+def key_object(key: ApiKey, project_name: str, plain_text: str | None = None) -> KeyObject:
+    """Return a key as clients see it, with its plain text in the answer that made it."""
+    body: KeyObject = {
+        "id": key.id,
+        "object": "api_key",
+        "name": key.name,
+        "prefix": key.prefix,
+        "project": project_name,
+        "project_id": key.project_id,
+        "is_admin": key.is_admin,
+        "created_at": int(key.created_at.timestamp()),
+        "last_used_at": None if key.last_used_at is None else int(key.last_used_at.timestamp()),
+    }
+    if plain_text is not None:
+        body["key"] = plain_text
+    return body
+
+
 class UsageResultObject(TypedDict):
-    """Tokens of one group. What was not grouped by is null; what this service has not is null or 0."""
+    """Tokens of one group. What was not grouped by is null; what this service does not have is null or 0."""
 
     object: Literal["organization.usage.completions.result"]
     input_tokens: int
@@ -25,7 +69,7 @@ class UsageResultObject(TypedDict):
 
 
 class UsageBucketObject(TypedDict):
-    """The results of one stretch of time, in Unix seconds."""
+    """The results of one period, in Unix seconds."""
 
     object: Literal["bucket"]
     start_time: int
