@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.metrics import ApiMetrics
 from api.usage_recorder import UsageRecorder
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope as Caller
+from services.accounts.auth import Principal
 from services.accounts.usage import TokenCounts, UsageOwner
 
 # What proxies log for a client that left before its answer.
@@ -27,7 +27,7 @@ _CLIENT_LEFT = 499
 class RequestLogMiddleware:
     """Gives a request its id (`x-request-id`, and in every line of its log) and logs its end.
 
-    Routes add to `request.state`: `caller` (a services.accounts.auth.Scope), `model` and `usage`.
+    Routes add to `request.state`: `caller` (a services.accounts.auth.Principal), `model` and `usage`.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: ApiMetrics, usage: UsageRecorder, is_logged: bool) -> None:
@@ -79,7 +79,7 @@ class RequestLogMiddleware:
 
     def _count_tokens(self, state: dict[str, Any]) -> None:
         used: TokenCounts | None = state.get("usage")
-        caller: Caller | None = state.get("caller")
+        caller: Principal | None = state.get("caller")
         # Nothing is known of a request that was refused, or whose client left before its answer began.
         if used is None or caller is None or not used.num_requests:
             return

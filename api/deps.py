@@ -24,8 +24,8 @@ from luthier.inference.backends.base import Backend
 from luthier.storage.store import Storage
 from luthier.webhooks.sealing import Sealer
 from services.accounts import keys
-from services.accounts.auth import Scope
-from services.task_queue import Ring
+from services.accounts.auth import Principal
+from services.task_queue import Notify
 
 # Requests that hold a connection at the same time.
 NUM_TURNS = 16
@@ -53,7 +53,7 @@ class Parts:
     catalogue: Catalogue
     backend: Backend
     hub: EventHub
-    ring: Ring
+    notify: Notify
     sealer: Sealer
     usage: UsageRecorder
     metrics: ApiMetrics
@@ -137,25 +137,25 @@ def bearer_key(request: Request) -> str:
     return key.strip()
 
 
-def get_scope(request: Request, session: SessionDep) -> Scope:
+def get_scope(request: Request, session: SessionDep) -> Principal:
     """Return the caller's scope, read in the request's own transaction."""
     request.state.caller = keys.authenticate(session, bearer_key(request))
-    return cast(Scope, request.state.caller)
+    return cast(Principal, request.state.caller)
 
 
-ScopeDep = Annotated[Scope, Depends(get_scope)]
+ScopeDep = Annotated[Principal, Depends(get_scope)]
 
 
-async def get_scope_apart(request: Request, parts: PartsDep) -> Scope:
+async def get_scope_apart(request: Request, parts: PartsDep) -> Principal:
     """Return the caller's scope from a short transaction of its own: for routes that then move bytes."""
     key = bearer_key(request)
 
-    def read() -> Scope:
+    def read() -> Principal:
         with parts.database.transaction() as session:
             return keys.authenticate(session, key)
 
     request.state.caller = await run_in_threadpool(read)
-    return cast(Scope, request.state.caller)
+    return cast(Principal, request.state.caller)
 
 
-ScopeApartDep = Annotated[Scope, Depends(get_scope_apart)]
+ScopeApartDep = Annotated[Principal, Depends(get_scope_apart)]

@@ -24,7 +24,7 @@ from luthier.core.errors import (
 )
 from luthier.core.specs import BaseFacts
 from luthier.data.reports.process import report_in_process
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.files import files
 
 _LOOK_SECONDS = 1.0
@@ -42,7 +42,7 @@ class _Input:
 
 async def report_apart(
     parts: Parts,
-    scope: Scope,
+    scope: Principal,
     request: Request,
     file_id: str,
     *,
@@ -80,7 +80,7 @@ async def _watch(request: Request, has_left: threading.Event) -> None:
 
 def _report(
     parts: Parts,
-    scope: Scope,
+    scope: Principal,
     file_id: str,
     base: str | None,
     validation_file_id: str | None,
@@ -126,7 +126,7 @@ def _gone(given: _Input) -> LuthierError:
 
 
 def _find_files(
-    parts: Parts, scope: Scope, file_id: str, validation_file_id: str | None
+    parts: Parts, scope: Principal, file_id: str, validation_file_id: str | None
 ) -> tuple[_Input, _Input | None]:
     with parts.database.transaction() as session:
         file = _as_input(files.get(session, scope, file_id), "id")

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import Job
 from luthier.core.errors import InvalidTransitionError, InvalidValueError
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.jobs import idempotency, jobs
 from services.jobs.idempotency import Sending
 
@@ -51,7 +51,7 @@ SentDep = Annotated[Sent, Depends(read_sent)]
 
 
 def act_on_job(
-    session: Session, scope: Scope, sent: Sent, verb: str, job_id: str, act: Callable[[], Job]
+    session: Session, scope: Principal, sent: Sent, verb: str, job_id: str, act: Callable[[], Job]
 ) -> Job:
     """Do what a client asks of a job, once: the same request again finds it done, which is no fault.
 

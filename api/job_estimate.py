@@ -16,7 +16,7 @@ from luthier.data.prepare.objectives import Purpose
 from luthier.data.prepare.row_counts import SAMPLE_BYTES, RowCounts, count_rows
 from luthier.data.prepare.sample_prompts import check_sample_prompts
 from luthier.methods import room_in_context, row_limit
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.capacity import speeds
 from services.capacity.estimates import Estimate, Grounds, estimate
 from services.jobs import integrations, jobs
@@ -37,7 +37,7 @@ class _Input:
         return cls(file.storage_key, file.num_bytes, file.num_rows)
 
 
-async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
+async def estimate_apart(parts: Parts, scope: Principal, request: NewJob) -> Estimate:
     """Estimate what a job would take; nothing is stored. One for a project and few at a time.
 
     Raises:
@@ -50,7 +50,7 @@ async def estimate_apart(parts: Parts, scope: Scope, request: NewJob) -> Estimat
             return await run_apart(lambda: _estimate(parts, scope, request))
 
 
-def _estimate(parts: Parts, scope: Scope, request: NewJob) -> Estimate:
+def _estimate(parts: Parts, scope: Principal, request: NewJob) -> Estimate:
     with parts.database.transaction() as session:
         request = integrations.checked(session, parts.settings, request)
         checked = jobs.check(session, scope, parts.catalogue, parts.settings, request)

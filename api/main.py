@@ -40,7 +40,7 @@ from luthier.core.settings import Settings
 from luthier.inference.backends import open_all
 from luthier.storage.store import Storage
 from luthier.webhooks.sealing import Sealer
-from services.task_queue import Bell, make_celery
+from services.task_queue import TaskNotifier, make_celery
 
 # Beside the requests that hold a connection all along, those that take one for a moment in one thread.
 _POOL_SIZE = NUM_TURNS + 8
@@ -72,7 +72,7 @@ def make_parts(settings: Settings) -> Parts:
         backend=open_all(settings),
         hub=EventHub(database_url),
         sealer=Sealer(settings.secret_key.get_secret_value()),
-        ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
+        notify=TaskNotifier(make_celery(settings.redis_url.get_secret_value())).notify,
     )
 
 

@@ -30,7 +30,7 @@ from luthier.core.ids import new_api_key, new_id
 from luthier.core.settings import Settings
 from luthier.core.specs import TrainingSpec
 from luthier.methods import check_tuning
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.bootstrap import ensure_first_rows
 from services.files import files
 from services.files.files import StoredFile
@@ -56,7 +56,7 @@ FROM generate_series(1, :num_jobs) AS number
 """
 
 
-def fill(database: Database, num_jobs: int) -> Scope:
+def fill(database: Database, num_jobs: int) -> Principal:
     """Make the jobs of the first key's project.
 
     Args:
@@ -70,7 +70,7 @@ def fill(database: Database, num_jobs: int) -> Scope:
     with database.transaction() as session:
         key = session.scalars(select(ApiKey)).one()
         slug = session.scalars(select(Organization.slug)).one()
-        scope = Scope(key.organization_id, slug, key.project_id, key.id, is_admin=True)
+        scope = Principal(key.organization_id, slug, key.project_id, key.id, is_admin=True)
         stored = StoredFile(new_id("file"), "rows.jsonl", "fine-tune", 1, 10, "0" * 64, "nowhere")
         file = files.record(session, scope, stored)
         session.execute(
@@ -222,7 +222,7 @@ def run(num_jobs: int, num_rounds: int, folder: Path) -> bool:
 
 
 def _measure_filter(
-    database: Database, scope: Scope, chosen: Filter, num_rounds: int, base_url: str, key: str
+    database: Database, scope: Principal, chosen: Filter, num_rounds: int, base_url: str, key: str
 ) -> list[float]:
     with database.transaction() as session:
         cursor = deepest_cursor(session, chosen.condition)

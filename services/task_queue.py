@@ -1,7 +1,6 @@
-"""The bell: a Celery message that holds a job id and nothing else.
+"""The task queue: a Celery message that holds a job id and only wakes a worker.
 
-It only wakes a worker. Lost, doubled, late or forged bells do no harm, since the worker looks into
-Postgres for what there is to do.
+Lost, duplicated, late or forged messages do no harm: the worker reads from Postgres what there is to do.
 """
 
 import os
@@ -18,19 +17,16 @@ from sqlalchemy.orm import Session
 TASK_NAME = "luthier.wake"
 QUEUE = "luthier"
 
-Ring = Callable[[str], None]
+Notify = Callable[[str], None]
 _MAX_WAITING = 100
 _log = structlog.get_logger()
 
 
 def make_celery(redis_url: str) -> Celery:
-    """Return the Celery application of both ends of the bell.
+    """Return the Celery application of API and workers. docs/operations.md explains each value.
 
     Args:
         redis_url: `redis://…`, or `redis+socket:///path` for a Unix socket.
-
-    Returns:
-        The application; why each value: docs/operations.md.
     """
     app = Celery("luthier", broker=redis_url)
     app.conf.update(
@@ -44,7 +40,7 @@ def make_celery(redis_url: str) -> Celery:
         broker_connection_retry_on_startup=True,
         # Workers try again for ever: jobs start at their sweeps meanwhile.
         broker_connection_max_retries=None,
-        # Nobody who can write to the broker shall stop, grow or ask a worker.
+        # Write access to the broker must not be enough to stop, grow or query a worker.
         worker_enable_remote_control=False,
         worker_send_task_events=False,
         accept_content=["json"],
@@ -58,17 +54,17 @@ def make_celery(redis_url: str) -> Celery:
             "socket_timeout": 10,
             "socket_connect_timeout": 1,
             "socket_keepalive": True,
-            # The bell is rung within a request: give up fast, the sweep finds the row.
+            # Sent within a request: give up fast, a worker's sweep finds the row.
             "max_retries": 0,
         },
     )
     return app
 
 
-class Bell:
-    """Rings for jobs from a thread of its own, so that a broker that hangs holds up nobody.
+class TaskNotifier:
+    """Sends messages from its own thread, so that a broker that hangs delays no request.
 
-    A bell that can't be rung is logged and forgotten, and so are those that pile up behind it.
+    A message that can't be sent is logged and dropped, and so are those that exceed the queue.
     """
 
     def __init__(self, app: Celery) -> None:
@@ -76,31 +72,31 @@ class Bell:
         self._waiting: queue.Queue[str] = queue.Queue(_MAX_WAITING)
         self._pid = 0
 
-    def ring(self, job_id: str) -> None:
-        """Have a worker woken soon; returns at once."""
+    def notify(self, job_id: str) -> None:
+        """Queue a message for a job; never blocks."""
         if self._pid != os.getpid():
-            # The first ring of this process: a thread does not survive a fork.
+            # The first message of this process: a thread does not survive a fork.
             self._pid, self._waiting = os.getpid(), queue.Queue(_MAX_WAITING)
-            threading.Thread(target=self._ring_for_ever, args=(self._waiting,), daemon=True).start()
+            threading.Thread(target=self._send_for_ever, args=(self._waiting,), daemon=True).start()
         try:
             self._waiting.put_nowait(job_id)
         except queue.Full:
-            _log.warning("bell not rung, too many wait", job_id=job_id)
+            _log.warning("notification dropped, the queue is full", job_id=job_id)
 
-    def _ring_for_ever(self, waiting: "queue.Queue[str]") -> None:
+    def _send_for_ever(self, waiting: "queue.Queue[str]") -> None:
         while True:
             job_id = waiting.get()
             try:
                 self._app.send_task(TASK_NAME, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
             except Exception as error:  # noqa: BLE001
-                # Whatever it is, the next one is tried too: the row is committed, and workers look for it.
-                _log.warning("bell not rung", job_id=job_id, error=type(error).__name__)
+                # The row is committed and a worker's sweep finds it; the next message is tried too.
+                _log.warning("notification not sent", job_id=job_id, error=type(error).__name__)
 
 
-def ring_after_commit(session: Session, ring: Ring, job_id: str) -> None:
+def notify_after_commit(session: Session, notify: Notify, job_id: str) -> None:
     """Wake a worker once the session's transaction is committed, and not at all if it never is."""
 
-    def _ring(_session: Any) -> None:
-        ring(job_id)
+    def _notify(_session: Any) -> None:
+        notify(job_id)
 
-    event.listen(session, "after_commit", _ring, once=True)
+    event.listen(session, "after_commit", _notify, once=True)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import Base, Job, Model
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from tests.conftest import TINY_BASE, Api
 from tests.rows import colour_rows, jsonl
 
@@ -74,8 +74,8 @@ def _add_models(session: Session, job: Job) -> None:
         )
 
 
-def scope_of(api: Api) -> Scope:
+def scope_of(api: Api) -> Principal:
     """Return the project's scope."""
     with api.parts.database.transaction() as session:
         job = session.scalars(select(Job)).one()
-        return Scope(job.organization_id, "personal", job.project_id, None)
+        return Principal(job.organization_id, "personal", job.project_id, None)

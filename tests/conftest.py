@@ -233,7 +233,7 @@ class Api:
     key: str
     parts: Parts
     backend: FakeBackend
-    bells: list[str] = field(default_factory=list)
+    notified: list[str] = field(default_factory=list)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -243,7 +243,7 @@ class Api:
 
 @pytest.fixture
 def api(settings: Settings, database: Database) -> Iterator[Api]:
-    """The API over HTTP with real PostgreSQL and storage; the inference server is a fake, bells are noted."""
+    """The API over HTTP with real PostgreSQL and storage; a fake inference server, recorded notifications."""
     with serve_api(settings, database) as served:
         yield served
 
@@ -262,7 +262,7 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
     """Serve the API over HTTP with real PostgreSQL and storage; the inference server is a fake."""
     with database.transaction() as session:
         ensure_first_rows(session, settings)
-    bells: list[str] = []
+    notified: list[str] = []
     backend = FakeBackend()
     url = settings.database_url.get_secret_value()
     catalogue = load_catalogue(settings.models_file)
@@ -275,7 +275,7 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         metrics=ApiMetrics(database, lease_seconds=settings.lease_seconds),
         backend=backend,
         hub=EventHub(url),
-        ring=bells.append,
+        notify=notified.append,
         sealer=Sealer(settings.secret_key.get_secret_value()),
     )
     server = _Server(uvicorn.Config(create_app(parts), port=0, log_config=None, timeout_graceful_shutdown=2))
@@ -285,7 +285,7 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         wait_until(lambda: server.started, what="the API serves")
         port = server.servers[0].sockets[0].getsockname()[1]
         key = settings.bootstrap_api_key.get_secret_value()
-        yield Api(f"http://127.0.0.1:{port}", key, parts, backend, bells)
+        yield Api(f"http://127.0.0.1:{port}", key, parts, backend, notified)
     finally:
         server.should_exit = True
         thread.join(timeout=15)

@@ -21,7 +21,7 @@ from luthier.core.settings import Settings
 from services.capacity import workers
 from worker.broker import consume_for_ever
 from worker.context import WorkerContext, make_context, stop_on_signals
-from worker.maintenance import beat, collect_garbage, remove_stale_runs, repeat, take_lost_jobs
+from worker.maintenance import beat, remove_stale_runs, repeat, run_garbage_collection, take_lost_jobs
 from worker.metrics import serve_metrics
 from worker.processes import JobProcesses, run_job_process
 from worker.speed import measure_once
@@ -57,7 +57,7 @@ def run(settings: Settings, *, has_broker: bool = True) -> None:
     parts: dict[str, tuple[Callable[[WorkerContext], object], float]] = {
         "heartbeat": (beat, _MAX_BEAT_SECONDS),
         "taking of lost jobs": (take_lost_jobs, math.inf),
-        "garbage collection": (collect_garbage, math.inf),
+        "garbage collection": (run_garbage_collection, math.inf),
         "removal of run directories": (remove_stale_runs, math.inf),
     }
     for what, (act, max_seconds) in parts.items():

@@ -24,8 +24,8 @@ from luthier.trackers import discover
 from luthier.webhooks.sealing import Sealer
 from services.capacity import workers
 from services.jobs.leases import Lease
-from services.task_queue import Bell, Ring, make_celery
-from worker.training_process.fork_server import WarmSpare
+from services.task_queue import Notify, TaskNotifier, make_celery
+from worker.training_process.fork_server import ForkServer
 
 # In the main process one for each thread of maintenance, webhooks, metrics; jobs need fewer.
 _POOL_SIZE = 8
@@ -83,13 +83,13 @@ class WorkerContext:
     database: Database
     storage: Storage
     catalogue: Catalogue
-    ring: Ring
+    notify: Notify
     sealer: Sealer
     watch: Watch
     facts: dict[str, Any] = field(default_factory=_facts)
     stopping: threading.Event = field(default_factory=threading.Event)
     # None where no process shall wait for a run.
-    spare: WarmSpare | None = None
+    fork_server: ForkServer | None = None
     # None where nobody knows how much memory it has: then nobody counts it.
     device: Device | None = None
     # Rows whose bytes could not be deleted, and when that is tried again; and when orphans are looked for.
@@ -111,16 +111,16 @@ class WorkerContext:
 
     def run_dir(self, lease: Lease) -> Path:
         """Return where an attempt works; what a kill leaves there is removed by maintenance."""
-        return self.settings.runs_dir.absolute() / lease.job_id / f"e{lease.epoch}"
+        return self.settings.runs_dir.absolute() / lease.job_id / f"e{lease.fencing_token}"
 
     def read_catalogue(self) -> None:
         """Take the catalogue as it is now; a broken one changes nothing."""
         self.catalogue = read_again(self.settings.models_file, self.catalogue)
 
-    def keep_spare(self) -> None:
+    def start_fork_server(self) -> None:
         """Let a process wait for the next run, where that is wanted; from the main thread alone."""
-        if self.spare is not None and not self.stopping.is_set():
-            self.spare.start()
+        if self.fork_server is not None and not self.stopping.is_set():
+            self.fork_server.start()
 
     @property
     def num_threads(self) -> int:
@@ -177,8 +177,8 @@ def make_context(settings: Settings, *, worker_id: str | None = None) -> WorkerC
         storage=Storage.open(settings.storage_url),
         catalogue=load_catalogue(settings.models_file),
         device=find_device(settings),
-        spare=WarmSpare(settings.warm_spare_seconds) if settings.warm_spare_seconds else None,
+        fork_server=ForkServer(settings.warm_spare_seconds) if settings.warm_spare_seconds else None,
         watch=Watch(settings.lease_seconds, settings.sweep_seconds),
         sealer=Sealer(settings.secret_key.get_secret_value()),
-        ring=Bell(make_celery(settings.redis_url.get_secret_value())).ring,
+        notify=TaskNotifier(make_celery(settings.redis_url.get_secret_value())).notify,
     )

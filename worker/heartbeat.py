@@ -17,7 +17,7 @@ _log = structlog.get_logger()
 STALL_FACTOR = 5.0
 
 
-class LeaseKeeper:
+class LeaseHeartbeat:
     """Renews one lease; notices when it is lost (cancelled, taken, ended) or when a pause is requested."""
 
     def __init__(self, context: WorkerContext, lease: Lease) -> None:
@@ -36,7 +36,7 @@ class LeaseKeeper:
             LeaseLostError: when it is lost.
         """
         if self._is_lost.is_set():
-            raise LeaseLostError(f"Attempt {self._lease.epoch} no longer holds {self._lease.job_id}.")
+            raise LeaseLostError(f"Attempt {self._lease.fencing_token} no longer holds {self._lease.job_id}.")
 
     @property
     def is_pause_asked(self) -> bool:
@@ -69,17 +69,17 @@ class LeaseKeeper:
 
 
 @contextmanager
-def kept_lease(context: WorkerContext, lease: Lease) -> Iterator[LeaseKeeper]:
+def lease_heartbeat(context: WorkerContext, lease: Lease) -> Iterator[LeaseHeartbeat]:
     """Keep a lease for as long as a block runs.
 
     Yields:
-        The keeper, whose `check` tells whether the lease still holds.
+        The heartbeat, whose `check` tells whether the lease still holds.
     """
-    keeper = LeaseKeeper(context, lease)
-    thread = threading.Thread(target=keeper.run, daemon=True)
+    heartbeat = LeaseHeartbeat(context, lease)
+    thread = threading.Thread(target=heartbeat.run, daemon=True)
     thread.start()
     try:
-        yield keeper
+        yield heartbeat
     finally:
-        keeper.stop()
+        heartbeat.stop()
         thread.join()

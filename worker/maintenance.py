@@ -30,7 +30,7 @@ from worker.context import WorkerContext
 
 _log = structlog.get_logger()
 T = TypeVar("T")
-_TIDIED_AT_ONCE = 10
+_COLLECTED_AT_ONCE = 10
 # Rows alone, with no bytes to wait for.
 _ROWS_AT_ONCE = 1000
 # After so many failures in a round storage itself is taken to be away.
@@ -99,16 +99,16 @@ class _Garbage:
     mark: Callable[[Session], None]
 
 
-def collect_garbage(context: WorkerContext) -> None:
+def run_garbage_collection(context: WorkerContext) -> None:
     """Delete from storage what nothing needs any more."""
-    tidy(context, grace_seconds=2 * context.settings.lease_seconds)
+    collect_garbage(context, grace_seconds=2 * context.settings.lease_seconds)
     now = time.monotonic()
     if now >= context.orphans_due_at:
         context.orphans_due_at = now + min(_ORPHANS_EVERY_SECONDS, context.settings.orphan_seconds)
         delete_orphans(context)
 
 
-def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
+def collect_garbage(context: WorkerContext, *, grace_seconds: float) -> None:
     """Delete from storage what no row needs any more, however often that was tried before.
 
     That is what ended jobs worked with (tokenised rows, save points, what no row names), the parts of ended
@@ -123,7 +123,7 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
         UnavailableError: when storage or database seem to be away.
     """
     with context.database.transaction() as session:
-        files.delete_expired(session, limit=_TIDIED_AT_ONCE)
+        files.delete_expired(session, limit=_COLLECTED_AT_ONCE)
         deliveries.prune(session, kept_seconds=context.settings.webhook_kept_seconds, limit=_ROWS_AT_ONCE)
         idempotency.prune(session, limit=_ROWS_AT_ONCE)
     failures = 0
@@ -144,13 +144,15 @@ def tidy(context: WorkerContext, *, grace_seconds: float) -> None:
 def _find_garbage(context: WorkerContext, grace_seconds: float) -> Iterator[_Garbage]:
     now, storage = time.monotonic(), context.storage
     context.undeletable = {row: due for row, due in context.undeletable.items() if due > now}
-    skipped, limit = list(context.undeletable), _TIDIED_AT_ONCE
+    skipped, limit = list(context.undeletable), _COLLECTED_AT_ONCE
     with context.database.transaction() as session:
-        uploads_ended = storage_gc.list_untidied_uploads(
+        uploads_ended = storage_gc.list_uncollected_uploads(
             session, grace_seconds=grace_seconds, limit=limit, skipped=skipped
         )
     with context.database.transaction() as session:
-        ended = storage_gc.list_untidied(session, grace_seconds=grace_seconds, limit=limit, skipped=skipped)
+        ended = storage_gc.list_uncollected(
+            session, grace_seconds=grace_seconds, limit=limit, skipped=skipped
+        )
         files_gone = files.list_undeleted_bytes(session, limit=limit, skipped=skipped)
         models_gone = models.list_undeleted_bytes(session, limit=limit, skipped=skipped)
     for file_id, key in files_gone:
@@ -168,14 +170,14 @@ def _find_garbage(context: WorkerContext, grace_seconds: float) -> Iterator[_Gar
         yield _Garbage(
             upload.upload_id,
             partial(storage.delete_all_but, prefix, [upload.kept_key] if upload.kept_key else []),
-            partial(storage_gc.mark_upload_tidied, upload_id=upload.upload_id),
+            partial(storage_gc.mark_upload_collected, upload_id=upload.upload_id),
         )
     for job in ended:
         prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
         yield _Garbage(
             job.job_id,
             partial(storage.delete_all_but, prefix, job.kept_prefixes),
-            partial(storage_gc.mark_tidied, job_id=job.job_id),
+            partial(storage_gc.mark_collected, job_id=job.job_id),
         )
 
 

@@ -35,25 +35,25 @@ def work(context: WorkerContext) -> None:
     """Train what is queued and check the files of what was created, until there is nothing for this process.
 
     Other processes are woken for a job that was checked here once this one has claimed another, or none: its
-    spare has begun with the imports.
+    fork_server has begun with the imports.
     """
     checked: str | None = None
     while not context.stopping.is_set():
         claimed = claim(context)
         if checked is not None and (claimed is None or claimed.lease.job_id != checked):
-            context.ring(checked)
+            context.notify(checked)
         checked = None
         if claimed is not None:
             train(context, claimed)
-            context.keep_spare()
+            context.start_fork_server()
             continue
         checked = _prepare_next(context)
         if checked is None:
             return
     if checked is not None:
-        context.ring(checked)
-    if context.spare is not None:
-        context.spare.stop()
+        context.notify(checked)
+    if context.fork_server is not None:
+        context.fork_server.stop()
 
 
 def _prepare_next(context: WorkerContext) -> str | None:
@@ -75,7 +75,7 @@ def run_job_process(settings: Settings, worker_id: str, parent_pid: int, *, has_
     die_with_parent(parent_pid)
     context = make_context(settings, worker_id=worker_id)
     if not has_broker:
-        context.ring = lambda _job_id: None
+        context.notify = lambda _job_id: None
     # A signal writes a byte there, which ends the wait.
     signalled, on_signal = os.pipe()
     os.set_blocking(on_signal, False)
@@ -84,7 +84,7 @@ def run_job_process(settings: Settings, worker_id: str, parent_pid: int, *, has_
     # Its worker answers it, and passes it on by the standard input.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The first job would wait for its imports otherwise.
-    context.keep_spare()
+    context.start_fork_server()
     while not context.stopping.is_set():
         try:
             work(context)

@@ -22,7 +22,7 @@ _log = structlog.get_logger()
 # What this machine lacks, and another one may have.
 _OF_THIS_MACHINE = (BaseUnavailableError, StorageFullError, UnsuitableMachineError)
 # After these a job is tried again, later or elsewhere.
-GIVEN_BACK = (UnavailableError, *_OF_THIS_MACHINE)
+REQUEUED_ERRORS = (UnavailableError, *_OF_THIS_MACHINE)
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def full_disk_named() -> Iterator[None]:
         raise StorageFullError("The worker's disk is full; the operator must make room.") from error
 
 
-def give_back(context: WorkerContext, lease: Lease, error: LuthierError) -> None:
+def requeue(context: WorkerContext, lease: Lease, error: LuthierError) -> None:
     """Let a job wait for a better time; one that was asked to pause is paused.
 
     Args:

@@ -19,7 +19,7 @@ from api.schemas.aliases import (
 from api.schemas.base import DeletedObject, ListPage, list_object
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, UnavailableError
 from luthier.core.inference import ModelTarget
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.models import alias_history, aliases, models
 from services.models.alias_history import WayBack
 
@@ -97,18 +97,18 @@ async def put_alias(
     return {**alias, "proved": is_proved}
 
 
-def _find_way_back(parts: Parts, scope: Scope, name: str, number: int | None) -> WayBack:
+def _find_way_back(parts: Parts, scope: Principal, name: str, number: int | None) -> WayBack:
     with parts.database.transaction() as session:
         return alias_history.find_way_back(session, scope, parts.catalogue, name, number)
 
 
-def _roll_back(parts: Parts, scope: Scope, name: str, way: WayBack) -> AliasObject | None:
+def _roll_back(parts: Parts, scope: Principal, name: str, way: WayBack) -> AliasObject | None:
     with parts.database.transaction() as session:
         pointing = alias_history.roll_back(session, scope, parts.catalogue, name, way)
         return None if pointing is None else alias_object(pointing)
 
 
-def _target(parts: Parts, scope: Scope, model: str) -> ModelTarget | None:
+def _target(parts: Parts, scope: Principal, model: str) -> ModelTarget | None:
     """Return what a name resolves to; None where pointing to it will say why it does not."""
     with parts.database.transaction() as session, suppress(ModelNotFoundError, ModelNotAvailableError):
         return models.resolve(session, scope, parts.catalogue, model)
@@ -121,12 +121,12 @@ async def _check_client(request: Request) -> None:
         raise UnavailableError("The client has left; the alias points where it did.")
 
 
-def _see(parts: Parts, scope: Scope, name: str) -> aliases.Seen:
+def _see(parts: Parts, scope: Principal, name: str) -> aliases.Seen:
     with parts.database.transaction() as session:
         return aliases.see(session, scope, name)
 
 
-def _put(parts: Parts, scope: Scope, name: str, model: str, seen: aliases.Seen) -> AliasObject:
+def _put(parts: Parts, scope: Principal, name: str, model: str, seen: aliases.Seen) -> AliasObject:
     with parts.database.transaction() as session:
         return alias_object(aliases.put(session, scope, parts.catalogue, name, model, seen=seen))
 

@@ -19,7 +19,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.data.readers.upload_check import INPUT_PURPOSES
 from services.accounts import limits
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.files import files
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -107,7 +107,7 @@ def retrieve_file(file_id: str, session: SessionDep, scope: ScopeDep) -> FileObj
     return file_object(files.get(session, scope, file_id))
 
 
-def _get(parts: Parts, scope: Scope, file_id: str) -> File:
+def _get(parts: Parts, scope: Principal, file_id: str) -> File:
     with parts.database.transaction() as session:
         return files.get(session, scope, file_id)
 
@@ -127,7 +127,7 @@ async def file_content(file_id: str, request: Request, parts: PartsDep, scope: S
     )
 
 
-def _delete(parts: Parts, scope: Scope, file_id: str) -> str:
+def _delete(parts: Parts, scope: Principal, file_id: str) -> str:
     with parts.database.transaction() as session:
         return files.delete(session, scope, file_id).storage_key
 

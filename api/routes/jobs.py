@@ -44,7 +44,7 @@ def create_job(
     if earlier is not None:
         return job_object(jobs.get(session, scope, earlier))
     wanted = integrations.checked(session, parts.settings, body.to_new_job())
-    job = jobs.create(session, scope, parts.catalogue, parts.settings, parts.ring, wanted)
+    job = jobs.create(session, scope, parts.catalogue, parts.settings, parts.notify, wanted)
     idempotency.remember(session, scope, sending, resource_id=job.id)
     return job_object(job)
 
@@ -111,7 +111,7 @@ def resume_job(
     fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep, parts: PartsDep
 ) -> JobObject:
     """Let a paused job go on from its newest save point."""
-    act = partial(pausing.resume, session, scope, parts.ring, fine_tuning_job_id)
+    act = partial(pausing.resume, session, scope, parts.notify, fine_tuning_job_id)
     return job_object(act_on_job(session, scope, sent, "resume", fine_tuning_job_id, act))
 
 

@@ -20,7 +20,7 @@ from api.schemas.models import (
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from luthier.core.errors import NotFoundError, UnavailableError
 from services.accounts import limits
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.models import models, names
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -44,7 +44,7 @@ def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ListPa
     return list_object(data, has_more=False)
 
 
-def _named_object(named: names.Named, scope: Scope) -> ModelObject:
+def _named_object(named: names.Named, scope: Principal) -> ModelObject:
     if named.model is not None:
         described = tuned_model_object(named.model, scope.organization_slug)
     else:
@@ -55,7 +55,7 @@ def _named_object(named: names.Named, scope: Scope) -> ModelObject:
     return aliased_object(named.alias, described, scope.organization_slug)
 
 
-def _artifact_key(parts: Parts, scope: Scope, name: str) -> str:
+def _artifact_key(parts: Parts, scope: Principal, name: str) -> str:
     with parts.database.transaction() as session:
         return models.get_own(session, scope, parts.catalogue, name).artifact_key
 
@@ -88,7 +88,7 @@ async def download_model_file(
     )
 
 
-def _pin(parts: Parts, scope: Scope, name: str, room_bytes: Mapping[str, int]) -> ModelObject:
+def _pin(parts: Parts, scope: Principal, name: str, room_bytes: Mapping[str, int]) -> ModelObject:
     with parts.database.transaction() as session:
         found = models.pin(session, scope, parts.catalogue, name)
         limits.check_pinned_bytes(session, found, room_bytes, parts.settings.max_pinned_share)
@@ -120,7 +120,7 @@ def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: Part
     return described
 
 
-def _delete(parts: Parts, scope: Scope, name: str) -> str:
+def _delete(parts: Parts, scope: Principal, name: str) -> str:
     with parts.database.transaction() as session:
         return models.delete(session, scope, parts.catalogue, name).artifact_key
 

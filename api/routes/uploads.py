@@ -21,7 +21,7 @@ from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
 from luthier.data.readers.upload_check import open_check, row_limits
 from services.accounts import limits
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.files import completing, uploads
 from services.files.completing import Assembly
 from services.files.files import StoredFile
@@ -95,7 +95,7 @@ async def create_part(
     )
 
 
-def _begin(parts: Parts, scope: Scope, upload_id: str, body: CompleteUploadBody) -> Assembly:
+def _begin(parts: Parts, scope: Principal, upload_id: str, body: CompleteUploadBody) -> Assembly:
     parts.storage.check_free(parts.settings.min_free_bytes)
     with parts.database.transaction() as session:
         return completing.start(session, scope, upload_id, part_ids=body.part_ids, md5=_md5(body))
@@ -107,7 +107,7 @@ def _md5(body: CompleteUploadBody) -> str | None:
 
 async def _assemble(
     parts: Parts,
-    scope: Scope,
+    scope: Principal,
     assembly: Assembly,
     body: CompleteUploadBody,
     *,
@@ -139,7 +139,7 @@ async def _assemble(
 
 
 def _finish(
-    session: Session, scope: Scope, upload_id: str, body: CompleteUploadBody, stored: StoredFile
+    session: Session, scope: Principal, upload_id: str, body: CompleteUploadBody, stored: StoredFile
 ) -> UploadObject:
     upload, file = completing.finish(
         session, scope, upload_id, stored, part_ids=body.part_ids, md5=_md5(body)

@@ -24,7 +24,7 @@ from luthier.core.runtime import now_seconds
 from luthier.webhooks.events import EVENT_TYPES, Message, payload
 from luthier.webhooks.sending import send
 from luthier.webhooks.targets import TargetRules
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.webhooks import endpoints
 from services.webhooks.endpoints import EndpointChange
 
@@ -116,7 +116,7 @@ def rotate_endpoint_secret(
     return endpoint_object(endpoint, secret)
 
 
-def _sample(parts: Parts, scope: Scope, endpoint_id: str, event_type: str) -> Message:
+def _sample(parts: Parts, scope: Principal, endpoint_id: str, event_type: str) -> Message:
     with parts.database.transaction() as session:
         endpoint = endpoints.get(session, scope, endpoint_id)
         endpoints.check_event_type(event_type, param="event_type")

@@ -13,7 +13,7 @@ from luthier.core.errors import InvalidValueError, UnauthenticatedError, Unavail
 from luthier.core.states import JobStatus
 from luthier.inference.streaming import EventStream
 from services.accounts import keys
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.jobs import events, jobs
 
 # How often a stream looks by itself, which is also how often an idle one shows that it lives.
@@ -21,7 +21,7 @@ _LOOK_SECONDS = 5.0
 _BATCH = 200
 
 
-async def read_job(parts: Parts, scope: Scope, job_id: str) -> Job:
+async def read_job(parts: Parts, scope: Principal, job_id: str) -> Job:
     """Read a job in a short transaction of its own; one that is not the project's is NotFoundError."""
 
     def read() -> Job:
@@ -32,7 +32,7 @@ async def read_job(parts: Parts, scope: Scope, job_id: str) -> Job:
 
 
 def _read_news(
-    parts: Parts, scope: Scope, job_id: str, seq: int
+    parts: Parts, scope: Principal, job_id: str, seq: int
 ) -> tuple[list[tuple[int, EventObject]], bool]:
     with parts.database.transaction() as session:
         # A key that was revoked meanwhile sees no more.
@@ -44,7 +44,7 @@ def _read_news(
         return [(row.seq, event_object(row)) for row in rows], is_over
 
 
-async def _stream(parts: Parts, scope: Scope, job_id: str, last_seq: int) -> AsyncIterator[bytes]:
+async def _stream(parts: Parts, scope: Principal, job_id: str, last_seq: int) -> AsyncIterator[bytes]:
     with parts.hub.subscribe(job_id) as woken:
         while True:
             woken.clear()
@@ -71,7 +71,9 @@ async def _stream(parts: Parts, scope: Scope, job_id: str, last_seq: int) -> Asy
                 yield b": still here\n\n"
 
 
-def event_stream_response(parts: Parts, scope: Scope, job_id: str, last_event_id: str | None) -> EventStream:
+def event_stream_response(
+    parts: Parts, scope: Principal, job_id: str, last_event_id: str | None
+) -> EventStream:
     """Answer with a job's events from the one after `last_event_id` on, until the job has ended.
 
     Args:

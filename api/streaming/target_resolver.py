@@ -11,7 +11,7 @@ from api.deps import Parts, bearer_key
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.core.inference import ModelTarget
 from services.accounts import keys
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.models import models
 
 _TIMEOUT_SECONDS = 3.0
@@ -19,7 +19,7 @@ _TIMEOUT_SECONDS = 3.0
 ResultT = TypeVar("ResultT")
 
 
-async def authenticate(request: Request, parts: Parts) -> Scope:
+async def authenticate(request: Request, parts: Parts) -> Principal:
     """Return the caller that a request's key opens, which is noted in the request's state.
 
     Raises:
@@ -28,12 +28,12 @@ async def authenticate(request: Request, parts: Parts) -> Scope:
     """
     key = bearer_key(request)
 
-    def read() -> Scope:
+    def read() -> Principal:
         with parts.database.transaction() as session:
             return keys.authenticate(session, key)
 
     request.state.caller = await _look_up(parts, read)
-    return cast(Scope, request.state.caller)
+    return cast(Principal, request.state.caller)
 
 
 async def resolve_target(request: Request, parts: Parts, name: str | LuthierError) -> ModelTarget:

@@ -8,7 +8,7 @@ from benchmarks.train.workload import Workload
 from luthier.core.events import FailedEvent, FinishedEvent, StartedEvent, StepEvent, parse_event
 from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.data.prepare.prepared_rows import write_prepared
-from worker.training_process.fork_server import SpareRun, WarmSpare
+from worker.training_process.fork_server import ForkedRun, ForkServer
 
 _IMPORT_SECONDS = 180.0
 _IDLE_SECONDS = 3600.0
@@ -35,17 +35,17 @@ def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, 
         OursFailedError: when the run does not finish.
     """
     write_run_directory(folder, workload, spec)
-    spare = WarmSpare(_IDLE_SECONDS)
-    spare.start()
+    fork_server = ForkServer(_IDLE_SECONDS)
+    fork_server.start()
     try:
-        imports_bytes = _wait_for_imports(spare)
-        run = spare.take(folder)
+        imports_bytes = _wait_for_imports(fork_server)
+        run = fork_server.take(folder)
         if run is None:
-            raise OursFailedError("the spare ended before its run began")
+            raise OursFailedError("the fork server ended before its run began")
         with run.stdout:
             told = _follow(run)
     finally:
-        spare.stop()
+        fork_server.stop()
     peak_bytes = told.pop("peak_bytes")
     return told | {
         "memory_bytes": peak_bytes if workload.device == "cuda" else peak_bytes - imports_bytes,
@@ -68,7 +68,7 @@ def write_run_directory(folder: Path, workload: Workload, spec: TrainingSpec) ->
     write_prepared(workload.rows, folder / "train.safetensors")
 
 
-def _follow(run: SpareRun) -> dict[str, Any]:
+def _follow(run: ForkedRun) -> dict[str, Any]:
     """Read events until the run has ended."""
     begin = end = 0.0
     load_bytes = 0
@@ -102,14 +102,14 @@ def _follow(run: SpareRun) -> dict[str, Any]:
     )
 
 
-def _wait_for_imports(spare: WarmSpare) -> int:
-    """Wait until the spare waits for a run: then its imports are done. Return its memory."""
+def _wait_for_imports(fork_server: ForkServer) -> int:
+    """Wait until the fork server waits for a run: then its imports are done. Return its memory."""
     end = time.monotonic() + _IMPORT_SECONDS
-    while time.monotonic() < end and spare.pid is not None:
-        if _waits_for_message(spare.pid):
-            return _status_bytes(spare.pid, "VmRSS")
+    while time.monotonic() < end and fork_server.pid is not None:
+        if _waits_for_message(fork_server.pid):
+            return _status_bytes(fork_server.pid, "VmRSS")
         time.sleep(0.05)
-    raise OursFailedError(f"the spare did not wait for a run within {_IMPORT_SECONDS:.0f} s")
+    raise OursFailedError(f"the fork server did not wait for a run within {_IMPORT_SECONDS:.0f} s")
 
 
 def _waits_for_message(pid: int) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Scope:
+class Principal:
     """The project a caller may see; None as `key_id` is the service itself."""
 
     organization_id: str

@@ -15,7 +15,7 @@ from luthier.core.errors import (
     UnauthenticatedError,
 )
 from luthier.core.ids import hash_api_key, is_well_formed, key_prefix, new_api_key, new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 
 # Once a minute is enough to say when a key was last used, and spares a write per request.
 _LAST_USED_RESOLUTION = timedelta(minutes=1)
@@ -48,14 +48,14 @@ _NOTE_USE = (
 )
 
 
-def authenticate(session: Session, key: str) -> Scope:
+def authenticate(session: Session, key: str) -> Principal:
     """Find the project that a key opens.
 
     Args:
         key: the key in plain text, as it came in the request.
 
     Returns:
-        The scope of the request.
+        The principal of the request.
 
     Raises:
         UnauthenticatedError: when the key is malformed, unknown or revoked.
@@ -68,16 +68,16 @@ def authenticate(session: Session, key: str) -> Scope:
     organization_id, slug, project_id, key_id, is_admin, is_due = row
     if is_due:
         session.execute(_NOTE_USE, {"key_id": key_id})
-    return Scope(organization_id, slug, project_id, key_id, is_admin)
+    return Principal(organization_id, slug, project_id, key_id, is_admin)
 
 
-def check_still_valid(session: Session, scope: Scope) -> None:
+def check_still_valid(session: Session, principal: Principal) -> None:
     """Refuse a caller whose key was revoked since it was looked up.
 
     Raises:
         UnauthenticatedError: when it was.
     """
-    valid = select(ApiKey.id).where(ApiKey.id == scope.key_id, ApiKey.deleted_at.is_(None))
+    valid = select(ApiKey.id).where(ApiKey.id == principal.key_id, ApiKey.deleted_at.is_(None))
     if session.scalar(valid) is None:
         raise unknown_key()
 
@@ -87,18 +87,18 @@ def unknown_key() -> UnauthenticatedError:
     return UnauthenticatedError("Incorrect API key provided. Make one with `luthier keys create`.")
 
 
-def _require_admin(scope: Scope) -> None:
-    if not scope.is_admin:
+def _require_admin(principal: Principal) -> None:
+    if not principal.is_admin:
         raise PermissionDeniedError("This key can't manage keys; use the admin key of the installation.")
 
 
 def create(
-    session: Session, scope: Scope, *, name: str, project_name: str | None, is_admin: bool = False
+    session: Session, principal: Principal, *, name: str, project_name: str | None, is_admin: bool = False
 ) -> tuple[ApiKey, str, str]:
     """Make a key, and its project when no project of that name is there yet.
 
     Args:
-        scope: the caller, who must hold an admin key.
+        principal: the caller, who must hold an admin key.
         project_name: the project that the key opens; the caller's own when None.
         is_admin: whether the key may manage keys.
 
@@ -108,20 +108,20 @@ def create(
     Raises:
         PermissionDeniedError: when the caller is no admin.
     """
-    _require_admin(scope)
+    _require_admin(principal)
     if project_name is None:
-        project = session.get_one(Project, scope.project_id)
+        project = session.get_one(Project, principal.project_id)
     else:
-        project = ensure_project(session, scope.organization_id, project_name)
+        project = ensure_project(session, principal.organization_id, project_name)
     key = new_api_key()
     row = insert_key(
         session,
         key,
-        organization_id=scope.organization_id,
+        organization_id=principal.organization_id,
         project_id=project.id,
         name=name,
         is_admin=is_admin,
-        created_by_key_id=scope.key_id,
+        created_by_key_id=principal.key_id,
     )
     return row, project.name, key
 
@@ -165,7 +165,7 @@ def ensure_project(session: Session, organization_id: str, name: str) -> Project
     ).one()
 
 
-def list_(session: Session, scope: Scope) -> Sequence[tuple[ApiKey, str]]:
+def list_(session: Session, principal: Principal) -> Sequence[tuple[ApiKey, str]]:
     """List the organization's keys, newest first.
 
     Returns:
@@ -174,17 +174,17 @@ def list_(session: Session, scope: Scope) -> Sequence[tuple[ApiKey, str]]:
     Raises:
         PermissionDeniedError: when the caller is no admin.
     """
-    _require_admin(scope)
+    _require_admin(principal)
     found = session.execute(
         select(ApiKey, Project.name)
         .join(Project, Project.id == ApiKey.project_id)
-        .where(ApiKey.organization_id == scope.organization_id, ApiKey.deleted_at.is_(None))
+        .where(ApiKey.organization_id == principal.organization_id, ApiKey.deleted_at.is_(None))
         .order_by(ApiKey.created_at.desc())
     )
     return [(key, project_name) for key, project_name in found]
 
 
-def revoke(session: Session, scope: Scope, key_id: str) -> None:
+def revoke(session: Session, principal: Principal, key_id: str) -> None:
     """Make a key useless from the next request on.
 
     Raises:
@@ -192,14 +192,14 @@ def revoke(session: Session, scope: Scope, key_id: str) -> None:
         NotFoundError: when the organization has no such key.
         InvalidRequestError: when it is the key that asks.
     """
-    _require_admin(scope)
-    if key_id == scope.key_id:
+    _require_admin(principal)
+    if key_id == principal.key_id:
         raise InvalidRequestError("A key can't revoke itself; use another admin key.", param="id")
     revoked = session.execute(
         update(ApiKey)
         .where(
             ApiKey.id == key_id,
-            ApiKey.organization_id == scope.organization_id,
+            ApiKey.organization_id == principal.organization_id,
             ApiKey.deleted_at.is_(None),
         )
         .values(deleted_at=func.now())

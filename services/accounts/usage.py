@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from db.tables import UsageEvent
 from luthier.core.errors import InvalidValueError
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 
 BucketWidth = Literal["1m", "1h", "1d"]
 GroupBy = Literal["project_id", "api_key_id", "model"]
@@ -110,7 +110,9 @@ def record(session: Session, counts: Mapping[UsageOwner, TokenCounts]) -> None:
     session.execute(insert(UsageEvent), rows)
 
 
-def completions(session: Session, scope: Scope, query: UsageQuery) -> tuple[list[UsageBucket], str | None]:
+def completions(
+    session: Session, principal: Principal, query: UsageQuery
+) -> tuple[list[UsageBucket], str | None]:
     """Report the usage of inference in buckets that begin at multiples of their width.
 
     An admin key sees its organization, any other key its project.
@@ -129,7 +131,7 @@ def completions(session: Session, scope: Scope, query: UsageQuery) -> tuple[list
     if first >= stop:
         return [], None
     buckets = {at: UsageBucket(at, at + width) for at in range(first, stop, width)}
-    for at, result in _read(session, scope, query, max(first, start), stop, width):
+    for at, result in _read(session, principal, query, max(first, start), stop, width):
         buckets[at].results.append(result)
     next_page = f"{_PAGE_PREFIX}{stop}" if stop < end else None
     return list(buckets.values()), next_page
@@ -164,7 +166,7 @@ def _first_bucket(query: UsageQuery, start: int, width: int) -> int:
 
 
 def _read(
-    session: Session, scope: Scope, query: UsageQuery, start: int, stop: int, width: int
+    session: Session, principal: Principal, query: UsageQuery, start: int, stop: int, width: int
 ) -> list[tuple[int, UsageResult]]:
     seconds = cast(func.floor(func.extract("epoch", UsageEvent.created_at)), BigInteger)
     bucket = (seconds - seconds % width).label("bucket")
@@ -179,7 +181,7 @@ def _read(
     statement = (
         select(bucket, *(cast(func.sum(column), BigInteger) for column in sums), *columns)
         .where(
-            UsageEvent.organization_id == scope.organization_id,
+            UsageEvent.organization_id == principal.organization_id,
             UsageEvent.kind == "inference",
             UsageEvent.created_at >= datetime.fromtimestamp(start, UTC),
             UsageEvent.created_at < datetime.fromtimestamp(stop, UTC),
@@ -187,8 +189,8 @@ def _read(
         .group_by(bucket, *columns)
         .order_by(bucket, *columns)
     )
-    if not scope.is_admin:
-        statement = statement.where(UsageEvent.project_id == scope.project_id)
+    if not principal.is_admin:
+        statement = statement.where(UsageEvent.project_id == principal.project_id)
     for column, allowed in (
         (UsageEvent.project_id, query.project_ids),
         (UsageEvent.created_by_key_id, query.api_key_ids),

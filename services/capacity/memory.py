@@ -167,19 +167,19 @@ def grant(session: Session, device: Device, job: Job, num_bytes: int, lease_seco
     session.flush()
 
 
-def renew(session: Session, job_id: str, epoch: int, lease_seconds: float) -> None:
+def renew(session: Session, job_id: str, fencing_token: int, lease_seconds: float) -> None:
     """Keep an attempt's grant for as long as its lease."""
     session.execute(
         update(MemoryGrant)
-        .where(MemoryGrant.job_id == job_id, MemoryGrant.lease_epoch == epoch)
+        .where(MemoryGrant.job_id == job_id, MemoryGrant.lease_epoch == fencing_token)
         .values(expires_at=func.now() + timedelta(seconds=lease_seconds))
         .execution_options(synchronize_session=False)
     )
 
 
-def release(session: Session, job_id: str, epoch: int) -> None:
+def release(session: Session, job_id: str, fencing_token: int) -> None:
     """End an attempt's grant, once its process is gone; what a later attempt was given stays."""
-    _delete(session, MemoryGrant.job_id == job_id, MemoryGrant.lease_epoch == epoch)
+    _delete(session, MemoryGrant.job_id == job_id, MemoryGrant.lease_epoch == fencing_token)
 
 
 def forget_lapsed(session: Session) -> None:

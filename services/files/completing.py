@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from db.tables import File, Upload, UploadPart
 from luthier.core.errors import InvalidValueError
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.files import files, uploads
 from services.files.files import StoredFile
 from services.files.uploads import StoredPart, UploadStatus
@@ -29,7 +29,7 @@ class Assembly:
 
 
 def start(
-    session: Session, scope: Scope, upload_id: str, *, part_ids: Sequence[str], md5: str | None
+    session: Session, principal: Principal, upload_id: str, *, part_ids: Sequence[str], md5: str | None
 ) -> Assembly:
     """Say what a complete has to put together, and keep the parts from being tidied meanwhile.
 
@@ -44,10 +44,10 @@ def start(
         InvalidUploadStateError: when it is at its end in another way, or its time is over.
         InvalidValueError: when a part is unknown or named twice, or the sizes do not add up.
     """
-    row = uploads.get(session, scope, upload_id)
+    row = uploads.get(session, principal, upload_id)
     if row.status == UploadStatus.COMPLETED.value and _is_same_complete(row, part_ids, md5):
         return Assembly(row, (), is_done=True, file=find_file(session, row))
-    row = uploads.get_open(session, scope, upload_id)
+    row = uploads.get_open(session, principal, upload_id)
     found = {
         part.id: StoredPart(part.id, part.num_bytes, part.storage_key)
         for part in session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
@@ -92,7 +92,7 @@ def find_file(session: Session, row: Upload) -> File | None:
 
 def finish(
     session: Session,
-    scope: Scope,
+    principal: Principal,
     upload_id: str,
     stored: StoredFile,
     *,
@@ -113,11 +113,11 @@ def finish(
         NotFoundError: when there is no upload of that id.
         InvalidUploadStateError: when it has been cancelled or completed otherwise meanwhile.
     """
-    row = uploads.get(session, scope, upload_id)
+    row = uploads.get(session, principal, upload_id)
     if row.status == UploadStatus.COMPLETED.value and _is_same_complete(row, part_ids, md5):
         return row, find_file(session, row)
     uploads.check_pending(row)
-    file = files.record(session, scope, stored)
+    file = files.record(session, principal, stored)
     row.status, row.ended_at = UploadStatus.COMPLETED.value, func.now()
     row.part_ids, row.md5, row.file_id = list(part_ids), md5, file.id
     session.flush()

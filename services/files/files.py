@@ -12,7 +12,7 @@ from db.queries import find_cursor, find_owned, page
 from db.tables import File, Job
 from luthier.core.errors import FileInUseError, NotFoundError
 from luthier.core.states import TERMINAL_STATUSES
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 
 RESULTS_PURPOSE = "fine-tune-results"
 
@@ -44,9 +44,9 @@ class StoredFile:
         return columns
 
 
-def record(session: Session, scope: Scope, stored: StoredFile) -> File:
+def record(session: Session, principal: Principal, stored: StoredFile) -> File:
     """Make a file exist for its project."""
-    row = File(**scope.columns(), **stored.columns())
+    row = File(**principal.columns(), **stored.columns())
     session.add(row)
     session.flush()
     session.refresh(row)
@@ -72,17 +72,19 @@ def is_unexpired() -> ColumnElement[bool]:
 
 
 def _find(
-    session: Session, scope: Scope, file_id: str, *, for_update: bool = False, for_share: bool = False
+    session: Session, principal: Principal, file_id: str, *, for_update: bool = False, for_share: bool = False
 ) -> File | None:
     """Return a file of the project, or None when there is none, or it has expired."""
-    row = find_owned(session, File, scope.project_id, file_id, for_update=for_update, for_share=for_share)
+    row = find_owned(session, File, principal.project_id, file_id, for_update=for_update, for_share=for_share)
     if row is None or row.expires_at is None:
         return row
     is_there = session.scalar(select(is_unexpired()).where(File.id == file_id))
     return row if is_there else None
 
 
-def get(session: Session, scope: Scope, file_id: str, *, param: str = "id", for_share: bool = False) -> File:
+def get(
+    session: Session, principal: Principal, file_id: str, *, param: str = "id", for_share: bool = False
+) -> File:
     """Return a file of the project; with `for_share` it can't be deleted until the transaction ends.
 
     Args:
@@ -91,7 +93,7 @@ def get(session: Session, scope: Scope, file_id: str, *, param: str = "id", for_
     Raises:
         NotFoundError: when there is none of that id, or it has expired.
     """
-    row = _find(session, scope, file_id, for_share=for_share)
+    row = _find(session, principal, file_id, for_share=for_share)
     if row is None:
         raise NotFoundError(f"No such File object: {file_id[:64]}", param=param)
     return row
@@ -99,7 +101,7 @@ def get(session: Session, scope: Scope, file_id: str, *, param: str = "id", for_
 
 def list_(
     session: Session,
-    scope: Scope,
+    principal: Principal,
     *,
     after: str | None,
     limit: int,
@@ -120,22 +122,22 @@ def list_(
         InvalidValueError: when `after` is no file of the project.
     """
     statement = select(File).where(
-        File.project_id == scope.project_id, File.deleted_at.is_(None), is_unexpired()
+        File.project_id == principal.project_id, File.deleted_at.is_(None), is_unexpired()
     )
     if purpose is not None:
         statement = statement.where(File.purpose == purpose)
-    cursor = find_cursor(session, File, after, File.project_id == scope.project_id)
+    cursor = find_cursor(session, File, after, File.project_id == principal.project_id)
     return page(session, statement, File, after=cursor, limit=limit, is_ascending=is_ascending)
 
 
-def delete(session: Session, scope: Scope, file_id: str) -> File:
+def delete(session: Session, principal: Principal, file_id: str) -> File:
     """Make a file unknown; the caller deletes its bytes after the commit.
 
     Raises:
         NotFoundError: when there is none of that id, or it has expired.
         FileInUseError: when an unfinished job reads it.
     """
-    row = _find(session, scope, file_id, for_update=True)
+    row = _find(session, principal, file_id, for_update=True)
     if row is None:
         raise NotFoundError(f"No such File object: {file_id[:64]}", param="id")
     jobs = session.scalars(select(Job.id).where(*_reads_one_of([file_id])).limit(5)).all()

@@ -31,7 +31,7 @@ class EndedUpload:
     kept_key: str | None
 
 
-def list_untidied(
+def list_uncollected(
     session: Session, *, grace_seconds: float, limit: int, skipped: Collection[str] = ()
 ) -> list[EndedJob]:
     """Return ended jobs whose working copies (tokenised rows, save points) are still in storage.
@@ -63,7 +63,7 @@ def list_untidied(
     return ended
 
 
-def mark_tidied(session: Session, job_id: str) -> None:
+def mark_collected(session: Session, job_id: str) -> None:
     """Note that an ended job's working copies are gone."""
     session.execute(
         update(Job)
@@ -73,7 +73,7 @@ def mark_tidied(session: Session, job_id: str) -> None:
     )
 
 
-def list_untidied_uploads(
+def list_uncollected_uploads(
     session: Session, *, grace_seconds: float, limit: int, skipped: Collection[str] = ()
 ) -> list[EndedUpload]:
     """Return uploads at their end whose parts may still be in storage; what has lapsed is expired first.
@@ -100,7 +100,7 @@ def list_untidied_uploads(
     return [EndedUpload(*row) for row in rows]
 
 
-def mark_upload_tidied(session: Session, upload_id: str) -> None:
+def mark_upload_collected(session: Session, upload_id: str) -> None:
     """Note that the bytes of an upload's parts are gone, and forget the parts."""
     session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
     session.execute(

@@ -11,7 +11,7 @@ from db.queries import find_owned
 from db.tables import Upload, UploadPart
 from luthier.core.errors import InvalidUploadStateError, InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 
 LIFETIME = timedelta(hours=1)
 MAX_PARTS = 10_000
@@ -53,11 +53,11 @@ def storage_prefix(project_id: str, upload_id: str) -> str:
     return f"projects/{project_id}/uploads/{upload_id}"
 
 
-def create(session: Session, scope: Scope, new: NewUpload) -> Upload:
+def create(session: Session, principal: Principal, new: NewUpload) -> Upload:
     """Make an upload that waits for its parts for an hour."""
     row = Upload(
         id=new_id("upload"),
-        **scope.columns(),
+        **principal.columns(),
         **vars(new),
         status=UploadStatus.PENDING.value,
         expires_at=func.now() + LIFETIME,
@@ -77,13 +77,13 @@ def _has_lapsed() -> ColumnElement[bool]:
     )
 
 
-def get(session: Session, scope: Scope, upload_id: str) -> Upload:
+def get(session: Session, principal: Principal, upload_id: str) -> Upload:
     """Return an upload of the project, locked until the transaction ends; what has lapsed is now expired.
 
     Raises:
         NotFoundError: when there is none of that id.
     """
-    row = find_owned(session, Upload, scope.project_id, upload_id, for_update=True)
+    row = find_owned(session, Upload, principal.project_id, upload_id, for_update=True)
     if row is None:
         raise NotFoundError(f"No such Upload object: {upload_id[:64]}", param="id")
     if session.scalar(select(_has_lapsed()).where(Upload.id == upload_id)):
@@ -92,14 +92,14 @@ def get(session: Session, scope: Scope, upload_id: str) -> Upload:
     return row
 
 
-def get_open(session: Session, scope: Scope, upload_id: str) -> Upload:
+def get_open(session: Session, principal: Principal, upload_id: str) -> Upload:
     """Return an upload that still takes parts, locked until the transaction ends.
 
     Raises:
         NotFoundError: when there is none of that id.
         InvalidUploadStateError: when it is at its end, or its time is over.
     """
-    row = get(session, scope, upload_id)
+    row = get(session, principal, upload_id)
     check_pending(row)
     if session.scalar(select(Upload.expires_at <= func.now()).where(Upload.id == upload_id)):
         raise _not_pending(upload_id, UploadStatus.EXPIRED)
@@ -127,7 +127,7 @@ def _not_pending(upload_id: str, status: UploadStatus) -> InvalidUploadStateErro
     )
 
 
-def record_part(session: Session, scope: Scope, upload_id: str, stored: StoredPart) -> UploadPart:
+def record_part(session: Session, principal: Principal, upload_id: str, stored: StoredPart) -> UploadPart:
     """Make a part of an upload exist.
 
     Raises:
@@ -135,7 +135,7 @@ def record_part(session: Session, scope: Scope, upload_id: str, stored: StoredPa
         InvalidUploadStateError: when it takes no more parts.
         InvalidValueError: when its parts would hold far more than was declared, or are too many.
     """
-    upload = get_open(session, scope, upload_id)
+    upload = get_open(session, principal, upload_id)
     # Counted under the upload's lock: parts that come at the same time pass here one after the other.
     num_parts, num_bytes = session.execute(
         select(func.count(), func.coalesce(func.sum(UploadPart.num_bytes), 0)).where(
@@ -153,14 +153,14 @@ def record_part(session: Session, scope: Scope, upload_id: str, stored: StoredPa
         )
     if num_parts >= MAX_PARTS:
         raise InvalidValueError(f"data: an upload has at most {MAX_PARTS} parts.", param="data")
-    row = UploadPart(**scope.columns(), upload_id=upload_id, **vars(stored))
+    row = UploadPart(**principal.columns(), upload_id=upload_id, **vars(stored))
     session.add(row)
     session.flush()
     session.refresh(row)
     return row
 
 
-def cancel(session: Session, scope: Scope, upload_id: str) -> tuple[Upload, list[str]]:
+def cancel(session: Session, principal: Principal, upload_id: str) -> tuple[Upload, list[str]]:
     """End an upload for which nothing more is to come.
 
     Returns:
@@ -170,7 +170,7 @@ def cancel(session: Session, scope: Scope, upload_id: str) -> tuple[Upload, list
         NotFoundError: when there is none of that id.
         InvalidUploadStateError: when it is at its end already.
     """
-    row = get(session, scope, upload_id)
+    row = get(session, principal, upload_id)
     check_pending(row)
     row.status, row.ended_at = UploadStatus.CANCELLED.value, func.now()
     session.flush()

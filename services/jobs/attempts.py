@@ -29,14 +29,14 @@ def record(session: Session, job: Job, worker_id: str) -> None:
     session.flush()
 
 
-def note_start(session: Session, job_id: str, epoch: int, step: int) -> None:
+def note_start(session: Session, job_id: str, fencing_token: int, step: int) -> None:
     """Note the step from which an attempt goes on."""
-    _update(session, job_id, epoch, start_step=step)
+    _update(session, job_id, fencing_token, start_step=step)
 
 
-def note_stopping(session: Session, job_id: str, epoch: int) -> None:
+def note_stopping(session: Session, job_id: str, fencing_token: int) -> None:
     """Note that an attempt was asked to stop: if it does not end in time, that is nobody's crash."""
-    _update(session, job_id, epoch, outcome=STOPPING)
+    _update(session, job_id, fencing_token, outcome=STOPPING)
 
 
 def is_stopping(session: Session, job: Job) -> bool:
@@ -45,16 +45,16 @@ def is_stopping(session: Session, job: Job) -> bool:
     return session.scalar(outcome) == STOPPING
 
 
-def end(session: Session, job_id: str, epoch: int, outcome: str) -> None:
+def end(session: Session, job_id: str, fencing_token: int, outcome: str) -> None:
     """End an attempt, at the step that its job has reached."""
     step = select(Job.step).where(Job.id == job_id).scalar_subquery()
-    _update(session, job_id, epoch, ended_at=func.now(), outcome=outcome, end_step=step)
+    _update(session, job_id, fencing_token, ended_at=func.now(), outcome=outcome, end_step=step)
 
 
-def _update(session: Session, job_id: str, epoch: int, **values: Any) -> None:
+def _update(session: Session, job_id: str, fencing_token: int, **values: Any) -> None:
     session.execute(
         update(Attempt)
-        .where(Attempt.job_id == job_id, Attempt.lease_epoch == epoch)
+        .where(Attempt.job_id == job_id, Attempt.lease_epoch == fencing_token)
         .values(**values)
         .execution_options(synchronize_session=False)
     )

@@ -15,7 +15,7 @@ from db.queries import delete_some, lock_key
 from db.tables import IdempotencyKey
 from luthier.core.errors import IdempotencyKeyReusedError
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 
 _RETRY_WINDOW = timedelta(minutes=10)
 _KEPT = timedelta(days=1)
@@ -39,7 +39,7 @@ class Sending:
     arrived_at: float = field(default_factory=time.monotonic)
 
 
-def find_earlier(session: Session, scope: Scope, sending: Sending) -> str | None:
+def find_earlier(session: Session, principal: Principal, sending: Sending) -> str | None:
     """Return the id of what the same request made before, or None when it is new.
 
     The caller holds the lock taken here until its transaction ends, so that twins sent at the same
@@ -52,11 +52,11 @@ def find_earlier(session: Session, scope: Scope, sending: Sending) -> str | None
         IdempotencyKeyReusedError: when the key came before with another body.
     """
     route, key, body_sha256 = sending.route, sending.key, sending.body_sha256
-    lock_key(session, f"{scope.project_id} {route} {key or f'{scope.key_id} {body_sha256}'}")
+    lock_key(session, f"{principal.project_id} {route} {key or f'{principal.key_id} {body_sha256}'}")
     if key is not None:
         earlier = session.scalar(
             select(IdempotencyKey).where(
-                IdempotencyKey.project_id == scope.project_id,
+                IdempotencyKey.project_id == principal.project_id,
                 IdempotencyKey.route == route,
                 IdempotencyKey.key == key,
             )
@@ -69,7 +69,7 @@ def find_earlier(session: Session, scope: Scope, sending: Sending) -> str | None
     return session.scalar(
         select(IdempotencyKey.resource_id)
         .where(
-            IdempotencyKey.created_by_key_id == scope.key_id,
+            IdempotencyKey.created_by_key_id == principal.key_id,
             IdempotencyKey.route == route,
             IdempotencyKey.body_sha256 == body_sha256,
             IdempotencyKey.key.is_(None),
@@ -97,12 +97,12 @@ def prune(session: Session, *, limit: int) -> int:
     return delete_some(session, IdempotencyKey, IdempotencyKey.created_at < func.now() - _KEPT, limit=limit)
 
 
-def remember(session: Session, scope: Scope, sending: Sending, *, resource_id: str) -> None:
+def remember(session: Session, principal: Principal, sending: Sending, *, resource_id: str) -> None:
     """Note what a request made or changed, in the transaction that did it."""
     session.add(
         IdempotencyKey(
             id=new_id("request"),
-            **scope.columns(),
+            **principal.columns(),
             route=sending.route,
             key=sending.key,
             body_sha256=sending.body_sha256,

@@ -32,13 +32,13 @@ from luthier.core.states import JobStatus, check_transition
 from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.methods import parse_tuning, resolve_spec
 from services.accounts import limits
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.capacity import workers
 from services.files import files
 from services.jobs import attempts, events
 from services.jobs.events import NewEvent
 from services.models import continuation
-from services.task_queue import Ring, ring_after_commit
+from services.task_queue import Notify, notify_after_commit
 from services.webhooks import deliveries
 
 
@@ -64,11 +64,11 @@ class NewJob:
 
 
 def _get_input_file(
-    session: Session, scope: Scope, file_id: str, purpose: Purpose, *, wants_pairs: bool
+    session: Session, principal: Principal, file_id: str, purpose: Purpose, *, wants_pairs: bool
 ) -> File:
     param = f"{purpose}_file"
     try:
-        row = files.get(session, scope, file_id, param=param, for_share=True)
+        row = files.get(session, principal, file_id, param=param, for_share=True)
     except NotFoundError as error:
         # OpenAI answers 400 for a file named in a body; 404 is for what the path names.
         raise InvalidValueError(f"{param}: {error.message}", param=param) from error
@@ -134,7 +134,7 @@ def _check_fits_base(settings: Settings, spec: TrainingSpec, training_file: File
 
 
 def check(
-    session: Session, scope: Scope, catalogue: Catalogue, settings: Settings, request: NewJob
+    session: Session, principal: Principal, catalogue: Catalogue, settings: Settings, request: NewJob
 ) -> CheckedJob:
     """Check all that can be told of a request without its rows; nothing is stored.
 
@@ -146,11 +146,11 @@ def check(
         InvalidRequestError: when a file is unknown, has another purpose, rows of the wrong kind or too few
             of them, or when a parameter of the method is wrong; names the field.
     """
-    origin = continuation.find_origin(session, scope, catalogue, request.model, request.tuning)
+    origin = continuation.find_origin(session, principal, catalogue, request.model, request.tuning)
     _check_base_is_fetched(session, settings, origin.base_id)
     wants_pairs = request.dpo is not None
     training_file = _get_input_file(
-        session, scope, request.training_file_id, "training", wants_pairs=wants_pairs
+        session, principal, request.training_file_id, "training", wants_pairs=wants_pairs
     )
     if training_file.num_rows < MIN_TRAINING_ROWS:
         raise TooFewRowsError(
@@ -161,7 +161,7 @@ def check(
     validation_file = None
     if request.validation_file_id is not None:
         validation_file = _get_input_file(
-            session, scope, request.validation_file_id, "validation", wants_pairs=wants_pairs
+            session, principal, request.validation_file_id, "validation", wants_pairs=wants_pairs
         )
         if request.training.validation_split > 0:
             raise InvalidValueError(
@@ -184,12 +184,17 @@ def check(
 
 
 def create(
-    session: Session, scope: Scope, catalogue: Catalogue, settings: Settings, ring: Ring, request: NewJob
+    session: Session,
+    principal: Principal,
+    catalogue: Catalogue,
+    settings: Settings,
+    notify: Notify,
+    request: NewJob,
 ) -> Job:
     """Make a job, to be prepared by a worker.
 
     Args:
-        ring: how a worker is woken once this is committed.
+        notify: how a worker is woken once this is committed.
 
     Returns:
         The job, in `validating_files`.
@@ -199,12 +204,12 @@ def create(
         InvalidRequestError: when `check` refuses it.
         TooManyRequestsError: when as many jobs of the project wait as may.
     """
-    checked = check(session, scope, catalogue, settings, request)
-    limits.check_queued_jobs(session, scope.project_id, settings.max_queued_jobs_per_project)
+    checked = check(session, principal, catalogue, settings, request)
+    limits.check_queued_jobs(session, principal.project_id, settings.max_queued_jobs_per_project)
     training_file = checked.training_file
     job = Job(
         id=new_id("job"),
-        **scope.columns(),
+        **principal.columns(),
         status=JobStatus.VALIDATING_FILES.value,
         model=request.model,
         base_id=checked.spec.base_id,
@@ -227,18 +232,18 @@ def create(
         job.id,
         [NewEvent(f"Created fine-tuning job: {job.id}", data={}), NewEvent(validating, data={})],
     )
-    ring_after_commit(session, ring, job.id)
+    notify_after_commit(session, notify, job.id)
     session.refresh(job)
     return job
 
 
-def get(session: Session, scope: Scope, job_id: str, *, for_update: bool = False) -> Job:
+def get(session: Session, principal: Principal, job_id: str, *, for_update: bool = False) -> Job:
     """Return a job of the project.
 
     Raises:
         NotFoundError: when there is none of that id.
     """
-    job = find_owned(session, Job, scope.project_id, job_id, for_update=for_update)
+    job = find_owned(session, Job, principal.project_id, job_id, for_update=for_update)
     if job is None:
         raise NotFoundError(
             f"Could not find fine tune: {job_id[:64]} in the project of this key", param="fine_tuning_job_id"
@@ -248,7 +253,7 @@ def get(session: Session, scope: Scope, job_id: str, *, for_update: bool = False
 
 def list_(
     session: Session,
-    scope: Scope,
+    principal: Principal,
     *,
     after: str | None,
     limit: int,
@@ -268,26 +273,26 @@ def list_(
     Raises:
         InvalidValueError: when `after` is no job of the project.
     """
-    statement = select(Job).where(Job.project_id == scope.project_id, Job.deleted_at.is_(None))
+    statement = select(Job).where(Job.project_id == principal.project_id, Job.deleted_at.is_(None))
     if metadata:
         statement = statement.where(Job.user_metadata.contains(metadata))
     if has_no_metadata:
         statement = statement.where(Job.user_metadata.is_(None))
     cursor = aliased(Job)
     place = select(cursor.created_at, cursor.id).where(
-        cursor.id == after, cursor.project_id == scope.project_id
+        cursor.id == after, cursor.project_id == principal.project_id
     )
     # The cursor is looked up in the statement itself: a page, however deep, is one question.
     found, has_more = page(
         session, statement, Job, after=None if after is None else place.scalar_subquery(), limit=limit
     )
     if not found:
-        find_cursor(session, Job, after, Job.project_id == scope.project_id)
+        find_cursor(session, Job, after, Job.project_id == principal.project_id)
     return found, has_more
 
 
 def list_events(
-    session: Session, scope: Scope, job_id: str, *, after: str | None, limit: int
+    session: Session, principal: Principal, job_id: str, *, after: str | None, limit: int
 ) -> tuple[Sequence[JobEvent], bool]:
     """Return a page of a job's events, newest first, and whether more follow.
 
@@ -301,7 +306,7 @@ def list_events(
         NotFoundError: when the project has no such job.
         InvalidValueError: when `after` is no event of it.
     """
-    job = get(session, scope, job_id)
+    job = get(session, principal, job_id)
     statement: Select[Any] = select(JobEvent).where(JobEvent.job_id == job.id)
     cursor = find_cursor(session, JobEvent, after, JobEvent.job_id == job.id)
     if cursor is not None:
@@ -311,7 +316,7 @@ def list_events(
 
 
 def list_checkpoints(
-    session: Session, scope: Scope, job_id: str, *, after: str | None, limit: int
+    session: Session, principal: Principal, job_id: str, *, after: str | None, limit: int
 ) -> tuple[Sequence[tuple[Checkpoint, str]], bool]:
     """Return a page of a job's checkpoints with their models' names, highest step first.
 
@@ -325,7 +330,7 @@ def list_checkpoints(
         NotFoundError: when the project has no such job.
         InvalidValueError: when `after` is no checkpoint of it.
     """
-    job = get(session, scope, job_id)
+    job = get(session, principal, job_id)
     statement = (
         select(Checkpoint, Model.name)
         .join(Model, Model.id == Checkpoint.model_id)
@@ -338,14 +343,14 @@ def list_checkpoints(
     return [(row[0], row[1]) for row in rows[:limit]], len(rows) > limit
 
 
-def cancel(session: Session, scope: Scope, job_id: str) -> Job:
+def cancel(session: Session, principal: Principal, job_id: str) -> Job:
     """End a job at once; its worker sees it within a second and kills the training process.
 
     Raises:
         NotFoundError: when the project has no such job.
         InvalidTransitionError: when it has ended already.
     """
-    job = get(session, scope, job_id, for_update=True)
+    job = get(session, principal, job_id, for_update=True)
     try:
         check_transition(JobStatus(job.status), JobStatus.CANCELLED)
     except InvalidTransitionError as error:

@@ -63,7 +63,7 @@ class Lease:
     """A claim on a job: the fence of every later write."""
 
     job_id: str
-    epoch: int
+    fencing_token: int
     worker_id: str
 
 
@@ -91,7 +91,7 @@ def list_held(session: Session, job_ids: Collection[str]) -> set[tuple[str, int]
     # The attempt of one that was cancelled ends with its lease at the latest.
     is_held = or_(Job.status.not_in(TERMINAL_STATUSES), Job.lease_expires_at > func.now())
     held = select(Job.id, Job.lease_epoch).where(Job.id.in_(job_ids), Job.lease_owner.is_not(None), is_held)
-    return {(job_id, epoch) for job_id, epoch in session.execute(held)}
+    return {(job_id, token) for job_id, token in session.execute(held)}
 
 
 def is_at_work(session: Session, worker_id: str) -> bool:
@@ -184,7 +184,7 @@ def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
         LeaseLostError: when the job is not this attempt's any more.
     """
     status = update_job(session, lease, lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
-    memory.renew(session, lease.job_id, lease.epoch, lease_seconds)
+    memory.renew(session, lease.job_id, lease.fencing_token, lease_seconds)
     return status
 
 
@@ -201,7 +201,7 @@ def update_job(session: Session, lease: Lease, **values: Any) -> JobStatus:
         update(Job)
         .where(
             Job.id == lease.job_id,
-            Job.lease_epoch == lease.epoch,
+            Job.lease_epoch == lease.fencing_token,
             Job.lease_owner == lease.worker_id,
             Job.status.not_in(TERMINAL_STATUSES),
         )
@@ -215,7 +215,7 @@ def update_job(session: Session, lease: Lease, **values: Any) -> JobStatus:
 
 
 def _lost(lease: Lease) -> LeaseLostError:
-    return LeaseLostError(f"Attempt {lease.epoch} no longer holds {lease.job_id}.")
+    return LeaseLostError(f"Attempt {lease.fencing_token} no longer holds {lease.job_id}.")
 
 
 def hold(session: Session, lease: Lease) -> Job:
@@ -227,7 +227,7 @@ def hold(session: Session, lease: Lease) -> Job:
     job = session.scalar(
         select(Job).where(Job.id == lease.job_id).with_for_update().execution_options(populate_existing=True)
     )
-    if job is None or (job.lease_epoch, job.lease_owner) != (lease.epoch, lease.worker_id):
+    if job is None or (job.lease_epoch, job.lease_owner) != (lease.fencing_token, lease.worker_id):
         raise _lost(lease)
     if job.status in TERMINAL_STATUSES:
         raise _lost(lease)
@@ -258,7 +258,7 @@ def leave(
             update_job(session, lease, status=JobStatus.RUNNING)
     values |= {"lease_owner": None, "lease_expires_at": None, "estimated_finish_at": None}
     update_job(session, lease, status=status, **values)
-    attempts.end(session, lease.job_id, lease.epoch, outcome)
+    attempts.end(session, lease.job_id, lease.fencing_token, outcome)
     if status.is_terminal:
         deliveries.enqueue(session, lease.job_id, status)
     if event is not None:

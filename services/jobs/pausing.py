@@ -9,18 +9,18 @@ from sqlalchemy.orm import Session
 from db.tables import Job
 from luthier.core.errors import InvalidTransitionError
 from luthier.core.states import JobStatus
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.jobs import attempts, events, jobs, leases
 from services.jobs.events import NewEvent
 from services.jobs.leases import Lease
-from services.task_queue import Ring, ring_after_commit
+from services.task_queue import Notify, notify_after_commit
 
 # Statuses in which the worker that holds a job is to stop its training process: the second is that of a
 # job which was resumed while it was pausing.
 STOPS_ATTEMPT = frozenset({JobStatus.PAUSING, JobStatus.QUEUED})
 
 
-def pause(session: Session, scope: Scope, job_id: str) -> Job:
+def pause(session: Session, principal: Principal, job_id: str) -> Job:
     """Have a job wait: a queued one at once, a running one at its next step.
 
     Returns:
@@ -30,7 +30,7 @@ def pause(session: Session, scope: Scope, job_id: str) -> Job:
         NotFoundError: when the project has no such job.
         InvalidTransitionError: when it is neither queued nor running.
     """
-    job = jobs.get(session, scope, job_id, for_update=True)
+    job = jobs.get(session, principal, job_id, for_update=True)
     status = JobStatus(job.status)
     if status is JobStatus.QUEUED:
         if job.lease_owner is not None:
@@ -56,11 +56,11 @@ def _why_not_paused(status: JobStatus) -> str:
     return f"has status {status.value} already, so it can't be paused again."
 
 
-def resume(session: Session, scope: Scope, ring: Ring, job_id: str) -> Job:
+def resume(session: Session, principal: Principal, notify: Notify, job_id: str) -> Job:
     """Let a paused job, or one that is about to be, go on from its newest save point.
 
     Args:
-        ring: how a worker is woken once this is committed.
+        notify: how a worker is woken once this is committed.
 
     Returns:
         The row, `queued`. If it was pausing, its attempt still ends first, and then another takes it.
@@ -69,14 +69,14 @@ def resume(session: Session, scope: Scope, ring: Ring, job_id: str) -> Job:
         NotFoundError: when the project has no such job.
         InvalidTransitionError: when it is neither paused nor pausing.
     """
-    job = jobs.get(session, scope, job_id, for_update=True)
+    job = jobs.get(session, principal, job_id, for_update=True)
     status = JobStatus(job.status)
     if status not in (JobStatus.PAUSED, JobStatus.PAUSING):
         how = f"has already ended with status {status.value}" if status.is_terminal else f"is {status.value}"
         raise InvalidTransitionError(f"Job {job.id} {how}; only a paused job can be resumed.")
     job.status = JobStatus.QUEUED.value
     job.not_before = None
-    ring_after_commit(session, ring, job.id)
+    notify_after_commit(session, notify, job.id)
     return _changed(session, job, "The job was resumed")
 
 

@@ -9,7 +9,7 @@ from db.queries import find_cursor
 from db.tables import AliasVersion, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, ModelNotAvailableError
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.models import aliases, models, names
 from services.models.aliases import Pointing, Target
 
@@ -23,7 +23,7 @@ class PastPointing:
 
 
 def list_versions(
-    session: Session, scope: Scope, name: str, *, after: str | None, limit: int
+    session: Session, principal: Principal, name: str, *, after: str | None, limit: int
 ) -> tuple[list[PastPointing], bool]:
     """Return a page of what an alias has pointed to, newest first, and whether more follow.
 
@@ -37,7 +37,7 @@ def list_versions(
         NotFoundError: when there is no such alias.
         InvalidValueError: when `after` is no version of it.
     """
-    alias = aliases.get_row(session, scope, name)
+    alias = aliases.get_row(session, principal, name)
     cursor = find_cursor(session, AliasVersion, after, AliasVersion.alias_id == alias.id)
     statement = (
         select(AliasVersion, func.coalesce(Model.name, AliasVersion.base_id))
@@ -65,7 +65,7 @@ class WayBack:
 
 
 def find_way_back(
-    session: Session, scope: Scope, catalogue: Catalogue, name: str, number: int | None
+    session: Session, principal: Principal, catalogue: Catalogue, name: str, number: int | None
 ) -> WayBack:
     """Return where a rollback of an alias goes; nothing is changed.
 
@@ -78,7 +78,7 @@ def find_way_back(
         InvalidValueError: when it has no such version.
         ModelNotAvailableError: when the weights of that version are not there any more.
     """
-    alias = aliases.get_row(session, scope, name)
+    alias = aliases.get_row(session, principal, name)
     if number is None:
         now = aliases.get_version(session, alias, alias.version)
         number = (now.restored_number or now.number) - 1
@@ -88,13 +88,13 @@ def find_way_back(
                 param="version",
             )
     version = aliases.get_version(session, alias, number)
-    _find_again(session, scope, catalogue, version)
+    _find_again(session, principal, catalogue, version)
     model = None if version.model_id is None else _name_of(session, version)
     return WayBack(alias.id, alias.version, number, model)
 
 
 def roll_back(
-    session: Session, scope: Scope, catalogue: Catalogue, name: str, way: WayBack
+    session: Session, principal: Principal, catalogue: Catalogue, name: str, way: WayBack
 ) -> Pointing | None:
     """Point an alias to what an earlier version pointed to, as a new version.
 
@@ -108,22 +108,24 @@ def roll_back(
         NotFoundError: when there is no such alias.
         ModelNotAvailableError: when the weights of that version are not there any more.
     """
-    alias = aliases.get_row(session, scope, name, for_update=True)
+    alias = aliases.get_row(session, principal, name, for_update=True)
     if (alias.id, alias.version) != (way.alias_id, way.alias_version):
         return None
     version = aliases.get_version(session, alias, way.number)
-    target = _find_again(session, scope, catalogue, version)
-    return aliases.point(session, scope, name, alias, target, version.restored_number or version.number)
+    target = _find_again(session, principal, catalogue, version)
+    return aliases.point(session, principal, name, alias, target, version.restored_number or version.number)
 
 
-def _find_again(session: Session, scope: Scope, catalogue: Catalogue, version: AliasVersion) -> Target:
+def _find_again(
+    session: Session, principal: Principal, catalogue: Catalogue, version: AliasVersion
+) -> Target:
     """Return a version's target, which must have the weights that it had then, or nothing is as it was."""
     target: Target | None = None
     if version.base_id is not None:
         base = names.find_base(session, catalogue, version.base_id)
         target = None if base is None else Target.of_base(base)
     else:
-        model = session.scalar(aliases.select_locked(scope).where(Model.id == version.model_id))
+        model = session.scalar(aliases.select_locked(principal).where(Model.id == version.model_id))
         target = None if model is None else Target.of_model(model)
     if target == Target.of_version(version):
         return target

@@ -15,7 +15,7 @@ from db.tables import Alias, AliasVersion, Base, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, ModelNotAvailableError, NotFoundError
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.models import names
 
 _MAX_NAME_LENGTH = 128
@@ -64,13 +64,13 @@ class Seen:
     version: int | None
 
 
-def see(session: Session, scope: Scope, name: str) -> Seen:
+def see(session: Session, principal: Principal, name: str) -> Seen:
     """Return what an alias is now, for a `put` that takes its time.
 
     Returns:
         What it is.
     """
-    return _seen(find_alias(session, scope.project_id, name))
+    return _seen(find_alias(session, principal.project_id, name))
 
 
 def _seen(alias: Alias | None) -> Seen:
@@ -79,7 +79,7 @@ def _seen(alias: Alias | None) -> Seen:
 
 def put(
     session: Session,
-    scope: Scope,
+    principal: Principal,
     catalogue: Catalogue,
     name: str,
     model_name: str,
@@ -100,10 +100,10 @@ def put(
             alias elsewhere since: what was asked for later is not undone.
         ModelNotAvailableError: when there is no such target.
     """
-    alias = _find_locked(session, scope, name)
+    alias = _find_locked(session, principal, name)
     if alias is None:
         _check_name(catalogue, name)
-    target = _find_target(session, scope, catalogue, model_name)
+    target = _find_target(session, principal, catalogue, model_name)
     if seen not in (None, _seen(alias)) and not _points_to(session, alias, target):
         # Not an error that clients repeat by themselves.
         raise InvalidValueError(
@@ -111,14 +111,14 @@ def put(
             f"send the request again if {name} is still to point there.",
             param="name",
         )
-    return point(session, scope, name, alias, target)
+    return point(session, principal, name, alias, target)
 
 
-def _find_locked(session: Session, scope: Scope, name: str) -> Alias | None:
+def _find_locked(session: Session, principal: Principal, name: str) -> Alias | None:
     """Return an alias that no one else changes, or makes, until the transaction ends."""
-    lock_key(session, f"alias:{scope.project_id}:{name}")
+    lock_key(session, f"alias:{principal.project_id}:{name}")
     # A job that starts from what it points to holds the row.
-    return find_alias(session, scope.project_id, name, for_update=True)
+    return find_alias(session, principal.project_id, name, for_update=True)
 
 
 def _check_name(catalogue: Catalogue, name: str) -> None:
@@ -140,14 +140,14 @@ def _check_name(catalogue: Catalogue, name: str) -> None:
         )
 
 
-def _find_target(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Target:
+def _find_target(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Target:
     """Return what a name stands for that is no alias; a model can't be deleted until the transaction ends."""
-    if name not in catalogue.aliases and find_alias(session, scope.project_id, name) is not None:
+    if name not in catalogue.aliases and find_alias(session, principal.project_id, name) is not None:
         raise InvalidValueError(
             f"model: {name} is an alias itself; name the model that it points to (GET /v1/aliases tells it).",
             param="model",
         )
-    model = session.scalar(select_locked(scope).where(Model.name == name))
+    model = session.scalar(select_locked(principal).where(Model.name == name))
     if model is not None:
         return Target.of_model(model)
     base = names.find_base(session, catalogue, name)
@@ -160,14 +160,14 @@ def _find_target(session: Session, scope: Scope, catalogue: Catalogue, name: str
     return Target.of_base(base)
 
 
-def select_locked(scope: Scope) -> Select[Model]:
+def select_locked(principal: Principal) -> Select[Model]:
     """Return the statement for models that the project may call, kept from deletion meanwhile."""
-    return select(Model).where(names.is_callable(scope.project_id)).with_for_update(read=True, of=Model)
+    return select(Model).where(names.is_callable(principal.project_id)).with_for_update(read=True, of=Model)
 
 
 def point(
     session: Session,
-    scope: Scope,
+    principal: Principal,
     name: str,
     alias: Alias | None,
     target: Target,
@@ -185,7 +185,7 @@ def point(
     # forerunner's.
     now = func.clock_timestamp()
     if alias is None:
-        alias = Alias(id=new_id("alias"), **scope.columns(), name=name, version=0)
+        alias = Alias(id=new_id("alias"), **principal.columns(), name=name, version=0)
         session.add(alias)
     alias.model_id, alias.base_id = target.model_id, target.base_id
     alias.version += 1
@@ -194,7 +194,7 @@ def point(
     session.add(
         AliasVersion(
             id=new_id("alias_version"),
-            **scope.columns(),
+            **principal.columns(),
             alias_id=alias.id,
             number=alias.version,
             model_id=target.model_id,
@@ -246,7 +246,7 @@ def _with_targets(session: Session, aliases: Sequence[Alias]) -> list[Pointing]:
     return [found[alias.id] for alias in aliases]
 
 
-def get_row(session: Session, scope: Scope, name: str, *, for_update: bool = False) -> Alias:
+def get_row(session: Session, principal: Principal, name: str, *, for_update: bool = False) -> Alias:
     """Return an alias's row.
 
     Args:
@@ -255,13 +255,17 @@ def get_row(session: Session, scope: Scope, name: str, *, for_update: bool = Fal
     Raises:
         NotFoundError: when the project has none of that name.
     """
-    alias = _find_locked(session, scope, name) if for_update else find_alias(session, scope.project_id, name)
+    alias = (
+        _find_locked(session, principal, name)
+        if for_update
+        else find_alias(session, principal.project_id, name)
+    )
     if alias is None:
         raise NotFoundError(f"No such alias in the project of this key: {name[:120]!r}", param="name")
     return alias
 
 
-def get(session: Session, scope: Scope, name: str) -> Pointing:
+def get(session: Session, principal: Principal, name: str) -> Pointing:
     """Return an alias of the project.
 
     Returns:
@@ -270,10 +274,12 @@ def get(session: Session, scope: Scope, name: str) -> Pointing:
     Raises:
         NotFoundError: when the project has none of that name.
     """
-    return _with_targets(session, [get_row(session, scope, name)])[0]
+    return _with_targets(session, [get_row(session, principal, name)])[0]
 
 
-def list_(session: Session, scope: Scope, *, after: str | None, limit: int) -> tuple[list[Pointing], bool]:
+def list_(
+    session: Session, principal: Principal, *, after: str | None, limit: int
+) -> tuple[list[Pointing], bool]:
     """Return a page of the project's aliases, newest first, and whether more follow.
 
     Args:
@@ -285,19 +291,19 @@ def list_(session: Session, scope: Scope, *, after: str | None, limit: int) -> t
     Raises:
         InvalidValueError: when `after` is no alias of the project.
     """
-    cursor = find_cursor(session, Alias, after, Alias.project_id == scope.project_id)
-    statement = select(Alias).where(Alias.project_id == scope.project_id, Alias.deleted_at.is_(None))
+    cursor = find_cursor(session, Alias, after, Alias.project_id == principal.project_id)
+    statement = select(Alias).where(Alias.project_id == principal.project_id, Alias.deleted_at.is_(None))
     rows, has_more = page(session, statement, Alias, after=cursor, limit=limit)
     return _with_targets(session, rows), has_more
 
 
-def delete(session: Session, scope: Scope, name: str) -> Alias:
+def delete(session: Session, principal: Principal, name: str) -> Alias:
     """Make an alias unknown; what it points to stays.
 
     Raises:
         NotFoundError: when there is no such alias.
     """
-    alias = get_row(session, scope, name, for_update=True)
+    alias = get_row(session, principal, name, for_update=True)
     alias.deleted_at = func.now()
     session.flush()
     return alias

@@ -14,7 +14,7 @@ from luthier.core.errors import ModelInUseError, ModelNotAvailableError
 from luthier.core.specs import TrainingSpec, TunedModel
 from luthier.core.states import TERMINAL_STATUSES
 from luthier.methods import check_tuning, discover, inherit_tuning
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.models.names import find_callable
 
 _NUM_NAMED = 10
@@ -40,7 +40,7 @@ class StoredArtifact:
 
 
 def find_origin(
-    session: Session, scope: Scope, catalogue: Catalogue, name: str, tuning: dict[str, Any]
+    session: Session, principal: Principal, catalogue: Catalogue, name: str, tuning: dict[str, Any]
 ) -> Origin:
     """Tell where a job starts that names a base or a tuned model.
 
@@ -55,7 +55,7 @@ def find_origin(
         ModelNotAvailableError: when there is no such model, or no job can start from it here.
         InvalidRequestError: when the tuning is wrong, or contradicts the model's; names the member.
     """
-    model, base_name = _follow(session, scope, catalogue, name)
+    model, base_name = _follow(session, principal, catalogue, name)
     if model is None:
         return Origin(catalogue.resolve(base_name).id, check_tuning(tuning))
     _check_base(session, catalogue, model)
@@ -73,7 +73,9 @@ def find_origin(
     return Origin(model.base_id, check_tuning(tuning), parent, foundation=parent)
 
 
-def _follow(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> tuple[Model | None, str]:
+def _follow(
+    session: Session, principal: Principal, catalogue: Catalogue, name: str
+) -> tuple[Model | None, str]:
     """Return the project's model that a name stands for, locked, or None and what may be a base's name.
 
     A mapped name means the operator's base here, also where an alias of that name answers requests: or the
@@ -81,16 +83,16 @@ def _follow(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
     """
     if name in catalogue.aliases:
         return None, name
-    alias = find_alias(session, scope.project_id, name, for_share=True)
+    alias = find_alias(session, principal.project_id, name, for_share=True)
     if alias is not None and alias.base_id is not None:
         return None, alias.base_id
     is_named = Model.name == name if alias is None else Model.id == alias.model_id
     model = session.scalar(
         select(Model)
-        .where(is_named, Model.project_id == scope.project_id, Model.deleted_at.is_(None))
+        .where(is_named, Model.project_id == principal.project_id, Model.deleted_at.is_(None))
         .with_for_update(read=True)
     )
-    if model is None and (alias is not None or find_callable(session, scope, name) is not None):
+    if model is None and (alias is not None or find_callable(session, principal, name) is not None):
         what = f"{name} is" if alias is None else f"The alias {name} points to"
         raise ModelNotAvailableError(
             f"{what} another project's model; a job goes on from its own project's only.", param="model"

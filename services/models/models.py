@@ -14,7 +14,7 @@ from luthier.core.errors import InvalidValueError, PermissionDeniedError
 from luthier.core.ids import new_id, new_model_suffix
 from luthier.core.inference import ModelTarget
 from luthier.core.specs import BaseFacts, TrainingSpec
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.models import continuation, names
 
 
@@ -41,15 +41,15 @@ def make_name(base_id: str, organization_slug: str, suffix: str | None) -> str:
     return f"ft:{base_id}:{organization_slug}:{suffix or ''}:{new_model_suffix()}"
 
 
-def find(session: Session, scope: Scope, name: str, *, for_update: bool = False) -> Model | None:
+def find(session: Session, principal: Principal, name: str, *, for_update: bool = False) -> Model | None:
     """Return the project's tuned model or checkpoint of that name, or None; locked when that is asked for."""
     statement = select(Model).where(
-        Model.name == name, Model.project_id == scope.project_id, Model.deleted_at.is_(None)
+        Model.name == name, Model.project_id == principal.project_id, Model.deleted_at.is_(None)
     )
     return session.scalar(statement.with_for_update() if for_update else statement)
 
 
-def get_own(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
+def get_own(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
     """Return the project's tuned model or checkpoint of that name.
 
     Raises:
@@ -57,9 +57,9 @@ def get_own(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
         InvalidValueError: when the name is an alias, a base's, or mapped to a base.
         ModelNotFoundError: when there is none.
     """
-    model = names.find_callable(session, scope, name)
+    model = names.find_callable(session, principal, name)
     if model is None:
-        if find_alias(session, scope.project_id, name) is not None:
+        if find_alias(session, principal.project_id, name) is not None:
             raise InvalidValueError(
                 f"{name} is an alias, which may point elsewhere a moment later. Name the model itself; "
                 "GET /v1/aliases tells it.",
@@ -70,14 +70,14 @@ def get_own(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
                 f"{name} is a base model; only tuned models are pinned and downloaded here.", param="model"
             )
         raise names.unknown_model(name)
-    if model.project_id != scope.project_id:
+    if model.project_id != principal.project_id:
         raise PermissionDeniedError(
             f"{name} is another project's; yours may call it, not delete or download it.", param="model"
         )
     return model
 
 
-def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> ModelTarget:
+def resolve(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> ModelTarget:
     """Turn a public name into what the inference server runs; by one statement.
 
     Returns:
@@ -86,13 +86,13 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
     Raises:
         ModelNotFoundError: when the project has no such model; the base never answers instead.
     """
-    named = names.look_up(session, catalogue, scope.project_id, name)
+    named = names.look_up(session, catalogue, principal.project_id, name)
     model, foundation = named.model, named.foundation
     if model is not None:
         return ModelTarget(
             model=name,
             base_id=model.base_id,
-            project_id=scope.project_id,
+            project_id=principal.project_id,
             artifact=model.artifact_key,
             digest=model.artifact_digest,
             foundation=None if foundation is None else foundation.artifact_key,
@@ -102,11 +102,13 @@ def resolve(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> 
         )
     if named.base is not None:
         base_id = named.base.id
-        return ModelTarget(model=name, base_id=base_id, project_id=scope.project_id, resolved_model=base_id)
+        return ModelTarget(
+            model=name, base_id=base_id, project_id=principal.project_id, resolved_model=base_id
+        )
     raise names.not_callable(named, name)
 
 
-def pin(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
+def pin(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
     """Let inference servers keep the project's own model in memory from its next request on.
 
     Raises:
@@ -114,16 +116,18 @@ def pin(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Mode
         PermissionDeniedError: when it is another project's.
         ModelNotFoundError: when there is none.
     """
-    return _set_pinned(session, scope, catalogue, name, is_pinned=True)
+    return _set_pinned(session, principal, catalogue, name, is_pinned=True)
 
 
-def unpin(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
+def unpin(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
     """Let the project's own model leave memory when others need its room; raises as `pin` does."""
-    return _set_pinned(session, scope, catalogue, name, is_pinned=False)
+    return _set_pinned(session, principal, catalogue, name, is_pinned=False)
 
 
-def _set_pinned(session: Session, scope: Scope, catalogue: Catalogue, name: str, *, is_pinned: bool) -> Model:
-    found = get_own(session, scope, catalogue, name)
+def _set_pinned(
+    session: Session, principal: Principal, catalogue: Catalogue, name: str, *, is_pinned: bool
+) -> Model:
+    found = get_own(session, principal, catalogue, name)
     model = session.get_one(Model, found.id, with_for_update=True, populate_existing=True)
     if (model.pinned_at is not None) is not is_pinned:
         model.pinned_at = func.now() if is_pinned else None
@@ -132,11 +136,11 @@ def _set_pinned(session: Session, scope: Scope, catalogue: Catalogue, name: str,
     return model
 
 
-def list_(session: Session, scope: Scope) -> Sequence[Model]:
+def list_(session: Session, principal: Principal) -> Sequence[Model]:
     """Return the tuned models and checkpoints that the project may call, newest first."""
     return session.scalars(
         select(Model)
-        .where(names.is_callable(scope.project_id))
+        .where(names.is_callable(principal.project_id))
         .order_by(Model.created_at.desc(), Model.id.desc())
     ).all()
 
@@ -231,7 +235,7 @@ def end_permissions(session: Session, model_ids: Sequence[str]) -> None:
     )
 
 
-def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Model:
+def delete(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
     """Make a tuned model unknown; the caller deletes its bytes after the commit.
 
     Raises:
@@ -239,12 +243,12 @@ def delete(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> M
         PermissionDeniedError: when the name is a base's, or another project's that is shared with this one.
         ModelInUseError: when others go on from it.
     """
-    model = find(session, scope, name, for_update=True)
+    model = find(session, principal, name, for_update=True)
     if model is None:
         if names.find_base(session, catalogue, name) is not None:
             raise PermissionDeniedError(f"{name} is a base model; bases can't be deleted.", param="model")
         # Not the project's own: it says whether that is all.
-        get_own(session, scope, catalogue, name)
+        get_own(session, principal, catalogue, name)
         raise names.unknown_model(name)
     continuation.check_unneeded(session, model)
     model.deleted_at = func.now()

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session, aliased
 from db.tables import Alias, Base, CheckpointPermission, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 
 
 def unknown_model(name: str) -> ModelNotFoundError:
@@ -27,9 +27,9 @@ def is_callable(project_id: str | ColumnElement[str]) -> ColumnElement[bool]:
     return and_(Model.deleted_at.is_(None), or_(Model.project_id == project_id, Model.id.in_(permitted)))
 
 
-def find_callable(session: Session, scope: Scope, name: str) -> Model | None:
+def find_callable(session: Session, principal: Principal, name: str) -> Model | None:
     """Return the tuned model or checkpoint of that name that the project may call: its own, or shared."""
-    return session.scalar(select(Model).where(Model.name == name, is_callable(scope.project_id)))
+    return session.scalar(select(Model).where(Model.name == name, is_callable(principal.project_id)))
 
 
 def find_base(session: Session, catalogue: Catalogue, name: str) -> Base | None:
@@ -97,7 +97,7 @@ def _if_offered(catalogue: Catalogue, base: Base | None) -> Base | None:
     return base if base is not None and base.id in catalogue.bases else None
 
 
-def get_named(session: Session, scope: Scope, catalogue: Catalogue, name: str) -> Named:
+def get_named(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Named:
     """Return what a name stands for, with a model or a base in it.
 
     Returns:
@@ -106,7 +106,7 @@ def get_named(session: Session, scope: Scope, catalogue: Catalogue, name: str) -
     Raises:
         ModelNotFoundError: when nothing that the project may call has the name.
     """
-    named = look_up(session, catalogue, scope.project_id, name)
+    named = look_up(session, catalogue, principal.project_id, name)
     if named.is_callable:
         return named
     raise not_callable(named, name)
@@ -123,14 +123,14 @@ def not_callable(named: Named, name: str) -> ModelNotFoundError:
     )
 
 
-def list_aliased(session: Session, scope: Scope, catalogue: Catalogue) -> list[Named]:
+def list_aliased(session: Session, principal: Principal, catalogue: Catalogue) -> list[Named]:
     """Return the project's aliases with what they point to, newest first; those that can't be called not."""
     rows = session.execute(
         select(Alias, Model, Base)
         .select_from(Alias)
-        .outerjoin(Model, and_(Model.id == Alias.model_id, is_callable(scope.project_id)))
+        .outerjoin(Model, and_(Model.id == Alias.model_id, is_callable(principal.project_id)))
         .outerjoin(Base, Base.id == Alias.base_id)
-        .where(Alias.project_id == scope.project_id, Alias.deleted_at.is_(None))
+        .where(Alias.project_id == principal.project_id, Alias.deleted_at.is_(None))
         .order_by(Alias.created_at.desc(), Alias.id.desc())
     ).all()
     found = [Named(alias, model, base=_if_offered(catalogue, base)) for alias, model, base in rows]

@@ -12,17 +12,17 @@ from db.queries import find_cursor, find_owned, page
 from db.tables import CheckpointPermission, Model, Project
 from luthier.core.errors import InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.models import models, names
 
 
 def create(
-    session: Session, scope: Scope, model_name: str, project_ids: Sequence[str]
+    session: Session, principal: Principal, model_name: str, project_ids: Sequence[str]
 ) -> list[CheckpointPermission]:
     """Let projects call a model of the caller's project.
 
     Args:
-        scope: the caller, of the project that owns the model.
+        principal: the caller, of the project that owns the model.
         project_ids: the projects, all of the caller's organization.
 
     Returns:
@@ -34,28 +34,28 @@ def create(
     """
     # Twins of one request pass one after the other, and the second finds the first's. Who deletes the model
     # ends its permissions: none is granted while that is under way.
-    model = _get_model(session, scope, model_name, for_update=True)
+    model = _get_model(session, principal, model_name, for_update=True)
     for index, project_id in enumerate(project_ids):
-        _check_project(session, scope, project_id, f"project_ids.{index}")
-    return [_grant(session, scope, model, project_id) for project_id in dict.fromkeys(project_ids)]
+        _check_project(session, principal, project_id, f"project_ids.{index}")
+    return [_grant(session, principal, model, project_id) for project_id in dict.fromkeys(project_ids)]
 
 
-def _get_model(session: Session, scope: Scope, name: str, *, for_update: bool = False) -> Model:
-    model = models.find(session, scope, name, for_update=for_update)
+def _get_model(session: Session, principal: Principal, name: str, *, for_update: bool = False) -> Model:
+    model = models.find(session, principal, name, for_update=for_update)
     if model is None:
         raise names.unknown_model(name)
     return model
 
 
-def _check_project(session: Session, scope: Scope, project_id: str, param: str) -> None:
-    if project_id == scope.project_id:
+def _check_project(session: Session, principal: Principal, project_id: str, param: str) -> None:
+    if project_id == principal.project_id:
         raise InvalidValueError(
             f"{param}: this project owns the model, so it needs no permission.", param=param
         )
     known = session.scalar(
         select(Project.id).where(
             Project.id == project_id,
-            Project.organization_id == scope.organization_id,
+            Project.organization_id == principal.organization_id,
             Project.deleted_at.is_(None),
         )
     )
@@ -65,7 +65,7 @@ def _check_project(session: Session, scope: Scope, project_id: str, param: str) 
         )
 
 
-def _grant(session: Session, scope: Scope, model: Model, project_id: str) -> CheckpointPermission:
+def _grant(session: Session, principal: Principal, model: Model, project_id: str) -> CheckpointPermission:
     there = session.scalar(
         select(CheckpointPermission).where(
             CheckpointPermission.model_id == model.id,
@@ -76,7 +76,7 @@ def _grant(session: Session, scope: Scope, model: Model, project_id: str) -> Che
     if there is not None:
         return there
     permission = CheckpointPermission(
-        id=new_id("permission"), **scope.columns(), model_id=model.id, grantee_project_id=project_id
+        id=new_id("permission"), **principal.columns(), model_id=model.id, grantee_project_id=project_id
     )
     session.add(permission)
     session.flush()
@@ -86,7 +86,7 @@ def _grant(session: Session, scope: Scope, model: Model, project_id: str) -> Che
 
 def list_(
     session: Session,
-    scope: Scope,
+    principal: Principal,
     model_name: str,
     *,
     after: str | None,
@@ -97,7 +97,7 @@ def list_(
     """Return a page of a model's permissions, and whether more follow.
 
     Args:
-        scope: the caller, of the project that owns the model.
+        principal: the caller, of the project that owns the model.
         after: id of the permission that ended the page before.
         is_ascending: oldest first instead of newest first.
         project_id: only this project's.
@@ -109,7 +109,7 @@ def list_(
         ModelNotFoundError: when the caller's project has no such model.
         InvalidValueError: when `after` is no permission of it.
     """
-    model = _get_model(session, scope, model_name)
+    model = _get_model(session, principal, model_name)
     statement = select(CheckpointPermission).where(
         CheckpointPermission.model_id == model.id, CheckpointPermission.deleted_at.is_(None)
     )
@@ -121,18 +121,20 @@ def list_(
     )
 
 
-def delete(session: Session, scope: Scope, model_name: str, permission_id: str) -> None:
+def delete(session: Session, principal: Principal, model_name: str, permission_id: str) -> None:
     """Take a permission back; the project's next request finds no such model.
 
     Args:
-        scope: the caller, of the project that owns the model.
+        principal: the caller, of the project that owns the model.
 
     Raises:
         ModelNotFoundError: when the caller's project has no such model.
         NotFoundError: when the model has no such permission.
     """
-    model = _get_model(session, scope, model_name)
-    permission = find_owned(session, CheckpointPermission, scope.project_id, permission_id, for_update=True)
+    model = _get_model(session, principal, model_name)
+    permission = find_owned(
+        session, CheckpointPermission, principal.project_id, permission_id, for_update=True
+    )
     if permission is None or permission.model_id != model.id:
         raise NotFoundError(f"No such permission: {permission_id[:64]}", param="permission_id")
     permission.deleted_at = func.now()

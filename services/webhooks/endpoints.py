@@ -16,7 +16,7 @@ from luthier.webhooks.events import EVENT_TYPES
 from luthier.webhooks.sealing import Sealer
 from luthier.webhooks.signing import new_secret, secret_hint
 from luthier.webhooks.targets import TargetRules, check_url
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.accounts.sealing import reseal_secret
 
 _log = structlog.get_logger()
@@ -53,7 +53,7 @@ def check_event_type(event_type: str, *, param: str) -> None:
 
 def create(
     session: Session,
-    scope: Scope,
+    principal: Principal,
     rules: TargetRules,
     sealer: Sealer,
     *,
@@ -75,11 +75,11 @@ def create(
     """
     check_url(url, rules)
     types = _check_event_types(event_types)
-    lock_key(session, f"{scope.project_id} webhook endpoints")
+    lock_key(session, f"{principal.project_id} webhook endpoints")
     num_endpoints = session.scalar(
         select(func.count())
         .select_from(WebhookEndpoint)
-        .where(WebhookEndpoint.project_id == scope.project_id, WebhookEndpoint.deleted_at.is_(None))
+        .where(WebhookEndpoint.project_id == principal.project_id, WebhookEndpoint.deleted_at.is_(None))
     )
     if (num_endpoints or 0) >= MAX_ENDPOINTS:
         raise InvalidRequestError(
@@ -88,7 +88,7 @@ def create(
     secret = new_secret()
     endpoint = WebhookEndpoint(
         id=new_id("webhook_endpoint"),
-        **scope.columns(),
+        **principal.columns(),
         name=name,
         url=url,
         event_types=types,
@@ -101,20 +101,22 @@ def create(
     return endpoint, secret
 
 
-def get(session: Session, scope: Scope, endpoint_id: str, *, for_update: bool = False) -> WebhookEndpoint:
+def get(
+    session: Session, principal: Principal, endpoint_id: str, *, for_update: bool = False
+) -> WebhookEndpoint:
     """Return an endpoint of the project.
 
     Raises:
         NotFoundError: when there is none of that id.
     """
-    endpoint = find_owned(session, WebhookEndpoint, scope.project_id, endpoint_id, for_update=for_update)
+    endpoint = find_owned(session, WebhookEndpoint, principal.project_id, endpoint_id, for_update=for_update)
     if endpoint is None:
         raise NotFoundError(f"No such webhook endpoint: {endpoint_id[:64]}", param="webhook_endpoint_id")
     return endpoint
 
 
 def list_(
-    session: Session, scope: Scope, *, after: str | None, limit: int
+    session: Session, principal: Principal, *, after: str | None, limit: int
 ) -> tuple[Sequence[WebhookEndpoint], bool]:
     """Return a page of the project's endpoints, newest first, and whether more follow.
 
@@ -127,15 +129,15 @@ def list_(
     Raises:
         InvalidValueError: when `after` is no endpoint of the project.
     """
-    cursor = find_cursor(session, WebhookEndpoint, after, WebhookEndpoint.project_id == scope.project_id)
+    cursor = find_cursor(session, WebhookEndpoint, after, WebhookEndpoint.project_id == principal.project_id)
     statement = select(WebhookEndpoint).where(
-        WebhookEndpoint.project_id == scope.project_id, WebhookEndpoint.deleted_at.is_(None)
+        WebhookEndpoint.project_id == principal.project_id, WebhookEndpoint.deleted_at.is_(None)
     )
     return page(session, statement, WebhookEndpoint, after=cursor, limit=limit)
 
 
 def change(
-    session: Session, scope: Scope, rules: TargetRules, endpoint_id: str, wanted: EndpointChange
+    session: Session, principal: Principal, rules: TargetRules, endpoint_id: str, wanted: EndpointChange
 ) -> WebhookEndpoint:
     """Change an endpoint; what still waits to be sent goes to its new URL.
 
@@ -143,7 +145,7 @@ def change(
         NotFoundError: when the project has no such endpoint.
         InvalidValueError: when the URL or a type is refused.
     """
-    endpoint = get(session, scope, endpoint_id, for_update=True)
+    endpoint = get(session, principal, endpoint_id, for_update=True)
     values: dict[str, object] = {}
     if wanted.name is not None:
         values["name"] = wanted.name
@@ -163,7 +165,7 @@ def change(
 
 
 def rotate_secret(
-    session: Session, scope: Scope, sealer: Sealer, endpoint_id: str, *, keeps_old: bool
+    session: Session, principal: Principal, sealer: Sealer, endpoint_id: str, *, keeps_old: bool
 ) -> tuple[WebhookEndpoint, str]:
     """Give an endpoint a new signing secret.
 
@@ -177,7 +179,7 @@ def rotate_secret(
         NotFoundError: when the project has no such endpoint.
         SecretKeyError: when there is no key to seal with.
     """
-    endpoint = get(session, scope, endpoint_id, for_update=True)
+    endpoint = get(session, principal, endpoint_id, for_update=True)
     old_secret = None
     if keeps_old and endpoint.secret != "":
         try:
@@ -195,13 +197,13 @@ def rotate_secret(
     return endpoint, secret
 
 
-def delete(session: Session, scope: Scope, endpoint_id: str) -> None:
+def delete(session: Session, principal: Principal, endpoint_id: str) -> None:
     """Forget an endpoint and its secrets; what waited to be sent to it never is.
 
     Raises:
         NotFoundError: when the project has no such endpoint.
     """
-    endpoint = get(session, scope, endpoint_id, for_update=True)
+    endpoint = get(session, principal, endpoint_id, for_update=True)
     endpoint.deleted_at = func.now()
     endpoint.secret, endpoint.secret_hint, endpoint.old_secret = "", "", None
     session.execute(

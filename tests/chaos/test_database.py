@@ -27,7 +27,7 @@ from tests.rows import colour_rows, jsonl
 from tests.workers import running_worker
 from worker.app import sweep
 from worker.context import Watch, make_context
-from worker.heartbeat import LeaseKeeper
+from worker.heartbeat import LeaseHeartbeat
 
 # A stalled database costs a request 5 s; this machine may be busy.
 _MAX_SECONDS = 8.0
@@ -117,9 +117,9 @@ def test_a_stall_costs_no_lease_whatever_the_database_says_afterwards(
     with context.database.transaction() as session:
         lease = leases.claim_for_preparing(session, job_id, context.worker_id, 30)
     assert lease is not None
-    keeper = LeaseKeeper(context, lease)
+    heartbeat = LeaseHeartbeat(context, lease)
     renewed = _count_renewals(monkeypatch)
-    thread = threading.Thread(target=keeper.run, daemon=True)
+    thread = threading.Thread(target=heartbeat.run, daemon=True)
     thread.start()
     wait_until(lambda: len(renewed) > 1, what="renewed")
     proxy.stall()
@@ -130,8 +130,8 @@ def test_a_stall_costs_no_lease_whatever_the_database_says_afterwards(
     context.database = api.parts.database
     wait_until(lambda: len(renewed) > before + 1, what="renewed again")
     assert thread.is_alive()
-    keeper.check()
-    keeper.stop()
+    heartbeat.check()
+    heartbeat.stop()
     thread.join()
 
 

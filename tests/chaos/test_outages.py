@@ -16,13 +16,13 @@ from db.tables import Attempt, Job
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
 from services.jobs import leases
-from services.task_queue import TASK_NAME, Bell, make_celery
+from services.task_queue import TASK_NAME, TaskNotifier, make_celery
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from tests.training import fork_server, train_next
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
-from worker.maintenance import tidy
+from worker.maintenance import collect_garbage
 from worker.processes import work
 from worker.tasks.prepare import prepare
 
@@ -35,8 +35,8 @@ def client(api: Api) -> openai.OpenAI:
 @pytest.fixture
 def context(settings: Settings, api: Api) -> WorkerContext:
     made = make_context(settings.model_copy(update={"sweep_seconds": 0.05}))
-    made.ring = api.bells.append
-    made.spare = fork_server()
+    made.notify = api.notified.append
+    made.fork_server = fork_server()
     return made
 
 
@@ -72,8 +72,8 @@ def test_a_bell_at_a_broker_that_never_answers_returns_at_once(silent_broker: in
     with pytest.raises(kombu.exceptions.OperationalError):
         # The first message imports what makes loggers, and pytest loops over those as the next test begins.
         make_celery("redis://127.0.0.1:1/0").send_task(TASK_NAME, retry=False, ignore_result=True)
-    bell = Bell(make_celery(f"redis://127.0.0.1:{silent_broker}/0"))
-    ringing = threading.Thread(target=lambda: [bell.ring(f"job-{n}") for n in range(500)], daemon=True)
+    bell = TaskNotifier(make_celery(f"redis://127.0.0.1:{silent_broker}/0"))
+    ringing = threading.Thread(target=lambda: [bell.notify(f"job-{n}") for n in range(500)], daemon=True)
     ringing.start()
     ringing.join(timeout=5)
     assert not ringing.is_alive()
@@ -193,7 +193,7 @@ def test_bytes_that_could_not_be_deleted_are_deleted_later(
         broken.setattr(api.parts.storage, "delete", away)
         assert client.files.delete(file.id).deleted
     assert [path for path in root.rglob("file-*") if path.is_file()]
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert not [path for path in root.rglob("file-*") if path.is_file()]
 
 

@@ -41,7 +41,7 @@ def client(api: Api) -> openai.OpenAI:
 
 def _make_context(settings: Settings, api: Api) -> WorkerContext:
     made = make_context(settings)
-    made.ring = api.bells.append
+    made.notify = api.notified.append
     sweep(made)
     return made
 

@@ -154,7 +154,7 @@ class JobMachine(JobModel):
             assert lease is None
             return
         assert lease is not None
-        job.lease, job.epoch = lease, job.epoch + 1
+        job.lease, job.fencing_token = lease, job.fencing_token + 1
 
     @precondition(lambda self: self.preparing())
     @rule(data=st.data(), is_good=st.booleans())
@@ -201,9 +201,9 @@ class JobMachine(JobModel):
         if not job.has_started:
             job.has_started = True
             job.num_events += 1
-        job.lease, job.epoch = lease, job.epoch + 1
+        job.lease, job.fencing_token = lease, job.fencing_token + 1
         job.status = S.RUNNING
-        assert lease.epoch == job.epoch
+        assert lease.fencing_token == job.fencing_token
 
     def _beat(self) -> None:
         """Both workers live, whatever they do."""
@@ -288,7 +288,7 @@ class JobMachine(JobModel):
         job = data.draw(st.sampled_from(self.held()))
         job.is_stopping = True
         with self.transaction() as session:
-            attempts.note_stopping(session, job.id, job.epoch)
+            attempts.note_stopping(session, job.id, job.fencing_token)
 
     @precondition(lambda self: self.held())
     @rule(data=st.data(), how=st.sampled_from(["stopped", "unavailable", "crashed"]))

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from db.tables import Attempt, File, Job, WebhookDelivery
 from luthier.core.states import TRANSITIONS, JobStatus
 from luthier.webhooks.events import EVENT_TYPES
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.jobs import leases
 from services.jobs.leases import Lease
 from tests.conftest import Api
@@ -45,7 +45,7 @@ class Known:
     num_crashes: int = 0
     num_losses: int = 0
     avoided: set[str] = field(default_factory=set)
-    epoch: int = 0
+    fencing_token: int = 0
     step: int = 0
     num_events: int = 2
     steps_kept: list[int] = field(default_factory=list)
@@ -85,7 +85,7 @@ class JobModel(RuleBasedStateMachine):
         assert answer.status_code == 200, answer.text
         with self.transaction() as session:
             organization = session.execute(text("SELECT organization_id FROM projects LIMIT 1")).scalar_one()
-        self.scope = Scope(organization, "personal", made["project_id"], made["id"])
+        self.scope = Principal(organization, "personal", made["project_id"], made["id"])
 
     def transaction(self) -> Any:
         return self.api.parts.database.transaction()
@@ -167,14 +167,14 @@ class JobModel(RuleBasedStateMachine):
             present = {row.id for row in session.query(File.id).filter(File.deleted_at.is_(None))}
         assert all(S(target) in TRANSITIONS[S(source)] for source, target in changes)
         assert {row.id for row in rows} == set(self.jobs)
-        assert is_open == {(job.id, job.epoch) for job in self.jobs.values() if job.lease is not None}
+        assert is_open == {(job.id, job.fencing_token) for job in self.jobs.values() if job.lease is not None}
         for row in rows:
             self._check_row(row, seqs[row.id], present)
 
     def _check_row(self, row: Job, seqs: list[int], present: set[str]) -> None:
         job = self.jobs[row.id]
         assert row.status == job.status.value
-        assert row.lease_epoch == job.epoch
+        assert row.lease_epoch == job.fencing_token
         assert (row.num_crashes, row.num_losses) == (job.num_crashes, job.num_losses)
         assert set(row.avoided_workers) == job.avoided
         assert row.step == job.step

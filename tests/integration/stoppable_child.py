@@ -7,7 +7,7 @@ from pathlib import Path
 from luthier.core.events import StoppedEvent, TrainingEvent
 from tests.integration.training_script import Script
 from worker.context import WorkerContext
-from worker.heartbeat import kept_lease
+from worker.heartbeat import lease_heartbeat
 from worker.tasks.train import claim, make_run
 from worker.training_process.supervisor import Ending
 
@@ -86,9 +86,9 @@ class Attempt:
 
         def follow() -> None:
             try:
-                with kept_lease(context, claimed.lease) as keeper:
-                    keeper.on_pause = self.child.ask_to_stop
-                    self.ending = make_run(context, claimed, folder, keeper).supervise(self.child)  # type: ignore[arg-type]
+                with lease_heartbeat(context, claimed.lease) as heartbeat:
+                    heartbeat.on_pause = self.child.ask_to_stop
+                    self.ending = make_run(context, claimed, folder, heartbeat).supervise(self.child)  # type: ignore[arg-type]
             except Exception as error:  # noqa: BLE001 - the test that joins looks at it
                 self.fault = error
 

@@ -9,7 +9,7 @@ from sqlalchemy import select, text
 from db.tables import Checkpoint, Model
 from luthier.core.errors import ModelInUseError
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.jobs import checkpoints
 from services.models import aliases, models
 from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
@@ -28,7 +28,7 @@ def theirs(api: Api, ours: Aliases) -> Aliases:
 
 
 @pytest.fixture
-def scope(api: Api, ours: Aliases) -> Scope:
+def scope(api: Api, ours: Aliases) -> Principal:
     return scope_of(api)
 
 
@@ -185,7 +185,7 @@ def test_what_an_alias_points_to_can_t_be_deleted_and_what_it_pointed_to_can(our
 
 
 def test_a_checkpoint_that_an_alias_points_to_makes_no_room_for_newer_ones(
-    api: Api, ours: Aliases, scope: Scope
+    api: Api, ours: Aliases, scope: Principal
 ) -> None:
     ours.put("prod", CHECKPOINT)
     transaction = api.parts.database.transaction
@@ -251,7 +251,7 @@ def test_an_alias_is_its_projects_own_and_ends_with_what_it_may_call(
     ours.ok("DELETE", f"/models/{V2}")
 
 
-def test_every_name_is_resolved_by_one_statement(api: Api, ours: Aliases, scope: Scope) -> None:
+def test_every_name_is_resolved_by_one_statement(api: Api, ours: Aliases, scope: Principal) -> None:
     ours.put("prod", V1)
     ours.put("plain", TINY_BASE)
     parts = api.parts
@@ -263,7 +263,7 @@ def test_every_name_is_resolved_by_one_statement(api: Api, ours: Aliases, scope:
 
 
 def test_a_request_sees_the_old_target_or_the_new_one_and_never_none(
-    api: Api, ours: Aliases, scope: Scope
+    api: Api, ours: Aliases, scope: Principal
 ) -> None:
     ours.put("prod", V1)
     parts = api.parts
@@ -288,7 +288,7 @@ def test_a_request_sees_the_old_target_or_the_new_one_and_never_none(
 
 
 def test_of_a_put_and_the_deletion_of_its_target_at_the_same_time_one_is_refused(
-    api: Api, ours: Aliases, scope: Scope
+    api: Api, ours: Aliases, scope: Principal
 ) -> None:
     parts = api.parts
 

@@ -85,7 +85,7 @@ def test_nothing_is_stored_and_no_bell_rings(api: Api, database: Database, file_
     with LuthierClient(f"{api.base_url}/v1", api.key) as client:
         found = client.estimate_job({"model": "gpt-4o-mini-2024-07-18", "training_file": file_id})
     assert (found["object"], found["model"]) == ("fine_tuning.job.estimate", "tiny-llama")
-    assert api.bells == []
+    assert api.notified == []
     with database.transaction() as session:
         for table in (Job, JobEvent, IdempotencyKey):
             assert session.scalar(select(func.count()).select_from(table)) == 0, table
@@ -284,7 +284,7 @@ def test_seconds_come_from_the_device_and_then_from_finished_jobs(
     assert (unknown["seconds"], unknown["peak_memory_bytes"], unknown["basis"]) == (None, None, None)
     assert "No worker has measured" in unknown["reason"]
     context = make_context(settings)
-    context.spare = fork_server()
+    context.fork_server = fork_server()
     measure_once(context)
     sweep(context)
     measured = _estimate(api, file_id, tuning=tuning)

@@ -9,7 +9,7 @@ from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext, make_context
-from worker.maintenance import tidy
+from worker.maintenance import collect_garbage
 
 ROWS = jsonl(colour_rows())
 DAY = 24 * 3600
@@ -97,7 +97,7 @@ def test_an_expired_file_is_unknown_and_then_gone(
         client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id)
     assert refused.value.param == "training_file"
     assert _objects(api) == [file.id, kept.id]
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert _objects(api) == [kept.id]
 
 
@@ -108,12 +108,12 @@ def test_an_expired_file_stays_until_the_last_job_that_reads_it_has_ended(
     job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=train, validation_file=valid)
     for file_id in (train, valid):
         _let_expire(api, file_id)
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert _objects(api) == [train, valid]
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(train)
     client.fine_tuning.jobs.cancel(job.id)
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert _objects(api) == []
 
 
@@ -133,7 +133,7 @@ def test_bytes_that_could_not_be_deleted_are_deleted_by_the_sweep(
     assert _objects(api) == [file.id]
     with pytest.raises(openai.NotFoundError):
         client.files.content(file.id)
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert _objects(api) == []
 
 

@@ -35,7 +35,7 @@ def test_a_created_job_has_openais_shape_and_rings_the_bell_once(
     assert job.hyperparameters.n_epochs == "auto"
     assert job.method is not None
     assert job.method.type == "supervised"
-    assert api.bells == [job.id]
+    assert api.notified == [job.id]
     assert client.fine_tuning.jobs.retrieve(job.id) == job
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
     assert messages == [f"Validating training file: {file_id}", f"Created fine-tuning job: {job.id}"]
@@ -130,7 +130,7 @@ def test_a_bad_create_names_its_field_and_makes_no_job(
     assert (answer.status_code, error["param"]) == (400, param), error
     assert code is None or error["code"] == code, error
     assert client.fine_tuning.jobs.list().data == []
-    assert api.bells == []
+    assert api.notified == []
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext, make_context
-from worker.maintenance import tidy
+from worker.maintenance import collect_garbage
 
 ROWS = jsonl(colour_rows(40))
 
@@ -87,12 +87,12 @@ def test_an_upload_expires_after_an_hour_and_its_parts_are_tidied(
         with pytest.raises(openai.BadRequestError, match="is expired"):
             call()
     assert _states(api, upload_id) == "expired"
-    tidy(context, grace_seconds=3600)
+    collect_garbage(context, grace_seconds=3600)
     assert _objects(api) == sorted([*ids, *fresh_ids])
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert _objects(api) == fresh_ids
     done = client.uploads.complete(fresh_id, part_ids=fresh_ids)
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert done.file is not None
     assert _objects(api) == [done.file.id]
     assert client.files.content(done.file.id).read() == ROWS
@@ -103,11 +103,11 @@ def test_an_upload_nobody_asks_about_expires_by_the_sweep(
 ) -> None:
     upload_id, ids = _begin(client, ROWS)
     _execute(api, "UPDATE uploads SET expires_at = now(), busy_until = now() + interval '1 min'")
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     # A complete is at work: its parts stay until it is done.
     assert (_states(api, upload_id), _objects(api)) == ("pending", ids)
     _execute(api, "UPDATE uploads SET busy_until = now()")
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert (_states(api, upload_id), _objects(api)) == ("expired", [])
 
 
@@ -135,7 +135,7 @@ def test_what_a_crash_leaves_of_an_upload_is_tidied_with_it(
     # A part that got no row, a file put together twice, and one that was half written.
     for name in ("part_0", "file-0", "file-1#3"):
         (folder / name).write_bytes(b"left behind")
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert _objects(api) == [done.file.id]
     client.files.delete(done.file.id)
     assert _objects(api) == []

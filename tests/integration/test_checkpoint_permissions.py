@@ -15,7 +15,7 @@ from db.tables import Job, Model
 from luthier.core.errors import ModelNotFoundError
 from luthier.core.ids import new_id
 from luthier.core.specs import BaseFacts, TrainingSpec
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.jobs import checkpoints
 from services.models import models, permissions
 from tests.conftest import Api, wait_until
@@ -178,7 +178,7 @@ def test_none_is_granted_while_the_model_is_being_deleted(api: Api, owner: opena
     database = api.parts.database
     with database.transaction() as session:
         job = session.query(Job).one()
-        scope = Scope(job.organization_id, "personal", job.project_id, None)
+        scope = Principal(job.organization_id, "personal", job.project_id, None)
 
     def grant() -> None:
         with database.transaction() as granting:

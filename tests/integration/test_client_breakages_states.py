@@ -25,7 +25,7 @@ from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
-from worker.heartbeat import kept_lease
+from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
 
@@ -44,7 +44,7 @@ def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def context(api: Api) -> WorkerContext:
     made = make_context(api.parts.settings)
-    made.ring = api.bells.append
+    made.notify = api.notified.append
     sweep(made)
     return made
 
@@ -89,8 +89,8 @@ def jobs_by_status(
             folder = tmp_path_factory.mktemp("run")
             script = Script(job_id, claimed.spec, folder, steps_an_epoch=1, num_epochs=3)
             script.start().epoch(1, 5.0).epoch(2, 4.0).epoch(3, 3.0).finish(3)
-            with kept_lease(context, claimed.lease) as keeper:
-                make_run(context, claimed, folder, keeper).supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
+            with lease_heartbeat(context, claimed.lease) as heartbeat:
+                make_run(context, claimed, folder, heartbeat).supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
             keep(job_id)
         else:
             ask(api, "POST", f"/fine_tuning/jobs/{job_id}/pause")

@@ -18,8 +18,8 @@ from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
 from worker.context import WorkerContext
-from worker.heartbeat import kept_lease
-from worker.maintenance import tidy
+from worker.heartbeat import lease_heartbeat
+from worker.maintenance import collect_garbage
 from worker.processes import work
 from worker.tasks.parent_models import fetch_parents
 from worker.tasks.prepare import prepare
@@ -61,11 +61,11 @@ class Jobs:
         claimed = claim(self.context)
         assert claimed is not None
         assert claimed.lease.job_id == job_id
-        run_dir = self.folder / job_id / f"e{claimed.lease.epoch}"
+        run_dir = self.folder / job_id / f"e{claimed.lease.fencing_token}"
         script = Script(job_id, claimed.spec, run_dir, steps_an_epoch=1, num_epochs=epochs)
         write(script)
-        with kept_lease(self.context, claimed.lease) as keeper:
-            run = make_run(self.context, claimed, run_dir, keeper)
+        with lease_heartbeat(self.context, claimed.lease) as heartbeat:
+            run = make_run(self.context, claimed, run_dir, heartbeat)
             return run.supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
 
     def finish(self, job_id: str, *, epochs: int = 1) -> str:
@@ -197,7 +197,7 @@ def test_a_model_stays_while_an_unfinished_job_starts_from_it(
     assert job_id in jobs.kept(parent)
     client.fine_tuning.jobs.cancel(job_id)
     assert client.models.delete(parent).deleted
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
 
 
 def test_the_first_ten_heirs_are_named_and_how_many_more_there_are(jobs: Jobs) -> None:
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_a_job_starts_from_is_not_retired(
         script.start().epoch(1, 3.0).epoch(2, 2.0)
         script.events.append(StoppedEvent(job_id=first, step=2))
 
-    assert jobs.attempt(first, begin, epochs=6) is Ending.GIVEN_BACK
+    assert jobs.attempt(first, begin, epochs=6) is Ending.REQUEUED
     listed = client.fine_tuning.jobs.checkpoints.list(first).data
     checkpoint = next(one.fine_tuned_model_checkpoint for one in listed if one.step_number == 1)
     child = jobs.create(checkpoint)
@@ -274,7 +274,7 @@ def test_a_checkpoint_that_a_job_starts_from_is_not_retired(
     steps = [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(first)]
     # The usual three, and the one that is needed.
     assert steps == [6, 5, 4, 1]
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert child in jobs.kept(checkpoint)
 
 
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_others_build_on_keeps_its_weights_when_its_step_is_do
         script.finish(1)
 
     assert jobs.attempt(job_id, again, epochs=2) is Ending.SUCCEEDED
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     kept = jobs.row(old)
     assert (kept.artifact_key, kept.artifact_digest) == (before.artifact_key, before.artifact_digest)
     assert child_id in jobs.kept(old)

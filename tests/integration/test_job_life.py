@@ -21,7 +21,7 @@ from tests.rows import chat_row, colour_rows, jsonl
 from tests.training import train_next
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
-from worker.maintenance import tidy
+from worker.maintenance import collect_garbage
 from worker.processes import work
 from worker.tasks.prepare import prepare
 
@@ -92,7 +92,7 @@ def test_a_job_becomes_a_model_that_peft_loads(
 
     root = context.storage.local_root
     assert root is not None
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     files = [path for path in (root / "projects").rglob("*") if path.is_file()]
     kept = {path.name if path.suffix == ".csv" else path.parent.name for path in files} - {"files"}
     assert kept == {"artifact", f"step-{checkpoints[1].step_number:06d}", "step_metrics.csv"}
@@ -221,7 +221,7 @@ def _prepare_long_job(client: openai.OpenAI, context: WorkerContext, n_epochs: i
     job_id = _create(client, colour_rows(40), hyperparameters={"n_epochs": n_epochs, "batch_size": 1})
     prepare(context, job_id)
     # A process of its own, which is found by its command line.
-    context.spare = None
+    context.fork_server = None
     return job_id
 
 

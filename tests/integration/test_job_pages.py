@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from db.tables import Checkpoint, Job, JobEvent
 from luthier.core.ids import new_id
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.jobs import events, jobs
 from services.jobs.events import NewEvent
 from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
@@ -189,7 +189,7 @@ def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[s
     """Not by the clock, which tells little of so few rows: by what PostgreSQL says it will do."""
     with api.parts.database.transaction() as session:
         job = session.get_one(Job, job_ids[5])
-        scope = Scope(job.organization_id, "personal", job.project_id, None)
+        scope = Principal(job.organization_id, "personal", job.project_id, None)
         seen: list[tuple[str, Any]] = []
         execute = session.scalars
 

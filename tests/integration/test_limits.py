@@ -16,7 +16,7 @@ from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext
-from worker.maintenance import tidy
+from worker.maintenance import collect_garbage
 
 ROWS = jsonl(colour_rows())
 
@@ -174,6 +174,6 @@ def test_idempotency_keys_are_deleted_after_a_day(
             .where(IdempotencyKey.key == "old")
             .values(created_at=func.now() - timedelta(hours=25))
         )
-    tidy(context, grace_seconds=3600)
+    collect_garbage(context, grace_seconds=3600)
     with api.parts.database.transaction() as session:
         assert list(session.scalars(select(IdempotencyKey.key))) == ["new"]

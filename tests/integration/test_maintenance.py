@@ -16,7 +16,7 @@ from db.tables import Worker
 from luthier.core.errors import UnavailableError
 from luthier.core.ids import new_id
 from luthier.core.settings import Settings
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.capacity import workers
 from services.files import files
 from services.jobs import leases
@@ -31,8 +31,8 @@ from worker.maintenance import (
     delete_orphans,
     remove_stale_runs,
     repeat,
+    run_garbage_collection,
     take_lost_jobs,
-    tidy,
 )
 from worker.tasks.prepare import prepare
 
@@ -59,7 +59,7 @@ def test_garbage_collection_goes_past_what_it_can_not_delete(
     # A folder can't be deleted as a file is.
     first.unlink()
     (first / "below").mkdir(parents=True)
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert first.exists()
     assert not second.exists()
 
@@ -87,7 +87,8 @@ def test_run_directories_that_no_attempt_holds_are_removed(
         taken = leases.claim_for_training(session, context.worker_id, 1, 30)
     assert taken is not None
     runs = context.settings.runs_dir
-    held, older = runs / job_id / f"e{taken[0].epoch}", runs / job_id / f"e{taken[0].epoch - 1}"
+    token = taken[0].fencing_token
+    held, older = runs / job_id / f"e{token}", runs / job_id / f"e{token - 1}"
     unknown, another = runs / "ftjob-unknown" / "e3", runs / "notes" / "e3"
     for folder in (held, older, unknown, another):
         folder.mkdir(parents=True)
@@ -107,7 +108,7 @@ def test_the_run_directory_of_a_cancelled_job_is_removed_once_its_lease_is_over(
     with context.database.transaction() as session:
         taken = leases.claim_for_training(session, context.worker_id, 1, 30)
     assert taken is not None
-    folder = context.settings.runs_dir / job_id / f"e{taken[0].epoch}"
+    folder = context.settings.runs_dir / job_id / f"e{taken[0].fencing_token}"
     folder.mkdir(parents=True)
     client.fine_tuning.jobs.cancel(job_id)
     remove_stale_runs(context)
@@ -186,7 +187,7 @@ def test_a_sweep_waits_for_no_storage(api: Api, client: openai.OpenAI, context: 
 
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(context.storage, "delete", hang)
-        collecting = threading.Thread(target=collect_garbage, args=(context,))
+        collecting = threading.Thread(target=run_garbage_collection, args=(context,))
         collecting.start()
         assert hangs.wait(10)
         sweep(context)
@@ -243,7 +244,7 @@ def _plans(context: WorkerContext, act: Any) -> list[str]:
 
 def test_a_sweep_and_a_deleted_file_scan_no_table(client: openai.OpenAI, context: WorkerContext) -> None:
     """Not by the clock, which tells little of so few rows: by what PostgreSQL says it will do."""
-    plans = _plans(context, lambda: tidy(context, grace_seconds=0))
+    plans = _plans(context, lambda: collect_garbage(context, grace_seconds=0))
     for index in ("ix_jobs_untidied", "ix_files_undeleted_bytes", "ix_models_undeleted_bytes"):
         assert any(index in plan for plan in plans), (index, plans)
     file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
@@ -251,7 +252,7 @@ def test_a_sweep_and_a_deleted_file_scan_no_table(client: openai.OpenAI, context
     with context.database.transaction() as session:
         row = session.execute(text("SELECT organization_id, project_id FROM files")).first()
     assert row is not None
-    scope = Scope(row[0], "personal", row[1], None)
+    scope = Principal(row[0], "personal", row[1], None)
 
     def delete() -> None:
         with context.database.transaction() as session:

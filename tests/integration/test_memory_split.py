@@ -59,7 +59,7 @@ def _claim(database: Database, worker_id: str, device: Device = DEVICE) -> Lease
 def _release(database: Database, lease: Lease) -> None:
     with database.transaction() as session:
         leases.leave(session, lease, leases.JobStatus.FAILED, outcome="failed")
-        memory.release(session, lease.job_id, lease.epoch)
+        memory.release(session, lease.job_id, lease.fencing_token)
 
 
 def held(database: Database) -> dict[str, int]:
@@ -195,10 +195,10 @@ def test_the_release_of_an_old_attempt_frees_nothing_of_a_new_one(
         leases.leave(session, old, leases.JobStatus.QUEUED, outcome="given_back")
     new = _claim(context.database, "w")
     assert new is not None
-    assert new.epoch == old.epoch + 1
+    assert new.fencing_token == old.fencing_token + 1
     with context.database.transaction() as session:
-        memory.release(session, job_id, old.epoch)
-        memory.release(session, job_id, old.epoch)
+        memory.release(session, job_id, old.fencing_token)
+        memory.release(session, job_id, old.fencing_token)
     assert list(held(context.database)) == [job_id]
 
 

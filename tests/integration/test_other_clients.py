@@ -39,8 +39,8 @@ def run_beside_worker(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         while process.poll() is None:
-            if api.bells:
-                api.bells.clear()
+            if api.notified:
+                api.notified.clear()
                 work(context)
             else:
                 context.stopping.wait(0.05)

@@ -21,8 +21,8 @@ from tests.integration.training_script import Script
 from tests.rows import colour_rows, jsonl
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
-from worker.maintenance import tidy
-from worker.requeue import give_back
+from worker.maintenance import collect_garbage
+from worker.requeue import requeue
 from worker.tasks.prepare import prepare
 from worker.training_process import event_buffer
 from worker.training_process.supervisor import Ending
@@ -46,7 +46,7 @@ def client(api: Api) -> openai.OpenAI:
 def context(api: Api) -> Iterator[WorkerContext]:
     """A worker; the jobs that a test leaves are ended with it."""
     made = make_context(api.parts.settings.model_copy(update={"sweep_seconds": 0.01}))
-    made.ring = api.bells.append
+    made.notify = api.notified.append
     sweep(made)
     yield made
     with made.database.transaction() as session:
@@ -116,9 +116,9 @@ def test_a_queued_job_is_paused_at_once_and_taken_by_nobody_until_it_is_resumed(
     with pytest.raises(openai.BadRequestError) as in_use:
         client.files.delete(client.fine_tuning.jobs.retrieve(job_id).training_file)
     assert in_use.value.code == "file_in_use"
-    api.bells.clear()
+    api.notified.clear()
     assert client.fine_tuning.jobs.resume(job_id).status == "queued"
-    assert api.bells == [job_id]
+    assert api.notified == [job_id]
     assert _messages(client, job_id)[-2:] == ["The job was paused at its beginning", "The job was resumed"]
     assert _claim(context) == job_id
 
@@ -143,7 +143,7 @@ def test_a_running_job_is_paused_at_a_save_point_and_gives_its_slot_back(
     assert _claim(context) == other
 
     kept = _row(context, job_id).save_points
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert [point["step"] for point in kept] == [2]
     assert context.storage.read_manifest(kept[0]["key"]).files
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job_id)
@@ -169,7 +169,7 @@ def test_a_job_resumed_while_it_is_pausing_waits_for_its_save_point_and_loses_no
     sweep(other)
     assert run.child.is_asked.wait(5)
     run.child.may_end.set()
-    assert run.join() is Ending.GIVEN_BACK
+    assert run.join() is Ending.REQUEUED
     _assert_held_by_nobody(context, job_id, "queued")
     # Between them may be what its first attempt had not told yet.
     told = _messages(client, job_id)
@@ -276,7 +276,7 @@ def test_an_attempt_that_breaks_off_or_lacks_a_part_while_pausing_leaves_the_job
             with context.database.transaction() as session:
                 leases.retry_or_fail(session, taken[0], WorkerCrashedError("Gone."), max_attempts=1)
         else:
-            give_back(context, taken[0], UnavailableError("Storage is away."))
+            requeue(context, taken[0], UnavailableError("Storage is away."))
         _assert_held_by_nobody(context, job_id, "paused")
         assert _outcomes(context, job_id)[-1] == outcome
         client.fine_tuning.jobs.resume(job_id)

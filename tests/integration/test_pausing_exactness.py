@@ -14,7 +14,7 @@ from tests.rows import colour_rows, jsonl
 from tests.training import train_next
 from worker.app import sweep
 from worker.context import WorkerContext
-from worker.maintenance import tidy
+from worker.maintenance import collect_garbage
 from worker.processes import work
 from worker.tasks.prepare import prepare
 
@@ -83,7 +83,7 @@ def test_a_job_paused_at_a_random_step_for_an_hour_gives_the_undisturbed_digest(
         assert not leases.is_at_work(session, context.worker_id)
     _let_an_hour_pass(context)
     sweep(context)
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert client.fine_tuning.jobs.retrieve(disturbed).status == "paused"
 
     assert client.fine_tuning.jobs.resume(disturbed).status == "queued"

@@ -145,16 +145,16 @@ def test_others_hear_of_a_job_only_where_its_worker_can_not_take_it(
     first, second = _create(api)["id"], _create(api)["id"]
     prepare(context, first)
     assert train_module.claim(context) is not None
-    api.bells.clear()
+    api.notified.clear()
     # The only slot is taken; others may have one.
     work(context)
-    assert (run, api.bells) == ([], [second])
+    assert (run, api.notified) == ([], [second])
     third = _create(api)["id"]
-    api.bells.clear()
+    api.notified.clear()
     context.settings = context.settings.model_copy(update={"training_slots": 2})
     # The older job goes first, so others hear of the newer one.
     work(context)
-    assert (run, api.bells) == ([second], [third])
+    assert (run, api.notified) == ([second], [third])
 
 
 def test_nobody_is_rung_for_where_the_process_that_prepared_a_job_trains_it(
@@ -162,9 +162,9 @@ def test_nobody_is_rung_for_where_the_process_that_prepared_a_job_trains_it(
 ) -> None:
     monkeypatch.setattr(train_module, "_run", lambda *_: Ending.SUCCEEDED)
     _create(api)
-    api.bells.clear()
+    api.notified.clear()
     work(context)
-    assert api.bells == []
+    assert api.notified == []
 
 
 @pytest.mark.parametrize(("device", "is_known"), [("cpu", True), ("cuda", False)])

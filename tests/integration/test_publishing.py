@@ -18,8 +18,8 @@ from tests.conftest import Api
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext
-from worker.heartbeat import kept_lease
-from worker.maintenance import tidy
+from worker.heartbeat import lease_heartbeat
+from worker.maintenance import collect_garbage
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
 from worker.training_process.supervisor import Ending
@@ -43,11 +43,11 @@ class Work:
     def attempt(self, write: Callable[[Script], object], *, steps: int = 1, epochs: int = 5) -> Ending:
         claimed = claim(self.context)
         assert claimed is not None
-        run_dir = self.folder / f"e{claimed.lease.epoch}"
+        run_dir = self.folder / f"e{claimed.lease.fencing_token}"
         script = Script(self.job_id, claimed.spec, run_dir, steps_an_epoch=steps, num_epochs=epochs)
         write(script)
-        with kept_lease(self.context, claimed.lease) as keeper:
-            run = make_run(self.context, claimed, run_dir, keeper)
+        with lease_heartbeat(self.context, claimed.lease) as heartbeat:
+            run = make_run(self.context, claimed, run_dir, heartbeat)
             return run.supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
 
     def checkpoints(self) -> dict[int, str]:
@@ -71,7 +71,7 @@ class Work:
 
     def artifacts(self) -> list[str]:
         """Return what lies in storage for the job once it is tidied, without what is in the folders."""
-        tidy(self.context, grace_seconds=0)
+        collect_garbage(self.context, grace_seconds=0)
         root = self.context.storage.local_root
         assert root is not None
         under = root / "projects"
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_its_user_deleted_can_still_become_the_model(start: Ca
 
     work.attempt(write, epochs=3)
     work.client.models.delete(work.checkpoints()[1])
-    tidy(work.context, grace_seconds=0)
+    collect_garbage(work.context, grace_seconds=0)
     work.attempt(_script([2.0], 1, first=3), epochs=3)
     assert work.checkpoints()[1] == work.model()
     assert work.bytes_of(work.model()) == b"weights of step 1"
@@ -301,7 +301,7 @@ def test_step_metrics_are_a_file_of_the_jobs_project_with_a_row_a_step(start: Ca
     )
     listed = work.client.files.list(purpose="fine-tune-results")
     assert [entry.id for entry in listed] == [file_id]
-    tidy(work.context, grace_seconds=0)
+    collect_garbage(work.context, grace_seconds=0)
     content = work.client.files.content(file_id).read()
     assert len(content) == file.bytes
     rows = list(csv.DictReader(io.StringIO(content.decode())))
@@ -352,7 +352,7 @@ def test_a_save_point_that_is_told_twice_is_kept_once_and_stays_whole(
         script.events.append(StoppedEvent(job_id=script.job_id, step=2))
 
     work = start()
-    assert work.attempt(write) is Ending.GIVEN_BACK
+    assert work.attempt(write) is Ending.REQUEUED
     with work.context.database.transaction() as session:
         job = session.get_one(Job, work.job_id)
         kept = list(job.save_points)

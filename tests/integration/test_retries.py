@@ -54,9 +54,9 @@ def test_what_the_sdk_sends_again_after_a_lost_answer_is_done_once(
     )
     job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file_id, seed=1)
     assert [found.id for found in client.fine_tuning.jobs.list()] == [job.id]
-    assert api.bells == [job.id]
+    assert api.notified == [job.id]
     context = make_context(api.parts.settings)
-    context.ring = api.bells.append
+    context.notify = api.notified.append
     prepare(context, job.id)
     context.database.close()
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"

@@ -16,7 +16,7 @@ from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job
 from tests.stack import is_alive
 from worker.context import WorkerContext
-from worker.heartbeat import kept_lease
+from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
 from worker.training_process.child import TrainingChild
@@ -79,11 +79,11 @@ def _attempt(
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     child = TrainingChild(process)
     try:
-        with kept_lease(context, claimed.lease) as keeper:
-            keeper.on_pause = child.ask_to_stop
+        with lease_heartbeat(context, claimed.lease) as heartbeat:
+            heartbeat.on_pause = child.ask_to_stop
             if is_paused:
                 client.fine_tuning.jobs.pause(claimed.lease.job_id)
-            ending = make_run(context, claimed, folder, keeper).supervise(child)
+            ending = make_run(context, claimed, folder, heartbeat).supervise(child)
     finally:
         child.kill()
     assert not is_alive(process.pid)

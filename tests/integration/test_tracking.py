@@ -25,7 +25,7 @@ from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
 from worker.context import WorkerContext
-from worker.heartbeat import kept_lease
+from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
 from worker.training_process import tracking
@@ -108,9 +108,9 @@ def _run(context: WorkerContext, job_id: str, folder: Path, *, epochs: int = 3) 
         script.epoch(epoch, 3.0 - epoch / 2)
     script.finish(epochs)
     followed = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
-    with kept_lease(context, claimed.lease) as keeper:
+    with lease_heartbeat(context, claimed.lease) as heartbeat:
         child = ScriptedChild(script.events)
-        ending = make_run(context, claimed, folder, keeper, followed).supervise(child)  # type: ignore[arg-type]
+        ending = make_run(context, claimed, folder, heartbeat, followed).supervise(child)  # type: ignore[arg-type]
     followed.end()
     return ending.value
 

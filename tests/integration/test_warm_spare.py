@@ -16,7 +16,7 @@ from tests.conftest import wait_until
 from tests.stack import is_alive
 from tests.tiny import build_tiny_base, build_tiny_run
 from worker.training_process.child import start_child
-from worker.training_process.fork_server import SpareRun, WarmSpare
+from worker.training_process.fork_server import ForkedRun, ForkServer
 
 SETTINGS = {"num_rows": 12, "hyperparameters": {"n_epochs": 1, "batch_size": 4}}
 
@@ -26,10 +26,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
 
 
-def run(folder: Path, spare: WarmSpare | None) -> tuple[int, FinishedEvent]:
+def run(folder: Path, fork_server: ForkServer | None) -> tuple[int, FinishedEvent]:
     """Return the pid of the process that ran a directory, and its last event."""
     events: list[TrainingEvent] = []
-    with start_child(folder, 1, spare) as child:
+    with start_child(folder, 1, fork_server) as child:
         while child.exit_code() is None:
             events += child.poll_events(0.2)
         assert child.exit_code() == 0, (folder / "child.log").read_text()
@@ -40,31 +40,31 @@ def run(folder: Path, spare: WarmSpare | None) -> tuple[int, FinishedEvent]:
 def test_a_spare_has_a_process_for_each_run_and_they_give_the_digest_of_a_fresh_one(
     base: Path, tmp_path: Path
 ) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
-    waiting = spare.pid
-    first, warm = run(build_tiny_run(tmp_path / "warm", base, **SETTINGS), spare)
-    spare.start()
-    assert spare.pid == waiting
-    second, again = run(build_tiny_run(tmp_path / "again", base, **SETTINGS), spare)
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
+    waiting = fork_server.pid
+    first, warm = run(build_tiny_run(tmp_path / "warm", base, **SETTINGS), fork_server)
+    fork_server.start()
+    assert fork_server.pid == waiting
+    second, again = run(build_tiny_run(tmp_path / "again", base, **SETTINGS), fork_server)
     _, cold = run(build_tiny_run(tmp_path / "cold", base, **SETTINGS), None)
     assert len({waiting, first, second}) == 3
     assert warm.digest == again.digest == cold.digest
     assert not is_alive(first)
     assert not is_alive(second)
-    assert spare._process is not None
+    assert fork_server._process is not None
     assert waiting is not None
     os.kill(waiting, signal.SIGTERM)
-    assert spare._process.wait(10) == 0
-    spare.stop()
+    assert fork_server._process.wait(10) == 0
+    fork_server.stop()
 
 
 def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
-    waiting = spare.pid
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
+    waiting = fork_server.pid
     many = SETTINGS | {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
-    with start_child(build_tiny_run(tmp_path / "killed", base, **many), 1, spare) as child:
+    with start_child(build_tiny_run(tmp_path / "killed", base, **many), 1, fork_server) as child:
         while not child.poll_events(0.2):
             assert child.exit_code() is None
         assert child.pid != waiting
@@ -72,9 +72,9 @@ def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> No
         while child.exit_code() is None:
             child.poll_events(0.2)
         assert child.exit_code() == -signal.SIGKILL
-    run(build_tiny_run(tmp_path / "next", base, **SETTINGS), spare)
-    assert spare.pid == waiting
-    spare.stop()
+    run(build_tiny_run(tmp_path / "next", base, **SETTINGS), fork_server)
+    assert fork_server.pid == waiting
+    fork_server.stop()
 
 
 def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_itself(tmp_path: Path) -> None:
@@ -104,24 +104,24 @@ def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_i
 def test_a_run_of_two_threads_is_that_of_a_fresh_process_and_its_spare_has_one(
     base: Path, tmp_path: Path
 ) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
     digests = []
-    for name, own in (("forked", spare), ("fresh", None)):
+    for name, own in (("forked", fork_server), ("fresh", None)):
         folder = build_tiny_run(tmp_path / name, base, **SETTINGS)
         spec = json.loads((folder / "spec.json").read_text())
         (folder / "spec.json").write_text(json.dumps(spec | {"num_threads": 2}))
         digests.append(run(folder, own)[1].digest)
     assert digests[0] == digests[1]
     # What has other threads loses them, and maybe their locks, in a fork.
-    assert len(list(Path(f"/proc/{spare.pid}/task").iterdir())) == 1
-    spare.stop()
+    assert len(list(Path(f"/proc/{fork_server.pid}/task").iterdir())) == 1
+    fork_server.stop()
 
 
-def at_work(folder: Path, base: Path, spare: WarmSpare) -> SpareRun:
+def at_work(folder: Path, base: Path, fork_server: ForkServer) -> ForkedRun:
     """Return a long run that has done a step."""
     many = SETTINGS | {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
-    taken = spare.take(build_tiny_run(folder, base, **many))
+    taken = fork_server.take(build_tiny_run(folder, base, **many))
     assert taken is not None
     while b'"type":"step"' not in taken.stdout.readline():
         assert is_alive(taken.pid)
@@ -129,32 +129,32 @@ def at_work(folder: Path, base: Path, spare: WarmSpare) -> SpareRun:
 
 
 def test_a_run_ends_with_its_spare(base: Path, tmp_path: Path) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
-    taken = at_work(tmp_path / "run", base, spare)
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
+    taken = at_work(tmp_path / "run", base, fork_server)
     forked = taken.pid
-    assert spare.pid is not None
-    assert forked != spare.pid
-    os.kill(spare.pid, signal.SIGKILL)
+    assert fork_server.pid is not None
+    assert forked != fork_server.pid
+    os.kill(fork_server.pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(forked), what="the run is gone")
     assert taken.wait() == -signal.SIGKILL
     taken.stdout.close()
-    spare.stop()
+    fork_server.stop()
 
 
 def test_a_spare_that_is_asked_to_stop_lets_its_run_save_first(base: Path, tmp_path: Path) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
-    taken = at_work(tmp_path / "run", base, spare)
-    assert spare._process is not None
-    spare._process.terminate()
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
+    taken = at_work(tmp_path / "run", base, fork_server)
+    assert fork_server._process is not None
+    fork_server._process.terminate()
     last = taken.stdout.readlines()[-1]
     assert isinstance(parse_event(last), StoppedEvent)
     assert taken.wait() == 0
-    assert spare._process.wait(10) == 0
+    assert fork_server._process.wait(10) == 0
     assert list((tmp_path / "run" / "save_points").iterdir())
     taken.stdout.close()
-    spare.stop()
+    fork_server.stop()
 
 
 @pytest.mark.parametrize(
@@ -163,45 +163,45 @@ def test_a_spare_that_is_asked_to_stop_lets_its_run_save_first(base: Path, tmp_p
 def test_a_run_that_is_asked_to_stop_while_its_spare_imports_does_not_begin(
     seconds: float, base: Path, tmp_path: Path
 ) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
-    with start_child(build_tiny_run(tmp_path / "run", base, **SETTINGS), 1, spare) as child:
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
+    with start_child(build_tiny_run(tmp_path / "run", base, **SETTINGS), 1, fork_server) as child:
         time.sleep(seconds)
         child.ask_to_stop()
         events: list[TrainingEvent] = []
         while child.exit_code() is None:
             events += child.poll_events(0.2)
     assert not any(isinstance(event, FinishedEvent) for event in events)
-    spare.stop()
+    fork_server.stop()
 
 
 def test_an_idle_spares_timer_that_comes_late_leaves_a_run_alone(base: Path, tmp_path: Path) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
-    late = spare._timer
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
+    late = fork_server._timer
     assert late is not None
-    taken = at_work(tmp_path / "run", base, spare)
+    taken = at_work(tmp_path / "run", base, fork_server)
     late.function()
     assert is_alive(taken.pid)
-    spare.stop()
+    fork_server.stop()
     taken.wait()
     taken.stdout.close()
 
 
 def test_a_process_that_died_while_it_waited_is_replaced(base: Path, tmp_path: Path) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
-    waiting = spare.pid
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
+    waiting = fork_server.pid
     assert waiting is not None
     os.kill(waiting, signal.SIGKILL)
-    assert spare._process is not None
-    spare._process.wait()
-    pid, _ = run(build_tiny_run(tmp_path / "run", base, **SETTINGS), spare)
+    assert fork_server._process is not None
+    fork_server._process.wait()
+    pid, _ = run(build_tiny_run(tmp_path / "run", base, **SETTINGS), fork_server)
     assert pid != waiting
 
 
 def test_one_that_waits_too_long_is_ended() -> None:
-    idle = WarmSpare(idle_seconds=0.1)
+    idle = ForkServer(idle_seconds=0.1)
     idle.start()
     pid = idle.pid
     assert pid is not None
@@ -210,14 +210,14 @@ def test_one_that_waits_too_long_is_ended() -> None:
 
 
 def test_a_taken_process_that_ends_before_its_first_word_is_replaced_once(base: Path, tmp_path: Path) -> None:
-    spare = WarmSpare(idle_seconds=60)
-    spare.start()
-    waiting = spare.pid
+    fork_server = ForkServer(idle_seconds=60)
+    fork_server.start()
+    waiting = fork_server.pid
     assert waiting is not None
     # It gets the directory, and never comes to read it.
     os.kill(waiting, signal.SIGSTOP)
     events: list[TrainingEvent] = []
-    with start_child(build_tiny_run(tmp_path / "run", base, **SETTINGS), 1, spare) as child:
+    with start_child(build_tiny_run(tmp_path / "run", base, **SETTINGS), 1, fork_server) as child:
         assert child.pid == waiting
         os.kill(waiting, signal.SIGKILL)
         while child.exit_code() is None:
@@ -232,9 +232,9 @@ def test_a_taken_process_is_not_replaced(why: str, tmp_path: Path, monkeypatch: 
     def sleeper(*_: object) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, start_new_session=True)
 
-    monkeypatch.setattr(WarmSpare, "take", sleeper)
+    monkeypatch.setattr(ForkServer, "take", sleeper)
     monkeypatch.setattr("worker.training_process.child._spawn", sleeper)
-    with start_child(tmp_path, 1, WarmSpare(idle_seconds=60)) as child:
+    with start_child(tmp_path, 1, ForkServer(idle_seconds=60)) as child:
         first = child.pid
         if why == "asked to stop":
             child.ask_to_stop()

@@ -21,14 +21,14 @@ from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.processes import work
 from worker.tasks.prepare import prepare
-from worker.training_process.fork_server import SpareRun, WarmSpare
+from worker.training_process.fork_server import ForkedRun, ForkServer
 
 _PARENT = """
 import pathlib, sys, time
-from worker.training_process.fork_server import SpareRun, WarmSpare
-spare = WarmSpare(idle_seconds=60)
-spare.start()
-print(spare.pid, flush=True)
+from worker.training_process.fork_server import ForkedRun, ForkServer
+fork_server = ForkServer(idle_seconds=60)
+fork_server.start()
+print(fork_server.pid, flush=True)
 time.sleep(60)
 """
 
@@ -41,14 +41,14 @@ time.sleep(60)
 """
 
 
-class WatchedSpare(WarmSpare):
-    """Remembers which runs were asked of a spare."""
+class WatchedForkServer(ForkServer):
+    """Remembers which runs were asked of a fork server."""
 
     def __init__(self) -> None:
         super().__init__(idle_seconds=60)
-        self.taken: list[SpareRun | None] = []
+        self.taken: list[ForkedRun | None] = []
 
-    def take(self, run_dir: Path) -> SpareRun | None:
+    def take(self, run_dir: Path) -> ForkedRun | None:
         run = super().take(run_dir)
         self.taken.append(run)
         return run
@@ -66,17 +66,17 @@ def client(api: Api) -> openai.OpenAI:
 
 
 @pytest.fixture
-def spare() -> Iterator[WatchedSpare]:
-    made = WatchedSpare()
+def fork_server() -> Iterator[WatchedForkServer]:
+    made = WatchedForkServer()
     yield made
     made.stop()
 
 
 @pytest.fixture
-def context(settings: Settings, api: Api, spare: WatchedSpare) -> WorkerContext:
+def context(settings: Settings, api: Api, fork_server: WatchedForkServer) -> WorkerContext:
     made = make_context(settings)
-    made.ring = api.bells.append
-    made.spare = spare
+    made.notify = api.notified.append
+    made.fork_server = fork_server
     sweep(made)
     return made
 
@@ -97,25 +97,25 @@ def create(client: openai.OpenAI) -> Callable[..., str]:
 
 
 def test_jobs_in_a_row_are_run_by_one_spare_and_idle_bells_start_none(
-    client: openai.OpenAI, context: WorkerContext, spare: WatchedSpare, create: Callable[..., str]
+    client: openai.OpenAI, context: WorkerContext, fork_server: WatchedForkServer, create: Callable[..., str]
 ) -> None:
     first, second = create(), create()
     prepare(context, second)
-    waiting = spare.pid
+    waiting = fork_server.pid
     assert waiting is not None
     work(context)
     assert [client.fine_tuning.jobs.retrieve(job).status for job in (first, second)] == ["succeeded"] * 2
-    pids = [None if run is None else run.pid for run in spare.taken]
+    pids = [None if run is None else run.pid for run in fork_server.taken]
     assert len(pids) == 2
     assert len({*pids, waiting, None}) == 4
-    assert spare.pid == waiting
-    spare.stop()
+    assert fork_server.pid == waiting
+    fork_server.stop()
     work(context)
-    assert spare.pid is None
+    assert fork_server.pid is None
 
 
 def test_a_pause_and_a_cancel_reach_a_process_that_had_waited(
-    client: openai.OpenAI, context: WorkerContext, spare: WatchedSpare, create: Callable[..., str]
+    client: openai.OpenAI, context: WorkerContext, fork_server: WatchedForkServer, create: Callable[..., str]
 ) -> None:
     paused, cancelled = create(50, 1), create(50, 1)
     for job_id in (paused, cancelled):
@@ -138,22 +138,24 @@ def test_a_pause_and_a_cancel_reach_a_process_that_had_waited(
     acting.join(timeout=30)
     assert client.fine_tuning.jobs.retrieve(paused).status == "paused"
     assert client.fine_tuning.jobs.retrieve(cancelled).status == "cancelled"
-    assert None not in spare.taken
-    assert not any(is_alive(run.pid) for run in spare.taken if run is not None)
+    assert None not in fork_server.taken
+    assert not any(is_alive(run.pid) for run in fork_server.taken if run is not None)
     with context.database.transaction() as session:
         job = session.get_one(Job, paused)
         assert job.num_crashes == 0
         assert [point["step"] for point in job.save_points][-1:] == [job.step]
 
 
-def test_a_worker_that_stops_keeps_no_process_waiting(context: WorkerContext, spare: WatchedSpare) -> None:
-    context.keep_spare()
-    pid = spare.pid
+def test_a_worker_that_stops_keeps_no_process_waiting(
+    context: WorkerContext, fork_server: WatchedForkServer
+) -> None:
+    context.start_fork_server()
+    pid = fork_server.pid
     assert pid is not None
     context.stopping.set()
     work(context)
-    context.keep_spare()
-    assert spare.pid is None
+    context.start_fork_server()
+    assert fork_server.pid is None
     assert not is_alive(pid)
 
 
@@ -172,7 +174,9 @@ def test_a_run_dies_with_its_worker(tmp_path: Path) -> None:
     base = build_tiny_base(tmp_path / "tiny-llama")
     many = {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
     folder = build_tiny_run(tmp_path / "run", base, **many)
-    code = _PARENT.replace("time.sleep(60)", f"run = spare.take(pathlib.Path({str(folder)!r}))\n{_TELL}")
+    code = _PARENT.replace(
+        "time.sleep(60)", f"run = fork_server.take(pathlib.Path({str(folder)!r}))\n{_TELL}"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     waiting, forked = (int(parent.stdout.readline()) for _ in range(2))
@@ -183,7 +187,9 @@ def test_a_run_dies_with_its_worker(tmp_path: Path) -> None:
     wait_until(lambda: not is_alive(waiting) and not is_alive(forked), what="both are gone")
 
 
-def test_a_waiting_process_knows_no_secret(spare: WatchedSpare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_process_knows_no_secret(
+    fork_server: WatchedForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["DATABASE_URL", "REDIS_URL", "STORAGE_URL", "BOOTSTRAP_API_KEY", "INFERENCE_TOKEN"]
     for name in [
         *(f"LUTHIER_{name}" for name in names),
@@ -192,8 +198,8 @@ def test_a_waiting_process_knows_no_secret(spare: WatchedSpare, monkeypatch: pyt
         "WANDB_API_KEY",
     ]:
         monkeypatch.setenv(name, "hush")
-    spare.start()
-    pid = spare.pid
+    fork_server.start()
+    pid = fork_server.pid
     assert pid is not None
     folder = Path(f"/proc/{pid}")
     # Both what the process was started by and what it has become.

@@ -19,7 +19,7 @@ from luthier.core.errors import (
 from luthier.core.settings import Settings
 from luthier.core.states import JobStatus
 from luthier.webhooks.events import Outcome
-from services.accounts.auth import Scope
+from services.accounts.auth import Principal
 from services.jobs import leases
 from services.jobs.leases import Lease
 from services.webhooks import deliveries, endpoints
@@ -30,7 +30,7 @@ from tests.receiver import Receiver
 from worker import webhook_dispatcher
 from worker.app import sweep
 from worker.context import Watch, WorkerContext
-from worker.heartbeat import kept_lease
+from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
 from worker.webhook_dispatcher import deliver_due
@@ -60,9 +60,9 @@ def test_a_job_that_succeeds_is_told_and_the_sdk_unwraps_it(
     script = Script(job_id, claimed.spec, tmp_path / "run", steps_an_epoch=1, num_epochs=1)
     script.start().epoch(1, 2.0).finish(1)
     assert deliver_due(context) == 0
-    with kept_lease(context, claimed.lease) as keeper:
+    with lease_heartbeat(context, claimed.lease) as heartbeat:
         child = ScriptedChild(script.events)
-        make_run(context, claimed, tmp_path / "run", keeper).supervise(child)  # type: ignore[arg-type]
+        make_run(context, claimed, tmp_path / "run", heartbeat).supervise(child)  # type: ignore[arg-type]
 
     assert deliver_due(context) == 1
     assert deliver_due(context) == 0
@@ -313,7 +313,7 @@ def test_an_endpoint_is_not_deleted_between_an_end_and_its_delivery(
     job_id = create_job(client)
     with context.database.transaction() as session:
         owner = session.execute(text("SELECT organization_id, project_id FROM jobs")).one()
-    scope = Scope(owner[0], "personal", owner[1], None)
+    scope = Principal(owner[0], "personal", owner[1], None)
     with context.database.transaction() as ending:
         deliveries.enqueue(ending, job_id, JobStatus.CANCELLED)
         with pytest.raises(UnavailableError), context.database.transaction() as deleting:

@@ -22,7 +22,7 @@ from tests.conftest import serve_api
 from tests.integration.hooks import create_job, the_delivery, wind
 from tests.receiver import Receiver
 from worker.context import WorkerContext
-from worker.maintenance import tidy
+from worker.maintenance import collect_garbage
 from worker.webhook_dispatcher import deliver_due
 
 
@@ -36,14 +36,14 @@ def test_finished_deliveries_are_kept_for_as_long_as_is_set_and_no_longer(
 ) -> None:
     client.fine_tuning.jobs.cancel(create_job(client))
     wind(context, "created_at = now() - interval '60 days'")
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert the_delivery(context).finished_at is None, "what still waits is kept, however old"
     assert deliver_due(context) == 1
     wind(context, "finished_at = now() - interval '29 days'")
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     assert the_delivery(context).outcome == "delivered"
     wind(context, "finished_at = now() - interval '31 days'")
-    tidy(context, grace_seconds=0)
+    collect_garbage(context, grace_seconds=0)
     with context.database.transaction() as session:
         assert session.query(WebhookDelivery).count() == 0
 

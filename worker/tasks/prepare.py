@@ -24,8 +24,8 @@ from services.jobs.leases import Lease, LeaseLostError
 from services.jobs.reports import FileReport, PrepareReport
 from services.models import models
 from worker.context import WorkerContext, remove_run_dir
-from worker.heartbeat import LeaseKeeper, kept_lease
-from worker.requeue import GIVEN_BACK, full_disk_named, give_back
+from worker.heartbeat import LeaseHeartbeat, lease_heartbeat
+from worker.requeue import REQUEUED_ERRORS, full_disk_named, requeue
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
 from worker.speed import known_speed
 from worker.tasks.base_models import ensure_jobs_base
@@ -83,22 +83,22 @@ def prepare(context: WorkerContext, job_id: str) -> bool:
     if claimed is None:
         return False
     # Its imports are done while the files are looked at. A bell that finds nothing to do starts none.
-    context.keep_spare()
+    context.start_fork_server()
     try:
         return _prepare(context, claimed)
     except LeaseLostError:
         _log.info("prepared for nothing, the job is no longer ours", job_id=job_id)
-    except GIVEN_BACK as error:
-        give_back(context, claimed.lease, error)
+    except REQUEUED_ERRORS as error:
+        requeue(context, claimed.lease, error)
     return False
 
 
 def _prepare(context: WorkerContext, claimed: _Claimed) -> bool:
     lease = claimed.lease
     try:
-        with full_disk_named(), kept_lease(context, lease) as keeper:
-            prepared = _run(context, claimed, keeper)
-    except (LeaseLostError, *GIVEN_BACK):
+        with full_disk_named(), lease_heartbeat(context, lease) as heartbeat:
+            prepared = _run(context, claimed, heartbeat)
+    except (LeaseLostError, *REQUEUED_ERRORS):
         raise
     except StoppedError:
         event = NewEvent("The worker is stopping; the job's files are checked by another", data={})
@@ -139,7 +139,7 @@ def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
         )
 
 
-def _run(context: WorkerContext, claimed: _Claimed, keeper: LeaseKeeper) -> _Prepared:
+def _run(context: WorkerContext, claimed: _Claimed, heartbeat: LeaseHeartbeat) -> _Prepared:
     entry = context.catalogue.bases.get(claimed.spec.base_id)
     if entry is None:
         raise BaseUnavailableError(
@@ -150,13 +150,13 @@ def _run(context: WorkerContext, claimed: _Claimed, keeper: LeaseKeeper) -> _Pre
     folder = context.run_dir(claimed.lease)
     folder.mkdir(parents=True)
     try:
-        return _prepare_files(context, claimed, keeper, base, folder)
+        return _prepare_files(context, claimed, heartbeat, base, folder)
     finally:
         remove_run_dir(folder)
 
 
 def _prepare_files(
-    context: WorkerContext, claimed: _Claimed, keeper: LeaseKeeper, base: BaseFacts, folder: Path
+    context: WorkerContext, claimed: _Claimed, heartbeat: LeaseHeartbeat, base: BaseFacts, folder: Path
 ) -> _Prepared:
     settings, options = context.settings, claimed.spec.training
     location = base_folder(settings.bases_dir.absolute(), base.id)
@@ -165,10 +165,10 @@ def _prepare_files(
     for purpose, file in files.items():
         if file is not None:
             context.storage.fetch_file(file.storage_key, folder / purpose, sha256=file.sha256)
-            keeper.check()
+            heartbeat.check()
     found = run_prepare(
         context,
-        keeper,
+        heartbeat,
         folder,
         Question(
             base_folder=str(location),
@@ -190,8 +190,8 @@ def _prepare_files(
         memory_bytes=context.training_memory_bytes,
     )
     seal_folder(folder / ROWS_FOLDER, folder / "prepared", base_digest=base.digest)
-    keeper.check()
-    key = f"projects/{claimed.project_id}/jobs/{claimed.lease.job_id}/e{claimed.lease.epoch}/prepared"
+    heartbeat.check()
+    key = f"projects/{claimed.project_id}/jobs/{claimed.lease.job_id}/e{claimed.lease.fencing_token}/prepared"
     context.storage.put_folder(folder / "prepared", key)
     report = PrepareReport(
         training=_to_report(claimed.training, found.training),

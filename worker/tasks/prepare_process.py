@@ -17,7 +17,7 @@ from luthier.core.errors import StalledError, WorkerCrashedError, make_job_error
 from luthier.core.runtime import bare_environment, tied_python
 from luthier.data.prepare.process import ANSWER_NAME, QUESTION_NAME, Answer, Prepared, Question, out_of_memory
 from worker.context import WorkerContext
-from worker.heartbeat import STALL_FACTOR, LeaseKeeper
+from worker.heartbeat import STALL_FACTOR, LeaseHeartbeat
 
 _LOOK_SECONDS = 0.5
 _LOG_NAME = "prepare.log"
@@ -28,7 +28,9 @@ class StoppedError(Exception):
     """The worker stops, and the check with it: another worker begins it again."""
 
 
-def run_prepare(context: WorkerContext, keeper: LeaseKeeper, folder: Path, question: Question) -> Prepared:
+def run_prepare(
+    context: WorkerContext, heartbeat: LeaseHeartbeat, folder: Path, question: Question
+) -> Prepared:
     """Prepare the files in a folder; from the main thread, to which the kernel ties the process's life.
 
     Returns:
@@ -52,7 +54,7 @@ def run_prepare(context: WorkerContext, keeper: LeaseKeeper, folder: Path, quest
             start_new_session=True,
         )
     try:
-        _follow(context, keeper, process)
+        _follow(context, heartbeat, process)
         exit_code = process.wait()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -72,7 +74,7 @@ def run_prepare(context: WorkerContext, keeper: LeaseKeeper, folder: Path, quest
     return answer.prepared
 
 
-def _follow(context: WorkerContext, keeper: LeaseKeeper, process: "subprocess.Popen[bytes]") -> None:
+def _follow(context: WorkerContext, heartbeat: LeaseHeartbeat, process: "subprocess.Popen[bytes]") -> None:
     """Return once the process has closed its output."""
     assert process.stdout is not None
     progress_at, longest_silence = time.monotonic(), 0.0
@@ -86,7 +88,7 @@ def _follow(context: WorkerContext, keeper: LeaseKeeper, process: "subprocess.Po
                     return
                 longest_silence = max(longest_silence, now - progress_at)
                 progress_at = now
-            keeper.check()
+            heartbeat.check()
             if context.stopping.is_set():
                 raise StoppedError
             stall_seconds = max(context.settings.stall_seconds, STALL_FACTOR * longest_silence)

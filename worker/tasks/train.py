@@ -28,14 +28,14 @@ from services.jobs import leases, reports
 from services.jobs.leases import Lease, LeaseLostError
 from services.models import models
 from worker.context import WorkerContext, remove_run_dir
-from worker.heartbeat import LeaseKeeper, kept_lease
+from worker.heartbeat import LeaseHeartbeat, lease_heartbeat
 from worker.quarantine import may_claim
-from worker.requeue import GIVEN_BACK, full_disk_named, give_back
+from worker.requeue import REQUEUED_ERRORS, full_disk_named, requeue
 from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
 from worker.tasks.base_models import ensure_jobs_base
 from worker.tasks.parent_models import fetch_parents
 from worker.training_process.child import start_child
-from worker.training_process.event_buffer import Outbox
+from worker.training_process.event_buffer import EventBuffer
 from worker.training_process.memory_loans import Loan, borrow
 from worker.training_process.publish import Publisher
 from worker.training_process.supervisor import Ending, TrainingRun
@@ -64,20 +64,20 @@ class Claimed:
     @property
     def prefix(self) -> str:
         """Where this attempt's objects go: the epoch keeps a woken zombie's bytes apart."""
-        return f"projects/{self.project_id}/jobs/{self.lease.job_id}/e{self.lease.epoch}"
+        return f"projects/{self.project_id}/jobs/{self.lease.job_id}/e{self.lease.fencing_token}"
 
 
 def train(context: WorkerContext, claimed: Claimed) -> None:
     """Run a claimed job to an end."""
-    log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.epoch)
+    log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.fencing_token)
     run_dir = context.run_dir(claimed.lease)
     tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
     try:
         try:
-            with full_disk_named(), kept_lease(context, claimed.lease) as keeper:
-                ending = _run(context, claimed, run_dir, keeper, tracking)
+            with full_disk_named(), lease_heartbeat(context, claimed.lease) as heartbeat:
+                ending = _run(context, claimed, run_dir, heartbeat, tracking)
             log.info("attempt ended", ending=ending.value)
-        except (LeaseLostError, *GIVEN_BACK):
+        except (LeaseLostError, *REQUEUED_ERRORS):
             raise
         except LuthierError as error:
             log.info("attempt failed", code=error.code)
@@ -85,8 +85,8 @@ def train(context: WorkerContext, claimed: Claimed) -> None:
                 leases.fail(session, claimed.lease, error)
     except LeaseLostError:
         log.info("the job is no longer ours")
-    except GIVEN_BACK as error:
-        give_back(context, claimed.lease, error)
+    except REQUEUED_ERRORS as error:
+        requeue(context, claimed.lease, error)
     finally:
         tracking.end()
         _release_memory(context, claimed.lease, claimed.loan)
@@ -170,38 +170,38 @@ def _release_memory(context: WorkerContext, lease: Lease, loan: Loan | None) -> 
         loan.end()
     try:
         with context.database.transaction() as session:
-            memory.release(session, lease.job_id, lease.epoch)
+            memory.release(session, lease.job_id, lease.fencing_token)
     except UnavailableError:
         _log.warning("memory not released, its grant lapses", job_id=lease.job_id)
 
 
 def _run(
-    context: WorkerContext, claimed: Claimed, run_dir: Path, keeper: LeaseKeeper, tracking: Tracking
+    context: WorkerContext, claimed: Claimed, run_dir: Path, heartbeat: LeaseHeartbeat, tracking: Tracking
 ) -> Ending:
     if claimed.refusal is not None:
         raise claimed.refusal
     _fill_run_directory(context, claimed, run_dir)
-    keeper.check()
+    heartbeat.check()
     assert claimed.spec.num_threads is not None
-    with start_child(run_dir, claimed.spec.num_threads, context.spare) as child:
+    with start_child(run_dir, claimed.spec.num_threads, context.fork_server) as child:
         # Bytes may be on their way into storage when a job is cancelled: its process ends all the same.
-        keeper.on_lost = child.kill_group
-        keeper.on_pause = child.ask_to_stop
-        return make_run(context, claimed, run_dir, keeper, tracking).supervise(child)
+        heartbeat.on_lost = child.kill_group
+        heartbeat.on_pause = child.ask_to_stop
+        return make_run(context, claimed, run_dir, heartbeat, tracking).supervise(child)
 
 
 def make_run(
     context: WorkerContext,
     claimed: Claimed,
     run_dir: Path,
-    keeper: LeaseKeeper,
+    heartbeat: LeaseHeartbeat,
     tracking: Tracking | None = None,
 ) -> TrainingRun:
     """Return an attempt whose process is yet to be followed."""
-    outbox = Outbox(context.database, claimed.lease, keeper)
+    event_buffer = EventBuffer(context.database, claimed.lease, heartbeat)
     publisher = Publisher(
         storage=context.storage,
-        outbox=outbox,
+        event_buffer=event_buffer,
         lease=claimed.lease,
         spec=claimed.spec,
         model_name=claimed.model_name,
@@ -209,7 +209,7 @@ def make_run(
         run_dir=run_dir,
         tokenize_seconds=claimed.tokenize_seconds,
     )
-    return TrainingRun(context, claimed.lease, keeper, outbox, publisher, tracking)
+    return TrainingRun(context, claimed.lease, heartbeat, event_buffer, publisher, tracking)
 
 
 def _fill_run_directory(context: WorkerContext, claimed: Claimed, run_dir: Path) -> None:

@@ -24,7 +24,7 @@ from luthier.core.events import TrainingEvent, parse_event
 from luthier.core.runtime import CHILD_LOG_NAME, tied_python
 
 if TYPE_CHECKING:
-    from worker.training_process.fork_server import SpareRun, WarmSpare
+    from worker.training_process.fork_server import ForkedRun, ForkServer
 
 _log = structlog.get_logger()
 
@@ -79,7 +79,7 @@ class TrainingChild:
 
     def __init__(
         self,
-        process: "subprocess.Popen[bytes] | SpareRun",
+        process: "subprocess.Popen[bytes] | ForkedRun",
         respawn: "Callable[[], subprocess.Popen[bytes] | None] | None" = None,
     ) -> None:
         self._selector = selectors.DefaultSelector()
@@ -90,7 +90,7 @@ class TrainingChild:
         self._lock = threading.Lock()
         self._follow(process)
 
-    def _follow(self, process: "subprocess.Popen[bytes] | SpareRun") -> None:
+    def _follow(self, process: "subprocess.Popen[bytes] | ForkedRun") -> None:
         assert process.stdout is not None
         self._process = process
         self._stdout: IO[bytes] = process.stdout
@@ -180,30 +180,32 @@ class TrainingChild:
 
 
 @contextlib.contextmanager
-def start_child(run_dir: Path, num_threads: int, spare: "WarmSpare | None" = None) -> Iterator[TrainingChild]:
+def start_child(
+    run_dir: Path, num_threads: int, fork_server: "ForkServer | None" = None
+) -> Iterator[TrainingChild]:
     """Start a training process over a run directory; it is gone when the block ends.
 
     Must be called from the main thread: the kernel ties the child's life to the thread that made it.
 
     Args:
         num_threads: CPU threads it may use.
-        spare: where a process with its imports done may wait.
+        fork_server: where a process with its imports done may wait.
     """
-    child = _take(run_dir, num_threads, spare) if spare is not None else None
+    child = _take(run_dir, num_threads, fork_server) if fork_server is not None else None
     if child is None:
         child = TrainingChild(_spawn(run_dir, num_threads))
     try:
         yield child
     finally:
         child.kill()
-        if spare is not None:
-            spare.rest()
+        if fork_server is not None:
+            fork_server.rest()
 
 
-def _take(run_dir: Path, num_threads: int, spare: "WarmSpare") -> TrainingChild | None:
+def _take(run_dir: Path, num_threads: int, fork_server: "ForkServer") -> TrainingChild | None:
     """Send a waiting process to work, if there is one. It may be dying just now, which is no job's crash."""
     before = _files_of(run_dir)
-    process = spare.take(run_dir)
+    process = fork_server.take(run_dir)
     if process is None:
         return None
     return TrainingChild(

@@ -12,7 +12,7 @@ from luthier.core.errors import StorageFullError, UnavailableError
 from services.jobs import events, leases
 from services.jobs.events import NewEvent
 from services.jobs.leases import Lease
-from worker.heartbeat import LeaseKeeper
+from worker.heartbeat import LeaseHeartbeat
 
 T = TypeVar("T")
 
@@ -20,19 +20,19 @@ T = TypeVar("T")
 _PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, *[15.0] * 7)
 
 
-class Outbox:
+class EventBuffer:
     """Events and columns of one attempt's job until they are written, in batches, in the order they came.
 
     Args:
         database: where they go.
         lease: the claim; all writes are under its fence.
-        keeper: keeps the lease meanwhile, and knows when it is lost.
+        heartbeat: keeps the lease meanwhile, and knows when it is lost.
     """
 
-    def __init__(self, database: Database, lease: Lease, keeper: LeaseKeeper) -> None:
+    def __init__(self, database: Database, lease: Lease, heartbeat: LeaseHeartbeat) -> None:
         self._database = database
         self._lease = lease
-        self._keeper = keeper
+        self._heartbeat = heartbeat
         self._news: list[NewEvent] = []
         self._columns: dict[str, Any] = {}
 
@@ -111,7 +111,7 @@ class Outbox:
                 if not error.retryable:
                     raise
                 time.sleep(pause_seconds)
-                self._keeper.check()
+                self._heartbeat.check()
         return act()
 
     def _write_news(self, session: Session) -> None:

@@ -1,4 +1,4 @@
-"""A spare: a process that has done the imports of training and forks one a run (training/fork_server.py).
+"""The fork server: a process with training's imports done that forks one for each run.
 
 It holds no job and touches no device. It may be gone at any time: then a run starts a process of its own.
 """
@@ -19,16 +19,18 @@ _MAX_ANSWER_BYTES = 100
 _LOOK_SECONDS = 0.1
 
 
-class SpareRun:
-    """A run that a spare was asked for: of subprocess.Popen what a TrainingChild needs.
+class ForkedRun:
+    """A run that a fork server was asked for: of subprocess.Popen what a TrainingChild needs.
 
     Args:
         answers: what it tells of the run's process; closed with the run's end.
     """
 
-    def __init__(self, spare: "subprocess.Popen[bytes]", answers: socket.socket, stdout: IO[bytes]) -> None:
+    def __init__(
+        self, fork_server: "subprocess.Popen[bytes]", answers: socket.socket, stdout: IO[bytes]
+    ) -> None:
         self.stdout = stdout
-        self._spare = spare
+        self._fork_server = fork_server
         self._answers = answers
         self._told: dict[str, int] = {}
         self._is_over = False
@@ -36,17 +38,17 @@ class SpareRun:
 
     @property
     def pid(self) -> int:
-        """The run's process and group; the spare's until it has forked, and where it runs itself."""
+        """The run's process and group; the fork server's until it has forked, and where it runs itself."""
         self._look()
-        return self._told.get("started", self._spare.pid)
+        return self._told.get("started", self._fork_server.pid)
 
     def wait(self) -> int:
-        """Return the exit code of the run's process, or of the spare where that ended first."""
+        """Return the exit code of the run's process, or of the fork server where that ended first."""
         while not self._look():
             select.select([self._answers], [], [], _LOOK_SECONDS)
         self._answers.close()
         code = self._told.get("ended")
-        return self._spare.wait() if code is None else code
+        return self._fork_server.wait() if code is None else code
 
     def _look(self) -> bool:
         """Read what was told meanwhile, in any thread; return whether nothing more will be."""
@@ -66,11 +68,11 @@ class SpareRun:
             return self._is_over
 
 
-class WarmSpare:
-    """At most one spare of this worker process.
+class ForkServer:
+    """At most one fork server of this worker process.
 
-    Start and take it from the main thread alone: the kernel ties the spare's life to the thread that made it,
-    and its runs' lives to the spare.
+    Start and take it from the main thread alone: the kernel ties the server's life to the thread that
+    made it, and its runs' lives to the server.
 
     Args:
         idle_seconds: how long it may wait before its memory is given back.
@@ -85,7 +87,7 @@ class WarmSpare:
 
     @property
     def pid(self) -> int | None:
-        """The spare's process, None when there is none."""
+        """The fork server's process, None when there is none."""
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
@@ -105,11 +107,11 @@ class WarmSpare:
                     )
             self._wait_on()
 
-    def take(self, run_dir: Path) -> SpareRun | None:
+    def take(self, run_dir: Path) -> ForkedRun | None:
         """Have a run made.
 
         Returns:
-            The run, after whose end `rest` is called; None when no spare waits.
+            The run, after whose end `rest` is called; None when no fork server waits.
         """
         with self._lock:
             self._stop_timer()
@@ -122,13 +124,13 @@ class WarmSpare:
             return run
 
     def rest(self) -> None:
-        """Let the spare wait again, its run over."""
+        """Let the fork server wait again, its run over."""
         with self._lock:
             if self._process is not None:
                 self._wait_on()
 
     def stop(self) -> None:
-        """End the spare, if there is one."""
+        """End the fork server, if there is one."""
         with self._lock:
             self._end()
 
@@ -139,7 +141,7 @@ class WarmSpare:
         self._timer.start()
 
     def _give_back(self) -> None:
-        """End the spare unless it was asked for a run while the timer waited for its turn."""
+        """End the fork server unless it was asked for a run while the timer waited for its turn."""
         with self._lock:
             if self._timer is threading.current_thread():
                 self._end()
@@ -160,11 +162,11 @@ class WarmSpare:
             requests.close()
 
 
-def _ask(process: "subprocess.Popen[bytes]", requests: socket.socket, run_dir: Path) -> SpareRun | None:
+def _ask(process: "subprocess.Popen[bytes]", requests: socket.socket, run_dir: Path) -> ForkedRun | None:
     """Send a run directory with the descriptors for its events and for what is told of it."""
     events, their_events = os.pipe()
     answers, their_answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    run = SpareRun(process, answers, os.fdopen(events, "rb"))
+    run = ForkedRun(process, answers, os.fdopen(events, "rb"))
     try:
         socket.send_fds(requests, [os.fsencode(run_dir)], [their_events, their_answers.fileno()])
     except OSError:

@@ -30,7 +30,7 @@ from services.jobs import checkpoints, events, leases, reports
 from services.jobs.events import NewEvent
 from services.jobs.leases import Lease
 from services.models import models
-from worker.training_process.event_buffer import Outbox
+from worker.training_process.event_buffer import EventBuffer
 from worker.training_process.step_metrics import FILENAME, build_step_metrics
 
 _NUM_SAVE_POINTS = 2
@@ -50,12 +50,12 @@ class Publisher:
 
     Args:
         storage: where bytes go.
-        outbox: what the attempt has told so far, written along with each row.
+        event_buffer: what the attempt has told so far, written along with each row.
         lease: the claim; all writes are under its fence.
     """
 
     storage: Storage
-    outbox: Outbox
+    event_buffer: EventBuffer
     lease: Lease
     spec: TrainingSpec
     model_name: str
@@ -77,13 +77,13 @@ class Publisher:
 
         def keep() -> list[str]:
             self.storage.put_folder(self._folder(event.path), key)
-            return self.outbox.write_once(partial(self._record_save_point, key=key, step=event.step))
+            return self.event_buffer.write_once(partial(self._record_save_point, key=key, step=event.step))
 
         try:
-            dropped = self.outbox.patiently(keep) if is_needed else keep()
+            dropped = self.event_buffer.patiently(keep) if is_needed else keep()
         except (UnavailableError, StorageFullError) as error:
             told = f"The save point at step {event.step} was not kept: {error.message}"
-            self.outbox.tell(told, level="warn")
+            self.event_buffer.tell(told, level="warn")
         except (ArtifactCorruptError, FileNotFoundError):
             # The process drops old save points on its own, and has dropped this one while it was copied: a
             # newer one is on its way, and the one before still stands.
@@ -127,7 +127,7 @@ class Publisher:
         key = f"{self.prefix}/checkpoints/step-{event.step:06d}"
         folder = self._folder(event.path)
         manifest = self._publish(folder, key)
-        retired = self.outbox.write(
+        retired = self.event_buffer.write(
             lambda session: self._register_checkpoint(session, event, key, manifest.digest, result_step)
         )
         shutil.rmtree(folder)
@@ -167,13 +167,13 @@ class Publisher:
         if self._held is not None and self._held.step != event.step:
             self._publish_checkpoint(self._held, result_step=event.step)
         # The table is made of what is in the database, so that holds all steps first.
-        steps = self.outbox.write(lambda session: events.list_step_metrics(session, self.lease.job_id))
+        steps = self.event_buffer.write(lambda session: events.list_step_metrics(session, self.lease.job_id))
         table = self._store_step_metrics(steps)
-        dropped = self.outbox.write(lambda session: self._reuse_checkpoint(session, event, table))
+        dropped = self.event_buffer.write(lambda session: self._reuse_checkpoint(session, event, table))
         if dropped is None:
             key = f"{self.prefix}/artifact"
             manifest = self._publish(self._folder(event.path), key)
-            dropped = self.outbox.write(
+            dropped = self.event_buffer.write(
                 lambda session: self._register_result(session, event, table, key, manifest.digest)
             )
         self._drop(dropped)
@@ -182,7 +182,7 @@ class Publisher:
         content, num_rows = build_step_metrics(steps)
         # Under the attempt's prefix: what a crash leaves behind without a row is tidied after the job.
         key = f"{self.prefix}/{FILENAME}"
-        self.outbox.patiently(lambda: self.storage.put_bytes(key, content))
+        self.event_buffer.patiently(lambda: self.storage.put_bytes(key, content))
         return StoredFile(
             id=new_id("file"),
             filename=FILENAME,
@@ -270,7 +270,7 @@ class Publisher:
 
     def _publish(self, folder: Path, key: str) -> Manifest:
         """Put a folder into storage, again after a pause while storage is away; the lease is kept."""
-        return self.outbox.patiently(lambda: self.storage.put_folder(folder, key))
+        return self.event_buffer.patiently(lambda: self.storage.put_folder(folder, key))
 
     def _drop(self, prefixes: list[str]) -> None:
         """Delete what is no longer needed; what stays because storage is away is tidied after the job."""

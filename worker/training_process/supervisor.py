@@ -31,11 +31,11 @@ from services.capacity import workers
 from services.jobs import attempts, leases, pausing, reports
 from services.jobs.leases import Lease
 from worker.context import WorkerContext
-from worker.heartbeat import STALL_FACTOR, LeaseKeeper
+from worker.heartbeat import STALL_FACTOR, LeaseHeartbeat
 from worker.quarantine import check_machine
-from worker.requeue import GIVEN_BACK
+from worker.requeue import REQUEUED_ERRORS
 from worker.training_process.child import TrainingChild
-from worker.training_process.event_buffer import Outbox
+from worker.training_process.event_buffer import EventBuffer
 from worker.training_process.publish import Publisher
 from worker.training_process.tracking import Tracking
 
@@ -49,7 +49,7 @@ class Ending(StrEnum):
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    GIVEN_BACK = "given_back"
+    REQUEUED = "given_back"
     PAUSED = "paused"
     CRASHED = "crashed"
 
@@ -87,14 +87,14 @@ class TrainingRun:
 
     Args:
         lease: the claim; all writes are under its fence.
-        keeper: keeps the lease meanwhile, and knows when it is lost.
+        heartbeat: keeps the lease meanwhile, and knows when it is lost.
         tracking: passes the metrics on to the job's trackers; None has none.
     """
 
     context: WorkerContext
     lease: Lease
-    keeper: LeaseKeeper
-    outbox: Outbox
+    heartbeat: LeaseHeartbeat
+    event_buffer: EventBuffer
     publisher: Publisher
     tracking: Tracking | None = None
     _step: int = field(default=0, init=False)
@@ -130,15 +130,15 @@ class TrainingRun:
                 return self._ending
             now = time.monotonic()
             self._cap_log()
-            if now - flushed_at >= _FLUSH_SECONDS and not self.outbox.is_empty:
-                self.outbox.flush()
+            if now - flushed_at >= _FLUSH_SECONDS and not self.event_buffer.is_empty:
+                self.event_buffer.flush()
                 flushed_at = now
-            self.keeper.check()
+            self.heartbeat.check()
             self._pass_on_stop(child, now)
             if now - self._progress_at > self._stall_seconds:
                 child.kill_group()
                 return self._end_stalled()
-        self.keeper.check()
+        self.heartbeat.check()
         return self._end_without_a_word(exit_code)
 
     def _note_progress(self, event: TrainingEvent, came_at: float) -> None:
@@ -154,7 +154,7 @@ class TrainingRun:
         return max(self.context.settings.stall_seconds, STALL_FACTOR * self._longest_silence)
 
     def _end_stalled(self) -> Ending:
-        self.outbox.flush()
+        self.event_buffer.flush()
         if self._is_stop_asked:
             return self._end_stopped()
         return self._retry_or_fail(
@@ -174,11 +174,11 @@ class TrainingRun:
 
     def _pass_on_stop(self, child: TrainingChild, now: float) -> None:
         is_worker_stopping = self.context.stopping.is_set()
-        if not self._is_stop_asked and (is_worker_stopping or self.keeper.is_pause_asked):
+        if not self._is_stop_asked and (is_worker_stopping or self.heartbeat.is_pause_asked):
             self._is_stop_asked = True
             child.ask_to_stop()
-            job_id, epoch = self.lease.job_id, self.lease.epoch
-            self.outbox.write(lambda session: attempts.note_stopping(session, job_id, epoch))
+            job_id, fencing_token = self.lease.job_id, self.lease.fencing_token
+            self.event_buffer.write(lambda session: attempts.note_stopping(session, job_id, fencing_token))
         if not is_worker_stopping:
             # A pause may take as long as a step and its save point do, but may not stall.
             return
@@ -189,7 +189,7 @@ class TrainingRun:
 
     def _take(self, event: TrainingEvent) -> None:
         if self.tracking is not None:
-            self.tracking.take(event, tell=self.outbox.tell)
+            self.tracking.take(event, tell=self.event_buffer.tell)
         match event:
             case StartedEvent():
                 self._started(event)
@@ -198,7 +198,7 @@ class TrainingRun:
             case StepEvent():
                 self._stepped(event)
             case SavePointEvent():
-                self.publisher.save_point(event, is_needed=self.keeper.is_pause_asked)
+                self.publisher.save_point(event, is_needed=self.heartbeat.is_pause_asked)
             case CheckpointEvent():
                 self.publisher.checkpoint(event, total_steps=self._total_steps)
             case FinishedEvent():
@@ -209,9 +209,9 @@ class TrainingRun:
             case ProgressEvent():
                 pass
             case MessageEvent():
-                self.outbox.tell(event.message, level=event.level)
+                self.event_buffer.tell(event.message, level=event.level)
             case FailedEvent():
-                self.outbox.flush()
+                self.event_buffer.flush()
                 if not event.is_retryable:
                     raise make_job_error(event.code, event.message, event.param)
                 self._failure = make_job_error(event.code, event.message, event.param)
@@ -219,26 +219,26 @@ class TrainingRun:
     def _started(self, event: StartedEvent) -> None:
         self._has_started = True
         self._step, self._total_steps = event.start_step, event.total_steps
-        job_id, epoch = self.lease.job_id, self.lease.epoch
+        job_id, fencing_token = self.lease.job_id, self.lease.fencing_token
 
         def note(session: Session) -> None:
-            attempts.note_start(session, job_id, epoch, event.start_step)
+            attempts.note_start(session, job_id, fencing_token, event.start_step)
             workers.note_life(session, self.lease.worker_id)
 
-        self.outbox.write(note)
-        self.outbox.note(total_steps=event.total_steps, step=event.start_step)
+        self.event_buffer.write(note)
+        self.event_buffer.note(total_steps=event.total_steps, step=event.start_step)
         if event.start_step > 0:
             message = f"Going on from the save point at step {event.start_step} of {event.total_steps}"
-            self.outbox.tell(message, data={"step": event.start_step})
+            self.event_buffer.tell(message, data={"step": event.start_step})
 
     def _evaluated(self, event: EvaluatedEvent) -> None:
         """Keep the report, and tell the scores; what the model answers is in the report only."""
-        self.outbox.note(report=reports.with_run(event.report, self.publisher.tokenize_seconds))
+        self.event_buffer.note(report=reports.with_run(event.report, self.publisher.tokenize_seconds))
         for whose, name, evaluation in _evaluations_told(event):
             message = _scores_told(evaluation, whose)
             if message is not None:
                 scores = evaluation.model_dump(exclude={"answers"}, exclude_none=True)
-                self.outbox.tell(message, data={name: scores})
+                self.event_buffer.tell(message, data={name: scores})
 
     def _stepped(self, event: StepEvent) -> None:
         self._step = event.step
@@ -249,13 +249,13 @@ class TrainingRun:
         if "full_valid_loss" in metrics:
             message += f", full validation loss={metrics['full_valid_loss']:.2f}"
         data = event.model_dump(exclude={"job_id", "type", "metrics"}) | metrics
-        self.outbox.tell(message, type="metrics", data=data)
+        self.event_buffer.tell(message, type="metrics", data=data)
         finish = func.now() + timedelta(seconds=event.seconds_left)
-        self.outbox.note(step=event.step, estimated_finish_at=finish)
+        self.event_buffer.note(step=event.step, estimated_finish_at=finish)
 
     def _end_stopped(self) -> Ending:
-        status = self.outbox.write(lambda session: pausing.end_stopped(session, self.lease))
-        return Ending.PAUSED if status is JobStatus.PAUSED else Ending.GIVEN_BACK
+        status = self.event_buffer.write(lambda session: pausing.end_stopped(session, self.lease))
+        return Ending.PAUSED if status is JobStatus.PAUSED else Ending.REQUEUED
 
     def _crash(self, session: Session, error: JobError) -> JobStatus:
         settings = self.context.settings
@@ -273,8 +273,8 @@ class TrainingRun:
         return status
 
     def _end_without_a_word(self, exit_code: int) -> Ending:
-        self.outbox.flush()
-        if self._is_stop_asked or self.keeper.is_pause_asked:
+        self.event_buffer.flush()
+        if self._is_stop_asked or self.heartbeat.is_pause_asked:
             # It was asked to stop before its first step, or ran out of time to: nobody's crash.
             return self._end_stopped()
         if not self._has_started and self._failure is None:
@@ -285,7 +285,7 @@ class TrainingRun:
         )
 
     def _retry_or_fail(self, error: JobError) -> Ending:
-        if isinstance(error, GIVEN_BACK):
+        if isinstance(error, REQUEUED_ERRORS):
             raise error
-        status = self.outbox.write(lambda session: self._crash(session, error))
+        status = self.event_buffer.write(lambda session: self._crash(session, error))
         return Ending.FAILED if status is JobStatus.FAILED else Ending.CRASHED
