@@ -37,8 +37,7 @@ from luthier.inference.verification import Text, dtype_of, probe, verify_adapter
 from luthier.inference.weight_type import name_of
 from luthier.inference.weights import available_bytes, in_turn, load_weights
 from luthier.inference.whole import load_whole, measure_whole, prove_whole
-from luthier.methods import method_of_artifact
-from luthier.methods._served import ServedParts
+from luthier.methods import ServedParts, method_of_artifact
 from luthier.modeling.packed_llama import can_pack_llama
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, UnsupportedAdapterError
 

@@ -3,35 +3,47 @@
 The API imports this, so no file here imports torch, transformers or peft at its top.
 """
 
-from luthier.methods._discover import discover, method_of_artifact, parameter_schemas
-from luthier.methods._inherit import inherit_tuning
-from luthier.methods._resolve import (
+from luthier.methods._discover import discover, method_of_artifact
+from luthier.methods._tuning import (
     MAX_BATCH_SIZE,
     MAX_BETA,
     MAX_EPOCHS,
     check_tuning,
+    inherit_tuning,
     parse_tuning,
     resolve_spec,
     room_in_context,
     row_limit,
 )
-from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
+from luthier.methods.base import (
+    Attached,
+    BottleneckPart,
+    Installed,
+    LowRankPart,
+    Method,
+    MethodParams,
+    ServedParts,
+    Start,
+    Workload,
+)
 
 __all__ = [
     "MAX_BATCH_SIZE",
     "MAX_BETA",
     "MAX_EPOCHS",
     "Attached",
+    "BottleneckPart",
     "Installed",
+    "LowRankPart",
     "Method",
     "MethodParams",
+    "ServedParts",
     "Start",
     "Workload",
     "check_tuning",
     "discover",
     "inherit_tuning",
     "method_of_artifact",
-    "parameter_schemas",
     "parse_tuning",
     "resolve_spec",
     "room_in_context",

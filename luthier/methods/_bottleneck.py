@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
+from luthier.core.shapes import BaseShape
 from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
 from luthier.methods.adapter import ADAPTER_TYPE
-from luthier.methods.base import Installed
+from luthier.methods.base import BottleneckPart, Installed, ServedParts
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -195,6 +196,52 @@ def read_bottlenecks(
     if weights or shape[0] != causal_lm.config.get_text_config().hidden_size:
         raise ArtifactCorruptError("The adapter holds other tensors than this base has places for.")
     return sites, [one.to(causal_lm.device).requires_grad_(False).eval() for one in bottlenecks], config
+
+
+def read_bottleneck_parts(folder: Path, shape: BaseShape) -> ServedParts:
+    """Read an adapter of bottleneck layers (docs/adapter-format.md).
+
+    Raises:
+        ArtifactCorruptError: when the files can't be read or don't fit the base.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_bytes())
+        weights = load_file(folder / WEIGHTS_NAME)
+        is_ours = (config["adapter_type"], config["format_version"]) == (ADAPTER_TYPE, FORMAT_VERSION)
+        if not is_ours or config["activation"] not in ACTIVATIONS:
+            raise ArtifactCorruptError("The adapter's configuration does not fit this base.")
+        size = config["hidden_size"], config["bottleneck_dim"]
+        parts = tuple(_read_part(one, size, config, weights) for one in config["bottlenecks"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ArtifactCorruptError("The adapter's files can't be read for this base.") from error
+    if weights or config["hidden_size"] != shape.hidden_size or not parts:
+        raise ArtifactCorruptError("The adapter holds other tensors than this base has places for.")
+    return ServedParts(bottlenecks=parts)
+
+
+def _read_part(
+    one: dict[str, str], size: tuple[int, int], config: dict[str, Any], weights: dict[str, torch.Tensor]
+) -> BottleneckPart:
+    hidden, middle = size
+    expected = {
+        "down.weight": (middle, hidden),
+        "down.bias": (middle,),
+        "up.weight": (hidden, middle),
+        "up.bias": (hidden,),
+    }
+    tensors = {name: weights.pop(f"{one['name']}.{name}") for name in expected}
+    for name, wanted in expected.items():
+        if tensors[name].shape != wanted or tensors[name].dtype != torch.float32:
+            raise ArtifactCorruptError("A tensor of the adapter has another shape or type.")
+    return BottleneckPart(
+        module=str(one["module"]),
+        down_MD=tensors["down.weight"],
+        down_M=tensors["down.bias"],
+        up_DM=tensors["up.weight"],
+        up_D=tensors["up.bias"],
+        activation=config["activation"],
+        is_parallel=config["placement"] == "parallel",
+    )
 
 
 def take_bottlenecks(causal_lm: "PreTrainedModel", folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.core.plugins import discover_plugins
@@ -15,19 +14,11 @@ def discover() -> dict[str, Method]:
     return discover_plugins("luthier.methods", [str(Path(__file__).parent)], "METHOD")
 
 
-def parameter_schemas() -> dict[str, dict[str, Any]]:
-    """Return the JSON schema of every method's `tuning` object by the method's name."""
-    return {name: method.Params.model_json_schema() for name, method in discover().items()}
-
-
 def method_of_artifact(folder: Path) -> Method:
     """Return the method that made an artifact.
 
-    Returns:
-        The one method that recognises it.
-
     Raises:
-        ArtifactCorruptError: when none does.
+        ArtifactCorruptError: when no method recognises it.
     """
     for method in discover().values():
         if method.recognises(folder):

@@ -1,16 +1,25 @@
-"""Finding the linear layers of a base by group, by name or by pattern."""
+"""Selection of a base's layers or weights by group, by name, or by a regular expression with a time limit."""
 
 import re
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import regex
+from pydantic import Field, StringConstraints
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import EXPERTS
-from luthier.methods._patterns import MATCH_SECONDS, match_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+# A group or a regular expression; or a list of names.
+Selection = _Name | Annotated[list[_Name], Field(min_length=1, max_length=64)]
+
 PARAM = "tuning.target_modules"
+MATCH_SECONDS = 2.0
 
 # Parts of module paths that mark a block's two halves, over the architectures that transformers has.
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|mixer)([._]|$)")
@@ -83,7 +92,7 @@ def choose_layers(
         pattern = _ATTENTION if target_modules == "attention" else _FEED_FORWARD
         chosen = {path: shape for path, shape in shapes.items() if pattern.search(path)}
     else:
-        chosen = {path: shapes[path] for path in _match(target_modules, shapes)}
+        chosen = {path: shapes[path] for path in match_paths(target_modules, list(shapes), "layers", PARAM)}
     if not chosen:
         raise _nothing_matches(target_modules, shapes)
     return chosen
@@ -104,17 +113,6 @@ def shortest_names(chosen: dict[str, tuple[int, int]], shapes: dict[str, tuple[i
     return sorted(chosen)
 
 
-def _match(pattern: str, shapes: dict[str, tuple[int, int]]) -> list[str]:
-    try:
-        return match_paths(pattern, list(shapes))
-    except TimeoutError as error:
-        raise InvalidValueError(
-            f"Matching {pattern[:40]!r} against this base's layers takes more than {MATCH_SECONDS:g} s. Use "
-            "a simpler pattern or a list of names.",
-            param=PARAM,
-        ) from error
-
-
 def _ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
@@ -126,3 +124,43 @@ def _nothing_matches(wanted: str, shapes: dict[str, tuple[int, int]]) -> Invalid
         "Or use 'all-linear', 'attention' or 'mlp'.",
         param=PARAM,
     )
+
+
+def check_pattern(value: str | list[str] | None) -> str | list[str] | None:
+    """Return a selection whose regular expression, if it is one, compiles; for a field's validator."""
+    if isinstance(value, str):
+        try:
+            regex.compile(value)
+        except regex.error as error:
+            raise ValueError(f"is no valid regular expression: {error}") from error
+        except RecursionError as error:
+            raise ValueError("is nested too deeply; use a simpler pattern") from error
+    return value
+
+
+def match_paths(pattern: str, paths: list[str], what: str, param: str) -> list[str]:
+    """Return the paths that a pattern, which compiles, matches as a whole, in their order.
+
+    A pattern that users write may backtrack for ever, so that matching has a limit of time.
+
+    Args:
+        what: what the paths are, for the error.
+
+    Raises:
+        InvalidValueError: when matching takes more than `MATCH_SECONDS`.
+    """
+    compiled = regex.compile(pattern)
+    deadline = time.monotonic() + MATCH_SECONDS
+    found = []
+    try:
+        for path in paths:
+            seconds = max(deadline - time.monotonic(), 0.001)
+            if compiled.fullmatch(path, timeout=seconds) is not None:
+                found.append(path)
+    except TimeoutError as error:
+        raise InvalidValueError(
+            f"Matching {pattern[:40]!r} against this base's {what} takes more than {MATCH_SECONDS:g} s. Use "
+            "a simpler pattern or a list of names.",
+            param=param,
+        ) from error
+    return found

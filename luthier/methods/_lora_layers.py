@@ -1,24 +1,102 @@
-"""PEFT's LoRA layers of a saved artifact, laid beside the base's own and put in their places on demand.
+"""The LoRA layers of a saved artifact: as parts for runners, or as PEFT's layers beside the base's own.
 
-Layers of an artifact that is off hang nowhere in the base: it runs its own modules, bit for bit.
+Layers of an artifact that is off are not in the base: it runs its own modules, bit for bit.
+Imported inside functions alone: it needs torch. PEFT, which takes seconds, is for `install` and training.
+
+Shapes: R ranks, K inputs and O outputs of a layer.
 """
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from luthier.core.errors import ArtifactCorruptError
+from luthier.core.shapes import BaseShape
 from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
-from luthier.methods.base import Attached, Installed
+from luthier.methods.base import Attached, Installed, LowRankPart, ServedParts
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
 _ADAPTER = "default"
 # What PEFT's wrapper adds to every name.
 _PREFIX = "base_model.model."
-_Places = list[tuple["torch.nn.Module", str, "torch.nn.Module"]]
+_Places = list[tuple[torch.nn.Module, str, torch.nn.Module]]
+_LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+# Members of PEFT's configuration that would change what the tensors mean, and which we never set.
+_UNKNOWN_WHEN_SET = (
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "layers_to_transform",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "layer_replication",
+)
+
+
+def read_lora(folder: Path, shape: BaseShape) -> ServedParts | None:
+    """Read an adapter in PEFT's layout.
+
+    Returns:
+        Its parts; None when its configuration has something that PEFT alone knows.
+
+    Raises:
+        ArtifactCorruptError: when the files can't be read or don't fit the base.
+    """
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        weights = load_file(folder / WEIGHTS_NAME)
+        if any(config.get(name) for name in _UNKNOWN_WHEN_SET) or config.get("bias", "none") != "none":
+            return None
+        root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+        parts = _low_ranks(weights, config["lora_alpha"] / root, shape)
+        expected = {path for path in shape.linear_shapes if _is_target(path, config["target_modules"])}
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ArtifactCorruptError("The artifact's LoRA layers don't fit its base.") from error
+    has_magnitudes = [part.magnitude_O is not None for part in parts]
+    if {part.module for part in parts} != expected or not expected:
+        raise ArtifactCorruptError("The artifact's weights do not match the modules of its base.")
+    if any(has_magnitudes) != bool(config.get("use_dora")) or len(set(has_magnitudes)) != 1:
+        raise ArtifactCorruptError("The artifact's magnitudes do not match its configuration.")
+    return ServedParts(low_ranks=parts)
+
+
+def _low_ranks(weights: dict[str, torch.Tensor], scale: float, shape: BaseShape) -> tuple[LowRankPart, ...]:
+    by_module: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        found = _LORA_NAME.fullmatch(name)
+        if found is None:
+            raise ArtifactCorruptError("The artifact's weights do not match the modules of its base.")
+        by_module.setdefault(found[1], {})[found[2]] = tensor
+    parts = []
+    for module, tensors in by_module.items():
+        a_RK, b_OR = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        num_inputs, num_outputs = shape.linear_shapes[module]
+        magnitude_O = tensors.get("lora_magnitude_vector")
+        fits = a_RK.shape == (b_OR.shape[1], num_inputs) and b_OR.shape[0] == num_outputs
+        if not fits or (magnitude_O is not None and magnitude_O.shape != (num_outputs,)):
+            raise ArtifactCorruptError("The artifact's LoRA layers don't fit its base.")
+        parts.append(LowRankPart(module, a_RK, b_OR, scale, magnitude_O))
+    return tuple(parts)
+
+
+def _is_target(path: str, target: str | list[str]) -> bool:
+    """Whether PEFT takes a module for one of an adapter's: a pattern for the whole path, or ends of it."""
+    if isinstance(target, str):
+        return re.fullmatch(target, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in target)
 
 
 class InstalledLora(Installed):
@@ -48,14 +126,12 @@ class InstalledLora(Installed):
 
 
 def install_lora(causal_lm: "PreTrainedModel", folder: Path) -> InstalledLora:
-    """Build an artifact's layers on a base that bears none, and leave them off.
+    """Build an artifact's layers on a base that has none, and leave them off.
 
     Raises:
         ArtifactCorruptError: when the files can't be read or don't fit the base.
     """
     from peft import inject_adapter_in_model
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         config = _read_config(folder)
@@ -77,8 +153,6 @@ def take_lora(attached: Attached, folder: Path) -> None:
         ArtifactCorruptError: when the tensors are not those of these layers.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     model = attached.model
     try:
@@ -112,7 +186,7 @@ def _read_config(folder: Path) -> "LoraConfig":
     return config
 
 
-def _fill(causal_lm: "PreTrainedModel", weights: "dict[str, torch.Tensor]") -> None:
+def _fill(causal_lm: "PreTrainedModel", weights: dict[str, torch.Tensor]) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
 

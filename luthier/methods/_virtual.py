@@ -1,13 +1,19 @@
-"""The parameters that prefix and prompt tuning share, without torch: the API checks requests by them."""
+"""Base of prefix and prompt tuning: shared parameters, and a method whose weights PEFT's encoder holds."""
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, StringConstraints, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.specs import Auto, BaseFacts
-from luthier.methods.base import Workload
+from luthier.methods._peft import peft_type
+from luthier.methods.base import Attached, Method, Workload
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 NumVirtualTokens = Annotated[int, Field(ge=1, le=1024)] | Auto
 InitText = Annotated[str, StringConstraints(min_length=1, max_length=10_000)] | None
@@ -20,13 +26,8 @@ def answer(model, ids_1T, num_tokens):
         ids_1T = torch.cat([ids_1T, model(input_ids=ids_1T).logits[:, -1:].argmax(-1)], dim=1)
     return ids_1T
 '''
-LOADING = (
-    "Load it with `peft.PeftModel.from_pretrained(base, folder)`, and call the model itself: PEFT's "
-    "`generate` gives other answers with transformers 5 (peft 0.21, transformers 5.24). The likeliest answer "
-    f"to one text:\n\n```python\n{ANSWER}```"
-)
 
-# A longer automatic prefix would crowd out the rows themselves.
+# A longer automatic prefix would leave too little of the context to the rows.
 _MAX_AUTO_SHARE = 8
 
 
@@ -40,40 +41,75 @@ def check_init_text(value: str | None, info: ValidationInfo) -> str | None:
     return value
 
 
+class VirtualTokenMethod(Method):
+    """A method that trains virtual tokens before the sequence; PEFT's encoder holds them.
+
+    `peft_type` is PEFT's name of it, `most_auto_tokens` what "auto" is at most.
+    """
+
+    peft_type: ClassVar[str]
+    most_auto_tokens: ClassVar[int]
+    shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
+    starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
+    starts_as_base: ClassVar[bool] = False
+    loading: ClassVar[str] = (
+        "Load it with `peft.PeftModel.from_pretrained(base, folder)`, and call the model itself: PEFT's "
+        "`generate` gives other answers with transformers 5 (peft 0.21, transformers 5.24). The likeliest "
+        f"answer to one text:\n\n```python\n{ANSWER}```"
+    )
+
+    def num_reserved_positions(self, params: Any, *, base: BaseFacts) -> int:
+        """Return the virtual tokens, or the most that "auto" takes."""
+        if params.num_virtual_tokens != "auto":
+            return int(params.num_virtual_tokens)
+        return _auto_tokens(self.most_auto_tokens, base)
+
+    def save(self, attached: Attached, folder: Path) -> list[str]:
+        """Write the vectors in PEFT's two files."""
+        from luthier.methods._virtual_tensors import save_encoded
+
+        return save_encoded(attached, folder)
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether PEFT's configuration there names this method."""
+        return peft_type(folder) == self.peft_type
+
+    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
+        """Put saved vectors on their base by PEFT itself."""
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
+        return Attached(model=model.requires_grad_(False).eval(), causal_lm=causal_lm)
+
+    def take_weights(self, attached: Attached, folder: Path) -> None:
+        """Begin at saved vectors; a projection, dropped on saving, begins anew without effect."""
+        from luthier.methods._virtual_tensors import take_encoded
+
+        take_encoded(attached, folder)
+
+    def logits(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
+        """Run PEFT's model, and leave out the results of the virtual tokens."""
+        from luthier.methods._virtual_tensors import check_length
+
+        check_length(attached, token_ids_BT)
+        return super().logits(attached, token_ids_BT)[:, -token_ids_BT.shape[1] :]
+
+
 def resolve_num_tokens(params: Any, workload: Workload, wanted: int) -> int:
-    """Return how many virtual tokens a job has.
-
-    Args:
-        params: with `num_virtual_tokens`, a number or "auto".
-        wanted: what "auto" is, unless that is more than an eighth of the context.
-
-    Returns:
-        The number, at least 1.
+    """Return how many virtual tokens a job has: `wanted` of "auto", at most an eighth of the context.
 
     Raises:
         InvalidValueError: when they leave no position for a real token.
     """
-    context_length = workload.base.context_length
     num_tokens = params.num_virtual_tokens
     if num_tokens == "auto":
-        num_tokens = max(1, min(wanted, context_length // _MAX_AUTO_SHARE))
-    check_room(num_tokens, context_length)
-    return num_tokens
+        num_tokens = _auto_tokens(wanted, workload.base)
+    check_room(num_tokens, workload.base.context_length)
+    return int(num_tokens)
 
 
-def most_tokens(params: Any, base: BaseFacts, most: int) -> int:
-    """Return the most virtual tokens that a job may come to have, before its rows are known.
-
-    Args:
-        params: with `num_virtual_tokens`, a number or "auto".
-        most: what "auto" is at most, in a context that is long enough.
-
-    Returns:
-        The number, at least 1.
-    """
-    if params.num_virtual_tokens != "auto":
-        return int(params.num_virtual_tokens)
-    return max(1, min(most, base.context_length // _MAX_AUTO_SHARE))
+def _auto_tokens(wanted: int, base: BaseFacts) -> int:
+    return max(1, min(wanted, base.context_length // _MAX_AUTO_SHARE))
 
 
 def check_room(num_virtual_tokens: int, context_length: int) -> None:
@@ -84,10 +120,3 @@ def check_room(num_virtual_tokens: int, context_length: int) -> None:
             f"{context_length} positions. Use fewer.",
             param="tuning.num_virtual_tokens",
         )
-
-
-def resolved(value: Any) -> int:
-    """Return a number that must no longer be "auto"."""
-    if not isinstance(value, int):
-        raise InvalidValueError('"auto" must be resolved before a method is attached.', param="tuning")
-    return value

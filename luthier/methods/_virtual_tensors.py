@@ -258,14 +258,6 @@ def save_encoded(attached: Attached, folder: Path, **changes: Any) -> list[str]:
     return write_adapter(folder, weights, config | changes)
 
 
-def load_by_peft(causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-    """Put a saved adapter on its base by PEFT itself, frozen."""
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
-    return Attached(model=model.requires_grad_(False).eval(), causal_lm=causal_lm)
-
-
 def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.Tensor:
     """Read the vectors of an artifact onto the base's device, in the base's type.
 

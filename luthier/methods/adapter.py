@@ -15,7 +15,7 @@ describes what is saved.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,12 +24,20 @@ from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._peft import CONFIG_NAME
-from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
+from luthier.methods.base import (
+    Attached,
+    Installed,
+    Method,
+    MethodParams,
+    ServedParts,
+    Start,
+    Workload,
+    adapter_learning_rate,
+    resolved,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from luthier.methods._served import ServedParts
 
 # What `adapter_type` of our configuration says.
 ADAPTER_TYPE = "luthier-bottleneck"
@@ -111,12 +119,6 @@ class Adapter(Method):
     def resolve(self, params: AdapterParams, workload: Workload) -> AdapterParams:
         """Replace every "auto": width 64, no dropout.
 
-        Args:
-            params: the parameters as asked for.
-
-        Returns:
-            The parameters as numbers.
-
         Raises:
             InvalidValueError: when the width is above the base's hidden size.
         """
@@ -128,22 +130,14 @@ class Adapter(Method):
 
     def base_learning_rate(self, params: AdapterParams, *, base: BaseFacts) -> float:  # noqa: ARG002
         """Return the peak rate, lower for wider models."""
-        if base.hidden_size <= 1024:
-            return 1e-3
-        return 4e-4 if base.hidden_size <= 2048 else 2e-4
-
-    def count_parameters(self, causal_lm: "PreTrainedModel", params: AdapterParams) -> int:
-        """Return 2·d·m + d + m for every bottleneck; houlsby has two a block, the others one."""
-        from luthier.methods._bottleneck import find_sites
-
-        size = causal_lm.config.get_text_config().hidden_size
-        return len(find_sites(causal_lm, params.placement)) * _count(size, params)
+        return adapter_learning_rate(base)
 
     def cost(self, params: AdapterParams, shape: BaseShape) -> MethodCost:
-        """Return the bottlenecks of all blocks, which every token meets."""
-        _check_dim(int(_number(params.bottleneck_dim)), shape.hidden_size)
+        """Return 2·d·m + d + m for every bottleneck; houlsby has two a block, the others one."""
+        size, dim = shape.hidden_size, int(resolved(params.bottleneck_dim))
+        _check_dim(dim, size)
         num_sites = (2 if params.placement == "houlsby" else 1) * shape.num_layers
-        count = num_sites * _count(shape.hidden_size, params)
+        count = num_sites * (2 * size * dim + size + dim)
         is_plain = params.placement == "parallel" or bool(params.dropout)
         return MethodCost(num_parameters=count, num_saved=count, is_fused=not is_plain)
 
@@ -153,7 +147,7 @@ class Adapter(Method):
 
         from luthier.methods._bottleneck import Bottleneck, find_sites, put_on
 
-        size, dim = causal_lm.config.get_text_config().hidden_size, int(_number(params.bottleneck_dim))
+        size, dim = causal_lm.config.get_text_config().hidden_size, int(resolved(params.bottleneck_dim))
         _check_dim(dim, size)
         sites = find_sites(causal_lm, params.placement)
         causal_lm.requires_grad_(False)
@@ -166,7 +160,7 @@ class Adapter(Method):
                 dim,
                 activation=params.activation,
                 placement=params.placement,
-                dropout=float(_number(params.dropout)),
+                dropout=float(resolved(params.dropout)),
             ).to(causal_lm.device)
             for _ in sites
         ]
@@ -212,22 +206,11 @@ class Adapter(Method):
 
         return InstalledBottlenecks(causal_lm, folder)
 
-    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
         """Read the bottlenecks."""
-        from luthier.methods._served import read_bottleneck_parts
+        from luthier.methods._bottleneck import read_bottleneck_parts
 
         return read_bottleneck_parts(folder, shape)
-
-
-def _count(size: int, params: AdapterParams) -> int:
-    dim = int(_number(params.bottleneck_dim))
-    return 2 * size * dim + size + dim
-
-
-def _number(value: Any) -> Any:
-    if value == "auto":
-        raise InvalidValueError('"auto" must be resolved before a method is attached.', param="tuning")
-    return value
 
 
 def _check_dim(dim: int, hidden_size: int) -> None:

@@ -1,7 +1,10 @@
-"""What every way to tune a model must offer. The rest of the service knows methods only by this.
+"""The interface of a tuning method. The rest of the service knows methods only by it.
 
 A method's file holds one subclass of `Method` and, as `METHOD`, its only instance. No file here may
 import torch, transformers or peft at its top: the API reads the parameters without them.
+
+Shapes: R ranks, K inputs and O outputs of a layer, M bottleneck width, D hidden size, N virtual tokens, H
+key/value heads, C head size, B rows, T tokens, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -13,15 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from luthier.core.cost_model import MethodCost
-from luthier.core.errors import ArtifactCorruptError
+from luthier.core.errors import ArtifactCorruptError, InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-    from luthier.methods._served import ServedParts
 
 
 class MethodParams(BaseModel):
@@ -47,7 +48,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Start:
-    """What the first values of a method's parameters may depend on.
+    """What the initial values of a method's parameters may depend on.
 
     `seed` decides everything random; `base_id` is recorded in what is saved; `tokenize` turns text into
     the base's token ids, nothing added; `examples` are the token ids of some training rows, in file order.
@@ -60,7 +61,7 @@ class Start:
 
 
 class Installed(ABC):
-    """An artifact that lies on a base in memory beside others, switched off until it is wanted.
+    """An artifact on a base in memory beside others, off until it is switched on.
 
     At most one is on at a time. While all are off the base gives its own results, bit for bit.
     """
@@ -78,11 +79,9 @@ class Installed(ABC):
         """Take everything off the base and free its memory; the artifact is off."""
 
     def prefix(self) -> "list[tuple[torch.Tensor, torch.Tensor]]":
-        """Return what lies before every sequence of this artifact.
+        """Return keys and values of every layer before a sequence, each [H, N, C] in the base's type.
 
-        Returns:
-            Keys and values of every layer, each [key/value heads, virtual tokens, head size], in the
-            base's type and positions 0 and up; empty where the method has no virtual tokens.
+        Their positions are 0 and up; the list is empty where the method has no virtual tokens.
         """
         return []
 
@@ -108,17 +107,72 @@ class Attached:
         return sum(parameter.numel() for _, parameter in self.named_trained_parameters())
 
 
+@dataclass(frozen=True)
+class LowRankPart:
+    """`scale * B A` beside a linear layer; a magnitude is what the whole rows are scaled to (DoRA)."""
+
+    module: str
+    a_RK: "torch.Tensor"
+    b_OR: "torch.Tensor"
+    scale: float
+    magnitude_O: "torch.Tensor | None" = None
+
+
+@dataclass(frozen=True)
+class BottleneckPart:
+    """`up(act(down(x)))` added to a module's result; x is that result, or in parallel the module's input."""
+
+    module: str
+    down_MD: "torch.Tensor"
+    down_M: "torch.Tensor"
+    up_DM: "torch.Tensor"
+    up_D: "torch.Tensor"
+    activation: str
+    is_parallel: bool
+
+
+@dataclass(frozen=True)
+class ServedParts:
+    """What an artifact consists of, the same for every runner and every method.
+
+    Virtual tokens are keys and values of every layer, [H, N, C], or input vectors.
+    """
+
+    low_ranks: tuple[LowRankPart, ...] = ()
+    bottlenecks: tuple[BottleneckPart, ...] = ()
+    key_values: "tuple[tuple[torch.Tensor, torch.Tensor], ...]" = ()
+    embeddings_ND: "torch.Tensor | None" = None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens before every sequence."""
+        if self.embeddings_ND is not None:
+            return len(self.embeddings_ND)
+        return int(self.key_values[0][0].shape[1]) if self.key_values else 0
+
+    @property
+    def tensors(self) -> "list[torch.Tensor]":
+        """All tensors of the artifact."""
+        found: list[torch.Tensor | None] = [self.embeddings_ND]
+        for low_rank in self.low_ranks:
+            found += [low_rank.a_RK, low_rank.b_OR, low_rank.magnitude_O]
+        for one in self.bottlenecks:
+            found += [one.down_MD, one.down_M, one.up_DM, one.up_D]
+        found += [part for pair in self.key_values for part in pair]
+        return [tensor for tensor in found if tensor is not None]
+
+
 class Method(ABC):
     """One way to tune a model.
 
-    `starts_as_base` says whether a freshly attached model gives the base's own logits;
-    `is_whole_model` whether an artifact replaces the base's weights instead of lying on top of them.
-    `auto_passes` is how many passes "auto" takes over the rows where most methods take one.
-    `library_name` is the library that hubs shall name, `loading` tells in Markdown how to load an artifact.
+    `starts_as_base`: a freshly attached model gives the base's own logits. `is_whole_model`: an artifact
+    replaces the base's weights instead of adding to them. `auto_passes`: passes that "auto" takes over the
+    rows, where most methods take one. `library_name` is what hubs name as the library, `loading` says in
+    Markdown how to load an artifact.
 
-    For a job that goes on from an artifact of the same method, every method says which of its parameters
-    decide what the saved weights are and mean, `shaping_params`: there they are the artifact's. Those of
-    `starting_params` decide the first values alone, of which such a job has none. All others are free.
+    A job may continue from an artifact of the same method. Then `shaping_params`, which decide what the
+    saved weights are and mean, are the artifact's; `starting_params`, which decide the initial values alone,
+    don't apply; all others are free.
     """
 
     name: ClassVar[str]
@@ -134,14 +188,7 @@ class Method(ABC):
 
     @abstractmethod
     def resolve(self, params: Any, workload: Workload) -> MethodParams:
-        """Replace every "auto" by a number.
-
-        Args:
-            params: an instance of this method's `Params`.
-
-        Returns:
-            The same parameters without "auto".
-        """
+        """Return the parameters with a number instead of every "auto"."""
 
     def num_reserved_positions(self, params: Any, *, base: BaseFacts) -> int:  # noqa: ARG002
         """Return the most positions of the base's context that virtual tokens may take from a row."""
@@ -155,23 +202,17 @@ class Method(ABC):
     def attach(self, causal_lm: "PreTrainedModel", params: Any, start: Start) -> Attached:
         """Put this method's parameters on a base and freeze everything else.
 
-        Args:
-            causal_lm: the base; its layers may be replaced in place, its weights are never changed.
+        Layers of the base may be replaced in place; its weights are never changed.
 
         Raises:
             InvalidValueError: when the parameters don't fit this base; `param` is `tuning.<field>`.
         """
 
     @abstractmethod
-    def count_parameters(self, causal_lm: "PreTrainedModel", params: Any) -> int:
-        """Return how many parameters `attach` would train on this base, by formula, without attaching."""
-
-    @abstractmethod
     def cost(self, params: Any, shape: BaseShape) -> MethodCost:
-        """Tell what training takes beside the base, by formula, without torch and without the base.
+        """Return what training takes beside the base, by formula, without torch and without the base.
 
-        Returns:
-            The method's part; its `num_parameters` are what `count_parameters` returns.
+        `num_parameters` are what `attach` trains.
 
         Raises:
             InvalidValueError: when the parameters don't fit this base; `param` is `tuning.<field>`.
@@ -179,7 +220,7 @@ class Method(ABC):
 
     @abstractmethod
     def save(self, attached: Attached, folder: Path) -> list[str]:
-        """Write the trained weights and their configuration into a folder.
+        """Write the trained weights and their configuration.
 
         Returns:
             Names of the written files, which decide what the artifact is.
@@ -191,24 +232,18 @@ class Method(ABC):
 
     @abstractmethod
     def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        """Put a saved artifact on a base, frozen, ready to answer.
-
-        Returns:
-            The attached model in evaluation mode.
-        """
+        """Put a saved artifact on a base, frozen, in evaluation mode."""
 
     def take_weights(self, attached: Attached, folder: Path) -> None:  # noqa: ARG002
-        """Put a saved artifact's weights in place of a freshly attached model's first ones.
+        """Replace a freshly attached model's initial values by a saved artifact's weights.
 
-        Never called for whole models, whose weights are loaded in the base's place.
-
-        Args:
-            attached: what `attach` returned, with the artifact's shaping parameters.
+        The model has the artifact's shaping parameters. Never called for whole models, which are loaded
+        instead of the base.
 
         Raises:
             ArtifactCorruptError: when its tensors are not those that the model has.
         """
-        raise ArtifactCorruptError(f"An artifact of {self.name} is a model of its own and lies on no base.")
+        raise self._stands_alone()
 
     def install(
         self,
@@ -216,22 +251,20 @@ class Method(ABC):
         folder: Path,  # noqa: ARG002
         name: str,  # noqa: ARG002
     ) -> Installed:
-        """Lay a saved artifact on a base beside others, switched off; never called for whole models.
+        """Put a saved artifact on a base beside others, switched off; never called for whole models.
 
-        Args:
-            causal_lm: the base, which may bear other artifacts of any method, all switched off.
+        The base may hold other artifacts of any method, all switched off.
 
         Raises:
             ArtifactCorruptError: when it is a whole model, or its tensors don't fit the base, which is then
-                as it was.
+                unchanged.
         """
-        raise ArtifactCorruptError(f"An artifact of {self.name} is a model of its own and lies on no base.")
+        raise self._stands_alone()
 
-    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":  # noqa: ARG002
-        """Read a saved artifact as a server lays it out beside others; never called for whole models.
+    def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:  # noqa: ARG002
+        """Read a saved artifact for a runner; None when only `install` can serve it.
 
-        Returns:
-            Its parts; None when only `install` can serve it.
+        Never called for whole models.
 
         Raises:
             ArtifactCorruptError: when its files can't be read or don't fit the base.
@@ -262,7 +295,7 @@ class Method(ABC):
         return attached.model(input_ids=token_ids_BT, use_cache=False).logits
 
     def virtual_embeddings(self, attached: Attached) -> "torch.Tensor | None":  # noqa: ARG002
-        """Return what is put before the embedded sequence, [virtual tokens, hidden size], or None.
+        """Return the vectors before the embedded sequence, [N, D], or None.
 
         Differentiable with respect to the trained parameters, for paths that run the layers themselves.
         """
@@ -272,10 +305,26 @@ class Method(ABC):
         self,
         attached: Attached,  # noqa: ARG002
     ) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
-        """Return what is put before every layer's own keys and values, or None.
+        """Return what precedes every layer's own keys and values, a pair a layer, each [H, N, C]; or None.
 
-        Returns:
-            A pair a layer, each [key/value heads, virtual tokens, head size], differentiable with respect
-            to the trained parameters. The keys bear no rotary positions but those they were trained with.
+        Differentiable with respect to the trained parameters. The keys have no rotary positions but those
+        they were trained with.
         """
         return None
+
+    def _stands_alone(self) -> ArtifactCorruptError:
+        return ArtifactCorruptError(f"An artifact of {self.name} is a whole model and needs no base.")
+
+
+def resolved(value: Any) -> Any:
+    """Return a number that must no longer be "auto"."""
+    if value == "auto":
+        raise InvalidValueError('"auto" must be resolved before a method is attached.', param="tuning")
+    return value
+
+
+def adapter_learning_rate(base: BaseFacts) -> float:
+    """Return the peak rate of small layers beside the base's: lower for wider models."""
+    if base.hidden_size <= 1024:
+        return 1e-3
+    return 4e-4 if base.hidden_size <= 2048 else 2e-4

@@ -9,22 +9,20 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, field_validator
 
 from luthier.core.cost_model import MethodCost
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
-from luthier.methods._patterns import MATCH_SECONDS, check_pattern, match_paths
+from luthier.methods._layers import Selection, check_pattern, match_paths
 from luthier.methods._peft import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from luthier.methods.base import Attached, Method, MethodParams, Start, Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 _CONFIG_NAME = "config.json"
 _WEIGHTS_NAME = "model.safetensors"
@@ -51,18 +49,13 @@ class FullParams(MethodParams):
     """The `tuning` object of a full tuning job."""
 
     type: Literal["full"] = "full"
-    freeze: _Name | Annotated[list[_Name], Field(min_length=1, max_length=64)] | None = Field(
+    freeze: Selection | None = Field(
         None,
         description="What stays as it is: a list of names of modules or weights, or a regular expression for "
         "their whole path.",
     )
 
-    @field_validator("freeze")
-    @classmethod
-    def _pattern_compiles(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, str):
-            check_pattern(value)
-        return value
+    _pattern_compiles = field_validator("freeze")(check_pattern)
 
 
 class Full(Method):
@@ -87,13 +80,8 @@ class Full(Method):
         """Return the peak rate, lower for wide models."""
         return 5e-5 if base.hidden_size <= 2048 else 2e-5
 
-    def count_parameters(self, causal_lm: "PreTrainedModel", params: FullParams) -> int:
-        """Return the sizes of all weights but the frozen ones; tied weights count once."""
-        frozen = _frozen(_weights(causal_lm), params.freeze)
-        return sum(weight.numel() for weight in causal_lm.parameters() if id(weight) not in frozen)
-
     def cost(self, params: FullParams, shape: BaseShape) -> MethodCost:
-        """Return the weights that are not frozen."""
+        """Return the sizes of all weights but the frozen ones; tied weights count once."""
         frozen = _frozen(shape.weights, params.freeze)
         trained = {id(weight): weight for weight in shape.weights.values() if id(weight) not in frozen}
         return MethodCost(
@@ -105,7 +93,7 @@ class Full(Method):
         """Mark the base's weights as trained, in place; what is done to them is done to the base."""
         import torch
 
-        frozen = _frozen(_weights(causal_lm), params.freeze)
+        frozen = _frozen(dict(causal_lm.named_parameters(remove_duplicate=False)), params.freeze)
         for weight in causal_lm.parameters():
             weight.requires_grad_(id(weight) not in frozen)
         # Nothing here is drawn, but a base with dropout draws in training.
@@ -113,14 +101,7 @@ class Full(Method):
         return Attached(model=causal_lm, causal_lm=causal_lm)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:
-        """Write a model folder: weights, configuration, and the base's tokenizer, template and generation.
-
-        Args:
-            attached: the model; the base that it came from is where `name_or_path` says.
-
-        Returns:
-            Names of all files: config.json, model.safetensors and what the base's folder has.
-        """
+        """Write weights and configuration, and copy what the base's folder has beside them."""
         from transformers import GenerationConfig
         from transformers.utils import logging
 
@@ -145,18 +126,12 @@ class Full(Method):
         return sorted(name for name in written if (folder / name).is_file())
 
     def recognises(self, folder: Path) -> bool:
-        """Whether a whole model lies there."""
+        """Whether the folder holds a whole model."""
         has_adapter = (folder / ADAPTER_CONFIG_NAME).exists()
         return not has_adapter and all((folder / name).is_file() for name in (_CONFIG_NAME, _WEIGHTS_NAME))
 
     def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        """Load the folder's model anew; the given one is not touched and only tells device and type.
-
-        Args:
-            causal_lm: a model of the same kind on the device and in the type that are wanted.
-
-        Returns:
-            The loaded model, frozen, in evaluation mode.
+        """Load the folder's model on the device and in the type of the given one, which is not touched.
 
         Raises:
             ArtifactCorruptError: when the folder can't be read as a model or lacks weights.
@@ -177,27 +152,19 @@ class Full(Method):
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
-        # The library fills absent weights with random numbers and goes on.
+        # The library fills absent weights with random numbers.
         if info["missing_keys"] or info["mismatched_keys"]:
             raise ArtifactCorruptError("The artifact lacks weights of its model.")
         model = model.to(causal_lm.device).requires_grad_(False).eval()
         return Attached(model=model, causal_lm=model)
 
 
-def _weights(causal_lm: "PreTrainedModel") -> dict[str, Any]:
-    """Return the weights by all their names."""
-    return dict(causal_lm.named_parameters(remove_duplicate=False))
-
-
 def _frozen(weights: Mapping[str, Any], freeze: str | list[str] | None) -> set[int]:
-    """Return the ids of the weights that stay.
+    """Return the ids of the weights that stay; one that has two names stays when either is named.
 
     Args:
         freeze: names, each one or several whole components of a path; or a pattern that matches a weight's
             path, or that of a module around it, as a whole.
-
-    Returns:
-        Ids; a weight that has two names stays when either is named.
 
     Raises:
         InvalidValueError: when a name or the pattern matches nothing, or everything.
@@ -224,14 +191,7 @@ def _matching(pattern: str, weights: Mapping[str, Any]) -> set[int]:
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
             ids.setdefault(".".join(parts[:end]), set()).add(id(weight))
-    try:
-        matched = match_paths(pattern, list(ids))
-    except TimeoutError as error:
-        raise InvalidValueError(
-            f"Matching {pattern[:40]!r} against this base's weights takes more than {MATCH_SECONDS:g} s. Use "
-            "a simpler pattern or a list of names.",
-            param="tuning.freeze",
-        ) from error
+    matched = match_paths(pattern, list(ids), "weights", "tuning.freeze")
     if not matched:
         raise _nothing_matches(pattern, weights)
     return set().union(*(ids[path] for path in matched))

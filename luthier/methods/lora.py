@@ -6,25 +6,37 @@ magnitude per output beside the direction. PEFT holds the layers, so what is sav
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, field_validator
 
 from luthier.core.cost_model import MethodCost
 from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
-from luthier.methods._layers import PARAM, choose_layers, has_experts, linear_shapes, shortest_names
-from luthier.methods._patterns import check_pattern
+from luthier.methods._layers import (
+    Selection,
+    check_pattern,
+    choose_layers,
+    has_experts,
+    linear_shapes,
+    shortest_names,
+)
 from luthier.methods._peft import peft_type, write_adapter
-from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
+from luthier.methods.base import (
+    Attached,
+    Installed,
+    Method,
+    MethodParams,
+    ServedParts,
+    Start,
+    Workload,
+    adapter_learning_rate,
+    resolved,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from luthier.methods._served import ServedParts
-
-_Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 # Found on SmolLM2-135M: see base_learning_rate.
 _AUTO_RANK = 16
@@ -41,7 +53,7 @@ class LoraParams(MethodParams):
     dropout: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
         "auto", description="Share of A's inputs dropped in training."
     )
-    target_modules: _Name | Annotated[list[_Name], Field(min_length=1, max_length=64)] = Field(
+    target_modules: Selection = Field(
         "all-linear",
         description='"all-linear", "attention", "mlp", a list of layer names, or a regular expression.',
     )
@@ -51,12 +63,7 @@ class LoraParams(MethodParams):
         None, description='Type of the frozen weights: "int8" and "nf4" only where the device can, else null.'
     )
 
-    @field_validator("target_modules")
-    @classmethod
-    def _pattern_compiles(cls, value: str | list[str]) -> str | list[str]:
-        if isinstance(value, str):
-            check_pattern(value)
-        return value
+    _pattern_compiles = field_validator("target_modules")(check_pattern)
 
 
 class Lora(Method):
@@ -78,20 +85,17 @@ class Lora(Method):
 
     def base_learning_rate(self, params: LoraParams, *, base: BaseFacts) -> float:  # noqa: ARG002
         """Return the peak rate: about ten times that of full tuning, lower for wider models."""
-        if base.hidden_size <= 1024:
-            return 1e-3
-        return 4e-4 if base.hidden_size <= 2048 else 2e-4
-
-    def count_parameters(self, causal_lm: "PreTrainedModel", params: LoraParams) -> int:
-        """Return the sum of rank * (inputs + outputs) over the chosen layers; DoRA adds the outputs."""
-        return _count(_choose(causal_lm, params), params)
+        return adapter_learning_rate(base)
 
     def cost(self, params: LoraParams, shape: BaseShape) -> MethodCost:
-        """Return the parameters of the chosen layers, all of which every token meets."""
+        """Return the sum of rank * (inputs + outputs) over the chosen layers; DoRA adds the outputs."""
         chosen = choose_layers(shape.linear_shapes, params.target_modules, has_experts=shape.has_experts)
-        _check_rank(int(_number(params.rank)), chosen)
+        rank = int(resolved(params.rank))
+        _check_rank(rank, chosen)
         is_fused = not params.use_dora and not params.dropout
-        count = _count(chosen, params)
+        count = sum(rank * (inputs + outputs) for inputs, outputs in chosen.values())
+        if params.use_dora:
+            count += sum(outputs for _, outputs in chosen.values())
         return MethodCost(num_parameters=count, num_saved=count, is_fused=is_fused)
 
     def attach(self, causal_lm: "PreTrainedModel", params: LoraParams, start: Start) -> Attached:
@@ -100,15 +104,16 @@ class Lora(Method):
         from peft import LoraConfig, get_peft_model
 
         shapes = linear_shapes(causal_lm)
-        chosen = _choose(causal_lm, params)
-        rank = int(_number(params.rank))
+        experts = has_experts(causal_lm)
+        chosen = choose_layers(shapes, params.target_modules, has_experts=experts)
+        rank = int(resolved(params.rank))
         _check_rank(rank, chosen)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=start.base_id,
             r=rank,
-            lora_alpha=_number(params.alpha),
-            lora_dropout=_number(params.dropout),
+            lora_alpha=resolved(params.alpha),
+            lora_dropout=resolved(params.dropout),
             target_modules=shortest_names(chosen, shapes),
             use_rslora=params.use_rslora,
             use_dora=params.use_dora,
@@ -147,33 +152,16 @@ class Lora(Method):
         take_lora(attached, folder)
 
     def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
-        """Build PEFT's layers beside the base's own; they need no name, for they hang nowhere while off."""
+        """Build PEFT's layers beside the base's own; while off they are not in the base and need no name."""
         from luthier.methods._lora_layers import install_lora
 
         return install_lora(causal_lm, folder)
 
-    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
         """Read the updates of the linear layers."""
-        from luthier.methods._served import read_lora
+        from luthier.methods._lora_layers import read_lora
 
         return read_lora(folder, shape)
-
-
-def _choose(causal_lm: "PreTrainedModel", params: LoraParams) -> dict[str, tuple[int, int]]:
-    experts = has_experts(causal_lm)
-    return choose_layers(linear_shapes(causal_lm), params.target_modules, has_experts=experts)
-
-
-def _count(chosen: dict[str, tuple[int, int]], params: LoraParams) -> int:
-    rank = int(_number(params.rank))
-    low_rank = sum(rank * (inputs + outputs) for inputs, outputs in chosen.values())
-    return low_rank + (sum(outputs for _, outputs in chosen.values()) if params.use_dora else 0)
-
-
-def _number(value: Any) -> Any:
-    if value == "auto":
-        raise InvalidValueError('"auto" must be resolved before a method is attached.', param="tuning")
-    return value
 
 
 def _check_rank(rank: int, chosen: dict[str, tuple[int, int]]) -> None:
@@ -190,4 +178,4 @@ def _check_rank(rank: int, chosen: dict[str, tuple[int, int]]) -> None:
 
 METHOD = Lora()
 
-__all__ = ["METHOD", "PARAM", "Lora", "LoraParams"]
+__all__ = ["METHOD", "Lora", "LoraParams"]

@@ -1,6 +1,6 @@
 """Prefix tuning: trained keys and values before every layer's own (Li & Liang 2021, arXiv 2101.00190).
 
-The prefix lies at positions 0 and up, the sequence after it. Models lean on the first position of whatever
+The prefix has positions 0 and up, the sequence follows. Models lean on the first position of whatever
 they read; a prefix takes that place, so one that starts as keys and values of a real text begins near the
 base's own behaviour and a random one far from it. PEFT holds it: what is saved loads in PEFT. It does not
 depend on the request, so an artifact serves as the cached start of a sequence.
@@ -14,23 +14,18 @@ from pydantic import Field, ValidationInfo, field_validator
 from luthier.core.cost_model import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
-from luthier.methods._peft import peft_type
 from luthier.methods._virtual import (
-    LOADING,
     InitText,
     NumVirtualTokens,
+    VirtualTokenMethod,
     check_init_text,
-    most_tokens,
     resolve_num_tokens,
-    resolved,
 )
-from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
+from luthier.methods.base import Attached, Installed, MethodParams, ServedParts, Start, Workload, resolved
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-    from luthier.methods._served import ServedParts
 
 # Deviation of random starts: small, so that no random key draws the attention of every token.
 _RANDOM_DEVIATION = 0.02
@@ -73,16 +68,14 @@ class PrefixParams(MethodParams):
         return value
 
 
-class Prefix(Method):
+class Prefix(VirtualTokenMethod):
     """Trained keys and values before every layer's own, held by PEFT."""
 
     name: ClassVar[str] = "prefix"
     title: ClassVar[str] = "Prefix tuning: trained keys and values before every layer's own"
     Params: ClassVar[type[MethodParams]] = PrefixParams
-    shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
-    starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
-    starts_as_base: ClassVar[bool] = False
-    loading: ClassVar[str] = LOADING
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    most_auto_tokens: ClassVar[int] = max(_AUTO_TOKENS)
 
     def resolve(self, params: PrefixParams, workload: Workload) -> PrefixParams:
         """Replace every "auto".
@@ -90,12 +83,6 @@ class Prefix(Method):
         More rows carry more than a short prefix holds, and a longer one costs attention only: 16 tokens for
         fewer than 100 rows, 32 for fewer than 2,000, 64 for more, at most an eighth of the context. A
         projection is as wide as the model, at most 512, the width of the paper.
-
-        Args:
-            params: the parameters as asked for.
-
-        Returns:
-            The parameters as numbers.
 
         Raises:
             InvalidValueError: when the virtual tokens fill the whole context.
@@ -108,38 +95,24 @@ class Prefix(Method):
             width = min(workload.base.hidden_size, _LARGEST_AUTO_WIDTH)
         return params.model_copy(update={"num_virtual_tokens": num_tokens, "projection_dim": width})
 
-    def num_reserved_positions(self, params: PrefixParams, *, base: BaseFacts) -> int:
-        """Return the virtual tokens, or the most that "auto" takes."""
-        return most_tokens(params, base, max(_AUTO_TOKENS))
-
     def base_learning_rate(self, params: PrefixParams, *, base: BaseFacts) -> float:
         """Return the peak rate: keys and values have sizes about 1 and want large steps, a network small."""
         if params.projection:
             return 1e-3 if base.hidden_size <= 1024 else 5e-4
         return 1e-2 if base.hidden_size <= 1024 else 5e-3
 
-    def count_parameters(self, causal_lm: "PreTrainedModel", params: PrefixParams) -> int:
-        """Return what is trained: `2·L·n·kv`.
-
-        With a projection of width p that is its embedding and its two layers in place of what they make:
-        `n·kv + (kv + 1)·p + (p + 1)·2·L·kv`; what is saved is `2·L·n·kv` either way.
-
-        Returns:
-            The number of trained parameters.
-        """
-        from luthier.methods._virtual_tensors import KeyValueShape
-
-        shape = KeyValueShape.of(causal_lm)
-        return _count(params, shape.num_layers, shape.width)
-
     def cost(self, params: PrefixParams, shape: BaseShape) -> MethodCost:
-        """Return what is trained; every token sees the virtual keys, and none meets the parameters."""
-        num_tokens = resolved(params.num_virtual_tokens)
-        return MethodCost(
-            num_parameters=_count(params, shape.num_layers, shape.key_value_width),
-            num_saved=2 * shape.num_layers * num_tokens * shape.key_value_width,
-            num_virtual_keys=num_tokens,
-        )
+        """Return `2·L·n·kv`; every token attends to the virtual keys.
+
+        With a projection of width p its embedding and its two layers are trained instead:
+        `n·kv + (kv + 1)·p + (p + 1)·2·L·kv`.
+        """
+        num_tokens, kv = resolved(params.num_virtual_tokens), shape.key_value_width
+        count = num_saved = 2 * shape.num_layers * num_tokens * kv
+        if params.projection:
+            width = resolved(params.projection_dim)
+            count = num_tokens * kv + (kv + 1) * width + (width + 1) * 2 * shape.num_layers * kv
+        return MethodCost(num_parameters=count, num_saved=num_saved, num_virtual_keys=num_tokens)
 
     def attach(self, causal_lm: "PreTrainedModel", params: PrefixParams, start: Start) -> Attached:
         """Put PEFT's encoder beside the base, with its first values as `init` says."""
@@ -189,24 +162,8 @@ class Prefix(Method):
 
         return save_encoded(attached, folder, prefix_projection=False, encoder_hidden_size=None)
 
-    def recognises(self, folder: Path) -> bool:
-        """Whether PEFT's configuration there names prefix tuning."""
-        return peft_type(folder) == "PREFIX_TUNING"
-
-    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        """Put a saved prefix on its base by PEFT itself."""
-        from luthier.methods._virtual_tensors import load_by_peft
-
-        return load_by_peft(causal_lm, folder)
-
-    def take_weights(self, attached: Attached, folder: Path) -> None:
-        """Begin at a saved prefix; a projection, dropped on saving, begins anew and at no change to it."""
-        from luthier.methods._virtual_tensors import take_encoded
-
-        take_encoded(attached, folder)
-
     def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
-        """Read the keys and values; nothing is laid on the base itself."""
+        """Read the keys and values; the base itself is not changed."""
         from luthier.methods._virtual_tensors import InstalledVirtualTokens, KeyValueShape, read_saved, unpack
 
         shape = KeyValueShape.of(causal_lm)
@@ -215,9 +172,8 @@ class Prefix(Method):
             [(key.contiguous(), value.contiguous()) for key, value in unpack(saved_NF, shape)]
         )
 
-    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
         """Read the keys and values."""
-        from luthier.methods._served import ServedParts
         from luthier.methods._virtual_tensors import KeyValueShape, read_vectors, unpack
 
         kept = KeyValueShape.of_shape(shape)
@@ -233,13 +189,6 @@ class Prefix(Method):
         cache = {cache_argument(body): attached.model.get_prompt(token_ids_BT.shape[0])}
         return body(input_ids=token_ids_BT, use_cache=False, **cache).last_hidden_state
 
-    def logits(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
-        """Run PEFT's model."""
-        from luthier.methods._virtual_tensors import check_length
-
-        check_length(attached, token_ids_BT)
-        return super().logits(attached, token_ids_BT)
-
     def virtual_key_values(self, attached: Attached) -> "list[tuple[torch.Tensor, torch.Tensor]]":
         """Return the prefix, a pair a layer in the base's type, each [key/value heads, n, head size]."""
         from luthier.methods._virtual_tensors import KeyValueShape, encoded, unpack
@@ -248,32 +197,24 @@ class Prefix(Method):
         return unpack(flat_NF, KeyValueShape.of(attached.causal_lm))
 
 
-def _count(params: PrefixParams, num_layers: int, kv: int) -> int:
-    num_tokens = resolved(params.num_virtual_tokens)
-    if not params.projection:
-        return 2 * num_layers * num_tokens * kv
-    width = resolved(params.projection_dim)
-    return num_tokens * kv + (kv + 1) * width + (width + 1) * 2 * num_layers * kv
-
-
 def _first_values(causal_lm: "PreTrainedModel", params: PrefixParams, start: Start) -> "torch.Tensor":
     """Return float32 [virtual tokens, 2 · layers · kv] on the base's device."""
     import torch
 
-    from luthier.methods import _virtual_tensors
+    from luthier.methods import _virtual_tensors as tensors
 
     num_tokens = resolved(params.num_virtual_tokens)
     if params.init == "text":
-        token_ids = _virtual_tensors.text_token_ids(start, params.init_text or "", num_tokens)
+        token_ids = tensors.text_token_ids(start, params.init_text or "", num_tokens)
     elif params.init == "examples":
-        token_ids = _virtual_tensors.example_token_ids(start, num_tokens)
+        token_ids = tensors.example_token_ids(start, num_tokens)
     else:
         token_ids = [0] * num_tokens
     # Even a start that needs no real ones runs the base once: that shows whether a prefix fits it at all.
     ids_1N = torch.tensor([token_ids], device=causal_lm.device)
-    key_values = _virtual_tensors.run_for_key_values(causal_lm, input_ids=ids_1N)
-    _virtual_tensors.check_fits(key_values, _virtual_tensors.KeyValueShape.of(causal_lm))
-    real_NF = _virtual_tensors.pack(key_values)
+    key_values = tensors.run_for_key_values(causal_lm, input_ids=ids_1N)
+    tensors.check_fits(key_values, tensors.KeyValueShape.of(causal_lm))
+    real_NF = tensors.pack(key_values)
     if params.init == "zeros":
         return torch.zeros_like(real_NF)
     if params.init == "random":

@@ -14,23 +14,18 @@ from pydantic import Field, field_validator
 from luthier.core.cost_model import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
-from luthier.methods._peft import peft_type
 from luthier.methods._virtual import (
-    LOADING,
     InitText,
     NumVirtualTokens,
+    VirtualTokenMethod,
     check_init_text,
-    most_tokens,
     resolve_num_tokens,
-    resolved,
 )
-from luthier.methods.base import Attached, Installed, Method, MethodParams, Start, Workload
+from luthier.methods.base import Attached, Installed, MethodParams, ServedParts, Start, Workload, resolved
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-    from luthier.methods._served import ServedParts
 
 
 # However many rows there are.
@@ -54,16 +49,14 @@ class PromptParams(MethodParams):
     _init_text_fits = field_validator("init_text")(check_init_text)
 
 
-class Prompt(Method):
+class Prompt(VirtualTokenMethod):
     """Trained input vectors before the embedded sequence, held by PEFT."""
 
     name: ClassVar[str] = "prompt"
     title: ClassVar[str] = "Prompt tuning: trained input vectors before the sequence"
     Params: ClassVar[type[MethodParams]] = PromptParams
-    shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
-    starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
-    starts_as_base: ClassVar[bool] = False
-    loading: ClassVar[str] = LOADING
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    most_auto_tokens: ClassVar[int] = _AUTO_TOKENS
     # What moves is so little that it is slow: on labels nine passes gave three times the accuracy that three
     # did (docs/methods.md).
     auto_passes: ClassVar[int] = 3
@@ -74,21 +67,11 @@ class Prompt(Method):
         As many tokens as in the paper, 100, at most an eighth of the context: 20 were measured to learn less
         on every task (docs/methods.md).
 
-        Args:
-            params: the parameters as asked for.
-
-        Returns:
-            The parameters as numbers.
-
         Raises:
             InvalidValueError: when the virtual tokens fill the whole context.
         """
         num_tokens = resolve_num_tokens(params, workload, _AUTO_TOKENS)
         return params.model_copy(update={"num_virtual_tokens": num_tokens})
-
-    def num_reserved_positions(self, params: PromptParams, *, base: BaseFacts) -> int:
-        """Return the virtual tokens, or the most that "auto" takes."""
-        return most_tokens(params, base, _AUTO_TOKENS)
 
     def base_learning_rate(self, params: PromptParams, *, base: BaseFacts) -> float:  # noqa: ARG002
         """Return the peak rate: far above LoRA's, for the few vectors must move a long way.
@@ -96,10 +79,6 @@ class Prompt(Method):
         The paper's 0.3 is measured on a small base; for wider ones, of which nothing was, it is a third.
         """
         return 0.3 if base.hidden_size <= 1024 else 0.1
-
-    def count_parameters(self, causal_lm: "PreTrainedModel", params: PromptParams) -> int:
-        """Return virtual tokens times the size of an input vector."""
-        return resolved(params.num_virtual_tokens) * causal_lm.get_input_embeddings().embedding_dim
 
     def cost(self, params: PromptParams, shape: BaseShape) -> MethodCost:
         """Return the vectors, which run before every row as tokens do."""
@@ -133,38 +112,15 @@ class Prompt(Method):
             model.prompt_encoder[ADAPTER].embedding.weight.copy_(first_ND)
         return Attached(model=model, causal_lm=causal_lm)
 
-    def save(self, attached: Attached, folder: Path) -> list[str]:
-        """Write the vectors in PEFT's two files."""
-        from luthier.methods._virtual_tensors import save_encoded
-
-        return save_encoded(attached, folder)
-
-    def recognises(self, folder: Path) -> bool:
-        """Whether PEFT's configuration there names prompt tuning."""
-        return peft_type(folder) == "PROMPT_TUNING"
-
-    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        """Put saved vectors on their base by PEFT itself."""
-        from luthier.methods._virtual_tensors import load_by_peft
-
-        return load_by_peft(causal_lm, folder)
-
-    def take_weights(self, attached: Attached, folder: Path) -> None:
-        """Begin at saved vectors."""
-        from luthier.methods._virtual_tensors import take_encoded
-
-        take_encoded(attached, folder)
-
     def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
-        """Run the vectors through the base once and keep their keys and values; nothing is laid on it."""
+        """Run the vectors through the base once and keep their keys and values; the base is not changed."""
         from luthier.methods._virtual_tensors import InstalledVirtualTokens, read_saved, run_for_key_values
 
         saved_ND = read_saved(folder, causal_lm, causal_lm.get_input_embeddings().embedding_dim)
         return InstalledVirtualTokens(run_for_key_values(causal_lm, inputs_embeds=saved_ND[None]))
 
-    def read_parts(self, folder: Path, shape: BaseShape) -> "ServedParts | None":
+    def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
         """Read the input vectors."""
-        from luthier.methods._served import ServedParts
         from luthier.methods._virtual_tensors import read_vectors
 
         return ServedParts(embeddings_ND=read_vectors(folder, shape.hidden_size))
@@ -183,14 +139,6 @@ class Prompt(Method):
         joined_BTD = torch.cat([virtual_BND, embedded_BTD], dim=1)
         body = causal_lm.base_model
         return body(inputs_embeds=joined_BTD, use_cache=False).last_hidden_state[:, len(virtual_ND) :]
-
-    def logits(self, attached: Attached, token_ids_BT: "torch.Tensor") -> "torch.Tensor":
-        """Run PEFT's model, and leave out the vectors' own results."""
-        from luthier.methods._virtual_tensors import check_length
-
-        check_length(attached, token_ids_BT)
-        logits_BTV = attached.model(input_ids=token_ids_BT, use_cache=False).logits
-        return logits_BTV[:, -token_ids_BT.shape[1] :]
 
     def virtual_embeddings(self, attached: Attached) -> "torch.Tensor":
         """Return the vectors, [n, hidden size] in the base's type."""

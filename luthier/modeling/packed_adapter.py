@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.methods._served import BottleneckPart, LowRankPart, ServedParts
+from luthier.methods import BottleneckPart, LowRankPart, ServedParts
 from luthier.modeling.kernels.blocks import BLOCK, by_blocks, lie_in_pairs, shape_of_blocks, to_blocks
 from luthier.modeling.kernels.page_memory import take_large
 from luthier.modeling.kernels.served_rows import (

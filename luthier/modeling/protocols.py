@@ -16,7 +16,7 @@ from luthier.core.errors import LuthierError
 if TYPE_CHECKING:
     import torch
 
-    from luthier.methods._served import ServedParts
+    from luthier.methods import ServedParts
 
 # What a runner calls an adapter; the engine only passes it back.
 AdapterId = int

@@ -16,12 +16,13 @@ from transformers import (
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import read_shape
-from luthier.methods import Attached, check_tuning, discover, parse_tuning
+from luthier.methods import Attached, Start, Workload, check_tuning, discover, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training.model.loss import gather_supervised
 from luthier.training.model.training_model import Trainee
 from tests.tiny import VOCAB_SIZE
 from tests.tiny_methods import Bench, Case, batch, everything
+from tests.tiny_shapes import facts_of
 
 _SIZES = {
     "vocab_size": VOCAB_SIZE,
@@ -88,12 +89,13 @@ def test_low_rank_updates_of_experts_are_refused_by_field(
     folder = _save(_EXPERTS[name], tmp_path)
     method, params = parse_tuning(check_tuning(_lora(target_modules)))
     refusals = []
-    for count in (
+    base = load_base(folder, dtype=torch.float32, device="cpu")
+    for attempt in (
         lambda: method.cost(params, read_shape(folder)),
-        lambda: method.count_parameters(load_base(folder, dtype=torch.float32, device="cpu"), params),
+        lambda: method.attach(base, params, Start(seed=0, base_id="b", tokenize=lambda _: [])),
     ):
         with pytest.raises(InvalidValueError, match="experts") as caught:
-            count()
+            attempt()
         refusals.append((caught.value.param, caught.value.message))
     assert refusals[0] == refusals[1]
     assert refusals[0][0] == "tuning.target_modules"
@@ -103,6 +105,8 @@ def test_low_rank_updates_of_experts_are_refused_by_field(
 def test_beside_experts_the_estimate_counts_what_is_trained(tmp_path: Path, name: str) -> None:
     folder = _save(_EXPERTS[name], tmp_path)
     method, params = parse_tuning(check_tuning(_lora("attention")))
+    params = method.resolve(params, Workload(facts_of("llama"), num_rows=8, num_tokens=80))
     base = load_base(folder, dtype=torch.float32, device="cpu")
-    assert method.cost(params, read_shape(folder)).num_parameters == method.count_parameters(base, params)
+    attached = method.attach(base, params, Start(seed=0, base_id="b", tokenize=lambda _: []))
+    assert method.cost(params, read_shape(folder)).num_parameters == attached.num_trained_parameters
     assert method.cost(params, read_shape(folder)).num_parameters == 2 * 4 * (4 * 48 + 48 + 24 + 48 + 24)

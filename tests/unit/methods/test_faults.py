@@ -14,7 +14,7 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.methods import check_tuning, discover
-from luthier.methods._faults import first_fault
+from luthier.methods._tuning import first_fault
 from luthier.methods.base import MethodParams
 
 

@@ -13,7 +13,7 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
-from luthier.methods import check_tuning, discover, parameter_schemas, resolve_spec, row_limit
+from luthier.methods import check_tuning, discover, resolve_spec, row_limit
 
 BASE = BaseFacts(
     id="b",
@@ -61,7 +61,7 @@ def test_an_unknown_field_is_refused_with_those_that_its_method_has(
 ) -> None:
     with pytest.raises(UnknownParameterError) as caught:
         check_tuning(tuning)
-    fields = parameter_schemas()[str(tuning.get("type", "lora"))]["properties"]
+    fields = discover()[str(tuning.get("type", "lora"))].Params.model_json_schema()["properties"]
     assert f"{advice} This type of tuning takes: {', '.join(fields)}." in caught.value.message
 
 
@@ -153,7 +153,8 @@ def test_prompt_tuning_takes_more_passes_than_the_others_by_itself() -> None:
 
 
 def test_every_method_has_a_schema_that_names_its_type() -> None:
-    for name, schema in parameter_schemas().items():
+    for name, method in discover().items():
+        schema = method.Params.model_json_schema()
         assert schema["properties"]["type"]["const"] == name
         assert schema["additionalProperties"] is False
     assert "lora" in discover()
@@ -161,7 +162,8 @@ def test_every_method_has_a_schema_that_names_its_type() -> None:
 
 def test_methods_are_known_without_torch() -> None:
     code = (
-        "import sys, luthier.methods as m; m.check_tuning({}); m.parameter_schemas();"
+        "import sys, luthier.methods as m; m.check_tuning({});"
+        "[one.Params.model_json_schema() for one in m.discover().values()];"
         "sys.exit(int(any(n in sys.modules for n in ('torch', 'transformers', 'peft'))))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,13 +1,21 @@
-"""Checking a request's `tuning` object, and replacing every "auto" of a spec by a number."""
+"""The `tuning` object of a job: its check, its inheritance from a tuned model, and the values of "auto"."""
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from luthier.core.errors import InvalidValueError, UnsupportedValueError
+from luthier.core.errors import (
+    InvalidRequestError,
+    InvalidValueError,
+    UnsupportedValueError,
+    advise,
+    field_error,
+    shown_part,
+)
 from luthier.core.specs import BaseFacts, DpoOptions, Hyperparameters, TrainingSpec
 from luthier.methods._discover import discover
-from luthier.methods._faults import first_fault
 from luthier.methods.base import Method, MethodParams, Workload
 
 MAX_EPOCHS = 50
@@ -19,6 +27,8 @@ DEFAULT_BETA = 0.1
 # preference set (benchmarks/preferences.py) with lora: at a tenth 76 % of held-out pairs after two epochs, at
 # this 89 %.
 _DPO_RATE_SHARE = 0.3
+# Shown of values in errors.
+_MAX_INHERITED_CHARACTERS, _MAX_SENT_CHARACTERS = 60, 40
 
 
 def check_tuning(tuning: dict[str, Any]) -> dict[str, Any]:
@@ -190,3 +200,122 @@ def _check_range(name: str, value: int, largest: int) -> None:
             f"{name} must be a whole number from 1 to {largest}; got {value}.",
             param=f"hyperparameters.{name}",
         )
+
+
+def inherit_tuning(asked: dict[str, Any], parent: dict[str, Any], *, name: str) -> dict[str, Any]:
+    """Return the tuning of a job that trains an artifact's weights further.
+
+    Args:
+        asked: the request's object as it came; `{}` asks for nothing, "auto" of a shape for the parent's.
+        parent: the resolved `tuning` of the job that made the artifact.
+
+    Returns:
+        The parent's type and all that shapes its weights or says where they began; the rest as asked for,
+        or its default.
+
+    Raises:
+        InvalidRequestError: when a member contradicts the parent's, or is wrong in itself; names it.
+    """
+    method, params = parse_tuning(parent)
+    inherited = params.model_dump(mode="json")
+    wanted = asked.get("type", method.name)
+    if wanted != method.name:
+        raise _contradiction("type", wanted, method.name, name)
+    for member in _in_order(inherited, method.starting_params):
+        if member in asked and asked[member] != inherited[member]:
+            raise InvalidValueError(
+                f"tuning.{member}: this job starts from the weights of {name}, so there are no first values "
+                "to choose; leave it out.",
+                param=f"tuning.{member}",
+            )
+    shapes = _in_order(inherited, method.shaping_params)
+    kept = {member: inherited[member] for member in (*shapes, *method.starting_params)}
+    sent = {key: value for key, value in asked.items() if key not in shapes or value != "auto"}
+    found = check_tuning({"type": method.name, **kept, **sent})
+    for member in shapes:
+        if found[member] != inherited[member]:
+            raise _contradiction(member, found[member], inherited[member], name)
+    return found
+
+
+def _in_order(params: dict[str, Any], members: frozenset[str]) -> list[str]:
+    """Return members in the order of the parameters, so that of several faults the same one is told."""
+    return [member for member in params if member in members]
+
+
+def _contradiction(member: str, asked: Any, inherited: Any, name: str) -> InvalidValueError:
+    return InvalidValueError(
+        f"tuning.{member}: {_shown(asked)} contradicts the {_shown(inherited)} of {name}; leave it out.",
+        param=f"tuning.{member}",
+    )
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    cut = text if len(text) <= _MAX_INHERITED_CHARACTERS else text[:_MAX_INHERITED_CHARACTERS] + "…"
+    return cut.encode("unicode_escape").decode() if not cut.isprintable() else cut
+
+
+_Path = tuple[str | int, ...]
+
+
+def first_fault(error: ValidationError, tuning: dict[str, Any], known: Sequence[str]) -> InvalidRequestError:
+    """Return the error for the first field with a fault.
+
+    Where a field takes this or that (a name or a list of names), pydantic tells a fault of each branch; the
+    one that reaches deepest into what was sent is the one that was meant.
+
+    Args:
+        tuning: the object as it came.
+
+    Returns:
+        The error; its `param` is the field's path, such as `tuning.target_modules.1`.
+    """
+    faults = [(_path(fault["loc"], fault["type"], tuning), fault) for fault in error.errors()]
+    field = faults[0][0][:1]
+    path = max((path for path, _ in faults if path[:1] == field), key=len)
+    of_path = [fault for found, fault in faults if found == path]
+    param = ".".join(["tuning", *(shown_part(part) for part in path)])
+    kinds = {str(fault["type"]) for fault in of_path}
+    for kind in ("extra_forbidden", "missing"):
+        if kind in kinds:
+            return field_error(kind, param, "", advice=_advice(path, known))
+    value = _value_at(path, tuning)
+    rules = sorted({str(fault["msg"]).removeprefix("Value error, ") for fault in of_path})
+    shown = repr(value)[:_MAX_SENT_CHARACTERS]
+    message = f"Invalid value for '{param}': {shown}. {'; or: '.join(rules)}."
+    # A number out of its range breaks a bound; the other branch of the union ("auto") is then no type fault.
+    is_out_of_range = any(not kind.endswith(("_type", "_parsing", "literal_error")) for kind in kinds)
+    is_value = is_out_of_range or isinstance(value, str)
+    return field_error("value_error" if is_value else "value_type", param, message)
+
+
+def _advice(path: _Path, known: Sequence[str]) -> str:
+    if len(path) > 1:
+        return "Leave it out."
+    return f"{advise(str(path[0]), known)} This type of tuning takes: {', '.join(known)}."
+
+
+def _path(location: Sequence[str | int], kind: str, tuning: dict[str, Any]) -> _Path:
+    """Return where a fault lies in what was sent; pydantic's names of a union's branches are left out."""
+    path: list[str | int] = []
+    value: Any = tuning
+    for place, part in enumerate(location):
+        is_absent_field = place == len(location) - 1 and kind == "missing"
+        if is_absent_field or _has(value, part) or not path:
+            path.append(part)
+            value = value[part] if _has(value, part) else None
+    return tuple(path)
+
+
+def _has(value: Any, part: str | int) -> bool:
+    if isinstance(value, dict):
+        return part in value
+    return isinstance(value, list) and isinstance(part, int) and part < len(value)
+
+
+def _value_at(path: _Path, tuning: dict[str, Any]) -> Any:
+    value: Any = tuning
+    for part in path:
+        value = value[part] if _has(value, part) else None
+    return value
