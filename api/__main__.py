@@ -10,8 +10,8 @@ from types import FrameType
 
 import uvicorn
 
-from api.deps import Parts
-from api.main import create_app, make_parts
+from api.deps import AppState
+from api.main import create_app, make_app_state
 from luthier.bases.catalogue import read_again
 from luthier.core.http_limits import limited_protocol, raise_open_file_limit
 from luthier.core.logs import configure_logs
@@ -29,9 +29,9 @@ _ANSWER_SECONDS = 4
 class _Server(uvicorn.Server):
     """A server that ends its event streams first: uvicorn waits for open answers before it stops."""
 
-    def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
+    def __init__(self, config: uvicorn.Config, state: AppState) -> None:
         super().__init__(config)
-        self._parts = parts
+        self._state = state
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
 
@@ -43,14 +43,14 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, streams first; uvicorn calls this from its signal handler, on the loop's thread."""
-        self._parts.hub.close_streams()
+        self._state.hub.close_streams()
         # A signal may come before the start; nobody waits for an answer then.
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end_answers_soon)
         super().handle_exit(sig, frame)
 
     def _read_catalogue(self) -> None:
-        self._parts.catalogue = read_again(self._parts.settings.models_file, self._parts.catalogue)
+        self._state.catalogue = read_again(self._state.settings.models_file, self._state.catalogue)
 
     def _end_answers_soon(self) -> None:
         if self._ending is None:
@@ -59,7 +59,7 @@ class _Server(uvicorn.Server):
     async def _end_answers(self) -> None:
         """Leave the inference servers; whoever still waits for one of them is told that it broke off."""
         await asyncio.sleep(_ANSWER_SECONDS)
-        await self._parts.backend.aclose()
+        await self._state.backend.aclose()
 
 
 def main() -> None:
@@ -76,9 +76,9 @@ def main() -> None:
     sys.setswitchinterval(_SWITCH_SECONDS)
     # An estimate takes one processor from the streams, not all of them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parts = make_parts(settings)
+    state = make_app_state(settings)
     config = uvicorn.Config(
-        create_app(parts),
+        create_app(state),
         host=arguments.host,
         port=arguments.port,
         log_level=settings.log_level,
@@ -90,7 +90,7 @@ def main() -> None:
         timeout_graceful_shutdown=_GRACEFUL_SECONDS,
     )
     freeze_garbage()
-    _Server(config, parts).run()
+    _Server(config, state).run()
 
 
 if __name__ == "__main__":

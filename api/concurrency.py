@@ -8,7 +8,7 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from api.deps import Parts
+from api.deps import AppState
 from luthier.bases.catalogue import find_base_facts
 from luthier.core.errors import ModelNotAvailableError, UnavailableError
 from luthier.core.specs import BaseFacts
@@ -47,13 +47,13 @@ async def run_apart(work: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
 
 
-def get_base_here(parts: Parts, base_id: str, *, param: str) -> BaseFacts:
+def get_base_here(state: AppState, base_id: str, *, param: str) -> BaseFacts:
     """Return the facts of a base that is on this machine.
 
     Raises:
         ModelNotAvailableError: when it is not here.
     """
-    facts = find_base_facts(parts.settings.bases_dir, base_id)
+    facts = find_base_facts(state.settings.bases_dir, base_id)
     if facts is None:
         raise ModelNotAvailableError(
             f"{param}: {base_id} is not on the API's machine, which counts tokens with it. Operator: luthier "

@@ -1,4 +1,4 @@
-"""What routes are given: the process's parts, a session, and the caller's scope."""
+"""Dependencies of routes: the state of the process, a session, the caller's principal."""
 
 import asyncio
 import os
@@ -41,8 +41,8 @@ NUM_CHECKS = min(16, max(8, 2 * (os.cpu_count() or 1)))
 
 
 @dataclass
-class Parts:
-    """What one API process is made of; made once at start and passed to every route.
+class AppState:
+    """The state of one API process, created at start and passed to every route.
 
     SIGHUP replaces the catalogue, and nothing else.
     """
@@ -76,16 +76,16 @@ class Parts:
     reports: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(NUM_REPORTS))
 
 
-async def get_parts(request: Request) -> Parts:
-    """Return the process's parts; async, as it would take a thread's turn otherwise."""
-    parts: Parts = request.app.state.parts
-    return parts
+async def get_app_state(request: Request) -> AppState:
+    """Return the state of the process; async, so that it needs no thread."""
+    state: AppState = request.app.state.shared
+    return state
 
 
-PartsDep = Annotated[Parts, Depends(get_parts)]
+AppStateDep = Annotated[AppState, Depends(get_app_state)]
 
 
-async def take_turn(parts: PartsDep) -> AsyncIterator[None]:
+async def take_turn(state: AppStateDep) -> AsyncIterator[None]:
     """Let in only as many requests as there are connections for.
 
     A request takes its connection in one thread and runs in another. Were more let in, those that wait for
@@ -93,20 +93,20 @@ async def take_turn(parts: PartsDep) -> AsyncIterator[None]:
     """
     try:
         async with asyncio.timeout(_TURN_SECONDS):
-            await parts.turns.acquire()
+            await state.turns.acquire()
     except TimeoutError as error:
         raise UnavailableError("The service is busy right now; try again.") from error
     try:
         yield
     finally:
-        parts.turns.release()
+        state.turns.release()
 
 
 def get_session(
-    parts: PartsDep, _turn: Annotated[None, Depends(take_turn, scope="function")]
+    state: AppStateDep, _turn: Annotated[None, Depends(take_turn, scope="function")]
 ) -> Iterator[Session]:
     """Open the request's one transaction."""
-    with parts.database.transaction() as session:
+    with state.database.transaction() as session:
         yield session
 
 
@@ -137,25 +137,25 @@ def bearer_key(request: Request) -> str:
     return key.strip()
 
 
-def get_scope(request: Request, session: SessionDep) -> Principal:
-    """Return the caller's scope, read in the request's own transaction."""
+def get_principal(request: Request, session: SessionDep) -> Principal:
+    """Return the caller's principal, read in the request's own transaction."""
     request.state.caller = keys.authenticate(session, bearer_key(request))
     return cast(Principal, request.state.caller)
 
 
-ScopeDep = Annotated[Principal, Depends(get_scope)]
+PrincipalDep = Annotated[Principal, Depends(get_principal)]
 
 
-async def get_scope_apart(request: Request, parts: PartsDep) -> Principal:
-    """Return the caller's scope from a short transaction of its own: for routes that then move bytes."""
+async def get_detached_principal(request: Request, state: AppStateDep) -> Principal:
+    """Return the caller's principal from a short transaction of its own: for routes that then move bytes."""
     key = bearer_key(request)
 
     def read() -> Principal:
-        with parts.database.transaction() as session:
+        with state.database.transaction() as session:
             return keys.authenticate(session, key)
 
     request.state.caller = await run_in_threadpool(read)
     return cast(Principal, request.state.caller)
 
 
-ScopeApartDep = Annotated[Principal, Depends(get_scope_apart)]
+DetachedPrincipalDep = Annotated[Principal, Depends(get_detached_principal)]

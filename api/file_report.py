@@ -9,7 +9,7 @@ from pathlib import Path
 from fastapi import Request
 
 from api.concurrency import get_base_here, run_apart, turn
-from api.deps import Parts
+from api.deps import AppState
 from api.schemas.files import FileReportObject, file_report_object
 from db.tables import File
 from luthier.bases.catalogue import base_folder
@@ -41,8 +41,8 @@ class _Input:
 
 
 async def report_apart(
-    parts: Parts,
-    scope: Principal,
+    state: AppState,
+    principal: Principal,
     request: Request,
     file_id: str,
     *,
@@ -60,13 +60,13 @@ async def report_apart(
         InvalidRequestError: when a file holds no rows, or the base is unknown or not on this machine.
         UnavailableError: when others are reported on for longer than one can wait.
     """
-    with parts.project_reports.hold(scope.project_id):
-        async with turn(parts.reports, told="Other files are being reported on; try again."):
+    with state.project_reports.hold(principal.project_id):
+        async with turn(state.reports, told="Other files are being reported on; try again."):
             has_left = threading.Event()
             watcher = asyncio.create_task(_watch(request, has_left))
             try:
                 return await run_apart(
-                    lambda: _report(parts, scope, file_id, base, validation_file_id, has_left)
+                    lambda: _report(state, principal, file_id, base, validation_file_id, has_left)
                 )
             finally:
                 watcher.cancel()
@@ -79,22 +79,22 @@ async def _watch(request: Request, has_left: threading.Event) -> None:
 
 
 def _report(
-    parts: Parts,
-    scope: Principal,
+    state: AppState,
+    principal: Principal,
     file_id: str,
     base: str | None,
     validation_file_id: str | None,
     has_left: threading.Event,
 ) -> FileReportObject:
-    file, validation = _find_files(parts, scope, file_id, validation_file_id)
-    facts = _find_base(parts, base)
+    file, validation = _find_files(state, principal, file_id, validation_file_id)
+    facts = _find_base(state, base)
     with ExitStack() as stack:
-        path = _hold(parts, stack, file)
-        validation_path = None if validation is None else _hold(parts, stack, validation)
+        path = _hold(state, stack, file)
+        validation_path = None if validation is None else _hold(state, stack, validation)
         try:
             report = report_in_process(
                 path,
-                base_folder(parts.settings.bases_dir, facts.id),
+                base_folder(state.settings.bases_dir, facts.id),
                 context_length=facts.context_length,
                 validation_path=validation_path,
                 max_seconds=_MAX_SECONDS,
@@ -110,10 +110,10 @@ def _report(
     return file_report_object(file.id, file.sha256, facts, validation_file_id, report)
 
 
-def _hold(parts: Parts, stack: ExitStack, given: _Input) -> Path:
+def _hold(state: AppState, stack: ExitStack, given: _Input) -> Path:
     """Hold a file's bytes for as long as the stack: themselves where storage is a local folder."""
     try:
-        return stack.enter_context(parts.storage.local_file(given.storage_key))
+        return stack.enter_context(state.storage.local_file(given.storage_key))
     except ArtifactCorruptError as error:
         raise _gone(given) from error
 
@@ -126,14 +126,14 @@ def _gone(given: _Input) -> LuthierError:
 
 
 def _find_files(
-    parts: Parts, scope: Principal, file_id: str, validation_file_id: str | None
+    state: AppState, principal: Principal, file_id: str, validation_file_id: str | None
 ) -> tuple[_Input, _Input | None]:
-    with parts.database.transaction() as session:
-        file = _as_input(files.get(session, scope, file_id), "id")
+    with state.database.transaction() as session:
+        file = _as_input(files.get(session, principal, file_id), "id")
         if validation_file_id is None:
             return file, None
         try:
-            found = files.get(session, scope, validation_file_id, param="validation_file")
+            found = files.get(session, principal, validation_file_id, param="validation_file")
         except NotFoundError as error:
             # As of jobs: 404 is for what the path names.
             raise InvalidValueError(error.message, param="validation_file") from error
@@ -149,8 +149,8 @@ def _as_input(row: File, param: str) -> _Input:
     return _Input(row.id, row.storage_key, row.sha256, param)
 
 
-def _find_base(parts: Parts, base: str | None) -> BaseFacts:
-    name = base or parts.settings.preload_base
+def _find_base(state: AppState, base: str | None) -> BaseFacts:
+    name = base or state.settings.preload_base
     if not name:
         raise MissingParameterError(
             "base: name the base whose chat template and tokenizer the report shall use; this service has "
@@ -158,7 +158,7 @@ def _find_base(parts: Parts, base: str | None) -> BaseFacts:
             param="base",
         )
     try:
-        entry = parts.catalogue.resolve(name)
+        entry = state.catalogue.resolve(name)
     except ModelNotAvailableError as error:
         raise ModelNotAvailableError(f"base: {error.message}", param="base") from error
-    return get_base_here(parts, entry.id, param="base")
+    return get_base_here(state, entry.id, param="base")

@@ -51,7 +51,7 @@ SentDep = Annotated[Sent, Depends(read_sent)]
 
 
 def act_on_job(
-    session: Session, scope: Principal, sent: Sent, verb: str, job_id: str, act: Callable[[], Job]
+    session: Session, principal: Principal, sent: Sent, verb: str, job_id: str, act: Callable[[], Job]
 ) -> Job:
     """Do what a client asks of a job, once: the same request again finds it done, which is no fault.
 
@@ -67,14 +67,14 @@ def act_on_job(
             was done.
     """
     sending = sent.to(f"POST /v1/fine_tuning/jobs/{job_id}/{verb}")
-    if sent.key is not None and idempotency.find_earlier(session, scope, sending) is not None:
-        return jobs.get(session, scope, job_id)
+    if sent.key is not None and idempotency.find_earlier(session, principal, sending) is not None:
+        return jobs.get(session, principal, job_id)
     try:
         job = act()
     except InvalidTransitionError:
         # The SDK's own retry of a request that was done and whose answer was lost.
-        if idempotency.find_earlier(session, scope, sending) is None:
+        if idempotency.find_earlier(session, principal, sending) is None:
             raise
-        return jobs.get(session, scope, job_id)
-    idempotency.remember(session, scope, sending, resource_id=job.id)
+        return jobs.get(session, principal, job_id)
+    idempotency.remember(session, principal, sending, resource_id=job.id)
     return job

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from api.concurrency import get_base_here, run_apart, turn
-from api.deps import Parts
+from api.deps import AppState
 from db.tables import File
 from luthier.bases.catalogue import base_folder
 from luthier.core.shapes import BaseShape, read_shape
@@ -37,7 +37,7 @@ class _Input:
         return cls(file.storage_key, file.num_bytes, file.num_rows)
 
 
-async def estimate_apart(parts: Parts, scope: Principal, request: NewJob) -> Estimate:
+async def estimate_apart(state: AppState, principal: Principal, request: NewJob) -> Estimate:
     """Estimate what a job would take; nothing is stored. One for a project and few at a time.
 
     Raises:
@@ -45,23 +45,23 @@ async def estimate_apart(parts: Parts, scope: Principal, request: NewJob) -> Est
         TooManyRequestsError: when another estimate of the project is being made.
         UnavailableError: when others are estimated for longer than one can wait.
     """
-    with parts.project_estimates.hold(scope.project_id):
-        async with turn(parts.estimates, told="Other estimates are being made; try again."):
-            return await run_apart(lambda: _estimate(parts, scope, request))
+    with state.project_estimates.hold(principal.project_id):
+        async with turn(state.estimates, told="Other estimates are being made; try again."):
+            return await run_apart(lambda: _estimate(state, principal, request))
 
 
-def _estimate(parts: Parts, scope: Principal, request: NewJob) -> Estimate:
-    with parts.database.transaction() as session:
-        request = integrations.checked(session, parts.settings, request)
-        checked = jobs.check(session, scope, parts.catalogue, parts.settings, request)
+def _estimate(state: AppState, principal: Principal, request: NewJob) -> Estimate:
+    with state.database.transaction() as session:
+        request = integrations.checked(session, state.settings, request)
+        checked = jobs.check(session, principal, state.catalogue, state.settings, request)
         training = _Input.of(checked.training_file)
         validation = None if checked.validation_file is None else _Input.of(checked.validation_file)
         memory_bytes = speeds.find_worker_memory(session)
     spec = checked.spec
-    base = get_base_here(parts, spec.base_id, param="model")
-    folder = base_folder(parts.settings.bases_dir, base.id)
+    base = get_base_here(state, spec.base_id, param="model")
+    folder = base_folder(state.settings.bases_dir, base.id)
     shape = read_shape(folder)
-    grounds = _find_grounds(parts, spec, base, shape)
+    grounds = _find_grounds(state, spec, base, shape)
     if grounds is not None and grounds.device.device != "cpu":
         # Of a GPU's memory prepare knows nothing either.
         memory_bytes = None
@@ -71,27 +71,27 @@ def _estimate(parts: Parts, scope: Principal, request: NewJob) -> Estimate:
         base=base,
         shape=shape,
         base_folder=folder,
-        training=_count(parts, training, "training", spec, folder, base),
+        training=_count(state, training, "training", spec, folder, base),
         validation=(
-            None if validation is None else _count(parts, validation, "validation", spec, folder, base)
+            None if validation is None else _count(state, validation, "validation", spec, folder, base)
         ),
         grounds=grounds,
         memory_bytes=memory_bytes,
     )
 
 
-def _find_grounds(parts: Parts, spec: TrainingSpec, base: BaseFacts, shape: BaseShape) -> Grounds | None:
-    with parts.database.transaction() as session:
+def _find_grounds(state: AppState, spec: TrainingSpec, base: BaseFacts, shape: BaseShape) -> Grounds | None:
+    with state.database.transaction() as session:
         finished, device = speeds.list_finished(session, base, shape, spec.training.precision)
         device = device or speeds.find_speed(session)
     return None if device is None else Grounds(device, finished)
 
 
 def _count(
-    parts: Parts, file: _Input, purpose: Purpose, spec: TrainingSpec, folder: Path, base: BaseFacts
+    state: AppState, file: _Input, purpose: Purpose, spec: TrainingSpec, folder: Path, base: BaseFacts
 ) -> RowCounts:
-    is_whole = parts.storage.local_root is not None or file.num_bytes <= SAMPLE_BYTES
-    with _rows_here(parts, file, is_whole=is_whole) as path:
+    is_whole = state.storage.local_root is not None or file.num_bytes <= SAMPLE_BYTES
+    with _rows_here(state, file, is_whole=is_whole) as path:
         return count_rows(
             path,
             folder,
@@ -107,13 +107,13 @@ def _count(
 
 
 @contextmanager
-def _rows_here(parts: Parts, file: _Input, *, is_whole: bool) -> Iterator[Path]:
+def _rows_here(state: AppState, file: _Input, *, is_whole: bool) -> Iterator[Path]:
     """Hold a file's rows on this machine: the file itself, or a copy of its beginning."""
     if is_whole:
-        with parts.storage.local_file(file.storage_key) as path:
+        with state.storage.local_file(file.storage_key) as path:
             yield path
         return
     with tempfile.NamedTemporaryFile(prefix="luthier-estimate-") as beginning:
-        beginning.write(parts.storage.read_start(file.storage_key, SAMPLE_BYTES))
+        beginning.write(state.storage.read_start(file.storage_key, SAMPLE_BYTES))
         beginning.flush()
         yield Path(beginning.name)

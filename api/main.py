@@ -1,4 +1,4 @@
-"""The API application, and what one process of it is made of."""
+"""The FastAPI application and the state of its process."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from api import errors
 from api.access_log import RequestLogMiddleware
-from api.deps import NUM_TURNS, Parts, bearer_scheme
+from api.deps import NUM_TURNS, AppState, bearer_scheme
 from api.metrics import ApiMetrics
 from api.paths import EncodedSlashMiddleware
 from api.queries import refuse_unknown_query
@@ -58,11 +58,11 @@ _EXPOSED_HEADERS = (
 )
 
 
-def make_parts(settings: Settings) -> Parts:
-    """Make the parts of one API process; nothing is connected yet."""
+def make_app_state(settings: Settings) -> AppState:
+    """Return the state of one API process; nothing is connected yet."""
     database_url = settings.database_url.get_secret_value()
     database, catalogue = Database(database_url, pool_size=_POOL_SIZE), load_catalogue(settings.models_file)
-    return Parts(
+    return AppState(
         settings=settings,
         database=database,
         storage=Storage.open(settings.storage_url),
@@ -76,28 +76,28 @@ def make_parts(settings: Settings) -> Parts:
     )
 
 
-def _lifespan(parts: Parts) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(state: AppState) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def run(_app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = _NUM_THREADS
-        parts.hub.start()
-        parts.usage.start()
+        state.hub.start()
+        state.usage.start()
         yield
-        await parts.hub.stop()
-        await parts.usage.stop()
-        await parts.backend.aclose()
-        parts.database.close()
+        await state.hub.stop()
+        await state.usage.stop()
+        await state.backend.aclose()
+        state.database.close()
 
     return run
 
 
-def create_app(parts: Parts) -> FastAPI:
-    """Return the application over the given parts."""
+def create_app(state: AppState) -> FastAPI:
+    """Return the application over a state."""
     app = FastAPI(
         title="Luthier",
         description="Fine-tuning jobs as an API, in OpenAI's shapes.",
         version="0.1.0",
-        lifespan=_lifespan(parts),
+        lifespan=_lifespan(state),
         # A redirect would turn a POST into a GET in some clients.
         redirect_slashes=False,
         # In place of the 422 that the framework would document and this service never sends.
@@ -107,12 +107,12 @@ def create_app(parts: Parts) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.parts = parts
-    app.state.readiness = Readiness(parts)
+    app.state.shared = state
+    app.state.readiness = Readiness(state)
     errors.install(app)
     app.add_middleware(EncodedSlashMiddleware)
     app.add_middleware(BodyLimitMiddleware)
-    origins = [origin.strip() for origin in parts.settings.cors_origins.split(",") if origin.strip()]
+    origins = [origin.strip() for origin in state.settings.cors_origins.split(",") if origin.strip()]
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -120,8 +120,8 @@ def create_app(parts: Parts) -> FastAPI:
         allow_headers=["*"],
         expose_headers=_EXPOSED_HEADERS,
     )
-    is_logged = parts.settings.log_level in {"debug", "info"}
-    app.add_middleware(RequestLogMiddleware, metrics=parts.metrics, usage=parts.usage, is_logged=is_logged)
+    is_logged = state.settings.log_level in {"debug", "info"}
+    app.add_middleware(RequestLogMiddleware, metrics=state.metrics, usage=state.usage, is_logged=is_logged)
     # Routes are tried in order: those first that are asked most. What answers and lists models is asked by
     # clients that add parameters of their own.
     for module in (health, pages):

@@ -9,7 +9,7 @@ from sqlalchemy.exc import ProgrammingError
 from starlette.concurrency import run_in_threadpool
 from typing_extensions import TypedDict
 
-from api.deps import Parts
+from api.deps import AppState
 from db.migrate import newest_revision
 from luthier.core.errors import LuthierError, UnavailableError
 
@@ -31,8 +31,8 @@ class ReadinessObject(TypedDict):
 class Readiness:
     """The database's schema and the inference servers, as they were within the last second."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, state: AppState) -> None:
+        self._state = state
         self._expected = newest_revision()
         self._checking: asyncio.Task[ReadinessObject] | None = None
         self._ready_at = 0.0
@@ -70,7 +70,7 @@ class Readiness:
         return {"status": "ready", "revision": revision}
 
     def _read_revision(self) -> str | None:
-        with self._parts.database.transaction() as session:
+        with self._state.database.transaction() as session:
             session.execute(text("SET LOCAL statement_timeout = '1s'"))
             revision: str | None = session.scalar(text("SELECT version_num FROM alembic_version"))
             return revision
@@ -78,6 +78,6 @@ class Readiness:
     async def _can_answer(self) -> bool:
         try:
             async with asyncio.timeout(_INFERENCE_SECONDS):
-                return (await self._parts.backend.health()).is_ready
+                return (await self._state.backend.health()).is_ready
         except (LuthierError, TimeoutError):
             return False

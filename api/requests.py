@@ -7,7 +7,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.body_budget import MAX_UNCOUNTED_BYTES
-from api.deps import get_parts
+from api.deps import get_app_state
 from api.errors import to_response
 from api.streaming.target_resolver import authenticate
 from luthier.core.errors import LuthierError, TooLargeError
@@ -64,8 +64,8 @@ async def _read(request: Request, receive: Receive, held: ExitStack) -> bytearra
         if count is not None:
             count(len(chunk))
         elif len(body) > MAX_UNCOUNTED_BYTES:
-            parts = await get_parts(request)
-            caller = await authenticate(request, parts)
-            count = held.enter_context(parts.bodies.hold(caller.project_id))
+            state = await get_app_state(request)
+            caller = await authenticate(request, state)
+            count = held.enter_context(state.bodies.hold(caller.project_id))
             count(len(body))
     return body

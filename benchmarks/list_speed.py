@@ -22,7 +22,7 @@ import uvicorn
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from api.main import create_app, make_parts
+from api.main import create_app, make_app_state
 from benchmarks.throw_away import throw_away_postgres
 from db.session import Database
 from db.tables import ApiKey, Organization
@@ -131,7 +131,7 @@ FILTERS = (
 @contextmanager
 def served(settings: Settings) -> Iterator[str]:
     """Serve the API on a free port; yields its base URL."""
-    server = uvicorn.Server(uvicorn.Config(create_app(make_parts(settings)), port=0, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(create_app(make_app_state(settings)), port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

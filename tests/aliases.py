@@ -49,7 +49,7 @@ def make_ours(api: Api) -> Aliases:
     client = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
     file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
     job_id = client.fine_tuning.jobs.create(model=TINY_BASE, training_file=file.id).id
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         _add_models(session, session.get_one(Job, job_id))
     return Aliases(api, api.key)
 
@@ -76,6 +76,6 @@ def _add_models(session: Session, job: Job) -> None:
 
 def scope_of(api: Api) -> Principal:
     """Return the project's scope."""
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         job = session.scalars(select(Job)).one()
         return Principal(job.organization_id, "personal", job.project_id, None)

@@ -28,7 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in [name for name in os.environ if name.startswith("LUTHIER_")]:
     del os.environ[_name]
 
-from api.deps import Parts  # noqa: E402
+from api.deps import AppState  # noqa: E402
 from api.main import create_app  # noqa: E402
 from api.metrics import ApiMetrics  # noqa: E402
 from api.streaming.event_hub import EventHub  # noqa: E402
@@ -231,7 +231,7 @@ class Api:
 
     base_url: str
     key: str
-    parts: Parts
+    state: AppState
     backend: FakeBackend
     notified: list[str] = field(default_factory=list)
 
@@ -266,7 +266,7 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
     backend = FakeBackend()
     url = settings.database_url.get_secret_value()
     catalogue = load_catalogue(settings.models_file)
-    parts = Parts(
+    state = AppState(
         settings=settings,
         database=database,
         storage=Storage.open(settings.storage_url),
@@ -278,14 +278,14 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         notify=notified.append,
         sealer=Sealer(settings.secret_key.get_secret_value()),
     )
-    server = _Server(uvicorn.Config(create_app(parts), port=0, log_config=None, timeout_graceful_shutdown=2))
+    server = _Server(uvicorn.Config(create_app(state), port=0, log_config=None, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         wait_until(lambda: server.started, what="the API serves")
         port = server.servers[0].sockets[0].getsockname()[1]
         key = settings.bootstrap_api_key.get_secret_value()
-        yield Api(f"http://127.0.0.1:{port}", key, parts, backend, notified)
+        yield Api(f"http://127.0.0.1:{port}", key, state, backend, notified)
     finally:
         server.should_exit = True
         thread.join(timeout=15)

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from api.deps import Parts, PartsDep
+from api.deps import AppState, AppStateDep
 from api.schemas.answers import EVENT_STREAM, ChatCompletion, Completion, ResponseObject
 from api.streaming.chat_proxy import RESPONSES_PATH, ask
 from api.streaming.chat_request import read_body, read_model_name
@@ -19,27 +19,27 @@ def _answered_by(model: Any) -> dict[int | str, dict[str, Any]]:
     return {200: {"model": model, "content": EVENT_STREAM}}
 
 
-async def _answer(request: Request, parts: Parts, path: str) -> Response:
-    async with read_body(request, parts) as body:
-        target = await resolve_target(request, parts, await read_model_name(body))
+async def _answer(request: Request, state: AppState, path: str) -> Response:
+    async with read_body(request, state) as body:
+        target = await resolve_target(request, state, await read_model_name(body))
         usage = TokenCounts()
         request.state.model, request.state.usage = target.model, usage
-        return await ask(request, parts.backend, path, body, target, usage)
+        return await ask(request, state.backend, path, body, target, usage)
 
 
 @router.post("/chat/completions", responses=_answered_by(ChatCompletion))
-async def create_chat_completion(request: Request, parts: PartsDep) -> Response:
+async def create_chat_completion(request: Request, state: AppStateDep) -> Response:
     """Answer a chat, streamed or whole, with a base or a tuned model."""
-    return await _answer(request, parts, "/v1/chat/completions")
+    return await _answer(request, state, "/v1/chat/completions")
 
 
 @router.post("/completions", responses=_answered_by(Completion))
-async def create_completion(request: Request, parts: PartsDep) -> Response:
+async def create_completion(request: Request, state: AppStateDep) -> Response:
     """Continue a text, streamed or whole, with a base or a tuned model."""
-    return await _answer(request, parts, "/v1/completions")
+    return await _answer(request, state, "/v1/completions")
 
 
 @router.post("/responses", responses=_answered_by(ResponseObject))
-async def create_response(request: Request, parts: PartsDep) -> Response:
+async def create_response(request: Request, state: AppStateDep) -> Response:
     """Answer an input, streamed or whole, with a base or a tuned model; nothing is kept."""
-    return await _answer(request, parts, RESPONSES_PATH)
+    return await _answer(request, state, RESPONSES_PATH)

@@ -7,7 +7,7 @@ from fastapi.responses import Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.files import FileObject, file_object
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
@@ -51,20 +51,20 @@ _FORM = {
 
 
 @router.post("", openapi_extra=_FORM)
-async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -> FileObject:
+async def create_file(request: Request, state: AppStateDep, principal: DetachedPrincipalDep) -> FileObject:
     """Upload a file (multipart: `purpose` and `file`); a line that breaks the format is refused by number."""
     file_id = new_id("file")
-    storage_key = f"projects/{scope.project_id}/files/{file_id}"
-    limit = parts.settings.max_stored_bytes_per_project
+    storage_key = f"projects/{principal.project_id}/files/{file_id}"
+    limit = state.settings.max_stored_bytes_per_project
 
     def check_room() -> None:
-        parts.storage.check_free(parts.settings.min_free_bytes)
-        with parts.database.transaction() as session:
-            limits.check_stored_bytes(session, scope.project_id, limit, num_new_bytes=1)
+        state.storage.check_free(state.settings.min_free_bytes)
+        with state.database.transaction() as session:
+            limits.check_stored_bytes(session, principal.project_id, limit, num_new_bytes=1)
 
     def record(session: Session) -> FileObject:
-        limits.check_stored_bytes(session, scope.project_id, limit, num_new_bytes=stored.num_bytes)
-        return file_object(files.record(session, scope, stored))
+        limits.check_stored_bytes(session, principal.project_id, limit, num_new_bytes=stored.num_bytes)
+        return file_object(files.record(session, principal, stored))
 
     try:
         await run_in_threadpool(check_room)
@@ -73,22 +73,22 @@ async def create_file(request: Request, parts: PartsDep, scope: ScopeApartDep) -
         raise
     stored = await receive_file(
         request,
-        parts.storage,
-        parts.settings,
-        lambda: parts.checks.hold(scope.project_id),
+        state.storage,
+        state.settings,
+        lambda: state.checks.hold(principal.project_id),
         file_id=file_id,
         storage_key=storage_key,
     )
 
     return await record_stored(
-        parts, storage_key, record, lambda session: session.get(File, file_id) is not None
+        state, storage_key, record, lambda session: session.get(File, file_id) is not None
     )
 
 
 @router.get("")
 def list_files(
     session: SessionDep,
-    scope: ScopeDep,
+    principal: PrincipalDep,
     after: str | None = None,
     limit: Annotated[int, Query(ge=0, le=10000)] = 10000,
     order: Literal["asc", "desc"] = "desc",
@@ -96,30 +96,32 @@ def list_files(
 ) -> ListPage[FileObject]:
     """List the project's files, newest first unless asked otherwise."""
     rows, has_more = files.list_(
-        session, scope, after=after, limit=limit, is_ascending=order == "asc", purpose=purpose
+        session, principal, after=after, limit=limit, is_ascending=order == "asc", purpose=purpose
     )
     return list_object([file_object(row) for row in rows], has_more=has_more, with_ids=True)
 
 
 @router.get("/{file_id}")
-def retrieve_file(file_id: str, session: SessionDep, scope: ScopeDep) -> FileObject:
+def retrieve_file(file_id: str, session: SessionDep, principal: PrincipalDep) -> FileObject:
     """Describe one file."""
-    return file_object(files.get(session, scope, file_id))
+    return file_object(files.get(session, principal, file_id))
 
 
-def _get(parts: Parts, scope: Principal, file_id: str) -> File:
-    with parts.database.transaction() as session:
-        return files.get(session, scope, file_id)
+def _get(state: AppState, principal: Principal, file_id: str) -> File:
+    with state.database.transaction() as session:
+        return files.get(session, principal, file_id)
 
 
 @router.head("/{file_id}/content", include_in_schema=False)
 @router.get("/{file_id}/content", response_class=Response, responses=BYTES_ANSWER)
-async def file_content(file_id: str, request: Request, parts: PartsDep, scope: ScopeApartDep) -> Response:
+async def file_content(
+    file_id: str, request: Request, state: AppStateDep, principal: DetachedPrincipalDep
+) -> Response:
     """Send a file's bytes as they were uploaded, whole or a range of them."""
-    row = await run_in_threadpool(_get, parts, scope, file_id)
+    row = await run_in_threadpool(_get, state, principal, file_id)
     return await stored_bytes(
         request,
-        parts.storage,
+        state.storage,
         row.storage_key,
         size_bytes=row.num_bytes,
         sha256=row.sha256,
@@ -127,15 +129,15 @@ async def file_content(file_id: str, request: Request, parts: PartsDep, scope: S
     )
 
 
-def _delete(parts: Parts, scope: Principal, file_id: str) -> str:
-    with parts.database.transaction() as session:
-        return files.delete(session, scope, file_id).storage_key
+def _delete(state: AppState, principal: Principal, file_id: str) -> str:
+    with state.database.transaction() as session:
+        return files.delete(session, principal, file_id).storage_key
 
 
 @router.delete("/{file_id}")
-async def delete_file(file_id: str, parts: PartsDep, scope: ScopeApartDep) -> DeletedObject:
+async def delete_file(file_id: str, state: AppStateDep, principal: DetachedPrincipalDep) -> DeletedObject:
     """Delete a file, its bytes included, unless an unfinished job reads it."""
-    storage_key = await run_in_threadpool(_delete, parts, scope, file_id)
+    storage_key = await run_in_threadpool(_delete, state, principal, file_id)
     # What storage can't delete now, a worker does later: the row says that the bytes may still be there.
-    await drop_stored(parts, [storage_key])
+    await drop_stored(state, [storage_key])
     return {"id": file_id, "object": "file", "deleted": True}

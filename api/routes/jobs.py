@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.deps import AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
 from api.idempotency import SentDep, act_on_job
 from api.job_estimate import estimate_apart
 from api.schemas.answers import EVENT_STREAM
@@ -36,23 +36,25 @@ Limit = Annotated[int, Query(ge=0, le=1000)]
 
 @router.post("")
 def create_job(
-    body: CreateJobBody, sent: SentDep, session: SessionDep, scope: ScopeDep, parts: PartsDep
+    body: CreateJobBody, sent: SentDep, session: SessionDep, principal: PrincipalDep, state: AppStateDep
 ) -> JobObject:
     """Create a job; the same create sent again, because its answer was lost, makes no second one."""
     sending = sent.to(_CREATE_ROUTE)
-    earlier = idempotency.find_earlier(session, scope, sending)
+    earlier = idempotency.find_earlier(session, principal, sending)
     if earlier is not None:
-        return job_object(jobs.get(session, scope, earlier))
-    wanted = integrations.checked(session, parts.settings, body.to_new_job())
-    job = jobs.create(session, scope, parts.catalogue, parts.settings, parts.notify, wanted)
-    idempotency.remember(session, scope, sending, resource_id=job.id)
+        return job_object(jobs.get(session, principal, earlier))
+    wanted = integrations.checked(session, state.settings, body.to_new_job())
+    job = jobs.create(session, principal, state.catalogue, state.settings, state.notify, wanted)
+    idempotency.remember(session, principal, sending, resource_id=job.id)
     return job_object(job)
 
 
 @router.post("/estimate")
-async def estimate_job(body: CreateJobBody, parts: PartsDep, scope: ScopeApartDep) -> JobEstimate:
+async def estimate_job(
+    body: CreateJobBody, state: AppStateDep, principal: DetachedPrincipalDep
+) -> JobEstimate:
     """Tell what a job would take, from the same body as a create; no job is made and nothing is stored."""
-    found = await estimate_apart(parts, scope, body.to_new_job())
+    found = await estimate_apart(state, principal, body.to_new_job())
     return estimate_object(found, body.training_file, body.validation_file)
 
 
@@ -76,64 +78,72 @@ def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
 
 @router.get("")
 def list_jobs(
-    request: Request, session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
+    request: Request,
+    session: SessionDep,
+    principal: PrincipalDep,
+    after: str | None = None,
+    limit: Limit = 20,
 ) -> ListPage[JobObject]:
     """List the project's jobs, newest first."""
     metadata, has_no_metadata = _metadata_filter(request)
     rows, has_more = jobs.list_(
-        session, scope, after=after, limit=limit, metadata=metadata, has_no_metadata=has_no_metadata
+        session, principal, after=after, limit=limit, metadata=metadata, has_no_metadata=has_no_metadata
     )
     return list_object([job_object(row) for row in rows], has_more=has_more)
 
 
 @router.get("/{fine_tuning_job_id}")
-def retrieve_job(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> JobObject:
+def retrieve_job(fine_tuning_job_id: str, session: SessionDep, principal: PrincipalDep) -> JobObject:
     """Describe one job."""
-    return job_object(jobs.get(session, scope, fine_tuning_job_id))
+    return job_object(jobs.get(session, principal, fine_tuning_job_id))
 
 
 @router.post("/{fine_tuning_job_id}/cancel")
-def cancel_job(fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep) -> JobObject:
+def cancel_job(
+    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, principal: PrincipalDep
+) -> JobObject:
     """Cancel a job that has not ended; published checkpoints stay callable."""
-    act = partial(jobs.cancel, session, scope, fine_tuning_job_id)
-    return job_object(act_on_job(session, scope, sent, "cancel", fine_tuning_job_id, act))
+    act = partial(jobs.cancel, session, principal, fine_tuning_job_id)
+    return job_object(act_on_job(session, principal, sent, "cancel", fine_tuning_job_id, act))
 
 
 @router.post("/{fine_tuning_job_id}/pause")
-def pause_job(fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep) -> JobObject:
+def pause_job(
+    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, principal: PrincipalDep
+) -> JobObject:
     """Pause a job that is queued or running; its slot is given back, and nothing of it is lost."""
-    act = partial(pausing.pause, session, scope, fine_tuning_job_id)
-    return job_object(act_on_job(session, scope, sent, "pause", fine_tuning_job_id, act))
+    act = partial(pausing.pause, session, principal, fine_tuning_job_id)
+    return job_object(act_on_job(session, principal, sent, "pause", fine_tuning_job_id, act))
 
 
 @router.post("/{fine_tuning_job_id}/resume")
 def resume_job(
-    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, scope: ScopeDep, parts: PartsDep
+    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, principal: PrincipalDep, state: AppStateDep
 ) -> JobObject:
     """Let a paused job go on from its newest save point."""
-    act = partial(pausing.resume, session, scope, parts.notify, fine_tuning_job_id)
-    return job_object(act_on_job(session, scope, sent, "resume", fine_tuning_job_id, act))
+    act = partial(pausing.resume, session, principal, state.notify, fine_tuning_job_id)
+    return job_object(act_on_job(session, principal, sent, "resume", fine_tuning_job_id, act))
 
 
 @router.get("/{fine_tuning_job_id}/checkpoints")
 def list_checkpoints(
     fine_tuning_job_id: str,
     session: SessionDep,
-    scope: ScopeDep,
+    principal: PrincipalDep,
     after: str | None = None,
     limit: Limit = 10,
 ) -> ListPage[CheckpointObject]:
     """List a job's checkpoints, highest step first."""
-    rows, has_more = jobs.list_checkpoints(session, scope, fine_tuning_job_id, after=after, limit=limit)
+    rows, has_more = jobs.list_checkpoints(session, principal, fine_tuning_job_id, after=after, limit=limit)
     data = [checkpoint_object(checkpoint, name) for checkpoint, name in rows]
     return list_object(data, has_more=has_more, with_ids=True)
 
 
 # Documented by the schema, not checked against it: a report of an older version is served as it is.
 @router.get("/{fine_tuning_job_id}/report", response_model=None, responses={200: {"model": JobReport}})
-def retrieve_report(fine_tuning_job_id: str, session: SessionDep, scope: ScopeDep) -> dict[str, Any]:
+def retrieve_report(fine_tuning_job_id: str, session: SessionDep, principal: PrincipalDep) -> dict[str, Any]:
     """Tell what a job's files held, how training went and what it cost, as far as it is known."""
-    return report_object(jobs.get(session, scope, fine_tuning_job_id))
+    return report_object(jobs.get(session, principal, fine_tuning_job_id))
 
 
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"model": ListPage[EventObject], "content": EVENT_STREAM}}
@@ -143,20 +153,24 @@ _EVENTS: dict[int | str, dict[str, Any]] = {200: {"model": ListPage[EventObject]
 async def list_events(
     fine_tuning_job_id: str,
     request: Request,
-    parts: PartsDep,
-    scope: ScopeApartDep,
+    state: AppStateDep,
+    principal: DetachedPrincipalDep,
     after: str | None = None,
     limit: Limit = 20,
     stream: bool = False,
 ) -> Response:
     """List a job's events, newest first; with stream=true, send them as they happen, oldest first."""
     if stream:
-        await read_job(parts, scope, fine_tuning_job_id)
-        return event_stream_response(parts, scope, fine_tuning_job_id, request.headers.get("last-event-id"))
+        await read_job(state, principal, fine_tuning_job_id)
+        return event_stream_response(
+            state, principal, fine_tuning_job_id, request.headers.get("last-event-id")
+        )
 
     def read() -> ListPage[EventObject]:
-        with parts.database.transaction() as session:
-            rows, has_more = jobs.list_events(session, scope, fine_tuning_job_id, after=after, limit=limit)
+        with state.database.transaction() as session:
+            rows, has_more = jobs.list_events(
+                session, principal, fine_tuning_job_id, after=after, limit=limit
+            )
             return list_object([event_object(row) for row in rows], has_more=has_more)
 
     return JSONResponse(await run_in_threadpool(read))

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from api.deps import ScopeDep, SessionDep
+from api.deps import PrincipalDep, SessionDep
 from api.schemas.accounts import CreateKeyBody, KeyObject, key_object
 from api.schemas.base import DeletedObject, ListPage, list_object
 from services.accounts import keys
@@ -11,23 +11,23 @@ router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
 
 @router.post("")
-def create_key(body: CreateKeyBody, session: SessionDep, scope: ScopeDep) -> KeyObject:
+def create_key(body: CreateKeyBody, session: SessionDep, principal: PrincipalDep) -> KeyObject:
     """Make a key; its plain text is in this answer and nowhere else."""
     row, project_name, key = keys.create(
-        session, scope, name=body.name, project_name=body.project, is_admin=body.is_admin
+        session, principal, name=body.name, project_name=body.project, is_admin=body.is_admin
     )
     return key_object(row, project_name, key)
 
 
 @router.get("")
-def list_keys(session: SessionDep, scope: ScopeDep) -> ListPage[KeyObject]:
+def list_keys(session: SessionDep, principal: PrincipalDep) -> ListPage[KeyObject]:
     """List the organization's keys."""
-    data = [key_object(row, project_name) for row, project_name in keys.list_(session, scope)]
+    data = [key_object(row, project_name) for row, project_name in keys.list_(session, principal)]
     return list_object(data, has_more=False)
 
 
 @router.delete("/{key_id}")
-def revoke_key(key_id: str, session: SessionDep, scope: ScopeDep) -> DeletedObject:
+def revoke_key(key_id: str, session: SessionDep, principal: PrincipalDep) -> DeletedObject:
     """Revoke a key; it opens nothing from the next request on."""
-    keys.revoke(session, scope, key_id)
+    keys.revoke(session, principal, key_id)
     return {"id": key_id, "object": "api_key", "deleted": True}

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.models import (
     ModelFilesPage,
@@ -27,60 +27,62 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-def list_models(session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ListPage[ModelObject]:
+def list_models(session: SessionDep, principal: PrincipalDep, state: AppStateDep) -> ListPage[ModelObject]:
     """List every name that can be called: aliases, tuned models, checkpoints, bases, names mapped to them."""
     bases = {base.id: base for base in models.list_bases(session)}
-    aliased = names.list_aliased(session, scope, parts.catalogue)
-    data = [_named_object(named, scope) for named in aliased]
+    aliased = names.list_aliased(session, principal, state.catalogue)
+    data = [_named_object(named, principal) for named in aliased]
     # The project's own alias answers for these.
     shadowed = {model["id"] for model in data}
-    data += [tuned_model_object(model, scope.organization_slug) for model in models.list_(session, scope)]
-    data += [base_model_object(base) for base in bases.values() if base.id in parts.catalogue.bases]
+    data += [
+        tuned_model_object(model, principal.organization_slug) for model in models.list_(session, principal)
+    ]
+    data += [base_model_object(base) for base in bases.values() if base.id in state.catalogue.bases]
     data += [
         {**base_model_object(bases[target]), "id": alias, "base_model": target}
-        for alias, target in parts.catalogue.aliases.items()
+        for alias, target in state.catalogue.aliases.items()
         if target in bases and alias not in shadowed
     ]
     return list_object(data, has_more=False)
 
 
-def _named_object(named: names.Named, scope: Principal) -> ModelObject:
+def _named_object(named: names.Named, principal: Principal) -> ModelObject:
     if named.model is not None:
-        described = tuned_model_object(named.model, scope.organization_slug)
+        described = tuned_model_object(named.model, principal.organization_slug)
     else:
         assert named.base is not None
         described = base_model_object(named.base)
     if named.alias is None:
         return described
-    return aliased_object(named.alias, described, scope.organization_slug)
+    return aliased_object(named.alias, described, principal.organization_slug)
 
 
-def _artifact_key(parts: Parts, scope: Principal, name: str) -> str:
-    with parts.database.transaction() as session:
-        return models.get_own(session, scope, parts.catalogue, name).artifact_key
+def _artifact_key(state: AppState, principal: Principal, name: str) -> str:
+    with state.database.transaction() as session:
+        return models.get_own(session, principal, state.catalogue, name).artifact_key
 
 
 @router.get("/{model}/files")
-async def list_model_files(model: str, parts: PartsDep, scope: ScopeApartDep) -> ModelFilesPage:
+async def list_model_files(model: str, state: AppStateDep, principal: DetachedPrincipalDep) -> ModelFilesPage:
     """List the files of a tuned model with their sizes and hashes."""
-    key = await run_in_threadpool(_artifact_key, parts, scope, model)
-    return model_files_object(await run_in_threadpool(parts.storage.read_manifest, key))
+    key = await run_in_threadpool(_artifact_key, state, principal, model)
+    return model_files_object(await run_in_threadpool(state.storage.read_manifest, key))
 
 
 @router.head("/{model}/files/{name:path}", include_in_schema=False)
 @router.get("/{model}/files/{name:path}", response_class=Response, responses=BYTES_ANSWER)
 async def download_model_file(
-    model: str, name: str, request: Request, parts: PartsDep, scope: ScopeApartDep
+    model: str, name: str, request: Request, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> Response:
     """Download one file of a tuned model, whole or a range of it."""
-    key = await run_in_threadpool(_artifact_key, parts, scope, model)
-    manifest = await run_in_threadpool(parts.storage.read_manifest, key)
+    key = await run_in_threadpool(_artifact_key, state, principal, model)
+    manifest = await run_in_threadpool(state.storage.read_manifest, key)
     entry = manifest.files.get(name)
     if entry is None:
         raise NotFoundError(f"{model} has no file {name[:80]!r}; GET /v1/models/{model}/files lists them.")
     return await stored_bytes(
         request,
-        parts.storage,
+        state.storage,
         f"{key}/{name}",
         size_bytes=entry.bytes,
         sha256=entry.sha256,
@@ -88,48 +90,50 @@ async def download_model_file(
     )
 
 
-def _pin(parts: Parts, scope: Principal, name: str, room_bytes: Mapping[str, int]) -> ModelObject:
-    with parts.database.transaction() as session:
-        found = models.pin(session, scope, parts.catalogue, name)
-        limits.check_pinned_bytes(session, found, room_bytes, parts.settings.max_pinned_share)
-        return tuned_model_object(found, scope.organization_slug)
+def _pin(state: AppState, principal: Principal, name: str, room_bytes: Mapping[str, int]) -> ModelObject:
+    with state.database.transaction() as session:
+        found = models.pin(session, principal, state.catalogue, name)
+        limits.check_pinned_bytes(session, found, room_bytes, state.settings.max_pinned_share)
+        return tuned_model_object(found, principal.organization_slug)
 
 
 @router.put("/{model}/pin")
-async def pin_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> ModelObject:
+async def pin_model(model: str, state: AppStateDep, principal: DetachedPrincipalDep) -> ModelObject:
     """Let inference servers keep a tuned model in memory from its next request on."""
-    health = await parts.backend.health()
-    return await run_in_threadpool(_pin, parts, scope, model, health.room_bytes)
+    health = await state.backend.health()
+    return await run_in_threadpool(_pin, state, principal, model, health.room_bytes)
 
 
 @router.delete("/{model}/pin")
-def unpin_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ModelObject:
+def unpin_model(model: str, session: SessionDep, principal: PrincipalDep, state: AppStateDep) -> ModelObject:
     """Let a tuned model leave the memory again when others need its room."""
-    found = models.unpin(session, scope, parts.catalogue, model)
-    return tuned_model_object(found, scope.organization_slug)
+    found = models.unpin(session, principal, state.catalogue, model)
+    return tuned_model_object(found, principal.organization_slug)
 
 
 # As a path and after all others: the SDKs before 3 send a slash in a name as it is.
 @router.get("/{model:path}")
-def retrieve_model(model: str, session: SessionDep, scope: ScopeDep, parts: PartsDep) -> ModelObject:
+def retrieve_model(
+    model: str, session: SessionDep, principal: PrincipalDep, state: AppStateDep
+) -> ModelObject:
     """Describe one model."""
-    named = names.get_named(session, scope, parts.catalogue, model)
-    described = _named_object(named, scope)
+    named = names.get_named(session, principal, state.catalogue, model)
+    described = _named_object(named, principal)
     if named.base is not None and described["id"] != model:
         described = {**described, "id": model, "base_model": named.base.id}
     return described
 
 
-def _delete(parts: Parts, scope: Principal, name: str) -> str:
-    with parts.database.transaction() as session:
-        return models.delete(session, scope, parts.catalogue, name).artifact_key
+def _delete(state: AppState, principal: Principal, name: str) -> str:
+    with state.database.transaction() as session:
+        return models.delete(session, principal, state.catalogue, name).artifact_key
 
 
 @router.delete("/{model:path}")
-async def delete_model(model: str, parts: PartsDep, scope: ScopeApartDep) -> DeletedObject:
+async def delete_model(model: str, state: AppStateDep, principal: DetachedPrincipalDep) -> DeletedObject:
     """Delete a tuned model or checkpoint, its bytes included."""
-    artifact_key = await run_in_threadpool(_delete, parts, scope, model)
+    artifact_key = await run_in_threadpool(_delete, state, principal, model)
     # What storage can't delete now, a worker does later.
     with suppress(UnavailableError):
-        await run_in_threadpool(parts.storage.delete_prefix, artifact_key)
+        await run_in_threadpool(state.storage.delete_prefix, artifact_key)
     return {"id": model, "object": "model", "deleted": True}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from api.deps import ScopeDep, SessionDep
+from api.deps import PrincipalDep, SessionDep
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.models import CreatePermissionsBody, PermissionObject, permission_object
 from services.models import permissions
@@ -20,10 +20,13 @@ Limit = Annotated[int, Query(ge=0, le=100)]
 
 @router.post(_PATH)
 def create_permissions(
-    fine_tuned_model_checkpoint: str, body: CreatePermissionsBody, session: SessionDep, scope: ScopeDep
+    fine_tuned_model_checkpoint: str,
+    body: CreatePermissionsBody,
+    session: SessionDep,
+    principal: PrincipalDep,
 ) -> ListPage[PermissionObject]:
     """Let projects call a model; one that may already keeps its permission."""
-    rows = permissions.create(session, scope, fine_tuned_model_checkpoint, body.project_ids)
+    rows = permissions.create(session, principal, fine_tuned_model_checkpoint, body.project_ids)
     return list_object([permission_object(row) for row in rows], has_more=False, with_ids=True)
 
 
@@ -31,7 +34,7 @@ def create_permissions(
 def list_permissions(
     fine_tuned_model_checkpoint: str,
     session: SessionDep,
-    scope: ScopeDep,
+    principal: PrincipalDep,
     after: str | None = None,
     limit: Limit = 10,
     order: Literal["ascending", "descending"] = "descending",
@@ -40,7 +43,7 @@ def list_permissions(
     """List who may call a model, newest first unless told otherwise."""
     rows, has_more = permissions.list_(
         session,
-        scope,
+        principal,
         fine_tuned_model_checkpoint,
         after=after,
         limit=limit,
@@ -52,8 +55,8 @@ def list_permissions(
 
 @router.delete(_PATH + "/{permission_id}")
 def delete_permission(
-    fine_tuned_model_checkpoint: str, permission_id: str, session: SessionDep, scope: ScopeDep
+    fine_tuned_model_checkpoint: str, permission_id: str, session: SessionDep, principal: PrincipalDep
 ) -> DeletedObject:
     """Take a permission back."""
-    permissions.delete(session, scope, fine_tuned_model_checkpoint, permission_id)
+    permissions.delete(session, principal, fine_tuned_model_checkpoint, permission_id)
     return {"id": permission_id, "object": "checkpoint.permission", "deleted": True}

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request
 
-from api.deps import PartsDep, ScopeApartDep
+from api.deps import AppStateDep, DetachedPrincipalDep
 from api.file_report import report_apart
 from api.schemas.files import FileReportObject
 
@@ -13,10 +13,12 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 async def file_report(
     file_id: str,
     request: Request,
-    parts: PartsDep,
-    scope: ScopeApartDep,
+    state: AppStateDep,
+    principal: DetachedPrincipalDep,
     base: str | None = None,
     validation_file: str | None = None,
 ) -> FileReportObject:
     """Report on a file's rows with a base's chat template and tokenizer (ours)."""
-    return await report_apart(parts, scope, request, file_id, base=base, validation_file_id=validation_file)
+    return await report_apart(
+        state, principal, request, file_id, base=base, validation_file_id=validation_file
+    )

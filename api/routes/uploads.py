@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
 from api.schemas.files import (
     CompleteUploadBody,
     CreateUploadBody,
@@ -47,36 +47,36 @@ _PART_FORM = {
 
 @router.post("")
 def create_upload(
-    body: CreateUploadBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
+    body: CreateUploadBody, session: SessionDep, principal: PrincipalDep, state: AppStateDep
 ) -> UploadObject:
     """Begin a file that is sent in parts; it waits for them for an hour."""
-    new = body.to_new_upload(parts.settings.max_large_upload_bytes)
-    settings, project_id = parts.settings, scope.project_id
-    parts.storage.check_free(settings.min_free_bytes)
+    new = body.to_new_upload(state.settings.max_large_upload_bytes)
+    settings, project_id = state.settings, principal.project_id
+    state.storage.check_free(settings.min_free_bytes)
     limits.check_open_uploads(session, project_id, settings.max_running_uploads_per_project)
     limits.check_stored_bytes(
         session, project_id, settings.max_stored_bytes_per_project, num_new_bytes=new.num_bytes
     )
-    return upload_object(uploads.create(session, scope, new))
+    return upload_object(uploads.create(session, principal, new))
 
 
 @router.get("/{upload_id}")
-def retrieve_upload(upload_id: str, session: SessionDep, scope: ScopeDep) -> UploadObject:
+def retrieve_upload(upload_id: str, session: SessionDep, principal: PrincipalDep) -> UploadObject:
     """Describe one upload."""
-    upload = uploads.get(session, scope, upload_id)
+    upload = uploads.get(session, principal, upload_id)
     return upload_object(upload, completing.find_file(session, upload))
 
 
 @router.post("/{upload_id}/parts", openapi_extra=_PART_FORM)
 async def create_part(
-    upload_id: str, request: Request, parts: PartsDep, scope: ScopeApartDep
+    upload_id: str, request: Request, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> UploadPartObject:
     """Add a part (multipart: `data`, at most 64 MiB); parts may come at the same time, in any order."""
 
     def check() -> None:
-        with parts.database.transaction() as session:
-            uploads.get_open(session, scope, upload_id)
-        parts.storage.check_free(parts.settings.min_free_bytes)
+        with state.database.transaction() as session:
+            uploads.get_open(session, principal, upload_id)
+        state.storage.check_free(state.settings.min_free_bytes)
 
     try:
         await run_in_threadpool(check)
@@ -84,21 +84,21 @@ async def create_part(
         await discard_rest(request.stream())
         raise
     part_id = new_id("upload_part")
-    storage_key = f"{storage_prefix(scope.project_id, upload_id)}/{part_id}"
-    stored = await receive_part(request, parts.storage, part_id=part_id, storage_key=storage_key)
+    storage_key = f"{storage_prefix(principal.project_id, upload_id)}/{part_id}"
+    stored = await receive_part(request, state.storage, part_id=part_id, storage_key=storage_key)
 
     return await record_stored(
-        parts,
+        state,
         storage_key,
-        lambda session: upload_part_object(uploads.record_part(session, scope, upload_id, stored)),
+        lambda session: upload_part_object(uploads.record_part(session, principal, upload_id, stored)),
         lambda session: session.get(UploadPart, part_id) is not None,
     )
 
 
-def _begin(parts: Parts, scope: Principal, upload_id: str, body: CompleteUploadBody) -> Assembly:
-    parts.storage.check_free(parts.settings.min_free_bytes)
-    with parts.database.transaction() as session:
-        return completing.start(session, scope, upload_id, part_ids=body.part_ids, md5=_md5(body))
+def _begin(state: AppState, principal: Principal, upload_id: str, body: CompleteUploadBody) -> Assembly:
+    state.storage.check_free(state.settings.min_free_bytes)
+    with state.database.transaction() as session:
+        return completing.start(session, principal, upload_id, part_ids=body.part_ids, md5=_md5(body))
 
 
 def _md5(body: CompleteUploadBody) -> str | None:
@@ -106,8 +106,8 @@ def _md5(body: CompleteUploadBody) -> str | None:
 
 
 async def _assemble(
-    parts: Parts,
-    scope: Principal,
+    state: AppState,
+    principal: Principal,
     assembly: Assembly,
     body: CompleteUploadBody,
     *,
@@ -117,10 +117,10 @@ async def _assemble(
     """Put an upload's parts together under the file's key."""
     upload = assembly.upload
     facts = await assemble(
-        parts.storage,
+        state.storage,
         assembly.parts,
         check=open_check(
-            upload.purpose, row_limits(parts.settings), lambda: parts.checks.hold(scope.project_id)
+            upload.purpose, row_limits(state.settings), lambda: state.checks.hold(principal.project_id)
         ),
         md5=_md5(body),
         storage_key=storage_key,
@@ -139,53 +139,53 @@ async def _assemble(
 
 
 def _finish(
-    session: Session, scope: Principal, upload_id: str, body: CompleteUploadBody, stored: StoredFile
+    session: Session, principal: Principal, upload_id: str, body: CompleteUploadBody, stored: StoredFile
 ) -> UploadObject:
     upload, file = completing.finish(
-        session, scope, upload_id, stored, part_ids=body.part_ids, md5=_md5(body)
+        session, principal, upload_id, stored, part_ids=body.part_ids, md5=_md5(body)
     )
     return upload_object(upload, file)
 
 
 @router.post("/{upload_id}/complete")
 async def complete_upload(
-    upload_id: str, body: CompleteUploadBody, parts: PartsDep, scope: ScopeApartDep
+    upload_id: str, body: CompleteUploadBody, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> UploadObject:
     """Make the parts a file, checked line by line; the same complete sent again answers the same file."""
-    assembly = await run_in_threadpool(_begin, parts, scope, upload_id, body)
+    assembly = await run_in_threadpool(_begin, state, principal, upload_id, body)
     if assembly.is_done:
         return upload_object(assembly.upload, assembly.file)
     file_id = new_id("file")
-    storage_key = f"{storage_prefix(scope.project_id, upload_id)}/{file_id}"
+    storage_key = f"{storage_prefix(principal.project_id, upload_id)}/{file_id}"
     try:
-        stored = await _assemble(parts, scope, assembly, body, file_id=file_id, storage_key=storage_key)
+        stored = await _assemble(state, principal, assembly, body, file_id=file_id, storage_key=storage_key)
     except ArtifactCorruptError:
         # A twin of this request may have been faster, and have dropped the parts.
-        assembly = await run_in_threadpool(_begin, parts, scope, upload_id, body)
+        assembly = await run_in_threadpool(_begin, state, principal, upload_id, body)
         if not assembly.is_done:
             raise
         return upload_object(assembly.upload, assembly.file)
     answer = await record_stored(
-        parts,
+        state,
         storage_key,
-        lambda session: _finish(session, scope, upload_id, body, stored),
+        lambda session: _finish(session, principal, upload_id, body, stored),
         lambda session: session.get(File, file_id) is not None,
     )
     is_ours = answer["file"] is not None and answer["file"]["id"] == file_id
     needless = [part.storage_key for part in assembly.parts] if is_ours else [storage_key]
-    await drop_stored(parts, needless)
+    await drop_stored(state, needless)
     return answer
 
 
 @router.post("/{upload_id}/cancel")
-async def cancel_upload(upload_id: str, parts: PartsDep, scope: ScopeApartDep) -> UploadObject:
+async def cancel_upload(upload_id: str, state: AppStateDep, principal: DetachedPrincipalDep) -> UploadObject:
     """End an upload; its parts are deleted, and it takes no more."""
 
     def cancel() -> tuple[UploadObject, list[str]]:
-        with parts.database.transaction() as session:
-            upload, keys = uploads.cancel(session, scope, upload_id)
+        with state.database.transaction() as session:
+            upload, keys = uploads.cancel(session, principal, upload_id)
             return upload_object(upload), keys
 
     answer, keys = await run_in_threadpool(cancel)
-    await drop_stored(parts, keys)
+    await drop_stored(state, keys)
     return answer

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.deps import ScopeDep, SessionDep
+from api.deps import PrincipalDep, SessionDep
 from api.schemas.accounts import UsagePage, usage_page
 from services.accounts import usage
 from services.accounts.usage import BucketWidth, GroupBy, UsageQuery
@@ -20,7 +20,7 @@ Names = Annotated[list[str], Query(max_length=100)]
 @router.get("/completions")
 def completions_usage(
     session: SessionDep,
-    scope: ScopeDep,
+    principal: PrincipalDep,
     start_time: Time,
     end_time: Time | None = None,
     bucket_width: BucketWidth = "1d",
@@ -47,4 +47,4 @@ def completions_usage(
         api_key_ids=api_key_ids + api_key_ids_,
         models=models + models_,
     )
-    return usage_page(*usage.completions(session, scope, query))
+    return usage_page(*usage.completions(session, principal, query))

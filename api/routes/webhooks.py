@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import Parts, PartsDep, ScopeApartDep, ScopeDep, SessionDep
+from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.webhooks import (
     ChangeEndpointBody,
@@ -35,29 +35,29 @@ Limit = Annotated[int, Query(ge=0, le=100)]
 _SAMPLE_JOB = "ftjob-test"
 
 
-def _rules(parts: Parts) -> TargetRules:
-    settings = parts.settings
+def _rules(state: AppState) -> TargetRules:
+    settings = state.settings
     return TargetRules.parse(
         allow_http=settings.webhook_allow_http, allowed_targets=settings.webhook_allowed_targets
     )
 
 
 @router.get("/webhook_event_types")
-def list_event_types(_scope: ScopeDep) -> EventTypesPage:
+def list_event_types(_scope: PrincipalDep) -> EventTypesPage:
     """List the types of events that this service sends."""
     return {"object": "list", "data": list(EVENT_TYPES)}
 
 
 @router.post("/webhook_endpoints")
 def create_endpoint(
-    body: CreateEndpointBody, session: SessionDep, scope: ScopeDep, parts: PartsDep
+    body: CreateEndpointBody, session: SessionDep, principal: PrincipalDep, state: AppStateDep
 ) -> EndpointObject:
     """Register a receiver; its signing secret is in this answer and nowhere else."""
     endpoint, secret = endpoints.create(
         session,
-        scope,
-        _rules(parts),
-        parts.sealer,
+        principal,
+        _rules(state),
+        state.sealer,
         name=body.name,
         url=body.url,
         event_types=body.event_types,
@@ -67,17 +67,19 @@ def create_endpoint(
 
 @router.get("/webhook_endpoints")
 def list_endpoints(
-    session: SessionDep, scope: ScopeDep, after: str | None = None, limit: Limit = 20
+    session: SessionDep, principal: PrincipalDep, after: str | None = None, limit: Limit = 20
 ) -> ListPage[EndpointObject]:
     """List the project's endpoints, newest first."""
-    rows, has_more = endpoints.list_(session, scope, after=after, limit=limit)
+    rows, has_more = endpoints.list_(session, principal, after=after, limit=limit)
     return list_object([endpoint_object(row) for row in rows], has_more=has_more, with_ids=True)
 
 
 @router.get("/webhook_endpoints/{webhook_endpoint_id}")
-def retrieve_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> EndpointObject:
+def retrieve_endpoint(
+    webhook_endpoint_id: str, session: SessionDep, principal: PrincipalDep
+) -> EndpointObject:
     """Describe one endpoint."""
-    return endpoint_object(endpoints.get(session, scope, webhook_endpoint_id))
+    return endpoint_object(endpoints.get(session, principal, webhook_endpoint_id))
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}")
@@ -85,18 +87,18 @@ def change_endpoint(
     webhook_endpoint_id: str,
     body: ChangeEndpointBody,
     session: SessionDep,
-    scope: ScopeDep,
-    parts: PartsDep,
+    principal: PrincipalDep,
+    state: AppStateDep,
 ) -> EndpointObject:
     """Change an endpoint's name, URL or types."""
     wanted = EndpointChange(body.name, body.url, body.event_types)
-    return endpoint_object(endpoints.change(session, scope, _rules(parts), webhook_endpoint_id, wanted))
+    return endpoint_object(endpoints.change(session, principal, _rules(state), webhook_endpoint_id, wanted))
 
 
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")
-def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeDep) -> DeletedObject:
+def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, principal: PrincipalDep) -> DeletedObject:
     """Forget an endpoint; nothing more is sent to it."""
-    endpoints.delete(session, scope, webhook_endpoint_id)
+    endpoints.delete(session, principal, webhook_endpoint_id)
     return {"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
 
 
@@ -104,36 +106,36 @@ def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, scope: ScopeD
 def rotate_endpoint_secret(
     webhook_endpoint_id: str,
     session: SessionDep,
-    scope: ScopeDep,
-    parts: PartsDep,
+    principal: PrincipalDep,
+    state: AppStateDep,
     body: RotateSecretBody | None = None,
 ) -> EndpointObject:
     """Give an endpoint a new signing secret, which is in this answer and nowhere else."""
     keeps_old = body is not None and bool(body.keep_old_secret_active_for_24_hours)
     endpoint, secret = endpoints.rotate_secret(
-        session, scope, parts.sealer, webhook_endpoint_id, keeps_old=keeps_old
+        session, principal, state.sealer, webhook_endpoint_id, keeps_old=keeps_old
     )
     return endpoint_object(endpoint, secret)
 
 
-def _sample(parts: Parts, scope: Principal, endpoint_id: str, event_type: str) -> Message:
-    with parts.database.transaction() as session:
-        endpoint = endpoints.get(session, scope, endpoint_id)
+def _sample(state: AppState, principal: Principal, endpoint_id: str, event_type: str) -> Message:
+    with state.database.transaction() as session:
+        endpoint = endpoints.get(session, principal, endpoint_id)
         endpoints.check_event_type(event_type, param="event_type")
         body = payload(new_id("webhook_event"), event_type, created_at=now_seconds(), job_id=_SAMPLE_JOB)
-        secrets = endpoints.active_secrets(endpoint, parts.sealer, datetime.now(UTC))
+        secrets = endpoints.active_secrets(endpoint, state.sealer, datetime.now(UTC))
         return Message(new_id("webhook_delivery"), endpoint.url, body, secrets)
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/test")
 async def test_endpoint(
-    webhook_endpoint_id: str, body: TestEndpointBody, parts: PartsDep, scope: ScopeApartDep
+    webhook_endpoint_id: str, body: TestEndpointBody, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> EndpointTestObject:
     """Send a sample event at once, a single time, and say what the receiver answered."""
-    message = await run_in_threadpool(_sample, parts, scope, webhook_endpoint_id, body.event_type)
-    timeout_seconds = parts.settings.webhook_timeout_seconds
-    with parts.webhook_tests.hold(scope.project_id):
-        outcome = await send(message, _rules(parts), timeout_seconds=timeout_seconds)
+    message = await run_in_threadpool(_sample, state, principal, webhook_endpoint_id, body.event_type)
+    timeout_seconds = state.settings.webhook_timeout_seconds
+    with state.webhook_tests.hold(principal.project_id):
+        outcome = await send(message, _rules(state), timeout_seconds=timeout_seconds)
     if outcome.status_code is None:
         raise WebhookUnreachableError(f"The endpoint gave no answer: {outcome.error}.")
     return {

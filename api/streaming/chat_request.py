@@ -8,7 +8,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from api.body_budget import MAX_UNCOUNTED_BYTES
-from api.deps import Parts, bearer_key
+from api.deps import AppState, bearer_key
 from api.streaming.target_resolver import authenticate
 from luthier.core.errors import (
     InvalidRequestError,
@@ -30,7 +30,7 @@ _MAX_NAME_CHARACTERS = 1024
 
 
 @asynccontextmanager
-async def read_body(request: Request, parts: Parts) -> AsyncIterator[bytes]:
+async def read_body(request: Request, state: AppState) -> AsyncIterator[bytes]:
     """Yield a request's body, which may be let go of when the block ends.
 
     Raises:
@@ -45,10 +45,10 @@ async def read_body(request: Request, parts: Parts) -> AsyncIterator[bytes]:
     if declared.isdecimal() and int(declared) <= MAX_UNCOUNTED_BYTES:
         yield await _read(request, lambda _: None)
         return
-    caller = await authenticate(request, parts)
+    caller = await authenticate(request, state)
     if declared.isdecimal() and int(declared) > _MAX_BODY_BYTES:
         raise _too_large()
-    with parts.bodies.hold(caller.project_id) as count:
+    with state.bodies.hold(caller.project_id) as count:
         yield await _read(request, count)
 
 

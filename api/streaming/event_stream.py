@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import Parts
+from api.deps import AppState
 from api.schemas.jobs import EventObject, event_object
 from db.tables import Job
 from luthier.core.errors import InvalidValueError, UnauthenticatedError, UnavailableError
@@ -21,22 +21,22 @@ _LOOK_SECONDS = 5.0
 _BATCH = 200
 
 
-async def read_job(parts: Parts, scope: Principal, job_id: str) -> Job:
+async def read_job(state: AppState, principal: Principal, job_id: str) -> Job:
     """Read a job in a short transaction of its own; one that is not the project's is NotFoundError."""
 
     def read() -> Job:
-        with parts.database.transaction() as session:
-            return jobs.get(session, scope, job_id)
+        with state.database.transaction() as session:
+            return jobs.get(session, principal, job_id)
 
     return await run_in_threadpool(read)
 
 
 def _read_news(
-    parts: Parts, scope: Principal, job_id: str, seq: int
+    state: AppState, principal: Principal, job_id: str, seq: int
 ) -> tuple[list[tuple[int, EventObject]], bool]:
-    with parts.database.transaction() as session:
+    with state.database.transaction() as session:
         # A key that was revoked meanwhile sees no more.
-        keys.check_still_valid(session, scope)
+        keys.check_still_valid(session, principal)
         # The status is read first: a job seen as ended has no event after those read next.
         job = session.get(Job, job_id)
         is_over = job is None or JobStatus(job.status).is_terminal
@@ -44,12 +44,12 @@ def _read_news(
         return [(row.seq, event_object(row)) for row in rows], is_over
 
 
-async def _stream(parts: Parts, scope: Principal, job_id: str, last_seq: int) -> AsyncIterator[bytes]:
-    with parts.hub.subscribe(job_id) as woken:
+async def _stream(state: AppState, principal: Principal, job_id: str, last_seq: int) -> AsyncIterator[bytes]:
+    with state.hub.subscribe(job_id) as woken:
         while True:
             woken.clear()
             try:
-                news, is_over = await run_in_threadpool(_read_news, parts, scope, job_id, last_seq)
+                news, is_over = await run_in_threadpool(_read_news, state, principal, job_id, last_seq)
             except UnauthenticatedError as revoked:
                 yield f"event: error\ndata: {json.dumps(revoked.to_body())}\n\n".encode()
                 return
@@ -61,7 +61,7 @@ async def _stream(parts: Parts, scope: Principal, job_id: str, last_seq: int) ->
             if is_over:
                 yield b"data: [DONE]\n\n"
                 return
-            if parts.hub.closing.is_set():
+            if state.hub.closing.is_set():
                 error = UnavailableError("The service is shutting down; connect again with Last-Event-ID.")
                 yield f"retry: 1000\nevent: error\ndata: {json.dumps(error.to_body())}\n\n".encode()
                 return
@@ -72,7 +72,7 @@ async def _stream(parts: Parts, scope: Principal, job_id: str, last_seq: int) ->
 
 
 def event_stream_response(
-    parts: Parts, scope: Principal, job_id: str, last_event_id: str | None
+    state: AppState, principal: Principal, job_id: str, last_event_id: str | None
 ) -> EventStream:
     """Answer with a job's events from the one after `last_event_id` on, until the job has ended.
 
@@ -92,9 +92,9 @@ def event_stream_response(
         if not last_event_id.isdecimal() or len(last_event_id) > 18:
             raise InvalidValueError("Last-Event-ID: send the id of the last event as it came.")
         seq = int(last_event_id)
-    parts.event_streams.take(scope.project_id)
+    state.event_streams.take(principal.project_id)
 
     async def release() -> None:
-        parts.event_streams.release(scope.project_id)
+        state.event_streams.release(principal.project_id)
 
-    return EventStream(_stream(parts, scope, job_id, seq), release, {})
+    return EventStream(_stream(state, principal, job_id, seq), release, {})

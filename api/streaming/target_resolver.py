@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import Parts, bearer_key
+from api.deps import AppState, bearer_key
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.core.inference import ModelTarget
 from services.accounts import keys
@@ -19,7 +19,7 @@ _TIMEOUT_SECONDS = 3.0
 ResultT = TypeVar("ResultT")
 
 
-async def authenticate(request: Request, parts: Parts) -> Principal:
+async def authenticate(request: Request, state: AppState) -> Principal:
     """Return the caller that a request's key opens, which is noted in the request's state.
 
     Raises:
@@ -29,19 +29,17 @@ async def authenticate(request: Request, parts: Parts) -> Principal:
     key = bearer_key(request)
 
     def read() -> Principal:
-        with parts.database.transaction() as session:
+        with state.database.transaction() as session:
             return keys.authenticate(session, key)
 
-    request.state.caller = await _look_up(parts, read)
+    request.state.caller = await _look_up(state, read)
     return cast(Principal, request.state.caller)
 
 
-async def resolve_target(request: Request, parts: Parts, name: str | LuthierError) -> ModelTarget:
+async def resolve_target(request: Request, state: AppState, name: str | LuthierError) -> ModelTarget:
     """Return what the inference server runs for a request, by one transaction; notes the caller as above.
 
     Args:
-        request: the client's.
-        parts: the process's parts.
         name: the name that the request asks for, or what is wrong with it.
 
     Raises:
@@ -53,24 +51,24 @@ async def resolve_target(request: Request, parts: Parts, name: str | LuthierErro
     key = bearer_key(request)
 
     def read() -> ModelTarget:
-        with parts.database.transaction() as session:
+        with state.database.transaction() as session:
             request.state.caller = caller = keys.authenticate(session, key)
             if isinstance(name, LuthierError):
                 raise name
-            return models.resolve(session, caller, parts.catalogue, name)
+            return models.resolve(session, caller, state.catalogue, name)
 
-    return await _look_up(parts, read)
+    return await _look_up(state, read)
 
 
-async def _look_up(parts: Parts, read: Callable[[], ResultT]) -> ResultT:
+async def _look_up(state: AppState, read: Callable[[], ResultT]) -> ResultT:
     """Run a short transaction in a thread. One that hangs keeps its turn, and its request waits no longer."""
     try:
         async with asyncio.timeout(_TIMEOUT_SECONDS):
-            await parts.turns.acquire()
+            await state.turns.acquire()
             reading = asyncio.ensure_future(run_in_threadpool(read))
 
             def release(done: asyncio.Future[ResultT]) -> None:
-                parts.turns.release()
+                state.turns.release()
                 if not done.cancelled():
                     # Its request may have been answered meanwhile.
                     done.exception()

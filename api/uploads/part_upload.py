@@ -1,4 +1,4 @@
-"""Parts of an upload: taken into storage one by one, and put together into a file that is checked."""
+"""AppState of an upload: taken into storage one by one, and put together into a file that is checked."""
 
 import asyncio
 import hashlib

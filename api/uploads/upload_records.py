@@ -7,14 +7,14 @@ from typing import TypeVar
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import Parts
+from api.deps import AppState
 from luthier.core.errors import UnavailableError
 
 T = TypeVar("T")
 
 
 async def record_stored(
-    parts: Parts, storage_key: str, record: Callable[[Session], T], is_recorded: Callable[[Session], bool]
+    state: AppState, storage_key: str, record: Callable[[Session], T], is_recorded: Callable[[Session], bool]
 ) -> T:
     """Write the row of bytes that are durable.
 
@@ -27,15 +27,15 @@ async def record_stored(
     """
 
     def write() -> T:
-        with parts.database.transaction() as session:
+        with state.database.transaction() as session:
             return record(session)
 
     def drop_unrecorded() -> None:
         # A commit whose answer was lost may have happened: only bytes without a row are deleted.
-        with parts.database.transaction() as session:
+        with state.database.transaction() as session:
             is_needed = is_recorded(session)
         if not is_needed:
-            parts.storage.delete(storage_key)
+            state.storage.delete(storage_key)
 
     try:
         return await run_in_threadpool(write)
@@ -45,12 +45,12 @@ async def record_stored(
         raise
 
 
-async def drop_stored(parts: Parts, keys: Iterable[str]) -> None:
+async def drop_stored(state: AppState, keys: Iterable[str]) -> None:
     """Delete bytes that no row needs; what stays because storage is away, a worker tidies."""
 
     def drop() -> None:
         for key in keys:
-            parts.storage.delete(key)
+            state.storage.delete(key)
 
     with suppress(UnavailableError):
         await run_in_threadpool(drop)

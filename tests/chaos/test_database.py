@@ -127,7 +127,7 @@ def test_a_stall_costs_no_lease_whatever_the_database_says_afterwards(
     proxy.close()
     before = len(renewed)
     # The way to the database is gone for good, and then it is another one.
-    context.database = api.parts.database
+    context.database = api.state.database
     wait_until(lambda: len(renewed) > before + 1, what="renewed again")
     assert thread.is_alive()
     heartbeat.check()
@@ -163,12 +163,12 @@ def test_nothing_is_taken_until_the_database_was_seen_for_a_whole_lease() -> Non
 
 def test_a_sweeper_that_has_just_come_back_takes_nothing_from_anybody(api: Api, settings: Settings) -> None:
     job_id = _create(_client(api))
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         assert leases.claim_for_preparing(session, job_id, "worker", -1) is not None
     context = make_context(settings)
 
     def holder() -> tuple[str | None, int]:
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             row = session.get_one(Job, job_id)
             return row.lease_owner, row.num_crashes
 
@@ -236,7 +236,7 @@ def test_two_first_keys_of_a_new_project_make_it_once(api: Api) -> None:
         answers.append(answer.status_code)
 
     thread = threading.Thread(target=create)
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         scope = keys.authenticate(session, api.key)
         keys.ensure_project(session, scope.organization_id, "new")
         thread.start()

@@ -183,14 +183,14 @@ def test_bytes_that_could_not_be_deleted_are_deleted_later(
     api: Api, client: openai.OpenAI, context: WorkerContext
 ) -> None:
     file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     with pytest.MonkeyPatch.context() as broken:
 
         def away(*_: object) -> None:
             raise UnavailableError("away")
 
-        broken.setattr(api.parts.storage, "delete", away)
+        broken.setattr(api.state.storage, "delete", away)
         assert client.files.delete(file.id).deleted
     assert [path for path in root.rglob("file-*") if path.is_file()]
     collect_garbage(context, grace_seconds=0)

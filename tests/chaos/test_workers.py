@@ -455,7 +455,7 @@ def test_a_worker_whose_processes_die_at_once_stops_and_the_queue_is_done_by_the
     with running_worker(settings, tmp_path / "a.log", "--no-broker", PYTHONPATH=str(patch)) as broken:
 
         def quarantine() -> str | None:
-            with api.parts.database.transaction() as session:
+            with api.state.database.transaction() as session:
                 found = session.query(Worker.quarantine_reason).filter(Worker.quarantine_reason.is_not(None))
                 return found.scalar()
 
@@ -472,7 +472,7 @@ def test_a_worker_whose_processes_die_at_once_stops_and_the_queue_is_done_by_the
     assert _statuses(client, jobs) == ["succeeded"] * 10
     messages = [message for job_id in jobs for message in _messages(client, job_id)]
     assert [message for message in messages if "claims nothing to train for" in message]
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         assert session.query(Attempt).filter_by(outcome="crashed").count() == 0
 
 

@@ -88,7 +88,7 @@ class JobModel(RuleBasedStateMachine):
         self.scope = Principal(organization, "personal", made["project_id"], made["id"])
 
     def transaction(self) -> Any:
-        return self.api.parts.database.transaction()
+        return self.api.state.database.transaction()
 
     def teardown(self) -> None:
         with self.transaction() as session:

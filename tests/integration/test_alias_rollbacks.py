@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from sqlalchemy import select
 
-from api import proving
+from api import alias_check
 from db.tables import Model
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends.base import Reply
@@ -44,12 +44,12 @@ def test_a_rollback_begins_anew_where_the_alias_was_pointed_elsewhere_meanwhile(
 ) -> None:
     ours.put("prod", V1)
     ours.put("prod", V2)
-    answer, parts, scope = api.backend.complete, api.parts, scope_of(api)
+    answer, state, scope = api.backend.complete, api.state, scope_of(api)
 
     async def put_meanwhile(path: str, body: bytes, target: ModelTarget) -> Reply:
         monkeypatch.undo()
-        with parts.database.transaction() as session:
-            aliases.put(session, scope, parts.catalogue, "prod", CHECKPOINT)
+        with state.database.transaction() as session:
+            aliases.put(session, scope, state.catalogue, "prod", CHECKPOINT)
         return await answer(path, body, target)
 
     monkeypatch.setattr(api.backend, "complete", put_meanwhile)
@@ -63,7 +63,7 @@ def test_a_rollback_begins_anew_where_the_alias_was_pointed_elsewhere_meanwhile(
 def test_a_rollback_to_other_weights_is_refused_before_they_are_loaded(ours: Aliases, api: Api) -> None:
     ours.put("prod", V1)
     ours.put("prod", TINY_BASE)
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.scalars(select(Model).where(Model.name == V1)).one().artifact_digest = "sha256:other"
     api.backend.asked.clear()
     refused = ours.refused("POST", "/aliases/prod/rollback")
@@ -77,11 +77,11 @@ def test_a_rollback_whose_alias_is_pointed_elsewhere_every_time_gives_up(
 ) -> None:
     ours.put("prod", V1)
     ours.put("prod", V2)
-    answer, parts, scope, others = api.backend.complete, api.parts, scope_of(api), cycle((CHECKPOINT, V1, V2))
+    answer, state, scope, others = api.backend.complete, api.state, scope_of(api), cycle((CHECKPOINT, V1, V2))
 
     async def put_meanwhile(path: str, body: bytes, target: ModelTarget) -> Reply:
-        with parts.database.transaction() as session:
-            aliases.put(session, scope, parts.catalogue, "prod", next(others))
+        with state.database.transaction() as session:
+            aliases.put(session, scope, state.catalogue, "prod", next(others))
         return await answer(path, body, target)
 
     monkeypatch.setattr(api.backend, "complete", put_meanwhile)
@@ -100,13 +100,13 @@ def test_a_put_does_not_undo_what_was_asked_for_while_its_model_was_loaded(
     ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours.put("prod", V1)
-    answer, parts, scope = api.backend.complete, api.parts, scope_of(api)
+    answer, state, scope = api.backend.complete, api.state, scope_of(api)
 
     def meanwhile(model: str) -> None:
         async def put(path: str, body: bytes, target: ModelTarget) -> Reply:
             monkeypatch.undo()
-            with parts.database.transaction() as session:
-                aliases.put(session, scope, parts.catalogue, "prod", model)
+            with state.database.transaction() as session:
+                aliases.put(session, scope, state.catalogue, "prod", model)
             return await answer(path, body, target)
 
         monkeypatch.setattr(api.backend, "complete", put)
@@ -132,7 +132,7 @@ def test_a_server_that_is_silent_holds_an_alias_up_for_a_while_and_no_longer(
         raise AssertionError("nobody waits so long")
 
     monkeypatch.setattr(api.backend, "complete", say_nothing)
-    monkeypatch.setattr(proving, "_SECONDS", 0.05)
+    monkeypatch.setattr(alias_check, "_SECONDS", 0.05)
     pointed = ours.put("prod", V2)
     assert (pointed["model"], pointed["proved"]) == (V2, False)
 

@@ -188,7 +188,7 @@ def test_a_checkpoint_that_an_alias_points_to_makes_no_room_for_newer_ones(
     api: Api, ours: Aliases, scope: Principal
 ) -> None:
     ours.put("prod", CHECKPOINT)
-    transaction = api.parts.database.transaction
+    transaction = api.state.database.transaction
     with transaction() as session:
         rows = session.scalars(select(Model).order_by(Model.step)).all()
         for row in rows:
@@ -254,10 +254,10 @@ def test_an_alias_is_its_projects_own_and_ends_with_what_it_may_call(
 def test_every_name_is_resolved_by_one_statement(api: Api, ours: Aliases, scope: Principal) -> None:
     ours.put("prod", V1)
     ours.put("plain", TINY_BASE)
-    parts = api.parts
+    state = api.state
     for name, digest in (("prod", DIGESTS[V1]), ("plain", None), (V2, DIGESTS[V2]), (TINY_BASE, None)):
-        with parts.database.transaction() as session, counted(parts.database) as statements:
-            target = models.resolve(session, scope, parts.catalogue, name)
+        with state.database.transaction() as session, counted(state.database) as statements:
+            target = models.resolve(session, scope, state.catalogue, name)
         assert (target.model, target.base_id, target.digest) == (name, TINY_BASE, digest)
         assert len(statements) == 1, statements
 
@@ -266,20 +266,20 @@ def test_a_request_sees_the_old_target_or_the_new_one_and_never_none(
     api: Api, ours: Aliases, scope: Principal
 ) -> None:
     ours.put("prod", V1)
-    parts = api.parts
+    state = api.state
 
     def swap() -> None:
         # From a model to another, to a base, and back: each finds its target in other tables.
         for count in range(60):
-            with parts.database.transaction() as session:
-                aliases.put(session, scope, parts.catalogue, "prod", (V2, TINY_BASE, V1)[count % 3])
+            with state.database.transaction() as session:
+                aliases.put(session, scope, state.catalogue, "prod", (V2, TINY_BASE, V1)[count % 3])
 
     seen: set[tuple[str | None, str | None]] = set()
     with ThreadPoolExecutor(1) as threads:
         swapped = threads.submit(swap)
         while not swapped.done():
-            with parts.database.transaction() as session:
-                target = models.resolve(session, scope, parts.catalogue, "prod")
+            with state.database.transaction() as session:
+                target = models.resolve(session, scope, state.catalogue, "prod")
             seen.add((target.artifact, target.digest))
         swapped.result()
     assert seen <= {("k0", "sha256:1"), ("k1", "sha256:2"), (None, None)}
@@ -290,23 +290,23 @@ def test_a_request_sees_the_old_target_or_the_new_one_and_never_none(
 def test_of_a_put_and_the_deletion_of_its_target_at_the_same_time_one_is_refused(
     api: Api, ours: Aliases, scope: Principal
 ) -> None:
-    parts = api.parts
+    state = api.state
 
     def delete() -> None:
-        with parts.database.transaction() as session:
-            models.delete(session, scope, parts.catalogue, V1)
+        with state.database.transaction() as session:
+            models.delete(session, scope, state.catalogue, V1)
 
     def is_waiting() -> bool:
         waiting = (
             "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
             "WHERE NOT granted AND datname = current_database()"
         )
-        with parts.database.engine.connect() as connection:
+        with state.database.engine.connect() as connection:
             return bool(connection.execute(text(waiting)).scalar_one())
 
     with ThreadPoolExecutor(1) as threads:
-        with parts.database.transaction() as session:
-            aliases.put(session, scope, parts.catalogue, "prod", V1)
+        with state.database.transaction() as session:
+            aliases.put(session, scope, state.catalogue, "prod", V1)
             deleted = threads.submit(delete)
             wait_until(is_waiting, what="the deletion waits for the PUT")
         with pytest.raises(ModelInUseError, match="prod"):

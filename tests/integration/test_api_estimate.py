@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from sqlalchemy import delete, func, select
 
-from api import estimating
+from api import job_estimate
 from db.session import Database
 from db.tables import Base, File, IdempotencyKey, Job, JobEvent
 from luthier.client import LuthierClient
@@ -144,7 +144,7 @@ def test_parameters_that_only_the_base_refuses_are_refused_by_create_too(api: Ap
 def test_a_base_that_no_machine_has_fetched_makes_no_job(
     api: Api, file_id: str, tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api.parts.settings, "bases_dir", tmp_path / "empty")
+    monkeypatch.setattr(api.state.settings, "bases_dir", tmp_path / "empty")
     with database.transaction() as session:
         session.execute(delete(Base))
     body = {"model": "tiny-llama", "training_file": file_id}
@@ -160,7 +160,7 @@ def test_a_base_that_no_machine_has_fetched_makes_no_job(
 
     assert (announce(None), announce("sha256:0")) == (400, 200)
     assert announce(None) == 400
-    monkeypatch.setattr(api.parts.settings, "fetch_on_demand", True)
+    monkeypatch.setattr(api.state.settings, "fetch_on_demand", True)
     assert _post(api, "", body).status_code == 200
 
 
@@ -183,7 +183,7 @@ def test_a_large_file_is_told_by_an_even_sample(
     api: Api, file_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _estimate(api, file_id)
-    monkeypatch.setattr(estimating, "MAX_ROWS", 12)
+    monkeypatch.setattr(job_estimate, "MAX_ROWS", 12)
     found = _estimate(api, file_id)
     assert found["rows"]["is_sampled"] is True
     assert (found["rows"]["counted"], found["rows"]["total"], found["rows"]["train"]) == (12, 24, 24)
@@ -208,7 +208,7 @@ def test_a_large_file_is_neither_copied_nor_kept_in_memory(
 ) -> None:
     """Of 10 MB of rows, plain and packed, an estimate holds a few at a time and writes no temporary file."""
     plain = jsonl([chat_row(os.urandom(32).hex(), "blue") for _ in range(60_000)])
-    monkeypatch.setattr(estimating, "MAX_ROWS", 200)
+    monkeypatch.setattr(job_estimate, "MAX_ROWS", 200)
     for content in (plain, gzip.compress(plain)):
         monkeypatch.setattr(tempfile, "tempdir", None)
         made = httpx2.post(
@@ -235,14 +235,14 @@ def test_a_project_has_one_estimate_at_a_time(
     api: Api, file_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began, may_end = threading.Event(), threading.Event()
-    count = estimating.count_rows
+    count = job_estimate.count_rows
 
     def slow(*args: Any, **options: Any) -> Any:
         began.set()
         may_end.wait(30)
         return count(*args, **options)
 
-    monkeypatch.setattr(estimating, "count_rows", slow)
+    monkeypatch.setattr(job_estimate, "count_rows", slow)
     body = {"model": "tiny-llama", "training_file": file_id}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(_post, api, "/estimate", body)

@@ -131,7 +131,7 @@ def test_a_name_in_rfc_5987_form_is_read(api: Api) -> None:
 
 
 def test_bytes_that_are_missing_are_told_before_anything_is_sent(api: Api, file_id: str) -> None:
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     [path] = root.rglob(file_id)
     path.unlink()
@@ -145,10 +145,10 @@ def _publish(api: Api, job_id: str, folder: Path) -> str:
     (building / "more").mkdir(parents=True)
     (building / "more" / "weights.bin").write_bytes(bytes(range(256)) * 12_000)
     manifest = seal_folder(building, folder / "sealed")
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         job = session.get_one(Job, job_id)
         key = f"projects/{job.project_id}/jobs/{job.id}/e1/artifact"
-        api.parts.storage.put_folder(folder / "sealed", key)
+        api.state.storage.put_folder(folder / "sealed", key)
         session.add(
             Model(
                 id=new_id("model"),

@@ -21,13 +21,13 @@ def context(settings: Settings, api: Api) -> WorkerContext:
 
 
 def _objects(api: Api) -> list[str]:
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     return sorted(path.name for path in root.rglob("*") if path.is_file())
 
 
 def _let_expire(api: Api, file_id: str) -> None:
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.execute(text("UPDATE files SET expires_at = now() WHERE id = :id"), {"id": file_id})
 
 
@@ -128,7 +128,7 @@ def test_bytes_that_could_not_be_deleted_are_deleted_by_the_sweep(
         raise UnavailableError("storage is away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(api.parts.storage, "delete", fail)
+        patched.setattr(api.state.storage, "delete", fail)
         assert client.files.delete(file.id).deleted
     assert _objects(api) == [file.id]
     with pytest.raises(openai.NotFoundError):

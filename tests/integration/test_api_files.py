@@ -14,7 +14,7 @@ def client(api: Api) -> openai.OpenAI:
 
 
 def _objects(api: Api) -> list[str]:
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
 
@@ -103,9 +103,9 @@ def test_purpose_may_follow_the_file(api: Api) -> None:
 
 
 def test_an_upload_over_the_limit_is_refused_and_not_kept(api: Api) -> None:
-    limit = api.parts.settings.max_upload_bytes
+    limit = api.state.settings.max_upload_bytes
     object.__setattr__(
-        api.parts, "settings", api.parts.settings.model_copy(update={"max_upload_bytes": 1000})
+        api.state, "settings", api.state.settings.model_copy(update={"max_upload_bytes": 1000})
     )
     try:
         answer = httpx2.post(
@@ -115,7 +115,7 @@ def test_an_upload_over_the_limit_is_refused_and_not_kept(api: Api) -> None:
             files={"file": ("a.jsonl", jsonl(colour_rows(100)))},
         )
     finally:
-        restored = api.parts.settings.model_copy(update={"max_upload_bytes": limit})
-        object.__setattr__(api.parts, "settings", restored)
+        restored = api.state.settings.model_copy(update={"max_upload_bytes": limit})
+        object.__setattr__(api.state, "settings", restored)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "file_too_large")
     assert _objects(api) == []

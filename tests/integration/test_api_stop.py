@@ -127,7 +127,7 @@ def test_a_stream_of_a_jobs_events_says_that_the_service_stops(api: Api) -> None
     with httpx2.stream("GET", url, params={"stream": "true"}, headers=api.headers, timeout=30) as response:
         events = iter(httpx2.EventSource(response))
         assert next(events).id
-        api.parts.hub.close_streams()
+        api.state.hub.close_streams()
         last = [*events][-1]
     error = json.loads(last.data)["error"]
     assert (last.event, error["code"]) == ("error", "service_unavailable")

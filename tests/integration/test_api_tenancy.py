@@ -49,7 +49,7 @@ def test_a_key_is_shown_once_stored_as_a_hash_and_useless_once_revoked(api: Api)
     listed = httpx2.get(f"{api.base_url}/v1/keys", headers=api.headers)
     assert made["key"] not in listed.text
     assert made["prefix"] in listed.text
-    with api.parts.database.engine.connect() as connection:
+    with api.state.database.engine.connect() as connection:
         dump = str(connection.exec_driver_sql("SELECT * FROM api_keys").all())
     assert made["key"] not in dump
     headers = {"Authorization": f"Bearer {made['key']}"}
@@ -65,13 +65,13 @@ def test_when_a_key_was_last_used_is_told_to_the_minute(api: Api) -> None:
 
     def use() -> datetime | None:
         assert httpx2.get(f"{api.base_url}/v1/files", headers=headers).status_code == 200
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             return session.get_one(ApiKey, made["id"]).last_used_at
 
     first = use()
     assert first is not None
     statements: list[str] = []
-    engine = api.parts.database.engine
+    engine = api.state.database.engine
 
     def note(*told: Any) -> None:
         statements.append(told[2])
@@ -81,7 +81,7 @@ def test_when_a_key_was_last_used_is_told_to_the_minute(api: Api) -> None:
     event.remove(engine, "before_cursor_execute", note)
     assert any("api_keys" in one for one in statements)
     assert not [one for one in statements if one.startswith("UPDATE api_keys")]
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.get_one(ApiKey, made["id"]).last_used_at = first - timedelta(seconds=61)
     assert (use() or first) > first
 

@@ -23,7 +23,7 @@ def context(settings: Settings, api: Api) -> WorkerContext:
 
 
 def _objects(api: Api) -> list[str]:
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     return sorted(path.name for path in root.rglob("*") if path.is_file())
 
@@ -36,7 +36,7 @@ def _begin(client: openai.OpenAI, *pieces: bytes) -> tuple[str, list[str]]:
 
 
 def _execute(api: Api, statement: str, **values: object) -> None:
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.execute(text(statement), values)
 
 

@@ -18,7 +18,7 @@ ROWS = jsonl(colour_rows(40))
 
 
 def _objects(api: Api) -> list[str]:
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 

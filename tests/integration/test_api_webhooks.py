@@ -43,7 +43,7 @@ def test_the_life_of_an_endpoint_in_the_sdks_words(api: Api, client: openai.Open
     raw = client.webhooks.with_raw_response.retrieve(made.id).text
     assert made.signing_secret not in raw
 
-    with api.parts.database.engine.begin() as connection:
+    with api.state.database.engine.begin() as connection:
         connection.execute(text("UPDATE webhook_endpoints SET updated_at = now() - interval '1 hour'"))
     earlier = client.webhooks.retrieve(made.id).updated_at
     assert client.webhooks.update(made.id, name="mine").updated_at == earlier
@@ -65,7 +65,7 @@ def test_the_life_of_an_endpoint_in_the_sdks_words(api: Api, client: openai.Open
     )
     assert bodiless.json()["signing_secret"] not in (rotated.signing_secret, made.signing_secret)
 
-    with api.parts.database.engine.connect() as connection:
+    with api.state.database.engine.connect() as connection:
         dump = str(connection.exec_driver_sql("SELECT * FROM webhook_endpoints").all())
     assert "whsec_" not in dump
     deleted = client.webhooks.delete(made.id)
@@ -73,7 +73,7 @@ def test_the_life_of_an_endpoint_in_the_sdks_words(api: Api, client: openai.Open
     with pytest.raises(openai.NotFoundError):
         client.webhooks.retrieve(made.id)
     assert client.webhooks.list().data == []
-    with api.parts.database.engine.connect() as connection:
+    with api.state.database.engine.connect() as connection:
         secrets = connection.execute(text("SELECT secret, secret_hint, old_secret FROM webhook_endpoints"))
         assert secrets.all() == [("", "", None)]
 

@@ -80,13 +80,13 @@ def test_large_bodies_hold_bounded_memory_and_small_ones_are_read_all_the_while(
     other = httpx2.post(
         f"{api.base_url}/v1/keys", json={"name": "o", "project": "o"}, headers=api.headers
     ).json()["key"]
-    budget = api.parts.bodies
-    object.__setattr__(api.parts, "bodies", BodyBudget(8 * MIB))
+    budget = api.state.bodies
+    object.__setattr__(api.state, "bodies", BodyBudget(8 * MIB))
     half = body_of(5 * MIB)[: 3 * MIB]
     try:
         with open_request(api, PATHS[0], api.key, 5 * MIB) as first:
             first.sendall(half)
-            wait_until(lambda: sum(api.parts.bodies._held.values()) == 3 * MIB, what="the first half")
+            wait_until(lambda: sum(api.state.bodies._held.values()) == 3 * MIB, what="the first half")
             url = api.base_url + PATHS[1]
 
             def post(key: str, num_bytes: int) -> httpx2.Response:
@@ -101,12 +101,12 @@ def test_large_bodies_hold_bounded_memory_and_small_ones_are_read_all_the_while(
             assert post(api.key, 1000).status_code == 200
             with open_request(api, PATHS[0], other, 4 * MIB) as second:
                 second.sendall(half)
-                wait_until(lambda: sum(api.parts.bodies._held.values()) == 6 * MIB, what="the second half")
-        wait_until(lambda: not api.parts.bodies._held, what="clients that left hold nothing")
+                wait_until(lambda: sum(api.state.bodies._held.values()) == 6 * MIB, what="the second half")
+        wait_until(lambda: not api.state.bodies._held, what="clients that left hold nothing")
         assert post(api.key, 4 * MIB - 1).status_code == 200
-        assert not api.parts.bodies._held
+        assert not api.state.bodies._held
     finally:
-        object.__setattr__(api.parts, "bodies", budget)
+        object.__setattr__(api.state, "bodies", budget)
 
 
 def test_all_projects_together_are_refused_with_503_beyond_the_budget() -> None:

@@ -44,7 +44,7 @@ def owner(api: Api) -> openai.OpenAI:
     client = _client(api, api.key)
     file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
     job_id = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id).id
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         job = session.get_one(Job, job_id)
         for step, name in enumerate((NAME, SLASHED)):
             session.add(
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_comes_back_as_the_result_is_shared_with_nobody(
 ) -> None:
     other = _project(api, "other")
     job_id = owner.fine_tuning.jobs.list().data[0].id
-    transaction = api.parts.database.transaction
+    transaction = api.state.database.transaction
     with transaction() as session:
         _register(session, job_id, "checkpoint", 10, f"{NAME}0")
     owner.fine_tuning.checkpoints.permissions.create(f"{NAME}0", project_ids=[other.id])
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_comes_back_as_the_result_is_shared_with_nobody(
 
 def test_none_is_granted_while_the_model_is_being_deleted(api: Api, owner: openai.OpenAI) -> None:
     other = _project(api, "other")
-    database = api.parts.database
+    database = api.state.database
     with database.transaction() as session:
         job = session.query(Job).one()
         scope = Principal(job.organization_id, "personal", job.project_id, None)
@@ -195,7 +195,7 @@ def test_none_is_granted_while_the_model_is_being_deleted(api: Api, owner: opena
 
     with ThreadPoolExecutor(1) as threads:
         with database.transaction() as deleting:
-            models.delete(deleting, scope, api.parts.catalogue, NAME)
+            models.delete(deleting, scope, api.state.catalogue, NAME)
             granted = threads.submit(grant)
             wait_until(is_waiting, what="the grant waits for the deletion")
         with pytest.raises(ModelNotFoundError):

@@ -303,5 +303,5 @@ def test_unknown_fields_are_refused_but_for_those_that_are_named(api: Api, file_
         answer = ask(api, "POST", "/fine_tuning/jobs", json=plain | extra)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "unknown_parameter", param)
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         assert session.get_one(Job, job["id"]).spec["training"]["max_length"] is None

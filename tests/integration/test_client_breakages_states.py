@@ -43,7 +43,7 @@ def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def context(api: Api) -> WorkerContext:
-    made = make_context(api.parts.settings)
+    made = make_context(api.state.settings)
     made.notify = api.notified.append
     sweep(made)
     return made
@@ -186,7 +186,7 @@ def test_24_models_whose_names_hold_slashes_are_read_downloaded_and_deleted(
     earlier = f"/fine_tuning/jobs/{jobs_by_status['succeeded']['id']}/checkpoints"
     checkpoint = ask(api, "GET", earlier).json()["data"][-1]["fine_tuned_model_checkpoint"]
     name = "ft:org/base:o::id:ckpt-step-1"
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.execute(update(Model).where(Model.name == checkpoint).values(name=name))
     # The last is how the SDKs before 3 send it.
     for path in ("ft:org%2Fbase:o::id:ckpt-step-1", "ft%3Aorg%2fbase%3Ao%3A%3Aid%3Ackpt-step-1", name):

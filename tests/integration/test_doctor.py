@@ -34,11 +34,11 @@ def test_a_worker_that_claims_nothing_is_named_with_its_reason(
         return [(one.name, one.status) for one in check_database(tmp_path, settings)]
 
     assert found() == [("database", "ok"), ("workers", "warn")]
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         for worker_id in ("good", "bad"):
             workers.beat(session, worker_id, hostname=worker_id, num_slots=1, facts={})
     assert found() == [("database", "ok"), ("workers", "ok")]
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         workers.quarantine(session, "bad", "no driver", pause_seconds=30)
     bad = check_database(tmp_path, settings)[1]
     assert (bad.name, bad.status) == ("worker", "fail")

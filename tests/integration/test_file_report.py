@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from api import reporting
+from api import file_report
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
 from luthier.data.reports.file_report import DataReport
@@ -87,7 +87,7 @@ def test_what_can_not_be_reported_on_is_said(api: Api, settings: Settings) -> No
 def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     before = {path for path in root.rglob("*") if path.is_file()}
     file_id = _upload(api, jsonl(colour_rows())).json()["id"]
@@ -99,7 +99,7 @@ def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
         read.append(path)
         return report_in_process(path, *given, **options)
 
-    monkeypatch.setattr(reporting, "report_in_process", watched)
+    monkeypatch.setattr(file_report, "report_in_process", watched)
     assert _report(api, file_id).status_code == 200
     assert read == [stored]
     stored.unlink()
@@ -122,7 +122,7 @@ def test_a_report_whose_client_has_left_is_given_up(api: Api, monkeypatch: pytes
         given_up.set()
         raise UnavailableError("nobody waits")
 
-    monkeypatch.setattr(reporting, "report_in_process", slow)
+    monkeypatch.setattr(file_report, "report_in_process", slow)
     url = httpx2.URL(api.base_url)
     with socket.create_connection((url.host, url.port)) as connection:
         asked = f"GET /v1/files/{file_id}/report?base=tiny-llama HTTP/1.1\r\nHost: {url.host}\r\n"
@@ -132,7 +132,7 @@ def test_a_report_whose_client_has_left_is_given_up(api: Api, monkeypatch: pytes
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert "has 1 reports on files being made" in refused.text
     wait_until(given_up.is_set, what="the report is given up")
-    wait_until(lambda: not api.parts.reports.locked(), what="its place is free")
+    wait_until(lambda: not api.state.reports.locked(), what="its place is free")
 
 
 def test_a_report_on_a_file_that_takes_too_long_is_one_of_its_first_rows(
@@ -140,7 +140,7 @@ def test_a_report_on_a_file_that_takes_too_long_is_one_of_its_first_rows(
 ) -> None:
     file_id = _upload(api, jsonl(colour_rows(700))).json()["id"]
     whole = _report(api, file_id).json()
-    monkeypatch.setattr(reporting, "_MAX_SECONDS", 0.0)
+    monkeypatch.setattr(file_report, "_MAX_SECONDS", 0.0)
     sample = _report(api, file_id).json()
     assert (whole["is_sample"], whole["rows"]) == (False, 700)
     assert (sample["is_sample"], sample["rows"]) == (True, 256)
@@ -215,6 +215,6 @@ def test_a_broken_parquet_file_leaves_nothing_behind(api: Api) -> None:
     answer = _upload(api, _as_parquet([*_PAIRS, {"prompt": "p", "completion": ""}]))
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_file_format")
     assert answer.json()["error"]["message"].startswith("Row 13, completion:")
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     assert [path for path in root.rglob("*") if path.is_file()] == []

@@ -99,7 +99,7 @@ def test_06_has_more_is_always_there_and_exact(api: Api, client: openai.OpenAI) 
 
 def test_07_pages_neither_skip_nor_repeat_while_files_come_and_go(api: Api, client: openai.OpenAI) -> None:
     made = [client.files.create(file=ROWS, purpose="fine-tune").id for _ in range(6)]
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         # All of one moment: only the id tells them apart.
         session.query(files.File).update({"created_at": "2026-01-01T00:00:00Z"})
     first = client.files.list(limit=2)
@@ -118,8 +118,8 @@ def test_41_a_result_file_is_found_by_id_and_purpose_and_is_plain_csv(
     job_id = client.fine_tuning.jobs.create(model="tiny-llama", training_file=made.id).id
     content = b"step,train_loss\n1,0.5\n"
     stored = StoredFile("file-result", "step_metrics.csv", files.RESULTS_PURPOSE, len(content), 1, "0", "r")
-    api.parts.storage.put_bytes("r", content)
-    with api.parts.database.transaction() as session:
+    api.state.storage.put_bytes("r", content)
+    with api.state.database.transaction() as session:
         job = session.get_one(Job, job_id)
         job.result_file_id = files.record_result(session, job, stored).id
     [result_id] = client.fine_tuning.jobs.retrieve(job_id).result_files

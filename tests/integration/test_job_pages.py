@@ -35,13 +35,13 @@ def job_ids(api: Api) -> list[str]:
     body = {"model": "tiny-llama", "training_file": file}
     url = f"{api.base_url}/v1/fine_tuning/jobs"
     first = httpx2.post(url, headers=api.headers, json=body).json()["id"]
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         for table in ("checkpoints", "models", "job_events"):
             session.execute(text(f"DELETE FROM {table} WHERE job_id <> :id"), {"id": first})
         session.execute(text("DELETE FROM jobs WHERE id <> :id"), {"id": first})
     for _ in range(NUM_ROWS - 1):
         _copy_job(api, first)
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         rows = session.query(Job.id).order_by(Job.created_at.desc(), Job.id.desc())
         return [row[0] for row in rows]
 
@@ -50,7 +50,7 @@ def _copy_job(api: Api, job_id: str) -> None:
     """Make another job, of the same moment as the first."""
     columns = [column.name for column in Job.__table__.columns]
     values = [":fresh" if name == "id" else name for name in columns]
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         statement = (
             f"INSERT INTO jobs ({', '.join(columns)}) SELECT {', '.join(values)} FROM jobs WHERE id = :id"
         )
@@ -76,7 +76,7 @@ def _pages(api: Api, path: str, limit: int, between: Callable[[], object]) -> li
 
 def test_jobs_are_paged_whole_though_new_ones_come_meanwhile(api: Api, job_ids: list[str]) -> None:
     for limit in (1, 3, NUM_ROWS - 1, NUM_ROWS, NUM_ROWS + 1):
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             expected = [
                 row[0] for row in session.query(Job.id).order_by(Job.created_at.desc(), Job.id.desc())
             ]
@@ -94,12 +94,12 @@ def test_events_of_one_second_are_paged_whole_though_new_ones_come_meanwhile(
     api: Api, job_ids: list[str]
 ) -> None:
     def tell(number: int = 1) -> None:
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             events.append(session, job_ids[0], [NewEvent(f"news {n}", data={}) for n in range(number)])
 
     tell(NUM_ROWS)
     for limit in (1, 4, NUM_ROWS):
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             rows = session.query(JobEvent).filter_by(job_id=job_ids[0]).order_by(JobEvent.seq.desc())
             expected = [row.id for row in rows]
         found = _pages(api, f"/{job_ids[0]}/events", limit, tell)
@@ -110,7 +110,7 @@ def test_events_of_one_second_are_paged_whole_though_new_ones_come_meanwhile(
 def test_checkpoints_are_paged_whole_though_new_ones_come_and_old_ones_are_retired(
     api: Api, job_ids: list[str]
 ) -> None:
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         for step in range(1, 8):
             _add_checkpoint(session, job_ids[0], step)
     next_step, num_retired = 100, 0
@@ -118,7 +118,7 @@ def test_checkpoints_are_paged_whole_though_new_ones_come_and_old_ones_are_retir
     def publish_and_retire() -> None:
         nonlocal next_step, num_retired
         next_step, num_retired = next_step + 1, num_retired + 1
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             _add_checkpoint(session, job_ids[0], next_step)
             # Also the one that ended the page before.
             session.query(Checkpoint).filter(Checkpoint.step_number == 8 - 2 * num_retired).update(
@@ -164,7 +164,7 @@ def _add_checkpoint(session: Any, job_id: str, step: int) -> None:
 def test_a_limit_of_nothing_is_an_empty_page_and_a_cursor_of_another_list_is_refused(
     api: Api, job_ids: list[str]
 ) -> None:
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         events.append(session, job_ids[0], [NewEvent("news", data={})])
         events.append(session, job_ids[1], [NewEvent("news", data={})])
         others = session.query(JobEvent.id).filter_by(job_id=job_ids[1]).limit(1).scalar()
@@ -187,7 +187,7 @@ def test_a_limit_of_nothing_is_an_empty_page_and_a_cursor_of_another_list_is_ref
 
 def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[str]) -> None:
     """Not by the clock, which tells little of so few rows: by what PostgreSQL says it will do."""
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         job = session.get_one(Job, job_ids[5])
         scope = Principal(job.organization_id, "personal", job.project_id, None)
         seen: list[tuple[str, Any]] = []

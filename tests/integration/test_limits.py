@@ -51,7 +51,7 @@ def _job(client: openai.OpenAI, file_id: str, **more: str) -> str:
 
 
 def _objects(api: Api) -> set[Path]:
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     return {path for path in root.rglob("*") if path.is_file()}
 
@@ -91,7 +91,7 @@ def test_waiting_jobs_are_counted_without_a_visit_to_each_job_of_the_project(
         if "count(*)" in statement and "jobs.project_id" in statement:
             seen.append((statement, parameters))
 
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         engine = session.get_bind().engine
         session.execute(
             text(
@@ -106,7 +106,7 @@ def test_waiting_jobs_are_counted_without_a_visit_to_each_job_of_the_project(
     finally:
         event.remove(engine, "before_cursor_execute", keep)
     [(statement, parameters)] = seen
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.execute(text("ANALYZE jobs"))
         # The plan of a statement that was prepared once for all parameters, as after its fifth use.
         session.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
@@ -149,8 +149,8 @@ def test_no_more_bytes_are_stored_than_may_and_nothing_of_a_refused_file_is_kept
 def test_an_upload_to_a_disk_that_is_nearly_full_is_refused_once_and_for_all(
     api: Api, client: openai.OpenAI
 ) -> None:
-    settings = api.parts.settings
-    object.__setattr__(api.parts, "settings", settings.model_copy(update={"min_free_bytes": 10**18}))
+    settings = api.state.settings
+    object.__setattr__(api.state, "settings", settings.model_copy(update={"min_free_bytes": 10**18}))
     with pytest.raises(openai.InternalServerError) as caught:
         _upload(client)
     assert caught.value.status_code == 507
@@ -168,12 +168,12 @@ def test_idempotency_keys_are_deleted_after_a_day(
         client.fine_tuning.jobs.create(
             model="tiny-llama", training_file=file_id, extra_headers={"Idempotency-Key": key}
         )
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.execute(
             update(IdempotencyKey)
             .where(IdempotencyKey.key == "old")
             .values(created_at=func.now() - timedelta(hours=25))
         )
     collect_garbage(context, grace_seconds=3600)
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         assert list(session.scalars(select(IdempotencyKey.key))) == ["new"]

@@ -45,10 +45,10 @@ def _delete_file(client: openai.OpenAI, api: Api) -> Path:
         def away(*_: object) -> None:
             raise UnavailableError("away")
 
-        broken.setattr(api.parts.storage, "delete", away)
+        broken.setattr(api.state.storage, "delete", away)
         client.files.delete(file.id)
-    assert api.parts.storage.local_root is not None
-    (path,) = api.parts.storage.local_root.rglob(file.id)
+    assert api.state.storage.local_root is not None
+    (path,) = api.state.storage.local_root.rglob(file.id)
     return path
 
 
@@ -132,7 +132,7 @@ def test_a_worker_that_sweeps_seldom_is_heard_of_and_removes_run_directories_whi
     stale.mkdir(parents=True)
 
     def heartbeat() -> float:
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             found = session.scalar(text("SELECT extract(epoch FROM max(heartbeat_at)) FROM workers"))
             return float(found or 0)
 
@@ -160,7 +160,7 @@ def test_objects_of_files_without_a_row_are_deleted_once_they_are_old(
     api: Api, client: openai.OpenAI, context: WorkerContext
 ) -> None:
     kept = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    root = api.parts.storage.local_root
+    root = api.state.storage.local_root
     assert root is not None
     (path,) = root.rglob(kept.id)
     without_row, fresh = path.with_name(new_id("file")), path.with_name(new_id("file"))
@@ -202,7 +202,7 @@ def test_a_worker_is_alive_all_the_while_that_its_storage_hangs(
     _delete_file(client, api)
 
     def heartbeat() -> float:
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             return float(session.scalar(text("SELECT extract(epoch FROM max(heartbeat_at)) FROM workers")))
 
     # Connections are made, and nothing is ever answered.

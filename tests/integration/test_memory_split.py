@@ -232,7 +232,7 @@ def test_prepare_notes_what_a_job_needs(api: Api, client: openai.OpenAI, context
     file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(12))), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id, seed=1)
     prepare(context, job.id)
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         row = session.get_one(Job, job.id)
         assert row.peak_bytes is not None
         assert row.least_bytes is not None

@@ -53,7 +53,7 @@ def test_requests_are_counted_by_template_and_never_by_path(api: Api) -> None:
 def test_jobs_slots_and_waits_are_read_from_the_database(api: Api) -> None:
     files = {"purpose": (None, "fine-tune"), "file": ("a.jsonl", jsonl(colour_rows()))}
     create_job(api, ask(api, "POST", "/files", files=files).json()["id"])
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.execute(insert(Worker).values(id="w", hostname="h", num_slots=3, facts={}))
     found = _scrape(api)
     assert found["luthier_jobs validating_files"] == 1
@@ -77,7 +77,7 @@ def test_a_plain_key_may_not_read_metrics_and_the_operators_token_reads_nothing_
 
 
 def test_tokens_are_counted_by_kind(api: Api) -> None:
-    api.parts.metrics.count_tokens(TokenCounts(1, 10, 4, 3))
+    api.state.metrics.count_tokens(TokenCounts(1, 10, 4, 3))
     found = _scrape(api)
     kinds = [found[f"luthier_tokens_total {kind}"] for kind in ("input", "input_cached", "output")]
     assert kinds == [10, 4, 3]

@@ -45,7 +45,7 @@ def client(api: Api) -> openai.OpenAI:
 @pytest.fixture
 def context(api: Api) -> Iterator[WorkerContext]:
     """A worker; the jobs that a test leaves are ended with it."""
-    made = make_context(api.parts.settings.model_copy(update={"sweep_seconds": 0.01}))
+    made = make_context(api.state.settings.model_copy(update={"sweep_seconds": 0.01}))
     made.notify = api.notified.append
     sweep(made)
     yield made

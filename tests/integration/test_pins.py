@@ -42,7 +42,7 @@ def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(
 def test_one_project_pins_models_up_to_its_share_of_the_memory_and_is_told_the_limit(
     ours: Aliases, api: Api
 ) -> None:
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.execute(update(Job).values(report={"run": {"artifact_bytes": 3_000_000_000}}))
     api.backend.room_bytes = {"packed": 16_000_000_000, "whole": 1}
     assert ours.ok("PUT", f"/models/{V1}/pin")["pinned"] is True

@@ -20,7 +20,7 @@ def test_many_questions_are_one_look_into_the_database(api: Api) -> None:
         if "alembic_version" in told[2]:
             looks.append(told[2])
 
-    event.listen(api.parts.database.engine, "before_cursor_execute", note)
+    event.listen(api.state.database.engine, "before_cursor_execute", note)
     with ThreadPoolExecutor(16) as pool:
         answers = [*pool.map(lambda _: _ask(api), range(64))]
     assert {answer.status_code for answer in answers} == {200}
@@ -29,12 +29,12 @@ def test_many_questions_are_one_look_into_the_database(api: Api) -> None:
 
 
 def test_a_database_that_hangs_or_has_another_schema_is_unready_and_found_well_again(api: Api) -> None:
-    with api.parts.database.engine.begin() as holding:
+    with api.state.database.engine.begin() as holding:
         holding.execute(text("LOCK TABLE alembic_version IN ACCESS EXCLUSIVE MODE"))
         answer = _ask(api)
         assert (answer.status_code, answer.json()["status"]) == (503, "unready")
     wait_until(lambda: _ask(api).status_code == 200, what="it is ready again")
-    with api.parts.database.engine.begin() as connection:
+    with api.state.database.engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     wait_until(lambda: _ask(api).status_code == 503, what="it sees the older schema")
     assert "The schema is at 0001" in _ask(api).json()["reason"]

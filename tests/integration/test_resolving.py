@@ -62,7 +62,7 @@ def test_a_swap_or_a_revocation_holds_from_the_next_request_on(api: Api, ours: A
     ours.put("prod", V1)
     made = ours.ok("POST", "/keys", {"name": "short-lived"})
     assert ask(api, made["key"], "prod").status_code == 200
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         used = session.scalar(text("SELECT last_used_at FROM api_keys WHERE id = :id"), {"id": made["id"]})
     assert used is not None
     ours.put("prod", V2)
@@ -76,7 +76,7 @@ def test_a_swap_or_a_revocation_holds_from_the_next_request_on(api: Api, ours: A
 def test_a_database_that_hangs_costs_each_request_a_503_and_holds_up_nothing_else(api: Api) -> None:
     num_asked = NUM_TURNS + 4
     with ThreadPoolExecutor(num_asked) as pool:
-        with api.parts.database.transaction() as session:
+        with api.state.database.transaction() as session:
             session.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
             began = time.monotonic()
             asking = [pool.submit(ask, api, api.key, TINY_BASE) for _ in range(num_asked)]

@@ -55,7 +55,7 @@ def test_what_the_sdk_sends_again_after_a_lost_answer_is_done_once(
     job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file_id, seed=1)
     assert [found.id for found in client.fine_tuning.jobs.list()] == [job.id]
     assert api.notified == [job.id]
-    context = make_context(api.parts.settings)
+    context = make_context(api.state.settings)
     context.notify = api.notified.append
     prepare(context, job.id)
     context.database.close()
@@ -113,7 +113,7 @@ def test_whichever_of_a_create_and_its_retry_comes_first_there_is_one_job(
     assert first.status_code == 200
     answers: list[httpx2.Response] = []
     threads = []
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         # The lock that twins queue at, held until both wait, in this order.
         key_id, project_id = session.query(ApiKey.id, ApiKey.project_id).one()
         content = httpx2.Request("POST", "http://x", json=body).content
@@ -137,7 +137,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _waits(api: Api, num_requests: int) -> bool:
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
         return bool(session.execute(text(waiting)).scalar_one() == num_requests)
 
@@ -159,7 +159,7 @@ def test_a_retry_is_told_by_key_body_and_ten_minutes(api: Api, file_id: str) -> 
     keyed = _create(api, body, 0, **{"Idempotency-Key": "k"}).json()["id"]
     assert keyed not in {made, theirs}
     assert _create(api, body, 2, **{"Idempotency-Key": "k"}).json()["id"] == keyed
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         session.query(IdempotencyKey).update({"created_at": text("created_at - interval '11 minutes'")})
     assert _create(api, body, 1).json()["id"] not in {made, theirs, keyed}
     assert _create(api, body, 2, **{"Idempotency-Key": "k"}).json()["id"] == keyed
@@ -179,7 +179,7 @@ def test_a_create_that_failed_is_not_remembered(api: Api, file_id: str) -> None:
     body = {"model": "nope", "training_file": file_id}
     assert _create(api, body, 0, **{"Idempotency-Key": "k"}).status_code == 400
     assert _create(api, body | {"model": "tiny-llama"}, 0, **{"Idempotency-Key": "k"}).status_code == 200
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         assert session.query(Job).count() == 1
 
 

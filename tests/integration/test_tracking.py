@@ -331,8 +331,8 @@ def test_all_that_waits_is_written_before_the_end(settings: Settings) -> None:
 def test_a_tracker_that_no_worker_has_is_refused(
     api: Api, client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    settings = api.parts.settings.model_copy(update={"mlflow_tracking_uri": "http://mlflow.example"})
-    object.__setattr__(api.parts, "settings", settings)
+    settings = api.state.settings.model_copy(update={"mlflow_tracking_uri": "http://mlflow.example"})
+    object.__setattr__(api.state, "settings", settings)
     wanted = {"type": "mlflow", "mlflow": {"project": "p", "tags": ["a"]}}
     with context.database.transaction() as session:
         worker = session.get_one(Worker, context.worker_id)
@@ -350,8 +350,8 @@ def test_a_tracker_that_no_worker_has_is_refused(
 def test_the_sdks_own_wandb_integration_is_echoed_without_a_secret(api: Api) -> None:
     secret = SecretStr("not-for-clients")
     update = {"wandb_api_key": secret, "wandb_entity": "entity"}
-    settings = api.parts.settings.model_copy(update=update)
-    object.__setattr__(api.parts, "settings", settings)
+    settings = api.state.settings.model_copy(update=update)
+    object.__setattr__(api.state, "settings", settings)
     strict = openai.OpenAI(
         base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
     )

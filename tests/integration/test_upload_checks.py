@@ -40,8 +40,8 @@ def _upload(api: Api, content: bytes) -> httpx2.Response:
 
 
 def _objects(api: Api) -> list[Path]:
-    assert api.parts.storage.local_root is not None
-    return [path for path in api.parts.storage.local_root.rglob("*") if path.is_file()]
+    assert api.state.storage.local_root is not None
+    return [path for path in api.state.storage.local_root.rglob("*") if path.is_file()]
 
 
 def _checking() -> list[str]:

@@ -29,7 +29,7 @@ def _make_key(api: Api, project: str) -> dict[str, Any]:
 
 
 def _record(api: Api, key: dict[str, Any], model: str, at: int, counts: TokenCounts) -> None:
-    with api.parts.database.transaction() as session:
+    with api.state.database.transaction() as session:
         organization_id = session.scalars(select(Organization.id)).one()
         usage.record(session, {UsageOwner(organization_id, key["project_id"], key["id"], model): counts})
         session.execute(
@@ -202,7 +202,7 @@ def test_usage_that_could_not_be_stored_for_any_reason_is_stored_later(
 ) -> None:
     monkeypatch.setattr("api.usage_recorder._FLUSH_SECONDS", 0.05)
     key = _make_key(api, "violas")
-    database, num_failures = api.parts.database, 0
+    database, num_failures = api.state.database, 0
     record = usage.record
 
     def fail(session: Any, counts: Any) -> None:
@@ -214,7 +214,7 @@ def test_usage_that_could_not_be_stored_for_any_reason_is_stored_later(
         organization_id = session.scalars(select(Organization.id)).one()
     monkeypatch.setattr(usage, "record", fail)
     owner = UsageOwner(organization_id, key["project_id"], key["id"], "tiny-llama")
-    api.parts.usage.add(owner, TokenCounts(1, 2, 0, 3))
+    api.state.usage.add(owner, TokenCounts(1, 2, 0, 3))
     wait_until(lambda: num_failures > 0)
     monkeypatch.setattr(usage, "record", record)
 
