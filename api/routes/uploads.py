@@ -19,7 +19,7 @@ from api.uploads.upload_records import drop_stored, record_stored
 from db.tables import File, UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
-from luthier.data.readers.upload_check import open_check, row_limits
+from luthier.data.readers.upload_check import UploadCheck, row_limits
 from services.accounts import limits
 from services.accounts.auth import Principal
 from services.files import completing, uploads
@@ -119,7 +119,7 @@ async def _assemble(
     facts = await assemble(
         state.storage,
         assembly.parts,
-        check=open_check(
+        check=UploadCheck(
             upload.purpose, row_limits(state.settings), lambda: state.checks.hold(principal.project_id)
         ),
         md5=_md5(body),

@@ -20,9 +20,8 @@ from luthier.core.settings import Settings
 from luthier.data.readers.base import Limits
 from luthier.data.readers.upload_check import (
     TakePlace,
-    UndecidedCheck,
+    UploadCheck,
     check_input_purpose,
-    open_check,
     row_limits,
 )
 from luthier.storage.store import Storage
@@ -81,7 +80,7 @@ class _Form:
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self._limits, self._take_place = limits, take_place
-        self._undecided: UndecidedCheck | None = None
+        self._undecided: UploadCheck | None = None
 
     def begin_file(self, name: str, filename: str) -> None:
         if name != "file" or self.filename is not None:
@@ -89,10 +88,10 @@ class _Form:
         self.filename = clean_filename(filename, param="file")
         purpose = self.fields.get("purpose")
         if purpose is not None:
-            self.incoming.begin_check(open_check(purpose, self._limits, self._take_place))
+            self.incoming.begin_check(UploadCheck(purpose, self._limits, self._take_place))
             return
-        # Clients may send the purpose last; until then a fault of the rows is kept, and not yet told.
-        self._undecided = UndecidedCheck(self._limits, self._take_place)
+        # Clients may send the purpose last; until then a fault of the rows is kept and not raised.
+        self._undecided = UploadCheck(None, self._limits, self._take_place)
         self.incoming.begin_check(self._undecided)
 
     def take_field(self, name: str, value: str) -> None:

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from luthier.core.errors import LuthierError
 from luthier.data.readers.file_checker import FileFacts
-from luthier.data.readers.upload_check import Check
+from luthier.data.readers.upload_check import UploadCheck
 from luthier.storage.store import Storage
 
 _BLOCK_BYTES = 1024 * 1024
@@ -86,14 +86,14 @@ class Incoming:
         self._works = [_Work(self._write_blocks)]
         self._max_bytes = max_bytes
         self._too_large = too_large
-        self._check: Check | None = None
+        self._check: UploadCheck | None = None
         self._sha256 = hashlib.sha256()
         # Joined once, when there is enough for a block.
         self._pieces: list[bytes] = []
         self._num_gathered = 0
         self.num_bytes = 0
 
-    def begin_check(self, check: Check) -> None:
+    def begin_check(self, check: UploadCheck) -> None:
         """Have all bytes checked and hashed; before the first of them."""
         self._check = check
 
@@ -172,7 +172,7 @@ class Incoming:
         await run_in_threadpool(check.close)
         return StoredBytes(facts.num_rows, facts.num_bytes, self._sha256.hexdigest(), facts.format)
 
-    def _finish_stored(self, check: Check) -> FileFacts:
+    def _finish_stored(self, check: UploadCheck) -> FileFacts:
         with self._storage.local_file(self._sink.key) as path:
             return check.finish(path)
 

@@ -1,9 +1,7 @@
 """AppState of an upload: taken into storage one by one, and put together into a file that is checked."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 from fastapi import Request
 
@@ -16,8 +14,7 @@ from luthier.core.errors import (
     MissingParameterError,
 )
 from luthier.core.settings import MIB
-from luthier.data.readers.file_checker import FileFacts
-from luthier.data.readers.upload_check import Check
+from luthier.data.readers.upload_check import UploadCheck
 from luthier.storage.store import Storage
 from services.files.uploads import StoredPart
 
@@ -85,42 +82,8 @@ async def receive_part(request: Request, storage: Storage, *, part_id: str, stor
     return StoredPart(part_id, incoming.num_bytes, storage_key)
 
 
-class _Md5Check:
-    """A check that also holds the whole to a hash that the client named."""
-
-    def __init__(self, check: Check, md5: str) -> None:
-        self._check = check
-        self._expected = md5
-        # Not for security: it finds parts that were lost or mixed up on their way.
-        self._md5 = hashlib.md5(usedforsecurity=False)
-
-    @property
-    def needs_file(self) -> bool:
-        return self._check.needs_file
-
-    def feed(self, chunk: bytes) -> None:
-        self._md5.update(chunk)
-        self._check.feed(chunk)
-
-    def finish(self, path: Path | None = None, /) -> FileFacts:
-        found = self._md5.hexdigest()
-        if found != self._expected:
-            raise InvalidValueError(
-                f"md5: the parts in this order hash to {found}, not to {self._expected}; check their order, "
-                "or send them again.",
-                param="md5",
-            )
-        return self._check.finish(path)
-
-    def stop(self) -> None:
-        self._check.stop()
-
-    def close(self) -> None:
-        self._check.close()
-
-
 async def assemble(
-    storage: Storage, parts: Sequence[StoredPart], *, check: Check, md5: str | None, storage_key: str
+    storage: Storage, parts: Sequence[StoredPart], *, check: UploadCheck, md5: str | None, storage_key: str
 ) -> StoredBytes:
     """Put parts together into one object, checked while they stream by; or leave nothing of it.
 
@@ -139,7 +102,9 @@ async def assemble(
     """
     num_bytes = sum(part.num_bytes for part in parts)
     incoming = Incoming(storage, storage_key, max_bytes=num_bytes, too_large=_too_large())
-    incoming.begin_check(check if md5 is None else _Md5Check(check, md5))
+    if md5 is not None:
+        check.require_md5(md5)
+    incoming.begin_check(check)
     try:
         for part in parts:
             async for chunk in storage.stream(part.storage_key, start=0, end=part.num_bytes):

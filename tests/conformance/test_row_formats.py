@@ -6,7 +6,7 @@ import pytest
 
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault, Row
-from luthier.data.readers.detect_format import explain_row, find_format, recognise
+from luthier.data.readers.detect_format import detect_format, explain_row, find_format
 
 GARBAGE = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b"[" * 10_000, b'{"\\ud800": 1}', b"\0"]
 
@@ -44,7 +44,7 @@ def sample(row_format):
 def test_a_row_of_its_signature_is_recognised_and_read(row_format):
     row = sample(row_format)
     line = json.dumps(row).encode()
-    assert recognise(line, 1) is row_format
+    assert detect_format(line, 1) is row_format
     assert find_format(row_format.signature) is row_format
     assert row_format.accepts(line)
     found = row_format.read(line)

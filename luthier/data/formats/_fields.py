@@ -1,24 +1,23 @@
 """Rows of a few named texts, which most of the simple formats are: one reader for them all."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from luthier.data.formats._json_line import parse_line
-from luthier.data.formats._tools import Broken
-from luthier.data.formats.base import Fault, Row, Turn, escape_text
+from luthier.data.formats.base import Broken, Fault, Row, RowFormat, Turn, escape_text
 
 
-class FieldsFormat(ABC):
+class FieldsFormat(RowFormat):
     """A format whose row is an object of texts.
 
     Args:
         required: keys that every row has.
         learnt: the one of them that is learnt, which may not be empty.
         optional: keys that a row may have; null counts as absent.
-        whole_numbers: required keys that may hold a whole number in place of a text.
+        whole_numbers: required keys that may hold a whole number instead of a text.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class FieldsFormat(ABC):
         self.name = name
         self.signature = frozenset(required)
         self.keys = frozenset([*required, *optional])
-        self.json_keys: frozenset[str] = frozenset()
         self._required, self._optional, self._learnt = tuple(required), tuple(optional), learnt
         self._whole_numbers = frozenset(whole_numbers)
         members: list[Any] = [(key, int | str if key in self._whole_numbers else str) for key in required]
@@ -47,11 +45,11 @@ class FieldsFormat(ABC):
         """Return the row of checked texts; an optional one that is absent is empty."""
 
     def accepts(self, line: bytes) -> bool:
-        """Say fast whether a line breaks no rule."""
+        """Whether a line breaks no rule."""
         return self._read_fields(line) is not None
 
     def read(self, line: bytes) -> Row | None:
-        """Read a line fast; None when it breaks a rule."""
+        """Return the row of a line, or None when it breaks a rule."""
         fields = self._read_fields(line)
         return None if fields is None else self.make_row(fields)
 
@@ -67,13 +65,8 @@ class FieldsFormat(ABC):
         texts = {key: "" if value is None else str(value) for key, value in fields.items()}
         return texts if texts[self._learnt] else None
 
-    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
-        """Return the faults of a row that `read` refused."""
-        faults = [Fault(number, None, field, rule, message) for field, rule, message in self._check(row)]
-        told = f"The line can't be read as a row of the format {self.name}."
-        return faults or [Fault(number, None, None, "row.unreadable", told)]
-
-    def _check(self, row: dict[str, Any]) -> list[Broken]:
+    def check(self, row: dict[str, Any]) -> list[Broken]:
+        """Return the rules that a row breaks."""
         known = ", ".join([*self._required, *self._optional])
         broken: list[Broken] = [
             (

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from luthier.data.formats.base import Fault, escape_text
+from luthier.data.formats.base import Fault, RowFormat, escape_text
 from luthier.data.json_values import MAX_VALUES, max_num_values
 
 _MAX_KEYS = 10_000
@@ -82,14 +82,7 @@ def _load(text: str, number: int) -> Any | Fault:
 
 
 def parse_line(line: bytes, number: int) -> dict[str, Any] | Fault:
-    """Parse one line strictly.
-
-    Args:
-        number: of the line, from 1.
-
-    Returns:
-        The object, or the fault that keeps the line from being one.
-    """
+    """Parse line `number` strictly: return its object, or the fault that keeps it from being one."""
     if max_num_values(line) > MAX_VALUES:
         message = f"The line has more than {MAX_VALUES} JSON values; split it."
         return Fault(number, None, None, "json.values", message)
@@ -99,3 +92,16 @@ def parse_line(line: bytes, number: int) -> dict[str, Any] | Fault:
         return value
     message = 'Each line must be a JSON object such as {"messages": [...]}.'
     return Fault(number, None, None, "row.type", message)
+
+
+class CheckedFormat(RowFormat):
+    """A format whose rows are parsed and checked rule by rule."""
+
+    def accepts(self, line: bytes) -> bool:
+        """Whether a line breaks no rule."""
+        return self.parse(line) is not None
+
+    def parse(self, line: bytes) -> dict[str, Any] | None:
+        """Return the object of a line that breaks no rule."""
+        row = parse_line(line, 1)
+        return None if isinstance(row, Fault) or self.check(row) else row

@@ -3,8 +3,8 @@
 import itertools
 from typing import Any
 
-from luthier.data.formats._tools import MAX_BROKEN, Broken, check_called, check_calls, to_call
-from luthier.data.formats.base import Turn, escape_text, tell_choice
+from luthier.data.formats._tools import MAX_BROKEN, check_called, check_calls, to_call
+from luthier.data.formats.base import Broken, Turn, describe_choice, escape_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Which role's messages may have a key; every message has role and content, and may have a name.
@@ -30,14 +30,9 @@ _UNSUPPORTED_PARTS = {
 
 
 def check_messages(messages: list[Any], path: str, *, is_parallel_allowed: bool = True) -> list[Broken]:
-    """Check messages one by one and, when each is sound, between each other.
+    """Check the messages of the list at `path` one by one and, when each is sound, between each other.
 
-    Args:
-        path: of the list, such as `messages`.
-        is_parallel_allowed: whether one message may call two tools.
-
-    Returns:
-        The rules that are broken.
+    `is_parallel_allowed`: one message may call two tools.
     """
     broken = check_each(messages, path, is_parallel_allowed=is_parallel_allowed)
     return broken or check_answers(messages, path)
@@ -52,8 +47,8 @@ def check_each(messages: list[Any], path: str, *, is_parallel_allowed: bool) -> 
         here = f"{path}[{place}]"
         found = _check_message(message, here)
         if not found and not is_parallel_allowed and len(message.get("tool_calls") or ()) > 1:
-            told = '"parallel_tool_calls" is false, and this message calls two tools: part it.'
-            found = [(f"{here}.tool_calls", "tool_calls.parallel", told)]
+            advice = '"parallel_tool_calls" is false, and this message calls two tools: part it.'
+            found = [(f"{here}.tool_calls", "tool_calls.parallel", advice)]
         broken += found
     return broken
 
@@ -65,11 +60,11 @@ def _check_message(message: Any, path: str) -> list[Broken]:
     for key, value in message.items():
         if key in _UNSUPPORTED_KEYS:
             if value is not None:
-                told = f'"{key}" is not supported: leave it out, or write it as content.'
-                broken.append((f"{path}.{key}", "message.unsupported", told))
+                advice = f'"{key}" is not supported: leave it out, or write it as content.'
+                broken.append((f"{path}.{key}", "message.unsupported", advice))
         elif key not in _PLAIN_KEYS and key not in _OWNERS:
-            told = f"Unknown key; a message has {', '.join([*_PLAIN_KEYS, *_OWNERS])}."
-            broken.append((f"{path}.{escape_text(key)}", "message.unknown_key", told))
+            advice = f"Unknown key; a message has {', '.join([*_PLAIN_KEYS, *_OWNERS])}."
+            broken.append((f"{path}.{escape_text(key)}", "message.unknown_key", advice))
     role_broken = _check_role(message, path)
     broken += role_broken
     if not (broken and "content" not in message):
@@ -83,7 +78,7 @@ def _check_role(message: dict[str, Any], path: str) -> list[Broken]:
     role = message.get("role")
     if isinstance(role, str) and role in ROLES:
         return []
-    return [(f"{path}.role", "message.role", tell_choice(message, "role", ROLES))]
+    return [(f"{path}.role", "message.role", describe_choice(message, "role", ROLES))]
 
 
 def _check_owned(message: dict[str, Any], path: str) -> list[Broken]:
@@ -106,16 +101,16 @@ def _check_owned(message: dict[str, Any], path: str) -> list[Broken]:
     if message.get("function_call") is not None:
         broken += check_called(message["function_call"], f"{path}.function_call")
     if message.get("tool_calls") is not None and message.get("function_call") is not None:
-        told = '"function_call" is the older spelling of "tool_calls": a message has one of them.'
-        broken.append((f"{path}.function_call", "tool_calls.twice", told))
+        advice = '"function_call" is the older spelling of "tool_calls": a message has one of them.'
+        broken.append((f"{path}.function_call", "tool_calls.twice", advice))
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
-        told = '"reasoning_content" must be a string.'
-        broken.append((f"{path}.reasoning_content", "message.reasoning_content", told))
+        advice = '"reasoning_content" must be a string.'
+        broken.append((f"{path}.reasoning_content", "message.reasoning_content", advice))
     id_ = message.get("tool_call_id")
     if role == "tool" and (not isinstance(id_, str) or not id_):
-        told = "A tool's message names the id of the call that it answers, a string."
-        broken.append((f"{path}.tool_call_id", "message.tool_call_id", told))
+        advice = "A tool's message names the id of the call that it answers, a string."
+        broken.append((f"{path}.tool_call_id", "message.tool_call_id", advice))
     if role == "function" and not isinstance(message.get("name"), str):
         broken.append((f"{path}.name", "message.name", "A function's message must have the function's name."))
     return broken
@@ -137,10 +132,10 @@ def _check_content(message: dict[str, Any], path: str) -> list[Broken]:
     if isinstance(content, str):
         return []
     if not isinstance(content, list) or not content:
-        told = '"content" must be a string.'
+        advice = '"content" must be a string.'
         if content is None:
-            told += " Only an assistant message with tool calls may do without."
-        return [(f"{path}.content", "message.content", told)]
+            advice += " Only an assistant message with tool calls may do without."
+        return [(f"{path}.content", "message.content", advice)]
     return _check_parts(content, path)
 
 
@@ -149,8 +144,8 @@ def _check_parts(parts: list[Any], path: str) -> list[Broken]:
         part_path = f"{path}.content[{place}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind in _UNSUPPORTED_PARTS:
-            told = f'{_UNSUPPORTED_PARTS[kind]} ("{kind}"): text only. Remove the part or the row.'
-            return [(f"{part_path}.type", "content.unsupported", told)]
+            advice = f'{_UNSUPPORTED_PARTS[kind]} ("{kind}"): text only. Remove the part or the row.'
+            return [(f"{part_path}.type", "content.unsupported", advice)]
         if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
             return [(part_path, "content.part", 'A part must be {"type": "text", "text": "..."}.')]
     return []
@@ -170,8 +165,10 @@ def check_answers(messages: list[dict[str, Any]], path: str) -> list[Broken]:
         role = message["role"]
         if role == "assistant":
             for field in itertools.islice(open_calls.values(), MAX_BROKEN):
-                told = "This call is not answered before the assistant's next message: add the tool's answer."
-                broken.append((field, "tool_call.unanswered", told))
+                advice = (
+                    "This call is not answered before the assistant's next message: add the tool's answer."
+                )
+                broken.append((field, "tool_call.unanswered", advice))
             open_calls.clear()
             for number, call in enumerate(message.get("tool_calls") or ()):
                 field = f"{here}.tool_calls[{number}].id"
@@ -183,8 +180,10 @@ def check_answers(messages: list[dict[str, Any]], path: str) -> list[Broken]:
         elif role in ("tool", "function"):
             key = "tool_call_id" if role == "tool" else "name"
             if open_calls.pop((role, message[key]), None) is None:
-                told = "It answers no open call of the assistant message before it: correct it or remove it."
-                broken.append((f"{here}.{key}", "tool.no_call", told))
+                advice = (
+                    "It answers no open call of the assistant message before it: correct it or remove it."
+                )
+                broken.append((f"{here}.{key}", "tool.no_call", advice))
     return broken
 
 
@@ -201,8 +200,7 @@ def to_turns(messages: list[dict[str, Any]], *, is_trained: bool = True) -> list
     Calls of the older kind become tool calls with an id made from their place, their answers a tool's turn:
     chat templates know no others.
 
-    Args:
-        is_trained: whether assistant messages are trained where their weight does not say otherwise.
+    `is_trained`: assistant messages are trained unless their weight is 0.
     """
     turns: list[Turn] = []
     call_id = ""

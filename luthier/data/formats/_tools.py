@@ -4,10 +4,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from luthier.data.formats.base import ToolCall, escape_text
-
-# A broken rule without its line: field, rule, message.
-Broken = tuple[str, str, str]
+from luthier.data.formats.base import Broken, ToolCall, escape_text
 
 MAX_TOOLS = 128
 # A row with this many broken rules is checked no further.
@@ -18,15 +15,7 @@ _FUNCTION_KEYS = frozenset({"name", "description", "parameters", "strict"})
 
 
 def check_definitions(row: dict[str, Any], prefix: str = "") -> list[Broken]:
-    """Check the tools of a row: `tools`, or the older `functions`.
-
-    Args:
-        row: holds them, null or absent where there are none.
-        prefix: of the fields, such as `input.`.
-
-    Returns:
-        The rules that are broken.
-    """
+    """Check the tools of a row, `tools` or the older `functions`; their fields begin with `prefix`."""
     tools, functions = row.get("tools"), row.get("functions")
     if tools is not None and functions is not None:
         message = '"functions" is the older spelling of "tools": a row has one of them.'

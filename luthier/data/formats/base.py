@@ -1,14 +1,15 @@
-"""What a row format is: one file of this folder, with an object named FORMAT that keeps the promise below.
+"""The interface of a row format: a file of this folder with a `RowFormat` named FORMAT.
 
 A fault names its line, its place and its rule; it never quotes more than 40 escaped characters of a row.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 _MAX_QUOTED_CHARS = 40
-_NUM_TOLD = 5
+_NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Fault:
     """One broken rule.
 
     `line` and `column` count from 1; `column` is in characters, None where a field says it better. `field`
-    is a path such as `messages[2].weight`, None where the whole line is meant. `rule` is a stable name.
+    is a path such as `messages[2].weight`, None for the whole line. `rule` is a stable name.
     `row` is the number of the row, from 1, in files that are no lines: a JSON array, Parquet.
     """
 
@@ -51,7 +52,7 @@ class ToolCall:
 class Turn:
     """One message of a conversation, its parts joined. `is_trained` is True on assistant turns alone.
 
-    `content` is None only where `tool_calls` stand in its place. `tool_call_id` says which call a tool's
+    `content` is None only beside `tool_calls`. `tool_call_id` says which call a tool's
     turn answers. `reasoning` is what the assistant thought before it answered.
     """
 
@@ -64,11 +65,7 @@ class Turn:
     reasoning: str | None = None
 
     def to_message(self) -> dict[str, Any]:
-        """Return the turn as a message of a chat template, in the shape that transformers documents.
-
-        The arguments of a tool call are an object in it; what a template wants otherwise is the business
-        of luthier.data.rendering.chat_template.
-        """
+        """Return the turn as transformers documents messages: the arguments of a tool call are an object."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.name is not None:
             message["name"] = self.name
@@ -104,7 +101,11 @@ class Row:
     is_plain: bool = False
 
 
-class RowFormat(Protocol):
+# A broken rule without its line: field, rule, message.
+Broken = tuple[str, str, str]
+
+
+class RowFormat(ABC):
     """A way to write one training row as one JSON object.
 
     `keys` are all keys that a row may have. A row that has all of `signature` is of this format, unless it
@@ -114,29 +115,25 @@ class RowFormat(Protocol):
     name: str
     signature: frozenset[str]
     keys: frozenset[str]
-    json_keys: frozenset[str]
+    json_keys: frozenset[str] = frozenset()
 
+    @abstractmethod
     def accepts(self, line: bytes) -> bool:
-        """Say fast whether a line breaks no rule.
+        """Whether a line breaks no rule; fast."""
 
-        Returns:
-            Whether `read` would read it.
-        """
-
+    @abstractmethod
     def read(self, line: bytes) -> Row | None:
-        """Read a line fast.
+        """Return the row of a line, or None when it breaks a rule; fast."""
 
-        Returns:
-            The row, or None when the line breaks a rule.
-        """
+    @abstractmethod
+    def check(self, row: dict[str, Any]) -> list[Broken]:
+        """Return the rules that a row breaks, exactly; the row is as `parse_line` returns it."""
 
     def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
-        """Say slowly and exactly what is wrong with a row that `read` refused.
-
-        Args:
-            row: as `parse_line` returns it.
-            number: of the line, from 1.
-        """
+        """Return the faults of a row on line `number` that `read` refused."""
+        faults = [Fault(number, None, *broken) for broken in self.check(row)]
+        advice = f"The line can't be read as a row of the format {self.name}."
+        return faults or [Fault(number, None, None, "row.unreadable", advice)]
 
 
 def escape_text(text: str) -> str:
@@ -144,8 +141,8 @@ def escape_text(text: str) -> str:
     return text[:_MAX_QUOTED_CHARS].encode("unicode_escape").decode()[:_MAX_QUOTED_CHARS]
 
 
-def tell_choice(fields: Mapping[str, Any], key: str, choices: Iterable[str]) -> str:
-    """Say that a field is missing, or that its value is none of those there are."""
+def describe_choice(fields: Mapping[str, Any], key: str, choices: Iterable[str]) -> str:
+    """Return what is wrong with a field that must have one of some values."""
     value = fields.get(key)
     if key not in fields:
         what = "is missing"
@@ -156,8 +153,8 @@ def tell_choice(fields: Mapping[str, Any], key: str, choices: Iterable[str]) -> 
     return f'"{key}" {what}; it is one of {", ".join(choices)}.'
 
 
-def tell_faults(faults: Sequence[Fault]) -> str:
+def summarize_faults(faults: Sequence[Fault]) -> str:
     """Return the first few faults as sentences, a line each, and how many more there are."""
-    told = [str(fault) for fault in faults[:_NUM_TOLD]]
-    num_more = len(faults) - len(told)
-    return "\n".join([*told, f"And {num_more} more."] if num_more else told)
+    shown = [str(fault) for fault in faults[:_NUM_SHOWN]]
+    num_more = len(faults) - len(shown)
+    return "\n".join([*shown, f"And {num_more} more."] if num_more else shown)

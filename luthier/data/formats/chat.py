@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from luthier.data.formats._json_line import parse_line
+from luthier.data.formats._json_line import CheckedFormat, parse_line
 from luthier.data.formats._messages import check_messages, to_turns
-from luthier.data.formats._tools import Broken, check_definitions, to_definitions
-from luthier.data.formats.base import Fault, Row, Turn, escape_text
+from luthier.data.formats._tools import check_definitions, to_definitions
+from luthier.data.formats.base import Broken, Fault, Row, Turn, escape_text
 
 _KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
 
@@ -28,14 +28,14 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
     weight: Literal[0, 1] | msgspec.UnsetType = msgspec.UNSET
 
 
-class _PlainRow(msgspec.Struct, forbid_unknown_fields=True):
+class _TextRow(msgspec.Struct, forbid_unknown_fields=True):
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
 
 
-_DECODER = msgspec.json.Decoder(_PlainRow)
+_DECODER = msgspec.json.Decoder(_TextRow)
 
 
-def _has_each_key_once(row: _PlainRow, line: bytes) -> bool:
+def _has_each_key_once(row: _TextRow, line: bytes) -> bool:
     """Whether keys can't have come twice, judged by how often they are spelled in the line.
 
     The decoder keeps the last of two equal keys. Counting is cheap; a line on which the counts differ (for
@@ -67,7 +67,7 @@ def _to_turn(message: _Message) -> Turn:
     )
 
 
-def _read_plain(line: bytes) -> _PlainRow | None:
+def _read_texts(line: bytes) -> _TextRow | None:
     """Return a row that holds texts alone and breaks no rule; None for all others."""
     try:
         row = _DECODER.decode(line)
@@ -83,7 +83,7 @@ def _read_plain(line: bytes) -> _PlainRow | None:
     return row
 
 
-class ChatFormat:
+class ChatFormat(CheckedFormat):
     """Rows of `messages` whose last is the assistant's."""
 
     name = "chat"
@@ -92,54 +92,43 @@ class ChatFormat:
     json_keys = frozenset(_KEYS)
 
     def accepts(self, line: bytes) -> bool:
-        """Say fast whether a line breaks no rule."""
-        return _read_plain(line) is not None or self._read_any(line) is not None
+        """Whether a line breaks no rule; texts alone are read fast."""
+        return _read_texts(line) is not None or super().accepts(line)
 
     def read(self, line: bytes) -> Row | None:
-        """Read a line fast; None when it breaks a rule."""
-        plain = _read_plain(line)
-        if plain is not None:
-            return Row([_to_turn(message) for message in plain.messages])
-        row = self._read_any(line)
+        """Return the row of a line; texts alone are read fast."""
+        texts = _read_texts(line)
+        if texts is not None:
+            return Row([_to_turn(message) for message in texts.messages])
+        row = self.parse(line)
         return None if row is None else Row(to_turns(row["messages"]), to_definitions(row))
 
-    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
-        """Return the faults of a row that `read` refused."""
-        faults = [Fault(number, None, field, rule, message) for field, rule, message in _check_row(row)]
-        return faults or [
-            Fault(number, None, None, "row.unreadable", "The line can't be read as a chat row.")
+    def check(self, row: dict[str, Any]) -> list[Broken]:
+        """Return the rules that a row breaks."""
+        broken: list[Broken] = [
+            (escape_text(key), "row.unknown_key", f"Unknown key; a chat row has {', '.join(_KEYS)}.")
+            for key in row
+            if key not in _KEYS
         ]
-
-    def _read_any(self, line: bytes) -> dict[str, Any] | None:
-        row = parse_line(line, 1)
-        return None if isinstance(row, Fault) or _check_row(row) else row
-
-
-def _check_row(row: dict[str, Any]) -> list[Broken]:
-    broken: list[Broken] = [
-        (escape_text(key), "row.unknown_key", f"Unknown key; a chat row has {', '.join(_KEYS)}.")
-        for key in row
-        if key not in _KEYS
-    ]
-    broken += check_definitions(row)
-    parallel = row.get("parallel_tool_calls")
-    if parallel is not None and not isinstance(parallel, bool):
-        told = '"parallel_tool_calls" must be true or false.'
-        broken.append(("parallel_tool_calls", "row.parallel_tool_calls", told))
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        what = "is missing" if "messages" not in row else "must be a list with at least one message"
-        return [*broken, ("messages", "messages.type", f'"messages" {what}.')]
-    broken += check_messages(messages, "messages", is_parallel_allowed=parallel is not False)
-    if not broken and messages[-1]["role"] != "assistant":
-        path = f"messages[{len(messages) - 1}].role"
-        if any(message["role"] == "assistant" for message in messages):
-            told = "The last message must be the assistant's; drop what follows it."
-            broken.append((path, "messages.last", told))
-        else:
-            told = "The row has no assistant message to learn from; add one."
-            broken.append((path, "messages.no_assistant", told))
-    return broken
+        broken += check_definitions(row)
+        parallel = row.get("parallel_tool_calls")
+        if parallel is not None and not isinstance(parallel, bool):
+            advice = '"parallel_tool_calls" must be true or false.'
+            broken.append(("parallel_tool_calls", "row.parallel_tool_calls", advice))
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not messages:
+            what = "is missing" if "messages" not in row else "must be a list with at least one message"
+            return [*broken, ("messages", "messages.type", f'"messages" {what}.')]
+        broken += check_messages(messages, "messages", is_parallel_allowed=parallel is not False)
+        if not broken and messages[-1]["role"] != "assistant":
+            path = f"messages[{len(messages) - 1}].role"
+            if any(message["role"] == "assistant" for message in messages):
+                advice = "The last message must be the assistant's; drop what follows it."
+                broken.append((path, "messages.last", advice))
+            else:
+                advice = "The row has no assistant message to learn from; add one."
+                broken.append((path, "messages.no_assistant", advice))
+        return broken
 
 
 FORMAT = ChatFormat()

@@ -7,17 +7,17 @@ Only the messages of the outputs are learnt, never those of the input. For jobs 
 
 from typing import Any
 
-from luthier.data.formats._json_line import parse_line
+from luthier.data.formats._json_line import CheckedFormat
 from luthier.data.formats._messages import check_answers, check_each, to_turns
-from luthier.data.formats._tools import MAX_BROKEN, Broken, check_definitions, to_definitions
-from luthier.data.formats.base import Fault, Row, escape_text
+from luthier.data.formats._tools import MAX_BROKEN, check_definitions, to_definitions
+from luthier.data.formats.base import Broken, Row, escape_text
 
 _INPUT_KEYS = ("messages", "tools", "parallel_tool_calls")
 _OUTPUTS = ("preferred_output", "non_preferred_output")
 _ALIASES = {"preferred_completion": "preferred_output", "non_preferred_completion": "non_preferred_output"}
 
 
-class PreferenceFormat:
+class PreferenceFormat(CheckedFormat):
     """Rows of an input and two outputs."""
 
     name = "preference"
@@ -25,62 +25,49 @@ class PreferenceFormat:
     keys = frozenset({"input", *_OUTPUTS, *_ALIASES})
     json_keys = keys
 
-    def accepts(self, line: bytes) -> bool:
-        """Say whether a line breaks no rule."""
-        return self._read_any(line) is not None
-
     def read(self, line: bytes) -> Row | None:
-        """Read a line; None when it breaks a rule."""
-        row = self._read_any(line)
-        if row is None:
+        """Return the row of a line, or None when it breaks a rule."""
+        found = self.parse(line)
+        if found is None:
             return None
+        row = _with_newer_names(found)
         prompt = to_turns(row["input"]["messages"], is_trained=False)
         preferred, rejected = (to_turns(row[output]) for output in _OUTPUTS)
         return Row([*prompt, *preferred], to_definitions(row["input"]), [*prompt, *rejected])
 
-    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
-        """Return the faults of a row that `read` refused."""
-        faults = [Fault(number, None, *broken) for broken in _check_row(row)]
-        told = "The line can't be read as a preference."
-        return faults or [Fault(number, None, None, "row.unreadable", told)]
-
-    def _read_any(self, line: bytes) -> dict[str, Any] | None:
-        row = parse_line(line, 1)
-        return None if isinstance(row, Fault) or _check_row(row) else _with_newer_names(row)
+    def check(self, row: dict[str, Any]) -> list[Broken]:
+        """Return the rules that a row breaks."""
+        known = ", ".join(["input", *_OUTPUTS])
+        broken: list[Broken] = []
+        for key in row:
+            if key not in self.keys:
+                advice = f"Unknown key; a preference has {known}."
+                broken.append((escape_text(key), "row.unknown_key", advice))
+            elif key in _ALIASES and _ALIASES[key] in row:
+                advice = f'"{key}" is the older name of "{_ALIASES[key]}": a row has one of them.'
+                broken.append((key, "row.twice", advice))
+        row = _with_newer_names(row)
+        messages, is_parallel_allowed, found = _check_input(row.get("input"))
+        broken += found
+        for output in _OUTPUTS:
+            broken += _check_output(row.get(output), output, is_parallel_allowed=is_parallel_allowed)
+        if broken or messages is None:
+            return broken
+        broken += _check_joined(messages, row)
+        if not broken and row[_OUTPUTS[0]] == row[_OUTPUTS[1]]:
+            broken.append((_OUTPUTS[1], "preference.equal", "The two outputs are equal: none is preferred."))
+        return broken
 
 
 def _with_newer_names(row: dict[str, Any]) -> dict[str, Any]:
     return {_ALIASES.get(key, key): value for key, value in row.items()}
 
 
-def _check_row(row: dict[str, Any]) -> list[Broken]:
-    known = ", ".join(["input", *_OUTPUTS])
-    broken: list[Broken] = []
-    for key in row:
-        if key not in PreferenceFormat.keys:
-            told = f"Unknown key; a preference has {known}."
-            broken.append((escape_text(key), "row.unknown_key", told))
-        elif key in _ALIASES and _ALIASES[key] in row:
-            told = f'"{key}" is the older name of "{_ALIASES[key]}": a row has one of them.'
-            broken.append((key, "row.twice", told))
-    row = _with_newer_names(row)
-    messages, is_parallel_allowed, found = _check_input(row.get("input"))
-    broken += found
-    for output in _OUTPUTS:
-        broken += _check_output(row.get(output), output, is_parallel_allowed=is_parallel_allowed)
-    if broken or messages is None:
-        return broken
-    broken += _check_joined(messages, row)
-    if not broken and row[_OUTPUTS[0]] == row[_OUTPUTS[1]]:
-        broken.append((_OUTPUTS[1], "preference.equal", "The two outputs are equal: none is preferred."))
-    return broken
-
-
 def _check_input(given: Any) -> tuple[list[Any] | None, bool, list[Broken]]:
     """Return the messages of an input, whether one message may call two tools, and broken rules."""
     if not isinstance(given, dict):
-        told = '"input" must be an object with messages, perhaps tools and parallel_tool_calls.'
-        return None, True, [("input", "input.type", told)]
+        advice = '"input" must be an object with messages, perhaps tools and parallel_tool_calls.'
+        return None, True, [("input", "input.type", advice)]
     broken: list[Broken] = [
         (
             f"input.{escape_text(key)}",
@@ -93,37 +80,37 @@ def _check_input(given: Any) -> tuple[list[Any] | None, bool, list[Broken]]:
     broken += check_definitions(given, "input.")
     parallel = given.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
-        told = '"parallel_tool_calls" must be true or false.'
-        broken.append(("input.parallel_tool_calls", "row.parallel_tool_calls", told))
+        advice = '"parallel_tool_calls" must be true or false.'
+        broken.append(("input.parallel_tool_calls", "row.parallel_tool_calls", advice))
     messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
-        told = '"messages" must be a list with at least one message.'
-        return None, parallel is not False, [*broken, ("input.messages", "messages.type", told)]
+        advice = '"messages" must be a list with at least one message.'
+        return None, parallel is not False, [*broken, ("input.messages", "messages.type", advice)]
     found = check_each(messages, "input.messages", is_parallel_allowed=parallel is not False)
     if not found and messages[-1]["role"] == "assistant":
-        told = "The input ends with what is answered: its last message can't be the assistant's."
-        found = [(f"input.messages[{len(messages) - 1}].role", "messages.last", told)]
+        advice = "The input ends with what is answered: its last message can't be the assistant's."
+        found = [(f"input.messages[{len(messages) - 1}].role", "messages.last", advice)]
     return messages, parallel is not False, broken + found
 
 
 def _check_output(given: Any, path: str, *, is_parallel_allowed: bool) -> list[Broken]:
     if not isinstance(given, list) or not given:
-        told = f'"{path}" must be a list with at least one message of the assistant.'
-        return [(path, "output.type", told)]
+        advice = f'"{path}" must be a list with at least one message of the assistant.'
+        return [(path, "output.type", advice)]
     broken: list[Broken] = []
     for place, message in enumerate(given):
         if len(broken) >= MAX_BROKEN:
             break
         role = message.get("role") if isinstance(message, dict) else None
         if isinstance(role, str) and role not in ("assistant", "tool"):
-            told = "An output holds messages of the assistant and of tools alone."
-            broken.append((f"{path}[{place}].role", "output.role", told))
+            advice = "An output holds messages of the assistant and of tools alone."
+            broken.append((f"{path}[{place}].role", "output.role", advice))
     if broken:
         return broken
     broken += check_each(given, path, is_parallel_allowed=is_parallel_allowed)
     if not broken and given[-1]["role"] != "assistant":
-        told = "The last message of an output must be the assistant's."
-        broken.append((f"{path}[{len(given) - 1}].role", "messages.last", told))
+        advice = "The last message of an output must be the assistant's."
+        broken.append((f"{path}[{len(given) - 1}].role", "messages.last", advice))
     return broken
 
 
@@ -133,12 +120,12 @@ def _check_joined(messages: list[Any], row: dict[str, Any]) -> list[Broken]:
     broken: dict[Broken, None] = {}
     num_input = len(messages)
     for output in _OUTPUTS:
-        for field, rule, told in check_answers([*messages, *row[output]], ""):
+        for field, rule, advice in check_answers([*messages, *row[output]], ""):
             # The paths are those of one joined list, such as [3].tool_call_id.
             number, rest = field[1:].split("]", 1)
             place = int(number)
             where = f"input.messages[{place}]" if place < num_input else f"{output}[{place - num_input}]"
-            broken[where + rest, rule, told] = None
+            broken[where + rest, rule, advice] = None
     return list(broken)
 
 

@@ -10,9 +10,9 @@ import itertools
 import json
 from typing import Any
 
-from luthier.data.formats._json_line import parse_line
-from luthier.data.formats._tools import MAX_BROKEN, Broken, check_definitions, check_name
-from luthier.data.formats.base import Fault, Row, ToolCall, Turn, escape_text, tell_choice
+from luthier.data.formats._json_line import CheckedFormat
+from luthier.data.formats._tools import MAX_BROKEN, check_definitions, check_name
+from luthier.data.formats.base import Broken, Row, ToolCall, Turn, describe_choice, escape_text
 
 _ROLES = {
     "system": "system",
@@ -31,7 +31,7 @@ _ROLES = {
 _KEYS = ("conversations", "id", "system", "tools")
 
 
-class ShareGptFormat:
+class ShareGptFormat(CheckedFormat):
     """Rows of `conversations` whose last turn is the assistant's."""
 
     name = "sharegpt"
@@ -39,50 +39,36 @@ class ShareGptFormat:
     keys = frozenset(_KEYS)
     json_keys = frozenset({"conversations", "tools"})
 
-    def accepts(self, line: bytes) -> bool:
-        """Say whether a line breaks no rule."""
-        return self._read_any(line) is not None
-
     def read(self, line: bytes) -> Row | None:
-        """Read a line; None when it breaks a rule."""
-        row = self._read_any(line)
+        """Return the row of a line, or None when it breaks a rule."""
+        row = self.parse(line)
         return None if row is None else _make_row(row)
 
-    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
-        """Return the faults of a row that `read` refused."""
-        faults = [Fault(number, None, field, rule, message) for field, rule, message in _check_row(row)]
-        told = "The line can't be read as a ShareGPT row."
-        return faults or [Fault(number, None, None, "row.unreadable", told)]
-
-    def _read_any(self, line: bytes) -> dict[str, Any] | None:
-        row = parse_line(line, 1)
-        return None if isinstance(row, Fault) or _check_row(row) else row
-
-
-def _check_row(row: dict[str, Any]) -> list[Broken]:
-    broken: list[Broken] = [
-        (escape_text(key), "row.unknown_key", f"Unknown key; a ShareGPT row has {', '.join(_KEYS)}.")
-        for key in row
-        if key not in _KEYS
-    ]
-    if row.get("system") is not None and not isinstance(row["system"], str):
-        broken.append(("system", "field.type", '"system" must be a string.'))
-    tools = _parse_tools(row.get("tools"))
-    if tools == "":
-        broken.append(("tools", "tools.type", 'The text of "tools" is no JSON list.'))
-    else:
-        broken += check_definitions({"tools": tools})
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        what = "is missing" if "conversations" not in row else "must be a list with at least one turn"
-        return [*broken, ("conversations", "messages.type", f'"conversations" {what}.')]
-    for place, turn in enumerate(turns):
-        if len(broken) >= MAX_BROKEN:
-            break
-        broken += _check_turn(turn, f"conversations[{place}]")
-    if broken:
-        return broken
-    return _check_order(row, [_ROLES[turn["from"]] for turn in turns])
+    def check(self, row: dict[str, Any]) -> list[Broken]:
+        """Return the rules that a row breaks."""
+        broken: list[Broken] = [
+            (escape_text(key), "row.unknown_key", f"Unknown key; a ShareGPT row has {', '.join(_KEYS)}.")
+            for key in row
+            if key not in _KEYS
+        ]
+        if row.get("system") is not None and not isinstance(row["system"], str):
+            broken.append(("system", "field.type", '"system" must be a string.'))
+        tools = _parse_tools(row.get("tools"))
+        if tools == "":
+            broken.append(("tools", "tools.type", 'The text of "tools" is no JSON list.'))
+        else:
+            broken += check_definitions({"tools": tools})
+        turns = row.get("conversations")
+        if not isinstance(turns, list) or not turns:
+            what = "is missing" if "conversations" not in row else "must be a list with at least one turn"
+            return [*broken, ("conversations", "messages.type", f'"conversations" {what}.')]
+        for place, turn in enumerate(turns):
+            if len(broken) >= MAX_BROKEN:
+                break
+            broken += _check_turn(turn, f"conversations[{place}]")
+        if broken:
+            return broken
+        return _check_order(row, [_ROLES[turn["from"]] for turn in turns])
 
 
 def _check_turn(turn: Any, path: str) -> list[Broken]:
@@ -95,7 +81,7 @@ def _check_turn(turn: Any, path: str) -> list[Broken]:
     ]
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in _ROLES:
-        return [*broken, (f"{path}.from", "message.role", tell_choice(turn, "from", _ROLES))]
+        return [*broken, (f"{path}.from", "message.role", describe_choice(turn, "from", _ROLES))]
     if not isinstance(turn.get("value"), str):
         return [*broken, (f"{path}.value", "message.content", '"value" must be a string.')]
     if _ROLES[speaker] == "call" and not broken:
@@ -106,8 +92,8 @@ def _check_turn(turn: Any, path: str) -> list[Broken]:
 def _check_call(text: str, path: str) -> list[Broken]:
     calls = _parse_calls(text)
     if calls is None:
-        told = 'A call must be the JSON text {"name": "...", "arguments": {...}}, or a list of such.'
-        return [(path, "tool_call.arguments", told)]
+        advice = 'A call must be the JSON text {"name": "...", "arguments": {...}}, or a list of such.'
+        return [(path, "tool_call.arguments", advice)]
     faults = (fault for call in calls for fault in check_name(call.get("name"), path))
     return list(itertools.islice(faults, MAX_BROKEN))
 
@@ -116,20 +102,20 @@ def _check_order(row: dict[str, Any], roles: list[str]) -> list[Broken]:
     last = f"conversations[{len(roles) - 1}].from"
     broken: list[Broken] = []
     if row.get("system") is not None and roles[0] == "system":
-        told = '"system" and a turn of the system: leave one of them out.'
-        broken.append(("system", "messages.system_twice", told))
+        advice = '"system" and a turn of the system: leave one of them out.'
+        broken.append(("system", "messages.system_twice", advice))
     for place, role in enumerate(roles):
         if len(broken) >= MAX_BROKEN:
             break
         if role == "tool" and (place == 0 or roles[place - 1] not in ("call", "assistant", "tool")):
-            told = "A tool answers the assistant: it follows a call, the assistant or another answer."
-            broken.append((f"conversations[{place}].from", "tool.no_call", told))
+            advice = "A tool answers the assistant: it follows a call, the assistant or another answer."
+            broken.append((f"conversations[{place}].from", "tool.no_call", advice))
     if not {"assistant", "call"} & set(roles):
-        told = "The row has no turn of the assistant to learn from; add one."
-        broken.append((last, "messages.no_assistant", told))
+        advice = "The row has no turn of the assistant to learn from; add one."
+        broken.append((last, "messages.no_assistant", advice))
     elif roles[-1] not in ("assistant", "call"):
-        told = "The last turn must be the assistant's; drop what follows it."
-        broken.append((last, "messages.last", told))
+        advice = "The last turn must be the assistant's; drop what follows it."
+        broken.append((last, "messages.last", advice))
     return broken
 
 

@@ -15,7 +15,7 @@ from luthier.core.errors import (
     JobError,
 )
 from luthier.core.specs import TooLong
-from luthier.data.formats.base import Fault, Row, tell_faults
+from luthier.data.formats.base import Fault, Row, summarize_faults
 from luthier.data.prepare.minhash import SIGNATURE_PARTS, Signer, row_text
 from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.data.prepare.prepared_rows import PreparedRows, RowWriter
@@ -302,7 +302,7 @@ def _error_for(purpose: Purpose, message: str) -> JobError:
 
 def _file_error(purpose: Purpose, num_faults: int, faults: list[Fault]) -> JobError:
     count = "1 fault" if num_faults == 1 else f"{num_faults} faults"
-    return _error_for(purpose, f"The {purpose} file has {count}. {tell_faults(faults)}")
+    return _error_for(purpose, f"The {purpose} file has {count}. {summarize_faults(faults)}")
 
 
 def _empty_error(purpose: Purpose, num_dropped: int, max_length: int) -> JobError:

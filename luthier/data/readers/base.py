@@ -1,4 +1,4 @@
-"""What a reader of a container is: it takes bytes as they come and gives rows, with the memory of one row."""
+"""The interface of a reader of rows: bytes in as they arrive, rows out, with the memory of one row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a file may cost its reader, in bytes and rows.
+    """Limits of one file, in bytes and rows.
 
     `max_row_bytes` is the longest row. What a compressed file holds may be `max_expanded_bytes` in all, and
     beyond the first 16 MiB `max_expansion_ratio` times what it came as.
@@ -23,7 +23,7 @@ class Limits:
     max_rows: int = 5_000_000
 
 
-# For files that were checked when they came: only what no machine can hold is refused.
+# For files that were checked at upload: only what no machine can hold is refused.
 CHECKED = Limits(
     max_row_bytes=1024 * MIB, max_expanded_bytes=2**60, max_expansion_ratio=2.0**60, max_rows=2**60
 )
@@ -44,8 +44,8 @@ class RawRow(NamedTuple):
     is_numbered_by_row: bool = False
 
 
-class ContainerReader(Protocol):
-    """Bytes to rows. What breaks a container's own rules is yielded as a fault in the row's place."""
+class RowReader(Protocol):
+    """Bytes to rows. What breaks a container's own rules is yielded as a fault instead of a row."""
 
     name: str
 
@@ -53,11 +53,11 @@ class ContainerReader(Protocol):
         """Yield the rows that end in the next bytes."""
 
     def finish(self) -> Iterator[RawRow | Fault]:
-        """Yield what is left once no more bytes follow."""
+        """Yield the remaining rows; no more bytes follow."""
 
 
 def too_long(number: int, max_bytes: int, row: int | None = None) -> Fault:
     """Return the fault of a row that is longer than allowed."""
     what = "line" if row is None else "row"
-    told = f"The {what} is longer than {max_bytes} bytes; shorten or split the row."
-    return Fault(number, None, None, "line.too_long", told, row)
+    advice = f"The {what} is longer than {max_bytes} bytes; shorten or split the row."
+    return Fault(number, None, None, "line.too_long", advice, row)

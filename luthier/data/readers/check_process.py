@@ -1,8 +1,8 @@
 """The process that checks a file's rows: `python -m luthier.data.readers.check_process`, by `CheckProcess`.
 
-Reading JSON holds Python's lock, which the event loop needs. The process has the file on stdin, or its path,
-and nothing else: no settings, no secrets. It answers with one line, and ends with its starter: then its pipes
-end.
+Reading JSON holds the GIL, which the event loop needs. The process gets the file on stdin, or its path,
+and nothing else: no settings, no secrets. It answers with one line, and ends with its parent, whose end
+closes its pipes.
 """
 
 import os
@@ -19,19 +19,19 @@ from luthier.data.readers.base import Limits
 from luthier.data.readers.file_checker import FileChecker, FileFacts
 
 _READ_BYTES = 256 * 1024
-# The threads of an inference server's step wait for each other, and so for one whose processor another has.
+# A check beside an inference server would delay the slowest thread of each step.
 _NICENESS = 5
 
 
 class _Question(msgspec.Struct):
-    """What may the file cost, and where it is when it does not come on stdin."""
+    """The limits of the file, and its path when it does not come on stdin."""
 
     limits: Limits
     path: str | None
 
 
 class _Answer(msgspec.Struct):
-    """The facts of a file; or what is wrong with it; or where a fault of our own was raised.
+    """The facts of a file; or what is wrong with it; or where an unexpected error was raised.
 
     Of the latter there is no text: it may quote a row.
     """
@@ -43,10 +43,9 @@ class _Answer(msgspec.Struct):
 
 
 class CheckProcess:
-    """One process that checks one file. Its methods block; `kill` may be called from another thread.
+    """One process that checks one file: the one at `path`, or what it is fed.
 
-    Args:
-        path: the whole file, which then is not fed.
+    Its methods block; `kill` may be called from another thread.
     """
 
     def __init__(self, limits: Limits, path: Path | None) -> None:
@@ -58,7 +57,7 @@ class CheckProcess:
                 stdout=subprocess.PIPE,
                 bufsize=0,
                 env=bare_environment(),
-                # A Ctrl-C is for the starter, which may finish what it received.
+                # A Ctrl-C is for the parent, which may finish what it received.
                 start_new_session=True,
             )
         except OSError as error:
@@ -70,10 +69,10 @@ class CheckProcess:
         self._input, self._output = self._process.stdin, self._process.stdout
 
     def feed(self, chunk: bytes) -> None:
-        """Hand over the next bytes.
+        """Send the next bytes.
 
         Raises:
-            InvalidFileFormatError: when the process has refused the file already.
+            InvalidFileFormatError: when the process has already refused the file.
             UnavailableError: when it has ended without an answer.
         """
         rest = memoryview(chunk)
@@ -108,11 +107,11 @@ class CheckProcess:
         return answer.facts
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         self._process.kill()
 
     def close(self) -> None:
-        """End the process, and release its pipes; no other thread may use it any more."""
+        """Kill the process and close its pipes; no other thread may use it any more."""
         self._process.kill()
         self._process.wait()
         self._input.close()

@@ -30,13 +30,9 @@ def _split(record: str, delimiter: str) -> list[str]:
 
 
 def find_header(line: bytes) -> tuple[str, list[str]] | None:
-    """Tell whether a file's first line is the header of a table of rows.
+    """Return delimiter and columns of a file's first line; None when no format knows any of the columns.
 
-    Args:
-        line: without byte order mark and line end.
-
-    Returns:
-        The delimiter and the columns' names; None when no format knows any of them.
+    The line has no byte order mark and no line end.
     """
     known = {key for one in discover().values() for key in one.keys}
     best: tuple[int, str, list[str]] | None = None
@@ -52,11 +48,7 @@ def find_header(line: bytes) -> tuple[str, list[str]] | None:
 
 
 class CsvReader:
-    """Read a table.
-
-    Args:
-        limits: `max_row_bytes` is the longest record; longer ones are a fault and not kept.
-    """
+    """Reads a table. A record longer than `max_row_bytes` is a fault and not kept."""
 
     name = "csv"
 
@@ -94,8 +86,8 @@ class CsvReader:
             yield from self._end_line(b"")
         if self._is_open:
             self._is_open = False
-            told = "A quote that begins here is not closed before the end of the file."
-            yield Fault(self._record_line, None, None, "csv.quote", told)
+            advice = "A quote that begins here is not closed before the end of the file."
+            yield Fault(self._record_line, None, None, "csv.quote", advice)
 
     def _extend_tail(self, part: bytes) -> None:
         self._tail += part
@@ -149,37 +141,37 @@ class CsvReader:
         seen: set[str] = set()
         for place, name in enumerate(self._header, start=1):
             if name in seen:
-                told = "Two columns have this name; rename or remove one."
-                yield Fault(number, place, escape_text(name), "csv.column_twice", told)
+                advice = "Two columns have this name; rename or remove one."
+                yield Fault(number, place, escape_text(name), "csv.column_twice", advice)
             elif self._format is not None and name not in self._format.keys:
                 known = ", ".join(sorted(self._format.keys))
-                told = f"Unknown column; rows of the format {self._format.name} have {known}."
-                yield Fault(number, place, escape_text(name), "csv.unknown_column", told)
+                advice = f"Unknown column; rows of the format {self._format.name} have {known}."
+                yield Fault(number, place, escape_text(name), "csv.unknown_column", advice)
             seen.add(name)
         missing: frozenset[str] = frozenset() if self._format is None else self._format.signature - seen
         for name in sorted(missing):
-            told = f'The column "{name}" is missing from the header.'
-            yield Fault(number, None, name, "csv.missing_column", told)
+            advice = f'The column "{name}" is missing from the header.'
+            yield Fault(number, None, name, "csv.missing_column", advice)
 
     def _read(self, record: bytes, number: int, header: list[str]) -> RawRow | Fault:
         if (place := record.find(b"\0")) >= 0:
-            told = "The row holds a NUL byte; save the file as plain UTF-8 text, not UTF-16 or binary."
-            return Fault(number, place + 1, None, "text.nul", told)
+            advice = "The row holds a NUL byte; save the file as plain UTF-8 text, not UTF-16 or binary."
+            return Fault(number, place + 1, None, "text.nul", advice)
         try:
             text = record.decode("utf-8")
         except UnicodeDecodeError as error:
-            told = f"Byte {error.start + 1} of the row is not UTF-8; save the file as UTF-8."
-            return Fault(number, error.start + 1, None, "text.utf8", told)
+            advice = f"Byte {error.start + 1} of the row is not UTF-8; save the file as UTF-8."
+            return Fault(number, error.start + 1, None, "text.utf8", advice)
         try:
             cells = _split(text, self._delimiter)
         except ValueError as error:
-            told = f"This is no record of a CSV file: {error}. Double each quote inside of a quoted cell."
-            return Fault(number, None, None, "csv.quote", told)
+            advice = f"This is no record of a CSV file: {error}. Double each quote inside of a quoted cell."
+            return Fault(number, None, None, "csv.quote", advice)
         if len(cells) != len(header):
-            told = (
+            advice = (
                 f"The row has {len(cells)} cells and the header {len(header)}; quote cells with separators."
             )
-            return Fault(number, None, None, "csv.cells", told)
+            return Fault(number, None, None, "csv.cells", advice)
         return self._join(cells, number, header)
 
     def _join(self, cells: list[str], number: int, header: list[str]) -> RawRow | Fault:
@@ -193,7 +185,7 @@ class CsvReader:
                     # A cell that is one whole JSON value can't add keys to the row.
                     msgspec.json.decode(cell)
                 except (msgspec.MsgspecError, RecursionError):
-                    told = f'The cell of the column "{key}" must hold JSON.'
-                    return Fault(number, column, key, "csv.json", told)
+                    advice = f'The cell of the column "{key}" must hold JSON.'
+                    return Fault(number, column, key, "csv.json", advice)
                 fields[key] = msgspec.Raw(cell.encode())
         return RawRow(number, msgspec.json.encode(fields), number)

@@ -1,4 +1,4 @@
-"""Which format a file has, told by its first row, and what is wrong with a row that is not of it."""
+"""The format of a file, by its first row, and the faults of a row that is not of it."""
 
 from collections.abc import Collection
 
@@ -6,19 +6,15 @@ from luthier.data.formats import discover
 from luthier.data.formats._json_line import parse_line
 from luthier.data.formats.base import Fault, RowFormat
 
-# Of a row that has nothing of any format the faults are told as if it were a chat.
+# The format whose faults a row of unknown keys is given.
 _DEFAULT = "chat"
 
 
 def find_format(keys: Collection[str]) -> RowFormat | None:
-    """Return the format of rows with these keys.
+    """Return the format of rows with these keys, or of a table with these columns.
 
-    Args:
-        keys: of a row, or the names of a table's columns.
-
-    Returns:
-        The format with the longest signature among the keys; else the one that knows most of them, whose
-        explanation says what is missing; None when no format knows any.
+    It is the format with the longest signature among the keys; else the one that knows most of them, whose
+    explanation says what is missing; None when no format knows any.
     """
     known = sorted(discover().values(), key=lambda one: one.name)
     present = frozenset(keys)
@@ -30,15 +26,8 @@ def find_format(keys: Collection[str]) -> RowFormat | None:
     return best if best.keys & present else None
 
 
-def recognise(line: bytes, number: int) -> RowFormat | Fault:
-    """Tell the format of a file by its first row.
-
-    Args:
-        number: of the line, from 1.
-
-    Returns:
-        The format, or the fault that keeps the line from being an object.
-    """
+def detect_format(line: bytes, number: int) -> RowFormat | Fault:
+    """Return the format of a file by its first row, on line `number`; or why that is no JSON object."""
     row = parse_line(line, number)
     if isinstance(row, Fault):
         return row
@@ -46,23 +35,16 @@ def recognise(line: bytes, number: int) -> RowFormat | Fault:
 
 
 def explain_row(row_format: RowFormat, line: bytes, number: int) -> list[Fault]:
-    """Say what is wrong with a row that the file's format refused.
-
-    Args:
-        number: of the line, from 1.
-
-    Returns:
-        At least one fault; one alone when the row is of another format.
-    """
+    """Return the faults of a row that the file's format refused: one alone when it has another format."""
     row = parse_line(line, number)
     if isinstance(row, Fault):
         return [row]
     if not row_format.signature & row.keys():
         other = find_format(row)
         if other is not None and other.name != row_format.name and other.signature <= row.keys():
-            told = (
+            advice = (
                 f"The row is of the format {other.name}, and the file's first row made it one of "
                 f"{row_format.name}: a file has one format. Put such rows into a file of their own."
             )
-            return [Fault(number, None, None, "row.other_format", told)]
+            return [Fault(number, None, None, "row.other_format", advice)]
     return row_format.explain(row, number)

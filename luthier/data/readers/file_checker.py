@@ -1,6 +1,6 @@
-"""Checking a file of rows while its bytes stream by: counts and faults with constant memory.
+"""The check of a file of rows while its bytes arrive: counts and faults with constant memory.
 
-Only what can be told from the text alone; what needs a template or a tokenizer is found by prepare.
+It finds what the text alone shows; faults that need a template or a tokenizer are found by prepare.
 """
 
 from contextlib import closing
@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.formats.base import Fault, RowFormat, tell_faults
+from luthier.data.formats.base import Fault, RowFormat, summarize_faults
 from luthier.data.readers.base import Limits, RawRow
-from luthier.data.readers.detect_format import explain_row, recognise
+from luthier.data.readers.detect_format import detect_format, explain_row
 from luthier.data.readers.file_rows import locate
 from luthier.data.readers.parquet import read_parquet
 from luthier.data.readers.stream import RowStream
 
 MAX_FAULTS = 20
-# What a row counts for at least in what a file may hold: it costs its check and what reads it later as much.
+# A row counts as at least this many bytes of what a file may hold: checking and reading it costs as much.
 _MIN_ROW_BYTES = 200
 
 
 class FileFacts(NamedTuple):
     """What is known of a checked file.
 
-    `format` is how its rows are written, None where nobody looked at rows; `container` how they lie in it,
-    such as `jsonl` or `csv+gzip`.
+    `format` is that of its rows, None where they were not checked; `container` such as `jsonl` or `csv+gzip`.
     """
 
     num_rows: int
@@ -34,13 +33,10 @@ class FileFacts(NamedTuple):
 
 
 class FileChecker:
-    """Check a file fed in chunks of any size; the result does not depend on where they were cut.
+    """Checks a file fed in chunks of any size; the result does not depend on where they were cut.
 
-    Container and format are told by the content. A Parquet file can be read only once it is whole: then
-    `needs_file` is True, and `finish` is given its path.
-
-    Args:
-        limits: what the file may cost; the longest row is kept, a longer one is a fault.
+    A Parquet file can be read only once it is whole: then `needs_file` is True, and `finish` is given its
+    path.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -53,30 +49,21 @@ class FileChecker:
 
     @property
     def needs_file(self) -> bool:
-        """Whether what came is Parquet, which `finish` reads from the whole file."""
+        """Whether the file is Parquet, which `finish` reads as a whole."""
         return self._stream.is_parquet
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes.
 
-        Args:
-            chunk: any number of bytes.
-
         Raises:
-            InvalidFileFormatError: once the file is known to be none of rows, or has 20 faults.
+            InvalidFileFormatError: once the file is known to hold no rows, or has 20 faults.
         """
         self._num_bytes += len(chunk)
         for item in self._stream.feed(chunk):
             self._take(item)
 
     def finish(self, path: Path | None = None) -> FileFacts:
-        """Say that no more bytes follow.
-
-        Args:
-            path: the whole file, which is read where `needs_file` is True.
-
-        Returns:
-            Rows, bytes, format and container of the file.
+        """Return the facts of the file, all of which was fed; `path` is needed where `needs_file` is True.
 
         Raises:
             InvalidFileFormatError: when any row has a fault, or there is none.
@@ -126,7 +113,7 @@ class FileChecker:
                 param="file",
             )
         if self._format is None:
-            found = recognise(item.content, item.number)
+            found = detect_format(item.content, item.number)
             if isinstance(found, Fault):
                 self._add(locate(found, item))
                 return
@@ -146,7 +133,7 @@ class FileChecker:
             return InvalidFileFormatError(str(self._faults[0]), param="file")
         count = f"{num_faults} or more" if num_faults == MAX_FAULTS else str(num_faults)
         return InvalidFileFormatError(
-            f"The file breaks the format in {count} places. {tell_faults(self._faults)}",
+            f"The file breaks the format in {count} places. {summarize_faults(self._faults)}",
             param="file",
             faults=[str(fault) for fault in self._faults],
         )

@@ -1,4 +1,4 @@
-"""The rows of a file on disk, whatever its container and format: for prepare, estimates and reports."""
+"""The rows of a stored file in any container and format: for prepare, estimates and reports."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from luthier.data.formats.base import Fault, Row, RowFormat
 from luthier.data.readers.base import CHECKED, Limits, RawRow
-from luthier.data.readers.detect_format import explain_row, recognise
+from luthier.data.readers.detect_format import detect_format, explain_row
 from luthier.data.readers.parquet import read_parquet
 from luthier.data.readers.stream import RowStream
 
@@ -14,16 +14,10 @@ _CHUNK_BYTES = 1024 * 1024
 
 
 def read_raw_rows(path: Path, limits: Limits = CHECKED) -> Iterator[RawRow | Fault]:
-    """Yield the rows of a file, unread.
-
-    Args:
-        limits: what it may cost; next to none for a file that was checked before.
-
-    Yields:
-        Each row, or a fault in its place, in the file's order.
+    """Yield the raw rows of a file, or faults instead of them, in the file's order.
 
     Raises:
-        InvalidFileFormatError: when the file is none of rows.
+        InvalidFileFormatError: when the file holds no rows.
     """
     stream = RowStream(limits)
     with path.open("rb") as source:
@@ -59,10 +53,10 @@ class FileRows:
         self.format: RowFormat | None = None
 
     def raw(self) -> Iterator[RawRow | Fault]:
-        """Yield each row unread, or a fault in its place; `format` is known before the first row."""
+        """Yield each raw row, or a fault instead of it; `format` is known before the first row."""
         for raw in read_raw_rows(self._path):
             if self.format is None and not isinstance(raw, Fault):
-                found = recognise(raw.content, raw.number)
+                found = detect_format(raw.content, raw.number)
                 if isinstance(found, Fault):
                     yield locate(found, raw)
                     continue
@@ -70,10 +64,7 @@ class FileRows:
             yield raw
 
     def __iter__(self) -> Iterator[tuple[RawRow, Row] | Fault]:
-        """Yield each row with its place, or the faults in its place; `format` is known before the first.
-
-        A place is the raw row without its content, so that `locate` can tell of faults found later.
-        """
+        """Yield each row with its place, or its faults; `format` is known before the first row."""
         for raw in self.raw():
             if isinstance(raw, Fault):
                 yield raw
@@ -88,10 +79,9 @@ class FileRows:
 
 
 def read_row(row_format: RowFormat, raw: RawRow) -> tuple[RawRow, Row] | list[Fault]:
-    """Read one row of a file.
+    """Read one row of a file: the raw row without its content, by which `locate` works, and the row.
 
-    Returns:
-        The row and its place, which is the raw row without its content; or its faults.
+    Or its faults.
     """
     row = row_format.read(raw.content)
     if row is not None:

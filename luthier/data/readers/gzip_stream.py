@@ -1,4 +1,4 @@
-"""Gzip (RFC 1952) as it comes, with the memory of one block: what a bomb would expand to is never made."""
+"""Gzip (RFC 1952), expanded as it arrives with the memory of one block, within limits."""
 
 import zlib
 from collections.abc import Iterator
@@ -9,17 +9,13 @@ from luthier.data.readers.base import MIB, Limits
 MAGIC = b"\x1f\x8b"
 _BLOCK_BYTES = 256 * 1024
 _SLICE_BYTES = 16 * 1024
-# So much is always allowed, for short files of equal rows.
+# Always allowed, for short files of equal rows.
 _FREE_BYTES = 16 * MIB
 _WITH_GZIP_HEADER = 31
 
 
 class Gunzip:
-    """Expand a gzip file of one or more members.
-
-    Args:
-        limits: how much it may expand to.
-    """
+    """Expands a gzip file of one or more members."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -28,13 +24,7 @@ class Gunzip:
         self._is_between = False
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield what the next bytes expand to, in blocks.
-
-        Args:
-            chunk: any number of bytes.
-
-        Yields:
-            Blocks of at most 256 KiB.
+        """Yield what the next bytes expand to, in blocks of at most 256 KiB.
 
         Raises:
             InvalidFileFormatError: when the file is damaged, or expands beyond the limits.
@@ -86,11 +76,7 @@ class Gunzip:
             )
 
     def finish(self) -> None:
-        """Say that no more bytes follow.
-
-        Raises:
-            InvalidFileFormatError: when the file ends within a member.
-        """
+        """Refuse a file that ends within a member."""
         if not self._is_between:
             raise InvalidFileFormatError(
                 "The gzip file ends too early: it was cut. Send it again.", param="file"

@@ -20,17 +20,13 @@ _LOOK_BYTES = 64 * 1024
 
 
 class JsonArrayReader:
-    """Read a JSON array.
-
-    Args:
-        limits: `max_row_bytes` is the longest element; longer ones are a fault and not kept.
-    """
+    """Reads a JSON array. An element longer than `max_row_bytes` is a fault and not kept."""
 
     name = "json"
 
     def __init__(self, limits: Limits) -> None:
         self._max_row_bytes = limits.max_row_bytes
-        # What has not been given away, from the begin of an element; and how far it has been looked at.
+        # The bytes not yet yielded, from the beginning of an element; and how far they were scanned.
         self._buffer = bytearray()
         self._position = 0
         self._num_new = 0
@@ -54,14 +50,14 @@ class JsonArrayReader:
         """Yield what is left; an array that is not closed is a fault."""
         yield from self._look()
         if not self._is_over:
-            told = "The JSON array is not closed: the file ends within it. Was it cut?"
+            advice = "The JSON array is not closed: the file ends within it. Was it cut?"
             self._drop(len(self._buffer))
-            yield Fault(self._line, self._column, None, "json.syntax", told)
+            yield Fault(self._line, self._column, None, "json.syntax", advice)
 
     def _look(self) -> Iterator[RawRow | Fault]:
         self._num_new = 0
         if not self._is_begun:
-            # The sniffer has seen the bracket.
+            # RowStream has seen the bracket.
             self._drop(self._buffer.index(b"[") + 1)
             self._is_begun = True
         while not self._is_over and (end := self._find_end()) is not None:
@@ -114,8 +110,8 @@ class JsonArrayReader:
         if begun or len(content) > self._max_row_bytes:
             yield too_long(line, self._max_row_bytes, self._num_rows)
         elif not content:
-            told = "A row is missing here, beside a comma; remove the comma."
-            yield Fault(line, column, None, "json.syntax", told, self._num_rows)
+            advice = "A row is missing here, beside a comma; remove the comma."
+            yield Fault(line, column, None, "json.syntax", advice, self._num_rows)
         else:
             yield RawRow(self._num_rows, content, line, column, is_numbered_by_row=True)
 
@@ -124,19 +120,19 @@ class JsonArrayReader:
         if rest and not self._is_after_end:
             self._is_after_end = True
             self._drop(len(self._buffer) - len(rest))
-            told = "Something follows the end of the JSON array; a file is one array."
-            yield Fault(self._line, self._column, None, "json.syntax", told)
+            advice = "Something follows the end of the JSON array; a file is one array."
+            yield Fault(self._line, self._column, None, "json.syntax", advice)
         self._drop(len(self._buffer))
 
     def _drop(self, num_bytes: int) -> int:
-        """Let go of the buffer's first bytes, and return how many they were."""
+        """Drop the buffer's first bytes, and return their number."""
         gone = self._buffer[:num_bytes]
         num_newlines = gone.count(b"\n")
         if num_newlines:
             self._line += num_newlines
             self._column = len(gone) - gone.rindex(b"\n")
         else:
-            # Columns are characters: bytes that go on a character do not count.
+            # Columns are characters: continuation bytes do not count.
             self._column += len(gone.decode("utf-8", errors="ignore"))
         del self._buffer[:num_bytes]
         return num_bytes

@@ -1,19 +1,15 @@
-"""JSON lines: a row on each line."""
+"""JSON lines: a row on each line; carriage returns and a leading byte order mark are dropped."""
 
 from collections.abc import Iterator
 
 from luthier.data.formats.base import Fault
 from luthier.data.readers.base import Limits, RawRow, too_long
-from luthier.data.readers.lines import clean_line, is_blank
+
+_BOM = b"\xef\xbb\xbf"
 
 
 class JsonLinesReader:
-    """Read JSON lines.
-
-    Args:
-        limits: `max_row_bytes` is the longest line, its newline not counted; longer ones are a fault and
-            not kept.
-    """
+    """Reads JSON lines. A line longer than `max_row_bytes` (without newline) is a fault and not kept."""
 
     name = "jsonl"
 
@@ -40,7 +36,7 @@ class JsonLinesReader:
             for line in lines:
                 is_clean = line[:1] == b"{" and line[-1:] == b"}" and self._first_blank is None
                 if is_clean and len(line) <= self._max_line_bytes:
-                    # Nearly all lines are such: nothing is to be done about them.
+                    # Nearly all lines: there is nothing to clean.
                     self._num_lines += 1
                     yield RawRow(self._num_lines, line, self._num_lines)
                 else:
@@ -63,8 +59,8 @@ class JsonLinesReader:
         self._num_lines += 1
         number = self._num_lines
         is_too_long = num_bytes > self._max_line_bytes
-        line = clean_line(raw, number)
-        if not is_too_long and is_blank(line):
+        line = raw.removeprefix(_BOM if number == 1 else b"").removesuffix(b"\r")
+        if not is_too_long and not line.strip(b" \t\r"):
             self._first_blank = self._first_blank or number
             return
         # Blank lines are no fault at the end of a file, so they count only once a row follows.

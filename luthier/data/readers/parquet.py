@@ -57,9 +57,9 @@ def read_parquet(path: Path, limits: Limits) -> Generator[RawRow | Fault]:
 
 
 def limits_fault(number: int) -> Fault:
-    """Return the fault of a file that took its reader's memory or time, or ended it."""
-    told = (
+    """Return the fault of a file that used up its reader's memory or time, or crashed it."""
+    advice = (
         f"The Parquet file can't be read with {MAX_MEMORY_BYTES // 2**20} MiB of memory: it is damaged, or "
         "its row groups are too large; write smaller ones, or send JSON lines."
     )
-    return Fault(number, None, None, "parquet.limits", told, number)
+    return Fault(number, None, None, "parquet.limits", advice, number)

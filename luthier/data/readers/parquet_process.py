@@ -1,6 +1,6 @@
 """The process that reads a Parquet file on stdin: `python -m luthier.data.readers.parquet_process LIMITS`.
 
-Writes a line a row, a JSON object; in the place of a row that breaks a rule a JSON list, the fault's members.
+Writes a line a row, a JSON object; for a row that breaks a rule a JSON list, the fault's members.
 """
 
 import resource
@@ -23,7 +23,7 @@ _MAX_BATCH_ROWS = 64
 # What the rows of a batch are meant to be together, by what the writer says of their group.
 _BATCH_BYTES = 16 * 1024 * 1024
 _READ_BYTES = 1024 * 1024
-# So much a file may expand to whatever its size: columns of equal values take next to nothing.
+# A file may always expand to this: columns of equal values take next to nothing.
 _FREE_BYTES = 16 * 1024 * 1024
 
 
@@ -38,7 +38,7 @@ def limit_process() -> None:
 
 
 def read_rows(source: Any, limits: Limits) -> Iterator[bytes | Fault]:
-    """Yield each row of an open file as a JSON object, or a fault in its place."""
+    """Yield each row of an open file as a JSON object, or its fault."""
     try:
         with pq.ParquetFile(source, buffer_size=_READ_BYTES) as file:
             names = file.schema_arrow.names
@@ -53,27 +53,27 @@ def read_rows(source: Any, limits: Limits) -> Iterator[bytes | Fault]:
     except MemoryError:
         yield limits_fault(1)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        told = f"The Parquet file can't be read ({type(error).__name__}): it is damaged or was cut."
-        yield Fault(1, None, None, "parquet.damaged", told, 1)
+        advice = f"The Parquet file can't be read ({type(error).__name__}): it is damaged or was cut."
+        yield Fault(1, None, None, "parquet.damaged", advice, 1)
 
 
 def _check_columns(names: list[str], found: RowFormat | None) -> Iterator[Fault]:
     if found is None:
-        told = "No column has the name of a key of a row, such as messages, prompt or text."
-        yield Fault(1, None, None, "parquet.columns", told, 1)
+        advice = "No column has the name of a key of a row, such as messages, prompt or text."
+        yield Fault(1, None, None, "parquet.columns", advice, 1)
         return
     for place, name in enumerate(names, start=1):
         if name not in found.keys:
             known = ", ".join(sorted(found.keys))
-            told = f"Unknown column; rows of the format {found.name} have {known}. Drop it."
-            yield Fault(1, place, escape_text(name), "parquet.unknown_column", told, 1)
+            advice = f"Unknown column; rows of the format {found.name} have {known}. Drop it."
+            yield Fault(1, place, escape_text(name), "parquet.unknown_column", advice, 1)
     for name in sorted(found.signature - set(names)):
         yield Fault(1, None, name, "parquet.missing_column", f'The column "{name}" is missing.', 1)
 
 
 def _type_fault(name: str) -> Fault:
-    told = "A column's type is none of text, number, list or struct. Write it as text."
-    return Fault(1, None, escape_text(name), "parquet.type", told, 1)
+    advice = "A column's type is none of text, number, list or struct. Write it as text."
+    return Fault(1, None, escape_text(name), "parquet.type", advice, 1)
 
 
 def _is_readable(kind: pa.DataType) -> bool:
@@ -108,11 +108,11 @@ def _read(file: pq.ParquetFile, found: RowFormat, limits: Limits, size_bytes: in
 
 
 def _expansion_fault(number: int, allowed: float) -> Fault:
-    told = (
+    advice = (
         f"The file expands to more than {int(allowed)} bytes; split it, or ask the operator "
         "to raise LUTHIER_MAX_EXPANDED_BYTES or LUTHIER_MAX_EXPANSION_RATIO."
     )
-    return Fault(number, None, None, "parquet.expansion", told, number)
+    return Fault(number, None, None, "parquet.expansion", advice, number)
 
 
 def _to_row(values: dict[str, Any], json_keys: frozenset[str], number: int, max_bytes: int) -> bytes | Fault:
@@ -128,8 +128,8 @@ def _to_row(values: dict[str, Any], json_keys: frozenset[str], number: int, max_
             try:
                 msgspec.json.decode(value)
             except (msgspec.MsgspecError, RecursionError):
-                told = f'The text in the column "{key}" must be JSON.'
-                return Fault(number, None, key, "parquet.json", told, number)
+                advice = f'The text in the column "{key}" must be JSON.'
+                return Fault(number, None, key, "parquet.json", advice, number)
             # Without its line breaks: a row is a line.
             value = msgspec.Raw(msgspec.json.format(value.encode(), indent=-1))
         fields[key] = value

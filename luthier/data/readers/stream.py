@@ -1,6 +1,6 @@
-"""Any file of rows as it streams by: which container it is, told by its content, and its rows.
+"""Rows of a stream of bytes in any container, which is detected by its content.
 
-A file's name and type say nothing: clients send both wrong.
+A file's name and type are not used: clients send both wrong.
 """
 
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from luthier.core.errors import InvalidFileFormatError
 from luthier.data.formats.base import Fault
 from luthier.data.readers import gzip_stream, parquet
-from luthier.data.readers.base import ContainerReader, Limits, RawRow
+from luthier.data.readers.base import Limits, RawRow, RowReader
 from luthier.data.readers.csv_table import CsvReader, find_header
 from luthier.data.readers.json_array import JsonArrayReader
 from luthier.data.readers.json_lines import JsonLinesReader
 
 _BOM = b"\xef\xbb\xbf"
 _SPACES = b" \t\r\n"
-# First bytes of files that people upload by mistake, and what to do about each.
+# First bytes of files that are uploaded by mistake, and what to do about each.
 _FOREIGN_FILES = (
     (b"PK\x03\x04", "is a zip archive or a spreadsheet: unpack it, or save the sheet as CSV"),
     (b"BZh", "is compressed with bzip2: unpack it first, or use gzip"),
@@ -44,11 +44,7 @@ def _refuse_foreign(head: bytes, foreign: tuple[tuple[bytes, str], ...]) -> None
 
 
 class RowStream:
-    """Read rows from bytes of which it is not known what they are.
-
-    Args:
-        limits: what the file may cost.
-    """
+    """Detects the container of a stream and yields its rows."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -56,7 +52,7 @@ class RowStream:
         self._text_head = b""
         self._gunzip: gzip_stream.Gunzip | None = None
         self._is_decided = False
-        self._reader: ContainerReader | None = None
+        self._reader: RowReader | None = None
         self.is_parquet = False
 
     @property
@@ -66,16 +62,10 @@ class RowStream:
         return f"{name}+gzip" if self._gunzip else name
 
     def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
-        """Yield the rows that end in the next bytes; of Parquet none, it is read from the whole file.
-
-        Args:
-            chunk: any number of bytes.
-
-        Yields:
-            Rows, or faults in their place.
+        """Yield the rows, or faults, that end in the next bytes; none of Parquet, read from the whole file.
 
         Raises:
-            InvalidFileFormatError: when the file is none of rows, is damaged or expands beyond the limits.
+            InvalidFileFormatError: when the file holds no rows, is damaged or expands beyond the limits.
         """
         if not self._is_decided:
             self._head += chunk
@@ -110,8 +100,8 @@ class RowStream:
             chunk, self._text_head = self._text_head, b""
         yield from self._reader.feed(chunk)
 
-    def _find_reader(self, *, is_whole: bool) -> ContainerReader | None:
-        """Return the reader of the text whose beginning is known; None while that does not suffice."""
+    def _find_reader(self, *, is_whole: bool) -> RowReader | None:
+        """Return the reader for the beginning of the text; None while that is too short to decide."""
         head = self._text_head
         if len(head) < _MAGIC_BYTES and not is_whole:
             return None
@@ -129,13 +119,10 @@ class RowStream:
         return CsvReader(self._limits) if is_table else JsonLinesReader(self._limits)
 
     def finish(self) -> Iterator[RawRow | Fault]:
-        """Yield what is left once no more bytes follow.
-
-        Yields:
-            Rows, or faults in their place.
+        """Yield the remaining rows or faults; no more bytes follow.
 
         Raises:
-            InvalidFileFormatError: when the file is none of rows, or was cut.
+            InvalidFileFormatError: when the file holds no rows, or was cut.
         """
         if not self._is_decided:
             yield from self._feed_decided(self._decide())

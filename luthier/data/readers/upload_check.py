@@ -1,14 +1,13 @@
 """The check of an upload: it is fed the bytes as they arrive, and ends in the facts of the file.
 
-`open_check` chooses it by the file's purpose, in OpenAI's words; only training files have their rows checked.
-Uploads know no more of rows than this.
+Only training files have their rows checked; purposes are in OpenAI's words.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 from luthier.core.errors import InvalidFileFormatError, InvalidValueError, UnsupportedValueError
 from luthier.core.settings import Settings
@@ -29,12 +28,9 @@ _NEVER_ROWS = ("image/", "audio/", "video/", "font/", "application/pdf")
 def check_input_purpose(purpose: str) -> str:
     """Return a purpose that a client may give a file.
 
-    Args:
-        purpose: as the client wrote it.
-
     Raises:
         UnsupportedValueError: when only the service makes files of that purpose.
-        InvalidValueError: when there is none of that name.
+        InvalidValueError: when there is no such purpose.
     """
     if purpose in INPUT_PURPOSES:
         return purpose
@@ -50,15 +46,9 @@ def check_input_purpose(purpose: str) -> str:
 
 
 def check_mime_type(mime_type: str, purpose: str) -> None:
-    """Refuse a kind of content that can't be what the purpose says.
+    """Refuse pictures, sounds and the like as training files.
 
-    Nothing else is inferred from it: clients send many names for the same rows.
-
-    Args:
-        mime_type: as the client wrote it.
-
-    Raises:
-        InvalidValueError: when it is a picture, a sound or the like for training.
+    Nothing else is inferred from the type: clients send many names for the same rows.
     """
     if purpose == FINE_TUNE and mime_type.strip().lower().startswith(_NEVER_ROWS):
         raise InvalidValueError(
@@ -69,10 +59,10 @@ def check_mime_type(mime_type: str, purpose: str) -> None:
 
 # A larger file is checked in a process of its own, which takes a moment to start.
 _MAX_BYTES_HERE = 256 * 1024
-# Small ones are checked one at a time: more threads would keep the interpreter's lock from the event loop.
+# Small ones are checked one at a time: more threads would hold the GIL, which the event loop needs.
 _ONE_HERE = threading.Lock()
 
-# Holds a place for one such process; raises where there is none.
+# Reserves one such process; raises where there is none left.
 TakePlace = Callable[[], AbstractContextManager[object]]
 
 
@@ -86,66 +76,73 @@ def row_limits(settings: Settings) -> Limits:
     )
 
 
-class Check(Protocol):
-    """What a file is judged by while its bytes stream by, with constant memory."""
+class UploadCheck:
+    """Checks a file while its bytes arrive, with constant memory: a small file here, others in a process.
+
+    Args:
+        purpose: what the file is for; None where that follows its bytes: then a fault of its rows counts
+            once `decide` has named the purpose.
+        take_place: called before a process is started.
+    """
+
+    def __init__(self, purpose: str | None, limits: Limits, take_place: TakePlace = nullcontext) -> None:
+        self._purpose = purpose or FINE_TUNE
+        self._is_decided = purpose is not None
+        self._limits, self._take_place = limits, take_place
+        self._held = ExitStack()
+        self._num_bytes = 0
+        # The beginning of the file, until it is known where it is checked.
+        self._waiting = bytearray()
+        self._is_parquet = False
+        self._process: CheckProcess | None = None
+        self._fault: InvalidFileFormatError | None = None
+        self._expected_md5 = ""
+        # Not for security: it finds parts that were lost or mixed up on their way.
+        self._md5 = hashlib.md5(usedforsecurity=False)
 
     @property
     def needs_file(self) -> bool:
-        """Whether `finish` must be given the whole file: what came can only be read from its end."""
+        """Whether `finish` must be given the whole file: Parquet is read from its end."""
+        return self._is_parquet and self._purpose == FINE_TUNE and self._fault is None
+
+    def decide(self, purpose: str) -> None:
+        """Name the purpose; bytes may have been fed before."""
+        self._purpose = purpose
+
+    def require_md5(self, md5: str) -> None:
+        """Require a hash of the whole file, 32 hex digits, before its first byte."""
+        self._expected_md5 = md5
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes.
 
         Raises:
-            InvalidFileFormatError: once the file is known to break its format.
+            InvalidFileFormatError: once a training file is known to break its format.
         """
+        self._num_bytes += len(chunk)
+        if self._expected_md5:
+            self._md5.update(chunk)
+        if self._purpose != FINE_TUNE or self._fault is not None or self._is_parquet:
+            return
+        try:
+            self._feed_rows(chunk)
+        except InvalidFileFormatError as fault:
+            if self._is_decided:
+                raise
+            self._fault = fault
 
-    def finish(self, path: Path | None = None, /) -> FileFacts:
-        """Say that no more bytes follow.
-
-        Args:
-            path: the whole file, which is read where `needs_file` is True.
-
-        Raises:
-            InvalidFileFormatError: when the file breaks its format.
-        """
-
-    def stop(self) -> None:
-        """End what `feed` or `finish` is doing in another thread."""
-
-    def close(self) -> None:
-        """Release what the check holds, once nobody feeds it any more."""
-
-
-class RowCheck:
-    """The check of a training file: every row of it, a small file's here, others' in a process.
-
-    Args:
-        take_place: asked before a process is started.
-    """
-
-    def __init__(self, limits: Limits, take_place: TakePlace = nullcontext) -> None:
-        self._limits = limits
-        self._take_place = take_place
-        self._held = ExitStack()
-        # The beginning of the file, until it is known where it is checked.
-        self._waiting = bytearray()
-        self._process: CheckProcess | None = None
-        self.needs_file = False
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes."""
+    def _feed_rows(self, chunk: bytes) -> None:
         if self._process is not None:
             self._process.feed(chunk)
-        elif not self.needs_file:
-            self._waiting += chunk
-            self.needs_file = self._waiting.startswith(parquet.MAGIC)
-            is_packed = self._waiting.startswith(gzip_stream.MAGIC)
-            if self.needs_file:
-                self._waiting.clear()
-            elif is_packed or len(self._waiting) > _MAX_BYTES_HERE:
-                self._start(None).feed(bytes(self._waiting))
-                self._waiting.clear()
+            return
+        self._waiting += chunk
+        self._is_parquet = self._waiting.startswith(parquet.MAGIC)
+        is_packed = self._waiting.startswith(gzip_stream.MAGIC)
+        if self._is_parquet:
+            self._waiting.clear()
+        elif is_packed or len(self._waiting) > _MAX_BYTES_HERE:
+            self._start(None).feed(bytes(self._waiting))
+            self._waiting.clear()
 
     def _start(self, path: Path | None) -> CheckProcess:
         self._held.enter_context(self._take_place())
@@ -153,8 +150,28 @@ class RowCheck:
         return self._process
 
     def finish(self, path: Path | None = None, /) -> FileFacts:
-        """Say that no more bytes follow."""
-        if self.needs_file and path is not None:
+        """Return the facts of the file, all of which was fed.
+
+        Args:
+            path: the whole file, which is read where `needs_file` is True.
+
+        Raises:
+            InvalidFileFormatError: when a training file breaks its format, or the file is empty.
+            InvalidValueError: when it has another hash than the required one (param `md5`).
+        """
+        if self._expected_md5 and (found := self._md5.hexdigest()) != self._expected_md5:
+            raise InvalidValueError(
+                f"md5: the parts in this order hash to {found}, not to {self._expected_md5}; check their "
+                "order, or send them again.",
+                param="md5",
+            )
+        if self._purpose != FINE_TUNE:
+            if self._num_bytes == 0:
+                raise InvalidFileFormatError("The file is empty.", param="file")
+            return FileFacts(0, self._num_bytes)
+        if self._fault is not None:
+            raise self._fault
+        if self._is_parquet and path is not None:
             self._start(path)
         if self._process is not None:
             return self._process.finish()
@@ -164,90 +181,12 @@ class RowCheck:
             return checker.finish()
 
     def stop(self) -> None:
-        """End the process, if there is one; who waits for it is refused."""
+        """End what `feed` or `finish` is doing in another thread."""
         if self._process is not None:
             self._process.kill()
 
     def close(self) -> None:
-        """End the process and give its place back."""
+        """End the process and give its place back; no thread may feed it any more."""
         if self._process is not None:
             self._process.close()
         self._held.close()
-
-
-class OpaqueCheck:
-    """The check of a file whose content nobody looks at: it has bytes, and no rows."""
-
-    needs_file = False
-
-    def __init__(self) -> None:
-        self._num_bytes = 0
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes."""
-        self._num_bytes += len(chunk)
-
-    def finish(self, _path: Path | None = None, /) -> FileFacts:
-        """Say that no more bytes follow; an empty file is refused."""
-        if self._num_bytes == 0:
-            raise InvalidFileFormatError("The file is empty.", param="file")
-        return FileFacts(0, self._num_bytes)
-
-    def stop(self) -> None:
-        """Do nothing: nothing takes long."""
-
-    def close(self) -> None:
-        """Do nothing: nothing is held."""
-
-
-def open_check(purpose: str, limits: Limits, take_place: TakePlace = nullcontext) -> Check:
-    """Begin the check of a file; only training files have rows to check."""
-    return RowCheck(limits, take_place) if purpose == FINE_TUNE else OpaqueCheck()
-
-
-class UndecidedCheck:
-    """The check of a file whose purpose follows its bytes: a fault of its rows counts once that is known."""
-
-    def __init__(self, limits: Limits, take_place: TakePlace = nullcontext) -> None:
-        self._opaque = OpaqueCheck()
-        self._rows = RowCheck(limits, take_place)
-        self._fault: InvalidFileFormatError | None = None
-        self._purpose = FINE_TUNE
-
-    @property
-    def needs_file(self) -> bool:
-        """Whether `finish` must be given the whole file."""
-        return self._purpose == FINE_TUNE and self._fault is None and self._rows.needs_file
-
-    def decide(self, purpose: str) -> None:
-        """Say what the file is for; bytes may have been fed before."""
-        self._purpose = purpose
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes."""
-        self._opaque.feed(chunk)
-        if self._fault is None:
-            try:
-                self._rows.feed(chunk)
-            except InvalidFileFormatError as fault:
-                self._fault = fault
-
-    def finish(self, path: Path | None = None, /) -> FileFacts:
-        """Say that no more bytes follow.
-
-        Raises:
-            InvalidFileFormatError: when a training file breaks its format, or the file is empty.
-        """
-        if self._purpose != FINE_TUNE:
-            return self._opaque.finish()
-        if self._fault is not None:
-            raise self._fault
-        return self._rows.finish(path)
-
-    def stop(self) -> None:
-        """End the check of its rows."""
-        self._rows.stop()
-
-    def close(self) -> None:
-        """Release what the check of its rows holds."""
-        self._rows.close()

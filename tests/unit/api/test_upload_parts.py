@@ -10,7 +10,7 @@ from api.uploads.object_writer import StoredBytes
 from api.uploads.part_upload import assemble
 from luthier.core.errors import ArtifactCorruptError, InvalidFileFormatError, InvalidValueError, LuthierError
 from luthier.data.readers.base import Limits
-from luthier.data.readers.upload_check import open_check
+from luthier.data.readers.upload_check import UploadCheck
 from luthier.storage.store import Storage
 from services.files.uploads import StoredPart
 from tests.rows import colour_rows, jsonl
@@ -27,7 +27,7 @@ def _stored(storage: Storage, *pieces: bytes) -> list[StoredPart]:
 
 
 def _assemble(storage: Storage, parts: list[StoredPart], md5: str | None = None) -> StoredBytes:
-    check = open_check("fine-tune", Limits(1 << 20))
+    check = UploadCheck("fine-tune", Limits(1 << 20))
     return asyncio.run(assemble(storage, parts, check=check, md5=md5, storage_key="u/file"))
 
 

@@ -18,10 +18,9 @@ from luthier.data.readers.file_checker import FileFacts
 from luthier.data.readers.upload_check import (
     INPUT_PURPOSES,
     OUTPUT_PURPOSES,
-    UndecidedCheck,
+    UploadCheck,
     check_input_purpose,
     check_mime_type,
-    open_check,
 )
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -35,19 +34,19 @@ def _facts(content: bytes, num_rows: int) -> FileFacts:
 
 @pytest.mark.parametrize("purpose", [p for p in INPUT_PURPOSES if p != "fine-tune"])
 def test_files_of_other_purposes_are_bytes_without_rows(purpose: str) -> None:
-    check = open_check(purpose, LIMITS)
+    check = UploadCheck(purpose, LIMITS)
     for place in range(0, len(OPAQUE), 5):
         check.feed(OPAQUE[place : place + 5])
     assert check.finish() == _facts(OPAQUE, 0)
     with pytest.raises(InvalidFileFormatError, match="empty"):
-        open_check(purpose, LIMITS).finish()
+        UploadCheck(purpose, LIMITS).finish()
 
 
 def test_a_training_files_rows_are_checked() -> None:
-    check = open_check("fine-tune", LIMITS)
+    check = UploadCheck("fine-tune", LIMITS)
     check.feed(ROW)
     assert check.finish() == _facts(ROW, 1)
-    broken = open_check("fine-tune", LIMITS)
+    broken = UploadCheck("fine-tune", LIMITS)
     broken.feed(ROW + b"{}\n")
     with pytest.raises(InvalidFileFormatError, match="Line 2"):
         broken.finish()
@@ -55,11 +54,11 @@ def test_a_training_files_rows_are_checked() -> None:
 
 @pytest.mark.parametrize("content", [ROW, ROW * 3])
 def test_a_purpose_that_comes_late_decides_as_one_that_comes_early(content: bytes) -> None:
-    late = UndecidedCheck(LIMITS)
+    late = UploadCheck(None, LIMITS)
     late.feed(content)
     late.decide("fine-tune")
     assert late.finish() == _facts(content, content.count(b"\n"))
-    other = UndecidedCheck(LIMITS)
+    other = UploadCheck(None, LIMITS)
     other.feed(content)
     other.decide("user_data")
     assert other.finish() == _facts(content, 0)
@@ -67,7 +66,7 @@ def test_a_purpose_that_comes_late_decides_as_one_that_comes_early(content: byte
 
 def test_a_fault_before_the_purpose_counts_for_training_files_only() -> None:
     for purpose in ("fine-tune", "vision"):
-        check = UndecidedCheck(LIMITS)
+        check = UploadCheck(None, LIMITS)
         # More faults than are counted, so that they are raised while bytes still come.
         for _ in range(3):
             check.feed(b"{}\n" * 20)

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.data.formats import discover
 from luthier.data.formats.base import Row, ToolCall, Turn
-from luthier.data.readers.detect_format import explain_row, find_format, recognise
+from luthier.data.readers.detect_format import detect_format, explain_row, find_format
 
 
 def read(name, row):
@@ -63,7 +63,7 @@ def test_a_broken_row_of_texts_is_told_at_its_field(name, row, expected):
 
 def test_a_key_that_comes_twice_is_refused():
     for line in (b'{"text": "a", "text": "b"}', b'{"text": "a", "label": "x", "label": "y"}'):
-        row_format = recognise(line, 1)
+        row_format = detect_format(line, 1)
         assert not hasattr(row_format, "accepts") or not row_format.accepts(line)
 
 
@@ -143,7 +143,7 @@ def test_a_preference_holds_both_conversations_and_trains_the_outputs_alone():
 
 def test_the_older_names_of_the_outputs_are_taken():
     row = {"input": ASKED, "preferred_completion": GOOD, "non_preferred_completion": BAD}
-    assert recognise(json.dumps(row).encode(), 1) is discover()["preference"]
+    assert detect_format(json.dumps(row).encode(), 1) is discover()["preference"]
     assert read("preference", row) == read("preference", preference())
 
 
@@ -203,7 +203,7 @@ def test_a_format_is_known_by_its_keys(keys, name):
 
 def test_keys_of_no_format_are_told_as_of_a_chat():
     assert find_format({"question", "answer"}) is None
-    assert recognise(b'{"question": 1}', 1) is discover()["chat"]
+    assert detect_format(b'{"question": 1}', 1) is discover()["chat"]
 
 
 def test_a_row_of_another_format_is_one_fault_that_names_both():
