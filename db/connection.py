@@ -53,7 +53,6 @@ def connect(*, answer_seconds: float | None, **options: Any) -> BoundedConnectio
 
     Args:
         answer_seconds: how long a statement may take, and wait for a lock; None: as long as it takes.
-        **options: psycopg's.
     """
     server_options = [f"-c idle_in_transaction_session_timeout={_IDLE_SECONDS}s"]
     if answer_seconds is not None:

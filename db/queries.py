@@ -94,14 +94,9 @@ def page(
     """Read one page by keyset over (created_at, id), which stays right while rows are inserted.
 
     Args:
-        statement: the rows to page through, not yet ordered.
         after: the row that ended the page before, or what selects its two columns (and no row, so an empty
             page, when it is not there), or None.
         limit: rows of the page; 0 gives an empty page.
-        is_ascending: oldest first instead of newest first.
-
-    Returns:
-        The rows, and whether more follow.
     """
     columns = (table.created_at, table.id)
     if after is not None:
@@ -121,10 +116,6 @@ def find_cursor(
 
     Args:
         after: the row's id, or None for the first page.
-        is_listed: whether a row is in the list, deleted or not.
-
-    Returns:
-        The row; None for the first page.
 
     Raises:
         InvalidValueError: when the list has no such row.

@@ -41,11 +41,7 @@ def sweep(context: WorkerContext) -> None:
 
 
 def run(settings: Settings, *, has_broker: bool = True) -> None:
-    """Work until TERM.
-
-    Args:
-        has_broker: whether messages from the broker wake the worker between its looks into Postgres.
-    """
+    """Work until TERM."""
     started_at = time.monotonic()
     context = make_context(settings)
     stop_on_signals(context)

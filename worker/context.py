@@ -51,8 +51,6 @@ class Watch:
     who holds it. So nothing is taken until both have been there for as long as a lease lasts.
 
     Args:
-        lease_seconds: how long a lease lasts.
-        sweep_seconds: how long the sweeper waits between its looks.
         clock: the time in seconds.
     """
 

@@ -30,11 +30,7 @@ class LeaseHeartbeat:
         self.on_pause: Callable[[], None] = lambda: None
 
     def check(self) -> None:
-        """Go on only while the lease holds.
-
-        Raises:
-            LeaseLostError: when it is lost.
-        """
+        """Go on only while the lease holds."""
         if self._is_lost.is_set():
             raise LeaseLostError(f"Attempt {self._lease.fencing_token} no longer holds {self._lease.job_id}.")
 
@@ -70,11 +66,7 @@ class LeaseHeartbeat:
 
 @contextmanager
 def lease_heartbeat(context: WorkerContext, lease: Lease) -> Iterator[LeaseHeartbeat]:
-    """Keep a lease for as long as a block runs.
-
-    Yields:
-        The heartbeat, whose `check` tells whether the lease still holds.
-    """
+    """Keep a lease for as long as a block runs."""
     heartbeat = LeaseHeartbeat(context, lease)
     thread = threading.Thread(target=heartbeat.run, daemon=True)
     thread.start()

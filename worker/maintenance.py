@@ -45,11 +45,7 @@ _ATTEMPT_FOLDER = re.compile(r"e(\d+)")
 def repeat(
     context: WorkerContext, what: str, act: Callable[[WorkerContext], object], max_seconds: float = math.inf
 ) -> None:
-    """Do something now and at every sweep until the worker stops, whatever it raises; runs in a thread.
-
-    Args:
-        max_seconds: how long it waits at most, however seldom sweeps are.
-    """
+    """Do something now and at every sweep until the worker stops, whatever it raises; runs in a thread."""
     while True:
         try:
             act(context)
@@ -115,12 +111,6 @@ def collect_garbage(context: WorkerContext, *, grace_seconds: float) -> None:
     uploads, and the bytes of deleted files and models. Files that have expired are deleted first, and so are
     old idempotency keys and deliveries of webhooks that finished long ago. What can't be deleted is passed
     over, and tried again later.
-
-    Args:
-        grace_seconds: how long ago a job or an upload must have ended.
-
-    Raises:
-        UnavailableError: when storage or database seem to be away.
     """
     with context.database.transaction() as session:
         files.delete_expired(session, limit=_COLLECTED_AT_ONCE)

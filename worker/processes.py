@@ -106,13 +106,7 @@ class _Running:
 
 
 class JobProcesses:
-    """The job processes of one worker, started again when they end. Use it from the main thread alone.
-
-    Args:
-        worker_id: the worker whose slots they share.
-        num_processes: how many.
-        has_broker: whether they may wake others through the broker.
-    """
+    """The job processes of one worker, started again when they end. Use it from the main thread alone."""
 
     def __init__(self, worker_id: str, num_processes: int, *, has_broker: bool) -> None:
         options = [] if has_broker else ["--no-broker"]

@@ -37,11 +37,7 @@ def full_disk_named() -> Iterator[None]:
 
 
 def requeue(context: WorkerContext, lease: Lease, error: LuthierError) -> None:
-    """Let a job wait for a better time; one that was asked to pause is paused.
-
-    Args:
-        error: what is away, refuses or lacks; users read its message.
-    """
+    """Let a job wait for a better time; one that was asked to pause is paused."""
     try:
         with context.database.transaction() as session:
             leases.put_off(

@@ -34,11 +34,7 @@ def deliver_for_ever(context: WorkerContext) -> None:
 
 
 def deliver_due(context: WorkerContext) -> int:
-    """Send what is due, once each.
-
-    Raises:
-        UnavailableError: when the database is away; what came of a try and is not written is tried again.
-    """
+    """Send what is due, once each."""
     timeout_seconds = context.settings.webhook_timeout_seconds
     with context.database.transaction() as session:
         claimed = deliveries.claim_due(

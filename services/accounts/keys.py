@@ -53,12 +53,6 @@ def authenticate(session: Session, key: str) -> Principal:
 
     Args:
         key: the key in plain text, as it came in the request.
-
-    Returns:
-        The principal of the request.
-
-    Raises:
-        UnauthenticatedError: when the key is malformed, unknown or revoked.
     """
     row = (
         session.execute(_FIND, {"key_hash": hash_api_key(key)}).one_or_none() if is_well_formed(key) else None
@@ -72,11 +66,7 @@ def authenticate(session: Session, key: str) -> Principal:
 
 
 def check_still_valid(session: Session, principal: Principal) -> None:
-    """Refuse a caller whose key was revoked since it was looked up.
-
-    Raises:
-        UnauthenticatedError: when it was.
-    """
+    """Refuse a caller whose key was revoked since it was looked up."""
     valid = select(ApiKey.id).where(ApiKey.id == principal.key_id, ApiKey.deleted_at.is_(None))
     if session.scalar(valid) is None:
         raise unknown_key()
@@ -98,12 +88,7 @@ def create(
     """Make a key, and its project when no project of that name is there yet.
 
     Args:
-        principal: the caller, who must hold an admin key.
         project_name: the project that the key opens; the caller's own when None.
-        is_admin: whether the key may manage keys.
-
-    Returns:
-        The row, its project's name, and the key in plain text, which is shown this once.
 
     Raises:
         PermissionDeniedError: when the caller is no admin.
@@ -168,9 +153,6 @@ def ensure_project(session: Session, organization_id: str, name: str) -> Project
 def list_(session: Session, principal: Principal) -> Sequence[tuple[ApiKey, str]]:
     """List the organization's keys, newest first.
 
-    Returns:
-        The rows, each with its project's name.
-
     Raises:
         PermissionDeniedError: when the caller is no admin.
     """
@@ -189,7 +171,6 @@ def revoke(session: Session, principal: Principal, key_id: str) -> None:
 
     Raises:
         PermissionDeniedError: when the caller is no admin.
-        NotFoundError: when the organization has no such key.
         InvalidRequestError: when it is the key that asks.
     """
     _require_admin(principal)

@@ -71,7 +71,6 @@ def check_stored_bytes(session: Session, project_id: str, limit: int, *, num_new
 
     Args:
         limit: in bytes; 0 means none.
-        num_new_bytes: of what is to be stored.
 
     Raises:
         TooLargeError: when they do not fit.
@@ -98,9 +97,6 @@ def check_stored_bytes(session: Session, project_id: str, limit: int, *, num_new
 
 def check_pinned_bytes(session: Session, model: Model, room_bytes: Mapping[str, int], share: float) -> None:
     """Refuse a model, pinned just now, that takes its project's pinned models over their share of the memory.
-
-    Args:
-        room_bytes: memory of an inference server for models, by kind: `packed` (adapters) or `whole`.
 
     Raises:
         PinLimitError: when they take more, by the sizes of their artifacts.

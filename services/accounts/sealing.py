@@ -46,9 +46,6 @@ def reseal_secret(sealer: Sealer, stored: str) -> str:
     Args:
         stored: sealed with any of them, or plain as older versions stored it.
 
-    Returns:
-        The same text when the first key opens it, else a new token.
-
     Raises:
         SecretKeyError: when there is no key, or it was sealed with another one.
     """

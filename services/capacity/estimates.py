@@ -88,12 +88,7 @@ def estimate(
     """Estimate what a job would take.
 
     Args:
-        spec: as the request made it.
-        base_folder: of the fetched base.
-        training: the training file's rows.
-        validation: the validation file's, if there is one.
         grounds: the device, and jobs that finished on it; None where no worker has measured its device yet.
-        memory_bytes: memory of the training device, where it is known.
 
     Raises:
         InvalidRequestError: when a parameter does not fit the base.
@@ -184,10 +179,7 @@ def need_memory(
     """Return what a job's training process needs.
 
     Args:
-        spec: resolved.
         longest: tokens of the longest row.
-        device: `cpu` or `cuda`.
-        precision: the type that it trains in.
     """
     method, params = parse_tuning(spec.tuning)
     cost = method.cost(params, shape)
@@ -241,11 +233,7 @@ def _artifact_bytes(method: Method, cost: MethodCost, precision: str | None, bas
 
 
 def tell_limit(asked: int | None, resolved: TrainingSpec) -> str:
-    """Return that rows may be no longer than the base has room for; empty where they may be as asked.
-
-    Args:
-        asked: `training.max_length` of the request.
-    """
+    """Return that rows may be no longer than the base has room for; empty where they may be as asked."""
     limit = resolved.training.max_length
     if asked is None or limit is None or asked <= limit:
         return ""

@@ -64,11 +64,7 @@ def choose(
 
     Args:
         device: where the job would run; None where its memory is not known and not counted.
-        fits: which jobs the worker may take and its machine can run.
         lent: a job, and the bytes of serving's part that it may have.
-        is_final: whether serving was asked for what a job lacks. One whose peak is rough then starts, alone,
-            with what there is.
-        on_wait: called with each job that lacks memory.
 
     Returns:
         The job and what it gets of training's part; None when none waits, or none fits.

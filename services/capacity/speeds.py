@@ -115,8 +115,6 @@ def finished_job(
     """Return what a job did and took, by its report, in the numbers of services.capacity.estimates.
 
     Args:
-        num_scored_tokens: of the validation rows.
-        num_reference_tokens: of all rows, which a job on preferences scores by what it starts from.
         tokens_per_example: of the training file's rows, without virtual tokens.
     """
     epochs: Any = ran.spec.hyperparameters.n_epochs

@@ -143,7 +143,6 @@ def can_run(bases: Mapping[str, str | None], unreadable: Collection[str]) -> Col
 
     Args:
         bases: the digest of each base that it has, None for those that it would fetch.
-        unreadable: ids of jobs whose specification it can't read.
     """
     digest = Job.spec["base"]["digest"].astext
     suitable = [

@@ -40,7 +40,6 @@ def start(
         The parts; or what came of it, when the same complete was done before.
 
     Raises:
-        NotFoundError: when there is no upload of that id.
         InvalidUploadStateError: when it is at its end in another way, or its time is over.
         InvalidValueError: when a part is unknown or named twice, or the sizes do not add up.
     """
@@ -101,16 +100,11 @@ def finish(
 ) -> tuple[Upload, File | None]:
     """Make the file of an upload exist, and the upload completed.
 
-    Args:
-        part_ids: the parts, as `start` was told.
-        md5: the hash, as `start` was told.
-
     Returns:
         The upload and its file. The file is another one than `stored` when a twin of this request was
         faster; then the bytes of `stored` are not needed.
 
     Raises:
-        NotFoundError: when there is no upload of that id.
         InvalidUploadStateError: when it has been cancelled or completed otherwise meanwhile.
     """
     row = uploads.get(session, principal, upload_id)

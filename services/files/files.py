@@ -85,14 +85,7 @@ def _find(
 def get(
     session: Session, principal: Principal, file_id: str, *, param: str = "id", for_share: bool = False
 ) -> File:
-    """Return a file of the project; with `for_share` it can't be deleted until the transaction ends.
-
-    Args:
-        for_share: keep it from being deleted until the transaction ends.
-
-    Raises:
-        NotFoundError: when there is none of that id, or it has expired.
-    """
+    """Return a file of the project; with `for_share` it can't be deleted until the transaction ends."""
     row = _find(session, principal, file_id, for_share=for_share)
     if row is None:
         raise NotFoundError(f"No such File object: {file_id[:64]}", param=param)
@@ -110,14 +103,6 @@ def list_(
 ) -> tuple[Sequence[File], bool]:
     """Return a page of the project's files, and whether more follow.
 
-    Args:
-        after: id of the object that ended the page before.
-        is_ascending: oldest first instead of newest first.
-        purpose: only files of this purpose.
-
-    Returns:
-        The rows, and whether more follow.
-
     Raises:
         InvalidValueError: when `after` is no file of the project.
     """
@@ -134,7 +119,6 @@ def delete(session: Session, principal: Principal, file_id: str) -> File:
     """Make a file unknown; the caller deletes its bytes after the commit.
 
     Raises:
-        NotFoundError: when there is none of that id, or it has expired.
         FileInUseError: when an unfinished job reads it.
     """
     row = _find(session, principal, file_id, for_update=True)
@@ -171,11 +155,7 @@ def _mark_deleted(session: Session, row: File) -> None:
 
 
 def delete_expired(session: Session, *, limit: int) -> list[str]:
-    """Delete files that have expired, as their users would; one that an unfinished job reads waits for it.
-
-    Returns:
-        Their ids. The bytes are deleted with those of other deleted files.
-    """
+    """Delete files that have expired, as their users would; one that an unfinished job reads waits for it."""
     is_read = (
         select(Job.id)
         .where(

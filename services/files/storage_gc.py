@@ -34,14 +34,7 @@ class EndedUpload:
 def list_uncollected(
     session: Session, *, grace_seconds: float, limit: int, skipped: Collection[str] = ()
 ) -> list[EndedJob]:
-    """Return ended jobs whose working copies (tokenised rows, save points) are still in storage.
-
-    Args:
-        grace_seconds: how long ago they ended: a worker that has not heard of it may still write.
-
-    Returns:
-        The jobs, those that ended first before others.
-    """
+    """Return ended jobs whose working copies (tokenised rows, save points) are still in storage."""
     rows = session.execute(
         select(Job.id, Job.project_id, File.storage_key)
         .outerjoin(File, (File.id == Job.result_file_id) & File.deleted_at.is_(None))
@@ -76,14 +69,7 @@ def mark_collected(session: Session, job_id: str) -> None:
 def list_uncollected_uploads(
     session: Session, *, grace_seconds: float, limit: int, skipped: Collection[str] = ()
 ) -> list[EndedUpload]:
-    """Return uploads at their end whose parts may still be in storage; what has lapsed is expired first.
-
-    Args:
-        grace_seconds: how long ago they ended: a part may still be on its way into storage.
-
-    Returns:
-        The uploads, those that ended first before others.
-    """
+    """Return uploads at their end whose parts may still be in storage; what has lapsed is expired first."""
     uploads.expire_lapsed(session)
     rows = session.execute(
         select(Upload.id, Upload.project_id, File.storage_key)

@@ -78,11 +78,7 @@ def _has_lapsed() -> ColumnElement[bool]:
 
 
 def get(session: Session, principal: Principal, upload_id: str) -> Upload:
-    """Return an upload of the project, locked until the transaction ends; what has lapsed is now expired.
-
-    Raises:
-        NotFoundError: when there is none of that id.
-    """
+    """Return an upload of the project, locked until the transaction ends; what has lapsed is now expired."""
     row = find_owned(session, Upload, principal.project_id, upload_id, for_update=True)
     if row is None:
         raise NotFoundError(f"No such Upload object: {upload_id[:64]}", param="id")
@@ -96,7 +92,6 @@ def get_open(session: Session, principal: Principal, upload_id: str) -> Upload:
     """Return an upload that still takes parts, locked until the transaction ends.
 
     Raises:
-        NotFoundError: when there is none of that id.
         InvalidUploadStateError: when it is at its end, or its time is over.
     """
     row = get(session, principal, upload_id)
@@ -108,9 +103,6 @@ def get_open(session: Session, principal: Principal, upload_id: str) -> Upload:
 
 def check_pending(row: Upload) -> None:
     """Refuse what only a pending upload allows.
-
-    Args:
-        row: the upload, as `get` returned it.
 
     Raises:
         InvalidUploadStateError: when it is at its end.
@@ -131,7 +123,6 @@ def record_part(session: Session, principal: Principal, upload_id: str, stored: 
     """Make a part of an upload exist.
 
     Raises:
-        NotFoundError: when there is no upload of that id.
         InvalidUploadStateError: when it takes no more parts.
         InvalidValueError: when its parts would hold far more than was declared, or are too many.
     """
@@ -163,11 +154,7 @@ def record_part(session: Session, principal: Principal, upload_id: str, stored: 
 def cancel(session: Session, principal: Principal, upload_id: str) -> tuple[Upload, list[str]]:
     """End an upload for which nothing more is to come.
 
-    Returns:
-        The upload, and the keys of its parts, which nobody needs any more.
-
     Raises:
-        NotFoundError: when there is none of that id.
         InvalidUploadStateError: when it is at its end already.
     """
     row = get(session, principal, upload_id)

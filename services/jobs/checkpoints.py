@@ -25,12 +25,6 @@ def retire(session: Session, job_id: str, *, keep: int, spared_step: int | None)
     """Make all but the newest checkpoints of a job unknown, but for those that others need.
 
     Needed are those that others go on from, and those that an alias points to.
-
-    Args:
-        spared_step: the step of the one that stays in any case, in place of an older one of the newest.
-
-    Returns:
-        Storage prefixes of their artifacts, for the caller to delete after the commit.
     """
     rows = session.execute(
         select(Checkpoint, Model)

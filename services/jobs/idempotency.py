@@ -26,8 +26,6 @@ class Sending:
     """One request on its way.
 
     Args:
-        route: such as `POST /v1/fine_tuning/jobs`.
-        key: the Idempotency-Key, if any.
         body_sha256: hex digest of the request's body.
         arrived_at: when it arrived, on this process's monotonic clock, in seconds.
     """
@@ -44,9 +42,6 @@ def find_earlier(session: Session, principal: Principal, sending: Sending) -> st
 
     The caller holds the lock taken here until its transaction ends, so that twins sent at the same
     time make one thing.
-
-    Returns:
-        The id, or None.
 
     Raises:
         IdempotencyKeyReusedError: when the key came before with another body.

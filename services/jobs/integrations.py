@@ -19,9 +19,6 @@ _ALIVE = timedelta(minutes=1)
 def checked(session: Session, settings: Settings, request: NewJob) -> NewJob:
     """Return the request with its integrations checked, or refuse it.
 
-    Returns:
-        The same, the integrations complete.
-
     Raises:
         InvalidRequestError: when one is malformed, not set up, or no worker at hand has its package; the
             message names what the operator must do.

@@ -138,9 +138,6 @@ def check(
 ) -> CheckedJob:
     """Check all that can be told of a request without its rows; nothing is stored.
 
-    Returns:
-        What the job would be.
-
     Raises:
         ModelNotAvailableError: when the base is unknown, or no machine has it.
         InvalidRequestError: when a file is unknown, has another purpose, rows of the wrong kind or too few
@@ -193,12 +190,6 @@ def create(
 ) -> Job:
     """Make a job, to be prepared by a worker.
 
-    Args:
-        notify: how a worker is woken once this is committed.
-
-    Returns:
-        The job, in `validating_files`.
-
     Raises:
         ModelNotAvailableError: when the base is unknown.
         InvalidRequestError: when `check` refuses it.
@@ -238,11 +229,7 @@ def create(
 
 
 def get(session: Session, principal: Principal, job_id: str, *, for_update: bool = False) -> Job:
-    """Return a job of the project.
-
-    Raises:
-        NotFoundError: when there is none of that id.
-    """
+    """Return a job of the project."""
     job = find_owned(session, Job, principal.project_id, job_id, for_update=for_update)
     if job is None:
         raise NotFoundError(
@@ -261,14 +248,6 @@ def list_(
     has_no_metadata: bool = False,
 ) -> tuple[Sequence[Job], bool]:
     """Return a page of the project's jobs, newest first, and whether more follow.
-
-    Args:
-        after: id of the job that ended the page before.
-        metadata: pairs that all must be in a job's metadata.
-        has_no_metadata: only jobs without any.
-
-    Returns:
-        The jobs, and whether more follow.
 
     Raises:
         InvalidValueError: when `after` is no job of the project.
@@ -296,14 +275,7 @@ def list_events(
 ) -> tuple[Sequence[JobEvent], bool]:
     """Return a page of a job's events, newest first, and whether more follow.
 
-    Args:
-        after: id of the object that ended the page before.
-
-    Returns:
-        The rows, and whether more follow.
-
     Raises:
-        NotFoundError: when the project has no such job.
         InvalidValueError: when `after` is no event of it.
     """
     job = get(session, principal, job_id)
@@ -320,14 +292,7 @@ def list_checkpoints(
 ) -> tuple[Sequence[tuple[Checkpoint, str]], bool]:
     """Return a page of a job's checkpoints with their models' names, highest step first.
 
-    Args:
-        after: id of the object that ended the page before.
-
-    Returns:
-        Each row with its model's name, and whether more follow.
-
     Raises:
-        NotFoundError: when the project has no such job.
         InvalidValueError: when `after` is no checkpoint of it.
     """
     job = get(session, principal, job_id)
@@ -347,7 +312,6 @@ def cancel(session: Session, principal: Principal, job_id: str) -> Job:
     """End a job at once; its worker sees it within a second and kills the training process.
 
     Raises:
-        NotFoundError: when the project has no such job.
         InvalidTransitionError: when it has ended already.
     """
     job = get(session, principal, job_id, for_update=True)

@@ -124,11 +124,6 @@ def claim_for_training(
 ) -> tuple[Lease, Job] | None:
     """Take the queued job in turn if the worker has a free slot and the job's memory is free.
 
-    Args:
-        worker_id: who asks; its row is locked so that two of its processes can't take the same slot.
-        device: this and the next three are as `memory.choose` takes them.
-        can_run: which jobs the machine can run, as `workers.can_run` selects them.
-
     Returns:
         The lease and the job, now `running`; None when there is no job, no slot or no memory.
     """
@@ -175,28 +170,14 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
 
 
 def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
-    """Keep a lease, and the memory that was granted under it.
-
-    Returns:
-        The job's status, by which its attempt learns that it is to be paused.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more.
-    """
+    """Keep a lease, and the memory that was granted under it."""
     status = update_job(session, lease, lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
     memory.renew(session, lease.job_id, lease.fencing_token, lease_seconds)
     return status
 
 
 def update_job(session: Session, lease: Lease, **values: Any) -> JobStatus:
-    """Write columns of a job under the fence.
-
-    Returns:
-        The job's status after it.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more; nothing is written.
-    """
+    """Write columns of a job under the fence."""
     status = session.scalar(
         update(Job)
         .where(
@@ -219,11 +200,7 @@ def _lost(lease: Lease) -> LeaseLostError:
 
 
 def hold(session: Session, lease: Lease) -> Job:
-    """Return an attempt's job, as it is now and locked until the transaction ends.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more.
-    """
+    """Return an attempt's job, as it is now and locked until the transaction ends."""
     job = session.scalar(
         select(Job).where(Job.id == lease.job_id).with_for_update().execution_options(populate_existing=True)
     )
@@ -243,14 +220,7 @@ def leave(
     event: NewEvent | None = None,
     **values: Any,
 ) -> None:
-    """End an attempt: set the job's next status and give the lease up.
-
-    Args:
-        outcome: a word for the attempt's row, such as `succeeded`, `stopped`, `crashed`.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more; nothing is written.
-    """
+    """End an attempt: set the job's next status and give the lease up."""
     if status.is_terminal:
         values |= {"finished_at": func.now()}
         if hold(session, lease).status == JobStatus.QUEUED:
@@ -266,25 +236,14 @@ def leave(
 
 
 def wait_again(session: Session, lease: Lease, *, outcome: str, event: NewEvent) -> JobStatus:
-    """End an attempt before its job's end: the job waits for another, or is paused if that was asked for.
-
-    Returns:
-        What the job is now.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more; nothing is written.
-    """
+    """End an attempt before its job's end: the job waits for another, or is paused if that was asked for."""
     status = WAITS_AS[JobStatus(hold(session, lease).status)]
     leave(session, lease, status, outcome=outcome, event=event)
     return status
 
 
 def fail(session: Session, lease: Lease, error: LuthierError) -> None:
-    """End a job with a reason.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more.
-    """
+    """End a job with a reason."""
     leave(
         session,
         lease,
@@ -304,15 +263,7 @@ def retry_or_fail(
     however often its worker was restarted, fail a job only when no other can run it.
 
     Args:
-        error: what happened; the job's error if it was the last attempt.
-        max_attempts: crashes after which a job is failed.
         pause_seconds: how long the attempt after the next one waits; it doubles from then on.
-
-    Returns:
-        The job's new status.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more.
     """
     job = hold(session, lease)
     if _is_stopping(session, job):
@@ -381,17 +332,6 @@ def put_off(
 
     What is only away is waited for without an end. What refuses, or lacks here, fails the job by its name
     after some tries in a row; what else the job waits for between them is no end of the row.
-
-    Args:
-        error: what is away, refuses or lacks.
-        pause_seconds: the first pause.
-        is_machine: whether it is this worker's machine that lacks it, so that another one is better.
-
-    Returns:
-        The job's new status.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more.
     """
     job = hold(session, lease)
     # Not by its message, which may name a worker or a time.
@@ -416,9 +356,6 @@ def sweep(session: Session, *, limit: int = 100) -> Sequence[str]:
 
     That is no crash of the job. Who calls this has seen the database for as long as a lease lasts: after an
     outage, those who train are the first to renew.
-
-    Args:
-        limit: jobs taken at once.
 
     Returns:
         Ids of the jobs that were taken; two sweepers never take the same one.

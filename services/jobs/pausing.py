@@ -23,11 +23,7 @@ STOPS_ATTEMPT = frozenset({JobStatus.PAUSING, JobStatus.QUEUED})
 def pause(session: Session, principal: Principal, job_id: str) -> Job:
     """Have a job wait: a queued one at once, a running one at its next step.
 
-    Returns:
-        The row, `paused`, or `pausing` until its worker has stored a save point.
-
     Raises:
-        NotFoundError: when the project has no such job.
         InvalidTransitionError: when it is neither queued nor running.
     """
     job = jobs.get(session, principal, job_id, for_update=True)
@@ -59,14 +55,7 @@ def _why_not_paused(status: JobStatus) -> str:
 def resume(session: Session, principal: Principal, notify: Notify, job_id: str) -> Job:
     """Let a paused job, or one that is about to be, go on from its newest save point.
 
-    Args:
-        notify: how a worker is woken once this is committed.
-
-    Returns:
-        The row, `queued`. If it was pausing, its attempt still ends first, and then another takes it.
-
     Raises:
-        NotFoundError: when the project has no such job.
         InvalidTransitionError: when it is neither paused nor pausing.
     """
     job = jobs.get(session, principal, job_id, for_update=True)
@@ -93,14 +82,7 @@ def _place(job: Job) -> str:
 
 
 def end_stopped(session: Session, lease: Lease) -> JobStatus:
-    """End an attempt that was asked to stop; whether by a pause or by its worker, the job's row says.
-
-    Returns:
-        What the job is now: paused, or queued.
-
-    Raises:
-        LeaseLostError: when the job is not this attempt's any more; nothing is written.
-    """
+    """End an attempt that was asked to stop; whether by a pause or by its worker, the job's row says."""
     job = leases.hold(session, lease)
     place = _place(job)
     if job.status == JobStatus.PAUSING:

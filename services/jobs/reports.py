@@ -48,11 +48,7 @@ def with_prepare(report: PrepareReport) -> dict[str, Any]:
 
 
 def with_run(report: RunReport, tokenize_seconds: float) -> ColumnElement[Any]:
-    """Return the column with the run's part put into it.
-
-    Returns:
-        An expression for an update of the job.
-    """
+    """Return the column with the run's part put into it."""
     seconds = report.seconds.model_copy(update={"tokenize": report.seconds.tokenize + tokenize_seconds})
     run = report.model_copy(update={"seconds": seconds}).model_dump(mode="json")
     base = run["base_evaluation"]

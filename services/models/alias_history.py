@@ -27,14 +27,7 @@ def list_versions(
 ) -> tuple[list[PastPointing], bool]:
     """Return a page of what an alias has pointed to, newest first, and whether more follow.
 
-    Args:
-        after: id of the version that ended the page before.
-
-    Returns:
-        The versions, and whether more follow.
-
     Raises:
-        NotFoundError: when there is no such alias.
         InvalidValueError: when `after` is no version of it.
     """
     alias = aliases.get_row(session, principal, name)
@@ -74,7 +67,6 @@ def find_way_back(
             after another goes further back.
 
     Raises:
-        NotFoundError: when there is no such alias.
         InvalidValueError: when it has no such version.
         ModelNotAvailableError: when the weights of that version are not there any more.
     """
@@ -98,14 +90,10 @@ def roll_back(
 ) -> Pointing | None:
     """Point an alias to what an earlier version pointed to, as a new version.
 
-    Args:
-        way: what `find_way_back` told.
-
     Returns:
         The alias; None, and nothing is changed, where it was pointed elsewhere since the way was found.
 
     Raises:
-        NotFoundError: when there is no such alias.
         ModelNotAvailableError: when the weights of that version are not there any more.
     """
     alias = aliases.get_row(session, principal, name, for_update=True)

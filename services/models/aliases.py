@@ -65,11 +65,7 @@ class Seen:
 
 
 def see(session: Session, principal: Principal, name: str) -> Seen:
-    """Return what an alias is now, for a `put` that takes its time.
-
-    Returns:
-        What it is.
-    """
+    """Return what an alias is now, for a `put` that takes its time."""
     return _seen(find_alias(session, principal.project_id, name))
 
 
@@ -89,7 +85,6 @@ def put(
     """Point an alias to a model, and make it when the project has none of that name.
 
     Args:
-        model_name: a base, a name mapped to one, or a tuned model or checkpoint that the project may call.
         seen: what the alias was when this was asked for; None where that is now.
 
     Returns:
@@ -177,7 +172,6 @@ def point(
 
     Args:
         alias: its row, None for a new one.
-        restored_number: the version that the target is taken from, in a rollback.
     """
     if alias is not None and _points_to(session, alias, target):
         return _with_targets(session, [alias])[0]
@@ -247,14 +241,7 @@ def _with_targets(session: Session, aliases: Sequence[Alias]) -> list[Pointing]:
 
 
 def get_row(session: Session, principal: Principal, name: str, *, for_update: bool = False) -> Alias:
-    """Return an alias's row.
-
-    Args:
-        for_update: let no one else change it until the transaction ends.
-
-    Raises:
-        NotFoundError: when the project has none of that name.
-    """
+    """Return an alias's row."""
     alias = (
         _find_locked(session, principal, name)
         if for_update
@@ -266,14 +253,7 @@ def get_row(session: Session, principal: Principal, name: str, *, for_update: bo
 
 
 def get(session: Session, principal: Principal, name: str) -> Pointing:
-    """Return an alias of the project.
-
-    Returns:
-        The alias and what it points to.
-
-    Raises:
-        NotFoundError: when the project has none of that name.
-    """
+    """Return an alias of the project."""
     return _with_targets(session, [get_row(session, principal, name)])[0]
 
 
@@ -281,12 +261,6 @@ def list_(
     session: Session, principal: Principal, *, after: str | None, limit: int
 ) -> tuple[list[Pointing], bool]:
     """Return a page of the project's aliases, newest first, and whether more follow.
-
-    Args:
-        after: id of the alias that ended the page before.
-
-    Returns:
-        The aliases, and whether more follow.
 
     Raises:
         InvalidValueError: when `after` is no alias of the project.
@@ -298,11 +272,7 @@ def list_(
 
 
 def delete(session: Session, principal: Principal, name: str) -> Alias:
-    """Make an alias unknown; what it points to stays.
-
-    Raises:
-        NotFoundError: when there is no such alias.
-    """
+    """Make an alias unknown; what it points to stays."""
     alias = get_row(session, principal, name, for_update=True)
     alias.deleted_at = func.now()
     session.flush()

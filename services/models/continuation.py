@@ -47,10 +47,6 @@ def find_origin(
     An alias stands for what it points to now, unless its name is mapped to a base. A tuned model can't be
     deleted, and an alias not pointed elsewhere, until the transaction ends.
 
-    Args:
-        name: a base, a mapped name, a tuned model or checkpoint of the caller's project, or an alias of one.
-        tuning: the request's object as it came.
-
     Raises:
         ModelNotAvailableError: when there is no such model, or no job can start from it here.
         InvalidRequestError: when the tuning is wrong, or contradicts the model's; names the member.
@@ -121,11 +117,7 @@ def _check_base(session: Session, catalogue: Catalogue, model: Model) -> None:
 
 
 def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArtifact]:
-    """Return where the artifacts lie that a job builds on, by the spec's own member.
-
-    Returns:
-        `parent` and `foundation`, each where the spec has it.
-    """
+    """Return where the artifacts lie that a job builds on, by the spec's own member."""
     named = {"parent": spec.parent, "foundation": spec.foundation}
     return {
         member: StoredArtifact(model.name, session.get_one(Model, model.model_id).artifact_key, model.digest)
@@ -136,9 +128,6 @@ def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArti
 
 def check_unneeded(session: Session, model: Model) -> None:
     """Refuse to let a model go that others go on from, or that an alias of its project points to.
-
-    Args:
-        model: the model, locked against jobs that would start from it meanwhile.
 
     Raises:
         ModelInUseError: when an alias points to it, an unfinished job starts from it, or a model that is

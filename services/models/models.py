@@ -55,7 +55,6 @@ def get_own(session: Session, principal: Principal, catalogue: Catalogue, name: 
     Raises:
         PermissionDeniedError: when it is another project's, which lets this one call it and no more.
         InvalidValueError: when the name is an alias, a base's, or mapped to a base.
-        ModelNotFoundError: when there is none.
     """
     model = names.find_callable(session, principal, name)
     if model is None:
@@ -78,14 +77,7 @@ def get_own(session: Session, principal: Principal, catalogue: Catalogue, name: 
 
 
 def resolve(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> ModelTarget:
-    """Turn a public name into what the inference server runs; by one statement.
-
-    Returns:
-        What the inference server runs, under the name that was asked for.
-
-    Raises:
-        ModelNotFoundError: when the project has no such model; the base never answers instead.
-    """
+    """Turn a public name into what the inference server runs; by one statement."""
     named = names.look_up(session, catalogue, principal.project_id, name)
     model, foundation = named.model, named.foundation
     if model is not None:
@@ -114,7 +106,6 @@ def pin(session: Session, principal: Principal, catalogue: Catalogue, name: str)
     Raises:
         InvalidValueError: when the name is a base's or an alias.
         PermissionDeniedError: when it is another project's.
-        ModelNotFoundError: when there is none.
     """
     return _set_pinned(session, principal, catalogue, name, is_pinned=True)
 
@@ -164,9 +155,6 @@ def register(
     even if it was retired or deleted meanwhile, once it is the result. But a model that others go on from,
     or that an alias points to, keeps its weights: where the newer ones differ, it is left as it is, no
     checkpoint any more, and the step gets a model of its own.
-
-    Args:
-        kind: `tuned` or `checkpoint`.
     """
     if spec.base is None:
         raise ValueError("a job that trains has a resolved spec")
@@ -239,7 +227,6 @@ def delete(session: Session, principal: Principal, catalogue: Catalogue, name: s
     """Make a tuned model unknown; the caller deletes its bytes after the commit.
 
     Raises:
-        ModelNotFoundError: when the project has no such model.
         PermissionDeniedError: when the name is a base's, or another project's that is shared with this one.
         ModelInUseError: when others go on from it.
     """

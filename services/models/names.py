@@ -98,14 +98,7 @@ def _if_offered(catalogue: Catalogue, base: Base | None) -> Base | None:
 
 
 def get_named(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Named:
-    """Return what a name stands for, with a model or a base in it.
-
-    Returns:
-        What was found.
-
-    Raises:
-        ModelNotFoundError: when nothing that the project may call has the name.
-    """
+    """Return what a name stands for, with a model or a base in it."""
     named = look_up(session, catalogue, principal.project_id, name)
     if named.is_callable:
         return named

@@ -21,15 +21,10 @@ def create(
 ) -> list[CheckpointPermission]:
     """Let projects call a model of the caller's project.
 
-    Args:
-        principal: the caller, of the project that owns the model.
-        project_ids: the projects, all of the caller's organization.
-
     Returns:
         A permission for each project, in the order asked for; the one that is there already, where one is.
 
     Raises:
-        ModelNotFoundError: when the caller's project has no such model.
         InvalidValueError: when a project is unknown or the owner itself; nothing is granted then.
     """
     # Twins of one request pass one after the other, and the second finds the first's. Who deletes the model
@@ -96,17 +91,7 @@ def list_(
 ) -> tuple[Sequence[CheckpointPermission], bool]:
     """Return a page of a model's permissions, and whether more follow.
 
-    Args:
-        principal: the caller, of the project that owns the model.
-        after: id of the permission that ended the page before.
-        is_ascending: oldest first instead of newest first.
-        project_id: only this project's.
-
-    Returns:
-        The rows, and whether more follow.
-
     Raises:
-        ModelNotFoundError: when the caller's project has no such model.
         InvalidValueError: when `after` is no permission of it.
     """
     model = _get_model(session, principal, model_name)
@@ -122,15 +107,7 @@ def list_(
 
 
 def delete(session: Session, principal: Principal, model_name: str, permission_id: str) -> None:
-    """Take a permission back; the project's next request finds no such model.
-
-    Args:
-        principal: the caller, of the project that owns the model.
-
-    Raises:
-        ModelNotFoundError: when the caller's project has no such model.
-        NotFoundError: when the model has no such permission.
-    """
+    """Take a permission back; the project's next request finds no such model."""
     model = _get_model(session, principal, model_name)
     permission = find_owned(
         session, CheckpointPermission, principal.project_id, permission_id, for_update=True

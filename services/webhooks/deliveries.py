@@ -70,10 +70,6 @@ def claim_due(
 ) -> list[ClaimedDelivery]:
     """Take deliveries that are due; they are due again when their try is not heard of in time.
 
-    Args:
-        limit: how many at most.
-        timeout_seconds: how long one try may take.
-
     Returns:
         The tries, those that wait longest first, and few of any one project, so that one whose receivers
         hang holds up no other; two callers never get the same one.

@@ -63,12 +63,6 @@ def create(
 ) -> tuple[WebhookEndpoint, str]:
     """Register a receiver.
 
-    Args:
-        url: where events are sent.
-
-    Returns:
-        The row, and its secret, which nobody is told again.
-
     Raises:
         InvalidRequestError: when the URL or a type is refused, or the project has as many as it may.
         SecretKeyError: when there is no key to seal with.
@@ -104,11 +98,7 @@ def create(
 def get(
     session: Session, principal: Principal, endpoint_id: str, *, for_update: bool = False
 ) -> WebhookEndpoint:
-    """Return an endpoint of the project.
-
-    Raises:
-        NotFoundError: when there is none of that id.
-    """
+    """Return an endpoint of the project."""
     endpoint = find_owned(session, WebhookEndpoint, principal.project_id, endpoint_id, for_update=for_update)
     if endpoint is None:
         raise NotFoundError(f"No such webhook endpoint: {endpoint_id[:64]}", param="webhook_endpoint_id")
@@ -119,12 +109,6 @@ def list_(
     session: Session, principal: Principal, *, after: str | None, limit: int
 ) -> tuple[Sequence[WebhookEndpoint], bool]:
     """Return a page of the project's endpoints, newest first, and whether more follow.
-
-    Args:
-        after: id of the endpoint that ended the page before.
-
-    Returns:
-        The rows, and whether more follow.
 
     Raises:
         InvalidValueError: when `after` is no endpoint of the project.
@@ -142,7 +126,6 @@ def change(
     """Change an endpoint; what still waits to be sent goes to its new URL.
 
     Raises:
-        NotFoundError: when the project has no such endpoint.
         InvalidValueError: when the URL or a type is refused.
     """
     endpoint = get(session, principal, endpoint_id, for_update=True)
@@ -169,14 +152,7 @@ def rotate_secret(
 ) -> tuple[WebhookEndpoint, str]:
     """Give an endpoint a new signing secret.
 
-    Args:
-        keeps_old: whether the one before signs as well for 24 hours more; one that can't be opened does not.
-
-    Returns:
-        The row, and its new secret, which nobody is told again.
-
     Raises:
-        NotFoundError: when the project has no such endpoint.
         SecretKeyError: when there is no key to seal with.
     """
     endpoint = get(session, principal, endpoint_id, for_update=True)
@@ -198,11 +174,7 @@ def rotate_secret(
 
 
 def delete(session: Session, principal: Principal, endpoint_id: str) -> None:
-    """Forget an endpoint and its secrets; what waited to be sent to it never is.
-
-    Raises:
-        NotFoundError: when the project has no such endpoint.
-    """
+    """Forget an endpoint and its secrets; what waited to be sent to it never is."""
     endpoint = get(session, principal, endpoint_id, for_update=True)
     endpoint.deleted_at = func.now()
     endpoint.secret, endpoint.secret_hint, endpoint.old_secret = "", "", None
@@ -217,9 +189,6 @@ def delete(session: Session, principal: Principal, endpoint_id: str) -> None:
 
 def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> tuple[str, ...]:
     """Return the secrets that sign at a moment, the newest first.
-
-    Returns:
-        One, or two while the one before still signs and can be opened.
 
     Raises:
         InvalidValueError: when the endpoint's secret was erased.

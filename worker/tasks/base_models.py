@@ -18,7 +18,6 @@ def ensure_jobs_base(context: WorkerContext, lease: Lease, entry: CatalogueEntry
 
     Raises:
         BaseUnavailableError: when the base can't be fetched; the message says what to do.
-        LeaseLostError: when the job is not this attempt's any more.
     """
     is_told = False
 

@@ -13,9 +13,6 @@ from worker.context import WorkerContext
 def fetch_parents(context: WorkerContext, spec: TrainingSpec, run_dir: Path) -> dict[str, str]:
     """Copy what a job goes on from, and what that lies on, beside its rows.
 
-    Returns:
-        `parent_path` and `foundation_path` of the run's inputs, each where there is one.
-
     Raises:
         ArtifactCorruptError: when stored bytes are missing or damaged.
         UnsuitableParentError: when a model's bytes are no longer those that the job was made with.
@@ -35,9 +32,6 @@ def fetch_parents(context: WorkerContext, spec: TrainingSpec, run_dir: Path) -> 
 
 def check_parents(context: WorkerContext, spec: TrainingSpec, base: BaseFacts) -> None:
     """Check by their manifests, before a training slot is taken, that a job can go on from what it names.
-
-    Args:
-        base: the base as it is here.
 
     Raises:
         ArtifactCorruptError: when an artifact is not in storage.

@@ -70,11 +70,7 @@ class _Prepared:
 
 
 def prepare(context: WorkerContext, job_id: str) -> bool:
-    """Prepare one job, if it still waits for that: it ends up `queued`, or `failed` with a reason.
-
-    Returns:
-        Whether it is queued now, which nobody else has heard of yet.
-    """
+    """Prepare one job, if it still waits for that: it ends up `queued`, or `failed` with a reason."""
     try:
         claimed = _load(context, job_id)
     except UnreadableSpecError as error:

@@ -33,15 +33,11 @@ def run_prepare(
 ) -> Prepared:
     """Prepare the files in a folder; from the main thread, to which the kernel ties the process's life.
 
-    Returns:
-        The answer; the rows are in the folder.
-
     Raises:
         JobError: when the files can't be used, or take too much memory.
         StalledError: when nothing went on for too long.
         WorkerCrashedError: when the process ended without an answer.
         StoppedError: when the worker stops.
-        LeaseLostError: when the job was cancelled or taken away.
     """
     (folder / QUESTION_NAME).write_bytes(msgspec.json.encode(question))
     with (folder / _LOG_NAME).open("ab") as log:

@@ -41,14 +41,7 @@ _MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
 def child_environment(num_threads: int) -> dict[str, str]:
-    """Return the environment of a training process.
-
-    Args:
-        num_threads: CPU threads it may use.
-
-    Returns:
-        The whole environment.
-    """
+    """Return the environment of a training process."""
     allowed = {
         name: value
         for name, value in os.environ.items()
@@ -72,7 +65,6 @@ class TrainingChild:
     """A running training process over one run directory.
 
     Args:
-        process: started by `start_child`.
         respawn: starts another over the same directory, or returns None where that won't do; asked once,
             and only when the process ends before its first word without having been told to.
     """
@@ -105,12 +97,6 @@ class TrainingChild:
 
     def poll_events(self, timeout_seconds: float) -> list[TrainingEvent]:
         """Wait for event lines.
-
-        Args:
-            timeout_seconds: how long at most.
-
-        Returns:
-            The events that came, maybe none.
 
         Raises:
             SelfCheckError: when a line is no event.
@@ -186,10 +172,6 @@ def start_child(
     """Start a training process over a run directory; it is gone when the block ends.
 
     Must be called from the main thread: the kernel ties the child's life to the thread that made it.
-
-    Args:
-        num_threads: CPU threads it may use.
-        fork_server: where a process with its imports done may wait.
     """
     child = _take(run_dir, num_threads, fork_server) if fork_server is not None else None
     if child is None:

@@ -21,13 +21,7 @@ _PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, *[15.0] * 7)
 
 
 class EventBuffer:
-    """Events and columns of one attempt's job until they are written, in batches, in the order they came.
-
-    Args:
-        database: where they go.
-        lease: the claim; all writes are under its fence.
-        heartbeat: keeps the lease meanwhile, and knows when it is lost.
-    """
+    """Events and columns of one attempt's job until they are written, in batches, in the order they came."""
 
     def __init__(self, database: Database, lease: Lease, heartbeat: LeaseHeartbeat) -> None:
         self._database = database
@@ -67,26 +61,11 @@ class EventBuffer:
 
         Args:
             write: what more; it may run more than once.
-
-        Returns:
-            What `write` returned.
-
-        Raises:
-            LeaseLostError: when the job is not this attempt's any more; nothing is written.
-            UnavailableError: when the database stays away.
         """
         return self.patiently(lambda: self.write_once(write))
 
     def write_once(self, write: Callable[[Session], T]) -> T:
-        """Do as `write` does, but leave it at one try.
-
-        Returns:
-            What `write` returned.
-
-        Raises:
-            LeaseLostError: when the job is not this attempt's any more; nothing is written.
-            UnavailableError: when the database is away; what was gathered is kept.
-        """
+        """Do as `write` does, but leave it at one try."""
         with self._database.transaction() as session:
             if not self.is_empty:
                 self._write_news(session)
@@ -95,15 +74,7 @@ class EventBuffer:
         return result
 
     def patiently(self, act: Callable[[], T]) -> T:
-        """Do something, again after a pause while what it needs is away, as long as the lease holds.
-
-        Returns:
-            What `act` returned.
-
-        Raises:
-            LeaseLostError: when the job is not this attempt's any more.
-            UnavailableError: when what it needs stays away.
-        """
+        """Do something, again after a pause while what it needs is away, as long as the lease holds."""
         for pause_seconds in _PAUSES_SECONDS:
             try:
                 return act()

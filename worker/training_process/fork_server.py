@@ -20,11 +20,7 @@ _LOOK_SECONDS = 0.1
 
 
 class ForkedRun:
-    """A run that a fork server was asked for: of subprocess.Popen what a TrainingChild needs.
-
-    Args:
-        answers: what it tells of the run's process; closed with the run's end.
-    """
+    """A run that a fork server was asked for: of subprocess.Popen what a TrainingChild needs."""
 
     def __init__(
         self, fork_server: "subprocess.Popen[bytes]", answers: socket.socket, stdout: IO[bytes]
@@ -73,9 +69,6 @@ class ForkServer:
 
     Start and take it from the main thread alone: the kernel ties the server's life to the thread that
     made it, and its runs' lives to the server.
-
-    Args:
-        idle_seconds: how long it may wait before its memory is given back.
     """
 
     def __init__(self, idle_seconds: float) -> None:

@@ -50,8 +50,6 @@ class Publisher:
 
     Args:
         storage: where bytes go.
-        event_buffer: what the attempt has told so far, written along with each row.
-        lease: the claim; all writes are under its fence.
     """
 
     storage: Storage
@@ -68,11 +66,7 @@ class Publisher:
     _kept_save_points: set[str] = field(default_factory=set, init=False)
 
     def save_point(self, event: SavePointEvent, *, is_needed: bool = False) -> None:
-        """Keep a save point where another worker finds it, and drop the ones before the last two.
-
-        Args:
-            is_needed: whether the job stops at it: then storage that is away is waited for.
-        """
+        """Keep a save point where another worker finds it, and drop the ones before the last two."""
         key = f"{self.prefix}/save_points/step-{event.step:06d}"
 
         def keep() -> list[str]:

@@ -29,9 +29,6 @@ REWARD_COLUMNS = (
 def build_step_metrics(steps: Iterable[Mapping[str, Any]]) -> tuple[bytes, int]:
     """Write the table.
 
-    Args:
-        steps: data of the job's metrics events, in the order of the steps.
-
     Returns:
         The CSV with a header, and its rows without it. A cell is empty where nothing was measured. The
         validation rows are scored whole or not at all, so both pairs of validation columns say the same.

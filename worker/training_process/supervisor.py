@@ -86,8 +86,6 @@ class TrainingRun:
     """One attempt at a job.
 
     Args:
-        lease: the claim; all writes are under its fence.
-        heartbeat: keeps the lease meanwhile, and knows when it is lost.
         tracking: passes the metrics on to the job's trackers; None has none.
     """
 
@@ -111,11 +109,7 @@ class TrainingRun:
     def supervise(self, child: TrainingChild) -> Ending:
         """Follow a training process until it has ended and what it made is published.
 
-        Returns:
-            How the attempt ended; the job's row already says so.
-
         Raises:
-            LeaseLostError: when the job was cancelled or taken away; the child is then to be killed.
             LuthierError: when the job must fail.
         """
         flushed_at = 0.0

@@ -39,11 +39,7 @@ _STATUS: dict[str, RunStatus] = {
 
 
 class TrackerThread:
-    """One tracker at work, or broken and silent.
-
-    Args:
-        run: the job as it sees it.
-    """
+    """One tracker at work, or broken and silent."""
 
     def __init__(self, tracker: Tracker, config: TrackerConfig, run: TrackedRun, settings: Settings) -> None:
         self.name = tracker.name
@@ -88,11 +84,7 @@ class TrackerThread:
 
 
 class Tracking:
-    """The trackers of one attempt.
-
-    Args:
-        find_status: reads the job's status when the attempt is over.
-    """
+    """The trackers of one attempt."""
 
     def __init__(self, threads: Sequence[TrackerThread], find_status: Callable[[], RunStatus]) -> None:
         self._threads = threads
@@ -140,11 +132,7 @@ def start_tracking(
     spec: TrainingSpec,
     integrations: Sequence[Mapping[str, Any]],
 ) -> Tracking:
-    """Begin to follow an attempt.
-
-    Args:
-        integrations: the job's, as they were checked when it was made.
-    """
+    """Begin to follow an attempt."""
     run = TrackedRun(lease.job_id, project_id, spec.base_id, _parameters(spec))
     trackers = discover()
     threads = []
