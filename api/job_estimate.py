@@ -19,7 +19,7 @@ from luthier.methods import room_in_context, row_limit
 from services.accounts.auth import Principal
 from services.capacity import speeds
 from services.capacity.estimates import Estimate, Grounds, estimate
-from services.jobs import integrations, jobs
+from services.jobs import jobs
 from services.jobs.jobs import NewJob
 
 MAX_ROWS = 4000
@@ -52,7 +52,7 @@ async def estimate_apart(state: AppState, principal: Principal, request: NewJob)
 
 def _estimate(state: AppState, principal: Principal, request: NewJob) -> Estimate:
     with state.database.transaction() as session:
-        request = integrations.checked(session, state.settings, request)
+        request = jobs.with_checked_integrations(session, state.settings, request)
         checked = jobs.check(session, principal, state.catalogue, state.settings, request)
         training = _Input.of(checked.training_file)
         validation = None if checked.validation_file is None else _Input.of(checked.validation_file)

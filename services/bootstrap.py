@@ -15,8 +15,8 @@ from luthier.core.ids import hash_api_key, is_well_formed, new_id
 from luthier.core.settings import Settings
 from luthier.webhooks.sealing import Sealer
 from services.accounts import keys
-from services.accounts.sealing import reseal
 from services.models import models
+from services.webhooks.endpoints import reseal
 
 _FIRST_PROJECT = "personal"
 

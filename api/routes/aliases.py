@@ -20,8 +20,8 @@ from api.schemas.base import DeletedObject, ListPage, list_object
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, UnavailableError
 from luthier.core.inference import ModelTarget
 from services.accounts.auth import Principal
-from services.models import alias_history, aliases, models
-from services.models.alias_history import WayBack
+from services.models import aliases, models
+from services.models.aliases import WayBack
 
 router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
 
@@ -45,7 +45,7 @@ def list_alias_versions(
     name: str, session: SessionDep, principal: PrincipalDep, after: str | None = None, limit: Limit = 20
 ) -> ListPage[AliasVersionObject]:
     """List what an alias has pointed to, newest first."""
-    rows, has_more = alias_history.list_versions(session, principal, name, after=after, limit=limit)
+    rows, has_more = aliases.list_versions(session, principal, name, after=after, limit=limit)
     return list_object([alias_version_object(row) for row in rows], has_more=has_more, with_ids=True)
 
 
@@ -99,12 +99,12 @@ async def put_alias(
 
 def _find_way_back(state: AppState, principal: Principal, name: str, number: int | None) -> WayBack:
     with state.database.transaction() as session:
-        return alias_history.find_way_back(session, principal, state.catalogue, name, number)
+        return aliases.find_way_back(session, principal, state.catalogue, name, number)
 
 
 def _roll_back(state: AppState, principal: Principal, name: str, way: WayBack) -> AliasObject | None:
     with state.database.transaction() as session:
-        pointing = alias_history.roll_back(session, principal, state.catalogue, name, way)
+        pointing = aliases.roll_back(session, principal, state.catalogue, name, way)
         return None if pointing is None else alias_object(pointing)
 
 

@@ -26,7 +26,7 @@ from api.schemas.jobs import (
 )
 from api.streaming.event_stream import event_stream_response, read_job
 from luthier.core.errors import InvalidValueError
-from services.jobs import idempotency, integrations, jobs, pausing
+from services.jobs import idempotency, jobs, pausing
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine_tuning"])
 
@@ -43,7 +43,7 @@ def create_job(
     earlier = idempotency.find_earlier(session, principal, sending)
     if earlier is not None:
         return job_object(jobs.get(session, principal, earlier))
-    wanted = integrations.checked(session, state.settings, body.to_new_job())
+    wanted = jobs.with_checked_integrations(session, state.settings, body.to_new_job())
     job = jobs.create(session, principal, state.catalogue, state.settings, state.notify, wanted)
     idempotency.remember(session, principal, sending, resource_id=job.id)
     return job_object(job)

@@ -22,10 +22,9 @@ from luthier.core.ids import new_id
 from luthier.data.readers.upload_check import UploadCheck, row_limits
 from services.accounts import limits
 from services.accounts.auth import Principal
-from services.files import completing, uploads
-from services.files.completing import Assembly
+from services.files import uploads
 from services.files.files import StoredFile
-from services.files.uploads import storage_prefix
+from services.files.uploads import Assembly, storage_prefix
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
@@ -64,7 +63,7 @@ def create_upload(
 def retrieve_upload(upload_id: str, session: SessionDep, principal: PrincipalDep) -> UploadObject:
     """Describe one upload."""
     upload = uploads.get(session, principal, upload_id)
-    return upload_object(upload, completing.find_file(session, upload))
+    return upload_object(upload, uploads.find_file(session, upload))
 
 
 @router.post("/{upload_id}/parts", openapi_extra=_PART_FORM)
@@ -98,7 +97,7 @@ async def create_part(
 def _begin(state: AppState, principal: Principal, upload_id: str, body: CompleteUploadBody) -> Assembly:
     state.storage.check_free(state.settings.min_free_bytes)
     with state.database.transaction() as session:
-        return completing.start(session, principal, upload_id, part_ids=body.part_ids, md5=_md5(body))
+        return uploads.start_completing(session, principal, upload_id, part_ids=body.part_ids, md5=_md5(body))
 
 
 def _md5(body: CompleteUploadBody) -> str | None:
@@ -141,7 +140,7 @@ async def _assemble(
 def _finish(
     session: Session, principal: Principal, upload_id: str, body: CompleteUploadBody, stored: StoredFile
 ) -> UploadObject:
-    upload, file = completing.finish(
+    upload, file = uploads.finish_completing(
         session, principal, upload_id, stored, part_ids=body.part_ids, md5=_md5(body)
     )
     return upload_object(upload, file)

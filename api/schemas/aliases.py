@@ -6,8 +6,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from api.schemas.base import Body
-from services.models.alias_history import PastPointing
-from services.models.aliases import Pointing
+from services.models.aliases import PastPointing, Pointing
 
 
 class PutAliasBody(Body):

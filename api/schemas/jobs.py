@@ -75,7 +75,7 @@ class CreateJobBody(Body):
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None
     metadata: dict[str, str] | None = None
-    # At most 5, each checked by the tracker that it names (services/jobs/integrations.py).
+    # At most 5, each checked by the tracker that it names (services/jobs/jobs.py).
     integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
     tuning: dict[str, Any] | None = None
     training: TrainingOptions | None = None

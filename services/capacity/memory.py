@@ -2,7 +2,7 @@
 
 A setting splits a device's bytes between training and serving (luthier/core/devices.py). Jobs are admitted to
 training's part under a lock of the device, so that two workers never both give out the last bytes; what
-serving lends to a job (worker/training_process/memory_loans.py) is on top. A grant is under its attempt's
+serving lends to a job (worker/tasks/train.py: Loan) is on top. A grant is under its attempt's
 fence, and lapses with its lease.
 """
 

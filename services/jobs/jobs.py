@@ -1,14 +1,15 @@
 """Jobs as a client sees them: create, read, cancel. What a worker does is in services/jobs/leases.py."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session, aliased
 
 from db.queries import find_cursor, find_owned, page
-from db.tables import Base, Checkpoint, File, Job, JobEvent, Model
+from db.tables import Base, Checkpoint, File, Job, JobEvent, Model, Worker
 from luthier.bases.catalogue import Catalogue, base_folder, find_base_facts
 from luthier.core.errors import (
     InvalidFilePurposeError,
@@ -17,6 +18,7 @@ from luthier.core.errors import (
     ModelNotAvailableError,
     NotFoundError,
     TooFewRowsError,
+    UnsupportedValueError,
 )
 from luthier.core.ids import new_id
 from luthier.core.settings import Settings
@@ -31,6 +33,7 @@ from luthier.core.specs import (
 from luthier.core.states import JobStatus, check_transition
 from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
 from luthier.methods import parse_tuning, resolve_spec
+from luthier.trackers import check_integrations, discover
 from services.accounts import limits
 from services.accounts.auth import Principal
 from services.capacity import workers
@@ -40,6 +43,9 @@ from services.jobs.events import NewEvent
 from services.models import continuation
 from services.task_queue import Notify, notify_after_commit
 from services.webhooks import deliveries
+
+# A worker that was not heard of for so long is not counted on.
+_TRACKER_WORKER_ALIVE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -331,3 +337,33 @@ def cancel(session: Session, principal: Principal, job_id: str) -> Job:
     events.append(session, job.id, [NewEvent("The job was cancelled", data={})])
     session.refresh(job)
     return job
+
+
+def with_checked_integrations(session: Session, settings: Settings, request: NewJob) -> NewJob:
+    """Return the request with its integrations checked, or refuse it.
+
+    Raises:
+        InvalidRequestError: when one is malformed, not set up, or no worker at hand has its package; the
+            message names what the operator must do.
+    """
+    if not request.integrations:
+        return request
+    found = check_integrations(request.integrations, settings)
+    for index, integration in enumerate(found):
+        _check_installed(session, integration["type"], f"integrations.{index}.type")
+    return replace(request, integrations=found)
+
+
+def _check_installed(session: Session, name: str, param: str) -> None:
+    if discover()[name].package is None:
+        return
+    facts = session.scalars(
+        select(Worker.facts).where(Worker.heartbeat_at > func.now() - _TRACKER_WORKER_ALIVE)
+    ).all()
+    told = [found["trackers"] for found in facts if "trackers" in found]
+    # Where no worker lives, nothing is known; the one that comes may have it.
+    if told and not any(name in trackers for trackers in told):
+        raise UnsupportedValueError(
+            f"{param}: no worker has the package of {name}. Operator: pip install 'luthier[{name}]' there.",
+            param=param,
+        )

@@ -275,3 +275,42 @@ def mark_bytes_deleted(session: Session, row_id: str) -> None:
         .where(Model.id == row_id, Model.deleted_at.is_not(None))
         .values(bytes_deleted_at=func.now())
     )
+
+
+def find_checkpoint(session: Session, job_id: str, step: int) -> tuple[Checkpoint, Model] | None:
+    """Return a job's checkpoint of a step and its model, both locked until the transaction ends, or None."""
+    row = session.execute(
+        select(Checkpoint, Model)
+        .join(Model, Model.id == Checkpoint.model_id)
+        .where(Checkpoint.job_id == job_id, Checkpoint.step_number == step, Checkpoint.deleted_at.is_(None))
+        .with_for_update()
+    ).one_or_none()
+    return None if row is None else (row[0], row[1])
+
+
+def retire_checkpoints(session: Session, job_id: str, *, keep: int, spared_step: int | None) -> list[str]:
+    """Make all but the newest checkpoints of a job unknown, but for those that others need.
+
+    Needed are those that others go on from, and those that an alias points to.
+    """
+    rows = session.execute(
+        select(Checkpoint, Model)
+        .join(Model, Model.id == Checkpoint.model_id)
+        .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+        .order_by((Checkpoint.step_number == (spared_step or -1)).desc(), Checkpoint.step_number.desc())
+        .offset(keep)
+        # A job may be about to start from one of them, an alias about to point to it.
+        .with_for_update(of=Model)
+    ).all()
+    ids = [model.id for _, model in rows]
+    needed = set(session.scalars(select(Model.id).where(Model.id.in_(ids), continuation.is_needed())))
+    prefixes = []
+    for checkpoint, model in rows:
+        if model.id in needed:
+            continue
+        checkpoint.deleted_at = func.now()
+        model.deleted_at = func.now()
+        prefixes.append(model.artifact_key)
+    end_permissions(session, [model.id for _, model in rows if model.id not in needed])
+    session.flush()
+    return prefixes

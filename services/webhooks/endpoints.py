@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import structlog
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db.queries import find_cursor, find_owned, lock_key, page
@@ -14,10 +14,9 @@ from luthier.core.errors import InvalidRequestError, InvalidValueError, NotFound
 from luthier.core.ids import new_id
 from luthier.webhooks.events import EVENT_TYPES
 from luthier.webhooks.sealing import Sealer
-from luthier.webhooks.signing import new_secret, secret_hint
+from luthier.webhooks.signing import is_secret, new_secret, secret_hint
 from luthier.webhooks.targets import TargetRules, check_url
 from services.accounts.auth import Principal
-from services.accounts.sealing import reseal_secret
 
 _log = structlog.get_logger()
 
@@ -209,3 +208,59 @@ def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> 
         # Receivers that know the newest go on.
         _log.warning("old webhook secret does not sign", endpoint_id=endpoint.id, reason=error.message)
         return (newest,)
+
+
+def reseal(session: Session, sealer: Sealer) -> int:
+    """Bring every signing secret under the first key, those too that an older version stored plainly.
+
+    What is under it already stays as it is; old secrets that sign no more are erased.
+
+    Raises:
+        SecretKeyError: when there are secrets and no key, or one was sealed with another key; nothing is
+            changed then.
+    """
+    endpoints = session.scalars(
+        select(WebhookEndpoint)
+        .where(or_(WebhookEndpoint.secret != "", WebhookEndpoint.old_secret.is_not(None)))
+        .order_by(WebhookEndpoint.id)
+        .with_for_update()
+    ).all()
+    now = session.scalars(select(func.now())).one()
+    num_changed = 0
+    for endpoint in endpoints:
+        try:
+            num_changed += _reseal_endpoint(sealer, endpoint, now)
+        except SecretKeyError as error:
+            raise SecretKeyError(
+                f"{error.message} Endpoint: {endpoint.id}. If that key is lost: UPDATE webhook_endpoints SET "
+                "secret = '', old_secret = NULL; then every project rotates its endpoints' secrets."
+            ) from error
+    session.flush()
+    return num_changed
+
+
+def reseal_secret(sealer: Sealer, stored: str) -> str:
+    """Bring one stored secret under the first key.
+
+    Args:
+        stored: sealed with any of them, or plain as older versions stored it.
+
+    Raises:
+        SecretKeyError: when there is no key, or it was sealed with another one.
+    """
+    if sealer.opens_with_first(stored):
+        return stored
+    return sealer.seal(stored if is_secret(stored) else sealer.open(stored))
+
+
+def _reseal_endpoint(sealer: Sealer, endpoint: WebhookEndpoint, now: datetime) -> bool:
+    before = (endpoint.secret, endpoint.old_secret)
+    if endpoint.secret != "":
+        endpoint.secret = reseal_secret(sealer, endpoint.secret)
+    if endpoint.old_secret is not None:
+        expires_at = endpoint.old_secret_expires_at
+        if expires_at is None or expires_at <= now:
+            endpoint.old_secret = endpoint.old_secret_expires_at = None
+        else:
+            endpoint.old_secret = reseal_secret(sealer, endpoint.old_secret)
+    return (endpoint.secret, endpoint.old_secret) != before

@@ -10,7 +10,6 @@ from db.tables import Checkpoint, Model
 from luthier.core.errors import ModelInUseError
 from luthier.core.ids import new_id
 from services.accounts.auth import Principal
-from services.jobs import checkpoints
 from services.models import aliases, models
 from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
 from tests.conftest import TINY_BASE, Api, wait_until
@@ -205,11 +204,11 @@ def test_a_checkpoint_that_an_alias_points_to_makes_no_room_for_newer_ones(
             )
         job_id = rows[0].job_id
     with transaction() as session:
-        assert checkpoints.retire(session, job_id, keep=1, spared_step=None) == ["k1"]
+        assert models.retire_checkpoints(session, job_id, keep=1, spared_step=None) == ["k1"]
     assert _asked(api, ours, "prod") == ("prod", DIGESTS[CHECKPOINT])
     ours.put("prod", V1)
     with transaction() as session:
-        assert checkpoints.retire(session, job_id, keep=1, spared_step=None) == ["k2"]
+        assert models.retire_checkpoints(session, job_id, keep=1, spared_step=None) == ["k2"]
     assert ours.refused("POST", "/aliases/prod/rollback")[1] == "model_not_available"
 
 

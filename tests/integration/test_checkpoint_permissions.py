@@ -16,7 +16,6 @@ from luthier.core.errors import ModelNotFoundError
 from luthier.core.ids import new_id
 from luthier.core.specs import BaseFacts, TrainingSpec
 from services.accounts.auth import Principal
-from services.jobs import checkpoints
 from services.models import models, permissions
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
@@ -149,7 +148,7 @@ def _delete(_session: Session, owner: openai.OpenAI, _job_id: str) -> None:
 
 def _retire(session: Session, _owner: openai.OpenAI, job_id: str) -> None:
     _register(session, job_id, "checkpoint", 11, f"{NAME}1")
-    checkpoints.retire(session, job_id, keep=1, spared_step=None)
+    models.retire_checkpoints(session, job_id, keep=1, spared_step=None)
 
 
 @pytest.mark.parametrize("end", [_delete, _retire])

@@ -21,7 +21,7 @@ from worker.context import WorkerContext
 from worker.heartbeat import lease_heartbeat
 from worker.maintenance import collect_garbage
 from worker.processes import work
-from worker.tasks.parent_models import fetch_parents
+from worker.tasks.model_inputs import fetch_parents
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim, make_run
 from worker.training_process.supervisor import Ending

@@ -17,7 +17,7 @@ from db.tables import WebhookDelivery
 from luthier.core.errors import SecretKeyError
 from luthier.core.settings import Settings
 from luthier.webhooks.sealing import Sealer, new_secret_key
-from services.accounts.sealing import reseal
+from services.webhooks.endpoints import reseal
 from tests.conftest import serve_api
 from tests.integration.hooks import create_job, the_delivery, wind
 from tests.receiver import Receiver

@@ -6,8 +6,11 @@ end: the last one, unless the process chose another.
 """
 
 import contextlib
+import csv
 import hashlib
+import io
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,15 +29,33 @@ from luthier.storage.store import Storage
 from luthier.training.loop.early_stopping import judge
 from services.files import files
 from services.files.files import StoredFile
-from services.jobs import checkpoints, events, leases, reports
+from services.jobs import events, leases, reports
 from services.jobs.events import NewEvent
 from services.jobs.leases import Lease
 from services.models import models
 from worker.training_process.event_buffer import EventBuffer
-from worker.training_process.step_metrics import FILENAME, build_step_metrics
 
 _NUM_SAVE_POINTS = 2
 _NUM_CHECKPOINTS = 3
+FILENAME = "step_metrics.csv"
+# The classic guide says train_accuracy, newer servers train_mean_token_accuracy: readers of both find theirs.
+COLUMNS = (
+    "step",
+    "train_loss",
+    "train_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "train_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
+# What a job on preferences measures beside.
+REWARD_COLUMNS = (
+    "train_reward_accuracy",
+    "train_reward_margin",
+    "full_valid_reward_accuracy",
+    "full_valid_reward_margin",
+)
 
 
 def _leading_step(options: TrainingOptions, report: dict[str, Any] | None) -> int | None:
@@ -149,7 +170,9 @@ class Publisher:
             told = f"Checkpoint created at step {event.step} with Snapshot ID: {name}"
             events.append(session, job.id, [NewEvent(told, data={})])
         spared = result_step or _leading_step(self.spec.training, job.report)
-        return checkpoints.retire(session, self.lease.job_id, keep=_NUM_CHECKPOINTS, spared_step=spared)
+        return models.retire_checkpoints(
+            session, self.lease.job_id, keep=_NUM_CHECKPOINTS, spared_step=spared
+        )
 
     def _fenced_job(self, session: Session) -> Job:
         """Return the job as this transaction has left it, once it is sure that it is still ours."""
@@ -191,7 +214,7 @@ class Publisher:
         self, session: Session, event: FinishedEvent, table: StoredFile
     ) -> list[str] | None:
         """Let a checkpoint that this attempt has published be the model; None when there is none."""
-        found = checkpoints.find(session, self.lease.job_id, event.step)
+        found = models.find_checkpoint(session, self.lease.job_id, event.step)
         if found is None:
             return None
         _, model = found
@@ -205,7 +228,7 @@ class Publisher:
         self, session: Session, event: FinishedEvent, table: StoredFile, key: str, digest: str
     ) -> list[str]:
         job = self._fenced_job(session)
-        before = checkpoints.find(session, job.id, event.step)
+        before = models.find_checkpoint(session, job.id, event.step)
         key_before = before[1].artifact_key if before is not None else key
         # A checkpoint's own scores stand; those told at the end may be of a later step.
         metrics = {"step": event.step} | event.metrics.model_dump(exclude_none=True)
@@ -222,7 +245,7 @@ class Publisher:
         )
         # One that others go on from is no checkpoint any more, and keeps its bytes.
         is_same = before is not None and before[1].artifact_key == key
-        retired = checkpoints.retire(session, job.id, keep=_NUM_CHECKPOINTS, spared_step=event.step)
+        retired = models.retire_checkpoints(session, job.id, keep=_NUM_CHECKPOINTS, spared_step=event.step)
         self._count_usage(session, job, event.trained_tokens)
         self._tell_result(session, event, is_new=not is_same)
         result_file = files.record_result(session, job, table)
@@ -271,3 +294,29 @@ class Publisher:
         with contextlib.suppress(UnavailableError):
             for prefix in prefixes:
                 self.storage.delete_prefix(prefix)
+
+
+def build_step_metrics(steps: Iterable[Mapping[str, Any]]) -> tuple[bytes, int]:
+    """Write the table.
+
+    Returns:
+        The CSV with a header, and its rows without it. A cell is empty where nothing was measured. The
+        validation rows are scored whole or not at all, so both pairs of validation columns say the same.
+    """
+    steps = list(steps)
+    has_rewards = any("train_reward_margin" in step for step in steps)
+    columns = COLUMNS + (REWARD_COLUMNS if has_rewards else ())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    num_rows = 0
+    for step in steps:
+        values = {
+            "train_accuracy": step.get("train_mean_token_accuracy"),
+            "valid_loss": step.get("full_valid_loss"),
+            "valid_mean_token_accuracy": step.get("full_valid_mean_token_accuracy"),
+            **step,
+        }
+        writer.writerow([values.get(column) for column in columns])
+        num_rows += 1
+    return text.getvalue().encode(), num_rows

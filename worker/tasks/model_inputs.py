@@ -2,12 +2,21 @@
 
 from pathlib import Path
 
+import structlog
+
+from luthier.bases.catalogue import CatalogueEntry
+from luthier.bases.fetch import ensure_base
 from luthier.core.errors import ArtifactCorruptError, UnsuitableParentError
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.storage.store import Storage
+from services.jobs import events, leases
+from services.jobs.events import NewEvent
+from services.jobs.leases import Lease
 from services.models import continuation
 from services.models.continuation import StoredArtifact
 from worker.context import WorkerContext
+
+_log = structlog.get_logger()
 
 
 def fetch_parents(context: WorkerContext, spec: TrainingSpec, run_dir: Path) -> dict[str, str]:
@@ -77,3 +86,25 @@ def _fetch(storage: Storage, stored: dict[str, StoredArtifact], run_dir: Path) -
             fetched[artifact.digest] = str(folder)
         paths[f"{member}_path"] = fetched[artifact.digest]
     return paths
+
+
+def ensure_jobs_base(context: WorkerContext, lease: Lease, entry: CatalogueEntry) -> BaseFacts:
+    """Have a job's base on this machine.
+
+    Raises:
+        BaseUnavailableError: when the base can't be fetched; the message says what to do.
+    """
+    is_told = False
+
+    def tell(stage: str) -> None:
+        nonlocal is_told
+        _log.info("base", stage=stage)
+        if is_told:
+            return
+        is_told = True
+        message = f"Fetching the base model {entry.id}, which this machine does not have yet"
+        with context.database.transaction() as session:
+            leases.hold(session, lease)
+            events.append(session, lease.job_id, [NewEvent(message, data={})])
+
+    return ensure_base(entry, context.settings.bases_dir, log=tell)
