@@ -41,7 +41,7 @@ FROM base AS torch-packages
 ARG TORCH_INDEX=""
 RUN if [ -n "${TORCH_INDEX}" ]; then pip install --index-url="${TORCH_INDEX}" "torch>=2.10"; fi
 COPY pyproject.toml constraints.txt ./
-RUN touch README.md LICENSE NOTICE && pip install --constraint constraints.txt "/app[torch]"
+RUN touch README.md LICENSE NOTICE && pip install --constraint constraints.txt "/app[torch,cpu]"
 
 # The API; also runs `python -m db.migrate` and `python -m services.bootstrap`.
 FROM api-packages AS api

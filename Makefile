@@ -29,7 +29,7 @@ $(STAMP):
 	  echo "Making .venv with $(PYTHON), $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; fi
 	@start=$$SECONDS; echo "Installing packages into .venv (minutes on the first run; a torch there is kept) ..."; \
 	  $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt \
-	    --editable '.[torch,local,dev,bench]' >.venv/setup.log 2>&1 \
+	    --editable '.[torch,cpu,local,dev,bench]' >.venv/setup.log 2>&1 \
 	    || { tail -n 20 .venv/setup.log >&2; echo "The whole output is in .venv/setup.log" >&2; exit 1; }; \
 	  echo "Installing packages into .venv: done in $$((SECONDS - start)) s"
 	@echo "Compiling kernels (once; about a minute)"
@@ -51,7 +51,7 @@ test-lowest: setup ## Run the unit tests with the lowest versions that pyproject
 	$(BIN)/$(LOCK) --resolution lowest-direct --output-file .venv-lowest/constraints.txt pyproject.toml
 	@sed -i.bak -E '/^(nvidia|cuda|triton)/d' .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint .venv-lowest/constraints.txt --editable '.[torch,local,dev,bench]'
+	  --constraint .venv-lowest/constraints.txt --editable '.[torch,cpu,local,dev,bench]'
 	.venv-lowest/bin/python -m pytest tests/unit tests/integration/test_api_jobs.py tests/integration/test_job_life.py \
 	  -m "not full and not gpu"
 

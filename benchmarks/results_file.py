@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a measurement of training depends on beside its rows: other code means another measurement.
-_TRAINING = ("luthier/methods", "luthier/modeling", "luthier/training", "benchmarks/peers")
+_TRAINING = ("luthier/methods", "luthier/modeling", "luthier/training", "luthier_cpu", "benchmarks/peers")
 # Of these, what measures a device and what serves alone, no training run loads: they decide no measurement of
 # it. A test holds it.
 _NOT_TRAINING = (

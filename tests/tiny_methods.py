@@ -27,10 +27,11 @@ from luthier.methods import (
     parse_tuning,
 )
 from luthier.modeling.load import load_base
+from luthier.modeling.protocols import Batch
 from luthier.training.loop.step import StepScores, apply_gradients, compute_gradients
-from luthier.training.model.batches import Batch, collate
+from luthier.training.model.batches import collate
 from luthier.training.model.optimizer import build_optimizer
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from tests.tiny import build_tiny_rows
 from tests.tiny_shapes import SHAPES, facts_of
 
@@ -165,12 +166,12 @@ class Bench:
         attached.model.eval()
         return method, attached
 
-    def trainee(self, case: Case, *, dtype: torch.dtype = torch.float32) -> Trainee:
+    def trainee(self, case: Case, *, dtype: torch.dtype = torch.float32) -> JobModel:
         """Put a case's method on its base and make it ready for training."""
         method, attached = self.attach(case, dtype=dtype)
-        return Trainee(method, attached, "cpu", batch(0))
+        return JobModel(method, attached, "cpu", batch(0))
 
-    def trained(self, case: Case, num_steps: int = 3) -> Trainee:
+    def trained(self, case: Case, num_steps: int = 3) -> JobModel:
         """Train a case for a few steps."""
         trainee = self.trainee(case)
         train(trainee, case, num_steps)
@@ -193,7 +194,7 @@ def everything() -> Batch:
 
 
 def step(
-    trainee: Trainee, optimizer: torch.optim.Optimizer, parts: list[Batch], *, learning_rate: float
+    trainee: JobModel, optimizer: torch.optim.Optimizer, parts: list[Batch], *, learning_rate: float
 ) -> StepScores:
     """Train one step."""
     num_supervised = sum(int(part.supervised_BT.sum()) for part in parts)
@@ -202,7 +203,7 @@ def step(
     return scores
 
 
-def train(trainee: Trainee, case: Case, num_steps: int) -> list[float]:
+def train(trainee: JobModel, case: Case, num_steps: int) -> list[float]:
     """Train on all rows at the method's own rate and return the losses before every step."""
     method, params = case.settle()
     rate = method.base_learning_rate(params, base=facts_of(case.shape))

@@ -51,7 +51,8 @@ class Workload:
 
     def computed_tokens_of_steps(self) -> list[int]:
         """Return the tokens that our fast path runs in every step in one part: what rows share once."""
-        from luthier.training.model.batches import collate, make_plan
+        from luthier.data.prepare.batch_plan import make_plan
+        from luthier.training.model.batches import collate
 
         plan = make_plan(self.rows.lengths, batch_size=self.batch_size, num_epochs=1, seed=self.seed)
         batches = [collate(self.rows, rows, 0) for rows in plan.steps]
@@ -129,7 +130,7 @@ def make_workload(
     Returns:
         The workload.
     """
-    from luthier.training.model.batches import make_plan
+    from luthier.data.prepare.batch_plan import make_plan
 
     plan = make_plan(rows.lengths, batch_size=batch_size, num_epochs=1, seed=seed)
     ordered = rows.select(np.concatenate(plan.steps).tolist())

@@ -34,7 +34,7 @@ _PROCESS_BYTES = {"cpu": 610_000_000, "cuda": 500_000_000}
 # Kept for the backward pass by token, layer and hidden number in bfloat16, with LoRA on all linear layers: of
 # Llama as our kernels compute it, and of any base by transformers and PEFT.
 _FUSED_BYTES, _REFERENCE_BYTES = 24, 90
-# Logits held at a time (luthier.training.model.loss), and tokens on which a checkpoint is verified.
+# Logits held at a time (luthier.modeling.head_loss), and tokens on which a checkpoint is verified.
 _CHUNK_LOGITS = 12 * 1024 * 1024
 _MAX_VERIFIED_TOKENS = 512
 # What the activations of one micro-batch may take, by 60 bytes a token, layer and hidden number.

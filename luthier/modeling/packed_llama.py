@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.modeling import kernels
-from luthier.modeling.fused_llama import is_known_base
 from luthier.modeling.kernels.served_rows import (
     ATTENTION_IN,
     ATTENTION_OUT,
@@ -34,6 +33,7 @@ from luthier.modeling.logits import Logits
 from luthier.modeling.packed_blocks import Block, WeightMemory, linears_of, pack_block
 from luthier.modeling.packed_program import DecodePrograms
 from luthier.modeling.packed_work import Buffers, Chunk, Stretch, Work
+from luthier_cpu.training.llama import is_known_base
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel

@@ -82,17 +82,14 @@ def _log_into(folder: Path) -> None:
 
 
 def _import_all() -> None:
-    """Import what a run needs, compiled kernels with it, and touch no device but the CPU."""
+    """Import what a run needs, accelerators with it, and touch no device but the CPU."""
     import peft
-    import torch
     import transformers
 
-    # Kernels are tried here, and a fork would lose the other threads of a team.
-    torch.set_num_threads(1)
+    from luthier.training.model.training_model import find_accelerators
 
-    from luthier.modeling.kernels.__main__ import load_all
-
-    load_all()
+    for accelerator in find_accelerators():
+        accelerator.preload()
     _ = (peft.get_peft_model, peft.LoraConfig, transformers.AutoModelForCausalLM)
     # A collection in a run would write to each of these objects, and a run shares only what nobody writes to.
     gc.collect()

@@ -18,6 +18,7 @@ from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, MethodParams, Start, parse_tuning
 from luthier.modeling.load import load_base
+from luthier.modeling.protocols import Batch
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job
 from luthier.training.loop.evaluation import Examiner
@@ -27,14 +28,13 @@ from luthier.training.loop.loop import Loop
 from luthier.training.loop.progress import Progress
 from luthier.training.loop.run_stats import Ledger
 from luthier.training.loop.sample_answers import SamplePrompts
-from luthier.training.model.batches import Batch, collate, row_lengths
+from luthier.training.model.batches import collate, row_lengths
 from luthier.training.model.continuation import check_parent, ground_folder, prove_start, take_parents_weights
 from luthier.training.model.device import Machine, choose_machine
 from luthier.training.model.dpo import Preferences, reference_log_likelihoods
 from luthier.training.model.master_weights import start_masters
 from luthier.training.model.optimizer import build_optimizer
-from luthier.training.model.training_model import Trainee
-from luthier.training.model.untuned import Untuned
+from luthier.training.model.training_model import JobModel, Untuned
 from luthier.training.output.artifact import LOG_NAME, TrainingLog
 from luthier.training.output.checkpoints import Publisher
 from luthier.training.output.resume_state import SavePoints
@@ -103,7 +103,7 @@ def assemble(
     attach_began = time.monotonic()
     attached = method.attach(causal_lm, params, _start(job, tokenizer))
     take_parents_weights(job, method, attached)
-    trainee = Trainee(method, attached, machine.device, samples[0])
+    trainee = JobModel(method, attached, machine.device, samples[0])
     prove_start(job, trainee)
     if spec.takes_parents_weights:
         examiner = _with_preferences(job, examiner, ledger, lambda: trainee)
@@ -125,7 +125,7 @@ def assemble(
     publisher.restore_chosen(None if found is None else found.chosen)
     if found is not None:
         save_points.restore(found, trainee, optimizer)
-        trainee.prove_shortcuts(samples)
+        trainee.verify(samples)
     else:
         start_masters(optimizer, attached, ground)
     ledger.add_seconds("load", time.monotonic() - attach_began)
@@ -158,7 +158,7 @@ def assemble(
 
 
 def _tell_started(
-    job: Job, writer: EventWriter, trainee: Trainee, machine: Machine, progress: Progress, seconds: float
+    job: Job, writer: EventWriter, trainee: JobModel, machine: Machine, progress: Progress, seconds: float
 ) -> None:
     writer.emit(
         StartedEvent(
@@ -237,7 +237,7 @@ def _examiner(
 
 
 def _with_preferences(
-    job: Job, examiner: Examiner, ledger: Ledger, make_start: Callable[[], Trainee]
+    job: Job, examiner: Examiner, ledger: Ledger, make_start: Callable[[], JobModel]
 ) -> Examiner:
     """Score all pairs under the model that the job starts from; the examiner as it is without pairs."""
     dpo = job.spec.dpo
@@ -270,9 +270,9 @@ def _examine_untuned(
     return examiner.examine(untuned, step=0, epoch=0.0, loss_before=None)
 
 
-def _untuned(causal_lm: "PreTrainedModel", machine: Machine, sample: Batch) -> Trainee:
+def _untuned(causal_lm: "PreTrainedModel", machine: Machine, sample: Batch) -> JobModel:
     attached = Attached(model=causal_lm.eval(), causal_lm=causal_lm)
-    return Trainee(Untuned(), attached, machine.device, sample)
+    return JobModel(Untuned(), attached, machine.device, sample)
 
 
 def _samples(job: Job, pad_id: int) -> list[Batch]:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from luthier.core.errors import InvalidTrainingFileError, InvalidValueError, LuthierError
 from luthier.core.specs import RunInputs, TrainingOptions, TrainingSpec
+from luthier.data.prepare.batch_plan import Plan, make_plan
 from luthier.data.prepare.preference_pairs import make_pair_plan
 from luthier.data.prepare.prepared_rows import PreparedRows, read_prepared
 from luthier.storage.manifests import file_sha256
-from luthier.training.model.batches import Plan, count_supervised, make_plan, row_lengths
+from luthier.training.model.batches import count_supervised, row_lengths
 from luthier.training.output.artifact import Origin
 
 SPEC_NAME = "spec.json"

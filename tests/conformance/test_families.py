@@ -17,11 +17,11 @@ from transformers import (
 from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import read_shape
 from luthier.methods import Attached, Start, Workload, check_tuning, discover, parse_tuning
+from luthier.modeling.head_loss import gather_supervised
 from luthier.modeling.load import load_base
-from luthier.training.model.loss import gather_supervised
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from tests.tiny import VOCAB_SIZE
-from tests.tiny_methods import Bench, Case, batch, everything
+from tests.tiny_methods import batch, everything
 from tests.tiny_shapes import facts_of
 
 _SIZES = {
@@ -64,21 +64,13 @@ def test_capped_logits_are_trained_on_as_the_model_gives_them_in_bf16(tmp_path: 
     base = load_base(_save(config, tmp_path, scale=20.0), dtype=torch.bfloat16, device="cpu")
     expected_model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     method = discover()["full"]
-    trainee = Trainee(method, Attached(model=base, causal_lm=base), "cpu", batch(0))
+    trainee = JobModel(method, Attached(model=base, causal_lm=base), "cpu", batch(0))
 
     rows = everything()
     logits_NV, targets_N = gather_supervised(expected_model(rows.token_ids_BT).logits, rows)
     expected = functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
     assert 10 < logits_NV.abs().max() < 30
     assert trainee.loss(rows).nll_sum.item() == pytest.approx(expected.item(), rel=5e-3)
-
-
-def test_full_tuning_of_a_llama_with_a_head_of_its_own_takes_the_fast_path(bench: Bench) -> None:
-    trainee = bench.trainee(Case("llama-untied", {"type": "full"}))
-    assert trainee.path == "fused"
-    trainee.add_gradients(trainee.loss(everything()).nll_sum)
-    untouched = [name for name, value in trainee.named_parameters if value.grad is None]
-    assert untouched == []
 
 
 @pytest.mark.parametrize("name", _EXPERTS)

@@ -5,7 +5,7 @@ import torch
 
 from luthier.training.loop.step import compute_gradients
 from luthier.training.model.optimizer import build_optimizer
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from tests.tiny_methods import (
     CASES,
     DEFAULTS,
@@ -39,7 +39,7 @@ def test_training_changes_its_own_parameters_and_no_byte_of_the_base(bench: Benc
     frozen = [tensor for tensor in base if id(tensor) not in trained_ids]
     before = digest(frozen)
     starts = [parameter.detach().clone() for parameter in trained]
-    train(Trainee(method, attached, "cpu", batch(0)), case, 2)
+    train(JobModel(method, attached, "cpu", batch(0)), case, 2)
     assert digest(frozen) == before
     assert bench.is_untouched(case.shape)
     assert all(parameter.grad is None for parameter in frozen)
@@ -84,7 +84,7 @@ def test_cutting_a_batch_into_parts_changes_neither_loss_nor_gradient(bench: Ben
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_what_was_trained_by_shortcuts_is_proved_against_the_whole_model(bench: Bench, case: Case) -> None:
     trainee = bench.trained(case)
-    trainee.prove_shortcuts([batch(0), everything()])
+    trainee.verify([batch(0), everything()])
 
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)

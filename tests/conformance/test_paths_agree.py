@@ -5,15 +5,11 @@ import copy
 import pytest
 import torch
 
-from luthier.core.errors import SelfCheckError
 from luthier.core.specs import MOST_ROUNDING
 from luthier.methods import Attached
-from luthier.training.model import agreement
 from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact
-from luthier.training.model.batches import Batch
-from luthier.training.model.training_model import Trainee
 from luthier.training.output.canary import record_canary
-from tests.tiny_methods import CASES, LLAMA, VARIANTS, Bench, Case, batch, everything, train
+from tests.tiny_methods import CASES, LLAMA, Bench, Case, everything
 
 LORA = Case(LLAMA, {"type": "lora"})
 
@@ -72,44 +68,6 @@ def test_rounding_beyond_what_may_be_excused_is_recorded_as_the_most_that_may(
 
     monkeypatch.setattr(trainee.method, "logits", worse)
     assert record_canary(trainee, [5, 6, 7, 8]).rounding == MOST_ROUNDING
-
-
-@pytest.fixture
-def float32_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No two results in bf16 are near enough to each other to do without float32."""
-    monkeypatch.setitem(agreement._TOLERANCES, torch.bfloat16, (0.0, 0.0))
-
-
-@pytest.mark.usefixtures("float32_judges")
-@pytest.mark.parametrize("case", VARIANTS, ids=str)
-def test_a_fast_path_that_only_rounding_parts_from_the_plain_one_is_not_refused(
-    bench: Bench, case: Case
-) -> None:
-    trainee = bench.trainee(case, dtype=torch.bfloat16)
-    # What has no fast path in float32 has none here; all others must get theirs by float32's word.
-    assert trainee.path == bench.trainee(case).path
-    assert _same(trainee, everything()) == (trainee.path == "plain")
-    train(trainee, case, 3)
-    # The head's check compares one product with itself, which nothing parts.
-    trainee.prove_shortcuts([batch(0), everything()])
-
-
-@pytest.mark.usefixtures("float32_judges")
-def test_a_wrong_fast_path_is_refused_by_float32(bench: Bench) -> None:
-    trainee = bench.trainee(LORA, dtype=torch.bfloat16)
-    train(trainee, LORA, 8)
-    trainee.prove_shortcuts([batch(0)])
-    # The fast path took its scale when it was made; the plain one reads PEFT's.
-    for layer in trainee.attached.causal_lm.model.layers:
-        layer.mlp.down_proj.scaling["default"] *= 4
-    with pytest.raises(SelfCheckError, match="fast path"):
-        trainee.prove_shortcuts([batch(0)])
-
-
-def _same(trainee: Trainee, rows: Batch) -> bool:
-    with torch.no_grad():
-        plain_BTD = trainee.method.hidden_states(trainee.attached, rows.token_ids_BT)
-        return torch.equal(trainee.hidden_states(rows.token_ids_BT), plain_BTD)
 
 
 def _noisy(exact_ND: torch.Tensor, size: float, seed: int) -> torch.Tensor:

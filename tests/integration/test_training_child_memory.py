@@ -9,9 +9,8 @@ import torch
 
 from luthier.core.events import MessageEvent, TrainingEvent
 from luthier.methods import discover
-from luthier.training.model.batches import Batch
-from luthier.training.model.loss import Loss
-from luthier.training.model.training_model import Trainee
+from luthier.modeling.protocols import Batch, Loss
+from luthier.training.model.training_model import JobModel
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import failed, finished, run_here
 
@@ -35,21 +34,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def limit_tokens(monkeypatch: pytest.MonkeyPatch, limit: int, error: BaseException = ERRORS[0]) -> None:
     """Let every training part with more tokens, padding included, run out of memory in its backward pass."""
-    add_gradients, loss = Trainee.add_gradients, Trainee.loss
+    add_gradients, loss = JobModel.add_gradients, JobModel.loss
     size = 0
 
-    def measured(trainee: Trainee, batch: Batch) -> Loss:
+    def measured(trainee: JobModel, batch: Batch) -> Loss:
         nonlocal size
         size = batch.token_ids_BT.numel()
         return loss(trainee, batch)
 
-    def limited(trainee: Trainee, value: torch.Tensor) -> None:
+    def limited(trainee: JobModel, value: torch.Tensor) -> None:
         add_gradients(trainee, value)
         if size > limit:
             raise error
 
-    monkeypatch.setattr(Trainee, "loss", measured)
-    monkeypatch.setattr(Trainee, "add_gradients", limited)
+    monkeypatch.setattr(JobModel, "loss", measured)
+    monkeypatch.setattr(JobModel, "add_gradients", limited)
 
 
 def warnings_of(events: list[TrainingEvent]) -> list[str]:

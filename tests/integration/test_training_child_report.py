@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from luthier.core.events import EvaluatedEvent, RunReport, StepEvent, TrainingEvent
 from luthier.core.specs import BaseFacts, TrainingSpec
+from luthier.data.prepare.batch_plan import make_plan
 from luthier.data.prepare.prepared_rows import PreparedRows, read_prepared
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
@@ -23,7 +24,6 @@ from luthier.modeling.load import load_base
 from luthier.training.loop import gradient_accumulation as halving_module
 from luthier.training.loop.general_text import general_passages, general_rows
 from luthier.training.loop.step import StepScores
-from luthier.training.model.batches import make_plan
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import failed, finished, run_here
 

@@ -2,7 +2,7 @@
 
 `_compiled.py` holds the kernels for a CPU, `_plain.py` the same functions in torch's operators, for
 every other device and for machines without numba. Tests hold the two equal. Nothing here is
-differentiable: the autograd functions of fused_layers.py call these.
+differentiable: the autograd functions of luthier_cpu/training call these.
 
 Legend: N tokens (rows times T), D inputs, K columns of a wide buffer whose first D (F) are meant, F the
 feed-forward's size, E columns of q, k and v side by side, P pairs of a row and a key head, Q queries of a

@@ -3,7 +3,7 @@
 What attends together is a pair of a row and a key head: its queries are those of all query heads that share
 the key head. Each of the six products is one over panels of 64 columns (_panel_blocks.py): of keys where
 numbers of a head are summed, of numbers of a head where keys or queries are. Pairs are shared out among the
-threads. Legend as in fused_attention.py; scores and weights have a width W, the keys filled up.
+threads. Legend as in training/attention.py; scores and weights have a width W, the keys filled up.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.

@@ -1,7 +1,7 @@
 """Causal attention of a training step's short rows in pairs of bfloat16, on processors with such products.
 
 Forward and backward are one call each for all rows and heads, where batched products are two and four with
-passes in between. Legend as in fused_attention.py; W the keys, filled up to a multiple of 16.
+passes in between. Legend as in luthier_cpu/training/attention.py; W the keys, filled up to a multiple of 16.
 """
 
 from functools import cache

@@ -238,27 +238,6 @@ def scratch(num_bytes: int) -> int:
     return -(-held.data_ptr() // _PAGE) * _PAGE
 
 
-class _TorchProducts:
-    """The same products by torch."""
-
-    def __init__(self, weight_OD: torch.Tensor) -> None:
-        self._weight_OD = weight_OD
-
-    def product(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Return `x W'`."""
-        return torch.mm(x_ND, self._weight_OD.t())
-
-    def input_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of x."""
-        return torch.mm(gradient_NO, self._weight_OD)
-
-
-def products_with(weight_OD: torch.Tensor) -> "PanelProducts | _TorchProducts":
-    """Return the products with a weight that has no updates: by panels where these are made, else torch's."""
-    parts = [Part(len(weight_OD))]
-    return PanelProducts(weight_OD, parts) if can_multiply(weight_OD, parts) else _TorchProducts(weight_OD)
-
-
 def can_multiply(weight_OD: torch.Tensor, parts: Sequence[Part]) -> bool:
     """Whether products with a weight and its updates are made by panels here."""
     return _fits(weight_OD, parts) and has_panels()

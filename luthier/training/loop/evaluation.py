@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from luthier.core.errors import NonFiniteLossError
 from luthier.core.events import Evaluation
+from luthier.data.prepare.batch_plan import split_micro
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.training.loop.sample_answers import SamplePrompts
-from luthier.training.model.batches import collate, row_lengths, split_micro
+from luthier.training.model.batches import collate, row_lengths
 from luthier.training.model.dpo import PairBatch, PairSums, Preferences, pair_loss
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from luthier.training.stopping import StoppedError
 
 
@@ -34,7 +35,7 @@ class Scores:
 
 @torch.no_grad()
 def evaluate(
-    trainee: Trainee,
+    trainee: JobModel,
     rows: PreparedRows,
     *,
     max_tokens: int,
@@ -67,7 +68,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_pairs(
-    trainee: Trainee,
+    trainee: JobModel,
     rows: PreparedRows,
     reference_N: NDArray[np.float32],
     *,
@@ -115,7 +116,7 @@ class Examiner:
     should_stop: Callable[[], bool]
     preferences: Preferences | None = None
 
-    def examine(self, trainee: Trainee, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
+    def examine(self, trainee: JobModel, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
         """Score a model and let it answer the sample prompts.
 
         Args:
@@ -148,7 +149,7 @@ class Examiner:
             answers=answers,
         )
 
-    def _score(self, trainee: Trainee, rows: PreparedRows, step: int) -> Scores:
+    def _score(self, trainee: JobModel, rows: PreparedRows, step: int) -> Scores:
         scores = self._compute(trainee, rows)
         if not math.isfinite(scores.loss):
             whose = "The base's loss" if step == 0 else f"The loss after step {step}"
@@ -159,7 +160,7 @@ class Examiner:
             )
         return scores
 
-    def _compute(self, trainee: Trainee, rows: PreparedRows) -> Scores:
+    def _compute(self, trainee: JobModel, rows: PreparedRows) -> Scores:
         preferences = self.preferences
         if preferences is None or preferences.validation_N is None or rows is self.general:
             return evaluate(

@@ -7,15 +7,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from luthier.data.prepare.batch_plan import split_micro
 from luthier.data.prepare.preference_pairs import split_pairs
+from luthier.modeling.protocols import Batch
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job
 from luthier.training.loop.step import StepScores, compute_gradients
-from luthier.training.model.batches import Batch, collate, count_supervised, row_lengths, split_micro
+from luthier.training.model.batches import collate, count_supervised, row_lengths
 from luthier.training.model.device import Machine
 from luthier.training.model.dpo import PairBatch, Preferences, compute_pair_gradients
 from luthier.training.model.memory import is_out_of_memory, out_of_memory
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 
 MAX_HALVINGS = 3
 
@@ -34,7 +36,7 @@ class MicroBatches:
     def __init__(
         self,
         job: Job,
-        trainee: Trainee,
+        trainee: JobModel,
         machine: Machine,
         writer: EventWriter,
         *,

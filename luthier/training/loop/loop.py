@@ -19,7 +19,7 @@ from luthier.training.loop.step import apply_gradients
 from luthier.training.model.batches import row_lengths
 from luthier.training.model.device import Machine, peak_memory_bytes
 from luthier.training.model.optimizer import learning_rate_at
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from luthier.training.output.artifact import TrainingLog
 from luthier.training.output.checkpoints import Publisher
 from luthier.training.output.resume_state import SavePoints
@@ -49,7 +49,7 @@ class Loop:
     def __init__(
         self,
         job: Job,
-        trainee: Trainee,
+        trainee: JobModel,
         *,
         optimizer: torch.optim.Optimizer,
         save_points: SavePoints,

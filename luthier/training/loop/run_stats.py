@@ -13,7 +13,7 @@ from luthier.core.events import PhaseSeconds, RunReport, StartedFrom
 from luthier.training.job import Job
 from luthier.training.loop.progress import Progress
 from luthier.training.model.device import Machine, peak_memory_bytes
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 
 Phase = Literal["load", "train", "evaluate", "save"]
 _PACKAGES = ("luthier", "torch", "transformers", "peft")
@@ -82,7 +82,7 @@ def code_versions() -> dict[str, str]:
 
 def build_report(
     job: Job,
-    trainee: Trainee,
+    trainee: JobModel,
     machine: Machine,
     ledger: Ledger,
     *,

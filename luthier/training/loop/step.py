@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from luthier.training.model.batches import Batch
+from luthier.modeling.protocols import Batch
 from luthier.training.model.split_adamw import SplitAdamW
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 
 # What clipping adds to a norm before it divides by it, as torch does.
 _NORM_EPSILON = 1e-6
@@ -36,7 +36,7 @@ class StepScores:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def compute_gradients(trainee: Trainee, parts: Iterable[Batch], *, num_supervised: int) -> StepScores:
+def compute_gradients(trainee: JobModel, parts: Iterable[Batch], *, num_supervised: int) -> StepScores:
     """Fill the gradients of the mean loss over the whole effective batch.
 
     Every part's sum is divided by the supervised tokens of all parts, so that cutting a batch into
@@ -72,7 +72,7 @@ def compute_gradients(trainee: Trainee, parts: Iterable[Batch], *, num_supervise
 
 
 def apply_gradients(
-    trainee: Trainee,
+    trainee: JobModel,
     optimizer: torch.optim.Optimizer,
     scores: StepScores,
     *,

@@ -13,7 +13,7 @@ from luthier.core.specs import TunedModel
 from luthier.methods import Attached, Method, method_of_artifact
 from luthier.storage.manifests import verify_folder
 from luthier.training.job import Job
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from luthier.training.output.verification import bare_base, logits_agree
 
 
@@ -67,7 +67,7 @@ def take_parents_weights(job: Job, method: Method, attached: Attached) -> None:
 
 
 @torch.no_grad()
-def prove_start(job: Job, trainee: Trainee) -> None:
+def prove_start(job: Job, trainee: JobModel) -> None:
     """Compare the model before its first step with the parent as its users load it.
 
     Raises:

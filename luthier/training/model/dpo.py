@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows
+from luthier.modeling.protocols import Batch
 from luthier.training.loop.step import StepScores, gradient_norm
-from luthier.training.model.batches import Batch, collate, row_lengths
-from luthier.training.model.token_loss import row_log_likelihoods
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.batches import collate, row_lengths
+from luthier.training.model.training_model import JobModel
 from luthier.training.stopping import StoppedError
 
 
@@ -75,20 +75,20 @@ class Preferences:
         return torch.from_numpy(self.training_N[row_numbers])
 
 
-def pair_loss(trainee: Trainee, part: PairBatch, beta: float) -> PairLoss:
+def pair_loss(trainee: JobModel, part: PairBatch, beta: float) -> PairLoss:
     """Score some pairs.
 
     Returns:
         The sum of -log sigmoid(margin), in float32, and the margins.
     """
-    rewards_B = beta * (row_log_likelihoods(trainee, part.batch) - part.reference_B.to(trainee.device))
+    rewards_B = beta * (trainee.row_log_likelihoods(part.batch) - part.reference_B.to(trainee.device))
     margins_P = rewards_B[0::2] - rewards_B[1::2]
     loss_sum = -torch.nn.functional.logsigmoid(margins_P).sum()
     return PairLoss(loss_sum, margins_P.detach())
 
 
 def compute_pair_gradients(
-    trainee: Trainee, parts: Iterable[PairBatch], *, beta: float, num_pairs: int, num_supervised: int
+    trainee: JobModel, parts: Iterable[PairBatch], *, beta: float, num_pairs: int, num_supervised: int
 ) -> StepScores:
     """Fill the gradients of the mean loss over the pairs of the whole effective batch.
 
@@ -123,7 +123,7 @@ def compute_pair_gradients(
 
 @torch.no_grad()
 def reference_log_likelihoods(
-    reference: Trainee,
+    reference: JobModel,
     rows: PreparedRows,
     *,
     max_tokens: int,
@@ -151,7 +151,7 @@ def reference_log_likelihoods(
         for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
             if should_stop():
                 raise StoppedError
-            found_N[part] = row_log_likelihoods(reference, collate(rows, part, pad_id)).cpu().numpy()
+            found_N[part] = reference.row_log_likelihoods(collate(rows, part, pad_id)).cpu().numpy()
     finally:
         model.train(was_training)
     return found_N

@@ -1,29 +1,112 @@
-"""A base with its method attached, seen as what training needs: rows in, loss out.
+"""The model of a job: a base with its method attached, and the code that computes its loss.
 
-Legend: B rows, T tokens, D hidden size, V vocabulary.
+Legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from luthier.core.cost_model import MethodCost
 from luthier.core.errors import SelfCheckError
-from luthier.methods import Attached, Method
-from luthier.modeling.fused_llama import FusedLlama, fuse
+from luthier.core.shapes import BaseShape
+from luthier.core.specs import BaseFacts
+from luthier.methods import Attached, Method, MethodParams, Start, Workload
+from luthier.modeling.head_loss import OutputLayer, gather_supervised, head_loss, head_token_losses
+from luthier.modeling.protocols import MIN_SAVED_TOKENS, Batch, Loss, TrainingAccelerator, TrainingModel
 from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact, is_low_precision
-from luthier.training.model.batches import Batch
-from luthier.training.model.loss import Loss, full_logits_loss, gather_supervised, head_loss
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ENTRY_POINTS = "luthier.training"
 # What configurations call a cap or a factor on logits: Gemma 2 and 3, Cohere, Granite.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-class Trainee:
-    """The model in training.
+@cache
+def find_accelerators() -> tuple[TrainingAccelerator, ...]:
+    """Return the installed accelerators, in the order of their entry points' names."""
+    found = sorted(entry_points(group=_ENTRY_POINTS), key=lambda entry: entry.name)
+    return tuple(entry.load()() for entry in found)
+
+
+class ReferenceModel:
+    """The reference path, correct on every architecture and device: transformers with SDPA, and PEFT."""
+
+    def __init__(self, method: Method, attached: Attached, sample: Batch) -> None:
+        self._method, self._attached = method, attached
+        self.head = self._find_head(sample)
+
+    def loss(self, batch: Batch) -> Loss:
+        """Score the supervised tokens."""
+        if self.head is not None:
+            hidden_ND, targets_N = self._supervised_hidden_states(batch)
+            return head_loss(hidden_ND, self.head, targets_N)
+        logits_NV, targets_N = self._supervised_logits(batch)
+        nll_sum = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        num_right = int((logits_NV.argmax(dim=-1) == targets_N).sum())
+        return Loss(nll_sum, num_right, targets_N.shape[0])
+
+    def token_losses(self, batch: Batch) -> torch.Tensor:
+        """Return the negative log-likelihood of each supervised token, float32 [N]."""
+        if self.head is not None:
+            hidden_ND, targets_N = self._supervised_hidden_states(batch)
+            return head_token_losses(hidden_ND, self.head, targets_N)
+        logits_NV, targets_N = self._supervised_logits(batch)
+        return torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return logits_NV of the positions that predict a supervised token."""
+        return self._supervised_logits(batch)[0]
+
+    def agrees_on_head(self, sample: Batch) -> bool:
+        """Return whether the loss's logits, by the output layer's weight alone, are still the model's."""
+        return self.head is None or self._is_product_with(self.head.weight_VD, sample)
+
+    def _supervised_hidden_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        # Counted before the batch is on a GPU, which would have to be waited for.
+        num_needed = batch.num_needed
+        batch = batch.to(self._attached.causal_lm.device)
+        hidden_BTD = self._method.hidden_states(self._attached, batch.token_ids_BT[:, :num_needed])
+        return gather_supervised(hidden_BTD, batch)
+
+    def _supervised_logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = batch.to(self._attached.causal_lm.device)
+        return gather_supervised(self._method.logits(self._attached, batch.token_ids_BT), batch)
+
+    def _find_head(self, sample: Batch) -> OutputLayer | None:
+        """Return the output layer when logits are its product with the hidden states and no more.
+
+        Some models scale, cap or shift their logits. The configuration names the usual ways, which a sample
+        of small logits would not show; the sample shows the others.
+        """
+        layer = self._attached.causal_lm.get_output_embeddings()
+        if type(layer) is not torch.nn.Linear or layer.bias is not None:
+            return None
+        config = self._attached.causal_lm.config
+        if any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_TRANSFORMS):
+            return None
+        return OutputLayer(layer.weight) if self._is_product_with(layer.weight, sample) else None
+
+    @torch.no_grad()
+    def _is_product_with(self, weight_VD: torch.Tensor, sample: Batch) -> bool:
+        """Compare in float32: in bf16 the effect of a soft cap is within rounding."""
+        with ComputesInFloat32():
+            hidden_BTD = self._method.hidden_states(self._attached, sample.token_ids_BT)
+            logits_BTV = self._method.logits(self._attached, sample.token_ids_BT)
+            return agrees(hidden_BTD @ weight_VD.T, logits_BTV)
+
+
+class JobModel:
+    """A tuned model in training, computed by the first accelerator that knows it, else by transformers.
 
     Args:
-        device: where it lies.
-        sample: a short batch on which shortcuts are tried out.
+        sample: a short batch on which an accelerator is compared with the reference path.
     """
 
     def __init__(self, method: Method, attached: Attached, device: str, sample: Batch) -> None:
@@ -35,70 +118,45 @@ class Trainee:
         self.parameters = [parameter for _, parameter in self.named_parameters]
         was_training = attached.model.training
         attached.model.eval()
-        self._fused = self._find_fused(self.sample)
-        # The output layer's weight, where logits are a product with it and no more.
-        self.head_weight_VD = self._find_plain_head(self.sample)
-        # A whole model's training overwrites the base, so what it was must be known before.
+        self.reference = ReferenceModel(method, attached, self.sample)
+        self.accelerated = self._find_accelerated()
+        # Training a whole model overwrites the base, so its logits are computed before.
         self.start_logits_BTV = self._start_logits() if method.is_whole_model else None
-        # What a model that goes on from another said of the sample before its first step.
+        # Logits of the sample before the first step, of a job that continues another model.
         self.parent_logits_BTV: torch.Tensor | None = None
         attached.model.train(was_training)
 
     @property
     def path(self) -> str:
-        """Which code runs the layers: `fused` or `plain`."""
-        return "plain" if self._fused is None else "fused"
+        """The code that runs the layers, as reports name it: `fused` by an accelerator, else `plain`."""
+        return "plain" if self.accelerated is None else "fused"
 
     def loss(self, batch: Batch) -> Loss:
-        """Score a batch's supervised tokens.
+        """Score a batch's supervised tokens; differentiable unless gradients are switched off."""
+        return self._path.loss(batch)
 
-        Returns:
-            Sums over the supervised tokens; differentiable unless gradients are switched off.
-        """
-        if self.head_weight_VD is None:
-            return full_logits_loss(*gather_supervised(self.logits(batch), batch.to(self.device)))
-        hidden_ND, targets_N = self.supervised_hidden_states(batch)
-        return head_loss(hidden_ND, self.head_weight_VD, targets_N)
-
-    def supervised_hidden_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a batch for its supervised tokens alone.
-
-        What no score depends on does not run; tokens that all rows begin with run once on the fast path.
-
-        Returns:
-            hidden_ND before the output layer, and targets_N, the tokens to be predicted.
-        """
-        num_needed, num_shared = batch.num_needed, batch.num_shared
-        batch = batch.to(self.device)
-        token_ids_BT = batch.token_ids_BT[:, :num_needed]
-        if self._fused is None:
-            return gather_supervised(self.hidden_states(token_ids_BT), batch)
-        following = slice(num_shared + 1, num_needed + 1)
-        wanted_BT = batch.supervised_BT[:, following]
-        targets_N = batch.token_ids_BT[:, following][wanted_BT]
-        return self._fused.wanted_hidden_states(token_ids_BT, wanted_BT, num_shared=num_shared), targets_N
-
-    def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
-        """Return hidden_BTD before the output layer, on the path that training takes."""
-        if self._fused is not None:
-            return self._fused.hidden_states(token_ids_BT)
-        return self.method.hidden_states(self.attached, token_ids_BT)
+    def row_log_likelihoods(self, batch: Batch) -> torch.Tensor:
+        """Return the log-likelihood of each row's supervised tokens together, float32 [B]; differentiable."""
+        nll_N = self._path.token_losses(batch)
+        row_of_N = batch.supervised_BT[:, 1:].nonzero()[:, 0].to(nll_N.device)
+        sums_B = torch.zeros(len(batch.supervised_BT), dtype=torch.float32, device=nll_N.device)
+        return sums_B.index_add(0, row_of_N, -nll_N)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Return logits_BTV as the whole model gives them."""
+        """Return logits_BTV of the whole model by the reference path."""
         return self.method.logits(self.attached, batch.token_ids_BT.to(self.device))
 
     def clear_gradients(self) -> None:
-        """Forget all gradients."""
+        """Drop all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
             parameter.grad_dtype = parameter.dtype
 
     def add_gradients(self, loss: torch.Tensor) -> None:
-        """Add the gradients of one part of a step to those of the parts before it.
+        """Add the gradients of a micro-batch to those of the micro-batches before it.
 
-        A step of one part leaves gradients in the type of the parameters. The second part turns the sums
-        into float32, in which a bf16 gradient is then added as soon as it is there.
+        A step of one micro-batch leaves gradients in the type of the parameters. The second one turns the
+        sums into float32, to which each bf16 gradient is then added as it is computed.
         """
         for parameter in self.parameters:
             if parameter.grad is not None and parameter.grad.dtype != torch.float32:
@@ -111,108 +169,133 @@ class Trainee:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     @torch.no_grad()
-    def prove_shortcuts(self, samples: Sequence[Batch]) -> None:
-        """Compare every shortcut in use with the whole model, with the parameters as they are now.
+    def verify(self, samples: Sequence[Batch]) -> None:
+        """Compare what computes the loss with the whole model, with the parameters as they are now.
 
-        At the start an update may be zero, and then a shortcut that gets it wrong agrees too.
+        At the start an update may be zero, and code that computes it wrongly would agree too.
 
         Raises:
-            SelfCheckError: when a shortcut gives other results than the model, or the model none.
+            SelfCheckError: when the loss comes from other logits than the model's, or these are not finite.
         """
         model = self.attached.model
         was_training = model.training
         model.eval()
         try:
             for sample in samples:
-                self._prove_on(sample.to(self.device))
+                self._verify_on(sample.to(self.device))
         finally:
             model.train(was_training)
 
-    def _prove_on(self, sample: Batch) -> None:
-        expected_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
-        if not torch.isfinite(expected_BTD).all():
+    @property
+    def _path(self) -> TrainingModel:
+        return self.reference if self.accelerated is None else self.accelerated
+
+    def _verify_on(self, sample: Batch) -> None:
+        if not torch.isfinite(self.method.hidden_states(self.attached, sample.token_ids_BT)).all():
             raise SelfCheckError("The tuned model's results are not finite. Use a lower learning rate.")
-        if self._fused is not None and not self._is_like_plain(self._fused, sample, expected_BTD):
+        if self.accelerated is not None and not self._agrees_with_reference(self.accelerated, sample):
             raise SelfCheckError(
-                "The fast path for this architecture gives other results than the plain one. Nothing is "
-                "published; please report it."
+                "The accelerator gives other results than the reference path. Nothing is published; please "
+                "report it."
             )
-        if self.head_weight_VD is not None and not self._is_product_with(self.head_weight_VD, sample):
+        if not self.reference.agrees_on_head(sample):
             raise SelfCheckError(
                 "The model's output layer gives other logits than the loss was computed from. Nothing is "
                 "published; please report it."
             )
 
-    def _is_like_plain(self, fused: FusedLlama, sample: Batch, expected_BTD: torch.Tensor) -> bool:
-        """Whether the fast path gives a sample's hidden states, of all tokens and of some.
+    def _agrees_with_reference(self, accelerated: TrainingModel, sample: Batch) -> bool:
+        """Compare logits of all tokens of a sample, and of some tokens of rows with a shared beginning."""
+        rows = [_all_supervised(sample.token_ids_BT), _rows_with_shared_beginning(sample.token_ids_BT)]
+        return all(self._agrees_on(accelerated, batch) for batch in rows if batch.supervised_BT.any())
 
-        The second time with two rows of one beginning, which is shared, and different ends.
-        """
-        token_ids_BT = sample.token_ids_BT
-        num_shared = token_ids_BT.shape[1] // 2
-        other_1T = torch.cat([token_ids_BT[:1, :num_shared], token_ids_BT[:1, num_shared:].flip(1)], dim=1)
-        rows_2T = torch.cat([token_ids_BT[:1], other_1T])
-        wanted_2T = torch.ones_like(rows_2T[:, num_shared:], dtype=torch.bool)
-        wanted_2T[:, 1::3] = False
-
-        def by_plain(whole_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            other_1TD = self.method.hidden_states(self.attached, other_1T)
-            own_2TD = torch.cat([whole_BTD[:1], other_1TD])[:, num_shared:]
-            return whole_BTD, own_2TD[wanted_2T]
-
-        found = (
-            fused.hidden_states(token_ids_BT),
-            fused.wanted_hidden_states(rows_2T, wanted_2T, num_shared=num_shared),
-        )
-        expected = by_plain(expected_BTD)
-        if all(map(agrees, found, expected)):
+    def _agrees_on(self, accelerated: TrainingModel, batch: Batch) -> bool:
+        found_NV, expected_NV = accelerated.logits(batch), self.reference.logits(batch)
+        if agrees(found_NV, expected_NV):
             return True
-        if not is_low_precision(expected_BTD):
+        if not is_low_precision(expected_NV):
             return False
         with ComputesInFloat32():
-            exact = by_plain(self.method.hidden_states(self.attached, token_ids_BT))
-        return all(
-            agrees(fast, plain) or is_as_exact(fast, plain, of_float32)
-            for fast, plain, of_float32 in zip(found, expected, exact, strict=True)
-        )
+            exact_NV = self.reference.logits(batch)
+        return is_as_exact(found_NV, expected_NV, exact_NV)
 
     @torch.no_grad()
     def _start_logits(self) -> torch.Tensor:
         return self.logits(self.sample)
 
     @torch.no_grad()
-    def _find_fused(self, sample: Batch) -> FusedLlama | None:
-        """Return the fast path when there is one, it holds all that is trained, and it agrees on a row."""
-        expected_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
-        fused = fuse(self.method, self.attached)
-        if fused is None:
-            return None
-        return fused if self._is_like_plain(fused, sample, expected_BTD) else None
+    def _find_accelerated(self) -> TrainingModel | None:
+        for accelerator in find_accelerators():
+            found = accelerator.accelerate(self.method, self.attached, self.sample)
+            if found is not None and self._agrees_with_reference(found, self.sample):
+                return found
+        return None
 
-    def _find_plain_head(self, sample: Batch) -> torch.Tensor | None:
-        """Return the output layer's weight when logits are its product with the hidden states alone.
 
-        Some models scale, cap or shift their logits. The configuration names the usual ways, which a sample
-        of small logits would not show; the sample shows the others.
-        """
-        head = self.attached.causal_lm.get_output_embeddings()
-        if type(head) is not torch.nn.Linear or head.bias is not None:
-            return None
-        config = self.attached.causal_lm.config
-        if any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_TRANSFORMS):
-            return None
-        return head.weight if self._is_product_with(head.weight, sample) else None
+def _all_supervised(token_ids_BT: torch.Tensor) -> Batch:
+    supervised_BT = torch.ones_like(token_ids_BT, dtype=torch.bool)
+    supervised_BT[:, 0] = False
+    return Batch(token_ids_BT, supervised_BT, token_ids_BT.numel())
 
-    @torch.no_grad()
-    def _is_product_with(self, head_weight_VD: torch.Tensor, sample: Batch) -> bool:
-        """Whether logits are the product of hidden states and a weight, in float32: a soft cap passes for
-        rounding in bf16."""
-        with ComputesInFloat32():
-            hidden_BTD = self.method.hidden_states(self.attached, sample.token_ids_BT)
-            return agrees(hidden_BTD @ head_weight_VD.T, self.logits(sample))
+
+def _rows_with_shared_beginning(token_ids_BT: torch.Tensor) -> Batch:
+    """Return the first row and rows that differ in the second half, where some tokens are supervised."""
+    num_shared = token_ids_BT.shape[1] // 2
+    other_1T = torch.cat([token_ids_BT[:1, :num_shared], token_ids_BT[:1, num_shared:].flip(1)], dim=1)
+    num_others = -(-MIN_SAVED_TOKENS // max(1, num_shared))
+    rows_BT = torch.cat([token_ids_BT[:1], other_1T.expand(num_others, -1)])
+    supervised_BT = torch.ones_like(rows_BT, dtype=torch.bool)
+    supervised_BT[:, : num_shared + 1] = False
+    supervised_BT[:, num_shared + 2 :: 3] = False
+    return Batch(rows_BT, supervised_BT, rows_BT.numel())
 
 
 def _widen_gradient(parameter: torch.nn.Parameter) -> None:
     gradient, parameter.grad = parameter.grad, None
     parameter.grad_dtype = torch.float32
     parameter.grad = gradient.float()
+
+
+class Untuned(Method):
+    """The base itself as a method without parameters, so that it is scored as tuned models are."""
+
+    name: ClassVar[str] = "untuned"
+    title: ClassVar[str] = "The base as it is"
+    Params: ClassVar[type[MethodParams]] = MethodParams
+
+    def resolve(self, params: MethodParams, workload: Workload) -> MethodParams:  # noqa: ARG002
+        """Return the parameters, of which there are none."""
+        return params
+
+    def base_learning_rate(self, params: MethodParams, *, base: BaseFacts) -> float:  # noqa: ARG002
+        """Return 0: nothing learns."""
+        return 0.0
+
+    def attach(
+        self,
+        causal_lm: "PreTrainedModel",
+        params: MethodParams,  # noqa: ARG002
+        start: Start,  # noqa: ARG002
+    ) -> Attached:
+        """Return the base as it is."""
+        return Attached(model=causal_lm, causal_lm=causal_lm)
+
+    def count_parameters(self, causal_lm: "PreTrainedModel", params: MethodParams) -> int:  # noqa: ARG002
+        """Return 0."""
+        return 0
+
+    def cost(self, params: MethodParams, shape: BaseShape) -> MethodCost:  # noqa: ARG002
+        """Return that nothing is trained."""
+        return MethodCost(num_parameters=0, num_saved=0)
+
+    def save(self, attached: Attached, folder: Path) -> list[str]:  # noqa: ARG002
+        """Write nothing: there is nothing beside the base."""
+        return []
+
+    def recognises(self, folder: Path) -> bool:  # noqa: ARG002
+        """Return False: no artifact is of this method."""
+        return False
+
+    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:  # noqa: ARG002
+        """Return the base as it is."""
+        return Attached(model=causal_lm, causal_lm=causal_lm)

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from luthier.core.events import Metrics
 from luthier.core.specs import CANARY_NAME, BaseFacts, Canary, RunInputs, TrainingSpec
 from luthier.storage.manifests import Manifest, seal_folder, verify_folder
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 
 LOG_NAME = "training_log.jsonl"
 CARD_NAME = "README.md"
@@ -28,7 +28,7 @@ class Origin:
 
 def write_artifact(
     folder: Path,
-    trainee: Trainee,
+    trainee: JobModel,
     origin: Origin,
     *,
     step: int,
@@ -58,7 +58,7 @@ def write_artifact(
 
 
 def take_over_artifact(
-    source: Path, folder: Path, trainee: Trainee, origin: Origin, *, step: int, metrics: Metrics
+    source: Path, folder: Path, trainee: JobModel, origin: Origin, *, step: int, metrics: Metrics
 ) -> Manifest:
     """Move an artifact that an earlier attempt may have written, with a card that names this one's model.
 
@@ -87,7 +87,7 @@ def take_over_artifact(
     )
 
 
-def _card(origin: Origin, trainee: Trainee, step: int, metrics: Metrics) -> str:
+def _card(origin: Origin, trainee: JobModel, step: int, metrics: Metrics) -> str:
     """Return a model card: a YAML header that hubs read, then what a person wants to know."""
     spec, base = origin.spec, origin.base
     header = ModelCardData(

@@ -8,7 +8,7 @@ import torch
 from luthier.core.errors import SelfCheckError
 from luthier.core.specs import MOST_ROUNDING, Canary
 from luthier.training.model.agreement import ComputesInFloat32, relative_gap
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 
 # A server computes them, and four more, before a model is ready.
 _NUM_TOKENS = 4
@@ -16,7 +16,7 @@ _NUM_CANDIDATES = 32
 
 
 @torch.no_grad()
-def record_canary(trainee: Trainee, general_ids: list[int]) -> Canary:
+def record_canary(trainee: JobModel, general_ids: list[int]) -> Canary:
     """Run a short text on the model as it is now.
 
     Args:

@@ -7,11 +7,11 @@ import torch
 
 from luthier.core.events import CheckpointEvent, Metrics
 from luthier.core.specs import Canary
+from luthier.modeling.protocols import Batch
 from luthier.storage.manifests import Manifest
 from luthier.training.emit import EventWriter
 from luthier.training.job import Job
-from luthier.training.model.batches import Batch
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from luthier.training.output.artifact import take_over_artifact, write_artifact
 from luthier.training.output.canary import record_canary
 from luthier.training.output.hardlink import link_folder, unpack_folder
@@ -34,7 +34,7 @@ class Publisher:
     def __init__(
         self,
         job: Job,
-        trainee: Trainee,
+        trainee: JobModel,
         writer: EventWriter,
         *,
         samples: list[Batch],
@@ -112,7 +112,7 @@ class Publisher:
 
     def _write(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
         if self._proved is None or self._proved[0] != step:
-            self._trainee.prove_shortcuts(self._samples)
+            self._trainee.verify(self._samples)
             self._proved = step, record_canary(self._trainee, self._general_ids)
         return write_artifact(
             folder,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from luthier.core.errors import ArtifactCorruptError
 from luthier.storage.manifests import seal_folder, verify_folder
 from luthier.training.loop.progress import Progress
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from luthier.training.output.hardlink import pack_folder
 
 _NUM_KEPT = 2
@@ -60,7 +60,7 @@ class SavePoints:
     def write(
         self,
         progress: Progress,
-        trainee: Trainee,
+        trainee: JobModel,
         optimizer: torch.optim.Optimizer,
         chosen: Path | None = None,
     ) -> Path:
@@ -117,7 +117,7 @@ class SavePoints:
         return None
 
     @staticmethod
-    def restore(save_point: SavePoint, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
+    def restore(save_point: SavePoint, trainee: JobModel, optimizer: torch.optim.Optimizer) -> None:
         """Put back a save point's tensors and random states.
 
         Args:
@@ -144,7 +144,7 @@ def _optimizer_tensors(
     }
 
 
-def _restore_tensors(folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
+def _restore_tensors(folder: Path, trainee: JobModel, optimizer: torch.optim.Optimizer) -> None:
     names = trainee.named_parameters
     weights = load_file(folder / _WEIGHTS)
     if set(weights) != {name for name, _ in names}:

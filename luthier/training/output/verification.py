@@ -10,15 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.core.errors import SelfCheckError
-from luthier.training.model.batches import Batch
-from luthier.training.model.training_model import Trainee
+from luthier.modeling.protocols import Batch
+from luthier.training.model.training_model import JobModel
 
 # Reloaded weights are the same bytes, so only the order of sums could differ.
 _TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def check_artifact(trainee: Trainee, folder: Path, sample: Batch) -> None:
+def check_artifact(trainee: JobModel, folder: Path, sample: Batch) -> None:
     """Load a saved artifact as its users will and compare its logits with the trained model's.
 
     Args:
@@ -53,7 +53,7 @@ def check_artifact(trainee: Trainee, folder: Path, sample: Batch) -> None:
     _compare(tuned, base, method.logits(loaded, token_ids_BT))
 
 
-def bare_base(trainee: Trainee) -> PreTrainedModel:
+def bare_base(trainee: JobModel) -> PreTrainedModel:
     """Build the base that a trainee's model lies on, without the method and without a copy of a weight.
 
     Returns:

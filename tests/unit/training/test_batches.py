@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.training.model.batches import collate, count_supervised, make_plan, order_epoch, split_micro
+from luthier.data.prepare.batch_plan import make_plan, order_epoch, split_micro
+from luthier.training.model.batches import collate, count_supervised
 from tests.tiny import build_tiny_rows
 
 LENGTHS = np.random.default_rng(0).integers(5, 300, 103)

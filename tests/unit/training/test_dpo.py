@@ -16,8 +16,7 @@ from luthier.methods import Attached, Start, Workload, check_tuning, parse_tunin
 from luthier.modeling.load import load_base
 from luthier.training.model.batches import collate
 from luthier.training.model.dpo import PairBatch, compute_pair_gradients, pair_loss, reference_log_likelihoods
-from luthier.training.model.training_model import Trainee
-from luthier.training.model.untuned import Untuned
+from luthier.training.model.training_model import JobModel, Untuned
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_pairs
 
 ROWS = build_tiny_pairs(6)
@@ -47,17 +46,17 @@ def references(base: Path) -> np.ndarray:
     """Return the bare base's log-likelihood of every row."""
     causal_lm = load_base(base, dtype=torch.float32, device="cpu").eval()
     sample = collate(ROWS, np.array([0]), pad_id=2)
-    untuned = Trainee(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
+    untuned = JobModel(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
     return reference_log_likelihoods(untuned, ROWS, max_tokens=200, pad_id=2, should_stop=lambda: False)
 
 
-def make(base: Path, tuning: dict[str, Any]) -> Trainee:
+def make(base: Path, tuning: dict[str, Any]) -> JobModel:
     method, params = parse_tuning(check_tuning(tuning))
     facts = BaseFacts.model_validate_json((base / "base.json").read_bytes())
     resolved = method.resolve(params, Workload(facts, num_rows=6, num_tokens=200))
     start = Start(5, BASE_ID, tokenize=lambda _text: [7], examples=[[5, 6, 7]])
     attached = method.attach(load_base(base, dtype=torch.float32, device="cpu"), resolved, start)
-    trainee = Trainee(method, attached, "cpu", collate(ROWS, np.array([0]), pad_id=2))
+    trainee = JobModel(method, attached, "cpu", collate(ROWS, np.array([0]), pad_id=2))
     # LoRA starts as the base: moved, its gradients are those of any step.
     torch.manual_seed(1)
     with torch.no_grad():
@@ -72,7 +71,7 @@ def part(reference_N: np.ndarray, *pairs: int) -> PairBatch:
     return PairBatch(collate(ROWS, rows, pad_id=2), torch.from_numpy(reference_N[rows]))
 
 
-def written_out(trainee: Trainee, reference_N: np.ndarray, pairs: list[int]) -> torch.Tensor:
+def written_out(trainee: JobModel, reference_N: np.ndarray, pairs: list[int]) -> torch.Tensor:
     """Return the mean loss, row by row over whole logits, as the paper's equation 7 says it."""
     losses = []
     for pair in pairs:
@@ -140,7 +139,7 @@ def test_the_model_that_the_job_starts_from_prefers_nothing_to_itself(base: Path
     reference_N = references(base)
     causal_lm = load_base(base, dtype=torch.float32, device="cpu").eval()
     sample = collate(ROWS, np.array([0]), pad_id=2)
-    start = Trainee(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
+    start = JobModel(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
     loss = pair_loss(start, part(reference_N, 0, 1, 2, 3), BETA)
     assert loss.loss_sum.item() / 4 == pytest.approx(math.log(2), abs=1e-5)
     assert float(loss.margins_P.sum()) == pytest.approx(0.0, abs=1e-4)

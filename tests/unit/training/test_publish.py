@@ -19,7 +19,7 @@ class _Trainee:
         self.num_proofs = 0
         self._fails = fails
 
-    def prove_shortcuts(self, _samples: object) -> None:
+    def verify(self, _samples: object) -> None:
         self.num_proofs += 1
         if self._fails and self.num_proofs == 1:
             raise SelfCheckError("off")

@@ -12,12 +12,13 @@ from luthier.core.errors import ArtifactCorruptError
 from luthier.core.specs import BaseFacts
 from luthier.methods import Start, Workload, check_tuning, parse_tuning
 from luthier.modeling.load import load_base
+from luthier.modeling.protocols import Batch
 from luthier.training.loop.progress import Progress
 from luthier.training.loop.step import apply_gradients, compute_gradients
-from luthier.training.model.batches import Batch, collate
+from luthier.training.model.batches import collate
 from luthier.training.model.optimizer import build_optimizer
 from luthier.training.model.split_adamw import SplitAdamW
-from luthier.training.model.training_model import Trainee
+from luthier.training.model.training_model import JobModel
 from luthier.training.output.resume_state import SavePoints
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows
 
@@ -48,20 +49,20 @@ def batch(*rows: int) -> Batch:
     return collate(ROWS, np.array(rows), pad_id=2)
 
 
-def begin(base: Path, kind: str) -> tuple[Trainee, torch.optim.Optimizer]:
+def begin(base: Path, kind: str) -> tuple[JobModel, torch.optim.Optimizer]:
     tuning, dtype = KINDS[kind]
     method, params = parse_tuning(check_tuning(tuning))
     facts = BaseFacts.model_validate_json((base / "base.json").read_bytes())
     resolved = method.resolve(params, Workload(facts, num_rows=8, num_tokens=200))
     start = Start(5, BASE_ID, tokenize=lambda _text: [7])
     attached = method.attach(load_base(base, dtype=dtype, device="cpu"), resolved, start)
-    trainee = Trainee(method, attached, "cpu", batch(0))
+    trainee = JobModel(method, attached, "cpu", batch(0))
     attached.model.train()
     optimizer = build_optimizer(trainee.parameters, learning_rate=1e-3, weight_decay=0.1, device="cpu")
     return trainee, optimizer
 
 
-def step(trainee: Trainee, optimizer: torch.optim.Optimizer, number: int) -> None:
+def step(trainee: JobModel, optimizer: torch.optim.Optimizer, number: int) -> None:
     first = 2 * number % 12
     parts = [batch(first), batch(first + 1)]
     num_supervised = sum(int(part.supervised_BT.sum()) for part in parts)

@@ -1,13 +1,14 @@
-"""The loss against torch's own cross entropy over full logits."""
+"""The losses by an output layer in chunks, against torch's cross entropy over full logits."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from luthier.training.model import loss as loss_module
-from luthier.training.model.batches import Batch, collate
-from luthier.training.model.loss import full_logits_loss, gather_supervised, head_loss
+from luthier.modeling import head_loss as head_loss_module
+from luthier.modeling.head_loss import OutputLayer, gather_supervised, head_loss, head_token_losses
+from luthier.modeling.protocols import Batch
+from luthier.training.model.batches import collate
 from tests.tiny import build_tiny_rows
 
 
@@ -26,7 +27,7 @@ def test_value_accuracy_and_gradient_equal_cross_entropy_over_all_positions(batc
     (expected_gradient,) = torch.autograd.grad(expected, hidden_BTD)
 
     hidden_ND, targets_N = gather_supervised(hidden_BTD, batch)
-    found = head_loss(hidden_ND, weight_VD, targets_N)
+    found = head_loss(hidden_ND, OutputLayer(weight_VD), targets_N)
     (gradient,) = torch.autograd.grad(found.nll_sum, hidden_BTD)
     assert found.nll_sum.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.allclose(gradient, expected_gradient, atol=1e-5)
@@ -62,10 +63,10 @@ def test_chunks_change_nothing(batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     hidden_ND, weight_VD = torch.randn(40, 16), torch.randn(50, 16)
     targets_N = torch.randint(50, (40,))
-    whole = head_loss(hidden_ND.requires_grad_(), weight_VD, targets_N)
+    whole = head_loss(hidden_ND.requires_grad_(), OutputLayer(weight_VD), targets_N)
     (expected,) = torch.autograd.grad(whole.nll_sum, hidden_ND)
-    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", 7 * 50)
-    cut = head_loss(hidden_ND, weight_VD, targets_N)
+    monkeypatch.setattr(head_loss_module, "MAX_CHUNK_LOGITS", 7 * 50)
+    cut = head_loss(hidden_ND, OutputLayer(weight_VD), targets_N)
     (found,) = torch.autograd.grad(cut.nll_sum, hidden_ND)
     assert cut.nll_sum.item() == pytest.approx(whole.nll_sum.item(), rel=1e-6)
     assert cut.num_right == whole.num_right
@@ -74,31 +75,22 @@ def test_chunks_change_nothing(batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_gradient_is_made_where_none_is_asked_for() -> None:
     with torch.no_grad():
-        loss = head_loss(torch.randn(4, 8), torch.randn(9, 8), torch.arange(4))
+        loss = head_loss(torch.randn(4, 8), OutputLayer(torch.randn(9, 8)), torch.arange(4))
     assert not loss.nll_sum.requires_grad
-
-
-def test_logits_of_an_unusual_head_give_the_same_sums() -> None:
-    torch.manual_seed(0)
-    hidden_ND, weight_VD, targets_N = torch.randn(9, 8), torch.randn(20, 8), torch.randint(20, (9,))
-    direct = head_loss(hidden_ND, weight_VD, targets_N)
-    full = full_logits_loss(hidden_ND @ weight_VD.t(), targets_N)
-    assert full.nll_sum.item() == pytest.approx(direct.nll_sum.item(), rel=1e-6)
-    assert full.num_right == direct.num_right
 
 
 @pytest.mark.parametrize("chunk_logits", [10_000, 7 * 50])
 def test_a_trained_head_gets_the_gradient_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, chunk_logits: int
 ) -> None:
-    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(head_loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(0)
     hidden_ND, weight_VD = torch.randn(40, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
     targets_N = torch.randint(50, (40,))
     expected = torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.t(), targets_N, reduction="sum") / 3
     wanted = torch.autograd.grad(expected, (hidden_ND, weight_VD))
     found = torch.autograd.grad(
-        head_loss(hidden_ND, weight_VD, targets_N).nll_sum / 3, (hidden_ND, weight_VD)
+        head_loss(hidden_ND, OutputLayer(weight_VD), targets_N).nll_sum / 3, (hidden_ND, weight_VD)
     )
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
 
@@ -112,7 +104,7 @@ def test_a_tied_head_adds_its_gradient_to_that_of_the_embedding() -> None:
 
     expected = torch.nn.functional.cross_entropy(embed() @ weight_VD.t(), targets_N, reduction="sum")
     (wanted,) = torch.autograd.grad(expected, weight_VD)
-    head_loss(embed(), weight_VD, targets_N).nll_sum.backward()
+    head_loss(embed(), OutputLayer(weight_VD), targets_N).nll_sum.backward()
     assert weight_VD.grad is not None
     assert torch.allclose(weight_VD.grad, wanted, atol=1e-5)
 
@@ -120,7 +112,7 @@ def test_a_tied_head_adds_its_gradient_to_that_of_the_embedding() -> None:
 def test_gradients_are_in_the_type_of_what_they_are_for() -> None:
     hidden_ND = torch.randn(6, 8, dtype=torch.bfloat16).requires_grad_()
     weight_VD = torch.randn(20, 8, dtype=torch.bfloat16).requires_grad_()
-    loss = head_loss(hidden_ND, weight_VD, torch.arange(6))
+    loss = head_loss(hidden_ND, OutputLayer(weight_VD), torch.arange(6))
     assert loss.nll_sum.dtype == torch.float32
     found = torch.autograd.grad(loss.nll_sum, (hidden_ND, weight_VD))
     assert {gradient.dtype for gradient in found} == {torch.bfloat16}
@@ -128,31 +120,28 @@ def test_gradients_are_in_the_type_of_what_they_are_for() -> None:
 
 def test_a_second_backward_pass_is_refused_for_gradients_are_scaled_in_place() -> None:
     hidden_ND = torch.randn(4, 8).requires_grad_()
-    loss = head_loss(hidden_ND, torch.randn(9, 8), torch.arange(4)).nll_sum
+    loss = head_loss(hidden_ND, OutputLayer(torch.randn(9, 8)), torch.arange(4)).nll_sum
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already taken"):
         loss.backward()
 
 
-def test_scoring_makes_no_gradient_even_where_the_head_is_trained(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scoring_makes_no_gradient_even_where_the_head_is_trained(batch: Batch) -> None:
     asked: list[bool] = []
-    real = loss_module.softmax_loss_
 
-    def watched(logits: torch.Tensor, targets: torch.Tensor, *, keeps_gradient: bool) -> object:
-        asked.append(keeps_gradient)
-        return real(logits, targets, keeps_gradient=keeps_gradient)
+    class Watched(OutputLayer):
+        def softmax_loss_(
+            self, logits_NV: torch.Tensor, targets_N: torch.Tensor, *, keeps_gradient: bool
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            asked.append(keeps_gradient)
+            return super().softmax_loss_(logits_NV, targets_N, keeps_gradient=keeps_gradient)
 
-    monkeypatch.setattr(loss_module, "softmax_loss_", watched)
-    hidden_BTD, weight_VD = (
-        torch.randn(*batch.token_ids_BT.shape, 16),
-        torch.randn(300, 16, requires_grad=True),
-    )
+    hidden_BTD = torch.randn(*batch.token_ids_BT.shape, 16)
+    head = Watched(torch.randn(300, 16, requires_grad=True))
     hidden_ND, targets_N = gather_supervised(hidden_BTD, batch)
     with torch.no_grad():
-        scored = head_loss(hidden_ND, weight_VD, targets_N)
-    trained = head_loss(hidden_ND, weight_VD, targets_N)
+        scored = head_loss(hidden_ND, head, targets_N)
+    trained = head_loss(hidden_ND, head, targets_N)
     assert asked == [False, True]
     assert torch.equal(scored.nll_sum, trained.nll_sum.detach())
 
@@ -167,9 +156,72 @@ def test_a_bf16_heads_gradient_loses_nothing_by_many_chunks(monkeypatch: pytest.
     assert exact_VD.grad is not None
 
     def error() -> float:
-        (found,) = torch.autograd.grad(head_loss(hidden_ND, weight_VD, targets_N).nll_sum, weight_VD)
+        (found,) = torch.autograd.grad(
+            head_loss(hidden_ND, OutputLayer(weight_VD), targets_N).nll_sum, weight_VD
+        )
         return float((found.double() - exact_VD.grad).norm() / exact_VD.grad.norm())
 
     at_once = error()
-    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", 2 * 50)
+    monkeypatch.setattr(head_loss_module, "MAX_CHUNK_LOGITS", 2 * 50)
+    assert error() <= 1.1 * at_once
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return hidden_ND, weight_VD and targets_N."""
+    torch.manual_seed(0)
+    hidden_ND = torch.randn(40, 16, dtype=dtype).requires_grad_()
+    return hidden_ND, torch.randn(50, 16, dtype=dtype).requires_grad_(), torch.randint(50, (40,))
+
+
+@pytest.mark.parametrize("chunk_logits", [10_000, 7 * 50])
+def test_values_and_weighted_gradients_equal_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, chunk_logits: int
+) -> None:
+    monkeypatch.setattr(head_loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
+    hidden_ND, weight_VD, targets_N = tensors()
+    scale_N = torch.randn(40)
+    expected_N = torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.t(), targets_N, reduction="none")
+    wanted = torch.autograd.grad((expected_N * scale_N).sum(), (hidden_ND, weight_VD))
+    found_N = head_token_losses(hidden_ND, OutputLayer(weight_VD), targets_N)
+    found = torch.autograd.grad((found_N * scale_N).sum(), (hidden_ND, weight_VD))
+    assert torch.allclose(found_N, expected_N, atol=1e-5)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden_ND, weight_VD, targets_N = tensors()
+    weight_VD.requires_grad_(False)
+    head_token_losses(hidden_ND, OutputLayer(weight_VD), targets_N).sum().backward()
+    assert hidden_ND.grad is not None
+    assert weight_VD.grad is None
+
+
+def test_gradients_of_token_losses_are_in_the_type_of_their_tensors() -> None:
+    hidden_ND, weight_VD, targets_N = tensors(torch.bfloat16)
+    nll_N = head_token_losses(hidden_ND, OutputLayer(weight_VD), targets_N)
+    assert nll_N.dtype == torch.float32
+    found = torch.autograd.grad(nll_N.sum(), (hidden_ND, weight_VD))
+    assert {gradient.dtype for gradient in found} == {torch.bfloat16}
+
+
+def test_a_bf16_heads_gradient_of_token_losses_sums_many_chunks_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    hidden_ND, weight_VD = torch.randn(640, 16).bfloat16(), torch.randn(50, 16).bfloat16().requires_grad_()
+    # Few targets, so that the gradient is a sum of many like terms.
+    targets_N = torch.randint(5, (640,))
+    exact_VD = weight_VD.detach().double().requires_grad_()
+    logits_NV = hidden_ND.double() @ exact_VD.t()
+    torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum").backward()
+    exact = exact_VD.grad
+    assert exact is not None
+
+    def error() -> float:
+        nll_N = head_token_losses(hidden_ND, OutputLayer(weight_VD), targets_N)
+        (found,) = torch.autograd.grad(nll_N.sum(), weight_VD)
+        return float((found.double() - exact).norm() / exact.norm())
+
+    at_once = error()
+    monkeypatch.setattr(head_loss_module, "MAX_CHUNK_LOGITS", 2 * 50)
     assert error() <= 1.1 * at_once

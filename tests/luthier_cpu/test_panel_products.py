@@ -14,8 +14,8 @@ from luthier.modeling.kernels.panel_products import (
     Part,
     can_multiply,
     has_panels,
-    products_with,
 )
+from luthier_cpu.training.accelerator import CpuOutputLayer
 
 pytestmark = pytest.mark.skipif(not panel_products._may_multiply(), reason="no products of pairs here")
 
@@ -222,7 +222,7 @@ def test_other_products_run_where_these_come_out_wrong(
             monkeypatch.setattr(panel_products, "_largest_gap", lambda _, gap=gap: gap)
             assert not can_multiply(weight_OD, [Part(64)])
             assert "other products run, slower" in caplog.text
-            assert torch.equal(products_with(weight_OD).product(x_ND), torch.mm(x_ND, weight_OD.t()))
+            assert torch.equal(CpuOutputLayer(weight_OD).product(x_ND), torch.mm(x_ND, weight_OD.t()))
             has_panels.cache_clear()
     finally:
         has_panels.cache_clear()

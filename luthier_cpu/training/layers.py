@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from luthier.modeling import kernels
-from luthier.modeling.fused_linear import FusedLinear
+from luthier_cpu.training.linear import FusedLinear
 
 
 class NormLinear(torch.autograd.Function):

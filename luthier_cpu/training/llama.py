@@ -1,7 +1,7 @@
 """A fast path for Llama-shaped models: the same function as the plain one, with fewer passes over memory.
 
-Layers that share an input (q, k, v; gate, up) run fused with their low-rank updates (fused_linear.py);
-attention is fused_attention.py. Any method runs here whose trained parameters are LoRA's, bottlenecks
+Layers that share an input (q, k, v; gate, up) run fused with their low-rank updates (linear.py);
+attention is attention.py. Any method runs here whose trained parameters are LoRA's, bottlenecks
 after a half, virtual tokens, or the weights themselves. The parameters stay the method's own: what is
 trained here is saved and loaded by the plain path. `fuse` returns None for everything that it does not
 know, and the plain path runs.
@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from luthier.methods import Attached, Method
-from luthier.modeling.fused_attention import Attention, Heads
-from luthier.modeling.fused_layers import (
+from luthier_cpu.training.attention import Attention, Heads
+from luthier_cpu.training.layers import (
     BottleneckAdd,
     FusedBottleneck,
     GatedLinearAdd,
     LinearAdd,
     NormLinear,
 )
-from luthier.modeling.fused_linear import FusedLinear, fuse_linear, widen_low_ranks
+from luthier_cpu.training.linear import FusedLinear, fuse_linear, widen_low_ranks
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -229,7 +229,7 @@ def fuse(method: Method, attached: Attached, adapter: str = "default") -> FusedL
     if not is_known_base(attached.causal_lm, adapter):
         return None
     fused = FusedLlama(method, attached, adapter)
-    # An output layer of its own gets its gradient from the loss (luthier/training/model/loss.py).
+    # An output layer of its own gets its gradient from the loss (luthier/modeling/head_loss.py).
     head = attached.causal_lm.get_output_embeddings()
     reached = {id(parameter) for parameter in [*fused.parameters, head.weight]}
     trained = [parameter for _, parameter in attached.named_trained_parameters()]

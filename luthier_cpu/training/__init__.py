@@ -1,0 +1,1 @@
+"""Fused training of Llama-shaped models on compiled kernels."""
