@@ -1,7 +1,8 @@
 """Failures as OpenAI's error body: the only place that turns an error into HTTP."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
+from urllib.parse import quote
 
 import structlog
 from fastapi import FastAPI, Request
@@ -13,8 +14,8 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
+from starlette.types import Scope
 
-from api.paths import shown_path
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
@@ -44,6 +45,11 @@ class ErrorBody(BaseModel):
     """The body of every error answer."""
 
     error: ErrorDetail
+
+
+def shown_path(scope: Scope) -> str:
+    """Return a request's path as the client sent it."""
+    return cast(bytes, scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
 
 
 def to_response(error: LuthierError) -> JSONResponse:

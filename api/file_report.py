@@ -1,15 +1,15 @@
-"""Reporting on a file: its rows are read by a process of their own, with no session open."""
+"""The report of a file: its rows are read by a separate process, with no session open."""
 
 import asyncio
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fastapi import Request
 
-from api.concurrency import get_base_here, run_apart, turn
-from api.deps import AppState
+from api.deps import AppState, get_local_base
 from api.schemas.files import FileReportObject, file_report_object
 from db.tables import File
 from luthier.bases.catalogue import base_folder
@@ -28,7 +28,7 @@ from services.accounts.auth import Principal
 from services.files import files
 
 _LOOK_SECONDS = 1.0
-# Of a file that takes longer the report is one of its first rows.
+# The report of a file that takes longer covers its first rows only.
 _MAX_SECONDS = 60.0
 
 
@@ -40,7 +40,7 @@ class _Input:
     param: str
 
 
-async def report_apart(
+async def report_in_thread(
     state: AppState,
     principal: Principal,
     request: Request,
@@ -49,33 +49,30 @@ async def report_apart(
     base: str | None,
     validation_file_id: str | None,
 ) -> FileReportObject:
-    """Report on a file; nothing is stored. Few at a time: others wait without a thread.
+    """Report on a file; nothing is stored.
 
     Args:
-        request: the report is given up when its client has left.
+        request: the report is stopped when its client disconnects.
         base: the base whose template and tokenizer are used; the preloaded one when None.
 
     Raises:
         NotFoundError: when there is no such file.
         InvalidRequestError: when a file holds no rows, or the base is unknown or not on this machine.
-        UnavailableError: when others are reported on for longer than one can wait.
+        UnavailableError: when reports of other projects take too long.
     """
-    with state.project_reports.hold(principal.project_id):
-        async with turn(state.reports, told="Other files are being reported on; try again."):
-            has_left = threading.Event()
-            watcher = asyncio.create_task(_watch(request, has_left))
-            try:
-                return await run_apart(
-                    lambda: _report(state, principal, file_id, base, validation_file_id, has_left)
-                )
-            finally:
-                watcher.cancel()
+    is_disconnected = threading.Event()
+    work = partial(_report, state, principal, file_id, base, validation_file_id, is_disconnected)
+    watcher = asyncio.create_task(_watch(request, is_disconnected))
+    try:
+        return await state.reports.run_in_thread(principal.project_id, work)
+    finally:
+        watcher.cancel()
 
 
-async def _watch(request: Request, has_left: threading.Event) -> None:
+async def _watch(request: Request, is_disconnected: threading.Event) -> None:
     while not await request.is_disconnected():
         await asyncio.sleep(_LOOK_SECONDS)
-    has_left.set()
+    is_disconnected.set()
 
 
 def _report(
@@ -84,7 +81,7 @@ def _report(
     file_id: str,
     base: str | None,
     validation_file_id: str | None,
-    has_left: threading.Event,
+    is_disconnected: threading.Event,
 ) -> FileReportObject:
     file, validation = _find_files(state, principal, file_id, validation_file_id)
     facts = _find_base(state, base)
@@ -98,10 +95,10 @@ def _report(
                 context_length=facts.context_length,
                 validation_path=validation_path,
                 max_seconds=_MAX_SECONDS,
-                is_given_up=has_left.is_set,
+                is_given_up=is_disconnected.is_set,
             )
         except FileNotFoundError as error:
-            # Deleted since it was found, or it is something else that is missing.
+            # The file was deleted meanwhile, or another one is missing.
             if not path.exists():
                 raise _gone(file) from error
             if validation is not None and validation_path is not None and not validation_path.exists():
@@ -111,7 +108,7 @@ def _report(
 
 
 def _hold(state: AppState, stack: ExitStack, given: _Input) -> Path:
-    """Hold a file's bytes for as long as the stack: themselves where storage is a local folder."""
+    """Return a local path of a file, valid until the stack closes; not a copy where storage is local."""
     try:
         return stack.enter_context(state.storage.local_file(given.storage_key))
     except ArtifactCorruptError as error:
@@ -119,10 +116,10 @@ def _hold(state: AppState, stack: ExitStack, given: _Input) -> Path:
 
 
 def _gone(given: _Input) -> LuthierError:
-    told = f"The bytes of {given.id} are gone: it was deleted, or the operator must look after storage."
+    message = f"The bytes of {given.id} are gone: it was deleted, or the operator must look after storage."
     # 404 is for what the path names.
     kind = NotFoundError if given.param == "id" else InvalidValueError
-    return kind(told, param=given.param)
+    return kind(message, param=given.param)
 
 
 def _find_files(
@@ -135,7 +132,7 @@ def _find_files(
         try:
             found = files.get(session, principal, validation_file_id, param="validation_file")
         except NotFoundError as error:
-            # As of jobs: 404 is for what the path names.
+            # As for jobs: 404 is for what the path names.
             raise InvalidValueError(error.message, param="validation_file") from error
         return file, _as_input(found, "validation_file")
 
@@ -161,4 +158,4 @@ def _find_base(state: AppState, base: str | None) -> BaseFacts:
         entry = state.catalogue.resolve(name)
     except ModelNotAvailableError as error:
         raise ModelNotAvailableError(f"base: {error.message}", param="base") from error
-    return get_base_here(state, entry.id, param="base")
+    return get_local_base(state, entry.id, param="base")

@@ -1,13 +1,13 @@
-"""Estimating a job: its rows are counted in a thread, in bounded time and memory, with no session open."""
+"""The estimate of a job: rows are counted in a thread, in bounded time and memory, with no session open."""
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from api.concurrency import get_base_here, run_apart, turn
-from api.deps import AppState
+from api.deps import AppState, get_local_base
 from db.tables import File
 from luthier.bases.catalogue import base_folder
 from luthier.core.shapes import BaseShape, read_shape
@@ -37,17 +37,16 @@ class _Input:
         return cls(file.storage_key, file.num_bytes, file.num_rows)
 
 
-async def estimate_apart(state: AppState, principal: Principal, request: NewJob) -> Estimate:
-    """Estimate what a job would take; nothing is stored. One for a project and few at a time.
+async def estimate_in_thread(state: AppState, principal: Principal, request: NewJob) -> Estimate:
+    """Estimate what a job would take; nothing is stored.
 
     Raises:
         LuthierError: what creating the job would raise; and when the base is not on this machine.
         TooManyRequestsError: when another estimate of the project is being made.
-        UnavailableError: when others are estimated for longer than one can wait.
+        UnavailableError: when estimates of other projects take too long.
     """
-    with state.project_estimates.hold(principal.project_id):
-        async with turn(state.estimates, told="Other estimates are being made; try again."):
-            return await run_apart(lambda: _estimate(state, principal, request))
+    work = partial(_estimate, state, principal, request)
+    return await state.estimates.run_in_thread(principal.project_id, work)
 
 
 def _estimate(state: AppState, principal: Principal, request: NewJob) -> Estimate:
@@ -58,12 +57,12 @@ def _estimate(state: AppState, principal: Principal, request: NewJob) -> Estimat
         validation = None if checked.validation_file is None else _Input.of(checked.validation_file)
         memory_bytes = speeds.find_worker_memory(session)
     spec = checked.spec
-    base = get_base_here(state, spec.base_id, param="model")
+    base = get_local_base(state, spec.base_id, param="model")
     folder = base_folder(state.settings.bases_dir, base.id)
     shape = read_shape(folder)
     grounds = _find_grounds(state, spec, base, shape)
     if grounds is not None and grounds.device.device != "cpu":
-        # Of a GPU's memory prepare knows nothing either.
+        # Prepare does not know the memory of a GPU either.
         memory_bytes = None
     check_sample_prompts(spec.training.sample_prompts, folder, max_tokens=room_in_context(spec, base))
     return estimate(
@@ -91,7 +90,7 @@ def _count(
     state: AppState, file: _Input, purpose: Purpose, spec: TrainingSpec, folder: Path, base: BaseFacts
 ) -> RowCounts:
     is_whole = state.storage.local_root is not None or file.num_bytes <= SAMPLE_BYTES
-    with _rows_here(state, file, is_whole=is_whole) as path:
+    with _local_rows(state, file, is_whole=is_whole) as path:
         return count_rows(
             path,
             folder,
@@ -107,8 +106,8 @@ def _count(
 
 
 @contextmanager
-def _rows_here(state: AppState, file: _Input, *, is_whole: bool) -> Iterator[Path]:
-    """Hold a file's rows on this machine: the file itself, or a copy of its beginning."""
+def _local_rows(state: AppState, file: _Input, *, is_whole: bool) -> Iterator[Path]:
+    """Yield a local file with the rows: the stored file itself, or a copy of its beginning."""
     if is_whole:
         with state.storage.local_file(file.storage_key) as path:
             yield path

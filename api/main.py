@@ -8,13 +8,15 @@ from fastapi import Depends, FastAPI, Security
 from starlette.middleware.cors import CORSMiddleware
 
 from api import errors
-from api.access_log import RequestLogMiddleware
-from api.deps import NUM_TURNS, AppState, bearer_scheme
+from api.auth import bearer_scheme
+from api.deps import MAX_DATABASE_REQUESTS, AppState
 from api.metrics import ApiMetrics
-from api.paths import EncodedSlashMiddleware
-from api.queries import refuse_unknown_query
-from api.readiness import Readiness
-from api.requests import BodyLimitMiddleware
+from api.middleware import (
+    BodyLimitMiddleware,
+    EncodedSlashMiddleware,
+    RequestLogMiddleware,
+    refuse_unknown_query,
+)
 from api.routes import (
     aliases,
     chat,
@@ -27,7 +29,6 @@ from api.routes import (
     models,
     pages,
     permissions,
-    reports_of_files,
     uploads,
     usage,
     webhooks,
@@ -43,7 +44,7 @@ from luthier.webhooks.sealing import Sealer
 from services.task_queue import TaskNotifier, make_celery
 
 # Beside the requests that hold a connection all along, those that take one for a moment in one thread.
-_POOL_SIZE = NUM_TURNS + 8
+_POOL_SIZE = MAX_DATABASE_REQUESTS + 8
 # A few threads beyond the pool: those that move bytes hold no connection.
 _NUM_THREADS = _POOL_SIZE + 16
 # What a script in a browser may read of an answer, beside its type and length.
@@ -108,7 +109,7 @@ def create_app(state: AppState) -> FastAPI:
         redoc_url=None,
     )
     app.state.shared = state
-    app.state.readiness = Readiness(state)
+    app.state.readiness = health.Readiness(state)
     errors.install(app)
     app.add_middleware(EncodedSlashMiddleware)
     app.add_middleware(BodyLimitMiddleware)
@@ -131,7 +132,6 @@ def create_app(state: AppState) -> FastAPI:
     for module in (
         files,
         uploads,
-        reports_of_files,
         jobs,
         methods,
         keys,

@@ -1,5 +1,5 @@
-"""One file per resource of the wire."""
+"""One file per resource of the API."""
 
-from api.paths import let_ids_hold_slashes
+from api.middleware import restore_slashes_in_parameters
 
-let_ids_hold_slashes()
+restore_slashes_in_parameters()

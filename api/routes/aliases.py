@@ -7,7 +7,8 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from api.alias_check import prove
-from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
+from api.auth import DetachedPrincipalDep, PrincipalDep
+from api.deps import AppState, AppStateDep, SessionDep
 from api.schemas.aliases import (
     AliasObject,
     AliasVersionObject,

@@ -8,8 +8,7 @@ from fastapi.responses import Response
 from api.deps import AppState, AppStateDep
 from api.schemas.answers import EVENT_STREAM, ChatCompletion, Completion, ResponseObject
 from api.streaming.chat_proxy import RESPONSES_PATH, ask
-from api.streaming.chat_request import read_body, read_model_name
-from api.streaming.target_resolver import resolve_target
+from api.streaming.chat_request import read_body, read_model_name, resolve_target
 from services.accounts.usage import TokenCounts
 
 router = APIRouter(prefix="/v1", tags=["inference"])

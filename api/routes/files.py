@@ -7,9 +7,11 @@ from fastapi.responses import Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
+from api.auth import DetachedPrincipalDep, PrincipalDep
+from api.deps import AppState, AppStateDep, SessionDep
+from api.file_report import report_in_thread
 from api.schemas.base import DeletedObject, ListPage, list_object
-from api.schemas.files import FileObject, file_object
+from api.schemas.files import FileObject, FileReportObject, file_object
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
 from api.uploads.object_writer import discard_rest
@@ -141,3 +143,18 @@ async def delete_file(file_id: str, state: AppStateDep, principal: DetachedPrinc
     # What storage can't delete now, a worker does later: the row says that the bytes may still be there.
     await drop_stored(state, [storage_key])
     return {"id": file_id, "object": "file", "deleted": True}
+
+
+@router.get("/{file_id}/report")
+async def file_report(
+    file_id: str,
+    request: Request,
+    state: AppStateDep,
+    principal: DetachedPrincipalDep,
+    base: str | None = None,
+    validation_file: str | None = None,
+) -> FileReportObject:
+    """Report on a file's rows with a base's chat template and tokenizer (ours)."""
+    return await report_in_thread(
+        state, principal, request, file_id, base=base, validation_file_id=validation_file
+    )

@@ -7,9 +7,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
+from api.auth import DetachedPrincipalDep, PrincipalDep
+from api.deps import AppStateDep, SessionDep
 from api.idempotency import SentDep, act_on_job
-from api.job_estimate import estimate_apart
+from api.job_estimate import estimate_in_thread
 from api.schemas.answers import EVENT_STREAM
 from api.schemas.base import ListPage, list_object
 from api.schemas.estimates import JobEstimate, estimate_object
@@ -54,7 +55,7 @@ async def estimate_job(
     body: CreateJobBody, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> JobEstimate:
     """Tell what a job would take, from the same body as a create; no job is made and nothing is stored."""
-    found = await estimate_apart(state, principal, body.to_new_job())
+    found = await estimate_in_thread(state, principal, body.to_new_job())
     return estimate_object(found, body.training_file, body.validation_file)
 
 

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
+from api.auth import DetachedPrincipalDep, PrincipalDep
+from api.deps import AppState, AppStateDep, SessionDep
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.models import (
     ModelFilesPage,

@@ -4,7 +4,8 @@ from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
+from api.auth import DetachedPrincipalDep, PrincipalDep
+from api.deps import AppState, AppStateDep, SessionDep
 from api.schemas.files import (
     CompleteUploadBody,
     CreateUploadBody,

@@ -6,7 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
+from api.auth import DetachedPrincipalDep, PrincipalDep
+from api.deps import AppState, AppStateDep, SessionDep
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.webhooks import (
     ChangeEndpointBody,

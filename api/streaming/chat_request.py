@@ -1,4 +1,4 @@
-"""Reads the body of a request for an answer: the key first, then bytes, within a budget. Knows no models."""
+"""Requests to models: reads key, body and model name within limits, and resolves the name to a target."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -7,9 +7,9 @@ import msgspec
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from api.body_budget import MAX_UNCOUNTED_BYTES
-from api.deps import AppState, bearer_key
-from api.streaming.target_resolver import authenticate
+from api.auth import authenticate, bearer_key, look_up
+from api.concurrency import MAX_UNCOUNTED_BYTES
+from api.deps import AppState
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
@@ -18,23 +18,25 @@ from luthier.core.errors import (
     TooLargeError,
 )
 from luthier.core.ids import is_well_formed
+from luthier.core.inference import ModelTarget
 from luthier.core.settings import MIB
 from services.accounts import keys
+from services.models import models
 from services.models.names import unknown_model
 
 _MAX_BODY_BYTES = 8 * MIB
-# Parsed on the event loop; more would hold up the streams on it.
+# Parsed on the event loop; larger bodies would delay its streams.
 _MAX_INLINE_BYTES = 64 * 1024
-# No model has a longer one.
+# Names of models are shorter.
 _MAX_NAME_CHARACTERS = 1024
 
 
 @asynccontextmanager
 async def read_body(request: Request, state: AppState) -> AsyncIterator[bytes]:
-    """Yield a request's body, which may be let go of when the block ends.
+    """Yield a request's body, which counts against the budget of bodies until the block ends.
 
     Raises:
-        UnauthenticatedError: when the key is missing or malformed; of a large body also when it is unknown.
+        UnauthenticatedError: when the key is missing or malformed, or unknown where the body is large.
         TooLargeError: when the body is larger than its limit.
         TooManyRequestsError: when the project's bodies pass their share of the memory for bodies.
         UnavailableError: when all bodies pass it.
@@ -74,7 +76,7 @@ class _Named(msgspec.Struct):
 
 
 async def read_model_name(body: bytes) -> str | LuthierError:
-    """Return the name that a request asks for, or what is wrong with it, for a caller with a key."""
+    """Return the model name of a body, or the error to raise once the key has been checked."""
     if len(body) <= _MAX_INLINE_BYTES:
         return _model_name(body)
     return await run_in_threadpool(_model_name, body)
@@ -92,3 +94,26 @@ def _model_name(body: bytes) -> str | LuthierError:
     if name is None:
         return MissingParameterError("Missing required parameter: 'model'.", param="model")
     return name if len(name) <= _MAX_NAME_CHARACTERS else unknown_model(name)
+
+
+async def resolve_target(request: Request, state: AppState, name: str | LuthierError) -> ModelTarget:
+    """Authenticate a request and resolve its model name, by one transaction.
+
+    Args:
+        name: the model name, or the error that is raised instead once the key has been checked.
+
+    Raises:
+        UnauthenticatedError: when the key is missing, malformed, unknown or revoked.
+        ModelNotFoundError: when the caller's project has no such model.
+        UnavailableError: when the database can't be reached, or does not answer in time.
+    """
+    key = bearer_key(request)
+
+    def read() -> ModelTarget:
+        with state.database.transaction() as session:
+            request.state.principal = caller = keys.authenticate(session, key)
+            if isinstance(name, LuthierError):
+                raise name
+            return models.resolve(session, caller, state.catalogue, name)
+
+    return await look_up(state, read)

@@ -92,7 +92,7 @@ def event_stream_response(
         if not last_event_id.isdecimal() or len(last_event_id) > 18:
             raise InvalidValueError("Last-Event-ID: send the id of the last event as it came.")
         seq = int(last_event_id)
-    state.event_streams.take(principal.project_id)
+    state.event_streams.acquire(principal.project_id)
 
     async def release() -> None:
         state.event_streams.release(principal.project_id)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from api.body_budget import BodyBudget
+from api.concurrency import BodyBudget
 from luthier.core.ids import new_api_key
 from luthier.core.settings import MIB
 from tests.conftest import TINY_BASE, Api, wait_until

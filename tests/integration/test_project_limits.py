@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from api.project_places import ProjectPlaces
+from api.concurrency import ProjectLimiter
 from luthier.webhooks import sending
 from luthier.webhooks.events import Outcome
 from tests.conftest import Api, wait_until
@@ -29,7 +29,7 @@ def _stream(api: Api, job_id: str, headers: dict[str, str] | None = None) -> Any
 
 
 def test_event_streams_of_a_project_are_limited_and_places_are_given_back(api: Api, job_id: str) -> None:
-    object.__setattr__(api.state, "event_streams", ProjectPlaces(3, what="event streams"))
+    object.__setattr__(api.state, "event_streams", ProjectLimiter(3, what="event streams"))
     with ExitStack() as opened:
         for _ in range(3):
             answer = opened.enter_context(_stream(api, job_id))

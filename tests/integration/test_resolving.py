@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
-from api.deps import NUM_TURNS
+from api.deps import MAX_DATABASE_REQUESTS
 from luthier.core.ids import new_api_key
 from tests.aliases import CHECKPOINT, V1, V2, Aliases, make_ours
 from tests.conftest import TINY_BASE, Api
@@ -74,7 +74,7 @@ def test_a_swap_or_a_revocation_holds_from_the_next_request_on(api: Api, ours: A
 
 
 def test_a_database_that_hangs_costs_each_request_a_503_and_holds_up_nothing_else(api: Api) -> None:
-    num_asked = NUM_TURNS + 4
+    num_asked = MAX_DATABASE_REQUESTS + 4
     with ThreadPoolExecutor(num_asked) as pool:
         with api.state.database.transaction() as session:
             session.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
