@@ -31,7 +31,7 @@ from luthier.core.specs import (
     TrainingSpec,
 )
 from luthier.core.states import JobStatus, check_transition
-from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
+from luthier.data.prepare.objectives import Purpose, learns_from, wrong_format_message
 from luthier.methods import parse_tuning, resolve_spec
 from luthier.trackers import check_integrations, discover
 from services.accounts import limits
@@ -84,7 +84,7 @@ def _get_input_file(
             param=param,
         )
     if row.row_format is not None and not learns_from(row.row_format, wants_pairs=wants_pairs):
-        raise InvalidValueError(f"{param}: {tell_wrong_format(purpose, row.row_format)}", param=param)
+        raise InvalidValueError(f"{param}: {wrong_format_message(purpose, row.row_format)}", param=param)
     return row
 
 

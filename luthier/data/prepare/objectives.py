@@ -1,24 +1,20 @@
-"""Which rows which objective learns from: preferences are dpo's, every other format is supervised's."""
+"""Which rows an objective learns from: dpo from preferences, supervised from every other format."""
 
 from typing import Literal
 
-# Which of a job's files a file is.
+# Which of a job's files it is.
 Purpose = Literal["training", "validation"]
 
 _PREFERENCE = "preference"
 
 
 def learns_from(format_name: str, *, wants_pairs: bool) -> bool:
-    """Say whether rows of a format are of the kind that a job learns from.
-
-    Returns:
-        Whether they are.
-    """
+    """Whether a job learns from rows of a format."""
     return (format_name == _PREFERENCE) == wants_pairs
 
 
-def tell_wrong_format(purpose: Purpose, format_name: str) -> str:
-    """Say what is wrong with a file whose rows its job does not learn from, and what to do."""
+def wrong_format_message(purpose: Purpose, format_name: str) -> str:
+    """Return the error of a file whose rows its job does not learn from."""
     if format_name == _PREFERENCE:
         return (
             f"The {purpose} file holds preferences (input, preferred_output, non_preferred_output), which "

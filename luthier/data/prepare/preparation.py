@@ -1,4 +1,4 @@
-"""From a checked file to tokens and mask, with every fault that only a template or a tokenizer shows."""
+"""Preparation of a checked file: tokens and masks, and the faults that only a template or tokenizer shows."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -11,29 +11,22 @@ import numpy.typing as npt
 from luthier.core.errors import (
     InvalidTrainingFileError,
     InvalidValidationFileError,
-    InvalidValueError,
     JobError,
 )
 from luthier.core.specs import TooLong
 from luthier.data.formats.base import Fault, Row, summarize_faults
 from luthier.data.prepare.minhash import SIGNATURE_PARTS, Signer, row_text
-from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
+from luthier.data.prepare.objectives import Purpose, learns_from, wrong_format_message
 from luthier.data.prepare.prepared_rows import PreparedRows, RowWriter
 from luthier.data.readers.base import RawRow
 from luthier.data.readers.file_rows import FileRows, locate
 from luthier.data.rendering.chat_template import ChatTemplate
-from luthier.data.rendering.loss_mask import (
-    NOTHING_SUPERVISED,
-    RenderedRow,
-    encode_rows,
-    mask_tokens,
-    render_parts,
-)
-from luthier.data.rendering.tokenizer import Encoding, Tokenizer
+from luthier.data.rendering.loss_mask import NOTHING_SUPERVISED, MaskedText, Refusal, mask_rows
+from luthier.data.rendering.tokenizer import Tokenizer
 
 _BATCH_ROWS = 256
 _MAX_FAULTS = 20
-_MAX_LINES_TOLD = 20
+_MAX_LINES_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +53,7 @@ class RowLimits:
 
 @dataclass(frozen=True, slots=True)
 class PreparedReport:
-    """What became of a file's rows. Lengths are in tokens, after truncation; lines are the first 20."""
+    """The outcome of a file's rows. Lengths are in tokens, after truncation; lines are the first 20."""
 
     num_rows: int
     num_tokens: int
@@ -89,12 +82,9 @@ def prepare_rows(
     Args:
         base_folder: a fetched base, for its template and tokenizer.
         max_length: longest row in tokens.
-        too_long: what to do with a longer row: fail, keep its beginning, or leave it out.
-        purpose: which of a job's files it is; decides the error.
-        with_signatures: whether the rows bear what near-duplicates are found by, for a split.
+        with_signatures: whether the rows get the signatures by which a split finds near-duplicates.
         wants_pairs: whether the job learns from preferences, each of which becomes a pair of rows
             (luthier.data.prepare.preference_pairs).
-        limits: how many rows and tokens the file may have.
         note_progress: called every few hundred rows.
 
     Returns:
@@ -107,7 +97,7 @@ def prepare_rows(
         InvalidValidationFileError: the same for a validation file (param `validation_file`).
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
     """
-    preparation = (_PairPreparation if wants_pairs else _Preparation)(
+    preparation = _Preparation(
         template=ChatTemplate.load(base_folder),
         tokenizer=Tokenizer.load(base_folder),
         max_length=max_length,
@@ -118,7 +108,7 @@ def prepare_rows(
     items = iter(rows)
     while batch := list(itertools.islice(items, _BATCH_ROWS)):
         if rows.format is not None and not learns_from(rows.format.name, wants_pairs=wants_pairs):
-            raise _error_for(purpose, tell_wrong_format(purpose, rows.format.name))
+            raise _error_for(purpose, wrong_format_message(purpose, rows.format.name))
         preparation.add_batch(batch)
         num_rows += len(batch)
         limits.check(num_rows, preparation.rows.num_tokens, purpose)
@@ -151,48 +141,42 @@ class _Preparation:
     dropped_lines: list[int] = field(default_factory=list)
 
     def add_batch(self, batch: list[tuple[RawRow, Row] | Fault]) -> None:
-        rendered = list(self._render(batch))
-        encodings = encode_rows(self.tokenizer, [row for _, _, (row,) in rendered])
-        signatures: Sequence[npt.NDArray[np.uint32] | None] = [None] * len(rendered)
+        rows = [item[1] for item in batch if not isinstance(item, Fault)]
+        masked = iter(mask_rows(self.template, self.tokenizer, rows))
+        signatures: Iterator[npt.NDArray[np.uint32] | None] = itertools.repeat(None)
         if self.with_signatures:
-            signatures = list(self.signer.sign([text for _, text, _ in rendered]))
-        for (place, _, (row,)), encoding, signature in zip(rendered, encodings, signatures, strict=True):
-            try:
-                mask = mask_tokens(encoding, row.spans, self.tokenizer.stop_token_ids)
-            except InvalidValueError as error:
-                self._add_fault(place, error.param, "row.mask", error.message)
-                continue
-            if self._add_row(place, encoding, mask) and signature is not None:
-                self.signatures += signature.tobytes()
-
-    def _render(
-        self, batch: list[tuple[RawRow, Row] | Fault]
-    ) -> Iterator[tuple[RawRow, str, tuple[RenderedRow, ...]]]:
+            signatures = iter(self.signer.sign([row_text(row) for row in rows]))
         for item in batch:
             if isinstance(item, Fault):
                 self._add(item)
                 continue
-            place, row = item
-            try:
-                parts = render_parts(self.template, row)
-            except InvalidValueError as error:
-                self._add_fault(place, error.param, "row.template", error.message)
-                continue
-            yield place, row_text(row) if self.with_signatures else "", parts
+            place, texts, signature = item[0], next(masked), next(signatures)
+            if isinstance(texts, Refusal):
+                self._add_fault(place, texts.param, texts.rule, texts.message)
+            elif self._is_to_be_kept(place, texts):
+                self._keep(place, texts, signature)
 
-    def _add_row(self, place: RawRow, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> bool:
-        """Keep a row, cut where that was asked for, and return whether it was kept."""
-        if not self._is_to_be_kept(place, len(encoding.ids), [mask], "messages"):
-            return False
+    def _keep(
+        self, place: RawRow, texts: Sequence[MaskedText], signature: npt.NDArray[np.uint32] | None
+    ) -> None:
+        """Add the one row of an example, or the two of a preference, cut at the longest length."""
         self.num_kept += 1
-        self._keep(place.number, encoding, mask)
-        return True
+        for one in texts:
+            self.rows.add(one.encoding.ids[: self.max_length], one.mask[: self.max_length], place.number)
+            self.signatures += b"" if signature is None else signature.tobytes()
 
-    def _is_to_be_kept(
-        self, place: RawRow, num_tokens: int, masks: Sequence[npt.NDArray[np.bool_]], param: str
-    ) -> bool:
-        """Judge what is on one line of the file by its longest row; count it, or note its fault."""
-        if not all(mask.any() for mask in masks):
+    def _is_to_be_kept(self, place: RawRow, texts: Sequence[MaskedText]) -> bool:
+        """Judge a row of the file by its longest text; count it, or note its fault."""
+        num_tokens = max(len(one.encoding.ids) for one in texts)
+        if self.too_long == "truncate" and are_equal_when_cut(texts, self.max_length):
+            message = (
+                f"Cut to {self.max_length} tokens, both answers are equal. Shorten them, or set "
+                'training.too_long to "drop".'
+            )
+            self._add_fault(place, "non_preferred_output", "pair.equal", message)
+            return False
+        if not all(one.mask.any() for one in texts):
+            param = "messages" if len(texts) == 1 else "preferred_output"
             self._add_fault(place, param, "row.nothing_supervised", NOTHING_SUPERVISED)
             return False
         if num_tokens > self.max_length and self.too_long == "error":
@@ -202,7 +186,7 @@ class _Preparation:
             self.num_dropped += 1
             self.dropped_lines.append(place.number)
             return False
-        first_trained = max(int(mask.argmax()) for mask in masks)
+        first_trained = max(int(one.mask.argmax()) for one in texts)
         if first_trained >= self.max_length:
             message = (
                 f"Cut to {self.max_length} tokens, nothing of the row is trained: its first trained token "
@@ -214,9 +198,6 @@ class _Preparation:
             self.num_truncated += 1
             self.truncated_lines.append(place.number)
         return True
-
-    def _keep(self, number: int, encoding: Encoding, mask: npt.NDArray[np.bool_]) -> None:
-        self.rows.add(encoding.ids[: self.max_length], mask[: self.max_length], number)
 
     def _too_long_message(self, num_tokens: int) -> str:
         return (
@@ -242,56 +223,17 @@ class _Preparation:
             num_truncated=self.num_truncated,
             num_dropped=self.num_dropped,
             longest_tokens=int(rows.lengths.max()),
-            truncated_lines=tuple(self.truncated_lines[:_MAX_LINES_TOLD]),
-            dropped_lines=tuple(self.dropped_lines[:_MAX_LINES_TOLD]),
+            truncated_lines=tuple(self.truncated_lines[:_MAX_LINES_SHOWN]),
+            dropped_lines=tuple(self.dropped_lines[:_MAX_LINES_SHOWN]),
         )
         return rows, report
 
 
-class _PairPreparation(_Preparation):
-    """Makes two rows of each preference, the preferred answer's first; both are kept, or neither."""
-
-    def add_batch(self, batch: list[tuple[RawRow, Row] | Fault]) -> None:
-        rendered = list(self._render(batch))
-        encodings = encode_rows(self.tokenizer, [row for _, _, pair in rendered for row in pair])
-        signatures: Sequence[npt.NDArray[np.uint32] | None] = [None] * len(rendered)
-        if self.with_signatures:
-            signatures = list(self.signer.sign([text for _, text, _ in rendered]))
-        for index, ((place, _, pair), signature) in enumerate(zip(rendered, signatures, strict=True)):
-            both = encodings[2 * index : 2 * index + 2]
-            try:
-                masks = [
-                    mask_tokens(encoding, row.spans, self.tokenizer.stop_token_ids)
-                    for encoding, row in zip(both, pair, strict=True)
-                ]
-            except InvalidValueError as error:
-                self._add_fault(place, error.param, "row.mask", error.message)
-                continue
-            longest = max(len(encoding.ids) for encoding in both)
-            if self._are_equal_when_cut(place, both, masks):
-                continue
-            if not self._is_to_be_kept(place, longest, masks, "preferred_output"):
-                continue
-            self.num_kept += 1
-            for encoding, mask in zip(both, masks, strict=True):
-                self._keep(place.number, encoding, mask)
-                self.signatures += b"" if signature is None else signature.tobytes()
-
-    def _are_equal_when_cut(
-        self, place: RawRow, both: Sequence[Encoding], masks: Sequence[npt.NDArray[np.bool_]]
-    ) -> bool:
-        """Note the fault of a pair of which only what is cut off tells the answers apart."""
-        if self.too_long != "truncate":
-            return False
-        one, other = (encoding.ids[: self.max_length] for encoding in both)
-        is_equal = np.array_equal(one, other) and any(mask[: self.max_length].any() for mask in masks)
-        if is_equal:
-            message = (
-                f"Cut to {self.max_length} tokens, both answers are equal. Shorten them, or set "
-                'training.too_long to "drop".'
-            )
-            self._add_fault(place, "non_preferred_output", "pair.equal", message)
-        return is_equal
+def are_equal_when_cut(texts: Sequence[MaskedText], limit: int) -> bool:
+    """Whether the two answers of a preference differ only in what is cut off."""
+    if len(texts) != 2 or not any(one.mask[:limit].any() for one in texts):
+        return False
+    return np.array_equal(texts[0].encoding.ids[:limit], texts[1].encoding.ids[:limit])
 
 
 def _error_for(purpose: Purpose, message: str) -> JobError:

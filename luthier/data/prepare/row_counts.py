@@ -1,6 +1,6 @@
-"""Counting a file's tokens in bounded time and memory: all rows of a small file, a sample of a large one.
+"""Counts of a file's tokens in bounded time and memory: all rows of a small file, a sample of a large one.
 
-What prepare would refuse is counted here, not raised: an estimate says how many rows have a fault.
+Rows that prepare would refuse are counted, not raised.
 """
 
 import time
@@ -13,13 +13,14 @@ import numpy as np
 from luthier.core.errors import InvalidFileFormatError, InvalidValueError
 from luthier.core.specs import TooLong
 from luthier.data.formats.base import Fault, RowFormat
-from luthier.data.prepare.objectives import Purpose, learns_from, tell_wrong_format
+from luthier.data.prepare.objectives import Purpose, learns_from, wrong_format_message
+from luthier.data.prepare.preparation import are_equal_when_cut
 from luthier.data.readers.file_rows import FileRows
 from luthier.data.rendering.chat_template import ChatTemplate
-from luthier.data.rendering.loss_mask import RenderedRow, encode_rows, mask_tokens, render_parts
-from luthier.data.rendering.tokenizer import Encoding, Tokenizer
+from luthier.data.rendering.loss_mask import MaskedText, Refusal, mask_rows
+from luthier.data.rendering.tokenizer import Tokenizer
 
-# What is read of a file that can only be read from its beginning, unpacked.
+# Bytes read, unpacked, of a file that can only be read from its beginning.
 SAMPLE_BYTES = 64 * 1024 * 1024
 _BATCH_ROWS = 128
 # Rows between two looks at the clock.
@@ -52,12 +53,12 @@ class RowCounts:
 
     @property
     def scale(self) -> float:
-        """How many rows of the file one that was counted stands for."""
+        """Rows of the file for each that was counted."""
         return self.num_rows / self.num_read if self.num_read else 1.0
 
     @property
     def num_kept(self) -> int:
-        """Rows of the file that would be trained on; a sample's share of them where it is one."""
+        """Rows of the file that would be trained on, estimated from a sample."""
         return round(self.num_examples * self.scale)
 
 
@@ -77,15 +78,13 @@ def count_rows(
     """Count the tokens of a file's rows.
 
     Args:
-        path: the file, checked at upload, or its beginning.
+        path: the file, checked at upload, or its beginning (`is_whole` False).
         base_folder: a fetched base, for its template and tokenizer.
         num_rows: rows of the whole file.
         max_length: longest row in tokens.
-        too_long: what would be done with a longer row; with "error" it is left out here, and counted.
+        too_long: as for prepare; with "error" a longer row is left out here, and counted.
         max_rows: rows that are counted one by one; of more an even sample, of a packed file the first.
-        max_seconds: after so long no more rows are read.
-        is_whole: whether `path` is the whole file.
-        purpose: which of a job's files it is, for the error.
+        max_seconds: time after which no more rows are read.
         wants_pairs: whether the job learns from preferences, each of which is two rows of tokens.
 
     Raises:
@@ -102,7 +101,7 @@ def count_rows(
     for batch in _batches(rows, chosen, max_bytes=max_bytes, deadline=deadline, is_whole=is_whole):
         row_format = rows.format
         if row_format is not None and not learns_from(row_format.name, wants_pairs=wants_pairs):
-            raise InvalidValueError(tell_wrong_format(purpose, row_format.name), param=f"{purpose}_file")
+            raise InvalidValueError(wrong_format_message(purpose, row_format.name), param=f"{purpose}_file")
         counting.add(row_format, batch)
     return RowCounts(
         num_rows=num_rows,
@@ -133,7 +132,7 @@ def _choose(num_rows: int, max_rows: int, *, is_sequential: bool) -> Sequence[in
 def _batches(
     rows: FileRows, chosen: Sequence[int], *, max_bytes: int | None, deadline: float, is_whole: bool
 ) -> Iterator[list[bytes]]:
-    """Yield the chosen rows, some at a time; an empty text for one with a fault. Reads the file once."""
+    """Yield the chosen rows in batches; an empty line for one with a fault. Reads the file once."""
     batch: list[bytes] = []
     num_bytes = num_all_bytes = 0
     places = iter(chosen)
@@ -153,7 +152,7 @@ def _batches(
             if place is None or is_late or (max_bytes is not None and num_all_bytes > max_bytes):
                 break
     except InvalidFileFormatError:
-        # The end of a beginning is no end of a file.
+        # A file's beginning may end anywhere.
         if is_whole:
             raise
     if batch:
@@ -177,53 +176,30 @@ class _Counting:
     longest: int = 0
 
     def add(self, row_format: RowFormat | None, lines: list[bytes]) -> None:
-        rendered = [self._render(row_format, line) for line in lines]
-        encodings = encode_rows(self.tokenizer, [row for rows in rendered for row in rows])
+        read = [] if row_format is None else [row_format.read(line) for line in lines]
+        rows = [row for row in read if row is not None]
         self.num_read += len(lines)
-        self.num_faulty += rendered.count(())
-        start = 0
-        for rows in filter(None, rendered):
-            self._judge(rows, encodings[start : start + len(rows)])
-            start += len(rows)
+        self.num_faulty += len(lines) - len(rows)
+        for texts in mask_rows(self.template, self.tokenizer, rows):
+            if isinstance(texts, Refusal):
+                self.num_faulty += 1
+            else:
+                self._count(texts)
 
-    def _render(self, row_format: RowFormat | None, line: bytes) -> tuple[RenderedRow, ...]:
-        """Return the texts that a row of the file becomes; none for a fault."""
-        row = None if row_format is None else row_format.read(line)
-        if row is None:
-            return ()
-        try:
-            return render_parts(self.template, row)
-        except InvalidValueError:
-            return ()
-
-    def _judge(self, rows: tuple[RenderedRow, ...], encodings: Sequence[Encoding]) -> None:
-        stops, limit = self.tokenizer.stop_token_ids, self.max_length
-        try:
-            masks = [
-                mask_tokens(encoding, row.spans, stops) for encoding, row in zip(encodings, rows, strict=True)
-            ]
-        except InvalidValueError:
-            self.num_faulty += 1
-            return
-        is_too_long = max(len(encoding.ids) for encoding in encodings) > limit
+    def _count(self, texts: Sequence[MaskedText]) -> None:
+        limit = self.max_length
+        is_too_long = max(len(one.encoding.ids) for one in texts) > limit
         self.num_too_long += is_too_long
         if is_too_long and self.too_long != "truncate":
             return
-        if self.too_long == "truncate" and _are_equal(encodings, limit):
-            self.num_faulty += 1
-            return
         # A row's first token is never predicted.
-        num_supervised = [int(mask[1:limit].sum()) for mask in masks]
-        if 0 in num_supervised:
+        num_supervised = [int(one.mask[1:limit].sum()) for one in texts]
+        is_equal = self.too_long == "truncate" and are_equal_when_cut(texts, limit)
+        if is_equal or 0 in num_supervised:
             self.num_faulty += 1
             return
-        lengths = [min(len(encoding.ids), limit) for encoding in encodings]
+        lengths = [min(len(one.encoding.ids), limit) for one in texts]
         self.num_kept_rows += 1
         self.num_tokens += sum(lengths)
         self.num_supervised += sum(num_supervised)
         self.longest = max(self.longest, *lengths)
-
-
-def _are_equal(encodings: Sequence[Encoding], limit: int) -> bool:
-    """Whether two answers are the same as far as they are kept."""
-    return len(encodings) == 2 and np.array_equal(encodings[0].ids[:limit], encodings[1].ids[:limit])

@@ -1,10 +1,8 @@
-"""Which tokens of a row are learnt: the content of each trained assistant turn and its end-of-turn token.
+"""The loss mask of a row: supervised are each trained assistant turn and its end-of-turn token.
 
-Tool calls are part of their turn, so they are learnt. A plain row has no template: its last text and an end
-of text are learnt.
-
-The newline that templates put after the end of a turn is not learnt: the model never writes it. Spans are
-found by rendering the conversation up to each turn, so they hold for any template that only appends.
+Tool calls are part of their turn. In a row without a template the last text and an end of text are
+supervised. The newline that templates put after the end of a turn is not: the model never writes it. Spans
+are found by rendering the conversation up to each turn, so they hold for any template that only appends.
 """
 
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from luthier.data.formats.base import Row, Turn
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Encoding, Tokenizer
 
-# Told of a row with an empty mask, whoever finds it.
+# The fault of a row with an empty mask.
 NOTHING_SUPERVISED = "No token of the row is trained: leave out weight 0 on at least one assistant message."
 
 _PROBE = [{"role": "user", "content": "x"}]
@@ -35,9 +33,9 @@ class Span(NamedTuple):
 class RenderedRow(NamedTuple):
     """A conversation as text, and where its trained turns are.
 
-    `cut` is where the text is parted before it is made into tokens: after the prompt of a plain row, which
-    a model will be asked with by itself. 0 where there is no such place. `is_raw`: no template wrote it, so
-    its tokens begin as the base's raw text does.
+    `cut` is where the text is split before it is tokenised: after the prompt of a row without a template,
+    with which alone the model will be called. 0 where there is no such place. `is_raw`: no template wrote
+    it, so its tokens begin as the base's raw text does.
     """
 
     text: str
@@ -46,50 +44,73 @@ class RenderedRow(NamedTuple):
     is_raw: bool = False
 
 
+class MaskedText(NamedTuple):
+    """A text of a row, its tokens, and which of them are supervised, bool [T]."""
+
+    text: str
+    encoding: Encoding
+    mask: npt.NDArray[np.bool_]
+
+
+class Refusal(NamedTuple):
+    """Why a row has no tokens or no mask."""
+
+    rule: str
+    param: str | None
+    message: str
+
+
+def mask_rows(
+    template: ChatTemplate, tokenizer: Tokenizer, rows: Sequence[Row]
+) -> list[tuple[MaskedText, ...] | Refusal]:
+    """Return the texts of each row, of a preference two, the preferred first; or why it is refused."""
+    rendered = [_try_render(template, row) for row in rows]
+    texts = [one for found in rendered if isinstance(found, list) for one in found]
+    encodings = iter(encode_rows(tokenizer, texts))
+    masked: list[tuple[MaskedText, ...] | Refusal] = []
+    for found in rendered:
+        if isinstance(found, Refusal):
+            masked.append(found)
+            continue
+        pairs = [(one, next(encodings)) for one in found]
+        try:
+            masked.append(
+                tuple(
+                    MaskedText(one.text, encoding, mask_tokens(encoding, one.spans, tokenizer.stop_token_ids))
+                    for one, encoding in pairs
+                )
+            )
+        except InvalidValueError as error:
+            masked.append(Refusal("row.mask", error.param, error.message))
+    return masked
+
+
+def _try_render(template: ChatTemplate, row: Row) -> list[RenderedRow] | Refusal:
+    try:
+        preferred = render_row(template, row)
+        if row.rejected is None:
+            return [preferred]
+        return [preferred, render_turns(template, row.rejected, row.tools)]
+    except InvalidValueError as error:
+        return Refusal("row.template", error.param, error.message)
+
+
 def render_row(template: ChatTemplate, row: Row) -> RenderedRow:
     """Render a row and find its trained turns; of a preference the conversation that is preferred.
 
-    Returns:
-        The text and the spans of the trained turns.
-
     Raises:
         InvalidValueError: when the template refuses the conversation, has no place for a part of it, or
-            renders a turn otherwise once more turns follow it.
+            renders a turn differently once more turns follow it.
     """
     if row.is_plain:
-        return _render_plain(template, row.turns)
+        return _render_raw(template, row.turns)
     return render_turns(template, row.turns, row.tools)
-
-
-def render_parts(template: ChatTemplate, row: Row) -> tuple[RenderedRow, ...]:
-    """Render all that a row becomes: one text, of a preference two, the preferred first.
-
-    Returns:
-        Each text and the spans of its trained turns.
-
-    Raises:
-        InvalidValueError: as render_row does.
-    """
-    preferred = render_row(template, row)
-    if row.rejected is None:
-        return (preferred,)
-    return preferred, render_turns(template, row.rejected, row.tools)
 
 
 def render_turns(
     template: ChatTemplate, turns: Sequence[Turn], tools: list[dict[str, Any]] | None = None
 ) -> RenderedRow:
-    """Render a conversation and find its trained turns.
-
-    Args:
-        tools: definitions of tools, as OpenAI has them.
-
-    Returns:
-        The text and the spans of the trained turns.
-
-    Raises:
-        InvalidValueError: as render_row does.
-    """
+    """Render a conversation and find its trained turns; refused as render_row refuses."""
     _check_places(template, turns, tools)
     messages = [turn.to_message() for turn in turns]
     text = template.render(messages, add_generation_prompt=False, tools=tools)
@@ -106,8 +127,8 @@ def render_turns(
             start = _find_start(template, messages[:place], so_far, tools)
         if start is None or not text.startswith(so_far):
             raise InvalidValueError(
-                "The base's chat template renders this assistant message otherwise when it stands last, so "
-                "it can't be told what to train. Give it weight 0, or end the row with it.",
+                "The base's chat template renders this assistant message differently when it stands last, "
+                "so that its tokens are ambiguous. Give it weight 0, or end the row with it.",
                 param=f"messages[{place}]",
             )
         spans.append(Span(place, start, len(so_far)))
@@ -115,7 +136,7 @@ def render_turns(
 
 
 def _check_places(template: ChatTemplate, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> None:
-    """Refuse what the template would leave out without a word."""
+    """Refuse what the template would silently leave out."""
     if tools and not template.has_place_for("tools"):
         raise InvalidValueError(
             "The base's chat template has no place for tools. Remove them, or choose a base that was made "
@@ -132,8 +153,8 @@ def _check_places(template: ChatTemplate, turns: Sequence[Turn], tools: list[dic
                 )
 
 
-def _render_plain(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
-    """Join texts with no template; an end of text follows the last, and is learnt with it."""
+def _render_raw(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
+    """Join texts without a template; an end of text follows the last, and is supervised with it."""
     end_of_text = template.special_tokens.get("eos_token")
     if end_of_text is None:
         raise InvalidValueError(
@@ -146,11 +167,7 @@ def _render_plain(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
 
 
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encoding]:
-    """Make tokens of rendered rows.
-
-    Returns:
-        The tokens of each row, their spans within the row's text.
-    """
+    """Return the tokens of each row, with their spans in the row's text."""
     firsts = [row.text[: row.cut] if row.cut else row.text for row in rows]
     rests = iter(tokenizer.encode_batch([row.text[row.cut :] for row in rows if row.cut]))
     templated = iter(
@@ -173,7 +190,7 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encod
 
 
 def _find_last_start(template: ChatTemplate, turn: Turn, text: str) -> int | None:
-    """Return where the last turn's own text begins, with no rendering more, where that is plain to see."""
+    """Return where the last turn's own text begins, where that is certain without another rendering."""
     marks = template.last_answer_marks
     if marks is None or turn.tool_calls or turn.reasoning or turn.content is None:
         return None
@@ -189,7 +206,7 @@ def _find_start(
     so_far: str,
     tools: list[dict[str, Any]] | None,
 ) -> int | None:
-    """Return where the turn's own text begins: after what an answer's prompt would have ended with."""
+    """Return where the turn's own text begins: after the generation prompt of what precedes it."""
     if before:
         prompt = template.render(before, add_generation_prompt=True, tools=tools)
         return len(prompt) if so_far.startswith(prompt) else None
@@ -204,13 +221,7 @@ def _find_start(
 def mask_tokens(
     encoding: Encoding, spans: Sequence[Span], stop_token_ids: frozenset[int]
 ) -> npt.NDArray[np.bool_]:
-    """Mark the tokens of a row that are learnt.
-
-    Args:
-        stop_token_ids: tokens that end an assistant's turn.
-
-    Returns:
-        bool [T].
+    """Return which tokens of a row are supervised, bool [T].
 
     Raises:
         InvalidValueError: when a turn has no end-of-turn token: a model trained so would never stop.

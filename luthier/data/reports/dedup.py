@@ -1,4 +1,4 @@
-"""What rows have been seen before, in memory that does not grow with their number.
+"""Indexes of the rows seen before, in memory that does not grow with their number.
 
 Exact repeats are found among about a million different rows, near-duplicates among the last 262,144.
 """
@@ -30,8 +30,8 @@ class Pair(NamedTuple):
     earlier: int
 
 
-class SeenExactly:
-    """Which contents came before: a hash table of fixed size that forgets only when it is full."""
+class ExactIndex:
+    """Contents seen before: a hash table of fixed size that forgets only when it is full."""
 
     def __init__(self) -> None:
         self._keys = array("Q", bytes(8 * _EXACT_SLOTS))
@@ -62,7 +62,7 @@ class SeenExactly:
         return None, first
 
 
-class SeenNearly:
+class NearIndex:
     """Signatures of the last rows, and by each band the last row that had it."""
 
     def __init__(self, num_rows: int = WINDOW_ROWS) -> None:
@@ -91,11 +91,7 @@ class SeenNearly:
         return found
 
     def find_and_add(self, signatures: Signatures, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return for each row the number of an earlier near-duplicate, -1 without one, and add all rows.
-
-        Returns:
-            int64 [N].
-        """
+        """Do as `find` does, and add all rows."""
         keys = band_keys(signatures)
         found = self._find(signatures, keys)
         self._find_within(signatures, keys, numbers, found)

@@ -1,7 +1,7 @@
-"""What is told of a file's rows before a job is made: faults, tokens, duplicates, and how rows are learnt.
+"""The report on a file before a job is made: faults, tokens, duplicates, and what of the rows is supervised.
 
-Rows are named by their line, of a JSON array and of Parquet by the row's number. Texts of rows are in it
-(`shown`): a report goes to the file's owner alone, and never into a log.
+Rows are named by their line, of a JSON array and of Parquet by the row's number. A report holds texts of
+rows (`shown`): it goes to the file's owner alone, and never into a log.
 """
 
 from pydantic import Field
@@ -12,7 +12,7 @@ from luthier.core.specs import Frozen
 REPORT_VERSION = 1
 
 
-class FaultTold(Frozen):
+class FileFault(Frozen):
     """One broken rule, with its place and what to do."""
 
     line: int
@@ -38,7 +38,7 @@ class RowLength(Frozen):
     tokens: int
 
 
-class TokensTold(Frozen):
+class TokenStatistics(Frozen):
     """Tokens of the rows that the base's template renders; of a preference those of both conversations.
 
     A row's length is that of its longer conversation.
@@ -58,7 +58,7 @@ class TokensTold(Frozen):
     over_context: int = Field(description="Rows longer than the base's context.")
 
 
-class PairTold(Frozen):
+class RepeatedRow(Frozen):
     """A row and an earlier one that it repeats; of an overlap a row of the other file."""
 
     line: int
@@ -69,7 +69,7 @@ class Repeats(Frozen):
     """Rows that repeat another one, and the first of them."""
 
     rows: int
-    pairs: list[PairTold]
+    pairs: list[RepeatedRow]
 
 
 class Repetition(Frozen):
@@ -80,7 +80,7 @@ class Repetition(Frozen):
 
 
 class Shown(Frozen):
-    """A text that was rendered, cut at a bounded length, and which characters of it are learnt."""
+    """A text that was rendered, cut at a bounded length, and which characters of it are supervised."""
 
     text: str
     is_cut: bool
@@ -95,7 +95,7 @@ class ShownRow(Shown):
 
 
 class DataReport(Frozen):
-    """What a file holds, seen with a base's template and tokenizer."""
+    """The content of a file, seen with a base's template and tokenizer."""
 
     version: int = REPORT_VERSION
     format: str | None
@@ -106,8 +106,8 @@ class DataReport(Frozen):
     rows: int
     rows_with_faults: int
     num_faults: int
-    faults: list[FaultTold] = Field(description="The first 100.")
-    tokens: TokensTold | None = Field(description="Null where no row could be rendered.")
+    faults: list[FileFault] = Field(description="The first 100.")
+    tokens: TokenStatistics | None = Field(description="Null where no row could be rendered.")
     duplicates: Repetition
     overlap: Repetition | None = Field(description="Rows that are in the validation file too.")
     shown: list[ShownRow]

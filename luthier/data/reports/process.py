@@ -1,7 +1,7 @@
-"""A report made by a process of its own: `python -m luthier.data.reports.process`, by `report_in_process`.
+"""The process that makes a report: `python -m luthier.data.reports.process`, by `report_in_process`.
 
-A report takes a core for as long as a minute, which a process that answers requests can't spare. The process
-has the files' and the base's paths and nothing else: no settings, no secrets.
+A report takes a core for up to a minute, which a server can't spare. The process gets the paths of the files
+and the base and nothing else: no settings, no secrets.
 """
 
 import subprocess
@@ -24,7 +24,7 @@ from luthier.core.specs import Frozen
 from luthier.data.reports.file_report import DataReport
 from luthier.data.reports.report import report_on_file
 
-# A process that is not done this long after its deadline is ended.
+# A process that has not ended this long after its deadline is killed.
 _GRACE_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
 _REFUSALS: tuple[type[LuthierError], ...] = (BaseUnavailableError, InvalidFileFormatError)
@@ -39,9 +39,9 @@ class _Question(msgspec.Struct):
 
 
 class _Answer(Frozen):
-    """A report; or what is wrong with what it was asked for; or where a fault of our own was raised.
+    """A report; or an error of the file or base; or where an unexpected error was raised.
 
-    `error_type` is the name of the error's class. Of a fault of our own there is no text: it may quote a row.
+    `error_type` is the name of the error's class. An unexpected error has no text: it may quote a row.
     """
 
     report: DataReport | None = None
@@ -62,14 +62,14 @@ def report_in_process(
     """Report on a file as `report_on_file` does, in a process.
 
     Args:
-        is_given_up: asked now and then whether nobody waits any more; then the process is ended.
+        is_given_up: polled; once the client is gone the process is killed.
 
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
-        InvalidFileFormatError: when a file is none of rows.
+        InvalidFileFormatError: when a file holds no rows.
         FileNotFoundError: when a file is gone.
-        UnavailableError: when nobody waits any more, or the process has ended.
-        RuntimeError: when it failed as nobody expected; names kind and place.
+        UnavailableError: when the client is gone, or the process has ended.
+        RuntimeError: after an unexpected error; names kind and place.
     """
     validation = None if validation_path is None else str(validation_path)
     question = _Question(str(path), str(base_folder), context_length, validation, max_seconds)
@@ -93,7 +93,7 @@ def _wait(process: subprocess.Popen[bytes], deadline: float, is_given_up: Callab
             return process.communicate(timeout=_LOOK_SECONDS)[0]
         except subprocess.TimeoutExpired:
             continue
-    raise UnavailableError("The report was given up: nobody waits for it, or its rows take too long.")
+    raise UnavailableError("The report was given up: its client is gone, or its rows take too long.")
 
 
 def _read(content: bytes) -> DataReport:

@@ -1,38 +1,45 @@
-"""What a file holds, seen with a base: one pass over its rows, with memory that does not grow with them.
+"""The report on a file with a base: one pass over its rows, with memory that does not grow with them.
 
-No torch: the template by jinja2, tokens by the `tokenizers` library. Never in a log: texts are in a report.
+No torch: the template by jinja2, tokens by the `tokenizers` library. Never logged: a report holds texts.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from luthier.data.formats.base import Fault
+from luthier.data.formats.base import Fault, Row
+from luthier.data.prepare.minhash import Signer, row_key, row_text
 from luthier.data.readers.base import RawRow
-from luthier.data.readers.file_rows import FileRows
-from luthier.data.reports.dedup import SeenExactly, SeenNearly
+from luthier.data.readers.file_rows import FileRows, locate, read_row
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.data.rendering.loss_mask import NOTHING_SUPERVISED, MaskedText, Refusal, mask_rows
+from luthier.data.rendering.special_tokens import SPLIT, without_splits
+from luthier.data.rendering.tokenizer import Tokenizer
+from luthier.data.reports.dedup import ExactIndex, NearIndex
 from luthier.data.reports.file_report import (
     DataReport,
-    FaultTold,
-    PairTold,
+    FileFault,
+    RepeatedRow,
     Repeats,
     Repetition,
     Shown,
     ShownRow,
 )
-from luthier.data.reports.row_analysis import Batch, Examined, Examiner
 from luthier.data.reports.token_counts import TokenCounts
 
 MAX_FAULTS = 100
 MAX_PAIRS = 20
 NUM_SHOWN = 5
+MAX_SHOWN_CHARS = 4000
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1024 * 1024
+
+# Rows with their places, or faults.
+_Batch = list[tuple[RawRow, Row] | Fault]
 
 
 def report_on_file(
@@ -43,62 +50,57 @@ def report_on_file(
     validation_path: Path | None = None,
     max_seconds: float = math.inf,
 ) -> DataReport:
-    """Report on a file.
+    """Report on a file that was checked at upload.
 
     Args:
-        path: the file, checked at upload.
         base_folder: a fetched base, for its template and tokenizer.
         context_length: of the base, in tokens.
-        validation_path: another file, of which it is told which rows the first shares with it.
-        max_seconds: after so long no more rows are read: the report is one of those before. The validation
-            file has half of it.
+        validation_path: another file; the report lists the rows that both have.
+        max_seconds: time after which no more rows are read: the report is one of those before. The
+            validation file has half of it.
 
     Raises:
         BaseUnavailableError: when the base has no template or tokenizer that can be read.
-        InvalidFileFormatError: when a file is none of rows.
+        InvalidFileFormatError: when a file holds no rows.
     """
     began = time.monotonic()
-    examiner = Examiner(base_folder)
+    reporter = _Reporter(ChatTemplate.load(base_folder), Tokenizer.load(base_folder), context_length)
     is_sample = False
-    overlap = None
     if validation_path is not None:
-        overlap = _Overlap()
+        reporter.overlap = _Repetition()
         for batch in _batches(FileRows(validation_path)):
             if time.monotonic() > began + max_seconds / 2:
                 is_sample = True
                 break
-            overlap.add(examiner.examine(batch))
-    reporter = _Reporter(TokenCounts(context_length), overlap)
+            reporter.add_validation(batch)
     rows = FileRows(path)
-    for batch in _batches(rows, reporter.num_to_show):
+    for batch in _batches(rows):
         if reporter.num_rows and time.monotonic() > began + max_seconds:
             is_sample = True
             break
-        reporter.add(examiner.examine(batch))
+        reporter.add(batch)
     return reporter.result(None if rows.format is None else rows.format.name, is_sample=is_sample)
 
 
-def _batches(rows: FileRows, num_to_show: Callable[[], int] | None = None) -> Iterator[Batch]:
-    """Yield a file's rows in batches of bounded size, cut at the same places in any run.
-
-    Without `num_to_show` they are only to be compared.
-    """
-    items: list[RawRow | Fault] = []
-    num_bytes = 0
-
-    def batch() -> Batch:
-        name = "" if rows.format is None else rows.format.name
-        num_shown = 0 if num_to_show is None else num_to_show()
-        return Batch(name, items, num_shown, is_compared_only=num_to_show is None)
-
+def _batches(rows: FileRows) -> Iterator[_Batch]:
+    """Yield a file's rows in batches of bounded size."""
+    batch: _Batch = []
+    num_items = num_bytes = 0
     for item in rows.raw():
-        items.append(item)
-        num_bytes += 0 if isinstance(item, Fault) else len(item.content)
-        if len(items) == _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
-            yield batch()
-            items, num_bytes = [], 0
-    if items:
-        yield batch()
+        if isinstance(item, Fault):
+            batch.append(item)
+        else:
+            if rows.format is None:
+                raise ValueError("A row came before the file's format was known.")
+            found = read_row(rows.format, item)
+            batch += found if isinstance(found, list) else [found]
+            num_bytes += len(item.content)
+        num_items += 1
+        if num_items == _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, num_items, num_bytes = [], 0, 0
+    if batch:
+        yield batch
 
 
 @dataclass
@@ -106,94 +108,109 @@ class _Repeats:
     """A count of rows that repeat others, and the first pairs."""
 
     num_rows: int = 0
-    pairs: list[PairTold] = field(default_factory=list)
+    pairs: list[RepeatedRow] = field(default_factory=list)
 
     def add(self, line: int, other: int) -> None:
         self.num_rows += 1
         if len(self.pairs) < MAX_PAIRS:
-            self.pairs.append(PairTold(line=line, other=other))
+            self.pairs.append(RepeatedRow(line=line, other=other))
 
-    def told(self) -> Repeats:
+    def to_report(self) -> Repeats:
         return Repeats(rows=self.num_rows, pairs=self.pairs)
 
 
-class _Overlap:
-    """The rows of a validation file, and which rows of another one are among them."""
+@dataclass
+class _Repetition:
+    """Indexes of rows, and the repeats that were found in them."""
 
-    def __init__(self) -> None:
-        self._exactly, self._nearly = SeenExactly(), SeenNearly()
-        self.exact, self.near = _Repeats(), _Repeats()
+    exact_index: ExactIndex = field(default_factory=ExactIndex)
+    near_index: NearIndex = field(default_factory=NearIndex)
+    exact: _Repeats = field(default_factory=_Repeats)
+    near: _Repeats = field(default_factory=_Repeats)
 
-    def add(self, examined: Examined) -> None:
-        """Take rows of the validation file."""
-        for number, key in zip(examined.numbers, examined.keys, strict=True):
-            self._exactly.find_or_add(key, number)
-        self._nearly.find_and_add(examined.signatures, np.array(examined.numbers, np.int64))
-
-    def look_up(self, numbers: list[int], keys: list[int], signatures: npt.NDArray[np.uint32]) -> None:
-        nearly = self._nearly.find(signatures).tolist()
-        for number, key, near in zip(numbers, keys, nearly, strict=True):
-            exact = self._exactly.find(key)
-            if exact is not None:
-                self.exact.add(number, exact)
-            elif near >= 0:
-                self.near.add(number, near)
-
-    def told(self) -> Repetition:
-        return Repetition(exact=self.exact.told(), near=self.near.told())
+    def to_report(self) -> Repetition:
+        return Repetition(exact=self.exact.to_report(), near=self.near.to_report())
 
 
 @dataclass
 class _Reporter:
-    tokens: TokenCounts
-    overlap: _Overlap | None
-    seen_exactly: SeenExactly = field(default_factory=SeenExactly)
-    seen_nearly: SeenNearly = field(default_factory=SeenNearly)
-    exact: _Repeats = field(default_factory=_Repeats)
-    near: _Repeats = field(default_factory=_Repeats)
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    context_length: int
+    # Of a validation file.
+    overlap: _Repetition | None = None
+    duplicates: _Repetition = field(default_factory=_Repetition)
+    signer: Signer = field(default_factory=Signer)
     num_rows: int = 0
     num_faults: int = 0
     num_faulty_rows: int = 0
     last_faulty: tuple[int, int | None] | None = None
-    faults: list[FaultTold] = field(default_factory=list)
+    faults: list[FileFault] = field(default_factory=list)
     shown: list[ShownRow] = field(default_factory=list)
 
-    def add(self, examined: Examined) -> None:
-        self.num_rows += len(examined.numbers)
-        self._look_for_repeats(examined.numbers, examined.keys, examined.signatures)
-        for fault in examined.faults:
-            self._add_fault(fault)
-        for number, lengths, num_supervised in examined.counted:
-            self.tokens.add(number, lengths, num_supervised)
-        for number, texts in examined.shown[: self.num_to_show()]:
-            first, *others = [
-                Shown(text=text, is_cut=is_cut, supervised=supervised) for text, is_cut, supervised in texts
-            ]
-            rejected = others[0] if others else None
-            self.shown.append(ShownRow(line=number, rejected=rejected, **first.model_dump()))
+    def __post_init__(self) -> None:
+        self.tokens = TokenCounts(self.context_length)
 
-    def num_to_show(self) -> int:
-        """Return how many more rows are wanted with their texts."""
-        return NUM_SHOWN - len(self.shown)
+    def add_validation(self, batch: _Batch) -> None:
+        """Take rows of the validation file."""
+        assert self.overlap is not None
+        rows = [item for item in batch if not isinstance(item, Fault)]
+        for raw, row in rows:
+            self.overlap.exact_index.find_or_add(row_key(row), raw.number)
+        signatures = self.signer.sign([row_text(row) for _, row in rows])
+        self.overlap.near_index.find_and_add(signatures, np.array([raw.number for raw, _ in rows], np.int64))
 
-    def _look_for_repeats(
-        self, numbers: list[int], keys: list[int], signatures: npt.NDArray[np.uint32]
-    ) -> None:
-        if not numbers:
+    def add(self, batch: _Batch) -> None:
+        """Take rows of the file."""
+        rows = [item for item in batch if not isinstance(item, Fault)]
+        self.num_rows += len(rows)
+        self._look_for_repeats(rows)
+        masked = iter(mask_rows(self.template, self.tokenizer, [row for _, row in rows]))
+        for item in batch:
+            if isinstance(item, Fault):
+                self._add_fault(item)
+                continue
+            raw, texts = item[0], next(masked)
+            if isinstance(texts, Refusal):
+                self._add_row_fault(raw, *texts)
+                continue
+            num_supervised = [int(one.mask.sum()) for one in texts]
+            if 0 in num_supervised:
+                self._add_row_fault(raw, "row.nothing_supervised", "messages", NOTHING_SUPERVISED)
+            self.tokens.add(raw.number, [len(one.encoding.ids) for one in texts], sum(num_supervised))
+            if len(self.shown) < NUM_SHOWN:
+                first, *others = [_show(one) for one in texts]
+                rejected = others[0] if others else None
+                self.shown.append(ShownRow(line=raw.number, rejected=rejected, **first.model_dump()))
+
+    def _look_for_repeats(self, rows: list[tuple[RawRow, Row]]) -> None:
+        if not rows:
             return
+        numbers = [raw.number for raw, _ in rows]
+        keys = [row_key(row) for _, row in rows]
+        signatures = self.signer.sign([row_text(row) for _, row in rows])
         if self.overlap is not None:
-            self.overlap.look_up(numbers, keys, signatures)
+            nearly = self.overlap.near_index.find(signatures).tolist()
+            for number, key, near in zip(numbers, keys, nearly, strict=True):
+                exact = self.overlap.exact_index.find(key)
+                if exact is not None:
+                    self.overlap.exact.add(number, exact)
+                elif near >= 0:
+                    self.overlap.near.add(number, near)
         is_new = np.ones(len(numbers), np.bool_)
         for index, (number, key) in enumerate(zip(numbers, keys, strict=True)):
-            earlier = self.seen_exactly.find_or_add(key, number)
+            earlier = self.duplicates.exact_index.find_or_add(key, number)
             if earlier is not None:
-                self.exact.add(number, earlier)
+                self.duplicates.exact.add(number, earlier)
                 is_new[index] = False
         new_numbers = np.array(numbers, np.int64)[is_new]
-        nearly = self.seen_nearly.find_and_add(signatures[is_new], new_numbers)
-        for number, earlier in zip(new_numbers.tolist(), nearly.tolist(), strict=True):
+        nearly = self.duplicates.near_index.find_and_add(signatures[is_new], new_numbers).tolist()
+        for number, earlier in zip(new_numbers.tolist(), nearly, strict=True):
             if earlier >= 0:
-                self.near.add(number, earlier)
+                self.duplicates.near.add(number, earlier)
+
+    def _add_row_fault(self, raw: RawRow, rule: str, param: str | None, message: str) -> None:
+        self._add_fault(locate(Fault(raw.number, None, param, rule, message), raw))
 
     def _add_fault(self, fault: Fault) -> None:
         self.num_faults += 1
@@ -202,15 +219,8 @@ class _Reporter:
             self.num_faulty_rows += 1
             self.last_faulty = line_and_row
         if len(self.faults) < MAX_FAULTS:
-            told = FaultTold(
-                line=fault.line,
-                row=fault.row,
-                column=fault.column,
-                field=fault.field,
-                rule=fault.rule,
-                advice=fault.message,
-            )
-            self.faults.append(told)
+            members = {name: getattr(fault, name) for name in ("line", "row", "column", "field", "rule")}
+            self.faults.append(FileFault(**members, advice=fault.message))
 
     def result(self, format_name: str | None, *, is_sample: bool) -> DataReport:
         return DataReport(
@@ -220,8 +230,26 @@ class _Reporter:
             rows_with_faults=self.num_faulty_rows,
             num_faults=self.num_faults,
             faults=sorted(self.faults, key=lambda fault: (fault.line, fault.row or 0)),
-            tokens=self.tokens.told(),
-            duplicates=Repetition(exact=self.exact.told(), near=self.near.told()),
-            overlap=None if self.overlap is None else self.overlap.told(),
+            tokens=self.tokens.to_report(),
+            duplicates=self.duplicates.to_report(),
+            overlap=None if self.overlap is None else self.overlap.to_report(),
             shown=self.shown,
         )
+
+
+def _show(masked: MaskedText) -> Shown:
+    """Return a text and the parts of it whose tokens are supervised, cut at a bounded length."""
+    text, spans = masked.text, masked.encoding.spans[masked.mask]
+    if SPLIT in text:
+        # Readers see a text without the splits of special tokens that a message spells.
+        num_splits = np.cumsum([0] + [char == SPLIT for char in text])
+        spans, text = spans - num_splits[spans], without_splits(text)
+    parts: list[tuple[int, int]] = []
+    for start, end in np.minimum(spans, MAX_SHOWN_CHARS).tolist():
+        if start == end:
+            continue
+        if parts and start <= parts[-1][1]:
+            parts[-1] = (parts[-1][0], max(end, parts[-1][1]))
+        else:
+            parts.append((start, end))
+    return Shown(text=text[:MAX_SHOWN_CHARS], is_cut=len(text) > MAX_SHOWN_CHARS, supervised=parts)

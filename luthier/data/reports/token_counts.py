@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from luthier.data.reports.file_report import Bin, RowLength, TokensTold
+from luthier.data.reports.file_report import Bin, RowLength, TokenStatistics
 
 # Lengths up to this are counted one by one; longer rows are counted together, and the longest are kept.
 _MAX_LENGTH = 2**20
@@ -14,11 +14,7 @@ _NUM_LONGEST = 10
 
 
 class TokenCounts:
-    """Count rows by their tokens.
-
-    Args:
-        context_length: of the base, in tokens.
-    """
+    """Counts rows by their tokens."""
 
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
@@ -27,12 +23,7 @@ class TokenCounts:
         self._num_rows = self._total = self._sum_lengths = self._supervised = self._num_over = self._max = 0
 
     def add(self, line: int, lengths: Sequence[int], num_supervised: int) -> None:
-        """Count one row.
-
-        Args:
-            lengths: tokens of its conversation; of both for a preference.
-            num_supervised: tokens that are learnt, of all conversations together.
-        """
+        """Count one row: the tokens of its texts, of a preference two, and its supervised tokens in all."""
         length = max(lengths)
         self._num_rows += 1
         self._total += sum(lengths)
@@ -48,7 +39,7 @@ class TokenCounts:
         elif entry > self._longest[0]:
             heapq.heapreplace(self._longest, entry)
 
-    def told(self) -> TokensTold | None:
+    def to_report(self) -> TokenStatistics | None:
         """Return the counts; None when there is no row."""
         if self._num_rows == 0:
             return None
@@ -56,7 +47,7 @@ class TokenCounts:
         median, p90, p99 = (
             int(np.searchsorted(below, np.ceil(share * self._num_rows))) for share in (0.5, 0.9, 0.99)
         )
-        return TokensTold(
+        return TokenStatistics(
             total=self._total,
             supervised=self._supervised,
             supervised_share=self._supervised / self._total if self._total else 0.0,

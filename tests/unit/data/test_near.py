@@ -13,7 +13,7 @@ from luthier.data.prepare.grouping import group_beside_template, group_near
 from luthier.data.prepare.minhash import MIN_SIMILARITY, Signer, row_key, row_text, similarity
 from luthier.data.prepare.prepared_rows import join_rows
 from luthier.data.prepare.validation_split import split_rows
-from luthier.data.reports.dedup import SeenExactly, SeenNearly
+from luthier.data.reports.dedup import ExactIndex, NearIndex
 
 WORDS = [f"w{n}" for n in range(4000)]
 SIGNER = Signer()
@@ -164,7 +164,7 @@ def test_what_was_seen_is_found_within_a_batch_and_across_batches(families):
     texts = [text for _, text in families]
     signatures = SIGNER.sign(texts)
     numbers = np.arange(1, len(texts) + 1)
-    seen = SeenNearly(1024)
+    seen = NearIndex(1024)
     found = [
         seen.find_and_add(signatures[start : start + 7], numbers[start : start + 7])
         for start in range(0, len(texts), 7)
@@ -182,7 +182,7 @@ def test_what_was_seen_is_found_within_a_batch_and_across_batches(families):
 def test_a_full_window_forgets_the_oldest_and_nothing_else():
     generator = random.Random(5)
     signatures = SIGNER.sign([sentence(generator) for _ in range(200)])
-    seen = SeenNearly(64)
+    seen = NearIndex(64)
     seen.find_and_add(signatures, np.arange(200))
     found = seen.find(signatures)
     assert (found[-64:] == np.arange(136, 200)).sum() >= 60
@@ -190,7 +190,7 @@ def test_a_full_window_forgets_the_oldest_and_nothing_else():
 
 
 def test_equal_contents_are_found_by_the_first_that_had_them():
-    seen = SeenExactly()
+    seen = ExactIndex()
     assert [seen.find_or_add(key, number) for number, key in enumerate([5, 9, 5, 0, 0, 9 + 2**21])] == [
         None,
         None,

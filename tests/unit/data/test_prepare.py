@@ -156,7 +156,7 @@ def test_a_line_that_broke_since_the_upload_is_a_fault_of_its_line(tmp_path, bas
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}<think>{% endif %}"
             "{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-            "Line 1, messages[1]: The base's chat template renders this assistant message otherwise",
+            "Line 1, messages[1]: The base's chat template renders this assistant message differently",
         ),
         (
             "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"

@@ -8,8 +8,7 @@ import pytest
 from luthier.core.errors import BaseUnavailableError, UnavailableError
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.data.reports.process import report_in_process
-from luthier.data.reports.report import MAX_FAULTS, report_on_file
-from luthier.data.reports.row_analysis import MAX_SHOWN_CHARS
+from luthier.data.reports.report import MAX_FAULTS, MAX_SHOWN_CHARS, report_on_file
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.tiny import build_tiny_base
 
