@@ -1,0 +1,39 @@
+"""The pictures of the documents are valid SVG with what was printed and measured."""
+
+import sys
+from xml.etree import ElementTree
+
+from benchmarks.pictures import Line, Ratio, draw_ratios, draw_terminal, record
+
+_TEXT = "{http://www.w3.org/2000/svg}text"
+
+
+def _texts(picture: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(picture).iter(_TEXT)]
+
+
+def test_a_recording_shows_the_command_and_its_lines_without_terminal_codes() -> None:
+    lines = record([sys.executable, "-c", r"print('\x1b[1ma <b>\x1b[0m'); print('10 %\r100 %')"])
+    texts = _texts(draw_terminal("make demo", lines))
+    assert texts[1:] == ["$ make demo", "a <b>", "100 %"]
+
+
+def test_a_long_recording_leaves_out_its_middle_and_shortens_pauses() -> None:
+    picture = draw_terminal("run", [Line(60.0 * number, f"line {number}") for number in range(100)])
+    texts = _texts(picture)
+    assert texts[2] == "line 0"
+    assert "…" in texts
+    assert texts[-1] == "line 99"
+    assert "99.0 minutes" in texts[0]
+    assert max(float(part.split("s")[0]) for part in picture.split("animation-delay:")[1:]) < 60
+
+
+def test_bars_are_as_long_as_the_logarithm_of_the_ratio() -> None:
+    picture = draw_ratios([Ratio("two", 2.0, 1.9, 2.1), Ratio("eight", 8.0, 7.0, 9.0)])
+    widths = [
+        float(element.attrib["width"])
+        for element in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}rect")
+    ]
+    # From a half: a factor of 4 and one of 16.
+    assert abs(widths[1] / widths[0] - 2.0) < 0.01
+    assert {"two", "eight", "2.0", "8.0"} <= set(_texts(picture))
