@@ -40,10 +40,11 @@ def record(command: list[str]) -> list[Line]:
         subprocess.CalledProcessError: when it fails.
     """
     begin, lines = time.monotonic(), []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         for raw in process.stdout:
-            text = _ESCAPES.sub("", raw.rstrip("\n")).rpartition("\r")[2].rstrip()
+            # A line that was written over is shown as it was last.
+            text = _ESCAPES.sub("", raw.decode(errors="replace").rstrip()).rpartition("\r")[2]
             lines.append(Line(time.monotonic() - begin, text))
             print(text, flush=True)
     if process.returncode:
