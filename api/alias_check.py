@@ -1,49 +1,57 @@
-"""Having an inference server load a model and prove it, before a name is pointed to it."""
+"""Checks before an alias is pointed to a model: an inference server loads the model and answers with it."""
 
 import asyncio
-import contextlib
 import json
+from contextlib import suppress
 
+from api.deps import AppState, run_in_transaction
 from luthier.core.errors import (
     ArtifactCorruptError,
     LuthierError,
     ModelNotAvailableError,
+    ModelNotFoundError,
     OutOfMemoryError,
     SelfCheckError,
     UnavailableError,
 )
 from luthier.core.inference import ModelTarget
 from luthier.inference.backends.base import Backend
+from services.accounts.auth import Principal
+from services.models import models
 
-# What says something about the model; anything else (a busy server, one that is away) says nothing.
+# Errors about the model itself; any other, such as of a busy server, decides nothing.
 _FATAL = {error.code for error in (ArtifactCorruptError, SelfCheckError, OutOfMemoryError)}
 _BUSY_STATUS = 503
-# A server may take as long as that, for what is not in its memory; shorter than clients commonly wait.
+# Covers loading; shorter than common timeouts of clients.
 _SECONDS = 45.0
-# The least that every backend answers.
+# A request that every backend answers.
 _BODY = {"prompt": "a", "max_tokens": 1}
 
 
-async def prove(backend: Backend, target: ModelTarget, *, param: str = "model") -> bool | None:
-    """Have a model loaded by the server that will be asked for it. A base has nothing to prove.
+async def check_target(state: AppState, principal: Principal, model: str, param: str) -> bool | None:
+    """Have a model loaded by the inference server that serves it, and answer once.
 
     Returns:
-        Whether a server has answered with it in time, which one that is away, busy or at fault has not; None
-        for a base.
+        Whether a server answered in time: one that is unreachable, busy or faulty does not. None for a base,
+        and for a name that does not resolve, which pointing the alias will refuse.
 
     Raises:
-        ModelNotAvailableError: when the server can't serve it, whatever the reason that it gives.
+        ModelNotAvailableError: when the server can't serve the model; holds the server's reason.
     """
+    try:
+        target = await run_in_transaction(state, models.resolve, principal, state.catalogue, model)
+    except (ModelNotFoundError, ModelNotAvailableError):
+        return None
     if target.artifact is None:
         return None
     try:
         async with asyncio.timeout(_SECONDS):
-            return await _ask(backend, target, param)
+            return await _answers(state.backend, target, param)
     except TimeoutError:
         return False
 
 
-async def _ask(backend: Backend, target: ModelTarget, param: str) -> bool:
+async def _answers(backend: Backend, target: ModelTarget, param: str) -> bool:
     body = json.dumps(_BODY | {"model": target.model}).encode()
     try:
         reply = await backend.complete("/v1/completions", body, target)
@@ -55,15 +63,15 @@ async def _ask(backend: Backend, target: ModelTarget, param: str) -> bool:
         raise _refusal(target, error.message, param) from error
     if reply.status < 400:
         return True
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError):
         error_object = json.loads(reply.content)["error"]
-        is_for_now = reply.status == _BUSY_STATUS and error_object["code"] == OutOfMemoryError.code
-        if error_object["code"] in _FATAL and not is_for_now:
+        is_temporary = reply.status == _BUSY_STATUS and error_object["code"] == OutOfMemoryError.code
+        if error_object["code"] in _FATAL and not is_temporary:
             raise _refusal(target, str(error_object["message"]), param)
     return False
 
 
-def _refusal(target: ModelTarget, why: str, param: str) -> ModelNotAvailableError:
+def _refusal(target: ModelTarget, reason: str, param: str) -> ModelNotAvailableError:
     return ModelNotAvailableError(
-        f"{target.model} can't be served, so the alias points where it did: {why}", param=param
+        f"{target.model} can't be served, so the alias points where it did: {reason}", param=param
     )

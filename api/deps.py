@@ -2,12 +2,13 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Concatenate, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from api.concurrency import BodyBudget, LongWork, ProjectLimiter
 from api.metrics import ApiMetrics
@@ -22,6 +23,9 @@ from luthier.inference.backends.base import Backend
 from luthier.storage.store import Storage
 from luthier.webhooks.sealing import Sealer
 from services.task_queue import Notify
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Requests that use the database at the same time, each with a connection.
 MAX_DATABASE_REQUESTS = 16
@@ -112,6 +116,18 @@ def get_session(
 
 # scope="function": the commit precedes the answer, so that a failed one is never answered 200.
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
+
+
+async def run_in_transaction(
+    state: AppState, act: Callable[Concatenate[Session, P], T], *args: P.args, **options: P.kwargs
+) -> T:
+    """Call a function with a session in a thread, in a short transaction of its own."""
+
+    def run() -> T:
+        with state.database.transaction() as session:
+            return act(session, *args, **options)
+
+    return await run_in_threadpool(run)
 
 
 def get_local_base(state: AppState, base_id: str, *, param: str) -> BaseFacts:

@@ -1,14 +1,13 @@
-"""Aliases: names of a project's own that are pointed to models, and back."""
+"""Aliases: a project's own names for models."""
 
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
-from api.alias_check import prove
+from api.alias_check import check_target
 from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppState, AppStateDep, SessionDep
+from api.deps import AppStateDep, SessionDep, run_in_transaction
 from api.schemas.aliases import (
     AliasObject,
     AliasVersionObject,
@@ -18,16 +17,13 @@ from api.schemas.aliases import (
     alias_version_object,
 )
 from api.schemas.base import DeletedObject, ListPage, list_object
-from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError, UnavailableError
-from luthier.core.inference import ModelTarget
-from services.accounts.auth import Principal
-from services.models import aliases, models
-from services.models.aliases import WayBack
+from luthier.core.errors import UnavailableError
+from services.models import aliases
 
 router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
 
-# How often a rollback is begun anew because somebody else pointed the alias elsewhere.
-_MOST_ROLLBACKS = 5
+# Attempts of a rollback while other requests move the alias.
+_MAX_ATTEMPTS = 5
 
 Limit = Annotated[int, Query(ge=0, le=100)]
 
@@ -63,13 +59,17 @@ async def roll_back_alias(
     The model is loaded and proved first, as a PUT does; `proved` says whether a server has answered with it.
     """
     number = None if body is None else body.version
-    for _ in range(_MOST_ROLLBACKS):
-        way = await run_in_threadpool(_find_way_back, state, principal, name, number)
-        target = None if way.model is None else await run_in_threadpool(_target, state, principal, way.model)
-        is_proved = None if target is None else await prove(state.backend, target, param="version")
-        await _check_client(request)
-        # Where it was pointed elsewhere meanwhile, what was proved may not be what is before it now.
-        alias = await run_in_threadpool(_roll_back, state, principal, name, way)
+    for _ in range(_MAX_ATTEMPTS):
+        way = await run_in_transaction(state, aliases.find_way_back, principal, state.catalogue, name, number)
+        is_proved = None if way.model is None else await check_target(state, principal, way.model, "version")
+        await _check_connected(request)
+
+        def roll_back(session: Session, way: aliases.WayBack = way) -> AliasObject | None:
+            pointing = aliases.roll_back(session, principal, state.catalogue, name, way)
+            return None if pointing is None else alias_object(pointing)
+
+        # None: the alias was moved meanwhile, so the model before it may be another one.
+        alias = await run_in_transaction(state, roll_back)
         if alias is not None:
             return {**alias, "proved": is_proved}
     raise UnavailableError(f"{name} is pointed elsewhere again and again; try once more.")
@@ -90,50 +90,24 @@ async def put_alias(
     The model is loaded and proved first, so that no request waits for it, or meets one that can't answer;
     `proved` says whether a server has answered with it.
     """
-    seen = await run_in_threadpool(_see, state, principal, name)
-    target = await run_in_threadpool(_target, state, principal, body.model)
-    is_proved = None if target is None else await prove(state.backend, target)
-    await _check_client(request)
-    alias = await run_in_threadpool(_put, state, principal, name, body.model, seen)
-    return {**alias, "proved": is_proved}
+    seen = await run_in_transaction(state, aliases.see, principal, name)
+    is_proved = await check_target(state, principal, body.model, "model")
+    await _check_connected(request)
+
+    def put(session: Session) -> AliasObject:
+        return alias_object(aliases.put(session, principal, state.catalogue, name, body.model, seen=seen))
+
+    return {**await run_in_transaction(state, put), "proved": is_proved}
 
 
-def _find_way_back(state: AppState, principal: Principal, name: str, number: int | None) -> WayBack:
-    with state.database.transaction() as session:
-        return aliases.find_way_back(session, principal, state.catalogue, name, number)
-
-
-def _roll_back(state: AppState, principal: Principal, name: str, way: WayBack) -> AliasObject | None:
-    with state.database.transaction() as session:
-        pointing = aliases.roll_back(session, principal, state.catalogue, name, way)
-        return None if pointing is None else alias_object(pointing)
-
-
-def _target(state: AppState, principal: Principal, model: str) -> ModelTarget | None:
-    """Return what a name resolves to; None where pointing to it will say why it does not."""
-    with state.database.transaction() as session, suppress(ModelNotFoundError, ModelNotAvailableError):
-        return models.resolve(session, principal, state.catalogue, model)
-    return None
-
-
-async def _check_client(request: Request) -> None:
-    """Let nothing be changed for a client that has left while it waited: it takes that for failed."""
+async def _check_connected(request: Request) -> None:
+    """Change nothing for a client that disconnected while it waited: it takes the request for failed."""
     if await request.is_disconnected():
         raise UnavailableError("The client has left; the alias points where it did.")
 
 
-def _see(state: AppState, principal: Principal, name: str) -> aliases.Seen:
-    with state.database.transaction() as session:
-        return aliases.see(session, principal, name)
-
-
-def _put(state: AppState, principal: Principal, name: str, model: str, seen: aliases.Seen) -> AliasObject:
-    with state.database.transaction() as session:
-        return alias_object(aliases.put(session, principal, state.catalogue, name, model, seen=seen))
-
-
 @router.delete("/{name}")
 def delete_alias(name: str, session: SessionDep, principal: PrincipalDep) -> DeletedObject:
-    """Forget an alias; the model that it points to stays."""
+    """Delete an alias; the model that it points to stays."""
     alias = aliases.delete(session, principal, name)
     return {"id": alias.id, "object": "alias", "name": alias.name, "deleted": True}

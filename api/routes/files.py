@@ -8,20 +8,19 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppState, AppStateDep, SessionDep
+from api.deps import AppStateDep, SessionDep, run_in_transaction
 from api.file_report import report_in_thread
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.files import FileObject, FileReportObject, file_object
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
 from api.uploads.object_writer import discard_rest
-from api.uploads.upload_records import drop_stored, record_stored
+from api.uploads.upload_records import delete_stored, record_stored
 from db.tables import File
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.data.readers.upload_check import INPUT_PURPOSES
 from services.accounts import limits
-from services.accounts.auth import Principal
 from services.files import files
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -57,19 +56,18 @@ async def create_file(request: Request, state: AppStateDep, principal: DetachedP
     """Upload a file (multipart: `purpose` and `file`); a line that breaks the format is refused by number."""
     file_id = new_id("file")
     storage_key = f"projects/{principal.project_id}/files/{file_id}"
-    limit = state.settings.max_stored_bytes_per_project
 
-    def check_room() -> None:
-        state.storage.check_free(state.settings.min_free_bytes)
-        with state.database.transaction() as session:
-            limits.check_stored_bytes(session, principal.project_id, limit, num_new_bytes=1)
+    def check_room(session: Session, num_new_bytes: int = 1) -> None:
+        limit = state.settings.max_stored_bytes_per_project
+        limits.check_stored_bytes(session, principal.project_id, limit, num_new_bytes=num_new_bytes)
 
     def record(session: Session) -> FileObject:
-        limits.check_stored_bytes(session, principal.project_id, limit, num_new_bytes=stored.num_bytes)
+        check_room(session, stored.num_bytes)
         return file_object(files.record(session, principal, stored))
 
     try:
-        await run_in_threadpool(check_room)
+        await run_in_threadpool(state.storage.check_free, state.settings.min_free_bytes)
+        await run_in_transaction(state, check_room)
     except LuthierError:
         await discard_rest(request.stream())
         raise
@@ -81,10 +79,7 @@ async def create_file(request: Request, state: AppStateDep, principal: DetachedP
         file_id=file_id,
         storage_key=storage_key,
     )
-
-    return await record_stored(
-        state, storage_key, record, lambda session: session.get(File, file_id) is not None
-    )
+    return await record_stored(state, storage_key, record, File, file_id)
 
 
 @router.get("")
@@ -109,18 +104,13 @@ def retrieve_file(file_id: str, session: SessionDep, principal: PrincipalDep) ->
     return file_object(files.get(session, principal, file_id))
 
 
-def _get(state: AppState, principal: Principal, file_id: str) -> File:
-    with state.database.transaction() as session:
-        return files.get(session, principal, file_id)
-
-
 @router.head("/{file_id}/content", include_in_schema=False)
 @router.get("/{file_id}/content", response_class=Response, responses=BYTES_ANSWER)
 async def file_content(
     file_id: str, request: Request, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> Response:
     """Send a file's bytes as they were uploaded, whole or a range of them."""
-    row = await run_in_threadpool(_get, state, principal, file_id)
+    row = await run_in_transaction(state, files.get, principal, file_id)
     return await stored_bytes(
         request,
         state.storage,
@@ -131,17 +121,11 @@ async def file_content(
     )
 
 
-def _delete(state: AppState, principal: Principal, file_id: str) -> str:
-    with state.database.transaction() as session:
-        return files.delete(session, principal, file_id).storage_key
-
-
 @router.delete("/{file_id}")
 async def delete_file(file_id: str, state: AppStateDep, principal: DetachedPrincipalDep) -> DeletedObject:
     """Delete a file, its bytes included, unless an unfinished job reads it."""
-    storage_key = await run_in_threadpool(_delete, state, principal, file_id)
-    # What storage can't delete now, a worker does later: the row says that the bytes may still be there.
-    await drop_stored(state, [storage_key])
+    row = await run_in_transaction(state, files.delete, principal, file_id)
+    await delete_stored(state, [row.storage_key])
     return {"id": file_id, "object": "file", "deleted": True}
 
 

@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.concurrency import run_in_threadpool
 
 from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppStateDep, SessionDep
+from api.deps import AppStateDep, SessionDep, run_in_transaction
 from api.idempotency import SentDep, act_on_job
 from api.job_estimate import estimate_in_thread
 from api.schemas.answers import EVENT_STREAM
@@ -25,7 +24,7 @@ from api.schemas.jobs import (
     job_object,
     report_object,
 )
-from api.streaming.event_stream import event_stream_response, read_job
+from api.streaming.event_stream import event_stream_response
 from luthier.core.errors import InvalidValueError
 from services.jobs import idempotency, jobs, pausing
 
@@ -54,7 +53,7 @@ def create_job(
 async def estimate_job(
     body: CreateJobBody, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> JobEstimate:
-    """Tell what a job would take, from the same body as a create; no job is made and nothing is stored."""
+    """Estimate what a job would take, from the body of a create; no job is made and nothing is stored."""
     found = await estimate_in_thread(state, principal, body.to_new_job())
     return estimate_object(found, body.training_file, body.validation_file)
 
@@ -69,12 +68,12 @@ def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
     pairs = dict(named)
     if len(pairs) < len(named):
         raise InvalidValueError("metadata: a key is given twice; send each once.", param="metadata")
-    plain = request.query_params.get("metadata")
-    if plain is not None and (plain != "null" or pairs):
+    text = request.query_params.get("metadata")
+    if text is not None and (text != "null" or pairs):
         raise InvalidValueError(
             "metadata: use metadata[key]=value, or metadata=null alone.", param="metadata"
         )
-    return pairs, plain == "null"
+    return pairs, text == "null"
 
 
 @router.get("")
@@ -121,7 +120,7 @@ def pause_job(
 def resume_job(
     fine_tuning_job_id: str, sent: SentDep, session: SessionDep, principal: PrincipalDep, state: AppStateDep
 ) -> JobObject:
-    """Let a paused job go on from its newest save point."""
+    """Resume a paused job from its newest save point."""
     act = partial(pausing.resume, session, principal, state.notify, fine_tuning_job_id)
     return job_object(act_on_job(session, principal, sent, "resume", fine_tuning_job_id, act))
 
@@ -140,10 +139,10 @@ def list_checkpoints(
     return list_object(data, has_more=has_more, with_ids=True)
 
 
-# Documented by the schema, not checked against it: a report of an older version is served as it is.
+# Documented by the schema but not checked against it: reports of older versions are served as stored.
 @router.get("/{fine_tuning_job_id}/report", response_model=None, responses={200: {"model": JobReport}})
 def retrieve_report(fine_tuning_job_id: str, session: SessionDep, principal: PrincipalDep) -> dict[str, Any]:
-    """Tell what a job's files held, how training went and what it cost, as far as it is known."""
+    """Report what a job's files held, how training went and what it cost, as far as it is known."""
     return report_object(jobs.get(session, principal, fine_tuning_job_id))
 
 
@@ -162,16 +161,10 @@ async def list_events(
 ) -> Response:
     """List a job's events, newest first; with stream=true, send them as they happen, oldest first."""
     if stream:
-        await read_job(state, principal, fine_tuning_job_id)
-        return event_stream_response(
-            state, principal, fine_tuning_job_id, request.headers.get("last-event-id")
-        )
-
-    def read() -> ListPage[EventObject]:
-        with state.database.transaction() as session:
-            rows, has_more = jobs.list_events(
-                session, principal, fine_tuning_job_id, after=after, limit=limit
-            )
-            return list_object([event_object(row) for row in rows], has_more=has_more)
-
-    return JSONResponse(await run_in_threadpool(read))
+        await run_in_transaction(state, jobs.get, principal, fine_tuning_job_id)
+        last_event_id = request.headers.get("last-event-id")
+        return event_stream_response(state, principal, fine_tuning_job_id, last_event_id)
+    rows, has_more = await run_in_transaction(
+        state, jobs.list_events, principal, fine_tuning_job_id, after=after, limit=limit
+    )
+    return JSONResponse(list_object([event_object(row) for row in rows], has_more=has_more))

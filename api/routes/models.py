@@ -1,14 +1,14 @@
 """Models: bases, tuned models and checkpoints, and the files of a tuned one."""
 
-from collections.abc import Mapping
 from contextlib import suppress
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppState, AppStateDep, SessionDep
+from api.deps import AppState, AppStateDep, SessionDep, run_in_transaction
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.models import (
     ModelFilesPage,
@@ -20,6 +20,7 @@ from api.schemas.models import (
 )
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from luthier.core.errors import NotFoundError, UnavailableError
+from luthier.storage.manifests import Manifest
 from services.accounts import limits
 from services.accounts.auth import Principal
 from services.models import models, names
@@ -33,7 +34,7 @@ def list_models(session: SessionDep, principal: PrincipalDep, state: AppStateDep
     bases = {base.id: base for base in models.list_bases(session)}
     aliased = names.list_aliased(session, principal, state.catalogue)
     data = [_named_object(named, principal) for named in aliased]
-    # The project's own alias answers for these.
+    # The project's own aliases come before the catalogue's.
     shadowed = {model["id"] for model in data}
     data += [
         tuned_model_object(model, principal.organization_slug) for model in models.list_(session, principal)
@@ -58,16 +59,17 @@ def _named_object(named: names.Named, principal: Principal) -> ModelObject:
     return aliased_object(named.alias, described, principal.organization_slug)
 
 
-def _artifact_key(state: AppState, principal: Principal, name: str) -> str:
-    with state.database.transaction() as session:
-        return models.get_own(session, principal, state.catalogue, name).artifact_key
+async def _find_artifact(state: AppState, principal: Principal, name: str) -> tuple[str, Manifest]:
+    """Return the storage key and the manifest of a tuned model of the project."""
+    model = await run_in_transaction(state, models.get_own, principal, state.catalogue, name)
+    return model.artifact_key, await run_in_threadpool(state.storage.read_manifest, model.artifact_key)
 
 
 @router.get("/{model}/files")
 async def list_model_files(model: str, state: AppStateDep, principal: DetachedPrincipalDep) -> ModelFilesPage:
     """List the files of a tuned model with their sizes and hashes."""
-    key = await run_in_threadpool(_artifact_key, state, principal, model)
-    return model_files_object(await run_in_threadpool(state.storage.read_manifest, key))
+    _, manifest = await _find_artifact(state, principal, model)
+    return model_files_object(manifest)
 
 
 @router.head("/{model}/files/{name:path}", include_in_schema=False)
@@ -76,8 +78,7 @@ async def download_model_file(
     model: str, name: str, request: Request, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> Response:
     """Download one file of a tuned model, whole or a range of it."""
-    key = await run_in_threadpool(_artifact_key, state, principal, model)
-    manifest = await run_in_threadpool(state.storage.read_manifest, key)
+    key, manifest = await _find_artifact(state, principal, model)
     entry = manifest.files.get(name)
     if entry is None:
         raise NotFoundError(f"{model} has no file {name[:80]!r}; GET /v1/models/{model}/files lists them.")
@@ -91,18 +92,17 @@ async def download_model_file(
     )
 
 
-def _pin(state: AppState, principal: Principal, name: str, room_bytes: Mapping[str, int]) -> ModelObject:
-    with state.database.transaction() as session:
-        found = models.pin(session, principal, state.catalogue, name)
-        limits.check_pinned_bytes(session, found, room_bytes, state.settings.max_pinned_share)
-        return tuned_model_object(found, principal.organization_slug)
-
-
 @router.put("/{model}/pin")
 async def pin_model(model: str, state: AppStateDep, principal: DetachedPrincipalDep) -> ModelObject:
     """Let inference servers keep a tuned model in memory from its next request on."""
     health = await state.backend.health()
-    return await run_in_threadpool(_pin, state, principal, model, health.room_bytes)
+
+    def pin(session: Session) -> ModelObject:
+        found = models.pin(session, principal, state.catalogue, model)
+        limits.check_pinned_bytes(session, found, health.room_bytes, state.settings.max_pinned_share)
+        return tuned_model_object(found, principal.organization_slug)
+
+    return await run_in_transaction(state, pin)
 
 
 @router.delete("/{model}/pin")
@@ -112,7 +112,7 @@ def unpin_model(model: str, session: SessionDep, principal: PrincipalDep, state:
     return tuned_model_object(found, principal.organization_slug)
 
 
-# As a path and after all others: the SDKs before 3 send a slash in a name as it is.
+# A path, and after all other routes: SDKs before version 3 do not encode slashes in names.
 @router.get("/{model:path}")
 def retrieve_model(
     model: str, session: SessionDep, principal: PrincipalDep, state: AppStateDep
@@ -125,16 +125,11 @@ def retrieve_model(
     return described
 
 
-def _delete(state: AppState, principal: Principal, name: str) -> str:
-    with state.database.transaction() as session:
-        return models.delete(session, principal, state.catalogue, name).artifact_key
-
-
 @router.delete("/{model:path}")
 async def delete_model(model: str, state: AppStateDep, principal: DetachedPrincipalDep) -> DeletedObject:
     """Delete a tuned model or checkpoint, its bytes included."""
-    artifact_key = await run_in_threadpool(_delete, state, principal, model)
-    # What storage can't delete now, a worker does later.
+    deleted = await run_in_transaction(state, models.delete, principal, state.catalogue, model)
+    # Where storage is unavailable, a worker's garbage collection deletes the bytes.
     with suppress(UnavailableError):
-        await run_in_threadpool(state.storage.delete_prefix, artifact_key)
+        await run_in_threadpool(state.storage.delete_prefix, deleted.artifact_key)
     return {"id": model, "object": "model", "deleted": True}

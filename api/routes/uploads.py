@@ -1,11 +1,11 @@
-"""Uploads: large files in parts. Create, add parts, complete, cancel; and a look at one, which is ours."""
+"""Uploads: large files in parts. Create, add parts, complete, cancel; retrieve is ours."""
 
 from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppState, AppStateDep, SessionDep
+from api.deps import AppState, AppStateDep, SessionDep, run_in_transaction
 from api.schemas.files import (
     CompleteUploadBody,
     CreateUploadBody,
@@ -16,7 +16,7 @@ from api.schemas.files import (
 )
 from api.uploads.object_writer import discard_rest
 from api.uploads.part_upload import assemble, receive_part
-from api.uploads.upload_records import drop_stored, record_stored
+from api.uploads.upload_records import delete_stored, record_stored
 from db.tables import File, UploadPart
 from luthier.core.errors import ArtifactCorruptError, LuthierError
 from luthier.core.ids import new_id
@@ -72,14 +72,9 @@ async def create_part(
     upload_id: str, request: Request, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> UploadPartObject:
     """Add a part (multipart: `data`, at most 64 MiB); parts may come at the same time, in any order."""
-
-    def check() -> None:
-        with state.database.transaction() as session:
-            uploads.get_open(session, principal, upload_id)
-        state.storage.check_free(state.settings.min_free_bytes)
-
     try:
-        await run_in_threadpool(check)
+        await run_in_transaction(state, uploads.get_open, principal, upload_id)
+        await run_in_threadpool(state.storage.check_free, state.settings.min_free_bytes)
     except LuthierError:
         await discard_rest(request.stream())
         raise
@@ -87,44 +82,28 @@ async def create_part(
     storage_key = f"{storage_prefix(principal.project_id, upload_id)}/{part_id}"
     stored = await receive_part(request, state.storage, part_id=part_id, storage_key=storage_key)
 
-    return await record_stored(
-        state,
-        storage_key,
-        lambda session: upload_part_object(uploads.record_part(session, principal, upload_id, stored)),
-        lambda session: session.get(UploadPart, part_id) is not None,
+    def record(session: Session) -> UploadPartObject:
+        return upload_part_object(uploads.record_part(session, principal, upload_id, stored))
+
+    return await record_stored(state, storage_key, record, UploadPart, part_id)
+
+
+async def _start(state: AppState, principal: Principal, upload_id: str, body: CompleteUploadBody) -> Assembly:
+    await run_in_threadpool(state.storage.check_free, state.settings.min_free_bytes)
+    return await run_in_transaction(
+        state, uploads.start_completing, principal, upload_id, part_ids=body.part_ids, md5=body.md5
     )
-
-
-def _begin(state: AppState, principal: Principal, upload_id: str, body: CompleteUploadBody) -> Assembly:
-    state.storage.check_free(state.settings.min_free_bytes)
-    with state.database.transaction() as session:
-        return uploads.start_completing(session, principal, upload_id, part_ids=body.part_ids, md5=_md5(body))
-
-
-def _md5(body: CompleteUploadBody) -> str | None:
-    return None if body.md5 is None else body.md5.lower()
 
 
 async def _assemble(
-    state: AppState,
-    principal: Principal,
-    assembly: Assembly,
-    body: CompleteUploadBody,
-    *,
-    file_id: str,
-    storage_key: str,
+    state: AppState, principal: Principal, assembly: Assembly, file_id: str, storage_key: str, md5: str | None
 ) -> StoredFile:
-    """Put an upload's parts together under the file's key."""
+    """Join an upload's parts under the file's key."""
     upload = assembly.upload
-    facts = await assemble(
-        state.storage,
-        assembly.parts,
-        check=UploadCheck(
-            upload.purpose, row_limits(state.settings), lambda: state.checks.hold(principal.project_id)
-        ),
-        md5=_md5(body),
-        storage_key=storage_key,
+    check = UploadCheck(
+        upload.purpose, row_limits(state.settings), lambda: state.checks.hold(principal.project_id)
     )
+    facts = await assemble(state.storage, assembly.parts, check=check, md5=md5, storage_key=storage_key)
     return StoredFile(
         id=file_id,
         filename=upload.filename,
@@ -138,54 +117,40 @@ async def _assemble(
     )
 
 
-def _finish(
-    session: Session, principal: Principal, upload_id: str, body: CompleteUploadBody, stored: StoredFile
-) -> UploadObject:
-    upload, file = uploads.finish_completing(
-        session, principal, upload_id, stored, part_ids=body.part_ids, md5=_md5(body)
-    )
-    return upload_object(upload, file)
-
-
 @router.post("/{upload_id}/complete")
 async def complete_upload(
     upload_id: str, body: CompleteUploadBody, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> UploadObject:
     """Make the parts a file, checked line by line; the same complete sent again answers the same file."""
-    assembly = await run_in_threadpool(_begin, state, principal, upload_id, body)
+    assembly = await _start(state, principal, upload_id, body)
     if assembly.is_done:
         return upload_object(assembly.upload, assembly.file)
     file_id = new_id("file")
     storage_key = f"{storage_prefix(principal.project_id, upload_id)}/{file_id}"
     try:
-        stored = await _assemble(state, principal, assembly, body, file_id=file_id, storage_key=storage_key)
+        stored = await _assemble(state, principal, assembly, file_id, storage_key, body.md5)
     except ArtifactCorruptError:
-        # A twin of this request may have been faster, and have dropped the parts.
-        assembly = await run_in_threadpool(_begin, state, principal, upload_id, body)
+        # The same request, sent twice, may have completed first and deleted the parts.
+        assembly = await _start(state, principal, upload_id, body)
         if not assembly.is_done:
             raise
         return upload_object(assembly.upload, assembly.file)
-    answer = await record_stored(
-        state,
-        storage_key,
-        lambda session: _finish(session, principal, upload_id, body, stored),
-        lambda session: session.get(File, file_id) is not None,
-    )
+
+    def finish(session: Session) -> UploadObject:
+        upload, file = uploads.finish_completing(
+            session, principal, upload_id, stored, part_ids=body.part_ids, md5=body.md5
+        )
+        return upload_object(upload, file)
+
+    answer = await record_stored(state, storage_key, finish, File, file_id)
     is_ours = answer["file"] is not None and answer["file"]["id"] == file_id
-    needless = [part.storage_key for part in assembly.parts] if is_ours else [storage_key]
-    await drop_stored(state, needless)
+    await delete_stored(state, [part.storage_key for part in assembly.parts] if is_ours else [storage_key])
     return answer
 
 
 @router.post("/{upload_id}/cancel")
 async def cancel_upload(upload_id: str, state: AppStateDep, principal: DetachedPrincipalDep) -> UploadObject:
     """End an upload; its parts are deleted, and it takes no more."""
-
-    def cancel() -> tuple[UploadObject, list[str]]:
-        with state.database.transaction() as session:
-            upload, keys = uploads.cancel(session, principal, upload_id)
-            return upload_object(upload), keys
-
-    answer, keys = await run_in_threadpool(cancel)
-    await drop_stored(state, keys)
-    return answer
+    upload, keys = await run_in_transaction(state, uploads.cancel, principal, upload_id)
+    await delete_stored(state, keys)
+    return upload_object(upload)

@@ -1,13 +1,13 @@
-"""Webhook endpoints: who is told of a job's end, and a test of whether it arrives."""
+"""Webhook endpoints: receivers of the ends of jobs, and a test of each."""
 
 from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from starlette.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
 from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppState, AppStateDep, SessionDep
+from api.deps import AppState, AppStateDep, SessionDep, run_in_transaction
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.webhooks import (
     ChangeEndpointBody,
@@ -25,14 +25,13 @@ from luthier.core.runtime import now_seconds
 from luthier.webhooks.events import EVENT_TYPES, Message, payload
 from luthier.webhooks.sending import send
 from luthier.webhooks.targets import TargetRules
-from services.accounts.auth import Principal
 from services.webhooks import endpoints
 from services.webhooks.endpoints import EndpointChange
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
 
 Limit = Annotated[int, Query(ge=0, le=100)]
-# What a test tells of; no job bears it.
+# The job of a test event; no job has this id.
 _SAMPLE_JOB = "ftjob-test"
 
 
@@ -98,7 +97,7 @@ def change_endpoint(
 
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")
 def delete_endpoint(webhook_endpoint_id: str, session: SessionDep, principal: PrincipalDep) -> DeletedObject:
-    """Forget an endpoint; nothing more is sent to it."""
+    """Delete an endpoint; nothing more is sent to it."""
     endpoints.delete(session, principal, webhook_endpoint_id)
     return {"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
 
@@ -119,21 +118,22 @@ def rotate_endpoint_secret(
     return endpoint_object(endpoint, secret)
 
 
-def _sample(state: AppState, principal: Principal, endpoint_id: str, event_type: str) -> Message:
-    with state.database.transaction() as session:
-        endpoint = endpoints.get(session, principal, endpoint_id)
-        endpoints.check_event_type(event_type, param="event_type")
-        body = payload(new_id("webhook_event"), event_type, created_at=now_seconds(), job_id=_SAMPLE_JOB)
-        secrets = endpoints.active_secrets(endpoint, state.sealer, datetime.now(UTC))
-        return Message(new_id("webhook_delivery"), endpoint.url, body, secrets)
-
-
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/test")
 async def test_endpoint(
     webhook_endpoint_id: str, body: TestEndpointBody, state: AppStateDep, principal: DetachedPrincipalDep
 ) -> EndpointTestObject:
     """Send a sample event at once, a single time, and say what the receiver answered."""
-    message = await run_in_threadpool(_sample, state, principal, webhook_endpoint_id, body.event_type)
+
+    def sample(session: Session) -> Message:
+        endpoint = endpoints.get(session, principal, webhook_endpoint_id)
+        endpoints.check_event_type(body.event_type, param="event_type")
+        event = payload(
+            new_id("webhook_event"), body.event_type, created_at=now_seconds(), job_id=_SAMPLE_JOB
+        )
+        secrets = endpoints.active_secrets(endpoint, state.sealer, datetime.now(UTC))
+        return Message(new_id("webhook_delivery"), endpoint.url, event, secrets)
+
+    message = await run_in_transaction(state, sample)
     timeout_seconds = state.settings.webhook_timeout_seconds
     with state.webhook_tests.hold(principal.project_id):
         outcome = await send(message, _rules(state), timeout_seconds=timeout_seconds)
@@ -144,6 +144,6 @@ async def test_endpoint(
         "webhook_endpoint_id": webhook_endpoint_id,
         "event_type": body.event_type,
         "status_code": outcome.status_code,
-        # The SDK's type allows nothing else: `status_code` says what the receiver made of it.
+        # The SDK's type allows nothing else; `status_code` is the receiver's answer.
         "success": True,
     }

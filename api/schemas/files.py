@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from typing_extensions import TypedDict
 
 from api.schemas.base import Body
@@ -91,7 +91,7 @@ class CompleteUploadBody(Body):
     part_ids: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
         min_length=1, max_length=MAX_PARTS
     )
-    md5: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{32}$")] | None = None
+    md5: Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f]{32}$", to_lower=True)] | None = None
 
 
 class UploadObject(TypedDict):

@@ -1,47 +1,36 @@
-"""The live stream of a job's events: server-sent events whose ids are the events' numbers."""
+"""The live stream of a job's events as server-sent events; an event's id is its number."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
-from starlette.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
-from api.deps import AppState
-from api.schemas.jobs import EventObject, event_object
-from db.tables import Job
+from api.deps import AppState, run_in_transaction
+from api.schemas.jobs import event_object
+from db.tables import Job, JobEvent
 from luthier.core.errors import InvalidValueError, UnauthenticatedError, UnavailableError
 from luthier.core.states import JobStatus
 from luthier.inference.streaming import EventStream
 from services.accounts import keys
 from services.accounts.auth import Principal
-from services.jobs import events, jobs
+from services.jobs import events
 
-# How often a stream looks by itself, which is also how often an idle one shows that it lives.
-_LOOK_SECONDS = 5.0
+# Between polls without a notification, and between keep-alive comments of an idle stream.
+_POLL_SECONDS = 5.0
 _BATCH = 200
 
 
-async def read_job(state: AppState, principal: Principal, job_id: str) -> Job:
-    """Read a job in a short transaction of its own; one that is not the project's is NotFoundError."""
-
-    def read() -> Job:
-        with state.database.transaction() as session:
-            return jobs.get(session, principal, job_id)
-
-    return await run_in_threadpool(read)
-
-
-def _read_news(
-    state: AppState, principal: Principal, job_id: str, seq: int
-) -> tuple[list[tuple[int, EventObject]], bool]:
-    with state.database.transaction() as session:
-        # A key that was revoked meanwhile sees no more.
-        keys.check_still_valid(session, principal)
-        # The status is read first: a job seen as ended has no event after those read next.
-        job = session.get(Job, job_id)
-        is_over = job is None or JobStatus(job.status).is_terminal
-        rows = events.list_after(session, job_id, seq=seq, limit=_BATCH)
-        return [(row.seq, event_object(row)) for row in rows], is_over
+def _read_events(
+    session: Session, principal: Principal, job_id: str, seq: int
+) -> tuple[Sequence[JobEvent], bool]:
+    """Return the events after `seq`, and whether the job has ended."""
+    # A key that was revoked meanwhile reads no more.
+    keys.check_still_valid(session, principal)
+    # The status first: a job that has ended then has no event after those read next.
+    job = session.get(Job, job_id)
+    is_over = job is None or JobStatus(job.status).is_terminal
+    return events.list_after(session, job_id, seq=seq, limit=_BATCH), is_over
 
 
 async def _stream(state: AppState, principal: Principal, job_id: str, last_seq: int) -> AsyncIterator[bytes]:
@@ -49,14 +38,15 @@ async def _stream(state: AppState, principal: Principal, job_id: str, last_seq: 
         while True:
             woken.clear()
             try:
-                news, is_over = await run_in_threadpool(_read_news, state, principal, job_id, last_seq)
+                rows, is_over = await run_in_transaction(state, _read_events, principal, job_id, last_seq)
             except UnauthenticatedError as revoked:
                 yield f"event: error\ndata: {json.dumps(revoked.to_body())}\n\n".encode()
                 return
-            for number, event in news:
-                yield f"id: {number}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
-                last_seq = number
-            if len(news) == _BATCH:
+            for row in rows:
+                event = json.dumps(event_object(row), separators=(",", ":"))
+                yield f"id: {row.seq}\ndata: {event}\n\n".encode()
+                last_seq = row.seq
+            if len(rows) == _BATCH:
                 continue
             if is_over:
                 yield b"data: [DONE]\n\n"
@@ -66,7 +56,7 @@ async def _stream(state: AppState, principal: Principal, job_id: str, last_seq: 
                 yield f"retry: 1000\nevent: error\ndata: {json.dumps(error.to_body())}\n\n".encode()
                 return
             try:
-                await asyncio.wait_for(woken.wait(), _LOOK_SECONDS)
+                await asyncio.wait_for(woken.wait(), _POLL_SECONDS)
             except TimeoutError:
                 yield b": still here\n\n"
 
@@ -74,17 +64,13 @@ async def _stream(state: AppState, principal: Principal, job_id: str, last_seq: 
 def event_stream_response(
     state: AppState, principal: Principal, job_id: str, last_event_id: str | None
 ) -> EventStream:
-    """Answer with a job's events from the one after `last_event_id` on, until the job has ended.
+    """Stream the events of a job that the caller may see, until it has ended; `data: [DONE]` is last.
 
     Args:
-        job_id: a job that the caller may see.
-        last_event_id: the Last-Event-ID header of a client that comes back.
-
-    Returns:
-        The stream; `data: [DONE]` follows a terminal event.
+        last_event_id: the Last-Event-ID header of a client that reconnects; its next event comes first.
 
     Raises:
-        InvalidValueError: when `last_event_id` is no number.
+        InvalidValueError: when `last_event_id` is not a number.
         TooManyRequestsError: when the project has too many open streams.
     """
     seq = 0

@@ -1,4 +1,4 @@
-"""From durable bytes to a row: bytes that got none are deleted again. No transaction is open meanwhile."""
+"""Rows of stored bytes. Bytes that get no row are deleted again; no transaction is open while bytes move."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -7,50 +7,35 @@ from typing import TypeVar
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import AppState
+from api.deps import AppState, run_in_transaction
+from db.tables import Table
 from luthier.core.errors import UnavailableError
 
 T = TypeVar("T")
 
 
 async def record_stored(
-    state: AppState, storage_key: str, record: Callable[[Session], T], is_recorded: Callable[[Session], bool]
+    state: AppState, storage_key: str, record: Callable[[Session], T], table: type[Table], row_id: str
 ) -> T:
-    """Write the row of bytes that are durable.
+    """Write the row of stored bytes by `record`, and return its result; on failure delete the bytes.
 
-    Args:
-        storage_key: the bytes' key.
-        is_recorded: whether the row is there, asked when the answer to its commit was lost.
-
-    Returns:
-        What `record` returned.
+    A commit whose answer was lost may have succeeded: bytes with a row in `table` stay.
     """
-
-    def write() -> T:
-        with state.database.transaction() as session:
-            return record(session)
-
-    def drop_unrecorded() -> None:
-        # A commit whose answer was lost may have happened: only bytes without a row are deleted.
-        with state.database.transaction() as session:
-            is_needed = is_recorded(session)
-        if not is_needed:
-            state.storage.delete(storage_key)
-
     try:
-        return await run_in_threadpool(write)
+        return await run_in_transaction(state, record)
     except Exception:
         with suppress(UnavailableError):
-            await run_in_threadpool(drop_unrecorded)
+            if await run_in_transaction(state, Session.get, table, row_id) is None:
+                await run_in_threadpool(state.storage.delete, storage_key)
         raise
 
 
-async def drop_stored(state: AppState, keys: Iterable[str]) -> None:
-    """Delete bytes that no row needs; what stays because storage is away, a worker tidies."""
+async def delete_stored(state: AppState, keys: Iterable[str]) -> None:
+    """Delete bytes that no row needs. Where storage is unavailable, a worker's garbage collection does it."""
 
-    def drop() -> None:
+    def delete() -> None:
         for key in keys:
             state.storage.delete(key)
 
     with suppress(UnavailableError):
-        await run_in_threadpool(drop)
+        await run_in_threadpool(delete)

@@ -48,7 +48,7 @@ def test_event_streams_of_a_project_are_limited_and_places_are_given_back(api: A
 def test_a_stream_ends_once_its_key_is_revoked(
     api: Api, job_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.streaming.event_stream._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("api.streaming.event_stream._POLL_SECONDS", 0.1)
     made = ask(api, "POST", "/keys", json={"name": "a"}).json()
     with _stream(api, job_id, {"Authorization": f"Bearer {made['key']}"}) as stream:
         lines = stream.iter_lines()
