@@ -56,7 +56,7 @@ class Database:
             UnavailableError: when the database can't be reached or no connection is free in 3 s; nothing
                 was committed, unless the connection broke during the commit itself.
         """
-        with _telling_of_absence(), self._sessions.begin() as session:
+        with _named_unavailable(), self._sessions.begin() as session:
             yield session
 
     def forget_connections(self) -> None:
@@ -83,7 +83,7 @@ def _bound_ping(dialect: Any) -> None:
 
 
 @contextmanager
-def _telling_of_absence() -> Iterator[None]:
+def _named_unavailable() -> Iterator[None]:
     try:
         yield
     except (OperationalError, InterfaceError, PoolTimeoutError) as error:

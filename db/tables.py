@@ -127,10 +127,9 @@ class Base(Table):
 
 
 class Job(Owned, Table):
-    """A fine-tuning job. The queued row itself is the outbox; the lease says who works on it.
+    """A fine-tuning job. The queued row is itself the message to workers; the lease names its worker.
 
-    `lease_epoch` grows with every claim; all writes of an attempt name it, so that a worker that was
-    paused and wakes up changes nothing.
+    `lease_epoch` is the fencing token: it grows with every claim, and every write of an attempt names it.
     """
 
     __tablename__ = "jobs"
@@ -179,7 +178,7 @@ class Job(Owned, Table):
     status: Mapped[str]
     model: Mapped[str]
     base_id: Mapped[str]
-    # The tuned model that the job goes on from. The two tables name each other, so this key is added last.
+    # The tuned model that the job continues. The two tables name each other, so this key is added last.
     parent_model_id: Mapped[str | None] = mapped_column(
         ForeignKey("models.id", name="fk_jobs_parent_model_id", use_alter=True), index=True
     )
@@ -194,7 +193,7 @@ class Job(Owned, Table):
     integrations: Mapped[list[Any] | None] = mapped_column(JSONB(none_as_null=True))
     # Storage prefix of the tokenised rows, once prepare has written them.
     prepared_key: Mapped[str | None]
-    # What its training process needs of the device's memory, as prepare told it: at its peak, and at least.
+    # Device memory of its training process, as prepare estimated it: at its peak, and at least.
     peak_bytes: Mapped[int | None]
     least_bytes: Mapped[int | None]
     # The newest save points, oldest first: {"key": storage prefix, "step": number}.
@@ -270,8 +269,8 @@ class JobEvent(Owned, Table):
 class Model(Owned, Table):
     """A name that can be called: a base and an artifact. `kind` is `tuned` or `checkpoint`.
 
-    `parent_model_id` is the model whose job it went on from; `foundation_model_id` the whole model that its
-    artifact lies on in place of the base's own weights. Inference servers keep a pinned one in memory.
+    `parent_model_id` is the model that its job continued; `full_model_id` the full model below an adapter,
+    which replaces the base's own weights. Inference servers keep a pinned one in memory.
     """
 
     __tablename__ = "models"
@@ -286,7 +285,9 @@ class Model(Owned, Table):
     base_id: Mapped[str]
     base_digest: Mapped[str]
     parent_model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"), index=True)
-    foundation_model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"), index=True)
+    full_model_id: Mapped[str | None] = mapped_column(
+        "foundation_model_id", ForeignKey("models.id"), index=True
+    )
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     method: Mapped[str]
     step: Mapped[int]
@@ -382,7 +383,7 @@ class UsageEvent(Owned, Table):
 class Alias(Owned, Table):
     """A name that points to a model: to one of `models`, or to a base.
 
-    What it points to is one row, so that whoever reads it sees the old target or the new one.
+    What it points to is one row, so that a reader sees the old target or the new one.
     """
 
     __tablename__ = "aliases"
@@ -406,7 +407,7 @@ class Alias(Owned, Table):
 
 
 class AliasVersion(Owned, Table):
-    """One target that an alias was pointed to, by whom and when; append-only, `number` gap-free from 1.
+    """One target that an alias was pointed to; append-only, `number` gap-free from 1.
 
     `digest` is that of the target's weights at the time; `restored_number` the version that a rollback took
     the target from, which is itself no rollback.
@@ -507,7 +508,7 @@ class WebhookDelivery(Owned, Table):
 
 
 class Upload(Owned, Table):
-    """A file that is sent in parts. Its parts, and the file's own bytes, lie under one prefix in storage.
+    """A file that is sent in parts. Its parts, and the file's own bytes, share one prefix in storage.
 
     `status` is `pending`, `completed`, `cancelled` or `expired`; the last is written when somebody looks.
     """

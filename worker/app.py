@@ -1,8 +1,8 @@
-"""A worker: processes that take jobs from Postgres by themselves, and the threads beside them.
+"""The worker's main process: starts job processes and runs the maintenance threads.
 
-A job is claimed from the database, at every sweep or when a message comes; the message says only "look".
-This main process trains nothing: it starts the processes that do (worker/processes.py), heartbeats, takes
-jobs from workers that are gone, sends webhooks.
+Jobs are claimed from Postgres, at every sweep or when a message wakes the worker. This process trains
+nothing: it starts those that do (worker/processes.py), sends heartbeats, takes jobs from dead workers, sends
+webhooks and serves metrics.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from worker.speed import measure_once
 from worker.webhook_dispatcher import deliver_for_ever
 
 _log = structlog.get_logger()
-# A worker is heard of so often at least, however seldom it sweeps.
+# The heartbeat's longest interval, however long a sweep's is.
 _MAX_BEAT_SECONDS = workers.ALIVE_SECONDS / 6
-# How soon a TERM is seen, and a process that has ended is missed.
+# How soon a TERM, or the end of a process, is noticed.
 _LOOK_SECONDS = 0.2
 
 

@@ -1,7 +1,7 @@
-"""The Celery worker that is woken by messages. Its jobs are not in them: it runs no task and obeys no header.
+"""The Celery consumer of wake-up messages. It runs no task and trusts no header.
 
-Anything may be in the queue of a broker that others can write to. A message is acknowledged, whatever it
-holds, and has the worker look into Postgres; remote control is off.
+Others may write to the broker's queue. Any message is acknowledged and makes the worker read Postgres; remote
+control is off.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What one worker process is made of; passed to the tasks as a value."""
+"""The context of a worker process: settings, database, storage and catalogue, passed to the tasks."""
 
 import contextlib
 import os
@@ -45,10 +45,10 @@ def _facts() -> dict[str, Any]:
 
 
 class Watch:
-    """For how long a sweeper has seen the database without a gap.
+    """Measures for how long a sweeper has reached the database without a gap.
 
-    A lease that ran out while the database was away, or while the sweeper itself stood still, says nothing of
-    who holds it. So nothing is taken until both have been there for as long as a lease lasts.
+    A lease that expired during an outage of the database or of the sweeper does not show that its worker is
+    dead. So no job is taken until both have been up for as long as a lease lasts.
 
     Args:
         clock: the time in seconds.
@@ -86,9 +86,9 @@ class WorkerContext:
     watch: Watch
     facts: dict[str, Any] = field(default_factory=_facts)
     stopping: threading.Event = field(default_factory=threading.Event)
-    # None where no process shall wait for a run.
+    # None where it is turned off.
     fork_server: ForkServer | None = None
-    # None where nobody knows how much memory it has: then nobody counts it.
+    # None where the device's memory is unknown, and not counted.
     device: Device | None = None
     # Rows whose bytes could not be deleted, and when that is tried again; and when orphans are looked for.
     undeletable: dict[str, float] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class WorkerContext:
 
     @property
     def training_memory_bytes(self) -> int | None:
-        """Memory of the training device; None where that may be a GPU, whose memory only torch can tell."""
+        """Memory of the training device; None where that may be a GPU, whose memory needs torch."""
         may_be_gpu = self.settings.device == "auto" and NVIDIA_DRIVER.exists()
         if self.settings.device == "cuda" or may_be_gpu:
             return None

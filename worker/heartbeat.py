@@ -1,6 +1,4 @@
-"""Keeping a lease while work goes on: renewed from a thread of its own, whatever the work waits for. Each
-renewal also tells whether the job was cancelled or is to be paused.
-"""
+"""Lease heartbeat: renews a lease from its own thread, and notices a cancel or a requested pause."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -30,7 +28,7 @@ class LeaseHeartbeat:
         self.on_pause: Callable[[], None] = lambda: None
 
     def check(self) -> None:
-        """Go on only while the lease holds."""
+        """Raise LeaseLostError once the lease is lost."""
         if self._is_lost.is_set():
             raise LeaseLostError(f"Attempt {self._lease.fencing_token} no longer holds {self._lease.job_id}.")
 
@@ -55,18 +53,18 @@ class LeaseHeartbeat:
                 self.on_lost()
                 return
             except Exception as error:  # noqa: BLE001
-                # Whatever the database answers, or does not: the work continues, and the lease is renewed as
-                # soon as that can be; its own end decides whose job it is.
+                # The work continues, and the lease is renewed as soon as the database answers; its expiry
+                # decides whose job it is.
                 _log.warning("lease not renewed", job_id=self._lease.job_id, error=type(error).__name__)
 
     def stop(self) -> None:
-        """End the renewing."""
+        """Stop renewing."""
         self._is_done.set()
 
 
 @contextmanager
 def lease_heartbeat(context: WorkerContext, lease: Lease) -> Iterator[LeaseHeartbeat]:
-    """Keep a lease for as long as a block runs."""
+    """Renew a lease for as long as the block runs."""
     heartbeat = LeaseHeartbeat(context, lease)
     thread = threading.Thread(target=heartbeat.run, daemon=True)
     thread.start()

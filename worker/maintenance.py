@@ -1,7 +1,6 @@
-"""What a worker does beside jobs: its heartbeat, jobs of dead workers, and garbage collection.
+"""Maintenance of a worker: its heartbeat, jobs of dead workers, and garbage collection.
 
-Each part runs in a loop of its own, so that none waits for storage or an inference server because another
-does.
+Each task runs in its own loop, so that none waits because another waits for storage.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ T = TypeVar("T")
 _COLLECTED_AT_ONCE = 10
 # Rows alone, with no bytes to wait for.
 _ROWS_AT_ONCE = 1000
-# After so many failures in a round storage itself is taken to be away.
+# After this number of failures in a round storage itself counts as unavailable.
 _MAX_FAILURES = 3
 _RETRY_SECONDS = 600.0
 _ORPHANS_EVERY_SECONDS = 3600.0
@@ -52,7 +51,7 @@ def repeat(
         except LuthierError as error:
             _log.warning(f"{what} put off", reason=error.message)
         except Exception:  # noqa: BLE001
-            # The other parts, and the jobs of this worker, go on.
+            # The other tasks, and the jobs of this worker, continue.
             _log.exception(f"{what} failed")
         if context.stopping.wait(min(max_seconds, context.settings.sweep_seconds)):
             return
@@ -73,9 +72,9 @@ def beat(context: WorkerContext) -> None:
 
 
 def take_lost_jobs(context: WorkerContext) -> None:
-    """Take jobs, and memory, from workers that stopped answering, and tell jobs that no worker can run."""
+    """Take jobs and memory from workers that stopped answering, and note jobs that no worker can run."""
     with context.database.transaction() as session:
-        workers.tell_waiting(session)
+        workers.note_waiting_jobs(session)
     if not context.watch.has_seen_a_lease():
         return
     with context.database.transaction() as session:

@@ -1,7 +1,7 @@
-"""The processes of a worker that check files and train, one for each training slot and one more.
+"""The job processes of a worker, which check files and train: one for each training slot, and one more.
 
-Each is started afresh, never forked from a process that has threads and a storage client's runtime. It looks
-into Postgres by itself at every sweep, and sooner when its worker writes to its standard input.
+Each is a fresh process, never forked from one with threads and a storage client's runtime. It reads Postgres
+at every sweep, and sooner when its worker writes to its standard input.
 """
 
 import os
@@ -35,7 +35,7 @@ def work(context: WorkerContext) -> None:
     """Train what is queued and check the files of what was created, until there is nothing for this process.
 
     Other processes are woken for a job that was checked here once this one has claimed another, or none: its
-    fork_server has begun with the imports.
+    fork server has begun with the imports.
     """
     checked: str | None = None
     while not context.stopping.is_set():
@@ -147,7 +147,7 @@ class JobProcesses:
                 continue
 
     def stop(self) -> None:
-        """Tell all to stop and wait: a training process finishes its step and saves first."""
+        """Stop all and wait: a training process finishes its step and saves first."""
         running = [one.process for one in self._running if one is not None]
         for process in running:
             process.terminate()

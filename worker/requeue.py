@@ -1,4 +1,4 @@
-"""Giving a job back when something is away, refuses or lacks: no crash, and nothing is lost."""
+"""Requeue: a job waits again when a resource is unavailable or missing, which counts as no crash."""
 
 import errno
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def full_disk_named() -> Iterator[None]:
 
 
 def requeue(context: WorkerContext, lease: Lease, error: LuthierError) -> None:
-    """Let a job wait for a better time; one that was asked to pause is paused."""
+    """Put a job back in the queue, to be tried later; a pausing one is paused."""
     try:
         with context.database.transaction() as session:
             leases.put_off(

@@ -1,4 +1,4 @@
-"""Sending what webhooks are owed, in a thread of the worker's main process, apart from jobs and sweep."""
+"""Webhook dispatcher: sends due deliveries from its own thread of the worker's main process."""
 
 import asyncio
 import random
@@ -75,7 +75,7 @@ async def _try(
     try:
         return delivery, await send(delivery.message, rules, timeout_seconds=timeout_seconds)
     except Exception as error:  # noqa: BLE001
-        # One that goes wrong in a way nobody thought of must not take the others with it, try after try.
+        # An unexpected error in one delivery must not stop the others, try after try.
         _log.error("webhook broke", delivery_id=delivery.delivery_id, **origin(error))
         return delivery, Outcome(error=f"it could not be sent ({type(error).__name__})")
 

@@ -1,4 +1,4 @@
-"""Who asks: the key of a request and the project it opens."""
+"""Principal: the authenticated key of a request and the project that it opens."""
 
 from dataclasses import dataclass
 

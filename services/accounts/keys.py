@@ -1,4 +1,4 @@
-"""API keys: made once, stored as a hash, looked up by it, revoked at once."""
+"""API keys: stored as a hash, found by it, revoked at once."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -33,7 +33,7 @@ _FIND = (
     .join(Organization, Organization.id == ApiKey.organization_id)
     .where(ApiKey.key_hash == bindparam("key_hash"), ApiKey.deleted_at.is_(None))
 )
-# A row that is locked is being noted by somebody else, or is held by what no request shall wait for.
+# A locked row is skipped: another request is writing it, or a long transaction holds it.
 _NOTE_USE = (
     update(ApiKey)
     .where(

@@ -1,7 +1,7 @@
-"""Limits of a project: its waiting jobs, stored bytes, open uploads and pinned models. Not costs of requests.
+"""Limits of a project: waiting jobs, stored bytes, open uploads and pinned models.
 
-Each is counted under a lock of the project that is held until the transaction ends, so that requests that
-arrive together can't pass together.
+Each is counted under a lock of the project, held until the transaction ends, so that concurrent requests
+can't pass a limit together.
 """
 
 from collections.abc import Mapping
@@ -107,7 +107,7 @@ def check_pinned_bytes(session: Session, model: Model, room_bytes: Mapping[str, 
     pinned = session.execute(
         select(Model.id, weights.method, func.coalesce(num_bytes, 0))
         # An adapter on a fully tuned model has a copy of that one's weights.
-        .join(weights, weights.id == func.coalesce(Model.foundation_model_id, Model.id))
+        .join(weights, weights.id == func.coalesce(Model.full_model_id, Model.id))
         .join(Job, Job.id == weights.job_id)
         .where(Model.project_id == model.project_id, Model.pinned_at.is_not(None), Model.deleted_at.is_(None))
     ).all()

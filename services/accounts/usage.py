@@ -56,7 +56,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class UsageQuery:
-    """What is asked for. Times in Unix seconds; an empty filter lets all through."""
+    """A query of usage. Times in Unix seconds; an empty filter matches everything."""
 
     start_time: int
     end_time: int | None
@@ -81,7 +81,7 @@ class UsageResult:
 
 @dataclass
 class UsageBucket:
-    """The results of one stretch of time."""
+    """The results of one interval of time, in Unix seconds."""
 
     start_time: int
     end_time: int

@@ -1,6 +1,6 @@
-"""What a job would take: the numbers that "auto" becomes, seconds and bytes.
+"""Estimates of jobs: resolved parameters, seconds and bytes.
 
-Seconds come from finished jobs on the base, before the first one from the speed of a worker's device.
+Seconds come from finished jobs on the base, or, before the first, from the measured speed of a device.
 """
 
 from collections.abc import Sequence
@@ -232,7 +232,7 @@ def _artifact_bytes(method: Method, cost: MethodCost, precision: str | None, bas
     )
 
 
-def tell_limit(asked: int | None, resolved: TrainingSpec) -> str:
+def limit_warning(asked: int | None, resolved: TrainingSpec) -> str:
     """Return that rows may be no longer than the base has room for; empty where they may be as asked."""
     limit = resolved.training.max_length
     if asked is None or limit is None or asked <= limit:
@@ -254,7 +254,7 @@ def _warnings(
     """Say what would end the job, or change it, as far as it was counted."""
     found: list[str] = []
     limit, too_long = spec.training.max_length, spec.training.too_long
-    cut_limit = tell_limit(asked_max_length, spec)
+    cut_limit = limit_warning(asked_max_length, spec)
     if cut_limit:
         found.append(cut_limit)
     if training.num_faulty:

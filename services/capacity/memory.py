@@ -2,8 +2,8 @@
 
 A setting splits a device's bytes between training and serving (luthier/core/devices.py). Jobs are admitted to
 training's part under a lock of the device, so that two workers never both give out the last bytes; what
-serving lends to a job (worker/tasks/train.py: Loan) is on top. A grant is under its attempt's
-fence, and lapses with its lease.
+serving lends to a job (worker/tasks/train.py: Loan) is on top. A grant carries its
+attempt's fencing token and lapses with its lease.
 """
 
 from collections.abc import Callable
@@ -149,7 +149,7 @@ def note_waiting(session: Session, device: Device, waiting: Waiting) -> None:
 
 
 def grant(session: Session, device: Device, job: Job, num_bytes: int, lease_seconds: float) -> None:
-    """Give a job that `choose` returned its memory, under the epoch that its row has now."""
+    """Give a job that `choose` returned its memory, under the fencing token of its row."""
     session.add(
         MemoryGrant(
             hostname=device.hostname,

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from db.tables import Attempt, Job, Worker
 from luthier.core.states import JobStatus
 
-# A worker beats at every sweep, some seconds apart.
+# A worker's heartbeat comes at every sweep, every few seconds.
 _ALIVE = timedelta(minutes=1)
 # Those of the index over jobs that are still to be worked on.
 _UNFINISHED = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.PAUSING)

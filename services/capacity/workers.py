@@ -1,8 +1,8 @@
-"""Workers: which are alive, what each can run, and which may claim no training for a while.
+"""Workers: heartbeats, which jobs each can run, and quarantine.
 
-A worker says in its row what it has. A job that none can run now waits and says why in an event; it never
-fails for that. A worker whose training processes die at once is quarantined: with growing pauses it claims
-nothing to train, until a test of its own succeeds. All times are the database's.
+A worker's row lists what it has. A job that no worker can run waits, with an event that says why; it does not
+fail. A worker whose training processes die at once is quarantined: it claims no training, with growing
+pauses, until a test of its own succeeds. All times are the database's.
 """
 
 import os
@@ -22,7 +22,7 @@ from luthier.core.states import JobStatus
 from services.jobs import events
 from services.jobs.events import NewEvent
 
-# A worker that was not heard of for so long counts as gone.
+# A worker without a heartbeat for this long counts as gone.
 ALIVE_SECONDS = 30
 # After this time its row is of no use.
 _KEPT_SECONDS = 24 * 3600
@@ -204,7 +204,7 @@ class Quarantine:
 
 
 def find_quarantine(session: Session, worker_id: str) -> Quarantine | None:
-    """Return a worker's quarantine, None when it has none; the caller for whom it is due makes the test."""
+    """Return a worker's quarantine or None; the one caller for which `is_due` holds runs the test."""
     reason = session.scalar(select(Worker.quarantine_reason).where(Worker.id == worker_id))
     if reason is None:
         return None
@@ -218,8 +218,8 @@ def find_quarantine(session: Session, worker_id: str) -> Quarantine | None:
     return Quarantine(reason, due is not None)
 
 
-def tell_waiting(session: Session) -> None:
-    """Tell jobs that no live worker can run what they wait for; once for each reason."""
+def note_waiting_jobs(session: Session) -> None:
+    """Note in the events of jobs that no live worker can run what they wait for; once for each reason."""
     alive = session.execute(select(Worker.facts, Worker.quarantine_reason).where(_is_alive())).all()
     waiting = session.execute(
         select(Job.id, Job.base_id, Job.status)

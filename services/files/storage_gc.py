@@ -1,4 +1,4 @@
-"""What ended jobs and uploads leave in storage: what of it lives on, and that the rest is gone."""
+"""Garbage collection of storage: what ended jobs and uploads still keep, and what was collected."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from services.files.uploads import UploadStatus
 
 @dataclass(frozen=True)
 class EndedJob:
-    """A job that has ended, and where in storage lies what lives on: its models' artifacts, its results."""
+    """A job that has ended, and the storage prefixes that stay: its models' artifacts, its results."""
 
     job_id: str
     project_id: str
@@ -24,7 +24,7 @@ class EndedJob:
 
 @dataclass(frozen=True)
 class EndedUpload:
-    """An upload at its end, and the key of the file that came of it and is still there."""
+    """An ended upload, and the key of the file that it became, where that still exists."""
 
     upload_id: str
     project_id: str
@@ -57,7 +57,7 @@ def list_uncollected(
 
 
 def mark_collected(session: Session, job_id: str) -> None:
-    """Note that an ended job's working copies are gone."""
+    """Record that an ended job's working copies are deleted."""
     session.execute(
         update(Job)
         .where(Job.id == job_id)
@@ -87,7 +87,7 @@ def list_uncollected_uploads(
 
 
 def mark_upload_collected(session: Session, upload_id: str) -> None:
-    """Note that the bytes of an upload's parts are gone, and forget the parts."""
+    """Record that the bytes of an upload's parts are deleted, and delete the parts' rows."""
     session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
     session.execute(
         update(Upload)

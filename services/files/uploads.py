@@ -1,4 +1,4 @@
-"""Uploads: files that arrive in parts. Rows only; the bytes of parts are durable before they have one."""
+"""Uploads: files that arrive in parts and become a file. A part's bytes are durable before its row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class StoredPart:
 
 
 def storage_prefix(project_id: str, upload_id: str) -> str:
-    """Return where an upload's parts and its file lie: what no row names there can be tidied."""
+    """Return the storage prefix of an upload's parts and its file; objects without a row are garbage."""
     return f"projects/{project_id}/uploads/{upload_id}"
 
 
@@ -182,7 +182,7 @@ def expire_lapsed(session: Session) -> None:
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a complete is to do: put these parts together; or nothing, when it was done before."""
+    """The parts that a complete assembles; none when the same complete was done before."""
 
     upload: Upload
     parts: tuple[StoredPart, ...]
@@ -193,7 +193,7 @@ class Assembly:
 def start_completing(
     session: Session, principal: Principal, upload_id: str, *, part_ids: Sequence[str], md5: str | None
 ) -> Assembly:
-    """Say what a complete has to put together, and keep the parts from being tidied meanwhile.
+    """Return the parts that a complete has to assemble, and keep them from being collected meanwhile.
 
     Args:
         md5: what the whole must hash to, 32 hex digits, or None.

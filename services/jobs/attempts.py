@@ -1,4 +1,4 @@
-"""Attempts: one row per claim of a job, from which step it went on, and how it ended."""
+"""Attempts: one row per claim of a job, with its first and last step and its outcome."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ STOPPING = "stopping"
 
 
 def record(session: Session, job: Job, worker_id: str) -> None:
-    """Note that a worker has claimed a job, under the epoch that the job's row has now."""
+    """Record that a worker has claimed a job, under the fencing token of the job's row."""
     session.add(
         Attempt(
             id=new_id("attempt"),
@@ -30,12 +30,12 @@ def record(session: Session, job: Job, worker_id: str) -> None:
 
 
 def note_start(session: Session, job_id: str, fencing_token: int, step: int) -> None:
-    """Note the step from which an attempt goes on."""
+    """Record the step from which an attempt starts."""
     _update(session, job_id, fencing_token, start_step=step)
 
 
 def note_stopping(session: Session, job_id: str, fencing_token: int) -> None:
-    """Note that an attempt was asked to stop: if it does not end in time, that is nobody's crash."""
+    """Record that an attempt was asked to stop, so that a late end does not count as a crash."""
     _update(session, job_id, fencing_token, outcome=STOPPING)
 
 

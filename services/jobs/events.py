@@ -1,4 +1,4 @@
-"""Events of a job: in order, announced to listeners; a long job's steps are thinned with age."""
+"""Events of a job: numbered, announced to listeners; old step events are thinned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ class NewEvent:
 
 
 def append(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
-    """Store events under the next numbers of their job and tell the listeners at commit.
+    """Store events under the next numbers of their job and notify the listeners at commit.
 
-    The update of the job's counter holds its row until the transaction ends, so numbers have no gap
-    and no twin whoever writes.
+    The update of the job's counter locks its row until the transaction ends, so numbers are gap-free and
+    unique.
     """
     if not events:
         return
@@ -40,7 +40,7 @@ def append(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
         .where(Job.id == job_id)
         .values(last_event_seq=Job.last_event_seq + len(events))
         .returning(Job.last_event_seq, Job.organization_id, Job.project_id)
-        # The ORM's copies of the row are refreshed by whoever needs the counter; nobody does.
+        # No loaded row needs the new counter.
         .execution_options(synchronize_session=False)
     ).one()
     first = owner.last_event_seq - len(events) + 1

@@ -1,7 +1,7 @@
-"""One act for one intention, however often it is sent.
+"""Idempotent creates: a request that is sent again changes nothing.
 
-A caller may send Idempotency-Key. The OpenAI SDK sends none, yet repeats a POST whose answer was lost and
-says so in x-stainless-retry-count; such a retry is matched by key id, route and body within ten minutes.
+A client may send Idempotency-Key. The OpenAI SDK sends none, but repeats a POST whose answer was lost, with
+x-stainless-retry-count; such a retry is matched by key id, route and body within ten minutes.
 """
 
 import time
@@ -76,7 +76,7 @@ def find_earlier(session: Session, principal: Principal, sending: Sending) -> st
 
 
 def _is_the_same(sending: Sending) -> list[ColumnElement[bool]]:
-    """Return what tells that an equal body without a key is the same request, and not another of its kind."""
+    """Return the conditions under which an equal body without a key is the same request."""
     if sending.num_retries > 0:
         return [IdempotencyKey.created_at > func.clock_timestamp() - _RETRY_WINDOW]
     # A first try that its own retry has overtaken: the retry made the thing while this one waited here.

@@ -1,4 +1,4 @@
-"""Jobs as a client sees them: create, read, cancel. What a worker does is in services/jobs/leases.py."""
+"""Jobs for clients: create, read, list, cancel. What workers do is in services/jobs/leases.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -44,15 +44,15 @@ from services.models import continuation
 from services.task_queue import Notify, notify_after_commit
 from services.webhooks import deliveries
 
-# A worker that was not heard of for so long is not counted on.
+# A worker without a heartbeat for this long is not counted.
 _TRACKER_WORKER_ALIVE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a client asks for, already of the right types; `tuning` is not yet checked by its method.
+    """A request for a job, with the right types; `tuning` is not yet checked by its method.
 
-    A `tuning` without a type is LoRA, or that of the tuned model that the job goes on from.
+    A `tuning` without a type is LoRA, or that of the tuned model that the job continues.
     """
 
     model: str
@@ -142,7 +142,7 @@ def _check_fits_base(settings: Settings, spec: TrainingSpec, training_file: File
 def check(
     session: Session, principal: Principal, catalogue: Catalogue, settings: Settings, request: NewJob
 ) -> CheckedJob:
-    """Check all that can be told of a request without its rows; nothing is stored.
+    """Check what can be checked of a request without reading its rows; nothing is stored.
 
     Raises:
         ModelNotAvailableError: when the base is unknown, or no machine has it.
@@ -180,7 +180,7 @@ def check(
         dpo=request.dpo,
         seed=request.seed,
         parent=origin.parent,
-        foundation=origin.foundation,
+        foundation=origin.full_model,
     )
     _check_fits_base(settings, spec, training_file)
     return CheckedJob(spec, training_file, validation_file)
@@ -194,7 +194,7 @@ def create(
     notify: Notify,
     request: NewJob,
 ) -> Job:
-    """Make a job, to be prepared by a worker.
+    """Make a job in `validating_files` and notify a worker once it is committed.
 
     Raises:
         ModelNotAvailableError: when the base is unknown.
@@ -360,9 +360,9 @@ def _check_installed(session: Session, name: str, param: str) -> None:
     facts = session.scalars(
         select(Worker.facts).where(Worker.heartbeat_at > func.now() - _TRACKER_WORKER_ALIVE)
     ).all()
-    told = [found["trackers"] for found in facts if "trackers" in found]
+    reported = [found["trackers"] for found in facts if "trackers" in found]
     # Where no worker lives, nothing is known; the one that comes may have it.
-    if told and not any(name in trackers for trackers in told):
+    if reported and not any(name in trackers for trackers in reported):
         raise UnsupportedValueError(
             f"{param}: no worker has the package of {name}. Operator: pip install 'luthier[{name}]' there.",
             param=param,

@@ -1,7 +1,8 @@
-"""What a worker does to a job: claim it under a lease, keep the lease, write under its fence, end it.
+"""Leases: a worker claims a job, renews its lease, writes under the fencing token and ends the attempt.
 
-Every write of an attempt names the lease epoch that its claim got. A worker that was paused, cut off or
-declared dead writes nothing any more, because the epoch has moved on. All times are the database's.
+Every write of an attempt names the token of its claim (column `lease_epoch`). A function that takes a
+`Lease` raises `LeaseLostError`, and writes nothing, when another claim, a cancel or an end came in between.
+All times are the database's.
 """
 
 import random
@@ -30,7 +31,7 @@ class LeaseLostError(LuthierError):
     code = "lease_lost"
 
 
-# What a job's row says after progress: a newer save point, or files that were checked.
+# Columns of a job after progress: a newer save point, or files that were checked.
 PROGRESS: dict[str, Any] = {
     "num_crashes": 0,
     "num_losses": 0,
@@ -48,7 +49,7 @@ _LOSS_PAUSE_SECONDS = 5.0
 _ANY = true()
 
 
-# What a job waits as when its attempt ends before it does: one that is being paused is paused.
+# The status of a job whose attempt ends before it does.
 WAITS_AS = {
     JobStatus.VALIDATING_FILES: JobStatus.VALIDATING_FILES,
     JobStatus.RUNNING: JobStatus.QUEUED,
@@ -82,7 +83,7 @@ def is_work_waiting(session: Session) -> bool:
 
 
 def _is_unchecked() -> ColumnElement[bool]:
-    # One whose lease has run out is the sweep's to give back.
+    # The sweep takes one whose lease has expired.
     return (Job.status == JobStatus.VALIDATING_FILES) & Job.lease_owner.is_(None) & memory.is_due()
 
 
@@ -101,7 +102,7 @@ def is_at_work(session: Session, worker_id: str) -> bool:
 
 
 def claim_for_preparing(session: Session, job_id: str, worker_id: str, lease_seconds: float) -> Lease | None:
-    """Take a job whose files are to be checked; None when there is nothing (or nobody) to do it for."""
+    """Claim a job whose files wait for a check; None when it does not wait any more."""
     job = session.scalar(
         select(Job).where(Job.id == job_id, _is_unchecked()).with_for_update(skip_locked=True)
     )
@@ -170,14 +171,14 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
 
 
 def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
-    """Keep a lease, and the memory that was granted under it."""
+    """Renew a lease and the memory granted under it; return the job's status."""
     status = update_job(session, lease, lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
     memory.renew(session, lease.job_id, lease.fencing_token, lease_seconds)
     return status
 
 
 def update_job(session: Session, lease: Lease, **values: Any) -> JobStatus:
-    """Write columns of a job under the fence."""
+    """Write columns of a job under the fencing token; return its status."""
     status = session.scalar(
         update(Job)
         .where(
@@ -243,7 +244,7 @@ def wait_again(session: Session, lease: Lease, *, outcome: str, event: NewEvent)
 
 
 def fail(session: Session, lease: Lease, error: LuthierError) -> None:
-    """End a job with a reason."""
+    """Fail a job with an error."""
     leave(
         session,
         lease,
@@ -257,10 +258,10 @@ def fail(session: Session, lease: Lease, error: LuthierError) -> None:
 def retry_or_fail(
     session: Session, lease: Lease, error: LuthierError, *, max_attempts: int, pause_seconds: float = 0.0
 ) -> JobStatus:
-    """After an attempt whose process broke off: another one, or the end when it was the last.
+    """End a crashed attempt: the job is queued again, or fails after `max_attempts` crashes.
 
-    The next attempt is another worker's, while one lives that can run it. Crashes on one machine alone,
-    however often its worker was restarted, fail a job only when no other can run it.
+    The next attempt goes to another worker, where a live one can run the job. Crashes on one machine alone
+    fail a job only when no other can run it.
 
     Args:
         pause_seconds: how long the attempt after the next one waits; it doubles from then on.
@@ -289,14 +290,14 @@ def _is_stopping(session: Session, job: Job) -> bool:
 
 
 def _avoid(job: Job, worker_id: str) -> None:
-    """Leave a job to other workers, for some minutes from when it may be tried again."""
+    """Leave a job to other workers for some minutes after it may be tried again."""
     job.not_before = func.now()
     if worker_id not in job.avoided_workers:
         job.avoided_workers = [*job.avoided_workers, worker_id]
 
 
 def _pause(job: Job, seconds: float, num_before: int) -> None:
-    """Let a job wait, twice as long each time, and not as long as others that met the same."""
+    """Delay a job: exponential backoff with jitter."""
     pause_seconds = min(_MAX_PAUSE_SECONDS, seconds * 2 ** (num_before - 1)) * random.uniform(0.75, 1.25)
     job.not_before = func.now() + timedelta(seconds=pause_seconds)
 
@@ -317,7 +318,7 @@ def _end_broken(session: Session, job: Job, error: LuthierError, *, outcome: str
     attempts.end(session, job.id, job.lease_epoch, outcome)
     job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
     job.status = WAITS_AS[JobStatus(job.status)].value
-    how = "is paused at" if job.status == JobStatus.PAUSED else "goes on from"
+    how = "is paused at" if job.status == JobStatus.PAUSED else "continues from"
     where = "its last save point" if job.save_points else "its beginning"
     session.flush()
     message = f"{error.message} The job {how} {where}."
@@ -328,10 +329,10 @@ def _end_broken(session: Session, job: Job, error: LuthierError, *, outcome: str
 def put_off(
     session: Session, lease: Lease, error: LuthierError, *, pause_seconds: float, is_machine: bool
 ) -> JobStatus:
-    """End an attempt that lacked something: the job waits, longer each time.
+    """End an attempt that met an unavailable or missing resource: the job waits, longer each time.
 
-    What is only away is waited for without an end. What refuses, or lacks here, fails the job by its name
-    after some tries in a row; what else the job waits for between them is no end of the row.
+    A retryable `UnavailableError` is waited for without end. Any other error fails the job after
+    `_MAX_FAULTS` tries in a row with the same code.
     """
     job = hold(session, lease)
     # Not by its message, which may name a worker or a time.
@@ -352,10 +353,10 @@ def put_off(
 
 
 def sweep(session: Session, *, limit: int = 100) -> Sequence[str]:
-    """Take jobs away from workers whose lease has run out.
+    """Take jobs from workers whose lease has expired, at most `limit`; return their ids.
 
-    That is no crash of the job. Who calls this has seen the database for as long as a lease lasts: after an
-    outage, those who train are the first to renew.
+    Not a crash of the job. The caller has seen the database for as long as a lease lasts, so that after an
+    outage the workers that train renew first.
 
     Returns:
         Ids of the jobs that were taken; two sweepers never take the same one.

@@ -1,7 +1,7 @@
-"""Pause and resume: what a client may ask for, and how an attempt that was asked to stop leaves its job.
+"""Pause and resume: the requests of clients, and the end of an attempt that was asked to stop.
 
-A paused job holds no slot and no lease, for as long as it likes; its save points and files stay. It goes on
-from the newest save point, to the same bytes as if it had never been paused.
+A paused job holds no slot and no lease, without a limit of time; its save points and files stay. It resumes
+from the newest save point and ends with the same bytes as without the pause.
 """
 
 from sqlalchemy.orm import Session
@@ -21,7 +21,7 @@ STOPS_ATTEMPT = frozenset({JobStatus.PAUSING, JobStatus.QUEUED})
 
 
 def pause(session: Session, principal: Principal, job_id: str) -> Job:
-    """Have a job wait: a queued one at once, a running one at its next step.
+    """Pause a job: a queued one at once, a running one at its next step (`pausing` until then).
 
     Raises:
         InvalidTransitionError: when it is neither queued nor running.
@@ -30,18 +30,18 @@ def pause(session: Session, principal: Principal, job_id: str) -> Job:
     status = JobStatus(job.status)
     if status is JobStatus.QUEUED:
         if job.lease_owner is not None:
-            # Its attempt is still stopping, for a pause before this one. A paused job is held by nobody, so
-            # that attempt ends here; what it did after its last save point is done again.
+            # Its attempt is still stopping, for an earlier pause. A paused job has no lease, so that attempt
+            # ends here; what it did after its last save point is done again.
             attempts.end(session, job.id, job.lease_epoch, "paused")
         job.status = JobStatus.PAUSED.value
         job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
-        told = f"The job was paused {_place(job)}"
+        message = f"The job was paused {_place(job)}"
     elif status is JobStatus.RUNNING:
         job.status = JobStatus.PAUSING.value
-        told = "The job is pausing"
+        message = "The job is pausing"
     else:
         raise InvalidTransitionError(f"Job {job.id} {_why_not_paused(status)}")
-    return _changed(session, job, told)
+    return _changed(session, job, message)
 
 
 def _why_not_paused(status: JobStatus) -> str:
@@ -53,7 +53,7 @@ def _why_not_paused(status: JobStatus) -> str:
 
 
 def resume(session: Session, principal: Principal, notify: Notify, job_id: str) -> Job:
-    """Let a paused job, or one that is about to be, go on from its newest save point.
+    """Resume a paused or pausing job from its newest save point; it is `queued`.
 
     Raises:
         InvalidTransitionError: when it is neither paused nor pausing.
@@ -69,26 +69,26 @@ def resume(session: Session, principal: Principal, notify: Notify, job_id: str) 
     return _changed(session, job, "The job was resumed")
 
 
-def _changed(session: Session, job: Job, told: str) -> Job:
+def _changed(session: Session, job: Job, message: str) -> Job:
     session.flush()
-    events.append(session, job.id, [NewEvent(told, data={})])
+    events.append(session, job.id, [NewEvent(message, data={})])
     session.refresh(job)
     return job
 
 
 def _place(job: Job) -> str:
-    """Return where a job goes on from, in words."""
+    """Return where a job resumes, in words."""
     return f"at step {job.save_points[-1]['step']}" if job.save_points else "at its beginning"
 
 
 def end_stopped(session: Session, lease: Lease) -> JobStatus:
-    """End an attempt that was asked to stop; whether by a pause or by its worker, the job's row says."""
+    """End an attempt that was asked to stop, by a pause or by its worker; return the job's status."""
     job = leases.hold(session, lease)
     place = _place(job)
     if job.status == JobStatus.PAUSING:
-        outcome, told = "paused", f"The job was paused {place}"
+        outcome, message = "paused", f"The job was paused {place}"
     elif job.status == JobStatus.QUEUED:
-        outcome, told = "paused", f"The job waits for a worker {place}"
+        outcome, message = "paused", f"The job waits for a worker {place}"
     else:
-        outcome, told = "given_back", f"The worker is stopping; the job waits for another {place}"
-    return leases.wait_again(session, lease, outcome=outcome, event=NewEvent(told, data={}))
+        outcome, message = "given_back", f"The worker is stopping; the job waits for another {place}"
+    return leases.wait_again(session, lease, outcome=outcome, event=NewEvent(message, data={}))

@@ -1,6 +1,6 @@
-"""Aliases: a project's own names for models, what each pointed to, and the way back.
+"""Aliases: a project's own names for models, with their versions and rollbacks.
 
-What a request's name stands for is in services/models/names.py: look_up.
+Resolution of a request's name is in services/models/names.py: look_up.
 """
 
 import re
@@ -58,7 +58,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Seen:
-    """Which alias had a name, at which of its versions, when somebody looked; None where there was none."""
+    """An alias and its version at the time of a read; None where the name had no alias."""
 
     alias_id: str | None
     version: int | None
@@ -92,7 +92,7 @@ def put(
 
     Raises:
         InvalidValueError: when the name can't be an alias, the target is one, or somebody has pointed the
-            alias elsewhere since: what was asked for later is not undone.
+            alias elsewhere since: a later change is not undone.
         ModelNotAvailableError: when there is no such target.
     """
     alias = _find_locked(session, principal, name)

@@ -1,4 +1,4 @@
-"""Going on from tuned models: what a job takes over from one; and who needs one that shall be deleted."""
+"""Continuation: jobs that start from a tuned model, and what keeps such a model from being deleted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Origin:
     base_id: str
     tuning: dict[str, Any]
     parent: TunedModel | None = None
-    foundation: TunedModel | None = None
+    full_model: TunedModel | None = None
 
 
 @dataclass(frozen=True)
 class StoredArtifact:
-    """Where in storage an artifact lies that a job builds on, and the digest that the job was made with."""
+    """The storage key of an artifact that a job builds on, and the digest that the job was made with."""
 
     name: str
     key: str
@@ -42,7 +42,7 @@ class StoredArtifact:
 def find_origin(
     session: Session, principal: Principal, catalogue: Catalogue, name: str, tuning: dict[str, Any]
 ) -> Origin:
-    """Tell where a job starts that names a base or a tuned model.
+    """Return where a job starts that names a base or a tuned model.
 
     An alias stands for what it points to now, unless its name is mapped to a base. A tuned model can't be
     deleted, and an alias not pointed elsewhere, until the transaction ends.
@@ -59,14 +59,14 @@ def find_origin(
     parent = _described(model)
     method = discover()[model.method]
     if not method.is_whole_model:
-        lies_on = None
-        if model.foundation_model_id is not None:
-            lies_on = _described(session.get_one(Model, model.foundation_model_id))
-        return Origin(model.base_id, inherit_tuning(tuning, made_with, name=model.name), parent, lies_on)
+        full_model = None
+        if model.full_model_id is not None:
+            full_model = _described(session.get_one(Model, model.full_model_id))
+        return Origin(model.base_id, inherit_tuning(tuning, made_with, name=model.name), parent, full_model)
     if tuning.get("type", method.name) == method.name:
         return Origin(model.base_id, inherit_tuning(tuning, made_with, name=model.name), parent)
-    # Another method lies on the whole model as it would on a base, and begins anew.
-    return Origin(model.base_id, check_tuning(tuning), parent, foundation=parent)
+    # Another method starts anew on the full model, as on a base.
+    return Origin(model.base_id, check_tuning(tuning), parent, full_model=parent)
 
 
 def _follow(
@@ -91,7 +91,7 @@ def _follow(
     if model is None and (alias is not None or find_callable(session, principal, name) is not None):
         what = f"{name} is" if alias is None else f"The alias {name} points to"
         raise ModelNotAvailableError(
-            f"{what} another project's model; a job goes on from its own project's only.", param="model"
+            f"{what} another project's model; a job continues a model of its own project only.", param="model"
         )
     return model, name
 
@@ -117,7 +117,7 @@ def _check_base(session: Session, catalogue: Catalogue, model: Model) -> None:
 
 
 def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArtifact]:
-    """Return where the artifacts lie that a job builds on, by the spec's own member."""
+    """Return the artifacts that a job builds on, by the name of the spec's member."""
     named = {"parent": spec.parent, "foundation": spec.foundation}
     return {
         member: StoredArtifact(model.name, session.get_one(Model, model.model_id).artifact_key, model.digest)
@@ -127,11 +127,11 @@ def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArti
 
 
 def check_unneeded(session: Session, model: Model) -> None:
-    """Refuse to let a model go that others go on from, or that an alias of its project points to.
+    """Refuse to delete a model that others continue, or that an alias of its project points to.
 
     Raises:
-        ModelInUseError: when an alias points to it, an unfinished job starts from it, or a model that is
-            there went on from it or lies on it; names them.
+        ModelInUseError: when an alias points to it, an unfinished job starts from it, or an
+            existing model was tuned from it; names them.
     """
     aliases = session.scalars(
         select(Alias.name)
@@ -158,14 +158,14 @@ def check_unneeded(session: Session, model: Model) -> None:
     names = session.scalars(
         select(Model.name)
         .where(
-            or_(Model.parent_model_id == model.id, Model.foundation_model_id == model.id),
+            or_(Model.parent_model_id == model.id, Model.full_model_id == model.id),
             Model.deleted_at.is_(None),
         )
         .order_by(Model.created_at, Model.id)
     ).all()
     if names:
         raise ModelInUseError(
-            f"{model.name} can't be deleted: {_named(names)} gone on from it. Delete what went on first.",
+            f"{model.name} can't be deleted: {_named(names)} been tuned from it. Delete those first.",
             param="model",
         )
 
@@ -185,10 +185,10 @@ def is_needed() -> ColumnElement[bool]:
     heir = aliased(Model)
     unfinished = exists().where(Job.parent_model_id == Model.id, Job.status.not_in(TERMINAL_STATUSES))
     heirs = exists().where(
-        or_(heir.parent_model_id == Model.id, heir.foundation_model_id == Model.id),
+        or_(heir.parent_model_id == Model.id, heir.full_model_id == Model.id),
         heir.deleted_at.is_(None),
     )
-    # Another project's alias holds nothing: whom a model is shared with does not decide on its end.
+    # An alias of another project, with which the model is shared, does not keep it.
     pointing = exists().where(
         Alias.model_id == Model.id, Alias.project_id == Model.project_id, Alias.deleted_at.is_(None)
     )

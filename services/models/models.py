@@ -1,5 +1,7 @@
-"""Models: names that can be called. A name resolves to a base and an artifact, or to nothing; never to the
-base instead."""
+"""Models: registration, resolution, pins, deletion, and the checkpoints of jobs.
+
+A name resolves to a base and an artifact, or raises; it never falls back to the base.
+"""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -79,7 +81,7 @@ def get_own(session: Session, principal: Principal, catalogue: Catalogue, name: 
 def resolve(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> ModelTarget:
     """Turn a public name into what the inference server runs; by one statement."""
     named = names.look_up(session, catalogue, principal.project_id, name)
-    model, foundation = named.model, named.foundation
+    model, full_model = named.model, named.full_model
     if model is not None:
         return ModelTarget(
             model=name,
@@ -87,8 +89,8 @@ def resolve(session: Session, principal: Principal, catalogue: Catalogue, name: 
             project_id=principal.project_id,
             artifact=model.artifact_key,
             digest=model.artifact_digest,
-            foundation=None if foundation is None else foundation.artifact_key,
-            foundation_digest=None if foundation is None else foundation.artifact_digest,
+            foundation=None if full_model is None else full_model.artifact_key,
+            foundation_digest=None if full_model is None else full_model.artifact_digest,
             is_pinned=model.pinned_at is not None,
             resolved_model=model.name,
         )
@@ -152,9 +154,9 @@ def register(
 
     The caller holds the job's lease in the same transaction. A step that was registered before makes no
     second model: it takes the newer artifact, keeps its name as a checkpoint, and gets the model's name,
-    even if it was retired or deleted meanwhile, once it is the result. But a model that others go on from,
-    or that an alias points to, keeps its weights: where the newer ones differ, it is left as it is, no
-    checkpoint any more, and the step gets a model of its own.
+    even if it was retired or deleted meanwhile, once it is the result. But a model that
+    others continue, or that an alias points to, keeps its weights: where the newer ones differ, it is no
+    checkpoint any more, and the step gets a new model.
     """
     if spec.base is None:
         raise ValueError("a job that trains has a resolved spec")
@@ -189,7 +191,7 @@ def register(
         base_id=job.base_id,
         base_digest=spec.base.digest,
         parent_model_id=None if spec.parent is None else spec.parent.model_id,
-        foundation_model_id=None if spec.foundation is None else spec.foundation.model_id,
+        full_model_id=None if spec.foundation is None else spec.foundation.model_id,
         job_id=job.id,
         method=spec.tuning["type"],
         step=step,
@@ -214,7 +216,7 @@ def _is_needed(session: Session, model: Model) -> bool:
 
 
 def end_permissions(session: Session, model_ids: Sequence[str]) -> None:
-    """Share models with nobody any more: they are deleted, and may come back as their job's result."""
+    """End the permissions of deleted models, which may come back as their job's result."""
     session.execute(
         update(CheckpointPermission)
         .where(CheckpointPermission.model_id.in_(model_ids), CheckpointPermission.deleted_at.is_(None))
@@ -228,7 +230,7 @@ def delete(session: Session, principal: Principal, catalogue: Catalogue, name: s
 
     Raises:
         PermissionDeniedError: when the name is a base's, or another project's that is shared with this one.
-        ModelInUseError: when others go on from it.
+        ModelInUseError: when others continue it.
     """
     model = find(session, principal, name, for_update=True)
     if model is None:
@@ -291,7 +293,8 @@ def find_checkpoint(session: Session, job_id: str, step: int) -> tuple[Checkpoin
 def retire_checkpoints(session: Session, job_id: str, *, keep: int, spared_step: int | None) -> list[str]:
     """Make all but the newest checkpoints of a job unknown, but for those that others need.
 
-    Needed are those that others go on from, and those that an alias points to.
+    Needed are those that others continue and those that an alias points to. Returns the storage prefixes of
+    the retired artifacts, to be deleted after the commit; the checkpoint of `spared_step` always stays.
     """
     rows = session.execute(
         select(Checkpoint, Model)

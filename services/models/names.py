@@ -1,5 +1,7 @@
-"""Public names: what each stands for, for a project and at a moment. A name stands for what it says, or for
-nothing; never for the base instead."""
+"""Resolves public model names (alias, tuned model, checkpoint, base) within a project.
+
+An unknown name raises `ModelNotFoundError`; it never falls back to the base.
+"""
 
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ from services.accounts.auth import Principal
 
 
 def unknown_model(name: str) -> ModelNotFoundError:
-    """Return the error for a name that nothing in the caller's project bears."""
+    """Return the error for a name that is unknown in the caller's project."""
     return ModelNotFoundError(
         f"The model `{name[:120]}` does not exist or you do not have access to it.", param="model"
     )
@@ -45,17 +47,17 @@ def _build_look_up() -> Select[Alias | None, Model | None, Model | None, Base | 
     """Build the statement of `look_up`, once: that takes longer than it runs."""
     project_id, name, base_id = (bindparam(key, type_=Text) for key in ("project_id", "name", "base_id"))
     one_row = select(literal(1)).subquery()
-    bearer, whole = aliased(Model), aliased(Model)
-    borne = select(bearer.id).where(bearer.name == name, bearer.deleted_at.is_(None)).scalar_subquery()
+    named, whole = aliased(Model), aliased(Model)
+    named_id = select(named.id).where(named.name == name, named.deleted_at.is_(None)).scalar_subquery()
     is_alias = Alias.id.is_not(None)
     is_same = and_(Alias.name == name, Alias.project_id == project_id)
-    model_id = case((is_alias, Alias.model_id), else_=borne)
+    model_id = case((is_alias, Alias.model_id), else_=named_id)
     return (
         select(Alias, Model, whole, Base)
         .select_from(one_row)
         .outerjoin(Alias, and_(is_same, Alias.deleted_at.is_(None)))
         .outerjoin(Model, and_(Model.id == model_id, is_callable(project_id)))
-        .outerjoin(whole, whole.id == Model.foundation_model_id)
+        .outerjoin(whole, whole.id == Model.full_model_id)
         .outerjoin(Base, Base.id == case((is_alias, Alias.base_id), else_=base_id))
     )
 
@@ -67,12 +69,12 @@ _LOOK_UP = _build_look_up()
 class Named:
     """What a public name stands for at one moment: a model, or a base, or nothing that can be called.
 
-    `alias` is there where the name is one, and `foundation` is the whole model that the model lies on.
+    `alias` is there where the name is one, and `full_model` is the full model below an adapter.
     """
 
     alias: Alias | None = None
     model: Model | None = None
-    foundation: Model | None = None
+    full_model: Model | None = None
     base: Base | None = None
 
     @property
@@ -89,8 +91,8 @@ def look_up(session: Session, catalogue: Catalogue, project_id: str, name: str) 
     """
     entry = catalogue.bases.get(catalogue.aliases.get(name, name))
     values = {"project_id": project_id, "name": name, "base_id": None if entry is None else entry.id}
-    alias, model, foundation, base = session.execute(_LOOK_UP, values).one()
-    return Named(alias, model, foundation, _if_offered(catalogue, base))
+    alias, model, full_model, base = session.execute(_LOOK_UP, values).one()
+    return Named(alias, model, full_model, _if_offered(catalogue, base))
 
 
 def _if_offered(catalogue: Catalogue, base: Base | None) -> Base | None:

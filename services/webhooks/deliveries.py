@@ -1,6 +1,6 @@
-"""Deliveries: the ends of jobs on their way to webhook endpoints. At least once, in no order.
+"""Webhook deliveries: the ends of jobs, sent at least once and in no order.
 
-They are written with the end itself and sent by any worker. No session is open while one is on the wire.
+They are written with the end itself and sent by any worker. No session is open during a request.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ClaimedDelivery:
 
 
 def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
-    """Note whom a job's end is to be told, in the transaction in which it ends; every end comes by here."""
+    """Queue the deliveries of a job's end, in the transaction in which it ends."""
     event_type = event_type_of(status)
     endpoints = session.execute(
         select(WebhookEndpoint.id, WebhookEndpoint.organization_id, WebhookEndpoint.project_id)
@@ -49,7 +49,7 @@ def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
         # One that is deleted meanwhile is deleted before, or after it can close what is written here.
         .with_for_update(read=True, of=WebhookEndpoint)
     ).all()
-    # One event, whoever hears of it: a client with two endpoints sees that it is the same.
+    # One event id for all endpoints, so that a client with two of them recognises it.
     event_id = new_id("webhook_event")
     session.add_all(
         WebhookDelivery(
@@ -68,7 +68,7 @@ def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
 def claim_due(
     session: Session, sealer: Sealer, *, limit: int, timeout_seconds: float
 ) -> list[ClaimedDelivery]:
-    """Take deliveries that are due; they are due again when their try is not heard of in time.
+    """Claim deliveries that are due; they are due again when their try is not recorded in time.
 
     Returns:
         The tries, those that wait longest first, and few of any one project, so that one whose receivers

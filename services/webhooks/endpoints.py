@@ -205,7 +205,7 @@ def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> 
     try:
         return (newest, sealer.open(endpoint.old_secret))
     except SecretKeyError as error:
-        # Receivers that know the newest go on.
+        # Receivers that know the newest secret are not affected.
         _log.warning("old webhook secret does not sign", endpoint_id=endpoint.id, reason=error.message)
         return (newest,)
 

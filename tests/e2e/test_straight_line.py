@@ -95,7 +95,7 @@ def job(stack: Stack) -> Any:
     )
     _wait(lambda: _step(client, made.id) >= 2, "step 2")
     os.kill(stack.pid_of("luthier.training"), signal.SIGKILL)
-    _wait(lambda: any(m.startswith("Going on from") for m in _messages(client, made.id)), "a resume")
+    _wait(lambda: any(m.startswith("Resuming from") for m in _messages(client, made.id)), "a resume")
     _wait(lambda: _step(client, made.id) >= 4, "step 4")
     worker = stack.pid_of("-m\0worker")
     below = descendants(worker)
@@ -109,7 +109,7 @@ def test_a_job_survives_kills_and_makes_exactly_one_model(client: openai.OpenAI,
     assert job.status == "succeeded", job.error
     assert job.model == BASE
     messages = _messages(client, job.id)
-    assert sum(m.startswith("Going on from the save point at step") for m in messages) == 2
+    assert sum(m.startswith("Resuming from the save point at step") for m in messages) == 2
     assert messages.count(f"New fine-tuned model created: {job.fine_tuned_model}") == 1
     tuned = [model.id for model in client.models.list() if model.id.startswith("ft:")]
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data

@@ -98,7 +98,7 @@ def test_a_project_may_call_a_shared_model_until_the_permission_is_deleted(
         answer = httpx2.request(method, f"{api.base_url}/v1/models/{NAME}{path}", headers=other.headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "missing_scope"), path
     file = other.client.files.create(file=("rows.jsonl", jsonl(colour_rows(12))), purpose="fine-tune")
-    with pytest.raises(openai.BadRequestError, match="another project's model; a job goes on from"):
+    with pytest.raises(openai.BadRequestError, match="another project's model; a job continues"):
         other.client.fine_tuning.jobs.create(model=NAME, training_file=file.id)
     with pytest.raises(openai.NotFoundError):
         list(other.client.fine_tuning.checkpoints.permissions.list(NAME))

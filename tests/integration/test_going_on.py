@@ -128,7 +128,7 @@ def test_a_job_goes_on_from_a_model_through_the_real_training_process(
     child = jobs.row(jobs.name(second))
     assert child.name.startswith("ft:tiny-llama:personal:more:")
     assert child.parent_model_id == jobs.row(parent).id
-    assert (child.foundation_model_id, child.base_digest) == (None, jobs.row(parent).base_digest)
+    assert (child.full_model_id, child.base_digest) == (None, jobs.row(parent).base_digest)
 
     report = _report(api, second)
     assert report["started_from"] == shown["started_from"]
@@ -203,14 +203,14 @@ def test_a_model_stays_while_an_unfinished_job_starts_from_it(
 def test_the_first_ten_heirs_are_named_and_how_many_more_there_are(jobs: Jobs) -> None:
     parent = jobs.finish(jobs.create())
     heir = jobs.finish(jobs.create(parent))
-    columns = {column.key: getattr(jobs.row(heir), column.key) for column in Model.__table__.columns}
+    columns = {column.key: getattr(jobs.row(heir), column.key) for column in Model.__mapper__.column_attrs}
     heirs = [heir, *(f"{heir}:{number:02}" for number in range(11))]
     with jobs.context.database.transaction() as session:
         for name in heirs[1:]:
             later = columns["created_at"] + timedelta(seconds=len(name) + int(name[-2:]))
             session.add(Model(**columns | {"id": f"model_{name[-2:]}", "name": name, "created_at": later}))
     message = jobs.kept(parent)
-    assert f"{', '.join(heirs[:10])} and 2 more have gone on from it" in message
+    assert f"{', '.join(heirs[:10])} and 2 more have been tuned from it" in message
     assert heirs[10] not in message
 
 
@@ -228,7 +228,7 @@ def test_a_method_on_a_whole_model_is_served_on_it_and_keeps_its_bytes(
     on_whole = jobs.finish(jobs.create(whole, tuning={"type": "lora", "rank": 2}))
     further = jobs.finish(jobs.create(on_whole))
     rows = [jobs.row(name) for name in (whole, on_whole, further)]
-    assert [row.foundation_model_id for row in rows] == [None, rows[0].id, rows[0].id]
+    assert [row.full_model_id for row in rows] == [None, rows[0].id, rows[0].id]
     assert [row.parent_model_id for row in rows] == [None, rows[0].id, rows[1].id]
     # After a whole model, and no type said, the whole model is tuned further.
     assert jobs.spec(jobs.create(whole)).tuning["type"] == "full"

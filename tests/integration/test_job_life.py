@@ -249,7 +249,7 @@ def test_a_killed_child_goes_on_from_its_save_point_to_the_same_bytes(
     assert job.status == "succeeded", job.error
     messages = _messages(client, disturbed)
     assert any("ended by signal 9" in message for message in messages)
-    assert any(message.startswith("Going on from the save point at step") for message in messages)
+    assert any(message.startswith("Resuming from the save point at step") for message in messages)
     models = [model.id for model in client.models.list() if model.id == job.fine_tuned_model]
     assert len(models) == 1
 

@@ -99,7 +99,7 @@ def test_training_that_stalls_is_ended_tried_again_and_fails_by_name(
     assert told.data["code"] == "stalled"  # type: ignore[index]
     assert told.message == (
         "Training made no progress for 1 s after step 1, and was ended (LUTHIER_STALL_SECONDS). "
-        "The job goes on from its beginning."
+        "The job continues from its beginning."
     )
     assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
     assert _attempt(client, context, tmp_path, how="hangs") is Ending.FAILED

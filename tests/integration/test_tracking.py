@@ -143,12 +143,12 @@ def test_a_broken_tracker_costs_the_job_one_warning(
     job = _create(client, wanted, wanted | {}, tensorboard)
     assert _run(context, job.id, tmp_path / "run") == "succeeded"
     assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
-    told = [
+    messages = [
         event for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.level == "warn"
     ]
     # One for each of the two, whatever else they would have had to say.
-    assert len(told) <= 2
-    assert all("broken" in event.message and "key@" not in event.message for event in told)
+    assert len(messages) <= 2
+    assert all("broken" in event.message and "key@" not in event.message for event in messages)
     assert list((tmp_path / "curves").rglob("*tfevents*"))
 
 
@@ -184,10 +184,10 @@ def test_a_fault_is_told_once_and_a_full_queue_holds_up_nobody(
     thread = TrackerThread(tracker, TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
     followed = tracking.Tracking([thread], lambda: "succeeded")
     script = _events()
-    told: list[str] = []
+    messages: list[str] = []
     for event in script:
-        followed.take(event, tell=lambda message, **_: told.append(message))
-    assert told == [
+        followed.take(event, add_event=lambda message, **_: messages.append(message))
+    assert messages == [
         "The integration broken does not follow this job: it is too slow, and some steps are left out"
     ]
     followed.end()
@@ -223,11 +223,11 @@ def test_what_raises_is_told_by_its_kind_alone(settings: Settings) -> None:
     assert line["raised_at"].startswith("test_tracking.py:")
     assert line["raised_at"].endswith(" open")
     assert "key@" not in repr(line)
-    told: list[str] = []
+    messages: list[str] = []
     followed = tracking.Tracking([thread], lambda: "failed")
     for event in _events():
-        followed.take(event, tell=lambda message, **_: told.append(message))
-    assert told == ["The integration broken does not follow this job: it has failed with ConnectionError"]
+        followed.take(event, add_event=lambda message, **_: messages.append(message))
+    assert messages == ["The integration broken does not follow this job: it has failed with ConnectionError"]
 
 
 def test_a_configuration_of_another_version_is_told_without_its_words(context: WorkerContext) -> None:
@@ -281,7 +281,7 @@ def test_a_tracker_hears_all_that_decides_and_is_measured_and_no_text_of_a_users
     lease = Lease(_create(client).id, 1, context.worker_id)
     followed = start_tracking(context, lease, "p", spec, wanted)
     event = EvaluatedEvent(job_id="j", evaluation=evaluation, report=script.report(3))
-    followed.take(event, tell=lambda *_args, **_facts: None)
+    followed.take(event, add_event=lambda *_args, **_facts: None)
     followed.end()
     (run,) = opened
     assert (
@@ -323,7 +323,7 @@ def test_all_that_waits_is_written_before_the_end(settings: Settings) -> None:
     thread = TrackerThread(Slow(), TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
     followed = tracking.Tracking([thread], lambda: "succeeded")
     for event in _events():
-        followed.take(event, tell=lambda *_args, **_facts: None)
+        followed.take(event, add_event=lambda *_args, **_facts: None)
     followed.end()
     assert steps == [*range(1, 21), -1]
 

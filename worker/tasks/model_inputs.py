@@ -1,4 +1,4 @@
-"""The tuned models that a job builds on: looked at before it waits for a slot, fetched when it has one."""
+"""The weights that a job builds on: its base model and tuned models, checked and fetched."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ _log = structlog.get_logger()
 
 
 def fetch_parents(context: WorkerContext, spec: TrainingSpec, run_dir: Path) -> dict[str, str]:
-    """Copy what a job goes on from, and what that lies on, beside its rows.
+    """Copy the model that a job continues, and the full model below it, into its run directory.
 
     Raises:
         ArtifactCorruptError: when stored bytes are missing or damaged.
@@ -40,27 +40,27 @@ def fetch_parents(context: WorkerContext, spec: TrainingSpec, run_dir: Path) -> 
 
 
 def check_parents(context: WorkerContext, spec: TrainingSpec, base: BaseFacts) -> None:
-    """Check by their manifests, before a training slot is taken, that a job can go on from what it names.
+    """Check the manifests of the models that a job continues, before it takes a training slot.
 
     Raises:
         ArtifactCorruptError: when an artifact is not in storage.
-        UnsuitableParentError: when it is another than the job was made with, or lies on other weights.
+        UnsuitableParentError: when it is another than the job was made with, or was tuned on other weights.
     """
     if spec.parent is None:
         return
-    lies_on = base.digest
-    # What the parent lies on comes first.
+    expected_digest = base.digest
+    # Sorted by member, so that the weights below come before the parent.
     for _, artifact in sorted(_look_up(context, spec).items()):
         manifest = context.storage.read_manifest(artifact.key)
         _check_digest(artifact, manifest.digest)
-        if artifact.digest == lies_on:
+        if artifact.digest == expected_digest:
             continue
-        if manifest.base_digest != lies_on:
+        if manifest.base_digest != expected_digest:
             raise UnsuitableParentError(
                 f"{artifact.name} was tuned on other weights ({manifest.base_digest}) than those that are "
-                f"here now ({lies_on}). Start from the base."
+                f"here now ({expected_digest}). Start from the base."
             )
-        lies_on = artifact.digest
+        expected_digest = artifact.digest
 
 
 def _check_digest(artifact: StoredArtifact, digest: str) -> None:
@@ -89,22 +89,22 @@ def _fetch(storage: Storage, stored: dict[str, StoredArtifact], run_dir: Path) -
 
 
 def ensure_jobs_base(context: WorkerContext, lease: Lease, entry: CatalogueEntry) -> BaseFacts:
-    """Have a job's base on this machine.
+    """Fetch a job's base model to this machine, with an event, unless it is there.
 
     Raises:
         BaseUnavailableError: when the base can't be fetched; the message says what to do.
     """
-    is_told = False
+    is_announced = False
 
-    def tell(stage: str) -> None:
-        nonlocal is_told
+    def announce(stage: str) -> None:
+        nonlocal is_announced
         _log.info("base", stage=stage)
-        if is_told:
+        if is_announced:
             return
-        is_told = True
+        is_announced = True
         message = f"Fetching the base model {entry.id}, which this machine does not have yet"
         with context.database.transaction() as session:
             leases.hold(session, lease)
             events.append(session, lease.job_id, [NewEvent(message, data={})])
 
-    return ensure_base(entry, context.settings.bases_dir, log=tell)
+    return ensure_base(entry, context.settings.bases_dir, log=announce)

@@ -1,4 +1,4 @@
-"""Prepare: check a job's files for good, count them, put numbers where "auto" stood. No torch, no slot."""
+"""The prepare task: checks and tokenises a job's files and resolves "auto". No torch, no training slot."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ from luthier.data.prepare.process import (
 from luthier.data.prepare.sample_prompts import check_sample_prompts
 from luthier.methods import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
-from services.capacity.estimates import MemoryNeed, need_memory, tell_limit
+from services.capacity.estimates import MemoryNeed, limit_warning, need_memory
 from services.jobs import events, leases, reports
 from services.jobs.events import NewEvent
 from services.jobs.leases import Lease, LeaseLostError
@@ -101,7 +101,7 @@ def prepare(context: WorkerContext, job_id: str) -> bool:
         return False
     if claimed is None:
         return False
-    # Its imports are done while the files are looked at. A bell that finds nothing to do starts none.
+    # Its imports run while the files are checked.
     context.start_fork_server()
     try:
         return _prepare(context, claimed)
@@ -267,16 +267,16 @@ def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
             peak_bytes=prepared.need.peak_bytes,
             least_bytes=prepared.need.least_bytes,
         )
-        told = [
-            _tell_too_long("training", prepared.report.training),
-            _tell_too_long("validation", prepared.report.validation),
-            tell_limit(prepared.asked_max_length, prepared.spec),
+        warnings = [
+            _too_long_warning("training", prepared.report.training),
+            _too_long_warning("validation", prepared.report.validation),
+            limit_warning(prepared.asked_max_length, prepared.spec),
         ]
-        found = [NewEvent(one, level="warn", data={}) for one in told if one]
+        found = [NewEvent(one, level="warn", data={}) for one in warnings if one]
         events.append(session, lease.job_id, found)
 
 
-def _tell_too_long(purpose: Purpose, rows: FileReport | None) -> str:
+def _too_long_warning(purpose: Purpose, rows: FileReport | None) -> str:
     """Return what became of a file's rows that are too long, with the first lines; empty where none is."""
     if rows is None or not (rows.num_dropped or rows.num_truncated):
         return ""

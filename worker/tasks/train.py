@@ -1,7 +1,7 @@
 """Train: claim a queued job, run the training process over a run directory, publish what it makes.
 
 Load, run, apply: a claim in one short transaction, a run with no session open, and every result written
-under the claim's fence. A job that is given back goes on from its newest save point.
+under the claim's fence. A job that is requeued resumes from its newest save point.
 """
 
 import secrets
@@ -94,7 +94,7 @@ class Claimed:
 
     @property
     def prefix(self) -> str:
-        """Where this attempt's objects go: the epoch keeps a woken zombie's bytes apart."""
+        """Storage prefix of this attempt: the fencing token separates it from those of stale workers."""
         return f"projects/{self.project_id}/jobs/{self.lease.job_id}/e{self.lease.fencing_token}"
 
 

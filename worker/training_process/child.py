@@ -1,9 +1,8 @@
-"""The training process: no secret in its environment, in a group of its own, and dead when its parent is.
+"""The training process: started without secrets, in its own process group, and killed with its parent.
 
-It runs as the user of its worker, so it may read what that user may: the home with its secrets, and all of a
-storage on the same disk. The memory and the environment of worker and API are hidden from it, and what it
-names in events must be in its run directory. The parent never imports torch. It reads the child's event lines
-and signals it: TERM asks for a save point and a clean end, KILL ends it at once.
+It runs as the worker's user and can read what that user can. The memory and environment of worker and API are
+hidden from it, and paths in its events must be in its run directory. The parent never imports torch. It reads
+the child's event lines and signals it: TERM asks for a save point and a clean end, KILL ends it at once.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 
-# All that a training process may know of its surroundings: no database, broker, storage or API secret.
+# The environment of a training process: no database, broker, storage or API secret.
 _ALLOWED_VARIABLES = frozenset(
     {"PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
     | {"XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
@@ -66,7 +65,7 @@ class TrainingChild:
 
     Args:
         respawn: starts another over the same directory, or returns None where that won't do; asked once,
-            and only when the process ends before its first word without having been told to.
+            and only when the process ends before its first event without a signal.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class TrainingChild:
             raise SelfCheckError("The training process wrote a line that is no event.") from error
 
     def _replace_silent(self) -> None:
-        """Let another take the place of a process that ended without a word, where that is wanted."""
+        """Replace a process that ended before its first event, where a respawn is given."""
         with self._lock:
             if self._respawn is None or self._is_signalled:
                 return
@@ -185,7 +184,7 @@ def start_child(
 
 
 def _take(run_dir: Path, num_threads: int, fork_server: "ForkServer") -> TrainingChild | None:
-    """Send a waiting process to work, if there is one. It may be dying just now, which is no job's crash."""
+    """Fork a run from the fork server, if there is one. If that dies just now, the run is spawned again."""
     before = _files_of(run_dir)
     process = fork_server.take(run_dir)
     if process is None:
@@ -196,7 +195,7 @@ def _take(run_dir: Path, num_threads: int, fork_server: "ForkServer") -> Trainin
 
 
 def _files_of(run_dir: Path) -> set[Path]:
-    """Return what lies in a run directory, but for what a process says beside its events."""
+    """Return the files of a run directory without the process's log."""
     return {path for path in run_dir.rglob("*") if path.name != CHILD_LOG_NAME}
 
 

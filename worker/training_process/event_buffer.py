@@ -1,4 +1,4 @@
-"""What an attempt has to say, gathered and written under its fence; and patience with what is away."""
+"""Event buffer of an attempt: events and columns, written in batches under its fencing token."""
 
 import time
 from collections.abc import Callable
@@ -27,54 +27,54 @@ class EventBuffer:
         self._database = database
         self._lease = lease
         self._heartbeat = heartbeat
-        self._news: list[NewEvent] = []
+        self._events: list[NewEvent] = []
         self._columns: dict[str, Any] = {}
 
     @property
     def is_empty(self) -> bool:
         """Whether all is written."""
-        return not self._news and not self._columns
+        return not self._events and not self._columns
 
-    def tell(self, message: str, **facts: Any) -> None:
-        """Gather an event; the facts are those of a NewEvent."""
-        self._news.append(NewEvent(message, **({"data": {}} | facts)))
+    def add(self, message: str, **facts: Any) -> None:
+        """Buffer an event; the facts are those of a NewEvent."""
+        self._events.append(NewEvent(message, **({"data": {}} | facts)))
 
     def note(self, **columns: Any) -> None:
-        """Gather columns of the job; a later value of the same column wins."""
+        """Buffer columns of the job; a later value of the same column wins."""
         self._columns |= columns
 
     def flush(self) -> None:
-        """Write what is gathered; it is kept, for another time, while the database is away."""
+        """Write the buffer; it is kept while the database is unavailable."""
         if self.is_empty:
             return
         try:
             with self._database.transaction() as session:
-                self._write_news(session)
+                self._write_events(session)
         except UnavailableError:
             return
         self._forget()
 
     def write(self, write: Callable[[Session], T]) -> T:
-        """Write what is gathered and then something more, in one transaction.
+        """Write the buffer and then `write`, in one transaction.
 
-        That is tried again after a pause while the database is away, as long as the lease holds.
+        Retried while the database is unavailable, as long as the lease holds.
 
         Args:
             write: what more; it may run more than once.
         """
-        return self.patiently(lambda: self.write_once(write))
+        return self.with_retries(lambda: self.write_once(write))
 
     def write_once(self, write: Callable[[Session], T]) -> T:
-        """Do as `write` does, but leave it at one try."""
+        """Do as `write` does, without a retry."""
         with self._database.transaction() as session:
             if not self.is_empty:
-                self._write_news(session)
+                self._write_events(session)
             result = write(session)
         self._forget()
         return result
 
-    def patiently(self, act: Callable[[], T]) -> T:
-        """Do something, again after a pause while what it needs is away, as long as the lease holds."""
+    def with_retries(self, act: Callable[[], T]) -> T:
+        """Call `act`, with retries while storage or database is unavailable, as long as the lease holds."""
         for pause_seconds in _PAUSES_SECONDS:
             try:
                 return act()
@@ -85,10 +85,10 @@ class EventBuffer:
                 self._heartbeat.check()
         return act()
 
-    def _write_news(self, session: Session) -> None:
+    def _write_events(self, session: Session) -> None:
         # The fence is in the update of the row, so there is always one.
         leases.update_job(session, self._lease, **(self._columns or {"step": Job.step}))
-        events.append(session, self._lease.job_id, self._news)
+        events.append(session, self._lease.job_id, self._events)
 
     def _forget(self) -> None:
-        self._news, self._columns = [], {}
+        self._events, self._columns = [], {}

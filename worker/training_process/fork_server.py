@@ -20,7 +20,7 @@ _LOOK_SECONDS = 0.1
 
 
 class ForkedRun:
-    """A run that a fork server was asked for: of subprocess.Popen what a TrainingChild needs."""
+    """A run of the fork server, with the part of subprocess.Popen that a TrainingChild needs."""
 
     def __init__(
         self, fork_server: "subprocess.Popen[bytes]", answers: socket.socket, stdout: IO[bytes]
@@ -28,7 +28,7 @@ class ForkedRun:
         self.stdout = stdout
         self._fork_server = fork_server
         self._answers = answers
-        self._told: dict[str, int] = {}
+        self._answered: dict[str, int] = {}
         self._is_over = False
         self._lock = threading.Lock()
 
@@ -36,18 +36,18 @@ class ForkedRun:
     def pid(self) -> int:
         """The run's process and group; the fork server's until it has forked, and where it runs itself."""
         self._look()
-        return self._told.get("started", self._fork_server.pid)
+        return self._answered.get("started", self._fork_server.pid)
 
     def wait(self) -> int:
         """Return the exit code of the run's process, or of the fork server where that ended first."""
         while not self._look():
             select.select([self._answers], [], [], _LOOK_SECONDS)
         self._answers.close()
-        code = self._told.get("ended")
+        code = self._answered.get("ended")
         return self._fork_server.wait() if code is None else code
 
     def _look(self) -> bool:
-        """Read what was told meanwhile, in any thread; return whether nothing more will be."""
+        """Read the answers that have come, in any thread; return whether the run is over."""
         with self._lock:
             while not self._is_over:
                 try:
@@ -58,7 +58,7 @@ class ForkedRun:
                     answer = b""
                 if answer:
                     word, _, number = answer.decode().partition(" ")
-                    self._told[word] = int(number)
+                    self._answered[word] = int(number)
                 else:
                     self._is_over = True
             return self._is_over
@@ -134,7 +134,7 @@ class ForkServer:
         self._timer.start()
 
     def _give_back(self) -> None:
-        """End the fork server unless it was asked for a run while the timer waited for its turn."""
+        """End the fork server unless a run was asked for meanwhile."""
         with self._lock:
             if self._timer is threading.current_thread():
                 self._end()
@@ -156,7 +156,7 @@ class ForkServer:
 
 
 def _ask(process: "subprocess.Popen[bytes]", requests: socket.socket, run_dir: Path) -> ForkedRun | None:
-    """Send a run directory with the descriptors for its events and for what is told of it."""
+    """Send a run directory with the descriptors for its events and its answers."""
     events, their_events = os.pipe()
     answers, their_answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     run = ForkedRun(process, answers, os.fdopen(events, "rb"))

@@ -1,7 +1,7 @@
 """Publishing what a training process makes: save points, checkpoints, the result, the step metrics.
 
 Bytes first, manifest last, then one short transaction under the lease's fence. A checkpoint is registered as
-it comes and at most three are kept. The one whose weights become the model bears the model's name in the
+it comes and at most three are kept. The one whose weights become the model gets the model's name in the
 end: the last one, unless the process chose another.
 """
 
@@ -83,7 +83,7 @@ class Publisher:
     tokenize_seconds: float
     # The last step's checkpoint waits: most often it is the result itself, and then not published twice.
     _held: CheckpointEvent | None = field(default=None, init=False)
-    # Keys that the job's row names: their bytes are dropped by nobody but the row's own trimming.
+    # Keys that the job's row names: only trimming the row deletes their bytes.
     _kept_save_points: set[str] = field(default_factory=set, init=False)
 
     def save_point(self, event: SavePointEvent, *, is_needed: bool = False) -> None:
@@ -95,10 +95,10 @@ class Publisher:
             return self.event_buffer.write_once(partial(self._record_save_point, key=key, step=event.step))
 
         try:
-            dropped = self.event_buffer.patiently(keep) if is_needed else keep()
+            dropped = self.event_buffer.with_retries(keep) if is_needed else keep()
         except (UnavailableError, StorageFullError) as error:
-            told = f"The save point at step {event.step} was not kept: {error.message}"
-            self.event_buffer.tell(told, level="warn")
+            message = f"The save point at step {event.step} was not kept: {error.message}"
+            self.event_buffer.add(message, level="warn")
         except (ArtifactCorruptError, FileNotFoundError):
             # The process drops old save points on its own, and has dropped this one while it was copied: a
             # newer one is on its way, and the one before still stands.
@@ -167,8 +167,8 @@ class Publisher:
         # One that is done again after a crash may have been retired or deleted before, and stays so.
         if checkpoint.deleted_at is None:
             name = models.get_name(session, checkpoint.model_id)
-            told = f"Checkpoint created at step {event.step} with Snapshot ID: {name}"
-            events.append(session, job.id, [NewEvent(told, data={})])
+            message = f"Checkpoint created at step {event.step} with Snapshot ID: {name}"
+            events.append(session, job.id, [NewEvent(message, data={})])
         spared = result_step or _leading_step(self.spec.training, job.report)
         return models.retire_checkpoints(
             session, self.lease.job_id, keep=_NUM_CHECKPOINTS, spared_step=spared
@@ -197,9 +197,9 @@ class Publisher:
 
     def _store_step_metrics(self, steps: list[dict[str, Any]]) -> StoredFile:
         content, num_rows = build_step_metrics(steps)
-        # Under the attempt's prefix: what a crash leaves behind without a row is tidied after the job.
+        # Under the attempt's prefix: what a crash leaves without a row is collected after the job.
         key = f"{self.prefix}/{FILENAME}"
-        self.event_buffer.patiently(lambda: self.storage.put_bytes(key, content))
+        self.event_buffer.with_retries(lambda: self.storage.put_bytes(key, content))
         return StoredFile(
             id=new_id("file"),
             filename=FILENAME,
@@ -230,7 +230,7 @@ class Publisher:
         job = self._fenced_job(session)
         before = models.find_checkpoint(session, job.id, event.step)
         key_before = before[1].artifact_key if before is not None else key
-        # A checkpoint's own scores stand; those told at the end may be of a later step.
+        # A checkpoint's own scores stand; those of the end may be of a later step.
         metrics = {"step": event.step} | event.metrics.model_dump(exclude_none=True)
         models.register(
             session,
@@ -243,11 +243,11 @@ class Publisher:
             artifact_digest=digest,
             metrics=metrics if before is None else before[0].metrics,
         )
-        # One that others go on from is no checkpoint any more, and keeps its bytes.
+        # One that others continue is no checkpoint any more, and keeps its bytes.
         is_same = before is not None and before[1].artifact_key == key
         retired = models.retire_checkpoints(session, job.id, keep=_NUM_CHECKPOINTS, spared_step=event.step)
         self._count_usage(session, job, event.trained_tokens)
-        self._tell_result(session, event, is_new=not is_same)
+        self._append_result_events(session, event, is_new=not is_same)
         result_file = files.record_result(session, job, table)
         leases.leave(
             session,
@@ -277,20 +277,19 @@ class Publisher:
             )
         )
 
-    def _tell_result(self, session: Session, event: FinishedEvent, *, is_new: bool) -> None:
+    def _append_result_events(self, session: Session, event: FinishedEvent, *, is_new: bool) -> None:
         snapshot = f"Checkpoint created at step {event.step} with Snapshot ID: {self.model_name}"
         if not is_new:
             snapshot = f"The checkpoint of step {event.step} is the model, now under the model's name"
         created = f"New fine-tuned model created: {self.model_name}"
-        told = [NewEvent(snapshot, data={}), NewEvent(created, data={})]
-        events.append(session, self.lease.job_id, told)
+        events.append(session, self.lease.job_id, [NewEvent(snapshot, data={}), NewEvent(created, data={})])
 
     def _publish(self, folder: Path, key: str) -> Manifest:
         """Put a folder into storage, again after a pause while storage is away; the lease is kept."""
-        return self.event_buffer.patiently(lambda: self.storage.put_folder(folder, key))
+        return self.event_buffer.with_retries(lambda: self.storage.put_folder(folder, key))
 
     def _drop(self, prefixes: list[str]) -> None:
-        """Delete what is no longer needed; what stays because storage is away is tidied after the job."""
+        """Delete what is no longer needed; what stays because storage is away is collected after the job."""
         with contextlib.suppress(UnavailableError):
             for prefix in prefixes:
                 self.storage.delete_prefix(prefix)

@@ -54,7 +54,7 @@ class Ending(StrEnum):
     CRASHED = "crashed"
 
 
-def _scores_told(evaluation: Evaluation, whose: str) -> str | None:
+def _scores_message(evaluation: Evaluation, whose: str) -> str | None:
     """Return an evaluation as a sentence, or None when nothing was measured. Answers are no scores."""
     scores = {
         "validation loss": evaluation.valid_loss,
@@ -64,13 +64,13 @@ def _scores_told(evaluation: Evaluation, whose: str) -> str | None:
         "general loss": evaluation.general_loss,
         "forgetting": evaluation.forgetting if evaluation.step else None,
     }
-    told = ", ".join(f"{name}={score:z.2f}" for name, score in scores.items() if score is not None)
-    if not told:
+    shown = ", ".join(f"{name}={score:z.2f}" for name, score in scores.items() if score is not None)
+    if not shown:
         return None
-    return f"{whose}: {told}"
+    return f"{whose}: {shown}"
 
 
-def _evaluations_told(event: EvaluatedEvent) -> list[tuple[str, str, Evaluation]]:
+def _list_evaluations(event: EvaluatedEvent) -> list[tuple[str, str, Evaluation]]:
     """Return the evaluations that an event brings: whose scores they are, their name in data, and they."""
     evaluation, started_from = event.evaluation, event.report.started_from
     if evaluation.step > 0:
@@ -101,7 +101,7 @@ class TrainingRun:
     _ending: Ending | None = field(default=None, init=False)
     _is_stop_asked: bool = field(default=False, init=False)
     _worker_stops_at: float | None = field(default=None, init=False)
-    # When the process last showed that it goes on, and the longest that it had been silent before.
+    # When the process last reported progress, and its longest silence before that.
     _progress_at: float = field(default=0.0, init=False)
     _longest_silence: float = field(default=0.0, init=False)
     _failure: JobError | None = field(default=None, init=False)
@@ -133,7 +133,7 @@ class TrainingRun:
                 child.kill_group()
                 return self._end_stalled()
         self.heartbeat.check()
-        return self._end_without_a_word(exit_code)
+        return self._end_without_event(exit_code)
 
     def _note_progress(self, event: TrainingEvent, came_at: float) -> None:
         """Restart the stall timer once an event is dealt with: storing an artifact is no silence."""
@@ -163,7 +163,7 @@ class TrainingRun:
         log = self.publisher.run_dir / CHILD_LOG_NAME
         with contextlib.suppress(FileNotFoundError):
             if log.stat().st_size > _MAX_LOG_BYTES:
-                # The process appends, so it goes on at the new end.
+                # The process appends, so it continues at the new end.
                 os.truncate(log, 0)
 
     def _pass_on_stop(self, child: TrainingChild, now: float) -> None:
@@ -183,7 +183,7 @@ class TrainingRun:
 
     def _take(self, event: TrainingEvent) -> None:
         if self.tracking is not None:
-            self.tracking.take(event, tell=self.event_buffer.tell)
+            self.tracking.take(event, add_event=self.event_buffer.add)
         match event:
             case StartedEvent():
                 self._started(event)
@@ -203,7 +203,7 @@ class TrainingRun:
             case ProgressEvent():
                 pass
             case MessageEvent():
-                self.event_buffer.tell(event.message, level=event.level)
+                self.event_buffer.add(event.message, level=event.level)
             case FailedEvent():
                 self.event_buffer.flush()
                 if not event.is_retryable:
@@ -222,17 +222,17 @@ class TrainingRun:
         self.event_buffer.write(note)
         self.event_buffer.note(total_steps=event.total_steps, step=event.start_step)
         if event.start_step > 0:
-            message = f"Going on from the save point at step {event.start_step} of {event.total_steps}"
-            self.event_buffer.tell(message, data={"step": event.start_step})
+            message = f"Resuming from the save point at step {event.start_step} of {event.total_steps}"
+            self.event_buffer.add(message, data={"step": event.start_step})
 
     def _evaluated(self, event: EvaluatedEvent) -> None:
-        """Keep the report, and tell the scores; what the model answers is in the report only."""
+        """Keep the report, and append the scores as events; the model's answers are in the report only."""
         self.event_buffer.note(report=reports.with_run(event.report, self.publisher.tokenize_seconds))
-        for whose, name, evaluation in _evaluations_told(event):
-            message = _scores_told(evaluation, whose)
+        for whose, name, evaluation in _list_evaluations(event):
+            message = _scores_message(evaluation, whose)
             if message is not None:
                 scores = evaluation.model_dump(exclude={"answers"}, exclude_none=True)
-                self.event_buffer.tell(message, data={name: scores})
+                self.event_buffer.add(message, data={name: scores})
 
     def _stepped(self, event: StepEvent) -> None:
         self._step = event.step
@@ -243,7 +243,7 @@ class TrainingRun:
         if "full_valid_loss" in metrics:
             message += f", full validation loss={metrics['full_valid_loss']:.2f}"
         data = event.model_dump(exclude={"job_id", "type", "metrics"}) | metrics
-        self.event_buffer.tell(message, type="metrics", data=data)
+        self.event_buffer.add(message, type="metrics", data=data)
         finish = func.now() + timedelta(seconds=event.seconds_left)
         self.event_buffer.note(step=event.step, estimated_finish_at=finish)
 
@@ -266,10 +266,10 @@ class TrainingRun:
             )
         return status
 
-    def _end_without_a_word(self, exit_code: int) -> Ending:
+    def _end_without_event(self, exit_code: int) -> Ending:
         self.event_buffer.flush()
         if self._is_stop_asked or self.heartbeat.is_pause_asked:
-            # It was asked to stop before its first step, or ran out of time to: nobody's crash.
+            # It was asked to stop before its first step, or ran out of time to: not a crash.
             return self._end_stopped()
         if not self._has_started and self._failure is None:
             check_machine(self.context)

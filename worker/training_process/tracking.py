@@ -1,4 +1,4 @@
-"""Following an attempt with the job's trackers, each in a thread of its own behind a bounded queue.
+"""Trackers of an attempt, each in its own thread behind a bounded queue.
 
 A tracker that is slow, away or broken costs the job one line in its events, and no time.
 """
@@ -45,7 +45,7 @@ class TrackerThread:
         self.name = tracker.name
         # Why nothing, or not all, is written; set once.
         self.fault: str | None = None
-        self.is_fault_told = False
+        self.is_fault_reported = False
         self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | RunStatus] = queue.Queue(_MAX_WAITING)
         self._thread = threading.Thread(
             target=self._follow, args=(tracker, config, run, settings), daemon=True
@@ -90,17 +90,19 @@ class Tracking:
         self._threads = threads
         self._find_status = find_status
 
-    def take(self, event: TrainingEvent, *, tell: Callable[..., Any]) -> None:
-        """Pass on what an event measures, and tell once of each tracker that fails."""
+    def take(self, event: TrainingEvent, *, add_event: Callable[..., Any]) -> None:
+        """Pass an event's metrics to the trackers, and report each one that fails once."""
         if not self._threads:
             return
         measured = _measured(event)
         for thread in self._threads:
             if measured is not None:
                 thread.log(*measured)
-            if thread.fault is not None and not thread.is_fault_told:
-                thread.is_fault_told = True
-                tell(f"The integration {thread.name} does not follow this job: {thread.fault}", level="warn")
+            if thread.fault is not None and not thread.is_fault_reported:
+                thread.is_fault_reported = True
+                add_event(
+                    f"The integration {thread.name} does not follow this job: {thread.fault}", level="warn"
+                )
 
     def end(self) -> None:
         """End every run by what became of the job; waits for no tracker longer than a few seconds."""
