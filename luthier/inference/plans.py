@@ -133,14 +133,14 @@ def plan_chat(
 
 def _check_places(request: ChatRequest, template: ChatTemplate) -> None:
     """Refuse what the template would leave out without a word."""
-    if request.tools.offered and not template.has_place_for("tools"):
+    if request.tools.offered and not template.supports("tools"):
         raise InvalidValueError(
             "This model's chat template has no place for tools. Leave them out, or choose a base that was "
             "made for tools.",
             param="tools",
         )
     for i, message in enumerate(request.messages):
-        if message.tool_calls and not template.has_place_for("tool_calls"):
+        if message.tool_calls and not template.supports("tool_calls"):
             raise InvalidValueError(
                 "This model's chat template has no place for tool calls. Write them as content, or choose a "
                 "base that was made for tools.",

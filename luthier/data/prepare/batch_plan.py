@@ -1,4 +1,4 @@
-"""Which rows each step trains on, settled before the first step, and how a step is cut into parts.
+"""The plan of batches: which rows each step trains on, and how a step is split into micro-batches.
 
 The order is a function of (lengths, batch size, seed, epoch) and nothing else, so a position is an
 integer. Rows of like length share a batch, which keeps padding small.
@@ -36,15 +36,11 @@ class Plan:
 
 
 def make_plan(lengths: NDArray[np.int64], *, batch_size: int, num_epochs: int, seed: int) -> Plan:
-    """Settle the rows of every step.
+    """Return the rows of every step; every row is in exactly one step of each epoch.
 
     Args:
         lengths: tokens of every row, int64[N].
         batch_size: rows of a step; the last step of an epoch may have fewer.
-        num_epochs: passes over the rows; each has an order of its own.
-
-    Returns:
-        The plan; every row is in exactly one step of each epoch.
     """
     epochs = [order_epoch(lengths, batch_size, seed, epoch) for epoch in range(num_epochs)]
     return Plan(
@@ -57,7 +53,7 @@ def make_plan(lengths: NDArray[np.int64], *, batch_size: int, num_epochs: int, s
 def order_epoch(
     lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
-    """Deal the rows of one epoch into batches: shuffle, sort by length within pools, shuffle the batches."""
+    """Return the batches of one epoch: shuffle, sort by length within pools, shuffle the batches."""
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
     pool_size = batch_size * _POOL_BATCHES
@@ -72,14 +68,9 @@ def order_epoch(
 def split_micro(
     row_numbers: NDArray[np.int64], lengths: NDArray[np.int64], max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Split a step's rows so that no part has more than `max_tokens` with its padding.
+    """Split a step's rows into micro-batches of at most `max_tokens`, padding included, shortest rows first.
 
-    Args:
-        lengths: tokens of every row.
-        max_tokens: bound on rows times longest; a single longer row is a part of its own.
-
-    Returns:
-        The parts, shortest rows first, each row in exactly one.
+    A single longer row is a micro-batch of its own.
     """
     ordered = row_numbers[np.argsort(lengths[row_numbers], kind="stable")]
     parts: list[NDArray[np.int64]] = []

@@ -1,6 +1,6 @@
-"""Groups of rows that a split must not part, found from their signatures in linear time.
+"""Groups of rows that a split must keep together, found from their signatures in linear time.
 
-Groups depend on which rows there are, never on their order: all is sorted by content first.
+Groups depend on the rows, never on their order: all is sorted by content first.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,7 @@ _Compare = Callable[[_Numbers, _Numbers], npt.NDArray[np.bool_]]
 
 
 def group_near(signatures: Signatures) -> _Numbers:
-    """Group rows so that near-duplicates, and theirs in turn, are in one group.
-
-    Returns:
-        The number of each row's group, int64 [N].
-    """
+    """Return the number of each row's group, int64 [N]: the transitive closure of near-duplicates."""
     unique, inverse = np.unique(signatures, axis=0, return_inverse=True)
     keys = band_keys(unique)
     parents = np.arange(len(unique))
@@ -47,13 +43,10 @@ def group_near(signatures: Signatures) -> _Numbers:
 
 
 def group_beside_template(signatures: Signatures) -> _Numbers:
-    """Group rows that are alike because they were made by one template: by the rest of their texts.
+    """Return the groups, int64 [N], of rows of one template, by the texts beside the template.
 
-    What most of the rows share is left out. A part of a signature is a draw from a row's word triples, so
-    the parts that are not shared are draws from what the template does not bring.
-
-    Returns:
-        The number of each row's group, int64 [N].
+    A part of a signature is a draw from a row's word triples. Parts that most rows share are the template's
+    and are left out.
     """
     unique, inverse = np.unique(signatures, axis=0, return_inverse=True)
     is_own = np.empty(unique.shape, np.bool_)
@@ -72,7 +65,7 @@ def group_beside_template(signatures: Signatures) -> _Numbers:
         (rows,) = np.nonzero(is_own[:, part])
         order = rows[np.argsort(unique[rows, part], kind="stable")]
         _join_neighbours(order, unique[order, part], parents, is_near)
-    # Rows of the template alone have nothing by which they could be told apart.
+    # Rows of the template alone are all equal.
     (bare,) = np.nonzero(~is_own.any(axis=1))
     for row in bare[1:].tolist():
         _join(parents, int(bare[0]), row)
@@ -82,7 +75,7 @@ def group_beside_template(signatures: Signatures) -> _Numbers:
 def _join_neighbours(
     order: _Numbers, keys: npt.NDArray[np.unsignedinteger], parents: _Numbers, is_near: _Compare
 ) -> None:
-    """Join rows of equal keys, which stand beside each other in `order`, where they are near."""
+    """Join rows of equal keys, which are neighbours in `order`, where they are near."""
     for distance in range(1, min(_MAX_NEIGHBOURS, len(order) - 1) + 1):
         (places,) = np.nonzero(keys[distance:] == keys[:-distance])
         if not len(places):
@@ -110,7 +103,7 @@ def _root(parents: _Numbers, place: int) -> int:
 
 
 def _roots(parents: _Numbers) -> _Numbers:
-    """Return the root of every row, and shorten the ways to them."""
+    """Return the root of every row, and compress the paths to them."""
     while not np.array_equal(parents, above := parents[parents]):
         parents[:] = above
     return parents.copy()

@@ -1,9 +1,9 @@
-"""When two rows are nearly the same: MinHash signatures over their words.
+"""MinHash signatures over the words of rows, by which near-duplicates are found.
 
 Rows are near-duplicates when the sets of their word triples have a Jaccard similarity of about 0.7 or more,
 estimated by the share of equal parts of their signatures. Source: A. Broder, On the resemblance and
 containment of documents, 1997; the bands by which candidates are found: J. Leskovec, A. Rajaraman, J. Ullman,
-Mining of Massive Datasets, 3.4. System turns do not count: they are the same in every row of a file.
+Mining of Massive Datasets, 3.4. System turns are left out: they are the same in every row of a file.
 """
 
 import json
@@ -28,7 +28,7 @@ _SHINGLE_WORDS = 3
 # Words; of scripts without spaces each character is one.
 _NO_SPACES = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
 _WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
-# The same for ASCII, which most texts are, in a fifth of the time: what is in no word becomes a space.
+# The same for ASCII, in a fifth of the time: other characters become spaces.
 _ASCII_WORD_BYTES = bytes(
     ord(chr(byte).lower()) if byte < 128 and _WORD.fullmatch(chr(byte)) else ord(" ") for byte in range(256)
 )
@@ -38,7 +38,7 @@ Signatures = npt.NDArray[np.uint32]
 
 
 class _WordHashes(dict[bytes, int]):
-    """Hashes of words, those of the first many different ones kept."""
+    """Hashes of words; the first 65,536 different ones are cached."""
 
     def __missing__(self, word: bytes) -> int:
         found = zlib.crc32(word)
@@ -55,7 +55,7 @@ def _find_words(text: str) -> list[bytes]:
 
 
 def row_text(row: Row) -> str:
-    """Return the texts of a row by which it is compared: all but those of the system."""
+    """Return the texts of a row that are compared: all but those of system turns."""
     turns = row.turns if row.rejected is None else chain(row.turns, row.rejected)
     return "\n".join(_turn_text(turn) for turn in turns if turn.role not in ("system", "developer"))
 
@@ -68,7 +68,7 @@ def _turn_text(turn: Turn) -> str:
 
 
 def row_key(row: Row) -> int:
-    """Return a number that equal rows share, and different ones do not but by a chance of 2**-64."""
+    """Return a 64-bit hash of a row's content."""
     parts: list[str] = []
     for turn in row.turns:
         parts += (turn.role, "+" if turn.is_trained else "-", turn.content or "")
@@ -80,7 +80,7 @@ def row_key(row: Row) -> int:
 
 
 class Signer:
-    """Make signatures; those of any two signers of one version of Luthier are comparable."""
+    """Makes signatures; those of any two signers of one version of Luthier are comparable."""
 
     def __init__(self) -> None:
         generator = np.random.default_rng(20110101)
@@ -90,11 +90,7 @@ class Signer:
         self._hashes = _WordHashes()
 
     def sign(self, texts: Sequence[str]) -> Signatures:
-        """Make the signatures of texts.
-
-        Returns:
-            uint32 [len(texts), SIGNATURE_PARTS].
-        """
+        """Return the signatures of texts, uint32 [len(texts), SIGNATURE_PARTS]."""
         if not texts:
             return np.zeros((0, SIGNATURE_PARTS), np.uint32)
         find_hash = self._hashes.__getitem__

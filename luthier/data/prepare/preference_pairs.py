@@ -10,14 +10,7 @@ from luthier.data.prepare.batch_plan import Plan, make_plan, split_micro
 
 
 def pair_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the tokens of the longer row of every pair, int64[N / 2].
-
-    Args:
-        lengths: tokens of every row, int64[N], N even.
-
-    Returns:
-        What a pair takes of a padded batch, by row.
-    """
+    """Return the tokens of the longer row of every pair, int64[N / 2]."""
     longer: NDArray[np.int64] = lengths.reshape(-1, 2).max(axis=1)
     return longer
 
@@ -28,14 +21,7 @@ def rows_of_pairs(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def make_pair_plan(lengths: NDArray[np.int64], *, batch_size: int, num_epochs: int, seed: int) -> Plan:
-    """Settle the rows of every step, pairs kept together.
-
-    Args:
-        lengths: tokens of every row, int64[N], N even.
-
-    Returns:
-        A plan whose steps hold row numbers, two a pair.
-    """
+    """Return a plan whose steps hold row numbers, two a pair; `lengths` are tokens of every row, int64[N]."""
     plan = make_plan(pair_lengths(lengths), batch_size=batch_size, num_epochs=num_epochs, seed=seed)
     return Plan([rows_of_pairs(pairs) for pairs in plan.steps], plan.steps_per_epoch, plan.num_epochs)
 
@@ -43,14 +29,6 @@ def make_pair_plan(lengths: NDArray[np.int64], *, batch_size: int, num_epochs: i
 def split_pairs(
     row_numbers: NDArray[np.int64], lengths: NDArray[np.int64], max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Split a step's rows as luthier.data.prepare.batch_plan.split_micro does, without parting a pair.
-
-    Args:
-        lengths: tokens of every row.
-        max_tokens: bound on rows times longest; a single longer pair is a part of its own.
-
-    Returns:
-        The parts, shortest pairs first.
-    """
+    """Split a step's rows as luthier.data.prepare.batch_plan.split_micro does, pairs kept together."""
     pairs = row_numbers[::2] // 2
     return [rows_of_pairs(part) for part in split_micro(pairs, pair_lengths(lengths), max_tokens // 2)]

@@ -37,7 +37,7 @@ class RowLimits:
     max_tokens: int = 1_000_000_000
 
     def check(self, num_rows: int, num_tokens: int, purpose: Purpose) -> None:
-        """Refuse a file that has more, as far as it is read."""
+        """Refuse a file whose rows so far are more."""
         limits = (
             ("rows", num_rows, self.max_rows, "LUTHIER_MAX_TRAINING_ROWS"),
             ("tokens", num_tokens, self.max_tokens, "LUTHIER_MAX_TRAINING_TOKENS"),

@@ -21,9 +21,9 @@ _WRITTEN_AT_ONCE = 1 << 20
 class PreparedRows:
     """Rows one after the other: row `i` is `tokens[offsets[i]:offsets[i + 1]]`.
 
-    `tokens` int32 [total], `supervised` bool [total] (which tokens are learnt), `offsets` int64 [N+1],
+    `tokens` int32 [total], `supervised` bool [total], `offsets` int64 [N+1],
     `lines` int32 [N] (each row's line in its file, from 1). `signatures` uint32 [N, K] (see
-    luthier.data.prepare.minhash) are there only where rows are yet to be split, and are not written to disk.
+    luthier.data.prepare.minhash) exist only until rows are split, and are not written to disk.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -44,7 +44,7 @@ class PreparedRows:
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Number of tokens that are learnt."""
+        """Number of supervised tokens."""
         return int(self.supervised.sum())
 
     @property
@@ -66,10 +66,7 @@ class PreparedRows:
 
 
 class RowWriter:
-    """Rows that are laid one after the other as they come, their tokens and masks in files without a name.
-
-    So memory holds 12 bytes a row, however many tokens there are.
-    """
+    """Collects rows; tokens and masks are in unnamed files, so that memory holds 12 bytes a row."""
 
     def __init__(self) -> None:
         self._tokens = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the rows are
@@ -87,7 +84,7 @@ class RowWriter:
         return self._ends[-1]
 
     def add(self, tokens: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], line: int) -> None:
-        """Add a row: its tokens, int32 [T], which of them are learnt, bool [T], and its line from 1."""
+        """Add a row: its tokens, int32 [T], its mask, bool [T], and its line from 1."""
         self._tokens.write(np.ascontiguousarray(tokens, np.int32).data)
         self._supervised.write(np.ascontiguousarray(supervised, np.bool_).data)
         self._ends.append(self._ends[-1] + len(tokens))
@@ -105,7 +102,7 @@ class RowWriter:
 
 
 def _mapped(file: IO[bytes], dtype: Any) -> npt.NDArray[Any]:
-    """Return what a file holds as an array, read when it is needed."""
+    """Return a file's content as an array, read on demand."""
     file.flush()
     if file.tell() == 0:
         return np.zeros(0, dtype)
@@ -118,14 +115,7 @@ def join_rows(
     lines: Sequence[int],
     signatures: Sequence[npt.NDArray[np.uint32]] | None = None,
 ) -> PreparedRows:
-    """Lay rows one after the other.
-
-    Args:
-        tokens: of each row, int32 [T].
-        supervised: of each row, bool [T].
-        lines: of each row, from 1.
-        signatures: of each row, uint32 [K], where they are known.
-    """
+    """Join rows: of each its tokens, int32 [T], mask, bool [T], line, and signature, uint32 [K], if known."""
     offsets = np.zeros(len(lines) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in tokens], out=offsets[1:])
     return PreparedRows(
@@ -141,10 +131,8 @@ def write_prepared(rows: PreparedRows, path: Path) -> None:
     """Write rows to a safetensors file that exists whole or not at all, without a copy in memory.
 
     The format: 8 bytes of length (little-endian), a header of that length in JSON, then the tensors, those of
-    the larger alignment first (https://github.com/huggingface/safetensors, "Format").
-
-    Args:
-        path: an older one is replaced.
+    the larger alignment first (https://github.com/huggingface/safetensors, "Format"). An older file is
+    replaced.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     arrays: dict[str, npt.NDArray[Any]] = {

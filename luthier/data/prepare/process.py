@@ -1,8 +1,8 @@
-"""Preparing a job's files in a process of its own: `python -m luthier.data.prepare.process FOLDER`.
+"""The process that prepares a job's files: `python -m luthier.data.prepare.process FOLDER`.
 
-It may be ended at any moment, has a limit of memory, and is given no secret. FOLDER holds question.json and
+It may be killed at any moment, has a limit of memory, and gets no secret. FOLDER holds question.json and
 the files as `training` and `validation`; the process leaves answer.json and the prepared rows there, and
-writes a line to standard output now and then while it makes progress.
+writes a line to standard output at intervals while it makes progress.
 """
 
 import errno
@@ -28,7 +28,7 @@ _PROGRESS_SECONDS = 0.5
 
 
 class Question(msgspec.Struct):
-    """What is prepared, and what that may cost. `validation_split` is 0 where no rows are held back."""
+    """The job's files and their limits. `validation_split` is 0 where no rows are held back."""
 
     base_folder: str
     max_length: int
@@ -41,7 +41,7 @@ class Question(msgspec.Struct):
 
 
 class Prepared(msgspec.Struct):
-    """What became of the files: rows of each file as they were found, rows of each side as they are used."""
+    """The outcome: reports on the files, and the rows of each side that are used."""
 
     training: PreparedReport
     validation: PreparedReport | None
@@ -60,18 +60,18 @@ class Failure(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """One of the two."""
+    """Either member."""
 
     prepared: Prepared | None = None
     failure: Failure | None = None
 
 
 def main(folder: Path) -> None:
-    """Prepare what the folder asks for, and write the answer."""
+    """Prepare the files in the folder, and write the answer."""
     question = msgspec.json.decode((folder / QUESTION_NAME).read_bytes(), type=Question)
-    # What grows with the files is in files too (prepared.py); those without a name go with the process.
+    # What grows with the rows is in unnamed files too (prepared_rows.py), which vanish with the process.
     tempfile.tempdir = str(folder)
-    # Beyond what the interpreter and its libraries take, which depends on the machine.
+    # Beyond the interpreter and its libraries, whose size depends on the machine.
     taken_bytes = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (taken_bytes + question.max_memory_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -93,7 +93,7 @@ def _failure(error: LuthierError) -> Failure:
 
 
 def out_of_memory(max_bytes: int) -> OutOfMemoryError:
-    """Return the error of files whose preparation takes more memory than it may."""
+    """Return the error of files whose preparation needs more memory than allowed."""
     return OutOfMemoryError(
         f"The job's files take more than {max_bytes / 1e9:.1f} GB of memory to prepare "
         "(LUTHIER_MAX_PREPARE_BYTES). Send fewer rows, or a validation_file instead of "

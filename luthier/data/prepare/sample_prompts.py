@@ -1,4 +1,4 @@
-"""Sample prompts of a job: whether a base's template and context take them, before anything is trained."""
+"""The check of a job's sample prompts against a base's template and context, before training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +11,7 @@ from luthier.data.rendering.tokenizer import Tokenizer
 def check_sample_prompts(prompts: Sequence[str], base_folder: Path, *, max_tokens: int) -> None:
     """Render each prompt as a user's message, as it is rendered again whenever the model answers it.
 
-    Args:
-        base_folder: a fetched base, for its template and tokenizer.
-        max_tokens: the base's context length; an answer needs at least one token of it.
+    An answer needs at least one token of the base's context, `max_tokens`.
 
     Raises:
         InvalidValueError: for the first prompt that the template refuses or that leaves no room for an

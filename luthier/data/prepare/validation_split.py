@@ -1,4 +1,4 @@
-"""Holding rows back for validation by their content, so that the same file is always split the same way."""
+"""The validation split, by the content of rows: the same file is always split the same way."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ from luthier.core.errors import InvalidTrainingFileError
 from luthier.data.prepare.grouping import group_beside_template, group_near
 from luthier.data.prepare.prepared_rows import PreparedRows
 
-# A group of so many rows, which no side of the split has room for, is taken for the work of one template.
+# A group of at least this many rows that fits on no side of the split is taken to be of one template.
 _MIN_TEMPLATE_ROWS = 32
 
 
@@ -21,17 +21,17 @@ def split_rows(
     Equal rows and near-duplicates (where the rows have signatures) are a group and stay together, or the
     validation loss would be measured on rows that were trained on. The groups with the smallest content
     hashes are held back, as far as they fit into the share. Where no group fits because hundreds of rows
-    are made by one template, such rows are compared by what the template does not bring.
+    come from one template, such rows are compared without the template's part.
 
     Args:
         share: of rows to hold back, above 0 and at most 0.5; at least one group is held back.
-        rows_per_example: how many rows in a row are one example, which is never parted.
+        rows_per_example: consecutive rows that are one example and stay together.
 
     Returns:
         The training rows and the validation rows, each in the order of `rows`.
 
     Raises:
-        InvalidTrainingFileError: when there are no two different groups to divide (param `training_file`).
+        InvalidTrainingFileError: when there are fewer than two different groups (param `training_file`).
     """
     num_examples = rows.num_rows // rows_per_example
     num_wanted = max(1, round(share * num_examples))
@@ -46,7 +46,7 @@ def split_rows(
         labels = group_near(signatures)
     groups = _list_groups(labels, hashes)
     if signatures is not None and min(map(len, groups)) > 2 * num_wanted:
-        groups = _list_groups(_part_templates(signatures, groups, num_wanted), hashes)
+        groups = _list_groups(_split_templates(signatures, groups, num_wanted), hashes)
     if len(groups) < 2:
         raise InvalidTrainingFileError(
             f"The training file has too few different rows ({len(groups)}, near-duplicates being one) to "
@@ -69,10 +69,10 @@ def _choose(groups: list[list[int]], num_wanted: int) -> list[int]:
     return chosen or min(groups, key=len)
 
 
-def _part_templates(
+def _split_templates(
     signatures: npt.NDArray[np.uint32], groups: list[list[int]], num_wanted: int
 ) -> npt.NDArray[np.int64]:
-    """Return the rows' groups with the too large ones parted, int64 [N]."""
+    """Return the rows' groups with the too large ones divided, int64 [N]."""
     labels = np.zeros(len(signatures), np.int64)
     first_label = 0
     for group in groups:

@@ -1,1 +1,1 @@
-"""Messages to text, tokens and the mask of what is trained."""
+"""Messages to text, text to tokens, and the loss mask."""

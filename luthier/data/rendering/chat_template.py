@@ -1,8 +1,7 @@
-"""Messages to text, by the base's own chat template in jinja2's sandbox. The only renderer there is:
-the API, prepare, the training child and the engine all go through it. Never a tokenizer here.
+"""The renderer of messages: the base's own chat template in jinja2's sandbox. Never a tokenizer here.
 
-A template comes with a base, so an operator chose it, yet it is somebody else's program: it can reach no
-attribute outside the sandbox, and its output is limited in size and time.
+It is the only one: the API, prepare, the training process and the engine all use it. A template is a foreign
+program: it can reach no attribute outside the sandbox, and its output is limited in size and time.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.core.errors import BaseUnavailableError, InvalidValueError
-from luthier.data.rendering.special_tokens import Marks
+from luthier.data.rendering.special_tokens import SpecialTokens
 
 MAX_RENDERED_CHARS = 32 * 1024 * 1024
 MAX_RENDER_SECONDS = 20.0
@@ -63,26 +62,19 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """Accept `{% generation %}…{% endgeneration %}`, by which some templates mark what is trained."""
+    """Accepts `{% generation %}…{% endgeneration %}`, by which some templates mark what is trained."""
 
     tags = {"generation"}  # noqa: RUF012 - the attribute is jinja2's
 
     def parse(self, parser: Any) -> Any:
-        """Put the block's content in its place; the mask is found without it."""
+        """Keep the block's content; the mask is found without the tag."""
         line_number = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(line_number)
 
 
 def content_text(content: Any) -> str:
-    """Join a message's content to one text.
-
-    Args:
-        content: a string, or a list of `{"type": "text", "text": …}` parts; None counts as empty.
-
-    Raises:
-        InvalidValueError: for a part that is not text.
-    """
+    """Join a message's content, a text or a list of text parts, to one text; None counts as empty."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -95,7 +87,7 @@ def content_text(content: Any) -> str:
     raise InvalidValueError("Only text is supported as a message's content.", param="messages")
 
 
-def _plain_message(message: Mapping[str, Any], *, with_argument_texts: bool) -> dict[str, Any]:
+def _to_template_message(message: Mapping[str, Any], *, with_argument_texts: bool) -> dict[str, Any]:
     # Bases know no `developer`; it is OpenAI's newer word for `system`.
     role, calls = message["role"], message.get("tool_calls")
     plain = {"role": "system" if role == "developer" else role, "content": content_text(message["content"])}
@@ -105,13 +97,13 @@ def _plain_message(message: Mapping[str, Any], *, with_argument_texts: bool) -> 
         if message.get(key) is not None:
             plain[key] = message[key]
     if calls:
-        plain["tool_calls"] = [_plain_call(call, as_text=with_argument_texts) for call in calls]
-        # As transformers hands it on: templates tell a call alone from a call with a text by null.
+        plain["tool_calls"] = [_to_template_call(call, as_text=with_argument_texts) for call in calls]
+        # As in transformers: by null, templates distinguish a call alone from a call with a text.
         plain["content"] = None if message["content"] is None else plain["content"]
     return plain
 
 
-def _plain_call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
+def _to_template_call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
     function = call["function"]
     arguments = function["arguments"]
     if as_text and not isinstance(arguments, str):
@@ -120,11 +112,11 @@ def _plain_call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise InvalidValueError("The arguments of a tool call are no JSON.", param="messages") from error
+            raise InvalidValueError("The arguments of a tool call are not JSON.", param="messages") from error
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-# What a template is tried on, once, to learn how it wants the arguments of tool calls.
+# A template is tried on this once, to find out how it takes the arguments of tool calls.
 _CALL_PROBE: list[dict[str, Any]] = [
     {"role": "user", "content": "x"},
     {
@@ -172,15 +164,17 @@ def _template_source(base_folder: Path, config: Mapping[str, Any]) -> str | None
 class ChatTemplate:
     """A base's chat template, compiled.
 
-    Args:
-        special_tokens: names such as `bos_token` and their texts, which templates refer to.
-        marks: special tokens, which stay text where a message spells them.
+    `special_tokens` are names such as `bos_token` and their texts, which templates refer to; `spellings`
+    are special tokens that stay text where a message spells them.
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str] | None = None, marks: Marks | None = None
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        spellings: SpecialTokens | None = None,
     ) -> None:
-        self._marks = marks or Marks()
+        self._spellings = spellings or SpecialTokens()
         self._special_tokens = dict(special_tokens or {})
         self._source = source
         try:
@@ -192,11 +186,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, base_folder: Path) -> "ChatTemplate":
-        """Read the template of a fetched base.
-
-        Args:
-            base_folder: holds chat_template.jinja, or tokenizer_config.json with `chat_template`; its
-                tokenizer.json names the special tokens.
+        """Read chat_template.jinja of a fetched base, or `chat_template` of its tokenizer_config.json.
 
         Raises:
             BaseUnavailableError: when the base has no template, or one that can't be compiled.
@@ -208,25 +198,21 @@ class ChatTemplate:
                 f"The base {base_folder.name} has no chat template. Choose its chat (instruct) version, or "
                 "put a chat_template.jinja into the base's folder and name that folder in models.toml."
             )
-        return cls(source, _special_tokens(config), Marks.load(base_folder))
+        return cls(source, _special_tokens(config), SpecialTokens.load(base_folder))
 
-    def has_place_for(self, what: str) -> bool:
-        """Whether the template names `tools`, `tool_calls` or `reasoning_content` at all.
-
-        One that does not would leave them out without a word.
-        """
-        return re.search(rf"\b{what}\b", self._source) is not None
+    def supports(self, member: str) -> bool:
+        """Whether the template names `tools`, `tool_calls` or `reasoning_content`, and so renders them."""
+        return re.search(rf"\b{member}\b", self._source) is not None
 
     @functools.cached_property
-    def _wants_argument_texts(self) -> bool:
-        """Whether the arguments of tool calls must be JSON texts; most templates take an object.
+    def _takes_argument_texts(self) -> bool:
+        """Whether the arguments of tool calls must be JSON texts.
 
-        An object is what transformers documents: templates that take both write the same for either, and
-        those that make JSON of it would quote a text once more. A few join it to a text, and fail on an
-        object or write it as Python would: these get the text.
+        Transformers documents an object: most templates take one, and those that make JSON of it would quote
+        a text twice. A few join it to a text, and fail on an object or write it as Python would.
         """
         for as_text in (False, True):
-            messages = [_plain_message(message, with_argument_texts=as_text) for message in _CALL_PROBE]
+            messages = [_to_template_message(message, with_argument_texts=as_text) for message in _CALL_PROBE]
             with contextlib.suppress(InvalidValueError):
                 text = self._render(messages, add_generation_prompt=False, tools=None)
                 if "{'a': 1}" not in text:
@@ -234,11 +220,11 @@ class ChatTemplate:
         return False
 
     @functools.cached_property
-    def last_answer_marks(self) -> tuple[str, str] | None:
-        """What stands before and after the last answer, where both are one text whatever came before.
+    def answer_delimiters(self) -> tuple[str, str] | None:
+        """The texts before and after the last answer, where they don't depend on what precedes it.
 
-        Tried on a few conversations: the mark before it must follow what is rendered without it, and the
-        answer must follow that mark, as it is written. None for a template of another kind.
+        Tried on a few conversations: the answer must follow the generation prompt, as it is written. None
+        for a template of another kind.
         """
         found: set[tuple[str, str]] = set()
         for messages in _PROBES:
@@ -274,19 +260,19 @@ class ChatTemplate:
             tools: definitions of tools as OpenAI has them.
 
         Returns:
-            The text, the template's special tokens spelled out. Those that a message or a tool spells are
-            split (luthier.data.rendering.special_tokens), so that Tokenizer.encode takes them for text.
+            The text with the template's special tokens. Those that a message or a tool spells are split
+            (luthier.data.rendering.special_tokens), so that Tokenizer.encode takes them for text.
 
         Raises:
             InvalidValueError: when the template refuses the messages or writes too much (param `messages`).
         """
         has_calls = any(message.get("tool_calls") for message in messages)
-        as_text = has_calls and self._wants_argument_texts
-        plain = [_plain_message(message, with_argument_texts=as_text) for message in messages]
+        as_text = has_calls and self._takes_argument_texts
+        plain = [_to_template_message(message, with_argument_texts=as_text) for message in messages]
         return self._render(
-            self._marks.as_text(plain),
+            self._spellings.as_text(plain),
             add_generation_prompt=add_generation_prompt,
-            tools=self._marks.as_text(tools),
+            tools=self._spellings.as_text(tools),
         )
 
     def _render(
@@ -314,7 +300,7 @@ class ChatTemplate:
                         "The conversation is too large for the base's chat template.", param="messages"
                     )
         except _TEMPLATE_FAILURES as error:
-            # A refusal is the template's own sentence; others may quote values: only their kind is told.
+            # Only a template's own refusal is quoted; other errors may quote values.
             reason = str(error)[:160] if type(error) is jinja2.TemplateError else type(error).__name__
             raise InvalidValueError(
                 f"The base's chat template refuses these messages: {reason}", param="messages"

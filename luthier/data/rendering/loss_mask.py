@@ -137,7 +137,7 @@ def render_turns(
 
 def _check_places(template: ChatTemplate, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> None:
     """Refuse what the template would silently leave out."""
-    if tools and not template.has_place_for("tools"):
+    if tools and not template.supports("tools"):
         raise InvalidValueError(
             "The base's chat template has no place for tools. Remove them, or choose a base that was made "
             "for tools.",
@@ -145,7 +145,7 @@ def _check_places(template: ChatTemplate, turns: Sequence[Turn], tools: list[dic
         )
     for place, turn in enumerate(turns):
         for name, is_there in (("tool_calls", turn.tool_calls), ("reasoning_content", turn.reasoning)):
-            if is_there and not template.has_place_for(name):
+            if is_there and not template.supports(name):
                 raise InvalidValueError(
                     f"The base's chat template has no place for {name}. Write it as content, or choose "
                     "another base.",
@@ -191,10 +191,10 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encod
 
 def _find_last_start(template: ChatTemplate, turn: Turn, text: str) -> int | None:
     """Return where the last turn's own text begins, where that is certain without another rendering."""
-    marks = template.last_answer_marks
-    if marks is None or turn.tool_calls or turn.reasoning or turn.content is None:
+    delimiters = template.answer_delimiters
+    if delimiters is None or turn.tool_calls or turn.reasoning or turn.content is None:
         return None
-    opening, closing = marks
+    opening, closing = delimiters
     if not opening or not text.endswith(f"{opening}{turn.content}{closing}"):
         return None
     return len(text) - len(closing) - len(turn.content)

@@ -1,4 +1,4 @@
-"""Special tokens that a message spells: how rendered text says that they are text, and no tokens.
+"""Special tokens that a message spells: rendered text marks them as text.
 
 `<|im_end|>` within a message's content ends no turn: the renderer puts SPLIT after its first character, the
 tokenizer encodes what is before and behind it separately, and SPLIT itself becomes no token.
@@ -25,7 +25,7 @@ class _TokenizerFile(msgspec.Struct):
     added_tokens: list[_Added] = []
 
 
-class Marks:
+class SpecialTokens:
     """The special tokens of a tokenizer, by their spelling. One of a single character is left out."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -33,18 +33,18 @@ class Marks:
         self._first_chars = {text[0] for text in self._texts}
 
     @classmethod
-    def load(cls, base_folder: Path) -> "Marks":
-        """Read the marks of a base's tokenizer.json; none where it has no such file that can be read."""
+    def load(cls, base_folder: Path) -> "SpecialTokens":
+        """Read those of a base's tokenizer.json; none where the file is missing or broken."""
         path = base_folder / "tokenizer.json"
         try:
             content = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)
         except (FileNotFoundError, msgspec.MsgspecError):
-            # Tokenizer.load says what is wrong with it.
+            # Tokenizer.load reports the error.
             return cls()
         return cls(token.content for token in content.added_tokens if token.special)
 
     def as_text(self, value: Any) -> Any:
-        """Return a JSON value in whose texts, names included, every mark is split."""
+        """Return a JSON value in whose texts, names included, every special token is split."""
         if isinstance(value, str):
             if not any(char in value for char in self._first_chars):
                 return value
@@ -56,11 +56,11 @@ class Marks:
         return value
 
     def split(self, text: str) -> list[str]:
-        """Return the pieces of a rendered text that are encoded separately; one where no mark is split."""
+        """Return the pieces of a rendered text that are encoded separately."""
         if SPLIT not in text or not self._texts:
             return [text]
         pieces, start = [], 0
-        for found in self._split_marks.finditer(text):
+        for found in self._split_spelled.finditer(text):
             pieces.append(text[start : found.start() + 1])
             start = found.start() + 2
         return [*pieces, text[start:]]
@@ -70,10 +70,10 @@ class Marks:
         return re.compile("|".join(re.escape(text) for text in self._texts))
 
     @cached_property
-    def _split_marks(self) -> re.Pattern[str]:
+    def _split_spelled(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(text[0] + SPLIT + text[1:]) for text in self._texts))
 
 
 def without_splits(text: str) -> str:
-    """Return a rendered text as a reader sees it."""
+    """Return a rendered text without the splits."""
     return text.replace(SPLIT, "")

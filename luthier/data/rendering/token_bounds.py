@@ -1,6 +1,6 @@
-"""How few tokens a text can have, told by its length, so that one that is far too long need not be tokenised.
+"""A lower bound of a text's tokens by its length, so that one that is far too long need not be tokenised.
 
-Certain or nothing: of a tokenizer whose steps may shorten text by any amount nothing is told.
+There is none for a tokenizer whose steps may shorten text by any amount.
 """
 
 import json
@@ -22,30 +22,23 @@ _NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 @dataclass(frozen=True)
 class TokenBounds:
-    """A token stands for `max_token_bytes` of a text at most; those in `dropped` stand in no token."""
+    """A token stands for at most `max_token_bytes` of a text; those in `dropped` are in no token."""
 
     max_token_bytes: int
     dropped: bytes = b""
 
     def min_num_tokens(self, text: str) -> int:
-        """Return a number of tokens that a text has at least."""
+        """Return the least number of tokens that a text can have."""
         return -(-len(text.encode().translate(None, self.dropped)) // self.max_token_bytes)
 
 
 def find_bounds(tokenizer: Tokenizer) -> TokenBounds | None:
-    """Find out how much of a text one token can stand for.
-
-    Args:
-        tokenizer: the tokenizer.
-
-    Returns:
-        The bounds, or None where there are none.
-    """
+    """Return how much of a text one token can stand for, or None without a bound."""
     inner = tokenizer.pipeline
     if not isinstance(inner.model, tokenizers.models.BPE):
         return None
     if any(token.lstrip or token.rstrip for token in inner.get_added_tokens_decoder().values()):
-        # Such a mark takes all spaces beside it.
+        # Such a token takes all spaces beside it.
         return None
     steps = _flatten(inner.pre_tokenizer, "pretokenizers")
     if any(step["type"] not in _KEEPING or step.get("behavior") == "Removed" for step in steps):
@@ -54,9 +47,9 @@ def find_bounds(tokenizer: Tokenizer) -> TokenBounds | None:
     names = _byte_names(inner, is_byte_level=is_byte_level)
     dropped = bytes(byte for byte, name in names.items() if inner.token_to_id(name) is None)
     if dropped and not is_byte_level:
-        # Not the byte is unknown then but its whole character, and many of them may be one token.
+        # Then the whole character is unknown, not the byte, and many of them may be one token.
         return None
-    # A mark for spaces may be one in the text, which is longer than a space: a token counts as it is spelled.
+    # The text may hold the sign for spaces itself, longer than a space: a token counts as it is spelled.
     longest = max(
         len(tokenizer.token_bytes(i) if is_byte_level else (inner.id_to_token(i) or "").encode())
         for i in range(tokenizer.vocab_size)
@@ -70,7 +63,7 @@ def find_bounds(tokenizer: Tokenizer) -> TokenBounds | None:
 
 
 def _byte_names(inner: tokenizers.Tokenizer, *, is_byte_level: bool) -> dict[int, str]:
-    """Return what the tokens of single bytes are called, of those that a text may have."""
+    """Return the names of the tokens of single bytes that a text may have."""
     if is_byte_level:
         table = {byte: char for char, byte in byte_of_char().items()}
     else:

@@ -1,5 +1,6 @@
-"""Text to tokens and back, exact to the byte, over the `tokenizers` library. The only tokenizer there is:
-the API, prepare, the training child and the engine all go through it. Never torch, never transformers.
+"""The tokenizer: text to tokens and back, exact to the byte, over the `tokenizers` library. Never torch.
+
+It is the only one: the API, prepare, the training process and the engine all use it.
 """
 
 import codecs
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import tokenizers
 
 from luthier.core.errors import BaseUnavailableError
-from luthier.data.rendering.special_tokens import Marks
+from luthier.data.rendering.special_tokens import SpecialTokens
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "\u2581"
@@ -76,7 +77,7 @@ def _leading_ids(inner: tokenizers.Tokenizer) -> list[int]:
 
 
 def _find_raw_prefix(inner: tokenizers.Tokenizer, names: dict[str, Any]) -> list[int] | None:
-    """Return what raw text begins with by `add_bos_token`; None where that is not said."""
+    """Return what raw text begins with by `add_bos_token`; None where that is not set."""
     if names.get("add_bos_token") is False:
         return []
     bos_id = _find_id(inner, names.get("bos_token"))
@@ -86,7 +87,7 @@ def _find_raw_prefix(inner: tokenizers.Tokenizer, names: dict[str, Any]) -> list
 
 
 def _join(pieces: Sequence[str], encodings: Sequence[Encoding]) -> Encoding:
-    """Join the encodings of a text's pieces, between which the text has one character more."""
+    """Join the encodings of a text's pieces, between which the text has one more character."""
     if len(encodings) == 1:
         return encodings[0]
     starts = [0]
@@ -101,10 +102,8 @@ def _join(pieces: Sequence[str], encodings: Sequence[Encoding]) -> Encoding:
 class Tokenizer:
     """A base's tokenizer, read from its tokenizer.json.
 
-    Args:
-        inner: the pipeline of the `tokenizers` library.
-        raw_prefix_ids: what a text without a template begins with, such as `<bos>`; None: what the
-            pipeline's own post-processor puts before a text.
+    `raw_prefix_ids` is what a text without a template begins with, such as `<bos>`; None: what the
+    pipeline's own post-processor puts before a text.
     """
 
     def __init__(
@@ -113,20 +112,20 @@ class Tokenizer:
         stop_token_ids: Iterable[int] = (),
         raw_prefix_ids: Sequence[int] | None = None,
     ) -> None:
-        # A tokenizer.json may carry truncation or padding left over from training; both alter rows silently.
+        # A tokenizer.json may carry truncation or padding from its training; both alter rows silently.
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
         self.stop_token_ids = frozenset(stop_token_ids)
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         self._added = inner.get_added_tokens_decoder()
-        self._marks = Marks(token.content for token in self._added.values() if token.special)
+        self._special = SpecialTokens(token.content for token in self._added.values() if token.special)
         self.raw_prefix_ids = _leading_ids(inner) if raw_prefix_ids is None else list(raw_prefix_ids)
-        # Texts of tokens that mean the same wherever they stand, of those that answers had so far.
-        self.plain_texts: dict[int, str] = {}
-        # Those of them that are parts of characters, or marks.
-        self._others: set[int] = set()
-        # The state of the decoder alone: writing out a whole tokenizer takes a while.
+        # Cache of the tokens seen whose text does not depend on their neighbours.
+        self.text_cache: dict[int, str] = {}
+        # Those seen that are parts of characters, or special.
+        self._uncached: set[int] = set()
+        # The state of the decoder alone: serialising a whole tokenizer is slow.
         decoder = inner.decoder
         steps = _decoder_steps(None if decoder is None else json.loads(decoder.__getstate__()))
         kinds = {step["type"] for step in steps}
@@ -146,14 +145,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, base_folder: Path) -> "Tokenizer":
-        """Read the tokenizer of a fetched base.
-
-        Args:
-            base_folder: holds tokenizer.json, and the ids that end a turn in generation_config.json,
-                config.json and tokenizer_config.json.
-
-        Returns:
-            The tokenizer.
+        """Read the tokenizer of a fetched base, and the ids that end a turn in its configuration files.
 
         Raises:
             BaseUnavailableError: when there is no tokenizer.json, or none that can be read.
@@ -182,20 +174,20 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a rendered text.
 
-        Special tokens spelled out in the text are recognised, but for those that a message spelled
+        Special tokens spelled out in the text are recognised, except those that a message spelled
         (luthier.data.rendering.special_tokens); none is added.
         """
-        pieces = self._marks.split(text)
+        pieces = self._special.split(text)
         return [i for piece in pieces for i in self._inner.encode(piece, add_special_tokens=False).ids]
 
     def encode_raw(self, text: str) -> list[int]:
-        """Return the token ids of a text without a template, after what the base has before such texts."""
+        """Return the token ids of a text without a template, after the prefix of such texts."""
         ids = self.encode(text)
         num_prefix = len(self.raw_prefix_ids)
         return ids if ids[:num_prefix] == self.raw_prefix_ids else self.raw_prefix_ids + ids
 
     def encode_raw_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Do as encode_raw for many texts; what is put before one has the span (-1, -1)."""
+        """Do as encode_raw for many texts; the prefix has the span (-1, -1)."""
         prefix = np.asarray(self.raw_prefix_ids, np.int32)
         spans = np.full((len(prefix), 2), -1, np.int64)
         return [
@@ -206,12 +198,8 @@ class Tokenizer:
         ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Encode many texts at once, on all cores.
-
-        Returns:
-            For each the ids, int32 [T], and the spans of characters, int64 [T, 2].
-        """
-        split = [self._marks.split(text) for text in texts]
+        """Encode many texts at once, on all cores: ids, int32 [T], and spans of characters, int64 [T, 2]."""
+        split = [self._special.split(text) for text in texts]
         encodings = iter(self._encode_pieces([piece for pieces in split for piece in pieces]))
         return [_join(pieces, [next(encodings) for _ in pieces]) for pieces in split]
 
@@ -228,7 +216,7 @@ class Tokenizer:
 
     @property
     def pipeline(self) -> tokenizers.Tokenizer:
-        """The library's own tokenizer, for questions of how it works; text becomes tokens by methods here."""
+        """The library's own tokenizer, to inspect; never to encode with."""
         return self._inner
 
     @staticmethod
@@ -243,9 +231,9 @@ class Tokenizer:
         return pieces, np.fromiter(map(len, pieces), np.int64, len(pieces))
 
     def _find_spans(self, text: str, ids: list[int]) -> Encoding | None:
-        """Return the spans that the tokens' own bytes tell, None where these do not make up the text.
+        """Return the spans by the tokens' own bytes, None where these do not make up the text.
 
-        The library takes longer to keep account of them than to find the tokens.
+        The library takes longer for the spans than for the tokens.
         """
         if not ids or max(ids) >= self.vocab_size:
             return None
@@ -269,18 +257,14 @@ class Tokenizer:
         return Encoding(found, spans)
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token is a mark such as an end of turn, which readers of an answer never see."""
+        """Whether a token is special, such as an end of turn, which answers don't show."""
         added = self._added.get(token_id)
         return added is not None and bool(added.special)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the exact bytes of one token, which may be a part of a character; a mark's are its spelling.
+        """Return the bytes of one token, which may be a part of a character; none outside the vocabulary.
 
-        Args:
-            token_id: an id; one outside the vocabulary (padding of the model's matrix) has no bytes.
-
-        Returns:
-            The bytes.
+        A special token's bytes are its spelling.
         """
         added = self._added.get(token_id)
         if added is not None:
@@ -304,28 +288,20 @@ class Tokenizer:
         """Return one token as text; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
-    def note_text(self, token_id: int) -> None:
-        """Keep a token's text in `plain_texts`, if it is no mark and its bytes are whole characters."""
-        if token_id in self._others:
+    def cache_text(self, token_id: int) -> None:
+        """Cache a token's text, if it is not special and its bytes are whole characters."""
+        if token_id in self._uncached:
             return
         try:
             if not self.is_special(token_id):
-                self.plain_texts[token_id] = self.token_bytes(token_id).decode()
+                self.text_cache[token_id] = self.token_bytes(token_id).decode()
                 return
         except UnicodeDecodeError:
             pass
-        self._others.add(token_id)
+        self._uncached.add(token_id)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Return the text of tokens as a reader of an answer sees it.
-
-        Args:
-            ids: token ids.
-            skip_special: whether to leave out marks such as an end of turn.
-
-        Returns:
-            The text; bytes that are no UTF-8 become U+FFFD.
-        """
+        """Return the text of tokens as an answer shows it; bytes that are no UTF-8 become U+FFFD."""
         decoder = StreamDecoder(self, skip_special=skip_special)
         return "".join([decoder.push(token_id) for token_id in ids]) + decoder.flush()
 
@@ -336,12 +312,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Tokens to text one at a time: what is pushed and flushed, joined, equals the decoding of all.
+    """Decodes tokens one at a time: the pushed and flushed texts, joined, equal the decoding of all.
 
-    Args:
-        tokenizer: the tokenizer.
-        skip_special: whether to leave out marks such as an end of turn.
-        shown: marks that are not left out all the same.
+    `skip_special` leaves out special tokens such as an end of turn, except those in `shown`.
     """
 
     def __init__(
@@ -356,10 +329,10 @@ class StreamDecoder:
         self._is_at_start = tokenizer.strips_first_space
 
     def push(self, token_id: int) -> str:
-        """Take one token and return the text that is certain now; empty within a character."""
+        """Decode one token and return the text that is certain now; empty within a character."""
         if not (self._is_within or self._is_at_start):
-            # All but a few tokens of most answers: whatever else is asked takes several times as long.
-            known = self._tokenizer.plain_texts.get(token_id)
+            # Nearly all tokens of most answers, several times as fast.
+            known = self._tokenizer.text_cache.get(token_id)
             if known is not None:
                 return known
         if self._skip_special and token_id not in self._shown and self._tokenizer.is_special(token_id):
@@ -371,9 +344,9 @@ class StreamDecoder:
         text = self._utf8.decode(content)
         self._is_within = bool(self._utf8.getstate()[0])
         if not self._is_within:
-            self._tokenizer.note_text(token_id)
+            self._tokenizer.cache_text(token_id)
         return text
 
     def flush(self) -> str:
-        """Return what is left at the end: U+FFFD for a character that was never completed, or nothing."""
+        """Return the rest: U+FFFD for a character that was never completed, or nothing."""
         return self._utf8.decode(b"", final=True)

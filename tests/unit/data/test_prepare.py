@@ -217,7 +217,7 @@ def test_the_quick_way_to_a_turn_finds_the_place_of_the_slow_one(name, monkeypat
         return found
 
     quick = spans()
-    monkeypatch.setattr(ChatTemplate, "last_answer_marks", None)
+    monkeypatch.setattr(ChatTemplate, "answer_delimiters", None)
     assert quick == spans()
 
 

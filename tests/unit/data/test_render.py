@@ -54,9 +54,9 @@ def test_arguments_of_calls_are_written_as_json_whatever_the_template_wants(writ
 
 def test_a_template_says_what_it_has_a_place_for():
     template = ChatTemplate("{% if tools %}{{ tools }}{% endif %}{{ messages[0].content }}")
-    assert template.has_place_for("tools")
-    assert not template.has_place_for("tool_calls")
-    assert not template.has_place_for("reasoning_content")
+    assert template.supports("tools")
+    assert not template.supports("tool_calls")
+    assert not template.supports("reasoning_content")
 
 
 def test_special_tokens_and_the_helpers_of_templates_are_there():

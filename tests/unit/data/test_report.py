@@ -126,7 +126,7 @@ def test_a_preference_is_shown_with_both_conversations(report):
         assert [one.text[start:end] for start, end in one.supervised] == [text]
 
 
-def test_plain_texts_are_learnt_without_a_template_and_end(report, base):
+def test_text_cache_are_learnt_without_a_template_and_end(report, base):
     found = report(b"prompt,completion\nthe sky is,blue\n")
     [shown] = found.shown
     assert shown.text == "the sky isblue<|im_end|>"
