@@ -12,17 +12,14 @@ from typing import Any
 
 import httpx2
 import pytest
-import torch
 
 from luthier.core.inference import ModelTarget
 from luthier.core.settings import Settings
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.app import Service
-from luthier.inference.engine.engine import Engine, EngineCore
-from luthier.inference.engine.sequence import Sequence
+from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.runner import Runner
 from tests.tiny import BASE_ID
 
 CHAT = "/v1/chat/completions"
@@ -30,8 +27,8 @@ COMPLETIONS = "/v1/completions"
 BARE = ModelTarget(model="my-base", base_id=BASE_ID, project_id="proj_1")
 
 
-class GatedRunner(Runner):
-    """The real runner, which stands still while the gate is shut."""
+class StepGate:
+    """Counts steps and prefills, and stops the engine before its next step while the gate is shut."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -39,19 +36,9 @@ class GatedRunner(Runner):
         self.num_prefills = 0
         self.num_steps = 0
 
-    def prefill(self, sequences: list[Sequence]) -> Any:
-        self.num_prefills += 1
-        assert self.gate.wait(30)
-        return super().prefill(sequences)
-
-    def step(self, batch: Any, token_ids: list[int]) -> torch.Tensor:
-        self.num_steps += 1
-        assert self.gate.wait(30)
-        return super().step(batch, token_ids)
-
     @contextlib.contextmanager
-    def gate_executors(self) -> Iterator[None]:
-        """Stop the steps of packed models too."""
+    def watch(self) -> Iterator[None]:
+        """Watch all executors."""
         run = BatchExecutor._run
 
         def gated(executor: BatchExecutor, batch: list[Any]) -> None:
@@ -73,9 +60,8 @@ class Served:
     client: httpx2.Client
     url: str
     service: Service
-    core: EngineCore
     engine: Engine
-    runner: GatedRunner
+    steps: StepGate
     loop: asyncio.AbstractEventLoop
 
     def post(self, path: str, target: ModelTarget = BARE, **body: Any) -> httpx2.Response:

@@ -5,6 +5,7 @@ Legend: V vocabulary.
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +14,13 @@ from benchmarks.quality.task import Prompt, to_messages
 from luthier.core.shapes import read_shape
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer
-from luthier.inference.bases import pack
 from luthier.inference.engine.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent
 from luthier.inference.engine.step import BatchExecutor
+from luthier.inference.runners.registry import choose_runner
 from luthier.inference.verification import Text, probe
 from luthier.methods import method_of_artifact
 from luthier.modeling.load import load_base
-from luthier.modeling.protocols import AdapterInfo, AdapterSource
+from luthier.modeling.protocols import AdapterInfo, AdapterSource, Budget
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _NUM_TOKENS_A_ROW = 2048
@@ -59,11 +60,9 @@ class Answerer:
         self._base_folder, self._artifact, self._dtype = base_folder, artifact, dtype
         is_whole = artifact is not None and method_of_artifact(artifact).is_whole_model
         folder = artifact if artifact is not None and is_whole else base_folder
-        model = load_base(folder, dtype=dtype, device="cpu")
-        cache_tokens = num_rows * _NUM_TOKENS_A_ROW
-        self._executor = pack(
-            model, folder, _PROBE_IDS, max_rows=num_rows, max_cache_tokens=cache_tokens
-        ).executor
+        load_model = partial(load_base, folder, dtype=dtype, device="cpu")
+        budget = Budget(max_cache_tokens=num_rows * _NUM_TOKENS_A_ROW, max_sequences=num_rows)
+        self._executor = BatchExecutor(choose_runner(load_model, folder, budget, _PROBE_IDS))
         self._adapter = None if artifact is None or is_whole else _add(artifact, base_folder, self._executor)
 
     def answer(self, prompts: Many[Prompt], *, max_new_tokens: int) -> list[str]:

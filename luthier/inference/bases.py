@@ -7,11 +7,10 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.core.devices import Device, find_device
-from luthier.core.errors import ArtifactCorruptError, ModelNotFoundError
+from luthier.core.errors import ModelNotFoundError
 from luthier.core.settings import Settings
 from luthier.core.shapes import BaseShape, read_shape
 from luthier.core.specs import BaseFacts
@@ -21,76 +20,60 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.copies import Copy
 from luthier.inference.engine.sequence import ModelKey
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.forward import Prefix, count_virtual_tokens
-from luthier.inference.slots import ArtifactSlots
+from luthier.inference.runners.registry import choose_runner
 from luthier.inference.verification import Text, probe
 from luthier.inference.weight_type import choose_dtype, find_dtype, name_of
-from luthier.inference.weights import load_weights, read_weight
-from luthier.modeling.kernels.choosing import prepare_choices
-from luthier.modeling.kernels.served_rows import PAGE_SIZE
-from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
-from luthier.modeling.packed_runner import PackedRunner
-from luthier.modeling.protocols import AdapterInfo
+from luthier.inference.weights import load_weights
+from luthier.modeling.protocols import AdapterInfo, Budget
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class PackedWeights:
-    """Weights that are packed for serving, and the executor of their batches.
-
-    `folder` and `shape` are those of the files that they were read from.
-    """
-
-    executor: BatchExecutor
-    folder: Path
-    shape: BaseShape
-    logits_V: torch.Tensor
-
-
 @dataclass(eq=False)
 class LoadedBase:
-    """A base that can answer: packed where its architecture is known, else by the plain path.
+    """A base model in memory, and the executor of its batches.
 
-    Only the engine's thread may touch executor, slots and the weights behind them. `load_exact` loads it in
-    float32 where it is served in bfloat16 by the server's own choice; `exact` is what that gave, while that
-    is in memory.
+    `reference` is the executor of a second copy, which is loaded for adapters that the first one's runner
+    does not support. `load_exact` loads the base in float32 where it is served in bfloat16 by the server's
+    own choice; `exact` returns that one while it is in memory. `probe_logits` are those after `probe_ids`.
     """
 
     facts: BaseFacts
+    folder: Path
     tokenizer: Tokenizer
     template: ChatTemplate
     device: torch.device
     dtype: torch.dtype
     probe_ids: list[int]
-    slots: ArtifactSlots | None = None
-    packed: PackedWeights | None = None
+    executor: BatchExecutor
+    reference: BatchExecutor | None = None
     load_exact: "Callable[[], LoadedBase] | None" = None
     exact: "Callable[[], LoadedBase | None]" = lambda: None
 
     @property
-    def num_bytes(self) -> int:
-        """Memory of its weights: packed, and as the plain path needs them."""
-        copies = (self.packed is not None) + (self.slots is not None)
-        return copies * self.facts.num_parameters * self.dtype.itemsize
+    def executors(self) -> list[BatchExecutor]:
+        """Those of its copies."""
+        return [self.executor] if self.reference is None else [self.executor, self.reference]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its weights."""
+        return len(self.executors) * self.facts.num_parameters * self.dtype.itemsize
+
+    @cached_property
+    def shape(self) -> BaseShape:
+        """Sizes of its weights."""
+        return read_shape(self.folder)
+
+    @cached_property
     def probe_logits(self) -> torch.Tensor:
-        """Return what the base says after the probe, float32 of the vocabulary's size."""
-        if self.packed is not None:
-            return self.packed.logits_V
-        return self.plain.base_logits_V
+        """Its logits after `probe_ids`, float32; computed when it is loaded."""
+        return probe(self.executor, [Text(self.probe_ids, None)])[0].last_V
 
     @cached_property
     def token_bounds(self) -> TokenBounds | None:
         """How few tokens a text can have, None where that is not known."""
         return find_bounds(self.tokenizer)
-
-    @property
-    def plain(self) -> ArtifactSlots:
-        """The plain path's weights, which a packed base has only where an artifact wants them."""
-        if self.slots is None:
-            raise ArtifactCorruptError("The base is not loaded for this artifact.")
-        return self.slots
 
 
 @dataclass(frozen=True)
@@ -128,17 +111,10 @@ class ServedModel:
 
 @dataclass(frozen=True, eq=False)
 class ReadyModel:
-    """A served model in memory.
-
-    With an `executor` its sequences run beside those of others, with its `adapter`. Without one it runs
-    alone: `prefix` lies before every sequence; `whole` are weights of its own instead of its base's, with
-    what is on them switched on for good.
-    """
+    """A served model in memory: the executor of its batches, and its adapter, None for bare weights."""
 
     served: ServedModel
-    prefix: Prefix = ()
-    whole: PreTrainedModel | None = None
-    executor: BatchExecutor | None = None
+    executor: BatchExecutor
     adapter: AdapterInfo | None = None
 
     @property
@@ -149,22 +125,12 @@ class ReadyModel:
     @property
     def has_own_weights(self) -> bool:
         """Whether it runs on weights that no other model of its base does."""
-        packed = self.base.packed
-        is_shared = packed is not None and self.executor is packed.executor
-        return self.whole is not None or (self.executor is not None and not is_shared)
+        return self.executor not in self.base.executors
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Tokens that lie before every sequence; they take room from the context and from the cache."""
-        if self.adapter is not None:
-            return self.adapter.num_virtual_tokens
-        return count_virtual_tokens(self.prefix)
-
-    def activate(self) -> PreTrainedModel:
-        """Return the module whose next forward passes are this model's; for the engine's thread only."""
-        if self.whole is not None:
-            return self.whole
-        return self.base.plain.activate(self.served.digest)
+        """Tokens before every sequence, which take positions of the context and of the cache."""
+        return 0 if self.adapter is None else self.adapter.num_virtual_tokens
 
 
 def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
@@ -208,84 +174,47 @@ def load(settings: Settings, base_id: str, dtype: torch.dtype | None = None) -> 
     may_choose = dtype is None and settings.inference_dtype == "auto" and device.type == "cpu"
     dtype = dtype or choose_dtype(settings, facts, device.type)
     tokenizer = Tokenizer.load(folder)
-    model = load_weights(folder, dtype=dtype, device=device)
+    probe_ids = tokenizer.encode("Hello, who is there?")
+    load_model = partial(load_weights, folder, dtype=dtype, device=device)
+    executor = BatchExecutor(choose_runner(load_model, folder, make_budget(settings), probe_ids))
     base = LoadedBase(
-        facts=_within_positions(facts, model),
+        facts=_within_positions(facts, executor.runner.limits.context_length),
+        folder=folder,
         tokenizer=tokenizer,
         template=ChatTemplate.load(folder),
         device=device,
         dtype=dtype,
-        probe_ids=tokenizer.encode("Hello, who is there?"),
+        probe_ids=probe_ids,
+        executor=executor,
         load_exact=partial(load, settings, base_id, torch.float32)
         if may_choose and dtype is not torch.float32
         else None,
     )
-    if can_pack_llama(model):
-        base.packed = pack(
-            model,
-            folder,
-            base.probe_ids,
-            max_rows=settings.max_batch_rows,
-            max_cache_tokens=settings.max_cache_tokens,
-            max_draft_tokens=settings.max_draft_tokens,
-        )
-    else:
-        base.slots = ArtifactSlots(model, base_digest=facts.digest, probe_ids=base.probe_ids)
-    # The plain path's logits are float32.
-    prepare_choices(torch.float32)
+    # Nothing else uses the runner yet.
+    _ = base.probe_logits
     return base
 
 
-def _within_positions(facts: BaseFacts, model: PreTrainedModel) -> BaseFacts:
-    """Return the facts with a context that the model has positions for, whatever the file beside it says."""
-    # Some kinds of models name no number, for they count distances alone.
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None or positions >= facts.context_length:
+def make_budget(settings: Settings) -> Budget:
+    """Return what the runner of each model may hold."""
+    return Budget(
+        max_cache_tokens=settings.max_cache_tokens,
+        max_sequences=settings.max_batch_rows,
+        max_draft_tokens=settings.max_draft_tokens,
+    )
+
+
+def _within_positions(facts: BaseFacts, num_positions: int) -> BaseFacts:
+    """Return the facts with a context that the runner has positions for."""
+    if num_positions >= facts.context_length:
         return facts
     _LOG.warning(
         "The base %s has %d positions; its context of %d tokens is cut to them.",
         facts.id,
-        positions,
+        num_positions,
         facts.context_length,
     )
-    return facts.model_copy(update={"context_length": positions})
-
-
-def pack(
-    model: PreTrainedModel,
-    folder: Path,
-    probe_ids: list[int],
-    *,
-    max_rows: int,
-    max_cache_tokens: int,
-    max_draft_tokens: int = 0,
-) -> PackedWeights:
-    """Pack weights for serving. The model is used up by it.
-
-    Args:
-        model: of the kind that `can_pack_llama` tells.
-        folder: the files that it was read from.
-        probe_ids: tokens of a short text.
-        max_cache_tokens: tokens whose keys and values may be held.
-        max_draft_tokens: as PackedRunner takes it.
-
-    Returns:
-        The weights with an executor of their own.
-    """
-    # One block more than whole tokens need: a token of a sequence may begin a new one.
-    num_blocks = -(-max_cache_tokens // PAGE_SIZE) + 1
-    num_own = -(-model.config.max_position_embeddings // PAGE_SIZE)
-    packed = PackedLlama(model, num_pages=num_blocks + num_own)
-    runner = PackedRunner(
-        packed,
-        lambda path: read_weight(folder, path),
-        num_blocks=num_blocks,
-        max_sequences=max_rows,
-        max_draft_tokens=max_draft_tokens,
-    )
-    executor = BatchExecutor(runner)
-    [said] = probe(executor, [Text(probe_ids, None)])
-    return PackedWeights(executor, folder, read_shape(folder), said.last_V)
+    return facts.model_copy(update={"context_length": num_positions})
 
 
 def max_base_bytes(settings: Settings) -> int:

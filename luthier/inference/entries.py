@@ -26,7 +26,7 @@ class Held(NamedTuple):
 class Entry:
     """An artifact in memory, or on its way there.
 
-    `num_bytes` is 0 for one that lies on a plain base. `loading` ends with its verification.
+    `loading` ends with its verification.
     """
 
     served: ServedModel

@@ -55,7 +55,6 @@ class Generation:
                 decoder=StreamDecoder(base.tokenizer, shown=plan.shown_token_ids),
                 stop_token_ids=base.tokenizer.stop_token_ids,
                 emit=partial(self._emit, index),
-                num_virtual_tokens=ready.num_virtual_tokens,
                 project_id=project_id,
                 grammar=None if plan.grammar is None else plan.grammar.start(),
             )

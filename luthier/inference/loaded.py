@@ -1,8 +1,7 @@
 """Artifacts in memory: loaded when first wanted, held while requests need them, dropped when unused.
 
-Runs on the event loop; loading.py brings them there and takes them away. Adapters beside packed bases and
-whole models have a budget of bytes each, those on plain bases a number; together they stay below the limit
-of the process (memory.py).
+Runs on the event loop; loading.py loads and removes them. Adapters and full models have a budget of bytes
+each; together they stay below the limit of the process (memory.py).
 """
 
 import asyncio
@@ -13,13 +12,13 @@ from contextlib import asynccontextmanager, contextmanager
 from luthier.core.errors import OutOfMemoryError, TooManyRequestsError
 from luthier.core.settings import MIB
 from luthier.inference.bases import ReadyModel, ServedModel
+from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.sequence import ModelKey
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.entries import Entry, Held
-from luthier.inference.loading import EngineLike, Kind, RowLimits, load, measure, remove
+from luthier.inference.loading import Kind, load, measure, remove
 from luthier.inference.memory import NoRoomError
-
-MAX_INSTALLED = 16
+from luthier.modeling.protocols import Budget
 
 _SETTINGS = {
     Kind.WHOLE: "LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES",
@@ -37,33 +36,30 @@ class LoadedArtifacts:
 
     Args:
         max_whole_bytes: memory for the weights of whole models.
-        limits: of the rows on whole models.
+        budget: of the runner of each model that is loaded.
         max_pinned_share: of the memory of each kind, for the pinned models of one project.
         max_waiting: requests that may wait for what is not in memory yet; more are refused.
-        max_installed: artifacts that may lie on plain bases; the one unused for longest leaves first.
         fit: makes room for so many more bytes of the process, and returns how many are missing all the same.
         drop_base: drops a base that no request needs, and returns whether there was one.
     """
 
     def __init__(
         self,
-        engine: EngineLike,
+        engine: Engine,
         *,
         max_whole_bytes: int,
         max_adapter_bytes: int,
         max_pinned_share: float,
-        limits: RowLimits,
+        budget: Budget,
         max_waiting: int,
-        max_installed: int = MAX_INSTALLED,
         fit: Callable[[int], Awaitable[int]],
         drop_base: Callable[[], bool] = lambda: False,
     ) -> None:
         self._engine = engine
-        self._limits = limits
+        self._budget = budget
         self._max_bytes = {Kind.WHOLE: max_whole_bytes, Kind.PACKED: max_adapter_bytes}
         self._max_pinned_share = max_pinned_share
         self._max_waiting = max_waiting
-        self._max_installed = max_installed
         self._fit = fit
         self._drop_base = drop_base
         self._num_waiting = 0
@@ -103,13 +99,13 @@ class LoadedArtifacts:
         """Return how many artifacts of one kind there are and were."""
         count = sum(entry.kind is kind for entry in self._entries.values())
         loads, evictions = self._num_loads[kind], self._num_evictions[kind]
-        return Held(count, self.num_bytes(kind), self._max_bytes.get(kind, 0), loads, evictions)
+        return Held(count, self.num_bytes(kind), self._max_bytes[kind], loads, evictions)
 
     @property
     def executors(self) -> list[BatchExecutor]:
         """Those of whole models in memory."""
         ready = [entry.loading.result() for entry in list(self._entries.values()) if entry.is_ready]
-        return [one.executor for one in ready if one.executor is not None and one.has_own_weights]
+        return [one.executor for one in ready if one.has_own_weights]
 
     @property
     def loading_bytes(self) -> int:
@@ -210,9 +206,8 @@ class LoadedArtifacts:
             OutOfMemoryError: when it is larger than all that its kind may take.
             TooManyRequestsError: when too many wait for models already.
         """
-        if served.copy is None:
-            packed = served.base.packed
-            return ReadyModel(served, executor=None if packed is None else packed.executor)
+        if served.digest is None:
+            return ReadyModel(served, served.base.executor)
         entry = self._find(served)
         if entry is not None and entry.is_ready:
             self._entries.move_to_end(served.key)
@@ -251,7 +246,7 @@ class LoadedArtifacts:
         if project_id is not None:
             others = (one for one in self._entries.values() if one is not entry and one.kind is entry.kind)
             pinned = sum(one.num_bytes for one in others if one.is_pinned and one.pinned_by == project_id)
-            max_bytes = self._max_pinned_share * self._max_bytes.get(entry.kind, 0)
+            max_bytes = self._max_pinned_share * self._max_bytes[entry.kind]
             if pinned + entry.num_bytes > max_bytes:
                 project_id = None
         entry.pin(project_id)
@@ -259,14 +254,12 @@ class LoadedArtifacts:
     def _find(self, served: ServedModel) -> Entry | None:
         """Return an artifact in memory, unless it is one of those for whose memory somebody waits."""
         entry = self._entries.get(served.key)
-        if entry is None or (entry.kind in self._turns and self._turns[entry.kind].locked()):
+        if entry is None or self._turns[entry.kind].locked():
             return None
         return entry
 
     async def _find_room(self, served: ServedModel) -> Entry:
         kind, num_bytes = await asyncio.to_thread(measure, served)
-        if kind is Kind.INSTALLED:
-            return self._enter(served, kind, 0)
         async with self._turns[kind]:
             if served.key not in self._entries:
                 await self._make_room(kind, num_bytes)
@@ -283,15 +276,13 @@ class LoadedArtifacts:
     def _enter(self, served: ServedModel, kind: Kind, num_bytes: int) -> Entry:
         entry = self._entries.get(served.key)
         if entry is None:
-            if kind is Kind.INSTALLED:
-                self._leave_idle(kind, lambda: self._num_installed < self._max_installed)
             loading = asyncio.ensure_future(self._load(served, kind))
             entry = self._entries[served.key] = Entry(served, kind, num_bytes, loading)
             loading.add_done_callback(lambda _: self._on_loaded(entry))
         return entry
 
     async def _load(self, served: ServedModel, kind: Kind) -> ReadyModel:
-        ready = await load(self._engine, served, kind, self._limits, opening=self._opening, spare=self._spare)
+        ready = await load(self._engine, served, kind, self._budget, opening=self._opening, spare=self._spare)
         if ready.has_own_weights or served.base.exact() is not None:
             # It has pages of its own.
             await self._fit(self.loading_bytes)
@@ -299,7 +290,7 @@ class LoadedArtifacts:
 
     @asynccontextmanager
     async def _opening(self, num_bytes: int) -> AsyncIterator[None]:
-        """Let the plain path's weights of a packed base be loaded, if there is room for them."""
+        """Let a second copy of a base be loaded, if there is room for it."""
         if not await self.make_way(num_bytes):
             raise NoRoomError("The model server has no memory for this model's base now; try again.")
         with self.expecting(num_bytes):
@@ -314,10 +305,6 @@ class LoadedArtifacts:
             raise NoRoomError("The model server has no memory to spare.")
         with self.expecting(num_bytes):
             yield
-
-    @property
-    def _num_installed(self) -> int:
-        return sum(entry.kind is Kind.INSTALLED for entry in self._entries.values())
 
     def _on_loaded(self, entry: Entry) -> None:
         # A fresh entry may stand in the place of one that failed and was let go.

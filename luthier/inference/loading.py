@@ -7,97 +7,98 @@ Legend: `V` vocabulary.
 
 import asyncio
 import logging
-import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfCheckError
+from luthier.core.errors import ArtifactCorruptError, BaseUnavailableError, OutOfMemoryError, SelfCheckError
 from luthier.core.settings import MIB
+from luthier.core.shapes import BaseShape, read_shape, read_tensor_shapes
 from luthier.core.specs import Canary
-from luthier.inference.bases import LoadedBase, PackedWeights, ReadyModel, ServedModel, pack
+from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.copies import Copy
+from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.proofs import (
-    check_base,
-    check_canary,
-    check_probe,
-    read_canary,
-)
-from luthier.inference.slots import ArtifactSlots
-from luthier.inference.verification import Text, dtype_of, probe, verify_adapter
+from luthier.inference.proofs import check_base, check_finite_weights, read_canary
+from luthier.inference.runners.reference import ReferenceProvider
+from luthier.inference.runners.registry import choose_runner
+from luthier.inference.verification import verify_adapter, verify_full
 from luthier.inference.weight_type import name_of
 from luthier.inference.weights import available_bytes, in_turn, load_weights
-from luthier.inference.whole import load_whole, measure_whole, prove_whole
-from luthier.methods import ServedParts, method_of_artifact
-from luthier.modeling.packed_llama import can_pack_llama
-from luthier.modeling.protocols import AdapterInfo, AdapterSource, UnsupportedAdapterError
+from luthier.methods import method_of_artifact
+from luthier.modeling.protocols import (
+    AdapterInfo,
+    AdapterSource,
+    Budget,
+    LoadedWeights,
+    UnsupportedAdapterError,
+)
 
 _LOG = logging.getLogger(__name__)
 
-ResultT = TypeVar("ResultT")
-
-_OPENING = threading.Lock()
 # How long a base stays in float32 for the next model that is to be verified.
 _EXACT_SECONDS = 600.0
-# Of a text that training recorded; it takes four, and took up to sixteen.
-_MOST_CANARY_TOKENS = 64
-_NOT_FINITE = "The model's weights are not finite; it is not served."
+_DOES_NOT_FIT = "The artifact can't be loaded on its base model."
+# Raised by transformers, runners and methods for weights that do not fit a model.
+_MISFIT = (RuntimeError, ValueError, KeyError, TypeError, IndexError)
 
 
 Opening = Callable[[int], AbstractAsyncContextManager[None]]
 
 
-class EngineLike(Protocol):
-    """What loading asks of luthier.inference.engine.Engine."""
-
-    def call(self, work: Callable[[], ResultT]) -> Future[ResultT]:
-        """Run work on the engine's thread."""
-
-    def sweep(self) -> Future[None]:
-        """Drop finished and cancelled sequences."""
-
-
 class Kind(Enum):
-    """How an artifact lies in memory: beside a packed base, on a plain one, or as weights of its own."""
+    """What an artifact is in memory: an adapter on its base, or a full model with weights of its own."""
 
     PACKED = "packed"
-    INSTALLED = "installed"
     WHOLE = "whole"
 
 
 def measure(served: ServedModel) -> tuple[Kind, int]:
-    """Tell how a model will lie in memory. Reads headers only; any thread may call it.
-
-    Returns:
-        Its kind, and the bytes that it will take: exact for whole models, 0 for those on a plain base.
+    """Return what a model will be in memory, and its bytes there. Reads headers only; any thread may call it.
 
     Raises:
         ArtifactCorruptError: when a weights file has no header that can be read.
     """
-    copy = _copy_of(served)
-    # With a foundation it has weights of its own too, which bear the artifact and nothing else.
-    whole = served.foundation or copy
-    if served.foundation is not None or method_of_artifact(copy.folder).is_whole_model:
-        return Kind.WHOLE, measure_whole(whole.folder, served.base.dtype)
-    if served.base.packed is None:
-        return Kind.INSTALLED, 0
-    return Kind.PACKED, measure_whole(copy.folder, served.base.dtype)
+    copy, dtype = _copy_of(served), served.base.dtype
+    if served.foundation is not None:
+        return Kind.WHOLE, measure_weights(served.foundation.folder, dtype)
+    is_full = method_of_artifact(copy.folder).is_whole_model
+    return Kind.WHOLE if is_full else Kind.PACKED, measure_weights(copy.folder, dtype)
+
+
+def measure_weights(folder: Path, dtype: torch.dtype) -> int:
+    """Return the bytes of an artifact's weights in memory.
+
+    Raises:
+        ArtifactCorruptError: when a weights file has no header that can be read.
+    """
+    try:
+        num_values = sum(
+            prod(shape)
+            for path in folder.glob("*.safetensors")
+            for shape in read_tensor_shapes(path).values()
+        )
+    except (OSError, SafetensorError) as error:
+        raise ArtifactCorruptError("The artifact's weights can't be read.") from error
+    if num_values == 0:
+        raise ArtifactCorruptError("The artifact has no weights.")
+    return num_values * dtype.itemsize
 
 
 async def load(
-    engine: EngineLike,
+    engine: Engine,
     served: ServedModel,
     kind: Kind,
-    limits: "RowLimits",
+    budget: Budget,
     *,
     opening: Opening,
     spare: Opening,
@@ -121,15 +122,15 @@ async def load(
     """
     base, copy = served.base, _copy_of(served)
     if base.load_exact is None:
-        return await _load(engine, served, kind, limits, opening)
+        return await _load(engine, served, kind, budget, opening)
     ground = base.facts.digest if served.foundation is None else served.foundation.digest
     verified = await asyncio.to_thread(copy.verified_with, ground)
     if verified is None:
         # Once for both.
         await _check(served)
         is_exact, found = await asyncio.gather(
-            _verify_exactly(engine, served, kind, limits, spare),
-            _load(engine, served, kind, limits, opening),
+            _verify_exactly(engine, served, kind, budget, spare),
+            _load(engine, served, kind, budget, opening),
             return_exceptions=True,
         )
         if isinstance(is_exact, BaseException):
@@ -145,21 +146,21 @@ async def load(
         _LOG.warning("The model %s fails its check in bfloat16 alone: %s", copy.digest, found.message)
         await asyncio.to_thread(copy.note_verified, ground, name_of(torch.float32))
     elif verified == name_of(base.dtype):
-        return await _load(engine, served, kind, limits, opening)
+        return await _load(engine, served, kind, budget, opening)
     exact = await _open_exact(base, opening)
     _LOG.warning("The model %s is served in float32: it fails its check in bfloat16.", copy.digest)
-    return await _load(engine, replace(served, base=exact), kind, limits, opening)
+    return await _load(engine, replace(served, base=exact), kind, budget, opening)
 
 
 async def _verify_exactly(
-    engine: EngineLike, served: ServedModel, kind: Kind, limits: "RowLimits", opening: Opening
+    engine: Engine, served: ServedModel, kind: Kind, budget: Budget, opening: Opening
 ) -> bool:
     """Load a model in float32, which verifies it, and let it go; False where there is no memory for that."""
     try:
         exact = replace(served, base=await _open_exact(served.base, opening))
         _, num_bytes = await asyncio.to_thread(measure, exact)
         async with opening(2 * num_bytes if kind is Kind.WHOLE else num_bytes):
-            remove(engine, await _load(engine, exact, kind, limits, opening))
+            remove(engine, await _load(engine, exact, kind, budget, opening))
     except OutOfMemoryError as error:
         digest = _copy_of(served).digest
         _LOG.warning(
@@ -206,47 +207,39 @@ def _load_exact(base: LoadedBase) -> LoadedBase:
 
 
 async def _load(
-    engine: EngineLike, served: ServedModel, kind: Kind, limits: "RowLimits", opening: Opening
+    engine: Engine, served: ServedModel, kind: Kind, budget: Budget, opening: Opening
 ) -> ReadyModel:
-    copy, packed = _copy_of(served), served.base.packed
     await _check(served)
-    if kind is Kind.PACKED and packed is not None:
-        laid = await asyncio.to_thread(_lay_out, copy, packed, served.base.facts.digest)
-        # They may have been changed while they were read.
-        await _check(served)
-        if laid is not None:
-            executor, probe_ids = packed.executor, served.base.probe_ids
-            adding = engine.call(lambda: _add_verified(executor, laid, probe_ids))
-            adapter = await asyncio.wrap_future(adding)
-            return ReadyModel(served, executor=executor, adapter=adapter)
-        if served.base.slots is None:
-            async with opening(served.base.facts.num_parameters * served.base.dtype.itemsize):
-                await in_turn(_open_slots, served.base, packed)
     if kind is Kind.WHOLE:
-        return await in_turn(_load_whole, served, limits)
-    slots, digest = served.base.plain, copy.digest
-    installing = engine.call(lambda: slots.install(digest, copy.folder))
-    return ReadyModel(served, prefix=await asyncio.wrap_future(installing))
+        return await in_turn(_load_full, served, budget)
+    base, copy = served.base, _copy_of(served)
+
+    async def add_to(executor: BatchExecutor) -> ReadyModel:
+        adapter = await asyncio.to_thread(_read_adapter, executor, copy, base.facts.digest, base.shape)
+        # The files may have been changed while they were read.
+        await _check(served)
+        adding = engine.call(lambda: _add_verified(executor, adapter, base.probe_ids))
+        info = await asyncio.wrap_future(adding)
+        return ReadyModel(served, executor, info)
+
+    try:
+        return await add_to(base.executor)
+    except UnsupportedAdapterError as error:
+        _LOG.info("The reference runner serves %s: %s", copy.digest, error.message)
+    if base.reference is None:
+        async with opening(base.facts.num_parameters * base.dtype.itemsize):
+            await in_turn(_open_reference, base, budget)
+    assert base.reference is not None
+    return await add_to(base.reference)
 
 
-def remove(engine: EngineLike, ready: ReadyModel) -> None:
-    """Take a model off its base, after all that was asked of the engine before."""
-    served, digest, executor, adapter = ready.served, ready.served.digest, ready.executor, ready.adapter
-    if ready.has_own_weights or digest is None:
-        return
-    if executor is None or adapter is None:
-        engine.call(lambda: served.base.plain.remove(digest))
-    else:
-        engine.call(lambda: executor.remove_adapter(served.key, adapter))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowLimits:
-    """How many rows, tokens of all of them, and guesses of each run on one model's own weights."""
-
-    max_rows: int
-    max_cache_tokens: int
-    max_draft_tokens: int = 0
+def remove(engine: Engine, ready: ReadyModel) -> None:
+    """Remove a model, after the work that the engine was given before."""
+    key, executor, adapter = ready.served.key, ready.executor, ready.adapter
+    if ready.has_own_weights:
+        engine.call(executor.runner.close)
+    elif adapter is not None:
+        engine.call(lambda: executor.remove_adapter(key, adapter))
 
 
 def _copy_of(served: ServedModel) -> Copy:
@@ -262,120 +255,74 @@ async def _check(served: ServedModel) -> None:
 
 
 @dataclass(frozen=True)
-class _Laid:
-    """An adapter that is ready to be added, and what training recorded of it."""
+class _ReadAdapter:
+    """An adapter that a runner can add, and what training recorded of it."""
 
     source: AdapterSource
     canary: Canary | None
 
 
-def _lay_out(copy: Copy, packed: PackedWeights, base_digest: str) -> _Laid | None:
-    """Prepare an artifact for its base's runner, and read what training recorded of it.
+def _read_adapter(executor: BatchExecutor, copy: Copy, base_digest: str, shape: BaseShape) -> _ReadAdapter:
+    """Read an artifact, check its numbers, and prepare it for a runner.
 
-    None where only the plain path can serve it.
+    Raises:
+        UnsupportedAdapterError: when the runner does not support it.
     """
-    check_base(copy.folder, base_digest)
-    runner = packed.executor.runner
-    parts = method_of_artifact(copy.folder).read_parts(copy.folder, packed.shape)
-    if parts is None:
-        return None
-    _check_finite(parts)
+    manifest = check_base(copy.folder, base_digest)
+    check_finite_weights(copy.folder, manifest.digested)
     try:
-        source = runner.prepare_adapter(AdapterSource(copy.folder, parts))
-    except UnsupportedAdapterError:
-        return None
-    canary = read_canary(copy.folder)
-    if canary is not None:
-        num_positions = runner.limits.context_length - parts.num_virtual_tokens
-        _check_tokens(canary, runner.limits.vocabulary_size, num_positions)
-    return _Laid(source, canary)
+        parts = method_of_artifact(copy.folder).read_parts(copy.folder, shape)
+        source = executor.runner.prepare_adapter(AdapterSource(copy.folder, parts))
+    except _MISFIT as error:
+        raise ArtifactCorruptError(_DOES_NOT_FIT) from error
+    return _ReadAdapter(source, read_canary(copy.folder))
 
 
-def _add_verified(executor: BatchExecutor, laid: _Laid, probe_ids: list[int]) -> AdapterInfo:
+def _add_verified(executor: BatchExecutor, adapter: _ReadAdapter, probe_ids: list[int]) -> AdapterInfo:
     """Add an adapter to a runner and verify it; one that fails does not stay."""
-    adapter = executor.runner.add_adapter(laid.source)
+    info = executor.runner.add_adapter(adapter.source)
     try:
-        verify_adapter(executor, adapter, probe_ids, laid.canary)
-    except BaseException:
-        executor.runner.remove_adapter(adapter.adapter)
+        verify_adapter(executor, info, probe_ids, adapter.canary)
+    except BaseException as error:
+        executor.runner.remove_adapter(info.adapter)
+        if isinstance(error, _MISFIT):
+            raise ArtifactCorruptError(_DOES_NOT_FIT) from error
         raise
-    return adapter
+    return info
 
 
-def _check_tokens(canary: Canary, vocabulary_size: int, num_positions: int) -> None:
-    """Check a text before the engine runs it: a hash says whose it is, and not that it is one."""
-    ids = canary.token_ids
-    are_known = min(ids) >= 0 and max(ids) < vocabulary_size
-    if not are_known or len(ids) > min(_MOST_CANARY_TOKENS, num_positions):
-        raise ArtifactCorruptError("What training recorded of the model is no short text of its base.")
+def _open_reference(base: LoadedBase, budget: Budget) -> None:
+    """Load a second copy of a base, for adapters that the runner of the first does not support."""
+    if base.reference is None:
+        model = load_weights(base.folder, dtype=base.dtype, device=base.device)
+        base.reference = _reference_executor(model, base.folder, budget)
 
 
-def _check_finite(parts: ServedParts) -> None:
-    """Check every number; a probe alone may not meet one that is not finite."""
-    # A sum is not finite if any number is not, and takes one pass; one that overflows is looked at closely.
-    tensors = parts.tensors
-    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
-    suspects = (~torch.isfinite(torch.stack(sums))).nonzero().flatten().tolist() if sums else []
-    if not all(bool(torch.isfinite(tensors[place]).all()) for place in suspects):
-        raise SelfCheckError(_NOT_FINITE)
+def _reference_executor(model: PreTrainedModel, folder: Path, budget: Budget) -> BatchExecutor:
+    return BatchExecutor(ReferenceProvider().load(LoadedWeights(model, folder), budget))
 
 
-def _prove_whole(
-    executor: BatchExecutor, probe_ids: list[int], base_logits_V: torch.Tensor, canary: Canary | None
-) -> None:
-    """Let weights of their own prove themselves as an adapter does, beside what their base says."""
-    texts = [Text(probe_ids, None), *([] if canary is None else [Text(canary.token_ids, None)])]
-    said = probe(executor, texts)
-    check_probe(said[0].last_V, base_logits_V)
-    check_canary(canary, dtype_of(executor), lambda _token_ids: said[-1].last_V)
-
-
-def _open_slots(base: LoadedBase, packed: PackedWeights) -> None:
-    """Load the plain path's weights of a packed base, for an artifact with no place in the packed."""
-    with _OPENING:
-        if base.slots is None:
-            model = load_weights(packed.folder, dtype=base.dtype, device=base.device)
-            base.slots = ArtifactSlots(model, base_digest=base.facts.digest, probe_ids=base.probe_ids)
-
-
-def _load_whole(served: ServedModel, limits: RowLimits) -> ReadyModel:
-    """Load a whole model, and maybe an artifact on it, each proved; nobody else shares these weights."""
+def _load_full(served: ServedModel, budget: Budget) -> ReadyModel:
+    """Load a full model, and maybe an adapter on it, and verify each."""
     base, copy = served.base, _copy_of(served)
     folder = (served.foundation or copy).folder
-    whole = load_whole(
-        folder,
-        dtype=base.dtype,
-        device=base.device,
-        base_digest=base.facts.digest,
-    )
-    can_pack = can_pack_llama(whole)
-    if base.packed is None or not can_pack:
-        # By the path that its base answered by: on another, equal weights would differ by rounding.
-        prove_whole(whole, folder, base.probe_ids, base.probe_logits())
-    if can_pack:
-        packed = _pack_whole(whole, folder, base.probe_ids, limits)
-        _prove_whole(packed.executor, base.probe_ids, base.probe_logits(), read_canary(folder))
-        if served.foundation is None:
-            return ReadyModel(served, executor=packed.executor)
-        made = _lay_out(copy, packed, served.foundation.digest)
-        if made is not None:
-            # No other thread has the executor yet.
-            adapter = _add_verified(packed.executor, made, base.probe_ids)
-            return ReadyModel(served, executor=packed.executor, adapter=adapter)
-    if served.foundation is None:
-        return ReadyModel(served, whole=whole)
-    if can_pack:
-        # What was packed is used up.
-        whole = load_weights(folder, dtype=base.dtype, device=base.device)
-    slots = ArtifactSlots(whole, base_digest=served.foundation.digest, probe_ids=base.probe_ids)
-    prefix = slots.install(copy.digest, copy.folder)
-    return ReadyModel(served, prefix=prefix, whole=slots.activate(copy.digest))
-
-
-def _pack_whole(
-    whole: PreTrainedModel, folder: Path, probe_ids: list[int], limits: RowLimits
-) -> PackedWeights:
+    manifest = check_base(folder, base.facts.digest)
+    check_finite_weights(folder, manifest.digested)
+    load_model = partial(load_weights, folder, dtype=base.dtype, device=base.device, refuse_extra=True)
     try:
-        return pack(whole, folder, probe_ids, **asdict(limits))
-    except (RuntimeError, TypeError, IndexError) as error:
+        executor = BatchExecutor(choose_runner(load_model, folder, budget, base.probe_ids))
+        verify_full(executor, base.probe_ids, base.probe_logits, read_canary(folder))
+        if served.foundation is None:
+            return ReadyModel(served, executor)
+        shape = read_shape(folder)
+    except (*_MISFIT, BaseUnavailableError) as error:
         raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
+    try:
+        adapter = _read_adapter(executor, copy, served.foundation.digest, shape)
+        return ReadyModel(served, executor, _add_verified(executor, adapter, base.probe_ids))
+    except UnsupportedAdapterError as error:
+        _LOG.info("The reference runner serves %s: %s", copy.digest, error.message)
+    executor.runner.close()
+    executor = _reference_executor(load_model(), folder, budget)
+    adapter = _read_adapter(executor, copy, served.foundation.digest, shape)
+    return ReadyModel(served, executor, _add_verified(executor, adapter, base.probe_ids))

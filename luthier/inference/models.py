@@ -39,8 +39,8 @@ from luthier.inference.copies import (
     verify_copy,
 )
 from luthier.inference.engine.block_memory import BlockMemory
+from luthier.inference.engine.engine import Engine
 from luthier.inference.loaded import LoadedArtifacts
-from luthier.inference.loading import EngineLike, RowLimits
 from luthier.inference.memory import MemoryLimit, NoRoomError, measure_used, trim
 from luthier.inference.weights import in_turn
 from luthier.storage.store import Storage
@@ -88,9 +88,9 @@ class Models:
     """
 
     def __init__(
-        self, settings: Settings, engine: EngineLike, on_first_base: Callable[[], None] | None = None
+        self, settings: Settings, engine: Engine, on_first_base: Callable[[], None] | None = None
     ) -> None:
-        self._settings = settings
+        self._settings, self._engine = settings, engine
         self._on_first_base = on_first_base
         device = torch.device(bases.choose_device(settings))
         self.memory = MemoryLimit(
@@ -105,11 +105,7 @@ class Models:
             max_whole_bytes=bases.max_whole_bytes(settings),
             max_adapter_bytes=bases.max_adapter_bytes(settings),
             max_pinned_share=settings.max_pinned_share,
-            limits=RowLimits(
-                max_rows=settings.max_batch_rows,
-                max_cache_tokens=settings.max_cache_tokens,
-                max_draft_tokens=settings.max_draft_tokens,
-            ),
+            budget=bases.make_budget(settings),
             max_waiting=settings.max_waiting_requests,
             fit=self.memory.fit,
             drop_base=self._drop_base,
@@ -130,7 +126,7 @@ class Models:
         loaded = [
             one for base in list(self._bases.values()) for one in (base, base.exact()) if one is not None
         ]
-        of_bases = [base.packed.executor for base in loaded if base.packed is not None]
+        of_bases = [executor for base in loaded for executor in base.executors]
         return [executor.memory for executor in (*of_bases, *self.loaded.executors)]
 
     def is_loaded(self, base_id: str) -> bool:
@@ -206,7 +202,8 @@ class Models:
             # Without the preloaded one the process is not ready.
             is_needed = base_id == self._settings.preload_base or self._num_users[base_id] > 0
             if not is_needed and self.loaded.drop_base(base_id):
-                del self._bases[base_id]
+                for executor in self._bases.pop(base_id).executors:
+                    self._engine.call(executor.runner.close)
                 self._served = {key: one for key, one in self._served.items() if key[0] != base_id}
                 return True
         return False

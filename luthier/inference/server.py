@@ -38,8 +38,7 @@ from luthier.core.logs import configure_logs
 from luthier.core.runtime import freeze_garbage
 from luthier.core.settings import Settings
 from luthier.inference.app import Service, build_app
-from luthier.inference.engine.engine import Engine, EngineCore
-from luthier.inference.runner import Runner
+from luthier.inference.engine.engine import Engine
 
 _LOG = logging.getLogger(__name__)
 
@@ -162,9 +161,6 @@ async def serve(settings: Settings) -> None:
     listener = open_socket(settings.inference_url)
     socket_path = None if is_tcp else Path(listener.getsockname())
     engine = Engine(
-        EngineCore(
-            Runner(), max_batch_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens
-        ),
         max_waiting=settings.max_waiting_requests,
         num_threads=settings.num_threads or _default_num_threads(settings),
         on_death=_exit_dead,

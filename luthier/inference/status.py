@@ -48,7 +48,7 @@ class Status:
                 "ready": self.is_ready,
                 "bases": self._models.base_ids,
                 "digests": self._models.loaded.held,
-                "running": self._engine.num_rows,
+                "running": self._engine.num_running,
                 "waiting": self._engine.num_waiting,
                 "room": {
                     kind.value: self._models.loaded.tell(kind).max_bytes for kind in (Kind.PACKED, Kind.WHOLE)
@@ -69,7 +69,7 @@ class Status:
         yield counter("preemptions", "Rows that lost their pages.", steps.num_preempted)
         yield counter("guessed_tokens", "Tokens that were guessed.", steps.num_guesses)
         yield counter("right_guesses", "Those that came.", steps.num_right_guesses)
-        yield gauge("rows_running", "Answers that are made now.", self._engine.num_rows)
+        yield gauge("rows_running", "Answers that are made now.", self._engine.num_running)
         yield gauge("rows_waiting", "Answers that wait for a row.", self._engine.num_waiting)
         yield gauge("rows_max", "Rows of one batch.", self._settings.max_batch_rows)
         yield histogram("batch_rows", "Rows of a step.", steps.rows)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from luthier.core.errors import ArtifactCorruptError
 from luthier.core.specs import Canary
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.proofs import (
@@ -22,6 +23,8 @@ from luthier.inference.proofs import (
 )
 from luthier.modeling.protocols import AdapterInfo, ScheduledBatch, TokenChunk
 
+# Of a text that training recorded; it takes four, and took up to sixteen.
+_MAX_CANARY_TOKENS = 64
 # Of fewer tokens none is left for a chunk of one token behind a longer one.
 _LEAST_TOKENS = 3
 
@@ -75,12 +78,17 @@ def probe(executor: BatchExecutor, texts: Sequence[Text]) -> list[Said]:
 
 def _run(executor: BatchExecutor, chunks: list[TokenChunk]) -> list[torch.Tensor]:
     """Return the logits of each chunk."""
-    if not chunks:
-        return []
-    logits = executor.runner.execute(ScheduledBatch(chunks))
-    counts = [chunk.num_logit_rows for chunk in chunks]
-    # A copy: the next step may overwrite the logits.
-    return list(logits.rows(range(sum(counts))).clone().split(counts))
+    if executor.runner.limits.mixes_adapters:
+        batches = [chunks] if chunks else []
+    else:
+        batches = [[chunk] for chunk in chunks]
+    found: list[torch.Tensor] = []
+    for batch in batches:
+        logits = executor.runner.execute(ScheduledBatch(batch))
+        counts = [chunk.num_logit_rows for chunk in batch]
+        # A copy: the next step may overwrite the logits.
+        found += logits.rows(range(sum(counts))).clone().split(counts)
+    return found
 
 
 def _chunks(text: Text, blocks: list[int]) -> list[TokenChunk]:
@@ -90,6 +98,14 @@ def _chunks(text: Text, blocks: list[int]) -> list[TokenChunk]:
     begin = [*range(-1, -num_virtual - 1, -1), *ids[:end]]
     chunks = [TokenChunk(begin, 0, blocks, adapter, num_virtual)]
     return [*chunks, TokenChunk(ids[end:], len(begin), blocks, adapter, 0)] if end < len(ids) else chunks
+
+
+def _check_tokens(executor: BatchExecutor, canary: Canary, num_virtual: int) -> None:
+    """Check a recorded text before it runs: a digest does not say that it is one."""
+    limits, ids = executor.runner.limits, canary.token_ids
+    are_known = min(ids) >= 0 and max(ids) < limits.vocabulary_size
+    if not are_known or len(ids) > min(_MAX_CANARY_TOKENS, limits.context_length - num_virtual):
+        raise ArtifactCorruptError("What training recorded of the model is no short text of its base.")
 
 
 def dtype_of(executor: BatchExecutor) -> torch.dtype:
@@ -113,7 +129,10 @@ def verify_adapter(
         OutOfMemoryError: when there are too few blocks.
         SelfCheckError: when it fails.
     """
-    ids = probe_ids if canary is None else canary.token_ids
+    ids = probe_ids
+    if canary is not None:
+        _check_tokens(executor, canary, adapter.num_virtual_tokens)
+        ids = canary.token_ids
     wholes, firsts = ([Text(own, one) for one in (adapter, None)] for own in (ids, ids[:1]))
     said, base_said, row, base_row = probe(executor, [*wholes, *firsts])
     check_finite_logits(torch.cat([said.begun_BV, said.last_V[None], row.last_V[None]]))
@@ -123,3 +142,25 @@ def verify_adapter(
         (found,), (expected,) = (probe(executor, [whole]) for whole in wholes)
         check_probe(found.begun_BV, expected.begun_BV)
     check_canary(canary, dtype_of(executor), lambda _token_ids: said.last_V)
+
+
+def verify_full(
+    executor: BatchExecutor, probe_ids: list[int], base_logits_V: torch.Tensor, canary: Canary | None
+) -> None:
+    """Check that a full model's logits are finite, others than its base's, and those that training recorded.
+
+    Args:
+        base_logits_V: the base's after `probe_ids`, float32.
+        canary: what training recorded; None for artifacts that are older than that.
+
+    Raises:
+        ArtifactCorruptError: when the vocabularies differ.
+        SelfCheckError: when it fails.
+    """
+    texts = [Text(probe_ids, None)]
+    if canary is not None:
+        _check_tokens(executor, canary, 0)
+        texts.append(Text(canary.token_ids, None))
+    said = probe(executor, texts)
+    check_probe(said[0].last_V, base_logits_V)
+    check_canary(canary, dtype_of(executor), lambda _token_ids: said[-1].last_V)

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from luthier.core.errors import ArtifactCorruptError
-from luthier.modeling.kernels._threads import use_threads
 from luthier.modeling.load import load_base
 
 ArgumentsT = TypeVarTuple("ArgumentsT")
@@ -22,7 +19,9 @@ ResultT = TypeVar("ResultT")
 # threads that do so at once each may put the other's changes back, and no model can be loaded any more.
 _ONE_AT_A_TIME = threading.Lock()
 # Who waits for his turn holds no thread that others need.
-_THREAD = ThreadPoolExecutor(1, thread_name_prefix="weights", initializer=use_threads, initargs=(1,))
+_THREAD = ThreadPoolExecutor(
+    1, thread_name_prefix="weights", initializer=torch.set_num_threads, initargs=(1,)
+)
 
 
 async def in_turn(work: Callable[[*ArgumentsT], ResultT], *arguments: *ArgumentsT) -> ResultT:
@@ -47,21 +46,6 @@ def load_weights(
     """
     with _ONE_AT_A_TIME:
         return load_base(folder, dtype=dtype, device=str(device), refuse_extra=refuse_extra)
-
-
-def read_weight(folder: Path, module: str) -> torch.Tensor:
-    """Return the weight of one module of a model's files.
-
-    Raises:
-        ArtifactCorruptError: when they have none.
-    """
-    name = f"{module}.weight"
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as stored:
-            if name in stored.keys():  # noqa: SIM118 - not a dict
-                tensor: torch.Tensor = stored.get_tensor(name)
-                return tensor
-    raise ArtifactCorruptError("The base has no layer that the artifact is for.")
 
 
 def available_bytes() -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 
 from luthier.core.errors import BaseUnavailableError
 
@@ -101,6 +102,21 @@ def iterate_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise FileNotFoundError(f"{folder.name} holds no safetensors file.")
     for path in files:
         yield from _read_file(path)
+
+
+def read_weight(folder: Path, module: str) -> torch.Tensor:
+    """Return the weight of one module of a model's files.
+
+    Raises:
+        KeyError: when they have none.
+    """
+    name = f"{module}.weight"
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stored:
+            if name in stored.keys():  # noqa: SIM118 - not a dict
+                tensor: torch.Tensor = stored.get_tensor(name)
+                return tensor
+    raise KeyError(name)
 
 
 def _read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:

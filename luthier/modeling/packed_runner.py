@@ -3,25 +3,33 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from luthier.modeling.kernels._threads import use_threads
 from luthier.modeling.kernels.served_rows import PAGE_SIZE
 from luthier.modeling.kernels.serving import CompiledOps
+from luthier.modeling.load import read_weight
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_adapter import PackedAdapter, can_lay_out, lay_out
-from luthier.modeling.packed_llama import PackedLlama
+from luthier.modeling.packed_llama import PackedLlama, can_pack_llama
 from luthier.modeling.packed_work import Stretch as PackedChunk
 from luthier.modeling.protocols import (
     AdapterId,
     AdapterInfo,
     AdapterSource,
+    Budget,
+    LoadedWeights,
     RunnerLimits,
     ScheduledBatch,
     TokenChunk,
     UnsupportedAdapterError,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What these add to the time between two tokens of other sequences is what a small model takes for them.
 _MAX_PREFILL_TOKENS = 256
@@ -156,3 +164,24 @@ class PackedRunner:
     def close(self) -> None:
         """Drop the adapters; the weights leave with the last reference to this runner."""
         self._adapters.clear()
+
+
+class PackedProvider:
+    """Loads Llama-shaped models for the compiled kernels."""
+
+    def refusal(self, model: "PreTrainedModel") -> str | None:
+        """Refuse other architectures."""
+        return None if can_pack_llama(model) else "It is not a Llama whose every part is known."
+
+    def load(self, weights: LoadedWeights, budget: Budget) -> PackedRunner:
+        """Pack a model, which is used up."""
+        # One block more than whole tokens need: a token of a sequence may begin a new one.
+        num_blocks = -(-budget.max_cache_tokens // PAGE_SIZE) + 1
+        num_own = -(-weights.model.config.max_position_embeddings // PAGE_SIZE)
+        return PackedRunner(
+            PackedLlama(weights.model, num_pages=num_blocks + num_own),
+            partial(read_weight, weights.folder),
+            num_blocks=num_blocks,
+            max_sequences=budget.max_sequences,
+            max_draft_tokens=budget.max_draft_tokens,
+        )

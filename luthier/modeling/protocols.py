@@ -16,6 +16,7 @@ from luthier.core.errors import LuthierError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from luthier.methods import Attached, Method, ServedParts
 
@@ -25,6 +26,29 @@ AdapterId = int
 
 class UnsupportedAdapterError(LuthierError):
     """A runner has no place for an adapter's rank or layers; `reference` serves it instead."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedWeights:
+    """A model in evaluation mode, which belongs to its runner from now on, and the folder of its files."""
+
+    model: "PreTrainedModel"
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a runner may hold.
+
+    Attributes:
+        max_cache_tokens: whose keys and values are in memory at once.
+        max_sequences: of one batch.
+        max_draft_tokens: of one sequence in a batch; 0: no speculative decoding.
+    """
+
+    max_cache_tokens: int
+    max_sequences: int
+    max_draft_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +202,21 @@ class ModelRunner(Protocol):
 
     def close(self) -> None:
         """Free the weights and all adapters."""
+
+
+class RunnerProvider(Protocol):
+    """Loads runners of one kind. The entry point group `luthier.runners` names its class, called without
+    arguments."""
+
+    def refusal(self, model: "PreTrainedModel") -> str | None:
+        """Return why this runner can't run a model in its type on its device; None when it can.
+
+        Args:
+            model: may be on the meta device.
+        """
+
+    def load(self, weights: LoadedWeights, budget: Budget) -> ModelRunner:
+        """Load a model that is not refused."""
 
 
 # Computing a shared beginning separately costs about as much as this many tokens.

@@ -135,7 +135,6 @@ class Sequence:
         decoder: turns tokens into text without cutting characters.
         stop_token_ids: tokens that end an answer and have no text.
         emit: takes each event; called on the engine's thread.
-        num_virtual_tokens: tokens that these weights put before every prompt.
         project_id: for fairness between projects.
         grammar: what the text must be, None where it is free; this sequence's own.
     """
@@ -147,7 +146,6 @@ class Sequence:
     decoder: TextDecoder
     stop_token_ids: frozenset[int]
     emit: Callable[[SequenceEvent], None]
-    num_virtual_tokens: int = 0
     project_id: str = ""
     grammar: Grammar | None = None
     num_completion_tokens: int = 0
@@ -176,11 +174,6 @@ class Sequence:
         is_plain = self.options.is_plain and self.grammar is None
         self.is_plainly_greedy = is_plain and self.options.temperature == 0.0
         self.is_plainly_drawn = is_plain and self.options.temperature > 0.0
-
-    @property
-    def max_num_tokens(self) -> int:
-        """Virtual tokens and those of the prompt and the longest answer."""
-        return self.num_virtual_tokens + len(self.prompt_ids) + self.options.max_tokens
 
     @property
     def is_done(self) -> bool:

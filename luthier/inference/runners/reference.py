@@ -7,28 +7,33 @@ Legend: `B` sequences, `T` tokens of this pass, `W` tokens in the cache, `V` voc
 size, `H` key/value heads, `C` head size.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from luthier.core.errors import ArtifactCorruptError, InvalidRequestError
-from luthier.inference.forward import Prefix, count_virtual_tokens, forward
+from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, SelfCheckError
 from luthier.methods import Installed, method_of_artifact
-from luthier.modeling.kernels.page_memory import discard
-from luthier.modeling.logits import Logits
 from luthier.modeling.protocols import (
     AdapterId,
     AdapterInfo,
     AdapterSource,
+    Budget,
+    LoadedWeights,
     RunnerLimits,
     ScheduledBatch,
     TokenChunk,
 )
+
+# Keys and values of every layer, each [H, virtual tokens, C].
+Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 _BLOCK_SIZE = 16
 _MAX_PREFILL_TOKENS = 512
@@ -49,9 +54,10 @@ class ReferenceRunner:
         self._ids = itertools.count()
         self._adapters: dict[AdapterId, tuple[Installed, Prefix]] = {}
         self._active: AdapterId | None = None
+        layers, self._bare_logits_V = self._run_one_token()
         self._layers = [
             [part.new_empty(num_blocks, part.shape[1], _BLOCK_SIZE, part.shape[3]) for part in pair]
-            for pair in self._measure_layers()
+            for pair in layers
         ]
         config = model.config.get_text_config()
         self.limits = RunnerLimits(
@@ -68,7 +74,7 @@ class ReferenceRunner:
             short_prompt_tokens=_MAX_PREFILL_TOKENS,
             long_chunk_tokens=_MAX_PREFILL_TOKENS,
             max_chunk_pairs=_MAX_PREFILL_TOKENS * num_blocks * _BLOCK_SIZE,
-            allocates_at_once=model.device.type != "cpu",
+            allocates_at_once=True,
         )
 
     def prepare_adapter(self, source: AdapterSource) -> AdapterSource:
@@ -77,20 +83,31 @@ class ReferenceRunner:
 
     @torch.inference_mode()
     def add_adapter(self, source: AdapterSource) -> AdapterInfo:
-        """Install an adapter, switched off."""
+        """Install an adapter, switched off.
+
+        Raises:
+            ArtifactCorruptError: when it does not fit the model.
+            SelfCheckError: when the model is another with the adapter switched off than it was without it.
+        """
         self._activate(None)
         adapter = next(self._ids)
         installed: Installed | None = None
         try:
             installed = method_of_artifact(source.folder).install(self._model, source.folder, f"a{adapter}")
             prefix = installed.prefix()
-        except _MISFIT as error:
+            installed.switch_on()
+            installed.switch_off()
+            if not torch.equal(self._run_one_token()[1], self._bare_logits_V):
+                raise SelfCheckError("The artifact changes its base for others; it is not served.")
+        except BaseException as error:
             if installed is not None:
                 installed.remove()
-            raise ArtifactCorruptError("The artifact can't be loaded on its base model.") from error
+            if isinstance(error, _MISFIT):
+                raise ArtifactCorruptError("The artifact can't be loaded on its base model.") from error
+            raise
         self._adapters[adapter] = installed, prefix
         num_bytes = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-        return AdapterInfo(adapter, count_virtual_tokens(prefix), num_bytes)
+        return AdapterInfo(adapter, prefix[0][0].shape[1] if prefix else 0, num_bytes)
 
     def remove_adapter(self, adapter: AdapterId) -> None:
         """Take an adapter off the model."""
@@ -99,7 +116,9 @@ class ReferenceRunner:
         self._adapters.pop(adapter)[0].remove()
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch, on_launch: Callable[[], None] | None = None) -> Logits:
+    def execute(
+        self, batch: ScheduledBatch, on_launch: Callable[[], None] | None = None
+    ) -> "ReferenceLogits":
         """Run a batch, chunks of one token together and each longer one by itself."""
         [adapter] = {chunk.adapter for chunk in batch.chunks}
         if on_launch is not None:
@@ -113,7 +132,7 @@ class ReferenceRunner:
             logits_BTV = self._run([chunks[place] for place in places])
             for place, logits_TV in zip(places, logits_BTV, strict=True):
                 found[place] = logits_TV[chunks[place].logits_from :]
-        return Logits.of(torch.cat([found[place] for place in range(len(chunks))]).float())
+        return ReferenceLogits(torch.cat([found[place] for place in range(len(chunks))]))
 
     def _run(self, chunks: list[TokenChunk]) -> torch.Tensor:
         """Run chunks of one length, their cached tokens padded on the left; return logits_BTV."""
@@ -172,11 +191,11 @@ class ReferenceRunner:
         )
 
     @torch.inference_mode()
-    def _measure_layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return keys and values [1, H, 1, C] of a token in each layer."""
+    def _run_one_token(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """Return keys and values [1, H, 1, C] of a token in each layer, and its logits [V]."""
         past, one_11 = DynamicCache(), torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
-        forward(self._model, past, one_11, torch.ones_like(one_11), one_11)
-        return [(layer.keys, layer.values) for layer in past.layers]
+        logits_11V = forward(self._model, past, one_11, torch.ones_like(one_11), one_11)
+        return [(layer.keys, layer.values) for layer in past.layers], logits_11V[0, 0]
 
     def _activate(self, adapter: AdapterId | None) -> None:
         if adapter == self._active:
@@ -189,9 +208,7 @@ class ReferenceRunner:
             self._adapters[adapter][0].switch_on()
 
     def discard_blocks(self, blocks: Sequence[int]) -> None:
-        """Give the memory of unused blocks back."""
-        for part_PHSC in itertools.chain(*self._layers):
-            discard(part_PHSC[None], blocks)
+        """Do nothing: all blocks are allocated at once."""
 
     def set_num_threads(self, count: int) -> None:
         """Set the number of threads."""
@@ -201,3 +218,83 @@ class ReferenceRunner:
         """Take all adapters off."""
         for adapter in list(self._adapters):
             self.remove_adapter(adapter)
+
+
+class ReferenceLogits:
+    """Logits of a batch's wanted rows, [R, V], in the model's type."""
+
+    def __init__(self, logits_RV: torch.Tensor) -> None:
+        self._logits_RV = logits_RV
+
+    def greedy(self) -> list[int]:
+        """Return the likeliest token of each row; -1 where a row is not finite."""
+        # A NaN anywhere in a row is its maximum.
+        largest_R, tokens_R = self._logits_RV.max(dim=-1)
+        found: list[int] = tokens_R.masked_fill(~torch.isfinite(largest_R), -1).tolist()
+        return found
+
+    def draw(
+        self,
+        rows: Sequence[int],
+        *,
+        temperatures: Sequence[float],  # noqa: ARG002
+        top_p: Sequence[float],  # noqa: ARG002
+        points: Sequence[float],  # noqa: ARG002
+    ) -> list[int | None]:
+        """Leave every row to the engine."""
+        return [None] * len(rows)
+
+    def rows(self, rows: Sequence[int]) -> torch.Tensor:
+        """Return some rows, float32 [R, V]."""
+        return self._logits_RV[list(rows)].float()
+
+
+class ReferenceProvider:
+    """Loads any causal language model of transformers."""
+
+    def refusal(self, model: PreTrainedModel) -> None:  # noqa: ARG002
+        """Refuse none."""
+        return
+
+    def load(self, weights: LoadedWeights, budget: Budget) -> ReferenceRunner:
+        """Make a runner of a model."""
+        num_blocks = -(-budget.max_cache_tokens // _BLOCK_SIZE) + 1
+        return ReferenceRunner(weights.model, num_blocks=num_blocks, max_sequences=budget.max_sequences)
+
+
+def forward(
+    model: PreTrainedModel,
+    past: DynamicCache,
+    ids_BT: torch.Tensor,
+    mask_BW: torch.Tensor,
+    positions_BT: torch.Tensor,
+) -> torch.Tensor:
+    """Run tokens after those that a cache holds, which grows by them.
+
+    Args:
+        past: keys and values of W - T tokens.
+        ids_BT: int64 token ids.
+        mask_BW: int64, 1 where a token is real.
+        positions_BT: int64 positions of the T tokens.
+
+    Returns:
+        logits_BTV in the model's type.
+    """
+    takes_positions, cache_argument = _forward_arguments(type(model).forward)
+    arguments: dict[str, Any] = {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BW,
+        "use_cache": True,
+        cache_argument: past,
+    }
+    if takes_positions:
+        arguments["position_ids"] = positions_BT
+    logits_BTV: torch.Tensor = model(**arguments).logits
+    return logits_BTV
+
+
+@cache
+def _forward_arguments(method: Callable[..., Any]) -> tuple[bool, str]:
+    """Return whether a model takes positions, and its name for the cache, which transformers changed."""
+    arguments = inspect.signature(method).parameters
+    return "position_ids" in arguments, "cache" if "cache" in arguments else "past_key_values"

@@ -17,7 +17,7 @@ from luthier.core.inference import ModelTarget
 from luthier.inference import copies
 from luthier.inference.app import Service, build_app
 from luthier.inference.backends import open_backend
-from luthier.inference.engine.engine import Engine, EngineCore
+from luthier.inference.engine.engine import Engine
 from luthier.inference.server import open_socket
 from luthier.storage.store import Storage
 from tests.conftest import Api, fresh_database, serve_api
@@ -25,8 +25,8 @@ from tests.conftest import Server as Postgres
 from tests.conftest import make_settings as make_api_settings
 from tests.inference_server import (
     BARE,
-    GatedRunner,
     Served,
+    StepGate,
     make_settings,
     wait_until,
 )
@@ -66,11 +66,7 @@ def artifacts(folder: Path, base_folder: Path) -> list[tuple[ModelTarget, Path]]
 def served(folder: Path, base_folder: Path) -> Iterator[Served]:
     torch.set_num_threads(1)
     settings = make_settings(folder)
-    runner = GatedRunner()
-    core = EngineCore(
-        runner, max_batch_rows=settings.max_batch_rows, max_cache_tokens=settings.max_cache_tokens
-    )
-    engine = Engine(core, max_waiting=settings.max_waiting_requests)
+    steps, engine = StepGate(), Engine(max_waiting=settings.max_waiting_requests)
     service = Service(settings, engine)
     listener = open_socket(settings.inference_url)
     server = uvicorn.Server(uvicorn.Config(build_app(service, settings, token=None), log_config=None))
@@ -82,13 +78,13 @@ def served(folder: Path, base_folder: Path) -> Iterator[Served]:
     thread.start()
     transport = httpx2.HTTPTransport(uds=str(folder / "s.sock"))
     with (
-        runner.gate_executors(),
+        steps.watch(),
         httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client,
     ):
         wait_until(lambda: server.started, "the server's start")
         wait_until(lambda: client.get("/healthz").json()["ready"], "the base's load")
-        yield Served(client, settings.inference_url, service, core, engine, runner, loop)
-    runner.gate.set()
+        yield Served(client, settings.inference_url, service, engine, steps, loop)
+    steps.gate.set()
     server.should_exit = True
     thread.join(10)
     loop.close()

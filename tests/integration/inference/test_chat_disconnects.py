@@ -34,21 +34,21 @@ def connect(api: Api, path: str, body: dict[str, object]) -> socket.socket:
 def test_a_client_that_leaves_frees_its_sequence_within_two_steps(
     chat_api: Api, served: Served, is_stream: bool
 ) -> None:
-    wait_until(lambda: not served.core.has_work, "an idle engine")
+    wait_until(lambda: not served.engine.has_work, "an idle engine")
     body = {"messages": SKY, "max_tokens": 200, "stream": is_stream}
     with closing(connect(chat_api, "/v1/chat/completions", body)) as connection:
         if is_stream:
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         else:
-            wait_until(lambda: served.core.num_rows > 0, "the sequence's start")
-        served.runner.gate.clear()
+            wait_until(lambda: served.engine.num_running > 0, "the sequence's start")
+        served.steps.gate.clear()
     try:
         wait_until(lambda: not served.service._open, "the server's notice")
-        num_steps = served.runner.num_steps
+        num_steps = served.steps.num_steps
     finally:
-        served.runner.gate.set()
-    wait_until(lambda: not served.core.has_work, "the sequence's end")
-    assert served.runner.num_steps <= num_steps + 2
+        served.steps.gate.set()
+    wait_until(lambda: not served.engine.has_work, "the sequence's end")
+    assert served.steps.num_steps <= num_steps + 2
 
 
 def test_a_client_that_does_not_read_holds_up_no_other_and_gets_all_when_it_does(
@@ -57,7 +57,7 @@ def test_a_client_that_does_not_read_holds_up_no_other_and_gets_all_when_it_does
     body = {"prompt": ["a"] * 48, "max_tokens": 200, "logprobs": 5, "stream": True}
     with closing(connect(chat_api, "/v1/completions", body)) as connection:
         wait_until(lambda: bool(served.service._open), "the stream's start")
-        wait_until(lambda: not served.core.has_work, "all tokens")
+        wait_until(lambda: not served.engine.has_work, "all tokens")
         answer = httpx2.post(
             f"{chat_api.base_url}/v1/chat/completions",
             headers=chat_api.headers,

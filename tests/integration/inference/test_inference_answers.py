@@ -24,12 +24,12 @@ def test_models_that_run_at_the_same_time_answer_as_generate_does_for_each_alone
     for target, _ in models:
         # In memory before the gate is shut, for loading waits for the step that runs.
         served.chat("a", target, max_tokens=1)
-    served.runner.gate.clear()
+    served.steps.gate.clear()
     with ThreadPoolExecutor(len(cases)) as pool:
         asked = [pool.submit(served.chat, text, target, max_tokens=40) for target, _, text in cases]
         # All are there before any runs: one group per model, of rows of different lengths.
         wait_until(lambda: len(served.service._open) == len(cases), "all requests")
-        served.runner.gate.set()
+        served.steps.gate.set()
         answers = [future.result() for future in asked]
     tokenizer = Tokenizer.load(base_folder)
     texts_by_model: dict[str, set[str]] = {}
@@ -53,12 +53,12 @@ def test_requests_that_join_a_running_answer_change_nothing_about_it(
     with ThreadPoolExecutor(3) as pool:
         asked = []
         for text in texts:
-            served.runner.gate.clear()
-            before = served.runner.num_prefills
+            served.steps.gate.clear()
+            before = served.steps.num_prefills
             asked.append(pool.submit(served.chat, text, max_tokens=100))
             wait_until(lambda: len(served.service._open) == len(asked), "the request")
-            served.runner.gate.set()
-            wait_until(lambda: served.runner.num_prefills > before, "its prefill")  # noqa: B023
+            served.steps.gate.set()
+            wait_until(lambda: served.steps.num_prefills > before, "its prefill")  # noqa: B023
         answers = [future.result() for future in asked]
     for text, answer in zip(texts, answers, strict=True):
         ids = greedy(model, prompt_ids(base_folder, text), 100)
@@ -124,12 +124,12 @@ def test_a_stop_text_across_token_borders_ends_the_answer_and_is_not_in_it(serve
 def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(served: Served) -> None:
     options = {"temperature": 1.0, "seed": 11, "max_tokens": 40}
     alone = served.chat("the sky", **options)["choices"][0]["message"]["content"]
-    served.runner.gate.clear()
+    served.steps.gate.clear()
     with ThreadPoolExecutor(4) as pool:
         others = [pool.submit(served.chat, "a b c", **(options | {"seed": i})) for i in range(3)]
         again = pool.submit(served.chat, "the sky", **options)
         wait_until(lambda: len(served.service._open) == 4, "all requests")
-        served.runner.gate.set()
+        served.steps.gate.set()
         assert again.result()["choices"][0]["message"]["content"] == alone
         assert len({future.result()["choices"][0]["message"]["content"] for future in others}) == 3
 

@@ -65,19 +65,18 @@ def test_an_answer_that_is_being_made_is_made_to_its_end(
     target = publish(folder, base_folder, "answering", "lora", 73)
     expected = served.chat("the sea", target, max_tokens=6)["choices"]
     found: list[object] = []
-    served.runner.gate.clear()
-    with served.runner.gate_executors():
-        number = served.runner.num_steps
-        asking = threading.Thread(
-            target=lambda: found.append(served.chat("the sea", target, max_tokens=6)["choices"])
-        )
-        asking.start()
-        wait_until(lambda: served.runner.num_steps > number, "a step has begun")
-        Storage.open(f"file://{folder}/objects").delete_prefix(str(target.artifact))
-        tidy(served)
-        assert target.digest in served.service.models.loaded.digests
-        served.runner.gate.set()
-        asking.join(30)
+    served.steps.gate.clear()
+    number = served.steps.num_steps
+    asking = threading.Thread(
+        target=lambda: found.append(served.chat("the sea", target, max_tokens=6)["choices"])
+    )
+    asking.start()
+    wait_until(lambda: served.steps.num_steps > number, "a step has begun")
+    Storage.open(f"file://{folder}/objects").delete_prefix(str(target.artifact))
+    tidy(served)
+    assert target.digest in served.service.models.loaded.digests
+    served.steps.gate.set()
+    asking.join(30)
     assert found == [expected]
     wait_until(lambda: gone(served, target), "it leaves once it has answered")
     response = served.post(CHAT, target, messages=[{"role": "user", "content": "the sea"}])

@@ -15,8 +15,7 @@ import torch
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference import loading as loading_module
-from luthier.inference.loading import Kind
-from luthier.inference.whole import measure_whole
+from luthier.inference.loading import Kind, measure_weights
 from luthier.methods import discover
 from luthier.storage.store import Storage
 from tests.inference_server import BARE, CHAT, Served, prompt_ids, wait_until
@@ -126,7 +125,7 @@ def test_models_that_push_each_other_out_of_memory_answer_right_all_the_same(
     check(served, whole, TEXTS[0])
     monkeypatch.setitem(loaded._max_bytes, Kind.WHOLE, loaded.num_bytes(Kind.WHOLE))
     others = [c.folder for name, c in cases.items() if c.folder and not name.startswith(tuple(WHOLE))]
-    largest = max(measure_whole(folder, torch.float32) for folder in others)
+    largest = max(measure_weights(folder, torch.float32) for folder in others)
     monkeypatch.setitem(loaded._max_bytes, Kind.PACKED, largest)
     for _ in range(2):
         for case in cases.values():
@@ -189,14 +188,14 @@ def test_others_are_answered_while_a_whole_model_is_loaded(
     served: Served, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, is_loading = threading.Event(), threading.Event()
-    load = loading_module.load_whole
+    load = loading_module._load_full
 
     def load_slowly(*args: Any, **options: Any) -> Any:
         is_loading.set()
         assert gate.wait(30)
         return load(*args, **options)
 
-    monkeypatch.setattr(loading_module, "load_whole", load_slowly)
+    monkeypatch.setattr(loading_module, "_load_full", load_slowly)
     unload(served)
     whole = case_of(cases, WHOLE[0])
     with ThreadPoolExecutor(2) as pool:
@@ -219,15 +218,15 @@ def test_a_whole_model_stays_while_its_rows_run_and_leaves_when_another_needs_it
     first, second = (case for name, case in cases.items() if name.startswith(WHOLE[0]))
     check(served, first, TEXTS[0])
     monkeypatch.setitem(loaded._max_bytes, Kind.WHOLE, loaded.num_bytes(Kind.WHOLE))
-    served.runner.gate.clear()
+    served.steps.gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        before = served.runner.num_prefills
+        before = served.steps.num_prefills
         running = pool.submit(check, served, first, TEXTS[0])
-        wait_until(lambda: served.runner.num_prefills > before, "its prefill")
+        wait_until(lambda: served.steps.num_prefills > before, "its prefill")
         waiting = pool.submit(check, served, second, TEXTS[0])
         wait_until(loaded._turns[Kind.WHOLE].locked, "the other's turn")
         assert loaded.digests[-1] == first.target.digest
-        served.runner.gate.set()
+        served.steps.gate.set()
         running.result()
         waiting.result()
     assert loaded.digests[-1] == second.target.digest

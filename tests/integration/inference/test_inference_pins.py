@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from luthier.core.inference import ModelTarget
-from luthier.inference.whole import measure_whole
+from luthier.inference.loading import measure_weights
 from tests.inference_server import COMPLETIONS
 from tests.integration.inference.test_inference_process import served_process
 
@@ -13,7 +13,7 @@ from tests.integration.inference.test_inference_process import served_process
 def test_one_project_s_pinned_models_leave_room_for_another_project_s_model(
     folder: Path, artifacts: list[tuple[ModelTarget, Path]]
 ) -> None:
-    room = measure_whole(artifacts[0][1], torch.float32) * 5 // 2
+    room = measure_weights(artifacts[0][1], torch.float32) * 5 // 2
     limits = {"LUTHIER_INFERENCE_MAX_ADAPTERS_BYTES": str(room), "LUTHIER_MAX_PINNED_SHARE": "0.5"}
     with served_process(folder, "pins.sock", **limits) as client:
 

@@ -156,8 +156,8 @@ server.main()
 @pytest.mark.parametrize(
     "where",
     [
-        "EngineCore.add",
-        pytest.param("Scheduler.next_work", marks=pytest.mark.full),
+        "Engine.add",
+        pytest.param("Engine.step", marks=pytest.mark.full),
         pytest.param("EventBridge.flush", marks=pytest.mark.full),
     ],
 )

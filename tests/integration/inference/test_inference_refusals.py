@@ -127,15 +127,15 @@ def test_files_that_change_while_they_are_read_answer_only_if_they_are_what_they
     prefix = f"projects/p/touched{is_damaged}"
     Storage.open(f"file://{folder}/objects").put_folder(tmp_path / "a", prefix)
     target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
-    lay_out = loading._lay_out
+    read_adapter = loading._read_adapter
 
-    def touch(copy: Copy, *arguments: Any) -> Any:
-        made, path = lay_out(copy, *arguments), copy.folder / WEIGHTS_NAME
+    def touch(executor: Any, copy: Copy, *arguments: Any) -> Any:
+        made, path = read_adapter(executor, copy, *arguments), copy.folder / WEIGHTS_NAME
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ is_damaged]))
         return made
 
-    monkeypatch.setattr(loading, "_lay_out", touch)
+    monkeypatch.setattr(loading, "_read_adapter", touch)
     response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], max_tokens=2)
     if is_damaged:
         assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
@@ -194,16 +194,16 @@ def test_a_fault_of_our_own_answers_in_openais_shape_and_its_text_is_not_logged(
 
 
 def test_more_requests_than_may_wait_get_429_and_when_to_come_again(served: Served) -> None:
-    served.runner.gate.clear()
-    before = served.runner.num_prefills
+    served.steps.gate.clear()
+    before = served.steps.num_prefills
     with ThreadPoolExecutor(65) as pool:
         running = pool.submit(served.chat, "a", max_tokens=1)
-        wait_until(lambda: served.runner.num_prefills > before, "the first prefill")
+        wait_until(lambda: served.steps.num_prefills > before, "the first prefill")
         prompts = ["a"] * 32
         waiting = [pool.submit(served.post, COMPLETIONS, prompt=prompts, max_tokens=1) for _ in range(2)]
         wait_until(lambda: served.engine.num_waiting == 64, "a full queue")
         refused = served.post(CHAT, messages=[{"role": "user", "content": "a"}])
-        served.runner.gate.set()
+        served.steps.gate.set()
         assert running.result()["choices"]
         assert [len(future.result().json()["choices"]) for future in waiting] == [32, 32]
     assert refused.status_code == 429
@@ -225,23 +225,23 @@ def test_a_client_that_leaves_frees_its_row(served: Served, is_stream: bool) -> 
             async for chunk in reply.events:
                 assert chunk.startswith(b"data: ")
                 break
-            served.runner.gate.clear()
+            served.steps.gate.clear()
             await reply.aclose()
         else:
-            while served.core.num_rows == 0:
+            while served.engine.num_running == 0:
                 await asyncio.sleep(0.001)
-            served.runner.gate.clear()
+            served.steps.gate.clear()
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
         await backend.aclose()
 
-    wait_until(lambda: not served.core.has_work, "an idle engine")
+    wait_until(lambda: not served.engine.has_work, "an idle engine")
     asyncio.run(leave())
     wait_until(lambda: not served.service._open, "the server's notice")
-    steps = served.runner.num_steps
-    served.runner.gate.set()
-    wait_until(lambda: not served.core.has_work, "the row's end")
-    assert served.runner.num_steps <= steps + 2
+    steps = served.steps.num_steps
+    served.steps.gate.set()
+    wait_until(lambda: not served.engine.has_work, "the row's end")
+    assert served.steps.num_steps <= steps + 2
 
 
 def test_a_stream_whose_reader_is_cancelled_frees_its_row(served: Served) -> None:
@@ -249,7 +249,7 @@ def test_a_stream_whose_reader_is_cancelled_frees_its_row(served: Served) -> Non
         backend = open_backend("engine", served.url, "")
         body = {"messages": [{"role": "user", "content": "a"}], "model": "m", "stream": True}
         reply = await backend.complete(CHAT, json.dumps(body | {"max_tokens": 200}).encode(), BARE)
-        served.runner.gate.clear()
+        served.steps.gate.clear()
 
         async def read() -> None:
             async for _ in reply.events:
@@ -265,8 +265,8 @@ def test_a_stream_whose_reader_is_cancelled_frees_its_row(served: Served) -> Non
         await backend.aclose()
 
     asyncio.run(asyncio.wait_for(leave(), 30))
-    served.runner.gate.set()
-    wait_until(lambda: not served.core.has_work, "the row's end")
+    served.steps.gate.set()
+    wait_until(lambda: not served.engine.has_work, "the row's end")
 
 
 def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_client_that_does_not_read_holds_up_no_other_and_gets_all_in_order(ser
         backend = open_backend("engine", served.url, "")
         reply = await backend.complete(COMPLETIONS, json.dumps(body).encode(), BARE)
         # More than sockets hold: the server waits with what is left until it is read.
-        await asyncio.to_thread(wait_until, lambda: not served.core.has_work, "all tokens")
+        await asyncio.to_thread(wait_until, lambda: not served.engine.has_work, "all tokens")
         assert served.service._open
         assert (await asyncio.to_thread(served.chat, "a", max_tokens=1))["choices"]
         pieces = [piece async for piece in reply.events]
@@ -321,18 +321,18 @@ def test_a_client_that_does_not_read_holds_up_no_other_and_gets_all_in_order(ser
 
 def test_a_project_that_fills_the_waiting_places_keeps_no_other_project_out(served: Served) -> None:
     other = BARE.model_copy(update={"project_id": "proj_2"})
-    served.runner.gate.clear()
-    before = served.runner.num_prefills
+    served.steps.gate.clear()
+    before = served.steps.num_prefills
     with ThreadPoolExecutor(8) as pool:
         running = pool.submit(served.chat, "a", max_tokens=1)
-        wait_until(lambda: served.runner.num_prefills > before, "the first prefill")
+        wait_until(lambda: served.steps.num_prefills > before, "the first prefill")
         prompts = ["a"] * 32
         waiting = [pool.submit(served.post, COMPLETIONS, prompt=prompts, max_tokens=100) for _ in range(2)]
         wait_until(lambda: served.engine.num_waiting == 64, "a full queue")
         theirs = pool.submit(served.chat, "b", other, max_tokens=1)
         wait_until(lambda: served.engine.num_waiting == 65 or theirs.done(), "the other project's chat")
         refused = served.post(CHAT, messages=[{"role": "user", "content": "a"}])
-        served.runner.gate.set()
+        served.steps.gate.set()
         assert theirs.result()["choices"]
         # It was next in turn: of those that came before it most still run.
         assert not all(future.done() for future in waiting)
@@ -351,7 +351,7 @@ def test_a_step_that_hangs_makes_the_server_unready_until_it_ends(
     def is_ready() -> bool:
         return bool(served.client.get("/healthz").json()["ready"])
 
-    served.runner.gate.clear()
+    served.steps.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(served.chat, "a", max_tokens=1)
         try:
@@ -359,6 +359,6 @@ def test_a_step_that_hangs_makes_the_server_unready_until_it_ends(
             while is_ready():
                 assert time.monotonic() < deadline, "ready though a step hangs"
         finally:
-            served.runner.gate.set()
+            served.steps.gate.set()
         assert running.result()["choices"]
     wait_until(is_ready, "ready again")

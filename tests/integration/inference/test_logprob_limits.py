@@ -42,7 +42,7 @@ def test_a_chat_with_more_log_probabilities_than_the_server_holds_is_refused_unl
         assert told in caught.value.message
     with tools.chat.completions.create(**asked, max_tokens=800, stream=True) as stream:
         assert next(iter(stream)).choices
-    wait_until(lambda: not served.core.has_work, "the stream's end")
+    wait_until(lambda: not served.engine.has_work, "the stream's end")
     assert tools.chat.completions.create(**asked | {"n": 1}, max_tokens=800).choices
 
 
@@ -90,7 +90,7 @@ def test_a_stream_that_nobody_reads_ends_with_an_error_before_it_fills_the_memor
     async def run() -> bytes:
         backend = open_backend("engine", served.url, "")
         reply = await backend.complete(COMPLETIONS, json.dumps(body).encode(), BARE)
-        await asyncio.to_thread(wait_until, lambda: not served.core.has_work, "the answers' end")
+        await asyncio.to_thread(wait_until, lambda: not served.engine.has_work, "the answers' end")
         content = b"".join([piece async for piece in reply.events])
         await reply.aclose()
         await backend.aclose()

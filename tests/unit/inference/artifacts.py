@@ -10,10 +10,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.methods import Attached, Start, Workload, discover, method_of_artifact, parse_tuning
+from luthier.inference.bases import LoadedBase
+from luthier.inference.engine.step import BatchExecutor
+from luthier.inference.runners.registry import choose_runner
+from luthier.methods import Attached, Method, Start, Workload, discover, method_of_artifact, parse_tuning
 from luthier.modeling.load import load_base
+from luthier.modeling.packed_runner import PackedProvider
+from luthier.modeling.protocols import Budget, LoadedWeights
 from luthier.storage.manifests import Manifest, seal_folder
+from tests.tiny_shapes import facts_of
 
+PROBE_IDS = [5, 6, 7]
+BUDGET = Budget(max_cache_tokens=256, max_sequences=4)
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 # What the tests ask of each method; one that is not here is asked for nothing special.
@@ -142,3 +150,45 @@ def greedy(model: Any, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
         )
     answer: list[int] = answer_1T[0, len(prompt_ids) :].tolist()
     return answer
+
+
+def make_artifact(base: Path, folder: Path, name: str, shape: str) -> Method:
+    """Write a random artifact of a method on a base of one of the tiny shapes."""
+    method, params = parse_tuning({"type": name, **TUNINGS.get(name, [{}])[0]})
+    resolved = method.resolve(params, Workload(base=facts_of(shape), num_rows=100, num_tokens=3000))
+    start = Start(seed=1, base_id=f"tiny-{shape}", tokenize=lambda text: list(text.encode()))
+    attached = method.attach(load_plain(base), resolved, start)
+    add_noise(attached, seed=1, scale=0.2)
+    folder.mkdir()
+    method.save(attached, folder)
+    return method
+
+
+def pack(
+    model: Any, folder: Path, *, max_rows: int = 4, max_cache_tokens: int = 512, max_draft_tokens: int = 0
+) -> BatchExecutor:
+    """Return an executor of a packed model, which is used up."""
+    budget = Budget(
+        max_cache_tokens=max_cache_tokens, max_sequences=max_rows, max_draft_tokens=max_draft_tokens
+    )
+    return BatchExecutor(PackedProvider().load(LoadedWeights(model, folder), budget))
+
+
+def load_tiny(base_folder: Path, dtype: torch.dtype = torch.float32, **given: Any) -> LoadedBase:
+    """Return a base in memory without tokenizer and template, on the runner that takes it."""
+    nothing: Any = None
+
+    def load_model() -> Any:
+        return load_base(base_folder, dtype=dtype, device="cpu")
+
+    return LoadedBase(
+        facts=BaseFacts.model_validate_json((base_folder / FACTS_NAME).read_bytes()),
+        folder=base_folder,
+        tokenizer=nothing,
+        template=nothing,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        probe_ids=PROBE_IDS,
+        executor=BatchExecutor(choose_runner(load_model, base_folder, BUDGET, PROBE_IDS)),
+        **given,
+    )

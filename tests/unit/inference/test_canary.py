@@ -11,14 +11,13 @@ from pydantic import ValidationError
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import CANARY_NAME, Canary
-from luthier.inference.bases import pack
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.proofs import check_canary, read_canary
 from luthier.inference.verification import verify_adapter
 from luthier.methods import method_of_artifact
 from luthier.modeling.protocols import AdapterInfo, AdapterSource
 from tests.tiny import BASE_ID, build_tiny_base
-from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_logits
+from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_logits, pack
 
 IDS = [9, 30, 41, 5, 77, 12, 8]
 PROBE_IDS = [5, 6, 7]
@@ -47,13 +46,13 @@ def test_an_adapter_is_served_as_it_was_trained_and_refused_with_another_scale(
     shutil.copytree(made.folder, changed)
     config = json.loads((changed / "adapter_config.json").read_text())
     (changed / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["r"] * 4}))
-    packed = pack(load_plain(base_folder), base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
+    packed = pack(load_plain(base_folder), base_folder, max_rows=2, max_cache_tokens=256)
 
     def prove(folder: Path) -> None:
         parts = method_of_artifact(folder).read_parts(folder, read_shape(base_folder))
         assert parts is not None
-        adapter = packed.executor.runner.add_adapter(AdapterSource(made.folder, parts))
-        give_proof(packed.executor, adapter, canary)
+        adapter = packed.runner.add_adapter(AdapterSource(made.folder, parts))
+        give_proof(packed, adapter, canary)
 
     prove(made.folder)
     with pytest.raises(SelfCheckError, match="training recorded"):
@@ -67,13 +66,13 @@ def test_an_adapter_that_changes_nothing_is_told_beside_its_base(
     tuning = {"type": "lora", "rank": 2}
     made = build_method_artifact(tmp_path / "a", base_folder, tuning, seed=1, scale=0.0)
     plain = load_plain(base_folder).to(dtype)
-    packed = pack(plain, base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
+    packed = pack(plain, base_folder, max_rows=2, max_cache_tokens=256)
     parts = method_of_artifact(made.folder).read_parts(made.folder, read_shape(base_folder))
     assert parts is not None
-    adapter = packed.executor.runner.add_adapter(AdapterSource(made.folder, parts))
+    adapter = packed.runner.add_adapter(AdapterSource(made.folder, parts))
     for canary in (None, canary_of(method_logits(base_folder, made.folder, IDS)[-1])):
         with pytest.raises(SelfCheckError, match="changes nothing"):
-            give_proof(packed.executor, adapter, canary)
+            give_proof(packed, adapter, canary)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,24 +89,24 @@ def test_an_adapter_that_one_of_the_ways_leaves_out_is_not_served(
     """With a recorded text of so many tokens, or without one."""
     made = build_method_artifact(tmp_path / "a", base_folder, {"type": "lora", "rank": 2}, seed=1)
     plain = load_plain(base_folder).to(dtype)
-    packed = pack(plain, base_folder, PROBE_IDS, max_rows=2, max_cache_tokens=256)
+    packed = pack(plain, base_folder, max_rows=2, max_cache_tokens=256)
     parts = method_of_artifact(made.folder).read_parts(made.folder, read_shape(base_folder))
     assert parts is not None
-    adapter = packed.executor.runner.add_adapter(AdapterSource(made.folder, parts))
+    adapter = packed.runner.add_adapter(AdapterSource(made.folder, parts))
     ids, canary = IDS[:num_tokens], None
     if ids:
         recorded = canary_of(method_logits(base_folder, made.folder, ids)[-1])
         canary = recorded.model_copy(update={"token_ids": ids})
-    give_proof(packed.executor, adapter, canary)
+    give_proof(packed, adapter, canary)
     # Programs that were written down would run what is left out.
-    monkeypatch.setattr(packed.executor.runner.model, "_programs", None)
-    monkeypatch.setattr(packed.executor.runner.model.ops, way, lambda *_: None)
+    monkeypatch.setattr(packed.runner.model, "_programs", None)
+    monkeypatch.setattr(packed.runner.model.ops, way, lambda *_: None)
     if num_tokens == 1 and way == "add_stretches":
         # All that there is are rows.
-        give_proof(packed.executor, adapter, canary)
+        give_proof(packed, adapter, canary)
         return
     with pytest.raises(SelfCheckError, match=r"training recorded|changes nothing|Token by token"):
-        give_proof(packed.executor, adapter, canary)
+        give_proof(packed, adapter, canary)
 
 
 def test_rounding_is_allowed_for_where_either_side_rounds() -> None:

@@ -1,94 +1,33 @@
-"""Scheduler and engine over a runner whose every token is known beforehand."""
+"""The engine over runners whose every token is known beforehand."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import ArtifactCorruptError, TooManyRequestsError, UnavailableError
-from luthier.inference.engine.engine import MAX_LIVE_BATCHES, Engine, EngineCore, _Call
-from luthier.inference.engine.sequence import (
-    Failure,
-    Finish,
-    ModelKey,
-    Piece,
-    SamplingOptions,
-    Sequence,
-    SequenceEvent,
-)
+from luthier.inference.engine import engine as engine_module
+from luthier.inference.engine.engine import Engine, _Call
+from luthier.inference.engine.sequence import Failure, Finish, Piece, SamplingOptions, Sequence, SequenceEvent
+from luthier.inference.engine.step import BatchExecutor
+from luthier.modeling.protocols import AdapterInfo, ScheduledBatch
+from tests.table_runner import VOCAB, TableLogits, TableRunner, expected_answer
 
-VOCAB = 50
-MAX_ROWS = 3
-# Less than the rows below could take together, more than any takes alone.
-MAX_CACHE_TOKENS = 40
-PLENTY = 10**9
-KEYS: list[ModelKey] = [("base", None), ("base", "d1"), ("base", "d2")]
+ADAPTERS = (None, 1, 2)
 
 
-def next_token(key: ModelKey, history: list[int]) -> int:
-    return (sum((i + 1) * token for i, token in enumerate(history)) + 7 * KEYS.index(key)) % VOCAB
-
-
-def expected_answer(key: ModelKey, prompt: list[int], num_tokens: int) -> list[int]:
-    history = list(prompt)
-    for _ in range(num_tokens):
-        history.append(next_token(key, history))
-    return history[len(prompt) :]
-
-
-class _Words:
+class Words:
     def push(self, token_id: int) -> str:
         return f"{token_id} "
 
     def flush(self) -> str:
         return ""
-
-
-class FakeRunner:
-    """Holds each row's history; its logits point at the next token of that history."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, ModelKey, int]] = []
-        self.broken: set[ModelKey] = set()
-
-    def prefill(self, sequences: list[Sequence]) -> tuple[Any, torch.Tensor]:
-        key = sequences[0].key
-        assert all(sequence.key == key for sequence in sequences)
-        self.calls.append(("prefill", key, len(sequences)))
-        if key in self.broken:
-            raise ArtifactCorruptError("The artifact can't be loaded.")
-        batch = [(key, list(sequence.prompt_ids)) for sequence in sequences]
-        return batch, self._logits(batch)
-
-    def step(self, batch: Any, token_ids: list[int]) -> torch.Tensor:
-        assert len(token_ids) == len(batch)
-        self.calls.append(("step", batch[0][0], len(batch)))
-        if batch[0][0] in self.broken:
-            raise RuntimeError("The device is gone.")
-        for (_, history), token_id in zip(batch, token_ids, strict=True):
-            history.append(token_id)
-        return self._logits(batch)
-
-    def keep(self, batch: Any, rows: list[int]) -> None:
-        batch[:] = [batch[row] for row in rows]
-
-    def merge(self, batch: Any, other: Any) -> None:
-        batch.extend(other)
-
-    def num_cells(self, batch: Any) -> int:
-        """Return the tokens that a real cache of these rows would hold, padding included."""
-        return len(batch) * max(len(history) for _, history in batch)
-
-    def _logits(self, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.one_hot(
-            torch.tensor([next_token(key, history) for key, history in batch]), VOCAB
-        ).float()
 
 
 @dataclass
@@ -102,24 +41,43 @@ class Asked:
         return [int(word) for word in text.split()]
 
 
-def ask(key: ModelKey, prompt: list[int], max_tokens: int) -> Asked:
+def ask(
+    executor: BatchExecutor,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    adapter: int | None = None,
+    project_id: str = "",
+) -> Asked:
     events: list[SequenceEvent] = []
+    info = None if adapter is None else AdapterInfo(adapter, 0, 1)
     sequence = Sequence(
-        key=key,
-        served=None,
+        key=("base", None if adapter is None else str(adapter)),
+        served=SimpleNamespace(executor=executor, adapter=info),
         prompt_ids=prompt,
         options=SamplingOptions(max_tokens=max_tokens, temperature=0.0),
-        decoder=_Words(),
+        decoder=Words(),
         stop_token_ids=frozenset(),
         emit=events.append,
+        project_id=project_id,
     )
     return Asked(sequence, events)
 
 
+def make_executor(**limits: Any) -> BatchExecutor:
+    return BatchExecutor(TableRunner(**limits))
+
+
+def runner_of(executor: BatchExecutor) -> TableRunner:
+    assert isinstance(executor.runner, TableRunner)
+    return executor.runner
+
+
 REQUESTS = st.lists(
     st.tuples(
-        st.sampled_from(KEYS),
-        st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5),
+        st.integers(0, 1),
+        st.sampled_from(ADAPTERS),
+        st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9),
         st.integers(1, 12),
         st.integers(0, 20),
         st.one_of(st.none(), st.integers(0, 25)),
@@ -129,159 +87,195 @@ REQUESTS = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(requests=REQUESTS)
-def test_every_answer_is_its_own_whatever_comes_leaves_or_runs_beside_it(requests: list[Any]) -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=MAX_CACHE_TOKENS)
-    asked = [ask(key, prompt, max_tokens) for key, prompt, max_tokens, _, _ in requests]
+@given(requests=REQUESTS, mixes=st.booleans())
+def test_every_answer_is_its_own_whatever_comes_leaves_or_runs_beside_it(
+    requests: list[Any], mixes: bool
+) -> None:
+    # Few blocks, so that sequences are preempted.
+    limits: dict[str, Any] = {"num_blocks": 9, "max_sequences": 3, "mixes_adapters": mixes}
+    limits |= {"short_prompt_tokens": 4, "max_prefill_tokens": 6}
+    executors = [make_executor(**limits), make_executor(**limits)]
+    engine = Engine(max_waiting=99)
+    asked = [
+        ask(executors[number], prompt, max_tokens, adapter=adapter)
+        for number, adapter, prompt, max_tokens, _, _ in requests
+    ]
     tokens_when_cancelled: dict[int, int] = {}
     turn = 0
-    while turn <= 25 or core.scheduler.has_work:
-        for i, (_, _, _, arrival, leave) in enumerate(requests):
+    while turn <= 25 or engine.has_work:
+        for i, (*_, arrival, leave) in enumerate(requests):
             if arrival == turn:
-                core.scheduler.add(asked[i].sequence)
+                engine.add(asked[i].sequence)
             if leave == turn and not asked[i].sequence.is_finished:
                 asked[i].sequence.cancel()
                 tokens_when_cancelled[i] = asked[i].sequence.num_completion_tokens
-        core.step()
-        assert core.scheduler.num_live_rows <= MAX_LIVE_BATCHES * MAX_ROWS
-        assert core.scheduler.num_reserved_tokens <= MAX_CACHE_TOKENS
-        assert sum(runner.num_cells(group.batch) for group in core.scheduler._groups) <= MAX_CACHE_TOKENS
+        engine.step()
         turn += 1
         assert turn < 1000, "the engine never comes to rest"
-    assert all(rows <= MAX_ROWS for _, _, rows in runner.calls)
-    for i, (key, prompt, max_tokens, _, _) in enumerate(requests):
-        answer = expected_answer(key, prompt, max_tokens)
+    for i, (_, adapter, prompt, max_tokens, _, _) in enumerate(requests):
+        answer = expected_answer(adapter, prompt, max_tokens)
         if i in tokens_when_cancelled:
             assert asked[i].sequence.num_completion_tokens == tokens_when_cancelled[i]
             assert asked[i].tokens == answer[: len(asked[i].tokens)]
         else:
             assert asked[i].tokens == answer
             assert asked[i].events[-1] == Finish("length", max_tokens)
+    for executor in executors:
+        assert executor.scheduler.pool.num_free == executor.scheduler.pool.num_blocks
+
+
+def test_a_preempted_sequence_ends_with_the_same_answer() -> None:
+    executor, engine = make_executor(num_blocks=6), Engine(max_waiting=9)
+    asked = [ask(executor, [seed, 3, 4], 12) for seed in range(3)]
+    for one in asked:
+        engine.add(one.sequence)
+    while engine.step():
+        pass
+    assert engine.measures.num_preempted > 0
+    assert [one.tokens for one in asked] == [expected_answer(None, [seed, 3, 4], 12) for seed in range(3)]
+
+
+def test_the_engine_alternates_between_runners() -> None:
+    engine, executors = Engine(max_waiting=9), [make_executor(), make_executor()]
+    asked = [ask(executor, [1], 20) for executor in executors]
+    for one in asked:
+        engine.add(one.sequence)
+    for _ in range(5):
+        engine.step()
+    assert [len(runner_of(executor).batches) for executor in executors] == [5, 5]
+
+
+def test_a_runner_that_mixes_no_adapters_serves_each_in_turn() -> None:
+    executor, engine = make_executor(mixes_adapters=False), Engine(max_waiting=9)
+    asked = [ask(executor, [1], 30, adapter=adapter) for adapter in ADAPTERS]
+    for one in asked:
+        engine.add(one.sequence)
+    for _ in range(9):
+        engine.step()
+    assert [one.sequence.num_completion_tokens for one in asked] == [3, 3, 3]
 
 
 def test_a_new_arrival_is_answered_while_another_models_long_answer_runs() -> None:
-    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    long, short = ask(KEYS[0], [1], 1000), ask(KEYS[1], [2], 2)
-    core.scheduler.add(long.sequence)
+    executor, engine = make_executor(mixes_adapters=False, num_blocks=999), Engine(max_waiting=9)
+    long, short = ask(executor, [1], 1000), ask(executor, [2], 2, adapter=1)
+    engine.add(long.sequence)
     for _ in range(10):
-        core.step()
-    core.scheduler.add(short.sequence)
+        engine.step()
+    engine.add(short.sequence)
     for _ in range(4):
-        core.step()
+        engine.step()
     assert short.sequence.is_finished
     assert not long.sequence.is_finished
 
 
-def test_live_groups_take_steps_in_turn() -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    for key in KEYS:
-        core.scheduler.add(ask(key, [1], 50).sequence)
-    for _ in range(30):
-        core.step()
-    steps = [key for kind, key, _ in runner.calls if kind == "step"]
-    last_nine = steps[-9:]
-    assert last_nine[:3] == last_nine[3:6] == last_nine[6:9]
-    assert set(last_nine) == set(KEYS)
+def test_a_project_that_fills_the_queue_delays_another_by_one_turn() -> None:
+    executor, engine = make_executor(max_sequences=1), Engine(max_waiting=99)
+    crowd = [ask(executor, [i], 1, project_id="crowd") for i in range(20)]
+    single = ask(executor, [7], 1, project_id="single")
+    for one in (*crowd, single):
+        engine.add(one.sequence)
+    for _ in range(2):
+        engine.step()
+    assert single.sequence.is_finished
+    assert sum(one.sequence.is_finished for one in crowd) == 1
 
 
-def test_running_groups_step_between_the_prefills_of_a_queue() -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=1, max_cache_tokens=PLENTY)
-    for i in range(5):
-        core.scheduler.add(ask(KEYS[i % 3], [i], 50).sequence)
-    for _ in range(11):
-        core.step()
-    # Before each further prefill every group that was live at the last one takes a step.
-    assert "".join(kind[0] for kind, _, _ in runner.calls) == "pp" + "sp" + "ssp" + "sssp"
-
-
-def test_rows_of_one_model_join_its_running_group() -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    first, second = ask(KEYS[0], [1], 50), ask(KEYS[0], [2, 3], 50)
-    core.scheduler.add(first.sequence)
-    core.step()
-    core.scheduler.add(second.sequence)
-    for _ in range(4):
-        core.step()
-    assert runner.calls[-1] == ("step", KEYS[0], 2)
-
-
-def test_a_request_waits_until_the_caches_have_room_for_its_whole_answer_and_none_overtakes_it() -> None:
-    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=20)
-    first, long, short = ask(KEYS[0], [1], 5), ask(KEYS[1], [2] * 6, 12), ask(KEYS[0], [3], 1)
-    core.scheduler.add(first.sequence)
-    core.step()
-    core.scheduler.add(long.sequence)
-    core.scheduler.add(short.sequence)
+def test_a_request_waits_until_there_are_blocks_for_its_prompt_and_none_overtakes_it() -> None:
+    executor, engine = make_executor(num_blocks=5), Engine(max_waiting=9)
+    first, long, short = ask(executor, [1], 7), ask(executor, [2] * 13, 3), ask(executor, [3], 1)
+    for one in (first, long, short):
+        engine.add(one.sequence)
     while not first.sequence.is_finished:
-        assert core.step()
+        assert engine.step()
         assert long.events == [] and short.events == []
-    core.step()
-    assert [group.key for group in core.scheduler.groups] == [KEYS[1]]
-    while core.step():
+    while engine.step():
         pass
-    assert long.tokens == expected_answer(KEYS[1], [2] * 6, 12)
+    assert long.tokens == expected_answer(None, [2] * 13, 3)
     assert short.sequence.is_finished
 
 
-def test_rows_that_would_pad_each_other_beyond_the_budget_stay_apart() -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=30)
-    long, short = ask(KEYS[0], [1], 19), ask(KEYS[0], [2], 4)
-    core.scheduler.add(long.sequence)
-    core.step()
-    core.scheduler.add(short.sequence)
-    core.step()
-    core.step()
-    assert core.scheduler.num_live_rows == 2
-    assert core.scheduler.num_reserved_tokens == 25
-
-
-def test_a_fault_ends_the_answers_of_its_group_alone() -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    healthy, broken, refused = ask(KEYS[0], [1], 8), ask(KEYS[1], [2], 8), ask(KEYS[2], [3], 8)
-    runner.broken.add(KEYS[2])
-    for asked in (healthy, broken, refused):
-        core.scheduler.add(asked.sequence)
-    for _ in range(6):
-        core.step()
-    runner.broken.add(KEYS[1])
-    while core.step():
+@pytest.mark.parametrize("are_on_one_runner", [True, False])
+def test_a_fault_of_one_sequence_ends_that_sequence_alone(are_on_one_runner: bool) -> None:
+    engine, executors = Engine(max_waiting=9), [make_executor(), make_executor()]
+    healthy = ask(executors[0], [1], 8)
+    broken = ask(executors[0 if are_on_one_runner else 1], [2], 8, adapter=1)
+    for one in (healthy, broken):
+        engine.add(one.sequence)
+    for _ in range(3):
+        engine.step()
+    for executor in executors:
+        runner_of(executor).broken.add(1)
+    while engine.step():
         pass
-    assert healthy.tokens == expected_answer(KEYS[0], [1], 8)
+    assert healthy.tokens == expected_answer(None, [1], 8)
     assert isinstance(broken.events[-1], Failure)
     assert "device" not in broken.events[-1].error.message
-    assert isinstance(refused.events[-1], Failure)
-    assert isinstance(refused.events[-1].error, ArtifactCorruptError)
+
+
+class _BrokenExecutor(BatchExecutor):
+    """Has answers to make and fails at them."""
+
+    def step(self) -> bool:
+        raise ArtifactCorruptError("The block is gone.")
+
+
+def test_a_fault_of_a_scheduler_ends_the_answers_of_its_runner_alone() -> None:
+    engine = Engine(max_waiting=9)
+    broken, sound = ask(_BrokenExecutor(TableRunner()), [3], 4), ask(make_executor(), [5, 6], 4)
+    for asked in (broken, sound):
+        engine.add(asked.sequence)
+    while engine.has_work:
+        engine.step()
+    assert isinstance(broken.events[-1], Failure)
+    assert isinstance(broken.events[-1].error, ArtifactCorruptError)
+    assert sound.tokens == expected_answer(None, [5, 6], 4)
+
+
+class _NotFinite(TableRunner):
+    """Marks the logits of one adapter as not finite."""
+
+    def execute(self, batch: ScheduledBatch, on_launch: Callable[[], None] | None = None) -> TableLogits:
+        logits, row = super().execute(batch, on_launch), 0
+        for chunk in batch.chunks:
+            if chunk.num_logit_rows and chunk.adapter == 1:
+                logits._tokens[row] = -1
+            row += chunk.num_logit_rows
+        return logits
+
+
+def test_logits_that_are_not_finite_end_their_sequence_alone() -> None:
+    executor, engine = BatchExecutor(_NotFinite()), Engine(max_waiting=9)
+    sound, broken = ask(executor, [1], 8), ask(executor, [2], 8, adapter=1)
+    for one in (sound, broken):
+        engine.add(one.sequence)
+    while engine.step():
+        pass
+    assert sound.tokens == expected_answer(None, [1], 8)
+    assert isinstance(broken.events[-1], Failure) and "not finite" in broken.events[-1].error.message
 
 
 def test_a_cancelled_request_that_waits_is_never_run() -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    asked = ask(KEYS[0], [1], 8)
-    core.scheduler.add(asked.sequence)
+    executor, engine = make_executor(), Engine(max_waiting=9)
+    asked = ask(executor, [1], 8)
+    engine.add(asked.sequence)
     asked.sequence.cancel()
-    assert not core.step()
-    assert runner.calls == []
+    assert not engine.step()
+    assert runner_of(executor).batches == []
 
 
 def test_more_requests_than_may_wait_are_refused_and_can_come_again() -> None:
-    engine = Engine(EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY), max_waiting=2)
-    engine._thread.is_alive = lambda: True  # type: ignore[method-assign]  # nobody takes from the queue
-    engine.submit([ask(KEYS[0], [1], 2).sequence])
-    engine.submit([ask(KEYS[0], [1], 2).sequence])
+    executor, engine = make_executor(), Engine(max_waiting=2)
+    engine._thread.is_alive = lambda: True  # type: ignore[method-assign]  # no thread takes from the queue
+    engine.submit([ask(executor, [1], 2).sequence])
+    engine.submit([ask(executor, [1], 2).sequence])
     with pytest.raises(TooManyRequestsError) as caught:
-        engine.submit([ask(KEYS[0], [1], 2).sequence])
+        engine.submit([ask(executor, [1], 2).sequence])
     assert caught.value.retryable and caught.value.http_status == 429
 
 
 def test_a_closed_engine_fails_what_runs_and_refuses_the_rest() -> None:
-    engine = Engine(EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY), max_waiting=2)
-    endless = ask(KEYS[0], [1], 10**9)
+    executor, engine = make_executor(num_blocks=10**5), Engine(max_waiting=2)
+    endless = ask(executor, [1], 10**9)
     engine.start()
     engine.submit([endless.sequence])
     engine.close()
@@ -289,21 +283,21 @@ def test_a_closed_engine_fails_what_runs_and_refuses_the_rest() -> None:
     assert not engine.is_alive
     assert isinstance(endless.events[-1], Failure)
     with pytest.raises(UnavailableError):
-        engine.submit([ask(KEYS[0], [1], 2).sequence])
+        engine.submit([ask(executor, [1], 2).sequence])
     with pytest.raises(UnavailableError):
         engine.call(list)
 
 
 def test_a_closed_engine_fails_what_it_never_came_to() -> None:
-    engine = Engine(EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY), max_waiting=9)
+    executor, engine = make_executor(), Engine(max_waiting=9)
     started, gate = threading.Event(), threading.Event()
     engine.start()
     engine.call(lambda: (started.set(), gate.wait(30)))
     assert started.wait(30)
     engine.close()
-    # Close let these in just before it was seen.
+    # Submitted just before the engine was closed.
     engine._is_closed = False
-    late, call = ask(KEYS[0], [1], 2), engine.call(list)
+    late, call = ask(executor, [1], 2), engine.call(list)
     engine.submit([late.sequence])
     engine._is_closed = True
     gate.set()
@@ -313,19 +307,18 @@ def test_a_closed_engine_fails_what_it_never_came_to() -> None:
 
 
 def test_work_between_steps_is_done_in_order_and_its_fault_is_its_callers() -> None:
-    runner = FakeRunner()
-    engine = Engine(EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY), max_waiting=9)
-    asked = ask(KEYS[0], [1], 3)
+    engine = Engine(max_waiting=9)
+    asked = ask(make_executor(), [1], 3)
     order: list[str] = []
 
     def fail() -> None:
         order.append("third")
         raise RuntimeError("The device is gone.")
 
-    first = engine_call_before_start(engine, lambda: order.append("first"))
+    first = call_before_start(engine, lambda: order.append("first"))
     engine._inbox.put(asked.sequence)
-    second = engine_call_before_start(engine, lambda: order.append("second"))
-    third = engine_call_before_start(engine, fail)
+    second = call_before_start(engine, lambda: order.append("second"))
+    third = call_before_start(engine, fail)
     engine.start()
     assert (first.result(10), second.result(10)) == (None, None)
     assert isinstance(third.exception(10), RuntimeError)
@@ -335,52 +328,113 @@ def test_work_between_steps_is_done_in_order_and_its_fault_is_its_callers() -> N
     engine.join(timeout_seconds=10)
 
 
-def engine_call_before_start(engine: Engine, work: Callable[[], Any]) -> Future[Any]:
+def call_before_start(engine: Engine, work: Callable[[], Any]) -> Future[Any]:
     call = _Call(work)
     engine._inbox.put(call)
     return call.future
 
 
-def test_a_sweep_lets_go_of_rows_that_nobody_waits_for_and_of_no_others() -> None:
-    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    left, stays = ask(KEYS[0], [1], 50), ask(KEYS[1], [2], 50)
+def test_a_sweep_frees_the_blocks_of_cancelled_sequences_and_of_no_others() -> None:
+    executor, engine = make_executor(), Engine(max_waiting=9)
+    left, stays = ask(executor, [1], 50), ask(executor, [2], 30)
     for asked in (left, stays):
-        core.scheduler.add(asked.sequence)
+        engine.add(asked.sequence)
     for _ in range(4):
-        core.step()
+        engine.step()
     left.sequence.cancel()
-    core.sweep()
-    assert [group.key for group in core.scheduler.groups] == [KEYS[1]]
-    while core.step():
-        pass
-    assert stays.tokens == expected_answer(KEYS[1], [2], 50)
+    engine.start()
+    engine.sweep().result(30)
+    assert not any(one.sequence is left.sequence for one in executor.scheduler.running)
+    while not stays.sequence.is_finished:
+        engine.call(list).result(30)
+    engine.close()
+    engine.join(timeout_seconds=10)
+    assert stays.tokens == expected_answer(None, [2], 30)
 
 
 def test_the_text_of_a_fault_is_not_logged_for_it_may_quote_a_prompt(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    asked = ask(KEYS[0], [1], 8)
-    core.scheduler.add(asked.sequence)
-    core.step()
-    runner.broken.add(KEYS[0])
-    core.step()
+    executor, engine = make_executor(), Engine(max_waiting=9)
+    asked = ask(executor, [1], 8)
+    engine.add(asked.sequence)
+    engine.step()
+    runner_of(executor).broken.add(None)
+    engine.step()
     assert isinstance(asked.events[-1], Failure)
-    assert "RuntimeError" in caplog.text and "in step" in caplog.text
+    assert "RuntimeError" in caplog.text and "in execute" in caplog.text
     assert "device is gone" not in caplog.text.replace('raise RuntimeError("The device is gone.")', "")
 
 
-def test_virtual_tokens_count_for_the_memory_of_every_row() -> None:
-    core = EngineCore(FakeRunner(), max_batch_rows=MAX_ROWS, max_cache_tokens=40)
-    asked = [ask(KEYS[0], [1], 5) for _ in range(3)]
-    for item in asked:
-        item.sequence.num_virtual_tokens = 10
-        core.scheduler.add(item.sequence)
-    core.step()
-    # 10 + 1 + 5 tokens a row: two rows fit 40, three don't.
-    assert core.scheduler.num_live_rows == 2
-    assert core.scheduler.num_reserved_tokens == 32
-    while core.step():
-        pass
-    assert all(item.tokens == expected_answer(KEYS[0], [1], 5) for item in asked)
+def test_events_are_flushed_before_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, engine = make_executor(), Engine(max_waiting=9)
+    flushes: list[int] = []
+    monkeypatch.setattr(engine.events, "flush", lambda: flushes.append(len(runner_of(executor).batches)))
+    engine.add(ask(executor, [5, 6], 3).sequence)
+    while engine.has_work:
+        engine.step()
+    assert flushes == [0, 1, 2]
+
+
+class _Gathering(Engine):
+    """Notes how many requests had come by its first step."""
+
+    def __init__(self) -> None:
+        super().__init__(max_waiting=9)
+        self.has_stepped = threading.Event()
+        self.num_first = 0
+        self.executor = make_executor()
+
+    def step(self) -> bool:
+        if not self.has_stepped.is_set():
+            self.num_first = self.num_waiting
+            self.has_stepped.set()
+        return super().step()
+
+    def submit_one(self) -> None:
+        self.submit([ask(self.executor, [1], 2).sequence])
+
+
+@pytest.fixture
+def gathering() -> Any:
+    engine = _Gathering()
+    engine.start()
+    yield engine
+    engine.close()
+    engine.join(timeout_seconds=10)
+
+
+@pytest.mark.parametrize("are_expected", [True, False])
+def test_an_expected_request_runs_with_the_first(
+    are_expected: bool, gathering: _Gathering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Long enough for any machine: an engine that expects none waits for a moment of quiet alone.
+    monkeypatch.setattr(engine_module, "_GATHER_SECONDS", 3600.0)
+    if are_expected:
+        with gathering.expecting():
+            gathering.submit_one()
+            assert not gathering.has_stepped.wait(0.05)
+            gathering.submit_one()
+    else:
+        gathering.submit_one()
+    assert gathering.has_stepped.wait(30)
+    assert gathering.num_first == (2 if are_expected else 1)
+
+
+def test_an_idle_engine_waits_for_a_moment_at_most(gathering: _Gathering) -> None:
+    with gathering.expecting():
+        gathering.submit_one()
+        assert gathering.has_stepped.wait(30)
+    assert gathering.num_first == 1
+
+
+def test_a_request_that_follows_at_once_runs_with_the_first(
+    gathering: _Gathering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_GATHER_SECONDS", 2.0)
+    monkeypatch.setattr(engine_module, "_QUIET_SECONDS", 0.5)
+    for _ in range(3):
+        gathering.submit_one()
+        assert not gathering.has_stepped.wait(0.01)
+    assert gathering.has_stepped.wait(30)
+    assert gathering.num_first == 3

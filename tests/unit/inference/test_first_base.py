@@ -73,7 +73,7 @@ def test_bases_that_are_loaded_at_once_leave_each_other_whole(tmp_path: Path) ->
         for _ in range(3):
             models = Models(make_settings(tmp_path), InlineEngine())
             loaded = await asyncio.gather(*map(models.get_base, base_ids))
-            logits = [base.probe_logits() for base in loaded]
+            logits = [base.probe_logits for base in loaded]
             assert all(torch.equal(one, logits[0]) for one in logits)
 
     asyncio.run(run())

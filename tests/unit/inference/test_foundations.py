@@ -7,28 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, SelfCheckError
 from luthier.core.inference import HEADER_ARTIFACT, HEADER_DIGEST, ModelTarget
-from luthier.core.specs import BaseFacts
 from luthier.inference.bases import LoadedBase, ServedModel
 from luthier.inference.copies import verify_copy
-from luthier.inference.loading import Kind
+from luthier.inference.loading import Kind, measure_weights
 from luthier.inference.models import read_target
-from luthier.inference.slots import ArtifactSlots
 from luthier.inference.verification import Text, probe
-from luthier.inference.whole import measure_whole
 from luthier.methods import discover
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import (
     Artifact,
     all_tunings,
     build_method_artifact,
-    load_plain,
+    load_tiny,
     method_logits,
     tuning_name,
 )
-from tests.unit.inference.test_loaded import PROBE_IDS, make_loaded
+from tests.unit.inference.test_loaded import make_loaded
 
 IDS = [9, 30, 41, 5, 77, 12, 8]
 WHOLE = [name for name, method in discover().items() if method.is_whole_model]
@@ -48,17 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Artifa
 
 @pytest.fixture(scope="module")
 def base(base_folder: Path) -> LoadedBase:
-    facts = BaseFacts.model_validate_json((base_folder / FACTS_NAME).read_bytes())
-    nothing: Any = None
-    return LoadedBase(
-        facts=facts,
-        tokenizer=nothing,
-        template=nothing,
-        slots=ArtifactSlots(load_plain(base_folder), base_digest=facts.digest, probe_ids=PROBE_IDS),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        probe_ids=PROBE_IDS,
-    )
+    return load_tiny(base_folder)
 
 
 def served(base: LoadedBase, artifact: Artifact, whole: Artifact | None) -> ServedModel:
@@ -76,14 +62,13 @@ def test_an_artifact_on_a_whole_model_gives_the_logits_that_its_method_gives_the
     async def run() -> None:
         loaded = make_loaded(2**24, max_waiting=4)
         ready = await loaded.hold(served(base, artifact, whole))
-        assert ready.executor is not None
         logits_V = probe(ready.executor, [Text(IDS, ready.adapter)])[0].last_V
         assert torch.allclose(logits_V, expected_V, atol=1e-4)
         assert not torch.allclose(logits_V, method_logits(base_folder, artifact.folder, IDS)[-1], atol=1e-2)
         # It is counted as the whole model that it holds, and touches nothing of the base.
-        assert loaded.num_bytes(Kind.WHOLE) == measure_whole(whole.folder, torch.float32)
+        assert loaded.num_bytes(Kind.WHOLE) == measure_weights(whole.folder, torch.float32)
         assert set(loaded.digests) == {artifact.digest, whole.digest}
-        assert base.slots.installed == []
+        assert ready.executor not in base.executors and base.reference is None
         loaded.release(ready)
 
     asyncio.run(run())

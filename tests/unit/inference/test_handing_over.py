@@ -7,14 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.inference.bases import pack
-from luthier.inference.engine.engine import EngineCore
 from luthier.inference.engine.sequence import SamplingOptions, Sequence
 from luthier.inference.event_bridge import EventBridge
 from luthier.modeling.kernels._threads import Program
 from tests.tiny import BASE_ID, build_tiny_base
-from tests.unit.inference.artifacts import load_plain
-from tests.unit.inference.test_engine import KEYS, MAX_ROWS, PLENTY, FakeRunner, ask
+from tests.unit.inference.artifacts import load_plain, pack
 from tests.unit.inference.test_scheduler import Ids
 
 
@@ -30,7 +27,7 @@ def test_events_are_handed_over_right_before_the_kernels_of_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     base = load_plain(build_tiny_base(tmp_path / BASE_ID)).to(dtype)
-    executor = pack(base, tmp_path / BASE_ID, [5, 6, 7], max_rows=4, max_cache_tokens=512).executor
+    executor = pack(base, tmp_path / BASE_ID, max_rows=4, max_cache_tokens=512)
     executor.scheduler.add(sequence([5, 6, 7]))
     for _ in range(2):
         # The second writes the program down, which runs the layers.
@@ -56,16 +53,6 @@ def test_events_are_handed_over_right_before_the_kernels_of_every_step(
     order.clear()
     executor.step()
     assert order == ["hand over", "layers"]
-
-
-def test_an_engine_hands_over_before_a_group_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = FakeRunner()
-    core = EngineCore(runner, max_batch_rows=MAX_ROWS, max_cache_tokens=PLENTY)
-    monkeypatch.setattr(core.events, "flush", lambda: runner.calls.append(("hand over", KEYS[0], 0)))
-    core.add(ask(KEYS[0], [5, 6], 3).sequence)
-    while core.has_work:
-        core.step()
-    assert [name for name, _, _ in runner.calls] == ["hand over", "prefill", *["hand over", "step"] * 2]
 
 
 def test_a_loop_is_woken_once_for_all_events_of_a_flush_and_a_closed_one_never(

@@ -13,28 +13,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfCheckError, TooManyRequestsError
-from luthier.core.specs import BaseFacts
 from luthier.inference.bases import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.copies import verify_copy
+from luthier.inference.engine.engine import Engine
 from luthier.inference.loaded import Held, LoadedArtifacts
-from luthier.inference.loading import Kind, RowLimits
-from luthier.inference.slots import ArtifactSlots
-from luthier.inference.whole import measure_whole
+from luthier.inference.loading import Kind, measure_weights
 from luthier.methods import discover
 from luthier.storage.manifests import read_manifest, seal_folder
 from tests.tiny import BASE_ID, build_tiny_base
-from tests.unit.inference.artifacts import Artifact, build_method_artifact, load_plain
+from tests.unit.inference.artifacts import BUDGET, Artifact, build_method_artifact, load_tiny
 
-PROBE_IDS = [5, 6, 7]
 WHOLE = [name for name, method in discover().items() if method.is_whole_model]
 
 
-class InlineEngine:
-    """Does at once what it is asked, and remembers nothing but the sweeps."""
+class InlineEngine(Engine):
+    """Does at once what it is asked, and counts the sweeps."""
 
     def __init__(self) -> None:
+        super().__init__(max_waiting=9)
         self.num_sweeps = 0
 
     def call(self, work: Callable[[], Any]) -> Future[Any]:
@@ -71,18 +68,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> list[
 
 @pytest.fixture
 def base(base_folder: Path) -> LoadedBase:
-    facts = BaseFacts.model_validate_json((base_folder / FACTS_NAME).read_bytes())
-    slots = ArtifactSlots(load_plain(base_folder), base_digest=facts.digest, probe_ids=PROBE_IDS)
-    nothing: Any = None
-    return LoadedBase(
-        facts=facts,
-        tokenizer=nothing,
-        template=nothing,
-        slots=slots,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        probe_ids=PROBE_IDS,
-    )
+    return load_tiny(base_folder)
 
 
 async def fit_anything(_num_bytes: int) -> int:
@@ -100,11 +86,10 @@ def make_loaded(
     return LoadedArtifacts(
         engine or InlineEngine(),
         max_whole_bytes=max_whole_bytes,
-        max_adapter_bytes=10**9,
         max_pinned_share=1.0,
-        limits=RowLimits(max_rows=4, max_cache_tokens=256),
+        budget=BUDGET,
         fit=fit,
-        **({"max_waiting": 100} | limits),
+        **({"max_waiting": 100, "max_adapter_bytes": 10**9} | limits),
     )
 
 
@@ -118,24 +103,25 @@ async def settle() -> None:
         await asyncio.sleep(0.01)
 
 
-def test_what_was_unused_for_longest_leaves_its_base_first_and_held_ones_never(
+def test_the_adapter_unused_for_longest_leaves_first_and_a_held_one_never(
     base: LoadedBase, loras: list[Artifact]
 ) -> None:
+    num_bytes = measure_weights(loras[0].folder, torch.float32)
+
     async def run() -> None:
-        loaded = make_loaded(0, max_installed=2)
+        loaded = make_loaded(0, max_adapter_bytes=2 * num_bytes)
         first, second, third = (served_by(base, artifact) for artifact in loras)
         held = [await loaded.hold(first), await loaded.hold(second)]
-        # Both are needed: there is one more for a while.
-        held.append(await loaded.hold(third))
-        assert set(base.slots.installed) == {first.digest, second.digest, third.digest}
-        for ready in held:
-            loaded.release(ready)
+        waiting = asyncio.create_task(loaded.hold(third))
+        await settle()
+        assert not waiting.done() and loaded.digests == [first.digest, second.digest]
+        loaded.release(held[0])
+        loaded.release(await waiting)
+        assert loaded.digests == [second.digest, third.digest]
+        loaded.release(held[1])
+        loaded.release(await loaded.hold(second))
         loaded.release(await loaded.hold(first))
-        assert loaded.digests == [second.digest, third.digest, first.digest]
-        loaded.release(await loaded.hold(first))
-        second_again = await loaded.hold(second)
-        assert loaded.digests == [third.digest, first.digest, second.digest]
-        loaded.release(second_again)
+        assert loaded.digests == [second.digest, first.digest]
 
     asyncio.run(run())
 
@@ -144,7 +130,7 @@ def test_the_bare_base_is_always_there(base: LoadedBase) -> None:
     async def run() -> None:
         loaded = make_loaded(0)
         ready = await loaded.hold(ServedModel(base))
-        assert (ready.prefix, ready.whole, loaded.digests) == ((), None, [])
+        assert (ready.executor, ready.adapter, loaded.digests) == (base.executor, None, [])
         loaded.release(ready)
 
     asyncio.run(run())
@@ -165,7 +151,7 @@ def test_requests_that_come_while_an_artifact_is_loaded_share_the_loading(
 def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtaken(
     base: LoadedBase, wholes: list[Artifact]
 ) -> None:
-    num_bytes = measure_whole(wholes[0].folder, torch.float32)
+    num_bytes = measure_weights(wholes[0].folder, torch.float32)
 
     async def run() -> None:
         engine = InlineEngine()
@@ -203,7 +189,7 @@ def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtake
 def test_a_whole_model_larger_than_all_memory_for_them_is_refused_with_numbers(
     base: LoadedBase, wholes: list[Artifact]
 ) -> None:
-    num_bytes = measure_whole(wholes[0].folder, torch.float32)
+    num_bytes = measure_weights(wholes[0].folder, torch.float32)
 
     async def run() -> None:
         loaded = make_loaded(num_bytes - 1)
@@ -217,7 +203,7 @@ def test_a_whole_model_larger_than_all_memory_for_them_is_refused_with_numbers(
 def test_a_client_that_leaves_while_its_model_is_loaded_holds_nothing(
     base: LoadedBase, wholes: list[Artifact]
 ) -> None:
-    num_bytes = measure_whole(wholes[0].folder, torch.float32)
+    num_bytes = measure_weights(wholes[0].folder, torch.float32)
 
     async def run() -> None:
         loaded = make_loaded(num_bytes)
@@ -296,7 +282,7 @@ def test_a_whole_model_that_proves_nothing_is_refused_and_forgotten(
                 await loaded.hold(served_by(base, bad))
             assert (loaded.digests, loaded.num_bytes(Kind.WHOLE)) == ([], 0)
         ready: ReadyModel = await loaded.hold(served_by(base, wholes[0]))
-        assert ready.executor is not None
+        assert ready.has_own_weights
 
     asyncio.run(run())
 
@@ -319,7 +305,7 @@ def test_a_whole_model_in_bf16_is_served_in_the_type_of_its_base(
     async def run() -> None:
         loaded = make_loaded(10**9)
         ready = await loaded.hold(served_by(base, Artifact(sealed.digest, tmp_path / "a")))
-        assert ready.executor is not None and ready.executor.runner.model.dtype is torch.float32
+        assert ready.executor.runner.limits.dtype == "float32"
         # Memory is that of the served type, not that of the file.
         assert loaded.num_bytes(Kind.WHOLE) == 4 * sum(weight.numel() for weight in weights.values())
 
@@ -329,7 +315,7 @@ def test_a_whole_model_in_bf16_is_served_in_the_type_of_its_base(
 def test_a_pinned_model_never_leaves_and_what_it_holds_is_no_room_for_others(
     base: LoadedBase, wholes: list[Artifact]
 ) -> None:
-    num_bytes = measure_whole(wholes[0].folder, torch.float32)
+    num_bytes = measure_weights(wholes[0].folder, torch.float32)
 
     async def run() -> None:
         loaded = make_loaded(2 * num_bytes)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from luthier.inference.bases import LoadedBase
+from luthier.inference.loading import measure_weights
 from luthier.inference.memory import NoRoomError
-from luthier.inference.whole import measure_whole
 from tests.unit.inference.artifacts import Artifact
 from tests.unit.inference.test_loaded import base, base_folder, make_loaded, served_by, settle, wholes
 
@@ -29,7 +29,7 @@ class Room:
 
 
 def _size(artifact: Artifact) -> int:
-    return measure_whole(artifact.folder, torch.float32)
+    return measure_weights(artifact.folder, torch.float32)
 
 
 def test_idle_artifacts_are_given_back_and_held_and_pinned_ones_kept(

@@ -8,7 +8,6 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from luthier.inference.bases import pack
 from luthier.inference.engine.ngram_proposer import NgramProposer, least_chance, room_for_drafts
 from luthier.inference.engine.sequence import (
     Finish,
@@ -22,7 +21,7 @@ from luthier.inference.engine.step import BatchExecutor
 from luthier.modeling.kernels.products import can_tile
 from luthier.modeling.packed_work import Stretch
 from tests.tiny import BASE_ID, build_tiny_base
-from tests.unit.inference.artifacts import greedy, load_plain
+from tests.unit.inference.artifacts import greedy, load_plain, pack
 from tests.unit.inference.test_scheduler import Ids, ServedStub, run_dry
 
 NUM_TOKENS = 60
@@ -101,7 +100,7 @@ def expected(base_folder: Path) -> list[int]:
 
 def make_executor(base_folder: Path, *, max_draft_tokens: int, max_cache_tokens: int = 2048) -> BatchExecutor:
     limits = {"max_rows": 4, "max_cache_tokens": max_cache_tokens, "max_draft_tokens": max_draft_tokens}
-    return pack(load_plain(base_folder), base_folder, [5, 6, 7], **limits).executor
+    return pack(load_plain(base_folder), base_folder, **limits)
 
 
 def ask(
@@ -309,7 +308,7 @@ def test_a_program_of_steps_answers_with_guesses_as_without(base_folder: Path) -
     told, steps = [], []
     for max_draft_tokens in (0, 7):
         limits = {"max_rows": 4, "max_cache_tokens": 2048, "max_draft_tokens": max_draft_tokens}
-        executor = pack(load_plain(base_folder).bfloat16(), base_folder, [5, 6, 7], **limits).executor
+        executor = pack(load_plain(base_folder).bfloat16(), base_folder, **limits)
         assert executor.runner.model._programs is not None
         sequence, events = ask(plain(NUM_TOKENS, num_logprobs=0))
         executor.scheduler.add(sequence)

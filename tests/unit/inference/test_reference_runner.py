@@ -14,8 +14,7 @@ from luthier.inference.runners.reference import ReferenceRunner
 from luthier.methods import discover
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, ScheduledBatch, TokenChunk
 from tests.tiny_shapes import SHAPES, build_shape
-from tests.unit.inference.artifacts import load_plain
-from tests.unit.inference.test_runner import make_artifact
+from tests.unit.inference.artifacts import load_plain, make_artifact
 from tests.unit.inference.test_scheduler import Ids, ServedStub, run_dry
 
 # One is longer than the sliding windows of the shapes, one as short as can be; two begin alike.

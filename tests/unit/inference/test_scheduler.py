@@ -11,7 +11,6 @@ import torch
 
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.shapes import read_shape
-from luthier.inference.bases import pack
 from luthier.inference.engine.block_pool import BlockPool, BlockTable
 from luthier.inference.engine.scheduler import max_long_chunk
 from luthier.inference.engine.sequence import (
@@ -35,6 +34,7 @@ from tests.unit.inference.artifacts import (
     greedy,
     load_plain,
     method_greedy,
+    pack,
     tuning_name,
 )
 
@@ -112,7 +112,7 @@ def make_executor(
     """Make an executor with all models' adapters, of the same ids whatever its limits."""
     limits = {"max_rows": max_rows, "max_cache_tokens": max_cache_tokens}
     model = load_plain(base_folder)
-    executor = pack(model, base_folder, PROBE_IDS, **limits, max_draft_tokens=max_draft_tokens).executor
+    executor = pack(model, base_folder, **limits, max_draft_tokens=max_draft_tokens)
     for one in models:
         if one.source is not None:
             assert executor.runner.add_adapter(one.source) == one.adapter

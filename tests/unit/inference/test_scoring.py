@@ -1,6 +1,6 @@
 """Log-probabilities of prompts, beside transformers' own over the whole text, on both paths."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from luthier.core.shapes import read_shape
-from luthier.inference import forward
-from luthier.inference.bases import pack
 from luthier.inference.engine.sequence import (
     Choice,
     Failure,
@@ -22,14 +20,20 @@ from luthier.inference.engine.sequence import (
     SequenceEvent,
 )
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.runner import Runner
+from luthier.inference.runners.reference import ReferenceRunner
 from luthier.methods import method_of_artifact
 from luthier.modeling.logits import Logits
 from luthier.modeling.protocols import AdapterInfo, AdapterSource
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
-from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_greedy, method_logits
-from tests.unit.inference.test_runner import make_artifact, make_ready
+from tests.unit.inference.artifacts import (
+    build_method_artifact,
+    load_plain,
+    make_artifact,
+    method_greedy,
+    method_logits,
+    pack,
+)
 
 PROMPTS = [[9], [5, 6, 7, 8, 9, 10, 11], [(7 * number) % 250 + 3 for number in range(150)]]
 NUM_TOKENS = 30
@@ -67,7 +71,7 @@ def make_executor(
     base_folder: Path, models: list[Model] | None = None, *, max_cache_tokens: int = 2048
 ) -> BatchExecutor:
     limits = {"max_rows": 8, "max_cache_tokens": max_cache_tokens}
-    executor = pack(load_plain(base_folder), base_folder, [5, 6, 7], **limits).executor
+    executor = pack(load_plain(base_folder), base_folder, **limits)
     for model in models or ():
         assert executor.runner.add_adapter(model.source) == model.adapter
     return executor
@@ -171,33 +175,24 @@ def test_a_prompt_whose_logits_are_not_finite_fails_alone(
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
-def test_the_plain_path_scores_prompts_of_any_base_in_stretches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
-) -> None:
-    # Stretches of four tokens of each of the two rows.
-    monkeypatch.setattr(forward, "MAX_SHOWN_LOGITS", 8)
+def test_the_reference_runner_scores_prompts_of_any_base_in_chunks(tmp_path: Path, shape: str) -> None:
     base = build_shape(tmp_path / "base", shape)
     method = make_artifact(base, tmp_path / "artifact", "prefix", shape)
-    ready = make_ready(base, tmp_path / "artifact", method)
     attached = method.load(load_plain(base), tmp_path / "artifact")
-    runner, rows, told = Runner(), [], []
-    for prompt, num_prompt_logprobs in (([5, 6, 7], None), ([20 + i % 60 for i in range(31)], 2)):
-        events: list[SequenceEvent] = []
-        options = SamplingOptions(4, num_prompt_logprobs=num_prompt_logprobs)
-        rows.append(Sequence(("b", "a"), ready, prompt, options, Ids(), frozenset(), events.append))
-        told.append(events)
-    batch, logits_BV = runner.prefill(rows)
-    [scores] = told[1]
+    runner = ReferenceRunner(load_plain(base), num_blocks=16, max_sequences=4)
+    # Chunks of eight tokens.
+    runner.limits = replace(runner.limits, max_logit_rows=8)
+    executor, source = BatchExecutor(runner), AdapterSource(tmp_path / "artifact", None)
+    model = Model(("b", "a"), runner.add_adapter(source), source, tmp_path / "artifact")
+    plain, plain_events = ask(model, [5, 6, 7], 4, None)
+    scored, scored_events = ask(model, [20 + i % 60 for i in range(31)], 4, 2)
+    for sequence in (plain, scored):
+        executor.scheduler.add(sequence)
+    while executor.scheduler.has_work:
+        executor.step()
     with torch.inference_mode():
-        expected_TV = method.logits(attached, torch.tensor([rows[1].prompt_ids]))[0]
-    check_scores(scores, rows[1].prompt_ids, expected_TV, 2)
-    texts = [row.prompt_ids for row in rows]
-    for _ in range(2):
-        for text, logits_V in zip(texts, logits_BV, strict=True):
-            with torch.inference_mode():
-                expected_V = method.logits(attached, torch.tensor([text]))[0, -1]
-            torch.testing.assert_close(logits_V, expected_V, rtol=1e-4, atol=1e-4)
-        # What was run in stretches is a cache to go on from.
-        logits_BV = runner.step(batch, [9, 9])
-        texts = [[*text, 9] for text in texts]
-    assert told[0] == []
+        expected_TV = method.logits(attached, torch.tensor([scored.prompt_ids]))[0]
+    check_scores(scored_events[0], scored.prompt_ids, expected_TV, 2)
+    assert not any(isinstance(event, PromptScored) for event in plain_events)
+    for events in (plain_events, scored_events):
+        assert isinstance(events[-1], Finish)

@@ -4,19 +4,18 @@ import asyncio
 import gc
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from luthier.core.specs import BaseFacts
 from luthier.inference import bases, loading, weight_type
-from luthier.inference.bases import LoadedBase, pack
+from luthier.inference.bases import LoadedBase
 from luthier.inference.weight_type import choose_dtype, find_dtype
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
-from tests.unit.inference.artifacts import build_method_artifact, load_plain
-from tests.unit.inference.test_loaded import PROBE_IDS, make_loaded, served_by, settle
+from tests.unit.inference.artifacts import build_method_artifact, load_tiny
+from tests.unit.inference.test_loaded import make_loaded, served_by, settle
 
 
 @pytest.fixture
@@ -84,21 +83,11 @@ def test_without_memory_for_the_base_in_float32_a_model_is_verified_in_bfloat16_
     tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "bases" / facts.id
-    nothing: Any = None
 
     def load_exact() -> LoadedBase:
         raise AssertionError("there is no memory for it")
 
-    base = LoadedBase(
-        facts=facts,
-        tokenizer=nothing,
-        template=nothing,
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16,
-        probe_ids=PROBE_IDS,
-        packed=pack(load_plain(folder).bfloat16(), folder, PROBE_IDS, max_rows=4, max_cache_tokens=256),
-        load_exact=load_exact,
-    )
+    base = load_tiny(folder, torch.bfloat16, load_exact=load_exact)
     artifact = build_method_artifact(tmp_path / "a", folder, {"type": "lora", "rank": 2}, seed=1)
     monkeypatch.setattr(loading, "available_bytes", lambda: 0)
     served = served_by(base, artifact)

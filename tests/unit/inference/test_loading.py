@@ -1,0 +1,221 @@
+"""Adapters of every method on a base of a known and of another architecture, verified when loaded."""
+
+import asyncio
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from luthier.core.errors import ArtifactCorruptError, SelfCheckError
+from luthier.inference.bases import LoadedBase, ReadyModel
+from luthier.inference.runners.reference import ReferenceRunner
+from luthier.inference.verification import Text, probe
+from luthier.methods import discover
+from luthier.methods.base import Installed
+from luthier.methods.lora import Lora
+from luthier.modeling.packed_runner import PackedRunner
+from luthier.modeling.protocols import AdapterSource, UnsupportedAdapterError
+from luthier.storage.manifests import read_manifest, seal_folder
+from tests.tiny import BASE_ID, build_tiny_base
+from tests.tiny_shapes import build_shape
+from tests.unit.inference.artifacts import (
+    Artifact,
+    all_tunings,
+    build_artifact,
+    build_method_artifact,
+    load_plain,
+    load_tiny,
+    method_logits,
+    tuning_name,
+)
+from tests.unit.inference.test_loaded import make_loaded, served_by
+
+IDS = [5, 6, 7, 8]
+ADAPTERS = [one for one in all_tunings() if not discover()[one["type"]].is_whole_model]
+ARCHITECTURES = ("llama", "gemma3")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def base_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bases")
+    folder = build_tiny_base(root / BASE_ID)
+    if request.param != "llama":
+        for path in build_shape(root / "shape", request.param).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(base_folder: Path) -> LoadedBase:
+    torch.set_num_threads(1)
+    return load_tiny(base_folder)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict[str, Artifact]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    return {
+        tuning_name(tuning): build_method_artifact(folder / f"a{i}", base_folder, tuning, seed=i)
+        for i, tuning in enumerate(ADAPTERS)
+    }
+
+
+def hold(base: LoadedBase, *artifacts: Artifact) -> list[ReadyModel]:
+    """Load and verify artifacts, which stay."""
+
+    async def run() -> list[ReadyModel]:
+        loaded = make_loaded(0)
+        return [await loaded.hold(served_by(base, one)) for one in artifacts]
+
+    return asyncio.run(run())
+
+
+def last_logits(ready: ReadyModel) -> torch.Tensor:
+    return probe(ready.executor, [Text(IDS, ready.adapter)])[0].last_V
+
+
+def base_logits(base: LoadedBase) -> torch.Tensor:
+    return probe(base.executor, [Text(IDS, None)])[0].last_V
+
+
+@torch.inference_mode()
+def plain_logits(base_folder: Path) -> torch.Tensor:
+    logits_V: torch.Tensor = load_plain(base_folder)(input_ids=torch.tensor([IDS])).logits[0, -1]
+    return logits_V
+
+
+def reseal(artifact: Artifact, folder: Path, weights: dict[str, torch.Tensor], name: str) -> Artifact:
+    building = folder.with_name(f".{folder.name}.building")
+    shutil.copytree(artifact.folder, building)
+    save_file(weights, building / name, metadata={"format": "pt"})
+    manifest = read_manifest(artifact.folder)
+    sealed = seal_folder(building, folder, digested=manifest.digested, base_digest=manifest.base_digest)
+    return Artifact(sealed.digest, folder)
+
+
+def test_every_artifact_answers_as_its_method_loads_it_and_the_base_as_if_there_were_none(
+    base: LoadedBase, base_folder: Path, artifacts: dict[str, Artifact]
+) -> None:
+    plain_V = plain_logits(base_folder)
+    ready = hold(base, *artifacts.values())
+    for artifact, one in zip(artifacts.values(), ready, strict=True):
+        expected_V = method_logits(base_folder, artifact.folder, IDS)[-1]
+        torch.testing.assert_close(last_logits(one), expected_V, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(expected_V, plain_V, atol=1e-3)
+        torch.testing.assert_close(base_logits(base), plain_V, rtol=1e-4, atol=1e-4)
+
+
+def test_an_artifact_of_another_base_is_refused(
+    tmp_path: Path, base: LoadedBase, artifacts: dict[str, Artifact]
+) -> None:
+    for name, artifact in artifacts.items():
+        building, folder = tmp_path / f".{name}", tmp_path / name
+        shutil.copytree(artifact.folder, building)
+        digested = read_manifest(artifact.folder).digested
+        sealed = seal_folder(building, folder, digested=digested, base_digest=f"sha256:{1:064x}")
+        with pytest.raises(ArtifactCorruptError, match="another version of the base"):
+            hold(base, Artifact(sealed.digest, folder))
+
+
+def test_an_artifact_that_changes_nothing_is_refused(
+    tmp_path: Path, base: LoadedBase, base_folder: Path
+) -> None:
+    manifest = build_artifact(tmp_path / "idle", base_folder, seed=0, scale=0.0)
+    with pytest.raises(SelfCheckError, match="changes nothing"):
+        hold(base, Artifact(manifest.digest, tmp_path / "idle"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "foreign", "shape", "nan", "torn"])
+@pytest.mark.parametrize("tuning", ADAPTERS, ids=tuning_name)
+def test_damaged_weights_are_refused_and_change_no_other_model(
+    tmp_path: Path, base: LoadedBase, artifacts: dict[str, Artifact], fault: str, tuning: dict[str, Any]
+) -> None:
+    artifact = artifacts[tuning_name(tuning)]
+    file_name = next(path.name for path in artifact.folder.glob("*.safetensors"))
+    weights = load_file(artifact.folder / file_name)
+    name = sorted(weights)[-1]
+    if fault == "missing":
+        del weights[name]
+    elif fault == "foreign":
+        weights["foreign." + name] = weights[name].clone()
+    elif fault == "shape":
+        weights[name] = weights[name].flatten()[1:].contiguous()
+    else:
+        weights[name] = torch.full_like(weights[name], torch.nan)
+    bad = reseal(artifact, tmp_path / "bad", weights, file_name)
+    if fault == "torn":
+        (bad.folder / file_name).write_bytes(b"torn")
+    [good] = hold(base, artifact)
+    before_V, base_before_V = last_logits(good), base_logits(base)
+    for _ in range(2):
+        with pytest.raises((ArtifactCorruptError, SelfCheckError)):
+            hold(base, bad)
+    assert torch.equal(last_logits(good), before_V)
+    assert torch.equal(base_logits(base), base_before_V)
+
+
+def test_an_adapter_that_the_bases_runner_does_not_support_is_served_by_a_reference_runner_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_tiny_base(tmp_path / BASE_ID)
+    base, tuning = load_tiny(folder), {"type": "lora", "rank": 2}
+    made = [build_method_artifact(tmp_path / str(seed), folder, tuning, seed=seed) for seed in range(2)]
+    num_bytes = base.num_bytes
+
+    def refuse(self: PackedRunner, source: AdapterSource) -> AdapterSource:
+        raise UnsupportedAdapterError("There is no place for this rank.")
+
+    monkeypatch.setattr(PackedRunner, "prepare_adapter", refuse)
+    ready = hold(base, *made)
+    assert isinstance(base.executor.runner, PackedRunner)
+    assert [one.executor for one in ready] == [base.reference] * 2
+    assert isinstance(ready[0].executor.runner, ReferenceRunner)
+    assert base.num_bytes == 2 * num_bytes
+    for artifact, one in zip(made, ready, strict=True):
+        expected_V = method_logits(folder, artifact.folder, IDS)[-1]
+        torch.testing.assert_close(last_logits(one), expected_V, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_changes_its_base_while_it_is_switched_off_is_refused(tmp_path: Path) -> None:
+    folder = build_shape(tmp_path / "base", "gpt2")
+    runner = ReferenceRunner(load_plain(folder), num_blocks=4, max_sequences=2)
+
+    class Leaking(Installed):
+        def switch_on(self) -> None:
+            runner._model.get_input_embeddings().weight.data.mul_(1.5)
+
+        def switch_off(self) -> None:
+            pass
+
+        def remove(self) -> None:
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luthier.inference.runners.reference.method_of_artifact", lambda _: Lora())
+        patch.setattr(Lora, "install", lambda *_: Leaking())
+        with pytest.raises(SelfCheckError, match="changes its base"):
+            runner.add_adapter(AdapterSource(tmp_path, None))
+
+
+def test_a_runner_that_disagrees_with_transformers_does_not_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = build_tiny_base(tmp_path / BASE_ID)
+    execute = PackedRunner.execute
+
+    def wrong(self: PackedRunner, *given: Any, **named: Any) -> Any:
+        logits = execute(self, *given, **named)
+        with torch.inference_mode():
+            logits.held_RV.mul_(1.01)
+        return logits
+
+    monkeypatch.setattr(PackedRunner, "execute", wrong)
+    with caplog.at_level(logging.ERROR):
+        base = load_tiny(folder)
+    assert isinstance(base.executor.runner, ReferenceRunner)
+    assert "packed does not agree with transformers" in caplog.text
+    torch.testing.assert_close(base_logits(base), plain_logits(folder), rtol=1e-4, atol=1e-4)
