@@ -86,10 +86,10 @@ def profile_steps(folder: Path, *, by_shape: bool) -> dict[str, tuple[float, int
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from luthier.training.loop import loop, step
-    from luthier.training.loop.gradient_accumulation import MicroBatches
+    from luthier.training.loop import loop
+    from luthier.training.loop.gradient_accumulation import GradientAccumulator
+    from luthier.training.process_io import StopRequest
     from luthier.training.run import run
-    from luthier.training.signals import StopRequest
 
     def named(name: str, function: Any) -> Any:
         def call(*args: Any, **named_args: Any) -> Any:
@@ -98,9 +98,9 @@ def profile_steps(folder: Path, *, by_shape: bool) -> dict[str, tuple[float, int
 
         return call
 
-    compute, apply = MicroBatches.compute, step.apply_gradients
+    compute, apply = GradientAccumulator.compute, loop.apply_gradients
     with (
-        mock.patch.object(MicroBatches, "compute", named(_GRADIENTS, compute)),
+        mock.patch.object(GradientAccumulator, "compute", named(_GRADIENTS, compute)),
         mock.patch.object(loop, "apply_gradients", named(_UPDATE, apply)),
         (folder / "events").open("wb") as events,
         profile(activities=[ProfilerActivity.CPU], record_shapes=by_shape) as profiler,

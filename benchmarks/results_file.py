@@ -13,7 +13,6 @@ _TRAINING = ("luthier/methods", "luthier/modeling", "luthier/training", "luthier
 # Of these, what measures a device and what serves alone, no training run loads: they decide no measurement of
 # it. A test holds it.
 _NOT_TRAINING = (
-    "luthier/training/speed.py",
     "luthier/modeling/logits.py",
     "luthier/modeling/packed_*",
     "luthier/modeling/kernels/serving*",

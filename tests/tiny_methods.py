@@ -28,7 +28,7 @@ from luthier.methods import (
 )
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import Batch
-from luthier.training.loop.step import StepScores, apply_gradients, compute_gradients
+from luthier.training.loop.gradient_accumulation import StepScores, apply_gradients, compute_gradients
 from luthier.training.model.batches import collate
 from luthier.training.model.optimizer import build_optimizer
 from luthier.training.model.training_model import JobModel

@@ -9,11 +9,10 @@ from unittest import mock
 from luthier.core.events import FailedEvent, FinishedEvent, TrainingEvent, parse_event
 from luthier.training import build as assemble_module
 from luthier.training import run as run_module
-from luthier.training.emit import EventWriter
-from luthier.training.loop import general_text as general_text_module
-from luthier.training.loop.general_text import general_passages
+from luthier.training.loop import evaluation as general_text_module
+from luthier.training.loop.evaluation import general_passages
+from luthier.training.process_io import EventWriter, StopRequest
 from luthier.training.run import run
-from luthier.training.signals import StopRequest
 
 KINDS = frozenset({"started", "step", "evaluated", "checkpoint", "save_point"})
 

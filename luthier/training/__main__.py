@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 from luthier.core.runtime import CHILD_LOG_NAME, keep_freed_memory
-from luthier.training.emit import take_stdout
-from luthier.training.signals import StopRequest
+from luthier.training.process_io import StopRequest, take_stdout
 
 
 def main() -> int:
@@ -41,7 +40,7 @@ def main() -> int:
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
 
     if arguments.measure_speed:
-        from luthier.training.speed import measure_speed
+        from luthier.training.model.device import measure_speed
 
         device, num_threads = arguments.measure_speed
         os.write(events, measure_speed(device, int(num_threads)).model_dump_json().encode())

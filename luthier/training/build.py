@@ -19,26 +19,22 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, MethodParams, Start, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import Batch
-from luthier.training.emit import EventWriter
 from luthier.training.job import Job
-from luthier.training.loop.evaluation import Examiner
-from luthier.training.loop.general_text import general_rows
-from luthier.training.loop.gradient_accumulation import MicroBatches
+from luthier.training.loop.evaluation import Evaluator, general_rows
+from luthier.training.loop.gradient_accumulation import GradientAccumulator
 from luthier.training.loop.loop import Loop
-from luthier.training.loop.progress import Progress
-from luthier.training.loop.run_stats import Ledger
+from luthier.training.loop.run_stats import Progress, RunStats
 from luthier.training.loop.sample_answers import SamplePrompts
 from luthier.training.model.batches import collate, row_lengths
 from luthier.training.model.continuation import check_parent, ground_folder, prove_start, take_parents_weights
 from luthier.training.model.device import Machine, choose_machine
 from luthier.training.model.dpo import Preferences, reference_log_likelihoods
-from luthier.training.model.master_weights import start_masters
-from luthier.training.model.optimizer import build_optimizer
+from luthier.training.model.optimizer import build_optimizer, start_master_weights
 from luthier.training.model.training_model import JobModel, Untuned
 from luthier.training.output.artifact import LOG_NAME, TrainingLog
 from luthier.training.output.checkpoints import Publisher
 from luthier.training.output.resume_state import SavePoints
-from luthier.training.signals import StopRequest
+from luthier.training.process_io import EventWriter, StopRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +71,7 @@ def assemble(
     machine = choose_machine(
         inputs.device, spec.training.precision, spec.num_threads or 1, begun_in=progress.precision
     )
-    ledger = Ledger(progress, machine.device)
+    stats = RunStats(progress, machine.device)
     tokenizer = Tokenizer.load(Path(inputs.base_path))
     method, params = parse_tuning(spec.tuning)
     base, ground = Path(inputs.base_path), ground_folder(job, method)
@@ -83,32 +79,34 @@ def assemble(
     causal_lm = load_base(base if has_base_to_score else ground, dtype=machine.dtype, device=machine.device)
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
-    examiner = _examiner(job, machine, tokenizer, pad_id, stop, writer, room=_room(job, params))
-    ledger.add_seconds("load", time.monotonic() - started_at)
+    evaluator = _evaluator(job, machine, tokenizer, pad_id, stop, writer, room=_room(job, params))
+    stats.add_seconds("load", time.monotonic() - started_at)
     start_evaluation = None
     if has_base_to_score:
-        with ledger.phase("evaluate"):
-            ledger.base_evaluation = _examine_untuned(causal_lm, examiner, machine, samples[0])
+        with stats.phase("evaluate"):
+            stats.base_evaluation = _evaluate_untuned(causal_lm, evaluator, machine, samples[0])
         if ground != base:
             # One model in memory at a time.
             del causal_lm
             gc.collect()
-            with ledger.phase("load"):
+            with stats.phase("load"):
                 causal_lm = load_base(ground, dtype=machine.dtype, device=machine.device)
     if not spec.takes_parents_weights:
-        examiner = _with_preferences(job, examiner, ledger, partial(_untuned, causal_lm, machine, samples[0]))
+        evaluator = _with_preferences(
+            job, evaluator, stats, partial(_untuned, causal_lm, machine, samples[0])
+        )
     if progress.step == 0 and not method.starts_as_base and not spec.takes_parents_weights:
-        with ledger.phase("evaluate"):
-            start_evaluation = _examine_untuned(causal_lm, examiner, machine, samples[0])
+        with stats.phase("evaluate"):
+            start_evaluation = _evaluate_untuned(causal_lm, evaluator, machine, samples[0])
     attach_began = time.monotonic()
     attached = method.attach(causal_lm, params, _start(job, tokenizer))
     take_parents_weights(job, method, attached)
-    trainee = JobModel(method, attached, machine.device, samples[0])
-    prove_start(job, trainee)
+    model = JobModel(method, attached, machine.device, samples[0])
+    prove_start(job, model)
     if spec.takes_parents_weights:
-        examiner = _with_preferences(job, examiner, ledger, lambda: trainee)
+        evaluator = _with_preferences(job, evaluator, stats, lambda: model)
     optimizer = build_optimizer(
-        trainee.parameters,
+        model.parameters,
         learning_rate=job.peak_learning_rate,
         weight_decay=spec.training.weight_decay,
         device=machine.device,
@@ -116,49 +114,49 @@ def assemble(
     log = TrainingLog(job.folder / LOG_NAME, progress.log)
     publisher = Publisher(
         job,
-        trainee,
+        model,
         writer,
         samples=samples,
-        general_ids=examiner.general.row(0)[0].tolist(),
+        general_ids=evaluator.general.row(0)[0].tolist(),
         log=log.path,
     )
     publisher.restore_chosen(None if found is None else found.chosen)
     if found is not None:
-        save_points.restore(found, trainee, optimizer)
-        trainee.verify(samples)
+        save_points.restore(found, model, optimizer)
+        model.verify(samples)
     else:
-        start_masters(optimizer, attached, ground)
-    ledger.add_seconds("load", time.monotonic() - attach_began)
-    _tell_started(job, writer, trainee, machine, progress, time.monotonic() - started_at)
+        start_master_weights(optimizer, attached, ground)
+    stats.add_seconds("load", time.monotonic() - attach_began)
+    _report_started(job, writer, model, machine, progress, time.monotonic() - started_at)
     loop = Loop(
         job,
-        trainee,
+        model,
         optimizer=optimizer,
         save_points=save_points,
         publisher=publisher,
-        micro_batches=MicroBatches(
+        accumulator=GradientAccumulator(
             job,
-            trainee,
+            model,
             machine,
             writer,
             pad_id=pad_id,
             max_tokens=progress.max_part_tokens or max_part_tokens(job.origin.base, machine.device),
             num_halvings=progress.micro_batch_halvings,
-            preferences=examiner.preferences,
+            preferences=evaluator.preferences,
         ),
-        examiner=examiner,
+        evaluator=evaluator,
         writer=writer,
         stop=stop,
         progress=progress,
         machine=machine,
-        ledger=ledger,
+        stats=stats,
         log=log,
     )
     return loop, start_evaluation
 
 
-def _tell_started(
-    job: Job, writer: EventWriter, trainee: JobModel, machine: Machine, progress: Progress, seconds: float
+def _report_started(
+    job: Job, writer: EventWriter, model: JobModel, machine: Machine, progress: Progress, seconds: float
 ) -> None:
     writer.emit(
         StartedEvent(
@@ -167,11 +165,11 @@ def _tell_started(
             precision=machine.precision,
             start_step=progress.step,
             total_steps=job.plan.num_steps,
-            num_trained_parameters=trainee.attached.num_trained_parameters,
+            num_trained_parameters=model.attached.num_trained_parameters,
             load_seconds=seconds,
         )
     )
-    if trainee.path == "fused":
+    if model.path == "fused":
         writer.say("The fast path for this architecture runs; it was compared with the plain one.")
 
 
@@ -202,7 +200,7 @@ def _room(job: Job, params: MethodParams) -> int:
     return room
 
 
-def _examiner(
+def _evaluator(
     job: Job,
     machine: Machine,
     tokenizer: Tokenizer,
@@ -211,7 +209,7 @@ def _examiner(
     writer: EventWriter,
     *,
     room: int,
-) -> Examiner:
+) -> Evaluator:
     def should_stop() -> bool:
         # It is asked between all parts, of which there may be many.
         writer.note_progress()
@@ -225,7 +223,7 @@ def _examiner(
         base.context_length,
         room,
     )
-    return Examiner(
+    return Evaluator(
         # Pairs are scored beside what the job starts from (_with_preferences).
         validation=None if job.spec.dpo is not None else job.validation,
         general=general_rows(tokenizer, room),
@@ -237,12 +235,12 @@ def _examiner(
 
 
 def _with_preferences(
-    job: Job, examiner: Examiner, ledger: Ledger, make_start: Callable[[], JobModel]
-) -> Examiner:
-    """Score all pairs under the model that the job starts from; the examiner as it is without pairs."""
+    job: Job, evaluator: Evaluator, stats: RunStats, make_start: Callable[[], JobModel]
+) -> Evaluator:
+    """Score all pairs under the model that the job starts from; the evaluator as it is without pairs."""
     dpo = job.spec.dpo
     if dpo is None:
-        return examiner
+        return evaluator
     if isinstance(dpo.beta, str):
         raise LuthierError('The spec still holds "auto" values; it must be resolved before training.')
     start = make_start()
@@ -251,23 +249,23 @@ def _with_preferences(
         return reference_log_likelihoods(
             start,
             rows,
-            max_tokens=examiner.max_tokens,
-            pad_id=examiner.pad_id,
-            should_stop=examiner.should_stop,
+            max_tokens=evaluator.max_tokens,
+            pad_id=evaluator.pad_id,
+            should_stop=evaluator.should_stop,
         )
 
-    with ledger.phase("evaluate"):
+    with stats.phase("evaluate"):
         validation = None if job.validation is None else score(job.validation)
         preferences = Preferences(dpo.beta, score(job.rows), validation)
-    return replace(examiner, validation=job.validation, preferences=preferences)
+    return replace(evaluator, validation=job.validation, preferences=preferences)
 
 
-def _examine_untuned(
-    causal_lm: "PreTrainedModel", examiner: Examiner, machine: Machine, sample: Batch
+def _evaluate_untuned(
+    causal_lm: "PreTrainedModel", evaluator: Evaluator, machine: Machine, sample: Batch
 ) -> Evaluation:
     """Score a model before a method that changes it at once lies on it."""
     untuned = _untuned(causal_lm, machine, sample)
-    return examiner.examine(untuned, step=0, epoch=0.0, loss_before=None)
+    return evaluator.evaluate(untuned, step=0, epoch=0.0, loss_before=None)
 
 
 def _untuned(causal_lm: "PreTrainedModel", machine: Machine, sample: Batch) -> JobModel:

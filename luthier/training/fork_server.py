@@ -19,7 +19,7 @@ from pathlib import Path
 
 from luthier.core.devices import NVIDIA_DRIVER
 from luthier.core.runtime import die_with_parent
-from luthier.training.signals import StopRequest
+from luthier.training.process_io import StopRequest
 
 _MAX_PATH_BYTES = 4096
 

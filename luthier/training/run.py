@@ -9,12 +9,10 @@ from safetensors import SafetensorError
 from luthier.core.errors import LuthierError, OutOfMemoryError, StorageFullError
 from luthier.core.events import FailedEvent, FinishedEvent, StoppedEvent
 from luthier.training.build import assemble
-from luthier.training.emit import EventWriter
 from luthier.training.job import read_inputs, read_job
 from luthier.training.loop.loop import RESULT_NAME, Loop
-from luthier.training.model.memory import is_out_of_memory, out_of_memory
-from luthier.training.signals import StopRequest
-from luthier.training.stopping import StoppedError
+from luthier.training.model.device import is_out_of_memory, out_of_memory
+from luthier.training.process_io import EventWriter, StoppedError, StopRequest
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -68,8 +66,8 @@ def _finish(loop: Loop, writer: EventWriter, started_at: float) -> None:
             path=RESULT_NAME,
             digest=manifest.digest,
             metrics=metrics,
-            trained_tokens=loop.ledger.tokens_seen,
-            num_trained_parameters=loop.trainee.attached.num_trained_parameters,
+            trained_tokens=loop.stats.tokens_seen,
+            num_trained_parameters=loop.model.attached.num_trained_parameters,
             seconds=time.monotonic() - started_at,
             report=loop.report(is_finished=True),
         )

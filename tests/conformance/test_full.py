@@ -19,7 +19,7 @@ from luthier.methods.full import METHOD, FullParams
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import Batch
 from luthier.storage.manifests import verify_folder
-from luthier.training.loop.step import StepScores, apply_gradients, compute_gradients
+from luthier.training.loop.gradient_accumulation import StepScores, apply_gradients, compute_gradients
 from luthier.training.model.batches import collate
 from luthier.training.model.optimizer import build_optimizer
 from luthier.training.model.training_model import JobModel

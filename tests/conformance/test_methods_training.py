@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from luthier.training.loop.step import compute_gradients
+from luthier.training.loop.gradient_accumulation import compute_gradients
 from luthier.training.model.optimizer import build_optimizer
 from luthier.training.model.training_model import JobModel
 from tests.tiny_methods import (

@@ -8,7 +8,7 @@ import torch
 from luthier.core.specs import MOST_ROUNDING
 from luthier.methods import Attached
 from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact
-from luthier.training.output.canary import record_canary
+from luthier.training.output.verification import record_canary
 from tests.tiny_methods import CASES, LLAMA, Bench, Case, everything
 
 LORA = Case(LLAMA, {"type": "lora"})

@@ -5,7 +5,7 @@ import torch
 
 from luthier.methods import Attached, Method
 from luthier.training.loop.sample_answers import MAX_NEW_TOKENS, generate
-from luthier.training.stopping import StoppedError
+from luthier.training.process_io import StoppedError
 from tests.tiny_methods import DEFAULTS, LLAMA, Bench, Case
 from tests.tiny_shapes import NUM_POSITIONS
 

@@ -11,7 +11,7 @@ from luthier.core.devices import find_device
 from luthier.core.events import FinishedEvent, StepEvent, TrainingEvent
 from luthier.core.settings import Settings
 from luthier.modeling.load import load_base
-from luthier.training.speed import measure_speed
+from luthier.training.model.device import measure_speed
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import finished, run_here
 

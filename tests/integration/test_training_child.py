@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from luthier.core.events import StartedEvent, StoppedEvent, TrainingEvent, parse_event
 from luthier.data.prepare.prepared_rows import read_prepared, write_prepared
 from luthier.storage.manifests import verify_folder
-from luthier.training.loop.general_text import general_passages
+from luthier.training.loop.evaluation import general_passages
 from tests.tiny import build_tiny_base, build_tiny_rows, build_tiny_run
 from tests.training_runs import failed, finished, run_here
 

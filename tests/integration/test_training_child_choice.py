@@ -43,7 +43,7 @@ class Losses:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let every evaluation of this test see these losses."""
-        examine, evaluate = evaluate_module.Examiner.examine, evaluate_module.evaluate
+        examine, evaluate = evaluate_module.Evaluator.evaluate, evaluate_module.evaluate
         epoch = 0
 
         def examine_epoch(*arguments: Any, **options: Any) -> Any:
@@ -56,7 +56,7 @@ class Losses:
             losses = self._valid if rows.num_rows == SETTINGS["num_validation_rows"] else self._general
             return Scores(loss=losses[epoch], accuracy=scores.accuracy)
 
-        monkeypatch.setattr(evaluate_module.Examiner, "examine", examine_epoch)
+        monkeypatch.setattr(evaluate_module.Evaluator, "evaluate", examine_epoch)
         monkeypatch.setattr(evaluate_module, "evaluate", score)
 
 

@@ -22,8 +22,8 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, Method, Start, discover, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training.loop import gradient_accumulation as halving_module
-from luthier.training.loop.general_text import general_passages, general_rows
-from luthier.training.loop.step import StepScores
+from luthier.training.loop.evaluation import general_passages, general_rows
+from luthier.training.loop.gradient_accumulation import StepScores
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import failed, finished, run_here
 

@@ -14,7 +14,7 @@ from luthier.core.events import StartedEvent, StoppedEvent, TrainingEvent
 from luthier.methods import discover
 from luthier.storage.manifests import verify_folder
 from luthier.training import build as assemble_module
-from luthier.training.loop.gradient_accumulation import MicroBatches
+from luthier.training.loop.gradient_accumulation import GradientAccumulator
 from luthier.training.loop.loop import Loop
 from luthier.training.output.resume_state import SavePoints
 from tests.tiny import build_tiny_base, build_tiny_run
@@ -241,7 +241,7 @@ class SlowSaves:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the loop go by this clock."""
-        compute, write = MicroBatches.compute, SavePoints.write
+        compute, write = GradientAccumulator.compute, SavePoints.write
 
         def step(*arguments: Any) -> Any:
             self.now += self._seconds_a_step
@@ -251,7 +251,7 @@ class SlowSaves:
             self.now += self._seconds_a_save
             return write(*arguments)
 
-        monkeypatch.setattr(MicroBatches, "compute", step)
+        monkeypatch.setattr(GradientAccumulator, "compute", step)
         monkeypatch.setattr(SavePoints, "write", save)
         monkeypatch.setattr(assemble_module, "Loop", functools.partial(Loop, clock=lambda: self.now))
 

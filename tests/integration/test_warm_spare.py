@@ -81,7 +81,7 @@ def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_i
     code = (
         "import os, pathlib\n"
         "from luthier.training import fork_server\n"
-        "from luthier.training.signals import StopRequest\n"
+        "from luthier.training.process_io import StopRequest\n"
         "fork_server.NVIDIA_DRIVER = pathlib.Path('/')\n"
         "run = lambda folder, events, stop: os.write(events, f'{folder} {os.getpid()}'.encode()) < 0\n"
         "raise SystemExit(fork_server.fork_runs(run, StopRequest()))\n"

@@ -26,7 +26,7 @@ from luthier.core.specs import TrainingOptions, TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.storage.manifests import Manifest
 from luthier.storage.store import Storage
-from luthier.training.loop.early_stopping import judge
+from luthier.training.loop.early_stopping import decide
 from services.files import files
 from services.files.files import StoredFile
 from services.jobs import events, leases, reports
@@ -62,7 +62,7 @@ def _leading_step(options: TrainingOptions, report: dict[str, Any] | None) -> in
     """Return the step that would be the result if training ended now, by the training process's own rule."""
     run = (report or {}).get("run") or {}
     evaluations = [Evaluation.model_validate(evaluation) for evaluation in run.get("evaluations", [])]
-    return judge(options, evaluations).result_step
+    return decide(options, evaluations).result_step
 
 
 @dataclass

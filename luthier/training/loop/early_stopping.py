@@ -11,7 +11,7 @@ from luthier.core.specs import TrainingOptions
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What follows from the evaluations so far.
 
     `result_step` is the step whose checkpoint would be the result if training ended now, None without any.
@@ -24,7 +24,7 @@ class Verdict:
     forgot_too_much: bool = False
 
 
-def judge(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Verdict:
+def decide(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Decision:
     """Decide from all evaluations so far.
 
     Args:
@@ -38,7 +38,7 @@ def judge(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Verdic
         if evaluation.step == 0:
             continue
         if _forgot_too_much(options, evaluation):
-            return Verdict(_result(options, best, last), _forgetting_reason(options, evaluation), True)
+            return Decision(_result(options, best, last), _forgetting_reason(options, evaluation), True)
         last = evaluation
         if best is None or _is_better(evaluation, best):
             best, num_without_gain = evaluation, 0
@@ -49,8 +49,8 @@ def judge(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Verdic
                 f"Training ends after step {evaluation.step}: the validation loss was not better than "
                 f"{best.valid_loss:.4f}, that of step {best.step}, in {num_without_gain} evaluations."
             )
-            return Verdict(_result(options, best, last), reason)
-    return Verdict(_result(options, best, last))
+            return Decision(_result(options, best, last), reason)
+    return Decision(_result(options, best, last))
 
 
 def _result(options: TrainingOptions, best: Evaluation | None, last: Evaluation | None) -> int | None:

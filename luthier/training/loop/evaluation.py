@@ -1,8 +1,14 @@
-"""Scoring a model without training it: validation rows, the general text, answers to sample prompts."""
+"""Evaluation without training: validation rows, the general text, answers to sample prompts.
+
+Forgetting is measured on the bundled general text: prose of several registers, written for this. A blank line
+ends a passage. The text is part of what reported numbers mean: changing it changes them.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,12 +18,44 @@ from luthier.core.errors import NonFiniteLossError
 from luthier.core.events import Evaluation
 from luthier.data.prepare.batch_plan import split_micro
 from luthier.data.prepare.preference_pairs import split_pairs
-from luthier.data.prepare.prepared_rows import PreparedRows
+from luthier.data.prepare.prepared_rows import PreparedRows, join_rows
+from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.training.loop.sample_answers import SamplePrompts
 from luthier.training.model.batches import collate, row_lengths
 from luthier.training.model.dpo import PairBatch, PairSums, Preferences, pair_loss
 from luthier.training.model.training_model import JobModel
-from luthier.training.stopping import StoppedError
+from luthier.training.process_io import StoppedError
+
+_PATH = Path(__file__).with_name("general_text.txt")
+# Enough for any passage; a base with a shorter context reads them in pieces.
+_MAX_ROW_TOKENS = 128
+
+
+@cache
+def general_passages() -> list[str]:
+    """Return the passages, in file order."""
+    return _PATH.read_text(encoding="utf-8").strip().split("\n\n")
+
+
+def general_rows(tokenizer: Tokenizer, room: int) -> PreparedRows:
+    """Turn the passages into rows, which begin as raw text does; all tokens but the first are predicted.
+
+    Args:
+        room: tokens that a row may have; longer passages are cut into several rows.
+
+    Returns:
+        The rows; their lines are the passages' numbers, from 1.
+    """
+    prefix = np.asarray(tokenizer.raw_prefix_ids, np.int32)
+    limit = max(2, min(_MAX_ROW_TOKENS, room) - len(prefix))
+    tokens, lines = [], []
+    for number, encoding in enumerate(tokenizer.encode_batch(general_passages()), start=1):
+        for start in range(0, len(encoding.ids), limit):
+            piece = encoding.ids[start : start + limit]
+            if len(piece) > 1:
+                tokens.append(np.concatenate([prefix, piece]))
+                lines.append(number)
+    return join_rows(tokens, [np.arange(len(row)) > 0 for row in tokens], lines)
 
 
 @dataclass(frozen=True)
@@ -35,7 +73,7 @@ class Scores:
 
 @torch.no_grad()
 def evaluate(
-    trainee: JobModel,
+    model: JobModel,
     rows: PreparedRows,
     *,
     max_tokens: int,
@@ -59,7 +97,7 @@ def evaluate(
     for part in split_micro(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
         if should_stop():
             raise StoppedError
-        loss = trainee.loss(collate(rows, part, pad_id))
+        loss = model.loss(collate(rows, part, pad_id))
         nll_sum += loss.nll_sum.item()
         num_right += loss.num_right
         num_supervised += loss.num_supervised
@@ -68,7 +106,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_pairs(
-    trainee: JobModel,
+    model: JobModel,
     rows: PreparedRows,
     reference_N: NDArray[np.float32],
     *,
@@ -95,12 +133,12 @@ def evaluate_pairs(
         if should_stop():
             raise StoppedError
         pairs = PairBatch(collate(rows, part, pad_id), torch.from_numpy(reference_N[part]))
-        sums.add(pair_loss(trainee, pairs, beta))
+        sums.add(pair_loss(model, pairs, beta))
     return Scores(sums.loss / num_pairs, None, sums.num_right / num_pairs, sums.margin / num_pairs)
 
 
 @dataclass(frozen=True)
-class Examiner:
+class Evaluator:
     """Everything that a model is scored on, the same at every evaluation of a run.
 
     `validation` may be absent, `general` is the bundled text. `max_tokens` bounds a part with its padding,
@@ -116,11 +154,11 @@ class Examiner:
     should_stop: Callable[[], bool]
     preferences: Preferences | None = None
 
-    def examine(self, trainee: JobModel, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
+    def evaluate(self, model: JobModel, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
         """Score a model and let it answer the sample prompts.
 
         Args:
-            trainee: the model; in evaluation mode meanwhile.
+            model: the model; in evaluation mode meanwhile.
             step: steps done; 0 for the base, or whatever else training starts from.
             loss_before: the loss on the general text at step 0; None when this is that step.
 
@@ -128,15 +166,10 @@ class Examiner:
             StoppedError: when TERM came; nothing is kept of it.
             NonFiniteLossError: when a loss is no number.
         """
-        model = trainee.attached.model
-        was_training = model.training
-        model.eval()
-        try:
-            valid = None if self.validation is None else self._score(trainee, self.validation, step)
-            general = self._score(trainee, self.general, step).loss
-            answers = self.prompts.answer(trainee.method, trainee.attached, self.should_stop)
-        finally:
-            model.train(was_training)
+        with model.evaluation_mode():
+            valid = None if self.validation is None else self._score(model, self.validation, step)
+            general = self._score(model, self.general, step).loss
+            answers = self.prompts.answer(model.method, model.attached, self.should_stop)
         return Evaluation(
             step=step,
             epoch=epoch,
@@ -149,8 +182,8 @@ class Examiner:
             answers=answers,
         )
 
-    def _score(self, trainee: JobModel, rows: PreparedRows, step: int) -> Scores:
-        scores = self._compute(trainee, rows)
+    def _score(self, model: JobModel, rows: PreparedRows, step: int) -> Scores:
+        scores = self._compute(model, rows)
         if not math.isfinite(scores.loss):
             whose = "The base's loss" if step == 0 else f"The loss after step {step}"
             rows_name = "general text" if rows is self.general else "validation rows"
@@ -160,14 +193,14 @@ class Examiner:
             )
         return scores
 
-    def _compute(self, trainee: JobModel, rows: PreparedRows) -> Scores:
+    def _compute(self, model: JobModel, rows: PreparedRows) -> Scores:
         preferences = self.preferences
         if preferences is None or preferences.validation_N is None or rows is self.general:
             return evaluate(
-                trainee, rows, max_tokens=self.max_tokens, pad_id=self.pad_id, should_stop=self.should_stop
+                model, rows, max_tokens=self.max_tokens, pad_id=self.pad_id, should_stop=self.should_stop
             )
         return evaluate_pairs(
-            trainee,
+            model,
             rows,
             preferences.validation_N,
             beta=preferences.beta,

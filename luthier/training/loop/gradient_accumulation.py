@@ -1,7 +1,9 @@
-"""The gradients of one step in parts that fit into memory; in smaller ones once it has run out."""
+"""Gradient accumulation over micro-batches, halved after an out-of-memory error, and the update."""
 
 import gc
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,25 +12,136 @@ from numpy.typing import NDArray
 from luthier.data.prepare.batch_plan import split_micro
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.modeling.protocols import Batch
-from luthier.training.emit import EventWriter
 from luthier.training.job import Job
-from luthier.training.loop.step import StepScores, compute_gradients
 from luthier.training.model.batches import collate, count_supervised, row_lengths
-from luthier.training.model.device import Machine
-from luthier.training.model.dpo import PairBatch, Preferences, compute_pair_gradients
-from luthier.training.model.memory import is_out_of_memory, out_of_memory
+from luthier.training.model.device import Machine, is_out_of_memory, out_of_memory
+from luthier.training.model.dpo import PairBatch, PairSums, Preferences, pair_loss
+from luthier.training.model.optimizer import SplitAdamW
 from luthier.training.model.training_model import JobModel
+from luthier.training.process_io import EventWriter
 
 MAX_HALVINGS = 3
+# What torch's clipping adds to a norm before it divides by it.
+_NORM_EPSILON = 1e-6
 
 
-class MicroBatches:
-    """Cuts steps into parts and computes their gradients, whose sum does not depend on the cut.
+@dataclass(frozen=True)
+class StepScores:
+    """Means over the step's supervised tokens, and the gradient's norm before clipping.
+
+    With preferences the means are over pairs: there is no accuracy by token, but rewards
+    (luthier.core.events.Metrics).
+    """
+
+    loss: float
+    accuracy: float | None
+    grad_norm: float
+    num_tokens: int
+    num_supervised: int
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are numbers that an update can use."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def compute_gradients(model: JobModel, micro_batches: Iterable[Batch], *, num_supervised: int) -> StepScores:
+    """Replace the gradients by those of the mean loss over the effective batch.
+
+    Every micro-batch's sum is divided by the supervised tokens of all of them, so that how a batch is cut
+    changes nothing. Stops at the first micro-batch whose loss is not finite.
+
+    Returns:
+        The scores; not finite ones must not be applied.
+    """
+    nll_sum, num_right, num_tokens = 0.0, 0, 0
+    divisor = max(1, num_supervised)
+    model.clear_gradients()
+    for batch in micro_batches:
+        loss = model.loss(batch)
+        value = loss.nll_sum.item()
+        nll_sum += value
+        num_right += loss.num_right
+        num_tokens += batch.num_tokens
+        if not math.isfinite(value):
+            break
+        if loss.num_supervised:
+            model.add_gradients(loss.nll_sum / divisor)
+    return StepScores(
+        loss=nll_sum / divisor,
+        accuracy=num_right / divisor,
+        grad_norm=gradient_norm(model.gradients),
+        num_tokens=num_tokens,
+        num_supervised=num_supervised,
+    )
+
+
+def compute_pair_gradients(
+    model: JobModel, micro_batches: Iterable[PairBatch], *, beta: float, num_pairs: int, num_supervised: int
+) -> StepScores:
+    """Replace the gradients by those of the mean loss over the pairs of the effective batch.
+
+    Returns:
+        The scores; not finite ones must not be applied.
+    """
+    sums, num_tokens = PairSums(), 0
+    model.clear_gradients()
+    for pairs in micro_batches:
+        loss = pair_loss(model, pairs, beta)
+        num_tokens += pairs.batch.num_tokens
+        if not math.isfinite(sums.add(loss)):
+            break
+        # The loss of rows without a supervised token depends on no parameter.
+        if loss.loss_sum.requires_grad:
+            model.add_gradients(loss.loss_sum / num_pairs)
+    return StepScores(
+        loss=sums.loss / num_pairs,
+        accuracy=None,
+        grad_norm=gradient_norm(model.gradients),
+        num_tokens=num_tokens,
+        num_supervised=num_supervised,
+        reward_accuracy=sums.num_right / num_pairs,
+        reward_margin=sums.margin / num_pairs,
+    )
+
+
+def apply_gradients(
+    model: JobModel,
+    optimizer: torch.optim.Optimizer,
+    scores: StepScores,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> None:
+    """Clip the gradients of finite scores to a norm, update the parameters and drop the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if isinstance(optimizer, SplitAdamW):
+        optimizer.step(gradient_scale=min(1.0, max_grad_norm / (scores.grad_norm + _NORM_EPSILON)))
+    else:
+        # Otherwise it would multiply by 1, in a pass over all gradients.
+        if scores.grad_norm + _NORM_EPSILON > max_grad_norm:
+            total_norm = torch.tensor(scores.grad_norm, device=model.device)
+            torch.nn.utils.clip_grads_with_norm_(model.parameters, max_grad_norm, total_norm)
+        optimizer.step()
+    model.clear_gradients()
+
+
+def gradient_norm(gradients: list[torch.Tensor]) -> float:
+    """Return the norm over all gradients, summed in float32 in any type."""
+    if not gradients:
+        return 0.0
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)).item()
+
+
+class GradientAccumulator:
+    """Cuts the batch of a step into micro-batches that fit into memory, and computes its gradients.
 
     Args:
-        machine: where it runs.
-        writer: told when parts become smaller.
-        pad_id: token on the right of shorter rows.
+        max_tokens: of a micro-batch, padding included.
         num_halvings: how often it was halved already, in all attempts.
         preferences: set when the rows are pairs.
     """
@@ -36,7 +149,7 @@ class MicroBatches:
     def __init__(
         self,
         job: Job,
-        trainee: JobModel,
+        model: JobModel,
         machine: Machine,
         writer: EventWriter,
         *,
@@ -48,30 +161,24 @@ class MicroBatches:
         self.max_tokens = max_tokens
         self.num_halvings = num_halvings
         self._job = job
-        self._trainee = trainee
+        self._model = model
         self._machine = machine
         self._writer = writer
         self._pad_id = pad_id
         self._preferences = preferences
         self._lengths = row_lengths(job.rows)
         self._num_supervised = count_supervised(job.rows)
-        # The part that is computed at the moment.
+        # Of the micro-batch that is computed at the moment.
         self._rows: NDArray[np.int64] = np.zeros(0, np.int64)
 
     def compute(self, step: int) -> StepScores:
-        """Fill the gradients of a step; halve its parts and begin it again when memory runs out.
-
-        Args:
-            step: 1 for the first.
-
-        Returns:
-            The scores of the whole step.
+        """Compute the gradients of a step, numbered from 1; halve and repeat when memory runs out.
 
         Raises:
-            OutOfMemoryError: when one row alone does not fit, or the parts were halved three times before.
+            OutOfMemoryError: when one row alone does not fit, or after three halvings.
         """
         rows = self._job.plan.steps[step - 1]
-        random = _random_states(self._trainee.device)
+        random = _random_states(self._model.device)
         while True:
             try:
                 return self._compute(rows)
@@ -80,17 +187,17 @@ class MicroBatches:
                     raise
                 smallest = 1 if self._preferences is None else 2
                 if len(self._rows) == smallest or self.num_halvings == MAX_HALVINGS:
-                    raise self._give_up(step) from error
-            # Outside the handler: the error's traceback holds the tensors of the part that failed.
+                    raise self._too_large(step) from error
+            # Outside the handler: the error's traceback holds the tensors of the micro-batch that failed.
             self._halve(step)
-            _restore_random_states(random, self._trainee.device)
+            _restore_random_states(random, self._model.device)
 
     def _compute(self, rows: NDArray[np.int64]) -> StepScores:
         num_supervised = int(self._num_supervised[rows].sum())
         if self._preferences is None:
-            return compute_gradients(self._trainee, self._parts(rows), num_supervised=num_supervised)
+            return compute_gradients(self._model, self._micro_batches(rows), num_supervised=num_supervised)
         return compute_pair_gradients(
-            self._trainee,
+            self._model,
             self._pairs(rows, self._preferences),
             beta=self._preferences.beta,
             num_pairs=len(rows) // 2,
@@ -98,28 +205,28 @@ class MicroBatches:
         )
 
     def _pairs(self, rows: NDArray[np.int64], preferences: Preferences) -> Iterator[PairBatch]:
-        for part in split_pairs(rows, self._lengths, self.max_tokens):
-            self._rows = part
-            self._writer.note_progress()
-            batch = collate(self._job.rows, part, self._pad_id)
-            yield PairBatch(batch, preferences.reference_of(part))
+        for some in split_pairs(rows, self._lengths, self.max_tokens):
+            yield PairBatch(self._collate(some), preferences.reference_of(some))
 
-    def _parts(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
-        for part in split_micro(rows, self._lengths, self.max_tokens):
-            self._rows = part
-            self._writer.note_progress()
-            yield collate(self._job.rows, part, self._pad_id)
+    def _micro_batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        for some in split_micro(rows, self._lengths, self.max_tokens):
+            yield self._collate(some)
+
+    def _collate(self, rows: NDArray[np.int64]) -> Batch:
+        self._rows = rows
+        self._writer.note_progress()
+        return collate(self._job.rows, rows, self._pad_id)
 
     @property
     def _num_tokens(self) -> int:
-        """Padded tokens of the part that is computed."""
+        """Padded tokens of the micro-batch that is computed."""
         return len(self._rows) * int(self._lengths[self._rows].max())
 
     def _halve(self, step: int) -> None:
         size = self._num_tokens
         self.max_tokens = size // 2
         self.num_halvings += 1
-        self._trainee.clear_gradients()
+        self._model.clear_gradients()
         gc.collect()
         if self._machine.device == "cuda":
             torch.cuda.empty_cache()
@@ -130,7 +237,7 @@ class MicroBatches:
             "warn",
         )
 
-    def _give_up(self, step: int) -> Exception:
+    def _too_large(self, step: int) -> Exception:
         rows = "one row" if len(self._rows) == 1 else f"{len(self._rows)} rows"
         return out_of_memory(
             self._job.origin,

@@ -8,14 +8,11 @@ import torch
 from luthier.core.errors import NonFiniteLossError, TooMuchForgettingError
 from luthier.core.events import EvaluatedEvent, Evaluation, Metrics, RunReport, SavePointEvent, StepEvent
 from luthier.storage.manifests import Manifest
-from luthier.training.emit import EventWriter
 from luthier.training.job import Job
-from luthier.training.loop.early_stopping import Verdict, judge
-from luthier.training.loop.evaluation import Examiner
-from luthier.training.loop.gradient_accumulation import MicroBatches
-from luthier.training.loop.progress import Pace, Progress
-from luthier.training.loop.run_stats import Ledger, build_report
-from luthier.training.loop.step import apply_gradients
+from luthier.training.loop.early_stopping import Decision, decide
+from luthier.training.loop.evaluation import Evaluator
+from luthier.training.loop.gradient_accumulation import GradientAccumulator, apply_gradients
+from luthier.training.loop.run_stats import Pace, Progress, RunStats, build_report
 from luthier.training.model.batches import row_lengths
 from luthier.training.model.device import Machine, peak_memory_bytes
 from luthier.training.model.optimizer import learning_rate_at
@@ -23,8 +20,7 @@ from luthier.training.model.training_model import JobModel
 from luthier.training.output.artifact import TrainingLog
 from luthier.training.output.checkpoints import Publisher
 from luthier.training.output.resume_state import SavePoints
-from luthier.training.signals import StopRequest
-from luthier.training.stopping import StoppedError
+from luthier.training.process_io import EventWriter, StoppedError, StopRequest
 
 SAVE_POINT_SECONDS = 30.0
 # A save point may cost a twentieth of the time at most, however large the model.
@@ -37,48 +33,48 @@ class Loop:
     """Everything that the steps of one run share.
 
     Args:
-        trainee: the model, restored when a save point was there.
+        model: the model, restored when a save point was there.
         save_points: where to write them.
         writer: where events go.
         stop: asked between steps.
         machine: where it runs; the type of its weights is kept for the next attempt.
-        ledger: sums over all attempts.
+        stats: sums over all attempts.
         clock: seconds from any start, never going back.
     """
 
     def __init__(
         self,
         job: Job,
-        trainee: JobModel,
+        model: JobModel,
         *,
         optimizer: torch.optim.Optimizer,
         save_points: SavePoints,
         publisher: Publisher,
-        micro_batches: MicroBatches,
-        examiner: Examiner,
+        accumulator: GradientAccumulator,
+        evaluator: Evaluator,
         writer: EventWriter,
         stop: StopRequest,
         progress: Progress,
         machine: Machine,
-        ledger: Ledger,
+        stats: RunStats,
         log: TrainingLog,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job = job
-        self.trainee = trainee
+        self.model = model
         self.machine = machine
         self.step = progress.step
         self.last_metrics = progress.metrics
         self._chosen_metrics = progress.chosen_metrics
-        self._untold = progress.untold
+        self._unreported = progress.untold
         self._optimizer = optimizer
         self._save_points = save_points
         self._publisher = publisher
-        self._micro_batches = micro_batches
-        self._examiner = examiner
+        self._accumulator = accumulator
+        self._evaluator = evaluator
         self._writer = writer
         self._stop = stop
-        self.ledger = ledger
+        self.stats = stats
         self._log = log
         self._clock = clock
         self._last_manifest: Manifest | None = None
@@ -101,28 +97,28 @@ class Loop:
         """
         plan = self.job.plan
         if self.step == 0:
-            self._tell_evaluation(start_evaluation or self._examine())
-        elif self._untold is not None:
-            self._end_epoch(self._untold)
+            self._report_evaluation(start_evaluation or self._evaluate())
+        elif self._unreported is not None:
+            self._end_epoch(self._unreported)
         elif plan.ends_epoch(self.step) and not self._publisher.checkpoint_folder(self.step).exists():
             # The attempt before had it, but perhaps nobody took it in time.
             self._checkpoint()
         left = sum(int(row_lengths(self.job.rows)[rows].sum()) for rows in plan.steps[self.step :])
         pace = Pace(self._clock, left)
-        self.trainee.attached.model.train()
-        while self.step < plan.num_steps and self._verdict.reason is None:
+        self.model.attached.model.train()
+        while self.step < plan.num_steps and self._decision.reason is None:
             self._stop_if_asked()
-            with self.ledger.phase("train"):
+            with self.stats.phase("train"):
                 event = self._one_step(pace)
             if plan.ends_epoch(self.step):
                 self._end_epoch(event)
             else:
-                self._tell(event)
+                self._report_step(event)
             if self._is_save_due():
                 self._save()
-        if self._verdict.result_step is None:
+        if self._decision.result_step is None:
             raise TooMuchForgettingError(
-                f"{self._verdict.reason} There is no checkpoint below it, so nothing is published. Use a "
+                f"{self._decision.reason} There is no checkpoint below it, so nothing is published. Use a "
                 "lower learning rate, fewer epochs, or a higher training.max_forgetting.",
                 param="training.max_forgetting",
             )
@@ -136,9 +132,9 @@ class Loop:
         Raises:
             SelfCheckError: when what was saved is not what was trained.
         """
-        folder, step = self.job.folder / RESULT_NAME, self._verdict.result_step
+        folder, step = self.job.folder / RESULT_NAME, self._decision.result_step
         assert step is not None, "a run without a result has failed before"
-        with self.ledger.phase("save"):
+        with self.stats.phase("save"):
             if step == self.step:
                 manifest = self._publisher.write_result(folder, step, self.last_metrics)
             else:
@@ -148,30 +144,30 @@ class Loop:
 
     def report(self, *, is_finished: bool = False) -> RunReport:
         """Return the report as it stands."""
-        manifest, verdict = self._last_manifest, self._verdict
-        is_early = self.step < self.job.plan.num_steps or verdict.forgot_too_much
+        manifest, decision = self._last_manifest, self._decision
+        is_early = self.step < self.job.plan.num_steps or decision.forgot_too_much
         return build_report(
             self.job,
-            self.trainee,
+            self.model,
             self.machine,
-            self.ledger,
+            self.stats,
             step=self.step,
-            result_step=verdict.result_step if is_finished else None,
-            stopped_early=verdict.reason if is_early else None,
-            num_halvings=self._micro_batches.num_halvings,
+            result_step=decision.result_step if is_finished else None,
+            stopped_early=decision.reason if is_early else None,
+            num_halvings=self._accumulator.num_halvings,
             artifact_bytes=_size(manifest),
             artifact_digest=manifest.digest if is_finished and manifest is not None else None,
         )
 
     @property
-    def _verdict(self) -> Verdict:
+    def _decision(self) -> Decision:
         """What the evaluations so far ask for."""
-        return judge(self.job.spec.training, self.ledger.evaluations)
+        return decide(self.job.spec.training, self.stats.evaluations)
 
     def _one_step(self, pace: Pace) -> StepEvent:
         """Do the next step; return what is to be told of it."""
         step, plan, options = self.step + 1, self.job.plan, self.job.spec.training
-        scores = self._micro_batches.compute(step)
+        scores = self._accumulator.compute(step)
         if not scores.is_finite:
             raise self._non_finite(step)
         rate = learning_rate_at(
@@ -181,7 +177,7 @@ class Loop:
             warmup_ratio=options.warmup_ratio,
         )
         apply_gradients(
-            self.trainee,
+            self.model,
             self._optimizer,
             scores,
             learning_rate=rate,
@@ -189,7 +185,7 @@ class Loop:
         )
         self.step = step
         pace.step_done(scores.num_tokens)
-        self.ledger.step_done(scores.num_tokens, scores.num_supervised)
+        self.stats.step_done(scores.num_tokens, scores.num_supervised)
         return StepEvent(
             job_id=self._writer.job_id,
             step=step,
@@ -207,10 +203,10 @@ class Loop:
             num_supervised_tokens=scores.num_supervised,
             tokens_per_second=pace.tokens_per_second,
             seconds_left=pace.seconds_left,
-            peak_memory_bytes=peak_memory_bytes(self.trainee.device),
+            peak_memory_bytes=peak_memory_bytes(self.model.device),
         )
 
-    def _tell(self, event: StepEvent) -> None:
+    def _report_step(self, event: StepEvent) -> None:
         self.last_metrics = event.metrics
         self._log.append(
             step=event.step,
@@ -224,13 +220,13 @@ class Loop:
     def _end_epoch(self, event: StepEvent) -> None:
         """Score the model, tell the epoch's last step with these scores, make its checkpoint."""
         try:
-            evaluation = self._examine()
+            evaluation = self._evaluate()
         except StoppedError:
             # The step is done and kept. The next attempt scores it, tells it and makes its checkpoint first.
-            self._untold = event
+            self._unreported = event
             self._save()
             raise
-        self._untold = None
+        self._unreported = None
         if evaluation.valid_loss is not None:
             metrics = event.metrics.model_copy(
                 update={
@@ -241,25 +237,25 @@ class Loop:
                 }
             )
             event = event.model_copy(update={"metrics": metrics})
-        self._tell(event)
-        self.ledger.evaluations.append(evaluation)
+        self._report_step(event)
+        self.stats.evaluations.append(evaluation)
         self._checkpoint()
         self._emit_evaluated(evaluation)
 
-    def _examine(self) -> Evaluation:
-        before = self.ledger.evaluations[0].general_loss if self.ledger.evaluations else None
-        with self.ledger.phase("evaluate"):
-            return self._examiner.examine(
-                self.trainee, step=self.step, epoch=self.job.plan.epoch_of(self.step), loss_before=before
+    def _evaluate(self) -> Evaluation:
+        before = self.stats.evaluations[0].general_loss if self.stats.evaluations else None
+        with self.stats.phase("evaluate"):
+            return self._evaluator.evaluate(
+                self.model, step=self.step, epoch=self.job.plan.epoch_of(self.step), loss_before=before
             )
 
-    def _tell_evaluation(self, evaluation: Evaluation) -> None:
+    def _report_evaluation(self, evaluation: Evaluation) -> None:
         """Keep and tell the scores of what training starts from; the log has the base's in any case."""
-        base = self.ledger.base_evaluation
+        base = self.stats.base_evaluation
         named = {"base": evaluation} if base is None else {"base": base, "start": evaluation}
         scores = {f"{name}_{key}": score for name, one in named.items() for key, score in one.scores.items()}
         self._log.append(step=0, **scores)
-        self.ledger.evaluations.append(evaluation)
+        self.stats.evaluations.append(evaluation)
         self._emit_evaluated(evaluation)
 
     def _emit_evaluated(self, evaluation: Evaluation) -> None:
@@ -270,11 +266,11 @@ class Loop:
 
     def _checkpoint(self) -> None:
         """Publish the model as it is under its step, unless it has forgotten too much."""
-        verdict = self._verdict
-        if verdict.forgot_too_much:
+        decision = self._decision
+        if decision.forgot_too_much:
             return
-        is_chosen = verdict.result_step == self.step
-        with self.ledger.phase("save"):
+        is_chosen = decision.result_step == self.step
+        with self.stats.phase("save"):
             self._last_manifest = self._publisher.write_checkpoint(
                 self.step, self.last_metrics, is_chosen=is_chosen
             )
@@ -297,9 +293,9 @@ class Loop:
         if self._saved_step == self.step:
             return
         began = self._clock()
-        with self.ledger.phase("save"):
+        with self.stats.phase("save"):
             folder = self._save_points.write(
-                self._progress(), self.trainee, self._optimizer, self._publisher.chosen_folder
+                self._progress(), self.model, self._optimizer, self._publisher.chosen_folder
             )
         ended = self._clock()
         self._saved_step = self.step
@@ -313,22 +309,22 @@ class Loop:
         )
 
     def _progress(self) -> Progress:
-        parts, ledger = self._micro_batches, self.ledger
+        parts, stats = self._accumulator, self.stats
         return Progress(
             step=self.step,
             metrics=self.last_metrics,
-            untold=self._untold,
+            untold=self._unreported,
             precision=self.machine.precision,
             log=self._log.read(),
-            evaluations=ledger.evaluations,
-            base_evaluation=ledger.base_evaluation,
+            evaluations=stats.evaluations,
+            base_evaluation=stats.base_evaluation,
             chosen_metrics=self._chosen_metrics,
             micro_batch_halvings=parts.num_halvings,
             max_part_tokens=parts.max_tokens if parts.num_halvings else None,
-            seconds=ledger.seconds,
-            tokens_seen=ledger.tokens_seen,
-            supervised_tokens_seen=ledger.supervised_tokens_seen,
-            peak_memory_bytes=ledger.peak_memory_bytes,
+            seconds=stats.seconds,
+            tokens_seen=stats.tokens_seen,
+            supervised_tokens_seen=stats.supervised_tokens_seen,
+            peak_memory_bytes=stats.peak_memory_bytes,
         )
 
     def _non_finite(self, step: int) -> NonFiniteLossError:

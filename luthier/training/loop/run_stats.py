@@ -1,25 +1,90 @@
-"""What a run has cost and how its model changed, over all attempts, as one report."""
+"""Progress, pace and totals of a run over all attempts, and its report."""
 
 import importlib.metadata
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
-from luthier.core.events import PhaseSeconds, RunReport, StartedFrom
+from luthier.core.events import Evaluation, Metrics, PhaseSeconds, RunReport, StartedFrom, StepEvent
 from luthier.training.job import Job
-from luthier.training.loop.progress import Progress
 from luthier.training.model.device import Machine, peak_memory_bytes
 from luthier.training.model.training_model import JobModel
+
+_WINDOW_STEPS = 20
+
+
+class Progress(BaseModel):
+    """How far a run is, beside its tensors; all of it outlives the attempt.
+
+    `step` is the last step that is done, `metrics` the scores that were told last, `log` the history up to
+    them as JSON lines: the next attempt may start in a folder that knows nothing of this one. `untold` is
+    the event of an epoch's last step whose validation was cut short. `precision` is the type of the frozen
+    weights, which "auto" leaves to the machine of the first attempt. `evaluations` decide when to stop and
+    which checkpoint is the result, so they are part of it; `chosen_metrics` are that checkpoint's.
+    `max_part_tokens`, set once memory ran out, decides the order of sums.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int = 0
+    metrics: Metrics = Metrics()
+    untold: StepEvent | None = None
+    precision: str | None = None
+    log: str = ""
+    evaluations: list[Evaluation] = []
+    base_evaluation: Evaluation | None = None
+    chosen_metrics: Metrics = Metrics()
+    micro_batch_halvings: int = 0
+    max_part_tokens: int | None = None
+    seconds: PhaseSeconds = PhaseSeconds()
+    tokens_seen: int = 0
+    supervised_tokens_seen: int = 0
+    peak_memory_bytes: int = 0
+
+
+class Pace:
+    """Tokens a second over the last steps, and the time left at that pace.
+
+    Args:
+        clock: seconds from any start, never going back.
+        remaining_tokens: real tokens of all steps still to do.
+    """
+
+    def __init__(self, clock: Callable[[], float], remaining_tokens: int) -> None:
+        self._clock = clock
+        self._remaining_tokens = remaining_tokens
+        self._marks: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=_WINDOW_STEPS + 1)
+        self._done_tokens = 0
+
+    def step_done(self, num_tokens: int) -> None:
+        """Count one step's real tokens."""
+        self._done_tokens += num_tokens
+        self._remaining_tokens -= num_tokens
+        self._marks.append((self._clock(), self._done_tokens))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens a second over the window."""
+        (first_time, first_tokens), (last_time, last_tokens) = self._marks[0], self._marks[-1]
+        return (last_tokens - first_tokens) / max(last_time - first_time, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the last step at this pace; evaluations are not counted."""
+        return max(0, self._remaining_tokens) / max(self.tokens_per_second, 1e-9)
+
 
 Phase = Literal["load", "train", "evaluate", "save"]
 _PACKAGES = ("luthier", "torch", "transformers", "peft")
 
 
-class Ledger:
+class RunStats:
     """Sums that go on from those of the attempt before.
 
     Args:
@@ -82,9 +147,9 @@ def code_versions() -> dict[str, str]:
 
 def build_report(
     job: Job,
-    trainee: JobModel,
+    model: JobModel,
     machine: Machine,
-    ledger: Ledger,
+    stats: RunStats,
     *,
     step: int,
     num_halvings: int,
@@ -97,34 +162,34 @@ def build_report(
 
     Args:
         machine: where it is trained.
-        ledger: sums over all attempts.
+        stats: sums over all attempts.
         result_step: the step whose weights became the model, once that is settled.
         artifact_bytes: size of the newest artifact's weights and configuration.
     """
     spec, base = job.spec, job.origin.base
     return RunReport(
-        method=trainee.method.name,
-        path=trainee.path,
+        method=model.method.name,
+        path=model.path,
         device=machine.device,
         precision=machine.precision,
         num_threads=torch.get_num_threads(),
-        num_trained_parameters=trainee.attached.num_trained_parameters,
+        num_trained_parameters=model.attached.num_trained_parameters,
         num_base_parameters=base.num_parameters,
         artifact_bytes=artifact_bytes,
         full_copy_bytes=base.num_parameters * machine.dtype.itemsize,
-        evaluations=ledger.evaluations,
+        evaluations=stats.evaluations,
         started_from=_started_from(job),
-        base_evaluation=ledger.base_evaluation,
+        base_evaluation=stats.base_evaluation,
         steps_done=step,
         steps_planned=job.plan.num_steps,
         result_step=result_step,
         stopped_early=stopped_early,
         micro_batch_halvings=num_halvings,
-        seconds=ledger.seconds,
-        tokens_seen=ledger.tokens_seen,
-        supervised_tokens_seen=ledger.supervised_tokens_seen,
-        tokens_per_second=ledger.tokens_per_second,
-        peak_memory_bytes=ledger.peak_memory_bytes,
+        seconds=stats.seconds,
+        tokens_seen=stats.tokens_seen,
+        supervised_tokens_seen=stats.supervised_tokens_seen,
+        tokens_per_second=stats.tokens_per_second,
+        peak_memory_bytes=stats.peak_memory_bytes,
         base_digest=base.digest,
         data_sha256=job.data_sha256,
         validation_sha256=job.validation_sha256,

@@ -16,7 +16,7 @@ from luthier.core.events import SampleAnswer
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, Method
-from luthier.training.stopping import StoppedError
+from luthier.training.process_io import StoppedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

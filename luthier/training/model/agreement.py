@@ -56,7 +56,7 @@ def is_as_exact(found: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor
 
     Returns:
         False also where a result is not finite, or the plain path's own are too far from the exact ones to
-        judge by.
+        decide by.
     """
     own_gaps = _gaps(expected, exact)
     return all(

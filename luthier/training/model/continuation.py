@@ -67,7 +67,7 @@ def take_parents_weights(job: Job, method: Method, attached: Attached) -> None:
 
 
 @torch.no_grad()
-def prove_start(job: Job, trainee: JobModel) -> None:
+def prove_start(job: Job, model: JobModel) -> None:
     """Compare the model before its first step with the parent as its users load it.
 
     Raises:
@@ -75,21 +75,17 @@ def prove_start(job: Job, trainee: JobModel) -> None:
     """
     if not job.spec.takes_parents_weights:
         return
-    method, model = trainee.method, trainee.attached.model
-    was_training = model.training
-    model.eval()
-    try:
-        found = trainee.logits(trainee.sample)
-        trainee.parent_logits_BTV = found
+    method = model.method
+    with model.evaluation_mode():
+        found = model.logits(model.sample)
+        model.parent_logits_BTV = found
         if method.is_whole_model:
             # Loaded from the parent's own files, in the base's place.
             return
         # Loading may draw random numbers; training draws its own as if it had not happened.
         with torch.random.fork_rng():
-            loaded = method.load(bare_base(trainee), Path(_named(job.origin.inputs.parent_path)))
-            expected = method.logits(loaded, trainee.sample.token_ids_BT)
-    finally:
-        model.train(was_training)
+            loaded = method.load(bare_base(model), Path(_named(job.origin.inputs.parent_path)))
+            expected = method.logits(loaded, model.sample.token_ids_BT)
     if not logits_agree(found, expected):
         raise SelfCheckError(
             "The model before its first step gives other logits than the one that it starts from. Nothing is "

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the preferred answer is to gain on the other one, not on the text as such.
+"""Direct preference optimisation: raises the preferred answer's likelihood relative to the other's.
 
 Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), equation 7. The reference is the
 model that the job starts from. Its log-likelihoods are computed once, before the first step: that gives what
@@ -8,7 +8,7 @@ computes them again, from the same weights in the same order.
 Legend: P pairs, B rows (2P, the preferred one of each pair first).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.modeling.protocols import Batch
-from luthier.training.loop.step import StepScores, gradient_norm
 from luthier.training.model.batches import collate, row_lengths
 from luthier.training.model.training_model import JobModel
-from luthier.training.stopping import StoppedError
+from luthier.training.process_io import StoppedError
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,16 @@ class PairLoss:
 
 
 class PairSums:
-    """Sums over the parts of a step or of an evaluation. Ties count half as right."""
+    """Sums over the micro-batches of a step or of an evaluation. Ties count half as right."""
 
     def __init__(self) -> None:
         self.loss = self.num_right = self.margin = 0.0
 
-    def add(self, part: PairLoss) -> float:
-        """Add a part; return its own loss."""
-        margins_P = part.margins_P
-        told = torch.stack([part.loss_sum.detach(), (margins_P.sign() + 1).sum() / 2, margins_P.sum()])
-        loss, num_right, margin = told.tolist()
+    def add(self, found: PairLoss) -> float:
+        """Add a micro-batch; return its own loss."""
+        margins_P = found.margins_P
+        sums = torch.stack([found.loss_sum.detach(), (margins_P.sign() + 1).sum() / 2, margins_P.sum()])
+        loss, num_right, margin = sums.tolist()
         self.loss, self.num_right, self.margin = (
             self.loss + loss,
             self.num_right + num_right,
@@ -75,83 +74,39 @@ class Preferences:
         return torch.from_numpy(self.training_N[row_numbers])
 
 
-def pair_loss(trainee: JobModel, part: PairBatch, beta: float) -> PairLoss:
+def pair_loss(model: JobModel, pairs: PairBatch, beta: float) -> PairLoss:
     """Score some pairs.
 
     Returns:
         The sum of -log sigmoid(margin), in float32, and the margins.
     """
-    rewards_B = beta * (trainee.row_log_likelihoods(part.batch) - part.reference_B.to(trainee.device))
+    rewards_B = beta * (model.row_log_likelihoods(pairs.batch) - pairs.reference_B.to(model.device))
     margins_P = rewards_B[0::2] - rewards_B[1::2]
     loss_sum = -torch.nn.functional.logsigmoid(margins_P).sum()
     return PairLoss(loss_sum, margins_P.detach())
 
 
-def compute_pair_gradients(
-    trainee: JobModel, parts: Iterable[PairBatch], *, beta: float, num_pairs: int, num_supervised: int
-) -> StepScores:
-    """Fill the gradients of the mean loss over the pairs of the whole effective batch.
-
-    Args:
-        trainee: the model; gradients that it had are forgotten.
-        num_pairs: pairs in all parts together.
-        num_supervised: supervised tokens in all parts together.
-
-    Returns:
-        The scores; not finite ones must not be applied.
-    """
-    sums, num_tokens = PairSums(), 0
-    trainee.clear_gradients()
-    for part in parts:
-        loss = pair_loss(trainee, part, beta)
-        num_tokens += part.batch.num_tokens
-        if not np.isfinite(sums.add(loss)):
-            break
-        # A part whose rows have nothing to score depends on no parameter.
-        if loss.loss_sum.requires_grad:
-            trainee.add_gradients(loss.loss_sum / num_pairs)
-    return StepScores(
-        loss=sums.loss / num_pairs,
-        accuracy=None,
-        grad_norm=gradient_norm(trainee.gradients),
-        num_tokens=num_tokens,
-        num_supervised=num_supervised,
-        reward_accuracy=sums.num_right / num_pairs,
-        reward_margin=sums.margin / num_pairs,
-    )
-
-
 @torch.no_grad()
 def reference_log_likelihoods(
-    reference: JobModel,
+    model: JobModel,
     rows: PreparedRows,
     *,
     max_tokens: int,
     pad_id: int,
     should_stop: Callable[[], bool],
 ) -> NDArray[np.float32]:
-    """Score every row under the model that the job starts from.
-
-    Args:
-        reference: that model; in evaluation mode meanwhile.
-        pad_id: token on the right of shorter rows.
-        should_stop: asked between parts.
+    """Score every row under the model that the job starts from, in evaluation mode.
 
     Returns:
         Sums of log-likelihoods of the supervised tokens, float32 [N].
 
     Raises:
-        StoppedError: when `should_stop` said so.
+        StoppedError: when `should_stop`, called between micro-batches, returned True.
     """
     found_N = np.zeros(rows.num_rows, dtype=np.float32)
-    model = reference.attached.model
-    was_training = model.training
-    model.eval()
-    try:
-        for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
+    with model.evaluation_mode():
+        for some in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
             if should_stop():
                 raise StoppedError
-            found_N[part] = reference.row_log_likelihoods(collate(rows, part, pad_id)).cpu().numpy()
-    finally:
-        model.train(was_training)
+            found_N[some] = model.row_log_likelihoods(collate(rows, some, pad_id)).cpu().numpy()
     return found_N

@@ -3,7 +3,8 @@
 Legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -116,20 +117,29 @@ class JobModel:
         self.sample = sample.to(device)
         self.named_parameters = attached.named_trained_parameters()
         self.parameters = [parameter for _, parameter in self.named_parameters]
-        was_training = attached.model.training
-        attached.model.eval()
-        self.reference = ReferenceModel(method, attached, self.sample)
-        self.accelerated = self._find_accelerated()
-        # Training a whole model overwrites the base, so its logits are computed before.
-        self.start_logits_BTV = self._start_logits() if method.is_whole_model else None
+        with self.evaluation_mode():
+            self.reference = ReferenceModel(method, attached, self.sample)
+            self.accelerated = self._find_accelerated()
+            # Training a whole model overwrites the base, so its logits are computed before.
+            self.start_logits_BTV = self._start_logits() if method.is_whole_model else None
         # Logits of the sample before the first step, of a job that continues another model.
         self.parent_logits_BTV: torch.Tensor | None = None
-        attached.model.train(was_training)
 
     @property
     def path(self) -> str:
         """The code that runs the layers, as reports name it: `fused` by an accelerator, else `plain`."""
         return "plain" if self.accelerated is None else "fused"
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """Switch dropout off inside the block."""
+        module = self.attached.model
+        was_training = module.training
+        module.eval()
+        try:
+            yield
+        finally:
+            module.train(was_training)
 
     def loss(self, batch: Batch) -> Loss:
         """Score a batch's supervised tokens; differentiable unless gradients are switched off."""
@@ -177,14 +187,9 @@ class JobModel:
         Raises:
             SelfCheckError: when the loss comes from other logits than the model's, or these are not finite.
         """
-        model = self.attached.model
-        was_training = model.training
-        model.eval()
-        try:
+        with self.evaluation_mode():
             for sample in samples:
                 self._verify_on(sample.to(self.device))
-        finally:
-            model.train(was_training)
 
     @property
     def _path(self) -> TrainingModel:

@@ -28,7 +28,7 @@ class Origin:
 
 def write_artifact(
     folder: Path,
-    trainee: JobModel,
+    model: JobModel,
     origin: Origin,
     *,
     step: int,
@@ -40,7 +40,7 @@ def write_artifact(
 
     Args:
         folder: its final place; an older one there is replaced.
-        trainee: the model as it is now.
+        model: the model as it is now.
         log: the run's log so far, one JSON object a line.
 
     Returns:
@@ -50,15 +50,15 @@ def write_artifact(
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    digested = trainee.method.save(trainee.attached, building)
-    (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
+    digested = model.method.save(model.attached, building)
+    (building / CARD_NAME).write_text(_card(origin, model, step, metrics))
     (building / CANARY_NAME).write_text(canary.model_dump_json(exclude_defaults=True) + "\n")
     shutil.copyfile(log, building / LOG_NAME)
     return seal_folder(building, folder, digested=digested, base_digest=origin.spec.ground_digest)
 
 
 def take_over_artifact(
-    source: Path, folder: Path, trainee: JobModel, origin: Origin, *, step: int, metrics: Metrics
+    source: Path, folder: Path, model: JobModel, origin: Origin, *, step: int, metrics: Metrics
 ) -> Manifest:
     """Move an artifact that an earlier attempt may have written, with a card that names this one's model.
 
@@ -77,7 +77,7 @@ def take_over_artifact(
     source.rename(building)
     # Not written in place: other folders may hold the same file.
     (building / CARD_NAME).unlink()
-    (building / CARD_NAME).write_text(_card(origin, trainee, step, metrics))
+    (building / CARD_NAME).write_text(_card(origin, model, step, metrics))
     return seal_folder(
         building,
         folder,
@@ -87,20 +87,20 @@ def take_over_artifact(
     )
 
 
-def _card(origin: Origin, trainee: JobModel, step: int, metrics: Metrics) -> str:
+def _card(origin: Origin, model: JobModel, step: int, metrics: Metrics) -> str:
     """Return a model card: a YAML header that hubs read, then what a person wants to know."""
     spec, base = origin.spec, origin.base
     header = ModelCardData(
         base_model=base.id,
-        library_name=trainee.method.library_name or None,
+        library_name=model.method.library_name or None,
         license=base.licence,
         pipeline_tag="text-generation",
-        tags=["luthier", trainee.method.name],
+        tags=["luthier", model.method.name],
     )
     lines = ["---", header.to_yaml(), "---", ""]
     lines += [f"# {_code(origin.inputs.model_name)}", ""]
     lines += [
-        f"{trainee.method.title}, tuned from {_code(base.id)} by job {_code(origin.inputs.job_id)}.",
+        f"{model.method.title}, tuned from {_code(base.id)} by job {_code(origin.inputs.job_id)}.",
         "",
     ]
     if spec.foundation is not None:
@@ -113,7 +113,7 @@ def _card(origin: Origin, trainee: JobModel, step: int, metrics: Metrics) -> str
         "base digest": base.digest,
         **_lineage(spec),
         "steps": step,
-        "trained parameters": trainee.attached.num_trained_parameters,
+        "trained parameters": model.attached.num_trained_parameters,
         **{f"tuning.{key}": value for key, value in spec.tuning.items() if key != "type"},
         **spec.hyperparameters.model_dump(),
         # What a user asks the model is no fact about it.
@@ -123,7 +123,7 @@ def _card(origin: Origin, trainee: JobModel, step: int, metrics: Metrics) -> str
     }
     lines += ["| what | value |", "|---|---|"]
     lines += [f"| {key} | {_code(value)} |" for key, value in facts.items()]
-    lines += ["", "## Loading", "", trainee.method.loading, ""]
+    lines += ["", "## Loading", "", model.method.loading, ""]
     return "\n".join(lines)
 
 

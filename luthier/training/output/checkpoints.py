@@ -9,13 +9,12 @@ from luthier.core.events import CheckpointEvent, Metrics
 from luthier.core.specs import Canary
 from luthier.modeling.protocols import Batch
 from luthier.storage.manifests import Manifest
-from luthier.training.emit import EventWriter
 from luthier.training.job import Job
 from luthier.training.model.training_model import JobModel
 from luthier.training.output.artifact import take_over_artifact, write_artifact
-from luthier.training.output.canary import record_canary
 from luthier.training.output.hardlink import link_folder, unpack_folder
-from luthier.training.output.verification import check_artifact
+from luthier.training.output.verification import check_artifact, record_canary
+from luthier.training.process_io import EventWriter
 
 
 class Publisher:
@@ -34,7 +33,7 @@ class Publisher:
     def __init__(
         self,
         job: Job,
-        trainee: JobModel,
+        model: JobModel,
         writer: EventWriter,
         *,
         samples: list[Batch],
@@ -42,7 +41,7 @@ class Publisher:
         log: Path,
     ) -> None:
         self._job = job
-        self._trainee = trainee
+        self._model = model
         self._writer = writer
         self._samples = samples
         self._general_ids = general_ids
@@ -101,7 +100,7 @@ class Publisher:
     def take_chosen(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
         """Make the chosen checkpoint, proved when it was chosen, the result."""
         return take_over_artifact(
-            self._chosen, folder, self._trainee, self._job.origin, step=step, metrics=metrics
+            self._chosen, folder, self._model, self._job.origin, step=step, metrics=metrics
         )
 
     def restore_chosen(self, kept: Path | None) -> None:
@@ -112,11 +111,11 @@ class Publisher:
 
     def _write(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
         if self._proved is None or self._proved[0] != step:
-            self._trainee.verify(self._samples)
-            self._proved = step, record_canary(self._trainee, self._general_ids)
+            self._model.verify(self._samples)
+            self._proved = step, record_canary(self._model, self._general_ids)
         return write_artifact(
             folder,
-            self._trainee,
+            self._model,
             self._job.origin,
             step=step,
             metrics=metrics,
@@ -127,4 +126,4 @@ class Publisher:
     def _check(self, folder: Path) -> None:
         # Loading may draw random numbers; the steps after it must draw theirs as if it had not happened.
         with torch.random.fork_rng():
-            check_artifact(self._trainee, folder, self._samples[0])
+            check_artifact(self._model, folder, self._samples[0])

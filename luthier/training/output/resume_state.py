@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.storage.manifests import seal_folder, verify_folder
-from luthier.training.loop.progress import Progress
+from luthier.training.loop.run_stats import Progress
 from luthier.training.model.training_model import JobModel
 from luthier.training.output.hardlink import pack_folder
 
@@ -60,23 +60,23 @@ class SavePoints:
     def write(
         self,
         progress: Progress,
-        trainee: JobModel,
+        model: JobModel,
         optimizer: torch.optim.Optimizer,
         chosen: Path | None = None,
     ) -> Path:
         """Make the state after a step durable and drop all but the newest two.
 
         Args:
-            trainee: the model, between steps.
+            model: the model, between steps.
             chosen: folder of the checkpoint that may become the result though training went on.
         """
         building = self._folder / f".step-{progress.step:06d}.building"
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        names = trainee.named_parameters
+        names = model.named_parameters
         save_file({name: value.detach().cpu().contiguous() for name, value in names}, building / _WEIGHTS)
         save_file(_optimizer_tensors(names, optimizer), building / _OPTIMIZER)
-        save_file(_rng_tensors(trainee.device), building / _RNG)
+        save_file(_rng_tensors(model.device), building / _RNG)
         state = {
             "fingerprint": self._fingerprint,
             "progress": progress.model_dump(mode="json", exclude={"log"}),
@@ -117,7 +117,7 @@ class SavePoints:
         return None
 
     @staticmethod
-    def restore(save_point: SavePoint, trainee: JobModel, optimizer: torch.optim.Optimizer) -> None:
+    def restore(save_point: SavePoint, model: JobModel, optimizer: torch.optim.Optimizer) -> None:
         """Put back a save point's tensors and random states.
 
         Args:
@@ -126,8 +126,8 @@ class SavePoints:
         Raises:
             ArtifactCorruptError: when it holds other parameters than the model.
         """
-        _restore_tensors(save_point.folder, trainee, optimizer)
-        _restore_rng(save_point.folder, save_point.state, trainee.device)
+        _restore_tensors(save_point.folder, model, optimizer)
+        _restore_rng(save_point.folder, save_point.state, model.device)
 
     def _newest_first(self) -> list[Path]:
         folders = self._folder.glob("step-*")
@@ -144,8 +144,8 @@ def _optimizer_tensors(
     }
 
 
-def _restore_tensors(folder: Path, trainee: JobModel, optimizer: torch.optim.Optimizer) -> None:
-    names = trainee.named_parameters
+def _restore_tensors(folder: Path, model: JobModel, optimizer: torch.optim.Optimizer) -> None:
+    names = model.named_parameters
     weights = load_file(folder / _WEIGHTS)
     if set(weights) != {name for name, _ in names}:
         raise ArtifactCorruptError(f"The save point {folder.name} holds other parameters than the model.")

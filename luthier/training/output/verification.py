@@ -1,4 +1,4 @@
-"""Proofs that a result is one: it changes the logits, and what was saved gives the same logits.
+"""Verification of a result: it changes the logits, and what was saved gives the same. Records the canary.
 
 Beside the trained model only one more may come into memory: for a whole model the saved one, which has to
 be read in any case; for all other methods a second skeleton over the frozen weights of the first.
@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.core.errors import SelfCheckError
+from luthier.core.specs import MOST_ROUNDING, Canary
 from luthier.modeling.protocols import Batch
+from luthier.training.model.agreement import ComputesInFloat32, relative_gap
 from luthier.training.model.training_model import JobModel
 
 # Reloaded weights are the same bytes, so only the order of sums could differ.
@@ -18,48 +20,44 @@ _TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def check_artifact(trainee: JobModel, folder: Path, sample: Batch) -> None:
+def check_artifact(model: JobModel, folder: Path, sample: Batch) -> None:
     """Load a saved artifact as its users will and compare its logits with the trained model's.
 
     Args:
-        trainee: the model at the end of training; unchanged afterwards.
+        model: the model at the end of training; unchanged afterwards.
         folder: the artifact as it was written.
 
     Raises:
         SelfCheckError: when weights or logits are not finite, when the artifact gives the base's logits, or
             when it gives others than the trained model.
     """
-    if not all(torch.isfinite(parameter).all() for parameter in trainee.parameters):
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters):
         raise SelfCheckError("The trained weights are not all finite. Use a lower learning rate.")
-    method, model = trainee.method, trainee.attached.model
-    was_training = model.training
-    model.eval()
-    try:
-        if trainee.start_logits_BTV is None:
-            bare = bare_base(trainee)
-            token_ids_BT = sample.token_ids_BT.to(trainee.device)
+    method = model.method
+    with model.evaluation_mode():
+        if model.start_logits_BTV is None:
+            bare = bare_base(model)
+            token_ids_BT = sample.token_ids_BT.to(model.device)
             base = bare(input_ids=token_ids_BT, use_cache=False).logits
             loaded = method.load(bare, folder)
         else:
             # What the model was before it was overwritten is known for this sample alone.
-            sample, base = trainee.sample, trainee.start_logits_BTV
+            sample, base = model.sample, model.start_logits_BTV
             token_ids_BT = sample.token_ids_BT
-            loaded = method.load(trainee.attached.causal_lm, folder)
-        tuned = trainee.logits(sample)
-    finally:
-        model.train(was_training)
-    if trainee.parent_logits_BTV is not None and torch.equal(tuned, trainee.parent_logits_BTV):
+            loaded = method.load(model.attached.causal_lm, folder)
+        tuned = model.logits(sample)
+    if model.parent_logits_BTV is not None and torch.equal(tuned, model.parent_logits_BTV):
         raise SelfCheckError("The result gives the logits of the model it started from: nothing was learned.")
     _compare(tuned, base, method.logits(loaded, token_ids_BT))
 
 
-def bare_base(trainee: JobModel) -> PreTrainedModel:
-    """Build the base that a trainee's model lies on, without the method and without a copy of a weight.
+def bare_base(model: JobModel) -> PreTrainedModel:
+    """Build the base that a model's model lies on, without the method and without a copy of a weight.
 
     Returns:
-        The base in evaluation mode; its parameters are the trainee's own, so they must not be changed.
+        The base in evaluation mode; its parameters are the model's own, so they must not be changed.
     """
-    causal_lm = trainee.attached.causal_lm
+    causal_lm = model.attached.causal_lm
     with torch.device("meta"):
         bare: PreTrainedModel = type(causal_lm)(causal_lm.config)
     tensors = {
@@ -96,3 +94,38 @@ def logits_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two models of equal weights gave equal logits, but for the order of sums."""
     gap = (found.float() - expected.float()).abs().max().item()
     return bool(gap <= _TOLERANCE * max(1.0, found.abs().max().item()))
+
+
+# A server computes them, and four more, before a model is ready.
+_NUM_TOKENS = 4
+_NUM_CANDIDATES = 32
+
+
+@torch.no_grad()
+def record_canary(model: JobModel, general_ids: list[int]) -> Canary:
+    """Run a short text on the model as it is now.
+
+    Args:
+        model: the model; unchanged afterwards.
+        general_ids: tokens of a text that no user wrote.
+
+    Raises:
+        SelfCheckError: when the logits are not finite.
+    """
+    causal_lm = model.attached.causal_lm
+    token_ids = general_ids[:_NUM_TOKENS]
+    with model.evaluation_mode():
+        ids_1T = torch.tensor([token_ids], device=causal_lm.device)
+        own_V = model.method.logits(model.attached, ids_1T)[0, -1]
+        with ComputesInFloat32():
+            logits_V = model.method.logits(model.attached, ids_1T)[0, -1]
+    if not bool(torch.isfinite(own_V).all() and torch.isfinite(logits_V).all()):
+        raise SelfCheckError("The tuned model's logits are not finite. Use a lower learning rate.")
+    values, candidates = logits_V.topk(min(_NUM_CANDIDATES, len(logits_V)))
+    return Canary(
+        token_ids=token_ids,
+        candidates=candidates.tolist(),
+        logits=values.tolist(),
+        precision=str(causal_lm.dtype).removeprefix("torch."),
+        rounding=min(relative_gap(own_V[candidates], values), MOST_ROUNDING),
+    )

@@ -12,7 +12,7 @@ from tokenizers import processors
 from luthier.data.prepare.preparation import prepare_rows
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.training.loop.general_text import general_rows
+from luthier.training.loop.evaluation import general_rows
 from tests.tiny import build_tiny_base
 from tests.tools_base import TOOLS_TEMPLATE
 

@@ -14,8 +14,9 @@ from luthier.core.specs import BaseFacts
 from luthier.data.prepare.preference_pairs import rows_of_pairs
 from luthier.methods import Attached, Start, Workload, check_tuning, parse_tuning
 from luthier.modeling.load import load_base
+from luthier.training.loop.gradient_accumulation import compute_pair_gradients
 from luthier.training.model.batches import collate
-from luthier.training.model.dpo import PairBatch, compute_pair_gradients, pair_loss, reference_log_likelihoods
+from luthier.training.model.dpo import PairBatch, pair_loss, reference_log_likelihoods
 from luthier.training.model.training_model import JobModel, Untuned
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_pairs
 

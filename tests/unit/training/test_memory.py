@@ -9,8 +9,7 @@ from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.cost_model import max_part_tokens
 from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
-from luthier.training.model.device import Machine
-from luthier.training.model.memory import out_of_memory, there_is_bytes
+from luthier.training.model.device import Machine, out_of_memory, there_is_bytes
 from luthier.training.output.artifact import Origin
 from services.capacity.estimates import need_memory
 from tests.tiny import build_tiny_base, build_tiny_run

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from luthier.training.model.optimizer import build_optimizer, learning_rate_at
-from luthier.training.model.split_adamw import SplitAdamW
+from luthier.training.model.optimizer import SplitAdamW, build_optimizer, learning_rate_at
 
 
 def rates(num_steps: int, warmup_ratio: float = 0.1) -> list[float]:

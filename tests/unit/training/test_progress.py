@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.training.loop.progress import Pace
+from luthier.training.loop.run_stats import Pace
 
 
 def test_pace_counts_the_last_steps_only_and_the_time_left_follows() -> None:

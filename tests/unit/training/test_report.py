@@ -3,8 +3,7 @@
 import pytest
 
 from luthier.core.events import PhaseSeconds
-from luthier.training.loop.progress import Progress
-from luthier.training.loop.run_stats import Ledger
+from luthier.training.loop.run_stats import Progress, RunStats
 
 
 class Clock:
@@ -24,7 +23,7 @@ def test_sums_go_on_from_those_of_the_attempt_before() -> None:
         supervised_tokens_seen=40,
         peak_memory_bytes=2**60,
     )
-    ledger = Ledger(before, "cpu", clock=clock)
+    ledger = RunStats(before, "cpu", clock=clock)
     ledger.add_seconds("load", 2.0)
     with ledger.phase("train"):
         clock.now = 5.0
@@ -37,7 +36,7 @@ def test_sums_go_on_from_those_of_the_attempt_before() -> None:
 
 def test_the_time_of_what_failed_counts_too() -> None:
     clock = Clock()
-    ledger = Ledger(Progress(), "cpu", clock=clock)
+    ledger = RunStats(Progress(), "cpu", clock=clock)
     with pytest.raises(ValueError, match="no"), ledger.phase("evaluate"):
         clock.now = 3.0
         raise ValueError("no")

@@ -14,9 +14,8 @@ from luthier.core.events import FailedEvent, StoppedEvent, TrainingEvent, parse_
 from luthier.training import run as run_module
 from luthier.training.loop import evaluation as evaluate_module
 from luthier.training.loop.evaluation import evaluate
+from luthier.training.process_io import StoppedError, StopRequest
 from luthier.training.run import run
-from luthier.training.signals import StopRequest
-from luthier.training.stopping import StoppedError
 from tests.tiny import build_tiny_base, build_tiny_run
 
 

@@ -13,11 +13,10 @@ from luthier.core.specs import BaseFacts
 from luthier.methods import Start, Workload, check_tuning, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import Batch
-from luthier.training.loop.progress import Progress
-from luthier.training.loop.step import apply_gradients, compute_gradients
+from luthier.training.loop.gradient_accumulation import apply_gradients, compute_gradients
+from luthier.training.loop.run_stats import Progress
 from luthier.training.model.batches import collate
-from luthier.training.model.optimizer import build_optimizer
-from luthier.training.model.split_adamw import SplitAdamW
+from luthier.training.model.optimizer import SplitAdamW, build_optimizer
 from luthier.training.model.training_model import JobModel
 from luthier.training.output.resume_state import SavePoints
 from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows

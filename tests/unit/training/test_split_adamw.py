@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from luthier.training.model import split_adamw
-from luthier.training.model.split_adamw import SplitAdamW, _join, _take_apart
+from luthier.training.model import optimizer as split_adamw
+from luthier.training.model.optimizer import SplitAdamW, _join, _take_apart
 
 
 def test_putting_together_what_was_taken_apart_gives_every_number_back() -> None:

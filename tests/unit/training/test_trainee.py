@@ -12,7 +12,7 @@ from luthier.core.specs import BaseFacts
 from luthier.methods import Start, Workload, check_tuning, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import Batch
-from luthier.training.loop.step import apply_gradients, compute_gradients
+from luthier.training.loop.gradient_accumulation import apply_gradients, compute_gradients
 from luthier.training.model.batches import collate
 from luthier.training.model.optimizer import build_optimizer
 from luthier.training.model.training_model import JobModel

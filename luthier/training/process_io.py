@@ -1,10 +1,38 @@
-"""The child's voice: event lines on what was standard output, and nothing else ever on it."""
+"""What the training process exchanges with its worker: SIGTERM in, event lines out."""
 
 import os
+import signal
 import sys
 import time
+from types import FrameType
 
 from luthier.core.events import MessageEvent, ProgressEvent, TrainingEvent
+
+
+class StoppedError(Exception):
+    """TERM came in the middle of something that can be done again after a resume."""
+
+
+class StopRequest:
+    """Remembers that TERM came; the loop asks between steps.
+
+    `leave_at_once` is true while there is nothing to save (a process that waits for runs).
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.leave_at_once = False
+
+    def install(self) -> "StopRequest":
+        """Take over TERM in this process; must run on the main thread, before slow imports."""
+        signal.signal(signal.SIGTERM, self._on_term)
+        return self
+
+    def _on_term(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.is_set = True
+        if self.leave_at_once:
+            raise SystemExit(0)
+
 
 _PROGRESS_SECONDS = 15.0
 
