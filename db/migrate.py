@@ -35,11 +35,8 @@ def newest_revision() -> str | None:
 def upgrade(database: Database) -> None:
     """Run what is missing, in one transaction; a second process waits, then finds nothing to do.
 
-    A change of a table waits for a lock only shortly, since all that comes after it waits too; then all is
-    undone and tried again.
-
-    Raises:
-        OperationalError: when a table stays locked.
+    A locked table is waited for only shortly, since later statements queue behind it; then all is undone and
+    tried again.
     """
     for pause_seconds in (*_LOCK_PAUSES_SECONDS, None):
         try:

@@ -112,14 +112,7 @@ def page(
 def find_cursor(
     session: Session, table: type[OwnedRow], after: str | None, is_listed: ColumnElement[bool]
 ) -> OwnedRow | None:
-    """Find the row that ended the page before; one that was deleted since still marks its place.
-
-    Args:
-        after: the row's id, or None for the first page.
-
-    Raises:
-        InvalidValueError: when the list has no such row.
-    """
+    """Find the row that ended the page before, deleted or not; None for the first page."""
     if after is None:
         return None
     row = session.scalar(select(table).where(table.id == after, is_listed))

@@ -22,15 +22,7 @@ _FIRST_PROJECT = "personal"
 
 
 def ensure_first_rows(session: Session, settings: Settings) -> None:
-    """Make the first organization, its project, the first admin key, and rows for bases fetched here.
-
-    Args:
-        settings: `bootstrap_api_key` is stored as a hash when it is not known yet; when it is empty no
-            key is made.
-
-    Raises:
-        LuthierError: when the key does not have a key's shape.
-    """
+    """Make the first organization, its project, the first admin key (where one is set), and rows of bases."""
     organization = session.scalar(select(Organization).where(Organization.slug == settings.organization))
     if organization is None:
         organization = Organization(id=new_id("organization"), slug=settings.organization)

@@ -23,11 +23,7 @@ _log = structlog.get_logger()
 
 
 def make_celery(redis_url: str) -> Celery:
-    """Return the Celery application of API and workers. docs/operations.md explains each value.
-
-    Args:
-        redis_url: `redis://…`, or `redis+socket:///path` for a Unix socket.
-    """
+    """Return the Celery application; the URL is `redis://…`, or `redis+socket:///path` for a Unix socket."""
     app = Celery("luthier", broker=redis_url)
     app.conf.update(
         task_default_queue=QUEUE,

@@ -156,11 +156,7 @@ def stop_on_signals(context: WorkerContext) -> None:
 
 
 def make_context(settings: Settings, *, worker_id: str | None = None) -> WorkerContext:
-    """Make the parts of a worker, or of one of its processes; nothing is connected yet.
-
-    Args:
-        worker_id: the worker that the process belongs to; None makes a new one.
-    """
+    """Make the context of a worker, or of one of its processes; nothing is connected yet."""
     hostname = socket.gethostname()
     return WorkerContext(
         settings=settings,

@@ -37,11 +37,7 @@ def may_claim(context: WorkerContext) -> bool:
 
 
 def check_machine(context: WorkerContext) -> None:
-    """Find out whether a training process that died before it said anything is this machine's fault.
-
-    Raises:
-        UnsuitableMachineError: when no training process can run here; the worker is quarantined.
-    """
+    """Quarantine this worker, and raise UnsuitableMachineError, when no training process can run here."""
     fault = test_machine(context)
     if fault is not None:
         seconds = _quarantine(context, fault)

@@ -23,11 +23,7 @@ class UnreadableSpecError(Exception):
 
 
 def read_spec(job: Job) -> TrainingSpec:
-    """Return a job's specification.
-
-    Raises:
-        UnreadableSpecError: when it is of a version, or has a field, that this code does not know.
-    """
+    """Return a job's specification; raises UnreadableSpecError for one of an unknown version or field."""
     try:
         return TrainingSpec.model_validate(job.spec)
     except ValidationError as error:

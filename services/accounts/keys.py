@@ -49,11 +49,7 @@ _NOTE_USE = (
 
 
 def authenticate(session: Session, key: str) -> Principal:
-    """Find the project that a key opens.
-
-    Args:
-        key: the key in plain text, as it came in the request.
-    """
+    """Return the principal of a key in plain text; raises UnauthenticatedError for an unknown one."""
     row = (
         session.execute(_FIND, {"key_hash": hash_api_key(key)}).one_or_none() if is_well_formed(key) else None
     )
@@ -85,14 +81,7 @@ def _require_admin(principal: Principal) -> None:
 def create(
     session: Session, principal: Principal, *, name: str, project_name: str | None, is_admin: bool = False
 ) -> tuple[ApiKey, str, str]:
-    """Make a key, and its project when no project of that name is there yet.
-
-    Args:
-        project_name: the project that the key opens; the caller's own when None.
-
-    Raises:
-        PermissionDeniedError: when the caller is no admin.
-    """
+    """Make a key for a project, by default the caller's own; an unknown project is made. Admins only."""
     _require_admin(principal)
     if project_name is None:
         project = session.get_one(Project, principal.project_id)
@@ -151,11 +140,7 @@ def ensure_project(session: Session, organization_id: str, name: str) -> Project
 
 
 def list_(session: Session, principal: Principal) -> Sequence[tuple[ApiKey, str]]:
-    """List the organization's keys, newest first.
-
-    Raises:
-        PermissionDeniedError: when the caller is no admin.
-    """
+    """List the organization's keys, newest first, each with its project's name. Admins only."""
     _require_admin(principal)
     found = session.execute(
         select(ApiKey, Project.name)
@@ -167,12 +152,7 @@ def list_(session: Session, principal: Principal) -> Sequence[tuple[ApiKey, str]
 
 
 def revoke(session: Session, principal: Principal, key_id: str) -> None:
-    """Make a key useless from the next request on.
-
-    Raises:
-        PermissionDeniedError: when the caller is no admin.
-        InvalidRequestError: when it is the key that asks.
-    """
+    """Make a key useless from the next request on. Admins only; a key can't revoke itself."""
     _require_admin(principal)
     if key_id == principal.key_id:
         raise InvalidRequestError("A key can't revoke itself; use another admin key.", param="id")

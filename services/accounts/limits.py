@@ -27,11 +27,7 @@ _WAITING = bindparam(
 
 
 def check_queued_jobs(session: Session, project_id: str, limit: int) -> None:
-    """Refuse one more job when as many wait as may.
-
-    Raises:
-        TooManyRequestsError: when the project is at its limit.
-    """
+    """Refuse one more job when the limit of waiting jobs is reached."""
     lock_key(session, f"{project_id} queued jobs")
     num_waiting = session.scalar(
         select(func.count()).where(
@@ -46,11 +42,7 @@ def check_queued_jobs(session: Session, project_id: str, limit: int) -> None:
 
 
 def check_open_uploads(session: Session, project_id: str, limit: int) -> None:
-    """Refuse one more upload in parts when as many are open as may be.
-
-    Raises:
-        TooManyRequestsError: when the project is at its limit.
-    """
+    """Refuse one more upload when the limit of open uploads is reached."""
     lock_key(session, f"{project_id} open uploads")
     num_open = session.scalar(
         select(func.count()).where(
@@ -67,14 +59,7 @@ def check_open_uploads(session: Session, project_id: str, limit: int) -> None:
 
 
 def check_stored_bytes(session: Session, project_id: str, limit: int, *, num_new_bytes: int) -> None:
-    """Refuse bytes beyond the limit of the project's files; what open uploads declared counts too.
-
-    Args:
-        limit: in bytes; 0 means none.
-
-    Raises:
-        TooLargeError: when they do not fit.
-    """
+    """Refuse bytes beyond the project's limit (0: none); what open uploads declared counts too."""
     if limit == 0:
         return
     lock_key(session, f"{project_id} stored bytes")
@@ -96,11 +81,7 @@ def check_stored_bytes(session: Session, project_id: str, limit: int, *, num_new
 
 
 def check_pinned_bytes(session: Session, model: Model, room_bytes: Mapping[str, int], share: float) -> None:
-    """Refuse a model, pinned just now, that takes its project's pinned models over their share of the memory.
-
-    Raises:
-        PinLimitError: when they take more, by the sizes of their artifacts.
-    """
+    """Refuse a model, pinned just now, with which the project's pins exceed their share of memory."""
     lock_key(session, f"{model.project_id} pinned models")
     weights = aliased(Model)
     num_bytes = Job.report["run"]["artifact_bytes"].astext.cast(BigInteger)

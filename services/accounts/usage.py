@@ -115,13 +115,8 @@ def completions(
 ) -> tuple[list[UsageBucket], str | None]:
     """Report the usage of inference in buckets that begin at multiples of their width.
 
-    An admin key sees its organization, any other key its project.
-
-    Returns:
-        The buckets, empty ones too, and the next page's cursor, None after the last.
-
-    Raises:
-        InvalidValueError: when the range, the limit or the cursor is no good.
+    An admin key sees its organization, any other key its project. Empty buckets are included; the second
+    value is the cursor of the next page, None after the last.
     """
     width = _WIDTH_SECONDS[query.bucket_width]
     start, end = _range(query)

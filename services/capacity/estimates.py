@@ -85,14 +85,7 @@ def estimate(
     grounds: Grounds | None,
     memory_bytes: int | None,
 ) -> Estimate:
-    """Estimate what a job would take.
-
-    Args:
-        grounds: the device, and jobs that finished on it; None where no worker has measured its device yet.
-
-    Raises:
-        InvalidRequestError: when a parameter does not fit the base.
-    """
+    """Estimate a job's steps, tokens, seconds and bytes; no seconds without `grounds` (a measured device)."""
     num_held_back = _num_held_back(spec.training.validation_split, training.num_kept)
     num_train_rows = training.num_kept - num_held_back
     share = num_train_rows / max(1, training.num_examples)
@@ -176,11 +169,7 @@ def estimate(
 def need_memory(
     spec: TrainingSpec, *, base: BaseFacts, shape: BaseShape, longest: int, device: str, precision: str
 ) -> MemoryNeed:
-    """Return what a job's training process needs.
-
-    Args:
-        longest: tokens of the longest row.
-    """
+    """Return the memory that a job's training process needs; `longest` is the tokens of the longest row."""
     method, params = parse_tuning(spec.tuning)
     cost = method.cost(params, shape)
     batch_size = spec.hyperparameters.batch_size

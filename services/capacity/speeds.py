@@ -112,11 +112,7 @@ def finished_job(
     num_reference_tokens: int,
     tokens_per_example: float,
 ) -> FinishedJob:
-    """Return what a job did and took, by its report, in the numbers of services.capacity.estimates.
-
-    Args:
-        tokens_per_example: of the training file's rows, without virtual tokens.
-    """
+    """Return the work and seconds of a finished job, by its report, in the terms of the cost model."""
     epochs: Any = ran.spec.hyperparameters.n_epochs
     has_pairs = ran.spec.dpo is not None
     num_evaluations = len(ran.evaluations) + (ran.base_evaluation is not None)

@@ -139,11 +139,7 @@ def may_take(worker_id: str) -> ColumnElement[bool]:
 
 
 def can_run(bases: Mapping[str, str | None], unreadable: Collection[str]) -> ColumnElement[bool]:
-    """Select the jobs that a machine can run.
-
-    Args:
-        bases: the digest of each base that it has, None for those that it would fetch.
-    """
+    """Select the jobs that a machine can run, by the digest of each base (None: it would be fetched)."""
     digest = Job.spec["base"]["digest"].astext
     suitable = [
         (Job.base_id == base_id)

@@ -101,11 +101,7 @@ def list_(
     is_ascending: bool,
     purpose: str | None,
 ) -> tuple[Sequence[File], bool]:
-    """Return a page of the project's files, and whether more follow.
-
-    Raises:
-        InvalidValueError: when `after` is no file of the project.
-    """
+    """Return a page of the project's files, and whether more follow."""
     statement = select(File).where(
         File.project_id == principal.project_id, File.deleted_at.is_(None), is_unexpired()
     )
@@ -116,11 +112,7 @@ def list_(
 
 
 def delete(session: Session, principal: Principal, file_id: str) -> File:
-    """Make a file unknown; the caller deletes its bytes after the commit.
-
-    Raises:
-        FileInUseError: when an unfinished job reads it.
-    """
+    """Make a file unknown unless an unfinished job reads it; its bytes are deleted after the commit."""
     row = _find(session, principal, file_id, for_update=True)
     if row is None:
         raise NotFoundError(f"No such File object: {file_id[:64]}", param="id")

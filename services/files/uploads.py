@@ -94,11 +94,7 @@ def get(session: Session, principal: Principal, upload_id: str) -> Upload:
 
 
 def get_open(session: Session, principal: Principal, upload_id: str) -> Upload:
-    """Return an upload that still takes parts, locked until the transaction ends.
-
-    Raises:
-        InvalidUploadStateError: when it is at its end, or its time is over.
-    """
+    """Return an upload that still takes parts, locked until the transaction ends."""
     row = get(session, principal, upload_id)
     check_pending(row)
     if session.scalar(select(Upload.expires_at <= func.now()).where(Upload.id == upload_id)):
@@ -107,11 +103,7 @@ def get_open(session: Session, principal: Principal, upload_id: str) -> Upload:
 
 
 def check_pending(row: Upload) -> None:
-    """Refuse what only a pending upload allows.
-
-    Raises:
-        InvalidUploadStateError: when it is at its end.
-    """
+    """Refuse what only a pending upload allows."""
     if row.status != UploadStatus.PENDING.value:
         raise _not_pending(row.id, UploadStatus(row.status))
 
@@ -125,12 +117,7 @@ def _not_pending(upload_id: str, status: UploadStatus) -> InvalidUploadStateErro
 
 
 def record_part(session: Session, principal: Principal, upload_id: str, stored: StoredPart) -> UploadPart:
-    """Make a part of an upload exist.
-
-    Raises:
-        InvalidUploadStateError: when it takes no more parts.
-        InvalidValueError: when its parts would hold far more than was declared, or are too many.
-    """
+    """Make a part of an upload exist, within the number of parts and bytes that the upload allows."""
     upload = get_open(session, principal, upload_id)
     # Counted under the upload's lock: parts that come at the same time pass here one after the other.
     num_parts, num_bytes = session.execute(
@@ -157,11 +144,7 @@ def record_part(session: Session, principal: Principal, upload_id: str, stored: 
 
 
 def cancel(session: Session, principal: Principal, upload_id: str) -> tuple[Upload, list[str]]:
-    """End an upload for which nothing more is to come.
-
-    Raises:
-        InvalidUploadStateError: when it is at its end already.
-    """
+    """End a pending upload; return it with the storage keys of its parts."""
     row = get(session, principal, upload_id)
     check_pending(row)
     row.status, row.ended_at = UploadStatus.CANCELLED.value, func.now()
@@ -262,12 +245,8 @@ def finish_completing(
 ) -> tuple[Upload, File | None]:
     """Make the file of an upload exist, and the upload completed.
 
-    Returns:
-        The upload and its file. The file is another one than `stored` when a twin of this request was
-        faster; then the bytes of `stored` are not needed.
-
-    Raises:
-        InvalidUploadStateError: when it has been cancelled or completed otherwise meanwhile.
+    The file is another one than `stored` when a duplicate of this request was faster; then the bytes of
+    `stored` are not needed.
     """
     row = get(session, principal, upload_id)
     if row.status == UploadStatus.COMPLETED.value and _is_same_complete(row, part_ids, md5):

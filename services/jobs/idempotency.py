@@ -40,11 +40,7 @@ class Sending:
 def find_earlier(session: Session, principal: Principal, sending: Sending) -> str | None:
     """Return the id of what the same request made before, or None when it is new.
 
-    The caller holds the lock taken here until its transaction ends, so that twins sent at the same
-    time make one thing.
-
-    Raises:
-        IdempotencyKeyReusedError: when the key came before with another body.
+    The lock taken here lasts until the transaction ends, so that concurrent duplicates make one thing.
     """
     route, key, body_sha256 = sending.route, sending.key, sending.body_sha256
     lock_key(session, f"{principal.project_id} {route} {key or f'{principal.key_id} {body_sha256}'}")

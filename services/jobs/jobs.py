@@ -253,11 +253,7 @@ def list_(
     metadata: dict[str, str] | None,
     has_no_metadata: bool = False,
 ) -> tuple[Sequence[Job], bool]:
-    """Return a page of the project's jobs, newest first, and whether more follow.
-
-    Raises:
-        InvalidValueError: when `after` is no job of the project.
-    """
+    """Return a page of the project's jobs, newest first, and whether more follow."""
     statement = select(Job).where(Job.project_id == principal.project_id, Job.deleted_at.is_(None))
     if metadata:
         statement = statement.where(Job.user_metadata.contains(metadata))
@@ -279,11 +275,7 @@ def list_(
 def list_events(
     session: Session, principal: Principal, job_id: str, *, after: str | None, limit: int
 ) -> tuple[Sequence[JobEvent], bool]:
-    """Return a page of a job's events, newest first, and whether more follow.
-
-    Raises:
-        InvalidValueError: when `after` is no event of it.
-    """
+    """Return a page of a job's events, newest first, and whether more follow."""
     job = get(session, principal, job_id)
     statement: Select[Any] = select(JobEvent).where(JobEvent.job_id == job.id)
     cursor = find_cursor(session, JobEvent, after, JobEvent.job_id == job.id)
@@ -296,11 +288,7 @@ def list_events(
 def list_checkpoints(
     session: Session, principal: Principal, job_id: str, *, after: str | None, limit: int
 ) -> tuple[Sequence[tuple[Checkpoint, str]], bool]:
-    """Return a page of a job's checkpoints with their models' names, highest step first.
-
-    Raises:
-        InvalidValueError: when `after` is no checkpoint of it.
-    """
+    """Return a page of a job's checkpoints with their models' names, highest step first."""
     job = get(session, principal, job_id)
     statement = (
         select(Checkpoint, Model.name)
@@ -315,11 +303,7 @@ def list_checkpoints(
 
 
 def cancel(session: Session, principal: Principal, job_id: str) -> Job:
-    """End a job at once; its worker sees it within a second and kills the training process.
-
-    Raises:
-        InvalidTransitionError: when it has ended already.
-    """
+    """End an unfinished job at once; its worker sees it within a second and kills the training process."""
     job = get(session, principal, job_id, for_update=True)
     try:
         check_transition(JobStatus(job.status), JobStatus.CANCELLED)
@@ -340,12 +324,7 @@ def cancel(session: Session, principal: Principal, job_id: str) -> Job:
 
 
 def with_checked_integrations(session: Session, settings: Settings, request: NewJob) -> NewJob:
-    """Return the request with its integrations checked, or refuse it.
-
-    Raises:
-        InvalidRequestError: when one is malformed, not set up, or no worker at hand has its package; the
-            message names what the operator must do.
-    """
+    """Return the request with its integrations checked: well-formed, set up, and installed on a worker."""
     if not request.integrations:
         return request
     found = check_integrations(request.integrations, settings)

@@ -123,11 +123,7 @@ def claim_for_training(
     on_wait: Callable[[memory.Waiting], None] = lambda _: None,
     can_run: ColumnElement[bool] = _ANY,
 ) -> tuple[Lease, Job] | None:
-    """Take the queued job in turn if the worker has a free slot and the job's memory is free.
-
-    Returns:
-        The lease and the job, now `running`; None when there is no job, no slot or no memory.
-    """
+    """Claim the next queued job, or None without a job, a free slot or free memory; it is then `running`."""
     worker = workers.lock(session, worker_id)
     if worker.quarantine_reason is not None:
         return None
@@ -356,10 +352,7 @@ def sweep(session: Session, *, limit: int = 100) -> Sequence[str]:
     """Take jobs from workers whose lease has expired, at most `limit`; return their ids.
 
     Not a crash of the job. The caller has seen the database for as long as a lease lasts, so that after an
-    outage the workers that train renew first.
-
-    Returns:
-        Ids of the jobs that were taken; two sweepers never take the same one.
+    outage the workers that train renew first. Two sweepers never take the same job.
     """
     lost = session.scalars(
         select(Job)

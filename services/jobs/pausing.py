@@ -21,11 +21,7 @@ STOPS_ATTEMPT = frozenset({JobStatus.PAUSING, JobStatus.QUEUED})
 
 
 def pause(session: Session, principal: Principal, job_id: str) -> Job:
-    """Pause a job: a queued one at once, a running one at its next step (`pausing` until then).
-
-    Raises:
-        InvalidTransitionError: when it is neither queued nor running.
-    """
+    """Pause a job: a queued one at once, a running one at its next step (`pausing` until then)."""
     job = jobs.get(session, principal, job_id, for_update=True)
     status = JobStatus(job.status)
     if status is JobStatus.QUEUED:
@@ -53,11 +49,7 @@ def _why_not_paused(status: JobStatus) -> str:
 
 
 def resume(session: Session, principal: Principal, notify: Notify, job_id: str) -> Job:
-    """Resume a paused or pausing job from its newest save point; it is `queued`.
-
-    Raises:
-        InvalidTransitionError: when it is neither paused nor pausing.
-    """
+    """Resume a paused or pausing job from its newest save point; it is `queued`."""
     job = jobs.get(session, principal, job_id, for_update=True)
     status = JobStatus(job.status)
     if status not in (JobStatus.PAUSED, JobStatus.PAUSING):

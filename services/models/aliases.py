@@ -168,11 +168,7 @@ def point(
     target: Target,
     restored_number: int | None = None,
 ) -> Pointing:
-    """Point an alias, locked, or a new one to a target; to the one that it has, and nothing is changed.
-
-    Args:
-        alias: its row, None for a new one.
-    """
+    """Point an alias (locked; None: a new one) to a target; nothing changes where it points there already."""
     if alias is not None and _points_to(session, alias, target):
         return _with_targets(session, [alias])[0]
     # The clock and not the transaction's time: that of one which waited for the lock is before its
@@ -207,11 +203,7 @@ def _points_to(session: Session, alias: Alias | None, target: Target) -> bool:
 
 
 def get_version(session: Session, alias: Alias, number: int) -> AliasVersion:
-    """Return an alias's version of that number.
-
-    Raises:
-        InvalidValueError: when it has none.
-    """
+    """Return an alias's version of that number."""
     version = session.scalar(
         select(AliasVersion).where(AliasVersion.alias_id == alias.id, AliasVersion.number == number)
     )
@@ -260,11 +252,7 @@ def get(session: Session, principal: Principal, name: str) -> Pointing:
 def list_(
     session: Session, principal: Principal, *, after: str | None, limit: int
 ) -> tuple[list[Pointing], bool]:
-    """Return a page of the project's aliases, newest first, and whether more follow.
-
-    Raises:
-        InvalidValueError: when `after` is no alias of the project.
-    """
+    """Return a page of the project's aliases, newest first, and whether more follow."""
     cursor = find_cursor(session, Alias, after, Alias.project_id == principal.project_id)
     statement = select(Alias).where(Alias.project_id == principal.project_id, Alias.deleted_at.is_(None))
     rows, has_more = page(session, statement, Alias, after=cursor, limit=limit)
@@ -290,11 +278,7 @@ class PastPointing:
 def list_versions(
     session: Session, principal: Principal, name: str, *, after: str | None, limit: int
 ) -> tuple[list[PastPointing], bool]:
-    """Return a page of what an alias has pointed to, newest first, and whether more follow.
-
-    Raises:
-        InvalidValueError: when `after` is no version of it.
-    """
+    """Return a page of what an alias has pointed to, newest first, and whether more follow."""
     alias = get_row(session, principal, name)
     cursor = find_cursor(session, AliasVersion, after, AliasVersion.alias_id == alias.id)
     statement = (
@@ -327,13 +311,8 @@ def find_way_back(
 ) -> WayBack:
     """Return where a rollback of an alias goes; nothing is changed.
 
-    Args:
-        number: the version; the one before when None, counted from what a rollback restored: one rollback
-            after another goes further back.
-
-    Raises:
-        InvalidValueError: when it has no such version.
-        ModelNotAvailableError: when the weights of that version are not there any more.
+    Without a number that is the version before, counted from what a rollback restored: repeated rollbacks go
+    further back. Raises where that version, or its weights, do not exist.
     """
     alias = get_row(session, principal, name)
     if number is None:
@@ -353,14 +332,7 @@ def find_way_back(
 def roll_back(
     session: Session, principal: Principal, catalogue: Catalogue, name: str, way: WayBack
 ) -> Pointing | None:
-    """Point an alias to what an earlier version pointed to, as a new version.
-
-    Returns:
-        The alias; None, and nothing is changed, where it was pointed elsewhere since the way was found.
-
-    Raises:
-        ModelNotAvailableError: when the weights of that version are not there any more.
-    """
+    """Point an alias to an earlier version's target, as a new version; None where it has changed."""
     alias = get_row(session, principal, name, for_update=True)
     if (alias.id, alias.version) != (way.alias_id, way.alias_version):
         return None

@@ -127,12 +127,7 @@ def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArti
 
 
 def check_unneeded(session: Session, model: Model) -> None:
-    """Refuse to delete a model that others continue, or that an alias of its project points to.
-
-    Raises:
-        ModelInUseError: when an alias points to it, an unfinished job starts from it, or an
-            existing model was tuned from it; names them.
-    """
+    """Refuse to delete a model that others continue, or that an alias of its project points to."""
     aliases = session.scalars(
         select(Alias.name)
         .where(Alias.model_id == model.id, Alias.project_id == model.project_id, Alias.deleted_at.is_(None))

@@ -52,12 +52,7 @@ def find(session: Session, principal: Principal, name: str, *, for_update: bool 
 
 
 def get_own(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
-    """Return the project's tuned model or checkpoint of that name.
-
-    Raises:
-        PermissionDeniedError: when it is another project's, which lets this one call it and no more.
-        InvalidValueError: when the name is an alias, a base's, or mapped to a base.
-    """
+    """Return the project's own tuned model or checkpoint; refuses aliases, bases and shared models."""
     model = names.find_callable(session, principal, name)
     if model is None:
         if find_alias(session, principal.project_id, name) is not None:
@@ -103,12 +98,7 @@ def resolve(session: Session, principal: Principal, catalogue: Catalogue, name: 
 
 
 def pin(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
-    """Let inference servers keep the project's own model in memory from its next request on.
-
-    Raises:
-        InvalidValueError: when the name is a base's or an alias.
-        PermissionDeniedError: when it is another project's.
-    """
+    """Let inference servers keep the project's own model in memory from its next request on."""
     return _set_pinned(session, principal, catalogue, name, is_pinned=True)
 
 
@@ -226,12 +216,7 @@ def end_permissions(session: Session, model_ids: Sequence[str]) -> None:
 
 
 def delete(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
-    """Make a tuned model unknown; the caller deletes its bytes after the commit.
-
-    Raises:
-        PermissionDeniedError: when the name is a base's, or another project's that is shared with this one.
-        ModelInUseError: when others continue it.
-    """
+    """Make a tuned model unknown, unless it is needed; the caller deletes its bytes after the commit."""
     model = find(session, principal, name, for_update=True)
     if model is None:
         if names.find_base(session, catalogue, name) is not None:

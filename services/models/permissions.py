@@ -19,14 +19,7 @@ from services.models import models, names
 def create(
     session: Session, principal: Principal, model_name: str, project_ids: Sequence[str]
 ) -> list[CheckpointPermission]:
-    """Let projects call a model of the caller's project.
-
-    Returns:
-        A permission for each project, in the order asked for; the one that is there already, where one is.
-
-    Raises:
-        InvalidValueError: when a project is unknown or the owner itself; nothing is granted then.
-    """
+    """Let projects of the organization call a model; returns one permission a project, new or existing."""
     # Twins of one request pass one after the other, and the second finds the first's. Who deletes the model
     # ends its permissions: none is granted while that is under way.
     model = _get_model(session, principal, model_name, for_update=True)
@@ -89,11 +82,7 @@ def list_(
     is_ascending: bool,
     project_id: str | None,
 ) -> tuple[Sequence[CheckpointPermission], bool]:
-    """Return a page of a model's permissions, and whether more follow.
-
-    Raises:
-        InvalidValueError: when `after` is no permission of it.
-    """
+    """Return a page of a model's permissions, and whether more follow."""
     model = _get_model(session, principal, model_name)
     statement = select(CheckpointPermission).where(
         CheckpointPermission.model_id == model.id, CheckpointPermission.deleted_at.is_(None)

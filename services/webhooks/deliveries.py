@@ -68,11 +68,8 @@ def enqueue(session: Session, job_id: str, status: JobStatus) -> None:
 def claim_due(
     session: Session, sealer: Sealer, *, limit: int, timeout_seconds: float
 ) -> list[ClaimedDelivery]:
-    """Claim deliveries that are due; they are due again when their try is not recorded in time.
-
-    Returns:
-        The tries, those that wait longest first, and few of any one project, so that one whose receivers
-        hang holds up no other; two callers never get the same one.
+    """Claim due deliveries, longest waiting first and few of any one project, so that a hanging receiver does
+    not delay other projects; they are due again when their try is not recorded in time.
     """
     is_due = and_(WebhookDelivery.finished_at.is_(None), WebhookDelivery.next_try_at <= func.now())
     turn = func.row_number().over(
@@ -129,12 +126,9 @@ def prune(session: Session, *, kept_seconds: float, limit: int) -> int:
 
 
 def record(session: Session, claimed: ClaimedDelivery, outcome: Outcome, *, chance: float) -> None:
-    """Write down what came of a try: delivered, to be tried again, or given up after 72 hours.
+    """Record the outcome of a try: delivered, to be tried again, or given up after 72 hours.
 
-    A try that took so long that another one has begun writes nothing.
-
-    Args:
-        chance: a random number from 0 to 1, for the pause before the next.
+    A try that was overtaken by another one writes nothing. `chance` is a random number from 0 to 1.
     """
     delivery = session.scalar(
         select(WebhookDelivery)

@@ -41,11 +41,7 @@ def _check_event_types(event_types: Sequence[str]) -> list[str]:
 
 
 def check_event_type(event_type: str, *, param: str) -> None:
-    """Refuse a type of event that this service never sends.
-
-    Raises:
-        InvalidValueError: when it is none of EVENT_TYPES; the message lists them.
-    """
+    """Refuse a type of event that this service never sends."""
     if event_type not in EVENT_TYPES:
         raise InvalidValueError(f"{param}: this service sends {', '.join(EVENT_TYPES)}.", param=param)
 
@@ -60,12 +56,7 @@ def create(
     url: str,
     event_types: Sequence[str],
 ) -> tuple[WebhookEndpoint, str]:
-    """Register a receiver.
-
-    Raises:
-        InvalidRequestError: when the URL or a type is refused, or the project has as many as it may.
-        SecretKeyError: when there is no key to seal with.
-    """
+    """Register a receiver; return it with its secret, which is shown only now."""
     check_url(url, rules)
     types = _check_event_types(event_types)
     lock_key(session, f"{principal.project_id} webhook endpoints")
@@ -107,11 +98,7 @@ def get(
 def list_(
     session: Session, principal: Principal, *, after: str | None, limit: int
 ) -> tuple[Sequence[WebhookEndpoint], bool]:
-    """Return a page of the project's endpoints, newest first, and whether more follow.
-
-    Raises:
-        InvalidValueError: when `after` is no endpoint of the project.
-    """
+    """Return a page of the project's endpoints, newest first, and whether more follow."""
     cursor = find_cursor(session, WebhookEndpoint, after, WebhookEndpoint.project_id == principal.project_id)
     statement = select(WebhookEndpoint).where(
         WebhookEndpoint.project_id == principal.project_id, WebhookEndpoint.deleted_at.is_(None)
@@ -122,11 +109,7 @@ def list_(
 def change(
     session: Session, principal: Principal, rules: TargetRules, endpoint_id: str, wanted: EndpointChange
 ) -> WebhookEndpoint:
-    """Change an endpoint; what still waits to be sent goes to its new URL.
-
-    Raises:
-        InvalidValueError: when the URL or a type is refused.
-    """
+    """Change an endpoint; pending deliveries go to its new URL."""
     endpoint = get(session, principal, endpoint_id, for_update=True)
     values: dict[str, object] = {}
     if wanted.name is not None:
@@ -149,11 +132,7 @@ def change(
 def rotate_secret(
     session: Session, principal: Principal, sealer: Sealer, endpoint_id: str, *, keeps_old: bool
 ) -> tuple[WebhookEndpoint, str]:
-    """Give an endpoint a new signing secret.
-
-    Raises:
-        SecretKeyError: when there is no key to seal with.
-    """
+    """Give an endpoint a new signing secret, returned only now; the old one may sign for 24 hours more."""
     endpoint = get(session, principal, endpoint_id, for_update=True)
     old_secret = None
     if keeps_old and endpoint.secret != "":
@@ -187,12 +166,7 @@ def delete(session: Session, principal: Principal, endpoint_id: str) -> None:
 
 
 def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> tuple[str, ...]:
-    """Return the secrets that sign at a moment, the newest first.
-
-    Raises:
-        InvalidValueError: when the endpoint's secret was erased.
-        SecretKeyError: when its secret can't be opened.
-    """
+    """Return the secrets that sign at a moment, the newest first; raises where the newest can't be opened."""
     if endpoint.secret == "":
         raise InvalidValueError(
             f"webhook_endpoint_id: {endpoint.id} has no signing secret any more; rotate it to get one.",
@@ -211,13 +185,10 @@ def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> 
 
 
 def reseal(session: Session, sealer: Sealer) -> int:
-    """Bring every signing secret under the first key, those too that an older version stored plainly.
+    """Seal every signing secret with the first key, also those that an older version stored in plain text.
 
-    What is under it already stays as it is; old secrets that sign no more are erased.
-
-    Raises:
-        SecretKeyError: when there are secrets and no key, or one was sealed with another key; nothing is
-            changed then.
+    Expired old secrets are erased. Raises SecretKeyError, and changes nothing, without a key or where a
+    secret was sealed with another one.
     """
     endpoints = session.scalars(
         select(WebhookEndpoint)
@@ -240,14 +211,7 @@ def reseal(session: Session, sealer: Sealer) -> int:
 
 
 def reseal_secret(sealer: Sealer, stored: str) -> str:
-    """Bring one stored secret under the first key.
-
-    Args:
-        stored: sealed with any of them, or plain as older versions stored it.
-
-    Raises:
-        SecretKeyError: when there is no key, or it was sealed with another one.
-    """
+    """Seal one stored secret, sealed with any key or plain, with the first key."""
     if sealer.opens_with_first(stored):
         return stored
     return sealer.seal(stored if is_secret(stored) else sealer.open(stored))

@@ -89,11 +89,7 @@ def _fetch(storage: Storage, stored: dict[str, StoredArtifact], run_dir: Path) -
 
 
 def ensure_jobs_base(context: WorkerContext, lease: Lease, entry: CatalogueEntry) -> BaseFacts:
-    """Fetch a job's base model to this machine, with an event, unless it is there.
-
-    Raises:
-        BaseUnavailableError: when the base can't be fetched; the message says what to do.
-    """
+    """Fetch a job's base model to this machine, with an event, unless it is there."""
     is_announced = False
 
     def announce(stage: str) -> None:

@@ -95,11 +95,7 @@ class TrainingChild:
         return self._process.pid
 
     def poll_events(self, timeout_seconds: float) -> list[TrainingEvent]:
-        """Wait for event lines.
-
-        Raises:
-            SelfCheckError: when a line is no event.
-        """
+        """Wait for event lines; raises SelfCheckError for a line that is no event."""
         if not self._is_open:
             return []
         if not self._selector.select(timeout_seconds):

@@ -67,11 +67,7 @@ def _leading_step(options: TrainingOptions, report: dict[str, Any] | None) -> in
 
 @dataclass
 class Publisher:
-    """What one attempt puts into storage, and the rows that make it exist.
-
-    Args:
-        storage: where bytes go.
-    """
+    """Puts the output of one attempt into storage, and writes the rows that make it exist."""
 
     storage: Storage
     event_buffer: EventBuffer
@@ -109,11 +105,7 @@ class Publisher:
             self._drop(dropped)
 
     def _folder(self, path: str) -> Path:
-        """Return a folder that the process names, which must be one of its run directory.
-
-        Raises:
-            SelfCheckError: when it is elsewhere, or a link leads elsewhere.
-        """
+        """Return a folder that the process names, which must be in its run directory."""
         folder = self.run_dir / path
         if not folder.resolve().is_relative_to(self.run_dir.resolve()) or ".." in Path(path).parts:
             raise SelfCheckError("The training process named a folder outside of its run directory.")
@@ -296,12 +288,7 @@ class Publisher:
 
 
 def build_step_metrics(steps: Iterable[Mapping[str, Any]]) -> tuple[bytes, int]:
-    """Write the table.
-
-    Returns:
-        The CSV with a header, and its rows without it. A cell is empty where nothing was measured. The
-        validation rows are scored whole or not at all, so both pairs of validation columns say the same.
-    """
+    """Return the CSV with a header, and its number of rows. A cell is empty where nothing was measured."""
     steps = list(steps)
     has_rewards = any("train_reward_margin" in step for step in steps)
     columns = COLUMNS + (REWARD_COLUMNS if has_rewards else ())

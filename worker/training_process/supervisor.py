@@ -83,11 +83,7 @@ def _list_evaluations(event: EvaluatedEvent) -> list[tuple[str, str, Evaluation]
 
 @dataclass
 class TrainingRun:
-    """One attempt at a job.
-
-    Args:
-        tracking: passes the metrics on to the job's trackers; None has none.
-    """
+    """One attempt at a job, followed by its supervisor."""
 
     context: WorkerContext
     lease: Lease
@@ -107,11 +103,7 @@ class TrainingRun:
     _failure: JobError | None = field(default=None, init=False)
 
     def supervise(self, child: TrainingChild) -> Ending:
-        """Follow a training process until it has ended and what it made is published.
-
-        Raises:
-            LuthierError: when the job must fail.
-        """
+        """Follow a training process until it has ended and its output is published."""
         flushed_at = 0.0
         self._progress_at = time.monotonic()
         while (exit_code := child.exit_code()) is None:
