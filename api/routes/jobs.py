@@ -1,14 +1,16 @@
 """Fine-tuning jobs: create, read, cancel, events, checkpoints, report."""
 
+import hashlib
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response
+from sqlalchemy.orm import Session
 
 from api.auth import DetachedPrincipalDep, PrincipalDep
 from api.deps import AppStateDep, SessionDep, run_in_transaction
-from api.idempotency import SentDep, act_on_job
 from api.job_estimate import estimate_in_thread
 from api.schemas.answers import EVENT_STREAM
 from api.schemas.base import ListPage, list_object
@@ -25,27 +27,50 @@ from api.schemas.jobs import (
     report_object,
 )
 from api.streaming.event_stream import event_stream_response
-from luthier.core.errors import InvalidValueError
+from db.tables import Job
+from luthier.core.errors import InvalidTransitionError, InvalidValueError
+from services.accounts.auth import Principal
 from services.jobs import idempotency, jobs, pausing
+from services.jobs.idempotency import RequestFingerprint
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine_tuning"])
 
-_CREATE_ROUTE = "POST /v1/fine_tuning/jobs"
 Limit = Annotated[int, Query(ge=0, le=1000)]
+
+
+async def read_fingerprint(request: Request) -> RequestFingerprint:
+    """Return what identifies a repetition of a request: key, body, and the SDK's count of retries."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= 255:
+        raise InvalidValueError("Idempotency-Key: use 1 to 255 characters.", param="Idempotency-Key")
+    count = request.headers.get("x-stainless-retry-count", "0")
+    return RequestFingerprint(
+        route=f"{request.method} {request.scope['path']}",
+        key=key,
+        body_sha256=hashlib.sha256(await request.body()).hexdigest(),
+        num_retries=int(count) if count.isdecimal() and len(count) <= 4 else 0,
+        arrived_at=request.state.arrived_at,
+    )
+
+
+FingerprintDep = Annotated[RequestFingerprint, Depends(read_fingerprint)]
 
 
 @router.post("")
 def create_job(
-    body: CreateJobBody, sent: SentDep, session: SessionDep, principal: PrincipalDep, state: AppStateDep
+    body: CreateJobBody,
+    fingerprint: FingerprintDep,
+    session: SessionDep,
+    principal: PrincipalDep,
+    state: AppStateDep,
 ) -> JobObject:
     """Create a job; the same create sent again, because its answer was lost, makes no second one."""
-    sending = sent.to(_CREATE_ROUTE)
-    earlier = idempotency.find_earlier(session, principal, sending)
+    earlier = idempotency.find_earlier(session, principal, fingerprint)
     if earlier is not None:
         return job_object(jobs.get(session, principal, earlier))
     wanted = jobs.with_checked_integrations(session, state.settings, body.to_new_job())
     job = jobs.create(session, principal, state.catalogue, state.settings, state.notify, wanted)
-    idempotency.remember(session, principal, sending, resource_id=job.id)
+    idempotency.remember(session, principal, fingerprint, resource_id=job.id)
     return job_object(job)
 
 
@@ -98,31 +123,61 @@ def retrieve_job(fine_tuning_job_id: str, session: SessionDep, principal: Princi
     return job_object(jobs.get(session, principal, fine_tuning_job_id))
 
 
+def _act_once(
+    session: Session,
+    principal: Principal,
+    fingerprint: RequestFingerprint,
+    job_id: str,
+    act: Callable[[], Job],
+) -> Job:
+    """Do what a client asks of a job, once: a repetition of a request that was done succeeds, too.
+
+    Raises:
+        NotFoundError: when the project has no such job.
+        InvalidTransitionError: when the job's status does not allow it.
+    """
+    if fingerprint.key is not None and idempotency.find_earlier(session, principal, fingerprint) is not None:
+        return jobs.get(session, principal, job_id)
+    try:
+        job = act()
+    except InvalidTransitionError:
+        # The SDK's own retry of a request that was done and whose answer was lost.
+        if idempotency.find_earlier(session, principal, fingerprint) is None:
+            raise
+        return jobs.get(session, principal, job_id)
+    idempotency.remember(session, principal, fingerprint, resource_id=job.id)
+    return job
+
+
 @router.post("/{fine_tuning_job_id}/cancel")
 def cancel_job(
-    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, principal: PrincipalDep
+    fine_tuning_job_id: str, fingerprint: FingerprintDep, session: SessionDep, principal: PrincipalDep
 ) -> JobObject:
     """Cancel a job that has not ended; published checkpoints stay callable."""
     act = partial(jobs.cancel, session, principal, fine_tuning_job_id)
-    return job_object(act_on_job(session, principal, sent, "cancel", fine_tuning_job_id, act))
+    return job_object(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
 
 
 @router.post("/{fine_tuning_job_id}/pause")
 def pause_job(
-    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, principal: PrincipalDep
+    fine_tuning_job_id: str, fingerprint: FingerprintDep, session: SessionDep, principal: PrincipalDep
 ) -> JobObject:
     """Pause a job that is queued or running; its slot is given back, and nothing of it is lost."""
     act = partial(pausing.pause, session, principal, fine_tuning_job_id)
-    return job_object(act_on_job(session, principal, sent, "pause", fine_tuning_job_id, act))
+    return job_object(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
 
 
 @router.post("/{fine_tuning_job_id}/resume")
 def resume_job(
-    fine_tuning_job_id: str, sent: SentDep, session: SessionDep, principal: PrincipalDep, state: AppStateDep
+    fine_tuning_job_id: str,
+    fingerprint: FingerprintDep,
+    session: SessionDep,
+    principal: PrincipalDep,
+    state: AppStateDep,
 ) -> JobObject:
     """Resume a paused job from its newest save point."""
     act = partial(pausing.resume, session, principal, state.notify, fine_tuning_job_id)
-    return job_object(act_on_job(session, principal, sent, "resume", fine_tuning_job_id, act))
+    return job_object(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
 
 
 @router.get("/{fine_tuning_job_id}/checkpoints")

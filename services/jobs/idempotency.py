@@ -22,7 +22,7 @@ _KEPT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Sending:
+class RequestFingerprint:
     """One request on its way.
 
     Args:
@@ -37,12 +37,12 @@ class Sending:
     arrived_at: float = field(default_factory=time.monotonic)
 
 
-def find_earlier(session: Session, principal: Principal, sending: Sending) -> str | None:
+def find_earlier(session: Session, principal: Principal, request: RequestFingerprint) -> str | None:
     """Return the id of what the same request made before, or None when it is new.
 
     The lock taken here lasts until the transaction ends, so that concurrent duplicates make one thing.
     """
-    route, key, body_sha256 = sending.route, sending.key, sending.body_sha256
+    route, key, body_sha256 = request.route, request.key, request.body_sha256
     lock_key(session, f"{principal.project_id} {route} {key or f'{principal.key_id} {body_sha256}'}")
     if key is not None:
         earlier = session.scalar(
@@ -64,19 +64,19 @@ def find_earlier(session: Session, principal: Principal, sending: Sending) -> st
             IdempotencyKey.route == route,
             IdempotencyKey.body_sha256 == body_sha256,
             IdempotencyKey.key.is_(None),
-            *_is_the_same(sending),
+            *_is_the_same(request),
         )
         .order_by(IdempotencyKey.created_at.desc())
         .limit(1)
     )
 
 
-def _is_the_same(sending: Sending) -> list[ColumnElement[bool]]:
+def _is_the_same(request: RequestFingerprint) -> list[ColumnElement[bool]]:
     """Return the conditions under which an equal body without a key is the same request."""
-    if sending.num_retries > 0:
+    if request.num_retries > 0:
         return [IdempotencyKey.created_at > func.clock_timestamp() - _RETRY_WINDOW]
     # A first try that its own retry has overtaken: the retry made the thing while this one waited here.
-    waited = timedelta(seconds=time.monotonic() - sending.arrived_at)
+    waited = timedelta(seconds=time.monotonic() - request.arrived_at)
     return [
         IdempotencyKey.num_retries > 0,
         IdempotencyKey.created_at > func.clock_timestamp() - waited,
@@ -88,16 +88,18 @@ def prune(session: Session, *, limit: int) -> int:
     return delete_some(session, IdempotencyKey, IdempotencyKey.created_at < func.now() - _KEPT, limit=limit)
 
 
-def remember(session: Session, principal: Principal, sending: Sending, *, resource_id: str) -> None:
+def remember(
+    session: Session, principal: Principal, request: RequestFingerprint, *, resource_id: str
+) -> None:
     """Note what a request made or changed, in the transaction that did it."""
     session.add(
         IdempotencyKey(
             id=new_id("request"),
             **principal.columns(),
-            route=sending.route,
-            key=sending.key,
-            body_sha256=sending.body_sha256,
-            num_retries=sending.num_retries,
+            route=request.route,
+            key=request.key,
+            body_sha256=request.body_sha256,
+            num_retries=request.num_retries,
             resource_id=resource_id,
             # Not when the transaction began: that may have been before its twin arrived.
             created_at=func.clock_timestamp(),
