@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.utils import logging
 
@@ -71,13 +75,35 @@ SHAPES: dict[str, PreTrainedConfig] = {
     ),
 }
 
+# Shapes that not every method works on, or that differ from those above for servers alone.
+SERVED_SHAPES: dict[str, PreTrainedConfig] = {
+    **{name: SHAPES[name] for name in ("qwen2", "qwen3", "gemma3", "mistral", "gpt2")},
+    # Queries, keys and values of one layer, and gate and up.
+    "phi3": Phi3Config(**_COMMON, sliding_window=_WINDOW, tie_word_embeddings=False),
+    "qwen3-moe": Qwen3MoeConfig(
+        **_COMMON, head_dim=12, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+    ),
+    # Soft caps of scores, and a window in every other layer.
+    "gemma2": Gemma2Config(
+        **_COMMON,
+        head_dim=12,
+        sliding_window=_WINDOW,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=5.0,
+    ),
+    # Attention sinks, biases and experts.
+    "gpt-oss": GptOssConfig(
+        **_COMMON, head_dim=12, sliding_window=_WINDOW, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
+
 
 def build_shape(folder: Path, name: str, *, seed: int = 0) -> Path:
     """Write a random base of a shape, with what transformers loads a model and a tokenizer from.
 
     Args:
         folder: where it shall lie; made.
-        name: one of `SHAPES`.
+        name: one of `SHAPES` or `SERVED_SHAPES`.
         seed: decides every weight.
 
     Returns:
@@ -85,7 +111,7 @@ def build_shape(folder: Path, name: str, *, seed: int = 0) -> Path:
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config((SHAPES | SERVED_SHAPES)[name], dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 # Biases and norms start at 0 or 1, and then a fault in them would not show.

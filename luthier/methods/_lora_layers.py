@@ -34,7 +34,6 @@ _LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weigh
 _UNKNOWN_WHEN_SET = (
     "rank_pattern",
     "alpha_pattern",
-    "fan_in_fan_out",
     "modules_to_save",
     "layers_to_transform",
     "lora_bias",
