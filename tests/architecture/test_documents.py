@@ -54,9 +54,19 @@ def test_the_documented_http_status_is_the_codes_own() -> None:
             assert documented[cls.code].strip() == str(cls.http_status), cls
 
 
-def test_the_readmes_quickstart_is_the_example() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks == [(ROOT / "examples/quickstart.py").read_text()]
+def _python_blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_tutorials_program_is_the_example_and_the_readmes_snippet_is_cut_from_it() -> None:
+    example = (ROOT / "examples/quickstart.py").read_text()
+    assert _python_blocks("docs/tutorial.md") == [example]
+    [snippet] = _python_blocks("README.md")
+    assert set(snippet.splitlines()) <= set(example.splitlines())
+
+
+def test_the_readme_has_at_most_150_lines() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("name", _DOCUMENTS)
@@ -94,5 +104,5 @@ def test_make_targets_that_documents_name_exist(name: str) -> None:
 
 def test_each_decision_has_a_number_of_its_own() -> None:
     """Numbers of decisions whose subject was deleted are not used again."""
-    numbers = [int(path.name[:4]) for path in (ROOT / "docs/decisions").glob("*.md")]
+    numbers = [int(path.name[:4]) for path in (ROOT / "docs/decisions").glob("0*.md")]
     assert len(set(numbers)) == len(numbers)
