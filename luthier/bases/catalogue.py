@@ -1,4 +1,4 @@
-"""models.toml: which base models there are, where each comes from, and which names are mapped to them."""
+"""The catalogue of base models, models.toml: their sources, and the names mapped to them."""
 
 import logging
 import re
@@ -57,37 +57,30 @@ class Catalogue(BaseModel):
     aliases: dict[str, str]
 
     def resolve(self, name: str) -> CatalogueEntry:
-        """Find the base that a client's `model` names.
-
-        Args:
-            name: a base's id, or a mapped name such as `gpt-4o-mini-2024-07-18`.
+        """Return the base of an id, or of a mapped name such as `gpt-4o-mini-2024-07-18`.
 
         Raises:
-            ModelNotAvailableError: when no base has that name; the message lists those there are.
+            ModelNotAvailableError: when no base has that name; the message lists the known ones.
         """
         entry = self.bases.get(self.aliases.get(name, name))
         if entry is None:
             mapped = (f"{name} ({base_id})" for name, base_id in self.aliases.items())
             known = ", ".join([*sorted(self.bases), *sorted(mapped)])
             if name.startswith("ft:"):
-                told = f"No tuned model of this project is called {name[:120]!r}; GET /v1/models lists them."
+                reason = (
+                    f"No tuned model of this project is called {name[:120]!r}; GET /v1/models lists them."
+                )
             else:
-                told = f"The base model {name[:80]!r} is unknown."
+                reason = f"The base model {name[:80]!r} is unknown."
             raise ModelNotAvailableError(
-                f"{told} Known bases, and names for them: {known}. An operator adds to them in models.toml.",
+                f"{reason} Known bases, and names for them: {known}. An operator adds more in models.toml.",
                 param="model",
             )
         return entry
 
 
 def load_catalogue(path: Path) -> Catalogue:
-    """Read models.toml.
-
-    Args:
-        path: the file: a table `[bases.ID]` per base and a table `[aliases]`.
-
-    Returns:
-        The catalogue, with every alias pointing at a base that is there.
+    """Read models.toml: a table `[bases.ID]` per base and a table `[aliases]`.
 
     Raises:
         LuthierError: when the file is missing or breaks a rule; names the entry.
@@ -118,15 +111,12 @@ def read_again(path: Path, before: Catalogue) -> Catalogue:
 
 
 def base_folder(bases_dir: Path, base_id: str) -> Path:
-    """Return the folder in which a fetched base lies, with config.json, weights, tokenizer and base.json."""
+    """Return the folder of a fetched base: config.json, weights, tokenizer and base.json."""
     return bases_dir / base_id
 
 
 def find_base_facts(bases_dir: Path, base_id: str) -> BaseFacts | None:
-    """Return what is known of a base, or None when it has not been fetched, or must be fetched again.
-
-    So one file that is cut off or can't be read costs its own base, and no worker.
-    """
+    """Return the facts of a base, or None when it must be fetched, also after its file was damaged."""
     try:
         content = (base_folder(bases_dir, base_id) / FACTS_NAME).read_bytes()
         return BaseFacts.model_validate_json(content)

@@ -1,6 +1,4 @@
-"""Having a base on this machine: locked against others, fetched by sources.py, its facts read, sealed.
-Never torch.
-"""
+"""Fetching a base to this machine: under a lock, by sources.py, its facts read, sealed. Never torch."""
 
 import fcntl
 import json
@@ -33,17 +31,13 @@ _REQUIRED_FILES = ("config.json", "tokenizer.json")
 
 
 def ensure_base(entry: CatalogueEntry, bases_dir: Path, *, log: Log, verify: bool = False) -> BaseFacts:
-    """Have a base in its folder, fetching it when it is not there.
+    """Fetch a base unless it is in its folder, and return its facts, which are there as base.json.
 
-    Two processes that ask for the same base fetch it once: the second waits for the first.
+    Two processes that need the same base fetch it once: the second waits for the first.
 
     Args:
-        bases_dir: folder of all bases; made when absent.
-        log: is told each stage in a sentence, with its seconds when it is done.
-        verify: whether to hash a base that is there already, in place of trusting its files' sizes.
-
-    Returns:
-        The facts, which are also in the folder as base.json.
+        log: receives a sentence for each stage.
+        verify: whether to hash an existing base instead of trusting its files' sizes.
 
     Raises:
         BaseUnavailableError: when the base can't be fetched, converted or read; the message says what to do.
@@ -78,7 +72,7 @@ def _find_sealed(entry: CatalogueEntry, folder: Path, *, verify: bool) -> BaseFa
 
 @contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    """Hold a lock file of the operating system, which falls free when its holder dies."""
+    """Hold a lock file of the operating system, which is released when its holder dies."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -92,7 +86,7 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
 
 
 def _fetch(entry: CatalogueEntry, folder: Path, log: Log) -> BaseFacts:
-    # Names in a fixed place, so that what a killed process left behind is cleared by the next one.
+    # Fixed names, so that the next process clears the files of a killed one.
     building = folder.with_name(f".{entry.id}.building")
     scratch = folder.with_name(f".{entry.id}.scratch")
     try:

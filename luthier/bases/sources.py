@@ -1,4 +1,5 @@
-"""The three places a base comes from: a wheel of the Python package index, a local folder, the model hub.
+"""The three sources of a base: a wheel of the Python package index, a local folder, the model hub.
+
 Never torch in this process; a conversion runs in one of its own.
 """
 
@@ -34,7 +35,7 @@ _NETWORK_VARIABLES = frozenset(
 
 @contextmanager
 def stage(log: Log, sentence: str) -> Iterator[None]:
-    """Tell that a piece of work begins, and its seconds when it is done."""
+    """Log the beginning of a stage, and its seconds at the end."""
     log(f"{sentence} …")
     start = time.monotonic()
     yield
@@ -42,12 +43,7 @@ def stage(log: Log, sentence: str) -> Iterator[None]:
 
 
 def fetch_source(entry: CatalogueEntry, building: Path, scratch: Path, log: Log) -> None:
-    """Put a base's files into a folder.
-
-    Args:
-        building: the empty folder that becomes the base.
-        scratch: an empty folder on the same file system for what is on the way.
-        log: is told each stage.
+    """Put a base's files into `building`; both folders are empty and on one file system.
 
     Raises:
         BaseUnavailableError: when the source can't be reached, is not what the catalogue says, or can't be
@@ -58,7 +54,7 @@ def fetch_source(entry: CatalogueEntry, building: Path, scratch: Path, log: Log)
 
 
 def _bare_environment() -> dict[str, str]:
-    """Return what pip and a conversion need to know: no secret of the service is among it."""
+    """Return the environment of pip and a conversion: no secret of the service."""
     wanted = {
         name: value
         for name, value in os.environ.items()
@@ -68,7 +64,7 @@ def _bare_environment() -> dict[str, str]:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    # The child must not outlive us: it would go on writing into a folder that the next attempt clears.
+    # The child must not outlive us: it would continue to write into a folder that the next attempt clears.
     return subprocess.run(
         command,
         capture_output=True,

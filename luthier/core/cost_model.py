@@ -1,4 +1,4 @@
-"""What a job takes: bytes by one formula, seconds by a prior that finished jobs correct. Pure arithmetic.
+"""The cost of a job: bytes by one formula, seconds by a prior that finished jobs correct. Pure arithmetic.
 
 The prior rests on one measured number of a device, the speed of its matrix products. Each phase of it is then
 multiplied by what finished jobs on that base and device took beside their own prior. No torch, no database.

@@ -49,7 +49,7 @@ def find_device(settings: Settings) -> Device | None:
         settings: the kind of device, an operator's numbers of its memory, and serving's share.
 
     Returns:
-        The device; None where it is a GPU whose memory its driver doesn't tell.
+        The device; None where it is a GPU whose driver reports no memory.
     """
     gpu = None if settings.device == "cpu" else _find_gpu()
     if gpu is None and settings.device == "cuda":

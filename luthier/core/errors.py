@@ -117,7 +117,7 @@ class ModelNotAvailableError(InvalidRequestError):
 
 
 class ModelInUseError(InvalidRequestError):
-    """A tuned model that others go on from, or need the bytes of, can't be deleted."""
+    """A tuned model that other models continue from or depend on can't be deleted."""
 
     code = "model_in_use"
 
@@ -175,7 +175,7 @@ class PermissionDeniedError(LuthierError):
 
 
 class NotFoundError(LuthierError):
-    """No such thing, or none in the caller's project; the two are never told apart."""
+    """No such object, or none in the caller's project; the two are never distinguished."""
 
     code = "not_found"
     http_status = 404
@@ -274,7 +274,7 @@ class BaseUnavailableError(JobError):
 
 
 class UnsuitableParentError(JobError):
-    """A tuned model that the job can't go on from: changed since, of another base, or of other shapes."""
+    """A tuned model that the job can't continue from: changed since, of another base, or of other shapes."""
 
     code = "unsuitable_parent"
 
@@ -306,7 +306,7 @@ class StorageFullError(JobError):
 
 
 class UnsuitableMachineError(JobError):
-    """A machine that can't go on with a job as it was begun; another one may."""
+    """A machine that can't continue a job as it was begun; another one may."""
 
     code = "unsuitable_machine"
     http_status = 503
@@ -356,13 +356,9 @@ _MAX_SHOWN_CHARACTERS = 40
 def field_error(
     kind: str, param: str | None, message: str, *, advice: str = "Leave it out."
 ) -> InvalidRequestError:
-    """Return the error of a finding.
+    """Return the error of a pydantic finding of type `kind`, such as `missing` or `string_type`.
 
-    Args:
-        kind: the finding's `type`, such as `missing` or `string_type`.
-        param: the field's dotted path.
-        message: what is wrong with the value, where there is one.
-        advice: what to do about a field that there is not.
+    `message` is for a wrong value, `advice` for an unknown field.
     """
     if kind == "missing":
         return MissingParameterError(f"Missing required parameter: '{param}'.", param=param)
@@ -373,13 +369,13 @@ def field_error(
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the name that is most like an unknown one, or None when none is like it."""
+    """Return the known name most similar to an unknown one, or None."""
     near = difflib.get_close_matches(name[:_MAX_CHARACTERS], list(known), n=1, cutoff=_LIKENESS)
     return near[0] if near else None
 
 
 def advise(name: str, known: Iterable[str]) -> str:
-    """Say what to do about an unknown field, by the names that there are."""
+    """Return what to do about an unknown field."""
     near = nearest_name(name, known)
     return f"Did you mean '{near}'?" if near else "Leave it out."
 

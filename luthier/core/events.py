@@ -207,7 +207,7 @@ class StoppedEvent(_Event):
 
 
 class ProgressEvent(_Event):
-    """Work goes on within a step or an evaluation; sent now and then, and of no interest to users."""
+    """Progress within a step or an evaluation; sent at intervals, not shown to users."""
 
     type: Literal["progress"] = "progress"
 

@@ -1,8 +1,8 @@
 """Identifiers and API keys.
 
 Every id has a prefix by kind; the rest is a UUIDv7, so that ids of one kind sort by creation. An API key is
-`lt_<id8>_<secret><crc>`, random, recognisable to secret scanners; its checksum tells a mistyped key from an
-unknown one without a query and is not secret.
+`lt_<id8>_<secret><crc>`, random, recognisable to secret scanners; its checksum separates mistyped keys from
+unknown ones without a query and is not secret.
 """
 
 import hashlib

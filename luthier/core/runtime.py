@@ -19,11 +19,10 @@ def now_seconds() -> int:
 
 
 def freeze_garbage() -> None:
-    """Let the collector look at nothing of what is there now, for good.
+    """Exclude all current objects from garbage collection.
 
-    Modules and what they made at their import are some hundred thousand objects. Each full collection goes
-    through all of them with the interpreter held, and every stream stands still for so long. What is in a
-    cycle now will never be freed by the collector: call it before anything is there that is to leave again.
+    Each full collection traverses the hundred thousand objects of the modules with the GIL held, which stalls
+    every stream. Cycles that exist now are never freed: call it after the imports, before any work.
     """
     gc.collect()
     gc.freeze()
@@ -37,10 +36,10 @@ _MAX_HEAP_BLOCK_BYTES = 32 * 1024**2
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process for the next step.
+    """Keep freed memory in this process for the next step; return False where the C library is not glibc.
 
-    Returns:
-        Whether the C library took the settings; others than glibc don't know them.
+    By default glibc returns large freed blocks to the kernel, which clears every page again when the next
+    step takes them: about a twentieth of a step's time on the machines measured.
     """
     mallopt = _find("mallopt")
     if mallopt is None:
@@ -54,7 +53,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give the kernel what is free at the moment, so that what was needed once is not held for good."""
+    """Return free memory to the kernel."""
     malloc_trim = _find("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
@@ -65,7 +64,7 @@ def _find(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
-# What a training process says beside its events goes here in its run directory.
+# Output of a training process beside its events, in its run directory.
 CHILD_LOG_NAME = "child.log"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -78,7 +77,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def bare_environment() -> dict[str, str]:
-    """Return what a helper process may know of its surroundings: no secret of database, broker or storage."""
+    """Return the environment of a helper process: no secret of database, broker or storage."""
     return {name: value for name, value in os.environ.items() if name in _BARE_VARIABLES}
 
 
@@ -91,11 +90,7 @@ def tied_python(*arguments: str) -> list[str]:
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
     """Ask the kernel to signal this process when its parent ends. Call it in the child, after any setuid.
 
-    Args:
-        parent_pid: the parent's pid as the parent knew it, to catch a parent that is gone already.
-
-    Raises:
-        OSError: when the kernel refuses.
+    `parent_pid` is compared, to catch a parent that has already ended.
     """
     if _libc.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -113,11 +108,7 @@ def hide_memory() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Tie this process to its parent, then become the command.
-
-    Args:
-        arguments: the parent's pid, then the program's path and its arguments.
-    """
+    """Tie this process to the parent of that pid, then become the command: a path and its arguments."""
     die_with_parent(int(arguments[0]))
     os.execv(arguments[1], arguments[1:])
 

@@ -1,4 +1,4 @@
-"""The shape of a base, as its files tell it without torch: sizes, and the name and shape of every weight."""
+"""The shape of a base, read from its files without torch: sizes, and the name and shape of every weight."""
 
 import json
 import re

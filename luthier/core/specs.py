@@ -83,7 +83,7 @@ class TrainingOptions(Frozen):
         description="Evaluations in a row without a better validation loss after which training stops.",
     )
     keep_best: bool = Field(
-        False, description="Publish the checkpoint with the lowest validation loss in place of the last."
+        False, description="Publish the checkpoint with the lowest validation loss instead of the last."
     )
     max_forgetting: float | None = Field(
         None,
@@ -97,9 +97,9 @@ class TrainingOptions(Frozen):
 
 
 class DpoOptions(Frozen):
-    """Training on preferences (Rafailov et al. 2023, arXiv:2305.18290) in place of examples.
+    """Training on preferences (Rafailov et al. 2023, arXiv:2305.18290) instead of examples.
 
-    `beta` says how dearly a step away from the model that the job starts from is paid.
+    `beta` weighs the distance from the model that the job starts from.
     """
 
     beta: float | Auto = Field("auto")
@@ -117,12 +117,12 @@ class TunedModel(Frozen):
 class TrainingSpec(Frozen):
     """All that decides a job's result. Stored as JSON in the job row.
 
-    Before prepare, values may be "auto" and the facts of the rows are absent; `is_resolved` tells.
+    Before prepare, values may be "auto" and the facts of the rows are absent: see `is_resolved`.
     `tuning` is the method's own parameters with its `type`, checked by luthier.methods.
 
-    `parent` is the tuned model that the job goes on from, None when it starts from its base. `foundation`
-    is the whole model that what the job tunes lies on in place of the base's own weights: the parent, or
-    what the parent itself lies on. A job that tunes every weight has none, for its result lies on nothing.
+    `parent` is the tuned model that the job continues from, None when it starts from its base. `foundation`
+    is the full model below the job's adapter instead of the base's own weights: the parent, or the
+    parent's own `foundation`. A job that tunes every weight has none.
     """
 
     spec_version: Literal[1] = SPEC_VERSION
@@ -143,12 +143,12 @@ class TrainingSpec(Frozen):
 
     @property
     def takes_parents_weights(self) -> bool:
-        """Whether the method's own weights start as the parent's; else only what they lie on is its."""
+        """Whether the method's own weights start as the parent's; else the parent is only the model below."""
         return self.parent is not None and self.parent != self.foundation
 
     @property
     def ground_digest(self) -> str | None:
-        """The digest of what an artifact of this job lies on, or was made from: foundation, else base."""
+        """The digest of the model below an artifact of this job, or that it was made from."""
         if self.foundation is not None:
             return self.foundation.digest
         return None if self.base is None else self.base.digest
@@ -162,13 +162,12 @@ class TrainingSpec(Frozen):
 
 
 class RunInputs(Frozen):
-    """The run directory's inputs.json: where the child finds what it reads. Paths are absolute.
+    """The run directory's inputs.json: absolute paths of what the training process reads.
 
     A run directory holds spec.json (TrainingSpec), inputs.json (this), train.safetensors and maybe
-    validation.safetensors (luthier.data.prepare.prepared_rows); the child adds save_points/, checkpoints/
-    and artifact/.
-    `parent_path` and `foundation_path` are the artifacts of the spec's members of those names, where it has
-    them; they may be one folder.
+    validation.safetensors (luthier.data.prepare.prepared_rows); the training process adds save_points/,
+    checkpoints/ and artifact/. `parent_path` and `foundation_path` are the artifacts of the spec's members of
+    those names; they may be one folder.
     """
 
     job_id: str
@@ -180,9 +179,9 @@ class RunInputs(Frozen):
 
 
 CANARY_NAME = "canary.json"
-# More than this would excuse other weights as well.
+# A larger tolerance would accept other weights.
 MOST_ROUNDING = 0.25
-# Chance says whether another engine is nearer to float32 than training's own path was.
+# Another engine may be nearer to float32 than training's own path or farther from it.
 _LARGEST_RATIO = 2.0
 
 

@@ -25,7 +25,7 @@ class JobStatus(StrEnum):
 
 _S = JobStatus
 
-# running -> running is no move: a job goes on only through `queued` and a new lease epoch.
+# running -> running is no move: a job continues only through `queued` and a new fencing token.
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     _S.VALIDATING_FILES: frozenset({_S.QUEUED, _S.FAILED, _S.CANCELLED}),
     _S.QUEUED: frozenset({_S.RUNNING, _S.PAUSED, _S.CANCELLED}),

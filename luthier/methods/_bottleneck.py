@@ -1,9 +1,9 @@
-"""Bottleneck layers in a base: where they go, how they act, and how they are written and read.
+"""Bottleneck layers in a base: their places, their computation, their files, and their parts for runners.
 
-Imported lazily, for it needs torch. Which bottlenecks there are, and on which module each acts, stands in
-the artifact's configuration, so that a loader needs no knowledge of architectures.
+Imported inside functions alone: it needs torch. The artifact's configuration names the bottlenecks and the
+modules that they act on, so that a loader needs no knowledge of architectures.
 
-Legend: ... any leading axes, D hidden size, M bottleneck width.
+Shapes: ... any leading axes, D hidden size, M bottleneck width.
 """
 
 import json
@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 
-# What blocks call their two halves, over the architectures that transformers has.
+# Names of a block's two halves in the architectures of transformers.
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 # Norms on a half's result, before it joins the stream (Gemma 2 and 3, OLMo 2, GLM-4): by pairs, because
@@ -69,7 +69,7 @@ class Bottleneck(nn.Module):
         self.activation = activation
         self.placement = placement
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        # As LoRA's A starts: small against a normed input, no direction preferred.
+        # As LoRA's A: small against a normed input, no direction preferred.
         bound = 1.0 / math.sqrt(size)
         with torch.no_grad():
             self.down.weight.uniform_(-bound, bound)
@@ -140,14 +140,7 @@ def put_on(causal_lm: "PreTrainedModel", sites: list[Site], bottlenecks: list[Bo
 def write_bottlenecks(
     causal_lm: "PreTrainedModel", folder: Path, sites: list[Site], *, base_id: str
 ) -> list[str]:
-    """Write the bottlenecks that lie on a base, in the format of docs/adapter-format.md.
-
-    Args:
-        sites: where they are.
-
-    Returns:
-        Names of the two files.
-    """
+    """Write the bottlenecks of a base at their sites, in the format of docs/adapter-format.md."""
     modules = [causal_lm.get_submodule(site.name) for site in sites]
     weights = {
         f"{site.name}.{part}": module.get_parameter(part).detach().cpu().contiguous()
@@ -245,7 +238,7 @@ def _read_part(
 
 
 def take_bottlenecks(causal_lm: "PreTrainedModel", folder: Path) -> None:
-    """Fill the bottlenecks that lie on a base with an artifact's tensors.
+    """Fill the bottlenecks of a base with an artifact's tensors.
 
     Raises:
         ArtifactCorruptError: when it holds others than these.

@@ -72,8 +72,8 @@ def _range(schema: dict[str, Any]) -> str:
         "maximum": "to {}",
         "exclusiveMaximum": "below {}",
     }
-    told = [words.format(schema[name]) for name, words in bounds.items() if name in schema]
-    return " ".join(["", *told])
+    ranges = [words.format(schema[name]) for name, words in bounds.items() if name in schema]
+    return " ".join(["", *ranges])
 
 
 def _cell(text: str) -> str:

@@ -57,15 +57,12 @@ def has_experts(causal_lm: "PreTrainedModel") -> bool:
 def choose_layers(
     shapes: dict[str, tuple[int, int]], target_modules: str | list[str], *, has_experts: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Pick the layers that `target_modules` names.
+    """Return the part of `shapes` that `target_modules` selects; never empty.
 
     Args:
-        shapes: what `linear_shapes` returned.
+        shapes: of `linear_shapes`.
         target_modules: "all-linear", "attention", "mlp", a list of names (the path's end), or a regular
             expression for the whole path.
-
-    Returns:
-        The chosen part of `shapes`; never empty.
 
     Raises:
         InvalidValueError: when a name or pattern matches no linear layer (lists the names there are), when

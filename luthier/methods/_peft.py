@@ -12,14 +12,7 @@ CONFIG_NAME = "adapter_config.json"
 
 
 def write_adapter(folder: Path, weights: "dict[str, torch.Tensor]", config: dict[str, Any]) -> list[str]:
-    """Write an adapter's weights and its configuration.
-
-    Args:
-        config: the configuration as PEFT's `to_dict` returns it.
-
-    Returns:
-        Names of the two files.
-    """
+    """Write an adapter's weights and its configuration, PEFT's `to_dict`; return the files' names."""
     from safetensors.torch import save_file
 
     tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}

@@ -32,13 +32,7 @@ _MAX_INHERITED_CHARACTERS, _MAX_SENT_CHARACTERS = 60, 40
 
 
 def check_tuning(tuning: dict[str, Any]) -> dict[str, Any]:
-    """Check the `tuning` object of a request against the method that it names.
-
-    Args:
-        tuning: the object as it came; `{}` is LoRA with its defaults.
-
-    Returns:
-        The same with every default filled in and "auto" kept.
+    """Return the `tuning` object of a request with its defaults filled in; `{}` is LoRA.
 
     Raises:
         InvalidRequestError: names the first offending field as `tuning.<field>`.
@@ -56,17 +50,13 @@ def resolve_spec(
     num_threads: int,
     memory_bytes: int | None = None,
 ) -> TrainingSpec:
-    """Replace every "auto" by a number and record the base and the threads.
+    """Return a spec that `is_resolved`, with the peak rate in `training.learning_rate`.
 
     Args:
-        spec: the spec as the request made it.
         num_rows: training rows; pairs when the objective is dpo.
         num_tokens: tokens of those rows, one epoch.
         num_threads: CPU threads of every attempt.
         memory_bytes: memory of the training device, where it is known.
-
-    Returns:
-        A spec whose `is_resolved` is true and whose `training.learning_rate` is the peak rate.
 
     Raises:
         InvalidRequestError: when a value is out of range.
@@ -111,13 +101,7 @@ def row_limit(spec: TrainingSpec, base: BaseFacts) -> int:
 
 
 def room_in_context(spec: TrainingSpec, base: BaseFacts) -> int:
-    """Return the tokens of the base's context that virtual tokens leave.
-
-    Args:
-        spec: the job's, resolved or not.
-
-    Returns:
-        Tokens, at least 1.
+    """Return the tokens of the base's context that virtual tokens leave, at least 1.
 
     Raises:
         InvalidValueError: when virtual tokens leave no room.
@@ -205,13 +189,11 @@ def _check_range(name: str, value: int, largest: int) -> None:
 def inherit_tuning(asked: dict[str, Any], parent: dict[str, Any], *, name: str) -> dict[str, Any]:
     """Return the tuning of a job that trains an artifact's weights further.
 
-    Args:
-        asked: the request's object as it came; `{}` asks for nothing, "auto" of a shape for the parent's.
-        parent: the resolved `tuning` of the job that made the artifact.
+    The parent's type and shaping and starting parameters are kept; the rest is as requested, or its default.
 
-    Returns:
-        The parent's type and all that shapes its weights or says where they began; the rest as asked for,
-        or its default.
+    Args:
+        asked: the request's object; `{}` requests nothing, "auto" of a shape the parent's.
+        parent: the resolved `tuning` of the job that made the artifact.
 
     Raises:
         InvalidRequestError: when a member contradicts the parent's, or is wrong in itself; names it.
@@ -239,7 +221,7 @@ def inherit_tuning(asked: dict[str, Any], parent: dict[str, Any], *, name: str) 
 
 
 def _in_order(params: dict[str, Any], members: frozenset[str]) -> list[str]:
-    """Return members in the order of the parameters, so that of several faults the same one is told."""
+    """Return members in the order of the parameters, so that of several faults the same one is reported."""
     return [member for member in params if member in members]
 
 
@@ -262,14 +244,8 @@ _Path = tuple[str | int, ...]
 def first_fault(error: ValidationError, tuning: dict[str, Any], known: Sequence[str]) -> InvalidRequestError:
     """Return the error for the first field with a fault.
 
-    Where a field takes this or that (a name or a list of names), pydantic tells a fault of each branch; the
-    one that reaches deepest into what was sent is the one that was meant.
-
-    Args:
-        tuning: the object as it came.
-
-    Returns:
-        The error; its `param` is the field's path, such as `tuning.target_modules.1`.
+    For a union (a name or a list of names) pydantic reports a fault of each branch; the one deepest in what
+    was sent is the one meant. `param` is the field's path, such as `tuning.target_modules.1`.
     """
     faults = [(_path(fault["loc"], fault["type"], tuning), fault) for fault in error.errors()]
     field = faults[0][0][:1]
@@ -297,7 +273,7 @@ def _advice(path: _Path, known: Sequence[str]) -> str:
 
 
 def _path(location: Sequence[str | int], kind: str, tuning: dict[str, Any]) -> _Path:
-    """Return where a fault lies in what was sent; pydantic's names of a union's branches are left out."""
+    """Return the path of a fault in what was sent; pydantic's names of a union's branches are left out."""
     path: list[str | int] = []
     value: Any = tuning
     for place, part in enumerate(location):

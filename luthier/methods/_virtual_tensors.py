@@ -1,6 +1,6 @@
-"""What prefix and prompt tuning do with torch. Imported lazily, inside their functions alone.
+"""Tensors of prefix and prompt tuning. Imported inside functions alone: it needs torch.
 
-Legend: N virtual tokens, L layers, H key/value heads, C head size, D hidden size, F = 2·L·H·C, the key
+Shapes: N virtual tokens, L layers, H key/value heads, C head size, D hidden size, F = 2·L·H·C, the key
 and value of every layer of one virtual token: layer by layer, the key before the value, as PEFT stores them.
 """
 
@@ -65,9 +65,7 @@ class ProjectedPrefix(PrefixEncoder):
 
     The network's result is added to `start_NF`, so that a projected prefix may begin at real keys and values.
 
-    Args:
-        config: PEFT's configuration with `prefix_projection` set.
-        start_NF: what the prefix begins at; None leaves it to the network as PEFT draws it.
+    Without `start_NF` the prefix begins at the network's own result, as PEFT draws it.
     """
 
     def __init__(self, config: Any, start_NF: torch.Tensor | None) -> None:
@@ -95,7 +93,7 @@ class ProjectedPrefix(PrefixEncoder):
 
 
 class InstalledVirtualTokens(Installed):
-    """Keys and values that lie before a sequence; the base itself is the same whether they are on or off.
+    """Keys and values before a sequence; the base itself is never changed.
 
     Args:
         key_values: of every layer, [H, N, C], in the base's type.
@@ -105,13 +103,13 @@ class InstalledVirtualTokens(Installed):
         self._key_values = key_values
 
     def switch_on(self) -> None:
-        """Do nothing: whoever runs the base puts `prefix()` before the sequence."""
+        """Do nothing: the runner puts `prefix()` before the sequence."""
 
     def switch_off(self) -> None:
-        """Do nothing: the base bears no part of the artifact."""
+        """Do nothing: the base has no part of the artifact."""
 
     def remove(self) -> None:
-        """Let go of the keys and values."""
+        """Drop the keys and values."""
         self._key_values = []
 
     def prefix(self) -> KeyValues:
@@ -129,7 +127,7 @@ def check_positions(causal_lm: "PreTrainedModel", num_virtual_tokens: int) -> No
 def check_length(attached: Attached, token_ids_BT: torch.Tensor) -> None:
     """Refuse rows that, with the virtual tokens before them, are longer than the base's context.
 
-    Learned positions would end there, and rotary ones go on silently into what the base never saw.
+    Learned positions would end there, and rotary ones continue silently into what the base never saw.
 
     Raises:
         InvalidValueError: when they are too long.
@@ -181,13 +179,9 @@ def cache_argument(body: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def run_for_key_values(causal_lm: "PreTrainedModel", **inputs: torch.Tensor) -> KeyValues:
-    """Run the base over one sequence and return the keys and values that it keeps.
+    """Run the base over `input_ids` [1, N] or `inputs_embeds` [1, N, D] and return its keys and values.
 
-    Args:
-        **inputs: `input_ids` [1, N] or `inputs_embeds` [1, N, D].
-
-    Returns:
-        A pair a layer, each [H, N, C] in the base's type, positions 0 to N - 1.
+    A pair a layer, each [H, N, C] in the base's type, positions 0 to N - 1.
     """
     from transformers import DynamicCache
 
@@ -209,14 +203,7 @@ def check_keeps_key_values(causal_lm: "PreTrainedModel") -> None:
 
 
 def check_fits(key_values: KeyValues, shape: KeyValueShape) -> None:
-    """Refuse a base whose layers don't all keep keys and values of the shape that PEFT will give them.
-
-    Args:
-        key_values: what the base keeps of some tokens.
-
-    Raises:
-        InvalidValueError: when they differ.
-    """
+    """Refuse a base whose layers don't all keep keys and values of the shape that PEFT will give them."""
     num_tokens = key_values[0][0].shape[1]
     expected = (shape.num_heads, num_tokens, shape.head_size)
     parts = [part for pair in key_values for part in pair]
@@ -259,29 +246,12 @@ def save_encoded(attached: Attached, folder: Path, **changes: Any) -> list[str]:
 
 
 def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.Tensor:
-    """Read the vectors of an artifact onto the base's device, in the base's type.
-
-    Args:
-        width: numbers that each virtual token must have.
-
-    Returns:
-        [N, width].
-
-    Raises:
-        ArtifactCorruptError: when the file can't be read or holds anything else.
-    """
+    """Read the vectors of an artifact, [N, width], onto the base's device, in the base's type."""
     return read_vectors(folder, width).to(device=causal_lm.device, dtype=causal_lm.dtype)
 
 
 def take_encoded(attached: Attached, folder: Path) -> None:
-    """Let PEFT's encoder give what an artifact holds.
-
-    Args:
-        folder: an artifact of as many virtual tokens.
-
-    Raises:
-        ArtifactCorruptError: when the file can't be read or holds anything else.
-    """
+    """Let PEFT's encoder give the vectors of an artifact of as many virtual tokens."""
     with torch.no_grad():
         num_tokens, width = encoded(attached).shape
     saved_NF = read_vectors(folder, width)
@@ -296,13 +266,7 @@ def take_encoded(attached: Attached, folder: Path) -> None:
 
 
 def read_vectors(folder: Path, width: int) -> torch.Tensor:
-    """Read the vectors of an artifact as they are.
-
-    Args:
-        width: numbers that each virtual token must have.
-
-    Returns:
-        [N, width].
+    """Read the vectors of an artifact, [N, width].
 
     Raises:
         ArtifactCorruptError: when the file can't be read or holds anything else.

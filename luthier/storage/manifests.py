@@ -1,4 +1,4 @@
-"""Folders that prove themselves: every file's sha256 in a manifest that is written last.
+"""Sealed folders: every file's sha256 in a manifest that is written last.
 
 A folder without a manifest that verifies does not exist: that is how save points, checkpoints, artifacts
 and bases survive a crash at any moment. Only the local file system here; storage/store.py moves bytes.
@@ -56,7 +56,7 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> "Manifest":
-        """Refuse names that are paths elsewhere: whoever wrote the manifest chose them."""
+        """Refuse names outside the folder: the manifest may be foreign."""
         if len(self.files) > _MAX_FILES:
             raise ValueError(f"a manifest names at most {_MAX_FILES} files")
         if not all(_is_file_name(name) for name in self.files):
@@ -148,13 +148,10 @@ def seal_folder(
 
     Args:
         building: the folder as it was written, a sibling of `final` on the same file system.
-        final: the name under which it exists from now on; an older folder of that name is replaced.
+        final: its name from now on; an older folder of that name is replaced.
         digested: names of the files that the digest covers; all when None.
         base_digest: the base's digest, for folders whose meaning depends on one.
         known: entries of files that were verified just now, which are not hashed again.
-
-    Returns:
-        The manifest, which is also in the folder as manifest.json.
     """
     files: dict[str, FileEntry] = {}
     for path in sorted(building.rglob("*")):

@@ -1,4 +1,4 @@
-"""Where bytes live: files and artifact folders over obstore, on a local folder or an S3-compatible service.
+"""Object storage: files and artifact folders over obstore, in a local folder or an S3-compatible service.
 
 A folder is published files first, manifest last; what has no manifest that verifies does not exist.
 Nothing here knows a row or a request.
@@ -6,15 +6,18 @@ Nothing here knows a row or a request.
 
 import asyncio
 import errno
+import os
 import re
+import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -37,7 +40,6 @@ from luthier.core.errors import (
     StorageRefusedError,
     UnavailableError,
 )
-from luthier.storage.local_sink import LocalSink
 from luthier.storage.manifests import (
     MANIFEST_NAME,
     Manifest,
@@ -77,7 +79,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Turn what storage itself failed at into an error that says so; a missing object is the caller's.
+    """Translate errors of storage; a missing object is the caller's to handle.
 
     Raises:
         StorageFullError: when a local disk is full.
@@ -106,7 +108,7 @@ def _answered() -> Iterator[None]:
 
 @contextmanager
 def _written() -> Iterator[None]:
-    """Do as `_answered`; what is missing when an object is written is the bucket."""
+    """Do as `_answered`; on a write, what is missing is the bucket."""
     try:
         with _answered():
             yield
@@ -130,24 +132,64 @@ class Sink(Protocol):
 
 
 class _LocalSink:
-    """A sink into a local folder."""
+    """A file that exists under its path only after `close`."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.key = key
-        self._file = LocalSink(path)
+        self._path = path
+        # `delete_unfinished` knows files of a dead process by this end of their names.
+        self._unfinished = path.with_name(f"{path.name}#{secrets.randbits(63)}")
+        self._file: BinaryIO | None = None
+        # A cancelled writer may abort while its write still runs in a thread.
+        self._lock = threading.Lock()
+        self._is_aborted = False
 
     async def write(self, chunk: bytes) -> None:
         with _written():
-            await asyncio.to_thread(self._file.write, chunk)
+            await asyncio.to_thread(self._write, chunk)
 
     async def close(self) -> None:
         # The flush of a file must not hold up the event loop.
         with _written():
-            await asyncio.to_thread(self._file.close)
+            await asyncio.to_thread(self._close)
 
     async def abort(self) -> None:
         with _answered():
-            await asyncio.to_thread(self._file.abort)
+            await asyncio.to_thread(self._abort)
+
+    def _write(self, chunk: bytes) -> None:
+        with self._lock:
+            if not self._is_aborted:
+                self._open().write(chunk)
+
+    def _close(self) -> None:
+        """Make the file exist, durably: first its bytes, then its name."""
+        with self._lock:
+            if self._is_aborted:
+                return
+            file = self._open()
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            self._unfinished.replace(self._path)
+        fsync_path(self._path.parent)
+
+    def _abort(self) -> None:
+        """Delete the file, also after `close`."""
+        with self._lock:
+            self._is_aborted = True
+            if self._file is not None:
+                # A full disk fails the flush of what is deleted anyway.
+                with suppress(OSError):
+                    self._file.close()
+            self._unfinished.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+
+    def _open(self) -> BinaryIO:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._unfinished.open("xb")
+        return self._file
 
 
 class _RemoteSink:
@@ -179,8 +221,7 @@ class _RemoteSink:
 class Storage:
     """One root of objects. Keys are relative, `/`-separated, and made by this service only.
 
-    Args:
-        local_root: the root folder when objects are local files, else None.
+    `local_root` is the root folder when objects are local files, else None.
     """
 
     def __init__(self, objects: ObjectStore, local_root: Path | None) -> None:
@@ -245,13 +286,6 @@ class Storage:
 
     async def stream(self, key: str, *, start: int, end: int) -> AsyncIterator[bytes]:
         """Yield the bytes `start` to `end` (exclusive) of an object, in chunks of about 1 MiB.
-
-        Args:
-            start: first byte.
-            end: byte after the last.
-
-        Yields:
-            Chunks of about 1 MiB.
 
         Raises:
             ArtifactCorruptError: when the object is not there.
@@ -352,7 +386,7 @@ class Storage:
         self.delete_unfinished(prefix)
 
     def delete_unfinished(self, prefix: str, *, age_seconds: float = 0.0) -> None:
-        """Delete what a process that died had begun to write into a local folder, if it is old enough."""
+        """Delete unfinished files of dead processes in a local folder, if they are old enough."""
         if self.local_root is None:
             return
         newest = time.time() - age_seconds
@@ -370,7 +404,7 @@ class Storage:
                 return []
 
     def list_old(self, prefix: str, *, age_seconds: float) -> Iterator[str]:
-        """Yield the keys under a prefix whose objects were last written so many seconds ago or earlier."""
+        """Yield the keys under a prefix whose objects were last written at least `age_seconds` ago."""
         newest = datetime.now(UTC) - timedelta(seconds=age_seconds)
         with _answered():
             for batch in obstore.list(self.objects, prefix + "/"):
@@ -421,14 +455,7 @@ class Storage:
         self.settle(key)
 
     def is_empty(self) -> bool:
-        """Tell whether nothing is stored at all, as where a disk is not mounted.
-
-        Returns:
-            Whether there is no object.
-
-        Raises:
-            UnavailableError: when storage can't be used right now.
-        """
+        """Whether nothing is stored at all, as where a disk is not mounted."""
         with _answered():
             try:
                 return not any(batch for batch in obstore.list(self.objects))
@@ -436,17 +463,7 @@ class Storage:
                 return True
 
     def has_folder(self, prefix: str) -> bool:
-        """Tell whether a folder is published.
-
-        Args:
-            prefix: where it would be.
-
-        Returns:
-            Whether its manifest is there.
-
-        Raises:
-            UnavailableError: when storage can't be used right now.
-        """
+        """Whether a folder is published: its manifest exists."""
         with _answered():
             try:
                 obstore.head(self.objects, f"{prefix}/{MANIFEST_NAME}")
@@ -456,9 +473,6 @@ class Storage:
 
     def read_manifest(self, prefix: str) -> Manifest:
         """Read the manifest of a published folder.
-
-        Args:
-            prefix: where it was published.
 
         Raises:
             ArtifactCorruptError: when there is none, or it can't be read.
@@ -471,11 +485,7 @@ class Storage:
             raise ArtifactCorruptError(f"No artifact is published under {prefix}.") from error
 
     def fetch_folder(self, prefix: str, destination: Path) -> Manifest:
-        """Copy a published folder to a local one, verified, in place of whatever is there.
-
-        Args:
-            prefix: where it was published.
-            destination: the local folder, which exists only when it is whole.
+        """Copy a published folder, verified, to a local one, which is replaced and exists only when whole.
 
         Raises:
             ArtifactCorruptError: when a file is missing or does not match.

@@ -1,4 +1,4 @@
-"""Checking a job's `integrations`: the shape, then whether the operator has set up what is asked for."""
+"""The check of a job's `integrations`: their shape, and whether the operator has set them up."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +18,7 @@ from luthier.trackers.base import Tracker, TrackerConfig
 
 
 def check_integrations(integrations: Sequence[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
-    """Check every integration of a request.
-
-    Args:
-        integrations: as they came.
-
-    Returns:
-        The same, with null for what is unset.
+    """Return every integration of a request, checked, with null for what is unset.
 
     Raises:
         InvalidRequestError: names the first offending field as `integrations.<index>.<field>`.
@@ -61,14 +55,7 @@ def _tracker_of(wanted: dict[str, Any], at: str) -> Tracker:
 
 
 def parse_config(tracker: Tracker, config: Any, at: str) -> TrackerConfig:
-    """Read the configuration of one integration.
-
-    Args:
-        at: where it is, for the error.
-
-    Raises:
-        InvalidRequestError: names the first offending field.
-    """
+    """Read the configuration of the integration at `at`, or name its first wrong field."""
     at = f"{at}.{tracker.name}"
     if config is None:
         raise field_error("missing", at, "")

@@ -1,4 +1,4 @@
-"""What a tracker of experiments promises: a job's `integrations` name it, and it writes down the metrics.
+"""The interface of an experiment tracker: a job's `integrations` name it, and it records the metrics.
 
 Checking happens in the API, writing in the worker. Neither knows a tracker by name.
 """
@@ -37,12 +37,12 @@ class TrackedRun:
 
     @property
     def tags(self) -> list[str]:
-        """Tags that every run bears, after those that OpenAI gives."""
+        """Tags of every run, as OpenAI gives them."""
         return ["luthier/finetune", f"luthier/{self.base_id}", f"luthier/{self.job_id}"]
 
 
 class TrackerRun(ABC):
-    """One run being written, all of it from one thread; whatever it raises costs the job nothing."""
+    """One run, written from one thread; its errors don't affect the job."""
 
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -50,7 +50,7 @@ class TrackerRun(ABC):
 
     @abstractmethod
     def close(self, status: RunStatus) -> None:
-        """End the run; `interrupted` is one that another worker goes on with."""
+        """End the run; `interrupted` is one that another worker continues."""
 
 
 class Tracker(ABC):
@@ -68,14 +68,10 @@ class Tracker(ABC):
 
     @abstractmethod
     def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
-        """Begin a run, or go on with the one of an earlier attempt."""
+        """Begin a run, or continue that of an earlier attempt."""
 
     def check(self, config: TrackerConfig, settings: Settings, at: str) -> None:  # noqa: B027
-        """Refuse a configuration that the operator does not allow; by default none.
-
-        Args:
-            at: where it is, for the error.
-        """
+        """Refuse a configuration, found at `at`, that the operator does not allow."""
 
     def is_installed(self) -> bool:
         """Whether this machine has the package that it needs."""

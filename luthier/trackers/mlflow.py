@@ -38,13 +38,13 @@ class _Run(TrackerRun):
         self._client.log_batch(self._run_id, metrics=measured)
 
     def close(self, status: RunStatus) -> None:
-        # One that another worker goes on with stays running.
+        # An interrupted run stays running: another worker continues it.
         if status in _STATUS:
             self._client.set_terminated(self._run_id, _STATUS[status])
 
 
 class Mlflow(Tracker):
-    """A run bears the job's id as a tag, by which a later attempt finds it again."""
+    """A run has the job's id as a tag, by which a later attempt finds it."""
 
     name = "mlflow"
     Config = MlflowConfig
@@ -57,7 +57,7 @@ class Mlflow(Tracker):
         assert isinstance(config, MlflowConfig)
         # By name: the package is optional, and this file is named like it.
         client = importlib.import_module("mlflow").MlflowClient(tracking_uri=settings.mlflow_tracking_uri)
-        # Experiments of different projects are apart, whatever they are called.
+        # Experiments of different projects never share a name.
         name = f"{run.project_id}/{config.project}"
         experiment = client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)

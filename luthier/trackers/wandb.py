@@ -33,7 +33,7 @@ class _Run(TrackerRun):
 
 
 class Wandb(Tracker):
-    """Runs bear the job's id, so that a later attempt goes on with the same one."""
+    """Runs have the job's id, so that a later attempt continues the same one."""
 
     name = "wandb"
     Config = WandbConfig
@@ -59,7 +59,7 @@ class Wandb(Tracker):
         kept = os.environ.get("WANDB_DIR")
         scratch = None if kept else tempfile.TemporaryDirectory(prefix="luthier-wandb-")
         started = wandb.init(
-            # W&B's names have no slash. Projects of different tenants are apart, whatever they are called.
+            # W&B's names have no slash. Projects of different tenants never share a name.
             project=f"{run.project_id}-{config.project}",
             # The operator's, whose key it is; a job may repeat it and name no other.
             entity=settings.wandb_entity or None,

@@ -1,1 +1,1 @@
-"""Telling a client's receiver that a job has ended: what is sent, signed how, where to, and when again."""
+"""Webhooks: events, signatures, permitted targets, sending, and retries."""

@@ -1,4 +1,4 @@
-"""What a delivery says and what becomes of it: the types of events, the thin payload, the outcome."""
+"""The types of events, the thin payload of a delivery, and its outcome."""
 
 import json
 from dataclasses import dataclass
@@ -14,18 +14,14 @@ EVENT_TYPES = tuple(_OF_STATUS.values())
 
 
 def event_type_of(status: JobStatus) -> str:
-    """Return the type of the event that tells of a job's end."""
+    """Return the type of the event of a job's end."""
     return _OF_STATUS[status]
 
 
 def payload(event_id: str, event_type: str, *, created_at: int, job_id: str) -> bytes:
-    """Write the body of a delivery, byte for byte the same in every try.
+    """Return the body of a delivery, byte for byte the same in every try: the job's id and no more.
 
-    It is thin: who wants to know more asks for the job, and sees it as it is then.
-
-    Args:
-        event_id: `evt_…`, the same for every endpoint that hears of it.
-        created_at: when the job ended, in Unix seconds.
+    `event_id` is the same for every endpoint; `created_at` is when the job ended, in Unix seconds.
     """
     event = {
         "id": event_id,
@@ -39,12 +35,7 @@ def payload(event_id: str, event_type: str, *, created_at: int, job_id: str) -> 
 
 @dataclass(frozen=True)
 class Message:
-    """One delivery, ready to be sent.
-
-    Args:
-        webhook_id: the delivery's id, the same in every try.
-        secrets: the active signing secrets, newest first.
-    """
+    """One delivery, ready to be sent: its id, the same in every try, and the active secrets, newest first."""
 
     webhook_id: str
     url: str
@@ -54,7 +45,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one try: the receiver's HTTP status, or why there is none."""
+    """The outcome of one try: the receiver's HTTP status, or why there is none."""
 
     status_code: int | None = None
     error: str | None = None

@@ -1,4 +1,4 @@
-"""When a delivery that failed is tried again, in one function."""
+"""The schedule of retries of a delivery."""
 
 from datetime import datetime, timedelta
 
@@ -21,7 +21,7 @@ def next_try(num_tries: int, *, created_at: datetime, now: datetime, chance: flo
     Returns:
         The moment, or None once the event is 72 hours old by then: it is given up.
     """
-    # The exponent is bounded, or the number of seconds grows beyond what a date can hold.
+    # The exponent is bounded, or the seconds overflow a date.
     pause = min(_FIRST_PAUSE * _FACTOR ** min(num_tries - 1, 20), _LONGEST_PAUSE)
     moment = now + pause * (1 + _JITTER * (2 * chance - 1))
     return moment if moment <= created_at + KEEP_TRYING else None

@@ -1,4 +1,4 @@
-"""Secrets that must be read again, sealed for the database: what signs webhooks can't be kept as a hash.
+"""Encryption of signing secrets for the database: unlike API keys they must be read again.
 
 Fernet (https://github.com/fernet/spec): AES-128-CBC and HMAC-SHA256 under a key of 32 bytes.
 """
@@ -24,35 +24,20 @@ def new_secret_key() -> str:
 
 
 class Sealer:
-    """Seals and opens texts.
+    """Seals and opens texts with keys: base64 of 32 bytes each, separated by commas.
 
-    Args:
-        keys: base64 of 32 bytes each, separated by commas; the first seals, all open. Empty: nothing can be
-            sealed or opened.
-
-    Raises:
-        SecretKeyError: when one is no such key.
+    The first key seals, all open. Without any, `seal` and `open` raise `SecretKeyError`, as a wrong key does.
     """
 
     def __init__(self, keys: str) -> None:
         self._keys = [_read_key(key.strip()) for key in keys.split(",") if key.strip()]
 
     def seal(self, text: str) -> str:
-        """Seal a text.
-
-        Returns:
-            A token of printable characters, as it may be stored.
-
-        Raises:
-            SecretKeyError: when there is no key.
-        """
+        """Return a token of printable characters, as it may be stored."""
         return self._fernet().encrypt(text.encode()).decode()
 
     def open(self, sealed: str) -> str:
-        """Open what was sealed.
-
-        Args:
-            sealed: from `seal`.
+        """Open what `seal` returned.
 
         Raises:
             SecretKeyError: when there is no key, or it was sealed with none of them, or not at all.
@@ -72,14 +57,7 @@ class Sealer:
             ) from error
 
     def opens_with_first(self, sealed: str) -> bool:
-        """Whether the first key opens it, so that it needs not be sealed anew.
-
-        Args:
-            sealed: from `seal`, or any other text.
-
-        Returns:
-            False as well when it is not sealed, or there is no key.
-        """
+        """Whether the first key opens it; False too for a text that is not sealed, or without a key."""
         from cryptography.fernet import Fernet, InvalidToken
 
         if not self._keys:

@@ -1,6 +1,6 @@
-"""Sending one delivery: the name is resolved once, checked, and the very address that was checked is called.
+"""Sending of one delivery: the name is resolved once, checked, and the checked address is called.
 
-No redirect is followed, no proxy is asked, no cookie is kept, and the answer's body is not read.
+No redirects, proxies or cookies; the answer's body is not read.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from luthier.webhooks.signing import signed_headers
 from luthier.webhooks.targets import TargetRules, check_url, host_of, permitted_addresses
 
 _CONNECT_SECONDS = 5.0
-# Of a name's addresses, so many are tried; further ones would only take time.
+# Addresses of a name that are tried; more would only take time.
 _MAX_ADDRESSES = 3
-# Names that are asked for at the same time, among them those whose name servers hang for minutes.
+# Names resolved at the same time, including those whose name servers hang for minutes.
 _MAX_ASKING = 256
 NO_PUBLIC_ADDRESS = "its name leads to no permitted address"
 _asking = threading.BoundedSemaphore(_MAX_ASKING)
@@ -31,16 +31,10 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 async def resolve_host(host: str, port: int) -> Sequence[str]:
-    """Ask the machine's resolver for a host's addresses.
+    """Return a host's addresses in the resolver's order.
 
-    It has a thread of its own, which nobody waits for: a name server that hangs would otherwise hold up the
-    end of the loop that asked, or use up the threads that others need.
-
-    Args:
-        port: the port to be called.
-
-    Returns:
-        The addresses, in the resolver's order.
+    It runs in a daemon thread: a name server that hangs would otherwise block the end of the event loop, or
+    use up the shared thread pool.
 
     Raises:
         OSError: when the name can't be resolved, or too many are asked for already.
@@ -60,7 +54,7 @@ async def resolve_host(host: str, port: int) -> Sequence[str]:
             # Raised again where it is waited for.
             answer.set_exception(error)
 
-    # Running from now on: who stops waiting can't cancel it, and the thread can always say its answer.
+    # Running from now on: it can't be cancelled, so that the thread can always set its result.
     answer.set_running_or_notify_cancel()
     try:
         threading.Thread(target=ask, daemon=True, name="resolver").start()
@@ -84,15 +78,9 @@ async def send(
     resolve: Resolve = resolve_host,
     transport: httpx2.AsyncBaseTransport | None = None,
 ) -> Outcome:
-    """Send a delivery once.
+    """Send a delivery once; a receiver that can't be reached or may not be called is an outcome too.
 
-    Args:
-        message: what is sent, and where to.
-        timeout_seconds: for all of it, from the resolver to the answer's status.
-        transport: sends the request; a fresh connection when None.
-
-    Returns:
-        What came of it; a receiver that can't be reached or may not be called is an outcome, no exception.
+    `timeout_seconds` covers all of it, from the resolver to the answer's status.
     """
     try:
         async with asyncio.timeout(timeout_seconds):
@@ -100,14 +88,14 @@ async def send(
     except TimeoutError:
         return Outcome(error=f"no answer within {timeout_seconds:g} seconds")
     except InvalidValueError:
-        # The same as for a name that there is not: a tenant must not learn which internal names exist.
+        # The same as for an unknown name: a tenant must not learn which internal names exist.
         return Outcome(error=NO_PUBLIC_ADDRESS)
     except (OSError, httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
-        return Outcome(error=_told(error))
+        return Outcome(error=_safe_text(error))
 
 
-def _told(error: BaseException) -> str:
-    """Return our own words for a failure: what the receiver or a library says may hold anything."""
+def _safe_text(error: BaseException) -> str:
+    """Return fixed words for a failure: texts of receivers and libraries may hold anything."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -144,7 +132,7 @@ async def _send(
             try:
                 async with client.stream(
                     "POST",
-                    # The address in the name's place: nobody resolves it a second time.
+                    # The address instead of the name, which is not resolved again.
                     url.copy_with(host=str(address)),
                     headers=headers,
                     content=message.body,

@@ -24,7 +24,7 @@ def is_secret(text: str) -> bool:
 
 
 def secret_hint(secret: str) -> str:
-    """Return the end of a secret: enough to tell two apart, useless to sign with."""
+    """Return the end of a secret, by which clients recognise it."""
     return secret[-4:]
 
 
@@ -34,17 +34,7 @@ def shown_hint(hint: str) -> str:
 
 
 def sign(secret: str, *, webhook_id: str, timestamp: int, body: bytes) -> str:
-    """Make one signature.
-
-    Args:
-        secret: `whsec_` and base64.
-        webhook_id: the delivery's id, the same in every try.
-        timestamp: when this try is sent, in Unix seconds.
-        body: the very bytes that are sent.
-
-    Returns:
-        `v1,` and base64.
-    """
+    """Return one signature, `v1,` and base64; `timestamp` is when this try is sent, in Unix seconds."""
     key = base64.b64decode(secret.removeprefix(_PREFIX))
     signed = f"{webhook_id}.{timestamp}.".encode() + body
     return "v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
@@ -53,13 +43,7 @@ def sign(secret: str, *, webhook_id: str, timestamp: int, body: bytes) -> str:
 def signed_headers(
     signing_secrets: Sequence[str], *, webhook_id: str, timestamp: int, body: bytes
 ) -> dict[str, str]:
-    """Return the three headers of a delivery.
-
-    Args:
-        signing_secrets: every secret that is active; each signs, and a receiver accepts any.
-        timestamp: when this try is sent, in Unix seconds.
-        body: the very bytes that are sent.
-    """
+    """Return the three headers of a delivery; every active secret signs, and a receiver accepts any."""
     signatures = [
         sign(secret, webhook_id=webhook_id, timestamp=timestamp, body=body) for secret in signing_secrets
     ]

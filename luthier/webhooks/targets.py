@@ -1,6 +1,6 @@
 """Which URLs webhooks may be sent to: the open internet, and what the operator has listed; nothing internal.
 
-Without this, whoever may register a webhook could have the service call its own database, a neighbour or
+Without this, a client that registers a webhook could make the service call its own database, a neighbour or
 the cloud's metadata service.
 """
 
@@ -18,7 +18,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _MAX_URL_CHARACTERS = 2048
-# Beside what ipaddress knows of: this code must not open up when its tables change with a Python version.
+# Beside the tables of ipaddress, which may change with a Python version.
 _INTERNAL = tuple(
     ipaddress.ip_network(text)
     for text in (
@@ -91,12 +91,7 @@ def _is_local_name(host: str) -> bool:
 
 @dataclass(frozen=True)
 class TargetRules:
-    """What an operator allows beyond https to the open internet.
-
-    Args:
-        hosts: names that may be called whatever they resolve to.
-        networks: addresses that may be called although they are internal.
-    """
+    """What an operator allows beyond https to the open internet: hosts, and internal networks."""
 
     allow_http: bool = False
     hosts: frozenset[str] = frozenset()
@@ -104,11 +99,7 @@ class TargetRules:
 
     @classmethod
     def parse(cls, *, allow_http: bool, allowed_targets: str) -> "TargetRules":
-        """Read the two settings.
-
-        Args:
-            allow_http: as it is set.
-        """
+        """Read the two settings."""
         hosts, networks = set(), []
         for entry in filter(None, (part.strip().lower() for part in allowed_targets.split(","))):
             try:
@@ -125,10 +116,7 @@ class TargetRules:
 
 
 def check_url(text: str, rules: TargetRules) -> httpx2.URL:
-    """Check what can be told of a receiver's URL without asking a name server.
-
-    Returns:
-        The URL, as it will be called.
+    """Return a receiver's URL as it will be called, checked without resolving its name.
 
     Raises:
         InvalidValueError: when it is no URL, not https, or names an internal address.
@@ -153,7 +141,7 @@ def check_url(text: str, rules: TargetRules) -> httpx2.URL:
         raise InvalidValueError(
             "url: its host is no name that can be looked up, or its port none.", param="url"
         )
-    # Where networks are listed, only resolving it tells whether a local name leads to one of them.
+    # Where networks are listed, a local name may resolve to one of them.
     if _is_local_name(host) and host not in rules.hosts and not rules.networks:
         raise internal_target(host)
     return url
@@ -175,9 +163,6 @@ def internal_target(host: str) -> InvalidValueError:
 
 def permitted_addresses(host: str, found: Sequence[str], rules: TargetRules) -> list[Address]:
     """Return the addresses that a name resolved to, all of which must be permitted.
-
-    Returns:
-        The addresses, in the resolver's order.
 
     Raises:
         InvalidValueError: when one of them is internal and not listed.
