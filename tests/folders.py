@@ -17,7 +17,7 @@ def _temporary_folder() -> str:
     return _MEMORY if is_large and is_usable else "/tmp"
 
 
-# In memory where it has room: there fsync, which no test needs, takes microseconds in place of milliseconds.
+# In memory where it has room: there fsync, which no test needs, takes microseconds instead of milliseconds.
 # Its path is short, since a socket's has few bytes, and each user may enter it.
 TEMPORARY_FOLDER = _temporary_folder()
 

@@ -1,4 +1,4 @@
-"""A webhook receiver on this machine: it keeps what it gets and answers as it is told."""
+"""A webhook receiver on this machine: it keeps what it gets and answers as it is configured."""
 
 import threading
 from collections.abc import Iterator

@@ -143,7 +143,7 @@ def build_tiny_base(folder: Path, *, seed: int = 0) -> Path:
     """Write the random base as a sealed folder with the layout of a fetched one.
 
     Args:
-        folder: where it shall lie; its parent is made, an older folder there is replaced.
+        folder: where it is built; its parent is made, an older folder there is replaced.
         seed: decides every weight.
 
     Returns:
@@ -214,7 +214,7 @@ def build_tiny_pairs(num_pairs: int, *, seed: int = 0) -> PreparedRows:
 
 @dataclass(frozen=True)
 class Parent:
-    """A tuned model that a run builds on, and where its artifact lies."""
+    """A tuned model that a run builds on, and where its artifact is."""
 
     folder: Path
     method: str
@@ -255,8 +255,8 @@ def build_tiny_run(
         hyperparameters: OpenAI's three knobs.
         training: the request's `training` object.
         beta: the objective is dpo with this beta, and the rows are pairs.
-        parent: the tuned model that the job goes on from.
-        foundation: the whole model that the job's artifact lies on.
+        parent: the tuned model that the job continues from.
+        foundation: the whole model below the job's artifact.
 
     Returns:
         `folder`.

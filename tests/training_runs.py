@@ -48,7 +48,7 @@ def run_here(
         folder: the run directory.
         kill_after: ends the run as soon as an event for which it is true is said.
         term_after: asks the run to stop then.
-        max_tokens: bound on a micro-batch, in place of the device's.
+        max_tokens: bound on a micro-batch, instead of the device's.
         num_passages: passages of the general text; all 42 take a tiny base most of a second.
         is_stopped: whether it is asked to stop before it begins.
 
@@ -91,22 +91,22 @@ def run_killed_everywhere(
         max_tokens: as for `run_here`.
 
     Returns:
-        The number of kills and what the last attempt, which nobody killed, said.
+        The number of kills and what the last attempt, which was not killed, said.
     """
-    told: set[tuple[str, int]] = set()
+    reported: set[tuple[str, int]] = set()
 
     def is_news(event: TrainingEvent) -> bool:
         name = (event.type, getattr(event, "step", getattr(getattr(event, "evaluation", None), "step", -1)))
-        if name in told or event.type not in kinds:
+        if name in reported or event.type not in kinds:
             return False
-        told.add(name)
+        reported.add(name)
         return True
 
     while True:
-        num_told = len(told)
+        num_reported = len(reported)
         events = run_here(folder, kill_after=is_news, max_tokens=max_tokens)
-        if len(told) == num_told:
-            return num_told, events
+        if len(reported) == num_reported:
+            return num_reported, events
 
 
 def finished(events: list[TrainingEvent]) -> FinishedEvent:

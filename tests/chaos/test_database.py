@@ -72,7 +72,7 @@ def test_a_database_that_stalls_costs_a_request_seconds_and_is_used_again_when_i
         proxy.heal()
         wait_until(lambda: http.get(url).status_code == 200, seconds=_MAX_SECONDS, what="answered again")
     database.close()
-    # Else a connection that was begun in the stall is waited for by whoever drops the database.
+    # Else a connection that was begun in the stall is waited for when the database is dropped.
     proxy.close()
 
 
@@ -161,7 +161,7 @@ def test_nothing_is_taken_until_the_database_was_seen_for_a_whole_lease() -> Non
     assert taken == [30, 35, 130, 135]
 
 
-def test_a_sweeper_that_has_just_come_back_takes_nothing_from_anybody(api: Api, settings: Settings) -> None:
+def test_a_sweeper_that_has_just_come_back_takes_no_job(api: Api, settings: Settings) -> None:
     job_id = _create(_client(api))
     with api.state.database.transaction() as session:
         assert leases.claim_for_preparing(session, job_id, "worker", -1) is not None

@@ -1,4 +1,4 @@
-"""Parts of the service that are away, slow or abused: nobody else notices, nothing is lost or half-done."""
+"""Parts of the service that are away, slow or abused: no other part notices, nothing is lost or half-done."""
 
 import asyncio
 import socket
@@ -68,18 +68,18 @@ def silent_broker() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_a_bell_at_a_broker_that_never_answers_returns_at_once(silent_broker: int) -> None:
+def test_a_notification_to_a_broker_that_never_answers_returns_at_once(silent_broker: int) -> None:
     with pytest.raises(kombu.exceptions.OperationalError):
         # The first message imports what makes loggers, and pytest loops over those as the next test begins.
         make_celery("redis://127.0.0.1:1/0").send_task(TASK_NAME, retry=False, ignore_result=True)
-    bell = TaskNotifier(make_celery(f"redis://127.0.0.1:{silent_broker}/0"))
-    ringing = threading.Thread(target=lambda: [bell.notify(f"job-{n}") for n in range(500)], daemon=True)
+    notifier = TaskNotifier(make_celery(f"redis://127.0.0.1:{silent_broker}/0"))
+    ringing = threading.Thread(target=lambda: [notifier.notify(f"job-{n}") for n in range(500)], daemon=True)
     ringing.start()
     ringing.join(timeout=5)
     assert not ringing.is_alive()
 
 
-def test_two_bells_at_start_never_put_two_jobs_into_one_slot(
+def test_two_notifications_at_start_never_put_two_jobs_into_one_slot(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
     for _ in range(2):

@@ -56,7 +56,7 @@ def main() -> None:
     complete = OpenAI(model="tiny-llama", temperature=0, max_tokens=5, max_retries=0)
     responding = ChatOpenAI(model="tiny-llama", temperature=0, max_tokens=16, use_responses_api=True)
     usage = whole.usage_metadata
-    told = {
+    reported = {
         "version": version("langchain-openai"),
         "whole": whole.content,
         "reason": whole.response_metadata["finish_reason"],
@@ -75,8 +75,8 @@ def main() -> None:
     try:
         ChatOpenAI(model="no-such-model", max_retries=0).invoke("the sky")
     except openai.NotFoundError as error:
-        told["refused"] = [error.status_code, error.code, bool(error.request_id)]
-    print(json.dumps(told))
+        reported["refused"] = [error.status_code, error.code, bool(error.request_id)]
+    print(json.dumps(reported))
 
 
 main()

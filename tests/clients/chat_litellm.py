@@ -41,7 +41,7 @@ def main() -> None:
     responded = litellm.responses(
         model="openai/tiny-llama", input="the sky", temperature=0, max_output_tokens=16, **TO
     )
-    told = {
+    reported = {
         "version": "litellm",
         "whole": text,
         "reason": whole.choices[0].finish_reason,
@@ -66,8 +66,8 @@ def main() -> None:
     except litellm.NotFoundError as error:
         # It keeps the message of an error and drops its code.
         is_named = "`no-such-model` does not exist" in error.message
-        told["refused"] = [error.status_code, "model_not_found" if is_named else error.message, True]
-    print(json.dumps(told))
+        reported["refused"] = [error.status_code, "model_not_found" if is_named else error.message, True]
+    print(json.dumps(reported))
 
 
 main()

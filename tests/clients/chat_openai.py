@@ -92,12 +92,12 @@ async def later() -> str:
 def main() -> None:
     """Ask in every form, and for a model that is not there."""
     client = openai.OpenAI(_strict_response_validation=True)
-    told = {"version": openai.__version__, "later": asyncio.run(later())} | chats(client) | texts(client)
+    reported = {"version": openai.__version__, "later": asyncio.run(later())} | chats(client) | texts(client)
     try:
         client.chat.completions.create(**ASKED | {"model": "no-such-model"})
     except openai.NotFoundError as error:
-        told["refused"] = [error.status_code, error.code, bool(error.request_id)]
-    print(json.dumps(told))
+        reported["refused"] = [error.status_code, error.code, bool(error.request_id)]
+    print(json.dumps(reported))
 
 
 main()

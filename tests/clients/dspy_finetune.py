@@ -63,13 +63,13 @@ def main() -> None:
     # (get_llm_provider_logic.py) takes only names that begin with ft:gpt-3.5-turbo or ft:gpt-4 for OpenAI's.
     tuned.set_lm(tuned.predictors()[0].lm.copy(model=f"openai/{name.removeprefix('openai/')}"))
     answers = [str(tuned(message=row.message).category) for row in rows[:6]]
-    told = {
+    reported = {
         "version": dspy.__version__,
         "model": name.removeprefix("openai/"),
         "answers": answers,
         "expected": [row.category for row in rows[:6]],
     }
-    print(json.dumps(told))
+    print(json.dumps(reported))
 
 
 main()

@@ -25,14 +25,14 @@ def main() -> None:
     other = litellm.create_fine_tuning_job(model="tiny-llama", training_file=file.id, **TO)
     cancelled = litellm.cancel_fine_tuning_job(fine_tuning_job_id=other.id, **TO)
     listed = litellm.list_fine_tuning_jobs(limit=1, **TO)
-    told = {
+    reported = {
         "status": job.status,
         "model": job.fine_tuned_model,
         "cancelled": cancelled.status,
         "jobs": [one.id for one in listed],
         "made": [other.id, job.id],
     }
-    print(json.dumps(told))
+    print(json.dumps(reported))
 
 
 main()

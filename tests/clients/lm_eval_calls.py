@@ -23,7 +23,7 @@ def ask(kind: str, *arguments: object) -> Instance:
 
 def main() -> None:
     """Score texts and make some, by token ids and by texts."""
-    told = {"version": version("lm-eval"), "scored": [], "rolled": [], "made": []}
+    reported = {"version": version("lm-eval"), "scored": [], "rolled": [], "made": []}
     for tokenized, batch_size, concurrent in ((True, 1, 1), (True, 4, 1), (False, 1, 1), (True, 2, 3)):
         model = LocalCompletionsAPI(
             model="tiny-llama",
@@ -36,17 +36,17 @@ def main() -> None:
             max_length=200,
             max_retries=1,
         )
-        told["scored"].append(model.loglikelihood([ask("loglikelihood", *case) for case in CASES]))
+        reported["scored"].append(model.loglikelihood([ask("loglikelihood", *case) for case in CASES]))
         rolling = [ask("loglikelihood_rolling", "".join(case)) for case in CASES]
-        told["rolled"].append(model.loglikelihood_rolling(rolling))
+        reported["rolled"].append(model.loglikelihood_rolling(rolling))
         options = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
         asked = [ask("generate_until", context, options) for context, _ in CASES if context]
-        told["made"].append(model.generate_until(asked))
+        reported["made"].append(model.generate_until(asked))
     chat = LocalChatCompletion(model="tiny-llama", base_url=f"{URL}/chat/completions", max_retries=1)
     messages = JsonChatStr(json.dumps([{"role": "user", "content": "the sky"}]))
     options = {"until": ["never there"], "max_gen_toks": 12, "do_sample": False}
-    told["chatted"] = chat.generate_until([ask("generate_until", messages, options)])
-    print(json.dumps(told))
+    reported["chatted"] = chat.generate_until([ask("generate_until", messages, options)])
+    print(json.dumps(reported))
 
 
 main()

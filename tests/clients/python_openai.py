@@ -37,7 +37,7 @@ def main() -> None:
         client.fine_tuning.jobs.create(model="no-such-model", training_file=file.id)
     except openai.BadRequestError as error:
         refused = str(error.code)
-    told = {
+    reported = {
         "version": openai.__version__,
         "status": job.status,
         "model": job.fine_tuned_model,
@@ -54,7 +54,7 @@ def main() -> None:
             client.files.delete(file.id).deleted,
         ],
     }
-    print(json.dumps(told))
+    print(json.dumps(reported))
 
 
 main()

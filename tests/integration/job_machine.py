@@ -105,7 +105,7 @@ class JobMachine(JobModel):
         job = data.draw(st.sampled_from(self.held()))
         self._ask(job, "resume" if job.status is S.PAUSING else "pause", is_sent_again)
         if job.status is S.QUEUED:
-            # Whom the bell wakes finds it held still.
+            # A worker that is notified finds it held still.
             self.claim_to_train(_WORKERS[1])
 
     @precondition(lambda self: self.in_status(S.PAUSED))
@@ -165,13 +165,13 @@ class JobMachine(JobModel):
         assert job.lease is not None
         with self.transaction() as session:
             if is_good:
-                told = NewEvent("Files validated, moving job to queued state", data={})
+                reported = NewEvent("Files validated, moving job to queued state", data={})
                 leases.leave(
                     session,
                     job.lease,
                     S.QUEUED,
                     outcome="prepared",
-                    event=told,
+                    event=reported,
                     prepared_key="k",
                     **leases.PROGRESS,
                 )
@@ -268,13 +268,13 @@ class JobMachine(JobModel):
         with self.transaction() as session:
             if is_good:
                 name = self._register(session, job, "tuned")
-                told = NewEvent("The job has successfully completed", data={})
+                reported = NewEvent("The job has successfully completed", data={})
                 leases.leave(
                     session,
                     job.lease,
                     S.SUCCEEDED,
                     outcome="succeeded",
-                    event=told,
+                    event=reported,
                     fine_tuned_model=name,
                     trained_tokens=10,
                 )
@@ -314,8 +314,8 @@ class JobMachine(JobModel):
             if how == "stopped":
                 status = pausing.end_stopped(session, job.lease)
             elif how == "unavailable":
-                told = NewEvent("The job waits", data={})
-                status = leases.wait_again(session, job.lease, outcome=how, event=told)
+                reported = NewEvent("The job waits", data={})
+                status = leases.wait_again(session, job.lease, outcome=how, event=reported)
             else:
                 error = WorkerCrashedError("Gone.")
                 status = leases.retry_or_fail(session, job.lease, error, max_attempts=MAX_ATTEMPTS)

@@ -198,12 +198,12 @@ class JobModel(RuleBasedStateMachine):
             assert (row.lease_owner, row.lease_expires_at) == (None, None)
 
     @invariant()
-    def every_end_is_told_once_and_nothing_else(self) -> None:
+    def every_end_is_reported_once_and_nothing_else(self) -> None:
         with self.transaction() as session:
-            told = session.query(WebhookDelivery.job_id, WebhookDelivery.event_type).filter_by(
+            reported = session.query(WebhookDelivery.job_id, WebhookDelivery.event_type).filter_by(
                 project_id=self.scope.project_id
             )
-            found = sorted(map(tuple, told))
+            found = sorted(map(tuple, reported))
         ended = self.in_status(S.SUCCEEDED, S.FAILED, S.CANCELLED)
         assert found == sorted((job.id, f"fine_tuning.job.{job.status.value}") for job in ended)
 

@@ -99,5 +99,5 @@ class Attempt:
     def join(self) -> Ending | None:
         """Wait for the end and return how it ended, or None when it broke off with `fault`."""
         self._thread.join(_WAIT_SECONDS)
-        assert not self._thread.is_alive(), "the attempt goes on"
+        assert not self._thread.is_alive(), "the attempt continues"
         return self.ending

@@ -1,4 +1,4 @@
-"""The way back and forth: an alias is pointed only to what could be loaded, and by whom it was last asked."""
+"""The way back and forth: an alias is pointed only to what could be loaded, and by the newest request."""
 
 import asyncio
 import threading

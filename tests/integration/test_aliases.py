@@ -61,8 +61,8 @@ def test_an_alias_answers_under_its_name_with_what_it_points_to_and_goes_back(
     assert ours.ok("POST", "/aliases/prod/rollback", {"version": 3})["model"] == TINY_BASE
 
     history = ours.ok("GET", "/aliases/prod/versions?limit=4")
-    told = [(one["version"], one["model"], one["restored_version"]) for one in history["data"]]
-    assert told == [(6, TINY_BASE, 3), (5, V1, 1), (4, V2, 2), (3, TINY_BASE, None)]
+    reported = [(one["version"], one["model"], one["restored_version"]) for one in history["data"]]
+    assert reported == [(6, TINY_BASE, 3), (5, V1, 1), (4, V2, 2), (3, TINY_BASE, None)]
     assert history["has_more"] is True
     rest = ours.ok("GET", f"/aliases/prod/versions?after={history['last_id']}")["data"]
     assert [(one["version"], one["digest"]) for one in rest] == [(2, "sha256:2"), (1, "sha256:1")]
@@ -96,7 +96,7 @@ def test_an_alias_may_have_a_mapped_name_which_then_answers_requests_and_starts_
     assert answer.headers["x-luthier-model"] == TINY_BASE
 
 
-def test_names_and_targets_that_can_t_be_are_told_by_field(ours: Aliases) -> None:
+def test_names_and_targets_that_can_t_be_are_reported_by_field(ours: Aliases) -> None:
     taken = (TINY_BASE, V1, "FT:x")
     for name in (*taken, "-x", "a b", "ä", "a//b", "a/", "a/.", ":a", "x" * 129):
         refused = ours.refused("PUT", f"/aliases/{quote(name, safe='')}", {"model": V1})
@@ -240,7 +240,7 @@ def test_an_alias_is_its_projects_own_and_ends_with_what_it_may_call(
     assert theirs.put("prod", V2)["model"] == V2
     assert _asked(api, theirs, "prod") == ("prod", DIGESTS[V2])
     assert _asked(api, ours, "prod") == ("prod", DIGESTS[V1])
-    # Whom a model is shared with does not keep it from being deleted.
+    # A project that a model is shared with does not keep it from being deleted.
     permission = granted["data"][0]["id"]
     ours.ok("DELETE", f"/fine_tuning/checkpoints/{V2}/permissions/{permission}")
     refused = theirs.refused("POST", "/chat/completions", {"model": "prod", "messages": []})

@@ -81,7 +81,7 @@ def test_an_estimate_says_what_prepare_will_find(api: Api, settings: Settings, f
     assert found["rows"]["is_sampled"] is False
 
 
-def test_nothing_is_stored_and_no_bell_rings(api: Api, database: Database, file_id: str) -> None:
+def test_nothing_is_stored_and_nothing_is_notified(api: Api, database: Database, file_id: str) -> None:
     with LuthierClient(f"{api.base_url}/v1", api.key) as client:
         found = client.estimate_job({"model": "gpt-4o-mini-2024-07-18", "training_file": file_id})
     assert (found["object"], found["model"]) == ("fine_tuning.job.estimate", "tiny-llama")
@@ -165,21 +165,21 @@ def test_a_base_that_no_machine_has_fetched_makes_no_job(
 
 
 @pytest.mark.parametrize(("too_long", "num_left"), [("error", 20), ("drop", 20), ("truncate", 24)])
-def test_rows_over_the_length_are_counted_and_told(api: Api, too_long: str, num_left: int) -> None:
+def test_rows_over_the_length_are_counted_and_reported(api: Api, too_long: str, num_left: int) -> None:
     rows = colour_rows(20) + [chat_row("what?", "the sky is blue and the sea is too. " * 40)] * 4
     found = _estimate(api, _upload(api, rows), training={"max_length": 96, "too_long": too_long})
     assert (found["rows"]["too_long"], found["rows"]["train"], found["rows"]["total"]) == (4, num_left, 24)
     assert any("more than 96 tokens" in warning for warning in found["warnings"])
 
 
-def test_a_limit_beyond_the_bases_room_is_told(api: Api, file_id: str) -> None:
+def test_a_limit_beyond_the_bases_room_is_reported(api: Api, file_id: str) -> None:
     found = _estimate(api, file_id, training={"max_length": 5000})
     assert found["training"]["max_length"] == 256
     (warning,) = found["warnings"]
     assert warning.startswith("training.max_length is 256, not 5000:")
 
 
-def test_a_large_file_is_told_by_an_even_sample(
+def test_a_large_file_is_reported_by_an_even_sample(
     api: Api, file_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _estimate(api, file_id)

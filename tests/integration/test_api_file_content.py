@@ -84,7 +84,7 @@ def test_conditions_are_those_of_http(api: Api, file_id: str) -> None:
     assert _ask(api, path, range=f"bytes={SIZE}-", if_none_match=ETAG).status_code == 304
 
 
-def test_head_tells_size_and_tag_and_sends_no_bytes(api: Api, file_id: str) -> None:
+def test_head_gives_size_and_tag_and_sends_no_bytes(api: Api, file_id: str) -> None:
     path = f"/v1/files/{file_id}/content"
     answer = _ask(api, path, "HEAD", range="bytes=0-3")
     assert (answer.status_code, answer.content) == (200, b"")
@@ -109,8 +109,8 @@ def test_names_in_any_script_come_back_as_they_were_given(client: openai.OpenAI)
     for name, header in _NAMES.items():
         file = client.files.create(file=(name, ROWS), purpose="fine-tune")
         assert file.filename == client.files.retrieve(file.id).filename == name
-        told = client.files.content(file.id).response.headers["content-disposition"]
-        assert header in (None, told)
+        reported = client.files.content(file.id).response.headers["content-disposition"]
+        assert header in (None, reported)
         upload = client.uploads.upload_file_chunked(
             file=ROWS, filename=name, bytes=SIZE, mime_type="text/jsonl", purpose="fine-tune"
         )
@@ -130,7 +130,7 @@ def test_a_name_in_rfc_5987_form_is_read(api: Api) -> None:
     assert answer.json()["filename"] == "дані.jsonl"
 
 
-def test_bytes_that_are_missing_are_told_before_anything_is_sent(api: Api, file_id: str) -> None:
+def test_bytes_that_are_missing_are_reported_before_anything_is_sent(api: Api, file_id: str) -> None:
     root = api.state.storage.local_root
     assert root is not None
     [path] = root.rglob(file_id)
@@ -188,7 +188,7 @@ def test_a_models_file_is_downloaded_on_from_where_it_broke_off(
             got += chunk
             if len(got) > 1_000_000:
                 break
-    # As `curl -C -` goes on.
+    # As `curl -C -` continues.
     rest = _ask(api, path, range=f"bytes={len(got)}-", if_range=head.headers["etag"])
     assert rest.status_code == 206
     assert hashlib.sha256(got + rest.content).hexdigest() == entry["sha256"]

@@ -91,7 +91,7 @@ def test_an_expired_file_is_unknown_and_then_gone(
         with pytest.raises(openai.NotFoundError):
             call(file.id)
     assert [entry.id for entry in client.files.list()] == [kept.id]
-    # Pages that began before it expired go on behind it.
+    # Pages that began before it expired continue behind it.
     assert [entry.id for entry in client.files.list(after=file.id, order="asc")] == [kept.id]
     with pytest.raises(openai.BadRequestError) as refused:
         client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id)

@@ -24,7 +24,7 @@ def _post(api: Api, body: dict[str, Any], **headers: str) -> httpx2.Response:
     return httpx2.post(f"{api.base_url}/v1/fine_tuning/jobs", headers=api.headers | headers, json=body)
 
 
-def test_a_created_job_has_openais_shape_and_rings_the_bell_once(
+def test_a_created_job_has_openais_shape_and_notifies_once(
     api: Api, client: openai.OpenAI, file_id: str
 ) -> None:
     job = client.fine_tuning.jobs.create(
@@ -71,7 +71,7 @@ def test_a_cancelled_job_ends_and_frees_its_file(client: openai.OpenAI, file_id:
 
 
 @pytest.mark.parametrize("name", ["tuning", "training", "method"])
-def test_what_is_no_object_is_told_in_the_words_of_json(api: Api, file_id: str, name: str) -> None:
+def test_what_is_no_object_is_reported_in_the_words_of_json(api: Api, file_id: str, name: str) -> None:
     answer = _post(api, {"model": "tiny-llama", "training_file": file_id, name: "lora"})
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == (name, "invalid_type")
@@ -145,7 +145,7 @@ def test_a_bad_create_names_its_field_and_makes_no_job(
         ),
     ],
 )
-def test_an_unknown_field_is_told_with_the_one_that_was_meant(
+def test_an_unknown_field_is_reported_with_the_one_that_was_meant(
     api: Api, file_id: str, change: dict[str, Any], meant: str
 ) -> None:
     error = _post(api, {"model": "tiny-llama", "training_file": file_id} | change).json()["error"]
@@ -225,7 +225,7 @@ def test_the_sdks_silent_retry_makes_one_job(api: Api, file_id: str) -> None:
     assert meant != first
 
 
-def test_what_is_no_route_or_no_json_is_told_in_the_one_shape(api: Api) -> None:
+def test_what_is_no_route_or_no_json_is_reported_in_the_one_shape(api: Api) -> None:
     for method, path, content, status in (
         ("GET", "/v1/nothing", b"", 404),
         ("PUT", "/v1/files", b"", 405),

@@ -59,7 +59,7 @@ def test_a_key_is_shown_once_stored_as_a_hash_and_useless_once_revoked(api: Api)
     assert httpx2.get(f"{api.base_url}/v1/files", headers=headers).status_code == 401
 
 
-def test_when_a_key_was_last_used_is_told_to_the_minute(api: Api) -> None:
+def test_when_a_key_was_last_used_is_reported_to_the_minute(api: Api) -> None:
     made = _make_key(api, name="ci")
     headers = {"Authorization": f"Bearer {made['key']}"}
 
@@ -73,8 +73,8 @@ def test_when_a_key_was_last_used_is_told_to_the_minute(api: Api) -> None:
     statements: list[str] = []
     engine = api.state.database.engine
 
-    def note(*told: Any) -> None:
-        statements.append(told[2])
+    def note(*reported: Any) -> None:
+        statements.append(reported[2])
 
     event.listen(engine, "before_cursor_execute", note)
     assert use() == first
@@ -94,7 +94,7 @@ def test_only_an_admin_key_manages_keys(api: Api) -> None:
         assert answer.status_code == 403, answer.text
 
 
-def test_keys_are_told_with_the_names_of_their_projects(api: Api) -> None:
+def test_keys_are_reported_with_the_names_of_their_projects(api: Api) -> None:
     made = _make_key(api, name="second", project="violins")
     assert made["project"] == "violins"
     listed = httpx2.get(f"{api.base_url}/v1/keys", headers=api.headers).json()["data"]

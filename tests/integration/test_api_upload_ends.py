@@ -98,7 +98,7 @@ def test_an_upload_expires_after_an_hour_and_its_parts_are_tidied(
     assert client.files.content(done.file.id).read() == ROWS
 
 
-def test_an_upload_nobody_asks_about_expires_by_the_sweep(
+def test_an_upload_without_requests_expires_by_the_sweep(
     api: Api, client: openai.OpenAI, context: WorkerContext
 ) -> None:
     upload_id, ids = _begin(client, ROWS)

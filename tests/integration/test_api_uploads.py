@@ -72,7 +72,7 @@ def test_parts_may_come_at_the_same_time_and_their_order_is_said_at_the_end(clie
             pool.map(lambda piece: client.uploads.parts.create(upload.id, data=piece), pieces[::-1])
         )
     assert {part.upload_id for part in backwards} == {upload.id}
-    # The text of the first row in the middle of the file: caught, and told as a broken line.
+    # The text of the first row in the middle of the file: caught, and reported as a broken line.
     _refused(
         lambda: client.uploads.complete(upload.id, part_ids=[part.id for part in backwards]),
         "part_ids",
@@ -83,7 +83,7 @@ def test_parts_may_come_at_the_same_time_and_their_order_is_said_at_the_end(clie
     assert client.files.content(done.file.id).read() == ROWS
 
 
-def test_46_a_part_of_exactly_64_mib_is_accepted_and_complete_nests_the_file(
+def test_a_part_of_exactly_64_mib_is_accepted_and_complete_nests_the_file(
     api: Api, client: openai.OpenAI
 ) -> None:
     upload = client.uploads.create(

@@ -135,7 +135,7 @@ def test_a_bad_create_names_its_field_and_makes_nothing(api: Api, client: openai
     assert client.webhooks.list().data == []
 
 
-def test_a_test_is_sent_at_once_and_tells_the_status(client: openai.OpenAI, receiver: Receiver) -> None:
+def test_a_test_is_sent_at_once_and_returns_the_status(client: openai.OpenAI, receiver: Receiver) -> None:
     made = client.webhooks.create(name="n", url=receiver.url, event_types=["fine_tuning.job.succeeded"])
     for status in (204, 500, 302):
         receiver.statuses = [status]
@@ -149,7 +149,7 @@ def test_a_test_is_sent_at_once_and_tells_the_status(client: openai.OpenAI, rece
     assert client.webhooks.retrieve(made.id).updated_at == made.updated_at
 
 
-def test_a_test_that_reaches_nobody_is_a_400_in_our_own_words(
+def test_a_test_without_a_receiver_is_a_400_in_our_own_words(
     client: openai.OpenAI, receiver: Receiver
 ) -> None:
     # Nothing listens on port 1, and this name resolves nowhere.

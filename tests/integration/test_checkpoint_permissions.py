@@ -113,7 +113,7 @@ def test_a_project_may_call_a_shared_model_until_the_permission_is_deleted(
         owner.fine_tuning.checkpoints.permissions.delete(made[0].id, fine_tuned_model_checkpoint=NAME)
 
 
-def test_a_deleted_model_is_shared_with_nobody(api: Api, owner: openai.OpenAI) -> None:
+def test_a_deleted_model_is_no_longer_shared(api: Api, owner: openai.OpenAI) -> None:
     other = _project(api, "other")
     owner.fine_tuning.checkpoints.permissions.create(NAME, project_ids=[other.id])
     owner.models.delete(NAME)
@@ -152,7 +152,7 @@ def _retire(session: Session, _owner: openai.OpenAI, job_id: str) -> None:
 
 
 @pytest.mark.parametrize("end", [_delete, _retire])
-def test_a_checkpoint_that_comes_back_as_the_result_is_shared_with_nobody(
+def test_a_checkpoint_that_comes_back_as_the_result_is_no_longer_shared(
     api: Api, owner: openai.OpenAI, end: Callable[[Session, openai.OpenAI, str], None]
 ) -> None:
     other = _project(api, "other")

@@ -49,7 +49,7 @@ def file_id(client: openai.OpenAI) -> str:
     return client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune").id
 
 
-def test_1_a_post_with_json_content_type_and_no_body_is_no_parse_error(api: Api, file_id: str) -> None:
+def test_a_post_with_json_content_type_and_no_body_is_no_parse_error(api: Api, file_id: str) -> None:
     job_id = create_job(api, file_id)["id"]
     headers = {"Content-Type": "application/json", "Content-Length": "0"}
     for verb, code in (("pause", "invalid_job_state"), ("resume", "invalid_job_state"), ("cancel", None)):
@@ -58,7 +58,7 @@ def test_1_a_post_with_json_content_type_and_no_body_is_no_parse_error(api: Api,
         assert answer.status_code == (200 if code is None else 400)
 
 
-def test_6_7_8_lists_say_has_more_exactly_and_begin_with_the_newest(
+def test_lists_say_has_more_exactly_and_begin_with_the_newest(
     api: Api, client: openai.OpenAI, file_id: str
 ) -> None:
     made = [create_job(api, file_id, metadata={"batch": "six"})["id"] for _ in range(4)]
@@ -150,7 +150,7 @@ _BAD_REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize("number", range(len(_BAD_REQUESTS)))
-def test_10_11_45_bad_requests_have_the_one_body_never_422_and_an_id(api: Api, number: int) -> None:
+def test_bad_requests_have_the_one_body_never_422_and_an_id(api: Api, number: int) -> None:
     method, path, options, status = _BAD_REQUESTS[number]
     answer = ask(api, method, path, **options)
     assert answer.status_code == status, answer.text
@@ -161,7 +161,7 @@ def test_10_11_45_bad_requests_have_the_one_body_never_422_and_an_id(api: Api, n
     assert answer.headers["x-request-id"].startswith("req_")
 
 
-def test_15_a_null_equals_an_absent_member_wherever_one_is_optional(api: Api, file_id: str) -> None:
+def test_a_null_equals_an_absent_member_wherever_one_is_optional(api: Api, file_id: str) -> None:
     schema = httpx2.get(f"{api.base_url}/openapi.json").json()["components"]["schemas"]
     plain = {"model": "tiny-llama", "training_file": file_id}
     defaults, num_tried = create_job(api, file_id)["training"], 0
@@ -198,13 +198,13 @@ def _optional_paths(
                     yield (name, *path)
 
 
-def test_16_top_level_hyperparameters_are_accepted_and_mirrored(api: Api, file_id: str) -> None:
+def test_top_level_hyperparameters_are_accepted_and_mirrored(api: Api, file_id: str) -> None:
     job = create_job(api, file_id, hyperparameters={"n_epochs": 2})
     assert job["hyperparameters"]["n_epochs"] == 2
     assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"]
 
 
-def test_38_the_three_forms_of_the_metadata_filter_differ(api: Api, file_id: str) -> None:
+def test_the_three_forms_of_the_metadata_filter_differ(api: Api, file_id: str) -> None:
     filled = create_job(api, file_id, metadata={"shelf": "a", "row": "1"})["id"]
     empty = create_job(api, file_id, metadata={"shelf": ""})["id"]
     without = create_job(api, file_id, metadata=None)["id"]
@@ -224,7 +224,7 @@ def test_38_the_three_forms_of_the_metadata_filter_differ(api: Api, file_id: str
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata")
 
 
-def test_39_metadata_beyond_its_limits_is_400_with_its_name(api: Api, file_id: str) -> None:
+def test_metadata_beyond_its_limits_is_400_with_its_name(api: Api, file_id: str) -> None:
     plain = {"model": "tiny-llama", "training_file": file_id}
     assert create_job(api, file_id, metadata={"k" * 64: "v" * 512})["metadata"] == {"k" * 64: "v" * 512}
     for metadata in (
@@ -240,7 +240,7 @@ def test_39_metadata_beyond_its_limits_is_400_with_its_name(api: Api, file_id: s
         assert answer.json()["error"]["param"].partition(".")[0] == "metadata"
 
 
-def test_45_an_answer_to_a_fault_of_ours_has_an_id_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_to_a_fault_of_ours_has_an_id_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
@@ -254,7 +254,7 @@ def test_45_an_answer_to_a_fault_of_ours_has_an_id_too(api: Api, monkeypatch: py
         assert ask(api, "GET", path, headers=headers).headers["x-request-id"]
 
 
-def test_47_a_page_of_another_origin_may_ask_with_the_sdks_headers(
+def test_a_page_of_another_origin_may_ask_with_the_sdks_headers(
     settings: Settings, database: Database
 ) -> None:
     allowing = settings.model_copy(update={"cors_origins": "https://other.example, https://app.example"})

@@ -102,7 +102,7 @@ def jobs_by_status(
     return found
 
 
-def test_18_auto_is_echoed_and_later_replaced_by_numbers(jobs_by_status: dict[str, dict[str, Any]]) -> None:
+def test_auto_is_echoed_and_later_replaced_by_numbers(jobs_by_status: dict[str, dict[str, Any]]) -> None:
     early = jobs_by_status["validating_files"]["hyperparameters"]
     assert set(early.values()) == {"auto"}
     for status in ("queued", "running", "succeeded"):
@@ -114,7 +114,7 @@ def test_18_auto_is_echoed_and_later_replaced_by_numbers(jobs_by_status: dict[st
 
 
 @pytest.mark.parametrize("status", [status.value for status in JobStatus])
-def test_19_to_23_a_job_in_every_status_has_the_types_that_typed_clients_read(
+def test_a_job_in_every_status_has_the_types_that_typed_clients_read(
     status: str, jobs_by_status: dict[str, dict[str, Any]]
 ) -> None:
     job = jobs_by_status[status]
@@ -136,14 +136,14 @@ def test_19_to_23_a_job_in_every_status_has_the_types_that_typed_clients_read(
     assert job["estimated_finish"] is None or type(job["estimated_finish"]) is int
 
 
-def test_22_statuses_are_those_of_the_sdks_types_but_for_a_pause(
+def test_statuses_are_those_of_the_sdks_types_but_for_a_pause(
     jobs_by_status: dict[str, dict[str, Any]],
 ) -> None:
     known = set(FineTuningJob.model_fields["status"].annotation.__args__)  # type: ignore[union-attr]
     assert set(jobs_by_status) - known == {"pausing", "paused"}
 
 
-def test_24_ids_with_colons_and_slashes_are_one_segment_however_encoded(
+def test_ids_with_colons_and_slashes_are_one_segment_however_encoded(
     api: Api, client: openai.OpenAI, jobs_by_status: dict[str, dict[str, Any]]
 ) -> None:
     name = jobs_by_status["succeeded"]["fine_tuned_model"]
@@ -166,7 +166,7 @@ def test_24_ids_with_colons_and_slashes_are_one_segment_however_encoded(
     assert ask(api, "GET", "/fine_tuning/jobs%2Fftjob-1").json()["error"]["code"] == "unknown_url"
 
 
-def test_43_checkpoints_leave_out_what_was_not_measured_and_the_last_bears_the_models_name(
+def test_checkpoints_leave_out_what_was_not_measured_and_the_last_has_the_models_name(
     api: Api, jobs_by_status: dict[str, dict[str, Any]]
 ) -> None:
     job = jobs_by_status["succeeded"]
@@ -180,7 +180,7 @@ def test_43_checkpoints_leave_out_what_was_not_measured_and_the_last_bears_the_m
         assert all(math.isfinite(value) for value in checkpoint["metrics"].values())
 
 
-def test_24_models_whose_names_hold_slashes_are_read_downloaded_and_deleted(
+def test_models_whose_names_hold_slashes_are_read_downloaded_and_deleted(
     api: Api, client: openai.OpenAI, jobs_by_status: dict[str, dict[str, Any]]
 ) -> None:
     earlier = f"/fine_tuning/jobs/{jobs_by_status['succeeded']['id']}/checkpoints"

@@ -11,7 +11,7 @@ from services.capacity import workers
 from tests.conftest import Api, wait_until
 
 
-def test_a_service_whose_inference_server_is_away_is_told_apart_from_one_that_has_one(
+def test_a_service_without_an_inference_server_is_reported_as_such(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def statuses(key: str = api.key) -> dict[str, str]:

@@ -23,7 +23,7 @@ def preferences(num_rows: int) -> bytes:
     )
 
 
-def test_preferences_make_a_model_and_rewards_are_told(client: openai.OpenAI, context: WorkerContext) -> None:
+def test_preferences_make_a_model_and_report_rewards(client: openai.OpenAI, context: WorkerContext) -> None:
     body: dict[str, Any] = {
         "model": "tiny-llama",
         "training_file": upload(client, preferences(16)),
@@ -52,11 +52,13 @@ def test_preferences_make_a_model_and_rewards_are_told(client: openai.OpenAI, co
     assert len(steps) == 2 * 3
     assert all({"train_loss", "train_reward_accuracy", "train_reward_margin"} <= set(step) for step in steps)
     assert steps[0]["full_valid_reward_accuracy"] == 1.0
-    told = [event.message for event in events if event.message.startswith(("Base model", "Evaluation at"))]
+    reported = [
+        event.message for event in events if event.message.startswith(("Base model", "Evaluation at"))
+    ]
     # The newest first; at its start a model has gained nothing yet.
-    assert all("reward accuracy=" in message and "reward margin=" in message for message in told[:-1])
-    assert len(told) > 1
-    assert "reward" not in told[-1]
+    assert all("reward accuracy=" in message and "reward margin=" in message for message in reported[:-1])
+    assert len(reported) > 1
+    assert "reward" not in reported[-1]
     table = client.files.content(job.result_files[0]).text.splitlines()
     assert table[0].endswith("full_valid_reward_accuracy,full_valid_reward_margin")
     assert len(table) == 1 + 6
@@ -94,7 +96,7 @@ def test_rows_of_the_other_kind_are_refused_with_the_field_and_what_to_do(client
         assert refused.value.param == param
 
 
-def test_in_files_whose_format_nobody_noted_prepare_finds_rows_of_the_other_kind(
+def test_in_files_without_a_recorded_format_prepare_finds_rows_of_the_other_kind(
     client: openai.OpenAI, context: WorkerContext, database: Database
 ) -> None:
     chats, pairs = upload(client, jsonl(colour_rows())), upload(client, preferences(12))

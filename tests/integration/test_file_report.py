@@ -40,7 +40,7 @@ def _report(api: Api, file_id: str, **query: str) -> httpx2.Response:
     return httpx2.get(url, headers=api.headers, params={"base": "tiny-llama"} | query, timeout=60)
 
 
-def test_a_report_tells_what_a_job_would_find(api: Api) -> None:
+def test_a_report_says_what_a_job_would_find(api: Api) -> None:
     rows = [*colour_rows(20), *colour_rows(2), chat_row("q", "a", weight=0)]
     file_id = _upload(api, jsonl(rows)).json()["id"]
     validation_id = _upload(api, jsonl(colour_rows(3))).json()["id"]

@@ -24,14 +24,14 @@ def _field(name: str, value: str) -> bytes:
     return f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
 
 
-def test_01_a_cancel_without_a_body_is_no_broken_json(api: Api, client: openai.OpenAI) -> None:
+def test_a_cancel_without_a_body_is_no_broken_json(api: Api, client: openai.OpenAI) -> None:
     upload = client.uploads.create(bytes=9, filename="a", mime_type="text/jsonl", purpose="fine-tune")
     headers = api.headers | {"Content-Type": "application/json", "Content-Length": "0"}
     answer = httpx2.post(f"{api.base_url}/v1/uploads/{upload.id}/cancel", headers=headers)
     assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
 
 
-def test_02_fields_of_a_form_come_in_any_order_with_bracketed_names_and_seconds_as_text(api: Api) -> None:
+def test_fields_of_a_form_come_in_any_order_with_bracketed_names_and_seconds_as_text(api: Api) -> None:
     parts = [
         _field("purpose", "fine-tune"),
         _field("expires_after[anchor]", "created_at"),
@@ -51,18 +51,18 @@ def test_02_fields_of_a_form_come_in_any_order_with_bracketed_names_and_seconds_
         assert (made["bytes"], made["expires_at"]) == (len(ROWS), made["created_at"] + 86400)
 
 
-def test_03_a_file_named_upload_of_no_particular_type_is_taken_for_training(client: openai.OpenAI) -> None:
+def test_a_file_named_upload_of_no_particular_type_is_taken_for_training(client: openai.OpenAI) -> None:
     made = client.files.create(file=ROWS, purpose="fine-tune")
     assert (made.filename, made.purpose) == ("upload", "fine-tune")
     assert client.fine_tuning.jobs.create(model="tiny-llama", training_file=made.id).training_file == made.id
 
 
-def test_04_a_file_is_processed_so_that_waiting_for_it_ends(client: openai.OpenAI) -> None:
+def test_a_file_is_processed_so_that_waiting_for_it_ends(client: openai.OpenAI) -> None:
     made = client.files.create(file=ROWS, purpose="fine-tune")
     assert client.files.wait_for_processing(made.id, poll_interval=60, max_wait_seconds=1) == made
 
 
-def test_05_content_is_raw_bytes_whatever_is_accepted(api: Api, client: openai.OpenAI) -> None:
+def test_content_is_raw_bytes_whatever_is_accepted(api: Api, client: openai.OpenAI) -> None:
     made = client.files.create(file=ROWS, purpose="fine-tune")
     for accepted in ("application/binary", "application/json", "image/png;q=0.1", "*/*"):
         answer = httpx2.get(
@@ -75,7 +75,7 @@ def test_05_content_is_raw_bytes_whatever_is_accepted(api: Api, client: openai.O
         assert client.files.retrieve_content(made.id) == ROWS.decode()
 
 
-def test_06_has_more_is_always_there_and_exact(api: Api, client: openai.OpenAI) -> None:
+def test_has_more_is_always_there_and_exact(api: Api, client: openai.OpenAI) -> None:
     made = [client.files.create(file=ROWS, purpose="fine-tune").id for _ in range(3)]
     for query, ids, has_more in (
         ("", made[::-1], False),
@@ -97,10 +97,10 @@ def test_06_has_more_is_always_there_and_exact(api: Api, client: openai.OpenAI) 
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), query
 
 
-def test_07_pages_neither_skip_nor_repeat_while_files_come_and_go(api: Api, client: openai.OpenAI) -> None:
+def test_pages_neither_skip_nor_repeat_while_files_come_and_go(api: Api, client: openai.OpenAI) -> None:
     made = [client.files.create(file=ROWS, purpose="fine-tune").id for _ in range(6)]
     with api.state.database.transaction() as session:
-        # All of one moment: only the id tells them apart.
+        # All of one moment: only the id distinguishes them.
         session.query(files.File).update({"created_at": "2026-01-01T00:00:00Z"})
     first = client.files.list(limit=2)
     assert [file.id for file in first.data] == made[:3:-1]
@@ -111,9 +111,7 @@ def test_07_pages_neither_skip_nor_repeat_while_files_come_and_go(api: Api, clie
     assert [file.id for file in client.files.list(limit=1, order="asc")][:4] == made[:4]
 
 
-def test_41_a_result_file_is_found_by_id_and_purpose_and_is_plain_csv(
-    api: Api, client: openai.OpenAI
-) -> None:
+def test_a_result_file_is_found_by_id_and_purpose_and_is_plain_csv(api: Api, client: openai.OpenAI) -> None:
     made = client.files.create(file=ROWS, purpose="fine-tune")
     job_id = client.fine_tuning.jobs.create(model="tiny-llama", training_file=made.id).id
     content = b"step,train_loss\n1,0.5\n"
@@ -128,7 +126,7 @@ def test_41_a_result_file_is_found_by_id_and_purpose_and_is_plain_csv(
     assert client.files.content(result_id).text == content.decode()
 
 
-def test_45_every_answer_has_a_request_id(api: Api, client: openai.OpenAI) -> None:
+def test_every_answer_has_a_request_id(api: Api, client: openai.OpenAI) -> None:
     made = client.files.with_raw_response.create(file=ROWS, purpose="fine-tune")
     assert made.headers["x-request-id"].startswith("req_")
     for path in ("/v1/files/file-unknown", "/v1/uploads/upload_unknown", "/v1/uploads/a/b/c"):
@@ -138,7 +136,7 @@ def test_45_every_answer_has_a_request_id(api: Api, client: openai.OpenAI) -> No
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def _post_and_go_on(api: Api, path: str, body: bytes, key: str) -> int:
+def _post_and_continue(api: Api, path: str, body: bytes, key: str) -> int:
     """Return the status of a POST, after another request on the same connection has been answered."""
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "multipart/form-data; boundary=x"}
     connection = http.client.HTTPConnection(urlsplit(api.base_url).netloc, timeout=30)
@@ -156,7 +154,7 @@ def _post_and_go_on(api: Api, path: str, body: bytes, key: str) -> int:
     return refusal.status
 
 
-def test_48_an_early_refusal_reads_the_body_and_keeps_the_connection(api: Api) -> None:
+def test_an_early_refusal_reads_the_body_and_keeps_the_connection(api: Api) -> None:
     for path, purpose, key, status in (
         ("/v1/files", "fine-tune", "lt_nope", 401),
         ("/v1/files", "nonsense", api.key, 400),
@@ -172,4 +170,4 @@ def test_48_an_early_refusal_reads_the_body_and_keeps_the_connection(api: Api) -
                 b"\r\n--x--\r\n",
             ]
         )
-        assert _post_and_go_on(api, path, body, key) == status
+        assert _post_and_continue(api, path, body, key) == status

@@ -1,4 +1,4 @@
-"""Jobs that go on from tuned models, with real PostgreSQL, storage and API; one of them trained for real."""
+"""Jobs that continue tuned models, with real PostgreSQL, storage and API; one of them trained for real."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -111,7 +111,7 @@ def jobs(client: openai.OpenAI, context: WorkerContext, file_id: str, tmp_path: 
     return Jobs(client, context, file_id, tmp_path / "scripted")
 
 
-def test_a_job_goes_on_from_a_model_through_the_real_training_process(
+def test_a_job_continues_a_model_through_the_real_training_process(
     api: Api, client: openai.OpenAI, context: WorkerContext, jobs: Jobs
 ) -> None:
     first = jobs.create(tuning={"rank": 2, "target_modules": ["q_proj", "v_proj"]})
@@ -264,13 +264,13 @@ def test_a_checkpoint_that_a_job_starts_from_is_not_retired(
     checkpoint = next(one.fine_tuned_model_checkpoint for one in listed if one.step_number == 1)
     child = jobs.create(checkpoint)
 
-    def go_on(script: Script) -> None:
+    def continue_from(script: Script) -> None:
         script.start(2)
         for epoch in range(3, 7):
             script.epoch(epoch, 1 / epoch)
         script.finish(6)
 
-    assert jobs.attempt(first, go_on, epochs=6) is Ending.SUCCEEDED
+    assert jobs.attempt(first, continue_from, epochs=6) is Ending.SUCCEEDED
     steps = [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(first)]
     # The usual three, and the one that is needed.
     assert steps == [6, 5, 4, 1]
@@ -301,9 +301,9 @@ def test_a_parent_whose_bytes_are_gone_or_others_fails_the_job_and_nothing_is_tr
             assert (job.status, job.error.code) == ("failed", code)
 
 
-@pytest.mark.parametrize("is_told_again", [True, False], ids=["as a checkpoint", "as the result"])
+@pytest.mark.parametrize("is_reported_again", [True, False], ids=["as a checkpoint", "as the result"])
 def test_a_checkpoint_that_others_build_on_keeps_its_weights_when_its_step_is_done_again_otherwise(
-    is_told_again: bool, client: openai.OpenAI, context: WorkerContext, jobs: Jobs, tmp_path: Path
+    is_reported_again: bool, client: openai.OpenAI, context: WorkerContext, jobs: Jobs, tmp_path: Path
 ) -> None:
     job_id = jobs.create(training={"precision": "float32", "keep_best": True, "validation_split": 0.1})
     prepare(context, job_id)
@@ -315,8 +315,8 @@ def test_a_checkpoint_that_others_build_on_keeps_its_weights_when_its_step_is_do
 
     def again(script: Script) -> None:
         script.weights = "other weights"
-        script.start(0 if is_told_again else 1)
-        if is_told_again:
+        script.start(0 if is_reported_again else 1)
+        if is_reported_again:
             script.epoch(1, 1.0)
         script.epoch(2, 5.0)
         script.finish(1)
@@ -339,7 +339,7 @@ def test_a_checkpoint_that_others_build_on_keeps_its_weights_when_its_step_is_do
     }
     assert checkpoints[1] == result.name
     assert old not in checkpoints.values()
-    # Once nobody needs it, it goes as any model does.
+    # Once no job needs it, it can be deleted as any model.
     client.fine_tuning.jobs.cancel(child_id)
     client.models.delete(old)
     client.models.delete(result.name)

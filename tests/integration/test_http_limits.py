@@ -179,7 +179,7 @@ def test_a_large_body_that_trickles_ends_its_connection(inference: int) -> None:
         _trickle_until_closed(connection, b" ")
 
 
-def test_a_body_that_goes_on_after_the_answer_ends_its_connection(api: tuple[int, int]) -> None:
+def test_a_body_that_continues_after_the_answer_ends_its_connection(api: tuple[int, int]) -> None:
     with _connection(api[0]) as connection:
         path = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n"
         connection.sendall(path)

@@ -59,9 +59,9 @@ def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(
 
     answers = [evaluation["answers"][0]["answer"] for evaluation in run["evaluations"]]
     events = client.fine_tuning.jobs.list_events(job_id, limit=100)
-    told = " ".join(event.to_json() for event in events)
-    assert not [answer for answer in answers if len(answer) > 3 and answer in told]
-    assert run["stopped_early"] in told
+    reported = " ".join(event.to_json() for event in events)
+    assert not [answer for answer in answers if len(answer) > 3 and answer in reported]
+    assert run["stopped_early"] in reported
     [result_file] = job.result_files
     content = client.files.content(result_file).read().decode()
     assert content.count("\n") == 1 + run["steps_done"]

@@ -166,7 +166,7 @@ def test_live_events_arrive_in_order_and_end_with_done(
 
 
 @pytest.mark.parametrize(
-    ("rows", "body", "told"),
+    ("rows", "body", "reported"),
     [
         ([*colour_rows(10), chat_row("a", "b", weight=0)], {}, "Line 11"),
         ([*colour_rows(10), chat_row("a " * 400, "b")], {}, "Line 11"),
@@ -179,7 +179,7 @@ def test_rows_that_cannot_be_trained_on_fail_the_job_by_line(
     context: WorkerContext,
     rows: list[dict[str, object]],
     body: dict[str, object],
-    told: str,
+    reported: str,
 ) -> None:
     job_id = _create(client, rows, **body)
     work(context)
@@ -187,7 +187,7 @@ def test_rows_that_cannot_be_trained_on_fail_the_job_by_line(
     assert job.status == "failed"
     assert job.error is not None
     assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
-    assert told.lower() in str(job.error.message).lower(), job.error.message
+    assert reported.lower() in str(job.error.message).lower(), job.error.message
     assert job.fine_tuned_model is None
 
 
@@ -232,7 +232,7 @@ def _digests(context: WorkerContext) -> list[str]:
         ]
 
 
-def test_a_killed_child_goes_on_from_its_save_point_to_the_same_bytes(
+def test_a_killed_child_resumes_from_its_save_point_to_the_same_bytes(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
     disturbed = _prepare_long_job(client, context, n_epochs=3)
@@ -285,7 +285,7 @@ def test_cancel_ends_the_child_and_publishes_nothing(client: openai.OpenAI, cont
     _wait_for_step(context, job_id, 5)
     assert client.fine_tuning.jobs.cancel(job_id).status == "cancelled"
     run.join(timeout=5)
-    assert not run.is_alive(), "the attempt goes on after its job was cancelled"
+    assert not run.is_alive(), "the attempt continues after its job was cancelled"
     assert _child_pid(job_id) is None
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert (job.status, job.fine_tuned_model) == ("cancelled", None)

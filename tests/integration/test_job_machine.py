@@ -42,7 +42,7 @@ def _run(machine: type[JobMachine], *, num_runs: int, num_steps: int) -> None:
             deadline=None,
             derandomize=True,
             database=None,
-            # A fault is told by its own long story: to find a shorter one takes hundreds of runs.
+            # A fault is reported by its own long story: to find a shorter one takes hundreds of runs.
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),

@@ -186,7 +186,7 @@ def test_a_limit_of_nothing_is_an_empty_page_and_a_cursor_of_another_list_is_ref
 
 
 def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[str]) -> None:
-    """Not by the clock, which tells little of so few rows: by what PostgreSQL says it will do."""
+    """Not by the clock, which shows little with few rows: by what PostgreSQL says it will do."""
     with api.state.database.transaction() as session:
         job = session.get_one(Job, job_ids[5])
         scope = Principal(job.organization_id, "personal", job.project_id, None)
@@ -214,7 +214,7 @@ def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[s
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "reported"),
     [
         ("fine_tuning/jobs?meta=x", "This URL takes after, limit, metadata."),
         ("fine_tuning/jobs?metadata[team=x", "This URL takes after, limit, metadata."),
@@ -223,11 +223,11 @@ def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[s
         ("files?purpos=fine-tune", "This URL takes "),
     ],
 )
-def test_a_query_parameter_that_a_url_does_not_have_is_refused(api: Api, path: str, told: str) -> None:
+def test_a_query_parameter_that_a_url_does_not_have_is_refused(api: Api, path: str, reported: str) -> None:
     answer = httpx2.get(f"{api.base_url}/v1/{path}", headers=api.headers)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (400, "unknown_parameter")
-    assert told in error["message"]
+    assert reported in error["message"]
 
 
 @pytest.mark.parametrize("path", ["fine_tuning/jobs?metadata[a]=b&limit=1", "fine_tuning/jobs?metadata=null"])

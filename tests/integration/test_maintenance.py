@@ -120,7 +120,7 @@ def test_the_run_directory_of_a_cancelled_job_is_removed_once_its_lease_is_over(
     assert not folder.parent.exists()
 
 
-def test_a_worker_that_sweeps_seldom_is_heard_of_and_removes_run_directories_while_storage_is_away(
+def test_a_worker_that_sweeps_seldom_stays_alive_and_removes_run_directories_while_storage_is_away(
     api: Api, client: openai.OpenAI, settings: Settings, tmp_path: Path
 ) -> None:
     for _ in range(3):
@@ -243,7 +243,7 @@ def _plans(context: WorkerContext, act: Any) -> list[str]:
 
 
 def test_a_sweep_and_a_deleted_file_scan_no_table(client: openai.OpenAI, context: WorkerContext) -> None:
-    """Not by the clock, which tells little of so few rows: by what PostgreSQL says it will do."""
+    """Not by the clock, which shows little with few rows: by what PostgreSQL says it will do."""
     plans = _plans(context, lambda: collect_garbage(context, grace_seconds=0))
     for index in ("ix_jobs_untidied", "ix_files_undeleted_bytes", "ix_models_undeleted_bytes"):
         assert any(index in plan for plan in plans), (index, plans)

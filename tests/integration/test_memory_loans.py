@@ -23,7 +23,7 @@ _GB = 1_000_000_000
 
 @dataclass
 class StandIn:
-    """A server that has so many idle bytes, and remembers what it was asked."""
+    """A server with idle bytes, and remembers what it was asked."""
 
     idle: int = 4 * _GB
     asked: list[LoanRequest] = field(default_factory=list)

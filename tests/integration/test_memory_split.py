@@ -36,7 +36,7 @@ def context(context: WorkerContext) -> WorkerContext:
 def queue(
     client: openai.OpenAI, context: WorkerContext, *sizes: float, least: float | None = None
 ) -> list[str]:
-    """Prepare jobs that need so many GB, a margin included."""
+    """Prepare jobs that need a number of GB, a margin included."""
     file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(12))), purpose="fine-tune")
     made = []
     for size in sizes:
@@ -154,7 +154,7 @@ def test_a_job_whose_peak_is_rough_starts_alone_with_what_there_is(
     assert held(context.database) == {job_id: 10 * _GB}
 
 
-def test_a_grant_that_nobody_renews_lapses(client: openai.OpenAI, context: WorkerContext) -> None:
+def test_a_grant_without_a_renewal_lapses(client: openai.OpenAI, context: WorkerContext) -> None:
     first, second = queue(client, context, 8.0, 8.0)
     with context.database.transaction() as session:
         taken = leases.claim_for_training(session, "dead", 1, 3, device=DEVICE)

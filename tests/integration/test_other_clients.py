@@ -46,20 +46,20 @@ def run_beside_worker(
                 context.stopping.wait(0.05)
         output, errors = process.communicate()
     assert process.returncode == 0, errors
-    told: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return told
+    reported: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return reported
 
 
-def check_main_path(told: dict[str, Any]) -> None:
-    assert told["status"] == "succeeded"
-    assert told["model"].startswith("ft:tiny-llama:personal:mine:")
-    assert told["checkpoint"] == told["model"]
-    assert told["last_event"] == "The job has successfully completed"
-    assert told["num_steps"] >= 1
-    assert told["is_listed"]
-    assert told["jobs"] == told["made"]
-    assert (told["cancelled"], told["refused"]) == ("cancelled", "model_not_available")
-    assert told["deleted"] == [True, True]
+def check_main_path(reported: dict[str, Any]) -> None:
+    assert reported["status"] == "succeeded"
+    assert reported["model"].startswith("ft:tiny-llama:personal:mine:")
+    assert reported["checkpoint"] == reported["model"]
+    assert reported["last_event"] == "The job has successfully completed"
+    assert reported["num_steps"] >= 1
+    assert reported["is_listed"]
+    assert reported["jobs"] == reported["made"]
+    assert (reported["cancelled"], reported["refused"]) == ("cancelled", "model_not_available")
+    assert reported["deleted"] == [True, True]
 
 
 @pytest.mark.parametrize("requirement", ["openai>=1.60,<2", "openai>=2,<3"])
@@ -67,11 +67,11 @@ def test_older_python_packages_go_the_main_path(
     api: Api, settings: Settings, tmp_path: Path, requirement: str
 ) -> None:
     python = make_environment(tmp_path / "environment", requirement)
-    told = run_beside_worker(
+    reported = run_beside_worker(
         api, settings, tmp_path, [str(python), str(_CLIENTS / "python_openai.py")], tmp_path
     )
-    assert told["version"].startswith(requirement.partition("=")[2][0])
-    check_main_path(told)
+    assert reported["version"].startswith(requirement.partition("=")[2][0])
+    check_main_path(reported)
 
 
 def test_this_package_goes_the_main_path(api: Api, settings: Settings, tmp_path: Path) -> None:
@@ -89,11 +89,11 @@ def test_the_node_package_goes_the_main_path(api: Api, settings: Settings, tmp_p
 def test_litellm_tunes_lists_and_cancels(api: Api, settings: Settings, tmp_path: Path) -> None:
     python = make_environment(tmp_path / "environment", "litellm")
     command = [str(python), str(_CLIENTS / "litellm_calls.py")]
-    told = run_beside_worker(api, settings, tmp_path, command, tmp_path)
-    assert told["status"] == "succeeded"
-    assert told["model"].startswith("ft:tiny-llama:personal:")
-    assert told["cancelled"] == "cancelled"
-    assert told["jobs"][:1] == told["made"][:1]
+    reported = run_beside_worker(api, settings, tmp_path, command, tmp_path)
+    assert reported["status"] == "succeeded"
+    assert reported["model"].startswith("ft:tiny-llama:personal:")
+    assert reported["cancelled"] == "cancelled"
+    assert reported["jobs"][:1] == reported["made"][:1]
 
 
 def test_dspys_bootstrap_finetune_tunes_the_small_base_and_asks_the_model(tmp_path: Path) -> None:
@@ -125,13 +125,13 @@ def test_dspys_bootstrap_finetune_tunes_the_small_base_and_asks_the_model(tmp_pa
                 timeout=540,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-            told = json.loads(done.stdout.splitlines()[-1])
+            reported = json.loads(done.stdout.splitlines()[-1])
             with LuthierClient(connection["base_url"], connection["api_key"]) as client:
-                (model,) = [one for one in client.list_models() if one["id"] == told["model"]]
+                (model,) = [one for one in client.list_models() if one["id"] == reported["model"]]
         finally:
             stack.stop()
     assert model["id"].startswith("ft:smollm2-135m-instruct:personal:")
-    # DSPy's adapter has read a category in each answer, and the model tells messages apart.
-    assert set(told["answers"]) <= set(told["expected"])
-    num_right = sum(a == b for a, b in zip(told["answers"], told["expected"], strict=True))
-    assert num_right > len(told["expected"]) // 2
+    # DSPy's adapter has read a category in each answer, and the model distinguishes messages.
+    assert set(reported["answers"]) <= set(reported["expected"])
+    num_right = sum(a == b for a, b in zip(reported["answers"], reported["expected"], strict=True))
+    assert num_right > len(reported["expected"]) // 2

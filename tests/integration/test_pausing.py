@@ -99,18 +99,18 @@ def _messages(client: openai.OpenAI, job_id: str) -> list[str]:
     return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
 
 
-def _assert_held_by_nobody(context: WorkerContext, job_id: str, status: str) -> None:
+def _assert_without_a_lease(context: WorkerContext, job_id: str, status: str) -> None:
     job = _row(context, job_id)
     assert (job.status, job.lease_owner, job.lease_expires_at) == (status, None, None)
     assert (job.estimated_finish_at, job.finished_at, job.error) == (None, None, None)
 
 
-def test_a_queued_job_is_paused_at_once_and_taken_by_nobody_until_it_is_resumed(
+def test_a_queued_job_is_paused_at_once_and_not_taken_until_it_is_resumed(
     api: Api, client: openai.OpenAI, context: WorkerContext, create: Callable[[], str]
 ) -> None:
     job_id = create()
     assert client.fine_tuning.jobs.pause(job_id).status == "paused"
-    _assert_held_by_nobody(context, job_id, "paused")
+    _assert_without_a_lease(context, job_id, "paused")
     assert _claim(context) is None
     sweep(context)
     with pytest.raises(openai.BadRequestError) as in_use:
@@ -135,7 +135,7 @@ def test_a_running_job_is_paused_at_a_save_point_and_gives_its_slot_back(
     assert _claim(context) is None
     run.child.may_end.set()
     assert run.join() is Ending.PAUSED
-    _assert_held_by_nobody(context, job_id, "paused")
+    _assert_without_a_lease(context, job_id, "paused")
     assert _outcomes(context, job_id) == ["paused"]
     assert _row(context, job_id).num_crashes == 0
     assert "The job is pausing" in _messages(client, job_id)
@@ -170,17 +170,17 @@ def test_a_job_resumed_while_it_is_pausing_waits_for_its_save_point_and_loses_no
     assert run.child.is_asked.wait(5)
     run.child.may_end.set()
     assert run.join() is Ending.REQUEUED
-    _assert_held_by_nobody(context, job_id, "queued")
-    # Between them may be what its first attempt had not told yet.
-    told = _messages(client, job_id)
-    assert told.index("The job is pausing") < told.index("The job was resumed")
-    assert told[-1] == "The job waits for a worker at step 2"
+    _assert_without_a_lease(context, job_id, "queued")
+    # Between them may be what its first attempt had not reported yet.
+    reported = _messages(client, job_id)
+    assert reported.index("The job is pausing") < reported.index("The job was resumed")
+    assert reported[-1] == "The job waits for a worker at step 2"
     assert [point["step"] for point in _row(context, job_id).save_points] == [2]
     assert _claim(other) == job_id
     other.database.close()
 
 
-def test_a_job_paused_again_while_its_attempt_still_stops_is_held_by_nobody(
+def test_a_job_paused_again_while_its_attempt_still_stops_is_without_a_lease(
     client: openai.OpenAI, context: WorkerContext, create: Callable[[], str], attempt: Callable[..., Attempt]
 ) -> None:
     job_id = create()
@@ -191,7 +191,7 @@ def test_a_job_paused_again_while_its_attempt_still_stops_is_held_by_nobody(
     assert client.fine_tuning.jobs.pause(job_id).status == "paused"
     assert run.join() is None
     assert isinstance(run.fault, LeaseLostError)
-    _assert_held_by_nobody(context, job_id, "paused")
+    _assert_without_a_lease(context, job_id, "paused")
     assert _outcomes(context, job_id) == ["paused"]
 
 
@@ -256,7 +256,7 @@ def test_a_pausing_job_whose_worker_is_lost_keeps_its_place_and_that_is_no_crash
             session.execute(text(late), {"id": job_id})
         with context.database.transaction() as session:
             assert leases.sweep(session) == [job_id]
-        _assert_held_by_nobody(context, job_id, status)
+        _assert_without_a_lease(context, job_id, status)
         if status == "paused":
             client.fine_tuning.jobs.resume(job_id)
     assert _row(context, job_id).num_crashes == 0
@@ -277,7 +277,7 @@ def test_an_attempt_that_breaks_off_or_lacks_a_part_while_pausing_leaves_the_job
                 leases.retry_or_fail(session, taken[0], WorkerCrashedError("Gone."), max_attempts=1)
         else:
             requeue(context, taken[0], UnavailableError("Storage is away."))
-        _assert_held_by_nobody(context, job_id, "paused")
+        _assert_without_a_lease(context, job_id, "paused")
         assert _outcomes(context, job_id)[-1] == outcome
         client.fine_tuning.jobs.resume(job_id)
     messages = _messages(client, job_id)
@@ -296,7 +296,7 @@ def test_a_worker_that_stops_leaves_a_pausing_job_paused(
     context.stopping.set()
     run.child.may_end.set()
     assert run.join() is Ending.PAUSED
-    _assert_held_by_nobody(context, job_id, "paused")
+    _assert_without_a_lease(context, job_id, "paused")
     assert _outcomes(context, job_id) == ["paused"]
 
 

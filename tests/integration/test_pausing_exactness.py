@@ -99,6 +99,6 @@ def test_a_job_paused_at_a_random_step_for_an_hour_gives_the_undisturbed_digest(
     assert len(digests) == 1, "the pause has changed the model"
     assert outcomes == ["prepared", "paused", "succeeded"]
     # No step was lost and none was done twice.
-    told = [event.message for event in client.fine_tuning.jobs.list_events(disturbed, limit=1000)][::-1]
-    steps = [int(message[5:].partition("/")[0]) for message in told if message.startswith("Step ")]
+    reported = [event.message for event in client.fine_tuning.jobs.list_events(disturbed, limit=1000)][::-1]
+    steps = [int(message[5:].partition("/")[0]) for message in reported if message.startswith("Step ")]
     assert steps == list(range(1, NUM_STEPS + 1))

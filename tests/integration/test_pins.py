@@ -39,7 +39,7 @@ def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(
             assert refused[:3] == (400, "invalid_value", "model") and "is a base model" in refused[3]
 
 
-def test_one_project_pins_models_up_to_its_share_of_the_memory_and_is_told_the_limit(
+def test_one_project_pins_models_up_to_its_share_of_the_memory_and_is_reported_the_limit(
     ours: Aliases, api: Api
 ) -> None:
     with api.state.database.transaction() as session:

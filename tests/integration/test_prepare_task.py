@@ -86,12 +86,12 @@ def test_events_name_lines_that_are_too_long_and_a_limit_that_the_base_has_no_ro
     tuning = {"type": "prompt", "num_virtual_tokens": 6}
     job = _create(api, rows, tuning=tuning, training={"max_length": 5000, "too_long": too_long})
     prepare(context, job["id"])
-    told = [event["message"] for event in _get(api, f"{job['id']}/events")["data"]]
-    assert f"Rows of the training file longer than the limit: {what}." in told
-    assert any(message.startswith("training.max_length is 250, not 5000:") for message in told)
+    reported = [event["message"] for event in _get(api, f"{job['id']}/events")["data"]]
+    assert f"Rows of the training file longer than the limit: {what}." in reported
+    assert any(message.startswith("training.max_length is 250, not 5000:") for message in reported)
 
 
-def test_a_report_tells_what_a_split_leaves_on_each_side(api: Api, context: WorkerContext) -> None:
+def test_a_report_says_what_a_split_leaves_on_each_side(api: Api, context: WorkerContext) -> None:
     job = _create(api, training={"validation_split": 0.25})
     prepare(context, job["id"])
     found = _get(api, f"{job['id']}/report")["prepare"]
@@ -109,28 +109,28 @@ def test_the_files_own_hashes_and_the_seconds_are_in_the_report(api: Api, contex
     assert 0 < report["tokenize_seconds"] < 60
 
 
-def test_a_job_tells_that_its_base_is_fetched_first_and_tells_nothing_of_one_that_is_there(
+def test_a_job_has_an_event_when_its_base_is_fetched_and_none_where_it_is_there(
     api: Api, context: WorkerContext, tmp_path: Path
 ) -> None:
-    told = "Fetching the base model tiny-llama, which this machine does not have yet"
+    reported = "Fetching the base model tiny-llama, which this machine does not have yet"
 
     def messages(job_id: str) -> list[str]:
         return [event["message"] for event in _get(api, f"{job_id}/events")["data"]]
 
     there, fetched = _create(api)["id"], _create(api)["id"]
     prepare(context, there)
-    assert told not in messages(there)
+    assert reported not in messages(there)
     entry = context.catalogue.bases["tiny-llama"]
     source = f"path:{context.settings.bases_dir.absolute() / 'tiny-llama'}"
     bases = {**context.catalogue.bases, "tiny-llama": entry.model_copy(update={"source": source})}
     context.catalogue = context.catalogue.model_copy(update={"bases": bases})
     context.settings = context.settings.model_copy(update={"bases_dir": tmp_path / "empty"})
     prepare(context, fetched)
-    assert messages(fetched).count(told) == 1
+    assert messages(fetched).count(reported) == 1
     assert _get(api, fetched)["status"] == "queued"
 
 
-def test_others_hear_of_a_job_only_where_its_worker_can_not_take_it(
+def test_others_are_notified_of_a_job_only_where_its_worker_can_not_take_it(
     api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run: list[str] = []
@@ -152,12 +152,12 @@ def test_others_hear_of_a_job_only_where_its_worker_can_not_take_it(
     third = _create(api)["id"]
     api.notified.clear()
     context.settings = context.settings.model_copy(update={"training_slots": 2})
-    # The older job goes first, so others hear of the newer one.
+    # The older job goes first, so others are notified of the newer one.
     work(context)
     assert (run, api.notified) == ([second], [third])
 
 
-def test_nobody_is_rung_for_where_the_process_that_prepared_a_job_trains_it(
+def test_no_worker_is_notified_where_the_process_that_prepared_a_job_trains_it(
     api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_module, "_run", lambda *_: Ending.SUCCEEDED)
@@ -202,21 +202,21 @@ def test_a_report_of_the_first_schema_is_carried_into_the_second_and_back(
 
 
 @pytest.mark.parametrize(
-    ("setting", "limit", "told"),
+    ("setting", "limit", "reported"),
     [
         ("max_training_rows", 20, "more than 20 rows, the limit of one file: 24 in its first 24 rows"),
         ("max_training_tokens", 100, "more than 100 tokens, the limit of one file"),
     ],
 )
 def test_a_file_over_a_limit_fails_by_name_limit_and_what_to_do(
-    api: Api, context: WorkerContext, setting: str, limit: int, told: str
+    api: Api, context: WorkerContext, setting: str, limit: int, reported: str
 ) -> None:
     context.settings = context.settings.model_copy(update={setting: limit})
     job = _create(api)
     prepare(context, job["id"])
     error = _get(api, job["id"])["error"]
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
-    assert told in error["message"]
+    assert reported in error["message"]
     assert f"Split it, or ask the operator to raise LUTHIER_{setting.upper()}." in error["message"]
 
 

@@ -300,7 +300,7 @@ def test_every_service_of_ours_is_hardened_and_only_the_api_is_published() -> No
         assert ("ports" in service) == (name == "api"), name
 
 
-def test_the_services_role_is_no_superuser_and_its_passwords_stay_apart() -> None:
+def test_the_services_role_is_no_superuser_and_its_passwords_stay_separate() -> None:
     services = read_compose(_VARIABLES)
     database = services["postgres"]
     superuser = database["environment"]["POSTGRES_USER"]

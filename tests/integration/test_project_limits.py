@@ -59,11 +59,11 @@ def test_a_stream_ends_once_its_key_is_revoked(
 
 
 def test_a_project_tests_one_webhook_at_a_time(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    begun, continue_from = threading.Event(), threading.Event()
 
     async def send(*_: Any, **__: Any) -> Outcome:
         begun.set()
-        await asyncio.to_thread(go_on.wait, 20)
+        await asyncio.to_thread(continue_from.wait, 20)
         return Outcome(status_code=500)
 
     monkeypatch.setattr("api.routes.webhooks.send", send)
@@ -75,7 +75,7 @@ def test_a_project_tests_one_webhook_at_a_time(api: Api, monkeypatch: pytest.Mon
     first.start()
     begun.wait(20)
     assert ask(api, "POST", path, json=event).status_code == 429
-    go_on.set()
+    continue_from.set()
     first.join(20)
     # An answer that is no success is none.
     assert (answers[0].json()["status_code"], answers[0].json()["success"]) == (500, True)
@@ -95,7 +95,7 @@ def test_an_internal_name_and_one_that_is_not_there_get_the_same_answer(
         return real(host, *options, **more)
 
     monkeypatch.setattr(sending.socket, "getaddrinfo", resolve)
-    told = set()
+    reported = set()
     for host in ("internal.example", "nowhere.example"):
         event_types = ["fine_tuning.job.succeeded"]
         body = {"name": "a", "url": f"https://{host}/a", "event_types": event_types}
@@ -103,5 +103,5 @@ def test_an_internal_name_and_one_that_is_not_there_get_the_same_answer(
         event = {"event_type": event_types[0]}
         tested = ask(api, "POST", f"/webhook_endpoints/{made['id']}/test", json=event)
         assert tested.status_code == 400
-        told.add(tested.json()["error"]["message"])
-    assert len(told) == 1
+        reported.add(tested.json()["error"]["message"])
+    assert len(reported) == 1

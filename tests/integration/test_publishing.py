@@ -70,7 +70,7 @@ class Work:
         return found
 
     def artifacts(self) -> list[str]:
-        """Return what lies in storage for the job once it is tidied, without what is in the folders."""
+        """Return the objects of the job in storage after garbage collection, without what is in folders."""
         collect_garbage(self.context, grace_seconds=0)
         root = self.context.storage.local_root
         assert root is not None
@@ -116,8 +116,8 @@ def test_the_last_checkpoint_is_the_model_and_published_once(start: Callable[...
     assert work.checkpoints()[5] == work.model()
     assert work.artifacts() == ["artifact", "step-000003", "step-000004", "step_metrics.csv"]
     assert work.bytes_of(work.model()) == b"weights of step 5"
-    told = f"Checkpoint created at step 5 with Snapshot ID: {work.model()}"
-    assert work.messages().count(told) == 1
+    reported = f"Checkpoint created at step 5 with Snapshot ID: {work.model()}"
+    assert work.messages().count(reported) == 1
 
 
 def test_a_training_that_stopped_early_makes_its_last_checkpoint_the_model(
@@ -158,7 +158,7 @@ def test_the_best_checkpoint_outlives_newer_ones_and_becomes_the_model(start: Ca
     assert len([message for message in messages if message.startswith("New fine-tuned model created")]) == 1
 
 
-def test_the_best_checkpoint_so_far_stays_callable_while_training_goes_on(
+def test_the_best_checkpoint_so_far_stays_callable_during_training(
     start: Callable[..., Work],
 ) -> None:
     work = start(keep_best=True)
@@ -200,20 +200,20 @@ def test_a_checkpoint_that_its_user_deleted_can_still_become_the_model(start: Ca
     work.client.models.delete(work.model())
 
 
-def test_every_evaluation_is_told_once_with_its_scores_and_without_answers(
+def test_every_evaluation_is_reported_once_with_its_scores_and_without_answers(
     start: Callable[..., Work],
 ) -> None:
     work = start()
     work.attempt(_script([5, 4, 3, 2, 1], 5))
     events = work.client.fine_tuning.jobs.list_events(work.job_id, limit=100).data[::-1]
-    told = [event for event in events if "general loss" in event.message]
-    assert [event.message for event in told[:2]] == [
+    reported = [event for event in events if "general loss" in event.message]
+    assert [event.message for event in reported[:2]] == [
         "Base model: validation loss=9.00, general loss=3.00",
         "Evaluation at step 1: validation loss=5.00, general loss=3.00, forgetting=0.12",
     ]
-    assert len(told) == 6
-    assert told[0].to_dict()["data"]["base"]["valid_loss"] == 9.0
-    assert told[1].to_dict()["data"]["evaluation"] == {
+    assert len(reported) == 6
+    assert reported[0].to_dict()["data"]["base"]["valid_loss"] == 9.0
+    assert reported[1].to_dict()["data"]["evaluation"] == {
         "step": 1,
         "epoch": 1.0,
         "valid_loss": 5.0,
@@ -290,7 +290,7 @@ def test_step_metrics_are_a_file_of_the_jobs_project_with_a_row_a_step(start: Ca
 
     work.attempt(broken_off, steps=2, epochs=2)
     assert work.client.fine_tuning.jobs.retrieve(work.job_id).result_files == []
-    # The second attempt goes on from step 1, so it does step 2 again.
+    # The second attempt continues from step 1, so it does step 2 again.
     work.attempt(_script([3.0, 2.0], 2), steps=2, epochs=2)
     [file_id] = work.client.fine_tuning.jobs.retrieve(work.job_id).result_files
     file = work.client.files.retrieve(file_id)
@@ -344,7 +344,7 @@ def test_a_crash_between_bytes_and_row_leaves_nothing_that_shows(
     assert work.artifacts() == ["step-000002", "step-000003", "step-000004"]
 
 
-def test_a_save_point_that_is_told_twice_is_kept_once_and_stays_whole(
+def test_a_save_point_that_is_reported_twice_is_kept_once_and_stays_whole(
     start: Callable[..., Work], tmp_path: Path
 ) -> None:
     def write(script: Script) -> None:
@@ -356,7 +356,7 @@ def test_a_save_point_that_is_told_twice_is_kept_once_and_stays_whole(
     with work.context.database.transaction() as session:
         job = session.get_one(Job, work.job_id)
         kept = list(job.save_points)
-        # No step was told beside them.
+        # No step was reported beside them.
         assert job.step == 2
     assert [entry["step"] for entry in kept] == [1, 2]
     for entry, content in zip(kept, ("one", "two"), strict=True):

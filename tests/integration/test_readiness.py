@@ -16,9 +16,9 @@ def _ask(api: Api) -> httpx2.Response:
 def test_many_questions_are_one_look_into_the_database(api: Api) -> None:
     looks: list[str] = []
 
-    def note(*told: Any) -> None:
-        if "alembic_version" in told[2]:
-            looks.append(told[2])
+    def note(*reported: Any) -> None:
+        if "alembic_version" in reported[2]:
+            looks.append(reported[2])
 
     event.listen(api.state.database.engine, "before_cursor_execute", note)
     with ThreadPoolExecutor(16) as pool:

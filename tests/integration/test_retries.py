@@ -1,4 +1,4 @@
-"""Requests that come twice, one after the other or at once: one job, one act, whoever arrives first."""
+"""Requests that come twice, one after the other or at once: one job and one act, in any order."""
 
 import hashlib
 import threading
@@ -63,8 +63,8 @@ def test_what_the_sdk_sends_again_after_a_lost_answer_is_done_once(
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     assert line.num_lost == 4
-    told = [event.message for event in client.fine_tuning.jobs.list_events(job.id)][::-1]
-    assert told[-3:] == [
+    reported = [event.message for event in client.fine_tuning.jobs.list_events(job.id)][::-1]
+    assert reported[-3:] == [
         "The job was paused at its beginning",
         "The job was resumed",
         "The job was cancelled",
@@ -148,7 +148,7 @@ def test_two_creates_that_are_both_meant_make_two_jobs(api: Api, file_id: str) -
     assert len({answer.json()["id"] for answer in answers}) == 2
 
 
-def test_a_retry_is_told_by_key_body_and_ten_minutes(api: Api, file_id: str) -> None:
+def test_a_retry_is_reported_by_key_body_and_ten_minutes(api: Api, file_id: str) -> None:
     body = {"model": "tiny-llama", "training_file": file_id}
     made = _create(api, body, 0).json()["id"]
     assert _create(api, body, 1).json()["id"] == made

@@ -171,7 +171,7 @@ def test_a_job_has_the_members_of_its_type_in_every_state(world: World) -> None:
         assert (job.error is not None) == (job.status == "failed")
 
 
-def test_absent_calls_are_told_as_unknown_paths(world: World) -> None:
+def test_absent_calls_are_reported_as_unknown_paths(world: World) -> None:
     for name, call in ABSENT.items():
         with pytest.raises(openai.NotFoundError) as refused:
             call(world)
@@ -191,9 +191,9 @@ def make_table() -> str:
         "|---|---|",
     ]
     for name in sorted(CALLS | ABSENT):
-        told = "passes" if name in CALLS else "absent: 404 `unknown_url`"
+        reported = "passes" if name in CALLS else "absent: 404 `unknown_url`"
         note = f", {NOTES[name]}" if name in NOTES else ""
-        lines.append(f"| `{name}` | {told}{note} |")
+        lines.append(f"| `{name}` | {reported}{note} |")
     return "\n".join(lines) + "\n"
 
 

@@ -95,9 +95,9 @@ def test_training_that_stalls_is_ended_tried_again_and_fails_by_name(
 ) -> None:
     job_id = _queue(client, context)
     assert _attempt(client, context, tmp_path, how="hangs") is Ending.CRASHED
-    (told,) = [e for e in client.fine_tuning.jobs.list_events(job_id) if (e.data or {}).get("code")]  # type: ignore[attr-defined]
-    assert told.data["code"] == "stalled"  # type: ignore[index]
-    assert told.message == (
+    (reported,) = [e for e in client.fine_tuning.jobs.list_events(job_id) if (e.data or {}).get("code")]  # type: ignore[attr-defined]
+    assert reported.data["code"] == "stalled"  # type: ignore[index]
+    assert reported.message == (
         "Training made no progress for 1 s after step 1, and was ended (LUTHIER_STALL_SECONDS). "
         "The job continues from its beginning."
     )
@@ -110,7 +110,7 @@ def test_training_that_stalls_is_ended_tried_again_and_fails_by_name(
 
 
 @pytest.mark.parametrize("how", ["hangs", "steps"])
-def test_a_pause_that_the_process_does_not_answer_ends_it_and_is_nobodys_crash(
+def test_a_pause_that_the_process_does_not_answer_ends_it_and_is_no_crash(
     client: openai.OpenAI, context: WorkerContext, tmp_path: Path, how: str
 ) -> None:
     job_id = _queue(client, context)

@@ -152,7 +152,7 @@ def test_a_broken_tracker_costs_the_job_one_warning(
     assert list((tmp_path / "curves").rglob("*tfevents*"))
 
 
-def test_a_tracker_hears_how_the_job_ended(
+def test_a_tracker_gets_the_outcome_of_the_job(
     client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statuses: list[str] = []
@@ -175,7 +175,7 @@ def test_a_tracker_hears_how_the_job_ended(
     assert statuses == ["failed"]
 
 
-def test_a_fault_is_told_once_and_a_full_queue_holds_up_nobody(
+def test_a_fault_is_reported_once_and_a_full_queue_blocks_no_job(
     monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
     monkeypatch.setattr(tracking, "_MAX_WAITING", 3)
@@ -214,7 +214,7 @@ def _events() -> list[Any]:
     ]
 
 
-def test_what_raises_is_told_by_its_kind_alone(settings: Settings) -> None:
+def test_what_raises_is_reported_by_its_kind_alone(settings: Settings) -> None:
     with structlog.testing.capture_logs() as logs:
         thread = TrackerThread(Broken(), TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
         thread.join(30)
@@ -230,7 +230,7 @@ def test_what_raises_is_told_by_its_kind_alone(settings: Settings) -> None:
     assert messages == ["The integration broken does not follow this job: it has failed with ConnectionError"]
 
 
-def test_a_configuration_of_another_version_is_told_without_its_words(context: WorkerContext) -> None:
+def test_a_configuration_of_another_version_is_reported_without_its_words(context: WorkerContext) -> None:
     lease = Lease("j", 1, context.worker_id)
     spec = TrainingSpec(base_id="b", tuning={"type": "lora"}, seed=1)
     wanted = {"type": "tensorboard", "tensorboard": {"project": "mine", "token": "not-for-the-log"}}
@@ -240,7 +240,7 @@ def test_a_configuration_of_another_version_is_told_without_its_words(context: W
     assert "not-for-the-log" not in repr(logs)
 
 
-def test_a_tracker_hears_all_that_decides_and_is_measured_and_no_text_of_a_users(
+def test_a_tracker_gets_parameters_and_metrics_and_no_text_of_a_user(
     client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[TrackedRun] = []

@@ -1,4 +1,4 @@
-"""The training child as a process: what it says, what it leaves, how it ends, how it goes on."""
+"""The training child as a process: what it says, what it leaves, how it ends, how it continues."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def started(events: list[TrainingEvent]) -> StartedEvent:
     return next(event for event in events if isinstance(event, StartedEvent))
 
 
-def test_a_run_tells_its_story_in_order(undisturbed: tuple[Path, list[TrainingEvent]]) -> None:
+def test_a_run_reports_its_events_in_order(undisturbed: tuple[Path, list[TrainingEvent]]) -> None:
     folder, events = undisturbed
     an_epoch = ["step"] * 5 + ["step", "checkpoint", "evaluated"]
     kinds = [event.type for event in events if event.type not in {"save_point", "message"}]
@@ -131,11 +131,11 @@ def test_every_epoch_ends_in_a_checkpoint_and_the_last_one_is_the_artifact(
     checkpoints = [event for event in events if event.type == "checkpoint"]
     assert [event.step for event in checkpoints] == [6, 12, 18, 24]
     assert all(event.metrics.full_valid_loss is not None for event in checkpoints)
-    # An epoch's last step is told with the scores of its checkpoint, no other step is.
+    # An epoch's last step is reported with the scores of its checkpoint, no other step is.
     steps = {event.step: event.metrics for event in events if event.type == "step"}
     scored = {step: metrics for step, metrics in steps.items() if metrics.full_valid_loss is not None}
     assert scored == {event.step: event.metrics for event in checkpoints}
-    # Whoever reads the events takes them away.
+    # The reader of the events removes them.
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
         f"step-{step:06d}" for step in (6, 12, 18, 24)
     ]
@@ -169,7 +169,7 @@ def test_kill_9_and_resume_give_the_undisturbed_digest(
     assert log == (undisturbed[0] / "artifact" / "training_log.jsonl").read_bytes()
 
 
-def test_term_saves_the_last_step_and_the_next_attempt_goes_on_from_it(
+def test_term_saves_the_last_step_and_the_next_attempt_resumes_from_it(
     base: Path, tmp_path: Path, undisturbed: tuple[Path, list[TrainingEvent]]
 ) -> None:
     folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)

@@ -51,8 +51,8 @@ class Losses:
             epoch = int(options["epoch"])
             return examine(*arguments, **options)
 
-        def score(trainee: Any, rows: Any, **options: Any) -> Scores:
-            scores = evaluate(trainee, rows, **options)
+        def score(training_model: Any, rows: Any, **options: Any) -> Scores:
+            scores = evaluate(training_model, rows, **options)
             losses = self._valid if rows.num_rows == SETTINGS["num_validation_rows"] else self._general
             return Scores(loss=losses[epoch], accuracy=scores.accuracy)
 
@@ -72,7 +72,7 @@ def messages(events: list[TrainingEvent]) -> list[str]:
     return [event.message for event in events if event.type == "message"]
 
 
-def test_patience_ends_training_after_so_many_evaluations_without_a_better_loss(
+def test_patience_ends_training_after_evaluations_without_a_better_loss(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The base's own loss, lower than any, does not count: it is no checkpoint.
@@ -216,7 +216,7 @@ def test_the_best_checkpoint_outlives_its_run_directory_in_the_save_point(
     assert finished(events).metrics == expected.metrics
 
 
-def test_a_result_of_an_earlier_attempt_bears_the_name_that_the_last_one_gives(
+def test_a_result_of_an_earlier_attempt_has_the_name_that_the_last_one_gives(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Losses([9.0, 2.0, 4.0, 3.0, 3.0, 3.5, 4.0]).install(monkeypatch)

@@ -37,11 +37,11 @@ def test_every_method_learns_to_prefer(method: str, base: Path, tmp_path: Path) 
     folder = build_tiny_run(tmp_path / "run", base, tuning={"type": method}, **settings)
     events = run_here(folder, max_tokens=MAX_TOKENS)
     last = finished(events)
-    told = [event.metrics for event in steps(events)]
-    margins = [metrics.train_reward_margin for metrics in told if metrics.train_reward_margin is not None]
-    assert len(margins) == len(told) == 24
+    reported = [event.metrics for event in steps(events)]
+    margins = [metrics.train_reward_margin for metrics in reported if metrics.train_reward_margin is not None]
+    assert len(margins) == len(reported) == 24
     assert margins[-1] > max(0.1, margins[0])
-    assert all(metrics.train_mean_token_accuracy is None for metrics in told)
+    assert all(metrics.train_mean_token_accuracy is None for metrics in reported)
     assert last.metrics.full_valid_reward_accuracy is not None
     first = next(event.evaluation for event in events if isinstance(event, EvaluatedEvent))
     assert first.valid_reward_margin == pytest.approx(0.0, abs=1e-3)

@@ -37,13 +37,13 @@ def limit_tokens(monkeypatch: pytest.MonkeyPatch, limit: int, error: BaseExcepti
     add_gradients, loss = JobModel.add_gradients, JobModel.loss
     size = 0
 
-    def measured(trainee: JobModel, batch: Batch) -> Loss:
+    def measured(training_model: JobModel, batch: Batch) -> Loss:
         nonlocal size
         size = batch.token_ids_BT.numel()
-        return loss(trainee, batch)
+        return loss(training_model, batch)
 
-    def limited(trainee: JobModel, value: torch.Tensor) -> None:
-        add_gradients(trainee, value)
+    def limited(training_model: JobModel, value: torch.Tensor) -> None:
+        add_gradients(training_model, value)
         if size > limit:
             raise error
 
@@ -64,9 +64,9 @@ def test_a_step_that_does_not_fit_is_done_again_in_halves_with_the_same_result(
     limit_tokens(monkeypatch, 250, error)
     events = run_here(build_tiny_run(tmp_path / "halved", base, **settings))
     (warning,) = warnings_of(events)
-    told = re.search(r"step 1 with 8 rows \((\d+) tokens\).* at most (\d+) tokens.*1 of at most 3", warning)
-    assert told is not None, warning
-    size, half = map(int, told.groups())
+    match = re.search(r"step 1 with 8 rows \((\d+) tokens\).* at most (\d+) tokens.*1 of at most 3", warning)
+    assert match is not None, warning
+    size, half = map(int, match.groups())
     assert half == size // 2 <= 250
     report = finished(events).report
     assert report.micro_batch_halvings == 1

@@ -1,4 +1,4 @@
-"""Runs that go on from a tuned model: its scores to the bit at the start, exact resumes, and refusals."""
+"""Runs that continue a tuned model: its scores to the bit at the start, exact resumes, and refusals."""
 
 import json
 import shutil
@@ -55,8 +55,8 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
     }
 
 
-def go_on(folder: Path, base: Path, origin: Trained, **changes: Any) -> Path:
-    """Write a run directory that goes on from a trained model, by its own method."""
+def resume(folder: Path, base: Path, origin: Trained, **changes: Any) -> Path:
+    """Write a run directory that continues from a trained model, by its own method."""
     return build_tiny_run(
         folder, base, **(SETTINGS | {"tuning": origin.tuning, "parent": origin.parent} | changes)
     )
@@ -67,11 +67,11 @@ def scores(report: RunReport, place: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_goes_on_from_its_parents_scores_to_the_bit_and_says_so(
+def test_a_run_continues_from_its_parents_scores_to_the_bit_and_says_so(
     method: str, base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
     parent = trained[method]
-    event = finished(run_here(go_on(tmp_path / "run", base, parent)))
+    event = finished(run_here(resume(tmp_path / "run", base, parent)))
     report = event.report
     assert report.started_from is not None
     assert (report.started_from.name, report.started_from.digest) == (
@@ -95,14 +95,14 @@ def test_a_run_goes_on_from_its_parents_scores_to_the_bit_and_says_so(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_goes_on_and_is_stopped_ends_with_the_undisturbed_digest(
+def test_a_run_that_continues_and_is_stopped_ends_with_the_undisturbed_digest(
     method: str, base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
-    expected = finished(run_here(go_on(tmp_path / "undisturbed", base, trained[method])))
-    folder = go_on(tmp_path / "run", base, trained[method])
+    expected = finished(run_here(resume(tmp_path / "undisturbed", base, trained[method])))
+    folder = resume(tmp_path / "run", base, trained[method])
     run_here(folder, term_after=lambda event: event.type == "step" and event.step == 2)
     # The next attempt has the save point, the parent and nothing else.
-    again = go_on(tmp_path / "again", base, trained[method])
+    again = resume(tmp_path / "again", base, trained[method])
     shutil.copytree(folder / "save_points" / "step-000002", again / "save_points" / "step-000002")
     found = finished(run_here(again))
     assert found.digest == expected.digest
@@ -110,13 +110,13 @@ def test_a_run_that_goes_on_and_is_stopped_ends_with_the_undisturbed_digest(
     assert found.report.base_evaluation == expected.report.base_evaluation
 
 
-def test_a_run_that_goes_on_and_is_killed_after_every_event_gives_the_undisturbed_digest(
+def test_a_run_that_continues_and_is_killed_after_every_event_gives_the_undisturbed_digest(
     base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
     parent = trained["lora"]
     settings = {"tuning": parent.tuning | {"dropout": 0.2}}
-    expected = finished(run_here(go_on(tmp_path / "undisturbed", base, parent, **settings)))
-    folder = go_on(tmp_path / "killed", base, parent, **settings)
+    expected = finished(run_here(resume(tmp_path / "undisturbed", base, parent, **settings)))
+    folder = resume(tmp_path / "killed", base, parent, **settings)
     num_kills, events = run_killed_everywhere(folder)
     # Started, 3 steps, a save point, a checkpoint, 2 evaluations.
     assert num_kills == 8
@@ -124,21 +124,21 @@ def test_a_run_that_goes_on_and_is_killed_after_every_event_gives_the_undisturbe
     assert finished(events).report.base_evaluation == expected.report.base_evaluation
 
 
-def test_a_prefix_goes_on_through_a_new_projection(
+def test_a_prefix_continues_through_a_new_projection(
     base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
     tuning = trained["prefix"].tuning | {"projection": True, "projection_dim": 8}
-    folder = go_on(tmp_path / "run", base, trained["prefix"], tuning=tuning)
+    folder = resume(tmp_path / "run", base, trained["prefix"], tuning=tuning)
     events = run_here(folder, term_after=lambda event: event.type == "step" and event.step == 2)
     assert events[-1].type == "stopped"
     report = finished(run_here(folder)).report
     assert scores(report, 0) == scores(trained["prefix"].report, -1)
-    undisturbed = go_on(tmp_path / "undisturbed", base, trained["prefix"], tuning=tuning)
+    undisturbed = resume(tmp_path / "undisturbed", base, trained["prefix"], tuning=tuning)
     assert report.artifact_digest == finished(run_here(undisturbed)).digest
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != WHOLE])
-def test_after_a_whole_model_any_method_starts_on_it_and_goes_on_there(
+def test_after_a_whole_model_any_method_starts_on_it_and_continues_there(
     method: str, base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
     whole = trained[WHOLE]
@@ -153,13 +153,13 @@ def test_after_a_whole_model_any_method_starts_on_it_and_goes_on_there(
     config = json.loads((first.parent.folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == whole.parent.model.name
     assert whole.parent.model.name in (first.parent.folder / "README.md").read_text()
-    # Step 0 is the whole model itself, even where the method does not start as what it lies on.
+    # Step 0 is the whole model itself, even where the method does not start as the model below it.
     assert scores(first.report, 0) == scores(whole.report, -1)
-    second = finished(run_here(go_on(tmp_path / "second", base, first, foundation=whole.parent)))
+    second = finished(run_here(resume(tmp_path / "second", base, first, foundation=whole.parent)))
     assert scores(second.report, 0) == scores(first.report, -1)
     assert read_manifest(tmp_path / "second" / "artifact").base_digest == whole.event.digest
-    # On the base itself, which has the same shapes, it must not go on.
-    event = failed(run_here(go_on(tmp_path / "wrong", base, first)))
+    # On the base itself, which has the same shapes, it must not continue.
+    event = failed(run_here(resume(tmp_path / "wrong", base, first)))
     assert event.code == "unsuitable_parent"
 
 
@@ -187,7 +187,7 @@ def test_a_parent_of_other_bytes_or_another_digest_is_refused_before_a_step(
     lora = trained["lora"]
     for make, code in ((_other_bytes, "artifact_corrupt"), (_other_model, "unsuitable_parent")):
         parent = make(tmp_path / make.__name__ / "artifact", lora.parent)
-        events = run_here(go_on(tmp_path / make.__name__ / "run", base, lora, parent=parent))
+        events = run_here(resume(tmp_path / make.__name__ / "run", base, lora, parent=parent))
         assert failed(events).code == code
         assert [event.type for event in events] == ["failed"]
 
@@ -198,10 +198,10 @@ def test_a_parent_of_another_base_another_shape_or_another_method_is_refused(
     lora = trained["lora"]
     other_base = build_tiny_base(tmp_path / "other", seed=1)
     runs = {
-        "base": go_on(tmp_path / "base", other_base, lora),
-        "shape": go_on(tmp_path / "shape", base, lora, tuning=lora.tuning | {"rank": 2}),
-        "layers": go_on(tmp_path / "layers", base, lora, tuning=lora.tuning | {"target_modules": "mlp"}),
-        "method": go_on(tmp_path / "method", base, lora, tuning={"type": "adapter"}),
+        "base": resume(tmp_path / "base", other_base, lora),
+        "shape": resume(tmp_path / "shape", base, lora, tuning=lora.tuning | {"rank": 2}),
+        "layers": resume(tmp_path / "layers", base, lora, tuning=lora.tuning | {"target_modules": "mlp"}),
+        "method": resume(tmp_path / "method", base, lora, tuning={"type": "adapter"}),
     }
     for name, folder in runs.items():
         event = failed(run_here(folder))
@@ -212,7 +212,7 @@ def test_weights_that_mean_something_else_are_seen_by_their_logits(
     base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
     lora = trained["lora"]
-    folder = go_on(tmp_path / "run", base, lora, tuning=lora.tuning | {"alpha": 1.0})
+    folder = resume(tmp_path / "run", base, lora, tuning=lora.tuning | {"alpha": 1.0})
     events = run_here(folder)
     assert failed(events).code == "self_check_failed"
     assert not any(event.type == "step" for event in events)
@@ -222,7 +222,7 @@ def test_a_run_that_learns_nothing_beyond_its_parent_fails(
     base: Path, tmp_path: Path, trained: dict[str, Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("luthier.training.loop.loop.apply_gradients", lambda *_, **__: None)
-    event = failed(run_here(go_on(tmp_path / "run", base, trained["lora"])))
+    event = failed(run_here(resume(tmp_path / "run", base, trained["lora"])))
     assert event.code == "self_check_failed"
     assert "started from" in event.message
 

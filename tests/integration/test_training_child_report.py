@@ -45,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def told(
+def reported_run(
     request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[TrainingEvent]]:
     """A run directory of each method, and what its run said; five passages of general text."""
@@ -59,9 +59,9 @@ def spec_of(folder: Path) -> TrainingSpec:
 
 
 def test_the_report_names_what_was_trained_on_what_by_which_code(
-    told: tuple[Path, list[TrainingEvent]], base: Path
+    reported_run: tuple[Path, list[TrainingEvent]], base: Path
 ) -> None:
-    folder, events = told
+    folder, events = reported_run
     report, spec = finished(events).report, spec_of(folder)
     facts = BaseFacts.model_validate_json((base / "base.json").read_text())
     assert (report.method, report.seed, report.spec) == (spec.tuning["type"], 11, spec)
@@ -79,8 +79,10 @@ def test_the_report_names_what_was_trained_on_what_by_which_code(
     assert report.num_trained_parameters == finished(events).num_trained_parameters
 
 
-def test_the_report_counts_tokens_seconds_bytes_and_memory(told: tuple[Path, list[TrainingEvent]]) -> None:
-    folder, events = told
+def test_the_report_counts_tokens_seconds_bytes_and_memory(
+    reported_run: tuple[Path, list[TrainingEvent]],
+) -> None:
+    folder, events = reported_run
     report = finished(events).report
     rows = read_prepared(folder / "train.safetensors")
     assert report.tokens_seen == finished(events).trained_tokens == 2 * rows.num_tokens
@@ -101,10 +103,10 @@ def test_the_report_counts_tokens_seconds_bytes_and_memory(told: tuple[Path, lis
     assert report.peak_memory_bytes >= max(peaks) > 100 * 1024**2
 
 
-def test_every_evaluation_is_told_with_the_whole_report_so_far(
-    told: tuple[Path, list[TrainingEvent]],
+def test_every_evaluation_is_reported_with_the_whole_report_so_far(
+    reported_run: tuple[Path, list[TrainingEvent]],
 ) -> None:
-    _, events = told
+    _, events = reported_run
     evaluated = [event for event in events if isinstance(event, EvaluatedEvent)]
     assert [event.evaluation.step for event in evaluated] == [0, 3, 6]
     assert [event.evaluation.epoch for event in evaluated] == [0.0, 1.0, 2.0]
@@ -115,14 +117,14 @@ def test_every_evaluation_is_told_with_the_whole_report_so_far(
         assert (event.report.artifact_bytes is None) == (event.evaluation.step == 0)
     checkpoints = [event.step for event in events if event.type == "checkpoint"]
     assert checkpoints == [3, 6]
-    # Whoever publishes a checkpoint has its evaluation at hand in the log that lies in it.
+    # A checkpoint's publisher finds its evaluation in the checkpoint's log.
     assert finished(events).report.evaluations == [event.evaluation for event in evaluated]
 
 
 def test_the_first_evaluation_is_the_base_and_forgetting_is_what_came_after_minus_it(
-    told: tuple[Path, list[TrainingEvent]], base: Path
+    reported_run: tuple[Path, list[TrainingEvent]], base: Path
 ) -> None:
-    folder, events = told
+    folder, events = reported_run
     first, *later = finished(events).report.evaluations
     causal_lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     rows = general_rows(Tokenizer.load(base), 256)
@@ -140,8 +142,10 @@ def test_the_first_evaluation_is_the_base_and_forgetting_is_what_came_after_minu
         assert len(evaluation.answers) == len(PROMPTS)
 
 
-def test_the_last_evaluation_is_of_the_artifact(told: tuple[Path, list[TrainingEvent]], base: Path) -> None:
-    folder, events = told
+def test_the_last_evaluation_is_of_the_artifact(
+    reported_run: tuple[Path, list[TrainingEvent]], base: Path
+) -> None:
+    folder, events = reported_run
     last = finished(events).report.evaluations[-1]
     method, _ = parse_tuning(spec_of(folder).tuning)
     attached = method.load(load_base(base, dtype=torch.float32, device="cpu"), folder / "artifact")
@@ -198,9 +202,9 @@ def answer_of(model: Any, base: Path, prompt: str) -> str:
 
 
 def test_losses_are_those_of_plain_pytorch_on_the_same_batches_row_by_row(
-    told: tuple[Path, list[TrainingEvent]], base: Path
+    reported_run: tuple[Path, list[TrainingEvent]], base: Path
 ) -> None:
-    folder, events = told
+    folder, events = reported_run
     steps = [event for event in events if isinstance(event, StepEvent)]
     expected = list(plain_losses(folder, base, [event.learning_rate for event in steps]))
     assert [event.metrics.train_loss for event in steps] == pytest.approx(expected, rel=1e-4)
@@ -255,22 +259,22 @@ def test_a_gradient_that_is_no_number_stops_the_run_at_its_step(
     assert [path.name for path in (folder / "save_points").iterdir()] == ["step-000001"]
     assert not (folder / "artifact").exists()
     assert not (folder / "checkpoints").exists()
-    # What was kept is finite: the next attempt goes on from it to the end.
+    # What was kept is finite: the next attempt continues from it to the end.
     monkeypatch.undo()
     assert finished(run_here(folder))
 
 
 def test_what_a_user_asks_the_model_is_in_the_report_and_nowhere_else(
-    told: tuple[Path, list[TrainingEvent]],
+    reported_run: tuple[Path, list[TrainingEvent]],
 ) -> None:
-    folder, events = told
+    folder, events = reported_run
     report = finished(events).report
     # A short answer may be found by chance.
     texts = PROMPTS[:1] + [a.answer for e in report.evaluations for a in e.answers if len(a.answer) > 20]
-    told_elsewhere = [e.model_dump_json() for e in events if e.type not in {"evaluated", "finished"}]
+    reported_elsewhere = [e.model_dump_json() for e in events if e.type not in {"evaluated", "finished"}]
     written = [path.read_bytes() for path in (folder / "artifact").iterdir()]
     for text in texts:
-        assert not any(json.dumps(text)[1:-1] in line for line in told_elsewhere)
+        assert not any(json.dumps(text)[1:-1] in line for line in reported_elsewhere)
         assert not any(text.encode() in content for content in written)
 
 
@@ -278,15 +282,15 @@ def break_gradient(monkeypatch: pytest.MonkeyPatch, *, at_call: int) -> None:
     """Let one number of one gradient be no number, at one step; its loss is an ordinary one."""
     compute, num_calls = halving_module.compute_gradients, 0
 
-    def broken(trainee: Any, *arguments: Any, **options: Any) -> StepScores:
+    def broken(training_model: Any, *arguments: Any, **options: Any) -> StepScores:
         nonlocal num_calls
         num_calls += 1
         if num_calls != at_call:
-            return compute(trainee, *arguments, **options)
-        _, weight = trainee.attached.named_trained_parameters()[-1]
+            return compute(training_model, *arguments, **options)
+        _, weight = training_model.attached.named_trained_parameters()[-1]
         hook = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), float("nan")))
         try:
-            return compute(trainee, *arguments, **options)
+            return compute(training_model, *arguments, **options)
         finally:
             hook.remove()
 

@@ -101,7 +101,7 @@ def test_term_saves_the_last_step_and_the_next_attempt_repeats_none(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(
+def test_a_stop_before_the_first_step_leaves_nothing_to_resume_from(
     method: str, base: Path, tmp_path: Path
 ) -> None:
     folder = build_tiny_run(tmp_path / "run", base, **SETTINGS, tuning={"type": method})
@@ -112,7 +112,7 @@ def test_a_stop_before_the_first_step_leaves_nothing_to_go_on_from(
     assert list((folder / "save_points").iterdir()) == []
 
 
-def test_another_run_directory_goes_on_with_the_history_of_the_first(base: Path, tmp_path: Path) -> None:
+def test_another_run_directory_continues_with_the_history_of_the_first(base: Path, tmp_path: Path) -> None:
     first = build_tiny_run(tmp_path / "first", base, **SETTINGS)
     expected = finished(run_here(first))
     folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)

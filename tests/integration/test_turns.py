@@ -1,4 +1,4 @@
-"""Projects take turns: one with a long queue keeps nobody else waiting behind all of it."""
+"""Projects take turns: one with a long queue keeps no other waiting behind all of it."""
 
 import httpx2
 import openai

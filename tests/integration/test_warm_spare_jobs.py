@@ -33,7 +33,7 @@ time.sleep(60)
 """
 
 
-_TELL = """
+_REPORT = """
 while b'"type":"step"' not in run.stdout.readline():
     pass
 print(run.pid, flush=True)
@@ -55,7 +55,7 @@ class WatchedForkServer(ForkServer):
 
 
 def is_tied(pid: int) -> bool:
-    """Tell whether a process has become a training process, which its parent's end then ends."""
+    """Return whether a process has become a training process, which its parent's end then ends."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes()
     return b"luthier.training" in command and b"luthier.core.runtime" not in command
 
@@ -96,7 +96,7 @@ def create(client: openai.OpenAI) -> Callable[..., str]:
     return make
 
 
-def test_jobs_in_a_row_are_run_by_one_spare_and_idle_bells_start_none(
+def test_jobs_in_a_row_are_run_by_one_fork_server_and_idle_notifications_start_none(
     client: openai.OpenAI, context: WorkerContext, fork_server: WatchedForkServer, create: Callable[..., str]
 ) -> None:
     first, second = create(), create()
@@ -175,7 +175,7 @@ def test_a_run_dies_with_its_worker(tmp_path: Path) -> None:
     many = {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
     folder = build_tiny_run(tmp_path / "run", base, **many)
     code = _PARENT.replace(
-        "time.sleep(60)", f"run = fork_server.take(pathlib.Path({str(folder)!r}))\n{_TELL}"
+        "time.sleep(60)", f"run = fork_server.take(pathlib.Path({str(folder)!r}))\n{_REPORT}"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

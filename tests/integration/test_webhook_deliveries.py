@@ -50,7 +50,7 @@ def _take(context: WorkerContext, job_id: str, seconds: float = 60) -> Lease:
     return lease
 
 
-def test_a_job_that_succeeds_is_told_and_the_sdk_unwraps_it(
+def test_a_job_that_succeeds_is_reported_and_the_sdk_unwraps_it(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any, tmp_path: Path
 ) -> None:
     job_id = create_job(client)
@@ -103,7 +103,7 @@ def _vanish(_client: openai.OpenAI, context: WorkerContext, job_id: str) -> None
     sweep(context)
 
 
-def test_every_other_way_a_job_ends_is_told_once(
+def test_every_other_way_a_job_ends_is_reported_once(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
     for end, status in ((_cancel, "cancelled"), (_fail, "failed"), (_crash, "failed"), (_vanish, "failed")):
@@ -143,7 +143,7 @@ def test_a_workers_thread_sends_by_itself_and_outlives_a_fault(
     assert len(receiver.received) == 1
 
 
-def test_only_who_asked_for_a_type_hears_of_it_and_all_hear_of_one_event(
+def test_an_event_goes_to_the_endpoints_of_its_type_under_one_id(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
     client.webhooks.create(name="two", url=f"{receiver.url}/two", event_types=["fine_tuning.job.cancelled"])
@@ -239,7 +239,7 @@ def test_no_two_workers_send_the_same_and_a_late_one_writes_nothing(
         assert deliveries.claim_due(session, context.sealer, limit=9, timeout_seconds=1) == [], (
             "the lease holds"
         )
-    # The first worker is not heard of in time.
+    # The first worker does not report in time.
     wind(context, "next_try_at = now()")
     with context.database.transaction() as session:
         (second,) = deliveries.claim_due(session, context.sealer, limit=9, timeout_seconds=1)
@@ -274,7 +274,7 @@ def test_a_project_with_many_deliveries_holds_up_no_other(
     assert deliver_due(context) == deliveries.MAX_OF_A_PROJECT
 
 
-def test_an_end_that_is_rolled_back_is_never_told(
+def test_an_end_that_is_rolled_back_is_never_reported(
     client: openai.OpenAI, context: WorkerContext, endpoint: Any
 ) -> None:
     lease = _take(context, create_job(client))

@@ -53,12 +53,12 @@ def test_a_secret_that_the_key_does_not_open_signs_nothing_until_it_does(
 ) -> None:
     client.fine_tuning.jobs.cancel(create_job(client))
     right = context.sealer
-    for wrong, told in ((Sealer(new_secret_key()), "another key"), (Sealer(""), "is not set")):
+    for wrong, reported in ((Sealer(new_secret_key()), "another key"), (Sealer(""), "is not set")):
         context.sealer = wrong
         assert deliver_due(context) == 1
         row = the_delivery(context)
         assert (row.finished_at, row.last_status_code) == (None, None)
-        assert told in (row.last_error or "")
+        assert reported in (row.last_error or "")
         assert "LUTHIER_SECRET_KEY" in (row.last_error or "")
         wind(context, "next_try_at = now()")
     assert receiver.received == []
@@ -83,8 +83,8 @@ def test_a_start_seals_secrets_that_were_plain_and_those_of_an_older_key(
             assert "whsec_" not in str(stored)
             assert reseal(session, Sealer(keys)) == 0
             assert session.execute(text("SELECT * FROM webhook_endpoints")).all() == stored
-    for sealer, told in ((Sealer(older), "another key"), (Sealer(""), "is not set")):
-        with pytest.raises(SecretKeyError, match=told), context.database.transaction() as session:
+    for sealer, reported in ((Sealer(older), "another key"), (Sealer(""), "is not set")):
+        with pytest.raises(SecretKeyError, match=reported), context.database.transaction() as session:
             reseal(session, sealer)
     context.sealer = Sealer(newer)
     client.fine_tuning.jobs.cancel(create_job(client))
@@ -117,7 +117,7 @@ def test_an_old_secret_that_the_key_does_not_open_holds_up_nothing(
         assert tuple(session.execute(find_old).one()) == (None, None)
 
 
-def test_an_erased_secret_is_told_to_whoever_can_rotate_it_and_to_the_operator(
+def test_an_erased_secret_is_reported_to_project_and_operator(
     client: openai.OpenAI, context: WorkerContext, receiver: Receiver, endpoint: Any
 ) -> None:
     with context.database.engine.begin() as connection:
@@ -150,7 +150,7 @@ def test_the_way_down_refuses_while_secrets_are_sealed(
         command.upgrade(alembic_config(connection), "head")
 
 
-def test_without_a_key_no_endpoint_is_made_and_the_operator_is_told(
+def test_without_a_key_no_endpoint_is_made_and_the_operator_is_reported(
     settings: Settings, database: Database
 ) -> None:
     keyless = settings.model_copy(update={"secret_key": SecretStr("")})

@@ -49,7 +49,7 @@ class Script:
         job_id: whose.
         spec: resolved.
         run_dir: the attempt's.
-        steps_an_epoch: after every so many steps there is an evaluation and a checkpoint.
+        steps_an_epoch: after this number of steps there is an evaluation and a checkpoint.
         num_epochs: how many are planned.
     """
 
