@@ -1,1 +1,1 @@
-"""The HTTP shell."""
+"""The HTTP API."""

@@ -19,10 +19,10 @@ from luthier.core.runtime import freeze_garbage, hide_memory
 from luthier.core.settings import Settings
 
 _GRACEFUL_SECONDS = 5
-# By default a thread that computes may keep the interpreter from the event loop for 5 ms at each of its
-# system calls, and a loop that passes streams on makes some for every event.
+# The default of 5 ms lets a computing thread delay the event loop that long after each system call of the
+# loop, and a relayed stream makes some for every event.
 _SWITCH_SECONDS = 0.0005
-# Answers that last longer end with an error while there is time to tell it.
+# Answers that last longer end with an error event before the server stops.
 _ANSWER_SECONDS = 4
 
 
@@ -36,28 +36,28 @@ class _Server(uvicorn.Server):
         self._ending: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and remember the loop for the signals."""
+        """Start, and reload the catalogue on SIGHUP."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_signal_handler(signal.SIGHUP, self._read_catalogue)
+        self._loop.add_signal_handler(signal.SIGHUP, self._reload_catalogue)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop, streams first; uvicorn calls this from its signal handler, on the loop's thread."""
+        """End the streams, then stop. uvicorn calls this from its signal handler."""
         self._state.hub.close_streams()
-        # A signal may come before the start; nobody waits for an answer then.
+        # A signal may arrive before the start.
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._end_answers_soon)
+            self._loop.call_soon_threadsafe(self._start_ending)
         super().handle_exit(sig, frame)
 
-    def _read_catalogue(self) -> None:
+    def _reload_catalogue(self) -> None:
         self._state.catalogue = read_again(self._state.settings.models_file, self._state.catalogue)
 
-    def _end_answers_soon(self) -> None:
+    def _start_ending(self) -> None:
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._end_answers())
 
     async def _end_answers(self) -> None:
-        """Leave the inference servers; whoever still waits for one of them is told that it broke off."""
+        """Disconnect from the inference servers: requests that still wait for one end with an error."""
         await asyncio.sleep(_ANSWER_SECONDS)
         await self._state.backend.aclose()
 
@@ -68,13 +68,13 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
-    # Training processes run as the same user.
+    # Training processes run as the same user, and could read it.
     hide_memory()
     settings = Settings()
     configure_logs(settings.log_level)
     raise_open_file_limit()
     sys.setswitchinterval(_SWITCH_SECONDS)
-    # An estimate takes one processor from the streams, not all of them.
+    # An estimate uses one processor, not all.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     state = make_app_state(settings)
     config = uvicorn.Config(

@@ -1,4 +1,4 @@
-"""Failures as OpenAI's error body: the only place that turns an error into HTTP."""
+"""Errors as HTTP answers with OpenAI's error body; the only place that turns an error into HTTP."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast, get_args
@@ -53,31 +53,31 @@ def shown_path(scope: Scope) -> str:
 
 
 def to_response(error: LuthierError) -> JSONResponse:
-    """Return the answer for a failure."""
+    """Return the answer for an error."""
     headers = {}
-    # A job waits for room on the disk; a client that sends its upload again only loads the service.
+    # 507: the disk is full, and repeated uploads only load the service.
     if error.retryable and error.http_status != 507:
         headers["Retry-After"] = str(error.retry_after_seconds)
     elif error.http_status in (408, 409, 429) or error.http_status >= 500:
-        # The SDKs repeat these by themselves; a permanent refusal says that it is one.
+        # The SDKs retry these statuses unless a permanent refusal says so.
         headers["x-should-retry"] = "false"
     return JSONResponse(error.to_body(), error.http_status, headers)
 
 
 def from_validation(request: Request, errors: Sequence[Any]) -> LuthierError:
-    """Turn pydantic's findings into the first one's error, with the field's dotted path."""
+    """Turn pydantic's first finding into an error with the field's dotted path."""
     first = errors[0]
-    # A field may bear the name of a place, too.
+    # Only the first part is a location: a field may be called "body", too.
     path = [str(part) for depth, part in enumerate(first["loc"]) if depth or part not in _LOCATIONS]
-    # Branches of a union put type names into the path; a client knows only its own fields.
+    # Branches of a union add type names to the path, which clients do not know.
     param = ".".join(part for part in path if not part.startswith(("literal[", "constrained-"))) or None
     kind: str = first["type"]
     if kind == "json_invalid":
         return InvalidRequestError("The body is no valid JSON; send a JSON object.")
     if param is None and kind == "model_attributes_type":
         return InvalidTypeError("Send a JSON object as the body, with Content-Type: application/json.")
-    is_no_object = kind in _OBJECT_TYPES
-    reason = "Send a JSON object." if is_no_object else str(first["msg"]).removeprefix("Value error, ")
+    needs_object = kind in _OBJECT_TYPES
+    reason = "Send a JSON object." if needs_object else str(first["msg"]).removeprefix("Value error, ")
     text = f"Invalid value for '{param}': {reason}" if param else reason
     near = _nearest_field(request, path) if kind == "extra_forbidden" else None
     return field_error(kind, param, text, advice=f"Did you mean '{near}'?" if near else "Leave it out.")
@@ -131,7 +131,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 
 
 def _methods_of(request: Request) -> list[str]:
-    """Return what a URL takes: the framework names the methods of one of its routes alone."""
+    """Return all methods of a URL; Starlette names only those of one matching route."""
     found: set[str] = set()
     for route in iter_route_contexts(request.app.routes):
         match, _ = route.matches(request.scope)
@@ -140,8 +140,8 @@ def _methods_of(request: Request) -> list[str]:
     return sorted(found)
 
 
-async def _on_client_gone(_request: Request, _error: Exception) -> Response:
-    # Nobody reads it; 499 is what proxies log for a client that closed the request.
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    # Not sent: the status that proxies log for a client that closed the request.
     return Response(status_code=499)
 
 
@@ -154,7 +154,7 @@ async def _on_unstorable_text(_request: Request, _error: Exception) -> JSONRespo
 
 
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
-    # Starlette calls this outside of all middleware, so the id is added and logged here.
+    # Starlette calls this outside of all middleware, so the request id is added and logged here.
     request_id: str = getattr(request.state, "request_id", "")
     _log.error("unexpected error", path=request.url.path, request_id=request_id, exc_info=error)
     message = "The server had an error while processing your request. Its log has the request's id."
@@ -163,11 +163,11 @@ async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Give an application the one error shape."""
+    """Install the exception handlers."""
     app.add_exception_handler(LuthierError, _on_luthier_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(DataError, _on_unstorable_text)
     app.add_exception_handler(UnicodeEncodeError, _on_unstorable_text)
-    app.add_exception_handler(ClientDisconnect, _on_client_gone)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_unexpected)

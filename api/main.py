@@ -43,11 +43,11 @@ from luthier.storage.store import Storage
 from luthier.webhooks.sealing import Sealer
 from services.task_queue import TaskNotifier, make_celery
 
-# Beside the requests that hold a connection all along, those that take one for a moment in one thread.
+# Connections of requests that hold one throughout, and a few for those that use one briefly in a thread.
 _POOL_SIZE = MAX_DATABASE_REQUESTS + 8
-# A few threads beyond the pool: those that move bytes hold no connection.
+# More threads than connections: those that move bytes hold none.
 _NUM_THREADS = _POOL_SIZE + 16
-# What a script in a browser may read of an answer, beside its type and length.
+# Headers that scripts in browsers may read.
 _EXPOSED_HEADERS = (
     "x-request-id",
     "retry-after",
@@ -101,10 +101,10 @@ def create_app(state: AppState) -> FastAPI:
         lifespan=_lifespan(state),
         # A redirect would turn a POST into a GET in some clients.
         redirect_slashes=False,
-        # In place of the 422 that the framework would document and this service never sends.
+        # Instead of the 422 that FastAPI documents and this service never sends.
         responses={"default": {"model": errors.ErrorBody, "description": "Refused or failed"}},
         servers=[{"url": "/", "description": "The service that this document comes from"}],
-        # The page that FastAPI brings loads scripts from elsewhere: api/routes/pages.py has another.
+        # FastAPI's page loads scripts from other hosts: api/routes/pages.py has one that does not.
         docs_url=None,
         redoc_url=None,
     )
@@ -123,8 +123,8 @@ def create_app(state: AppState) -> FastAPI:
     )
     is_logged = state.settings.log_level in {"debug", "info"}
     app.add_middleware(RequestLogMiddleware, metrics=state.metrics, usage=state.usage, is_logged=is_logged)
-    # Routes are tried in order: those first that are asked most. What answers and lists models is asked by
-    # clients that add parameters of their own.
+    # Routes are matched in order: the most frequent first. Clients of chats and models add parameters of
+    # their own.
     for module in (health, pages):
         app.include_router(module.router)
     for module in (metrics, chat, models):

@@ -1,4 +1,4 @@
-"""The API's metrics for Prometheus: its requests, and at each scrape the jobs and workers of the database."""
+"""Prometheus metrics of the API: its requests, and at each scrape the database's jobs and workers."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ _BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 class ApiMetrics:
     """The metrics of one API process.
 
-    Labels are routes' templates and status codes, never ids, names or paths: their number is bounded.
+    Labels are route templates and status codes, never ids, names or paths, so that their number is bounded.
     """
 
     def __init__(self, database: Database, *, lease_seconds: float) -> None:
@@ -39,7 +39,7 @@ class ApiMetrics:
         self.registry.register(_QueueCollector(database, lease_seconds))
 
     def observe_request(self, method: str, route: str | None, status: int, seconds: float) -> None:
-        """Count a request at its end; `route` is None where no route has its path."""
+        """Count a finished request; `route` is its template, or None without a route."""
         self._requests.labels(method, route or "none", str(status)).observe(seconds)
 
     def count_tokens(self, counts: TokenCounts) -> None:
@@ -55,7 +55,7 @@ class _QueueCollector(Collector):
         self._lease_seconds = lease_seconds
 
     def collect(self) -> Iterable[Metric]:
-        """Read the database; without it the rest of the metrics is still there."""
+        """Read the database; where it does not answer, the other metrics are still served."""
         try:
             with self._database.transaction() as session:
                 found = metrics.read_queue(session, lease_seconds=self._lease_seconds)
@@ -81,5 +81,5 @@ class _QueueCollector(Collector):
             yield GaugeMetricFamily(f"luthier_{name}", meaning, value=value)
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: a registration must not ask the database."""
+        """Return nothing, so that registration does not query the database."""
         return ()

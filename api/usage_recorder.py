@@ -1,4 +1,4 @@
-"""Collects the usage of this process's requests and stores it every second, away from the event loop."""
+"""Collects the usage of requests and stores it every second, in a thread."""
 
 import asyncio
 
@@ -15,7 +15,7 @@ _log = structlog.get_logger()
 
 
 class UsageRecorder:
-    """Counts by key and model. A process that is killed loses those of its last second."""
+    """Counts by key and model. A killed process loses the counts of its last second."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -23,11 +23,11 @@ class UsageRecorder:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to store."""
+        """Start storing."""
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Store what is left."""
+        """Store the rest."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -38,11 +38,11 @@ class UsageRecorder:
         self._counts.setdefault(owner, TokenCounts()).add(counts)
 
     async def flush(self) -> None:
-        """Store what was counted; kept for the next time while that fails."""
+        """Store the counts; they are kept for the next flush when that fails."""
         counts, self._counts = self._counts, {}
         if not counts:
             return
-        # Not cancelled in the middle: what it stored would be stored again.
+        # Shielded: after a cancellation in the middle, counts would be stored twice.
         await asyncio.shield(self._store(counts))
 
     async def _store(self, counts: dict[UsageOwner, TokenCounts]) -> None:

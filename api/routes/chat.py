@@ -1,4 +1,4 @@
-"""Chat, completions and responses: the name is resolved here, the answer is the inference server's."""
+"""Chat completions, completions and responses: the API resolves the model, an inference server answers."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from services.accounts.usage import TokenCounts
 router = APIRouter(prefix="/v1", tags=["inference"])
 
 
-def _answered_by(model: Any) -> dict[int | str, dict[str, Any]]:
+def _documented_as(model: Any) -> dict[int | str, dict[str, Any]]:
     return {200: {"model": model, "content": EVENT_STREAM}}
 
 
@@ -26,19 +26,19 @@ async def _answer(request: Request, state: AppState, path: str) -> Response:
         return await ask(request, state.backend, path, body, target, usage)
 
 
-@router.post("/chat/completions", responses=_answered_by(ChatCompletion))
+@router.post("/chat/completions", responses=_documented_as(ChatCompletion))
 async def create_chat_completion(request: Request, state: AppStateDep) -> Response:
     """Answer a chat, streamed or whole, with a base or a tuned model."""
     return await _answer(request, state, "/v1/chat/completions")
 
 
-@router.post("/completions", responses=_answered_by(Completion))
+@router.post("/completions", responses=_documented_as(Completion))
 async def create_completion(request: Request, state: AppStateDep) -> Response:
     """Continue a text, streamed or whole, with a base or a tuned model."""
     return await _answer(request, state, "/v1/completions")
 
 
-@router.post("/responses", responses=_answered_by(ResponseObject))
+@router.post("/responses", responses=_documented_as(ResponseObject))
 async def create_response(request: Request, state: AppStateDep) -> Response:
     """Answer an input, streamed or whole, with a base or a tuned model; nothing is kept."""
     return await _answer(request, state, RESPONSES_PATH)

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus. They span all projects: an admin key reads them, or a token of their own."""
+"""Metrics for Prometheus. They span all projects: reading them takes an admin key or their own token."""
 
 import hmac
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"sche
 
 
 async def check_metrics_reader(request: Request, state: AppStateDep) -> None:
-    """Let pass who sends `LUTHIER_METRICS_TOKEN` or an admin key."""
+    """Require `LUTHIER_METRICS_TOKEN` or an admin key."""
     token = state.settings.metrics_token.get_secret_value()
     if token and hmac.compare_digest(bearer_key(request).encode(), token.encode()):
         return
@@ -32,5 +32,5 @@ async def metrics(
 ) -> Response:
     """Report requests, jobs and workers in Prometheus' text format."""
     encode, media_type = choose_encoder(request.headers.get("accept", ""))
-    # In a thread: it asks the database.
+    # In a thread: it queries the database.
     return Response(await run_in_threadpool(encode, state.metrics.registry), media_type=media_type)

@@ -1,4 +1,4 @@
-"""Pages for people: where things are, and the reference. None loads anything from elsewhere."""
+"""HTML pages: an index, and the API reference. They load nothing from other hosts."""
 
 from importlib import resources
 from typing import Annotated, Literal
@@ -67,7 +67,7 @@ async def docs() -> HTMLResponse:
 
 @router.get("/docs/{name}", include_in_schema=False)
 def docs_file(name: Literal["swagger-ui-bundle.js", "swagger-ui.css"]) -> Response:
-    """Send a file of Swagger UI, packed as it is stored: every browser unpacks it."""
+    """Send a file of Swagger UI, compressed as it is stored."""
     headers = {"content-encoding": "gzip", "cache-control": "public, max-age=86400"}
     content = (_SWAGGER_UI / f"{name}.gz").read_bytes()
     return Response(content, media_type=_MEDIA_TYPES[name], headers=headers)

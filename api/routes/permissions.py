@@ -41,7 +41,7 @@ def list_permissions(
     order: Literal["ascending", "descending"] = "descending",
     project_id: str | None = None,
 ) -> ListPage[PermissionObject]:
-    """List who may call a model, newest first unless told otherwise."""
+    """List who may call a model, newest first by default."""
     rows, has_more = permissions.list_(
         session,
         principal,
@@ -58,6 +58,6 @@ def list_permissions(
 def delete_permission(
     fine_tuned_model_checkpoint: str, permission_id: str, session: SessionDep, principal: PrincipalDep
 ) -> DeletedObject:
-    """Take a permission back."""
+    """Revoke a permission."""
     permissions.delete(session, principal, fine_tuned_model_checkpoint, permission_id)
     return {"id": permission_id, "object": "checkpoint.permission", "deleted": True}

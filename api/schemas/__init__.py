@@ -1,1 +1,1 @@
-"""What clients say and hear."""
+"""Shapes of requests and answers: pydantic bodies, typed dictionaries, and their builders."""

@@ -1,4 +1,4 @@
-"""Bytes out of storage, whole or a range of them, under the conditions that a request names (RFC 9110)."""
+"""Serves stored bytes, all or a range of them, under a request's conditions (RFC 9110)."""
 
 import re
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ _ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
 
 
 def _header(request: Request, name: str) -> str | None:
-    """Return a header that may come in several lines, as one list."""
+    """Return a header that may have several lines, as one list."""
     lines = request.headers.getlist(name)
     return ", ".join(lines) if lines else None
 
@@ -33,14 +33,14 @@ def _names_tag(header: str, etag: str, *, is_weak_enough: bool) -> bool:
 
 
 def parse_range(header: str, size_bytes: int) -> tuple[int, int] | None:
-    """Read a Range (RFC 9110, 14.1.2 and 14.2).
+    """Parse a Range header (RFC 9110, 14.1.2 and 14.2).
 
     Returns:
-        Start and end (exclusive) of the one range asked for; None to send all: for several ranges, for
-        another unit than bytes, and for what is no range at all.
+        Start and end (exclusive) of the requested range; None to send all: for several ranges, for another
+        unit than bytes, and for a malformed header.
 
     Raises:
-        RangeNotSatisfiableError: when the range has no byte in common with what there is.
+        RangeNotSatisfiableError: when no byte of the object is in the range.
     """
     unit, _, ranges = header.partition("=")
     if unit.strip().lower() != "bytes":
@@ -63,17 +63,17 @@ def parse_range(header: str, size_bytes: int) -> tuple[int, int] | None:
     return start, end
 
 
-def _asked_range(request: Request, etag: str, size_bytes: int) -> tuple[int, int] | None:
+def _requested_range(request: Request, etag: str, size_bytes: int) -> tuple[int, int] | None:
     asked = request.headers.get("range")
     if asked is None or request.method != "GET":
         return None
-    # A weak tag or a date never proves that the rest belongs to what the client has (RFC 9110, 13.1.5).
+    # A weak tag or a date does not identify the content (RFC 9110, 13.1.5).
     if request.headers.get("if-range", etag).strip() != etag:
         return None
     return parse_range(asked, size_bytes)
 
 
-# How an operation that sends a file's bytes documents its answer.
+# The OpenAPI responses of operations that send bytes.
 BYTES_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
     206: {"description": "The range that was asked for"},
@@ -84,18 +84,14 @@ BYTES_ANSWER: dict[int | str, dict[str, Any]] = {
 async def stored_bytes(
     request: Request, storage: Storage, key: str, *, size_bytes: int, sha256: str, filename: str
 ) -> Response:
-    """Answer with an object's bytes.
-
-    Args:
-        request: GET or HEAD, with its Range and its conditions.
-        storage: where the object is.
+    """Answer a GET or HEAD with an object's bytes.
 
     Returns:
         200 with all bytes, 206 with a range, 304, or 416 for a range outside; to HEAD no bytes.
 
     Raises:
         PreconditionFailedError: when If-Match names another content.
-        ArtifactCorruptError: when the object is not there.
+        ArtifactCorruptError: when the object is missing.
     """
     etag = f'"{sha256}"'
     if_match, if_none_match = _header(request, "if-match"), _header(request, "if-none-match")
@@ -105,7 +101,7 @@ async def stored_bytes(
     if if_none_match is not None and _names_tag(if_none_match, etag, is_weak_enough=True):
         return Response(status_code=304, headers=headers)
     try:
-        asked = _asked_range(request, etag, size_bytes)
+        asked = _requested_range(request, etag, size_bytes)
     except RangeNotSatisfiableError as error:
         refusal = to_response(error)
         refusal.headers.update(headers | {"Content-Range": f"bytes */{size_bytes}"})
@@ -120,12 +116,12 @@ async def stored_bytes(
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size_bytes}"
     if request.method == "HEAD":
         return Response(headers=headers, media_type=_MEDIA_TYPE)
-    content = await _begun(storage.stream(key, start=start, end=end))
+    content = await _with_first_chunk(storage.stream(key, start=start, end=end))
     return StreamingResponse(content, 200 if asked is None else 206, headers, media_type=_MEDIA_TYPE)
 
 
-async def _begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Return the same chunks with the first one read already: what is missing is told before a 200 is."""
+async def _with_first_chunk(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Return the chunks after reading the first one, so that a missing object is an error and not a 200."""
     first = await anext(chunks, b"")
 
     async def content() -> AsyncIterator[bytes]:

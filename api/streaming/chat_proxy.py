@@ -1,4 +1,4 @@
-"""Passes an inference server's answer on to the client. Never looks a key or a name up."""
+"""Relays an inference server's answer to the client. Reads neither keys nor names."""
 
 import json
 import re
@@ -26,15 +26,12 @@ async def ask(
     """Return an inference server's answer, which stops when the client disconnects.
 
     Args:
-        request: the client's, its body read.
-        backend: the servers.
         path: of the endpoint.
-        body: the request's, as it came.
-        target: what the name in it stands for.
-        usage: what the answer used is added to it as it becomes known.
+        target: what the body's model name resolves to.
+        usage: set as the answer's usage becomes known.
 
     Raises:
-        LuthierError: why no server could be asked, or why it broke off before its stream began.
+        LuthierError: when no server could be reached, or it failed before its answer began.
     """
     reply = await while_connected(request, backend.complete(path, body, target))
     headers = dict(reply.headers)
@@ -54,7 +51,7 @@ def _set(usage: TokenCounts, used: TokenUsage) -> None:
 
 
 def _take_usage(events: bytes, usage: TokenCounts) -> bytes:
-    """Return the events without the one that says what the stream used."""
+    """Return the events without the usage event, which sets `usage`."""
     before, _, rest = (_END_OF_EVENT + events).partition(_USAGE)
     text, _, after = rest.partition(_END_OF_EVENT)
     _set(usage, TokenUsage.from_text(text.decode()))
@@ -62,9 +59,9 @@ def _take_usage(events: bytes, usage: TokenCounts) -> bytes:
 
 
 async def _relay(path: str, pieces: AsyncIterator[bytes], usage: TokenCounts) -> AsyncIterator[bytes]:
-    """Yield whole events; a stream that breaks off ends with an error event in its endpoint's shape.
+    """Yield whole events; a stream that is interrupted ends with an error event in its endpoint's shape.
 
-    Until the stream says what it used, each event counts as a token: so a client that leaves is counted, too.
+    Until the usage event, each event counts as a token, so that clients that disconnect are counted, too.
     """
     rest = first = last = b""
     is_reported = False
@@ -84,19 +81,16 @@ async def _relay(path: str, pieces: AsyncIterator[bytes], usage: TokenCounts) ->
 
 
 def _failed_chunk(error: LuthierError) -> bytes:
-    """Return the event that SDKs know a failure by."""
+    """Return the event by which SDKs recognise an error."""
     return f"data: {json.dumps(error.to_body())}\n\n".encode()
 
 
 def _failed_response(error: LuthierError, first: bytes, last: bytes) -> bytes:
-    """Return `error` and `response.failed`, which continue the numbers of the events that were sent.
-
-    `luthier/inference/response_answers.py: error_events` makes the same of a failure in the server itself.
+    """Return `error` and `response.failed`, numbered after the events that were sent.
 
     Args:
-        error: what happened.
         first: the events that were sent first, with the response as it began.
-        last: those that were sent last.
+        last: the events that were sent last.
     """
     numbers = _NUMBER.findall(last)
     number = int(numbers[-1]) + 1 if numbers else 0
@@ -115,7 +109,7 @@ def _event(kind: str, number: int, fields: dict[str, Any]) -> bytes:
 
 
 def _response_of(events: bytes) -> dict[str, Any] | None:
-    """Return the response that a stream's first event has; None where no event was sent."""
+    """Return the response in a stream's first event, or None without one."""
     for line in events.split(b"\n"):
         if line.startswith(b"data: "):
             try:

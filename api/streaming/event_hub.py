@@ -1,4 +1,4 @@
-"""One LISTEN connection per API process, fanned out to the open event streams."""
+"""One LISTEN connection for each API process, fanned out to the open event streams."""
 
 import asyncio
 from collections.abc import Iterator
@@ -16,13 +16,12 @@ _log = structlog.get_logger()
 
 
 class EventHub:
-    """Wakes the streams of a job when Postgres says that it has new events.
+    """Wakes the streams of a job when Postgres notifies of new events.
 
-    A stream that was never woken still finds its events, since it also looks from time to time: a
-    notification only makes it quick.
+    Notifications only reduce the delay: streams also poll.
 
     Args:
-        database_url: as SQLAlchemy writes it.
+        database_url: in SQLAlchemy's form.
     """
 
     def __init__(self, database_url: str) -> None:
@@ -32,7 +31,7 @@ class EventHub:
         self.closing = asyncio.Event()
 
     def start(self) -> None:
-        """Begin to listen."""
+        """Start listening."""
         self._task = asyncio.create_task(self._listen())
 
     async def stop(self) -> None:
@@ -43,17 +42,13 @@ class EventHub:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def close_streams(self) -> None:
-        """Tell the open streams to end, so that the server can stop."""
+        """End the open streams, so that the server can stop."""
         self.closing.set()
         self._wake_all()
 
     @contextmanager
     def subscribe(self, job_id: str) -> Iterator[asyncio.Event]:
-        """Give an event that is set whenever the job has news.
-
-        Yields:
-            The event; the subscriber clears it before it looks.
-        """
+        """Yield an event that is set when the job has new events; the subscriber clears it before reading."""
         woken = asyncio.Event()
         self._waiting.setdefault(job_id, set()).add(woken)
         try:
@@ -77,7 +72,7 @@ class EventHub:
                 )
                 async with connection:
                     await connection.execute(f"LISTEN {CHANNEL}".encode())
-                    # What was said while nobody listened is found by looking.
+                    # Events from before LISTEN began.
                     self._wake_all()
                     async for notification in connection.notifies():
                         for woken in self._waiting.get(notification.payload, ()):

@@ -1,7 +1,7 @@
-"""Names of files in the header Content-Disposition: read from forms, written into answers.
+"""The header Content-Disposition: parsed from forms, built for answers.
 
 Sources: RFC 7578 (forms), RFC 2231 and 5987 (`filename*`), RFC 6266 (answers), and the HTML standard, whose
-clients write a quote as %22.
+clients encode a quote as %22.
 """
 
 import re
@@ -17,7 +17,7 @@ _UNNAMED = "upload"
 _PARAMETER = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)', re.DOTALL)
 _ESCAPED = re.compile(r'\\(["\\])')
 _CONTINUED = re.compile(r"filename\*(\d{1,3})(\*?)")
-# RFC 5987 names these two; a name in another encoding is taken from the plain parameter beside it.
+# The encodings of RFC 5987; a name in another one is read from the parameter `filename` instead.
 _CHARSETS = {"utf-8": "utf-8", "iso-8859-1": "iso-8859-1", "us-ascii": "utf-8", "": "utf-8"}
 
 
@@ -37,7 +37,7 @@ def _unquote(value: str) -> str:
 
 
 def _decode_extended(value: str) -> str | None:
-    """Return the text of `charset'language'percent-encoded`, or None when it is none."""
+    """Return the text of `charset'language'percent-encoded`, or None when malformed."""
     charset, _, rest = value.strip().strip('"').partition("'")
     _, quote_mark, encoded = rest.partition("'")
     known = _CHARSETS.get(charset.lower())
@@ -50,7 +50,7 @@ def _decode_extended(value: str) -> str | None:
 
 
 def _join_continued(parameters: dict[str, str]) -> str | None:
-    """Return a name that comes in numbered pieces (RFC 2231, 3), or None when there are none."""
+    """Return a name in numbered pieces (RFC 2231, 3), or None without any."""
     pieces = {
         int(match[1]): (bool(match[2]), value)
         for name, value in parameters.items()
@@ -71,11 +71,7 @@ def _join_continued(parameters: dict[str, str]) -> str | None:
 
 
 def parse_disposition(header: bytes) -> tuple[str, str | None]:
-    """Read the header of one part of a form.
-
-    Returns:
-        The field's name, and the name of its file; None when the part is no file.
-    """
+    """Return the field name of a part of a form, and its file name; None when the part is not a file."""
     parameters: dict[str, str] = {}
     for match in _PARAMETER.finditer(_decode_header(header)):
         parameters.setdefault(match[1].lower(), match[2])
@@ -89,16 +85,9 @@ def parse_disposition(header: bytes) -> tuple[str, str | None]:
 
 
 def clean_filename(name: str, *, param: str) -> str:
-    """Return a file's name as it was given, but without control characters.
+    """Return a file's name without control characters, or `upload` for an empty one.
 
-    Args:
-        name: the name; a path is kept whole, since nothing here opens it.
-
-    Returns:
-        The name, or `upload` when nothing is left.
-
-    Raises:
-        InvalidValueError: when it has more than 255 characters.
+    A path is kept: nothing opens it. Raises InvalidValueError for more than 255 characters.
     """
     kept = "".join(c for c in name if unicodedata.category(c) != "Cc")
     if len(kept) > MAX_FILENAME_CHARACTERS:
@@ -110,17 +99,13 @@ def clean_filename(name: str, *, param: str) -> str:
 
 
 def content_disposition(filename: str) -> str:
-    """Return the header of an answer that is saved under a name, in any script.
+    """Return the header of a download saved under a name, or the last part of a path, in any script.
 
-    Args:
-        filename: the name, or a path, of which the last part counts.
-
-    Returns:
-        The header: a plain name that every client reads, and where it differs the true one (RFC 6266, 4.3).
+    It has an ASCII name for every client and, where that differs, the true one (RFC 6266, 4.3).
     """
     last = PurePosixPath(filename.replace("\\", "/")).name
     if last in ("", ".", ".."):
         last = "file"
-    plain = "".join(c if c.isascii() and c.isprintable() and c not in '"%' else "_" for c in last)
-    header = f'attachment; filename="{plain}"'
-    return header if plain == last else f"{header}; filename*=UTF-8''{quote(last, safe='')}"
+    ascii_name = "".join(c if c.isascii() and c.isprintable() and c not in '"%' else "_" for c in last)
+    header = f'attachment; filename="{ascii_name}"'
+    return header if ascii_name == last else f"{header}; filename*=UTF-8''{quote(last, safe='')}"

@@ -1,4 +1,4 @@
-"""Receiving a file: parsed, hashed, checked and stored as it arrives, with the memory of a few chunks."""
+"""Receives a file: parsed, hashed, checked and stored as it arrives, in the memory of a few chunks."""
 
 import re
 from collections.abc import AsyncIterator
@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from fastapi import Request
 
 from api.uploads.content_disposition import clean_filename
-from api.uploads.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
-from api.uploads.object_writer import Incoming, receiving
+from api.uploads.multipart import FieldPart, FileBegin, FileBytes, read_form
+from api.uploads.object_writer import ObjectWriter, receiving
 from luthier.core.errors import (
     InvalidRequestError,
     InvalidTypeError,
@@ -42,13 +42,10 @@ def _too_large(max_bytes: int) -> TooLargeError:
 
 
 def read_expires_after(fields: dict[str, str]) -> int | None:
-    """Read after how many seconds a file is to expire.
-
-    Returns:
-        The seconds, or None when the form does not say.
+    """Return after how many seconds a file is to expire, or None when the form does not say.
 
     Raises:
-        InvalidRequestError: when one of the two fields is missing or wrong; names it with its bracket.
+        InvalidRequestError: when one of the two fields is missing or invalid; names it with its bracket.
     """
     if _ANCHOR not in fields and _SECONDS not in fields:
         return None
@@ -73,80 +70,74 @@ def read_expires_after(fields: dict[str, str]) -> int | None:
 
 
 class _Form:
-    """What is known of a form while it is read: its fields, and the file on its way into storage."""
+    """The form of an upload while it is read: its fields, and the file that is being stored."""
 
-    def __init__(self, incoming: Incoming, limits: Limits, take_place: TakePlace) -> None:
-        self.incoming = incoming
-        self.fields: dict[str, str] = {}
-        self.filename: str | None = None
+    def __init__(self, writer: ObjectWriter, limits: Limits, take_place: TakePlace) -> None:
+        self._writer = writer
+        self._fields: dict[str, str] = {}
+        self._filename: str | None = None
         self._limits, self._take_place = limits, take_place
         self._undecided: UploadCheck | None = None
 
-    def begin_file(self, name: str, filename: str) -> None:
-        if name != "file" or self.filename is not None:
+    def _begin_file(self, name: str, filename: str) -> None:
+        if name != "file" or self._filename is not None:
             raise InvalidRequestError("Send exactly one file, in the field 'file'.", param="file")
-        self.filename = clean_filename(filename, param="file")
-        purpose = self.fields.get("purpose")
+        self._filename = clean_filename(filename, param="file")
+        purpose = self._fields.get("purpose")
         if purpose is not None:
-            self.incoming.begin_check(UploadCheck(purpose, self._limits, self._take_place))
+            self._writer.begin_check(UploadCheck(purpose, self._limits, self._take_place))
             return
         # Clients may send the purpose last; until then a fault of the rows is kept and not raised.
         self._undecided = UploadCheck(None, self._limits, self._take_place)
-        self.incoming.begin_check(self._undecided)
+        self._writer.begin_check(self._undecided)
 
-    def take_field(self, name: str, value: str) -> None:
+    def _take_field(self, name: str, value: str) -> None:
         if name == "file":
             raise InvalidRequestError(
                 "file: the field has no file name, so it is no file; send it as one.", param="file"
             )
         if name not in _FIELDS:
             raise UnknownParameterError(f"Unknown parameter: '{name[:40]}'. Leave it out.", param=name[:40])
-        if name in self.fields:
+        if name in self._fields:
             raise InvalidRequestError(f"{name}: the form has this field twice; send it once.", param=name)
         if name == "purpose":
             check_input_purpose(value)
             if self._undecided is not None:
                 self._undecided.decide(value)
-        self.fields[name] = value
-        if _ANCHOR in self.fields and _SECONDS in self.fields:
-            # Now, and not after the gigabytes that may follow.
-            read_expires_after(self.fields)
+        self._fields[name] = value
+        if _ANCHOR in self._fields and _SECONDS in self._fields:
+            # Before the gigabytes that may follow.
+            read_expires_after(self._fields)
 
+    async def read(self, content_type: str, chunks: AsyncIterator[bytes]) -> None:
+        async for part in read_form(content_type, chunks, fields="the fields 'purpose' and 'file'"):
+            match part:
+                case FileBegin(name, filename):
+                    self._begin_file(name, filename)
+                case FileBytes(content):
+                    await self._writer.write(content)
+                case FieldPart(name, value):
+                    self._take_field(name, value)
 
-async def _read_into(form: _Form, content_type: str, chunks: AsyncIterator[bytes]) -> None:
-    """Read the whole form, its file into storage."""
-    async for part in read_form(content_type, chunks, fields="the fields 'purpose' and 'file'"):
-        match part:
-            case FileBegin(name, filename):
-                form.begin_file(name, filename)
-            case FileBytes(content):
-                await form.incoming.write(content)
-            case FileEnd():
-                pass
-            case FieldPart(name, value):
-                form.take_field(name, value)
-
-
-async def _store_form(form: _Form, *, file_id: str, storage_key: str) -> StoredFile:
-    """Judge a form that has been read whole, and make its file durable."""
-    expires_after_seconds = read_expires_after(form.fields)
-    purpose = form.fields.get("purpose")
-    if purpose is None:
-        raise MissingParameterError("Missing required parameter: 'purpose'.", param="purpose")
-    if form.filename is None:
-        raise MissingParameterError("Missing required parameter: 'file'.", param="file")
-    facts = await form.incoming.finish()
-    return StoredFile(
-        id=file_id,
-        filename=form.filename,
-        purpose=purpose,
-        num_bytes=facts.num_bytes,
-        num_rows=facts.num_rows,
-        sha256=facts.sha256,
-        storage_key=storage_key,
-        row_format=facts.format,
-        expires_after_seconds=expires_after_seconds,
-    )
+    async def store(self, *, file_id: str, storage_key: str) -> StoredFile:
+        """Check the form as a whole, and commit its file."""
+        expires_after_seconds = read_expires_after(self._fields)
+        if "purpose" not in self._fields:
+            raise MissingParameterError("Missing required parameter: 'purpose'.", param="purpose")
+        if self._filename is None:
+            raise MissingParameterError("Missing required parameter: 'file'.", param="file")
+        facts = await self._writer.finish()
+        return StoredFile(
+            id=file_id,
+            filename=self._filename,
+            purpose=self._fields["purpose"],
+            num_bytes=facts.num_bytes,
+            num_rows=facts.num_rows,
+            sha256=facts.sha256,
+            storage_key=storage_key,
+            row_format=facts.format,
+            expires_after_seconds=expires_after_seconds,
+        )
 
 
 async def receive_file(
@@ -158,15 +149,7 @@ async def receive_file(
     file_id: str,
     storage_key: str,
 ) -> StoredFile:
-    """Take an upload into storage, whole and checked, or leave nothing of it.
-
-    Args:
-        request: the POST, its body not yet read.
-        storage: where the bytes go.
-        storage_key: the key its bytes will have.
-
-    Returns:
-        What is now durable in storage.
+    """Store an upload checked and durably, or nothing of it.
 
     Raises:
         LuthierError: when the form, the purpose, the size or a line of the file breaks a rule.
@@ -179,7 +162,7 @@ async def receive_file(
         max_bytes=max_bytes,
         max_body_bytes=max_bytes,
         too_large=_too_large(max_bytes),
-    ) as (incoming, chunks):
-        form = _Form(incoming, row_limits(settings), take_place)
-        await _read_into(form, request.headers.get("content-type", ""), chunks)
-        return await _store_form(form, file_id=file_id, storage_key=storage_key)
+    ) as (writer, chunks):
+        form = _Form(writer, row_limits(settings), take_place)
+        await form.read(request.headers.get("content-type", ""), chunks)
+        return await form.store(file_id=file_id, storage_key=storage_key)

@@ -1,4 +1,4 @@
-"""A multipart form read as it arrives: fields in any order, the file's bytes handed on piece by piece."""
+"""A streaming parser of multipart forms: fields in any order, a file's bytes piece by piece."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _MAX_PARTS = 32
 
 @dataclass(frozen=True)
 class FieldPart:
-    """A small form field, whole."""
+    """A form field that is not a file."""
 
     name: str
     value: str
@@ -27,7 +27,7 @@ class FieldPart:
 
 @dataclass(frozen=True)
 class FileBegin:
-    """The start of a part that carries a file."""
+    """The start of a file."""
 
     name: str
     filename: str
@@ -40,16 +40,11 @@ class FileBytes:
     content: bytes
 
 
-@dataclass(frozen=True)
-class FileEnd:
-    """The end of the file that began last."""
-
-
-Part = FieldPart | FileBegin | FileBytes | FileEnd
+Part = FieldPart | FileBegin | FileBytes
 
 
 class _Collector:
-    """Turns the parser's callbacks into parts, which `take` hands over after every chunk."""
+    """Turns the parser's callbacks into parts, which `take` returns after every chunk."""
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
@@ -60,11 +55,9 @@ class _Collector:
         self._headers: dict[bytes, bytes] = {}
         self._name = ""
         self.is_in_file = False
-        self._is_file = False
         self._value = b""
 
     def callbacks(self) -> "MultipartCallbacks":
-        """Return the functions that the parser calls."""
         return {
             "on_part_begin": self.on_part_begin,
             "on_part_data": self.on_part_data,
@@ -95,13 +88,12 @@ class _Collector:
 
     def on_headers_finished(self) -> None:
         self._name, filename = parse_disposition(self._headers.get(b"content-disposition", b""))
-        self._is_file = filename is not None
         if filename is not None:
             self.parts.append(FileBegin(self._name, filename))
             self.is_in_file = True
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._is_file:
+        if self.is_in_file:
             self.parts.append(FileBytes(data[start:end]))
             return
         self._value += data[start:end]
@@ -109,8 +101,7 @@ class _Collector:
             raise InvalidRequestError(f"The field {self._name[:40]!r} is too long.", param=self._name[:40])
 
     def on_part_end(self) -> None:
-        if self._is_file:
-            self.parts.append(FileEnd())
+        if self.is_in_file:
             self.is_in_file = False
         else:
             self.parts.append(FieldPart(self._name, self._value.decode("utf-8", "replace")))
@@ -124,30 +115,27 @@ class _Collector:
 
 
 async def read_form(content_type: str, chunks: AsyncIterator[bytes], *, fields: str) -> AsyncIterator[Part]:
-    """Parse a form while it arrives; memory stays at about one chunk.
+    """Yield the parts of a form in the order of the body; memory stays at about one chunk.
 
     Args:
-        fields: what an error says that the form should have.
-
-    Yields:
-        The form's parts in the order of the body.
+        fields: the expected fields, for error messages.
 
     Raises:
-        InvalidRequestError: when the body is no well-formed multipart form, or ends too early.
+        InvalidRequestError: when the body is not a well-formed multipart form, or ends too early.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise InvalidRequestError(f"Send the body as multipart/form-data, with {fields}.")
     collector = _Collector()
-    # How far a carriage return is behind: within the length of a boundary it may have begun one.
+    # Bytes since the last carriage return: within the length of a boundary it may have begun one.
     num_since_return, num_boundary_bytes = 0, len(boundary) + 8
     try:
         parser = MultipartParser(boundary, collector.callbacks())
         async for chunk in chunks:
             place = chunk.rfind(b"\r")
             if place < 0 and collector.is_in_file and num_since_return > num_boundary_bytes:
-                # A boundary begins with a carriage return, which is found much faster than a boundary is.
+                # A boundary begins with a carriage return, which is much faster to search for.
                 yield FileBytes(chunk)
                 continue
             num_since_return = len(chunk) - place if place >= 0 else num_since_return + len(chunk)

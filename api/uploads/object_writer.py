@@ -1,4 +1,4 @@
-"""Bytes on their way into storage: hashed, checked and written in blocks, with the memory of a few."""
+"""Writes arriving bytes to storage: hashed, checked and written in blocks, in bounded memory."""
 
 import asyncio
 import hashlib
@@ -15,15 +15,14 @@ from luthier.data.readers.upload_check import UploadCheck
 from luthier.storage.store import Storage
 
 _BLOCK_BYTES = 1024 * 1024
-# So many blocks may wait for each kind of work: none of them stands still while the others do theirs.
+# Blocks that may wait for each stage, so that a slow stage does not stall the others.
 _MAX_WAITING_BLOCKS = 3
-# A client reads the answer only after it has sent its body: what is refused is still taken, and thrown
-# away, for this long.
+# Clients read the answer only after sending their body: a refused one is read and discarded for this long.
 _DISCARD_SECONDS = 5.0
 
 
 class StoredBytes(NamedTuple):
-    """What came, checked: `sha256` is 64 hex digits over all of it, `format` as in FileFacts."""
+    """A checked object: `sha256` in 64 hex digits, `format` as in FileFacts."""
 
     num_rows: int
     num_bytes: int
@@ -31,15 +30,11 @@ class StoredBytes(NamedTuple):
     format: str | None
 
 
-class _Work:
-    """One kind of work on an object's blocks, in their order, beside whatever else is done with them.
+class _Stage:
+    """One stage of the pipeline: processes an object's blocks in order, concurrently with other stages."""
 
-    Args:
-        do: does it with the blocks that have gathered meanwhile.
-    """
-
-    def __init__(self, do: Callable[[Sequence[bytes]], Awaitable[None]]) -> None:
-        self._do = do
+    def __init__(self, process: Callable[[Sequence[bytes]], Awaitable[None]]) -> None:
+        self._process = process
         self._waiting: list[bytes] = []
         self._task: asyncio.Task[None] | None = None
         self._has_room = asyncio.Event()
@@ -49,12 +44,12 @@ class _Work:
             while self._waiting:
                 blocks, self._waiting = self._waiting, []
                 self._has_room.set()
-                await self._do(blocks)
+                await self._process(blocks)
         finally:
             self._has_room.set()
 
     async def put(self, block: bytes) -> None:
-        """Have a block worked on, once there is room; what went wrong with one before is raised here."""
+        """Queue a block, once there is room. Raises the error of an earlier block."""
         while len(self._waiting) >= _MAX_WAITING_BLOCKS and self._task is not None and not self._task.done():
             self._has_room.clear()
             await self._has_room.wait()
@@ -65,25 +60,23 @@ class _Work:
             self._task = asyncio.create_task(self._run())
 
     async def settle(self) -> None:
-        """Wait for all that was put; what went wrong with it is raised here, once."""
+        """Wait for all queued blocks. Raises their error, once."""
         task, self._task = self._task, None
         if task is not None:
             await task
 
 
-class Incoming:
-    """An object on its way into storage: blocks are hashed, checked and written while the next ones gather.
+class ObjectWriter:
+    """Writes an object: blocks are hashed, checked and stored while the next ones arrive.
 
     Args:
-        storage: where the bytes go.
-        max_bytes: the most that may come.
-        too_large: what is raised when more comes.
+        too_large: raised beyond `max_bytes`.
     """
 
     def __init__(self, storage: Storage, key: str, *, max_bytes: int, too_large: LuthierError) -> None:
         self._storage = storage
         self._sink = storage.open_sink(key)
-        self._works = [_Work(self._write_blocks)]
+        self._stages = [_Stage(self._write_blocks)]
         self._max_bytes = max_bytes
         self._too_large = too_large
         self._check: UploadCheck | None = None
@@ -94,26 +87,23 @@ class Incoming:
         self.num_bytes = 0
 
     def begin_check(self, check: UploadCheck) -> None:
-        """Have all bytes checked and hashed; before the first of them."""
+        """Check and hash all bytes. Called before the first of them."""
         self._check = check
 
-        # In threads: a large file must not hold up the other requests.
+        # In threads: a large file must not delay other requests.
         def feed(blocks: Sequence[bytes]) -> Awaitable[None]:
             return run_in_threadpool(_each, check.feed, blocks)
 
         def hash_blocks(blocks: Sequence[bytes]) -> Awaitable[None]:
             return run_in_threadpool(_each, self._sha256.update, blocks)
 
-        self._works += [_Work(feed), _Work(hash_blocks)]
+        self._stages += [_Stage(feed), _Stage(hash_blocks)]
 
     async def write(self, content: bytes) -> None:
         """Take the next bytes.
 
-        Args:
-            content: any number of bytes.
-
         Raises:
-            LuthierError: when they are too many, or break a rule of the check; maybe only by a later call.
+            LuthierError: when they are too many, or break a rule of the check; possibly by a later call only.
         """
         self.num_bytes += len(content)
         if self.num_bytes > self._max_bytes:
@@ -128,12 +118,12 @@ class Incoming:
             block = b"".join(self._pieces)
             self._pieces.clear()
             self._num_gathered = 0
-            for work in self._works:
-                await work.put(block)
+            for stage in self._stages:
+                await stage.put(block)
 
     async def _settle(self) -> None:
-        """Wait for all work on all blocks, and only then raise what went wrong."""
-        outcomes = await asyncio.gather(*(work.settle() for work in self._works), return_exceptions=True)
+        """Wait for all stages, and only then raise the first error."""
+        outcomes = await asyncio.gather(*(stage.settle() for stage in self._stages), return_exceptions=True)
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
@@ -143,27 +133,20 @@ class Incoming:
             await self._sink.write(block)
 
     async def close(self) -> None:
-        """Make the object exist, durably, unchecked."""
+        """Commit the object durably, without a check."""
         await self._flush()
         await self._settle()
         await self._sink.close()
 
     async def finish(self) -> StoredBytes:
-        """End the check and make the object exist, durably; when this fails, `abort` is to follow.
-
-        Returns:
-            What the check found, and the hash.
-
-        Raises:
-            LuthierError: when the bytes break a rule of the check.
-        """
+        """End the check and commit the object durably. Raises LuthierError when the bytes break a rule."""
         check = self._check
         if check is None:
             raise RuntimeError("begin_check comes first")
         await self._flush()
         await self._settle()
         if await run_in_threadpool(lambda: check.needs_file):
-            # Its bytes go first; what is refused is deleted again.
+            # Stored before the check ends; a refused object is deleted again.
             await self._sink.close()
             facts = await run_in_threadpool(self._finish_stored, check)
         else:
@@ -177,10 +160,10 @@ class Incoming:
             return check.finish(path)
 
     async def abort(self) -> None:
-        """Leave nothing behind."""
+        """Stop the check and delete the object."""
         try:
             if self._check is not None:
-                # Who waits for it in a thread is not waited for.
+                # Before waiting for the stages: one may be blocked in a thread on the check.
                 self._check.stop()
             with suppress(LuthierError):
                 await self._settle()
@@ -196,6 +179,20 @@ def _each(do: Callable[[bytes], object], blocks: Sequence[bytes]) -> None:
 
 
 @asynccontextmanager
+async def writing(
+    storage: Storage, key: str, *, max_bytes: int, too_large: LuthierError
+) -> AsyncIterator[ObjectWriter]:
+    """Yield a writer of an object, which is deleted when the block fails."""
+    writer = ObjectWriter(storage, key, max_bytes=max_bytes, too_large=too_large)
+    try:
+        yield writer
+    except BaseException:
+        # Shielded: a disconnect cancels the request, and the bytes must be deleted all the same.
+        await asyncio.shield(writer.abort())
+        raise
+
+
+@asynccontextmanager
 async def receiving(
     request: Request,
     storage: Storage,
@@ -204,39 +201,30 @@ async def receiving(
     max_bytes: int,
     max_body_bytes: int,
     too_large: LuthierError,
-) -> AsyncIterator[tuple[Incoming, AsyncIterator[bytes]]]:
-    """Take bytes of a request into storage; when the block fails, nothing of them stays.
+) -> AsyncIterator[tuple[ObjectWriter, AsyncIterator[bytes]]]:
+    """Yield a writer of an object and the chunks of a request's body, to be parsed into it.
 
     Args:
         request: its body not yet read.
-        storage: where the bytes go.
-        max_bytes: the most that the object may have.
-        max_body_bytes: the most that the whole body may be declared to have.
-        too_large: what is raised when it is more.
-
-    Yields:
-        The object on its way, and the body's chunks to be parsed into it.
+        max_bytes: of the object.
+        max_body_bytes: of the body, by its Content-Length.
+        too_large: raised beyond either.
     """
-    # One iterator for parsing and discarding: a body can be asked for only once.
+    # One iterator for parsing and discarding: a body can be iterated only once.
     chunks = request.stream()
     declared = request.headers.get("content-length", "")
     try:
         if declared.isdecimal() and int(declared) > max_body_bytes:
             raise too_large
-        incoming = Incoming(storage, key, max_bytes=max_bytes, too_large=too_large)
-        try:
-            yield incoming, chunks
-        except BaseException:
-            # Shielded: a client that leaves cancels this request, and its bytes must go all the same.
-            await asyncio.shield(incoming.abort())
-            raise
+        async with writing(storage, key, max_bytes=max_bytes, too_large=too_large) as writer:
+            yield writer, chunks
     except LuthierError:
         await discard_rest(chunks)
         raise
 
 
 async def discard_rest(chunks: AsyncIterator[bytes]) -> None:
-    """Read what a client still sends, for a few seconds, so that it gets to read its answer."""
+    """Read the rest of a body for a few seconds, so that the client reads its answer."""
     with suppress(ClientDisconnect, TimeoutError):
         async with asyncio.timeout(_DISCARD_SECONDS):
             async for _ in chunks:

@@ -1,12 +1,11 @@
-"""AppState of an upload: taken into storage one by one, and put together into a file that is checked."""
+"""Parts of an upload: received one by one, and assembled into a checked file."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from fastapi import Request
 
-from api.uploads.multipart import FieldPart, FileBegin, FileBytes, FileEnd, read_form
-from api.uploads.object_writer import Incoming, StoredBytes, receiving
+from api.uploads.multipart import FieldPart, FileBegin, FileBytes, read_form
+from api.uploads.object_writer import ObjectWriter, StoredBytes, receiving, writing
 from luthier.core.errors import (
     InvalidFileFormatError,
     InvalidRequestError,
@@ -20,7 +19,7 @@ from services.files.uploads import StoredPart
 
 # The SDKs cut files into parts of exactly this size.
 MAX_PART_BYTES = 64 * MIB
-# A form with one part has this much around it at most.
+# The largest overhead of a form around one part.
 _MAX_FORM_BYTES = 64 * 1024
 
 
@@ -31,7 +30,7 @@ def _too_large() -> InvalidValueError:
     )
 
 
-async def _read_data(incoming: Incoming, content_type: str, chunks: AsyncIterator[bytes]) -> None:
+async def _read_data(writer: ObjectWriter, content_type: str, chunks: AsyncIterator[bytes]) -> None:
     """Read a form whose only field is the part's bytes."""
     has_begun = False
     async for piece in read_form(content_type, chunks, fields="the part's bytes in the field 'data'"):
@@ -41,9 +40,7 @@ async def _read_data(incoming: Incoming, content_type: str, chunks: AsyncIterato
                     raise InvalidRequestError("Send exactly one part, in the field 'data'.", param="data")
                 has_begun = True
             case FileBytes(content):
-                await incoming.write(content)
-            case FileEnd():
-                pass
+                await writer.write(content)
             case FieldPart(name, _):
                 raise InvalidRequestError(
                     f"{name[:40]}: send the part's bytes as a file, in the field 'data', and nothing else.",
@@ -51,24 +48,12 @@ async def _read_data(incoming: Incoming, content_type: str, chunks: AsyncIterato
                 )
     if not has_begun:
         raise MissingParameterError("Missing required parameter: 'data'.", param="data")
-    if incoming.num_bytes == 0:
+    if writer.num_bytes == 0:
         raise InvalidValueError("data: the part is empty.", param="data")
 
 
 async def receive_part(request: Request, storage: Storage, *, part_id: str, storage_key: str) -> StoredPart:
-    """Take a part into storage, or leave nothing of it.
-
-    Args:
-        request: the POST, its body not yet read.
-        storage: where the bytes go.
-        storage_key: the key its bytes will have.
-
-    Returns:
-        What is now durable in storage.
-
-    Raises:
-        LuthierError: when the form or the size breaks a rule.
-    """
+    """Store a part durably, or nothing of it. Raises LuthierError when the form or the size breaks a rule."""
     async with receiving(
         request,
         storage,
@@ -76,45 +61,35 @@ async def receive_part(request: Request, storage: Storage, *, part_id: str, stor
         max_bytes=MAX_PART_BYTES,
         max_body_bytes=MAX_PART_BYTES + _MAX_FORM_BYTES,
         too_large=_too_large(),
-    ) as (incoming, chunks):
-        await _read_data(incoming, request.headers.get("content-type", ""), chunks)
-        await incoming.close()
-    return StoredPart(part_id, incoming.num_bytes, storage_key)
+    ) as (writer, chunks):
+        await _read_data(writer, request.headers.get("content-type", ""), chunks)
+        await writer.close()
+    return StoredPart(part_id, writer.num_bytes, storage_key)
 
 
 async def assemble(
     storage: Storage, parts: Sequence[StoredPart], *, check: UploadCheck, md5: str | None, storage_key: str
 ) -> StoredBytes:
-    """Put parts together into one object, checked while they stream by; or leave nothing of it.
+    """Join parts into one object, checked while they stream by; when that fails, nothing is stored.
 
     Args:
-        storage: where the parts are, and where the object goes.
-        check: what the whole is judged by.
-        md5: what the whole must hash to, 32 hex digits, or None.
-
-    Returns:
-        What the check found, and the hash.
+        md5: the expected MD5 in 32 hex digits, or None.
 
     Raises:
-        InvalidFileFormatError: when the whole breaks the rules of the check.
-        InvalidValueError: when it hashes to something else than `md5`.
-        ArtifactCorruptError: when a part is not there.
+        InvalidFileFormatError: when the file breaks a rule of the check.
+        InvalidValueError: when its MD5 is not `md5`.
+        ArtifactCorruptError: when a part is missing in storage.
     """
     num_bytes = sum(part.num_bytes for part in parts)
-    incoming = Incoming(storage, storage_key, max_bytes=num_bytes, too_large=_too_large())
     if md5 is not None:
         check.require_md5(md5)
-    incoming.begin_check(check)
     try:
-        for part in parts:
-            async for chunk in storage.stream(part.storage_key, start=0, end=part.num_bytes):
-                await incoming.write(chunk)
-        facts = await incoming.finish()
+        async with writing(storage, storage_key, max_bytes=num_bytes, too_large=_too_large()) as writer:
+            writer.begin_check(check)
+            for part in parts:
+                async for chunk in storage.stream(part.storage_key, start=0, end=part.num_bytes):
+                    await writer.write(chunk)
+            return await writer.finish()
     except InvalidFileFormatError as fault:
-        await asyncio.shield(incoming.abort())
-        # The request has no field of that name: what is at fault are the parts, or their order.
+        # The request has no field `file`: the parts or their order are at fault.
         raise InvalidFileFormatError(fault.message, param="part_ids") from fault
-    except BaseException:
-        await asyncio.shield(incoming.abort())
-        raise
-    return facts
