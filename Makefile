@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup lock upgrade demo test test-full test-lowest check lines up bench-train bench-serve bench-gpu
+.PHONY: help setup lock upgrade demo test test-full test-lowest check lines up bench-train bench-serve gpu-day
 
 # The first interpreter that can make an environment and for which every dependency has a wheel: CPython 3.11 to 3.14.
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.14 python3.11,$(shell $(name) -c \
@@ -88,5 +88,5 @@ bench-train: setup ## Measure training beside TRL, LLaMA-Factory, Trainer+PEFT a
 bench-serve: setup ## Measure serving beside vLLM, PEFT, transformers and llama.cpp (hours; ARGS=--help).
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
-bench-gpu: setup ## Measure training on CUDA beside Unsloth, TRL and Trainer (10 minutes at most).
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+gpu-day: setup ## Check, train and serve an 8B shape on one GPU in ten minutes; small on a CPU (ARGS=--help).
+	$(BIN)/python -m benchmarks.gpu_day $(ARGS)

