@@ -15,7 +15,7 @@ from luthier.core.errors import (
     UnavailableError,
 )
 from luthier.core.inference import ModelTarget
-from luthier.inference.backends.base import Backend
+from luthier.serving.base import Backend
 from services.accounts.auth import Principal
 from services.models import models
 

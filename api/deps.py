@@ -19,7 +19,7 @@ from luthier.bases.catalogue import Catalogue, find_base_facts
 from luthier.core.errors import ModelNotAvailableError, UnavailableError
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
-from luthier.inference.backends.base import Backend
+from luthier.serving.base import Backend
 from luthier.storage.store import Storage
 from luthier.webhooks.sealing import Sealer
 from services.task_queue import Notify

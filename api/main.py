@@ -38,7 +38,7 @@ from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
 from luthier.core.settings import Settings
-from luthier.inference.backends import open_all
+from luthier.serving import open_all
 from luthier.storage.store import Storage
 from luthier.webhooks.sealing import Sealer
 from services.task_queue import TaskNotifier, make_celery

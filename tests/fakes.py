@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 
 from luthier.core.inference import ModelTarget
-from luthier.inference.backends.base import Health, Reply
+from luthier.serving.base import Health, Reply
 
 
 @dataclass

@@ -17,9 +17,9 @@ from luthier.core.inference import ModelTarget
 from luthier.core.settings import Settings
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.app import Service
 from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.step import BatchExecutor
+from luthier.inference.server.app import Service
 from tests.tiny import BASE_ID
 
 CHAT = "/v1/chat/completions"

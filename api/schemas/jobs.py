@@ -19,7 +19,7 @@ from services.jobs.reports import PrepareReport
 
 _MAX_SEED = 2**31 - 1
 # Fields that real clients send and that mean nothing here (Azure's choice of a machine pool); all other
-# unknown fields are refused. Those of chats are in the inference server: luthier/inference/fields.py.
+# unknown fields are refused. Those of chats are in the inference server: luthier/inference/openai/fields.py.
 IGNORED_JOB_FIELDS = frozenset({"trainingType"})
 
 

@@ -10,8 +10,8 @@ from fastapi.responses import Response
 
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.core.inference import HEADER_MODEL, HEADER_USAGE, USAGE_EVENT, ModelTarget, TokenUsage
-from luthier.inference.backends.base import Backend
-from luthier.inference.streaming import EventStream, while_connected
+from luthier.inference.server.sse import EventStream, while_connected
+from luthier.serving.base import Backend
 from services.accounts.usage import TokenCounts
 
 _END_OF_EVENT = b"\n\n"

@@ -11,7 +11,7 @@ from api.schemas.jobs import event_object
 from db.tables import Job, JobEvent
 from luthier.core.errors import InvalidValueError, UnauthenticatedError, UnavailableError
 from luthier.core.states import JobStatus
-from luthier.inference.streaming import EventStream
+from luthier.inference.server.sse import EventStream
 from services.accounts import keys
 from services.accounts.auth import Principal
 from services.jobs import events

@@ -51,7 +51,7 @@ def test_every_service_but_the_task_queue_is_held_to_name_no_celery() -> None:
 @pytest.mark.parametrize(
     "packages",
     [
-        ("api", "luthier.inference.backends"),
+        ("api", "luthier.serving"),
         ("worker", "services", "db.migrate"),
         ("luthier.cli", "luthier.client"),
     ],

@@ -8,8 +8,8 @@ import pytest
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.core.settings import Settings
-from luthier.inference.backends import list_backends, open_backend
-from luthier.inference.backends.base import NotAcceptedError
+from luthier.serving import list_backends, open_backend
+from luthier.serving.base import NotAcceptedError
 
 TARGET = ModelTarget(model="m", base_id="b", project_id="p")
 

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from api import alias_check
 from db.tables import Model
 from luthier.core.inference import ModelTarget
-from luthier.inference.backends.base import Reply
+from luthier.serving.base import Reply
 from services.models import aliases
 from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
 from tests.conftest import TINY_BASE, Api

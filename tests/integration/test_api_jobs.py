@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from luthier.core.errors import UnavailableError
-from luthier.inference.backends.base import Reply
+from luthier.serving.base import Reply
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 

@@ -18,13 +18,13 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from luthier.core.errors import LuthierError, UnavailableError
-from luthier.inference.crowding import Crowding
+from luthier.inference.engine.error_reporting import log_fault, to_told
+from luthier.inference.engine.event_bridge import EventBridge
 from luthier.inference.engine.fair_queue import WaitingShares
+from luthier.inference.engine.metrics import StepMeasures
 from luthier.inference.engine.sequence import Sequence
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.event_bridge import EventBridge
-from luthier.inference.faults import log_fault, to_told
-from luthier.inference.measures import StepMeasures
+from luthier.inference.engine.thread_governor import Crowding
 
 _LOG = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.core.errors import LuthierError
-from luthier.inference.stops import StopMatcher
+from luthier.inference.engine.stop_texts import StopMatcher
 
 FinishReason = Literal["stop", "length"]
 # Which weights answer: a base's id and an artifact's digest, None for the bare base.
@@ -27,7 +27,7 @@ class TextDecoder(Protocol):
 
 
 class Grammar(Protocol):
-    """What an answer's text must be, token by token; luthier.inference.grammar makes it."""
+    """What an answer's text must be, token by token; luthier.inference.openai.grammar makes it."""
 
     @property
     def is_finished(self) -> bool:

@@ -14,11 +14,11 @@ import torch
 import uvicorn
 
 from luthier.core.inference import ModelTarget
-from luthier.inference import copies
-from luthier.inference.app import Service, build_app
-from luthier.inference.backends import open_backend
 from luthier.inference.engine.engine import Engine
-from luthier.inference.server import open_socket
+from luthier.inference.models.registry import artifact_cache
+from luthier.inference.server.__main__ import open_socket
+from luthier.inference.server.app import Service, build_app
+from luthier.serving import open_backend
 from luthier.storage.store import Storage
 from tests.conftest import Api, fresh_database, serve_api
 from tests.conftest import Server as Postgres
@@ -136,4 +136,4 @@ def _copies(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EXDEV, "another disk")
 
-    monkeypatch.setattr(copies, "_link_files", refuse)
+    monkeypatch.setattr(artifact_cache, "_link_files", refuse)

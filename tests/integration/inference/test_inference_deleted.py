@@ -10,9 +10,9 @@ import pytest
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.core.settings import Settings
-from luthier.inference import app as app_module
-from luthier.inference.app import build_app
-from luthier.inference.loading import Kind
+from luthier.inference.models.loading import Kind
+from luthier.inference.server import app as app_module
+from luthier.inference.server.app import build_app
 from luthier.methods import discover
 from luthier.storage.store import Storage
 from tests.inference_server import BARE, CHAT, Served, wait_until

@@ -15,7 +15,7 @@ import httpx2
 import openai
 import pytest
 
-from luthier.inference import grammar
+from luthier.inference.openai import grammar
 from tests.inference_server import BARE, CHAT, COMPLETIONS, Served
 from tests.tools_base import WITH_TOOLS, open_tools_client
 
@@ -179,7 +179,7 @@ def test_a_compile_holds_up_no_other_project_and_no_chat_without_a_schema(
 
     compile_grammar = grammar.LLMatcher
     gate, started = threading.Event(), threading.Semaphore(0)
-    monkeypatch.setattr("luthier.inference.grammar.LLMatcher", compile_slowly)
+    monkeypatch.setattr("luthier.inference.openai.grammar.LLMatcher", compile_slowly)
     with ThreadPoolExecutor(8) as pool:
         try:
             slow = [
@@ -211,7 +211,7 @@ def test_a_client_that_leaves_gives_its_place_among_compiles_up(
         return compile_grammar(tokenizer, lark, **options)
 
     compile_grammar = grammar.LLMatcher
-    monkeypatch.setattr("luthier.inference.grammar.LLMatcher", compile_slowly)
+    monkeypatch.setattr("luthier.inference.openai.grammar.LLMatcher", compile_slowly)
     with ThreadPoolExecutor(1) as pool:
         try:
             first = pool.submit(

@@ -14,8 +14,8 @@ import torch
 
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference import loading as loading_module
-from luthier.inference.loading import Kind, measure_weights
+from luthier.inference.models.registry import loading as loading_module
+from luthier.inference.models.loading import Kind, measure_weights
 from luthier.methods import discover
 from luthier.storage.store import Storage
 from tests.inference_server import BARE, CHAT, Served, prompt_ids, wait_until

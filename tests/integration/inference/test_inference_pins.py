@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from luthier.core.inference import ModelTarget
-from luthier.inference.loading import measure_weights
+from luthier.inference.models.loading import measure_weights
 from tests.inference_server import COMPLETIONS
 from tests.integration.inference.test_inference_process import served_process
 

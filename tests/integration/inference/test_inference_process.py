@@ -142,7 +142,7 @@ def test_tcp_needs_the_token_in_settings_and_in_every_request_and_tells_what_was
 
 
 _DEAD_ENGINE = """
-from luthier.inference import server
+from luthier.inference.server import __main__ as server
 from luthier.inference.engine import engine
 
 def fail(*_):

@@ -12,10 +12,10 @@ import pytest
 
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
-from luthier.inference import loading
-from luthier.inference.backends import open_backend
-from luthier.inference.copies import Copy
-from luthier.inference.models import Models
+from luthier.inference.models.registry import loading
+from luthier.inference.models.artifact_cache import Copy
+from luthier.inference.models.registry import Models
+from luthier.serving import open_backend
 from luthier.storage.store import Storage
 from tests.inference_server import (
     BARE,
@@ -185,7 +185,7 @@ def test_a_fault_of_our_own_answers_in_openais_shape_and_its_text_is_not_logged(
     def fail(asked: Any, *_: Any, **__: Any) -> None:
         raise RuntimeError(asked.messages[0].content)
 
-    monkeypatch.setattr("luthier.inference.app.plan_chat", fail)
+    monkeypatch.setattr("luthier.inference.server.app.plan_chat", fail)
     response = served.post(CHAT, messages=[{"role": "user", "content": "my password is swordfish"}])
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "server_error"

@@ -11,9 +11,9 @@ import pytest
 
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
-from luthier.inference.backends import open_all
-from luthier.inference.backends.base import Backend, Reply
-from luthier.inference.server import open_socket
+from luthier.inference.server.__main__ import open_socket
+from luthier.serving import open_all
+from luthier.serving.base import Backend, Reply
 from tests.conftest import wait_until
 from tests.inference_server import BARE, CHAT, COMPLETIONS, make_settings
 from tests.integration.inference.test_inference_process import start_process

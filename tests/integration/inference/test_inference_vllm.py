@@ -23,9 +23,9 @@ from luthier.core.errors import (
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
 from luthier.core.specs import CANARY_NAME, Canary
-from luthier.inference.backends import open_all
-from luthier.inference.backends.base import Backend, Reply
-from luthier.inference.backends.vllm import VllmBackend
+from luthier.serving import open_all
+from luthier.serving.base import Backend, Reply
+from luthier.serving.vllm import VllmBackend
 from luthier.storage.manifests import seal_folder
 from luthier.storage.store import Storage
 from tests.fake_vllm import FakeVllm

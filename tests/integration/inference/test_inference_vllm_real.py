@@ -24,7 +24,7 @@ from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.core.settings import Settings
 from luthier.core.specs import CANARY_NAME, Canary
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.backends import open_all
+from luthier.serving import open_all
 from luthier.storage.manifests import read_manifest, seal_folder
 from luthier.storage.store import Storage
 from tests.conftest import wait_until

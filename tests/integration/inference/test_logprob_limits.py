@@ -8,8 +8,8 @@ from typing import Any
 import openai
 import pytest
 
-from luthier.inference import generation, plans
-from luthier.inference.backends import open_backend
+from luthier.inference.openai import generation, generation_request
+from luthier.serving import open_backend
 from tests.inference_server import BARE, CHAT, COMPLETIONS, Served, wait_until
 from tests.tools_base import open_tools_client
 
@@ -20,7 +20,7 @@ LIMIT = 2000
 @pytest.fixture
 def _limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that the tiny base's context can reach."""
-    monkeypatch.setattr(plans, "MAX_LOGPROBS", LIMIT)
+    monkeypatch.setattr(generation_request, "MAX_LOGPROBS", LIMIT)
 
 
 def refusal(served: Served, path: str, **body: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from starlette.types import Message
 from api.streaming.chat_proxy import RESPONSES_PATH, ask
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
-from luthier.inference.backends.base import Backend, Reply
+from luthier.serving.base import Backend, Reply
 from services.accounts.usage import TokenCounts
 
 CHAT = "/v1/chat/completions"

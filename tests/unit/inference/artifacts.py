@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.bases import LoadedBase
 from luthier.inference.engine.step import BatchExecutor
+from luthier.inference.models.base_models import LoadedBase
 from luthier.inference.runners.registry import choose_runner
 from luthier.methods import Attached, Method, Start, Workload, discover, method_of_artifact, parse_tuning
 from luthier.modeling.load import load_base

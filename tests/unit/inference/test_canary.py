@@ -12,8 +12,8 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import CANARY_NAME, Canary
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.proofs import check_canary, read_canary
-from luthier.inference.verification import verify_adapter
+from luthier.inference.verification.adapter_check import verify_adapter
+from luthier.inference.verification.checks import check_canary, read_canary
 from luthier.methods import method_of_artifact
 from luthier.modeling.protocols import AdapterInfo, AdapterSource
 from tests.tiny import BASE_ID, build_tiny_base

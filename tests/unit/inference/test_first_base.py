@@ -10,12 +10,12 @@ import torch
 
 from luthier.core.runtime import freeze_garbage
 from luthier.core.settings import Settings
-from luthier.inference import bases
-from luthier.inference.bases import LoadedBase
-from luthier.inference.models import Models
+from luthier.inference.models.registry import base_models
+from luthier.inference.models.base_models import LoadedBase
+from luthier.inference.models.registry import Models
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
-from tests.unit.inference.test_loaded import InlineEngine
+from tests.unit.inference.test_adapter_cache import InlineEngine
 
 
 def test_the_first_base_alone_is_told_and_before_anybody_gets_it(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_who_leaves_while_a_base_is_loaded_leaves_it_to_the_next(
 ) -> None:
     build_tiny_base(tmp_path / "bases" / BASE_ID)
     begun, may_end, num_loads = threading.Event(), threading.Event(), []
-    load = bases.load
+    load = base_models.load
 
     def load_slowly(settings: Settings, base_id: str) -> LoadedBase:
         num_loads.append(base_id)
@@ -46,7 +46,7 @@ def test_who_leaves_while_a_base_is_loaded_leaves_it_to_the_next(
         assert may_end.wait(30)
         return load(settings, base_id)
 
-    monkeypatch.setattr(bases, "load", load_slowly)
+    monkeypatch.setattr(base_models, "load", load_slowly)
 
     async def run() -> None:
         models = Models(make_settings(tmp_path), InlineEngine())

@@ -8,7 +8,7 @@ import pytest
 
 from luthier.core.errors import InvalidValueError, LuthierError
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.grammar import Grammars, TokenGrammar, json_rule
+from luthier.inference.openai.grammar import Grammars, TokenGrammar, json_rule
 from tests.tiny import write_tokenizer
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
-from luthier.inference.bases import LoadedBase, ReadyModel
+from luthier.inference.models.base_models import LoadedBase, ReadyModel
 from luthier.inference.runners.reference import ReferenceRunner
-from luthier.inference.verification import Text, probe
+from luthier.inference.verification.adapter_check import Text, probe
 from luthier.methods import discover
 from luthier.methods.base import Installed
 from luthier.methods.lora import Lora
@@ -32,7 +32,7 @@ from tests.unit.inference.artifacts import (
     method_logits,
     tuning_name,
 )
-from tests.unit.inference.test_loaded import make_loaded, served_by
+from tests.unit.inference.test_adapter_cache import make_loaded, served_by
 
 IDS = [5, 6, 7, 8]
 ADAPTERS = [one for one in all_tunings() if not discover()[one["type"]].is_whole_model]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from luthier.core.errors import SelfCheckError
-from luthier.inference import sampler
+from luthier.inference.engine import sampler
+from luthier.inference.engine.sampler import MIN_LOGPROB
 from luthier.inference.engine.sequence import Choice, SamplingOptions, Sequence
-from luthier.inference.sampler import MIN_LOGPROB
 from luthier.modeling import logits as logits_module
 from luthier.modeling.logits import Logits
 

@@ -22,7 +22,7 @@ from luthier.inference.engine.sequence import (
     SequenceEvent,
 )
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.verification import verify_adapter
+from luthier.inference.verification.adapter_check import verify_adapter
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.logits import Logits
 from luthier.modeling.packed_work import Stretch

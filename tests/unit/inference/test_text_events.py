@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.answers import ChatShape, ChoicesShape, CompletionShape
-from luthier.inference.parts import Part
+from luthier.inference.openai.chat_response import ChatShape, ChoicesShape, CompletionShape
+from luthier.inference.openai.output_parser import Part
 from tests.tiny import BASE_ID, build_tiny_base
 
 TEXTS = ["a", "", ' "quoted" \\ and {"content":null}', "zwölf 🧵\n\t", "\0text\0", "</s>\u2028"]

@@ -10,11 +10,11 @@ import tokenizers
 from luthier.core.errors import InvalidValueError
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.call_reader import CallArguments, CallBegun, CallReader
-from luthier.inference.chat_grammar import choose_grammar
-from luthier.inference.grammar import CompiledGrammar, Grammars
-from luthier.inference.tool_calls import CallSyntax, find_syntax, render_calls
-from luthier.inference.tools import Tools, read_chat_tools
+from luthier.inference.openai.chat_grammar import choose_grammar
+from luthier.inference.openai.grammar import CompiledGrammar, Grammars
+from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun, CallReader
+from luthier.inference.openai.tool_calls import CallSyntax, find_syntax, render_calls
+from luthier.inference.openai.tools import Tools, read_chat_tools
 from tests.tiny import write_tokenizer
 
 _TURNS = (

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from luthier.core.specs import BaseFacts
-from luthier.inference import bases, loading, weight_type
-from luthier.inference.bases import LoadedBase
-from luthier.inference.weight_type import choose_dtype, find_dtype
+from luthier.inference.models.registry import base_models, loading, weight_type
+from luthier.inference.models.base_models import LoadedBase
+from luthier.inference.models.weight_type import choose_dtype, find_dtype
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_tiny
-from tests.unit.inference.test_loaded import make_loaded, served_by, settle
+from tests.unit.inference.test_adapter_cache import make_loaded, served_by, settle
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_the_base_in_float32_leaves_when_no_model_wants_it_and_a_model_that_is_s
     settings = make_settings(tmp_path, inference_dtype="auto")
     monkeypatch.setattr(weight_type, "_time_products", lambda *_, **__: [[1.0, 1.0], [0.5, 0.5]])
     monkeypatch.setattr(loading, "_EXACT_SECONDS", 0.0)
-    base, tuning = bases.load(settings, BASE_ID), {"type": "lora", "rank": 2}
+    base, tuning = base_models.load(settings, BASE_ID), {"type": "lora", "rank": 2}
     folder = tmp_path / "bases" / facts.id
     models = [
         served_by(base, build_method_artifact(tmp_path / str(seed), folder, tuning, seed=seed))

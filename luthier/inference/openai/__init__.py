@@ -1,0 +1,1 @@
+"""OpenAI's wire: requests into generations, tokens into responses. Never models or storage."""

@@ -1,0 +1,221 @@
+"""From a checked request to what the engine is given: prompts, options, a seed for every choice.
+
+Blocks for long texts; the server calls it in threads. Submits nothing.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass, replace
+
+from luthier.core.errors import InvalidValueError
+from luthier.data.rendering.chat_template import ChatTemplate
+from luthier.inference.engine.sequence import SamplingOptions
+from luthier.inference.models.base_models import ReadyModel
+from luthier.inference.openai.chat_grammar import choose_grammar
+from luthier.inference.openai.chat_request import ChatRequest, CompletionRequest, SamplingRequest
+from luthier.inference.openai.context_limit import Room
+from luthier.inference.openai.grammar import COMPILE_SECONDS, CompiledGrammar, Grammars
+from luthier.inference.openai.prompt_echo import Echo, make_echo
+from luthier.inference.openai.tool_call_parser import CallReader
+from luthier.inference.openai.tool_calls import CallSyntax, find_syntax, render_calls
+
+# About 150 bytes each are held for a whole answer, and for a stream whose client does not read.
+MAX_LOGPROBS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be answered: choice `i` of a request is answer `i % n` to prompt `i // n`.
+
+    `echoes` are the prompts where answers repeat them, else empty. `grammar` is what every answer must
+    be, None where the text is free. `syntax` is how calls of the tools named `tool_names` are read from an
+    answer, None where none can come.
+    """
+
+    prompts: list[list[int]]
+    options: SamplingOptions
+    n: int = 1
+    echoes: tuple[Echo, ...] = ()
+    grammar: CompiledGrammar | None = None
+    syntax: CallSyntax | None = None
+    tool_names: frozenset[str] = frozenset()
+    is_parallel: bool = True
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers there will be."""
+        return self.n * len(self.prompts)
+
+    @property
+    def shown_token_ids(self) -> frozenset[int]:
+        """Marks that belong to an answer's text, which readers never see otherwise."""
+        return frozenset() if self.syntax is None else self.syntax.shown_token_ids
+
+    def make_reader(self) -> CallReader | None:
+        """Return what reads calls from one answer; None where there can be none."""
+        if self.syntax is None:
+            return None
+        return CallReader(self.syntax, self.tool_names, is_parallel=self.is_parallel)
+
+    def options_of(self, index: int) -> SamplingOptions:
+        """Return the options of choice `index`, which has a seed of its own where one was given."""
+        return replace(self.options, seed=_seed_of(self.options.seed, index % self.n))
+
+
+def _seed_of(seed: int | None, place: int) -> int | None:
+    """Return the seed of a prompt's answer at a place among its n; the first one's is the request's.
+
+    A prompt's answers are then the same whatever other prompts the request has.
+    """
+    if seed is None or place == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
+    return int.from_bytes(digest[:8], signed=True)
+
+
+def plan_chat(
+    request: ChatRequest,
+    ready: ReadyModel,
+    *,
+    max_tokens_default: int,
+    max_cache_tokens: int,
+    grammars: Grammars,
+) -> Plan:
+    """Turn a chat request into a plan of one prompt.
+
+    Args:
+        max_tokens_default: answer length in tokens when the request names none.
+        max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
+
+    Raises:
+        ContextLengthExceededError: when prompt and answer don't fit the base's context, or the server.
+        InvalidValueError: when the template refuses the messages, or a schema can't be enforced.
+    """
+    base, offered = ready.base, request.tools.offered
+    _check_places(request, base.template)
+    room = Room(ready, max_cache_tokens, request.max_tokens, "messages")
+    prompt = room.encode(
+        render_calls(
+            base.template,
+            [message.to_message() for message in request.messages],
+            [tool.definition for tool in offered],
+            add_generation_prompt=True,
+        )
+    )
+    num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    if num_logprobs is not None:
+        # An answer of unnamed length is as long as its log-probabilities may be, and is never refused.
+        max_tokens_default = min(max_tokens_default, MAX_LOGPROBS // (request.n * (1 + num_logprobs)))
+    max_tokens = room.answer_length(prompt, max_tokens_default)
+    if num_logprobs is not None:
+        param = "top_logprobs" if num_logprobs else "logprobs"
+        _check_num_logprobs(request, request.n * max_tokens, num_logprobs, param)
+    options = _options(request, ready, max_tokens, num_logprobs)
+    syntax = find_syntax(base.template, base.tokenizer) if offered else None
+
+    deadline = time.monotonic() + COMPILE_SECONDS
+
+    def compile_grammar(lark: str, param: str) -> CompiledGrammar:
+        digest = base.facts.tokenizer_digest
+        return grammars.compile(lark, base.tokenizer, digest, param=param, deadline=deadline)
+
+    grammar = choose_grammar(request.response_format, request.tools, syntax, base.tokenizer, compile_grammar)
+    return Plan(
+        [prompt],
+        options,
+        request.n,
+        grammar=grammar,
+        syntax=syntax,
+        tool_names=frozenset(tool.name for tool in request.tools.callable),
+        is_parallel=request.tools.is_parallel,
+    )
+
+
+def _check_places(request: ChatRequest, template: ChatTemplate) -> None:
+    """Refuse what the template would leave out without a word."""
+    if request.tools.offered and not template.supports("tools"):
+        raise InvalidValueError(
+            "This model's chat template has no place for tools. Leave them out, or choose a base that was "
+            "made for tools.",
+            param="tools",
+        )
+    for i, message in enumerate(request.messages):
+        if message.tool_calls and not template.supports("tool_calls"):
+            raise InvalidValueError(
+                "This model's chat template has no place for tool calls. Write them as content, or choose a "
+                "base that was made for tools.",
+                param=f"messages.{i}.tool_calls",
+            )
+
+
+def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_tokens: int) -> Plan:
+    """Turn a completion request into a plan.
+
+    Args:
+        max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
+
+    Raises:
+        ContextLengthExceededError: when a prompt and its answer don't fit the base's context, or the server.
+        InvalidValueError: when a prompt is empty or names a token that the base does not have.
+    """
+    tokenizer = ready.base.tokenizer
+    room = Room(ready, max_cache_tokens, request.max_tokens, "prompt")
+    prompts = []
+    for i, item in enumerate(request.prompt):
+        prompt = room.encode_raw(item) if isinstance(item, str) else item
+        if not prompt:
+            raise InvalidValueError("A prompt must have at least one token.", param=f"prompt.{i}")
+        if not all(0 <= token_id < tokenizer.vocab_size for token_id in prompt):
+            raise InvalidValueError(
+                f"Token ids must be from 0 to {tokenizer.vocab_size - 1}.", param=f"prompt.{i}"
+            )
+        room.check(prompt)
+        prompts.append(prompt)
+    if request.logprobs is not None:
+        num_tokens = len(prompts) * request.max_tokens + (sum(map(len, prompts)) if request.echo else 0)
+        _check_num_logprobs(request, request.n * num_tokens, request.logprobs, "logprobs")
+    options = _options(request, ready, request.max_tokens, request.logprobs)
+    # Harnesses count on a token for each that was made, the one that ends the text included.
+    options = replace(options, reports_end=request.logprobs is not None)
+    if not request.echo:
+        return Plan(prompts, options, request.n)
+    with_starts = request.logprobs is not None
+    echoes = tuple(make_echo(tokenizer, item, with_starts=with_starts) for item in request.prompt)
+    return Plan(prompts, replace(options, num_prompt_logprobs=request.logprobs), request.n, echoes)
+
+
+def _check_num_logprobs(request: SamplingRequest, num_tokens: int, num_top: int, param: str) -> None:
+    """Refuse a whole answer with more log-probabilities than the server holds for one request.
+
+    `num_tokens` are those of all answers, and of prompts that are scored.
+    """
+    count = num_tokens * (1 + num_top)
+    if not request.stream and count > MAX_LOGPROBS:
+        raise InvalidValueError(
+            f"An answer that is not streamed may have {MAX_LOGPROBS} log-probabilities at most: for each "
+            f"token of an answer, and of a prompt with echo, its own and {num_top} others. This could have "
+            f"{count}. Send stream: true, or lower n, the number of prompts, max_tokens or {param}.",
+            param=param,
+        )
+
+
+def _options(
+    request: SamplingRequest, ready: ReadyModel, max_tokens: int, num_logprobs: int | None
+) -> SamplingOptions:
+    for token_id, _ in request.logit_bias:
+        if token_id >= ready.base.tokenizer.vocab_size:
+            raise InvalidValueError(
+                f"Token ids must be from 0 to {ready.base.tokenizer.vocab_size - 1}.",
+                param=f"logit_bias.{token_id}",
+            )
+    return SamplingOptions(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        num_logprobs=num_logprobs,
+        stop=request.stop,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
+    )

@@ -1,0 +1,1 @@
+"""The inference server's process: HTTP, server-sent events, status."""

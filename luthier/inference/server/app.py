@@ -1,0 +1,303 @@
+"""The HTTP face of the engine: OpenAI's three endpoints and the server's status, as a plain Starlette app.
+
+Only the API talks to it. Errors leave in OpenAI's shape; after the first byte as a stream event.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from luthier.core.errors import InvalidRequestError, LuthierError
+from luthier.core.ids import new_id
+from luthier.core.inference import (
+    HEADER_DIGEST,
+    HEADER_USAGE,
+    LOANS_PATH,
+    LoanRequest,
+    MemoryLoan,
+    ModelTarget,
+    TokenUsage,
+)
+from luthier.core.runtime import now_seconds
+from luthier.core.settings import Settings
+from luthier.inference.engine.engine import Engine
+from luthier.inference.models.base_models import ReadyModel, find_serving_device
+from luthier.inference.models.registry import Models, read_target
+from luthier.inference.openai.chat_request import ChatRequest, parse_chat, parse_completion
+from luthier.inference.openai.chat_response import ChatShape, CompletionShape, Shape, token_usage
+from luthier.inference.openai.generation import Generation
+from luthier.inference.openai.generation_request import Plan, plan_chat, plan_completion
+from luthier.inference.openai.grammar import Grammars
+from luthier.inference.openai.output_parser import collect
+from luthier.inference.openai.responses_request import parse_response
+from luthier.inference.openai.responses_response import ResponseShape
+from luthier.inference.server.answer_stream import StreamedAnswer, usage_of
+from luthier.inference.server.fair_executor import FairExecutor
+from luthier.inference.server.http import (
+    EXCEPTION_HANDLERS,
+    FaultGate,
+    TokenGate,
+    json_response,
+    read_body,
+)
+from luthier.inference.server.sse import EventStream, while_connected
+from luthier.inference.server.status import Status
+
+_LOG = logging.getLogger(__name__)
+
+# So often it is looked whether models in memory, or their copies on this disk, were deleted.
+TIDY_SECONDS = 60.0
+# Log-probabilities of so many tokens take a few milliseconds to spell out; streams shall not wait for more.
+_MAX_CHOICES_AT_ONCE = 1000
+# A body of this length is parsed in a millisecond or two.
+_MAX_BYTES_ON_LOOP = 64 * 1024
+# Nor do grammars of schemas take the threads that others plan in and that load models.
+_NUM_COMPILERS = 2
+# Few, so that the memory of large bodies is that of two.
+_NUM_PARSERS = 2
+
+AskedT = TypeVar("AskedT")
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A checked request and what its answer is made from."""
+
+    request: Request
+    target: ModelTarget
+    ready: ReadyModel
+    shape: Shape
+    planning: Coroutine[Any, Any, Plan]
+    is_stream: bool
+
+
+class Service:
+    """The endpoints, over the models and the engine.
+
+    Args:
+        on_first_base: as Models takes it.
+    """
+
+    def __init__(
+        self, settings: Settings, engine: Engine, on_first_base: Callable[[], None] | None = None
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._open: set[Generation] = set()
+        self._grammars = Grammars()
+        self._compilers = FairExecutor(_NUM_COMPILERS, "compile")
+        self._parsers = ThreadPoolExecutor(_NUM_PARSERS, "parse")
+        self.models = Models(settings, engine, on_first_base)
+        self.status = Status(settings, engine, self.models)
+        self._device = find_serving_device(settings)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer POST /v1/chat/completions."""
+        target = read_target(request.headers)
+        asked = await self._read(request, parse_chat)
+        with contextlib.ExitStack() as stack:
+            ready = await self._hold(request, target, stack)
+            shape = ChatShape(
+                id=new_id("chat_completion"),
+                created=now_seconds(),
+                model=target.model,
+                fingerprint=ready.served.fingerprint,
+                tokenizer=ready.base.tokenizer,
+                with_logprobs=asked.logprobs,
+                with_usage=asked.stream_options.include_usage,
+                with_content=asked.tools.mode != "required",
+            )
+            planning = self._plan_chat(asked, ready, target.project_id)
+            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
+            return await self._answer(asking, stack)
+
+    async def response(self, request: Request) -> Response:
+        """Answer POST /v1/responses."""
+        target = read_target(request.headers)
+        asked = await self._read(request, parse_response)
+        with contextlib.ExitStack() as stack:
+            ready = await self._hold(request, target, stack)
+            shape = ResponseShape(
+                now_seconds(),
+                target.model,
+                asked.echo,
+                ready.base.tokenizer,
+                with_logprobs=asked.chat.logprobs,
+            )
+            planning = self._plan_response(asked.chat, ready, target.project_id)
+            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.chat.stream)
+            return await self._answer(asking, stack)
+
+    async def _plan_chat(self, asked: ChatRequest, ready: ReadyModel, project_id: str) -> Plan:
+        plan = partial(
+            plan_chat,
+            asked,
+            ready,
+            max_tokens_default=self._settings.max_tokens_default,
+            max_cache_tokens=self._settings.max_cache_tokens,
+            grammars=self._grammars,
+        )
+        if asked.has_schema:
+            return await self._compilers.run(project_id, plan)
+        return await asyncio.to_thread(plan)
+
+    async def _plan_response(self, asked: ChatRequest, ready: ReadyModel, project_id: str) -> Plan:
+        try:
+            return await self._plan_chat(asked, ready, project_id)
+        except LuthierError as error:
+            if (error.param or "").startswith("messages"):
+                error.param = "input"
+            raise
+
+    async def completion(self, request: Request) -> Response:
+        """Answer POST /v1/completions."""
+        target = read_target(request.headers)
+        asked = await self._read(request, parse_completion)
+        with contextlib.ExitStack() as stack:
+            ready = await self._hold(request, target, stack)
+            shape = CompletionShape(
+                id=new_id("completion"),
+                created=now_seconds(),
+                model=target.model,
+                fingerprint=ready.served.fingerprint,
+                tokenizer=ready.base.tokenizer,
+                with_logprobs=asked.logprobs is not None,
+                with_usage=asked.stream_options.include_usage,
+            )
+            planning = asyncio.to_thread(
+                plan_completion, asked, ready, max_cache_tokens=self._settings.max_cache_tokens
+            )
+            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
+            return await self._answer(asking, stack)
+
+    async def lend(self, request: Request) -> Response:
+        """Answer POST /internal/loans: lend idle pages to a job on the same device, or take them back."""
+        try:
+            asked = LoanRequest.model_validate_json(await read_body(request))
+        except ValidationError as error:
+            raise InvalidRequestError("The body is no request for a loan.") from error
+        is_here = asked.hostname in (None, self._device.hostname) and asked.device == self._device.name
+        lent_bytes = await self.models.lend(asked) if is_here else 0
+        return json_response(MemoryLoan(lent_bytes=lent_bytes).model_dump())
+
+    def interrupt(self) -> None:
+        """End every open answer with an error; the process is going to stop."""
+        self._engine.close()
+        for generation in list(self._open):
+            generation.interrupt()
+
+    async def _read(self, request: Request, parse: Callable[[bytes], AskedT]) -> AskedT:
+        """Return the checked request; a large one is parsed in a thread, beside the streams."""
+        body = await read_body(request)
+        if len(body) <= _MAX_BYTES_ON_LOOP:
+            return parse(body)
+        parsing = asyncio.get_running_loop().run_in_executor(self._parsers, parse, body)
+        return await while_connected(request, parsing)
+
+    async def _hold(self, request: Request, target: ModelTarget, stack: contextlib.ExitStack) -> ReadyModel:
+        """Return the target's model, which stays in memory until the stack is closed."""
+        ready = await while_connected(request, self.models.hold(target))
+        stack.callback(self.models.release, ready)
+        return ready
+
+    async def _answer(self, asking: _Asking, stack: contextlib.ExitStack) -> Response:
+        """Answer, with all that has to be given back on the stack, which a stream takes over."""
+        request, shape = asking.request, asking.shape
+        headers = {HEADER_DIGEST: asking.ready.served.full_digest}
+        with self._engine.expecting():
+            plan = await while_connected(request, asking.planning)
+            generation = Generation(self._engine, asking.ready, plan, project_id=asking.target.project_id)
+            generation.submit()
+        self._open.add(generation)
+        stack.callback(self._open.discard, generation)
+        stack.callback(generation.cancel)
+        if not asking.is_stream:
+            collecting = collect(generation.events(), plan.make_reader, plan.num_choices)
+            answers = await while_connected(request, collecting)
+            counted = usage_of(generation)
+            headers[HEADER_USAGE] = token_usage(counted).to_text()
+            if sum(len(answer.choices) for answer in answers) > _MAX_CHOICES_AT_ONCE:
+                return json_response(await asyncio.to_thread(shape.whole, answers, counted), headers=headers)
+            return json_response(shape.whole(answers, counted), headers=headers)
+        reports_usage = HEADER_USAGE in request.headers
+        streamed = StreamedAnswer(shape, generation, plan.make_reader, reports_usage=reports_usage)
+        # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
+        begun = await while_connected(request, streamed.start())
+        headers[HEADER_USAGE] = TokenUsage(generation.num_prompt_tokens, 0, 0).to_text()
+        release = stack.pop_all()
+
+        async def close() -> None:
+            release.close()
+
+        return EventStream(streamed.pieces(begun), close, headers)
+
+
+def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:
+    """Put the endpoints together.
+
+    Args:
+        token: what requests must bear; None on a Unix socket, whose mode is the guard.
+
+    Returns:
+        The ASGI app. Its lifespan starts loading the base and does not wait for it.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        tasks = [
+            asyncio.create_task(_preload(service.models, settings.preload_base)),
+            asyncio.create_task(_tidy(service.models)),
+        ]
+        yield
+        for task in tasks:
+            task.cancel()
+
+    routes: list[tuple[str, Callable[[Request], Coroutine[Any, Any, Response]], str]] = [
+        ("/healthz", service.status.health, "GET"),
+        ("/internal/state", service.status.state, "GET"),
+        ("/metrics", service.status.metrics, "GET"),
+        (LOANS_PATH, service.lend, "POST"),
+        ("/v1/chat/completions", service.chat, "POST"),
+        ("/v1/completions", service.completion, "POST"),
+        ("/v1/responses", service.response, "POST"),
+    ]
+    app: ASGIApp = Starlette(
+        routes=[Route(path, endpoint, methods=[method]) for path, endpoint, method in routes],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=lifespan,
+    )
+    app = FaultGate(app)
+    return app if token is None else TokenGate(app, token)
+
+
+async def _preload(models: Models, base_id: str) -> None:
+    if not base_id:
+        return
+    try:
+        await models.get_base(base_id)
+    except LuthierError as error:
+        _LOG.error("The base could not be loaded: %s", error.message)
+    else:
+        _LOG.info("The base %s is loaded.", base_id)
+
+
+async def _tidy(models: Models) -> None:
+    """Let deleted models leave memory and disk, from time to time."""
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        try:
+            await models.tidy()
+        except (LuthierError, OSError) as error:
+            _LOG.warning("Deleted models are looked for again later: %s", error)

@@ -1,0 +1,250 @@
+"""The client of a vLLM server that serves one base, or one fully tuned model, and LoRA adapters on it.
+
+Adapters are loaded and unloaded through vLLM's own endpoints (its documentation, "LoRA Adapters", dynamically
+serving), which it offers with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. They open any path of its
+machine, so it belongs on an internal network.
+"""
+
+import asyncio
+import json
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
+
+from luthier.core.errors import (
+    LuthierError,
+    ModelNotFoundError,
+    SelfCheckError,
+    UnavailableError,
+    UnsupportedValueError,
+)
+from luthier.core.inference import HEADER_DIGEST, HEADER_USAGE, ModelTarget
+from luthier.core.settings import Settings
+from luthier.serving import _vllm_proof
+from luthier.serving._client import InferenceClient
+from luthier.serving._vllm_adapters import Adapters, Release
+from luthier.serving._vllm_artifacts import Artifacts
+from luthier.serving._vllm_state import Served, read_health, read_models, served_name
+from luthier.serving._vllm_wire import (
+    COMPLETIONS,
+    Renaming,
+    read_error,
+    read_request,
+)
+from luthier.serving.base import Health, Reply
+
+_KNOWN_SECONDS = 10.0
+
+
+class _Missing(Exception):  # noqa: N818 - no error: the adapter is loaded again
+    """The server does not know a name that it was asked for."""
+
+
+class VllmBackend:
+    """Send requests to one vLLM server.
+
+    Args:
+        url: `http://host:port`.
+        token: the internal token, which is its --api-key.
+        settings: where artifacts and their copies lie, and how many adapters it may hold.
+    """
+
+    def __init__(self, url: str, token: str, settings: Settings) -> None:
+        self._settings = settings
+        self._client = InferenceClient(url, {"authorization": f"Bearer {token}"} if token else {})
+        self._artifacts = Artifacts(settings)
+        self._adapters = Adapters(self, max_loaded=settings.vllm_max_adapters)
+        self._known = Served(frozenset(), frozenset())
+        self._known_at = -_KNOWN_SECONDS
+
+    async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
+        """Send a request and return its answer, of a stream as soon as its headers have come.
+
+        Args:
+            path: `/v1/chat/completions` or `/v1/completions`.
+            body: JSON as the client sent it.
+
+        Returns:
+            The answer under the public name; the caller closes a stream.
+
+        Raises:
+            NotAcceptedError: when the server can't be reached, so that another may be asked.
+            UnavailableError: when it disconnected in the middle.
+            ModelNotFoundError: when it serves another base.
+            UnsupportedValueError: when vLLM can't serve the model, or what the request asks.
+            LuthierError: what vLLM refuses.
+        """
+        asked = read_request(path, body, max_tokens_default=self._settings.max_tokens_default)
+        try:
+            return await self._try(path, asked, target)
+        except _Missing:
+            # Another API process unloaded it, or vLLM was started anew.
+            self._known_at = -_KNOWN_SECONDS
+        try:
+            return await self._try(path, asked, target)
+        except _Missing as error:
+            raise UnavailableError("vLLM has lost the model twice; try again.") from error
+
+    async def health(self) -> Health:
+        """Ask the server how it is.
+
+        Returns:
+            What it serves and holds, and how many requests run and wait there.
+
+        Raises:
+            UnavailableError: when it can't be reached.
+        """
+        served = await self._list()
+        _, content = await self._client.get("/metrics")
+        return read_health(served, content)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._adapters.aclose()
+        await self._client.aclose()
+
+    async def list_adapters(self) -> list[str]:
+        """Return the names of the adapters that vLLM holds, ours and nobody else's."""
+        return sorted((await self._list()).adapters)
+
+    async def unload(self, name: str) -> None:
+        """Have vLLM forget an adapter; harmless when it does not hold it."""
+        # Whatever it says: what it does not forget now is found in its list again.
+        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def _try(self, path: str, asked: dict[str, Any], target: ModelTarget) -> Reply:
+        name, release = await self._hold(target)
+        try:
+            return await self._send(path, asked | {"model": name}, target, release)
+        except BaseException as error:
+            release()
+            if isinstance(error, _Missing):
+                self._adapters.forget(name)
+            raise
+
+    async def _hold(self, target: ModelTarget) -> tuple[str, Release]:
+        """Return the name by which vLLM answers for a model, an adapter loaded, and what releases it."""
+        served = await self._list_lately()
+        beneath = (
+            target.base_id if target.foundation_digest is None else served_name(target.foundation_digest)
+        )
+        if target.digest is not None and served_name(target.digest) in served.bases:
+            return served_name(target.digest), _nothing
+        if target.digest is None or target.artifact is None:
+            if beneath not in served.bases:
+                raise self._not_served(beneath)
+            return beneath, _nothing
+        name = served_name(target.digest)
+        load = partial(self._load, name, target, beneath, served)
+        return name, await self._adapters.hold(name, load, is_pinned=target.is_pinned)
+
+    async def _load(self, name: str, target: ModelTarget, beneath: str, served: Served) -> None:
+        adapter = await asyncio.to_thread(self._artifacts.prepare, target)
+        if beneath not in served.bases:
+            raise self._not_served(beneath)
+        status, content = await self._post(
+            "/v1/load_lora_adapter", {"lora_name": name, "lora_path": adapter.path}
+        )
+        if status != 200 and name not in (await self._list()).adapters:
+            raise _not_loaded(status, content)
+        if adapter.canary is None:
+            return
+        try:
+            answers = [
+                _vllm_proof.read(await self._prove(_vllm_proof.ask(adapter.canary, one)))
+                for one in (name, beneath)
+            ]
+            _vllm_proof.check(adapter.canary, *answers)
+        except LuthierError:
+            await self.unload(name)
+            raise
+
+    async def _prove(self, asked: dict[str, Any]) -> bytes:
+        status, content = await self._post(COMPLETIONS, asked)
+        if status != 200:
+            raise SelfCheckError(
+                f"vLLM could not tell what proves the model: {read_error(status, content).message}"
+            )
+        return content
+
+    async def _send(self, path: str, asked: dict[str, Any], target: ModelTarget, release: Release) -> Reply:
+        if asked.get("max_tokens") == 0:
+            raise UnsupportedValueError(
+                "max_tokens must be at least 1: vLLM gives no answer without a token.", param="max_tokens"
+            )
+        is_stream = bool(asked.get("stream"))
+        shows_usage = bool(asked.get("stream_options", {}).get("include_usage"))
+        if is_stream:
+            asked |= {"stream_options": {"include_usage": True}}
+        response = await self._client.post(path, json.dumps(asked).encode())
+        async with AsyncExitStack() as stack:
+            # Or vLLM would continue an answer that is read by no client.
+            stack.push_async_callback(response.aclose)
+            if response.status_code == 404:
+                raise _Missing
+            if response.status_code != 200:
+                raise read_error(response.status_code, await self._client.read(response))
+            digest = target.digest or await asyncio.to_thread(self._artifacts.base_digest, target.base_id)
+            headers = {} if digest is None else {HEADER_DIGEST: digest}
+            renaming = Renaming(target.model, digest, shows_usage=shows_usage)
+            if not is_stream:
+                whole = renaming.whole(await self._client.read(response))
+                release()
+                headers |= {"content-type": "application/json", HEADER_USAGE: renaming.used.to_text()}
+                return Reply(200, headers, whole)
+            headers |= {"content-type": "text/event-stream", "cache-control": "no-cache"}
+            events = renaming.events(self._client.events(response))
+            stack.callback(release)
+            return Reply(200, headers, events=events, aclose=stack.pop_all().aclose)
+
+    async def _list_lately(self) -> Served:
+        """Return what it served some seconds ago; the names of its own hardly ever change."""
+        if time.monotonic() - self._known_at >= _KNOWN_SECONDS:
+            await self._list()
+        return self._known
+
+    async def _list(self) -> Served:
+        status, content = await self._client.get("/v1/models")
+        if status != 200:
+            raise read_error(status, content)
+        self._known, self._known_at = read_models(content), time.monotonic()
+        return self._known
+
+    async def _post(self, path: str, content: dict[str, str] | dict[str, Any]) -> tuple[int, bytes]:
+        response = await self._client.post(path, json.dumps(content).encode())
+        return response.status_code, await self._client.read(response)
+
+    def _not_served(self, name: str) -> ModelNotFoundError:
+        return ModelNotFoundError(
+            f"No vLLM server of this service serves {name[:80]}. An operator runs `vllm serve FOLDER "
+            f"--served-model-name {name[:80]}` and adds its URL to LUTHIER_INFERENCE_URL.",
+            param="model",
+        )
+
+
+def _nothing() -> None:
+    """Release what needs no release."""
+
+
+def _not_loaded(status: int, content: bytes) -> LuthierError:
+    if status == 404:
+        return LuthierError(
+            "vLLM can't load adapters. An operator starts it with --enable-lora and "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and lets it read LUTHIER_VLLM_ADAPTERS_DIR."
+        )
+    try:
+        reason = str(json.loads(content)["error"]["message"])[:200]
+    except (ValueError, KeyError, TypeError):
+        reason = f"HTTP {status}"
+    return LuthierError(
+        f"vLLM does not load this model: {reason} An operator reads its log; it refuses, among others, ranks "
+        "above its --max-lora-rank."
+    )
+
+
+def open_backend(url: str, token: str, settings: Settings | None = None) -> VllmBackend:
+    """Return a client of the server at a URL."""
+    if settings is None:
+        raise LuthierError("The backend vllm needs settings: it brings artifacts to vLLM's folder.")
+    return VllmBackend(url, token, settings)
