@@ -28,7 +28,7 @@ from luthier.core.settings import MIB, Settings
 from luthier.core.specs import BaseFacts
 from luthier.inference.engine.block_memory import BlockMemory
 from luthier.inference.engine.engine import Engine
-from luthier.inference.models.registry import base_models
+from luthier.inference.models import base_models
 from luthier.inference.models.adapter_cache import LoadedArtifacts
 from luthier.inference.models.artifact_cache import (
     Copy,

@@ -15,7 +15,7 @@ import uvicorn
 
 from luthier.core.inference import ModelTarget
 from luthier.inference.engine.engine import Engine
-from luthier.inference.models.registry import artifact_cache
+from luthier.inference.models import artifact_cache
 from luthier.inference.server.__main__ import open_socket
 from luthier.inference.server.app import Service, build_app
 from luthier.serving import open_backend

@@ -14,7 +14,7 @@ import torch
 
 from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.models.registry import loading as loading_module
+from luthier.inference.models import loading as loading_module
 from luthier.inference.models.loading import Kind, measure_weights
 from luthier.methods import discover
 from luthier.storage.store import Storage

@@ -12,7 +12,7 @@ import pytest
 
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
-from luthier.inference.models.registry import loading
+from luthier.inference.models import loading
 from luthier.inference.models.artifact_cache import Copy
 from luthier.inference.models.registry import Models
 from luthier.serving import open_backend

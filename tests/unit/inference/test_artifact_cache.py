@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.inference.models.registry import artifact_cache
+from luthier.inference.models import artifact_cache
 from luthier.inference.models.artifact_cache import (
     Copy,
     drop_orphans,

@@ -10,7 +10,7 @@ import torch
 
 from luthier.core.runtime import freeze_garbage
 from luthier.core.settings import Settings
-from luthier.inference.models.registry import base_models
+from luthier.inference.models import base_models
 from luthier.inference.models.base_models import LoadedBase
 from luthier.inference.models.registry import Models
 from tests.inference_server import make_settings

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from luthier.core.specs import BaseFacts
-from luthier.inference.models.registry import base_models, loading, weight_type
+from luthier.inference.models import base_models, loading, weight_type
 from luthier.inference.models.base_models import LoadedBase
 from luthier.inference.models.weight_type import choose_dtype, find_dtype
 from tests.inference_server import make_settings
