@@ -5,6 +5,7 @@ python -m benchmarks.pictures ratios benchmarks/results/ratios.svg
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,9 @@ from benchmarks.results_file import ROOT
 
 _FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
 _ROW_HEIGHT, _CHARACTER_WIDTH, _MARGIN = 18, 7.85, 16
-_MAX_COLUMNS, _MAX_ROWS = 104, 34
+_MAX_COLUMNS, _MAX_ROWS = 104, 60
+# Of lines in a row that begin with the same characters, such as steps of training, the ends are shown.
+_NUM_ALIKE_CHARACTERS, _NUM_ALIKE_SHOWN = 10, 4
 # A pause of the recording is shown this long at most.
 _MAX_PAUSE_SECONDS = 0.7
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -52,12 +55,14 @@ def record(command: list[str]) -> list[Line]:
     return lines
 
 
-def draw_terminal(command: str, lines: list[Line]) -> str:
+def draw_terminal(command: str, lines: list[Line], note: str = "pauses shortened") -> str:
     """Draw a terminal window in which the lines appear one after the other, pauses shortened.
 
-    Where animations are off, all lines are there at once. Of a long output the middle is left out.
+    Where animations are off, all lines are there at once. Lines that begin alike, and the middle of a long
+    output, are left out.
     """
     total = lines[-1].seconds if lines else 0.0
+    lines = _without_alike(lines)
     if len(lines) > _MAX_ROWS:
         half = _MAX_ROWS // 2
         lines = [*lines[:half], Line(lines[half].seconds, "…"), *lines[len(lines) - half :]]
@@ -72,7 +77,7 @@ def draw_terminal(command: str, lines: list[Line]) -> str:
         rows.append(f'<text class="{kind}" style="{delay}" {place}>{content}</text>')
     width = round(2 * _MARGIN + _MAX_COLUMNS * _CHARACTER_WIDTH)
     height = 56 + len(rows) * _ROW_HEIGHT + 4
-    title = f"{command} ({total / 60:.1f} minutes, pauses shortened)"
+    title = f"{command} ({total / 60:.1f} minutes, {note})"
     return _svg(
         title,
         width,
@@ -95,6 +100,17 @@ def draw_terminal(command: str, lines: list[Line]) -> str:
             *rows,
         ],
     )
+
+
+def _without_alike(lines: list[Line]) -> list[Line]:
+    found: list[Line] = []
+    for _, group in itertools.groupby(lines, key=lambda line: line.text[:_NUM_ALIKE_CHARACTERS]):
+        alike = list(group)
+        if alike[0].text and len(alike) > 2 * _NUM_ALIKE_SHOWN + 1:
+            first, last = alike[:_NUM_ALIKE_SHOWN], alike[-_NUM_ALIKE_SHOWN:]
+            alike = [*first, Line(first[-1].seconds, "…"), *last]
+        found += alike
+    return found
 
 
 def _svg(title: str, width: int, height: int, content: list[str]) -> str:
@@ -172,11 +188,14 @@ def main() -> None:
     recording.add_argument("out", type=Path)
     recording.add_argument("command", nargs="+")
     recording.add_argument("--as", dest="shown", help="the command that the picture shows in its place")
+    recording.add_argument("--note", default="pauses shortened", help="what the title says beside the time")
     chart = kinds.add_parser("ratios", help="draw the ratios of benchmarks/results")
     chart.add_argument("out", type=Path)
     options = parser.parse_args()
     if options.kind == "record":
-        picture = draw_terminal(options.shown or shlex.join(options.command), record(options.command))
+        picture = draw_terminal(
+            options.shown or shlex.join(options.command), record(options.command), options.note
+        )
     else:
         picture = draw_ratios(read_ratios(ROOT / "benchmarks" / "results"))
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,13 +19,25 @@ def test_a_recording_shows_the_command_and_its_lines_without_terminal_codes() ->
 
 
 def test_a_long_recording_leaves_out_its_middle_and_shortens_pauses() -> None:
-    picture = draw_terminal("run", [Line(60.0 * number, f"line {number}") for number in range(100)])
+    picture = draw_terminal("run", [Line(60.0 * number, f"{number} is a line") for number in range(100)])
     texts = _texts(picture)
-    assert texts[2] == "line 0"
+    assert texts[2] == "0 is a line"
     assert "…" in texts
-    assert texts[-1] == "line 99"
+    assert texts[-1] == "99 is a line"
     assert "99.0 minutes" in texts[0]
     assert max(float(part.split("s")[0]) for part in picture.split("animation-delay:")[1:]) < 60
+
+
+def test_lines_that_begin_alike_are_shown_at_both_ends() -> None:
+    lines = [
+        Line(0.0, "begin"),
+        *(Line(1.0, f"Step 1 of {number}") for number in range(30)),
+        Line(2.0, "end"),
+    ]
+    texts = _texts(draw_terminal("run", lines))
+    steps = [text for text in texts if text.startswith("Step")]
+    assert steps == [f"Step 1 of {number}" for number in (0, 1, 2, 3, 26, 27, 28, 29)]
+    assert texts[-1] == "end"
 
 
 def test_bars_are_as_long_as_the_logarithm_of_the_ratio() -> None:
