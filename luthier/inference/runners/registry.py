@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from luthier.inference.runners.paged import PagedProvider
 from luthier.inference.runners.reference import ReferenceProvider
 from luthier.modeling.packed_runner import PackedProvider
 from luthier.modeling.protocols import (
@@ -32,6 +33,7 @@ def find_providers() -> Iterator[tuple[str, RunnerProvider]]:
     for entry in entry_points(group=_GROUP):
         yield entry.name, entry.load()()
     yield "packed", PackedProvider()
+    yield "paged", PagedProvider()
     yield "reference", ReferenceProvider()
 
 

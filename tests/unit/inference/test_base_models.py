@@ -7,7 +7,7 @@ import pytest
 from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
 from luthier.inference.models.base_models import load
-from luthier.inference.runners.reference import ReferenceRunner
+from luthier.inference.runners.paged import PagedRunner
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, CONTEXT_LENGTH, build_tiny_base
 from tests.tiny_shapes import NUM_POSITIONS, build_shape
@@ -28,4 +28,4 @@ def test_a_context_is_never_longer_than_the_models_positions(
     (folder / FACTS_NAME).write_text(facts.model_dump_json())
     base = load(make_settings(tmp_path), BASE_ID)
     assert base.facts.context_length == min(positions, positions + change)
-    assert isinstance(base.executor.runner, ReferenceRunner) == (shape is not None)
+    assert isinstance(base.executor.runner, PagedRunner) == (shape is not None)

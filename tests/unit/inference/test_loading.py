@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.models.base_models import LoadedBase, ReadyModel
+from luthier.inference.runners.paged import PagedRunner
 from luthier.inference.runners.reference import ReferenceRunner
 from luthier.inference.verification.adapter_check import Text, probe
 from luthier.methods import discover
 from luthier.methods.base import Installed
 from luthier.methods.lora import Lora
 from luthier.modeling.packed_runner import PackedRunner
-from luthier.modeling.protocols import AdapterSource, UnsupportedAdapterError
+from luthier.modeling.protocols import AdapterSource, Logits, ScheduledBatch, UnsupportedAdapterError
 from luthier.storage.manifests import read_manifest, seal_folder
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import build_shape
@@ -205,17 +208,18 @@ def test_a_runner_that_disagrees_with_transformers_does_not_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = build_tiny_base(tmp_path / BASE_ID)
-    execute = PackedRunner.execute
+    for runner in (PackedRunner, PagedRunner):
 
-    def wrong(self: PackedRunner, *given: Any, **named: Any) -> Any:
-        logits = execute(self, *given, **named)
-        with torch.inference_mode():
-            logits.held_RV.mul_(1.01)
-        return logits
+        def wrong(
+            self: Any, batch: ScheduledBatch, execute: Callable[..., Logits] = runner.execute
+        ) -> SimpleNamespace:
+            logits = execute(self, batch)
+            return SimpleNamespace(rows=lambda rows: logits.rows(rows) * 1.01)
 
-    monkeypatch.setattr(PackedRunner, "execute", wrong)
+        monkeypatch.setattr(runner, "execute", wrong)
     with caplog.at_level(logging.ERROR):
         base = load_tiny(folder)
     assert isinstance(base.executor.runner, ReferenceRunner)
-    assert "packed does not agree with transformers" in caplog.text
+    for name in ("packed", "paged"):
+        assert f"{name} does not agree with transformers" in caplog.text
     torch.testing.assert_close(base_logits(base), plain_logits(folder), rtol=1e-4, atol=1e-4)
