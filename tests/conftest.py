@@ -192,6 +192,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def base(tiny_base: Path) -> Path:
+    """The tiny base, to be read only."""
+    return tiny_base / TINY_BASE
+
+
 @pytest.fixture
 def settings(database: Database, tiny_base: Path, tmp_path: Path) -> Settings:
     """Settings over the fresh database, with a catalogue whose only base is the tiny one."""

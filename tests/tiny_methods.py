@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.errors import UnsupportedValueError
+from luthier.core.specs import BaseFacts
 from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.methods import (
     Attached,
@@ -166,16 +168,28 @@ class Bench:
         attached.model.eval()
         return method, attached
 
-    def trainee(self, case: Case, *, dtype: torch.dtype = torch.float32) -> JobModel:
+    def job_model(self, case: Case, *, dtype: torch.dtype = torch.float32) -> JobModel:
         """Put a case's method on its base and make it ready for training."""
         method, attached = self.attach(case, dtype=dtype)
         return JobModel(method, attached, "cpu", batch(0))
 
     def trained(self, case: Case, num_steps: int = 3) -> JobModel:
         """Train a case for a few steps."""
-        trainee = self.trainee(case)
-        train(trainee, case, num_steps)
-        return trainee
+        job_model = self.job_model(case)
+        train(job_model, case, num_steps)
+        return job_model
+
+
+def make_job_model(
+    base: Path, tuning: dict[str, Any], *, sample: Batch, dtype: torch.dtype = torch.float32
+) -> JobModel:
+    """Put a method on the tiny base in a folder, ready for training."""
+    method, params = parse_tuning(check_tuning(tuning))
+    facts = BaseFacts.model_validate_json((base / FACTS_NAME).read_bytes())
+    resolved = method.resolve(params, Workload(facts, num_rows=8, num_tokens=200))
+    start = Start(5, facts.id, tokenize=lambda _text: [7], examples=[[5, 6, 7]])
+    attached = method.attach(load_base(base, dtype=dtype, device="cpu"), resolved, start)
+    return JobModel(method, attached, "cpu", sample)
 
 
 def rows_of(rows: PreparedRows) -> list[list[int]]:
@@ -194,23 +208,23 @@ def everything() -> Batch:
 
 
 def step(
-    trainee: JobModel, optimizer: torch.optim.Optimizer, parts: list[Batch], *, learning_rate: float
+    job_model: JobModel, optimizer: torch.optim.Optimizer, parts: list[Batch], *, learning_rate: float
 ) -> StepScores:
     """Train one step."""
     num_supervised = sum(int(part.supervised_BT.sum()) for part in parts)
-    scores = compute_gradients(trainee, parts, num_supervised=num_supervised)
-    apply_gradients(trainee, optimizer, scores, learning_rate=learning_rate, max_grad_norm=1.0)
+    scores = compute_gradients(job_model, parts, num_supervised=num_supervised)
+    apply_gradients(job_model, optimizer, scores, learning_rate=learning_rate, max_grad_norm=1.0)
     return scores
 
 
-def train(trainee: JobModel, case: Case, num_steps: int) -> list[float]:
+def train(job_model: JobModel, case: Case, num_steps: int) -> list[float]:
     """Train on all rows at the method's own rate and return the losses before every step."""
     method, params = case.settle()
     rate = method.base_learning_rate(params, base=facts_of(case.shape))
-    optimizer = build_optimizer(trainee.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
-    trainee.attached.model.train()
-    losses = [step(trainee, optimizer, [everything()], learning_rate=rate).loss for _ in range(num_steps)]
-    trainee.attached.model.eval()
+    optimizer = build_optimizer(job_model.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
+    job_model.attached.model.train()
+    losses = [step(job_model, optimizer, [everything()], learning_rate=rate).loss for _ in range(num_steps)]
+    job_model.attached.model.eval()
     return losses
 
 

@@ -206,7 +206,7 @@ def test_an_artifact_is_two_files_that_name_the_base_and_no_path(llama: Path, tm
     assert not METHOD.recognises(llama)
 
 
-def test_many_lie_on_one_base_and_leave_it_alone_while_they_are_off(llama: Path, tmp_path: Path) -> None:
+def test_many_share_one_base_and_leave_it_unchanged_while_they_are_off(llama: Path, tmp_path: Path) -> None:
     base = load(llama)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     plain = logits(base)

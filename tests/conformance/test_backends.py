@@ -21,7 +21,7 @@ def _settings(folder: Path) -> Settings:
 @pytest.mark.parametrize("name", list_backends())
 def test_a_server_that_is_not_there_never_got_the_request(name: str, tmp_path: Path) -> None:
     async def run() -> None:
-        # The port of the discard service, which nobody offers.
+        # The port of the discard service, which no machine offers.
         backend = open_backend(name, "http://127.0.0.1:9", "token", _settings(tmp_path))
         with pytest.raises(NotAcceptedError):
             await backend.complete("/v1/completions", b'{"model": "m", "prompt": "a"}', TARGET)

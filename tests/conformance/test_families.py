@@ -64,13 +64,13 @@ def test_capped_logits_are_trained_on_as_the_model_gives_them_in_bf16(tmp_path: 
     base = load_base(_save(config, tmp_path, scale=20.0), dtype=torch.bfloat16, device="cpu")
     expected_model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     method = discover()["full"]
-    trainee = JobModel(method, Attached(model=base, causal_lm=base), "cpu", batch(0))
+    job_model = JobModel(method, Attached(model=base, causal_lm=base), "cpu", batch(0))
 
     rows = everything()
     logits_NV, targets_N = gather_supervised(expected_model(rows.token_ids_BT).logits, rows)
     expected = functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
     assert 10 < logits_NV.abs().max() < 30
-    assert trainee.loss(rows).nll_sum.item() == pytest.approx(expected.item(), rel=5e-3)
+    assert job_model.loss(rows).nll_sum.item() == pytest.approx(expected.item(), rel=5e-3)
 
 
 @pytest.mark.parametrize("name", _EXPERTS)

@@ -2,11 +2,9 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,33 +15,18 @@ from luthier.core.shapes import read_shape
 from luthier.methods import Attached, Start, check_tuning
 from luthier.methods.full import METHOD, FullParams
 from luthier.modeling.load import load_base
-from luthier.modeling.protocols import Batch
 from luthier.storage.manifests import verify_folder
-from luthier.training.loop.gradient_accumulation import StepScores, apply_gradients, compute_gradients
-from luthier.training.model.batches import collate
+from luthier.training.loop.gradient_accumulation import compute_gradients
 from luthier.training.model.optimizer import build_optimizer
 from luthier.training.model.training_model import JobModel
 from luthier.training.output.verification import check_artifact
-from tests.tiny import BASE_ID, build_tiny_base, build_tiny_rows
+from tests.tiny import BASE_ID
+from tests.tiny_methods import batch, step
 from tests.tiny_shapes import SHAPES, build_shape
 
-ROWS = build_tiny_rows(8)
 ALL = range(8)
 FIRST_MLP = {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 INPUT_NORMS = {f"model.layers.{number}.input_layernorm.weight" for number in range(2)}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -55,28 +38,15 @@ def attach(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> A
     return METHOD.attach(load(folder, dtype), FullParams(**fields), start)
 
 
-def batch(*rows: int) -> Batch:
-    return collate(ROWS, np.array(rows), pad_id=2)
-
-
 def make(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> JobModel:
     return JobModel(METHOD, attach(folder, dtype, **fields), "cpu", batch(0))
 
 
-def step(
-    trainee: JobModel, optimizer: torch.optim.Optimizer, parts: list[Batch], rate: float = 1e-3
-) -> StepScores:
-    num_supervised = sum(int(part.supervised_BT.sum()) for part in parts)
-    scores = compute_gradients(trainee, parts, num_supervised=num_supervised)
-    apply_gradients(trainee, optimizer, scores, learning_rate=rate, max_grad_norm=1.0)
-    return scores
-
-
-def train(trainee: JobModel, num_steps: int, rate: float = 1e-3) -> list[float]:
-    optimizer = build_optimizer(trainee.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
-    trainee.attached.model.train()
-    losses = [step(trainee, optimizer, [batch(*ALL)], rate).loss for _ in range(num_steps)]
-    trainee.attached.model.eval()
+def train(job_model: JobModel, num_steps: int, rate: float = 1e-3) -> list[float]:
+    optimizer = build_optimizer(job_model.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
+    job_model.attached.model.train()
+    losses = [step(job_model, optimizer, [batch(*ALL)], learning_rate=rate).loss for _ in range(num_steps)]
+    job_model.attached.model.eval()
     return losses
 
 
@@ -98,12 +68,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_what_freeze_names_stays_and_all_else_is_trained(
     base: Path, freeze: str | list[str], expected: set[str]
 ) -> None:
-    trainee = make(base, freeze=freeze)
-    model = trainee.attached.causal_lm
+    job_model = make(base, freeze=freeze)
+    model = job_model.attached.causal_lm
     assert {name for name, value in model.named_parameters() if not value.requires_grad} == expected
     cost = METHOD.cost(FullParams(freeze=freeze), read_shape(base))
-    assert trainee.attached.num_trained_parameters == cost.num_parameters
-    train(trainee, 2)
+    assert job_model.attached.num_trained_parameters == cost.num_parameters
+    train(job_model, 2)
     before = dict(load(base).named_parameters())
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]) == (name in expected), name
@@ -136,20 +106,20 @@ def test_a_freeze_that_can_not_be_meant_is_refused_with_the_request(freeze: Any)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_result_is_a_folder_that_transformers_loads_by_itself(shape: str, tmp_path: Path) -> None:
     base = build_shape(tmp_path / "base", shape)
-    trainee = make(base)
-    losses = train(trainee, 4)
+    job_model = make(base)
+    losses = train(job_model, 4)
     assert losses[-1] < losses[0]
     folder = tmp_path / "artifact"
     folder.mkdir()
-    names = METHOD.save(trainee.attached, folder)
+    names = METHOD.save(job_model.attached, folder)
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
     assert names == sorted(path.name for path in folder.iterdir())
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    expected = logits(trainee.attached.model)
+    expected = logits(job_model.attached.model)
     assert torch.equal(logits(loaded), expected)
     assert torch.equal(logits(METHOD.load(load(base), folder).model), expected)
     assert not torch.allclose(logits(load(base)), expected, atol=1e-2)
-    check_artifact(trainee, folder, batch(1))
+    check_artifact(job_model, folder, batch(1))
     is_tied = SHAPES[shape].tie_word_embeddings
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == is_tied
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != is_tied
@@ -158,11 +128,11 @@ def test_a_result_is_a_folder_that_transformers_loads_by_itself(shape: str, tmp_
 
 
 def test_a_result_takes_over_what_chat_needs_and_no_path(base: Path, tmp_path: Path) -> None:
-    trainee = make(base)
+    job_model = make(base)
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-        names = METHOD.save(trainee.attached, folder)
+        names = METHOD.save(job_model.attached, folder)
     assert all((folders[0] / n).read_bytes() == (folders[1] / n).read_bytes() for n in names)
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
         assert (folders[0] / name).read_bytes() == (base / name).read_bytes()
@@ -202,22 +172,22 @@ def test_one_step_equals_plain_torch(shape: str, tmp_path: Path) -> None:
     expected = [parameter.grad.clone() for parameter in parameters]
     torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1, foreach=False).step()
 
-    trainee = make(base)
-    trainee.attached.model.train()
-    optimizer = build_optimizer(trainee.parameters, learning_rate=1e-3, weight_decay=0.1, device="cpu")
+    job_model = make(base)
+    job_model.attached.model.train()
+    optimizer = build_optimizer(job_model.parameters, learning_rate=1e-3, weight_decay=0.1, device="cpu")
     gradients: list[torch.Tensor] = []
     optimizer.register_step_pre_hook(
-        lambda *_: gradients.extend(parameter.grad.clone() for parameter in trainee.parameters)
+        lambda *_: gradients.extend(parameter.grad.clone() for parameter in job_model.parameters)
     )
     # In three parts: cutting the batch must not show.
-    scores = step(trainee, optimizer, [batch(0, 1, 2), batch(3, 4, 5), batch(6, 7)])
+    scores = step(job_model, optimizer, [batch(0, 1, 2), batch(3, 4, 5), batch(6, 7)], learning_rate=1e-3)
     assert scores.loss == pytest.approx(loss.item(), rel=1e-5)
     assert scores.grad_norm == pytest.approx(norm.item(), rel=1e-4)
     for one, other in zip(gradients, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
     # Adam's first step is rate * sign, and the gradients of GPT-2's key biases are zero but for rounding.
     updated, wanted = (
-        torch.cat([one.flatten() for one in many]) for many in (trainee.parameters, parameters)
+        torch.cat([one.flatten() for one in many]) for many in (job_model.parameters, parameters)
     )
     assert (updated - wanted).abs().mean() < 1e-6
 
@@ -225,54 +195,54 @@ def test_one_step_equals_plain_torch(shape: str, tmp_path: Path) -> None:
 def test_the_head_gets_its_gradient_without_all_logits_where_it_is_a_plain_product(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainee = make(base)
+    job_model = make(base)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", None)
-    assert train(trainee, 1)
+    assert train(job_model, 1)
 
 
 def test_updates_that_bf16_would_lose_add_up(base: Path) -> None:
-    trainee = make(base, torch.bfloat16)
-    norm = dict(trainee.named_parameters)["model.norm.weight"]
-    assert {parameter.dtype for parameter in trainee.parameters} == {torch.bfloat16}
+    job_model = make(base, torch.bfloat16)
+    norm = dict(job_model.named_parameters)["model.norm.weight"]
+    assert {parameter.dtype for parameter in job_model.parameters} == {torch.bfloat16}
     # A weight of 1 has neighbours 2^-8 and 2^-7 away in bf16; steps of 2^-12 are lost one by one.
-    losses = train(trainee, 40, rate=2**-12)
+    losses = train(job_model, 40, rate=2**-12)
     assert losses[-1] < losses[0]
     assert (norm - 1).abs().max() > 2**-8
-    assert trainee.gradients == []
+    assert job_model.gradients == []
 
 
 def test_in_bf16_cutting_a_batch_into_parts_changes_no_more_than_rounding_does(base: Path) -> None:
-    trainee = make(base, torch.bfloat16)
+    job_model = make(base, torch.bfloat16)
     num_supervised = int(batch(*ALL).supervised_BT.sum())
     found = []
     for parts in ([batch(*ALL)], [batch(i) for i in ALL]):
-        compute_gradients(trainee, parts, num_supervised=num_supervised)
-        found.append(torch.cat([gradient.float().flatten() for gradient in trainee.gradients]))
-    assert {gradient.dtype for gradient in trainee.gradients} == {torch.float32}
+        compute_gradients(job_model, parts, num_supervised=num_supervised)
+        found.append(torch.cat([gradient.float().flatten() for gradient in job_model.gradients]))
+    assert {gradient.dtype for gradient in job_model.gradients} == {torch.float32}
     assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
 
 
 def test_in_bf16_the_result_is_bf16_and_proves_itself(base: Path, tmp_path: Path) -> None:
-    trainee = make(base, torch.bfloat16)
-    train(trainee, 3)
-    METHOD.save(trainee.attached, tmp_path)
+    job_model = make(base, torch.bfloat16)
+    train(job_model, 3)
+    METHOD.save(job_model.attached, tmp_path)
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    check_artifact(trainee, tmp_path, batch(1))
+    check_artifact(job_model, tmp_path, batch(1))
 
 
 def test_a_result_that_learned_nothing_or_differs_from_what_was_trained_is_refused(
     base: Path, tmp_path: Path
 ) -> None:
-    trainee = make(base)
-    METHOD.save(trainee.attached, tmp_path)
+    job_model = make(base)
+    METHOD.save(job_model.attached, tmp_path)
     with pytest.raises(SelfCheckError, match="nothing was learned"):
-        check_artifact(trainee, tmp_path, batch(1))
-    train(trainee, 2)
+        check_artifact(job_model, tmp_path, batch(1))
+    train(job_model, 2)
     with pytest.raises(SelfCheckError, match="other logits"):
-        check_artifact(trainee, tmp_path, batch(1))
-    METHOD.save(trainee.attached, tmp_path)
-    check_artifact(trainee, tmp_path, batch(1))
+        check_artifact(job_model, tmp_path, batch(1))
+    METHOD.save(job_model.attached, tmp_path)
+    check_artifact(job_model, tmp_path, batch(1))
 
 
 def test_weights_that_are_missing_are_not_made_up(base: Path, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ LORA = Case(LLAMA, {"type": "lora"})
 def test_weights_that_are_no_numbers_are_refused_even_where_no_sample_meets_them(
     bench: Bench, tmp_path: Path
 ) -> None:
-    trainee = bench.trained(LORA, 1)
-    trainee.method.save(trainee.attached, tmp_path)
+    job_model = bench.trained(LORA, 1)
+    job_model.method.save(job_model.attached, tmp_path)
     with torch.no_grad():
-        trainee.parameters[0][0, 0] = float("inf")
+        job_model.parameters[0][0, 0] = float("inf")
     with pytest.raises(SelfCheckError, match="weights are not all finite"):
-        check_artifact(trainee, tmp_path, batch(1))
+        check_artifact(job_model, tmp_path, batch(1))
 
 
 def test_the_start_depends_on_the_seed(bench: Bench) -> None:

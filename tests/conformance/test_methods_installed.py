@@ -1,4 +1,4 @@
-"""Artifacts that lie on one base together: off, the base is itself; on, it answers as the artifact does."""
+"""Artifacts on one base together: off, the base is itself; on, it answers as the artifact does."""
 
 from pathlib import Path
 
@@ -30,12 +30,12 @@ TOKENS = batch(4, 5).token_ids_BT
 
 def save_trained(bench: Bench, case: Case, folder: Path) -> torch.Tensor:
     """Train, save, and return the logits of what `load` makes of it."""
-    trainee = bench.trained(case, 2)
+    job_model = bench.trained(case, 2)
     folder.mkdir()
-    trainee.method.save(trainee.attached, folder)
-    again = trainee.method.load(bench.load(case.shape), folder)
+    job_model.method.save(job_model.attached, folder)
+    again = job_model.method.load(bench.load(case.shape), folder)
     with torch.no_grad():
-        return trainee.method.logits(again, TOKENS)
+        return job_model.method.logits(again, TOKENS)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ Reference = tuple[Callable[[torch.Tensor], torch.Tensor], Parameters]
 
 
 def lora(base: PreTrainedModel, case: Case, attached: Attached, saved: Path) -> Reference:
-    """PEFT itself goes on from what was saved."""
+    """PEFT itself continues from what was saved."""
     model = PeftModel.from_pretrained(base, str(saved), is_trainable=True).train()
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     return lambda ids: model(input_ids=ids).logits, trained
@@ -121,10 +121,10 @@ def test_every_method_has_a_reference() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_step_equals_the_plain_one(bench: Bench, tmp_path: Path, case: Case) -> None:
-    trainee = bench.trainee(case)
-    trainee.method.save(trainee.attached, tmp_path)
+    job_model = bench.job_model(case)
+    job_model.method.save(job_model.attached, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(bench.bases[case.shape]).requires_grad_(False)
-    run, expected = REFERENCES[trainee.method.name](base, case, trainee.attached, tmp_path)
+    run, expected = REFERENCES[job_model.method.name](base, case, job_model.attached, tmp_path)
     rows = everything()
     targets = rows.token_ids_BT.masked_fill(~rows.supervised_BT, -100)[:, 1:]
     logits = run(rows.token_ids_BT)[:, :-1]
@@ -133,14 +133,14 @@ def test_one_step_equals_the_plain_one(bench: Bench, tmp_path: Path, case: Case)
     norm = torch.nn.utils.clip_grad_norm_(expected.values(), 1.0)
     torch.optim.AdamW(expected.values(), lr=1e-2, weight_decay=0.1, foreach=False).step()
 
-    trainee.attached.model.train()
-    optimizer = build_optimizer(trainee.parameters, learning_rate=1e-2, weight_decay=0.1, device="cpu")
+    job_model.attached.model.train()
+    optimizer = build_optimizer(job_model.parameters, learning_rate=1e-2, weight_decay=0.1, device="cpu")
     # In three parts: cutting the batch must not show.
     parts = [batch(0, 1, 2), batch(3, 4, 5), batch(6, 7)]
-    scores = step(trainee, optimizer, parts, learning_rate=1e-2)
+    scores = step(job_model, optimizer, parts, learning_rate=1e-2)
     assert scores.loss == pytest.approx(loss.item(), rel=1e-5)
     assert scores.grad_norm == pytest.approx(norm.item(), rel=1e-4)
-    found = dict(trainee.named_parameters)
+    found = dict(job_model.named_parameters)
     assert set(found) == set(expected)
     num_compared = 0
     for name, value in found.items():

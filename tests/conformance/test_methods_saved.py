@@ -17,13 +17,13 @@ LOADED_BY_A_LIBRARY = [case for case in CASES if discover()[case.tuning["type"]]
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_saved_loads_again_with_the_same_logits(bench: Bench, tmp_path: Path, case: Case) -> None:
-    trainee = bench.trained(case, 2)
-    method, attached = trainee.method, trainee.attached
+    job_model = bench.trained(case, 2)
+    method, attached = job_model.method, job_model.attached
     names = method.save(attached, tmp_path)
     assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
     assert method_of_artifact(tmp_path) is method
     assert [name for name in METHODS if discover()[name].recognises(tmp_path)] == [method.name]
-    check_artifact(trainee, tmp_path, batch(1))
+    check_artifact(job_model, tmp_path, batch(1))
     again = method.load(bench.load(case.shape), tmp_path)
     assert again.num_trained_parameters == 0
     tokens = batch(2, 3).token_ids_BT
@@ -40,32 +40,32 @@ def test_what_is_saved_loads_again_with_the_same_logits(bench: Bench, tmp_path: 
 def test_what_is_saved_gives_the_same_logits_in_the_library_that_it_names(
     bench: Bench, tmp_path: Path, case: Case
 ) -> None:
-    trainee = bench.trained(case, 2)
-    trainee.method.save(trainee.attached, tmp_path)
-    if trainee.method.library_name == "transformers":
+    job_model = bench.trained(case, 2)
+    job_model.method.save(job_model.attached, tmp_path)
+    if job_model.method.library_name == "transformers":
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     else:
-        assert trainee.method.library_name == "peft"
+        assert job_model.method.library_name == "peft"
         base = AutoModelForCausalLM.from_pretrained(bench.bases[case.shape])
         loaded = PeftModel.from_pretrained(base, str(tmp_path))
     tokens = batch(2, 3).token_ids_BT
     with torch.no_grad():
         # A library that returns results for virtual tokens returns them first.
         found = loaded.eval()(input_ids=tokens).logits[:, -tokens.shape[1] :]
-        assert torch.allclose(found, trainee.method.logits(trainee.attached, tokens), atol=1e-5)
+        assert torch.allclose(found, job_model.method.logits(job_model.attached, tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_artifact_answers_alike_on_a_bf16_base(bench: Bench, tmp_path: Path, name: str) -> None:
     case = Case(LLAMA, {"type": name})
-    trainee = bench.trainee(case, dtype=torch.bfloat16)
-    trainee.method.save(trainee.attached, tmp_path)
-    again = trainee.method.load(bench.load(case.shape, torch.bfloat16), tmp_path)
+    job_model = bench.job_model(case, dtype=torch.bfloat16)
+    job_model.method.save(job_model.attached, tmp_path)
+    again = job_model.method.load(bench.load(case.shape, torch.bfloat16), tmp_path)
     tokens = batch(2).token_ids_BT
     with torch.no_grad():
-        expected = trainee.method.logits(trainee.attached, tokens)
+        expected = job_model.method.logits(job_model.attached, tokens)
         assert expected.dtype == torch.bfloat16
-        assert torch.equal(trainee.method.logits(again, tokens), expected)
+        assert torch.equal(job_model.method.logits(again, tokens), expected)
 
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)

@@ -44,8 +44,8 @@ def test_hidden_states_are_what_the_output_layer_reads(bench: Bench, case: Case)
 
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
 def test_what_is_added_to_a_bf16_base_is_float32(bench: Bench, case: Case) -> None:
-    trainee = bench.trainee(case, dtype=torch.bfloat16)
-    assert trainee.attached.causal_lm.dtype == torch.bfloat16
-    if not trainee.method.is_whole_model:
-        assert {parameter.dtype for parameter in trainee.parameters} == {torch.float32}
-    assert torch.isfinite(trainee.loss(batch(0)).nll_sum)
+    job_model = bench.job_model(case, dtype=torch.bfloat16)
+    assert job_model.attached.causal_lm.dtype == torch.bfloat16
+    if not job_model.method.is_whole_model:
+        assert {parameter.dtype for parameter in job_model.parameters} == {torch.float32}
+    assert torch.isfinite(job_model.loss(batch(0)).nll_sum)

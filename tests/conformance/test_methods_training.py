@@ -24,7 +24,7 @@ from tests.tiny_methods import (
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_lowers_the_loss(bench: Bench, case: Case) -> None:
-    losses = train(bench.trainee(case), case, 6)
+    losses = train(bench.job_model(case), case, 6)
     assert losses[-1] < losses[0] - 0.02
 
 
@@ -51,15 +51,15 @@ def test_training_changes_its_own_parameters_and_no_byte_of_the_base(bench: Benc
 
 @pytest.mark.parametrize("name", METHODS)
 def test_updates_too_small_for_bf16_add_up_on_a_bf16_base(bench: Bench, name: str) -> None:
-    trainee = bench.trainee(Case(LLAMA, {"type": name}), dtype=torch.bfloat16)
-    starts = [parameter.detach().float().clone() for parameter in trainee.parameters]
-    # Near 0.15 neighbours in bf16 lie 2^-10 apart: one step of 2e-5 is lost there, forty are not.
+    job_model = bench.job_model(Case(LLAMA, {"type": name}), dtype=torch.bfloat16)
+    starts = [parameter.detach().float().clone() for parameter in job_model.parameters]
+    # Near 0.15 neighbours in bf16 differ by 2^-10: one step of 2e-5 is lost there, forty are not.
     rate = 2e-5
-    optimizer = build_optimizer(trainee.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
-    trainee.attached.model.train()
+    optimizer = build_optimizer(job_model.parameters, learning_rate=rate, weight_decay=0.0, device="cpu")
+    job_model.attached.model.train()
     for _ in range(40):
-        step(trainee, optimizer, [batch(0, 1)], learning_rate=rate)
-    ends = [parameter.detach().float() for parameter in trainee.parameters]
+        step(job_model, optimizer, [batch(0, 1)], learning_rate=rate)
+    ends = [parameter.detach().float() for parameter in job_model.parameters]
     start, end = (torch.cat([value.flatten() for value in values]) for values in (starts, ends))
     is_large = start.abs() > 0.125
     assert is_large.any()
@@ -68,12 +68,12 @@ def test_updates_too_small_for_bf16_add_up_on_a_bf16_base(bench: Bench, name: st
 
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
 def test_cutting_a_batch_into_parts_changes_neither_loss_nor_gradient(bench: Bench, case: Case) -> None:
-    trainee = bench.trainee(case)
+    job_model = bench.job_model(case)
     num_supervised = int(everything().supervised_BT.sum())
     results = []
     for parts in ([everything()], [batch(i) for i in range(8)]):
-        scores = compute_gradients(trainee, parts, num_supervised=num_supervised)
-        gradient = torch.cat([gradient.flatten() for gradient in trainee.gradients])
+        scores = compute_gradients(job_model, parts, num_supervised=num_supervised)
+        gradient = torch.cat([gradient.flatten() for gradient in job_model.gradients])
         results.append((scores, gradient))
     (whole, gradient), (cut, other) = results
     assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -83,23 +83,23 @@ def test_cutting_a_batch_into_parts_changes_neither_loss_nor_gradient(bench: Ben
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_what_was_trained_by_shortcuts_is_proved_against_the_whole_model(bench: Bench, case: Case) -> None:
-    trainee = bench.trained(case)
-    trainee.verify([batch(0), everything()])
+    job_model = bench.trained(case)
+    job_model.verify([batch(0), everything()])
 
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_the_path_that_runs_gives_the_plain_paths_gradients(bench: Bench, case: Case) -> None:
     """On the plain path this holds the loss alone, which skips positions and full logits."""
-    trainee = bench.trained(case)
+    job_model = bench.trained(case)
     rows = everything()
     num_supervised = int(rows.supervised_BT.sum())
-    scores = compute_gradients(trainee, [rows], num_supervised=num_supervised)
-    found = torch.cat([gradient.flatten() for gradient in trainee.gradients])
-    trainee.clear_gradients()
+    scores = compute_gradients(job_model, [rows], num_supervised=num_supervised)
+    found = torch.cat([gradient.flatten() for gradient in job_model.gradients])
+    job_model.clear_gradients()
     targets = rows.token_ids_BT.masked_fill(~rows.supervised_BT, -100)[:, 1:]
-    logits = trainee.method.logits(trainee.attached, rows.token_ids_BT)[:, :-1]
+    logits = job_model.method.logits(job_model.attached, rows.token_ids_BT)[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
-    expected = torch.cat([gradient.flatten() for gradient in trainee.gradients])
+    expected = torch.cat([gradient.flatten() for gradient in job_model.gradients])
     assert scores.loss == pytest.approx(loss.item(), rel=1e-5)
     assert (found - expected).norm() < 1e-4 * expected.norm()

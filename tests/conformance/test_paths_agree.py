@@ -40,12 +40,12 @@ def test_bf16_weights_compute_in_float32_as_a_float32_copy_of_them_does(bench: B
 def test_a_canary_is_float32s_answer_with_the_rounding_of_the_weights_type_beside_it(
     bench: Bench, dtype: torch.dtype
 ) -> None:
-    trainee = bench.trainee(LORA, dtype=dtype)
-    canary = record_canary(trainee, [5, 6, 7, 8])
+    job_model = bench.job_model(LORA, dtype=dtype)
+    canary = record_canary(job_model, [5, 6, 7, 8])
     ids_1T = torch.tensor([canary.token_ids])
-    rounded_V = trainee.method.logits(trainee.attached, ids_1T)[0, -1, canary.candidates].float()
-    trainee.attached.model.float()
-    exact_V = trainee.method.logits(trainee.attached, ids_1T)[0, -1, canary.candidates]
+    rounded_V = job_model.method.logits(job_model.attached, ids_1T)[0, -1, canary.candidates].float()
+    job_model.attached.model.float()
+    exact_V = job_model.method.logits(job_model.attached, ids_1T)[0, -1, canary.candidates]
     assert canary.precision == str(dtype).removeprefix("torch.")
     assert canary.logits == pytest.approx(exact_V.tolist(), rel=1e-4)
     if dtype == torch.float32:
@@ -59,15 +59,15 @@ def test_a_canary_is_float32s_answer_with_the_rounding_of_the_weights_type_besid
 def test_rounding_beyond_what_may_be_excused_is_recorded_as_the_most_that_may(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainee = bench.trainee(LORA, dtype=torch.bfloat16)
-    logits = trainee.method.logits
+    job_model = bench.job_model(LORA, dtype=torch.bfloat16)
+    logits = job_model.method.logits
 
     def worse(attached: Attached, token_ids_BT: torch.Tensor) -> torch.Tensor:
         found_BTV = logits(attached, token_ids_BT)
         return found_BTV * 2 if found_BTV.dtype == torch.bfloat16 else found_BTV
 
-    monkeypatch.setattr(trainee.method, "logits", worse)
-    assert record_canary(trainee, [5, 6, 7, 8]).rounding == MOST_ROUNDING
+    monkeypatch.setattr(job_model.method, "logits", worse)
+    assert record_canary(job_model, [5, 6, 7, 8]).rounding == MOST_ROUNDING
 
 
 def _noisy(exact_ND: torch.Tensor, size: float, seed: int) -> torch.Tensor:
@@ -98,5 +98,5 @@ def test_results_farther_from_the_exact_ones_than_the_plain_paths_are_wrong(foun
     assert not is_as_exact(found, _noisy(EXACT_ND, 0.15, 2), EXACT_ND)
 
 
-def test_nothing_is_told_from_plain_results_that_are_rounding_themselves() -> None:
+def test_nothing_is_distinguished_from_plain_results_that_are_rounding_themselves() -> None:
     assert not is_as_exact(EXACT_ND, _noisy(EXACT_ND, 0.3, 1), EXACT_ND)

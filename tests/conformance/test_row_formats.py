@@ -69,7 +69,7 @@ def test_what_is_accepted_is_read_and_what_is_refused_is_explained(row_format):
         assert all(fault.line == 4 and fault.field and fault.rule != "row.unreadable" for fault in faults)
 
 
-def test_no_more_than_forty_characters_of_a_row_are_told(row_format):
+def test_no_more_than_forty_characters_of_a_row_are_reported(row_format):
     row = sample(row_format) | {"s" * 500: "t" * 500}
     [*faults] = explain_row(row_format, json.dumps(row).encode(), 1)
     assert faults

@@ -9,7 +9,7 @@ from luthier.training.process_io import StoppedError
 from tests.tiny_methods import DEFAULTS, LLAMA, Bench, Case
 from tests.tiny_shapes import NUM_POSITIONS
 
-# Of different lengths, so that answers side by side lie at different positions.
+# Of different lengths, so that answers side by side have different positions.
 PROMPTS = [[1, 40, 41, 50, 60, 45], [1, 7, 9], [1, 30, *range(60, 100, 3)]]
 
 
@@ -41,8 +41,8 @@ def answers_of(
 
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
 def test_answers_are_what_the_plain_path_gives_token_by_token(case: Case, bench: Bench) -> None:
-    trainee = bench.trained(case)
-    method, attached = trainee.method, trainee.attached
+    job_model = bench.trained(case)
+    method, attached = job_model.method, job_model.attached
     found = answers_of(method, attached)
     assert found == [
         read_again(method, attached, prompt, len(answer))

@@ -51,7 +51,7 @@ def test_a_checked_integration_has_openais_shape_and_checks_again(tracker: Track
     (checked,) = check_integrations([given], settings)
     assert set(checked) == {"type", tracker.name}
     assert (checked["type"], checked[tracker.name]["project"]) == (tracker.name, "p")
-    assert "set" not in str(checked), "no setting is told"
+    assert "set" not in str(checked), "no setting is reported"
     assert check_integrations([checked], settings) == [checked]
 
 

@@ -116,11 +116,11 @@ def test_a_random_prompt_is_as_large_as_real_tokens(bench: Bench) -> None:
 
 def test_a_projection_is_dropped_on_saving(bench: Bench, tmp_path: Path) -> None:
     case = Case(LLAMA, {"type": "prefix", "projection": True})
-    trainee = bench.trained(case, 2)
-    trainee.method.save(trainee.attached, tmp_path)
+    job_model = bench.trained(case, 2)
+    job_model.method.save(job_model.attached, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["prefix_projection"] is False
-    again = trainee.method.load(bench.load(LLAMA), tmp_path)
+    again = job_model.method.load(bench.load(LLAMA), tmp_path)
     assert not hasattr(again.model.prompt_encoder["default"], "transform")
 
 
@@ -184,10 +184,10 @@ def test_a_text_without_tokens_is_refused(bench: Bench, name: str) -> None:
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_a_bf16_base_learns_in_float32(bench: Bench, name: str) -> None:
     case = Case(LLAMA, {"type": name})
-    trainee = bench.trainee(case, dtype=torch.bfloat16)
-    losses = train(trainee, case, 6)
+    job_model = bench.job_model(case, dtype=torch.bfloat16)
+    losses = train(job_model, case, 6)
     assert losses[-1] < losses[0]
-    assert trainee.logits(batch(0)).dtype == torch.bfloat16
+    assert job_model.logits(batch(0)).dtype == torch.bfloat16
 
 
 def test_a_base_whose_layers_keep_other_shapes_gets_no_prefix(bench: Bench) -> None:
@@ -228,8 +228,8 @@ def test_a_base_with_recurrent_layers_is_refused(bench: Bench, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
 def test_the_answer_of_the_card_is_the_trained_models(bench: Bench, tmp_path: Path, name: str) -> None:
-    trainee = bench.trained(Case(LLAMA, {"type": name}), 2)
-    trainee.method.save(trainee.attached, tmp_path)
+    job_model = bench.trained(Case(LLAMA, {"type": name}), 2)
+    job_model.method.save(job_model.attached, tmp_path)
     loaded = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(bench.bases[LLAMA]), str(tmp_path)
     )
@@ -239,7 +239,7 @@ def test_the_answer_of_the_card_is_the_trained_models(bench: Bench, tmp_path: Pa
     with torch.no_grad():
         found = scope["answer"](loaded.eval(), first, 8)
         for _ in range(8):
-            following = trainee.method.logits(trainee.attached, tokens)[:, -1:].argmax(-1)
+            following = job_model.method.logits(job_model.attached, tokens)[:, -1:].argmax(-1)
             tokens = torch.cat([tokens, following], dim=1)
         own = scope["answer"](bench.load(LLAMA), first, 8)
     assert torch.equal(found, tokens)

@@ -13,7 +13,6 @@ from luthier.methods import method_of_artifact, parse_tuning
 from luthier.methods.base import Start
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import AdapterId, AdapterSource, ModelRunner, ScheduledBatch, TokenChunk
-from tests.tiny import build_tiny_base
 
 _NUM_BLOCKS, _NUM_NEW = 32, 8
 _PROMPTS = ([5, 17, 9, 30, 8], [12, 7], [21] * 19)
@@ -23,11 +22,6 @@ RUNNERS: dict[str, Callable[[object], ModelRunner]] = {
     "reference": lambda model: ReferenceRunner(model, num_blocks=_NUM_BLOCKS, max_sequences=4),
     "paged": lambda model: PagedRunner(model, max_cache_tokens=16 * _NUM_BLOCKS, max_sequences=4),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
 
 
 @pytest.fixture(scope="module")

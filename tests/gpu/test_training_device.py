@@ -12,17 +12,12 @@ from luthier.core.events import FinishedEvent, StepEvent, TrainingEvent
 from luthier.core.settings import Settings
 from luthier.modeling.load import load_base
 from luthier.training.model.device import measure_speed
-from tests.tiny import build_tiny_base, build_tiny_run
+from tests.tiny import build_tiny_run
 from tests.training_runs import finished, run_here
 
 METHODS = ("lora", "adapter", "prefix", "prompt", "full")
 # Devices add the same numbers in another order.
 _SAME_LOSS = {"rel": 2e-3, "abs": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
 
 
 def make_run(folder: Path, base: Path, device: str, **options: Any) -> Path:

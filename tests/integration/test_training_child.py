@@ -65,11 +65,6 @@ class Child:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
-
-
-@pytest.fixture(scope="module")
 def process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrainingEvent], int]:
     """One process over two run directories, the first without a base: the second, all events, exit code."""
     folder = tmp_path_factory.mktemp("process")

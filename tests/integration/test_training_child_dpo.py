@@ -7,7 +7,7 @@ import pytest
 
 from luthier.core.events import EvaluatedEvent, StepEvent, TrainingEvent
 from luthier.methods import discover
-from tests.tiny import build_tiny_base, build_tiny_run
+from tests.tiny import build_tiny_run
 from tests.training_runs import finished, run_here, run_killed_everywhere
 
 SETTINGS: dict[str, Any] = {
@@ -19,11 +19,6 @@ SETTINGS: dict[str, Any] = {
 }
 # Pairs of 2 x 12 to 2 x 47 tokens: every step has several parts.
 MAX_TOKENS = 128
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
 
 
 def steps(events: list[TrainingEvent]) -> list[StepEvent]:

@@ -26,11 +26,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
-
-
 class Trained:
     """A run that has ended: its report, and its artifact as a parent of others."""
 

@@ -17,7 +17,7 @@ from luthier.training import build as assemble_module
 from luthier.training.loop.gradient_accumulation import GradientAccumulator
 from luthier.training.loop.loop import Loop
 from luthier.training.output.resume_state import SavePoints
-from tests.tiny import build_tiny_base, build_tiny_run
+from tests.tiny import build_tiny_run
 from tests.training_runs import finished, run_here, run_killed_everywhere
 
 METHODS = list(discover())
@@ -30,11 +30,6 @@ SETTINGS: dict[str, Any] = {
 }
 # Four rows of 12 to 47 tokens: every step has several micro-batches.
 MAX_TOKENS = 64
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
 
 
 def started(events: list[TrainingEvent]) -> StartedEvent:

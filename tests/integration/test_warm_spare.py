@@ -14,16 +14,11 @@ import pytest
 from luthier.core.events import FinishedEvent, StoppedEvent, TrainingEvent, parse_event
 from tests.conftest import wait_until
 from tests.stack import is_alive
-from tests.tiny import build_tiny_base, build_tiny_run
+from tests.tiny import build_tiny_run
 from worker.training_process.child import start_child
 from worker.training_process.fork_server import ForkedRun, ForkServer
 
 SETTINGS = {"num_rows": 12, "hyperparameters": {"n_epochs": 1, "batch_size": 4}}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
 
 
 def run(folder: Path, fork_server: ForkServer | None) -> tuple[int, FinishedEvent]:

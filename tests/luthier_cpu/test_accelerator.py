@@ -17,20 +17,20 @@ LORA = Case(LLAMA, {"type": "lora"})
 
 def test_a_fast_path_with_a_wrong_scale_is_found_though_it_agreed_at_the_start(bench: Bench) -> None:
     # The fast path takes its scale when it is made; the plain one reads PEFT's.
-    trainee = bench.trainee(LORA)
-    assert trainee.path == "fused"
-    trainee.attached.causal_lm.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
-    trainee.verify([batch(0)])
-    train(trainee, LORA, 8)
+    job_model = bench.job_model(LORA)
+    assert job_model.path == "fused"
+    job_model.attached.causal_lm.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    job_model.verify([batch(0)])
+    train(job_model, LORA, 8)
     with pytest.raises(SelfCheckError, match="accelerator"):
-        trainee.verify([batch(0)])
+        job_model.verify([batch(0)])
 
 
 def test_full_tuning_of_a_llama_with_a_head_of_its_own_takes_the_fast_path(bench: Bench) -> None:
-    trainee = bench.trainee(Case("llama-untied", {"type": "full"}))
-    assert trainee.path == "fused"
-    trainee.add_gradients(trainee.loss(everything()).nll_sum)
-    untouched = [name for name, value in trainee.named_parameters if value.grad is None]
+    job_model = bench.job_model(Case("llama-untied", {"type": "full"}))
+    assert job_model.path == "fused"
+    job_model.add_gradients(job_model.loss(everything()).nll_sum)
+    untouched = [name for name, value in job_model.named_parameters if value.grad is None]
     assert untouched == []
 
 
@@ -39,31 +39,31 @@ def test_full_tuning_of_a_llama_with_a_head_of_its_own_takes_the_fast_path(bench
 def test_a_fast_path_that_only_rounding_parts_from_the_plain_one_is_not_refused(
     bench: Bench, case: Case
 ) -> None:
-    trainee = bench.trainee(case, dtype=torch.bfloat16)
+    job_model = bench.job_model(case, dtype=torch.bfloat16)
     # What has no fast path in float32 has none here; all others must get theirs by float32's word.
-    assert trainee.path == bench.trainee(case).path
-    assert _same(trainee, everything()) == (trainee.path == "plain")
-    train(trainee, case, 3)
+    assert job_model.path == bench.job_model(case).path
+    assert _same(job_model, everything()) == (job_model.path == "plain")
+    train(job_model, case, 3)
     # The head's check compares one product with itself, which nothing parts.
-    trainee.verify([batch(0), everything()])
+    job_model.verify([batch(0), everything()])
 
 
 @pytest.mark.usefixtures("float32_judges")
 def test_a_wrong_fast_path_is_refused_by_float32(bench: Bench) -> None:
-    trainee = bench.trainee(LORA, dtype=torch.bfloat16)
-    train(trainee, LORA, 8)
-    trainee.verify([batch(0)])
+    job_model = bench.job_model(LORA, dtype=torch.bfloat16)
+    train(job_model, LORA, 8)
+    job_model.verify([batch(0)])
     # The fast path took its scale when it was made; the plain one reads PEFT's.
-    for layer in trainee.attached.causal_lm.model.layers:
+    for layer in job_model.attached.causal_lm.model.layers:
         layer.mlp.down_proj.scaling["default"] *= 4
     with pytest.raises(SelfCheckError, match="accelerator"):
-        trainee.verify([batch(0)])
+        job_model.verify([batch(0)])
 
 
-def _same(trainee: JobModel, rows: Batch) -> bool:
-    path = trainee.reference if trainee.accelerated is None else trainee.accelerated
+def _same(job_model: JobModel, rows: Batch) -> bool:
+    path = job_model.reference if job_model.accelerated is None else job_model.accelerated
     with torch.no_grad():
-        return torch.equal(path.logits(rows), trainee.reference.logits(rows))
+        return torch.equal(path.logits(rows), job_model.reference.logits(rows))
 
 
 @pytest.fixture
@@ -97,19 +97,19 @@ def test_losses_and_gradients_of_rows_that_begin_alike_are_the_plain_paths(
     assert rows.num_shared > 0
     assert rows.num_needed < rows.token_ids_BT.shape[1]
     long = Bench({LLAMA: build_tiny_base(tmp_path / BASE_ID)})
-    trainee = long.trainee(Case(LLAMA, {"type": kind}))
+    job_model = long.job_model(Case(LLAMA, {"type": kind}))
     weights_B = torch.linspace(-1, 2, len(rows.token_ids_BT))
 
     def score() -> list[torch.Tensor]:
-        trainee.clear_gradients()
-        loss = trainee.loss(rows)
-        trainee.add_gradients(loss.nll_sum)
-        likelihoods_B = trainee.row_log_likelihoods(rows)
-        trainee.add_gradients((likelihoods_B * weights_B).sum())
-        return [loss.nll_sum.detach(), likelihoods_B.detach(), *(one.clone() for one in trainee.gradients)]
+        job_model.clear_gradients()
+        loss = job_model.loss(rows)
+        job_model.add_gradients(loss.nll_sum)
+        likelihoods_B = job_model.row_log_likelihoods(rows)
+        job_model.add_gradients((likelihoods_B * weights_B).sum())
+        return [loss.nll_sum.detach(), likelihoods_B.detach(), *(one.clone() for one in job_model.gradients)]
 
-    assert trainee.path == "fused"
+    assert job_model.path == "fused"
     found = score()
-    trainee.accelerated = None
+    job_model.accelerated = None
     for one, other in zip(found, score(), strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))

@@ -15,7 +15,6 @@ from luthier.modeling.load import load_base
 from luthier_cpu.training import attention as fused_attention
 from luthier_cpu.training.linear import PanelLinear, WideLinear
 from luthier_cpu.training.llama import FusedLlama, fuse
-from tests.tiny import build_tiny_base
 
 METHODS: list[dict[str, Any]] = [
     {"type": "lora"},
@@ -30,11 +29,6 @@ METHODS: list[dict[str, Any]] = [
     {"type": "adapter", "bottleneck_dim": 8, "placement": "pfeiffer", "activation": "tanh"},
     {"type": "full"},
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "plain-kernels"])

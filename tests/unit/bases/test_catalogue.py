@@ -33,13 +33,13 @@ def test_an_unknown_name_is_refused_with_those_there_are():
     assert caught.value.param == "model"
 
 
-def test_a_tuned_models_name_is_not_told_of_as_a_base():
+def test_a_tuned_models_name_is_not_reported_as_a_base():
     with pytest.raises(ModelNotAvailableError, match="No tuned model of this project is called 'ft:a::b'"):
         load_catalogue(SHIPPED).resolve("ft:a::b")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         ("[bases.a]\n" + ENTRY.format(source="ftp://x"), "is none of"),
         ("[bases.A]\n" + ENTRY.format(source="path:/x"), "can't be read"),
@@ -48,8 +48,8 @@ def test_a_tuned_models_name_is_not_told_of_as_a_base():
         ("[bases", "can't be read"),
     ],
 )
-def test_a_broken_catalogue_is_refused_with_the_reason(tmp_path, content, told):
+def test_a_broken_catalogue_is_refused_with_the_reason(tmp_path, content, reported):
     path = tmp_path / "models.toml"
     path.write_text(content)
-    with pytest.raises(LuthierError, match=told):
+    with pytest.raises(LuthierError, match=reported):
         load_catalogue(path)

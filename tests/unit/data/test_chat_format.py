@@ -86,7 +86,7 @@ def message_row(**fields):
         ),
     ],
 )
-def test_a_broken_rule_is_told_with_its_line_field_and_rule(row, field, rule):
+def test_a_broken_rule_is_reported_with_its_line_field_and_rule(row, field, rule):
     assert read(row) is None
     faults = explain(row)
     assert [(fault.line, fault.field, fault.rule) for fault in faults] == [(7, field, rule)]
@@ -101,7 +101,7 @@ def test_an_unknown_role_is_quoted(role, what):
     assert fault.message.startswith(f'"role" {what}; it is one of system, developer, user, assistant, tool')
 
 
-def test_all_faults_of_a_line_are_told_at_once():
+def test_all_faults_of_a_line_are_reported_at_once():
     row = {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a", "weight": 3}]}
     assert [fault.field for fault in explain(row)] == ["messages[0].content", "messages[1].weight"]
 

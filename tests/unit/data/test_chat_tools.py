@@ -20,7 +20,7 @@ def calling(*calls, **fields):
     return {"role": "assistant", "content": None, "tool_calls": list(calls) or [call()], **fields}
 
 
-def told(id_="c1", content="4 degrees"):
+def answered(id_="c1", content="4 degrees"):
     return {"role": "tool", "tool_call_id": id_, "content": content}
 
 
@@ -42,7 +42,7 @@ def faults(row):
 def test_a_call_its_answer_and_the_tools_come_through():
     thinking = calling(reasoning_content="I need the weather.")
     row = read(
-        {"messages": [USER, thinking, told(), ANSWER], "tools": [tool()], "parallel_tool_calls": False}
+        {"messages": [USER, thinking, answered(), ANSWER], "tools": [tool()], "parallel_tool_calls": False}
     )
     assert row.tools == [tool()]
     assert row.turns == [
@@ -75,9 +75,9 @@ def test_the_older_functions_become_tools_and_their_answers_a_tools():
         [USER, calling()],
         [USER, calling(content="let me see")],
         [USER, {key: value for key, value in calling().items() if key != "content"}],
-        [USER, calling(call("c1"), call("c2")), told("c2"), told("c1"), ANSWER],
-        [USER, calling(weight=0), told(), {**ANSWER, "weight": 1}],
-        [USER, calling(), told(content=[{"type": "text", "text": "4"}]), ANSWER],
+        [USER, calling(call("c1"), call("c2")), answered("c2"), answered("c1"), ANSWER],
+        [USER, calling(weight=0), answered(), {**ANSWER, "weight": 1}],
+        [USER, calling(), answered(content=[{"type": "text", "text": "4"}]), ANSWER],
         # The shape in which SDKs write an answer out.
         [USER, {**ANSWER, "refusal": None, "audio": None, "function_call": None, "tool_calls": None}],
     ],
@@ -94,14 +94,17 @@ def test_sound_conversations_are_read(messages):
         ([{**USER, "content": None}, ANSWER], [("messages[0].content", "message.content")]),
         ([USER, calling(), ANSWER], [("messages[1].tool_calls[0].id", "tool_call.unanswered")]),
         (
-            [USER, calling(call("a"), call("b")), told("b"), ANSWER],
+            [USER, calling(call("a"), call("b")), answered("b"), ANSWER],
             [("messages[1].tool_calls[0].id", "tool_call.unanswered")],
         ),
         ([USER, calling(call("a"), call("a"))], [("messages[1].tool_calls[1].id", "tool_call.id_twice")]),
-        ([USER, told(), ANSWER], [("messages[1].tool_call_id", "tool.no_call")]),
-        ([USER, calling(), told("c9"), told(), ANSWER], [("messages[2].tool_call_id", "tool.no_call")]),
-        ([USER, calling(), told(), told(), ANSWER], [("messages[3].tool_call_id", "tool.no_call")]),
-        ([USER, calling(), told()], [("messages[2].role", "messages.last")]),
+        ([USER, answered(), ANSWER], [("messages[1].tool_call_id", "tool.no_call")]),
+        (
+            [USER, calling(), answered("c9"), answered(), ANSWER],
+            [("messages[2].tool_call_id", "tool.no_call")],
+        ),
+        ([USER, calling(), answered(), answered(), ANSWER], [("messages[3].tool_call_id", "tool.no_call")]),
+        ([USER, calling(), answered()], [("messages[2].role", "messages.last")]),
         ([{**USER, "tool_calls": [call()]}, ANSWER], [("messages[0].tool_calls", "message.misplaced")]),
         (
             [{**USER, "reasoning_content": "x"}, ANSWER],
@@ -118,7 +121,7 @@ def test_sound_conversations_are_read(messages):
         ),
     ],
 )
-def test_a_rule_between_messages_is_told_at_its_message(messages, expected):
+def test_a_rule_between_messages_is_reported_at_its_message(messages, expected):
     assert faults({"messages": messages}) == expected
 
 
@@ -141,7 +144,7 @@ def test_a_rule_between_messages_is_told_at_its_message(messages, expected):
         ({**call(), "function": "f"}, "function", "tool_call.function"),
     ],
 )
-def test_a_rule_of_a_call_is_told_at_its_field(broken, field, rule):
+def test_a_rule_of_a_call_is_reported_at_its_field(broken, field, rule):
     assert faults({"messages": [USER, calling(broken)]}) == [(f"messages[1].tool_calls[0].{field}", rule)]
 
 
@@ -162,7 +165,7 @@ def test_a_rule_of_a_call_is_told_at_its_field(broken, field, rule):
         ({"parallel_tool_calls": 1}, "parallel_tool_calls", "row.parallel_tool_calls"),
     ],
 )
-def test_a_rule_of_the_row_is_told_at_its_field(fields, field, rule):
+def test_a_rule_of_the_row_is_reported_at_its_field(fields, field, rule):
     found = faults({"messages": [USER, ANSWER], **fields})
     assert set(found) == {(field, rule)} or (len(found) > 1 and found[0] == (field, rule))
 

@@ -1,4 +1,4 @@
-"""Containers: the same rows come out of each, however it is cut, and a broken one is told by its place."""
+"""Containers: each yields the same rows, however it is cut, and a broken one is reported by its place."""
 
 import csv
 import gzip
@@ -74,7 +74,7 @@ def test_every_container_gives_the_same_rows_however_it_is_cut(name):
         assert container.endswith("+gzip") == ("gzip" in name)
 
 
-def test_rows_bear_the_line_where_they_begin_and_of_an_array_their_number():
+def test_rows_have_the_line_where_they_begin_and_of_an_array_their_number():
     found, _ = rows_of(FILES["csv"])
     assert [row.number for row in found] == [2, 3, 5]
     found, _ = rows_of(FILES["array in lines"])
@@ -120,7 +120,7 @@ def test_any_bytes_give_the_same_rows_and_faults_wherever_they_are_cut(content, 
     assert outcome(cuts) == outcome([])
 
 
-def told(content, *, path=None, **limits):
+def reported(content, *, path=None, **limits):
     checker = FileChecker(Limits(**limits))
     with pytest.raises(InvalidFileFormatError) as caught:
         checker.feed(content)
@@ -162,8 +162,8 @@ CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "c
         ),
     ],
 )
-def test_what_is_broken_is_told_with_its_place(content, expected):
-    assert expected in told(content)
+def test_what_is_broken_is_reported_with_its_place(content, expected):
+    assert expected in reported(content)
 
 
 def test_a_chat_in_a_table_is_read_from_its_json_cells():
@@ -177,13 +177,13 @@ def test_a_chat_in_a_table_is_read_from_its_json_cells():
 
 def test_a_cell_can_not_add_keys_to_its_row():
     cell = '[{"role": "assistant", "content": "a"}], "parallel_tool_calls": false'
-    assert "must hold JSON" in told(as_csv([{"messages": cell}]))
+    assert "must hold JSON" in reported(as_csv([{"messages": cell}]))
 
 
 def test_a_row_over_the_limit_is_a_fault_and_not_kept():
     long = json.dumps({"prompt": "x" * 100_000, "completion": "c"})
     for content in (f"[{CHAT}, {long}, {CHAT}]", f"prompt,completion\np,{'x' * 100_000}\n"):
-        assert "longer than 2000 bytes" in told(content.encode(), max_row_bytes=2000)
+        assert "longer than 2000 bytes" in reported(content.encode(), max_row_bytes=2000)
 
 
 @pytest.mark.parametrize("opening", [b'[{"text": "', b'text\n"'], ids=["array", "csv"])
@@ -206,12 +206,12 @@ def test_a_bomb_is_refused_before_it_expands():
     bomb = gzip.compress(line * 10_000)
     assert len(bomb) < 400 * 1024
     tracemalloc.start()
-    message = told(bomb)
+    message = reported(bomb)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert "more than 100 times its size" in message
     assert peak_bytes < 8 * 1024 * 1024
-    assert "more than 1000000 bytes" in told(bomb, max_expanded_bytes=1_000_000, max_expansion_ratio=1e9)
+    assert "more than 1000000 bytes" in reported(bomb, max_expanded_bytes=1_000_000, max_expansion_ratio=1e9)
 
 
 def test_a_file_of_equal_short_rows_is_no_bomb():

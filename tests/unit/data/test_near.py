@@ -145,7 +145,7 @@ def templated():
     return [f"{template} {subject}" for subject in subjects] + twice
 
 
-def test_rows_of_one_template_are_told_apart_by_the_rest_of_their_texts(templated):
+def test_rows_of_one_template_are_distinguished_by_the_rest_of_their_texts(templated):
     signatures = SIGNER.sign(templated)
     assert len(set(group_near(signatures).tolist())) == 1
     groups = group_beside_template(signatures)

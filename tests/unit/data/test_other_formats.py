@@ -57,7 +57,7 @@ def test_rows_of_texts_become_turns(name, row, expected):
         ("text", {"text": ""}, [("text", "field.empty")]),
     ],
 )
-def test_a_broken_row_of_texts_is_told_at_its_field(name, row, expected):
+def test_a_broken_row_of_texts_is_reported_at_its_field(name, row, expected):
     assert faults(name, row) == expected
 
 
@@ -111,7 +111,7 @@ def test_a_sharegpt_conversation_with_tools_becomes_turns():
         ([{**turn("gpt", "a"), "weight": 1}], [("conversations[0].weight", "message.unknown_key")]),
     ],
 )
-def test_a_broken_sharegpt_row_is_told_at_its_turn(conversations, expected):
+def test_a_broken_sharegpt_row_is_reported_at_its_turn(conversations, expected):
     assert faults("sharegpt", {"conversations": conversations}) == expected
 
 
@@ -178,7 +178,7 @@ def test_the_older_names_of_the_outputs_are_taken():
         ),
     ],
 )
-def test_a_broken_preference_is_told_at_its_field(row, expected):
+def test_a_broken_preference_is_reported_at_its_field(row, expected):
     assert faults("preference", row) == expected
 
 
@@ -201,7 +201,7 @@ def test_a_format_is_known_by_its_keys(keys, name):
     assert find_format(keys).name == name
 
 
-def test_keys_of_no_format_are_told_as_of_a_chat():
+def test_keys_of_no_format_are_reported_as_of_a_chat():
     assert find_format({"question", "answer"}) is None
     assert detect_format(b'{"question": 1}', 1) is discover()["chat"]
 
@@ -211,6 +211,6 @@ def test_a_row_of_another_format_is_one_fault_that_names_both():
     assert (fault.line, fault.rule) == (9, "row.other_format")
     assert "completion" in fault.message
     assert "chat" in fault.message
-    # A row that only lacks a key is told what it lacks.
+    # A row that only lacks a key is reported what it lacks.
     [fault] = explain_row(discover()["labels"], b'{"text": "t"}', 9)
     assert (fault.field, fault.rule) == ("label", "field.missing")

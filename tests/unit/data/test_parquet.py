@@ -35,8 +35,8 @@ def check(path, **limits):
 
 def test_rows_with_nulls_where_a_key_is_absent_are_read(tmp_path):
     calling = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    told = {"role": "tool", "content": "7", "tool_call_id": "c"}
-    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, calling, told, ANSWER]}]
+    reported = {"role": "tool", "content": "7", "tool_call_id": "c"}
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, calling, reported, ANSWER]}]
     path = write(tmp_path / "rows", rows * 300, row_group_size=7)
     facts = check(path)
     assert (facts.num_rows, facts.format, facts.container) == (600, "chat", "parquet")
@@ -56,14 +56,14 @@ def test_texts_that_hold_json_are_read_as_such(tmp_path):
         check(path)
 
 
-def test_faults_are_told_by_the_row_s_number(tmp_path):
+def test_faults_are_reported_by_the_row_s_number(tmp_path):
     rows = [{"prompt": "p", "completion": "c"}] * 9 + [{"prompt": "p", "completion": ""}]
     with pytest.raises(InvalidFileFormatError, match=r"^Row 10, completion: "):
         check(write(tmp_path / "rows", rows, row_group_size=4))
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "reported"),
     [
         ([{"prompt": "p", "completion": "c", "id": 1}], "Row 1, column 3, id: Unknown column"),
         ([{"prompt": "p"}], 'Row 1, completion: The column "completion" is missing'),
@@ -71,10 +71,10 @@ def test_faults_are_told_by_the_row_s_number(tmp_path):
         ([{"text": b"\xff"}], "Row 1, text: A text of the row is not UTF-8"),
     ],
 )
-def test_columns_that_no_format_has_are_told_once(tmp_path, rows, told):
+def test_columns_that_no_format_has_are_reported_once(tmp_path, rows, reported):
     with pytest.raises(InvalidFileFormatError) as caught:
         check(write(tmp_path / "rows", rows * 30))
-    assert told in caught.value.message
+    assert reported in caught.value.message
 
 
 def test_a_file_that_was_cut_is_refused(tmp_path):
@@ -91,7 +91,7 @@ def test_a_column_of_equal_values_can_not_expand_without_bound(tmp_path):
         check(path)
 
 
-def test_a_caller_without_the_whole_file_is_told(tmp_path):
+def test_a_caller_without_the_whole_file_is_refused(tmp_path):
     checker = FileChecker()
     checker.feed(write(tmp_path / "rows", [{"text": "t"}]).read_bytes())
     with pytest.raises(InvalidFileFormatError, match="Parquet"):
@@ -112,8 +112,8 @@ def peak_mib():
 
 before = peak_mib()
 for path in sys.argv[1:]:
-    told = [item.rule for item in read_parquet(Path(path), Limits()) if isinstance(item, Fault)]
-    print(Path(path).name, peak_mib() - before, *told)
+    reported = [item.rule for item in read_parquet(Path(path), Limits()) if isinstance(item, Fault)]
+    print(Path(path).name, peak_mib() - before, *reported)
 """
 
 
@@ -164,8 +164,8 @@ def test_the_sizes_that_a_table_of_contents_claims_are_not_believed(tmp_path):
     claimed = pq.ParquetFile(path).metadata.row_group(0).total_byte_size
     # Numbers are zigzags of seven bits a byte; the smaller one is as long as what it takes the place of.
     truth = [claimed * 2 >> shift & 127 for shift in (0, 7, 14, 21)]
-    lie = [claimed * 2 >> shift & 127 for shift in (0, 7)] + [0, 0]
-    old, new = (bytes([a | 128, b | 128, c | 128, d]) for a, b, c, d in (truth, lie))
+    claim = [claimed * 2 >> shift & 127 for shift in (0, 7)] + [0, 0]
+    old, new = (bytes([a | 128, b | 128, c | 128, d]) for a, b, c, d in (truth, claim))
     content = path.read_bytes()
     assert old in content
     path.write_bytes(content.replace(old, new))
@@ -179,7 +179,7 @@ def test_a_column_of_deltas_is_read(tmp_path):
     assert check(write(tmp_path / "rows", [{"text": "t"}] * 50, **options)).num_rows == 50
 
 
-def test_a_long_row_is_told_and_those_around_it_are_read(tmp_path):
+def test_a_long_row_is_reported_and_those_around_it_are_read(tmp_path):
     rows = [{"text": "a"}, {"text": "b" * 5000}, {"text": "c" * 900}, {"text": None}, {"text": "d"}] * 3
     found = list(read_parquet(write(tmp_path / "rows", rows), Limits(max_row_bytes=1000)))
     texts = [json.loads(one.content).get("text") for one in found if isinstance(one, RawRow)]

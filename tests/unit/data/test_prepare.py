@@ -16,11 +16,6 @@ QUESTION = {"role": "user", "content": "what is the colour?"}
 ANSWER = {"role": "assistant", "content": "blue, and the sea is 🟦 the same"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "base")
-
-
 def prepare(tmp_path, base, *rows, max_length=256, too_long="error", purpose="training"):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
@@ -132,7 +127,7 @@ def test_a_row_without_any_trained_token_is_a_fault_of_its_line(tmp_path, base):
     assert "Line 2, messages: No token of the row is trained" in caught.value.message
 
 
-def test_all_faults_are_counted_and_the_first_few_told(tmp_path, base):
+def test_all_faults_are_counted_and_the_first_few_reported(tmp_path, base):
     silent = [QUESTION, {**ANSWER, "weight": 0}]
     with pytest.raises(InvalidTrainingFileError) as caught:
         prepare(tmp_path, base, *[silent] * 300)
@@ -149,7 +144,7 @@ def test_a_line_that_broke_since_the_upload_is_a_fault_of_its_line(tmp_path, bas
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "reported"),
     [
         (
             # Like templates that take the reasoning out of all turns but the last.
@@ -169,12 +164,12 @@ def test_a_line_that_broke_since_the_upload_is_a_fault_of_its_line(tmp_path, bas
         ),
     ],
 )
-def test_what_the_template_can_not_do_is_a_fault_of_the_row(tmp_path, template, told):
+def test_what_the_template_can_not_do_is_a_fault_of_the_row(tmp_path, template, reported):
     base = build_tiny_base(tmp_path / "base")
     (base / "chat_template.jinja").write_text(template)
     with pytest.raises(InvalidTrainingFileError) as caught:
         prepare(tmp_path, base, [QUESTION, ANSWER, QUESTION, ANSWER])
-    assert told in caught.value.message
+    assert reported in caught.value.message
 
 
 TEMPLATES = {

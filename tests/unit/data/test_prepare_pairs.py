@@ -14,12 +14,6 @@ from luthier.data.prepare.row_counts import count_rows
 from luthier.data.prepare.validation_split import split_rows
 from luthier.data.rendering.tokenizer import Tokenizer
 from tests.rows import preference_row
-from tests.tiny import build_tiny_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "base")
 
 
 def prepare(

@@ -71,7 +71,7 @@ def test_special_tokens_and_the_helpers_of_templates_are_there():
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "reported"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].content + 1 }}", "TypeError"),
@@ -80,8 +80,8 @@ def test_special_tokens_and_the_helpers_of_templates_are_there():
         ("{{ nothing.at.all }}", "UndefinedError"),
     ],
 )
-def test_a_template_that_refuses_is_an_error_of_the_messages(source, told):
-    with pytest.raises(InvalidValueError, match=told) as caught:
+def test_a_template_that_refuses_is_an_error_of_the_messages(source, reported):
+    with pytest.raises(InvalidValueError, match=reported) as caught:
         ChatTemplate(source).render([USER], add_generation_prompt=False)
     assert caught.value.param == "messages"
     assert "hi" not in caught.value.message

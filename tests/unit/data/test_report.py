@@ -15,11 +15,6 @@ from tests.tiny import build_tiny_base
 SEA = "the sea is blue and wide and full of fish that swim in the water all day and all of the night too"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "base")
-
-
 @pytest.fixture
 def report(tmp_path, base):
     def make(rows, validation=None, folder=base):
@@ -71,7 +66,7 @@ def test_a_long_text_is_shown_cut(report):
     assert (len(shown.text), shown.is_cut, shown.supervised) == (MAX_SHOWN_CHARS, True, [])
 
 
-def test_exact_and_near_duplicates_are_told_by_their_lines(report):
+def test_exact_and_near_duplicates_are_reported_by_their_lines(report):
     rows = [*colour_rows(10), chat_row(SEA, "yes"), chat_row(f"{SEA}!", "yes"), *colour_rows(3)]
     found = report(rows).duplicates
     assert (found.exact.rows, [(one.line, one.other) for one in found.exact.pairs]) == (
@@ -81,7 +76,7 @@ def test_exact_and_near_duplicates_are_told_by_their_lines(report):
     assert (found.near.rows, [(one.line, one.other) for one in found.near.pairs]) == (1, [(12, 11)])
 
 
-def test_rows_that_the_validation_file_has_too_are_told(report):
+def test_rows_that_the_validation_file_has_too_are_reported(report):
     rows = [*colour_rows(10), chat_row(SEA, "yes")]
     assert report(rows).overlap is None
     found = report(rows, validation=[chat_row(f"{SEA}?", "yes"), *colour_rows(2)]).overlap
@@ -108,7 +103,7 @@ def test_a_row_that_teaches_nothing_is_a_fault(report):
     assert (fault.line, fault.rule) == (3, "row.nothing_supervised")
 
 
-def test_of_many_faults_the_first_hundred_are_told_and_all_counted(report):
+def test_of_many_faults_the_first_hundred_are_reported_and_all_counted(report):
     found = report([chat_row("q", f"a {number}", weight=0) for number in range(150)])
     assert (len(found.faults), found.num_faults, found.rows_with_faults) == (MAX_FAULTS, 150, 150)
 

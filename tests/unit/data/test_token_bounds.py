@@ -65,7 +65,7 @@ BOUNDED = {
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-def test_no_text_has_fewer_tokens_than_its_bytes_tell(name: str) -> None:
+def test_no_text_has_fewer_tokens_than_its_bytes_require(name: str) -> None:
     tokenizer = BOUNDED[name]
     bounds = find_bounds(tokenizer)
     assert bounds is not None and bounds.min_num_tokens("the sky" * 1000) > 50
@@ -101,5 +101,5 @@ def test_no_text_has_fewer_tokens_than_its_bytes_tell(name: str) -> None:
         make_fallback(with_bytes=False),
     ],
 )
-def test_nothing_is_told_where_text_may_vanish(tokenizer: tokenizer_module.Tokenizer) -> None:
+def test_there_is_no_bound_where_text_may_vanish(tokenizer: tokenizer_module.Tokenizer) -> None:
     assert find_bounds(tokenizer) is None

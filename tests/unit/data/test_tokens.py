@@ -12,11 +12,6 @@ TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "base")
-
-
-@pytest.fixture(scope="module")
 def tiny(base):
     return Tokenizer.load(base)
 

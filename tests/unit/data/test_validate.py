@@ -81,7 +81,7 @@ def test_any_bytes_give_facts_or_the_one_error(content):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reported"),
     [
         (b'{"messages": [}', "Line 2, column 15"),
         (b'{"messages": "\xff"}', "Line 2, column 15: Byte 15 of the line is not UTF-8"),
@@ -101,15 +101,15 @@ def test_any_bytes_give_facts_or_the_one_error(content):
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
-def test_a_broken_line_is_told_with_its_number_and_what_to_do(line, told):
+def test_a_broken_line_is_reported_with_its_number_and_what_to_do(line, reported):
     with pytest.raises(InvalidFileFormatError) as caught:
         check(b"\n".join([ROW, line, ROW]), max_line_bytes=500_000)
-    assert caught.value.message.startswith(told)
+    assert caught.value.message.startswith(reported)
     assert caught.value.param == "file"
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         (gzip.compress(gzip.compress(ROW, mtime=0), mtime=0), "compressed twice"),
         (gzip.compress(b"PAR1rest", mtime=0), "compressed in itself"),
@@ -127,8 +127,8 @@ def test_a_broken_line_is_told_with_its_number_and_what_to_do(line, told):
         (b"\xef\xbb\xbf", "empty"),
     ],
 )
-def test_a_file_of_another_kind_is_named_as_such(content, told):
-    with pytest.raises(InvalidFileFormatError, match=told):
+def test_a_file_of_another_kind_is_named_as_such(content, reported):
+    with pytest.raises(InvalidFileFormatError, match=reported):
         check(content)
 
 
@@ -148,7 +148,7 @@ def test_blank_lines_in_the_middle_are_one_fault_at_the_first_of_them():
     assert caught.value.message == "Line 2: The line is blank; remove it."
 
 
-def test_no_more_than_forty_characters_of_a_row_are_told():
+def test_no_more_than_forty_characters_of_a_row_are_reported():
     secret = "s" * 500
     with pytest.raises(InvalidFileFormatError) as caught:
         check(json.dumps({secret: secret, "messages": [{"role": secret, "content": 1}]}).encode())

@@ -51,7 +51,9 @@ class _Params(MethodParams):
         ({"a\nb" + "c" * 90: 1}, UnknownParameterError, "tuning.a\\nb" + "c" * 36),
     ],
 )
-def test_a_fault_is_told_by_its_path(tuning: dict[str, Any], error: type[LuthierError], param: str) -> None:
+def test_a_fault_is_reported_by_its_path(
+    tuning: dict[str, Any], error: type[LuthierError], param: str
+) -> None:
     with pytest.raises(ValidationError) as caught:
         _Params.model_validate(tuning)
     fault = first_fault(caught.value, tuning, list(_Params.model_fields))

@@ -165,7 +165,9 @@ def test_deleting_keeps_what_is_to_be_kept(storage: Storage) -> None:
     storage.delete("never/was")
 
 
-def test_a_storage_that_fails_is_told_from_one_that_lacks_an_object(storage: Storage, tmp_path: Path) -> None:
+def test_a_storage_that_fails_is_distinguished_from_one_that_lacks_an_object(
+    storage: Storage, tmp_path: Path
+) -> None:
     assert storage.local_root is not None
     (storage.local_root / "models").write_text("a file where a folder should be")
     with pytest.raises(UnavailableError):

@@ -35,7 +35,7 @@ def _module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_wandb_runs_bear_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_runs_have_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_DIR", raising=False)
     calls = Calls()
     _module(monkeypatch, "wandb", init=calls.init, Settings=SimpleNamespace)
@@ -51,7 +51,7 @@ def test_wandb_runs_bear_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch
     opened.log(3, {"train_loss": 0.5})
     opened.close("failed")
     (_, _, begun), (_, (metrics,), at), (_, _, ended) = calls.made
-    # Two tenants' projects of one name are apart.
+    # Two tenants' projects of one name are separate.
     assert (begun["project"], begun["entity"]) == (f"{_RUN.project_id}-p", "e")
     assert begun["name"] == begun["id"] == "ftjob-1"
     assert begun["resume"] == "allow"

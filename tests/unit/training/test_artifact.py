@@ -47,8 +47,8 @@ def test_a_card_names_the_library_and_the_call_that_load_its_artifact(
     )
     inputs = RunInputs(job_id="ftjob-x", model_name="ft:b:o::x", base_path="/x")
     spec = TrainingSpec(base=base, base_id="b", tuning={"type": name}, seed=1)
-    trainee = SimpleNamespace(method=discover()[name], attached=SimpleNamespace(num_trained_parameters=3))
-    card = _card(Origin(inputs, spec, base), cast(JobModel, trainee), 4, Metrics(train_loss=1.0))
+    job_model = SimpleNamespace(method=discover()[name], attached=SimpleNamespace(num_trained_parameters=3))
+    card = _card(Origin(inputs, spec, base), cast(JobModel, job_model), 4, Metrics(train_loss=1.0))
     header = yaml.safe_load(card.split("---")[1])
     assert header == {
         "base_model": "b",

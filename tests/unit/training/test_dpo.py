@@ -1,7 +1,6 @@
 """The preference loss against one written from the paper's equation over whole logits."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.core.specs import BaseFacts
 from luthier.data.prepare.preference_pairs import rows_of_pairs
-from luthier.methods import Attached, Start, Workload, check_tuning, parse_tuning
+from luthier.methods import Attached
 from luthier.modeling.load import load_base
 from luthier.training.loop.gradient_accumulation import compute_pair_gradients
 from luthier.training.model.batches import collate
 from luthier.training.model.dpo import PairBatch, pair_loss, reference_log_likelihoods
 from luthier.training.model.training_model import JobModel, Untuned
-from tests.tiny import BASE_ID, build_tiny_base, build_tiny_pairs
+from tests.tiny import build_tiny_pairs
+from tests.tiny_methods import make_job_model
 
 ROWS = build_tiny_pairs(6)
 BETA = 0.3
@@ -30,19 +29,6 @@ TUNINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def references(base: Path) -> np.ndarray:
     """Return the bare base's log-likelihood of every row."""
     causal_lm = load_base(base, dtype=torch.float32, device="cpu").eval()
@@ -52,19 +38,14 @@ def references(base: Path) -> np.ndarray:
 
 
 def make(base: Path, tuning: dict[str, Any]) -> JobModel:
-    method, params = parse_tuning(check_tuning(tuning))
-    facts = BaseFacts.model_validate_json((base / "base.json").read_bytes())
-    resolved = method.resolve(params, Workload(facts, num_rows=6, num_tokens=200))
-    start = Start(5, BASE_ID, tokenize=lambda _text: [7], examples=[[5, 6, 7]])
-    attached = method.attach(load_base(base, dtype=torch.float32, device="cpu"), resolved, start)
-    trainee = JobModel(method, attached, "cpu", collate(ROWS, np.array([0]), pad_id=2))
+    job_model = make_job_model(base, tuning, sample=collate(ROWS, np.array([0]), pad_id=2))
     # LoRA starts as the base: moved, its gradients are those of any step.
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in trainee.parameters:
+        for parameter in job_model.parameters:
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    trainee.attached.model.eval()
-    return trainee
+    job_model.attached.model.eval()
+    return job_model
 
 
 def part(reference_N: np.ndarray, *pairs: int) -> PairBatch:
@@ -72,7 +53,7 @@ def part(reference_N: np.ndarray, *pairs: int) -> PairBatch:
     return PairBatch(collate(ROWS, rows, pad_id=2), torch.from_numpy(reference_N[rows]))
 
 
-def written_out(trainee: JobModel, reference_N: np.ndarray, pairs: list[int]) -> torch.Tensor:
+def written_out(job_model: JobModel, reference_N: np.ndarray, pairs: list[int]) -> torch.Tensor:
     """Return the mean loss, row by row over whole logits, as the paper's equation 7 says it."""
     losses = []
     for pair in pairs:
@@ -81,7 +62,7 @@ def written_out(trainee: JobModel, reference_N: np.ndarray, pairs: list[int]) ->
             tokens, supervised = ROWS.row(row)
             token_ids_BT = torch.from_numpy(tokens.astype(np.int64))[None]
             single = collate(ROWS, np.array([row]), pad_id=2)
-            log_p_TV = trainee.logits(single)[0, :-1].log_softmax(-1)
+            log_p_TV = job_model.logits(single)[0, :-1].log_softmax(-1)
             log_p_T = log_p_TV.gather(1, token_ids_BT[0, 1:, None])[:, 0]
             ratios.append(log_p_T[torch.from_numpy(supervised[1:])].sum() - float(reference_N[row]))
         losses.append(-torch.log(torch.sigmoid(BETA * (ratios[0] - ratios[1]))))
@@ -91,15 +72,15 @@ def written_out(trainee: JobModel, reference_N: np.ndarray, pairs: list[int]) ->
 @pytest.mark.parametrize("tuning", TUNINGS, ids=lambda tuning: tuning["type"])
 def test_loss_and_gradients_equal_the_paper_s_equation(tuning: dict[str, Any], base: Path) -> None:
     reference_N = references(base)
-    trainee = make(base, tuning)
-    expected = written_out(trainee, reference_N, [0, 3, 5])
-    wanted = torch.autograd.grad(expected, trainee.parameters, allow_unused=True)
+    job_model = make(base, tuning)
+    expected = written_out(job_model, reference_N, [0, 3, 5])
+    wanted = torch.autograd.grad(expected, job_model.parameters, allow_unused=True)
     scores = compute_pair_gradients(
-        trainee, [part(reference_N, 0, 3, 5)], beta=BETA, num_pairs=3, num_supervised=40
+        job_model, [part(reference_N, 0, 3, 5)], beta=BETA, num_pairs=3, num_supervised=40
     )
     assert scores.loss == pytest.approx(expected.item(), rel=1e-5)
     assert scores.accuracy is None
-    for (name, parameter), gradient in zip(trainee.named_parameters, wanted, strict=True):
+    for (name, parameter), gradient in zip(job_model.named_parameters, wanted, strict=True):
         found = parameter.grad
         assert (found is None) == (gradient is None), name
         if found is not None and gradient is not None:
@@ -110,10 +91,10 @@ def test_the_cut_into_parts_changes_nothing(base: Path) -> None:
     reference_N = references(base)
     found = []
     for parts in ([(0, 3, 5, 1)], [(0,), (3, 5), (1,)]):
-        trainee = make(base, {"type": "lora", "rank": 4})
+        job_model = make(base, {"type": "lora", "rank": 4})
         batches = [part(reference_N, *pairs) for pairs in parts]
-        scores = compute_pair_gradients(trainee, batches, beta=BETA, num_pairs=4, num_supervised=50)
-        found.append((scores, [gradient.clone() for gradient in trainee.gradients]))
+        scores = compute_pair_gradients(job_model, batches, beta=BETA, num_pairs=4, num_supervised=50)
+        found.append((scores, [gradient.clone() for gradient in job_model.gradients]))
     (whole, gradients), (cut, others) = found
     assert cut.loss == pytest.approx(whole.loss, rel=1e-6)
     assert cut.reward_margin == pytest.approx(whole.reward_margin, rel=1e-5)
@@ -123,16 +104,16 @@ def test_the_cut_into_parts_changes_nothing(base: Path) -> None:
 
 def test_a_part_with_nothing_to_score_adds_no_gradient(base: Path) -> None:
     reference_N = references(base)
-    trainee = make(base, {"type": "lora", "rank": 4})
+    job_model = make(base, {"type": "lora", "rank": 4})
     whole = part(reference_N, 0, 3)
     nothing = replace(whole.batch, supervised_BT=torch.zeros_like(whole.batch.supervised_BT))
     empty = PairBatch(nothing, torch.zeros(4))
-    scores = compute_pair_gradients(trainee, [whole], beta=BETA, num_pairs=2, num_supervised=20)
-    gradients = [gradient.clone() for gradient in trainee.gradients]
-    more = compute_pair_gradients(trainee, [whole, empty], beta=BETA, num_pairs=2, num_supervised=20)
+    scores = compute_pair_gradients(job_model, [whole], beta=BETA, num_pairs=2, num_supervised=20)
+    gradients = [gradient.clone() for gradient in job_model.gradients]
+    more = compute_pair_gradients(job_model, [whole, empty], beta=BETA, num_pairs=2, num_supervised=20)
     # Each of its two pairs is as likely as not.
     assert more.loss == pytest.approx(scores.loss + math.log(2), rel=1e-6)
-    assert all(map(torch.equal, trainee.gradients, gradients))
+    assert all(map(torch.equal, job_model.gradients, gradients))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from luthier.training.output import checkpoints as publish
 from luthier.training.output.checkpoints import Publisher
 
 
-class _Trainee:
+class _JobModel:
     """Counts its proofs; the first may fail."""
 
     def __init__(self, *, fails: bool = False) -> None:
@@ -40,32 +40,32 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
     return found
 
 
-def _publisher(trainee: _Trainee, folder: Path) -> Publisher:
+def _publisher(job_model: _JobModel, folder: Path) -> Publisher:
     options = SimpleNamespace(keep_best=False, max_forgetting=None)
     job: Any = SimpleNamespace(folder=folder, origin=None, spec=SimpleNamespace(training=options))
     writer: Any = SimpleNamespace(job_id="job", emit=lambda _event: None)
-    return Publisher(job, trainee, writer, samples=[None], general_ids=[], log=folder / "log")  # type: ignore[arg-type]
+    return Publisher(job, job_model, writer, samples=[None], general_ids=[], log=folder / "log")  # type: ignore[arg-type]
 
 
 def test_the_result_of_a_step_whose_checkpoint_was_proved_is_not_proved_again(
     tmp_path: Path, written: list[tuple[int, Any]]
 ) -> None:
-    trainee = _Trainee()
-    publisher = _publisher(trainee, tmp_path)
+    job_model = _JobModel()
+    publisher = _publisher(job_model, tmp_path)
     publisher.write_checkpoint(3, Metrics(), is_chosen=True)
     publisher.write_checkpoint(6, Metrics(), is_chosen=True)
     publisher.write_result(tmp_path / "artifact", 6, Metrics())
-    assert trainee.num_proofs == 2
+    assert job_model.num_proofs == 2
     assert [step for step, _ in written] == [3, 6, 6]
     assert written[1][1] is written[2][1]
     assert written[0][1] is not written[1][1]
 
 
 def test_a_proof_that_failed_is_not_remembered(tmp_path: Path, written: list[tuple[int, Any]]) -> None:
-    trainee = _Trainee(fails=True)
-    publisher = _publisher(trainee, tmp_path)
+    job_model = _JobModel(fails=True)
+    publisher = _publisher(job_model, tmp_path)
     with pytest.raises(SelfCheckError):
         publisher.write_checkpoint(3, Metrics(), is_chosen=True)
     assert written == []
     publisher.write_checkpoint(3, Metrics(), is_chosen=True)
-    assert trainee.num_proofs == 2
+    assert job_model.num_proofs == 2

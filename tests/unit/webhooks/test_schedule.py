@@ -33,7 +33,7 @@ def test_it_is_tried_for_three_days_and_then_given_up(chance: float) -> None:
     assert 15 <= len(tries) <= 22
 
 
-def test_deliveries_that_failed_together_come_back_apart() -> None:
+def test_deliveries_that_failed_together_are_retried_at_different_times() -> None:
     early = next_try(3, created_at=_BEGAN, now=_BEGAN, chance=0)
     late = next_try(3, created_at=_BEGAN, now=_BEGAN, chance=1)
     assert early is not None

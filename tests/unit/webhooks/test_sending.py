@@ -195,7 +195,7 @@ def tls_server(tmp_path: Path) -> "tuple[int, Path, list[str | None]]":
             try:
                 with context.wrap_socket(plain, server_side=True) as connection:
                     received = b""
-                    # The body may come apart from the head: who closes with bytes unread cuts the answer off.
+                    # The body may arrive separately: closing with unread bytes would reset the connection.
                     while _BODY not in received and (more := connection.recv(65536)):
                         received += more
                     connection.sendall(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
