@@ -1,4 +1,4 @@
-"""Where a client command finds its service: options, then the environment, then the home."""
+"""How client commands find their service: by options, then the environment, then the home."""
 
 import json
 import os
@@ -24,20 +24,12 @@ class Connection:
 
 
 def find_connection(base_url: str | None, api_key: str | None, home: Path | None) -> Connection:
-    """Return the service to speak to.
-
-    Args:
-        base_url: the option, if it was given.
-        api_key: the option, if it was given.
-        home: the option, if it was given; it is looked at only for what is still missing.
-
-    Returns:
-        The base URL and the key.
+    """Return the service that options, environment and home name; each fills only what is still missing.
 
     Raises:
         ConnectionUnknownError: when something is still missing; says where it was looked for.
     """
-    # A home that was named is meant: the environment then only fills what options can't.
+    # With an explicit home the environment does not count.
     if home is None:
         base_url = base_url or os.environ.get("LUTHIER_BASE_URL")
         api_key = api_key or os.environ.get("LUTHIER_API_KEY")

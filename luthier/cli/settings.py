@@ -1,4 +1,4 @@
-"""The operator's settings as a command reads them, with faults told in words."""
+"""The operator's settings as a command reads them, with invalid ones reported by name."""
 
 from pydantic import ValidationError
 
@@ -13,16 +13,13 @@ class SettingsError(LuthierError):
 
 
 def read_settings(log_level: str = "") -> Settings:
-    """Read what the operator has set, by environment or .env.
+    """Read the settings from the environment and .env; `model_fields_set` names those that are set.
 
     Args:
         log_level: replaces LUTHIER_LOG_LEVEL unless empty.
 
-    Returns:
-        The settings; `model_fields_set` names those that the operator has set.
-
     Raises:
-        SettingsError: when a value is out of its range; names the variable.
+        SettingsError: when a value is invalid; names the variable.
     """
     try:
         return Settings(log_level=log_level) if log_level else Settings()

@@ -14,7 +14,7 @@ from luthier.cli.output import size
 
 _GIB = 1024**3
 _PROBE_SECONDS = 60.0
-# Runs in a process of its own: the command line never loads torch itself.
+# Runs in a separate process: the command line does not import torch.
 _DEVICE_PROBE = """
 import json, torch
 cuda = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Running every check and printing what was found."""
+"""Runs all checks and prints their findings."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,16 +15,7 @@ _MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 
 def run_doctor(home: Path, *, base_url: str | None, api_key: str | None, as_json: bool) -> int:
-    """Run every check and print its finding.
-
-    Args:
-        home: the absolute home.
-        base_url: the option, if it was given.
-        api_key: the option, if it was given.
-
-    Returns:
-        The exit code: 1 when a check failed.
-    """
+    """Run every check, print its finding, and return the exit code: 1 when one failed."""
     findings = []
     for finding in _findings(home, base_url, api_key):
         findings.append(finding)

@@ -54,7 +54,7 @@ def check_left_databases() -> list[Finding]:
     if not left:
         return []
     named = ", ".join(f"{folder} (of {home})" for folder, home in left.items())
-    # A home may be on a disk that is not mounted now, or in a container: nothing is proposed for removal.
+    # A home may be on an unmounted disk or in a container: no removal is proposed.
     advice = "mount the disk of a home that is still used; ask the owner of a home before its database goes"
     return [Finding("old databases", "warn", f"their homes are not found here: {named}", advice)]
 
@@ -132,7 +132,7 @@ def check_storage(home: Path, settings: Settings) -> Finding:
         url = (home / "objects").as_uri()
     key = f"doctor/{uuid.uuid4().hex}"
     probe = b"probe"
-    # obstore raises many kinds, all of which mean the same here.
+    # obstore raises many types, which all mean that storage does not work.
     try:
         storage = Storage.open(url)
         storage.put_bytes(key, probe)

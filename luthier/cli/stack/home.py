@@ -33,7 +33,7 @@ _LONGEST_SOCKET_NAME = "pg/.s.PGSQL.5432.lock"
 
 
 class StackError(LuthierError):
-    """The embedded service can't start or go on; the message says what to do."""
+    """The embedded service can't start or continue; the message says what to do."""
 
     code = "stack_error"
 
@@ -47,11 +47,11 @@ def resolve_home(home: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class Secrets:
-    """What one home keeps to itself, made once.
+    """The secrets of a home, generated once.
 
-    `home_id` names the folder that holds the database when it can't lie in the home. `api_key` is the
-    first admin key; the two passwords are those of PostgreSQL's owner and of the service's own role;
-    `secret_key` seals what the database keeps secret.
+    `home_id` names the database's folder where that can't be inside the home. `api_key` is the first admin
+    key; the passwords are those of PostgreSQL's owner and of the service's role; `secret_key` seals secrets
+    in the database.
     """
 
     home_id: str
@@ -62,14 +62,14 @@ class Secrets:
 
 
 def load_secrets(home: Path, *, only_reads: bool = False) -> Secrets:
-    """Read HOME/secrets.json (mode 0600), made at the first call.
+    """Read HOME/secrets.json (mode 0600), generated at the first call.
 
     Args:
-        home: the home, whose lock is held, by another process too when it is only read.
-        only_reads: write nothing; the sealing key of a home that has none yet is empty then.
+        home: the home, whose lock is held (with `only_reads` possibly by another process).
+        only_reads: write nothing; a sealing key that does not exist yet is then empty.
 
     Raises:
-        StackError: when the file is there and can't be read, or is missing and must not be made.
+        StackError: when the file can't be read, or is missing with `only_reads`.
     """
     path = home / "secrets.json"
     if not only_reads and not path.exists():
@@ -84,7 +84,7 @@ def load_secrets(home: Path, *, only_reads: bool = False) -> Secrets:
     try:
         found = json.loads(path.read_bytes())
         if "secret_key" not in found:
-            # A home of a version that sealed nothing.
+            # A home of an older version.
             found["secret_key"] = "" if only_reads else new_secret_key()
             if not only_reads:
                 _write_secrets(path, found)
@@ -102,16 +102,10 @@ def _write_secrets(path: Path, content: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def locked_home(home: Path) -> Iterator[None]:
-    """Make the home (mode 0700) and hold its lock, which the kernel drops when this process ends.
-
-    Args:
-        home: the absolute home.
-
-    Yields:
-        Nothing; the lock is held meanwhile.
+    """Create the home (mode 0700) and hold its lock, which the kernel releases when this process ends.
 
     Raises:
-        StackError: when another live process holds the lock, or the folder can't be made.
+        StackError: when another process holds the lock, or the folder can't be created.
     """
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -148,7 +142,7 @@ def find_lock_holder(home: Path) -> int | None:
     except OSError:
         return None
     try:
-        # A shared lock is refused only while somebody holds the exclusive one.
+        # A shared lock is refused only while the exclusive one is held.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         text = os.pread(descriptor, 32, 0).decode().strip()
@@ -171,7 +165,7 @@ def _home_mark(home: Path) -> bytes:
 
 
 def _remove_stale_run_folders(home: Path, parents: list[Path]) -> None:
-    """Remove what a killed run left; as the caller holds the lock, any folder of this home is stale."""
+    """Remove the folders of killed runs: the caller holds the lock, so any folder of this home is stale."""
     for parent in parents:
         for folder in parent.glob(_RUN_PREFIX + "*"):
             marker = folder / _HOME_MARKER
@@ -183,13 +177,10 @@ def _remove_stale_run_folders(home: Path, parents: list[Path]) -> None:
 
 @contextlib.contextmanager
 def run_folder(home: Path) -> Iterator[Path]:
-    """Hold a fresh short folder that is ours for sockets, removed at the end.
-
-    Args:
-        home: the home, whose lock is held; a link in it leads to the folder.
+    """Yield a new folder for sockets, removed at the end; a link in the locked home leads to it.
 
     Raises:
-        StackError: when no writable place has a short enough path.
+        StackError: when no writable folder has a short enough path.
     """
     parents = _run_folder_parents()
     _remove_stale_run_folders(home, parents)

@@ -1,4 +1,4 @@
-"""Which processes a home's service is made of, and the environment each one gets. Data; starts nothing."""
+"""The processes of a home's service and their environments, as data. Starts nothing."""
 
 import http.client
 import os
@@ -14,7 +14,7 @@ from luthier.cli.stack.home import Secrets, StackError
 from luthier.cli.stack.processes import ProcessSpec
 from luthier.core.settings import Settings
 
-# Only the parts that speak to database and broker get their passwords; the inference server does not.
+# Secrets that the inference server does not need.
 _NOT_FOR_INFERENCE = (
     "LUTHIER_DATABASE_URL",
     "LUTHIER_REDIS_URL",
@@ -44,15 +44,7 @@ class Plan:
 def service_environment(
     settings: Settings, *, home: Path, run: Path, secrets: Secrets, database_url: str, redis_url: str
 ) -> dict[str, str]:
-    """Return the environment of the service's processes: ours, and what the operator has not set.
-
-    Args:
-        settings: what the operator has set, by environment or .env.
-        home: the absolute home.
-
-    Returns:
-        Names and values, all paths absolute.
-    """
+    """Return the environment of the service's processes: ours, completed; all paths are absolute."""
     computed = {
         "storage_url": (home / "objects").as_uri(),
         "runs_dir": str(home / "runs"),
@@ -69,27 +61,23 @@ def service_environment(
     environment["LUTHIER_INFERENCE_URL"] = ",".join(urls)
     environment["LUTHIER_INFERENCE_PROCESSES"] = str(len(urls))
     environment["LUTHIER_INFERENCE_BACKEND"] = settings.inference_backend
-    # Ctrl-C is to end all within seconds.
+    # Ctrl-C ends everything within seconds.
     stop_seconds = settings.stop_seconds if "stop_seconds" in settings.model_fields_set else 5.0
     environment["LUTHIER_STOP_SECONDS"] = str(stop_seconds)
     environment["LUTHIER_HOME"] = str(home)
     environment["LUTHIER_DATABASE_URL"] = database_url
     environment["LUTHIER_REDIS_URL"] = redis_url
     environment["LUTHIER_LOG_LEVEL"] = settings.log_level
-    # Logs are files here: lines must not wait in a buffer.
+    # Logs are files: Python would buffer their lines.
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
 
 def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
-    """Return the steps and processes of the service itself, without database and broker.
-
-    Args:
-        environment: from `service_environment`.
-    """
+    """Return the steps and processes of the service, without database and broker."""
     python = sys.executable
     inference_environment = {k: v for k, v in environment.items() if k not in _NOT_FOR_INFERENCE}
-    # Only the bootstrap step needs the first key in plain text.
+    # Only bootstrap needs the first key in plain text.
     running_environment = {k: v for k, v in environment.items() if k != "LUTHIER_BOOTSTRAP_API_KEY"}
     is_ours = environment["LUTHIER_INFERENCE_BACKEND"] == "engine"
     urls = environment["LUTHIER_INFERENCE_URL"].split(",") if is_ours else []
@@ -115,7 +103,7 @@ def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
                 command=(python, "-m", "worker"),
                 environment=running_environment,
                 stop_stage=0,
-                # It ends what has not saved by then itself.
+                # The worker itself ends jobs that have not saved by then.
                 stop_seconds=float(environment["LUTHIER_STOP_SECONDS"]) + 1.0,
             ),
         ),
@@ -138,8 +126,8 @@ def _inference_urls(settings: Settings, run: Path) -> list[str]:
     count, is_set = settings.inference_processes, settings.model_fields_set
     if "inference_url" not in is_set and settings.inference_backend != "engine":
         raise StackError(
-            f"LUTHIER_INFERENCE_BACKEND is {settings.inference_backend}, whose server is none of ours: set "
-            "LUTHIER_INFERENCE_URL to where it listens."
+            f"LUTHIER_INFERENCE_BACKEND is {settings.inference_backend}, whose server `luthier up` does not "
+            "start: set LUTHIER_INFERENCE_URL to where it listens."
         )
     if "inference_url" not in is_set:
         names = ["inference.sock", *(f"inference-{number}.sock" for number in range(2, count + 1))]
@@ -159,14 +147,10 @@ def reachable_host(host: str) -> str:
 
 
 def answers(url: str, path: str, *contents: bytes) -> bool:
-    """Whether a GET answers 200 within a second, and holds one of `contents` when any is named.
+    """Whether a GET answers 200 within a second, with one of `contents` in its body when any is given.
 
     Args:
         url: `http://host:port` or `unix:///path.sock`.
-        *contents: bytes of which one must be in the body.
-
-    Returns:
-        False also when nothing answers.
     """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "localhost", parts.port, timeout=1.0)

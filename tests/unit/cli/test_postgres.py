@@ -12,7 +12,7 @@ import pytest
 
 from luthier.cli.stack import postgres, postgres_programs
 from luthier.cli.stack.home import Secrets, StackError
-from luthier.cli.stack.postgres import end_leftover, open_postgres
+from luthier.cli.stack.postgres import end_old_server, open_postgres
 from luthier.cli.stack.postgres_programs import find_user
 from luthier.cli.stack.processes import UnixUser
 from tests.folders import TEMPORARY_FOLDER
@@ -31,28 +31,28 @@ def _dead_pid() -> int:
 
 
 def test_a_clean_data_folder_is_left_alone(tmp_path: Path) -> None:
-    end_leftover(tmp_path)
+    end_old_server(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_servers_pid_file_is_left_to_postgresql(tmp_path: Path) -> None:
     path = _write_pid(tmp_path, _dead_pid())
     before = path.read_text()
-    end_leftover(tmp_path)
+    end_old_server(tmp_path)
     assert path.read_text() == before
 
 
 def test_a_pid_that_another_process_has_now_is_replaced_by_ours_and_the_rest_is_kept(tmp_path: Path) -> None:
     path = _write_pid(tmp_path, os.getppid())
     rest = path.read_text().split("\n", 1)[1]
-    end_leftover(tmp_path)
+    end_old_server(tmp_path)
     assert path.read_text() == f"{os.getpid()}\n{rest}"
 
 
 def test_a_server_that_still_runs_is_ended_by_immediate_shutdown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres, "_LEFTOVER_SECONDS", 0.2)
+    monkeypatch.setattr(postgres, "_OLD_SERVER_SECONDS", 0.2)
     # Stands in for a server: its arguments name the data folder, and it ends on SIGQUIT.
     code = (
         "import signal, time; signal.signal(signal.SIGQUIT, signal.SIG_DFL); "
@@ -63,7 +63,7 @@ def test_a_server_that_still_runs_is_ended_by_immediate_shutdown(
     process.stdout.readline()
     _write_pid(tmp_path, process.pid)
     try:
-        end_leftover(tmp_path)
+        end_old_server(tmp_path)
         assert process.wait(timeout=10) == -3
     finally:
         process.kill()
@@ -103,7 +103,7 @@ def test_a_link_of_the_databases_user_leads_root_to_no_other_file(open_folder: P
     (data / "postmaster.pid").symlink_to(target)
     os.chown(data, _USER.uid, _USER.gid)
     with pytest.raises(StackError, match="can't be used by its user"):
-        end_leftover(data, _USER)
+        end_old_server(data, _USER)
     assert target.read_text() == f"{os.getppid()}\nof root\n"
     assert target.stat().st_uid == 0
 
