@@ -69,12 +69,20 @@ def test_the_readme_has_at_most_150_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def _anchors(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("name", _DOCUMENTS)
 def test_links_lead_somewhere(name: str) -> None:
-    folder = (ROOT / name).parent
-    for target in re.findall(r"\]\(([^)#]*)[^)]*\)", (ROOT / name).read_text()):
-        if target and "://" not in target:
-            assert (folder / target).exists(), target
+    page = ROOT / name
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if "://" not in target:
+            linked = page.parent / target if target else page
+            assert linked.exists(), target
+            assert not anchor or anchor in _anchors(linked), f"{target}#{anchor}"
 
 
 def _defines(path: Path, name: str) -> bool:

