@@ -17,7 +17,7 @@ from luthier.core.specs import CANARY_NAME, Canary
 from luthier.inference.models.artifact_cache import Copy, drop_unused, fetch_artifact, mark_used
 from luthier.methods import method_of_artifact
 from luthier.methods._peft import CONFIG_NAME
-from luthier.serving._vllm_state import served_name
+from luthier.serving._vllm_wire import served_name
 from luthier.storage.manifests import read_manifest
 from luthier.storage.store import Storage
 

@@ -25,12 +25,15 @@ from luthier.serving import _vllm_proof
 from luthier.serving._client import InferenceClient
 from luthier.serving._vllm_adapters import Adapters, Release
 from luthier.serving._vllm_artifacts import Artifacts
-from luthier.serving._vllm_state import Served, read_health, read_models, served_name
 from luthier.serving._vllm_wire import (
     COMPLETIONS,
     Renaming,
+    Served,
     read_error,
+    read_health,
+    read_models,
     read_request,
+    served_name,
 )
 from luthier.serving.base import Health, Reply
 

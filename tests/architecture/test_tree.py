@@ -24,8 +24,6 @@ _TOO_FULL = {
     "api/schemas": 18,
     "benchmarks": 16,
     "luthier/cli": 18,
-    "luthier/inference/engine": 16,
-    "luthier/inference/openai": 21,
     "luthier/modeling": 16,
     "luthier/modeling/kernels": 39,
     "luthier/training": 39,

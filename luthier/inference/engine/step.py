@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 
 from luthier.inference.engine import sampler
-from luthier.inference.engine.block_memory import BlockMemory
+from luthier.inference.engine.block_pool import BlockMemory
 from luthier.inference.engine.error_reporting import log_fault, to_told
 from luthier.inference.engine.metrics import StepMeasures
-from luthier.inference.engine.prompt_scoring import score_stretch
+from luthier.inference.engine.sampler import score_stretch
 from luthier.inference.engine.scheduler import RunningSequence, Scheduled, Scheduler
 from luthier.inference.engine.sequence import Choice, ModelKey
 from luthier.modeling.protocols import AdapterInfo, Logits, ModelRunner, ScheduledBatch, TokenChunk

@@ -5,9 +5,12 @@ each; together they stay below the limit of the process (memory.py).
 """
 
 import asyncio
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from luthier.core.errors import OutOfMemoryError, TooManyRequestsError
 from luthier.core.settings import MIB
@@ -15,10 +18,61 @@ from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.sequence import ModelKey
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.models.base_models import ReadyModel, ServedModel
-from luthier.inference.models.cache_entry import Entry, Held
 from luthier.inference.models.loading import Kind, load, measure, remove
 from luthier.inference.models.memory_limit import NoRoomError
 from luthier.modeling.protocols import Budget
+
+# A pin that no request has renewed for so long is let go of: the model may be deleted, or asked elsewhere.
+_PIN_SECONDS = 86_400.0
+
+
+class Held(NamedTuple):
+    """Artifacts of one kind: in memory, with their bytes and the most these may be, and over all time."""
+
+    num_models: int
+    num_bytes: int
+    max_bytes: int
+    num_loads: int
+    num_evictions: int
+
+
+@dataclass(eq=False)
+class Entry:
+    """An artifact in memory, or on its way there.
+
+    `loading` ends with its verification.
+    """
+
+    served: ServedModel
+    kind: Kind
+    num_bytes: int
+    loading: "asyncio.Task[ReadyModel]"
+    num_holders: int = 0
+    # A moment of the monotonic clock.
+    pinned_until: float = 0.0
+    pinned_by: str = ""
+
+    def pin(self, project_id: str | None) -> None:
+        """Let it stay from now on as a project's pinned model, or leave when it is idle."""
+        self.pinned_until = 0.0 if project_id is None else time.monotonic() + _PIN_SECONDS
+        self.pinned_by = project_id or ""
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it stays when nobody needs it."""
+        return time.monotonic() < self.pinned_until
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody needs it now, and it may leave."""
+        return self.num_holders == 0 and not self.is_pinned and self.loading.done()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is in memory and verified."""
+        done = self.loading.done() and not self.loading.cancelled()
+        return done and self.loading.exception() is None
+
 
 _SETTINGS = {
     Kind.WHOLE: "LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES",

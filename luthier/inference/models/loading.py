@@ -27,9 +27,15 @@ from luthier.core.specs import Canary
 from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.models.artifact_cache import Copy
-from luthier.inference.models.base_models import LoadedBase, ReadyModel, ServedModel
+from luthier.inference.models.base_models import (
+    LoadedBase,
+    ReadyModel,
+    ServedModel,
+    available_bytes,
+    in_turn,
+    load_weights,
+)
 from luthier.inference.models.weight_type import name_of
-from luthier.inference.models.weights import available_bytes, in_turn, load_weights
 from luthier.inference.runners.reference import ReferenceProvider
 from luthier.inference.runners.registry import choose_runner
 from luthier.inference.verification.adapter_check import verify_adapter, verify_full

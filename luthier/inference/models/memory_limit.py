@@ -16,7 +16,7 @@ import torch
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.inference import LoanRequest
 from luthier.core.runtime import give_back_freed_memory
-from luthier.inference.engine.block_memory import BlockMemory
+from luthier.inference.engine.block_pool import BlockMemory
 
 # What a process takes of a GPU beside its tensors.
 _CUDA_CONTEXT_BYTES = 500_000_000

@@ -26,7 +26,7 @@ from luthier.core.inference import (
 )
 from luthier.core.settings import MIB, Settings
 from luthier.core.specs import BaseFacts
-from luthier.inference.engine.block_memory import BlockMemory
+from luthier.inference.engine.block_pool import BlockMemory
 from luthier.inference.engine.engine import Engine
 from luthier.inference.models import base_models
 from luthier.inference.models.adapter_cache import LoadedArtifacts
@@ -40,9 +40,8 @@ from luthier.inference.models.artifact_cache import (
     mark_used,
     verify_copy,
 )
-from luthier.inference.models.base_models import LoadedBase, ReadyModel, ServedModel
+from luthier.inference.models.base_models import LoadedBase, ReadyModel, ServedModel, in_turn
 from luthier.inference.models.memory_limit import MemoryLimit, NoRoomError, measure_used, trim
-from luthier.inference.models.weights import in_turn
 from luthier.storage.store import Storage
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from luthier.core.errors import InvalidTypeError, InvalidValueError, UnsupportedValueError
 from luthier.inference.openai.fields import IGNORED_FIELDS, drop_neutral, read_object, validate
 from luthier.inference.openai.messages import ChatMessage, check_arguments, flatten_messages
-from luthier.inference.openai.response_formats import AnswerFormat, read_chat_format
+from luthier.inference.openai.structured_output import AnswerFormat, read_chat_format
 from luthier.inference.openai.tools import Tools, read_chat_tools
 
 # Fields of OpenAI's API that are accepted only with the values that mean "not used".

@@ -19,8 +19,7 @@ from luthier.inference.engine.sequence import (
     SequenceEvent,
 )
 from luthier.inference.models.base_models import ReadyModel
-from luthier.inference.openai.generation_request import MAX_LOGPROBS, Plan
-from luthier.inference.openai.prompt_echo import Echo
+from luthier.inference.openai.generation_request import MAX_LOGPROBS, Echo, Plan
 
 IndexedEvent = tuple[int, SequenceEvent]
 

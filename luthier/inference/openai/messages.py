@@ -12,8 +12,7 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.data.json_values import MAX_VALUES, max_num_values
-from luthier.inference.openai.fields import drop_ignored, drop_neutral, validate, without_nulls
-from luthier.inference.openai.json_object import load
+from luthier.inference.openai.fields import drop_ignored, drop_neutral, load, validate, without_nulls
 
 # Of all messages of a request: pydantic keeps the interpreter's lock while it checks them.
 _MAX_TOOL_CALLS = 4096

@@ -23,7 +23,7 @@ from luthier.inference.openai.fields import (
     without_nulls,
 )
 from luthier.inference.openai.messages import ChatMessage, check_arguments, flatten_message
-from luthier.inference.openai.response_formats import AnswerFormat, read_response_format
+from luthier.inference.openai.structured_output import AnswerFormat, read_response_format
 from luthier.inference.openai.tools import Tools, read_response_tools
 
 _IGNORED = (IGNORED_FIELDS - {"metadata"}) | {

@@ -8,7 +8,7 @@ import string
 from dataclasses import dataclass
 from typing import Literal
 
-from luthier.inference.openai.json_object import JsonObject, load
+from luthier.inference.openai.fields import JsonObject, load
 from luthier.inference.openai.tool_calls import CallSyntax
 
 _ID_LETTERS = string.ascii_letters + string.digits

@@ -6,11 +6,13 @@ Only the API talks to it. Errors leave in OpenAI's shape; after the first byte a
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -33,18 +35,19 @@ from luthier.core.inference import (
 from luthier.core.runtime import now_seconds
 from luthier.core.settings import Settings
 from luthier.inference.engine.engine import Engine
+from luthier.inference.engine.error_reporting import to_told
+from luthier.inference.engine.sequence import Piece
 from luthier.inference.models.base_models import ReadyModel, find_serving_device
 from luthier.inference.models.registry import Models, read_target
 from luthier.inference.openai.chat_request import ChatRequest, parse_chat, parse_completion
-from luthier.inference.openai.chat_response import ChatShape, CompletionShape, Shape, token_usage
-from luthier.inference.openai.generation import Generation
+from luthier.inference.openai.chat_response import ChatShape, CompletionShape, Shape, Usage, token_usage
+from luthier.inference.openai.generation import Generation, IndexedEvent
 from luthier.inference.openai.generation_request import Plan, plan_chat, plan_completion
 from luthier.inference.openai.grammar import Grammars
-from luthier.inference.openai.output_parser import collect
+from luthier.inference.openai.output_parser import PartReader, collect
 from luthier.inference.openai.responses_request import parse_response
 from luthier.inference.openai.responses_response import ResponseShape
-from luthier.inference.server.answer_stream import StreamedAnswer, usage_of
-from luthier.inference.server.fair_executor import FairExecutor
+from luthier.inference.openai.tool_call_parser import CallReader
 from luthier.inference.server.http import (
     EXCEPTION_HANDLERS,
     FaultGate,
@@ -301,3 +304,110 @@ async def _tidy(models: Models) -> None:
             await models.tidy()
         except (LuthierError, OSError) as error:
             _LOG.warning("Deleted models are looked for again later: %s", error)
+
+
+ResultT = TypeVar("ResultT")
+
+# The threads of a step wait for each other, and so for one whose processor another thread has.
+_NICENESS = 10
+
+
+def _yield_processor() -> None:
+    # On Linux niceness is a thread's own (sched(7)); 0 is the calling one.
+    os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
+class FairExecutor:
+    """Runs functions in threads of its own, of low priority. For one event loop."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, name, initializer=_yield_processor)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def run(self, project_id: str, work: Callable[[], ResultT]) -> ResultT:
+        """Run a function when the project's earlier one has ended.
+
+        A caller that is cancelled leaves; work that has begun keeps its project's place until it ends.
+        """
+        lock = self._locks.setdefault(project_id, asyncio.Lock())
+        await lock.acquire()
+        future = self._threads.submit(work)
+        running = asyncio.wrap_future(future)
+        running.add_done_callback(lambda _: lock.release())
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # Without effect on work that has begun.
+            future.cancel()
+            raise
+
+
+class StreamedAnswer:
+    """The answers to one request, from the engine's events to bytes.
+
+    Args:
+        make_reader: as PartReader takes it.
+        reports_usage: whether an event of the usage goes before the last ones.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        generation: Generation,
+        make_reader: Callable[[], CallReader | None],
+        *,
+        reports_usage: bool = False,
+    ) -> None:
+        self._reports_usage = reports_usage
+        self._shape = shape
+        self._generation = generation
+        self._reader = PartReader(make_reader)
+        self._passes_text = self._reader.passes_text and not generation.has_echoes
+
+    async def start(self) -> bytes:
+        """Wait for the first part and return the events up to it.
+
+        Raises:
+            LuthierError: what the engine failed with before.
+        """
+        first = self._shape.first_events(len(self._generation.sequences))
+        events: list[bytes] = []
+        while not events:
+            events = self._encode(await self._generation.next_events())
+        return b"".join(first + events)
+
+    async def pieces(self, begun: bytes) -> AsyncIterator[bytes]:
+        """Yield the events, those that arrive together in one piece; a failure as the last ones.
+
+        Args:
+            begun: what `start` returned.
+        """
+        yield begun
+        try:
+            while self._generation.is_open:
+                events = self._encode(await self._generation.next_events())
+                if events:
+                    yield b"".join(events)
+        except Exception as error:  # noqa: BLE001 - the client gets an error event, whatever failed
+            yield b"".join(self._shape.error_events(to_told(_LOG, "A stream", error)))
+
+    def _encode(self, arrived: list[IndexedEvent]) -> list[bytes]:
+        events: list[bytes] = []
+        for index, event in arrived:
+            if self._passes_text and isinstance(event, Piece) and not event.choices:
+                # Nearly every event is one: all that others need takes several times as long.
+                events.append(self._shape.text_event(index, event.text))
+                continue
+            for part in self._reader.read(index, event):
+                events += self._shape.part_events(part)
+        if not self._generation.is_open:
+            counted = usage_of(self._generation)
+            if self._reports_usage:
+                events.append(token_usage(counted).to_event())
+            events += self._shape.last_events(counted)
+        return events
+
+
+def usage_of(generation: Generation) -> Usage:
+    """Return the tokens of a generation so far."""
+    return Usage(generation.num_prompt_tokens, generation.num_completion_tokens)

@@ -1,7 +1,7 @@
 import asyncio
 import os
 
-from luthier.inference.server.fair_executor import FairExecutor
+from luthier.inference.server.app import FairExecutor
 
 
 def test_what_a_request_makes_long_yields_its_processor_to_the_steps() -> None:

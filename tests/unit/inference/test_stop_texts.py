@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.inference.engine.stop_texts import StopMatcher
+from luthier.inference.engine.sequence import StopMatcher
 
 TEXTS = st.text(alphabet="ab\n#", max_size=30)
 STOPS = st.lists(st.text(alphabet="ab\n#", min_size=1, max_size=4), max_size=4)

@@ -10,8 +10,8 @@ import tokenizers
 from luthier.core.errors import InvalidValueError
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.openai.chat_grammar import choose_grammar
 from luthier.inference.openai.grammar import CompiledGrammar, Grammars
+from luthier.inference.openai.structured_output import choose_grammar
 from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun, CallReader
 from luthier.inference.openai.tool_calls import CallSyntax, find_syntax, render_calls
 from luthier.inference.openai.tools import Tools, read_chat_tools

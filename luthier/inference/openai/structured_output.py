@@ -1,0 +1,255 @@
+"""Which grammar a chat's answer is held to: that of its form, of calls of its tools, or none."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from luthier.core.errors import InvalidTypeError, InvalidValueError, UnsupportedValueError
+from luthier.data.rendering.tokenizer import Tokenizer
+from luthier.inference.openai.fields import validate, without_nulls
+from luthier.inference.openai.grammar import CompiledGrammar, SchemaBudget, json_rule
+from luthier.inference.openai.tool_calls import CallSyntax
+from luthier.inference.openai.tools import Tool, Tools
+
+_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """An answer that must be JSON of a schema. `param` is the field that holds the schema."""
+
+    schema: dict[str, Any]
+    param: str
+
+    def to_rule(self) -> str:
+        """Return the right side of the answer's rule in a grammar."""
+        return json_rule(self.schema, param=self.param)
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text", "json_object"]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(pattern=_NAME)
+    schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
+    description: str | None = None
+    # Every schema is enforced, whether strict or not.
+    strict: bool = False
+
+
+class _ChatSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any]
+
+
+def read_chat_format(value: Any) -> AnswerFormat | None:
+    """Check the `response_format` of a chat.
+
+    Args:
+        value: as the client sent it.
+
+    Returns:
+        The form, None where the text is free.
+
+    Raises:
+        InvalidRequestError: naming the field that breaks a rule.
+    """
+    fields = _read_object(value, "response_format")
+    if fields.get("type") != "json_schema":
+        return _read_plain(fields, "response_format")
+    chosen = validate(_ChatSchema, fields, "response_format.")
+    path = "response_format.json_schema"
+    return _to_format(validate(_Schema, without_nulls(chosen.json_schema), f"{path}."), path)
+
+
+def read_response_format(value: Any) -> AnswerFormat | None:
+    """Check the `text.format` of a response; the arguments and the rest are those of `read_chat_format`."""
+    fields = _read_object(value, "text.format")
+    if fields.get("type") != "json_schema":
+        return _read_plain(fields, "text.format")
+    del fields["type"]
+    return _to_format(validate(_Schema, fields, "text.format."), "text.format")
+
+
+def _read_object(value: Any, param: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidTypeError(f'{param} must be an object, such as {{"type": "json_object"}}.', param=param)
+    return without_nulls(value)
+
+
+def _read_plain(fields: dict[str, Any], param: str) -> AnswerFormat | None:
+    kind = fields.get("type")
+    if isinstance(kind, str) and kind not in {"text", "json_object"}:
+        raise UnsupportedValueError(
+            "The format must be text, json_object or json_schema.", param=f"{param}.type"
+        )
+    if validate(_Plain, fields, f"{param}.").type == "text":
+        return None
+    return AnswerFormat({"type": "object"}, f"{param}.type")
+
+
+def _to_format(schema: _Schema, param: str) -> AnswerFormat:
+    return AnswerFormat(schema.schema_, f"{param}.schema")
+
+
+# Compiles a grammar on behalf of a field.
+Compile = Callable[[str, str], CompiledGrammar]
+
+
+def choose_grammar(
+    answer: AnswerFormat | None,
+    tools: Tools,
+    syntax: CallSyntax | None,
+    tokenizer: Tokenizer,
+    compile_grammar: Compile,
+) -> CompiledGrammar | None:
+    """Choose the grammar of an answer and compile it.
+
+    Args:
+        answer: the form that it shall have, if any.
+        tools: what it may or must call.
+        syntax: how the base writes calls, None where that is unknown.
+        compile_grammar: compiles a grammar; its second argument is the field that an error names.
+
+    Returns:
+        The grammar, None where the answer is free.
+
+    Raises:
+        InvalidValueError: when a schema can't be enforced, or calls are required and their syntax is unknown.
+    """
+    must_call = tools.mode == "required"
+    budget = SchemaBudget()
+    if answer is not None:
+        budget.take(answer.schema, param=answer.param)
+    if syntax is None or not tools.callable:
+        if must_call:
+            raise InvalidValueError(
+                "This model's chat template does not show how calls are written, so none can be required; "
+                "use tool_choice auto.",
+                param="tool_choice",
+            )
+        return None if answer is None else compile_grammar(f"start: {answer.to_rule()}", answer.param)
+    is_marked_strict = bool(syntax.begin.strip()) and any(tool.is_strict for tool in tools.callable)
+    if not must_call and answer is None and not is_marked_strict:
+        return None
+    if answer is not None:
+        # Alone first, so that a fault of its own is told by its name.
+        compile_grammar(f"start: {answer.to_rule()}", answer.param)
+    enforced = _enforceable(tools.callable, budget, compile_grammar)
+    if must_call:
+        lark = calls_alone(syntax, enforced, tokenizer, is_parallel=tools.is_parallel)
+    elif answer is not None:
+        lark = calls_or_answer(answer, syntax, enforced, tokenizer, is_parallel=tools.is_parallel)
+    else:
+        lark = calls_after_text(syntax, enforced, tokenizer, is_parallel=tools.is_parallel)
+    return compile_grammar(lark, "tools")
+
+
+def _enforceable(tools: Sequence[Tool], budget: SchemaBudget, compile_grammar: Compile) -> list[Tool]:
+    """Return the tools; those that are not strict and whose schema can't be enforced take any object."""
+    enforced = []
+    for tool in tools:
+        try:
+            budget.take(tool.parameters or {}, param=tool.param)
+            compile_grammar(f"start: {json_rule(arguments_schema(tool), param=tool.param)}", tool.param)
+            enforced.append(tool)
+        except InvalidValueError:
+            if tool.is_strict:
+                raise
+            enforced.append(replace(tool, parameters=None))
+    return enforced
+
+
+_ANY_TEXT = r"/(.|\n)*/"
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """Return what the arguments of a call of a tool must be: an object, whatever else the tool says."""
+    return {"type": "object"} | (tool.parameters or {})
+
+
+def calls_alone(syntax: CallSyntax, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
+    """Write the grammar of an answer that is calls and nothing else.
+
+    Args:
+        tools: those that may be called, at least one.
+        is_parallel: whether there may be several calls.
+
+    Raises:
+        InvalidValueError: when the parameters of a tool are nested too deeply.
+    """
+    return "start: calls\n" + _call_rules(syntax, tools, tokenizer, is_parallel=is_parallel)
+
+
+def calls_or_answer(
+    answer: AnswerFormat,
+    syntax: CallSyntax,
+    tools: Sequence[Tool],
+    tokenizer: Tokenizer,
+    *,
+    is_parallel: bool,
+) -> str:
+    """Write the grammar of an answer that is either calls or of a form; the rest is as in `calls_alone`."""
+    rules = _call_rules(syntax, tools, tokenizer, is_parallel=is_parallel)
+    return f"start: calls | answer\nanswer: {answer.to_rule()}\n{rules}"
+
+
+def calls_after_text(
+    syntax: CallSyntax, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool
+) -> str:
+    """Write the grammar of an answer whose text is free up to the mark of a call.
+
+    The syntax must have such a mark; the rest is as in `calls_alone`.
+    """
+    mark = syntax.begin.strip()
+    after = syntax.begin[syntax.begin.index(mark) + len(mark) :]
+    quoted = _literal(mark, tokenizer)
+    # A text up to a mark of letters is one lexeme, found as soon as it ends; a mark of its own stands alone.
+    opening = f"opening[lazy]: {_ANY_TEXT} {quoted}" if quoted.startswith('"') else f"opening: TEXT {quoted}"
+    rules = _call_rules(replace(syntax, begin=after), tools, tokenizer, is_parallel=is_parallel)
+    return f"start: TEXT | opening calls\nTEXT: {_ANY_TEXT}\n{opening}\n{rules}"
+
+
+def _call_rules(syntax: CallSyntax, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
+    def literal(text: str) -> str:
+        return _literal(text, tokenizer)
+
+    if not tools:
+        raise InvalidValueError("There is no tool to call.", param="tools")
+    several = f"({literal(syntax.between)} call)*" if is_parallel and syntax.between is not None else ""
+    opening, closing = (literal("["), literal("]")) if syntax.is_list else ("", "")
+    begin, end = literal(syntax.begin), literal(syntax.end)
+    lines = [
+        f"calls: {begin} {opening} call {several} {closing} {end}",
+        "call: " + " | ".join(f"call_{i}" for i in range(len(tools))),
+    ]
+    for i, tool in enumerate(tools):
+        before = literal(syntax.head + tool.name + syntax.middle)
+        lines.append(f'call_{i}: {before} arguments_{i} "}}"')
+        lines.append(f"arguments_{i}: {json_rule(arguments_schema(tool), param=tool.param)}")
+    return "\n".join(lines)
+
+
+def _literal(text: str, tokenizer: Tokenizer) -> str:
+    """Return a text as a grammar writes it: marks by their token's id, all else quoted."""
+    marks = {
+        str(added.content): token_id
+        for token_id, added in tokenizer.pipeline.get_added_tokens_decoder().items()
+        if added.special
+    }
+    pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
+    parts = re.split(f"({pattern})", text) if pattern else [text]
+    written = (
+        f"<[{marks[part]}]>" if part in marks else json.dumps(part, ensure_ascii=False)
+        for part in parts
+        if part
+    )
+    return " ".join(written)
